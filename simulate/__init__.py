@@ -1,0 +1,1 @@
+"""The engine: schemas, cost formulas, clock and methods. It never imports ltecli."""

@@ -1,0 +1,215 @@
+"""The schema of run.toml: one run, complete, typed and frozen, validated once where it is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from simulate import toml
+from simulate.errors import InputError, near_match
+from simulate.models.shapes import GPT_SIZES, MODEL_NAMES, ModelShape, gpt_shape
+
+Quantize = Literal["none", "int8", "nf4"]
+Transport = Literal["gather", "reduce", "server"]
+DEFAULT_SCALE = 64.0  # alpha / rank of the paper's best run: alpha = 4096 at rank 64
+
+
+class Model(toml.Schema):
+    """Which network; sizes that are not given come from the name's table."""
+
+    name: str = "gpt"
+    layers: int = Field(default=0, gt=0)
+    width: int = Field(default=0, gt=0)
+    attention_heads: int = Field(default=0, gt=0)
+    context: int = Field(default=0, gt=0)
+    """Tokens of one sample."""
+    vocab: int = Field(default=0, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_sizes(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or not isinstance(given.get("name", "gpt"), str):
+            return given
+        name = given.get("name", "gpt")
+        if name not in GPT_SIZES:
+            raise ValueError(f"name = {name!r} is not a model; {near_match(name, MODEL_NAMES)}")
+        return {"name": name, **GPT_SIZES[name], **given}
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Model:
+        if self.width % self.attention_heads:
+            raise ValueError(
+                f"width = {self.width} is not divisible by attention_heads = {self.attention_heads}; change one of them"
+            )
+        return self
+
+    def shape(self) -> ModelShape:
+        """Return the model's counts, without torch."""
+        return gpt_shape(self.name, self.layers, self.width, self.attention_heads, self.context, self.vocab)
+
+
+class Data(toml.Schema):
+    """Where the text comes from: the embedded default by name, or a path to a file or folder."""
+
+    name: Literal["stdlib"] | None = None
+    """stdlib: the source text of the Python standard library, present wherever Python is."""
+    path: str | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Data:
+        if (self.name is None) == (self.path is None):
+            raise ValueError("needs exactly one of name (name = 'stdlib') and path; remove one or add one")
+        return self
+
+
+class LteOptions(toml.Schema):
+    """LoRA-the-Explorer (arXiv 2402.16828, algorithm 1)."""
+
+    name: Literal["lte"] = "lte"
+    rank: int = Field(default=32, gt=0)
+    """Rank r of one head."""
+    heads_per_device: int = Field(default=1, gt=0)
+    """Each head of a device trains on its own part of the device's batch."""
+    alpha: float = Field(default=0.0, gt=0)
+    """The adapter's product is scaled by alpha / rank; not set: 64 x rank."""
+    merge_every: int = Field(default=10, gt=0)
+    """Optimizer steps T of one round."""
+    merge_transport: Transport = "gather"
+    """gather: everyone sends factors to everyone; reduce: dense deltas are summed; server: push factors, pull W."""
+    reset: Literal["none", "b", "ab"] = "none"
+    """After a merge: none keeps A and B and subtracts their old product; b zeroes B; ab also draws a new A."""
+    quantize: Quantize = "none"
+    """Format of the frozen weights."""
+    adapter_learning_rate: float | None = Field(default=None, gt=0)
+    """Not set: train.learning_rate x rank / alpha, so that an Adam step moves W as much as a dense step would."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_alpha(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "alpha" not in given and isinstance(rank := given.get("rank", 32), int):
+            return {**given, "alpha": DEFAULT_SCALE * max(rank, 1)}
+        return given
+
+    @property
+    def scale(self) -> float:
+        """s = alpha / r."""
+        return self.alpha / self.rank
+
+
+class DdpOptions(toml.Schema):
+    """Dense data parallelism: gradients of all parameters are averaged at every step."""
+
+    name: Literal["ddp"] = "ddp"
+
+
+Method = Annotated[LteOptions | DdpOptions, Field(discriminator="name")]
+METHOD_NAMES = ("lte", "ddp")
+
+
+class Train(toml.Schema):
+    """The optimisation, in optimizer steps."""
+
+    steps: int = Field(default=1000, gt=0)
+    micro_batch: int = Field(default=8, gt=0)
+    """Samples of one device in one step."""
+    learning_rate: float = Field(default=3e-3, gt=0)
+    """Peak rate, reached after the warm-up; decays on a cosine to a tenth."""
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled decay, on matrices only."""
+    clip_norm: float = Field(default=1.0, gt=0)
+    """Largest gradient norm of one device (ddp: of the averaged gradient)."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    dtype: Literal["fp32", "fp64"] = "fp32"
+    evaluate_every: int = Field(default=100, gt=0)
+    """Steps; takes place at the first merge from there on, since only merged weights are one model."""
+    evaluate_samples: int = Field(default=64, gt=0)
+    log_every: int = Field(default=1, gt=0)
+    checkpoint_every: int = Field(default=500, gt=0)
+    activation_checkpointing: bool = False
+
+
+class Cluster(toml.Schema):
+    """The hardware that is planned for and simulated."""
+
+    profile: str = Field(default="local", min_length=1)
+    devices: int = Field(default=4, gt=0)
+
+
+class Run(toml.Schema):
+    """One run, complete."""
+
+    model: Model = Model()
+    data: Data = Data(name="stdlib")
+    method: Method = LteOptions()
+    train: Train = Train()
+    cluster: Cluster = Cluster()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method_known(cls, given: Any) -> Any:
+        if isinstance(given, dict) and isinstance(method := given.get("method"), dict):
+            name = method.setdefault("name", "lte")
+            if name not in METHOD_NAMES:
+                raise ValueError(f"method.name = {name!r} is not a method; {near_match(str(name), METHOD_NAMES)}")
+        return given
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Run:
+        if isinstance(self.method, LteOptions):
+            self._check_adapters(self.method)
+        if self.train.warmup_steps >= self.train.steps:
+            raise ValueError(
+                f"train.warmup_steps = {self.train.warmup_steps} is not below train.steps = {self.train.steps}; lower it"
+            )
+        return self
+
+    def _check_adapters(self, method: LteOptions) -> None:
+        for linear in self.model.shape().adapted:
+            side, limit = min((linear.in_features, "inputs"), (linear.out_features, "outputs"))[::-1]
+            if method.rank > limit:
+                raise ValueError(
+                    f"method.rank = {method.rank} exceeds the {limit} {side} of {linear.name}; "
+                    f"try --set method.rank={limit}"
+                )
+        if self.train.micro_batch % method.heads_per_device:
+            raise ValueError(
+                f"train.micro_batch = {self.train.micro_batch} is not divisible by "
+                f"method.heads_per_device = {method.heads_per_device}; each head needs an equal part of the batch, "
+                f"try --set train.micro_batch={method.heads_per_device * max(1, self.train.micro_batch // method.heads_per_device)}"
+            )
+
+    @property
+    def heads(self) -> int:
+        """Heads H over all devices (1 per device for methods without adapters)."""
+        per_device = self.method.heads_per_device if isinstance(self.method, LteOptions) else 1
+        return self.cluster.devices * per_device
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that all devices together train on in one optimizer step."""
+        return self.cluster.devices * self.train.micro_batch * self.model.context
+
+
+def build_run(table: toml.Table, where: str = "run", text: str = "") -> Run:
+    """Validate a parsed run table; raises InputError."""
+    for name in table:
+        if name in Run.model_fields and not isinstance(table[name], dict):
+            raise InputError(f"{where}: {name} = {table[name]!r} is not a table; write [{name}] and its keys below it")
+    return toml.validate(Run, table, where, text)
+
+
+def load_run(path: Path, assignments: list[str] | None = None) -> Run:
+    """Read run.toml and apply `--set` assignments; raises InputError with file, line and key."""
+    text = toml.read(path)
+    table = toml.parse(text, str(path))
+    for assignment in assignments or []:
+        toml.set_key(table, assignment)
+    return build_run(table, str(path), text)
+
+
+def dump_run(run: Run) -> str:
+    """Return the run as TOML text, every key written out."""
+    return toml.dump(run.model_dump())

@@ -1,0 +1,158 @@
+"""The schema of profile.toml: which devices there are, what they can hold and do, and the links between them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+import profiles
+from simulate import toml
+from simulate.errors import InputError, near_match
+
+Source = Literal["datasheet", "measured", "guess"]
+Dtype = Literal["fp64", "fp32", "fp16", "bf16"]
+LOCAL = "local"
+
+
+class FlopPerSecond(toml.Schema):
+    """Peak dense multiply-add rate by number format, in FLOP/s; a format that is not set runs at the fp32 rate."""
+
+    fp32: float = Field(gt=0)
+    fp64: float | None = Field(default=None, gt=0)
+    fp16: float | None = Field(default=None, gt=0)
+    bf16: float | None = Field(default=None, gt=0)
+
+    def of(self, dtype: Dtype) -> float:
+        """Return the rate for `dtype` in FLOP/s."""
+        return getattr(self, dtype) or self.fp32
+
+
+class Device(toml.Schema):
+    """One kind of device in a profile, `count` of them."""
+
+    count: int = Field(default=1, ge=1)
+    kind: str
+    memory_bytes: int = Field(gt=0)
+    reserved_bytes: int = Field(ge=0)
+    """What the system, the driver's context and the display keep for themselves."""
+    host_memory_bytes: int = Field(ge=0)
+    """Memory of the host beside the device, per device; 0 where device and host share one memory."""
+    memory_bytes_per_s: float = Field(gt=0)
+    flop_per_s: FlopPerSecond
+    efficiency: float = Field(gt=0, le=1)
+    """Share of the peak rate that training reaches."""
+    source: Source
+    sources: dict[str, str] = {}
+    """Where each figure comes from, by its key."""
+
+    @model_validator(mode="after")
+    def _reserved_fits(self) -> Device:
+        if self.reserved_bytes >= self.memory_bytes:
+            raise ValueError(
+                f"reserved_bytes = {self.reserved_bytes} leaves nothing of memory_bytes = {self.memory_bytes}; lower it"
+            )
+        return self
+
+
+class Link(toml.Schema):
+    """The links between devices; every figure is for one device's own link, payload rates after protocol overhead."""
+
+    topology: Literal["star", "ring", "mesh"]
+    """star: each device on its own up/down link to a hub; ring: to two neighbours; mesh: one link for each pair."""
+    up_bytes_per_s: float = Field(gt=0)
+    down_bytes_per_s: float = Field(gt=0)
+    latency_s: float = Field(ge=0)
+    """One-way delay of a message from device to device."""
+    server_up_bytes_per_s: float | None = Field(default=None, gt=0)
+    """The parameter server's own link; not set: as fast as a device's."""
+    server_down_bytes_per_s: float | None = Field(default=None, gt=0)
+    source: Source
+    sources: dict[str, str] = {}
+
+
+class Profile(toml.Schema):
+    """A hardware profile: devices (they may differ) and the link between them."""
+
+    name: str = ""
+    description: str = ""
+    device: list[Device] = Field(min_length=1)
+    link: Link
+
+    @property
+    def count(self) -> int:
+        """Number of devices that the profile lists."""
+        return sum(device.count for device in self.device)
+
+    def devices(self, num_devices: int) -> tuple[Device, ...]:
+        """Return one entry per device; a profile of one kind stretches to any number, a mixed one does not."""
+        if len(self.device) == 1:
+            return (self.device[0],) * num_devices
+        if num_devices > self.count:
+            raise InputError(
+                f"cluster.devices = {num_devices} exceeds the {self.count} devices of the mixed profile {self.name!r}; "
+                f"use at most {self.count}, or add a [[device]] to a copy of it (lte profile show {self.name})"
+            )
+        return tuple(device for device in self.device for _ in range(device.count))[:num_devices]
+
+
+def load_profile(name: str) -> Profile:
+    """Load a profile by shipped name, `local` (detected now), or path to a TOML file; raises InputError."""
+    if name == LOCAL:
+        return detect_local()
+    shipped = profiles.names()
+    if name in shipped:
+        text, where = profiles.read_text(name), f"profiles/{name}.toml"
+    elif name.endswith(".toml") or "/" in name:
+        text, where = toml.read(Path(name)), name
+    else:
+        raise InputError(
+            f"profile = {name!r} is neither a shipped profile nor a path to a .toml file; "
+            f"{near_match(name, [*shipped, LOCAL])}"
+        )
+    table = toml.parse(text, where)
+    table.setdefault("name", Path(name).stem)
+    return toml.validate(Profile, table, where, text)
+
+
+def detect_local() -> Profile:
+    """Describe this machine as one device, from psutil alone; rates are guesses from cores and clock, and say so."""
+    import psutil
+
+    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    frequency = psutil.cpu_freq()
+    clock_hz, clock_source = (frequency.max or frequency.current) * 1e6 if frequency else 0.0, "psutil"
+    if not clock_hz:
+        clock_hz, clock_source = 2e9, "guess: the system does not tell the clock"
+    memory = psutil.virtual_memory()
+    flop_per_cycle = 32  # two 8-wide fused multiply-adds a cycle, as AVX2 cores have
+    device = Device(
+        count=4,
+        kind=f"this machine ({cores} cores)",
+        memory_bytes=memory.total,
+        reserved_bytes=min(memory.total - memory.available, memory.total - 1),
+        host_memory_bytes=0,
+        memory_bytes_per_s=20e9,
+        flop_per_s=FlopPerSecond(fp32=cores * clock_hz * flop_per_cycle, fp64=cores * clock_hz * flop_per_cycle / 2),
+        efficiency=0.3,
+        source="guess",
+        sources={
+            "count": "virtual devices, each as strong as this whole machine",
+            "memory_bytes": "psutil: total memory",
+            "reserved_bytes": "psutil: memory in use now",
+            "host_memory_bytes": "a CPU device has one memory",
+            "memory_bytes_per_s": "guess: dual-channel DDR4",
+            "flop_per_s": f"{cores} cores (psutil) x {clock_hz / 1e9:.2f} GHz ({clock_source}) x 32 FLOP a cycle (AVX2)",
+            "efficiency": "guess: small matrices",
+        },
+    )
+    link = Link(
+        topology="star",
+        up_bytes_per_s=117.5e6,
+        down_bytes_per_s=117.5e6,
+        latency_s=0.2e-3,
+        source="guess",
+        sources={key: "guess: gigabit Ethernet" for key in ("topology", "up_bytes_per_s", "down_bytes_per_s", "latency_s")},
+    )
+    return Profile(name=LOCAL, description="This machine, as four virtual devices", device=[device], link=link)

@@ -1,0 +1,101 @@
+"""What a model is made of, without torch: the linear layers that are adapted, and everything that is replicated.
+
+The planner and the clock count bytes and operations from here; a test holds each shape against the real network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GPT_SIZES: dict[str, dict[str, int]] = {
+    # The embedded default: small enough to train on a laptop in a minute, byte-level vocabulary.
+    "gpt": {"layers": 4, "width": 128, "attention_heads": 4, "context": 128, "vocab": 256},
+    # Radford et al. 2019, table 2, with the published vocabulary and context.
+    "gpt2": {"layers": 12, "width": 768, "attention_heads": 12, "context": 1024, "vocab": 50257},
+    "gpt2_medium": {"layers": 24, "width": 1024, "attention_heads": 16, "context": 1024, "vocab": 50257},
+    "gpt2_large": {"layers": 36, "width": 1280, "attention_heads": 20, "context": 1024, "vocab": 50257},
+    "gpt2_xl": {"layers": 48, "width": 1600, "attention_heads": 25, "context": 1024, "vocab": 50257},
+}
+MODEL_NAMES = tuple(GPT_SIZES)
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """`count` adapted linear layers of one shape; W is (out_features, in_features)."""
+
+    name: str
+    out_features: int
+    in_features: int
+    count: int
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in one such layer."""
+        return self.out_features * self.in_features
+
+    def factors(self, rank: int) -> int:
+        """Number of elements of one head's A and B for one such layer."""
+        return rank * (self.out_features + self.in_features)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder-only transformer's counts.
+
+    `replicated_tensors` are the element counts of each parameter that no adapter serves (embeddings, norms, biases),
+    in the order in which the network holds them: every device has its own copy, averaged at merges.
+    """
+
+    name: str
+    adapted: tuple[LinearShape, ...]
+    replicated_tensors: tuple[int, ...]
+    layers: int
+    width: int
+    attention_heads: int
+    context: int
+    vocab: int
+
+    @property
+    def adapted_parameters(self) -> int:
+        """Number of weights in adapted layers."""
+        return sum(linear.weights * linear.count for linear in self.adapted)
+
+    @property
+    def replicated_parameters(self) -> int:
+        """Number of parameters outside adapted layers."""
+        return sum(self.replicated_tensors)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of the dense model."""
+        return self.adapted_parameters + self.replicated_parameters
+
+    def factors(self, rank: int) -> int:
+        """Number of elements of one head's factors over all adapted layers."""
+        return sum(linear.factors(rank) * linear.count for linear in self.adapted)
+
+    @property
+    def largest_dimension(self) -> int:
+        """The largest min(out, in) of an adapted layer: the rank that a full update can have."""
+        return max(min(linear.out_features, linear.in_features) for linear in self.adapted)
+
+    def in_order(self) -> list[LinearShape]:
+        """Return one entry per adapted layer, in the order of the network."""
+        return [linear for _ in range(self.layers) for linear in self.adapted]
+
+
+def gpt_shape(name: str, layers: int, width: int, attention_heads: int, context: int, vocab: int) -> ModelShape:
+    """Return the counts of a GPT-2 shaped decoder (pre-norm, learned positions, head tied to the token embedding)."""
+    linears = (("attention.qkv", 3, 1), ("attention.project", 1, 1), ("mlp.up", 4, 1), ("mlp.down", 1, 4))
+    norm = (width, width)
+    block = (*norm, 3 * width, width, *norm, 4 * width, width)
+    return ModelShape(
+        name=name,
+        adapted=tuple(LinearShape(f"blocks.*.{n}", o * width, i * width, layers) for n, o, i in linears),
+        replicated_tensors=(vocab * width, context * width, *(block * layers), *norm),
+        layers=layers,
+        width=width,
+        attention_heads=attention_heads,
+        context=context,
+        vocab=vocab,
+    )
