@@ -119,6 +119,8 @@ class Train(toml.Schema):
     warmup_steps: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's decoupled decay, on matrices only."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.99, ge=0, lt=1)
     clip_norm: float = Field(default=1.0, gt=0)
     """Largest gradient norm of one device (ddp: of the averaged gradient)."""
     seed: int = Field(default=0, ge=0, lt=2**63)

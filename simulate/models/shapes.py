@@ -43,12 +43,14 @@ class ModelShape:
     """A decoder-only transformer's counts.
 
     `replicated_tensors` are the element counts of each parameter that no adapter serves (embeddings, norms, biases),
-    in the order in which the network holds them: every device has its own copy, averaged at merges.
+    in the order in which the network holds them: every device has its own copy, averaged at merges. `dense_tensors`
+    are the element counts of all parameters of the plain network, in its order.
     """
 
     name: str
     adapted: tuple[LinearShape, ...]
     replicated_tensors: tuple[int, ...]
+    dense_tensors: tuple[int, ...]
     layers: int
     width: int
     attention_heads: int
@@ -88,11 +90,17 @@ def gpt_shape(name: str, layers: int, width: int, attention_heads: int, context:
     """Return the counts of a GPT-2 shaped decoder (pre-norm, learned positions, head tied to the token embedding)."""
     linears = (("attention.qkv", 3, 1), ("attention.project", 1, 1), ("mlp.up", 4, 1), ("mlp.down", 1, 4))
     norm = (width, width)
-    block = (*norm, 3 * width, width, *norm, 4 * width, width)
+    biases = (*norm, 3 * width, width, *norm, 4 * width, width)
+    square = width * width
+    block = (
+        *norm, 3 * square, 3 * width, square, width, *norm, 4 * square, 4 * width, 4 * square, width,
+    )  # fmt: skip
+    embeddings = (vocab * width, context * width)
     return ModelShape(
         name=name,
         adapted=tuple(LinearShape(f"blocks.*.{n}", o * width, i * width, layers) for n, o, i in linears),
-        replicated_tensors=(vocab * width, context * width, *(block * layers), *norm),
+        replicated_tensors=(*embeddings, *(biases * layers), *norm),
+        dense_tensors=(*embeddings, *(block * layers), *norm),
         layers=layers,
         width=width,
         attention_heads=attention_heads,

@@ -1,0 +1,44 @@
+"""Batches for N devices: each device draws from its own shard, and every draw has the address (seed, device, step).
+
+Legend: L local devices, B samples of a device, T tokens of a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simulate.data.text import Text
+from simulate.randomness import generator
+
+
+class TextBatches:
+    """Windows of a text; device n of N draws them from the n-th of N equal, contiguous parts of the training split."""
+
+    def __init__(self, text: Text, context: int, micro_batch: int, devices: int, seed: int) -> None:
+        self.text, self.context, self.micro_batch, self.devices, self.seed = text, context, micro_batch, devices, seed
+        self.shard_tokens = len(text.train) // devices
+
+    def batch(self, step: int, local_devices: range) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets (L*B, T), int64, of the local devices in device order."""
+        starts_LB = np.stack([self._starts(device, step) for device in local_devices])
+        windows = self.text.train[starts_LB.reshape(-1, 1) + np.arange(self.context + 1)]
+        tokens = torch.from_numpy(windows.astype(np.int64))
+        return tokens[:, :-1], tokens[:, 1:]
+
+    def _starts(self, device: int, step: int) -> np.ndarray:
+        random = generator(self.seed, "batch", device, step)
+        return device * self.shard_tokens + random.integers(0, self.shard_tokens - self.context, self.micro_batch)
+
+    def validation(self, num_samples: int, num_at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield fixed windows spread evenly over the validation split, at most `num_at_once` (S, T) at a time."""
+        held_out = self.text.validation
+        last = len(held_out) - self.context - 1
+        starts = np.unique(np.linspace(0, last, num=min(num_samples, last + 1)).astype(np.int64))
+        for first in range(0, len(starts), num_at_once):
+            windows = held_out[starts[first : first + num_at_once, None] + np.arange(self.context + 1)]
+            tokens = torch.from_numpy(windows.astype(np.int64))
+            yield tokens[:, :-1], tokens[:, 1:]

@@ -1,0 +1,119 @@
+"""Text as bytes: any UTF-8 file, a folder of them, or the embedded default; torch-free, so that a plan can check it."""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from simulate import config
+from simulate.errors import InputError
+
+STDLIB_BYTES = 2_000_000
+"""Cap of the embedded default: the standard library's top-level modules, sorted by name, up to this many bytes."""
+VALIDATION_SHARE = 0.1
+BYTE_VALUES = 256
+
+
+@dataclass(frozen=True)
+class Text:
+    """Byte-level tokens with a fixed split: the last tenth is for validation.
+
+    Attributes:
+        tokens: uint8, (num_tokens,).
+        source: what it was read from, for people.
+    """
+
+    tokens: np.ndarray
+    source: str
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digest of all tokens: tells whether a resumed run sees the data that it started with."""
+        return hashlib.sha256(self.tokens.tobytes()).hexdigest()
+
+    @property
+    def train(self) -> np.ndarray:
+        """The tokens to train on."""
+        return self.tokens[: self._split]
+
+    @property
+    def validation(self) -> np.ndarray:
+        """The tokens to evaluate on."""
+        return self.tokens[self._split :]
+
+    @property
+    def _split(self) -> int:
+        return int(len(self.tokens) * (1 - VALIDATION_SHARE))
+
+    def check(self, model: config.Model, devices: int) -> None:
+        """Raise InputError where a device's shard or the validation split has no window, or the vocabulary is small."""
+        window = model.context + 1
+        needed = max(int(window / VALIDATION_SHARE), int(window * devices / (1 - VALIDATION_SHARE))) + 1
+        if len(self.validation) < window or len(self.train) // devices < window:
+            raise InputError(
+                f"data: {self.source} has {len(self.tokens):,} bytes; windows of {window} for {devices} devices and a "
+                f"validation split of a tenth need {needed:,}: give more text, fewer --devices "
+                "or a smaller --set model.context"
+            )
+        largest = int(self.tokens.max())
+        if largest >= model.vocab:
+            raise InputError(
+                f"model.vocab = {model.vocab} does not cover byte {largest} of {self.source}; "
+                f"try --set model.vocab={BYTE_VALUES}"
+            )
+
+
+def load_text(data: config.Data) -> Text:
+    """Read the text that run.toml names; raises InputError for what is missing, empty, binary or unreadable."""
+    if data.path is None:
+        return _stdlib()
+    path = Path(data.path)
+    if not path.exists():
+        raise InputError(f"data.path = {data.path!r} does not exist; give a UTF-8 text file or a folder of them")
+    files = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p, path)) if path.is_dir() else [path]
+    if not files:
+        raise InputError(f"data.path = {data.path!r} is a folder without files; put UTF-8 text files in it")
+    parts = [_read(file) for file in files]
+    content = b"\n".join(parts)
+    if not content.strip():
+        raise InputError(f"data.path = {data.path!r} is empty; give a text file with content")
+    return Text(np.frombuffer(content, dtype=np.uint8), data.path)
+
+
+def _hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"data: {path} cannot be read ({error.strerror}); check its permissions") from None
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"data: {path} is not UTF-8 text (byte {error.start}); convert it, or leave it out of the folder"
+        ) from None
+    if b"\x00" in content:
+        raise InputError(f"data: {path} is binary (it holds a NUL byte); give UTF-8 text")
+    return content
+
+
+def _stdlib() -> Text:
+    folder = Path(sysconfig.get_path("stdlib"))
+    content = bytearray()
+    for path in sorted(folder.glob("*.py")):
+        content += path.read_bytes()
+        if len(content) >= STDLIB_BYTES:
+            break
+    if not content:
+        raise InputError(
+            f"data.name = 'stdlib': {folder} holds no Python source (a stripped installation?); use --data PATH"
+        )
+    return Text(np.frombuffer(bytes(content[:STDLIB_BYTES]), dtype=np.uint8), "the Python standard library's source")

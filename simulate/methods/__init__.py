@@ -1,0 +1,22 @@
+"""One file a method. Names resolve lazily, so that listing them costs nothing."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from simulate.communicator import Communicator
+    from simulate.config import Run
+    from simulate.methods.base import Method
+
+_CLASSES = {"lte": "simulate.methods.lte:Lte", "ddp": "simulate.methods.ddp:Ddp"}
+
+
+def build_method(run: Run, communicator: Communicator, device: torch.device) -> Method:
+    """Return the method that run.toml names, with its start weights, on `device`."""
+    module, _, name = _CLASSES[run.method.name].partition(":")
+    method: Method = getattr(import_module(module), name)(run, communicator, device)
+    return method

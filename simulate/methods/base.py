@@ -1,0 +1,130 @@
+"""What every method shares: the model on L local devices, their losses, clipping, the optimizer and the state.
+
+Legend: L local devices, K heads of a device, S samples, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simulate.communicator import Communicator
+from simulate.config import Run, Train
+from simulate.models.build import build_model
+
+COSINE_FLOOR = 0.1
+"""The learning rate ends at this share of its peak."""
+
+
+def learning_rate_factor(train: Train, step: int) -> float:
+    """Return the share of the peak rate at a step, from 0: linear warm-up, then a cosine down to COSINE_FLOOR."""
+    if step < train.warmup_steps:
+        return (step + 1) / train.warmup_steps
+    progress = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+    return COSINE_FLOOR + (1 - COSINE_FLOOR) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Method:
+    """A way to train; subclasses say which parameters there are and what devices exchange, and when."""
+
+    def __init__(self, run: Run, communicator: Communicator, device: torch.device) -> None:
+        self.run, self.communicator = run, communicator
+        self.local_devices = len(communicator.local_devices)
+        self.model = self.prepare(build_model(run)).to(device)
+        # Fused: one pass over the state and no temporaries, unlike the foreach form.
+        self.optimizer = torch.optim.AdamW(
+            self.parameter_groups(), betas=(run.train.adam_beta1, run.train.adam_beta2), fused=True
+        )
+        self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Give the plain network the parameters that this method trains."""
+        raise NotImplementedError
+
+    def parameter_groups(self) -> list[dict[str, object]]:
+        """Return the optimizer's groups."""
+        raise NotImplementedError
+
+    def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
+        """Take one optimizer step on (L*B, T) tokens; return the devices' mean losses before it, (L,)."""
+        raise NotImplementedError
+
+    def merge_due(self, step: int) -> bool:
+        """Whether devices merge after this step."""
+        raise NotImplementedError
+
+    def merge(self, step: int) -> None:
+        """Make all devices' weights one model."""
+        raise NotImplementedError
+
+    def merged_state(self) -> dict[str, Tensor]:
+        """Return the one model's weights by the plain network's names; right after a merge."""
+        raise NotImplementedError
+
+    def group_losses(self, inputs: Tensor, targets: Tensor, groups: int) -> Tensor:
+        """Return the mean loss of each of `groups` equal parts of the batch, (groups,): nobody's mean mixes parts."""
+        self.model.train()
+        loss_N = F.cross_entropy(self.model(inputs).flatten(0, 1), targets.reshape(-1), reduction="none")
+        return loss_N.view(groups, -1).mean(1)
+
+    def apply_gradients(self, step: int) -> None:
+        """Take the optimizer step at the schedule's rate and free the gradients."""
+        factor = learning_rate_factor(self.run.train, step)
+        for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
+            group["lr"] = peak * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def decay_groups(self, named: Iterable[tuple[str, nn.Parameter]], rate: float) -> list[dict[str, object]]:
+        """Split parameters with a leading copies axis into decayed matrices and undecayed vectors."""
+        parameters = [parameter for _, parameter in named]
+        matrices = [p for p in parameters if p.ndim > 2]
+        vectors = [p for p in parameters if p.ndim <= 2]
+        decay = self.run.train.weight_decay
+        groups: list[dict[str, object]] = [
+            {"params": matrices, "lr": rate, "weight_decay": decay},
+            {"params": vectors, "lr": rate, "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything that the next step depends on, by name: parameters, buffers, optimizer moments."""
+        state = {f"model.{name}": tensor.detach() for name, tensor in self._model_tensors().items()}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                state[f"optimizer.{name}.{key}"] = value
+        return state
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state` returned; raises KeyError or RuntimeError where names or shapes differ."""
+        tensors = self._model_tensors()
+        for name, tensor in tensors.items():
+            with torch.no_grad():
+                tensor.copy_(state[f"model.{name}"])
+        for name, parameter in self.model.named_parameters():
+            prefix = f"optimizer.{name}."
+            moments = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            if moments:
+                self.optimizer.state[parameter] = {
+                    key: value.clone() if key == "step" else value.to(parameter.device).clone()
+                    for key, value in moments.items()
+                }
+
+    def _model_tensors(self) -> dict[str, Tensor]:
+        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+
+
+def clip_per_device(gradients: list[Tensor], devices: int, clip_norm: float) -> None:
+    """Scale each device's gradients, in place, so that their joint norm is at most `clip_norm`.
+
+    Every gradient has a leading axis of `devices`, or of devices * K heads in device order.
+    """
+    norms = torch.stack([torch.linalg.vector_norm(g.view(devices, -1), dim=1) for g in gradients])
+    factor_L = (clip_norm / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp_(max=1.0)
+    for gradient in gradients:
+        flat = gradient.view(devices, -1)
+        flat.mul_(factor_L.unsqueeze(1))
