@@ -159,7 +159,7 @@ class ReplicatedEmbedding(nn.Module):
         copies, vocab, width = self.weight.shape
         if copies > 1:
             offset = torch.arange(copies, device=index.device) * vocab
-            index = (index.view(copies, -1) + offset.unsqueeze(1)).view(index.shape)
+            index = (index.reshape(copies, -1) + offset.unsqueeze(1)).view(index.shape)
         return F.embedding(index, self.weight.view(copies * vocab, width))
 
 
