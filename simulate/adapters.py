@@ -91,7 +91,7 @@ class LoraLinear(nn.Module):
         self.name, self.spec = name, spec
         heads, (outputs, inputs) = devices * spec.heads_per_device, linear.weight.shape
         like = {"dtype": linear.weight.dtype, "device": linear.weight.device}
-        self.register_buffer("weight", linear.weight.detach().clone())
+        self.register_buffer("weight", linear.weight.detach())
         self.bias = None if linear.bias is None else _replicate(linear.bias, devices)
         self.a = nn.Parameter(torch.empty(heads, spec.rank, inputs, **like))
         self.b = nn.Parameter(torch.zeros(heads, outputs, spec.rank, **like))
@@ -99,12 +99,11 @@ class LoraLinear(nn.Module):
             self.a.copy_(self.draw_a(0))
         self.register_buffer("a0", None)
         self.register_buffer("b0", None)
-        if spec.reset_less:
-            # W0 never changes: with the old product subtracted, merges telescope to W = W0 + (s/H)·Σ B_h·A_h.
-            self.register_buffer("start_weight", self.weight.clone())
+        # W0 never changes: with the old product subtracted, merges telescope to W = W0 + (s/H)·Σ B_h·A_h. It is read
+        # at merges only, so it is no buffer: it stays in host memory when the module moves to a GPU.
+        self.start_weight = self.weight.cpu().clone() if spec.reset_less else None
 
     weight: Tensor
-    start_weight: Tensor
     a0: Tensor | None
     b0: Tensor | None
 
@@ -203,7 +202,8 @@ class ReplicatedLayerNorm(nn.Module):
 
 
 def _replicate(parameter: Tensor, copies: int) -> nn.Parameter:
-    return nn.Parameter(parameter.detach().expand(copies, *parameter.shape).clone())
+    one = parameter.detach().unsqueeze(0)
+    return nn.Parameter(one if copies == 1 else one.repeat(copies, *(1,) * parameter.ndim))
 
 
 def convert(model: nn.Module, copies: int, adapters: AdapterSpec | None = None) -> nn.Module:

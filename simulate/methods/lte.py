@@ -100,8 +100,7 @@ class Lte(Method):
         server = self.options.merge_transport == "server"
         everyones = self.communicator.push(factors) if server else self.communicator.all_gather(factors)
         for layer, a_HRI, b_HOR in zip(layers, everyones[::2], everyones[1::2], strict=True):
-            b_OX, a_XI = _stacked(a_HRI, b_HOR)
-            torch.addmm(self._base(layer), b_OX, a_XI, alpha=self._share, out=layer.weight)
+            add_products(self._base(layer), a_HRI, b_HOR, self._share, out=layer.weight)
         if server:
             self.communicator.pull([layer.weight for layer in layers])
 
@@ -111,7 +110,7 @@ class Lte(Method):
         return self.options.scale / (self.communicator.num_devices * self.options.heads_per_device)
 
     def _base(self, layer: LoraLinear) -> Tensor:
-        return layer.start_weight if self.options.reset == "none" else layer.weight
+        return layer.weight if layer.start_weight is None else layer.start_weight.to(layer.weight.device)
 
     def _average(self, parameters: list[nn.Parameter]) -> None:
         if self.options.merge_transport == "server":
@@ -135,6 +134,10 @@ class Lte(Method):
     def merged_state(self) -> dict[str, Tensor]:
         return merged_state(self.model)
 
+    def _model_tensors(self) -> dict[str, Tensor]:
+        start = {f"{layer.name}.start_weight": layer.start_weight for layer in self.layers}
+        return {**super()._model_tensors(), **{name: w for name, w in start.items() if w is not None}}
+
     def load_state(self, state: dict[str, Tensor]) -> None:
         for name, module in self.model.named_modules():
             if isinstance(module, LoraLinear) and f"model.{name}.a0" in state:
@@ -142,12 +145,17 @@ class Lte(Method):
         super().load_state(state)
 
 
-def _stacked(a_HRI: Tensor, b_HOR: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (O, H*R) and (H*R, I): the sum over heads of B_h·A_h is then one matrix product."""
-    return b_HOR.transpose(0, 1).reshape(b_HOR.shape[1], -1), a_HRI.reshape(-1, a_HRI.shape[2])
+def add_products(base_OI: Tensor, a_HRI: Tensor, b_HOR: Tensor, share: float, out: Tensor) -> None:
+    """Write base + share·Σ_h B_h·A_h to `out`, (O, I): one matrix product, and not a dense delta beside it."""
+    torch.addmm(base_OI, *_stacked(a_HRI, b_HOR), alpha=share, out=out)
 
 
 def sum_of_products(a_HRI: Tensor, b_HOR: Tensor) -> Tensor:
     """Return Σ_h B_h·A_h, (O, I): the sum of products, which a product of sums is not."""
     b_OX, a_XI = _stacked(a_HRI, b_HOR)
     return b_OX @ a_XI
+
+
+def _stacked(a_HRI: Tensor, b_HOR: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (O, H*R) and (H*R, I), whose product is the sum over heads of B_h·A_h."""
+    return b_HOR.transpose(0, 1).reshape(b_HOR.shape[1], -1), a_HRI.reshape(-1, a_HRI.shape[2])

@@ -1,0 +1,60 @@
+"""Floating-point operations of one device, in closed form; a multiply-add counts as two.
+
+Letters: t tokens of one device and step, P weights of a layer, F elements of its factors (one head's: a token passes
+through one head), d width, c context.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from simulate.config import LteOptions, Run
+from simulate.models.shapes import ModelShape
+
+
+def step_flops(run: Run, shape: ModelShape) -> float:
+    """Return the operations of one optimizer step's forward and backward passes."""
+    method = run.method
+    tokens = run.train.micro_batch * shape.context
+    if isinstance(method, LteOptions):
+        return tokens * _lte_token_flops(
+            shape, method.rank, method.reset == "none", run.train.activation_checkpointing
+        )
+    return tokens * _dense_token_flops(shape, run.train.activation_checkpointing)
+
+
+def _attention_flops(shape: ModelShape) -> float:
+    """Forward: two products of c x d a token, half of them behind the causal mask."""
+    return 2.0 * shape.layers * shape.context * shape.width
+
+
+def _head_flops(shape: ModelShape) -> float:
+    """Forward of the tied output layer, which is trained densely by every method."""
+    return 2.0 * shape.vocab * shape.width
+
+
+@lru_cache(maxsize=64)
+def _dense_token_flops(shape: ModelShape, checkpointing: bool) -> float:
+    """6P: forward 2P, gradient to the input 2P, gradient of the weights 2P (Kaplan et al. 2020, section 2.1)."""
+    blocks = 2.0 * shape.adapted_parameters + _attention_flops(shape)
+    return 3 * (blocks + _head_flops(shape)) + (blocks if checkpointing else 0)
+
+
+@lru_cache(maxsize=1024)
+def _lte_token_flops(shape: ModelShape, rank: int, reset_less: bool, checkpointing: bool) -> float:
+    """4P + 6F, since frozen weights need no gradient; the subtracted old product adds 4F (forward and to the input)."""
+    factors = shape.factors(rank)
+    forward = 2.0 * shape.adapted_parameters + 2.0 * factors * (2 if reset_less else 1)
+    step = 4.0 * shape.adapted_parameters + (10.0 if reset_less else 6.0) * factors
+    attention = _attention_flops(shape)
+    recomputed = forward + attention if checkpointing else 0
+    return step + 3 * (attention + _head_flops(shape)) + recomputed
+
+
+def merge_flops(run: Run, shape: ModelShape) -> float:
+    """Return one device's operations in a merge: Σ_h B_h·A_h over the heads whose factors it has."""
+    method = run.method
+    if not isinstance(method, LteOptions) or method.merge_transport == "server":
+        return 0.0
+    heads = method.heads_per_device * (run.cluster.devices if method.merge_transport == "gather" else 1)
+    return 2.0 * shape.adapted_parameters * heads * method.rank

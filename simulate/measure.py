@@ -1,0 +1,83 @@
+"""Measure what one device of a run really allocates: its program alone, for a few steps and a merge.
+
+The simulation holds all devices in one process and shares what they have in common, so its own footprint says little
+about one device's. Here one device runs by itself: its batch, its adapters, everyone's factors at the merge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from simulate.communicator import ByteCounter
+from simulate.config import Run
+from simulate.methods import build_method
+
+MEASURED_STEPS = 3
+"""The first step allocates optimizer state, the first merge what it remembers; after that every round is alike."""
+
+
+class EchoCommunicator:
+    """One device of N, whose peers are echoes of itself: buffers have their real sizes, the numbers mean nothing."""
+
+    def __init__(self, num_devices: int) -> None:
+        self.num_devices = num_devices
+        self.local_devices = range(1)
+        self.counter = ByteCounter()
+
+    def all_reduce(self, sums: Sequence[Tensor]) -> None:
+        _pack(sums)
+
+    def all_gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [tensor.repeat(self.num_devices, *(1,) * (tensor.ndim - 1)) for tensor in tensors]
+
+    def push(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        _pack(tensors)
+        return list(tensors)
+
+    def pull(self, tensors: Sequence[Tensor]) -> None:
+        _pack(tensors)
+
+
+def _pack(tensors: Sequence[Tensor]) -> None:
+    """Allocate and free the message that the tensors would travel in."""
+    torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def measure_memory_bytes(run: Run, device: torch.device) -> int:
+    """Return the allocator's peak, in bytes, of one device's program over steps and a merge."""
+
+    def program() -> None:
+        method = build_method(run, EchoCommunicator(run.cluster.devices), device)
+        samples = (run.train.micro_batch, run.model.context)
+        tokens = torch.arange(samples[0] * samples[1], device=device).view(samples) % run.model.vocab
+        for step in range(MEASURED_STEPS):
+            method.step(tokens, tokens, step)
+            method.merge(step)
+
+    if device.type == "cuda":
+        return _cuda_peak_bytes(program, device)
+    return _cpu_peak_bytes(program)
+
+
+def _cuda_peak_bytes(program: Callable[[], None], device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    program()
+    torch.cuda.synchronize(device)
+    return int(torch.cuda.max_memory_allocated(device)) - before
+
+
+def _cpu_peak_bytes(program: Callable[[], None]) -> int:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        program()
+    current = peak = 0
+    for event in trace.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            current += event.nbytes()
+            peak = max(peak, current)
+    return peak
