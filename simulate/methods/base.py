@@ -53,9 +53,14 @@ class Method:
         """Take one optimizer step on (L*B, T) tokens; return the devices' mean losses before it, (L,)."""
         raise NotImplementedError
 
-    def merge_due(self, step: int) -> bool:
-        """Whether devices merge after this step."""
+    @property
+    def round_steps(self) -> int:
+        """Optimizer steps from one merge to the next."""
         raise NotImplementedError
+
+    def merge_due(self, step: int) -> bool:
+        """Whether devices merge after this step: at the end of a round, and of the run."""
+        return (step + 1) % self.round_steps == 0 or step + 1 == self.run.train.steps
 
     def merge(self, step: int) -> None:
         """Make all devices' weights one model."""

@@ -35,8 +35,9 @@ class Ddp(Method):
         self.apply_gradients(step)
         return losses_L.detach()
 
-    def merge_due(self, step: int) -> bool:
-        return True
+    @property
+    def round_steps(self) -> int:
+        return 1
 
     def merge(self, step: int) -> None:
         """Nothing to do: the weights are one model after every step."""

@@ -67,8 +67,9 @@ class Lte(Method):
         self.apply_gradients(step)
         return losses_H.detach().view(self.local_devices, heads).mean(1)
 
-    def merge_due(self, step: int) -> bool:
-        return (step + 1) % self.options.merge_every == 0 or step + 1 == self.run.train.steps
+    @property
+    def round_steps(self) -> int:
+        return self.options.merge_every
 
     @torch.no_grad()
     def merge(self, step: int) -> None:

@@ -1,0 +1,156 @@
+"""The typer app: parse, call, render. Bodies import what they need, so that --help and plan stay light."""
+
+from __future__ import annotations
+
+import enum
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ltecli import __version__
+from ltecli.errors import guarded
+
+app = typer.Typer(
+    name="lte",
+    help="Plan, train and report LoRA-the-Explorer pre-training on small, old or far-apart GPUs.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+profile_app = typer.Typer(help="Look at hardware profiles.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(profile_app, name="profile")
+
+
+class DeviceName(str, enum.Enum):
+    """Where tensors live."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any run.toml key: method.rank=16")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no hints.")]
+ProfileName = Annotated[
+    str | None, typer.Option("--profile", "-p", help="A shipped profile, `local`, or a path to profile.toml.")
+]
+Model = Annotated[str | None, typer.Option("--model", "-m", help="gpt, gpt2, gpt2_medium, gpt2_large or gpt2_xl.")]
+DataPath = Annotated[str | None, typer.Option("--data", "-d", help="A UTF-8 text file, or a folder of them.")]
+Devices = Annotated[int | None, typer.Option("--devices", "-n", help="Devices to use; default: all of the profile.")]
+Tokens = Annotated[int | None, typer.Option("--tokens", help="Tokens to train on; default: 20 a parameter.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lte {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Plan, train and report LoRA-the-Explorer pre-training on small, old or far-apart GPUs."""
+
+
+@app.command()
+def plan(
+    profile: ProfileName = None,
+    model: Model = None,
+    data: DataPath = None,
+    devices: Devices = None,
+    tokens: Tokens = None,
+    method: Annotated[str | None, typer.Option(help="Pin the method: lte or ddp.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Pin the rank of one head.")] = None,
+    heads_per_device: Annotated[int | None, typer.Option(help="Pin the heads of one device.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="Pin the frozen weights' format: none, int8 or nf4.")] = None,
+    merge_every: Annotated[int | None, typer.Option(help="Pin the steps between merges.")] = None,
+    assignments: Set = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the choice as run.toml.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Let -o replace an existing file.")] = False,
+    top: Annotated[int, typer.Option(min=1, help="Candidates to show.")] = 8,
+    as_json: Json = False,
+) -> None:
+    """Work out what fits and what it costs, and choose; writes nothing without -o."""
+    from ltecli.commands.plan import Request, plan_command
+
+    request = Request(
+        profile=profile,
+        model=model,
+        data=data,
+        devices=devices,
+        tokens=tokens,
+        pins={
+            "name": method,
+            "rank": rank,
+            "heads_per_device": heads_per_device,
+            "quantize": quantize,
+            "merge_every": merge_every,
+        },
+        assignments=tuple(assignments or ()),
+    )
+    raise typer.Exit(guarded(lambda: plan_command(request, out, force, top, as_json)))
+
+
+@app.command()
+def train(
+    run: Annotated[Path | None, typer.Argument(help="run.toml, or a run folder; default: plan one now.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default: runs/NAME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
+    data: DataPath = None,
+    device: Annotated[DeviceName, typer.Option(help="Where to simulate.")] = DeviceName.AUTO,
+    assignments: Set = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Simulate the run's devices in this process; Ctrl-C saves and leaves."""
+    from ltecli.commands.train import train_command
+
+    raise typer.Exit(
+        guarded(lambda: train_command(run, out, resume, data, device.value, tuple(assignments or ()), as_json, quiet))
+    )
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are set side by side.")],
+    as_json: Json = False,
+) -> None:
+    """Set planned, simulated and measured figures side by side."""
+    from ltecli.commands.report import report_command
+
+    raise typer.Exit(guarded(lambda: report_command(runs, as_json)))
+
+
+@profile_app.command("list")
+def profile_list(as_json: Json = False) -> None:
+    """List the shipped profiles, and `local`: this machine."""
+    from ltecli.commands.profile import list_command
+
+    raise typer.Exit(guarded(lambda: list_command(as_json)))
+
+
+@profile_app.command("show")
+def profile_show(
+    name: Annotated[str, typer.Argument(help="A shipped profile, `local`, or a path to profile.toml.")],
+    as_json: Json = False,
+) -> None:
+    """Print a profile as TOML, with the source of every figure."""
+    from ltecli.commands.profile import show_command
+
+    raise typer.Exit(guarded(lambda: show_command(name, as_json)))
+
+
+def main() -> None:
+    """Entry point of the `lte` command."""
+    # Tables and curves use characters beyond ASCII, which a bare container's locale would refuse.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    app()

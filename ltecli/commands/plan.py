@@ -1,0 +1,245 @@
+"""lte plan: from a request to a plan, shown, or written as run.toml."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ltecli.errors import NothingFeasibleError
+from ltecli.output import Output, bytes_text, plain_table, seconds_text
+from ltecli.planner import Candidate, Pins, Plan, Rejected, describe, make_plan
+from simulate import toml
+from simulate.config import Run, build_run, dump_run
+from simulate.errors import InputError
+from simulate.hardware import LOCAL, Profile, load_profile
+
+TOKENS_PER_PARAMETER = 20
+"""Hoffmann et al. 2022 (arXiv 2203.15556): compute-optimal training takes about 20 tokens a parameter."""
+DEMO_TOKENS = 400_000
+"""What a request without a model trains on: about a minute on two cores."""
+REFERENCE_WIDTH, REFERENCE_RATE = 128, 3e-3
+"""The learning rate falls with the width (Yang et al. 2022, arXiv 2203.03466); 3e-3 at 128 was measured to do well."""
+_WHERE = "command line"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for; None and missing pins leave it to the planner."""
+
+    profile: str | None = None
+    model: str | None = None
+    data: str | None = None
+    devices: int | None = None
+    tokens: int | None = None
+    pins: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of [method]."""
+    assignments: tuple[str, ...] = ()
+
+
+def plan_command(request: Request, out: Path | None, force: bool, top: int, as_json: bool) -> int:
+    """Plan, show, and write the choice where `out` asks for it; raises NothingFeasibleError where nothing fits."""
+    if out is not None:
+        _check_target(out, force)
+    plan = plan_request(request)
+    output = Output(as_json)
+    output.json(plan.to_dict())
+    _show(plan, output, top)
+    if plan.chosen is None:
+        raise NothingFeasibleError(nearest_miss_text(plan))
+    if out is not None:
+        try:
+            toml.write_atomically(out, dump_run(plan.chosen.run).encode())
+        except OSError as error:
+            raise InputError(f"--out {out} cannot be written ({error.strerror}); choose another folder") from None
+        output.hint(f"wrote {out}; next: lte train {out}")
+    else:
+        output.hint("next: lte plan ... -o run.toml, then lte train run.toml")
+    return 0
+
+
+def plan_request(request: Request) -> Plan:
+    """Turn a request into a plan; raises InputError for what is wrong in it."""
+    table: toml.Table = {"model": {}, "data": {}, "method": {}, "train": {}, "cluster": {}}
+    for assignment in request.assignments:
+        toml.set_key(table, assignment)
+    _put(table, "model", "name", request.model)
+    _put(table, "data", "path", request.data)
+    _put(table, "cluster", "profile", request.profile)
+    _put(table, "cluster", "devices", request.devices)
+    for key, value in request.pins.items():
+        _put(table, "method", key, value)
+    pins = _pins(table)
+    profile = load_profile(str(table["cluster"].setdefault("profile", LOCAL)))
+    base, notes = _base_run(table, profile)
+    _check_data(base)
+    tokens = _tokens(request, base, table)
+    return make_plan(base, profile, tokens, pins, notes)
+
+
+def _put(table: toml.Table, section: str, key: str, value: Any) -> None:
+    if value is None:
+        return
+    if table[section].get(key, value) != value:
+        raise InputError(
+            f"{section}.{key} is given twice: {value!r} by its own option and {table[section][key]!r} by --set; keep one"
+        )
+    table[section][key] = value
+
+
+def _pins(table: toml.Table) -> Pins:
+    method, train = table["method"], table["train"]
+    keys = ("rank", "heads_per_device", "quantize", "merge_every", "merge_transport")
+    return Pins(
+        method=method.get("name") or ("lte" if method else None),
+        micro_batch=train.get("micro_batch"),
+        activation_checkpointing=train.get("activation_checkpointing"),
+        **{key: method.get(key) for key in keys},
+    )
+
+
+def _base_run(table: toml.Table, profile: Profile) -> tuple[Run, list[str]]:
+    """Validate everything given, with what follows from it filled in."""
+    notes = []
+    if not table["data"]:
+        table["data"] = {"name": "stdlib"}
+    table["cluster"].setdefault("devices", profile.count)
+    if table["method"].get("name", "lte") == "lte" and "micro_batch" not in table["train"]:
+        heads = table["method"].get("heads_per_device", 1)
+        table["train"]["micro_batch"] = heads if isinstance(heads, int) and heads > 0 else 1
+    # Derived keys may not make a short run invalid before the planner has set its steps.
+    run = build_run(table, _WHERE)
+    if "learning_rate" not in table["train"]:
+        rate = min(REFERENCE_RATE, REFERENCE_RATE * REFERENCE_WIDTH / run.model.width)
+        table["train"]["learning_rate"] = rate
+        notes.append(f"train.learning_rate = {rate:.2g} is a rule of thumb for width {run.model.width}; try two beside it")
+        run = build_run(table, _WHERE)
+    return run, notes
+
+
+def _check_data(run: Run) -> None:
+    from simulate.data.text import load_text
+
+    load_text(run.data).check(run.model, run.cluster.devices)
+
+
+def _tokens(request: Request, base: Run, table: toml.Table) -> int:
+    if request.tokens is not None:
+        if request.tokens <= 0:
+            raise InputError(f"--tokens {request.tokens}: must be greater than 0; leave it out for 20 a parameter")
+        if "steps" in table["train"]:
+            raise InputError("--tokens and train.steps both say how long to train; keep one")
+        return request.tokens
+    if "steps" in table["train"]:
+        return base.train.steps * base.tokens_per_step
+    return DEMO_TOKENS if request.model is None and not table["model"] else TOKENS_PER_PARAMETER * base.model.shape().parameters
+
+
+def _check_target(out: Path, force: bool) -> None:
+    if out.is_dir():
+        raise InputError(f"--out {out} is a folder; name a file in it, for example {out / 'run.toml'}")
+    if out.exists() and not force:
+        raise InputError(f"--out {out} exists; add --force to replace it, or choose another name")
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out}: the folder {out.parent} does not exist; create it first")
+
+
+def nearest_miss_text(plan: Plan) -> str:
+    """Return what comes closest to fitting, and what would make it fit."""
+    miss = plan.nearest_miss()
+    assert miss is not None, "a plan without candidates has rejected at least one"
+    shape = plan.base.model.shape()
+    return (
+        f"nothing fits profile {plan.profile.name}: the nearest miss is {describe(miss.candidate.run)}, which "
+        f"{miss.reason}; {bytes_text(miss.short_bytes)} more on each device would do, or a smaller "
+        f"--set model.context (now {shape.context}) or model.layers (now {shape.layers})"
+    )
+
+
+def _show(plan: Plan, output: Output, top: int) -> None:
+    shape, base = plan.base.model.shape(), plan.base
+    output.heading(
+        f"{shape.name}: {shape.parameters:,} parameters ({shape.adapted_parameters:,} adapted), "
+        f"{plan.tokens:,} tokens on {base.cluster.devices} x {plan.profile.name}"
+    )
+    link = plan.profile.link
+    output.text(
+        f"planned: {len(plan.candidates):,} candidates fit, {len(plan.rejected):,} do not; link {link.topology}, "
+        f"{bytes_text(link.up_bytes_per_s)}/s up, {bytes_text(link.down_bytes_per_s)}/s down, "
+        f"{seconds_text(link.latency_s)} latency"
+    )
+    if plan.candidates:
+        output.table(_candidate_table(plan, plan.candidates[:top]))
+    if plan.rejected:
+        output.text(f"rejected, for example: {_example(plan.rejected)}")
+    if plan.chosen is not None:
+        _show_choice(plan, plan.chosen, output)
+    for note in plan.notes:
+        output.text(f"note: {note}")
+
+
+def _candidate_table(plan: Plan, candidates: tuple[Candidate, ...]) -> Any:
+    table = plain_table(
+        "#", "method", "memory/device", "sent/round", "sent/step", "step", "round", "wall", "x samples", "to equal loss"
+    )
+    table.columns[1].justify = "left"
+    for index, candidate in enumerate(candidates, 1):
+        mark = "*" if candidate is plan.chosen else ""
+        table.add_row(
+            f"{index}{mark}",
+            describe(candidate.run) + (" (!)" if candidate.warnings else ""),
+            bytes_text(candidate.memory.total),
+            bytes_text(candidate.sent_bytes_per_round),
+            bytes_text(candidate.sent_bytes_per_round / candidate.time.steps),
+            seconds_text(candidate.step_s),
+            seconds_text(candidate.time.round_s),
+            seconds_text(candidate.wall_s),
+            f"{candidate.samples_factor:.2f}",
+            seconds_text(candidate.equivalent_wall_s),
+        )
+    return table
+
+
+def _example(rejected: tuple[Rejected, ...]) -> str:
+    nearest = min(rejected, key=lambda r: r.short_bytes)
+    return f"{describe(nearest.candidate.run)} {nearest.reason}"
+
+
+def _show_choice(plan: Plan, chosen: Candidate, output: Output) -> None:
+    dense = plan.dense.candidate if isinstance(plan.dense, Rejected) else plan.dense
+    output.text("")
+    output.heading(f"chosen: {describe(chosen.run)}")
+    table = plain_table("per device, planned", describe(chosen.run), f"dense: {describe(dense.run)}" if dense else "dense")
+    rows = {
+        "memory at peak": lambda c: bytes_text(c.memory.total),
+        **{
+            f"  {part}": lambda c, part=part: bytes_text(getattr(c.memory, part))
+            for part in ("weights", "adapters", "gradients", "optimizer", "activations", "temporary", "reserved")
+        },
+        "sent per round": lambda c: f"{bytes_text(c.sent_bytes_per_round)} / {c.time.steps} steps",
+        "sent per step": lambda c: bytes_text(c.sent_bytes_per_round / c.time.steps),
+        "compute per step": lambda c: seconds_text(c.time.compute_s),
+        "exchange per round": lambda c: seconds_text(c.time.exchange_s),
+        "wall-clock for the tokens": lambda c: seconds_text(c.wall_s),
+        "assumed to equal loss": lambda c: seconds_text(c.equivalent_wall_s),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value(chosen), value(dense) if dense else "-")
+    output.table(table)
+    if isinstance(plan.dense, Rejected):
+        output.text(f"dense does not fit: {plan.dense.reason}")
+    elif dense and chosen is not dense:
+        output.text(_comparison(chosen, dense))
+    for warning in chosen.warnings:
+        output.text(f"warning: {warning}")
+    sys.stdout.flush()
+
+
+def _comparison(chosen: Candidate, dense: Candidate) -> str:
+    ratio = dense.equivalent_wall_s / chosen.equivalent_wall_s
+    sent = dense.sent_bytes_per_round / dense.time.steps, chosen.sent_bytes_per_round / chosen.time.steps
+    wires = f"{sent[0] / sent[1]:.1f}x fewer bytes a step" if sent[1] else "no bytes either way"
+    memory = dense.memory.total / chosen.memory.total
+    return f"beside dense: {ratio:.2f}x as fast to equal loss (assumed samples), {wires}, {memory:.2f}x less memory"

@@ -1,0 +1,43 @@
+"""lte profile: list and show hardware profiles."""
+
+from __future__ import annotations
+
+import profiles
+from ltecli.output import Output, bytes_text, plain_table
+from simulate import toml
+from simulate.hardware import LOCAL, Profile, load_profile
+
+
+def list_command(as_json: bool) -> None:
+    """Print one line per profile."""
+    output = Output(as_json)
+    loaded = [load_profile(name) for name in (*profiles.names(), LOCAL)]
+    table = plain_table("profile", "devices", "memory", "up / down", "description")
+    table.columns[-1].justify = "left"
+    for profile in loaded:
+        memory = "/".join(dict.fromkeys(bytes_text(device.memory_bytes) for device in profile.device))
+        link = f"{_rate(profile.link.up_bytes_per_s)} / {_rate(profile.link.down_bytes_per_s)}"
+        table.add_row(profile.name, str(profile.count), memory, link, profile.description)
+    output.table(table)
+    output.json({"profiles": [_summary(profile) for profile in loaded]})
+
+
+def show_command(name: str, as_json: bool) -> None:
+    """Print a profile as TOML that can be saved, edited and passed back."""
+    output = Output(as_json)
+    document = load_profile(name).model_dump(exclude_none=True)
+    output.text(toml.dump(document).rstrip())
+    output.json(document)
+
+
+def _rate(bytes_per_s: float) -> str:
+    return f"{bytes_text(bytes_per_s)}/s"
+
+
+def _summary(profile: Profile) -> dict[str, object]:
+    return {
+        "name": profile.name,
+        "description": profile.description,
+        "devices": profile.count,
+        "kinds": [device.kind for device in profile.device],
+    }

@@ -1,0 +1,39 @@
+"""Exceptions become one line and an exit code, here and nowhere else."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from ltecli import output
+from simulate.errors import InputError, RunFailedError
+
+DONE, FAILED, BAD_INPUT, NOTHING_FEASIBLE, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+class NothingFeasibleError(Exception):
+    """No candidate fits the hardware; names the nearest miss and what would make it fit."""
+
+
+EXIT_CODES: dict[type[BaseException], int] = {
+    InputError: BAD_INPUT,
+    NothingFeasibleError: NOTHING_FEASIBLE,
+    RunFailedError: FAILED,
+    KeyboardInterrupt: INTERRUPTED,
+}
+
+
+def guarded(command: Callable[[], int | None]) -> int:
+    """Run a command; return its exit code, having printed one line for a known exception. LTE_DEBUG=1 lets it through."""
+    try:
+        return command() or DONE
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough: that is no failure, but Python must not try to flush again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except tuple(EXIT_CODES) as error:
+        if os.environ.get("LTE_DEBUG") == "1":
+            raise
+        output.fail(str(error) or "interrupted")
+        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))

@@ -1,0 +1,84 @@
+"""The one printer: results to stdout, progress and hints to stderr, JSON for scripts, nothing extra when quiet."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+class Output:
+    """Where a command speaks."""
+
+    def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json, self.quiet = as_json, quiet
+        self.console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        self.hints = Console(stderr=True, highlight=False, quiet=quiet, soft_wrap=not sys.stderr.isatty())
+
+    def text(self, text: str) -> None:
+        """Print a line of the result, as it is."""
+        if not self.as_json:
+            self.console.print(text, markup=False)
+
+    def heading(self, text: str) -> None:
+        """Print a heading of the result."""
+        if not self.as_json:
+            self.console.print(f"[bold]{escape(text)}[/bold]")
+
+    def table(self, table: Table) -> None:
+        """Print a table of the result; outside a terminal it is as wide as it needs to be."""
+        if not self.as_json:
+            width = None if self.console.is_terminal else max(100, self.console.measure(table).maximum)
+            Console(highlight=False, width=width).print(table)
+
+    def json(self, document: Any) -> None:
+        """Print the result for scripts, where --json asks for it."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+    def hint(self, text: str) -> None:
+        """Print progress or advice, which is no result."""
+        self.hints.print(text, markup=False)
+
+
+def fail(message: str) -> None:
+    """Print the one line of a failure to stderr."""
+    sys.stderr.write(f"lte: {message}\n")
+
+
+def plain_table(*columns: str) -> Table:
+    """Return a table with right-aligned columns after the first, without heavy borders."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    return table
+
+
+def bytes_text(num_bytes: float | None) -> str:
+    """Return bytes in the unit that fits, decimal: 1 MB is 10^6 bytes."""
+    if num_bytes is None:
+        return "-"
+    value = float(num_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(value) < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:,.3g} TB" if value < 1000 else f"{value:,.0f} TB"
+
+
+def seconds_text(seconds: float | None) -> str:
+    """Return seconds in the unit that fits."""
+    if seconds is None:
+        return "-"
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.3g} us"
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    for limit, size, unit in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 86400:,.3g} days" if seconds < 864e5 else f"{seconds / 86400:,.0f} days"

@@ -1,0 +1,166 @@
+"""The training loop, which reads as the algorithm: local step, maybe merge, maybe evaluate, tell, maybe save."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+from simulate.checkpoints import Progress, load_checkpoint, save_checkpoint
+from simulate.clock import SimulatedClock
+from simulate.communicator import Communicator
+from simulate.config import Run
+from simulate.data.batches import TextBatches
+from simulate.errors import RunFailedError
+from simulate.events import Emit
+from simulate.methods.base import Method, learning_rate_factor
+from simulate.models.build import empty_model
+
+EVALUATION_BATCH = 16
+"""Windows in one forward pass of an evaluation."""
+
+
+@dataclass
+class Session:
+    """One run in one process: its parts, and how far it is."""
+
+    run: Run
+    method: Method
+    batches: TextBatches
+    communicator: Communicator
+    clock: SimulatedClock
+    emit: Emit
+    checkpoints: Path
+    device: torch.device
+    stop: Callable[[], bool] = lambda: False
+    """Asked after every step: true to save and leave."""
+    step: int = 0
+    """Steps done."""
+    wall_s: float = 0.0
+    """Measured seconds of earlier sessions of this run."""
+    val_loss: float | None = None
+    started_s: float = field(default_factory=time.monotonic)
+
+    def elapsed_s(self) -> float:
+        """Measured seconds of the run, over all its sessions."""
+        return self.wall_s + time.monotonic() - self.started_s
+
+
+def train(session: Session) -> bool:
+    """Run to the last step; returns False when `stop` asked to leave early, after a checkpoint was saved.
+
+    Raises RunFailedError for a loss that is not finite.
+    """
+    run, method = session.run, session.method
+    for step in range(session.step, run.train.steps):
+        inputs, targets = session.batches.batch(step, session.communicator.local_devices)
+        losses_L = method.step(inputs.to(session.device), targets.to(session.device), step)
+        session.clock.charge_step()
+        merged = method.merge_due(step)
+        if merged:
+            method.merge(step)
+            session.clock.charge_merge()
+        session.step = step + 1
+        last = session.step == run.train.steps
+        if last or session.step % run.train.log_every == 0:
+            _tell_step(session, losses_L)
+        if merged and (last or _evaluation_due(run, method, session.step)):
+            _evaluate(session)
+        stopping = not last and session.stop()
+        if last or stopping or session.step % run.train.checkpoint_every == 0:
+            save(session)
+        if stopping:
+            return False
+    return True
+
+
+def _evaluation_due(run: Run, method: Method, step: int) -> bool:
+    """Whether a multiple of evaluate_every has gone by since the last merge."""
+    last_merge = (step - 1) // method.round_steps * method.round_steps
+    return step // run.train.evaluate_every > last_merge // run.train.evaluate_every
+
+
+def _tell_step(session: Session, losses_L: Tensor) -> None:
+    losses = losses_L.tolist()
+    for device, loss in zip(session.communicator.local_devices, losses, strict=True):
+        if not math.isfinite(loss):
+            raise RunFailedError(
+                f"the loss of device {device} is {loss} at step {session.step}; try a lower train.learning_rate"
+            )
+    run, counter = session.run, session.communicator.counter
+    session.emit(
+        {
+            "kind": "step",
+            "step": session.step,
+            "train_loss": sum(losses) / len(losses),
+            "device_losses": losses,
+            "learning_rate": run.train.learning_rate * learning_rate_factor(run.train, session.step - 1),
+            "samples": session.step * run.cluster.devices * run.train.micro_batch,
+            "tokens": session.step * run.tokens_per_step,
+            "sent_bytes": counter.sent_bytes,
+            "received_bytes": counter.received_bytes,
+            "simulated_s": session.clock.now_s,
+            "simulated_exchange_s": session.clock.exchange_s,
+            "wall_s": session.elapsed_s(),
+        }
+    )
+
+
+@torch.no_grad()
+def _evaluate(session: Session) -> None:
+    """Emit the validation loss of the merged weights, on plain layers: nothing of the method is involved."""
+    model, weights = empty_model(session.run), session.method.merged_state()
+    total, count = 0.0, 0
+    for inputs, targets in session.batches.validation(session.run.train.evaluate_samples, EVALUATION_BATCH):
+        logits = functional_call(model, weights, (inputs.to(session.device),))
+        loss_N = F.cross_entropy(logits.flatten(0, 1), targets.to(session.device).reshape(-1), reduction="none")
+        total += float(loss_N.double().sum())
+        count += loss_N.numel()
+    session.val_loss = total / count
+    session.emit(
+        {
+            "kind": "evaluate",
+            "step": session.step,
+            "val_loss": session.val_loss,
+            "tokens": session.step * session.run.tokens_per_step,
+            "simulated_s": session.clock.now_s,
+            "sent_bytes": session.communicator.counter.sent_bytes,
+        }
+    )
+
+
+def save(session: Session) -> None:
+    """Save a checkpoint of the step that was just done, and tell."""
+    counter = session.communicator.counter
+    progress = Progress(
+        step=session.step,
+        compute_s=session.clock.compute_s,
+        exchange_s=session.clock.exchange_s,
+        sent_bytes=counter.sent_bytes,
+        received_bytes=counter.received_bytes,
+        messages=counter.messages,
+        wall_s=session.elapsed_s(),
+        val_loss=session.val_loss,
+    )
+    fingerprint = session.batches.text.fingerprint
+    path = save_checkpoint(session.checkpoints, session.run, fingerprint, progress, session.method.state())
+    session.emit({"kind": "checkpoint", "step": session.step, "path": str(path)})
+
+
+def restore(session: Session, path: Path) -> None:
+    """Continue from a checkpoint, bit for bit; raises InputError where it does not belong to this run."""
+    progress, state = load_checkpoint(path, session.run, session.batches.text.fingerprint)
+    session.method.load_state(state)
+    session.step, session.val_loss, session.wall_s = progress.step, progress.val_loss, progress.wall_s
+    session.clock.compute_s, session.clock.exchange_s = progress.compute_s, progress.exchange_s
+    counter = session.communicator.counter
+    counter.sent_bytes, counter.received_bytes = progress.sent_bytes, progress.received_bytes
+    counter.messages = progress.messages
+    session.started_s = time.monotonic()
