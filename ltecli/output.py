@@ -11,6 +11,12 @@ from rich.markup import escape
 from rich.table import Table
 
 
+WIDE = 400
+"""Columns for tables that no terminal shows: nothing is cut."""
+NARROW = 130
+"""Terminals below this many columns get tables without their secondary columns."""
+
+
 class Output:
     """Where a command speaks."""
 
@@ -32,8 +38,7 @@ class Output:
     def table(self, table: Table) -> None:
         """Print a table of the result; outside a terminal it is as wide as it needs to be."""
         if not self.as_json:
-            width = None if self.console.is_terminal else max(100, self.console.measure(table).maximum)
-            Console(highlight=False, width=width).print(table)
+            Console(highlight=False, width=None if self.console.is_terminal else WIDE).print(table)
 
     def json(self, document: Any) -> None:
         """Print the result for scripts, where --json asks for it."""

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 from simulate.config import DEFAULT_SCALE, DdpOptions, LteOptions, Run
 from simulate.costs.memory import Memory, host_memory_bytes, peak_memory
 from simulate.costs.samples import samples_factor
-from simulate.costs.time import RoundTime, round_time, transfer_s
-from simulate.costs.traffic import ELEMENT_BYTES, Transfer, num_rounds, replicated_groups, round_transfers
+from simulate.costs.time import RoundTime, exchange_s, round_time
+from simulate.costs.traffic import ELEMENT_BYTES, dense_reduction, num_rounds, round_exchange
 from simulate.hardware import Device, Profile
 from simulate.models.shapes import ModelShape
 
@@ -75,7 +74,7 @@ class Candidate:
             "micro_batch": self.run.train.micro_batch,
             "activation_checkpointing": self.run.train.activation_checkpointing,
             "steps": self.run.train.steps,
-            "memory_bytes": {"total": self.memory.total, **asdict(self.memory)},
+            "memory_bytes": {"total": self.memory.total, **self.memory.parts()},
             "host_memory_bytes": self.host_memory_bytes,
             "sent_bytes_per_round": self.sent_bytes_per_round,
             "sent_bytes_per_step": self.sent_bytes_per_round / self.time.steps,
@@ -153,7 +152,7 @@ def _evaluate(run: Run, shape: ModelShape, profile: Profile, devices: Sequence[D
     device, memory = min(memories, key=lambda pair: pair[0].memory_bytes - pair[1].total)
     host_bytes = host_memory_bytes(run, shape, device)
     time = round_time(run, shape, devices, profile.link)
-    transfers = round_transfers(run, shape)
+    exchange = round_exchange(run, shape)
     num_devices = run.cluster.devices
     rounds = num_rounds(run)
     candidate = Candidate(
@@ -161,8 +160,8 @@ def _evaluate(run: Run, shape: ModelShape, profile: Profile, devices: Sequence[D
         tokens=tokens,
         memory=memory,
         host_memory_bytes=host_bytes,
-        sent_bytes_per_round=sum(t.sent_bytes(num_devices) for t in transfers) / num_devices,
-        received_bytes_per_round=sum(t.received_bytes(num_devices) for t in transfers) / num_devices,
+        sent_bytes_per_round=exchange.sent_bytes / num_devices,
+        received_bytes_per_round=exchange.received_bytes / num_devices,
         time=time,
         wall_s=run.train.steps * time.compute_s + rounds * (time.merge_s + time.exchange_s),
         samples_factor=samples_factor(run, shape, tokens),
@@ -179,7 +178,7 @@ def _evaluate(run: Run, shape: ModelShape, profile: Profile, devices: Sequence[D
 
 
 def _memory_reason(memory: Memory, device: Device) -> str:
-    parts = {name: size for name, size in asdict(memory).items() if name != "reserved"}
+    parts = {name: size for name, size in memory.parts().items() if name != "reserved"}
     largest = max(parts, key=lambda name: parts[name])
     return (
         f"needs {memory.total / 1e9:.2f} GB, {device.kind} has {device.memory_bytes / 1e9:.2f} GB; "
@@ -199,19 +198,9 @@ def _warnings(run: Run, shape: ModelShape, profile: Profile, time: RoundTime) ->
     if method.rank * run.heads < shape.largest_dimension:
         yield f"rank x heads = {method.rank * run.heads} is below the largest layer dimension {shape.largest_dimension}"
     if run.cluster.devices > 1 and method.merge_transport != "reduce":
-        dense_s = _reduce_s(shape, run.cluster.devices, profile, run.train.dtype)
-        if time.exchange_s > dense_s:
+        dense = dense_reduction(shape, run.cluster.devices, ELEMENT_BYTES[run.train.dtype])
+        if time.exchange_s > exchange_s(dense, profile.link):
             yield f"{method.merge_transport} takes longer than reducing the dense delta"
-
-
-@lru_cache(maxsize=64)
-def _replicated_reduce_sizes(shape: ModelShape, dtype: str) -> tuple[int, ...]:
-    return tuple(replicated_groups(shape.dense_tensors, ELEMENT_BYTES[dtype]))
-
-
-def _reduce_s(shape: ModelShape, devices: int, profile: Profile, dtype: str) -> float:
-    sizes = _replicated_reduce_sizes(shape, dtype)
-    return sum(transfer_s(Transfer("all_reduce", size), devices, profile.link) for size in sizes)
 
 
 @dataclass(frozen=True)

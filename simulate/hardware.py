@@ -71,6 +71,10 @@ class Link(toml.Schema):
     source: Source
     sources: dict[str, str] = {}
 
+    def __hash__(self) -> int:
+        # Written out because `sources` is a dict; link times are remembered by link.
+        return hash((self.topology, self.up_bytes_per_s, self.down_bytes_per_s, self.latency_s))
+
 
 class Profile(toml.Schema):
     """A hardware profile: devices (they may differ) and the link between them."""

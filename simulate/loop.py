@@ -119,7 +119,7 @@ def _evaluate(session: Session) -> None:
     model, weights = empty_model(session.run), session.method.merged_state()
     total, count = 0.0, 0
     for inputs, targets in session.batches.validation(session.run.train.evaluate_samples, EVALUATION_BATCH):
-        logits = functional_call(model, weights, (inputs.to(session.device),))
+        logits = functional_call(model, weights, (inputs.to(session.device),), tie_weights=False)
         loss_N = F.cross_entropy(logits.flatten(0, 1), targets.to(session.device).reshape(-1), reduction="none")
         total += float(loss_N.double().sum())
         count += loss_N.numel()

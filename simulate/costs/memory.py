@@ -8,7 +8,7 @@ order in which torch's autograd frees and allocates; tests hold the result again
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 
 from simulate.config import LteOptions, Run
@@ -46,7 +46,14 @@ class Memory:
     @property
     def total(self) -> int:
         """Sum of all parts."""
-        return sum(asdict(self).values())
+        return (
+            self.weights + self.adapters + self.gradients + self.optimizer + self.activations + self.temporary
+            + self.reserved
+        )  # fmt: skip
+
+    def parts(self) -> dict[str, int]:
+        """Return bytes by part."""
+        return dict(vars(self))
 
 
 @dataclass(frozen=True)

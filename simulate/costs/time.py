@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from simulate.config import LteOptions, Run
 from simulate.costs.flops import merge_flops, step_flops
-from simulate.costs.traffic import ELEMENT_BYTES, Transfer, quantized_bytes, round_transfers
+from simulate.costs.traffic import ELEMENT_BYTES, Exchange, Transfer, quantized_bytes, round_exchange
 from simulate.hardware import Device, Link
 from simulate.models.shapes import ModelShape
 
@@ -40,7 +41,7 @@ def round_time(run: Run, shape: ModelShape, devices: Sequence[Device], link: Lin
         steps=run.method.merge_every if isinstance(run.method, LteOptions) else 1,
         compute_s=max(compute_s(run, shape, kind) for kind in kinds),
         merge_s=max(merge_compute_s(run, shape, kind) for kind in kinds),
-        exchange_s=sum(transfer_s(t, run.cluster.devices, link) for t in round_transfers(run, shape)),
+        exchange_s=exchange_s(round_exchange(run, shape), link),
     )
 
 
@@ -79,6 +80,12 @@ def merge_compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
         return 0.0
     moved_bytes = 2 * shape.adapted_parameters * ELEMENT_BYTES[run.train.dtype]
     return merge_flops(run, shape) / rates.flop_per_s + moved_bytes / rates.memory_bytes_per_s
+
+
+@lru_cache(maxsize=4096)
+def exchange_s(exchange: Exchange, link: Link) -> float:
+    """Seconds of a round's messages, one after the other."""
+    return sum(transfer_s(transfer, exchange.devices, link) for transfer in exchange.transfers)
 
 
 def transfer_s(transfer: Transfer, devices: int, link: Link) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 from simulate.config import DdpOptions, LteOptions, Run, Transport
@@ -48,6 +48,24 @@ class Transfer:
         if self.operation == "push":
             return 0
         return devices * self.payload_bytes if self.operation == "pull" else self.sent_bytes(devices)
+
+
+@dataclass(frozen=True, eq=False)
+class Exchange:
+    """The messages of one round, and what they add up to over all devices."""
+
+    transfers: tuple[Transfer, ...]
+    devices: int
+
+    @cached_property
+    def sent_bytes(self) -> int:
+        """Bytes that all devices together send."""
+        return sum(transfer.sent_bytes(self.devices) for transfer in self.transfers)
+
+    @cached_property
+    def received_bytes(self) -> int:
+        """Bytes that all devices together receive."""
+        return sum(transfer.received_bytes(self.devices) for transfer in self.transfers)
 
 
 def pack(sizes_bytes: Sequence[int], cap_bytes: int = MESSAGE_BYTES) -> list[range]:
@@ -116,35 +134,41 @@ def replicated_groups(tensors: tuple[int, ...], element_bytes: int) -> list[int]
 @lru_cache(maxsize=8192)
 def _lte_round(
     shape: ModelShape, devices: int, rank: int, heads_per_device: int, quantize: str, transport: Transport, element_bytes: int
-) -> tuple[Transfer, ...]:  # fmt: skip
+) -> Exchange:  # fmt: skip
     transfers: list[Transfer] = []
     groups = lte_merge_groups(shape, devices, rank, heads_per_device, quantize, transport, element_bytes)
     replicated = replicated_groups(shape.replicated_tensors, element_bytes)
     if transport == "server":
         for push_bytes, pull_bytes in (*groups, *((size, size) for size in replicated)):
             transfers += [Transfer("push", push_bytes), Transfer("pull", pull_bytes)]
-        return tuple(transfers)
+        return Exchange(tuple(transfers), devices)
     operation: Operation = "all_gather" if transport == "gather" else "all_reduce"
-    return (*(Transfer(operation, size) for size, _ in groups), *(Transfer("all_reduce", size) for size in replicated))
+    adapted = (Transfer(operation, size) for size, _ in groups)
+    return Exchange((*adapted, *(Transfer("all_reduce", size) for size in replicated)), devices)
 
 
 @lru_cache(maxsize=64)
-def _ddp_step(shape: ModelShape, element_bytes: int) -> tuple[Transfer, ...]:
-    return tuple(Transfer("all_reduce", size) for size in replicated_groups(shape.dense_tensors, element_bytes))
+def dense_reduction(shape: ModelShape, devices: int, element_bytes: int) -> Exchange:
+    """Return the messages that sum one dense tensor per parameter over all devices."""
+    sizes = replicated_groups(shape.dense_tensors, element_bytes)
+    return Exchange(tuple(Transfer("all_reduce", size) for size in sizes), devices)
 
 
-def round_transfers(run: Run, shape: ModelShape) -> tuple[Transfer, ...]:
+def round_exchange(run: Run, shape: ModelShape) -> Exchange:
     """Return the messages of one round: of a merge for lte, of a step for ddp. One device alone sends nothing."""
     if run.cluster.devices == 1:
-        return ()
+        return _NOTHING
     element_bytes = ELEMENT_BYTES[run.train.dtype]
     if isinstance(run.method, DdpOptions):
-        return _ddp_step(shape, element_bytes)
+        return dense_reduction(shape, run.cluster.devices, element_bytes)
     method: LteOptions = run.method
     return _lte_round(
         shape, run.cluster.devices, method.rank, method.heads_per_device, method.quantize, method.merge_transport,
         element_bytes,
     )  # fmt: skip
+
+
+_NOTHING = Exchange((), 1)
 
 
 def num_rounds(run: Run) -> int:

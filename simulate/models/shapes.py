@@ -6,6 +6,7 @@ The planner and the clock count bytes and operations from here; a test holds eac
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 GPT_SIZES: dict[str, dict[str, int]] = {
     # The embedded default: small enough to train on a laptop in a minute, byte-level vocabulary.
@@ -38,7 +39,7 @@ class LinearShape:
         return rank * (self.out_features + self.in_features)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelShape:
     """A decoder-only transformer's counts.
 
@@ -57,12 +58,12 @@ class ModelShape:
     context: int
     vocab: int
 
-    @property
+    @cached_property
     def adapted_parameters(self) -> int:
         """Number of weights in adapted layers."""
         return sum(linear.weights * linear.count for linear in self.adapted)
 
-    @property
+    @cached_property
     def replicated_parameters(self) -> int:
         """Number of parameters outside adapted layers."""
         return sum(self.replicated_tensors)
@@ -76,7 +77,7 @@ class ModelShape:
         """Number of elements of one head's factors over all adapted layers."""
         return sum(linear.factors(rank) * linear.count for linear in self.adapted)
 
-    @property
+    @cached_property
     def largest_dimension(self) -> int:
         """The largest min(out, in) of an adapted layer: the rank that a full update can have."""
         return max(min(linear.out_features, linear.in_features) for linear in self.adapted)
@@ -86,8 +87,12 @@ class ModelShape:
         return [linear for _ in range(self.layers) for linear in self.adapted]
 
 
+@lru_cache(maxsize=256)
 def gpt_shape(name: str, layers: int, width: int, attention_heads: int, context: int, vocab: int) -> ModelShape:
-    """Return the counts of a GPT-2 shaped decoder (pre-norm, learned positions, head tied to the token embedding)."""
+    """Return the counts of a GPT-2 shaped decoder: pre-norm, learned positions, head tied to the token embedding.
+
+    Equal sizes give the same object, so that what is worked out from a shape can be remembered by it.
+    """
     linears = (("attention.qkv", 3, 1), ("attention.project", 1, 1), ("mlp.up", 4, 1), ("mlp.down", 1, 4))
     norm = (width, width)
     biases = (*norm, 3 * width, width, *norm, 4 * width, width)

@@ -1,0 +1,285 @@
+"""lte train: say what was derived, simulate, show progress, save."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ltecli.commands.plan import Request, nearest_miss_text, plan_request
+from ltecli.errors import INTERRUPTED, NothingFeasibleError
+from ltecli.launcher import (
+    CHECKPOINTS, TENSORBOARD, RunFolder, new_folder, prepare_events, resumed_folder, stop_on_signal,
+)  # fmt: skip
+from ltecli.output import Output, bytes_text, seconds_text
+from ltecli.planner import describe
+from simulate.config import Run, build_run, load_run
+from simulate.errors import InputError, RunFailedError
+
+if TYPE_CHECKING:
+    import torch
+
+    from simulate.events import Event
+    from simulate.loop import Session
+
+RUNS = Path("runs")
+DEMO_NAME = "demo"
+
+
+def train_command(
+    given: Path | None,
+    out: Path | None,
+    resume: bool,
+    data: str | None,
+    device_name: str,
+    assignments: Sequence[str],
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Train a run to its end; returns the exit code."""
+    output = Output(as_json, quiet or as_json)
+    if given is not None and given.is_dir() and not resume:
+        raise InputError(f"{given} is a run folder; add --resume to continue it, or name a run.toml")
+    if resume:
+        folder = _resumed(given, out, data, assignments)
+    else:
+        run = _run(given, data, assignments)
+        folder = new_folder(out or RUNS / _name(given), run)
+    # Kineto announces every trace on stderr unless told otherwise before torch is imported.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    try:
+        return _simulate(folder, device_name, output)
+    except OSError as error:
+        raise RunFailedError(f"{error.strerror}: {error.filename or folder.path}; {_saved(folder)}") from error
+    except RunFailedError as error:
+        raise RunFailedError(f"{error}; {_saved(folder)}") from error
+
+
+def _name(given: Path | None) -> str:
+    return DEMO_NAME if given is None else given.parent.resolve().name if given.stem == "run" else given.stem
+
+
+def _run(given: Path | None, data: str | None, assignments: Sequence[str]) -> Run:
+    if given is not None:
+        return _with_data(load_run(given, list(assignments)), data)
+    plan = plan_request(Request(data=data, assignments=tuple(assignments)))
+    if plan.chosen is None:
+        raise NothingFeasibleError(nearest_miss_text(plan))
+    return plan.chosen.run
+
+
+def _with_data(run: Run, data: str | None) -> Run:
+    if data is None:
+        return run
+    return build_run({**run.model_dump(exclude_none=True), "data": {"path": data}}, "command line")
+
+
+def _resumed(given: Path | None, out: Path | None, data: str | None, assignments: Sequence[str]) -> RunFolder:
+    if given is not None and given.is_dir():
+        if out is not None or data is not None or assignments:
+            raise InputError(f"--resume continues {given} as it is; leave --out, --data and --set away")
+        return resumed_folder(given, None)
+    run = None if given is None else _run(given, data, assignments)
+    return resumed_folder(out or RUNS / _name(given), run)
+
+
+def _saved(folder: RunFolder) -> str:
+    from simulate.checkpoints import list_checkpoints
+
+    saved = list_checkpoints(folder.path / CHECKPOINTS)
+    if not saved:
+        return f"no checkpoint was saved yet in {folder.path}"
+    return f"saved: {saved[-1]}; continue with lte train {folder.path} --resume"
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: this PyTorch sees no CUDA GPU; use --device cpu, or install a CUDA build")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def _simulate(folder: RunFolder, device_name: str, output: Output) -> int:
+    device = _device(device_name)
+    from simulate.clock import SimulatedClock
+    from simulate.communicator import VirtualCommunicator
+    from simulate.data.batches import TextBatches
+    from simulate.events import EventFile
+    from simulate.loop import Session, restore, train
+    from simulate.measure import measure_memory_bytes
+    from simulate.methods import build_method
+
+    run = folder.run
+    _tell_derived(folder, output)
+    clock = SimulatedClock(run, folder.profile.devices(run.cluster.devices), folder.profile.link)
+    communicator = VirtualCommunicator(run.cluster.devices, clock.charge_transfer)
+    batches = TextBatches(folder.text, run.model.context, run.train.micro_batch, run.cluster.devices, run.train.seed)
+    measured_bytes = None if folder.resume_from else measure_memory_bytes(run, device)
+    with ExitStack() as stack, stop_on_signal() as asked:
+        sinks: list[Any] = []
+        session = Session(
+            run=run,
+            method=build_method(run, communicator, device),
+            batches=batches,
+            communicator=communicator,
+            clock=clock,
+            emit=lambda event: [sink(event) for sink in sinks] and None,
+            checkpoints=folder.path / CHECKPOINTS,
+            device=device,
+            stop=lambda: bool(asked),
+        )
+        if folder.resume_from:
+            restore(session, folder.resume_from)
+        prepare_events(folder, session.step if folder.resume_from else -1)
+        events = EventFile(folder.events)
+        stack.callback(events.close)
+        sinks += [events, stack.enter_context(_TensorBoard(folder.path / TENSORBOARD, session.step))]
+        sinks.append(stack.enter_context(_Progress(run, output, session.step)))
+        if folder.resume_from:
+            session.emit({"kind": "resume", "step": session.step})
+        else:
+            session.emit({"kind": "start", "step": 0, **_start_facts(folder, device)})
+            session.emit({"kind": "memory", "step": 0, "measured_bytes": measured_bytes})
+        finished = train(session)
+        session.emit({"kind": "end" if finished else "interrupt", "step": session.step, "wall_s": session.elapsed_s()})
+    if not finished:
+        output.hint(f"interrupted at step {session.step}, saved; continue with lte train {folder.path} --resume")
+        return INTERRUPTED
+    _tell_result(folder, session, output)
+    return 0
+
+
+def _start_facts(folder: RunFolder, device: torch.device) -> dict[str, Any]:
+    import torch
+
+    from ltecli import __version__
+
+    return {
+        "lte": __version__,
+        "torch": torch.__version__,
+        "simulated_on": str(device),
+        "threads": torch.get_num_threads(),
+        "data": folder.text.source,
+        "data_bytes": len(folder.text.tokens),
+        "data_sha256": folder.text.fingerprint,
+    }
+
+
+def _tell_derived(folder: RunFolder, output: Output) -> None:
+    run, chosen = folder.run, folder.plan["chosen"]
+    shape = run.model.shape()
+    action = f"resuming {folder.path} from {folder.resume_from.name}" if folder.resume_from else f"run {folder.path}"
+    output.hint(f"{action}: {describe(run)} per device; {shape.name}, {shape.parameters:,} parameters")
+    output.hint(
+        f"  data: {folder.text.source}, {len(folder.text.train):,} training and "
+        f"{len(folder.text.validation):,} validation bytes"
+    )
+    output.hint(
+        f"  derived: {run.tokens_per_step:,} tokens per step, {run.train.steps:,} steps, "
+        f"{run.train.steps * run.tokens_per_step:,} tokens"
+    )
+    output.hint(
+        f"  planned per device: {bytes_text(chosen['memory_bytes']['total'])} memory, "
+        f"{bytes_text(chosen['sent_bytes_per_round'])} sent per merge, {seconds_text(chosen['wall_s'])} on "
+        f"{run.cluster.devices} x {folder.profile.name}"
+    )
+    for text in (*folder.plan["notes"], *chosen["warnings"]):
+        output.hint(f"  warning: {text}")
+
+
+def _tell_result(folder: RunFolder, session: Session, output: Output) -> None:
+    sent = session.communicator.counter.sent_bytes / session.run.cluster.devices
+    document = {
+        "version": 1,
+        "run": str(folder.path),
+        "steps": session.step,
+        "val_loss": session.val_loss,
+        "sent_bytes_per_device": sent,
+        "simulated_s": session.clock.now_s,
+        "measured_s": session.elapsed_s(),
+    }
+    output.json(document)
+    output.text(
+        f"done: {folder.path}, validation loss {session.val_loss:.4f}, {bytes_text(sent)} sent per device (counted), "
+        f"{seconds_text(session.clock.now_s)} on {folder.profile.name} (simulated), "
+        f"{seconds_text(session.elapsed_s())} here (measured)"
+    )
+    output.hint(f"next: lte report {folder.path}")
+
+
+class _TensorBoard:
+    """Scalars for TensorBoard; a resumed run hides what came after its checkpoint."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(path), purge_step=step + 1 if step else None)
+
+    def __enter__(self) -> _TensorBoard:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._writer.close()
+
+    def __call__(self, event: Event) -> None:
+        names = {
+            "train_loss": "loss/train",
+            "val_loss": "loss/validation",
+            "learning_rate": "train/learning_rate",
+            "tokens": "train/tokens",
+            "sent_bytes": "communication/sent_bytes",
+            "simulated_s": "time/simulated_s",
+            "wall_s": "time/measured_s",
+        }
+        if event["kind"] in ("step", "evaluate"):
+            for key, name in names.items():
+                if key in event:
+                    self._writer.add_scalar(name, event[key], event["step"])
+
+
+class _Progress:
+    """A progress bar on stderr; where that is no terminal, a line at each evaluation."""
+
+    def __init__(self, run: Run, output: Output, step: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._run, self._output = run, output
+        self._live = output.hints.is_terminal and not output.quiet
+        self._bar = Progress(
+            BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn(),
+            console=output.hints, disable=not self._live,
+        )  # fmt: skip
+        self._task = self._bar.add_task("steps", total=run.train.steps, completed=step, figures="")
+        self._val_loss: float | None = None
+        self._last: tuple[float, int] | None = None
+        self._figures = ""
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        if event["kind"] == "step":
+            sent = event["sent_bytes"] / self._run.cluster.devices
+            self._figures = (
+                f"loss {event['train_loss']:.3f}  {self._tokens_per_s(event):,.0f} tok/s  "
+                f"simulated {seconds_text(event['simulated_s'])}  sent/device {bytes_text(sent)}"
+            )
+            validation = "" if self._val_loss is None else f"  val {self._val_loss:.3f}"
+            self._bar.update(self._task, completed=event["step"], figures=self._figures + validation)
+        elif event["kind"] == "evaluate":
+            self._val_loss = event["val_loss"]
+            if not self._live:
+                self._output.hint(f"  step {event['step']}: val {self._val_loss:.4f}  {self._figures}")
+
+    def _tokens_per_s(self, event: Event) -> float:
+        before, self._last = self._last, (event["wall_s"], event["tokens"])
+        if before is None or event["wall_s"] <= before[0]:
+            return event["tokens"] / max(event["wall_s"], 1e-9)
+        return (event["tokens"] - before[1]) / (event["wall_s"] - before[0])

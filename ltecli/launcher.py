@@ -1,0 +1,164 @@
+"""From run.toml to a run folder and an in-process simulation of its devices."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ltecli.planner import Plan, Rejected, evaluate
+from simulate import toml
+from simulate.checkpoints import list_checkpoints
+from simulate.config import LteOptions, Run, dump_run, load_run
+from simulate.costs.memory import Memory
+from simulate.data.text import Text, load_text
+from simulate.errors import InputError
+from simulate.events import truncate_events
+from simulate.hardware import Profile, load_profile
+
+RUN_FILE, PROFILE_FILE, PLAN_FILE, EVENTS_FILE = "run.toml", "profile.toml", "plan.json", "events.jsonl"
+CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
+CHECKPOINTS_AT_ONCE = 3
+"""Two are kept while a third is written."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """runs/NAME and everything that was decided before its first step."""
+
+    path: Path
+    run: Run
+    profile: Profile
+    text: Text
+    plan: dict[str, Any]
+    resume_from: Path | None
+    """Checkpoint to continue from; None for a new run."""
+
+    @property
+    def events(self) -> Path:
+        """The run's event file."""
+        return self.path / EVENTS_FILE
+
+
+def check_trainable(run: Run) -> None:
+    """Raise InputError for what can be planned but not trained yet."""
+    if isinstance(run.method, LteOptions) and run.method.quantize != "none":
+        raise InputError(
+            f"method.quantize = {run.method.quantize!r} can be planned but not trained yet; "
+            "try --set method.quantize=none"
+        )
+
+
+def new_folder(path: Path, run: Run) -> RunFolder:
+    """Make a run folder; everything is checked before anything is written. Raises InputError."""
+    check_trainable(run)
+    if path.exists():
+        raise InputError(f"--out {path} exists; add --resume to continue it, or choose another --out")
+    text = load_text(run.data)
+    text.check(run.model, run.cluster.devices)
+    profile = load_profile(run.cluster.profile)
+    plan = plan_of(run, profile)
+    _check_disk(path, run, plan)
+    try:
+        path.mkdir(parents=True)
+        # run.toml comes last: a folder without one is no run.
+        (path / PROFILE_FILE).write_text(toml.dump(profile.model_dump(exclude_none=True)), encoding="utf-8")
+        (path / PLAN_FILE).write_text(json.dumps(plan, indent=1), encoding="utf-8")
+        (path / CHECKPOINTS).mkdir()
+        toml.write_atomically(path / RUN_FILE, dump_run(run).encode())
+    except OSError as error:
+        shutil.rmtree(path, ignore_errors=True)
+        raise InputError(f"--out {path} cannot be written ({error.strerror}); choose another folder") from None
+    return RunFolder(path, run, profile, text, plan, None)
+
+
+def resumed_folder(path: Path, given: Run | None) -> RunFolder:
+    """Open a run folder to continue it; `given` is the run.toml named beside --resume, if any. Raises InputError."""
+    if not (path / RUN_FILE).is_file():
+        raise InputError(f"--resume: {path} is no run folder (it has no {RUN_FILE}); start it without --resume")
+    run = load_run(path / RUN_FILE)
+    if given is not None and given != run:
+        raise InputError(
+            f"--resume: the run given differs from {path / RUN_FILE} in {_difference(given, run)}; "
+            f"resume with lte train {path} --resume, or start anew with another --out"
+        )
+    if not os.access(path, os.W_OK):
+        raise InputError(f"--resume: {path} is read-only; make it writable")
+    checkpoints = list_checkpoints(path / CHECKPOINTS)
+    text = load_text(run.data)
+    text.check(run.model, run.cluster.devices)
+    profile = load_profile(str(path / PROFILE_FILE))
+    plan = json.loads(toml.read(path / PLAN_FILE))
+    return RunFolder(path, run, profile, text, plan, checkpoints[-1] if checkpoints else None)
+
+
+def _difference(given: Run, saved: Run) -> str:
+    ours, theirs = given.model_dump(), saved.model_dump()
+    for table in ours:
+        for key in ours[table]:
+            if ours[table][key] != theirs[table].get(key):
+                return f"{table}.{key} ({ours[table][key]!r}, there {theirs[table].get(key)!r})"
+    return "method.name"
+
+
+def plan_of(run: Run, profile: Profile) -> dict[str, Any]:
+    """Return the plan of exactly this run, beside dense training with the same batch, as plan.json."""
+    from simulate.config import DdpOptions
+
+    tokens = run.train.steps * run.tokens_per_step
+    dense = evaluate(run.model_copy(update={"method": DdpOptions()}), profile, tokens)
+    result = evaluate(run, profile, tokens)
+    chosen = result.candidate if isinstance(result, Rejected) else result
+    notes = [f"does not fit profile {profile.name}: {result.reason}"] if isinstance(result, Rejected) else []
+    rejected = (result,) if isinstance(result, Rejected) else ()
+    candidates = () if isinstance(result, Rejected) else (chosen,)
+    return Plan(profile, run, tokens, candidates, rejected, chosen, dense, tuple(notes)).to_dict()
+
+
+def checkpoint_bytes(plan: dict[str, Any], devices: int) -> int:
+    """Return about how many bytes one checkpoint takes: what devices share once, what is theirs N times."""
+    memory = Memory(**{k: v for k, v in plan["chosen"]["memory_bytes"].items() if k != "total"})
+    return memory.weights + devices * (memory.adapters + memory.optimizer)
+
+
+def _check_disk(path: Path, run: Run, plan: dict[str, Any]) -> None:
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"--out {path}: {parent} is not a writable folder; choose another")
+    needed = CHECKPOINTS_AT_ONCE * checkpoint_bytes(plan, run.cluster.devices)
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise InputError(
+            f"--out {path}: checkpoints need about {needed / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free; "
+            "make room, or choose another folder"
+        )
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[list[bool]]:
+    """Turn the first Ctrl-C or SIGTERM into a wish to stop; a second Ctrl-C interrupts at once."""
+    asked: list[bool] = []
+
+    def handle(signum: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def prepare_events(folder: RunFolder, step: int) -> None:
+    """Make the event file fit for appending after `step`: what a later, lost session told is dropped."""
+    if folder.events.exists():
+        truncate_events(folder.events, step)
