@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ltecli import __version__
+from ltecli import version as lte_version
 from ltecli.errors import guarded
 
 app = typer.Typer(
@@ -32,7 +32,9 @@ class DeviceName(str, enum.Enum):
     CUDA = "cuda"
 
 
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any run.toml key: method.rank=16")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any run.toml key: method.rank=16")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no hints.")]
 ProfileName = Annotated[
@@ -46,7 +48,7 @@ Tokens = Annotated[int | None, typer.Option("--tokens", help="Tokens to train on
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"lte {__version__}")
+        typer.echo(f"lte {lte_version()}")
         raise typer.Exit
 
 

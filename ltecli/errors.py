@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable
 
-from ltecli import output
 from simulate.errors import InputError, RunFailedError
 
 DONE, FAILED, BAD_INPUT, NOTHING_FEASIBLE, INTERRUPTED = 0, 1, 2, 3, 130
@@ -35,5 +34,5 @@ def guarded(command: Callable[[], int | None]) -> int:
     except tuple(EXIT_CODES) as error:
         if os.environ.get("LTE_DEBUG") == "1":
             raise
-        output.fail(str(error) or "interrupted")
+        sys.stderr.write(f"lte: {str(error) or 'interrupted'}\n")
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))

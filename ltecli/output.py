@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-
 WIDE = 400
 """Columns for tables that no terminal shows: nothing is cut."""
 NARROW = 130
@@ -43,16 +42,11 @@ class Output:
     def json(self, document: Any) -> None:
         """Print the result for scripts, where --json asks for it."""
         if self.as_json:
-            sys.stdout.write(json.dumps(document, indent=1, allow_nan=False) + "\n")
+            sys.stdout.write(json.dumps(document, allow_nan=False) + "\n")
 
     def hint(self, text: str) -> None:
         """Print progress or advice, which is no result."""
         self.hints.print(text, markup=False)
-
-
-def fail(message: str) -> None:
-    """Print the one line of a failure to stderr."""
-    sys.stderr.write(f"lte: {message}\n")
 
 
 def plain_table(*columns: str) -> Table:

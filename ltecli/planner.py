@@ -146,7 +146,9 @@ def evaluate(run: Run, profile: Profile, tokens: int) -> Candidate | Rejected:
     return _evaluate(run, shape, profile, profile.devices(run.cluster.devices), tokens)
 
 
-def _evaluate(run: Run, shape: ModelShape, profile: Profile, devices: Sequence[Device], tokens: int) -> Candidate | Rejected:
+def _evaluate(
+    run: Run, shape: ModelShape, profile: Profile, devices: Sequence[Device], tokens: int
+) -> Candidate | Rejected:
     kinds = {id(device): device for device in devices}.values()
     memories = [(device, peak_memory(run, shape, device)) for device in kinds]
     device, memory = min(memories, key=lambda pair: pair[0].memory_bytes - pair[1].total)
@@ -288,9 +290,7 @@ def describe(run: Run) -> str:
             f"{method.name}{quantized} rank {method.rank} x {run.heads} heads, T {method.merge_every}, "
             f"{method.merge_transport}"
         )
-    return f"{text}, batch {run.train.micro_batch}" + (
-        ", checkpointing" if run.train.activation_checkpointing else ""
-    )
+    return f"{text}, batch {run.train.micro_batch}" + (", checkpointing" if run.train.activation_checkpointing else "")
 
 
 def _grid(base: Run, shape: ModelShape, pins: Pins, tokens: int) -> Iterator[Run]:

@@ -140,7 +140,9 @@ class ReplicatedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         copies, outputs, inputs = self.weight.shape
         if copies == 1:  # views, not indexing: their gradient is written in place instead of copied
-            return F.linear(x, self.weight.view(outputs, inputs), None if self.bias is None else self.bias.view(outputs))
+            return F.linear(
+                x, self.weight.view(outputs, inputs), None if self.bias is None else self.bias.view(outputs)
+            )
         x_CMI = x.reshape(copies, -1, inputs)
         w_CIO = self.weight.transpose(1, 2)
         y = torch.bmm(x_CMI, w_CIO) if self.bias is None else torch.baddbmm(self.bias.unsqueeze(1), x_CMI, w_CIO)

@@ -47,7 +47,9 @@ def run_fingerprint(run: Run) -> str:
     return hashlib.sha256(dump_run(run).encode()).hexdigest()
 
 
-def save_checkpoint(folder: Path, run: Run, data_fingerprint: str, progress: Progress, state: dict[str, Tensor]) -> Path:
+def save_checkpoint(
+    folder: Path, run: Run, data_fingerprint: str, progress: Progress, state: dict[str, Tensor]
+) -> Path:
     """Write checkpoints/step-N and drop older ones; returns its path. Raises OSError where the disk refuses."""
     name = f"step-{progress.step:08d}"
     scratch, target = folder / f".{name}.partial", folder / name

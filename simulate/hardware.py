@@ -157,6 +157,6 @@ def detect_local() -> Profile:
         down_bytes_per_s=117.5e6,
         latency_s=0.2e-3,
         source="guess",
-        sources={key: "guess: gigabit Ethernet" for key in ("topology", "up_bytes_per_s", "down_bytes_per_s", "latency_s")},
+        sources=dict.fromkeys(("topology", "up_bytes_per_s", "down_bytes_per_s", "latency_s"), "guess: gigabit Ethernet"),
     )
     return Profile(name=LOCAL, description="This machine, as four virtual devices", device=[device], link=link)

@@ -114,7 +114,9 @@ def _base_run(table: toml.Table, profile: Profile) -> tuple[Run, list[str]]:
     if "learning_rate" not in table["train"]:
         rate = min(REFERENCE_RATE, REFERENCE_RATE * REFERENCE_WIDTH / run.model.width)
         table["train"]["learning_rate"] = rate
-        notes.append(f"train.learning_rate = {rate:.2g} is a rule of thumb for width {run.model.width}; try two beside it")
+        notes.append(
+            f"train.learning_rate = {rate:.2g} is a rule of thumb for width {run.model.width}; try two beside it"
+        )
         run = build_run(table, _WHERE)
     return run, notes
 
@@ -134,7 +136,11 @@ def _tokens(request: Request, base: Run, table: toml.Table) -> int:
         return request.tokens
     if "steps" in table["train"]:
         return base.train.steps * base.tokens_per_step
-    return DEMO_TOKENS if request.model is None and not table["model"] else TOKENS_PER_PARAMETER * base.model.shape().parameters
+    return (
+        DEMO_TOKENS
+        if request.model is None and not table["model"]
+        else TOKENS_PER_PARAMETER * base.model.shape().parameters
+    )
 
 
 def _check_target(out: Path, force: bool) -> None:
@@ -211,7 +217,9 @@ def _show_choice(plan: Plan, chosen: Candidate, output: Output) -> None:
     dense = plan.dense.candidate if isinstance(plan.dense, Rejected) else plan.dense
     output.text("")
     output.heading(f"chosen: {describe(chosen.run)}")
-    table = plain_table("per device, planned", describe(chosen.run), f"dense: {describe(dense.run)}" if dense else "dense")
+    table = plain_table(
+        "per device, planned", describe(chosen.run), f"dense: {describe(dense.run)}" if dense else "dense"
+    )
     rows = {
         "memory at peak": lambda c: bytes_text(c.memory.total),
         **{

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 from ltecli.commands.plan import Request, nearest_miss_text, plan_request
 from ltecli.errors import INTERRUPTED, NothingFeasibleError
 from ltecli.launcher import (
-    CHECKPOINTS, TENSORBOARD, RunFolder, new_folder, prepare_events, resumed_folder, stop_on_signal,
+    CHECKPOINTS,
+    TENSORBOARD,
+    RunFolder,
+    new_folder,
+    prepare_events,
+    resumed_folder,
+    stop_on_signal,
 )  # fmt: skip
 from ltecli.output import Output, bytes_text, seconds_text
 from ltecli.planner import describe
@@ -114,6 +120,9 @@ def _simulate(folder: RunFolder, device_name: str, output: Output) -> int:
 
     run = folder.run
     _tell_derived(folder, output)
+    if folder.resume_from and folder.resume_from.name.endswith(f"-{run.train.steps:08d}"):
+        output.hint(f"{folder.path} is finished; next: lte report {folder.path}")
+        return 0
     clock = SimulatedClock(run, folder.profile.devices(run.cluster.devices), folder.profile.link)
     communicator = VirtualCommunicator(run.cluster.devices, clock.charge_transfer)
     batches = TextBatches(folder.text, run.model.context, run.train.micro_batch, run.cluster.devices, run.train.seed)
@@ -155,10 +164,10 @@ def _simulate(folder: RunFolder, device_name: str, output: Output) -> int:
 def _start_facts(folder: RunFolder, device: torch.device) -> dict[str, Any]:
     import torch
 
-    from ltecli import __version__
+    from ltecli import version
 
     return {
-        "lte": __version__,
+        "lte": version(),
         "torch": torch.__version__,
         "simulated_on": str(device),
         "threads": torch.get_num_threads(),

@@ -17,9 +17,7 @@ def step_flops(run: Run, shape: ModelShape) -> float:
     method = run.method
     tokens = run.train.micro_batch * shape.context
     if isinstance(method, LteOptions):
-        return tokens * _lte_token_flops(
-            shape, method.rank, method.reset == "none", run.train.activation_checkpointing
-        )
+        return tokens * _lte_token_flops(shape, method.rank, method.reset == "none", run.train.activation_checkpointing)
     return tokens * _dense_token_flops(shape, run.train.activation_checkpointing)
 
 

@@ -13,7 +13,13 @@ from functools import lru_cache
 
 from simulate.config import LteOptions, Run
 from simulate.costs.traffic import (
-    ELEMENT_BYTES, Transport, lte_buffer_sizes, lte_merge_sizes, pack, quantized_bytes, replicated_groups,
+    ELEMENT_BYTES,
+    Transport,
+    frozen_bytes,
+    lte_buffer_sizes,
+    lte_merge_sizes,
+    pack,
+    replicated_groups,
 )  # fmt: skip
 from simulate.hardware import Device
 from simulate.models.shapes import ModelShape
@@ -75,10 +81,19 @@ def peak_memory(run: Run, shape: ModelShape, device: Device) -> Memory:
     if isinstance(method, LteOptions):
         shared_memory = device.host_memory_bytes == 0
         weights, adapters, trained = _lte_static(shape, method, element_bytes, shared_memory)
-        kept_gradients, exchanged = 0, _lte_exchange(
-            shape, devices, method.rank, method.heads_per_device, method.quantize, method.merge_transport, element_bytes
+        kept_gradients, exchanged = (
+            0,
+            _lte_exchange(
+                shape,
+                devices,
+                method.rank,
+                method.heads_per_device,
+                method.quantize,
+                method.merge_transport,
+                element_bytes,
+            ),
         )
-        block_trained = method.heads_per_device * sum(x.factors(method.rank) for x in shape.adapted)
+        block_trained = method.heads_per_device * shape.factors(method.rank) // shape.layers
         rank = method.rank
     else:
         weights, adapters, trained = shape.parameters * element_bytes, 0, shape.parameters
@@ -109,9 +124,7 @@ def host_memory_bytes(run: Run, shape: ModelShape, device: Device) -> int:
 def _lte_static(shape: ModelShape, method: LteOptions, element_bytes: int, shared_memory: bool) -> tuple[int, int, int]:
     """Return bytes of weights, bytes of adapters, and the number of trained elements."""
     reset_less = method.reset == "none"
-    frozen = sum(
-        quantized_bytes(x.weights, x.in_features, method.quantize, element_bytes) * x.count for x in shape.adapted
-    )
+    frozen = frozen_bytes(shape, method.quantize, element_bytes)
     start = shape.adapted_parameters * element_bytes if reset_less and shared_memory else 0
     factors = method.heads_per_device * shape.factors(method.rank)
     trained = factors + shape.replicated_parameters

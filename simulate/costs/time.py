@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from simulate.config import LteOptions, Run
 from simulate.costs.flops import merge_flops, step_flops
-from simulate.costs.traffic import ELEMENT_BYTES, Exchange, Transfer, quantized_bytes, round_exchange
+from simulate.costs.traffic import ELEMENT_BYTES, Exchange, Transfer, frozen_bytes, round_exchange
 from simulate.hardware import Device, Link
 from simulate.models.shapes import ModelShape
 
@@ -65,10 +65,7 @@ def compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
     if isinstance(method, LteOptions):
         trained = method.heads_per_device * shape.factors(method.rank) + shape.replicated_parameters
         if method.quantize != "none":  # forward and backward each read the packed form, write and read the plain one
-            packed = sum(
-                quantized_bytes(x.weights, x.in_features, method.quantize, element_bytes) * x.count
-                for x in shape.adapted
-            )
+            packed = frozen_bytes(shape, method.quantize, element_bytes)
             unpacked_bytes = 2 * (packed + 2 * shape.adapted_parameters * element_bytes)
     moved_bytes = ADAM_ELEMENTS_MOVED * trained * element_bytes + unpacked_bytes
     return step_flops(run, shape) / rates.flop_per_s + moved_bytes / rates.memory_bytes_per_s

@@ -95,6 +95,12 @@ def quantized_bytes(elements: int, inputs: int, quantize: str, element_bytes: in
     return (elements + 1) // 2 + 4 * -(-elements // 64)
 
 
+@lru_cache(maxsize=256)
+def frozen_bytes(shape: ModelShape, quantize: str, element_bytes: int) -> int:
+    """Bytes of all adapted weights in their frozen format."""
+    return sum(quantized_bytes(x.weights, x.in_features, quantize, element_bytes) * x.count for x in shape.adapted)
+
+
 @lru_cache(maxsize=4096)
 def lte_merge_sizes(
     shape: ModelShape, rank: int, heads_per_device: int, quantize: str, transport: Transport, element_bytes: int

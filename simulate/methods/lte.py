@@ -48,7 +48,9 @@ class Lte(Method):
     def parameter_groups(self) -> list[dict[str, object]]:
         rate = self.run.train.learning_rate
         adapter_rate = self.options.adapter_learning_rate or rate / self.options.scale
-        adapters = {f"{name}.{key}" for name, m in self.model.named_modules() if isinstance(m, LoraLinear) for key in "ab"}
+        adapters = {
+            f"{name}.{key}" for name, m in self.model.named_modules() if isinstance(m, LoraLinear) for key in "ab"
+        }
         named = list(self.model.named_parameters())
         return [
             *self.decay_groups([pair for pair in named if pair[0] in adapters], adapter_rate),

@@ -75,7 +75,11 @@ class ModelShape:
 
     def factors(self, rank: int) -> int:
         """Number of elements of one head's factors over all adapted layers."""
-        return sum(linear.factors(rank) * linear.count for linear in self.adapted)
+        return rank * self._factors_of_rank_one
+
+    @cached_property
+    def _factors_of_rank_one(self) -> int:
+        return sum(linear.factors(1) * linear.count for linear in self.adapted)
 
     @cached_property
     def largest_dimension(self) -> int:

@@ -1,0 +1,38 @@
+# Every target makes its own environment first; that is quick once it exists.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup demo test test-all lint bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/lte plan --out run.toml --force
+	rm -rf runs/demo
+	$(BIN)/lte train run.toml --out runs/demo
+	$(BIN)/lte report runs/demo
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest --numprocesses 2
+
+test-all: lint
+	$(BIN)/pytest --numprocesses 2 -m ''
+
+bench: $(READY)
+	$(BIN)/python bench/startup.py
+	$(BIN)/python bench/devices.py
+	$(BIN)/python bench/memory.py
+
+clean:
+	rm -rf .venv build *.egg-info runs run.toml

@@ -1,0 +1,113 @@
+"""lte report: one run in full, or several side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ltecli.output import Output, bytes_text, plain_table, seconds_text
+from ltecli.planner import describe
+from ltecli.report.curve import draw_curve
+from ltecli.report.figures import RunRecord, figures, read_run
+
+
+def report_command(paths: list[Path], as_json: bool) -> None:
+    """Print the figures of run folders; --json gives an object for one run and {runs: [...]} for several."""
+    output = Output(as_json)
+    records = [read_run(path) for path in paths]
+    documents = [figures(record) for record in records]
+    if len(records) == 1:
+        output.json(documents[0])
+        _show_one(records[0], documents[0], output)
+    else:
+        output.json({"version": documents[0]["version"], "runs": documents})
+        _show_several(records, documents, output)
+
+
+def _show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None:
+    run = record.run
+    output.heading(
+        f"{record.path}: {describe(run)} on {run.cluster.devices} x {record.plan['profile']}, "
+        f"{run.model.name} with {run.model.shape().parameters:,} parameters"
+    )
+    output.text(_state(figure))
+    output.text(f"train loss {_number(figure['train_loss'])}, validation loss {_number(figure['val_loss'])}")
+    table = plain_table("", "planned", "simulated", "counted", "measured here", "dense, planned")
+    rows = [
+        ("memory per device", "memory_bytes", bytes_text),
+        ("sent per device", "sent_bytes_per_device", bytes_text),
+        ("wall-clock", "wall_s", seconds_text),
+        ("per step", "step_s", seconds_text),
+    ]
+    for label, key, text in rows:
+        values = figure[key]
+        dense = figure["dense"] and figure["dense"][key]
+        cells = (values.get(k) for k in ("planned", "simulated", "counted", "measured"))
+        table.add_row(label, *(text(v) for v in cells), text(dense))
+    output.table(table)
+    for line in (*_savings(figure), *_explanations(figure)):
+        output.text(line)
+    curve = draw_curve(record.curve("train_loss"))
+    if curve:
+        output.text("\ntraining loss")
+        for line in curve:
+            output.text(line)
+
+
+def _state(figure: dict[str, Any]) -> str:
+    done, planned = figure["steps"], figure["planned_steps"]
+    state = "finished" if done == planned else f"stopped or running, of {planned:,}"
+    return f"{done:,} steps ({state}), {figure['samples']:,} samples, {figure['tokens']:,} tokens"
+
+
+def _savings(figure: dict[str, Any]) -> list[str]:
+    dense = figure["dense"]
+    if dense is None or figure["method"] == "ddp" or not figure["steps"]:
+        return []
+    ratios = []
+    for key, words in (
+        ("memory_bytes", "less memory"),
+        ("sent_bytes_per_device", "fewer bytes sent"),
+        ("wall_s", "less time for the same tokens"),
+    ):
+        ours = figure[key]["planned"]
+        if ours:
+            ratios.append(f"{dense[key] / ours:.2f}x {words}")
+    unfit = "" if dense["fits"] else " (dense does not fit this hardware)"
+    return [f"beside dense, planned: {', '.join(ratios)}{unfit}; below 1x is more, not less"]
+
+
+def _explanations(figure: dict[str, Any]) -> list[str]:
+    return [
+        f"memory: without the {bytes_text(figure['memory_bytes']['reserved'])} that the device's system reserves; "
+        "measured is the allocator's peak of one device's program, run alone",
+        "time: simulated is the profile's hardware by the clock; measured is this machine simulating all devices",
+    ]
+
+
+def _show_several(records: list[RunRecord], documents: list[dict[str, Any]], output: Output) -> None:
+    table = plain_table("", *(str(record.path) for record in records))
+    rows: list[tuple[str, Any]] = [
+        ("method", lambda r, f: describe(r.run)),
+        ("profile", lambda r, f: f"{f['devices']} x {r.plan['profile']}"),
+        ("steps", lambda r, f: f"{f['steps']:,} of {f['planned_steps']:,}"),
+        ("tokens", lambda r, f: f"{f['tokens']:,}"),
+        ("train loss", lambda r, f: _number(f["train_loss"])),
+        ("validation loss", lambda r, f: _number(f["val_loss"])),
+        ("memory per device, planned", lambda r, f: bytes_text(f["memory_bytes"]["planned"])),
+        ("memory per device, measured", lambda r, f: bytes_text(f["memory_bytes"]["measured"])),
+        ("sent per device, planned", lambda r, f: bytes_text(f["sent_bytes_per_device"]["planned"])),
+        ("sent per device, counted", lambda r, f: bytes_text(f["sent_bytes_per_device"]["counted"])),
+        ("wall-clock, planned", lambda r, f: seconds_text(f["wall_s"]["planned"])),
+        ("wall-clock, simulated", lambda r, f: seconds_text(f["wall_s"]["simulated"])),
+        ("wall-clock, measured here", lambda r, f: seconds_text(f["wall_s"]["measured"])),
+        ("step, simulated", lambda r, f: seconds_text(f["step_s"]["simulated"])),
+        ("step, measured here", lambda r, f: seconds_text(f["step_s"]["measured"])),
+    ]
+    for label, cell in rows:
+        table.add_row(label, *(cell(r, f) for r, f in zip(records, documents, strict=True)))
+    output.table(table)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

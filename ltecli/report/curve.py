@@ -1,0 +1,32 @@
+"""A loss curve in characters: eight levels a line through the block elements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+LEVELS = " ▁▂▃▄▅▆▇█"
+WIDTH, HEIGHT = 72, 8
+
+
+def draw_curve(points: Sequence[tuple[int, float]], width: int = WIDTH, height: int = HEIGHT) -> list[str]:
+    """Return lines that draw (step, value) points as columns; each column is the mean of its steps."""
+    if not points:
+        return []
+    columns = _columns(points, width)
+    low, high = min(columns), max(columns)
+    span = (high - low) or 1.0
+    eighths = [1 + round((value - low) / span * (height * 8 - 1)) for value in columns]
+    lines = []
+    for row in reversed(range(height)):
+        cells = "".join(LEVELS[min(8, max(0, e - row * 8))] for e in eighths)
+        label = f"{high:8.3f}" if row == height - 1 else f"{low:8.3f}" if row == 0 else " " * 8
+        lines.append(f"{label} │{cells}")
+    first, last = str(points[0][0]), str(points[-1][0])
+    lines.append(f"{'step':>8} └{first}{' ' * max(1, len(columns) - len(first) - len(last))}{last}")
+    return lines
+
+
+def _columns(points: Sequence[tuple[int, float]], width: int) -> list[float]:
+    count = min(width, len(points))
+    edges = [round(index * len(points) / count) for index in range(count + 1)]
+    return [sum(v for _, v in points[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]

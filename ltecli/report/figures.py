@@ -1,0 +1,112 @@
+"""What a run folder says: planned, simulated, counted and measured figures, each by its name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ltecli.launcher import EVENTS_FILE, PLAN_FILE, RUN_FILE
+from simulate import toml
+from simulate.config import Run, load_run
+from simulate.errors import InputError
+from simulate.events import Event, read_events
+
+REPORT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run, read whole."""
+
+    path: Path
+    run: Run
+    plan: dict[str, Any]
+    events: tuple[Event, ...]
+
+    def last(self, kind: str) -> Event | None:
+        """Return the newest event of a kind."""
+        return next((event for event in reversed(self.events) if event["kind"] == kind), None)
+
+    def curve(self, key: str) -> list[tuple[int, float]]:
+        """Return (step, value) of every event that carries `key`."""
+        return [(event["step"], event[key]) for event in self.events if event.get(key) is not None]
+
+
+def read_run(path: Path) -> RunRecord:
+    """Read a run folder; raises InputError where it is none, or not started."""
+    if not (path / RUN_FILE).is_file():
+        raise InputError(
+            f"{path} is no run folder (it has no {RUN_FILE}); name one that lte train made, as in runs/demo"
+        )
+    if not (path / EVENTS_FILE).is_file():
+        raise InputError(f"{path} has no {EVENTS_FILE}: it never took a step; start it with lte train")
+    try:
+        plan = json.loads(toml.read(path / PLAN_FILE))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path / PLAN_FILE}: not valid JSON ({error}); the file was damaged, restore it") from None
+    return RunRecord(path, load_run(path / RUN_FILE), plan, tuple(read_events(path / EVENTS_FILE)))
+
+
+def figures(record: RunRecord) -> dict[str, Any]:
+    """Return the report's figures; "per device" ones are for one device, null where a figure does not exist."""
+    run, chosen = record.run, record.plan["chosen"]
+    step, evaluation, memory = record.last("step"), record.last("evaluate"), record.last("memory")
+    steps = step["step"] if step else 0
+    share = steps / run.train.steps
+    reserved = chosen["memory_bytes"]["reserved"]
+    return {
+        "version": REPORT_VERSION,
+        "run": str(record.path),
+        "method": run.method.name,
+        "devices": run.cluster.devices,
+        "steps": steps,
+        "planned_steps": run.train.steps,
+        "samples": step["samples"] if step else 0,
+        "tokens": step["tokens"] if step else 0,
+        "memory_bytes": {
+            # What the device's system keeps for itself is no part of what the program allocates.
+            "planned": chosen["memory_bytes"]["total"] - reserved,
+            "measured": memory and memory["measured_bytes"],
+            "reserved": reserved,
+        },
+        "sent_bytes_per_device": {
+            "planned": _planned_sent_bytes(record, steps),
+            "counted": step["sent_bytes"] / run.cluster.devices if step else None,
+            "wire": None,
+        },
+        "wall_s": {
+            "planned": chosen["wall_s"] * share,
+            "simulated": step and step["simulated_s"],
+            "measured": step and step["wall_s"],
+        },
+        "step_s": {
+            "planned": chosen["step_s"],
+            "simulated": step and step["simulated_s"] / steps,
+            "measured": step and step["wall_s"] / steps,
+        },
+        "train_loss": step and step["train_loss"],
+        "val_loss": evaluation and evaluation["val_loss"],
+        "dense": _dense(record, share),
+    }
+
+
+def _planned_sent_bytes(record: RunRecord, steps: int) -> float:
+    """Bytes planned for the rounds that `steps` complete; the last step of a run always ends a round."""
+    chosen, round_steps = record.plan["chosen"], record.plan["chosen"]["merge_every"] or 1
+    rounds = -(-steps // round_steps) if steps == record.run.train.steps else steps // round_steps
+    return float(chosen["sent_bytes_per_round"] * rounds)
+
+
+def _dense(record: RunRecord, share: float) -> dict[str, Any] | None:
+    dense = record.plan.get("dense")
+    if dense is None:
+        return None
+    return {
+        "memory_bytes": dense["memory_bytes"]["total"] - dense["memory_bytes"]["reserved"],
+        "sent_bytes_per_device": dense["sent_bytes"] * share,
+        "wall_s": dense["wall_s"] * share,
+        "step_s": dense["step_s"],
+        "fits": dense["fits"],
+    }

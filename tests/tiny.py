@@ -1,0 +1,94 @@
+"""Runs small enough to be checked step by step: two layers of width 16, made-up text, double precision."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simulate.communicator import VirtualCommunicator
+from simulate.config import Run, build_run
+from simulate.data.batches import TextBatches
+from simulate.data.text import Text
+from simulate.methods import build_method
+from simulate.methods.base import Method
+
+CPU = torch.device("cpu")
+SIZES = {"name": "gpt", "layers": 2, "width": 16, "attention_heads": 2, "context": 8, "vocab": 256}
+WORDS = ["a", "low", "rank", "wave", "of", "small", "gains", "over", "the", "frozen", "hills", "where", "every", "head", "learns", "its", "own", "way", "home"]
+
+
+@cache
+def text() -> Text:
+    """Return a few thousand bytes of made-up prose, the same on every machine."""
+    chosen = random.Random(0).choices(WORDS, k=800)
+    return Text(np.frombuffer(" ".join(chosen).encode(), dtype=np.uint8), "made-up prose")
+
+
+def lte_run(devices: int = 2, model: dict[str, Any] | None = None, train: dict[str, Any] | None = None, **method: Any) -> Run:
+    """Return a tiny lte run in fp64 at rank 2 and scale 2; keywords override the method's keys."""
+    return _run(devices, model, train, {"name": "lte", "rank": 2, "alpha": 4.0, **method})
+
+
+def ddp_run(devices: int = 2, model: dict[str, Any] | None = None, train: dict[str, Any] | None = None) -> Run:
+    """Return a tiny ddp run in fp64."""
+    return _run(devices, model, train, {"name": "ddp"})
+
+
+def _run(devices: int, model: dict[str, Any] | None, train: dict[str, Any] | None, method: dict[str, Any]) -> Run:
+    table = {
+        "model": {**SIZES, **(model or {})},
+        "data": {"path": "made-up"},
+        "method": method,
+        "train": {"steps": 20, "micro_batch": 2, "dtype": "fp64", **(train or {})},
+        "cluster": {"devices": devices},
+    }
+    return build_run(table)
+
+
+def build(run: Run, local_devices: range | None = None) -> Method:
+    """Return the engine's method for a run, for all devices or for those that one process would hold."""
+    communicator = VirtualCommunicator(run.cluster.devices)
+    communicator.local_devices = local_devices or communicator.local_devices
+    return build_method(run, communicator, CPU)
+
+
+def batches(run: Run) -> TextBatches:
+    """Return the batches that the run trains on."""
+    return TextBatches(text(), run.model.context, run.train.micro_batch, run.cluster.devices, run.train.seed)
+
+
+@dataclass(frozen=True)
+class History:
+    """What a training run leaves behind."""
+
+    losses: Tensor
+    """(steps, N), each device's mean loss before each step."""
+    weights: dict[str, Tensor]
+    """The merged weights after the last step, by the plain network's names."""
+
+
+def train(method: Method, first_step: int = 0, num_steps: int | None = None) -> History:
+    """Train on all devices, merging when due; from `first_step` on, to the end if `num_steps` is not given."""
+    run, data = method.run, batches(method.run)
+    last = run.train.steps if num_steps is None else first_step + num_steps
+    losses = []
+    for step in range(first_step, last):
+        losses.append(method.step(*data.batch(step, range(run.cluster.devices)), step))
+        if method.merge_due(step):
+            method.merge(step)
+    return History(torch.stack(losses), {name: w.clone() for name, w in method.merged_state().items()})
+
+
+def assert_parity(fast: History, slow: History, tolerance: float = 1e-9) -> None:
+    """Hold all losses and merged weights against the twin's, relative to each loss and to each tensor's norm."""
+    assert fast.losses.shape == slow.losses.shape
+    assert ((fast.losses - slow.losses).abs() / slow.losses).max() <= tolerance
+    assert fast.weights.keys() == slow.weights.keys()
+    for name, expected in slow.weights.items():
+        assert (fast.weights[name] - expected).norm() <= tolerance * expected.norm(), name
