@@ -24,7 +24,7 @@ EXIT_CODES: dict[type[BaseException], int] = {
 
 
 def guarded(command: Callable[[], int | None]) -> int:
-    """Run a command; return its exit code, having printed one line for a known exception. LTE_DEBUG=1 lets it through."""
+    """Return a command's exit code, having printed one line for a known exception (LTE_DEBUG=1 lets it through)."""
     try:
         return command() or DONE
     except BrokenPipeError:

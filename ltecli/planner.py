@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 from simulate.config import DEFAULT_SCALE, DdpOptions, LteOptions, Run
@@ -298,13 +298,11 @@ def _grid(base: Run, shape: ModelShape, pins: Pins, tokens: int) -> Iterator[Run
     checkpointing = (False, True) if pins.activation_checkpointing is None else (pins.activation_checkpointing,)
     unit = pins.heads_per_device or 1
     micro_batches = (pins.micro_batch,) if pins.micro_batch else [unit * size for size in MICRO_BATCHES]
-    options: dict[str, list[LteOptions | DdpOptions]] = {
-        "lte": list(_lte_options(base, shape, pins)) if "lte" in methods else [],
-        "ddp": [DdpOptions()],
-    }
-    for micro_batch, recompute in product(micro_batches, checkpointing):
+    lte = list(_lte_options(base, shape, pins)) if "lte" in methods else []
+    options = (*lte, *([DdpOptions()] if "ddp" in methods else []))
+    for micro_batch, recompute in itertools.product(micro_batches, checkpointing):
         train = train_for(base, micro_batch, recompute, tokens)
-        for method in (option for name in methods for option in options[name]):
+        for method in options:
             if isinstance(method, LteOptions) and micro_batch % method.heads_per_device:
                 continue
             yield base.model_copy(update={"method": method, "train": train})
@@ -336,7 +334,9 @@ def _lte_options(base: Run, shape: ModelShape, pins: Pins) -> Iterator[LteOption
     if base.cluster.devices == 1:
         transports = transports[:1]
     start = base.method if isinstance(base.method, LteOptions) else LteOptions()
-    for rank, per_device, merge_every, quantize, transport in product(ranks, heads, rounds, kinds, transports):
+    for rank, per_device, merge_every, quantize, transport in itertools.product(
+        ranks, heads, rounds, kinds, transports
+    ):
         alpha = start.alpha if "alpha" in start.model_fields_set and _alpha_given(base) else DEFAULT_SCALE * rank
         yield start.model_copy(
             update={

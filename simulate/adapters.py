@@ -90,11 +90,10 @@ class LoraLinear(nn.Module):
         super().__init__()
         self.name, self.spec = name, spec
         heads, (outputs, inputs) = devices * spec.heads_per_device, linear.weight.shape
-        like = {"dtype": linear.weight.dtype, "device": linear.weight.device}
         self.register_buffer("weight", linear.weight.detach())
         self.bias = None if linear.bias is None else _replicate(linear.bias, devices)
-        self.a = nn.Parameter(torch.empty(heads, spec.rank, inputs, **like))
-        self.b = nn.Parameter(torch.zeros(heads, outputs, spec.rank, **like))
+        self.a = nn.Parameter(linear.weight.new_empty(heads, spec.rank, inputs))
+        self.b = nn.Parameter(linear.weight.new_zeros(heads, outputs, spec.rank))
         with torch.no_grad():
             self.a.copy_(self.draw_a(0))
         self.register_buffer("a0", None)

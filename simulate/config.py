@@ -164,7 +164,8 @@ class Run(toml.Schema):
             self._check_adapters(self.method)
         if self.train.warmup_steps >= self.train.steps:
             raise ValueError(
-                f"train.warmup_steps = {self.train.warmup_steps} is not below train.steps = {self.train.steps}; lower it"
+                f"train.warmup_steps = {self.train.warmup_steps} is not below train.steps = {self.train.steps}; "
+                "lower it"
             )
         return self
 
@@ -176,11 +177,12 @@ class Run(toml.Schema):
                     f"method.rank = {method.rank} exceeds the {limit} {side} of {linear.name}; "
                     f"try --set method.rank={limit}"
                 )
-        if self.train.micro_batch % method.heads_per_device:
+        heads, micro_batch = method.heads_per_device, self.train.micro_batch
+        if micro_batch % heads:
             raise ValueError(
-                f"train.micro_batch = {self.train.micro_batch} is not divisible by "
-                f"method.heads_per_device = {method.heads_per_device}; each head needs an equal part of the batch, "
-                f"try --set train.micro_batch={method.heads_per_device * max(1, self.train.micro_batch // method.heads_per_device)}"
+                f"train.micro_batch = {micro_batch} is not divisible by method.heads_per_device = {heads}; "
+                f"each head needs an equal part of the batch, "
+                f"try --set train.micro_batch={heads * max(1, micro_batch // heads)}"
             )
 
     @property

@@ -44,7 +44,7 @@ class Device(toml.Schema):
     efficiency: float = Field(gt=0, le=1)
     """Share of the peak rate that training reaches."""
     source: Source
-    sources: dict[str, str] = {}
+    sources: dict[str, str] = Field(default_factory=dict)
     """Where each figure comes from, by its key."""
 
     @model_validator(mode="after")
@@ -69,7 +69,7 @@ class Link(toml.Schema):
     """The parameter server's own link; not set: as fast as a device's."""
     server_down_bytes_per_s: float | None = Field(default=None, gt=0)
     source: Source
-    sources: dict[str, str] = {}
+    sources: dict[str, str] = Field(default_factory=dict)
 
     def __hash__(self) -> int:
         # Written out because `sources` is a dict; link times are remembered by link.
@@ -147,7 +147,7 @@ def detect_local() -> Profile:
             "reserved_bytes": "psutil: memory in use now",
             "host_memory_bytes": "a CPU device has one memory",
             "memory_bytes_per_s": "guess: dual-channel DDR4",
-            "flop_per_s": f"{cores} cores (psutil) x {clock_hz / 1e9:.2f} GHz ({clock_source}) x 32 FLOP a cycle (AVX2)",
+            "flop_per_s": f"{cores} cores (psutil) x {clock_hz / 1e9:.2f} GHz ({clock_source}) x 32 a cycle (AVX2)",
             "efficiency": "guess: small matrices",
         },
     )
@@ -157,6 +157,6 @@ def detect_local() -> Profile:
         down_bytes_per_s=117.5e6,
         latency_s=0.2e-3,
         source="guess",
-        sources=dict.fromkeys(("topology", "up_bytes_per_s", "down_bytes_per_s", "latency_s"), "guess: gigabit Ethernet"),
+        sources=dict.fromkeys(("topology", "up_bytes_per_s", "down_bytes_per_s", "latency_s"), "guess: gigabit LAN"),
     )
     return Profile(name=LOCAL, description="This machine, as four virtual devices", device=[device], link=link)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,7 +83,8 @@ def _put(table: toml.Table, section: str, key: str, value: Any) -> None:
         return
     if table[section].get(key, value) != value:
         raise InputError(
-            f"{section}.{key} is given twice: {value!r} by its own option and {table[section][key]!r} by --set; keep one"
+            f"{section}.{key} is given twice: {value!r} by its own option and {table[section][key]!r} by --set; "
+            "keep one"
         )
     table[section][key] = value
 
@@ -220,21 +220,9 @@ def _show_choice(plan: Plan, chosen: Candidate, output: Output) -> None:
     table = plain_table(
         "per device, planned", describe(chosen.run), f"dense: {describe(dense.run)}" if dense else "dense"
     )
-    rows = {
-        "memory at peak": lambda c: bytes_text(c.memory.total),
-        **{
-            f"  {part}": lambda c, part=part: bytes_text(getattr(c.memory, part))
-            for part in ("weights", "adapters", "gradients", "optimizer", "activations", "temporary", "reserved")
-        },
-        "sent per round": lambda c: f"{bytes_text(c.sent_bytes_per_round)} / {c.time.steps} steps",
-        "sent per step": lambda c: bytes_text(c.sent_bytes_per_round / c.time.steps),
-        "compute per step": lambda c: seconds_text(c.time.compute_s),
-        "exchange per round": lambda c: seconds_text(c.time.exchange_s),
-        "wall-clock for the tokens": lambda c: seconds_text(c.wall_s),
-        "assumed to equal loss": lambda c: seconds_text(c.equivalent_wall_s),
-    }
-    for name, value in rows.items():
-        table.add_row(name, value(chosen), value(dense) if dense else "-")
+    ours, theirs = _figures(chosen), _figures(dense) if dense else {}
+    for name, value in ours.items():
+        table.add_row(name, value, theirs.get(name, "-"))
     output.table(table)
     if isinstance(plan.dense, Rejected):
         output.text(f"dense does not fit: {plan.dense.reason}")
@@ -242,7 +230,21 @@ def _show_choice(plan: Plan, chosen: Candidate, output: Output) -> None:
         output.text(_comparison(chosen, dense))
     for warning in chosen.warnings:
         output.text(f"warning: {warning}")
-    sys.stdout.flush()
+
+
+def _figures(candidate: Candidate) -> dict[str, str]:
+    """Return what one device is planned to need, line by line."""
+    steps = candidate.time.steps
+    return {
+        "memory at peak": bytes_text(candidate.memory.total),
+        **{f"  {part}": bytes_text(size) for part, size in candidate.memory.parts().items()},
+        "sent per round": f"{bytes_text(candidate.sent_bytes_per_round)} / {steps} step{'s' if steps > 1 else ''}",
+        "sent per step": bytes_text(candidate.sent_bytes_per_round / steps),
+        "compute per step": seconds_text(candidate.time.compute_s),
+        "exchange per round": seconds_text(candidate.time.exchange_s),
+        "wall-clock for the tokens": seconds_text(candidate.wall_s),
+        "assumed to equal loss": seconds_text(candidate.equivalent_wall_s),
+    }
 
 
 def _comparison(chosen: Candidate, dense: Candidate) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,14 +128,19 @@ def _simulate(folder: RunFolder, device_name: str, output: Output) -> int:
     batches = TextBatches(folder.text, run.model.context, run.train.micro_batch, run.cluster.devices, run.train.seed)
     measured_bytes = None if folder.resume_from else measure_memory_bytes(run, device)
     with ExitStack() as stack, stop_on_signal() as asked:
-        sinks: list[Any] = []
+        sinks: list[Callable[[Event], None]] = []
+
+        def tell_all(event: Event) -> None:
+            for sink in sinks:
+                sink(event)
+
         session = Session(
             run=run,
             method=build_method(run, communicator, device),
             batches=batches,
             communicator=communicator,
             clock=clock,
-            emit=lambda event: [sink(event) for sink in sinks] and None,
+            emit=tell_all,
             checkpoints=folder.path / CHECKPOINTS,
             device=device,
             stop=lambda: bool(asked),

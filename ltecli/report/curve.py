@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 LEVELS = " ▁▂▃▄▅▆▇█"
 WIDTH, HEIGHT = 72, 8
@@ -29,4 +30,4 @@ def draw_curve(points: Sequence[tuple[int, float]], width: int = WIDTH, height: 
 def _columns(points: Sequence[tuple[int, float]], width: int) -> list[float]:
     count = min(width, len(points))
     edges = [round(index * len(points) / count) for index in range(count + 1)]
-    return [sum(v for _, v in points[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    return [sum(v for _, v in points[a:b]) / (b - a) for a, b in pairwise(edges)]

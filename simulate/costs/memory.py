@@ -27,7 +27,7 @@ from simulate.models.shapes import ModelShape
 BLOCK_TENSORS = 16
 """Activation tensors, in u, that a block keeps: inputs of 2 norms, 4 linears (1, 1, 1, 4), q, k, v, the GELU (4)."""
 BLOCK_BACKWARD = 5
-"""Working tensors, in u, at the height of a block's backward pass: the stream's gradient and one of the GELU's width."""
+"""Working tensors, in u, at the height of a block's backward: the stream's gradient and one of the GELU's width."""
 LOSS_TENSORS = 3
 """Tensors of the logits' size at the loss: log-probabilities, and the gradients of the loss and of the softmax."""
 FLOAT_BYTES = 4
@@ -134,7 +134,8 @@ def _lte_static(shape: ModelShape, method: LteOptions, element_bytes: int, share
 
 @lru_cache(maxsize=4096)
 def _lte_exchange(
-    shape: ModelShape, devices: int, rank: int, heads_per_device: int, quantize: str, transport: Transport, element_bytes: int
+    shape: ModelShape, devices: int, rank: int, heads_per_device: int, quantize: str, transport: Transport,
+    element_bytes: int,
 ) -> int:  # fmt: skip
     """Largest buffer of a merge: what travels in one message, and what is worked on beside it."""
     sizes = lte_merge_sizes(shape, rank, heads_per_device, quantize, transport, element_bytes)

@@ -10,7 +10,7 @@ from simulate.config import LteOptions, Run
 from simulate.models.shapes import ModelShape
 
 LTE_SAMPLES = 1.4
-"""Huh et al. 2024, section 4: about 40 % more samples than dense at rank x heads >= width and T = 10 (range 1.2-1.4)."""
+"""Huh et al. 2024, section 4: about 40 % more samples than dense at rank x heads >= width, T = 10 (range 1.2-1.4)."""
 LTE_MERGE_EVERY = 10
 LTE_MERGE_EXPONENT = 0.15
 """Guess: ten times rarer merges cost 1.4x the samples (no published sweep over T at equal loss)."""

@@ -85,8 +85,8 @@ def pack(sizes_bytes: Sequence[int], cap_bytes: int = MESSAGE_BYTES) -> list[ran
 def quantized_bytes(elements: int, inputs: int, quantize: str, element_bytes: int) -> int:
     """Bytes of a frozen weight matrix.
 
-    int8: one byte and an fp32 scale a row of `inputs` (1 + 4/I a parameter); nf4: half a byte and an fp32 scale for each
-    block of 64 (0.5625 a parameter; Dettmers et al. 2023, arXiv 2305.14314, section 3, without double quantisation).
+    int8: one byte, and an fp32 scale a row of `inputs` (1 + 4/I a parameter); nf4: half a byte, and an fp32 scale for
+    each block of 64 (0.5625 a parameter; Dettmers et al. 2023, arXiv 2305.14314, without double quantisation).
     """
     if quantize == "none":
         return elements * element_bytes
@@ -116,7 +116,8 @@ def lte_merge_sizes(
 
 
 def lte_merge_groups(
-    shape: ModelShape, devices: int, rank: int, heads_per_device: int, quantize: str, transport: Transport, element_bytes: int
+    shape: ModelShape, devices: int, rank: int, heads_per_device: int, quantize: str, transport: Transport,
+    element_bytes: int,
 ) -> tuple[tuple[int, int], ...]:  # fmt: skip
     """Return (contributed, pulled) bytes of one device for each message of a merge's adapted layers."""
     sizes = lte_merge_sizes(shape, rank, heads_per_device, quantize, transport, element_bytes)
@@ -139,7 +140,8 @@ def replicated_groups(tensors: tuple[int, ...], element_bytes: int) -> list[int]
 
 @lru_cache(maxsize=8192)
 def _lte_round(
-    shape: ModelShape, devices: int, rank: int, heads_per_device: int, quantize: str, transport: Transport, element_bytes: int
+    shape: ModelShape, devices: int, rank: int, heads_per_device: int, quantize: str, transport: Transport,
+    element_bytes: int,
 ) -> Exchange:  # fmt: skip
     transfers: list[Transfer] = []
     groups = lte_merge_groups(shape, devices, rank, heads_per_device, quantize, transport, element_bytes)

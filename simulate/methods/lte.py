@@ -63,7 +63,7 @@ class Lte(Method):
         # The sum over heads gives each adapter the gradient of its own head's mean loss, whatever H is.
         losses_H.sum().backward()
         if heads > 1:  # what a device's heads share gets the device's mean
-            torch._foreach_div_([p.grad for p in self.replicated_parameters], float(heads))
+            torch._foreach_div_([p.grad for p in self.replicated_parameters if p.grad is not None], float(heads))
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         clip_per_device(gradients, self.local_devices, self.run.train.clip_norm)
         self.apply_gradients(step)
