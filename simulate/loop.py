@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
@@ -20,6 +19,7 @@ from simulate.config import Run
 from simulate.data.batches import TextBatches
 from simulate.errors import RunFailedError
 from simulate.events import Emit
+from simulate.loss import token_losses
 from simulate.methods.base import Method, learning_rate_factor
 from simulate.models.build import empty_model
 
@@ -120,7 +120,7 @@ def _evaluate(session: Session) -> None:
     total, count = 0.0, 0
     for inputs, targets in session.batches.validation(session.run.train.evaluate_samples, EVALUATION_BATCH):
         logits = functional_call(model, weights, (inputs.to(session.device),), tie_weights=False)
-        loss_N = F.cross_entropy(logits.flatten(0, 1), targets.to(session.device).reshape(-1), reduction="none")
+        loss_N = token_losses(logits.flatten(0, 1), targets.to(session.device).reshape(-1))
         total += float(loss_N.double().sum())
         count += loss_N.numel()
     session.val_loss = total / count

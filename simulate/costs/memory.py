@@ -28,8 +28,8 @@ BLOCK_TENSORS = 16
 """Activation tensors, in u, that a block keeps: inputs of 2 norms, 4 linears (1, 1, 1, 4), q, k, v, the GELU (4)."""
 BLOCK_BACKWARD = 5
 """Working tensors, in u, at the height of a block's backward: the stream's gradient and one of the GELU's width."""
-LOSS_TENSORS = 3
-"""Tensors of the logits' size at the loss: log-probabilities, and the gradients of the loss and of the softmax."""
+LOSS_CHUNK_ELEMENTS = 2**20
+"""Logits that the loss works on at once: a few megabytes of scratch, whatever the batch."""
 FLOAT_BYTES = 4
 INDEX_BYTES = 8
 
@@ -114,22 +114,28 @@ def peak_memory(run: Run, shape: ModelShape, device: Device) -> Memory:
 
 
 def host_memory_bytes(run: Run, shape: ModelShape, device: Device) -> int:
-    """Bytes of the host's own memory that one device needs: the start weights, to which reset-less merges return."""
+    """Bytes of the host's own memory that one device needs: the weights that merges start from."""
     method = run.method
-    if not isinstance(method, LteOptions) or method.reset != "none" or device.host_memory_bytes == 0:
+    if not isinstance(method, LteOptions) or not _needs_master(method) or device.host_memory_bytes == 0:
         return 0
     return shape.adapted_parameters * ELEMENT_BYTES[run.train.dtype]
 
 
+def _needs_master(method: LteOptions) -> bool:
+    """Whether merges need weights beside the frozen ones: the start weights, to which reset-less merges return, or a
+    full-precision copy of quantised ones, which would swallow small updates.
+    """
+    return method.reset == "none" or method.quantize != "none"
+
+
 def _lte_static(shape: ModelShape, method: LteOptions, element_bytes: int, shared_memory: bool) -> tuple[int, int, int]:
     """Return bytes of weights, bytes of adapters, and the number of trained elements."""
-    reset_less = method.reset == "none"
     frozen = frozen_bytes(shape, method.quantize, element_bytes)
-    start = shape.adapted_parameters * element_bytes if reset_less and shared_memory else 0
+    start = shape.adapted_parameters * element_bytes if _needs_master(method) and shared_memory else 0
     factors = method.heads_per_device * shape.factors(method.rank)
     trained = factors + shape.replicated_parameters
     weights = frozen + start + shape.replicated_parameters * element_bytes
-    return weights, factors * element_bytes * (2 if reset_less else 1), trained
+    return weights, factors * element_bytes * (2 if method.reset == "none" else 1), trained
 
 
 @lru_cache(maxsize=4096)
@@ -166,13 +172,16 @@ def _step_phases(
     kept, recomputed = (u, block - u) if checkpointing else (block, 0)
     ends = 2 * tokens * element_bytes + 3 * tokens * INDEX_BYTES
     logits = tokens * shape.vocab * element_bytes
+    scratch = min(tokens, max(1, LOSS_CHUNK_ELEMENTS // shape.vocab)) * shape.vocab * element_bytes
     token_table = shape.vocab * shape.width * element_bytes
     largest_weight = 0 if rank else max(linear.weights for linear in shape.adapted) * element_bytes
     working = BLOCK_BACKWARD * u + largest_weight + (2 if checkpointing else 1) * tokens * rank * element_bytes
     replicated = shape.replicated_parameters * element_bytes
     all_gradients = shape.layers * block_gradient_bytes + replicated
     return (
-        _Phase(0, shape.layers * kept + ends + 2 * u, LOSS_TENSORS * logits),
+        _Phase(0, shape.layers * kept + ends + 2 * u, logits + scratch),
+        # The logits, which have become their own gradient, with the output layer's two gradients.
+        _Phase(token_table, shape.layers * kept + ends + 2 * u, logits + u),
         _Phase(token_table, shape.layers * kept + ends + recomputed, working),
         _Phase(all_gradients - block_gradient_bytes, kept + ends + recomputed, working),
         _Phase(all_gradients, ends, 2 * token_table + u),  # the tied table's two gradients, and their sum

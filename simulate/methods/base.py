@@ -9,11 +9,11 @@ import math
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simulate.communicator import Communicator
 from simulate.config import Run, Train
+from simulate.loss import token_losses
 from simulate.models.build import build_model
 
 COSINE_FLOOR = 0.1
@@ -73,7 +73,7 @@ class Method:
     def group_losses(self, inputs: Tensor, targets: Tensor, groups: int) -> Tensor:
         """Return the mean loss of each of `groups` equal parts of the batch, (groups,): nobody's mean mixes parts."""
         self.model.train()
-        loss_N = F.cross_entropy(self.model(inputs).flatten(0, 1), targets.reshape(-1), reduction="none")
+        loss_N = token_losses(self.model(inputs).flatten(0, 1), targets.reshape(-1))
         return loss_N.view(groups, -1).mean(1)
 
     def apply_gradients(self, step: int) -> None:

@@ -1,0 +1,74 @@
+"""What simulating N devices costs over simulating one, at the same total batch; paired steps, medians of ratios.
+
+python bench/devices.py --pairs 12
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+
+from simulate.communicator import VirtualCommunicator
+from simulate.config import build_run
+from simulate.data.batches import TextBatches
+from simulate.data.text import load_text
+from simulate.methods import build_method
+from simulate.methods.base import Method
+
+TOTAL_BATCH = 32
+DEVICES = (1, 4, 16)
+
+
+def prepare(method: str, devices: int, rank: int) -> tuple[Method, TextBatches]:
+    """Return a method with its data, TOTAL_BATCH samples a step over all devices."""
+    options = {"name": method} if method == "ddp" else {"name": method, "rank": rank}
+    run = build_run(
+        {
+            "method": options,
+            "train": {"steps": 10**6, "micro_batch": TOTAL_BATCH // devices},
+            "cluster": {"devices": devices},
+        }
+    )
+    communicator = VirtualCommunicator(devices)
+    text = load_text(run.data)
+    batches = TextBatches(text, run.model.context, run.train.micro_batch, devices, run.train.seed)
+    return build_method(run, communicator, torch.device("cpu")), batches
+
+
+def step_s(method: Method, batches: TextBatches, step: int) -> float:
+    """Take one step, and the merge where it is due; return its seconds."""
+    inputs, targets = batches.batch(step, range(batches.devices))
+    start = time.perf_counter()
+    method.step(inputs, targets, step)
+    if method.merge_due(step):
+        method.merge(step)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Interleave the steps of all N, so that whatever else the machine does hits all alike."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=20, help="paired steps; whole rounds of 10 include merges fairly")
+    parser.add_argument("--rank", type=int, default=32)
+    arguments = parser.parse_args()
+    for name in ("lte", "ddp"):
+        parts = {devices: prepare(name, devices, arguments.rank) for devices in DEVICES}
+        seconds: dict[int, list[float]] = {devices: [] for devices in DEVICES}
+        for step in range(arguments.pairs + 2):
+            for devices, (method, batches) in parts.items():
+                seconds[devices].append(step_s(method, batches, step))
+        for devices in DEVICES[1:]:
+            ratios = [n / one for n, one in zip(seconds[devices][2:], seconds[1][2:], strict=True)]
+            mean = sum(seconds[devices][2:]) / sum(seconds[1][2:])
+            print(
+                f"{name}: {devices} devices over 1, total batch {TOTAL_BATCH}: median step {statistics.median(ratios):.2f}x, "
+                f"all steps with merges {mean:.2f}x",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Planned memory against the allocator's peak, over random shapes that no constant was fitted to.
+
+python bench/memory.py --shapes 24 --seed 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from typing import Any
+
+import torch
+
+from simulate.config import Run, build_run
+from simulate.costs.memory import peak_memory
+from simulate.hardware import Device, FlopPerSecond
+from simulate.measure import measure_memory_bytes
+
+ROOMY = Device(
+    kind="a CPU with memory to spare",
+    memory_bytes=10**12,
+    reserved_bytes=0,
+    host_memory_bytes=0,
+    memory_bytes_per_s=1e9,
+    flop_per_s=FlopPerSecond(fp32=1e9),
+    efficiency=1.0,
+    source="guess",
+)
+
+
+def random_run(draw: random.Random) -> Run:
+    """Return a run whose every size is drawn."""
+    attention_heads, heads = draw.choice([2, 4, 8]), draw.choice([1, 1, 2])
+    method: dict[str, Any] = {"name": "ddp"}
+    if draw.random() < 0.7:
+        method = {
+            "name": "lte",
+            "rank": draw.choice([4, 8, 16, 32]),
+            "heads_per_device": heads,
+            "merge_transport": draw.choice(["gather", "reduce", "server"]),
+            "reset": draw.choice(["none", "b", "ab"]),
+        }
+    return build_run(
+        {
+            "model": {
+                "layers": draw.choice([2, 3, 4, 6, 8]),
+                "width": attention_heads * draw.choice([16, 32, 48, 64]),
+                "attention_heads": attention_heads,
+                "context": draw.choice([32, 64, 128, 256]),
+                "vocab": draw.choice([256, 1024, 4096]),
+            },
+            "method": method,
+            "train": {
+                "steps": 100,
+                "micro_batch": heads * draw.choice([1, 2, 4, 8]),
+                "activation_checkpointing": draw.random() < 0.4,
+            },
+            "cluster": {"devices": draw.choice([2, 4, 8])},
+        }
+    )
+
+
+def main() -> None:
+    """Print one line a shape, then the mean and the worst error."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    draw, errors = random.Random(arguments.seed), []
+    for _ in range(arguments.shapes):
+        run = random_run(draw)
+        measured = measure_memory_bytes(run, torch.device("cpu"))
+        planned = peak_memory(run, run.model.shape(), ROOMY).total
+        errors.append(planned / measured - 1)
+        print(
+            f"planned {planned / 1e6:8.2f} MB  measured {measured / 1e6:8.2f} MB  {errors[-1]:+7.2%}  {run.method}",
+            flush=True,
+        )
+    absolute = [abs(error) for error in errors]
+    under = min(min(errors), 0.0)
+    print(f"mean {sum(absolute) / len(errors):.2%}, worst {max(absolute):.2%}, furthest under {under:.2%}")
+
+
+if __name__ == "__main__":
+    main()
