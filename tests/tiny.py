@@ -18,29 +18,30 @@ from simulate.data.text import Text
 from simulate.methods import build_method
 from simulate.methods.base import Method
 
+Table = dict[str, Any]
 CPU = torch.device("cpu")
 SIZES = {"name": "gpt", "layers": 2, "width": 16, "attention_heads": 2, "context": 8, "vocab": 256}
-WORDS = ["a", "low", "rank", "wave", "of", "small", "gains", "over", "the", "frozen", "hills", "where", "every", "head", "learns", "its", "own", "way", "home"]
+PROSE = "a low rank wave of small gains over the frozen hills where every head learns its own way home"
 
 
 @cache
 def text() -> Text:
     """Return a few thousand bytes of made-up prose, the same on every machine."""
-    chosen = random.Random(0).choices(WORDS, k=800)
+    chosen = random.Random(0).choices(PROSE.split(), k=800)
     return Text(np.frombuffer(" ".join(chosen).encode(), dtype=np.uint8), "made-up prose")
 
 
-def lte_run(devices: int = 2, model: dict[str, Any] | None = None, train: dict[str, Any] | None = None, **method: Any) -> Run:
+def lte_run(devices: int = 2, model: Table | None = None, train: Table | None = None, **method: Any) -> Run:
     """Return a tiny lte run in fp64 at rank 2 and scale 2; keywords override the method's keys."""
     return _run(devices, model, train, {"name": "lte", "rank": 2, "alpha": 4.0, **method})
 
 
-def ddp_run(devices: int = 2, model: dict[str, Any] | None = None, train: dict[str, Any] | None = None) -> Run:
+def ddp_run(devices: int = 2, model: Table | None = None, train: Table | None = None) -> Run:
     """Return a tiny ddp run in fp64."""
     return _run(devices, model, train, {"name": "ddp"})
 
 
-def _run(devices: int, model: dict[str, Any] | None, train: dict[str, Any] | None, method: dict[str, Any]) -> Run:
+def _run(devices: int, model: Table | None, train: Table | None, method: Table) -> Run:
     table = {
         "model": {**SIZES, **(model or {})},
         "data": {"path": "made-up"},

@@ -1,1 +1,1 @@
-"""Slow, obvious twins: plain modules, plain loops, plain autograd. They share start weights and draws with the engine."""
+"""Slow, obvious twins: plain modules, plain loops, plain autograd; only start weights and draws are the engine's."""

@@ -21,9 +21,10 @@ class LoraTwin:
         self.run, self.scale, self.model = run, run.method.scale, copy.deepcopy(start)
         adapted = adapted_names(start)
         self.a = {name: draw(name).clone().requires_grad_() for name in adapted}
-        self.b = {name: start.get_parameter(name).new_zeros(len(start.get_parameter(name)), run.method.rank) for name in adapted}
-        for b in self.b.values():
-            b.requires_grad_()
+        self.b: dict[str, Tensor] = {}
+        for name in adapted:
+            weight = start.get_parameter(name)
+            self.b[name] = weight.new_zeros(len(weight), run.method.rank, requires_grad=True)
         self.others = [p for name, p in self.model.named_parameters() if name not in adapted]
         rate = run.train.learning_rate
         adapters = [*self.a.values(), *self.b.values()]

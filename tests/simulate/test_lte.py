@@ -24,9 +24,8 @@ TRAIN = {"steps": 55, "micro_batch": 2, "warmup_steps": 5, "weight_decay": 0.1, 
 
 
 def parity_run(reset: str, heads_per_device: int, transport: str = "gather") -> Run:
-    return tiny.lte_run(
-        devices=3, train=TRAIN, merge_every=10, reset=reset, heads_per_device=heads_per_device, merge_transport=transport
-    )
+    method = {"merge_every": 10, "reset": reset, "heads_per_device": heads_per_device, "merge_transport": transport}
+    return tiny.lte_run(devices=3, train=TRAIN, **method)
 
 
 def engine_draw(run: Run) -> Callable[[str, int, int], Tensor]:
@@ -125,7 +124,7 @@ def head_gradients(run: Run, inputs: Tensor, targets: Tensor) -> list[Tensor]:
     method = tiny.build(run)
     for layer in lora_layers(method.model):
         with torch.no_grad():
-            layer.b.copy_(layer.draw_a(1).mean() + torch.linspace(-0.1, 0.1, layer.b.numel()).view(layer.b.shape))
+            layer.b.copy_(torch.arange(layer.b.numel()).view(layer.b.shape).sin() / 10)  # head 0: the same for any H
     kept: list[Tensor] = []
 
     def keep(step: int) -> None:
@@ -172,8 +171,7 @@ def test_a_heads_gradient_does_not_shrink_with_the_number_of_heads() -> None:
     inputs, targets = tiny.batches(among_four).batch(0, range(4))
     expected, kept = head_gradients(alone, inputs[:2], targets[:2]), head_gradients(among_four, inputs, targets)
     for of_alone, of_four in zip(expected, kept, strict=True):
-        # B's values depend on H in head_gradients' linspace, so the comparison sets them equal instead.
-        assert of_alone.shape[1:] == of_four.shape[1:]
+        torch.testing.assert_close(of_four[:1], of_alone, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("steps_before", [2, 8], ids=["before the first merge", "inside the third round"])
