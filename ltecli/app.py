@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import enum
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ltecli import version as lte_version
-from ltecli.errors import guarded
+from ltecli.errors import BAD_INPUT, guarded, one_line
 
 app = typer.Typer(
     name="lte",
     help="Plan, train and report LoRA-the-Explorer pre-training on small, old or far-apart GPUs.",
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-profile_app = typer.Typer(help="Look at hardware profiles.", no_args_is_help=True, rich_markup_mode=None)
+profile_app = typer.Typer(help="Look at hardware profiles.", rich_markup_mode=None)
+USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
+"""What every mistake in options and arguments derives from; older typers take it from click, newer ones bring it."""
 app.add_typer(profile_app, name="profile")
 
 
@@ -149,10 +151,17 @@ def profile_show(
     raise typer.Exit(guarded(lambda: show_command(name, as_json)))
 
 
-def main() -> None:
-    """Entry point of the `lte` command."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the `lte` command; returns the exit code."""
     # Tables and curves use characters beyond ASCII, which a bare container's locale would refuse.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    app()
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        return int(app(given or ["--help"], prog_name="lte", standalone_mode=False) or 0)
+    except USAGE_ERROR as error:
+        message = one_line(error.format_message())  # type: ignore[attr-defined]
+        context = getattr(error, "ctx", None)
+        sys.stderr.write(f"lte: {message.rstrip('.')}; see {context.command_path if context else 'lte'} --help\n")
+        return BAD_INPUT

@@ -23,6 +23,11 @@ EXIT_CODES: dict[type[BaseException], int] = {
 }
 
 
+def one_line(text: str) -> str:
+    """Return text without line breaks, which a name or a value may have brought in."""
+    return " ".join(text.split())
+
+
 def guarded(command: Callable[[], int | None]) -> int:
     """Return a command's exit code, having printed one line for a known exception (LTE_DEBUG=1 lets it through)."""
     try:
@@ -34,5 +39,5 @@ def guarded(command: Callable[[], int | None]) -> int:
     except tuple(EXIT_CODES) as error:
         if os.environ.get("LTE_DEBUG") == "1":
             raise
-        sys.stderr.write(f"lte: {str(error) or 'interrupted'}\n")
+        sys.stderr.write(f"lte: {one_line(str(error)) or 'interrupted'}\n")
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ltecli.output import bytes_text
 from ltecli.planner import Plan, Rejected, evaluate
 from simulate import toml
 from simulate.checkpoints import list_checkpoints
@@ -58,8 +59,7 @@ def check_trainable(run: Run) -> None:
 def new_folder(path: Path, run: Run) -> RunFolder:
     """Make a run folder; everything is checked before anything is written. Raises InputError."""
     check_trainable(run)
-    if path.exists():
-        raise InputError(f"--out {path} exists; add --resume to continue it, or choose another --out")
+    _check_new(path)
     text = load_text(run.data)
     text.check(run.model, run.cluster.devices)
     profile = load_profile(run.cluster.profile)
@@ -67,6 +67,11 @@ def new_folder(path: Path, run: Run) -> RunFolder:
     _check_disk(path, run, plan)
     try:
         path.mkdir(parents=True)
+    except FileExistsError:  # by another run, since it was checked
+        _check_new(path)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    try:
         # run.toml comes last: a folder without one is no run.
         (path / PROFILE_FILE).write_text(toml.dump(profile.model_dump(exclude_none=True)), encoding="utf-8")
         (path / PLAN_FILE).write_text(json.dumps(plan, indent=1), encoding="utf-8")
@@ -74,8 +79,19 @@ def new_folder(path: Path, run: Run) -> RunFolder:
         toml.write_atomically(path / RUN_FILE, dump_run(run).encode())
     except OSError as error:
         shutil.rmtree(path, ignore_errors=True)
-        raise InputError(f"--out {path} cannot be written ({error.strerror}); choose another folder") from None
+        raise _unwritable(path, error) from None
     return RunFolder(path, run, profile, text, plan, None)
+
+
+def _check_new(path: Path) -> None:
+    if (path / RUN_FILE).is_file():
+        raise InputError(f"--out {path} exists; add --resume to continue it, or choose another --out")
+    if os.path.lexists(path):
+        raise InputError(f"--out {path} exists and is no run folder; choose another --out")
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(f"--out {path} cannot be written ({error.strerror}); choose another folder")
 
 
 def resumed_folder(path: Path, given: Run | None) -> RunFolder:
@@ -94,8 +110,19 @@ def resumed_folder(path: Path, given: Run | None) -> RunFolder:
     text = load_text(run.data)
     text.check(run.model, run.cluster.devices)
     profile = load_profile(str(path / PROFILE_FILE))
-    plan = json.loads(toml.read(path / PLAN_FILE))
-    return RunFolder(path, run, profile, text, plan, checkpoints[-1] if checkpoints else None)
+    return RunFolder(path, run, profile, text, read_plan(path), checkpoints[-1] if checkpoints else None)
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """Return the plan that a run folder keeps; raises InputError where it is damaged."""
+    try:
+        plan = json.loads(toml.read(path / PLAN_FILE))
+        memory = plan["chosen"]["memory_bytes"]["total"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        memory = None
+    if not isinstance(memory, int):
+        raise InputError(f"{path / PLAN_FILE}: not a plan; the file was damaged, restore it")
+    return dict(plan)
 
 
 def _difference(given: Run, saved: Run) -> str:
@@ -135,7 +162,7 @@ def _check_disk(path: Path, run: Run, plan: dict[str, Any]) -> None:
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise InputError(
-            f"--out {path}: checkpoints need about {needed / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free; "
+            f"--out {path}: checkpoints need about {bytes_text(needed)} and {parent} has {bytes_text(free)} free; "
             "make room, or choose another folder"
         )
 

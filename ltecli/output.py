@@ -7,13 +7,21 @@ import sys
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 WIDE = 400
 """Columns for tables that no terminal shows: nothing is cut."""
-NARROW = 130
-"""Terminals below this many columns get tables without their secondary columns."""
+
+
+class _Console(Console):
+    """Prints text as it is: brackets and colons in a name are neither markup nor emoji."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def on_broken_pipe(self) -> None:
+        """Leave a reader that has seen enough to the one place that deals with it."""
+        raise BrokenPipeError
 
 
 class Output:
@@ -21,32 +29,33 @@ class Output:
 
     def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json, self.quiet = as_json, quiet
-        self.console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-        self.hints = Console(stderr=True, highlight=False, quiet=quiet, soft_wrap=not sys.stderr.isatty())
+        self.console = _Console(soft_wrap=not sys.stdout.isatty())
+        self.hints = _Console(stderr=True, quiet=quiet, soft_wrap=not sys.stderr.isatty())
 
     def text(self, text: str) -> None:
         """Print a line of the result, as it is."""
         if not self.as_json:
-            self.console.print(text, markup=False)
+            self.console.print(text)
 
     def heading(self, text: str) -> None:
         """Print a heading of the result."""
         if not self.as_json:
-            self.console.print(f"[bold]{escape(text)}[/bold]")
+            self.console.print(text, style="bold")
 
     def table(self, table: Table) -> None:
         """Print a table of the result; outside a terminal it is as wide as it needs to be."""
         if not self.as_json:
-            Console(highlight=False, width=None if self.console.is_terminal else WIDE).print(table)
+            _Console(width=None if self.console.is_terminal else WIDE).print(table)
 
     def json(self, document: Any) -> None:
         """Print the result for scripts, where --json asks for it."""
         if self.as_json:
             sys.stdout.write(json.dumps(document, allow_nan=False) + "\n")
+            sys.stdout.flush()
 
     def hint(self, text: str) -> None:
         """Print progress or advice, which is no result."""
-        self.hints.print(text, markup=False)
+        self.hints.print(text)
 
 
 def plain_table(*columns: str) -> Table:

@@ -13,6 +13,7 @@ from simulate.costs.memory import Memory, host_memory_bytes, peak_memory
 from simulate.costs.samples import samples_factor
 from simulate.costs.time import RoundTime, exchange_s, round_time
 from simulate.costs.traffic import ELEMENT_BYTES, dense_reduction, num_rounds, round_exchange
+from simulate.errors import InputError
 from simulate.hardware import Device, Profile
 from simulate.models.shapes import ModelShape
 
@@ -214,6 +215,7 @@ class Pins:
     method: str | None = None
     rank: int | None = None
     heads_per_device: int | None = None
+    alpha: float | None = None
     quantize: str | None = None
     merge_every: int | None = None
     merge_transport: str | None = None
@@ -225,6 +227,11 @@ def make_plan(base: Run, profile: Profile, tokens: int, pins: Pins, notes: Seque
     """Lay out the grid around `base`, evaluate it, and choose; `base` carries every key that no pin or grid varies."""
     shape, devices = base.model.shape(), profile.devices(base.cluster.devices)
     results = [_evaluate(run, shape, profile, devices, tokens) for run in _grid(base, shape, pins, tokens)]
+    if not results:
+        raise InputError(
+            f"train.warmup_steps = {base.train.warmup_steps} is not below the steps that {tokens:,} tokens take, "
+            "whatever the batch; lower it, or train on more --tokens"
+        )
     fitting = sorted((r for r in results if isinstance(r, Candidate)), key=_rank)
     rejected = tuple(r for r in results if isinstance(r, Rejected))
     trainable = [candidate for candidate in fitting if is_trainable(candidate.run)]
@@ -284,12 +291,11 @@ def _choice_notes(chosen: Candidate | None, fitting: Sequence[Candidate], profil
 def describe(run: Run) -> str:
     """Return a run's method in a few words."""
     method = run.method
-    if not isinstance(method, LteOptions):
-        text = method.name
-    else:
+    text: str = method.name
+    if isinstance(method, LteOptions):
         quantized = "" if method.quantize == "none" else f" {method.quantize}"
         text = (
-            f"{method.name}{quantized} rank {method.rank} x {run.heads} heads, T {method.merge_every}, "
+            f"{text}{quantized} rank {method.rank} x {run.heads} heads, T {method.merge_every}, "
             f"{method.merge_transport}"
         )
     return f"{text}, batch {run.train.micro_batch}" + (", checkpointing" if run.train.activation_checkpointing else "")
@@ -304,6 +310,8 @@ def _grid(base: Run, shape: ModelShape, pins: Pins, tokens: int) -> Iterator[Run
     options = (*lte, *([DdpOptions()] if "ddp" in methods else []))
     for micro_batch, recompute in itertools.product(micro_batches, checkpointing):
         train = train_for(base, micro_batch, recompute, tokens)
+        if train.warmup_steps >= train.steps:
+            continue
         for method in options:
             if isinstance(method, LteOptions) and micro_batch % method.heads_per_device:
                 continue
@@ -339,7 +347,7 @@ def _lte_options(base: Run, shape: ModelShape, pins: Pins) -> Iterator[LteOption
     for rank, per_device, merge_every, quantize, transport in itertools.product(
         ranks, heads, rounds, kinds, transports
     ):
-        alpha = start.alpha if "alpha" in start.model_fields_set and _alpha_given(base) else DEFAULT_SCALE * rank
+        alpha = DEFAULT_SCALE * rank if pins.alpha is None else start.alpha
         yield start.model_copy(
             update={
                 "rank": rank,
@@ -350,8 +358,3 @@ def _lte_options(base: Run, shape: ModelShape, pins: Pins) -> Iterator[LteOption
                 "merge_transport": transport,
             }
         )
-
-
-def _alpha_given(base: Run) -> bool:
-    method = base.method
-    return isinstance(method, LteOptions) and method.alpha != DEFAULT_SCALE * method.rank

@@ -12,13 +12,13 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-from safetensors.torch import load, save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from simulate.config import Run, dump_run
 from simulate.errors import InputError
+
+if TYPE_CHECKING:  # listing checkpoints must not cost torch's import
+    from torch import Tensor
 
 CHECKPOINT_VERSION = 1
 KEEP = 2
@@ -51,19 +51,23 @@ def save_checkpoint(
     folder: Path, run: Run, data_fingerprint: str, progress: Progress, state: dict[str, Tensor]
 ) -> Path:
     """Write checkpoints/step-N and drop older ones; returns its path. Raises OSError where the disk refuses."""
+    from safetensors.torch import save
+
     name = f"step-{progress.step:08d}"
     scratch, target = folder / f".{name}.partial", folder / name
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
         tensors = scratch / _TENSORS
-        save_file({key: value.cpu().contiguous() for key, value in state.items()}, tensors)
+        # Written by Python, since safetensors' own writer does not raise OSError when the disk is full.
+        content = save({key: value.cpu().contiguous() for key, value in state.items()})
+        tensors.write_bytes(content)
         meta = {
             "version": CHECKPOINT_VERSION,
             "run": run_fingerprint(run),
             "data": data_fingerprint,
-            "tensors_bytes": tensors.stat().st_size,
-            "tensors_sha256": hashlib.sha256(tensors.read_bytes()).hexdigest(),
+            "tensors_bytes": len(content),
+            "tensors_sha256": hashlib.sha256(content).hexdigest(),
             "progress": asdict(progress),
         }
         (scratch / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
@@ -95,6 +99,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def load_checkpoint(path: Path, run: Run, data_fingerprint: str) -> tuple[Progress, dict[str, Tensor]]:
     """Read a checkpoint; raises InputError where it is damaged, or belongs to another run or other data."""
+    from safetensors.torch import load
+
     meta = _read_meta(path)
     content = (path / _TENSORS).read_bytes() if (path / _TENSORS).is_file() else b""
     retry = f"remove {path} to resume from the checkpoint before it"
@@ -114,10 +120,11 @@ def _read_meta(path: Path) -> dict[str, Any]:
     try:
         meta = json.loads((path / _META).read_text(encoding="utf-8"))
         if meta["version"] != CHECKPOINT_VERSION:
-            raise InputError(f"{path} has version {meta['version']}, this lte reads {CHECKPOINT_VERSION}")
+            version = f"{path} has version {meta['version']}, this lte reads {CHECKPOINT_VERSION}"
+            raise InputError(f"{version}; use the lte that wrote it")
         Progress(**meta["progress"])
+        return {key: meta[key] for key in ("run", "data", "tensors_bytes", "tensors_sha256", "progress")}
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
         raise InputError(
             f"{path / _META} is missing or damaged; remove {path} to resume from the checkpoint before it"
         ) from None
-    return dict(meta)

@@ -20,7 +20,7 @@ class Model(toml.Schema):
     """Which network; sizes that are not given come from the name's table."""
 
     name: str = "gpt"
-    layers: int = Field(default=0, gt=0)
+    layers: int = Field(default=0, gt=0, le=1000)
     width: int = Field(default=0, gt=0)
     attention_heads: int = Field(default=0, gt=0)
     context: int = Field(default=0, gt=0)

@@ -43,7 +43,9 @@ def read_events(path: Path) -> Iterator[Event]:
             if number == len(lines):
                 return
             raise InputError(f"{path}:{number}: not a JSON event; the file was damaged, restore it") from None
-        if not isinstance(event, dict) or event.get("version") != EVENTS_VERSION:
+        if not isinstance(event, dict) or not {"kind", "step"} <= event.keys():
+            raise InputError(f"{path}:{number}: not an event; the file was damaged, restore it")
+        if event.get("version") != EVENTS_VERSION:
             raise InputError(f"{path}:{number}: not an event of version {EVENTS_VERSION}; use the lte that wrote it")
         yield event
 

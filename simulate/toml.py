@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,8 @@ else:
 
 Table = dict[str, Any]
 SchemaT = TypeVar("SchemaT", bound="Schema")
+LARGEST_INTEGER = 2**63 - 1
+"""TOML's; beyond it costs would leave the range of a float as well."""
 
 
 class Schema(BaseModel):
@@ -56,10 +58,21 @@ def read(path: Path) -> str:
 
 def validate(schema: type[SchemaT], table: Table, where: str, text: str = "") -> SchemaT:
     """Build `schema` from a parsed table; raises InputError naming file, line (when `text` has it), key and rule."""
+    for path, value in _integers(table):
+        if abs(value) > LARGEST_INTEGER:
+            raise InputError(f"{where}: {_dotted(path)} = {_short(value)}: a whole number has 64 bits; lower it")
     try:
         return schema.model_validate(table)
     except ValidationError as error:
         raise InputError(_explain(error, schema, where, text)) from None
+
+
+def _integers(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], int]]:
+    if isinstance(value, int):
+        yield path, value
+    elif isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _integers(item, (*path, key))
 
 
 def _explain(error: ValidationError, schema: type[BaseModel], where: str, text: str) -> str:
@@ -125,7 +138,7 @@ def _keys_beside(schema: type[BaseModel], loc: tuple[int | str, ...]) -> Iterabl
     return known
 
 
-def _dotted(path: list[Any]) -> str:
+def _dotted(path: Sequence[str | int]) -> str:
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
@@ -196,4 +209,7 @@ def set_key(table: Table, assignment: str) -> None:
         value = tomllib.loads(f"value = {value_text.strip()}")["value"]
     except tomllib.TOMLDecodeError:
         value = value_text.strip()
-    table.setdefault(parts[0], {})[parts[1]] = value
+    section = table.setdefault(parts[0], {})
+    if not isinstance(section, dict):
+        raise InputError(f"--set {assignment}: {parts[0]} = {section!r} is not a table; write [{parts[0]}] in the file")
+    section[parts[1]] = value

@@ -11,7 +11,7 @@ from ltecli.errors import NothingFeasibleError
 from ltecli.output import Output, bytes_text, plain_table, seconds_text
 from ltecli.planner import Candidate, Pins, Plan, Rejected, describe, make_plan
 from simulate import toml
-from simulate.config import Run, build_run, dump_run
+from simulate.config import Run, Train, build_run, dump_run
 from simulate.errors import InputError
 from simulate.hardware import LOCAL, Profile, load_profile
 
@@ -91,7 +91,7 @@ def _put(table: toml.Table, section: str, key: str, value: Any) -> None:
 
 def _pins(table: toml.Table) -> Pins:
     method, train = table["method"], table["train"]
-    keys = ("rank", "heads_per_device", "quantize", "merge_every", "merge_transport")
+    keys = ("rank", "heads_per_device", "alpha", "quantize", "merge_every", "merge_transport")
     return Pins(
         method=method.get("name") or ("lte" if method else None),
         micro_batch=train.get("micro_batch"),
@@ -109,16 +109,25 @@ def _base_run(table: toml.Table, profile: Profile) -> tuple[Run, list[str]]:
     if table["method"].get("name", "lte") == "lte" and "micro_batch" not in table["train"]:
         heads = table["method"].get("heads_per_device", 1)
         table["train"]["micro_batch"] = heads if isinstance(heads, int) and heads > 0 else 1
-    # Derived keys may not make a short run invalid before the planner has set its steps.
-    run = build_run(table, _WHERE)
+    run = _build(table)
     if "learning_rate" not in table["train"]:
         rate = min(REFERENCE_RATE, REFERENCE_RATE * REFERENCE_WIDTH / run.model.width)
         table["train"]["learning_rate"] = rate
         notes.append(
             f"train.learning_rate = {rate:.2g} is a rule of thumb for width {run.model.width}; try two beside it"
         )
-        run = build_run(table, _WHERE)
+        run = _build(table)
     return run, notes
+
+
+def _build(table: toml.Table) -> Run:
+    """Validate; a long warm-up is not held against steps that are still to be planned."""
+    train, warmup = table["train"], table["train"].get("warmup_steps")
+    if "steps" in train or not isinstance(warmup, int):
+        return build_run(table, _WHERE)
+    run = build_run({**table, "train": {**train, "steps": warmup + 1}}, _WHERE)
+    given = Train.model_construct(_fields_set=set(train), **dict(run.train))
+    return run.model_copy(update={"train": given})
 
 
 def _check_data(run: Run) -> None:
@@ -131,6 +140,8 @@ def _tokens(request: Request, base: Run, table: toml.Table) -> int:
     if request.tokens is not None:
         if request.tokens <= 0:
             raise InputError(f"--tokens {request.tokens}: must be greater than 0; leave it out for 20 a parameter")
+        if request.tokens > toml.LARGEST_INTEGER:
+            raise InputError("--tokens: must fit in 64 bits; leave it out for 20 a parameter")
         if "steps" in table["train"]:
             raise InputError("--tokens and train.steps both say how long to train; keep one")
         return request.tokens
@@ -149,7 +160,7 @@ def _check_target(out: Path, force: bool) -> None:
     if out.exists() and not force:
         raise InputError(f"--out {out} exists; add --force to replace it, or choose another name")
     if not out.parent.is_dir():
-        raise InputError(f"--out {out}: the folder {out.parent} does not exist; create it first")
+        raise InputError(f"--out {out}: {out.parent} is no folder; create it first, or choose another")
 
 
 def nearest_miss_text(plan: Plan) -> str:

@@ -21,6 +21,7 @@ from ltecli.launcher import (
 )  # fmt: skip
 from ltecli.output import Output, bytes_text, seconds_text
 from ltecli.planner import describe
+from simulate.checkpoints import list_checkpoints
 from simulate.config import Run, build_run, load_run
 from simulate.errors import InputError, RunFailedError
 
@@ -46,6 +47,9 @@ def train_command(
 ) -> int:
     """Train a run to its end; returns the exit code."""
     output = Output(as_json, quiet or as_json)
+    # Kineto announces every trace on stderr unless told otherwise before torch is imported.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    _check_device(device_name)
     if given is not None and given.is_dir() and not resume:
         raise InputError(f"{given} is a run folder; add --resume to continue it, or name a run.toml")
     if resume:
@@ -53,14 +57,14 @@ def train_command(
     else:
         run = _run(given, data, assignments)
         folder = new_folder(out or RUNS / _name(given), run)
-    # Kineto announces every trace on stderr unless told otherwise before torch is imported.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     try:
         return _simulate(folder, device_name, output)
     except OSError as error:
         raise RunFailedError(f"{error.strerror}: {error.filename or folder.path}; {_saved(folder)}") from error
     except RunFailedError as error:
         raise RunFailedError(f"{error}; {_saved(folder)}") from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {_saved(folder)}") from None
 
 
 def _name(given: Path | None) -> str:
@@ -92,23 +96,32 @@ def _resumed(given: Path | None, out: Path | None, data: str | None, assignments
 
 
 def _saved(folder: RunFolder) -> str:
-    from simulate.checkpoints import list_checkpoints
-
     saved = list_checkpoints(folder.path / CHECKPOINTS)
     if not saved:
-        return f"no checkpoint was saved yet in {folder.path}"
+        return f"no checkpoint was saved yet; start over with lte train {folder.path} --resume"
     return f"saved: {saved[-1]}; continue with lte train {folder.path} --resume"
+
+
+def _check_device(name: str) -> None:
+    if name != "cuda":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InputError("--device cuda: this PyTorch sees no CUDA GPU; use --device cpu, or install a CUDA build")
 
 
 def _device(name: str) -> torch.device:
     import torch
 
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: this PyTorch sees no CUDA GPU; use --device cpu, or install a CUDA build")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
 def _simulate(folder: RunFolder, device_name: str, output: Output) -> int:
+    _tell_derived(folder, output)
+    if folder.resume_from and folder.resume_from.name.endswith(f"-{folder.run.train.steps:08d}"):
+        _tell_finished(folder, output)
+        return 0
     device = _device(device_name)
     from simulate.clock import SimulatedClock
     from simulate.communicator import VirtualCommunicator
@@ -119,10 +132,6 @@ def _simulate(folder: RunFolder, device_name: str, output: Output) -> int:
     from simulate.methods import build_method
 
     run = folder.run
-    _tell_derived(folder, output)
-    if folder.resume_from and folder.resume_from.name.endswith(f"-{run.train.steps:08d}"):
-        output.hint(f"{folder.path} is finished; next: lte report {folder.path}")
-        return 0
     clock = SimulatedClock(run, folder.profile.devices(run.cluster.devices), folder.profile.link)
     communicator = VirtualCommunicator(run.cluster.devices, clock.charge_transfer)
     batches = TextBatches(folder.text, run.model.context, run.train.micro_batch, run.cluster.devices, run.train.seed)
@@ -206,22 +215,36 @@ def _tell_derived(folder: RunFolder, output: Output) -> None:
 
 def _tell_result(folder: RunFolder, session: Session, output: Output) -> None:
     sent = session.communicator.counter.sent_bytes / session.run.cluster.devices
-    document = {
-        "version": 1,
-        "run": str(folder.path),
-        "steps": session.step,
-        "val_loss": session.val_loss,
-        "sent_bytes_per_device": sent,
-        "simulated_s": session.clock.now_s,
-        "measured_s": session.elapsed_s(),
-    }
-    output.json(document)
+    output.json(_result(folder, session.step, session.val_loss, sent, session.clock.now_s, session.elapsed_s()))
     output.text(
         f"done: {folder.path}, validation loss {session.val_loss:.4f}, {bytes_text(sent)} sent per device (counted), "
         f"{seconds_text(session.clock.now_s)} on {folder.profile.name} (simulated), "
         f"{seconds_text(session.elapsed_s())} here (measured)"
     )
     output.hint(f"next: lte report {folder.path}")
+
+
+def _tell_finished(folder: RunFolder, output: Output) -> None:
+    from ltecli.report.figures import figures, read_run
+
+    figure = figures(read_run(folder.path))
+    sent, wall = figure["sent_bytes_per_device"]["counted"], figure["wall_s"]
+    output.json(_result(folder, figure["steps"], figure["val_loss"], sent, wall["simulated"], wall["measured"]))
+    output.hint(f"{folder.path} is finished; next: lte report {folder.path}")
+
+
+def _result(
+    folder: RunFolder, steps: int, val_loss: float | None, sent: float, simulated_s: float, measured_s: float
+) -> dict[str, Any]:
+    return {
+        "version": 1,
+        "run": str(folder.path),
+        "steps": steps,
+        "val_loss": val_loss,
+        "sent_bytes_per_device": sent,
+        "simulated_s": simulated_s,
+        "measured_s": measured_s,
+    }
 
 
 class _TensorBoard:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltecli.launcher import EVENTS_FILE, PLAN_FILE, RUN_FILE
-from simulate import toml
+from ltecli.launcher import EVENTS_FILE, RUN_FILE, read_plan
 from simulate.config import Run, load_run
 from simulate.errors import InputError
 from simulate.events import Event, read_events
@@ -42,11 +40,7 @@ def read_run(path: Path) -> RunRecord:
         )
     if not (path / EVENTS_FILE).is_file():
         raise InputError(f"{path} has no {EVENTS_FILE}: it never took a step; start it with lte train")
-    try:
-        plan = json.loads(toml.read(path / PLAN_FILE))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path / PLAN_FILE}: not valid JSON ({error}); the file was damaged, restore it") from None
-    return RunRecord(path, load_run(path / RUN_FILE), plan, tuple(read_events(path / EVENTS_FILE)))
+    return RunRecord(path, load_run(path / RUN_FILE), read_plan(path), tuple(read_events(path / EVENTS_FILE)))
 
 
 def figures(record: RunRecord) -> dict[str, Any]:
