@@ -64,8 +64,8 @@ def main() -> None:
             ratios = [n / one for n, one in zip(seconds[devices][2:], seconds[1][2:], strict=True)]
             mean = sum(seconds[devices][2:]) / sum(seconds[1][2:])
             print(
-                f"{name}: {devices} devices over 1, total batch {TOTAL_BATCH}: median step {statistics.median(ratios):.2f}x, "
-                f"all steps with merges {mean:.2f}x",
+                f"{name}: {devices} devices over 1, total batch {TOTAL_BATCH}: "
+                f"median step {statistics.median(ratios):.2f}x, all steps with merges {mean:.2f}x",
                 flush=True,
             )
 

@@ -15,8 +15,8 @@ LTE_MERGE_EVERY = 10
 LTE_MERGE_EXPONENT = 0.15
 """Guess: ten times rarer merges cost 1.4x the samples (no published sweep over T at equal loss)."""
 LTE_RANK_SHARE = 1 / 12
-"""One head needs this share of the width: in the paper's sweep (ViT-S, width 384, 32 heads), rank 32 is nearly as good as
-64, while 16 and 8 fall off although rank x heads still reaches the width at 16."""
+"""One head needs this share of the width: in the paper's sweep (ViT-S, width 384, 32 heads), rank 32 is nearly as good
+as 64, while 16 and 8 fall off although rank x heads still reaches the width at 16."""
 LTE_RANK_EXPONENT = 0.5
 """Guess: half the rank that is needed, by either rule, costs 1.4x the samples."""
 MINIMUM_STEPS = 200

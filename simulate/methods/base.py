@@ -114,10 +114,8 @@ class Method:
             prefix = f"optimizer.{name}."
             moments = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
             if moments:
-                self.optimizer.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter.device).clone()
-                    for key, value in moments.items()
-                }
+                # A fused optimizer keeps its step counter on the device, too.
+                self.optimizer.state[parameter] = {k: v.to(parameter.device).clone() for k, v in moments.items()}
 
     def _model_tensors(self) -> dict[str, Tensor]:
         return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
