@@ -17,7 +17,7 @@ from ltecli.planner import Plan, Rejected, evaluate
 from simulate import toml
 from simulate.checkpoints import list_checkpoints
 from simulate.config import LteOptions, Run, dump_run, load_run
-from simulate.costs.memory import Memory
+from simulate.costs.traffic import ELEMENT_BYTES
 from simulate.data.text import Text, load_text
 from simulate.errors import InputError
 from simulate.events import truncate_events
@@ -64,7 +64,7 @@ def new_folder(path: Path, run: Run) -> RunFolder:
     text.check(run.model, run.cluster.devices)
     profile = load_profile(run.cluster.profile)
     plan = plan_of(run, profile)
-    _check_disk(path, run, plan)
+    _check_disk(path, run)
     try:
         path.mkdir(parents=True)
     except FileExistsError:  # by another run, since it was checked
@@ -148,17 +148,22 @@ def plan_of(run: Run, profile: Profile) -> dict[str, Any]:
     return Plan(profile, run, tokens, candidates, rejected, chosen, dense, tuple(notes)).to_dict()
 
 
-def checkpoint_bytes(plan: dict[str, Any], devices: int) -> int:
-    """Return about how many bytes one checkpoint takes: what devices share once, what is theirs N times."""
-    memory = Memory(**{k: v for k, v in plan["chosen"]["memory_bytes"].items() if k != "total"})
-    return memory.weights + devices * (memory.adapters + memory.optimizer)
+def checkpoint_bytes(run: Run) -> int:
+    """Return the bytes of a checkpoint's tensors: what devices share once, what is theirs N times, Adam's moments."""
+    shape, method, element_bytes = run.model.shape(), run.method, ELEMENT_BYTES[run.train.dtype]
+    if not isinstance(method, LteOptions):
+        return 3 * shape.parameters * element_bytes
+    factors = method.heads_per_device * shape.factors(method.rank)
+    copies = 2 if method.reset == "none" else 1  # with the weights at the start, and the factors at the last merge
+    device = (copies + 2) * factors + 3 * shape.replicated_parameters
+    return (copies * shape.adapted_parameters + run.cluster.devices * device) * element_bytes
 
 
-def _check_disk(path: Path, run: Run, plan: dict[str, Any]) -> None:
+def _check_disk(path: Path, run: Run) -> None:
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"--out {path}: {parent} is not a writable folder; choose another")
-    needed = CHECKPOINTS_AT_ONCE * checkpoint_bytes(plan, run.cluster.devices)
+    needed = CHECKPOINTS_AT_ONCE * checkpoint_bytes(run)
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise InputError(

@@ -76,7 +76,9 @@ def _integers(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tu
 
 
 def _explain(error: ValidationError, schema: type[BaseModel], where: str, text: str) -> str:
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    # A misspelt key is told before the one that it leaves missing.
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     path = [part for part in first["loc"] if not (isinstance(part, str) and part in _union_tags(first, table_of(text)))]
     line = _line_of(text, path)
     place = f"{where}:{line}" if line else where

@@ -1,0 +1,95 @@
+"""Calls `lte` in this process or in its own, and writes runs small enough to train in a moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simulate import toml
+from simulate.events import Event, read_events
+
+Lte = Callable[..., "Outcome"]
+Refused = Callable[..., str]
+WORDS = ("a", "low", "rank", "wave", "over", "the", "frozen", "hills", "where", "every", "head", "learns", "its", "way")
+PROFILE = "rtx3060_x4_home"
+TINY: dict[str, dict[str, Any]] = {
+    "model": {"layers": 1, "width": 16, "attention_heads": 2, "context": 8},
+    "method": {"name": "lte", "rank": 2, "merge_every": 3},
+    "train": {"steps": 8, "micro_batch": 2, "evaluate_every": 4, "evaluate_samples": 4, "checkpoint_every": 3},
+    "cluster": {"profile": PROFILE, "devices": 2},
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left: its exit code and what it said."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    def json(self) -> Any:
+        """Return the JSON document that is all of stdout."""
+        return json.loads(self.stdout)
+
+
+def write_prose(path: Path) -> Path:
+    """Write a few thousand bytes of text, the same on every machine."""
+    path.write_text(" ".join(random.Random(0).choices(WORDS, k=1500)), encoding="utf-8")
+    return path
+
+
+def write_run(path: Path, **tables: dict[str, Any]) -> Path:
+    """Write the tiny run as TOML, with keys of tables overridden; the data is prose.txt beside it."""
+    data = {"path": str(write_prose(path.parent / "prose.txt"))}
+    table = {"data": data, **TINY}
+    for name, keys in tables.items():
+        replaced = name == "data" or "name" in keys
+        table[name] = keys if replaced else {**table[name], **keys}
+    path.write_text(toml.dump(table), encoding="utf-8")
+    return path
+
+
+def environment() -> dict[str, str]:
+    """Return an environment for child processes: one thread, no terminal."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+
+
+def lte_process(*arguments: str | Path, cwd: Path, **options: Any) -> subprocess.Popen[str]:
+    """Start `lte` in a process of its own."""
+    command = [sys.executable, "-m", "ltecli", *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.Popen(command, cwd=cwd, env=environment(), text=True, **pipes)
+
+
+def finish(process: subprocess.Popen[str]) -> Outcome:
+    """Wait for a process to end."""
+    stdout, stderr = process.communicate(timeout=120)
+    return Outcome(process.returncode, stdout, stderr)
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Return every path below a folder with its content, so that two moments can be compared."""
+    paths = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def events_of(folder: Path, kind: str) -> list[Event]:
+    """Return a run's events of a kind."""
+    return [event for event in read_events(folder / "events.jsonl") if event["kind"] == kind]
+
+
+def assert_one_line(outcome: Outcome, code: int, words: Sequence[str]) -> None:
+    """Hold what a refused command says: one line on stderr that names the mistake, and no result."""
+    assert outcome.code == code, outcome
+    assert outcome.stderr.startswith("lte: "), outcome.stderr
+    assert outcome.stderr.count("\n") == 1, outcome.stderr
+    for word in words:
+        assert word in outcome.stderr

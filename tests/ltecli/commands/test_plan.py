@@ -1,0 +1,306 @@
+"""`lte plan`: the JSON contract, pins, the written run.toml, warnings, rejections and refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simulate.config import DEFAULT_SCALE, LteOptions, load_run
+from simulate.hardware import load_profile
+from tests.ltecli.command import PROFILE, Lte, Refused, assert_one_line, finish, lte_process, write_prose
+
+TOP_KEYS = {"version", "profile", "model", "chosen", "candidates", "rejected", "notes"}
+CANDIDATE_KEYS = {
+    "method", "rank", "heads", "heads_per_device", "quantize", "merge_every", "merge_transport", "micro_batch",
+    "activation_checkpointing", "memory_bytes", "sent_bytes_per_round", "sent_bytes_per_step",
+    "received_bytes_per_step", "step_s", "round_s", "samples_per_s", "wall_s", "warnings",
+}  # fmt: skip
+MEMORY_KEYS = {"total", "weights", "adapters", "gradients", "optimizer", "activations", "temporary", "reserved"}
+HOME = ("plan", "--profile", PROFILE)
+SMALL = (*HOME, "--tokens", "100000", "--set", "train.micro_batch=4", "--set", "train.activation_checkpointing=false")
+
+
+@pytest.fixture
+def gpt2(lte: Lte) -> Any:
+    """The plan of GPT-2 on four home GPUs."""
+    return lte(*HOME, "--model", "gpt2", "--json").json()
+
+
+def every_candidate(plan: Any) -> list[Any]:
+    dense = [plan["dense"]] if plan["dense"] else []
+    return [*plan["candidates"], *(rejected["candidate"] for rejected in plan["rejected"]), *dense]
+
+
+def test_the_json_keeps_its_contract(gpt2: Any) -> None:
+    assert gpt2.keys() >= TOP_KEYS
+    assert gpt2["model"].keys() >= {"name", "parameters", "adapted_parameters"}
+    assert gpt2["chosen"] in gpt2["candidates"]
+    for candidate in every_candidate(gpt2):
+        assert candidate.keys() >= CANDIDATE_KEYS
+        memory = candidate["memory_bytes"]
+        assert memory.keys() == MEMORY_KEYS
+        assert memory["total"] == sum(size for part, size in memory.items() if part != "total")
+
+
+def test_gpt2_at_home_has_hundreds_of_candidates_and_dense_beside_the_choice(gpt2: Any) -> None:
+    assert len(gpt2["candidates"]) >= 500
+    assert gpt2["dense"]["method"] == "ddp"
+    assert gpt2["dense"]["wall_s"] > 0
+
+
+def test_candidates_fit_and_the_rejected_say_why_they_do_not(gpt2: Any) -> None:
+    device = load_profile(PROFILE).device[0]
+    assert all(c["memory_bytes"]["total"] <= device.memory_bytes for c in gpt2["candidates"])
+    assert gpt2["rejected"]
+    for rejected in gpt2["rejected"]:
+        assert rejected["candidate"]["memory_bytes"]["total"] > device.memory_bytes
+        assert "needs" in rejected["reason"]
+        assert device.kind in rejected["reason"]
+
+
+def test_candidates_rank_by_time_to_equal_loss(gpt2: Any) -> None:
+    times = [candidate["equivalent_wall_s"] for candidate in gpt2["candidates"]]
+    assert times == sorted(times)
+    trainable = [c for c in gpt2["candidates"] if c["quantize"] == "none"]
+    assert gpt2["chosen"] == trainable[0]
+
+
+def test_gpt2_has_its_published_size(gpt2: Any) -> None:
+    assert gpt2["model"] == {"name": "gpt2", "parameters": 124_439_808, "adapted_parameters": 84_934_656}
+
+
+def test_equal_requests_give_equal_plans(lte: Lte, tmp_path: Path) -> None:
+    command = (*SMALL, "--json")
+    other_process = finish(lte_process(*command, cwd=tmp_path))
+    assert lte(*command).stdout == lte(*command).stdout == other_process.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "key", "value"),
+    [
+        ("--method", "method", "ddp"),
+        ("--method", "method", "lte"),
+        ("--rank", "rank", 24),
+        ("--heads-per-device", "heads_per_device", 2),
+        ("--quantize", "quantize", "int8"),
+        ("--merge-every", "merge_every", 7),
+        ("--set", "merge_transport", "server"),
+        ("--set", "reset", "b"),
+    ],
+)
+def test_a_pin_holds_for_every_candidate(lte: Lte, option: str, key: str, value: object) -> None:
+    given = f"method.{key}={value}" if option == "--set" else str(value)
+    plan = lte(*HOME, "--tokens", "100000", option, given, "--json").json()
+    assert plan["candidates"]
+    assert {candidate[key] for candidate in plan["candidates"]} == {value}
+
+
+def test_pinned_training_keys_hold(lte: Lte) -> None:
+    plan = lte(*SMALL, "--json").json()
+    batches = {(c["micro_batch"], c["activation_checkpointing"]) for c in plan["candidates"]}
+    assert batches == {(4, False)}
+
+
+def test_a_pinned_alpha_is_kept_and_a_free_one_follows_the_rank(lte: Lte, here: Path) -> None:
+    lte(*SMALL, "--rank", "8", "--set", "method.alpha=2048", "-o", "pinned.toml")
+    lte(*SMALL, "--rank", "8", "--method", "lte", "-o", "free.toml")
+    assert [load_run(here / name).method.alpha for name in ("pinned.toml", "free.toml")] == [2048, DEFAULT_SCALE * 8]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("devices", [1, 3, 16])
+def test_devices_may_differ_from_the_profile(lte: Lte, devices: int) -> None:
+    plan = lte(*SMALL, "--devices", str(devices), "--method", "lte", "--json").json()
+    assert plan["devices"] == devices
+    assert all(c["heads"] == devices * c["heads_per_device"] for c in plan["candidates"])
+    assert all((c["sent_bytes_per_step"] == 0) == (devices == 1) for c in plan["candidates"])
+
+
+def test_dense_stands_beside_a_pinned_method(lte: Lte) -> None:
+    plan = lte(*SMALL, "--method", "lte", "--json").json()
+    assert plan["dense"]["method"] == "ddp"
+    assert "beside dense" in lte(*SMALL, "--method", "lte").stdout
+
+
+def test_the_written_run_is_the_choice(lte: Lte, here: Path) -> None:
+    outcome = lte(*HOME, "--set", "train.seed=5", "--set", "model.context=64", "-o", "run.toml", "--json")
+    chosen, run = outcome.json()["chosen"], load_run(here / "run.toml")
+    assert isinstance(run.method, LteOptions)
+    method = {key: chosen[key] for key in ("rank", "heads_per_device", "quantize", "merge_every", "merge_transport")}
+    assert {key: getattr(run.method, key) for key in method} == method
+    train = {key: chosen[key] for key in ("steps", "micro_batch", "activation_checkpointing")}
+    assert {key: getattr(run.train, key) for key in train} == train
+    assert (run.cluster.profile, run.cluster.devices) == (PROFILE, 4)
+    assert (run.train.seed, run.model.context) == (5, 64)
+    assert outcome.stderr == "wrote run.toml; next: lte train run.toml\n"
+
+
+def test_a_written_run_may_be_edited_by_hand(lte: Lte, here: Path) -> None:
+    lte(*SMALL, "--method", "lte", "-o", "run.toml")
+    edited = here / "run.toml"
+    edited.write_text("# mine\n" + edited.read_text().replace("seed = 0", "seed = 9 # lucky\n# as I like it"))
+    assert load_run(edited).train.seed == 9
+
+
+def test_a_file_is_replaced_only_by_force(lte: Lte, refused: Refused, here: Path) -> None:
+    (here / "run.toml").write_text("mine")
+    refused(*SMALL, "-o", "run.toml", words=("run.toml exists", "--force"))
+    assert lte(*SMALL, "-o", "run.toml", "--force").code == 0
+    assert load_run(here / "run.toml").cluster.profile == PROFILE
+
+
+def test_nothing_is_written_without_being_asked(lte: Lte, here: Path) -> None:
+    assert lte(*SMALL).code == 0
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("target", [".", "nowhere/run.toml", "/dev/null/run.toml", "/proc/run.toml"])
+def test_a_target_that_cannot_be_written_is_refused(lte: Lte, here: Path, target: str) -> None:
+    assert_one_line(lte(*SMALL, "-o", target), 2, ("--out", target))
+    assert list(here.iterdir()) == []
+
+
+def warnings_of(lte: Lte, *arguments: str) -> list[str]:
+    return [" ".join(c["warnings"]) for c in lte(*SMALL, *arguments, "--json").json()["candidates"]]
+
+
+def test_too_small_a_rank_is_warned_about(lte: Lte) -> None:
+    low = ("--devices", "2", "--method", "lte", "--heads-per-device", "1")
+    assert all(
+        "rank x heads = 16 is below the largest layer dimension 128" in w for w in warnings_of(lte, *low, "--rank", "8")
+    )
+    assert not any("rank x heads" in w for w in warnings_of(lte, *low, "--rank", "64"))
+
+
+def test_a_transport_dearer_than_dense_reduction_is_warned_about(lte: Lte) -> None:
+    many = ("--devices", "8", "--method", "lte", "--heads-per-device", "1", "--set", "method.merge_transport=gather")
+    assert all(
+        "gather takes longer than reducing the dense delta" in w for w in warnings_of(lte, *many, "--rank", "64")
+    )
+    few = ("--devices", "2", "--method", "lte", "--set", "method.merge_transport=gather")
+    assert not any("takes longer" in w for w in warnings_of(lte, *few, "--rank", "8", "--heads-per-device", "1"))
+
+
+def test_a_dominating_link_is_warned_about(lte: Lte) -> None:
+    assert all("the link dominates" in w for w in warnings_of(lte, "--method", "ddp"))
+    assert not any("the link dominates" in w for w in warnings_of(lte, "--devices", "1"))
+
+
+def test_warnings_of_the_choice_are_shown(lte: Lte) -> None:
+    assert "warning: the link dominates" in lte(*SMALL, "--method", "ddp").stdout
+
+
+def test_nothing_feasible_names_the_nearest_miss(lte: Lte, here: Path) -> None:
+    outcome = lte("plan", "--profile", "raspberry_x8", "--model", "gpt2_xl", "-o", "run.toml", "--json")
+    assert_one_line(outcome, 3, ("nearest miss", "8.59 GB", "more on each device would do", "model.context"))
+    assert outcome.json()["chosen"] is None
+    assert list(here.iterdir()) == []
+
+
+def test_host_memory_counts_too(lte: Lte, here: Path) -> None:
+    profile = lte("profile", "show", PROFILE).stdout.replace("host_memory_bytes = 17179869184", "host_memory_bytes = 1")
+    (here / "bare.toml").write_text(profile)
+    plan = lte("plan", "-p", "bare.toml", "--tokens", "100000", "--method", "lte", "--json")
+    assert_one_line(plan, 3, ("of host memory",))
+    assert lte("plan", "-p", "bare.toml", "--tokens", "100000", "--set", "method.reset=b").code == 0
+
+
+def test_a_long_warm_up_leaves_out_too_short_candidates(lte: Lte, refused: Refused, here: Path) -> None:
+    warm = ("--tokens", "100000", "--set", "train.warmup_steps=50")
+    plan = lte(*HOME, *warm, "-o", "run.toml", "--json").json()
+    assert min(candidate["steps"] for candidate in plan["candidates"]) > 50
+    assert load_run(here / "run.toml").train.warmup_steps == 50
+    refused(*HOME, "--tokens", "600", "--set", "train.warmup_steps=50", words=("train.warmup_steps = 50", "--tokens"))
+    assert lte(*HOME, "--set", "train.warmup_steps=2000", "--tokens", "10000000").code == 0
+
+
+def test_data_is_read_from_files_and_folders_of_any_depth(lte: Lte, here: Path) -> None:
+    folder = here / "bücher" / "eins"
+    (folder / ".git").mkdir(parents=True)
+    write_prose(folder / "é.txt")
+    (folder / ".git" / "object").write_bytes(b"\x00")
+    assert lte(*SMALL, "--data", "bücher").code == 0
+    assert lte(*SMALL, "--data", folder / "é.txt").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--profile rtx3060", ("profile = 'rtx3060'", "did you mean", "known:")),
+        ("--model gpt3", ("'gpt3'", "did you mean 'gpt'?", "gpt2_xl")),
+        ("--method lt", ("method.name = 'lt'", "did you mean 'lte'?", "ddp")),
+        ("--quantize int4", ("method.quantize = 'int4'", "did you mean 'int8'?")),
+        ("--devices 0", ("cluster.devices = 0", "greater than 0")),
+        ("--devices -2", ("cluster.devices = -2", "greater than 0")),
+        ("--devices 1000000", ("1000000 devices", "fewer --devices")),
+        ("--profile mixed_gtx1080ti_rtx2060_rtx3090 --devices 4", ("cluster.devices = 4", "at most 3")),
+        ("--tokens 0", ("--tokens 0", "greater than 0")),
+        ("--tokens -5", ("--tokens -5", "greater than 0")),
+        (f"--tokens {'9' * 400}", ("--tokens", "64 bits")),
+        ("--rank 0", ("method.rank = 0", "greater than 0")),
+        ("--rank 129", ("method.rank = 129 exceeds the 128", "--set method.rank=128")),
+        ("--merge-every -1", ("method.merge_every = -1", "greater than 0")),
+        ("--heads-per-device 0", ("method.heads_per_device = 0",)),
+        ("--heads-per-device 3 --set train.micro_batch=4", ("train.micro_batch = 4", "not divisible", "micro_batch=3")),
+        ("--method ddp --rank 8", ("method.rank is not a known key",)),
+        ("--rank 8 --set method.rank=16", ("method.rank is given twice", "keep one")),
+        ("--tokens 1000 --set train.steps=5", ("--tokens and train.steps", "keep one")),
+        ("--set train.steps=5 --set train.warmup_steps=5", ("train.warmup_steps = 5", "train.steps = 5")),
+        ("--set train.steps=abc", ("train.steps = 'abc'", "integer")),
+        ("--set train.steps=1.5", ("train.steps = 1.5", "integer")),
+        ("--set train.steps=true", ("train.steps = True", "integer")),
+        ("--set train.learning_rate=nan", ("train.learning_rate = nan", "finite")),
+        ("--set train.learning_rate=inf", ("train.learning_rate = inf", "finite")),
+        ("--set train.learning_rate=-1", ("train.learning_rate = -1", "greater than 0")),
+        ("--set train.dtype=fp17", ("train.dtype = 'fp17'", "did you mean")),
+        ("--set model.layers=0", ("model.layers = 0", "greater than 0")),
+        ("--set model.layers=10000000", ("model.layers = 10000000", "1000")),
+        (f"--set model.width={'9' * 30}", ("model.width", "64 bits")),
+        ("--set model.width=17", ("width = 17", "not divisible by attention_heads = 4")),
+        ("--set model.vocab=100", ("model.vocab = 100", "--set model.vocab=256")),
+        ("--set model.name=5", ("model.name = 5", "string")),
+        ("--set modle.layers=2", ("modle is not a known key", "did you mean 'model'?")),
+        ("--set model.layer=2", ("model.layer is not a known key", "did you mean 'layers'?")),
+        ("--set foo", ("--set foo", "table.key=value")),
+        ("--set =", ("--set =", "table.key=value")),
+        ("--set a.b.c=1", ("--set a.b.c=1", "table.key=value")),
+        ("--set model=3", ("--set model=3", "table.key=value")),
+        ("--data nowhere.txt", ("data.path = 'nowhere.txt'", "does not exist")),
+        ("--data nowhere.txt --set data.name=stdlib", ("exactly one of name", "path")),
+        ("--set data.name=wikipedia", ("data.name = 'wikipedia'", "known: stdlib")),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named_and_nothing_written(refused: Refused, arguments: str, words: tuple[str, ...]) -> None:
+    refused("plan", "-o", "run.toml", *arguments.split(), words=words)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", ("is empty",)),
+        (b" \n\n", ("is empty",)),
+        (b"too short", ("has 9 bytes", "need 1,291", "model.context")),
+        (b"a\x00b", ("binary", "NUL")),
+        (b"ab\xff", ("not UTF-8", "byte 2")),
+    ],
+)
+def test_data_that_cannot_be_used_is_refused(
+    refused: Refused, here: Path, content: bytes, words: tuple[str, ...]
+) -> None:
+    (here / "folder").mkdir()
+    (here / "folder" / "text").write_bytes(content)
+    refused("plan", "--data", "folder/text", words=("folder/text", *words))
+    refused("plan", "--data", "folder", words=("folder", *words))
+
+
+def test_an_empty_folder_is_no_data(refused: Refused, here: Path) -> None:
+    (here / "empty").mkdir()
+    refused("plan", "--data", "empty", words=("empty", "without files"))
+
+
+def test_hints_go_to_stderr_and_results_to_stdout(lte: Lte) -> None:
+    text, json = lte(*SMALL), lte(*SMALL, "--json")
+    assert text.stderr == json.stderr == "next: lte plan ... -o run.toml, then lte train run.toml\n"
+    assert "chosen: " in text.stdout
+    assert json.json()["version"] == 1

@@ -1,0 +1,42 @@
+"""Every shipped profile loads, and says where each of its figures comes from."""
+
+from __future__ import annotations
+
+import pytest
+
+import profiles
+from simulate.hardware import Device, Link, Profile, load_profile
+
+UNSOURCED = {"count", "kind", "source", "sources"}
+
+
+def figures_without_source(part: Device | Link) -> set[str]:
+    """Return the figures of a device or link that are set and have no words on their origin."""
+    given = {name for name, value in part if value is not None and name not in UNSOURCED}
+    return given - {name for name, words in part.sources.items() if words.strip()}
+
+
+def test_profiles_are_shipped() -> None:
+    assert len(profiles.names()) >= 10
+
+
+@pytest.mark.parametrize("name", profiles.names())
+def test_a_shipped_profile_loads_under_its_own_name(name: str) -> None:
+    profile = load_profile(name)
+    assert profile.name == name
+    assert profile.description
+    assert profile.count == len(profile.devices(profile.count))
+
+
+@pytest.mark.parametrize("name", [*profiles.names(), "local"])
+def test_every_figure_has_a_source(name: str) -> None:
+    profile: Profile = load_profile(name)
+    for part in (*profile.device, profile.link):
+        assert not figures_without_source(part)
+        assert set(part.sources) <= set(type(part).model_fields)
+
+
+def test_a_figure_without_source_is_noticed() -> None:
+    device = load_profile("h200").device[0]
+    bare = device.model_copy(update={"sources": {**device.sources, "efficiency": " "}})
+    assert figures_without_source(bare) == {"efficiency"}

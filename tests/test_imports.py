@@ -1,0 +1,111 @@
+"""Which module imports which, and that the light half of the program never pays for torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.ltecli.command import write_run
+
+ROOT = Path(__file__).parents[1]
+TORCH_FREE = (
+    "profiles",
+    "simulate.errors",
+    "simulate.toml",
+    "simulate.config",
+    "simulate.hardware",
+    "simulate.clock",
+    "simulate.events",
+    "simulate.checkpoints",
+    "simulate.costs.flops",
+    "simulate.costs.memory",
+    "simulate.costs.samples",
+    "simulate.costs.time",
+    "simulate.costs.traffic",
+    "simulate.models.shapes",
+    "simulate.data.text",
+    "simulate.methods",
+    "ltecli.app",
+    "ltecli.launcher",
+    "ltecli.planner",
+    "ltecli.commands.plan",
+    "ltecli.commands.profile",
+    "ltecli.commands.report",
+    "ltecli.commands.train",
+)
+ALLOWED = {"ltecli": {"ltecli", "simulate", "profiles"}, "simulate": {"simulate", "profiles"}, "profiles": {"profiles"}}
+CHECK = "import sys; sys.exit('torch was imported' if 'torch' in sys.modules else code)"
+
+
+def run_python(code: str, folder: Path, arguments: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """Run code in an interpreter of its own that fails if torch is imported when it ends."""
+    command = [sys.executable, "-c", f"{code}\n{CHECK}", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def run_lte(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_python("import sys; from ltecli.app import main; code = main(sys.argv[1:])", folder, arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--help", "--version", "plan", "plan --model gpt2 --json", "profile list", "profile show local", "train --help"],
+)
+def test_light_commands_never_import_torch(arguments: str, tmp_path: Path) -> None:
+    done = run_lte(tmp_path, *arguments.split())
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("arguments", ["train nowhere.toml", "train run.toml --out .", "train . --resume", "report ."])
+def test_a_refusal_does_not_wait_for_torch(arguments: str, tmp_path: Path) -> None:
+    write_run(tmp_path / "run.toml")
+    done = run_lte(tmp_path, *arguments.split())
+    assert done.returncode == 2, done.stderr
+
+
+def test_the_light_half_imports_without_torch(tmp_path: Path) -> None:
+    done = run_python(f"import {', '.join(TORCH_FREE)}\ncode = 0", tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_import_of_torch_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "heavy.py").write_text("import torch\n")
+    done = run_python("import sys; sys.path.insert(0, '.'); import heavy; code = 0", tmp_path)
+    assert done.returncode == 1
+    assert "torch was imported" in done.stderr
+
+
+def imported_packages(source: str) -> set[str]:
+    """Return the top-level names that a module imports anywhere, in function bodies too."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return {name.partition(".")[0] for name in names}
+
+
+def wrong_directions(package: str, source: str) -> set[str]:
+    """Return packages of ours that a module of `package` may not import but does."""
+    ours = set(ALLOWED) | {"tests", "bench"}
+    return imported_packages(source) & (ours - ALLOWED[package])
+
+
+@pytest.mark.parametrize("package", sorted(ALLOWED))
+def test_imports_go_one_way(package: str) -> None:
+    modules = list((ROOT / package).rglob("*.py"))
+    assert modules
+    wrong = {str(module): wrong_directions(package, module.read_text(encoding="utf-8")) for module in modules}
+    assert not {module: names for module, names in wrong.items() if names}
+
+
+def test_an_import_the_wrong_way_is_noticed() -> None:
+    assert wrong_directions("simulate", "def f():\n    from ltecli.output import Output\n") == {"ltecli"}
+    assert wrong_directions("profiles", "import simulate.toml") == {"simulate"}
+    assert wrong_directions("ltecli", "import tests.tiny") == {"tests"}
