@@ -48,10 +48,11 @@ def put(layer: LoraLinear, a: list[list[list[float]]], b: list[list[list[float]]
     layer.b.copy_(torch.tensor(b))
 
 
+@pytest.mark.parametrize("devices", [2, 1], ids=["a head a device", "both on one device"])
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("reset", ["none", "b", "ab"])
-def test_the_first_merge_adds_the_mean_of_the_products(build: Build, reset: str, transport: str) -> None:
-    engine, layer = build(reset=reset, merge_transport=transport)
+def test_the_first_merge_adds_the_mean_of_the_products(build: Build, reset: str, transport: str, devices: int) -> None:
+    engine, layer = build(devices=devices, heads_per_device=2 // devices, reset=reset, merge_transport=transport)
     put(layer, A_ROUND1, B_ROUND1)
     engine.merge(0)
     # I + 2·[[1, 3], [2, 0]]
