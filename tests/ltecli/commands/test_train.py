@@ -187,6 +187,18 @@ def test_a_disk_full_before_the_first_checkpoint_says_how_to_start_over(
     assert lte("train", "a", "--resume", "--quiet").code == 0
 
 
+def test_an_interrupt_before_the_first_step_says_how_to_go_on(
+    lte: Lte, run_toml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("simulate.measure.measure_memory_bytes", interrupted)
+        assert_one_line(lte("train", run_toml, "--out", "a", "--quiet"), 130, ("interrupted", "lte train a --resume"))
+    assert lte("train", "a", "--resume", "--quiet").code == 0
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(lte: Lte, run_toml: Path) -> None:
     outcome = lte("train", run_toml, "--out", "a", "--quiet", "--set", "train.learning_rate=1e30")
     assert_one_line(outcome, 1, ("the loss of device", "at step", "lower train.learning_rate"))

@@ -1,0 +1,142 @@
+"""`lte report`: the JSON contract, planned against counted and measured, several runs, damaged folders."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ltecli.command import Lte, Refused, write_run
+
+KEYS = {
+    "version", "run", "method", "devices", "steps", "samples", "memory_bytes", "sent_bytes_per_device", "wall_s",
+    "step_s", "train_loss", "val_loss",
+}  # fmt: skip
+
+
+def test_the_json_keeps_its_contract(lte: Lte, trained: Path) -> None:
+    document = lte("report", trained, "--json").json()
+    assert document.keys() >= KEYS
+    assert document["memory_bytes"].keys() >= {"planned", "measured"}
+    assert document["sent_bytes_per_device"].keys() >= {"planned", "counted", "wire"}
+    assert document["wall_s"].keys() >= {"planned", "simulated", "measured"}
+    assert document["step_s"].keys() >= {"planned", "simulated", "measured"}
+    assert (document["method"], document["devices"], document["steps"], document["samples"]) == ("lte", 2, 8, 32)
+    assert document["sent_bytes_per_device"]["wire"] is None
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"rank": 2, "merge_every": 3},
+        {"rank": 2, "merge_every": 3, "merge_transport": "reduce", "reset": "b"},
+        {"rank": 4, "merge_every": 5, "merge_transport": "server", "heads_per_device": 2},
+        {"name": "ddp"},
+    ],
+)
+def test_planned_figures_are_met(lte: Lte, here: Path, method: dict[str, object]) -> None:
+    run = write_run(
+        here / "run.toml",
+        method={"name": "lte", **method},
+        cluster={"devices": 3, "profile": "jetson_orin_nano_x8_wifi"},
+    )
+    assert lte("train", run, "--out", "a", "--quiet").code == 0
+    document = lte("report", "a", "--json").json()
+    sent, wall, memory = (document[key] for key in ("sent_bytes_per_device", "wall_s", "memory_bytes"))
+    assert sent["planned"] == pytest.approx(sent["counted"], rel=1e-12)
+    assert sent["counted"] > 0
+    assert wall["simulated"] == pytest.approx(wall["planned"], rel=1e-9)
+    assert memory["measured"] == pytest.approx(memory["planned"], rel=0.03)
+
+
+def test_a_single_device_sends_nothing(lte: Lte, here: Path) -> None:
+    run = write_run(here / "run.toml", cluster={"devices": 1})
+    lte("train", run, "--out", "a", "--quiet")
+    assert lte("report", "a", "--json").json()["sent_bytes_per_device"] == {"planned": 0, "counted": 0, "wire": None}
+    assert lte("report", "a").code == 0
+
+
+def test_a_person_sees_every_label_and_the_curve(lte: Lte, trained: Path) -> None:
+    outcome = lte("report", trained)
+    for words in (
+        "planned",
+        "simulated",
+        "counted",
+        "measured here",
+        "dense",
+        "8 steps (finished)",
+        "training loss",
+        "▁",
+    ):
+        assert words in outcome.stdout
+    assert outcome.stderr == ""
+
+
+def test_several_runs_stand_side_by_side(lte: Lte, trained: Path, run_toml: Path) -> None:
+    assert lte("train", run_toml, "--out", "other", "--set", "method.rank=4", "--quiet").code == 0
+    document = lte("report", trained, "other", "--json").json()
+    assert [run["run"] for run in document["runs"]] == [str(trained), "other"]
+    text = lte("report", trained, "other").stdout
+    assert "lte rank 2 x 2 heads" in text
+    assert "lte rank 4 x 2 heads" in text
+
+
+def test_a_run_that_was_stopped_is_reported_so_far(lte: Lte, trained: Path) -> None:
+    lines = (trained / "events.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["step"] <= 4]
+    (trained / "events.jsonl").write_text("".join(kept) + '{"version": 1, "ki')
+    assert "4 steps (stopped or running, of 8)" in lte("report", trained).stdout
+    document = lte("report", trained, "--json").json()
+    assert (document["steps"], document["val_loss"]) == (4, None)
+    assert document["sent_bytes_per_device"]["planned"] == document["sent_bytes_per_device"]["counted"]
+
+
+def test_a_run_without_a_step_is_reported(lte: Lte, trained: Path) -> None:
+    lines = (trained / "events.jsonl").read_text().splitlines(keepends=True)
+    (trained / "events.jsonl").write_text("".join(lines[:2]))
+    document = lte("report", trained, "--json").json()
+    assert (document["steps"], document["train_loss"], document["wall_s"]["measured"]) == (0, None, None)
+    assert lte("report", trained).code == 0
+
+
+def test_a_run_with_brackets_in_its_name_is_reported(lte: Lte, run_toml: Path) -> None:
+    lte("train", run_toml, "--out", "[b]x[/]", "--quiet")
+    assert "[b]x[/]" in lte("report", "[b]x[/]", "[b]x[/]").stdout
+
+
+def test_a_damaged_line_is_located(refused: Refused, trained: Path) -> None:
+    lines = (trained / "events.jsonl").read_text().splitlines(keepends=True)
+    lines[4] = lines[4][:10] + "\n"
+    (trained / "events.jsonl").write_text("".join(lines))
+    refused("report", "done", words=("done/events.jsonl:5: not a JSON event", "restore"))
+
+
+def test_an_event_of_another_version_is_refused(refused: Refused, trained: Path) -> None:
+    text = (trained / "events.jsonl").read_text()
+    (trained / "events.jsonl").write_text(text.replace('"version": 1', '"version": 2'))
+    refused("report", "done", words=("done/events.jsonl:1", "version 1", "use the lte that wrote it"))
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [("run.toml", ("is no run folder",)), ("plan.json", ("no such file",)), ("events.jsonl", ("never took a step",))],
+)
+def test_a_folder_with_a_file_missing_is_refused(
+    refused: Refused, trained: Path, file: str, words: tuple[str, ...]
+) -> None:
+    (trained / file).unlink()
+    refused("report", "done", words=("done", *words))
+
+
+def test_what_is_no_run_is_refused(refused: Refused, run_toml: Path) -> None:
+    refused("report", "nowhere", words=("nowhere is no run folder", "lte train"))
+    refused("report", run_toml, words=("is no run folder",))
+
+
+def test_a_reader_that_leaves_early_is_no_failure(trained: Path) -> None:
+    script = f"{sys.executable} -m ltecli report . --json | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], cwd=trained, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

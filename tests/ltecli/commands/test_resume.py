@@ -1,0 +1,176 @@
+"""`lte train --resume`: bit for bit what an uninterrupted run gives, and damage that is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.ltecli.command import Lte, Outcome, Refused, events_of, finish, lte_process, write_run
+
+STEPS = 160
+METHODS: dict[str, dict[str, Any]] = {
+    "lte": {"name": "lte", "rank": 2, "merge_every": 7},
+    "lte-reset-b": {"name": "lte", "rank": 2, "merge_every": 7, "reset": "b", "merge_transport": "server"},
+    "lte-reset-ab": {"name": "lte", "rank": 2, "merge_every": 7, "reset": "ab", "heads_per_device": 2},
+    "ddp": {"name": "ddp"},
+}
+
+
+def long_run(folder: Path, method: str) -> Path:
+    """Write a run that takes long enough to be stopped in the middle."""
+    train = {"steps": STEPS, "warmup_steps": 20, "evaluate_every": 40, "checkpoint_every": 15}
+    return write_run(folder / "long.toml", method=METHODS[method], train=train)
+
+
+def stop_in_the_middle(run: Path, folder: Path, number: int) -> Outcome:
+    """Train in a process of its own, and send it a signal after a fifth of its steps."""
+    process = lte_process("train", run, "--out", folder, cwd=run.parent)
+    events = folder / "events.jsonl"
+    deadline = time.monotonic() + 90
+    while not events.exists() or f'"step": {STEPS // 5}, "train_loss"' not in events.read_text():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    return finish(process)
+
+
+def figures(folder: Path) -> dict[str, list[tuple[Any, ...]]]:
+    """Return everything in a run's events that may not depend on how often it was stopped."""
+    keys = ("step", "train_loss", "device_losses", "learning_rate", "sent_bytes", "simulated_s", "tokens")
+    steps = [tuple(event[key] for key in keys) for event in events_of(folder, "step")]
+    return {"step": steps, "evaluate": [(e["step"], e["val_loss"]) for e in events_of(folder, "evaluate")]}
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    """Hold two finished runs against each other: losses, counts and every tensor, bit for bit."""
+    assert figures(one) == figures(other)
+    assert [step[0] for step in figures(one)["step"]] == list(range(1, STEPS + 1))
+    last = f"checkpoints/step-{STEPS:08d}/state.safetensors"
+    ours, theirs = load_file(one / last), load_file(other / last)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("method", "number"),
+    [
+        ("lte", signal.SIGINT),
+        ("lte-reset-b", signal.SIGINT),
+        ("ddp", signal.SIGINT),
+        ("lte-reset-ab", signal.SIGTERM),
+        ("lte", signal.SIGKILL),
+        ("ddp", signal.SIGKILL),
+    ],
+)
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(lte: Lte, here: Path, method: str, number: int) -> None:
+    run = long_run(here, method)
+    stopped = stop_in_the_middle(run, here / "stopped", number)
+    steps = len(events_of(here / "stopped", "step"))
+    assert STEPS // 5 <= steps < STEPS
+    if number == signal.SIGKILL:
+        assert stopped.code == -number
+    else:
+        assert stopped.code == 130
+        assert f"interrupted at step {steps}, saved; continue with lte train" in stopped.stderr
+        assert (here / f"stopped/checkpoints/step-{steps:08d}").is_dir()
+    assert "Traceback" not in stopped.stderr
+    assert lte("train", here / "stopped", "--resume", "--quiet").code == 0
+    assert lte("train", run, "--out", "whole", "--quiet").code == 0
+    assert_equal_runs(here / "stopped", here / "whole")
+
+
+@pytest.fixture
+def stopped(trained: Path) -> Path:
+    """The tiny run as a kill after step 7 leaves it: a newest checkpoint, one before it, and a line cut short."""
+    shutil.rmtree(trained / "checkpoints" / "step-00000008")
+    shutil.copytree(trained / "checkpoints" / "step-00000006", trained / "checkpoints" / "step-00000003")
+    lines = (trained / "events.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["step"] <= 7]
+    (trained / "events.jsonl").write_text("".join(kept) + lines[-1][:20])
+    return trained
+
+
+def test_a_line_cut_short_is_dropped_and_its_step_done_again(lte: Lte, stopped: Path) -> None:
+    assert lte("train", stopped, "--resume", "--quiet").code == 0
+    assert [event["step"] for event in events_of(stopped, "step")] == list(range(1, 9))
+    assert [event["step"] for event in events_of(stopped, "resume")] == [6]
+
+
+def test_a_run_without_checkpoint_starts_over(lte: Lte, stopped: Path) -> None:
+    before = figures(stopped)["step"][:6]
+    shutil.rmtree(stopped / "checkpoints")
+    assert lte("train", stopped, "--resume", "--quiet").code == 0
+    assert figures(stopped)["step"][:6] == before
+    assert not events_of(stopped, "resume")
+
+
+def test_a_half_written_checkpoint_is_not_seen(lte: Lte, stopped: Path) -> None:
+    (stopped / "checkpoints" / ".step-00000007.partial").mkdir()
+    assert lte("train", stopped, "--resume", "--quiet").code == 0
+    assert [event["step"] for event in events_of(stopped, "resume")] == [6]
+
+
+def test_the_run_file_may_be_named_again_if_it_is_the_same(
+    lte: Lte, refused: Refused, stopped: Path, run_toml: Path
+) -> None:
+    other = ("train", run_toml, "--out", "done", "--resume", "--set", "train.seed=4")
+    refused(*other, words=("differs", "train.seed (4, there 0)", "another --out"))
+    refused("train", stopped, "--resume", "--set", "train.seed=4", words=("leave --out, --data and --set away",))
+    assert lte("train", run_toml, "--out", "done", "--resume", "--quiet").code == 0
+
+
+def edit_json(change: Callable[[Any], Any]) -> Callable[[Path], object]:
+    return lambda path: path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+NEWEST = "checkpoints/step-00000006"
+TENSORS, META = f"{NEWEST}/state.safetensors", f"{NEWEST}/state.json"
+DAMAGE: dict[str, tuple[str, Callable[[Path], object], tuple[str, ...]]] = {
+    "tensors cut short": (TENSORS, lambda p: p.write_bytes(p.read_bytes()[:-9]), ("is truncated", f"done/{NEWEST}")),
+    "tensors gone": (TENSORS, lambda p: p.unlink(), ("is truncated: it has 0 of", "the checkpoint before it")),
+    "tensors altered": (TENSORS, lambda p: p.write_bytes(p.read_bytes()[:-1] + b"\x01"), ("is damaged", "digest")),
+    "state cut short": (META, lambda p: p.write_text(p.read_text()[:-9]), (META, "missing or damaged", "remove")),
+    "state gone": (META, lambda p: p.unlink(), (META, "missing or damaged")),
+    "state is a list": (META, lambda p: p.write_text("[]"), (META, "missing or damaged")),
+    "state of other tensors": (META, edit_json(lambda m: {**m, "tensors_bytes": 1}), ("is truncated",)),
+    "state without progress": (META, edit_json(lambda m: {**m, "progress": {"step": 6}}), ("missing or damaged",)),
+    "state of a later version": (META, edit_json(lambda m: {**m, "version": 2}), ("has version 2", "use the lte")),
+    "state without a digest": (META, edit_json(lambda m: {**m, "tensors_sha256": None}), ("is damaged", "digest")),
+    "another run's": (META, edit_json(lambda m: {**m, "run": "0" * 64}), ("checkpoint of another run",)),
+    "run edited": ("run.toml", lambda p: p.write_text(p.read_text().replace("seed = 0", "seed = 1")), ("another run",)),
+    "plan cut short": ("plan.json", lambda p: p.write_text(p.read_text()[:-9]), ("plan.json: not a plan", "restore")),
+    "plan empty": ("plan.json", lambda p: p.write_text("{}"), ("plan.json: not a plan",)),
+    "plan gone": ("plan.json", lambda p: p.unlink(), ("plan.json: no such file",)),
+    "profile gone": ("profile.toml", lambda p: p.unlink(), ("profile.toml: no such file",)),
+    "events altered": ("events.jsonl", lambda p: p.write_text("{\n" + p.read_text()), ("events.jsonl:1: not a JSON",)),
+    "event without step": ("events.jsonl", lambda p: p.write_text('{"version": 1}\n'), ("events.jsonl:1: not an",)),
+    "data changed": ("../prose.txt", lambda p: p.write_text(p.read_text() + "."), ("other data", "restore it")),
+    "data gone": ("../prose.txt", lambda p: p.unlink(), ("data.path", "does not exist")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_refused_and_nothing_written(lte: Lte, refused: Refused, stopped: Path, damage: str) -> None:
+    file, inflict, words = DAMAGE[damage]
+    inflict(stopped / file)
+    lines = refused("train", "done", "--resume", "--quiet", words=words)
+    assert lines.count("\n") == 1
+
+
+def test_the_checkpoint_before_a_damaged_one_serves_as_the_message_says(lte: Lte, here: Path, stopped: Path) -> None:
+    run = here / "tiny.toml"
+    assert lte("train", run, "--out", "other", "--set", "train.checkpoint_every=2", "--quiet").code == 0
+    newest, before = sorted((here / "other" / "checkpoints").iterdir(), reverse=True)
+    shutil.rmtree(newest)
+    assert lte("train", "other", "--resume", "--quiet").code == 0
+    assert [event["step"] for event in events_of(here / "other", "resume")] == [int(before.name[-8:])]

@@ -1,0 +1,39 @@
+"""Run folders: how much room their checkpoints take, and how the file they come from is kept."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ltecli.launcher import checkpoint_bytes
+from simulate.config import load_run
+from tests.ltecli.command import Lte, write_run
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "lte", "rank": 4, "heads_per_device": 2},
+        {"name": "lte", "rank": 8, "reset": "b", "merge_transport": "reduce"},
+        {"name": "ddp"},
+    ],
+)
+def test_the_room_for_a_checkpoint_is_known_before(lte: Lte, here: Path, method: dict[str, Any]) -> None:
+    run = write_run(here / "run.toml", method=method, model={"layers": 2, "width": 32}, train={"steps": 3})
+    lte("train", run, "--out", "a", "--quiet")
+    (tensors,) = (here / "a" / "checkpoints").rglob("*.safetensors")
+    assert tensors.stat().st_size == pytest.approx(checkpoint_bytes(load_run(run)), rel=0.1)
+
+
+def test_written_files_follow_the_umask(lte: Lte, here: Path, run_toml: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        lte("train", run_toml, "--out", "a", "--quiet")
+    finally:
+        os.umask(before)
+    files = [path for path in (here / "a").rglob("*") if path.is_file()]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
