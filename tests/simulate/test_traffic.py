@@ -154,5 +154,14 @@ def test_no_message_could_have_taken_the_next_item_too(sizes: list[int], cap: in
         assert sum(sizes[i] for i in group) + sizes[after[0]] > cap
 
 
-def test_nothing_packs_into_no_messages() -> None:
-    assert pack([]) == []
+@pytest.mark.parametrize(
+    ("sizes", "groups"),
+    [
+        pytest.param([], [], id="nothing"),
+        pytest.param([3, 3, 4, 9, 1], [range(0, 3), range(3, 5)], id="filled to the last byte"),
+        pytest.param([3, 3, 5, 6], [range(0, 2), range(2, 3), range(3, 4)], id="one byte too many"),
+        pytest.param([1, 11, 1], [range(0, 1), range(1, 2), range(2, 3)], id="an item above the cap"),
+    ],
+)
+def test_messages_of_at_most_ten_bytes(sizes: list[int], groups: list[range]) -> None:
+    assert pack(sizes, cap_bytes=10) == groups
