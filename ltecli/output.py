@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -42,10 +43,17 @@ class Output:
         if not self.as_json:
             self.console.print(text, style="bold")
 
-    def table(self, table: Table) -> None:
-        """Print a table of the result; outside a terminal it is as wide as it needs to be."""
-        if not self.as_json:
-            _Console(width=None if self.console.is_terminal else WIDE).print(table)
+    def table(self, table: Table, secondary: Sequence[str] = ()) -> None:
+        """Print a table of the result; a terminal too narrow for it goes without the `secondary` columns.
+
+        Outside a terminal it is as wide as it needs to be.
+        """
+        if self.as_json:
+            return
+        console = _Console(width=None if self.console.is_terminal else WIDE)
+        if console.measure(table, options=console.options.update(width=WIDE)).maximum > console.width:
+            table.columns = [column for column in table.columns if column.header not in secondary]
+        console.print(table)
 
     def json(self, document: Any) -> None:
         """Print the result for scripts, where --json asks for it."""
@@ -59,10 +67,10 @@ class Output:
 
 
 def plain_table(*columns: str) -> Table:
-    """Return a table with right-aligned columns after the first, without heavy borders."""
+    """Return a table with right-aligned columns after the first; what is too wide for a terminal goes on below."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+        table.add_column(column, justify="right" if index else "left", no_wrap=index == 0, overflow="fold")
     return table
 
 

@@ -21,6 +21,8 @@ DEMO_TOKENS = 400_000
 """What a request without a model trains on: about a minute on two cores."""
 REFERENCE_WIDTH, REFERENCE_RATE = 128, 3e-3
 """The learning rate falls with the width (Yang et al. 2022, arXiv 2203.03466); 3e-3 at 128 was measured to do well."""
+SECONDARY = ("sent/round", "step", "round", "x samples")
+"""Columns that a narrow terminal can do without."""
 _WHERE = "command line"
 
 
@@ -188,7 +190,7 @@ def _show(plan: Plan, output: Output, top: int) -> None:
         f"{seconds_text(link.latency_s)} latency"
     )
     if plan.candidates:
-        output.table(_candidate_table(plan, plan.candidates[:top]))
+        output.table(_candidate_table(plan, plan.candidates[:top]), secondary=SECONDARY)
     if plan.rejected:
         output.text(f"rejected, for example: {_example(plan.rejected)}")
     if plan.chosen is not None:

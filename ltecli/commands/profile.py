@@ -18,7 +18,7 @@ def list_command(as_json: bool) -> None:
         memory = "/".join(dict.fromkeys(bytes_text(device.memory_bytes) for device in profile.device))
         link = f"{_rate(profile.link.up_bytes_per_s)} / {_rate(profile.link.down_bytes_per_s)}"
         table.add_row(profile.name, str(profile.count), memory, link, profile.description)
-    output.table(table)
+    output.table(table, secondary=("up / down",))
     output.json({"profiles": [_summary(profile) for profile in loaded]})
 
 

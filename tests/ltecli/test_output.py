@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ltecli.output import Output, bytes_text, plain_table, seconds_text
+from tests.ltecli.command import Lte
 
 
 @pytest.mark.parametrize(
@@ -43,3 +44,25 @@ def test_json_is_the_only_result_where_it_is_asked_for(capsys: pytest.CaptureFix
     output.table(plain_table("words"))
     output.json({"a": 1})
     assert capsys.readouterr().out == '{"a": 1}\n'
+
+
+@pytest.mark.parametrize(("columns", "shown"), [("20", False), ("60", True)])
+def test_a_narrow_terminal_goes_without_secondary_columns(
+    columns: str, shown: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", columns)
+    table = plain_table("#", "method", "aside", "time")
+    table.add_row("1", "a method in many words", "beside", "3.25 s")
+    Output().table(table, secondary=("aside",))
+    text = capsys.readouterr().out
+    assert ("aside" in text) == ("beside" in text) == shown
+    assert "3.25 s" in text
+    assert "…" not in text
+
+
+@pytest.mark.parametrize("command", ["plan -p rtx3060_x4_home", "profile list"])
+def test_a_terminal_of_eighty_columns_cuts_nothing(lte: Lte, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "…" not in lte(*command.split()).stdout
