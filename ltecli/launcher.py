@@ -21,7 +21,8 @@ from simulate.costs.traffic import ELEMENT_BYTES
 from simulate.data.text import Text, load_text
 from simulate.errors import InputError
 from simulate.events import truncate_events
-from simulate.hardware import Profile, load_profile
+from simulate.hardware import LOCAL, Profile, load_profile
+from simulate.local_gpu import local_gpu_profile
 
 RUN_FILE, PROFILE_FILE, PLAN_FILE, EVENTS_FILE = "run.toml", "profile.toml", "plan.json", "events.jsonl"
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
@@ -56,15 +57,17 @@ def check_trainable(run: Run) -> None:
         )
 
 
-def new_folder(path: Path, run: Run) -> RunFolder:
+def new_folder(path: Path, run: Run, device_name: str = "cpu") -> RunFolder:
     """Make a run folder; everything is checked before anything is written. Raises InputError."""
     check_trainable(run)
     _check_new(path)
     text = load_text(run.data)
     text.check(run.model, run.cluster.devices)
-    profile = load_profile(run.cluster.profile)
-    plan = plan_of(run, profile)
     _check_disk(path, run)
+    profile = load_profile(run.cluster.profile)
+    if profile.name == LOCAL and device_name != "cpu":
+        profile = local_gpu_profile() or profile
+    plan = plan_of(run, profile)
     try:
         path.mkdir(parents=True)
     except FileExistsError:  # by another run, since it was checked

@@ -56,7 +56,7 @@ def train_command(
         folder = _resumed(given, out, data, assignments)
     else:
         run = _run(given, data, assignments)
-        folder = new_folder(out or RUNS / _name(given), run)
+        folder = new_folder(out or RUNS / _name(given), run, device_name)
     try:
         return _simulate(folder, device_name, output)
     except OSError as error:
