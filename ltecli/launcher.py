@@ -193,6 +193,21 @@ def stop_on_signal() -> Iterator[list[bool]]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def lock_folder(path: Path) -> Iterator[None]:
+    """Claim a run folder for this process; raises InputError where another has it."""
+    import fcntl
+
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise InputError(f"{path} is being trained by another process; wait for it, or choose another --out") from None
+    finally:
+        os.close(handle)
+
+
 def prepare_events(folder: RunFolder, step: int) -> None:
     """Make the event file fit for appending after `step`: what a later, lost session told is dropped."""
     if folder.events.exists():

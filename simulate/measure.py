@@ -29,22 +29,22 @@ class EchoCommunicator:
         self.counter = ByteCounter()
 
     def all_reduce(self, sums: Sequence[Tensor]) -> None:
-        _pack(sums)
+        self._pack(sums)
 
     def all_gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [tensor.repeat(self.num_devices, *(1,) * (tensor.ndim - 1)) for tensor in tensors]
 
     def push(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        _pack(tensors)
+        self._pack(tensors)
         return list(tensors)
 
     def pull(self, tensors: Sequence[Tensor]) -> None:
-        _pack(tensors)
+        self._pack(tensors)
 
-
-def _pack(tensors: Sequence[Tensor]) -> None:
-    """Allocate and free the message that the tensors would travel in."""
-    torch.cat([tensor.flatten() for tensor in tensors])
+    def _pack(self, tensors: Sequence[Tensor]) -> None:
+        """Allocate and free the message that the tensors would travel in."""
+        if self.num_devices > 1:
+            torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def measure_memory_bytes(run: Run, device: torch.device) -> int:

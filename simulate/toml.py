@@ -88,7 +88,8 @@ def _explain(error: ValidationError, schema: type[BaseModel], where: str, text: 
     rest = f" (and {more} more)" if more else ""
     if first["type"] == "extra_forbidden":
         known = _keys_beside(schema, first["loc"])
-        return f"{place}: {key} is not a known key; {near_match(str(path[-1]), known)}{rest}"
+        owner = f" of {path[0]} {first['loc'][1]}" if len(path) < len(first["loc"]) else ""
+        return f"{place}: {key} is not a known key{owner}; {near_match(str(path[-1]), known)}{rest}"
     if first["type"] == "missing":
         return f"{place}: {key} is missing; add it{rest}"
     if first["type"] == "union_tag_invalid":

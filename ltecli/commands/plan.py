@@ -190,7 +190,7 @@ def _show(plan: Plan, output: Output, top: int) -> None:
         f"{seconds_text(link.latency_s)} latency"
     )
     if plan.candidates:
-        output.table(_candidate_table(plan, plan.candidates[:top]), secondary=SECONDARY)
+        output.table(_candidate_table(plan, top), secondary=SECONDARY)
     if plan.rejected:
         output.text(f"rejected, for example: {_example(plan.rejected)}")
     if plan.chosen is not None:
@@ -199,12 +199,15 @@ def _show(plan: Plan, output: Output, top: int) -> None:
         output.text(f"note: {note}")
 
 
-def _candidate_table(plan: Plan, candidates: tuple[Candidate, ...]) -> Any:
+def _candidate_table(plan: Plan, top: int) -> Any:
+    """Return the best candidates, and the choice wherever it ranks."""
     table = plain_table(
         "#", "method", "memory/device", "sent/round", "sent/step", "step", "round", "wall", "x samples", "to equal loss"
     )
     table.columns[1].justify = "left"
-    for index, candidate in enumerate(candidates, 1):
+    for index, candidate in enumerate(plan.candidates, 1):
+        if index > top and candidate is not plan.chosen:
+            continue
         mark = "*" if candidate is plan.chosen else ""
         table.add_row(
             f"{index}{mark}",

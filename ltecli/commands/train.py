@@ -14,6 +14,7 @@ from ltecli.launcher import (
     CHECKPOINTS,
     TENSORBOARD,
     RunFolder,
+    lock_folder,
     new_folder,
     prepare_events,
     resumed_folder,
@@ -58,7 +59,8 @@ def train_command(
         run = _run(given, data, assignments)
         folder = new_folder(out or RUNS / _name(given), run, device_name)
     try:
-        return _simulate(folder, device_name, output)
+        with lock_folder(folder.path):
+            return _simulate(folder, device_name, output)
     except OSError as error:
         raise RunFailedError(f"{error.strerror}: {error.filename or folder.path}; {_saved(folder)}") from error
     except RunFailedError as error:
@@ -73,16 +75,18 @@ def _name(given: Path | None) -> str:
 
 def _run(given: Path | None, data: str | None, assignments: Sequence[str]) -> Run:
     if given is not None:
-        return _with_data(load_run(given, list(assignments)), data)
+        run = load_run(given, list(assignments))
+        # Absolute, so that the run can be resumed from another folder.
+        path = data or run.data.path
+        return run if path is None else _with_data(run, str(Path(path).absolute()))
+    data = data and str(Path(data).absolute())
     plan = plan_request(Request(data=data, assignments=tuple(assignments)))
     if plan.chosen is None:
         raise NothingFeasibleError(nearest_miss_text(plan))
     return plan.chosen.run
 
 
-def _with_data(run: Run, data: str | None) -> Run:
-    if data is None:
-        return run
+def _with_data(run: Run, data: str) -> Run:
     return build_run({**run.model_dump(exclude_none=True), "data": {"path": data}}, "command line")
 
 

@@ -73,9 +73,10 @@ def load_text(data: config.Data) -> Text:
     if data.path is None:
         return _stdlib()
     path = Path(data.path)
-    if not path.exists():
-        raise InputError(f"data.path = {data.path!r} does not exist; give a UTF-8 text file or a folder of them")
-    files = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p, path)) if path.is_dir() else [path]
+    try:
+        files = _files(path)
+    except OSError as error:
+        raise InputError(f"data.path = {data.path!r} cannot be read ({error.strerror}); check it") from None
     if not files:
         raise InputError(f"data.path = {data.path!r} is a folder without files; put UTF-8 text files in it")
     parts = [_read(file) for file in files]
@@ -83,6 +84,16 @@ def load_text(data: config.Data) -> Text:
     if not content.strip():
         raise InputError(f"data.path = {data.path!r} is empty; give a text file with content")
     return Text(np.frombuffer(content, dtype=np.uint8), data.path)
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise InputError(f"data.path = {str(path)!r} does not exist; give a UTF-8 text file or a folder of them")
+    if path.is_dir():
+        return sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p, path))
+    if not path.is_file():
+        raise InputError(f"data.path = {str(path)!r} is neither a file nor a folder; save its text to a file first")
+    return [path]
 
 
 def _hidden(path: Path, root: Path) -> bool:

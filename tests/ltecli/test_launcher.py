@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from ltecli.launcher import checkpoint_bytes
+from ltecli.launcher import checkpoint_bytes, lock_folder
 from simulate.config import load_run
+from simulate.errors import InputError
 from tests.ltecli.command import Lte, write_run
 
 
@@ -37,3 +38,10 @@ def test_written_files_follow_the_umask(lte: Lte, here: Path, run_toml: Path) ->
         os.umask(before)
     files = [path for path in (here / "a").rglob("*") if path.is_file()]
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
+
+
+def test_a_run_folder_belongs_to_one_process_at_a_time(tmp_path: Path) -> None:
+    with lock_folder(tmp_path), pytest.raises(InputError, match="another process"), lock_folder(tmp_path):
+        pass
+    with lock_folder(tmp_path):
+        pass

@@ -95,16 +95,12 @@ def test_an_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 TOO_LONG = "x" * 5000
-# Strict: the marks must go as soon as load_text catches what looking a path up may raise.
-LOOK_UP_NOT_CAUGHT = pytest.mark.xfail(raises=OSError, strict=True, reason="load_text catches OSError only in reading")
 
 
-@LOOK_UP_NOT_CAUGHT
 def test_a_path_longer_than_the_system_allows_is_refused(tmp_path: Path) -> None:
     assert "xxx" in refusal(tmp_path / TOO_LONG)
 
 
-@LOOK_UP_NOT_CAUGHT
 @pytest.mark.parametrize("looked_up", ["exists", "is_file"], ids=["closed parent", "folder that may only be listed"])
 def test_a_folder_that_may_not_be_entered_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looked_up: str

@@ -52,7 +52,6 @@ def test_planned_memory_is_what_the_allocator_gives(name: str) -> None:
     assert planned_bytes(run) == pytest.approx(measure_memory_bytes(run, torch.device("cpu")), rel=TOLERANCE)
 
 
-@pytest.mark.xfail(strict=True, reason="the measurement packs messages for a device that has no peers")
 @pytest.mark.parametrize(
     "run", [tiny.ddp_run(1, WIDE, train(2)), tiny.lte_run(1, WIDE, train(1), merge_transport="reduce")]
 )
