@@ -48,7 +48,7 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         heads, _, inputs = a_HRI.shape
         x_HMI = x.reshape(heads, -1, inputs)
-        y_HMO = (x_HMI.view(-1, inputs) @ weight_OI.t()).view(heads, -1, weight_OI.shape[0])
+        y_HMO = (x_HMI.reshape(-1, inputs) @ weight_OI.t()).view(heads, -1, weight_OI.shape[0])
         us_HMR = torch.bmm(x_HMI, a_HRI.transpose(1, 2)).mul_(scale)
         y_HMO.baddbmm_(us_HMR, b_HOR.transpose(1, 2))
         if a0_HRI is not None and b0_HOR is not None:
@@ -68,7 +68,7 @@ class _LoraLinear(torch.autograd.Function):
         vs_HMR = torch.bmm(g_HMO, b_HOR).mul_(ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            gx_HMI = (g_HMO.view(-1, outputs) @ weight_OI).view(x_HMI.shape)
+            gx_HMI = (g_HMO.reshape(-1, outputs) @ weight_OI).view(x_HMI.shape)
             gx_HMI.baddbmm_(vs_HMR, a_HRI)
             if a0_HRI is not None:
                 gx_HMI.baddbmm_(torch.bmm(g_HMO, b0_HOR), a0_HRI, alpha=-ctx.scale)
@@ -169,6 +169,7 @@ class _ReplicatedLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_CD: Tensor, bias_CD: Tensor, epsilon: float) -> Tensor:
         copies, width = weight_CD.shape
+        x = x.contiguous()
         y, mean, rstd = torch.native_layer_norm(x, [width], None, None, epsilon)
         y.view(copies, -1, width).mul_(weight_CD.unsqueeze(1)).add_(bias_CD.unsqueeze(1))
         ctx.save_for_backward(x, mean, rstd, weight_CD)
@@ -179,9 +180,9 @@ class _ReplicatedLayerNorm(torch.autograd.Function):
         x, mean, rstd, weight_CD = ctx.saved_tensors
         copies, width = weight_CD.shape
         g_CMD = grads[0].reshape(copies, -1, width)
-        normed_CMD = ((x - mean) * rstd).view(copies, -1, width)
+        normed_CMD = ((x - mean) * rstd).reshape(copies, -1, width)
         grad_weight, grad_bias = (g_CMD * normed_CMD).sum(1), g_CMD.sum(1)
-        scaled = (g_CMD * weight_CD.unsqueeze(1)).view(x.shape)
+        scaled = (g_CMD * weight_CD.unsqueeze(1)).reshape(x.shape)
         grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
             scaled, x, [width], mean, rstd, None, None, [True, False, False]
         )

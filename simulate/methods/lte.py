@@ -27,6 +27,7 @@ class Lte(Method):
 
     def __init__(self, run: Run, communicator: Communicator, device: torch.device) -> None:
         assert isinstance(run.method, LteOptions)
+        assert run.method.quantize == "none", "quantised weights can be planned, not trained"
         self.options = run.method
         super().__init__(run, communicator, device)
         self.layers = lora_layers(self.model)

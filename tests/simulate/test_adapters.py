@@ -205,3 +205,15 @@ def test_a_layer_that_cannot_be_trained_per_device_is_refused_by_name() -> None:
     with pytest.raises(InputError, match="1 is a Conv2d") as caught:
         convert(model, 2, spec(rank=1))
     assert "\n" not in str(caught.value)
+
+
+def test_inputs_need_not_be_contiguous() -> None:
+    x = torch.randn(3, 4, 4, dtype=torch.float64).transpose(0, 1)
+    norm = ReplicatedLayerNorm(
+        nn.LayerNorm(4), *(nn.Parameter(torch.rand(2, 4, dtype=torch.float64)) for _ in range(2))
+    )
+    strided, packed = x.clone(memory_format=torch.preserve_format).requires_grad_(), x.contiguous().requires_grad_()
+    for value in (strided, packed):
+        norm(value).square().sum().backward()
+    assert strided.grad is not None and packed.grad is not None
+    torch.testing.assert_close(strided.grad, packed.grad)
