@@ -22,6 +22,7 @@ from ltecli.launcher import (
 )  # fmt: skip
 from ltecli.output import Output, bytes_text, seconds_text
 from ltecli.planner import describe
+from ltecli.sinks import ProgressBar, TensorBoard
 from simulate.checkpoints import list_checkpoints
 from simulate.config import Run, build_run, load_run
 from simulate.errors import InputError, RunFailedError
@@ -163,8 +164,8 @@ def _simulate(folder: RunFolder, device_name: str, output: Output) -> int:
         prepare_events(folder, session.step if folder.resume_from else -1)
         events = EventFile(folder.events)
         stack.callback(events.close)
-        sinks += [events, stack.enter_context(_TensorBoard(folder.path / TENSORBOARD, session.step))]
-        sinks.append(stack.enter_context(_Progress(run, output, session.step)))
+        sinks += [events, stack.enter_context(TensorBoard(folder.path / TENSORBOARD, session.step))]
+        sinks.append(stack.enter_context(ProgressBar(run, output, session.step)))
         if folder.resume_from:
             session.emit({"kind": "resume", "step": session.step})
         else:
@@ -249,78 +250,3 @@ def _result(
         "simulated_s": simulated_s,
         "measured_s": measured_s,
     }
-
-
-class _TensorBoard:
-    """Scalars for TensorBoard; a resumed run hides what came after its checkpoint."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(path), purge_step=step + 1 if step else None)
-
-    def __enter__(self) -> _TensorBoard:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._writer.close()
-
-    def __call__(self, event: Event) -> None:
-        names = {
-            "train_loss": "loss/train",
-            "val_loss": "loss/validation",
-            "learning_rate": "train/learning_rate",
-            "tokens": "train/tokens",
-            "sent_bytes": "communication/sent_bytes",
-            "simulated_s": "time/simulated_s",
-            "wall_s": "time/measured_s",
-        }
-        if event["kind"] in ("step", "evaluate"):
-            for key, name in names.items():
-                if key in event:
-                    self._writer.add_scalar(name, event[key], event["step"])
-
-
-class _Progress:
-    """A progress bar on stderr; where that is no terminal, a line at each evaluation."""
-
-    def __init__(self, run: Run, output: Output, step: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._run, self._output = run, output
-        self._live = output.hints.is_terminal and not output.quiet
-        self._bar = Progress(
-            BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn(),
-            console=output.hints, disable=not self._live,
-        )  # fmt: skip
-        self._task = self._bar.add_task("steps", total=run.train.steps, completed=step, figures="")
-        self._val_loss: float | None = None
-        self._last: tuple[float, int] | None = None
-        self._figures = ""
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, event: Event) -> None:
-        if event["kind"] == "step":
-            sent = event["sent_bytes"] / self._run.cluster.devices
-            self._figures = (
-                f"loss {event['train_loss']:.3f}  {self._tokens_per_s(event):,.0f} tok/s  "
-                f"simulated {seconds_text(event['simulated_s'])}  sent/device {bytes_text(sent)}"
-            )
-            validation = "" if self._val_loss is None else f"  val {self._val_loss:.3f}"
-            self._bar.update(self._task, completed=event["step"], figures=self._figures + validation)
-        elif event["kind"] == "evaluate":
-            self._val_loss = event["val_loss"]
-            if not self._live:
-                self._output.hint(f"  step {event['step']}: val {self._val_loss:.4f}  {self._figures}")
-
-    def _tokens_per_s(self, event: Event) -> float:
-        before, self._last = self._last, (event["wall_s"], event["tokens"])
-        if before is None or event["wall_s"] <= before[0]:
-            return event["tokens"] / max(event["wall_s"], 1e-9)
-        return (event["tokens"] - before[1]) / (event["wall_s"] - before[0])

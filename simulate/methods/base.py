@@ -6,6 +6,7 @@ Legend: L local devices, K heads of a device, S samples, T tokens.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 import torch
@@ -28,7 +29,7 @@ def learning_rate_factor(train: Train, step: int) -> float:
     return COSINE_FLOOR + (1 - COSINE_FLOOR) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-class Method:
+class Method(ABC):
     """A way to train; subclasses say which parameters there are and what devices exchange, and when."""
 
     def __init__(self, run: Run, communicator: Communicator, device: torch.device) -> None:
@@ -41,34 +42,34 @@ class Method:
         )
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
 
+    @abstractmethod
     def prepare(self, model: nn.Module) -> nn.Module:
         """Give the plain network the parameters that this method trains."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parameter_groups(self) -> list[dict[str, object]]:
         """Return the optimizer's groups."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         """Take one optimizer step on (L*B, T) tokens; return the devices' mean losses before it, (L,)."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def round_steps(self) -> int:
         """Optimizer steps from one merge to the next."""
-        raise NotImplementedError
 
     def merge_due(self, step: int) -> bool:
         """Whether devices merge after this step: at the end of a round, and of the run."""
         return (step + 1) % self.round_steps == 0 or step + 1 == self.run.train.steps
 
+    @abstractmethod
     def merge(self, step: int) -> None:
         """Make all devices' weights one model."""
-        raise NotImplementedError
 
+    @abstractmethod
     def merged_state(self) -> dict[str, Tensor]:
         """Return the one model's weights by the plain network's names; right after a merge."""
-        raise NotImplementedError
 
     def group_losses(self, inputs: Tensor, targets: Tensor, groups: int) -> Tensor:
         """Return the mean loss of each of `groups` equal parts of the batch, (groups,): nobody's mean mixes parts."""
