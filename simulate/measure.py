@@ -32,6 +32,8 @@ class EchoCommunicator:
         self._pack(sums)
 
     def all_gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        if self.num_devices == 1:
+            return list(tensors)
         return [tensor.repeat(self.num_devices, *(1,) * (tensor.ndim - 1)) for tensor in tensors]
 
     def push(self, tensors: Sequence[Tensor]) -> list[Tensor]:

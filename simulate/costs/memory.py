@@ -98,10 +98,10 @@ def peak_memory(run: Run, shape: ModelShape, device: Device) -> Memory:
     else:
         weights, adapters, trained = shape.parameters * element_bytes, 0, shape.parameters
         kept_gradients = trained * element_bytes
-        exchanged = max(replicated_groups(shape.dense_tensors, element_bytes))
+        exchanged = max(replicated_groups(shape.dense_tensors, element_bytes)) if devices > 1 else 0
         block_trained, rank = sum(linear.weights for linear in shape.adapted), 0
     phases = _step_phases(shape, tokens, rank, block_trained * element_bytes, checkpointing, element_bytes)
-    phase = max((*phases, _Phase(kept_gradients, 0, exchanged if devices > 1 else 0)), key=lambda p: p.total)
+    phase = max((*phases, _Phase(kept_gradients, 0, exchanged)), key=lambda p: p.total)
     return Memory(
         weights=weights,
         adapters=adapters,
@@ -143,21 +143,22 @@ def _lte_exchange(
     shape: ModelShape, devices: int, rank: int, heads_per_device: int, quantize: str, transport: Transport,
     element_bytes: int,
 ) -> int:  # fmt: skip
-    """Largest buffer of a merge: what travels in one message, and what is worked on beside it."""
+    """Largest buffer of a merge: what travels in one message (a device alone sends none), and the work beside it."""
     sizes = lte_merge_sizes(shape, rank, heads_per_device, quantize, transport, element_bytes)
     layers = shape.in_order()
+    messages = 1 if devices > 1 else 0
     largest = 0
     for group in pack(lte_buffer_sizes(sizes, devices, transport)):
         sent = sum(sizes[i][0] for i in group)
         if transport == "gather":  # everyone's factors, and one layer's B laid out for the product
             stacked = max(devices * heads_per_device * layers[i].out_features * rank for i in group) * element_bytes
-            largest = max(largest, devices * sent + stacked)
+            largest = max(largest, messages * devices * sent + stacked)
         elif transport == "reduce":  # the dense sums, and the message they are packed into
-            largest = max(largest, 2 * sent)
+            largest = max(largest, (1 + messages) * sent)
         else:  # the factors packed to push, or the weights that come back
-            largest = max(largest, sent, sum(sizes[i][1] for i in group))
+            largest = max(largest, messages * max(sent, sum(sizes[i][1] for i in group)))
     replicated = max(replicated_groups(shape.replicated_tensors, element_bytes))
-    return max(largest, replicated if transport == "server" else 2 * replicated)
+    return max(largest, replicated if transport == "server" else (1 + messages) * replicated)
 
 
 @lru_cache(maxsize=4096)

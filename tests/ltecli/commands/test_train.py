@@ -259,7 +259,7 @@ def test_a_file_that_is_no_run_is_refused(refused: Refused, here: Path) -> None:
 def test_missing_data_is_refused(refused: Refused, run_toml: Path, here: Path) -> None:
     (here / "prose.txt").unlink()
     refused("train", run_toml, words=("data.path", "does not exist"))
-    refused("train", run_toml, "--data", "nowhere", words=("data.path = 'nowhere'", "does not exist"))
+    refused("train", run_toml, "--data", "nowhere", words=("data.path", str(here / "nowhere"), "does not exist"))
 
 
 @pytest.mark.slow
