@@ -141,6 +141,9 @@ def _simulate(folder: RunFolder, device_name: str, output: Output) -> int:
     communicator = VirtualCommunicator(run.cluster.devices, clock.charge_transfer)
     batches = TextBatches(folder.text, run.model.context, run.train.micro_batch, run.cluster.devices, run.train.seed)
     measured_bytes = None if folder.resume_from else measure_memory_bytes(run, device)
+    if measured_bytes and device.type == "cpu":
+        # What the plan puts into the host's own memory, this CPU holds in the same one.
+        measured_bytes -= folder.plan["chosen"]["host_memory_bytes"]
     with ExitStack() as stack, stop_on_signal() as asked:
         sinks: list[Callable[[Event], None]] = []
 

@@ -76,7 +76,7 @@ def figures(record: RunRecord) -> dict[str, Any]:
             "measured": step and step["wall_s"],
         },
         "step_s": {
-            "planned": chosen["step_s"],
+            "planned": chosen["wall_s"] / run.train.steps,
             "simulated": step and step["simulated_s"] / steps,
             "measured": step and step["wall_s"] / steps,
         },
@@ -101,6 +101,6 @@ def _dense(record: RunRecord, share: float) -> dict[str, Any] | None:
         "memory_bytes": dense["memory_bytes"]["total"] - dense["memory_bytes"]["reserved"],
         "sent_bytes_per_device": dense["sent_bytes"] * share,
         "wall_s": dense["wall_s"] * share,
-        "step_s": dense["step_s"],
+        "step_s": dense["wall_s"] / record.run.train.steps,
         "fits": dense["fits"],
     }

@@ -140,3 +140,10 @@ def test_a_reader_that_leaves_early_is_no_failure(trained: Path) -> None:
     script = f"{sys.executable} -m ltecli report . --json | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], cwd=trained, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_start_weights_in_host_memory_are_no_part_of_the_devices(lte: Lte, here: Path) -> None:
+    run = write_run(here / "run.toml", train={"steps": 3}, cluster={"profile": "gtx1080ti_x8", "devices": 2})
+    assert lte("train", run, "--out", "a", "--quiet").code == 0
+    memory = json.loads(lte("report", "a", "--json").stdout)["memory_bytes"]
+    assert memory["measured"] == pytest.approx(memory["planned"], rel=0.03)
