@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from simulate.communicator import Communicator
     from simulate.config import Run
@@ -15,8 +16,10 @@ if TYPE_CHECKING:
 _CLASSES = {"lte": "simulate.methods.lte:Lte", "ddp": "simulate.methods.ddp:Ddp"}
 
 
-def build_method(run: Run, communicator: Communicator, device: torch.device) -> Method:
-    """Return the method that run.toml names, with its start weights, on `device`."""
+def build_method(
+    run: Run, communicator: Communicator, device: torch.device, network: nn.Module | None = None
+) -> Method:
+    """Return the method that run.toml names, on `device`, for the run's own network or for another plain one."""
     module, _, name = _CLASSES[run.method.name].partition(":")
-    method: Method = getattr(import_module(module), name)(run, communicator, device)
+    method: Method = getattr(import_module(module), name)(run, communicator, device, network)
     return method

@@ -32,10 +32,12 @@ def learning_rate_factor(train: Train, step: int) -> float:
 class Method(ABC):
     """A way to train; subclasses say which parameters there are and what devices exchange, and when."""
 
-    def __init__(self, run: Run, communicator: Communicator, device: torch.device) -> None:
+    def __init__(
+        self, run: Run, communicator: Communicator, device: torch.device, network: nn.Module | None = None
+    ) -> None:
         self.run, self.communicator = run, communicator
         self.local_devices = len(communicator.local_devices)
-        self.model = self.prepare(build_model(run)).to(device)
+        self.model = self.prepare(build_model(run) if network is None else network).to(device)
         # Fused: one pass over the state and no temporaries, unlike the foreach form.
         self.optimizer = torch.optim.AdamW(
             self.parameter_groups(), betas=(run.train.adam_beta1, run.train.adam_beta2), fused=True
@@ -74,7 +76,7 @@ class Method(ABC):
     def group_losses(self, inputs: Tensor, targets: Tensor, groups: int) -> Tensor:
         """Return the mean loss of each of `groups` equal parts of the batch, (groups,): nobody's mean mixes parts."""
         self.model.train()
-        loss_N = token_losses(self.model(inputs).flatten(0, 1), targets.reshape(-1))
+        loss_N = token_losses(self.model(inputs).flatten(0, -2), targets.reshape(-1))
         return loss_N.view(groups, -1).mean(1)
 
     def apply_gradients(self, step: int) -> None:

@@ -25,11 +25,13 @@ from simulate.methods.base import Method, clip_per_device
 class Lte(Method):
     """LTE with or without reset, over any of the three transports."""
 
-    def __init__(self, run: Run, communicator: Communicator, device: torch.device) -> None:
+    def __init__(
+        self, run: Run, communicator: Communicator, device: torch.device, network: nn.Module | None = None
+    ) -> None:
         assert isinstance(run.method, LteOptions)
         assert run.method.quantize == "none", "quantised weights can be planned, not trained"
         self.options = run.method
-        super().__init__(run, communicator, device)
+        super().__init__(run, communicator, device, network)
         self.layers = lora_layers(self.model)
         adapters = {id(p) for layer in self.layers for p in (layer.a, layer.b)}
         self.adapter_parameters = [p for p in self.model.parameters() if id(p) in adapters]
