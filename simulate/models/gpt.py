@@ -9,57 +9,16 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from simulate.models.blocks import Attention, Block, BlockStyle
 from simulate.models.shapes import ModelShape
 
+__all__ = ["Attention", "Gpt"]
+
 INIT_STD = 0.02
-
-
-class Attention(nn.Module):
-    """Causal self-attention (Radford et al. 2019)."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.project = nn.Linear(width, width)
-
-    def forward(self, x_STD: Tensor) -> Tensor:
-        samples, tokens, width = x_STD.shape
-        qkv = self.qkv(x_STD).view(samples, tokens, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.project(y.transpose(1, 2).reshape(samples, tokens, width))
-
-
-class Mlp(nn.Module):
-    """Two linear layers around a GELU, four times as wide inside."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-
-    def forward(self, x_STD: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_STD), approximate="tanh"))
-
-
-class Block(nn.Module):
-    """One pre-norm transformer block."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attention = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = Mlp(width)
-
-    def forward(self, x_STD: Tensor) -> Tensor:
-        x_STD = x_STD + self.attention(self.norm1(x_STD))
-        return x_STD + self.mlp(self.norm2(x_STD))
+STYLE = BlockStyle(causal=True, gelu="tanh", norm_epsilon=1e-5)
 
 
 class Gpt(nn.Module):
@@ -69,7 +28,7 @@ class Gpt(nn.Module):
         super().__init__()
         self.token = nn.Embedding(shape.vocab, shape.width)
         self.position = nn.Embedding(shape.context, shape.width)
-        self.blocks = nn.ModuleList(Block(shape.width, shape.attention_heads) for _ in range(shape.layers))
+        self.blocks = nn.ModuleList(Block(shape.width, shape.attention_heads, STYLE) for _ in range(shape.layers))
         self.norm = nn.LayerNorm(shape.width)
         self.head = nn.Linear(shape.width, shape.vocab, bias=False)
         self.head.weight = self.token.weight

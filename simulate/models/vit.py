@@ -1,0 +1,80 @@
+"""Vision Transformers in plain PyTorch (Dosovitskiy et al. 2021, arXiv 2010.11929; the small one: Touvron et al. 2021).
+
+Legend: S samples, C colours, P patches of an image, T = P + 1 tokens (the class token leads), D width. The class token
+and the positions are embedding tables, because simulate.adapters.convert gives every device its own of those.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from simulate.models.blocks import Block, BlockStyle
+
+INIT_STD = 0.02
+# As in the published checkpoints: exact GELU, epsilon 1e-6.
+STYLE = BlockStyle(causal=False, gelu="none", norm_epsilon=1e-6)
+
+
+@dataclass(frozen=True)
+class VitSize:
+    """What sets one Vision Transformer apart."""
+
+    layers: int
+    width: int
+    attention_heads: int
+    patch: int = 16
+    """Pixels of a patch's side."""
+    image: int = 224
+    """Pixels of an image's side."""
+    classes: int = 1000
+    colours: int = 3
+
+
+VIT_SIZES = {
+    "vit_s16": VitSize(layers=12, width=384, attention_heads=6),
+    "vit_b16": VitSize(layers=12, width=768, attention_heads=12),
+    "vit_l16": VitSize(layers=24, width=1024, attention_heads=16),
+}
+
+
+class Vit(nn.Module):
+    """Images (S, C, image, image) in, logits (S, classes) out."""
+
+    def __init__(self, size: VitSize) -> None:
+        super().__init__()
+        self.patch_side, patches = size.patch, (size.image // size.patch) ** 2
+        self.patch = nn.Linear(size.colours * size.patch**2, size.width)
+        self.class_token = nn.Embedding(1, size.width)
+        self.position = nn.Embedding(patches + 1, size.width)
+        self.blocks = nn.ModuleList(Block(size.width, size.attention_heads, STYLE) for _ in range(size.layers))
+        self.norm = nn.LayerNorm(size.width, eps=STYLE.norm_epsilon)
+        self.head = nn.Linear(size.width, size.classes)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.trunc_normal_(module.weight, std=INIT_STD)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def forward(self, images_SCYX: Tensor) -> Tensor:
+        x_SPD = self.patch(patches_of(images_SCYX, self.patch_side))
+        samples, patches, _ = x_SPD.shape
+        positions = torch.arange(patches + 1, device=images_SCYX.device).expand(samples, -1)
+        first_S1D = self.class_token(torch.zeros_like(positions[:, :1]))
+        x_STD = torch.cat([first_S1D, x_SPD], dim=1) + self.position(positions)
+        for block in self.blocks:
+            x_STD = block(x_STD)
+        # The norm works on each token by itself, so only the one that is read needs it.
+        return self.head(self.norm(x_STD[:, 0]))
+
+
+def patches_of(images_SCYX: Tensor, side: int) -> Tensor:
+    """Return (S, P, C*side*side): patches row by row, each flattened like a convolution's kernel."""
+    samples, colours, height, width = images_SCYX.shape
+    tiles = images_SCYX.view(samples, colours, height // side, side, width // side, side)
+    return tiles.permute(0, 2, 4, 1, 3, 5).reshape(samples, -1, colours * side * side)

@@ -1,0 +1,69 @@
+"""The Vision Transformer: published counts, patches against a convolution, what may and may not move its output."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simulate.adapters import AdapterSpec, convert, lora_layers, merged_state
+from simulate.models.vit import VIT_SIZES, Vit, VitSize, patches_of
+
+SMALL = VitSize(layers=2, width=12, attention_heads=3, patch=4, image=8, classes=5)
+
+
+def small() -> Vit:
+    torch.manual_seed(0)
+    return Vit(SMALL).double()
+
+
+def images(samples: int) -> Tensor:
+    return torch.randn(samples, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(samples))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    # As counted in the published checkpoints at 224 pixels and 1000 classes.
+    [("vit_s16", 22_050_664), ("vit_b16", 86_567_656), ("vit_l16", 304_326_632)],
+)
+def test_a_vit_has_its_published_number_of_parameters(name: str, parameters: int) -> None:
+    with torch.device("meta"):
+        model = Vit(VIT_SIZES[name])
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+def test_a_linear_layer_over_patches_is_a_convolution_with_its_stride() -> None:
+    kernel, x = torch.randn(12, 3, 4, 4, dtype=torch.float64), images(2)
+    expected = F.conv2d(x, kernel, stride=4).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(patches_of(x, 4) @ kernel.flatten(1).T, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_samples_do_not_mix() -> None:
+    model, x = small(), images(3)
+    torch.testing.assert_close(model(x)[1:2], model(x[1:2]), rtol=1e-12, atol=1e-12)
+
+
+def test_every_patch_reaches_the_class_token() -> None:
+    x = images(1).requires_grad_()
+    small()(x).square().sum().backward()
+    assert x.grad is not None
+    assert (patches_of(x.grad, 4).abs().sum(2) > 0).all()
+
+
+def test_patches_count_by_where_they_are() -> None:
+    model, x = small(), images(1)
+    assert not torch.allclose(model(x), model(x.flip(3).contiguous()))
+
+
+@pytest.mark.parametrize("adapters", [None, AdapterSpec(2, 1.5, 1, False, 0, 0)])
+def test_a_converted_vit_starts_as_the_plain_one(adapters: AdapterSpec | None) -> None:
+    plain, x = small(), images(6)
+    converted = convert(small(), 3, adapters)
+    torch.testing.assert_close(converted(x), plain(x), rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(weight, merged_state(converted)[name]) for name, weight in plain.state_dict().items())
+
+
+def test_every_linear_layer_is_adapted() -> None:
+    linears = sum(isinstance(module, nn.Linear) for module in small().modules())
+    assert len(lora_layers(convert(small(), 3, AdapterSpec(2, 1.5, 1, False, 0, 0)))) == linears == 2 + 4 * 2
