@@ -50,12 +50,12 @@ def final_loss(method: dict[str, Any], rate: float, arguments: argparse.Namespac
     )
     profile, text = load_profile("gtx1080ti_x8"), load_text(run.data)
     clock = SimulatedClock(run, profile.devices(4), profile.link)
-    communicator = VirtualCommunicator(4, clock.charge_transfer)
+    communicator = VirtualCommunicator(4, clock.charge_transfer, clock.wait)
     with tempfile.TemporaryDirectory() as folder:
         session = Session(
             run=run,
             method=build_method(run, communicator, torch.device("cpu")),
-            batches=TextBatches(text, run.model.context, run.train.micro_batch, 4, run.train.seed),
+            batches=TextBatches.of(run, text),
             communicator=communicator,
             clock=clock,
             emit=lambda event: None,

@@ -34,7 +34,7 @@ def prepare(method: str, devices: int, rank: int) -> tuple[Method, TextBatches]:
     )
     communicator = VirtualCommunicator(devices)
     text = load_text(run.data)
-    batches = TextBatches(text, run.model.context, run.train.micro_batch, devices, run.train.seed)
+    batches = TextBatches.of(run, text)
     return build_method(run, communicator, torch.device("cpu")), batches
 
 

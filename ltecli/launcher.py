@@ -16,13 +16,14 @@ from ltecli.output import bytes_text
 from ltecli.planner import Plan, Rejected, evaluate
 from simulate import toml
 from simulate.checkpoints import list_checkpoints
-from simulate.config import LteOptions, Run, dump_run, load_run
-from simulate.costs.traffic import ELEMENT_BYTES
+from simulate.config import Run, dump_run, load_run
+from simulate.costs.memory import checkpoint_bytes
 from simulate.data.text import Text, load_text
 from simulate.errors import InputError
 from simulate.events import truncate_events
 from simulate.hardware import LOCAL, Profile, load_profile
 from simulate.local_gpu import local_gpu_profile
+from simulate.options import DdpOptions, LteOptions
 
 RUN_FILE, PROFILE_FILE, PLAN_FILE, EVENTS_FILE = "run.toml", "profile.toml", "plan.json", "events.jsonl"
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
@@ -62,7 +63,7 @@ def new_folder(path: Path, run: Run, device_name: str = "cpu") -> RunFolder:
     check_trainable(run)
     _check_new(path)
     text = load_text(run.data)
-    text.check(run.model, run.cluster.devices)
+    text.check(run.model, run.cluster.devices, run.data.shards)
     _check_disk(path, run)
     profile = load_profile(run.cluster.profile)
     if profile.name == LOCAL and device_name != "cpu":
@@ -111,7 +112,7 @@ def resumed_folder(path: Path, given: Run | None) -> RunFolder:
         raise InputError(f"--resume: {path} is read-only; make it writable")
     checkpoints = list_checkpoints(path / CHECKPOINTS)
     text = load_text(run.data)
-    text.check(run.model, run.cluster.devices)
+    text.check(run.model, run.cluster.devices, run.data.shards)
     profile = load_profile(str(path / PROFILE_FILE))
     return RunFolder(path, run, profile, text, read_plan(path), checkpoints[-1] if checkpoints else None)
 
@@ -139,8 +140,6 @@ def _difference(given: Run, saved: Run) -> str:
 
 def plan_of(run: Run, profile: Profile) -> dict[str, Any]:
     """Return the plan of exactly this run, beside dense training with the same batch, as plan.json."""
-    from simulate.config import DdpOptions
-
     tokens = run.train.steps * run.tokens_per_step
     dense = evaluate(run.model_copy(update={"method": DdpOptions()}), profile, tokens)
     result = evaluate(run, profile, tokens)
@@ -151,22 +150,11 @@ def plan_of(run: Run, profile: Profile) -> dict[str, Any]:
     return Plan(profile, run, tokens, candidates, rejected, chosen, dense, tuple(notes)).to_dict()
 
 
-def checkpoint_bytes(run: Run) -> int:
-    """Return the bytes of a checkpoint's tensors: what devices share once, what is theirs N times, Adam's moments."""
-    shape, method, element_bytes = run.model.shape(), run.method, ELEMENT_BYTES[run.train.dtype]
-    if not isinstance(method, LteOptions):
-        return 3 * shape.parameters * element_bytes
-    factors = method.heads_per_device * shape.factors(method.rank)
-    copies = 2 if method.reset == "none" else 1  # with the weights at the start, and the factors at the last merge
-    device = (copies + 2) * factors + 3 * shape.replicated_parameters
-    return (copies * shape.adapted_parameters + run.cluster.devices * device) * element_bytes
-
-
 def _check_disk(path: Path, run: Run) -> None:
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"--out {path}: {parent} is not a writable folder; choose another")
-    needed = CHECKPOINTS_AT_ONCE * checkpoint_bytes(run)
+    needed = CHECKPOINTS_AT_ONCE * checkpoint_bytes(run, run.model.shape())
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise InputError(

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from simulate.config import DEFAULT_SCALE, DdpOptions, LteOptions, Run
+from ltecli.grid import Pins, grid
+from simulate.config import Run
 from simulate.costs.memory import Memory, host_memory_bytes, peak_memory
 from simulate.costs.samples import samples_factor
+from simulate.costs.schedule import dense_reduction, num_rounds, received_bytes, sent_bytes
 from simulate.costs.time import RoundTime, exchange_s, round_time
-from simulate.costs.traffic import ELEMENT_BYTES, dense_reduction, num_rounds, round_exchange
+from simulate.costs.traffic import ELEMENT_BYTES
 from simulate.errors import InputError
 from simulate.hardware import Device, Profile
 from simulate.models.shapes import ModelShape
+from simulate.options import METHOD_NAMES, AdapterOptions, DdpOptions, LteOptions, MethodOptions
 
 PLAN_VERSION = 1
-RANKS = (8, 16, 32, 64, 128, 256)
-HEADS_PER_DEVICE = (1, 4)
-QUANTIZE = ("none", "int8", "nf4")
-MERGE_EVERY = (10, 30, 100)
-TRANSPORTS = ("gather", "reduce", "server")
-MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+CHOSEN_FROM = ("lte", "ddp")
+"""The methods to choose from unless one is asked for; the best of each other is shown beside."""
 LINK_DOMINATES = 0.5
 """Share of a round spent on the link from which the plan warns."""
 
@@ -62,16 +59,18 @@ class Candidate:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the candidate as the plan's JSON has it."""
-        lte = self.run.method if isinstance(self.run.method, LteOptions) else None
+        method = self.run.method
         return {
-            "method": self.run.method.name,
-            "rank": lte and lte.rank,
-            "heads": lte and self.run.heads,
-            "heads_per_device": lte and lte.heads_per_device,
-            "quantize": lte.quantize if lte else "none",
-            "merge_every": lte and lte.merge_every,
-            "merge_transport": lte and lte.merge_transport,
-            "reset": lte and lte.reset,
+            "method": method.name,
+            "rank": getattr(method, "rank", None),
+            "heads": self.run.heads or None,
+            "heads_per_device": getattr(method, "heads_per_device", None),
+            "quantize": getattr(method, "quantize", "none"),
+            "merge_every": getattr(method, "merge_every", None),
+            "merge_transport": getattr(method, "merge_transport", None),
+            "reset": getattr(method, "reset", None),
+            "wire": getattr(method, "wire", "full"),
+            "fragments": getattr(method, "fragments", 1),
             "micro_batch": self.run.train.micro_batch,
             "activation_checkpointing": self.run.train.activation_checkpointing,
             "steps": self.run.train.steps,
@@ -114,11 +113,13 @@ class Plan:
     chosen: Candidate | None
     dense: Candidate | Rejected | None
     notes: tuple[str, ...]
+    rivals: tuple[Candidate | Rejected, ...] = ()
+    """The best of each method that was not chosen from, or its nearest miss."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as `lte plan --json` prints it and as runs keep it in plan.json."""
         shape = self.base.model.shape()
-        dense = self.dense.candidate if isinstance(self.dense, Rejected) else self.dense
+        dense = self.dense and candidate_of(self.dense)
         return {
             "version": PLAN_VERSION,
             "profile": self.profile.name,
@@ -133,6 +134,9 @@ class Plan:
             "dense": dense and {**dense.to_dict(), "fits": not isinstance(self.dense, Rejected)},
             "candidates": [candidate.to_dict() for candidate in self.candidates],
             "rejected": [{"candidate": r.candidate.to_dict(), "reason": r.reason} for r in self.rejected],
+            "rivals": [
+                {**candidate_of(rival).to_dict(), "fits": not isinstance(rival, Rejected)} for rival in self.rivals
+            ],
             "notes": list(self.notes),
         }
 
@@ -155,16 +159,14 @@ def _evaluate(
     device, memory = min(memories, key=lambda pair: pair[0].memory_bytes - pair[1].total)
     host_bytes = host_memory_bytes(run, shape, device)
     time = round_time(run, shape, devices, profile.link)
-    exchange = round_exchange(run, shape)
-    num_devices = run.cluster.devices
-    rounds = num_rounds(run)
+    num_devices, steps, rounds = run.cluster.devices, run.train.steps, num_rounds(run)
     candidate = Candidate(
         run=run,
         tokens=tokens,
         memory=memory,
         host_memory_bytes=host_bytes,
-        sent_bytes_per_round=exchange.sent_bytes / num_devices,
-        received_bytes_per_round=exchange.received_bytes / num_devices,
+        sent_bytes_per_round=sent_bytes(run, shape, steps) / rounds / num_devices,
+        received_bytes_per_round=received_bytes(run, shape, steps) / rounds / num_devices,
         time=time,
         wall_s=run.train.steps * time.compute_s + rounds * (time.merge_s + time.exchange_s),
         samples_factor=samples_factor(run, shape, tokens),
@@ -208,25 +210,15 @@ def _warnings(run: Run, shape: ModelShape, profile: Profile, time: RoundTime) ->
             yield f"{method.merge_transport} takes longer than reducing the dense delta"
 
 
-@dataclass(frozen=True)
-class Pins:
-    """What the user fixed; None leaves the planner free."""
-
-    method: str | None = None
-    rank: int | None = None
-    heads_per_device: int | None = None
-    alpha: float | None = None
-    quantize: str | None = None
-    merge_every: int | None = None
-    merge_transport: str | None = None
-    micro_batch: int | None = None
-    activation_checkpointing: bool | None = None
-
-
 def make_plan(base: Run, profile: Profile, tokens: int, pins: Pins, notes: Sequence[str] = ()) -> Plan:
     """Lay out the grid around `base`, evaluate it, and choose; `base` carries every key that no pin or grid varies."""
     shape, devices = base.model.shape(), profile.devices(base.cluster.devices)
-    results = [_evaluate(run, shape, profile, devices, tokens) for run in _grid(base, shape, pins, tokens)]
+    methods = (pins.method,) if pins.method else CHOSEN_FROM
+
+    def results_of(names: Sequence[str]) -> list[Candidate | Rejected]:
+        return [_evaluate(run, shape, profile, devices, tokens) for run in grid(base, shape, names, pins, tokens)]
+
+    results = results_of(methods)
     if not results:
         raise InputError(
             f"train.warmup_steps = {base.train.warmup_steps} is not below the steps that {tokens:,} tokens take, "
@@ -236,7 +228,8 @@ def make_plan(base: Run, profile: Profile, tokens: int, pins: Pins, notes: Seque
     rejected = tuple(r for r in results if isinstance(r, Rejected))
     trainable = [candidate for candidate in fitting if is_trainable(candidate.run)]
     chosen = next(iter(trainable or fitting), None)
-    notes = [*notes, *_choice_notes(chosen, fitting, profile)]
+    rivals = [] if pins.method else [_best(results_of((name,))) for name in METHOD_NAMES if name not in methods]
+    notes = [*notes, *_choice_notes(chosen, fitting, profile), *_rival_notes(chosen, rivals)]
     return Plan(
         profile=profile,
         base=base,
@@ -244,8 +237,10 @@ def make_plan(base: Run, profile: Profile, tokens: int, pins: Pins, notes: Seque
         candidates=tuple(fitting),
         rejected=rejected,
         chosen=chosen,
-        dense=_dense(fitting, rejected) or _dense_beside(base, profile, tokens, shape, devices),
+        dense=_best([r for r in results if isinstance(candidate_of(r).run.method, DdpOptions)])
+        or _best(results_of(("ddp",))),
         notes=tuple(notes),
+        rivals=tuple(rival for rival in rivals if rival is not None),
     )
 
 
@@ -259,20 +254,15 @@ def _rank(candidate: Candidate) -> tuple[float, ...]:
     return (candidate.equivalent_wall_s, candidate.memory.total, candidate.sent_bytes_per_round)
 
 
-def _dense(fitting: Sequence[Candidate], rejected: Sequence[Rejected]) -> Candidate | Rejected | None:
-    best = next((c for c in fitting if isinstance(c.run.method, DdpOptions)), None)
-    misses = [r for r in rejected if isinstance(r.candidate.run.method, DdpOptions)]
-    return best or min(misses, key=lambda r: r.short_bytes, default=None)
+def candidate_of(result: Candidate | Rejected) -> Candidate:
+    return result.candidate if isinstance(result, Rejected) else result
 
 
-def _dense_beside(
-    base: Run, profile: Profile, tokens: int, shape: ModelShape, devices: Sequence[Device]
-) -> Candidate | Rejected | None:
-    results = [
-        _evaluate(run, shape, profile, devices, tokens) for run in _grid(base, shape, Pins(method="ddp"), tokens)
-    ]
-    fitting = sorted((r for r in results if isinstance(r, Candidate)), key=_rank)
-    return _dense(fitting, [r for r in results if isinstance(r, Rejected)])
+def _best(results: Sequence[Candidate | Rejected]) -> Candidate | Rejected | None:
+    """Return the first of those that fit and can be trained, or else the nearest miss."""
+    fitting = [r for r in results if isinstance(r, Candidate) and is_trainable(r.run)]
+    misses = [r for r in results if isinstance(r, Rejected)]
+    return min(fitting, key=_rank, default=None) or min(misses, key=lambda r: r.short_bytes, default=None)
 
 
 def _choice_notes(chosen: Candidate | None, fitting: Sequence[Candidate], profile: Profile) -> Iterator[str]:
@@ -288,73 +278,41 @@ def _choice_notes(chosen: Candidate | None, fitting: Sequence[Candidate], profil
         yield "only quantised candidates fit; they can be planned, not yet trained"
 
 
+def _rival_notes(chosen: Candidate | None, rivals: Sequence[Candidate | Rejected | None]) -> Iterator[str]:
+    """Say which method would be faster still, by its assumed samples: a guess that the user should know of."""
+    fitting = [rival for rival in rivals if isinstance(rival, Candidate)]
+    best = min(fitting, key=_rank, default=None)
+    if chosen and best and best.equivalent_wall_s < chosen.equivalent_wall_s:
+        share = best.equivalent_wall_s / chosen.equivalent_wall_s
+        yield (
+            f"{describe(best.run)} would take {share:.2f}x the chosen time to equal loss, if "
+            f"{best.samples_factor:.2f}x dense's samples do; see --method {best.run.method.name}"
+        )
+
+
 def describe(run: Run) -> str:
     """Return a run's method in a few words."""
     method = run.method
-    text: str = method.name
+    details = [*_details(run, method), f"batch {run.train.micro_batch}"]
+    if run.train.activation_checkpointing:
+        details.append("checkpointing")
+    return f"{method.name}{_format(method)} {', '.join(details)}"
+
+
+def _format(method: MethodOptions) -> str:
+    quantize, wire = getattr(method, "quantize", "none"), getattr(method, "wire", "full")
+    return ("" if quantize == "none" else f" {quantize}") + ("" if wire == "full" else f" over {wire}")
+
+
+def _details(run: Run, method: MethodOptions) -> Iterator[str]:
+    if isinstance(method, AdapterOptions):
+        heads = f" x {run.heads} heads" if run.heads > 1 else ""
+        yield f"rank {method.rank}{heads}"
+    elif (rank := getattr(method, "rank", None)) is not None:
+        yield f"rank {rank}"
+    if (density := getattr(method, "density", None)) is not None:
+        yield f"density {density:g}"
+    if (merge_every := getattr(method, "merge_every", None)) is not None:
+        yield f"T {merge_every}"
     if isinstance(method, LteOptions):
-        quantized = "" if method.quantize == "none" else f" {method.quantize}"
-        text = (
-            f"{text}{quantized} rank {method.rank} x {run.heads} heads, T {method.merge_every}, "
-            f"{method.merge_transport}"
-        )
-    return f"{text}, batch {run.train.micro_batch}" + (", checkpointing" if run.train.activation_checkpointing else "")
-
-
-def _grid(base: Run, shape: ModelShape, pins: Pins, tokens: int) -> Iterator[Run]:
-    methods = (pins.method,) if pins.method else ("lte", "ddp")
-    checkpointing = (False, True) if pins.activation_checkpointing is None else (pins.activation_checkpointing,)
-    unit = pins.heads_per_device or 1
-    micro_batches = (pins.micro_batch,) if pins.micro_batch else [unit * size for size in MICRO_BATCHES]
-    lte = list(_lte_options(base, shape, pins)) if "lte" in methods else []
-    options = (*lte, *([DdpOptions()] if "ddp" in methods else []))
-    for micro_batch, recompute in itertools.product(micro_batches, checkpointing):
-        train = train_for(base, micro_batch, recompute, tokens)
-        if train.warmup_steps >= train.steps:
-            continue
-        for method in options:
-            if isinstance(method, LteOptions) and micro_batch % method.heads_per_device:
-                continue
-            yield base.model_copy(update={"method": method, "train": train})
-
-
-def train_for(base: Run, micro_batch: int, recompute: bool, tokens: int) -> Any:
-    """Return base.train with a batch, the steps that train on `tokens` with it, and what follows from the steps."""
-    steps = max(1, math.ceil(tokens / (base.cluster.devices * micro_batch * base.model.context)))
-    every = max(1, steps // 10)
-    given = base.train.model_fields_set
-    derived = {
-        "steps": steps,
-        "warmup_steps": min(steps // 20, 2000),
-        "evaluate_every": every,
-        "checkpoint_every": min(every * 2, 1000),
-    }
-    update = {key: value for key, value in derived.items() if key not in given}
-    return base.train.model_copy(update={**update, "micro_batch": micro_batch, "activation_checkpointing": recompute})
-
-
-def _lte_options(base: Run, shape: ModelShape, pins: Pins) -> Iterator[LteOptions]:
-    """Vary what is not pinned; ranks reach up to the smallest layer dimension."""
-    limit = min(min(linear.in_features, linear.out_features) for linear in shape.adapted)
-    ranks = (pins.rank,) if pins.rank else [rank for rank in RANKS if rank <= limit] or [limit]
-    heads = (pins.heads_per_device,) if pins.heads_per_device else HEADS_PER_DEVICE
-    rounds = (pins.merge_every,) if pins.merge_every else MERGE_EVERY
-    kinds = (pins.quantize,) if pins.quantize else QUANTIZE
-    transports = (pins.merge_transport,) if pins.merge_transport else TRANSPORTS
-    if base.cluster.devices == 1:
-        transports = transports[:1]
-    start = base.method if isinstance(base.method, LteOptions) else LteOptions()
-    for rank, per_device, merge_every, quantize, transport in itertools.product(
-        ranks, heads, rounds, kinds, transports
-    ):
-        alpha = DEFAULT_SCALE * rank if pins.alpha is None else start.alpha
-        yield start.model_copy(
-            update={
-                "rank": rank,
-                "heads_per_device": per_device,
-                "alpha": alpha,
-                "merge_every": merge_every,
-                "quantize": quantize,
-                "merge_transport": transport,
-            }
-        )
+        yield method.merge_transport

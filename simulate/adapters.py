@@ -10,6 +10,7 @@ network that treats dimension 0 as its batch works unchanged; only its parametri
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,8 @@ class AdapterSpec:
     first_device: int
     """Global index of this process's first device: draws are addressed by global head."""
     seed: int
+    draws_per_head: int = 1
+    """Independent draws of `rank` rows that make up one head's A."""
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -79,6 +82,9 @@ class _LoraLinear(torch.autograd.Function):
         return grad_x, None, grad_bias, grad_a, grad_b, None, None, None
 
 
+lora_function = _LoraLinear.apply
+
+
 class LoraLinear(nn.Module):
     """A linear layer with frozen W (a buffer, shared by all local devices) and one LoRA pair per head.
 
@@ -91,9 +97,10 @@ class LoraLinear(nn.Module):
         self.name, self.spec = name, spec
         heads, (outputs, inputs) = devices * spec.heads_per_device, linear.weight.shape
         self.register_buffer("weight", linear.weight.detach())
-        self.bias = None if linear.bias is None else _replicate(linear.bias, devices)
-        self.a = nn.Parameter(linear.weight.new_empty(heads, spec.rank, inputs))
-        self.b = nn.Parameter(linear.weight.new_zeros(heads, outputs, spec.rank))
+        self.bias = None if linear.bias is None else replicate(linear.bias, devices)
+        rank = spec.rank * spec.draws_per_head
+        self.a = nn.Parameter(linear.weight.new_empty(heads, rank, inputs))
+        self.b = nn.Parameter(linear.weight.new_zeros(heads, outputs, rank))
         with torch.no_grad():
             self.a.copy_(self.draw_a(0))
         self.register_buffer("a0", None)
@@ -106,9 +113,14 @@ class LoraLinear(nn.Module):
     a0: Tensor | None
     b0: Tensor | None
 
+    def factors(self) -> Iterator[nn.Parameter]:
+        """Yield the trained factors."""
+        yield from (self.a, self.b)
+
     def draw_a(self, merges: int) -> Tensor:
         """Return fresh A for the local heads, addressed by (seed, layer, global head, merges): rows orthogonal."""
-        heads, rank, inputs = self.a.shape
+        rank, inputs = self.spec.rank, self.a.shape[2]
+        heads = self.a.shape[0] * self.spec.draws_per_head
         first = self.spec.first_device * self.spec.heads_per_device
         normal_HIR = torch.empty(heads, inputs, rank, dtype=torch.float64)
         for head in range(heads):
@@ -116,17 +128,22 @@ class LoraLinear(nn.Module):
             normal_HIR[head].normal_(generator=torch.Generator().manual_seed(seed))
         q_HIR, r_HRR = torch.linalg.qr(normal_HIR)
         q_HIR *= r_HRR.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)
-        return (q_HIR.transpose(1, 2) * math.sqrt(inputs / rank)).to(self.a)
+        return (q_HIR.transpose(1, 2) * math.sqrt(inputs / rank)).reshape(self.a.shape).to(self.a)
 
-    def remember_product(self) -> None:
-        """Keep B·A as it is now: what the next merges must not count twice."""
+    def remember_product(self, a_HRI: Tensor, b_HOR: Tensor) -> None:
+        """Keep B·A as it was merged: what the next merges must not count twice."""
         if self.a0 is None or self.b0 is None:
             self.a0, self.b0 = torch.empty_like(self.a), torch.empty_like(self.b)
-        self.a0.copy_(self.a.detach())
-        self.b0.copy_(self.b.detach())
+        self.a0.copy_(a_HRI)
+        self.b0.copy_(b_HOR)
+
+    def folded_weight(self) -> Tensor:
+        """Return W + s·mean_h(B_h·A_h), (O, I): the one weight that unmerged adapters amount to."""
+        product_HOI = self.b.detach() @ self.a.detach()
+        return torch.add(self.weight, product_HOI.mean(0), alpha=self.spec.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _LoraLinear.apply(x, self.weight, self.bias, self.a, self.b, self.a0, self.b0, self.spec.scale)
+        return lora_function(x, self.weight, self.bias, self.a, self.b, self.a0, self.b0, self.spec.scale)
 
 
 class ReplicatedLinear(nn.Module):
@@ -160,7 +177,8 @@ class ReplicatedEmbedding(nn.Module):
         if copies > 1:
             offset = torch.arange(copies, device=index.device) * vocab
             index = (index.reshape(copies, -1) + offset.unsqueeze(1)).view(index.shape)
-        return F.embedding(index, self.weight.view(copies * vocab, width))
+        # No view where copies are one storage, expanded over devices.
+        return F.embedding(index, self.weight.reshape(copies * vocab, width))
 
 
 class _ReplicatedLayerNorm(torch.autograd.Function):
@@ -203,15 +221,25 @@ class ReplicatedLayerNorm(nn.Module):
         return _ReplicatedLayerNorm.apply(x, self.weight, self.bias, self.epsilon)
 
 
-def _replicate(parameter: Tensor, copies: int) -> nn.Parameter:
+def replicate(parameter: Tensor, copies: int) -> nn.Parameter:
+    """Return a parameter with a leading axis of equal copies."""
     one = parameter.detach().unsqueeze(0)
     return nn.Parameter(one if copies == 1 else one.repeat(copies, *(1,) * parameter.ndim))
 
 
-def convert(model: nn.Module, copies: int, adapters: AdapterSpec | None = None) -> nn.Module:
+MakeAdapter = Callable[[nn.Linear, str], nn.Module]
+"""(layer, its name) → what takes its place."""
+
+
+def lora(spec: AdapterSpec, devices: int) -> MakeAdapter:
+    """Return what makes LoRA layers for `devices` local devices."""
+    return lambda linear, name: LoraLinear(linear, name, spec, devices)
+
+
+def convert(model: nn.Module, copies: int, make_adapter: MakeAdapter | None = None) -> nn.Module:
     """Swap a plain network's parametric layers, in place, for ones with `copies` sets of parameters.
 
-    With `adapters`, every nn.Linear whose weight is not tied to another module becomes a LoraLinear. Raises InputError
+    With `make_adapter`, every nn.Linear whose weight is not tied to another module goes through it. Raises InputError
     for a module with parameters that is neither Linear, LayerNorm nor Embedding.
     """
     replicas: dict[int, nn.Parameter] = {}
@@ -222,13 +250,13 @@ def convert(model: nn.Module, copies: int, adapters: AdapterSpec | None = None) 
 
     def replica(parameter: Tensor) -> nn.Parameter:
         if id(parameter) not in replicas:
-            replicas[id(parameter)] = _replicate(parameter, copies)
+            replicas[id(parameter)] = replicate(parameter, copies)
         return replicas[id(parameter)]
 
     def swapped(name: str, module: nn.Module) -> nn.Module:
         if isinstance(module, nn.Linear):
-            if adapters is not None and owners[id(module.weight)] == 1:
-                return LoraLinear(module, name, adapters, copies)
+            if make_adapter is not None and owners[id(module.weight)] == 1:
+                return make_adapter(module, name)
             return ReplicatedLinear(replica(module.weight), None if module.bias is None else replica(module.bias))
         if isinstance(module, nn.Embedding):
             return ReplicatedEmbedding(replica(module.weight))
@@ -251,18 +279,18 @@ def lora_layers(model: nn.Module) -> list[LoraLinear]:
     return [module for module in model.modules() if isinstance(module, LoraLinear)]
 
 
-def merged_state(model: nn.Module) -> dict[str, Tensor]:
+def merged_state(model: nn.Module, instead: dict[int, Tensor] | None = None, fold: bool = False) -> dict[str, Tensor]:
     """Return one plain model's weights by the plain network's names; right just after a merge (or for shared copies).
 
-    Replicated parameters are taken from the first copy: after a merge all copies are equal.
+    Replicated parameters are taken from the first copy: after a merge all copies are equal. `instead` gives other
+    values, (...) without a copies axis, by the parameter's id. With `fold`, adapters that are never merged are added.
     """
     state: dict[str, Tensor] = {}
+    other = instead or {}
     for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if not isinstance(module, LoraLinear) or key == "bias":
+                state[f"{name}.{key}"] = other.get(id(parameter), parameter[0].detach())
         if isinstance(module, LoraLinear):
-            state[f"{name}.weight"] = module.weight
-            if module.bias is not None:
-                state[f"{name}.bias"] = module.bias[0].detach()
-        else:
-            for key, parameter in module.named_parameters(recurse=False):
-                state[f"{name}.{key}"] = parameter[0].detach()
+            state[f"{name}.weight"] = module.folded_weight() if fold else module.weight
     return state

@@ -40,6 +40,8 @@ class Progress:
     wall_s: float
     """Measured seconds of training so far, over all sessions."""
     val_loss: float | None
+    link_free_s: float = 0.0
+    """Moment of the simulated clock from which the link is free."""
 
 
 def run_fingerprint(run: Run) -> str:

@@ -6,18 +6,25 @@ from collections.abc import Sequence
 
 from simulate.config import Run
 from simulate.costs.time import round_time, transfer_s
-from simulate.costs.traffic import Operation, Transfer
+from simulate.costs.traffic import Transfer
 from simulate.hardware import Device, Link
 
 
 class SimulatedClock:
-    """Seconds of compute and of exchange so far; exchanges are charged from the messages really made."""
+    """Seconds of compute and of waiting for exchanges so far; exchanges are charged from the messages really made.
+
+    One exchange travels at a time. A method waits for it, unless it started it in the background: then the exchange
+    takes the link from that moment on, and only what is left of it when the method needs the result is waited for.
+    """
 
     def __init__(self, run: Run, devices: Sequence[Device], link: Link) -> None:
         self._time = round_time(run, run.model.shape(), devices, link)
-        self._link, self._num_devices = link, run.cluster.devices
+        self._merge_s = self._time.merge_s / run.method.merges_per_round
+        self._link = link
         self.compute_s = 0.0
         self.exchange_s = 0.0
+        self.link_free_s = 0.0
+        """Moment from which the link is free again."""
 
     @property
     def now_s(self) -> float:
@@ -29,9 +36,15 @@ class SimulatedClock:
         self.compute_s += self._time.compute_s
 
     def charge_merge(self) -> None:
-        """Charge a merge's arithmetic."""
-        self.compute_s += self._time.merge_s
+        """Charge the arithmetic of one merge."""
+        self.compute_s += self._merge_s
 
-    def charge_transfer(self, operation: Operation, payload_bytes: int) -> None:
+    def charge_transfer(self, transfer: Transfer, background: bool) -> None:
         """Charge one message; made to be a communicator's listener."""
-        self.exchange_s += transfer_s(Transfer(operation, payload_bytes), self._num_devices, self._link)
+        self.link_free_s = max(self.link_free_s, self.now_s) + transfer_s(transfer, self._link)
+        if not background:
+            self.wait()
+
+    def wait(self) -> None:
+        """Let time pass until what travels has arrived."""
+        self.exchange_s += max(0.0, self.link_free_s - self.now_s)

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from simulate import toml
 from simulate.errors import InputError, near_match
 from simulate.models.shapes import GPT_SIZES, MODEL_NAMES, ModelShape, gpt_shape
+from simulate.options import (
+    METHOD_NAMES,
+    AdamixOptions,
+    AdapterOptions,
+    DasoOptions,
+    DilocoOptions,
+    LocalSgdOptions,
+    LteOptions,
+    Method,
+    MhloraOptions,
+)
 
-Quantize = Literal["none", "int8", "nf4"]
-Transport = Literal["gather", "reduce", "server"]
-DEFAULT_SCALE = 64.0  # alpha / rank of the paper's best run: alpha = 4096 at rank 64
+Share = Annotated[float, Field(gt=0)]
+
+
+def _as_tuple(value: Any) -> Any:
+    """TOML has lists; a frozen run, which others remember results by, needs a tuple."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 class Model(toml.Schema):
@@ -56,56 +71,14 @@ class Data(toml.Schema):
     name: Literal["stdlib"] | None = None
     """stdlib: the source text of the Python standard library, present wherever Python is."""
     path: str | None = Field(default=None, min_length=1)
+    shards: Annotated[tuple[Share, ...] | None, BeforeValidator(_as_tuple)] = None
+    """Relative sizes of the devices' shards, one a device; not set: equal."""
 
     @model_validator(mode="after")
     def _one_of(self) -> Data:
         if (self.name is None) == (self.path is None):
             raise ValueError("needs exactly one of name (name = 'stdlib') and path; remove one or add one")
         return self
-
-
-class LteOptions(toml.Schema):
-    """LoRA-the-Explorer (arXiv 2402.16828, algorithm 1)."""
-
-    name: Literal["lte"] = "lte"
-    rank: int = Field(default=32, gt=0)
-    """Rank r of one head."""
-    heads_per_device: int = Field(default=1, gt=0)
-    """Each head of a device trains on its own part of the device's batch."""
-    alpha: float = Field(default=0.0, gt=0)
-    """The adapter's product is scaled by alpha / rank; not set: 64 x rank."""
-    merge_every: int = Field(default=10, gt=0)
-    """Optimizer steps T of one round."""
-    merge_transport: Transport = "gather"
-    """gather: everyone sends factors to everyone; reduce: dense deltas are summed; server: push factors, pull W."""
-    reset: Literal["none", "b", "ab"] = "none"
-    """After a merge: none keeps A and B and subtracts their old product; b zeroes B; ab also draws a new A."""
-    quantize: Quantize = "none"
-    """Format of the frozen weights."""
-    adapter_learning_rate: float | None = Field(default=None, gt=0)
-    """Not set: train.learning_rate x rank / alpha, so that an Adam step moves W as much as a dense step would."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_alpha(cls, given: Any) -> Any:
-        if isinstance(given, dict) and "alpha" not in given and isinstance(rank := given.get("rank", 32), int):
-            return {**given, "alpha": DEFAULT_SCALE * max(rank, 1)}
-        return given
-
-    @property
-    def scale(self) -> float:
-        """s = alpha / r."""
-        return self.alpha / self.rank
-
-
-class DdpOptions(toml.Schema):
-    """Dense data parallelism: gradients of all parameters are averaged at every step."""
-
-    name: Literal["ddp"] = "ddp"
-
-
-Method = Annotated[LteOptions | DdpOptions, Field(discriminator="name")]
-METHOD_NAMES = ("lte", "ddp")
 
 
 class Train(toml.Schema):
@@ -160,8 +133,22 @@ class Run(toml.Schema):
 
     @model_validator(mode="after")
     def _consistent(self) -> Run:
-        if isinstance(self.method, LteOptions):
-            self._check_adapters(self.method)
+        method, devices = self.method, self.cluster.devices
+        if isinstance(method, AdapterOptions):
+            self._check_rank(method)
+        if isinstance(method, LteOptions):
+            self._check_heads(method)
+        if isinstance(method, LteOptions | DilocoOptions):
+            self._check_fragments(method)
+        if isinstance(method, DasoOptions) and devices % method.devices_per_node:
+            raise ValueError(
+                f"cluster.devices = {devices} is not divisible by method.devices_per_node = {method.devices_per_node}; "
+                "change one of them"
+            )
+        if self.data.shards is not None and len(self.data.shards) != devices:
+            raise ValueError(
+                f"data.shards has {len(self.data.shards)} sizes for cluster.devices = {devices}; give one a device"
+            )
         if self.train.warmup_steps >= self.train.steps:
             raise ValueError(
                 f"train.warmup_steps = {self.train.warmup_steps} is not below train.steps = {self.train.steps}; "
@@ -169,7 +156,7 @@ class Run(toml.Schema):
             )
         return self
 
-    def _check_adapters(self, method: LteOptions) -> None:
+    def _check_rank(self, method: AdapterOptions) -> None:
         for linear in self.model.shape().adapted:
             side, limit = min((linear.in_features, "inputs"), (linear.out_features, "outputs"))[::-1]
             if method.rank > limit:
@@ -177,6 +164,8 @@ class Run(toml.Schema):
                     f"method.rank = {method.rank} exceeds the {limit} {side} of {linear.name}; "
                     f"try --set method.rank={limit}"
                 )
+
+    def _check_heads(self, method: LteOptions) -> None:
         heads, micro_batch = method.heads_per_device, self.train.micro_batch
         if micro_batch % heads:
             raise ValueError(
@@ -185,16 +174,35 @@ class Run(toml.Schema):
                 f"try --set train.micro_batch={heads * max(1, micro_batch // heads)}"
             )
 
+    def _check_fragments(self, method: LteOptions | DilocoOptions) -> None:
+        layers = self.model.layers
+        if method.fragments > layers or method.merge_every % method.fragments:
+            raise ValueError(
+                f"method.fragments = {method.fragments} must divide method.merge_every = {method.merge_every} and be "
+                f"at most model.layers = {layers}; try --set method.fragments={math.gcd(method.merge_every, layers)}"
+            )
+
     @property
     def heads(self) -> int:
-        """Heads H over all devices (1 per device for methods without adapters)."""
-        per_device = self.method.heads_per_device if isinstance(self.method, LteOptions) else 1
-        return self.cluster.devices * per_device
+        """Low-rank pairs of a layer over all devices, each counted once (0 for dense methods)."""
+        method = self.method
+        if isinstance(method, LteOptions | MhloraOptions):
+            return self.cluster.devices * method.heads_per_device
+        if isinstance(method, AdamixOptions):
+            return method.experts
+        return 1 if isinstance(method, AdapterOptions) else 0
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples that all devices together train on in one optimizer step."""
+        devices, method = self.cluster.devices, self.method
+        active = method.participants(devices) if isinstance(method, LocalSgdOptions) else devices
+        return active * self.train.micro_batch
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens that all devices together train on in one optimizer step."""
-        return self.cluster.devices * self.train.micro_batch * self.model.context
+        return self.samples_per_step * self.model.context
 
 
 def build_run(table: toml.Table, where: str = "run", text: str = "") -> Run:

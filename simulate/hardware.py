@@ -68,6 +68,9 @@ class Link(toml.Schema):
     server_up_bytes_per_s: float | None = Field(default=None, gt=0)
     """The parameter server's own link; not set: as fast as a device's."""
     server_down_bytes_per_s: float | None = Field(default=None, gt=0)
+    node_bytes_per_s: float | None = Field(default=None, gt=0)
+    """Between the devices of one node, for methods that know nodes; not set: they use the link like all others."""
+    node_latency_s: float | None = Field(default=None, ge=0)
     source: Source
     sources: dict[str, str] = Field(default_factory=dict)
 

@@ -20,7 +20,7 @@ from simulate.data.batches import TextBatches
 from simulate.errors import RunFailedError
 from simulate.events import Emit
 from simulate.loss import token_losses
-from simulate.methods.base import Method, learning_rate_factor
+from simulate.methods.base import Method
 from simulate.models.build import empty_model
 
 EVALUATION_BATCH = 16
@@ -71,7 +71,7 @@ def train(session: Session) -> bool:
         last = session.step == run.train.steps
         if last or session.step % run.train.log_every == 0:
             _tell_step(session, losses_L)
-        if merged and (last or _evaluation_due(run, method, session.step)):
+        if merged and (last or _evaluation_due(run, session.step)):
             _evaluate(session)
         stopping = not last and session.stop()
         if last or stopping or session.step % run.train.checkpoint_every == 0:
@@ -81,9 +81,10 @@ def train(session: Session) -> bool:
     return True
 
 
-def _evaluation_due(run: Run, method: Method, step: int) -> bool:
+def _evaluation_due(run: Run, step: int) -> bool:
     """Whether a multiple of evaluate_every has gone by since the last merge."""
-    last_merge = (step - 1) // method.round_steps * method.round_steps
+    apart = run.method.round_steps // run.method.merges_per_round
+    last_merge = (step - 1) // apart * apart
     return step // run.train.evaluate_every > last_merge // run.train.evaluate_every
 
 
@@ -94,15 +95,16 @@ def _tell_step(session: Session, losses_L: Tensor) -> None:
             raise RunFailedError(
                 f"the loss of device {device} is {loss} at step {session.step}; try a lower train.learning_rate"
             )
-    run, counter = session.run, session.communicator.counter
+    run, method, counter = session.run, session.method, session.communicator.counter
+    active = [loss for device, loss in enumerate(losses) if device in method.active(session.step - 1)]
     session.emit(
         {
             "kind": "step",
             "step": session.step,
-            "train_loss": sum(losses) / len(losses),
+            "train_loss": sum(active) / len(active),
             "device_losses": losses,
-            "learning_rate": run.train.learning_rate * learning_rate_factor(run.train, session.step - 1),
-            "samples": session.step * run.cluster.devices * run.train.micro_batch,
+            "learning_rate": run.train.learning_rate * method.rate_factor(session.step - 1),
+            "samples": session.step * run.samples_per_step,
             "tokens": session.step * run.tokens_per_step,
             "sent_bytes": counter.sent_bytes,
             "received_bytes": counter.received_bytes,
@@ -143,6 +145,7 @@ def save(session: Session) -> None:
         step=session.step,
         compute_s=session.clock.compute_s,
         exchange_s=session.clock.exchange_s,
+        link_free_s=session.clock.link_free_s,
         sent_bytes=counter.sent_bytes,
         received_bytes=counter.received_bytes,
         messages=counter.messages,
@@ -160,6 +163,7 @@ def restore(session: Session, path: Path) -> None:
     session.method.load_state(state)
     session.step, session.val_loss, session.wall_s = progress.step, progress.val_loss, progress.wall_s
     session.clock.compute_s, session.clock.exchange_s = progress.compute_s, progress.exchange_s
+    session.clock.link_free_s = progress.link_free_s
     counter = session.communicator.counter
     counter.sent_bytes, counter.received_bytes = progress.sent_bytes, progress.received_bytes
     counter.messages = progress.messages

@@ -6,13 +6,14 @@ about one device's. Here one device runs by itself: its batch, its adapters, eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from simulate.communicator import ByteCounter
+from simulate.communicator import ByteCounter, Nodes
 from simulate.config import Run
 from simulate.methods import build_method
 
@@ -36,12 +37,31 @@ class EchoCommunicator:
             return list(tensors)
         return [tensor.repeat(self.num_devices, *(1,) * (tensor.ndim - 1)) for tensor in tensors]
 
-    def push(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def all_to_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [tensor.clone() for tensor in tensors]
+
+    def push(self, tensors: Sequence[Tensor], devices: int | None = None) -> list[Tensor]:
         self._pack(tensors)
         return list(tensors)
 
-    def pull(self, tensors: Sequence[Tensor]) -> None:
+    def pull(self, tensors: Sequence[Tensor], devices: int | None = None) -> None:
         self._pack(tensors)
+
+    def reduce_in_nodes(self, sums: Sequence[Tensor], nodes: Nodes) -> None:
+        self._pack(sums)
+
+    def reduce_over_nodes(self, sums: Sequence[Tensor], nodes: Nodes) -> None:
+        self._pack(sums)
+
+    def broadcast_in_nodes(self, tensors: Sequence[Tensor], nodes: Nodes) -> None:
+        self._pack(tensors)
+
+    @contextmanager
+    def background(self) -> Iterator[None]:
+        yield
+
+    def wait(self) -> None:
+        pass
 
     def _pack(self, tensors: Sequence[Tensor]) -> None:
         """Allocate and free the message that the tensors would travel in."""

@@ -41,6 +41,54 @@ def ddp_run(devices: int = 2, model: Table | None = None, train: Table | None = 
     return _run(devices, model, train, {"name": "ddp"})
 
 
+VARIANTS: dict[str, Table] = {
+    "ddp": {"name": "ddp"},
+    "ddp, int8": {"name": "ddp", "wire": "int8"},
+    "ddp, fp16": {"name": "ddp", "wire": "fp16"},
+    "lora": {"name": "lora"},
+    "relora": {"name": "relora", "merge_every": 7, "rewarm_steps": 3, "prune_share": 0.5},
+    "relora, warm start": {"name": "relora", "merge_every": 6, "warm_start_steps": 5, "rewarm_steps": 2},
+    "mhlora": {"name": "mhlora", "heads_per_device": 2},
+    "adamix": {"name": "adamix", "experts": 3},
+    "local-sgd": {"name": "local-sgd", "merge_every": 4},
+    "local-sgd, moments": {"name": "local-sgd", "merge_every": 4, "merge_optimizer": "average"},
+    "local-sgd, reset": {"name": "local-sgd", "merge_every": 4, "merge_optimizer": "reset"},
+    "local-sgd, int4": {"name": "local-sgd", "merge_every": 4, "wire": "int4"},
+    "fedavg": {
+        "name": "local-sgd", "merge_every": 4, "merge_transport": "server", "merge_optimizer": "reset",
+        "participation": 0.5,
+    },
+    "diloco": {"name": "diloco", "merge_every": 4},
+    "diloco, int8": {"name": "diloco", "merge_every": 4, "wire": "int8"},
+    "diloco, streaming": {"name": "diloco", "merge_every": 4, "fragments": 2},
+    "daso": {"name": "daso", "merge_every": 4, "delay_steps": 2},
+    "daso, waiting": {"name": "daso", "merge_every": 4, "delay_steps": 0},
+    "sapipe": {"name": "sapipe"},
+    "sapipe, delay": {"name": "sapipe", "compensation": "delay"},
+    "sapipe, none": {"name": "sapipe", "compensation": "none"},
+    "powersgd": {"name": "powersgd", "rank": 2},
+    "topk": {"name": "topk", "density": 0.1},
+    "signsgd": {"name": "signsgd"},
+    "lte": {"name": "lte", "merge_every": 4},
+    "lte, auto": {"name": "lte", "merge_every": 4, "merge_transport": "auto"},
+    "lte, int8": {"name": "lte", "merge_every": 4, "wire": "int8"},
+    "lte, reduced int4": {"name": "lte", "merge_every": 4, "merge_transport": "reduce", "wire": "int4"},
+    "lte, served bf16": {"name": "lte", "merge_every": 4, "merge_transport": "server", "wire": "bf16", "reset": "b"},
+    "lte, streaming": {"name": "lte", "merge_every": 4, "fragments": 2, "heads_per_device": 2},
+    "lte, streaming int8": {"name": "lte", "merge_every": 4, "fragments": 2, "wire": "int8", "reset": "ab"},
+    "lte, pruned": {"name": "lte", "merge_every": 4, "merge_optimizer": "prune"},
+    "lte, forgetful": {"name": "lte", "merge_every": 4, "merge_optimizer": "reset", "reset": "ab"},
+}  # fmt: skip
+"""Every method, and every option that changes what is computed or sent; rank 2 and scale 2 where there are adapters."""
+
+
+def variant_run(name: str, devices: int = 4, model: Table | None = None, train: Table | None = None) -> Run:
+    """Return a tiny fp64 run of one of VARIANTS."""
+    method = VARIANTS[name]
+    adapters = {"rank": 2, "alpha": 4.0} if method["name"] in ("lte", "lora", "relora", "mhlora", "adamix") else {}
+    return _run(devices, model, train, {**adapters, **method})
+
+
 def _run(devices: int, model: Table | None, train: Table | None, method: Table) -> Run:
     table = {
         "model": {**SIZES, **(model or {})},
@@ -61,7 +109,7 @@ def build(run: Run, local_devices: range | None = None) -> Method:
 
 def batches(run: Run) -> TextBatches:
     """Return the batches that the run trains on."""
-    return TextBatches(text(), run.model.context, run.train.micro_batch, run.cluster.devices, run.train.seed)
+    return TextBatches.of(run, text())
 
 
 @dataclass(frozen=True)

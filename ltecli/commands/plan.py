@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ltecli.errors import NothingFeasibleError
+from ltecli.grid import Pins
 from ltecli.output import Output, bytes_text, plain_table, seconds_text
-from ltecli.planner import Candidate, Pins, Plan, Rejected, describe, make_plan
+from ltecli.planner import Candidate, Plan, Rejected, candidate_of, describe, make_plan
 from simulate import toml
 from simulate.config import Run, Train, build_run, dump_run
 from simulate.errors import InputError
@@ -21,6 +22,7 @@ DEMO_TOKENS = 400_000
 """What a request without a model trains on: about a minute on two cores."""
 REFERENCE_WIDTH, REFERENCE_RATE = 128, 3e-3
 """The learning rate falls with the width (Yang et al. 2022, arXiv 2203.03466); 3e-3 at 128 was measured to do well."""
+COLUMNS = ("memory/device", "sent/round", "sent/step", "step", "round", "wall", "x samples", "to equal loss")
 SECONDARY = ("sent/round", "step", "round", "x samples")
 """Columns that a narrow terminal can do without."""
 _WHERE = "command line"
@@ -93,12 +95,11 @@ def _put(table: toml.Table, section: str, key: str, value: Any) -> None:
 
 def _pins(table: toml.Table) -> Pins:
     method, train = table["method"], table["train"]
-    keys = ("rank", "heads_per_device", "alpha", "quantize", "merge_every", "merge_transport")
     return Pins(
         method=method.get("name") or ("lte" if method else None),
+        keys=frozenset(method),
         micro_batch=train.get("micro_batch"),
         activation_checkpointing=train.get("activation_checkpointing"),
-        **{key: method.get(key) for key in keys},
     )
 
 
@@ -135,7 +136,7 @@ def _build(table: toml.Table) -> Run:
 def _check_data(run: Run) -> None:
     from simulate.data.text import load_text
 
-    load_text(run.data).check(run.model, run.cluster.devices)
+    load_text(run.data).check(run.model, run.cluster.devices, run.data.shards)
 
 
 def _tokens(request: Request, base: Run, table: toml.Table) -> int:
@@ -195,15 +196,17 @@ def _show(plan: Plan, output: Output, top: int) -> None:
         output.text(f"rejected, for example: {_example(plan.rejected)}")
     if plan.chosen is not None:
         _show_choice(plan, plan.chosen, output)
+    if plan.rivals:
+        output.text("")
+        output.heading("other methods, each at its best here; plan one with --method NAME")
+        output.table(_rival_table(plan), secondary=SECONDARY)
     for note in plan.notes:
         output.text(f"note: {note}")
 
 
 def _candidate_table(plan: Plan, top: int) -> Any:
     """Return the best candidates, and the choice wherever it ranks."""
-    table = plain_table(
-        "#", "method", "memory/device", "sent/round", "sent/step", "step", "round", "wall", "x samples", "to equal loss"
-    )
+    table = plain_table("#", "method", *COLUMNS)
     table.columns[1].justify = "left"
     for index, candidate in enumerate(plan.candidates, 1):
         if index > top and candidate is not plan.chosen:
@@ -212,15 +215,32 @@ def _candidate_table(plan: Plan, top: int) -> Any:
         table.add_row(
             f"{index}{mark}",
             describe(candidate.run) + (" (!)" if candidate.warnings else ""),
-            bytes_text(candidate.memory.total),
-            bytes_text(candidate.sent_bytes_per_round),
-            bytes_text(candidate.sent_bytes_per_round / candidate.time.steps),
-            seconds_text(candidate.step_s),
-            seconds_text(candidate.time.round_s),
-            seconds_text(candidate.wall_s),
-            f"{candidate.samples_factor:.2f}",
-            seconds_text(candidate.equivalent_wall_s),
+            *_cells(candidate),
         )
+    return table
+
+
+def _cells(candidate: Candidate) -> list[str]:
+    return [
+        bytes_text(candidate.memory.total),
+        bytes_text(candidate.sent_bytes_per_round),
+        bytes_text(candidate.sent_bytes_per_round / candidate.time.steps),
+        seconds_text(candidate.step_s),
+        seconds_text(candidate.time.round_s),
+        seconds_text(candidate.wall_s),
+        f"{candidate.samples_factor:.2f}",
+        seconds_text(candidate.equivalent_wall_s),
+    ]
+
+
+def _rival_table(plan: Plan) -> Any:
+    """Return the best of each method that was not chosen from, fastest to equal loss first."""
+    table = plain_table("method", *COLUMNS)
+    table.columns[0].justify = "left"
+    ranked = sorted(plan.rivals, key=lambda rival: candidate_of(rival).equivalent_wall_s)
+    for rival in sorted(ranked, key=lambda rival: isinstance(rival, Rejected)):
+        unfit = " (does not fit)" if isinstance(rival, Rejected) else ""
+        table.add_row(describe(candidate_of(rival).run) + unfit, *_cells(candidate_of(rival)))
     return table
 
 

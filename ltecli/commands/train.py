@@ -138,8 +138,8 @@ def _simulate(folder: RunFolder, device_name: str, output: Output) -> int:
 
     run = folder.run
     clock = SimulatedClock(run, folder.profile.devices(run.cluster.devices), folder.profile.link)
-    communicator = VirtualCommunicator(run.cluster.devices, clock.charge_transfer)
-    batches = TextBatches(folder.text, run.model.context, run.train.micro_batch, run.cluster.devices, run.train.seed)
+    communicator = VirtualCommunicator(run.cluster.devices, clock.charge_transfer, clock.wait)
+    batches = TextBatches.of(run, folder.text)
     measured_bytes = None if folder.resume_from else measure_memory_bytes(run, device)
     if measured_bytes and device.type == "cpu":
         # What the plan puts into the host's own memory, this CPU holds in the same one.

@@ -8,6 +8,7 @@ from typing import Any
 
 from ltecli.launcher import EVENTS_FILE, RUN_FILE, read_plan
 from simulate.config import Run, load_run
+from simulate.costs.schedule import sent_bytes
 from simulate.errors import InputError
 from simulate.events import Event, read_events
 
@@ -66,7 +67,7 @@ def figures(record: RunRecord) -> dict[str, Any]:
             "reserved": reserved,
         },
         "sent_bytes_per_device": {
-            "planned": _planned_sent_bytes(record, steps),
+            "planned": sent_bytes(run, run.model.shape(), steps) / run.cluster.devices,
             "counted": step["sent_bytes"] / run.cluster.devices if step else None,
             "wire": None,
         },
@@ -84,13 +85,6 @@ def figures(record: RunRecord) -> dict[str, Any]:
         "val_loss": evaluation and evaluation["val_loss"],
         "dense": _dense(record, share),
     }
-
-
-def _planned_sent_bytes(record: RunRecord, steps: int) -> float:
-    """Bytes planned for the rounds that `steps` complete; the last step of a run always ends a round."""
-    chosen, round_steps = record.plan["chosen"], record.plan["chosen"]["merge_every"] or 1
-    rounds = -(-steps // round_steps) if steps == record.run.train.steps else steps // round_steps
-    return float(chosen["sent_bytes_per_round"] * rounds)
 
 
 def _dense(record: RunRecord, share: float) -> dict[str, Any] | None:

@@ -8,17 +8,29 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from simulate.config import LteOptions, Run
+from simulate.config import Run
+from simulate.costs.schedule import layer_transport
 from simulate.models.shapes import ModelShape
+from simulate.options import AdapterOptions, LteOptions, PowerSgdOptions, ReloraOptions
 
 
 def step_flops(run: Run, shape: ModelShape) -> float:
-    """Return the operations of one optimizer step's forward and backward passes."""
-    method = run.method
+    """Return the operations of one optimizer step: forward and backward passes, and products of compression.
+
+    A dense warm start counts with its share of the run.
+    """
+    method, devices = run.method, run.cluster.devices
+    checkpointing = run.train.activation_checkpointing
     tokens = run.train.micro_batch * shape.context
-    if isinstance(method, LteOptions):
-        return tokens * _lte_token_flops(shape, method.rank, method.reset == "none", run.train.activation_checkpointing)
-    return tokens * _dense_token_flops(shape, run.train.activation_checkpointing)
+    dense = tokens * _dense_token_flops(shape, checkpointing)
+    if isinstance(method, AdapterOptions):
+        adapted = tokens * _lte_token_flops(shape, method.row_rank(devices), method.remembers_product, checkpointing)
+        warm = method.warm_start_steps if isinstance(method, ReloraOptions) else 0
+        share = min(1.0, warm / run.train.steps)
+        return share * dense + (1 - share) * adapted
+    if isinstance(method, PowerSgdOptions):  # M·Q, Mᵀ·P and P·Qᵀ of every matrix
+        return dense + 6.0 * method.rank * shape.parameters
+    return dense
 
 
 def _attention_flops(shape: ModelShape) -> float:
@@ -50,9 +62,15 @@ def _lte_token_flops(shape: ModelShape, rank: int, reset_less: bool, checkpointi
 
 
 def merge_flops(run: Run, shape: ModelShape) -> float:
-    """Return one device's operations in a merge: Σ_h B_h·A_h over the heads whose factors it has."""
-    method = run.method
+    """Return one device's operations in a round's merges: Σ_h B_h·A_h over the heads whose factors it has."""
+    method, devices = run.method, run.cluster.devices
+    if isinstance(method, ReloraOptions):  # its rounds are steps, of which every T-th merges
+        return 2.0 * shape.adapted_parameters * method.rank / method.merge_every
     if not isinstance(method, LteOptions) or method.merge_transport == "server":
         return 0.0
-    heads = method.heads_per_device * (run.cluster.devices if method.merge_transport == "gather" else 1)
-    return 2.0 * shape.adapted_parameters * heads * method.rank
+    rank = method.held_rank(devices)
+    return sum(
+        2.0 * linear.weights * linear.count * rank
+        * (devices if layer_transport(linear, rank, devices, method.merge_transport) == "gather" else 1)
+        for linear in shape.adapted
+    )  # fmt: skip

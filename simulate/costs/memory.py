@@ -11,18 +11,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from simulate.config import LteOptions, Run
-from simulate.costs.traffic import (
-    ELEMENT_BYTES,
-    Transport,
-    frozen_bytes,
-    lte_buffer_sizes,
-    lte_merge_sizes,
-    pack,
-    replicated_groups,
-)  # fmt: skip
+from simulate.config import Run
+from simulate.costs.holding import holding
+from simulate.costs.schedule import factor_buffer_bytes, layer_transport
+from simulate.costs.traffic import ELEMENT_BYTES, frozen_bytes, pack, packed_bytes, wire_bytes
 from simulate.hardware import Device
 from simulate.models.shapes import ModelShape
+from simulate.options import (
+    AdapterOptions,
+    DasoOptions,
+    DdpOptions,
+    DilocoOptions,
+    LocalSgdOptions,
+    LteOptions,
+    MethodOptions,
+    PowerSgdOptions,
+    ReloraOptions,
+    SignsgdOptions,
+    TopkOptions,
+)
 
 BLOCK_TENSORS = 16
 """Activation tensors, in u, that a block keeps: inputs of 2 norms, 4 linears (1, 1, 1, 4), q, k, v, the GELU (4)."""
@@ -44,6 +51,7 @@ class Memory:
     """A and B, and in reset-less mode their values at the last merge."""
     gradients: int
     optimizer: int
+    """Adam's moments, and what the method keeps beside them: error feedback, outer momentum, weights of other steps."""
     activations: int
     temporary: int
     """Buffers of the phase that peaks: logits, working tensors, messages."""
@@ -77,36 +85,24 @@ def peak_memory(run: Run, shape: ModelShape, device: Device) -> Memory:
     """Return the peak of one device of the run."""
     method, element_bytes, devices = run.method, ELEMENT_BYTES[run.train.dtype], run.cluster.devices
     tokens = run.train.micro_batch * shape.context
-    checkpointing = run.train.activation_checkpointing
-    if isinstance(method, LteOptions):
+    held = holding(method, shape, devices)
+    if isinstance(method, AdapterOptions) and not _starts_dense(method):
         shared_memory = device.host_memory_bytes == 0
-        weights, adapters, trained = _lte_static(shape, method, element_bytes, shared_memory)
-        kept_gradients, exchanged = (
-            0,
-            _lte_exchange(
-                shape,
-                devices,
-                method.rank,
-                method.heads_per_device,
-                method.quantize,
-                method.merge_transport,
-                element_bytes,
-            ),
-        )
-        block_trained = method.heads_per_device * shape.factors(method.rank) // shape.layers
-        rank = method.rank
+        weights = _frozen_bytes(shape, method, element_bytes, shared_memory)
+        rank = method.row_rank(devices)
+        block_trained = shape.factors(method.held_rank(devices)) // shape.layers
     else:
-        weights, adapters, trained = shape.parameters * element_bytes, 0, shape.parameters
-        kept_gradients = trained * element_bytes
-        exchanged = max(replicated_groups(shape.dense_tensors, element_bytes)) if devices > 1 else 0
-        block_trained, rank = sum(linear.weights for linear in shape.adapted), 0
-    phases = _step_phases(shape, tokens, rank, block_trained * element_bytes, checkpointing, element_bytes)
-    phase = max((*phases, _Phase(kept_gradients, 0, exchanged)), key=lambda p: p.total)
+        weights, rank = shape.parameters * element_bytes, 0
+        block_trained = sum(linear.weights for linear in shape.adapted)
+    phases = _step_phases(
+        shape, tokens, rank, block_trained * element_bytes, run.train.activation_checkpointing, element_bytes
+    )
+    phase = max((*phases, *_exchange_phases(run, shape, held.trained * element_bytes)), key=lambda p: p.total)
     return Memory(
         weights=weights,
-        adapters=adapters,
+        adapters=held.adapters * element_bytes,
         gradients=phase.gradients,
-        optimizer=2 * trained * element_bytes,
+        optimizer=(2 * held.trained + held.extra) * element_bytes,
         activations=phase.activations,
         temporary=phase.temporary,
         reserved=device.reserved_bytes,
@@ -115,49 +111,93 @@ def peak_memory(run: Run, shape: ModelShape, device: Device) -> Memory:
 
 def host_memory_bytes(run: Run, shape: ModelShape, device: Device) -> int:
     """Bytes of the host's own memory that one device needs: the weights that merges start from."""
-    method = run.method
-    if not isinstance(method, LteOptions) or not _needs_master(method) or device.host_memory_bytes == 0:
+    if not _needs_master(run.method) or device.host_memory_bytes == 0:
         return 0
     return shape.adapted_parameters * ELEMENT_BYTES[run.train.dtype]
 
 
-def _needs_master(method: LteOptions) -> bool:
+def checkpoint_bytes(run: Run, shape: ModelShape) -> int:
+    """Bytes of a checkpoint's tensors: what devices share once, what is theirs N times, and Adam's moments."""
+    method, devices = run.method, run.cluster.devices
+    held = holding(method, shape, devices)
+    frozen = 0
+    if isinstance(method, AdapterOptions):
+        frozen = shape.adapted_parameters * (2 if _needs_master(method) else 1)
+    dense = 0 if _starts_dense(method) else held.adapters
+    weights = dense + shape.replicated_parameters if isinstance(method, AdapterOptions) else shape.parameters
+    elements = frozen + (1 if held.shared else devices) * (weights + 2 * held.trained) + devices * held.extra
+    return elements * ELEMENT_BYTES[run.train.dtype]
+
+
+def _starts_dense(method: MethodOptions) -> bool:
+    """Whether the run begins with dense steps, which need more than those that follow."""
+    return isinstance(method, ReloraOptions) and method.warm_start_steps > 0
+
+
+def _needs_master(method: MethodOptions) -> bool:
     """Whether merges need weights beside the frozen ones: the start weights, to which reset-less merges return, or a
     full-precision copy of quantised ones, which would swallow small updates.
     """
-    return method.reset == "none" or method.quantize != "none"
+    return isinstance(method, LteOptions) and (method.reset == "none" or method.quantize != "none")
 
 
-def _lte_static(shape: ModelShape, method: LteOptions, element_bytes: int, shared_memory: bool) -> tuple[int, int, int]:
-    """Return bytes of weights, bytes of adapters, and the number of trained elements."""
-    frozen = frozen_bytes(shape, method.quantize, element_bytes)
+def _frozen_bytes(shape: ModelShape, method: AdapterOptions, element_bytes: int, shared_memory: bool) -> int:
+    frozen = frozen_bytes(shape, method.quantize if isinstance(method, LteOptions) else "none", element_bytes)
     start = shape.adapted_parameters * element_bytes if _needs_master(method) and shared_memory else 0
-    factors = method.heads_per_device * shape.factors(method.rank)
-    trained = factors + shape.replicated_parameters
-    weights = frozen + start + shape.replicated_parameters * element_bytes
-    return weights, factors * element_bytes * (2 if method.reset == "none" else 1), trained
+    return frozen + start + shape.replicated_parameters * element_bytes
+
+
+def _exchange_phases(run: Run, shape: ModelShape, trained_bytes: int) -> tuple[_Phase, ...]:
+    """Return the phases in which messages are held: with all gradients where these travel, else without."""
+    method, element_bytes, devices = run.method, ELEMENT_BYTES[run.train.dtype], run.cluster.devices
+    if isinstance(method, LteOptions):
+        merge = _lte_exchange(
+            shape, devices, method.held_rank(devices), method.quantize, method.merge_transport, method.wire,
+            element_bytes,
+        )  # fmt: skip
+        return (_Phase(0, 0, merge),)
+    message = max(packed_bytes([t.elements * element_bytes for t in shape.tensors]))
+    if isinstance(method, LocalSgdOptions | DilocoOptions | DasoOptions):
+        sums = 2 if devices > 1 else 1  # the means, and the message that they are packed into
+        wire = getattr(method, "wire", "full")
+        return (_Phase(0, 0, sums * message + _compression_bytes(wire, message, devices, element_bytes)),)
+    if devices == 1:
+        return (_Phase(trained_bytes, 0, 0),)
+    if isinstance(method, PowerSgdOptions | TopkOptions | SignsgdOptions):
+        message = 2 * max(t.elements for t in shape.tensors) * element_bytes
+    elif isinstance(method, DdpOptions):
+        message += _compression_bytes(method.wire, message, devices, element_bytes)
+    return (_Phase(trained_bytes, 0, min(message, trained_bytes)),)
+
+
+def _compression_bytes(wire: str, message: int, devices: int, element_bytes: int) -> int:
+    """Buffers of a compressed mean beside the message in full precision: its encoded form, and what was lost."""
+    if wire == "full" or devices == 1:
+        return 0
+    return message + wire_bytes(message // element_bytes, wire, element_bytes)
 
 
 @lru_cache(maxsize=4096)
 def _lte_exchange(
-    shape: ModelShape, devices: int, rank: int, heads_per_device: int, quantize: str, transport: Transport,
-    element_bytes: int,
-) -> int:  # fmt: skip
+    shape: ModelShape, devices: int, held_rank: int, quantize: str, transport: str, wire: str, element_bytes: int
+) -> int:
     """Largest buffer of a merge: what travels in one message (a device alone sends none), and the work beside it."""
-    sizes = lte_merge_sizes(shape, rank, heads_per_device, quantize, transport, element_bytes)
     layers = shape.in_order()
     messages = 1 if devices > 1 else 0
+    by_factors = [x for x in layers if layer_transport(x, held_rank, devices, transport) != "reduce"]
+    dense = [x.weights * element_bytes for x in layers if layer_transport(x, held_rank, devices, transport) == "reduce"]
     largest = 0
-    for group in pack(lte_buffer_sizes(sizes, devices, transport)):
-        sent = sum(sizes[i][0] for i in group)
-        if transport == "gather":  # everyone's factors, and one layer's B laid out for the product
-            stacked = max(devices * heads_per_device * layers[i].out_features * rank for i in group) * element_bytes
+    for group in pack(factor_buffer_bytes(by_factors, devices, held_rank, transport, element_bytes)):
+        members = [by_factors[i] for i in group]
+        sent = sum(x.factors(held_rank) for x in members) * element_bytes
+        if transport == "server":  # the factors packed to push, or the weights that come back
+            largest = max(largest, messages * max(sent, sum(x.weights for x in members) * element_bytes))
+        else:  # everyone's factors, and one layer's B laid out for the product
+            stacked = max(devices * x.out_features * held_rank for x in members) * element_bytes
             largest = max(largest, messages * devices * sent + stacked)
-        elif transport == "reduce":  # the dense sums, and the message they are packed into
-            largest = max(largest, (1 + messages) * sent)
-        else:  # the factors packed to push, or the weights that come back
-            largest = max(largest, messages * max(sent, sum(sizes[i][1] for i in group)))
-    replicated = max(replicated_groups(shape.replicated_tensors, element_bytes))
+    if dense:  # the dense sums, and the message they are packed into
+        largest = max(largest, (1 + messages) * max(packed_bytes(dense)))
+    replicated = max(packed_bytes([t.elements * element_bytes for t in shape.replicated]))
     return max(largest, replicated if transport == "server" else (1 + messages) * replicated)
 
 

@@ -6,14 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from simulate.config import LteOptions, Run
+from simulate.config import Run
 from simulate.costs.flops import merge_flops, step_flops
-from simulate.costs.traffic import ELEMENT_BYTES, Exchange, Transfer, frozen_bytes, round_exchange
+from simulate.costs.holding import holding
+from simulate.costs.schedule import num_rounds, schedule
+from simulate.costs.traffic import ELEMENT_BYTES, Exchange, Transfer, frozen_bytes
 from simulate.hardware import Device, Link
 from simulate.models.shapes import ModelShape
+from simulate.options import AdapterOptions, DdpOptions, LteOptions, SapipeOptions, SignsgdOptions, TopkOptions
 
 ADAM_ELEMENTS_MOVED = 7
 """A fused AdamW step reads weight, gradient and two moments, and writes weight and moments."""
+COMPRESSION_ELEMENTS_MOVED = 8
+"""Estimate: compressing reads gradient and residual, writes the message and the residual, and reads what arrives."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +29,9 @@ class RoundTime:
     compute_s: float
     """Of one step."""
     merge_s: float
-    """Of a merge's arithmetic."""
+    """Of the arithmetic of a round's merges."""
     exchange_s: float
-    """Of a round's messages."""
+    """Of a round's messages, as far as no compute hides them; the mean over the run's rounds."""
 
     @property
     def round_s(self) -> float:
@@ -37,11 +42,18 @@ class RoundTime:
 def round_time(run: Run, shape: ModelShape, devices: Sequence[Device], link: Link) -> RoundTime:
     """Return a round's time; in lockstep, everybody waits for the slowest device."""
     kinds = {_Rates.of(run.train.dtype, device) for device in {id(device): device for device in devices}.values()}
+    step_s = max(compute_s(run, shape, kind) for kind in kinds)
+    parts = schedule(run, shape)
+    total_s = sum(
+        part.times(run.train.steps, run.train.steps)
+        * max(0.0, exchange_s(part.exchange, link) - part.hidden_steps * step_s)
+        for part in parts
+    )
     return RoundTime(
-        steps=run.method.merge_every if isinstance(run.method, LteOptions) else 1,
-        compute_s=max(compute_s(run, shape, kind) for kind in kinds),
+        steps=run.method.round_steps,
+        compute_s=step_s,
         merge_s=max(merge_compute_s(run, shape, kind) for kind in kinds),
-        exchange_s=exchange_s(round_exchange(run, shape), link),
+        exchange_s=total_s / num_rounds(run),
     )
 
 
@@ -61,44 +73,73 @@ def compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
     """Seconds of one optimizer step: arithmetic, the optimizer's memory traffic, unpacking of quantised weights."""
     element_bytes = ELEMENT_BYTES[run.train.dtype]
     method = run.method
-    trained, unpacked_bytes = shape.parameters, 0
-    if isinstance(method, LteOptions):
-        trained = method.heads_per_device * shape.factors(method.rank) + shape.replicated_parameters
-        if method.quantize != "none":  # forward and backward each read the packed form, write and read the plain one
-            packed = frozen_bytes(shape, method.quantize, element_bytes)
-            unpacked_bytes = 2 * (packed + 2 * shape.adapted_parameters * element_bytes)
-    moved_bytes = ADAM_ELEMENTS_MOVED * trained * element_bytes + unpacked_bytes
+    moved = ADAM_ELEMENTS_MOVED * holding(method, shape, run.cluster.devices).trained
+    if isinstance(method, SapipeOptions | TopkOptions | SignsgdOptions) or (
+        isinstance(method, DdpOptions) and method.wire != "full"
+    ):
+        moved += COMPRESSION_ELEMENTS_MOVED * shape.parameters
+    unpacked_bytes = 0
+    if isinstance(method, LteOptions) and method.quantize != "none":
+        # Forward and backward each read the packed form, write and read the plain one.
+        packed = frozen_bytes(shape, method.quantize, element_bytes)
+        unpacked_bytes = 2 * (packed + 2 * shape.adapted_parameters * element_bytes)
+    moved_bytes = moved * element_bytes + unpacked_bytes
     return step_flops(run, shape) / rates.flop_per_s + moved_bytes / rates.memory_bytes_per_s
 
 
 def merge_compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
-    """Seconds of a merge's arithmetic: the products, and the weights read and written once."""
-    if not isinstance(run.method, LteOptions):
-        return 0.0
-    moved_bytes = 2 * shape.adapted_parameters * ELEMENT_BYTES[run.train.dtype]
+    """Seconds of a round's merges: products, and the weights read and written once (with momentum: twice)."""
+    method = run.method
+    if isinstance(method, AdapterOptions):
+        merges = 1.0 if isinstance(method, LteOptions) else 0.0
+        moved = 2 * merges * shape.adapted_parameters
+    else:
+        moved = 0.0 if method.round_steps == 1 else 2.0 * shape.parameters + 2.0 * holding_extra(run, shape)
+    moved_bytes = moved * ELEMENT_BYTES[run.train.dtype]
     return merge_flops(run, shape) / rates.flop_per_s + moved_bytes / rates.memory_bytes_per_s
+
+
+def holding_extra(run: Run, shape: ModelShape) -> int:
+    """Elements of a method's own state, which a merge reads and writes."""
+    return holding(run.method, shape, run.cluster.devices).extra
 
 
 @lru_cache(maxsize=4096)
 def exchange_s(exchange: Exchange, link: Link) -> float:
-    """Seconds of a round's messages, one after the other."""
-    return sum(transfer_s(transfer, exchange.devices, link) for transfer in exchange.transfers)
+    """Seconds of messages that are made one after the other."""
+    return sum(transfer_s(transfer, link) for transfer in exchange.transfers)
 
 
-def transfer_s(transfer: Transfer, devices: int, link: Link) -> float:
+def transfer_s(transfer: Transfer, link: Link) -> float:
     """Seconds of one message: latencies in sequence plus bytes over the slowest link they cross.
 
     Ring algorithms (Patarasuk & Yuan 2009): all-reduce takes 2(N−1) hops of 1/N of the buffer, all-gather N−1 hops of
-    one contribution. On a mesh every pair has a link, so both need one or two hops. A server on a star has one link of
-    its own for all devices; on a ring it is reached through two neighbours, which carry half the devices each.
+    one contribution. On a mesh every pair has a link, so both need one or two hops. An all-to-all sends its N−1 parts
+    one after the other; on a ring neighbours pass on what is not theirs. A broadcast goes down a tree of halves. A
+    server on a star has one link of its own for all devices; on a ring it is reached through two neighbours, which
+    carry half the devices each. Several teams are nodes, whose devices are joined by the node's own links.
     """
-    hop_bytes_per_s = min(link.up_bytes_per_s, link.down_bytes_per_s)
+    if transfer.devices == 1:
+        return 0.0
     if transfer.operation in ("push", "pull"):
-        return _server_s(transfer, devices, link)
-    payload, hops = transfer.payload_bytes, 1 if link.topology == "mesh" else devices - 1
-    if transfer.operation == "all_reduce":
-        return 2 * hops * (link.latency_s + payload / devices / hop_bytes_per_s)
-    return hops * (link.latency_s + payload / hop_bytes_per_s)
+        return _server_s(transfer, transfer.devices, link)
+    within_node = transfer.teams > 1 and link.node_bytes_per_s is not None
+    hop_bytes_per_s = link.node_bytes_per_s if within_node else min(link.up_bytes_per_s, link.down_bytes_per_s)
+    latency_s = (link.node_latency_s or 0.0) if within_node else link.latency_s
+    assert hop_bytes_per_s is not None
+    devices, mesh = transfer.devices, link.topology == "mesh" and not within_node
+    hops, share = {
+        "all_reduce": (2 if mesh else 2 * (devices - 1), 1 / devices),
+        "all_gather": (1 if mesh else devices - 1, 1.0),
+        "all_to_all": (1 if mesh else devices - 1, _all_to_all_share(devices, link)),
+        "broadcast": (1 if mesh else (devices - 1).bit_length(), 1.0),
+    }[transfer.operation]
+    return hops * (latency_s + share * transfer.payload_bytes / hop_bytes_per_s)
+
+
+def _all_to_all_share(devices: int, link: Link) -> float:
+    """Share of a device's payload in each of N−1 hops: one part; on a ring, half of the parts on average."""
+    return 0.5 if link.topology == "ring" else 1 / devices
 
 
 def _server_s(transfer: Transfer, devices: int, link: Link) -> float:

@@ -1,23 +1,23 @@
-"""Payload bytes and messages of each method, in closed form.
+"""Payload bytes and messages of collectives, in closed form; which of them a method makes is in costs/schedule.py.
 
-Letters: N devices, K heads per device, F elements of one head's factors, S adapted weights, E replicated parameters,
-P all parameters. Bytes are summed over all devices, so that they are whole numbers; divide by N for one device.
+Bytes are summed over all devices, so that they are whole numbers; divide by N for one device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
 
-from simulate.config import DdpOptions, LteOptions, Run, Transport
 from simulate.models.shapes import ModelShape
 
-Operation = Literal["all_reduce", "all_gather", "push", "pull"]
+Operation = Literal["all_reduce", "all_gather", "all_to_all", "broadcast", "push", "pull"]
 
 MESSAGE_BYTES = 16 * 2**20
 """Tensors travel packed into messages of at most this many bytes (or one tensor): few latencies, small buffers."""
+WIRE_BLOCK = 128
+"""Elements that share one fp32 scale in int8 and int4 messages."""
 
 ELEMENT_BYTES = {"fp32": 4, "fp64": 8}
 QUANTIZED_BITS = {"int8": 8, "nf4": 4}
@@ -25,47 +25,55 @@ QUANTIZED_BITS = {"int8": 8, "nf4": 4}
 
 @dataclass(frozen=True)
 class Transfer:
-    """One message of a collective: `payload_bytes` is what one device contributes (pull: what one device gets)."""
+    """One message of a collective in each of `teams` groups of `devices`; `payload_bytes` is what one device
+    contributes (broadcast: the first one; pull: what one device gets)."""
 
     operation: Operation
     payload_bytes: int
+    devices: int
+    teams: int = 1
 
-    def sent_bytes(self, devices: int) -> int:
+    @property
+    def sent_bytes(self) -> int:
         """Bytes that all devices together send.
 
-        Ring all-reduce: 2(N−1)/N of the buffer each. Ring all-gather: N−1 contributions each. Push: the contribution.
-        Pull: nothing, the server sends it.
+        Ring all-reduce: 2(N−1)/N of the buffer each. Ring all-gather: N−1 contributions each. All-to-all: all parts but
+        one's own. Broadcast: each link of a chain once. Push: the contribution. Pull: nothing, the server sends it.
         """
-        return {
-            "all_reduce": 2 * (devices - 1) * self.payload_bytes,
-            "all_gather": devices * (devices - 1) * self.payload_bytes,
-            "push": devices * self.payload_bytes,
+        others = self.devices - 1
+        crossings = {
+            "all_reduce": 2 * others,
+            "all_gather": self.devices * others,
+            "all_to_all": others,
+            "broadcast": others,
+            "push": self.devices,
             "pull": 0,
         }[self.operation]
+        return self.teams * crossings * self.payload_bytes
 
-    def received_bytes(self, devices: int) -> int:
+    @property
+    def received_bytes(self) -> int:
         """Bytes that all devices together receive."""
         if self.operation == "push":
             return 0
-        return devices * self.payload_bytes if self.operation == "pull" else self.sent_bytes(devices)
+        return self.devices * self.payload_bytes if self.operation == "pull" else self.sent_bytes
 
 
 @dataclass(frozen=True, eq=False)
 class Exchange:
-    """The messages of one round, and what they add up to over all devices."""
+    """Messages that are made one after the other, and what they add up to over all devices."""
 
     transfers: tuple[Transfer, ...]
-    devices: int
 
     @cached_property
     def sent_bytes(self) -> int:
         """Bytes that all devices together send."""
-        return sum(transfer.sent_bytes(self.devices) for transfer in self.transfers)
+        return sum(transfer.sent_bytes for transfer in self.transfers)
 
     @cached_property
     def received_bytes(self) -> int:
         """Bytes that all devices together receive."""
-        return sum(transfer.received_bytes(self.devices) for transfer in self.transfers)
+        return sum(transfer.received_bytes for transfer in self.transfers)
 
 
 def pack(sizes_bytes: Sequence[int], cap_bytes: int = MESSAGE_BYTES) -> list[range]:
@@ -82,6 +90,11 @@ def pack(sizes_bytes: Sequence[int], cap_bytes: int = MESSAGE_BYTES) -> list[ran
     return groups
 
 
+def packed_bytes(sizes_bytes: Sequence[int]) -> list[int]:
+    """Return the bytes of each message that items are packed into."""
+    return [sum(sizes_bytes[i] for i in group) for group in pack(sizes_bytes)]
+
+
 def quantized_bytes(elements: int, inputs: int, quantize: str, element_bytes: int) -> int:
     """Bytes of a frozen weight matrix.
 
@@ -95,91 +108,47 @@ def quantized_bytes(elements: int, inputs: int, quantize: str, element_bytes: in
     return (elements + 1) // 2 + 4 * -(-elements // 64)
 
 
+def wire_bytes(elements: int, wire: str, element_bytes: int) -> int:
+    """Bytes of `elements` numbers in a message: an fp32 scale for each block of int8 and int4, two int4 in a byte."""
+    if wire == "full":
+        return elements * element_bytes
+    if wire in ("fp16", "bf16"):
+        return 2 * elements
+    scales = 4 * -(-elements // WIRE_BLOCK)
+    return scales + (elements if wire == "int8" else (elements + 1) // 2)
+
+
+def chunk_elements(elements: int, devices: int) -> int:
+    """Elements of the part of a compressed mean that one device works out: an Nth, in whole blocks."""
+    return WIRE_BLOCK * -(-elements // (devices * WIRE_BLOCK))
+
+
+def mean_transfers(elements: int, devices: int, wire: str, element_bytes: int) -> tuple[Transfer, ...]:
+    """Return the messages that average `elements` numbers over N devices.
+
+    In full precision one all-reduce. Otherwise everyone sends each device the compressed part that it averages, and
+    then gathers the compressed means (the two phases of 1-bit Adam's all-reduce, arXiv 2102.02888, section 4.3).
+    """
+    if wire == "full":
+        return (Transfer("all_reduce", elements * element_bytes, devices),)
+    part_bytes = wire_bytes(chunk_elements(elements, devices), wire, element_bytes)
+    return (Transfer("all_to_all", devices * part_bytes, devices), Transfer("all_gather", part_bytes, devices))
+
+
+def averages(tensors: Iterable[int], devices: int, wire: str, element_bytes: int) -> tuple[Transfer, ...]:
+    """Return the messages that average tensors of the given element counts over all devices."""
+    counts = list(tensors)
+    groups = pack([count * element_bytes for count in counts])
+    sums = (sum(counts[i] for i in group) for group in groups)
+    return tuple(t for elements in sums for t in mean_transfers(elements, devices, wire, element_bytes))
+
+
+def fragment(items: int, fragments: int, index: int) -> range:
+    """Return the consecutive items that the index-th of `fragments` nearly equal groups has."""
+    return range(-(-items * index // fragments), -(-items * (index + 1) // fragments))
+
+
 @lru_cache(maxsize=256)
 def frozen_bytes(shape: ModelShape, quantize: str, element_bytes: int) -> int:
     """Bytes of all adapted weights in their frozen format."""
     return sum(quantized_bytes(x.weights, x.in_features, quantize, element_bytes) * x.count for x in shape.adapted)
-
-
-@lru_cache(maxsize=4096)
-def lte_merge_sizes(
-    shape: ModelShape, rank: int, heads_per_device: int, quantize: str, transport: Transport, element_bytes: int
-) -> tuple[tuple[int, int], ...]:
-    """Return (contributed, pulled) bytes of one device for each adapted layer of the network, in order."""
-    sizes = []
-    for linear in shape.in_order():
-        factors = heads_per_device * linear.factors(rank) * element_bytes
-        dense = linear.weights * element_bytes
-        pulled = quantized_bytes(linear.weights, linear.in_features, quantize, element_bytes)
-        sizes.append((dense, 0) if transport == "reduce" else (factors, pulled if transport == "server" else 0))
-    return tuple(sizes)
-
-
-def lte_merge_groups(
-    shape: ModelShape, devices: int, rank: int, heads_per_device: int, quantize: str, transport: Transport,
-    element_bytes: int,
-) -> tuple[tuple[int, int], ...]:  # fmt: skip
-    """Return (contributed, pulled) bytes of one device for each message of a merge's adapted layers."""
-    sizes = lte_merge_sizes(shape, rank, heads_per_device, quantize, transport, element_bytes)
-    return tuple(
-        (sum(sizes[i][0] for i in group), sum(sizes[i][1] for i in group))
-        for group in pack(lte_buffer_sizes(sizes, devices, transport))
-    )
-
-
-def lte_buffer_sizes(sizes: Sequence[tuple[int, int]], devices: int, transport: Transport) -> list[int]:
-    """Bytes that one device must buffer for each layer while it travels: a gather brings everyone's factors."""
-    return [sent * (devices if transport == "gather" else 1) + pulled for sent, pulled in sizes]
-
-
-def replicated_groups(tensors: tuple[int, ...], element_bytes: int) -> list[int]:
-    """Bytes of each message in which replicated (or dense) tensors travel."""
-    sizes = [count * element_bytes for count in tensors]
-    return [sum(sizes[i] for i in group) for group in pack(sizes)]
-
-
-@lru_cache(maxsize=8192)
-def _lte_round(
-    shape: ModelShape, devices: int, rank: int, heads_per_device: int, quantize: str, transport: Transport,
-    element_bytes: int,
-) -> Exchange:  # fmt: skip
-    transfers: list[Transfer] = []
-    groups = lte_merge_groups(shape, devices, rank, heads_per_device, quantize, transport, element_bytes)
-    replicated = replicated_groups(shape.replicated_tensors, element_bytes)
-    if transport == "server":
-        for push_bytes, pull_bytes in (*groups, *((size, size) for size in replicated)):
-            transfers += [Transfer("push", push_bytes), Transfer("pull", pull_bytes)]
-        return Exchange(tuple(transfers), devices)
-    operation: Operation = "all_gather" if transport == "gather" else "all_reduce"
-    adapted = (Transfer(operation, size) for size, _ in groups)
-    return Exchange((*adapted, *(Transfer("all_reduce", size) for size in replicated)), devices)
-
-
-@lru_cache(maxsize=64)
-def dense_reduction(shape: ModelShape, devices: int, element_bytes: int) -> Exchange:
-    """Return the messages that sum one dense tensor per parameter over all devices."""
-    sizes = replicated_groups(shape.dense_tensors, element_bytes)
-    return Exchange(tuple(Transfer("all_reduce", size) for size in sizes), devices)
-
-
-def round_exchange(run: Run, shape: ModelShape) -> Exchange:
-    """Return the messages of one round: of a merge for lte, of a step for ddp. One device alone sends nothing."""
-    if run.cluster.devices == 1:
-        return _NOTHING
-    element_bytes = ELEMENT_BYTES[run.train.dtype]
-    if isinstance(run.method, DdpOptions):
-        return dense_reduction(shape, run.cluster.devices, element_bytes)
-    method: LteOptions = run.method
-    return _lte_round(
-        shape, run.cluster.devices, method.rank, method.heads_per_device, method.quantize, method.merge_transport,
-        element_bytes,
-    )  # fmt: skip
-
-
-_NOTHING = Exchange((), 1)
-
-
-def num_rounds(run: Run) -> int:
-    """Return how often a whole run communicates; the last round may be shorter, its merge is still made."""
-    merge_every = run.method.merge_every if isinstance(run.method, LteOptions) else 1
-    return -(-run.train.steps // merge_every)

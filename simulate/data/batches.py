@@ -5,22 +5,40 @@ Legend: L local devices, B samples of a device, T tokens of a sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from simulate.data.text import Text
+from simulate.config import Run
+from simulate.data.text import Text, shard_bounds
 from simulate.randomness import generator
 
 
 class TextBatches:
-    """Windows of a text; device n of N draws them from the n-th of N equal, contiguous parts of the training split."""
+    """Windows of a text; device n of N draws them from the n-th of N contiguous parts of the training split.
 
-    def __init__(self, text: Text, context: int, micro_batch: int, devices: int, seed: int) -> None:
+    The parts are equal, or as `shards`, a relative size for each device, says.
+    """
+
+    def __init__(
+        self,
+        text: Text,
+        context: int,
+        micro_batch: int,
+        devices: int,
+        seed: int,
+        shards: Sequence[float] | None = None,
+    ) -> None:
         self.text, self.context, self.micro_batch, self.devices, self.seed = text, context, micro_batch, devices, seed
-        self.shard_tokens = len(text.train) // devices
+        self.bounds = shard_bounds(len(text.train), devices, shards)
+
+    @classmethod
+    def of(cls, run: Run, text: Text) -> TextBatches:
+        """Return the batches of a run over its text."""
+        train = run.train
+        return cls(text, run.model.context, train.micro_batch, run.cluster.devices, train.seed, run.data.shards)
 
     def batch(self, step: int, local_devices: range) -> tuple[Tensor, Tensor]:
         """Return inputs and targets (L*B, T), int64, of the local devices in device order."""
@@ -31,7 +49,8 @@ class TextBatches:
 
     def _starts(self, device: int, step: int) -> np.ndarray:
         random = generator(self.seed, "batch", device, step)
-        return device * self.shard_tokens + random.integers(0, self.shard_tokens - self.context, self.micro_batch)
+        first, last = self.bounds[device]
+        return first + random.integers(0, last - first - self.context, self.micro_batch)
 
     def validation(self, num_samples: int, num_at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield fixed windows spread evenly over the validation split, at most `num_at_once` (S, T) at a time."""

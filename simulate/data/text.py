@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -50,11 +52,13 @@ class Text:
     def _split(self) -> int:
         return int(len(self.tokens) * (1 - VALIDATION_SHARE))
 
-    def check(self, model: config.Model, devices: int) -> None:
+    def check(self, model: config.Model, devices: int, shards: Sequence[float] | None = None) -> None:
         """Raise InputError where a device's shard or the validation split has no window, or the vocabulary is small."""
         window = model.context + 1
-        needed = max(int(window / VALIDATION_SHARE), int(window * devices / (1 - VALIDATION_SHARE))) + 1
-        if len(self.validation) < window or len(self.train) // devices < window:
+        smallest_share = 1 / devices if shards is None else min(shards) / sum(shards)
+        needed = max(int(window / VALIDATION_SHARE), int(window / smallest_share / (1 - VALIDATION_SHARE))) + 1
+        bounds = shard_bounds(len(self.train), devices, shards)
+        if len(self.validation) < window or min(last - first for first, last in bounds) < window:
             raise InputError(
                 f"data: {self.source} has {len(self.tokens):,} bytes; windows of {window} for {devices} devices and a "
                 f"validation split of a tenth need {needed:,}: give more text, fewer --devices "
@@ -66,6 +70,15 @@ class Text:
                 f"model.vocab = {model.vocab} does not cover byte {largest} of {self.source}; "
                 f"try --set model.vocab={BYTE_VALUES}"
             )
+
+
+def shard_bounds(tokens: int, devices: int, shards: Sequence[float] | None) -> list[tuple[int, int]]:
+    """Return (first, end) of each device's part of the tokens: equal parts, or parts of the given relative sizes."""
+    if shards is None:
+        size = tokens // devices
+        return [(device * size, (device + 1) * size) for device in range(devices)]
+    edges = [0, *(int(tokens * share / sum(shards)) for share in accumulate(shards))]
+    return list(pairwise(edges))
 
 
 def load_text(data: config.Data) -> Text:

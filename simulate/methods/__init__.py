@@ -13,7 +13,21 @@ if TYPE_CHECKING:
     from simulate.config import Run
     from simulate.methods.base import Method
 
-_CLASSES = {"lte": "simulate.methods.lte:Lte", "ddp": "simulate.methods.ddp:Ddp"}
+_CLASSES = {
+    "lte": "simulate.methods.lte:Lte",
+    "ddp": "simulate.methods.ddp:Ddp",
+    "lora": "simulate.methods.lora:Lora",
+    "relora": "simulate.methods.relora:Relora",
+    "mhlora": "simulate.methods.mhlora:Mhlora",
+    "local-sgd": "simulate.methods.local_sgd:LocalSgd",
+    "diloco": "simulate.methods.diloco:Diloco",
+    "daso": "simulate.methods.daso:Daso",
+    "sapipe": "simulate.methods.sapipe:Sapipe",
+    "adamix": "simulate.methods.adamix:Adamix",
+    "powersgd": "simulate.methods.powersgd:PowerSgd",
+    "topk": "simulate.methods.topk:Topk",
+    "signsgd": "simulate.methods.signsgd:Signsgd",
+}
 
 
 def build_method(

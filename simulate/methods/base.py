@@ -37,16 +37,26 @@ class Method(ABC):
     ) -> None:
         self.run, self.communicator = run, communicator
         self.local_devices = len(communicator.local_devices)
-        self.model = self.prepare(build_model(run) if network is None else network).to(device)
+        self.install(build_model(run) if network is None else network, device)
+
+    def install(self, network: nn.Module, device: torch.device) -> None:
+        """Make `network` the one that is trained, with a new optimizer."""
+        train = self.run.train
+        self.model = self.prepare(network).to(device)
+        self.parameters = self.trained_parameters()
         # Fused: one pass over the state and no temporaries, unlike the foreach form.
         self.optimizer = torch.optim.AdamW(
-            self.parameter_groups(), betas=(run.train.adam_beta1, run.train.adam_beta2), fused=True
+            self.parameter_groups(), betas=(train.adam_beta1, train.adam_beta2), fused=True
         )
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
 
     @abstractmethod
     def prepare(self, model: nn.Module) -> nn.Module:
         """Give the plain network the parameters that this method trains."""
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Return what the optimizer steps, with a leading axis of copies, by the network's names."""
+        return dict(self.model.named_parameters())
 
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, object]]:
@@ -56,14 +66,23 @@ class Method(ABC):
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         """Take one optimizer step on (L*B, T) tokens; return the devices' mean losses before it, (L,)."""
 
-    @property
-    @abstractmethod
-    def round_steps(self) -> int:
-        """Optimizer steps from one merge to the next."""
-
     def merge_due(self, step: int) -> bool:
-        """Whether devices merge after this step: at the end of a round, and of the run."""
-        return (step + 1) % self.round_steps == 0 or step + 1 == self.run.train.steps
+        """Whether devices merge after this step: at the end of a round or of its fragments, and of the run."""
+        options = self.run.method
+        apart = options.round_steps // options.merges_per_round
+        return (step + 1) % apart == 0 or self.is_last(step)
+
+    def is_last(self, step: int) -> bool:
+        """Whether this is the run's last step."""
+        return step + 1 == self.run.train.steps
+
+    def fragments_due(self, step: int) -> list[int]:
+        """Return the groups of layers that merge after this step: one after the other, all at the run's end."""
+        options = self.run.method
+        if self.is_last(step):
+            return list(range(options.merges_per_round))
+        apart = options.round_steps // options.merges_per_round
+        return [((step + 1) // apart - 1) % options.merges_per_round]
 
     @abstractmethod
     def merge(self, step: int) -> None:
@@ -73,6 +92,14 @@ class Method(ABC):
     def merged_state(self) -> dict[str, Tensor]:
         """Return the one model's weights by the plain network's names; right after a merge."""
 
+    def active(self, step: int) -> list[int]:
+        """Return the devices that train in this step, in global order."""
+        return list(range(self.run.cluster.devices))
+
+    def rate_factor(self, step: int) -> float:
+        """Return the share of the peak learning rate at a step, counted from 0."""
+        return learning_rate_factor(self.run.train, step)
+
     def group_losses(self, inputs: Tensor, targets: Tensor, groups: int) -> Tensor:
         """Return the mean loss of each of `groups` equal parts of the batch, (groups,): nobody's mean mixes parts."""
         self.model.train()
@@ -81,7 +108,7 @@ class Method(ABC):
 
     def apply_gradients(self, step: int) -> None:
         """Take the optimizer step at the schedule's rate and free the gradients."""
-        factor = learning_rate_factor(self.run.train, step)
+        factor = self.rate_factor(step)
         for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
             group["lr"] = peak * factor
         self.optimizer.step()
@@ -99,21 +126,26 @@ class Method(ABC):
         ]
         return [group for group in groups if group["params"]]
 
+    def kept(self) -> dict[str, Tensor]:
+        """Return the method's own tensors that the next step depends on, beside parameters, buffers and moments."""
+        return {}
+
     def state(self) -> dict[str, Tensor]:
-        """Return everything that the next step depends on, by name: parameters, buffers, optimizer moments."""
+        """Return everything that the next step depends on, by name."""
         state = {f"model.{name}": tensor.detach() for name, tensor in self._model_tensors().items()}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 state[f"optimizer.{name}.{key}"] = value
-        return state
+        return {**state, **{f"kept.{name}": tensor for name, tensor in self.kept().items()}}
 
+    @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Restore what `state` returned; raises KeyError or RuntimeError where names or shapes differ."""
-        tensors = self._model_tensors()
-        for name, tensor in tensors.items():
-            with torch.no_grad():
-                tensor.copy_(state[f"model.{name}"])
-        for name, parameter in self.model.named_parameters():
+        for name, tensor in self._model_tensors().items():
+            tensor.copy_(state[f"model.{name}"])
+        for name, tensor in self.kept().items():
+            tensor.copy_(state[f"kept.{name}"])
+        for name, parameter in self.parameters.items():
             prefix = f"optimizer.{name}."
             moments = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
             if moments:
@@ -121,7 +153,24 @@ class Method(ABC):
                 self.optimizer.state[parameter] = {k: v.to(parameter.device).clone() for k, v in moments.items()}
 
     def _model_tensors(self) -> dict[str, Tensor]:
-        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        return {**self.parameters, **dict(self.model.named_buffers())}
+
+
+def prune_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], share: float) -> None:
+    """Zero the `share` smallest entries, by magnitude, of each copy's and each moment's tensor."""
+    for parameter in parameters:
+        for key in ("exp_avg", "exp_avg_sq"):
+            moment_CX = optimizer.state[parameter][key].flatten(1)
+            count = int(share * moment_CX.shape[1])
+            if count:
+                threshold_C1 = moment_CX.abs().kthvalue(count, dim=1, keepdim=True).values
+                moment_CX.masked_fill_(moment_CX.abs() <= threshold_C1, 0.0)
+
+
+def forget_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Let the optimizer start anew for these parameters, its step counter included."""
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)
 
 
 def clip_per_device(gradients: list[Tensor], devices: int, clip_norm: float) -> None:

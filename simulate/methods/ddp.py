@@ -2,7 +2,9 @@
 
     g = (1/N)·Σ_n ∇ mean-loss_n(w),   w ← AdamW(w, clip(g))      (Li et al. 2020, arXiv 2006.15704)
 
-All devices hold equal weights at all times, so the local devices share one copy and train on their joined batch.
+All devices hold equal weights at all times, so the local devices share one copy and train on their joined batch. On a
+compressed `wire`, g is instead the mean of quantised gradients with error feedback on both ways, as simulate.wire's
+CompressedMean has it (Tang et al. 2021, arXiv 2102.02888, section 4.3, with finer grids than its one bit).
 """
 
 from __future__ import annotations
@@ -10,37 +12,51 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from simulate.adapters import convert, merged_state
+from simulate.communicator import Communicator
+from simulate.config import Run
 from simulate.costs.traffic import pack
-from simulate.methods.base import Method, clip_per_device
+from simulate.methods.gradients import GradientMethod, mean_over_devices, take_gradients
+from simulate.options import DdpOptions
+from simulate.wire import CompressedMean
 
 
-class Ddp(Method):
+class Ddp(GradientMethod):
     """Dense training; communicates in every step and never needs a merge."""
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        return convert(model, copies=1)
+    def __init__(
+        self, run: Run, communicator: Communicator, device: torch.device, network: nn.Module | None = None
+    ) -> None:
+        wire = run.method.wire if isinstance(run.method, DdpOptions) else "full"
+        self.per_device = wire != "full" and communicator.num_devices > 1
+        super().__init__(run, communicator, device, network)
+        if self.per_device:
+            self.messages = packed_parameters(self.parameters)
+            first = next(iter(self.parameters.values()))
+            self.means = [
+                CompressedMean(sum(self.parameters[n].numel() for n in names), wire, communicator, first.detach())
+                for names in self.messages
+            ]
 
-    def parameter_groups(self) -> list[dict[str, object]]:
-        return self.decay_groups(self.model.named_parameters(), self.run.train.learning_rate)
+    def average_gradients(self) -> None:
+        if not self.per_device:
+            gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+            mean_over_devices(gradients, self.communicator)
+            return
+        own = take_gradients(self.leaves)
+        for names, compressed in zip(self.messages, self.means, strict=True):
+            mean_X = compressed.mean(torch.cat([own.pop(name).flatten(1) for name in names], dim=1))
+            parts = mean_X.split([self.parameters[name].numel() for name in names])
+            for name, part in zip(names, parts, strict=True):
+                self.parameters[name].grad = part.view_as(self.parameters[name])
 
-    def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
-        losses_L = self.group_losses(inputs, targets, self.local_devices)
-        losses_L.sum().backward()
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        for group in pack([g.numel() * g.element_size() for g in gradients]):
-            self.communicator.all_reduce([gradients[i] for i in group])
-        torch._foreach_div_(gradients, float(self.communicator.num_devices))
-        clip_per_device(gradients, 1, self.run.train.clip_norm)
-        self.apply_gradients(step)
-        return losses_L.detach()
+    def kept(self) -> dict[str, Tensor]:
+        if not self.per_device:
+            return {}
+        return {f"{i}.{key}": value for i, mean in enumerate(self.means) for key, value in mean.state().items()}
 
-    @property
-    def round_steps(self) -> int:
-        return 1
 
-    def merge(self, step: int) -> None:
-        """Nothing to do: the weights are one model after every step."""
-
-    def merged_state(self) -> dict[str, Tensor]:
-        return merged_state(self.model)
+def packed_parameters(parameters: dict[str, nn.Parameter]) -> list[list[str]]:
+    """Group names of parameters (C, ...) into messages by the bytes of one copy."""
+    names = list(parameters)
+    sizes = [p[0].numel() * p.element_size() for p in parameters.values()]
+    return [[names[i] for i in group] for group in pack(sizes)]

@@ -8,6 +8,10 @@ Every head h trains A_h, B_h on its own data against frozen W. Every T steps the
 Reset-less merges telescope, since each one takes back the last: W = W0 + (s/H)·Σ_h B_h·A_h with the start weights W0.
 So W0 is kept instead of everybody's old factors; nothing accumulates, neither rounding nor memory. Parameters outside
 adapted layers belong to a device and are averaged with every merge. Optimizer state stays with its device.
+
+On a compressed `wire` what a device merged is what its message said, so A0, B0 are the rounded factors, and what
+rounding lost is added to the next message (error feedback; Karimireddy et al. 2019, arXiv 1901.09847). A reduced delta
+carries the change since the last merge instead, through simulate.wire's CompressedMean, and W accumulates.
 """
 
 from __future__ import annotations
@@ -15,15 +19,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from simulate.adapters import AdapterSpec, LoraLinear, convert, lora_layers, merged_state
+from simulate.adapters import AdapterSpec, LoraLinear, convert, lora, lora_layers, merged_state
 from simulate.communicator import Communicator
-from simulate.config import LteOptions, Run
-from simulate.costs.traffic import lte_buffer_sizes, pack
-from simulate.methods.base import Method, clip_per_device
+from simulate.config import Run
+from simulate.costs.traffic import fragment
+from simulate.methods.averaging import Averaging
+from simulate.methods.base import Method, clip_per_device, forget_moments, prune_moments
+from simulate.methods.lora import adapter_groups
+from simulate.methods.merging import LayerMerger
+from simulate.options import LteOptions
+
+PRUNED_SHARE = 0.9
+"""Of the adapters' optimizer state, where a merge prunes it (as in ReLoRA, arXiv 2307.05695)."""
 
 
 class Lte(Method):
-    """LTE with or without reset, over any of the three transports."""
+    """LTE with or without reset, over any transport."""
 
     def __init__(
         self, run: Run, communicator: Communicator, device: torch.device, network: nn.Module | None = None
@@ -32,10 +43,16 @@ class Lte(Method):
         assert run.method.quantize == "none", "quantised weights can be planned, not trained"
         self.options = run.method
         super().__init__(run, communicator, device, network)
-        self.layers = lora_layers(self.model)
-        adapters = {id(p) for layer in self.layers for p in (layer.a, layer.b)}
-        self.adapter_parameters = [p for p in self.model.parameters() if id(p) in adapters]
-        self.replicated_parameters = [p for p in self.model.parameters() if id(p) not in adapters]
+        options = self.options
+        layers = lora_layers(self.model)
+        adapters = {id(p) for layer in layers for p in layer.factors()}
+        others = {name: p for name, p in self.parameters.items() if id(p) not in adapters}
+        self.replicated_parameters = list(others.values())
+        self.averaging = Averaging(
+            others, communicator, options.merge_transport == "server", options.wire, options.fragments
+        )
+        parts = [fragment(len(layers), options.fragments, index) for index in range(options.fragments)]
+        self.mergers = [LayerMerger([layers[i] for i in part], options, communicator) for part in parts]
 
     def prepare(self, model: nn.Module) -> nn.Module:
         spec = AdapterSpec(
@@ -46,19 +63,10 @@ class Lte(Method):
             first_device=self.communicator.local_devices.start,
             seed=self.run.train.seed,
         )
-        return convert(model, self.local_devices, spec)
+        return convert(model, self.local_devices, lora(spec, self.local_devices))
 
     def parameter_groups(self) -> list[dict[str, object]]:
-        rate = self.run.train.learning_rate
-        adapter_rate = self.options.adapter_learning_rate or rate / self.options.scale
-        adapters = {
-            f"{name}.{key}" for name, m in self.model.named_modules() if isinstance(m, LoraLinear) for key in "ab"
-        }
-        named = list(self.model.named_parameters())
-        return [
-            *self.decay_groups([pair for pair in named if pair[0] in adapters], adapter_rate),
-            *self.decay_groups([pair for pair in named if pair[0] not in adapters], rate),
-        ]
+        return adapter_groups(self, self.options)
 
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         heads = self.options.heads_per_device
@@ -72,96 +80,42 @@ class Lte(Method):
         self.apply_gradients(step)
         return losses_H.detach().view(self.local_devices, heads).mean(1)
 
-    @property
-    def round_steps(self) -> int:
-        return self.options.merge_every
-
     @torch.no_grad()
     def merge(self, step: int) -> None:
-        transport = self.options.merge_transport
-        sizes = [self._travelling_bytes(layer) for layer in self.layers]
-        for group in pack(lte_buffer_sizes(sizes, self.communicator.num_devices, transport)):
-            self._merge_layers([self.layers[i] for i in group])
-        parameters = self.replicated_parameters
-        for group in pack([p[0].numel() * p.element_size() for p in parameters]):
-            self._average([parameters[i] for i in group])
-        for layer in self.layers:
-            self._start_round(layer, step)
-
-    def _travelling_bytes(self, layer: LoraLinear) -> tuple[int, int]:
-        weight_bytes = layer.weight.numel() * layer.weight.element_size()
-        if self.options.merge_transport == "reduce":
-            return weight_bytes, 0
-        elements = (layer.a.numel() + layer.b.numel()) // self.local_devices
-        return elements * layer.a.element_size(), weight_bytes if self.options.merge_transport == "server" else 0
-
-    def _merge_layers(self, layers: list[LoraLinear]) -> None:
-        factors = [factor.detach() for layer in layers for factor in (layer.a, layer.b)]
-        if self.options.merge_transport == "reduce":
-            sums = [sum_of_products(layer.a, layer.b) for layer in layers]
-            self.communicator.all_reduce(sums)
-            for layer, sum_OI in zip(layers, sums, strict=True):
-                torch.add(self._base(layer), sum_OI, alpha=self._share, out=layer.weight)
-            return
-        server = self.options.merge_transport == "server"
-        everyones = self.communicator.push(factors) if server else self.communicator.all_gather(factors)
-        for layer, a_HRI, b_HOR in zip(layers, everyones[::2], everyones[1::2], strict=True):
-            add_products(self._base(layer), a_HRI, b_HOR, self._share, out=layer.weight)
-        if server:
-            self.communicator.pull([layer.weight for layer in layers])
-
-    @property
-    def _share(self) -> float:
-        """s/H: the merge is a mean over all heads."""
-        return self.options.scale / (self.communicator.num_devices * self.options.heads_per_device)
-
-    def _base(self, layer: LoraLinear) -> Tensor:
-        return layer.weight if layer.start_weight is None else layer.start_weight.to(layer.weight.device)
-
-    def _average(self, parameters: list[nn.Parameter]) -> None:
-        if self.options.merge_transport == "server":
-            means = [p.mean(0) for p in self.communicator.push([p.detach() for p in parameters])]
-            self.communicator.pull(means)
-        else:
-            means = [p.detach().sum(0) for p in parameters]
-            self.communicator.all_reduce(means)
-            torch._foreach_div_(means, float(self.communicator.num_devices))
-        for parameter, mean in zip(parameters, means, strict=True):
-            parameter.copy_(mean.expand_as(parameter))
+        for index in self.fragments_due(step):
+            merger = self.mergers[index]
+            merger.merge()
+            self.averaging.merge(index)
+            for layer in merger.layers:
+                self._start_round(layer, step)
 
     def _start_round(self, layer: LoraLinear, step: int) -> None:
-        if self.options.reset == "none":
-            layer.remember_product()
-            return
-        layer.b.zero_()
+        if self.options.reset != "none":
+            layer.b.zero_()
         if self.options.reset == "ab":
             layer.a.copy_(layer.draw_a(step + 1))
+        if self.options.merge_optimizer == "prune":
+            prune_moments(self.optimizer, layer.factors(), PRUNED_SHARE)
+        elif self.options.merge_optimizer == "reset":
+            forget_moments(self.optimizer, layer.factors())
 
     def merged_state(self) -> dict[str, Tensor]:
-        return merged_state(self.model)
+        last = {id(self.parameters[name]): tensor for name, tensor in self.averaging.last.items()}
+        return merged_state(self.model, last)
 
-    def _model_tensors(self) -> dict[str, Tensor]:
-        start = {f"{layer.name}.start_weight": layer.start_weight for layer in self.layers}
-        return {**super()._model_tensors(), **{name: w for name, w in start.items() if w is not None}}
+    def kept(self) -> dict[str, Tensor]:
+        starts = {
+            f"{layer.name}.start_weight": layer.start_weight
+            for merger in self.mergers
+            for layer in merger.layers
+            if layer.start_weight is not None
+        }
+        errors = {name: tensor for merger in self.mergers for name, tensor in merger.state().items()}
+        return {**starts, **errors, **self.averaging.state()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         for name, module in self.model.named_modules():
             if isinstance(module, LoraLinear) and f"model.{name}.a0" in state:
-                module.remember_product()  # makes room for what is copied in next
+                # Makes room for what is copied in next.
+                module.remember_product(state[f"model.{name}.a0"], state[f"model.{name}.b0"])
         super().load_state(state)
-
-
-def add_products(base_OI: Tensor, a_HRI: Tensor, b_HOR: Tensor, share: float, out: Tensor) -> None:
-    """Write base + share·Σ_h B_h·A_h to `out`, (O, I): one matrix product, and not a dense delta beside it."""
-    torch.addmm(base_OI, *_stacked(a_HRI, b_HOR), alpha=share, out=out)
-
-
-def sum_of_products(a_HRI: Tensor, b_HOR: Tensor) -> Tensor:
-    """Return Σ_h B_h·A_h, (O, I): the sum of products, which a product of sums is not."""
-    b_OX, a_XI = _stacked(a_HRI, b_HOR)
-    return b_OX @ a_XI
-
-
-def _stacked(a_HRI: Tensor, b_HOR: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (O, H*R) and (H*R, I), whose product is the sum over heads of B_h·A_h."""
-    return b_HOR.transpose(0, 1).reshape(b_HOR.shape[1], -1), a_HRI.reshape(-1, a_HRI.shape[2])

@@ -5,8 +5,12 @@ The planner and the clock count bytes and operations from here; a test holds eac
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Literal
+
+Kind = Literal["adapted", "norm", "bias", "embedding", "other"]
 
 GPT_SIZES: dict[str, dict[str, int]] = {
     # The embedded default: small enough to train on a laptop in a minute, byte-level vocabulary.
@@ -39,24 +43,39 @@ class LinearShape:
         return rank * (self.out_features + self.in_features)
 
 
+@dataclass(frozen=True)
+class ParameterShape:
+    """One parameter of the plain network."""
+
+    kind: Kind
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """Number of its elements."""
+        return math.prod(self.shape)
+
+
 @dataclass(frozen=True, eq=False)
 class ModelShape:
-    """A decoder-only transformer's counts.
+    """A decoder-only transformer's counts; `tensors` are all parameters of the plain network, in its order.
 
-    `replicated_tensors` are the element counts of each parameter that no adapter serves (embeddings, norms, biases),
-    in the order in which the network holds them: every device has its own copy, averaged at merges. `dense_tensors`
-    are the element counts of all parameters of the plain network, in its order.
+    Those of kind "adapted" get low-rank pairs; every device has its own copy of all others, averaged at merges.
     """
 
     name: str
     adapted: tuple[LinearShape, ...]
-    replicated_tensors: tuple[int, ...]
-    dense_tensors: tuple[int, ...]
+    tensors: tuple[ParameterShape, ...]
     layers: int
     width: int
     attention_heads: int
     context: int
     vocab: int
+
+    @cached_property
+    def replicated(self) -> tuple[ParameterShape, ...]:
+        """The parameters that no adapter serves, in the order of the network."""
+        return tuple(tensor for tensor in self.tensors if tensor.kind != "adapted")
 
     @cached_property
     def adapted_parameters(self) -> int:
@@ -66,7 +85,7 @@ class ModelShape:
     @cached_property
     def replicated_parameters(self) -> int:
         """Number of parameters outside adapted layers."""
-        return sum(self.replicated_tensors)
+        return sum(tensor.elements for tensor in self.replicated)
 
     @property
     def parameters(self) -> int:
@@ -98,18 +117,18 @@ def gpt_shape(name: str, layers: int, width: int, attention_heads: int, context:
     Equal sizes give the same object, so that what is worked out from a shape can be remembered by it.
     """
     linears = (("attention.qkv", 3, 1), ("attention.project", 1, 1), ("mlp.up", 4, 1), ("mlp.down", 1, 4))
-    norm = (width, width)
-    biases = (*norm, 3 * width, width, *norm, 4 * width, width)
-    square = width * width
-    block = (
-        *norm, 3 * square, 3 * width, square, width, *norm, 4 * square, 4 * width, 4 * square, width,
-    )  # fmt: skip
-    embeddings = (vocab * width, context * width)
+    norm = (ParameterShape("norm", (width,)),) * 2
+    linear = {
+        name: (ParameterShape("adapted", (o * width, i * width)), ParameterShape("bias", (o * width,)))
+        for name, o, i in linears
+    }
+    attention = (*norm, *linear["attention.qkv"], *linear["attention.project"])
+    block = (*attention, *norm, *linear["mlp.up"], *linear["mlp.down"])
+    embeddings = (ParameterShape("embedding", (vocab, width)), ParameterShape("embedding", (context, width)))
     return ModelShape(
         name=name,
         adapted=tuple(LinearShape(f"blocks.*.{n}", o * width, i * width, layers) for n, o, i in linears),
-        replicated_tensors=(*embeddings, *(biases * layers), *norm),
-        dense_tensors=(*embeddings, *(block * layers), *norm),
+        tensors=(*embeddings, *(block * layers), *norm),
         layers=layers,
         width=width,
         attention_heads=attention_heads,

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from ltecli.launcher import checkpoint_bytes, lock_folder
+from ltecli.launcher import lock_folder
 from simulate.config import load_run
+from simulate.costs.memory import checkpoint_bytes
 from simulate.errors import InputError
 from tests.ltecli.command import Lte, write_run
 
@@ -27,7 +28,8 @@ def test_the_room_for_a_checkpoint_is_known_before(lte: Lte, here: Path, method:
     run = write_run(here / "run.toml", method=method, model={"layers": 2, "width": 32}, train={"steps": 3})
     lte("train", run, "--out", "a", "--quiet")
     (tensors,) = (here / "a" / "checkpoints").rglob("*.safetensors")
-    assert tensors.stat().st_size == pytest.approx(checkpoint_bytes(load_run(run)), rel=0.1)
+    loaded = load_run(run)
+    assert tensors.stat().st_size == pytest.approx(checkpoint_bytes(loaded, loaded.model.shape()), rel=0.1)
 
 
 def test_written_files_follow_the_umask(lte: Lte, here: Path, run_toml: Path) -> None:

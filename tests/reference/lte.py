@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from simulate.config import LteOptions, Run
+from simulate.config import Run
+from simulate.options import LteOptions
 from tests.reference.common import adamw, adapted_names, clip, mean_loss, take_step
 
 Draw = Callable[[str, int, int], Tensor]

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from simulate.adapters import (
     AdapterSpec,
     LoraLinear,
+    MakeAdapter,
     ReplicatedEmbedding,
     ReplicatedLayerNorm,
     ReplicatedLinear,
     _LoraLinear,
     _ReplicatedLayerNorm,
     convert,
+    lora,
     lora_layers,
     merged_state,
 )
@@ -175,17 +177,17 @@ def test_draws_leave_the_global_generator_alone() -> None:
 def test_convert_adapts_every_linear_layer_but_the_tied_head() -> None:
     plain = build_model(tiny.lte_run())
     linears = [name for name, module in plain.named_modules() if isinstance(module, nn.Linear)]
-    adapted = [module.name for module in lora_layers(convert(plain, 2, spec()))]
+    adapted = [module.name for module in lora_layers(convert(plain, 2, lora(spec(), 2)))]
     assert adapted == [name for name in linears if name != "head"]
 
 
 def test_a_tied_parameter_stays_one_parameter() -> None:
-    model = convert(build_model(tiny.lte_run()), 3, spec())
+    model = convert(build_model(tiny.lte_run()), 3, lora(spec(), 3))
     assert model.get_submodule("head").weight is model.get_submodule("token").weight
 
 
-@pytest.mark.parametrize("adapters", [None, spec()])
-def test_a_converted_network_starts_as_the_plain_one(adapters: AdapterSpec | None) -> None:
+@pytest.mark.parametrize("adapters", [None, lora(spec(), 2)])
+def test_a_converted_network_starts_as_the_plain_one(adapters: MakeAdapter | None) -> None:
     run = tiny.lte_run()
     inputs, _ = tiny.batches(run).batch(0, range(2))
     plain = build_model(run)
@@ -195,7 +197,7 @@ def test_a_converted_network_starts_as_the_plain_one(adapters: AdapterSpec | Non
 
 def test_converting_and_merging_back_loses_nothing() -> None:
     plain = build_model(tiny.lte_run())
-    merged = merged_state(convert(build_model(tiny.lte_run()), 2, spec()))
+    merged = merged_state(convert(build_model(tiny.lte_run()), 2, lora(spec(), 2)))
     assert merged.keys() == plain.state_dict().keys()
     assert all(torch.equal(weight, merged[name]) for name, weight in plain.state_dict().items())
 
@@ -203,7 +205,7 @@ def test_converting_and_merging_back_loses_nothing() -> None:
 def test_a_layer_that_cannot_be_trained_per_device_is_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Conv2d(1, 1, 3))
     with pytest.raises(InputError, match="1 is a Conv2d") as caught:
-        convert(model, 2, spec(rank=1))
+        convert(model, 2, lora(spec(rank=1), 2))
     assert "\n" not in str(caught.value)
 
 

@@ -116,8 +116,8 @@ def test_the_shape_counts_the_tensors_of_the_network(
     sizes = {"layers": layers, "width": attention_heads * size, "context": context, "vocab": vocab}
     shape = Model(attention_heads=attention_heads, **sizes).shape()
     model = meta_model(attention_heads=attention_heads, **sizes)
-    assert shape.dense_tensors == sizes_of_tensors(model)
-    assert shape.parameters == sum(shape.dense_tensors)
+    assert tuple(t.elements for t in shape.tensors) == sizes_of_tensors(model)
+    assert shape.parameters == sum(t.elements for t in shape.tensors)
     assert shape.adapted_parameters + shape.replicated_parameters == shape.parameters
 
 
@@ -125,7 +125,7 @@ def test_the_shape_names_what_the_engine_adapts_and_replicates() -> None:
     run = tiny.lte_run(devices=3)
     shape, engine = run.model.shape(), tiny.build(run)
     assert isinstance(engine, Lte)
-    assert shape.replicated_tensors == tuple(parameter[0].numel() for parameter in engine.replicated_parameters)
+    assert [t.shape for t in shape.replicated] == [tuple(p[0].shape) for p in engine.replicated_parameters]
     planned = [(linear.name.split("*.")[1], linear.out_features, linear.in_features) for linear in shape.in_order()]
     built = [(layer.name.split(".", 2)[2], *layer.weight.shape) for layer in lora_layers(engine.model)]
     assert planned == built

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from simulate.adapters import LoraLinear, lora_layers
 from simulate.config import Run
+from simulate.methods.averaging import Averaging
 from simulate.methods.base import Method
 from simulate.methods.lte import Lte
+from simulate.methods.merging import LayerMerger
 from simulate.models.build import build_model
 from tests import tiny
 from tests.reference.lora import LoraTwin
@@ -65,15 +67,15 @@ def test_parity_covers_a_model_that_learns() -> None:
     assert losses[-5:].mean() < 0.8 * losses[0]
 
 
-def scaled_by_s(method: Lte) -> float:
-    return method.options.scale
+def scaled_by_s(merger: LayerMerger) -> float:
+    return merger.options.scale
 
 
 def loss_over_all_heads(method: Lte, inputs: Tensor, targets: Tensor, groups: int) -> Tensor:
     return Method.group_losses(method, inputs, targets, groups) / groups
 
 
-def forget(layer: LoraLinear) -> None:
+def forget(layer: LoraLinear, a_HRI: Tensor, b_HOR: Tensor) -> None:
     """Subtract nothing: the next rounds count the old product twice."""
 
 
@@ -87,9 +89,9 @@ ORIGINAL_DRAW = LoraLinear.draw_a
 @pytest.mark.parametrize(
     ("owner", "name", "broken"),
     [
-        pytest.param(Lte, "_share", property(scaled_by_s), id="sum of heads in place of their mean"),
+        pytest.param(LayerMerger, "_share", property(scaled_by_s), id="sum of heads in place of their mean"),
         pytest.param(Lte, "group_losses", loss_over_all_heads, id="mean loss over all heads"),
-        pytest.param(Lte, "_average", lambda method, parameters: None, id="replicated parameters not averaged"),
+        pytest.param(Averaging, "merge", lambda averaging, index: None, id="replicated parameters not averaged"),
         pytest.param(LoraLinear, "remember_product", forget, id="old product not subtracted"),
     ],
 )

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from simulate.adapters import LoraLinear, lora_layers
-from simulate.methods.lte import Lte, sum_of_products
+from simulate.methods.lte import Lte
+from simulate.methods.merging import sum_of_products
 from tests import tiny
 
 TRANSPORTS = ("gather", "reduce", "server")
@@ -221,7 +222,7 @@ def test_adapted_weights_are_buffers_that_no_gradient_is_kept_for() -> None:
     inputs, targets = tiny.batches(run).batch(0, range(2))
     engine.group_losses(inputs, targets, 2).sum().backward()
     buffers = dict(engine.model.named_buffers())
-    for layer in engine.layers:
+    for layer in lora_layers(engine.model):
         assert buffers[f"{layer.name}.weight"] is layer.weight
         assert layer.weight.grad is None and not layer.weight.requires_grad
     shape = run.model.shape()

@@ -10,30 +10,36 @@ from hypothesis import strategies as st
 
 from simulate.communicator import VirtualCommunicator
 from simulate.config import Run
-from simulate.costs.traffic import ELEMENT_BYTES, Transfer, num_rounds, pack, quantized_bytes, round_exchange
+from simulate.costs.schedule import num_rounds, received_bytes, sent_bytes, transfers_of_step
+from simulate.costs.traffic import ELEMENT_BYTES, Transfer, pack, quantized_bytes
 from simulate.methods import build_method
 from tests import tiny
 
 TRANSPORTS = ("gather", "reduce", "server")
 
 
-def counted_round(run: Run) -> tuple[VirtualCommunicator, tuple[Transfer, ...]]:
-    """Train one step and merge; returns the counter and the messages that were told to the clock."""
+def assert_planned_is_counted(run: Run, steps: int | None = None) -> None:
+    """Hold every step's messages, and their sums, against the plan's."""
     told: list[Transfer] = []
-    communicator = VirtualCommunicator(run.cluster.devices, lambda *message: told.append(Transfer(*message)))
-    method = build_method(run, communicator, tiny.CPU)
-    method.step(*tiny.batches(run).batch(0, communicator.local_devices), 0)
-    method.merge(0)
-    return communicator, tuple(told)
-
-
-def assert_planned_is_counted(run: Run) -> None:
-    planned = round_exchange(run, run.model.shape())
-    communicator, told = counted_round(run)
-    assert told == planned.transfers
+    shape, steps = run.model.shape(), steps or run.train.steps
+    communicator = VirtualCommunicator(run.cluster.devices, lambda transfer, background: told.append(transfer))
+    method, batches = build_method(run, communicator, tiny.CPU), tiny.batches(run)
+    planned: list[Transfer] = []
+    for step in range(steps):
+        method.step(*batches.batch(step, communicator.local_devices), step)
+        if method.merge_due(step):
+            method.merge(step)
+        planned += transfers_of_step(run, shape, step + 1)
+        assert told == planned, f"step {step + 1}"
     counter = communicator.counter
-    assert (counter.sent_bytes, counter.received_bytes) == (planned.sent_bytes, planned.received_bytes)
-    assert counter.messages == len(planned.transfers)
+    assert counter.messages == len(planned)
+    assert counter.sent_bytes == sent_bytes(run, shape, steps)
+    assert counter.received_bytes == received_bytes(run, shape, steps)
+
+
+@pytest.mark.parametrize("name", list(tiny.VARIANTS))
+def test_every_method_sends_what_was_planned(name: str) -> None:
+    assert_planned_is_counted(tiny.variant_run(name, train={"steps": 15, "dtype": "fp32"}))
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 7])
@@ -41,12 +47,12 @@ def assert_planned_is_counted(run: Run) -> None:
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_lte_sends_what_was_planned(transport: str, heads_per_device: int, devices: int) -> None:
     method = {"merge_transport": transport, "heads_per_device": heads_per_device}
-    assert_planned_is_counted(tiny.lte_run(devices=devices, **method))
+    assert_planned_is_counted(tiny.lte_run(devices=devices, train={"steps": 12}, **method))
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 7])
 def test_ddp_sends_what_was_planned(devices: int) -> None:
-    assert_planned_is_counted(tiny.ddp_run(devices=devices))
+    assert_planned_is_counted(tiny.ddp_run(devices=devices, train={"steps": 3}))
 
 
 @settings(max_examples=15)
@@ -62,14 +68,14 @@ def test_any_shape_sends_what_was_planned(data: st.DataObject) -> None:
         "vocab": data.draw(st.integers(128, 300)),
     }
     devices, dtype = data.draw(st.integers(1, 6)), data.draw(st.sampled_from(["fp32", "fp64"]))
-    assert_planned_is_counted(tiny.ddp_run(devices, model, {"dtype": dtype}))
+    assert_planned_is_counted(tiny.ddp_run(devices, model, {"dtype": dtype, "steps": 2}))
     method = {
         "rank": data.draw(st.integers(1, width)),
         "heads_per_device": data.draw(st.integers(1, 3)),
         "merge_transport": data.draw(st.sampled_from(TRANSPORTS)),
         "reset": data.draw(st.sampled_from(["none", "b", "ab"])),
     }
-    assert_planned_is_counted(tiny.lte_run(devices, model, {"dtype": dtype, "micro_batch": 6}, **method))
+    assert_planned_is_counted(tiny.lte_run(devices, model, {"dtype": dtype, "micro_batch": 6, "steps": 2}, **method))
 
 
 # Adapted weights of 42 MB: several messages of at most 16 MiB.
@@ -78,21 +84,21 @@ LARGE = {"layers": 6, "width": 384, "attention_heads": 6}
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_merge_larger_than_a_message_is_split_as_planned(transport: str) -> None:
-    run = tiny.lte_run(3, LARGE, {"dtype": "fp32"}, rank=64, alpha=64.0, merge_transport=transport)
-    assert len(round_exchange(run, run.model.shape()).transfers) > 2
+    run = tiny.lte_run(3, LARGE, {"dtype": "fp32", "steps": 1}, rank=64, alpha=64.0, merge_transport=transport)
+    assert len(transfers_of_step(run, run.model.shape(), 1)) > 2
     assert_planned_is_counted(run)
 
 
 def test_a_ddp_step_larger_than_a_message_is_split_as_planned() -> None:
-    run = tiny.ddp_run(3, LARGE, {"dtype": "fp32"})
-    assert len(round_exchange(run, run.model.shape()).transfers) > 2
+    run = tiny.ddp_run(3, LARGE, {"dtype": "fp32", "steps": 1})
+    assert len(transfers_of_step(run, run.model.shape(), 1)) > 2
     assert_planned_is_counted(run)
 
 
 def test_counted_bytes_detect_a_wrong_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ELEMENT_BYTES, "fp64", 4)
     with pytest.raises(AssertionError):
-        assert_planned_is_counted(tiny.lte_run(devices=3, merge_transport="reduce"))
+        assert_planned_is_counted(tiny.lte_run(devices=3, train={"steps": 10}, merge_transport="reduce"))
 
 
 @pytest.mark.parametrize(
@@ -102,11 +108,13 @@ def test_counted_bytes_detect_a_wrong_plan(monkeypatch: pytest.MonkeyPatch) -> N
         ("all_gather", 600, 600),  # each of 3 devices passes on 2 contributions of 100 bytes
         ("push", 300, 0),  # each sends its 100 bytes; the server's link is not a device's
         ("pull", 0, 300),
+        ("all_to_all", 200, 200),  # two of the three parts of 100 bytes leave each device: 3 · 2/3 · 100
+        ("broadcast", 200, 200),
     ],
 )
 def test_bytes_of_one_message_of_three_devices(operation: str, sent: int, received: int) -> None:
-    transfer = Transfer(operation, payload_bytes=100)  # type: ignore[arg-type]
-    assert (transfer.sent_bytes(3), transfer.received_bytes(3)) == (sent, received)
+    transfer = Transfer(operation, payload_bytes=100, devices=3)  # type: ignore[arg-type]
+    assert (transfer.sent_bytes, transfer.received_bytes) == (sent, received)
 
 
 def test_bytes_of_one_merge_by_hand() -> None:
@@ -115,8 +123,8 @@ def test_bytes_of_one_merge_by_hand() -> None:
     factors_bytes = 2 * 256 * 4
     # 256·16 tokens, 8·16 positions, biases 48 + 16 + 64 + 16, three norms of 2·16.
     replicated_bytes = (4096 + 128 + 144 + 96) * 4
-    exchange = round_exchange(run, run.model.shape())
-    assert exchange.sent_bytes / 3 == pytest.approx(2 * factors_bytes + 4 / 3 * replicated_bytes)
+    sent = sent_bytes(run, run.model.shape(), run.method.round_steps)
+    assert sent / 3 == pytest.approx(2 * factors_bytes + 4 / 3 * replicated_bytes)
 
 
 @pytest.mark.parametrize(("steps", "merge_every", "rounds"), [(20, 10, 2), (21, 10, 3), (5, 10, 1)])

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from simulate.config import DEFAULT_SCALE, LteOptions, load_run
+from simulate.config import load_run
 from simulate.hardware import load_profile
+from simulate.options import DEFAULT_SCALE, LteOptions
 from tests.ltecli.command import PROFILE, Lte, Refused, assert_one_line, finish, lte_process, write_prose
 
 TOP_KEYS = {"version", "profile", "model", "chosen", "candidates", "rejected", "notes"}

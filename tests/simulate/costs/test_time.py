@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from simulate.config import Run
+from simulate.costs.schedule import schedule
 from simulate.costs.time import exchange_s, round_time, transfer_s
-from simulate.costs.traffic import Operation, Transfer, round_exchange
+from simulate.costs.traffic import Exchange, Operation, Transfer
 from simulate.hardware import Link, load_profile
 from tests import tiny
 
@@ -42,31 +44,36 @@ def link(topology: str, **figures: float) -> Link:
 def test_a_message_takes_what_its_links_allow(
     operation: Operation, payload_bytes: int, topology: str, seconds: float
 ) -> None:
-    assert transfer_s(Transfer(operation, payload_bytes), 4, link(topology)) == pytest.approx(seconds)
+    assert transfer_s(Transfer(operation, payload_bytes, 4), link(topology)) == pytest.approx(seconds)
 
 
 def test_a_fast_server_leaves_the_devices_own_links_as_the_limit() -> None:
     fast = link("star", server_up_bytes_per_s=100e6, server_down_bytes_per_s=100e6)
-    assert transfer_s(Transfer("push", MEGABYTE), 4, fast) == pytest.approx(0.01 + 1.0)
-    assert transfer_s(Transfer("pull", MEGABYTE), 4, fast) == pytest.approx(0.01 + 0.5)
+    assert transfer_s(Transfer("push", MEGABYTE, 4), fast) == pytest.approx(0.01 + 1.0)
+    assert transfer_s(Transfer("pull", MEGABYTE, 4), fast) == pytest.approx(0.01 + 0.5)
 
 
 def test_a_slow_server_is_the_limit() -> None:
     slow = link("star", server_up_bytes_per_s=8e6, server_down_bytes_per_s=0.5e6)
-    assert transfer_s(Transfer("push", MEGABYTE), 4, slow) == pytest.approx(0.01 + 8.0)
-    assert transfer_s(Transfer("pull", MEGABYTE), 4, slow) == pytest.approx(0.01 + 0.5)
+    assert transfer_s(Transfer("push", MEGABYTE, 4), slow) == pytest.approx(0.01 + 8.0)
+    assert transfer_s(Transfer("pull", MEGABYTE, 4), slow) == pytest.approx(0.01 + 0.5)
+
+
+def merge_of(run: Run) -> Exchange:
+    (merge,) = schedule(run, run.model.shape())
+    return merge.exchange
 
 
 def test_a_round_waits_for_its_messages_one_after_the_other() -> None:
     run = tiny.lte_run(devices=3)
-    exchange = round_exchange(run, run.model.shape())
+    exchange = merge_of(run)
     star = link("star")
-    assert exchange_s(exchange, star) == pytest.approx(sum(transfer_s(t, 3, star) for t in exchange.transfers))
+    assert exchange_s(exchange, star) == pytest.approx(sum(transfer_s(t, star) for t in exchange.transfers))
 
 
 def test_links_that_differ_in_the_server_alone_are_told_apart() -> None:
     run = tiny.lte_run(devices=3, merge_transport="server")
-    exchange = round_exchange(run, run.model.shape())
+    exchange = merge_of(run)
     slow = link("star", server_up_bytes_per_s=1e3, server_down_bytes_per_s=1e3)
     assert exchange_s(exchange, slow) > exchange_s(exchange, link("star"))
 
@@ -83,4 +90,5 @@ def test_everybody_waits_for_the_slowest_device() -> None:
 
 def test_one_device_exchanges_nothing() -> None:
     run = tiny.lte_run(devices=1)
-    assert exchange_s(round_exchange(run, run.model.shape()), link("star")) == 0
+    assert schedule(run, run.model.shape()) == ()
+    assert round_time(run, run.model.shape(), load_profile("gtx1080ti_x8").devices(1), link("star")).exchange_s == 0

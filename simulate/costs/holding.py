@@ -1,0 +1,114 @@
+"""What one device keeps from step to step, in elements, and what a simulation of all devices keeps once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import Any
+
+from simulate.costs.schedule import is_compressible
+from simulate.costs.traffic import chunk_elements
+from simulate.models.shapes import ModelShape
+from simulate.options import (
+    AdapterOptions,
+    DasoOptions,
+    DdpOptions,
+    DenseOptions,
+    DilocoOptions,
+    LocalSgdOptions,
+    LteOptions,
+    MethodOptions,
+    PowerSgdOptions,
+    ReloraOptions,
+    SapipeOptions,
+    SignsgdOptions,
+    TopkOptions,
+)
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Elements of one device, beside frozen weights and activations."""
+
+    adapters: int
+    """A and B, and their values at the last merge."""
+    trained: int
+    """What the optimizer steps: two moments each."""
+    extra: int
+    """Error feedback, outer momentum, weights and gradients of other steps."""
+    shared: bool
+    """Whether all devices hold the same, so that a simulation keeps it once (but for `extra`)."""
+
+
+def holding(method: MethodOptions, shape: ModelShape, devices: int) -> Holding:
+    """Return what a device of the run keeps."""
+    extra = _extra(method, shape, devices)
+    shared = not isinstance(method, LteOptions | LocalSgdOptions | DilocoOptions | DasoOptions)
+    if isinstance(method, ReloraOptions) and method.warm_start_steps:
+        return Holding(shape.factors(method.rank), shape.parameters, 0, shared)
+    if isinstance(method, AdapterOptions):
+        factors = shape.factors(method.held_rank(devices))
+        copies = 2 if method.remembers_product else 1
+        return Holding(copies * factors, factors + shape.replicated_parameters, extra, shared)
+    return Holding(0, shape.parameters, extra, shared)
+
+
+@singledispatch
+def _extra(method: Any, shape: ModelShape, devices: int) -> int:
+    return 0
+
+
+def _residuals(elements: int, devices: int) -> int:
+    """Error feedback of a compressed mean: of what is sent, and of the part that is averaged here."""
+    return elements + chunk_elements(elements, devices)
+
+
+@_extra.register
+def _(method: DdpOptions, shape: ModelShape, devices: int) -> int:
+    return 0 if method.wire == "full" or devices == 1 else _residuals(shape.parameters, devices)
+
+
+@_extra.register
+def _(method: LocalSgdOptions, shape: ModelShape, devices: int) -> int:
+    if method.wire == "full" or devices == 1:
+        return 0
+    return shape.parameters + _residuals(shape.parameters, devices)
+
+
+@_extra.register
+def _(method: DilocoOptions, shape: ModelShape, devices: int) -> int:
+    residuals = 0 if method.wire == "full" or devices == 1 else _residuals(shape.parameters, devices)
+    return 2 * shape.parameters + residuals
+
+
+@_extra.register
+def _(method: DasoOptions, shape: ModelShape, devices: int) -> int:
+    return shape.parameters if method.delay_steps else 0
+
+
+@_extra.register
+def _(method: SapipeOptions, shape: ModelShape, devices: int) -> int:
+    return shape.parameters * (1 if method.compensation == "none" else 2)
+
+
+@_extra.register
+def _(method: PowerSgdOptions, shape: ModelShape, devices: int) -> int:
+    matrices = [t for t in shape.tensors if is_compressible(t.shape, method.rank)]
+    return sum(t.elements + method.rank * t.shape[1] for t in matrices)
+
+
+@_extra.register(TopkOptions)
+@_extra.register(SignsgdOptions)
+def _(method: DenseOptions, shape: ModelShape, devices: int) -> int:
+    return shape.parameters
+
+
+@_extra.register
+def _(method: LteOptions, shape: ModelShape, devices: int) -> int:
+    replicated = shape.replicated_parameters
+    if method.wire == "full" or devices == 1:
+        return replicated if method.fragments > 1 else 0
+    factors = shape.factors(method.held_rank(devices))
+    adapted = _residuals(shape.adapted_parameters, devices) if method.merge_transport == "reduce" else factors
+    others = 0 if method.merge_transport == "server" else replicated + _residuals(replicated, devices)
+    return adapted + others

@@ -1,0 +1,330 @@
+"""Which messages each method makes, and after which steps: one small function a method.
+
+Letters: N devices, K heads per device, F elements of one head's factors, T steps of a round.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from simulate.config import Run
+from simulate.costs.traffic import (
+    ELEMENT_BYTES,
+    Exchange,
+    Operation,
+    Transfer,
+    averages,
+    fragment,
+    pack,
+    packed_bytes,
+    quantized_bytes,
+    wire_bytes,
+)
+from simulate.models.shapes import LinearShape, ModelShape
+from simulate.options import (
+    AdamixOptions,
+    DasoOptions,
+    DdpOptions,
+    DilocoOptions,
+    LocalSgdOptions,
+    LoraOptions,
+    LteOptions,
+    MethodOptions,
+    MhloraOptions,
+    PowerSgdOptions,
+    ReloraOptions,
+    SapipeOptions,
+    SignsgdOptions,
+    TopkOptions,
+)
+
+INDEX_BYTES = 4
+"""int32 positions of top-k entries."""
+
+
+@dataclass(frozen=True)
+class Recurring:
+    """An exchange after step `first`, and every `every` steps from there on, up to step `until`; steps count from 1."""
+
+    exchange: Exchange
+    first: int = 1
+    every: int = 1
+    until: int | None = None
+    at_end: bool = False
+    """Also after the run's last step."""
+    hidden_steps: int = 0
+    """Steps of compute that go on while it travels."""
+
+    def happens(self, step: int, last_step: int) -> bool:
+        """Whether it takes place after `step` of a run of `last_step`."""
+        if self.at_end and step == last_step:
+            return True
+        return self.first <= step <= (self.until or step) and (step - self.first) % self.every == 0
+
+    def times(self, steps: int, last_step: int) -> int:
+        """How often it takes place in the first `steps` of a run of `last_step` steps."""
+        reached = min(steps, self.until or steps)
+        regular = max(0, (reached - self.first) // self.every + 1)
+        extra = self.at_end and steps == last_step and (steps < self.first or (steps - self.first) % self.every != 0)
+        return regular + extra
+
+
+def schedule(run: Run, shape: ModelShape) -> tuple[Recurring, ...]:
+    """Return everything that a run's devices exchange; one device alone exchanges nothing."""
+    return _schedule(run.method, shape, run.cluster.devices, ELEMENT_BYTES[run.train.dtype])
+
+
+@lru_cache(maxsize=16384)
+def _schedule(method: MethodOptions, shape: ModelShape, devices: int, element_bytes: int) -> tuple[Recurring, ...]:
+    return () if devices == 1 else _SCHEDULES[type(method)](method, shape, devices, element_bytes)
+
+
+def sent_bytes(run: Run, shape: ModelShape, steps: int) -> int:
+    """Bytes that all devices together send in the first `steps` steps."""
+    return sum(part.exchange.sent_bytes * part.times(steps, run.train.steps) for part in schedule(run, shape))
+
+
+def received_bytes(run: Run, shape: ModelShape, steps: int) -> int:
+    """Bytes that all devices together receive in the first `steps` steps."""
+    return sum(part.exchange.received_bytes * part.times(steps, run.train.steps) for part in schedule(run, shape))
+
+
+def transfers_of_step(run: Run, shape: ModelShape, step: int) -> tuple[Transfer, ...]:
+    """Return the messages of one step, counted from 1, in the order in which they are made."""
+    parts = (part for part in schedule(run, shape) if part.happens(step, run.train.steps))
+    return tuple(transfer for part in parts for transfer in part.exchange.transfers)
+
+
+def num_rounds(run: Run) -> int:
+    """Return the rounds of a whole run; the last may be shorter, its merge is still made."""
+    return -(-run.train.steps // run.method.round_steps)
+
+
+@lru_cache(maxsize=256)
+def dense_reduction(shape: ModelShape, devices: int, element_bytes: int, wire: str = "full") -> Exchange:
+    """Return the messages that average one dense tensor per parameter over all devices."""
+    return Exchange(averages((t.elements for t in shape.tensors), devices, wire, element_bytes))
+
+
+def _ddp(method: DdpOptions, shape: ModelShape, devices: int, element_bytes: int) -> tuple[Recurring, ...]:
+    return (Recurring(dense_reduction(shape, devices, element_bytes, method.wire)),)
+
+
+def _sapipe(method: SapipeOptions, shape: ModelShape, devices: int, element_bytes: int) -> tuple[Recurring, ...]:
+    return (Recurring(dense_reduction(shape, devices, element_bytes), hidden_steps=1),)
+
+
+@lru_cache(maxsize=1024)
+def _adapter_reduction(shape: ModelShape, rank: int, devices: int, element_bytes: int) -> Exchange:
+    """Return the messages that average the gradients of one pair a layer of the given rank, and of all else."""
+    counts: list[int] = []
+    layers = iter(shape.in_order())
+    for tensor in shape.tensors:
+        if tensor.kind == "adapted":
+            layer = next(layers)
+            counts += [rank * layer.in_features, rank * layer.out_features]
+        else:
+            counts.append(tensor.elements)
+    return Exchange(averages(counts, devices, "full", element_bytes))
+
+
+def _lora(method: LoraOptions, shape: ModelShape, devices: int, element_bytes: int) -> tuple[Recurring, ...]:
+    return (Recurring(_adapter_reduction(shape, method.rank, devices, element_bytes)),)
+
+
+def _mhlora(method: MhloraOptions, shape: ModelShape, devices: int, element_bytes: int) -> tuple[Recurring, ...]:
+    return (Recurring(_adapter_reduction(shape, method.held_rank(devices), devices, element_bytes)),)
+
+
+def _adamix(method: AdamixOptions, shape: ModelShape, devices: int, element_bytes: int) -> tuple[Recurring, ...]:
+    # Everyone routes alike, so only the chosen pair has a gradient.
+    return (Recurring(_adapter_reduction(shape, method.rank, devices, element_bytes)),)
+
+
+def _relora(method: ReloraOptions, shape: ModelShape, devices: int, element_bytes: int) -> tuple[Recurring, ...]:
+    warm = method.warm_start_steps
+    adapters = Recurring(_adapter_reduction(shape, method.rank, devices, element_bytes), first=warm + 1)
+    return (Recurring(dense_reduction(shape, devices, element_bytes), until=warm), adapters) if warm else (adapters,)
+
+
+def _local_sgd(method: LocalSgdOptions, shape: ModelShape, devices: int, element_bytes: int) -> tuple[Recurring, ...]:
+    counts = [t.elements for t in shape.tensors]
+    if method.merge_optimizer == "average":
+        counts *= 3
+    if method.merge_transport == "reduce":
+        exchange = Exchange(averages(counts, devices, method.wire, element_bytes))
+    else:
+        active = method.participants(devices)
+        sizes = packed_bytes([count * element_bytes for count in counts])
+        operations: tuple[Operation, ...] = ("push", "pull")
+        exchange = Exchange(tuple(Transfer(operation, size, active) for size in sizes for operation in operations))
+    return (_merge(exchange, method.merge_every),)
+
+
+def _diloco(method: DilocoOptions, shape: ModelShape, devices: int, element_bytes: int) -> tuple[Recurring, ...]:
+    counts = [t.elements for t in shape.tensors]
+
+    def merge(items: range) -> Exchange:
+        return Exchange(averages((counts[i] for i in items), devices, method.wire, element_bytes))
+
+    parts = (fragment(len(counts), method.fragments, index) for index in range(method.fragments))
+    return _staggered([merge(items) for items in parts], method.merge_every)
+
+
+def _daso(method: DasoOptions, shape: ModelShape, devices: int, element_bytes: int) -> tuple[Recurring, ...]:
+    nodes, size = devices // method.devices_per_node, method.devices_per_node
+    sizes = packed_bytes([t.elements * element_bytes for t in shape.tensors])
+    parts = []
+    if size > 1:
+        parts.append(Recurring(Exchange(tuple(Transfer("all_reduce", b, size, nodes) for b in sizes))))
+    if nodes > 1:
+        between = tuple(Transfer("all_reduce", b, nodes) for b in sizes)
+        within = tuple(Transfer("broadcast", b, size, nodes) for b in sizes) if size > 1 else ()
+        parts.append(_merge(Exchange((*between, *within)), method.merge_every, method.delay_steps))
+    return tuple(parts)
+
+
+def _powersgd(method: PowerSgdOptions, shape: ModelShape, devices: int, element_bytes: int) -> tuple[Recurring, ...]:
+    p, q, dense = [], [], []
+    for tensor in shape.tensors:
+        if is_compressible(tensor.shape, method.rank):
+            outputs, inputs = tensor.shape
+            p.append(outputs * method.rank)
+            q.append(inputs * method.rank)
+        else:
+            dense.append(tensor.elements)
+    messages = (averages(counts, devices, "full", element_bytes) for counts in (p, q, dense))
+    return (Recurring(Exchange(tuple(t for message in messages for t in message))),)
+
+
+def is_compressible(shape: Sequence[int], rank: int) -> bool:
+    """Whether PowerSGD's factors of a matrix are smaller than the matrix; all else travels as it is."""
+    return len(shape) == 2 and rank * sum(shape) < math.prod(shape)
+
+
+def _gathered(sizes_bytes: Sequence[int], devices: int) -> Exchange:
+    groups = gather_groups(sizes_bytes, devices)
+    return Exchange(tuple(Transfer("all_gather", sum(sizes_bytes[i] for i in group), devices) for group in groups))
+
+
+def gather_groups(sizes_bytes: Sequence[int], devices: int) -> list[range]:
+    """Group items that are gathered into messages, whose size is that of everyone's parts together."""
+    return pack([size * devices for size in sizes_bytes])
+
+
+def _topk(method: TopkOptions, shape: ModelShape, devices: int, element_bytes: int) -> tuple[Recurring, ...]:
+    sizes = [topk_entries(t.elements, method.density) * (element_bytes + INDEX_BYTES) for t in shape.tensors]
+    return (Recurring(_gathered(sizes, devices)),)
+
+
+def topk_entries(elements: int, density: float) -> int:
+    """Return how many entries of a tensor travel: at least one."""
+    return max(1, math.ceil(density * elements))
+
+
+def _signsgd(method: SignsgdOptions, shape: ModelShape, devices: int, element_bytes: int) -> tuple[Recurring, ...]:
+    return (Recurring(_gathered([-(-t.elements // 8) + element_bytes for t in shape.tensors], devices)),)
+
+
+def _lte(method: LteOptions, shape: ModelShape, devices: int, element_bytes: int) -> tuple[Recurring, ...]:
+    exchanges = _lte_exchanges(
+        shape, devices, method.held_rank(devices), method.quantize, method.merge_transport, method.wire,
+        method.fragments, element_bytes,
+    )  # fmt: skip
+    return _staggered(exchanges, method.merge_every)
+
+
+def layer_transport(linear: LinearShape, held_rank: int, devices: int, transport: str) -> str:
+    """Return how a layer's merge travels: what is set, or for auto what sends fewer bytes in full precision.
+
+    N·(N−1)·F of all gathered factors against 2·(N−1)·O·I of a reduced delta.
+    """
+    if transport != "auto":
+        return transport
+    return "gather" if devices * linear.factors(held_rank) <= 2 * linear.weights else "reduce"
+
+
+@lru_cache(maxsize=8192)
+def _lte_exchanges(
+    shape: ModelShape, devices: int, held_rank: int, quantize: str, transport: str, wire: str, fragments: int,
+    element_bytes: int,
+) -> list[Exchange]:  # fmt: skip
+    layers, replicated = shape.in_order(), [t.elements for t in shape.replicated]
+    exchanges = []
+    for index in range(fragments):
+        part = [layers[i] for i in fragment(len(layers), fragments, index)]
+        others = [replicated[i] for i in fragment(len(replicated), fragments, index)]
+        adapted = lte_transfers(part, devices, held_rank, quantize, transport, wire, element_bytes)
+        if transport == "server":
+            sizes = packed_bytes([count * element_bytes for count in others])
+            operations: tuple[Operation, ...] = ("push", "pull")
+            rest = tuple(Transfer(operation, size, devices) for size in sizes for operation in operations)
+        else:
+            rest = averages(others, devices, wire, element_bytes)
+        exchanges.append(Exchange((*adapted, *rest)))
+    return exchanges
+
+
+def lte_transfers(
+    layers: Sequence[LinearShape], devices: int, held_rank: int, quantize: str, transport: str, wire: str,
+    element_bytes: int,
+) -> tuple[Transfer, ...]:  # fmt: skip
+    """Return the messages that merge some adapted layers: first by factors, then by dense sums."""
+    by_factors = [x for x in layers if layer_transport(x, held_rank, devices, transport) != "reduce"]
+    reduced = [x for x in layers if layer_transport(x, held_rank, devices, transport) == "reduce"]
+    transfers: list[Transfer] = []
+    for group in pack(factor_buffer_bytes(by_factors, devices, held_rank, transport, element_bytes)):
+        members = [by_factors[i] for i in group]
+        sides = [side for x in members for side in (x.in_features, x.out_features)]
+        factors = [wire_bytes(held_rank * side, wire, element_bytes) for side in sides]
+        if transport == "server":
+            pulled = sum(quantized_bytes(x.weights, x.in_features, quantize, element_bytes) for x in members)
+            transfers += [Transfer("push", sum(factors), devices), Transfer("pull", pulled, devices)]
+        else:
+            transfers.append(Transfer("all_gather", sum(factors), devices))
+    return (*transfers, *averages((x.weights for x in reduced), devices, wire, element_bytes))
+
+
+def factor_buffer_bytes(
+    layers: Iterable[LinearShape], devices: int, held_rank: int, transport: str, element_bytes: int
+) -> list[int]:
+    """Bytes that one device buffers for each layer while it travels: everyone's factors, or the weights that return."""
+    return [
+        x.factors(held_rank) * element_bytes * (1 if transport == "server" else devices)
+        + (x.weights * element_bytes if transport == "server" else 0)
+        for x in layers
+    ]
+
+
+def _merge(exchange: Exchange, every: int, hidden_steps: int = 0) -> Recurring:
+    return Recurring(exchange, first=every, every=every, at_end=True, hidden_steps=hidden_steps)
+
+
+def _staggered(exchanges: Sequence[Exchange], every: int) -> tuple[Recurring, ...]:
+    """One fragment after the other, each every T steps, T / fragments apart; all of them after the last step."""
+    apart = every // len(exchanges)
+    return tuple(
+        Recurring(exchange, first=apart * (index + 1), every=every, at_end=True)
+        for index, exchange in enumerate(exchanges)
+    )
+
+
+_SCHEDULES: dict[type, Callable[[Any, ModelShape, int, int], tuple[Recurring, ...]]] = {
+    DdpOptions: _ddp,
+    SapipeOptions: _sapipe,
+    LoraOptions: _lora,
+    MhloraOptions: _mhlora,
+    AdamixOptions: _adamix,
+    ReloraOptions: _relora,
+    LteOptions: _lte,
+    LocalSgdOptions: _local_sgd,
+    DilocoOptions: _diloco,
+    DasoOptions: _daso,
+    PowerSgdOptions: _powersgd,
+    TopkOptions: _topk,
+    SignsgdOptions: _signsgd,
+}

@@ -1,0 +1,113 @@
+"""Averages of parameters that every device trains for itself: how local SGD, DiLoCo and LTE make one model of them.
+
+    θ ← θ_last + outer(Σ_n w_n·θ_n − θ_last),   θ_n ← θ         with Σ_n w_n = 1; outer is the identity but for DiLoCo
+
+Legend: L local devices, N devices, X elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from simulate.communicator import Communicator
+from simulate.costs.traffic import fragment
+from simulate.methods.ddp import packed_parameters
+from simulate.wire import CompressedMean
+
+Outer = Callable[[str, Tensor, Tensor], Tensor]
+"""(name, last, mean), each (...) of one parameter → the weights that the next round starts from."""
+
+
+class Averaging:
+    """Groups of parameters (L, ...), packed into messages, with what averages of them need from merge to merge."""
+
+    def __init__(
+        self,
+        parameters: dict[str, nn.Parameter],
+        communicator: Communicator,
+        server: bool = False,
+        wire: str = "full",
+        fragments: int = 1,
+        outer: Outer | None = None,
+    ) -> None:
+        self.parameters, self.communicator, self.server, self.outer = parameters, communicator, server, outer
+        names = list(parameters)
+        parts = ([names[i] for i in fragment(len(names), fragments, index)] for index in range(fragments))
+        self.messages = [packed_parameters({name: parameters[name] for name in part}) for part in parts]
+        compressed = wire != "full" and not server and communicator.num_devices > 1
+        self.last: dict[str, Tensor] = {}
+        if compressed or fragments > 1 or outer is not None:
+            self.last = {name: p[0].detach().clone() for name, p in parameters.items()}
+        self.means: dict[tuple[str, ...], CompressedMean] = {}
+        if compressed:
+            for message in (tuple(m) for messages in self.messages for m in messages):
+                elements = sum(parameters[name][0].numel() for name in message)
+                self.means[message] = CompressedMean(elements, wire, communicator, self.last[message[0]])
+
+    @torch.no_grad()
+    def merge(self, index: int, weights_N: Tensor | None = None) -> None:
+        """Average the index-th fragment; `weights_N` are all devices' shares of 1, equal where not given.
+
+        Through a server only those devices take part whose weight is not zero.
+        """
+        for message in self.messages[index]:
+            for name, mean in zip(message, self._means(message, weights_N), strict=True):
+                if self.outer is not None:
+                    mean = self.outer(name, self.last[name], mean)
+                if self.last:
+                    self.last[name].copy_(mean)
+                self.parameters[name].copy_(mean.expand_as(self.parameters[name]))
+
+    def _means(self, message: list[str], weights_N: Tensor | None) -> list[Tensor]:
+        copies = [self.parameters[name].detach() for name in message]
+        if self.server:
+            return self._through_server(copies, weights_N)
+        weights_L = None if weights_N is None else weights_N[self._local]
+        if self.means:
+            return self._compressed(tuple(message), copies, weights_L)
+        if weights_L is None:
+            sums = [copy.sum(0) for copy in copies]
+            self.communicator.all_reduce(sums)
+            torch._foreach_div_(sums, float(self.communicator.num_devices))
+        else:
+            sums = [torch.tensordot(weights_L, copy, dims=1) for copy in copies]
+            self.communicator.all_reduce(sums)
+        return sums
+
+    @property
+    def _local(self) -> slice:
+        local = self.communicator.local_devices
+        return slice(local.start, local.stop)
+
+    def _through_server(self, copies: list[Tensor], weights_N: Tensor | None) -> list[Tensor]:
+        if weights_N is None:
+            means = [copy.mean(0) for copy in self.communicator.push(copies)]
+            self.communicator.pull(means)
+            return means
+        active_N = weights_N > 0
+        devices = int(active_N.sum())
+        pushed = self.communicator.push([copy[active_N[self._local]] for copy in copies], devices)
+        means = [torch.tensordot(weights_N[active_N], copy, dims=1) for copy in pushed]
+        self.communicator.pull(means, devices)
+        return means
+
+    def _compressed(self, message: tuple[str, ...], copies: list[Tensor], weights_L: Tensor | None) -> list[Tensor]:
+        changes = [copy - self.last[name] for name, copy in zip(message, copies, strict=True)]
+        change_LX = torch.cat([change.flatten(1) for change in changes], dim=1)
+        if weights_L is not None:  # the mean is over all devices: Σ w_n·x_n = mean_n(N·w_n·x_n)
+            change_LX *= (weights_L * self.communicator.num_devices).unsqueeze(1)
+        mean_X = self.means[message].mean(change_LX)
+        parts = mean_X.split([copy[0].numel() for copy in copies])
+        return [self.last[name] + part.view_as(self.last[name]) for name, part in zip(message, parts, strict=True)]
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Return what the next merges depend on, by name."""
+        errors = {
+            f"{key}.{message[0]}": tensor
+            for message, mean in self.means.items()
+            for key, tensor in mean.state().items()
+        }
+        return {**{f"last.{name}": tensor for name, tensor in self.last.items()}, **errors}

@@ -1,0 +1,107 @@
+"""DASO (Coquelin et al. 2022, arXiv 2104.05588): gradients inside a node, delayed averages of weights between nodes.
+
+Every step a node's devices average their gradients. Every T steps one device of each of M nodes sends its weights x_i
+to the others and trains on; S steps later what has arrived is mixed into the weights of that moment:
+
+    x ← (2S·x + Σ_i x_i) / (2S + M);        with S = 0, and after the run's last step: x ← (1/M)·Σ_i x_i, waited for
+
+Without the phases of blocking averages that the authors put at both ends of an epoch.
+
+Legend: M nodes, C local nodes; the devices of a node share one copy of the weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from simulate.adapters import convert, merged_state
+from simulate.communicator import Communicator, Nodes
+from simulate.config import Run
+from simulate.methods.base import Method, clip_per_device
+from simulate.methods.ddp import packed_parameters
+from simulate.options import DasoOptions
+
+NOTHING = -1
+
+
+class Daso(Method):
+    """Two levels: synchronous nodes, which average asynchronously."""
+
+    def __init__(
+        self, run: Run, communicator: Communicator, device: torch.device, network: nn.Module | None = None
+    ) -> None:
+        assert isinstance(run.method, DasoOptions)
+        self.options = run.method
+        size = self.options.devices_per_node
+        self.nodes = Nodes(size, communicator.num_devices // size)
+        super().__init__(run, communicator, device, network)
+        self.messages = packed_parameters(self.parameters)
+        self.delayed = self.options.delay_steps > 0 and self.nodes.count > 1
+        self.arriving = {n: torch.zeros_like(p[0]) for n, p in self.parameters.items()} if self.delayed else {}
+        self.sent_after = torch.tensor(NOTHING)
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        assert self.local_devices % self.nodes.size == 0, "a process holds whole nodes"
+        return convert(model, self.local_devices // self.nodes.size)
+
+    def parameter_groups(self) -> list[dict[str, object]]:
+        return self.decay_groups(self.parameters.items(), self.run.train.learning_rate)
+
+    def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
+        losses_L = self.group_losses(inputs, targets, self.local_devices)
+        losses_L.sum().backward()
+        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        for names in self.messages if self.nodes.size > 1 else ():
+            self.communicator.reduce_in_nodes([gradients[name] for name in names], self.nodes)
+        torch._foreach_div_(list(gradients.values()), float(self.nodes.size))
+        clip_per_device(list(gradients.values()), self.local_devices // self.nodes.size, self.run.train.clip_norm)
+        self.apply_gradients(step)
+        if int(self.sent_after) != NOTHING and step == int(self.sent_after) + self.options.delay_steps:
+            self._mix()
+        return losses_L.detach()
+
+    @torch.no_grad()
+    def merge(self, step: int) -> None:
+        if self.nodes.count == 1:
+            return
+        last = self.is_last(step)
+        if last and int(self.sent_after) != NOTHING:
+            self._mix()
+        if self.delayed and not last:
+            with self.communicator.background():
+                for name, sums in self._sums().items():
+                    self.arriving[name].copy_(sums)
+            self.sent_after.fill_(step)
+            return
+        for name, sums in self._sums().items():
+            self.parameters[name].copy_((sums / self.nodes.count).expand_as(self.parameters[name]))
+
+    def _sums(self) -> dict[str, Tensor]:
+        """Return each parameter's sum over all nodes."""
+        everything: dict[str, Tensor] = {}
+        for names in self.messages:
+            sums = [self.parameters[name].detach().sum(0) for name in names]
+            self.communicator.reduce_over_nodes(sums, self.nodes)
+            everything.update(zip(names, sums, strict=True))
+        for names in self.messages if self.nodes.size > 1 else ():
+            self.communicator.broadcast_in_nodes([everything[name] for name in names], self.nodes)
+        return everything
+
+    @torch.no_grad()
+    def _mix(self) -> None:
+        self.communicator.wait()
+        weight = 2.0 * self.options.delay_steps
+        for name, parameter in self.parameters.items():
+            parameter.mul_(weight).add_(self.arriving[name]).div_(weight + self.nodes.count)
+        self.sent_after.fill_(NOTHING)
+
+    def merged_state(self) -> dict[str, Tensor]:
+        """Return the average that the nodes sent last, or the weights where nothing travels."""
+        if int(self.sent_after) == NOTHING:
+            return merged_state(self.model)
+        means = {name: sums / self.nodes.count for name, sums in self.arriving.items()}
+        return merged_state(self.model, {id(self.parameters[name]): mean for name, mean in means.items()})
+
+    def kept(self) -> dict[str, Tensor]:
+        return {**{f"arriving.{name}": sums for name, sums in self.arriving.items()}, "sent_after": self.sent_after}

@@ -1,0 +1,52 @@
+"""DiLoCo (Douillard et al. 2023, arXiv 2311.08105): local AdamW, and an outer optimizer on each round's change.
+
+    Δ = θ − mean_n(θ_n),   v ← μ·v + Δ,   θ ← θ − η·(Δ + μ·v),   θ_n ← θ     (algorithm 1; Nesterov as in PyTorch)
+
+With `fragments`, groups of parameters take turns, each every T steps (Douillard et al. 2025, arXiv 2501.18512). On a
+compressed `wire`, Δ travels with error feedback.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from simulate.communicator import Communicator
+from simulate.config import Run
+from simulate.methods.averaging import Averaging
+from simulate.methods.local_sgd import Local
+from simulate.options import DilocoOptions
+
+
+class Diloco(Local):
+    """Local training with Nesterov momentum on the merged change."""
+
+    def __init__(
+        self, run: Run, communicator: Communicator, device: torch.device, network: nn.Module | None = None
+    ) -> None:
+        assert isinstance(run.method, DilocoOptions)
+        self.options = run.method
+        super().__init__(run, communicator, device, network)
+        self.averaging = Averaging(
+            self.parameters, communicator, wire=self.options.wire, fragments=self.options.fragments, outer=self._outer
+        )
+        self.momentum = {name: torch.zeros_like(last) for name, last in self.averaging.last.items()}
+
+    def _outer(self, name: str, last: Tensor, mean: Tensor) -> Tensor:
+        change = last - mean
+        velocity = self.momentum[name].mul_(self.options.outer_momentum).add_(change)
+        change.add_(velocity, alpha=self.options.outer_momentum)
+        return torch.sub(last, change, alpha=self.options.outer_learning_rate)
+
+    def merge(self, step: int) -> None:
+        for index in self.fragments_due(step):
+            self.averaging.merge(index)
+
+    def merged_state(self) -> dict[str, Tensor]:
+        """Return the outer weights: between the merges of fragments no device has them all."""
+        state = super().merged_state()
+        return {name: self.averaging.last.get(name, tensor) for name, tensor in state.items()}
+
+    def kept(self) -> dict[str, Tensor]:
+        momentum = {f"momentum.{name}": tensor for name, tensor in self.momentum.items()}
+        return {**self.averaging.state(), **momentum}

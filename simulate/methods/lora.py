@@ -1,0 +1,74 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685) under data parallelism: one pair a layer, never merged.
+
+    y = W·x + s·B·A·x with frozen W;   gradients of A, B and of all that has no adapter are averaged at every step
+
+From scratch, W + s·B·A stays within rank r of the start weights: what the others are measured against.
+
+Legend: L local devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from simulate.adapters import AdapterSpec, LoraLinear, convert, lora, merged_state
+from simulate.methods.base import Method
+from simulate.methods.gradients import GradientMethod, mean_over_devices
+from simulate.options import AdapterOptions
+
+
+class Lora(GradientMethod):
+    """One adapter, shared by all devices."""
+
+    def spec(self) -> AdapterSpec:
+        """Return what the adapters are like; the one head is the same on all devices."""
+        options = adapter_options(self)
+        return AdapterSpec(
+            rank=options.rank,
+            scale=options.scale,
+            heads_per_device=1,
+            reset_less=False,
+            first_device=0,
+            seed=self.run.train.seed,
+        )
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        return convert(model, 1, lora(self.spec(), devices=1))
+
+    def parameter_groups(self) -> list[dict[str, object]]:
+        return adapter_groups(self, adapter_options(self))
+
+    def average_gradients(self) -> None:
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        mean_over_devices(gradients, self.communicator)
+
+    def merged_state(self) -> dict[str, Tensor]:
+        return merged_state(self.model, fold=True)
+
+
+def adapter_options(method: Method) -> AdapterOptions:
+    """Return the run's options, which belong to an adapter method."""
+    options = method.run.method
+    assert isinstance(options, AdapterOptions)
+    return options
+
+
+def adapter_groups(method: Method, options: AdapterOptions) -> list[dict[str, object]]:
+    """Return the optimizer's groups: adapters at their own learning rate, everything else at the run's."""
+    rate = method.run.train.learning_rate
+    adapter_rate = options.adapter_learning_rate or rate / options.scale
+    adapters = {id(p) for p in adapter_parameters(method.model)}
+    named = list(method.parameters.items())
+    return [
+        *method.decay_groups([pair for pair in named if id(pair[1]) in adapters], adapter_rate),
+        *method.decay_groups([pair for pair in named if id(pair[1]) not in adapters], rate),
+    ]
+
+
+def adapter_parameters(model: nn.Module) -> Iterable[nn.Parameter]:
+    """Yield the factors of all adapted layers."""
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            yield from module.factors()

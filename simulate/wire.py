@@ -1,0 +1,101 @@
+"""Numbers in fewer bits on the wire, and means of them with error feedback.
+
+Legend: L local devices, N devices, X elements, C elements of a chunk (the part that one device averages), W blocks of
+WIRE_BLOCK elements that share a scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simulate.communicator import Communicator
+from simulate.costs.traffic import WIRE_BLOCK, chunk_elements
+
+LEVELS = {"int8": 127, "int4": 7}
+"""Largest magnitude of a symmetric grid."""
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def encode(x_LX: Tensor, wire: str) -> list[Tensor]:
+    """Return what travels for each row, (L, ...) each: rounded values, and for int8 and int4 the scales of the blocks.
+
+    x ≈ scale·q with q in −levels ... levels and scale = max|x| / levels over a block; rounding is to nearest.
+    """
+    if wire == "full":
+        return [x_LX]
+    if wire in HALVES:
+        return [x_LX.to(HALVES[wire])]
+    rows, elements = x_LX.shape
+    x_LWX = F.pad(x_LX, (0, -elements % WIRE_BLOCK)).view(rows, -1, WIRE_BLOCK)
+    scale_LW = (x_LWX.abs().amax(2) / LEVELS[wire]).float()
+    # A block of zeros has no scale; any but zero gives back zeros.
+    divisor = torch.where(scale_LW > 0, scale_LW, torch.ones_like(scale_LW)).to(x_LX.dtype)
+    q = (x_LWX / divisor.unsqueeze(2)).round_().clamp_(-LEVELS[wire], LEVELS[wire])
+    q_LX = q.view(rows, -1)[:, :elements].to(torch.int8)
+    return [q_LX if wire == "int8" else _two_in_a_byte(q_LX), scale_LW]
+
+
+def decode(message: Sequence[Tensor], elements: int, wire: str, dtype: torch.dtype) -> Tensor:
+    """Return the rows, (L, elements), that `encode` was given, as far as the format kept them."""
+    if wire == "full" or wire in HALVES:
+        return message[0].to(dtype)
+    packed, scale_LW = message
+    q_LX = packed if wire == "int8" else _from_bytes(packed, elements)
+    x_LWX = F.pad(q_LX, (0, -elements % WIRE_BLOCK)).view(len(q_LX), -1, WIRE_BLOCK).to(dtype)
+    x_LWX.mul_(scale_LW.to(dtype).unsqueeze(2))
+    return x_LWX.view(len(q_LX), -1)[:, :elements]
+
+
+def _two_in_a_byte(q_LX: Tensor) -> Tensor:
+    nibbles = F.pad(q_LX, (0, q_LX.shape[1] % 2)).to(torch.uint8) & 0xF
+    return nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
+
+
+def _from_bytes(packed: Tensor, elements: int) -> Tensor:
+    nibbles = torch.stack((packed & 0xF, packed >> 4), dim=2).view(len(packed), -1)[:, :elements].to(torch.int8)
+    return torch.where(nibbles > 7, nibbles - 16, nibbles)
+
+
+def round_trip(x_LX: Tensor, wire: str) -> Tensor:
+    """Return the rows as a receiver sees them."""
+    return decode(encode(x_LX, wire), x_LX.shape[1], wire, x_LX.dtype)
+
+
+class CompressedMean:
+    """The mean over all devices of vectors that travel compressed, with error feedback on both ways.
+
+    Worker n sends C(x_n + e_n) and keeps e_n ← x_n + e_n − C(x_n + e_n); the device that owns a chunk averages what it
+    received, sends C(m + ē) to all, and keeps ē likewise (Tang et al. 2021, arXiv 2102.02888, section 4.3).
+    """
+
+    def __init__(self, elements: int, wire: str, communicator: Communicator, like: Tensor) -> None:
+        self.wire, self.communicator, self.elements = wire, communicator, elements
+        local = len(communicator.local_devices)
+        self.chunk = chunk_elements(elements, communicator.num_devices)
+        self.sent_error_LX = like.new_zeros(local, elements)
+        self.mean_error_LC = like.new_zeros(local, self.chunk)
+
+    def mean(self, x_LX: Tensor) -> Tensor:
+        """Return the mean, (X,); `x_LX` is overwritten."""
+        devices, local = self.communicator.num_devices, len(x_LX)
+        corrected_LX = x_LX.add_(self.sent_error_LX)
+        x_LNC = F.pad(corrected_LX, (0, devices * self.chunk - self.elements)).view(local * devices, self.chunk)
+        parts = encode(x_LNC, self.wire)
+        sent_LX = decode(parts, self.chunk, self.wire, x_LX.dtype).view(local, -1)[:, : self.elements]
+        torch.sub(corrected_LX, sent_LX, out=self.sent_error_LX)
+        received = self.communicator.all_to_all([part.view(local, devices, *part.shape[1:]) for part in parts])
+        received = [part.reshape(local * devices, *part.shape[2:]) for part in received]
+        mean_LC = decode(received, self.chunk, self.wire, x_LX.dtype).view(local, devices, self.chunk).sum(1)
+        mean_LC.div_(devices).add_(self.mean_error_LC)
+        message = encode(mean_LC, self.wire)
+        torch.sub(mean_LC, decode(message, self.chunk, self.wire, x_LX.dtype), out=self.mean_error_LC)
+        gathered = self.communicator.all_gather(message)
+        return decode(gathered, self.chunk, self.wire, x_LX.dtype).reshape(-1)[: self.elements]
+
+    def state(self) -> dict[str, Tensor]:
+        """Return both errors by name."""
+        return {"sent_error": self.sent_error_LX, "mean_error": self.mean_error_LC}
