@@ -1,16 +1,16 @@
-"""Layers that train many devices in one tensor program: a leading axis holds each device's own parameters.
+"""Low-rank adapters of many devices in one tensor program: a leading axis holds each head's own factors.
 
 Legend: L local devices, K heads of a device, H = L*K local heads, M rows of one head (its samples times tokens),
-R rank, I inputs, O outputs, C copies of a replicated parameter (L, or 1 where all devices share it).
+R rank, I inputs, O outputs.
 
 Activations keep the plain layout (samples of device 0, samples of device 1, ...) in their first dimension, so any
-network that treats dimension 0 as its batch works unchanged; only its parametric layers are swapped, by `convert`.
+network that treats dimension 0 as its batch works unchanged; simulate.convert swaps its parametric layers only.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simulate.errors import InputError
 from simulate.randomness import address
 
 
@@ -92,15 +91,18 @@ class LoraLinear(nn.Module):
     A starts orthogonal times sqrt(I/r), every head with its own draw; B starts at 0 (arXiv 2402.16828, section 3).
     """
 
-    def __init__(self, linear: nn.Linear, name: str, spec: AdapterSpec, devices: int) -> None:
+    def __init__(self, weight_OI: Tensor, bias_LO: Tensor | None, name: str, spec: AdapterSpec, devices: int) -> None:
         super().__init__()
         self.name, self.spec = name, spec
-        heads, (outputs, inputs) = devices * spec.heads_per_device, linear.weight.shape
-        self.register_buffer("weight", linear.weight.detach())
-        self.bias = None if linear.bias is None else replicate(linear.bias, devices)
+        heads, (outputs, inputs) = devices * spec.heads_per_device, weight_OI.shape
+        self.register_buffer("weight", weight_OI.detach())
+        if isinstance(bias_LO, nn.Parameter) or bias_LO is None:
+            self.bias = bias_LO
+        else:
+            self.register_buffer("bias", bias_LO)
         rank = spec.rank * spec.draws_per_head
-        self.a = nn.Parameter(linear.weight.new_empty(heads, rank, inputs))
-        self.b = nn.Parameter(linear.weight.new_zeros(heads, outputs, rank))
+        self.a = nn.Parameter(weight_OI.new_empty(heads, rank, inputs))
+        self.b = nn.Parameter(weight_OI.new_zeros(heads, outputs, rank))
         with torch.no_grad():
             self.a.copy_(self.draw_a(0))
         self.register_buffer("a0", None)
@@ -145,152 +147,44 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return lora_function(x, self.weight, self.bias, self.a, self.b, self.a0, self.b0, self.spec.scale)
 
+    def plain_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what the plain layer has beside its weight, with a copies axis."""
+        if self.bias is not None:
+            yield "bias", self.bias
 
-class ReplicatedLinear(nn.Module):
-    """A linear layer of which every device trains its own full copy (C = L), or all share one (C = 1)."""
-
-    def __init__(self, weight_COI: nn.Parameter, bias_CO: nn.Parameter | None) -> None:
-        super().__init__()
-        self.weight, self.bias = weight_COI, bias_CO
-
-    def forward(self, x: Tensor) -> Tensor:
-        copies, outputs, inputs = self.weight.shape
-        if copies == 1:  # views, not indexing: their gradient is written in place instead of copied
-            return F.linear(
-                x, self.weight.view(outputs, inputs), None if self.bias is None else self.bias.view(outputs)
-            )
-        x_CMI = x.reshape(copies, -1, inputs)
-        w_CIO = self.weight.transpose(1, 2)
-        y = torch.bmm(x_CMI, w_CIO) if self.bias is None else torch.baddbmm(self.bias.unsqueeze(1), x_CMI, w_CIO)
-        return y.view(*x.shape[:-1], outputs)
+    def plain_weight(self, fold: bool) -> Tensor:
+        """Return the plain layer's weight; with `fold`, adapters included."""
+        return self.folded_weight() if fold else self.weight
 
 
-class ReplicatedEmbedding(nn.Module):
-    """An embedding table per device, (C, V, D)."""
+class LoraConv2d(LoraLinear):
+    """A convolution as a linear layer over patches: A is a convolution to r channels, B a 1x1 convolution.
 
-    def __init__(self, weight_CVD: nn.Parameter) -> None:
-        super().__init__()
-        self.weight = weight_CVD
-
-    def forward(self, index: Tensor) -> Tensor:
-        copies, vocab, width = self.weight.shape
-        if copies > 1:
-            offset = torch.arange(copies, device=index.device) * vocab
-            index = (index.reshape(copies, -1) + offset.unsqueeze(1)).view(index.shape)
-        # No view where copies are one storage, expanded over devices.
-        return F.embedding(index, self.weight.reshape(copies * vocab, width))
-
-
-class _ReplicatedLayerNorm(torch.autograd.Function):
-    """Layer norm over the last dimension with C affine pairs; saves its input and two numbers a row, like torch's."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_CD: Tensor, bias_CD: Tensor, epsilon: float) -> Tensor:
-        copies, width = weight_CD.shape
-        x = x.contiguous()
-        y, mean, rstd = torch.native_layer_norm(x, [width], None, None, epsilon)
-        y.view(copies, -1, width).mul_(weight_CD.unsqueeze(1)).add_(bias_CD.unsqueeze(1))
-        ctx.save_for_backward(x, mean, rstd, weight_CD)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, rstd, weight_CD = ctx.saved_tensors
-        copies, width = weight_CD.shape
-        g_CMD = grads[0].reshape(copies, -1, width)
-        normed_CMD = ((x - mean) * rstd).reshape(copies, -1, width)
-        grad_weight, grad_bias = (g_CMD * normed_CMD).sum(1), g_CMD.sum(1)
-        scaled = (g_CMD * weight_CD.unsqueeze(1)).reshape(x.shape)
-        grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
-            scaled, x, [width], mean, rstd, None, None, [True, False, False]
-        )
-        return grad_x, grad_weight, grad_bias, None
-
-
-class ReplicatedLayerNorm(nn.Module):
-    """LayerNorm whose affine pair every device trains for itself (C = L), or all share (C = 1)."""
-
-    def __init__(self, norm: nn.LayerNorm, weight_CD: nn.Parameter, bias_CD: nn.Parameter) -> None:
-        super().__init__()
-        self.epsilon, self.weight, self.bias = norm.eps, weight_CD, bias_CD
-
-    def forward(self, x: Tensor) -> Tensor:
-        copies, width = self.weight.shape
-        if copies == 1:
-            return F.layer_norm(x, [width], self.weight.view(width), self.bias.view(width), self.epsilon)
-        return _ReplicatedLayerNorm.apply(x, self.weight, self.bias, self.epsilon)
-
-
-def replicate(parameter: Tensor, copies: int) -> nn.Parameter:
-    """Return a parameter with a leading axis of equal copies."""
-    one = parameter.detach().unsqueeze(0)
-    return nn.Parameter(one if copies == 1 else one.repeat(copies, *(1,) * parameter.ndim))
-
-
-MakeAdapter = Callable[[nn.Linear, str], nn.Module]
-"""(layer, its name) → what takes its place."""
-
-
-def lora(spec: AdapterSpec, devices: int) -> MakeAdapter:
-    """Return what makes LoRA layers for `devices` local devices."""
-    return lambda linear, name: LoraLinear(linear, name, spec, devices)
-
-
-def convert(model: nn.Module, copies: int, make_adapter: MakeAdapter | None = None) -> nn.Module:
-    """Swap a plain network's parametric layers, in place, for ones with `copies` sets of parameters.
-
-    With `make_adapter`, every nn.Linear whose weight is not tied to another module goes through it. Raises InputError
-    for a module with parameters that is neither Linear, LayerNorm nor Embedding.
+    W (O, C, Y, X) is held as (O, C*Y*X); activations are (S, C, Y, X) as for the plain layer (arXiv 2402.16828, section
+    3, has this B).
     """
-    replicas: dict[int, nn.Parameter] = {}
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
 
-    def replica(parameter: Tensor) -> nn.Parameter:
-        if id(parameter) not in replicas:
-            replicas[id(parameter)] = replicate(parameter, copies)
-        return replicas[id(parameter)]
+    def __init__(self, conv: nn.Conv2d, bias_LO: Tensor | None, name: str, spec: AdapterSpec, devices: int) -> None:
+        super().__init__(conv.weight.detach().flatten(1), bias_LO, name, spec, devices)
+        self.shape = conv.weight.shape
+        self.kernel, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
+        assert not isinstance(conv.padding, str) and conv.groups == 1
+        self.padding = conv.padding
 
-    def swapped(name: str, module: nn.Module) -> nn.Module:
-        if isinstance(module, nn.Linear):
-            if make_adapter is not None and owners[id(module.weight)] == 1:
-                return make_adapter(module, name)
-            return ReplicatedLinear(replica(module.weight), None if module.bias is None else replica(module.bias))
-        if isinstance(module, nn.Embedding):
-            return ReplicatedEmbedding(replica(module.weight))
-        if isinstance(module, nn.LayerNorm):
-            return ReplicatedLayerNorm(module, replica(module.weight), replica(module.bias))
-        raise InputError(
-            f"model: {name} is a {type(module).__name__}, whose parameters cannot be trained per device; "
-            "use Linear, LayerNorm and Embedding layers"
-        )
+    def forward(self, x: Tensor) -> Tensor:
+        patches = F.unfold(x, self.kernel, self.dilation, self.padding, self.stride).transpose(1, 2)
+        y_SPO = super().forward(patches)
+        height = self._size(x.shape[2], 0)
+        return y_SPO.transpose(1, 2).unflatten(2, (height, -1))
 
-    plain = [(n, m) for n, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None]
-    for name, module in plain:
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, swapped(name, module))
-    return model
+    def _size(self, pixels: int, axis: int) -> int:
+        reach = self.dilation[axis] * (self.kernel[axis] - 1)
+        return (pixels + 2 * self.padding[axis] - reach - 1) // self.stride[axis] + 1
+
+    def plain_weight(self, fold: bool) -> Tensor:
+        return super().plain_weight(fold).view(self.shape)
 
 
 def lora_layers(model: nn.Module) -> list[LoraLinear]:
     """Return the adapted layers in the order of the network."""
     return [module for module in model.modules() if isinstance(module, LoraLinear)]
-
-
-def merged_state(model: nn.Module, instead: dict[int, Tensor] | None = None, fold: bool = False) -> dict[str, Tensor]:
-    """Return one plain model's weights by the plain network's names; right just after a merge (or for shared copies).
-
-    Replicated parameters are taken from the first copy: after a merge all copies are equal. `instead` gives other
-    values, (...) without a copies axis, by the parameter's id. With `fold`, adapters that are never merged are added.
-    """
-    state: dict[str, Tensor] = {}
-    other = instead or {}
-    for name, module in model.named_modules():
-        for key, parameter in module.named_parameters(recurse=False):
-            if not isinstance(module, LoraLinear) or key == "bias":
-                state[f"{name}.{key}"] = other.get(id(parameter), parameter[0].detach())
-        if isinstance(module, LoraLinear):
-            state[f"{name}.weight"] = module.folded_weight() if fold else module.weight
-    return state

@@ -55,6 +55,9 @@ class Communicator(Protocol):
     def all_to_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Turn (L, N, ...), a part for each receiver, into (L, N, ...), a part from each sender."""
 
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite each tensor, (...) without a device axis, with the first device's."""
+
     def push(self, tensors: Sequence[Tensor], devices: int | None = None) -> list[Tensor]:
         """Send the local devices' tensors to the server; it gets every device's part in global order.
 
@@ -118,6 +121,11 @@ class VirtualCommunicator:
         crossings = total // self.num_devices * (self.num_devices - 1)
         self._count("all_to_all", total // self.num_devices, crossings, crossings)
         return [tensor.transpose(0, 1) for tensor in tensors]
+
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+        payload = _bytes(tensors)
+        crossings = (self.num_devices - 1) * payload
+        self._count("broadcast", payload, crossings, crossings)
 
     def push(self, tensors: Sequence[Tensor], devices: int | None = None) -> list[Tensor]:
         devices, total = devices or self.num_devices, _bytes(tensors)

@@ -40,6 +40,9 @@ class EchoCommunicator:
     def all_to_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [tensor.clone() for tensor in tensors]
 
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+        self._pack(tensors)
+
     def push(self, tensors: Sequence[Tensor], devices: int | None = None) -> list[Tensor]:
         self._pack(tensors)
         return list(tensors)

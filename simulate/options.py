@@ -15,6 +15,9 @@ Quantize = Literal["none", "int8", "nf4"]
 Transport = Literal["gather", "reduce", "server"]
 Wire = Literal["full", "fp16", "bf16", "int8", "int4"]
 """How values travel; full: as they are. All others carry what they lost to the next message (error feedback)."""
+Norms = Literal["average", "one", "vector-lora", "none"]
+Biases = Literal["average", "frozen"]
+Convolutions = Literal["lora", "average"]
 DEFAULT_SCALE = 64.0  # alpha / rank of the paper's best run: alpha = 4096 at rank 64
 
 
@@ -144,6 +147,13 @@ class LteOptions(AdapterOptions):
     """Format in which factors, deltas and replicated parameters travel."""
     fragments: int = Field(default=1, gt=0)
     """Groups of layers that merge at staggered steps, each every T steps: divides the peak traffic."""
+    norms: Norms = "average"
+    """Affine parameters of norms: average: each device trains its own, averaged at merges; one: the first device trains
+    them for all; vector-lora: a low-rank pair for each; none: they stay as they start."""
+    biases: Biases = "average"
+    """Biases of linear layers and convolutions: averaged at merges, or frozen."""
+    convolutions: Convolutions = "lora"
+    """Convolutions: a pair whose B is a 1x1 convolution, or all weights averaged at merges."""
     quantize: Quantize = "none"
     """Format of the frozen weights."""
 

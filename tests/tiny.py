@@ -77,6 +77,11 @@ VARIANTS: dict[str, Table] = {
     "lte, streaming": {"name": "lte", "merge_every": 4, "fragments": 2, "heads_per_device": 2},
     "lte, streaming int8": {"name": "lte", "merge_every": 4, "fragments": 2, "wire": "int8", "reset": "ab"},
     "lte, pruned": {"name": "lte", "merge_every": 4, "merge_optimizer": "prune"},
+    "lte, norms of one": {"name": "lte", "merge_every": 4, "norms": "one"},
+    "lte, norms of one, served": {"name": "lte", "merge_every": 4, "norms": "one", "merge_transport": "server"},
+    "lte, vector norms": {"name": "lte", "merge_every": 4, "norms": "vector-lora"},
+    "lte, vector norms, reset": {"name": "lte", "merge_every": 4, "norms": "vector-lora", "reset": "b", "fragments": 2},
+    "lte, frozen": {"name": "lte", "merge_every": 4, "norms": "none", "biases": "frozen"},
     "lte, forgetful": {"name": "lte", "merge_every": 4, "merge_optimizer": "reset", "reset": "ab"},
 }  # fmt: skip
 """Every method, and every option that changes what is computed or sent; rank 2 and scale 2 where there are adapters."""

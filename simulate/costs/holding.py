@@ -49,8 +49,17 @@ def holding(method: MethodOptions, shape: ModelShape, devices: int) -> Holding:
     if isinstance(method, AdapterOptions):
         factors = shape.factors(method.held_rank(devices))
         copies = 2 if method.remembers_product else 1
-        return Holding(copies * factors, factors + shape.replicated_parameters, extra, shared)
+        return Holding(copies * factors, factors + _trained_beside_adapters(method, shape), extra, shared)
     return Holding(0, shape.parameters, extra, shared)
+
+
+def _trained_beside_adapters(method: AdapterOptions, shape: ModelShape) -> int:
+    if not isinstance(method, LteOptions):
+        return shape.replicated_parameters
+    frozen = {
+        kind for kind, is_frozen in (("norm", method.norms == "none"), ("bias", method.biases == "frozen")) if is_frozen
+    }
+    return sum(tensor.elements for tensor in shape.replicated if tensor.kind not in frozen)
 
 
 @singledispatch

@@ -6,7 +6,7 @@ Letters: N devices, K heads per device, F elements of one head's factors, T step
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -24,7 +24,7 @@ from simulate.costs.traffic import (
     quantized_bytes,
     wire_bytes,
 )
-from simulate.models.shapes import LinearShape, ModelShape
+from simulate.models.shapes import LinearShape, ModelShape, ParameterShape
 from simulate.options import (
     AdamixOptions,
     DasoOptions,
@@ -233,7 +233,7 @@ def _signsgd(method: SignsgdOptions, shape: ModelShape, devices: int, element_by
 def _lte(method: LteOptions, shape: ModelShape, devices: int, element_bytes: int) -> tuple[Recurring, ...]:
     exchanges = _lte_exchanges(
         shape, devices, method.held_rank(devices), method.quantize, method.merge_transport, method.wire,
-        method.fragments, element_bytes,
+        method.fragments, method.norms, method.biases, element_bytes,
     )  # fmt: skip
     return _staggered(exchanges, method.merge_every)
 
@@ -251,9 +251,11 @@ def layer_transport(linear: LinearShape, held_rank: int, devices: int, transport
 @lru_cache(maxsize=8192)
 def _lte_exchanges(
     shape: ModelShape, devices: int, held_rank: int, quantize: str, transport: str, wire: str, fragments: int,
-    element_bytes: int,
+    norms: str, biases: str, element_bytes: int,
 ) -> list[Exchange]:  # fmt: skip
-    layers, replicated = shape.in_order(), [t.elements for t in shape.replicated]
+    layers = shape.in_order()
+    firsts = [t.elements for t in shape.replicated if t.kind == "norm" and norms == "one"]
+    replicated = [t.elements for t in shape.replicated if is_averaged(t, norms, biases)]
     exchanges = []
     for index in range(fragments):
         part = [layers[i] for i in fragment(len(layers), fragments, index)]
@@ -265,8 +267,26 @@ def _lte_exchanges(
             rest = tuple(Transfer(operation, size, devices) for size in sizes for operation in operations)
         else:
             rest = averages(others, devices, wire, element_bytes)
-        exchanges.append(Exchange((*adapted, *rest)))
+        spread = [firsts[i] * element_bytes for i in fragment(len(firsts), fragments, index)]
+        exchanges.append(Exchange((*adapted, *rest, *_spread(packed_bytes(spread), devices, transport))))
     return exchanges
+
+
+def is_averaged(tensor: ParameterShape, norms: str, biases: str) -> bool:
+    """Whether every device trains its own copy of a parameter beside adapters, so that merges average it."""
+    if tensor.kind == "norm":
+        return norms in ("average", "vector-lora")
+    return tensor.kind != "bias" or biases == "average"
+
+
+def _spread(sizes_bytes: Sequence[int], devices: int, transport: str) -> Iterator[Transfer]:
+    """Yield the messages by which all devices take over what the first one has."""
+    for size in sizes_bytes:
+        if transport == "server":
+            yield Transfer("push", size, 1)
+            yield Transfer("pull", size, devices)
+        else:
+            yield Transfer("broadcast", size, devices)
 
 
 def lte_transfers(

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from simulate.adapters import AdapterSpec, LoraLinear, convert, lora_function
+from simulate.adapters import AdapterSpec, LoraLinear, lora_function
+from simulate.convert import Treatment, convert
 from simulate.methods.lora import Lora
 from simulate.options import AdamixOptions
 from simulate.randomness import generator
@@ -25,8 +26,8 @@ from simulate.randomness import generator
 class MixtureLinear(LoraLinear):
     """A linear layer with M pairs, of which one A and one B take part in a pass."""
 
-    def __init__(self, linear: nn.Linear, name: str, spec: AdapterSpec, experts: int) -> None:
-        super().__init__(linear, name, spec, devices=1)
+    def __init__(self, weight_OI: Tensor, bias_LO: Tensor | None, name: str, spec: AdapterSpec, experts: int) -> None:
+        super().__init__(weight_OI, bias_LO, name, spec, devices=1)
         a, b = self.a.detach(), self.b.detach()
         del self.a, self.b
         self.all_a = nn.ParameterList([nn.Parameter(a.clone()) for _ in range(experts)])
@@ -59,7 +60,11 @@ class Adamix(Lora):
     def prepare(self, model: nn.Module) -> nn.Module:
         assert isinstance(self.run.method, AdamixOptions)
         spec, experts = self.spec(), self.run.method.experts
-        return convert(model, 1, lambda linear, name: MixtureLinear(linear, name, spec, experts))
+
+        def make(layer: nn.Linear | nn.Conv2d, name: str, bias_LO: Tensor | None) -> nn.Module:
+            return MixtureLinear(layer.weight, bias_LO, name, spec, experts)
+
+        return convert(model, 1, Treatment(make, convolutions="average"))
 
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         for module in self.model.modules():

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from simulate.communicator import Communicator
 from simulate.costs.traffic import fragment
@@ -22,22 +22,27 @@ Outer = Callable[[str, Tensor, Tensor], Tensor]
 
 
 class Averaging:
-    """Groups of parameters (L, ...), packed into messages, with what averages of them need from merge to merge."""
+    """Groups of parameters (L, ...), packed into messages, with what averages of them need from merge to merge.
+
+    With `first_only` the first device's weights take the place of the mean.
+    """
 
     def __init__(
         self,
-        parameters: dict[str, nn.Parameter],
+        parameters: Mapping[str, Tensor],
         communicator: Communicator,
         server: bool = False,
         wire: str = "full",
         fragments: int = 1,
         outer: Outer | None = None,
+        first_only: bool = False,
     ) -> None:
+        self.first_only = first_only
         self.parameters, self.communicator, self.server, self.outer = parameters, communicator, server, outer
         names = list(parameters)
         parts = ([names[i] for i in fragment(len(names), fragments, index)] for index in range(fragments))
         self.messages = [packed_parameters({name: parameters[name] for name in part}) for part in parts]
-        compressed = wire != "full" and not server and communicator.num_devices > 1
+        compressed = not first_only and wire != "full" and not server and communicator.num_devices > 1
         self.last: dict[str, Tensor] = {}
         if compressed or fragments > 1 or outer is not None:
             self.last = {name: p[0].detach().clone() for name, p in parameters.items()}
@@ -63,6 +68,8 @@ class Averaging:
 
     def _means(self, message: list[str], weights_N: Tensor | None) -> list[Tensor]:
         copies = [self.parameters[name].detach() for name in message]
+        if self.first_only:
+            return self._firsts(copies)
         if self.server:
             return self._through_server(copies, weights_N)
         weights_L = None if weights_N is None else weights_N[self._local]
@@ -76,6 +83,17 @@ class Averaging:
             sums = [torch.tensordot(weights_L, copy, dims=1) for copy in copies]
             self.communicator.all_reduce(sums)
         return sums
+
+    def _firsts(self, copies: list[Tensor]) -> list[Tensor]:
+        """Return what the first device has, which everyone else takes over."""
+        firsts = [copy[0].clone() for copy in copies]
+        if self.server:
+            holds_first = self.communicator.local_devices.start == 0
+            self.communicator.push([first.unsqueeze(0) for first in firsts] if holds_first else [], devices=1)
+            self.communicator.pull(firsts)
+        else:
+            self.communicator.broadcast(firsts)
+        return firsts
 
     @property
     def _local(self) -> slice:

@@ -15,9 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from simulate.adapters import convert, merged_state
 from simulate.communicator import Communicator, Nodes
 from simulate.config import Run
+from simulate.convert import convert, merged_state
 from simulate.methods.base import Method, clip_per_device
 from simulate.methods.ddp import packed_parameters
 from simulate.options import DasoOptions

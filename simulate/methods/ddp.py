@@ -9,6 +9,8 @@ CompressedMean has it (Tang et al. 2021, arXiv 2102.02888, section 4.3, with fin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -55,7 +57,7 @@ class Ddp(GradientMethod):
         return {f"{i}.{key}": value for i, mean in enumerate(self.means) for key, value in mean.state().items()}
 
 
-def packed_parameters(parameters: dict[str, nn.Parameter]) -> list[list[str]]:
+def packed_parameters(parameters: Mapping[str, Tensor]) -> list[list[str]]:
     """Group names of parameters (C, ...) into messages by the bytes of one copy."""
     names = list(parameters)
     sizes = [p[0].numel() * p.element_size() for p in parameters.values()]

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from simulate.adapters import convert, merged_state
 from simulate.communicator import Communicator
+from simulate.convert import convert, merged_state
 from simulate.costs.traffic import pack
 from simulate.methods.base import Method, clip_per_device
 

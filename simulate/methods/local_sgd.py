@@ -14,9 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from simulate.adapters import convert, merged_state
 from simulate.communicator import Communicator
 from simulate.config import Run
+from simulate.convert import convert, merged_state
 from simulate.methods.averaging import Averaging
 from simulate.methods.base import Method, clip_per_device, forget_moments
 from simulate.options import LocalSgdOptions

@@ -13,10 +13,12 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from simulate.adapters import AdapterSpec, LoraLinear, convert, lora, merged_state
+from simulate.adapters import AdapterSpec, LoraLinear
+from simulate.convert import Treatment, convert, lora, merged_state
 from simulate.methods.base import Method
 from simulate.methods.gradients import GradientMethod, mean_over_devices
 from simulate.options import AdapterOptions
+from simulate.replicated import VectorLora
 
 
 class Lora(GradientMethod):
@@ -35,7 +37,7 @@ class Lora(GradientMethod):
         )
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        return convert(model, 1, lora(self.spec(), devices=1))
+        return convert(model, 1, Treatment(lora(self.spec(), devices=1)))
 
     def parameter_groups(self) -> list[dict[str, object]]:
         return adapter_groups(self, adapter_options(self))
@@ -70,5 +72,5 @@ def adapter_groups(method: Method, options: AdapterOptions) -> list[dict[str, ob
 def adapter_parameters(model: nn.Module) -> Iterable[nn.Parameter]:
     """Yield the factors of all adapted layers."""
     for module in model.modules():
-        if isinstance(module, LoraLinear):
+        if isinstance(module, LoraLinear | VectorLora):
             yield from module.factors()

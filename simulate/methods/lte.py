@@ -19,15 +19,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from simulate.adapters import AdapterSpec, LoraLinear, convert, lora, lora_layers, merged_state
+from simulate.adapters import AdapterSpec, LoraLinear, lora_layers
 from simulate.communicator import Communicator
 from simulate.config import Run
+from simulate.convert import Treatment, convert, lora, merged_state, norm_parameters
 from simulate.costs.traffic import fragment
 from simulate.methods.averaging import Averaging
 from simulate.methods.base import Method, clip_per_device, forget_moments, prune_moments
-from simulate.methods.lora import adapter_groups
+from simulate.methods.lora import adapter_groups, adapter_parameters
 from simulate.methods.merging import LayerMerger
 from simulate.options import LteOptions
+from simulate.replicated import VectorLora
 
 PRUNED_SHARE = 0.9
 """Of the adapters' optimizer state, where a merge prunes it (as in ReLoRA, arXiv 2307.05695)."""
@@ -45,25 +47,47 @@ class Lte(Method):
         super().__init__(run, communicator, device, network)
         options = self.options
         layers = lora_layers(self.model)
-        adapters = {id(p) for layer in layers for p in layer.factors()}
-        others = {name: p for name, p in self.parameters.items() if id(p) not in adapters}
-        self.replicated_parameters = list(others.values())
-        self.averaging = Averaging(
-            others, communicator, options.merge_transport == "server", options.wire, options.fragments
-        )
+        self.vectors = {n: m for n, m in self.model.named_modules() if isinstance(m, VectorLora)}
+        adapters = {id(p) for p in adapter_parameters(self.model)}
+        self.replicated_parameters = [p for p in self.parameters.values() if id(p) not in adapters]
+        norms = norm_parameters(self.model) if options.norms == "one" else {}
+        self.first_device_norms = list(norms.values())
+        averaged = {name: t for name, t in self._in_order(adapters).items() if name not in norms}
+        server = options.merge_transport == "server"
+        self.averaging = Averaging(averaged, communicator, server, options.wire, options.fragments)
+        self.spreading = Averaging(norms, communicator, server, fragments=options.fragments, first_only=True)
         parts = [fragment(len(layers), options.fragments, index) for index in range(options.fragments)]
         self.mergers = [LayerMerger([layers[i] for i in part], options, communicator) for part in parts]
 
     def prepare(self, model: nn.Module) -> nn.Module:
+        options, devices = self.options, self.local_devices
         spec = AdapterSpec(
-            rank=self.options.rank,
-            scale=self.options.scale,
-            heads_per_device=self.options.heads_per_device,
-            reset_less=self.options.reset == "none",
+            rank=options.rank,
+            scale=options.scale,
+            heads_per_device=options.heads_per_device,
+            reset_less=options.reset == "none",
             first_device=self.communicator.local_devices.start,
             seed=self.run.train.seed,
         )
-        return convert(model, self.local_devices, lora(spec, self.local_devices))
+        treatment = Treatment(
+            make_adapter=lora(spec, devices),
+            make_vector=lambda vector: VectorLora(vector, devices, options.scale, options.reset == "none"),
+            norms=options.norms,
+            biases=options.biases,
+            convolutions=options.convolutions,
+        )
+        return convert(model, devices, treatment)
+
+    def _in_order(self, adapters: set[int]) -> dict[str, Tensor]:
+        """Return everything but factors of matrices that merges average, in the order of the network."""
+        averaged: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            owner = name.rpartition(".")[0]
+            if owner in self.vectors:
+                averaged[owner] = self.vectors[owner].merged
+            elif id(parameter) not in adapters:
+                averaged[name] = parameter
+        return averaged
 
     def parameter_groups(self) -> list[dict[str, object]]:
         return adapter_groups(self, self.options)
@@ -75,6 +99,10 @@ class Lte(Method):
         losses_H.sum().backward()
         if heads > 1:  # what a device's heads share gets the device's mean
             torch._foreach_div_([p.grad for p in self.replicated_parameters if p.grad is not None], float(heads))
+        for norm in self.first_device_norms:  # trained on the first device, for all
+            first = 1 if self.communicator.local_devices.start == 0 else 0
+            if norm.grad is not None:
+                norm.grad[first:] = 0.0
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         clip_per_device(gradients, self.local_devices, self.run.train.clip_norm)
         self.apply_gradients(step)
@@ -85,9 +113,15 @@ class Lte(Method):
         for index in self.fragments_due(step):
             merger = self.mergers[index]
             merger.merge()
+            for vector in self.vectors.values():
+                vector.merged.copy_(vector())
             self.averaging.merge(index)
+            self.spreading.merge(index)
             for layer in merger.layers:
                 self._start_round(layer, step)
+            for name in (name for message in self.averaging.messages[index] for name in message):
+                if name in self.vectors:
+                    self.vectors[name].start_round()
 
     def _start_round(self, layer: LoraLinear, step: int) -> None:
         if self.options.reset != "none":
@@ -100,7 +134,8 @@ class Lte(Method):
             forget_moments(self.optimizer, layer.factors())
 
     def merged_state(self) -> dict[str, Tensor]:
-        last = {id(self.parameters[name]): tensor for name, tensor in self.averaging.last.items()}
+        averagings = (self.averaging, self.spreading)
+        last = {id(a.parameters[name]): tensor for a in averagings for name, tensor in a.last.items()}
         return merged_state(self.model, last)
 
     def kept(self) -> dict[str, Tensor]:
@@ -111,7 +146,7 @@ class Lte(Method):
             if layer.start_weight is not None
         }
         errors = {name: tensor for merger in self.mergers for name, tensor in merger.state().items()}
-        return {**starts, **errors, **self.averaging.state()}
+        return {**starts, **errors, **self.averaging.state(), **self.spreading.state()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         for name, module in self.model.named_modules():

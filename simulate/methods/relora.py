@@ -17,9 +17,10 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from simulate.adapters import LoraLinear, convert, lora_layers, merged_state
+from simulate.adapters import LoraLinear, lora_layers
 from simulate.communicator import Communicator
 from simulate.config import Run
+from simulate.convert import convert, merged_state
 from simulate.methods.base import learning_rate_factor, prune_moments
 from simulate.methods.lora import Lora, adapter_parameters
 from simulate.models.build import build_model

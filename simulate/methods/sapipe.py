@@ -18,9 +18,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from simulate.adapters import merged_state
 from simulate.communicator import Communicator
 from simulate.config import Run
+from simulate.convert import merged_state
 from simulate.costs.traffic import pack
 from simulate.methods.base import clip_per_device
 from simulate.methods.gradients import GradientMethod, give_copies, take_gradients

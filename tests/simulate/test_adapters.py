@@ -10,22 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simulate.adapters import (
-    AdapterSpec,
-    LoraLinear,
-    MakeAdapter,
-    ReplicatedEmbedding,
-    ReplicatedLayerNorm,
-    ReplicatedLinear,
-    _LoraLinear,
-    _ReplicatedLayerNorm,
-    convert,
-    lora,
-    lora_layers,
-    merged_state,
-)
+from simulate.adapters import AdapterSpec, LoraLinear, _LoraLinear, lora_layers
+from simulate.convert import Treatment, convert, lora, merged_state
 from simulate.errors import InputError
 from simulate.models.build import build_model
+from simulate.replicated import ReplicatedEmbedding, ReplicatedLayerNorm, ReplicatedLinear, _ReplicatedLayerNorm
 from tests import tiny
 
 # L = 2 devices with K = 2 heads each, so H = 4; M = 3 rows a head; I = 5, O = 4, R = 2.
@@ -124,7 +113,7 @@ def test_each_copy_of_an_embedding_is_a_plain_one(copies: int) -> None:
 
 
 def layer(devices: int = 3, name: str = "blocks.0.mlp.up", **changes: int) -> LoraLinear:
-    return LoraLinear(nn.Linear(8, 6, dtype=torch.float64), name, spec(**changes), devices)
+    return LoraLinear(nn.Linear(8, 6, dtype=torch.float64).weight, None, name, spec(**changes), devices)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 6])
@@ -177,35 +166,35 @@ def test_draws_leave_the_global_generator_alone() -> None:
 def test_convert_adapts_every_linear_layer_but_the_tied_head() -> None:
     plain = build_model(tiny.lte_run())
     linears = [name for name, module in plain.named_modules() if isinstance(module, nn.Linear)]
-    adapted = [module.name for module in lora_layers(convert(plain, 2, lora(spec(), 2)))]
+    adapted = [module.name for module in lora_layers(convert(plain, 2, Treatment(lora(spec(), 2))))]
     assert adapted == [name for name in linears if name != "head"]
 
 
 def test_a_tied_parameter_stays_one_parameter() -> None:
-    model = convert(build_model(tiny.lte_run()), 3, lora(spec(), 3))
+    model = convert(build_model(tiny.lte_run()), 3, Treatment(lora(spec(), 3)))
     assert model.get_submodule("head").weight is model.get_submodule("token").weight
 
 
-@pytest.mark.parametrize("adapters", [None, lora(spec(), 2)])
-def test_a_converted_network_starts_as_the_plain_one(adapters: MakeAdapter | None) -> None:
+@pytest.mark.parametrize("treatment", [Treatment(), Treatment(lora(spec(), 2))])
+def test_a_converted_network_starts_as_the_plain_one(treatment: Treatment) -> None:
     run = tiny.lte_run()
     inputs, _ = tiny.batches(run).batch(0, range(2))
     plain = build_model(run)
-    converted = convert(build_model(run), 2, adapters)
+    converted = convert(build_model(run), 2, treatment)
     torch.testing.assert_close(converted(inputs), plain(inputs), rtol=1e-12, atol=1e-12)
 
 
 def test_converting_and_merging_back_loses_nothing() -> None:
     plain = build_model(tiny.lte_run())
-    merged = merged_state(convert(build_model(tiny.lte_run()), 2, lora(spec(), 2)))
+    merged = merged_state(convert(build_model(tiny.lte_run()), 2, Treatment(lora(spec(), 2))))
     assert merged.keys() == plain.state_dict().keys()
     assert all(torch.equal(weight, merged[name]) for name, weight in plain.state_dict().items())
 
 
-def test_a_layer_that_cannot_be_trained_per_device_is_refused_by_name() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Conv2d(1, 1, 3))
-    with pytest.raises(InputError, match="1 is a Conv2d") as caught:
-        convert(model, 2, lora(spec(rank=1), 2))
+def test_batch_normalisation_is_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm2d(1))
+    with pytest.raises(InputError, match="1 is a BatchNorm2d") as caught:
+        convert(model, 2)
     assert "\n" not in str(caught.value)
 
 

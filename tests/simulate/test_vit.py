@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simulate.adapters import AdapterSpec, MakeAdapter, convert, lora, lora_layers, merged_state
+from simulate.adapters import AdapterSpec, lora_layers
+from simulate.convert import Treatment, convert, lora, merged_state
 from simulate.models.vit import VIT_SIZES, Vit, VitSize, patches_of
 
 SMALL = VitSize(layers=2, width=12, attention_heads=3, patch=4, image=8, classes=5)
@@ -56,14 +57,18 @@ def test_patches_count_by_where_they_are() -> None:
     assert not torch.allclose(model(x), model(x.flip(3).contiguous()))
 
 
-@pytest.mark.parametrize("adapters", [None, lora(AdapterSpec(2, 1.5, 1, False, 0, 0), 3)])
-def test_a_converted_vit_starts_as_the_plain_one(adapters: MakeAdapter | None) -> None:
+@pytest.mark.parametrize("treatment", [Treatment(), Treatment(lora(AdapterSpec(2, 1.5, 1, False, 0, 0), 3))])
+def test_a_converted_vit_starts_as_the_plain_one(treatment: Treatment) -> None:
     plain, x = small(), images(6)
-    converted = convert(small(), 3, adapters)
+    converted = convert(small(), 3, treatment)
     torch.testing.assert_close(converted(x), plain(x), rtol=1e-12, atol=1e-12)
     assert all(torch.equal(weight, merged_state(converted)[name]) for name, weight in plain.state_dict().items())
 
 
 def test_every_linear_layer_is_adapted() -> None:
     linears = sum(isinstance(module, nn.Linear) for module in small().modules())
-    assert len(lora_layers(convert(small(), 3, lora(AdapterSpec(2, 1.5, 1, False, 0, 0), 3)))) == linears == 2 + 4 * 2
+    assert (
+        len(lora_layers(convert(small(), 3, Treatment(lora(AdapterSpec(2, 1.5, 1, False, 0, 0), 3)))))
+        == linears
+        == 2 + 4 * 2
+    )

@@ -1,0 +1,244 @@
+"""Layers of which every device trains its own copy of all parameters, C copies in one tensor program.
+
+Legend: L local devices, C copies (L, or 1 where all devices share one), M rows of one copy (its samples times tokens),
+I inputs, O outputs, V vocabulary, D width. A parameter that nobody trains is a buffer with one copy.
+
+Activations keep the plain layout (samples of device 0, samples of device 1, ...) in their first dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+def replicate(parameter: Tensor, copies: int) -> nn.Parameter:
+    """Return a parameter with a leading axis of equal copies."""
+    one = parameter.detach().unsqueeze(0)
+    return nn.Parameter(one if copies == 1 else one.repeat(copies, *(1,) * parameter.ndim))
+
+
+class Replicated(nn.Module):
+    """A layer whose parameters have a copies axis, under the plain layer's names."""
+
+    def hold(self, name: str, tensor: Tensor | nn.Module | None) -> None:
+        """Keep a parameter, a frozen tensor, a VectorLora or nothing under the plain layer's name."""
+        if isinstance(tensor, nn.Parameter | nn.Module) or tensor is None:
+            setattr(self, name, tensor)
+        else:
+            self.register_buffer(name, tensor)
+
+    def plain_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the plain layer's parameters, each with its copies axis."""
+        for name, parameter in (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)):
+            yield name, parameter
+        for name, module in self.named_children():
+            if isinstance(module, VectorLora):
+                yield name, module.value
+
+
+def copies_of(tensor: Tensor | VectorLora) -> Tensor:
+    """Return the copies, (C, ...), that a layer computes with."""
+    return tensor() if isinstance(tensor, VectorLora) else tensor
+
+
+class VectorLora(nn.Module):
+    """A frozen vector with a low-rank pair for each device: v + s·b_n·a_n − s·b0_n·a0_n, with b (D, 1) and a (1, 1).
+
+    The affine parameters of norms, trained like LoRA trains matrices (arXiv 2402.16828, section 3); merged like LTE's
+    pairs. a starts at 1, the only orthogonal draw there is up to its sign, and b at 0.
+    """
+
+    def __init__(self, vector: Tensor, devices: int, scale: float, remembers: bool) -> None:
+        super().__init__()
+        self.scale = scale
+        self.register_buffer("value", vector.detach().clone().unsqueeze(0))
+        self.a = nn.Parameter(vector.new_ones(devices, 1))
+        self.b = nn.Parameter(vector.new_zeros(devices, len(vector)))
+        self.register_buffer("a0", torch.ones_like(self.a.detach()) if remembers else None)
+        self.register_buffer("b0", torch.zeros_like(self.b.detach()) if remembers else None)
+        self.register_buffer("merged", vector.new_zeros(devices, len(vector)))
+        """Every device's effective vector, (L, D), while a merge averages them."""
+
+    value: Tensor
+    merged: Tensor
+    a0: Tensor | None
+    b0: Tensor | None
+
+    def forward(self) -> Tensor:
+        change_LD = self.b * self.a
+        if self.a0 is not None and self.b0 is not None:
+            change_LD = change_LD - self.b0 * self.a0
+        return self.value + self.scale * change_LD
+
+    def factors(self) -> Iterator[nn.Parameter]:
+        """Yield the trained factors."""
+        yield from (self.a, self.b)
+
+    def start_round(self) -> None:
+        """Take over what was merged; without reset the pair goes on, and what it held is remembered."""
+        self.value.copy_(self.merged[:1])
+        if self.a0 is not None and self.b0 is not None:
+            self.a0.copy_(self.a.detach())
+            self.b0.copy_(self.b.detach())
+        else:
+            self.a.detach().fill_(1.0)
+            self.b.detach().zero_()
+
+
+class ReplicatedLinear(Replicated):
+    """A linear layer of which every device trains its own full copy (C = L), or all share one (C = 1)."""
+
+    def __init__(self, weight_COI: nn.Parameter, bias_CO: Tensor | None) -> None:
+        super().__init__()
+        self.hold("weight", weight_COI)
+        self.hold("bias", bias_CO)
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        copies, outputs, inputs = self.weight.shape
+        if copies == 1:  # views, not indexing: their gradient is written in place instead of copied
+            return F.linear(
+                x, self.weight.view(outputs, inputs), None if self.bias is None else self.bias.view(outputs)
+            )
+        x_CMI = x.reshape(copies, -1, inputs)
+        w_CIO = self.weight.transpose(1, 2)
+        y = torch.bmm(x_CMI, w_CIO) if self.bias is None else torch.baddbmm(self.bias.unsqueeze(1), x_CMI, w_CIO)
+        return y.view(*x.shape[:-1], outputs)
+
+
+class ReplicatedEmbedding(Replicated):
+    """An embedding table per device, (C, V, D)."""
+
+    def __init__(self, weight_CVD: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight_CVD
+
+    def forward(self, index: Tensor) -> Tensor:
+        copies, vocab, width = self.weight.shape
+        if copies > 1:
+            offset = torch.arange(copies, device=index.device) * vocab
+            index = (index.reshape(copies, -1) + offset.unsqueeze(1)).view(index.shape)
+        # No view where copies are one storage, expanded over devices.
+        return F.embedding(index, self.weight.reshape(copies * vocab, width))
+
+
+class ReplicatedConv2d(Replicated):
+    """A convolution per device: the copies are groups of one convolution over their channels side by side."""
+
+    def __init__(self, conv: nn.Conv2d, weight_COIYX: nn.Parameter, bias_CO: Tensor | None) -> None:
+        super().__init__()
+        self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
+        self.hold("weight", weight_COIYX)
+        self.hold("bias", bias_CO)
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        copies, outputs = self.weight.shape[:2]
+        samples = x.shape[0] // copies
+        x_SCYX = x.view(copies, samples, *x.shape[1:]).transpose(0, 1).reshape(samples, -1, *x.shape[2:])
+        bias = None if self.bias is None else self.bias.expand(copies, outputs).reshape(-1)
+        y = F.conv2d(
+            x_SCYX, self.weight.flatten(0, 1), bias, self.stride, self.padding, self.dilation, copies * self.groups
+        )
+        return y.view(samples, copies, outputs, *y.shape[2:]).transpose(0, 1).flatten(0, 1)
+
+
+class _ReplicatedLayerNorm(torch.autograd.Function):
+    """Layer norm over the last dimension with C affine pairs; saves its input and two numbers a row, like torch's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_CD: Tensor, bias_CD: Tensor, epsilon: float) -> Tensor:
+        copies, width = weight_CD.shape
+        x = x.contiguous()
+        y, mean, rstd = torch.native_layer_norm(x, [width], None, None, epsilon)
+        y.view(copies, -1, width).mul_(weight_CD.unsqueeze(1)).add_(bias_CD.unsqueeze(1))
+        ctx.save_for_backward(x, mean, rstd, weight_CD)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, weight_CD = ctx.saved_tensors
+        (grad_y,) = grads
+        copies, width = weight_CD.shape
+        g_CMD = grad_y.reshape(copies, -1, width)
+        normal_CMD = (x.view(-1, width) - mean.view(-1, 1)).mul_(rstd.view(-1, 1)).view(copies, -1, width)
+        grad_weight, grad_bias = (g_CMD * normal_CMD).sum(1), g_CMD.sum(1)
+        scaled = (g_CMD * weight_CD.unsqueeze(1)).view(x.shape)
+        grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
+            scaled, x, [width], mean, rstd, None, None, [True, False, False]
+        )
+        return grad_x, grad_weight, grad_bias, None
+
+
+class ReplicatedLayerNorm(Replicated):
+    """LayerNorm whose affine pair every device trains for itself (C = L), all share, or nobody trains (C = 1)."""
+
+    def __init__(self, norm: nn.LayerNorm, weight_CD: Tensor | VectorLora, bias_CD: Tensor | VectorLora) -> None:
+        super().__init__()
+        self.epsilon = norm.eps
+        self.hold("weight", weight_CD)
+        self.hold("bias", bias_CD)
+
+    weight: Tensor | VectorLora
+    bias: Tensor | VectorLora
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight_CD, bias_CD = copies_of(self.weight), copies_of(self.bias)
+        copies, width = weight_CD.shape
+        if copies == 1:
+            return F.layer_norm(x, [width], weight_CD.view(width), bias_CD.view(width), self.epsilon)
+        return _ReplicatedLayerNorm.apply(x, weight_CD, bias_CD, self.epsilon)
+
+
+class ReplicatedRmsNorm(Replicated):
+    """RMSNorm whose weight every device trains for itself (C = L), all share, or nobody trains (C = 1)."""
+
+    def __init__(self, norm: nn.RMSNorm, weight_CD: Tensor | VectorLora) -> None:
+        super().__init__()
+        self.epsilon = norm.eps
+        self.hold("weight", weight_CD)
+
+    weight: Tensor | VectorLora
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight_CD = copies_of(self.weight)
+        copies, width = weight_CD.shape
+        normal = F.rms_norm(x, [width], None, self.epsilon)
+        return (normal.reshape(copies, -1, width) * weight_CD.unsqueeze(1)).view(x.shape)
+
+
+class ReplicatedModule(nn.Module):
+    """Any other module with parameters: each device's samples go through its own copy, one device after the other.
+
+    Buffers are shared, so a module must not write to them while it trains.
+    """
+
+    def __init__(self, module: nn.Module, copies: int) -> None:
+        super().__init__()
+        self.copies = copies
+        self.names = [name for name, _ in module.named_parameters()]
+        self.stacked = nn.ParameterList([replicate(p, copies) for p in module.parameters()])
+        # In a list, so that the plain module's own parameters are nobody's.
+        self.plain = [module]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.plain[0].train(self.training)
+        parts = []
+        for copy, part in enumerate(x.chunk(self.copies)):
+            own = {name: stacked[copy] for name, stacked in zip(self.names, self.stacked, strict=True)}
+            parts.append(functional_call(self.plain[0], own, (part,)))
+        return torch.cat(parts)
+
+    def plain_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the plain module's parameters, each with its copies axis."""
+        yield from zip(self.names, self.stacked, strict=True)
