@@ -17,7 +17,7 @@ from simulate.communicator import ByteCounter, Nodes
 from simulate.config import Run
 from simulate.methods import build_method
 
-MEASURED_STEPS = 3
+MEASURED_ROUNDS, MEASURED_STEPS = 2, 2
 """The first step allocates optimizer state, the first merge what it remembers; after that every round is alike."""
 
 
@@ -45,7 +45,10 @@ class EchoCommunicator:
 
     def push(self, tensors: Sequence[Tensor], devices: int | None = None) -> list[Tensor]:
         self._pack(tensors)
-        return list(tensors)
+        if devices is None:
+            return list(tensors)
+        # The server's own memory is no device's: everyone's part is one that takes no room.
+        return [t.new_zeros(1).expand(devices, *t.shape[1:]) for t in tensors]
 
     def pull(self, tensors: Sequence[Tensor], devices: int | None = None) -> None:
         self._pack(tensors)
@@ -79,9 +82,11 @@ def measure_memory_bytes(run: Run, device: torch.device) -> int:
         method = build_method(run, EchoCommunicator(run.cluster.devices), device)
         samples = (run.train.micro_batch, run.model.context)
         tokens = torch.arange(samples[0] * samples[1], device=device).view(samples) % run.model.vocab
-        for step in range(MEASURED_STEPS):
-            method.step(tokens, tokens, step)
-            method.merge(step)
+        last = run.train.steps - 1
+        for _ in range(MEASURED_ROUNDS):
+            for step in range(MEASURED_STEPS):
+                method.step(tokens, tokens, step)
+            method.merge(last)  # of all groups of layers
 
     if device.type == "cuda":
         return _cuda_peak_bytes(program, device)

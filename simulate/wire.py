@@ -6,7 +6,7 @@ WIRE_BLOCK elements that share a scale.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,9 @@ def encode(x_LX: Tensor, wire: str) -> list[Tensor]:
     if wire in HALVES:
         return [x_LX.to(HALVES[wire])]
     rows, elements = x_LX.shape
-    x_LWX = F.pad(x_LX, (0, -elements % WIRE_BLOCK)).view(rows, -1, WIRE_BLOCK)
-    scale_LW = (x_LWX.abs().amax(2) / LEVELS[wire]).float()
+    whole = elements % WIRE_BLOCK == 0
+    x_LWX = (x_LX if whole else F.pad(x_LX, (0, -elements % WIRE_BLOCK))).view(rows, -1, WIRE_BLOCK)
+    scale_LW = (torch.linalg.vector_norm(x_LWX, torch.inf, dim=2) / LEVELS[wire]).float()
     # A block of zeros has no scale; any but zero gives back zeros.
     divisor = torch.where(scale_LW > 0, scale_LW, torch.ones_like(scale_LW)).to(x_LX.dtype)
     q = (x_LWX / divisor.unsqueeze(2)).round_().clamp_(-LEVELS[wire], LEVELS[wire])
@@ -45,7 +46,8 @@ def decode(message: Sequence[Tensor], elements: int, wire: str, dtype: torch.dty
         return message[0].to(dtype)
     packed, scale_LW = message
     q_LX = packed if wire == "int8" else _from_bytes(packed, elements)
-    x_LWX = F.pad(q_LX, (0, -elements % WIRE_BLOCK)).view(len(q_LX), -1, WIRE_BLOCK).to(dtype)
+    whole = q_LX if elements % WIRE_BLOCK == 0 else F.pad(q_LX, (0, -elements % WIRE_BLOCK))
+    x_LWX = whole.reshape(len(q_LX), -1, WIRE_BLOCK).to(dtype)
     x_LWX.mul_(scale_LW.to(dtype).unsqueeze(2))
     return x_LWX.view(len(q_LX), -1)[:, :elements]
 
@@ -74,27 +76,39 @@ class CompressedMean:
 
     def __init__(self, elements: int, wire: str, communicator: Communicator, like: Tensor) -> None:
         self.wire, self.communicator, self.elements = wire, communicator, elements
-        local = len(communicator.local_devices)
-        self.chunk = chunk_elements(elements, communicator.num_devices)
-        self.sent_error_LX = like.new_zeros(local, elements)
+        local, devices = len(communicator.local_devices), communicator.num_devices
+        self.chunk = chunk_elements(elements, devices)
+        # As long as the chunks of all devices together.
+        self.sent_error_LX = like.new_zeros(local, devices * self.chunk)
         self.mean_error_LC = like.new_zeros(local, self.chunk)
 
-    def mean(self, x_LX: Tensor) -> Tensor:
-        """Return the mean, (X,); `x_LX` is overwritten."""
-        devices, local = self.communicator.num_devices, len(x_LX)
-        corrected_LX = x_LX.add_(self.sent_error_LX)
-        x_LNC = F.pad(corrected_LX, (0, devices * self.chunk - self.elements)).view(local * devices, self.chunk)
-        parts = encode(x_LNC, self.wire)
-        sent_LX = decode(parts, self.chunk, self.wire, x_LX.dtype).view(local, -1)[:, : self.elements]
-        torch.sub(corrected_LX, sent_LX, out=self.sent_error_LX)
-        received = self.communicator.all_to_all([part.view(local, devices, *part.shape[1:]) for part in parts])
-        received = [part.reshape(local * devices, *part.shape[2:]) for part in received]
-        mean_LC = decode(received, self.chunk, self.wire, x_LX.dtype).view(local, devices, self.chunk).sum(1)
-        mean_LC.div_(devices).add_(self.mean_error_LC)
+    def mean(self, parts: Iterable[Tensor]) -> Tensor:
+        """Return the mean, (X,), of vectors that are given in parts, (L, ...) each."""
+        mean_LC = self._own_chunk(self._send(parts))
         message = encode(mean_LC, self.wire)
-        torch.sub(mean_LC, decode(message, self.chunk, self.wire, x_LX.dtype), out=self.mean_error_LC)
+        torch.sub(mean_LC, decode(message, self.chunk, self.wire, mean_LC.dtype), out=self.mean_error_LC)
         gathered = self.communicator.all_gather(message)
-        return decode(gathered, self.chunk, self.wire, x_LX.dtype).reshape(-1)[: self.elements]
+        return decode(gathered, self.chunk, self.wire, mean_LC.dtype).reshape(-1)[: self.elements]
+
+    def _own_chunk(self, messages: list[Tensor]) -> Tensor:
+        """Return the mean of what all devices sent of the chunks that are averaged here, (L, C)."""
+        local, devices = len(self.mean_error_LC), self.communicator.num_devices
+        received = self.communicator.all_to_all([part.view(local, devices, *part.shape[1:]) for part in messages])
+        flat = [part.reshape(local * devices, *part.shape[2:]) for part in received]
+        parts_LNC = decode(flat, self.chunk, self.wire, self.mean_error_LC.dtype).view(local, devices, self.chunk)
+        return parts_LNC.sum(1).div_(devices).add_(self.mean_error_LC)
+
+    def _send(self, parts: Iterable[Tensor]) -> list[Tensor]:
+        """Return the messages to all devices, (L*N, ...), and keep what they leave out."""
+        first = 0
+        for part in parts:  # onto what the last message left out, so that nothing is held twice
+            flat_LX = part.flatten(1)
+            self.sent_error_LX[:, first : first + flat_LX.shape[1]] += flat_LX
+            first += flat_LX.shape[1]
+        x_NC = self.sent_error_LX.view(-1, self.chunk)
+        message = encode(x_NC, self.wire)
+        x_NC.sub_(decode(message, self.chunk, self.wire, x_NC.dtype))
+        return message
 
     def state(self) -> dict[str, Tensor]:
         """Return both errors by name."""

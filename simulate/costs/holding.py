@@ -69,7 +69,7 @@ def _extra(method: Any, shape: ModelShape, devices: int) -> int:
 
 def _residuals(elements: int, devices: int) -> int:
     """Error feedback of a compressed mean: of what is sent, and of the part that is averaged here."""
-    return elements + chunk_elements(elements, devices)
+    return (devices + 1) * chunk_elements(elements, devices)
 
 
 @_extra.register

@@ -13,11 +13,13 @@ from functools import lru_cache
 
 from simulate.config import Run
 from simulate.costs.holding import holding
-from simulate.costs.schedule import factor_buffer_bytes, layer_transport
-from simulate.costs.traffic import ELEMENT_BYTES, frozen_bytes, pack, packed_bytes, wire_bytes
+from simulate.costs.schedule import INDEX_BYTES as INDEX_INT32_BYTES
+from simulate.costs.schedule import factor_buffer_bytes, gather_groups, layer_transport, topk_entries
+from simulate.costs.traffic import ELEMENT_BYTES, chunk_elements, fragment, frozen_bytes, pack, packed_bytes, wire_bytes
 from simulate.hardware import Device
 from simulate.models.shapes import ModelShape
 from simulate.options import (
+    AdamixOptions,
     AdapterOptions,
     DasoOptions,
     DdpOptions,
@@ -90,7 +92,8 @@ def peak_memory(run: Run, shape: ModelShape, device: Device) -> Memory:
         shared_memory = device.host_memory_bytes == 0
         weights = _frozen_bytes(shape, method, element_bytes, shared_memory)
         rank = method.row_rank(devices)
-        block_trained = shape.factors(method.held_rank(devices)) // shape.layers
+        trained_rank = method.rank if isinstance(method, AdamixOptions) else method.held_rank(devices)
+        block_trained = shape.factors(trained_rank) // shape.layers
     else:
         weights, rank = shape.parameters * element_bytes, 0
         block_trained = sum(linear.weights for linear in shape.adapted)
@@ -156,25 +159,47 @@ def _exchange_phases(run: Run, shape: ModelShape, trained_bytes: int) -> tuple[_
             element_bytes,
         )  # fmt: skip
         return (_Phase(0, 0, merge),)
-    message = max(packed_bytes([t.elements * element_bytes for t in shape.tensors]))
+    sizes = [t.elements * element_bytes for t in shape.tensors]
     if isinstance(method, LocalSgdOptions | DilocoOptions | DasoOptions):
-        sums = 2 if devices > 1 else 1  # the means, and the message that they are packed into
-        wire = getattr(method, "wire", "full")
-        return (_Phase(0, 0, sums * message + _compression_bytes(wire, message, devices, element_bytes)),)
+        return (_Phase(0, 0, _averaging_bytes(method, sizes, devices, element_bytes)),)
     if devices == 1:
         return (_Phase(trained_bytes, 0, 0),)
-    if isinstance(method, PowerSgdOptions | TopkOptions | SignsgdOptions):
-        message = 2 * max(t.elements for t in shape.tensors) * element_bytes
-    elif isinstance(method, DdpOptions):
-        message += _compression_bytes(method.wire, message, devices, element_bytes)
-    return (_Phase(trained_bytes, 0, min(message, trained_bytes)),)
+    message = min(max(packed_bytes(sizes)), trained_bytes)
+    if isinstance(method, PowerSgdOptions):
+        message = 2 * max(p for t in shape.tensors if (p := method.rank * sum(t.shape) * element_bytes))
+    elif isinstance(method, TopkOptions):  # everyone's entries, and one's own
+        entry_bytes = element_bytes + INDEX_INT32_BYTES
+        payload = [topk_entries(t.elements, method.density) * entry_bytes for t in shape.tensors]
+        message = max(sum(payload[i] for i in g) for g in gather_groups(payload, devices)) * (devices + 1)
+    elif isinstance(method, SignsgdOptions):  # everyone's bits, and the signs of one tensor as numbers
+        bits = [-(-t.elements // 8) + element_bytes for t in shape.tensors]
+        packed = max(sum(bits[i] for i in group) for group in gather_groups(bits, devices))
+        message = packed * (devices + 1) + devices * max(sizes)
+    elif isinstance(method, DdpOptions) and method.wire != "full":  # what it takes the place of is freed first
+        message = _compression_bytes(method.wire, message, devices, element_bytes) - message
+    return (_Phase(trained_bytes, 0, message),)
+
+
+def _averaging_bytes(
+    method: LocalSgdOptions | DilocoOptions | DasoOptions, sizes: list[int], devices: int, element_bytes: int
+) -> int:
+    """Buffers of a merge of full copies: means and the message they travel in, or its compressed form."""
+    if isinstance(method, LocalSgdOptions) and method.merge_optimizer == "average":
+        sizes = sizes * 3
+    parts = method.merges_per_round
+    groups = [[sizes[i] for i in fragment(len(sizes), parts, index)] for index in range(parts)]
+    message = max(max(packed_bytes(group)) for group in groups)
+    wire = "full" if isinstance(method, DasoOptions) else method.wire
+    sums = 2 if devices > 1 else 1
+    return max(sums * message, _compression_bytes(wire, message, devices, element_bytes))
 
 
 def _compression_bytes(wire: str, message: int, devices: int, element_bytes: int) -> int:
-    """Buffers of a compressed mean beside the message in full precision: its encoded form, and what was lost."""
+    """Buffers of a compressed mean: everyone's chunks and the mean, and the messages of both ways."""
     if wire == "full" or devices == 1:
         return 0
-    return message + wire_bytes(message // element_bytes, wire, element_bytes)
+    chunk = chunk_elements(message // element_bytes, devices)
+    return (devices + 1) * chunk * element_bytes + 2 * wire_bytes(devices * chunk, wire, element_bytes)
 
 
 @lru_cache(maxsize=4096)

@@ -182,9 +182,9 @@ def _daso(method: DasoOptions, shape: ModelShape, devices: int, element_bytes: i
     if size > 1:
         parts.append(Recurring(Exchange(tuple(Transfer("all_reduce", b, size, nodes) for b in sizes))))
     if nodes > 1:
-        between = tuple(Transfer("all_reduce", b, nodes) for b in sizes)
-        within = tuple(Transfer("broadcast", b, size, nodes) for b in sizes) if size > 1 else ()
-        parts.append(_merge(Exchange((*between, *within)), method.merge_every, method.delay_steps))
+        between = [(Transfer("all_reduce", b, nodes), Transfer("broadcast", b, size, nodes)) for b in sizes]
+        messages = tuple(t for pair in between for t in (pair if size > 1 else pair[:1]))
+        parts.append(_merge(Exchange(messages), method.merge_every, method.delay_steps))
     return tuple(parts)
 
 

@@ -53,6 +53,19 @@ class Averaging:
                 self.means[message] = CompressedMean(elements, wire, communicator, self.last[message[0]])
 
     @torch.no_grad()
+    def keep_last(self) -> None:
+        """Keep the weights as they are now and after every merge, if no option did so anyway."""
+        for name, parameter in self.parameters.items():
+            if name not in self.last:
+                self.last[name] = parameter[0].detach().clone()
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Take the parameters as they are, equal on all devices, for the last merged ones, where these are kept."""
+        for name, last in self.last.items():
+            last.copy_(self.parameters[name][0])
+
+    @torch.no_grad()
     def merge(self, index: int, weights_N: Tensor | None = None) -> None:
         """Average the index-th fragment; `weights_N` are all devices' shares of 1, equal where not given.
 
@@ -113,11 +126,11 @@ class Averaging:
         return means
 
     def _compressed(self, message: tuple[str, ...], copies: list[Tensor], weights_L: Tensor | None) -> list[Tensor]:
-        changes = [copy - self.last[name] for name, copy in zip(message, copies, strict=True)]
-        change_LX = torch.cat([change.flatten(1) for change in changes], dim=1)
+        changes = (copy - self.last[name] for name, copy in zip(message, copies, strict=True))
         if weights_L is not None:  # the mean is over all devices: Σ w_n·x_n = mean_n(N·w_n·x_n)
-            change_LX *= (weights_L * self.communicator.num_devices).unsqueeze(1)
-        mean_X = self.means[message].mean(change_LX)
+            weight_L1 = (weights_L * self.communicator.num_devices).unsqueeze(1)
+            changes = (change.flatten(1) * weight_L1 for change in changes)
+        mean_X = self.means[message].mean(changes)
         parts = mean_X.split([copy[0].numel() for copy in copies])
         return [self.last[name] + part.view_as(self.last[name]) for name, part in zip(message, parts, strict=True)]
 

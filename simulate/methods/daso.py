@@ -12,6 +12,8 @@ Legend: M nodes, C local nodes; the devices of a node share one copy of the weig
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +23,7 @@ from simulate.convert import convert, merged_state
 from simulate.methods.base import Method, clip_per_device
 from simulate.methods.ddp import packed_parameters
 from simulate.options import DasoOptions
+from simulate.updates import LayerUpdates, dense_updates
 
 NOTHING = -1
 
@@ -40,10 +43,18 @@ class Daso(Method):
         self.delayed = self.options.delay_steps > 0 and self.nodes.count > 1
         self.arriving = {n: torch.zeros_like(p[0]) for n, p in self.parameters.items()} if self.delayed else {}
         self.sent_after = torch.tensor(NOTHING)
+        self.last: dict[str, Tensor] = {}
+        """The nodes' mean at the last exchange, where it is kept."""
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        assert self.local_devices % self.nodes.size == 0, "a process holds whole nodes"
-        return convert(model, self.local_devices // self.nodes.size)
+        return convert(model, self.local_nodes)
+
+    @property
+    def local_nodes(self) -> int:
+        """Nodes of this process: whole ones, or the one that its devices are part of."""
+        size, local = self.nodes.size, self.local_devices
+        assert local % size == 0 or size % local == 0, "a process holds whole nodes, or an equal part of one"
+        return max(1, local // size)
 
     def parameter_groups(self) -> list[dict[str, object]]:
         return self.decay_groups(self.parameters.items(), self.run.train.learning_rate)
@@ -55,7 +66,7 @@ class Daso(Method):
         for names in self.messages if self.nodes.size > 1 else ():
             self.communicator.reduce_in_nodes([gradients[name] for name in names], self.nodes)
         torch._foreach_div_(list(gradients.values()), float(self.nodes.size))
-        clip_per_device(list(gradients.values()), self.local_devices // self.nodes.size, self.run.train.clip_norm)
+        clip_per_device(list(gradients.values()), self.local_nodes, self.run.train.clip_norm)
         self.apply_gradients(step)
         if int(self.sent_after) != NOTHING and step == int(self.sent_after) + self.options.delay_steps:
             self._mix()
@@ -70,23 +81,34 @@ class Daso(Method):
             self._mix()
         if self.delayed and not last:
             with self.communicator.background():
-                for name, sums in self._sums().items():
+                for name, sums in self._sums():
                     self.arriving[name].copy_(sums)
+                    self._keep(name, sums)
             self.sent_after.fill_(step)
             return
-        for name, sums in self._sums().items():
+        for name, sums in self._sums():
             self.parameters[name].copy_((sums / self.nodes.count).expand_as(self.parameters[name]))
+            self._keep(name, sums)
 
-    def _sums(self) -> dict[str, Tensor]:
-        """Return each parameter's sum over all nodes."""
-        everything: dict[str, Tensor] = {}
+    def _keep(self, name: str, sums: Tensor) -> None:
+        if name in self.last:
+            torch.div(sums, self.nodes.count, out=self.last[name])
+
+    def keep_merged(self) -> None:
+        self.last = {name: p[0].detach().clone() for name, p in self.parameters.items()}
+
+    def updates(self, step: int) -> Iterator[LayerUpdates]:
+        if self.nodes.count > 1:
+            yield from dense_updates(self.model, self.parameters, self.last)
+
+    def _sums(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each parameter's sum over all nodes."""
         for names in self.messages:
             sums = [self.parameters[name].detach().sum(0) for name in names]
             self.communicator.reduce_over_nodes(sums, self.nodes)
-            everything.update(zip(names, sums, strict=True))
-        for names in self.messages if self.nodes.size > 1 else ():
-            self.communicator.broadcast_in_nodes([everything[name] for name in names], self.nodes)
-        return everything
+            if self.nodes.size > 1:
+                self.communicator.broadcast_in_nodes(sums, self.nodes)
+            yield from zip(names, sums, strict=True)
 
     @torch.no_grad()
     def _mix(self) -> None:
@@ -104,4 +126,6 @@ class Daso(Method):
         return merged_state(self.model, {id(self.parameters[name]): mean for name, mean in means.items()})
 
     def kept(self) -> dict[str, Tensor]:
-        return {**{f"arriving.{name}": sums for name, sums in self.arriving.items()}, "sent_after": self.sent_after}
+        arriving = {f"arriving.{name}": sums for name, sums in self.arriving.items()}
+        last = {f"last.{name}": mean for name, mean in self.last.items()}
+        return {**arriving, **last, "sent_after": self.sent_after}

@@ -115,7 +115,7 @@ class LayerMerger:
             self._remember(layer, layer.a.detach(), layer.b.detach())
 
     def _merge_compressed_deltas(self, layers: list[LoraLinear], compressed: CompressedMean) -> None:
-        mean_X = compressed.mean(torch.cat([self._deltas(layer) for layer in layers], dim=1))
+        mean_X = compressed.mean(self._deltas(layer) for layer in layers)
         for layer, mean in zip(layers, mean_X.split([layer.weight.numel() for layer in layers]), strict=True):
             layer.weight.add_(mean.view_as(layer.weight))
             self._remember(layer, layer.a.detach(), layer.b.detach())
