@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from simulate.communicator import Communicator
 from simulate.config import Run
+from simulate.convert import merged_state
 from simulate.methods.averaging import Averaging
 from simulate.methods.local_sgd import Local
 from simulate.options import DilocoOptions
@@ -44,8 +45,7 @@ class Diloco(Local):
 
     def merged_state(self) -> dict[str, Tensor]:
         """Return the outer weights: between the merges of fragments no device has them all."""
-        state = super().merged_state()
-        return {name: self.averaging.last.get(name, tensor) for name, tensor in state.items()}
+        return merged_state(self.model, {id(self.parameters[name]): t for name, t in self.averaging.last.items()})
 
     def kept(self) -> dict[str, Tensor]:
         momentum = {f"momentum.{name}": tensor for name, tensor in self.momentum.items()}
