@@ -6,6 +6,7 @@ about one device's. Here one device runs by itself: its batch, its adapters, eve
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -103,6 +104,7 @@ def _cuda_peak_bytes(program: Callable[[], None], device: torch.device) -> int:
 
 
 def _cpu_peak_bytes(program: Callable[[], None]) -> int:
+    gc.collect()  # what is freed late would be counted as if the program had freed it
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         program()
     current = peak = 0

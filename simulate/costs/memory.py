@@ -29,6 +29,7 @@ from simulate.options import (
     MethodOptions,
     PowerSgdOptions,
     ReloraOptions,
+    SapipeOptions,
     SignsgdOptions,
     TopkOptions,
 )
@@ -92,15 +93,17 @@ def peak_memory(run: Run, shape: ModelShape, device: Device) -> Memory:
         shared_memory = device.host_memory_bytes == 0
         weights = _frozen_bytes(shape, method, element_bytes, shared_memory)
         rank = method.row_rank(devices)
-        trained_rank = method.rank if isinstance(method, AdamixOptions) else method.held_rank(devices)
-        block_trained = shape.factors(trained_rank) // shape.layers
+        # Experts that a step did not choose have no gradient.
+        idle = shape.factors(method.held_rank(devices) - method.rank) if isinstance(method, AdamixOptions) else 0
+        block_trained = (shape.factors(method.held_rank(devices)) - idle) // shape.layers
     else:
-        weights, rank = shape.parameters * element_bytes, 0
+        weights, rank, idle = shape.parameters * element_bytes, 0, 0
         block_trained = sum(linear.weights for linear in shape.adapted)
     phases = _step_phases(
         shape, tokens, rank, block_trained * element_bytes, run.train.activation_checkpointing, element_bytes
     )
-    phase = max((*phases, *_exchange_phases(run, shape, held.trained * element_bytes)), key=lambda p: p.total)
+    gradient_bytes = (held.trained - idle) * element_bytes
+    phase = max((*phases, *_exchange_phases(run, shape, gradient_bytes)), key=lambda p: p.total)
     return Memory(
         weights=weights,
         adapters=held.adapters * element_bytes,
@@ -150,7 +153,7 @@ def _frozen_bytes(shape: ModelShape, method: AdapterOptions, element_bytes: int,
     return frozen + start + shape.replicated_parameters * element_bytes
 
 
-def _exchange_phases(run: Run, shape: ModelShape, trained_bytes: int) -> tuple[_Phase, ...]:
+def _exchange_phases(run: Run, shape: ModelShape, gradient_bytes: int) -> tuple[_Phase, ...]:
     """Return the phases in which messages are held: with all gradients where these travel, else without."""
     method, element_bytes, devices = run.method, ELEMENT_BYTES[run.train.dtype], run.cluster.devices
     if isinstance(method, LteOptions):
@@ -163,10 +166,12 @@ def _exchange_phases(run: Run, shape: ModelShape, trained_bytes: int) -> tuple[_
     if isinstance(method, LocalSgdOptions | DilocoOptions | DasoOptions):
         return (_Phase(0, 0, _averaging_bytes(method, sizes, devices, element_bytes)),)
     if devices == 1:
-        return (_Phase(trained_bytes, 0, 0),)
-    message = min(max(packed_bytes(sizes)), trained_bytes)
+        return (_Phase(gradient_bytes, 0, 0),)
+    message = min(max(packed_bytes(sizes)), gradient_bytes)
     if isinstance(method, PowerSgdOptions):
         message = 2 * max(p for t in shape.tensors if (p := method.rank * sum(t.shape) * element_bytes))
+    elif isinstance(method, SapipeOptions) and method.compensation == "delay":  # a parameter's square and its change
+        message += 2 * max(sizes)
     elif isinstance(method, TopkOptions):  # everyone's entries, and one's own
         entry_bytes = element_bytes + INDEX_INT32_BYTES
         payload = [topk_entries(t.elements, method.density) * entry_bytes for t in shape.tensors]
@@ -177,7 +182,7 @@ def _exchange_phases(run: Run, shape: ModelShape, trained_bytes: int) -> tuple[_
         message = packed * (devices + 1) + devices * max(sizes)
     elif isinstance(method, DdpOptions) and method.wire != "full":  # what it takes the place of is freed first
         message = _compression_bytes(method.wire, message, devices, element_bytes) - message
-    return (_Phase(trained_bytes, 0, message),)
+    return (_Phase(gradient_bytes, 0, message),)
 
 
 def _averaging_bytes(
