@@ -109,16 +109,18 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
     data: DataPath = None,
     device: Annotated[DeviceName, typer.Option(help="Where to simulate.")] = DeviceName.AUTO,
+    diagnostics: Annotated[
+        bool, typer.Option("--diagnostics", help="Diagnose heads and gradients as often as it is evaluated.")
+    ] = False,
     assignments: Set = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Simulate the run's devices in this process; Ctrl-C saves and leaves."""
-    from ltecli.commands.train import train_command
+    from ltecli.commands.train import Changes, train_command
 
-    raise typer.Exit(
-        guarded(lambda: train_command(run, out, resume, data, device.value, tuple(assignments or ()), as_json, quiet))
-    )
+    changes = Changes(data, tuple(assignments or ()), diagnostics)
+    raise typer.Exit(guarded(lambda: train_command(run, out, resume, device.value, changes, as_json, quiet)))
 
 
 @app.command()

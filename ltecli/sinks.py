@@ -37,6 +37,9 @@ class TensorBoard:
             for key, name in names.items():
                 if key in event:
                     self._writer.add_scalar(name, event[key], event["step"])
+        elif event["kind"] == "diagnostics":
+            for key in event.keys() - {"kind", "step"}:
+                self._writer.add_scalar(f"diagnostics/{key}", event[key], event["step"])
 
 
 class ProgressBar:

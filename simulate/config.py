@@ -21,6 +21,7 @@ from simulate.options import (
     LteOptions,
     Method,
     MhloraOptions,
+    SapipeOptions,
 )
 
 Share = Annotated[float, Field(gt=0)]
@@ -94,12 +95,17 @@ class Train(toml.Schema):
     """AdamW's decoupled decay, on matrices only."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     adam_beta2: float = Field(default=0.99, ge=0, lt=1)
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: orthogonalised momentum for the matrices of linear layers and for adapters' factors, AdamW for the rest."""
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
     clip_norm: float = Field(default=1.0, gt=0)
     """Largest gradient norm of one device (ddp: of the averaged gradient)."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     dtype: Literal["fp32", "fp64"] = "fp32"
     evaluate_every: int = Field(default=100, gt=0)
     """Steps; takes place at the first merge from there on, since only merged weights are one model."""
+    diagnostics_every: int | None = Field(default=None, gt=0)
+    """Steps; takes place at the first merge from there on. Not set: never."""
     evaluate_samples: int = Field(default=64, gt=0)
     log_every: int = Field(default=1, gt=0)
     checkpoint_every: int = Field(default=500, gt=0)
@@ -145,6 +151,8 @@ class Run(toml.Schema):
                 f"cluster.devices = {devices} is not divisible by method.devices_per_node = {method.devices_per_node}; "
                 "change one of them"
             )
+        if self.train.optimizer == "muon":
+            self._check_muon()
         if self.data.shards is not None and len(self.data.shards) != devices:
             raise ValueError(
                 f"data.shards has {len(self.data.shards)} sizes for cluster.devices = {devices}; give one a device"
@@ -155,6 +163,19 @@ class Run(toml.Schema):
                 "lower it"
             )
         return self
+
+    def _check_muon(self) -> None:
+        method = self.method
+        if isinstance(method, SapipeOptions) and method.compensation == "prediction":
+            raise ValueError(
+                "train.optimizer = 'muon' cannot predict sapipe's weights, which is done with Adam's moments; "
+                "try --set train.optimizer=adamw or --set method.compensation=none"
+            )
+        if isinstance(method, LocalSgdOptions) and method.merge_optimizer == "average":
+            raise ValueError(
+                "train.optimizer = 'muon' has other moments than method.merge_optimizer = 'average' sends; "
+                "try --set train.optimizer=adamw or --set method.merge_optimizer=keep"
+            )
 
     def _check_rank(self, method: AdapterOptions) -> None:
         for linear in self.model.shape().adapted:

@@ -17,6 +17,7 @@ from simulate.clock import SimulatedClock
 from simulate.communicator import Communicator
 from simulate.config import Run
 from simulate.data.batches import TextBatches
+from simulate.diagnostics import Diagnostics
 from simulate.errors import RunFailedError
 from simulate.events import Emit
 from simulate.loss import token_losses
@@ -47,6 +48,10 @@ class Session:
     """Measured seconds of earlier sessions of this run."""
     val_loss: float | None = None
     started_s: float = field(default_factory=time.monotonic)
+    diagnostics: Diagnostics | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.diagnostics = Diagnostics(self.method) if self.run.train.diagnostics_every else None
 
     def elapsed_s(self) -> float:
         """Measured seconds of the run, over all its sessions."""
@@ -64,6 +69,8 @@ def train(session: Session) -> bool:
         losses_L = method.step(inputs.to(session.device), targets.to(session.device), step)
         session.clock.charge_step()
         merged = method.merge_due(step)
+        diagnostics = _diagnostics_due(session, step + 1) if merged else None
+        round_figures = diagnostics.of_round(step) if diagnostics else {}
         if merged:
             method.merge(step)
             session.clock.charge_merge()
@@ -71,8 +78,11 @@ def train(session: Session) -> bool:
         last = session.step == run.train.steps
         if last or session.step % run.train.log_every == 0:
             _tell_step(session, losses_L)
-        if merged and (last or _evaluation_due(run, session.step)):
+        if merged and (last or _due(run, session.step, run.train.evaluate_every)):
             _evaluate(session)
+        if diagnostics:
+            gradient_figures = diagnostics.of_gradients(session.batches, session.step, session.device)
+            session.emit({"kind": "diagnostics", "step": session.step, **round_figures, **gradient_figures})
         stopping = not last and session.stop()
         if last or stopping or session.step % run.train.checkpoint_every == 0:
             save(session)
@@ -81,11 +91,18 @@ def train(session: Session) -> bool:
     return True
 
 
-def _evaluation_due(run: Run, step: int) -> bool:
-    """Whether a multiple of evaluate_every has gone by since the last merge."""
+def _due(run: Run, step: int, every: int) -> bool:
+    """Whether a multiple of `every` has gone by since the last merge."""
     apart = run.method.round_steps // run.method.merges_per_round
     last_merge = (step - 1) // apart * apart
-    return step // run.train.evaluate_every > last_merge // run.train.evaluate_every
+    return step // every > last_merge // every
+
+
+def _diagnostics_due(session: Session, step: int) -> Diagnostics | None:
+    """Return what diagnoses this merge, if it is time; a run too short for that is diagnosed at its end."""
+    every, steps = session.run.train.diagnostics_every, session.run.train.steps
+    due = every is not None and (_due(session.run, step, every) or steps == step < every)
+    return session.diagnostics if due else None
 
 
 def _tell_step(session: Session, losses_L: Tensor) -> None:
@@ -153,7 +170,10 @@ def save(session: Session) -> None:
         val_loss=session.val_loss,
     )
     fingerprint = session.batches.text.fingerprint
-    path = save_checkpoint(session.checkpoints, session.run, fingerprint, progress, session.method.state())
+    state = session.method.state()
+    if session.diagnostics is not None:
+        state.update(session.diagnostics.state())
+    path = save_checkpoint(session.checkpoints, session.run, fingerprint, progress, state)
     session.emit({"kind": "checkpoint", "step": session.step, "path": str(path)})
 
 
@@ -161,6 +181,8 @@ def restore(session: Session, path: Path) -> None:
     """Continue from a checkpoint, bit for bit; raises InputError where it does not belong to this run."""
     progress, state = load_checkpoint(path, session.run, session.batches.text.fingerprint)
     session.method.load_state(state)
+    if session.diagnostics is not None:
+        session.diagnostics.load_state(state)
     session.step, session.val_loss, session.wall_s = progress.step, progress.val_loss, progress.wall_s
     session.clock.compute_s, session.clock.exchange_s = progress.compute_s, progress.exchange_s
     session.clock.link_free_s = progress.link_free_s

@@ -8,6 +8,7 @@ from typing import Any
 from ltecli.output import Output, bytes_text, plain_table, seconds_text
 from ltecli.planner import describe
 from ltecli.report.curve import draw_curve
+from ltecli.report.diagnostics import diagnostics_table, last_rows
 from ltecli.report.figures import RunRecord, figures, read_run
 
 
@@ -47,6 +48,9 @@ def _show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None
     output.table(table)
     for line in (*_savings(figure), *_explanations(figure)):
         output.text(line)
+    if figure["diagnostics"]:
+        output.text("")
+        output.table(diagnostics_table(figure["diagnostics"]))
     curve = draw_curve(record.curve("train_loss"))
     if curve:
         output.text("\ntraining loss")
@@ -106,6 +110,8 @@ def _show_several(records: list[RunRecord], documents: list[dict[str, Any]], out
     ]
     for label, cell in rows:
         table.add_row(label, *(cell(r, f) for r, f in zip(records, documents, strict=True)))
+    for label, cells in last_rows([figure["diagnostics"] for figure in documents]):
+        table.add_row(label, *cells)
     output.table(table)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,13 +38,26 @@ RUNS = Path("runs")
 DEMO_NAME = "demo"
 
 
+@dataclass(frozen=True)
+class Changes:
+    """What the command line changes in the run that it names."""
+
+    data: str | None = None
+    assignments: Sequence[str] = ()
+    """table.key=value."""
+    diagnostics: bool = False
+    """As often as an evaluation, where the run itself has none."""
+
+    def __bool__(self) -> bool:
+        return self.data is not None or bool(self.assignments) or self.diagnostics
+
+
 def train_command(
     given: Path | None,
     out: Path | None,
     resume: bool,
-    data: str | None,
     device_name: str,
-    assignments: Sequence[str],
+    changes: Changes,
     as_json: bool,
     quiet: bool,
 ) -> int:
@@ -55,9 +69,9 @@ def train_command(
     if given is not None and given.is_dir() and not resume:
         raise InputError(f"{given} is a run folder; add --resume to continue it, or name a run.toml")
     if resume:
-        folder = _resumed(given, out, data, assignments)
+        folder = _resumed(given, out, changes)
     else:
-        run = _run(given, data, assignments)
+        run = _run(given, changes)
         folder = new_folder(out or RUNS / _name(given), run, device_name)
     try:
         with lock_folder(folder.path):
@@ -74,7 +88,15 @@ def _name(given: Path | None) -> str:
     return DEMO_NAME if given is None else given.parent.resolve().name if given.stem == "run" else given.stem
 
 
-def _run(given: Path | None, data: str | None, assignments: Sequence[str]) -> Run:
+def _run(given: Path | None, changes: Changes) -> Run:
+    run = _run_without_diagnostics(given, changes.data, changes.assignments)
+    if not changes.diagnostics or run.train.diagnostics_every is not None:
+        return run
+    train = {**run.train.model_dump(), "diagnostics_every": run.train.evaluate_every}
+    return build_run({**run.model_dump(exclude_none=True), "train": train}, "command line")
+
+
+def _run_without_diagnostics(given: Path | None, data: str | None, assignments: Sequence[str]) -> Run:
     if given is not None:
         run = load_run(given, list(assignments))
         # Absolute, so that the run can be resumed from another folder.
@@ -91,12 +113,14 @@ def _with_data(run: Run, data: str) -> Run:
     return build_run({**run.model_dump(exclude_none=True), "data": {"path": data}}, "command line")
 
 
-def _resumed(given: Path | None, out: Path | None, data: str | None, assignments: Sequence[str]) -> RunFolder:
+def _resumed(given: Path | None, out: Path | None, changes: Changes) -> RunFolder:
     if given is not None and given.is_dir():
-        if out is not None or data is not None or assignments:
-            raise InputError(f"--resume continues {given} as it is; leave --out, --data and --set away")
+        if out is not None or changes:
+            raise InputError(
+                f"--resume continues {given} as it is; leave --out, --data and --set away, and --diagnostics"
+            )
         return resumed_folder(given, None)
-    run = None if given is None else _run(given, data, assignments)
+    run = None if given is None else _run(given, changes)
     return resumed_folder(out or RUNS / _name(given), run)
 
 

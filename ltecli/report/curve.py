@@ -7,6 +7,7 @@ from itertools import pairwise
 
 LEVELS = " ▁▂▃▄▅▆▇█"
 WIDTH, HEIGHT = 72, 8
+LINE_WIDTH = 16
 
 
 def draw_curve(points: Sequence[tuple[int, float]], width: int = WIDTH, height: int = HEIGHT) -> list[str]:
@@ -25,6 +26,13 @@ def draw_curve(points: Sequence[tuple[int, float]], width: int = WIDTH, height: 
     first, last = str(points[0][0]), str(points[-1][0])
     lines.append(f"{'step':>8} └{first}{' ' * max(1, len(columns) - len(first) - len(last))}{last}")
     return lines
+
+
+def draw_line(values: Sequence[float], width: int = LINE_WIDTH) -> str:
+    """Return values as one line of blocks, lowest to highest."""
+    columns = _columns(list(enumerate(values)), width)
+    low, span = min(columns), (max(columns) - min(columns)) or 1.0
+    return "".join(LEVELS[1 + round((value - low) / span * (len(LEVELS) - 2))] for value in columns)
 
 
 def _columns(points: Sequence[tuple[int, float]], width: int) -> list[float]:

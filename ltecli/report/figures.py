@@ -84,6 +84,11 @@ def figures(record: RunRecord) -> dict[str, Any]:
         "train_loss": step and step["train_loss"],
         "val_loss": evaluation and evaluation["val_loss"],
         "dense": _dense(record, share),
+        "diagnostics": [
+            {key: value for key, value in event.items() if key not in ("version", "kind")}
+            for event in record.events
+            if event["kind"] == "diagnostics"
+        ],
     }
 
 

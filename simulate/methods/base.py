@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from simulate.adapters import LoraLinear
 from simulate.communicator import Communicator
 from simulate.config import Run, Train
 from simulate.loss import token_losses
 from simulate.models.build import build_model
+from simulate.optimizers import Muon
+from simulate.replicated import ReplicatedLinear
+from simulate.updates import LayerUpdates
 
 COSINE_FLOOR = 0.1
 """The learning rate ends at this share of its peak."""
@@ -44,11 +48,27 @@ class Method(ABC):
         train = self.run.train
         self.model = self.prepare(network).to(device)
         self.parameters = self.trained_parameters()
+        groups = self.parameter_groups()
+        matrices = self._matrices() if train.optimizer == "muon" else set()
+        adam_groups, muon_groups = split_groups(groups, lambda p: id(p) not in matrices)
         # Fused: one pass over the state and no temporaries, unlike the foreach form.
-        self.optimizer = torch.optim.AdamW(
-            self.parameter_groups(), betas=(train.adam_beta1, train.adam_beta2), fused=True
-        )
-        self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.optimizer = torch.optim.AdamW(adam_groups, betas=(train.adam_beta1, train.adam_beta2), fused=True)
+        self.muon = Muon(muon_groups, momentum=train.muon_momentum) if muon_groups else None
+        self.groups = list(self.optimizer.param_groups)
+        if self.muon is not None:
+            self.muon.state = self.optimizer.state  # one state, by parameter
+            self.groups += self.muon.param_groups
+        self.peak_rates = [group["lr"] for group in self.groups]
+
+    def _matrices(self) -> set[int]:
+        """Return the ids of what Muon steps: factors, and weights of linear layers that no embedding shares."""
+        names = set()
+        for name, module in self.model.named_modules():
+            if isinstance(module, ReplicatedLinear):
+                names.add(f"{name}.weight")
+            elif isinstance(module, LoraLinear):
+                names |= {f"{name}.{key}" for key, _ in module.named_parameters() if key != "bias"}
+        return {id(self.parameters[name]) for name in names if name in self.parameters}
 
     @abstractmethod
     def prepare(self, model: nn.Module) -> nn.Module:
@@ -92,6 +112,16 @@ class Method(ABC):
     def merged_state(self) -> dict[str, Tensor]:
         """Return the one model's weights by the plain network's names; right after a merge."""
 
+    def keep_merged(self) -> None:  # noqa: B027 - most methods have nothing to keep
+        """Remember the weights of every merge from here on, so that `updates` can tell; called before `load_state`."""
+
+    def updates(self, step: int) -> Iterator[LayerUpdates]:
+        """Yield what this process's heads and devices changed since the last merge, right before that of `step`.
+
+        Nothing where all devices agree at every step.
+        """
+        return iter(())
+
     def active(self, step: int) -> list[int]:
         """Return the devices that train in this step, in global order."""
         return list(range(self.run.cluster.devices))
@@ -109,10 +139,13 @@ class Method(ABC):
     def apply_gradients(self, step: int) -> None:
         """Take the optimizer step at the schedule's rate and free the gradients."""
         factor = self.rate_factor(step)
-        for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
+        for group, peak in zip(self.groups, self.peak_rates, strict=True):
             group["lr"] = peak * factor
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.muon is not None:
+            self.muon.step()
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     def decay_groups(self, named: Iterable[tuple[str, nn.Parameter]], rate: float) -> list[dict[str, object]]:
         """Split parameters with a leading copies axis into decayed matrices and undecayed vectors."""
@@ -156,11 +189,22 @@ class Method(ABC):
         return {**self.parameters, **dict(self.model.named_buffers())}
 
 
+def split_groups(
+    groups: list[dict[str, object]], chosen: Callable[[nn.Parameter], bool]
+) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+    """Return the optimizer's groups in two: of the chosen parameters, and of the others."""
+    parts: list[list[dict[str, object]]] = []
+    for wanted in (True, False):
+        part = [{**g, "params": [p for p in g["params"] if chosen(p) is wanted]} for g in groups]  # type: ignore[attr-defined]
+        parts.append([group for group in part if group["params"]])
+    return parts[0], parts[1]
+
+
 def prune_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], share: float) -> None:
     """Zero the `share` smallest entries, by magnitude, of each copy's and each moment's tensor."""
     for parameter in parameters:
-        for key in ("exp_avg", "exp_avg_sq"):
-            moment_CX = optimizer.state[parameter][key].flatten(1)
+        moments = (m for m in optimizer.state[parameter].values() if m.shape == parameter.shape)
+        for moment_CX in (moment.flatten(1) for moment in moments):
             count = int(share * moment_CX.shape[1])
             if count:
                 threshold_C1 = moment_CX.abs().kthvalue(count, dim=1, keepdim=True).values

@@ -8,6 +8,8 @@ compressed `wire`, Δ travels with error feedback.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ from simulate.convert import merged_state
 from simulate.methods.averaging import Averaging
 from simulate.methods.local_sgd import Local
 from simulate.options import DilocoOptions
+from simulate.updates import LayerUpdates, dense_updates
 
 
 class Diloco(Local):
@@ -42,6 +45,9 @@ class Diloco(Local):
     def merge(self, step: int) -> None:
         for index in self.fragments_due(step):
             self.averaging.merge(index)
+
+    def updates(self, step: int) -> Iterator[LayerUpdates]:
+        return dense_updates(self.model, self.parameters, self.averaging.last)
 
     def merged_state(self) -> dict[str, Tensor]:
         """Return the outer weights: between the merges of fragments no device has them all."""

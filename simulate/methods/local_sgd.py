@@ -11,6 +11,8 @@ count for nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +23,7 @@ from simulate.methods.averaging import Averaging
 from simulate.methods.base import Method, clip_per_device, forget_moments
 from simulate.options import LocalSgdOptions
 from simulate.randomness import generator
+from simulate.updates import LayerUpdates, dense_updates
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -90,6 +93,13 @@ class LocalSgd(Local):
         everything = dict(zip(names, tensors, strict=True))
         server = self.options.merge_transport == "server"
         Averaging(everything, self.communicator, server).merge(0, weights_N)
+        self.averaging.remember()
+
+    def keep_merged(self) -> None:
+        self.averaging.keep_last()
+
+    def updates(self, step: int) -> Iterator[LayerUpdates]:
+        return dense_updates(self.model, self.parameters, self.averaging.last, self._weights(step))
 
     def kept(self) -> dict[str, Tensor]:
         return dict(self.averaging.state())

@@ -16,6 +16,8 @@ carries the change since the last merge instead, through simulate.wire's Compres
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,7 @@ from simulate.methods.lora import adapter_groups, adapter_parameters
 from simulate.methods.merging import LayerMerger
 from simulate.options import LteOptions
 from simulate.replicated import VectorLora
+from simulate.updates import DenseUpdates, LayerUpdates, LowRankUpdates, dense_updates
 
 PRUNED_SHARE = 0.9
 """Of the adapters' optimizer state, where a merge prunes it (as in ReLoRA, arXiv 2307.05695)."""
@@ -68,6 +71,7 @@ class Lte(Method):
             reset_less=options.reset == "none",
             first_device=self.communicator.local_devices.start,
             seed=self.run.train.seed,
+            frozen_a=options.frozen_a,
         )
         treatment = Treatment(
             make_adapter=lora(spec, devices),
@@ -127,11 +131,23 @@ class Lte(Method):
         if self.options.reset != "none":
             layer.b.zero_()
         if self.options.reset == "ab":
-            layer.a.copy_(layer.draw_a(step + 1))
+            layer.redraw_a(step + 1)
         if self.options.merge_optimizer == "prune":
             prune_moments(self.optimizer, layer.factors(), PRUNED_SHARE)
         elif self.options.merge_optimizer == "reset":
             forget_moments(self.optimizer, layer.factors())
+
+    def keep_merged(self) -> None:
+        self.averaging.keep_last()
+
+    def updates(self, step: int) -> Iterator[LayerUpdates]:
+        """Yield the heads' updates, and the devices' of what is averaged; not of norms that one trains for all."""
+        for layer in lora_layers(self.model):
+            yield LowRankUpdates.of(layer)
+        for name, vector in self.vectors.items():
+            yield DenseUpdates(name, vector(), vector.value[0], is_matrix=False)
+        others = {name: p for name, p in self.averaging.parameters.items() if name not in self.vectors}
+        yield from dense_updates(self.model, others, self.averaging.last)
 
     def merged_state(self) -> dict[str, Tensor]:
         averagings = (self.averaging, self.spreading)

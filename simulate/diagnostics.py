@@ -1,0 +1,258 @@
+"""Figures that say why a run learns as it does: how its devices' rounds relate, and how noisy its gradients are.
+
+Taken at a merge, on demand; training is the same to the bit with and without. W is a linear layer's matrix, ΔW_h what
+head h changed in its effective weight since the last merge (a device of a dense method counts as one head), ΔW their
+(weighted) mean: what the merge adds to W, before an outer optimizer, a compressed wire or a delayed mix makes something
+else of it. Layers that merge at staggered steps each count from their own last merge. Means are over layers.
+
+    cosine                  <ΔW_h, ΔW_g> / (|ΔW_h|·|ΔW_g|), mean over pairs of heads; Frobenius product and norms
+    grassmann_rad           (Σ_i θ_i²)^½, mean over pairs, with the principal angles θ_i between the spans of the k
+                            leading left singular vectors of ΔW_h and ΔW_g, k = 8 or, where a head has less, its rank
+                            (Edelman et al. 1998, arXiv physics/9806030, section 4.3; angles: Björck and Golub 1973)
+    grassmann_limit_rad     (π/2)·√k, where all of them are orthogonal
+    effective_rank          exp(−Σ_i p_i·ln p_i), p_i = σ_i/Σσ, of ΔW's singular values (Roy and Vetterli 2007)
+    stable_rank             |ΔW|_F² / |ΔW|_2² = Σσ²/σ_1²
+    first_directions_share  |Uᵀ·ΔW·V|_F² / |ΔW|_F², with the 8 leading left and right singular vectors U, V of the first
+                            ΔW that was diagnosed: its own share in the first event, and from then on how much of the
+                            training still happens there
+    drift_mean, drift_max   |θ_n − θ| / |θ − θ_last| over devices n, with θ the mean over devices, of all that a device
+                            trains for itself: effective weights of adapted layers, and replicated parameters
+    noise_scale_samples     B_noise = tr Σ / |G|², the batch from which on larger ones bring little (McCandlish et al.
+    noise_scale_tokens      2018, arXiv 1812.06162), from two batch sizes as in its appendix A.1, both terms unbiased:
+    gradient_square           |G|² ≈ (B·|g_B|² − b·|g_b|²) / (B − b)
+    gradient_variance         tr Σ ≈ (|g_b|² − |g_B|²) / (1/b − 1/B)
+                            Plain gradients at the merged weights, on the batches of the 4 coming steps: b is one
+                            device's batch and |g_b|² the mean over all of these, B all of them together, which says
+                            far more than to estimate step by step and average. Where devices hold different data, that
+                            difference counts as noise. An estimate from few samples may have |G|² below 0: then there
+                            is no scale
+
+Pairs are all those of at most 8 heads, drawn anew for every event. What a method does not have is left out: methods
+that agree at every step have no rounds, a single head has no pairs, a single device no drift.
+
+Legend: K directions, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from simulate.config import Run
+from simulate.loss import token_losses
+from simulate.methods.base import Method
+from simulate.models.build import empty_model
+from simulate.randomness import generator
+from simulate.updates import LayerUpdates, decompose
+
+Figures = dict[str, float]
+DIRECTIONS = 8
+"""Leading singular vectors that subspaces are made of."""
+SAMPLED_HEADS = 8
+"""Heads of which all pairs are compared."""
+NOISE_BATCHES = 4
+"""Batches behind one estimate of the gradient noise scale."""
+_FIRST = "diagnostics.first"
+
+
+class Batches(Protocol):
+    """Where the coming batches come from."""
+
+    def batch(self, step: int, local_devices: range) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets of the local devices, (L*B, ...)."""
+
+
+class Diagnostics:
+    """The figures of one run; remembers the first diagnosed directions, and lets the method keep its merged weights."""
+
+    def __init__(self, method: Method) -> None:
+        self.method, self.run = method, method.run
+        method.keep_merged()
+        self.first: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def of_round(self, step: int) -> Figures:
+        """Return the figures of the round that ends with `step`; right before its merge."""
+        drift, layers = _Drift(), _Means()
+        for updates in self.method.updates(step):
+            mean = updates.mean()
+            if not mean.isfinite().all():
+                return {}  # a run that diverged ends with an error about its loss
+            drift.add(updates, mean)
+            if updates.is_matrix:
+                layers.add(pair_figures(updates, sampled_heads(self.run.train.seed, step, updates.heads)))
+                layers.add(self._mean_figures(updates.name, mean))
+        return {**layers.figures(), **drift.figures()}
+
+    def _mean_figures(self, name: str, mean_OI: Tensor) -> Figures:
+        values, left_OK, right_IK = decompose(mean_OI, DIRECTIONS)
+        if not len(values):
+            return {}
+        left_OK, right_IK = self.first.setdefault(name, (left_OK, right_IK))
+        return {
+            "effective_rank": effective_rank(values),
+            "stable_rank": stable_rank(values),
+            "first_directions_share": share_within(mean_OI, left_OK, right_IK),
+        }
+
+    def of_gradients(self, batches: Batches, step: int, device: torch.device) -> Figures:
+        """Return the gradient noise scale at the merged weights, right after a merge; `step` is the coming one."""
+        gradients, size = _Gradients(self.run, self.method.merged_state()), self.run.train.micro_batch
+        for coming in range(step, step + NOISE_BATCHES):
+            inputs, targets = batches.batch(coming, range(self.run.cluster.devices))
+            for pair in zip(inputs.split(size), targets.split(size), strict=True):
+                gradients.add(*(tensor.to(device) for tensor in pair))
+        small_square, big_square = gradients.squares()
+        return noise_figures(small_square, big_square, size, size * gradients.count, self.run.model.context)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what later events depend on, by name; for the checkpoint."""
+        sides = ((name, side, pair[index]) for name, pair in self.first.items() for index, side in enumerate("uv"))
+        return {f"{_FIRST}.{side}.{name}": tensor for name, side, tensor in sides}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state` returned."""
+        prefix = f"{_FIRST}.u."
+        for name in (key.removeprefix(prefix) for key in state if key.startswith(prefix)):
+            left, right = (state[f"{_FIRST}.{side}.{name}"] for side in "uv")
+            where = next(iter(self.method.parameters.values())).device
+            self.first[name] = left.to(where), right.to(where)
+
+
+class _Means:
+    """Means of figures, each over those that have it."""
+
+    def __init__(self) -> None:
+        self._values: defaultdict[str, list[float]] = defaultdict(list)
+
+    def add(self, figures: Figures) -> None:
+        for name, value in figures.items():
+            self._values[name].append(value)
+
+    def figures(self) -> Figures:
+        return {name: math.fsum(values) / len(values) for name, values in self._values.items()}
+
+
+class _Drift:
+    """Squared distances of devices from their mean, and of the mean from the last merge, summed over layers."""
+
+    def __init__(self) -> None:
+        self._devices: list[float] = []
+        self._mean = 0.0
+
+    def add(self, updates: LayerUpdates, mean: Tensor) -> None:
+        distances = (_square(updates.device_change(device) - mean) for device in range(updates.devices))
+        before = self._devices or [0.0] * updates.devices
+        self._devices = [total + distance for total, distance in zip(before, distances, strict=True)]
+        self._mean += _square(mean)
+
+    def figures(self) -> Figures:
+        if len(self._devices) < 2 or not self._mean:
+            return {}
+        ratios = [math.sqrt(square / self._mean) for square in self._devices]
+        return {"drift_mean": math.fsum(ratios) / len(ratios), "drift_max": max(ratios)}
+
+
+class _Gradients:
+    """Gradients of a plain network at given weights: their sum, and the sum of their squared norms."""
+
+    def __init__(self, run: Run, weights: Mapping[str, Tensor]) -> None:
+        self._model = empty_model(run)
+        # By the names that are the network's own: weights that layers share appear once, and get one gradient.
+        names = [name for name, _ in self._model.named_parameters()]
+        self._leaves = {name: nn.Parameter(weights[name].detach()) for name in names}
+        self._sums = [torch.zeros_like(leaf) for leaf in self._leaves.values()]
+        self._squares, self.count = 0.0, 0
+
+    def add(self, inputs: Tensor, targets: Tensor) -> None:
+        """Add the gradient of one batch's mean loss."""
+        outputs = functional_call(self._model, dict(self._leaves), (inputs,))
+        loss = token_losses(outputs.flatten(0, -2), targets.reshape(-1)).mean()
+        gradients = torch.autograd.grad(loss, list(self._leaves.values()))
+        torch._foreach_add_(self._sums, gradients)
+        self._squares += math.fsum(map(_square, gradients))
+        self.count += 1
+
+    def squares(self) -> tuple[float, float]:
+        """Return the mean of the batches' squared gradient norms, and the squared norm of their mean gradient."""
+        return self._squares / self.count, math.fsum(map(_square, self._sums)) / self.count**2
+
+
+def sampled_heads(seed: int, step: int, heads: int) -> list[int]:
+    """Return the heads whose pairs are compared, in order: all, or a draw addressed by the step."""
+    if heads <= SAMPLED_HEADS:
+        return list(range(heads))
+    draw = generator(seed, "diagnosed heads", step)
+    return sorted(int(head) for head in draw.choice(heads, size=SAMPLED_HEADS, replace=False))
+
+
+def pair_figures(updates: LayerUpdates, heads: Sequence[int]) -> Figures:
+    """Return the mean cosine and Grassmann distance over all pairs of some heads; nothing where a head is unchanged."""
+    norms = {head: math.sqrt(max(0.0, updates.dot(head, head))) for head in heads}
+    bases = [updates.left_directions(head, DIRECTIONS) for head in heads]
+    if len(heads) < 2 or not all(norms.values()):
+        return {}
+    common = min(basis.shape[1] for basis in bases)
+    pairs = _Means()
+    for (head, basis), (other, other_basis) in combinations(zip(heads, bases, strict=True), 2):
+        pairs.add(
+            {
+                "cosine": updates.dot(head, other) / (norms[head] * norms[other]),
+                "grassmann_rad": grassmann_distance(basis[:, :common], other_basis[:, :common]),
+                "grassmann_limit_rad": math.pi / 2 * math.sqrt(common),
+            }
+        )
+    return pairs.figures()
+
+
+def grassmann_distance(basis_OK: Tensor, other_OK: Tensor) -> float:
+    """Return the root of the sum of squared principal angles between two spans, given by orthonormal columns."""
+    overlap_KK = basis_OK.T @ other_OK
+    cosines = torch.linalg.svdvals(overlap_KK).clamp(max=1)
+    sines = torch.linalg.svdvals(other_OK - basis_OK @ overlap_KK).flip(0).clamp(max=1)
+    # Each is exact where the other is flat.
+    angles = torch.where(cosines**2 < 0.5, cosines.arccos(), sines.arcsin())
+    return float(torch.linalg.vector_norm(angles))
+
+
+def effective_rank(values: Tensor) -> float:
+    """Return exp of the entropy of singular values as shares of their sum; all of them positive."""
+    shares = values / values.sum()
+    return math.exp(-float((shares * shares.log()).sum()))
+
+
+def stable_rank(values: Tensor) -> float:
+    """Return the squared Frobenius norm over the squared largest of the singular values."""
+    return float((values**2).sum() / values.max() ** 2)
+
+
+def share_within(x_OI: Tensor, left_OK: Tensor, right_IK: Tensor) -> float:
+    """Return the share of x's squared Frobenius norm between the spans of orthonormal columns left and right."""
+    return _square(left_OK.T @ x_OI @ right_IK) / _square(x_OI)
+
+
+def noise_figures(small_square: float, big_square: float, small: int, big: int, sample_tokens: int) -> Figures:
+    """Return unbiased estimates of |G|² and tr Σ from squared norms of gradients of `small` and of `big` samples.
+
+    And the noise scale, where they have one.
+    """
+    square = (big * big_square - small * small_square) / (big - small)
+    variance = (small_square - big_square) / (1 / small - 1 / big)
+    if not math.isfinite(square + variance):
+        return {}
+    figures = {"gradient_square": square, "gradient_variance": variance}
+    if square > 0 and variance >= 0:
+        scale = variance / square
+        figures |= {"noise_scale_samples": scale, "noise_scale_tokens": scale * sample_tokens}
+    return figures
+
+
+def _square(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64) ** 2)
