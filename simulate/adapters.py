@@ -34,6 +34,8 @@ class AdapterSpec:
     seed: int
     draws_per_head: int = 1
     """Independent draws of `rank` rows that make up one head's A."""
+    frozen_a: bool = False
+    """Whether A stays as drawn and B is trained alone."""
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -76,7 +78,7 @@ class _LoraLinear(torch.autograd.Function):
                 gx_HMI.baddbmm_(torch.bmm(g_HMO, b0_HOR), a0_HRI, alpha=-ctx.scale)
             grad_x = gx_HMI.view(*grad_y.shape[:-1], inputs)
         grad_bias = g_HMO.view(ctx.num_bias, -1, outputs).sum(1) if ctx.num_bias else None
-        grad_a = torch.bmm(vs_HMR.transpose(1, 2), x_HMI)
+        grad_a = torch.bmm(vs_HMR.transpose(1, 2), x_HMI) if ctx.needs_input_grad[3] else None
         grad_b = torch.bmm(g_HMO.transpose(1, 2), us_HMR)
         return grad_x, None, grad_bias, grad_a, grad_b, None, None, None
 
@@ -101,10 +103,14 @@ class LoraLinear(nn.Module):
         else:
             self.register_buffer("bias", bias_LO)
         rank = spec.rank * spec.draws_per_head
-        self.a = nn.Parameter(weight_OI.new_empty(heads, rank, inputs))
+        a_HRI = weight_OI.new_empty(heads, rank, inputs)
+        if spec.frozen_a:
+            self.register_buffer("a", a_HRI)
+        else:
+            self.a = nn.Parameter(a_HRI)
         self.b = nn.Parameter(weight_OI.new_zeros(heads, outputs, rank))
-        with torch.no_grad():
-            self.a.copy_(self.draw_a(0))
+        self.register_buffer("drawn_after", torch.tensor(0))
+        self.redraw_a(0)
         self.register_buffer("a0", None)
         self.register_buffer("b0", None)
         # W0 never changes: with the old product subtracted, merges telescope to W = W0 + (s/H)·Σ B_h·A_h. It is read
@@ -115,22 +121,37 @@ class LoraLinear(nn.Module):
     a0: Tensor | None
     b0: Tensor | None
 
+    a: Tensor
+    drawn_after: Tensor
+    """Steps that were done when A was drawn."""
+
     def factors(self) -> Iterator[nn.Parameter]:
         """Yield the trained factors."""
-        yield from (self.a, self.b)
+        if isinstance(self.a, nn.Parameter):
+            yield self.a
+        yield self.b
 
-    def draw_a(self, merges: int) -> Tensor:
-        """Return fresh A for the local heads, addressed by (seed, layer, global head, merges): rows orthogonal."""
+    @torch.no_grad()
+    def redraw_a(self, steps_done: int) -> None:
+        """Give the local heads new A."""
+        self.a.copy_(self.draw_a(steps_done))
+        self.drawn_after.fill_(steps_done)
+
+    def draw_a(self, steps_done: int, all_heads: int | None = None) -> Tensor:
+        """Return fresh A, rows orthogonal, for the local heads, or for `all_heads` of all devices.
+
+        Addressed by (seed, layer, global head, steps done), so that everyone draws the same for a head.
+        """
         rank, inputs = self.spec.rank, self.a.shape[2]
-        heads = self.a.shape[0] * self.spec.draws_per_head
-        first = self.spec.first_device * self.spec.heads_per_device
+        heads = (all_heads or self.a.shape[0]) * self.spec.draws_per_head
+        first = 0 if all_heads else self.spec.first_device * self.spec.heads_per_device
         normal_HIR = torch.empty(heads, inputs, rank, dtype=torch.float64)
         for head in range(heads):
-            seed = address(self.spec.seed, "adapter", self.name, first + head, merges)
+            seed = address(self.spec.seed, "adapter", self.name, first + head, steps_done)
             normal_HIR[head].normal_(generator=torch.Generator().manual_seed(seed))
         q_HIR, r_HRR = torch.linalg.qr(normal_HIR)
         q_HIR *= r_HRR.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)
-        return (q_HIR.transpose(1, 2) * math.sqrt(inputs / rank)).reshape(self.a.shape).to(self.a)
+        return (q_HIR.transpose(1, 2) * math.sqrt(inputs / rank)).reshape(-1, *self.a.shape[1:]).to(self.a)
 
     def remember_product(self, a_HRI: Tensor, b_HOR: Tensor) -> None:
         """Keep B·A as it was merged: what the next merges must not count twice."""

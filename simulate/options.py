@@ -145,6 +145,9 @@ class LteOptions(AdapterOptions):
     """The adapters' optimizer state after a merge: kept, the smallest nine tenths zeroed, or all zeroed."""
     wire: Wire = "full"
     """Format in which factors, deltas and replicated parameters travel."""
+    frozen_a: bool = False
+    """Train B alone (LoRA-FA, arXiv 2308.03303): A stays as drawn, which all devices can, so that only B travels. Needs
+    reset = "b" or "ab"."""
     fragments: int = Field(default=1, gt=0)
     """Groups of layers that merge at staggered steps, each every T steps: divides the peak traffic."""
     norms: Norms = "average"
@@ -171,6 +174,15 @@ class LteOptions(AdapterOptions):
     @property
     def remembers_product(self) -> bool:
         return self.reset == "none"
+
+    @model_validator(mode="after")
+    def _frozen_a_resets(self) -> LteOptions:
+        if self.frozen_a and self.reset == "none":
+            raise ValueError(
+                "frozen_a = true trains alike with reset = 'none' and reset = 'b', which needs less memory; "
+                "try --set method.reset=b"
+            )
+        return self
 
 
 class LocalSgdOptions(DenseOptions):

@@ -82,6 +82,15 @@ VARIANTS: dict[str, Table] = {
     "lte, vector norms": {"name": "lte", "merge_every": 4, "norms": "vector-lora"},
     "lte, vector norms, reset": {"name": "lte", "merge_every": 4, "norms": "vector-lora", "reset": "b", "fragments": 2},
     "lte, frozen": {"name": "lte", "merge_every": 4, "norms": "none", "biases": "frozen"},
+    "ddp, muon": {"name": "ddp"},
+    "diloco, muon": {"name": "diloco", "merge_every": 4},
+    "lte, muon": {"name": "lte", "merge_every": 4, "heads_per_device": 2},
+    "lte, frozen a": {"name": "lte", "merge_every": 4, "frozen_a": True, "reset": "b"},
+    "lte, frozen a, redrawn": {"name": "lte", "merge_every": 4, "frozen_a": True, "reset": "ab", "wire": "int8"},
+    "lte, frozen a, muon": {
+        "name": "lte", "merge_every": 4, "frozen_a": True, "reset": "ab", "heads_per_device": 2,
+        "merge_transport": "auto",
+    },
     "lte, forgetful": {"name": "lte", "merge_every": 4, "merge_optimizer": "reset", "reset": "ab"},
 }  # fmt: skip
 """Every method, and every option that changes what is computed or sent; rank 2 and scale 2 where there are adapters."""
@@ -91,7 +100,8 @@ def variant_run(name: str, devices: int = 4, model: Table | None = None, train: 
     """Return a tiny fp64 run of one of VARIANTS."""
     method = VARIANTS[name]
     adapters = {"rank": 2, "alpha": 4.0} if method["name"] in ("lte", "lora", "relora", "mhlora", "adamix") else {}
-    return _run(devices, model, train, {**adapters, **method})
+    optimizer = {"optimizer": "muon"} if name.endswith("muon") else {}
+    return _run(devices, model, {**optimizer, **(train or {})}, {**adapters, **method})
 
 
 def _run(devices: int, model: Table | None, train: Table | None, method: Table) -> Run:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import singledispatch
+from functools import lru_cache, singledispatch
 from typing import Any
 
+from simulate.config import Run
 from simulate.costs.schedule import is_compressible
 from simulate.costs.traffic import chunk_elements
 from simulate.models.shapes import ModelShape
@@ -33,24 +34,37 @@ class Holding:
     adapters: int
     """A and B, and their values at the last merge."""
     trained: int
-    """What the optimizer steps: two moments each."""
+    """What the optimizer steps."""
+    moments: int
+    """AdamW's two for each trained element; Muon's one for each of a matrix."""
     extra: int
     """Error feedback, outer momentum, weights and gradients of other steps."""
     shared: bool
     """Whether all devices hold the same, so that a simulation keeps it once (but for `extra`)."""
 
 
-def holding(method: MethodOptions, shape: ModelShape, devices: int) -> Holding:
+def holding(run: Run, shape: ModelShape) -> Holding:
     """Return what a device of the run keeps."""
-    extra = _extra(method, shape, devices)
-    shared = not isinstance(method, LteOptions | LocalSgdOptions | DilocoOptions | DasoOptions)
+    return _holding(run.method, shape, run.cluster.devices, run.train.optimizer == "muon")
+
+
+@lru_cache(maxsize=8192)
+def _holding(method: MethodOptions, shape: ModelShape, devices: int, muon: bool) -> Holding:
+    adapters, matrices, others = 0, shape.adapted_parameters, shape.replicated_parameters
     if isinstance(method, ReloraOptions) and method.warm_start_steps:
-        return Holding(shape.factors(method.rank), shape.parameters, 0, shared)
-    if isinstance(method, AdapterOptions):
-        factors = shape.factors(method.held_rank(devices))
-        copies = 2 if method.remembers_product else 1
-        return Holding(copies * factors, factors + _trained_beside_adapters(method, shape), extra, shared)
-    return Holding(0, shape.parameters, extra, shared)
+        adapters = shape.factors(method.rank)
+    elif isinstance(method, AdapterOptions):
+        rank = method.held_rank(devices)
+        adapters = shape.factors(rank) * (2 if method.remembers_product else 1)
+        matrices = shape.factors(rank, isinstance(method, LteOptions) and method.frozen_a)
+        others = _trained_beside_adapters(method, shape)
+    return Holding(
+        adapters=adapters,
+        trained=matrices + others,
+        moments=(1 if muon else 2) * matrices + 2 * others,
+        extra=_extra(method, shape, devices),
+        shared=not isinstance(method, LteOptions | LocalSgdOptions | DilocoOptions | DasoOptions),
+    )
 
 
 def _trained_beside_adapters(method: AdapterOptions, shape: ModelShape) -> int:
@@ -117,7 +131,7 @@ def _(method: LteOptions, shape: ModelShape, devices: int) -> int:
     replicated = shape.replicated_parameters
     if method.wire == "full" or devices == 1:
         return replicated if method.fragments > 1 else 0
-    factors = shape.factors(method.held_rank(devices))
+    factors = shape.factors(method.held_rank(devices), method.frozen_a)
     adapted = _residuals(shape.adapted_parameters, devices) if method.merge_transport == "reduce" else factors
     others = 0 if method.merge_transport == "server" else replicated + _residuals(replicated, devices)
     return adapted + others

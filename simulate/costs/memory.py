@@ -38,6 +38,8 @@ BLOCK_TENSORS = 16
 """Activation tensors, in u, that a block keeps: inputs of 2 norms, 4 linears (1, 1, 1, 4), q, k, v, the GELU (4)."""
 BLOCK_BACKWARD = 5
 """Working tensors, in u, at the height of a block's backward: the stream's gradient and one of the GELU's width."""
+DRAW_BYTES = 3 * 8
+"""An element of A while it is drawn: its normal number, and its factors of QR, in double precision."""
 LOSS_CHUNK_ELEMENTS = 2**20
 """Logits that the loss works on at once: a few megabytes of scratch, whatever the batch."""
 FLOAT_BYTES = 4
@@ -88,14 +90,15 @@ def peak_memory(run: Run, shape: ModelShape, device: Device) -> Memory:
     """Return the peak of one device of the run."""
     method, element_bytes, devices = run.method, ELEMENT_BYTES[run.train.dtype], run.cluster.devices
     tokens = run.train.micro_batch * shape.context
-    held = holding(method, shape, devices)
+    held = holding(run, shape)
     if isinstance(method, AdapterOptions) and not _starts_dense(method):
         shared_memory = device.host_memory_bytes == 0
         weights = _frozen_bytes(shape, method, element_bytes, shared_memory)
         rank = method.row_rank(devices)
         # Experts that a step did not choose have no gradient.
         idle = shape.factors(method.held_rank(devices) - method.rank) if isinstance(method, AdamixOptions) else 0
-        block_trained = (shape.factors(method.held_rank(devices)) - idle) // shape.layers
+        frozen_a = isinstance(method, LteOptions) and method.frozen_a
+        block_trained = (shape.factors(method.held_rank(devices), frozen_a) - idle) // shape.layers
     else:
         weights, rank, idle = shape.parameters * element_bytes, 0, 0
         block_trained = sum(linear.weights for linear in shape.adapted)
@@ -108,7 +111,7 @@ def peak_memory(run: Run, shape: ModelShape, device: Device) -> Memory:
         weights=weights,
         adapters=held.adapters * element_bytes,
         gradients=phase.gradients,
-        optimizer=(2 * held.trained + held.extra) * element_bytes,
+        optimizer=(held.moments + held.extra) * element_bytes,
         activations=phase.activations,
         temporary=phase.temporary,
         reserved=device.reserved_bytes,
@@ -125,13 +128,13 @@ def host_memory_bytes(run: Run, shape: ModelShape, device: Device) -> int:
 def checkpoint_bytes(run: Run, shape: ModelShape) -> int:
     """Bytes of a checkpoint's tensors: what devices share once, what is theirs N times, and Adam's moments."""
     method, devices = run.method, run.cluster.devices
-    held = holding(method, shape, devices)
+    held = holding(run, shape)
     frozen = 0
     if isinstance(method, AdapterOptions):
         frozen = shape.adapted_parameters * (2 if _needs_master(method) else 1)
     dense = 0 if _starts_dense(method) else held.adapters
     weights = dense + shape.replicated_parameters if isinstance(method, AdapterOptions) else shape.parameters
-    elements = frozen + (1 if held.shared else devices) * (weights + 2 * held.trained) + devices * held.extra
+    elements = frozen + (1 if held.shared else devices) * (weights + held.moments) + devices * held.extra
     return elements * ELEMENT_BYTES[run.train.dtype]
 
 
@@ -159,7 +162,7 @@ def _exchange_phases(run: Run, shape: ModelShape, gradient_bytes: int) -> tuple[
     if isinstance(method, LteOptions):
         merge = _lte_exchange(
             shape, devices, method.held_rank(devices), method.quantize, method.merge_transport, method.wire,
-            element_bytes,
+            method.frozen_a, element_bytes,
         )  # fmt: skip
         return (_Phase(0, 0, merge),)
     sizes = [t.elements * element_bytes for t in shape.tensors]
@@ -209,22 +212,25 @@ def _compression_bytes(wire: str, message: int, devices: int, element_bytes: int
 
 @lru_cache(maxsize=4096)
 def _lte_exchange(
-    shape: ModelShape, devices: int, held_rank: int, quantize: str, transport: str, wire: str, element_bytes: int
-) -> int:
+    shape: ModelShape, devices: int, held_rank: int, quantize: str, transport: str, wire: str, frozen_a: bool,
+    element_bytes: int,
+) -> int:  # fmt: skip
     """Largest buffer of a merge: what travels in one message (a device alone sends none), and the work beside it."""
     layers = shape.in_order()
     messages = 1 if devices > 1 else 0
-    by_factors = [x for x in layers if layer_transport(x, held_rank, devices, transport) != "reduce"]
-    dense = [x.weights * element_bytes for x in layers if layer_transport(x, held_rank, devices, transport) == "reduce"]
+    is_dense = {x: layer_transport(x, held_rank, devices, transport, frozen_a) == "reduce" for x in shape.adapted}
+    by_factors = [x for x in layers if not is_dense[x]]
+    dense = [x.weights * element_bytes for x in layers if is_dense[x]]
     largest = 0
-    for group in pack(factor_buffer_bytes(by_factors, devices, held_rank, transport, element_bytes)):
+    for group in pack(factor_buffer_bytes(by_factors, devices, held_rank, transport, element_bytes, frozen_a)):
         members = [by_factors[i] for i in group]
-        sent = sum(x.factors(held_rank) for x in members) * element_bytes
+        sent = sum(x.factors(held_rank, frozen_a) for x in members) * element_bytes
         if transport == "server":  # the factors packed to push, or the weights that come back
             largest = max(largest, messages * max(sent, sum(x.weights for x in members) * element_bytes))
         else:  # everyone's factors, and one layer's B laid out for the product
             stacked = max(devices * x.out_features * held_rank for x in members) * element_bytes
-            largest = max(largest, messages * devices * sent + stacked)
+            drawn = max(devices * x.in_features * held_rank for x in members) * frozen_a * messages
+            largest = max(largest, messages * devices * sent + stacked + drawn * DRAW_BYTES)
     if dense:  # the dense sums, and the message they are packed into
         largest = max(largest, (1 + messages) * max(packed_bytes(dense)))
     replicated = max(packed_bytes([t.elements * element_bytes for t in shape.replicated]))

@@ -233,25 +233,25 @@ def _signsgd(method: SignsgdOptions, shape: ModelShape, devices: int, element_by
 def _lte(method: LteOptions, shape: ModelShape, devices: int, element_bytes: int) -> tuple[Recurring, ...]:
     exchanges = _lte_exchanges(
         shape, devices, method.held_rank(devices), method.quantize, method.merge_transport, method.wire,
-        method.fragments, method.norms, method.biases, element_bytes,
+        method.fragments, method.norms, method.biases, method.frozen_a, element_bytes,
     )  # fmt: skip
     return _staggered(exchanges, method.merge_every)
 
 
-def layer_transport(linear: LinearShape, held_rank: int, devices: int, transport: str) -> str:
+def layer_transport(linear: LinearShape, held_rank: int, devices: int, transport: str, frozen_a: bool) -> str:
     """Return how a layer's merge travels: what is set, or for auto what sends fewer bytes in full precision.
 
     N·(N−1)·F of all gathered factors against 2·(N−1)·O·I of a reduced delta.
     """
     if transport != "auto":
         return transport
-    return "gather" if devices * linear.factors(held_rank) <= 2 * linear.weights else "reduce"
+    return "gather" if devices * linear.factors(held_rank, frozen_a) <= 2 * linear.weights else "reduce"
 
 
 @lru_cache(maxsize=8192)
 def _lte_exchanges(
     shape: ModelShape, devices: int, held_rank: int, quantize: str, transport: str, wire: str, fragments: int,
-    norms: str, biases: str, element_bytes: int,
+    norms: str, biases: str, frozen_a: bool, element_bytes: int,
 ) -> list[Exchange]:  # fmt: skip
     layers = shape.in_order()
     firsts = [t.elements for t in shape.replicated if t.kind == "norm" and norms == "one"]
@@ -260,7 +260,7 @@ def _lte_exchanges(
     for index in range(fragments):
         part = [layers[i] for i in fragment(len(layers), fragments, index)]
         others = [replicated[i] for i in fragment(len(replicated), fragments, index)]
-        adapted = lte_transfers(part, devices, held_rank, quantize, transport, wire, element_bytes)
+        adapted = lte_transfers(part, devices, held_rank, quantize, transport, wire, element_bytes, frozen_a)
         if transport == "server":
             sizes = packed_bytes([count * element_bytes for count in others])
             operations: tuple[Operation, ...] = ("push", "pull")
@@ -291,15 +291,15 @@ def _spread(sizes_bytes: Sequence[int], devices: int, transport: str) -> Iterato
 
 def lte_transfers(
     layers: Sequence[LinearShape], devices: int, held_rank: int, quantize: str, transport: str, wire: str,
-    element_bytes: int,
+    element_bytes: int, frozen_a: bool = False,
 ) -> tuple[Transfer, ...]:  # fmt: skip
     """Return the messages that merge some adapted layers: first by factors, then by dense sums."""
-    by_factors = [x for x in layers if layer_transport(x, held_rank, devices, transport) != "reduce"]
-    reduced = [x for x in layers if layer_transport(x, held_rank, devices, transport) == "reduce"]
+    by_factors = [x for x in layers if layer_transport(x, held_rank, devices, transport, frozen_a) != "reduce"]
+    reduced = [x for x in layers if layer_transport(x, held_rank, devices, transport, frozen_a) == "reduce"]
     transfers: list[Transfer] = []
-    for group in pack(factor_buffer_bytes(by_factors, devices, held_rank, transport, element_bytes)):
+    for group in pack(factor_buffer_bytes(by_factors, devices, held_rank, transport, element_bytes, frozen_a)):
         members = [by_factors[i] for i in group]
-        sides = [side for x in members for side in (x.in_features, x.out_features)]
+        sides = [x.in_features for x in members if not frozen_a] + [x.out_features for x in members]
         factors = [wire_bytes(held_rank * side, wire, element_bytes) for side in sides]
         if transport == "server":
             pulled = sum(quantized_bytes(x.weights, x.in_features, quantize, element_bytes) for x in members)
@@ -310,11 +310,11 @@ def lte_transfers(
 
 
 def factor_buffer_bytes(
-    layers: Iterable[LinearShape], devices: int, held_rank: int, transport: str, element_bytes: int
+    layers: Iterable[LinearShape], devices: int, held_rank: int, transport: str, element_bytes: int, frozen_a: bool
 ) -> list[int]:
     """Bytes that one device buffers for each layer while it travels: everyone's factors, or the weights that return."""
     return [
-        x.factors(held_rank) * element_bytes * (1 if transport == "server" else devices)
+        x.factors(held_rank, frozen_a) * element_bytes * (1 if transport == "server" else devices)
         + (x.weights * element_bytes if transport == "server" else 0)
         for x in layers
     ]

@@ -73,7 +73,7 @@ def compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
     """Seconds of one optimizer step: arithmetic, the optimizer's memory traffic, unpacking of quantised weights."""
     element_bytes = ELEMENT_BYTES[run.train.dtype]
     method = run.method
-    moved = ADAM_ELEMENTS_MOVED * holding(method, shape, run.cluster.devices).trained
+    moved: float = ADAM_ELEMENTS_MOVED * holding(run, shape).trained
     if isinstance(method, SapipeOptions | TopkOptions | SignsgdOptions) or (
         isinstance(method, DdpOptions) and method.wire != "full"
     ):
@@ -101,7 +101,7 @@ def merge_compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
 
 def holding_extra(run: Run, shape: ModelShape) -> int:
     """Elements of a method's own state, which a merge reads and writes."""
-    return holding(run.method, shape, run.cluster.devices).extra
+    return holding(run, shape).extra
 
 
 @lru_cache(maxsize=4096)

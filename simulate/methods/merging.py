@@ -29,12 +29,18 @@ class LayerMerger:
         self.local = len(communicator.local_devices)
         devices = communicator.num_devices
         held, transport = options.held_rank(devices), options.merge_transport
+        self.keys = ("b",) if options.frozen_a else ("a", "b")
+        """The factors that travel: a frozen A can be drawn by everyone."""
         shapes = {x.name: LinearShape(x.name, x.weight.shape[0], x.weight.shape[1], 1) for x in layers}
-        reduced = {n for n, x in shapes.items() if layer_transport(x, held, devices, transport) == "reduce"}
+        reduced = {
+            n for n, x in shapes.items() if layer_transport(x, held, devices, transport, options.frozen_a) == "reduce"
+        }
         by_factors = [layer for layer in layers if layer.name not in reduced]
         dense = [layer for layer in layers if layer.name in reduced]
         element_bytes = layers[0].weight.element_size() if layers else 0
-        sizes = factor_buffer_bytes([shapes[x.name] for x in by_factors], devices, held, transport, element_bytes)
+        sizes = factor_buffer_bytes(
+            [shapes[x.name] for x in by_factors], devices, held, transport, element_bytes, options.frozen_a
+        )
         self.factor_messages = [[by_factors[i] for i in group] for group in pack(sizes)]
         self.dense_messages = [
             [dense[i] for i in group] for group in pack([x.weight.numel() * element_bytes for x in dense])
@@ -44,7 +50,7 @@ class LayerMerger:
         self.means: list[CompressedMean] = []
         if self.compressed:
             for layer in by_factors:
-                for key in ("a", "b"):
+                for key in self.keys:
                     factor = getattr(layer, key).detach()
                     self.errors[f"{layer.name}.{key}"] = torch.zeros_like(factor).view(self.local, -1)
             for message in self.dense_messages:
@@ -72,20 +78,28 @@ class LayerMerger:
         if self.compressed:
             everyones = self._exchange_rounded(layers, exchange)
         else:
-            everyones = exchange([factor.detach() for layer in layers for factor in (layer.a, layer.b)])
+            everyones = exchange([getattr(layer, key).detach() for layer in layers for key in self.keys])
             for layer in layers:
                 self._remember(layer, layer.a.detach(), layer.b.detach())
-        for layer, a_HRI, b_HOR in zip(layers, everyones[::2], everyones[1::2], strict=True):
-            add_products(self._base(layer), a_HRI, b_HOR, self._share, out=layer.weight)
+        factors = iter(everyones)
+        for layer in layers:
+            a_HRI = self._everyones_draw(layer) if self.options.frozen_a else next(factors)
+            add_products(self._base(layer), a_HRI, next(factors), self._share, out=layer.weight)
         if server:
             self.communicator.pull([layer.weight for layer in layers])
+
+    def _everyones_draw(self, layer: LoraLinear) -> Tensor:
+        heads = self.communicator.num_devices * self.options.heads_per_device
+        if heads == layer.a.shape[0]:
+            return layer.a
+        return layer.draw_a(int(layer.drawn_after), heads)
 
     def _exchange_rounded(self, layers: list[LoraLinear], exchange: Exchange) -> list[Tensor]:
         """Return everyone's factors as their messages have them; errors and remembered products follow."""
         wire, parts, shapes = self.options.wire, [], []
         for layer in layers:
             rounded = {}
-            for key in ("a", "b"):
+            for key in self.keys:
                 factor = getattr(layer, key).detach()
                 error_LX = self.errors[f"{layer.name}.{key}"]
                 corrected_LX = error_LX.add_(factor.view(self.local, -1))
@@ -95,9 +109,9 @@ class LayerMerger:
                 rounded[key] = sent_LX.reshape(factor.shape)
                 parts.append(message)
                 shapes.append(factor.shape)
-            self._remember(layer, rounded["a"], rounded["b"])
+            self._remember(layer, rounded.get("a", layer.a), rounded["b"])
             if self.options.reset == "ab":  # the lost part of a factor means nothing beside the next draw
-                for key in ("a", "b"):
+                for key in self.keys:
                     self.errors[f"{layer.name}.{key}"].zero_()
         received = iter(exchange([tensor for message in parts for tensor in message]))
         everyones = []

@@ -65,7 +65,7 @@ class Relora(Lora):
 
     def _restart(self, layer: LoraLinear, steps_done: int) -> None:
         layer.weight.copy_(layer.folded_weight())
-        layer.a.copy_(layer.draw_a(steps_done))
+        layer.redraw_a(steps_done)
         layer.b.zero_()
 
     def _begin_adapters(self) -> None:

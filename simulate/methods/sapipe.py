@@ -88,7 +88,7 @@ class Sapipe(GradientMethod):
         clip_per_device(list(own.values()), self.local_devices, self.run.train.clip_norm)
         factor = self.rate_factor(min(step + 1, self.run.train.steps - 1))
         names = {id(p): name for name, p in self.parameters.items()}
-        for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
+        for group, peak in zip(self.groups, self.peak_rates, strict=True):
             for parameter in group["params"]:
                 name = names[id(parameter)]
                 change = self._adam_change(parameter, own[name], factor * peak, group["weight_decay"])

@@ -38,9 +38,9 @@ class LinearShape:
         """Number of weights in one such layer."""
         return self.out_features * self.in_features
 
-    def factors(self, rank: int) -> int:
-        """Number of elements of one head's A and B for one such layer."""
-        return rank * (self.out_features + self.in_features)
+    def factors(self, rank: int, frozen_a: bool = False) -> int:
+        """Number of elements of one head's A and B for one such layer, or of B alone where A is not trained."""
+        return rank * (self.out_features + (0 if frozen_a else self.in_features))
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,14 @@ class ModelShape:
         """Number of parameters of the dense model."""
         return self.adapted_parameters + self.replicated_parameters
 
-    def factors(self, rank: int) -> int:
-        """Number of elements of one head's factors over all adapted layers."""
-        return rank * self._factors_of_rank_one
+    def factors(self, rank: int, frozen_a: bool = False) -> int:
+        """Number of elements of one head's trained factors over all adapted layers."""
+        return rank * self._factors_of_rank_one[frozen_a]
 
     @cached_property
-    def _factors_of_rank_one(self) -> int:
-        return sum(linear.factors(1) * linear.count for linear in self.adapted)
+    def _factors_of_rank_one(self) -> tuple[int, int]:
+        both, b_alone = (sum(x.factors(1, frozen) * x.count for x in self.adapted) for frozen in (False, True))
+        return both, b_alone
 
     @cached_property
     def largest_dimension(self) -> int:
