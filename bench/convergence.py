@@ -1,97 +1,276 @@
-"""Does LTE train as well as dense? Validation losses after equal tokens, for each method's learning rates.
+"""Does LTE train as well as dense, and beside what? A campaign whose results are kept line by line.
 
-    python bench/convergence.py --data tinyshakespeare.txt --steps 300 --rates 1e-3 3e-3 6e-3 1e-2
+    python bench/convergence.py run --data tinyshakespeare.txt --results docs/convergence.jsonl --jobs 2
+    python bench/convergence.py table --results docs/convergence.jsonl
 
-Prints one line a run and the best of each method; every device trains on its own shard, batch and order are equal.
+`run` does what is still missing, the most telling first, and can be stopped at any time: every method at each learning
+rate with seed 0, its best rate with two more seeds, and then with more samples than dense training had, until its
+validation loss is as low as dense's. `table` prints what there is as Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import multiprocessing
+import os
+import statistics
 import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from simulate.clock import SimulatedClock
-from simulate.communicator import VirtualCommunicator
-from simulate.config import build_run
-from simulate.data.batches import TextBatches
-from simulate.data.text import load_text
-from simulate.hardware import load_profile
-from simulate.loop import Session, train
-from simulate.methods import build_method
-
+RATES = (3e-3, 4.5e-3, 6.5e-3, 9e-3)
+SEEDS = (0, 1, 2)
+FACTORS = (1.2, 1.4, 1.7, 2.0)
+"""Multiples of dense's samples, tried in this order until its loss is reached."""
+BATCHES = {"small": {"micro_batch": 8, "steps": 400}, "large": {"micro_batch": 32, "steps": 100}}
+"""Windows of 64 tokens for each of 4 devices: 2,048 and 8,192 tokens a step, 0.8 million in all."""
+DEVICES, MERGE_EVERY, EVALUATED = 4, 10, 512
+DENSE = "dense"
 METHODS: dict[str, dict[str, Any]] = {
-    "dense": {"name": "ddp"},
-    "lte, reset-less": {"name": "lte"},
+    DENSE: {"name": "ddp"},
+    "lte, frozen A, muon": {"name": "lte", "frozen_a": True, "reset": "b", "optimizer": "muon"},
+    "lte": {"name": "lte"},
+    "dense, muon": {"name": "ddp", "optimizer": "muon"},
+    "lte, muon": {"name": "lte", "optimizer": "muon"},
+    "local-sgd": {"name": "local-sgd"},
+    "diloco": {"name": "diloco"},
+    "lte, rank 64, frozen A, muon": {
+        "name": "lte", "frozen_a": True, "reset": "b", "optimizer": "muon", "rank": 64,
+    },
     "lte, reset b": {"name": "lte", "reset": "b"},
-}
+    "lte, frozen A": {"name": "lte", "frozen_a": True, "reset": "b"},
+    "mhlora": {"name": "mhlora"},
+    "powersgd": {"name": "powersgd"},
+    "topk": {"name": "topk", "density": 0.01},
+    "signsgd": {"name": "signsgd"},
+    "dense, int8": {"name": "ddp", "wire": "int8"},
+    "lte, int8, frozen A, muon": {
+        "name": "lte", "frozen_a": True, "reset": "b", "optimizer": "muon", "wire": "int8",
+    },
+    "local-sgd, moments": {"name": "local-sgd", "merge_optimizer": "average"},
+    "lora, rank 128": {"name": "lora", "rank": 128},
+    "relora, rank 128": {"name": "relora", "rank": 128, "merge_every": 50},
+    "adamix, rank 128": {"name": "adamix", "rank": 128},
+    "sapipe": {"name": "sapipe"},
+    "daso": {"name": "daso"},
+}  # fmt: skip
+"""Rank 32 x 4 heads is the network's width; T = 10 unless a method has its own."""
 
 
-def final_loss(method: dict[str, Any], rate: float, arguments: argparse.Namespace) -> float:
-    """Train one run and return its validation loss."""
-    run = build_run(
-        {
-            "data": {"path": arguments.data},
-            "method": method,
-            "train": {
-                "steps": arguments.steps,
-                "learning_rate": rate,
-                "warmup_steps": arguments.steps // 20,
-                "evaluate_every": arguments.steps,
-                "checkpoint_every": arguments.steps,
-                "micro_batch": 8,
-            },
-            "cluster": {"devices": 4},
-        }
+@dataclass(frozen=True)
+class Job:
+    """One training run; all fields make its identity."""
+
+    batch: str
+    method: str
+    rate: float
+    seed: int = 0
+    factor: float = 1.0
+    """Samples over those of dense training."""
+
+
+def run_of(job: Job, data: str) -> dict[str, Any]:
+    """Return the run's table."""
+    method = dict(METHODS[job.method])
+    train = {"optimizer": method.pop("optimizer", "adamw")}
+    sizes = BATCHES[job.batch]
+    steps = MERGE_EVERY * round(sizes["steps"] * job.factor / MERGE_EVERY)
+    train.update(
+        steps=steps,
+        micro_batch=sizes["micro_batch"],
+        learning_rate=job.rate,
+        warmup_steps=steps // 20,
+        evaluate_every=max(MERGE_EVERY, steps // 10),
+        evaluate_samples=EVALUATED,
+        checkpoint_every=steps,
+        log_every=steps,
+        seed=job.seed,
     )
-    profile, text = load_profile("gtx1080ti_x8"), load_text(run.data)
-    clock = SimulatedClock(run, profile.devices(4), profile.link)
-    communicator = VirtualCommunicator(4, clock.charge_transfer, clock.wait)
+    return {
+        "model": {"context": 64},
+        "data": {"path": data},
+        "method": method,
+        "train": train,
+        "cluster": {"devices": DEVICES, "profile": "gtx1080ti_x8"},
+    }
+
+
+def result_of(job: Job, data: str) -> dict[str, Any]:
+    """Train, and return the job with its losses; val_loss is None for a run that diverged."""
+    import torch
+
+    torch.set_num_threads(1)
+    from simulate.clock import SimulatedClock
+    from simulate.communicator import VirtualCommunicator
+    from simulate.config import build_run
+    from simulate.data.batches import TextBatches
+    from simulate.data.text import load_text
+    from simulate.errors import RunFailedError
+    from simulate.hardware import load_profile
+    from simulate.loop import Session, train
+    from simulate.methods import build_method
+
+    run = build_run(run_of(job, data))
+    profile, events, started = load_profile(run.cluster.profile), [], time.monotonic()
+    clock = SimulatedClock(run, profile.devices(DEVICES), profile.link)
+    communicator = VirtualCommunicator(DEVICES, clock.charge_transfer, clock.wait)
     with tempfile.TemporaryDirectory() as folder:
         session = Session(
             run=run,
             method=build_method(run, communicator, torch.device("cpu")),
-            batches=TextBatches.of(run, text),
+            batches=TextBatches.of(run, load_text(run.data)),
             communicator=communicator,
             clock=clock,
-            emit=lambda event: None,
+            emit=events.append,
             checkpoints=Path(folder),
             device=torch.device("cpu"),
         )
-        train(session)
-    assert session.val_loss is not None
-    return session.val_loss
+        try:
+            train(session)
+        except RunFailedError:
+            session.val_loss = None
+    curve = [(event["tokens"], round(event["val_loss"], 4)) for event in events if event["kind"] == "evaluate"]
+    loss = session.val_loss if session.val_loss is not None and math.isfinite(session.val_loss) else None
+    sent = communicator.counter.sent_bytes / DEVICES
+    return {**asdict(job), "val_loss": loss, "sent_bytes": sent, "curve": curve, "s": time.monotonic() - started}
+
+
+class Results:
+    """Everything that was measured so far, by job."""
+
+    def __init__(self, path: Path) -> None:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self.rows = [json.loads(line) for line in lines if line]
+        fields = Job.__dataclass_fields__
+        self.by_job = {Job(**{key: row[key] for key in fields}): row for row in self.rows}
+
+    def loss(self, job: Job) -> float | None:
+        """Return a job's loss; infinite where it diverged, None where it was not run."""
+        row = self.by_job.get(job)
+        return None if row is None else math.inf if row["val_loss"] is None else row["val_loss"]
+
+    def best_rate(self, batch: str, method: str) -> float | None:
+        """Return the learning rate of the lowest loss, once all were tried."""
+        losses = {rate: self.loss(Job(batch, method, rate)) for rate in RATES}
+        known = {rate: loss for rate, loss in losses.items() if loss is not None}
+        return min(known, key=lambda rate: known[rate]) if len(known) == len(RATES) else None
+
+    def seeds(self, batch: str, method: str, factor: float = 1.0) -> list[float]:
+        """Return the losses at the best rate, one a seed."""
+        rate = self.best_rate(batch, method)
+        losses = [self.loss(Job(batch, method, rate, seed, factor)) for seed in SEEDS] if rate else []
+        return [loss for loss in losses if loss is not None]
+
+    def samples_ratio(self, batch: str, method: str) -> float | None:
+        """Return the multiple of dense's samples at which a method has dense's mean loss, between runs linearly."""
+        goal, points = self.seeds(batch, DENSE), []
+        for factor in (1.0, *FACTORS):
+            losses = self.seeds(batch, method, factor)
+            if losses:
+                points.append((factor, statistics.mean(losses)))
+        if not goal or not points:
+            return None
+        target = statistics.mean(goal)
+        for index, (factor, loss) in enumerate(points):
+            if loss <= target:
+                if index == 0:
+                    return factor
+                before, above = points[index - 1]
+                return before + (factor - before) * (above - target) / (above - loss)
+        return None
+
+
+def missing(results: Results, methods: list[str], batches: list[str]) -> Iterator[Job]:
+    """Yield the jobs to do next, the most telling first; what depends on others appears when these are known."""
+    for stage in ("rates", "factors", "seeds"):
+        for method in methods:
+            for batch in batches:
+                yield from (job for job in _stage(stage, results, batch, method) if results.loss(job) is None)
+
+
+def _stage(stage: str, results: Results, batch: str, method: str) -> Iterator[Job]:
+    rate = results.best_rate(batch, method)
+    if stage == "rates":
+        yield from (Job(batch, method, rate) for rate in RATES)
+    elif rate is None:
+        return
+    elif stage == "seeds":
+        yield from (Job(batch, method, rate, seed) for seed in SEEDS)
+    else:
+        goal = results.seeds(batch, DENSE)
+        for factor, before in zip(FACTORS, (1.0, *FACTORS), strict=False):
+            loss = results.loss(Job(batch, method, rate, 0, before))
+            if not goal or loss is None or loss <= goal[0]:
+                return
+            yield Job(batch, method, rate, 0, factor)
+
+
+def campaign(arguments: argparse.Namespace) -> None:
+    """Run what is missing, `jobs` at a time, and append each result as it comes."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    running: dict[Job, Any] = {}
+    deadline = time.monotonic() + arguments.minutes * 60
+    with multiprocessing.get_context("spawn").Pool(arguments.jobs, maxtasksperchild=8) as pool:
+        while True:
+            waiting = missing(Results(arguments.results), arguments.methods, arguments.batches)
+            while len(running) < arguments.jobs and time.monotonic() < deadline:
+                job = next((job for job in waiting if job not in running), None)
+                if job is None:
+                    break
+                running[job] = pool.apply_async(result_of, (job, arguments.data))
+            if not running:
+                return
+            time.sleep(0.5)
+            for job in [job for job, result in running.items() if result.ready()]:
+                row = running.pop(job).get()
+                with arguments.results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(f"{job}: {row['val_loss']} in {row['s']:.0f} s", flush=True)
+
+
+def table(results: Results) -> Iterator[str]:
+    """Yield Markdown lines: a table a batch, and the curves' points are in the results themselves."""
+    for batch, sizes in BATCHES.items():
+        tokens = sizes["micro_batch"] * DEVICES * 64
+        yield f"\n{batch} batch: {tokens:,} tokens a step, {sizes['steps']} steps\n"
+        yield "| method | best rate | validation loss | seeds | samples to dense's loss | sent a device |"
+        yield "|---|---|---|---|---|---|"
+        for method in METHODS:
+            losses, rate = results.seeds(batch, method), results.best_rate(batch, method)
+            if not losses or rate is None:
+                continue
+            spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
+            ratio = results.samples_ratio(batch, method)
+            tried = max(f for f in (1.0, *FACTORS) if results.seeds(batch, method, f))
+            samples = f"{ratio:.2f}x" if ratio is not None else f"above {tried:g}x"
+            sent = results.by_job[Job(batch, method, rate)]["sent_bytes"]
+            yield (
+                f"| {method} | {rate:g} | {statistics.mean(losses):.4f}{spread} | {len(losses)} | {samples} | "
+                f"{sent / 1e6:,.0f} MB |"
+            )
 
 
 def main() -> None:
-    """Parse, run, print."""
+    """Parse, then run or print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="UTF-8 text file")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--merge-every", type=int, default=10)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 6e-3, 1e-2])
+    parser.add_argument("verb", choices=("run", "table"))
+    parser.add_argument("--results", type=Path, required=True, help="JSON lines, appended to")
+    parser.add_argument("--data", help="UTF-8 text file, for run")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--batches", nargs="+", default=list(BATCHES), choices=list(BATCHES))
+    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start nothing new after that")
     arguments = parser.parse_args()
-    best: dict[str, dict[str, float]] = {}
-    for name in arguments.methods:
-        method = METHODS[name]
-        if method["name"] == "lte":
-            method = {**method, "rank": arguments.rank, "merge_every": arguments.merge_every}
-        losses = {}
-        for rate in arguments.rates:
-            losses[rate] = final_loss(method, rate, arguments)
-            print(
-                f"{name}: learning rate {rate:g}, {arguments.steps} steps: validation loss {losses[rate]:.4f}",
-                flush=True,
-            )
-        rate = min(losses, key=lambda r: losses[r])
-        best[name] = {"learning_rate": rate, "val_loss": losses[rate]}
-    print(json.dumps(best, indent=1))
+    if arguments.verb == "run":
+        campaign(arguments)
+    else:
+        for line in table(Results(arguments.results)):
+            print(line)
 
 
 if __name__ == "__main__":

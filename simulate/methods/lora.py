@@ -21,6 +21,10 @@ from simulate.options import AdapterOptions
 from simulate.replicated import VectorLora
 
 
+MUON_ADAPTER_FACTOR = 3.0
+"""With Muon, adapters learn this much faster than norm-matching says: measured best for LTE on small text models."""
+
+
 class Lora(GradientMethod):
     """One adapter, shared by all devices."""
 
@@ -60,7 +64,8 @@ def adapter_options(method: Method) -> AdapterOptions:
 def adapter_groups(method: Method, options: AdapterOptions) -> list[dict[str, object]]:
     """Return the optimizer's groups: adapters at their own learning rate, everything else at the run's."""
     rate = method.run.train.learning_rate
-    adapter_rate = options.adapter_learning_rate or rate / options.scale
+    matched = rate / options.scale * (MUON_ADAPTER_FACTOR if method.run.train.optimizer == "muon" else 1.0)
+    adapter_rate = options.adapter_learning_rate or matched
     adapters = {id(p) for p in adapter_parameters(method.model)}
     named = list(method.parameters.items())
     return [
