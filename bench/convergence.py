@@ -16,7 +16,6 @@ import math
 import multiprocessing
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -96,48 +95,25 @@ def run_of(job: Job, data: str) -> dict[str, Any]:
         "data": {"path": data},
         "method": method,
         "train": train,
-        "cluster": {"devices": DEVICES, "profile": "gtx1080ti_x8"},
+        "cluster": {"devices": DEVICES},
     }
 
 
 def result_of(job: Job, data: str) -> dict[str, Any]:
     """Train, and return the job with its losses; val_loss is None for a run that diverged."""
     import torch
+    from training import train_table
 
     torch.set_num_threads(1)
-    from simulate.clock import SimulatedClock
-    from simulate.communicator import VirtualCommunicator
-    from simulate.config import build_run
-    from simulate.data.batches import TextBatches
-    from simulate.data.text import load_text
-    from simulate.errors import RunFailedError
-    from simulate.hardware import load_profile
-    from simulate.loop import Session, train
-    from simulate.methods import build_method
-
-    run = build_run(run_of(job, data))
-    profile, events, started = load_profile(run.cluster.profile), [], time.monotonic()
-    clock = SimulatedClock(run, profile.devices(DEVICES), profile.link)
-    communicator = VirtualCommunicator(DEVICES, clock.charge_transfer, clock.wait)
-    with tempfile.TemporaryDirectory() as folder:
-        session = Session(
-            run=run,
-            method=build_method(run, communicator, torch.device("cpu")),
-            batches=TextBatches.of(run, load_text(run.data)),
-            communicator=communicator,
-            clock=clock,
-            emit=events.append,
-            checkpoints=Path(folder),
-            device=torch.device("cpu"),
-        )
-        try:
-            train(session)
-        except RunFailedError:
-            session.val_loss = None
-    curve = [(event["tokens"], round(event["val_loss"], 4)) for event in events if event["kind"] == "evaluate"]
-    loss = session.val_loss if session.val_loss is not None and math.isfinite(session.val_loss) else None
-    sent = communicator.counter.sent_bytes / DEVICES
-    return {**asdict(job), "val_loss": loss, "sent_bytes": sent, "curve": curve, "s": time.monotonic() - started}
+    started = time.monotonic()
+    trained = train_table(run_of(job, data))
+    return {
+        **asdict(job),
+        "val_loss": trained.val_loss,
+        "sent_bytes": trained.sent_bytes_per_device,
+        "curve": trained.curve,
+        "s": time.monotonic() - started,
+    }
 
 
 class Results:

@@ -133,8 +133,11 @@ class Method(ABC):
     def group_losses(self, inputs: Tensor, targets: Tensor, groups: int) -> Tensor:
         """Return the mean loss of each of `groups` equal parts of the batch, (groups,): nobody's mean mixes parts."""
         self.model.train()
-        loss_N = token_losses(self.model(inputs).flatten(0, -2), targets.reshape(-1))
-        return loss_N.view(groups, -1).mean(1)
+        return self.row_losses(self.model(inputs), targets).view(groups, -1).mean(1)
+
+    def row_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of every sample or token, (M,), in order: cross-entropy with logits."""
+        return token_losses(outputs.flatten(0, -2), targets.reshape(-1))
 
     def apply_gradients(self, step: int) -> None:
         """Take the optimizer step at the schedule's rate and free the gradients."""
@@ -181,6 +184,7 @@ class Method(ABC):
         for name, parameter in self.parameters.items():
             prefix = f"optimizer.{name}."
             moments = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            self.optimizer.state.pop(parameter, None)
             if moments:
                 # A fused optimizer keeps its step counter on the device, too.
                 self.optimizer.state[parameter] = {k: v.to(parameter.device).clone() for k, v in moments.items()}

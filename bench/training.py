@@ -1,0 +1,62 @@
+"""What the benches that train have in common: a whole simulated run from its table, in this process."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simulate.clock import SimulatedClock
+from simulate.communicator import VirtualCommunicator
+from simulate.config import build_run
+from simulate.data.batches import TextBatches
+from simulate.data.text import load_text
+from simulate.errors import RunFailedError
+from simulate.hardware import load_profile
+from simulate.loop import Session, train
+from simulate.methods import build_method
+
+PROFILE = "gtx1080ti_x8"
+"""Whose clock is charged; no bench shows it."""
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run left behind."""
+
+    val_loss: float | None
+    """None for a run that diverged."""
+    curve: list[tuple[int, float]]
+    """(tokens, validation loss) of every evaluation."""
+    sent_bytes_per_device: float
+
+
+def train_table(table: dict[str, Any]) -> Trained:
+    """Train the run that a table describes."""
+    run = build_run({**table, "cluster": {"profile": PROFILE, **table["cluster"]}})
+    profile, events = load_profile(PROFILE), []
+    clock = SimulatedClock(run, profile.devices(run.cluster.devices), profile.link)
+    communicator = VirtualCommunicator(run.cluster.devices, clock.charge_transfer, clock.wait)
+    with tempfile.TemporaryDirectory() as folder:
+        session = Session(
+            run=run,
+            method=build_method(run, communicator, CPU),
+            batches=TextBatches.of(run, load_text(run.data)),
+            communicator=communicator,
+            clock=clock,
+            emit=events.append,
+            checkpoints=Path(folder),
+            device=CPU,
+        )
+        try:
+            train(session)
+        except RunFailedError:
+            session.val_loss = None
+    curve = [(event["tokens"], round(event["val_loss"], 4)) for event in events if event["kind"] == "evaluate"]
+    loss = session.val_loss if session.val_loss is not None and math.isfinite(session.val_loss) else None
+    return Trained(loss, curve, communicator.counter.sent_bytes / run.cluster.devices)
