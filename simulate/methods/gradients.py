@@ -89,6 +89,8 @@ def take_gradients(leaves: dict[str, nn.Parameter]) -> dict[str, Tensor]:
 
 def mean_over_devices(sums: list[Tensor], communicator: Communicator) -> None:
     """Turn sums over the local devices into means over all devices, in place, in packed messages."""
+    if not sums:
+        return
     for group in pack([tensor.numel() * tensor.element_size() for tensor in sums]):
         communicator.all_reduce([sums[i] for i in group])
     torch._foreach_div_(sums, float(communicator.num_devices))
