@@ -28,7 +28,9 @@ def encode(x_LX: Tensor, wire: str) -> list[Tensor]:
     if wire == "full":
         return [x_LX]
     if wire in HALVES:
-        return [x_LX.to(HALVES[wire])]
+        half = x_LX.to(HALVES[wire])
+        # What fp16 cannot hold travels as its largest number, and the rest with the next messages.
+        return [half.clamp_(-torch.finfo(half.dtype).max, torch.finfo(half.dtype).max)]
     rows, elements = x_LX.shape
     whole = elements % WIRE_BLOCK == 0
     x_LWX = (x_LX if whole else F.pad(x_LX, (0, -elements % WIRE_BLOCK))).view(rows, -1, WIRE_BLOCK)

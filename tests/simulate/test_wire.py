@@ -117,6 +117,12 @@ def test_a_compressed_mean_by_hand() -> None:
     assert errors["mean_error"].flatten()[1] == 0
 
 
+def test_what_fp16_cannot_hold_follows_with_the_next_messages() -> None:
+    mean = compressed(2, 1, "fp16")
+    told = [float(mean_of(mean, torch.full((2, 1), value).double())) for value in (100_000.0, 0.0)]
+    assert told == [65_504.0, pytest.approx(34_496.0, rel=1e-3)]
+
+
 @pytest.mark.parametrize("wire", ["fp16", "bf16", "int8", "int4"])
 @given(devices=st.integers(1, 4), elements=st.integers(1, 600), seed=st.integers(0, 2**32))
 def test_a_mean_and_what_it_left_out_are_the_true_mean(wire: str, devices: int, elements: int, seed: int) -> None:
