@@ -95,7 +95,8 @@ class Diagnostics:
         values, left_OK, right_IK = decompose(mean_OI, DIRECTIONS)
         if not len(values):
             return {}
-        left_OK, right_IK = self.first.setdefault(name, (left_OK, right_IK))
+        # In the layout of a checkpoint, so that a resumed run rounds alike.
+        left_OK, right_IK = self.first.setdefault(name, (left_OK.contiguous(), right_IK.contiguous()))
         return {
             "effective_rank": effective_rank(values),
             "stable_rank": stable_rank(values),

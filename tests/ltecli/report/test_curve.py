@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ltecli.report.curve import draw_curve
+from ltecli.report.curve import draw_curve, draw_line
 
 
 def test_no_points_draw_nothing() -> None:
@@ -21,3 +21,9 @@ def test_a_flat_curve_is_drawn() -> None:
 def test_many_steps_share_columns_by_their_mean() -> None:
     lines = draw_curve([(1, 0.0), (2, 2.0), (3, 4.0), (4, 6.0)], width=2, height=1)
     assert lines[0] == "   5.000 │▁█"
+
+
+def test_a_line_goes_from_the_lowest_to_the_highest() -> None:
+    assert draw_line([3.0, 1.0, 2.0]) == "█▁▅"
+    assert draw_line([5.0, 5.0]) == "▁▁"
+    assert len(draw_line([float(n) for n in range(100)])) == 16
