@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,27 +12,24 @@ from torch.func import functional_call
 from simulate.config import Run
 from simulate.options import LteOptions
 from tests.reference.common import adamw, adapted_names, clip, mean_loss, take_step
+from tests.reference.lora import Draw, Pairs
+from tests.reference.relora import prune_smallest
 
-Draw = Callable[[str, int, int], Tensor]
-"""(name of the weight, global head, optimizer steps done) → that head's A, (R, I)."""
+Item = TypeVar("Item")
 
 
-class Head:
-    """One A and B per adapted weight, and their values at the last merge."""
+class Head(Pairs):
+    """One A and B per adapted weight, and what of them is in W since the last merge."""
 
     def __init__(self, index: int, model: nn.Module, rank: int, draw: Draw) -> None:
+        super().__init__(model, rank, lambda name: draw(name, index, 0))
         self.index = index
-        self.a = {name: draw(name, index, 0).clone() for name in adapted_names(model)}
-        self.b = {name: torch.zeros(len(model.get_parameter(name)), rank, dtype=a.dtype) for name, a in self.a.items()}
-        self.parameters = [*self.a.values(), *self.b.values()]
-        for parameter in self.parameters:
-            parameter.requires_grad_()
-        self.remember()
-
-    def remember(self) -> None:
-        """Keep both factors as they are now."""
         self.a0 = {name: a.detach().clone() for name, a in self.a.items()}
         self.b0 = {name: b.detach().clone() for name, b in self.b.items()}
+
+    def remember(self, name: str, a: Tensor, b: Tensor) -> None:
+        """Keep both factors as they were merged."""
+        self.a0[name], self.b0[name] = a.detach().clone(), b.detach().clone()
 
     def change(self, name: str) -> Tensor:
         """Return B·A − B0·A0, dense."""
@@ -47,7 +44,7 @@ class Device:
         self.run, self.scale = run, run.method.scale
         self.model, self.heads = copy.deepcopy(start), heads
         adapted = adapted_names(start)
-        self.replicated = [p for name, p in self.model.named_parameters() if name not in adapted]
+        self.replicated: list[Tensor] = [p for name, p in self.model.named_parameters() if name not in adapted]
         for name in adapted:
             self.model.get_parameter(name).requires_grad_(False)
         rate = run.train.learning_rate
@@ -93,33 +90,67 @@ class LteTwin:
         """Take a step on (N*B, T) tokens; returns the devices' mean losses, (N,)."""
         parts = zip(self.devices, inputs.chunk(len(self.devices)), targets.chunk(len(self.devices)), strict=True)
         losses = [device.step(x, y, step) for device, x, y in parts]
-        if (step + 1) % self.options.merge_every == 0 or step + 1 == self.run.train.steps:
-            self.merge(step)
+        for fragment in self.fragments_due(step + 1):
+            self.merge(fragment, step + 1)
         return torch.stack(losses)
 
+    def fragments_due(self, steps_done: int) -> list[int]:
+        """Return what merges now: the f-th of F fragments T/F·f steps into each round, everything at the run's end."""
+        every, fragments = self.options.merge_every, self.options.fragments
+        if steps_done == self.run.train.steps:
+            return list(range(fragments))
+        into_round = (steps_done - 1) % every + 1
+        return [f for f in range(fragments) if into_round == every // fragments * (f + 1)]
+
     @torch.no_grad()
-    def merge(self, step: int) -> None:
-        """W ← W + (s/H)·Σ_h (B_h·A_h − B0_h·A0_h); plain means for everything else; then start the next round."""
-        for name in adapted_names(self.devices[0].model):
-            delta = sum(head.change(name) for head in self.heads) * self.options.scale / len(self.heads)
-            for device in self.devices:
-                device.model.get_parameter(name).add_(delta)
-        for copies in zip(*(device.replicated for device in self.devices), strict=True):
+    def merge(self, fragment: int, steps_done: int) -> None:
+        """Merge the fragment's layers and average its part of everything else; then its next round starts."""
+        names = self.part_of(adapted_names(self.devices[0].model), fragment)
+        self.merge_adapted(names)
+        columns = zip(*(device.replicated for device in self.devices), strict=True)
+        self.average(self.part_of(list(columns), fragment))
+        for device in self.devices:
+            for head in device.heads:
+                for name in names:
+                    self._start_round(device, head, name, steps_done)
+
+    def part_of(self, items: list[Item], fragment: int) -> list[Item]:
+        """Return the fragment's consecutive share of the items."""
+        return [item for i, item in enumerate(items) if i * self.options.fragments // len(items) == fragment]
+
+    def merge_adapted(self, names: list[str]) -> None:
+        """W ← W + (s/H)·Σ_h (B_h·A_h − B0_h·A0_h)."""
+        for name in names:
+            mean = torch.stack([head.change(name) for head in self.heads]).mean(0)
+            self.add_to_all(name, self.options.scale * mean)
+            for head in self.heads:
+                head.remember(name, head.a[name], head.b[name])
+
+    def add_to_all(self, name: str, delta: Tensor) -> None:
+        """Add to everyone's W."""
+        for device in self.devices:
+            device.model.get_parameter(name).add_(delta)
+
+    def average(self, columns: list[tuple[Tensor, ...]]) -> None:
+        """Give each device the plain mean of everyone's copies, column by column."""
+        for copies in columns:
             mean = sum(copies[1:], copies[0].clone()) / len(copies)
             for parameter in copies:
                 parameter.copy_(mean)
-        for head in self.heads:
-            self._reset(head, step + 1)
 
-    def _reset(self, head: Head, steps_done: int) -> None:
+    def _start_round(self, device: Device, head: Head, name: str, steps_done: int) -> None:
+        a, b = head.a[name], head.b[name]
         if self.options.reset in ("b", "ab"):
-            for b in head.b.values():
-                b.zero_()
+            b.zero_()
+            head.remember(name, a, b)
         if self.options.reset == "ab":
-            for name, a in head.a.items():
-                a.copy_(self.draw(name, head.index, steps_done))
-        head.remember()
+            a.copy_(self.draw(name, head.index, steps_done))
+        for factor in (a, b):
+            if self.options.merge_optimizer == "prune":
+                prune_smallest(device.optimizer, factor, 0.9)
+            elif self.options.merge_optimizer == "reset":
+                device.optimizer.state.pop(factor)
 
     def merged_state(self) -> dict[str, Tensor]:
-        """Return the first device's weights: right after a merge all are equal."""
+        """Return the first device's weights: right after the last merge all are equal."""
         return {name: tensor.detach().clone() for name, tensor in self.devices[0].model.state_dict().items()}
