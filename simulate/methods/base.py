@@ -18,7 +18,7 @@ from simulate.config import Run, Train
 from simulate.loss import token_losses
 from simulate.models.build import build_model
 from simulate.optimizers import Muon
-from simulate.replicated import ReplicatedLinear
+from simulate.replicated import ReplicatedEmbedding, ReplicatedLinear
 from simulate.updates import LayerUpdates
 
 COSINE_FLOOR = 0.1
@@ -29,7 +29,7 @@ def learning_rate_factor(train: Train, step: int) -> float:
     """Return the share of the peak rate at a step, from 0: linear warm-up, then a cosine down to COSINE_FLOOR."""
     if step < train.warmup_steps:
         return (step + 1) / train.warmup_steps
-    progress = (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps)
+    progress = min(1.0, (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps))
     return COSINE_FLOOR + (1 - COSINE_FLOOR) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -52,6 +52,7 @@ class Method(ABC):
         matrices = self._matrices() if train.optimizer == "muon" else set()
         adam_groups, muon_groups = split_groups(groups, lambda p: id(p) not in matrices)
         # Fused: one pass over the state and no temporaries, unlike the foreach form.
+        adam_groups = adam_groups or [{"params": []}]  # none where Muon steps everything
         self.optimizer = torch.optim.AdamW(adam_groups, betas=(train.adam_beta1, train.adam_beta2), fused=True)
         self.muon = Muon(muon_groups, momentum=train.muon_momentum) if muon_groups else None
         self.groups = list(self.optimizer.param_groups)
@@ -62,13 +63,16 @@ class Method(ABC):
 
     def _matrices(self) -> set[int]:
         """Return the ids of what Muon steps: factors, and weights of linear layers that no embedding shares."""
-        names = set()
+        names, embeddings = set(), set()
         for name, module in self.model.named_modules():
             if isinstance(module, ReplicatedLinear):
                 names.add(f"{name}.weight")
             elif isinstance(module, LoraLinear):
                 names |= {f"{name}.{key}" for key, _ in module.named_parameters() if key != "bias"}
-        return {id(self.parameters[name]) for name in names if name in self.parameters}
+            elif isinstance(module, ReplicatedEmbedding):
+                embeddings.add(id(module.weight))
+        shared = {n for n, p in self.model.named_parameters() if id(p) in embeddings}
+        return {id(self.parameters[name]) for name in names - shared if name in self.parameters}
 
     @abstractmethod
     def prepare(self, model: nn.Module) -> nn.Module:
@@ -205,7 +209,10 @@ def split_groups(
 
 
 def prune_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], share: float) -> None:
-    """Zero the `share` smallest entries, by magnitude, of each copy's and each moment's tensor."""
+    """Zero the `share` smallest entries, by magnitude, of each copy's and each moment's tensor.
+
+    Adam's first moment goes as well wherever its second is zero: divided by almost nothing, it would blow up the step.
+    """
     for parameter in parameters:
         moments = (m for m in optimizer.state[parameter].values() if m.shape == parameter.shape)
         for moment_CX in (moment.flatten(1) for moment in moments):
@@ -213,6 +220,8 @@ def prune_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Para
             if count:
                 threshold_C1 = moment_CX.abs().kthvalue(count, dim=1, keepdim=True).values
                 moment_CX.masked_fill_(moment_CX.abs() <= threshold_C1, 0.0)
+        if "exp_avg_sq" in (state := optimizer.state[parameter]):
+            state["exp_avg"].masked_fill_(state["exp_avg_sq"] == 0, 0.0)
 
 
 def forget_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:

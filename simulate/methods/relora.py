@@ -2,8 +2,9 @@
 
     W ← W + s·B·A,   A ← a new draw,   B ← 0            (all devices alike: a merge sends nothing)
 
-A restart zeroes the smallest `prune_share` of both of Adam's moments of the adapters, and the learning rate climbs back
-from near zero: with c(t) the run's schedule and k steps since the restart at step q,
+A restart zeroes the smallest `prune_share` of each of Adam's moments of the adapters, and the first moment wherever the
+second is gone (in the authors' code a rate near zero keeps such steps from blowing up). Then the learning rate climbs
+back: with c(t) the run's schedule and k steps since the restart at step q,
 
     rate(q + k) = (k+1)/(w+1)·c(q + w) for k < w = rewarm_steps,   c(t) from there on.
 

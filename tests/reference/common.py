@@ -20,7 +20,7 @@ def scheduled_rate(train: Train, peak: float, step: int) -> float:
     """Return the learning rate of a step: linear warm-up, then a cosine from the peak to a tenth of it."""
     if step < train.warmup_steps:
         return peak * (step + 1) / train.warmup_steps
-    progress = (step - train.warmup_steps) / (train.steps - train.warmup_steps)
+    progress = min(1.0, (step - train.warmup_steps) / (train.steps - train.warmup_steps))
     return peak * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 

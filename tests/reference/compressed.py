@@ -11,21 +11,7 @@ from simulate.config import Run
 from simulate.options import DdpOptions, PowerSgdOptions, TopkOptions
 from simulate.randomness import address
 from tests.reference.dense import DenseTwin, flat, mean, unflat
-
-BLOCK = 128
-
-
-def rounded(vector: Tensor, wire: str) -> Tensor:
-    """Return a vector as its receiver sees it: in half precision, or on a grid of 2·levels + 1 points a block."""
-    if wire in ("fp16", "bf16"):
-        return vector.to(torch.float16 if wire == "fp16" else torch.bfloat16).to(vector.dtype)
-    levels, result = {"int8": 127, "int4": 7}[wire], torch.zeros_like(vector)
-    for first in range(0, len(vector), BLOCK):
-        block = vector[first : first + BLOCK]
-        scale = float((block.abs().max() / levels).to(torch.float32))
-        if scale > 0:
-            result[first : first + BLOCK] = scale * torch.round(block / scale)
-    return result
+from tests.reference.quantiser import as_received
 
 
 class RoundedMean:
@@ -41,10 +27,10 @@ class RoundedMean:
         arrived = []
         for device, vector in enumerate(vectors):
             corrected = vector + self.errors[device]
-            arrived.append(rounded(corrected, self.wire))
+            arrived.append(as_received(corrected, self.wire))
             self.errors[device] = corrected - arrived[-1]
         corrected = mean(arrived) + self.mean_error
-        result = rounded(corrected, self.wire)
+        result = as_received(corrected, self.wire)
         self.mean_error = corrected - result
         return result
 

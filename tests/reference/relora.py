@@ -55,10 +55,14 @@ class ReloraTwin(LoraTwin):
 
 
 def prune_smallest(optimizer: torch.optim.Optimizer, parameter: Tensor, share: float) -> None:
-    """Zero the given share of the entries of both moments, from the smallest on."""
+    """Zero the given share of the entries of both moments, from the smallest on, and m wherever v is zero."""
     for key in ("exp_avg", "exp_avg_sq"):
         moment = optimizer.state[parameter][key].view(-1)
         numbers = moment.tolist()
         by_size = sorted(range(len(numbers)), key=lambda i: abs(numbers[i]))
         for i in by_size[: int(share * len(numbers))]:
             moment[i] = 0.0
+    state = optimizer.state[parameter]
+    for index, second in enumerate(state["exp_avg_sq"].view(-1).tolist()):
+        if second == 0:
+            state["exp_avg"].view(-1)[index] = 0.0

@@ -41,9 +41,7 @@ def test_every_option_trains_like_its_twin(twin_class: TwinClass, method: dict[s
 
 
 def pruned_run() -> Run:
-    """Return a run at a low rate: entries that keep a first moment without its second take long steps, which multiply
-    rounding errors with every merge."""
-    return parity_run("lte", train={"learning_rate": 3e-3}, **EVERY_TEN, merge_optimizer="prune")
+    return parity_run("lte", **EVERY_TEN, merge_optimizer="prune")
 
 
 def test_pruned_moments_train_like_the_twin() -> None:
