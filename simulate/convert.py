@@ -78,9 +78,11 @@ def convert(model: nn.Module, copies: int, treatment: Treatment = EVERYTHING_TRA
 
 
 def _parametric(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules that own parameters, by name; nothing inside of one that is replicated whole."""
-    for name, child in model.named_children():
+    """Yield the modules that own parameters, by each of their names; nothing inside of one that is replicated whole."""
+    for name, child in model._modules.items():  # unlike named_children, with a shared child at all its places
         path = f"{prefix}{name}"
+        if child is None:
+            continue
         if next(child.parameters(recurse=False), None) is not None:
             yield path, child
         else:
@@ -89,12 +91,13 @@ def _parametric(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mo
 
 @dataclass
 class _Converter:
-    """Makes what takes a layer's place; a parameter that several modules share stays shared."""
+    """Makes what takes a layer's place; a parameter that several modules share stays shared, and so does a module."""
 
     model: nn.Module
     copies: int
     treatment: Treatment
     replicas: dict[int, nn.Parameter] = field(default_factory=dict)
+    layers: dict[int, nn.Module] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.owners: dict[int, int] = {}
@@ -104,15 +107,21 @@ class _Converter:
 
     def swapped(self, name: str, module: nn.Module) -> nn.Module:
         """Return what takes a module's place."""
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            return self._linear(name, module)
-        if isinstance(module, nn.Embedding):
-            return ReplicatedEmbedding(self._replica(module.weight))
-        if isinstance(module, nn.LayerNorm) and module.weight is not None and module.bias is not None:
-            return ReplicatedLayerNorm(module, self._affine(module.weight), self._affine(module.bias))
-        if isinstance(module, nn.RMSNorm):
-            return ReplicatedRmsNorm(module, self._affine(module.weight))
-        return ReplicatedModule(module, self.copies)
+        if id(module) not in self.layers:
+            self.layers[id(module)] = self._swapped(name, module)
+        return self.layers[id(module)]
+
+    def _swapped(self, name: str, module: nn.Module) -> nn.Module:
+        if _is_known(module):
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                return self._linear(name, module)
+            if isinstance(module, nn.Embedding):
+                return ReplicatedEmbedding(self._replica(module.weight))
+            if isinstance(module, nn.LayerNorm):
+                return ReplicatedLayerNorm(module, self._affine(module.weight), self._affine(module.bias))
+            if isinstance(module, nn.RMSNorm):
+                return ReplicatedRmsNorm(module, self._affine(module.weight))
+        return ReplicatedModule(module, [self._replica(parameter) for parameter in module.parameters()])
 
     def _linear(self, name: str, module: nn.Linear | nn.Conv2d) -> nn.Module:
         bias = None if module.bias is None else self._bias(module.bias)
@@ -146,6 +155,17 @@ class _Converter:
         return self._replica(vector)
 
 
+def _is_known(module: nn.Module) -> bool:
+    """Whether the layer that is written for this kind of module does all that the module is set to."""
+    if isinstance(module, nn.Conv2d):
+        return module.padding_mode == "zeros"
+    if isinstance(module, nn.Embedding):
+        return module.padding_idx is None and module.max_norm is None and not module.scale_grad_by_freq
+    if isinstance(module, nn.LayerNorm):
+        return len(module.normalized_shape) == 1 and module.bias is not None
+    return not isinstance(module, nn.RMSNorm) or len(module.normalized_shape) == 1
+
+
 def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the affine parameters of norms that are trained as they are, by name."""
     return {
@@ -164,7 +184,7 @@ def merged_state(model: nn.Module, instead: dict[int, Tensor] | None = None, fol
     """
     state: dict[str, Tensor] = {}
     other = instead or {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, LoraLinear):
             state[f"{name}.weight"] = module.plain_weight(fold)
         if isinstance(module, Replicated | ReplicatedModule | LoraLinear):

@@ -8,7 +8,7 @@ Activations keep the plain layout (samples of device 0, samples of device 1, ...
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class VectorLora(nn.Module):
         self.b = nn.Parameter(vector.new_zeros(devices, len(vector)))
         self.register_buffer("a0", torch.ones_like(self.a.detach()) if remembers else None)
         self.register_buffer("b0", torch.zeros_like(self.b.detach()) if remembers else None)
-        self.register_buffer("merged", vector.new_zeros(devices, len(vector)))
+        self.register_buffer("merged", self.value.repeat(devices, 1))
         """Every device's effective vector, (L, D), while a merge averages them."""
 
     value: Tensor
@@ -220,25 +220,36 @@ class ReplicatedRmsNorm(Replicated):
 class ReplicatedModule(nn.Module):
     """Any other module with parameters: each device's samples go through its own copy, one device after the other.
 
-    Buffers are shared, so a module must not write to them while it trains.
+    `stacked` are the module's parameters, in its order, with a copies axis. Buffers are shared, so a module must not
+    write to them while it trains.
     """
 
-    def __init__(self, module: nn.Module, copies: int) -> None:
+    def __init__(self, module: nn.Module, stacked: Sequence[nn.Parameter]) -> None:
         super().__init__()
-        self.copies = copies
         self.names = [name for name, _ in module.named_parameters()]
-        self.stacked = nn.ParameterList([replicate(p, copies) for p in module.parameters()])
+        positions = {id(parameter): i for i, parameter in enumerate(module.parameters())}
+        self.all_names = {n: positions[id(p)] for n, p in module.named_parameters(remove_duplicate=False)}
+        self.stacked = nn.ParameterList(stacked)
         # In a list, so that the plain module's own parameters are nobody's.
         self.plain = [module]
 
     def forward(self, x: Tensor) -> Tensor:
         self.plain[0].train(self.training)
         parts = []
-        for copy, part in enumerate(x.chunk(self.copies)):
+        for copy, part in enumerate(x.chunk(self.stacked[0].shape[0])):
             own = {name: stacked[copy] for name, stacked in zip(self.names, self.stacked, strict=True)}
             parts.append(functional_call(self.plain[0], own, (part,)))
         return torch.cat(parts)
 
     def plain_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the plain module's parameters, each with its copies axis."""
-        yield from zip(self.names, self.stacked, strict=True)
+        """Yield the plain module's parameters, each with its copies axis; a tied one under each of its names."""
+        for name, position in self.all_names.items():
+            yield name, self.stacked[position]
+
+    def _apply(self, change: Callable[[Tensor], Tensor], recurse: bool = True) -> ReplicatedModule:
+        """Let the plain module's buffers follow to another device or type."""
+        super()._apply(change, recurse)
+        for module in self.plain[0].modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, change(buffer))
+        return self
