@@ -16,7 +16,7 @@ carries the change since the last merge instead, through simulate.wire's Compres
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,8 @@ class Lte(Method):
         layers = lora_layers(self.model)
         self.vectors = {n: m for n, m in self.model.named_modules() if isinstance(m, VectorLora)}
         adapters = {id(p) for p in adapter_parameters(self.model)}
-        self.replicated_parameters = [p for p in self.parameters.values() if id(p) not in adapters]
+        of_heads = {id(p) for layer in layers for p in layer.factors()}
+        self.replicated_parameters = [p for p in self.parameters.values() if id(p) not in of_heads]
         norms = norm_parameters(self.model) if options.norms == "one" else {}
         self.first_device_norms = list(norms.values())
         averaged = {name: t for name, t in self._in_order(adapters).items() if name not in norms}
@@ -126,16 +127,20 @@ class Lte(Method):
             for name in (name for message in self.averaging.messages[index] for name in message):
                 if name in self.vectors:
                     self.vectors[name].start_round()
+                    self._treat_moments(self.vectors[name].factors())
 
     def _start_round(self, layer: LoraLinear, step: int) -> None:
         if self.options.reset != "none":
             layer.b.zero_()
         if self.options.reset == "ab":
             layer.redraw_a(step + 1)
+        self._treat_moments(layer.factors())
+
+    def _treat_moments(self, factors: Iterable[nn.Parameter]) -> None:
         if self.options.merge_optimizer == "prune":
-            prune_moments(self.optimizer, layer.factors(), PRUNED_SHARE)
+            prune_moments(self.optimizer, factors, PRUNED_SHARE)
         elif self.options.merge_optimizer == "reset":
-            forget_moments(self.optimizer, layer.factors())
+            forget_moments(self.optimizer, factors)
 
     def keep_merged(self) -> None:
         self.averaging.keep_last()
