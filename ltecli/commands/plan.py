@@ -106,8 +106,8 @@ def _pins(table: toml.Table) -> Pins:
 def _base_run(table: toml.Table, profile: Profile) -> tuple[Run, list[str]]:
     """Validate everything given, with what follows from it filled in."""
     notes = []
-    if not table["data"]:
-        table["data"] = {"name": "stdlib"}
+    if not {"name", "path"} & table["data"].keys():
+        table["data"]["name"] = "stdlib"
     table["cluster"].setdefault("devices", profile.count)
     if table["method"].get("name", "lte") == "lte" and "micro_batch" not in table["train"]:
         heads = table["method"].get("heads_per_device", 1)

@@ -20,7 +20,6 @@ from simulate.methods.gradients import GradientMethod, mean_over_devices
 from simulate.options import AdapterOptions
 from simulate.replicated import VectorLora
 
-
 MUON_ADAPTER_FACTOR = 3.0
 """With Muon, adapters learn this much faster than norm-matching says: measured best for LTE on small text models."""
 

@@ -1,0 +1,84 @@
+"""Every method from plan to report, as a user meets it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simulate.config import load_run
+from simulate.options import METHOD_NAMES
+from tests.ltecli.command import PROFILE, Lte, Refused, write_prose
+
+TINY_PLAN = (
+    "--profile", PROFILE, "--devices", "4", "--data", "prose.txt", "--set", "train.steps=13",
+    "--set", "train.micro_batch=2", "--set", "model.layers=2", "--set", "model.width=64",
+    "--set", "model.attention_heads=2", "--set", "model.context=32", "--set", "train.evaluate_samples=4",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHOD_NAMES)
+def test_a_method_is_planned_trained_counted_and_reported(lte: Lte, here: Path, name: str) -> None:
+    write_prose(here / "prose.txt")
+    # Experts that a short measurement never draws have no optimizer state yet: one is drawn always.
+    settings = ("--set", "method.experts=1") if name == "adamix" else ()
+    assert lte("plan", *TINY_PLAN, "--method", name, *settings, "-o", "run.toml").code == 0
+    run = load_run(here / "run.toml")
+    assert run.method.name == name
+    assert lte("train", "run.toml", "--out", "a", "--quiet").code == 0
+    document = lte("report", "a", "--json").json()
+    sent, wall, memory = (document[key] for key in ("sent_bytes_per_device", "wall_s", "memory_bytes"))
+    assert document["method"] == name and document["val_loss"] > 0
+    assert sent["planned"] == pytest.approx(sent["counted"], rel=1e-12) and sent["counted"] > 0
+    # What travels in the background is planned in the steady state: the first and the last round differ.
+    assert wall["planned"] == pytest.approx(wall["simulated"], rel=0.15 if name in ("sapipe", "daso") else 1e-6)
+    assert memory["planned"] == pytest.approx(memory["measured"], rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def rivals() -> dict[str, Any]:
+    """The rivals of a plan for GPT-2 at home, by method."""
+    from ltecli.commands.plan import Request, plan_request
+
+    plan = plan_request(Request(profile=PROFILE, model="gpt2"))
+    return {rival["method"]: rival for rival in plan.to_dict()["rivals"]}
+
+
+def test_the_best_of_every_other_method_stands_beside_the_choice(rivals: dict[str, Any]) -> None:
+    assert set(rivals) == set(METHOD_NAMES) - {"lte", "ddp"}
+    assert all(rival["wall_s"] > 0 and isinstance(rival["fits"], bool) for rival in rivals.values())
+
+
+def test_a_rival_is_what_planning_it_alone_would_choose(lte: Lte, rivals: dict[str, Any]) -> None:
+    chosen = lte("plan", "--profile", PROFILE, "--model", "gpt2", "--method", "diloco", "--json").json()["chosen"]
+    assert {**chosen, "fits": True} == rivals["diloco"]
+
+
+def test_a_pinned_method_has_no_rivals(lte: Lte) -> None:
+    assert lte("plan", "--profile", PROFILE, "--method", "ddp", "--json").json()["rivals"] == []
+
+
+def test_shards_need_no_data_to_be_named(lte: Lte, refused: Refused) -> None:
+    assert lte("plan", "--devices", "2", "--set", "data.shards=[3, 1]").code == 0
+    refused("plan", "--devices", "3", "--set", "data.shards=[3, 1]", words=("data.shards has 2 sizes", "one a device"))
+    refused("plan", "--devices", "2", "--set", "data.shards=[3, -1]", words=("data.shards[1] = -1",))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (("method.name=fedavg",), ("not a method", "local-sgd")),
+        (("method.name=daso", "method.devices_per_node=3"), ("cluster.devices = 4", "method.devices_per_node = 3")),
+        (("method.name=local-sgd", "method.participation=0.5"), ("participation = 0.5", "server", "reset")),
+        (("method.name=local-sgd", "method.wire=int8", "method.merge_transport=server"), ("wire = 'int8'", "reduce")),
+        (("method.name=diloco", "method.fragments=3"), ("method.fragments = 3", "method.merge_every = 10")),
+        (("method.frozen_a=true",), ("frozen_a", "method.reset=b")),
+        (("method.name=sapipe", "train.optimizer=muon"), ("muon", "method.compensation=none")),
+        (("method.name=topk", "method.density=2.0"), ("method.density = 2.0",)),
+        (("method.name=lora", "method.merge_every=3"), ("method.merge_every is not a known key of method lora",)),
+    ],
+)
+def test_a_mistake_is_named(refused: Refused, settings: tuple[str, ...], words: tuple[str, ...]) -> None:
+    assignments = [part for setting in settings for part in ("--set", setting)]
+    refused("plan", "--profile", PROFILE, "--devices", "4", *assignments, words=words)
