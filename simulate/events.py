@@ -13,7 +13,7 @@ from simulate.errors import InputError
 EVENTS_VERSION = 1
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
-"""Kinds: start, memory, step, evaluate, checkpoint, resume, interrupt, end. Every event has kind and step."""
+"""Kinds: start, memory, step, evaluate, diagnostics, checkpoint, resume, interrupt, end; all have kind and step."""
 
 
 class EventFile:
