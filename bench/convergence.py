@@ -22,12 +22,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-RATES = (3e-3, 4.5e-3, 6.5e-3, 9e-3)
 SEEDS = (0, 1, 2)
 FACTORS = (1.2, 1.4, 1.7, 2.0)
 """Multiples of dense's samples, tried in this order until its loss is reached."""
-BATCHES = {"small": {"micro_batch": 8, "steps": 400}, "large": {"micro_batch": 32, "steps": 100}}
+BATCHES: dict[str, dict[str, Any]] = {
+    "small": {"micro_batch": 8, "steps": 400, "warmup": 0.05},
+    "large": {"micro_batch": 32, "steps": 100, "warmup": 0.1},
+}
 """Windows of 64 tokens for each of 4 devices: 2,048 and 8,192 tokens a step, 0.8 million in all."""
+RATES = {"small": (3e-3, 4.5e-3, 6.5e-3, 9e-3), "large": (1e-3, 2e-3, 4e-3, 8e-3)}
 DEVICES, MERGE_EVERY, EVALUATED = 4, 10, 512
 DENSE = "dense"
 METHODS: dict[str, dict[str, Any]] = {
@@ -83,7 +86,7 @@ def run_of(job: Job, data: str) -> dict[str, Any]:
         steps=steps,
         micro_batch=sizes["micro_batch"],
         learning_rate=job.rate,
-        warmup_steps=steps // 20,
+        warmup_steps=round(steps * sizes["warmup"]),
         evaluate_every=max(MERGE_EVERY, steps // 10),
         evaluate_samples=EVALUATED,
         checkpoint_every=steps,
@@ -132,9 +135,9 @@ class Results:
 
     def best_rate(self, batch: str, method: str) -> float | None:
         """Return the learning rate of the lowest loss, once all were tried."""
-        losses = {rate: self.loss(Job(batch, method, rate)) for rate in RATES}
+        losses = {rate: self.loss(Job(batch, method, rate)) for rate in RATES[batch]}
         known = {rate: loss for rate, loss in losses.items() if loss is not None}
-        return min(known, key=lambda rate: known[rate]) if len(known) == len(RATES) else None
+        return min(known, key=lambda rate: known[rate]) if len(known) == len(RATES[batch]) else None
 
     def seeds(self, batch: str, method: str, factor: float = 1.0) -> list[float]:
         """Return the losses at the best rate, one a seed."""
@@ -172,7 +175,7 @@ def missing(results: Results, methods: list[str], batches: list[str]) -> Iterato
 def _stage(stage: str, results: Results, batch: str, method: str) -> Iterator[Job]:
     rate = results.best_rate(batch, method)
     if stage == "rates":
-        yield from (Job(batch, method, rate) for rate in RATES)
+        yield from (Job(batch, method, rate) for rate in RATES[batch])
     elif rate is None:
         return
     elif stage == "seeds":
