@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from simulate.options import METHOD_NAMES, AdapterOptions, DdpOptions, LteOption
 PLAN_VERSION = 1
 CHOSEN_FROM = ("lte", "ddp")
 """The methods to choose from unless one is asked for; the best of each other is shown beside."""
+PLURALS = {"norm": "norms", "bias": "biases", "embedding": "embeddings", "other": "other modules"}
 LINK_DOMINATES = 0.5
 """Share of a round spent on the link from which the plan warns."""
 
@@ -229,7 +231,12 @@ def make_plan(base: Run, profile: Profile, tokens: int, pins: Pins, notes: Seque
     trainable = [candidate for candidate in fitting if is_trainable(candidate.run)]
     chosen = next(iter(trainable or fitting), None)
     rivals = [] if pins.method else [_best(results_of((name,))) for name in METHOD_NAMES if name not in methods]
-    notes = [*notes, *_choice_notes(chosen, fitting, profile), *_rival_notes(chosen, rivals)]
+    notes = [
+        *notes,
+        *_choice_notes(chosen, fitting, profile),
+        *_treatment_notes(chosen, shape),
+        *_rival_notes(chosen, rivals),
+    ]
     return Plan(
         profile=profile,
         base=base,
@@ -276,6 +283,20 @@ def _choice_notes(chosen: Candidate | None, fitting: Sequence[Candidate], profil
         yield f"{describe(fitting[0].run)} would rank first, but quantised weights can only be planned so far"
     elif chosen and not is_trainable(chosen.run):
         yield "only quantised candidates fit; they can be planned, not yet trained"
+
+
+def _treatment_notes(chosen: Candidate | None, shape: ModelShape) -> Iterator[str]:
+    """Say what the choice does with parameters that no low-rank pair serves."""
+    if chosen is None or not isinstance(chosen.run.method, AdapterOptions):
+        return
+    method, elements = chosen.run.method, Counter[str]()
+    for tensor in shape.replicated:
+        elements[tensor.kind] += tensor.elements
+    lte = isinstance(method, LteOptions)
+    become = {"norm": method.norms, "bias": method.biases} if isinstance(method, LteOptions) else {}
+    parts = (f"{PLURALS[kind]} {count:,} ({become.get(kind, 'average')})" for kind, count in elements.items())
+    how = "averaged at merges, unless said" if lte else "gradients averaged at every step"
+    yield f"not adapted, every device trains its own copy, {how}: {', '.join(parts)}"
 
 
 def _rival_notes(chosen: Candidate | None, rivals: Sequence[Candidate | Rejected | None]) -> Iterator[str]:

@@ -59,6 +59,13 @@ def test_a_pinned_method_has_no_rivals(lte: Lte) -> None:
     assert lte("plan", "--profile", PROFILE, "--method", "ddp", "--json").json()["rivals"] == []
 
 
+def test_the_plan_says_what_becomes_of_parameters_that_are_not_adapted(lte: Lte) -> None:
+    settings = ("--set", "method.norms=one", "--set", "method.biases=frozen")
+    notes = " ".join(lte("plan", "--profile", PROFILE, *settings, "--json").json()["notes"])
+    # 256 and 128 rows of 128; 9 norms of 2 x 128; in each of 4 blocks 384, 128, 512 and 128 biases.
+    assert "embeddings 49,152 (average), norms 2,304 (one), biases 4,608 (frozen)" in notes
+
+
 def test_shards_need_no_data_to_be_named(lte: Lte, refused: Refused) -> None:
     assert lte("plan", "--devices", "2", "--set", "data.shards=[3, 1]").code == 0
     refused("plan", "--devices", "3", "--set", "data.shards=[3, 1]", words=("data.shards has 2 sizes", "one a device"))
