@@ -118,7 +118,8 @@ class _Converter:
             if isinstance(module, nn.Embedding):
                 return ReplicatedEmbedding(self._replica(module.weight))
             if isinstance(module, nn.LayerNorm):
-                return ReplicatedLayerNorm(module, self._affine(module.weight), self._affine(module.bias))
+                bias = None if module.bias is None else self._affine(module.bias)
+                return ReplicatedLayerNorm(module, self._affine(module.weight), bias)
             if isinstance(module, nn.RMSNorm):
                 return ReplicatedRmsNorm(module, self._affine(module.weight))
         return ReplicatedModule(module, [self._replica(parameter) for parameter in module.parameters()])
@@ -161,9 +162,7 @@ def _is_known(module: nn.Module) -> bool:
         return module.padding_mode == "zeros"
     if isinstance(module, nn.Embedding):
         return module.padding_idx is None and module.max_norm is None and not module.scale_grad_by_freq
-    if isinstance(module, nn.LayerNorm):
-        return len(module.normalized_shape) == 1 and module.bias is not None
-    return not isinstance(module, nn.RMSNorm) or len(module.normalized_shape) == 1
+    return not isinstance(module, NORMS) or len(module.normalized_shape) == 1
 
 
 def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -181,19 +181,23 @@ class _ReplicatedLayerNorm(torch.autograd.Function):
 
 
 class ReplicatedLayerNorm(Replicated):
-    """LayerNorm whose affine pair every device trains for itself (C = L), all share, or nobody trains (C = 1)."""
+    """LayerNorm whose affine pair every device trains for itself (C = L), all share, or nobody trains (C = 1).
 
-    def __init__(self, norm: nn.LayerNorm, weight_CD: Tensor | VectorLora, bias_CD: Tensor | VectorLora) -> None:
+    A norm may do without a bias.
+    """
+
+    def __init__(self, norm: nn.LayerNorm, weight_CD: Tensor | VectorLora, bias_CD: Tensor | VectorLora | None) -> None:
         super().__init__()
         self.epsilon = norm.eps
         self.hold("weight", weight_CD)
         self.hold("bias", bias_CD)
 
     weight: Tensor | VectorLora
-    bias: Tensor | VectorLora
+    bias: Tensor | VectorLora | None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight_CD, bias_CD = copies_of(self.weight), copies_of(self.bias)
+        weight_CD = copies_of(self.weight)
+        bias_CD = torch.zeros_like(weight_CD) if self.bias is None else copies_of(self.bias)
         copies, width = weight_CD.shape
         if copies == 1:
             return F.layer_norm(x, [width], weight_CD.view(width), bias_CD.view(width), self.epsilon)
