@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from simulate.config import Run
+from simulate.options import LteOptions
 from tests.reference.common import adamw, adapted_names, mean_loss
 from tests.reference.lora import Draw
 from tests.reference.lte import Device, Head, LteTwin
@@ -41,6 +42,7 @@ class LayerDevice(Device):
     def __init__(self, run: Run, start: nn.Module, heads: list[Head], index: int) -> None:
         super().__init__(run, start, heads)
         options = run.method
+        assert isinstance(options, LteOptions)
         norms, biases = parameter_names(start, nn.LayerNorm), parameter_names(start, nn.Linear, "bias")
         frozen = set(adapted_names(start)) | (biases if options.biases == "frozen" else set())
         if options.norms in ("none", "vector-lora") or (options.norms == "one" and index > 0):

@@ -50,6 +50,7 @@ class Zoo(nn.Module):
         self.head = nn.Linear(4, 5, bias=False)
         self.head.weight = self.embedding.weight
         self.layer_norm = nn.LayerNorm(4)
+        self.biasless = nn.LayerNorm(4, bias=False)
         self.wide_norm = nn.LayerNorm((3, 4))
         self.rms_norm = nn.RMSNorm(4)
         self.group_norm = nn.GroupNorm(2, 4)
@@ -67,6 +68,7 @@ AVERAGED: dict[str, type] = {
     "padded": ReplicatedModule,
     "head": ReplicatedLinear,
     "layer_norm": ReplicatedLayerNorm,
+    "biasless": ReplicatedLayerNorm,
     "wide_norm": ReplicatedModule,
     "rms_norm": ReplicatedRmsNorm,
     "group_norm": ReplicatedModule,
@@ -99,7 +101,12 @@ def test_convert_swaps_each_layer_for_its_kind(treatment: Treatment, expected: d
         (Treatment(MAKE, norms="one"), {"layer_norm.bias": "trained", "rms_norm.weight": "trained"}),
         (
             Treatment(MAKE, norms="none"),
-            {"linear.bias": "trained", "layer_norm.bias": "frozen", "rms_norm.weight": "frozen"},
+            {
+                "layer_norm.bias": "frozen",
+                "biasless.weight": "frozen",
+                "rms_norm.weight": "frozen",
+                "conv.bias": "trained",
+            },
         ),
         (
             Treatment(MAKE, vectors, norms="vector-lora"),
@@ -130,10 +137,10 @@ def test_norms_and_biases_become_what_the_treatment_says(treatment: Treatment, k
 
 
 def test_only_norms_that_are_trained_as_they_are_count_as_norm_parameters() -> None:
-    expected = {"layer_norm.weight", "layer_norm.bias", "rms_norm.weight"}
+    expected = {"layer_norm.weight", "layer_norm.bias", "biasless.weight", "rms_norm.weight"}
     assert norm_parameters(convert(Zoo(), DEVICES)).keys() == expected
     for norms in ("none", "vector-lora"):
-        treatment = Treatment(None, vectors, norms=norms)  # type: ignore[arg-type]
+        treatment = Treatment(None, vectors, norms=norms)
         assert not norm_parameters(convert(Zoo(), DEVICES, treatment))
 
 
