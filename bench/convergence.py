@@ -226,7 +226,7 @@ def table(results: Results) -> Iterator[str]:
             spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
             ratio = results.samples_ratio(batch, method)
             tried = max(f for f in (1.0, *FACTORS) if results.seeds(batch, method, f))
-            samples = f"{ratio:.2f}x" if ratio is not None else f"above {tried:g}x"
+            samples = f"above {tried:g}x" if ratio is None else "at most 1x" if ratio == 1 else f"{ratio:.2f}x"
             sent = results.by_job[Job(batch, method, rate)]["sent_bytes"]
             yield (
                 f"| {method} | {rate:g} | {statistics.mean(losses):.4f}{spread} | {len(losses)} | {samples} | "
