@@ -42,7 +42,8 @@ class _LoraLinear(torch.autograd.Function):
     """y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ − s·(x·A0ᵀ)·B0ᵀ + bias for H heads that share W; saves x and s·x·Aᵀ only.
 
     Beside the frozen product, forward and backward to x cost 2 small products each and the factors' gradients 2 more:
-    4P + 6P_adapter operations a row against the dense 6P. Everything adds in place onto the frozen product.
+    4P + 6P_adapter operations a row against the dense 6P. Everything adds in place onto the frozen product. The old
+    product would cost 4P_adapter more; where heads have many rows, it goes into each head's weight for less.
     """
 
     @staticmethod
@@ -50,37 +51,81 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight_OI: Tensor, bias_LO: Tensor | None, a_HRI: Tensor, b_HOR: Tensor,
         a0_HRI: Tensor | None, b0_HOR: Tensor | None, scale: float,
     ) -> Tensor:  # fmt: skip
-        heads, _, inputs = a_HRI.shape
-        x_HMI = x.reshape(heads, -1, inputs)
-        y_HMO = (x_HMI.reshape(-1, inputs) @ weight_OI.t()).view(heads, -1, weight_OI.shape[0])
-        us_HMR = torch.bmm(x_HMI, a_HRI.transpose(1, 2)).mul_(scale)
-        y_HMO.baddbmm_(us_HMR, b_HOR.transpose(1, 2))
-        if a0_HRI is not None and b0_HOR is not None:
-            y_HMO.baddbmm_(torch.bmm(x_HMI, a0_HRI.transpose(1, 2)), b0_HOR.transpose(1, 2), alpha=-scale)
-        if bias_LO is not None:
-            y_HMO.view(bias_LO.shape[0], -1, bias_LO.shape[1]).add_(bias_LO.unsqueeze(1))
+        heads, rank, inputs = a_HRI.shape
+        outputs = weight_OI.shape[0]
+        x_HMI = x.contiguous().view(heads, -1, inputs)
+        rows = x_HMI.shape[1]
+        us_HMR = x.new_empty(heads, rows, rank).baddbmm_(x_HMI, a_HRI.transpose(1, 2), beta=0, alpha=scale)
+        y_HMO = x.new_empty(heads, rows, outputs)
+        if bias_LO is not None:  # first, so that the product adds to it without a pass of its own
+            y_HMO.view(bias_LO.shape[0], -1, outputs).copy_(bias_LO.unsqueeze(1))
+        product = _Product(weight_OI, a_HRI, b_HOR, a0_HRI, b0_HOR, scale)
+        product.add(y_HMO, x_HMI, us_HMR, to_inputs=False, beta=0 if bias_LO is None else 1)
         ctx.save_for_backward(x_HMI, us_HMR, weight_OI, a_HRI, b_HOR, a0_HRI, b0_HOR)
         ctx.scale, ctx.num_bias = scale, 0 if bias_LO is None else bias_LO.shape[0]
-        return y_HMO.view(*x.shape[:-1], weight_OI.shape[0])
+        return y_HMO.view(*x.shape[:-1], outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_HMI, us_HMR, weight_OI, a_HRI, b_HOR, a0_HRI, b0_HOR = ctx.saved_tensors
-        (grad_y,) = grads
-        outputs, inputs = weight_OI.shape
-        g_HMO = grad_y.reshape(x_HMI.shape[0], -1, outputs)
-        vs_HMR = torch.bmm(g_HMO, b_HOR).mul_(ctx.scale)
+        grad_y = grads[0].contiguous()  # once, not in each of the products
+        g_HMO = grad_y.view(*x_HMI.shape[:2], -1)
+        vs_HMR = torch.empty_like(us_HMR).baddbmm_(g_HMO, b_HOR, beta=0, alpha=ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            gx_HMI = (g_HMO.reshape(-1, outputs) @ weight_OI).view(x_HMI.shape)
-            gx_HMI.baddbmm_(vs_HMR, a_HRI)
-            if a0_HRI is not None:
-                gx_HMI.baddbmm_(torch.bmm(g_HMO, b0_HOR), a0_HRI, alpha=-ctx.scale)
-            grad_x = gx_HMI.view(*grad_y.shape[:-1], inputs)
-        grad_bias = g_HMO.view(ctx.num_bias, -1, outputs).sum(1) if ctx.num_bias else None
+            gx_HMI = torch.empty_like(x_HMI)
+            product = _Product(weight_OI, a_HRI, b_HOR, a0_HRI, b0_HOR, ctx.scale)
+            product.add(gx_HMI, g_HMO, vs_HMR, to_inputs=True, beta=0)
+            grad_x = gx_HMI.view(*grad_y.shape[:-1], -1)
+        grad_bias = g_HMO.view(ctx.num_bias, -1, g_HMO.shape[2]).sum(1) if ctx.needs_input_grad[2] else None
         grad_a = torch.bmm(vs_HMR.transpose(1, 2), x_HMI) if ctx.needs_input_grad[3] else None
         grad_b = torch.bmm(g_HMO.transpose(1, 2), us_HMR)
         return grad_x, None, grad_bias, grad_a, grad_b, None, None, None
+
+
+@dataclass(frozen=True)
+class _Product:
+    """Rows times every head's effective weight, in either direction: Y of what comes in, X of what comes out."""
+
+    weight_OI: Tensor
+    a_HRI: Tensor
+    b_HOR: Tensor
+    a0_HRI: Tensor | None
+    b0_HOR: Tensor | None
+    scale: float
+
+    def add(self, out_HMX: Tensor, in_HMY: Tensor, small_HMR: Tensor, to_inputs: bool, beta: int) -> None:
+        """Write beta·out + in·W + the heads' products; small is s times the rows times the first new factor."""
+        if self.a0_HRI is not None and self.b0_HOR is not None:
+            if self._folds(in_HMY.shape[1]):
+                self._add_folded(out_HMX, in_HMY, small_HMR, to_inputs, beta)
+                return
+            first, second = (self.b0_HOR, self.a0_HRI) if to_inputs else (self.a0_HRI.mT, self.b0_HOR.mT)
+        weight_YX = self.weight_OI if to_inputs else self.weight_OI.t()
+        out_HMX.flatten(0, 1).addmm_(in_HMY.flatten(0, 1), weight_YX, beta=beta)
+        out_HMX.baddbmm_(small_HMR, self.a_HRI if to_inputs else self.b_HOR.mT)
+        if self.a0_HRI is not None:
+            out_HMX.baddbmm_(torch.bmm(in_HMY, first), second, alpha=-self.scale)
+
+    def _folds(self, rows: int) -> bool:
+        """Whether a head's old product costs less in its weight, O·I·R, than row by row, M·(I + O)·R.
+
+        Half the operations are asked for: products of one head after another run slower than all heads' at once.
+        """
+        outputs, inputs = self.weight_OI.shape
+        return 2 * outputs * inputs < rows * (outputs + inputs)
+
+    def _add_folded(self, out_HMX: Tensor, in_HMY: Tensor, small_HMR: Tensor, to_inputs: bool, beta: int) -> None:
+        """As `add`, with one head's effective weight at a time: one layer's weights more, never H times."""
+        assert self.a0_HRI is not None and self.b0_HOR is not None
+        fold_new = in_HMY.shape[2] < in_HMY.shape[1]  # Y·X·R operations instead of M·X·R
+        for head, (out_MX, in_MY) in enumerate(zip(out_HMX, in_HMY, strict=True)):
+            weight_OI = torch.addmm(self.weight_OI, self.b0_HOR[head], self.a0_HRI[head], alpha=-self.scale)
+            if fold_new:
+                weight_OI.addmm_(self.b_HOR[head], self.a_HRI[head], alpha=self.scale)
+            out_MX.addmm_(in_MY, weight_OI if to_inputs else weight_OI.t(), beta=beta)
+        if not fold_new:
+            out_HMX.baddbmm_(small_HMR, self.a_HRI if to_inputs else self.b_HOR.mT)
 
 
 lora_function = _LoraLinear.apply
