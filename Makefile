@@ -33,6 +33,8 @@ bench: $(READY)
 	$(BIN)/python bench/startup.py
 	$(BIN)/python bench/devices.py
 	$(BIN)/python bench/memory.py
+	$(BIN)/python bench/studies.py least-squares
+	$(BIN)/python bench/step.py --model vit_s16
 
 clean:
 	rm -rf .venv build *.egg-info runs run.toml
