@@ -161,22 +161,23 @@ class _ReplicatedLayerNorm(torch.autograd.Function):
         copies, width = weight_CD.shape
         x = x.contiguous()
         y, mean, rstd = torch.native_layer_norm(x, [width], None, None, epsilon)
-        y.view(copies, -1, width).mul_(weight_CD.unsqueeze(1)).add_(bias_CD.unsqueeze(1))
-        ctx.save_for_backward(x, mean, rstd, weight_CD)
+        y_CMD = y.view(copies, -1, width)
+        torch.addcmul(bias_CD.unsqueeze(1), y_CMD, weight_CD.unsqueeze(1), out=y_CMD)
+        ctx.save_for_backward(x, mean, rstd, weight_CD, bias_CD)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, rstd, weight_CD = ctx.saved_tensors
-        (grad_y,) = grads
+        x, mean, rstd, weight_CD, bias_CD = ctx.saved_tensors
         copies, width = weight_CD.shape
-        g_CMD = grad_y.reshape(copies, -1, width)
-        normal_CMD = (x.view(-1, width) - mean.view(-1, 1)).mul_(rstd.view(-1, 1)).view(copies, -1, width)
-        grad_weight, grad_bias = (g_CMD * normal_CMD).sum(1), g_CMD.sum(1)
-        scaled = (g_CMD * weight_CD.unsqueeze(1)).view(x.shape)
-        grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
-            scaled, x, [width], mean, rstd, None, None, [True, False, False]
-        )
+        grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty_like(weight_CD), torch.empty_like(bias_CD)
+        # torch's own pass, copy by copy: out of tensors of the whole batch's size it takes seven passes.
+        g_CMD, x_CMD, grad_x_CMD = (t.reshape(copies, -1, width) for t in (grads[0], x, grad_x))
+        mean_CM1, rstd_CM1 = mean.view(copies, -1, 1), rstd.view(copies, -1, 1)
+        for c in range(copies):
+            grad_x_CMD[c], grad_weight[c], grad_bias[c] = torch.ops.aten.native_layer_norm_backward(
+                g_CMD[c], x_CMD[c], [width], mean_CM1[c], rstd_CM1[c], weight_CD[c], bias_CD[c], [True, True, True]
+            )
         return grad_x, grad_weight, grad_bias, None
 
 
