@@ -263,6 +263,7 @@ def _rank(candidate: Candidate) -> tuple[float, ...]:
 
 
 def candidate_of(result: Candidate | Rejected) -> Candidate:
+    """Return what was evaluated, whether it fits or not."""
     return result.candidate if isinstance(result, Rejected) else result
 
 
