@@ -156,3 +156,25 @@ def assert_parity(fast: History, slow: History, tolerance: float = 1e-9) -> None
     assert fast.weights.keys() == slow.weights.keys()
     for name, expected in slow.weights.items():
         assert (fast.weights[name] - expected).norm() <= tolerance * expected.norm(), name
+
+
+@torch.no_grad()
+def spoil(method: Method) -> None:
+    """Leave nothing of the start that a restored method could lean on."""
+    for tensor in (*method.model.parameters(), *method.model.buffers(), *method.state().values()):
+        tensor.fill_(torch.nan if tensor.is_floating_point() else 99)
+
+
+def assert_resumes(name: str, steps_before: int, devices: int = 4) -> None:
+    """Save, load into a spoilt method, and hold the rest of the run against that of the one that went on."""
+    run = variant_run(name, devices, train={"steps": 14})
+    method, restored = build(run), build(run)
+    train(method, 0, steps_before)
+    saved = {key: tensor.clone() for key, tensor in method.state().items()}
+    spoil(restored)
+    restored.load_state(saved)
+    unbroken, continued = train(method, steps_before), train(restored, steps_before)
+    assert torch.equal(unbroken.losses, continued.losses)
+    assert method.state().keys() == restored.state().keys()
+    assert all(torch.equal(tensor, restored.state()[key]) for key, tensor in method.state().items())
+    assert all(torch.equal(weight, continued.weights[key]) for key, weight in unbroken.weights.items())

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from simulate.adapters import lora_layers
 from simulate.methods.averaging import Averaging
-from simulate.methods.base import Method
 from simulate.methods.merging import LayerMerger
 from simulate.options import METHODS, AdapterOptions
 from tests import tiny
@@ -20,31 +18,9 @@ RIGHT_AFTER = [("lte", 4), ("lte, forgetful", 8), ("lte, streaming int8", 8), ("
 RELORA = [("relora", 7), ("relora, warm start", 3), ("relora, warm start", 5), ("relora, warm start", 11)]
 
 
-@torch.no_grad()
-def spoil(method: Method) -> None:
-    """Leave nothing of the start that a restored method could lean on."""
-    for tensor in (*method.model.parameters(), *method.model.buffers(), *method.state().values()):
-        tensor.fill_(torch.nan if tensor.is_floating_point() else 99)
-
-
-def assert_resumes(name: str, steps_before: int) -> None:
-    """Save, load into a spoilt method, and hold the rest of the run against that of the one that went on."""
-    run = tiny.variant_run(name, 2, train={"steps": 14})
-    method, restored = tiny.build(run), tiny.build(run)
-    tiny.train(method, 0, steps_before)
-    saved = {key: tensor.clone() for key, tensor in method.state().items()}
-    spoil(restored)
-    restored.load_state(saved)
-    unbroken, continued = tiny.train(method, steps_before), tiny.train(restored, steps_before)
-    assert torch.equal(unbroken.losses, continued.losses)
-    assert method.state().keys() == restored.state().keys()
-    assert all(torch.equal(tensor, restored.state()[key]) for key, tensor in method.state().items())
-    assert all(torch.equal(weight, continued.weights[key]) for key, weight in unbroken.weights.items())
-
-
 @pytest.mark.parametrize(("name", "steps_before"), [*AWKWARD, *RIGHT_AFTER, *RELORA])
 def test_a_restored_method_continues_bit_for_bit(name: str, steps_before: int) -> None:
-    assert_resumes(name, steps_before)
+    tiny.assert_resumes(name, steps_before, devices=2)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +34,7 @@ def test_a_restored_method_continues_bit_for_bit(name: str, steps_before: int) -
 def test_what_a_method_keeps_is_missed(monkeypatch: pytest.MonkeyPatch, name: str, owner: type) -> None:
     monkeypatch.setattr(owner, "state", lambda keeper: {})
     with pytest.raises(AssertionError):
-        assert_resumes(name, 6)
+        tiny.assert_resumes(name, 6, devices=2)
 
 
 @pytest.mark.parametrize("steps_before", [3, 8], ids=["dense", "with adapters"])

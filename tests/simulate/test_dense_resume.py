@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simulate.methods.base import Method
 from simulate.methods.diloco import Diloco
 from simulate.methods.powersgd import PowerSgd
 from simulate.methods.sapipe import Sapipe
@@ -19,32 +18,10 @@ TRAIN = {"steps": 14}
 AWKWARD = [pytest.param(5, id="in mid-round"), pytest.param(8, id="after a merge")]
 
 
-@torch.no_grad()
-def spoil(method: Method) -> None:
-    """Leave nothing of the start that a restored method could lean on."""
-    for tensor in (*method.model.parameters(), *method.model.buffers(), *method.state().values()):
-        tensor.fill_(torch.nan if tensor.is_floating_point() else 99)
-
-
-def assert_resumes(name: str, steps_before: int) -> None:
-    """Save, load into a spoilt method, and hold the rest of the run against that of the one that went on."""
-    run = tiny.variant_run(name, train=TRAIN)
-    method, restored = tiny.build(run), tiny.build(run)
-    tiny.train(method, 0, steps_before)
-    saved = {key: tensor.clone() for key, tensor in method.state().items()}
-    spoil(restored)
-    restored.load_state(saved)
-    unbroken, continued = tiny.train(method, steps_before), tiny.train(restored, steps_before)
-    assert torch.equal(unbroken.losses, continued.losses)
-    assert method.state().keys() == restored.state().keys()
-    assert all(torch.equal(tensor, restored.state()[key]) for key, tensor in method.state().items())
-    assert all(torch.equal(weight, continued.weights[key]) for key, weight in unbroken.weights.items())
-
-
 @pytest.mark.parametrize("steps_before", AWKWARD)
 @pytest.mark.parametrize("name", DENSE)
 def test_a_restored_method_continues_bit_for_bit(name: str, steps_before: int) -> None:
-    assert_resumes(name, steps_before)
+    tiny.assert_resumes(name, steps_before)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +36,7 @@ def test_a_restored_method_continues_bit_for_bit(name: str, steps_before: int) -
 def test_what_a_method_keeps_is_missed(monkeypatch: pytest.MonkeyPatch, name: str, owner: type) -> None:
     monkeypatch.setattr(owner, "kept", lambda method: {})
     with pytest.raises(AssertionError):
-        assert_resumes(name, 5)
+        tiny.assert_resumes(name, 5)
 
 
 def test_a_method_that_has_trained_returns_to_a_state_without_moments() -> None:
