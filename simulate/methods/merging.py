@@ -18,7 +18,7 @@ from simulate.models.shapes import LinearShape
 from simulate.options import LteOptions
 from simulate.wire import CompressedMean, decode, encode
 
-Exchange = Callable[[Sequence[Tensor]], list[Tensor]]
+Exchange = Callable[[Sequence[Tensor]], list[Tensor] | None]
 
 
 class LayerMerger:
@@ -81,10 +81,11 @@ class LayerMerger:
             everyones = exchange([getattr(layer, key).detach() for layer in layers for key in self.keys])
             for layer in layers:
                 self._remember(layer, layer.a.detach(), layer.b.detach())
-        factors = iter(everyones)
-        for layer in layers:
-            a_HRI = self._everyones_draw(layer) if self.options.frozen_a else next(factors)
-            add_products(self._base(layer), a_HRI, next(factors), self._share, out=layer.weight)
+        if everyones is not None:  # here, not only at the server
+            factors = iter(everyones)
+            for layer in layers:
+                a_HRI = self._everyones_draw(layer) if self.options.frozen_a else next(factors)
+                add_products(self._base(layer), a_HRI, next(factors), self._share, out=layer.weight)
         if server:
             self.communicator.pull([layer.weight for layer in layers])
 
@@ -94,7 +95,7 @@ class LayerMerger:
             return layer.a
         return layer.draw_a(int(layer.drawn_after), heads)
 
-    def _exchange_rounded(self, layers: list[LoraLinear], exchange: Exchange) -> list[Tensor]:
+    def _exchange_rounded(self, layers: list[LoraLinear], exchange: Exchange) -> list[Tensor] | None:
         """Return everyone's factors as their messages have them; errors and remembered products follow."""
         wire, parts, shapes = self.options.wire, [], []
         for layer in layers:
@@ -113,7 +114,10 @@ class LayerMerger:
             if self.options.reset == "ab":  # the lost part of a factor means nothing beside the next draw
                 for key in self.keys:
                     self.errors[f"{layer.name}.{key}"].zero_()
-        received = iter(exchange([tensor for message in parts for tensor in message]))
+        exchanged = exchange([tensor for message in parts for tensor in message])
+        if exchanged is None:
+            return None
+        received = iter(exchanged)
         everyones = []
         for message, (heads, rows, columns) in zip(parts, shapes, strict=True):
             elements = heads // self.local * rows * columns
