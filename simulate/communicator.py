@@ -128,6 +128,9 @@ class Communicator(ABC):
         self._count("broadcast", payload, crossings, crossings, nodes.size, nodes.count)
         self._broadcast_in_nodes(tensors, nodes)
 
+    def arrange(self, nodes: Nodes) -> None:  # noqa: B027 - one process needs no groups
+        """Get ready for exchanges in and over nodes; raises RunFailedError where processes do not go with them."""
+
     @contextmanager
     def background(self) -> Iterator[None]:
         """Let messages made inside travel while training goes on, until `wait`; nobody touches their tensors so long.

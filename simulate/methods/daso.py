@@ -39,6 +39,7 @@ class Daso(Method):
         size = self.options.devices_per_node
         self.nodes = Nodes(size, communicator.num_devices // size)
         super().__init__(run, communicator, device, network)
+        communicator.arrange(self.nodes)
         self.messages = packed_parameters(self.parameters)
         self.delayed = self.options.delay_steps > 0 and self.nodes.count > 1
         self.arriving = {n: torch.zeros_like(p[0]) for n, p in self.parameters.items()} if self.delayed else {}
