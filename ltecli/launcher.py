@@ -110,7 +110,7 @@ def resumed_folder(path: Path, given: Run | None) -> RunFolder:
         )
     if not os.access(path, os.W_OK):
         raise InputError(f"--resume: {path} is read-only; make it writable")
-    checkpoints = list_checkpoints(path / CHECKPOINTS)
+    checkpoints = list_checkpoints(path / CHECKPOINTS, run.cluster.devices)
     text = load_text(run.data)
     text.check(run.model, run.cluster.devices, run.data.shards)
     profile = load_profile(str(path / PROFILE_FILE))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from simulate.checkpoints import Progress, load_checkpoint, save_checkpoint
+from simulate.checkpoints import Progress, load_checkpoint, prune, save_checkpoint
 from simulate.clock import SimulatedClock
 from simulate.communicator import Communicator
 from simulate.config import Run
@@ -169,20 +169,23 @@ def save(session: Session) -> None:
         wall_s=session.elapsed_s(),
         val_loss=session.val_loss,
     )
-    fingerprint = session.batches.text.fingerprint
-    state = session.method.state()
+    state = session.method.divided_state()
     if session.diagnostics is not None:
-        state.update(session.diagnostics.state())
+        state.shared.update(session.diagnostics.state())
+    fingerprint = session.batches.text.fingerprint
     path = save_checkpoint(session.checkpoints, session.run, fingerprint, progress, state)
+    prune(session.checkpoints, session.run.cluster.devices)
     session.emit({"kind": "checkpoint", "step": session.step, "path": str(path)})
 
 
 def restore(session: Session, path: Path) -> None:
     """Continue from a checkpoint, bit for bit; raises InputError where it does not belong to this run."""
-    progress, state = load_checkpoint(path, session.run, session.batches.text.fingerprint)
-    session.method.load_state(state)
+    method, fingerprint = session.method, session.batches.text.fingerprint
+    progress, state = load_checkpoint(path, session.run, fingerprint, method.row_devices())
+    assert progress is not None
+    method.load_divided(state)
     if session.diagnostics is not None:
-        session.diagnostics.load_state(state)
+        session.diagnostics.load_state(state.shared)
     session.step, session.val_loss, session.wall_s = progress.step, progress.val_loss, progress.wall_s
     session.clock.compute_s, session.clock.exchange_s = progress.compute_s, progress.exchange_s
     session.clock.link_free_s = progress.link_free_s

@@ -125,7 +125,7 @@ def _resumed(given: Path | None, out: Path | None, changes: Changes) -> RunFolde
 
 
 def _saved(folder: RunFolder) -> str:
-    saved = list_checkpoints(folder.path / CHECKPOINTS)
+    saved = list_checkpoints(folder.path / CHECKPOINTS, folder.run.cluster.devices)
     if not saved:
         return f"no checkpoint was saved yet; start over with lte train {folder.path} --resume"
     return f"saved: {saved[-1]}; continue with lte train {folder.path} --resume"

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from simulate.adapters import LoraLinear
+from simulate.checkpoints import State
 from simulate.communicator import Communicator
 from simulate.config import Run, Train
 from simulate.loss import token_losses
 from simulate.models.build import build_model
 from simulate.optimizers import Muon
-from simulate.replicated import ReplicatedEmbedding, ReplicatedLinear
+from simulate.replicated import ReplicatedEmbedding, ReplicatedLinear, VectorLora
 from simulate.updates import LayerUpdates
 
 COSINE_FLOOR = 0.1
@@ -192,6 +193,60 @@ class Method(ABC):
             if moments:
                 # A fused optimizer keeps its step counter on the device, too.
                 self.optimizer.state[parameter] = {k: v.to(parameter.device).clone() for k, v in moments.items()}
+
+    def row_devices(self) -> list[int]:
+        """Return the devices, in global order, to which the rows of tensors with a copies axis belong here."""
+        return list(self.communicator.local_devices)
+
+    def is_per_device(self, name: str) -> bool:
+        """Whether a tensor of `state`, by its name, has a leading axis over `row_devices`; all devices share others."""
+        kind, _, rest = name.partition(".")
+        if kind == "kept":
+            return self.is_kept_per_device(rest)
+        if kind == "optimizer":
+            rest, _, key = rest.rpartition(".")
+            return key != "step" and self.is_trained_per_device
+        return rest in self._per_device_tensors
+
+    def is_kept_per_device(self, name: str) -> bool:
+        """Whether a tensor of `kept` has a leading axis over devices: the errors of compressed messages do."""
+        return "error" in name
+
+    is_trained_per_device = True
+    """Whether each device trains parameters of its own; else all share one copy."""
+
+    @property
+    def _per_device_tensors(self) -> set[str]:
+        """The names of parameters and buffers with a leading axis over devices or their heads."""
+        if not self.is_trained_per_device:
+            return set()
+        own = set(self.parameters)
+        for name, module in self.model.named_modules():
+            keys = ("a", "a0", "b0", "merged") if isinstance(module, LoraLinear | VectorLora) else ()
+            own |= {f"{name}.{key}" for key in keys if isinstance(getattr(module, key, None), Tensor)}
+        return own
+
+    def divided_state(self) -> State:
+        """Return `state` divided into what all devices have in common, and what local ones have for themselves."""
+        self.communicator.finish()
+        owners, divided, own = self.row_devices(), State(), set(self.communicator.local_devices)
+        divided.of_devices.update({device: {} for device in own})
+        for name, tensor in self.state().items():
+            if not self.is_per_device(name):
+                divided.shared[name] = tensor
+                continue
+            rows = tensor.shape[0] // len(owners)
+            for device, part in zip(owners, tensor.split(rows), strict=True):
+                if device in own:  # a node's copy is its first device's
+                    divided.of_devices[device][name] = part
+        return divided
+
+    def load_divided(self, divided: State) -> None:
+        """Restore what `divided_state` of any processes returned, of all devices that have rows here."""
+        joined, owners = dict(divided.shared), self.row_devices()
+        for name in divided.of_devices[owners[0]]:
+            joined[name] = torch.cat([divided.of_devices[device][name] for device in owners])
+        self.load_state(joined)
 
     def _model_tensors(self) -> dict[str, Tensor]:
         return {**self.parameters, **dict(self.model.named_buffers())}

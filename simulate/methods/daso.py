@@ -128,6 +128,11 @@ class Daso(Method):
         means = {name: sums / self.nodes.count for name, sums in self.arriving.items()}
         return merged_state(self.model, {id(self.parameters[name]): mean for name, mean in means.items()})
 
+    def row_devices(self) -> list[int]:
+        """Return the first device of each node that has devices here."""
+        local, size = self.communicator.local_devices, self.nodes.size
+        return list(range(local.start // size * size, local.stop, size))
+
     def kept(self) -> dict[str, Tensor]:
         arriving = {f"arriving.{name}": sums for name, sums in self.arriving.items()}
         last = {f"last.{name}": mean for name, mean in self.last.items()}
