@@ -63,6 +63,11 @@ class Communicator(ABC):
         self.on_transfer, self.on_wait = on_transfer, on_wait
         self._background = False
 
+    process, processes = 0, 1
+    """Which of how many processes this is."""
+    doing = ""
+    """What the run is doing, for the message of an error."""
+
     @property
     def is_whole(self) -> bool:
         """Whether all devices live in this process."""

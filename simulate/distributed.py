@@ -48,6 +48,7 @@ class TorchCommunicator(Communicator):
         on_wait: Callable[[], None] | None = None,
     ) -> None:
         self.process, self.processes = dist.get_rank(), dist.get_world_size()
+        self.doing = "the start"
         self.shares = [devices_of(process, self.processes, num_devices) for process in range(self.processes)]
         super().__init__(num_devices, self.shares[self.process], on_transfer, on_wait)
         self.device, self.timeout = device, timedelta(seconds=timeout_s)
@@ -57,8 +58,6 @@ class TorchCommunicator(Communicator):
         self._executor = ThreadPoolExecutor(1, "exchange") if device.type == "cpu" else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._travelling: list[Future[None]] = []
-        self.doing = "the start"
-        """What the run is doing, for the message of an error."""
 
     def new_group(self, backend: str | None, processes: Sequence[int] | None = None) -> dist.ProcessGroup:
         """Make a group; all processes take part in that, also those that are not in it."""

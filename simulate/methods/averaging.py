@@ -14,6 +14,7 @@ from torch import Tensor
 
 from simulate.communicator import Communicator
 from simulate.costs.traffic import fragment
+from simulate.methods.base import clear_rows
 from simulate.methods.ddp import packed_parameters
 from simulate.wire import CompressedMean
 
@@ -78,6 +79,13 @@ class Averaging:
                 if self.last:
                     self.last[name].copy_(mean)
                 self.parameters[name].copy_(mean.expand_as(self.parameters[name]))
+
+    @torch.no_grad()
+    def leave_out(self, healthy_L: Tensor) -> None:
+        """Forget what devices have that are not healthy, so that a weight of zero makes it count nothing."""
+        errors = (tensor for mean in self.means.values() for tensor in mean.state().values())
+        for tensor in (*self.parameters.values(), *errors):
+            clear_rows(tensor, healthy_L)
 
     def _means(self, message: list[str], weights_N: Tensor | None) -> list[Tensor]:
         copies = [self.parameters[name].detach() for name in message]

@@ -113,6 +113,44 @@ class Method(ABC):
     def merge(self, step: int) -> None:
         """Make all devices' weights one model."""
 
+    can_leave_out = False
+    """Whether a merge can leave a device out whose weights are not finite any more."""
+    healthy_N: Tensor | None = None
+    """Which devices the next merge counts; None: all."""
+
+    def healthy(self) -> Tensor:
+        """Return which local devices' weights are finite, (L,), bool."""
+        sums = [p.detach().view(self.local_devices, -1).sum(1, dtype=torch.float64) for p in self.parameters.values()]
+        return torch.stack(sums).isfinite().all(0)
+
+    @torch.no_grad()
+    def leave_out(self, healthy_N: Tensor) -> None:
+        """Have the next merge count nothing of devices that are not healthy; they go on from what is merged.
+
+        Subclasses that `can_leave_out` also take out of their own tensors what is not finite.
+        """
+        self.healthy_N = healthy_N
+        for state in self.optimizer.state.values():
+            for tensor in state.values():
+                if tensor.ndim > 0:
+                    clear_rows(tensor, self.healthy_L)
+
+    @property
+    def healthy_L(self) -> Tensor:
+        """Which local devices the next merge counts."""
+        local = self.communicator.local_devices
+        assert self.healthy_N is not None
+        return self.healthy_N[local.start : local.stop]
+
+    def counted(self, weights_N: Tensor | None) -> Tensor | None:
+        """Return devices' shares of a mean, without those that are left out; None: all are equal."""
+        if self.healthy_N is None:
+            return weights_N
+        first = next(iter(self.parameters.values()))
+        weights = torch.ones(len(self.healthy_N)).to(first) if weights_N is None else weights_N
+        weights = weights * self.healthy_N.to(weights)
+        return weights / weights.sum()
+
     @abstractmethod
     def merged_state(self) -> dict[str, Tensor]:
         """Return the one model's weights by the plain network's names; right after a merge."""
@@ -250,6 +288,11 @@ class Method(ABC):
 
     def _model_tensors(self) -> dict[str, Tensor]:
         return {**self.parameters, **dict(self.model.named_buffers())}
+
+
+def clear_rows(tensor: Tensor, healthy_L: Tensor) -> None:
+    """Zero the rows of devices that are not healthy in a tensor with a leading axis over local devices or heads."""
+    tensor.view(len(healthy_L), -1)[~healthy_L.to(tensor.device)] = 0
 
 
 def split_groups(

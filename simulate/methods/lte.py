@@ -26,8 +26,9 @@ from simulate.communicator import Communicator
 from simulate.config import Run
 from simulate.convert import Treatment, convert, lora, merged_state, norm_parameters
 from simulate.costs.traffic import fragment
+from simulate.errors import RunFailedError
 from simulate.methods.averaging import Averaging
-from simulate.methods.base import Method, clip_per_device, forget_moments, prune_moments
+from simulate.methods.base import Method, clear_rows, clip_per_device, forget_moments, prune_moments
 from simulate.methods.lora import adapter_groups, adapter_parameters
 from simulate.methods.merging import LayerMerger
 from simulate.options import LteOptions
@@ -120,7 +121,7 @@ class Lte(Method):
             merger.merge()
             for vector in self.vectors.values():
                 vector.merged.copy_(vector())
-            self.averaging.merge(index)
+            self.averaging.merge(index, self.counted(None))
             self.spreading.merge(index)
             for layer in merger.layers:
                 self._start_round(layer, step)
@@ -128,6 +129,25 @@ class Lte(Method):
                 if name in self.vectors:
                     self.vectors[name].start_round()
                     self._treat_moments(self.vectors[name].factors())
+
+        self.healthy_N = None
+
+    can_leave_out = True
+
+    @torch.no_grad()
+    def leave_out(self, healthy_N: Tensor) -> None:
+        super().leave_out(healthy_N)
+        if self.first_device_norms and not healthy_N[0]:
+            raise RunFailedError("device 0, which trains the norms of all, has weights that are not finite")
+        for merger in self.mergers:
+            merger.leave_out(self.healthy_L)
+        for vector in self.vectors.values():
+            for factor, old in ((vector.a, vector.a0), (vector.b, vector.b0)):
+                clear_rows(factor, self.healthy_L)
+                if old is not None:
+                    clear_rows(old, self.healthy_L)
+            vector.a[~self.healthy_L.to(vector.a.device)] = 1.0
+        self.averaging.leave_out(self.healthy_L)
 
     def _start_round(self, layer: LoraLinear, step: int) -> None:
         if self.options.reset != "none":

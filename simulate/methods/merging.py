@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from simulate.adapters import LoraLinear
 from simulate.communicator import Communicator
 from simulate.costs.schedule import factor_buffer_bytes, layer_transport
 from simulate.costs.traffic import pack
+from simulate.methods.base import clear_rows
 from simulate.models.shapes import LinearShape
 from simulate.options import LteOptions
 from simulate.wire import CompressedMean, decode, encode
@@ -66,6 +67,22 @@ class LayerMerger:
                 self._merge_compressed_deltas(message, self.means[index])
             else:
                 self._merge_sums(message)
+
+    @torch.no_grad()
+    def leave_out(self, healthy_L: Tensor) -> None:
+        """Take heads of devices that are not healthy back to the last merge, so that they add nothing to this one."""
+        healthy_H = healthy_L.repeat_interleave(self.options.heads_per_device)
+        for layer in self.layers:
+            sick_H = ~healthy_H.to(layer.b.device)
+            if layer.a0 is not None and layer.b0 is not None:
+                layer.a[sick_H], layer.b[sick_H] = layer.a0[sick_H], layer.b0[sick_H]
+                continue
+            if isinstance(layer.a, nn.Parameter):
+                drawn = layer.draw_a(int(layer.drawn_after))
+                layer.a[sick_H] = drawn[sick_H]
+            layer.b[sick_H] = 0
+        for errors in (*self.errors.values(), *(t for mean in self.means for t in mean.state().values())):
+            clear_rows(errors, healthy_L)
 
     @property
     def _share(self) -> float:
