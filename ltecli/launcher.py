@@ -44,6 +44,12 @@ class RunFolder:
     """Checkpoint to continue from; None for a new run."""
 
     @property
+    def is_finished(self) -> bool:
+        """Whether the newest checkpoint is that of the last step."""
+        last = f"-{self.run.train.steps:08d}"
+        return self.resume_from is not None and self.resume_from.name.endswith(last)
+
+    @property
     def events(self) -> Path:
         """The run's event file."""
         return self.path / EVENTS_FILE

@@ -9,6 +9,7 @@ Legend: L local devices, N devices, P processes.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,7 +53,7 @@ class TorchCommunicator(Communicator):
         self.shares = [devices_of(process, self.processes, num_devices) for process in range(self.processes)]
         super().__init__(num_devices, self.shares[self.process], on_transfer, on_wait)
         self.device, self.timeout = device, timedelta(seconds=timeout_s)
-        self._control = self.new_group("gloo")
+        self.control = self.new_group("gloo")
         self._foreground = _Channel(self, None)
         self._behind = _Channel(self, self.new_group(None))
         self._executor = ThreadPoolExecutor(1, "exchange") if device.type == "cpu" else None
@@ -68,25 +69,32 @@ class TorchCommunicator(Communicator):
         most = max(len(share) for share in self.shares)
         padded = torch.cat([own, own.new_zeros(most - len(own), own.shape[1])])
         everyones = [torch.empty_like(padded) for _ in self.shares]
-        self._guarded("what devices tell each other", lambda: dist.all_gather(everyones, padded, self._control))
+        self._guarded("what devices tell each other", lambda: dist.all_gather(everyones, padded, self.control))
         return torch.cat([rows[: len(share)] for rows, share in zip(everyones, self.shares, strict=True)])
 
-    def share_objects(self, text: str) -> list[str]:
+    def share_texts(self, text: str) -> list[str]:
         """Return every process's text, in order."""
         content = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in self.shares]
         own = torch.tensor([len(content)])
-        self._guarded("what processes have", lambda: dist.all_gather(sizes, own, self._control))
+        self._guarded("what processes have", lambda: dist.all_gather(sizes, own, self.control))
         padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
         padded[: len(content)] = content
         texts = [torch.empty_like(padded) for _ in self.shares]
-        self._guarded("what processes have", lambda: dist.all_gather(texts, padded, self._control))
-        return [bytes(t[: int(size)].numpy()).decode() for t, size in zip(texts, sizes, strict=True)]
+        self._guarded("what processes have", lambda: dist.all_gather(texts, padded, self.control))
+        return [bytes(t[: int(size)].tolist()).decode() for t, size in zip(texts, sizes, strict=True)]
 
-    def send_tensors(self, source: int, tensors: Sequence[Tensor]) -> None:
-        """Overwrite everyone's CPU tensors by those of process `source`; counted as nobody's payload."""
-        for tensor in tensors:
-            self._guarded("what a process lacks", lambda t=tensor: dist.broadcast(t, source, self._control))  # type: ignore[misc]
+    def send_state(self, source: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of process `source`, on the CPU; what others give is not looked at."""
+        about = [[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()]
+        shapes = json.loads(self.share_texts(json.dumps(about))[source])
+        received = {}
+        for name, shape, dtype in shapes:
+            tensor = tensors[name].cpu().contiguous() if self.process == source else None
+            target = torch.empty(shape, dtype=getattr(torch, dtype)) if tensor is None else tensor
+            self._guarded("what a process lacks", lambda t=target: dist.broadcast(t, source, self.control))  # type: ignore[misc]
+            received[name] = target
+        return received
 
     def finish(self) -> None:
         travelling, self._travelling = self._travelling, []

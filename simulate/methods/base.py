@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -285,6 +285,17 @@ class Method(ABC):
         for name in divided.of_devices[owners[0]]:
             joined[name] = torch.cat([divided.of_devices[device][name] for device in owners])
         self.load_state(joined)
+
+    def revived(self, shared: Mapping[str, Tensor], donor: Mapping[str, Tensor], device: int) -> dict[str, Tensor]:
+        """Return what a device starts from whose state nobody has, as `divided_state` has it; right after a merge.
+
+        What is trained starts like another device's, since all were equal then; moments and errors start at zero.
+        """
+        new = {name for name in donor if name.startswith("optimizer.") or "error" in name}
+        return {name: torch.zeros_like(t) if name in new else t.clone() for name, t in donor.items()}
+
+    def after_revival(self) -> None:  # noqa: B027 - most methods' merged weights need nothing of a lost device
+        """Make good for what lost devices had, once everything is loaded; all processes take part."""
 
     def _model_tensors(self) -> dict[str, Tensor]:
         return {**self.parameters, **dict(self.model.named_buffers())}
