@@ -87,10 +87,15 @@ def reason(error: OSError) -> str:
     return text[0].lower() + text[1:]
 
 
-def close_socket(sock: socket.socket) -> None:
-    """Close a socket so that a thread that reads it wakes up too."""
+def hang_up(sock: socket.socket) -> None:
+    """End a connection so that a thread that reads it wakes up; that thread still has to close it."""
     with contextlib.suppress(OSError):  # it was not connected, or is closed already
         sock.shutdown(socket.SHUT_RDWR)
+
+
+def close_socket(sock: socket.socket) -> None:
+    """End a connection that no other thread uses."""
+    hang_up(sock)
     sock.close()
 
 
@@ -139,6 +144,10 @@ class Channel:
             return bool(readable) and self.sock.recv(1, socket.MSG_PEEK) == b""
         except (OSError, ValueError):  # ValueError: closed at this end
             return True
+
+    def hang_up(self) -> None:
+        """End the connection of a channel that another thread uses, and will close."""
+        hang_up(self.sock)
 
     def close(self) -> None:
         """Close the connection."""

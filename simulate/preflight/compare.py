@@ -57,7 +57,7 @@ def _versions(hub: NodeFacts, node: NodeFacts, verdict: Verdict) -> bool:
 
 
 def _run_differs(hub: NodeFacts, node: NodeFacts) -> str:
-    keys = [key for key in sorted({**hub.run, **node.run}) if hub.run.get(key, _MISSING) != node.run.get(key, _MISSING)]
+    keys = [key for key in {**hub.run, **node.run} if hub.run.get(key, _MISSING) != node.run.get(key, _MISSING)]
     pairs = [
         f"{key} = {_value(hub.run, key)} on node 0, {_value(node.run, key)} on node {node.node}"
         for key in keys[:_KEYS_SHOWN]

@@ -11,12 +11,13 @@ from typing import Any
 
 from simulate.errors import InputError
 from simulate.preflight.address import address_text, family_of, sockaddr
-from simulate.preflight.channel import Channel, PeerError, PeerGoneError, PeerSilentError, close_socket, reason
+from simulate.preflight.channel import Channel, PeerError, PeerGoneError, PeerSilentError, close_socket, hang_up, reason
 from simulate.preflight.deadline import Deadline
 from simulate.preflight.handshake import Identity, answer
 
 MAX_UNPROVEN = 64
 """Handshakes at a time; one more sends away the oldest, which may call again."""
+_BACKLOG = 128
 _POLL_S = 0.1
 
 
@@ -47,7 +48,7 @@ def listen(address: str, port: int, label: str) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(sockaddr(address, port))
-        listener.listen(MAX_UNPROVEN)
+        listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
         raise InputError(
@@ -91,7 +92,7 @@ class Door:
         with self._lock:
             callers = dict(self._callers)
         for sock in callers.values():
-            close_socket(sock)
+            hang_up(sock)
         for thread in callers:
             thread.join()
         while (event := self.next(Deadline(0))) is not None:
@@ -112,7 +113,7 @@ class Door:
             with self._lock:
                 if len(self._unproven) >= MAX_UNPROVEN:
                     # An honest caller needs a moment, so whoever is at it for longest has the least to say.
-                    close_socket(self._unproven.pop(next(iter(self._unproven))))
+                    hang_up(self._unproven.pop(next(iter(self._unproven))))
                 self._callers[thread] = self._unproven[thread] = sock
                 thread.start()
 

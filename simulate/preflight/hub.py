@@ -238,11 +238,12 @@ class Hub:
         nodes = [node.model_dump() for node in self._nodes]
         self._send_all({"kind": "connect", "nodes": nodes, "meeting": nonce, "plan": plan.to_json()})
         meeting = self._secret.derived("meeting", nonce.encode())
-        failures = self._station.connect(self._nodes, meeting, plan)
+        reach = self._station.connect(self._nodes, meeting, plan)
         answers = self._answers("connected", 2 * plan.reach_s + self._settings.answer_timeout_s)
         for answer in answers.values():
-            failures += [str(line) for line in answer.get("failures", [])]
-        self._fail_on(failures)
+            reach.unreached.extend(str(line) for line in answer.get("unreached", []))
+            reach.uncalled.extend(str(line) for line in answer.get("uncalled", []))
+        self._fail_on(reach.unreached or reach.uncalled)
         return self._measure() if plan.measure else []
 
     def _measure(self) -> list[LinkFigures]:

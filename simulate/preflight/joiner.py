@@ -140,8 +140,8 @@ class Joiner:
         except PeerError as error:
             raise RunFailedError(f"node 0 {error}") from None
         meeting = self._secret.derived("meeting", str(command.get("meeting")).encode())
-        failures = self._station.connect(nodes, meeting, plan)
-        self._send({"kind": "connected", "failures": failures})
+        reach = self._station.connect(nodes, meeting, plan)
+        self._send({"kind": "connected", "unreached": reach.unreached, "uncalled": reach.uncalled})
         return nodes, plan
 
     def _measure(self, plan: LinkPlan) -> None:

@@ -99,7 +99,7 @@ def slow_links(links: Sequence[LinkFigures], planned: Link) -> list[str]:
         if link.loaded_bytes_per_s * SLOW_FACTOR <= planned_rate:
             warnings.append(
                 f"{way} carries {rate_text(link.loaded_bytes_per_s)} with all links busy, "
-                f"{planned_rate / link.loaded_bytes_per_s:.3g} times less than the {rate_text(planned_rate)} planned "
+                f"{planned_rate / link.loaded_bytes_per_s:,.0f} times less than the {rate_text(planned_rate)} planned "
                 f"({planned.source}); plan again with the measured link"
             )
         if link.latency_s >= max(SLOW_FACTOR * planned.latency_s, planned.latency_s + _NOTICEABLE_S):

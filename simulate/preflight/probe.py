@@ -87,6 +87,8 @@ def measure_rate(channel: Channel, limits: Limits, deadline: Deadline, first_byt
             size = min(largest, int(size * min(GROWTH, share_s / max(seconds, 1e-9))))
         else:
             rates.append(size / max(seconds, 1e-9))
+            if seconds > 2 * share_s:  # what a shaper let through at first made it grow too far
+                size = max(FIRST_CHUNK_BYTES, int(size * share_s / seconds))
     return Rate(median(rates), sent_bytes, size)
 
 

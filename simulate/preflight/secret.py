@@ -82,7 +82,7 @@ def _read_private(path: Path) -> bytes:
         raise InputError(f"--secret-file {path}: no such file; copy node 0's there (chmod 600)") from None
     except OSError as error:
         raise InputError(f"--secret-file {path} cannot be read ({error.strerror}); check its permissions") from None
-    with os.fdopen(handle, "rb") as file:
+    try:
         # The opened file is asked, not its name, which could mean another file by now.
         mode = os.fstat(handle).st_mode
         if not stat.S_ISREG(mode):
@@ -90,4 +90,6 @@ def _read_private(path: Path) -> bytes:
         if os.name == "posix" and mode & 0o077:
             permissions = stat.S_IMODE(mode)
             raise InputError(f"--secret-file {path} is open to other users (mode {permissions:o}); chmod 600 {path}")
-        return file.read(MAX_BYTES + 1024)
+        return os.read(handle, MAX_BYTES + 1024)
+    finally:
+        os.close(handle)

@@ -52,6 +52,16 @@ class LinkPlan:
             raise BadFrameError("sent a plan for links that cannot be read") from None
 
 
+@dataclass(frozen=True)
+class Reach:
+    """What was wrong when a node reached for all others, one line each."""
+
+    unreached: list[str]
+    """Calls of this node that nobody answered."""
+    uncalled: list[str]
+    """Calls that this node waited for in vain; the other side of somebody's `unreached`, most of the time."""
+
+
 class Station:
     """Links of one node; close() ends its threads and connections."""
 
@@ -68,8 +78,8 @@ class Station:
         self._alone: probe.Rate | None = None
         self._latency_s = 0.0
 
-    def connect(self, nodes: Sequence[NodeFacts], meeting: Secret, plan: LinkPlan) -> list[str]:
-        """Call every other node and be called by each; returns what could not be reached, one line each.
+    def connect(self, nodes: Sequence[NodeFacts], meeting: Secret, plan: LinkPlan) -> Reach:
+        """Call every other node and be called by each.
 
         `meeting` is a secret of this preflight alone, `plan` is node 0's.
         """
@@ -83,9 +93,14 @@ class Station:
             outcomes = list(pool.map(lambda other: self._reach(other, me, deadline), others))
         callers = self._receive_callers({node.node for node in others}, deadline)
         self._keep_ring([outcome for outcome in outcomes if isinstance(outcome, Channel)], callers, len(nodes))
-        failures = [outcome for outcome in outcomes if isinstance(outcome, str)]
-        missing = sorted({node.node for node in others} - callers.keys())
-        return failures or [f"{nodes[self._node].title} was not called by {nodes[other].title}" for other in missing]
+        return Reach(
+            unreached=[outcome for outcome in outcomes if isinstance(outcome, str)],
+            uncalled=[
+                f"{nodes[self._node].title} was not called by {other.title}"
+                for other in others
+                if other.node not in callers
+            ],
+        )
 
     def _keep_ring(self, called: list[Channel], callers: dict[int, Channel], count: int) -> None:
         """Keep the ways to the successor and from the predecessor, which is served from now on; close the others."""
@@ -128,9 +143,10 @@ class Station:
     def close(self) -> None:
         """Hang up, and end all threads."""
         self._close_door()
-        for channel in (self._to_successor, self._from_predecessor):
-            if channel is not None:
-                channel.close()
+        if self._to_successor is not None:
+            self._to_successor.close()
+        if self._from_predecessor is not None:
+            self._from_predecessor.hang_up()
         if self._serving is not None:
             self._serving.join()
 
@@ -173,7 +189,9 @@ class Station:
         try:
             probe.serve(channel, self._plan.limits, deadline)
         except PeerError:
-            channel.close()  # the sender notices, and tells node 0
+            pass  # the sender notices too, and tells node 0
+        finally:
+            channel.close()
 
 
 def dial(own_address: str, address: str, port: int, deadline: Deadline) -> socket.socket:
