@@ -87,6 +87,7 @@ class Door:
     def close(self) -> None:
         """Stop listening, hang up on whoever was not handed over, and end all threads."""
         self._closing.set()
+        hang_up(self._listener)  # wakes it at once on Linux; elsewhere it looks every _POLL_S
         self._accepting.join()
         self._listener.close()
         with self._lock:

@@ -23,7 +23,7 @@ class LinkFigures:
     sender: int
     receiver: int
     latency_s: float
-    """One way: half of an echo's median time, this program's own share (some 50 µs) included."""
+    """One way: half of an echo's median time, this program's own share (some 20 µs) included."""
     bytes_per_s: float
     """With no other measurement on the way."""
     loaded_bytes_per_s: float
