@@ -14,8 +14,7 @@ from simulate.preflight.clocks import Now, answer_clock
 from simulate.preflight.deadline import Deadline
 from simulate.preflight.facts import NodeFacts, parse_facts
 from simulate.preflight.handshake import Identity, NoChallengeError, Purpose, VersionError, WrongSecretError, call
-from simulate.preflight.hub import link_failed
-from simulate.preflight.links import parse_link
+from simulate.preflight.links import link_failed, parse_link
 from simulate.preflight.secret import VARIABLE, Secret
 from simulate.preflight.settings import Result, Settings, Tell, failure
 from simulate.preflight.station import LinkPlan, Station, dial

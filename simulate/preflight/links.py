@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from simulate.hardware import Link
-from simulate.preflight.channel import BadFrameError
+from simulate.preflight.channel import BadFrameError, PeerError
 
 SLOW_FACTOR = 5.0
 """A link that misses the profile by this factor makes every planned time wrong, so it earns a warning."""
@@ -108,6 +108,11 @@ def slow_links(links: Sequence[LinkFigures], planned: Link) -> list[str]:
                 f"{planned.latency_s * 1e3:.3g} ms ({planned.source}); plan again with the measured link"
             )
     return warnings
+
+
+def link_failed(title: str, error: PeerError) -> str:
+    """Return the line for a link that broke while it was measured."""
+    return f"the link from {title} to the next node failed while it was measured: the next node {error}"
 
 
 def rate_text(bytes_per_s: float) -> str:

@@ -15,7 +15,7 @@ from simulate.preflight import Secret
 from simulate.preflight import channel as channel_module
 from simulate.preflight import door as door_module
 from simulate.preflight import handshake as handshake_module
-from simulate.preflight import hub as hub_module
+from simulate.preflight import roster as roster_module
 from simulate.preflight.deadline import Deadline
 from simulate.preflight.handshake import Identity, Purpose, call
 from tests.simulate.preflight.nodes import (
@@ -126,7 +126,7 @@ def test_more_callers_than_there_is_room_for_push_out_the_oldest(monkeypatch: py
 
 
 def test_refusals_fill_neither_memory_nor_screen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_module, "_MAX_REFUSED", 2)
+    monkeypatch.setattr(roster_module, "_MAX_REFUSED", 2)
     hub, joiner = crew(2)
     with started(hub):
         for _ in range(20):

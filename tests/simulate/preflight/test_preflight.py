@@ -20,8 +20,8 @@ from simulate.config import build_run
 from simulate.errors import InputError, RunFailedError
 from simulate.hardware import Link
 from simulate.preflight import LinkPlan, Preflight, Settings
-from simulate.preflight import hub as hub_module
 from simulate.preflight import joiner as joiner_module
+from simulate.preflight import roster as roster_module
 from simulate.preflight import station as station_module
 from simulate.preflight.channel import PeerGoneError
 from simulate.preflight.facts import NodeFacts
@@ -355,7 +355,7 @@ def test_a_node_that_was_restarted_takes_its_place_again() -> None:
 
 
 def test_a_node_that_answers_no_more_gives_up_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_module, "_ALIVE_S", 0.2)
+    monkeypatch.setattr(roster_module, "ALIVE_S", 0.2)
     nodes = crew(2)
     nodes = [*nodes[:1], Node(dataclasses.replace(nodes[1].settings), nodes[1].facts)]
     hub = nodes[0]
