@@ -18,7 +18,7 @@ _PRIVATE = tuple(
         *("127.0.0.0/8", "::1/128"),  # loopback
         *("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"),  # RFC 1918
         "fc00::/7",  # unique local, RFC 4193
-        *("169.254.0.0/16", "fe80::/10"),  # link-local: two machines on one cable
+        "169.254.0.0/16",  # link-local: two machines on one cable
         "100.64.0.0/10",  # carrier-grade NAT, RFC 6598: what overlay networks between homes hand out
     )
 )
@@ -135,6 +135,11 @@ def find_place(endpoint: Endpoint, *, is_hub: bool, interface: str | None, trust
 def _check_private(endpoint: Endpoint, address: IpAddress, trust_network: bool) -> None:
     if address.is_unspecified or address.is_multicast:
         raise InputError(f"--join {endpoint}: {address} names no machine; give an address of node 0")
+    if address.version == 6 and address.is_link_local:
+        raise InputError(
+            f"--join {endpoint}: {address} is an IPv6 link-local address, which each machine writes in its own way; "
+            "give an IPv4 address, or a unique local one (fd...)"
+        )
     if not trust_network and not is_private(address):
         raise InputError(
             f"--join {endpoint}: {address} is a public address, and what workers exchange is neither encrypted nor "
@@ -245,6 +250,6 @@ def family_of(address: IpAddress | str) -> socket.AddressFamily:
 
 
 def sockaddr(address: str, port: int) -> tuple[Any, ...]:
-    """Return what bind and connect take for a numeric address; link-local IPv6 keeps its scope."""
+    """Return what bind and connect take for a numeric address."""
     found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
     return found[0][4]

@@ -66,11 +66,11 @@ def test_a_wrong_endpoint_is_explained(text: str, rule: str) -> None:
 PRIVATE = (
     *("127.0.0.1", "127.9.9.9", "::1"),
     *("10.1.2.3", "172.16.0.1", "172.31.255.255", "192.168.0.1", "::ffff:10.0.0.1"),
-    *("169.254.1.1", "fe80::1", "fd12::1", "100.64.0.1", "100.127.255.255"),
+    *("169.254.1.1", "fd12::1", "100.64.0.1", "100.127.255.255"),
 )
 PUBLIC = (
     *("8.8.8.8", "172.15.255.255", "172.32.0.1", "192.169.0.1", "::ffff:8.8.8.8"),
-    *("100.63.255.255", "100.128.0.1", "2001:db8::1", "192.0.2.1", "198.18.0.1", "0.0.0.0"),
+    *("100.63.255.255", "100.128.0.1", "2001:db8::1", "192.0.2.1", "198.18.0.1", "0.0.0.0", "fe80::1"),
 )
 
 
@@ -87,6 +87,13 @@ def test_everything_else_is_public(address: str) -> None:
 def test_a_public_address_needs_trust(machine: None) -> None:
     with pytest.raises(InputError, match=r"8\.8\.8\.8 is a public address.*neither encrypted nor authenticated"):
         place("8.8.8.8", name="eth0")
+
+
+def test_ipv6_link_local_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(address_module, "interfaces", lambda: [interface("eth0", "fe80::5%eth0/64")])
+    for hub in (True, False):
+        with pytest.raises(InputError, match=r"fe80::5.* is an IPv6 link-local address"):
+            place("fe80::5%eth0", hub=hub, trust=True)
 
 
 def test_a_public_address_that_is_trusted_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,9 @@ def test_refusals_fill_neither_memory_nor_screen(monkeypatch: pytest.MonkeyPatch
     assert joiner.error is None
 
 
-@pytest.mark.parametrize("raw", [os.urandom(64), b"\xff" * 64, b"\0\0\0\x10" + bytes(48)])
+@pytest.mark.parametrize(
+    "raw", [b"GET / HTTP/1.1\r\n" * 4, b"\xff" * 64, b"\0\0\0\x10" + bytes(48)], ids=["text", "long", "forged"]
+)
 def test_an_authenticated_caller_that_breaks_the_protocol_is_refused(raw: bytes) -> None:
     hub, joiner = crew(2)
     with started(hub):

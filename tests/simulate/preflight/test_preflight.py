@@ -164,6 +164,21 @@ def test_a_payload_and_a_barrier_reach_everybody() -> None:
     assert max(passed) - min(passed) < 0.2
 
 
+def test_the_port_is_free_once_all_are_there() -> None:
+    nodes = crew(2)
+
+    def after(preflight: Preflight) -> None:
+        if preflight.settings.node == 0:
+            with socket.create_server(("127.0.0.1", int(str(preflight.settings.join).rpartition(":")[2]))):
+                pass
+        preflight.barrier("start", 5)
+
+    for node in nodes:
+        node.after = after
+    run_all(nodes)
+    assert [node.error for node in nodes] == [None] * 2
+
+
 def test_a_node_that_does_not_reach_the_barrier_is_named_to_all() -> None:
     nodes = crew(3)
     nodes[0].after = nodes[2].after = lambda preflight: preflight.barrier("start", 0.3)
