@@ -10,54 +10,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import pytest
 
 from tests.network import namespaces
-from tests.network.lab import Lab, Node, Process
+from tests.network.lab import Lab, Process
+from tests.network.probes import PORT, round_trips_s, start, transfer
 
 ROOT = Path(__file__).parents[2]
 HEADER_SHARE = 66 / 1448
 """Ethernet, IPv4 and TCP with time stamps, in front of a full segment."""
-PINGS = 20
 
 OpenLab = Callable[..., Lab]
-
-
-def start(node: Node, *words: object) -> subprocess.Popen[str]:
-    argv = [sys.executable, "-m", "tests.network.transfer", *map(str, words)]
-    return node.popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-
-
-def transfer(source: Node, target: Node, num_bytes: int, timeout_s: float = 30.0) -> float:
-    """Send bytes over TCP; return how many a second arrived."""
-    receiver = start(target, "receive", 5000)
-    sender = start(source, "send", target.address, 5000, num_bytes)
-    with sender, receiver:
-        printed, _ = receiver.communicate(timeout=timeout_s)
-        assert sender.wait(timeout_s) == 0
-    arrived, seconds = printed.split()
-    assert int(arrived) == num_bytes
-    return num_bytes / float(seconds)
-
-
-def echo_s(source: Node, target: Node) -> float:
-    """The median round trip of a datagram, in seconds."""
-    server = "import socket; s = socket.socket(2, 2); s.bind(('', 6000))\nwhile True: s.sendto(*s.recvfrom(99))"
-    client = f"""
-import socket, statistics, time
-s = socket.socket(2, 2); s.settimeout(0.5); s.connect(("{target.address}", 6000)); taken = []
-while len(taken) < {PINGS}:
-    start = time.perf_counter()
-    try: s.send(b"x"); s.recv(99); taken.append(time.perf_counter() - start)
-    except (TimeoutError, ConnectionRefusedError): time.sleep(0.02)
-print(statistics.median(taken))"""
-    echo = target.popen([sys.executable, "-c", server])
-    try:
-        return float(source.run([sys.executable, "-c", client]))
-    finally:
-        echo.kill()
-        echo.wait()
 
 
 @pytest.mark.parametrize(("bytes_per_s", "num_bytes"), [(1.25e6, 1_000_000), (12.5e6, 8_000_000)])
@@ -93,8 +58,8 @@ def test_counters_say_what_crossed_the_wire(open_lab: OpenLab) -> None:
 
 def test_a_pulled_cable_stops_traffic_until_it_is_back(open_lab: OpenLab) -> None:
     lab = open_lab(2, bytes_per_s=1.25e6)
-    receiver = start(lab[1], "receive", 5000)
-    sender = start(lab[0], "send", lab[1].address, 5000, 1_000_000)
+    receiver = start(lab[1], "receive", PORT)
+    sender = start(lab[0], "send", lab[1].address, PORT, 1_000_000)
     with sender, receiver:
         while lab[1].counters().received_bytes < 200_000:
             time.sleep(0.02)
@@ -109,9 +74,9 @@ def test_a_pulled_cable_stops_traffic_until_it_is_back(open_lab: OpenLab) -> Non
 
 
 def test_nodes_are_near_unless_a_delay_is_set(open_lab: OpenLab) -> None:
-    assert echo_s(*open_lab(2)) < 0.005
+    assert median(round_trips_s(*open_lab(2))) < 0.005
     delayed = open_lab(3, delay_s=0.02, bytes_per_s=12.5e6)
-    assert 0.04 <= echo_s(delayed[0], delayed[2]) < 0.046
+    assert 0.04 <= median(round_trips_s(delayed[0], delayed[2])) < 0.046
     assert transfer(delayed[0], delayed[1], 1_000_000) < 12.5e6 / 1.5  # TCP starts slowly over a long way
 
 
