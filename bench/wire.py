@@ -14,6 +14,9 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,6 +24,7 @@ from simulate.costs.time import transfer_s
 from simulate.costs.traffic import Operation, Transfer
 from simulate.hardware import Link
 from tests.network.lab import Lab, why_not
+from tests.network.tunnels import Tunnel, ssh_star, wireguard_mesh, wireguard_star
 
 PAYLOAD_SHARE = 1448 / 1514
 """Of a full Ethernet frame with TCP and time stamps."""
@@ -30,14 +34,23 @@ PORT = 29500
 LAB_LATENCY_S = 30e-6
 TIMEOUT_S = 600.0
 
+THROUGH: dict[str, Callable[[Lab, Path], AbstractContextManager[Tunnel]]] = {
+    "plain": lambda lab, _: nullcontext(
+        Tunnel(tuple(node.interface for node in lab), tuple(node.address for node in lab))
+    ),
+    "wireguard-star": wireguard_star,
+    "wireguard-mesh": wireguard_mesh,
+    "ssh-star": ssh_star,
+}
+
 Task = tuple[str, int, int]
 Row = dict[str, Any]
 
 
-def run_ranks(lab: Lab, tasks: list[Task]) -> list[list[Row]]:
+def run_ranks(lab: Lab, tunnel: Tunnel, tasks: list[Task]) -> list[list[Row]]:
     """Run one rank in every node; return each one's measurements."""
     root = Path(__file__).parents[1]
-    shared = {"MASTER_ADDR": lab[0].address, "MASTER_PORT": str(PORT), "WORLD_SIZE": str(len(lab))}
+    shared = {"MASTER_ADDR": tunnel.addresses[0], "MASTER_PORT": str(PORT), "WORLD_SIZE": str(len(lab))}
     shared["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # or every rank warns that its address has no name
     argv = [sys.executable, "-m", "bench.wire_rank", json.dumps(tasks)]
     ranks = [
@@ -46,9 +59,15 @@ def run_ranks(lab: Lab, tasks: list[Task]) -> list[list[Row]]:
             cwd=root,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **shared, "RANK": str(node.index), "GLOO_SOCKET_IFNAME": node.interface},
+            env={
+                **os.environ,
+                **shared,
+                "RANK": str(node.index),
+                "GLOO_SOCKET_IFNAME": interface,
+                "WIRE_INTERFACE": node.interface,
+            },
         )
-        for node in lab
+        for node, interface in zip(lab, tunnel.interfaces, strict=True)
     ]
     printed = [rank.communicate(timeout=TIMEOUT_S)[0] for rank in ranks]
     if failed := [node.index for node, rank in zip(lab, ranks, strict=True) if rank.returncode]:
@@ -99,6 +118,7 @@ def main() -> None:
     parser.add_argument("--delay-s", type=float, default=0.0, help="one way, added")
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 1_000_000, 16_000_000])
     parser.add_argument("--repeats", type=int, default=5, help="the median counts; sizes above 4 MB: 3 at most")
+    parser.add_argument("--through", choices=THROUGH, default="plain", help="what joins the nodes")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     arguments = parser.parse_args()
     if reason := why_not():
@@ -111,11 +131,16 @@ def main() -> None:
     rate = arguments.bytes_per_s * PAYLOAD_SHARE
     latency_s = arguments.delay_s + LAB_LATENCY_S
     link = Link(topology="star", up_bytes_per_s=rate, down_bytes_per_s=rate, latency_s=latency_s, source="measured")
-    with Lab(arguments.nodes, arguments.bytes_per_s, arguments.delay_s) as lab:
-        ranks = run_ranks(lab, [("nothing", 0, 5), *tasks])
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Lab(arguments.nodes, arguments.bytes_per_s, arguments.delay_s) as lab,
+        THROUGH[arguments.through](lab, Path(folder)) as tunnel,
+    ):
+        ranks = run_ranks(lab, tunnel, [("nothing", 0, 5), *tasks])
     idle = [rank[0] for rank in ranks]
     if not arguments.json:
-        print(f"{arguments.nodes} nodes, {arguments.bytes_per_s:g} B/s each way, {arguments.delay_s * 1e3:g} ms delay")
+        links = f"{arguments.bytes_per_s:g} B/s each way, {arguments.delay_s * 1e3:g} ms delay, {arguments.through}"
+        print(f"{arguments.nodes} nodes, {links}")
         print(HEADER)
     for index, task in enumerate(tasks, 1):
         row = summarise(task, [rank[index] for rank in ranks], idle, link)

@@ -54,8 +54,8 @@ CALLS: dict[str, Call] = {
 
 
 def counted_bytes() -> tuple[int, int]:
-    """Bytes sent and received by this rank's interface, frames with their headers."""
-    folder = Path("/sys/class/net") / os.environ["GLOO_SOCKET_IFNAME"] / "statistics"
+    """Bytes sent and received by this node's interface to the switch, frames with their headers."""
+    folder = Path("/sys/class/net") / os.environ["WIRE_INTERFACE"] / "statistics"
     sent, received = (int((folder / name).read_text()) for name in ("tx_bytes", "rx_bytes"))
     return sent, received
 
