@@ -12,18 +12,19 @@ from tests.network.lab import Lab
 
 PATTERN = "lte-lte-lte-lte-"
 NUM_BYTES = 2_000_000
+WAIT_S = 120.0
 ROOT = Path(__file__).parents[2]
 
 
-def run_ranks(lab: Lab, interfaces: tuple[str, ...], addresses: tuple[str, ...], timeout_s: float = 90.0) -> None:
+def run_ranks(lab: Lab, interfaces: tuple[str, ...], addresses: tuple[str, ...], port: int = 29500) -> None:
     """Run one rank in every node, over the given interfaces; raise if one fails."""
     ranks = []
     for node, interface in zip(lab, interfaces, strict=True):
-        set_up = {"MASTER_ADDR": addresses[0], "MASTER_PORT": "29500", "WORLD_SIZE": str(len(lab))}
+        set_up = {"MASTER_ADDR": addresses[0], "MASTER_PORT": str(port), "WORLD_SIZE": str(len(lab))}
         set_up |= {"RANK": str(node.index), "GLOO_SOCKET_IFNAME": interface, "TORCH_CPP_LOG_LEVEL": "ERROR"}
         argv = [sys.executable, "-m", __name__]
         ranks.append(node.popen(argv, cwd=ROOT, env={**os.environ, **set_up}, stderr=subprocess.PIPE, text=True))
-    messages = [rank.communicate(timeout=timeout_s)[1] for rank in ranks]
+    messages = [rank.communicate(timeout=WAIT_S)[1] for rank in ranks]
     if any(rank.returncode for rank in ranks):
         raise RuntimeError("\n".join(messages))
 

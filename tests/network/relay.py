@@ -3,7 +3,9 @@
     python -m tests.network.relay --namespace NAME --ports 4 --delay-s 0.02 --loss 0.001
 
 Each port of the switch is bridged to a TAP device, and this program passes Ethernet frames between the TAP devices
-after the delay. It runs inside the switch's namespace. TAP devices offload nothing, so frames arrive here whole.
+after the delay. It runs inside the switch's namespace. TAP devices offload nothing, so frames arrive here whole. It
+carries 25 to 40 MB/s over all ports together, and adds 0.1 to 0.3 ms to a delay (bench/README.md); the first packet
+between two nodes waits one round trip more, for the address to be asked.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from statistics import median
 import pytest
 
 from tests.network import namespaces
-from tests.network.lab import Lab, Process
+from tests.network.lab import Lab, Process, why_not
 from tests.network.probes import PORT, round_trips_s, start, transfer
 
 ROOT = Path(__file__).parents[2]
@@ -186,3 +186,17 @@ def test_processes_are_told_by_node(open_lab: OpenLab) -> None:
     assert lab.processes() == [Process(1, sleeper.pid, "sleep 1234")]
     assert lab[1].kill() == [Process(1, sleeper.pid, "sleep 1234")]
     assert lab.processes() == []
+
+
+def test_machines_without_what_it_takes_say_what(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert why_not.__wrapped__() == "no ip and no tc (Debian package iproute2)"
+    for name in ("ip", "tc"):
+        (tmp_path / name).write_text("#!/bin/sh\necho not permitted >&2; exit 1")
+        (tmp_path / name).chmod(0o755)
+    refused = why_not.__wrapped__()
+    assert refused is not None
+    assert "do not work here: ip netns list: not permitted" in refused
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert why_not.__wrapped__() == "network namespaces need root"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,11 +12,12 @@ import pytest
 
 from tests.network.capture import capture
 from tests.network.gloo_rank import NUM_BYTES, PATTERN, run_ranks
-from tests.network.lab import Lab
+from tests.network.lab import Lab, Node
 from tests.network.tunnels import (
     SSH_TOOLS,
     WIREGUARD_TOOLS,
     Tunnel,
+    document_block,
     missing,
     ssh_star,
     wireguard_mesh,
@@ -58,3 +61,29 @@ def test_in_a_tunnel_gloo_works_and_nothing_is_readable_outside(
         run_ranks(lab, tunnel.interfaces, tunnel.addresses)
     assert seen.frames > PAYLOAD_FRAMES
     assert seen.with_pattern == 0
+
+
+def test_the_firewall_of_the_document_shuts_the_join_port_outside(open_lab: OpenLab, tmp_path: Path) -> None:
+    if reason := missing((*WIREGUARD_TOOLS, "nft", "ping")):
+        pytest.skip(reason)
+    lab = open_lab(2)
+    # As torch's store does: a server on all addresses.
+    serve = "import socket\nserver = socket.create_server(('', 29500))\nwhile True: server.accept()[0].close()"
+    server = lab[0].popen([sys.executable, "-c", serve])
+    with wireguard_mesh(lab, tmp_path) as tunnel:
+        assert reaches(lab[1], lab[0].address)
+        rules = document_block("table inet lte").replace("wg0", tunnel.interfaces[0])
+        (tmp_path / "lte.nft").write_text(rules)
+        lab[0].run(["nft", "-f", str(tmp_path / "lte.nft")])
+        assert not reaches(lab[1], lab[0].address)
+        assert reaches(lab[1], tunnel.addresses[0])
+        run_ranks(lab, tunnel.interfaces, tunnel.addresses, port=29501)
+    server.kill()
+    server.wait()
+
+
+def reaches(node: Node, address: str, tries: int = 3) -> bool:
+    """Whether the join port of an address answers."""
+    connect = f"import socket; socket.create_connection(('{address}', 29500), timeout=1)"
+    argv = node.command([sys.executable, "-c", connect])
+    return any(subprocess.run(argv, capture_output=True, check=False).returncode == 0 for _ in range(tries))

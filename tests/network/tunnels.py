@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -31,6 +32,14 @@ def missing(tools: tuple[str, ...]) -> str | None:
     """Return what is not installed, or None."""
     lacking = [tool for tool in tools if shutil.which(tool) is None]
     return f"not installed: {', '.join(lacking)}" if lacking else None
+
+
+def document_block(text: str) -> str:
+    """Return the one fenced block of docs/networking.md that holds `text`."""
+    document = (Path(__file__).parents[2] / "docs" / "networking.md").read_text()
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", document, re.DOTALL | re.MULTILINE)
+    (found,) = (block for block in blocks if text in block)
+    return found
 
 
 def inner_address(index: int) -> str:
