@@ -248,7 +248,7 @@ def _agent_class() -> Any:
 def listening(
     launch: Launch, on_event: Callable[[dict[str, Any]], None], events: Path, asked: list[bool]
 ) -> Iterator[None]:
-    """Pass on, while the agent runs, what processes tell and what the first one emits; ask to stop where it is wished."""
+    """Pass on, while the agent runs, what processes tell and the first one emits; ask to stop where it is wished."""
     done = threading.Event()
     listener = _Listener(launch, on_event, events, asked)
 

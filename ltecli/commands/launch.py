@@ -94,9 +94,7 @@ def launch_run(folder: RunFolder, device: torch.device, options: LaunchOptions, 
     node = Node(processes=processes, device=device.type, interface=interface_of("127.0.0.1"))
     launch = Launch(folder.path, run, node, output.warning, threads_for(processes))
     launch.open_store()
-    output.hint(
-        f"  launched: {processes} processes on {node.address} ({node.interface}), logs in {folder.path / 'logs'}"
-    )
+    output.hint(f"  launched: {processes} processes on {node.address} ({node.interface}), logs in {folder.path / LOGS}")
     if not folder.resume_from:
         _leave_start_facts(launch, folder, device)
     with ExitStack() as stack, stop_on_signal() as asked:
