@@ -7,6 +7,7 @@ store that listens at one address only, and with word of what failed. Everything
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import signal
@@ -121,6 +122,8 @@ class Launch:
         node = self.node
         os.environ.update(self._environment())
         os.environ.pop(SECRET_VARIABLE, None)  # processes have no use for it
+        # What it has to say is told here, in our words.
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
         sent_before = self._interface_sent_bytes()
         agent, handler = self._agent()
         self._running_agent = agent
@@ -278,7 +281,7 @@ class Launch:
 
 
 def oom_kills() -> int:
-    """Return how many processes this system has killed for lack of memory since it started; 0 where it does not tell."""
+    """Return how many processes this system has killed for lack of memory so far; 0 where it does not tell."""
     with suppress(OSError):
         for line in Path("/proc/vmstat").read_text().splitlines():
             if line.startswith("oom_kill "):

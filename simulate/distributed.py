@@ -42,7 +42,9 @@ def is_lack_of_memory(error: BaseException) -> bool:
 def shorter(error: BaseException) -> str:
     """Return what torch says in one line, without the place in its source where it says so."""
     text = " ".join(str(error).split())
-    return re.sub(r"\[[^\]]*/gloo/[^\]]*\] ", "", text.partition(" Exception raised from ")[0])
+    return re.sub(
+        r"\[[^\]]*/gloo/[^\]]*\] ", "", text.partition(" Exception raised from ")[0].partition(" This is typically")[0]
+    )
 
 
 def devices_of(process: int, processes: int, devices: int) -> range:

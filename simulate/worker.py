@@ -64,7 +64,8 @@ class Place:
     def here(cls, node: int) -> Place:
         """Return the place that the agent gave to this process."""
         keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        return cls(*(int(os.environ[key]) for key in keys), node)
+        process, processes, local_process, local_processes = (int(os.environ[key]) for key in keys)
+        return cls(process, processes, local_process, local_processes, node)
 
     @property
     def title(self) -> str:

@@ -32,6 +32,8 @@ def _show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None
         f"{run.model.name} with {run.model.shape().parameters:,} parameters"
     )
     output.text(_state(figure))
+    if restarts := figure["restarts"]["count"]:
+        output.text(_restarts_text(restarts, figure["restarts"]))
     output.text(f"train loss {_number(figure['train_loss'])}, validation loss {_number(figure['val_loss'])}")
     table = plain_table("", "planned", "simulated", "counted", "measured here", "dense, planned")
     rows = [
@@ -62,6 +64,14 @@ def _state(figure: dict[str, Any]) -> str:
     done, planned = figure["steps"], figure["planned_steps"]
     state = "finished" if done == planned else f"stopped or running, of {planned:,}"
     return f"{done:,} steps ({state}), {figure['samples']:,} samples, {figure['tokens']:,} tokens"
+
+
+def _restarts_text(count: int, restarts: dict[str, Any]) -> str:
+    times = "once" if count == 1 else f"{count} times"
+    return (
+        f"restarted {times}: {restarts['repeated_steps']:,} steps done again, {seconds_text(restarts['silent_s'])} "
+        f"without a step; last for: {'; '.join(restarts['last_reasons'])}"
+    )
 
 
 def _savings(figure: dict[str, Any]) -> list[str]:

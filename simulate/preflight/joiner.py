@@ -178,7 +178,7 @@ class Joiner:
             self._send({"kind": "failed", "why": link_failed(me, error)})
 
     def _expect(self, kind: str, seconds: float, what: str = "", other: str = "") -> Message:
-        """Return node 0's next message of that kind or the other; answers its clock, ends where it ends the preflight."""
+        """Return node 0's next message of that kind or the other; answers its clock; raises where node 0 ends it."""
         assert self._hub is not None
         deadline = Deadline(seconds)
         while True:
