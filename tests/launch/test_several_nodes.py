@@ -41,7 +41,7 @@ def gone_on_after(launched: Launched, restarts: int) -> Callable[[], bool]:
 
 
 def test_a_lost_node_is_done_without_and_taken_in_again(tmp_path: Path, open_lab: OpenLab) -> None:
-    run = tiny_run(tmp_path, steps=6000, min_devices=2, rejoin_s=3)
+    run = tiny_run(tmp_path, steps=1500, min_devices=2, rejoin_s=3)
     lab = open_lab(3, bytes_per_s=BYTES_PER_S)
     with launched_run(tmp_path / "run", run, processes=1, lab=lab) as launched:
         launched.wait_for_step(20)
