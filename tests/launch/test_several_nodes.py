@@ -90,7 +90,10 @@ def test_without_node_0_the_others_end_and_all_can_go_on(tmp_path: Path, open_la
         codes = launched.end(60)
         assert codes[1:] == [1, 1], launched.all_said()
         for node in (1, 2):
-            assert "node 0" in launched.said(node).splitlines()[-1]
+            assert (
+                f"lte: node {node}: node 0 is gone, and the run with it; saved: "
+                in launched.said(node).splitlines()[-1]
+            )
         for node in range(3):
             start_node(launched, run, node, 1, lab, resume=True)
         assert launched.end() == [0, 0, 0], launched.all_said()
