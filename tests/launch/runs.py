@@ -172,3 +172,9 @@ def simulated_loss(run: Path, folder: Path) -> float:
 def interrupt(process: subprocess.Popen[Any] | psutil.Process, number: signal.Signals = signal.SIGINT) -> None:
     """Send a signal; inside a lab, Popen's process became the command itself."""
     os.kill(process.pid, number)
+
+
+def figures_of(launched: Launched) -> str:
+    """Return, for the documentation, what each restart of a run cost."""
+    restarts = [(round(event["silent_s"], 1), event["repeated_steps"]) for event in launched.events("restart")]
+    return f"restarts (seconds without a step, steps repeated): {restarts}, loss {launched.val_loss():.6f}"

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch.runs import interrupt, launched_run, simulated_loss, start_node, tiny_run
+from tests.launch.runs import figures_of, interrupt, launched_run, simulated_loss, start_node, tiny_run
 
 SAME = 1e-9
 
@@ -24,6 +24,7 @@ def test_a_killed_worker_is_started_again_and_the_run_is_the_same(tmp_path: Path
         assert restart["repeated_steps"] <= 5
         assert "process 1 on node 0 was killed by SIGKILL" in launched.said()
         assert [event["step"] for event in launched.events("step")] == list(range(1, 401))
+    print(figures_of(launched))
     assert launched.val_loss() == pytest.approx(simulated_loss(run, tmp_path / "alone"), rel=SAME)
 
 
@@ -38,6 +39,7 @@ def test_an_interrupted_run_goes_on_in_other_processes_and_is_the_same(tmp_path:
         start_node(launched, run, processes=1, resume=True)
         assert launched.end() == [0], launched.all_said()
         assert launched.events("resume")
+    print(figures_of(launched))
     assert launched.val_loss() == pytest.approx(simulated_loss(run, tmp_path / "alone"), rel=SAME)
 
 
@@ -65,6 +67,7 @@ def test_the_first_process_killed(tmp_path: Path) -> None:
         assert launched.end() == [0], launched.all_said()
         assert len(launched.events("restart")) == 1
         assert [event["step"] for event in launched.events("step")] == list(range(1, 401))
+    print(figures_of(launched))
     assert launched.val_loss() == pytest.approx(simulated_loss(run, tmp_path / "alone"), rel=SAME)
 
 
@@ -78,6 +81,7 @@ def test_kills_at_many_moments_end_in_the_same_run(tmp_path: Path) -> None:
             launched.wait_for(lambda kill=kill: len(launched.events("restart")) > kill)
         assert launched.end() == [0], launched.all_said()
         assert [event["step"] for event in launched.events("step")] == list(range(1, 2001))
+    print(figures_of(launched))
     assert launched.val_loss() == pytest.approx(simulated_loss(run, tmp_path / "alone"), rel=SAME)
 
 
@@ -91,6 +95,7 @@ def test_a_hung_worker_is_named_and_replaced(tmp_path: Path) -> None:
         (restart,) = launched.events("restart")
         assert any("silent: process 1 on node 0 (devices 2 to 3)" in reason for reason in restart["reasons"])
         assert 5 < restart["silent_s"] < 60
+    print(figures_of(launched))
     assert launched.val_loss() == pytest.approx(simulated_loss(run, tmp_path / "alone"), rel=SAME)
 
 
@@ -121,4 +126,5 @@ def test_a_worker_without_memory_says_so_and_is_started_again(tmp_path: Path) ->
         assert "process 1 on node 0: ran out of memory" in reasons or (
             "process 1 on node 0 ran out of memory" in reasons
         ), (reasons, launched.worker_logs())
+    print(figures_of(launched))
     assert launched.val_loss() == pytest.approx(simulated_loss(run, tmp_path / "alone"), rel=SAME)

@@ -13,7 +13,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch.runs import LOSS_TOLERANCE, Launched, interrupt, launched_run, simulated_loss, start_node, tiny_run
+from tests.launch.runs import (
+    LOSS_TOLERANCE,
+    Launched,
+    figures_of,
+    interrupt,
+    launched_run,
+    simulated_loss,
+    start_node,
+    tiny_run,
+)
 from tests.network.lab import Lab
 
 pytestmark = pytest.mark.slow
@@ -53,10 +62,9 @@ def test_a_lost_node_is_done_without_and_taken_in_again(tmp_path: Path, open_lab
         assert launched.end(300) == [0, 0, 0], launched.all_said()
         assert all(event["repeated_steps"] <= 5 for event in launched.events("restart"))
         assert "comes back" in launched.said(0)
-        print([(e["silent_s"], e["repeated_steps"]) for e in launched.events("restart")])
     alone = simulated_loss(run, tmp_path / "alone")
+    print(figures_of(launched))
     assert launched.val_loss() == pytest.approx(alone, rel=LOSS_TOLERANCE)
-    print("loss", launched.val_loss(), alone)
 
 
 def test_without_a_minimum_the_run_waits_for_the_lost_node(tmp_path: Path, open_lab: OpenLab) -> None:
@@ -69,6 +77,7 @@ def test_without_a_minimum_the_run_waits_for_the_lost_node(tmp_path: Path, open_
         start_node(launched, run, 1, processes=1, lab=lab, resume=True)
         assert launched.end() == [0, 0, 0], launched.all_said()
         assert len(launched.events("restart")) >= 1
+    print(figures_of(launched))
     assert launched.val_loss() == pytest.approx(simulated_loss(run, tmp_path / "alone"), rel=SAME)
 
 
@@ -97,6 +106,7 @@ def test_without_node_0_the_others_end_and_all_can_go_on(tmp_path: Path, open_la
         for node in range(3):
             start_node(launched, run, node, 1, lab, resume=True)
         assert launched.end() == [0, 0, 0], launched.all_said()
+    print(figures_of(launched))
     assert launched.val_loss() == pytest.approx(simulated_loss(run, tmp_path / "alone"), rel=SAME)
 
 
@@ -110,7 +120,7 @@ def test_a_link_that_is_down_for_20_s(tmp_path: Path, open_lab: OpenLab, timeout
         lab[2].link_up()
         assert launched.end() == [0, 0, 0], launched.all_said()
         assert bool(launched.events("restart")) == (timeout_s < 20), launched.all_said()
-        print([(e["silent_s"], e["repeated_steps"], e["reasons"]) for e in launched.events("restart")])
+    print(figures_of(launched))
     assert launched.val_loss() == pytest.approx(simulated_loss(run, tmp_path / "alone"), rel=SAME)
 
 
@@ -148,6 +158,7 @@ def test_a_node_that_is_five_times_slower_fails_nothing(tmp_path: Path, open_lab
             done.set()
             thread.join()
         assert not launched.events("restart")
+    print(figures_of(launched))
     assert launched.val_loss() == pytest.approx(simulated_loss(run, tmp_path / "alone"), rel=SAME)
 
 
@@ -170,9 +181,10 @@ def test_a_full_disk_is_named_and_the_run_goes_on_once_there_is_room(
             for k in range(3):
                 start_node(launched, run, k, 1, lab, resume=True)
             assert launched.end() == [0, 0, 0], launched.all_said()
-            loss = launched.val_loss()
+            loss, figures = launched.val_loss(), figures_of(launched)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+    print(figures)
     assert loss == pytest.approx(simulated_loss(run, tmp_path / "alone"), rel=SAME)
 
 
