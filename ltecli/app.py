@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ltecli import version as lte_version
-from ltecli.errors import BAD_INPUT, guarded, one_line
+from ltecli.errors import BAD_INPUT, guarded, leave_at_once_if_stuck, one_line
 
 app = typer.Typer(
     name="lte",
@@ -193,7 +193,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(encoding="utf-8", errors="replace")
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        return int(app(given or ["--help"], prog_name="lte", standalone_mode=False) or 0)
+        code = int(app(given or ["--help"], prog_name="lte", standalone_mode=False) or 0)
+        leave_at_once_if_stuck(code)
+        return code
     except USAGE_ERROR as error:
         message = one_line(error.format_message())  # type: ignore[attr-defined]
         context = getattr(error, "ctx", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable
 
 from simulate.errors import InputError, RunFailedError
@@ -21,6 +22,18 @@ EXIT_CODES: dict[type[BaseException], int] = {
     RunFailedError: FAILED,
     KeyboardInterrupt: INTERRUPTED,
 }
+
+
+AGENT_THREAD, LISTENER_THREAD = "lte-agent", "lte-listener"
+"""Threads that may be in a call which does not return: to a store behind a link that is down."""
+
+
+def leave_at_once_if_stuck(code: int) -> None:
+    """End this process where such a thread is left: Python's own end would abort under it."""
+    if any(thread.name in (AGENT_THREAD, LISTENER_THREAD) for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def one_line(text: str) -> str:

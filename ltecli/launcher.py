@@ -175,9 +175,9 @@ def stop_on_signal() -> Iterator[list[bool]]:
     asked: list[bool] = []
 
     def handle(signum: int, frame: object) -> None:
-        if asked:
-            raise KeyboardInterrupt
         asked.append(True)
+        if len(asked) == 2:  # what cleans up after it is not interrupted again
+            raise KeyboardInterrupt
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from ltecli.agent import POLL_S, Launch
+from ltecli.errors import AGENT_THREAD, LISTENER_THREAD
 from simulate.errors import RunFailedError
 
 GONE_S = 10.0
 """How long the agent may take to end by itself once node 0 is gone, or once a stop was asked for while it waits."""
+END_S = 5.0
+"""How long threads are waited for that may be in a call which does not return."""
 ALIVE_S = 1.0
 """Between two signs of life of a node."""
 Event = dict[str, Any]
@@ -49,6 +52,8 @@ def run_watched(launch: Launch, on_event: Callable[[Event], None], events: Path,
         return agent.result()
     finally:
         launch.abandon()
+        listener.end()
+        agent.join(END_S)
 
 
 def _give_up_where_due(launch: Launch, listener: _Listener) -> None:
@@ -69,7 +74,7 @@ def _give_up_where_due(launch: Launch, listener: _Listener) -> None:
 
 class _AgentThread(threading.Thread):
     def __init__(self, launch: Launch) -> None:
-        super().__init__(name="agent", daemon=True)
+        super().__init__(name=AGENT_THREAD, daemon=True)
         self._launch, self._outcome, self._error = launch, None, None
 
     _outcome: dict[str, Any] | None
@@ -100,7 +105,7 @@ class _Listener:
         self.stopping_s: float | None = None
         """When somebody asked to stop."""
         self._told, self._lived_s, self._done = 0, 0.0, threading.Event()
-        self._thread = threading.Thread(target=self._listen, name="listener", daemon=True)
+        self._thread = threading.Thread(target=self._listen, name=LISTENER_THREAD, daemon=True)
 
     def start(self) -> None:
         """Begin; what was told before this node joined is not repeated."""
@@ -109,7 +114,7 @@ class _Listener:
     def end(self) -> None:
         """Look a last time; a store that does not answer keeps nobody."""
         self._done.set()
-        self._thread.join(GONE_S)
+        self._thread.join(END_S)
 
     def _listen(self) -> None:
         try:

@@ -54,7 +54,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path, number: signal.Signals) -
         launched.wait_for(lambda: True)
         interrupt(launched.agents[0], number)
         interrupt(launched.agents[0], number)
-        assert launched.end(20) == [130], launched.all_said()
+        assert launched.end(40) == [130], launched.all_said()
         assert "saved: " in launched.said()
 
 

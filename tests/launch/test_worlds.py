@@ -16,7 +16,7 @@ STEPS = 600
 METHODS: dict[str, dict[str, Any]] = {
     "lte": {"name": "lte", "rank": 2, "merge_every": 5},
     "diloco": {"name": "diloco", "merge_every": 5},
-    "powersgd": {"name": "powersgd", "rank": 2},
+    "ddp": {"name": "ddp"},
 }
 
 
