@@ -94,7 +94,7 @@ def test_a_hung_worker_is_named_and_replaced(tmp_path: Path) -> None:
         assert launched.end() == [0], launched.all_said()
         (restart,) = launched.events("restart")
         assert any("silent: process 1 on node 0 (devices 2 to 3)" in reason for reason in restart["reasons"])
-        assert 5 < restart["silent_s"] < 60
+        assert 5 < restart["silent_s"] < 120
     print(figures_of(launched))
     assert launched.val_loss() == pytest.approx(simulated_loss(run, tmp_path / "alone"), rel=SAME)
 
