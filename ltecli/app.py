@@ -42,10 +42,11 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no h
 ProfileName = Annotated[
     str | None, typer.Option("--profile", "-p", help="A shipped profile, `local`, or a path to profile.toml.")
 ]
-Model = Annotated[str | None, typer.Option("--model", "-m", help="gpt, gpt2, gpt2_medium, gpt2_large or gpt2_xl.")]
+Model = Annotated[str | None, typer.Option("--model", "-m", help="gpt, gpt2, llama_60m, vit_s16, mixer_s16, ...: see docs/models.md.")]
 DataPath = Annotated[str | None, typer.Option("--data", "-d", help="A UTF-8 text file, or a folder of them.")]
 Devices = Annotated[int | None, typer.Option("--devices", "-n", help="Devices to use; default: all of the profile.")]
 Tokens = Annotated[int | None, typer.Option("--tokens", help="Tokens to train on; default: 20 a parameter.")]
+Samples = Annotated[int | None, typer.Option("--samples", help="The same for models of images: images to train on.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -70,6 +71,7 @@ def plan(
     data: DataPath = None,
     devices: Devices = None,
     tokens: Tokens = None,
+    samples: Samples = None,
     method: Annotated[str | None, typer.Option(help="Pin the method: lte or ddp.")] = None,
     rank: Annotated[int | None, typer.Option(help="Pin the rank of one head.")] = None,
     heads_per_device: Annotated[int | None, typer.Option(help="Pin the heads of one device.")] = None,
@@ -90,6 +92,7 @@ def plan(
         data=data,
         devices=devices,
         tokens=tokens,
+        samples=samples,
         pins={
             "name": method,
             "rank": rank,

@@ -58,8 +58,8 @@ def lora(spec: AdapterSpec, devices: int) -> MakeAdapter:
 def convert(model: nn.Module, copies: int, treatment: Treatment = EVERYTHING_TRAINED) -> nn.Module:
     """Swap a plain network's parametric layers, in place, for ones with `copies` sets of parameters.
 
-    Every nn.Linear and nn.Conv2d whose weight is not tied to another module goes through the treatment's
-    `make_adapter`, if there is one. A module with parameters of a kind that is not known here runs copy by copy. Raises
+    Every nn.Linear and nn.Conv2d whose weight is not tied to another module, and that the network does not name in
+    `trained_whole`, goes through the treatment's `make_adapter`, if there is one. A module with parameters of a kind that is not known here runs copy by copy. Raises
     InputError for batch normalisation, and for a network that owns parameters without a module around them.
     """
     for name, module in model.named_modules():
@@ -100,6 +100,7 @@ class _Converter:
     layers: dict[int, nn.Module] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.trained_whole: tuple[str, ...] = getattr(self.model, "trained_whole", ())
         self.owners: dict[int, int] = {}
         for module in self.model.modules():
             for parameter in module.parameters(recurse=False):
@@ -121,13 +122,13 @@ class _Converter:
                 bias = None if module.bias is None else self._affine(module.bias)
                 return ReplicatedLayerNorm(module, self._affine(module.weight), bias)
             if isinstance(module, nn.RMSNorm):
-                return ReplicatedRmsNorm(module, self._affine(module.weight))
+                return ReplicatedRmsNorm(module.eps, self._affine(module.weight))
         return ReplicatedModule(module, [self._replica(parameter) for parameter in module.parameters()])
 
     def _linear(self, name: str, module: nn.Linear | nn.Conv2d) -> nn.Module:
         bias = None if module.bias is None else self._bias(module.bias)
         make = self.treatment.make_adapter
-        if make is not None and self.owners[id(module.weight)] == 1 and self._adapts(module):
+        if make is not None and name not in self.trained_whole and self._adapts(module):
             return make(module, name, bias)
         weight = self._replica(module.weight)
         return (
@@ -135,6 +136,8 @@ class _Converter:
         )
 
     def _adapts(self, module: nn.Linear | nn.Conv2d) -> bool:
+        if self.owners[id(module.weight)] > 1:
+            return False
         if isinstance(module, nn.Linear):
             return True
         # Groups have weights of their own each; one pair of factors over all of them is no LoRA of any.

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from simulate.communicator import ByteCounter, Nodes
 from simulate.config import Run
 from simulate.methods import build_method
+from simulate.models.build import DTYPES, example_batch
 
 MEASURED_ROUNDS, MEASURED_STEPS = 2, 2
 """The first step allocates optimizer state, the first merge what it remembers; after that every round is alike."""
@@ -81,12 +82,12 @@ def measure_memory_bytes(run: Run, device: torch.device) -> int:
 
     def program() -> None:
         method = build_method(run, EchoCommunicator(run.cluster.devices), device)
-        samples = (run.train.micro_batch, run.model.context)
-        tokens = torch.arange(samples[0] * samples[1], device=device).view(samples) % run.model.vocab
+        inputs, targets = (tensor.to(device) for tensor in example_batch(run.model, run.train.micro_batch))
+        inputs = inputs.to(DTYPES[run.train.dtype]) if inputs.is_floating_point() else inputs
         last = run.train.steps - 1
         for _ in range(MEASURED_ROUNDS):
             for step in range(MEASURED_STEPS):
-                method.step(tokens, tokens, step)
+                method.step(inputs, targets, step)
             method.merge(last)  # of all groups of layers
 
     if device.type == "cuda":

@@ -205,21 +205,51 @@ class ReplicatedLayerNorm(Replicated):
         return _ReplicatedLayerNorm.apply(x, weight_CD, bias_CD, self.epsilon)
 
 
+class _ReplicatedRmsNorm(torch.autograd.Function):
+    """y = x·w/rms(x) over the last dimension with C weights; saves its input and one number a row.
+
+    With n = x/rms(x) and g the gradient of y: ∂/∂w = Σ g·n, ∂/∂x = (g·w − n·mean(g·w·n))/rms(x).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_CD: Tensor, epsilon: float) -> Tensor:
+        copies, width = weight_CD.shape
+        x_CMD = x.contiguous().view(copies, -1, width)
+        square_CM = torch.linalg.vector_norm(x_CMD, dim=-1).square_() / width
+        inverse_CM1 = (square_CM + epsilon).rsqrt_().unsqueeze(2)
+        ctx.save_for_backward(x_CMD, inverse_CM1, weight_CD)
+        return (x_CMD * inverse_CM1).mul_(weight_CD.unsqueeze(1)).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_CMD, inverse_CM1, weight_CD = ctx.saved_tensors
+        grad_x, grad_weight = torch.empty_like(x_CMD), torch.empty_like(weight_CD)
+        g_CMD = grads[0].reshape(x_CMD.shape)
+        for c in range(len(weight_CD)):  # copy by copy, so that what it takes beside the gradients is one copy's
+            normal_MD = x_CMD[c] * inverse_CM1[c]
+            torch.mul(g_CMD[c], normal_MD, out=grad_x[c])
+            torch.sum(grad_x[c], 0, out=grad_weight[c])
+            along_M1 = (grad_x[c] @ weight_CD[c]).div_(weight_CD.shape[1]).unsqueeze(1)
+            torch.mul(g_CMD[c], weight_CD[c], out=grad_x[c])
+            grad_x[c].sub_(normal_MD.mul_(along_M1)).mul_(inverse_CM1[c])
+        return grad_x.view(grads[0].shape), grad_weight, None
+
+
 class ReplicatedRmsNorm(Replicated):
     """RMSNorm whose weight every device trains for itself (C = L), all share, or nobody trains (C = 1)."""
 
-    def __init__(self, norm: nn.RMSNorm, weight_CD: Tensor | VectorLora) -> None:
+    def __init__(self, epsilon: float | None, weight_CD: Tensor | VectorLora) -> None:
         super().__init__()
-        self.epsilon = norm.eps
+        self.epsilon = epsilon
         self.hold("weight", weight_CD)
 
     weight: Tensor | VectorLora
 
     def forward(self, x: Tensor) -> Tensor:
-        weight_CD = copies_of(self.weight)
-        copies, width = weight_CD.shape
-        normal = F.rms_norm(x, [width], None, self.epsilon)
-        return (normal.reshape(copies, -1, width) * weight_CD.unsqueeze(1)).view(x.shape)
+        # Left unset, torch takes the spacing of numbers at 1.
+        epsilon = torch.finfo(x.dtype).eps if self.epsilon is None else self.epsilon
+        y: Tensor = _ReplicatedRmsNorm.apply(x, copies_of(self.weight), epsilon)
+        return y
 
 
 class ReplicatedModule(nn.Module):
