@@ -36,7 +36,7 @@ def random_model(draw: random.Random, family: str) -> dict[str, Any]:
         sizes |= {"context": draw.choice([32, 64, 128, 256]), "vocab": draw.choice([256, 1024, 4096])}
     else:
         patch = draw.choice([4, 8])
-        sizes |= {"patch": patch, "image": patch * draw.choice([4, 6, 8, 12]), "classes": draw.choice([10, 100, 1000])}
+        sizes |= {"patch": patch, "image": patch * draw.choice([4, 6, 8]), "classes": draw.choice([10, 100, 1000])}
     if family != "mixer":
         sizes["attention_heads"] = heads
     if family == "llama":
@@ -66,6 +66,12 @@ def random_run(draw: random.Random, family: str) -> Run:
     return build_run({"model": model, "method": method, "train": train, "cluster": {"devices": draw.choice([2, 4, 8])}})
 
 
+def _describe(run: Run) -> str:
+    method = {key: value for key, value in run.method.model_dump(exclude_defaults=True).items() if key != "name"}
+    train = {key: getattr(run.train, key) for key in ("micro_batch", "activation_checkpointing")}
+    return f"{run.method.name} {method} {train} {run.model.model_dump()}"
+
+
 def main() -> None:
     """Print one line a shape, then the mean and the worst error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -80,7 +86,7 @@ def main() -> None:
         planned = peak_memory(run, run.model.shape(), ROOMY).total
         errors.append(planned / measured - 1)
         print(
-            f"planned {planned / 1e6:8.2f} MB  measured {measured / 1e6:8.2f} MB  {errors[-1]:+7.2%}  {run.method}",
+            f"planned {planned / 1e6:8.2f} MB  measured {measured / 1e6:8.2f} MB  {errors[-1]:+7.2%}  {_describe(run)}",
             flush=True,
         )
     absolute = [abs(error) for error in errors]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,13 @@ class DeviceName(str, enum.Enum):
     AUTO = "auto"
     CPU = "cpu"
     CUDA = "cuda"
+
+
+class ExportFormat(str, enum.Enum):
+    """How an exported model is written."""
+
+    SAFETENSORS = "safetensors"
+    HF = "hf"
 
 
 Set = Annotated[
@@ -137,6 +145,21 @@ def report(
     raise typer.Exit(guarded(lambda: report_command(runs, as_json)))
 
 
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    form: Annotated[
+        ExportFormat, typer.Option("--format", help="safetensors with our names, or what transformers loads.")
+    ] = ExportFormat.SAFETENSORS,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; default: RUN/export.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the merged model of a run's newest checkpoint."""
+    from ltecli.commands.export import export_command
+
+    raise typer.Exit(guarded(lambda: export_command(run, form.value, out, as_json)))
+
+
 @profile_app.command("list")
 def profile_list(as_json: Json = False) -> None:
     """List the shipped profiles, and `local`: this machine."""
@@ -162,6 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
+    # Kineto announces every trace on stderr unless told otherwise before torch is imported.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         return int(app(given or ["--help"], prog_name="lte", standalone_mode=False) or 0)

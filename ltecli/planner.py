@@ -235,6 +235,7 @@ def make_plan(base: Run, profile: Profile, tokens: int, pins: Pins, notes: Seque
         *notes,
         *_choice_notes(chosen, fitting, profile),
         *_treatment_notes(chosen, shape),
+        *shape.notes,
         *_optimizer_notes(chosen),
         *_rival_notes(chosen, rivals),
     ]

@@ -251,6 +251,13 @@ class LoraConv2d(LoraLinear):
         return super().plain_weight(fold).view(self.shape)
 
 
+class LoraConv1d(LoraLinear):
+    """transformers' Conv1D, a linear layer whose weight lies the other way round: (I, O)."""
+
+    def plain_weight(self, fold: bool) -> Tensor:
+        return super().plain_weight(fold).t()
+
+
 def lora_layers(model: nn.Module) -> list[LoraLinear]:
     """Return the adapted layers in the order of the network."""
     return [module for module in model.modules() if isinstance(module, LoraLinear)]

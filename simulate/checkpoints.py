@@ -99,6 +99,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
+def data_of(path: Path) -> str:
+    """Return the fingerprint of the data that a checkpoint was trained on; raises InputError where it is damaged."""
+    return str(_read_meta(path)["data"])
+
+
 def load_checkpoint(path: Path, run: Run, data_fingerprint: str) -> tuple[Progress, dict[str, Tensor]]:
     """Read a checkpoint; raises InputError where it is damaged, or belongs to another run or other data."""
     from safetensors.torch import load

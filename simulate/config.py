@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from simulate import toml
 from simulate.errors import InputError, near_match
-from simulate.models.options import GptModel, Model, check_name
+from simulate.models.options import FactoryModel, GptModel, Model, check_name
 from simulate.options import (
     METHOD_NAMES,
     AdamixOptions,
@@ -121,6 +121,11 @@ class Run(toml.Schema):
             )
         if self.train.optimizer == "muon":
             self._check_muon()
+        if self.train.activation_checkpointing and isinstance(self.model, FactoryModel):
+            raise ValueError(
+                f"train.activation_checkpointing = true is for networks with blocks of ours, not for {self.model.name}; "
+                "recompute inside of the network, or try --set train.activation_checkpointing=false"
+            )
         if self.data.shards is not None and len(self.data.shards) != devices:
             raise ValueError(
                 f"data.shards has {len(self.data.shards)} sizes for cluster.devices = {devices}; give one a device"
@@ -164,7 +169,8 @@ class Run(toml.Schema):
             )
 
     def _check_fragments(self, method: LteOptions | DilocoOptions) -> None:
-        layers = self.model.shape().layers
+        shape = self.model.shape()
+        layers = len(shape.in_order()) if isinstance(self.model, FactoryModel) else shape.layers
         if method.fragments > layers or method.merge_every % method.fragments:
             raise ValueError(
                 f"method.fragments = {method.fragments} must divide method.merge_every = {method.merge_every} and be "

@@ -135,7 +135,7 @@ def _tell_step(session: Session, losses_L: Tensor) -> None:
 @torch.no_grad()
 def _evaluate(session: Session) -> None:
     """Emit the validation loss of the merged weights, on plain layers: nothing of the method is involved."""
-    model, weights = empty_model(session.run), session.method.merged_state()
+    model, weights = empty_model(session.run, session.device), session.method.merged_state()
     total, count = 0.0, 0
     for inputs, targets in session.batches.validation(session.run.train.evaluate_samples, EVALUATION_BATCH):
         logits = functional_call(model, weights, (inputs.to(session.device),), tie_weights=False)

@@ -17,7 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 from simulate.communicator import ByteCounter, Nodes
 from simulate.config import Run
 from simulate.methods import build_method
-from simulate.models.build import DTYPES, example_batch
+from simulate.models.build import DTYPES
+from simulate.models.inputs import example_batch
 
 MEASURED_ROUNDS, MEASURED_STEPS = 2, 2
 """The first step allocates optimizer state, the first merge what it remembers; after that every round is alike."""
@@ -92,7 +93,7 @@ def measure_memory_bytes(run: Run, device: torch.device) -> int:
 
     if device.type == "cuda":
         return _cuda_peak_bytes(program, device)
-    return _cpu_peak_bytes(program)
+    return cpu_peak_bytes(program)
 
 
 def _cuda_peak_bytes(program: Callable[[], None], device: torch.device) -> int:
@@ -104,7 +105,8 @@ def _cuda_peak_bytes(program: Callable[[], None], device: torch.device) -> int:
     return int(torch.cuda.max_memory_allocated(device)) - before
 
 
-def _cpu_peak_bytes(program: Callable[[], None]) -> int:
+def cpu_peak_bytes(program: Callable[[], object]) -> int:
+    """Return the CPU allocator's peak, in bytes, of what a program allocates over what was there before."""
     gc.collect()  # what is freed late would be counted as if the program had freed it
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         program()

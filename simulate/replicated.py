@@ -9,6 +9,7 @@ Activations keep the plain layout (samples of device 0, samples of device 1, ...
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -114,15 +115,39 @@ class ReplicatedLinear(Replicated):
         return y.view(*x.shape[:-1], outputs)
 
 
-class ReplicatedEmbedding(Replicated):
-    """An embedding table per device, (C, V, D)."""
+class ReplicatedConv1d(ReplicatedLinear):
+    """transformers' Conv1D, a linear layer whose weight lies the other way round: (C, I, O)."""
 
-    def __init__(self, weight_CVD: nn.Parameter) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        copies, inputs, outputs = self.weight.shape
+        x_CMI = x.reshape(copies, -1, inputs)
+        y = torch.bmm(x_CMI, self.weight) if self.bias is None else torch.baddbmm(self.bias.unsqueeze(1), x_CMI, self.weight)
+        return y.view(*x.shape[:-1], outputs)
+
+
+@dataclass
+class Batch:
+    """What the network is called with, for layers whose own input does not tell."""
+
+    samples: int = 0
+
+
+class ReplicatedEmbedding(Replicated):
+    """An embedding table per device, (C, V, D).
+
+    With `batch`, the index is one that all samples share, without a batch dimension or with one of size 1; every sample
+    then gets its own rows, since devices have different tables.
+    """
+
+    def __init__(self, weight_CVD: nn.Parameter, batch: Batch | None = None) -> None:
         super().__init__()
-        self.weight = weight_CVD
+        self.weight, self.batch = weight_CVD, batch
 
     def forward(self, index: Tensor) -> Tensor:
         copies, vocab, width = self.weight.shape
+        if self.batch is not None and copies > 1:
+            one = index if index.ndim > 1 and index.shape[0] == 1 else index.unsqueeze(0)
+            index = one.expand(self.batch.samples, *one.shape[1:])
         if copies > 1:
             offset = torch.arange(copies, device=index.device) * vocab
             index = (index.reshape(copies, -1) + offset.unsqueeze(1)).view(index.shape)
@@ -252,11 +277,34 @@ class ReplicatedRmsNorm(Replicated):
         return y
 
 
+def _part(value: Any, copy: int, copies: int, samples: int) -> Any:
+    """Return one copy's part of what a module is called with."""
+    if isinstance(value, Tensor):
+        return value.chunk(copies)[copy] if value.ndim and len(value) == samples else value
+    if isinstance(value, dict):
+        return {key: _part(item, copy, copies, samples) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_part(item, copy, copies, samples) for item in value)
+    return value
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """Return the copies' results as one."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts))
+    if isinstance(parts[0], dict):
+        return {key: _joined([part[key] for part in parts]) for key in parts[0]}
+    if type(parts[0]) in (tuple, list):
+        return type(parts[0])(_joined(items) for items in zip(*parts, strict=True))
+    return parts[0]
+
+
 class ReplicatedModule(nn.Module):
     """Any other module with parameters: each device's samples go through its own copy, one device after the other.
 
-    `stacked` are the module's parameters, in its order, with a copies axis. Buffers are shared, so a module must not
-    write to them while it trains.
+    `stacked` are the module's parameters, in its order, with a copies axis. Tensors that the module is called with are
+    divided like the first one, as far as they have as many samples; all else goes to every copy. Buffers are shared, so
+    a module must not write to them while it trains.
     """
 
     def __init__(self, module: nn.Module, stacked: Sequence[nn.Parameter]) -> None:
@@ -268,13 +316,16 @@ class ReplicatedModule(nn.Module):
         # In a list, so that the plain module's own parameters are nobody's.
         self.plain = [module]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
         self.plain[0].train(self.training)
+        copies = self.stacked[0].shape[0]
+        first = next(x for x in (*arguments, *keywords.values()) if isinstance(x, Tensor))
         parts = []
-        for copy, part in enumerate(x.chunk(self.stacked[0].shape[0])):
+        for copy in range(copies):
             own = {name: stacked[copy] for name, stacked in zip(self.names, self.stacked, strict=True)}
-            parts.append(functional_call(self.plain[0], own, (part,)))
-        return torch.cat(parts)
+            args, kwargs = (_part(x, copy, copies, len(first)) for x in (arguments, keywords))
+            parts.append(functional_call(self.plain[0], own, args, kwargs))
+        return _joined(parts)
 
     def plain_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the plain module's parameters, each with its copies axis; a tied one under each of its names."""

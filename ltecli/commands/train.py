@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -63,8 +62,6 @@ def train_command(
 ) -> int:
     """Train a run to its end; returns the exit code."""
     output = Output(as_json, quiet or as_json)
-    # Kineto announces every trace on stderr unless told otherwise before torch is imported.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     _check_device(device_name)
     if given is not None and given.is_dir() and not resume:
         raise InputError(f"{given} is a run folder; add --resume to continue it, or name a run.toml")

@@ -214,4 +214,4 @@ def _lte_exchange(
     if dense:  # the dense sums, and the message they are packed into
         largest = max(largest, (1 + messages) * max(packed_bytes(dense)))
     replicated = max(packed_bytes([t.elements * element_bytes for t in shape.replicated]))
-    return max(largest, replicated if transport == "server" else (1 + messages) * replicated)
+    return max(largest, (1 + messages) * replicated)

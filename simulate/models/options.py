@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Protocol, cast
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from simulate import toml
 from simulate.errors import near_match
@@ -147,19 +147,11 @@ class LlamaModel(_Reads, _Attends):
         )
 
 
-class _Sees(ModelOptions):
+class _Frames(ModelOptions):
     image: Size = _UNSET
     """Pixels of an image's side."""
-    patch: Size = _UNSET
-    """Pixels of a patch's side."""
     colours: Size = _UNSET
     classes: Size = _UNSET
-
-    @model_validator(mode="after")
-    def _patches_tile_the_image(self) -> _Sees:
-        if self.image % self.patch:
-            raise ValueError(f"image = {self.image} is not divisible by patch = {self.patch}; change one of them")
-        return self
 
     @property
     def unit(self) -> Unit:
@@ -172,6 +164,17 @@ class _Sees(ModelOptions):
     @property
     def larger_with(self) -> str:
         return f"model.image (now {self.image})"
+
+
+class _Sees(_Frames):
+    patch: Size = _UNSET
+    """Pixels of a patch's side."""
+
+    @model_validator(mode="after")
+    def _patches_tile_the_image(self) -> _Sees:
+        if self.image % self.patch:
+            raise ValueError(f"image = {self.image} is not divisible by patch = {self.patch}; change one of them")
+        return self
 
 
 class VitModel(_Sees, _Attends):
@@ -203,6 +206,75 @@ class MixerModel(_Sees, _Blocks):
         )  # fmt: skip
 
 
+class FactoryModel(ModelOptions):
+    """Any network: module:factory of the user's, called with the sizes below that it has parameters for.
+
+    Keys of this table that are not known here go to the factory as well.
+    """
+
+    family: ClassVar[str] = "module"
+    name: str
+
+    @model_validator(mode="after")
+    def _extras_are_plain(self) -> FactoryModel:
+        for key, value in (self.model_extra or {}).items():
+            if not isinstance(value, int | float | str | bool):
+                raise ValueError(f"{key} = {value!r}: a factory takes numbers, strings and booleans; correct this value")
+        return self
+
+    def keywords(self) -> dict[str, Any]:
+        """Return everything that may be passed to the factory."""
+        return {key: value for key, value in self.model_dump().items() if key != "name"}
+
+    def shape(self) -> ModelShape:
+        from simulate.models.trace import traced_shape  # imports torch, and the user's module
+
+        return traced_shape(self)
+
+
+class FactoryTextModel(FactoryModel, _Reads):
+    """A network of the user's that reads tokens (S, context) and gives logits (S, context, vocab)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    context: int = Field(default=128, gt=0)
+    vocab: int = Field(default=256, gt=0)
+
+
+class FactoryImageModel(FactoryModel, _Frames):
+    """A network of the user's that sees images (S, colours, image, image) and gives logits (S, classes)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    family: ClassVar[str] = "module of images"
+    image: int = Field(default=32, gt=0)
+    colours: int = Field(default=3, gt=0)
+    classes: int = Field(gt=0)
+
+
+class HuggingfaceModel(FactoryModel, _Reads):
+    """A causal language model of the transformers library, built from a configuration, never from trained weights.
+
+    `hf:` is followed by the path of a config.json or by a kind of model ("gpt2"); further keys change the configuration.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    family: ClassVar[str] = "hf"
+    context: int = Field(default=128, gt=0)
+    vocab: int = Field(default=0, gt=0)
+    """Not set: the configuration's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _vocab_of_configuration(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "vocab" not in given and isinstance(name := given.get("name"), str):
+            from simulate.models.huggingface import configured_vocab  # reads a file, or imports transformers
+
+            return {**given, "vocab": configured_vocab(name)}
+        return given
+
+
 def check_name(name: Any) -> None:
     """Raise ValueError for a name that no family has."""
     if not isinstance(name, str):
@@ -215,15 +287,20 @@ def _family_of_table(given: Any) -> str:
     """Return the tag of the schema that reads a [model] table; an unknown name goes to one that refuses it."""
     if isinstance(given, ModelOptions):
         return given.family
-    name = given.get("name", "gpt") if isinstance(given, dict) else "gpt"
-    return (family_of(name) if isinstance(name, str) else None) or "gpt"
+    table = given if isinstance(given, dict) else {}
+    name = table.get("name", "gpt")
+    family = (family_of(name) if isinstance(name, str) else None) or "gpt"
+    return FactoryImageModel.family if family == "module" and {"image", "colours", "classes"} & table.keys() else family
 
 
 Model = Annotated[
     Annotated[GptModel, Tag("gpt")]
     | Annotated[LlamaModel, Tag("llama")]
     | Annotated[VitModel, Tag("vit")]
-    | Annotated[MixerModel, Tag("mixer")],
+    | Annotated[MixerModel, Tag("mixer")]
+    | Annotated[FactoryTextModel, Tag("module")]
+    | Annotated[FactoryImageModel, Tag("module of images")]
+    | Annotated[HuggingfaceModel, Tag("hf")],
     Discriminator(_family_of_table),
 ]
 

@@ -48,13 +48,13 @@ class ParameterShape:
 
 @dataclass(frozen=True)
 class ActivationTrace:
-    """Peak bytes of one pass forward and back beside weights and their gradients: `fixed` + samples × `of_sample`.
+    """Peak bytes of a pass forward and back in float32, over samples: `fixed_bytes` + samples x `sample_bytes`.
 
-    Taken in float32 on the plain network, by simulate.models.trace.
+    Taken by simulate.models.trace.
     """
 
-    fixed: float
-    of_sample: float
+    fixed_bytes: int
+    sample_bytes: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,10 +87,14 @@ class ModelShape:
     """Inner width of a block's two-layer network over channels."""
     tokens_width: int = 0
     """Inner width of a Mixer block's two-layer network over tokens."""
+    notes: tuple[str, ...] = ()
+    """What a plan should say of it."""
     inputs: int = 0
     """Numbers of one sample that enters; 0 for token indices."""
-    trace: ActivationTrace | None = None
-    """What a network without a closed form was measured to need."""
+    dense_trace: ActivationTrace | None = None
+    """What a network without a closed form was measured to need, with every weight trained."""
+    adapted_trace: ActivationTrace | None = None
+    """The same with pairs of rank 1."""
 
     @cached_property
     def replicated(self) -> tuple[ParameterShape, ...]:
