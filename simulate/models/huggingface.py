@@ -55,6 +55,9 @@ def build_huggingface(options: HuggingfaceModel) -> nn.Module:
             known = [k for k in config.to_dict() if not k.startswith("_")]
             raise InputError(f"model.{key} is no key of {options.name}'s configuration; {near_match(key, known)}")
         setattr(config, key, value)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):  # text here has none, and a small vocabulary no room
+        if (getattr(config, key, None) or 0) >= options.vocab:
+            setattr(config, key, None)
     for key, value in config.to_dict().items():  # drawn outside of the run's seed
         if key.endswith(("pdrop", "dropout")) and isinstance(value, float):
             setattr(config, key, 0.0)

@@ -40,7 +40,7 @@ class ParameterShape:
     kind: Kind
     shape: tuple[int, ...]
 
-    @property
+    @cached_property
     def elements(self) -> int:
         """Number of its elements."""
         return math.prod(self.shape)

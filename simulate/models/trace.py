@@ -223,9 +223,10 @@ def _notes(options: FactoryModel, plain: nn.Module, adapted: nn.Module) -> Itera
     yield f"{options.name} was imported and run to plan this; its activations are measured on this machine's CPU"
     if isinstance(options, HuggingfaceModel):
         yield f"{options.name} is built without dropout"
+    plain_kinds = {name: type(module).__name__ for name, module in plain.named_modules()}
     kinds: dict[str, list[str]] = defaultdict(list)
     for name, module in adapted.named_modules():
-        kind = type(plain.get_submodule(name)).__name__ if name and not name.startswith("_") else ""
+        kind = plain_kinds.get(name, "projection of attention")
         if isinstance(module, ReplicatedModule):
             kinds[f"{kind}, copy by copy"].append(name)
         elif isinstance(module, ReplicatedLinear | ReplicatedConv2d):
