@@ -50,7 +50,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no h
 ProfileName = Annotated[
     str | None, typer.Option("--profile", "-p", help="A shipped profile, `local`, or a path to profile.toml.")
 ]
-Model = Annotated[str | None, typer.Option("--model", "-m", help="gpt, gpt2, llama_60m, vit_s16, mixer_s16, ...: see docs/models.md.")]
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="gpt, gpt2, llama_60m, vit_s16, mixer_s16, ...: see docs/models.md.")
+]
 DataPath = Annotated[str | None, typer.Option("--data", "-d", help="A UTF-8 text file, or a folder of them.")]
 Devices = Annotated[int | None, typer.Option("--devices", "-n", help="Devices to use; default: all of the profile.")]
 Tokens = Annotated[int | None, typer.Option("--tokens", help="Tokens to train on; default: 20 a parameter.")]

@@ -123,8 +123,8 @@ class Run(toml.Schema):
             self._check_muon()
         if self.train.activation_checkpointing and isinstance(self.model, FactoryModel):
             raise ValueError(
-                f"train.activation_checkpointing = true is for networks with blocks of ours, not for {self.model.name}; "
-                "recompute inside of the network, or try --set train.activation_checkpointing=false"
+                f"train.activation_checkpointing = true is for networks with blocks of ours, not for {self.model.name};"
+                " recompute inside of the network, or try --set train.activation_checkpointing=false"
             )
         if self.data.shards is not None and len(self.data.shards) != devices:
             raise ValueError(

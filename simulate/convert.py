@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from simulate.adapters import AdapterSpec, LoraConv1d, LoraConv2d, LoraLinear
+from simulate.adapters import AdapterSpec, LoraConv2d, LoraLinear
 from simulate.attention import AttentionOfCopies, is_plain_attention
 from simulate.errors import InputError
 from simulate.options import Biases, Convolutions, Norms
@@ -27,7 +27,7 @@ from simulate.replicated import (
     replicate,
 )
 
-MakeAdapter = Callable[[nn.Module, str, Tensor | None], nn.Module]
+MakeAdapter = Callable[[nn.Linear | nn.Conv2d, str, Tensor | None], nn.Module]
 """(layer, its name, its bias with a copies axis) → what takes its place."""
 MakeVector = Callable[[Tensor], VectorLora]
 
@@ -50,12 +50,9 @@ EVERYTHING_TRAINED = Treatment()
 def lora(spec: AdapterSpec, devices: int) -> MakeAdapter:
     """Return what makes LoRA layers for `devices` local devices."""
 
-    def make(layer: nn.Module, name: str, bias_LO: Tensor | None) -> nn.Module:
+    def make(layer: nn.Linear | nn.Conv2d, name: str, bias_LO: Tensor | None) -> nn.Module:
         if isinstance(layer, nn.Conv2d):
             return LoraConv2d(layer, bias_LO, name, spec, devices)
-        assert isinstance(layer.weight, Tensor)
-        if is_conv1d(layer):
-            return LoraConv1d(layer.weight.t().contiguous(), bias_LO, name, spec, devices)
         return LoraLinear(layer.weight, bias_LO, name, spec, devices)
 
     return make
@@ -74,16 +71,22 @@ def is_rms_norm(module: nn.Module) -> bool:
     """
     if isinstance(module, nn.RMSNorm):
         return len(module.normalized_shape) == 1
-    of_library = type(module).__module__.startswith("transformers.models.") and type(module).__name__.endswith("RMSNorm")
-    return of_library and hasattr(module, "variance_epsilon") and [n for n, _ in module.named_parameters()] == ["weight"]
+    of_library = type(module).__module__.startswith("transformers.models.") and type(module).__name__.endswith(
+        "RMSNorm"
+    )
+    return (
+        of_library and hasattr(module, "variance_epsilon") and [n for n, _ in module.named_parameters()] == ["weight"]
+    )
 
 
 def convert(model: nn.Module, copies: int, treatment: Treatment = EVERYTHING_TRAINED) -> nn.Module:
     """Swap a plain network's parametric layers, in place, for ones with `copies` sets of parameters.
 
-    Every nn.Linear, nn.Conv2d and transformers' Conv1D whose weight is not tied to another module, and that the network does not name in
-    `trained_whole`, goes through the treatment's `make_adapter`, if there is one; so do the projections of an nn.MultiheadAttention. A module with parameters of a kind that is not known here runs copy by copy. Raises
-    InputError for batch normalisation, and for a network that owns parameters without a module around them.
+    Every nn.Linear, nn.Conv2d and transformers' Conv1D whose weight is not tied to another module, and that the network
+    does not name in `trained_whole`, goes through the treatment's `make_adapter`, if there is one; so do projections
+    of an nn.MultiheadAttention. A module with parameters of a kind that is not known here runs copy by copy. Embeddings
+    that the network names in `unbatched` have an index that all samples share. Raises InputError for batch
+    normalisation, and for a network that owns parameters without a module around them.
     """
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm):
@@ -161,9 +164,8 @@ class _Converter:
         return ReplicatedModule(module, [self._replica(parameter) for parameter in module.parameters()])
 
     def _attention(self, name: str, module: nn.MultiheadAttention) -> nn.Module:
-        in_proj = nn.Linear(1, 1, bias=False, device="meta")
         assert module.in_proj_weight is not None
-        in_proj.weight, in_proj.bias = module.in_proj_weight, module.in_proj_bias
+        in_proj = _as_linear(module.in_proj_weight, module.in_proj_bias)
         return AttentionOfCopies(
             module, self._linear(f"{name}.in_proj", in_proj), self._linear(f"{name}.out_proj", module.out_proj)
         )
@@ -173,6 +175,11 @@ class _Converter:
         bias = self._bias(module.bias) if isinstance(module.bias, Tensor) else None
         make = self.treatment.make_adapter
         if make is not None and name not in self.trained_whole and self._adapts(module):
+            if is_conv1d(module):
+                adapter = make(_as_linear(module.weight.t().contiguous()), name, bias)
+                adapter.transposed = True  # type: ignore[assignment]
+                return adapter
+            assert isinstance(module, nn.Linear | nn.Conv2d)
             return make(module, name, bias)
         weight = self._replica(module.weight)
         if isinstance(module, nn.Conv2d):
@@ -203,6 +210,14 @@ class _Converter:
         return self._replica(vector)
 
 
+def _as_linear(weight_OI: Tensor, bias_O: Tensor | None = None) -> nn.Linear:
+    """Return a linear layer of given parameters."""
+    linear = nn.Linear(1, 1, bias=False, device="meta")
+    linear.weight = weight_OI if isinstance(weight_OI, nn.Parameter) else nn.Parameter(weight_OI)
+    linear.bias = bias_O  # type: ignore[assignment]
+    return linear
+
+
 def _is_known(module: nn.Module) -> bool:
     """Whether the layer that is written for this kind of module does all that the module is set to."""
     if isinstance(module, nn.Conv2d):
@@ -227,8 +242,9 @@ def merged_state(
 ) -> dict[str, Tensor]:
     """Return one plain model's weights by the plain network's names; right just after a merge (or for shared copies).
 
-    Replicated parameters are taken from the first copy, or another: after a merge all copies are equal. `instead` gives other
-    values, (...) without a copies axis, by the parameter's id. With `fold`, adapters that are never merged are added.
+    Replicated parameters are taken from the first copy, or another: after a merge all copies are equal. `instead` gives
+    other values, (...) without a copies axis, by the parameter's id. With `fold`, adapters that are never merged are
+    added.
     """
     state: dict[str, Tensor] = {}
     other, renamed = instead or {}, dict[str, str]()

@@ -121,7 +121,11 @@ class ReplicatedConv1d(ReplicatedLinear):
     def forward(self, x: Tensor) -> Tensor:
         copies, inputs, outputs = self.weight.shape
         x_CMI = x.reshape(copies, -1, inputs)
-        y = torch.bmm(x_CMI, self.weight) if self.bias is None else torch.baddbmm(self.bias.unsqueeze(1), x_CMI, self.weight)
+        y = (
+            torch.bmm(x_CMI, self.weight)
+            if self.bias is None
+            else torch.baddbmm(self.bias.unsqueeze(1), x_CMI, self.weight)
+        )
         return y.view(*x.shape[:-1], outputs)
 
 

@@ -59,15 +59,27 @@ def run_lte(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--help", "--version", "plan", "plan --model gpt2 --json", "plan --model vit_s16", "plan --model llama_1b",
-     "plan --model mixer_s16", "profile list", "profile show local", "train --help"],
+    [
+        "--help",
+        "--version",
+        "plan",
+        "plan --model gpt2 --json",
+        "plan --model vit_s16",
+        "plan --model llama_1b",
+        "plan --model mixer_s16",
+        "profile list",
+        "profile show local",
+        "train --help",
+    ],
 )
 def test_light_commands_never_import_torch(arguments: str, tmp_path: Path) -> None:
     done = run_lte(tmp_path, *arguments.split())
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("arguments", ["train nowhere.toml", "train run.toml --out .", "train . --resume", "report .", "export ."])
+@pytest.mark.parametrize(
+    "arguments", ["train nowhere.toml", "train run.toml --out .", "train . --resume", "report .", "export ."]
+)
 def test_a_refusal_does_not_wait_for_torch(arguments: str, tmp_path: Path) -> None:
     write_run(tmp_path / "run.toml")
     done = run_lte(tmp_path, *arguments.split())

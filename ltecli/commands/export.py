@@ -27,7 +27,8 @@ def export_command(path: Path, form: str, out: Path | None, as_json: bool) -> in
     run, checkpoint = _run_and_checkpoint(path)
     if form == "hf" and not isinstance(run.model, GptModel | LlamaModel | HuggingfaceModel):
         raise InputError(
-            f"--format hf has no form for {run.model.name}; it has for gpt, llama and hf: models; use --format safetensors"
+            f"--format hf has no form for {run.model.name}; it has for gpt, llama and hf: models; "
+            "use --format safetensors"
         )
     target = out or path / EXPORT
     if target.exists():
@@ -44,7 +45,9 @@ def export_command(path: Path, form: str, out: Path | None, as_json: bool) -> in
 
 def _run_and_checkpoint(path: Path) -> tuple[Run, Path]:
     if not (path / RUN_FILE).is_file():
-        raise InputError(f"{path} is no run folder (it has no {RUN_FILE}); name one that lte train made, as in runs/demo")
+        raise InputError(
+            f"{path} is no run folder (it has no {RUN_FILE}); name one that lte train made, as in runs/demo"
+        )
     checkpoints = list_checkpoints(path / CHECKPOINTS)
     if not checkpoints:
         raise InputError(f"{path} has no checkpoint yet; let lte train {path} --resume save one")

@@ -16,6 +16,7 @@ from simulate.config import Run, Train, build_run, dump_run
 from simulate.errors import InputError
 from simulate.hardware import LOCAL, Profile, load_profile
 from simulate.models.options import text_sizes
+from simulate.options import METHODS, AdapterOptions
 
 TOKENS_PER_PARAMETER = 20
 """Hoffmann et al. 2022 (arXiv 2203.15556): compute-optimal training takes about 20 tokens a parameter."""
@@ -116,15 +117,26 @@ def _base_run(table: toml.Table, profile: Profile) -> tuple[Run, list[str]]:
     if table["method"].get("name", "lte") == "lte" and "micro_batch" not in table["train"]:
         heads = table["method"].get("heads_per_device", 1)
         table["train"]["micro_batch"] = heads if isinstance(heads, int) and heads > 0 else 1
+    _keep_rank_within_layers(table)
     run = _build(table)
     if "learning_rate" not in table["train"]:
-        rate = min(REFERENCE_RATE, REFERENCE_RATE * REFERENCE_WIDTH / run.model.width)
+        width = run.model.shape().width
+        rate = min(REFERENCE_RATE, REFERENCE_RATE * REFERENCE_WIDTH / width)
         table["train"]["learning_rate"] = rate
-        notes.append(
-            f"train.learning_rate = {rate:.2g} is a rule of thumb for width {run.model.width}; try two beside it"
-        )
+        notes.append(f"train.learning_rate = {rate:.2g} is a rule of thumb for width {width}; try two beside it")
         run = _build(table)
     return run, notes
+
+
+def _keep_rank_within_layers(table: toml.Table) -> None:
+    """Where no rank was given, let the default be at most what the smallest adapted layer allows."""
+    kind = METHODS.get(table["method"].get("name", "lte"))
+    if kind is None or not issubclass(kind, AdapterOptions) or "rank" in table["method"]:
+        return
+    shape = _build({**table, "method": {"name": "ddp"}}).model.shape()
+    limit = min(min(linear.out_features, linear.in_features) for linear in shape.adapted)
+    if limit < kind.model_fields["rank"].default:
+        table["method"]["rank"] = limit
 
 
 def _build(table: toml.Table) -> Run:

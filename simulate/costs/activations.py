@@ -14,8 +14,8 @@ from functools import lru_cache
 from simulate.models.shapes import ModelShape
 
 BLOCK_TENSORS = 16
-"""Activation tensors, in u, that a transformer block keeps: inputs of 2 norms, 4 linears (1, 1, 1, 4), q, k, v, the GELU
-(4). Korthikanti et al. 2022 (arXiv 2205.05198), section 4.1, without dropout and with no attention matrix stored.
+"""Activation tensors, in u, that a transformer block keeps: inputs of 2 norms, 4 linears (1, 1, 1, 4), q, k, v, the
+GELU (4). Korthikanti et al. 2022 (arXiv 2205.05198), section 4.1, without dropout and with no attention matrix stored.
 """
 BLOCK_BACKWARD = 5
 """Working tensors, in u, at the height of a block's backward: the stream's gradient and one of the GELU's width."""
@@ -149,14 +149,14 @@ def _llama(step: _Step) -> tuple[Phase, ...]:
 
 def _vit(step: _Step) -> tuple[Phase, ...]:
     """GPT-2's blocks between the patches and one prediction."""
-    u, tokens, element_bytes, layers = step.u, step.tokens, step.element_bytes, step.shape.layers
+    u, tokens, element_bytes = step.u, step.tokens, step.element_bytes
     block = BLOCK_TENSORS * u + step.adapters + _attention_statistics(step) + 4 * tokens * element_bytes
     working = BLOCK_BACKWARD * u + step.largest_weight
     return _of_images(step, block, working)
 
 
 def _mixer(step: _Step) -> tuple[Phase, ...]:
-    """Inputs of 2 norms and 2 networks (one of them transposed, so copied), and of each network's GELU and last layer."""
+    """Inputs of 2 norms and 2 networks (one transposed, so copied), and of each network's GELU and last layer."""
     u, tokens, element_bytes = step.u, step.tokens, step.element_bytes
     over_channels = tokens * step.shape.mlp_width * element_bytes
     over_tokens = step.samples * step.shape.width * step.shape.tokens_width * element_bytes

@@ -30,7 +30,7 @@ def build_model(run: Run) -> nn.Module:
 
 
 def empty_model(run: Run, device: torch.device = CPU) -> nn.Module:
-    """Return the plain network without storage for parameters, to be called with somebody else's weights on `device`."""
+    """Return the plain network without storage for parameters, to be called with others' weights on `device`."""
     if isinstance(run.model, FactoryModel):
         from simulate.models.trace import empty_traced
 

@@ -40,8 +40,8 @@ def call_factory(options: FactoryModel) -> nn.Module:
             ) from error
     if not isinstance(network, nn.Module):
         raise InputError(
-            f"model.name = {options.name!r}: the factory returned a {type(network).__name__} where a torch.nn.Module is "
-            "needed; return the network"
+            f"model.name = {options.name!r}: the factory returned a {type(network).__name__} where a torch.nn.Module "
+            "is needed; return the network"
         )
     for name, module in network.named_modules():
         _check_layer(name, module)
@@ -57,8 +57,8 @@ def _check_layer(name: str, module: nn.Module) -> None:
     share = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0.0)
     if isinstance(share, float) and share > 0:
         raise InputError(
-            f"model: {name} ({type(module).__name__}) drops activations with probability {share:g}, drawn outside of the "
-            "run's seed, so that no run could be repeated or resumed; build the network with dropout 0"
+            f"model: {name} ({type(module).__name__}) drops activations with probability {share:g}, drawn outside of "
+            "the run's seed, so that no run could be repeated or resumed; build the network with dropout 0"
         )
 
 
@@ -71,7 +71,7 @@ def _factory(name: str) -> Callable[..., Any]:
         raise InputError(f"model.name = {name!r}: {module_name} has no {attribute!r}; {near_match(attribute, known)}")
     if not callable(factory):
         raise InputError(f"model.name = {name!r}: {attribute} is no function or class; name what returns the network")
-    return factory  # type: ignore[no-any-return]
+    return factory
 
 
 def _imported(module_name: str, name: str) -> ModuleType:

@@ -39,7 +39,8 @@ def _adapted(linears: Sequence[Sides], layers: int) -> tuple[LinearShape, ...]:
 def _transformer_block(d: int, t: int) -> tuple[tuple[Sides, ...], tuple[ParameterShape, ...]]:
     """Attention and a four times wider network, each after a norm (GPT-2 and ViT)."""
     linears = (
-        ("attention.qkv", 3 * d, d, t), ("attention.project", d, d, t), ("mlp.up", 4 * d, d, t), ("mlp.down", d, 4 * d, t),
+        ("attention.qkv", 3 * d, d, t), ("attention.project", d, d, t),
+        ("mlp.up", 4 * d, d, t), ("mlp.down", d, 4 * d, t),
     )  # fmt: skip
     qkv, project, up, down = (_linear(o, i) for _, o, i, _ in linears)
     return linears, (*_norm(d), *qkv, *project, *_norm(d), *up, *down)
@@ -93,7 +94,8 @@ def llama_shape(
         family="llama",
         adapted=_adapted(linears, layers),
         tensors=(
-            ParameterShape("embedding", (vocab, width)), *(block * layers), *norm, ParameterShape("other", (vocab, width)),
+            ParameterShape("embedding", (vocab, width)), *(block * layers), *norm,
+            ParameterShape("other", (vocab, width)),
         ),
         layers=layers,
         tokens=context,

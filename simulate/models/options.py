@@ -17,6 +17,8 @@ from simulate.models.sizes import FAMILIES, MODEL_NAMES, family_of
 
 Unit = Literal["tokens", "samples"]
 Size = Annotated[int, Field(gt=0)]
+
+
 class ReadsText(Protocol):
     """What data of text must fit."""
 
@@ -219,7 +221,9 @@ class FactoryModel(ModelOptions):
     def _extras_are_plain(self) -> FactoryModel:
         for key, value in (self.model_extra or {}).items():
             if not isinstance(value, int | float | str | bool):
-                raise ValueError(f"{key} = {value!r}: a factory takes numbers, strings and booleans; correct this value")
+                raise ValueError(
+                    f"{key} = {value!r}: a factory takes numbers, strings and booleans; correct this value"
+                )
         return self
 
     def keywords(self) -> dict[str, Any]:
@@ -255,7 +259,8 @@ class FactoryImageModel(FactoryModel, _Frames):
 class HuggingfaceModel(FactoryModel, _Reads):
     """A causal language model of the transformers library, built from a configuration, never from trained weights.
 
-    `hf:` is followed by the path of a config.json or by a kind of model ("gpt2"); further keys change the configuration.
+    `hf:` is followed by the path of a config.json or by a kind of model ("gpt2"); further keys change the
+    configuration.
     """
 
     model_config = ConfigDict(extra="allow")

@@ -100,4 +100,3 @@ def _llama_config(model: LlamaModel) -> dict[str, Any]:
 
 _NO_SPECIAL_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 """Text is bytes; the library's defaults would lie beyond a small vocabulary."""
-

@@ -12,6 +12,7 @@ from typing import Literal
 
 Kind = Literal["adapted", "norm", "bias", "embedding", "other"]
 
+
 @dataclass(frozen=True)
 class LinearShape:
     """`count` adapted linear layers of one shape; W is (out_features, in_features)."""

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -83,15 +84,16 @@ def _run(options: FactoryModel, network: nn.Module, samples: int, what: str = "t
             outputs = network(inputs)
     except Exception as error:
         raise InputError(
-            f"model.name = {options.name!r}: {what} raised {type(error).__name__} on inputs {tuple(inputs.shape)}: {error}"
+            f"model.name = {options.name!r}: {what} raised {type(error).__name__} on inputs {tuple(inputs.shape)}: "
+            f"{error}"
         ) from error
     wanted = _output_shape(options, samples)
     if not isinstance(outputs, Tensor) or tuple(outputs.shape) != wanted:
         given = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         sizes = "context and vocab" if options.unit == "tokens" else "classes"
         raise InputError(
-            f"model.name = {options.name!r}: inputs {tuple(inputs.shape)} gave {given} where logits {wanted} are needed; "
-            f"set model.{sizes} to what the network has"
+            f"model.name = {options.name!r}: inputs {tuple(inputs.shape)} gave {given} where logits {wanted} are "
+            f"needed; set model.{sizes} to what the network has"
             + ("" if options.unit == "samples" else ", or model.classes for a network of images")
         )
     return outputs
@@ -114,49 +116,45 @@ def _findings(options: FactoryModel) -> _Findings:
     return findings
 
 
+Note = Callable[[str, Any, Any], None]
+"""(name of a module, what it was called with, what it returned)."""
+
+
+@contextmanager
+def _watched(network: nn.Module, kind: type[nn.Module], note: Note) -> Iterator[None]:
+    """Tell of every call of a kind of module."""
+
+    def hook(name: str, module: nn.Module, arguments: Any, output: Any) -> None:
+        note(name, arguments, output)
+
+    modules = [(name, module) for name, module in network.named_modules() if isinstance(module, kind)]
+    hooks = [module.register_forward_hook(partial(hook, name)) for name, module in modules]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
 def _output_layer(options: FactoryModel, network: nn.Module) -> tuple[str, ...]:
-    last: dict[int, str] = {}
-    kept: list[Tensor] = []
-
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                kept.append(output)  # so that no other tensor takes its id
-                last[id(output)] = name
-
-        return hook
-
-    hooks = [
-        module.register_forward_hook(note(name)) for name, module in network.named_modules() if isinstance(module, nn.Linear)
-    ]
-    outputs = _run(options, network, 1)
-    for hook in hooks:
-        hook.remove()
-    return (last[id(outputs)],) if id(outputs) in last else ()
+    """Return the linear layer whose result is the network's."""
+    results: list[tuple[str, Any]] = []
+    with _watched(network, nn.Linear, lambda name, arguments, output: results.append((name, output))):
+        outputs = _run(options, network, 1)
+    return tuple(name for name, output in results if output is outputs)
 
 
 def _shared_indices(options: FactoryModel, network: nn.Module) -> tuple[str, ...]:
     """Return the embeddings whose index has as many rows for three samples as for two."""
-    rows: list[dict[str, int]] = []
-    for samples in (2, 3):
-        found: dict[str, int] = {}
+    two, three = dict[str, int](), dict[str, int]()
+    for samples, rows in ((2, two), (3, three)):
+        with _watched(network, nn.Embedding, partial(_note_rows, rows)):
+            _run(options, network, samples)
+    return tuple(name for name, count in two.items() if three.get(name) == count)
 
-        def note(name: str, found: dict[str, int] = found) -> Any:
-            def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-                found[name] = len(arguments[0])
 
-            return hook
-
-        hooks = [
-            module.register_forward_hook(note(name))
-            for name, module in network.named_modules()
-            if isinstance(module, nn.Embedding)
-        ]
-        _run(options, network, samples)
-        for hook in hooks:
-            hook.remove()
-        rows.append(found)
-    return tuple(name for name, count in rows[0].items() if rows[1].get(name) == count)
+def _note_rows(rows: dict[str, int], name: str, arguments: Any, output: Any) -> None:
+    rows[name] = len(arguments[0])
 
 
 def _check_copies(options: FactoryModel, network: nn.Module) -> None:
@@ -167,16 +165,14 @@ def _check_copies(options: FactoryModel, network: nn.Module) -> None:
             parameter.add_(torch.randn_like(parameter), alpha=PERTURBATION)
         together = _run(options, converted, COPIES * SAMPLES_OF_COPY, "the network with two copies of its parameters")
         inputs, _ = example_batch(options, COPIES * SAMPLES_OF_COPY)
-        for index, (part, output) in enumerate(
-            zip(inputs.chunk(COPIES), together.chunk(COPIES), strict=True)
-        ):
+        for index, (part, output) in enumerate(zip(inputs.chunk(COPIES), together.chunk(COPIES), strict=True)):
             own = merged_state(converted, copy=index)
             alone = functional_call(network, own, (part,), tie_weights=False)
             if not torch.allclose(output, alone, rtol=TOLERANCE, atol=TOLERANCE * float(alone.abs().max())):
                 raise InputError(
-                    f"model.name = {options.name!r}: with a copy of its parameters for each device the network computes "
-                    "something else than each copy alone; layers must keep samples apart, in dimension 0 of what they get "
-                    "(attention: batch_first=True), and draw nothing at random in eval mode"
+                    f"model.name = {options.name!r}: with a copy of its parameters for each device the network "
+                    "computes something else than each copy alone; layers must keep samples apart, in dimension 0 of "
+                    "what they get (attention: batch_first=True), and draw nothing at random in eval mode"
                 )
 
 
@@ -193,9 +189,11 @@ def _traced_shape(options: FactoryModel) -> ModelShape:
         adapted = convert(copy.deepcopy(plain), 1, Treatment(lora(_ONE_PAIR, 1)))
         layers = lora_layers(adapted)
         if not layers:
-            raise InputError(f"model.name = {options.name!r}: the network has no linear layer that adapters could serve")
+            raise InputError(
+                f"model.name = {options.name!r}: the network has no linear layer that adapters could serve"
+            )
         linears = tuple(
-            LinearShape(layer.name, *layer.weight.shape, 1, rows)
+            LinearShape(layer.name, layer.weight.shape[0], layer.weight.shape[1], 1, rows)
             for layer, rows in zip(layers, _rows(options, adapted, layers), strict=True)
         )
         forward_flops = _forward_flops(options, plain)
@@ -243,21 +241,16 @@ def _some(names: list[str]) -> str:
 def _rows(options: FactoryModel, adapted: nn.Module, layers: list[LoraLinear]) -> list[int]:
     """Return how many rows of one sample pass through each adapted layer."""
     outputs: Counter[str] = Counter()
-
-    def hook(module: LoraLinear, arguments: Any, output: Tensor) -> None:
-        outputs[module.name] += output.numel() // module.weight.shape[0]
-
-    hooks = [layer.register_forward_hook(hook) for layer in layers]  # type: ignore[arg-type]
-    _run(options, adapted.eval(), 1)
-    for handle in hooks:
-        handle.remove()
-    return [max(1, outputs[layer.name]) for layer in layers]
+    with _watched(adapted.eval(), LoraLinear, lambda name, _, output: outputs.update({name: output.numel()})):
+        _run(options, adapted, 1)
+    return [max(1, outputs[layer.name] // layer.weight.shape[0]) for layer in layers]
 
 
 def _forward_flops(options: FactoryModel, plain: nn.Module) -> int:
-    # Fused attention is opaque to the counter; taken apart, it is counted in full, whatever the mask leaves out.
+    # Fused attention is opaque to the counter, and so is torch's fused encoder layer, which only evaluation takes. Not
+    # fused, attention is counted in full, whatever the mask leaves out.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        _run(options, plain.eval(), 1)
+        _run(options, plain.train(), 1)
     return int(counter.get_total_flops())
 
 

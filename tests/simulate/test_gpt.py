@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from simulate.adapters import lora_layers
-from simulate.models.options import GptModel
 from simulate.methods.lte import Lte
 from simulate.models.build import build_model, empty_model
 from simulate.models.gpt import Attention, Gpt
+from simulate.models.options import GptModel
 from tests import tiny
 
 

@@ -145,8 +145,6 @@ def test_diloco_trains_a_llama_like_the_twin() -> None:
 def test_parity_notices_pairs_that_turn_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
     run = llama_run("ddp")
     _, slow = parity.twin_of(DdpTwin, run)
-    monkeypatch.setattr(
-        "simulate.models.llama.turned", lambda x, cos, sin: turned(x, cos, 1.01 * sin)
-    )
+    monkeypatch.setattr("simulate.models.llama.turned", lambda x, cos, sin: turned(x, cos, 1.01 * sin))
     with pytest.raises(AssertionError):
         tiny.assert_parity(tiny.train(tiny.build(run)), slow)

@@ -12,9 +12,7 @@ from simulate.convert import Treatment, convert, lora, merged_state
 from simulate.models.mixer import NORM_EPSILON, Mixer, MixerBlock
 from simulate.models.options import MixerModel
 
-SMALL = MixerModel(
-    layers=2, width=6, tokens_width=5, channels_width=8, image=8, patch=4, colours=3, classes=7
-)
+SMALL = MixerModel(layers=2, width=6, tokens_width=5, channels_width=8, image=8, patch=4, colours=3, classes=7)
 ADAPTERS = Treatment(lora(AdapterSpec(2, 1.5, 1, False, 0, 0), 3))
 
 

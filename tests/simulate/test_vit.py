@@ -28,8 +28,12 @@ def images(samples: int) -> Tensor:
     ("name", "parameters"),
     # As counted in the published checkpoints at 224 pixels and 1000 classes.
     [
-        ("vit_s16", 22_050_664), ("vit_b16", 86_567_656), ("vit_l16", 304_326_632),
-        ("vit_s32", 22_878_952), ("vit_b32", 88_224_232), ("vit_l32", 306_535_400),
+        ("vit_s16", 22_050_664),
+        ("vit_b16", 86_567_656),
+        ("vit_l16", 304_326_632),
+        ("vit_s32", 22_878_952),
+        ("vit_b32", 88_224_232),
+        ("vit_l32", 306_535_400),
     ],
 )
 def test_a_vit_has_its_published_number_of_parameters(name: str, parameters: int) -> None:
