@@ -45,6 +45,12 @@ class RunFolder:
     """Checkpoint to continue from; None for a new run."""
 
     @property
+    def is_finished(self) -> bool:
+        """Whether the newest checkpoint is that of the last step."""
+        last = f"-{self.run.train.steps:08d}"
+        return self.resume_from is not None and self.resume_from.name.endswith(last)
+
+    @property
     def events(self) -> Path:
         """The run's event file."""
         return self.path / EVENTS_FILE
@@ -116,7 +122,7 @@ def resumed_folder(path: Path, given: Run | None) -> RunFolder:
         )
     if not os.access(path, os.W_OK):
         raise InputError(f"--resume: {path} is read-only; make it writable")
-    checkpoints = list_checkpoints(path / CHECKPOINTS)
+    checkpoints = list_checkpoints(path / CHECKPOINTS, run.cluster.devices)
     text = load_text(run.data)
     text.check(text_sizes(run.model), run.cluster.devices, run.data.shards)
     profile = load_profile(str(path / PROFILE_FILE))

@@ -22,6 +22,7 @@ TORCH_FREE = (
     "simulate.clock",
     "simulate.events",
     "simulate.checkpoints",
+    "simulate.preflight",
     "simulate.costs.activations",
     "simulate.costs.flops",
     "simulate.costs.memory",

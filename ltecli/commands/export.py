@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ltecli.launcher import CHECKPOINTS, RUN_FILE
 from ltecli.output import Output, bytes_text
-from simulate.checkpoints import list_checkpoints
+from simulate.checkpoints import has_shared, list_checkpoints, saved_devices
 from simulate.config import Run, dump_run, load_run
 from simulate.errors import InputError
 from simulate.models.options import GptModel, HuggingfaceModel, LlamaModel
@@ -48,10 +48,20 @@ def _run_and_checkpoint(path: Path) -> tuple[Run, Path]:
         raise InputError(
             f"{path} is no run folder (it has no {RUN_FILE}); name one that lte train made, as in runs/demo"
         )
-    checkpoints = list_checkpoints(path / CHECKPOINTS)
+    run = load_run(path / RUN_FILE)
+    whole = list_checkpoints(path / CHECKPOINTS, run.cluster.devices)
+    # On one of several machines there are this node's devices alone; after a merge they stand for all.
+    partial = [p for p in sorted((path / CHECKPOINTS).glob("step-*")) if has_shared(p) and saved_devices(p)]
+    checkpoints = whole or [p for p in partial if not _is_inside_round(run, int(p.name.removeprefix("step-")))]
     if not checkpoints:
         raise InputError(f"{path} has no checkpoint yet; let lte train {path} --resume save one")
-    return load_run(path / RUN_FILE), checkpoints[-1]
+    return run, checkpoints[-1]
+
+
+def _is_inside_round(run: Run, step: int) -> bool:
+    """Whether devices differ after a step: within a round, and as long as layers merge one group after the other."""
+    staggered = run.method.merges_per_round > 1
+    return step != run.train.steps and (staggered or step % run.method.round_steps != 0)
 
 
 def _merged(run: Run, checkpoint: Path) -> tuple[int, dict[str, Tensor], bool]:
@@ -62,10 +72,14 @@ def _merged(run: Run, checkpoint: Path) -> tuple[int, dict[str, Tensor], bool]:
     from simulate.communicator import VirtualCommunicator
     from simulate.methods import build_method
 
-    progress, state = load_checkpoint(checkpoint, run, data_of(checkpoint))
+    devices = range(run.cluster.devices)
+    progress, state = load_checkpoint(checkpoint, run, data_of(checkpoint), devices)
+    assert progress is not None, "a checkpoint that is listed has what all devices share"
+    for device in set(devices) - set(state.of_devices):
+        state.of_devices[device] = state.of_devices[min(state.of_devices)]
     method = build_method(run, VirtualCommunicator(run.cluster.devices), torch.device("cpu"))
-    method.load_state(state)
-    inside = progress.step < run.train.steps and progress.step % run.method.round_steps != 0
+    method.load_divided(state)
+    inside = _is_inside_round(run, progress.step)
     if inside:
         method.merge(run.train.steps - 1)  # of all groups of layers
     merged = {name: tensor.detach().contiguous().clone() for name, tensor in method.merged_state().items()}

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ltecli.commands.launch import LaunchOptions, launch_run, print_lines
 from ltecli.commands.plan import Request, nearest_miss_text, plan_request
 from ltecli.errors import INTERRUPTED, NothingFeasibleError
 from ltecli.launcher import (
@@ -20,9 +21,9 @@ from ltecli.launcher import (
     resumed_folder,
     stop_on_signal,
 )  # fmt: skip
-from ltecli.output import Output, bytes_text, seconds_text
-from ltecli.planner import describe
+from ltecli.output import Output
 from ltecli.sinks import ProgressBar, TensorBoard
+from ltecli.telling import start_facts, tell_derived, tell_finished, tell_result
 from simulate.checkpoints import list_checkpoints
 from simulate.config import Run, build_run, load_run
 from simulate.errors import InputError, RunFailedError
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     import torch
 
     from simulate.events import Event
-    from simulate.loop import Session
 
 RUNS = Path("runs")
 DEMO_NAME = "demo"
@@ -57,12 +57,15 @@ def train_command(
     resume: bool,
     device_name: str,
     changes: Changes,
+    launch: LaunchOptions | None,
     as_json: bool,
     quiet: bool,
 ) -> int:
-    """Train a run to its end; returns the exit code."""
+    """Train a run to its end, in this process or launched; returns the exit code."""
     output = Output(as_json, quiet or as_json)
     _check_device(device_name)
+    if launch is not None and launch.nodes > 1 and launch.node is None:
+        return print_lines(given, launch, output)
     if given is not None and given.is_dir() and not resume:
         raise InputError(f"{given} is a run folder; add --resume to continue it, or name a run.toml")
     if resume:
@@ -72,7 +75,10 @@ def train_command(
         folder = new_folder(out or RUNS / _name(given), run, device_name)
     try:
         with lock_folder(folder.path):
-            return _simulate(folder, device_name, output)
+            device = _device(device_name)
+            if launch is None and not _several_gpus(folder.run, device):
+                return _simulate(folder, device, output)
+            return launch_run(folder, device, launch or LaunchOptions(), output)
     except OSError as error:
         raise RunFailedError(f"{error.strerror}: {error.filename or folder.path}; {_saved(folder)}") from error
     except RunFailedError as error:
@@ -122,7 +128,7 @@ def _resumed(given: Path | None, out: Path | None, changes: Changes) -> RunFolde
 
 
 def _saved(folder: RunFolder) -> str:
-    saved = list_checkpoints(folder.path / CHECKPOINTS)
+    saved = list_checkpoints(folder.path / CHECKPOINTS, folder.run.cluster.devices)
     if not saved:
         return f"no checkpoint was saved yet; start over with lte train {folder.path} --resume"
     return f"saved: {saved[-1]}; continue with lte train {folder.path} --resume"
@@ -143,12 +149,20 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
-def _simulate(folder: RunFolder, device_name: str, output: Output) -> int:
-    _tell_derived(folder, output)
-    if folder.resume_from and folder.resume_from.name.endswith(f"-{folder.run.train.steps:08d}"):
-        _tell_finished(folder, output)
+def _several_gpus(run: Run, device: torch.device) -> bool:
+    """Whether virtual devices are spread over this machine's GPUs, by launched processes."""
+    if device.type != "cuda":
+        return False
+    import torch
+
+    return torch.cuda.device_count() > 1 and run.cluster.devices > 1
+
+
+def _simulate(folder: RunFolder, device: torch.device, output: Output) -> int:
+    tell_derived(folder, output)
+    if folder.is_finished:
+        tell_finished(folder, output)
         return 0
-    device = _device(device_name)
     from simulate.clock import SimulatedClock
     from simulate.communicator import VirtualCommunicator
     from simulate.data.batches import TextBatches
@@ -193,84 +207,13 @@ def _simulate(folder: RunFolder, device_name: str, output: Output) -> int:
         if folder.resume_from:
             session.emit({"kind": "resume", "step": session.step})
         else:
-            session.emit({"kind": "start", "step": 0, **_start_facts(folder, device)})
+            session.emit({"kind": "start", "step": 0, **start_facts(folder, device)})
             session.emit({"kind": "memory", "step": 0, "measured_bytes": measured_bytes})
         finished = train(session)
         session.emit({"kind": "end" if finished else "interrupt", "step": session.step, "wall_s": session.elapsed_s()})
     if not finished:
         output.hint(f"interrupted at step {session.step}, saved; continue with lte train {folder.path} --resume")
         return INTERRUPTED
-    _tell_result(folder, session, output)
+    sent_bytes = session.communicator.counter.sent_bytes
+    tell_result(folder, output, session.step, session.val_loss, sent_bytes, session.clock.now_s, session.elapsed_s())
     return 0
-
-
-def _start_facts(folder: RunFolder, device: torch.device) -> dict[str, Any]:
-    import torch
-
-    from ltecli import version
-
-    return {
-        "lte": version(),
-        "torch": torch.__version__,
-        "simulated_on": str(device),
-        "threads": torch.get_num_threads(),
-        "data": folder.text.source,
-        "data_bytes": len(folder.text.tokens),
-        "data_sha256": folder.text.fingerprint,
-    }
-
-
-def _tell_derived(folder: RunFolder, output: Output) -> None:
-    run, chosen = folder.run, folder.plan["chosen"]
-    shape = run.model.shape()
-    action = f"resuming {folder.path} from {folder.resume_from.name}" if folder.resume_from else f"run {folder.path}"
-    output.hint(f"{action}: {describe(run)} per device; {shape.name}, {shape.parameters:,} parameters")
-    output.hint(
-        f"  data: {folder.text.source}, {len(folder.text.train):,} training and "
-        f"{len(folder.text.validation):,} validation bytes"
-    )
-    output.hint(
-        f"  derived: {run.tokens_per_step:,} {run.model.unit} per step, {run.train.steps:,} steps, "
-        f"{run.train.steps * run.tokens_per_step:,} {run.model.unit}"
-    )
-    output.hint(
-        f"  planned per device: {bytes_text(chosen['memory_bytes']['total'])} memory, "
-        f"{bytes_text(chosen['sent_bytes_per_round'])} sent per merge, {seconds_text(chosen['wall_s'])} on "
-        f"{run.cluster.devices} x {folder.profile.name}"
-    )
-    for text in (*folder.plan["notes"], *chosen["warnings"]):
-        output.hint(f"  warning: {text}")
-
-
-def _tell_result(folder: RunFolder, session: Session, output: Output) -> None:
-    sent = session.communicator.counter.sent_bytes / session.run.cluster.devices
-    output.json(_result(folder, session.step, session.val_loss, sent, session.clock.now_s, session.elapsed_s()))
-    output.text(
-        f"done: {folder.path}, validation loss {session.val_loss:.4f}, {bytes_text(sent)} sent per device (counted), "
-        f"{seconds_text(session.clock.now_s)} on {folder.profile.name} (simulated), "
-        f"{seconds_text(session.elapsed_s())} here (measured)"
-    )
-    output.hint(f"next: lte report {folder.path}")
-
-
-def _tell_finished(folder: RunFolder, output: Output) -> None:
-    from ltecli.report.figures import figures, read_run
-
-    figure = figures(read_run(folder.path))
-    sent, wall = figure["sent_bytes_per_device"]["counted"], figure["wall_s"]
-    output.json(_result(folder, figure["steps"], figure["val_loss"], sent, wall["simulated"], wall["measured"]))
-    output.hint(f"{folder.path} is finished; next: lte report {folder.path}")
-
-
-def _result(
-    folder: RunFolder, steps: int, val_loss: float | None, sent: float, simulated_s: float, measured_s: float
-) -> dict[str, Any]:
-    return {
-        "version": 1,
-        "run": str(folder.path),
-        "steps": steps,
-        "val_loss": val_loss,
-        "sent_bytes_per_device": sent,
-        "simulated_s": simulated_s,
-        "measured_s": measured_s,
-    }
