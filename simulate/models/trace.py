@@ -69,7 +69,8 @@ def build_traced(options: FactoryModel) -> nn.Module:
 
 def empty_traced(options: FactoryModel, device: torch.device) -> nn.Module:
     """Return the plain network with its buffers, and without storage for parameters."""
-    network = call_factory(options).to(device)
+    with torch.random.fork_rng(devices=[]):  # its start weights are nobody's
+        network = call_factory(options).to(device)
     for module in network.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))

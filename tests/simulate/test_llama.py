@@ -148,3 +148,11 @@ def test_parity_notices_pairs_that_turn_the_other_way(monkeypatch: pytest.Monkey
     monkeypatch.setattr("simulate.models.llama.turned", lambda x, cos, sin: turned(x, cos, 1.01 * sin))
     with pytest.raises(AssertionError):
         tiny.assert_parity(tiny.train(tiny.build(run)), slow)
+
+
+def test_muon_leaves_the_head_to_adamw() -> None:
+    method = tiny.build(tiny.variant_run("ddp, muon", model=tiny.LLAMA))
+    assert method.muon is not None
+    stepped = {id(parameter) for group in method.muon.param_groups for parameter in group["params"]}
+    names = {name for name, parameter in method.parameters.items() if id(parameter) in stepped}
+    assert len(names) == 2 * 7 and not {"head.weight", "token.weight"} & names
