@@ -63,7 +63,7 @@ class Method(ABC):
         self.peak_rates = [group["lr"] for group in self.groups]
 
     def _matrices(self) -> set[int]:
-        """Return the ids of what Muon steps: factors, and linear layers' weights but for those at the network's ends."""
+        """Return the ids of what Muon steps: factors, and linear layers' weights but for those at a network's ends."""
         names, embeddings = set(), set()
         trained_whole = getattr(self.model, "trained_whole", ())
         for name, module in self.model.named_modules():
