@@ -23,6 +23,7 @@ from simulate.errors import InputError
 from simulate.events import truncate_events
 from simulate.hardware import LOCAL, Profile, load_profile
 from simulate.local_gpu import local_gpu_profile
+from simulate.models.options import text_sizes
 from simulate.options import DdpOptions, LteOptions
 
 RUN_FILE, PROFILE_FILE, PLAN_FILE, EVENTS_FILE = "run.toml", "profile.toml", "plan.json", "events.jsonl"
@@ -62,6 +63,11 @@ def check_trainable(run: Run) -> None:
             f"method.quantize = {run.method.quantize!r} can be planned but not trained yet; "
             "try --set method.quantize=none"
         )
+    if run.model.unit != "tokens":
+        raise InputError(
+            f"model.name = {run.model.name!r} is a model of images: it can be planned but not trained yet; "
+            "choose a model of text"
+        )
 
 
 def new_folder(path: Path, run: Run, device_name: str = "cpu") -> RunFolder:
@@ -69,7 +75,7 @@ def new_folder(path: Path, run: Run, device_name: str = "cpu") -> RunFolder:
     check_trainable(run)
     _check_new(path)
     text = load_text(run.data)
-    text.check(run.model, run.cluster.devices, run.data.shards)
+    text.check(text_sizes(run.model), run.cluster.devices, run.data.shards)
     _check_disk(path, run)
     profile = load_profile(run.cluster.profile)
     if profile.name == LOCAL and device_name != "cpu":
@@ -118,7 +124,7 @@ def resumed_folder(path: Path, given: Run | None) -> RunFolder:
         raise InputError(f"--resume: {path} is read-only; make it writable")
     checkpoints = list_checkpoints(path / CHECKPOINTS, run.cluster.devices)
     text = load_text(run.data)
-    text.check(run.model, run.cluster.devices, run.data.shards)
+    text.check(text_sizes(run.model), run.cluster.devices, run.data.shards)
     profile = load_profile(str(path / PROFILE_FILE))
     return RunFolder(path, run, profile, text, read_plan(path), checkpoints[-1] if checkpoints else None)
 

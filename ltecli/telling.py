@@ -38,8 +38,8 @@ def tell_derived(folder: RunFolder, output: Output) -> None:
         f"{len(folder.text.validation):,} validation bytes"
     )
     output.hint(
-        f"  derived: {run.tokens_per_step:,} tokens per step, {run.train.steps:,} steps, "
-        f"{run.train.steps * run.tokens_per_step:,} tokens"
+        f"  derived: {run.tokens_per_step:,} {run.model.unit} per step, {run.train.steps:,} steps, "
+        f"{run.train.steps * run.tokens_per_step:,} {run.model.unit}"
     )
     output.hint(
         f"  planned per device: {bytes_text(chosen['memory_bytes']['total'])} memory, "

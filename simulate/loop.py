@@ -211,7 +211,8 @@ def _evaluate(session: Session) -> None:
 
     Processes take turns with the batches; their sums are added up in order.
     """
-    model, weights, communicator = empty_model(session.run), session.method.merged_state(), session.communicator
+    model, weights = empty_model(session.run, session.device), session.method.merged_state()
+    communicator = session.communicator
     batches = session.batches.validation(session.run.train.evaluate_samples, EVALUATION_BATCH)
     sums_L2 = torch.zeros(len(communicator.local_devices), 2, dtype=torch.float64)
     for inputs, targets in islice(batches, communicator.process, None, communicator.processes):

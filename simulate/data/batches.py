@@ -13,6 +13,7 @@ from torch import Tensor
 
 from simulate.config import Run
 from simulate.data.text import Text, shard_bounds
+from simulate.models.options import text_sizes
 from simulate.randomness import generator
 
 
@@ -38,7 +39,9 @@ class TextBatches:
     def of(cls, run: Run, text: Text) -> TextBatches:
         """Return the batches of a run over its text."""
         train = run.train
-        return cls(text, run.model.context, train.micro_batch, run.cluster.devices, train.seed, run.data.shards)
+        return cls(
+            text, text_sizes(run.model).context, train.micro_batch, run.cluster.devices, train.seed, run.data.shards
+        )
 
     def batch(self, step: int, local_devices: range) -> tuple[Tensor, Tensor]:
         """Return inputs and targets (L*B, T), int64, of the local devices in device order."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from simulate import config
 from simulate.errors import InputError
+from simulate.models.options import ReadsText
 
 STDLIB_BYTES = 2_000_000
 """Cap of the embedded default: the standard library's top-level modules, sorted by name, up to this many bytes."""
@@ -52,7 +53,7 @@ class Text:
     def _split(self) -> int:
         return int(len(self.tokens) * (1 - VALIDATION_SHARE))
 
-    def check(self, model: config.Model, devices: int, shards: Sequence[float] | None = None) -> None:
+    def check(self, model: ReadsText, devices: int, shards: Sequence[float] | None = None) -> None:
         """Raise InputError where a device's shard or the validation split has no window, or the vocabulary is small."""
         window = model.context + 1
         smallest_share = 1 / devices if shards is None else min(shards) / sum(shards)
