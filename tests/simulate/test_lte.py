@@ -91,7 +91,7 @@ ORIGINAL_DRAW = LoraLinear.draw_a
     [
         pytest.param(LayerMerger, "_share", property(scaled_by_s), id="sum of heads in place of their mean"),
         pytest.param(Lte, "group_losses", loss_over_all_heads, id="mean loss over all heads"),
-        pytest.param(Averaging, "merge", lambda averaging, index: None, id="replicated parameters not averaged"),
+        pytest.param(Averaging, "merge", lambda averaging, index, weights_N: None, id="replicated parameters not averaged"),
         pytest.param(LoraLinear, "remember_product", forget, id="old product not subtracted"),
     ],
 )
