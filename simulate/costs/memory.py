@@ -86,7 +86,13 @@ def peak_memory(run: Run, shape: ModelShape, device: Device) -> Memory:
         element_bytes,
     )  # fmt: skip
     gradient_bytes = (held.trained - idle) * element_bytes
-    phase = max((*phases, *_exchange_phases(run, shape, gradient_bytes)), key=lambda p: p.total)
+    # The batch is held until the next one comes; tokens are too few to count.
+    batch_bytes = run.train.micro_batch * shape.inputs * element_bytes
+    exchanges = (
+        Phase(p.gradients, p.activations + batch_bytes, p.temporary)
+        for p in _exchange_phases(run, shape, gradient_bytes)
+    )
+    phase = max((*phases, *exchanges), key=lambda p: p.total)
     return Memory(
         weights=weights,
         adapters=held.adapters * element_bytes,
