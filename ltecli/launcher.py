@@ -18,7 +18,7 @@ from simulate import toml
 from simulate.checkpoints import list_checkpoints
 from simulate.config import Run, dump_run, load_run
 from simulate.costs.memory import checkpoint_bytes
-from simulate.data.text import Text, load_text
+from simulate.data.sources import Dataset, load_data
 from simulate.errors import InputError
 from simulate.events import truncate_events
 from simulate.hardware import LOCAL, Profile, load_profile
@@ -38,7 +38,7 @@ class RunFolder:
     path: Path
     run: Run
     profile: Profile
-    text: Text
+    data: Dataset
     plan: dict[str, Any]
     resume_from: Path | None
     """Checkpoint to continue from; None for a new run."""
@@ -62,8 +62,7 @@ def new_folder(path: Path, run: Run, device_name: str = "cpu") -> RunFolder:
     """Make a run folder; everything is checked before anything is written. Raises InputError."""
     check_trainable(run)
     _check_new(path)
-    text = load_text(run.data)
-    text.check(run.model, run.cluster.devices, run.data.shards)
+    data = load_data(run)
     _check_disk(path, run)
     profile = load_profile(run.cluster.profile)
     if profile.name == LOCAL and device_name != "cpu":
@@ -84,7 +83,7 @@ def new_folder(path: Path, run: Run, device_name: str = "cpu") -> RunFolder:
     except OSError as error:
         shutil.rmtree(path, ignore_errors=True)
         raise _unwritable(path, error) from None
-    return RunFolder(path, run, profile, text, plan, None)
+    return RunFolder(path, run, profile, data, plan, None)
 
 
 def _check_new(path: Path) -> None:
@@ -111,10 +110,9 @@ def resumed_folder(path: Path, given: Run | None) -> RunFolder:
     if not os.access(path, os.W_OK):
         raise InputError(f"--resume: {path} is read-only; make it writable")
     checkpoints = list_checkpoints(path / CHECKPOINTS)
-    text = load_text(run.data)
-    text.check(run.model, run.cluster.devices, run.data.shards)
+    data = load_data(run)
     profile = load_profile(str(path / PROFILE_FILE))
-    return RunFolder(path, run, profile, text, read_plan(path), checkpoints[-1] if checkpoints else None)
+    return RunFolder(path, run, profile, data, read_plan(path), checkpoints[-1] if checkpoints else None)
 
 
 def read_plan(path: Path) -> dict[str, Any]:

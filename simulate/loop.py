@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,16 +17,16 @@ from simulate.checkpoints import Progress, load_checkpoint, save_checkpoint
 from simulate.clock import SimulatedClock
 from simulate.communicator import Communicator
 from simulate.config import Run
-from simulate.data.batches import TextBatches
+from simulate.data.batches import Batches
 from simulate.diagnostics import Diagnostics
 from simulate.errors import RunFailedError
 from simulate.events import Emit
-from simulate.loss import token_losses
+from simulate.loss import row_losses
 from simulate.methods.base import Method
 from simulate.models.build import empty_model
 
 EVALUATION_BATCH = 16
-"""Windows in one forward pass of an evaluation."""
+"""Samples in one forward pass of an evaluation."""
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Session:
 
     run: Run
     method: Method
-    batches: TextBatches
+    batches: Batches
     communicator: Communicator
     clock: SimulatedClock
     emit: Emit
@@ -47,6 +48,8 @@ class Session:
     wall_s: float = 0.0
     """Measured seconds of earlier sessions of this run."""
     val_loss: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    """Means of the newest evaluation by name, the validation loss among them."""
     started_s: float = field(default_factory=time.monotonic)
     diagnostics: Diagnostics | None = field(init=False)
 
@@ -136,18 +139,21 @@ def _tell_step(session: Session, losses_L: Tensor) -> None:
 def _evaluate(session: Session) -> None:
     """Emit the validation loss of the merged weights, on plain layers: nothing of the method is involved."""
     model, weights = empty_model(session.run), session.method.merged_state()
-    total, count = 0.0, 0
+    totals, counts = defaultdict[str, float](float), defaultdict[str, int](int)
     for inputs, targets in session.batches.validation(session.run.train.evaluate_samples, EVALUATION_BATCH):
-        logits = functional_call(model, weights, (inputs.to(session.device),), tie_weights=False)
-        loss_N = token_losses(logits.flatten(0, 1), targets.to(session.device).reshape(-1))
-        total += float(loss_N.double().sum())
-        count += loss_N.numel()
-    session.val_loss = total / count
+        targets = targets.to(session.device)
+        outputs = functional_call(model, weights, (inputs.to(session.device),), tie_weights=False)
+        scores = {"val_loss": row_losses(outputs, targets), **session.batches.scores(outputs, targets)}
+        for name, score_M in scores.items():
+            totals[name] += float(score_M.double().sum())
+            counts[name] += score_M.numel()
+    session.scores = {name: totals[name] / counts[name] for name in totals}
+    session.val_loss = session.scores["val_loss"]
     session.emit(
         {
             "kind": "evaluate",
             "step": session.step,
-            "val_loss": session.val_loss,
+            **session.scores,
             "tokens": session.step * session.run.tokens_per_step,
             "simulated_s": session.clock.now_s,
             "sent_bytes": session.communicator.counter.sent_bytes,
@@ -169,7 +175,7 @@ def save(session: Session) -> None:
         wall_s=session.elapsed_s(),
         val_loss=session.val_loss,
     )
-    fingerprint = session.batches.text.fingerprint
+    fingerprint = session.batches.fingerprint
     state = session.method.state()
     if session.diagnostics is not None:
         state.update(session.diagnostics.state())
@@ -179,7 +185,7 @@ def save(session: Session) -> None:
 
 def restore(session: Session, path: Path) -> None:
     """Continue from a checkpoint, bit for bit; raises InputError where it does not belong to this run."""
-    progress, state = load_checkpoint(path, session.run, session.batches.text.fingerprint)
+    progress, state = load_checkpoint(path, session.run, session.batches.fingerprint)
     session.method.load_state(state)
     if session.diagnostics is not None:
         session.diagnostics.load_state(state)

@@ -134,9 +134,9 @@ def _build(table: toml.Table) -> Run:
 
 
 def _check_data(run: Run) -> None:
-    from simulate.data.text import load_text
+    from simulate.data.sources import check_data
 
-    load_text(run.data).check(run.model, run.cluster.devices, run.data.shards)
+    check_data(run)
 
 
 def _tokens(request: Request, base: Run, table: toml.Table) -> int:

@@ -21,7 +21,7 @@ from ltecli.launcher import (
     resumed_folder,
     stop_on_signal,
 )  # fmt: skip
-from ltecli.output import Output, bytes_text, seconds_text
+from ltecli.output import Output, bytes_text, scores_text, seconds_text
 from ltecli.planner import describe
 from ltecli.sinks import ProgressBar, TensorBoard
 from simulate.checkpoints import list_checkpoints
@@ -154,7 +154,7 @@ def _simulate(folder: RunFolder, device_name: str, output: Output) -> int:
     device = _device(device_name)
     from simulate.clock import SimulatedClock
     from simulate.communicator import VirtualCommunicator
-    from simulate.data.batches import TextBatches
+    from simulate.data.batches import build_batches
     from simulate.events import EventFile
     from simulate.loop import Session, restore, train
     from simulate.measure import measure_memory_bytes
@@ -163,7 +163,7 @@ def _simulate(folder: RunFolder, device_name: str, output: Output) -> int:
     run = folder.run
     clock = SimulatedClock(run, folder.profile.devices(run.cluster.devices), folder.profile.link)
     communicator = VirtualCommunicator(run.cluster.devices, clock.charge_transfer, clock.wait)
-    batches = TextBatches.of(run, folder.text)
+    batches = build_batches(run, folder.data, device)
     measured_bytes = None if folder.resume_from else measure_memory_bytes(run, device)
     if measured_bytes and device.type == "cpu":
         # What the plan puts into the host's own memory, this CPU holds in the same one.
@@ -217,9 +217,9 @@ def _start_facts(folder: RunFolder, device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "simulated_on": str(device),
         "threads": torch.get_num_threads(),
-        "data": folder.text.source,
-        "data_bytes": len(folder.text.tokens),
-        "data_sha256": folder.text.fingerprint,
+        "data": folder.data.source,
+        "data_bytes": folder.data.num_bytes,
+        "data_sha256": folder.data.fingerprint,
     }
 
 
@@ -228,10 +228,7 @@ def _tell_derived(folder: RunFolder, output: Output) -> None:
     shape = run.model.shape()
     action = f"resuming {folder.path} from {folder.resume_from.name}" if folder.resume_from else f"run {folder.path}"
     output.hint(f"{action}: {describe(run)} per device; {shape.name}, {shape.parameters:,} parameters")
-    output.hint(
-        f"  data: {folder.text.source}, {len(folder.text.train):,} training and "
-        f"{len(folder.text.validation):,} validation bytes"
-    )
+    output.hint(f"  data: {folder.data.describe()}")
     output.hint(
         f"  derived: {run.tokens_per_step:,} tokens per step, {run.train.steps:,} steps, "
         f"{run.train.steps * run.tokens_per_step:,} tokens"
@@ -247,9 +244,10 @@ def _tell_derived(folder: RunFolder, output: Output) -> None:
 
 def _tell_result(folder: RunFolder, session: Session, output: Output) -> None:
     sent = session.communicator.counter.sent_bytes / session.run.cluster.devices
-    output.json(_result(folder, session.step, session.val_loss, sent, session.clock.now_s, session.elapsed_s()))
+    scores = (session.val_loss, session.scores.get("val_accuracy"))
+    output.json(_result(folder, session.step, scores, sent, session.clock.now_s, session.elapsed_s()))
     output.text(
-        f"done: {folder.path}, validation loss {session.val_loss:.4f}, {bytes_text(sent)} sent per device (counted), "
+        f"done: {folder.path}, {scores_text(*scores)}, {bytes_text(sent)} sent per device (counted), "
         f"{seconds_text(session.clock.now_s)} on {folder.profile.name} (simulated), "
         f"{seconds_text(session.elapsed_s())} here (measured)"
     )
@@ -261,18 +259,25 @@ def _tell_finished(folder: RunFolder, output: Output) -> None:
 
     figure = figures(read_run(folder.path))
     sent, wall = figure["sent_bytes_per_device"]["counted"], figure["wall_s"]
-    output.json(_result(folder, figure["steps"], figure["val_loss"], sent, wall["simulated"], wall["measured"]))
+    scores = (figure["val_loss"], figure["val_accuracy"])
+    output.json(_result(folder, figure["steps"], scores, sent, wall["simulated"], wall["measured"]))
     output.hint(f"{folder.path} is finished; next: lte report {folder.path}")
 
 
 def _result(
-    folder: RunFolder, steps: int, val_loss: float | None, sent: float, simulated_s: float, measured_s: float
+    folder: RunFolder,
+    steps: int,
+    scores: tuple[float | None, float | None],
+    sent: float,
+    simulated_s: float,
+    measured_s: float,
 ) -> dict[str, Any]:
     return {
         "version": 1,
         "run": str(folder.path),
         "steps": steps,
-        "val_loss": val_loss,
+        "val_loss": scores[0],
+        "val_accuracy": scores[1],
         "sent_bytes_per_device": sent,
         "simulated_s": simulated_s,
         "measured_s": measured_s,

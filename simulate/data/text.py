@@ -49,6 +49,15 @@ class Text:
         return self.tokens[self._split :]
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes of all tokens."""
+        return int(self.tokens.nbytes)
+
+    def describe(self) -> str:
+        """Return what there is to train on, for people."""
+        return f"{self.source}, {len(self.train):,} training and {len(self.validation):,} validation bytes"
+
+    @property
     def _split(self) -> int:
         return int(len(self.tokens) * (1 - VALIDATION_SHARE))
 
