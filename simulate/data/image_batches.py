@@ -87,7 +87,7 @@ class ImageBatches:
 
     def _read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return pixels, bytes, and labels of some images."""
-        pixels = torch.from_numpy(self.images.pixels[rows]).to(self.device)
+        pixels = torch.from_numpy(np.ascontiguousarray(self.images.pixels[rows])).to(self.device)
         return pixels, torch.from_numpy(self.images.labels[rows]).to(self.device)
 
     def _normalised(self, pixels: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ Legend: N devices, K classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
@@ -17,15 +18,14 @@ import numpy as np
 from simulate.randomness import generator
 
 FITTING_ROUNDS = 200
-LEAST_SHARE = 1e-12
-"""Where a Dirichlet draw is all but 0: fitting needs positive numbers."""
+LEAST_SHARE = 1e-300
+"""Where a draw is all but 0: fitting needs positive numbers, and tells apart the small ones."""
 
 
 def shard_sizes(samples: int, devices: int, shards: Sequence[float] | None) -> list[int]:
     """Return how many samples each device has: all of them, in equal parts or in parts of the given relative sizes."""
     sizes = [1.0] * devices if shards is None else shards
-    edges = [int(samples * share / sum(sizes)) for share in accumulate(sizes)]
-    edges[-1] = samples
+    edges = [round(samples * share / sum(sizes)) for share in accumulate(sizes)]
     return [end - first for first, end in pairwise([0, *edges])]
 
 
@@ -42,9 +42,7 @@ def skewed_shards(
     """Return each device's samples, by number: few classes each where `alpha` is far below 1, all alike far above."""
     counts_K = np.bincount(labels, minlength=classes)
     sizes_N = np.array(shard_sizes(len(labels), devices, shards))
-    shares_NK = np.stack(
-        [generator(seed, "skew", k).dirichlet(np.full(devices, alpha)) for k in range(classes)], axis=1
-    )
+    shares_NK = np.stack([_shares(generator(seed, "skew", k), devices, alpha) for k in range(classes)], axis=1)
     table_NK = fit_table(shares_NK, sizes_N, counts_K)
     parts: list[list[np.ndarray]] = [[] for _ in range(devices)]
     for k in range(classes):
@@ -55,9 +53,15 @@ def skewed_shards(
     return [np.concatenate(part) for part in parts]
 
 
+def _shares(random: np.random.Generator, devices: int, alpha: float) -> np.ndarray:
+    """Return a draw from Dirichlet_N(alpha), (N,), over its largest: Gamma(α) = Gamma(α + 1)·U^(1/α), in logarithms."""
+    logs_N = np.log(random.standard_gamma(alpha + 1, devices)) + np.log1p(-random.random(devices)) / alpha
+    return np.exp(np.maximum(logs_N - logs_N.max(), math.log(LEAST_SHARE)))
+
+
 def fit_table(shares_NK: np.ndarray, sizes_N: np.ndarray, counts_K: np.ndarray) -> np.ndarray:
     """Return whole numbers (N, K) that add up to the sizes and to the counts, in proportions near to the shares."""
-    table = np.maximum(np.nan_to_num(shares_NK), LEAST_SHARE)
+    table = np.maximum(shares_NK, LEAST_SHARE)
     for _ in range(FITTING_ROUNDS):
         table *= _ratio(sizes_N, table.sum(1))[:, None]
         table *= _ratio(counts_K, table.sum(0))

@@ -12,7 +12,14 @@ from PIL import Image
 from simulate.data import decode as module
 from simulate.data.cache import Draft
 from simulate.data.decode import (
-    FolderReader, Frame, SmallImageError, UnfitImageError, ZipReader, decode, decode_all, fit_array,
+    FolderReader,
+    Frame,
+    SmallImageError,
+    UnfitImageError,
+    ZipReader,
+    decode,
+    decode_all,
+    fit_array,
 )  # fmt: skip
 from tests.simulate.data.pictures import encoded, files_of, pixels, write_folder, write_zip
 
@@ -54,7 +61,7 @@ def test_a_small_picture_is_refused_or_enlarged() -> None:
 def test_sixteen_bits_a_colour_are_refused_and_not_cut() -> None:
     buffer = io.BytesIO()
     Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(buffer, "PNG")
-    with pytest.raises(UnfitImageError, match="I;16.*not 8 bits"):
+    with pytest.raises(UnfitImageError, match=r"I;16.*not 8 bits"):
         decode(buffer.getvalue(), Frame(8, 1))
 
 

@@ -17,7 +17,7 @@ from tests.simulate.data.pictures import files_of, write_folder, write_zip
 
 
 def tree_of(*paths: str, bare: tuple[str, ...] = ()) -> Tree:
-    return Tree({path: (1, 1) for path in paths}, frozenset(bare))
+    return Tree(dict.fromkeys(paths, (1, 1)), frozenset(bare))
 
 
 def arranged(*paths: str) -> dict[str, tuple[str, bool | None]]:
@@ -36,7 +36,10 @@ def refusal(tree: Tree) -> str:
 
 
 def test_folders_are_classes() -> None:
-    assert arranged("cat/1.jpg", "dog/1.PNG", "dog/notes.txt") == {"cat/1.jpg": ("cat", None), "dog/1.PNG": ("dog", None)}
+    assert arranged("cat/1.jpg", "dog/1.PNG", "dog/notes.txt") == {
+        "cat/1.jpg": ("cat", None),
+        "dog/1.PNG": ("dog", None),
+    }
 
 
 def test_folders_around_everything_mean_nothing() -> None:
