@@ -90,7 +90,7 @@ def _batch(path: Path, labels_key: str, classes: int) -> tuple[np.ndarray, np.nd
     table = _table(path)
     pixels, labels = table.get("data"), table.get(labels_key)
     size = COLOURS * SIDE * SIDE
-    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (size,):
+    if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (size,) or not len(pixels):
         raise InputError(f"data: {path} has no pixels of {size} bytes an image under 'data'; fetch it again")
     if not isinstance(labels, list) or len(labels) != len(pixels) or not all(isinstance(k, int) for k in labels):
         raise InputError(f"data: {path} has no whole number for each image under {labels_key!r}; fetch it again")

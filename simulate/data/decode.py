@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Protocol
@@ -83,15 +83,14 @@ class ZipReader:
 
     path: Path
 
-    @cached_property
-    def _archive(self) -> zipfile.ZipFile:
-        return zipfile.ZipFile(self.path)
-
-    def __getstate__(self) -> dict[str, Path]:
-        return {"path": self.path}  # an open archive stays in its process
-
     def read(self, name: str) -> bytes:
-        return self._archive.read(name)
+        return _archive(self.path, self.path.stat().st_mtime_ns).read(name)
+
+
+@lru_cache(maxsize=1)
+def _archive(path: Path, changed_ns: int) -> zipfile.ZipFile:
+    """Open an archive once in each process: its table of contents may take longer to read than a chunk of images."""
+    return zipfile.ZipFile(path)
 
 
 def decode(content: bytes, frame: Frame) -> np.ndarray:

@@ -210,10 +210,10 @@ def _fill(draft: Draft, source: ImageSource, frame: Frame, skip_corrupt: bool) -
 
 def _check_remaining(source: ImageSource, labels: np.ndarray) -> None:
     for split, mask in (("training", ~source.held_out), ("validation", source.held_out)):
-        counts = np.bincount(labels[mask & (labels != LEFT_OUT)], minlength=len(source.classes))
-        if not counts.all():
-            empty = source.classes[int(np.argmin(counts))]
-            raise InputError(f"data: class {empty!r} of {source.name} has no {split} image that can be read; add some")
+        before, after = set(source.labels[mask].tolist()), set(labels[mask].tolist())
+        if lost := sorted(before - after):
+            name = source.classes[lost[0]]
+            raise InputError(f"data: class {name!r} of {source.name} has no {split} image that can be read; add some")
 
 
 def colour_figures(pixels_SCPP: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
