@@ -19,6 +19,7 @@ from simulate.checkpoints import list_checkpoints
 from simulate.config import Run, dump_run, load_run
 from simulate.costs.memory import checkpoint_bytes
 from simulate.data.sources import Dataset, load_data
+from simulate.data.text import Text
 from simulate.errors import InputError
 from simulate.events import truncate_events
 from simulate.hardware import LOCAL, Profile, load_profile
@@ -26,6 +27,7 @@ from simulate.local_gpu import local_gpu_profile
 from simulate.options import DdpOptions, LteOptions
 
 RUN_FILE, PROFILE_FILE, PLAN_FILE, EVENTS_FILE = "run.toml", "profile.toml", "plan.json", "events.jsonl"
+TOKENIZER_FILE = "tokenizer.json"
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
 CHECKPOINTS_AT_ONCE = 3
 """Two are kept while a third is written."""
@@ -79,11 +81,18 @@ def new_folder(path: Path, run: Run, device_name: str = "cpu") -> RunFolder:
         (path / PROFILE_FILE).write_text(toml.dump(profile.model_dump(exclude_none=True)), encoding="utf-8")
         (path / PLAN_FILE).write_text(json.dumps(plan, indent=1), encoding="utf-8")
         (path / CHECKPOINTS).mkdir()
+        if isinstance(data, Text) and data.vocabulary is not None:
+            (path / TOKENIZER_FILE).write_text(data.vocabulary.json, encoding="utf-8")
         toml.write_atomically(path / RUN_FILE, dump_run(run).encode())
     except OSError as error:
         shutil.rmtree(path, ignore_errors=True)
         raise _unwritable(path, error) from None
     return RunFolder(path, run, profile, data, plan, None)
+
+
+def tokenizer_of(path: Path) -> Path | None:
+    """Return the tokenizer that a run folder keeps, or None where its tokens are bytes."""
+    return path / TOKENIZER_FILE if (path / TOKENIZER_FILE).is_file() else None
 
 
 def _check_new(path: Path) -> None:
@@ -110,7 +119,7 @@ def resumed_folder(path: Path, given: Run | None) -> RunFolder:
     if not os.access(path, os.W_OK):
         raise InputError(f"--resume: {path} is read-only; make it writable")
     checkpoints = list_checkpoints(path / CHECKPOINTS)
-    data = load_data(run)
+    data = load_data(run, tokenizer_of(path))
     profile = load_profile(str(path / PROFILE_FILE))
     return RunFolder(path, run, profile, data, read_plan(path), checkpoints[-1] if checkpoints else None)
 

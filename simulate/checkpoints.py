@@ -114,7 +114,7 @@ def load_checkpoint(path: Path, run: Run, data_fingerprint: str) -> tuple[Progre
     if meta["run"] != run_fingerprint(run):
         raise InputError(f"{path} is a checkpoint of another run: run.toml differs; restore it, or start anew in --out")
     if meta["data"] != data_fingerprint:
-        raise InputError(f"{path} was trained on other data: the text has changed since; restore it, or start anew")
+        raise InputError(f"{path} was trained on other data: it has changed since; restore it, or start anew")
     return Progress(**meta["progress"]), load(content)
 
 

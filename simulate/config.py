@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from simulate import toml
 from simulate.errors import InputError, near_match
@@ -26,6 +26,8 @@ from simulate.options import (
 
 DATA_NAMES = ("stdlib", "digits")
 HUB = "hf:"
+BYTES, BPE = "bytes", "bpe:"
+BYTE_VALUES = 256
 DataFormat = Literal["text", "images", "cifar", "stl10"]
 Share = Annotated[float, Field(gt=0)]
 
@@ -84,7 +86,7 @@ class Data(toml.Schema):
     """Of hf: the column of texts or images; not set: the only one."""
     rows: int | None = Field(default=None, gt=0)
     """Of hf: at most so many rows, from the first on; not set: all."""
-    tokenizer: str = Field(default="bytes", min_length=1)
+    tokenizer: str = Field(default=BYTES, min_length=1)
     """Of text: bytes, bpe:VOCAB (trained on the training split), or the path to a tokenizer.json."""
     skip_corrupt: bool = False
     """Leave images out that cannot be decoded, and count them, instead of refusing the data set."""
@@ -111,6 +113,17 @@ class Data(toml.Schema):
             if getattr(self, key) is not None and not self.from_hub:
                 raise ValueError(f"{key} = {getattr(self, key)!r} belongs to a name that starts with {HUB}; remove it")
         return self
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _tokenizer_known(cls, given: str) -> str:
+        size = given.removeprefix(BPE)
+        if given.startswith(BPE) and (not size.isdecimal() or int(size) < BYTE_VALUES):
+            raise ValueError(
+                f"tokenizer = {given!r}: after {BPE} comes a number of tokens, at least the {BYTE_VALUES} bytes; "
+                f"try --set data.tokenizer={BPE}4096"
+            )
+        return given
 
     @property
     def from_hub(self) -> bool:

@@ -56,6 +56,16 @@ class Place:
         """Return the array itself, writable."""
         return np.memmap(self.path, self.dtype, "r+", self.offset, self.shape)
 
+    def read(self) -> np.ndarray:
+        """Return the array itself, read-only."""
+        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> Place:
+        """Return the place of an array that a cache file holds."""
+        assert isinstance(array, np.memmap) and array.filename is not None
+        return cls(Path(array.filename), array.offset, array.dtype.str, array.shape)
+
 
 class Draft:
     """A cache file under construction."""

@@ -190,7 +190,7 @@ def folder_source(path: Path, tree: Tree) -> ImageSource:
     name = str(path)
     arrangement = arrange(tree, name)
     paths, labels = arrangement.paths, arrangement.labels
-    colours, pixels = _first_size(reader, paths)
+    colours, pixels = first_size(reader, paths)
 
     def fill(frame: Frame, target: Place) -> Unfit:
         return decode_all(reader, paths, frame, target)
@@ -209,8 +209,8 @@ def folder_source(path: Path, tree: Tree) -> ImageSource:
     )
 
 
-def _first_size(reader: Reader, paths: Sequence[str]) -> tuple[int, int]:
-    """Return colours and the shorter side's pixels of the first image that opens."""
+def first_size(reader: Reader, paths: Sequence[str]) -> tuple[int, int]:
+    """Return colours and the shorter side's pixels of the first image that opens; raises InputError if none does."""
     for path in paths:
         try:
             with Image.open(io.BytesIO(reader.read(path))) as image:

@@ -6,13 +6,15 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from simulate.config import Data, Model, Run
+from simulate.config import BYTES, Data, Model, Run
 from simulate.data.cifar import cifar_source, find_cifar
 from simulate.data.digits import digits_source
 from simulate.data.folders import IMAGE_SUFFIXES, Tree, folder_source, read_folder, read_zip
+from simulate.data.hub import hub_images
 from simulate.data.images import Images, ImageSource, load_images
 from simulate.data.stl10 import find_stl10, stl10_source
-from simulate.data.text import Text, load_text
+from simulate.data.text import Text, load_text, read_bytes
+from simulate.data.tokenizer import check_vocabulary, declared_size
 from simulate.errors import InputError
 
 Dataset = Text | Images
@@ -24,9 +26,14 @@ ARCHIVE_SUFFIXES = frozenset({".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z
 SNIFFED_BYTES = 4096
 
 
-def load_data(run: Run) -> Dataset:
-    """Return a run's samples, read and checked; raises InputError for everything that stands in their way."""
+def load_data(run: Run, tokenizer: Path | None = None) -> Dataset:
+    """Return a run's samples, read and checked; raises InputError for what stands in the way.
+
+    A tokenizer.json that is given goes before what run.toml says: the one that a run trained is kept with it.
+    """
     data, devices = run.data, run.cluster.devices
+    if tokenizer is not None:
+        data = data.model_copy(update={"tokenizer": str(tokenizer)})
     pixels, colours, classes = image_sizes(run.model)
     source = image_source(data)
     _check_kind(run, source)
@@ -46,11 +53,18 @@ def check_data(run: Run) -> None:
     source = image_source(run.data)
     _check_kind(run, source)
     if source is None:
-        load_text(run.data.model_copy(update={"tokenizer": "bytes"})).check(
-            run.model, run.cluster.devices, run.data.shards
-        )
+        _check_text(run)
     else:
         source.check(image_sizes(run.model)[2], devices, shards)
+
+
+def _check_text(run: Run) -> None:
+    text, tokenizer = read_bytes(run.data), run.data.tokenizer
+    if tokenizer == BYTES:
+        text.check(run.model, run.cluster.devices, run.data.shards)
+    else:  # there are no more tokens than bytes
+        text.check_length(run.model, run.cluster.devices, run.data.shards)
+        check_vocabulary(declared_size(tokenizer), tokenizer, run.model.vocab)
 
 
 def image_sizes(model: Model) -> tuple[int | None, int | None, int | None]:
@@ -73,6 +87,8 @@ def _check_kind(run: Run, source: ImageSource | None) -> None:
 
 def image_source(data: Data) -> ImageSource | None:
     """Return the images that run.toml names, or None where it names text; raises InputError."""
+    if data.from_hub:
+        return hub_images(data)
     if data.path is None:
         return digits_source() if data.name == "digits" else None
     path = Path(data.path)
@@ -93,7 +109,10 @@ def _recognised(path: Path) -> ImageSource | None:
     if 2 * len(tree.images) > len(tree.files):
         return folder_source(path, tree)
     if tree.files and not any(_may_be_text(path / name) for name in tree.files):
-        raise InputError(f"data.path = {str(path)!r}: nothing in it is recognised; what is understood: {UNDERSTOOD}")
+        raise InputError(
+            f"data.path = {str(path)!r}: nothing in it is recognised ({min(tree.files)} is binary: it holds a NUL byte);"
+            f" what is understood: {UNDERSTOOD}"
+        )
     return None
 
 
