@@ -43,7 +43,7 @@ ProfileName = Annotated[
     str | None, typer.Option("--profile", "-p", help="A shipped profile, `local`, or a path to profile.toml.")
 ]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="gpt, gpt2, gpt2_medium, gpt2_large or gpt2_xl.")]
-DataPath = Annotated[str | None, typer.Option("--data", "-d", help="A UTF-8 text file, or a folder of them.")]
+DataPath = Annotated[str | None, typer.Option("--data", "-d", help="Text or images: a file, a folder or a .zip.")]
 Devices = Annotated[int | None, typer.Option("--devices", "-n", help="Devices to use; default: all of the profile.")]
 Tokens = Annotated[int | None, typer.Option("--tokens", help="Tokens to train on; default: 20 a parameter.")]
 

@@ -25,7 +25,7 @@ from ltecli.output import Output, bytes_text, scores_text, seconds_text
 from ltecli.planner import describe
 from ltecli.sinks import ProgressBar, TensorBoard
 from simulate.checkpoints import list_checkpoints
-from simulate.config import Run, build_run, load_run
+from simulate.config import BPE, BYTES, HUB, Run, build_run, load_run
 from simulate.errors import InputError, RunFailedError
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 RUNS = Path("runs")
 DEMO_NAME = "demo"
+WHAT_DATA = ("name", "path", "format", "subset", "column", "rows")
+"""The keys of [data] that say which it is; the others say what to do with it."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,7 @@ def _run(given: Path | None, changes: Changes) -> Run:
 
 def _run_without_diagnostics(given: Path | None, data: str | None, assignments: Sequence[str]) -> Run:
     if given is not None:
-        run = load_run(given, list(assignments))
-        # Absolute, so that the run can be resumed from another folder.
-        path = data or run.data.path
-        return run if path is None else _with_data(run, str(Path(path).absolute()))
+        return _with_data(load_run(given, list(assignments)), data)
     data = data and str(Path(data).absolute())
     plan = plan_request(Request(data=data, assignments=tuple(assignments)))
     if plan.chosen is None:
@@ -109,8 +108,18 @@ def _run_without_diagnostics(given: Path | None, data: str | None, assignments: 
     return plan.chosen.run
 
 
-def _with_data(run: Run, data: str) -> Run:
-    return build_run({**run.model_dump(exclude_none=True), "data": {"path": data}}, "command line")
+def _with_data(run: Run, path: str | None) -> Run:
+    """Return the run on the data at another path, if one is given; absolute, so that any folder can resume it."""
+    table = run.data.model_dump(exclude_none=True)
+    if path is not None:
+        table = {key: value for key, value in table.items() if key not in WHAT_DATA} | {"path": path}
+    if "path" in table:
+        table["path"] = str(Path(table["path"]).absolute())
+    if table["tokenizer"] != BYTES and not table["tokenizer"].startswith(BPE):
+        table["tokenizer"] = str(Path(table["tokenizer"]).absolute())
+    if (folder := Path(table.get("name", "").removeprefix(HUB))) != Path() and folder.is_dir():
+        table["name"] = f"{HUB}{folder.absolute()}"
+    return build_run({**run.model_dump(exclude_none=True), "data": table}, "command line")
 
 
 def _resumed(given: Path | None, out: Path | None, changes: Changes) -> RunFolder:

@@ -110,8 +110,8 @@ def _recognised(path: Path) -> ImageSource | None:
         return folder_source(path, tree)
     if tree.files and not any(_may_be_text(path / name) for name in tree.files):
         raise InputError(
-            f"data.path = {str(path)!r}: nothing in it is recognised ({min(tree.files)} is binary: it holds a NUL byte);"
-            f" what is understood: {UNDERSTOOD}"
+            f"data.path = {str(path)!r}: nothing in it is recognised ({min(tree.files)} is binary: it holds a NUL "
+            f"byte); what is understood: {UNDERSTOOD}"
         )
     return None
 
