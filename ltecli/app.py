@@ -112,15 +112,37 @@ def train(
     diagnostics: Annotated[
         bool, typer.Option("--diagnostics", help="Diagnose heads and gradients as often as it is evaluated.")
     ] = False,
+    launch: Annotated[
+        bool, typer.Option("--launch", help="Train for real: a process for each device, here or on several machines.")
+    ] = False,
+    processes: Annotated[
+        int | None, typer.Option(help="With --launch: processes on this machine; default: one a device.", min=1)
+    ] = None,
+    nodes: Annotated[int, typer.Option(help="With --launch: machines that take part.", min=1)] = 1,
+    node: Annotated[int | None, typer.Option(help="With --launch: which of them this is, from 0.", min=0)] = None,
+    join: Annotated[str | None, typer.Option(help="With --launch: HOST:PORT of node 0.")] = None,
+    interface: Annotated[str | None, typer.Option(help="With --launch: network interface to use; no other is.")] = None,
+    secret_file: Annotated[
+        Path | None, typer.Option(help="With --launch: file with the secret that nodes share (else LTE_SECRET).")
+    ] = None,
+    trust_network: Annotated[
+        bool, typer.Option("--trust-network", help="With --launch: accept an address that is not private.")
+    ] = False,
     assignments: Set = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Simulate the run's devices in this process; Ctrl-C saves and leaves."""
+    """Simulate the run's devices in this process, or launch them for real; Ctrl-C saves and leaves."""
+    from ltecli.commands.launch import launch_options
     from ltecli.commands.train import Changes, train_command
 
     changes = Changes(data, tuple(assignments or ()), diagnostics)
-    raise typer.Exit(guarded(lambda: train_command(run, out, resume, device.value, changes, as_json, quiet)))
+
+    def command() -> int:
+        options = launch_options(launch, processes, nodes, node, join, interface, secret_file, trust_network)
+        return train_command(run, out, resume, device.value, changes, options, as_json, quiet)
+
+    raise typer.Exit(guarded(command))
 
 
 @app.command()

@@ -18,7 +18,7 @@ from simulate import toml
 from simulate.checkpoints import list_checkpoints
 from simulate.config import Run, dump_run, load_run
 from simulate.costs.memory import checkpoint_bytes
-from simulate.data.sources import Dataset, load_data
+from simulate.data.sources import TOKENIZER_FILE, Dataset, kept_tokenizer, load_data
 from simulate.data.text import Text
 from simulate.errors import InputError
 from simulate.events import truncate_events
@@ -27,7 +27,6 @@ from simulate.local_gpu import local_gpu_profile
 from simulate.options import DdpOptions, LteOptions
 
 RUN_FILE, PROFILE_FILE, PLAN_FILE, EVENTS_FILE = "run.toml", "profile.toml", "plan.json", "events.jsonl"
-TOKENIZER_FILE = "tokenizer.json"
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
 CHECKPOINTS_AT_ONCE = 3
 """Two are kept while a third is written."""
@@ -44,6 +43,12 @@ class RunFolder:
     plan: dict[str, Any]
     resume_from: Path | None
     """Checkpoint to continue from; None for a new run."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the newest checkpoint is that of the last step."""
+        last = f"-{self.run.train.steps:08d}"
+        return self.resume_from is not None and self.resume_from.name.endswith(last)
 
     @property
     def events(self) -> Path:
@@ -90,11 +95,6 @@ def new_folder(path: Path, run: Run, device_name: str = "cpu") -> RunFolder:
     return RunFolder(path, run, profile, data, plan, None)
 
 
-def tokenizer_of(path: Path) -> Path | None:
-    """Return the tokenizer that a run folder keeps, or None where its tokens are bytes."""
-    return path / TOKENIZER_FILE if (path / TOKENIZER_FILE).is_file() else None
-
-
 def _check_new(path: Path) -> None:
     if (path / RUN_FILE).is_file():
         raise InputError(f"--out {path} exists; add --resume to continue it, or choose another --out")
@@ -118,8 +118,8 @@ def resumed_folder(path: Path, given: Run | None) -> RunFolder:
         )
     if not os.access(path, os.W_OK):
         raise InputError(f"--resume: {path} is read-only; make it writable")
-    checkpoints = list_checkpoints(path / CHECKPOINTS)
-    data = load_data(run, tokenizer_of(path))
+    checkpoints = list_checkpoints(path / CHECKPOINTS, run.cluster.devices)
+    data = load_data(run, kept_tokenizer(path))
     profile = load_profile(str(path / PROFILE_FILE))
     return RunFolder(path, run, profile, data, read_plan(path), checkpoints[-1] if checkpoints else None)
 

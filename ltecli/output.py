@@ -65,6 +65,11 @@ class Output:
         """Print progress or advice, which is no result."""
         self.hints.print(text)
 
+    def warning(self, text: str) -> None:
+        """Print what went wrong without ending the command, also when quiet."""
+        sys.stderr.write(f"lte: {text}\n")
+        sys.stderr.flush()
+
 
 def plain_table(*columns: str) -> Table:
     """Return a table with right-aligned columns after the first; what is too wide for a terminal goes on below."""

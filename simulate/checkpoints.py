@@ -1,16 +1,21 @@
 """Checkpoints: safetensors and JSON, never pickle; whole or not there at all.
 
-A checkpoint is written into a hidden folder, flushed to disk and renamed. Its JSON holds the tensors' digest and the
+checkpoints/step-N/ has parts: `state`, what all devices have in common, and `devices-A-B`, what devices A to B−1 have
+for themselves. A process writes the parts that it holds; a checkpoint is whole once every device has a part. The files
+of a part are flushed to disk and renamed one after the other, the JSON last: it holds the tensors' digest and the
 run's, so that a damaged file or somebody else's checkpoint is refused instead of loaded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +25,11 @@ from simulate.errors import InputError
 if TYPE_CHECKING:  # listing checkpoints must not cost torch's import
     from torch import Tensor
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 KEEP = 2
-"""The newest checkpoints that are kept: one could be damaged by the disk."""
-_TENSORS, _META = "state.safetensors", "state.json"
+"""The newest whole checkpoints that are kept: one could be damaged by the disk."""
+SHARED = "state"
+_PART = re.compile(r"devices-(\d+)-(\d+)\.json")
 
 
 @dataclass(frozen=True)
@@ -44,46 +50,94 @@ class Progress:
     """Moment of the simulated clock from which the link is free."""
 
 
+@dataclass(frozen=True)
+class State:
+    """Tensors of a run: what all devices have in common, and what each has for itself, by device and name."""
+
+    shared: dict[str, Tensor] = field(default_factory=dict)
+    of_devices: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+
 def run_fingerprint(run: Run) -> str:
     """Return a digest of everything that run.toml says."""
     return hashlib.sha256(dump_run(run).encode()).hexdigest()
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Return where the checkpoint of a step is."""
+    return folder / f"step-{step:08d}"
+
+
 def save_checkpoint(
-    folder: Path, run: Run, data_fingerprint: str, progress: Progress, state: dict[str, Tensor]
+    folder: Path, run: Run, data_fingerprint: str, progress: Progress, state: State, with_shared: bool = True
 ) -> Path:
-    """Write checkpoints/step-N and drop older ones; returns its path. Raises OSError where the disk refuses."""
+    """Write this process's parts of checkpoints/step-N; returns its path. Raises OSError where the disk refuses.
+
+    Of several processes that write into one folder, only one needs to write what is shared.
+    """
+    target = checkpoint_path(folder, progress.step)
+    target.mkdir(parents=True, exist_ok=True)
+    about = {
+        "version": CHECKPOINT_VERSION,
+        "run": run_fingerprint(run),
+        "data": data_fingerprint,
+        "progress": asdict(progress),
+    }
+    parts: dict[str, Mapping[str, Tensor]] = {}
+    if state.of_devices:
+        name = f"devices-{min(state.of_devices)}-{max(state.of_devices) + 1}"
+        parts[name] = {f"{device}/{key}": t for device, own in state.of_devices.items() for key, t in own.items()}
+    if with_shared:
+        parts[SHARED] = state.shared
+    try:
+        for name, tensors in parts.items():
+            _write_part(target, name, tensors, about)
+    except BaseException:
+        _remove_parts(target, parts)
+        raise
+    _flush(folder)
+    return target
+
+
+def _remove_parts(path: Path, parts: Iterable[str]) -> None:
+    """Make room where the disk was full."""
+    for name in parts:
+        for suffix in ("json", "safetensors"):
+            (path / f"{name}.{suffix}").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # other processes' parts are there
+        path.rmdir()
+
+
+def prune(folder: Path, devices: int) -> None:
+    """Drop all but the newest whole checkpoints, and what is left of older, unfinished ones."""
+    whole = list_checkpoints(folder, devices)[-KEEP:]
+    for path in folder.glob("step-*"):
+        if whole and path not in whole and path < whole[-1]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _write_part(folder: Path, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     from safetensors.torch import save
 
-    name = f"step-{progress.step:08d}"
-    scratch, target = folder / f".{name}.partial", folder / name
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    # Written by Python, since safetensors' own writer does not raise OSError when the disk is full.
+    content = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
+    digest = {"tensors_bytes": len(content), "tensors_sha256": hashlib.sha256(content).hexdigest()}
+    # Not the JSON of a former attempt with the tensors of this one.
+    (folder / f"{name}.json").unlink(missing_ok=True)
+    _write_whole(folder / f"{name}.safetensors", content)
+    _write_whole(folder / f"{name}.json", json.dumps({**about, **digest}, indent=1).encode())
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        tensors = scratch / _TENSORS
-        # Written by Python, since safetensors' own writer does not raise OSError when the disk is full.
-        content = save({key: value.cpu().contiguous() for key, value in state.items()})
-        tensors.write_bytes(content)
-        meta = {
-            "version": CHECKPOINT_VERSION,
-            "run": run_fingerprint(run),
-            "data": data_fingerprint,
-            "tensors_bytes": len(content),
-            "tensors_sha256": hashlib.sha256(content).hexdigest(),
-            "progress": asdict(progress),
-        }
-        (scratch / _META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        for path in (tensors, scratch / _META, scratch):
-            _flush(path)
-        shutil.rmtree(target, ignore_errors=True)
-        scratch.rename(target)
-        _flush(folder)
+        scratch.write_bytes(content)
+        _flush(scratch)
+        scratch.rename(path)
+        _flush(path.parent)
     except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.unlink(missing_ok=True)
         raise
-    for old in list_checkpoints(folder)[:-KEEP]:
-        shutil.rmtree(old, ignore_errors=True)
-    return target
 
 
 def _flush(path: Path) -> None:
@@ -94,23 +148,61 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the whole checkpoints in a folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+def list_checkpoints(folder: Path, devices: int) -> list[Path]:
+    """Return the whole checkpoints of a run with that many devices, oldest first."""
+    found = sorted(path for path in folder.glob("step-*") if path.is_dir())
+    return [path for path in found if has_shared(path) and set(saved_devices(path)) >= set(range(devices))]
 
 
-def load_checkpoint(path: Path, run: Run, data_fingerprint: str) -> tuple[Progress, dict[str, Tensor]]:
-    """Read a checkpoint; raises InputError where it is damaged, or belongs to another run or other data."""
+def has_shared(path: Path) -> bool:
+    """Whether a checkpoint holds what all devices have in common."""
+    return (path / f"{SHARED}.json").is_file()
+
+
+def saved_devices(path: Path) -> dict[int, str]:
+    """Return the devices that a checkpoint holds, each with the name of its part."""
+    parts = (_PART.fullmatch(file.name) for file in sorted(path.glob("devices-*.json")))
+    return {
+        device: match[0].removesuffix(".json")
+        for match in parts
+        if match
+        for device in range(int(match[1]), int(match[2]))
+    }
+
+
+def load_checkpoint(
+    path: Path, run: Run, data_fingerprint: str, devices: Iterable[int], with_shared: bool = True
+) -> tuple[Progress | None, State]:
+    """Read what a checkpoint holds of `devices`; raises InputError where it is damaged, of another run or other data.
+
+    The progress is None where nothing was asked for that it holds.
+    """
+    state, progress, parts = State(), None, saved_devices(path)
+    for part in sorted({parts[device] for device in devices if device in parts}):
+        progress, tensors = _read_part(path, part, run, data_fingerprint)
+        for key, tensor in tensors.items():
+            owner, _, name = key.partition("/")
+            if int(owner) in devices:
+                state.of_devices.setdefault(int(owner), {})[name] = tensor
+    for device in set(devices) & set(parts):  # also one that has nothing for itself
+        state.of_devices.setdefault(device, {})
+    if with_shared:
+        progress, shared = _read_part(path, SHARED, run, data_fingerprint)
+        state.shared.update(shared)
+    return progress, state
+
+
+def _read_part(path: Path, part: str, run: Run, data_fingerprint: str) -> tuple[Progress, dict[str, Tensor]]:
     from safetensors.torch import load
 
-    meta = _read_meta(path)
-    content = (path / _TENSORS).read_bytes() if (path / _TENSORS).is_file() else b""
+    meta, file = _read_meta(path, part), path / f"{part}.safetensors"
+    content = file.read_bytes() if file.is_file() else b""
     retry = f"remove {path} to resume from the checkpoint before it"
     if len(content) != meta["tensors_bytes"]:
         size = f"has {len(content):,} of {meta['tensors_bytes']:,} bytes"
-        raise InputError(f"{path / _TENSORS} is truncated: it {size}; {retry}")
+        raise InputError(f"{file} is truncated: it {size}; {retry}")
     if hashlib.sha256(content).hexdigest() != meta["tensors_sha256"]:
-        raise InputError(f"{path / _TENSORS} is damaged: its digest is not the one that was saved; {retry}")
+        raise InputError(f"{file} is damaged: its digest is not the one that was saved; {retry}")
     if meta["run"] != run_fingerprint(run):
         raise InputError(f"{path} is a checkpoint of another run: run.toml differs; restore it, or start anew in --out")
     if meta["data"] != data_fingerprint:
@@ -118,9 +210,9 @@ def load_checkpoint(path: Path, run: Run, data_fingerprint: str) -> tuple[Progre
     return Progress(**meta["progress"]), load(content)
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
+def _read_meta(path: Path, part: str) -> dict[str, Any]:
     try:
-        meta = json.loads((path / _META).read_text(encoding="utf-8"))
+        meta = json.loads((path / f"{part}.json").read_text(encoding="utf-8"))
         if meta["version"] != CHECKPOINT_VERSION:
             version = f"{path} has version {meta['version']}, this lte reads {CHECKPOINT_VERSION}"
             raise InputError(f"{version}; use the lte that wrote it")
@@ -128,5 +220,5 @@ def _read_meta(path: Path) -> dict[str, Any]:
         return {key: meta[key] for key in ("run", "data", "tensors_bytes", "tensors_sha256", "progress")}
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
         raise InputError(
-            f"{path / _META} is missing or damaged; remove {path} to resume from the checkpoint before it"
+            f"{path / part}.json is missing or damaged; remove {path} to resume from the checkpoint before it"
         ) from None

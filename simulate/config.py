@@ -162,10 +162,31 @@ class Train(toml.Schema):
 
 
 class Cluster(toml.Schema):
-    """The hardware that is planned for and simulated."""
+    """The hardware that is planned for, and simulated or launched on; the waits of launched runs."""
 
     profile: str = Field(default="local", min_length=1)
     devices: int = Field(default=4, gt=0)
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """What moves tensors of a launched run; auto: nccl between CUDA GPUs, gloo else."""
+    min_devices: int | None = Field(default=None, gt=0)
+    """Devices that a launched run needs to go on when nodes are lost: their share moves to those that are left. Not
+    set: all, so it waits for lost nodes to return."""
+    timeout_s: float = Field(default=600.0, gt=0)
+    """Longest wait for one exchange; longer than the slowest device is behind at a merge."""
+    join_timeout_s: float = Field(default=300.0, gt=0)
+    """Longest wait for nodes to join, or to return."""
+    rejoin_s: float = Field(default=10.0, gt=0)
+    """After a loss: how long lost nodes may take to return before the run goes on without them, if it may."""
+    max_restarts: int = Field(default=3, ge=0)
+    """Restarts without a checkpoint between them before a launched run gives up."""
+    recover_every: int = Field(default=1, gt=0)
+    """Merges (of methods that exchange at every step: 10 steps) between the recovery points of a launched run."""
+
+    @model_validator(mode="after")
+    def _min_devices_fit(self) -> Cluster:
+        if self.min_devices is not None and self.min_devices > self.devices:
+            raise ValueError(f"min_devices = {self.min_devices} exceeds devices = {self.devices}; lower it")
+        return self
 
 
 class Run(toml.Schema):

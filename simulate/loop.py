@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from simulate.checkpoints import Progress, load_checkpoint, save_checkpoint
+from simulate.checkpoints import Progress, State, load_checkpoint, prune, save_checkpoint
 from simulate.clock import SimulatedClock
 from simulate.communicator import Communicator
 from simulate.config import Run
 from simulate.data.batches import Batches
 from simulate.diagnostics import Diagnostics
 from simulate.errors import RunFailedError
-from simulate.events import Emit
+from simulate.events import Emit, Event
 from simulate.loss import row_losses
 from simulate.methods.base import Method
 from simulate.models.build import empty_model
 
 EVALUATION_BATCH = 16
 """Samples in one forward pass of an evaluation."""
+MEETING_STEPS = 10
+"""Steps between the meetings, and between recovery points, of processes whose method exchanges at every step."""
 
 
 @dataclass
@@ -51,6 +53,14 @@ class Session:
     scores: dict[str, float] = field(default_factory=dict)
     """Means of the newest evaluation by name, the validation loss among them."""
     started_s: float = field(default_factory=time.monotonic)
+    writes_shared: bool = True
+    """Whether this process writes what all devices share: one of those that write into the same folder."""
+    recovers: bool = False
+    """Whether lost processes are restarted, from checkpoints at merges."""
+    saved_at: int = 0
+    """Steps done at the last checkpoint."""
+    untold: list[tuple[Tensor, Event]] = field(default_factory=list)
+    """Local devices' losses and the figures of steps since devices last met."""
     diagnostics: Diagnostics | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -60,11 +70,39 @@ class Session:
         """Measured seconds of the run, over all its sessions."""
         return self.wall_s + time.monotonic() - self.started_s
 
+    @property
+    def round_steps(self) -> int:
+        """Steps from one merge to the next; a method that exchanges at every step has a round of its own."""
+        apart = self.run.method.round_steps // self.run.method.merges_per_round
+        return apart if apart > 1 else MEETING_STEPS
+
+    @property
+    def meeting_steps(self) -> int:
+        """Steps from one point to the next at which devices hear of each other and may evaluate."""
+        apart = self.run.method.round_steps // self.run.method.merges_per_round
+        return apart if self.communicator.is_whole else self.round_steps
+
+    def meets_after(self, step: int) -> bool:
+        """Whether devices hear of each other after a step: within one process always."""
+        return self.communicator.is_whole or (step + 1) % self.meeting_steps == 0
+
+    def is_due(self, every: int, step: int | None = None) -> bool:
+        """Whether a multiple of `every` has gone by since the last meeting."""
+        step = step or self.step
+        return step // every > (step - 1) // self.meeting_steps * self.meeting_steps // every
+
+    def saves(self) -> bool:
+        """Whether it is time for a checkpoint: as often as the run says, of a launched one also to recover from."""
+        if not self.recovers:
+            return self.step % self.run.train.checkpoint_every == 0
+        recovery = self.step - self.saved_at >= self.round_steps * self.run.cluster.recover_every
+        return recovery or self.is_due(self.run.train.checkpoint_every)
+
 
 def train(session: Session) -> bool:
     """Run to the last step; returns False when `stop` asked to leave early, after a checkpoint was saved.
 
-    Raises RunFailedError for a loss that is not finite.
+    Raises RunFailedError for losses that are not finite.
     """
     run, method = session.run, session.method
     for step in range(session.step, run.train.steps):
@@ -75,79 +113,115 @@ def train(session: Session) -> bool:
         diagnostics = _diagnostics_due(session, step + 1) if merged else None
         round_figures = diagnostics.of_round(step) if diagnostics else {}
         if merged:
-            method.merge(step)
-            session.clock.charge_merge()
+            _merge(session, step)
         session.step = step + 1
         last = session.step == run.train.steps
         if last or session.step % run.train.log_every == 0:
-            _tell_step(session, losses_L)
-        if merged and (last or _due(run, session.step, run.train.evaluate_every)):
+            session.untold.append((losses_L, _figures(session)))
+        if not (last or session.meets_after(step)):
+            continue  # nobody hears of the others
+        stopping = _tell_steps(session) and not last
+        if merged and (last or session.is_due(run.train.evaluate_every)):
             _evaluate(session)
         if diagnostics:
             gradient_figures = diagnostics.of_gradients(session.batches, session.step, session.device)
             session.emit({"kind": "diagnostics", "step": session.step, **round_figures, **gradient_figures})
-        stopping = not last and session.stop()
-        if last or stopping or session.step % run.train.checkpoint_every == 0:
+        if last or stopping or session.saves():
             save(session)
         if stopping:
             return False
     return True
 
 
-def _due(run: Run, step: int, every: int) -> bool:
-    """Whether a multiple of `every` has gone by since the last merge."""
-    apart = run.method.round_steps // run.method.merges_per_round
-    last_merge = (step - 1) // apart * apart
-    return step // every > last_merge // every
+def _merge(session: Session, step: int) -> None:
+    """Merge; a device whose weights are not finite any more is left out of it, and goes on from what was merged."""
+    method = session.method
+    session.communicator.doing = f"the merge after step {step + 1}"
+    if method.can_leave_out:
+        healthy_L1 = method.healthy().double().unsqueeze(1)
+        healthy_N = session.communicator.share(healthy_L1).squeeze(1).bool()
+        if not healthy_N.any():
+            raise RunFailedError(f"no device's weights are finite at step {step + 1}; try a lower train.learning_rate")
+        if not healthy_N.all():
+            method.leave_out(healthy_N)
+            left_out = torch.nonzero(~healthy_N).flatten().tolist()
+            session.emit({"kind": "left-out", "step": step + 1, "devices": left_out})
+    method.merge(step)
+    session.clock.charge_merge()
 
 
 def _diagnostics_due(session: Session, step: int) -> Diagnostics | None:
     """Return what diagnoses this merge, if it is time; a run too short for that is diagnosed at its end."""
     every, steps = session.run.train.diagnostics_every, session.run.train.steps
-    due = every is not None and (_due(session.run, step, every) or steps == step < every)
+    due = every is not None and (session.is_due(every, step) or steps == step < every)
     return session.diagnostics if due else None
 
 
-def _tell_step(session: Session, losses_L: Tensor) -> None:
-    losses = losses_L.tolist()
-    for device, loss in zip(session.communicator.local_devices, losses, strict=True):
-        if not math.isfinite(loss):
-            raise RunFailedError(
-                f"the loss of device {device} is {loss} at step {session.step}; try a lower train.learning_rate"
-            )
-    run, method, counter = session.run, session.method, session.communicator.counter
-    active = [loss for device, loss in enumerate(losses) if device in method.active(session.step - 1)]
+def _figures(session: Session) -> Event:
+    """Return what a step event says beside the losses."""
+    run, counter = session.run, session.communicator.counter
+    return {
+        "step": session.step,
+        "learning_rate": run.train.learning_rate * session.method.rate_factor(session.step - 1),
+        "samples": session.step * run.samples_per_step,
+        "tokens": session.step * run.tokens_per_step,
+        "sent_bytes": counter.sent_bytes,
+        "received_bytes": counter.received_bytes,
+        "simulated_s": session.clock.now_s,
+        "simulated_exchange_s": session.clock.exchange_s,
+        "wall_s": session.elapsed_s(),
+    }
+
+
+def _tell_steps(session: Session) -> bool:
+    """Emit the steps since devices last met, with everyone's losses; returns whether to stop, all alike."""
+    own = [losses_L.double().cpu() for losses_L, _ in session.untold]
+    wish_L = torch.full((session.method.local_devices,), float(session.stop()), dtype=torch.float64)
+    session.communicator.doing = f"step {session.step}"
+    everyones = session.communicator.share(torch.stack([*own, wish_L], dim=1))
+    untold, session.untold = session.untold, []
+    for losses_N, (_, figures) in zip(everyones.T, untold, strict=False):
+        _tell_step(session, losses_N.tolist(), figures)
+    return bool(everyones[:, -1].any())
+
+
+def _tell_step(session: Session, losses: list[float], figures: Event) -> None:
+    step = figures["step"]
+    finite = [math.isfinite(loss) for loss in losses]
+    if not any(finite) or not (all(finite) or session.method.can_leave_out):
+        device = finite.index(False)
+        raise RunFailedError(
+            f"the loss of device {device} is {losses[device]} at step {step}; try a lower train.learning_rate"
+        )
+    active = [losses[device] for device in session.method.active(step - 1) if finite[device]]
     session.emit(
         {
             "kind": "step",
-            "step": session.step,
-            "train_loss": sum(active) / len(active),
-            "device_losses": losses,
-            "learning_rate": run.train.learning_rate * method.rate_factor(session.step - 1),
-            "samples": session.step * run.samples_per_step,
-            "tokens": session.step * run.tokens_per_step,
-            "sent_bytes": counter.sent_bytes,
-            "received_bytes": counter.received_bytes,
-            "simulated_s": session.clock.now_s,
-            "simulated_exchange_s": session.clock.exchange_s,
-            "wall_s": session.elapsed_s(),
+            "step": step,
+            "train_loss": sum(active) / len(active) if active else None,
+            "device_losses": [loss if fine else None for loss, fine in zip(losses, finite, strict=True)],
+            **figures,
         }
     )
 
 
 @torch.no_grad()
 def _evaluate(session: Session) -> None:
-    """Emit the validation loss of the merged weights, on plain layers: nothing of the method is involved."""
-    model, weights = empty_model(session.run), session.method.merged_state()
-    totals, counts = defaultdict[str, float](float), defaultdict[str, int](int)
-    for inputs, targets in session.batches.validation(session.run.train.evaluate_samples, EVALUATION_BATCH):
+    """Emit the scores of the merged weights, on plain layers: nothing of the method is involved.
+
+    Processes take turns with the batches; their sums are added up in order.
+    """
+    model, weights, communicator = empty_model(session.run), session.method.merged_state(), session.communicator
+    batches = session.batches.validation(session.run.train.evaluate_samples, EVALUATION_BATCH)
+    names = ("val_loss", *session.batches.score_names)
+    sums_LX = torch.zeros(len(communicator.local_devices), 1 + len(names), dtype=torch.float64)
+    for inputs, targets in islice(batches, communicator.process, None, communicator.processes):
         targets = targets.to(session.device)
         outputs = functional_call(model, weights, (inputs.to(session.device),), tie_weights=False)
-        scores = {"val_loss": row_losses(outputs, targets), **session.batches.scores(outputs, targets)}
-        for name, score_M in scores.items():
-            totals[name] += float(score_M.double().sum())
-            counts[name] += score_M.numel()
-    session.scores = {name: totals[name] / counts[name] for name in totals}
+        scores = [row_losses(outputs, targets), *session.batches.scores(outputs, targets)]
+        sums_LX[0] += torch.tensor([scores[0].numel(), *(float(score_M.double().sum()) for score_M in scores)])
+    count, *totals = communicator.share(sums_LX).sum(0).tolist()
+    session.scores = {name: total / count for name, total in zip(names, totals, strict=True)}
     session.val_loss = session.scores["val_loss"]
     session.emit(
         {
@@ -175,21 +249,32 @@ def save(session: Session) -> None:
         wall_s=session.elapsed_s(),
         val_loss=session.val_loss,
     )
-    fingerprint = session.batches.fingerprint
-    state = session.method.state()
+    state = session.method.divided_state()
     if session.diagnostics is not None:
-        state.update(session.diagnostics.state())
-    path = save_checkpoint(session.checkpoints, session.run, fingerprint, progress, state)
+        state.shared.update(session.diagnostics.state())
+    fingerprint = session.batches.fingerprint
+    path = save_checkpoint(session.checkpoints, session.run, fingerprint, progress, state, session.writes_shared)
+    if session.writes_shared:
+        prune(session.checkpoints, session.run.cluster.devices)
+    session.saved_at = session.step
     session.emit({"kind": "checkpoint", "step": session.step, "path": str(path)})
 
 
 def restore(session: Session, path: Path) -> None:
     """Continue from a checkpoint, bit for bit; raises InputError where it does not belong to this run."""
-    progress, state = load_checkpoint(path, session.run, session.batches.fingerprint)
-    session.method.load_state(state)
+    method, fingerprint = session.method, session.batches.fingerprint
+    progress, state = load_checkpoint(path, session.run, fingerprint, method.row_devices())
+    assert progress is not None
+    continue_from(session, progress, state)
+
+
+def continue_from(session: Session, progress: Progress, state: State) -> None:
+    """Take a run up where a state was saved."""
+    session.method.load_divided(state)
     if session.diagnostics is not None:
-        session.diagnostics.load_state(state)
+        session.diagnostics.load_state(state.shared)
     session.step, session.val_loss, session.wall_s = progress.step, progress.val_loss, progress.wall_s
+    session.saved_at = progress.step
     session.clock.compute_s, session.clock.exchange_s = progress.compute_s, progress.exchange_s
     session.clock.link_free_s = progress.link_free_s
     counter = session.communicator.counter

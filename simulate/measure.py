@@ -7,14 +7,13 @@ about one device's. Here one device runs by itself: its batch, its adapters, eve
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from simulate.communicator import ByteCounter, Nodes
+from simulate.communicator import Communicator, Nodes
 from simulate.config import Run
 from simulate.methods import build_method
 
@@ -22,53 +21,43 @@ MEASURED_ROUNDS, MEASURED_STEPS = 2, 2
 """The first step allocates optimizer state, the first merge what it remembers; after that every round is alike."""
 
 
-class EchoCommunicator:
+class EchoCommunicator(Communicator):
     """One device of N, whose peers are echoes of itself: buffers have their real sizes, the numbers mean nothing."""
 
     def __init__(self, num_devices: int) -> None:
-        self.num_devices = num_devices
-        self.local_devices = range(1)
-        self.counter = ByteCounter()
+        super().__init__(num_devices, range(1))
 
-    def all_reduce(self, sums: Sequence[Tensor]) -> None:
+    def share(self, values_LX: Tensor) -> Tensor:
+        return values_LX.detach().cpu().expand(self.num_devices, -1)
+
+    def _all_reduce(self, sums: Sequence[Tensor]) -> None:
         self._pack(sums)
 
-    def all_gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def _all_gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         if self.num_devices == 1:
             return list(tensors)
         return [tensor.repeat(self.num_devices, *(1,) * (tensor.ndim - 1)) for tensor in tensors]
 
-    def all_to_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def _all_to_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [tensor.clone() for tensor in tensors]
 
-    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+    def _broadcast(self, tensors: Sequence[Tensor]) -> None:
         self._pack(tensors)
 
-    def push(self, tensors: Sequence[Tensor], devices: int | None = None) -> list[Tensor]:
-        self._pack(tensors)
-        if devices is None:
-            return list(tensors)
-        # The server's own memory is no device's: everyone's part is one that takes no room.
-        return [t.new_zeros(1).expand(devices, *t.shape[1:]) for t in tensors]
+    def _push(self, tensors: Sequence[Tensor], active: Sequence[int] | None) -> None:
+        self._pack(tensors)  # the server, and its memory, are elsewhere
 
-    def pull(self, tensors: Sequence[Tensor], devices: int | None = None) -> None:
+    def _pull(self, tensors: Sequence[Tensor]) -> None:
         self._pack(tensors)
 
-    def reduce_in_nodes(self, sums: Sequence[Tensor], nodes: Nodes) -> None:
+    def _reduce_in_nodes(self, sums: Sequence[Tensor], nodes: Nodes) -> None:
         self._pack(sums)
 
-    def reduce_over_nodes(self, sums: Sequence[Tensor], nodes: Nodes) -> None:
+    def _reduce_over_nodes(self, sums: Sequence[Tensor], nodes: Nodes) -> None:
         self._pack(sums)
 
-    def broadcast_in_nodes(self, tensors: Sequence[Tensor], nodes: Nodes) -> None:
+    def _broadcast_in_nodes(self, tensors: Sequence[Tensor], nodes: Nodes) -> None:
         self._pack(tensors)
-
-    @contextmanager
-    def background(self) -> Iterator[None]:
-        yield
-
-    def wait(self) -> None:
-        pass
 
     def _pack(self, tensors: Sequence[Tensor]) -> None:
         """Allocate and free the message that the tensors would travel in."""

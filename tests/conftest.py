@@ -13,6 +13,9 @@ from hypothesis import settings
 from simulate.data.cache import CACHE_VARIABLE
 from simulate.data.text import Text
 from tests import tiny
+from tests.network.fixtures import open_lab
+
+__all__ = ["open_lab"]
 
 # One thread a test process: the tensors are tiny, and pytest-xdist already fills the cores.
 torch.set_num_threads(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from dataclasses import dataclass
 from functools import cache
@@ -170,9 +171,9 @@ def assert_resumes(name: str, steps_before: int, devices: int = 4) -> None:
     run = variant_run(name, devices, train={"steps": 14})
     method, restored = build(run), build(run)
     train(method, 0, steps_before)
-    saved = {key: tensor.clone() for key, tensor in method.state().items()}
+    saved = copy.deepcopy(method.divided_state())
     spoil(restored)
-    restored.load_state(saved)
+    restored.load_divided(saved)
     unbroken, continued = train(method, steps_before), train(restored, steps_before)
     assert torch.equal(unbroken.losses, continued.losses)
     assert method.state().keys() == restored.state().keys()

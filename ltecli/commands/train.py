@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ltecli.commands.launch import LaunchOptions, launch_run
 from ltecli.commands.plan import Request, nearest_miss_text, plan_request
 from ltecli.errors import INTERRUPTED, NothingFeasibleError
 from ltecli.launcher import (
@@ -21,9 +22,9 @@ from ltecli.launcher import (
     resumed_folder,
     stop_on_signal,
 )  # fmt: skip
-from ltecli.output import Output, bytes_text, scores_text, seconds_text
-from ltecli.planner import describe
+from ltecli.output import Output
 from ltecli.sinks import ProgressBar, TensorBoard
+from ltecli.telling import start_facts, tell_derived, tell_finished, tell_result
 from simulate.checkpoints import list_checkpoints
 from simulate.config import BPE, BYTES, HUB, Run, build_run, load_run
 from simulate.errors import InputError, RunFailedError
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     import torch
 
     from simulate.events import Event
-    from simulate.loop import Session
 
 RUNS = Path("runs")
 DEMO_NAME = "demo"
@@ -60,13 +60,16 @@ def train_command(
     resume: bool,
     device_name: str,
     changes: Changes,
+    launch: LaunchOptions | None,
     as_json: bool,
     quiet: bool,
 ) -> int:
-    """Train a run to its end; returns the exit code."""
+    """Train a run to its end, in this process or launched; returns the exit code."""
     output = Output(as_json, quiet or as_json)
     # Kineto announces every trace on stderr unless told otherwise before torch is imported.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    # Threads that spin while they wait for each other stand still beside anybody else's work: tens of times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     _check_device(device_name)
     if given is not None and given.is_dir() and not resume:
         raise InputError(f"{given} is a run folder; add --resume to continue it, or name a run.toml")
@@ -77,7 +80,10 @@ def train_command(
         folder = new_folder(out or RUNS / _name(given), run, device_name)
     try:
         with lock_folder(folder.path):
-            return _simulate(folder, device_name, output)
+            device = _device(device_name)
+            if launch is None and not _several_gpus(folder.run, device):
+                return _simulate(folder, device, output)
+            return launch_run(folder, device, launch or LaunchOptions(), output)
     except OSError as error:
         raise RunFailedError(f"{error.strerror}: {error.filename or folder.path}; {_saved(folder)}") from error
     except RunFailedError as error:
@@ -134,7 +140,7 @@ def _resumed(given: Path | None, out: Path | None, changes: Changes) -> RunFolde
 
 
 def _saved(folder: RunFolder) -> str:
-    saved = list_checkpoints(folder.path / CHECKPOINTS)
+    saved = list_checkpoints(folder.path / CHECKPOINTS, folder.run.cluster.devices)
     if not saved:
         return f"no checkpoint was saved yet; start over with lte train {folder.path} --resume"
     return f"saved: {saved[-1]}; continue with lte train {folder.path} --resume"
@@ -155,12 +161,20 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
-def _simulate(folder: RunFolder, device_name: str, output: Output) -> int:
-    _tell_derived(folder, output)
-    if folder.resume_from and folder.resume_from.name.endswith(f"-{folder.run.train.steps:08d}"):
-        _tell_finished(folder, output)
+def _several_gpus(run: Run, device: torch.device) -> bool:
+    """Whether virtual devices are spread over this machine's GPUs, by launched processes."""
+    if device.type != "cuda":
+        return False
+    import torch
+
+    return torch.cuda.device_count() > 1 and run.cluster.devices > 1
+
+
+def _simulate(folder: RunFolder, device: torch.device, output: Output) -> int:
+    tell_derived(folder, output)
+    if folder.is_finished:
+        tell_finished(folder, output)
         return 0
-    device = _device(device_name)
     from simulate.clock import SimulatedClock
     from simulate.communicator import VirtualCommunicator
     from simulate.data.batches import build_batches
@@ -205,89 +219,16 @@ def _simulate(folder: RunFolder, device_name: str, output: Output) -> int:
         if folder.resume_from:
             session.emit({"kind": "resume", "step": session.step})
         else:
-            session.emit({"kind": "start", "step": 0, **_start_facts(folder, device)})
+            session.emit({"kind": "start", "step": 0, **start_facts(folder, device)})
             session.emit({"kind": "memory", "step": 0, "measured_bytes": measured_bytes})
         finished = train(session)
         session.emit({"kind": "end" if finished else "interrupt", "step": session.step, "wall_s": session.elapsed_s()})
     if not finished:
         output.hint(f"interrupted at step {session.step}, saved; continue with lte train {folder.path} --resume")
         return INTERRUPTED
-    _tell_result(folder, session, output)
+    sent_bytes = session.communicator.counter.sent_bytes
+    tell_result(
+        folder, output, session.step, session.val_loss, sent_bytes, session.clock.now_s, session.elapsed_s(),
+        session.scores.get("val_accuracy"),
+    )  # fmt: skip
     return 0
-
-
-def _start_facts(folder: RunFolder, device: torch.device) -> dict[str, Any]:
-    import torch
-
-    from ltecli import version
-
-    return {
-        "lte": version(),
-        "torch": torch.__version__,
-        "simulated_on": str(device),
-        "threads": torch.get_num_threads(),
-        "data": folder.data.source,
-        "data_bytes": folder.data.num_bytes,
-        "data_sha256": folder.data.fingerprint,
-    }
-
-
-def _tell_derived(folder: RunFolder, output: Output) -> None:
-    run, chosen = folder.run, folder.plan["chosen"]
-    shape = run.model.shape()
-    action = f"resuming {folder.path} from {folder.resume_from.name}" if folder.resume_from else f"run {folder.path}"
-    output.hint(f"{action}: {describe(run)} per device; {shape.name}, {shape.parameters:,} parameters")
-    output.hint(f"  data: {folder.data.describe()}")
-    output.hint(
-        f"  derived: {run.tokens_per_step:,} tokens per step, {run.train.steps:,} steps, "
-        f"{run.train.steps * run.tokens_per_step:,} tokens"
-    )
-    output.hint(
-        f"  planned per device: {bytes_text(chosen['memory_bytes']['total'])} memory, "
-        f"{bytes_text(chosen['sent_bytes_per_round'])} sent per merge, {seconds_text(chosen['wall_s'])} on "
-        f"{run.cluster.devices} x {folder.profile.name}"
-    )
-    for text in (*folder.plan["notes"], *chosen["warnings"]):
-        output.hint(f"  warning: {text}")
-
-
-def _tell_result(folder: RunFolder, session: Session, output: Output) -> None:
-    sent = session.communicator.counter.sent_bytes / session.run.cluster.devices
-    scores = (session.val_loss, session.scores.get("val_accuracy"))
-    output.json(_result(folder, session.step, scores, sent, session.clock.now_s, session.elapsed_s()))
-    output.text(
-        f"done: {folder.path}, {scores_text(*scores)}, {bytes_text(sent)} sent per device (counted), "
-        f"{seconds_text(session.clock.now_s)} on {folder.profile.name} (simulated), "
-        f"{seconds_text(session.elapsed_s())} here (measured)"
-    )
-    output.hint(f"next: lte report {folder.path}")
-
-
-def _tell_finished(folder: RunFolder, output: Output) -> None:
-    from ltecli.report.figures import figures, read_run
-
-    figure = figures(read_run(folder.path))
-    sent, wall = figure["sent_bytes_per_device"]["counted"], figure["wall_s"]
-    scores = (figure["val_loss"], figure["val_accuracy"])
-    output.json(_result(folder, figure["steps"], scores, sent, wall["simulated"], wall["measured"]))
-    output.hint(f"{folder.path} is finished; next: lte report {folder.path}")
-
-
-def _result(
-    folder: RunFolder,
-    steps: int,
-    scores: tuple[float | None, float | None],
-    sent: float,
-    simulated_s: float,
-    measured_s: float,
-) -> dict[str, Any]:
-    return {
-        "version": 1,
-        "run": str(folder.path),
-        "steps": steps,
-        "val_loss": scores[0],
-        "val_accuracy": scores[1],
-        "sent_bytes_per_device": sent,
-        "simulated_s": simulated_s,
-        "measured_s": measured_s,
-    }

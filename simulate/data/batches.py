@@ -38,8 +38,12 @@ class Batches(Protocol):
     def validation(self, num_samples: int, num_at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield fixed held-out samples, inputs and whole targets, at most `num_at_once` at a time."""
 
-    def scores(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Return figures of each row, beside its loss, whose means an evaluation tells by these names."""
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """What an evaluation tells beside the loss."""
+
+    def scores(self, outputs: Tensor, targets: Tensor) -> list[Tensor]:
+        """Return the figures, (M,) each, of an evaluation's rows whose means are the scores, in their order."""
 
 
 def build_batches(run: Run, dataset: Dataset, device: torch.device | None = None) -> Batches:
@@ -113,6 +117,11 @@ class TextBatches:
             tokens = torch.from_numpy(windows.astype(np.int64))
             yield tokens[:, :-1], tokens[:, 1:]
 
-    def scores(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """What an evaluation tells beside the loss: nothing."""
+        return ()
+
+    def scores(self, outputs: Tensor, targets: Tensor) -> list[Tensor]:
         """Return nothing: of text, the loss says it all."""
-        return {}
+        return []

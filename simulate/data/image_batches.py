@@ -115,6 +115,11 @@ class ImageBatches:
             pixels, labels = self._read(held_out[chosen[first : first + num_at_once]])
             yield self._normalised(pixels), labels
 
-    def scores(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Return what an evaluation averages over samples, by the name of the mean: whether the top class is right."""
-        return {"val_accuracy": (outputs.argmax(-1) == targets).double()}
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """What an evaluation tells beside the loss: the share of samples whose top class is right."""
+        return ("val_accuracy",)
+
+    def scores(self, outputs: Tensor, targets: Tensor) -> list[Tensor]:
+        """Return whether each sample's top class is right, (S,), 0 or 1."""
+        return [(outputs.argmax(-1) == targets).double()]

@@ -18,6 +18,8 @@ from simulate.data.tokenizer import check_vocabulary, declared_size
 from simulate.errors import InputError
 
 Dataset = Text | Images
+TOKENIZER_FILE = "tokenizer.json"
+"""In a run's folder: what its tokens mean, unless they are bytes."""
 UNDERSTOOD = (
     "UTF-8 text (a file or a folder), images in class folders (a folder or a .zip), CIFAR-10 or CIFAR-100 batches for "
     "Python, STL-10 binary"
@@ -45,6 +47,11 @@ def load_data(run: Run, tokenizer: Path | None = None) -> Dataset:
     images = load_images(source, source.frame(pixels, colours, data.upscale), data.skip_corrupt)
     images.check(classes, devices, data.shards)
     return images
+
+
+def kept_tokenizer(folder: Path) -> Path | None:
+    """Return the tokenizer that a run's folder keeps, or None where its tokens are bytes."""
+    return folder / TOKENIZER_FILE if (folder / TOKENIZER_FILE).is_file() else None
 
 
 def check_data(run: Run) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from simulate.communicator import Communicator
 from simulate.costs.traffic import fragment
+from simulate.methods.base import clear_rows
 from simulate.methods.ddp import packed_parameters
 from simulate.wire import CompressedMean
 
@@ -79,6 +80,13 @@ class Averaging:
                     self.last[name].copy_(mean)
                 self.parameters[name].copy_(mean.expand_as(self.parameters[name]))
 
+    @torch.no_grad()
+    def leave_out(self, healthy_L: Tensor) -> None:
+        """Forget what devices have that are not healthy, so that a weight of zero makes it count nothing."""
+        errors = (tensor for mean in self.means.values() for tensor in mean.state().values())
+        for tensor in (*self.parameters.values(), *errors):
+            clear_rows(tensor, healthy_L)
+
     def _means(self, message: list[str], weights_N: Tensor | None) -> list[Tensor]:
         copies = [self.parameters[name].detach() for name in message]
         if self.first_only:
@@ -101,8 +109,8 @@ class Averaging:
         """Return what the first device has, which everyone else takes over."""
         firsts = [copy[0].clone() for copy in copies]
         if self.server:
-            holds_first = self.communicator.local_devices.start == 0
-            self.communicator.push([first.unsqueeze(0) for first in firsts] if holds_first else [], devices=1)
+            held = 1 if self.communicator.local_devices.start == 0 else 0
+            self.communicator.push([copy[:held] for copy in copies], active=[0])
             self.communicator.pull(firsts)
         else:
             self.communicator.broadcast(firsts)
@@ -114,15 +122,18 @@ class Averaging:
         return slice(local.start, local.stop)
 
     def _through_server(self, copies: list[Tensor], weights_N: Tensor | None) -> list[Tensor]:
-        if weights_N is None:
-            means = [copy.mean(0) for copy in self.communicator.push(copies)]
-            self.communicator.pull(means)
-            return means
-        active_N = weights_N > 0
-        devices = int(active_N.sum())
-        pushed = self.communicator.push([copy[active_N[self._local]] for copy in copies], devices)
-        means = [torch.tensordot(weights_N[active_N], copy, dims=1) for copy in pushed]
-        self.communicator.pull(means, devices)
+        active = None
+        if weights_N is not None:
+            active = torch.nonzero(weights_N > 0).flatten().tolist()
+            copies = [copy[weights_N[self._local] > 0] for copy in copies]
+        pushed = self.communicator.push(copies, active)
+        if pushed is None:
+            means = [copy.new_empty(copy.shape[1:]) for copy in copies]
+        elif weights_N is None:
+            means = [copy.mean(0) for copy in pushed]
+        else:
+            means = [torch.tensordot(weights_N[active], copy, dims=1) for copy in pushed]
+        self.communicator.pull(means, active)
         return means
 
     def _compressed(self, message: tuple[str, ...], copies: list[Tensor], weights_L: Tensor | None) -> list[Tensor]:

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from simulate.adapters import LoraLinear
+from simulate.checkpoints import State
 from simulate.communicator import Communicator
 from simulate.config import Run, Train
 from simulate.loss import row_losses
 from simulate.models.build import build_model
 from simulate.optimizers import Muon
-from simulate.replicated import ReplicatedEmbedding, ReplicatedLinear
+from simulate.replicated import ReplicatedEmbedding, ReplicatedLinear, VectorLora
 from simulate.updates import LayerUpdates
 
 COSINE_FLOOR = 0.1
@@ -112,6 +113,44 @@ class Method(ABC):
     def merge(self, step: int) -> None:
         """Make all devices' weights one model."""
 
+    can_leave_out = False
+    """Whether a merge can leave a device out whose weights are not finite any more."""
+    healthy_N: Tensor | None = None
+    """Which devices the next merge counts; None: all."""
+
+    def healthy(self) -> Tensor:
+        """Return which local devices' weights are finite, (L,), bool."""
+        sums = [p.detach().view(self.local_devices, -1).sum(1, dtype=torch.float64) for p in self.parameters.values()]
+        return torch.stack(sums).isfinite().all(0)
+
+    @torch.no_grad()
+    def leave_out(self, healthy_N: Tensor) -> None:
+        """Have the next merge count nothing of devices that are not healthy; they go on from what is merged.
+
+        Subclasses that `can_leave_out` also take out of their own tensors what is not finite.
+        """
+        self.healthy_N = healthy_N
+        for state in self.optimizer.state.values():
+            for tensor in state.values():
+                if tensor.ndim > 0:
+                    clear_rows(tensor, self.healthy_L)
+
+    @property
+    def healthy_L(self) -> Tensor:
+        """Which local devices the next merge counts."""
+        local = self.communicator.local_devices
+        assert self.healthy_N is not None
+        return self.healthy_N[local.start : local.stop]
+
+    def counted(self, weights_N: Tensor | None) -> Tensor | None:
+        """Return devices' shares of a mean, without those that are left out; None: all are equal."""
+        if self.healthy_N is None:
+            return weights_N
+        first = next(iter(self.parameters.values()))
+        weights = torch.ones(len(self.healthy_N)).to(first) if weights_N is None else weights_N
+        weights = weights * self.healthy_N.to(weights)
+        return weights / weights.sum()
+
     @abstractmethod
     def merged_state(self) -> dict[str, Tensor]:
         """Return the one model's weights by the plain network's names; right after a merge."""
@@ -193,8 +232,78 @@ class Method(ABC):
                 # A fused optimizer keeps its step counter on the device, too.
                 self.optimizer.state[parameter] = {k: v.to(parameter.device).clone() for k, v in moments.items()}
 
+    def row_devices(self) -> list[int]:
+        """Return the devices, in global order, to which the rows of tensors with a copies axis belong here."""
+        return list(self.communicator.local_devices)
+
+    def is_per_device(self, name: str) -> bool:
+        """Whether a tensor of `state`, by its name, has a leading axis over `row_devices`; all devices share others."""
+        kind, _, rest = name.partition(".")
+        if kind == "kept":
+            return self.is_kept_per_device(rest)
+        if kind == "optimizer":
+            rest, _, key = rest.rpartition(".")
+            return key != "step" and self.is_trained_per_device
+        return rest in self._per_device_tensors
+
+    def is_kept_per_device(self, name: str) -> bool:
+        """Whether a tensor of `kept` has a leading axis over devices: the errors of compressed messages do."""
+        return "error" in name
+
+    is_trained_per_device = True
+    """Whether each device trains parameters of its own; else all share one copy."""
+
+    @property
+    def _per_device_tensors(self) -> set[str]:
+        """The names of parameters and buffers with a leading axis over devices or their heads."""
+        if not self.is_trained_per_device:
+            return set()
+        own = set(self.parameters)
+        for name, module in self.model.named_modules():
+            keys = ("a", "a0", "b0", "merged") if isinstance(module, LoraLinear | VectorLora) else ()
+            own |= {f"{name}.{key}" for key in keys if isinstance(getattr(module, key, None), Tensor)}
+        return own
+
+    def divided_state(self) -> State:
+        """Return `state` divided into what all devices have in common, and what local ones have for themselves."""
+        self.communicator.finish()
+        owners, divided, own = self.row_devices(), State(), set(self.communicator.local_devices)
+        divided.of_devices.update({device: {} for device in own})
+        for name, tensor in self.state().items():
+            if not self.is_per_device(name):
+                divided.shared[name] = tensor
+                continue
+            rows = tensor.shape[0] // len(owners)
+            for device, part in zip(owners, tensor.split(rows), strict=True):
+                if device in own:  # a node's copy is its first device's
+                    divided.of_devices[device][name] = part
+        return divided
+
+    def load_divided(self, divided: State) -> None:
+        """Restore what `divided_state` of any processes returned, of all devices that have rows here."""
+        joined, owners = dict(divided.shared), self.row_devices()
+        for name in divided.of_devices[owners[0]]:
+            joined[name] = torch.cat([divided.of_devices[device][name] for device in owners])
+        self.load_state(joined)
+
+    def revived(self, shared: Mapping[str, Tensor], donor: Mapping[str, Tensor], device: int) -> dict[str, Tensor]:
+        """Return what a device starts from whose state nobody has, as `divided_state` has it; right after a merge.
+
+        What is trained starts like another device's, since all were equal then; moments and errors start at zero.
+        """
+        new = {name for name in donor if name.startswith("optimizer.") or "error" in name}
+        return {name: torch.zeros_like(t) if name in new else t.clone() for name, t in donor.items()}
+
+    def after_revival(self) -> None:  # noqa: B027 - most methods' merged weights need nothing of a lost device
+        """Make good for what lost devices had, once everything is loaded; all processes take part."""
+
     def _model_tensors(self) -> dict[str, Tensor]:
         return {**self.parameters, **dict(self.model.named_buffers())}
+
+
+def clear_rows(tensor: Tensor, healthy_L: Tensor) -> None:
+    """Zero the rows of devices that are not healthy in a tensor with a leading axis over local devices or heads."""
+    tensor.view(len(healthy_L), -1)[~healthy_L.to(tensor.device)] = 0
 
 
 def split_groups(

@@ -39,6 +39,7 @@ class Daso(Method):
         size = self.options.devices_per_node
         self.nodes = Nodes(size, communicator.num_devices // size)
         super().__init__(run, communicator, device, network)
+        communicator.arrange(self.nodes)
         self.messages = packed_parameters(self.parameters)
         self.delayed = self.options.delay_steps > 0 and self.nodes.count > 1
         self.arriving = {n: torch.zeros_like(p[0]) for n, p in self.parameters.items()} if self.delayed else {}
@@ -81,18 +82,20 @@ class Daso(Method):
             self._mix()
         if self.delayed and not last:
             with self.communicator.background():
-                for name, sums in self._sums():
-                    self.arriving[name].copy_(sums)
-                    self._keep(name, sums)
+                for names in self.messages:
+                    self._sum_up(names, self.arriving)
             self.sent_after.fill_(step)
             return
-        for name, sums in self._sums():
-            self.parameters[name].copy_((sums / self.nodes.count).expand_as(self.parameters[name]))
-            self._keep(name, sums)
+        for names in self.messages:
+            sums = {name: torch.empty_like(self.parameters[name][0]) for name in names}
+            self._sum_up(names, sums)
+            for name in names:
+                self.parameters[name].copy_((sums[name] / self.nodes.count).expand_as(self.parameters[name]))
+            self._keep(sums)
 
-    def _keep(self, name: str, sums: Tensor) -> None:
-        if name in self.last:
-            torch.div(sums, self.nodes.count, out=self.last[name])
+    def _keep(self, sums: dict[str, Tensor]) -> None:
+        for name in self.last.keys() & sums.keys():
+            torch.div(sums[name], self.nodes.count, out=self.last[name])
 
     def keep_merged(self) -> None:
         self.last = {name: p[0].detach().clone() for name, p in self.parameters.items()}
@@ -101,14 +104,12 @@ class Daso(Method):
         if self.nodes.count > 1:
             yield from dense_updates(self.model, self.parameters, self.last)
 
-    def _sums(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield each parameter's sum over all nodes."""
-        for names in self.messages:
-            sums = [self.parameters[name].detach().sum(0) for name in names]
-            self.communicator.reduce_over_nodes(sums, self.nodes)
-            if self.nodes.size > 1:
-                self.communicator.broadcast_in_nodes(sums, self.nodes)
-            yield from zip(names, sums, strict=True)
+    def _sum_up(self, names: list[str], sums: dict[str, Tensor]) -> None:
+        """Write the sum over all nodes of a message's parameters into `sums`, in place, so that it may arrive later."""
+        message = [torch.sum(self.parameters[name].detach(), 0, out=sums[name]) for name in names]
+        self.communicator.reduce_over_nodes(message, self.nodes)
+        if self.nodes.size > 1:
+            self.communicator.broadcast_in_nodes(message, self.nodes)
 
     @torch.no_grad()
     def _mix(self) -> None:
@@ -116,14 +117,21 @@ class Daso(Method):
         weight = 2.0 * self.options.delay_steps
         for name, parameter in self.parameters.items():
             parameter.mul_(weight).add_(self.arriving[name]).div_(weight + self.nodes.count)
+        self._keep(self.arriving)
         self.sent_after.fill_(NOTHING)
 
     def merged_state(self) -> dict[str, Tensor]:
         """Return the average that the nodes sent last, or the weights where nothing travels."""
         if int(self.sent_after) == NOTHING:
             return merged_state(self.model)
+        self.communicator.finish()
         means = {name: sums / self.nodes.count for name, sums in self.arriving.items()}
         return merged_state(self.model, {id(self.parameters[name]): mean for name, mean in means.items()})
+
+    def row_devices(self) -> list[int]:
+        """Return the first device of each node that has devices here."""
+        local, size = self.communicator.local_devices, self.nodes.size
+        return list(range(local.start // size * size, local.stop, size))
 
     def kept(self) -> dict[str, Tensor]:
         arriving = {f"arriving.{name}": sums for name, sums in self.arriving.items()}

@@ -44,7 +44,8 @@ class Diloco(Local):
 
     def merge(self, step: int) -> None:
         for index in self.fragments_due(step):
-            self.averaging.merge(index)
+            self.averaging.merge(index, self.counted(None))
+        self.healthy_N = None
 
     def updates(self, step: int) -> Iterator[LayerUpdates]:
         return dense_updates(self.model, self.parameters, self.averaging.last)

@@ -25,6 +25,7 @@ class GradientMethod(Method):
     """
 
     per_device = False
+    is_trained_per_device = False
 
     def prepare(self, model: nn.Module) -> nn.Module:
         return convert(model, copies=1)

@@ -45,6 +45,13 @@ class Local(Method):
         self.apply_gradients(step)
         return losses_L.detach()
 
+    can_leave_out = True
+    averaging: Averaging
+
+    def leave_out(self, healthy_N: Tensor) -> None:
+        super().leave_out(healthy_N)
+        self.averaging.leave_out(self.healthy_L)
+
     def merged_state(self) -> dict[str, Tensor]:
         return merged_state(self.model)
 
@@ -66,13 +73,14 @@ class LocalSgd(Local):
         return participants(self.run, count, step // self.options.merge_every)
 
     def merge(self, step: int) -> None:
-        weights_N = self._weights(step)
+        weights_N = self.counted(self._weights(step))
         if self.options.merge_optimizer == "average":
             self._average_with_moments(weights_N)
         else:
             self.averaging.merge(0, weights_N)
         if self.options.merge_optimizer == "reset":
             forget_moments(self.optimizer, self.parameters.values())
+        self.healthy_N = None
 
     def _weights(self, step: int) -> Tensor | None:
         """Return all devices' shares of the round's mean, or None where they are equal."""

@@ -16,7 +16,7 @@ carries the change since the last merge instead, through simulate.wire's Compres
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,11 @@ from simulate.communicator import Communicator
 from simulate.config import Run
 from simulate.convert import Treatment, convert, lora, merged_state, norm_parameters
 from simulate.costs.traffic import fragment
+from simulate.errors import RunFailedError
 from simulate.methods.averaging import Averaging
-from simulate.methods.base import Method, clip_per_device, forget_moments, prune_moments
+from simulate.methods.base import Method, clear_rows, clip_per_device, forget_moments, prune_moments
 from simulate.methods.lora import adapter_groups, adapter_parameters
-from simulate.methods.merging import LayerMerger
+from simulate.methods.merging import LayerMerger, sum_of_products
 from simulate.options import LteOptions
 from simulate.replicated import VectorLora
 from simulate.updates import DenseUpdates, LayerUpdates, LowRankUpdates, dense_updates
@@ -120,7 +121,7 @@ class Lte(Method):
             merger.merge()
             for vector in self.vectors.values():
                 vector.merged.copy_(vector())
-            self.averaging.merge(index)
+            self.averaging.merge(index, self.counted(None))
             self.spreading.merge(index)
             for layer in merger.layers:
                 self._start_round(layer, step)
@@ -128,6 +129,25 @@ class Lte(Method):
                 if name in self.vectors:
                     self.vectors[name].start_round()
                     self._treat_moments(self.vectors[name].factors())
+
+        self.healthy_N = None
+
+    can_leave_out = True
+
+    @torch.no_grad()
+    def leave_out(self, healthy_N: Tensor) -> None:
+        super().leave_out(healthy_N)
+        if self.first_device_norms and not healthy_N[0]:
+            raise RunFailedError("device 0, which trains the norms of all, has weights that are not finite")
+        for merger in self.mergers:
+            merger.leave_out(self.healthy_L)
+        for vector in self.vectors.values():
+            for factor, old in ((vector.a, vector.a0), (vector.b, vector.b0)):
+                clear_rows(factor, self.healthy_L)
+                if old is not None:
+                    clear_rows(old, self.healthy_L)
+            vector.a[~self.healthy_L.to(vector.a.device)] = 1.0
+        self.averaging.leave_out(self.healthy_L)
 
     def _start_round(self, layer: LoraLinear, step: int) -> None:
         if self.options.reset != "none":
@@ -168,6 +188,35 @@ class Lte(Method):
         }
         errors = {name: tensor for merger in self.mergers for name, tensor in merger.state().items()}
         return {**starts, **errors, **self.averaging.state(), **self.spreading.state()}
+
+    def revived(self, shared: Mapping[str, Tensor], donor: Mapping[str, Tensor], device: int) -> dict[str, Tensor]:
+        """Return a device's start with new adapters: A as it would draw it, B and the product at zero."""
+        own = super().revived(shared, donor, device)
+        devices, heads = self.run.cluster.devices, self.options.heads_per_device
+        for name, module in self.model.named_modules():
+            if isinstance(module, LoraLinear):
+                drawn_after = int(shared[f"model.{name}.drawn_after"])
+                drawn_HRI = module.draw_a(drawn_after, devices * heads)[device * heads : (device + 1) * heads]
+            elif isinstance(module, VectorLora):
+                drawn_HRI = torch.ones_like(own[f"model.{name}.a"])
+            else:
+                continue
+            for key, value in (("a", drawn_HRI), ("b", None), ("a0", drawn_HRI), ("b0", None)):
+                if f"model.{name}.{key}" in own:
+                    like = own[f"model.{name}.{key}"]
+                    own[f"model.{name}.{key}"] = torch.zeros_like(like) if value is None else value.to(like)
+        return own
+
+    @torch.no_grad()
+    def after_revival(self) -> None:
+        """Let W0 take over what lost devices had added to W: from now on their products start at zero."""
+        for merger in self.mergers:
+            for layer in merger.layers:
+                if layer.start_weight is not None:
+                    sums = [sum_of_products(layer.a, layer.b)]
+                    self.communicator.all_reduce(sums)
+                    share = self.options.scale / (self.communicator.num_devices * self.options.heads_per_device)
+                    layer.start_weight.copy_(torch.sub(layer.weight, sums[0], alpha=share))
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         for name, module in self.model.named_modules():

@@ -8,17 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from simulate.adapters import LoraLinear
 from simulate.communicator import Communicator
 from simulate.costs.schedule import factor_buffer_bytes, layer_transport
 from simulate.costs.traffic import pack
+from simulate.methods.base import clear_rows
 from simulate.models.shapes import LinearShape
 from simulate.options import LteOptions
 from simulate.wire import CompressedMean, decode, encode
 
-Exchange = Callable[[Sequence[Tensor]], list[Tensor]]
+Exchange = Callable[[Sequence[Tensor]], list[Tensor] | None]
 
 
 class LayerMerger:
@@ -67,6 +68,22 @@ class LayerMerger:
             else:
                 self._merge_sums(message)
 
+    @torch.no_grad()
+    def leave_out(self, healthy_L: Tensor) -> None:
+        """Take heads of devices that are not healthy back to the last merge, so that they add nothing to this one."""
+        healthy_H = healthy_L.repeat_interleave(self.options.heads_per_device)
+        for layer in self.layers:
+            sick_H = ~healthy_H.to(layer.b.device)
+            if layer.a0 is not None and layer.b0 is not None:
+                layer.a[sick_H], layer.b[sick_H] = layer.a0[sick_H], layer.b0[sick_H]
+                continue
+            if isinstance(layer.a, nn.Parameter):
+                drawn = layer.draw_a(int(layer.drawn_after))
+                layer.a[sick_H] = drawn[sick_H]
+            layer.b[sick_H] = 0
+        for errors in (*self.errors.values(), *(t for mean in self.means for t in mean.state().values())):
+            clear_rows(errors, healthy_L)
+
     @property
     def _share(self) -> float:
         """s/H: the merge is a mean over all heads."""
@@ -81,10 +98,11 @@ class LayerMerger:
             everyones = exchange([getattr(layer, key).detach() for layer in layers for key in self.keys])
             for layer in layers:
                 self._remember(layer, layer.a.detach(), layer.b.detach())
-        factors = iter(everyones)
-        for layer in layers:
-            a_HRI = self._everyones_draw(layer) if self.options.frozen_a else next(factors)
-            add_products(self._base(layer), a_HRI, next(factors), self._share, out=layer.weight)
+        if everyones is not None:  # here, not only at the server
+            factors = iter(everyones)
+            for layer in layers:
+                a_HRI = self._everyones_draw(layer) if self.options.frozen_a else next(factors)
+                add_products(self._base(layer), a_HRI, next(factors), self._share, out=layer.weight)
         if server:
             self.communicator.pull([layer.weight for layer in layers])
 
@@ -94,7 +112,7 @@ class LayerMerger:
             return layer.a
         return layer.draw_a(int(layer.drawn_after), heads)
 
-    def _exchange_rounded(self, layers: list[LoraLinear], exchange: Exchange) -> list[Tensor]:
+    def _exchange_rounded(self, layers: list[LoraLinear], exchange: Exchange) -> list[Tensor] | None:
         """Return everyone's factors as their messages have them; errors and remembered products follow."""
         wire, parts, shapes = self.options.wire, [], []
         for layer in layers:
@@ -113,7 +131,10 @@ class LayerMerger:
             if self.options.reset == "ab":  # the lost part of a factor means nothing beside the next draw
                 for key in self.keys:
                     self.errors[f"{layer.name}.{key}"].zero_()
-        received = iter(exchange([tensor for message in parts for tensor in message]))
+        exchanged = exchange([tensor for message in parts for tensor in message])
+        if exchanged is None:
+            return None
+        received = iter(exchanged)
         everyones = []
         for message, (heads, rows, columns) in zip(parts, shapes, strict=True):
             elements = heads // self.local * rows * columns

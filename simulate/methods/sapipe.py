@@ -108,6 +108,9 @@ class Sapipe(GradientMethod):
     def merged_state(self) -> dict[str, Tensor]:
         return merged_state(self.model, {id(self.leaves[name]): p[0].detach() for name, p in self.parameters.items()})
 
+    def is_kept_per_device(self, name: str) -> bool:
+        return name.startswith("predicted.")
+
     def kept(self) -> dict[str, Tensor]:
         kept = {f"stale.{name}": tensor for name, tensor in self.stale.items()}
         kept.update({f"previous.{name}": tensor for name, tensor in self.previous.items()})

@@ -166,7 +166,7 @@ def test_a_disk_that_fills_up_names_what_is_saved_and_the_run_can_go_on(
     lte: Lte, here: Path, run_toml: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", fail_after(1, Path.write_bytes))
+        patch.setattr(Path, "write_bytes", fail_after(5, Path.write_bytes))
         outcome = lte("train", run_toml, "--out", "a", "--quiet")
     assert_one_line(
         outcome, 1, ("No space left on device", "saved: a/checkpoints/step-00000003", "lte train a --resume")

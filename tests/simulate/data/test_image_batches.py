@@ -80,8 +80,9 @@ def test_validation_images_are_fixed_held_out_and_not_augmented() -> None:
 
 def test_the_accuracy_is_the_share_of_top_classes_that_are_right() -> None:
     outputs = torch.tensor([[1.0, 2.0, 0.0], [3.0, 1.0, 2.0], [0.0, 0.0, 1.0], [9.0, 1.0, 1.0]])
-    scores = batches().scores(outputs, torch.tensor([1, 2, 2, 0]))
-    assert scores["val_accuracy"].tolist() == [1.0, 0.0, 1.0, 1.0]
+    (right,) = batches().scores(outputs, torch.tensor([1, 2, 2, 0]))
+    assert batches().score_names == ("val_accuracy",)
+    assert right.tolist() == [1.0, 0.0, 1.0, 1.0]
 
 
 def test_images_that_were_left_out_are_in_no_batch() -> None:

@@ -1,0 +1,120 @@
+"""One rank of bench/wire.py, which starts it: times gloo's collectives and reads what crossed its interface."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+SETTLE_S = 0.1
+"""Until the last acknowledgements are counted."""
+Call = Callable[[int], Callable[[], object]]
+
+
+def all_reduce(num_bytes: int) -> Callable[[], object]:
+    """`num_bytes` is the buffer."""
+    buffer = torch.ones(num_bytes // 4)
+    return lambda: dist.all_reduce(buffer)
+
+
+def all_gather(num_bytes: int) -> Callable[[], object]:
+    """`num_bytes` is one contribution."""
+    part = torch.ones(num_bytes, dtype=torch.uint8)
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+    return lambda: dist.all_gather(parts, part)
+
+
+def all_to_all(num_bytes: int) -> Callable[[], object]:
+    """`num_bytes` is what one rank has for all ranks together, itself included."""
+    nodes = dist.get_world_size()
+    parts = torch.ones(num_bytes // nodes * nodes, dtype=torch.uint8)
+    received = torch.empty_like(parts)
+    return lambda: dist.all_to_all_single(received, parts)
+
+
+def broadcast(num_bytes: int) -> Callable[[], object]:
+    """`num_bytes` is the buffer, which rank 0 has."""
+    buffer = torch.ones(num_bytes, dtype=torch.uint8)
+    return lambda: dist.broadcast(buffer, src=0)
+
+
+def _exchange(parts: list[torch.Tensor], received: list[torch.Tensor]) -> None:
+    # All receives before any send: a request to receive must not queue behind megabytes on their way out.
+    rank, nodes = dist.get_rank(), dist.get_world_size()
+    others = [(rank + hop) % nodes for hop in range(1, nodes)]
+    works = [dist.irecv(received[other], other) for other in reversed(others)]
+    works += [dist.isend(parts[other], other) for other in others]
+    for work in works:
+        assert work is not None
+        work.wait()
+
+
+def all_to_all_by_pairs(num_bytes: int) -> Callable[[], object]:
+    """As `all_to_all`, of point-to-point messages."""
+    nodes = dist.get_world_size()
+    parts = [torch.ones(num_bytes // nodes, dtype=torch.uint8) for _ in range(nodes)]
+    received = [torch.empty_like(part) for part in parts]
+    return lambda: _exchange(parts, received)
+
+
+def all_gather_by_pairs(num_bytes: int) -> Callable[[], object]:
+    """As `all_gather`, of point-to-point messages: everyone sends its contribution to each other one."""
+    part = torch.ones(num_bytes, dtype=torch.uint8)
+    received = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+    return lambda: _exchange([part] * len(received), received)
+
+
+CALLS: dict[str, Call] = {
+    "all_reduce": all_reduce,
+    "all_gather": all_gather,
+    "all_to_all": all_to_all,
+    "broadcast": broadcast,
+    "all_gather by pairs": all_gather_by_pairs,
+    "all_to_all by pairs": all_to_all_by_pairs,
+}
+
+
+def counted_bytes() -> tuple[int, int]:
+    """Bytes sent and received by this node's interface to the switch, frames with their headers."""
+    folder = Path("/sys/class/net") / os.environ["WIRE_INTERFACE"] / "statistics"
+    sent, received = (int((folder / name).read_text()) for name in ("tx_bytes", "rx_bytes"))
+    return sent, received
+
+
+def measure(call: Callable[[], object], repeats: int) -> dict[str, float | list[float]]:
+    """Return the seconds of each repeat at this rank, and bytes over all of them; barriers in between are counted."""
+    call()  # the first one also connects
+    dist.barrier()
+    time.sleep(SETTLE_S)
+    before = counted_bytes()
+    seconds = []
+    for _ in range(repeats):
+        dist.barrier()
+        start_s = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start_s)
+    dist.barrier()
+    time.sleep(SETTLE_S)
+    sent, received = (now - then for now, then in zip(counted_bytes(), before, strict=True))
+    return {"seconds": seconds, "sent_bytes": sent / repeats, "received_bytes": received / repeats}
+
+
+def main() -> None:
+    """Measure what the argument lists: a JSON array of [operation, bytes, repeats]; print one JSON line for each."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    for operation, num_bytes, repeats in json.loads(sys.argv[1]):
+        call = CALLS[operation](num_bytes) if operation != "nothing" else lambda: None
+        print(json.dumps(measure(call, repeats)), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,316 @@
+"""The elastic agent that keeps one node's processes of a launched run going, and who listens to it.
+
+Membership, restarts and quorum are torchrun's: its LocalElasticAgent over its c10d rendezvous, here with a key-value
+store that listens at one address only, and with word of what failed. Everything that imports torch does so when called.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from simulate.config import Run
+from simulate.errors import InputError, RunFailedError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store, TCPStore
+
+LOGS = "logs"
+POLL_S, MONITOR_S = 0.3, 0.5
+FAREWELL_S = 20.0
+"""How long the first node waits for the others to hear how the run ended."""
+KEEP_ALIVE_S, KEEP_ALIVE_MISSES = 2, 3
+"""A node that is not heard of for so long is lost."""
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Node:
+    """This machine's part in a launched run."""
+
+    processes: int
+    device: str
+    """cpu or cuda."""
+    number: int = 0
+    count: int = 1
+    address: str = "127.0.0.1"
+    """Of this node, where it listens."""
+    interface: str = "lo"
+    store_address: str = "127.0.0.1"
+    """Of the first node."""
+    store_port: int = 0
+    """0: any that is free, on the first node."""
+
+
+class Launch:
+    """One node's agent with its store; `tell` gets what goes wrong, in words, as it happens."""
+
+    def __init__(self, folder: Path, run: Run, node: Node, tell: Tell, threads: int) -> None:
+        self.folder, self.run, self.node, self.tell, self.threads = folder, run, node, tell, threads
+        self._store: TCPStore | None = None
+
+    @property
+    def store(self) -> TCPStore:
+        """The agents' key-value store."""
+        assert self._store is not None
+        return self._store
+
+    def open_store(self) -> None:
+        """Listen on the first node, at its address only; elsewhere connect. Raises InputError, RunFailedError."""
+        from torch.distributed import TCPStore
+
+        node, timeout = self.node, timedelta(seconds=self.run.cluster.join_timeout_s)
+        if node.number > 0:
+            try:
+                self._store = TCPStore(node.store_address, node.store_port, is_master=False, timeout=timeout)
+            except RuntimeError as error:
+                place = f"{node.store_address}:{node.store_port}"
+                raise RunFailedError(f"node 0 does not answer at {place}: {_first_line(error)}") from error
+            return
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((node.address, node.store_port))
+            listener.listen(1024)
+        except OSError as error:
+            raise InputError(
+                f"--join {node.address}:{node.store_port} cannot be listened at ({error.strerror}); choose another port"
+            ) from None
+        port = listener.getsockname()[1]
+        self._store = TCPStore(
+            node.address, port, is_master=True, timeout=timeout, wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )  # fmt: skip
+
+    def run_agent(self) -> dict[str, Any]:
+        """Start the processes and keep them going; returns how the run ended. Raises RunFailedError."""
+        from torch.distributed.elastic.rendezvous.api import RendezvousError
+
+        node = self.node
+        os.environ.update(self._environment())
+        try:
+            result = self._agent().run()
+        except (RendezvousError, RuntimeError) as error:
+            if outcome := self._outcome():
+                return outcome
+            raise RunFailedError(f"node {node.number} lost the others: {_first_line(error)}") from error
+        outcome = self._outcome()
+        self._part(outcome)
+        if outcome is not None:
+            return outcome
+        failures = "; ".join(self._failure(rank, failure) for rank, failure in sorted(result.failures.items()))
+        raise RunFailedError(f"given up after {self.run.cluster.max_restarts} restarts: {failures}")
+
+    def _environment(self) -> dict[str, str]:
+        interface = self.node.interface
+        return {
+            "GLOO_SOCKET_IFNAME": interface,
+            "NCCL_SOCKET_IFNAME": interface,
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # its server would listen everywhere
+            "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGHUP",  # Ctrl-C and SIGTERM are asked for more gently
+            "OMP_NUM_THREADS": str(self.threads),
+            "KINETO_LOG_LEVEL": "99",
+        }
+
+    def _agent(self) -> Any:
+        from torch.distributed.elastic.agent.server.api import WorkerSpec
+        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+        from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+        from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
+            DynamicRendezvousHandler,
+            RendezvousTimeout,
+        )
+
+        cluster, node, run_id = self.run.cluster, self.node, self.folder.name
+        least = math.ceil((cluster.min_devices or cluster.devices) * node.count / cluster.devices)
+        handler = DynamicRendezvousHandler.from_backend(
+            run_id,
+            self.store,
+            C10dRendezvousBackend(self.store, run_id),
+            min_nodes=least,
+            max_nodes=node.count,
+            local_addr=node.address,
+            timeout=RendezvousTimeout(
+                join=timedelta(seconds=cluster.join_timeout_s), last_call=timedelta(seconds=cluster.rejoin_s)
+            ),
+            keep_alive_interval=KEEP_ALIVE_S,
+            keep_alive_max_attempt=KEEP_ALIVE_MISSES,
+        )
+        logs = self.folder / LOGS / f"node{node.number}"
+        logs.mkdir(parents=True, exist_ok=True)
+        host, port = node.store_address, self.store.port
+        spec = WorkerSpec(
+            role="process",
+            local_world_size=node.processes,
+            entrypoint=sys.executable,
+            args=("-m", "simulate.worker", str(self.folder), node.device, host, str(port)),
+            rdzv_handler=handler,
+            max_restarts=cluster.max_restarts,
+            monitor_interval=MONITOR_S,
+            local_addr=node.address,
+        )
+        return _agent_class()(spec, DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL), self)
+
+    def failed(self, failures: dict[int, Any]) -> None:
+        """Tell everyone which of this node's processes failed by themselves; others wrote so before they left."""
+        from simulate.worker import tell
+
+        for rank, failure in sorted(failures.items()):
+            if failure.exitcode < 0:
+                tell(self.store, self._failure(rank, failure))
+
+    def may_restart(self) -> bool:
+        """Whether trying again can end otherwise."""
+        from simulate.worker import FATAL
+
+        return not self.store.check([FATAL])
+
+    def saved_step(self) -> int:
+        """Return the step of the newest checkpoint that the run told of."""
+        from simulate.worker import STEP
+
+        return int(self.store.get(STEP)) if self.store.check([STEP]) else 0
+
+    def _failure(self, rank: int, failure: Any) -> str:
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            hint = ", perhaps for lack of memory" if name == "SIGKILL" else ""
+            return f"process {rank} on node {self.node.number} was killed by {name}{hint}"
+        logs = sorted((self.folder / LOGS).glob(f"node{self.node.number}/*/attempt_*/{failure.local_rank}/stderr.log"))
+        lines = [line for line in logs[-1].read_text(errors="replace").splitlines() if line.strip()] if logs else []
+        last = f": {lines[-1].strip()}" if lines else ""
+        return f"process {rank} on node {self.node.number} ended with {failure.exitcode}{last}"
+
+    def _outcome(self) -> dict[str, Any] | None:
+        from simulate.worker import OUTCOME
+
+        try:
+            return dict(json.loads(self.store.get(OUTCOME))) if self.store.check([OUTCOME]) else None
+        except RuntimeError:
+            return None
+
+    def _part(self, outcome: dict[str, Any] | None) -> None:
+        """Stay on the first node until everybody knows the end: its store goes with it."""
+        node = self.node
+        try:
+            self.store.set(f"left/{node.number}", "1")
+            if node.number == 0 and node.count > 1:
+                deadline = time.monotonic() + FAREWELL_S
+                left = [f"left/{number}" for number in range(node.count)]
+                while time.monotonic() < deadline and not self.store.check(left):
+                    time.sleep(POLL_S)
+        except RuntimeError:
+            self.tell("node 0 has left")
+
+
+def _agent_class() -> Any:
+    """Return torchrun's agent, which also tells of failures, and counts restarts from the last checkpoint on."""
+    from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+    class Agent(LocalElasticAgent):
+        def __init__(self, spec: Any, logs: Any, launch: Launch) -> None:
+            super().__init__(spec, logs, exit_barrier_timeout=FAREWELL_S)
+            self._launch, self._restarted_at = launch, 0
+
+        def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+            result = super()._monitor_workers(worker_group)
+            if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
+                self._launch.failed(result.failures)
+                step = self._launch.saved_step()
+                if step > self._restarted_at:  # the run got on in between
+                    self._restarted_at, self._remaining_restarts = step, worker_group.spec.max_restarts
+                if not self._launch.may_restart():
+                    self._remaining_restarts = 0
+            return result
+
+        def _shutdown(self, death_sig: signal.Signals = signal.SIGKILL, timeout: int = 30) -> None:
+            # Nothing is lost with a killed process: what it saves is whole or not there.
+            super()._shutdown(signal.SIGKILL, timeout)
+
+    return Agent
+
+
+@contextmanager
+def listening(
+    launch: Launch, on_event: Callable[[dict[str, Any]], None], events: Path, asked: list[bool]
+) -> Iterator[None]:
+    """Pass on, while the agent runs, what processes tell and the first one emits; ask to stop where it is wished."""
+    done = threading.Event()
+    listener = _Listener(launch, on_event, events, asked)
+
+    def listen() -> None:
+        while not done.wait(POLL_S):
+            listener.look()
+
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        listener.look()
+
+
+class _Listener:
+    def __init__(
+        self, launch: Launch, on_event: Callable[[dict[str, Any]], None], events: Path, asked: list[bool]
+    ) -> None:
+        self.launch, self.on_event, self.events, self.asked = launch, on_event, events, asked
+        self._told, self._offset, self._file, self._lost = 0, 0, 0, False
+
+    def look(self) -> None:
+        """Pass on what is new."""
+        try:
+            self._look_at(self.launch.store)
+        except RuntimeError:  # of a store that is gone; the agent ends by itself then
+            self._lost = True
+        if self.launch.node.number == 0:
+            self._read_events()
+
+    def _look_at(self, store: Store) -> None:
+        from simulate.worker import STOP, TOLD
+
+        if self._lost:
+            return
+        for index in range(self._told + 1, store.add(TOLD, 0) + 1):
+            if not store.check([f"{TOLD}/{index}"]):
+                break
+            self.launch.tell(store.get(f"{TOLD}/{index}").decode())
+            self._told = index
+        if self.asked:
+            store.set(STOP, "1")
+
+    def _read_events(self) -> None:
+        try:
+            about = self.events.stat()
+        except FileNotFoundError:
+            return
+        if about.st_ino != self._file:  # begun, or cut back by a restart: what is left was passed on before
+            restarted = self._file != 0
+            self._file, self._offset = about.st_ino, about.st_size if restarted else self._offset
+        with self.events.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._offset += len(line)
+                self.on_event(json.loads(line))
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,117 @@
+"""The preflight: before any worker starts, all nodes meet, prove themselves, agree and measure their links.
+
+with Preflight(settings, facts, tell=print) as preflight:
+    result = preflight.run()
+    ports = preflight.broadcast({"rendezvous_port": 29401} if settings.node == 0 else None, timeout_s=30)
+    preflight.barrier("start", timeout_s=30)
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+from types import TracebackType
+from typing import Any
+
+from simulate.hardware import Link
+from simulate.preflight.address import find_place, parse_endpoint
+from simulate.preflight.clocks import Now
+from simulate.preflight.facts import Facts, NodeFacts
+from simulate.preflight.hub import Hub
+from simulate.preflight.joiner import Joiner
+from simulate.preflight.settings import Check, Result, Settings, Tell
+
+
+class Alone:
+    """The only node of a run: no network, nobody to agree with."""
+
+    def __init__(self, settings: Settings, facts: Facts) -> None:
+        self._own = NodeFacts(
+            **facts.model_dump(), node=settings.node, nodes=settings.nodes, interface="", address="", link_port=0
+        )
+
+    def run(self) -> Result:
+        """Return this node alone."""
+        return Result([self._own], [], [])
+
+    def broadcast(self, payload: Any, timeout_s: float) -> Any:
+        """Return the payload."""
+        return payload
+
+    def barrier(self, name: str, timeout_s: float) -> None:
+        """Return at once."""
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+class Preflight:
+    """One node's part in a preflight; close() (or the end of `with`) leaves neither threads nor sockets."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        facts: Facts,
+        tell: Tell = lambda line: None,
+        check: Check = lambda nodes: (),
+        planned: Link | None = None,
+        now: Now = time.time,
+    ) -> None:
+        """Find this node's place on the network; raises InputError before anything is opened.
+
+        Of node 0, `check` adds rules about all nodes' facts, and `planned` is the link that measured ones are held
+        against. `now` is the clock that is compared.
+        """
+        self.settings = settings
+        self._role = _role(settings, facts, tell, check, planned, now)
+
+    def run(self) -> Result:
+        """Meet all nodes; returns the same on each. Raises InputError and RunFailedError, the same on each too."""
+        return self._role.run()
+
+    def broadcast(self, payload: Any, timeout_s: float) -> Any:
+        """Return node 0's payload (a JSON value of less than 1 MiB) on all nodes. Raises RunFailedError."""
+        return self._role.broadcast(payload, timeout_s)
+
+    def barrier(self, name: str, timeout_s: float) -> None:
+        """Return once all nodes have called it with that name. Raises RunFailedError naming a node that has not."""
+        self._role.barrier(name, timeout_s)
+
+    def close(self) -> None:
+        """Hang up, and end all threads; may be called twice."""
+        self._role.close()
+
+    def __enter__(self) -> Preflight:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _role(
+    settings: Settings, facts: Facts, tell: Tell, check: Check, planned: Link | None, now: Now
+) -> Alone | Hub | Joiner:
+    if settings.nodes == 1:
+        return Alone(settings, facts)
+    assert settings.join is not None
+    endpoint = parse_endpoint(settings.join)
+    place = find_place(
+        endpoint, is_hub=settings.node == 0, interface=settings.interface, trust_network=settings.trust_network
+    )
+    secret = settings.key(loopback=ipaddress.ip_address(place.hub_address).is_loopback)
+
+    def own(link_port: int) -> NodeFacts:
+        return NodeFacts(
+            **facts.model_dump(),
+            node=settings.node,
+            nodes=settings.nodes,
+            interface=place.interface,
+            address=place.address,
+            link_port=link_port,
+        )
+
+    if settings.node == 0:
+        return Hub(settings, own, endpoint, place, secret, tell, check, planned, now)
+    return Joiner(settings, own, endpoint, place, secret, tell, now)

@@ -1,0 +1,1 @@
+"""A network laboratory: several machines on one."""

@@ -1,0 +1,130 @@
+"""What a lab's links do: the rate of TCP transfers and the round trips of datagrams.
+
+python -m tests.network.probes receive 5000               # prints bytes and seconds, first byte to last
+python -m tests.network.probes send 10.77.0.2 5000 BYTES
+python -m tests.network.probes echo 6000                  # until it is killed
+python -m tests.network.probes ask 10.77.0.2 6000 COUNT   # prints COUNT round trips in seconds
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.network.lab import Node
+
+CHUNK_BYTES = 1 << 16
+WAIT_S = 10.0
+ECHO_WAIT_S = 0.5
+PORT = 5000
+ROOT = Path(__file__).parents[2]
+
+
+def start(node: Node, *words: object) -> subprocess.Popen[str]:
+    """Run one end of a probe in a node."""
+    argv = [sys.executable, "-m", __name__, *map(str, words)]
+    return node.popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def transfer(source: Node, target: Node, num_bytes: int, timeout_s: float = 60.0) -> float:
+    """Send bytes over TCP; return how many a second arrived."""
+    return transfers([(source, target)], num_bytes, timeout_s)[0]
+
+
+def transfers(pairs: Sequence[tuple[Node, Node]], num_bytes: int, timeout_s: float = 60.0) -> list[float]:
+    """Send bytes between several pairs at once; return each one's bytes a second."""
+    receivers = [start(target, "receive", PORT + i) for i, (_, target) in enumerate(pairs)]
+    senders = [start(source, "send", target.address, PORT + i, num_bytes) for i, (source, target) in enumerate(pairs)]
+    printed = [receiver.communicate(timeout=timeout_s)[0].split() for receiver in receivers]
+    for sender in senders:
+        sender.communicate(timeout=timeout_s)
+    if any(process.returncode for process in senders + receivers):
+        raise RuntimeError("a transfer failed")
+    assert all(int(arrived) == num_bytes for arrived, _ in printed)
+    return [num_bytes / float(seconds) for _, seconds in printed]
+
+
+def round_trips_s(source: Node, target: Node, count: int = 20) -> list[float]:
+    """Return the seconds of `count` round trips of a datagram."""
+    with start(target, "echo", PORT) as echo:
+        try:
+            asker = start(source, "ask", target.address, PORT, count)
+            return [float(word) for word in asker.communicate(timeout=60.0)[0].split()]
+        finally:
+            echo.kill()
+
+
+def receive(port: int) -> tuple[int, float]:
+    """Take one connection; return how many bytes it brought, and the seconds from the first to the last."""
+    with socket.create_server(("", port)) as server:
+        server.settimeout(WAIT_S)
+        connection, _ = server.accept()
+    with connection:
+        total_bytes = len(connection.recv(CHUNK_BYTES))
+        start_s = last_s = time.perf_counter()
+        while chunk := connection.recv(CHUNK_BYTES):
+            total_bytes += len(chunk)
+            last_s = time.perf_counter()
+    return total_bytes, last_s - start_s
+
+
+def send(address: str, port: int, num_bytes: int) -> None:
+    """Send zeros; tries until somebody listens."""
+    give_up_s = time.monotonic() + WAIT_S
+    while True:
+        try:
+            connection = socket.create_connection((address, port), timeout=WAIT_S)
+            break
+        except ConnectionRefusedError:
+            if time.monotonic() > give_up_s:
+                raise
+            time.sleep(0.02)
+    with connection:
+        connection.settimeout(None)
+        connection.sendall(bytes(num_bytes))
+
+
+def echo(port: int) -> None:
+    """Send every datagram back."""
+    with socket.socket(type=socket.SOCK_DGRAM) as server:
+        server.bind(("", port))
+        while True:
+            server.sendto(*server.recvfrom(CHUNK_BYTES))
+
+
+def ask(address: str, port: int, count: int) -> list[float]:
+    """Return round trips in seconds, one after the other; what is lost, or sent too early, is asked again."""
+    taken: list[float] = []
+    with socket.socket(type=socket.SOCK_DGRAM) as client:
+        client.settimeout(ECHO_WAIT_S)
+        client.connect((address, port))
+        while len(taken) < count:
+            start_s = time.perf_counter()
+            try:
+                client.send(b"?")
+                client.recv(CHUNK_BYTES)
+                taken.append(time.perf_counter() - start_s)
+            except (TimeoutError, ConnectionRefusedError):
+                time.sleep(0.02)
+    return taken
+
+
+def main(words: list[str]) -> None:
+    """Do what the command line says."""
+    what, *rest = words
+    if what == "receive":
+        print(*receive(int(rest[0])))
+    elif what == "send":
+        send(rest[0], int(rest[1]), int(rest[2]))
+    elif what == "echo":
+        echo(int(rest[0]))
+    else:
+        print(*ask(rest[0], int(rest[1]), int(rest[2])))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,19 @@
+"""What docs/networking.md says to write is what the tests of the tunnels write."""
+
+from __future__ import annotations
+
+from tests.network.tunnels import document_block, mesh_config, star_config
+
+KEYS = [(f"PRIVATE_KEY_{i}", f"PUBLIC_KEY_{i}") for i in range(3)]
+ADDRESSES = [f"ADDRESS_{i}" for i in range(3)]
+
+
+def test_the_configurations_are_the_tested_ones() -> None:
+    for config in (star_config(ADDRESSES, KEYS, 0), star_config(ADDRESSES, KEYS, 1), mesh_config(ADDRESSES, KEYS, 0)):
+        assert document_block(config) == config
+
+
+def test_the_firewall_lets_in_what_the_tunnel_needs() -> None:
+    rules = document_block("table inet lte")
+    assert "policy drop" in rules
+    assert "udp dport 51820 accept" in rules

@@ -1,0 +1,89 @@
+"""The recipes of docs/networking.md, carried out: gloo through WireGuard and SSH, and nothing readable outside."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from tests.network.capture import capture
+from tests.network.gloo_rank import NUM_BYTES, PATTERN, run_ranks
+from tests.network.lab import Lab, Node
+from tests.network.tunnels import (
+    SSH_TOOLS,
+    WIREGUARD_TOOLS,
+    Tunnel,
+    document_block,
+    missing,
+    ssh_star,
+    wireguard_mesh,
+    wireguard_star,
+)
+
+pytestmark = pytest.mark.slow
+
+OpenLab = Callable[..., Lab]
+TUNNELS = [
+    pytest.param(wireguard_mesh, WIREGUARD_TOOLS, 2, id="wireguard mesh of 2"),
+    pytest.param(wireguard_mesh, WIREGUARD_TOOLS, 3, id="wireguard mesh of 3"),
+    pytest.param(wireguard_star, WIREGUARD_TOOLS, 3, id="wireguard star of 3"),
+    pytest.param(ssh_star, SSH_TOOLS, 2, id="ssh of 2"),
+    pytest.param(ssh_star, SSH_TOOLS, 3, id="ssh star of 3"),
+]
+PAYLOAD_FRAMES = NUM_BYTES / 1448
+"""Fewer frames cannot have carried one rank's share of the all-reduce."""
+
+
+def test_without_a_tunnel_anyone_on_the_link_reads_along(open_lab: OpenLab) -> None:
+    lab = open_lab(2)
+    with capture(lab[1], PATTERN) as seen:
+        run_ranks(lab, ("eth0", "eth0"), (lab[0].address, lab[1].address))
+    assert seen.frames > PAYLOAD_FRAMES
+    assert seen.with_pattern > PAYLOAD_FRAMES / 2  # its own half; what comes back is summed
+
+
+@pytest.mark.parametrize(("join", "tools", "nodes"), TUNNELS)
+def test_in_a_tunnel_gloo_works_and_nothing_is_readable_outside(
+    join: Callable[[Lab, Path], AbstractContextManager[Tunnel]],
+    tools: tuple[str, ...],
+    nodes: int,
+    open_lab: OpenLab,
+    tmp_path: Path,
+) -> None:
+    if reason := missing((*tools, "ping", "sysctl")):
+        pytest.skip(reason)
+    lab = open_lab(nodes)
+    with join(lab, tmp_path) as tunnel, capture(lab[1], PATTERN) as seen:
+        run_ranks(lab, tunnel.interfaces, tunnel.addresses)
+    assert seen.frames > PAYLOAD_FRAMES
+    assert seen.with_pattern == 0
+
+
+def test_the_firewall_of_the_document_shuts_the_join_port_outside(open_lab: OpenLab, tmp_path: Path) -> None:
+    if reason := missing((*WIREGUARD_TOOLS, "nft", "ping")):
+        pytest.skip(reason)
+    lab = open_lab(2)
+    # As torch's store does: a server on all addresses.
+    serve = "import socket\nserver = socket.create_server(('', 29500))\nwhile True: server.accept()[0].close()"
+    server = lab[0].popen([sys.executable, "-c", serve])
+    with wireguard_mesh(lab, tmp_path) as tunnel:
+        assert reaches(lab[1], lab[0].address)
+        rules = document_block("table inet lte").replace("wg0", tunnel.interfaces[0])
+        (tmp_path / "lte.nft").write_text(rules)
+        lab[0].run(["nft", "-f", str(tmp_path / "lte.nft")])
+        assert not reaches(lab[1], lab[0].address)
+        assert reaches(lab[1], tunnel.addresses[0])
+        run_ranks(lab, tunnel.interfaces, tunnel.addresses, port=29501)
+    server.kill()
+    server.wait()
+
+
+def reaches(node: Node, address: str, tries: int = 3) -> bool:
+    """Whether the join port of an address answers."""
+    connect = f"import socket; socket.create_connection(('{address}', 29500), timeout=1)"
+    argv = node.command([sys.executable, "-c", connect])
+    return any(subprocess.run(argv, capture_output=True, check=False).returncode == 0 for _ in range(tries))

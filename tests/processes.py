@@ -1,0 +1,89 @@
+"""The tiny runs of tests.tiny on devices in real processes, which gloo joins over loopback.
+
+python -m tests.processes FOLDER PROCESS PROCESSES DTYPE STEPS VARIANT...    (started by `train_in_processes`)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from simulate.distributed import TorchCommunicator
+from simulate.methods import build_method
+from tests import tiny
+
+DEVICES, TIMEOUT_S = 4, 60
+
+
+def variant_table(steps: int, dtype: str) -> dict[str, Any]:
+    """Return the [train] table of these runs."""
+    return {"steps": steps, "dtype": dtype, "warmup_steps": 5, "weight_decay": 0.1}
+
+
+def train_in_processes(
+    folder: Path, variants: list[str], processes: int, steps: int = 60, dtype: str = "fp64"
+) -> dict[str, tuple[tiny.History, dict[str, int]]]:
+    """Train each variant on 4 devices in `processes` processes; returns what is left and the counted bytes, by name."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.processes", folder, str(p), str(processes), dtype, str(steps), *variants],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for p in range(processes)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    failed = [output for process, output in zip(started, outputs, strict=True) if process.returncode]
+    assert not failed, "\n".join(failed)
+    results = {}
+    for index, name in enumerate(variants):
+        weights = load_file(folder / f"{index}.safetensors")
+        counted = json.loads((folder / f"{index}.json").read_text())
+        results[name] = tiny.History(weights.pop("losses"), weights), counted
+    return results
+
+
+def _train(name: str, steps: int, dtype: str) -> tuple[tiny.History, dict[str, int]]:
+    run = tiny.variant_run(name, DEVICES, train=variant_table(steps, dtype))
+    communicator = TorchCommunicator(DEVICES, tiny.CPU, TIMEOUT_S)
+    method, data = build_method(run, communicator, tiny.CPU), tiny.batches(run)
+    losses = []
+    for step in range(steps):
+        losses.append(method.step(*data.batch(step, communicator.local_devices), step))
+        if method.merge_due(step):
+            method.merge(step)
+    everyones = communicator.share(torch.stack(losses, dim=1)).T
+    communicator.close()
+    counter = communicator.counter
+    counted = {"sent": counter.sent_bytes, "received": counter.received_bytes, "messages": counter.messages}
+    return tiny.History(everyones, {k: w.contiguous() for k, w in method.merged_state().items()}), counted
+
+
+def main() -> None:
+    """Be one process."""
+    folder, process, processes, dtype, steps, *variants = sys.argv[1:]
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=int(process), world_size=int(processes),
+        timeout=timedelta(seconds=TIMEOUT_S),
+    )  # fmt: skip
+    for index, name in enumerate(variants):
+        history, counted = _train(name, int(steps), dtype)
+        if process == "0":
+            tensors = {**{k: w.clone() for k, w in history.weights.items()}, "losses": history.losses.contiguous()}
+            save_file(tensors, Path(folder) / f"{index}.safetensors")
+            (Path(folder) / f"{index}.json").write_text(json.dumps(counted))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

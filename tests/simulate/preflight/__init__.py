@@ -1,0 +1,1 @@
+"""Tests of the preflight, with real sockets on loopback."""
