@@ -53,7 +53,7 @@ ProfileName = Annotated[
 Model = Annotated[
     str | None, typer.Option("--model", "-m", help="gpt, gpt2, llama_60m, vit_s16, mixer_s16, ...: see docs/models.md.")
 ]
-DataPath = Annotated[str | None, typer.Option("--data", "-d", help="A UTF-8 text file, or a folder of them.")]
+DataPath = Annotated[str | None, typer.Option("--data", "-d", help="Text or images: a file, a folder or a .zip.")]
 Devices = Annotated[int | None, typer.Option("--devices", "-n", help="Devices to use; default: all of the profile.")]
 Tokens = Annotated[int | None, typer.Option("--tokens", help="Tokens to train on; default: 20 a parameter.")]
 Samples = Annotated[int | None, typer.Option("--samples", help="The same for models of images: images to train on.")]

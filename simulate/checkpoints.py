@@ -218,7 +218,7 @@ def _read_part(path: Path, part: str, run: Run, data_fingerprint: str) -> tuple[
     if meta["run"] != run_fingerprint(run):
         raise InputError(f"{path} is a checkpoint of another run: run.toml differs; restore it, or start anew in --out")
     if meta["data"] != data_fingerprint:
-        raise InputError(f"{path} was trained on other data: the text has changed since; restore it, or start anew")
+        raise InputError(f"{path} was trained on other data: it has changed since; restore it, or start anew")
     return Progress(**meta["progress"]), load(content)
 
 

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from simulate import toml
 from simulate.errors import InputError, near_match
@@ -24,6 +24,11 @@ from simulate.options import (
     SapipeOptions,
 )
 
+DATA_NAMES = ("stdlib", "digits")
+HUB = "hf:"
+BYTES, BPE = "bytes", "bpe:"
+BYTE_VALUES = 256
+DataFormat = Literal["text", "images", "cifar", "stl10"]
 Share = Annotated[float, Field(gt=0)]
 
 
@@ -33,19 +38,63 @@ def _as_tuple(value: Any) -> Any:
 
 
 class Data(toml.Schema):
-    """Where the text comes from: the embedded default by name, or a path to a file or folder."""
+    """Where samples come from (an embedded set by name, or a path), how they are read, and whose they are."""
 
-    name: Literal["stdlib"] | None = None
-    """stdlib: the source text of the Python standard library, present wherever Python is."""
+    name: str | None = None
+    """stdlib: the source text of the Python standard library; digits: scikit-learn's images; hf:NAME: a data set of the
+    Hugging Face hub, or a folder that its library can load."""
     path: str | None = Field(default=None, min_length=1)
+    format: DataFormat | None = None
+    """What lies at the path; not set: recognised."""
+    subset: str | None = None
+    """Of hf: the configuration of a data set that has several."""
+    column: str | None = None
+    """Of hf: the column of texts or images; not set: the only one."""
+    rows: int | None = Field(default=None, gt=0)
+    """Of hf: at most so many rows, from the first on; not set: all."""
+    tokenizer: str = Field(default=BYTES, min_length=1)
+    """Of text: bytes, bpe:VOCAB (trained on the training split), or the path to a tokenizer.json."""
+    skip_corrupt: bool = False
+    """Leave images out that cannot be decoded, and count them, instead of refusing the data set."""
+    upscale: bool = False
+    """Enlarge images that have fewer pixels than the model reads, instead of refusing them."""
+    augment: Annotated[tuple[Literal["crop", "flip"], ...], BeforeValidator(_as_tuple)] = ()
+    """Of training images: crop after padding by an eighth of the side; flip left and right half of the time."""
+    mixup: float = Field(default=0.0, ge=0)
+    """Mix images of a batch, and their classes, in shares drawn from Beta(mixup, mixup); 0: not."""
     shards: Annotated[tuple[Share, ...] | None, BeforeValidator(_as_tuple)] = None
     """Relative sizes of the devices' shards, one a device; not set: equal."""
+    skew: float | None = Field(default=None, gt=0)
+    """Of images: alpha of the Dirichlet distribution that deals classes to devices; not set: dealt alike."""
 
     @model_validator(mode="after")
     def _one_of(self) -> Data:
         if (self.name is None) == (self.path is None):
             raise ValueError("needs exactly one of name (name = 'stdlib') and path; remove one or add one")
+        if self.name is not None and self.name not in DATA_NAMES and not self.from_hub:
+            raise ValueError(f"name = {self.name!r} is not known; {near_match(self.name, (*DATA_NAMES, HUB + 'NAME'))}")
+        if self.format is not None and self.path is None:
+            raise ValueError(f"format = {self.format!r} says what lies at a path, and there is none; remove it")
+        for key in ("subset", "column", "rows"):
+            if getattr(self, key) is not None and not self.from_hub:
+                raise ValueError(f"{key} = {getattr(self, key)!r} belongs to a name that starts with {HUB}; remove it")
         return self
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _tokenizer_known(cls, given: str) -> str:
+        size = given.removeprefix(BPE)
+        if given.startswith(BPE) and (not size.isdecimal() or int(size) < BYTE_VALUES):
+            raise ValueError(
+                f"tokenizer = {given!r}: after {BPE} comes a number of tokens, at least the {BYTE_VALUES} bytes; "
+                f"try --set data.tokenizer={BPE}4096"
+            )
+        return given
+
+    @property
+    def from_hub(self) -> bool:
+        """Whether the datasets library loads it."""
+        return self.name is not None and self.name.startswith(HUB) and self.name != HUB
 
 
 class Train(toml.Schema):

@@ -33,7 +33,7 @@ TORCH_FREE = (
     "simulate.models.options",
     "simulate.models.shapes",
     "simulate.models.sizes",
-    "simulate.data.text",
+    "simulate.data.sources",
     "simulate.methods",
     "ltecli.app",
     "ltecli.launcher",

@@ -15,7 +15,6 @@ from simulate import toml
 from simulate.config import Run, Train, build_run, dump_run
 from simulate.errors import InputError
 from simulate.hardware import LOCAL, Profile, load_profile
-from simulate.models.options import text_sizes
 from simulate.options import METHODS, AdapterOptions
 
 TOKENS_PER_PARAMETER = 20
@@ -150,11 +149,9 @@ def _build(table: toml.Table) -> Run:
 
 
 def _check_data(run: Run) -> None:
-    if run.model.unit != "tokens":
-        return
-    from simulate.data.text import load_text
+    from simulate.data.sources import check_data
 
-    load_text(run.data).check(text_sizes(run.model), run.cluster.devices, run.data.shards)
+    check_data(run)
 
 
 def _tokens(request: Request, base: Run, table: toml.Table) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ltecli.output import Output, bytes_text, plain_table, seconds_text
+from ltecli.output import Output, bytes_text, plain_table, scores_text, seconds_text
 from ltecli.planner import describe
 from ltecli.report.curve import draw_curve
 from ltecli.report.diagnostics import diagnostics_table, last_rows
@@ -32,7 +32,9 @@ def _show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None
         f"{run.model.name} with {run.model.shape().parameters:,} parameters"
     )
     output.text(_state(figure))
-    output.text(f"train loss {_number(figure['train_loss'])}, validation loss {_number(figure['val_loss'])}")
+    output.text(
+        f"train loss {_number(figure['train_loss'])}, {scores_text(figure['val_loss'], figure['val_accuracy'])}"
+    )
     table = plain_table("", "planned", "simulated", "counted", "measured here", "dense, planned")
     rows = [
         ("memory per device", "memory_bytes", bytes_text),
@@ -100,6 +102,7 @@ def _show_several(records: list[RunRecord], documents: list[dict[str, Any]], out
         ("samples", lambda r, f: f"{f['samples']:,}"),
         ("train loss", lambda r, f: _number(f["train_loss"])),
         ("validation loss", lambda r, f: _number(f["val_loss"])),
+        ("top-1 accuracy", lambda r, f: "-" if f["val_accuracy"] is None else f"{f['val_accuracy']:.2%}"),
         ("memory per device, planned", lambda r, f: bytes_text(f["memory_bytes"]["planned"])),
         ("memory per device, measured", lambda r, f: bytes_text(f["memory_bytes"]["measured"])),
         ("sent per device, planned", lambda r, f: bytes_text(f["sent_bytes_per_device"]["planned"])),

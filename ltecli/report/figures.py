@@ -84,6 +84,7 @@ def figures(record: RunRecord) -> dict[str, Any]:
         },
         "train_loss": step and step["train_loss"],
         "val_loss": evaluation and evaluation["val_loss"],
+        "val_accuracy": evaluation and evaluation.get("val_accuracy"),
         "dense": _dense(record, share),
         "diagnostics": [
             {key: value for key, value in event.items() if key not in ("version", "kind")}

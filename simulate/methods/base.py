@@ -16,7 +16,7 @@ from simulate.adapters import LoraLinear
 from simulate.checkpoints import State
 from simulate.communicator import Communicator
 from simulate.config import Run, Train
-from simulate.loss import token_losses
+from simulate.loss import row_losses
 from simulate.models.build import build_model
 from simulate.optimizers import Muon
 from simulate.replicated import ReplicatedEmbedding, ReplicatedLinear, VectorLora
@@ -181,7 +181,7 @@ class Method(ABC):
 
     def row_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of every sample or token, (M,), in order: cross-entropy with logits."""
-        return token_losses(outputs.flatten(0, -2), targets.reshape(-1))
+        return row_losses(outputs, targets)
 
     def apply_gradients(self, step: int) -> None:
         """Take the optimizer step at the schedule's rate and free the gradients."""
