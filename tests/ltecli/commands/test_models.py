@@ -114,5 +114,40 @@ def test_a_rank_beyond_a_traced_layer_names_it(refused: Refused, here: Path) -> 
     refused("train", run, words=("method.rank = 17 exceeds the 16 inputs of encoder.layers.0.self_attn.in_proj",))
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"name": "vit", "layers": 1, "width": 32, "attention_heads": 2, "image": 8, "patch": 2, "colours": 1},
+        {
+            "name": "mixer_s16", "layers": 1, "width": 16, "tokens_width": 8, "channels_width": 24, "image": 8,
+            "patch": 2, "colours": 1, "classes": 10,
+        },
+        {"name": "tests.networks:Convolutional", "image": 8, "colours": 1, "classes": 10, "width": 16},
+    ],
+    ids=["vit", "mixer", "factory"],
+)  # fmt: skip
+@pytest.mark.parametrize("method", METHODS)
+def test_models_of_images_learn(lte: Lte, here: Path, model: dict[str, Any], method: str) -> None:
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    table = {
+        "model": model,
+        "data": {"name": "digits"},
+        "method": METHODS[method],
+        "train": {**TRAIN, "steps": 100, "micro_batch": 16, "learning_rate": 1e-2, "checkpoint_every": 100},
+        "cluster": TINY["cluster"],
+    }
+    (here / "run.toml").write_text(toml.dump(table), encoding="utf-8")
+    assert lte("train", "run.toml", "--out", "done", "-q").code == 0
+    losses = [event["train_loss"] for event in events_of(here / "done", "step")]
+    assert sum(losses[-10:]) < sum(losses[:10]) - 1.0
+    assert lte("export", "done").code == 0
+
+
+def test_a_plan_without_data_says_what_stands_in(lte: Lte, here: Path) -> None:
+    outcome = lte("plan", "--model", "vit", "--samples", "5000", "--profile", "rtx3060_x4_home", "-o", "run.toml")
+    assert "data.name = digits stands in" in outcome.stdout
+    assert 'name = "digits"' in (here / "run.toml").read_text()
+
+
 def test_models_of_images_are_not_trained_on_text(refused: Refused, here: Path) -> None:
-    refused("train", write(here / "run.toml", {"name": "vit"}, METHODS["lte"]), words=("'vit' is a model of images",))
+    refused("train", write(here / "run.toml", {"name": "vit"}, METHODS["lte"]), words=("'vit' reads images",))
