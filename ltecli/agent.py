@@ -21,8 +21,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
+from simulate.checkpoints import run_fingerprint
 from simulate.config import Run
 from simulate.errors import InputError, RunFailedError
+from simulate.preflight import SECRET_VARIABLE
 
 if TYPE_CHECKING:
     from torch.distributed import Store, TCPStore
@@ -61,6 +65,8 @@ class Launch:
     def __init__(self, folder: Path, run: Run, node: Node, tell: Tell, threads: int) -> None:
         self.folder, self.run, self.node, self.tell, self.threads = folder, run, node, tell, threads
         self._store: TCPStore | None = None
+        self.wire_sent_bytes: list[int] | None = None
+        """What each node's interface sent, with all headers and whatever else was on it; known on node 0 at the end."""
 
     @property
     def store(self) -> TCPStore:
@@ -69,31 +75,39 @@ class Launch:
         return self._store
 
     def open_store(self) -> None:
-        """Listen on the first node, at its address only; elsewhere connect. Raises InputError, RunFailedError."""
+        """Listen, on the first node, at its address only. Raises InputError."""
         from torch.distributed import TCPStore
 
-        node, timeout = self.node, timedelta(seconds=self.run.cluster.join_timeout_s)
-        if node.number > 0:
-            try:
-                self._store = TCPStore(node.store_address, node.store_port, is_master=False, timeout=timeout)
-            except RuntimeError as error:
-                place = f"{node.store_address}:{node.store_port}"
-                raise RunFailedError(f"node 0 does not answer at {place}: {_first_line(error)}") from error
-            return
+        node = self.node
         listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((node.address, node.store_port))
             listener.listen(1024)
         except OSError as error:
+            listener.close()
             raise InputError(
                 f"--join {node.address}:{node.store_port} cannot be listened at ({error.strerror}); choose another port"
             ) from None
         port = listener.getsockname()[1]
         self._store = TCPStore(
-            node.address, port, is_master=True, timeout=timeout, wait_for_workers=False,
+            node.address, port, is_master=True, timeout=self._join_timeout, wait_for_workers=False,
             master_listen_fd=listener.detach(),
         )  # fmt: skip
+
+    def connect_store(self, port: int) -> None:
+        """Connect, on another node, to the first one's. Raises RunFailedError."""
+        from torch.distributed import TCPStore
+
+        try:
+            self._store = TCPStore(self.node.store_address, port, is_master=False, timeout=self._join_timeout)
+        except RuntimeError as error:
+            place = f"{self.node.store_address}:{port}"
+            raise RunFailedError(f"node 0 does not answer at {place}: {_first_line(error)}") from error
+
+    @property
+    def _join_timeout(self) -> timedelta:
+        return timedelta(seconds=self.run.cluster.join_timeout_s)
 
     def run_agent(self) -> dict[str, Any]:
         """Start the processes and keep them going; returns how the run ended. Raises RunFailedError."""
@@ -101,14 +115,18 @@ class Launch:
 
         node = self.node
         os.environ.update(self._environment())
+        os.environ.pop(SECRET_VARIABLE, None)  # processes have no use for it
+        sent_before = self._interface_sent_bytes()
+        agent, handler = self._agent()
         try:
-            result = self._agent().run()
+            result = agent.run()
+            handler.shutdown()
         except (RendezvousError, RuntimeError) as error:
             if outcome := self._outcome():
                 return outcome
             raise RunFailedError(f"node {node.number} lost the others: {_first_line(error)}") from error
         outcome = self._outcome()
-        self._part(outcome)
+        self._part(self._interface_sent_bytes() - sent_before)
         if outcome is not None:
             return outcome
         failures = "; ".join(self._failure(rank, failure) for rank, failure in sorted(result.failures.items()))
@@ -122,10 +140,12 @@ class Launch:
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # its server would listen everywhere
             "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGHUP",  # Ctrl-C and SIGTERM are asked for more gently
             "OMP_NUM_THREADS": str(self.threads),
+            "OMP_WAIT_POLICY": "passive",  # processes that spin stand in each other's way
             "KINETO_LOG_LEVEL": "99",
         }
 
-    def _agent(self) -> Any:
+    def _agent(self) -> tuple[Any, Any]:
+        """Return the agent and its part of the rendezvous."""
         from torch.distributed.elastic.agent.server.api import WorkerSpec
         from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
         from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
@@ -134,7 +154,7 @@ class Launch:
             RendezvousTimeout,
         )
 
-        cluster, node, run_id = self.run.cluster, self.node, self.folder.name
+        cluster, node, run_id = self.run.cluster, self.node, run_fingerprint(self.run)[:16]
         least = math.ceil((cluster.min_devices or cluster.devices) * node.count / cluster.devices)
         handler = DynamicRendezvousHandler.from_backend(
             run_id,
@@ -142,7 +162,7 @@ class Launch:
             C10dRendezvousBackend(self.store, run_id),
             min_nodes=least,
             max_nodes=node.count,
-            local_addr=node.address,
+            local_addr=f"{node.number:06d}",  # ranks go by these names, so the first process is node 0's
             timeout=RendezvousTimeout(
                 join=timedelta(seconds=cluster.join_timeout_s), last_call=timedelta(seconds=cluster.rejoin_s)
             ),
@@ -162,7 +182,7 @@ class Launch:
             monitor_interval=MONITOR_S,
             local_addr=node.address,
         )
-        return _agent_class()(spec, DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL), self)
+        return _agent_class()(spec, DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL), self), handler
 
     def failed(self, failures: dict[int, Any]) -> None:
         """Tell everyone which of this node's processes failed by themselves; others wrote so before they left."""
@@ -202,16 +222,22 @@ class Launch:
         except RuntimeError:
             return None
 
-    def _part(self, outcome: dict[str, Any] | None) -> None:
-        """Stay on the first node until everybody knows the end: its store goes with it."""
+    def _interface_sent_bytes(self) -> int:
+        counters = psutil.net_io_counters(pernic=True).get(self.node.interface)
+        return 0 if counters is None else counters.bytes_sent
+
+    def _part(self, sent_bytes: int) -> None:
+        """Say what crossed the interface; stay on the first node until everybody has: its store goes with it."""
         node = self.node
         try:
-            self.store.set(f"left/{node.number}", "1")
+            self.store.set(f"left/{node.number}", str(sent_bytes))
             if node.number == 0 and node.count > 1:
                 deadline = time.monotonic() + FAREWELL_S
                 left = [f"left/{number}" for number in range(node.count)]
                 while time.monotonic() < deadline and not self.store.check(left):
                     time.sleep(POLL_S)
+                if self.store.check(left):
+                    self.wire_sent_bytes = [int(self.store.get(key)) for key in left]
         except RuntimeError:
             self.tell("node 0 has left")
 

@@ -146,6 +146,16 @@ def train(
 
 
 @app.command()
+def secret(
+    path: Annotated[Path, typer.Argument(help="File to write; it must not exist.")],
+) -> None:
+    """Make the secret that the nodes of a launched run share."""
+    from ltecli.commands.launch import secret_command
+
+    raise typer.Exit(guarded(lambda: secret_command(path)))
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders; several are set side by side.")],
     as_json: Json = False,

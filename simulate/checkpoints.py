@@ -108,9 +108,12 @@ def _remove_parts(path: Path, parts: Iterable[str]) -> None:
         path.rmdir()
 
 
-def prune(folder: Path, devices: int) -> None:
-    """Drop all but the newest whole checkpoints, and what is left of older, unfinished ones."""
-    whole = list_checkpoints(folder, devices)[-KEEP:]
+def prune(folder: Path, devices: Iterable[int]) -> None:
+    """Drop all but the newest checkpoints that hold these devices, and what is left of older, unfinished ones.
+
+    A folder that one node of several writes into never has more than the node's devices.
+    """
+    whole = _holding(folder, devices)[-KEEP:]
     for path in folder.glob("step-*"):
         if whole and path not in whole and path < whole[-1]:
             shutil.rmtree(path, ignore_errors=True)
@@ -150,8 +153,12 @@ def _flush(path: Path) -> None:
 
 def list_checkpoints(folder: Path, devices: int) -> list[Path]:
     """Return the whole checkpoints of a run with that many devices, oldest first."""
+    return _holding(folder, range(devices))
+
+
+def _holding(folder: Path, devices: Iterable[int]) -> list[Path]:
     found = sorted(path for path in folder.glob("step-*") if path.is_dir())
-    return [path for path in found if has_shared(path) and set(saved_devices(path)) >= set(range(devices))]
+    return [path for path in found if has_shared(path) and set(saved_devices(path)) >= set(devices)]
 
 
 def has_shared(path: Path) -> bool:

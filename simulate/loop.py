@@ -55,6 +55,8 @@ class Session:
     started_s: float = field(default_factory=time.monotonic)
     writes_shared: bool = True
     """Whether this process writes what all devices share: one of those that write into the same folder."""
+    folder_devices: range | None = None
+    """Devices of all processes that save into the same folder; None: this process's."""
     recovers: bool = False
     """Whether lost processes are restarted, from checkpoints at merges."""
     saved_at: int = 0
@@ -255,7 +257,7 @@ def save(session: Session) -> None:
     fingerprint = session.batches.fingerprint
     path = save_checkpoint(session.checkpoints, session.run, fingerprint, progress, state, session.writes_shared)
     if session.writes_shared:
-        prune(session.checkpoints, session.run.cluster.devices)
+        prune(session.checkpoints, session.folder_devices or session.communicator.local_devices)
     session.saved_at = session.step
     session.emit({"kind": "checkpoint", "step": session.step, "path": str(path)})
 

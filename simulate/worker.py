@@ -28,7 +28,7 @@ from simulate.clock import SimulatedClock
 from simulate.config import Run, load_run
 from simulate.data.batches import build_batches
 from simulate.data.sources import kept_tokenizer, load_data
-from simulate.distributed import LostPeerError, TorchCommunicator
+from simulate.distributed import LostPeerError, TorchCommunicator, devices_of
 from simulate.errors import InputError, RunFailedError
 from simulate.events import Event, EventFile, truncate_events
 from simulate.hardware import load_profile
@@ -51,11 +51,18 @@ class Place:
     process: int
     processes: int
     local_process: int
+    local_processes: int
 
     @classmethod
     def here(cls) -> Place:
         """Return the place that the agent gave to this process."""
-        return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
+        return cls(*(int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+
+    def node_devices(self, devices: int) -> range:
+        """Return the devices of all processes of this node, which have consecutive numbers."""
+        first = self.process - self.local_process
+        last = first + self.local_processes - 1
+        return range(devices_of(first, self.processes, devices).start, devices_of(last, self.processes, devices).stop)
 
 
 def tell(store: dist.Store, text: str) -> None:
@@ -143,6 +150,7 @@ def _train(folder: Path, device: torch.device, place: Place, store: dist.Store) 
             device=device,
             stop=(lambda: store.check([STOP])) if leads else lambda: False,
             writes_shared=place.local_process == 0,
+            folder_devices=place.node_devices(run.cluster.devices),
             recovers=True,
         )
         found = recover(session)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
+import socket
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +21,17 @@ from ltecli.output import Output
 from ltecli.sinks import ProgressBar, TensorBoard
 from ltecli.telling import start_facts, tell_derived, tell_finished, tell_result
 from simulate.errors import InputError, RunFailedError
+from simulate.events import EventFile
+from simulate.preflight import Facts, NodeFacts, Preflight, Settings, make_secret, parse_endpoint, read_secret
 
 if TYPE_CHECKING:
     import torch
 
     from simulate.config import Run
     from simulate.events import Event
+
+
+DEFAULT_PORT = 29400
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,8 @@ def launch_options(
         return None
     if node is not None and node >= nodes:
         raise InputError(f"--node {node} is not below --nodes {nodes}; nodes count from 0")
+    if nodes > 1 and node is not None and join is None:
+        raise InputError(f"--node {node} needs --join HOST:PORT, node 0's; leave --node away to see every node's line")
     return options
 
 
@@ -83,22 +93,33 @@ def default_processes(run: Run, device: torch.device, nodes: int) -> int:
 
 
 def launch_run(folder: RunFolder, device: torch.device, options: LaunchOptions, output: Output) -> int:
-    """Train the folder's run in processes; returns the exit code."""
-    run = folder.run
+    """Train the folder's run in processes of this node; returns the exit code."""
+    run, number = folder.run, options.node or 0
     processes = options.processes or default_processes(run, device, options.nodes)
-    check_launchable(run, processes, options.nodes)
+    check_launchable(run, processes, 1)
     tell_derived(folder, output)
-    if folder.is_finished:
+    if folder.is_finished and options.nodes == 1:
         tell_finished(folder, output)
         return 0
-    node = Node(processes=processes, device=device.type, interface=interface_of("127.0.0.1"))
-    launch = Launch(folder.path, run, node, output.warning, threads_for(processes))
-    launch.open_store()
-    output.hint(f"  launched: {processes} processes on {node.address} ({node.interface}), logs in {folder.path / LOGS}")
-    if not folder.resume_from:
-        _leave_start_facts(launch, folder, device)
     with ExitStack() as stack, stop_on_signal() as asked:
-        sinks = _sinks(folder, output, stack)
+        preflight = stack.enter_context(_preflight(folder, processes, options, output))
+        nodes = preflight.run().nodes
+        if options.nodes == 1:
+            node = Node(processes=processes, device=device.type, interface=loopback_interface())
+        else:
+            own, port = nodes[number], parse_endpoint(str(options.join)).port
+            node = Node(
+                processes, device.type, number, options.nodes, own.address, own.interface, nodes[0].address, port
+            )
+        launch = Launch(folder.path, run, node, output.warning, threads_for(processes))
+        _meet(launch, preflight, run.cluster.join_timeout_s)
+        preflight.close()
+        output.hint(
+            f"  launched: {processes} processes on {node.address} ({node.interface}), logs in {folder.path / LOGS}"
+        )
+        if number == 0 and not folder.resume_from:
+            _leave_start_facts(launch, folder, device)
+        sinks = _sinks(folder, output, stack) if number == 0 else []
 
         def pass_on(event: Event) -> None:
             for sink in sinks:
@@ -106,7 +127,96 @@ def launch_run(folder: RunFolder, device: torch.device, options: LaunchOptions, 
 
         with listening(launch, pass_on, folder.events, asked):
             outcome = launch.run_agent()
-    return _conclude(folder, outcome, output)
+    if launch.wire_sent_bytes is not None and options.nodes > 1:
+        _keep_wire_bytes(folder, outcome["step"], launch.wire_sent_bytes)
+    return _conclude(folder, outcome, output, number)
+
+
+def _preflight(folder: RunFolder, processes: int, options: LaunchOptions, output: Output) -> Preflight:
+    import torch
+
+    from ltecli import version
+
+    settings = Settings(
+        node=options.node or 0,
+        nodes=options.nodes,
+        join=options.join,
+        interface=options.interface,
+        secret=read_secret(options.secret_file),
+        trust_network=options.trust_network,
+        join_timeout_s=folder.run.cluster.join_timeout_s,
+    )
+    facts = Facts.of(
+        folder.run,
+        lte=version(),
+        torch=torch.__version__,
+        data_fingerprint=folder.data.fingerprint,
+        data_bytes=folder.data.num_bytes,
+        processes=processes,
+    )
+
+    def too_many(nodes: Sequence[NodeFacts]) -> list[str]:
+        total, devices = sum(node.processes for node in nodes), folder.run.cluster.devices
+        each = ", ".join(f"node {node.node} {node.processes}" for node in nodes)
+        rule = f"the nodes' processes ({each}) are more than cluster.devices = {devices}; lower --processes"
+        return [rule] if total > devices else []
+
+    return Preflight(settings, facts, tell=output.hint, check=too_many, planned=folder.profile.link)
+
+
+def _meet(launch: Launch, preflight: Preflight, timeout_s: float) -> None:
+    """Open the agents' store, node 0's first, and wait until everyone has."""
+    if launch.node.number == 0:
+        launch.open_store()
+    port = preflight.broadcast(launch.store.port if launch.node.number == 0 else None, timeout_s)
+    if launch.node.number > 0:
+        launch.connect_store(int(port))
+    preflight.barrier("start", timeout_s)
+
+
+def secret_command(path: Path) -> int:
+    """Write a new secret into a file that only its owner can read; returns the exit code."""
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise InputError(f"{path} exists; remove it, or choose another file") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); choose another file") from None
+    with os.fdopen(handle, "w") as file:
+        file.write(make_secret() + "\n")
+    Output().hint(f"wrote {path}; copy it to every machine of the run, and name it there with --secret-file")
+    return 0
+
+
+def print_lines(run_file: Path | None, options: LaunchOptions, output: Output) -> int:
+    """Print, for each node, the one line to paste; returns the exit code."""
+    address = address_to_join(options.interface)
+    name = run_file or "run.toml"
+    output.text(f"Copy {name} and its data to every machine, and give all the same secret, made once:")
+    output.text("  lte secret lte.secret           # then copy the file; it stays readable by you alone")
+    for number in range(options.nodes):
+        output.text(
+            f"  lte train {name} --launch --nodes {options.nodes} --node {number} --join {address}:{DEFAULT_PORT} "
+            "--secret-file lte.secret"
+        )
+    output.hint(f"in these lines node 0 is this machine, {address}; what travels is not encrypted: docs/networking.md")
+    return 0
+
+
+def address_to_join(interface: str | None) -> str:
+    """Return this machine's address on an interface, or on that which leads to other machines. Raises InputError."""
+    known = {
+        name: [a.address for a in found if a.family == socket.AF_INET] for name, found in psutil.net_if_addrs().items()
+    }
+    if interface is not None:
+        if not known.get(interface):
+            names = ", ".join(sorted(name for name, found in known.items() if found))
+            raise InputError(f"--interface {interface} has no IPv4 address here; those that have: {names}")
+        return known[interface][0]
+    private = [a for _, found in sorted(known.items()) for a in found if not ipaddress.ip_address(a).is_loopback]
+    if not private:
+        raise InputError("this machine has no address but loopback; connect it, or name one with --join HOST:PORT")
+    return private[0]
 
 
 def threads_for(processes: int) -> int:
@@ -114,12 +224,12 @@ def threads_for(processes: int) -> int:
     return max(1, (os.cpu_count() or 1) // processes)
 
 
-def interface_of(address: str) -> str:
-    """Return the name of the network interface that has an IPv4 address; raises InputError."""
+def loopback_interface() -> str:
+    """Return the name of the network interface that only this machine reaches."""
     for name, addresses in psutil.net_if_addrs().items():
-        if any(a.address == address for a in addresses):
+        if any(a.address == "127.0.0.1" for a in addresses):
             return name
-    raise InputError(f"no network interface of this machine has the address {address}; name one with --interface")
+    raise InputError("this machine has no loopback interface; bring it up, as in ip link set lo up")
 
 
 def _sinks(folder: RunFolder, output: Output, stack: ExitStack) -> list[Any]:
@@ -140,7 +250,13 @@ def _leave_start_facts(launch: Launch, folder: RunFolder, device: torch.device) 
     launch.store.set(START, json.dumps(facts))
 
 
-def _conclude(folder: RunFolder, outcome: dict[str, Any], output: Output) -> int:
+def _keep_wire_bytes(folder: RunFolder, step: int, sent_bytes: list[int]) -> None:
+    events = EventFile(folder.events)
+    events({"kind": "wire", "step": step, "sent_bytes_by_node": sent_bytes})
+    events.close()
+
+
+def _conclude(folder: RunFolder, outcome: dict[str, Any], output: Output, number: int) -> int:
     if outcome["kind"] == "failure":
         raise (InputError if outcome["input"] else RunFailedError)(outcome["text"])
     if outcome["kind"] == "interrupt":
@@ -148,6 +264,9 @@ def _conclude(folder: RunFolder, outcome: dict[str, Any], output: Output) -> int
             f"interrupted at step {outcome['step']}, saved; continue with lte train {folder.path} --resume --launch"
         )
         return INTERRUPTED
+    if number > 0:
+        output.hint(f"done at step {outcome['step']}; node 0 has the events, {folder.path} this node's checkpoints")
+        return 0
     tell_result(
         folder, output, outcome["step"], outcome["val_loss"], outcome["sent_bytes"], outcome["simulated_s"],
         outcome["wall_s"], outcome["val_accuracy"],

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ltecli.commands.launch import LaunchOptions, launch_run
+from ltecli.commands.launch import LaunchOptions, launch_run, print_lines
 from ltecli.commands.plan import Request, nearest_miss_text, plan_request
 from ltecli.errors import INTERRUPTED, NothingFeasibleError
 from ltecli.launcher import (
@@ -68,9 +68,12 @@ def train_command(
     output = Output(as_json, quiet or as_json)
     # Kineto announces every trace on stderr unless told otherwise before torch is imported.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Threads that spin while they wait for each other stand still beside anybody else's work: tens of times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     _check_device(device_name)
+    if launch is not None and launch.nodes > 1 and launch.node is None:
+        return print_lines(given, launch, output)
     if given is not None and given.is_dir() and not resume:
         raise InputError(f"{given} is a run folder; add --resume to continue it, or name a run.toml")
     if resume:

@@ -69,7 +69,7 @@ def figures(record: RunRecord) -> dict[str, Any]:
         "sent_bytes_per_device": {
             "planned": sent_bytes(run, run.model.shape(), steps) / run.cluster.devices,
             "counted": step["sent_bytes"] / run.cluster.devices if step else None,
-            "wire": None,
+            "wire": _wire_bytes(record),
         },
         "wall_s": {
             "planned": chosen["wall_s"] * share,
@@ -91,6 +91,14 @@ def figures(record: RunRecord) -> dict[str, Any]:
             if event["kind"] == "diagnostics"
         ],
     }
+
+
+def _wire_bytes(record: RunRecord) -> float | None:
+    """Return what a node's interface sent, the mean over nodes, where each has its own: of a launch over several."""
+    sessions = [event["sent_bytes_by_node"] for event in record.events if event["kind"] == "wire"]
+    if not sessions:
+        return None
+    return sum(sum(sent) for sent in sessions) / record.run.cluster.devices
 
 
 def _dense(record: RunRecord, share: float) -> dict[str, Any] | None:
