@@ -210,9 +210,7 @@ def paces(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps([row.__dict__ for row in rows]))
         return
-    print(
-        "| link | case | measured step | planned | measured / planned | simulated | 1M tokens | sent a step | wire / sent |"
-    )
+    print("| link | case | measured step | planned | over it | simulated | 1M tokens | sent a step | wire / sent |")
     print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         print(_line(row))
