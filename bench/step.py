@@ -23,7 +23,7 @@ from torch import Tensor
 
 from simulate.communicator import VirtualCommunicator
 from simulate.config import build_run
-from simulate.measure import _cpu_peak_bytes
+from simulate.measure import cpu_peak_bytes
 from simulate.methods import build_method
 from simulate.methods.base import Method
 from simulate.models.vit import VIT_SIZES, Vit
@@ -147,10 +147,10 @@ def measure(name: str, case: Case, batch: Batch, pairs: int) -> Table:
         "quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
         "step_s": statistics.median(ours_s),
         "reference_step_s": statistics.median(reference_s),
-        "memory_ratio": _cpu_peak_bytes(step) / _cpu_peak_bytes(reference),
+        "memory_ratio": cpu_peak_bytes(step) / cpu_peak_bytes(reference),
         "merge_over_reference_steps": statistics.median(seconds(lambda: method.merge(0)) for _ in range(MERGES))
         / statistics.median(reference_s),
-        "merge_peak_bytes": _cpu_peak_bytes(lambda: method.merge(0)),
+        "merge_peak_bytes": cpu_peak_bytes(lambda: method.merge(0)),
     }
 
 

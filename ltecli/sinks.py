@@ -71,7 +71,7 @@ class ProgressBar:
         if event["kind"] == "step":
             sent = event["sent_bytes"] / self._run.cluster.devices
             self._figures = (
-                f"loss {event['train_loss']:.3f}  {self._tokens_per_s(event):,.0f} tok/s  "
+                f"loss {event['train_loss']:.3f}  {self._tokens_per_s(event):,.0f} {self._run.model.unit}/s  "
                 f"simulated {seconds_text(event['simulated_s'])}  sent/device {bytes_text(sent)}"
             )
             self._bar.update(self._task, completed=event["step"], figures=self._figures + self._validation)

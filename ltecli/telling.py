@@ -35,8 +35,8 @@ def tell_derived(folder: RunFolder, output: Output) -> None:
     output.hint(f"{action}: {describe(run)} per device; {shape.name}, {shape.parameters:,} parameters")
     output.hint(f"  data: {folder.data.describe()}")
     output.hint(
-        f"  derived: {run.tokens_per_step:,} tokens per step, {run.train.steps:,} steps, "
-        f"{run.train.steps * run.tokens_per_step:,} tokens"
+        f"  derived: {run.tokens_per_step:,} {run.model.unit} per step, {run.train.steps:,} steps, "
+        f"{run.train.steps * run.tokens_per_step:,} {run.model.unit}"
     )
     output.hint(
         f"  planned per device: {bytes_text(chosen['memory_bytes']['total'])} memory, "

@@ -166,6 +166,8 @@ class LoraLinear(nn.Module):
     a0: Tensor | None
     b0: Tensor | None
 
+    transposed = False
+    """Whether the plain layer holds its weight as (I, O)."""
     a: Tensor
     drawn_after: Tensor
     """Steps that were done when A was drawn."""
@@ -220,7 +222,8 @@ class LoraLinear(nn.Module):
 
     def plain_weight(self, fold: bool) -> Tensor:
         """Return the plain layer's weight; with `fold`, adapters included."""
-        return self.folded_weight() if fold else self.weight
+        weight = self.folded_weight() if fold else self.weight
+        return weight.t() if self.transposed else weight
 
 
 class LoraConv2d(LoraLinear):

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from simulate import toml
 from simulate.errors import InputError, near_match
-from simulate.models.shapes import GPT_SIZES, MODEL_NAMES, ModelShape, gpt_shape
+from simulate.models.options import FactoryModel, GptModel, Model, check_name
 from simulate.options import (
     METHOD_NAMES,
     AdamixOptions,
@@ -35,40 +35,6 @@ Share = Annotated[float, Field(gt=0)]
 def _as_tuple(value: Any) -> Any:
     """TOML has lists; a frozen run, which others remember results by, needs a tuple."""
     return tuple(value) if isinstance(value, list) else value
-
-
-class Model(toml.Schema):
-    """Which network; sizes that are not given come from the name's table."""
-
-    name: str = "gpt"
-    layers: int = Field(default=0, gt=0, le=1000)
-    width: int = Field(default=0, gt=0)
-    attention_heads: int = Field(default=0, gt=0)
-    context: int = Field(default=0, gt=0)
-    """Tokens of one sample."""
-    vocab: int = Field(default=0, gt=0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_sizes(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or not isinstance(given.get("name", "gpt"), str):
-            return given
-        name = given.get("name", "gpt")
-        if name not in GPT_SIZES:
-            raise ValueError(f"name = {name!r} is not a model; {near_match(name, MODEL_NAMES)}")
-        return {"name": name, **GPT_SIZES[name], **given}
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> Model:
-        if self.width % self.attention_heads:
-            raise ValueError(
-                f"width = {self.width} is not divisible by attention_heads = {self.attention_heads}; change one of them"
-            )
-        return self
-
-    def shape(self) -> ModelShape:
-        """Return the model's counts, without torch."""
-        return gpt_shape(self.name, self.layers, self.width, self.attention_heads, self.context, self.vocab)
 
 
 class Data(toml.Schema):
@@ -192,7 +158,7 @@ class Cluster(toml.Schema):
 class Run(toml.Schema):
     """One run, complete."""
 
-    model: Model = Model()
+    model: Model = GptModel()
     data: Data = Data(name="stdlib")
     method: Method = LteOptions()
     train: Train = Train()
@@ -200,7 +166,9 @@ class Run(toml.Schema):
 
     @model_validator(mode="before")
     @classmethod
-    def _method_known(cls, given: Any) -> Any:
+    def _names_known(cls, given: Any) -> Any:
+        if isinstance(given, dict) and isinstance(model := given.get("model"), dict):
+            check_name(model.get("name", "gpt"))
         if isinstance(given, dict) and isinstance(method := given.get("method"), dict):
             name = method.setdefault("name", "lte")
             if name not in METHOD_NAMES:
@@ -223,6 +191,11 @@ class Run(toml.Schema):
             )
         if self.train.optimizer == "muon":
             self._check_muon()
+        if self.train.activation_checkpointing and isinstance(self.model, FactoryModel):
+            raise ValueError(
+                f"train.activation_checkpointing = true is for networks with blocks of ours, not for {self.model.name};"
+                " recompute inside of the network, or try --set train.activation_checkpointing=false"
+            )
         if self.data.shards is not None and len(self.data.shards) != devices:
             raise ValueError(
                 f"data.shards has {len(self.data.shards)} sizes for cluster.devices = {devices}; give one a device"
@@ -266,7 +239,8 @@ class Run(toml.Schema):
             )
 
     def _check_fragments(self, method: LteOptions | DilocoOptions) -> None:
-        layers = self.model.layers
+        shape = self.model.shape()
+        layers = len(shape.in_order()) if isinstance(self.model, FactoryModel) else shape.layers
         if method.fragments > layers or method.merge_every % method.fragments:
             raise ValueError(
                 f"method.fragments = {method.fragments} must divide method.merge_every = {method.merge_every} and be "
@@ -292,8 +266,8 @@ class Run(toml.Schema):
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that all devices together train on in one optimizer step."""
-        return self.samples_per_step * self.model.context
+        """Tokens (of images: samples) that all devices together train on in one optimizer step."""
+        return self.samples_per_step * self.model.units_per_sample
 
 
 def build_run(table: toml.Table, where: str = "run", text: str = "") -> Run:

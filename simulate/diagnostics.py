@@ -104,7 +104,7 @@ class Diagnostics:
             for pair in zip(inputs.split(size), targets.split(size), strict=True):
                 gradients.add(*(tensor.to(device) for tensor in pair))
         small_square, big_square = gradients.squares()
-        return noise_figures(small_square, big_square, size, size * gradients.count, self.run.model.context)
+        return noise_figures(small_square, big_square, size, size * gradients.count, self.run.model.units_per_sample)
 
     def state(self) -> dict[str, Tensor]:
         """Return what later events depend on, by name; for the checkpoint."""

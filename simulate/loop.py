@@ -213,7 +213,8 @@ def _evaluate(session: Session) -> None:
 
     Processes take turns with the batches; their sums are added up in order.
     """
-    model, weights, communicator = empty_model(session.run), session.method.merged_state(), session.communicator
+    model, weights = empty_model(session.run, session.device), session.method.merged_state()
+    communicator = session.communicator
     batches = session.batches.validation(session.run.train.evaluate_samples, EVALUATION_BATCH)
     names = ("val_loss", *session.batches.score_names)
     sums_LX = torch.zeros(len(communicator.local_devices), 1 + len(names), dtype=torch.float64)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simulate.costs.memory import LOSS_CHUNK_ELEMENTS
+from simulate.costs.activations import LOSS_CHUNK_ELEMENTS
 
 
 class _TokenLosses(torch.autograd.Function):

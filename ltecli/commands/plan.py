@@ -15,6 +15,7 @@ from simulate import toml
 from simulate.config import Run, Train, build_run, dump_run
 from simulate.errors import InputError
 from simulate.hardware import LOCAL, Profile, load_profile
+from simulate.options import METHODS, AdapterOptions
 
 TOKENS_PER_PARAMETER = 20
 """Hoffmann et al. 2022 (arXiv 2203.15556): compute-optimal training takes about 20 tokens a parameter."""
@@ -37,6 +38,9 @@ class Request:
     data: str | None = None
     devices: int | None = None
     tokens: int | None = None
+    """Of a model of images: samples."""
+    samples: int | None = None
+    """The same, by the name that images go by."""
     pins: Mapping[str, Any] = field(default_factory=dict)
     """Keys of [method]."""
     assignments: tuple[str, ...] = ()
@@ -112,15 +116,26 @@ def _base_run(table: toml.Table, profile: Profile) -> tuple[Run, list[str]]:
     if table["method"].get("name", "lte") == "lte" and "micro_batch" not in table["train"]:
         heads = table["method"].get("heads_per_device", 1)
         table["train"]["micro_batch"] = heads if isinstance(heads, int) and heads > 0 else 1
+    _keep_rank_within_layers(table)
     run = _build(table)
     if "learning_rate" not in table["train"]:
-        rate = min(REFERENCE_RATE, REFERENCE_RATE * REFERENCE_WIDTH / run.model.width)
+        width = run.model.shape().width
+        rate = min(REFERENCE_RATE, REFERENCE_RATE * REFERENCE_WIDTH / width)
         table["train"]["learning_rate"] = rate
-        notes.append(
-            f"train.learning_rate = {rate:.2g} is a rule of thumb for width {run.model.width}; try two beside it"
-        )
+        notes.append(f"train.learning_rate = {rate:.2g} is a rule of thumb for width {width}; try two beside it")
         run = _build(table)
     return run, notes
+
+
+def _keep_rank_within_layers(table: toml.Table) -> None:
+    """Where no rank was given, let the default be at most what the smallest adapted layer allows."""
+    kind = METHODS.get(table["method"].get("name", "lte"))
+    if kind is None or not issubclass(kind, AdapterOptions) or "rank" in table["method"]:
+        return
+    shape = _build({**table, "method": {"name": "ddp"}}).model.shape()
+    limit = min(min(linear.out_features, linear.in_features) for linear in shape.adapted)
+    if limit < kind.model_fields["rank"].default:
+        table["method"]["rank"] = limit
 
 
 def _build(table: toml.Table) -> Run:
@@ -140,21 +155,33 @@ def _check_data(run: Run) -> None:
 
 
 def _tokens(request: Request, base: Run, table: toml.Table) -> int:
-    if request.tokens is not None:
-        if request.tokens <= 0:
-            raise InputError(f"--tokens {request.tokens}: must be greater than 0; leave it out for 20 a parameter")
-        if request.tokens > toml.LARGEST_INTEGER:
-            raise InputError("--tokens: must fit in 64 bits; leave it out for 20 a parameter")
+    given = _given_tokens(request, base.model.unit)
+    if given is not None:
         if "steps" in table["train"]:
-            raise InputError("--tokens and train.steps both say how long to train; keep one")
-        return request.tokens
+            raise InputError(f"--{base.model.unit} and train.steps both say how long to train; keep one")
+        return given
     if "steps" in table["train"]:
         return base.train.steps * base.tokens_per_step
-    return (
-        DEMO_TOKENS
-        if request.model is None and not table["model"]
-        else TOKENS_PER_PARAMETER * base.model.shape().parameters
-    )
+    if request.model is None and not table["model"]:
+        return DEMO_TOKENS
+    shape = base.model.shape()
+    tokens = TOKENS_PER_PARAMETER * shape.parameters
+    return tokens if base.model.unit == "tokens" else max(1, tokens // shape.tokens)
+
+
+def _given_tokens(request: Request, unit: str) -> int | None:
+    """Return what --tokens or --samples asks for, whichever fits the model."""
+    given, other = (request.tokens, request.samples) if unit == "tokens" else (request.samples, request.tokens)
+    if other is not None:
+        wrong = "samples" if unit == "tokens" else "tokens"
+        raise InputError(f"--{wrong} {other}: this model is trained on {unit}; use --{unit}")
+    if given is None:
+        return None
+    if given <= 0:
+        raise InputError(f"--{unit} {given}: must be greater than 0; leave it out for 20 tokens a parameter")
+    if given > toml.LARGEST_INTEGER:
+        raise InputError(f"--{unit}: must fit in 64 bits; leave it out for 20 tokens a parameter")
+    return given
 
 
 def _check_target(out: Path, force: bool) -> None:
@@ -170,11 +197,12 @@ def nearest_miss_text(plan: Plan) -> str:
     """Return what comes closest to fitting, and what would make it fit."""
     miss = plan.nearest_miss()
     assert miss is not None, "a plan without candidates has rejected at least one"
-    shape = plan.base.model.shape()
+    model = plan.base.model
+    layers = getattr(model, "layers", None)
     return (
         f"nothing fits profile {plan.profile.name}: the nearest miss is {describe(miss.candidate.run)}, which "
         f"{miss.reason}; {bytes_text(miss.short_bytes)} more on each device would do, or a smaller "
-        f"--set model.context (now {shape.context}) or model.layers (now {shape.layers})"
+        f"--set {model.larger_with}" + ("" if layers is None else f" or model.layers (now {layers})")
     )
 
 
@@ -182,7 +210,7 @@ def _show(plan: Plan, output: Output, top: int) -> None:
     shape, base = plan.base.model.shape(), plan.base
     output.heading(
         f"{shape.name}: {shape.parameters:,} parameters ({shape.adapted_parameters:,} adapted), "
-        f"{plan.tokens:,} tokens on {base.cluster.devices} x {plan.profile.name}"
+        f"{plan.tokens:,} {base.model.unit} on {base.cluster.devices} x {plan.profile.name}"
     )
     link = plan.profile.link
     output.text(
@@ -278,7 +306,7 @@ def _figures(candidate: Candidate) -> dict[str, str]:
         "sent per step": bytes_text(candidate.sent_bytes_per_round / steps),
         "compute per step": seconds_text(candidate.time.compute_s),
         "exchange per round": seconds_text(candidate.time.exchange_s),
-        "wall-clock for the tokens": seconds_text(candidate.wall_s),
+        f"wall-clock for the {candidate.run.model.unit}": seconds_text(candidate.wall_s),
         "assumed to equal loss": seconds_text(candidate.equivalent_wall_s),
     }
 

@@ -63,7 +63,8 @@ def _show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None
 def _state(figure: dict[str, Any]) -> str:
     done, planned = figure["steps"], figure["planned_steps"]
     state = "finished" if done == planned else f"stopped or running, of {planned:,}"
-    return f"{done:,} steps ({state}), {figure['samples']:,} samples, {figure['tokens']:,} tokens"
+    tokens = "" if figure["unit"] == "samples" else f", {figure['tokens']:,} tokens"
+    return f"{done:,} steps ({state}), {figure['samples']:,} samples{tokens}"
 
 
 def _savings(figure: dict[str, Any]) -> list[str]:
@@ -74,7 +75,7 @@ def _savings(figure: dict[str, Any]) -> list[str]:
     for key, words in (
         ("memory_bytes", "less memory"),
         ("sent_bytes_per_device", "fewer bytes sent"),
-        ("wall_s", "less time for the same tokens"),
+        ("wall_s", f"less time for the same {figure['unit']}"),
     ):
         ours = figure[key]["planned"]
         if ours:
@@ -97,7 +98,8 @@ def _show_several(records: list[RunRecord], documents: list[dict[str, Any]], out
         ("method", lambda r, f: describe(r.run)),
         ("profile", lambda r, f: f"{f['devices']} x {r.plan['profile']}"),
         ("steps", lambda r, f: f"{f['steps']:,} of {f['planned_steps']:,}"),
-        ("tokens", lambda r, f: f"{f['tokens']:,}"),
+        ("tokens", lambda r, f: f"{f['tokens']:,}" if f["unit"] == "tokens" else "-"),
+        ("samples", lambda r, f: f"{f['samples']:,}"),
         ("train loss", lambda r, f: _number(f["train_loss"])),
         ("validation loss", lambda r, f: _number(f["val_loss"])),
         ("top-1 accuracy", lambda r, f: "-" if f["val_accuracy"] is None else f"{f['val_accuracy']:.2%}"),

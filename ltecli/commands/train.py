@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -66,11 +65,6 @@ def train_command(
 ) -> int:
     """Train a run to its end, in this process or launched; returns the exit code."""
     output = Output(as_json, quiet or as_json)
-    # Kineto announces every trace on stderr unless told otherwise before torch is imported.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # Threads that spin while they wait for each other stand still beside anybody else's work: tens of times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     _check_device(device_name)
     if launch is not None and launch.nodes > 1 and launch.node is None:
         return print_lines(given, launch, output)

@@ -19,6 +19,7 @@ from simulate.data.image_batches import ImageBatches
 from simulate.data.sources import Dataset, image_sizes
 from simulate.data.text import Text, shard_bounds
 from simulate.models.build import DTYPES
+from simulate.models.options import text_sizes
 from simulate.randomness import generator
 
 
@@ -88,7 +89,9 @@ class TextBatches:
     def of(cls, run: Run, text: Text) -> TextBatches:
         """Return the batches of a run over its text."""
         train = run.train
-        return cls(text, run.model.context, train.micro_batch, run.cluster.devices, train.seed, run.data.shards)
+        return cls(
+            text, text_sizes(run.model).context, train.micro_batch, run.cluster.devices, train.seed, run.data.shards
+        )
 
     @property
     def fingerprint(self) -> str:

@@ -16,6 +16,7 @@ from simulate.data.stl10 import find_stl10, stl10_source
 from simulate.data.text import Text, load_text, read_bytes
 from simulate.data.tokenizer import check_vocabulary, declared_size
 from simulate.errors import InputError
+from simulate.models.options import text_sizes
 
 Dataset = Text | Images
 TOKENIZER_FILE = "tokenizer.json"
@@ -41,7 +42,7 @@ def load_data(run: Run, tokenizer: Path | None = None) -> Dataset:
     _check_kind(run, source)
     if source is None:
         text = load_text(data)
-        text.check(run.model, devices, data.shards)
+        text.check(text_sizes(run.model), devices, data.shards)
         return text
     source.check(classes, devices, data.shards)
     images = load_images(source, source.frame(pixels, colours, data.upscale), data.skip_corrupt)
@@ -68,10 +69,10 @@ def check_data(run: Run) -> None:
 def _check_text(run: Run) -> None:
     text, tokenizer = read_bytes(run.data), run.data.tokenizer
     if tokenizer == BYTES:
-        text.check(run.model, run.cluster.devices, run.data.shards)
+        text.check(text_sizes(run.model), run.cluster.devices, run.data.shards)
     else:  # there are no more tokens than bytes
-        text.check_length(run.model, run.cluster.devices, run.data.shards)
-        check_vocabulary(declared_size(tokenizer), tokenizer, run.model.vocab)
+        text.check_length(text_sizes(run.model), run.cluster.devices, run.data.shards)
+        check_vocabulary(declared_size(tokenizer), tokenizer, text_sizes(run.model).vocab)
 
 
 def image_sizes(model: Model) -> tuple[int | None, int | None, int | None]:

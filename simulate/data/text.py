@@ -16,6 +16,7 @@ from simulate import config
 from simulate.data.hub import TEXTS, read_hub
 from simulate.data.tokenizer import Vocabulary, check_vocabulary, encode
 from simulate.errors import InputError
+from simulate.models.options import ReadsText
 
 STDLIB_BYTES = 2_000_000
 """Cap of the embedded default: the standard library's top-level modules, sorted by name, up to this many bytes."""
@@ -68,7 +69,7 @@ class Text:
     def _unit(self) -> str:
         return "bytes" if self.vocabulary is None else f"tokens ({self.vocabulary.name})"
 
-    def check(self, model: config.Model, devices: int, shards: Sequence[float] | None = None) -> None:
+    def check(self, model: ReadsText, devices: int, shards: Sequence[float] | None = None) -> None:
         """Raise InputError where a device's shard or the validation split has no window, or the vocabulary is small."""
         self.check_length(model, devices, shards)
         if self.vocabulary is not None:
@@ -79,7 +80,7 @@ class Text:
                 f"try --set model.vocab={config.BYTE_VALUES}"
             )
 
-    def check_length(self, model: config.Model, devices: int, shards: Sequence[float] | None = None) -> None:
+    def check_length(self, model: ReadsText, devices: int, shards: Sequence[float] | None = None) -> None:
         """Raise InputError where a device's shard or the validation split has no window."""
         window = model.context + 1
         smallest_share = 1 / devices if shards is None else min(shards) / sum(shards)

@@ -63,10 +63,11 @@ class Method(ABC):
         self.peak_rates = [group["lr"] for group in self.groups]
 
     def _matrices(self) -> set[int]:
-        """Return the ids of what Muon steps: factors, and weights of linear layers that no embedding shares."""
+        """Return the ids of what Muon steps: factors, and linear layers' weights but for those at a network's ends."""
         names, embeddings = set(), set()
+        trained_whole = getattr(self.model, "trained_whole", ())
         for name, module in self.model.named_modules():
-            if isinstance(module, ReplicatedLinear):
+            if isinstance(module, ReplicatedLinear) and name not in trained_whole:
                 names.add(f"{name}.weight")
             elif isinstance(module, LoraLinear):
                 names |= {f"{name}.{key}" for key, _ in module.named_parameters() if key != "bias"}
