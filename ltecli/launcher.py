@@ -63,11 +63,6 @@ def check_trainable(run: Run) -> None:
             f"method.quantize = {run.method.quantize!r} can be planned but not trained yet; "
             "try --set method.quantize=none"
         )
-    if run.model.unit != "tokens":
-        raise InputError(
-            f"model.name = {run.model.name!r} is a model of images: it can be planned but not trained yet; "
-            "choose a model of text"
-        )
 
 
 def new_folder(path: Path, run: Run, device_name: str = "cpu") -> RunFolder:

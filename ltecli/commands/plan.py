@@ -112,7 +112,8 @@ def _pins(table: toml.Table) -> Pins:
 def _base_run(table: toml.Table, profile: Profile) -> tuple[Run, list[str]]:
     """Validate everything given, with what follows from it filled in."""
     notes = []
-    if not {"name", "path"} & table["data"].keys():
+    embedded = not {"name", "path"} & table["data"].keys()
+    if embedded:
         table["data"]["name"] = "stdlib"
     table["cluster"].setdefault("devices", profile.count)
     if table["method"].get("name", "lte") == "lte" and "micro_batch" not in table["train"]:
@@ -120,6 +121,12 @@ def _base_run(table: toml.Table, profile: Profile) -> tuple[Run, list[str]]:
         table["train"]["micro_batch"] = heads if isinstance(heads, int) and heads > 0 else 1
     _keep_rank_within_layers(table)
     run = _build(table)
+    if embedded and run.model.unit == "samples":
+        table["data"] = {"upscale": True, **table["data"], "name": "digits"}
+        notes.append(
+            "data.name = 'digits', enlarged to the model's pixels, stands for images of yours: name them by --data"
+        )
+        run = _build(table)
     if "learning_rate" not in table["train"]:
         width = run.model.shape().width
         rate = min(REFERENCE_RATE, REFERENCE_RATE * REFERENCE_WIDTH / width)

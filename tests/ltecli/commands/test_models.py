@@ -115,4 +115,5 @@ def test_a_rank_beyond_a_traced_layer_names_it(refused: Refused, here: Path) -> 
 
 
 def test_models_of_images_are_not_trained_on_text(refused: Refused, here: Path) -> None:
-    refused("train", write(here / "run.toml", {"name": "vit"}, METHODS["lte"]), words=("'vit' is a model of images",))
+    words = ("is text, and model.name = 'vit' reads images",)
+    refused("train", write(here / "run.toml", {"name": "vit"}, METHODS["lte"]), words=words)
