@@ -15,6 +15,7 @@ from simulate import toml
 from simulate.config import Run, Train, build_run, dump_run
 from simulate.errors import InputError
 from simulate.hardware import LOCAL, Profile, load_profile
+from simulate.models.options import sees_images
 from simulate.options import METHODS, AdapterOptions
 
 TOKENS_PER_PARAMETER = 20
@@ -113,7 +114,7 @@ def _base_run(table: toml.Table, profile: Profile) -> tuple[Run, list[str]]:
     """Validate everything given, with what follows from it filled in."""
     notes = []
     embedded = not {"name", "path"} & table["data"].keys()
-    if embedded:
+    if embedded and not sees_images(table["model"]):
         table["data"]["name"] = "stdlib"
     table["cluster"].setdefault("devices", profile.count)
     if table["method"].get("name", "lte") == "lte" and "micro_batch" not in table["train"]:
@@ -122,11 +123,9 @@ def _base_run(table: toml.Table, profile: Profile) -> tuple[Run, list[str]]:
     _keep_rank_within_layers(table)
     run = _build(table)
     if embedded and run.model.unit == "samples":
-        table["data"] = {"upscale": True, **table["data"], "name": "digits"}
         notes.append(
             "data.name = 'digits', enlarged to the model's pixels, stands for images of yours: name them by --data"
         )
-        run = _build(table)
     if "learning_rate" not in table["train"]:
         width = run.model.shape().width
         rate = min(REFERENCE_RATE, REFERENCE_RATE * REFERENCE_WIDTH / width)
