@@ -20,7 +20,7 @@ from tests import tiny
 # L = 2 devices with K = 2 heads each, so H = 4; M = 3 rows a head; I = 5, O = 4, R = 2.
 HEADS, ROWS, INPUTS, OUTPUTS, RANK, SCALE = 4, 3, 5, 4, 2, 1.5
 # Rows from which the old product goes into a head's weight, 2·O·I < M·(I + O); the new one on the way back, 2·O <= M;
-# and both ways, 2·I <= M. With an old product that did, the new one follows on the way back, O < M; and both ways, I < M.
+# and both ways, 2·I <= M. With an old product that did, the new one follows on the way back, O < M; both ways, I < M.
 FOLDING_ROWS = pytest.mark.parametrize("rows", [ROWS, 5, 6, 8, 10])
 
 
