@@ -160,7 +160,8 @@ class _ReplicatedLayerNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight_CD: Tensor, bias_CD: Tensor, epsilon: float) -> Tensor:
         copies, width = weight_CD.shape
         x = x.contiguous()
-        y, mean, rstd = torch.native_layer_norm(x, [width], None, None, epsilon)
+        # With an affine pair, if of ones and zeros: without one, torch's pass takes twice as long on a CPU.
+        y, mean, rstd = torch.native_layer_norm(x, [width], x.new_ones(width), x.new_zeros(width), epsilon)
         y_CMD = y.view(copies, -1, width)
         torch.addcmul(bias_CD.unsqueeze(1), y_CMD, weight_CD.unsqueeze(1), out=y_CMD)
         ctx.save_for_backward(x, mean, rstd, weight_CD, bias_CD)
