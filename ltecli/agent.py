@@ -117,7 +117,7 @@ class Launch:
 
     def run_agent(self) -> dict[str, Any]:
         """Start the processes and keep them going; returns how the run ended. Raises RunFailedError."""
-        from torch.distributed.elastic.rendezvous.api import RendezvousError
+        from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousTimeoutError
 
         node = self.node
         os.environ.update(self._environment())
@@ -133,6 +133,11 @@ class Launch:
         except (RendezvousError, RuntimeError) as error:
             if outcome := self._outcome():
                 return outcome
+            if isinstance(error, RendezvousTimeoutError):
+                waited = f"{self.run.cluster.join_timeout_s:g} s (cluster.join_timeout_s)"
+                raise RunFailedError(f"node {node.number} waited {waited} for nodes that were lost") from error
+            if node.number > 0 and self._store_is_gone():
+                raise RunFailedError(f"node {node.number}: node 0 is gone, and the run with it") from error
             raise RunFailedError(f"node {node.number} lost the others: {_first_line(error)}") from error
         outcome = self._outcome()
         self._part(self._interface_sent_bytes() - sent_before)
@@ -259,6 +264,13 @@ class Launch:
             return dict(json.loads(self.store.get(OUTCOME))) if self.store.check([OUTCOME]) else None
         except RuntimeError:
             return None
+
+    def _store_is_gone(self) -> bool:
+        try:
+            self.store.check(["any"])
+        except RuntimeError:
+            return True
+        return False
 
     def _interface_sent_bytes(self) -> int:
         counters = psutil.net_io_counters(pernic=True).get(self.node.interface)

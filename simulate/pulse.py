@@ -1,6 +1,6 @@
 """Signs of life of a launched run's processes, so that who does not answer can be named.
 
-Each process writes, once a second, how often it did so and how many exchanges it has begun. When an exchange fails, two
+Each process writes, twice a second, how often it did so and how many exchanges it has begun. When an exchange fails, two
 looks tell who has fallen silent, and who is alive but behind.
 """
 
@@ -15,8 +15,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-PULSE_S = 1.0
-LOOK_S = 2.5
+PULSE_S = 0.5
+LOOK_S = 1.5
 """Between the two looks; a slow link must not look like a dead one."""
 STORE_TIMEOUT_S = 10.0
 

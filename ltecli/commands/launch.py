@@ -51,6 +51,19 @@ class LaunchOptions:
     secret_file: Path | None = None
     trust_network: bool = False
 
+    def words(self) -> str:
+        """Return the options as they were given, for the line that continues a run."""
+        given = {
+            "--processes": self.processes,
+            "--nodes": self.nodes if self.nodes > 1 else None,
+            "--node": self.node,
+            "--join": self.join,
+            "--interface": self.interface,
+            "--secret-file": self.secret_file,
+        }
+        words = [f" {name} {value}" for name, value in given.items() if value is not None]
+        return "".join([" --launch", *words, *([" --trust-network"] if self.trust_network else [])])
+
 
 def launch_options(
     launch: bool,
@@ -159,7 +172,7 @@ def launch_run(folder: RunFolder, device: torch.device, options: LaunchOptions, 
         outcome = run_watched(launch, pass_on, folder.events, asked)
     if launch.wire_sent_bytes is not None and options.nodes > 1:
         _keep_wire_bytes(folder, outcome["step"], launch.wire_sent_bytes)
-    return _conclude(folder, outcome, output, number)
+    return _conclude(folder, outcome, output, options)
 
 
 def _preflight(folder: RunFolder, processes: int, options: LaunchOptions, output: Output) -> Preflight:
@@ -295,15 +308,16 @@ def _keep_wire_bytes(folder: RunFolder, step: int, sent_bytes: list[int]) -> Non
     events.close()
 
 
-def _conclude(folder: RunFolder, outcome: dict[str, Any], output: Output, number: int) -> int:
+def _conclude(folder: RunFolder, outcome: dict[str, Any], output: Output, options: LaunchOptions) -> int:
     if outcome["kind"] == "failure":
         raise (InputError if outcome["input"] else RunFailedError)(outcome["text"])
     if outcome["kind"] == "interrupt":
         output.hint(
-            f"interrupted at step {outcome['step']}, saved; continue with lte train {folder.path} --resume --launch"
+            f"interrupted at step {outcome['step']}, saved; "
+            f"continue with lte train {folder.path} --resume{options.words()}"
         )
         return INTERRUPTED
-    if number > 0:
+    if options.node:
         output.hint(f"done at step {outcome['step']}; node 0 has the events, {folder.path} this node's checkpoints")
         return 0
     tell_result(

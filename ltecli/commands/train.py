@@ -86,11 +86,11 @@ def train_command(
                 return _simulate(folder, device, output)
             return launch_run(folder, device, launch or LaunchOptions(), output)
     except OSError as error:
-        raise RunFailedError(f"{error.strerror}: {error.filename or folder.path}; {_saved(folder)}") from error
+        raise RunFailedError(f"{error.strerror}: {error.filename or folder.path}; {_saved(folder, launch)}") from error
     except RunFailedError as error:
-        raise RunFailedError(f"{error}; {_saved(folder)}") from error
+        raise RunFailedError(f"{error}; {_saved(folder, launch)}") from error
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; {_saved(folder)}") from None
+        raise KeyboardInterrupt(f"interrupted; {_saved(folder, launch)}") from None
 
 
 def _check_launch(run: Run, device: torch.device, options: LaunchOptions | None) -> None:
@@ -157,7 +157,8 @@ def _resumed(given: Path | None, out: Path | None, changes: Changes) -> RunFolde
     return resumed_folder(out or RUNS / _name(given), run)
 
 
-def _saved(folder: RunFolder) -> str:
+def _saved(folder: RunFolder, launch: LaunchOptions | None) -> str:
+    line = f"lte train {folder.path} --resume{launch.words() if launch else ''}"
     if not folder.path.exists():
         return "nothing was started; give the same line again"
     path = folder.path / CHECKPOINTS
@@ -165,8 +166,8 @@ def _saved(folder: RunFolder) -> str:
     if not saved:  # one node of several has a part
         saved = [step for step in sorted(path.glob("step-*")) if saved_devices(step)]
     if not saved:
-        return f"no checkpoint was saved yet; start over with lte train {folder.path} --resume"
-    return f"saved: {saved[-1]}; continue with lte train {folder.path} --resume"
+        return f"no checkpoint was saved yet; start over with {line}"
+    return f"saved: {saved[-1]}; continue with {line}"
 
 
 def _check_device(name: str) -> None:
