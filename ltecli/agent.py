@@ -7,6 +7,7 @@ store that listens at one address only, and with word of what failed. Everything
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import signal
@@ -14,8 +15,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,7 +30,7 @@ from simulate.errors import InputError, RunFailedError
 from simulate.preflight import SECRET_VARIABLE
 
 if TYPE_CHECKING:
-    from torch.distributed import Store, TCPStore
+    from torch.distributed import TCPStore
 
 LOGS = "logs"
 POLL_S, MONITOR_S = 0.3, 0.5
@@ -63,8 +64,13 @@ class Launch:
     """One node's agent with its store; `tell` gets what goes wrong, in words, as it happens."""
 
     def __init__(self, folder: Path, run: Run, node: Node, tell: Tell, threads: int) -> None:
+        self._oom_kills_before = oom_kills()
         self.folder, self.run, self.node, self.tell, self.threads = folder, run, node, tell, threads
         self._store: TCPStore | None = None
+        self.keep_alive_misses = KEEP_ALIVE_MISSES
+        self.abandoned = threading.Event()
+        """Set where no process may be started any more."""
+        self._agent_class, self._running_agent = _agent_class(), None
         self.wire_sent_bytes: list[int] | None = None
         """What each node's interface sent, with all headers and whatever else was on it; known on node 0 at the end."""
 
@@ -111,19 +117,27 @@ class Launch:
 
     def run_agent(self) -> dict[str, Any]:
         """Start the processes and keep them going; returns how the run ended. Raises RunFailedError."""
-        from torch.distributed.elastic.rendezvous.api import RendezvousError
+        from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousTimeoutError
 
         node = self.node
         os.environ.update(self._environment())
         os.environ.pop(SECRET_VARIABLE, None)  # processes have no use for it
+        # What it has to say is told here, in our words.
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
         sent_before = self._interface_sent_bytes()
         agent, handler = self._agent()
+        self._running_agent = agent
         try:
             result = agent.run()
             handler.shutdown()
         except (RendezvousError, RuntimeError) as error:
             if outcome := self._outcome():
                 return outcome
+            if isinstance(error, RendezvousTimeoutError):
+                waited = f"{self.run.cluster.join_timeout_s:g} s (cluster.join_timeout_s)"
+                raise RunFailedError(f"node {node.number} waited {waited} for nodes that were lost") from error
+            if node.number > 0 and self._store_is_gone():
+                raise RunFailedError(f"node {node.number}: node 0 is gone, and the run with it") from error
             raise RunFailedError(f"node {node.number} lost the others: {_first_line(error)}") from error
         outcome = self._outcome()
         self._part(self._interface_sent_bytes() - sent_before)
@@ -131,6 +145,32 @@ class Launch:
             return outcome
         failures = "; ".join(self._failure(rank, failure) for rank, failure in sorted(result.failures.items()))
         raise RunFailedError(f"given up after {self.run.cluster.max_restarts} restarts: {failures}")
+
+    def allow_clocks_apart(self, seconds: float) -> None:
+        """Take a node for lost later: signs of life bear the time of each node's own clock."""
+        self.keep_alive_misses += math.ceil(seconds / KEEP_ALIVE_S)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether no process runs here, since others are waited for."""
+        from torch.distributed.elastic.agent.server.api import WorkerState
+
+        agent = self._running_agent
+        return agent is not None and agent.get_worker_group().state in (WorkerState.INIT, WorkerState.STOPPED)
+
+    def abandon(self) -> None:
+        """End this node's processes at once, and start none any more."""
+        self.abandoned.set()
+        own = [child for child in psutil.Process().children(recursive=True) if self._is_ours(child)]
+        for process in own:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(own, timeout=POLL_S)
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        with suppress(psutil.Error):
+            return str(self.folder) in process.cmdline()
+        return False
 
     def _environment(self) -> dict[str, str]:
         interface = self.node.interface
@@ -167,7 +207,7 @@ class Launch:
                 join=timedelta(seconds=cluster.join_timeout_s), last_call=timedelta(seconds=cluster.rejoin_s)
             ),
             keep_alive_interval=KEEP_ALIVE_S,
-            keep_alive_max_attempt=KEEP_ALIVE_MISSES,
+            keep_alive_max_attempt=self.keep_alive_misses,
         )
         logs = self.folder / LOGS / f"node{node.number}"
         logs.mkdir(parents=True, exist_ok=True)
@@ -176,13 +216,13 @@ class Launch:
             role="process",
             local_world_size=node.processes,
             entrypoint=sys.executable,
-            args=("-m", "simulate.worker", str(self.folder), node.device, host, str(port)),
+            args=("-m", "simulate.worker", str(self.folder), node.device, host, str(port), str(node.number)),
             rdzv_handler=handler,
             max_restarts=cluster.max_restarts,
             monitor_interval=MONITOR_S,
             local_addr=node.address,
         )
-        return _agent_class()(spec, DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL), self), handler
+        return self._agent_class(spec, DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL), self), handler
 
     def failed(self, failures: dict[int, Any]) -> None:
         """Tell everyone which of this node's processes failed by themselves; others wrote so before they left."""
@@ -207,7 +247,10 @@ class Launch:
     def _failure(self, rank: int, failure: Any) -> str:
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
-            hint = ", perhaps for lack of memory" if name == "SIGKILL" else ""
+            hint = ""
+            if name == "SIGKILL":
+                out_of_memory = oom_kills() > self._oom_kills_before
+                hint = ", since the system ran out of memory" if out_of_memory else ", by hand or for lack of memory"
             return f"process {rank} on node {self.node.number} was killed by {name}{hint}"
         logs = sorted((self.folder / LOGS).glob(f"node{self.node.number}/*/attempt_*/{failure.local_rank}/stderr.log"))
         lines = [line for line in logs[-1].read_text(errors="replace").splitlines() if line.strip()] if logs else []
@@ -221,6 +264,13 @@ class Launch:
             return dict(json.loads(self.store.get(OUTCOME))) if self.store.check([OUTCOME]) else None
         except RuntimeError:
             return None
+
+    def _store_is_gone(self) -> bool:
+        try:
+            self.store.check(["any"])
+        except RuntimeError:
+            return True
+        return False
 
     def _interface_sent_bytes(self) -> int:
         counters = psutil.net_io_counters(pernic=True).get(self.node.interface)
@@ -242,6 +292,15 @@ class Launch:
             self.tell("node 0 has left")
 
 
+def oom_kills() -> int:
+    """Return how many processes this system has killed for lack of memory so far; 0 where it does not tell."""
+    with suppress(OSError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
 def _agent_class() -> Any:
     """Return torchrun's agent, which also tells of failures, and counts restarts from the last checkpoint on."""
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
@@ -251,6 +310,11 @@ def _agent_class() -> Any:
         def __init__(self, spec: Any, logs: Any, launch: Launch) -> None:
             super().__init__(spec, logs, exit_barrier_timeout=FAREWELL_S)
             self._launch, self._restarted_at = launch, 0
+
+        def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+            if self._launch.abandoned.is_set():
+                raise RuntimeError("no process is started any more")
+            return dict(super()._start_workers(worker_group))
 
         def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
             result = super()._monitor_workers(worker_group)
@@ -268,74 +332,6 @@ def _agent_class() -> Any:
             super()._shutdown(signal.SIGKILL, timeout)
 
     return Agent
-
-
-@contextmanager
-def listening(
-    launch: Launch, on_event: Callable[[dict[str, Any]], None], events: Path, asked: list[bool]
-) -> Iterator[None]:
-    """Pass on, while the agent runs, what processes tell and the first one emits; ask to stop where it is wished."""
-    done = threading.Event()
-    listener = _Listener(launch, on_event, events, asked)
-
-    def listen() -> None:
-        while not done.wait(POLL_S):
-            listener.look()
-
-    thread = threading.Thread(target=listen, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        listener.look()
-
-
-class _Listener:
-    def __init__(
-        self, launch: Launch, on_event: Callable[[dict[str, Any]], None], events: Path, asked: list[bool]
-    ) -> None:
-        self.launch, self.on_event, self.events, self.asked = launch, on_event, events, asked
-        self._told, self._offset, self._file, self._lost = 0, 0, 0, False
-
-    def look(self) -> None:
-        """Pass on what is new."""
-        try:
-            self._look_at(self.launch.store)
-        except RuntimeError:  # of a store that is gone; the agent ends by itself then
-            self._lost = True
-        if self.launch.node.number == 0:
-            self._read_events()
-
-    def _look_at(self, store: Store) -> None:
-        from simulate.worker import STOP, TOLD
-
-        if self._lost:
-            return
-        for index in range(self._told + 1, store.add(TOLD, 0) + 1):
-            if not store.check([f"{TOLD}/{index}"]):
-                break
-            self.launch.tell(store.get(f"{TOLD}/{index}").decode())
-            self._told = index
-        if self.asked:
-            store.set(STOP, "1")
-
-    def _read_events(self) -> None:
-        try:
-            about = self.events.stat()
-        except FileNotFoundError:
-            return
-        if about.st_ino != self._file:  # begun, or cut back by a restart: what is left was passed on before
-            restarted = self._file != 0
-            self._file, self._offset = about.st_ino, about.st_size if restarted else self._offset
-        with self.events.open("rb") as file:
-            file.seek(self._offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self._offset += len(line)
-                self.on_event(json.loads(line))
 
 
 def _first_line(error: BaseException) -> str:

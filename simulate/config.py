@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from simulate import toml
 from simulate.errors import InputError, near_match
-from simulate.models.options import FactoryModel, GptModel, Model, check_name
+from simulate.models.options import FactoryModel, GptModel, Model, check_name, sees_images
 from simulate.options import (
     METHOD_NAMES,
     AdamixOptions,
@@ -155,6 +155,16 @@ class Cluster(toml.Schema):
         return self
 
 
+def _with_default_data(given: Any) -> Any:
+    """Give a model of images the embedded digits where no data is named: the default of text is no use to it."""
+    if not isinstance(given, dict) or not isinstance(model := given.get("model"), dict):
+        return given
+    data = given.get("data") or {}
+    if not isinstance(data, dict) or data.keys() & {"name", "path"} or not sees_images(model):
+        return given
+    return {**given, "data": {"name": "digits", "upscale": True, **data}}
+
+
 class Run(toml.Schema):
     """One run, complete."""
 
@@ -173,7 +183,7 @@ class Run(toml.Schema):
             name = method.setdefault("name", "lte")
             if name not in METHOD_NAMES:
                 raise ValueError(f"method.name = {name!r} is not a method; {near_match(str(name), METHOD_NAMES)}")
-        return given
+        return _with_default_data(given)
 
     @model_validator(mode="after")
     def _consistent(self) -> Run:

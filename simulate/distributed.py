@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +31,20 @@ SERVER = 0
 
 class LostPeerError(RunFailedError):
     """An exchange that failed or did not end in time: a process or a link is gone. The run can be restarted."""
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch's means that memory ran out, the host's or a GPU's."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text.lower()
+
+
+def shorter(error: BaseException) -> str:
+    """Return what torch says in one line, without the place in its source where it says so."""
+    text = " ".join(str(error).split())
+    return re.sub(
+        r"\[[^\]]*/gloo/[^\]]*\] ", "", text.partition(" Exception raised from ")[0].partition(" This is typically")[0]
+    )
 
 
 def devices_of(process: int, processes: int, devices: int) -> range:
@@ -59,6 +74,10 @@ class TorchCommunicator(Communicator):
         self._executor = ThreadPoolExecutor(1, "exchange") if device.type == "cpu" else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._travelling: list[Future[None]] = []
+        self.exchanges = 0
+        """Begun so far."""
+        self.missing: Callable[[int], str] = lambda exchanges: ""
+        """Says, of a failed exchange, who is not there."""
 
     def new_group(self, backend: str | None, processes: Sequence[int] | None = None) -> dist.ProcessGroup:
         """Make a group; all processes take part in that, also those that are not in it."""
@@ -121,11 +140,16 @@ class TorchCommunicator(Communicator):
                 self._guarded(name, lambda: exchange(self._behind))
 
     def _guarded(self, name: str, exchange: Callable[[], object]) -> None:
+        self.exchanges += 1
+        begun, doing = self.exchanges, self.doing
         try:
             exchange()
         except RuntimeError as error:  # what torch.distributed raises for everything
-            reason = " ".join(str(error).split())
-            raise LostPeerError(f"{name} at {self.doing} failed in process {self.process}: {reason}") from error
+            if is_lack_of_memory(error):
+                raise
+            missing = self.missing(begun)
+            who = f" ({missing})" if missing else ""
+            raise LostPeerError(f"{name} at {doing} failed: {shorter(error)}{who}") from error
 
     def _all_reduce(self, sums: Sequence[Tensor]) -> None:
         self._run("an all-reduce", lambda channel: channel.all_reduce(sums, channel.group))

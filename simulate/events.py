@@ -13,7 +13,8 @@ from simulate.errors import InputError
 EVENTS_VERSION = 1
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
-"""Kinds: start, memory, step, evaluate, diagnostics, checkpoint, resume, interrupt, end; all have kind and step."""
+"""Kinds: start, memory, step, evaluate, diagnostics, checkpoint, resume, interrupt, end, and of launched runs restart
+(when, why, and how much was repeated), left-out and wire; all have kind and step."""
 
 
 class EventFile:
@@ -51,10 +52,12 @@ def read_events(path: Path) -> Iterator[Event]:
 
 
 def truncate_events(path: Path, step: int) -> None:
-    """Drop what was emitted after the checkpoint of `step`: a resumed run emits it again."""
+    """Drop what was emitted after the checkpoint of `step`: a resumed run emits it again. Restarts stay, as of then."""
     kept: list[str] = []
     for event in read_events(path):
-        if event["step"] > step or event["kind"] in ("interrupt", "end"):
+        if event["kind"] == "restart":
+            event["step"] = max(0, min(event["step"], step))
+        elif event["step"] > step or event["kind"] in ("interrupt", "end"):
             continue
         kept.append(json.dumps(event))
     toml.write_atomically(path, "".join(line + "\n" for line in kept).encode())

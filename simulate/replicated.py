@@ -189,7 +189,8 @@ class _ReplicatedLayerNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight_CD: Tensor, bias_CD: Tensor, epsilon: float) -> Tensor:
         copies, width = weight_CD.shape
         x = x.contiguous()
-        y, mean, rstd = torch.native_layer_norm(x, [width], None, None, epsilon)
+        # With an affine pair, if of ones and zeros: without one, torch's pass takes twice as long on a CPU.
+        y, mean, rstd = torch.native_layer_norm(x, [width], x.new_ones(width), x.new_zeros(width), epsilon)
         y_CMD = y.view(copies, -1, width)
         torch.addcmul(bias_CD.unsqueeze(1), y_CMD, weight_CD.unsqueeze(1), out=y_CMD)
         ctx.save_for_backward(x, mean, rstd, weight_CD, bias_CD)
@@ -201,12 +202,17 @@ class _ReplicatedLayerNorm(torch.autograd.Function):
         copies, width = weight_CD.shape
         grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty_like(weight_CD), torch.empty_like(bias_CD)
         # torch's own pass, copy by copy: out of tensors of the whole batch's size it takes seven passes.
-        g_CMD, x_CMD, grad_x_CMD = (t.reshape(copies, -1, width) for t in (grads[0], x, grad_x))
-        mean_CM1, rstd_CM1 = mean.view(copies, -1, 1), rstd.view(copies, -1, 1)
-        for c in range(copies):
-            grad_x_CMD[c], grad_weight[c], grad_bias[c] = torch.ops.aten.native_layer_norm_backward(
-                g_CMD[c], x_CMD[c], [width], mean_CM1[c], rstd_CM1[c], weight_CD[c], bias_CD[c], [True, True, True]
+        rows = (t.reshape(copies, -1, width).unbind() for t in (grads[0], x, grad_x))
+        statistics = (mean.view(copies, -1, 1).unbind(), rstd.view(copies, -1, 1).unbind())
+        affine = (t.unbind() for t in (weight_CD, bias_CD, grad_weight, grad_bias))
+        for g_MD, x_MD, grad_x_MD, mean_M1, rstd_M1, weight_D, bias_D, grad_weight_D, grad_bias_D in zip(
+            *rows, *statistics, *affine, strict=True
+        ):
+            parts = torch.ops.aten.native_layer_norm_backward(
+                g_MD, x_MD, [width], mean_M1, rstd_M1, weight_D, bias_D, [True, True, True]
             )
+            for whole, part in zip((grad_x_MD, grad_weight_D, grad_bias_D), parts, strict=True):
+                whole.copy_(part)
         return grad_x, grad_weight, grad_bias, None
 
 

@@ -1,6 +1,6 @@
 """One process of a launched run: what the elastic agent starts, and starts again after a loss.
 
-    python -m simulate.worker FOLDER DEVICE STORE_HOST STORE_PORT
+    python -m simulate.worker FOLDER DEVICE STORE_HOST STORE_PORT NODE
 
 Everything else comes from the agent's environment (RANK, WORLD_SIZE, ...) and from the run's folder. Processes agree on
 the newest state that they have among them, take it up, and train until the end or until somebody asks to stop. What is
@@ -9,6 +9,7 @@ told goes through the agents' key-value store: `told` counts messages, `told/K` 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -28,20 +30,24 @@ from simulate.clock import SimulatedClock
 from simulate.config import Run, load_run
 from simulate.data.batches import build_batches
 from simulate.data.sources import kept_tokenizer, load_data
-from simulate.distributed import LostPeerError, TorchCommunicator, devices_of
+from simulate.distributed import LostPeerError, TorchCommunicator, devices_of, is_lack_of_memory, shorter
 from simulate.errors import InputError, RunFailedError
-from simulate.events import Event, EventFile, truncate_events
+from simulate.events import Event, EventFile, read_events, truncate_events
 from simulate.hardware import load_profile
 from simulate.loop import Session, train
 from simulate.methods import build_method
+from simulate.pulse import Pulse
 from simulate.recovery import recover
 
 RUN_FILE, PROFILE_FILE, EVENTS_FILE, CHECKPOINTS = "run.toml", "profile.toml", "events.jsonl", "checkpoints"
 """What the worker reads and writes in the run's folder."""
 STOP, OUTCOME, FATAL, TOLD, STEP, START = "stop", "outcome", "fatal", "told", "step", "start"
+BEGUN, ANSWERED = "begun", "answered"
 """Keys of the store."""
 FAILED_EXIT, FATAL_EXIT = 1, 2
 ORPHAN_CHECK_S = 0.5
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE}
+"""What a restart does not mend."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +58,19 @@ class Place:
     processes: int
     local_process: int
     local_processes: int
+    node: int = 0
 
     @classmethod
-    def here(cls) -> Place:
+    def here(cls, node: int) -> Place:
         """Return the place that the agent gave to this process."""
-        return cls(*(int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+        keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        process, processes, local_process, local_processes = (int(os.environ[key]) for key in keys)
+        return cls(process, processes, local_process, local_processes, node)
+
+    @property
+    def title(self) -> str:
+        """The process's name in messages."""
+        return f"process {self.process} on node {self.node}"
 
     def node_devices(self, devices: int) -> range:
         """Return the devices of all processes of this node, which have consecutive numbers."""
@@ -72,24 +86,43 @@ def tell(store: dist.Store, text: str) -> None:
 
 def main() -> int:
     """Be one process until the run's end; returns the exit code."""
-    folder, device_name, host, port = sys.argv[1:]
+    folder, device_name, host, port, node = sys.argv[1:]
     end_with_the_agent()
-    place = Place.here()
+    place = Place.here(int(node))
     store = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=60))
     try:
         _train(Path(folder), _device(device_name, place), place, store)
     except LostPeerError as error:
-        tell(store, f"process {place.process}: {error}")
+        tell(store, f"{place.title}: {error}")
         return FAILED_EXIT
     except (InputError, RunFailedError) as error:
-        # Trying again would end alike.
-        store.set(OUTCOME, json.dumps({"kind": "failure", "text": str(error), "input": isinstance(error, InputError)}))
-        store.set(FATAL, "1")
-        return FATAL_EXIT
-    except (OSError, RuntimeError, MemoryError) as error:
-        tell(store, f"process {place.process}: {type(error).__name__}: {' '.join(str(error).split())}")
+        return _end_the_run(store, str(error), isinstance(error, InputError))
+    except OSError as error:
+        if error.errno in DISK_ERRORS:
+            return _end_the_run(store, f"{place.title}: {disk_text(error, Path(folder))}", False)
+        tell(store, f"{place.title}: {error}")
+        raise
+    except (RuntimeError, MemoryError) as error:
+        what = "ran out of memory" if is_lack_of_memory(error) else type(error).__name__
+        tell(store, f"{place.title}: {what}: {shorter(error)}")
         raise
     return 0
+
+
+def _end_the_run(store: dist.Store, text: str, is_input: bool) -> int:
+    """Say how the run ended, where trying again would end alike: the first one's word counts."""
+    outcome = json.dumps({"kind": "failure", "text": text, "input": is_input})
+    store.compare_set(OUTCOME, "", outcome)
+    store.set(FATAL, "1")
+    return FATAL_EXIT
+
+
+def disk_text(error: OSError, folder: Path) -> str:
+    """Return what a disk refused, with its file system."""
+    path = Path(error.filename or folder).absolute()
+    mounts = [Path(partition.mountpoint) for partition in psutil.disk_partitions(all=True)]
+    mount = max((m for m in mounts if path.is_relative_to(m)), key=lambda m: len(m.parts), default=Path("/"))
+    return f"{error.strerror} on the file system {mount}, at {path}; make room or mend it there"
 
 
 def end_with_the_agent() -> None:
@@ -116,19 +149,28 @@ def _device(name: str, place: Place) -> torch.device:
 def join_processes(run: Run, device: torch.device, place: Place, store: dist.Store) -> None:
     """Make the default group of all processes."""
     backend = {"auto": "nccl" if device.type == "cuda" else "gloo"}.get(run.cluster.backend, run.cluster.backend)
-    # Every rendezvous picks a port anew, which makes its keys its own.
-    prefix = f"group/{os.environ['MASTER_ADDR']}/{os.environ['MASTER_PORT']}"
     timeout = timedelta(seconds=run.cluster.timeout_s)
     try:
         dist.init_process_group(
-            backend, store=dist.PrefixStore(prefix, store), rank=place.process, world_size=place.processes,
+            backend, store=dist.PrefixStore(_group_prefix(), store), rank=place.process, world_size=place.processes,
             timeout=timeout,
         )  # fmt: skip
     except RuntimeError as error:
-        raise LostPeerError(f"processes could not be joined: {' '.join(str(error).split())}") from error
+        raise LostPeerError(f"processes could not be joined: {shorter(error)}") from error
+
+
+def _group_prefix() -> str:
+    # Every rendezvous picks a port anew, which makes its keys its own.
+    return f"group/{os.environ['MASTER_ADDR']}/{os.environ['MASTER_PORT']}"
+
+
+def _title(place: Place, devices: range) -> str:
+    several = f"devices {devices[0]} to {devices[-1]}" if len(devices) > 1 else f"device {devices[0]}"
+    return f"{place.title} ({several})"
 
 
 def _train(folder: Path, device: torch.device, place: Place, store: dist.Store) -> None:
+    _, _, host, port, _ = sys.argv[1:]
     run, profile = load_run(folder / RUN_FILE), load_profile(str(folder / PROFILE_FILE))
     data = load_data(run, kept_tokenizer(folder))
     join_processes(run, device, place, store)
@@ -139,6 +181,13 @@ def _train(folder: Path, device: torch.device, place: Place, store: dist.Store) 
     leads = place.process == 0
     with ExitStack() as stack:
         stack.callback(communicator.close)
+        titles = communicator.share_texts(_title(place, communicator.local_devices))
+        pulse = Pulse(
+            host, int(port), _group_prefix(), place.process, titles,
+            lambda: (communicator.exchanges, communicator.doing),
+        )  # fmt: skip
+        stack.callback(pulse.close)
+        communicator.missing = pulse.missing
         session = Session(
             run=run,
             method=build_method(run, communicator, device),
@@ -162,7 +211,7 @@ def _train(folder: Path, device: torch.device, place: Place, store: dist.Store) 
         session.emit({"kind": "end" if finished else "interrupt", "step": session.step, "wall_s": session.elapsed_s()})
         dist.barrier(communicator.control)
         if leads:
-            store.set(OUTCOME, json.dumps(_outcome(session, finished)))
+            store.compare_set(OUTCOME, "", json.dumps(_outcome(session, finished)))
     dist.destroy_process_group()
 
 
@@ -172,7 +221,9 @@ def _ignore(event: Event) -> None:
 
 def _tell_beginning(session: Session, folder: Path, stack: ExitStack, store: dist.Store) -> None:
     path, communicator = folder / EVENTS_FILE, session.communicator
-    fresh = session.step == 0
+    fresh, restart = session.step == 0, None
+    if store.add(BEGUN, 1) > 1:
+        restart = {"reasons": _reasons(store), **_repeated(path, session.step)}
     if path.exists():
         truncate_events(path, -1 if fresh else session.step)
     events = EventFile(path)
@@ -183,8 +234,28 @@ def _tell_beginning(session: Session, folder: Path, stack: ExitStack, store: dis
         facts = json.loads(store.get(START)) if store.check([START]) else {"start": {}, "measured_bytes": None}
         session.emit({"kind": "start", "step": 0, **facts["start"], **processes})
         session.emit({"kind": "memory", "step": 0, "measured_bytes": facts["measured_bytes"]})
-    else:
+    if restart is not None:
+        session.emit({"kind": "restart", "step": session.step, **restart, **processes})
+        tell(store, f"going on from step {session.step} in {communicator.processes} processes")
+    elif not fresh:
         session.emit({"kind": "resume", "step": session.step, **processes})
+
+
+def _reasons(store: dist.Store) -> list[str]:
+    """Return what was told since the run last began."""
+    first, last = store.add(ANSWERED, 0) + 1, store.add(TOLD, 0)
+    store.add(ANSWERED, last + 1 - first)
+    keys = [f"{TOLD}/{index}" for index in range(first, last + 1)]
+    lines = [store.get(key).decode() for key in keys if store.check([key])]
+    return [line for line in lines if not line.startswith("going on ")] or ["a node joined or left"]
+
+
+def _repeated(events: Path, step: int) -> Event:
+    """Return how many steps that were told of are done again, and for how many seconds nothing was told."""
+    if not events.exists():
+        return {"repeated_steps": 0, "silent_s": None}
+    last = max((event["step"] for event in read_events(events)), default=step)
+    return {"repeated_steps": max(0, last - step), "silent_s": max(0.0, time.time() - events.stat().st_mtime)}
 
 
 def _telling(events: EventFile, session: Session, store: dist.Store) -> Callable[[Event], None]:

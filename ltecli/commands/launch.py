@@ -6,6 +6,7 @@ import ipaddress
 import json
 import os
 import socket
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,15 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from ltecli.agent import LOGS, Launch, Node, listening
+from ltecli.agent import LOGS, Launch, Node
 from ltecli.errors import INTERRUPTED
-from ltecli.launcher import TENSORBOARD, RunFolder, stop_on_signal
+from ltecli.launcher import CHECKPOINTS, TENSORBOARD, RunFolder, stop_on_signal
 from ltecli.output import Output
 from ltecli.sinks import ProgressBar, TensorBoard
 from ltecli.telling import start_facts, tell_derived, tell_finished, tell_result
+from ltecli.watching import alive_key, run_watched
 from simulate.errors import InputError, RunFailedError
 from simulate.events import EventFile
-from simulate.preflight import Facts, NodeFacts, Preflight, Settings, make_secret, parse_endpoint, read_secret
+from simulate.options import DasoOptions
+from simulate.preflight import Facts, NodeFacts, Preflight, Settings, make_secret, read_secret
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 
 
 DEFAULT_PORT = 29400
+SIGN_OF_LIFE_S = 3.0
+"""Within which a node that is there gives one."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,19 @@ class LaunchOptions:
     interface: str | None = None
     secret_file: Path | None = None
     trust_network: bool = False
+
+    def words(self) -> str:
+        """Return the options as they were given, for the line that continues a run."""
+        given = {
+            "--processes": self.processes,
+            "--nodes": self.nodes if self.nodes > 1 else None,
+            "--node": self.node,
+            "--join": self.join,
+            "--interface": self.interface,
+            "--secret-file": self.secret_file,
+        }
+        words = [f" {name} {value}" for name, value in given.items() if value is not None]
+        return "".join([" --launch", *words, *([" --trust-network"] if self.trust_network else [])])
 
 
 def launch_options(
@@ -70,17 +88,43 @@ def launch_options(
     return options
 
 
-def check_launchable(run: Run, processes: int, nodes: int) -> None:
-    """Raise InputError for what a launch cannot do."""
+SHORTEST_WAIT_S = 1.0
+
+
+def check_launch(run: Run, device: torch.device, options: LaunchOptions) -> None:
+    """Raise InputError for what a launch cannot do; nothing is written before."""
     if run.train.diagnostics_every is not None:
         raise InputError(
             "train.diagnostics_every needs all devices in one process; launch without it, or train without --launch"
         )
-    if processes * nodes > run.cluster.devices:
-        raise InputError(
-            f"--processes {processes} on {nodes} node{'s' if nodes > 1 else ''} are more than cluster.devices = "
-            f"{run.cluster.devices}; each process needs a device"
-        )
+    if run.cluster.backend == "nccl" and device.type != "cuda":
+        raise InputError("cluster.backend = 'nccl' needs CUDA GPUs, and this run is on the CPU; use gloo, or auto")
+    for key in ("timeout_s", "join_timeout_s", "rejoin_s"):
+        if getattr(run.cluster, key) < SHORTEST_WAIT_S:
+            raise InputError(
+                f"cluster.{key} = {getattr(run.cluster, key):g} is below {SHORTEST_WAIT_S:g} s, less than processes "
+                "need to answer; raise it"
+            )
+    processes = options.processes or default_processes(run, device, options.nodes)
+    if processes * options.nodes > run.cluster.devices and options.nodes > 1:
+        processes = 1  # nodes may differ: their sum is checked once they have met
+    if rule := processes_rule(run, processes * options.nodes, f"--processes {processes}"):
+        raise InputError(rule)
+
+
+def processes_rule(run: Run, total: int, given: str) -> str | None:
+    """Return what is wrong with that many processes, or None."""
+    devices, method = run.cluster.devices, run.method
+    if total > devices:
+        return f"{given} are more than cluster.devices = {devices}; each process needs a device: lower --processes"
+    if isinstance(method, DasoOptions):
+        size = method.devices_per_node
+        if devices % total or ((devices // total) % size and size % (devices // total)):
+            return (
+                f"{given} do not go with method.devices_per_node = {size} of {devices} devices: each must hold whole "
+                "nodes, or an equal part of one; change --processes"
+            )
+    return None
 
 
 def default_processes(run: Run, device: torch.device, nodes: int) -> int:
@@ -96,7 +140,6 @@ def launch_run(folder: RunFolder, device: torch.device, options: LaunchOptions, 
     """Train the folder's run in processes of this node; returns the exit code."""
     run, number = folder.run, options.node or 0
     processes = options.processes or default_processes(run, device, options.nodes)
-    check_launchable(run, processes, 1)
     tell_derived(folder, output)
     if folder.is_finished and options.nodes == 1:
         tell_finished(folder, output)
@@ -107,13 +150,14 @@ def launch_run(folder: RunFolder, device: torch.device, options: LaunchOptions, 
         if options.nodes == 1:
             node = Node(processes=processes, device=device.type, interface=loopback_interface())
         else:
-            own, port = nodes[number], parse_endpoint(str(options.join)).port
-            node = Node(
-                processes, device.type, number, options.nodes, own.address, own.interface, nodes[0].address, port
-            )
+            own = nodes[number]
+            # Any free port: the one that nodes join at stays open for those that come back.
+            node = Node(processes, device.type, number, options.nodes, own.address, own.interface, nodes[0].address)
         launch = Launch(folder.path, run, node, output.warning, threads_for(processes))
+        launch.allow_clocks_apart(max(abs(other.clock_offset_s) for other in nodes))
         _meet(launch, preflight, run.cluster.join_timeout_s)
         preflight.close()
+        stack.enter_context(preflight.latecomers(lambda: launch.store.port, lambda number: _is_alive(launch, number)))
         output.hint(
             f"  launched: {processes} processes on {node.address} ({node.interface}), logs in {folder.path / LOGS}"
         )
@@ -125,11 +169,10 @@ def launch_run(folder: RunFolder, device: torch.device, options: LaunchOptions, 
             for sink in sinks:
                 sink(event)
 
-        with listening(launch, pass_on, folder.events, asked):
-            outcome = launch.run_agent()
+        outcome = run_watched(launch, pass_on, folder.events, asked)
     if launch.wire_sent_bytes is not None and options.nodes > 1:
         _keep_wire_bytes(folder, outcome["step"], launch.wire_sent_bytes)
-    return _conclude(folder, outcome, output, number)
+    return _conclude(folder, outcome, output, options)
 
 
 def _preflight(folder: RunFolder, processes: int, options: LaunchOptions, output: Output) -> Preflight:
@@ -156,10 +199,10 @@ def _preflight(folder: RunFolder, processes: int, options: LaunchOptions, output
     )
 
     def too_many(nodes: Sequence[NodeFacts]) -> list[str]:
-        total, devices = sum(node.processes for node in nodes), folder.run.cluster.devices
+        total = sum(node.processes for node in nodes)
         each = ", ".join(f"node {node.node} {node.processes}" for node in nodes)
-        rule = f"the nodes' processes ({each}) are more than cluster.devices = {devices}; lower --processes"
-        return [rule] if total > devices else []
+        rule = processes_rule(folder.run, total, f"the nodes' processes ({each})")
+        return [rule] if rule else []
 
     return Preflight(settings, facts, tell=output.hint, check=too_many, planned=folder.profile.link)
 
@@ -172,6 +215,13 @@ def _meet(launch: Launch, preflight: Preflight, timeout_s: float) -> None:
     if launch.node.number > 0:
         launch.connect_store(int(port))
     preflight.barrier("start", timeout_s)
+
+
+def _is_alive(launch: Launch, number: int) -> bool:
+    """Whether a node of the run still gives signs of life."""
+    before = launch.store.add(alive_key(number), 0)
+    time.sleep(SIGN_OF_LIFE_S)
+    return launch.store.add(alive_key(number), 0) > before
 
 
 def secret_command(path: Path) -> int:
@@ -233,7 +283,9 @@ def loopback_interface() -> str:
 
 
 def _sinks(folder: RunFolder, output: Output, stack: ExitStack) -> list[Any]:
-    step = int(folder.resume_from.name.rpartition("-")[2]) if folder.resume_from else 0
+    # Of several nodes' parts no folder has a whole checkpoint: the newest one here is where they go on at the latest.
+    saved = sorted(folder.path.glob(f"{CHECKPOINTS}/step-*"))
+    step = int(saved[-1].name.rpartition("-")[2]) if saved else 0
     board = stack.enter_context(TensorBoard(folder.path / TENSORBOARD, step))
     return [board, stack.enter_context(ProgressBar(folder.run, output, step))]
 
@@ -256,15 +308,16 @@ def _keep_wire_bytes(folder: RunFolder, step: int, sent_bytes: list[int]) -> Non
     events.close()
 
 
-def _conclude(folder: RunFolder, outcome: dict[str, Any], output: Output, number: int) -> int:
+def _conclude(folder: RunFolder, outcome: dict[str, Any], output: Output, options: LaunchOptions) -> int:
     if outcome["kind"] == "failure":
         raise (InputError if outcome["input"] else RunFailedError)(outcome["text"])
     if outcome["kind"] == "interrupt":
         output.hint(
-            f"interrupted at step {outcome['step']}, saved; continue with lte train {folder.path} --resume --launch"
+            f"interrupted at step {outcome['step']}, saved; "
+            f"continue with lte train {folder.path} --resume{options.words()}"
         )
         return INTERRUPTED
-    if number > 0:
+    if options.node:
         output.hint(f"done at step {outcome['step']}; node 0 has the events, {folder.path} this node's checkpoints")
         return 0
     tell_result(

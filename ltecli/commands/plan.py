@@ -15,6 +15,7 @@ from simulate import toml
 from simulate.config import Run, Train, build_run, dump_run
 from simulate.errors import InputError
 from simulate.hardware import LOCAL, Profile, load_profile
+from simulate.models.options import sees_images
 from simulate.options import METHODS, AdapterOptions
 
 TOKENS_PER_PARAMETER = 20
@@ -80,9 +81,9 @@ def plan_request(request: Request) -> Plan:
         _put(table, "method", key, value)
     pins = _pins(table)
     profile = load_profile(str(table["cluster"].setdefault("profile", LOCAL)))
-    names_data = _names_data(table)
+    named = bool(table["data"])
     base, notes = _base_run(table, profile)
-    if names_data or base.model.unit == "tokens":
+    if named or base.model.unit == "tokens":  # what is only a default may also be missing until it is trained on
         _check_data(base)
     tokens = _tokens(request, base, table)
     return make_plan(base, profile, tokens, pins, notes)
@@ -112,13 +113,19 @@ def _pins(table: toml.Table) -> Pins:
 def _base_run(table: toml.Table, profile: Profile) -> tuple[Run, list[str]]:
     """Validate everything given, with what follows from it filled in."""
     notes = []
+    embedded = not {"name", "path"} & table["data"].keys()
+    if embedded and not sees_images(table["model"]):
+        table["data"]["name"] = "stdlib"
     table["cluster"].setdefault("devices", profile.count)
     if table["method"].get("name", "lte") == "lte" and "micro_batch" not in table["train"]:
         heads = table["method"].get("heads_per_device", 1)
         table["train"]["micro_batch"] = heads if isinstance(heads, int) and heads > 0 else 1
-    notes += _stand_in_data(table)
     _keep_rank_within_layers(table)
     run = _build(table)
+    if embedded and run.model.unit == "samples":
+        notes.append(
+            "data.name = 'digits', enlarged to the model's pixels, stands for images of yours: name them by --data"
+        )
     if "learning_rate" not in table["train"]:
         width = run.model.shape().width
         rate = min(REFERENCE_RATE, REFERENCE_RATE * REFERENCE_WIDTH / width)
@@ -126,21 +133,6 @@ def _base_run(table: toml.Table, profile: Profile) -> tuple[Run, list[str]]:
         notes.append(f"train.learning_rate = {rate:.2g} is a rule of thumb for width {width}; try two beside it")
         run = _build(table)
     return run, notes
-
-
-def _stand_in_data(table: toml.Table) -> list[str]:
-    """Name data where none was given; returns what to say of it."""
-    if _names_data(table):
-        return []
-    table["data"]["name"] = "stdlib"
-    if _build({**table, "method": {"name": "ddp"}}).model.unit == "tokens":
-        return []
-    table["data"] = {"upscale": True, **table["data"], "name": "digits"}
-    return ["data.name = digits stands in for the images that you train on; name them with --data"]
-
-
-def _names_data(table: toml.Table) -> bool:
-    return bool({"name", "path"} & table["data"].keys())
 
 
 def _keep_rank_within_layers(table: toml.Table) -> None:

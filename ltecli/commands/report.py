@@ -32,6 +32,8 @@ def _show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None
         f"{run.model.name} with {run.model.shape().parameters:,} parameters"
     )
     output.text(_state(figure))
+    if restarts := figure["restarts"]["count"]:
+        output.text(_restarts_text(restarts, figure["restarts"]))
     output.text(
         f"train loss {_number(figure['train_loss'])}, {scores_text(figure['val_loss'], figure['val_accuracy'])}"
     )
@@ -65,6 +67,14 @@ def _state(figure: dict[str, Any]) -> str:
     state = "finished" if done == planned else f"stopped or running, of {planned:,}"
     tokens = "" if figure["unit"] == "samples" else f", {figure['tokens']:,} tokens"
     return f"{done:,} steps ({state}), {figure['samples']:,} samples{tokens}"
+
+
+def _restarts_text(count: int, restarts: dict[str, Any]) -> str:
+    times = "once" if count == 1 else f"{count} times"
+    return (
+        f"restarted {times}: {restarts['repeated_steps']:,} steps done again, {seconds_text(restarts['silent_s'])} "
+        f"without a step; last for: {'; '.join(restarts['last_reasons'])}"
+    )
 
 
 def _savings(figure: dict[str, Any]) -> list[str]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ltecli.commands.launch import LaunchOptions, launch_run, print_lines
+from ltecli.agent import LOGS
+from ltecli.commands.launch import LaunchOptions, check_launch, launch_run, print_lines
 from ltecli.commands.plan import Request, nearest_miss_text, plan_request
 from ltecli.errors import INTERRUPTED, NothingFeasibleError
 from ltecli.launcher import (
@@ -24,7 +26,7 @@ from ltecli.launcher import (
 from ltecli.output import Output
 from ltecli.sinks import ProgressBar, TensorBoard
 from ltecli.telling import start_facts, tell_derived, tell_finished, tell_result
-from simulate.checkpoints import list_checkpoints
+from simulate.checkpoints import list_checkpoints, saved_devices
 from simulate.config import BPE, BYTES, HUB, Run, build_run, load_run
 from simulate.errors import InputError, RunFailedError
 
@@ -72,21 +74,40 @@ def train_command(
         raise InputError(f"{given} is a run folder; add --resume to continue it, or name a run.toml")
     if resume:
         folder = _resumed(given, out, changes)
+        device = _device(device_name)
+        _check_launch(folder.run, device, launch)
     else:
-        run = _run(given, changes)
+        run, device = _run(given, changes), _device(device_name)
+        _check_launch(run, device, launch)
         folder = new_folder(out or RUNS / _name(given), run, device_name)
     try:
-        with lock_folder(folder.path):
-            device = _device(device_name)
+        with lock_folder(folder.path), _dropped_unless_started(folder, resume):
             if launch is None and not _several_gpus(folder.run, device):
                 return _simulate(folder, device, output)
             return launch_run(folder, device, launch or LaunchOptions(), output)
     except OSError as error:
-        raise RunFailedError(f"{error.strerror}: {error.filename or folder.path}; {_saved(folder)}") from error
+        raise RunFailedError(f"{error.strerror}: {error.filename or folder.path}; {_saved(folder, launch)}") from error
     except RunFailedError as error:
-        raise RunFailedError(f"{error}; {_saved(folder)}") from error
+        raise RunFailedError(f"{error}; {_saved(folder, launch)}") from error
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; {_saved(folder)}") from None
+        raise KeyboardInterrupt(f"interrupted; {_saved(folder, launch)}") from None
+
+
+def _check_launch(run: Run, device: torch.device, options: LaunchOptions | None) -> None:
+    if options is not None or _several_gpus(run, device):
+        check_launch(run, device, options or LaunchOptions())
+
+
+@contextmanager
+def _dropped_unless_started(folder: RunFolder, resume: bool) -> Iterator[None]:
+    """Take a new folder away again where its run was refused before it began, so that the same line can be repeated."""
+    try:
+        yield
+    except (InputError, RunFailedError):
+        begun = folder.events.exists() or any((folder.path / CHECKPOINTS).iterdir()) or (folder.path / LOGS).exists()
+        if not resume and not begun:
+            shutil.rmtree(folder.path, ignore_errors=True)
+        raise
 
 
 def _name(given: Path | None) -> str:
@@ -136,11 +157,17 @@ def _resumed(given: Path | None, out: Path | None, changes: Changes) -> RunFolde
     return resumed_folder(out or RUNS / _name(given), run)
 
 
-def _saved(folder: RunFolder) -> str:
-    saved = list_checkpoints(folder.path / CHECKPOINTS, folder.run.cluster.devices)
+def _saved(folder: RunFolder, launch: LaunchOptions | None) -> str:
+    line = f"lte train {folder.path} --resume{launch.words() if launch else ''}"
+    if not folder.path.exists():
+        return "nothing was started; give the same line again"
+    path = folder.path / CHECKPOINTS
+    saved = list_checkpoints(path, folder.run.cluster.devices)
+    if not saved:  # one node of several has a part
+        saved = [step for step in sorted(path.glob("step-*")) if saved_devices(step)]
     if not saved:
-        return f"no checkpoint was saved yet; start over with lte train {folder.path} --resume"
-    return f"saved: {saved[-1]}; continue with lte train {folder.path} --resume"
+        return f"no checkpoint was saved yet; start over with {line}"
+    return f"saved: {saved[-1]}; continue with {line}"
 
 
 def _check_device(name: str) -> None:

@@ -82,6 +82,7 @@ def figures(record: RunRecord) -> dict[str, Any]:
             "simulated": step and step["simulated_s"] / steps,
             "measured": step and step["wall_s"] / steps,
         },
+        "restarts": _restarts(record),
         "train_loss": step and step["train_loss"],
         "val_loss": evaluation and evaluation["val_loss"],
         "val_accuracy": evaluation and evaluation.get("val_accuracy"),
@@ -91,6 +92,17 @@ def figures(record: RunRecord) -> dict[str, Any]:
             for event in record.events
             if event["kind"] == "diagnostics"
         ],
+    }
+
+
+def _restarts(record: RunRecord) -> dict[str, Any]:
+    """Return how often a launched run's processes were restarted, what that cost, and why it last happened."""
+    events = [event for event in record.events if event["kind"] == "restart"]
+    return {
+        "count": len(events),
+        "repeated_steps": sum(event["repeated_steps"] for event in events),
+        "silent_s": sum(event["silent_s"] or 0.0 for event in events),
+        "last_reasons": events[-1]["reasons"] if events else [],
     }
 
 

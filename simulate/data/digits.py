@@ -10,6 +10,8 @@ import numpy as np
 from simulate.data.images import ImageSource, array_source
 from simulate.errors import InputError
 
+DIGITS = "digits"
+"""Their name in run.toml."""
 LARGEST = 16
 """The published pixels are whole numbers from 0 to this."""
 
@@ -24,4 +26,4 @@ def digits_source() -> ImageSource:
         ) from None
     digits = load_digits()
     pixels = np.round(digits.images * (255 / LARGEST)).astype(np.uint8)[:, None]
-    return array_source("digits", "digits", pixels, digits.target, [str(number) for number in range(10)])
+    return array_source(DIGITS, DIGITS, pixels, digits.target, [str(number) for number in range(10)])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from simulate.config import BYTES, Data, Model, Run
 from simulate.data.cifar import cifar_source, find_cifar
-from simulate.data.digits import digits_source
+from simulate.data.digits import DIGITS, digits_source
 from simulate.data.folders import IMAGE_SUFFIXES, Tree, folder_source, read_folder, read_zip
 from simulate.data.hub import hub_images
 from simulate.data.images import Images, ImageSource, load_images
@@ -39,7 +39,7 @@ def load_data(run: Run, tokenizer: Path | None = None) -> Dataset:
         data = data.model_copy(update={"tokenizer": str(tokenizer)})
     pixels, colours, classes = image_sizes(run.model)
     source = image_source(data)
-    _check_kind(run, source)
+    _check_kind(run, source is not None)
     if source is None:
         text = load_text(data)
         text.check(text_sizes(run.model), devices, data.shards)
@@ -58,8 +58,11 @@ def kept_tokenizer(folder: Path) -> Path | None:
 def check_data(run: Run) -> None:
     """Raise InputError for what can be told at once: without decoding images or training a tokenizer."""
     devices, shards = run.cluster.devices, run.data.shards
+    if run.data.name == DIGITS:  # the library that they come with is needed for training alone
+        _check_kind(run, images=True)
+        return
     source = image_source(run.data)
-    _check_kind(run, source)
+    _check_kind(run, source is not None)
     if source is None:
         _check_text(run)
     else:
@@ -82,10 +85,10 @@ def image_sizes(model: Model) -> tuple[int | None, int | None, int | None]:
     return pixels, colours, classes
 
 
-def _check_kind(run: Run, source: ImageSource | None) -> None:
+def _check_kind(run: Run, images: bool) -> None:
     data, reads_images = run.data, image_sizes(run.model)[0] is not None
-    if (source is not None) != reads_images:
-        there, wanted = ("images", "text") if source is not None else ("text", "images")
+    if images != reads_images:
+        there, wanted = ("images", "text") if images else ("text", "images")
         field = "path" if data.name is None else "name"
         raise InputError(
             f"data.{field} = {data.path or data.name!r} is {there}, and model.name = {run.model.name!r} "
@@ -98,7 +101,7 @@ def image_source(data: Data) -> ImageSource | None:
     if data.from_hub:
         return hub_images(data)
     if data.path is None:
-        return digits_source() if data.name == "digits" else None
+        return digits_source() if data.name == DIGITS else None
     path = Path(data.path)
     try:
         return _SOURCES[data.format](path) if data.format is not None else _recognised(path)

@@ -310,6 +310,11 @@ Model = Annotated[
 ]
 
 
+def sees_images(model: dict[str, Any]) -> bool:
+    """Whether a [model] table is of a network of images."""
+    return _family_of_table(model) in (VitModel.family, MixerModel.family, FactoryImageModel.family)
+
+
 def text_sizes(model: ModelOptions) -> ReadsText:
     """Return a model that reads text as one."""
     assert model.unit == "tokens", f"{model.name} reads no text"

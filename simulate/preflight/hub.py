@@ -17,6 +17,7 @@ from simulate.preflight.deadline import Deadline
 from simulate.preflight.door import Arrival, Door, Refusal, listen
 from simulate.preflight.facts import NodeFacts
 from simulate.preflight.handshake import Identity, Purpose
+from simulate.preflight.latecomers import Latecomers
 from simulate.preflight.links import LinkFigures, link_failed, parse_link, slow_links
 from simulate.preflight.roster import ALIVE_S, Roster, nodes_text
 from simulate.preflight.secret import Secret
@@ -80,6 +81,13 @@ class Hub:
                     title = self._roster.facts[node].title
                     raise RunFailedError(f"{title} is not at {name!r} but at {message.get('name')!r}")
             self._send_all({"kind": "released", "name": name})
+
+    def latecomers(self, payload: Callable[[], Any], is_alive: Callable[[int], bool]) -> Latecomers:
+        """Let nodes back in, at the same place, that were lost while the run goes on; a context manager."""
+        return Latecomers(
+            self._settings, self._endpoint, self._place.address, self._secret, self._roster.nodes, payload, is_alive,
+            self._tell,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Hang up, and end all threads."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from simulate.errors import InputError, RunFailedError
@@ -40,6 +41,8 @@ class Joiner:
         self._secret, self._tell, self._now = secret, tell, now
         self._hub: Channel | None = None
         self._station: Station | None = None
+        self._late: Message | None = None
+        """What node 0 said where the run had begun without this node."""
 
     def run(self) -> Result:
         """Return the result; raises InputError and RunFailedError."""
@@ -51,10 +54,13 @@ class Joiner:
 
     def broadcast(self, payload: Any, timeout_s: float) -> Any:
         """Return the JSON value that node 0 sends; this node's own is not looked at."""
-        return self._expect("payload", timeout_s).get("payload")
+        message = self._late or self._expect("payload", timeout_s)
+        return message.get("payload")
 
     def barrier(self, name: str, timeout_s: float) -> None:
         """Wait until all nodes are there."""
+        if self._late is not None:
+            return  # they are gone ahead
         self._send({"kind": "barrier", "name": name}, timeout_s)
         released = self._expect("released", timeout_s, f"release from {name!r}")
         if released.get("name") != name:
@@ -75,7 +81,9 @@ class Joiner:
         self._send({"kind": "facts", "facts": own.model_dump()})
         self._expect("welcome", settings.answer_timeout_s)
         self._tell(f"joined node 0 at {self._endpoint} from {own.address} ({own.interface}); waiting for its verdict")
-        command = self._expect("connect", settings.join_timeout_s + settings.answer_timeout_s, "verdict")
+        command = self._expect("connect", settings.join_timeout_s + settings.answer_timeout_s, "verdict", "late")
+        if command["kind"] == "late":
+            return self._come_late(command)
         nodes, plan = self._connect(command)
         if plan.measure:
             self._measure(plan)
@@ -88,6 +96,19 @@ class Joiner:
         for line in (*links, *(f"warning: {warning}" for warning in warnings)):
             self._tell(str(line))
         return Result(nodes, links, warnings)
+
+    def _come_late(self, message: Message) -> Result:
+        """Join a run that goes on: nothing is compared or measured any more but by node 0."""
+        self._late = message
+        self._tell("the run has begun: this node comes back into it")
+        try:
+            return Result([parse_facts(node) for node in message.get("nodes", [])], [], [])
+        except PeerError as error:
+            raise RunFailedError(f"node 0 {error}") from None
+
+    def latecomers(self, payload: Callable[[], Any], is_alive: Callable[[int], bool]) -> AbstractContextManager[object]:
+        """Let nobody in: that is node 0's business."""
+        return nullcontext()
 
     def _find_hub(self) -> Channel:
         """Call node 0 until it answers or the time to join is over."""
@@ -156,8 +177,8 @@ class Joiner:
         except PeerError as error:
             self._send({"kind": "failed", "why": link_failed(me, error)})
 
-    def _expect(self, kind: str, seconds: float, what: str = "") -> Message:
-        """Return node 0's next message of that kind; answers its clock, and ends where it ends the preflight."""
+    def _expect(self, kind: str, seconds: float, what: str = "", other: str = "") -> Message:
+        """Return node 0's next message of that kind or the other; answers its clock; raises where node 0 ends it."""
         assert self._hub is not None
         deadline = Deadline(seconds)
         while True:
@@ -169,7 +190,7 @@ class Joiner:
             except PeerError as error:
                 text = f"node 0 ({self._endpoint}) {error} before this node had its {what or kind}; see its output"
                 raise RunFailedError(text) from None
-            if message["kind"] == kind:
+            if message["kind"] in (kind, other):
                 return message
             raise self._ended(message, kind)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ipaddress
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -40,6 +42,10 @@ class Alone:
 
     def barrier(self, name: str, timeout_s: float) -> None:
         """Return at once."""
+
+    def latecomers(self, payload: Callable[[], Any], is_alive: Callable[[int], bool]) -> AbstractContextManager[object]:
+        """Let nobody in: there is nobody."""
+        return nullcontext()
 
     def close(self) -> None:
         """There is nothing to close."""
@@ -76,6 +82,13 @@ class Preflight:
     def barrier(self, name: str, timeout_s: float) -> None:
         """Return once all nodes have called it with that name. Raises RunFailedError naming a node that has not."""
         self._role.barrier(name, timeout_s)
+
+    def latecomers(self, payload: Callable[[], Any], is_alive: Callable[[int], bool]) -> AbstractContextManager[object]:
+        """Let nodes that were lost come back while the run goes on, once this preflight is closed; node 0 does so.
+
+        They get what `payload` returns in the place of the broadcast, unless `is_alive` says that the node is there.
+        """
+        return self._role.latecomers(payload, is_alive)
 
     def close(self) -> None:
         """Hang up, and end all threads; may be called twice."""

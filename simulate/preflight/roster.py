@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from simulate.preflight.address import Endpoint, is_private
 from simulate.preflight.channel import BadFrameError, Channel, Message, PeerError
@@ -28,6 +28,8 @@ class Roster:
         self.facts: dict[int, NodeFacts] = {}
         """By number; node 0 enters its own."""
         self.warnings: list[str] = []
+        self.is_late = False
+        """Whether the run goes on already."""
         self._refused: dict[tuple[str, str], None] = {}
 
     @property
@@ -50,9 +52,12 @@ class Roster:
         offset_s = measure_offset_s(channel, self._now, deadline)
         return facts.model_copy(update={"clock_offset_s": offset_s})
 
-    def admit(self, channel: Channel, facts: NodeFacts) -> None:
-        """Welcome an authenticated caller as the node that it says it is, or tell it why not and hang up."""
-        objection = self._objection(channel, facts)
+    def admit(self, channel: Channel, facts: NodeFacts, also: Callable[[NodeFacts], str] = lambda facts: "") -> None:
+        """Welcome an authenticated caller as the node that it says it is, or tell it why not and hang up.
+
+        `also` may have an objection of its own.
+        """
+        objection = self._objection(channel, facts) or also(facts)
         reply: Message = {"kind": "refused", "why": objection} if objection else {"kind": "welcome"}
         try:
             host = channel.peer_address
@@ -66,7 +71,7 @@ class Roster:
             return
         self.channels[facts.node], self.facts[facts.node] = channel, facts
         rest = f"waiting for {nodes_text(self.missing)}" if self.missing else "that was the last"
-        self._tell(f"{facts.title} joined; {rest}")
+        self._tell(f"{facts.title} comes back" if self.is_late else f"{facts.title} joined; {rest}")
         if ipaddress.ip_address(host) != ipaddress.ip_address(facts.address):
             self.warnings.append(f"{facts.title} calls from {host}: NAT is between, and workers need direct ways")
 
@@ -102,6 +107,10 @@ class Roster:
             title = self.facts[node].title
             self._forget(node)
             self._tell(f"{title} has left; waiting for {nodes_text(self.missing)}")
+
+    def dismiss(self, node: int) -> None:
+        """Hang up on a node that has what it came for."""
+        self._forget(node)
 
     def _forget(self, node: int) -> None:
         self.channels.pop(node).close()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from simulate.config import load_run
-from tests.ltecli.command import Lte, Refused, events_of, write_run
+from tests.ltecli.command import Lte, Refused, events_of, finish, lte_process, write_run
 from tests.simulate.data.pictures import files_of, write_folder
 
 MODEL = {"layers": 1, "width": 16, "attention_heads": 2, "context": 8, "vocab": 300}
@@ -114,3 +114,45 @@ def test_accuracy_is_reported_where_there_is_one(lte: Lte, trained: Path) -> Non
     assert "top-1 accuracy 12.50%" in lte("report", trained).stdout
     assert lte("report", trained, "--json").json()["val_accuracy"] == 0.125
     assert "12.50%" in lte("report", trained, trained).stdout
+
+
+VIT = {"name": "vit", "layers": 1, "width": 16, "attention_heads": 2, "patch": 4, "image": 8, "colours": 1}
+
+
+def test_a_model_of_images_is_trained_scored_and_reported(lte: Lte, here: Path) -> None:
+    pytest.importorskip("sklearn")
+    data = {"name": "digits", "augment": ["crop", "flip"], "mixup": 0.2, "skew": 0.5}
+    run = write_run(here / "vit.toml", model=VIT, data=data)
+    outcome = lte("train", run, "--out", "a", "--device", "cpu")
+    assert outcome.code == 0, outcome.stderr
+    assert "validation images of 1 x 8 x 8 in 10 classes" in outcome.stderr
+    assert "top-1 accuracy" in outcome.stdout
+    (*_, last) = events_of(here / "a", "evaluate")
+    assert 0 <= last["val_accuracy"] <= 1
+    assert lte("report", "a", "--json").json()["val_accuracy"] == last["val_accuracy"]
+    assert list((here / "a" / "tensorboard").iterdir())
+
+
+def test_images_are_trained_alike_in_one_process_and_in_several(lte: Lte, here: Path) -> None:
+    pytest.importorskip("sklearn")
+    data = {"name": "digits", "augment": ["crop", "flip"], "mixup": 0.2, "skew": 0.5}
+    train = {"dtype": "fp64", "evaluate_samples": 50}
+    run = write_run(here / "vit.toml", model=VIT, data=data, train=train)
+    assert lte("train", run, "--out", "a", "--device", "cpu", "--quiet").code == 0
+    launched = finish(lte_process("train", run, "--out", "b", "--device", "cpu", "--launch", cwd=here))
+    assert launched.code == 0, launched.stderr
+    assert "top-1 accuracy" in launched.stdout
+    for kind, key in (("step", "train_loss"), ("evaluate", "val_loss"), ("evaluate", "val_accuracy")):
+        one, several = ([event[key] for event in events_of(here / name, kind)] for name in "ab")
+        assert several == pytest.approx(one, rel=1e-9)
+
+
+def test_a_plan_for_images_without_data_is_trained_on_digits(lte: Lte, here: Path) -> None:
+    sizes = [part for key, value in VIT.items() if key != "name" for part in ("--set", f"model.{key}={value}")]
+    outcome = lte("plan", "--model", "vit", "--samples", "96", "--devices", "2", *sizes, "-o", "run.toml", "--json")
+    assert outcome.code == 0, outcome.stderr
+    assert any("'digits'" in note for note in outcome.json()["notes"])
+    data = load_run(here / "run.toml").data
+    assert (data.name, data.upscale) == ("digits", True)
+    pytest.importorskip("sklearn")
+    assert lte("train", "run.toml", "--out", "a", "--quiet").code == 0

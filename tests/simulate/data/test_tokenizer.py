@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from simulate.config import Data, Model, build_run
+from simulate.config import Data, build_run
 from simulate.data import tokenizer as module
 from simulate.data.sources import check_data, load_data
 from simulate.data.text import Text, load_text, tokenized
 from simulate.data.tokenizer import declared_size, encode
 from simulate.errors import InputError
+from simulate.models.options import GptModel
 from tests import tiny
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -112,7 +113,7 @@ def test_lengths_are_told_in_tokens() -> None:
     text = tokenized(tiny.text(), "bpe:300")
     assert text.describe().endswith("validation tokens (bpe:300)")
     with pytest.raises(InputError, match=r"tokens \(bpe:300\); windows of"):
-        text.check(Model(context=5000, vocab=300), 2)
+        text.check(GptModel(context=5000, vocab=300), 2)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,174 @@
+"""Launched runs in processes of their own, to do damage to: on this machine, or on nodes of a lab."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from simulate.events import Event
+from tests.ltecli.command import environment, write_run
+from tests.network.lab import Lab
+
+DEADLINE_S = 180.0
+SECRET = "correct-horse-battery-staple"
+LOSS_TOLERANCE = 0.05
+
+
+@dataclass
+class Launched:
+    """A launched run: one agent a node, each with its run folder and what it said."""
+
+    folder: Path
+    agents: list[subprocess.Popen[Any]] = field(default_factory=list)
+    nodes: int = 1
+    folders: dict[int, Path] = field(default_factory=dict)
+    """Of nodes that have theirs elsewhere, below `folder`."""
+
+    def node_folder(self, node: int = 0) -> Path:
+        """Return a node's run folder."""
+        return self.folders.get(node, self.folder / f"node{node}")
+
+    def said(self, node: int = 0) -> str:
+        """Return what a node said, on stdout and stderr."""
+        return (self.folder / f"said{node}.txt").read_text()
+
+    def events(self, kind: str = "") -> list[Event]:
+        """Return the events so far, of a kind or all."""
+        path = self.node_folder() / "events.jsonl"
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        found = [json.loads(line) for line in lines]
+        return [event for event in found if event["kind"] == kind or not kind]
+
+    def val_loss(self) -> float:
+        """Return the last evaluation's loss."""
+        return float(self.events("evaluate")[-1]["val_loss"])
+
+    def wait_for(self, condition: Callable[[], object], seconds: float = DEADLINE_S) -> None:
+        """Wait until something is so; fails with everything that was said."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, self.all_said()
+            time.sleep(0.05)
+
+    def wait_for_step(self, step: int) -> None:
+        """Wait until that step was told of, this time or before."""
+        self.wait_for(lambda: any(event["step"] >= step for event in self.events("step")))
+
+    def end(self, seconds: float = DEADLINE_S) -> list[int]:
+        """Wait until every agent has ended; returns their exit codes. No process may be left."""
+        self.wait_for(lambda: all(agent.poll() is not None for agent in self.agents), seconds)
+        self.wait_for(lambda: not self.processes(), 10.0)
+        return [int(agent.returncode) for agent in self.agents]
+
+    def processes(self, node: int | None = None) -> list[psutil.Process]:
+        """Return the live processes of the run, which all name its folder; of one node, or all."""
+        wanted = str(self.folder if node is None else self.node_folder(node))
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                line = process.cmdline()
+                named = any(word == wanted or (node is None and word.startswith(f"{wanted}/")) for word in line)
+                if named and "ip" not in line[:1] and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def workers(self, node: int = 0) -> list[psutil.Process]:
+        """Return a node's worker processes, by their numbers."""
+        found = [process for process in self.processes(node) if "simulate.worker" in process.cmdline()]
+        return sorted(found, key=lambda process: int(process.environ()["RANK"]))
+
+    def all_said(self) -> str:
+        """Return what all nodes said, for a test that fails."""
+        said = [f"--- node {k}, exit {a.poll()}:\n{self.said(k)}" for k, a in enumerate(self.agents)]
+        kinds = [f"{e['kind']} {e['step']}" for e in self.events() if e["kind"] != "step"]
+        return "\n".join([*said, *kinds, *self.worker_logs()])
+
+    def worker_logs(self) -> list[str]:
+        """Return the ends of what workers wrote to stderr."""
+        return [path.read_text()[-2000:] for path in sorted(self.folder.rglob("stderr.log"))]
+
+    def kill(self) -> None:
+        """End everything that is left."""
+        for process in self.processes():
+            with suppress(psutil.Error):
+                process.kill()
+        for agent in self.agents:
+            with suppress(ProcessLookupError):
+                agent.kill()
+            agent.wait()
+
+
+def start_node(
+    launched: Launched, run: Path, node: int = 0, processes: int = 2, lab: Lab | None = None, resume: bool = False
+) -> None:
+    """Start a node's line, also a second time."""
+    folder = launched.node_folder(node)
+    command = [sys.executable, "-m", "ltecli", "train", str(folder) if resume else str(run), "--launch"]
+    command += ["--processes", str(processes), "--device", "cpu"]
+    command += ["--resume"] if resume else ["--out", str(folder)]
+    if launched.nodes > 1:
+        assert lab is not None
+        command += ["--nodes", str(launched.nodes), "--node", str(node), "--join", f"{lab[0].address}:29400"]
+    said = (launched.folder / f"said{node}.txt").open("a")
+    options: dict[str, Any] = {
+        "stdout": said,
+        "stderr": subprocess.STDOUT,
+        "env": {**environment(), "LTE_SECRET": SECRET},
+    }
+    agent = subprocess.Popen(command, **options) if lab is None else lab[node].popen(command, **options)
+    said.close()
+    if node < len(launched.agents):
+        launched.agents[node] = agent
+    else:
+        launched.agents.append(agent)
+
+
+@contextmanager
+def launched_run(
+    folder: Path,
+    run: Path,
+    processes: int = 2,
+    lab: Lab | None = None,
+    resume: bool = False,
+    folders: dict[int, Path] | None = None,
+) -> Iterator[Launched]:
+    """Start a run on this machine, or a node of it on each node of a lab; whatever is left is killed at the end."""
+    folder.mkdir(exist_ok=True)
+    launched = Launched(folder, nodes=1 if lab is None else len(lab), folders=folders or {})
+    try:
+        for node in range(launched.nodes):
+            start_node(launched, run, node, processes, lab, resume)
+        yield launched
+    finally:
+        launched.kill()
+
+
+def tiny_run(folder: Path, steps: int = 60, **cluster: Any) -> Path:
+    """Write a tiny lte run of four devices in float64, which merges, saves and can be hit every five steps."""
+    path = folder / f"tiny{steps}.toml"
+    train = {"steps": steps, "evaluate_every": steps, "dtype": "fp64"}
+    return write_run(path, method={"merge_every": 5, "rank": 2, "name": "lte"}, train=train,
+                     cluster={"devices": 4, "timeout_s": 60, "join_timeout_s": 60, **cluster})  # fmt: skip
+
+
+def simulated_loss(run: Path, folder: Path) -> float:
+    """Return the last validation loss of the run undisturbed, in one process."""
+    command = [sys.executable, "-m", "ltecli", "train", str(run), "--out", str(folder), "--json", "--device", "cpu"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+    return float(json.loads(done.stdout)["val_loss"])
+
+
+def interrupt(process: subprocess.Popen[Any] | psutil.Process, number: signal.Signals = signal.SIGINT) -> None:
+    """Send a signal; inside a lab, Popen's process became the command itself."""
+    os.kill(process.pid, number)

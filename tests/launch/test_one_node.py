@@ -1,0 +1,107 @@
+"""Damage to a launched run on one machine: what was running goes on, the same run to float rounding."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.launch.runs import interrupt, launched_run, simulated_loss, start_node, tiny_run
+
+SAME = 1e-9
+
+
+def test_a_killed_worker_is_started_again_and_the_run_is_the_same(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, steps=400)
+    with launched_run(tmp_path / "run", run) as launched:
+        launched.wait_for_step(20)
+        launched.workers()[1].kill()
+        assert launched.end() == [0], launched.all_said()
+        (restart,) = launched.events("restart")
+        assert any("process 1 on node 0 was killed by SIGKILL" in reason for reason in restart["reasons"])
+        assert restart["repeated_steps"] <= 5
+        assert "process 1 on node 0 was killed by SIGKILL" in launched.said()
+        assert [event["step"] for event in launched.events("step")] == list(range(1, 401))
+    assert launched.val_loss() == pytest.approx(simulated_loss(run, tmp_path / "alone"), rel=SAME)
+
+
+def test_an_interrupted_run_goes_on_in_other_processes_and_is_the_same(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, steps=400)
+    with launched_run(tmp_path / "run", run, processes=2) as launched:
+        launched.wait_for_step(20)
+        interrupt(launched.agents[0])
+        assert launched.end() == [130], launched.all_said()
+        assert "saved; continue with lte train" in launched.said()
+        assert launched.events()[-1]["kind"] == "interrupt"
+        start_node(launched, run, processes=1, resume=True)
+        assert launched.end() == [0], launched.all_said()
+        assert launched.events("resume")
+    assert launched.val_loss() == pytest.approx(simulated_loss(run, tmp_path / "alone"), rel=SAME)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_stops_at_once(tmp_path: Path, number: signal.Signals) -> None:
+    run = tiny_run(tmp_path, steps=100_000, timeout_s=600)
+    with launched_run(tmp_path / "run", run) as launched:
+        launched.wait_for_step(20)
+        launched.workers()[1].suspend()  # nobody gets to a meeting any more
+        interrupt(launched.agents[0], number)
+        launched.wait_for(lambda: True)
+        interrupt(launched.agents[0], number)
+        interrupt(launched.agents[0], number)
+        assert launched.end(20) == [130], launched.all_said()
+        assert "saved: " in launched.said()
+
+
+@pytest.mark.slow
+def test_the_first_process_killed(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, steps=400)
+    with launched_run(tmp_path / "run", run, processes=4) as launched:
+        launched.wait_for_step(20)
+        launched.workers()[0].kill()
+        assert launched.end() == [0], launched.all_said()
+        assert len(launched.events("restart")) == 1
+        assert [event["step"] for event in launched.events("step")] == list(range(1, 401))
+    assert launched.val_loss() == pytest.approx(simulated_loss(run, tmp_path / "alone"), rel=SAME)
+
+
+@pytest.mark.slow
+def test_kills_at_many_moments_end_in_the_same_run(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, steps=2000, max_restarts=10)
+    with launched_run(tmp_path / "run", run) as launched:
+        for kill in range(6):
+            launched.wait_for_step(200 + 250 * kill)
+            launched.workers()[kill % 2].kill()
+            launched.wait_for(lambda kill=kill: len(launched.events("restart")) > kill)
+        assert launched.end() == [0], launched.all_said()
+        assert [event["step"] for event in launched.events("step")] == list(range(1, 2001))
+    assert launched.val_loss() == pytest.approx(simulated_loss(run, tmp_path / "alone"), rel=SAME)
+
+
+@pytest.mark.slow
+def test_a_hung_worker_is_named_and_replaced(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, steps=400, timeout_s=5)
+    with launched_run(tmp_path / "run", run) as launched:
+        launched.wait_for_step(20)
+        launched.workers()[1].suspend()
+        assert launched.end() == [0], launched.all_said()
+        (restart,) = launched.events("restart")
+        assert any("silent: process 1 on node 0 (devices 2 to 3)" in reason for reason in restart["reasons"])
+        assert 5 < restart["silent_s"] < 60
+    assert launched.val_loss() == pytest.approx(simulated_loss(run, tmp_path / "alone"), rel=SAME)
+
+
+@pytest.mark.slow
+def test_a_run_whose_workers_always_die_is_given_up(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, steps=100_000, max_restarts=1, recover_every=10_000)
+    with launched_run(tmp_path / "run", run) as launched:
+        for _ in range(2):
+            launched.wait_for(launched.workers)
+            launched.wait_for(lambda: launched.events("step"))
+            (launched.node_folder() / "events.jsonl").unlink()
+            launched.workers()[1].kill()
+        assert launched.end(60) == [1], launched.all_said()
+        assert "given up after 1 restarts" in launched.said()
+        assert "no checkpoint was saved yet" in launched.said()
