@@ -226,10 +226,10 @@ class Launch:
 
     def failed(self, failures: dict[int, Any]) -> None:
         """Tell everyone which of this node's processes failed by themselves; others wrote so before they left."""
-        from simulate.worker import tell
+        from simulate.worker import FATAL_EXIT, TOLD_EXIT, tell
 
         for rank, failure in sorted(failures.items()):
-            if failure.exitcode < 0:
+            if failure.exitcode not in (FATAL_EXIT, TOLD_EXIT):
                 tell(self.store, self._failure(rank, failure))
 
     def may_restart(self) -> bool:
@@ -255,7 +255,9 @@ class Launch:
         logs = sorted((self.folder / LOGS).glob(f"node{self.node.number}/*/attempt_*/{failure.local_rank}/stderr.log"))
         lines = [line for line in logs[-1].read_text(errors="replace").splitlines() if line.strip()] if logs else []
         last = f": {lines[-1].strip()}" if lines else ""
-        return f"process {rank} on node {self.node.number} ended with {failure.exitcode}{last}"
+        without_memory = any("MemoryError" in line or "allocate memory" in line for line in lines)
+        why = "ran out of memory and " if without_memory else ""
+        return f"process {rank} on node {self.node.number} {why}ended with {failure.exitcode}{last}"
 
     def _outcome(self) -> dict[str, Any] | None:
         from simulate.worker import OUTCOME

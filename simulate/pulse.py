@@ -1,7 +1,7 @@
 """Signs of life of a launched run's processes, so that who does not answer can be named.
 
-Each process writes, twice a second, how often it did so and how many exchanges it has begun. When an exchange fails,
-two looks tell who has fallen silent, and who is alive but behind.
+Each process writes, twice a second, how often it did so and how many exchanges it has begun. When one fails, two
+looks tell who has fallen silent, and who is alive but behind.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -44,7 +45,8 @@ RUN_FILE, PROFILE_FILE, EVENTS_FILE, CHECKPOINTS = "run.toml", "profile.toml", "
 STOP, OUTCOME, FATAL, TOLD, STEP, START = "stop", "outcome", "fatal", "told", "step", "start"
 BEGUN, ANSWERED = "begun", "answered"
 """Keys of the store."""
-FAILED_EXIT, FATAL_EXIT = 1, 2
+FAILED_EXIT, FATAL_EXIT, TOLD_EXIT = 1, 2, 3
+"""3: what failed was told."""
 ORPHAN_CHECK_S = 0.5
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE}
 """What a restart does not mend."""
@@ -94,19 +96,24 @@ def main() -> int:
         _train(Path(folder), _device(device_name, place), place, store)
     except LostPeerError as error:
         tell(store, f"{place.title}: {error}")
-        return FAILED_EXIT
+        return TOLD_EXIT
     except (InputError, RunFailedError) as error:
         return _end_the_run(store, str(error), isinstance(error, InputError))
     except OSError as error:
         if error.errno in DISK_ERRORS:
             return _end_the_run(store, f"{place.title}: {disk_text(error, Path(folder))}", False)
-        tell(store, f"{place.title}: {error}")
-        raise
+        return _tell_failure(store, f"{place.title}: {error}")
     except (RuntimeError, MemoryError) as error:
         what = "ran out of memory" if is_lack_of_memory(error) else type(error).__name__
-        tell(store, f"{place.title}: {what}: {shorter(error)}")
-        raise
+        return _tell_failure(store, f"{place.title}: {what}: {shorter(error)}")
     return 0
+
+
+def _tell_failure(store: dist.Store, text: str) -> int:
+    """Tell of what may go better the next time; the log has the traceback."""
+    traceback.print_exc()
+    tell(store, text)
+    return TOLD_EXIT
 
 
 def _end_the_run(store: dist.Store, text: str, is_input: bool) -> int:

@@ -170,7 +170,7 @@ def launch_run(folder: RunFolder, device: torch.device, options: LaunchOptions, 
                 sink(event)
 
         outcome = run_watched(launch, pass_on, folder.events, asked)
-    if launch.wire_sent_bytes is not None and options.nodes > 1:
+    if launch.wire_sent_bytes is not None and options.nodes > 1 and "step" in outcome:
         _keep_wire_bytes(folder, outcome["step"], launch.wire_sent_bytes)
     return _conclude(folder, outcome, output, options)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import signal
 import subprocess
@@ -26,10 +27,17 @@ from pathlib import Path
 import torch
 from simulate.checkpoints import Progress, State, prune, save_checkpoint
 from simulate.config import load_run
+import os
 folder, run = Path(sys.argv[1]), load_run(Path(sys.argv[2]))
-step = int(sys.argv[3])
-print("ready", flush=True)
-while True:
+torch.set_num_threads(1)
+for line in sys.stdin:  # a child for each kill: torch is imported once
+    step, child = int(line), os.fork()
+    if child == 0:
+        break
+    print(child, flush=True)
+    os.waitpid(child, 0)
+    print("gone", flush=True)
+while child == 0:
     step += 1
     own = {device: {"a": torch.full((20_000,), float(step))} for device in range(4)}
     state = State({"w": torch.full((50_000,), float(step))}, own)
@@ -43,15 +51,19 @@ def test_a_save_that_is_killed_a_hundred_times_always_leaves_a_whole_checkpoint(
     run_file, folder, draws = tiny_run(tmp_path), tmp_path / "checkpoints", random.Random(0)
     folder.mkdir()
     run, step, unfinished = load_run(run_file), 0, 0
+    command = [sys.executable, "-c", SAVER, str(folder), str(run_file)]
+    saver = subprocess.Popen(
+        command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert saver.stdin is not None and saver.stdout is not None
     for _ in range(100):
-        command = [sys.executable, "-c", SAVER, str(folder), str(run_file), str(step)]
-        saver = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True)
-        assert saver.stdout is not None and saver.stdout.readline() == "ready\n"
+        print(step, file=saver.stdin, flush=True)
+        child = int(saver.stdout.readline())
         while not list_checkpoints(folder, 4):
             time.sleep(0.01)
         time.sleep(draws.uniform(0.0, 0.1))
-        saver.send_signal(signal.SIGKILL)
-        saver.communicate()
+        os.kill(child, signal.SIGKILL)
+        assert saver.stdout.readline() == "gone\n"
         newest = list_checkpoints(folder, 4)[-1]
         progress, state = load_checkpoint(newest, run, "data", range(4))
         assert progress is not None and progress.step >= step
@@ -60,6 +72,7 @@ def test_a_save_that_is_killed_a_hundred_times_always_leaves_a_whole_checkpoint(
             bool((tensor == step).all()) for tensor in (state.shared["w"], *(d["a"] for d in state.of_devices.values()))
         )
         unfinished += len(list(folder.glob("step-*"))) > len(list_checkpoints(folder, 4))
+    saver.communicate()
     assert unfinished, "no kill hit a save"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.launch.runs import interrupt, launched_run, simulated_loss, start_node, tiny_run
@@ -105,3 +106,19 @@ def test_a_run_whose_workers_always_die_is_given_up(tmp_path: Path) -> None:
         assert launched.end(60) == [1], launched.all_said()
         assert "given up after 1 restarts" in launched.said()
         assert "no checkpoint was saved yet" in launched.said()
+
+
+@pytest.mark.slow
+def test_a_worker_without_memory_says_so_and_is_started_again(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, steps=600)
+    with launched_run(tmp_path / "run", run) as launched:
+        launched.wait_for_step(20)
+        worker = launched.workers()[1]
+        worker.rlimit(psutil.RLIMIT_AS, (worker.memory_info().vms // 2, worker.memory_info().vms))
+        assert launched.end() == [0], launched.all_said()
+        assert launched.events("restart"), launched.all_said()
+        reasons = " ".join(launched.events("restart")[0]["reasons"])
+        assert "process 1 on node 0: ran out of memory" in reasons or (
+            "process 1 on node 0 ran out of memory" in reasons
+        ), (reasons, launched.worker_logs())
+    assert launched.val_loss() == pytest.approx(simulated_loss(run, tmp_path / "alone"), rel=SAME)
