@@ -68,7 +68,7 @@ def check_trainable(run: Run) -> None:
 def new_folder(path: Path, run: Run, device_name: str = "cpu") -> RunFolder:
     """Make a run folder; everything is checked before anything is written. Raises InputError."""
     check_trainable(run)
-    _check_new(path)
+    check_new(path)
     data = load_data(run)
     _check_disk(path, run)
     profile = load_profile(run.cluster.profile)
@@ -78,7 +78,7 @@ def new_folder(path: Path, run: Run, device_name: str = "cpu") -> RunFolder:
     try:
         path.mkdir(parents=True)
     except FileExistsError:  # by another run, since it was checked
-        _check_new(path)
+        check_new(path)
     except OSError as error:
         raise _unwritable(path, error) from None
     try:
@@ -95,7 +95,8 @@ def new_folder(path: Path, run: Run, device_name: str = "cpu") -> RunFolder:
     return RunFolder(path, run, profile, data, plan, None)
 
 
-def _check_new(path: Path) -> None:
+def check_new(path: Path) -> None:
+    """Raise InputError where a new run folder cannot be made because something is there."""
     if (path / RUN_FILE).is_file():
         raise InputError(f"--out {path} exists; add --resume to continue it, or choose another --out")
     if os.path.lexists(path):

@@ -17,6 +17,7 @@ from ltecli.launcher import (
     CHECKPOINTS,
     TENSORBOARD,
     RunFolder,
+    check_new,
     lock_folder,
     new_folder,
     prepare_events,
@@ -77,9 +78,11 @@ def train_command(
         device = _device(device_name)
         _check_launch(folder.run, device, launch)
     else:
-        run, device = _run(given, changes), _device(device_name)
+        path, run = out or RUNS / _name(given), _run(given, changes)
+        check_new(path)  # before torch is imported, which takes its time
+        device = _device(device_name)
         _check_launch(run, device, launch)
-        folder = new_folder(out or RUNS / _name(given), run, device_name)
+        folder = new_folder(path, run, device_name)
     try:
         with lock_folder(folder.path), _dropped_unless_started(folder, resume):
             if launch is None and not _several_gpus(folder.run, device):
