@@ -32,7 +32,7 @@ test-all: lint
 bench: $(READY)
 	$(BIN)/python bench/startup.py
 	$(BIN)/python bench/devices.py
-	$(BIN)/python bench/memory.py
+	for family in gpt llama vit mixer; do $(BIN)/python bench/memory.py --family $$family; done
 	$(BIN)/python bench/studies.py least-squares
 	$(BIN)/python bench/step.py --model vit_s16
 

@@ -28,36 +28,48 @@ ROOMY = Device(
 )
 
 
-def random_run(draw: random.Random) -> Run:
+def random_model(draw: random.Random, family: str) -> dict[str, Any]:
+    """Return a network whose every size is drawn."""
+    heads = draw.choice([2, 4, 8])
+    sizes: dict[str, Any] = {"layers": draw.choice([2, 3, 4, 6, 8]), "width": heads * draw.choice([16, 32, 48, 64])}
+    if family in ("gpt", "llama"):
+        sizes |= {"context": draw.choice([32, 64, 128, 256]), "vocab": draw.choice([256, 1024, 4096])}
+    else:
+        patch = draw.choice([4, 8])
+        sizes |= {"patch": patch, "image": patch * draw.choice([4, 6, 8]), "classes": draw.choice([10, 100, 1000])}
+    if family != "mixer":
+        sizes["attention_heads"] = heads
+    if family == "llama":
+        sizes["mlp_width"] = sizes["width"] * draw.choice([2, 3]) + draw.choice([0, 8])
+    if family == "mixer":
+        sizes |= {"tokens_width": draw.choice([32, 64, 128]), "channels_width": sizes["width"] * draw.choice([2, 4])}
+    return {"name": {"mixer": "mixer_s16"}.get(family, family), **sizes}
+
+
+def random_run(draw: random.Random, family: str) -> Run:
     """Return a run whose every size is drawn."""
-    attention_heads, heads = draw.choice([2, 4, 8]), draw.choice([1, 1, 2])
+    model, heads = random_model(draw, family), draw.choice([1, 1, 2])
     method: dict[str, Any] = {"name": "ddp"}
     if draw.random() < 0.7:
         method = {
             "name": "lte",
-            "rank": draw.choice([4, 8, 16, 32]),
+            "rank": draw.choice([4, 8, 16]),
             "heads_per_device": heads,
             "merge_transport": draw.choice(["gather", "reduce", "server"]),
             "reset": draw.choice(["none", "b", "ab"]),
         }
-    return build_run(
-        {
-            "model": {
-                "layers": draw.choice([2, 3, 4, 6, 8]),
-                "width": attention_heads * draw.choice([16, 32, 48, 64]),
-                "attention_heads": attention_heads,
-                "context": draw.choice([32, 64, 128, 256]),
-                "vocab": draw.choice([256, 1024, 4096]),
-            },
-            "method": method,
-            "train": {
-                "steps": 100,
-                "micro_batch": heads * draw.choice([1, 2, 4, 8]),
-                "activation_checkpointing": draw.random() < 0.4,
-            },
-            "cluster": {"devices": draw.choice([2, 4, 8])},
-        }
-    )
+    train = {
+        "steps": 100,
+        "micro_batch": heads * draw.choice([1, 2, 4, 8]),
+        "activation_checkpointing": draw.random() < 0.4,
+    }
+    return build_run({"model": model, "method": method, "train": train, "cluster": {"devices": draw.choice([2, 4, 8])}})
+
+
+def _describe(run: Run) -> str:
+    method = {key: value for key, value in run.method.model_dump(exclude_defaults=True).items() if key != "name"}
+    train = {key: getattr(run.train, key) for key in ("micro_batch", "activation_checkpointing")}
+    return f"{run.method.name} {method} {train} {run.model.model_dump()}"
 
 
 def main() -> None:
@@ -65,15 +77,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--family", default="gpt", choices=["gpt", "llama", "vit", "mixer"])
     arguments = parser.parse_args()
     draw, errors = random.Random(arguments.seed), []
     for _ in range(arguments.shapes):
-        run = random_run(draw)
+        run = random_run(draw, arguments.family)
         measured = measure_memory_bytes(run, torch.device("cpu"))
         planned = peak_memory(run, run.model.shape(), ROOMY).total
         errors.append(planned / measured - 1)
         print(
-            f"planned {planned / 1e6:8.2f} MB  measured {measured / 1e6:8.2f} MB  {errors[-1]:+7.2%}  {run.method}",
+            f"planned {planned / 1e6:8.2f} MB  measured {measured / 1e6:8.2f} MB  {errors[-1]:+7.2%}  {_describe(run)}",
             flush=True,
         )
     absolute = [abs(error) for error in errors]

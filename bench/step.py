@@ -23,7 +23,7 @@ from torch import Tensor
 
 from simulate.communicator import VirtualCommunicator
 from simulate.config import build_run
-from simulate.measure import _cpu_peak_bytes
+from simulate.measure import cpu_peak_bytes
 from simulate.methods import build_method
 from simulate.methods.base import Method
 from simulate.models.vit import VIT_SIZES, Vit
@@ -117,19 +117,33 @@ def step_of(method: Method, batch: Batch) -> Step:
     return lambda: method.step(batch.images, batch.classes, 1)
 
 
-def seconds(step: Step) -> float:
-    """Return the wall-clock seconds of one call."""
-    start = time.perf_counter()
+@dataclass(frozen=True)
+class Seconds:
+    """What one call took."""
+
+    wall: float
+    processor: float
+    """Of all threads together: what others do to the machine's cores hardly counts, waiting for each other may."""
+
+
+def seconds(step: Step) -> Seconds:
+    """Time one call."""
+    wall, processor = time.perf_counter(), time.process_time()
     step()
-    return time.perf_counter() - start
+    return Seconds(time.perf_counter() - wall, time.process_time() - processor)
 
 
-def paired_seconds(step: Step, reference: Step, pairs: int) -> tuple[list[float], list[float]]:
+def paired_seconds(step: Step, reference: Step, pairs: int) -> list[tuple[Seconds, Seconds]]:
     """Time both in turns, so that whatever else the machine does hits both alike."""
     for _ in range(WARM_UP_STEPS):
         step(), reference()
-    timed = [(seconds(step), seconds(reference)) for _ in range(pairs)]
-    return [one for one, _ in timed], [other for _, other in timed]
+    return [(seconds(step), seconds(reference)) for _ in range(pairs)]
+
+
+def median_and_quartiles(ratios: list[float]) -> tuple[float, list[float]]:
+    """Return the median, and the quartiles around it."""
+    ordered = sorted(ratios)
+    return statistics.median(ordered), [ordered[len(ordered) // 4], ordered[-1 - len(ordered) // 4]]
 
 
 def measure(name: str, case: Case, batch: Batch, pairs: int) -> Table:
@@ -138,19 +152,23 @@ def measure(name: str, case: Case, batch: Batch, pairs: int) -> Table:
     step = step_of(method, batch)
     reference = dense_step(batch) if case.over is None else step_of(prepare(case.over, 1, batch), batch)
     method.merge(0)  # a run's rounds but the first also subtract, where there is no reset
-    ours_s, reference_s = paired_seconds(step, reference, pairs)
-    ratios = sorted(our_s / other_s for our_s, other_s in zip(ours_s, reference_s, strict=True))
+    timed = paired_seconds(step, reference, pairs)
+    reference_s = statistics.median(other.wall for _, other in timed)
+    ratio, quartiles = median_and_quartiles([ours.wall / other.wall for ours, other in timed])
+    processor, processor_quartiles = median_and_quartiles([o.processor / other.processor for o, other in timed])
     return {
         "case": name,
-        "step_ratio": statistics.median(ratios),
+        "step_ratio": ratio,
         "limit": case.limit,
-        "quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
-        "step_s": statistics.median(ours_s),
-        "reference_step_s": statistics.median(reference_s),
-        "memory_ratio": _cpu_peak_bytes(step) / _cpu_peak_bytes(reference),
-        "merge_over_reference_steps": statistics.median(seconds(lambda: method.merge(0)) for _ in range(MERGES))
-        / statistics.median(reference_s),
-        "merge_peak_bytes": _cpu_peak_bytes(lambda: method.merge(0)),
+        "quartiles": quartiles,
+        "processor_ratio": processor,
+        "processor_quartiles": processor_quartiles,
+        "step_s": statistics.median(ours.wall for ours, _ in timed),
+        "reference_step_s": reference_s,
+        "memory_ratio": cpu_peak_bytes(step) / cpu_peak_bytes(reference),
+        "merge_over_reference_steps": statistics.median(seconds(lambda: method.merge(0)).wall for _ in range(MERGES))
+        / reference_s,
+        "merge_peak_bytes": cpu_peak_bytes(lambda: method.merge(0)),
     }
 
 
@@ -167,10 +185,11 @@ def keep_freed_memory() -> None:
 
 def line(result: Table) -> str:
     """Return a result for people."""
-    low, high = result["quartiles"]
+    (low, high), (least, most) = result["quartiles"], result["processor_quartiles"]
     return (
         f"{result['case']}: step {result['step_ratio']:.3f}x ({low:.3f} to {high:.3f}; good up to {result['limit']}), "
-        f"{result['step_s']:.2f} s; memory {result['memory_ratio']:.3f}x (good up to {MEMORY_LIMIT}); "
+        f"{result['step_s']:.2f} s; processor time {result['processor_ratio']:.3f}x ({least:.3f} to {most:.3f}); "
+        f"memory {result['memory_ratio']:.3f}x (good up to {MEMORY_LIMIT}); "
         f"merge {result['merge_over_reference_steps']:.2f} steps (good up to {MERGE_STEPS_LIMIT:g}), "
         f"{result['merge_peak_bytes'] / 1e6:.1f} MB beside the model"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,13 @@ class DeviceName(str, enum.Enum):
     CUDA = "cuda"
 
 
+class ExportFormat(str, enum.Enum):
+    """How an exported model is written."""
+
+    SAFETENSORS = "safetensors"
+    HF = "hf"
+
+
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any run.toml key: method.rank=16")
 ]
@@ -42,10 +50,13 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no h
 ProfileName = Annotated[
     str | None, typer.Option("--profile", "-p", help="A shipped profile, `local`, or a path to profile.toml.")
 ]
-Model = Annotated[str | None, typer.Option("--model", "-m", help="gpt, gpt2, gpt2_medium, gpt2_large or gpt2_xl.")]
-DataPath = Annotated[str | None, typer.Option("--data", "-d", help="A UTF-8 text file, or a folder of them.")]
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", help="gpt, gpt2, llama_60m, vit_s16, mixer_s16, ...: see docs/models.md.")
+]
+DataPath = Annotated[str | None, typer.Option("--data", "-d", help="Text or images: a file, a folder or a .zip.")]
 Devices = Annotated[int | None, typer.Option("--devices", "-n", help="Devices to use; default: all of the profile.")]
 Tokens = Annotated[int | None, typer.Option("--tokens", help="Tokens to train on; default: 20 a parameter.")]
+Samples = Annotated[int | None, typer.Option("--samples", help="The same for models of images: images to train on.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -70,6 +81,7 @@ def plan(
     data: DataPath = None,
     devices: Devices = None,
     tokens: Tokens = None,
+    samples: Samples = None,
     method: Annotated[str | None, typer.Option(help="Pin the method: lte or ddp.")] = None,
     rank: Annotated[int | None, typer.Option(help="Pin the rank of one head.")] = None,
     heads_per_device: Annotated[int | None, typer.Option(help="Pin the heads of one device.")] = None,
@@ -90,6 +102,7 @@ def plan(
         data=data,
         devices=devices,
         tokens=tokens,
+        samples=samples,
         pins={
             "name": method,
             "rank": rank,
@@ -166,6 +179,21 @@ def report(
     raise typer.Exit(guarded(lambda: report_command(runs, as_json)))
 
 
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    form: Annotated[
+        ExportFormat, typer.Option("--format", help="safetensors with our names, or what transformers loads.")
+    ] = ExportFormat.SAFETENSORS,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; default: RUN/export.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the merged model of a run's newest checkpoint."""
+    from ltecli.commands.export import export_command
+
+    raise typer.Exit(guarded(lambda: export_command(run, form.value, out, as_json)))
+
+
 @profile_app.command("list")
 def profile_list(as_json: Json = False) -> None:
     """List the shipped profiles, and `local`: this machine."""
@@ -191,6 +219,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
+    # Before anything imports torch, which a plan of somebody's own network does as well. Kineto announces every trace.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Threads that spin while they wait for each other stand still beside anybody else's work: tens of times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         code = int(app(given or ["--help"], prog_name="lte", standalone_mode=False) or 0)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from simulate.config import Run, Train
+from simulate.models.options import FactoryModel
 from simulate.models.shapes import ModelShape
 from simulate.options import DEFAULT_SCALE, METHODS, AdapterOptions, DasoOptions, MethodOptions
 
@@ -53,6 +54,8 @@ class Pins:
 def grid(base: Run, shape: ModelShape, methods: Sequence[str], pins: Pins, tokens: int) -> Iterator[Run]:
     """Yield the runs of some methods around `base`, which carries every key that no pin or axis varies."""
     checkpointing = (False, True) if pins.activation_checkpointing is None else (pins.activation_checkpointing,)
+    if isinstance(base.model, FactoryModel):
+        checkpointing = (False,)
     unit = getattr(base.method, "heads_per_device", 1) if "heads_per_device" in pins.keys else 1
     micro_batches = (pins.micro_batch,) if pins.micro_batch else [unit * size for size in MICRO_BATCHES]
     options = [option for name in methods for option in _options(base, shape, name, pins)]

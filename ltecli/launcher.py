@@ -18,7 +18,8 @@ from simulate import toml
 from simulate.checkpoints import list_checkpoints
 from simulate.config import Run, dump_run, load_run
 from simulate.costs.memory import checkpoint_bytes
-from simulate.data.text import Text, load_text
+from simulate.data.sources import TOKENIZER_FILE, Dataset, kept_tokenizer, load_data
+from simulate.data.text import Text
 from simulate.errors import InputError
 from simulate.events import truncate_events
 from simulate.hardware import LOCAL, Profile, load_profile
@@ -38,7 +39,7 @@ class RunFolder:
     path: Path
     run: Run
     profile: Profile
-    text: Text
+    data: Dataset
     plan: dict[str, Any]
     resume_from: Path | None
     """Checkpoint to continue from; None for a new run."""
@@ -67,9 +68,8 @@ def check_trainable(run: Run) -> None:
 def new_folder(path: Path, run: Run, device_name: str = "cpu") -> RunFolder:
     """Make a run folder; everything is checked before anything is written. Raises InputError."""
     check_trainable(run)
-    _check_new(path)
-    text = load_text(run.data)
-    text.check(run.model, run.cluster.devices, run.data.shards)
+    check_new(path)
+    data = load_data(run)
     _check_disk(path, run)
     profile = load_profile(run.cluster.profile)
     if profile.name == LOCAL and device_name != "cpu":
@@ -78,7 +78,7 @@ def new_folder(path: Path, run: Run, device_name: str = "cpu") -> RunFolder:
     try:
         path.mkdir(parents=True)
     except FileExistsError:  # by another run, since it was checked
-        _check_new(path)
+        check_new(path)
     except OSError as error:
         raise _unwritable(path, error) from None
     try:
@@ -86,14 +86,17 @@ def new_folder(path: Path, run: Run, device_name: str = "cpu") -> RunFolder:
         (path / PROFILE_FILE).write_text(toml.dump(profile.model_dump(exclude_none=True)), encoding="utf-8")
         (path / PLAN_FILE).write_text(json.dumps(plan, indent=1), encoding="utf-8")
         (path / CHECKPOINTS).mkdir()
+        if isinstance(data, Text) and data.vocabulary is not None:
+            (path / TOKENIZER_FILE).write_text(data.vocabulary.json, encoding="utf-8")
         toml.write_atomically(path / RUN_FILE, dump_run(run).encode())
     except OSError as error:
         shutil.rmtree(path, ignore_errors=True)
         raise _unwritable(path, error) from None
-    return RunFolder(path, run, profile, text, plan, None)
+    return RunFolder(path, run, profile, data, plan, None)
 
 
-def _check_new(path: Path) -> None:
+def check_new(path: Path) -> None:
+    """Raise InputError where a new run folder cannot be made because something is there."""
     if (path / RUN_FILE).is_file():
         raise InputError(f"--out {path} exists; add --resume to continue it, or choose another --out")
     if os.path.lexists(path):
@@ -117,10 +120,9 @@ def resumed_folder(path: Path, given: Run | None) -> RunFolder:
     if not os.access(path, os.W_OK):
         raise InputError(f"--resume: {path} is read-only; make it writable")
     checkpoints = list_checkpoints(path / CHECKPOINTS, run.cluster.devices)
-    text = load_text(run.data)
-    text.check(run.model, run.cluster.devices, run.data.shards)
+    data = load_data(run, kept_tokenizer(path))
     profile = load_profile(str(path / PROFILE_FILE))
-    return RunFolder(path, run, profile, text, read_plan(path), checkpoints[-1] if checkpoints else None)
+    return RunFolder(path, run, profile, data, read_plan(path), checkpoints[-1] if checkpoints else None)
 
 
 def read_plan(path: Path) -> dict[str, Any]:

@@ -103,3 +103,9 @@ def seconds_text(seconds: float | None) -> str:
         if seconds < limit:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds / 86400:,.3g} days" if seconds < 864e5 else f"{seconds / 86400:,.0f} days"
+
+
+def scores_text(val_loss: float | None, val_accuracy: float | None = None) -> str:
+    """Return what an evaluation found; the accuracy where there is one."""
+    loss = f"validation loss {'-' if val_loss is None else format(val_loss, '.4f')}"
+    return loss if val_accuracy is None else f"{loss}, top-1 accuracy {val_accuracy:.2%}"

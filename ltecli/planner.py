@@ -223,8 +223,8 @@ def make_plan(base: Run, profile: Profile, tokens: int, pins: Pins, notes: Seque
     results = results_of(methods)
     if not results:
         raise InputError(
-            f"train.warmup_steps = {base.train.warmup_steps} is not below the steps that {tokens:,} tokens take, "
-            "whatever the batch; lower it, or train on more --tokens"
+            f"train.warmup_steps = {base.train.warmup_steps} is not below the steps that {tokens:,} "
+            f"{base.model.unit} take, whatever the batch; lower it, or train on more --{base.model.unit}"
         )
     fitting = sorted((r for r in results if isinstance(r, Candidate)), key=_rank)
     rejected = tuple(r for r in results if isinstance(r, Rejected))
@@ -235,6 +235,7 @@ def make_plan(base: Run, profile: Profile, tokens: int, pins: Pins, notes: Seque
         *notes,
         *_choice_notes(chosen, fitting, profile),
         *_treatment_notes(chosen, shape),
+        *shape.notes,
         *_optimizer_notes(chosen),
         *_rival_notes(chosen, rivals),
     ]

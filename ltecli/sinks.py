@@ -27,6 +27,7 @@ class TensorBoard:
         names = {
             "train_loss": "loss/train",
             "val_loss": "loss/validation",
+            "val_accuracy": "accuracy/validation",
             "learning_rate": "train/learning_rate",
             "tokens": "train/tokens",
             "sent_bytes": "communication/sent_bytes",
@@ -55,7 +56,7 @@ class ProgressBar:
             console=output.hints, disable=not self._live,
         )  # fmt: skip
         self._task = self._bar.add_task("steps", total=run.train.steps, completed=step, figures="")
-        self._val_loss: float | None = None
+        self._validation = ""
         self._last: tuple[float, int] | None = None
         self._figures = ""
 
@@ -70,15 +71,15 @@ class ProgressBar:
         if event["kind"] == "step":
             sent = event["sent_bytes"] / self._run.cluster.devices
             self._figures = (
-                f"loss {event['train_loss']:.3f}  {self._tokens_per_s(event):,.0f} tok/s  "
+                f"loss {event['train_loss']:.3f}  {self._tokens_per_s(event):,.0f} {self._run.model.unit}/s  "
                 f"simulated {seconds_text(event['simulated_s'])}  sent/device {bytes_text(sent)}"
             )
-            validation = "" if self._val_loss is None else f"  val {self._val_loss:.3f}"
-            self._bar.update(self._task, completed=event["step"], figures=self._figures + validation)
+            self._bar.update(self._task, completed=event["step"], figures=self._figures + self._validation)
         elif event["kind"] == "evaluate":
-            self._val_loss = event["val_loss"]
+            accuracy = f", {event['val_accuracy']:.2%} right" if "val_accuracy" in event else ""
+            self._validation = f"  val {event['val_loss']:.3f}{accuracy}"
             if not self._live:
-                self._output.hint(f"  step {event['step']}: val {self._val_loss:.4f}  {self._figures}")
+                self._output.hint(f"  step {event['step']}: val {event['val_loss']:.4f}{accuracy}  {self._figures}")
 
     def _tokens_per_s(self, event: Event) -> float:
         before, self._last = self._last, (event["wall_s"], event["tokens"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ltecli.launcher import RunFolder
-from ltecli.output import Output, bytes_text, seconds_text
+from ltecli.output import Output, bytes_text, scores_text, seconds_text
 from ltecli.planner import describe
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ def start_facts(folder: RunFolder, device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "simulated_on": str(device),
         "threads": torch.get_num_threads(),
-        "data": folder.text.source,
-        "data_bytes": len(folder.text.tokens),
-        "data_sha256": folder.text.fingerprint,
+        "data": folder.data.source,
+        "data_bytes": folder.data.num_bytes,
+        "data_sha256": folder.data.fingerprint,
     }
 
 
@@ -33,13 +33,10 @@ def tell_derived(folder: RunFolder, output: Output) -> None:
     shape = run.model.shape()
     action = f"resuming {folder.path} from {folder.resume_from.name}" if folder.resume_from else f"run {folder.path}"
     output.hint(f"{action}: {describe(run)} per device; {shape.name}, {shape.parameters:,} parameters")
+    output.hint(f"  data: {folder.data.describe()}")
     output.hint(
-        f"  data: {folder.text.source}, {len(folder.text.train):,} training and "
-        f"{len(folder.text.validation):,} validation bytes"
-    )
-    output.hint(
-        f"  derived: {run.tokens_per_step:,} tokens per step, {run.train.steps:,} steps, "
-        f"{run.train.steps * run.tokens_per_step:,} tokens"
+        f"  derived: {run.tokens_per_step:,} {run.model.unit} per step, {run.train.steps:,} steps, "
+        f"{run.train.steps * run.tokens_per_step:,} {run.model.unit}"
     )
     output.hint(
         f"  planned per device: {bytes_text(chosen['memory_bytes']['total'])} memory, "
@@ -58,12 +55,13 @@ def tell_result(
     sent_bytes: float,
     simulated_s: float,
     measured_s: float,
+    val_accuracy: float | None = None,
 ) -> None:
     """Say what a finished run came to."""
     sent = sent_bytes / folder.run.cluster.devices
-    output.json(_result(folder, steps, val_loss, sent, simulated_s, measured_s))
+    output.json(_result(folder, steps, val_loss, val_accuracy, sent, simulated_s, measured_s))
     output.text(
-        f"done: {folder.path}, validation loss {val_loss:.4f}, {bytes_text(sent)} sent per device (counted), "
+        f"done: {folder.path}, {scores_text(val_loss, val_accuracy)}, {bytes_text(sent)} sent per device (counted), "
         f"{seconds_text(simulated_s)} on {folder.profile.name} (simulated), {seconds_text(measured_s)} here (measured)"
     )
     output.hint(f"next: lte report {folder.path}")
@@ -74,18 +72,26 @@ def tell_finished(folder: RunFolder, output: Output) -> None:
 
     figure = figures(read_run(folder.path))
     sent, wall = figure["sent_bytes_per_device"]["counted"], figure["wall_s"]
-    output.json(_result(folder, figure["steps"], figure["val_loss"], sent, wall["simulated"], wall["measured"]))
+    scores = figure["val_loss"], figure["val_accuracy"]
+    output.json(_result(folder, figure["steps"], *scores, sent, wall["simulated"], wall["measured"]))
     output.hint(f"{folder.path} is finished; next: lte report {folder.path}")
 
 
 def _result(
-    folder: RunFolder, steps: int, val_loss: float | None, sent: float, simulated_s: float, measured_s: float
+    folder: RunFolder,
+    steps: int,
+    val_loss: float | None,
+    val_accuracy: float | None,
+    sent: float,
+    simulated_s: float,
+    measured_s: float,
 ) -> dict[str, Any]:
     return {
         "version": 1,
         "run": str(folder.path),
         "steps": steps,
         "val_loss": val_loss,
+        "val_accuracy": val_accuracy,
         "sent_bytes_per_device": sent,
         "simulated_s": simulated_s,
         "measured_s": measured_s,

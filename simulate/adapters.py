@@ -43,7 +43,7 @@ class _LoraLinear(torch.autograd.Function):
 
     Beside the frozen product, forward and backward to x cost 2 small products each and the factors' gradients 2 more:
     4P + 6P_adapter operations a row against the dense 6P. Everything adds in place onto the frozen product. The old
-    product would cost 4P_adapter more; where heads have many rows, it goes into each head's weight for less.
+    product would cost 4P_adapter more. Where heads have many rows, products go into each head's weight for less.
     """
 
     @staticmethod
@@ -96,36 +96,49 @@ class _Product:
 
     def add(self, out_HMX: Tensor, in_HMY: Tensor, small_HMR: Tensor, to_inputs: bool, beta: int) -> None:
         """Write beta·out + in·W + the heads' products; small is s times the rows times the first new factor."""
-        if self.a0_HRI is not None and self.b0_HOR is not None:
-            if self._folds(in_HMY.shape[1]):
-                self._add_folded(out_HMX, in_HMY, small_HMR, to_inputs, beta)
-                return
+        folds_old = self._folds_old(in_HMY.shape[1])
+        folds_new = self._folds_new(in_HMY, folds_old)
+        if folds_old or folds_new:
+            half = (len(out_HMX) + 1) // 2  # of the heads, so that half of their weights take room at once
+            for heads in (slice(half), slice(half, None)):
+                weight_HOI = self._folded(heads, folds_old, folds_new)
+                out_HMX[heads].baddbmm_(in_HMY[heads], weight_HOI if to_inputs else weight_HOI.mT, beta=beta)
+                del weight_HOI
+        else:
+            weight_YX = self.weight_OI if to_inputs else self.weight_OI.t()
+            out_HMX.flatten(0, 1).addmm_(in_HMY.flatten(0, 1), weight_YX, beta=beta)
+        if not folds_new:
+            out_HMX.baddbmm_(small_HMR, self.a_HRI if to_inputs else self.b_HOR.mT)
+        if self.a0_HRI is not None and self.b0_HOR is not None and not folds_old:
             first, second = (self.b0_HOR, self.a0_HRI) if to_inputs else (self.a0_HRI.mT, self.b0_HOR.mT)
-        weight_YX = self.weight_OI if to_inputs else self.weight_OI.t()
-        out_HMX.flatten(0, 1).addmm_(in_HMY.flatten(0, 1), weight_YX, beta=beta)
-        out_HMX.baddbmm_(small_HMR, self.a_HRI if to_inputs else self.b_HOR.mT)
-        if self.a0_HRI is not None:
             out_HMX.baddbmm_(torch.bmm(in_HMY, first), second, alpha=-self.scale)
 
-    def _folds(self, rows: int) -> bool:
-        """Whether a head's old product costs less in its weight, O·I·R, than row by row, M·(I + O)·R.
+    def _folds_old(self, rows: int) -> bool:
+        """Whether a head's old product takes half the operations in its weight, O·I·R, or fewer, than M·(I + O)·R.
 
-        Half the operations are asked for: products of one head after another run slower than all heads' at once.
+        The rule also bounds what the folded weights take: a quarter of the activations that come in and go out.
         """
         outputs, inputs = self.weight_OI.shape
-        return 2 * outputs * inputs < rows * (outputs + inputs)
+        return self.a0_HRI is not None and 2 * outputs * inputs < rows * (outputs + inputs)
 
-    def _add_folded(self, out_HMX: Tensor, in_HMY: Tensor, small_HMR: Tensor, to_inputs: bool, beta: int) -> None:
-        """As `add`, with one head's effective weight at a time: one layer's weights more, never H times."""
-        assert self.a0_HRI is not None and self.b0_HOR is not None
-        fold_new = in_HMY.shape[2] < in_HMY.shape[1]  # Y·X·R operations instead of M·X·R
-        for head, (out_MX, in_MY) in enumerate(zip(out_HMX, in_HMY, strict=True)):
-            weight_OI = torch.addmm(self.weight_OI, self.b0_HOR[head], self.a0_HRI[head], alpha=-self.scale)
-            if fold_new:
-                weight_OI.addmm_(self.b_HOR[head], self.a_HRI[head], alpha=self.scale)
-            out_MX.addmm_(in_MY, weight_OI if to_inputs else weight_OI.t(), beta=beta)
-        if not fold_new:
-            out_HMX.baddbmm_(small_HMR, self.a_HRI if to_inputs else self.b_HOR.mT)
+    def _folds_new(self, in_HMY: Tensor, folded: bool) -> bool:
+        """Whether a head's new product costs less in its weight, Y·X·R, than from its small rows, M·X·R.
+
+        Half the operations are asked for where all heads could share W instead.
+        """
+        rows, width = in_HMY.shape[1:]
+        return width < rows if folded else 2 * width <= rows
+
+    def _folded(self, heads: slice, old: bool, new: bool) -> Tensor:
+        """Return the weights of some heads with their products, (heads, O, I): all heads' at once share one pass."""
+        a_HRI, b_HOR = self.a_HRI[heads], self.b_HOR[heads]
+        weight_HOI = self.weight_OI.repeat(len(a_HRI), 1, 1)
+        if old:
+            assert self.a0_HRI is not None and self.b0_HOR is not None
+            weight_HOI.baddbmm_(self.b0_HOR[heads], self.a0_HRI[heads], alpha=-self.scale)
+        if new:
+            weight_HOI.baddbmm_(b_HOR, a_HRI, alpha=self.scale)
+        return weight_HOI
 
 
 lora_function = _LoraLinear.apply
@@ -166,6 +179,8 @@ class LoraLinear(nn.Module):
     a0: Tensor | None
     b0: Tensor | None
 
+    transposed = False
+    """Whether the plain layer holds its weight as (I, O)."""
     a: Tensor
     drawn_after: Tensor
     """Steps that were done when A was drawn."""
@@ -220,7 +235,8 @@ class LoraLinear(nn.Module):
 
     def plain_weight(self, fold: bool) -> Tensor:
         """Return the plain layer's weight; with `fold`, adapters included."""
-        return self.folded_weight() if fold else self.weight
+        weight = self.folded_weight() if fold else self.weight
+        return weight.t() if self.transposed else weight
 
 
 class LoraConv2d(LoraLinear):

@@ -156,6 +156,11 @@ def list_checkpoints(folder: Path, devices: int) -> list[Path]:
     return _holding(folder, range(devices))
 
 
+def data_of(path: Path) -> str:
+    """Return the fingerprint of the data that a checkpoint was trained on; raises InputError where it is damaged."""
+    return str(_read_meta(path, SHARED)["data"])
+
+
 def _holding(folder: Path, devices: Iterable[int]) -> list[Path]:
     found = sorted(path for path in folder.glob("step-*") if path.is_dir())
     return [path for path in found if has_shared(path) and set(saved_devices(path)) >= set(devices)]
@@ -213,7 +218,7 @@ def _read_part(path: Path, part: str, run: Run, data_fingerprint: str) -> tuple[
     if meta["run"] != run_fingerprint(run):
         raise InputError(f"{path} is a checkpoint of another run: run.toml differs; restore it, or start anew in --out")
     if meta["data"] != data_fingerprint:
-        raise InputError(f"{path} was trained on other data: the text has changed since; restore it, or start anew")
+        raise InputError(f"{path} was trained on other data: it has changed since; restore it, or start anew")
     return Progress(**meta["progress"]), load(content)
 
 

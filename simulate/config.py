@@ -6,11 +6,11 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from simulate import toml
 from simulate.errors import InputError, near_match
-from simulate.models.shapes import GPT_SIZES, MODEL_NAMES, ModelShape, gpt_shape
+from simulate.models.options import FactoryModel, GptModel, Model, check_name, sees_images
 from simulate.options import (
     METHOD_NAMES,
     AdamixOptions,
@@ -24,6 +24,11 @@ from simulate.options import (
     SapipeOptions,
 )
 
+DATA_NAMES = ("stdlib", "digits")
+HUB = "hf:"
+BYTES, BPE = "bytes", "bpe:"
+BYTE_VALUES = 256
+DataFormat = Literal["text", "images", "cifar", "stl10"]
 Share = Annotated[float, Field(gt=0)]
 
 
@@ -32,54 +37,64 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-class Model(toml.Schema):
-    """Which network; sizes that are not given come from the name's table."""
-
-    name: str = "gpt"
-    layers: int = Field(default=0, gt=0, le=1000)
-    width: int = Field(default=0, gt=0)
-    attention_heads: int = Field(default=0, gt=0)
-    context: int = Field(default=0, gt=0)
-    """Tokens of one sample."""
-    vocab: int = Field(default=0, gt=0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_sizes(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or not isinstance(given.get("name", "gpt"), str):
-            return given
-        name = given.get("name", "gpt")
-        if name not in GPT_SIZES:
-            raise ValueError(f"name = {name!r} is not a model; {near_match(name, MODEL_NAMES)}")
-        return {"name": name, **GPT_SIZES[name], **given}
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> Model:
-        if self.width % self.attention_heads:
-            raise ValueError(
-                f"width = {self.width} is not divisible by attention_heads = {self.attention_heads}; change one of them"
-            )
-        return self
-
-    def shape(self) -> ModelShape:
-        """Return the model's counts, without torch."""
-        return gpt_shape(self.name, self.layers, self.width, self.attention_heads, self.context, self.vocab)
-
-
 class Data(toml.Schema):
-    """Where the text comes from: the embedded default by name, or a path to a file or folder."""
+    """Where samples come from (an embedded set by name, or a path), how they are read, and whose they are."""
 
-    name: Literal["stdlib"] | None = None
-    """stdlib: the source text of the Python standard library, present wherever Python is."""
+    name: str | None = None
+    """stdlib: the source text of the Python standard library; digits: scikit-learn's images; hf:NAME: a data set of the
+    Hugging Face hub, or a folder that its library can load."""
     path: str | None = Field(default=None, min_length=1)
+    format: DataFormat | None = None
+    """What lies at the path; not set: recognised."""
+    subset: str | None = None
+    """Of hf: the configuration of a data set that has several."""
+    column: str | None = None
+    """Of hf: the column of texts or images; not set: the only one."""
+    rows: int | None = Field(default=None, gt=0)
+    """Of hf: at most so many rows, from the first on; not set: all."""
+    tokenizer: str = Field(default=BYTES, min_length=1)
+    """Of text: bytes, bpe:VOCAB (trained on the training split), or the path to a tokenizer.json."""
+    skip_corrupt: bool = False
+    """Leave images out that cannot be decoded, and count them, instead of refusing the data set."""
+    upscale: bool = False
+    """Enlarge images that have fewer pixels than the model reads, instead of refusing them."""
+    augment: Annotated[tuple[Literal["crop", "flip"], ...], BeforeValidator(_as_tuple)] = ()
+    """Of training images: crop after padding by an eighth of the side; flip left and right half of the time."""
+    mixup: float = Field(default=0.0, ge=0)
+    """Mix images of a batch, and their classes, in shares drawn from Beta(mixup, mixup); 0: not."""
     shards: Annotated[tuple[Share, ...] | None, BeforeValidator(_as_tuple)] = None
     """Relative sizes of the devices' shards, one a device; not set: equal."""
+    skew: float | None = Field(default=None, gt=0)
+    """Of images: alpha of the Dirichlet distribution that deals classes to devices; not set: dealt alike."""
 
     @model_validator(mode="after")
     def _one_of(self) -> Data:
         if (self.name is None) == (self.path is None):
             raise ValueError("needs exactly one of name (name = 'stdlib') and path; remove one or add one")
+        if self.name is not None and self.name not in DATA_NAMES and not self.from_hub:
+            raise ValueError(f"name = {self.name!r} is not known; {near_match(self.name, (*DATA_NAMES, HUB + 'NAME'))}")
+        if self.format is not None and self.path is None:
+            raise ValueError(f"format = {self.format!r} says what lies at a path, and there is none; remove it")
+        for key in ("subset", "column", "rows"):
+            if getattr(self, key) is not None and not self.from_hub:
+                raise ValueError(f"{key} = {getattr(self, key)!r} belongs to a name that starts with {HUB}; remove it")
         return self
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _tokenizer_known(cls, given: str) -> str:
+        size = given.removeprefix(BPE)
+        if given.startswith(BPE) and (not size.isdecimal() or int(size) < BYTE_VALUES):
+            raise ValueError(
+                f"tokenizer = {given!r}: after {BPE} comes a number of tokens, at least the {BYTE_VALUES} bytes; "
+                f"try --set data.tokenizer={BPE}4096"
+            )
+        return given
+
+    @property
+    def from_hub(self) -> bool:
+        """Whether the datasets library loads it."""
+        return self.name is not None and self.name.startswith(HUB) and self.name != HUB
 
 
 class Train(toml.Schema):
@@ -140,10 +155,20 @@ class Cluster(toml.Schema):
         return self
 
 
+def _with_default_data(given: Any) -> Any:
+    """Give a model of images the embedded digits where no data is named: the default of text is no use to it."""
+    if not isinstance(given, dict) or not isinstance(model := given.get("model"), dict):
+        return given
+    data = given.get("data") or {}
+    if not isinstance(data, dict) or data.keys() & {"name", "path"} or not sees_images(model):
+        return given
+    return {**given, "data": {"name": "digits", "upscale": True, **data}}
+
+
 class Run(toml.Schema):
     """One run, complete."""
 
-    model: Model = Model()
+    model: Model = GptModel()
     data: Data = Data(name="stdlib")
     method: Method = LteOptions()
     train: Train = Train()
@@ -151,12 +176,14 @@ class Run(toml.Schema):
 
     @model_validator(mode="before")
     @classmethod
-    def _method_known(cls, given: Any) -> Any:
+    def _names_known(cls, given: Any) -> Any:
+        if isinstance(given, dict) and isinstance(model := given.get("model"), dict):
+            check_name(model.get("name", "gpt"))
         if isinstance(given, dict) and isinstance(method := given.get("method"), dict):
             name = method.setdefault("name", "lte")
             if name not in METHOD_NAMES:
                 raise ValueError(f"method.name = {name!r} is not a method; {near_match(str(name), METHOD_NAMES)}")
-        return given
+        return _with_default_data(given)
 
     @model_validator(mode="after")
     def _consistent(self) -> Run:
@@ -174,6 +201,11 @@ class Run(toml.Schema):
             )
         if self.train.optimizer == "muon":
             self._check_muon()
+        if self.train.activation_checkpointing and isinstance(self.model, FactoryModel):
+            raise ValueError(
+                f"train.activation_checkpointing = true is for networks with blocks of ours, not for {self.model.name};"
+                " recompute inside of the network, or try --set train.activation_checkpointing=false"
+            )
         if self.data.shards is not None and len(self.data.shards) != devices:
             raise ValueError(
                 f"data.shards has {len(self.data.shards)} sizes for cluster.devices = {devices}; give one a device"
@@ -217,7 +249,8 @@ class Run(toml.Schema):
             )
 
     def _check_fragments(self, method: LteOptions | DilocoOptions) -> None:
-        layers = self.model.layers
+        shape = self.model.shape()
+        layers = len(shape.in_order()) if isinstance(self.model, FactoryModel) else shape.layers
         if method.fragments > layers or method.merge_every % method.fragments:
             raise ValueError(
                 f"method.fragments = {method.fragments} must divide method.merge_every = {method.merge_every} and be "
@@ -243,8 +276,8 @@ class Run(toml.Schema):
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that all devices together train on in one optimizer step."""
-        return self.samples_per_step * self.model.context
+        """Tokens (of images: samples) that all devices together train on in one optimizer step."""
+        return self.samples_per_step * self.model.units_per_sample
 
 
 def build_run(table: toml.Table, where: str = "run", text: str = "") -> Run:

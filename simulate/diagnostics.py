@@ -39,14 +39,14 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from simulate.config import Run
-from simulate.loss import token_losses
+from simulate.data.batches import Batches
+from simulate.loss import row_losses
 from simulate.methods.base import Method
 from simulate.models.build import empty_model
 from simulate.randomness import generator
@@ -60,13 +60,6 @@ SAMPLED_HEADS = 8
 NOISE_BATCHES = 4
 """Batches behind one estimate of the gradient noise scale."""
 _FIRST = "diagnostics.first"
-
-
-class Batches(Protocol):
-    """Where the coming batches come from."""
-
-    def batch(self, step: int, local_devices: range) -> tuple[Tensor, Tensor]:
-        """Return inputs and targets of the local devices, (L*B, ...)."""
 
 
 class Diagnostics:
@@ -111,7 +104,7 @@ class Diagnostics:
             for pair in zip(inputs.split(size), targets.split(size), strict=True):
                 gradients.add(*(tensor.to(device) for tensor in pair))
         small_square, big_square = gradients.squares()
-        return noise_figures(small_square, big_square, size, size * gradients.count, self.run.model.context)
+        return noise_figures(small_square, big_square, size, size * gradients.count, self.run.model.units_per_sample)
 
     def state(self) -> dict[str, Tensor]:
         """Return what later events depend on, by name; for the checkpoint."""
@@ -175,7 +168,7 @@ class _Gradients:
     def add(self, inputs: Tensor, targets: Tensor) -> None:
         """Add the gradient of one batch's mean loss."""
         outputs = functional_call(self._model, dict(self._leaves), (inputs,))
-        loss = token_losses(outputs.flatten(0, -2), targets.reshape(-1)).mean()
+        loss = row_losses(outputs, targets).mean()
         gradients = torch.autograd.grad(loss, list(self._leaves.values()))
         torch._foreach_add_(self._sums, gradients)
         self._squares += math.fsum(map(_square, gradients))

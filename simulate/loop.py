@@ -17,16 +17,16 @@ from simulate.checkpoints import Progress, State, load_checkpoint, prune, save_c
 from simulate.clock import SimulatedClock
 from simulate.communicator import Communicator
 from simulate.config import Run
-from simulate.data.batches import TextBatches
+from simulate.data.batches import Batches
 from simulate.diagnostics import Diagnostics
 from simulate.errors import RunFailedError
 from simulate.events import Emit, Event
-from simulate.loss import token_losses
+from simulate.loss import row_losses
 from simulate.methods.base import Method
 from simulate.models.build import empty_model
 
 EVALUATION_BATCH = 16
-"""Windows in one forward pass of an evaluation."""
+"""Samples in one forward pass of an evaluation."""
 MEETING_STEPS = 10
 """Steps between the meetings, and between recovery points, of processes whose method exchanges at every step."""
 
@@ -37,7 +37,7 @@ class Session:
 
     run: Run
     method: Method
-    batches: TextBatches
+    batches: Batches
     communicator: Communicator
     clock: SimulatedClock
     emit: Emit
@@ -50,6 +50,8 @@ class Session:
     wall_s: float = 0.0
     """Measured seconds of earlier sessions of this run."""
     val_loss: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    """Means of the newest evaluation by name, the validation loss among them."""
     started_s: float = field(default_factory=time.monotonic)
     writes_shared: bool = True
     """Whether this process writes what all devices share: one of those that write into the same folder."""
@@ -207,24 +209,28 @@ def _tell_step(session: Session, losses: list[float], figures: Event) -> None:
 
 @torch.no_grad()
 def _evaluate(session: Session) -> None:
-    """Emit the validation loss of the merged weights, on plain layers: nothing of the method is involved.
+    """Emit the scores of the merged weights, on plain layers: nothing of the method is involved.
 
     Processes take turns with the batches; their sums are added up in order.
     """
-    model, weights, communicator = empty_model(session.run), session.method.merged_state(), session.communicator
+    model, weights = empty_model(session.run, session.device), session.method.merged_state()
+    communicator = session.communicator
     batches = session.batches.validation(session.run.train.evaluate_samples, EVALUATION_BATCH)
-    sums_L2 = torch.zeros(len(communicator.local_devices), 2, dtype=torch.float64)
+    names = ("val_loss", *session.batches.score_names)
+    sums_LX = torch.zeros(len(communicator.local_devices), 1 + len(names), dtype=torch.float64)
     for inputs, targets in islice(batches, communicator.process, None, communicator.processes):
-        logits = functional_call(model, weights, (inputs.to(session.device),), tie_weights=False)
-        loss_N = token_losses(logits.flatten(0, 1), targets.to(session.device).reshape(-1))
-        sums_L2[0] += torch.tensor([float(loss_N.double().sum()), loss_N.numel()])
-    total, count = communicator.share(sums_L2).sum(0).tolist()
-    session.val_loss = total / count
+        targets = targets.to(session.device)
+        outputs = functional_call(model, weights, (inputs.to(session.device),), tie_weights=False)
+        scores = [row_losses(outputs, targets), *session.batches.scores(outputs, targets)]
+        sums_LX[0] += torch.tensor([scores[0].numel(), *(float(score_M.double().sum()) for score_M in scores)])
+    count, *totals = communicator.share(sums_LX).sum(0).tolist()
+    session.scores = {name: total / count for name, total in zip(names, totals, strict=True)}
+    session.val_loss = session.scores["val_loss"]
     session.emit(
         {
             "kind": "evaluate",
             "step": session.step,
-            "val_loss": session.val_loss,
+            **session.scores,
             "tokens": session.step * session.run.tokens_per_step,
             "simulated_s": session.clock.now_s,
             "sent_bytes": session.communicator.counter.sent_bytes,
@@ -249,7 +255,7 @@ def save(session: Session) -> None:
     state = session.method.divided_state()
     if session.diagnostics is not None:
         state.shared.update(session.diagnostics.state())
-    fingerprint = session.batches.text.fingerprint
+    fingerprint = session.batches.fingerprint
     path = save_checkpoint(session.checkpoints, session.run, fingerprint, progress, state, session.writes_shared)
     if session.writes_shared:
         prune(session.checkpoints, session.folder_devices or session.communicator.local_devices)
@@ -259,7 +265,7 @@ def save(session: Session) -> None:
 
 def restore(session: Session, path: Path) -> None:
     """Continue from a checkpoint, bit for bit; raises InputError where it does not belong to this run."""
-    method, fingerprint = session.method, session.batches.text.fingerprint
+    method, fingerprint = session.method, session.batches.fingerprint
     progress, state = load_checkpoint(path, session.run, fingerprint, method.row_devices())
     assert progress is not None
     continue_from(session, progress, state)

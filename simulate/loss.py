@@ -3,7 +3,7 @@
 torch's keeps the log-probabilities and makes two gradients of the logits' size; for GPT-2's vocabulary these three
 tensors would be most of a small device's memory. Here the logits are kept, and become their own gradient.
 
-Legend: M rows (tokens), V vocabulary.
+Legend: M rows (tokens, images), V vocabulary or classes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simulate.costs.memory import LOSS_CHUNK_ELEMENTS
+from simulate.costs.activations import LOSS_CHUNK_ELEMENTS
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -39,3 +39,36 @@ def token_losses(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
     """Return each row's cross-entropy, (M,); the backward pass overwrites the logits, so nobody else may need them."""
     losses: Tensor = _TokenLosses.apply(logits_MV, targets_M)
     return losses
+
+
+class _SoftLosses(torch.autograd.Function):
+    """loss_m = (Σ_v y_mv)·log Σ_v exp(z_mv) − Σ_v y_mv·z_mv;   ∂loss_m/∂z_mv = (Σ_v y_mv)·softmax(z_m)_v − y_mv."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_MV: Tensor, shares_MV: Tensor) -> Tensor:
+        log_sum_M, total_M = torch.logsumexp(logits_MV, dim=1), shares_MV.sum(1)
+        ctx.save_for_backward(logits_MV, shares_MV, log_sum_M, total_M)
+        return total_M * log_sum_M - torch.linalg.vecdot(shares_MV, logits_MV)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        logits_MV, shares_MV, log_sum_M, total_M = ctx.saved_tensors
+        gradient_MV = logits_MV.sub_(log_sum_M.unsqueeze(1)).exp_().mul_(total_M.unsqueeze(1)).sub_(shares_MV)
+        return gradient_MV.mul_(grads[0].unsqueeze(1)), None
+
+
+def soft_losses(logits_MV: Tensor, shares_MV: Tensor) -> Tensor:
+    """Return each row's cross-entropy with shares of classes, (M,); the backward pass overwrites the logits."""
+    losses: Tensor = _SoftLosses.apply(logits_MV, shares_MV)
+    return losses
+
+
+def row_losses(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss of every token or sample, (M,), in order, of outputs (..., V).
+
+    Targets are whole numbers (...), or shares in the form of the outputs.
+    """
+    logits_MV = outputs.flatten(0, -2)
+    if targets.is_floating_point():
+        return soft_losses(logits_MV, targets.flatten(0, -2))
+    return token_losses(logits_MV, targets.reshape(-1))

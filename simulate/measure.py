@@ -16,6 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 from simulate.communicator import Communicator, Nodes
 from simulate.config import Run
 from simulate.methods import build_method
+from simulate.models.build import DTYPES
+from simulate.models.inputs import example_batch
 
 MEASURED_ROUNDS, MEASURED_STEPS = 2, 2
 """The first step allocates optimizer state, the first merge what it remembers; after that every round is alike."""
@@ -70,17 +72,17 @@ def measure_memory_bytes(run: Run, device: torch.device) -> int:
 
     def program() -> None:
         method = build_method(run, EchoCommunicator(run.cluster.devices), device)
-        samples = (run.train.micro_batch, run.model.context)
-        tokens = torch.arange(samples[0] * samples[1], device=device).view(samples) % run.model.vocab
+        inputs, targets = (tensor.to(device) for tensor in example_batch(run.model, run.train.micro_batch))
+        inputs = inputs.to(DTYPES[run.train.dtype]) if inputs.is_floating_point() else inputs
         last = run.train.steps - 1
         for _ in range(MEASURED_ROUNDS):
             for step in range(MEASURED_STEPS):
-                method.step(tokens, tokens, step)
+                method.step(inputs, targets, step)
             method.merge(last)  # of all groups of layers
 
     if device.type == "cuda":
         return _cuda_peak_bytes(program, device)
-    return _cpu_peak_bytes(program)
+    return cpu_peak_bytes(program)
 
 
 def _cuda_peak_bytes(program: Callable[[], None], device: torch.device) -> int:
@@ -92,7 +94,8 @@ def _cuda_peak_bytes(program: Callable[[], None], device: torch.device) -> int:
     return int(torch.cuda.max_memory_allocated(device)) - before
 
 
-def _cpu_peak_bytes(program: Callable[[], None]) -> int:
+def cpu_peak_bytes(program: Callable[[], object]) -> int:
+    """Return the CPU allocator's peak, in bytes, of what a program allocates over what was there before."""
     gc.collect()  # what is freed late would be counted as if the program had freed it
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         program()

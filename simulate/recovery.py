@@ -120,7 +120,7 @@ def _read(session: Session, step: int, held: tuple[bool, list[int]]) -> tuple[Pr
     if not shared and not needed:
         return None, State()
     path = checkpoint_path(session.checkpoints, step)
-    return load_checkpoint(path, session.run, session.batches.text.fingerprint, needed, shared)
+    return load_checkpoint(path, session.run, session.batches.fingerprint, needed, shared)
 
 
 def _exchange(
@@ -151,4 +151,4 @@ def _exchange(
 
 def _of_device(session: Session, device: int) -> dict[str, Tensor]:
     newest = max(session.checkpoints.glob("step-*"))
-    return load_checkpoint(newest, session.run, session.batches.text.fingerprint, [device], False)[1].of_devices[device]
+    return load_checkpoint(newest, session.run, session.batches.fingerprint, [device], False)[1].of_devices[device]

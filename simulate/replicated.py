@@ -9,6 +9,7 @@ Activations keep the plain layout (samples of device 0, samples of device 1, ...
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -114,15 +115,43 @@ class ReplicatedLinear(Replicated):
         return y.view(*x.shape[:-1], outputs)
 
 
-class ReplicatedEmbedding(Replicated):
-    """An embedding table per device, (C, V, D)."""
+class ReplicatedConv1d(ReplicatedLinear):
+    """transformers' Conv1D, a linear layer whose weight lies the other way round: (C, I, O)."""
 
-    def __init__(self, weight_CVD: nn.Parameter) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        copies, inputs, outputs = self.weight.shape
+        x_CMI = x.reshape(copies, -1, inputs)
+        y = (
+            torch.bmm(x_CMI, self.weight)
+            if self.bias is None
+            else torch.baddbmm(self.bias.unsqueeze(1), x_CMI, self.weight)
+        )
+        return y.view(*x.shape[:-1], outputs)
+
+
+@dataclass
+class Batch:
+    """What the network is called with, for layers whose own input does not tell."""
+
+    samples: int = 0
+
+
+class ReplicatedEmbedding(Replicated):
+    """An embedding table per device, (C, V, D).
+
+    With `batch`, the index is one that all samples share, without a batch dimension or with one of size 1; every sample
+    then gets its own rows, since devices have different tables.
+    """
+
+    def __init__(self, weight_CVD: nn.Parameter, batch: Batch | None = None) -> None:
         super().__init__()
-        self.weight = weight_CVD
+        self.weight, self.batch = weight_CVD, batch
 
     def forward(self, index: Tensor) -> Tensor:
         copies, vocab, width = self.weight.shape
+        if self.batch is not None and copies > 1:
+            one = index if index.ndim > 1 and index.shape[0] == 1 else index.unsqueeze(0)
+            index = one.expand(self.batch.samples, *one.shape[1:])
         if copies > 1:
             offset = torch.arange(copies, device=index.device) * vocab
             index = (index.reshape(copies, -1) + offset.unsqueeze(1)).view(index.shape)
@@ -160,7 +189,8 @@ class _ReplicatedLayerNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight_CD: Tensor, bias_CD: Tensor, epsilon: float) -> Tensor:
         copies, width = weight_CD.shape
         x = x.contiguous()
-        y, mean, rstd = torch.native_layer_norm(x, [width], None, None, epsilon)
+        # With an affine pair, if of ones and zeros: without one, torch's pass takes twice as long on a CPU.
+        y, mean, rstd = torch.native_layer_norm(x, [width], x.new_ones(width), x.new_zeros(width), epsilon)
         y_CMD = y.view(copies, -1, width)
         torch.addcmul(bias_CD.unsqueeze(1), y_CMD, weight_CD.unsqueeze(1), out=y_CMD)
         ctx.save_for_backward(x, mean, rstd, weight_CD, bias_CD)
@@ -172,12 +202,17 @@ class _ReplicatedLayerNorm(torch.autograd.Function):
         copies, width = weight_CD.shape
         grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty_like(weight_CD), torch.empty_like(bias_CD)
         # torch's own pass, copy by copy: out of tensors of the whole batch's size it takes seven passes.
-        g_CMD, x_CMD, grad_x_CMD = (t.reshape(copies, -1, width) for t in (grads[0], x, grad_x))
-        mean_CM1, rstd_CM1 = mean.view(copies, -1, 1), rstd.view(copies, -1, 1)
-        for c in range(copies):
-            grad_x_CMD[c], grad_weight[c], grad_bias[c] = torch.ops.aten.native_layer_norm_backward(
-                g_CMD[c], x_CMD[c], [width], mean_CM1[c], rstd_CM1[c], weight_CD[c], bias_CD[c], [True, True, True]
+        rows = (t.reshape(copies, -1, width).unbind() for t in (grads[0], x, grad_x))
+        statistics = (mean.view(copies, -1, 1).unbind(), rstd.view(copies, -1, 1).unbind())
+        affine = (t.unbind() for t in (weight_CD, bias_CD, grad_weight, grad_bias))
+        for g_MD, x_MD, grad_x_MD, mean_M1, rstd_M1, weight_D, bias_D, grad_weight_D, grad_bias_D in zip(
+            *rows, *statistics, *affine, strict=True
+        ):
+            parts = torch.ops.aten.native_layer_norm_backward(
+                g_MD, x_MD, [width], mean_M1, rstd_M1, weight_D, bias_D, [True, True, True]
             )
+            for whole, part in zip((grad_x_MD, grad_weight_D, grad_bias_D), parts, strict=True):
+                whole.copy_(part)
         return grad_x, grad_weight, grad_bias, None
 
 
@@ -205,28 +240,81 @@ class ReplicatedLayerNorm(Replicated):
         return _ReplicatedLayerNorm.apply(x, weight_CD, bias_CD, self.epsilon)
 
 
+class _ReplicatedRmsNorm(torch.autograd.Function):
+    """y = x·w/rms(x) over the last dimension with C weights; saves its input and one number a row.
+
+    With n = x/rms(x) and g the gradient of y: ∂/∂w = Σ g·n, ∂/∂x = (g·w − n·mean(g·w·n))/rms(x).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_CD: Tensor, epsilon: float) -> Tensor:
+        copies, width = weight_CD.shape
+        x_CMD = x.contiguous().view(copies, -1, width)
+        square_CM = torch.linalg.vector_norm(x_CMD, dim=-1).square_() / width
+        inverse_CM1 = (square_CM + epsilon).rsqrt_().unsqueeze(2)
+        ctx.save_for_backward(x_CMD, inverse_CM1, weight_CD)
+        return (x_CMD * inverse_CM1).mul_(weight_CD.unsqueeze(1)).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_CMD, inverse_CM1, weight_CD = ctx.saved_tensors
+        grad_x, grad_weight = torch.empty_like(x_CMD), torch.empty_like(weight_CD)
+        g_CMD = grads[0].reshape(x_CMD.shape)
+        for c in range(len(weight_CD)):  # copy by copy, so that what it takes beside the gradients is one copy's
+            normal_MD = x_CMD[c] * inverse_CM1[c]
+            torch.mul(g_CMD[c], normal_MD, out=grad_x[c])
+            torch.sum(grad_x[c], 0, out=grad_weight[c])
+            along_M1 = (grad_x[c] @ weight_CD[c]).div_(weight_CD.shape[1]).unsqueeze(1)
+            torch.mul(g_CMD[c], weight_CD[c], out=grad_x[c])
+            grad_x[c].sub_(normal_MD.mul_(along_M1)).mul_(inverse_CM1[c])
+        return grad_x.view(grads[0].shape), grad_weight, None
+
+
 class ReplicatedRmsNorm(Replicated):
     """RMSNorm whose weight every device trains for itself (C = L), all share, or nobody trains (C = 1)."""
 
-    def __init__(self, norm: nn.RMSNorm, weight_CD: Tensor | VectorLora) -> None:
+    def __init__(self, epsilon: float | None, weight_CD: Tensor | VectorLora) -> None:
         super().__init__()
-        self.epsilon = norm.eps
+        self.epsilon = epsilon
         self.hold("weight", weight_CD)
 
     weight: Tensor | VectorLora
 
     def forward(self, x: Tensor) -> Tensor:
-        weight_CD = copies_of(self.weight)
-        copies, width = weight_CD.shape
-        normal = F.rms_norm(x, [width], None, self.epsilon)
-        return (normal.reshape(copies, -1, width) * weight_CD.unsqueeze(1)).view(x.shape)
+        # Left unset, torch takes the spacing of numbers at 1.
+        epsilon = torch.finfo(x.dtype).eps if self.epsilon is None else self.epsilon
+        y: Tensor = _ReplicatedRmsNorm.apply(x, copies_of(self.weight), epsilon)
+        return y
+
+
+def _part(value: Any, copy: int, copies: int, samples: int) -> Any:
+    """Return one copy's part of what a module is called with."""
+    if isinstance(value, Tensor):
+        return value.chunk(copies)[copy] if value.ndim and len(value) == samples else value
+    if isinstance(value, dict):
+        return {key: _part(item, copy, copies, samples) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_part(item, copy, copies, samples) for item in value)
+    return value
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """Return the copies' results as one."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts))
+    if isinstance(parts[0], dict):
+        return {key: _joined([part[key] for part in parts]) for key in parts[0]}
+    if type(parts[0]) in (tuple, list):
+        return type(parts[0])(_joined(items) for items in zip(*parts, strict=True))
+    return parts[0]
 
 
 class ReplicatedModule(nn.Module):
     """Any other module with parameters: each device's samples go through its own copy, one device after the other.
 
-    `stacked` are the module's parameters, in its order, with a copies axis. Buffers are shared, so a module must not
-    write to them while it trains.
+    `stacked` are the module's parameters, in its order, with a copies axis. Tensors that the module is called with are
+    divided like the first one, as far as they have as many samples; all else goes to every copy. Buffers are shared, so
+    a module must not write to them while it trains.
     """
 
     def __init__(self, module: nn.Module, stacked: Sequence[nn.Parameter]) -> None:
@@ -238,13 +326,16 @@ class ReplicatedModule(nn.Module):
         # In a list, so that the plain module's own parameters are nobody's.
         self.plain = [module]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
         self.plain[0].train(self.training)
+        copies = self.stacked[0].shape[0]
+        first = next(x for x in (*arguments, *keywords.values()) if isinstance(x, Tensor))
         parts = []
-        for copy, part in enumerate(x.chunk(self.stacked[0].shape[0])):
+        for copy in range(copies):
             own = {name: stacked[copy] for name, stacked in zip(self.names, self.stacked, strict=True)}
-            parts.append(functional_call(self.plain[0], own, (part,)))
-        return torch.cat(parts)
+            args, kwargs = (_part(x, copy, copies, len(first)) for x in (arguments, keywords))
+            parts.append(functional_call(self.plain[0], own, args, kwargs))
+        return _joined(parts)
 
     def plain_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the plain module's parameters, each with its copies axis; a tied one under each of its names."""

@@ -22,6 +22,8 @@ else:
 
 Table = dict[str, Any]
 SchemaT = TypeVar("SchemaT", bound="Schema")
+UNIONS = ("model", "method")
+"""Tables whose keys depend on their name."""
 LARGEST_INTEGER = 2**63 - 1
 """TOML's; beyond it costs would leave the range of a float as well."""
 
@@ -119,7 +121,7 @@ def table_of(text: str) -> Table:
 def _union_tags(error: Any, table: Table) -> set[str]:
     # pydantic puts the tag of a union ("lte") into the location after the field ("method"): it is no key of the file.
     loc = error["loc"]
-    return {str(loc[1])} if len(loc) > 1 and loc[0] == "method" and loc[1] not in table.get("method", {}) else set()
+    return {str(loc[1])} if len(loc) > 1 and loc[0] in UNIONS and loc[1] not in table.get(loc[0], {}) else set()
 
 
 def _keys_beside(schema: type[BaseModel], loc: tuple[int | str, ...]) -> Iterable[str]:
@@ -136,9 +138,14 @@ def _keys_beside(schema: type[BaseModel], loc: tuple[int | str, ...]) -> Iterabl
             options = [a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields")]
             current = options[0] if len(options) == 1 else tuple(options)
         elif isinstance(current, tuple):
-            current = next((o for o in current if o.model_fields["name"].default == part), None)
+            current = next((o for o in current if part in (o.model_fields["name"].default, _family(o))), None)
         known = getattr(current, "model_fields", known)
     return known
+
+
+def _family(option: type[BaseModel]) -> str | None:
+    """Return the tag of a union's member, where it is not the default of its name."""
+    return getattr(option, "family", None)
 
 
 def _dotted(path: Sequence[str | int]) -> str:

@@ -29,8 +29,8 @@ import torch.distributed as dist
 
 from simulate.clock import SimulatedClock
 from simulate.config import Run, load_run
-from simulate.data.batches import TextBatches
-from simulate.data.text import load_text
+from simulate.data.batches import build_batches
+from simulate.data.sources import kept_tokenizer, load_data
 from simulate.distributed import LostPeerError, TorchCommunicator, devices_of, is_lack_of_memory, shorter
 from simulate.errors import InputError, RunFailedError
 from simulate.events import Event, EventFile, read_events, truncate_events
@@ -179,7 +179,7 @@ def _title(place: Place, devices: range) -> str:
 def _train(folder: Path, device: torch.device, place: Place, store: dist.Store) -> None:
     _, _, host, port, _ = sys.argv[1:]
     run, profile = load_run(folder / RUN_FILE), load_profile(str(folder / PROFILE_FILE))
-    text = load_text(run.data)
+    data = load_data(run, kept_tokenizer(folder))
     join_processes(run, device, place, store)
     clock = SimulatedClock(run, profile.devices(run.cluster.devices), profile.link)
     communicator = TorchCommunicator(
@@ -198,7 +198,7 @@ def _train(folder: Path, device: torch.device, place: Place, store: dist.Store) 
         session = Session(
             run=run,
             method=build_method(run, communicator, device),
-            batches=TextBatches.of(run, text),
+            batches=build_batches(run, data, device),
             communicator=communicator,
             clock=clock,
             emit=_ignore,
@@ -282,6 +282,7 @@ def _outcome(session: Session, finished: bool) -> Event:
         "kind": "end" if finished else "interrupt",
         "step": session.step,
         "val_loss": session.val_loss,
+        "val_accuracy": session.scores.get("val_accuracy"),
         "sent_bytes": session.communicator.counter.sent_bytes,
         "simulated_s": session.clock.now_s,
         "wall_s": session.elapsed_s(),

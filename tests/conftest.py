@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
 
+from simulate.data.cache import CACHE_VARIABLE
 from simulate.data.text import Text
 from tests import tiny
 from tests.network.fixtures import open_lab
@@ -17,6 +22,14 @@ torch.set_num_threads(1)
 # The same examples on every machine, and no deadline: slow cores must not make a rule look broken.
 settings.register_profile("steady", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("steady")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache() -> Iterator[None]:
+    """A cache folder that nobody else reads or fills; processes that tests start use it, too."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(Path(folder) / "cache"))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -23,17 +23,22 @@ TORCH_FREE = (
     "simulate.events",
     "simulate.checkpoints",
     "simulate.preflight",
+    "simulate.costs.activations",
     "simulate.costs.flops",
     "simulate.costs.memory",
     "simulate.costs.samples",
     "simulate.costs.time",
     "simulate.costs.traffic",
+    "simulate.models.families",
+    "simulate.models.options",
     "simulate.models.shapes",
-    "simulate.data.text",
+    "simulate.models.sizes",
+    "simulate.data.sources",
     "simulate.methods",
     "ltecli.app",
     "ltecli.launcher",
     "ltecli.planner",
+    "ltecli.commands.export",
     "ltecli.commands.plan",
     "ltecli.commands.profile",
     "ltecli.commands.report",
@@ -55,14 +60,27 @@ def run_lte(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--help", "--version", "plan", "plan --model gpt2 --json", "profile list", "profile show local", "train --help"],
+    [
+        "--help",
+        "--version",
+        "plan",
+        "plan --model gpt2 --json",
+        "plan --model vit_s16",
+        "plan --model llama_1b",
+        "plan --model mixer_s16",
+        "profile list",
+        "profile show local",
+        "train --help",
+    ],
 )
 def test_light_commands_never_import_torch(arguments: str, tmp_path: Path) -> None:
     done = run_lte(tmp_path, *arguments.split())
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("arguments", ["train nowhere.toml", "train run.toml --out .", "train . --resume", "report ."])
+@pytest.mark.parametrize(
+    "arguments", ["train nowhere.toml", "train run.toml --out .", "train . --resume", "report .", "export ."]
+)
 def test_a_refusal_does_not_wait_for_torch(arguments: str, tmp_path: Path) -> None:
     write_run(tmp_path / "run.toml")
     done = run_lte(tmp_path, *arguments.split())

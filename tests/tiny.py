@@ -22,6 +22,8 @@ from simulate.methods.base import Method
 Table = dict[str, Any]
 CPU = torch.device("cpu")
 SIZES = {"name": "gpt", "layers": 2, "width": 16, "attention_heads": 2, "context": 8, "vocab": 256}
+LLAMA = {"name": "llama", "mlp_width": 24}
+"""Over SIZES."""
 PROSE = "a low rank wave of small gains over the frozen hills where every head learns its own way home"
 
 

@@ -193,8 +193,8 @@ def _preflight(folder: RunFolder, processes: int, options: LaunchOptions, output
         folder.run,
         lte=version(),
         torch=torch.__version__,
-        data_fingerprint=folder.text.fingerprint,
-        data_bytes=len(folder.text.tokens),
+        data_fingerprint=folder.data.fingerprint,
+        data_bytes=folder.data.num_bytes,
         processes=processes,
     )
 
@@ -322,6 +322,6 @@ def _conclude(folder: RunFolder, outcome: dict[str, Any], output: Output, option
         return 0
     tell_result(
         folder, output, outcome["step"], outcome["val_loss"], outcome["sent_bytes"], outcome["simulated_s"],
-        outcome["wall_s"],
+        outcome["wall_s"], outcome["val_accuracy"],
     )  # fmt: skip
     return 0

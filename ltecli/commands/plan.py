@@ -15,6 +15,8 @@ from simulate import toml
 from simulate.config import Run, Train, build_run, dump_run
 from simulate.errors import InputError
 from simulate.hardware import LOCAL, Profile, load_profile
+from simulate.models.options import sees_images
+from simulate.options import METHODS, AdapterOptions
 
 TOKENS_PER_PARAMETER = 20
 """Hoffmann et al. 2022 (arXiv 2203.15556): compute-optimal training takes about 20 tokens a parameter."""
@@ -37,6 +39,9 @@ class Request:
     data: str | None = None
     devices: int | None = None
     tokens: int | None = None
+    """Of a model of images: samples."""
+    samples: int | None = None
+    """The same, by the name that images go by."""
     pins: Mapping[str, Any] = field(default_factory=dict)
     """Keys of [method]."""
     assignments: tuple[str, ...] = ()
@@ -76,8 +81,10 @@ def plan_request(request: Request) -> Plan:
         _put(table, "method", key, value)
     pins = _pins(table)
     profile = load_profile(str(table["cluster"].setdefault("profile", LOCAL)))
+    named = bool(table["data"])
     base, notes = _base_run(table, profile)
-    _check_data(base)
+    if named or base.model.unit == "tokens":  # what is only a default may also be missing until it is trained on
+        _check_data(base)
     tokens = _tokens(request, base, table)
     return make_plan(base, profile, tokens, pins, notes)
 
@@ -106,21 +113,37 @@ def _pins(table: toml.Table) -> Pins:
 def _base_run(table: toml.Table, profile: Profile) -> tuple[Run, list[str]]:
     """Validate everything given, with what follows from it filled in."""
     notes = []
-    if not {"name", "path"} & table["data"].keys():
+    embedded = not {"name", "path"} & table["data"].keys()
+    if embedded and not sees_images(table["model"]):
         table["data"]["name"] = "stdlib"
     table["cluster"].setdefault("devices", profile.count)
     if table["method"].get("name", "lte") == "lte" and "micro_batch" not in table["train"]:
         heads = table["method"].get("heads_per_device", 1)
         table["train"]["micro_batch"] = heads if isinstance(heads, int) and heads > 0 else 1
+    _keep_rank_within_layers(table)
     run = _build(table)
-    if "learning_rate" not in table["train"]:
-        rate = min(REFERENCE_RATE, REFERENCE_RATE * REFERENCE_WIDTH / run.model.width)
-        table["train"]["learning_rate"] = rate
+    if embedded and run.model.unit == "samples":
         notes.append(
-            f"train.learning_rate = {rate:.2g} is a rule of thumb for width {run.model.width}; try two beside it"
+            "data.name = 'digits', enlarged to the model's pixels, stands for images of yours: name them by --data"
         )
+    if "learning_rate" not in table["train"]:
+        width = run.model.shape().width
+        rate = min(REFERENCE_RATE, REFERENCE_RATE * REFERENCE_WIDTH / width)
+        table["train"]["learning_rate"] = rate
+        notes.append(f"train.learning_rate = {rate:.2g} is a rule of thumb for width {width}; try two beside it")
         run = _build(table)
     return run, notes
+
+
+def _keep_rank_within_layers(table: toml.Table) -> None:
+    """Where no rank was given, let the default be at most what the smallest adapted layer allows."""
+    kind = METHODS.get(table["method"].get("name", "lte"))
+    if kind is None or not issubclass(kind, AdapterOptions) or "rank" in table["method"]:
+        return
+    shape = _build({**table, "method": {"name": "ddp"}}).model.shape()
+    limit = min(min(linear.out_features, linear.in_features) for linear in shape.adapted)
+    if limit < kind.model_fields["rank"].default:
+        table["method"]["rank"] = limit
 
 
 def _build(table: toml.Table) -> Run:
@@ -134,27 +157,39 @@ def _build(table: toml.Table) -> Run:
 
 
 def _check_data(run: Run) -> None:
-    from simulate.data.text import load_text
+    from simulate.data.sources import check_data
 
-    load_text(run.data).check(run.model, run.cluster.devices, run.data.shards)
+    check_data(run)
 
 
 def _tokens(request: Request, base: Run, table: toml.Table) -> int:
-    if request.tokens is not None:
-        if request.tokens <= 0:
-            raise InputError(f"--tokens {request.tokens}: must be greater than 0; leave it out for 20 a parameter")
-        if request.tokens > toml.LARGEST_INTEGER:
-            raise InputError("--tokens: must fit in 64 bits; leave it out for 20 a parameter")
+    given = _given_tokens(request, base.model.unit)
+    if given is not None:
         if "steps" in table["train"]:
-            raise InputError("--tokens and train.steps both say how long to train; keep one")
-        return request.tokens
+            raise InputError(f"--{base.model.unit} and train.steps both say how long to train; keep one")
+        return given
     if "steps" in table["train"]:
         return base.train.steps * base.tokens_per_step
-    return (
-        DEMO_TOKENS
-        if request.model is None and not table["model"]
-        else TOKENS_PER_PARAMETER * base.model.shape().parameters
-    )
+    if request.model is None and not table["model"]:
+        return DEMO_TOKENS
+    shape = base.model.shape()
+    tokens = TOKENS_PER_PARAMETER * shape.parameters
+    return tokens if base.model.unit == "tokens" else max(1, tokens // shape.tokens)
+
+
+def _given_tokens(request: Request, unit: str) -> int | None:
+    """Return what --tokens or --samples asks for, whichever fits the model."""
+    given, other = (request.tokens, request.samples) if unit == "tokens" else (request.samples, request.tokens)
+    if other is not None:
+        wrong = "samples" if unit == "tokens" else "tokens"
+        raise InputError(f"--{wrong} {other}: this model is trained on {unit}; use --{unit}")
+    if given is None:
+        return None
+    if given <= 0:
+        raise InputError(f"--{unit} {given}: must be greater than 0; leave it out for 20 tokens a parameter")
+    if given > toml.LARGEST_INTEGER:
+        raise InputError(f"--{unit}: must fit in 64 bits; leave it out for 20 tokens a parameter")
+    return given
 
 
 def _check_target(out: Path, force: bool) -> None:
@@ -170,11 +205,12 @@ def nearest_miss_text(plan: Plan) -> str:
     """Return what comes closest to fitting, and what would make it fit."""
     miss = plan.nearest_miss()
     assert miss is not None, "a plan without candidates has rejected at least one"
-    shape = plan.base.model.shape()
+    model = plan.base.model
+    layers = getattr(model, "layers", None)
     return (
         f"nothing fits profile {plan.profile.name}: the nearest miss is {describe(miss.candidate.run)}, which "
         f"{miss.reason}; {bytes_text(miss.short_bytes)} more on each device would do, or a smaller "
-        f"--set model.context (now {shape.context}) or model.layers (now {shape.layers})"
+        f"--set {model.larger_with}" + ("" if layers is None else f" or model.layers (now {layers})")
     )
 
 
@@ -182,7 +218,7 @@ def _show(plan: Plan, output: Output, top: int) -> None:
     shape, base = plan.base.model.shape(), plan.base
     output.heading(
         f"{shape.name}: {shape.parameters:,} parameters ({shape.adapted_parameters:,} adapted), "
-        f"{plan.tokens:,} tokens on {base.cluster.devices} x {plan.profile.name}"
+        f"{plan.tokens:,} {base.model.unit} on {base.cluster.devices} x {plan.profile.name}"
     )
     link = plan.profile.link
     output.text(
@@ -278,7 +314,7 @@ def _figures(candidate: Candidate) -> dict[str, str]:
         "sent per step": bytes_text(candidate.sent_bytes_per_round / steps),
         "compute per step": seconds_text(candidate.time.compute_s),
         "exchange per round": seconds_text(candidate.time.exchange_s),
-        "wall-clock for the tokens": seconds_text(candidate.wall_s),
+        f"wall-clock for the {candidate.run.model.unit}": seconds_text(candidate.wall_s),
         "assumed to equal loss": seconds_text(candidate.equivalent_wall_s),
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ltecli.output import Output, bytes_text, plain_table, seconds_text
+from ltecli.output import Output, bytes_text, plain_table, scores_text, seconds_text
 from ltecli.planner import describe
 from ltecli.report.curve import draw_curve
 from ltecli.report.diagnostics import diagnostics_table, last_rows
@@ -34,7 +34,9 @@ def _show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None
     output.text(_state(figure))
     if restarts := figure["restarts"]["count"]:
         output.text(_restarts_text(restarts, figure["restarts"]))
-    output.text(f"train loss {_number(figure['train_loss'])}, validation loss {_number(figure['val_loss'])}")
+    output.text(
+        f"train loss {_number(figure['train_loss'])}, {scores_text(figure['val_loss'], figure['val_accuracy'])}"
+    )
     table = plain_table("", "planned", "simulated", "counted", "measured here", "dense, planned")
     rows = [
         ("memory per device", "memory_bytes", bytes_text),
@@ -63,7 +65,8 @@ def _show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None
 def _state(figure: dict[str, Any]) -> str:
     done, planned = figure["steps"], figure["planned_steps"]
     state = "finished" if done == planned else f"stopped or running, of {planned:,}"
-    return f"{done:,} steps ({state}), {figure['samples']:,} samples, {figure['tokens']:,} tokens"
+    tokens = "" if figure["unit"] == "samples" else f", {figure['tokens']:,} tokens"
+    return f"{done:,} steps ({state}), {figure['samples']:,} samples{tokens}"
 
 
 def _restarts_text(count: int, restarts: dict[str, Any]) -> str:
@@ -82,7 +85,7 @@ def _savings(figure: dict[str, Any]) -> list[str]:
     for key, words in (
         ("memory_bytes", "less memory"),
         ("sent_bytes_per_device", "fewer bytes sent"),
-        ("wall_s", "less time for the same tokens"),
+        ("wall_s", f"less time for the same {figure['unit']}"),
     ):
         ours = figure[key]["planned"]
         if ours:
@@ -105,9 +108,11 @@ def _show_several(records: list[RunRecord], documents: list[dict[str, Any]], out
         ("method", lambda r, f: describe(r.run)),
         ("profile", lambda r, f: f"{f['devices']} x {r.plan['profile']}"),
         ("steps", lambda r, f: f"{f['steps']:,} of {f['planned_steps']:,}"),
-        ("tokens", lambda r, f: f"{f['tokens']:,}"),
+        ("tokens", lambda r, f: f"{f['tokens']:,}" if f["unit"] == "tokens" else "-"),
+        ("samples", lambda r, f: f"{f['samples']:,}"),
         ("train loss", lambda r, f: _number(f["train_loss"])),
         ("validation loss", lambda r, f: _number(f["val_loss"])),
+        ("top-1 accuracy", lambda r, f: "-" if f["val_accuracy"] is None else f"{f['val_accuracy']:.2%}"),
         ("memory per device, planned", lambda r, f: bytes_text(f["memory_bytes"]["planned"])),
         ("memory per device, measured", lambda r, f: bytes_text(f["memory_bytes"]["measured"])),
         ("sent per device, planned", lambda r, f: bytes_text(f["sent_bytes_per_device"]["planned"])),

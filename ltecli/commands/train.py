@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,6 +17,7 @@ from ltecli.launcher import (
     CHECKPOINTS,
     TENSORBOARD,
     RunFolder,
+    check_new,
     lock_folder,
     new_folder,
     prepare_events,
@@ -28,7 +28,7 @@ from ltecli.output import Output
 from ltecli.sinks import ProgressBar, TensorBoard
 from ltecli.telling import start_facts, tell_derived, tell_finished, tell_result
 from simulate.checkpoints import list_checkpoints, saved_devices
-from simulate.config import Run, build_run, load_run
+from simulate.config import BPE, BYTES, HUB, Run, build_run, load_run
 from simulate.errors import InputError, RunFailedError
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 RUNS = Path("runs")
 DEMO_NAME = "demo"
+WHAT_DATA = ("name", "path", "format", "subset", "column", "rows")
+"""The keys of [data] that say which it is; the others say what to do with it."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,6 @@ def train_command(
 ) -> int:
     """Train a run to its end, in this process or launched; returns the exit code."""
     output = Output(as_json, quiet or as_json)
-    # Kineto announces every trace on stderr unless told otherwise before torch is imported.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # Threads that spin while they wait for each other stand still beside anybody else's work: tens of times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     _check_device(device_name)
     if launch is not None and launch.nodes > 1 and launch.node is None:
         return print_lines(given, launch, output)
@@ -81,9 +78,11 @@ def train_command(
         device = _device(device_name)
         _check_launch(folder.run, device, launch)
     else:
-        run, device = _run(given, changes), _device(device_name)
+        path, run = out or RUNS / _name(given), _run(given, changes)
+        check_new(path)  # before torch is imported, which takes its time
+        device = _device(device_name)
         _check_launch(run, device, launch)
-        folder = new_folder(out or RUNS / _name(given), run, device_name)
+        folder = new_folder(path, run, device_name)
     try:
         with lock_folder(folder.path), _dropped_unless_started(folder, resume):
             if launch is None and not _several_gpus(folder.run, device):
@@ -128,10 +127,7 @@ def _run(given: Path | None, changes: Changes) -> Run:
 
 def _run_without_diagnostics(given: Path | None, data: str | None, assignments: Sequence[str]) -> Run:
     if given is not None:
-        run = load_run(given, list(assignments))
-        # Absolute, so that the run can be resumed from another folder.
-        path = data or run.data.path
-        return run if path is None else _with_data(run, str(Path(path).absolute()))
+        return _with_data(load_run(given, list(assignments)), data)
     data = data and str(Path(data).absolute())
     plan = plan_request(Request(data=data, assignments=tuple(assignments)))
     if plan.chosen is None:
@@ -139,8 +135,18 @@ def _run_without_diagnostics(given: Path | None, data: str | None, assignments: 
     return plan.chosen.run
 
 
-def _with_data(run: Run, data: str) -> Run:
-    return build_run({**run.model_dump(exclude_none=True), "data": {"path": data}}, "command line")
+def _with_data(run: Run, path: str | None) -> Run:
+    """Return the run on the data at another path, if one is given; absolute, so that any folder can resume it."""
+    table = run.data.model_dump(exclude_none=True)
+    if path is not None:
+        table = {key: value for key, value in table.items() if key not in WHAT_DATA} | {"path": path}
+    if "path" in table:
+        table["path"] = str(Path(table["path"]).absolute())
+    if table["tokenizer"] != BYTES and not table["tokenizer"].startswith(BPE):
+        table["tokenizer"] = str(Path(table["tokenizer"]).absolute())
+    if (folder := Path(table.get("name", "").removeprefix(HUB))) != Path() and folder.is_dir():
+        table["name"] = f"{HUB}{folder.absolute()}"
+    return build_run({**run.model_dump(exclude_none=True), "data": table}, "command line")
 
 
 def _resumed(given: Path | None, out: Path | None, changes: Changes) -> RunFolder:
@@ -198,7 +204,7 @@ def _simulate(folder: RunFolder, device: torch.device, output: Output) -> int:
         return 0
     from simulate.clock import SimulatedClock
     from simulate.communicator import VirtualCommunicator
-    from simulate.data.batches import TextBatches
+    from simulate.data.batches import build_batches
     from simulate.events import EventFile
     from simulate.loop import Session, restore, train
     from simulate.measure import measure_memory_bytes
@@ -207,7 +213,7 @@ def _simulate(folder: RunFolder, device: torch.device, output: Output) -> int:
     run = folder.run
     clock = SimulatedClock(run, folder.profile.devices(run.cluster.devices), folder.profile.link)
     communicator = VirtualCommunicator(run.cluster.devices, clock.charge_transfer, clock.wait)
-    batches = TextBatches.of(run, folder.text)
+    batches = build_batches(run, folder.data, device)
     measured_bytes = None if folder.resume_from else measure_memory_bytes(run, device)
     if measured_bytes and device.type == "cpu":
         # What the plan puts into the host's own memory, this CPU holds in the same one.
@@ -248,5 +254,8 @@ def _simulate(folder: RunFolder, device: torch.device, output: Output) -> int:
         output.hint(f"interrupted at step {session.step}, saved; continue with lte train {folder.path} --resume")
         return INTERRUPTED
     sent_bytes = session.communicator.counter.sent_bytes
-    tell_result(folder, output, session.step, session.val_loss, sent_bytes, session.clock.now_s, session.elapsed_s())
+    tell_result(
+        folder, output, session.step, session.val_loss, sent_bytes, session.clock.now_s, session.elapsed_s(),
+        session.scores.get("val_accuracy"),
+    )  # fmt: skip
     return 0

@@ -60,6 +60,7 @@ def figures(record: RunRecord) -> dict[str, Any]:
         "planned_steps": run.train.steps,
         "samples": step["samples"] if step else 0,
         "tokens": step["tokens"] if step else 0,
+        "unit": run.model.unit,
         "memory_bytes": {
             # What the device's system keeps for itself is no part of what the program allocates.
             "planned": chosen["memory_bytes"]["total"] - reserved,
@@ -84,6 +85,7 @@ def figures(record: RunRecord) -> dict[str, Any]:
         "restarts": _restarts(record),
         "train_loss": step and step["train_loss"],
         "val_loss": evaluation and evaluation["val_loss"],
+        "val_accuracy": evaluation and evaluation.get("val_accuracy"),
         "dense": _dense(record, share),
         "diagnostics": [
             {key: value for key, value in event.items() if key not in ("version", "kind")}

@@ -1,7 +1,7 @@
 """Floating-point operations of one device, in closed form; a multiply-add counts as two.
 
-Letters: t tokens of one device and step, P weights of a layer, F elements of its factors (one head's: a token passes
-through one head), d width, c context.
+Letters: P weights of a layer, F elements of its factors (one head's: a row passes through one head). A layer works on
+rows: a sample's tokens, its channels, or a convolution's pixels.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def step_flops(run: Run, shape: ModelShape) -> float:
     """
     method, devices = run.method, run.cluster.devices
     checkpointing = run.train.activation_checkpointing
-    tokens = run.train.micro_batch * shape.context
-    dense = tokens * _dense_token_flops(shape, checkpointing)
+    samples = run.train.micro_batch
+    dense = samples * _dense_sample_flops(shape, checkpointing)
     if run.train.optimizer == "muon":
         dense += sum(_orthogonalising(x.out_features, x.in_features) * x.count for x in shape.adapted)
     if isinstance(method, AdapterOptions):
-        adapted = tokens * _lte_token_flops(
+        adapted = samples * _lte_sample_flops(
             shape, method.row_rank(devices), method.remembers_product, _has_frozen_a(method), checkpointing
         )
         if run.train.optimizer == "muon":
@@ -61,33 +61,21 @@ def _has_frozen_a(method: AdapterOptions) -> bool:
     return isinstance(method, LteOptions) and method.frozen_a
 
 
-def _attention_flops(shape: ModelShape) -> float:
-    """Forward: two products of c x d a token, half of them behind the causal mask."""
-    return 2.0 * shape.layers * shape.context * shape.width
-
-
-def _head_flops(shape: ModelShape) -> float:
-    """Forward of the tied output layer, which is trained densely by every method."""
-    return 2.0 * shape.vocab * shape.width
-
-
 @lru_cache(maxsize=64)
-def _dense_token_flops(shape: ModelShape, checkpointing: bool) -> float:
-    """6P: forward 2P, gradient to the input 2P, gradient of the weights 2P (Kaplan et al. 2020, section 2.1)."""
-    blocks = 2.0 * shape.adapted_parameters + _attention_flops(shape)
-    return 3 * (blocks + _head_flops(shape)) + (blocks if checkpointing else 0)
+def _dense_sample_flops(shape: ModelShape, checkpointing: bool) -> float:
+    """6P a row: forward 2P, gradient to the input 2P, gradient of the weights 2P (Kaplan et al. 2020, section 2.1)."""
+    blocks = float(shape.adapted_flops + shape.mixing_flops)
+    return 3 * blocks + shape.outer_flops + (blocks if checkpointing else 0)
 
 
 @lru_cache(maxsize=1024)
-def _lte_token_flops(shape: ModelShape, rank: int, reset_less: bool, frozen_a: bool, checkpointing: bool) -> float:
-    """4P + 6F, since frozen weights need no gradient; the subtracted old product adds 4F (forward and to the input)."""
-    factors = shape.factors(rank)
-    forward = 2.0 * shape.adapted_parameters + 2.0 * factors * (2 if reset_less else 1)
-    gradients = 2.0 * shape.factors(rank, frozen_a)
-    step = 4.0 * shape.adapted_parameters + (8.0 if reset_less else 4.0) * factors + gradients
-    attention = _attention_flops(shape)
-    recomputed = forward + attention if checkpointing else 0
-    return step + 3 * (attention + _head_flops(shape)) + recomputed
+def _lte_sample_flops(shape: ModelShape, rank: int, reset_less: bool, frozen_a: bool, checkpointing: bool) -> float:
+    """4P + 6F a row: frozen weights need no gradient; the subtracted old product adds 4F (forward and to the input)."""
+    factors = float(shape.factor_flops(rank))
+    forward = shape.adapted_flops + factors * (2 if reset_less else 1)
+    step = 2 * shape.adapted_flops + (4 if reset_less else 2) * factors + shape.factor_flops(rank, frozen_a)
+    recomputed = forward + shape.mixing_flops if checkpointing else 0
+    return step + 3 * shape.mixing_flops + shape.outer_flops + recomputed
 
 
 def merge_flops(run: Run, shape: ModelShape) -> float:

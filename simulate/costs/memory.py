@@ -1,9 +1,7 @@
 """Peak memory of one device, by part, as the largest of a step's and a merge's phases (never their sum).
 
-Letters: u one activation tensor (tokens x width), V vocabulary, L blocks. A pre-norm block with GELU and fused
-attention keeps 16u for its backward pass (Korthikanti et al. 2022, arXiv 2205.05198, section 4.1, without dropout and
-with the attention matrix never stored), an adapted layer tokens x rank more. The constants of working memory follow the
-order in which torch's autograd frees and allocates; tests hold the result against the allocator's trace.
+What activations take is in simulate.costs.activations; here are weights, what the optimizer and the method keep, and
+messages. Tests hold the result against the allocator's trace.
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from simulate.config import Run
+from simulate.costs.activations import Phase, step_phases
 from simulate.costs.holding import holding
 from simulate.costs.schedule import INDEX_BYTES as INDEX_INT32_BYTES
 from simulate.costs.schedule import factor_buffer_bytes, gather_groups, layer_transport, topk_entries
@@ -34,16 +33,8 @@ from simulate.options import (
     TopkOptions,
 )
 
-BLOCK_TENSORS = 16
-"""Activation tensors, in u, that a block keeps: inputs of 2 norms, 4 linears (1, 1, 1, 4), q, k, v, the GELU (4)."""
-BLOCK_BACKWARD = 5
-"""Working tensors, in u, at the height of a block's backward: the stream's gradient and one of the GELU's width."""
 DRAW_BYTES = 3 * 8
 """An element of A while it is drawn: its normal number, and its factors of QR, in double precision."""
-LOSS_CHUNK_ELEMENTS = 2**20
-"""Logits that the loss works on at once: a few megabytes of scratch, whatever the batch."""
-FLOAT_BYTES = 4
-INDEX_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -75,21 +66,9 @@ class Memory:
         return dict(vars(self))
 
 
-@dataclass(frozen=True)
-class _Phase:
-    gradients: int
-    activations: int
-    temporary: int
-
-    @property
-    def total(self) -> int:
-        return self.gradients + self.activations + self.temporary
-
-
 def peak_memory(run: Run, shape: ModelShape, device: Device) -> Memory:
     """Return the peak of one device of the run."""
     method, element_bytes, devices = run.method, ELEMENT_BYTES[run.train.dtype], run.cluster.devices
-    tokens = run.train.micro_batch * shape.context
     held = holding(run, shape)
     if isinstance(method, AdapterOptions) and not _starts_dense(method):
         shared_memory = device.host_memory_bytes == 0
@@ -102,11 +81,18 @@ def peak_memory(run: Run, shape: ModelShape, device: Device) -> Memory:
     else:
         weights, rank, idle = shape.parameters * element_bytes, 0, 0
         block_trained = sum(linear.weights for linear in shape.adapted)
-    phases = _step_phases(
-        shape, tokens, rank, block_trained * element_bytes, run.train.activation_checkpointing, element_bytes
-    )
+    phases = step_phases(
+        shape, run.train.micro_batch, rank, block_trained * element_bytes, run.train.activation_checkpointing,
+        element_bytes,
+    )  # fmt: skip
     gradient_bytes = (held.trained - idle) * element_bytes
-    phase = max((*phases, *_exchange_phases(run, shape, gradient_bytes)), key=lambda p: p.total)
+    # The batch is held until the next one comes; tokens are too few to count.
+    batch_bytes = run.train.micro_batch * shape.inputs * element_bytes
+    exchanges = (
+        Phase(p.gradients, p.activations + batch_bytes, p.temporary)
+        for p in _exchange_phases(run, shape, gradient_bytes)
+    )
+    phase = max((*phases, *exchanges), key=lambda p: p.total)
     return Memory(
         weights=weights,
         adapters=held.adapters * element_bytes,
@@ -156,7 +142,7 @@ def _frozen_bytes(shape: ModelShape, method: AdapterOptions, element_bytes: int,
     return frozen + start + shape.replicated_parameters * element_bytes
 
 
-def _exchange_phases(run: Run, shape: ModelShape, gradient_bytes: int) -> tuple[_Phase, ...]:
+def _exchange_phases(run: Run, shape: ModelShape, gradient_bytes: int) -> tuple[Phase, ...]:
     """Return the phases in which messages are held: with all gradients where these travel, else without."""
     method, element_bytes, devices = run.method, ELEMENT_BYTES[run.train.dtype], run.cluster.devices
     if isinstance(method, LteOptions):
@@ -164,12 +150,12 @@ def _exchange_phases(run: Run, shape: ModelShape, gradient_bytes: int) -> tuple[
             shape, devices, method.held_rank(devices), method.quantize, method.merge_transport, method.wire,
             method.frozen_a, element_bytes,
         )  # fmt: skip
-        return (_Phase(0, 0, merge),)
+        return (Phase(0, 0, merge),)
     sizes = [t.elements * element_bytes for t in shape.tensors]
     if isinstance(method, LocalSgdOptions | DilocoOptions | DasoOptions):
-        return (_Phase(0, 0, _averaging_bytes(method, sizes, devices, element_bytes)),)
+        return (Phase(0, 0, _averaging_bytes(method, sizes, devices, element_bytes)),)
     if devices == 1:
-        return (_Phase(gradient_bytes, 0, 0),)
+        return (Phase(gradient_bytes, 0, 0),)
     message = min(max(packed_bytes(sizes)), gradient_bytes)
     if isinstance(method, PowerSgdOptions):
         message = 2 * max(p for t in shape.tensors if (p := method.rank * sum(t.shape) * element_bytes))
@@ -185,7 +171,7 @@ def _exchange_phases(run: Run, shape: ModelShape, gradient_bytes: int) -> tuple[
         message = packed * (devices + 1) + devices * max(sizes)
     elif isinstance(method, DdpOptions) and method.wire != "full":  # what it takes the place of is freed first
         message = _compression_bytes(method.wire, message, devices, element_bytes) - message
-    return (_Phase(gradient_bytes, 0, message),)
+    return (Phase(gradient_bytes, 0, message),)
 
 
 def _averaging_bytes(
@@ -234,32 +220,4 @@ def _lte_exchange(
     if dense:  # the dense sums, and the message they are packed into
         largest = max(largest, (1 + messages) * max(packed_bytes(dense)))
     replicated = max(packed_bytes([t.elements * element_bytes for t in shape.replicated]))
-    return max(largest, replicated if transport == "server" else (1 + messages) * replicated)
-
-
-@lru_cache(maxsize=4096)
-def _step_phases(
-    shape: ModelShape, tokens: int, rank: int, block_gradient_bytes: int, checkpointing: bool, element_bytes: int
-) -> tuple[_Phase, ...]:
-    """Return the phases of one step that can be its peak, over what is held all the time."""
-    u = tokens * shape.width * element_bytes
-    adapter = tokens * rank * element_bytes * len(shape.adapted)
-    attention_statistics = tokens * shape.attention_heads * max(element_bytes, FLOAT_BYTES)
-    block = BLOCK_TENSORS * u + adapter + attention_statistics + 4 * tokens * element_bytes
-    kept, recomputed = (u, block - u) if checkpointing else (block, 0)
-    ends = 2 * tokens * element_bytes + 3 * tokens * INDEX_BYTES
-    logits = tokens * shape.vocab * element_bytes
-    scratch = min(tokens, max(1, LOSS_CHUNK_ELEMENTS // shape.vocab)) * shape.vocab * element_bytes
-    token_table = shape.vocab * shape.width * element_bytes
-    largest_weight = 0 if rank else max(linear.weights for linear in shape.adapted) * element_bytes
-    working = BLOCK_BACKWARD * u + largest_weight + (2 if checkpointing else 1) * tokens * rank * element_bytes
-    replicated = shape.replicated_parameters * element_bytes
-    all_gradients = shape.layers * block_gradient_bytes + replicated
-    return (
-        _Phase(0, shape.layers * kept + ends + 2 * u, logits + scratch),
-        # The logits, which have become their own gradient, with the output layer's two gradients.
-        _Phase(token_table, shape.layers * kept + ends + 2 * u, logits + u),
-        _Phase(token_table, shape.layers * kept + ends + recomputed, working),
-        _Phase(all_gradients - block_gradient_bytes, kept + ends + recomputed, working),
-        _Phase(all_gradients, ends, 2 * token_table + u),  # the tied table's two gradients, and their sum
-    )
+    return max(largest, (1 + messages) * replicated)

@@ -1,19 +1,70 @@
 """Batches for N devices: each device draws from its own shard, and every draw has the address (seed, device, step).
 
+The loop knows them by the protocol `Batches`, whatever they are of.
+
 Legend: L local devices, B samples of a device, T tokens of a sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from simulate.config import Run
+from simulate.data.image_batches import ImageBatches
+from simulate.data.sources import Dataset, image_sizes
 from simulate.data.text import Text, shard_bounds
+from simulate.models.build import DTYPES
+from simulate.models.options import text_sizes
 from simulate.randomness import generator
+
+
+class Batches(Protocol):
+    """Where a run's samples come from."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells whether a resumed run sees the data that it started with."""
+
+    def batch(self, step: int, local_devices: range) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets of a step, (L*B, ...), of the local devices in device order.
+
+        Targets are whole numbers, or shares of classes in the form of the network's outputs.
+        """
+
+    def validation(self, num_samples: int, num_at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield fixed held-out samples, inputs and whole targets, at most `num_at_once` at a time."""
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """What an evaluation tells beside the loss."""
+
+    def scores(self, outputs: Tensor, targets: Tensor) -> list[Tensor]:
+        """Return the figures, (M,) each, of an evaluation's rows whose means are the scores, in their order."""
+
+
+def build_batches(run: Run, dataset: Dataset, device: torch.device | None = None) -> Batches:
+    """Return the batches of a run over its data; images are augmented on `device`."""
+    if isinstance(dataset, Text):
+        return TextBatches.of(run, dataset)
+    data, train = run.data, run.train
+    return ImageBatches(
+        dataset,
+        train.micro_batch,
+        run.cluster.devices,
+        train.seed,
+        classes=image_sizes(run.model)[2],
+        shards=data.shards,
+        skew=data.skew,
+        augment=data.augment,
+        mixup=data.mixup,
+        dtype=DTYPES[train.dtype],
+        device=device,
+    )
 
 
 class TextBatches:
@@ -38,7 +89,14 @@ class TextBatches:
     def of(cls, run: Run, text: Text) -> TextBatches:
         """Return the batches of a run over its text."""
         train = run.train
-        return cls(text, run.model.context, train.micro_batch, run.cluster.devices, train.seed, run.data.shards)
+        return cls(
+            text, text_sizes(run.model).context, train.micro_batch, run.cluster.devices, train.seed, run.data.shards
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells whether a resumed run sees the data that it started with."""
+        return self.text.fingerprint
 
     def batch(self, step: int, local_devices: range) -> tuple[Tensor, Tensor]:
         """Return inputs and targets (L*B, T), int64, of the local devices in device order."""
@@ -61,3 +119,12 @@ class TextBatches:
             windows = held_out[starts[first : first + num_at_once, None] + np.arange(self.context + 1)]
             tokens = torch.from_numpy(windows.astype(np.int64))
             yield tokens[:, :-1], tokens[:, 1:]
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """What an evaluation tells beside the loss: nothing."""
+        return ()
+
+    def scores(self, outputs: Tensor, targets: Tensor) -> list[Tensor]:
+        """Return nothing: of text, the loss says it all."""
+        return []

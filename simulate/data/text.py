@@ -1,4 +1,4 @@
-"""Text as bytes: any UTF-8 file, a folder of them, or the embedded default; torch-free, so that a plan can check it."""
+"""Text in tokens: any UTF-8 file, a folder of them, or the embedded default; torch-free: a plan can check it."""
 
 from __future__ import annotations
 
@@ -13,30 +13,34 @@ from pathlib import Path
 import numpy as np
 
 from simulate import config
+from simulate.data.hub import TEXTS, read_hub
+from simulate.data.tokenizer import Vocabulary, check_vocabulary, encode
 from simulate.errors import InputError
+from simulate.models.options import ReadsText
 
 STDLIB_BYTES = 2_000_000
 """Cap of the embedded default: the standard library's top-level modules, sorted by name, up to this many bytes."""
 VALIDATION_SHARE = 0.1
-BYTE_VALUES = 256
+SAMPLED_BYTES = 1 << 20
+"""Of rows from a hub, looked at for anything but blanks."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """Byte-level tokens with a fixed split: the last tenth is for validation.
-
-    Attributes:
-        tokens: uint8, (num_tokens,).
-        source: what it was read from, for people.
-    """
+    """Tokens with a fixed split: the last tenth is for validation."""
 
     tokens: np.ndarray
+    """Unsigned, (num_tokens,); bytes unless there is a vocabulary."""
     source: str
+    """What it was read from, for people."""
+    vocabulary: Vocabulary | None = None
+    held_out_from: int | None = None
+    """The first token of the validation split; not set: where the last tenth begins."""
 
     @cached_property
     def fingerprint(self) -> str:
         """Hex digest of all tokens: tells whether a resumed run sees the data that it started with."""
-        return hashlib.sha256(self.tokens.tobytes()).hexdigest()
+        return hashlib.sha256(np.ascontiguousarray(self.tokens).data).hexdigest()
 
     @property
     def train(self) -> np.ndarray:
@@ -49,26 +53,44 @@ class Text:
         return self.tokens[self._split :]
 
     @property
-    def _split(self) -> int:
-        return int(len(self.tokens) * (1 - VALIDATION_SHARE))
+    def num_bytes(self) -> int:
+        """Bytes of all tokens."""
+        return int(self.tokens.nbytes)
 
-    def check(self, model: config.Model, devices: int, shards: Sequence[float] | None = None) -> None:
+    def describe(self) -> str:
+        """Return what there is to train on, for people."""
+        return f"{self.source}, {len(self.train):,} training and {len(self.validation):,} validation {self._unit}"
+
+    @property
+    def _split(self) -> int:
+        return _split_of(len(self.tokens)) if self.held_out_from is None else self.held_out_from
+
+    @property
+    def _unit(self) -> str:
+        return "bytes" if self.vocabulary is None else f"tokens ({self.vocabulary.name})"
+
+    def check(self, model: ReadsText, devices: int, shards: Sequence[float] | None = None) -> None:
         """Raise InputError where a device's shard or the validation split has no window, or the vocabulary is small."""
+        self.check_length(model, devices, shards)
+        if self.vocabulary is not None:
+            check_vocabulary(self.vocabulary.size, self.vocabulary.name, model.vocab)
+        elif (largest := int(self.tokens.max())) >= model.vocab:
+            raise InputError(
+                f"model.vocab = {model.vocab} does not cover byte {largest} of {self.source}; "
+                f"try --set model.vocab={config.BYTE_VALUES}"
+            )
+
+    def check_length(self, model: ReadsText, devices: int, shards: Sequence[float] | None = None) -> None:
+        """Raise InputError where a device's shard or the validation split has no window."""
         window = model.context + 1
         smallest_share = 1 / devices if shards is None else min(shards) / sum(shards)
         needed = max(int(window / VALIDATION_SHARE), int(window / smallest_share / (1 - VALIDATION_SHARE))) + 1
         bounds = shard_bounds(len(self.train), devices, shards)
         if len(self.validation) < window or min(last - first for first, last in bounds) < window:
             raise InputError(
-                f"data: {self.source} has {len(self.tokens):,} bytes; windows of {window} for {devices} devices and a "
-                f"validation split of a tenth need {needed:,}: give more text, fewer --devices "
+                f"data: {self.source} has {len(self.tokens):,} {self._unit}; windows of {window} for {devices} devices "
+                f"and a validation split of a tenth need {needed:,}: give more text, fewer --devices "
                 "or a smaller --set model.context"
-            )
-        largest = int(self.tokens.max())
-        if largest >= model.vocab:
-            raise InputError(
-                f"model.vocab = {model.vocab} does not cover byte {largest} of {self.source}; "
-                f"try --set model.vocab={BYTE_VALUES}"
             )
 
 
@@ -82,7 +104,33 @@ def shard_bounds(tokens: int, devices: int, shards: Sequence[float] | None) -> l
 
 
 def load_text(data: config.Data) -> Text:
-    """Read the text that run.toml names; raises InputError for what is missing, empty, binary or unreadable."""
+    """Return the text that run.toml names, in its tokens.
+
+    Raises InputError for what is missing, empty, binary or unreadable, and for a tokenizer that is.
+    """
+    text = read_bytes(data)
+    return text if data.tokenizer == config.BYTES else tokenized(text, data.tokenizer)
+
+
+def tokenized(text: Text, tokenizer: str) -> Text:
+    """Return a text of bytes in other tokens, its last tenth held out as before; raises InputError."""
+    content, split = bytes(text.tokens), _split_of(len(text.tokens))
+    while split < len(content) and content[split] & 0xC0 == 0x80:  # no character is torn
+        split += 1
+    # Files are known to be UTF-8; the embedded text may end within a character.
+    train, held_out = (part.decode("utf-8", errors="replace") for part in (content[:split], content[split:]))
+    encoded = encode(train, held_out, tokenizer)
+    return Text(encoded.tokens, text.source, encoded.vocabulary, encoded.held_out_from)
+
+
+def _split_of(length: int) -> int:
+    return int(length * (1 - VALIDATION_SHARE))
+
+
+def read_bytes(data: config.Data) -> Text:
+    """Return the text that run.toml names as bytes, whatever its tokenizer; raises InputError."""
+    if data.from_hub:
+        return _hub_text(data)
     if data.path is None:
         return _stdlib()
     path = Path(data.path)
@@ -97,6 +145,14 @@ def load_text(data: config.Data) -> Text:
     if not content.strip():
         raise InputError(f"data.path = {data.path!r} is empty; give a text file with content")
     return Text(np.frombuffer(content, dtype=np.uint8), data.path)
+
+
+def _hub_text(data: config.Data) -> Text:
+    kept = read_hub(data)
+    content = kept.arrays["content"]
+    if kept.facts["kind"] != TEXTS or not bytes(content[:SAMPLED_BYTES]).strip():
+        raise InputError(f"data.name = {data.name!r} holds no text; choose another, or its data.column")
+    return Text(content, str(data.name))
 
 
 def _files(path: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from simulate.adapters import LoraLinear
 from simulate.checkpoints import State
 from simulate.communicator import Communicator
 from simulate.config import Run, Train
-from simulate.loss import token_losses
+from simulate.loss import row_losses
 from simulate.models.build import build_model
 from simulate.optimizers import Muon
 from simulate.replicated import ReplicatedEmbedding, ReplicatedLinear, VectorLora
@@ -63,10 +63,11 @@ class Method(ABC):
         self.peak_rates = [group["lr"] for group in self.groups]
 
     def _matrices(self) -> set[int]:
-        """Return the ids of what Muon steps: factors, and weights of linear layers that no embedding shares."""
+        """Return the ids of what Muon steps: factors, and linear layers' weights but for those at a network's ends."""
         names, embeddings = set(), set()
+        trained_whole = getattr(self.model, "trained_whole", ())
         for name, module in self.model.named_modules():
-            if isinstance(module, ReplicatedLinear):
+            if isinstance(module, ReplicatedLinear) and name not in trained_whole:
                 names.add(f"{name}.weight")
             elif isinstance(module, LoraLinear):
                 names |= {f"{name}.{key}" for key, _ in module.named_parameters() if key != "bias"}
@@ -180,7 +181,7 @@ class Method(ABC):
 
     def row_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of every sample or token, (M,), in order: cross-entropy with logits."""
-        return token_losses(outputs.flatten(0, -2), targets.reshape(-1))
+        return row_losses(outputs, targets)
 
     def apply_gradients(self, step: int) -> None:
         """Take the optimizer step at the schedule's rate and free the gradients."""

@@ -1,15 +1,18 @@
-"""Pre-norm transformer blocks in plain PyTorch, shared by the networks.
+"""Pre-norm blocks in plain PyTorch, shared by the networks.
 
-Legend: S samples, T tokens of a sample, D width. The batch dimension leads everywhere, which is all that the
-device-batched layers in simulate.adapters need.
+Legend: S samples, T tokens of a sample, D width, A heads, E numbers of a head. The batch dimension leads everywhere,
+which is all that the device-batched layers in simulate.adapters need.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -41,16 +44,17 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers around a GELU, four times as wide inside."""
+    """Two linear layers around a GELU; four times as wide inside, unless told otherwise."""
 
-    def __init__(self, width: int, gelu: str) -> None:
+    def __init__(self, width: int, gelu: str, inner: int | None = None) -> None:
         super().__init__()
         self.gelu = gelu
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
+        inner = 4 * width if inner is None else inner
+        self.up = nn.Linear(width, inner)
+        self.down = nn.Linear(inner, width)
 
-    def forward(self, x_STD: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_STD), approximate=self.gelu))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate=self.gelu))
 
 
 class Block(nn.Module):
@@ -66,3 +70,26 @@ class Block(nn.Module):
     def forward(self, x_STD: Tensor) -> Tensor:
         x_STD = x_STD + self.attention(self.norm1(x_STD))
         return x_STD + self.mlp(self.norm2(x_STD))
+
+
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *others: Tensor, recompute: bool) -> Tensor:
+    """Pass activations through all blocks; with `recompute`, keep only what enters each of them."""
+    for block in blocks:
+        if recompute:
+            x = checkpoint(block, x, *others, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = block(x, *others)
+    return x
+
+
+def start_small(model: nn.Module, layers: int, std: float) -> None:
+    """Draw all matrices from a normal distribution, and zero biases.
+
+    What feeds the residual stream is scaled by 1/sqrt(its additions) (Radford et al. 2019, section 2.3).
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            residual = name.endswith((".project", ".down"))
+            nn.init.normal_(module.weight, std=std / math.sqrt(2 * layers) if residual else std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import torch
 from torch import nn
 
 from simulate.config import Run
-from simulate.models.gpt import Gpt
+from simulate.models.options import FactoryModel
 from simulate.randomness import address
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+CPU = torch.device("cpu")
+_CLASSES = {
+    "gpt": "simulate.models.gpt:Gpt",
+    "llama": "simulate.models.llama:Llama",
+    "vit": "simulate.models.vit:Vit",
+    "mixer": "simulate.models.mixer:Mixer",
+}
 
 
 def build_model(run: Run) -> nn.Module:
     """Return the plain network with its start weights, drawn in float32 from (seed, "weights"), in the run's dtype."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(address(run.train.seed, "weights"))
-        model = Gpt(run.model.shape(), run.train.activation_checkpointing)
+        model = _network(run)
     return model.to(DTYPES[run.train.dtype])
 
 
-def empty_model(run: Run) -> nn.Module:
-    """Return the plain network without storage, to be called with somebody else's weights."""
+def empty_model(run: Run, device: torch.device = CPU) -> nn.Module:
+    """Return the plain network without storage for parameters, to be called with others' weights on `device`."""
+    if isinstance(run.model, FactoryModel):
+        from simulate.models.trace import empty_traced
+
+        return empty_traced(run.model, device).to(DTYPES[run.train.dtype]).eval()
     with torch.device("meta"):
-        return Gpt(run.model.shape()).to(DTYPES[run.train.dtype]).eval()
+        return _network(run).to(DTYPES[run.train.dtype]).eval()
+
+
+def _network(run: Run) -> nn.Module:
+    if isinstance(run.model, FactoryModel):
+        from simulate.models.trace import build_traced
+
+        return build_traced(run.model)
+    module, _, name = _CLASSES[run.model.family].partition(":")
+    network: nn.Module = getattr(import_module(module), name)(run.model, run.train.activation_checkpointing)
+    return network

@@ -7,21 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Literal
 
 Kind = Literal["adapted", "norm", "bias", "embedding", "other"]
-
-GPT_SIZES: dict[str, dict[str, int]] = {
-    # The embedded default: small enough to train on a laptop in a minute, byte-level vocabulary.
-    "gpt": {"layers": 4, "width": 128, "attention_heads": 4, "context": 128, "vocab": 256},
-    # Radford et al. 2019, table 2, with the published vocabulary and context.
-    "gpt2": {"layers": 12, "width": 768, "attention_heads": 12, "context": 1024, "vocab": 50257},
-    "gpt2_medium": {"layers": 24, "width": 1024, "attention_heads": 16, "context": 1024, "vocab": 50257},
-    "gpt2_large": {"layers": 36, "width": 1280, "attention_heads": 20, "context": 1024, "vocab": 50257},
-    "gpt2_xl": {"layers": 48, "width": 1600, "attention_heads": 25, "context": 1024, "vocab": 50257},
-}
-MODEL_NAMES = tuple(GPT_SIZES)
 
 
 @dataclass(frozen=True)
@@ -32,6 +21,8 @@ class LinearShape:
     out_features: int
     in_features: int
     count: int
+    rows: int = 1
+    """Rows of one sample that pass through it: its tokens, or a convolution's pixels."""
 
     @property
     def weights(self) -> int:
@@ -50,27 +41,61 @@ class ParameterShape:
     kind: Kind
     shape: tuple[int, ...]
 
-    @property
+    @cached_property
     def elements(self) -> int:
         """Number of its elements."""
         return math.prod(self.shape)
 
 
+@dataclass(frozen=True)
+class ActivationTrace:
+    """Peak bytes of a pass forward and back in float32, over samples: `fixed_bytes` + samples x `sample_bytes`.
+
+    Taken by simulate.models.trace.
+    """
+
+    fixed_bytes: int
+    sample_bytes: int
+
+
 @dataclass(frozen=True, eq=False)
 class ModelShape:
-    """A decoder-only transformer's counts; `tensors` are all parameters of the plain network, in its order.
+    """A network's counts; `tensors` are all parameters of the plain network, in its order.
 
     Those of kind "adapted" get low-rank pairs; every device has its own copy of all others, averaged at merges.
     """
 
     name: str
+    family: str
+    """Which closed form its activations have: a key of simulate.models.sizes.FAMILIES, or "traced"."""
     adapted: tuple[LinearShape, ...]
     tensors: tuple[ParameterShape, ...]
     layers: int
+    """Equal blocks."""
+    tokens: int
+    """Of one sample, inside the network: tokens of text, patches of an image."""
     width: int
-    attention_heads: int
-    context: int
-    vocab: int
+    outputs: int
+    """Classes that a prediction chooses from: the vocabulary, or kinds of images."""
+    predictions: int
+    """Of one sample, each with a loss of its own."""
+    mixing_flops: int
+    """Forward operations of one sample inside the blocks that no weight takes part in: attention."""
+    outer_flops: int
+    """Operations of one sample's whole step in layers outside the blocks, which every method trains densely."""
+    attention_heads: int = 0
+    mlp_width: int = 0
+    """Inner width of a block's two-layer network over channels."""
+    tokens_width: int = 0
+    """Inner width of a Mixer block's two-layer network over tokens."""
+    notes: tuple[str, ...] = ()
+    """What a plan should say of it."""
+    inputs: int = 0
+    """Numbers of one sample that enters; 0 for token indices."""
+    dense_trace: ActivationTrace | None = None
+    """What a network without a closed form was measured to need, with every weight trained."""
+    adapted_trace: ActivationTrace | None = None
+    """The same with pairs of rank 1."""
 
     @cached_property
     def replicated(self) -> tuple[ParameterShape, ...]:
@@ -108,31 +133,25 @@ class ModelShape:
 
     def in_order(self) -> list[LinearShape]:
         """Return one entry per adapted layer, in the order of the network."""
-        return [linear for _ in range(self.layers) for linear in self.adapted]
+        return [linear for _ in range(self.adapted[0].count) for linear in self.adapted]
 
+    @cached_property
+    def adapted_flops(self) -> int:
+        """Forward operations of one sample in the adapted layers."""
+        return sum(2 * linear.weights * linear.count * linear.rows for linear in self.adapted)
 
-@lru_cache(maxsize=256)
-def gpt_shape(name: str, layers: int, width: int, attention_heads: int, context: int, vocab: int) -> ModelShape:
-    """Return the counts of a GPT-2 shaped decoder: pre-norm, learned positions, head tied to the token embedding.
+    def factor_flops(self, rank: int, frozen_a: bool = False) -> int:
+        """Forward operations of one sample in one head's factors, or in B alone where A is not trained."""
+        return rank * self._factor_flops_of_rank_one[frozen_a]
 
-    Equal sizes give the same object, so that what is worked out from a shape can be remembered by it.
-    """
-    linears = (("attention.qkv", 3, 1), ("attention.project", 1, 1), ("mlp.up", 4, 1), ("mlp.down", 1, 4))
-    norm = (ParameterShape("norm", (width,)),) * 2
-    linear = {
-        name: (ParameterShape("adapted", (o * width, i * width)), ParameterShape("bias", (o * width,)))
-        for name, o, i in linears
-    }
-    attention = (*norm, *linear["attention.qkv"], *linear["attention.project"])
-    block = (*attention, *norm, *linear["mlp.up"], *linear["mlp.down"])
-    embeddings = (ParameterShape("embedding", (vocab, width)), ParameterShape("embedding", (context, width)))
-    return ModelShape(
-        name=name,
-        adapted=tuple(LinearShape(f"blocks.*.{n}", o * width, i * width, layers) for n, o, i in linears),
-        tensors=(*embeddings, *(block * layers), *norm),
-        layers=layers,
-        width=width,
-        attention_heads=attention_heads,
-        context=context,
-        vocab=vocab,
-    )
+    @cached_property
+    def _factor_flops_of_rank_one(self) -> tuple[int, int]:
+        both, b_alone = (
+            sum(2 * x.factors(1, frozen) * x.count * x.rows for x in self.adapted) for frozen in (False, True)
+        )
+        return both, b_alone
+
+    @cached_property
+    def adapted_rows(self) -> int:
+        """Rows of one sample over all adapted layers of one block."""
+        return sum(linear.rows for linear in self.adapted)

@@ -1,49 +1,30 @@
 """Vision Transformers in plain PyTorch (Dosovitskiy et al. 2021, arXiv 2010.11929; the small one: Touvron et al. 2021).
 
 Legend: S samples, C colours, P patches of an image, T = P + 1 tokens (the class token leads), D width. The class token
-and the positions are embedding tables, because simulate.adapters.convert gives every device its own of those.
+and the positions are embedding tables, because simulate.convert gives every device its own of those.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
-from simulate.models.blocks import Block, BlockStyle
+from simulate.models.blocks import Block, BlockStyle, run_blocks
+from simulate.models.options import VitModel
+from simulate.models.sizes import VIT_SIZES as NAMED_SIZES
 
 INIT_STD = 0.02
 # As in the published checkpoints: exact GELU, epsilon 1e-6.
 STYLE = BlockStyle(causal=False, gelu="none", norm_epsilon=1e-6)
-
-
-@dataclass(frozen=True)
-class VitSize:
-    """What sets one Vision Transformer apart."""
-
-    layers: int
-    width: int
-    attention_heads: int
-    patch: int = 16
-    """Pixels of a patch's side."""
-    image: int = 224
-    """Pixels of an image's side."""
-    classes: int = 1000
-    colours: int = 3
-
-
-VIT_SIZES = {
-    "vit_s16": VitSize(layers=12, width=384, attention_heads=6),
-    "vit_b16": VitSize(layers=12, width=768, attention_heads=12),
-    "vit_l16": VitSize(layers=24, width=1024, attention_heads=16),
-}
+VIT_SIZES = {name: VitModel(name=name) for name in NAMED_SIZES}
 
 
 class Vit(nn.Module):
     """Images (S, C, image, image) in, logits (S, classes) out."""
 
-    def __init__(self, size: VitSize) -> None:
+    trained_whole = ("patch", "head")
+
+    def __init__(self, size: VitModel, activation_checkpointing: bool = False) -> None:
         super().__init__()
         self.patch_side, patches = size.patch, (size.image // size.patch) ** 2
         self.patch = nn.Linear(size.colours * size.patch**2, size.width)
@@ -52,14 +33,8 @@ class Vit(nn.Module):
         self.blocks = nn.ModuleList(Block(size.width, size.attention_heads, STYLE) for _ in range(size.layers))
         self.norm = nn.LayerNorm(size.width, eps=STYLE.norm_epsilon)
         self.head = nn.Linear(size.width, size.classes)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.trunc_normal_(module.weight, std=INIT_STD)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+        self.activation_checkpointing = activation_checkpointing
+        start_truncated(self)
 
     def forward(self, images_SCYX: Tensor) -> Tensor:
         x_SPD = self.patch(patches_of(images_SCYX, self.patch_side))
@@ -67,10 +42,18 @@ class Vit(nn.Module):
         positions = torch.arange(patches + 1, device=images_SCYX.device).expand(samples, -1)
         first_S1D = self.class_token(torch.zeros_like(positions[:, :1]))
         x_STD = torch.cat([first_S1D, x_SPD], dim=1) + self.position(positions)
-        for block in self.blocks:
-            x_STD = block(x_STD)
+        x_STD = run_blocks(self.blocks, x_STD, recompute=self.activation_checkpointing and self.training)
         # The norm works on each token by itself, so only the one that is read needs it.
         return self.head(self.norm(x_STD[:, 0]))
+
+
+def start_truncated(model: nn.Module) -> None:
+    """Draw all matrices from a normal distribution without its tails, and zero biases."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.trunc_normal_(module.weight, std=INIT_STD)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
 
 
 def patches_of(images_SCYX: Tensor, side: int) -> Tensor:

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 import pytest
 
@@ -19,28 +18,36 @@ from tests.network.lab import Lab, Process, why_not
 from tests.network.probes import PORT, round_trips_s, start, transfer
 
 ROOT = Path(__file__).parents[2]
+TRIES = 4
+"""A busy machine may keep a transfer from its link's rate; no machine lets it exceed that."""
 HEADER_SHARE = 66 / 1448
 """Ethernet, IPv4 and TCP with time stamps, in front of a full segment."""
 
 OpenLab = Callable[..., Lab]
 
 
-@pytest.mark.parametrize(("bytes_per_s", "num_bytes"), [(1.25e6, 1_000_000), (12.5e6, 8_000_000)])
-def test_a_link_carries_its_rate(open_lab: OpenLab, bytes_per_s: float, num_bytes: int) -> None:
+@pytest.mark.parametrize(("bytes_per_s", "num_bytes", "least"), [(1.25e6, 1_000_000, 0.94), (12.5e6, 8_000_000, 0.7)])
+def test_a_link_carries_its_rate(open_lab: OpenLab, bytes_per_s: float, num_bytes: int, least: float) -> None:
     lab = open_lab(2, bytes_per_s=bytes_per_s)
     payload_bytes_per_s = bytes_per_s / (1 + HEADER_SHARE)
-    assert transfer(lab[0], lab[1], num_bytes) == pytest.approx(payload_bytes_per_s, rel=0.06)
+    for _ in range(TRIES):
+        arrived = transfer(lab[0], lab[1], num_bytes)
+        assert arrived < 1.04 * payload_bytes_per_s
+        if arrived > least * payload_bytes_per_s:
+            return
+    pytest.fail(f"{arrived:.3g} bytes/s for {payload_bytes_per_s:.3g}")
 
 
 def test_a_link_is_shaped_anew_while_it_is_used(open_lab: OpenLab) -> None:
     lab = open_lab(2, bytes_per_s=12.5e6)
-    fast = transfer(lab[0], lab[1], 2_000_000)
     lab[1].shape(12.5e6, down_bytes_per_s=1.25e6)
-    assert transfer(lab[0], lab[1], 500_000) < fast / 6
-    assert transfer(lab[1], lab[0], 2_000_000) > fast / 2
-    lab[1].shape(None)
-    lab[0].shape(None)
-    assert transfer(lab[0], lab[1], 20_000_000) > 4 * fast
+    assert transfer(lab[0], lab[1], 500_000) < 1.3e6
+    assert transfer(lab[1], lab[0], 2_000_000) > 3e6  # the other way is as fast as before
+    lab[0].shape(1.25e6)
+    assert transfer(lab[1], lab[0], 500_000) < 1.3e6
+    for node in lab:
+        node.shape(None)
+    assert transfer(lab[0], lab[1], 2_000_000) > 3e6
 
 
 def test_counters_say_what_crossed_the_wire(open_lab: OpenLab) -> None:
@@ -74,9 +81,9 @@ def test_a_pulled_cable_stops_traffic_until_it_is_back(open_lab: OpenLab) -> Non
 
 
 def test_nodes_are_near_unless_a_delay_is_set(open_lab: OpenLab) -> None:
-    assert median(round_trips_s(*open_lab(2))) < 0.005
+    assert min(round_trips_s(*open_lab(2))) < 0.005
     delayed = open_lab(3, delay_s=0.02, bytes_per_s=12.5e6)
-    assert 0.04 <= median(round_trips_s(delayed[0], delayed[2])) < 0.046
+    assert 0.04 <= min(round_trips_s(delayed[0], delayed[2])) < 0.05
     assert transfer(delayed[0], delayed[1], 1_000_000) < 12.5e6 / 1.5  # TCP starts slowly over a long way
 
 
@@ -84,6 +91,8 @@ def test_loss_drops_its_share(open_lab: OpenLab) -> None:
     lab = open_lab(2, loss=0.2)
     send = "import socket; s = socket.socket(2, 2)\nfor _ in range(1000): s.sendto(bytes(99), ('10.77.0.2', 9))"
     lab[0].run([sys.executable, "-c", send])
+    while lab[1].counters().received_packets < 700:
+        time.sleep(0.1)
     time.sleep(0.3)
     # About 200 are lost; five standard deviations are 63. The answers, "nobody listens", go the other way.
     assert 730 < lab[1].counters().received_packets < 870

@@ -38,7 +38,8 @@ def parity_run(name: str, devices: int = 3, train: tiny.Table | None = None, **m
 def engine_draw(run: Run) -> Draw:
     """Return the engine's draws of A for the twin, which has none of its own."""
     assert isinstance(run.method, AdapterOptions)
-    method = tiny.build(tiny.lte_run(max(1, run.heads), rank=run.method.rank, train={"seed": run.train.seed}))
+    model, train = run.model.model_dump(), {"seed": run.train.seed, "micro_batch": run.train.micro_batch}
+    method = tiny.build(tiny.lte_run(max(1, run.heads), model, train, rank=run.method.rank))
     layers = {f"{layer.name}.weight": layer for layer in lora_layers(method.model)}
 
     @cache

@@ -19,6 +19,9 @@ from tests import tiny
 
 # L = 2 devices with K = 2 heads each, so H = 4; M = 3 rows a head; I = 5, O = 4, R = 2.
 HEADS, ROWS, INPUTS, OUTPUTS, RANK, SCALE = 4, 3, 5, 4, 2, 1.5
+# Rows from which the old product goes into a head's weight, 2·O·I < M·(I + O); the new one on the way back, 2·O <= M;
+# and both ways, 2·I <= M. With an old product that did, the new one follows on the way back, O < M; both ways, I < M.
+FOLDING_ROWS = pytest.mark.parametrize("rows", [ROWS, 5, 6, 8, 10])
 
 
 def spec(rank: int = RANK, heads_per_device: int = 1, first_device: int = 0, seed: int = 0) -> AdapterSpec:
@@ -36,10 +39,12 @@ LORA_CASES = pytest.mark.parametrize(
 )
 
 
-def lora_arguments(with_bias: bool, with_old_product: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor, ...]:
+def lora_arguments(
+    with_bias: bool, with_old_product: bool, rows: int = ROWS
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, ...]:
     old = (random(HEADS, RANK, INPUTS).detach() + 1, random(HEADS, OUTPUTS, RANK).detach() - 1)
     return (
-        random(HEADS * ROWS, INPUTS),
+        random(HEADS * rows, INPUTS),
         random(OUTPUTS, INPUTS).detach(),
         random(HEADS // 2, OUTPUTS) if with_bias else None,
         random(HEADS, RANK, INPUTS),
@@ -49,21 +54,35 @@ def lora_arguments(with_bias: bool, with_old_product: bool) -> tuple[Tensor, Ten
 
 
 @LORA_CASES
-def test_lora_computes_with_its_effective_weight(with_bias: bool, with_old_product: bool) -> None:
-    x, weight, bias, a, b, a0, b0 = lora_arguments(with_bias, with_old_product)
-    got = _LoraLinear.apply(x, weight, bias, a, b, a0, b0, SCALE).view(HEADS, ROWS, OUTPUTS)
+@FOLDING_ROWS
+def test_lora_computes_with_its_effective_weight(with_bias: bool, with_old_product: bool, rows: int) -> None:
+    x, weight, bias, a, b, a0, b0 = lora_arguments(with_bias, with_old_product, rows)
+    got = _LoraLinear.apply(x, weight, bias, a, b, a0, b0, SCALE).view(HEADS, rows, OUTPUTS)
     for head in range(HEADS):
         effective = weight + SCALE * b[head] @ a[head]
         if a0 is not None:
             effective = effective - SCALE * b0[head] @ a0[head]
-        expected = F.linear(x.view(HEADS, ROWS, INPUTS)[head], effective, None if bias is None else bias[head // 2])
+        expected = F.linear(x.view(HEADS, rows, INPUTS)[head], effective, None if bias is None else bias[head // 2])
         torch.testing.assert_close(got[head], expected, rtol=1e-12, atol=1e-12)
 
 
 @LORA_CASES
-def test_lora_gradients_are_those_of_finite_differences(with_bias: bool, with_old_product: bool) -> None:
-    arguments = lora_arguments(with_bias, with_old_product)
+@FOLDING_ROWS
+def test_lora_gradients_are_those_of_finite_differences(with_bias: bool, with_old_product: bool, rows: int) -> None:
+    arguments = lora_arguments(with_bias, with_old_product, rows)
     assert torch.autograd.gradcheck(lambda *tensors: _LoraLinear.apply(*tensors, SCALE), arguments)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_any_number_of_heads_folds_its_products(heads: int) -> None:
+    x, weight, _, a, b, a0, b0 = lora_arguments(False, True, 10)
+    x, a, b, a0, b0 = x[: heads * 10].detach(), a[:heads], b[:heads], a0[:heads], b0[:heads]
+    for old in ((None, None), (a0, b0)):
+        got = _LoraLinear.apply(x, weight, None, a, b, *old, SCALE).view(heads, 10, OUTPUTS)
+        for head in range(heads):
+            change = b[head] @ a[head] - (0.0 if old[0] is None else b0[head] @ a0[head])
+            expected = x.view(heads, 10, INPUTS)[head] @ (weight + SCALE * change).T
+            torch.testing.assert_close(got[head], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_lora_gradients_do_not_need_a_gradient_of_the_input() -> None:

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from simulate.adapters import lora_layers
-from simulate.config import Model
 from simulate.methods.lte import Lte
 from simulate.models.build import build_model, empty_model
 from simulate.models.gpt import Attention, Gpt
+from simulate.models.options import GptModel
 from tests import tiny
 
 
@@ -78,14 +78,14 @@ def test_double_precision_starts_from_the_same_numbers() -> None:
 
 
 def test_layers_into_the_residual_stream_start_smaller() -> None:
-    model = Gpt(Model(layers=8, width=128).shape())
+    model = Gpt(GptModel(layers=8, width=128))
     ratio = model.blocks[0].mlp.down.weight.std() / model.blocks[0].mlp.up.weight.std()
     assert ratio.item() == pytest.approx(1 / math.sqrt(2 * 8), rel=0.05)
 
 
 def meta_model(**sizes: Any) -> Gpt:
     with torch.device("meta"):
-        return Gpt(Model(**sizes).shape())
+        return Gpt(GptModel(**sizes))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def meta_model(**sizes: Any) -> Gpt:
     [("gpt2", 124_439_808), ("gpt2_medium", 354_823_168), ("gpt2_large", 774_030_080), ("gpt2_xl", 1_557_611_200)],
 )
 def test_gpt_2_has_its_published_number_of_parameters(name: str, parameters: int) -> None:
-    assert Model(name=name).shape().parameters == parameters
+    assert GptModel(name=name).shape().parameters == parameters
     assert sum(parameter.numel() for parameter in meta_model(name=name).parameters()) == parameters
 
 
@@ -114,7 +114,7 @@ def test_the_shape_counts_the_tensors_of_the_network(
     layers: int, attention_heads: int, size: int, context: int, vocab: int
 ) -> None:
     sizes = {"layers": layers, "width": attention_heads * size, "context": context, "vocab": vocab}
-    shape = Model(attention_heads=attention_heads, **sizes).shape()
+    shape = GptModel(attention_heads=attention_heads, **sizes).shape()
     model = meta_model(attention_heads=attention_heads, **sizes)
     assert tuple(t.elements for t in shape.tensors) == sizes_of_tensors(model)
     assert shape.parameters == sum(t.elements for t in shape.tensors)

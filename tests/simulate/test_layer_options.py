@@ -54,10 +54,10 @@ def test_parity_covers_clipped_and_unclipped_steps() -> None:
         assert 0.1 < sum(clipped) / len(clipped) < 0.95
 
 
-def keep_own_norms(averaging: Averaging, index: int) -> None:
+def keep_own_norms(averaging: Averaging, index: int, weights_N: Tensor | None = None) -> None:
     """Let everyone go on with norms that nobody sent."""
     if not averaging.first_only:
-        ORIGINAL_MERGE(averaging, index)
+        ORIGINAL_MERGE(averaging, index, weights_N)
 
 
 def average_of_all(averaging: Averaging, copies: list[Tensor]) -> list[Tensor]:

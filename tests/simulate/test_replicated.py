@@ -130,7 +130,7 @@ def clear(stacked: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
 def test_each_copy_of_an_rms_norm_is_a_plain_one(epsilon: float | None, copies: int) -> None:
     plain = nn.RMSNorm(5, eps=epsilon, dtype=torch.float64)
     stacked = stacked_of(plain, copies)
-    fast = ReplicatedRmsNorm(plain, stacked["weight"])
+    fast = ReplicatedRmsNorm(plain.eps, stacked["weight"])
     assert_copies_are_plain(fast, plain, stacked, drawn(SAMPLES, 2, 5))
     assert_copies_are_plain(fast, plain, clear(stacked), drawn(SAMPLES, 5, 2).transpose(1, 2))
 
@@ -146,7 +146,7 @@ def test_each_copy_of_a_layer_norm_without_bias_is_a_plain_one(copies: int) -> N
 
 def test_an_rms_norm_by_hand() -> None:
     # The mean of squares of (3, 4) is 12.5; with an epsilon of 12.5 its root is 5.
-    norm = ReplicatedRmsNorm(nn.RMSNorm(2, eps=12.5), nn.Parameter(torch.tensor([[1.0, 1.0], [10.0, 0.0]])))
+    norm = ReplicatedRmsNorm(12.5, nn.Parameter(torch.tensor([[1.0, 1.0], [10.0, 0.0]])))
     torch.testing.assert_close(norm(torch.tensor([[3.0, 4.0]] * 2)), torch.tensor([[0.6, 0.8], [6.0, 0.0]]))
 
 
@@ -301,7 +301,7 @@ def test_a_vector_starts_as_it_is_and_moves_with_b_alone_at_first() -> None:
     ("layer", "frozen"),
     [
         (lambda v: ReplicatedLayerNorm(nn.LayerNorm(3), v(3), v(3)), ["weight", "bias"]),
-        (lambda v: ReplicatedRmsNorm(nn.RMSNorm(3), v(3)), ["weight"]),
+        (lambda v: ReplicatedRmsNorm(None, v(3)), ["weight"]),
         (lambda v: ReplicatedLinear(nn.Parameter(torch.ones(2, 4, 3)), v(4)), ["bias"]),
         (lambda v: LoraLinear(torch.ones(4, 3), v(4), "linear", SPEC, 2), ["weight", "bias"]),
     ],

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from simulate.adapters import AdapterSpec, lora_layers
 from simulate.convert import Treatment, convert, lora, merged_state
-from simulate.models.vit import VIT_SIZES, Vit, VitSize, patches_of
+from simulate.models.options import VitModel
+from simulate.models.vit import VIT_SIZES, Vit, patches_of
 
-SMALL = VitSize(layers=2, width=12, attention_heads=3, patch=4, image=8, classes=5)
+SMALL = VitModel(layers=2, width=12, attention_heads=3, patch=4, image=8, classes=5)
 
 
 def small() -> Vit:
@@ -26,12 +27,20 @@ def images(samples: int) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "parameters"),
     # As counted in the published checkpoints at 224 pixels and 1000 classes.
-    [("vit_s16", 22_050_664), ("vit_b16", 86_567_656), ("vit_l16", 304_326_632)],
+    [
+        ("vit_s16", 22_050_664),
+        ("vit_b16", 86_567_656),
+        ("vit_l16", 304_326_632),
+        ("vit_s32", 22_878_952),
+        ("vit_b32", 88_224_232),
+        ("vit_l32", 306_535_400),
+    ],
 )
 def test_a_vit_has_its_published_number_of_parameters(name: str, parameters: int) -> None:
     with torch.device("meta"):
         model = Vit(VIT_SIZES[name])
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    assert VIT_SIZES[name].shape().parameters == parameters
 
 
 def test_a_linear_layer_over_patches_is_a_convolution_with_its_stride() -> None:
@@ -65,13 +74,11 @@ def test_a_converted_vit_starts_as_the_plain_one(treatment: Treatment) -> None:
     assert all(torch.equal(weight, merged_state(converted)[name]) for name, weight in plain.state_dict().items())
 
 
-def test_every_linear_layer_is_adapted() -> None:
-    linears = sum(isinstance(module, nn.Linear) for module in small().modules())
-    assert (
-        len(lora_layers(convert(small(), 3, Treatment(lora(AdapterSpec(2, 1.5, 1, False, 0, 0), 3)))))
-        == linears
-        == 2 + 4 * 2
-    )
+def test_every_linear_layer_but_those_at_the_ends_is_adapted() -> None:
+    linears = [name for name, module in small().named_modules() if isinstance(module, nn.Linear)]
+    converted = convert(small(), 3, Treatment(lora(AdapterSpec(2, 1.5, 1, False, 0, 0), 3)))
+    assert [layer.name for layer in lora_layers(converted)] == [n for n in linears if n not in ("patch", "head")]
+    assert len(linears) == 2 + 4 * 2
 
 
 def test_heads_with_many_rows_train_as_plain_networks_with_their_effective_weights() -> None:

@@ -269,7 +269,7 @@ def test_data_is_read_from_files_and_folders_of_any_depth(lte: Lte, here: Path) 
         ("--set model=3", ("--set model=3", "table.key=value")),
         ("--data nowhere.txt", ("data.path = 'nowhere.txt'", "does not exist")),
         ("--data nowhere.txt --set data.name=stdlib", ("exactly one of name", "path")),
-        ("--set data.name=wikipedia", ("data.name = 'wikipedia'", "known: stdlib")),
+        ("--set data.name=wikipedia", ("name = 'wikipedia'", "known: digits, hf:NAME, stdlib")),
     ],
 )  # fmt: skip
 def test_a_mistake_is_named_and_nothing_written(refused: Refused, arguments: str, words: tuple[str, ...]) -> None:

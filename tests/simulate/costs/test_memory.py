@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from simulate.config import Run
+from simulate.config import Run, build_run
 from simulate.costs.memory import host_memory_bytes, peak_memory
 from simulate.hardware import Device, load_profile
 from simulate.measure import measure_memory_bytes
@@ -100,3 +100,49 @@ def test_memory_grows_with_batch_and_context_and_shrinks_with_checkpointing() ->
     assert all(small < large for small, large in itertools.pairwise(sizes))
     assert planned_bytes(tiny.lte_run(2, DEEP, train(8, True), rank=4)) < sizes[-1]
     assert planned_bytes(tiny.lte_run(2, {**DEEP, "context": 128}, train(1), rank=4)) > sizes[0]
+
+
+SMALL_LLAMA = {**SMALL, **tiny.LLAMA, "mlp_width": 100}
+DEEP_LLAMA = {**DEEP, **tiny.LLAMA, "mlp_width": 72}
+WORDY_LLAMA = {**WORDY, **tiny.LLAMA, "mlp_width": 160}
+SMALL_VIT = {"name": "vit", "layers": 3, "width": 48, "attention_heads": 3, "image": 24, "classes": 20}
+DEEP_VIT = {"name": "vit", "layers": 6, "width": 32, "attention_heads": 2, "image": 32, "classes": 300}
+SMALL_MIXER = {
+    "name": "mixer_s16", "layers": 3, "width": 48, "tokens_width": 20, "channels_width": 100, "image": 24, "patch": 4,
+}  # fmt: skip
+DEEP_MIXER = {**SMALL_MIXER, "layers": 6, "tokens_width": 60, "channels_width": 70, "classes": 10}
+
+
+def family_run(model: dict[str, Any], train: dict[str, Any], devices: int = 3, **method: Any) -> Run:
+    table = {
+        "model": model,
+        "method": method,
+        "train": {"steps": 20, **train},
+        "cluster": {"devices": devices},
+    }
+    return build_run(table)
+
+
+LTE = {"name": "lte", "rank": 6}
+OTHER_FAMILIES: dict[str, Run] = {
+    "llama, lte": family_run(SMALL_LLAMA, train(4), **LTE),
+    "llama, lte checkpointing": family_run(DEEP_LLAMA, train(5, True), **LTE, reset="b"),
+    "llama, lte server": family_run(WORDY_LLAMA, train(1), **LTE, merge_transport="server", reset="b"),
+    "llama, ddp": family_run(SMALL_LLAMA, train(5), name="ddp"),
+    "llama, ddp large vocabulary": family_run(WORDY_LLAMA, train(2), name="ddp"),
+    "llama, diloco checkpointing": family_run(DEEP_LLAMA, train(6, True), name="diloco"),
+    "vit, lte": family_run(SMALL_VIT, train(4), **LTE),
+    "vit, lte checkpointing": family_run(DEEP_VIT, train(6, True), **LTE, heads_per_device=2),
+    "vit, ddp": family_run(SMALL_VIT, train(5), name="ddp"),
+    "vit, ddp checkpointing": family_run(DEEP_VIT, train(8, True), name="ddp"),
+    "mixer, lte": family_run(SMALL_MIXER, train(8), **LTE),
+    "mixer, lte checkpointing": family_run(DEEP_MIXER, train(6, True), **LTE, reset="ab"),
+    "mixer, ddp": family_run(SMALL_MIXER, train(4), name="ddp"),
+    "mixer, ddp deep": family_run(DEEP_MIXER, train(8), name="ddp"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FAMILIES)
+def test_memory_of_every_family_is_what_the_allocator_gives(name: str) -> None:
+    run = OTHER_FAMILIES[name]
+    assert planned_bytes(run) == pytest.approx(measure_memory_bytes(run, torch.device("cpu")), rel=TOLERANCE)

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulate.config import Data, Model
+from simulate.config import Data
 from simulate.data import text as module
 from simulate.data.text import STDLIB_BYTES, Text, load_text
 from simulate.errors import InputError
+from simulate.models.options import GptModel
 
 
 def refusal(path: Path) -> str:
@@ -120,8 +121,8 @@ def text_of(num_bytes: int, largest: int = 120) -> Text:
     return Text(tokens, "book.txt")
 
 
-def model(context: int = 8, vocab: int = 256) -> Model:
-    return Model(context=context, vocab=vocab)
+def model(context: int = 8, vocab: int = 256) -> GptModel:
+    return GptModel(context=context, vocab=vocab)
 
 
 @given(context=st.integers(1, 64), devices=st.integers(1, 40))

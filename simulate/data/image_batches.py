@@ -1,0 +1,125 @@
+"""Batches of images: every device goes through its own shard in a new order each epoch, addressed by step.
+
+Legend: L local devices, B samples of a device, S samples, C colours, P pixels a side, K classes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simulate.data.augment import Draws, crop_and_flip, mix, normalise
+from simulate.data.images import Images
+from simulate.data.shards import even_shards, skewed_shards
+from simulate.randomness import generator
+
+REMEMBERED_EPOCHS = 2
+"""Orders of each device: a batch may end one epoch and begin the next."""
+
+
+class ImageBatches:
+    """Inputs (S, C, P, P), normalised; targets (S,) class numbers, or (S, K) shares of classes with mixup."""
+
+    def __init__(
+        self,
+        images: Images,
+        micro_batch: int,
+        devices: int,
+        seed: int,
+        *,
+        classes: int | None = None,
+        shards: Sequence[float] | None = None,
+        skew: float | None = None,
+        augment: Sequence[str] = (),
+        mixup: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        self.images, self.micro_batch, self.devices, self.seed = images, micro_batch, devices, seed
+        self.classes = len(images.classes) if classes is None else classes
+        self.augment, self.mixup, self.dtype, self.device = augment, mixup, dtype, device or torch.device("cpu")
+        labels = images.labels[images.train]
+        parts = (
+            even_shards(len(labels), devices, shards, seed)
+            if skew is None
+            else skewed_shards(labels, len(images.classes), devices, shards, skew, seed)
+        )
+        self.shards = [images.train[part] for part in parts]
+        """Rows of each device's images."""
+        self._orders: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells whether a resumed run sees the data that it started with."""
+        return self.images.fingerprint
+
+    def batch(self, step: int, local_devices: range) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets of the local devices in device order."""
+        rows = np.concatenate([self.rows(device, step) for device in local_devices])
+        pixels, labels = self._read(rows)
+        randoms = [generator(self.seed, "augment", device, step) for device in local_devices]
+        draws = [Draws.of(random, self.micro_batch, pixels.shape[-1], self.augment) for random in randoms]
+        if self.augment:
+            pixels = crop_and_flip(pixels, draws)
+        inputs = self._normalised(pixels)
+        return self._mixed(inputs, labels, randoms) if self.mixup else (inputs, labels)
+
+    def rows(self, device: int, step: int) -> np.ndarray:
+        """Return the images of one device's batch, (B,): the next ones of its shard in the order of the epoch."""
+        shard = self.shards[device]
+        places = np.arange(step * self.micro_batch, (step + 1) * self.micro_batch)
+        epochs, places = places // len(shard), places % len(shard)
+        orders = {int(epoch): self._order(device, int(epoch)) for epoch in np.unique(epochs)}
+        return shard[[orders[epoch][place] for epoch, place in zip(epochs.tolist(), places.tolist(), strict=True)]]
+
+    def _order(self, device: int, epoch: int) -> np.ndarray:
+        if (device, epoch) not in self._orders:
+            random = generator(self.seed, "epoch", device, epoch)
+            self._orders[device, epoch] = random.permutation(len(self.shards[device]))
+            while len(self._orders) > REMEMBERED_EPOCHS * self.devices:
+                self._orders.popitem(last=False)
+        return self._orders[device, epoch]
+
+    def _read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return pixels, bytes, and labels of some images."""
+        pixels = torch.from_numpy(np.ascontiguousarray(self.images.pixels[rows])).to(self.device)
+        return pixels, torch.from_numpy(self.images.labels[rows]).to(self.device)
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        return normalise(pixels, self.images.mean, self.images.std, self.dtype)
+
+    def _mixed(self, inputs: Tensor, labels: Tensor, randoms: Sequence[np.random.Generator]) -> tuple[Tensor, Tensor]:
+        draws = [(random.beta(self.mixup, self.mixup), random.permutation(self.micro_batch)) for random in randoms]
+        shares_L = torch.tensor([share for share, _ in draws], dtype=self.dtype, device=self.device)
+        partners_LB = torch.from_numpy(np.stack([partners for _, partners in draws])).to(self.device)
+        devices = len(randoms)
+        targets = F.one_hot(labels, self.classes).to(self.dtype)
+        mixed, targets_LBK = mix(
+            inputs.view(devices, self.micro_batch, -1),
+            targets.view(devices, self.micro_batch, -1),
+            shares_L,
+            partners_LB,
+        )
+        return mixed.view_as(inputs), targets_LBK.view_as(targets)
+
+    def validation(self, num_samples: int, num_at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield held-out images spread evenly over the split, as they are, at most `num_at_once` at a time."""
+        held_out = self.images.validation
+        chosen = np.unique(np.linspace(0, len(held_out) - 1, num=min(num_samples, len(held_out))).astype(np.int64))
+        for first in range(0, len(chosen), num_at_once):
+            pixels, labels = self._read(held_out[chosen[first : first + num_at_once]])
+            yield self._normalised(pixels), labels
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """What an evaluation tells beside the loss: the share of samples whose top class is right."""
+        return ("val_accuracy",)
+
+    def scores(self, outputs: Tensor, targets: Tensor) -> list[Tensor]:
+        """Return whether each sample's top class is right, (S,), 0 or 1."""
+        return [(outputs.argmax(-1) == targets).double()]

@@ -1,0 +1,269 @@
+"""Labelled images, all of one size: what is listed first and decoded later, and what training reads; torch-free.
+
+Legend: S samples, C colours, P pixels a side, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from simulate.data.cache import Draft, Place, cached
+from simulate.data.decode import Frame, SmallImageError, Unfit, fit_array
+from simulate.data.shards import shard_sizes
+from simulate.errors import InputError
+from simulate.randomness import generator
+
+HELD_OUT_SHARE = 0.1
+"""Of every class, where a data set comes without a split."""
+LEFT_OUT = -1
+"""The label of an image that was not fit to be used."""
+_SUM_IMAGES = 1024
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Images that are listed, with their labels and their split, but not decoded yet."""
+
+    name: str
+    """For people: the path or the name in run.toml."""
+    classes: tuple[str, ...]
+    labels: np.ndarray
+    """(S,), int64, below K."""
+    held_out: np.ndarray
+    """(S,), bool: for validation."""
+    colours: int
+    pixels: int
+    """Of the shorter side of the first image."""
+    stamp: str
+    """Tells whether the files are still the same; all that the pixels follow from."""
+    fill: Callable[[Frame, Place], Unfit] = field(repr=False)
+    """Bring all images to a frame, in rows of (S, C, P, P); returns the unfit."""
+    image_name: Callable[[int], str] = field(default="image {}".format, repr=False)
+
+    def frame(self, pixels: int | None, colours: int | None, upscale: bool) -> Frame:
+        """Return the frame of a model, or the images' own where the model leaves it open; raises InputError."""
+        colours = self.colours if colours is None else colours
+        if colours not in (1, 3):
+            raise InputError(f"model.colours = {colours}: images have 1 (grey) or 3; try --set model.colours=3")
+        return Frame(self.pixels if pixels is None else pixels, colours, upscale)
+
+    def check(self, classes: int | None, devices: int, shards: Sequence[float] | None = None) -> None:
+        """Raise InputError where labels go beyond the model's classes or a device's shard would be empty."""
+        _check(self.name, self.classes, int((~self.held_out).sum()), classes, devices, shards)
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images ready to train on."""
+
+    source: str
+    classes: tuple[str, ...]
+    pixels: np.ndarray
+    """(S, C, P, P), uint8, memory-mapped."""
+    labels: np.ndarray
+    """(S,), int64; LEFT_OUT where an image is not used."""
+    held_out: np.ndarray
+    """(S,), bool."""
+    mean: tuple[float, ...]
+    """Of each colour over the training images, of pixels from 0 to 1."""
+    std: tuple[float, ...]
+    fingerprint: str
+
+    @cached_property
+    def train(self) -> np.ndarray:
+        """Rows of the training images, int64, in order."""
+        return np.flatnonzero(~self.held_out & (self.labels != LEFT_OUT))
+
+    @cached_property
+    def validation(self) -> np.ndarray:
+        """Rows of the images to evaluate on, int64, in order."""
+        return np.flatnonzero(self.held_out & (self.labels != LEFT_OUT))
+
+    @property
+    def left_out(self) -> int:
+        """Images that were not fit to be used."""
+        return int((self.labels == LEFT_OUT).sum())
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all pixels."""
+        return int(self.pixels.nbytes)
+
+    def describe(self) -> str:
+        """Return what there is to train on, for people."""
+        colours, pixels = self.pixels.shape[1:3]
+        left_out = f", {self.left_out:,} left out" if self.left_out else ""
+        return (
+            f"{self.source}, {len(self.train):,} training and {len(self.validation):,} validation images "
+            f"of {colours} x {pixels} x {pixels} in {len(self.classes):,} classes{left_out}"
+        )
+
+    def check(self, classes: int | None, devices: int, shards: Sequence[float] | None = None) -> None:
+        """Raise InputError where labels go beyond the model's classes or a device's shard would be empty."""
+        _check(self.source, self.classes, len(self.train), classes, devices, shards)
+
+
+def _check(
+    name: str, known: Sequence[str], samples: int, classes: int | None, devices: int, shards: Sequence[float] | None
+) -> None:
+    if classes is not None and len(known) > classes:
+        raise InputError(
+            f"model.classes = {classes} does not cover the {len(known)} classes of {name} "
+            f"({known[classes]!r} is number {classes}); try --set model.classes={len(known)}"
+        )
+    if devices > samples:
+        raise InputError(
+            f"data: {name} has {samples:,} training images for cluster.devices = {devices}; each needs one of its own: "
+            f"try --set cluster.devices={max(1, samples)}"
+        )
+    if 0 in (sizes := shard_sizes(samples, devices, shards)):
+        raise InputError(
+            f"data.shards leaves device {sizes.index(0)} none of the {samples:,} training images of {name}; "
+            "raise its size"
+        )
+
+
+def hold_out(labels: np.ndarray, classes: Sequence[str], name: str) -> np.ndarray:
+    """Return a mask, (S,), of a tenth of every class, at least one, drawn the same for every run.
+
+    Raises InputError for a class that has none left to train on.
+    """
+    mask = np.zeros(len(labels), bool)
+    for number, members in enumerate(members_of(labels, len(classes))):
+        if len(members) < 2:
+            raise InputError(
+                f"data: class {classes[number]!r} of {name} has {len(members)} image; one to train on and one to hold "
+                "out are needed: add images, or a split of your own in train/ and val/"
+            )
+        chosen = generator(0, "held out", number).permutation(len(members))
+        mask[members[chosen[: max(1, int(HELD_OUT_SHARE * len(members)))]]] = True
+    return mask
+
+
+def members_of(labels: np.ndarray, classes: int) -> list[np.ndarray]:
+    """Return the rows of every class, in order."""
+    order = np.argsort(labels, kind="stable")
+    edges = np.searchsorted(labels[order], np.arange(classes + 1))
+    return [order[edges[number] : edges[number + 1]] for number in range(classes)]
+
+
+def load_images(source: ImageSource, frame: Frame, skip_corrupt: bool = False) -> Images:
+    """Return a source's images in a frame, decoded once and cached.
+
+    Raises InputError for an image that is unfit, or, where those are skipped, for a class that has none left.
+    """
+    key = {
+        "stamp": source.stamp,
+        "frame": [frame.pixels, frame.colours, frame.upscale],
+        "skip_corrupt": skip_corrupt,
+    }
+    kept = cached("images", key, lambda draft: _fill(draft, source, frame, skip_corrupt))
+    arrays = kept.arrays
+    return Images(
+        source=source.name,
+        classes=tuple(kept.facts["classes"]),
+        pixels=arrays["pixels"],
+        labels=np.array(arrays["labels"]),
+        held_out=np.array(arrays["held_out"], bool),
+        mean=tuple(arrays["mean"].tolist()),
+        std=tuple(arrays["std"].tolist()),
+        fingerprint=kept.digest,
+    )
+
+
+def _fill(draft: Draft, source: ImageSource, frame: Frame, skip_corrupt: bool) -> None:
+    samples = len(source.labels)
+    places = draft.allocate(
+        {
+            "labels": ("i8", (samples,)),
+            "mean": ("f8", (frame.colours,)),
+            "std": ("f8", (frame.colours,)),
+            "held_out": ("u1", (samples,)),
+            "pixels": ("u1", (samples, *frame.shape)),
+        },
+        {"classes": source.classes},
+    )
+    labels = source.labels.copy()
+    for index, error in source.fill(frame, places["pixels"]).items():
+        if isinstance(error, SmallImageError):
+            raise InputError(
+                f"data: {source.image_name(index)} {error}, the pixels of the model; "
+                "try --set data.upscale=true, or a smaller --set model.image"
+            )
+        if not skip_corrupt:
+            raise InputError(
+                f"data: {source.image_name(index)} {error}; replace it, or leave such out with "
+                "--set data.skip_corrupt=true"
+            )
+        labels[index] = LEFT_OUT
+    _check_remaining(source, labels)
+    used = np.flatnonzero(~source.held_out & (labels != LEFT_OUT))
+    mean, std = colour_figures(places["pixels"].open(), used)
+    for name, values in {"labels": labels, "mean": mean, "std": std, "held_out": source.held_out}.items():
+        places[name].open()[:] = values
+
+
+def _check_remaining(source: ImageSource, labels: np.ndarray) -> None:
+    for split, mask in (("training", ~source.held_out), ("validation", source.held_out)):
+        before, after = set(source.labels[mask].tolist()), set(labels[mask].tolist())
+        if lost := sorted(before - after):
+            name = source.classes[lost[0]]
+            raise InputError(f"data: class {name!r} of {source.name} has no {split} image that can be read; add some")
+
+
+def colour_figures(pixels_SCPP: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and standard deviation, (C,), of the rows' pixels, scaled to 0 … 1; sums are exact integers."""
+    colours = pixels_SCPP.shape[1]
+    histogram = np.zeros((colours, 256), np.int64)
+    for first in range(0, len(rows), _SUM_IMAGES):
+        block = pixels_SCPP[rows[first : first + _SUM_IMAGES]]
+        for colour in range(colours):
+            histogram[colour] += np.bincount(block[:, colour].ravel(), minlength=256)
+    figures = [_mean_and_std(counts) for counts in histogram.tolist()]
+    return np.array([mean for mean, _ in figures]), np.array([std for _, std in figures])
+
+
+def _mean_and_std(counts: list[int]) -> tuple[float, float]:
+    """Return both for values 0/255 … 255/255 that occur so often."""
+    number = sum(counts)
+    total = sum(value * count for value, count in enumerate(counts))
+    squares = sum(value * value * count for value, count in enumerate(counts))
+    return total / number / 255, math.sqrt(number * squares - total * total) / number / 255
+
+
+def array_source(
+    name: str,
+    stamp: str,
+    pixels_SCYX: np.ndarray,
+    labels: np.ndarray,
+    classes: Sequence[str],
+    held_out: np.ndarray | None = None,
+) -> ImageSource:
+    """Return a source of images that are in memory; a tenth is held out where no split is given."""
+
+    def fill(frame: Frame, target: Place) -> Unfit:
+        out = target.open()
+        for row, image in enumerate(pixels_SCYX):
+            try:
+                out[row] = fit_array(image, frame)
+            except SmallImageError as error:
+                return {row: error}  # all have one size
+        return {}
+
+    labels = np.asarray(labels, np.int64)
+    return ImageSource(
+        name=name,
+        classes=tuple(classes),
+        labels=labels,
+        held_out=hold_out(labels, classes, name) if held_out is None else held_out,
+        colours=pixels_SCYX.shape[1],
+        pixels=min(pixels_SCYX.shape[2:]),
+        stamp=stamp,
+        fill=fill,
+        image_name=lambda row: f"image {row} of {name}",
+    )

@@ -1,0 +1,148 @@
+"""Tokens longer than a byte: byte-pair encoding trained on the text, or a tokenizer.json from elsewhere; torch-free.
+
+Byte pairs as GPT-2 has them (Radford et al. 2019): they never cross the borders of words and never meet an unknown
+character, since every byte is a token. Trained on the training split alone, so that the held-out text stays unseen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from simulate.config import BPE
+from simulate.data.cache import Draft, cached
+from simulate.errors import InputError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+CHUNK_CHARACTERS = 1 << 16
+"""Text is encoded in pieces of about this length, cut after a line."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the tokens of a text mean."""
+
+    name: str
+    """As run.toml has it."""
+    size: int
+    json: str
+    """The tokenizer, as its library saves it."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A text in tokens."""
+
+    tokens: np.ndarray
+    """uint16 or uint32, (num_tokens,), memory-mapped."""
+    held_out_from: int
+    """The first token of the validation split."""
+    vocabulary: Vocabulary
+
+
+def check_vocabulary(size: int, tokenizer: str, model_vocab: int) -> None:
+    """Raise InputError where a model has fewer tokens than the tokenizer."""
+    if model_vocab < size:
+        raise InputError(
+            f"model.vocab = {model_vocab} does not cover the {size:,} tokens of data.tokenizer = {tokenizer!r}; "
+            f"try --set model.vocab={size}"
+        )
+
+
+def declared_size(tokenizer: str) -> int:
+    """Return how many tokens there are at most, before any training; raises InputError."""
+    if tokenizer.startswith(BPE):
+        return int(tokenizer.removeprefix(BPE))
+    return int(_load(Path(tokenizer)).get_vocab_size())
+
+
+def encode(train: str, held_out: str, tokenizer: str) -> Encoded:
+    """Return both splits of a text in tokens, made once and cached; raises InputError."""
+    trained = tokenizer.startswith(BPE)
+    definition = tokenizer if trained else _read(Path(tokenizer))
+    parts = [hashlib.sha256(part.encode()).hexdigest() for part in (train, held_out, definition)]
+    kept = cached("tokens", {"text": parts}, lambda draft: _fill(draft, train, held_out, tokenizer))
+    facts = kept.facts
+    vocabulary = Vocabulary(tokenizer, facts["size"], facts["json"])
+    return Encoded(kept.arrays["tokens"], facts["held_out_from"], vocabulary)
+
+
+def _fill(draft: Draft, train: str, held_out: str, tokenizer: str) -> None:
+    used = _train(tokenizer, train) if tokenizer.startswith(BPE) else _load(Path(tokenizer))
+    size = used.get_vocab_size()
+    dtype = "u2" if size <= 1 << 16 else "u4"
+    parts = [_tokens_of(used, text, dtype) for text in (train, held_out)]
+    tokens = np.concatenate(parts)
+    facts = {"size": size, "json": used.to_str(), "held_out_from": len(parts[0])}
+    draft.allocate({"tokens": (dtype, tokens.shape)}, facts)["tokens"].open()[:] = tokens
+
+
+def _tokens_of(tokenizer: Tokenizer, text: str, dtype: str) -> np.ndarray:
+    parts = [np.array(e.ids, dtype) for e in tokenizer.encode_batch(list(_chunks(text)), add_special_tokens=False)]
+    return np.concatenate([np.empty(0, dtype), *parts])
+
+
+def _chunks(text: str) -> Iterator[str]:
+    first = 0
+    while first < len(text):
+        end = text.find("\n", first + CHUNK_CHARACTERS) + 1 or len(text)
+        yield text[first:end]
+        first = end
+
+
+def _train(tokenizer: str, text: str) -> Tokenizer:
+    library = _library()
+    alphabet = library.pre_tokenizers.ByteLevel.alphabet()
+    trained = library.Tokenizer(library.models.BPE())
+    trained.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=declared_size(tokenizer), initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    trained.train_from_iterator(_chunks(text), trainer)
+    return trained
+
+
+def _load(path: Path) -> Tokenizer:
+    content = _read(path)
+    try:
+        return _library().Tokenizer.from_str(content)
+    except InputError:
+        raise
+    except Exception as error:  # the library raises nothing more special
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"data.tokenizer = {str(path)!r} is no tokenizer.json ({reason}); name one, or bpe:VOCAB"
+        ) from None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise InputError(
+            f"data.tokenizer = {str(path)!r} cannot be read ({reason}); give bytes, bpe:VOCAB or the path to a "
+            "tokenizer.json"
+        ) from None
+
+
+def _library() -> Any:
+    try:
+        import tokenizers
+        import tokenizers.decoders
+        import tokenizers.models
+        import tokenizers.pre_tokenizers
+        import tokenizers.trainers
+    except ImportError:
+        raise InputError(
+            "data.tokenizer: the tokenizers library is not installed; pip install 'lte[text]', or use bytes"
+        ) from None
+    return tokenizers

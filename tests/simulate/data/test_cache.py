@@ -1,0 +1,155 @@
+"""The cache: equal keys make once, damage of any byte is seen, nothing half-written is ever taken."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from simulate.data import cache
+from simulate.data.cache import Draft, Kept, cache_folder, cached, open_file
+from simulate.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own."""
+    monkeypatch.setenv("LTE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+class Maker:
+    """Fills a draft, and counts how often it had to."""
+
+    def __init__(self, value: int = 7) -> None:
+        self.value, self.calls = value, 0
+
+    def __call__(self, draft: Draft) -> None:
+        self.calls += 1
+        places = draft.allocate({"bytes": ("u1", (3, 5)), "wide": ("f8", (2,))}, {"classes": ["é", "b"]})
+        places["bytes"].open()[:] = self.value
+        places["wide"].open()[:] = 0.5
+
+
+def the_file(folder: Path) -> Path:
+    (path,) = folder.glob("*.safetensors")
+    return path
+
+
+def check(kept: Kept, value: int = 7) -> None:
+    assert kept.arrays["bytes"].tolist() == [[value] * 5] * 3
+    assert kept.arrays["wide"].tolist() == [0.5, 0.5]
+    assert kept.facts == {"classes": ["é", "b"]}
+
+
+def test_equal_keys_are_made_once_and_others_anew() -> None:
+    make, other = Maker(), Maker(8)
+    for _ in range(2):
+        check(cached("test", {"path": "a", "size": 1}, make))
+    assert make.calls == 1
+    check(cached("test", {"path": "a", "size": 2}, other), 8)
+    assert other.calls == 1
+
+
+def test_arrays_are_mapped_and_cannot_be_written() -> None:
+    kept = cached("test", {}, Maker())
+    assert isinstance(kept.arrays["bytes"], np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        kept.arrays["bytes"][0, 0] = 1
+
+
+def test_the_file_is_a_safetensors_file(folder: Path) -> None:
+    cached("test", {}, Maker())
+    loaded = load_file(the_file(folder))
+    assert loaded["bytes"].tolist() == [[7] * 5] * 3 and loaded["wide"].tolist() == [0.5, 0.5]
+
+
+def test_any_changed_byte_makes_it_anew(folder: Path) -> None:
+    cached("test", {}, Maker())
+    path = the_file(folder)
+    sound = path.read_bytes()
+    unseen = []
+    for place in range(len(sound)):
+        path.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
+        if open_file(path) is not None:
+            unseen.append(place)
+    assert not unseen
+    path.write_bytes(sound[:-1] + b"\xff")
+    make = Maker()
+    check(cached("test", {}, make))
+    assert make.calls == 1
+
+
+@pytest.mark.parametrize("length", [0, 4, 9, 100, -1])
+def test_a_truncated_file_is_made_anew(folder: Path, length: int) -> None:
+    cached("test", {}, Maker())
+    path = the_file(folder)
+    path.write_bytes(path.read_bytes()[:length])
+    make = Maker()
+    check(cached("test", {}, make))
+    assert make.calls == 1
+
+
+def test_a_maker_that_fails_leaves_nothing(folder: Path) -> None:
+    def fail(draft: Draft) -> None:
+        Maker()(draft)
+        raise InputError("damaged")
+
+    with pytest.raises(InputError, match="damaged"):
+        cached("test", {}, fail)
+    assert not [path for path in folder.iterdir() if path.suffix != ".lock"]
+
+
+def test_equal_contents_have_equal_digests_and_others_differ() -> None:
+    first, second, other = (cached("test", {"n": n}, Maker(8 if n == 2 else 7)).digest for n in range(3))
+    assert first == second != other
+
+
+def test_a_full_disk_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cache, "_reserve", full)
+    with pytest.raises(InputError, match=r"No space left on device.*set LTE_CACHE to another folder") as caught:
+        cached("test", {}, Maker())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_made_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LTE_CACHE", "/dev/null/cache")
+    with pytest.raises(InputError, match="/dev/null/cache cannot be used"):
+        cached("test", {}, Maker())
+
+
+def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("LTE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "lte"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "lte"
+
+
+MAKE_SLOWLY = """
+import sys, time
+from simulate.data.cache import cached
+def make(draft):
+    print("made", flush=True)
+    time.sleep(1)
+    draft.allocate({"bytes": ("u1", (3,))}, {})["bytes"].open()[:] = 7
+cached("test", {}, make)
+"""
+
+
+def test_of_two_processes_one_makes_and_the_other_waits() -> None:
+    command = [sys.executable, "-c", MAKE_SLOWLY]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sorted(outputs) == ["", "made\n"]
