@@ -32,7 +32,7 @@ class SimulatedClock:
         return self.compute_s + self.exchange_s
 
     def charge_step(self) -> None:
-        """Charge one optimizer step on the slowest device."""
+        """Charge the compute of one optimizer step on the slowest device, before what it exchanges or waits for."""
         self.compute_s += self._time.compute_s
 
     def charge_merge(self) -> None:

@@ -73,23 +73,23 @@ class Session:
     @property
     def round_steps(self) -> int:
         """Steps from one merge to the next; a method that exchanges at every step has a round of its own."""
-        apart = self.run.method.round_steps // self.run.method.merges_per_round
+        apart = self.run.method.steps_apart
         return apart if apart > 1 else MEETING_STEPS
 
     @property
     def meeting_steps(self) -> int:
         """Steps from one point to the next at which devices hear of each other and may evaluate."""
-        apart = self.run.method.round_steps // self.run.method.merges_per_round
-        return apart if self.communicator.is_whole else self.round_steps
+        return self.run.method.steps_apart if self.communicator.is_whole else self.round_steps
 
     def meets_after(self, step: int) -> bool:
-        """Whether devices hear of each other after a step: within one process always."""
-        return self.communicator.is_whole or (step + 1) % self.meeting_steps == 0
+        """Whether devices hear of each other after a step: within one process always, else when a merge has arrived."""
+        return self.communicator.is_whole or (step + 1 - self.run.method.late_steps) % self.meeting_steps == 0
 
     def is_due(self, every: int, step: int | None = None) -> bool:
         """Whether a multiple of `every` has gone by since the last meeting."""
-        step = step or self.step
-        return step // every > (step - 1) // self.meeting_steps * self.meeting_steps // every
+        step, late = step or self.step, self.run.method.late_steps
+        last = max(0, (step - 1 - late) // self.meeting_steps * self.meeting_steps + late)
+        return step // every > last // every
 
     def saves(self) -> bool:
         """Whether it is time for a checkpoint: as often as the run says, of a launched one also to recover from."""
@@ -107,8 +107,8 @@ def train(session: Session) -> bool:
     run, method = session.run, session.method
     for step in range(session.step, run.train.steps):
         inputs, targets = session.batches.batch(step, session.communicator.local_devices)
+        session.clock.charge_step()  # first, since what a step waits for, it waits for after its compute
         losses_L = method.step(inputs.to(session.device), targets.to(session.device), step)
-        session.clock.charge_step()
         merged = method.merge_due(step)
         diagnostics = _diagnostics_due(session, step + 1) if merged else None
         round_figures = diagnostics.of_round(step) if diagnostics else {}
@@ -121,7 +121,7 @@ def train(session: Session) -> bool:
         if not (last or session.meets_after(step)):
             continue  # nobody hears of the others
         stopping = _tell_steps(session) and not last
-        if merged and (last or session.is_due(run.train.evaluate_every)):
+        if method.settles_after(step) and (last or session.is_due(run.train.evaluate_every)):
             _evaluate(session)
         if diagnostics:
             gradient_figures = diagnostics.of_gradients(session.batches, session.step, session.device)

@@ -34,6 +34,24 @@ class MethodOptions(toml.Schema):
         """Staggered merges in one round, each of another group of layers."""
         return 1
 
+    @property
+    def steps_apart(self) -> int:
+        """Steps from one merge to the next, of whichever group of layers."""
+        return self.round_steps // self.merges_per_round
+
+    @property
+    def late_steps(self) -> int:
+        """Steps from a merge until its result is there."""
+        return getattr(self, "merge_delay", 0)
+
+    def _check_delay(self) -> None:
+        if self.late_steps >= self.steps_apart and self.late_steps:
+            groups = f" / fragments = {self.steps_apart}" if self.merges_per_round > 1 else f" = {self.steps_apart}"
+            raise ValueError(
+                f"merge_delay = {self.late_steps} is not below merge_every{groups}; lower it, since one merge travels "
+                "at a time"
+            )
+
 
 class DenseOptions(MethodOptions):
     """Methods that train every weight."""
@@ -150,6 +168,8 @@ class LteOptions(AdapterOptions):
     reset = "b" or "ab"."""
     fragments: int = Field(default=1, gt=0)
     """Groups of layers that merge at staggered steps, each every T steps: divides the peak traffic."""
+    merge_delay: int = Field(default=0, ge=0)
+    """Steps that go on while a merge travels; 0 waits for it."""
     norms: Norms = "average"
     """Affine parameters of norms: average: each device trains its own, averaged at merges; one: the first device trains
     them for all; vector-lora: a low-rank pair for each; none: they stay as they start."""
@@ -176,6 +196,21 @@ class LteOptions(AdapterOptions):
         return self.reset == "none"
 
     @model_validator(mode="after")
+    def _delay_goes_with_the_rest(self) -> LteOptions:
+        self._check_delay()
+        if self.merge_delay and not (self.reset == "none" or (self.reset == "b" and self.frozen_a)):
+            raise ValueError(
+                f"merge_delay = {self.merge_delay} with reset = {self.reset!r} would drop what heads learn while a "
+                "merge travels; try --set method.reset=none, or reset=b with frozen_a=true"
+            )
+        if self.merge_delay and self.norms == "vector-lora":
+            raise ValueError(
+                f"merge_delay = {self.merge_delay} does not go with norms = 'vector-lora', whose pairs merge at "
+                "once; try --set method.norms=average"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _frozen_a_resets(self) -> LteOptions:
         if self.frozen_a and self.reset == "none":
             raise ValueError(
@@ -200,6 +235,8 @@ class LocalSgdOptions(DenseOptions):
     """Share of the devices that train in a round, drawn anew for each; below 1 needs the server and reset."""
     wire: Wire = "full"
     """Format in which the round's change of the weights travels."""
+    merge_delay: int = Field(default=0, ge=0)
+    """Steps that go on while a merge travels; 0 waits for it."""
 
     @property
     def round_steps(self) -> int:
@@ -208,6 +245,21 @@ class LocalSgdOptions(DenseOptions):
     def participants(self, devices: int) -> int:
         """Devices that train in a round: max(1, round(share x N))."""
         return max(1, round(self.participation * devices))
+
+    @model_validator(mode="after")
+    def _delay_goes_with_the_rest(self) -> LocalSgdOptions:
+        self._check_delay()
+        if self.merge_delay and self.participation < 1:
+            raise ValueError(
+                f"merge_delay = {self.merge_delay} lets devices go on from weights of their own, which participation = "
+                f"{self.participation} takes from them; try --set method.merge_delay=0"
+            )
+        if self.merge_delay and self.merge_optimizer == "average":
+            raise ValueError(
+                f"merge_delay = {self.merge_delay} would add to averaged second moments what may make them negative; "
+                "try --set method.merge_optimizer=keep"
+            )
+        return self
 
     @model_validator(mode="after")
     def _stateless_clients(self) -> LocalSgdOptions:
@@ -236,6 +288,8 @@ class DilocoOptions(DenseOptions):
     """Format in which outer gradients travel."""
     fragments: int = Field(default=1, gt=0)
     """Groups of parameters that merge at staggered steps (Streaming DiLoCo, arXiv 2501.18512)."""
+    merge_delay: int = Field(default=0, ge=0)
+    """Steps that go on while a merge travels (Streaming DiLoCo's overlap); 0 waits for it."""
 
     @property
     def round_steps(self) -> int:
@@ -244,6 +298,11 @@ class DilocoOptions(DenseOptions):
     @property
     def merges_per_round(self) -> int:
         return self.fragments
+
+    @model_validator(mode="after")
+    def _delay_fits(self) -> DilocoOptions:
+        self._check_delay()
+        return self
 
 
 class DasoOptions(DenseOptions):

@@ -62,6 +62,32 @@ VARIANTS: dict[str, Table] = {
     "diloco": {"name": "diloco", "merge_every": 4},
     "diloco, int8": {"name": "diloco", "merge_every": 4, "wire": "int8"},
     "diloco, streaming": {"name": "diloco", "merge_every": 4, "fragments": 2},
+    "local-sgd, late": {"name": "local-sgd", "merge_every": 4, "merge_delay": 2},
+    "local-sgd, late, served": {
+        "name": "local-sgd", "merge_every": 4, "merge_delay": 1, "merge_transport": "server",
+    },
+    "diloco, late": {"name": "diloco", "merge_every": 4, "merge_delay": 3},
+    "diloco, late, streaming int8": {
+        "name": "diloco", "merge_every": 4, "merge_delay": 1, "fragments": 2, "wire": "int8",
+    },
+    "lte, late": {"name": "lte", "merge_every": 4, "merge_delay": 2},
+    "lte, late, streaming int8": {
+        "name": "lte", "merge_every": 4, "merge_delay": 1, "fragments": 2, "wire": "int8", "heads_per_device": 2,
+    },
+    "lte, late, reduced": {"name": "lte", "merge_every": 4, "merge_delay": 3, "merge_transport": "reduce"},
+    "lte, late, reduced int8": {
+        "name": "lte", "merge_every": 4, "merge_delay": 2, "merge_transport": "reduce", "wire": "int8",
+    },
+    "lte, late, served": {
+        "name": "lte", "merge_every": 4, "merge_delay": 2, "merge_transport": "server", "norms": "one",
+    },
+    "lte, late, frozen a": {
+        "name": "lte", "merge_every": 4, "merge_delay": 2, "frozen_a": True, "reset": "b",
+        "merge_optimizer": "prune",
+    },
+    "lte, late, frozen a, int8": {
+        "name": "lte", "merge_every": 4, "merge_delay": 2, "frozen_a": True, "reset": "b", "wire": "int8",
+    },
     "daso": {"name": "daso", "merge_every": 4, "delay_steps": 2},
     "daso, waiting": {"name": "daso", "merge_every": 4, "delay_steps": 0},
     "sapipe": {"name": "sapipe"},

@@ -45,9 +45,9 @@ def round_time(run: Run, shape: ModelShape, devices: Sequence[Device], link: Lin
     step_s = max(compute_s(run, shape, kind) for kind in kinds)
     parts = schedule(run, shape)
     total_s = sum(
-        part.times(run.train.steps, run.train.steps)
-        * max(0.0, exchange_s(part.exchange, link) - part.hidden_steps * step_s)
+        times * max(0.0, exchange_s(part.exchange, link) - steps * step_s)
         for part in parts
+        for times, steps in part.hidden(run.train.steps)
     )
     return RoundTime(
         steps=run.method.round_steps,

@@ -93,9 +93,11 @@ class Method(ABC):
 
     def merge_due(self, step: int) -> bool:
         """Whether devices merge after this step: at the end of a round or of its fragments, and of the run."""
-        options = self.run.method
-        apart = options.round_steps // options.merges_per_round
-        return (step + 1) % apart == 0 or self.is_last(step)
+        return (step + 1) % self.run.method.steps_apart == 0 or self.is_last(step)
+
+    def settles_after(self, step: int) -> bool:
+        """Whether newly merged weights are there after this step."""
+        return self.merge_due(step)
 
     def is_last(self, step: int) -> bool:
         """Whether this is the run's last step."""
@@ -106,8 +108,7 @@ class Method(ABC):
         options = self.run.method
         if self.is_last(step):
             return list(range(options.merges_per_round))
-        apart = options.round_steps // options.merges_per_round
-        return [((step + 1) // apart - 1) % options.merges_per_round]
+        return [((step + 1) // options.steps_apart - 1) % options.merges_per_round]
 
     @abstractmethod
     def merge(self, step: int) -> None:
@@ -247,8 +248,8 @@ class Method(ABC):
         return rest in self._per_device_tensors
 
     def is_kept_per_device(self, name: str) -> bool:
-        """Whether a tensor of `kept` has a leading axis over devices: the errors of compressed messages do."""
-        return "error" in name
+        """Whether a tensor of `kept` has a leading axis over devices: errors of messages and snapshots do."""
+        return "error" in name or "snapshot." in name
 
     is_trained_per_device = True
     """Whether each device trains parameters of its own; else all share one copy."""
