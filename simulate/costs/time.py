@@ -43,16 +43,19 @@ def round_time(run: Run, shape: ModelShape, devices: Sequence[Device], link: Lin
     """Return a round's time; in lockstep, everybody waits for the slowest device."""
     kinds = {_Rates.of(run.train.dtype, device) for device in {id(device): device for device in devices}.values()}
     step_s = max(compute_s(run, shape, kind) for kind in kinds)
+    merge_s = max(merge_compute_s(run, shape, kind) for kind in kinds)
     parts = schedule(run, shape)
+    # What is sent at a merge travels behind the arithmetic there, too.
+    own_s = merge_s / run.method.merges_per_round
     total_s = sum(
-        times * max(0.0, exchange_s(part.exchange, link) - steps * step_s)
+        times * max(0.0, exchange_s(part.exchange, link) - (steps * step_s + own_s if steps else 0.0))
         for part in parts
         for times, steps in part.hidden(run.train.steps)
     )
     return RoundTime(
         steps=run.method.round_steps,
         compute_s=step_s,
-        merge_s=max(merge_compute_s(run, shape, kind) for kind in kinds),
+        merge_s=merge_s,
         exchange_s=total_s / num_rounds(run),
     )
 

@@ -223,6 +223,7 @@ def test_the_clock_charges_what_was_planned(name: str, rate: float) -> None:
         method.step(*data.batch(step, range(4)), step)
         if method.merge_due(step):
             method.merge(step)
+            clock.charge_merge()
     planned = round_time(run, run.model.shape(), devices, link)
     rounds = -(-11 // run.method.round_steps)
     assert clock.exchange_s == pytest.approx(planned.exchange_s * rounds, rel=1e-9, abs=1e-12)
