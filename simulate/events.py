@@ -13,7 +13,7 @@ from simulate.errors import InputError
 EVENTS_VERSION = 1
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
-"""Kinds: start, memory, step, evaluate, diagnostics, checkpoint, resume, interrupt, end; all have kind and step."""
+"""Kinds: start, memory, step, round, evaluate, diagnostics, checkpoint, resume, interrupt, end; each with its step."""
 
 
 class EventFile:

@@ -23,6 +23,7 @@ from simulate.errors import RunFailedError
 from simulate.events import Emit, Event
 from simulate.loss import token_losses
 from simulate.methods.base import Method
+from simulate.methods.paced import Paced
 from simulate.models.build import empty_model
 
 EVALUATION_BATCH = 16
@@ -65,6 +66,9 @@ class Session:
 
     def __post_init__(self) -> None:
         self.diagnostics = Diagnostics(self.method) if self.run.train.diagnostics_every else None
+        if isinstance(self.method, Paced):
+            self.method.step_s = self.clock.device_step_s
+            self.method.goes_by_clock = self.communicator.processes > 1 and self.run.method.given_steps is None
 
     def elapsed_s(self) -> float:
         """Measured seconds of the run, over all its sessions."""
@@ -110,6 +114,8 @@ def train(session: Session) -> bool:
         session.clock.charge_step()  # first, since what a step waits for, it waits for after its compute
         losses_L = method.step(inputs.to(session.device), targets.to(session.device), step)
         merged = method.merge_due(step)
+        if merged:
+            method.close_round(step)
         diagnostics = _diagnostics_due(session, step + 1) if merged else None
         round_figures = diagnostics.of_round(step) if diagnostics else {}
         if merged:
@@ -137,6 +143,9 @@ def _merge(session: Session, step: int) -> None:
     """Merge; a device whose weights are not finite any more is left out of it, and goes on from what was merged."""
     method = session.method
     session.communicator.doing = f"the merge after step {step + 1}"
+    steps_done = method.steps_done()
+    if steps_done is not None:
+        session.emit({"kind": "round", "step": step + 1, "steps_done": steps_done})
     if method.can_leave_out:
         healthy_L1 = method.healthy().double().unsqueeze(1)
         healthy_N = session.communicator.share(healthy_L1).squeeze(1).bool()
@@ -163,8 +172,6 @@ def _figures(session: Session) -> Event:
     return {
         "step": session.step,
         "learning_rate": run.train.learning_rate * session.method.rate_factor(session.step - 1),
-        "samples": session.step * run.samples_per_step,
-        "tokens": session.step * run.tokens_per_step,
         "sent_bytes": counter.sent_bytes,
         "received_bytes": counter.received_bytes,
         "simulated_s": session.clock.now_s,
@@ -193,13 +200,19 @@ def _tell_step(session: Session, losses: list[float], figures: Event) -> None:
         raise RunFailedError(
             f"the loss of device {device} is {losses[device]} at step {step}; try a lower train.learning_rate"
         )
-    active = [losses[device] for device in session.method.active(step - 1) if finite[device]]
+    trained = session.method.active(step - 1)
+    active = [losses[device] for device in trained if finite[device]]
+    samples = session.method.samples_done(step - 1)
+    if session.method.steps_done() is not None:  # others have stopped, and have no loss
+        finite = [fine and device in trained for device, fine in enumerate(finite)]
     session.emit(
         {
             "kind": "step",
             "step": step,
             "train_loss": sum(active) / len(active) if active else None,
             "device_losses": [loss if fine else None for loss, fine in zip(losses, finite, strict=True)],
+            "samples": samples,
+            "tokens": samples * session.run.model.context,
             **figures,
         }
     )
@@ -225,7 +238,7 @@ def _evaluate(session: Session) -> None:
             "kind": "evaluate",
             "step": session.step,
             "val_loss": session.val_loss,
-            "tokens": session.step * session.run.tokens_per_step,
+            "tokens": session.method.samples_done(session.step - 1) * session.run.model.context,
             "simulated_s": session.clock.now_s,
             "sent_bytes": session.communicator.counter.sent_bytes,
         }

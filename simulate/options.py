@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from simulate import toml
 
@@ -15,10 +15,21 @@ Quantize = Literal["none", "int8", "nf4"]
 Transport = Literal["gather", "reduce", "server"]
 Wire = Literal["full", "fp16", "bf16", "int8", "int4"]
 """How values travel; full: as they are. All others carry what they lost to the next message (error feedback)."""
+Pace = Literal["lockstep", "deadline"]
+"""Whether all devices take all steps of a round, or each as many as fit into the round's time."""
 Norms = Literal["average", "one", "vector-lora", "none"]
 Biases = Literal["average", "frozen"]
 Convolutions = Literal["lora", "average"]
 DEFAULT_SCALE = 64.0  # alpha / rank of the paper's best run: alpha = 4096 at rank 64
+
+
+def _as_tuples(value: Any) -> Any:
+    """TOML has lists; frozen options, which others remember results by, need tuples."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+Steps = Annotated[tuple[tuple[int, ...], ...], BeforeValidator(_as_tuples), Field(min_length=1)]
+"""Steps of each device, round by round; they start again where they end."""
 
 
 class MethodOptions(toml.Schema):
@@ -43,6 +54,40 @@ class MethodOptions(toml.Schema):
     def late_steps(self) -> int:
         """Steps from a merge until its result is there."""
         return getattr(self, "merge_delay", 0)
+
+    @property
+    def is_paced(self) -> bool:
+        """Whether a slow device takes fewer steps of a round, instead of all waiting for it."""
+        return getattr(self, "pace", "lockstep") == "deadline"
+
+    @property
+    def deadline_s(self) -> float | None:
+        """Seconds of a paced round, if they are given."""
+        return getattr(self, "round_deadline_s", None)
+
+    @property
+    def given_steps(self) -> Steps | None:
+        """Steps of each device in each paced round, if they are given."""
+        return getattr(self, "steps_taken", None)
+
+    def _check_pace(self) -> None:
+        if not self.is_paced:
+            for key in ("round_deadline_s", "steps_taken"):
+                if getattr(self, key) is not None:
+                    raise ValueError(
+                        f"{key} is for pace = 'deadline'; try --set method.pace=deadline, or leave it away"
+                    )
+            return
+        for key, value in (("merge_delay", self.late_steps), ("fragments", self.merges_per_round - 1)):
+            if value:
+                raise ValueError(
+                    f"pace = 'deadline' does not go with {key} = {getattr(self, key)}: what is merged has its weight "
+                    f"from the steps of one round; leave {key} away"
+                )
+        every = self.round_steps
+        bad = next((c for counts in self.given_steps or () for c in counts if not 1 <= c <= every), None)
+        if bad is not None:
+            raise ValueError(f"steps_taken has {bad}, which is not from 1 to merge_every = {every}; correct it")
 
     def _check_delay(self) -> None:
         if self.late_steps >= self.steps_apart and self.late_steps:
@@ -170,6 +215,12 @@ class LteOptions(AdapterOptions):
     """Groups of layers that merge at staggered steps, each every T steps: divides the peak traffic."""
     merge_delay: int = Field(default=0, ge=0)
     """Steps that go on while a merge travels; 0 waits for it."""
+    pace: Pace = "lockstep"
+    """deadline: a slow device takes fewer steps of a round, at least one, and counts for what it trained on."""
+    round_deadline_s: float | None = Field(default=None, gt=0)
+    """Seconds of a round with pace = "deadline"; not set: what the fastest device needs for T steps."""
+    steps_taken: Steps | None = None
+    """Steps of each device, round by round, in place of a deadline, and again from the start: [[10, 3], [10, 4]]."""
     norms: Norms = "average"
     """Affine parameters of norms: average: each device trains its own, averaged at merges; one: the first device trains
     them for all; vector-lora: a low-rank pair for each; none: they stay as they start."""
@@ -198,6 +249,12 @@ class LteOptions(AdapterOptions):
     @model_validator(mode="after")
     def _delay_goes_with_the_rest(self) -> LteOptions:
         self._check_delay()
+        self._check_pace()
+        if self.is_paced and self.reset == "none":
+            raise ValueError(
+                "pace = 'deadline' weighs devices anew in every round, so reset-less merges would not take back what "
+                "they added; try --set method.reset=b"
+            )
         if self.merge_delay and not (self.reset == "none" or (self.reset == "b" and self.frozen_a)):
             raise ValueError(
                 f"merge_delay = {self.merge_delay} with reset = {self.reset!r} would drop what heads learn while a "
@@ -237,6 +294,12 @@ class LocalSgdOptions(DenseOptions):
     """Format in which the round's change of the weights travels."""
     merge_delay: int = Field(default=0, ge=0)
     """Steps that go on while a merge travels; 0 waits for it."""
+    pace: Pace = "lockstep"
+    """deadline: a slow device takes fewer steps of a round, at least one, and counts for what it trained on."""
+    round_deadline_s: float | None = Field(default=None, gt=0)
+    """Seconds of a round with pace = "deadline"; not set: what the fastest device needs for T steps."""
+    steps_taken: Steps | None = None
+    """Steps of each device, round by round, in place of a deadline, and again from the start: [[10, 3], [10, 4]]."""
 
     @property
     def round_steps(self) -> int:
@@ -249,6 +312,12 @@ class LocalSgdOptions(DenseOptions):
     @model_validator(mode="after")
     def _delay_goes_with_the_rest(self) -> LocalSgdOptions:
         self._check_delay()
+        self._check_pace()
+        if self.is_paced and self.participation < 1:
+            raise ValueError(
+                f"pace = 'deadline' is for devices that train in every round, not for participation = "
+                f"{self.participation}; leave one of them away"
+            )
         if self.merge_delay and self.participation < 1:
             raise ValueError(
                 f"merge_delay = {self.merge_delay} lets devices go on from weights of their own, which participation = "
@@ -290,6 +359,12 @@ class DilocoOptions(DenseOptions):
     """Groups of parameters that merge at staggered steps (Streaming DiLoCo, arXiv 2501.18512)."""
     merge_delay: int = Field(default=0, ge=0)
     """Steps that go on while a merge travels (Streaming DiLoCo's overlap); 0 waits for it."""
+    pace: Pace = "lockstep"
+    """deadline: a slow device takes fewer steps of a round, at least one, and counts for what it trained on."""
+    round_deadline_s: float | None = Field(default=None, gt=0)
+    """Seconds of a round with pace = "deadline"; not set: what the fastest device needs for T steps."""
+    steps_taken: Steps | None = None
+    """Steps of each device, round by round, in place of a deadline, and again from the start: [[10, 3], [10, 4]]."""
 
     @property
     def round_steps(self) -> int:
@@ -302,6 +377,7 @@ class DilocoOptions(DenseOptions):
     @model_validator(mode="after")
     def _delay_fits(self) -> DilocoOptions:
         self._check_delay()
+        self._check_pace()
         return self
 
 

@@ -172,7 +172,7 @@ class Averaging:
 
     def _through_server(self, copies: list[Tensor], weights_N: Tensor | None) -> list[Tensor]:
         active = None
-        if weights_N is not None:
+        if weights_N is not None and not bool((weights_N > 0).all()):
             active = torch.nonzero(weights_N > 0).flatten().tolist()
             copies = [copy[weights_N[self._local] > 0] for copy in copies]
         pushed = self.communicator.push(copies, active)
@@ -183,7 +183,8 @@ class Averaging:
                 if weights_N is None:
                     torch.mean(copies_N, 0, out=mean)
                 else:
-                    mean.copy_(torch.tensordot(weights_N[active], copies_N, dims=1))
+                    weights = weights_N if active is None else weights_N[active]
+                    mean.copy_(torch.tensordot(weights, copies_N, dims=1))
 
         if pushed is not None:  # here is the server
             self.communicator.then(average)

@@ -170,6 +170,17 @@ class Method(ABC):
         """Return the devices that train in this step, in global order."""
         return list(range(self.run.cluster.devices))
 
+    def close_round(self, step: int) -> None:  # noqa: B027 - most methods' rounds end with their merge
+        """Settle what devices did in the round that ends with this step, before anybody looks at it."""
+
+    def steps_done(self) -> list[int] | None:
+        """Return the steps that each device took in the last round, where they may differ."""
+        return None
+
+    def samples_done(self, step: int) -> int:
+        """Return the samples that all devices together have trained on after this step of the last round."""
+        return (step + 1) * self.run.samples_per_step
+
     def rate_factor(self, step: int) -> float:
         """Return the share of the peak learning rate at a step, counted from 0."""
         return learning_rate_factor(self.run.train, step)

@@ -43,10 +43,10 @@ class Diloco(Local):
         return torch.sub(last, change, alpha=self.options.outer_learning_rate)
 
     def merge_fragment(self, index: int, step: int) -> None:
-        self.averaging.merge(index, self.counted(None))
+        self.averaging.merge(index, self._weights(step))
 
     def updates(self, step: int) -> Iterator[LayerUpdates]:
-        return dense_updates(self.model, self.parameters, self.averaging.last)
+        return dense_updates(self.model, self.parameters, self.averaging.last, self._weights(step))
 
     def kept(self) -> dict[str, Tensor]:
         momentum = {f"momentum.{name}": tensor for name, tensor in self.momentum.items()}

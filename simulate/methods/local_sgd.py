@@ -21,7 +21,7 @@ from simulate.config import Run
 from simulate.convert import convert, merged_state
 from simulate.methods.averaging import Averaging
 from simulate.methods.base import clip_per_device, forget_moments
-from simulate.methods.delayed import Delayed
+from simulate.methods.paced import Paced
 from simulate.options import LocalSgdOptions
 from simulate.randomness import generator
 from simulate.updates import LayerUpdates, dense_updates
@@ -29,7 +29,7 @@ from simulate.updates import LayerUpdates, dense_updates
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Local(Delayed):
+class Local(Paced):
     """A full copy of the network and of its optimizer for every local device; subclasses merge."""
 
     def prepare(self, model: nn.Module) -> nn.Module:
@@ -38,7 +38,7 @@ class Local(Delayed):
     def parameter_groups(self) -> list[dict[str, object]]:
         return self.decay_groups(self.parameters.items(), self.run.train.learning_rate)
 
-    def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
+    def train_step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         losses_L = self.group_losses(inputs, targets, self.local_devices)
         losses_L.sum().backward()
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
@@ -55,14 +55,14 @@ class Local(Delayed):
         self.averaging.leave_out(self.healthy_L)
 
     def send_fragment(self, index: int, step: int) -> None:
-        self.averaging.send(index, self.counted(self._weights(step)))
+        self.averaging.send(index, self._weights(step))
 
     def take_over_fragment(self, index: int, step: int) -> None:
         self.averaging.take_over(index)
 
     def _weights(self, step: int) -> Tensor | None:
         """Return all devices' shares of the mean, or None where they are equal."""
-        return None
+        return self.shares()
 
     def merged_state(self) -> dict[str, Tensor]:
         """Return the weights of the last merge: between merges that are late or of fragments no device has them all."""
@@ -86,11 +86,13 @@ class LocalSgd(Local):
         self.averaging = Averaging(self.parameters, communicator, server, self.options.wire, delayed=delayed)
 
     def active(self, step: int) -> list[int]:
+        if self.is_paced:
+            return super().active(step)
         count = self.options.participants(self.run.cluster.devices)
         return participants(self.run, count, step // self.options.merge_every)
 
     def merge_fragment(self, index: int, step: int) -> None:
-        weights_N = self.counted(self._weights(step))
+        weights_N = self._weights(step)
         if self.options.merge_optimizer == "average":
             self._average_with_moments(weights_N)
         else:
@@ -106,14 +108,17 @@ class LocalSgd(Local):
             forget_moments(self.optimizer, self.parameters.values())
 
     def _weights(self, step: int) -> Tensor | None:
-        shards, active = self.run.data.shards, self.active(step)
+        shards = self.run.data.shards
+        if self.is_paced:
+            return self.shares(shards)
+        active = self.active(step)
         if shards is None and len(active) == self.run.cluster.devices:
-            return None
+            return self.counted(None)
         sizes = torch.tensor(shards or [1.0] * self.run.cluster.devices, dtype=torch.float64)
         weights = torch.zeros_like(sizes)
         weights[active] = sizes[active]
         first = next(iter(self.parameters.values()))
-        return (weights / weights.sum()).to(first)
+        return self.counted((weights / weights.sum()).to(first))
 
     def _average_with_moments(self, weights_N: Tensor | None) -> None:
         """Average parameters and both of Adam's moments, as if these were parameters, too."""

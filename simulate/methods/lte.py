@@ -16,6 +16,12 @@ With `merge_delay` d what heads have at step kT, A' and B', is merged behind the
 
 so that a head's effective weight keeps what it learned since. Other resets would drop that.
 
+With `pace = "deadline"` device n counts w_n in place of 1/N (simulate.methods.paced):
+
+    reset:       W ← W + s·Σ_n w_n·mean_{h of n}(B_h·A_h)
+
+Reset-less merges would not telescope then: what a head had added with one weight would be taken back with another.
+
 On a compressed `wire` what a device merged is what its message said, so A0, B0 are the rounded factors, and what
 rounding lost is added to the next message (error feedback; Karimireddy et al. 2019, arXiv 1901.09847). A reduced delta
 carries the change since the last merge instead, through simulate.wire's CompressedMean, and W accumulates.
@@ -36,9 +42,10 @@ from simulate.costs.traffic import fragment
 from simulate.errors import RunFailedError
 from simulate.methods.averaging import Averaging
 from simulate.methods.base import clear_rows, clip_per_device, forget_moments, prune_moments
-from simulate.methods.delayed import NOTHING, Delayed
+from simulate.methods.delayed import NOTHING
 from simulate.methods.lora import adapter_groups, adapter_parameters
 from simulate.methods.merging import LayerMerger, sum_of_products
+from simulate.methods.paced import Paced
 from simulate.options import LteOptions
 from simulate.replicated import VectorLora
 from simulate.updates import DenseUpdates, LayerUpdates, LowRankUpdates, dense_updates
@@ -47,7 +54,7 @@ PRUNED_SHARE = 0.9
 """Of the adapters' optimizer state, where a merge prunes it (as in ReLoRA, arXiv 2307.05695)."""
 
 
-class Lte(Delayed):
+class Lte(Paced):
     """LTE with or without reset, over any transport."""
 
     def __init__(
@@ -107,7 +114,7 @@ class Lte(Delayed):
     def parameter_groups(self) -> list[dict[str, object]]:
         return adapter_groups(self, self.options)
 
-    def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
+    def train_step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         heads = self.options.heads_per_device
         losses_H = self.group_losses(inputs, targets, self.local_devices * heads)
         # The sum over heads gives each adapter the gradient of its own head's mean loss, whatever H is.
@@ -126,10 +133,12 @@ class Lte(Delayed):
 
     def merge_fragment(self, index: int, step: int) -> None:
         merger = self.mergers[index]
-        merger.merge()
+        weights_N = self.shares()
+        # Where all count alike, a device that is left out adds nothing to a mean over all heads.
+        merger.merge(weights_N if self.is_paced else None)
         for vector in self.vectors.values():
             vector.merged.copy_(vector())
-        self.averaging.merge(index, self.counted(None))
+        self.averaging.merge(index, weights_N)
         self.spreading.merge(index)
         for layer in merger.layers:
             self._start_round(layer, step)

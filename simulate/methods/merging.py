@@ -55,6 +55,7 @@ class LayerMerger:
         self.arriving = {layer.name: layer.weight.clone() for layer in delayed_layers}
         """Merged W, which training must not see before it has arrived."""
         self._travels = False
+        self._weights_H: Tensor | None = None
         self.compressed = options.wire != "full" and devices > 1
         self.errors: dict[str, Tensor] = {}
         self.means: list[CompressedMean] = []
@@ -67,10 +68,24 @@ class LayerMerger:
                 elements = sum(layer.weight.numel() for layer in message)
                 self.means.append(CompressedMean(elements, options.wire, communicator, message[0].weight))
 
-    def merge(self) -> None:
-        """Make W of all layers the same on all devices, and let heads remember what of them is in it."""
+    def merge(self, weights_N: Tensor | None = None) -> None:
+        """Make W of all layers the same on all devices, and let heads remember what of them is in it.
+
+        `weights_N` are all devices' shares of 1; equal where not given.
+        """
         self._travels = False
+        heads, devices = self.options.heads_per_device, self.communicator.num_devices
+        # In units of an equal share, since the merge is a mean.
+        self._weights_H = None if weights_N is None else (weights_N * devices).repeat_interleave(heads)
         self._exchange()
+        self._weights_H = None
+
+    @property
+    def _own_weights_H(self) -> Tensor | None:
+        if self._weights_H is None:
+            return None
+        local, heads = self.communicator.local_devices, self.options.heads_per_device
+        return self._weights_H[local.start * heads : local.stop * heads]
 
     @torch.no_grad()
     def send(self) -> None:
@@ -149,7 +164,8 @@ class LayerMerger:
         factors = iter(everyones)
         for layer, target_OI in zip(layers, targets, strict=True):
             a_HRI = self._everyones_draw(layer) if self.options.frozen_a else next(factors)
-            add_products(self._base(layer), a_HRI, next(factors), self._share, out=target_OI)
+            b_HOR = weighted(next(factors), self._weights_H)
+            add_products(self._base(layer), a_HRI, b_HOR, self._share, out=target_OI)
 
     def _sent(self, layer: LoraLinear, key: str) -> Tensor:
         """Return what is merged of a layer's own factors: as they are, or as they were sent."""
@@ -200,7 +216,8 @@ class LayerMerger:
         return everyones
 
     def _merge_sums(self, layers: list[LoraLinear]) -> None:
-        sums = [sum_of_products(self._sent_a(layer), self._sent(layer, "b")) for layer in layers]
+        weights_H = self._own_weights_H
+        sums = [sum_of_products(self._sent_a(layer), weighted(self._sent(layer, "b"), weights_H)) for layer in layers]
         self.communicator.all_reduce(sums)
         targets = self._targets(layers)
 
@@ -234,7 +251,8 @@ class LayerMerger:
         deltas_LOI = []
         for first in range(0, layer.a.shape[0], per_device):
             heads = slice(first, first + per_device)
-            delta_OI = sum_of_products(self._sent_a(layer)[heads], self._sent(layer, "b")[heads])
+            b_HOR = weighted(self._sent(layer, "b"), self._own_weights_H)[heads]
+            delta_OI = sum_of_products(self._sent_a(layer)[heads], b_HOR)
             if layer.a0 is not None and layer.b0 is not None:
                 delta_OI -= sum_of_products(layer.a0[heads], layer.b0[heads])
             deltas_LOI.append(delta_OI)
@@ -269,6 +287,11 @@ class LayerMerger:
 def add_products(base_OI: Tensor, a_HRI: Tensor, b_HOR: Tensor, share: float, out: Tensor) -> None:
     """Write base + share·Σ_h B_h·A_h to `out`, (O, I): one matrix product, and not a dense delta beside it."""
     torch.addmm(base_OI, *_stacked(a_HRI, b_HOR), alpha=share, out=out)
+
+
+def weighted(b_HOR: Tensor, weights_H: Tensor | None) -> Tensor:
+    """Return B times each head's weight; where all count alike, as it is."""
+    return b_HOR if weights_H is None else b_HOR * weights_H.view(-1, 1, 1)
 
 
 def sum_of_products(a_HRI: Tensor, b_HOR: Tensor) -> Tensor:
