@@ -14,6 +14,7 @@ import statistics
 from typing import Any
 
 from training import Trained, train_table
+
 from simulate.config import Run, build_run
 from simulate.costs.time import round_time
 from simulate.hardware import Device, Profile, load_profile

@@ -26,6 +26,7 @@ from simulate.methods import build_method
 from simulate.methods.averaging import Averaging
 from simulate.methods.base import Method
 from simulate.methods.delayed import NOTHING, Delayed
+from simulate.methods.lte import Lte
 from simulate.methods.merging import LayerMerger
 from tests import tiny
 from tests.reference.late import LateDilocoTwin, LateLocalSgdTwin, LateLteFrozenATwin, LateLteTwin
@@ -290,3 +291,29 @@ def test_steps_go_on_while_a_merge_travels(name: str) -> None:
     for key, weight in method.merged_state().items():
         torch.testing.assert_close(weight, expected[key], rtol=1e-9, atol=1e-12)
     communicator.close()
+
+
+@pytest.mark.parametrize("name", ["lte", "lte, late", "lte, late, reduced"])
+@torch.no_grad()
+def test_a_device_that_is_replaced_leaves_what_it_had_added(name: str) -> None:
+    run = tiny.variant_run(name, train={"steps": 40})
+    method, restored = tiny.build(run), tiny.build(run)
+    with torch.enable_grad():
+        tiny.train(method, 0, 9 if "late" in name else 8)
+    state = method.divided_state()
+    state.of_devices[1] = restored.revived(state.shared, state.of_devices[0], 1)
+    restored.load_divided(state)
+    restored.after_revival()
+    assert isinstance(method, Lte) and isinstance(restored, Lte)
+    assert (int(restored.sent_after) == NOTHING) == (name == "lte")
+    for either in (method, restored):
+        either.arrive()
+    for before, merger in zip(method.mergers, restored.mergers, strict=True):
+        for layer, same in zip(merger.layers, before.layers, strict=True):
+            assert torch.equal(layer.weight, same.weight)
+            if layer.a0 is not None and layer.b0 is not None:
+                layer.a.copy_(layer.a0)
+                layer.b.copy_(layer.b0)
+        merger.merge()  # nobody has learned anything: W stays
+        for layer, same in zip(merger.layers, before.layers, strict=True):
+            torch.testing.assert_close(layer.weight, same.weight, rtol=1e-12, atol=1e-13)
