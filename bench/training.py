@@ -16,7 +16,7 @@ from simulate.config import build_run
 from simulate.data.batches import TextBatches
 from simulate.data.text import load_text
 from simulate.errors import RunFailedError
-from simulate.hardware import load_profile
+from simulate.hardware import Profile, load_profile
 from simulate.loop import Session, train
 from simulate.methods import build_method
 
@@ -34,12 +34,14 @@ class Trained:
     curve: list[tuple[int, float]]
     """(tokens, validation loss) of every evaluation."""
     sent_bytes_per_device: float
+    simulated_s: float = 0.0
+    samples: int = 0
 
 
-def train_table(table: dict[str, Any]) -> Trained:
-    """Train the run that a table describes."""
+def train_table(table: dict[str, Any], profile: Profile | None = None) -> Trained:
+    """Train the run that a table describes, on a profile's clock."""
     run = build_run({**table, "cluster": {"profile": PROFILE, **table["cluster"]}})
-    profile, events = load_profile(PROFILE), []
+    profile, events = profile or load_profile(PROFILE), []
     clock = SimulatedClock(run, profile.devices(run.cluster.devices), profile.link)
     communicator = VirtualCommunicator(run.cluster.devices, clock.charge_transfer, clock.wait)
     with tempfile.TemporaryDirectory() as folder:
@@ -59,4 +61,5 @@ def train_table(table: dict[str, Any]) -> Trained:
             session.val_loss = None
     curve = [(event["tokens"], round(event["val_loss"], 4)) for event in events if event["kind"] == "evaluate"]
     loss = session.val_loss if session.val_loss is not None and math.isfinite(session.val_loss) else None
-    return Trained(loss, curve, communicator.counter.sent_bytes / run.cluster.devices)
+    samples = next((event["samples"] for event in reversed(events) if event["kind"] == "step"), 0)
+    return Trained(loss, curve, communicator.counter.sent_bytes / run.cluster.devices, clock.now_s, samples)

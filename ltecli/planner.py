@@ -12,7 +12,7 @@ from simulate.config import Run
 from simulate.costs.memory import Memory, host_memory_bytes, peak_memory
 from simulate.costs.samples import samples_factor
 from simulate.costs.schedule import dense_reduction, num_rounds, received_bytes, sent_bytes
-from simulate.costs.time import RoundTime, exchange_s, round_time
+from simulate.costs.time import RoundTime, device_step_s, exchange_s, round_time
 from simulate.costs.traffic import ELEMENT_BYTES
 from simulate.errors import InputError
 from simulate.hardware import Device, Profile
@@ -25,6 +25,8 @@ CHOSEN_FROM = ("lte", "ddp")
 PLURALS = {"norm": "norms", "bias": "biases", "embedding": "embeddings", "other": "other modules"}
 LINK_DOMINATES = 0.5
 """Share of a round spent on the link from which the plan warns."""
+PACE_MATTERS = 1.1
+"""Times that the slowest device needs longer than the fastest from which the plan speaks of deadlines."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Candidate:
     @property
     def equivalent_wall_s(self) -> float:
         """Seconds to the loss that dense small-batch training has after the asked tokens; what candidates rank by."""
-        trained = self.run.train.steps * self.run.tokens_per_step
+        trained = self.run.train.steps * self.run.tokens_per_step * self.trained_share
         return self.wall_s * self.samples_factor * self.tokens / trained
 
     @property
@@ -57,7 +59,12 @@ class Candidate:
     @property
     def samples_per_s(self) -> float:
         """Samples a second over all devices."""
-        return self.run.cluster.devices * self.run.train.micro_batch / self.step_s
+        return self.time.device_steps * self.run.train.micro_batch / self.time.round_s
+
+    @property
+    def trained_share(self) -> float:
+        """Share of the steps that lockstep would have devices take."""
+        return self.time.device_steps / (self.time.steps * self.run.cluster.devices)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the candidate as the plan's JSON has it."""
@@ -199,6 +206,9 @@ def _warnings(run: Run, shape: ModelShape, profile: Profile, time: RoundTime) ->
     share = time.exchange_s / time.round_s
     if share > LINK_DOMINATES:
         yield f"the link dominates: {share:.0%} of the time"
+    if run.method.is_paced:
+        share = time.device_steps / (time.steps * run.cluster.devices)
+        yield f"devices train on {share:.0%} of the samples that they would in lockstep"
     if run.train.dtype == "fp64" and any(d.flop_per_s.fp64 is None for d in profile.device):
         yield "the profile has no fp64 rate; planned at the fp32 rate"
     method = run.method
@@ -237,6 +247,7 @@ def make_plan(base: Run, profile: Profile, tokens: int, pins: Pins, notes: Seque
         *_treatment_notes(chosen, shape),
         *shape.notes,
         *_optimizer_notes(chosen),
+        *_pace_notes(chosen, shape, profile, devices),
         *_rival_notes(chosen, rivals),
     ]
     return Plan(
@@ -296,6 +307,25 @@ def _optimizer_notes(chosen: Candidate | None) -> Iterator[str]:
         yield (
             "train.optimizer = muon with method.frozen_a = true and method.reset = b trained better than these "
             "settings on a small text model (docs/results.md), at fewer bytes; try them with --set"
+        )
+
+
+def _pace_notes(
+    chosen: Candidate | None, shape: ModelShape, profile: Profile, devices: Sequence[Device]
+) -> Iterator[str]:
+    """Say what a deadline would do where all wait for slow devices, if the method knows deadlines."""
+    if chosen is None or "pace" not in type(chosen.run.method).model_fields or chosen.run.method.is_paced:
+        return
+    method, step_s = chosen.run.method, device_step_s(chosen.run, shape, devices)
+    needs = {"pace": "deadline", "reset": "b"} if getattr(method, "reset", "") == "none" else {"pace": "deadline"}
+    paced = method.model_copy(update={**needs, "merge_delay": 0, "fragments": 1})
+    time = round_time(chosen.run.model_copy(update={"method": paced}), shape, devices, profile.link)
+    gain = time.device_steps / time.round_s / (chosen.time.device_steps / chosen.time.round_s)
+    if max(step_s) > PACE_MATTERS * min(step_s) and gain > 1:
+        keys = " and ".join(f"method.{key} = {value}" for key, value in needs.items())
+        yield (
+            f"devices of profile {profile.name} differ: a step takes the slowest {max(step_s) / min(step_s):.1f}x as "
+            f"long as the fastest; with {keys} nobody waits, for {gain:.2f}x the samples a second (docs/methods.md)"
         )
 
 

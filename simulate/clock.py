@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from simulate.config import Run
-from simulate.costs.time import round_time, transfer_s
+from simulate.costs.time import device_step_s, round_time, transfer_s
 from simulate.costs.traffic import Transfer
 from simulate.hardware import Device, Link
 
@@ -19,6 +19,8 @@ class SimulatedClock:
 
     def __init__(self, run: Run, devices: Sequence[Device], link: Link) -> None:
         self._time = round_time(run, run.model.shape(), devices, link)
+        self.device_step_s = device_step_s(run, run.model.shape(), devices)
+        """Seconds of one step of each device."""
         self._merge_s = self._time.merge_s / run.method.merges_per_round
         self._link = link
         self.compute_s = 0.0
@@ -32,7 +34,10 @@ class SimulatedClock:
         return self.compute_s + self.exchange_s
 
     def charge_step(self) -> None:
-        """Charge one optimizer step on the slowest device."""
+        """Charge the compute of one step: the slowest device's, or its part of a round with a deadline.
+
+        Before what the step exchanges or waits for.
+        """
         self.compute_s += self._time.compute_s
 
     def charge_merge(self) -> None:

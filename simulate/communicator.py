@@ -140,7 +140,7 @@ class Communicator(ABC):
     def background(self) -> Iterator[None]:
         """Let messages made inside travel while training goes on, until `wait`; nobody touches their tensors so long.
 
-        Only what works in place can be made inside.
+        A list that an exchange returns inside is filled when it has arrived: it is for `then`.
         """
         self._background = True
         try:
@@ -148,14 +148,21 @@ class Communicator(ABC):
         finally:
             self._background = False
 
+    def then(self, compute: Callable[[], None]) -> None:
+        """Compute with what was asked for so far: at once, or inside `background` as soon as that has arrived."""
+        self._then(compute)
+
     def wait(self) -> None:
-        """Wait for what travels in the background."""
+        """Wait for what travels in the background, and for what is computed with it there."""
         if self.on_wait is not None:
             self.on_wait()
         self.finish()
 
     def finish(self) -> None:  # noqa: B027 - nothing travels inside of one process
         """Let what travels in the background arrive, without a charge to anybody's clock: before state is saved."""
+
+    def _then(self, compute: Callable[[], None]) -> None:
+        compute()
 
     @abstractmethod
     def share(self, values_LX: Tensor) -> Tensor:

@@ -210,6 +210,12 @@ class Run(toml.Schema):
             raise ValueError(
                 f"data.shards has {len(self.data.shards)} sizes for cluster.devices = {devices}; give one a device"
             )
+        wrong = next((len(counts) for counts in method.given_steps or () if len(counts) != devices), None)
+        if wrong is not None:
+            raise ValueError(
+                f"method.steps_taken has a round of {wrong} devices for cluster.devices = {devices}; give one number a "
+                "device"
+            )
         if self.train.warmup_steps >= self.train.steps:
             raise ValueError(
                 f"train.warmup_steps = {self.train.warmup_steps} is not below train.steps = {self.train.steps}; "

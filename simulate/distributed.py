@@ -78,6 +78,8 @@ class TorchCommunicator(Communicator):
         """Begun so far."""
         self.missing: Callable[[int], str] = lambda exchanges: ""
         """Says, of a failed exchange, who is not there."""
+        self._in_use: list[Callable[[], None]] = []
+        """What a GPU's stream behind the training still works on, with the tensors that it needs."""
 
     def new_group(self, backend: str | None, processes: Sequence[int] | None = None) -> dist.ProcessGroup:
         """Make a group; all processes take part in that, also those that are not in it."""
@@ -121,23 +123,33 @@ class TorchCommunicator(Communicator):
             future.result()
         if self._stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
+            self._in_use.clear()
 
     def close(self) -> None:
         """End the threads; what still travels is waited for."""
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
 
-    def _run(self, name: str, exchange: Callable[[_Channel], None]) -> None:
-        """Do an exchange now, or behind the training: in a thread of its own, on a GPU in a stream of its own."""
+    def _run(self, name: str, exchange: Callable[[_Channel], Sequence[Tensor] | None]) -> list[Tensor]:
+        """Do an exchange now, or behind the training; the list that it fills is what it returns."""
+        channel = self._behind if self._background else self._foreground
+        arrived: list[Tensor] = []
+        self._then(lambda: self._guarded(name, lambda: arrived.extend(exchange(channel) or ())))
+        return arrived
+
+    def _then(self, compute: Callable[[], None]) -> None:
+        """Behind the training: in a thread of its own, on a GPU in a stream of its own, one after the other."""
         if not self._background:
-            self._guarded(name, lambda: exchange(self._foreground))
+            compute()
         elif self._executor is not None:
-            self._travelling.append(self._executor.submit(self._guarded, name, lambda: exchange(self._behind)))
+            # Whether gradients are recorded is a matter of each thread.
+            self._travelling.append(self._executor.submit(torch.no_grad()(compute)))
         else:
             assert self._stream is not None
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            self._in_use.append(compute)
             with torch.cuda.stream(self._stream):
-                self._guarded(name, lambda: exchange(self._behind))
+                compute()
 
     def _guarded(self, name: str, exchange: Callable[[], object]) -> None:
         self.exchanges += 1
@@ -158,30 +170,44 @@ class TorchCommunicator(Communicator):
         self._run("a broadcast", lambda channel: channel.broadcast(tensors, 0, channel.group))
 
     def _all_gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        pieces, own = _pieces(tensors, len(self.local_devices)), _to_bytes(tensors)
-        counts = [len(share) for share in self.shares]
-        everyones = own.new_empty(_device_bytes(pieces) * self.num_devices)
-        parts = list(everyones.split([_device_bytes(pieces) * count for count in counts]))
-        self._run("an all-gather", lambda channel: channel.all_gather(everyones, parts, own))
-        return _in_order(parts, pieces, counts)
+        pieces, counts = _pieces(tensors, len(self.local_devices)), [len(share) for share in self.shares]
+
+        def exchange(channel: _Channel) -> list[Tensor]:
+            own = _to_bytes(tensors)
+            everyones = own.new_empty(_device_bytes(pieces) * self.num_devices)
+            parts = list(everyones.split([_device_bytes(pieces) * count for count in counts]))
+            channel.all_gather(everyones, parts, own)
+            return _in_order(parts, pieces, counts)
+
+        return self._run("an all-gather", exchange)
 
     def _all_to_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        sent = [_to_bytes([t[:, share.start : share.stop] for t in tensors]) for share in self.shares]
         # A sender's device has a part for each of the local ones.
         pieces = [_Piece((1, len(self.local_devices), *t.shape[2:]), t.dtype) for t in tensors]
         counts = [len(share) for share in self.shares]
-        received = sent[0].new_empty(_device_bytes(pieces) * self.num_devices)
         sizes = [_device_bytes(pieces) * count for count in counts]
-        self._run("an all-to-all", lambda channel: channel.all_to_all(received, sizes, sent))
-        return [tensor.transpose(0, 1) for tensor in _in_order(received.split(sizes), pieces, counts)]
+
+        def exchange(channel: _Channel) -> list[Tensor]:
+            sent = [_to_bytes([t[:, share.start : share.stop] for t in tensors]) for share in self.shares]
+            received = sent[0].new_empty(sum(sizes))
+            channel.all_to_all(received, sizes, sent)
+            return [tensor.transpose(0, 1) for tensor in _in_order(received.split(sizes), pieces, counts)]
+
+        return self._run("an all-to-all", exchange)
 
     def _push(self, tensors: Sequence[Tensor], active: Sequence[int] | None) -> list[Tensor] | None:
         counts = [len(share) if active is None else sum(d in share for d in active) for share in self.shares]
-        pieces, parts = _pieces(tensors, counts[self.process]), [_to_bytes(tensors)]
-        if self.process == SERVER:
-            parts += [parts[0].new_empty(_device_bytes(pieces) * count) for count in counts[1:]]
-        self._run("a push to the server", lambda channel: channel.to_server(parts))
-        return _in_order(parts, pieces, counts) if self.process == SERVER else None
+        pieces, serves = _pieces(tensors, counts[self.process]), self.process == SERVER
+
+        def exchange(channel: _Channel) -> list[Tensor]:
+            parts = [_to_bytes(tensors)]
+            if serves:
+                parts += [parts[0].new_empty(_device_bytes(pieces) * count) for count in counts[1:]]
+            channel.to_server(parts)
+            return _in_order(parts, pieces, counts) if serves else []
+
+        everyones = self._run("a push to the server", exchange)
+        return everyones if serves else None
 
     def _pull(self, tensors: Sequence[Tensor]) -> None:
         self._run("a pull from the server", lambda channel: channel.from_server(tensors))

@@ -13,8 +13,8 @@ from simulate.errors import InputError
 EVENTS_VERSION = 1
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
-"""Kinds: start, memory, step, evaluate, diagnostics, checkpoint, resume, interrupt, end, and of launched runs restart
-(when, why, and how much was repeated), left-out and wire; all have kind and step."""
+"""Kinds: start, memory, step, round, evaluate, diagnostics, checkpoint, resume, interrupt, end, and of launched runs
+restart (when, why, and how much was repeated), left-out and wire; all have kind and step."""
 
 
 class EventFile:

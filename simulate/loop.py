@@ -23,6 +23,7 @@ from simulate.errors import RunFailedError
 from simulate.events import Emit, Event
 from simulate.loss import row_losses
 from simulate.methods.base import Method
+from simulate.methods.paced import Paced
 from simulate.models.build import empty_model
 
 EVALUATION_BATCH = 16
@@ -67,6 +68,9 @@ class Session:
 
     def __post_init__(self) -> None:
         self.diagnostics = Diagnostics(self.method) if self.run.train.diagnostics_every else None
+        if isinstance(self.method, Paced):
+            self.method.step_s = self.clock.device_step_s
+            self.method.goes_by_clock = self.communicator.processes > 1 and self.run.method.given_steps is None
 
     def elapsed_s(self) -> float:
         """Measured seconds of the run, over all its sessions."""
@@ -75,23 +79,23 @@ class Session:
     @property
     def round_steps(self) -> int:
         """Steps from one merge to the next; a method that exchanges at every step has a round of its own."""
-        apart = self.run.method.round_steps // self.run.method.merges_per_round
+        apart = self.run.method.steps_apart
         return apart if apart > 1 else MEETING_STEPS
 
     @property
     def meeting_steps(self) -> int:
         """Steps from one point to the next at which devices hear of each other and may evaluate."""
-        apart = self.run.method.round_steps // self.run.method.merges_per_round
-        return apart if self.communicator.is_whole else self.round_steps
+        return self.run.method.steps_apart if self.communicator.is_whole else self.round_steps
 
     def meets_after(self, step: int) -> bool:
-        """Whether devices hear of each other after a step: within one process always."""
-        return self.communicator.is_whole or (step + 1) % self.meeting_steps == 0
+        """Whether devices hear of each other after a step: within one process always, else when a merge has arrived."""
+        return self.communicator.is_whole or (step + 1 - self.run.method.late_steps) % self.meeting_steps == 0
 
     def is_due(self, every: int, step: int | None = None) -> bool:
         """Whether a multiple of `every` has gone by since the last meeting."""
-        step = step or self.step
-        return step // every > (step - 1) // self.meeting_steps * self.meeting_steps // every
+        step, late = step or self.step, self.run.method.late_steps
+        last = max(0, (step - 1 - late) // self.meeting_steps * self.meeting_steps + late)
+        return step // every > last // every
 
     def saves(self) -> bool:
         """Whether it is time for a checkpoint: as often as the run says, of a launched one also to recover from."""
@@ -109,9 +113,11 @@ def train(session: Session) -> bool:
     run, method = session.run, session.method
     for step in range(session.step, run.train.steps):
         inputs, targets = session.batches.batch(step, session.communicator.local_devices)
+        session.clock.charge_step()  # first, since what a step waits for, it waits for after its compute
         losses_L = method.step(inputs.to(session.device), targets.to(session.device), step)
-        session.clock.charge_step()
         merged = method.merge_due(step)
+        if merged:
+            method.close_round(step)
         diagnostics = _diagnostics_due(session, step + 1) if merged else None
         round_figures = diagnostics.of_round(step) if diagnostics else {}
         if merged:
@@ -123,7 +129,7 @@ def train(session: Session) -> bool:
         if not (last or session.meets_after(step)):
             continue  # nobody hears of the others
         stopping = _tell_steps(session) and not last
-        if merged and (last or session.is_due(run.train.evaluate_every)):
+        if method.settles_after(step) and (last or session.is_due(run.train.evaluate_every)):
             _evaluate(session)
         if diagnostics:
             gradient_figures = diagnostics.of_gradients(session.batches, session.step, session.device)
@@ -139,6 +145,9 @@ def _merge(session: Session, step: int) -> None:
     """Merge; a device whose weights are not finite any more is left out of it, and goes on from what was merged."""
     method = session.method
     session.communicator.doing = f"the merge after step {step + 1}"
+    steps_done = method.steps_done()
+    if steps_done is not None:
+        session.emit({"kind": "round", "step": step + 1, "steps_done": steps_done})
     if method.can_leave_out:
         healthy_L1 = method.healthy().double().unsqueeze(1)
         healthy_N = session.communicator.share(healthy_L1).squeeze(1).bool()
@@ -165,8 +174,6 @@ def _figures(session: Session) -> Event:
     return {
         "step": session.step,
         "learning_rate": run.train.learning_rate * session.method.rate_factor(session.step - 1),
-        "samples": session.step * run.samples_per_step,
-        "tokens": session.step * run.tokens_per_step,
         "sent_bytes": counter.sent_bytes,
         "received_bytes": counter.received_bytes,
         "simulated_s": session.clock.now_s,
@@ -195,13 +202,19 @@ def _tell_step(session: Session, losses: list[float], figures: Event) -> None:
         raise RunFailedError(
             f"the loss of device {device} is {losses[device]} at step {step}; try a lower train.learning_rate"
         )
-    active = [losses[device] for device in session.method.active(step - 1) if finite[device]]
+    trained = session.method.active(step - 1)
+    active = [losses[device] for device in trained if finite[device]]
+    samples = session.method.samples_done(step - 1)
+    if session.method.steps_done() is not None:  # others have stopped, and have no loss
+        finite = [fine and device in trained for device, fine in enumerate(finite)]
     session.emit(
         {
             "kind": "step",
             "step": step,
             "train_loss": sum(active) / len(active) if active else None,
             "device_losses": [loss if fine else None for loss, fine in zip(losses, finite, strict=True)],
+            "samples": samples,
+            "tokens": samples * session.run.model.units_per_sample,
             **figures,
         }
     )
@@ -231,7 +244,7 @@ def _evaluate(session: Session) -> None:
             "kind": "evaluate",
             "step": session.step,
             **session.scores,
-            "tokens": session.step * session.run.tokens_per_step,
+            "tokens": session.method.samples_done(session.step - 1) * session.run.model.units_per_sample,
             "simulated_s": session.clock.now_s,
             "sent_bytes": session.communicator.counter.sent_bytes,
         }

@@ -78,6 +78,11 @@ def measure_memory_bytes(run: Run, device: torch.device) -> int:
         for _ in range(MEASURED_ROUNDS):
             for step in range(MEASURED_STEPS):
                 method.step(inputs, targets, step)
+            late = run.method.late_steps
+            if late:
+                method.merge(sent := run.method.steps_apart - 1)
+                for step in range(sent + 1, sent + 1 + late):
+                    method.step(inputs, targets, step)
             method.merge(last)  # of all groups of layers
 
     if device.type == "cuda":

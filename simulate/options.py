@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from simulate import toml
 
@@ -15,10 +15,21 @@ Quantize = Literal["none", "int8", "nf4"]
 Transport = Literal["gather", "reduce", "server"]
 Wire = Literal["full", "fp16", "bf16", "int8", "int4"]
 """How values travel; full: as they are. All others carry what they lost to the next message (error feedback)."""
+Pace = Literal["lockstep", "deadline"]
+"""Whether all devices take all steps of a round, or each as many as fit into the round's time."""
 Norms = Literal["average", "one", "vector-lora", "none"]
 Biases = Literal["average", "frozen"]
 Convolutions = Literal["lora", "average"]
 DEFAULT_SCALE = 64.0  # alpha / rank of the paper's best run: alpha = 4096 at rank 64
+
+
+def _as_tuples(value: Any) -> Any:
+    """TOML has lists; frozen options, which others remember results by, need tuples."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+Steps = Annotated[tuple[tuple[int, ...], ...], BeforeValidator(_as_tuples), Field(min_length=1)]
+"""Steps of each device, round by round; they start again where they end."""
 
 
 class MethodOptions(toml.Schema):
@@ -33,6 +44,58 @@ class MethodOptions(toml.Schema):
     def merges_per_round(self) -> int:
         """Staggered merges in one round, each of another group of layers."""
         return 1
+
+    @property
+    def steps_apart(self) -> int:
+        """Steps from one merge to the next, of whichever group of layers."""
+        return self.round_steps // self.merges_per_round
+
+    @property
+    def late_steps(self) -> int:
+        """Steps from a merge until its result is there."""
+        return getattr(self, "merge_delay", 0)
+
+    @property
+    def is_paced(self) -> bool:
+        """Whether a slow device takes fewer steps of a round, instead of all waiting for it."""
+        return getattr(self, "pace", "lockstep") == "deadline"
+
+    @property
+    def deadline_s(self) -> float | None:
+        """Seconds of a paced round, if they are given."""
+        return getattr(self, "round_deadline_s", None)
+
+    @property
+    def given_steps(self) -> Steps | None:
+        """Steps of each device in each paced round, if they are given."""
+        return getattr(self, "steps_taken", None)
+
+    def _check_pace(self) -> None:
+        if not self.is_paced:
+            for key in ("round_deadline_s", "steps_taken"):
+                if getattr(self, key) is not None:
+                    raise ValueError(
+                        f"{key} is for pace = 'deadline'; try --set method.pace=deadline, or leave it away"
+                    )
+            return
+        for key, value in (("merge_delay", self.late_steps), ("fragments", self.merges_per_round - 1)):
+            if value:
+                raise ValueError(
+                    f"pace = 'deadline' does not go with {key} = {getattr(self, key)}: what is merged has its weight "
+                    f"from the steps of one round; leave {key} away"
+                )
+        every = self.round_steps
+        bad = next((c for counts in self.given_steps or () for c in counts if not 1 <= c <= every), None)
+        if bad is not None:
+            raise ValueError(f"steps_taken has {bad}, which is not from 1 to merge_every = {every}; correct it")
+
+    def _check_delay(self) -> None:
+        if self.late_steps >= self.steps_apart and self.late_steps:
+            groups = f" / fragments = {self.steps_apart}" if self.merges_per_round > 1 else f" = {self.steps_apart}"
+            raise ValueError(
+                f"merge_delay = {self.late_steps} is not below merge_every{groups}; lower it, since one merge travels "
+                "at a time"
+            )
 
 
 class DenseOptions(MethodOptions):
@@ -150,6 +213,14 @@ class LteOptions(AdapterOptions):
     reset = "b" or "ab"."""
     fragments: int = Field(default=1, gt=0)
     """Groups of layers that merge at staggered steps, each every T steps: divides the peak traffic."""
+    merge_delay: int = Field(default=0, ge=0)
+    """Steps that go on while a merge travels; 0 waits for it."""
+    pace: Pace = "lockstep"
+    """deadline: a slow device takes fewer steps of a round, at least one, and counts for what it trained on."""
+    round_deadline_s: float | None = Field(default=None, gt=0)
+    """Seconds of a round with pace = "deadline"; not set: what the fastest device needs for T steps."""
+    steps_taken: Steps | None = None
+    """Steps of each device, round by round, in place of a deadline, and again from the start: [[10, 3], [10, 4]]."""
     norms: Norms = "average"
     """Affine parameters of norms: average: each device trains its own, averaged at merges; one: the first device trains
     them for all; vector-lora: a low-rank pair for each; none: they stay as they start."""
@@ -176,6 +247,27 @@ class LteOptions(AdapterOptions):
         return self.reset == "none"
 
     @model_validator(mode="after")
+    def _delay_goes_with_the_rest(self) -> LteOptions:
+        self._check_delay()
+        self._check_pace()
+        if self.is_paced and self.reset == "none":
+            raise ValueError(
+                "pace = 'deadline' weighs devices anew in every round, so reset-less merges would not take back what "
+                "they added; try --set method.reset=b"
+            )
+        if self.merge_delay and not (self.reset == "none" or (self.reset == "b" and self.frozen_a)):
+            raise ValueError(
+                f"merge_delay = {self.merge_delay} with reset = {self.reset!r} would drop what heads learn while a "
+                "merge travels; try --set method.reset=none, or reset=b with frozen_a=true"
+            )
+        if self.merge_delay and self.norms == "vector-lora":
+            raise ValueError(
+                f"merge_delay = {self.merge_delay} does not go with norms = 'vector-lora', whose pairs merge at "
+                "once; try --set method.norms=average"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _frozen_a_resets(self) -> LteOptions:
         if self.frozen_a and self.reset == "none":
             raise ValueError(
@@ -200,6 +292,14 @@ class LocalSgdOptions(DenseOptions):
     """Share of the devices that train in a round, drawn anew for each; below 1 needs the server and reset."""
     wire: Wire = "full"
     """Format in which the round's change of the weights travels."""
+    merge_delay: int = Field(default=0, ge=0)
+    """Steps that go on while a merge travels; 0 waits for it."""
+    pace: Pace = "lockstep"
+    """deadline: a slow device takes fewer steps of a round, at least one, and counts for what it trained on."""
+    round_deadline_s: float | None = Field(default=None, gt=0)
+    """Seconds of a round with pace = "deadline"; not set: what the fastest device needs for T steps."""
+    steps_taken: Steps | None = None
+    """Steps of each device, round by round, in place of a deadline, and again from the start: [[10, 3], [10, 4]]."""
 
     @property
     def round_steps(self) -> int:
@@ -208,6 +308,27 @@ class LocalSgdOptions(DenseOptions):
     def participants(self, devices: int) -> int:
         """Devices that train in a round: max(1, round(share x N))."""
         return max(1, round(self.participation * devices))
+
+    @model_validator(mode="after")
+    def _delay_goes_with_the_rest(self) -> LocalSgdOptions:
+        self._check_delay()
+        self._check_pace()
+        if self.is_paced and self.participation < 1:
+            raise ValueError(
+                f"pace = 'deadline' is for devices that train in every round, not for participation = "
+                f"{self.participation}; leave one of them away"
+            )
+        if self.merge_delay and self.participation < 1:
+            raise ValueError(
+                f"merge_delay = {self.merge_delay} lets devices go on from weights of their own, which participation = "
+                f"{self.participation} takes from them; try --set method.merge_delay=0"
+            )
+        if self.merge_delay and self.merge_optimizer == "average":
+            raise ValueError(
+                f"merge_delay = {self.merge_delay} would add to averaged second moments what may make them negative; "
+                "try --set method.merge_optimizer=keep"
+            )
+        return self
 
     @model_validator(mode="after")
     def _stateless_clients(self) -> LocalSgdOptions:
@@ -236,6 +357,14 @@ class DilocoOptions(DenseOptions):
     """Format in which outer gradients travel."""
     fragments: int = Field(default=1, gt=0)
     """Groups of parameters that merge at staggered steps (Streaming DiLoCo, arXiv 2501.18512)."""
+    merge_delay: int = Field(default=0, ge=0)
+    """Steps that go on while a merge travels (Streaming DiLoCo's overlap); 0 waits for it."""
+    pace: Pace = "lockstep"
+    """deadline: a slow device takes fewer steps of a round, at least one, and counts for what it trained on."""
+    round_deadline_s: float | None = Field(default=None, gt=0)
+    """Seconds of a round with pace = "deadline"; not set: what the fastest device needs for T steps."""
+    steps_taken: Steps | None = None
+    """Steps of each device, round by round, in place of a deadline, and again from the start: [[10, 3], [10, 4]]."""
 
     @property
     def round_steps(self) -> int:
@@ -244,6 +373,12 @@ class DilocoOptions(DenseOptions):
     @property
     def merges_per_round(self) -> int:
         return self.fragments
+
+    @model_validator(mode="after")
+    def _delay_fits(self) -> DilocoOptions:
+        self._check_delay()
+        self._check_pace()
+        return self
 
 
 class DasoOptions(DenseOptions):

@@ -84,18 +84,41 @@ class CompressedMean:
         self.sent_error_LX = like.new_zeros(local, devices * self.chunk)
         self.mean_error_LC = like.new_zeros(local, self.chunk)
 
-    def mean(self, parts: Iterable[Tensor]) -> Tensor:
-        """Return the mean, (X,), of vectors that are given in parts, (L, ...) each."""
-        mean_LC = self._own_chunk(self._send(parts))
-        message = encode(mean_LC, self.wire)
-        torch.sub(mean_LC, decode(message, self.chunk, self.wire, mean_LC.dtype), out=self.mean_error_LC)
-        gathered = self.communicator.all_gather(message)
-        return decode(gathered, self.chunk, self.wire, mean_LC.dtype).reshape(-1)[: self.elements]
+    def mean(self, parts: Iterable[Tensor]) -> list[Tensor]:
+        """Return the mean, [(X,)], of vectors that are given in parts, (L, ...) each.
 
-    def _own_chunk(self, messages: list[Tensor]) -> Tensor:
-        """Return the mean of what all devices sent of the chunks that are averaged here, (L, C)."""
+        As all lists that come of exchanges in the background, it is filled when it has arrived.
+        """
+        gathered = self.communicator.all_gather(self._means_of_chunks(parts))
+        mean: list[Tensor] = []
+
+        def unpack() -> None:
+            everyones_NC = decode(gathered, self.chunk, self.wire, self.mean_error_LC.dtype)
+            mean.append(everyones_NC.reshape(-1)[: self.elements])
+
+        self.communicator.then(unpack)
+        return mean
+
+    def _means_of_chunks(self, parts: Iterable[Tensor]) -> list[Tensor]:
+        """Return the message, (L, ...), with the means of what all devices sent of the chunks that belong here."""
         local, devices = len(self.mean_error_LC), self.communicator.num_devices
-        received = self.communicator.all_to_all([part.view(local, devices, *part.shape[1:]) for part in messages])
+        sent = self._send(parts)
+        received = self.communicator.all_to_all([part.view(local, devices, *part.shape[1:]) for part in sent])
+        message = [part.new_empty(local, *part.shape[1:]) for part in sent]
+
+        def average() -> None:
+            mean_LC = self._mean_of(received)
+            received.clear()
+            for part, content in zip(message, encode(mean_LC, self.wire), strict=True):
+                part.copy_(content)
+            torch.sub(mean_LC, decode(message, self.chunk, self.wire, mean_LC.dtype), out=self.mean_error_LC)
+
+        self.communicator.then(average)
+        return message
+
+    def _mean_of(self, received: list[Tensor]) -> Tensor:
+        """Return the mean of all devices' chunks and what the last one left out, (L, C)."""
+        local, devices = len(self.mean_error_LC), self.communicator.num_devices
         flat = [part.reshape(local * devices, *part.shape[2:]) for part in received]
         parts_LNC = decode(flat, self.chunk, self.wire, self.mean_error_LC.dtype).view(local, devices, self.chunk)
         return parts_LNC.sum(1).div_(devices).add_(self.mean_error_LC)

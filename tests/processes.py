@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from simulate.distributed import TorchCommunicator
 from simulate.methods import build_method
+from simulate.methods.paced import Paced
 from tests import tiny
 
 DEVICES, TIMEOUT_S = 4, 60
@@ -52,6 +53,41 @@ def train_in_processes(
     return results
 
 
+SPEEDS = (1.0, 0.2, 0.5, 1.0)
+"""Steps a second of each process, by the clock that `paced_by_turned_clocks` gives it."""
+
+
+def paced_by_turned_clocks(folder: Path, method: dict[str, Any]) -> tuple[tiny.History, list[list[int]]]:
+    """Train in 4 processes of unequal speed; returns what is left and the steps taken, round by round."""
+    (folder / "method.json").write_text(json.dumps(method))
+    result, _ = train_in_processes(folder, [TURNED], 4, 20)[TURNED]
+    return result, json.loads((folder / "counts.json").read_text())
+
+
+TURNED = "by turned clocks"
+
+
+def _train_by_turned_clocks(folder: Path) -> tuple[tiny.History, dict[str, int]]:
+    method_table = json.loads((folder / "method.json").read_text())
+    run = tiny._run(DEVICES, None, {"steps": 20}, method_table)
+    communicator = TorchCommunicator(DEVICES, tiny.CPU, TIMEOUT_S)
+    method, data = build_method(run, communicator, tiny.CPU), tiny.batches(run)
+    assert isinstance(method, Paced)
+    seconds, counts, losses = 0.0, [], []
+    method.goes_by_clock, method.now_s = True, lambda: seconds
+    for step in range(20):
+        losses.append(method.step(*data.batch(step, communicator.local_devices), step))
+        seconds += 1 / SPEEDS[communicator.process]
+        if method.merge_due(step):
+            method.merge(step)
+            counts.append(method.steps_done())
+    everyones = communicator.share(torch.stack(losses, dim=1)).T
+    communicator.close()
+    if communicator.process == 0:
+        (folder / "counts.json").write_text(json.dumps(counts))
+    return tiny.History(everyones, {k: w.contiguous() for k, w in method.merged_state().items()}), {}
+
+
 def _train(name: str, steps: int, dtype: str) -> tuple[tiny.History, dict[str, int]]:
     run = tiny.variant_run(name, DEVICES, train=variant_table(steps, dtype))
     communicator = TorchCommunicator(DEVICES, tiny.CPU, TIMEOUT_S)
@@ -77,7 +113,8 @@ def main() -> None:
         timeout=timedelta(seconds=TIMEOUT_S),
     )  # fmt: skip
     for index, name in enumerate(variants):
-        history, counted = _train(name, int(steps), dtype)
+        by_clock = name == TURNED
+        history, counted = _train_by_turned_clocks(Path(folder)) if by_clock else _train(name, int(steps), dtype)
         if process == "0":
             tensors = {**{k: w.clone() for k, w in history.weights.items()}, "losses": history.losses.contiguous()}
             save_file(tensors, Path(folder) / f"{index}.safetensors")

@@ -44,6 +44,8 @@ def ddp_run(devices: int = 2, model: Table | None = None, train: Table | None = 
     return _run(devices, model, train, {"name": "ddp"})
 
 
+UNEQUAL = [[4, 2, 1, 3], [2, 1, 3, 1]]
+"""Steps of four devices in rounds of four: some stop early, and in every second round all of them do."""
 VARIANTS: dict[str, Table] = {
     "ddp": {"name": "ddp"},
     "ddp, int8": {"name": "ddp", "wire": "int8"},
@@ -64,6 +66,57 @@ VARIANTS: dict[str, Table] = {
     "diloco": {"name": "diloco", "merge_every": 4},
     "diloco, int8": {"name": "diloco", "merge_every": 4, "wire": "int8"},
     "diloco, streaming": {"name": "diloco", "merge_every": 4, "fragments": 2},
+    "local-sgd, late": {"name": "local-sgd", "merge_every": 4, "merge_delay": 2},
+    "local-sgd, late, served": {
+        "name": "local-sgd", "merge_every": 4, "merge_delay": 1, "merge_transport": "server",
+    },
+    "diloco, late": {"name": "diloco", "merge_every": 4, "merge_delay": 3},
+    "diloco, late, streaming int8": {
+        "name": "diloco", "merge_every": 4, "merge_delay": 1, "fragments": 2, "wire": "int8",
+    },
+    "lte, late": {"name": "lte", "merge_every": 4, "merge_delay": 2},
+    "lte, late, streaming int8": {
+        "name": "lte", "merge_every": 4, "merge_delay": 1, "fragments": 2, "wire": "int8", "heads_per_device": 2,
+    },
+    "lte, late, reduced": {"name": "lte", "merge_every": 4, "merge_delay": 3, "merge_transport": "reduce"},
+    "lte, late, reduced int8": {
+        "name": "lte", "merge_every": 4, "merge_delay": 2, "merge_transport": "reduce", "wire": "int8",
+    },
+    "lte, late, served": {
+        "name": "lte", "merge_every": 4, "merge_delay": 2, "merge_transport": "server", "norms": "one",
+    },
+    "lte, late, frozen a": {
+        "name": "lte", "merge_every": 4, "merge_delay": 2, "frozen_a": True, "reset": "b",
+        "merge_optimizer": "prune",
+    },
+    "lte, late, frozen a, int8": {
+        "name": "lte", "merge_every": 4, "merge_delay": 2, "frozen_a": True, "reset": "b", "wire": "int8",
+    },
+    "local-sgd, paced": {"name": "local-sgd", "merge_every": 4, "pace": "deadline", "steps_taken": UNEQUAL},
+    "local-sgd, paced, served": {
+        "name": "local-sgd", "merge_every": 4, "merge_transport": "server", "pace": "deadline", "steps_taken": UNEQUAL,
+    },
+    "local-sgd, paced int8": {
+        "name": "local-sgd", "merge_every": 4, "wire": "int8", "pace": "deadline", "steps_taken": UNEQUAL,
+    },
+    "diloco, paced": {"name": "diloco", "merge_every": 4, "pace": "deadline", "steps_taken": UNEQUAL},
+    "lte, paced": {"name": "lte", "merge_every": 4, "reset": "b", "pace": "deadline", "steps_taken": UNEQUAL},
+    "lte, paced, redrawn": {
+        "name": "lte", "merge_every": 4, "reset": "ab", "heads_per_device": 2, "norms": "vector-lora",
+        "pace": "deadline", "steps_taken": UNEQUAL,
+    },
+    "lte, paced, reduced": {
+        "name": "lte", "merge_every": 4, "reset": "b", "merge_transport": "reduce", "pace": "deadline",
+        "steps_taken": UNEQUAL,
+    },
+    "lte, paced, reduced int4": {
+        "name": "lte", "merge_every": 4, "reset": "b", "merge_transport": "reduce", "wire": "int4", "pace": "deadline",
+        "steps_taken": UNEQUAL,
+    },
+    "lte, paced, served, muon": {
+        "name": "lte", "merge_every": 4, "reset": "b", "frozen_a": True, "merge_transport": "server",
+        "pace": "deadline", "steps_taken": UNEQUAL,
+    },
     "daso": {"name": "daso", "merge_every": 4, "delay_steps": 2},
     "daso, waiting": {"name": "daso", "merge_every": 4, "delay_steps": 0},
     "sapipe": {"name": "sapipe"},
@@ -101,7 +154,9 @@ VARIANTS: dict[str, Table] = {
 
 def variant_run(name: str, devices: int = 4, model: Table | None = None, train: Table | None = None) -> Run:
     """Return a tiny fp64 run of one of VARIANTS."""
-    method = VARIANTS[name]
+    method = dict(VARIANTS[name])
+    if "steps_taken" in method:
+        method["steps_taken"] = [[row[i % len(row)] for i in range(devices)] for row in method["steps_taken"]]
     adapters = {"rank": 2, "alpha": 4.0} if method["name"] in ("lte", "lora", "relora", "mhlora", "adamix") else {}
     optimizer = {"optimizer": "muon"} if name.endswith("muon") else {}
     return _run(devices, model, {**optimizer, **(train or {})}, {**adapters, **method})

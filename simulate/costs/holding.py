@@ -7,7 +7,7 @@ from functools import lru_cache, singledispatch
 from typing import Any
 
 from simulate.config import Run
-from simulate.costs.schedule import is_compressible
+from simulate.costs.schedule import is_averaged, is_compressible
 from simulate.costs.traffic import chunk_elements
 from simulate.models.shapes import ModelShape
 from simulate.options import (
@@ -93,15 +93,21 @@ def _(method: DdpOptions, shape: ModelShape, devices: int) -> int:
 
 @_extra.register
 def _(method: LocalSgdOptions, shape: ModelShape, devices: int) -> int:
-    if method.wire == "full" or devices == 1:
-        return 0
-    return shape.parameters + _residuals(shape.parameters, devices)
+    compressed = method.wire != "full" and devices > 1
+    last = shape.parameters if compressed or method.merge_delay else 0
+    residuals = _residuals(shape.parameters, devices) if compressed else 0
+    return last + residuals + _travelling(method, shape.parameters)
+
+
+def _travelling(method: MethodOptions, averaged: int) -> int:
+    """What was sent of averaged parameters and has not arrived, and what is arriving."""
+    return 2 * averaged if method.late_steps else 0
 
 
 @_extra.register
 def _(method: DilocoOptions, shape: ModelShape, devices: int) -> int:
     residuals = 0 if method.wire == "full" or devices == 1 else _residuals(shape.parameters, devices)
-    return 2 * shape.parameters + residuals
+    return 2 * shape.parameters + residuals + _travelling(method, shape.parameters)
 
 
 @_extra.register
@@ -128,10 +134,13 @@ def _(method: DenseOptions, shape: ModelShape, devices: int) -> int:
 
 @_extra.register
 def _(method: LteOptions, shape: ModelShape, devices: int) -> int:
+    averaged = sum(t.elements for t in shape.replicated if is_averaged(t, method.norms, method.biases))
+    factors = shape.factors(method.held_rank(devices), method.frozen_a)
+    travelling = _travelling(method, averaged) + (factors + shape.adapted_parameters if method.merge_delay else 0)
     replicated = shape.replicated_parameters
     if method.wire == "full" or devices == 1:
-        return replicated if method.fragments > 1 else 0
-    factors = shape.factors(method.held_rank(devices), method.frozen_a)
+        return travelling + (replicated if method.fragments > 1 or method.merge_delay else 0)
     adapted = _residuals(shape.adapted_parameters, devices) if method.merge_transport == "reduce" else factors
-    others = 0 if method.merge_transport == "server" else replicated + _residuals(replicated, devices)
-    return adapted + others
+    served = replicated if method.merge_delay else 0
+    others = served if method.merge_transport == "server" else replicated + _residuals(replicated, devices)
+    return adapted + others + travelling

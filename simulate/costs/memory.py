@@ -148,7 +148,7 @@ def _exchange_phases(run: Run, shape: ModelShape, gradient_bytes: int) -> tuple[
     if isinstance(method, LteOptions):
         merge = _lte_exchange(
             shape, devices, method.held_rank(devices), method.quantize, method.merge_transport, method.wire,
-            method.frozen_a, element_bytes,
+            method.frozen_a, method.is_paced, element_bytes,
         )  # fmt: skip
         return (Phase(0, 0, merge),)
     sizes = [t.elements * element_bytes for t in shape.tensors]
@@ -199,7 +199,7 @@ def _compression_bytes(wire: str, message: int, devices: int, element_bytes: int
 @lru_cache(maxsize=4096)
 def _lte_exchange(
     shape: ModelShape, devices: int, held_rank: int, quantize: str, transport: str, wire: str, frozen_a: bool,
-    element_bytes: int,
+    weighted: bool, element_bytes: int,
 ) -> int:  # fmt: skip
     """Largest buffer of a merge: what travels in one message (a device alone sends none), and the work beside it."""
     layers = shape.in_order()
@@ -215,6 +215,7 @@ def _lte_exchange(
             largest = max(largest, messages * max(sent, sum(x.weights for x in members) * element_bytes))
         else:  # everyone's factors, and one layer's B laid out for the product
             stacked = max(devices * x.out_features * held_rank for x in members) * element_bytes
+            stacked *= 2 if weighted else 1
             drawn = max(devices * x.in_features * held_rank for x in members) * frozen_a * messages
             largest = max(largest, messages * devices * sent + stacked + drawn * DRAW_BYTES)
     if dense:  # the dense sums, and the message they are packed into

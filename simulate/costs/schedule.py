@@ -57,7 +57,7 @@ class Recurring:
     at_end: bool = False
     """Also after the run's last step."""
     hidden_steps: int = 0
-    """Steps of compute that go on while it travels."""
+    """Steps of compute that go on while it travels; after the run's last step there are none."""
 
     def happens(self, step: int, last_step: int) -> bool:
         """Whether it takes place after `step` of a run of `last_step`."""
@@ -71,6 +71,15 @@ class Recurring:
         regular = max(0, (reached - self.first) // self.every + 1)
         extra = self.at_end and steps == last_step and (steps < self.first or (steps - self.first) % self.every != 0)
         return regular + extra
+
+    def hidden(self, last_step: int) -> Iterator[tuple[int, int]]:
+        """Yield how often it takes place in a run, and the steps of compute that go on while it travels then."""
+        # An exchange that nobody waits for at the run's end, like a last stale gradient, is as hidden as all others.
+        late = range(max(1, last_step - self.hidden_steps + 1) if self.at_end else last_step + 1, last_step + 1)
+        cut = [last_step - step for step in late if self.happens(step, last_step)]
+        yield self.times(last_step, last_step) - len(cut), self.hidden_steps
+        for steps in cut:
+            yield 1, steps
 
 
 def schedule(run: Run, shape: ModelShape) -> tuple[Recurring, ...]:
@@ -162,7 +171,7 @@ def _local_sgd(method: LocalSgdOptions, shape: ModelShape, devices: int, element
         sizes = packed_bytes([count * element_bytes for count in counts])
         operations: tuple[Operation, ...] = ("push", "pull")
         exchange = Exchange(tuple(Transfer(operation, size, active) for size in sizes for operation in operations))
-    return (_merge(exchange, method.merge_every),)
+    return (_merge(exchange, method.merge_every, method.merge_delay),)
 
 
 def _diloco(method: DilocoOptions, shape: ModelShape, devices: int, element_bytes: int) -> tuple[Recurring, ...]:
@@ -172,7 +181,7 @@ def _diloco(method: DilocoOptions, shape: ModelShape, devices: int, element_byte
         return Exchange(averages((counts[i] for i in items), devices, method.wire, element_bytes))
 
     parts = (fragment(len(counts), method.fragments, index) for index in range(method.fragments))
-    return _staggered([merge(items) for items in parts], method.merge_every)
+    return _staggered([merge(items) for items in parts], method.merge_every, method.merge_delay)
 
 
 def _daso(method: DasoOptions, shape: ModelShape, devices: int, element_bytes: int) -> tuple[Recurring, ...]:
@@ -235,7 +244,7 @@ def _lte(method: LteOptions, shape: ModelShape, devices: int, element_bytes: int
         shape, devices, method.held_rank(devices), method.quantize, method.merge_transport, method.wire,
         method.fragments, method.norms, method.biases, method.frozen_a, element_bytes,
     )  # fmt: skip
-    return _staggered(exchanges, method.merge_every)
+    return _staggered(exchanges, method.merge_every, method.merge_delay)
 
 
 def layer_transport(linear: LinearShape, held_rank: int, devices: int, transport: str, frozen_a: bool) -> str:
@@ -324,11 +333,11 @@ def _merge(exchange: Exchange, every: int, hidden_steps: int = 0) -> Recurring:
     return Recurring(exchange, first=every, every=every, at_end=True, hidden_steps=hidden_steps)
 
 
-def _staggered(exchanges: Sequence[Exchange], every: int) -> tuple[Recurring, ...]:
+def _staggered(exchanges: Sequence[Exchange], every: int, hidden_steps: int) -> tuple[Recurring, ...]:
     """One fragment after the other, each every T steps, T / fragments apart; all of them after the last step."""
     apart = every // len(exchanges)
     return tuple(
-        Recurring(exchange, first=apart * (index + 1), every=every, at_end=True)
+        Recurring(exchange, first=apart * (index + 1), every=every, at_end=True, hidden_steps=hidden_steps)
         for index, exchange in enumerate(exchanges)
     )
 

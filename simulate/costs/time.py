@@ -9,6 +9,7 @@ from functools import lru_cache
 from simulate.config import Run
 from simulate.costs.flops import merge_flops, step_flops
 from simulate.costs.holding import holding
+from simulate.costs.pace import round_compute_s
 from simulate.costs.schedule import num_rounds, schedule
 from simulate.costs.traffic import ELEMENT_BYTES, Exchange, Transfer, frozen_bytes
 from simulate.hardware import Device, Link
@@ -23,15 +24,17 @@ COMPRESSION_ELEMENTS_MOVED = 8
 
 @dataclass(frozen=True)
 class RoundTime:
-    """Seconds of one round of `steps` optimizer steps, on the slowest device."""
+    """Seconds of one round of `steps` optimizer steps."""
 
     steps: int
     compute_s: float
-    """Of one step."""
+    """Of one step: of the slowest device, or with a deadline a T-th of what the round gives everybody."""
     merge_s: float
     """Of the arithmetic of a round's merges."""
     exchange_s: float
     """Of a round's messages, as far as no compute hides them; the mean over the run's rounds."""
+    device_steps: float
+    """Optimizer steps of all devices together in a round."""
 
     @property
     def round_s(self) -> float:
@@ -40,21 +43,36 @@ class RoundTime:
 
 
 def round_time(run: Run, shape: ModelShape, devices: Sequence[Device], link: Link) -> RoundTime:
-    """Return a round's time; in lockstep, everybody waits for the slowest device."""
+    """Return a round's time; in lockstep everybody waits for the slowest device, with a deadline for nobody.
+
+    Unless a device's single step takes longer than that.
+    """
     kinds = {_Rates.of(run.train.dtype, device) for device in {id(device): device for device in devices}.values()}
-    step_s = max(compute_s(run, shape, kind) for kind in kinds)
+    each_s = device_step_s(run, shape, devices)
+    steps_s, device_steps = round_compute_s(run.method, each_s)
+    step_s = steps_s / run.method.round_steps if run.method.is_paced else max(each_s)
+    merge_s = max(merge_compute_s(run, shape, kind) for kind in kinds)
     parts = schedule(run, shape)
+    # What is sent at a merge travels behind the arithmetic there, too.
+    own_s = merge_s / run.method.merges_per_round
     total_s = sum(
-        part.times(run.train.steps, run.train.steps)
-        * max(0.0, exchange_s(part.exchange, link) - part.hidden_steps * step_s)
+        times * max(0.0, exchange_s(part.exchange, link) - (steps * step_s + own_s if steps else 0.0))
         for part in parts
+        for times, steps in part.hidden(run.train.steps)
     )
     return RoundTime(
         steps=run.method.round_steps,
         compute_s=step_s,
-        merge_s=max(merge_compute_s(run, shape, kind) for kind in kinds),
+        merge_s=merge_s,
         exchange_s=total_s / num_rounds(run),
+        device_steps=device_steps,
     )
+
+
+def device_step_s(run: Run, shape: ModelShape, devices: Sequence[Device]) -> tuple[float, ...]:
+    """Return the seconds that each device needs for a step."""
+    by_kind = {id(device): compute_s(run, shape, _Rates.of(run.train.dtype, device)) for device in devices}
+    return tuple(by_kind[id(device)] for device in devices)
 
 
 @dataclass(frozen=True)

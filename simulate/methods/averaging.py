@@ -2,12 +2,17 @@
 
     θ ← θ_last + outer(Σ_n w_n·θ_n − θ_last),   θ_n ← θ         with Σ_n w_n = 1; outer is the identity but for DiLoCo
 
+Or with a delay, where training goes on while the parameters σ_n of the moment travel:
+
+    σ_n ← θ_n;   ... d steps ...;   θ ← θ_last + outer(Σ_n w_n·σ_n − θ_last),   θ_n ← θ + (θ_n − σ_n)
+
 Legend: L local devices, N devices, X elements.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,6 +42,7 @@ class Averaging:
         fragments: int = 1,
         outer: Outer | None = None,
         first_only: bool = False,
+        delayed: bool = False,
     ) -> None:
         self.first_only = first_only
         self.parameters, self.communicator, self.server, self.outer = parameters, communicator, server, outer
@@ -45,8 +51,12 @@ class Averaging:
         self.messages = [packed_parameters({name: parameters[name] for name in part}) for part in parts]
         compressed = not first_only and wire != "full" and not server and communicator.num_devices > 1
         self.last: dict[str, Tensor] = {}
-        if compressed or fragments > 1 or outer is not None:
+        if compressed or fragments > 1 or outer is not None or delayed:
             self.last = {name: p[0].detach().clone() for name, p in parameters.items()}
+        self.snapshots = {name: p.detach().clone() for name, p in parameters.items() if delayed}
+        """σ: what was sent and has not arrived."""
+        self.arriving = {name: p[0].detach().clone() for name, p in parameters.items() if delayed}
+        """Means, which training must not see before they have arrived."""
         self.means: dict[tuple[str, ...], CompressedMean] = {}
         if compressed:
             for message in (tuple(m) for messages in self.messages for m in messages):
@@ -73,22 +83,61 @@ class Averaging:
         Through a server only those devices take part whose weight is not zero.
         """
         for message in self.messages[index]:
-            for name, mean in zip(message, self._means(message, weights_N), strict=True):
-                if self.outer is not None:
-                    mean = self.outer(name, self.last[name], mean)
-                if self.last:
-                    self.last[name].copy_(mean)
-                self.parameters[name].copy_(mean.expand_as(self.parameters[name]))
+            means = self._means(message, self.parameters, weights_N)
+            for name, mean in zip(message, means, strict=True):
+                merged = self._merged(name, mean)
+                self.parameters[name].copy_(merged.expand_as(self.parameters[name]))
+
+    @torch.no_grad()
+    def send(self, index: int, weights_N: Tensor | None = None) -> None:
+        """Let the index-th fragment, as it is now, be averaged behind the training: inside `background`."""
+        for message in self.messages[index]:
+            for name in message:
+                self.snapshots[name].copy_(self.parameters[name])
+            means = self._means(message, self.snapshots, weights_N, into=self.arriving)
+            self.communicator.then(partial(self._keep_arriving, message, means))
+
+    def _keep_arriving(self, message: list[str], means: list[Tensor]) -> None:
+        for name, mean in zip(message, means, strict=True):
+            if mean is not self.arriving[name]:
+                self.arriving[name].copy_(mean)
+        means.clear()
+
+    @torch.no_grad()
+    def take_over(self, index: int) -> None:
+        """Put what has arrived of the index-th fragment in the place of what was sent; later progress stays."""
+        for name in (name for message in self.messages[index] for name in message):
+            merged = self._merged(name, self.arriving[name])
+            self.parameters[name].sub_(self.snapshots[name]).add_(merged)
+
+    def _merged(self, name: str, mean: Tensor) -> Tensor:
+        """Return the weights that a mean leads to, and remember them where they are kept."""
+        merged = mean if self.outer is None else self.outer(name, self.last[name], mean)
+        if self.last:
+            self.last[name].copy_(merged)
+        return merged
 
     @torch.no_grad()
     def leave_out(self, healthy_L: Tensor) -> None:
-        """Forget what devices have that are not healthy, so that a weight of zero makes it count nothing."""
+        """Forget what devices have that are not healthy, so that a weight of zero makes it count nothing.
+
+        Those that train on before the merge has arrived do so from the last one.
+        """
         errors = (tensor for mean in self.means.values() for tensor in mean.state().values())
         for tensor in (*self.parameters.values(), *errors):
             clear_rows(tensor, healthy_L)
+        for name in self.snapshots:
+            self.parameters[name][~healthy_L.to(self.last[name].device)] = self.last[name]
 
-    def _means(self, message: list[str], weights_N: Tensor | None) -> list[Tensor]:
-        copies = [self.parameters[name].detach() for name in message]
+    def _means(
+        self,
+        message: list[str],
+        parameters: Mapping[str, Tensor],
+        weights_N: Tensor | None,
+        into: Mapping[str, Tensor] | None = None,
+    ) -> list[Tensor]:
+        """Return the means of a message's parameters, filled once they have arrived; sums are made in `into`."""
+        copies = [parameters[name].detach() for name in message]
         if self.first_only:
             return self._firsts(copies)
         if self.server:
@@ -96,13 +145,13 @@ class Averaging:
         weights_L = None if weights_N is None else weights_N[self._local]
         if self.means:
             return self._compressed(tuple(message), copies, weights_L)
+        sums = []
+        for name, copy in zip(message, copies, strict=True):
+            own = copy.sum(0) if weights_L is None else torch.tensordot(weights_L, copy, dims=1)
+            sums.append(own if into is None else into[name].copy_(own))
+        self.communicator.all_reduce(sums)
         if weights_L is None:
-            sums = [copy.sum(0) for copy in copies]
-            self.communicator.all_reduce(sums)
-            torch._foreach_div_(sums, float(self.communicator.num_devices))
-        else:
-            sums = [torch.tensordot(weights_L, copy, dims=1) for copy in copies]
-            self.communicator.all_reduce(sums)
+            self.communicator.then(lambda: torch._foreach_div_(sums, float(self.communicator.num_devices)))
         return sums
 
     def _firsts(self, copies: list[Tensor]) -> list[Tensor]:
@@ -123,16 +172,22 @@ class Averaging:
 
     def _through_server(self, copies: list[Tensor], weights_N: Tensor | None) -> list[Tensor]:
         active = None
-        if weights_N is not None:
+        if weights_N is not None and not bool((weights_N > 0).all()):
             active = torch.nonzero(weights_N > 0).flatten().tolist()
             copies = [copy[weights_N[self._local] > 0] for copy in copies]
         pushed = self.communicator.push(copies, active)
-        if pushed is None:
-            means = [copy.new_empty(copy.shape[1:]) for copy in copies]
-        elif weights_N is None:
-            means = [copy.mean(0) for copy in pushed]
-        else:
-            means = [torch.tensordot(weights_N[active], copy, dims=1) for copy in pushed]
+        means = [copy.new_empty(copy.shape[1:]) for copy in copies]
+
+        def average() -> None:
+            for mean, copies_N in zip(means, pushed or (), strict=False):
+                if weights_N is None:
+                    torch.mean(copies_N, 0, out=mean)
+                else:
+                    weights = weights_N if active is None else weights_N[active]
+                    mean.copy_(torch.tensordot(weights, copies_N, dims=1))
+
+        if pushed is not None:  # here is the server
+            self.communicator.then(average)
         self.communicator.pull(means, active)
         return means
 
@@ -141,9 +196,14 @@ class Averaging:
         if weights_L is not None:  # the mean is over all devices: Σ w_n·x_n = mean_n(N·w_n·x_n)
             weight_L1 = (weights_L * self.communicator.num_devices).unsqueeze(1)
             changes = (change.flatten(1) * weight_L1 for change in changes)
-        mean_X = self.means[message].mean(changes)
-        parts = mean_X.split([copy[0].numel() for copy in copies])
-        return [self.last[name] + part.view_as(self.last[name]) for name, part in zip(message, parts, strict=True)]
+        mean, sizes, means = self.means[message].mean(changes), [copy[0].numel() for copy in copies], []
+
+        def add_up() -> None:
+            for name, part in zip(message, mean.pop().split(sizes), strict=True):
+                means.append(self.last[name] + part.view_as(self.last[name]))
+
+        self.communicator.then(add_up)
+        return means
 
     def state(self) -> Mapping[str, Tensor]:
         """Return what the next merges depend on, by name."""
@@ -152,4 +212,9 @@ class Averaging:
             for message, mean in self.means.items()
             for key, tensor in mean.state().items()
         }
-        return {**{f"last.{name}": tensor for name, tensor in self.last.items()}, **errors}
+        travels = {
+            f"{key}.{name}": tensor
+            for key, tensors in (("snapshot", self.snapshots), ("arriving", self.arriving))
+            for name, tensor in tensors.items()
+        }
+        return {**{f"last.{name}": tensor for name, tensor in self.last.items()}, **errors, **travels}

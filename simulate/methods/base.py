@@ -94,9 +94,11 @@ class Method(ABC):
 
     def merge_due(self, step: int) -> bool:
         """Whether devices merge after this step: at the end of a round or of its fragments, and of the run."""
-        options = self.run.method
-        apart = options.round_steps // options.merges_per_round
-        return (step + 1) % apart == 0 or self.is_last(step)
+        return (step + 1) % self.run.method.steps_apart == 0 or self.is_last(step)
+
+    def settles_after(self, step: int) -> bool:
+        """Whether newly merged weights are there after this step."""
+        return self.merge_due(step)
 
     def is_last(self, step: int) -> bool:
         """Whether this is the run's last step."""
@@ -107,8 +109,7 @@ class Method(ABC):
         options = self.run.method
         if self.is_last(step):
             return list(range(options.merges_per_round))
-        apart = options.round_steps // options.merges_per_round
-        return [((step + 1) // apart - 1) % options.merges_per_round]
+        return [((step + 1) // options.steps_apart - 1) % options.merges_per_round]
 
     @abstractmethod
     def merge(self, step: int) -> None:
@@ -169,6 +170,17 @@ class Method(ABC):
     def active(self, step: int) -> list[int]:
         """Return the devices that train in this step, in global order."""
         return list(range(self.run.cluster.devices))
+
+    def close_round(self, step: int) -> None:  # noqa: B027 - most methods' rounds end with their merge
+        """Settle what devices did in the round that ends with this step, before anybody looks at it."""
+
+    def steps_done(self) -> list[int] | None:
+        """Return the steps that each device took in the last round, where they may differ."""
+        return None
+
+    def samples_done(self, step: int) -> int:
+        """Return the samples that all devices together have trained on after this step of the last round."""
+        return (step + 1) * self.run.samples_per_step
 
     def rate_factor(self, step: int) -> float:
         """Return the share of the peak learning rate at a step, counted from 0."""
@@ -248,8 +260,8 @@ class Method(ABC):
         return rest in self._per_device_tensors
 
     def is_kept_per_device(self, name: str) -> bool:
-        """Whether a tensor of `kept` has a leading axis over devices: the errors of compressed messages do."""
-        return "error" in name
+        """Whether a tensor of `kept` has a leading axis over devices: errors of messages and snapshots do."""
+        return "error" in name or "snapshot." in name
 
     is_trained_per_device = True
     """Whether each device trains parameters of its own; else all share one copy."""

@@ -46,7 +46,7 @@ class Ddp(GradientMethod):
             return
         own = take_gradients(self.leaves)
         for names, compressed in zip(self.messages, self.means, strict=True):
-            mean_X = compressed.mean(own.pop(name) for name in names)
+            (mean_X,) = compressed.mean(own.pop(name) for name in names)
             parts = mean_X.split([self.parameters[name].numel() for name in names])
             for name, part in zip(names, parts, strict=True):
                 self.parameters[name].grad = part.view_as(self.parameters[name])

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from simulate.communicator import Communicator
 from simulate.config import Run
-from simulate.convert import merged_state
 from simulate.methods.averaging import Averaging
 from simulate.methods.local_sgd import Local
 from simulate.options import DilocoOptions
@@ -32,8 +31,9 @@ class Diloco(Local):
         self.options = run.method
         super().__init__(run, communicator, device, network)
         self.averaging = Averaging(
-            self.parameters, communicator, wire=self.options.wire, fragments=self.options.fragments, outer=self._outer
-        )
+            self.parameters, communicator, wire=self.options.wire, fragments=self.options.fragments, outer=self._outer,
+            delayed=self.delay > 0,
+        )  # fmt: skip
         self.momentum = {name: torch.zeros_like(last) for name, last in self.averaging.last.items()}
 
     def _outer(self, name: str, last: Tensor, mean: Tensor) -> Tensor:
@@ -42,18 +42,12 @@ class Diloco(Local):
         change.add_(velocity, alpha=self.options.outer_momentum)
         return torch.sub(last, change, alpha=self.options.outer_learning_rate)
 
-    def merge(self, step: int) -> None:
-        for index in self.fragments_due(step):
-            self.averaging.merge(index, self.counted(None))
-        self.healthy_N = None
+    def merge_fragment(self, index: int, step: int) -> None:
+        self.averaging.merge(index, self._weights(step))
 
     def updates(self, step: int) -> Iterator[LayerUpdates]:
-        return dense_updates(self.model, self.parameters, self.averaging.last)
-
-    def merged_state(self) -> dict[str, Tensor]:
-        """Return the outer weights: between the merges of fragments no device has them all."""
-        return merged_state(self.model, {id(self.parameters[name]): t for name, t in self.averaging.last.items()})
+        return dense_updates(self.model, self.parameters, self.averaging.last, self._weights(step))
 
     def kept(self) -> dict[str, Tensor]:
         momentum = {f"momentum.{name}": tensor for name, tensor in self.momentum.items()}
-        return {**self.averaging.state(), **momentum}
+        return {**super().kept(), **momentum}

@@ -20,7 +20,8 @@ from simulate.communicator import Communicator
 from simulate.config import Run
 from simulate.convert import convert, merged_state
 from simulate.methods.averaging import Averaging
-from simulate.methods.base import Method, clip_per_device, forget_moments
+from simulate.methods.base import clip_per_device, forget_moments
+from simulate.methods.paced import Paced
 from simulate.options import LocalSgdOptions
 from simulate.randomness import generator
 from simulate.updates import LayerUpdates, dense_updates
@@ -28,7 +29,7 @@ from simulate.updates import LayerUpdates, dense_updates
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Local(Method):
+class Local(Paced):
     """A full copy of the network and of its optimizer for every local device; subclasses merge."""
 
     def prepare(self, model: nn.Module) -> nn.Module:
@@ -37,12 +38,13 @@ class Local(Method):
     def parameter_groups(self) -> list[dict[str, object]]:
         return self.decay_groups(self.parameters.items(), self.run.train.learning_rate)
 
-    def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
+    def train_step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         losses_L = self.group_losses(inputs, targets, self.local_devices)
         losses_L.sum().backward()
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         clip_per_device(gradients, self.local_devices, self.run.train.clip_norm)
         self.apply_gradients(step)
+        self.arrive_if_due(step)
         return losses_L.detach()
 
     can_leave_out = True
@@ -52,8 +54,22 @@ class Local(Method):
         super().leave_out(healthy_N)
         self.averaging.leave_out(self.healthy_L)
 
+    def send_fragment(self, index: int, step: int) -> None:
+        self.averaging.send(index, self._weights(step))
+
+    def take_over_fragment(self, index: int, step: int) -> None:
+        self.averaging.take_over(index)
+
+    def _weights(self, step: int) -> Tensor | None:
+        """Return all devices' shares of the mean, or None where they are equal."""
+        return self.shares()
+
     def merged_state(self) -> dict[str, Tensor]:
-        return merged_state(self.model)
+        """Return the weights of the last merge: between merges that are late or of fragments no device has them all."""
+        return merged_state(self.model, {id(self.parameters[name]): t for name, t in self.averaging.last.items()})
+
+    def kept(self) -> dict[str, Tensor]:
+        return {**super().kept(), **self.averaging.state()}
 
 
 class LocalSgd(Local):
@@ -66,32 +82,43 @@ class LocalSgd(Local):
         self.options = run.method
         super().__init__(run, communicator, device, network)
         server = self.options.merge_transport == "server"
-        self.averaging = Averaging(self.parameters, communicator, server, self.options.wire)
+        delayed = self.delay > 0
+        self.averaging = Averaging(self.parameters, communicator, server, self.options.wire, delayed=delayed)
 
     def active(self, step: int) -> list[int]:
+        if self.is_paced:
+            return super().active(step)
         count = self.options.participants(self.run.cluster.devices)
         return participants(self.run, count, step // self.options.merge_every)
 
-    def merge(self, step: int) -> None:
-        weights_N = self.counted(self._weights(step))
+    def merge_fragment(self, index: int, step: int) -> None:
+        weights_N = self._weights(step)
         if self.options.merge_optimizer == "average":
             self._average_with_moments(weights_N)
         else:
-            self.averaging.merge(0, weights_N)
+            self.averaging.merge(index, weights_N)
+        self._treat_moments()
+
+    def take_over_fragment(self, index: int, step: int) -> None:
+        super().take_over_fragment(index, step)
+        self._treat_moments()
+
+    def _treat_moments(self) -> None:
         if self.options.merge_optimizer == "reset":
             forget_moments(self.optimizer, self.parameters.values())
-        self.healthy_N = None
 
     def _weights(self, step: int) -> Tensor | None:
-        """Return all devices' shares of the round's mean, or None where they are equal."""
-        shards, active = self.run.data.shards, self.active(step)
+        shards = self.run.data.shards
+        if self.is_paced:
+            return self.shares(shards)
+        active = self.active(step)
         if shards is None and len(active) == self.run.cluster.devices:
-            return None
+            return self.counted(None)
         sizes = torch.tensor(shards or [1.0] * self.run.cluster.devices, dtype=torch.float64)
         weights = torch.zeros_like(sizes)
         weights[active] = sizes[active]
         first = next(iter(self.parameters.values()))
-        return (weights / weights.sum()).to(first)
+        return self.counted((weights / weights.sum()).to(first))
 
     def _average_with_moments(self, weights_N: Tensor | None) -> None:
         """Average parameters and both of Adam's moments, as if these were parameters, too."""
@@ -108,9 +135,6 @@ class LocalSgd(Local):
 
     def updates(self, step: int) -> Iterator[LayerUpdates]:
         return dense_updates(self.model, self.parameters, self.averaging.last, self._weights(step))
-
-    def kept(self) -> dict[str, Tensor]:
-        return dict(self.averaging.state())
 
 
 def participants(run: Run, count: int, round_index: int) -> list[int]:

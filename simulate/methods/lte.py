@@ -9,6 +9,19 @@ Reset-less merges telescope, since each one takes back the last: W = W0 + (s/H)�
 So W0 is kept instead of everybody's old factors; nothing accumulates, neither rounding nor memory. Parameters outside
 adapted layers belong to a device and are averaged with every merge. Optimizer state stays with its device.
 
+With `merge_delay` d what heads have at step kT, A' and B', is merged behind the next d steps; after step kT + d
+
+    reset-less:                W ← W0 + (s/H)·Σ_h B'_h·A'_h,   then A0_h, B0_h ← A'_h, B'_h
+    frozen A with reset = "b": W ← W + (s/H)·Σ_h B'_h·A_h,     then B_h ← B_h − B'_h
+
+so that a head's effective weight keeps what it learned since. Other resets would drop that.
+
+With `pace = "deadline"` device n counts w_n in place of 1/N (simulate.methods.paced):
+
+    reset:       W ← W + s·Σ_n w_n·mean_{h of n}(B_h·A_h)
+
+Reset-less merges would not telescope then: what a head had added with one weight would be taken back with another.
+
 On a compressed `wire` what a device merged is what its message said, so A0, B0 are the rounded factors, and what
 rounding lost is added to the next message (error feedback; Karimireddy et al. 2019, arXiv 1901.09847). A reduced delta
 carries the change since the last merge instead, through simulate.wire's CompressedMean, and W accumulates.
@@ -28,9 +41,11 @@ from simulate.convert import Treatment, convert, lora, merged_state, norm_parame
 from simulate.costs.traffic import fragment
 from simulate.errors import RunFailedError
 from simulate.methods.averaging import Averaging
-from simulate.methods.base import Method, clear_rows, clip_per_device, forget_moments, prune_moments
+from simulate.methods.base import clear_rows, clip_per_device, forget_moments, prune_moments
+from simulate.methods.delayed import NOTHING
 from simulate.methods.lora import adapter_groups, adapter_parameters
 from simulate.methods.merging import LayerMerger, sum_of_products
+from simulate.methods.paced import Paced
 from simulate.options import LteOptions
 from simulate.replicated import VectorLora
 from simulate.updates import DenseUpdates, LayerUpdates, LowRankUpdates, dense_updates
@@ -39,7 +54,7 @@ PRUNED_SHARE = 0.9
 """Of the adapters' optimizer state, where a merge prunes it (as in ReLoRA, arXiv 2307.05695)."""
 
 
-class Lte(Method):
+class Lte(Paced):
     """LTE with or without reset, over any transport."""
 
     def __init__(
@@ -59,8 +74,9 @@ class Lte(Method):
         self.first_device_norms = list(norms.values())
         averaged = {name: t for name, t in self._in_order(adapters).items() if name not in norms}
         server = options.merge_transport == "server"
-        self.averaging = Averaging(averaged, communicator, server, options.wire, options.fragments)
-        self.spreading = Averaging(norms, communicator, server, fragments=options.fragments, first_only=True)
+        delayed, parts_of = self.delay > 0, options.fragments
+        self.averaging = Averaging(averaged, communicator, server, options.wire, parts_of, delayed=delayed)
+        self.spreading = Averaging(norms, communicator, server, fragments=parts_of, first_only=True, delayed=delayed)
         parts = [fragment(len(layers), options.fragments, index) for index in range(options.fragments)]
         self.mergers = [LayerMerger([layers[i] for i in part], options, communicator) for part in parts]
 
@@ -98,7 +114,7 @@ class Lte(Method):
     def parameter_groups(self) -> list[dict[str, object]]:
         return adapter_groups(self, self.options)
 
-    def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
+    def train_step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         heads = self.options.heads_per_device
         losses_H = self.group_losses(inputs, targets, self.local_devices * heads)
         # The sum over heads gives each adapter the gradient of its own head's mean loss, whatever H is.
@@ -112,25 +128,37 @@ class Lte(Method):
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         clip_per_device(gradients, self.local_devices, self.run.train.clip_norm)
         self.apply_gradients(step)
+        self.arrive_if_due(step)
         return losses_H.detach().view(self.local_devices, heads).mean(1)
 
-    @torch.no_grad()
-    def merge(self, step: int) -> None:
-        for index in self.fragments_due(step):
-            merger = self.mergers[index]
-            merger.merge()
-            for vector in self.vectors.values():
-                vector.merged.copy_(vector())
-            self.averaging.merge(index, self.counted(None))
-            self.spreading.merge(index)
-            for layer in merger.layers:
-                self._start_round(layer, step)
-            for name in (name for message in self.averaging.messages[index] for name in message):
-                if name in self.vectors:
-                    self.vectors[name].start_round()
-                    self._treat_moments(self.vectors[name].factors())
+    def merge_fragment(self, index: int, step: int) -> None:
+        merger = self.mergers[index]
+        weights_N = self.shares()
+        # Where all count alike, a device that is left out adds nothing to a mean over all heads.
+        merger.merge(weights_N if self.is_paced else None)
+        for vector in self.vectors.values():
+            vector.merged.copy_(vector())
+        self.averaging.merge(index, weights_N)
+        self.spreading.merge(index)
+        for layer in merger.layers:
+            self._start_round(layer, step)
+        for name in (name for message in self.averaging.messages[index] for name in message):
+            if name in self.vectors:
+                self.vectors[name].start_round()
+                self._treat_moments(self.vectors[name].factors())
 
-        self.healthy_N = None
+    def send_fragment(self, index: int, step: int) -> None:
+        self.mergers[index].send()
+        self.averaging.send(index, self.counted(None))
+        self.spreading.send(index)
+
+    def take_over_fragment(self, index: int, step: int) -> None:
+        merger = self.mergers[index]
+        merger.take_over()
+        self.averaging.take_over(index)
+        self.spreading.take_over(index)
+        for layer in merger.layers:
+            self._treat_moments(layer.factors())
 
     can_leave_out = True
 
@@ -187,7 +215,7 @@ class Lte(Method):
             if layer.start_weight is not None
         }
         errors = {name: tensor for merger in self.mergers for name, tensor in merger.state().items()}
-        return {**starts, **errors, **self.averaging.state(), **self.spreading.state()}
+        return {**super().kept(), **starts, **errors, **self.averaging.state(), **self.spreading.state()}
 
     def revived(self, shared: Mapping[str, Tensor], donor: Mapping[str, Tensor], device: int) -> dict[str, Tensor]:
         """Return a device's start with new adapters: A as it would draw it, B and the product at zero."""
@@ -202,21 +230,24 @@ class Lte(Method):
             else:
                 continue
             for key, value in (("a", drawn_HRI), ("b", None), ("a0", drawn_HRI), ("b0", None)):
-                if f"model.{name}.{key}" in own:
-                    like = own[f"model.{name}.{key}"]
-                    own[f"model.{name}.{key}"] = torch.zeros_like(like) if value is None else value.to(like)
+                for kept in (f"model.{name}.{key}", f"kept.snapshot.{name}.{key}"):
+                    if kept in own:
+                        own[kept] = torch.zeros_like(own[kept]) if value is None else value.to(own[kept])
         return own
 
     @torch.no_grad()
     def after_revival(self) -> None:
         """Let W0 take over what lost devices had added to W: from now on their products start at zero."""
-        for merger in self.mergers:
+        share = self.options.scale / (self.communicator.num_devices * self.options.heads_per_device)
+        sent_after = int(self.sent_after)
+        travels = [] if sent_after == NOTHING else self.fragments_due(sent_after)
+        for index, merger in enumerate(self.mergers):
             for layer in merger.layers:
                 if layer.start_weight is not None:
-                    sums = [sum_of_products(layer.a, layer.b)]
+                    weight_OI, a_HRI, b_HOR = merger.merged(layer, travels=index in travels)
+                    sums = [sum_of_products(a_HRI, b_HOR)]
                     self.communicator.all_reduce(sums)
-                    share = self.options.scale / (self.communicator.num_devices * self.options.heads_per_device)
-                    layer.start_weight.copy_(torch.sub(layer.weight, sums[0], alpha=share))
+                    layer.start_weight.copy_(torch.sub(weight_OI, sums[0], alpha=share))
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         for name, module in self.model.named_modules():

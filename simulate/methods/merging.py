@@ -5,7 +5,8 @@ Legend: L local devices, H heads of all devices, R rank, I inputs, O outputs, X 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,15 @@ class LayerMerger:
         self.dense_messages = [
             [dense[i] for i in group] for group in pack([x.weight.numel() * element_bytes for x in dense])
         ]
+        delayed_layers = layers if options.merge_delay else ()
+        self.snapshots = {
+            f"{layer.name}.{key}": getattr(layer, key).detach().clone() for layer in delayed_layers for key in self.keys
+        }
+        """Factors that were sent while their merge travels."""
+        self.arriving = {layer.name: layer.weight.clone() for layer in delayed_layers}
+        """Merged W, which training must not see before it has arrived."""
+        self._travels = False
+        self._weights_H: Tensor | None = None
         self.compressed = options.wire != "full" and devices > 1
         self.errors: dict[str, Tensor] = {}
         self.means: list[CompressedMean] = []
@@ -58,8 +68,55 @@ class LayerMerger:
                 elements = sum(layer.weight.numel() for layer in message)
                 self.means.append(CompressedMean(elements, options.wire, communicator, message[0].weight))
 
-    def merge(self) -> None:
-        """Make W of all layers the same on all devices, and let heads remember what of them is in it."""
+    def merge(self, weights_N: Tensor | None = None) -> None:
+        """Make W of all layers the same on all devices, and let heads remember what of them is in it.
+
+        `weights_N` are all devices' shares of 1; equal where not given.
+        """
+        self._travels = False
+        heads, devices = self.options.heads_per_device, self.communicator.num_devices
+        # In units of an equal share, since the merge is a mean.
+        self._weights_H = None if weights_N is None else (weights_N * devices).repeat_interleave(heads)
+        self._exchange()
+        self._weights_H = None
+
+    @property
+    def _own_weights_H(self) -> Tensor | None:
+        if self._weights_H is None:
+            return None
+        local, heads = self.communicator.local_devices, self.options.heads_per_device
+        return self._weights_H[local.start * heads : local.stop * heads]
+
+    @torch.no_grad()
+    def send(self) -> None:
+        """Let factors, as they are now, be merged behind the training: inside `background`."""
+        for layer in self.layers:
+            for key in self.keys:
+                self.snapshots[f"{layer.name}.{key}"].copy_(getattr(layer, key))
+        self._travels = True
+        self._exchange()
+
+    @torch.no_grad()
+    def take_over(self) -> None:
+        """Put the W that has arrived in its place; what heads learned since they sent stays their own difference."""
+        for layer in self.layers:
+            layer.weight.copy_(self.arriving[layer.name])
+            b_HOR = self.snapshots[f"{layer.name}.b"]
+            if self.options.reset == "none":
+                layer.remember_product(self.snapshots[f"{layer.name}.a"], b_HOR)
+            else:
+                layer.b.sub_(b_HOR)
+
+    def merged(self, layer: LoraLinear, travels: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the newest merged W of a layer, on its way or not, and the local heads' A and B that are in it."""
+        if travels:
+            snapshots = (self.snapshots[f"{layer.name}.{key}"] for key in ("a", "b"))
+            return self.arriving[layer.name], *snapshots
+        if layer.a0 is None or layer.b0 is None:  # nothing is merged yet
+            return layer.weight, layer.a.detach(), torch.zeros_like(layer.b)
+        return layer.weight, layer.a0, layer.b0
+
+    def _exchange(self) -> None:
         for message in self.factor_messages:
             self._merge_factors(message)
         for index, message in enumerate(self.dense_messages):
@@ -95,16 +152,28 @@ class LayerMerger:
         if self.compressed:
             everyones = self._exchange_rounded(layers, exchange)
         else:
-            everyones = exchange([getattr(layer, key).detach() for layer in layers for key in self.keys])
+            everyones = exchange([self._sent(layer, key) for layer in layers for key in self.keys])
             for layer in layers:
-                self._remember(layer, layer.a.detach(), layer.b.detach())
+                self._remember(layer)
         if everyones is not None:  # here, not only at the server
-            factors = iter(everyones)
-            for layer in layers:
-                a_HRI = self._everyones_draw(layer) if self.options.frozen_a else next(factors)
-                add_products(self._base(layer), a_HRI, next(factors), self._share, out=layer.weight)
+            self.communicator.then(partial(self._add_up, layers, everyones, self._targets(layers)))
         if server:
-            self.communicator.pull([layer.weight for layer in layers])
+            self.communicator.pull(self._targets(layers))
+
+    def _add_up(self, layers: list[LoraLinear], everyones: list[Tensor], targets: list[Tensor]) -> None:
+        factors = iter(everyones)
+        for layer, target_OI in zip(layers, targets, strict=True):
+            a_HRI = self._everyones_draw(layer) if self.options.frozen_a else next(factors)
+            b_HOR = weighted(next(factors), self._weights_H)
+            add_products(self._base(layer), a_HRI, b_HOR, self._share, out=target_OI)
+
+    def _sent(self, layer: LoraLinear, key: str) -> Tensor:
+        """Return what is merged of a layer's own factors: as they are, or as they were sent."""
+        return self.snapshots[f"{layer.name}.{key}"] if self._travels else getattr(layer, key).detach()
+
+    def _targets(self, layers: list[LoraLinear]) -> list[Tensor]:
+        """Return where merged W go."""
+        return [self.arriving[layer.name] if self._travels else layer.weight for layer in layers]
 
     def _everyones_draw(self, layer: LoraLinear) -> Tensor:
         heads = self.communicator.num_devices * self.options.heads_per_device
@@ -118,7 +187,7 @@ class LayerMerger:
         for layer in layers:
             rounded = {}
             for key in self.keys:
-                factor = getattr(layer, key).detach()
+                factor = self._sent(layer, key)
                 error_LX = self.errors[f"{layer.name}.{key}"]
                 corrected_LX = error_LX.add_(factor.view(self.local, -1))
                 message = encode(corrected_LX, wire)
@@ -127,33 +196,54 @@ class LayerMerger:
                 rounded[key] = sent_LX.reshape(factor.shape)
                 parts.append(message)
                 shapes.append(factor.shape)
-            self._remember(layer, rounded.get("a", layer.a), rounded["b"])
+            self._remember(layer, rounded)
             if self.options.reset == "ab":  # the lost part of a factor means nothing beside the next draw
                 for key in self.keys:
                     self.errors[f"{layer.name}.{key}"].zero_()
         exchanged = exchange([tensor for message in parts for tensor in message])
         if exchanged is None:
             return None
-        received = iter(exchanged)
-        everyones = []
-        for message, (heads, rows, columns) in zip(parts, shapes, strict=True):
-            elements = heads // self.local * rows * columns
-            decoded = decode([next(received) for _ in message], elements, wire, self.layers[0].weight.dtype)
-            everyones.append(decoded.reshape(-1, rows, columns))
+        everyones: list[Tensor] = []
+
+        def unpack() -> None:
+            received = iter(exchanged)
+            for message, (heads, rows, columns) in zip(parts, shapes, strict=True):
+                elements = heads // self.local * rows * columns
+                decoded = decode([next(received) for _ in message], elements, wire, self.layers[0].weight.dtype)
+                everyones.append(decoded.reshape(-1, rows, columns))
+
+        self.communicator.then(unpack)
         return everyones
 
     def _merge_sums(self, layers: list[LoraLinear]) -> None:
-        sums = [sum_of_products(layer.a, layer.b) for layer in layers]
+        weights_H = self._own_weights_H
+        sums = [sum_of_products(self._sent_a(layer), weighted(self._sent(layer, "b"), weights_H)) for layer in layers]
         self.communicator.all_reduce(sums)
-        for layer, sum_OI in zip(layers, sums, strict=True):
-            torch.add(self._base(layer), sum_OI, alpha=self._share, out=layer.weight)
-            self._remember(layer, layer.a.detach(), layer.b.detach())
+        targets = self._targets(layers)
+
+        def add_up() -> None:
+            for layer, sum_OI, target_OI in zip(layers, sums, targets, strict=True):
+                torch.add(self._base(layer), sum_OI, alpha=self._share, out=target_OI)
+
+        self.communicator.then(add_up)
+        for layer in layers:
+            self._remember(layer)
+
+    def _sent_a(self, layer: LoraLinear) -> Tensor:
+        return layer.a if self.options.frozen_a else self._sent(layer, "a")
 
     def _merge_compressed_deltas(self, layers: list[LoraLinear], compressed: CompressedMean) -> None:
-        mean_X = compressed.mean(self._deltas(layer) for layer in layers)
-        for layer, mean in zip(layers, mean_X.split([layer.weight.numel() for layer in layers]), strict=True):
-            layer.weight.add_(mean.view_as(layer.weight))
-            self._remember(layer, layer.a.detach(), layer.b.detach())
+        mean = compressed.mean(self._deltas(layer) for layer in layers)
+        targets = self._targets(layers)
+
+        def add_up() -> None:
+            parts = mean.pop().split([target_OI.numel() for target_OI in targets])
+            for layer, part, target_OI in zip(layers, parts, targets, strict=True):
+                torch.add(layer.weight, part.view_as(target_OI), out=target_OI)
+
+        self.communicator.then(add_up)
+        for layer in layers:
+            self._remember(layer)
 
     def _deltas(self, layer: LoraLinear) -> Tensor:
         """Return each local device's change of W since the last merge, (L, O*I)."""
@@ -161,15 +251,23 @@ class LayerMerger:
         deltas_LOI = []
         for first in range(0, layer.a.shape[0], per_device):
             heads = slice(first, first + per_device)
-            delta_OI = sum_of_products(layer.a[heads], layer.b[heads])
+            b_HOR = weighted(self._sent(layer, "b"), self._own_weights_H)[heads]
+            delta_OI = sum_of_products(self._sent_a(layer)[heads], b_HOR)
             if layer.a0 is not None and layer.b0 is not None:
                 delta_OI -= sum_of_products(layer.a0[heads], layer.b0[heads])
             deltas_LOI.append(delta_OI)
         return torch.stack(deltas_LOI).flatten(1).mul_(self.options.scale / self.options.heads_per_device)
 
-    def _remember(self, layer: LoraLinear, a_HRI: Tensor, b_HOR: Tensor) -> None:
-        if self.options.reset == "none":
-            layer.remember_product(a_HRI, b_HOR)
+    def _remember(self, layer: LoraLinear, rounded: Mapping[str, Tensor] | None = None) -> None:
+        """Keep what of a layer's heads is in merged W, as it is or was sent; while that travels, in the snapshot."""
+        if self.options.reset != "none":
+            return
+        if not self._travels:
+            factors = rounded or {"a": layer.a.detach(), "b": layer.b.detach()}
+            layer.remember_product(factors["a"], factors["b"])
+            return
+        for key, factor in (rounded or {}).items():
+            self.snapshots[f"{layer.name}.{key}"].copy_(factor)
 
     def _base(self, layer: LoraLinear) -> Tensor:
         if layer.start_weight is None:
@@ -177,8 +275,10 @@ class LayerMerger:
         return layer.start_weight.to(layer.weight.device)
 
     def state(self) -> dict[str, Tensor]:
-        """Return what rounding lost, by name."""
+        """Return what rounding lost, and what travels, by name."""
         named = {f"error.{name}": tensor for name, tensor in self.errors.items()}
+        named.update({f"snapshot.{name}": tensor for name, tensor in self.snapshots.items()})
+        named.update({f"arriving.{name}": tensor for name, tensor in self.arriving.items()})
         for message, mean in zip(self.dense_messages, self.means, strict=False):
             named.update({f"{key}.{message[0].name}": tensor for key, tensor in mean.state().items()})
         return named
@@ -187,6 +287,11 @@ class LayerMerger:
 def add_products(base_OI: Tensor, a_HRI: Tensor, b_HOR: Tensor, share: float, out: Tensor) -> None:
     """Write base + share·Σ_h B_h·A_h to `out`, (O, I): one matrix product, and not a dense delta beside it."""
     torch.addmm(base_OI, *_stacked(a_HRI, b_HOR), alpha=share, out=out)
+
+
+def weighted(b_HOR: Tensor, weights_H: Tensor | None) -> Tensor:
+    """Return B times each head's weight; where all count alike, as it is."""
+    return b_HOR if weights_H is None else b_HOR * weights_H.view(-1, 1, 1)
 
 
 def sum_of_products(a_HRI: Tensor, b_HOR: Tensor) -> Tensor:

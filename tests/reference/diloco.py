@@ -39,12 +39,16 @@ class DilocoTwin(LocalTwin):
                 self._merge(part)
 
     def _merge(self, part: int) -> None:
-        fragment, momentum = self.fragments[part], self.options.outer_momentum
-        for i, delta in zip(fragment, self._deltas(part), strict=True):
-            self.velocity[i] = momentum * self.velocity[i] + delta
-            self.outer[i] = self.outer[i] - self.options.outer_learning_rate * (delta + momentum * self.velocity[i])
+        for i, delta in zip(self.fragments[part], self._deltas(part), strict=True):
+            self.outer_step(i, delta)
             for device in self.devices:
                 device.parameters[i].copy_(self.outer[i])
+
+    def outer_step(self, i: int, delta: Tensor) -> None:
+        """Move one parameter's outer weights."""
+        momentum = self.options.outer_momentum
+        self.velocity[i] = momentum * self.velocity[i] + delta
+        self.outer[i] = self.outer[i] - self.options.outer_learning_rate * (delta + momentum * self.velocity[i])
 
     def _deltas(self, part: int) -> list[Tensor]:
         fragment = self.fragments[part]

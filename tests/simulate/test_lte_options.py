@@ -64,7 +64,7 @@ def no_feedback(compressed: CompressedMean, x_LX: Tensor) -> Tensor:
 ORIGINAL_MEAN = CompressedMean.mean
 
 
-def remember_unrounded(merger: merging.LayerMerger, layer: Any, a: Tensor, b: Tensor) -> None:
+def remember_unrounded(merger: merging.LayerMerger, layer: Any, rounded: Any = None) -> None:
     """Take the local factors for what the message said."""
     layer.remember_product(layer.a.detach(), layer.b.detach())
 

@@ -103,7 +103,8 @@ def compressed(devices: int, elements: int, wire: str) -> CompressedMean:
 
 
 def mean_of(mean: CompressedMean, vectors_NX: Tensor) -> Tensor:
-    return mean.mean([vectors_NX.clone()])
+    (mean_X,) = mean.mean([vectors_NX.clone()])
+    return mean_X
 
 
 def test_a_compressed_mean_by_hand() -> None:

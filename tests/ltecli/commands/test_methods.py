@@ -18,11 +18,23 @@ TINY_PLAN = (
 )  # fmt: skip
 
 
+LATE = {"lte": "2", "local-sgd": "3", "diloco": "1"}
+
+
 @pytest.mark.parametrize("name", METHOD_NAMES)
 def test_a_method_is_planned_trained_counted_and_reported(lte: Lte, here: Path, name: str) -> None:
-    write_prose(here / "prose.txt")
     # Experts that a short measurement never draws have no optimizer state yet: one is drawn always.
-    settings = ("--set", "method.experts=1") if name == "adamix" else ()
+    assert_planned_is_what_comes(lte, here, name, ("--set", "method.experts=1") if name == "adamix" else ())
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_late_merges_are_planned_trained_counted_and_reported(lte: Lte, here: Path, name: str) -> None:
+    delay = ("--set", f"method.merge_delay={LATE[name]}", "--set", "method.merge_every=5")
+    assert_planned_is_what_comes(lte, here, name, delay)
+
+
+def assert_planned_is_what_comes(lte: Lte, here: Path, name: str, settings: tuple[str, ...]) -> None:
+    write_prose(here / "prose.txt")
     assert lte("plan", *TINY_PLAN, "--method", name, *settings, "-o", "run.toml").code == 0
     run = load_run(here / "run.toml")
     assert run.method.name == name

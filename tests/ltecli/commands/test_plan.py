@@ -300,6 +300,17 @@ def test_an_empty_folder_is_no_data(refused: Refused, here: Path) -> None:
     refused("plan", "--data", "empty", words=("empty", "without files"))
 
 
+def test_a_plan_for_unequal_devices_says_what_a_deadline_would_do(lte: Lte) -> None:
+    mixed = ("--profile", "mixed_gtx1080ti_rtx2060_rtx3090", "--devices", "3", "--method", "local-sgd", "--json")
+    notes = "\n".join(lte("plan", *mixed).json()["notes"])
+    assert "method.pace = deadline nobody waits" in notes
+    paced = lte("plan", *mixed, "--set", "method.pace=deadline").json()
+    assert "nobody waits" not in "\n".join(paced["notes"])
+    assert any("of the samples that they would in lockstep" in warning for warning in paced["chosen"]["warnings"])
+    same = lte("plan", "--profile", "gtx1080ti_x8", "--method", "local-sgd", "--json").json()
+    assert "nobody waits" not in "\n".join(same["notes"])
+
+
 def test_hints_go_to_stderr_and_results_to_stdout(lte: Lte) -> None:
     text, json = lte(*SMALL), lte(*SMALL, "--json")
     assert text.stderr == json.stderr == "next: lte plan ... -o run.toml, then lte train run.toml\n"

@@ -1,0 +1,206 @@
+"""Devices of unequal speed: in a round each takes as many of its T steps as fit, and counts for what it trained on.
+
+    c_n = steps of device n in the round, 1 ≤ c_n ≤ T;    the merge weighs with w_n = c_n / Σ_m c_m
+
+in place of 1/N; a device without finite weights has w_n = 0, and the others' shares add up to 1 again. Shares of
+unequal shards, where a method has them, multiply c_n. A device takes the first c_n steps of the round and skips the
+others, so batches stay addressed by (device, step) and the learning rate goes by the run's step. So does Adam's step
+counter: when a round begins it is the run's step on every device, skipped steps counted (or the steps since the
+optimizer was reset). Moments stay as they were when the device stopped.
+
+In a simulation c_n follows from the profile's step times (simulate.costs.pace); a launched process goes by its clock
+and stops when the deadline has passed; the first round of a launch has none unless one is given, and later ones take
+what the fastest device needs for T steps by the last round's measure. Steps that are given, round by round, make both
+worlds take the same.
+
+All local devices share one tensor program. One that has stopped goes on in it for nothing: its rows of parameters and
+moments are set aside and put back before the merge, so that the others' steps cost nothing more. Where all have stopped
+there is no program to run.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from simulate.costs.pace import round_counts
+from simulate.methods.delayed import Delayed
+
+
+class Paced(Delayed):
+    """A method in which devices may take fewer steps than a round has; subclasses train and merge."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)
+        devices, local = self.run.cluster.devices, self.local_devices
+        self.is_paced = self.run.method.is_paced
+        self.step_s: Sequence[float] | None = None
+        """Seconds of a step of each device, from which a simulation gets its counts; None: all are equally fast."""
+        self.goes_by_clock = False
+        """Whether this process stops when the deadline has passed."""
+        self.now_s: Callable[[], float] = time.monotonic
+        self.counts_N = torch.full((devices,), self.run.method.round_steps)
+        """Steps of each device in the current or last round; by the clock only known after its merge."""
+        self.trained = torch.tensor(0)
+        """Steps of all devices together in earlier rounds."""
+        self.skipped = torch.tensor(0)
+        """Steps of the current round that nobody here took."""
+        self.last_losses_L = torch.zeros(local, dtype=torch.float64)
+        self._aside: dict[int, dict[str, Tensor]] = {}
+        """Rows of local devices that have stopped, as they were then."""
+        self._started_s = self._stopped_s = 0.0
+        self._measured_s: float | None = None
+        """Seconds that the fastest device needs for a round, by the last one's measure."""
+
+    @abstractmethod
+    def train_step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
+        """Take one optimizer step of all local devices; return their mean losses before it, (L,)."""
+
+    def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
+        """Take one step of the local devices that are not done with the round; the others' losses are their last."""
+        if not self.is_paced:
+            return self.train_step(inputs, targets, step)
+        done = step % self.run.method.round_steps
+        if done == 0:
+            self._begin_round(step)
+        self._stop_by_clock(done)
+        counts_L = self.counts_N[self._local].tolist()
+        if all(count <= done for count in counts_L):
+            self.skipped += 1
+            return self.last_losses_L.clone()
+        for device, count in enumerate(counts_L):
+            if count <= done and device not in self._aside:
+                self._set_aside(device)
+        losses_L = self.train_step(inputs, targets, step)
+        for device, count in enumerate(counts_L):
+            if count > done:
+                self.last_losses_L[device] = losses_L[device]
+        return self.last_losses_L.clone()
+
+    def _begin_round(self, step: int) -> None:
+        method, every = self.run.method, self.run.method.round_steps
+        if step:
+            self.trained += self.counts_N.sum()
+        step_s = self.step_s or (1.0,) * len(self.counts_N)
+        counts = (every,) * len(step_s) if self.goes_by_clock else round_counts(method, step_s, step // every)
+        steps_left = self.run.train.steps - step
+        self.counts_N.copy_(torch.tensor(counts).clamp(max=steps_left))
+        self._started_s = self._stopped_s = self._time()
+
+    def _stop_by_clock(self, done: int) -> None:
+        """See whether the deadline has passed; the first step is always taken."""
+        if not self.goes_by_clock or int(self.counts_N[self._local].min()) <= done:
+            return
+        self._stopped_s = self._time()
+        deadline_s = self.run.method.deadline_s or self._measured_s
+        if done and deadline_s is not None and self._stopped_s - self._started_s >= deadline_s:
+            self.counts_N[self._local] = done
+
+    def _time(self) -> float:
+        device = next(iter(self.parameters.values())).device
+        if self.goes_by_clock and device.type == "cuda":
+            torch.cuda.synchronize(device)  # the work of the last step counts
+        return self.now_s()
+
+    @property
+    def _local(self) -> slice:
+        local = self.communicator.local_devices
+        return slice(local.start, local.stop)
+
+    def _stepped(self) -> dict[str, Tensor]:
+        """Return what a step changes, (rows of all local devices, ...), by the names of `state`."""
+        moments = {
+            f"optimizer.{name}.{key}": moment
+            for name, parameter in self.parameters.items()
+            for key, moment in self.optimizer.state.get(parameter, {}).items()
+            if moment.ndim > 0
+        }
+        return {**{f"model.{name}": p.detach() for name, p in self.parameters.items()}, **moments}
+
+    def _set_aside(self, device: int) -> None:
+        """Keep a local device's rows as they are now."""
+        parts = ((name, tensor, len(tensor) // self.local_devices) for name, tensor in self._stepped().items())
+        self._aside[device] = {name: t[device * rows : (device + 1) * rows].clone() for name, t, rows in parts}
+
+    def _put_back(self, tensors: Mapping[str, Tensor]) -> None:
+        for device, kept in self._aside.items():
+            for name, rows in kept.items():
+                tensors[name][device * len(rows) : (device + 1) * len(rows)] = rows
+
+    @torch.no_grad()
+    def close_round(self, step: int) -> None:
+        """Put back what devices had when they stopped, and learn of everyone's steps; before a merge is looked at."""
+        if not self.is_paced:
+            return
+        self._put_back(self._stepped())
+        self._aside.clear()
+        for state in self.optimizer.state.values():
+            if "step" in state:
+                state["step"] += int(self.skipped)
+        self.skipped.zero_()
+        if self.goes_by_clock:
+            self._share_counts(step)
+
+    def _share_counts(self, step: int) -> None:
+        """Tell everyone how many steps were taken here, and how long one took."""
+        steps = step % self.run.method.round_steps + 1
+        self.counts_N.clamp_(max=steps)
+        own_L = self.counts_N[self._local].double()
+        if int(own_L.min()) == steps:  # was not stopped
+            self._stopped_s = self._time()
+        seconds_L = (self._stopped_s - self._started_s) / own_L
+        counts_N, seconds_N = self.communicator.share(torch.stack([own_L, seconds_L], 1)).unbind(1)
+        self.counts_N.copy_(counts_N.round())
+        self._measured_s = float(seconds_N.min()) * self.run.method.round_steps
+
+    def merge(self, step: int) -> None:
+        self.close_round(step)
+        super().merge(step)
+
+    def shares(self, sizes: Sequence[float] | None = None) -> Tensor | None:
+        """Return w_n, (N,): all devices' shares of a merge, or None where they are equal; `sizes` multiply c_n."""
+        weights = self.counts_N.double() * torch.tensor(sizes or 1.0, dtype=torch.float64)
+        if not self.is_paced or bool((weights == weights[0]).all()):
+            return self.counted(None)
+        return self.counted((weights / weights.sum()).to(next(iter(self.parameters.values()))))
+
+    def active(self, step: int) -> list[int]:
+        """Return the devices that train in a step of the current or last round, in global order."""
+        if not self.is_paced:
+            return super().active(step)
+        done = step % self.run.method.round_steps
+        return [device for device, count in enumerate(self.counts_N.tolist()) if count > done]
+
+    def samples_done(self, step: int) -> int:
+        if not self.is_paced:
+            return super().samples_done(step)
+        done = step % self.run.method.round_steps + 1
+        return int(self.trained + self.counts_N.clamp(max=done).sum()) * self.run.train.micro_batch
+
+    def steps_done(self) -> list[int] | None:
+        return self.counts_N.tolist() if self.is_paced else None
+
+    def state(self) -> dict[str, Tensor]:
+        state = super().state()
+        for name in next(iter(self._aside.values()), {}):
+            state[name] = state[name].clone()
+        self._put_back(state)
+        return state
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self._aside.clear()  # the next step sets aside what was loaded
+        super().load_state(state)
+
+    def kept(self) -> dict[str, Tensor]:
+        if not self.is_paced:
+            return super().kept()
+        pace = {"counts": self.counts_N, "trained": self.trained, "skipped": self.skipped}
+        paced = {f"pace.{name}": tensor for name, tensor in pace.items()}
+        return {**super().kept(), **paced, "pace.losses": self.last_losses_L}
+
+    def is_kept_per_device(self, name: str) -> bool:
+        return name == "pace.losses" or super().is_kept_per_device(name)
