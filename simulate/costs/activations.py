@@ -51,6 +51,8 @@ class _Step:
     """Bytes of the trained parameters of one block's adapted layers."""
     checkpointing: bool
     element_bytes: int
+    unpacked: int
+    """Bytes of the largest frozen layer while a product unpacks it."""
 
     @property
     def tokens(self) -> int:
@@ -82,8 +84,8 @@ class _Step:
 
     @property
     def largest_weight(self) -> int:
-        """Of a block, where its gradient is dense."""
-        return 0 if self.rank else max(x.weights for x in self.shape.adapted) * self.element_bytes
+        """Of a block: its gradient where that is dense, or itself, unpacked."""
+        return self.unpacked if self.rank else max(x.weights for x in self.shape.adapted) * self.element_bytes
 
     @property
     def replicated(self) -> int:
@@ -95,10 +97,13 @@ class _Step:
 
 
 def step_phases(
-    shape: ModelShape, samples: int, rank: int, block_gradient_bytes: int, checkpointing: bool, element_bytes: int
-) -> tuple[Phase, ...]:
+    shape: ModelShape, samples: int, rank: int, block_gradient_bytes: int, checkpointing: bool, element_bytes: int,
+    unpacked_bytes: int = 0,
+) -> tuple[Phase, ...]:  # fmt: skip
     """Return the phases of one step that can be its peak, over what is held all the time."""
-    return _step_phases(_Step(shape, samples, rank, block_gradient_bytes, checkpointing, element_bytes))
+    return _step_phases(
+        _Step(shape, samples, rank, block_gradient_bytes, checkpointing, element_bytes, unpacked_bytes)
+    )
 
 
 @lru_cache(maxsize=4096)
