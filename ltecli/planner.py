@@ -187,7 +187,7 @@ def _evaluate(
     if host_bytes > device.host_memory_bytes:
         short_bytes = host_bytes - device.host_memory_bytes
         reason = (
-            f"needs {host_bytes / 1e9:.2f} GB of host memory for the weights that merges start from, {device.kind} has "
+            f"needs {host_bytes / 1e9:.2f} GB of host memory for the weights that merges start from or add to, {device.kind} has "
         )
         return Rejected(candidate, f"{reason}{device.host_memory_bytes / 1e9:.2f} GB", short_bytes)
     return candidate
@@ -238,8 +238,7 @@ def make_plan(base: Run, profile: Profile, tokens: int, pins: Pins, notes: Seque
         )
     fitting = sorted((r for r in results if isinstance(r, Candidate)), key=_rank)
     rejected = tuple(r for r in results if isinstance(r, Rejected))
-    trainable = [candidate for candidate in fitting if is_trainable(candidate.run)]
-    chosen = next(iter(trainable or fitting), None)
+    chosen = next(iter(fitting), None)
     rivals = [] if pins.method else [_best(results_of((name,))) for name in METHOD_NAMES if name not in methods]
     notes = [
         *notes,
@@ -264,11 +263,6 @@ def make_plan(base: Run, profile: Profile, tokens: int, pins: Pins, notes: Seque
     )
 
 
-def is_trainable(run: Run) -> bool:
-    """Whether `lte train` can run this today: quantised weights can be planned only."""
-    return not isinstance(run.method, LteOptions) or run.method.quantize == "none"
-
-
 def _rank(candidate: Candidate) -> tuple[float, ...]:
     # At equal time the smaller footprint wins, so that a tie is never settled by the grid's order.
     return (candidate.equivalent_wall_s, candidate.memory.total, candidate.sent_bytes_per_round)
@@ -280,8 +274,8 @@ def candidate_of(result: Candidate | Rejected) -> Candidate:
 
 
 def _best(results: Sequence[Candidate | Rejected]) -> Candidate | Rejected | None:
-    """Return the first of those that fit and can be trained, or else the nearest miss."""
-    fitting = [r for r in results if isinstance(r, Candidate) and is_trainable(r.run)]
+    """Return the first of those that fit, or else the nearest miss."""
+    fitting = [r for r in results if isinstance(r, Candidate)]
     misses = [r for r in results if isinstance(r, Rejected)]
     return min(fitting, key=_rank, default=None) or min(misses, key=lambda r: r.short_bytes, default=None)
 
@@ -293,10 +287,20 @@ def _choice_notes(chosen: Candidate | None, fitting: Sequence[Candidate], profil
         "candidates rank by time to equal loss, with assumed samples over dense: 1.4x for lte at rank x heads >= width "
         "and T = 10 (arXiv 2402.16828), more at lower rank, rarer merges or larger batches (guesses)"
     )
-    if chosen and fitting and fitting[0] is not chosen:
-        yield f"{describe(fitting[0].run)} would rank first, but quantised weights can only be planned so far"
-    elif chosen and not is_trainable(chosen.run):
-        yield "only quantised candidates fit; they can be planned, not yet trained"
+    if chosen and getattr(chosen.run.method, "quantize", "none") != "none":
+        yield from _quantize_notes(chosen)
+
+
+def _quantize_notes(chosen: Candidate) -> Iterator[str]:
+    method = chosen.run.method
+    assert isinstance(method, LteOptions)
+    if method.quantize.startswith("nf4"):
+        yield f"method.quantize = {method.quantize} needs bitsandbytes: pip install 'lte[quantize]'"
+    if not method.keeps_master and method.reset != "none":
+        yield (
+            "method.master = none with method.reset = "
+            f"{method.reset} loses merged updates that are smaller than a rounding step; try --set method.master=host"
+        )
 
 
 def _optimizer_notes(chosen: Candidate | None) -> Iterator[str]:

@@ -79,7 +79,7 @@ class QuantizedWeight(nn.Module):
 
 def _int8(weight_OI: Tensor) -> dict[str, Tensor]:
     """Round rows to 127ths of their largest magnitude."""
-    scales_O1 = weight_OI.abs().amax(1, keepdim=True).float() / INT8
+    scales_O1 = torch.maximum(weight_OI.amax(1, keepdim=True), -weight_OI.amin(1, keepdim=True)).float() / INT8
     values_OI = torch.empty(weight_OI.shape, dtype=torch.int8, device=weight_OI.device)
     rows = max(1, PACK_CHUNK_ELEMENTS // weight_OI.shape[1])
     for weight, scales, values in zip(

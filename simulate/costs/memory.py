@@ -103,7 +103,9 @@ def peak_memory(run: Run, shape: ModelShape, device: Device) -> Memory:
         Phase(p.gradients, p.activations + batch_bytes, p.temporary)
         for p in _exchange_phases(run, shape, gradient_bytes)
     )
-    phase = max((*phases, *exchanges), key=lambda p: p.total)
+    kept = weights + (held.adapters + held.moments + held.extra) * element_bytes
+    start = () if device.host_memory_bytes else (Phase(0, 0, _packing_start_bytes(run, shape) - kept),)
+    phase = max((*phases, *exchanges, *start), key=lambda p: p.total)
     return Memory(
         weights=weights,
         adapters=held.adapters * element_bytes,
@@ -152,6 +154,19 @@ def _full_copies(method: MethodOptions) -> int:
     if not isinstance(method, LteOptions):
         return 0
     return (method.reset == "none") + method.keeps_master
+
+
+def _packing_start_bytes(run: Run, shape: ModelShape) -> int:
+    """Bytes of the start, where it happens on the device: the network as it is drawn, and a first layer's packing.
+
+    Each layer's own weights are let go when it is packed.
+    """
+    method, element_bytes = run.method, ELEMENT_BYTES[run.train.dtype]
+    if not isinstance(method, LteOptions) or method.quantize == "none":
+        return 0
+    first = shape.in_order()[0]
+    packing = packing_bytes(first.weights, first.in_features, method.quantize, element_bytes)
+    return (shape.parameters - first.weights) * element_bytes + packing
 
 
 def _unpacked_bytes(method: MethodOptions, shape: ModelShape, element_bytes: int) -> int:

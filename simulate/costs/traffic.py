@@ -28,8 +28,8 @@ NF4_GROUP = 256
 """Scales of nf4-double that share a scale of their own."""
 PACK_CHUNK_ELEMENTS = 2**16
 """What is packed at once, in fp32: whole blocks, so that a merge needs little room beside the weight."""
-PACKING_BYTES = 12
-"""An element of a chunk while it is packed: in blocks, over its scale, and its code."""
+PACKING_BYTES = {"none": 0, "bf16": 0, "int8": 4, "nf4": 8, "nf4-double": 8}
+"""An element of a chunk while it is packed: over its scale; for nf4 as a code, too."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,9 @@ def packing_bytes(elements: int, inputs: int, quantize: str, element_bytes: int)
     """Bytes of a merged matrix while it is packed: as it is, the packed form and its parts, and what one chunk needs."""
     if quantize == "none":
         return 0
-    chunk = 0 if quantize == "bf16" else PACKING_BYTES * min(elements, PACK_CHUNK_ELEMENTS)
-    return elements * element_bytes + 2 * quantized_bytes(elements, inputs, quantize, element_bytes) + chunk
+    chunk = PACKING_BYTES[quantize] * min(elements, PACK_CHUNK_ELEMENTS)
+    parts = 2 if quantize.startswith("nf4") else 1  # chunks, and all of them in one
+    return elements * element_bytes + parts * quantized_bytes(elements, inputs, quantize, element_bytes) + chunk
 
 
 def wire_bytes(elements: int, wire: str, element_bytes: int) -> int:
