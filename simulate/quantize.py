@@ -57,7 +57,7 @@ class QuantizedWeight(nn.Module):
         if self.quantize == "bf16":
             return self.values.to(self.dtype)
         if self.quantize == "int8":
-            return (self.values * self.scales).to(self.dtype)
+            return self.values.to(self.dtype).mul_(self.scales)  # one tensor: a product of both types makes two
         scales_B = self.scales if self.quantize == "nf4" else _expanded(self.scales, self.tops)
         return _unpacked_nf4(self.values, scales_B, self.shape).to(self.dtype)
 

@@ -123,10 +123,11 @@ def quantized_bytes(elements: int, inputs: int, quantize: str, element_bytes: in
 
 
 def unpacking_bytes(elements: int, quantize: str, element_bytes: int) -> int:
-    """Bytes of a frozen matrix while a product uses it: as it is, unpacked (fp64 by way of fp32), and its scales."""
+    """Bytes of a frozen matrix while a product uses it: as it is, unpacked (nf4 to fp64 by way of fp32), and its scales."""
     if quantize == "none":
         return 0
-    unpacked = elements * (element_bytes if quantize == "bf16" or element_bytes == 4 else element_bytes + 4)
+    by_way_of = 4 if quantize.startswith("nf4") and element_bytes == 8 else 0
+    unpacked = elements * (element_bytes + by_way_of)
     return unpacked + (4 * -(-elements // NF4_BLOCK) if quantize == "nf4-double" else 0)
 
 
