@@ -277,7 +277,9 @@ class LoraLinear(nn.Module):
         return torch.add(self.merged_weight(), product_HOI.mean(0), alpha=self.spec.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return lora_function(x, self.frozen or self.weight, self.bias, self.a, self.b, self.a0, self.b0, self.spec.scale)
+        return lora_function(
+            x, self.frozen or self.weight, self.bias, self.a, self.b, self.a0, self.b0, self.spec.scale
+        )
 
     def plain_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield what the plain layer has beside its weight, with a copies axis."""

@@ -82,9 +82,7 @@ def _int8(weight_OI: Tensor) -> dict[str, Tensor]:
     scales_O1 = torch.maximum(weight_OI.amax(1, keepdim=True), -weight_OI.amin(1, keepdim=True)).float() / INT8
     values_OI = torch.empty(weight_OI.shape, dtype=torch.int8, device=weight_OI.device)
     rows = max(1, PACK_CHUNK_ELEMENTS // weight_OI.shape[1])
-    for weight, scales, values in zip(
-        weight_OI.split(rows), scales_O1.split(rows), values_OI.split(rows), strict=True
-    ):
+    for weight, scales, values in zip(weight_OI.split(rows), scales_O1.split(rows), values_OI.split(rows), strict=True):
         values.copy_(torch.div(weight, _not_zero(scales)).round_())
     return {"values": values_OI, "scales": scales_O1}
 

@@ -101,9 +101,7 @@ def step_phases(
     unpacked_bytes: int = 0,
 ) -> tuple[Phase, ...]:  # fmt: skip
     """Return the phases of one step that can be its peak, over what is held all the time."""
-    return _step_phases(
-        _Step(shape, samples, rank, block_gradient_bytes, checkpointing, element_bytes, unpacked_bytes)
-    )
+    return _step_phases(_Step(shape, samples, rank, block_gradient_bytes, checkpointing, element_bytes, unpacked_bytes))
 
 
 @lru_cache(maxsize=4096)

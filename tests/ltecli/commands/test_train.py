@@ -95,9 +95,7 @@ def test_no_gpu_no_cuda_and_no_folder(refused: Refused, run_toml: Path, monkeypa
     refused("train", run_toml, "--device", "cuda", words=("--device cuda", "--device cpu"))
 
 
-def test_nf4_names_the_package_that_it_lacks(
-    refused: Refused, run_toml: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nf4_names_the_package_that_it_lacks(refused: Refused, run_toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ltecli.launcher.is_nf4_installed", lambda: False)
     words = ("method.quantize = 'nf4'", "pip install 'lte[quantize]'", "method.quantize=int8")
     refused("train", run_toml, "--set", "method.quantize=nf4", words=words)
