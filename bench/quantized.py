@@ -20,7 +20,7 @@ from simulate.config import build_run
 from simulate.costs.memory import peak_memory
 from simulate.methods import build_method
 from simulate.methods.base import Method
-from simulate.models.build import example_batch
+from simulate.models.inputs import example_batch
 
 FORMATS = ("none", "bf16", "int8", "nf4", "nf4-double")
 MODELS = {"vit_l16": 32, "gpt2_xl": 32, "llama_7b": 64}

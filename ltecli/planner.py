@@ -186,7 +186,8 @@ def _evaluate(
         return Rejected(candidate, f"{_memory_reason(memory, device)}", short_bytes)
     if host_bytes > device.host_memory_bytes:
         short_bytes = host_bytes - device.host_memory_bytes
-        reason = f"needs {host_bytes / 1e9:.2f} GB of host memory for the weights that merges start from or add to, {device.kind} has "
+        reason = f"needs {host_bytes / 1e9:.2f} GB of host memory for the weights that merges start from "
+            f"or add to, {device.kind} has "
         return Rejected(candidate, f"{reason}{device.host_memory_bytes / 1e9:.2f} GB", short_bytes)
     return candidate
 

@@ -123,7 +123,7 @@ def quantized_bytes(elements: int, inputs: int, quantize: str, element_bytes: in
 
 
 def unpacking_bytes(elements: int, quantize: str, element_bytes: int) -> int:
-    """Bytes of a frozen matrix while a product uses it: as it is, unpacked (nf4 to fp64 by way of fp32), and its scales."""
+    """Bytes of a frozen matrix while a product uses it: as it is, unpacked (nf4 by way of fp32), and its scales."""
     if quantize == "none":
         return 0
     by_way_of = 4 if quantize.startswith("nf4") and element_bytes == 8 else 0
@@ -132,7 +132,7 @@ def unpacking_bytes(elements: int, quantize: str, element_bytes: int) -> int:
 
 
 def packing_bytes(elements: int, inputs: int, quantize: str, element_bytes: int) -> int:
-    """Bytes of a merged matrix while it is packed: as it is, the packed form and its parts, and what one chunk needs."""
+    """Bytes of a merged matrix while it is packed: as it is, the packed form, its parts, and what a chunk needs."""
     if quantize == "none":
         return 0
     chunk = PACKING_BYTES[quantize] * min(elements, PACK_CHUNK_ELEMENTS)

@@ -115,7 +115,7 @@ TINY, MERGES = 1e-4, 1000
 
 
 def after_tiny_merges(**method: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return W that all devices have, W that is evaluated, and the exact one, after many tiny changes of every weight."""
+    """Return W that all devices have, W that is evaluated, and the exact one, after many tiny changes."""
     start = normal(4, 64) * 0.1
     built, layer = on_layer(start, reset="b", **method)
     with torch.no_grad():
