@@ -117,6 +117,8 @@ class Train(toml.Schema):
     """Largest gradient norm of one device (ddp: of the averaged gradient)."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     dtype: Literal["fp32", "fp64"] = "fp32"
+    autocast: Literal["none", "bf16", "fp16"] = "none"
+    """Format of matrix products and of what is kept for their backward passes; all else stays in dtype."""
     evaluate_every: int = Field(default=100, gt=0)
     """Steps; takes place at the first merge from there on, since only merged weights are one model."""
     diagnostics_every: int | None = Field(default=None, gt=0)
@@ -201,6 +203,11 @@ class Run(toml.Schema):
             )
         if self.train.optimizer == "muon":
             self._check_muon()
+        if self.train.autocast != "none" and self.train.dtype == "fp64":
+            raise ValueError(
+                f"train.autocast = {self.train.autocast!r} lowers the precision of fp32, not of train.dtype = 'fp64'; "
+                "try --set train.dtype=fp32 or --set train.autocast=none"
+            )
         if self.train.activation_checkpointing and isinstance(self.model, FactoryModel):
             raise ValueError(
                 f"train.activation_checkpointing = true is for networks with blocks of ours, not for {self.model.name};"

@@ -19,6 +19,7 @@ from simulate.config import Run, Train
 from simulate.loss import row_losses
 from simulate.models.build import build_model
 from simulate.optimizers import Muon
+from simulate.precision import LossScale, check_autocast, lower_precision
 from simulate.replicated import ReplicatedEmbedding, ReplicatedLinear, VectorLora
 from simulate.updates import LayerUpdates
 
@@ -42,7 +43,9 @@ class Method(ABC):
     ) -> None:
         self.run, self.communicator = run, communicator
         self.local_devices = len(communicator.local_devices)
+        check_autocast(run.train, device)
         self.install(build_model(run) if network is None else network, device)
+        self.loss_scale = LossScale(self.gradient_rows, device) if run.train.autocast == "fp16" else None
 
     def install(self, network: nn.Module, device: torch.device) -> None:
         """Make `network` the one that is trained, with a new optimizer."""
@@ -189,22 +192,72 @@ class Method(ABC):
     def group_losses(self, inputs: Tensor, targets: Tensor, groups: int) -> Tensor:
         """Return the mean loss of each of `groups` equal parts of the batch, (groups,): nobody's mean mixes parts."""
         self.model.train()
-        return self.row_losses(self.model(inputs), targets).view(groups, -1).mean(1)
+        return self.row_losses(self._outputs(inputs), targets).view(groups, -1).mean(1)
+
+    def _outputs(self, inputs: Tensor) -> Tensor:
+        with lower_precision(self.run.train, inputs.device):
+            outputs: Tensor = self.model(inputs)
+            return outputs
 
     def row_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of every sample or token, (M,), in order: cross-entropy with logits."""
         return row_losses(outputs, targets)
+
+    @property
+    def gradient_rows(self) -> int:
+        """Rows of copies that have gradients of their own: local devices, unless several share one gradient."""
+        return self.local_devices
+
+    def backward(self, losses: Tensor) -> None:
+        """Leave the gradients of the sum of losses, each row's own, in the network's parameters."""
+        if self.loss_scale is None:
+            losses.sum().backward()
+            return
+        self.loss_scale.scaled(losses).sum().backward()
+        self.loss_scale.unscale(p.grad for p in self.model.parameters() if p.grad is not None)
 
     def apply_gradients(self, step: int) -> None:
         """Take the optimizer step at the schedule's rate and free the gradients."""
         factor = self.rate_factor(step)
         for group, peak in zip(self.groups, self.peak_rates, strict=True):
             group["lr"] = peak * factor
+        self._step_where_finite()
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def _step_where_finite(self) -> None:
+        """Step, with a loss scale only rows whose gradients are finite; the others stay as they are."""
+        if self.loss_scale is None:
+            self._step_optimizers()
+            return
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        finite_C = self.loss_scale.finite_rows(gradients)
+        if bool(finite_C.all()):
+            self._step_optimizers()
+        else:
+            before = {name: rows_of(tensor, ~finite_C).clone() for name, tensor in self.stepped().items()}
+            for gradient in gradients:
+                clear_rows(gradient, finite_C)  # also so that moments which begin with this step begin at zero
+            self._step_optimizers()
+            after = self.stepped()
+            for name, rows in before.items():
+                after[name].view(len(finite_C), -1)[~finite_C] = rows
+        self.loss_scale.update(finite_C)
+
+    def _step_optimizers(self) -> None:
         self.optimizer.step()
         if self.muon is not None:
             self.muon.step()
-        for parameter in self.parameters.values():
-            parameter.grad = None
+
+    def stepped(self) -> dict[str, Tensor]:
+        """Return what a step changes, (rows, ...), by the names of `state`."""
+        moments = {
+            f"optimizer.{name}.{key}": moment
+            for name, parameter in self.parameters.items()
+            for key, moment in self.optimizer.state.get(parameter, {}).items()
+            if moment.ndim > 0
+        }
+        return {**{f"model.{name}": p.detach() for name, p in self.parameters.items()}, **moments}
 
     def decay_groups(self, named: Iterable[tuple[str, nn.Parameter]], rate: float) -> list[dict[str, object]]:
         """Split parameters with a leading copies axis into decayed matrices and undecayed vectors."""
@@ -228,13 +281,19 @@ class Method(ABC):
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 state[f"optimizer.{name}.{key}"] = value
-        return {**state, **{f"kept.{name}": tensor for name, tensor in self.kept().items()}}
+        return {**state, **self._scale_state(), **{f"kept.{name}": tensor for name, tensor in self.kept().items()}}
+
+    def _scale_state(self) -> dict[str, Tensor]:
+        scale = {} if self.loss_scale is None else self.loss_scale.state()
+        return {f"loss_scale.{name}": tensor for name, tensor in scale.items()}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Restore what `state` returned; raises KeyError or RuntimeError where names or shapes differ."""
         for name, tensor in self._model_tensors().items():
             tensor.copy_(state[f"model.{name}"])
+        for name, tensor in self._scale_state().items():
+            tensor.copy_(state[name])
         for name, tensor in self.kept().items():
             tensor.copy_(state[f"kept.{name}"])
         for name, parameter in self.parameters.items():
@@ -254,6 +313,8 @@ class Method(ABC):
         kind, _, rest = name.partition(".")
         if kind == "kept":
             return self.is_kept_per_device(rest)
+        if kind == "loss_scale":
+            return self.is_scaled_per_device
         if kind == "optimizer":
             rest, _, key = rest.rpartition(".")
             return key != "step" and self.is_trained_per_device
@@ -265,6 +326,11 @@ class Method(ABC):
 
     is_trained_per_device = True
     """Whether each device trains parameters of its own; else all share one copy."""
+
+    @property
+    def is_scaled_per_device(self) -> bool:
+        """Whether each device's losses have a scale of their own; else all share one."""
+        return self.is_trained_per_device
 
     @property
     def _per_device_tensors(self) -> set[str]:
@@ -312,6 +378,11 @@ class Method(ABC):
 
     def _model_tensors(self) -> dict[str, Tensor]:
         return {**self.parameters, **dict(self.model.named_buffers())}
+
+
+def rows_of(tensor: Tensor, chosen_C: Tensor) -> Tensor:
+    """Return the chosen rows of a tensor with a leading axis over C rows of copies, or over their heads."""
+    return tensor.view(len(chosen_C), -1)[chosen_C]
 
 
 def clear_rows(tensor: Tensor, healthy_L: Tensor) -> None:
