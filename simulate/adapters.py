@@ -83,7 +83,7 @@ class _LoraLinear(torch.autograd.Function):
             del product
             grad_x = gx_HMI.view(*grad_y.shape[:-1], -1).to(ctx.x_dtype)
         rows_of_bias = g_HMO.view(ctx.num_bias, -1, g_HMO.shape[2]) if ctx.needs_input_grad[2] else None
-        grad_bias = None if rows_of_bias is None else rows_of_bias.sum(1, dtype=b_HOR.dtype)
+        grad_bias = None if rows_of_bias is None else rows_of_bias.sum(1).to(b_HOR.dtype)
         grad_a = torch.bmm(vs_HMR.transpose(1, 2), x_HMI).to(a_HRI.dtype) if ctx.needs_input_grad[3] else None
         grad_b = torch.bmm(g_HMO.transpose(1, 2), us_HMR).to(b_HOR.dtype)
         return grad_x, None, grad_bias, grad_a, grad_b, None, None, None

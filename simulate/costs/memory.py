@@ -14,7 +14,16 @@ from simulate.costs.activations import Phase, step_phases
 from simulate.costs.holding import holding
 from simulate.costs.schedule import INDEX_BYTES as INDEX_INT32_BYTES
 from simulate.costs.schedule import factor_buffer_bytes, gather_groups, layer_transport, topk_entries
-from simulate.costs.traffic import ELEMENT_BYTES, chunk_elements, fragment, frozen_bytes, pack, packed_bytes, wire_bytes
+from simulate.costs.traffic import (
+    ELEMENT_BYTES,
+    PRODUCT_BYTES,
+    chunk_elements,
+    fragment,
+    frozen_bytes,
+    pack,
+    packed_bytes,
+    wire_bytes,
+)
 from simulate.hardware import Device
 from simulate.models.shapes import ModelShape
 from simulate.options import (
@@ -83,7 +92,7 @@ def peak_memory(run: Run, shape: ModelShape, device: Device) -> Memory:
         block_trained = sum(linear.weights for linear in shape.adapted)
     phases = step_phases(
         shape, run.train.micro_batch, rank, block_trained * element_bytes, run.train.activation_checkpointing,
-        element_bytes,
+        element_bytes, PRODUCT_BYTES.get(run.train.autocast, element_bytes),
     )  # fmt: skip
     gradient_bytes = (held.trained - idle) * element_bytes
     # The batch is held until the next one comes; tokens are too few to count.
