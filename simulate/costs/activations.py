@@ -222,7 +222,8 @@ def _mixer(step: _Step) -> tuple[Phase, ...]:
     over_tokens = step.samples * step.shape.width * step.shape.tokens_width * step.product_bytes
     norms = BLOCK_NORMS * u + 4 * tokens * step.element_bytes
     block = norms + 2 * v + 2 * over_tokens + 2 * over_channels + step.adapters + step.cast_block
-    return _of_images(step, block, v + over_channels + step.largest_weight, v)
+    stream = u + 2 * v if step.is_cast else u  # its gradient, and a norm's before and after the cast
+    return _of_images(step, block, stream + over_channels + step.largest_weight, v)
 
 
 def _of_images(step: _Step, block: int, working: int, stream: int) -> tuple[Phase, ...]:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from simulate.config import Run
-from simulate.costs.flops import merge_flops, step_flops
+from simulate.config import Run, Train
+from simulate.costs.flops import merge_flops, pass_flops, update_flops
 from simulate.costs.holding import holding
 from simulate.costs.pace import round_compute_s
 from simulate.costs.schedule import num_rounds, schedule
-from simulate.costs.traffic import ELEMENT_BYTES, Exchange, Transfer, frozen_bytes
+from simulate.costs.traffic import ELEMENT_BYTES, PRODUCT_BYTES, Exchange, Transfer, frozen_bytes
 from simulate.hardware import Device, Link
 from simulate.models.shapes import ModelShape
 from simulate.options import AdapterOptions, DdpOptions, LteOptions, SapipeOptions, SignsgdOptions, TopkOptions
@@ -47,7 +47,7 @@ def round_time(run: Run, shape: ModelShape, devices: Sequence[Device], link: Lin
 
     Unless a device's single step takes longer than that.
     """
-    kinds = {_Rates.of(run.train.dtype, device) for device in {id(device): device for device in devices}.values()}
+    kinds = {_Rates.of(run.train, device) for device in {id(device): device for device in devices}.values()}
     each_s = device_step_s(run, shape, devices)
     steps_s, device_steps = round_compute_s(run.method, each_s)
     step_s = steps_s / run.method.round_steps if run.method.is_paced else max(each_s)
@@ -71,7 +71,7 @@ def round_time(run: Run, shape: ModelShape, devices: Sequence[Device], link: Lin
 
 def device_step_s(run: Run, shape: ModelShape, devices: Sequence[Device]) -> tuple[float, ...]:
     """Return the seconds that each device needs for a step."""
-    by_kind = {id(device): compute_s(run, shape, _Rates.of(run.train.dtype, device)) for device in devices}
+    by_kind = {id(device): compute_s(run, shape, _Rates.of(run.train, device)) for device in devices}
     return tuple(by_kind[id(device)] for device in devices)
 
 
@@ -80,11 +80,16 @@ class _Rates:
     """What a device sustains."""
 
     flop_per_s: float
+    """Of operations on weights."""
+    pass_flop_per_s: float
+    """Of forward and backward passes."""
     memory_bytes_per_s: float
 
     @classmethod
-    def of(cls, dtype: str, device: Device) -> _Rates:
-        return cls(device.flop_per_s.of(dtype) * device.efficiency, device.memory_bytes_per_s)  # type: ignore[arg-type]
+    def of(cls, train: Train, device: Device) -> _Rates:
+        own = device.flop_per_s.of(train.dtype) * device.efficiency
+        passes = own if train.autocast == "none" else device.flop_per_s.of(train.autocast) * device.efficiency
+        return cls(own, passes, device.memory_bytes_per_s)
 
 
 def compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
@@ -101,8 +106,17 @@ def compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
         # Forward and backward each read the packed form, write and read the plain one.
         packed = frozen_bytes(shape, method.quantize, element_bytes)
         unpacked_bytes = 2 * (packed + 2 * shape.adapted_parameters * element_bytes)
-    moved_bytes = moved * element_bytes + unpacked_bytes
-    return step_flops(run, shape) / rates.flop_per_s + moved_bytes / rates.memory_bytes_per_s
+    moved_bytes = moved * element_bytes + unpacked_bytes + _cast_bytes(run, shape)
+    passes_s = pass_flops(run, shape) / rates.pass_flop_per_s
+    return passes_s + update_flops(run, shape) / rates.flop_per_s + moved_bytes / rates.memory_bytes_per_s
+
+
+def _cast_bytes(run: Run, shape: ModelShape) -> int:
+    """Bytes that autocast reads and writes of weights: frozen ones are cast again in the backward pass."""
+    if run.train.autocast == "none":
+        return 0
+    element_bytes = ELEMENT_BYTES[run.train.dtype] + PRODUCT_BYTES[run.train.autocast]
+    return shape.adapted_parameters * element_bytes * (2 if isinstance(run.method, AdapterOptions) else 1)
 
 
 def merge_compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
