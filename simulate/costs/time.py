@@ -16,8 +16,10 @@ from simulate.hardware import Device, Link
 from simulate.models.shapes import ModelShape
 from simulate.options import AdapterOptions, DdpOptions, LteOptions, SapipeOptions, SignsgdOptions, TopkOptions
 
-ADAM_ELEMENTS_MOVED = 7
-"""A fused AdamW step reads weight, gradient and two moments, and writes weight and moments."""
+ADAM_ELEMENTS_MOVED = 3
+"""A fused AdamW step reads weight and gradient and writes the weight."""
+ADAM_MOMENTS_MOVED = 4
+"""And it reads and writes two moments."""
 COMPRESSION_ELEMENTS_MOVED = 8
 """Estimate: compressing reads gradient and residual, writes the message and the residual, and reads what arrives."""
 
@@ -96,17 +98,19 @@ def compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
     """Seconds of one optimizer step: arithmetic, the optimizer's memory traffic, unpacking of quantised weights."""
     element_bytes = ELEMENT_BYTES[run.train.dtype]
     method = run.method
-    moved: float = ADAM_ELEMENTS_MOVED * holding(run, shape).trained
+    trained = holding(run, shape).trained
+    moment_bytes = element_bytes if run.train.optimizer_state == "fp32" else 1
+    moved_bytes = trained * (ADAM_ELEMENTS_MOVED * element_bytes + ADAM_MOMENTS_MOVED * moment_bytes)
     if isinstance(method, SapipeOptions | TopkOptions | SignsgdOptions) or (
         isinstance(method, DdpOptions) and method.wire != "full"
     ):
-        moved += COMPRESSION_ELEMENTS_MOVED * shape.parameters
+        moved_bytes += COMPRESSION_ELEMENTS_MOVED * shape.parameters * element_bytes
     unpacked_bytes = 0
     if isinstance(method, LteOptions) and method.quantize != "none":
         # Forward and backward each read the packed form, write and read the plain one.
         packed = frozen_bytes(shape, method.quantize, element_bytes)
         unpacked_bytes = 2 * (packed + 2 * shape.adapted_parameters * element_bytes)
-    moved_bytes = moved * element_bytes + unpacked_bytes + _cast_bytes(run, shape)
+    moved_bytes += unpacked_bytes + _cast_bytes(run, shape)
     passes_s = pass_flops(run, shape) / rates.pass_flop_per_s
     return passes_s + update_flops(run, shape) / rates.flop_per_s + moved_bytes / rates.memory_bytes_per_s
 

@@ -16,6 +16,8 @@ from simulate.adapters import LoraLinear
 from simulate.checkpoints import State
 from simulate.communicator import Communicator
 from simulate.config import Run, Train
+from simulate.costs.optimizer import is_eight_bit
+from simulate.eight_bit import CODES, AdamW8bit, prune
 from simulate.loss import row_losses
 from simulate.models.build import build_model
 from simulate.optimizers import Muon
@@ -55,14 +57,21 @@ class Method(ABC):
         groups = self.parameter_groups()
         matrices = self._matrices() if train.optimizer == "muon" else set()
         adam_groups, muon_groups = split_groups(groups, lambda p: id(p) not in matrices)
+        small_groups, large_groups = adam_groups, list[dict[str, object]]()
+        if train.optimizer_state == "8bit":
+            small_groups, large_groups = split_groups(adam_groups, lambda p: not is_eight_bit(p[0].numel()))
+        betas = (train.adam_beta1, train.adam_beta2)
         # Fused: one pass over the state and no temporaries, unlike the foreach form.
-        adam_groups = adam_groups or [{"params": []}]  # none where Muon steps everything
-        self.optimizer = torch.optim.AdamW(adam_groups, betas=(train.adam_beta1, train.adam_beta2), fused=True)
+        self.optimizer = torch.optim.AdamW(small_groups or [{"params": []}], betas=betas, fused=True)
+        self.optimizers: list[torch.optim.Optimizer] = [self.optimizer]
+        if large_groups:
+            self.optimizers.append(AdamW8bit(large_groups, betas=betas))
         self.muon = Muon(muon_groups, momentum=train.muon_momentum) if muon_groups else None
-        self.groups = list(self.optimizer.param_groups)
         if self.muon is not None:
-            self.muon.state = self.optimizer.state  # one state, by parameter
-            self.groups += self.muon.param_groups
+            self.optimizers.append(self.muon)
+        for optimizer in self.optimizers[1:]:
+            optimizer.state = self.optimizer.state  # one state, by parameter
+        self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         self.peak_rates = [group["lr"] for group in self.groups]
 
     def _matrices(self) -> set[int]:
@@ -245,9 +254,8 @@ class Method(ABC):
         self.loss_scale.update(finite_C)
 
     def _step_optimizers(self) -> None:
-        self.optimizer.step()
-        if self.muon is not None:
-            self.muon.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
 
     def stepped(self) -> dict[str, Tensor]:
         """Return what a step changes, (rows, ...), by the names of `state`."""
@@ -407,6 +415,9 @@ def prune_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Para
     Adam's first moment goes as well wherever its second is zero: divided by almost nothing, it would blow up the step.
     """
     for parameter in parameters:
+        if f"exp_avg{CODES}" in optimizer.state[parameter]:
+            prune(optimizer.state[parameter], share)
+            continue
         moments = (m for m in optimizer.state[parameter].values() if m.shape == parameter.shape)
         for moment_CX in (moment.flatten(1) for moment in moments):
             count = int(share * moment_CX.shape[1])
