@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from simulate.config import Run
 from simulate.errors import InputError
@@ -27,7 +27,8 @@ def check_formats(run: Run, profile: Profile) -> None:
         common = common_formats(profile)
         other = f"train.autocast={common[0]}" if common else "train.autocast=none, it multiplies in fp32 only"
         raise InputError(
-            f"train.autocast = {wanted!r}: profile {profile.name} gives {lacking.kind} no {wanted} rate; try --set {other}"
+            f"train.autocast = {wanted!r}: profile {profile.name} gives {lacking.kind} no {wanted} rate; "
+            f"try --set {other}"
         )
 
 
@@ -48,12 +49,12 @@ def format_notes(
     if chosen is None or not formats or chosen.run.train.autocast != "none" or chosen.run.train.dtype == "fp64":
         return
     train = chosen.run.train.model_copy(update={"autocast": formats[0]})
-    other = evaluate(chosen.run.model_copy(update={"train": train}))
-    other = getattr(other, "candidate", other)
+    other: Any = evaluate(chosen.run.model_copy(update={"train": train}))
+    other = getattr(other, "candidate", other)  # whether it fits or not
     gains = {getattr(d.flop_per_s, formats[0]) / d.flop_per_s.fp32 for d in profile.device}
     rates = " to ".join(f"{gain:.2g}" for gain in sorted({min(gains), max(gains)}))
     yield (
-        f"devices of profile {profile.name} multiply in {' and '.join(formats)}, {formats[0]} at {rates}x the fp32 rate: "
-        f"train.autocast = {formats[0]} would take {other.wall_s / chosen.wall_s:.2f}x the time and "
+        f"devices of profile {profile.name} multiply in {' and '.join(formats)}, {formats[0]} at {rates}x the fp32 "
+        f"rate: train.autocast = {formats[0]} would take {other.wall_s / chosen.wall_s:.2f}x the time and "
         f"{other.memory.total / chosen.memory.total:.2f}x the memory, with less exact products"
     )

@@ -101,10 +101,13 @@ class _Product:
     scale: float
 
     @classmethod
-    def cast(cls, dtype: torch.dtype, *tensors_and_scale: Any) -> _Product:
+    def cast(
+        cls, dtype: torch.dtype, weight_OI: Tensor, a_HRI: Tensor, b_HOR: Tensor, a0_HRI: Tensor | None,
+        b0_HOR: Tensor | None, scale: float,
+    ) -> _Product:  # fmt: skip
         """Return the product over these tensors in a format; nothing is copied where they have it."""
-        *tensors, scale = tensors_and_scale
-        return cls(*(None if tensor is None else tensor.to(dtype) for tensor in tensors), scale)
+        a0_HRI, b0_HOR = (None if old is None else old.to(dtype) for old in (a0_HRI, b0_HOR))
+        return cls(weight_OI.to(dtype), a_HRI.to(dtype), b_HOR.to(dtype), a0_HRI, b0_HOR, scale)
 
     def add(self, out_HMX: Tensor, in_HMY: Tensor, small_HMR: Tensor, to_inputs: bool, beta: int) -> None:
         """Write beta·out + in·W + the heads' products; small is s times the rows times the first new factor."""

@@ -1,8 +1,8 @@
 """Cross-entropy for large vocabularies, in the memory of the logits alone.
 
 torch's keeps the log-probabilities and makes two gradients of the logits' size; for GPT-2's vocabulary these three
-tensors would be most of a small device's memory. Here the logits are kept, and become their own gradient. Logits of half
-precision are worked on in float32, some rows at a time, and so are losses.
+tensors would be most of a small device's memory. Here the logits are kept, and become their own gradient.
+Logits of half precision are worked on in float32, some rows at a time, and so are losses.
 
 Legend: M rows (tokens, images), V vocabulary or classes.
 """
@@ -18,7 +18,7 @@ from simulate.costs.activations import LOSS_CHUNK_ELEMENTS
 
 
 def _exact(logits_MV: Tensor) -> Tensor:
-    """Return logits in a format that sums of exponentials may be taken in: half precision in float32, others as they are."""
+    """Return logits in a format that exponentials may be summed in: half precision as float32, others as they are."""
     return logits_MV.float() if logits_MV.element_size() < 4 else logits_MV
 
 

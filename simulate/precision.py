@@ -47,7 +47,7 @@ def check_autocast(train: Train, device: torch.device) -> None:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """Return the format in which matrix products of x run at this place: for functions that autograd cannot see into."""
+    """Return the format in which matrix products of x run here: for functions that autograd cannot see into."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind) or not x.is_floating_point() or x.dtype == torch.float64:
         return x.dtype

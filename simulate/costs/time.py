@@ -73,7 +73,8 @@ def round_time(run: Run, shape: ModelShape, devices: Sequence[Device], link: Lin
 
 def device_step_s(run: Run, shape: ModelShape, devices: Sequence[Device]) -> tuple[float, ...]:
     """Return the seconds that each device needs for a step."""
-    by_kind = {id(device): compute_s(run, shape, _Rates.of(run.train, device)) for device in devices}
+    kinds = {id(device): device for device in devices}
+    by_kind = {key: compute_s(run, shape, _Rates.of(run.train, device)) for key, device in kinds.items()}
     return tuple(by_kind[id(device)] for device in devices)
 
 

@@ -179,9 +179,9 @@ def test_moments_take_two_bytes_and_a_scale_for_256() -> None:
 
 def test_what_needs_full_moments_is_refused() -> None:
     train = {"optimizer_state": "8bit"}
-    with pytest.raises(InputError, match="sapipe.*compensation=none"):
+    with pytest.raises(InputError, match=r"sapipe.*compensation=none"):
         build_run({"method": {"name": "sapipe"}, "train": train})
-    with pytest.raises(InputError, match="average.*merge_optimizer=keep"):
+    with pytest.raises(InputError, match=r"average.*merge_optimizer=keep"):
         build_run({"method": {"name": "local-sgd", "merge_optimizer": "average"}, "train": train})
     with pytest.raises(InputError, match="fp64"):
         build_run({"train": {**train, "dtype": "fp64"}})
