@@ -71,7 +71,7 @@ TASKS = {
         networks=_networks(64, 2, image=8, patch=2, colours=1, classes=10),
         ranks={"vit": 32, "mixer": 16},
         rates={DENSE: (1.5e-3, 3e-3, 6e-3), LTE: (1.25e-3, 2.5e-3, 5e-3), DENSE_MUON: (2.5e-3, 5e-3, 1e-2)},
-        tried_samples=3_200,
+        tried_samples=8_000,
         samples=8_000,
         evaluated=180,
     ),

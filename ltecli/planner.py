@@ -215,7 +215,7 @@ def _warnings(run: Run, shape: ModelShape, profile: Profile, time: RoundTime) ->
         yield "the profile has no fp64 rate; planned at the fp32 rate"
     lower = run.train.autocast
     if lower != "none" and any(getattr(d.flop_per_s, lower) is None for d in profile.device):
-        yield f"the profile has no {lower} rate; planned at the fp32 rate"
+        yield f"the profile has no {lower} rate; planned at the fp32 rate, and a CPU that emulates it is far slower"
     method = run.method
     if not isinstance(method, LteOptions):
         return
