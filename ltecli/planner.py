@@ -84,6 +84,7 @@ class Candidate:
             "micro_batch": self.run.train.micro_batch,
             "activation_checkpointing": self.run.train.activation_checkpointing,
             "autocast": self.run.train.autocast,
+            "optimizer_state": self.run.train.optimizer_state,
             "steps": self.run.train.steps,
             "memory_bytes": {"total": self.memory.total, **self.memory.parts()},
             "host_memory_bytes": self.host_memory_bytes,
@@ -370,6 +371,8 @@ def describe(run: Run) -> str:
         details.append("checkpointing")
     if run.train.autocast != "none":
         details.append(run.train.autocast)
+    if run.train.optimizer_state == "8bit":
+        details.append("8-bit moments")
     return f"{method.name}{_format(method)} {', '.join(details)}"
 
 

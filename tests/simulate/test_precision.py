@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -245,7 +246,10 @@ def test_a_device_without_finite_gradients_leaves_out_its_own_step_only(
     assert all(torch.isfinite(t).all() for t in other.stepped().values())
 
 
-@pytest.mark.parametrize("eight_bit", ["fp32", "8bit"])
+NEEDS_LIBRARY = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+
+
+@pytest.mark.parametrize("eight_bit", ["fp32", pytest.param("8bit", marks=NEEDS_LIBRARY)])
 def test_a_step_that_is_left_out_changes_nothing_of_its_device(eight_bit: str) -> None:
     """Also in the first step, when moments begin."""
     large = {"width": 64, "attention_heads": 2}
