@@ -71,7 +71,7 @@ class AdamW8bit(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             self._begin(parameter, state)
-        state["step"] += 1
+        state["step"] = state["step"].cpu() + 1  # on the host, also after a checkpoint: its value is asked for
         tensors = [parameter.grad, parameter, *(state[m + CODES] for m in MOMENTS)]
         scales = [state[m + SCALES] for m in MOMENTS]
         first, second = (_values(moment, parameter.device) for moment in MOMENTS)

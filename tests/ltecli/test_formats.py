@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from simulate import hardware
 from simulate.costs.flops import pass_flops, update_flops
 from simulate.costs.time import device_step_s
 from simulate.hardware import load_profile
@@ -48,6 +51,18 @@ def test_the_note_keeps_its_word(lte: Lte) -> None:
     (note,) = [note for note in plain["notes"] if "train.autocast" in note]
     assert f"{time:.2f}x the time and {peak:.2f}x the memory" in note
     assert not any("train.autocast" in note for note in low["notes"])
+
+
+def test_a_processor_tells_whether_it_multiplies_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info, read = tmp_path / "cpuinfo", hardware.processor_flags
+    cases = (("flags\t\t: fpu avx2 amx_bf16", True), ("Features\t: fp asimd bf16", True), ("flags: avx2", False))
+    for line, has_bf16 in cases:
+        info.write_text(f"processor\t: 0\n{line}\n")
+        flags = read(info)
+        monkeypatch.setattr(hardware, "processor_flags", lambda flags=flags: flags)
+        rates = hardware.detect_local().device[0].flop_per_s
+        assert rates.bf16 == (2 * rates.fp32 if has_bf16 else None)
+    assert read(tmp_path / "missing") == set()
 
 
 def test_passes_go_at_the_lower_formats_rate_and_updates_at_the_weights() -> None:
