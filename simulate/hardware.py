@@ -168,7 +168,8 @@ def detect_local() -> Profile:
             "reserved_bytes": "psutil: memory in use now",
             "host_memory_bytes": "a CPU device has one memory",
             "memory_bytes_per_s": "guess: dual-channel DDR4",
-            "flop_per_s": f"{cores} cores (psutil) x {clock_hz / 1e9:.2f} GHz ({clock_source}) x 32 a cycle (AVX2); bf16, if any, guessed",
+            "flop_per_s": f"{cores} cores (psutil) x {clock_hz / 1e9:.2f} GHz ({clock_source}) x 32 a cycle (AVX2)"
+            + ("; bf16 guessed" if gain else ""),
             "efficiency": "guess: small matrices",
         },
     )
