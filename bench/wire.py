@@ -30,6 +30,7 @@ PAYLOAD_SHARE = 1448 / 1514
 """Of a full Ethernet frame with TCP and time stamps."""
 OPERATIONS: dict[str, Operation] = {
     "all_reduce": "all_reduce",
+    "all_reduce by pairs": "all_reduce",
     "all_gather": "all_gather",
     "all_gather by pairs": "all_gather",
     "all_to_all": "all_to_all",

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from simulate.pairs import sum_by_parts, swap
+
 SETTLE_S = 0.1
 """Until the last acknowledgements are counted."""
 Call = Callable[[int], Callable[[], object]]
@@ -45,15 +47,10 @@ def broadcast(num_bytes: int) -> Callable[[], object]:
     return lambda: dist.broadcast(buffer, src=0)
 
 
-def _exchange(parts: list[torch.Tensor], received: list[torch.Tensor]) -> None:
-    # All receives before any send: a request to receive must not queue behind megabytes on their way out.
-    rank, nodes = dist.get_rank(), dist.get_world_size()
-    others = [(rank + hop) % nodes for hop in range(1, nodes)]
-    works = [dist.irecv(received[other], other) for other in reversed(others)]
-    works += [dist.isend(parts[other], other) for other in others]
-    for work in works:
-        assert work is not None
-        work.wait()
+def all_reduce_by_pairs(num_bytes: int) -> Callable[[], object]:
+    """As `all_reduce`, as the tool does it."""
+    buffer = torch.ones(num_bytes // 4)
+    return lambda: sum_by_parts(buffer, None)
 
 
 def all_to_all_by_pairs(num_bytes: int) -> Callable[[], object]:
@@ -61,14 +58,14 @@ def all_to_all_by_pairs(num_bytes: int) -> Callable[[], object]:
     nodes = dist.get_world_size()
     parts = [torch.ones(num_bytes // nodes, dtype=torch.uint8) for _ in range(nodes)]
     received = [torch.empty_like(part) for part in parts]
-    return lambda: _exchange(parts, received)
+    return lambda: swap(received, parts, None)
 
 
 def all_gather_by_pairs(num_bytes: int) -> Callable[[], object]:
     """As `all_gather`, of point-to-point messages: everyone sends its contribution to each other one."""
     part = torch.ones(num_bytes, dtype=torch.uint8)
     received = [torch.empty_like(part) for _ in range(dist.get_world_size())]
-    return lambda: _exchange([part] * len(received), received)
+    return lambda: swap(received, [part] * len(received), None)
 
 
 CALLS: dict[str, Call] = {
@@ -76,6 +73,7 @@ CALLS: dict[str, Call] = {
     "all_gather": all_gather,
     "all_to_all": all_to_all,
     "broadcast": broadcast,
+    "all_reduce by pairs": all_reduce_by_pairs,
     "all_gather by pairs": all_gather_by_pairs,
     "all_to_all by pairs": all_to_all_by_pairs,
 }

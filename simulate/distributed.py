@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from simulate import pairs
 from simulate.communicator import Communicator, Nodes
 from simulate.costs.traffic import Transfer
 from simulate.errors import RunFailedError
@@ -271,7 +272,10 @@ class _Channel:
 
     def all_reduce(self, tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
         flat = _flat(tensors)
-        dist.all_reduce(flat, group=group)
+        if pairs.sums_faster(flat, group):
+            pairs.sum_by_parts(flat, group)
+        else:
+            dist.all_reduce(flat, group=group)
         _unflatten(flat, tensors)
 
     def broadcast(self, tensors: Sequence[Tensor], source: int, group: dist.ProcessGroup | None) -> None:
@@ -280,15 +284,21 @@ class _Channel:
         _unflatten(flat, tensors)
 
     def all_gather(self, everyones: Tensor, parts: Sequence[Tensor], own: Tensor) -> None:
-        if len({len(part) for part in parts}) == 1:
+        if pairs.gathers_faster(parts, self.group):
+            pairs.swap(parts, [own] * self.processes, self.group)
+        elif len({len(part) for part in parts}) == 1:
             dist.all_gather_into_tensor(everyones, own, group=self.group)
-            return
-        parts[self.process].copy_(own)
-        for process, part in enumerate(parts):  # collectives over equal parts only: each part by itself
-            dist.broadcast(part, process, group=self.group)
+        else:
+            parts[self.process].copy_(own)
+            for process, part in enumerate(parts):  # collectives over equal parts only: each part by itself
+                dist.broadcast(part, process, group=self.group)
 
     def all_to_all(self, received: Tensor, sizes: list[int], sent: Sequence[Tensor]) -> None:
-        dist.all_to_all_single(received, torch.cat(list(sent)), sizes, [len(part) for part in sent], group=self.group)
+        if pairs.is_gloo(self.group):
+            pairs.swap(received.split(sizes), sent, self.group)
+        else:
+            parts = [len(part) for part in sent]
+            dist.all_to_all_single(received, torch.cat(list(sent)), sizes, parts, group=self.group)
 
     def to_server(self, parts: Sequence[Tensor]) -> None:
         if self.process != SERVER:

@@ -20,6 +20,8 @@ WIRE_BLOCK = 128
 """Elements that share one fp32 scale in int8 and int4 messages."""
 
 ELEMENT_BYTES = {"fp32": 4, "fp64": 8}
+PRODUCT_BYTES = {"bf16": 2, "fp16": 2}
+"""Of an element as autocast has it."""
 Quantize = Literal["none", "bf16", "int8", "nf4", "nf4-double"]
 """Formats of frozen weights."""
 NF4_BLOCK = 64
