@@ -125,7 +125,7 @@ def peak_memory(run: Run, shape: ModelShape, device: Device) -> Memory:
 def host_memory_bytes(run: Run, shape: ModelShape, device: Device) -> int:
     """Bytes of the host's own memory that one device needs: the weights that merges start from and add to.
 
-    Where device and host share a memory, those of plain weights are part of the device's; those of quantised ones lie in
+    Where both share a memory, those of plain weights are part of the device's; those of quantised ones lie in
     mapped files, which no allocator sees, and stay apart.
     """
     quantize = run.method.quantize if isinstance(run.method, LteOptions) else "none"
