@@ -12,7 +12,7 @@ from simulate.config import Run
 from simulate.costs.memory import Memory, host_memory_bytes, peak_memory
 from simulate.costs.samples import samples_factor
 from simulate.costs.schedule import dense_reduction, num_rounds, received_bytes, sent_bytes
-from simulate.costs.time import RoundTime, device_step_s, exchange_s, round_time
+from simulate.costs.time import RoundTime, device_step_s, distinct, exchange_s, round_time
 from simulate.costs.traffic import ELEMENT_BYTES
 from simulate.errors import InputError
 from simulate.hardware import Device, Profile
@@ -163,7 +163,7 @@ def evaluate(run: Run, profile: Profile, tokens: int) -> Candidate | Rejected:
 def _evaluate(
     run: Run, shape: ModelShape, profile: Profile, devices: Sequence[Device], tokens: int
 ) -> Candidate | Rejected:
-    kinds = {id(device): device for device in devices}.values()
+    kinds = distinct(devices)
     memories = [(device, peak_memory(run, shape, device)) for device in kinds]
     device, memory = min(memories, key=lambda pair: pair[0].memory_bytes - pair[1].total)
     host_bytes = host_memory_bytes(run, shape, device)

@@ -29,6 +29,7 @@ TORCH_FREE = (
     "simulate.costs.samples",
     "simulate.costs.time",
     "simulate.costs.traffic",
+    "simulate.timeline.engine",
     "simulate.models.families",
     "simulate.models.options",
     "simulate.models.shapes",
