@@ -46,7 +46,7 @@ class Device(toml.Schema):
     efficiency: float = Field(gt=0, le=1)
     """Share of the peak rate that training reaches."""
     step_jitter: float = Field(default=0.0, ge=0, le=1)
-    """Standard deviation of a step's seconds over their mean; they are gamma distributed (simulate/timeline/draws.py)."""
+    """Standard deviation of a step's seconds over their mean, of a gamma distribution (simulate/timeline/draws.py)."""
     leave_per_hour: float = Field(default=0.0, ge=0, le=1)
     """Chance that the device leaves within an hour."""
     join_s: float = Field(default=0.0, ge=0)
@@ -127,7 +127,8 @@ class Profile(toml.Schema):
             in_link = getattr(self.link, key)
             if given and in_link is not None and in_link != given:
                 raise ValueError(
-                    f"server.{direction}_bytes_per_s = {given:g} and link.{key} = {in_link:g} are the same rate; keep one"
+                    f"server.{direction}_bytes_per_s = {given:g} and link.{key} = {in_link:g} say two things of one "
+                    "rate; keep one"
                 )
             if given:
                 update[key] = given

@@ -1,8 +1,8 @@
 """One link that several transfers share: who is through when.
 
 Every transfer under way gets the same rate: its own link's, or its part of the shared one where that is less (what
-TCP connections of one delay settle at). Transfers are equally large and equally fast, so the first to start is the first
-to be through, and two queues of moments replace a general event list: the next event is an arrival or the oldest
+TCP connections of one delay settle at). Transfers are equally large and equally fast, so the first to start is the
+first to be through, and two queues of moments replace a general event list: the next event is an arrival or the oldest
 transfer's end. `python -m bench.timeline` compares that with SimPy's processes on 10,000 devices: equal moments, and
 SimPy takes many times as long, since it wakes a process for each change of the rate.
 """
