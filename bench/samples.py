@@ -3,8 +3,8 @@
     python bench/samples.py                     # print it
     python bench/samples.py --write             # replace the shipped file
 
-Measured are the runs of bench/convergence.py. A method's ratio is that of its stretched schedule where that was run down
-to dense's loss; else what dense's curve says (all samples over those after which dense had the method's loss) times
+Measured are the runs of bench/convergence.py. A method's ratio is that of its stretched schedule where that reached
+dense's loss; else what dense's curve says (all samples over those after which dense had the method's loss) times
 what the stretched schedule makes of that elsewhere. A figure is the geometric mean of all its sources, published,
 measured or guessed; its range reaches from the smallest to the largest of them.
 """
@@ -12,6 +12,7 @@ measured or guessed; its range reaches from the smallest to the largest of them.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -26,13 +27,13 @@ TARGET = ROOT / "simulate/costs/samples.toml"
 PUBLISHED_LTE = 1.4
 """Huh et al. 2024, section 4: about 40 % more samples than dense at rank x heads >= width, T = 10."""
 SWEEP = {8: 44.0, 16: 60.4, 32: 71.2, 64: 73.7, 128: 73.5}
-"""Rank: top-1 in % after equal epochs; ViT-S (width 384) with 32 heads on ImageNet100, reported for arXiv 2402.16828."""
+"""Rank: top-1 in % after equal epochs; ViT-S (width 384), 32 heads, ImageNet100, reported for arXiv 2402.16828."""
 SWEEP_WIDTH, SWEEP_HEADS, BEST_RANK = 384, 32, 64
 RANK_SHARE = 1 / 12
 """Rank 32 of width 384 is within 2.5 points of the best, rank 16 is 13 points below."""
 ERROR_EXPONENTS = (0.35, 1.0)
-"""Error falls as samples ^ -this: Hestness et al. 2017 (arXiv 1712.00409) for image classifiers once data are many; early
-in training it falls faster, at most about as 1 / samples."""
+"""Error falls as samples ^ -this: Hestness et al. 2017 (arXiv 1712.00409) for image classifiers once data are many;
+early in training it falls faster, at most about as 1 / samples."""
 MINIMUM_STEPS = 200.0
 """A guess, that a batch of 1/200 of all tokens is critical."""
 MERGE_EXPONENT = (0.05, 0.15, 0.3)
@@ -69,7 +70,7 @@ def mean_curve(results: Results, batch: str, method: str) -> list[tuple[float, f
 def curve_ratio(results: Results, batch: str, loss: float) -> float:
     """Return all samples over those after which dense had a loss, by its curve, linearly between points."""
     curve = mean_curve(results, batch, DENSE)
-    for (before, higher), (after, lower) in zip(curve, curve[1:], strict=False):
+    for (before, higher), (after, lower) in itertools.pairwise(curve):
         if higher >= loss >= lower:
             return curve[-1][0] / (before + (after - before) * (higher - loss) / (higher - lower))
     return 1.0

@@ -39,7 +39,9 @@ class Figure(toml.Schema):
     @model_validator(mode="after")
     def _value_within_range(self) -> Figure:
         if not self.low <= self.value <= self.high:
-            raise ValueError(f"value = {self.value:g} is not from low = {self.low:g} to high = {self.high:g}; correct it")
+            raise ValueError(
+                f"value = {self.value:g} is not from low = {self.low:g} to high = {self.high:g}; correct it"
+            )
         return self
 
 
