@@ -339,8 +339,8 @@ def _choice_notes(
     lte = model.methods["lte"]
     yield (
         f"candidates rank by {MEANINGS[choice.objective]}, with assumed samples over dense: {lte.value:.3g}x "
-        f"({lte.low:.3g} to {lte.high:.3g}) for lte at rank x heads >= width and T = {model.merge_every}, more at lower "
-        "rank, rarer merges or larger batches (docs/planning.md; --efficiency replaces it)"
+        f"({lte.low:.3g} to {lte.high:.3g}) for lte at rank x heads >= width and T = {model.merge_every}, more at "
+        "lower rank, rarer merges or larger batches (docs/planning.md; --efficiency replaces it)"
     )
     if chosen and fitting and fitting[0] is not chosen:
         yield f"{describe(fitting[0].run)} would rank first, but quantised weights can only be planned so far"

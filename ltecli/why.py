@@ -139,8 +139,10 @@ def _keys(candidate: Candidate) -> dict[str, Any]:
 
 def _neighbours(plan: Plan, chosen: Candidate, value: Callable[[Candidate], float]) -> Iterator[Neighbour]:
     """Yield the nearest candidates on either side of every key, and the other method at its best."""
-    ours, by_key = _keys(chosen), dict[str, list[Candidate | Rejected]]()
-    for result in (*plan.candidates, *plan.rejected):
+    ours = _keys(chosen)
+    by_key: dict[str, list[Candidate | Rejected]] = {}
+    results: list[Candidate | Rejected] = [*plan.candidates, *plan.rejected]
+    for result in results:
         keys = _keys(candidate_of(result))
         different = [key for key in keys if keys[key] != ours[key]]
         if len(different) == 1:

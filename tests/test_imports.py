@@ -66,6 +66,7 @@ def run_lte(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         "--version",
         "plan",
         "plan --model gpt2 --json",
+        "plan --why --timeline --rounds 3 --timeline-svg picture.svg",
         "plan --model vit_s16",
         "plan --model llama_1b",
         "plan --model mixer_s16",

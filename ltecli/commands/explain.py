@@ -114,7 +114,7 @@ def _show_outlook(chosen: Candidate, outlook: Outlook, output: Output) -> None:
     timeline = outlook.timeline
     output.text("")
     output.heading(
-        f"timeline: {timeline.rounds:,} rounds of {timeline.devices:,} devices take {seconds_text(timeline.wall_s)}, "
+        f"timeline: {timeline.rounds:,} round{'s' if timeline.rounds > 1 else ''} of {timeline.devices:,} devices: {seconds_text(timeline.wall_s)}, "
         f"{timeline.wall_s / outlook.planned_s:.3f}x the closed form; the whole run {seconds_text(outlook.run_wall_s)}"
     )
     shares = {kind: seconds / timeline.wall_s for kind, seconds in timeline.seconds.items()}

@@ -64,7 +64,7 @@ def plan_command(
         _check_target(out, force)
     if extras is not None:
         extras.check()
-    plan = plan_request(request)
+    plan = plan_request(request, to_train=out is not None)
     output = Output(as_json)
     explained = _explained(plan, extras)
     output.json({**plan.to_dict(), **(explained.to_dict() if explained else {"why": None, "timeline": None})})
@@ -104,8 +104,11 @@ def _choice(request: Request) -> Choice:
     )
 
 
-def plan_request(request: Request) -> Plan:
-    """Turn a request into a plan; raises InputError for what is wrong in it."""
+def plan_request(request: Request, to_train: bool = True) -> Plan:
+    """Turn a request into a plan; raises InputError for what is wrong in it.
+
+    A plan that is only looked at may be for more devices than the embedded text has data for.
+    """
     choice = _choice(request)
     table: toml.Table = {"model": {}, "data": {}, "method": {}, "train": {}, "cluster": {}}
     for assignment in request.assignments:
@@ -120,8 +123,15 @@ def plan_request(request: Request) -> Plan:
     profile = load_profile(str(table["cluster"].setdefault("profile", LOCAL)))
     named = bool(table["data"])
     base, notes = _base_run(table, profile)
-    if named or base.model.unit == "tokens":  # what is only a default may also be missing until it is trained on
+    if named:
         _check_data(base)
+    elif base.model.unit == "tokens":  # what is only a default may also be missing, or too small, until it is trained on
+        try:
+            _check_data(base)
+        except InputError as error:
+            if to_train:
+                raise
+            notes.append(f"to train, name data of yours by --data; {error}")
     tokens = _tokens(request, base, table)
     return make_plan(base, profile, tokens, pins, notes, choice)
 
