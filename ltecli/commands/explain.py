@@ -113,9 +113,10 @@ def _show_why(why: Why, output: Output) -> None:
 def _show_outlook(chosen: Candidate, outlook: Outlook, output: Output) -> None:
     timeline = outlook.timeline
     output.text("")
+    rounds = f"{timeline.rounds:,} round{'s' if timeline.rounds > 1 else ''} of {timeline.devices:,} devices"
     output.heading(
-        f"timeline: {timeline.rounds:,} round{'s' if timeline.rounds > 1 else ''} of {timeline.devices:,} devices: {seconds_text(timeline.wall_s)}, "
-        f"{timeline.wall_s / outlook.planned_s:.3f}x the closed form; the whole run {seconds_text(outlook.run_wall_s)}"
+        f"timeline: {rounds}: {seconds_text(timeline.wall_s)}, {timeline.wall_s / outlook.planned_s:.3f}x the closed "
+        f"form; the whole run {seconds_text(outlook.run_wall_s)}"
     )
     shares = {kind: seconds / timeline.wall_s for kind, seconds in timeline.seconds.items()}
     output.text("a device's time: " + ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items()))

@@ -125,7 +125,7 @@ def plan_request(request: Request, to_train: bool = True) -> Plan:
     base, notes = _base_run(table, profile)
     if named:
         _check_data(base)
-    elif base.model.unit == "tokens":  # what is only a default may also be missing, or too small, until it is trained on
+    elif base.model.unit == "tokens":  # what is only a default may be missing or too small until it is trained on
         try:
             _check_data(base)
         except InputError as error:
