@@ -79,16 +79,18 @@ def explain(plan: Plan, chosen: Candidate) -> Why:
 
 
 def _limit(plan: Plan, chosen: Candidate, value: Callable[[Candidate], float]) -> tuple[str, str]:
-    """Return what stands between the choice and a better one, first of all memory."""
+    """Return what stands between the choice and a better one: the link, memory, or nothing but compute."""
     unfit = [r for r in plan.rejected if r.short_bytes and is_trainable(r.candidate.run)]
     better = min(unfit, key=lambda r: value(r.candidate), default=None)
-    if better is not None and value(better.candidate) < value(chosen):
-        share = value(better.candidate) / value(chosen)
-        return "memory", f"{describe(better.candidate.run)} would take {share:.2f}x, but {better.reason}"
     share = chosen.time.exchange_s / chosen.time.round_s
-    if share > LINK_DOMINATES:
-        return "link", f"{share:.0%} of a round is exchange that no compute hides"
-    return "compute", f"{1 - share:.0%} of a round is compute"
+    reason = f"{share:.0%} of a round is exchange that no compute hides, {1 - share:.0%} compute"
+    limit = "link" if share > LINK_DOMINATES else "compute"
+    if better is not None and value(better.candidate) < value(chosen):
+        limit = "memory" if limit == "compute" else limit
+        times = value(better.candidate) / value(chosen)
+        what = plan.choice.objective
+        reason += f"; {describe(better.candidate.run)} would take {times:.2f}x the {what}, but {better.reason}"
+    return limit, reason
 
 
 def _changed(plan: Plan) -> Iterator[tuple[str, Profile, int]]:
