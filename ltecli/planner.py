@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ltecli.formats import check_formats, format_notes
 from ltecli.grid import Pins, grid
 from ltecli.objective import MEANINGS, Choice, hourly_price, value_of
 from ltecli.ranges import RULE, Margins, range_keys
@@ -99,6 +100,8 @@ class Candidate:
             "fragments": getattr(method, "fragments", 1),
             "micro_batch": self.run.train.micro_batch,
             "activation_checkpointing": self.run.train.activation_checkpointing,
+            "autocast": self.run.train.autocast,
+            "optimizer_state": self.run.train.optimizer_state,
             "steps": self.run.train.steps,
             "memory_bytes": {"total": self.memory.total, **self.memory.parts()},
             "host_memory_bytes": self.host_memory_bytes,
@@ -241,6 +244,9 @@ def _warnings(run: Run, shape: ModelShape, profile: Profile, time: RoundTime) ->
         yield f"devices train on {share:.0%} of the samples that they would in lockstep"
     if run.train.dtype == "fp64" and any(d.flop_per_s.fp64 is None for d in profile.device):
         yield "the profile has no fp64 rate; planned at the fp32 rate"
+    lower = run.train.autocast
+    if lower != "none" and any(getattr(d.flop_per_s, lower) is None for d in profile.device):
+        yield f"the profile has no {lower} rate; planned at the fp32 rate, and a CPU that emulates it is far slower"
     method = run.method
     if not isinstance(method, LteOptions):
         return
@@ -257,6 +263,7 @@ def make_plan(
 ) -> Plan:
     """Lay out the grid around `base`, evaluate it, and choose; `base` carries every key that no pin or grid varies."""
     choice = choice or Choice()
+    check_formats(base, profile)
     shape, devices = base.model.shape(), profile.devices(base.cluster.devices)
     rank = _rank_by(value_of(choice.objective, profile, len(devices)))
     methods = (pins.method,) if pins.method else CHOSEN_FROM
@@ -283,6 +290,7 @@ def make_plan(
         *_treatment_notes(chosen, shape),
         *shape.notes,
         *_optimizer_notes(chosen),
+        *format_notes(chosen, profile, lambda run: _evaluate(run, shape, profile, devices, tokens, choice)),
         *_pace_notes(chosen, shape, profile, devices),
         *_rival_notes(chosen, rivals, rank),
     ]
@@ -410,6 +418,10 @@ def describe(run: Run) -> str:
     details = [*_details(run, method), f"batch {run.train.micro_batch}"]
     if run.train.activation_checkpointing:
         details.append("checkpointing")
+    if run.train.autocast != "none":
+        details.append(run.train.autocast)
+    if run.train.optimizer_state == "8bit":
+        details.append("8-bit moments")
     return f"{method.name}{_format(method)} {', '.join(details)}"
 
 

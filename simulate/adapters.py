@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simulate.precision import product_dtype
 from simulate.randomness import address
 
 
@@ -44,6 +45,9 @@ class _LoraLinear(torch.autograd.Function):
     Beside the frozen product, forward and backward to x cost 2 small products each and the factors' gradients 2 more:
     4P + 6P_adapter operations a row against the dense 6P. Everything adds in place onto the frozen product. The old
     product would cost 4P_adapter more. Where heads have many rows, products go into each head's weight for less.
+
+    Under autocast everything is cast on entry, and what is saved of x with it; W is cast anew in the backward pass, so
+    that no second copy of it is kept.
     """
 
     @staticmethod
@@ -53,16 +57,16 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         heads, rank, inputs = a_HRI.shape
         outputs = weight_OI.shape[0]
-        x_HMI = x.contiguous().view(heads, -1, inputs)
+        x_HMI = x.to(product_dtype(x)).contiguous().view(heads, -1, inputs)
         rows = x_HMI.shape[1]
-        us_HMR = x.new_empty(heads, rows, rank).baddbmm_(x_HMI, a_HRI.transpose(1, 2), beta=0, alpha=scale)
-        y_HMO = x.new_empty(heads, rows, outputs)
+        product = _Product.cast(x_HMI.dtype, weight_OI, a_HRI, b_HOR, a0_HRI, b0_HOR, scale)
+        us_HMR = x_HMI.new_empty(heads, rows, rank).baddbmm_(x_HMI, product.a_HRI.mT, beta=0, alpha=scale)
+        y_HMO = x_HMI.new_empty(heads, rows, outputs)
         if bias_LO is not None:  # first, so that the product adds to it without a pass of its own
             y_HMO.view(bias_LO.shape[0], -1, outputs).copy_(bias_LO.unsqueeze(1))
-        product = _Product(weight_OI, a_HRI, b_HOR, a0_HRI, b0_HOR, scale)
         product.add(y_HMO, x_HMI, us_HMR, to_inputs=False, beta=0 if bias_LO is None else 1)
         ctx.save_for_backward(x_HMI, us_HMR, weight_OI, a_HRI, b_HOR, a0_HRI, b0_HOR)
-        ctx.scale, ctx.num_bias = scale, 0 if bias_LO is None else bias_LO.shape[0]
+        ctx.scale, ctx.num_bias, ctx.x_dtype = scale, 0 if bias_LO is None else bias_LO.shape[0], x.dtype
         return y_HMO.view(*x.shape[:-1], outputs)
 
     @staticmethod
@@ -70,16 +74,18 @@ class _LoraLinear(torch.autograd.Function):
         x_HMI, us_HMR, weight_OI, a_HRI, b_HOR, a0_HRI, b0_HOR = ctx.saved_tensors
         grad_y = grads[0].contiguous()  # once, not in each of the products
         g_HMO = grad_y.view(*x_HMI.shape[:2], -1)
-        vs_HMR = torch.empty_like(us_HMR).baddbmm_(g_HMO, b_HOR, beta=0, alpha=ctx.scale)
+        vs_HMR = torch.empty_like(us_HMR).baddbmm_(g_HMO, b_HOR.to(g_HMO.dtype), beta=0, alpha=ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
             gx_HMI = torch.empty_like(x_HMI)
-            product = _Product(weight_OI, a_HRI, b_HOR, a0_HRI, b0_HOR, ctx.scale)
+            product = _Product.cast(x_HMI.dtype, weight_OI, a_HRI, b_HOR, a0_HRI, b0_HOR, ctx.scale)
             product.add(gx_HMI, g_HMO, vs_HMR, to_inputs=True, beta=0)
-            grad_x = gx_HMI.view(*grad_y.shape[:-1], -1)
-        grad_bias = g_HMO.view(ctx.num_bias, -1, g_HMO.shape[2]).sum(1) if ctx.needs_input_grad[2] else None
-        grad_a = torch.bmm(vs_HMR.transpose(1, 2), x_HMI) if ctx.needs_input_grad[3] else None
-        grad_b = torch.bmm(g_HMO.transpose(1, 2), us_HMR)
+            del product
+            grad_x = gx_HMI.view(*grad_y.shape[:-1], -1).to(ctx.x_dtype)
+        rows_of_bias = g_HMO.view(ctx.num_bias, -1, g_HMO.shape[2]) if ctx.needs_input_grad[2] else None
+        grad_bias = None if rows_of_bias is None else rows_of_bias.sum(1).to(b_HOR.dtype)
+        grad_a = torch.bmm(vs_HMR.transpose(1, 2), x_HMI).to(a_HRI.dtype) if ctx.needs_input_grad[3] else None
+        grad_b = torch.bmm(g_HMO.transpose(1, 2), us_HMR).to(b_HOR.dtype)
         return grad_x, None, grad_bias, grad_a, grad_b, None, None, None
 
 
@@ -93,6 +99,15 @@ class _Product:
     a0_HRI: Tensor | None
     b0_HOR: Tensor | None
     scale: float
+
+    @classmethod
+    def cast(
+        cls, dtype: torch.dtype, weight_OI: Tensor, a_HRI: Tensor, b_HOR: Tensor, a0_HRI: Tensor | None,
+        b0_HOR: Tensor | None, scale: float,
+    ) -> _Product:  # fmt: skip
+        """Return the product over these tensors in a format; nothing is copied where they have it."""
+        a0_HRI, b0_HOR = (None if old is None else old.to(dtype) for old in (a0_HRI, b0_HOR))
+        return cls(weight_OI.to(dtype), a_HRI.to(dtype), b_HOR.to(dtype), a0_HRI, b0_HOR, scale)
 
     def add(self, out_HMX: Tensor, in_HMY: Tensor, small_HMR: Tensor, to_inputs: bool, beta: int) -> None:
         """Write beta·out + in·W + the heads' products; small is s times the rows times the first new factor."""

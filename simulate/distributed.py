@@ -272,7 +272,7 @@ class _Channel:
 
     def all_reduce(self, tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
         flat = _flat(tensors)
-        if pairs.is_gloo(group):
+        if pairs.sums_faster(flat, group):
             pairs.sum_by_parts(flat, group)
         else:
             dist.all_reduce(flat, group=group)
@@ -284,7 +284,7 @@ class _Channel:
         _unflatten(flat, tensors)
 
     def all_gather(self, everyones: Tensor, parts: Sequence[Tensor], own: Tensor) -> None:
-        if pairs.is_gloo(self.group):
+        if pairs.gathers_faster(parts, self.group):
             pairs.swap(parts, [own] * self.processes, self.group)
         elif len({len(part) for part in parts}) == 1:
             dist.all_gather_into_tensor(everyones, own, group=self.group)

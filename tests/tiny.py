@@ -223,9 +223,11 @@ def spoil(method: Method) -> None:
         tensor.fill_(torch.nan if tensor.is_floating_point() else 99)
 
 
-def assert_resumes(name: str, steps_before: int, devices: int = 4) -> None:
+def assert_resumes(
+    name: str, steps_before: int, devices: int = 4, train_keys: Table | None = None, model: Table | None = None
+) -> None:
     """Save, load into a spoilt method, and hold the rest of the run against that of the one that went on."""
-    run = variant_run(name, devices, train={"steps": 14})
+    run = variant_run(name, devices, model, train={"steps": 14, **(train_keys or {})})
     method, restored = build(run), build(run)
     train(method, 0, steps_before)
     saved = copy.deepcopy(method.divided_state())

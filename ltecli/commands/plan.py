@@ -14,16 +14,18 @@ from ltecli.output import Output, bytes_text, plain_table, range_text, seconds_t
 from ltecli.planner import Candidate, Plan, Rejected, candidate_of, describe, make_plan
 from ltecli.ranges import equivalent_range, time_range, wall_range
 from simulate import toml
-from simulate.config import Run, Train, build_run, dump_run
+from simulate.config import BYTE_VALUES, BYTES, Run, Train, build_run, dump_run
 from simulate.costs.samples import load_efficiency
 from simulate.errors import InputError
 from simulate.hardware import LOCAL, Profile, load_profile
-from simulate.models.options import sees_images
+from simulate.models.options import sees_images, text_sizes
 from simulate.options import METHODS, AdapterOptions
 
 if TYPE_CHECKING:
     from ltecli.commands.explain import Explained, Extras
 
+EMBEDDED_BYTES = 500_000
+"""That the embedded text has at least, whichever Python's library it is."""
 TOKENS_PER_PARAMETER = 20
 """Hoffmann et al. 2022 (arXiv 2203.15556): compute-optimal training takes about 20 tokens a parameter."""
 DEMO_TOKENS = 400_000
@@ -204,9 +206,21 @@ def _build(table: toml.Table) -> Run:
 
 
 def _check_data(run: Run) -> None:
+    if _embedded_fits(run):
+        return
     from simulate.data.sources import check_data
 
     check_data(run)
+
+
+def _embedded_fits(run: Run) -> bool:
+    """Whether the embedded text is surely enough, so that nothing need be imported to look at it."""
+    data, model = run.data, run.model
+    if data.name != "stdlib" or data.tokenizer != BYTES or data.shards is not None or model.unit != "tokens":
+        return False
+    sizes = text_sizes(model)
+    windows = max(10, 2 * run.cluster.devices)  # one in the tenth for validation, one in every device's shard
+    return sizes.vocab >= BYTE_VALUES and windows * (sizes.context + 1) <= EMBEDDED_BYTES
 
 
 def _tokens(request: Request, base: Run, table: toml.Table) -> int:

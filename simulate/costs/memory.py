@@ -12,9 +12,19 @@ from functools import lru_cache
 from simulate.config import Run
 from simulate.costs.activations import Phase, step_phases
 from simulate.costs.holding import holding
+from simulate.costs.optimizer import largest_step_bytes, moment_bytes
 from simulate.costs.schedule import INDEX_BYTES as INDEX_INT32_BYTES
 from simulate.costs.schedule import factor_buffer_bytes, gather_groups, layer_transport, topk_entries
-from simulate.costs.traffic import ELEMENT_BYTES, chunk_elements, fragment, frozen_bytes, pack, packed_bytes, wire_bytes
+from simulate.costs.traffic import (
+    ELEMENT_BYTES,
+    PRODUCT_BYTES,
+    chunk_elements,
+    fragment,
+    frozen_bytes,
+    pack,
+    packed_bytes,
+    wire_bytes,
+)
 from simulate.hardware import Device
 from simulate.models.shapes import ModelShape
 from simulate.options import (
@@ -83,7 +93,7 @@ def peak_memory(run: Run, shape: ModelShape, device: Device) -> Memory:
         block_trained = sum(linear.weights for linear in shape.adapted)
     phases = step_phases(
         shape, run.train.micro_batch, rank, block_trained * element_bytes, run.train.activation_checkpointing,
-        element_bytes,
+        element_bytes, PRODUCT_BYTES.get(run.train.autocast, element_bytes),
     )  # fmt: skip
     gradient_bytes = (held.trained - idle) * element_bytes
     # The batch is held until the next one comes; tokens are too few to count.
@@ -92,12 +102,14 @@ def peak_memory(run: Run, shape: ModelShape, device: Device) -> Memory:
         Phase(p.gradients, p.activations + batch_bytes, p.temporary)
         for p in _exchange_phases(run, shape, gradient_bytes)
     )
-    phase = max((*phases, *exchanges), key=lambda p: p.total)
+    averages = gradient_bytes if isinstance(method, SapipeOptions) else 0  # beside the step's own gradients
+    update = Phase(gradient_bytes, batch_bytes, averages + largest_step_bytes(run, shape))
+    phase = max((*phases, *exchanges, update), key=lambda p: p.total)
     return Memory(
         weights=weights,
         adapters=held.adapters * element_bytes,
         gradients=phase.gradients,
-        optimizer=(held.moments + held.extra) * element_bytes,
+        optimizer=moment_bytes(run, shape) + held.extra * element_bytes,
         activations=phase.activations,
         temporary=phase.temporary,
         reserved=device.reserved_bytes,
@@ -120,8 +132,8 @@ def checkpoint_bytes(run: Run, shape: ModelShape) -> int:
         frozen = shape.adapted_parameters * (2 if _needs_master(method) else 1)
     dense = 0 if _starts_dense(method) else held.adapters
     weights = dense + shape.replicated_parameters if isinstance(method, AdapterOptions) else shape.parameters
-    elements = frozen + (1 if held.shared else devices) * (weights + held.moments) + devices * held.extra
-    return elements * ELEMENT_BYTES[run.train.dtype]
+    copies, element_bytes = 1 if held.shared else devices, ELEMENT_BYTES[run.train.dtype]
+    return (frozen + copies * weights + devices * held.extra) * element_bytes + copies * moment_bytes(run, shape)
 
 
 def _starts_dense(method: MethodOptions) -> bool:

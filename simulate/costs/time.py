@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from simulate.config import Run
-from simulate.costs.flops import merge_flops, step_flops
+from simulate.config import Run, Train
+from simulate.costs.flops import merge_flops, pass_flops, update_flops
 from simulate.costs.holding import holding
 from simulate.costs.pace import round_compute_s
 from simulate.costs.schedule import num_rounds, schedule
-from simulate.costs.traffic import ELEMENT_BYTES, Exchange, Transfer, frozen_bytes
+from simulate.costs.traffic import ELEMENT_BYTES, PRODUCT_BYTES, Exchange, Transfer, frozen_bytes
 from simulate.hardware import Device, Link
 from simulate.models.shapes import ModelShape
 from simulate.options import AdapterOptions, DdpOptions, LteOptions, SapipeOptions, SignsgdOptions, TopkOptions
 
-ADAM_ELEMENTS_MOVED = 7
-"""A fused AdamW step reads weight, gradient and two moments, and writes weight and moments."""
+ADAM_ELEMENTS_MOVED = 3
+"""A fused AdamW step reads weight and gradient and writes the weight."""
+ADAM_MOMENTS_MOVED = 4
+"""And it reads and writes two moments."""
 COMPRESSION_ELEMENTS_MOVED = 8
 """Estimate: compressing reads gradient and residual, writes the message and the residual, and reads what arrives."""
 
@@ -47,7 +49,7 @@ def round_time(run: Run, shape: ModelShape, devices: Sequence[Device], link: Lin
 
     Unless a device's single step takes longer than that.
     """
-    kinds = {_Rates.of(run.train.dtype, device) for device in distinct(devices)}
+    kinds = {_Rates.of(run.train, device) for device in distinct(devices)}
     if run.method.is_paced:
         steps_s, device_steps = round_compute_s(run.method, device_step_s(run, shape, devices))
         step_s = steps_s / run.method.round_steps
@@ -74,13 +76,19 @@ def round_time(run: Run, shape: ModelShape, devices: Sequence[Device], link: Lin
 
 def device_step_s(run: Run, shape: ModelShape, devices: Sequence[Device]) -> tuple[float, ...]:
     """Return the seconds that each device needs for a step."""
-    by_kind = {id(d): compute_s(run, shape, _Rates.of(run.train.dtype, d)) for d in distinct(devices)}
-    return tuple(by_kind[id(device)] for device in devices)
+    return _of_each(devices, lambda device: compute_s(run, shape, _Rates.of(run.train, device)))
 
 
 def device_merge_s(run: Run, shape: ModelShape, devices: Sequence[Device]) -> tuple[float, ...]:
     """Return the seconds that each device needs for the arithmetic of a round's merges."""
-    by_kind = {id(d): merge_compute_s(run, shape, _Rates.of(run.train.dtype, d)) for d in distinct(devices)}
+    return _of_each(devices, lambda device: merge_compute_s(run, shape, _Rates.of(run.train, device)))
+
+
+def _of_each(devices: Sequence[Device], seconds_of: Callable[[Device], float]) -> tuple[float, ...]:
+    kinds = distinct(devices)
+    if len(kinds) == 1:
+        return (seconds_of(kinds[0]),) * len(devices)
+    by_kind = {id(device): seconds_of(device) for device in kinds}
     return tuple(by_kind[id(device)] for device in devices)
 
 
@@ -97,29 +105,45 @@ class _Rates:
     """What a device sustains."""
 
     flop_per_s: float
+    """Of operations on weights."""
+    pass_flop_per_s: float
+    """Of forward and backward passes."""
     memory_bytes_per_s: float
 
     @classmethod
-    def of(cls, dtype: str, device: Device) -> _Rates:
-        return cls(device.flop_per_s.of(dtype) * device.efficiency, device.memory_bytes_per_s)  # type: ignore[arg-type]
+    def of(cls, train: Train, device: Device) -> _Rates:
+        own = device.flop_per_s.of(train.dtype) * device.efficiency
+        passes = own if train.autocast == "none" else device.flop_per_s.of(train.autocast) * device.efficiency
+        return cls(own, passes, device.memory_bytes_per_s)
 
 
 def compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
     """Seconds of one optimizer step: arithmetic, the optimizer's memory traffic, unpacking of quantised weights."""
     element_bytes = ELEMENT_BYTES[run.train.dtype]
     method = run.method
-    moved: float = ADAM_ELEMENTS_MOVED * holding(run, shape).trained
+    trained = holding(run, shape).trained
+    moment_bytes = element_bytes if run.train.optimizer_state == "fp32" else 1
+    moved_bytes = trained * (ADAM_ELEMENTS_MOVED * element_bytes + ADAM_MOMENTS_MOVED * moment_bytes)
     if isinstance(method, SapipeOptions | TopkOptions | SignsgdOptions) or (
         isinstance(method, DdpOptions) and method.wire != "full"
     ):
-        moved += COMPRESSION_ELEMENTS_MOVED * shape.parameters
+        moved_bytes += COMPRESSION_ELEMENTS_MOVED * shape.parameters * element_bytes
     unpacked_bytes = 0
     if isinstance(method, LteOptions) and method.quantize != "none":
         # Forward and backward each read the packed form, write and read the plain one.
         packed = frozen_bytes(shape, method.quantize, element_bytes)
         unpacked_bytes = 2 * (packed + 2 * shape.adapted_parameters * element_bytes)
-    moved_bytes = moved * element_bytes + unpacked_bytes
-    return step_flops(run, shape) / rates.flop_per_s + moved_bytes / rates.memory_bytes_per_s
+    moved_bytes += unpacked_bytes + _cast_bytes(run, shape)
+    passes_s = pass_flops(run, shape) / rates.pass_flop_per_s
+    return passes_s + update_flops(run, shape) / rates.flop_per_s + moved_bytes / rates.memory_bytes_per_s
+
+
+def _cast_bytes(run: Run, shape: ModelShape) -> int:
+    """Bytes that autocast reads and writes of weights: frozen ones are cast again in the backward pass."""
+    if run.train.autocast == "none":
+        return 0
+    element_bytes = ELEMENT_BYTES[run.train.dtype] + PRODUCT_BYTES[run.train.autocast]
+    return shape.adapted_parameters * element_bytes * (2 if isinstance(run.method, AdapterOptions) else 1)
 
 
 def merge_compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:

@@ -20,6 +20,8 @@ WIRE_BLOCK = 128
 """Elements that share one fp32 scale in int8 and int4 messages."""
 
 ELEMENT_BYTES = {"fp32": 4, "fp64": 8}
+PRODUCT_BYTES = {"bf16": 2, "fp16": 2}
+"""Of an element as autocast has it."""
 QUANTIZED_BITS = {"int8": 8, "nf4": 4}
 
 

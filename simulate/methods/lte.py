@@ -118,7 +118,7 @@ class Lte(Paced):
         heads = self.options.heads_per_device
         losses_H = self.group_losses(inputs, targets, self.local_devices * heads)
         # The sum over heads gives each adapter the gradient of its own head's mean loss, whatever H is.
-        losses_H.sum().backward()
+        self.backward(losses_H)
         if heads > 1:  # what a device's heads share gets the device's mean
             torch._foreach_div_([p.grad for p in self.replicated_parameters if p.grad is not None], float(heads))
         for norm in self.first_device_norms:  # trained on the first device, for all
