@@ -185,8 +185,8 @@ def _against(result: Candidate | Rejected, chosen: Candidate, value: Callable[[C
 def _parts(other: Candidate, chosen: Candidate) -> Iterator[str]:
     """Yield what is more and what is less than the choice's, for each sample where it is time."""
 
-    def per_sample(candidate: Candidate, seconds: float) -> float:
-        return seconds / (candidate.samples_per_s * candidate.time.round_s)
+    def per_sample(candidate: Candidate, amount: float) -> float:
+        return amount / (candidate.samples_per_s * candidate.time.round_s)
 
     def compute_s(candidate: Candidate) -> float:
         return candidate.time.round_s - candidate.time.exchange_s
@@ -194,6 +194,7 @@ def _parts(other: Candidate, chosen: Candidate) -> Iterator[str]:
     figures = {
         "compute": (per_sample(other, compute_s(other)), per_sample(chosen, compute_s(chosen))),
         "exchange": (per_sample(other, other.time.exchange_s), per_sample(chosen, chosen.time.exchange_s)),
+        "bytes": (per_sample(other, other.sent_bytes_per_round), per_sample(chosen, chosen.sent_bytes_per_round)),
         "samples": (other.samples_factor, chosen.samples_factor),
         "memory": (float(other.memory.total), float(chosen.memory.total)),
     }

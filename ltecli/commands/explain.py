@@ -113,7 +113,7 @@ def _show_why(why: Why, output: Output) -> None:
 def _show_outlook(chosen: Candidate, outlook: Outlook, output: Output) -> None:
     timeline = outlook.timeline
     output.text("")
-    rounds = f"{timeline.rounds:,} round{'s' if timeline.rounds > 1 else ''} of {timeline.devices:,} devices"
+    rounds = f"{timeline.rounds:,} round{'s' if timeline.rounds > 1 else ''} of {timeline.devices:,} device{'s' if timeline.devices > 1 else ''}"
     output.heading(
         f"timeline: {rounds}: {seconds_text(timeline.wall_s)}, {timeline.wall_s / outlook.planned_s:.3f}x the closed "
         f"form; the whole run {seconds_text(outlook.run_wall_s)}"
