@@ -22,6 +22,7 @@ from ltecli.planner import Candidate, Plan, describe
 from ltecli.why import Why, explain
 from simulate import toml
 from simulate.errors import InputError
+from simulate.timeline.engine import Timeline
 
 MOST_ROUNDS = 100_000
 
@@ -113,9 +114,9 @@ def _show_why(why: Why, output: Output) -> None:
 def _show_outlook(chosen: Candidate, outlook: Outlook, output: Output) -> None:
     timeline = outlook.timeline
     output.text("")
-    rounds = f"{timeline.rounds:,} round{'s' if timeline.rounds > 1 else ''} of {timeline.devices:,} device{'s' if timeline.devices > 1 else ''}"
+    rounds, devices = (f"{n:,} {what}{'s' if n > 1 else ''}" for n, what in _counts(timeline))
     output.heading(
-        f"timeline: {rounds}: {seconds_text(timeline.wall_s)}, {timeline.wall_s / outlook.planned_s:.3f}x the closed "
+        f"timeline: {rounds} of {devices}: {seconds_text(timeline.wall_s)}, {timeline.wall_s / outlook.planned_s:.3f}x the closed "
         f"form; the whole run {seconds_text(outlook.run_wall_s)}"
     )
     shares = {kind: seconds / timeline.wall_s for kind, seconds in timeline.seconds.items()}
@@ -134,6 +135,10 @@ def _show_outlook(chosen: Candidate, outlook: Outlook, output: Output) -> None:
         output.text(
             f"by the profile, devices left {timeline.leaves:,} times: {timeline.device_steps / whole:.1%} trained"
         )
+
+
+def _counts(timeline: Timeline) -> tuple[tuple[int, str], ...]:
+    return (timeline.rounds, "round"), (timeline.devices, "device")
 
 
 def _worth_text(outlook: Outlook) -> str:
