@@ -116,8 +116,8 @@ def _show_outlook(chosen: Candidate, outlook: Outlook, output: Output) -> None:
     output.text("")
     rounds, devices = (f"{n:,} {what}{'s' if n > 1 else ''}" for n, what in _counts(timeline))
     output.heading(
-        f"timeline: {rounds} of {devices}: {seconds_text(timeline.wall_s)}, {timeline.wall_s / outlook.planned_s:.3f}x the closed "
-        f"form; the whole run {seconds_text(outlook.run_wall_s)}"
+        f"timeline: {rounds} of {devices}: {seconds_text(timeline.wall_s)}, {timeline.wall_s / outlook.planned_s:.3f}x "
+        f"the closed form; the whole run {seconds_text(outlook.run_wall_s)}"
     )
     shares = {kind: seconds / timeline.wall_s for kind, seconds in timeline.seconds.items()}
     output.text("a device's time: " + ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items()))
