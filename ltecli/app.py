@@ -85,7 +85,9 @@ def plan(
     method: Annotated[str | None, typer.Option(help="Pin the method: lte or ddp.")] = None,
     rank: Annotated[int | None, typer.Option(help="Pin the rank of one head.")] = None,
     heads_per_device: Annotated[int | None, typer.Option(help="Pin the heads of one device.")] = None,
-    quantize: Annotated[str | None, typer.Option(help="Pin the frozen weights' format: none, int8 or nf4.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="Pin the frozen weights' format: none, bf16, int8, nf4 or nf4-double.")
+    ] = None,
     merge_every: Annotated[int | None, typer.Option(help="Pin the steps between merges.")] = None,
     assignments: Set = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the choice as run.toml.")] = None,

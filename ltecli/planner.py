@@ -215,7 +215,8 @@ def _evaluate(
     if host_bytes > device.host_memory_bytes:
         short_bytes = host_bytes - device.host_memory_bytes
         reason = (
-            f"needs {host_bytes / 1e9:.2f} GB of host memory for the weights that merges start from, {device.kind} has "
+            f"needs {host_bytes / 1e9:.2f} GB of host memory for the weights that merges start from or add to, "
+            f"{device.kind} has "
         )
         return Rejected(candidate, f"{reason}{device.host_memory_bytes / 1e9:.2f} GB", short_bytes)
     late_s = candidate.equivalent_wall_s - choice.within_s if choice.within_s is not None else 0.0
@@ -280,8 +281,7 @@ def make_plan(
         )
     fitting = sorted((r for r in results if isinstance(r, Candidate)), key=rank)
     rejected = tuple(r for r in results if isinstance(r, Rejected))
-    trainable = [candidate for candidate in fitting if is_trainable(candidate.run)]
-    chosen = next(iter(trainable or fitting), None)
+    chosen = next(iter(fitting), None)
     others = METHOD_NAMES if choice.with_rivals and not pins.method else ()
     rivals = [_best(results_of((name,)), rank) for name in others if name not in methods]
     notes = [
@@ -310,11 +310,6 @@ def make_plan(
     )
 
 
-def is_trainable(run: Run) -> bool:
-    """Whether `lte train` can run this today: quantised weights can be planned only."""
-    return not isinstance(run.method, LteOptions) or run.method.quantize == "none"
-
-
 Rank = Callable[[Candidate], tuple[float, ...]]
 
 
@@ -329,8 +324,8 @@ def candidate_of(result: Candidate | Rejected) -> Candidate:
 
 
 def _best(results: Sequence[Candidate | Rejected], rank: Rank) -> Candidate | Rejected | None:
-    """Return the first of those that fit and can be trained, or else the nearest miss."""
-    fitting = [r for r in results if isinstance(r, Candidate) and is_trainable(r.run)]
+    """Return the first of those that fit, or else the nearest miss."""
+    fitting = [r for r in results if isinstance(r, Candidate)]
     misses = [r for r in results if isinstance(r, Rejected)]
     nearest = min(misses, key=lambda r: (r.short_bytes, r.late_s), default=None)
     return min(fitting, key=rank, default=None) or nearest
@@ -350,10 +345,20 @@ def _choice_notes(
         f"({lte.low:.3g} to {lte.high:.3g}) for lte at rank x heads >= width and T = {model.merge_every}, more at "
         "lower rank, rarer merges or larger batches (docs/planning.md; --efficiency replaces it)"
     )
-    if chosen and fitting and fitting[0] is not chosen:
-        yield f"{describe(fitting[0].run)} would rank first, but quantised weights can only be planned so far"
-    elif chosen and not is_trainable(chosen.run):
-        yield "only quantised candidates fit; they can be planned, not yet trained"
+    if chosen and getattr(chosen.run.method, "quantize", "none") != "none":
+        yield from _quantize_notes(chosen)
+
+
+def _quantize_notes(chosen: Candidate) -> Iterator[str]:
+    method = chosen.run.method
+    assert isinstance(method, LteOptions)
+    if method.quantize.startswith("nf4"):
+        yield f"method.quantize = {method.quantize} needs bitsandbytes: pip install 'lte[quantize]'"
+    if not method.keeps_master and method.reset != "none":
+        yield (
+            "method.master = none with method.reset = "
+            f"{method.reset} loses merged updates that are smaller than a rounding step; try --set method.master=host"
+        )
 
 
 def _optimizer_notes(chosen: Candidate | None) -> Iterator[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ltecli.objective import value_of
-from ltecli.planner import LINK_DOMINATES, Candidate, Plan, Rejected, candidate_of, describe, is_trainable, make_plan
+from ltecli.planner import LINK_DOMINATES, Candidate, Plan, Rejected, candidate_of, describe, make_plan
 from simulate.errors import InputError
 from simulate.hardware import Profile
 
@@ -80,7 +80,7 @@ def explain(plan: Plan, chosen: Candidate) -> Why:
 
 def _limit(plan: Plan, chosen: Candidate, value: Callable[[Candidate], float]) -> tuple[str, str]:
     """Return what stands between the choice and a better one: the link, memory, or nothing but compute."""
-    unfit = [r for r in plan.rejected if r.short_bytes and is_trainable(r.candidate.run)]
+    unfit = [r for r in plan.rejected if r.short_bytes]
     better = min(unfit, key=lambda r: value(r.candidate), default=None)
     share = chosen.time.exchange_s / chosen.time.round_s
     reason = f"{share:.0%} of a round is exchange that no compute hides, {1 - share:.0%} compute"
@@ -175,8 +175,6 @@ def _against(result: Candidate | Rejected, chosen: Candidate, value: Callable[[C
     ratio = value(result) / value(chosen) if value(chosen) else 1.0
     parts = ", ".join(_parts(result, chosen))
     said = f"{ratio:.2f}x the {plan.choice.objective}" + (f": {parts}" if parts else "")
-    if not is_trainable(result.run):
-        return f"{said}; can be planned, not yet trained"
     if ratio < 1:  # within the grid the choice is the best, so this one is from outside of it
         return f"{said}; plan it with --method {result.run.method.name}"
     return said

@@ -55,6 +55,8 @@ class _Step:
     element_bytes: int
     product_bytes: int
     """Of an element that matrix products read and write."""
+    unpacked: int
+    """Bytes of the largest frozen layer while a product unpacks it."""
 
     @property
     def tokens(self) -> int:
@@ -108,7 +110,7 @@ class _Step:
 
     @property
     def largest_weight(self) -> int:
-        """Bytes that one layer of a block takes in its backward pass: a dense gradient, or frozen weights as cast.
+        """Bytes that one layer of a block takes in its backward pass: a dense gradient, or W, unpacked or cast.
 
         A dense gradient leaves the product cast as well; when it becomes one of the weights' format, what the layer had
         kept is gone.
@@ -116,9 +118,9 @@ class _Step:
         largest = max(self.shape.adapted, key=lambda x: x.weights)
         cast, gradient = largest.weights * self.product_bytes, largest.weights * self.element_bytes
         if not self.is_cast:
-            return 0 if self.rank else gradient
+            return self.unpacked if self.rank else gradient
         kept = self.samples * largest.rows * max(largest.in_features, largest.out_features) * self.product_bytes
-        return cast if self.rank else max(cast, gradient - kept)
+        return cast + self.unpacked if self.rank else max(cast, gradient - kept)
 
     @property
     def stream_gradient(self) -> int:
@@ -136,10 +138,12 @@ class _Step:
 
 def step_phases(
     shape: ModelShape, samples: int, rank: int, block_gradient_bytes: int, checkpointing: bool, element_bytes: int,
-    product_bytes: int,
+    product_bytes: int, unpacked_bytes: int = 0,
 ) -> tuple[Phase, ...]:  # fmt: skip
     """Return the phases of one step that can be its peak, over what is held all the time."""
-    step = _Step(shape, samples, rank, block_gradient_bytes, checkpointing, element_bytes, product_bytes)
+    step = _Step(
+        shape, samples, rank, block_gradient_bytes, checkpointing, element_bytes, product_bytes, unpacked_bytes
+    )
     return _step_phases(step)
 
 
