@@ -93,11 +93,21 @@ def plan(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the choice as run.toml.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Let -o replace an existing file.")] = False,
     top: Annotated[int, typer.Option(min=1, help="Candidates to show.")] = 8,
+    objective: Annotated[str, typer.Option(help="What to minimise: time, bytes, memory or cost.")] = "time",
+    within: Annotated[str | None, typer.Option(metavar="TIME", help="Longest time to equal loss: 8h, 3d.")] = None,
+    efficiency: Annotated[Path | None, typer.Option(help="A samples model of yours, like samples.toml.")] = None,
+    why: Annotated[bool, typer.Option("--why", help="Explain the choice against its neighbours.")] = False,
+    timeline: Annotated[
+        bool, typer.Option("--timeline", help="Simulate rounds of the choice, event by event.")
+    ] = False,
+    rounds: Annotated[int | None, typer.Option(help="With --timeline: rounds to simulate; default: 100.")] = None,
+    timeline_svg: Annotated[Path | None, typer.Option(help="Draw the timeline into this file.")] = None,
     as_json: Json = False,
 ) -> None:
     """Work out what fits and what it costs, and choose; writes nothing without -o."""
     from ltecli.commands.plan import Request, plan_command
 
+    asked = why or timeline or rounds is not None or timeline_svg is not None
     request = Request(
         profile=profile,
         model=model,
@@ -105,6 +115,9 @@ def plan(
         devices=devices,
         tokens=tokens,
         samples=samples,
+        objective=objective,
+        within=within,
+        efficiency=efficiency,
         pins={
             "name": method,
             "rank": rank,
@@ -114,7 +127,16 @@ def plan(
         },
         assignments=tuple(assignments or ()),
     )
-    raise typer.Exit(guarded(lambda: plan_command(request, out, force, top, as_json)))
+
+    def command() -> int:
+        extras = None
+        if asked:
+            from ltecli.commands.explain import Extras
+
+            extras = Extras(why, timeline, rounds, timeline_svg, force)
+        return plan_command(request, out, force, top, as_json, extras)
+
+    raise typer.Exit(guarded(command))
 
 
 @app.command()

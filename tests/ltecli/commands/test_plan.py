@@ -300,7 +300,8 @@ def test_an_empty_folder_is_no_data(refused: Refused, here: Path) -> None:
 
 
 def test_a_plan_for_unequal_devices_says_what_a_deadline_would_do(lte: Lte) -> None:
-    mixed = ("--profile", "mixed_gtx1080ti_rtx2060_rtx3090", "--devices", "3", "--method", "local-sgd", "--json")
+    devices = ("--profile", "mixed_gtx1080ti_rtx2060_rtx3090", "--devices", "3", "--set", "train.micro_batch=16")
+    mixed = (*devices, "--method", "local-sgd", "--json")
     notes = "\n".join(lte("plan", *mixed).json()["notes"])
     assert "method.pace = deadline nobody waits" in notes
     paced = lte("plan", *mixed, "--set", "method.pace=deadline").json()
