@@ -174,7 +174,8 @@ class Averaging:
         active = None
         if weights_N is not None and not bool((weights_N > 0).all()):
             active = torch.nonzero(weights_N > 0).flatten().tolist()
-            copies = [copy[weights_N[self._local] > 0] for copy in copies]
+            here = torch.nonzero(weights_N[self._local] > 0).flatten()
+            copies = [copy[here] for copy in copies]
         pushed = self.communicator.push(copies, active)
         means = [copy.new_empty(copy.shape[1:]) for copy in copies]
 
