@@ -21,9 +21,13 @@ from simulate.methods import build_method
 from simulate.methods.base import Method
 from simulate.models.build import DTYPES, empty_model
 from simulate.models.inputs import example_batch
+from simulate.options import AdamixOptions, DasoOptions
 
 MEASURED_ROUNDS, MEASURED_STEPS = 2, 2
 """The first step allocates optimizer state, the first merge what it remembers; after that every round is alike."""
+
+DRAWN_STEPS = 60
+"""At most, until all of AdaMix's experts were drawn."""
 
 
 class EchoCommunicator(Communicator):
@@ -84,24 +88,39 @@ def train_alone(run: Run, device: torch.device, watch: Watch = unwatched) -> Met
     method = build_method(run, EchoCommunicator(run.cluster.devices), device)
     inputs, targets = (tensor.to(device) for tensor in example_batch(run.model, run.train.micro_batch))
     inputs = inputs.to(DTYPES[run.train.dtype]) if inputs.is_floating_point() else inputs
-    last, late = run.train.steps - 1, run.method.late_steps
+    last = run.train.steps - 1
+    late = run.method.delay_steps if isinstance(run.method, DasoOptions) else run.method.late_steps
+    empty = empty_model(run, device)
 
     def steps(count: int, first: int = 0) -> None:
         for step in range(first, first + count):
             watch("forward", method)
             method.step(inputs, targets, step)
 
+    if isinstance(run.method, AdamixOptions):
+        _draw_all_experts(method, steps)
     for _ in range(MEASURED_ROUNDS):
         steps(MEASURED_STEPS)
         if late:
             watch("merge", method)
             method.merge(sent := run.method.steps_apart - 1)
+            if method.settles_after(sent):
+                watch("evaluation", method)
+                evaluate_batch(method, empty, inputs, targets)
             steps(late, sent + 1)
         watch("merge", method)
         method.merge(last)  # of all groups of layers
     watch("evaluation", method)
-    evaluate_batch(method, empty_model(run, device), inputs, targets)
+    evaluate_batch(method, empty, inputs, targets)
     return method
+
+
+def _draw_all_experts(method: Method, steps: Callable[[int, int], None]) -> None:
+    """Step until every expert has optimizer state, which it gets with its first gradient."""
+    for step in range(DRAWN_STEPS):
+        if all(parameter in method.optimizer.state for parameter in method.parameters.values()):
+            return
+        steps(1, step)
 
 
 def measure_memory_bytes(run: Run, device: torch.device) -> int:

@@ -103,8 +103,8 @@ class _Follower(TorchDispatchMode):
         return result
 
     def enter(self, phase: str, method: Method) -> None:
-        """Name what comes next."""
-        self._leave_backward()
+        """Name what comes next, and what is there; a state that a merge drops is gone later."""
+        self.name_state(method)
         self.phase, self.method = phase, method
 
     def _follow_backward(self) -> None:

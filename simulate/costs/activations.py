@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from simulate.models.shapes import ModelShape
+from simulate.costs.phases import Phase
+from simulate.models.shapes import LinearShape, ModelShape
 
 BLOCK_TENSORS = 16
 """Activation tensors, in u, that a transformer block keeps: inputs of 2 norms, 4 linears (1, 1, 1, 4), q, k, v, the
@@ -19,24 +20,12 @@ GELU (4). Korthikanti et al. 2022 (arXiv 2205.05198), section 4.1, without dropo
 """
 BLOCK_BACKWARD = 5
 """Working tensors, in u, at the height of a block's backward: the stream's gradient and one of the GELU's width."""
+BLOCK_FORWARD = 10
+"""Tensors, in u, at the height of a block's pass without a backward one: the stream, the norm, the GELU's two."""
 LOSS_CHUNK_ELEMENTS = 2**20
 """Logits that the loss works on at once: a few megabytes of scratch, whatever the batch."""
 FLOAT_BYTES = 4
 INDEX_BYTES = 8
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Bytes beside what is held all the time, at one moment."""
-
-    gradients: int
-    activations: int
-    temporary: int
-
-    @property
-    def total(self) -> int:
-        """Sum of all parts."""
-        return self.gradients + self.activations + self.temporary
 
 
 @dataclass(frozen=True)
@@ -51,6 +40,12 @@ class _Step:
     """Bytes of the trained parameters of one block's adapted layers."""
     checkpointing: bool
     element_bytes: int
+    heads: int = 1
+    """Pairs that divide the rows between them."""
+    subtracts: bool = False
+    """Whether the product of the last merge is subtracted in every pass."""
+    fold_tensors: int | None = None
+    """Tensors of a weight's size that are made to add adapters to it for an evaluation; None: they are not added."""
 
     @property
     def tokens(self) -> int:
@@ -85,6 +80,26 @@ class _Step:
         """Of a block, where its gradient is dense."""
         return 0 if self.rank else max(x.weights for x in self.shape.adapted) * self.element_bytes
 
+    def beside(self, name: str) -> int:
+        """Bytes of an adapted layer's backward pass beside the gradients of its outputs and inputs.
+
+        A dense weight's gradient; or rows in rank dimensions, and heads' own weights or the old product's rows, as
+        simulate.adapters chooses.
+        """
+        linear = next(x for x in self.shape.adapted if x.name.endswith(name))
+        if not self.rank:
+            return linear.weights * self.element_bytes
+        rows = self.samples * linear.rows
+        small = rows * self.rank * self.element_bytes
+        return small + max(self._folded(linear, rows // self.heads), small * self.subtracts)
+
+    def _folded(self, linear: LinearShape, rows: int) -> int:
+        """Bytes of the weights into which half of the heads fold their products, if they do, for the inputs' sake."""
+        outputs, inputs = linear.out_features, linear.in_features
+        folds_old = self.subtracts and 2 * outputs * inputs < rows * (outputs + inputs)
+        folds_new = outputs < rows if folds_old else 2 * outputs <= rows
+        return -(-self.heads // 2) * linear.weights * self.element_bytes if folds_old or folds_new else 0
+
     @property
     def replicated(self) -> int:
         return self.shape.replicated_parameters * self.element_bytes
@@ -95,40 +110,52 @@ class _Step:
 
 
 def step_phases(
-    shape: ModelShape, samples: int, rank: int, block_gradient_bytes: int, checkpointing: bool, element_bytes: int
-) -> tuple[Phase, ...]:
-    """Return the phases of one step that can be its peak, over what is held all the time."""
-    return _step_phases(_Step(shape, samples, rank, block_gradient_bytes, checkpointing, element_bytes))
+    shape: ModelShape, samples: int, rank: int, block_gradient_bytes: int, checkpointing: bool, element_bytes: int,
+    heads: int = 1, subtracts: bool = False, fold_tensors: int | None = None,
+) -> tuple[Phase, ...]:  # fmt: skip
+    """Return the phases of one step and of an evaluation that can be its peak, over what is held all the time."""
+    return _step_phases(
+        _Step(
+            shape, samples, rank, block_gradient_bytes, checkpointing, element_bytes, heads, subtracts, fold_tensors
+        )
+    )
 
 
 @lru_cache(maxsize=4096)
 def _step_phases(step: _Step) -> tuple[Phase, ...]:
-    return _FAMILIES[step.shape.family](step)
+    phases, forward = _FAMILIES[step.shape.family](step)
+    largest = max(x.weights for x in step.shape.adapted) * step.element_bytes
+    folded = 0 if step.fold_tensors is None else step.shape.adapted_parameters * step.element_bytes
+    folding = (step.fold_tensors or 0) * largest
+    # Folded weights are gone when the loss is worked out.
+    evaluation = max(folded + max(folding, forward, step.logits + 2 * step.u), step.logits + step.scratch)
+    return (*phases, Phase("evaluation", 0, 0, evaluation))
 
 
 def _attention_statistics(step: _Step) -> int:
     return step.tokens * step.shape.attention_heads * max(step.element_bytes, FLOAT_BYTES)
 
 
-def _gpt(step: _Step) -> tuple[Phase, ...]:
+def _gpt(step: _Step) -> Found:
     u, tokens, element_bytes, layers = step.u, step.tokens, step.element_bytes, step.shape.layers
     block = BLOCK_TENSORS * u + step.adapters + _attention_statistics(step) + 4 * tokens * element_bytes
     kept, recomputed = (u, block - u) if step.checkpointing else (block, 0)
     ends = 2 * tokens * element_bytes + 3 * tokens * INDEX_BYTES
-    working = BLOCK_BACKWARD * u + step.largest_weight
-    working += (2 if step.checkpointing else 1) * tokens * step.rank * element_bytes
-    table, all_gradients = step.head_table, step.all_gradients
+    working = BLOCK_BACKWARD * u + step.beside("mlp.down")
+    table, all_gradients, logits = step.head_table, step.all_gradients, step.logits
+    outputs = layers * kept + ends + 2 * u + logits
     return (
-        Phase(0, layers * kept + ends + 2 * u, step.logits + step.scratch),
+        Phase("forward", 0, outputs, step.scratch),
         # The logits, which have become their own gradient, with the output layer's two gradients.
-        Phase(table, layers * kept + ends + 2 * u, step.logits + u),
-        Phase(table, layers * kept + ends + recomputed, working),
-        Phase(all_gradients - step.block_gradients, kept + ends + recomputed, working),
-        Phase(all_gradients, ends, 2 * table + u),  # the tied table's two gradients, and their sum
-    )
+        Phase("backward_start", table, outputs, u),
+        Phase("backward_start", table, layers * kept + ends, recomputed + working),
+        Phase("backward_end", all_gradients - step.block_gradients, kept + ends, recomputed + working),
+        # The tied table's two gradients, and their sum.
+        Phase("backward_end", all_gradients, ends, 2 * table + u),
+    ), BLOCK_FORWARD * u
 
 
-def _llama(step: _Step) -> tuple[Phase, ...]:
+def _llama(step: _Step) -> Found:
     """As GPT-2's, with 8u for norms, attention and inputs, and four tensors of the gated network's inner width."""
     u, tokens, element_bytes, layers = step.u, step.tokens, step.element_bytes, step.shape.layers
     inner = tokens * step.shape.mlp_width * element_bytes
@@ -136,60 +163,77 @@ def _llama(step: _Step) -> tuple[Phase, ...]:
     kept, recomputed = (u, block - u) if step.checkpointing else (block, 0)
     ends = tokens * element_bytes + 2 * tokens * INDEX_BYTES
     # The stream's gradient, and those of both factors of the gated product beside its own.
-    working = u + 2 * inner + step.largest_weight
-    table, all_gradients = step.head_table, step.all_gradients
+    working = u + max(2 * inner, inner + step.beside("mlp.down"))
+    table, all_gradients, logits = step.head_table, step.all_gradients, step.logits
+    outputs = layers * kept + ends + 2 * u + logits
     return (
-        Phase(0, layers * kept + ends + 2 * u, step.logits + step.scratch),
-        Phase(table, layers * kept + ends + 2 * u, step.logits + u),
-        Phase(table, layers * kept + ends + recomputed, working),
-        Phase(all_gradients - table - step.block_gradients, kept + ends + recomputed, working),
-        Phase(all_gradients, ends, u),
-    )
+        Phase("forward", 0, outputs, step.scratch),
+        Phase("backward_start", table, outputs, u),
+        Phase("backward_start", table, layers * kept + ends, recomputed + working),
+        Phase("backward_end", all_gradients - table - step.block_gradients, kept + ends, recomputed + working),
+        Phase("backward_end", all_gradients, ends, u),
+    ), 2 * u + 3 * inner
 
 
-def _vit(step: _Step) -> tuple[Phase, ...]:
+def _vit(step: _Step) -> Found:
     """GPT-2's blocks between the patches and one prediction."""
     u, tokens, element_bytes = step.u, step.tokens, step.element_bytes
     block = BLOCK_TENSORS * u + step.adapters + _attention_statistics(step) + 4 * tokens * element_bytes
-    working = BLOCK_BACKWARD * u + step.largest_weight
-    return _of_images(step, block, working)
+    working = BLOCK_BACKWARD * u + step.beside("mlp.down")
+    return _of_images(step, block, working, 0, working), BLOCK_FORWARD * u
 
 
-def _mixer(step: _Step) -> tuple[Phase, ...]:
-    """Inputs of 2 norms and 2 networks (one transposed, so copied), and of each network's GELU and last layer."""
+def _mixer(step: _Step) -> Found:
+    """Inputs of 2 norms and 2 networks (one transposed, so copied), and of each network's GELU and last layer.
+
+    The network over tokens comes last on the way back, when what the other one kept is gone.
+    """
     u, tokens, element_bytes = step.u, step.tokens, step.element_bytes
     over_channels = tokens * step.shape.mlp_width * element_bytes
     over_tokens = step.samples * step.shape.width * step.shape.tokens_width * element_bytes
-    block = 4 * u + 2 * over_tokens + 2 * over_channels + step.adapters + 4 * tokens * element_bytes
-    working = u + over_channels + step.largest_weight
-    return _of_images(step, block, working)
+    rows = 2 * tokens * element_bytes
+    of_tokens = 2 * u + 2 * over_tokens + rows
+    of_channels = 2 * u + 2 * over_channels + rows
+    adapters = step.adapters
+    channels = u + over_channels + step.beside("over_channels.down")
+    last = u + over_tokens + step.beside("over_tokens.down")
+    return _of_images(step, of_tokens + of_channels + adapters, channels, of_channels, last + u), max(
+        2 * u + 2 * over_channels, 3 * u + 2 * over_tokens
+    )
 
 
-def _of_images(step: _Step, block: int, working: int) -> tuple[Phase, ...]:
+def _of_images(step: _Step, block: int, working: int, freed: int, last: int) -> tuple[Phase, ...]:
+    """Of blocks that keep `block`: `working` is their height on the way back, `last` a later one with `freed` gone."""
     u, layers, all_gradients = step.u, step.shape.layers, step.all_gradients
     kept, recomputed = (u, block - u) if step.checkpointing else (block, 0)
     # The images, and once more as patches.
     ends = 2 * step.samples * step.shape.inputs * step.element_bytes
+    before = all_gradients - step.block_gradients
+    of_last = max(recomputed + working, recomputed + last - freed) if step.checkpointing else working
+    later = kept - (0 if step.checkpointing else freed)
     return (
-        Phase(0, layers * kept + ends + u, u + step.logits),
-        Phase(step.head_table, layers * kept + ends + recomputed, working),
-        Phase(all_gradients - step.block_gradients, kept + ends + recomputed, working),
-        Phase(all_gradients, ends, u),
+        Phase("forward", 0, layers * kept + ends + u + step.logits, u),
+        Phase("backward_start", step.head_table, layers * kept + ends, recomputed + working),
+        Phase("backward_end", before, kept + ends, of_last),
+        Phase("backward_end", all_gradients, later + ends, last),
+        Phase("backward_end", all_gradients, ends, u),
     )
 
 
-def _traced(step: _Step) -> tuple[Phase, ...]:
+def _traced(step: _Step) -> Found:
     """As measured on the network itself; a higher rank than the measured one keeps more of every row."""
     trace = step.shape.adapted_trace if step.rank else step.shape.dense_trace
     assert trace is not None
     measured = (trace.fixed_bytes + trace.sample_bytes * step.samples) * step.element_bytes // FLOAT_BYTES
     further_ranks = step.adapters // step.rank * (step.rank - 1) if step.rank else 0
     return (
-        Phase(0, measured + further_ranks, 0),
-        Phase(step.all_gradients, 0, step.largest_weight),
-    )
+        Phase("backward_start", 0, measured + further_ranks, 0),
+        Phase("backward_end", step.all_gradients, 0, step.largest_weight),
+    ), 0
 
 
-_FAMILIES: dict[str, Callable[[_Step], tuple[Phase, ...]]] = {
+Found = tuple[tuple[Phase, ...], int]
+"""The phases of a step, and the bytes at the height of a pass without a backward one."""
+_FAMILIES: dict[str, Callable[[_Step], Found]] = {
     "gpt": _gpt, "llama": _llama, "vit": _vit, "mixer": _mixer, "traced": _traced,
 }  # fmt: skip

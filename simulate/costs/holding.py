@@ -112,7 +112,7 @@ def _(method: DilocoOptions, shape: ModelShape, devices: int) -> int:
 
 @_extra.register
 def _(method: DasoOptions, shape: ModelShape, devices: int) -> int:
-    return shape.parameters if method.delay_steps else 0
+    return shape.parameters if method.delay_steps and devices > method.devices_per_node else 0
 
 
 @_extra.register

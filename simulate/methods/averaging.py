@@ -83,10 +83,14 @@ class Averaging:
         Through a server only those devices take part whose weight is not zero.
         """
         for message in self.messages[index]:
-            means = self._means(message, self.parameters, weights_N)
-            for name, mean in zip(message, means, strict=True):
-                merged = self._merged(name, mean)
-                self.parameters[name].copy_(merged.expand_as(self.parameters[name]))
+            self._merge_message(message, weights_N)
+
+    def _merge_message(self, message: list[str], weights_N: Tensor | None) -> None:
+        """Average what travels in one message; its means are gone before the next one is made."""
+        means = self._means(message, self.parameters, weights_N)
+        for name, mean in zip(message, means, strict=True):
+            merged = self._merged(name, mean)
+            self.parameters[name].copy_(merged.expand_as(self.parameters[name]))
 
     @torch.no_grad()
     def send(self, index: int, weights_N: Tensor | None = None) -> None:

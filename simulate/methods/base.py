@@ -195,6 +195,11 @@ class Method(ABC):
         """Return the loss of every sample or token, (M,), in order: cross-entropy with logits."""
         return row_losses(outputs, targets)
 
+    def clip(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Scale each local device's gradients to the run's largest norm; keeps none of them."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        clip_per_device(gradients, self.local_devices, self.run.train.clip_norm)
+
     def apply_gradients(self, step: int) -> None:
         """Take the optimizer step at the schedule's rate and free the gradients."""
         factor = self.rate_factor(step)
