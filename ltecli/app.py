@@ -91,6 +91,9 @@ def plan(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the choice as run.toml.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Let -o replace an existing file.")] = False,
     top: Annotated[int, typer.Option(min=1, help="Candidates to show.")] = 8,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Follow the choice's own training without numbers, to check its memory.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Work out what fits and what it costs, and choose; writes nothing without -o."""
@@ -112,7 +115,7 @@ def plan(
         },
         assignments=tuple(assignments or ()),
     )
-    raise typer.Exit(guarded(lambda: plan_command(request, out, force, top, as_json)))
+    raise typer.Exit(guarded(lambda: plan_command(request, out, force, top, as_json, verify)))
 
 
 @app.command()

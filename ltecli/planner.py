@@ -9,7 +9,7 @@ from typing import Any
 
 from ltecli.grid import Pins, grid
 from simulate.config import Run
-from simulate.costs.memory import Memory, host_memory_bytes, peak_memory
+from simulate.costs.memory import Memory, host_memory_by_part, memory_by_phase, peak_memory
 from simulate.costs.samples import samples_factor
 from simulate.costs.schedule import dense_reduction, num_rounds, received_bytes, sent_bytes
 from simulate.costs.time import RoundTime, device_step_s, exchange_s, round_time
@@ -37,7 +37,10 @@ class Candidate:
     tokens: int
     """Asked for; steps round it up."""
     memory: Memory
-    host_memory_bytes: int
+    """At its peak: the highest phase."""
+    memory_by_phase: dict[str, int]
+    """Bytes of all parts at the height of each phase."""
+    host_memory_by_part: dict[str, int]
     sent_bytes_per_round: float
     received_bytes_per_round: float
     time: RoundTime
@@ -50,6 +53,11 @@ class Candidate:
         """Seconds to the loss that dense small-batch training has after the asked tokens; what candidates rank by."""
         trained = self.run.train.steps * self.run.tokens_per_step * self.trained_share
         return self.wall_s * self.samples_factor * self.tokens / trained
+
+    @property
+    def host_memory_bytes(self) -> int:
+        """Bytes of the host's own memory that one device needs."""
+        return sum(self.host_memory_by_part.values())
 
     @property
     def step_s(self) -> float:
@@ -84,7 +92,9 @@ class Candidate:
             "activation_checkpointing": self.run.train.activation_checkpointing,
             "steps": self.run.train.steps,
             "memory_bytes": {"total": self.memory.total, **self.memory.parts()},
+            "memory_by_phase": self.memory_by_phase,
             "host_memory_bytes": self.host_memory_bytes,
+            "host_memory_by_part": self.host_memory_by_part,
             "sent_bytes_per_round": self.sent_bytes_per_round,
             "sent_bytes_per_step": self.sent_bytes_per_round / self.time.steps,
             "received_bytes_per_step": self.received_bytes_per_round / self.time.steps,
@@ -149,6 +159,15 @@ class Plan:
             "notes": list(self.notes),
         }
 
+    def tightest_device(self) -> Device:
+        """Return the device that the choice leaves the least room on."""
+        assert self.chosen is not None
+        run, shape = self.chosen.run, self.base.model.shape()
+        return min(
+            self.profile.devices(run.cluster.devices),
+            key=lambda device: device.memory_bytes - peak_memory(run, shape, device).total,
+        )
+
     def nearest_miss(self) -> Rejected | None:
         """Return the rejected candidate that lacks the least memory."""
         return min(self.rejected, key=lambda rejected: rejected.short_bytes, default=None)
@@ -164,16 +183,19 @@ def _evaluate(
     run: Run, shape: ModelShape, profile: Profile, devices: Sequence[Device], tokens: int
 ) -> Candidate | Rejected:
     kinds = {id(device): device for device in devices}.values()
-    memories = [(device, peak_memory(run, shape, device)) for device in kinds]
-    device, memory = min(memories, key=lambda pair: pair[0].memory_bytes - pair[1].total)
-    host_bytes = host_memory_bytes(run, shape, device)
+    heights = {id(device): memory_by_phase(run, shape, device) for device in kinds}
+    peaks = [(device, max(heights[id(device)].values(), key=lambda memory: memory.total)) for device in kinds]
+    device, memory = min(peaks, key=lambda pair: pair[0].memory_bytes - pair[1].total)
+    host_parts = host_memory_by_part(run, shape, device)
+    host_bytes = sum(host_parts.values())
     time = round_time(run, shape, devices, profile.link)
     num_devices, steps, rounds = run.cluster.devices, run.train.steps, num_rounds(run)
     candidate = Candidate(
         run=run,
         tokens=tokens,
         memory=memory,
-        host_memory_bytes=host_bytes,
+        memory_by_phase={str(name): height.total for name, height in heights[id(device)].items()},
+        host_memory_by_part=host_parts,
         sent_bytes_per_round=sent_bytes(run, shape, steps) / rounds / num_devices,
         received_bytes_per_round=received_bytes(run, shape, steps) / rounds / num_devices,
         time=time,
@@ -187,10 +209,20 @@ def _evaluate(
     if host_bytes > device.host_memory_bytes:
         short_bytes = host_bytes - device.host_memory_bytes
         reason = (
-            f"needs {host_bytes / 1e9:.2f} GB of host memory for the weights that merges start from, {device.kind} has "
+            f"needs {host_bytes / 1e9:.2f} GB of host memory, most of it for {_largest_host_part(host_parts)}, "
+            f"{device.kind} has "
         )
         return Rejected(candidate, f"{reason}{device.host_memory_bytes / 1e9:.2f} GB", short_bytes)
     return candidate
+
+
+def _largest_host_part(parts: dict[str, int]) -> str:
+    meanings = {
+        "start_weights": "the weights that merges start from",
+        "checkpoint_save": "the tensor that a checkpoint is writing",
+        "data": "the data",
+    }
+    return meanings[max(parts, key=lambda name: parts[name])]
 
 
 def _memory_reason(memory: Memory, device: Device) -> str:

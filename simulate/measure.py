@@ -21,10 +21,11 @@ from simulate.methods import build_method
 from simulate.methods.base import Method
 from simulate.models.build import DTYPES, empty_model
 from simulate.models.inputs import example_batch
-from simulate.options import AdamixOptions, DasoOptions
+from simulate.options import AdamixOptions, DasoOptions, SapipeOptions
 
-MEASURED_ROUNDS, MEASURED_STEPS = 2, 2
+STEPS_OF_ROUNDS = (1, 2)
 """The first step allocates optimizer state, the first merge what it remembers; after that every round is alike."""
+STEPS_WITHOUT_ROUNDS, STEPS_WITH_STALE_GRADIENTS = 2, 3
 
 DRAWN_STEPS = 60
 """At most, until all of AdaMix's experts were drawn."""
@@ -99,8 +100,8 @@ def train_alone(run: Run, device: torch.device, watch: Watch = unwatched) -> Met
 
     if isinstance(run.method, AdamixOptions):
         _draw_all_experts(method, steps)
-    for _ in range(MEASURED_ROUNDS):
-        steps(MEASURED_STEPS)
+    for count in _steps_of_rounds(run):
+        steps(count)
         if late:
             watch("merge", method)
             method.merge(sent := run.method.steps_apart - 1)
@@ -113,6 +114,12 @@ def train_alone(run: Run, device: torch.device, watch: Watch = unwatched) -> Met
     watch("evaluation", method)
     evaluate_batch(method, empty, inputs, targets)
     return method
+
+
+def _steps_of_rounds(run: Run) -> tuple[int, ...]:
+    if run.method.round_steps > 1:
+        return STEPS_OF_ROUNDS
+    return (STEPS_WITH_STALE_GRADIENTS if isinstance(run.method, SapipeOptions) else STEPS_WITHOUT_ROUNDS,)
 
 
 def _draw_all_experts(method: Method, steps: Callable[[int, int], None]) -> None:

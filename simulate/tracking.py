@@ -18,14 +18,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorConverter, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorConverter,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from simulate.adapters import LoraLinear
+from simulate.caching import reserved_bytes
 from simulate.config import Run
+from simulate.errors import InputError
 from simulate.measure import Program, train_alone
 from simulate.methods.base import Method
+from simulate.models.options import FactoryModel
 from simulate.replicated import VectorLora
 
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "temporary")
@@ -195,11 +205,52 @@ def fake_tensors() -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class Tracked:
+    """What one device's program was seen to hold, in bytes, without what the system keeps for itself."""
+
+    tracked_bytes: int
+    """The peak."""
+    by_part: dict[str, int]
+    by_phase: dict[str, int]
+    allocator_bytes: int
+    """What CUDA's caching allocator would have reserved for it."""
+    host_bytes: int
+    """Beside it, in the host's memory."""
+
+
+def tracked_memory(run: Run, with_host: bool) -> Tracked:
+    """Follow a run's program; `with_host` where device and host share one memory.
+
+    Raises InputError for a network of the user's that cannot be followed.
+    """
+    log = track(run)
+    moments = log.moments(with_host)
+    moments.pop("build")  # takes place before anything moves to the device
+    highest = max(moments.values(), key=lambda moment: moment.total)
+    return Tracked(
+        tracked_bytes=highest.total,
+        by_part=highest.by_part,
+        by_phase={phase: moment.total for phase, moment in moments.items()},
+        allocator_bytes=reserved_bytes((storage, size) for storage, size, _ in log.device_entries(with_host)),
+        host_bytes=0 if with_host else log.host_bytes,
+    )
+
+
 def track(run: Run, program: Program = train_alone) -> Log:
     """Return what one device's program allocates over steps, merges and an evaluation."""
+    run.model.shape()  # of a network without a name: found out with numbers
     gc.collect()  # what is freed late would be taken for the program's
     follower = _Follower()
-    with fake_tensors(), follower:
-        method = program(run, torch.device("cpu"), follower.enter)
-        follower.name_state(method)
+    try:
+        with fake_tensors(), follower:
+            method = program(run, torch.device("cpu"), follower.enter)
+            follower.name_state(method)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        if not isinstance(run.model, FactoryModel):
+            raise
+        raise InputError(
+            f"model.name = {run.model.name!r}: what it does depends on numbers ({error}), so that its memory cannot be "
+            "followed without them; leave --verify away, lte train measures it"
+        ) from error
     return follower.log

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ltecli.errors import NothingFeasibleError
 from ltecli.grid import Pins
 from ltecli.output import Output, bytes_text, plain_table, seconds_text
-from ltecli.planner import Candidate, Plan, Rejected, candidate_of, describe, make_plan
+from ltecli.planner import Candidate, Plan, Rejected, candidate_of, describe, is_trainable, make_plan
 from simulate import toml
 from simulate.config import Run, Train, build_run, dump_run
 from simulate.errors import InputError
 from simulate.hardware import LOCAL, Profile, load_profile
 from simulate.models.options import sees_images
 from simulate.options import METHODS, AdapterOptions
+
+if TYPE_CHECKING:
+    from simulate.tracking import Tracked
 
 TOKENS_PER_PARAMETER = 20
 """Hoffmann et al. 2022 (arXiv 2203.15556): compute-optimal training takes about 20 tokens a parameter."""
@@ -47,14 +50,22 @@ class Request:
     assignments: tuple[str, ...] = ()
 
 
-def plan_command(request: Request, out: Path | None, force: bool, top: int, as_json: bool) -> int:
-    """Plan, show, and write the choice where `out` asks for it; raises NothingFeasibleError where nothing fits."""
+def plan_command(
+    request: Request, out: Path | None, force: bool, top: int, as_json: bool, verify: bool = False
+) -> int:
+    """Plan, show, and write the choice where `out` asks for it; raises NothingFeasibleError where nothing fits.
+
+    With `verify`, follow the choice's own program without numbers, and set what it was seen to hold beside the plan.
+    """
     if out is not None:
         _check_target(out, force)
     plan = plan_request(request)
     output = Output(as_json)
-    output.json(plan.to_dict())
+    verified = verify_choice(plan) if verify and plan.chosen is not None else None
+    output.json({**plan.to_dict(), **({"verify": asdict(verified)} if verified else {})})
     _show(plan, output, top)
+    if verified and plan.chosen:
+        _show_verified(plan.chosen, verified, output)
     if plan.chosen is None:
         raise NothingFeasibleError(nearest_miss_text(plan))
     if out is not None:
@@ -300,8 +311,50 @@ def _show_choice(plan: Plan, chosen: Candidate, output: Output) -> None:
         output.text(f"dense does not fit: {plan.dense.reason}")
     elif dense and chosen is not dense:
         output.text(_comparison(chosen, dense))
+    phases = (f"{_phase(name)} {bytes_text(size)}" for name, size in chosen.memory_by_phase.items())
+    output.text(f"memory by phase: {', '.join(phases)}")
+    if chosen.host_memory_bytes:
+        parts = (f"{_phase(name)} {bytes_text(size)}" for name, size in chosen.host_memory_by_part.items() if size)
+        output.text(f"host memory: {bytes_text(chosen.host_memory_bytes)} ({', '.join(parts)})")
     for warning in chosen.warnings:
         output.text(f"warning: {warning}")
+
+
+def _phase(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def verify_choice(plan: Plan) -> Tracked:
+    """Follow what the chosen run holds; raises InputError where it cannot be trained yet, or not be followed."""
+    assert plan.chosen is not None
+    run = plan.chosen.run
+    if not is_trainable(run):
+        raise InputError(
+            f"--verify follows the training, and {describe(run)} can only be planned so far; add --quantize none, or "
+            "leave --verify away"
+        )
+    from simulate.tracking import tracked_memory
+
+    return tracked_memory(run, with_host=plan.tightest_device().host_memory_bytes == 0)
+
+
+def _show_verified(chosen: Candidate, verified: Tracked, output: Output) -> None:
+    """Set planned beside tracked bytes, part by part; then what an allocator and the system add."""
+    memory = chosen.memory
+    output.text("")
+    table = plain_table("memory of the choice, per device", "planned", "tracked", "difference")
+    planned = memory.parts()
+    reserved = planned.pop("reserved")
+    for part, size in planned.items():
+        table.add_row(part, bytes_text(size), bytes_text(verified.by_part[part]), "")
+    total = memory.total - reserved
+    share = f"{total / verified.tracked_bytes - 1:+.2%}"
+    table.add_row("peak", bytes_text(total), bytes_text(verified.tracked_bytes), share)
+    output.table(table)
+    output.text(
+        f"with the CUDA allocator's rounding and segments {bytes_text(verified.allocator_bytes)}; the system and its "
+        f"context reserve {bytes_text(reserved)} more"
+    )
 
 
 def _figures(candidate: Candidate) -> dict[str, str]:

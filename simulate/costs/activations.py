@@ -146,9 +146,9 @@ def _gpt(step: _Step) -> Found:
     outputs = layers * kept + ends + 2 * u + logits
     return (
         Phase("forward", 0, outputs, step.scratch),
-        # The logits, which have become their own gradient, with the output layer's two gradients.
-        Phase("backward_start", table, outputs, u),
-        Phase("backward_start", table, layers * kept + ends, recomputed + working),
+        # The logits, which have become their own gradient, with the output layer's two; the table's waits for its other.
+        Phase("backward_start", 0, outputs, table + u),
+        Phase("backward_start", 0, layers * kept + ends, table + recomputed + working),
         Phase("backward_end", all_gradients - step.block_gradients, kept + ends, recomputed + working),
         # The tied table's two gradients, and their sum.
         Phase("backward_end", all_gradients, ends, 2 * table + u),

@@ -119,11 +119,26 @@ def _with_gradients(e: _Exchange, num_bytes: int) -> Phase:
     return Phase("optimizer_step", e.gradients, 0, num_bytes)
 
 
+def _trained_sizes(e: _Exchange) -> list[int]:
+    """Bytes of each gradient, in the order of the network."""
+    method = e.method
+    if not isinstance(method, AdapterOptions) or getattr(method, "warm_start_steps", 0):
+        return e.sizes
+    rank, layers, counts = method.row_rank(e.devices), iter(e.shape.in_order()), []
+    for tensor in e.shape.tensors:
+        if tensor.kind == "adapted":
+            layer = next(layers)
+            counts += [rank * layer.in_features, rank * layer.out_features]
+        else:
+            counts.append(tensor.elements)
+    return [count * e.element_bytes for count in counts]
+
+
 def _reduced_gradients(e: _Exchange) -> tuple[Phase, ...]:
     """One gradient for all: beside it, the message that it travels in."""
     if e.devices == 1:
         return ()
-    message = min(max(packed_bytes(e.sizes)), e.gradients)
+    message = max(packed_bytes(_trained_sizes(e)))
     if isinstance(e.method, ReloraOptions):
         largest = max(x.weights for x in e.shape.adapted) * e.element_bytes
         return (_with_gradients(e, message), Phase("merge", 0, 0, FOLD_TENSORS * largest))
@@ -338,7 +353,8 @@ def _delta_bytes(e: _Exchange, sizes: Sequence[int]) -> Iterator[int]:
         if e.method.wire == "full" or e.devices == 1:
             yield (1 + int(e.devices > 1)) * message
         else:
-            yield max(_compressed(e, message // e.element_bytes).held, 2 * largest)
+            # A change is stacked beside the last one.
+            yield max(_compressed(e, message // e.element_bytes).held, 3 * largest)
 
 
 _PHASES: dict[type, Callable[[_Exchange], Iterable[Phase]]] = {

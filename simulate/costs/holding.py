@@ -51,9 +51,8 @@ def holding(run: Run, shape: ModelShape) -> Holding:
 @lru_cache(maxsize=8192)
 def _holding(method: MethodOptions, shape: ModelShape, devices: int, muon: bool) -> Holding:
     adapters, matrices, others = 0, shape.adapted_parameters, shape.replicated_parameters
-    if isinstance(method, ReloraOptions) and method.warm_start_steps:
-        adapters = shape.factors(method.rank)
-    elif isinstance(method, AdapterOptions):
+    # With a warm start the dense steps hold most, and no adapters yet.
+    if isinstance(method, AdapterOptions) and not (isinstance(method, ReloraOptions) and method.warm_start_steps):
         rank = method.held_rank(devices)
         adapters = shape.factors(rank) * (2 if method.remembers_product else 1)
         matrices = shape.factors(rank, isinstance(method, LteOptions) and method.frozen_a)

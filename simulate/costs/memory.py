@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
-from simulate.config import Run
+from simulate.config import BYTES, Run
 from simulate.costs.activations import step_phases
 from simulate.costs.exchanges import FOLD_TENSORS, exchange_phases
 from simulate.costs.holding import holding
@@ -101,7 +103,7 @@ def _phases(run: Run, shape: ModelShape) -> Iterator[Phase]:
 
 def _fold_tensors(method: MethodOptions) -> int | None:
     """Tensors of a weight's size that adding adapters to it takes beside the sum; None: merges have added them."""
-    if isinstance(method, LteOptions) or not isinstance(method, AdapterOptions):
+    if isinstance(method, LteOptions) or not isinstance(method, AdapterOptions) or _starts_dense(method):
         return None
     return 0 if isinstance(method, AdamixOptions) else FOLD_TENSORS - 1
 
@@ -118,6 +120,31 @@ def host_memory_bytes(run: Run, shape: ModelShape, device: Device) -> int:
     if not _needs_master(run.method) or device.host_memory_bytes == 0:
         return 0
     return shape.adapted_parameters * ELEMENT_BYTES[run.train.dtype]
+
+
+def host_memory_by_part(run: Run, shape: ModelShape, device: Device) -> dict[str, int]:
+    """Bytes of the host's own memory that one device needs; all zero where device and host share one memory.
+
+    `start_weights`: what merges start from, also the high-precision copy of quantised weights; `checkpoint_save`: the
+    largest tensor on its way to the disk; `data`: text that is held as it was read (all else is memory-mapped).
+    """
+    own = device.host_memory_bytes > 0
+    largest = max(tensor.elements for tensor in shape.tensors) * ELEMENT_BYTES[run.train.dtype]
+    return {
+        "start_weights": host_memory_bytes(run, shape, device),
+        "checkpoint_save": largest if own else 0,
+        "data": _text_bytes(run.data.path, run.data.tokenizer) if own and run.model.unit == "tokens" else 0,
+    }
+
+
+@lru_cache(maxsize=64)
+def _text_bytes(path: str | None, tokenizer: str) -> int:
+    """Bytes of the files of a text that is read as bytes; 0 where tokens are memory-mapped, or nothing is there yet."""
+    if path is None or tokenizer != BYTES:
+        return 0
+    root = Path(path)
+    files = root.rglob("*") if root.is_dir() else [root]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def checkpoint_bytes(run: Run, shape: ModelShape) -> int:
