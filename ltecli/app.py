@@ -119,6 +119,20 @@ def plan(
 
 
 @app.command()
+def validate(
+    only: Annotated[str | None, typer.Option(help="One section: memory, bytes or time.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer and smaller runs: about half a minute.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the tables as markdown.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Set predictions of memory, bytes and time beside what happens on this machine."""
+    from ltecli.commands.validate import validate_command
+
+    raise typer.Exit(guarded(lambda: validate_command(only, quick, out, as_json, quiet)))
+
+
+@app.command()
 def train(
     run: Annotated[Path | None, typer.Argument(help="run.toml, or a run folder; default: plan one now.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default: runs/NAME.")] = None,

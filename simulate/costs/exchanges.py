@@ -154,7 +154,7 @@ def _ddp(e: _Exchange) -> tuple[Phase, ...]:
         message = sum(e.sizes[i] for i in group)
         left -= message
         mean = _compressed(e, message // e.element_bytes)
-        phases.append(_with_gradients(e, done + left + max(mean.held, message + mean.last) - e.gradients))
+        phases.append(_with_gradients(e, done + left + max(mean.held, message) - e.gradients))
         done += mean.last  # gradients are views of the mean
     return tuple(phases)
 
