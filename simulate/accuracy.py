@@ -10,7 +10,7 @@ from statistics import mean, median
 import torch
 
 from simulate.communicator import VirtualCommunicator
-from simulate.config import Run, build_run
+from simulate.config import Run
 from simulate.costs.memory import peak_memory
 from simulate.costs.schedule import sent_bytes
 from simulate.costs.time import round_time
@@ -157,18 +157,9 @@ def describe(run: Run) -> str:
     options = run.method.model_dump(exclude_defaults=True)
     said = [f"{key} {value}" for key, value in options.items() if key not in ("name", "alpha", "steps_taken")]
     sizes = f"{shape.family} {shape.layers} x {shape.width}, {shape.tokens} tokens, {shape.outputs} outputs"
-    switches = [train.dtype] * (train.dtype != "fp32") + [train.optimizer] * (train.optimizer != "adamw")
-    switches += ["checkpointing"] * train.activation_checkpointing
-    return ", ".join([f"{run.method.name} on {run.cluster.devices}", *said, sizes, f"batch {train.micro_batch}", *switches])
-
-
-def named_run(model: str, method: dict[str, object], micro_batch: int, devices: int, checkpointing: bool) -> Run:
-    """Return a run of a named network."""
-    return build_run(
-        {
-            "model": {"name": model},
-            "method": method,
-            "train": {"micro_batch": micro_batch, "activation_checkpointing": checkpointing},
-            "cluster": {"devices": devices},
-        }
+    given: dict[str, bool] = {train.dtype: train.dtype != "fp32", train.optimizer: train.optimizer != "adamw"}
+    given["checkpointing"] = train.activation_checkpointing
+    switches = [name for name, is_on in given.items() if is_on]
+    return ", ".join(
+        [f"{run.method.name} on {run.cluster.devices}", *said, sizes, f"batch {train.micro_batch}", *switches]
     )

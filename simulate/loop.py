@@ -224,7 +224,9 @@ def _tell_step(session: Session, losses: list[float], figures: Event) -> None:
 def _evaluate(session: Session) -> None:
     """Emit the scores of the merged weights, on plain layers: nothing of the method is involved.
 
-    In batches that are no larger than a step's, so that what fits a step fits here. Processes take turns with the batches; their sums are added up in order.
+    In batches that are no larger than a step's, so that what fits a step fits here.
+
+    Processes take turns with the batches; their sums are added up in order.
     """
     model, weights = empty_model(session.run, session.device), session.method.merged_state()
     communicator = session.communicator

@@ -108,7 +108,7 @@ def train_alone(run: Run, device: torch.device, watch: Watch = unwatched) -> Met
             if method.settles_after(sent):
                 watch("evaluation", method)
                 evaluate_batch(method, empty, inputs, targets)
-            steps(late, sent + 1)
+            steps(late + 1, sent + 1)  # one more: an arrival may have dropped optimizer state
         watch("merge", method)
         method.merge(last)  # of all groups of layers
     watch("evaluation", method)

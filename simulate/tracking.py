@@ -173,9 +173,9 @@ class _Follower(TorchDispatchMode):
                 self.log.host.add(self._known[tensor.untyped_storage()._cdata])
         for module in method.model.modules():
             if isinstance(module, LoraLinear | VectorLora):
-                for tensor in (*module.factors(), *(getattr(module, key, None) for key in FACTORS)):
-                    if isinstance(tensor, Tensor):
-                        self._name(tensor, "adapters")
+                held = (*module.factors(), *(getattr(module, key, None) for key in FACTORS))
+                for factor in (factor for factor in held if isinstance(factor, Tensor)):
+                    self._name(factor, "adapters")
 
 
 class _ForgetfulConverter(FakeTensorConverter):

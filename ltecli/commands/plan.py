@@ -50,9 +50,7 @@ class Request:
     assignments: tuple[str, ...] = ()
 
 
-def plan_command(
-    request: Request, out: Path | None, force: bool, top: int, as_json: bool, verify: bool = False
-) -> int:
+def plan_command(request: Request, out: Path | None, force: bool, top: int, as_json: bool, verify: bool = False) -> int:
     """Plan, show, and write the choice where `out` asks for it; raises NothingFeasibleError where nothing fits.
 
     With `verify`, follow the choice's own program without numbers, and set what it was seen to hold beside the plan.

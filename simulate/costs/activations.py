@@ -20,8 +20,11 @@ GELU (4). Korthikanti et al. 2022 (arXiv 2205.05198), section 4.1, without dropo
 """
 BLOCK_BACKWARD = 5
 """Working tensors, in u, at the height of a block's backward: the stream's gradient and one of the GELU's width."""
-BLOCK_FORWARD = 10
-"""Tensors, in u, at the height of a block's pass without a backward one: the stream, the norm, the GELU's two."""
+BLOCK_FORWARD = 12
+"""Tensors, in u, at the height of a block's pass without a backward one: the network's and the block's input, the
+stream, the norm's output, the GELU's two of four times the width."""
+TRANSPOSED = 4
+"""Tensors, in u, beside the backward pass of a Mixer's network over tokens: gradients, and their transposed copies."""
 LOSS_CHUNK_ELEMENTS = 2**20
 """Logits that the loss works on at once: a few megabytes of scratch, whatever the batch."""
 FLOAT_BYTES = 4
@@ -115,9 +118,7 @@ def step_phases(
 ) -> tuple[Phase, ...]:  # fmt: skip
     """Return the phases of one step and of an evaluation that can be its peak, over what is held all the time."""
     return _step_phases(
-        _Step(
-            shape, samples, rank, block_gradient_bytes, checkpointing, element_bytes, heads, subtracts, fold_tensors
-        )
+        _Step(shape, samples, rank, block_gradient_bytes, checkpointing, element_bytes, heads, subtracts, fold_tensors)
     )
 
 
@@ -146,7 +147,7 @@ def _gpt(step: _Step) -> Found:
     outputs = layers * kept + ends + 2 * u + logits
     return (
         Phase("forward", 0, outputs, step.scratch),
-        # The logits, which have become their own gradient, with the output layer's two; the table's waits for its other.
+        # The logits, which have become their own gradient, with the output layer's two; the table's waits for another.
         Phase("backward_start", 0, outputs, table + u),
         Phase("backward_start", 0, layers * kept + ends, table + recomputed + working),
         Phase("backward_end", all_gradients - step.block_gradients, kept + ends, recomputed + working),
@@ -163,7 +164,7 @@ def _llama(step: _Step) -> Found:
     kept, recomputed = (u, block - u) if step.checkpointing else (block, 0)
     ends = tokens * element_bytes + 2 * tokens * INDEX_BYTES
     # The stream's gradient, and those of both factors of the gated product beside its own.
-    working = u + max(2 * inner, inner + step.beside("mlp.down"))
+    working = u + max(2 * inner + step.largest_weight, inner + step.beside("mlp.down"))
     table, all_gradients, logits = step.head_table, step.all_gradients, step.logits
     outputs = layers * kept + ends + 2 * u + logits
     return (
@@ -172,7 +173,7 @@ def _llama(step: _Step) -> Found:
         Phase("backward_start", table, layers * kept + ends, recomputed + working),
         Phase("backward_end", all_gradients - table - step.block_gradients, kept + ends, recomputed + working),
         Phase("backward_end", all_gradients, ends, u),
-    ), 2 * u + 3 * inner
+    ), 4 * u + 3 * inner
 
 
 def _vit(step: _Step) -> Found:
@@ -180,7 +181,7 @@ def _vit(step: _Step) -> Found:
     u, tokens, element_bytes = step.u, step.tokens, step.element_bytes
     block = BLOCK_TENSORS * u + step.adapters + _attention_statistics(step) + 4 * tokens * element_bytes
     working = BLOCK_BACKWARD * u + step.beside("mlp.down")
-    return _of_images(step, block, working, 0, working), BLOCK_FORWARD * u
+    return _of_images(step, block, working), BLOCK_FORWARD * u
 
 
 def _mixer(step: _Step) -> Found:
@@ -197,25 +198,30 @@ def _mixer(step: _Step) -> Found:
     adapters = step.adapters
     channels = u + over_channels + step.beside("over_channels.down")
     last = u + over_tokens + step.beside("over_tokens.down")
-    return _of_images(step, of_tokens + of_channels + adapters, channels, of_channels, last + u), max(
-        2 * u + 2 * over_channels, 3 * u + 2 * over_tokens
-    )
+    phases = _of_images(step, of_tokens + of_channels + adapters, channels)
+    # Before the weights over tokens have gradients, adapters' aside, which are small.
+    weights = sum(x.weights for x in step.shape.adapted if "over_tokens" in x.name) * step.element_bytes
+    gradients = step.all_gradients - (0 if step.rank else weights)
+    stream = u if step.checkpointing else 0
+    ends = 2 * step.samples * step.shape.inputs * step.element_bytes
+    recomputed, working = of_tokens + adapters - stream, last + TRANSPOSED * u
+    kept = u if step.checkpointing else of_tokens + of_channels + adapters
+    others = (step.shape.layers - 1) * kept + stream + ends
+    of_first = Phase("backward_start", step.head_table, others, recomputed + working)
+    of_last = Phase("backward_end", gradients, stream + ends, recomputed + working)
+    return (*phases, of_first, of_last), max(4 * u + 2 * over_channels, 5 * u + 2 * over_tokens)
 
 
-def _of_images(step: _Step, block: int, working: int, freed: int, last: int) -> tuple[Phase, ...]:
-    """Of blocks that keep `block`: `working` is their height on the way back, `last` a later one with `freed` gone."""
+def _of_images(step: _Step, block: int, working: int) -> tuple[Phase, ...]:
+    """Of blocks that keep `block`, and work with `working` at their height on the way back."""
     u, layers, all_gradients = step.u, step.shape.layers, step.all_gradients
     kept, recomputed = (u, block - u) if step.checkpointing else (block, 0)
     # The images, and once more as patches.
     ends = 2 * step.samples * step.shape.inputs * step.element_bytes
-    before = all_gradients - step.block_gradients
-    of_last = max(recomputed + working, recomputed + last - freed) if step.checkpointing else working
-    later = kept - (0 if step.checkpointing else freed)
     return (
         Phase("forward", 0, layers * kept + ends + u + step.logits, u),
         Phase("backward_start", step.head_table, layers * kept + ends, recomputed + working),
-        Phase("backward_end", before, kept + ends, of_last),
-        Phase("backward_end", all_gradients, later + ends, last),
+        Phase("backward_end", all_gradients - step.block_gradients, kept + ends, recomputed + working),
         Phase("backward_end", all_gradients, ends, u),
     )
 

@@ -62,6 +62,7 @@ class _Exchange:
     """One device's part of one method's exchanges."""
 
     method: Any
+    """Options of a method, as the functions below know it."""
     shape: ModelShape
     devices: int
     gradients: int
@@ -73,6 +74,11 @@ class _Exchange:
     def sizes(self) -> list[int]:
         """Bytes of each parameter."""
         return [t.elements * self.element_bytes for t in self.shape.tensors]
+
+
+def starts_dense(method: MethodOptions) -> bool:
+    """Whether the run begins with dense steps, which need more than those that follow."""
+    return isinstance(method, ReloraOptions) and method.warm_start_steps > 0
 
 
 def exchange_phases(run: Run, shape: ModelShape, gradient_bytes: int) -> tuple[Phase, ...]:
@@ -105,13 +111,13 @@ def _muon_matrices(e: _Exchange) -> Iterator[tuple[int, int, int]]:
     """Yield (how many, rows, columns) of each kind of matrix that Muon steps at once."""
     method = e.method
     for linear in e.shape.adapted:
-        if not isinstance(method, AdapterOptions) or getattr(method, "warm_start_steps", 0):
+        if not isinstance(method, AdapterOptions) or starts_dense(method):
             yield 1, linear.out_features, linear.in_features
             continue
         heads = method.heads_per_device if isinstance(method, LteOptions) else 1
         rank = method.row_rank(e.devices)
         yield heads, linear.out_features, rank
-        if not getattr(method, "frozen_a", False):
+        if not (isinstance(method, LteOptions) and method.frozen_a):
             yield heads, rank, linear.in_features
 
 
@@ -122,7 +128,7 @@ def _with_gradients(e: _Exchange, num_bytes: int) -> Phase:
 def _trained_sizes(e: _Exchange) -> list[int]:
     """Bytes of each gradient, in the order of the network."""
     method = e.method
-    if not isinstance(method, AdapterOptions) or getattr(method, "warm_start_steps", 0):
+    if not isinstance(method, AdapterOptions) or starts_dense(method):
         return e.sizes
     rank, layers, counts = method.row_rank(e.devices), iter(e.shape.in_order()), []
     for tensor in e.shape.tensors:
@@ -162,7 +168,7 @@ def _ddp(e: _Exchange) -> tuple[Phase, ...]:
 def _sapipe(e: _Exchange) -> tuple[Phase, ...]:
     """A device's own gradients stay until the end of its step; beside them the stale ones, or the message."""
     largest, done = max(e.sizes), 0
-    temporary = max(e.gradients, max(packed_bytes(e.sizes)) if e.devices > 1 else 0)
+    temporary = max(e.gradients + _optimizer_bytes(e), max(packed_bytes(e.sizes)) if e.devices > 1 else 0)
     if e.method.compensation == "prediction":
         temporary = max(temporary, PREDICTION_TENSORS * largest)
     elif e.method.compensation == "delay":
@@ -194,7 +200,9 @@ def _signsgd(e: _Exchange) -> tuple[Phase, ...]:
     elements = [t.elements for t in e.shape.tensors]
     sent = [-(-x // 8) + e.element_bytes for x in elements]
     held = [(e.element_bytes + 1) * x for x in elements]  # the signs, and the magnitude with each
-    averaged = [(e.devices * (e.element_bytes + 1) + e.element_bytes) * x for x in elements]
+    # Everyone's signs, and with their magnitudes; then the mean beside these.
+    everyones = max(e.devices * (e.element_bytes + 1), (e.devices + 1) * e.element_bytes)
+    averaged = [everyones * x for x in elements]
     return _gathered_gradients(e, sent, held, averaged)
 
 
@@ -280,7 +288,6 @@ def _compressed(e: _Exchange, elements: int) -> _Compressed:
     sent = message + decoded + unpacked
     averaged = 2 * message + message // e.devices + decoded + max(unpacked, mean)
     return _Compressed(max(encoding, sent, averaged), decoded)
-
 
 
 def _lte(e: _Exchange) -> tuple[Phase, ...]:

@@ -140,6 +140,6 @@ def _(method: LteOptions, shape: ModelShape, devices: int) -> int:
     if method.wire == "full" or devices == 1:
         return travelling + (replicated if method.fragments > 1 or method.merge_delay else 0)
     adapted = _residuals(shape.adapted_parameters, devices) if method.merge_transport == "reduce" else factors
-    served = replicated if method.merge_delay else 0
+    served = replicated if method.merge_delay or method.fragments > 1 else 0
     others = served if method.merge_transport == "server" else replicated + _residuals(replicated, devices)
     return adapted + others + travelling

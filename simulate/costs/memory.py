@@ -13,13 +13,13 @@ from pathlib import Path
 
 from simulate.config import BYTES, Run
 from simulate.costs.activations import step_phases
-from simulate.costs.exchanges import FOLD_TENSORS, exchange_phases
+from simulate.costs.exchanges import FOLD_TENSORS, exchange_phases, starts_dense
 from simulate.costs.holding import holding
 from simulate.costs.phases import PHASES, Phase, PhaseName
 from simulate.costs.traffic import ELEMENT_BYTES, frozen_bytes
 from simulate.hardware import Device
 from simulate.models.shapes import ModelShape
-from simulate.options import AdamixOptions, AdapterOptions, LteOptions, MethodOptions, ReloraOptions
+from simulate.options import AdamixOptions, AdapterOptions, LteOptions, MethodOptions
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _phases(run: Run, shape: ModelShape) -> Iterator[Phase]:
     method, element_bytes, devices = run.method, ELEMENT_BYTES[run.train.dtype], run.cluster.devices
     rank, heads, idle = 0, 1, 0
     block_trained = sum(linear.weights for linear in shape.adapted)
-    adapted = isinstance(method, AdapterOptions) and not _starts_dense(method)
+    adapted = isinstance(method, AdapterOptions) and not starts_dense(method)
     if isinstance(method, AdapterOptions) and adapted:
         rank = method.row_rank(devices)
         heads = method.heads_per_device if isinstance(method, LteOptions) else 1
@@ -103,14 +103,14 @@ def _phases(run: Run, shape: ModelShape) -> Iterator[Phase]:
 
 def _fold_tensors(method: MethodOptions) -> int | None:
     """Tensors of a weight's size that adding adapters to it takes beside the sum; None: merges have added them."""
-    if isinstance(method, LteOptions) or not isinstance(method, AdapterOptions) or _starts_dense(method):
+    if isinstance(method, LteOptions) or not isinstance(method, AdapterOptions) or starts_dense(method):
         return None
     return 0 if isinstance(method, AdamixOptions) else FOLD_TENSORS - 1
 
 
 def _weight_bytes(run: Run, shape: ModelShape, shared_memory: bool) -> int:
     method, element_bytes = run.method, ELEMENT_BYTES[run.train.dtype]
-    if isinstance(method, AdapterOptions) and not _starts_dense(method):
+    if isinstance(method, AdapterOptions) and not starts_dense(method):
         return _frozen_bytes(shape, method, element_bytes, shared_memory)
     return shape.parameters * element_bytes
 
@@ -154,15 +154,10 @@ def checkpoint_bytes(run: Run, shape: ModelShape) -> int:
     frozen = 0
     if isinstance(method, AdapterOptions):
         frozen = shape.adapted_parameters * (2 if _needs_master(method) else 1)
-    dense = 0 if _starts_dense(method) else held.adapters
+    dense = 0 if starts_dense(method) else held.adapters
     weights = dense + shape.replicated_parameters if isinstance(method, AdapterOptions) else shape.parameters
     elements = frozen + (1 if held.shared else devices) * (weights + held.moments) + devices * held.extra
     return elements * ELEMENT_BYTES[run.train.dtype]
-
-
-def _starts_dense(method: MethodOptions) -> bool:
-    """Whether the run begins with dense steps, which need more than those that follow."""
-    return isinstance(method, ReloraOptions) and method.warm_start_steps > 0
 
 
 def _needs_master(method: MethodOptions) -> bool:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 PhaseName = Literal[
-    "forward", "backward_start", "backward_end", "optimizer_step", "merge", "outer_step", "evaluation", "checkpoint_save"
-]
+    "forward", "backward_start", "backward_end", "optimizer_step", "merge", "outer_step", "evaluation",
+    "checkpoint_save",
+]  # fmt: skip
 PHASES: tuple[PhaseName, ...] = (
     "forward", "backward_start", "backward_end", "optimizer_step", "merge", "outer_step", "evaluation",
     "checkpoint_save",

@@ -94,10 +94,8 @@ class Sapipe(GradientMethod):
                 change = self._adam_change(parameter, own[name], step, factor * peak, group["weight_decay"])
                 torch.add(parameter, change, out=self.leaves[name].detach())
 
-    def _adam_change(
-        self, parameter: nn.Parameter, gradient: Tensor, taken: int, rate: float, decay: float
-    ) -> Tensor:
-        """Return what one AdamW step with `gradient`, (L, ...), would add after `taken` steps; moments stay as they are.
+    def _adam_change(self, parameter: nn.Parameter, gradient: Tensor, taken: int, rate: float, decay: float) -> Tensor:
+        """Return what an AdamW step with `gradient`, (L, ...), would add after `taken` steps; moments stay as they are.
 
         A run's first step has nothing to step with, so step t comes after t steps of the optimizer.
         """
