@@ -24,7 +24,8 @@ BLOCK_FORWARD = 12
 """Tensors, in u, at the height of a block's pass without a backward one: the network's and the block's input, the
 stream, the norm's output, the GELU's two of four times the width."""
 TRANSPOSED = 4
-"""Tensors, in u, beside the backward pass of a Mixer's network over tokens: gradients, and their transposed copies."""
+"""Tensors, in u, beside the backward pass of a Mixer's network over tokens: gradients, and their
+transposed copies; what is recomputed needs one."""
 LOSS_CHUNK_ELEMENTS = 2**20
 """Logits that the loss works on at once: a few megabytes of scratch, whatever the batch."""
 FLOAT_BYTES = 4
@@ -204,7 +205,8 @@ def _mixer(step: _Step) -> Found:
     gradients = step.all_gradients - (0 if step.rank else weights)
     stream = u if step.checkpointing else 0
     ends = 2 * step.samples * step.shape.inputs * step.element_bytes
-    recomputed, working = of_tokens + adapters - stream, last + TRANSPOSED * u
+    recomputed = of_tokens + adapters - stream
+    working = last + (1 if step.checkpointing else TRANSPOSED) * u
     kept = u if step.checkpointing else of_tokens + of_channels + adapters
     others = (step.shape.layers - 1) * kept + stream + ends
     of_first = Phase("backward_start", step.head_table, others, recomputed + working)
