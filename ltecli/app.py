@@ -102,6 +102,9 @@ def plan(
     ] = False,
     rounds: Annotated[int | None, typer.Option(help="With --timeline: rounds to simulate; default: 100.")] = None,
     timeline_svg: Annotated[Path | None, typer.Option(help="Draw the timeline into this file.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Follow the choice's own training without numbers, to check its memory.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Work out what fits and what it costs, and choose; writes nothing without -o."""
@@ -134,9 +137,23 @@ def plan(
             from ltecli.commands.explain import Extras
 
             extras = Extras(why, timeline, rounds, timeline_svg, force)
-        return plan_command(request, out, force, top, as_json, extras)
+        return plan_command(request, out, force, top, as_json, extras, verify)
 
     raise typer.Exit(guarded(command))
+
+
+@app.command()
+def validate(
+    only: Annotated[str | None, typer.Option(help="One section: memory, bytes or time.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer and smaller runs: about half a minute.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the tables as markdown.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Set predictions of memory, bytes and time beside what happens on this machine."""
+    from ltecli.commands.validate import validate_command
+
+    raise typer.Exit(guarded(lambda: validate_command(only, quick, out, as_json, quiet)))
 
 
 @app.command()

@@ -12,7 +12,7 @@ from ltecli.grid import Pins, grid
 from ltecli.objective import MEANINGS, Choice, hourly_price, value_of
 from ltecli.ranges import RULE, Margins, range_keys
 from simulate.config import Run
-from simulate.costs.memory import Memory, host_memory_bytes, peak_memory
+from simulate.costs.memory import Memory, host_memory_by_part, memory_by_phase, peak_memory
 from simulate.costs.samples import Efficiency, samples_factor, shipped
 from simulate.costs.schedule import dense_reduction, num_rounds, received_bytes, sent_bytes
 from simulate.costs.time import RoundTime, device_step_s, distinct, exchange_s, round_time
@@ -41,7 +41,10 @@ class Candidate:
     tokens: int
     """Asked for; steps round it up."""
     memory: Memory
-    host_memory_bytes: int
+    """At its peak: the highest phase."""
+    memory_by_phase: dict[str, int]
+    """Bytes of all parts at the height of each phase."""
+    host_memory_by_part: dict[str, int]
     sent_bytes_per_round: float
     received_bytes_per_round: float
     time: RoundTime
@@ -68,6 +71,11 @@ class Candidate:
     def equivalent_sent_bytes(self) -> float:
         """Bytes that a device sends until that loss is reached."""
         return self.sent_bytes_per_round * self.rounds * self.equivalent_wall_s / self.wall_s
+
+    @property
+    def host_memory_bytes(self) -> int:
+        """Bytes of the host's own memory that one device needs."""
+        return sum(self.host_memory_by_part.values())
 
     @property
     def step_s(self) -> float:
@@ -104,7 +112,9 @@ class Candidate:
             "optimizer_state": self.run.train.optimizer_state,
             "steps": self.run.train.steps,
             "memory_bytes": {"total": self.memory.total, **self.memory.parts()},
+            "memory_by_phase": self.memory_by_phase,
             "host_memory_bytes": self.host_memory_bytes,
+            "host_memory_by_part": self.host_memory_by_part,
             "sent_bytes_per_round": self.sent_bytes_per_round,
             "sent_bytes_per_step": self.sent_bytes_per_round / self.time.steps,
             "received_bytes_per_step": self.received_bytes_per_round / self.time.steps,
@@ -175,6 +185,15 @@ class Plan:
             "price_per_hour": hourly_price(self.profile, self.base.cluster.devices),
         }
 
+    def tightest_device(self) -> Device:
+        """Return the device that the choice leaves the least room on."""
+        assert self.chosen is not None
+        run, shape = self.chosen.run, self.base.model.shape()
+        return min(
+            self.profile.devices(run.cluster.devices),
+            key=lambda device: device.memory_bytes - peak_memory(run, shape, device).total,
+        )
+
     def nearest_miss(self) -> Rejected | None:
         """Return the rejected candidate that lacks the least memory, or of those that lack none the least late."""
         return min(self.rejected, key=lambda rejected: (rejected.short_bytes, rejected.late_s), default=None)
@@ -189,17 +208,19 @@ def evaluate(run: Run, profile: Profile, tokens: int, choice: Choice | None = No
 def _evaluate(
     run: Run, shape: ModelShape, profile: Profile, devices: Sequence[Device], tokens: int, choice: Choice
 ) -> Candidate | Rejected:
-    kinds = distinct(devices)
-    memories = [(device, peak_memory(run, shape, device)) for device in kinds]
-    device, memory = min(memories, key=lambda pair: pair[0].memory_bytes - pair[1].total)
-    host_bytes = host_memory_bytes(run, shape, device)
+    heights = [(device, memory_by_phase(run, shape, device)) for device in distinct(devices)]
+    peaks = [(device, max(phases.values(), key=lambda m: m.total), phases) for device, phases in heights]
+    device, memory, phases = min(peaks, key=lambda peak: peak[0].memory_bytes - peak[1].total)
+    host_parts = host_memory_by_part(run, shape, device)
+    host_bytes = sum(host_parts.values())
     time = round_time(run, shape, devices, profile.link)
     num_devices, steps, rounds = run.cluster.devices, run.train.steps, num_rounds(run)
     candidate = Candidate(
         run=run,
         tokens=tokens,
         memory=memory,
-        host_memory_bytes=host_bytes,
+        memory_by_phase={str(name): height.total for name, height in phases.items()},
+        host_memory_by_part=host_parts,
         sent_bytes_per_round=sent_bytes(run, shape, steps) / rounds / num_devices,
         received_bytes_per_round=received_bytes(run, shape, steps) / rounds / num_devices,
         time=time,
@@ -216,7 +237,7 @@ def _evaluate(
     if host_bytes > host_room_bytes:
         short_bytes = host_bytes - host_room_bytes
         reason = (
-            f"needs {host_bytes / 1e9:.2f} GB of host memory for the weights that merges start from or add to, "
+            f"needs {host_bytes / 1e9:.2f} GB of host memory, most of it for {_largest_host_part(host_parts)}, "
             f"{device.kind} has "
         )
         return Rejected(candidate, f"{reason}{host_room_bytes / 1e9:.2f} GB", short_bytes)
@@ -226,6 +247,15 @@ def _evaluate(
         reason = f"needs {needed_h:.4g} h to equal loss, {late_s / 3600:.3g} h more than --within allows"
         return Rejected(candidate, reason, 0, late_s)
     return candidate
+
+
+def _largest_host_part(parts: dict[str, int]) -> str:
+    meanings = {
+        "start_weights": "the weights that merges start from",
+        "checkpoint_save": "the tensor that a checkpoint is writing",
+        "data": "the data",
+    }
+    return meanings[max(parts, key=lambda name: parts[name])]
 
 
 def _memory_reason(memory: Memory, device: Device) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from simulate.options import METHODS, AdapterOptions
 
 if TYPE_CHECKING:
     from ltecli.commands.explain import Explained, Extras
+    from simulate.tracking import Tracked
 
 EMBEDDED_BYTES = 500_000
 """That the embedded text has at least, whichever Python's library it is."""
@@ -59,9 +60,13 @@ class Request:
 
 
 def plan_command(
-    request: Request, out: Path | None, force: bool, top: int, as_json: bool, extras: Extras | None = None
-) -> int:
-    """Plan, show, and write the choice where `out` asks for it; raises NothingFeasibleError where nothing fits."""
+    request: Request, out: Path | None, force: bool, top: int, as_json: bool, extras: Extras | None = None,
+    verify: bool = False,
+) -> int:  # fmt: skip
+    """Plan, show, and write the choice where `out` asks for it; raises NothingFeasibleError where nothing fits.
+
+    With `verify`, follow the choice's own program without numbers, and set what it was seen to hold beside the plan.
+    """
     if out is not None:
         _check_target(out, force)
     if extras is not None:
@@ -69,12 +74,16 @@ def plan_command(
     plan = plan_request(request, to_train=out is not None)
     output = Output(as_json)
     explained = _explained(plan, extras)
-    output.json({**plan.to_dict(), **(explained.to_dict() if explained else {"why": None, "timeline": None})})
+    verified = verify_choice(plan) if verify and plan.chosen is not None else None
+    added = explained.to_dict() if explained else {"why": None, "timeline": None}
+    output.json({**plan.to_dict(), **added, **({"verify": asdict(verified)} if verified else {})})
     _show(plan, output, top)
     if explained is not None and extras is not None:
         from ltecli.commands.explain import show_explained
 
         show_explained(plan, explained, extras, output)
+    if verified and plan.chosen:
+        _show_verified(plan.chosen, verified, output)
     if plan.chosen is None:
         raise NothingFeasibleError(nearest_miss_text(plan))
     if out is not None:
@@ -367,8 +376,45 @@ def _show_choice(plan: Plan, chosen: Candidate, output: Output) -> None:
         output.text(f"dense does not fit: {plan.dense.reason}")
     elif dense and chosen is not dense:
         output.text(_comparison(chosen, dense))
+    phases = (f"{_phase(name)} {bytes_text(size)}" for name, size in chosen.memory_by_phase.items())
+    output.text(f"memory by phase: {', '.join(phases)}")
+    if chosen.host_memory_bytes:
+        parts = (f"{_phase(name)} {bytes_text(size)}" for name, size in chosen.host_memory_by_part.items() if size)
+        output.text(f"host memory: {bytes_text(chosen.host_memory_bytes)} ({', '.join(parts)})")
     for warning in chosen.warnings:
         output.text(f"warning: {warning}")
+
+
+def _phase(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def verify_choice(plan: Plan) -> Tracked:
+    """Follow what the chosen run holds; raises InputError where it cannot be followed."""
+    assert plan.chosen is not None
+    run = plan.chosen.run
+    from simulate.tracking import tracked_memory
+
+    return tracked_memory(run, with_host=plan.tightest_device().host_memory_bytes == 0)
+
+
+def _show_verified(chosen: Candidate, verified: Tracked, output: Output) -> None:
+    """Set planned beside tracked bytes, part by part; then what an allocator and the system add."""
+    memory = chosen.memory
+    output.text("")
+    table = plain_table("memory of the choice, per device", "planned", "tracked", "difference")
+    planned = memory.parts()
+    reserved = planned.pop("reserved")
+    for part, size in planned.items():
+        table.add_row(part, bytes_text(size), bytes_text(verified.by_part[part]), "")
+    total = memory.total - reserved
+    share = f"{total / verified.tracked_bytes - 1:+.2%}"
+    table.add_row("peak", bytes_text(total), bytes_text(verified.tracked_bytes), share)
+    output.table(table)
+    output.text(
+        f"with the CUDA allocator's rounding and segments {bytes_text(verified.allocator_bytes)}; the system and its "
+        f"context reserve {bytes_text(reserved)} more"
+    )
 
 
 def _figures(candidate: Candidate) -> dict[str, str]:

@@ -44,7 +44,7 @@ from simulate.convert import Treatment, convert, lora, merged_state, norm_parame
 from simulate.costs.traffic import fragment
 from simulate.errors import RunFailedError
 from simulate.methods.averaging import Averaging
-from simulate.methods.base import clear_rows, clip_per_device, forget_moments, prune_moments
+from simulate.methods.base import clear_rows, forget_moments, prune_moments
 from simulate.methods.delayed import NOTHING
 from simulate.methods.lora import adapter_groups, adapter_parameters
 from simulate.methods.merging import LayerMerger, sum_of_products
@@ -132,8 +132,7 @@ class Lte(Paced):
             first = 1 if self.communicator.local_devices.start == 0 else 0
             if norm.grad is not None:
                 norm.grad[first:] = 0.0
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        clip_per_device(gradients, self.local_devices, self.run.train.clip_norm)
+        self.clip(self.model.parameters())
         self.apply_gradients(step)
         self.arrive_if_due(step)
         return losses_H.detach().view(self.local_devices, heads).mean(1)
