@@ -91,6 +91,7 @@ def plan(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the choice as run.toml.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Let -o replace an existing file.")] = False,
     top: Annotated[int, typer.Option(min=1, help="Candidates to show.")] = 8,
+    probe: Annotated[Path | None, typer.Option(help="A probe.json of lte probe: ranks to try and to mark.")] = None,
     as_json: Json = False,
 ) -> None:
     """Work out what fits and what it costs, and choose; writes nothing without -o."""
@@ -111,8 +112,31 @@ def plan(
             "merge_every": merge_every,
         },
         assignments=tuple(assignments or ()),
+        probe=probe,
     )
     raise typer.Exit(guarded(lambda: plan_command(request, out, force, top, as_json)))
+
+
+@app.command("probe")
+def probe_a_run(
+    run: Annotated[Path, typer.Argument(help="run.toml.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write what was found as probe.json.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Let -o replace an existing file.")] = False,
+    batches: Annotated[int, typer.Option(min=1, help="Steps whose batches give gradients, at each of two points.")] = 8,
+    warmup: Annotated[int, typer.Option(min=1, help="Dense steps between them.")] = 50,
+    layers: Annotated[bool, typer.Option("--layers", help="Show every adapted layer.")] = False,
+    device: Annotated[DeviceName, typer.Option(help="Where to probe.")] = DeviceName.AUTO,
+    assignments: Set = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Estimate rank, heads and batch from a few gradients and a short dense warm-up."""
+    from ltecli.commands.probe import ProbeOptions, probe_command
+
+    options = ProbeOptions(batches, warmup, tuple(assignments or ()))
+    raise typer.Exit(
+        guarded(lambda: probe_command(run, options, out, force, layers, device.value, as_json, quiet))
+    )
 
 
 @app.command()

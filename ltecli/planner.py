@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ltecli.grid import Pins, grid
+from ltecli.probing import PlanProbe
 from simulate.config import Run
 from simulate.costs.memory import Memory, host_memory_bytes, peak_memory
 from simulate.costs.samples import samples_factor
@@ -161,7 +162,12 @@ def evaluate(run: Run, profile: Profile, tokens: int) -> Candidate | Rejected:
 
 
 def _evaluate(
-    run: Run, shape: ModelShape, profile: Profile, devices: Sequence[Device], tokens: int
+    run: Run,
+    shape: ModelShape,
+    profile: Profile,
+    devices: Sequence[Device],
+    tokens: int,
+    probe: PlanProbe | None = None,
 ) -> Candidate | Rejected:
     kinds = {id(device): device for device in devices}.values()
     memories = [(device, peak_memory(run, shape, device)) for device in kinds]
@@ -179,7 +185,7 @@ def _evaluate(
         time=time,
         wall_s=run.train.steps * time.compute_s + rounds * (time.merge_s + time.exchange_s),
         samples_factor=samples_factor(run, shape, tokens),
-        warnings=tuple(_warnings(run, shape, profile, time)),
+        warnings=(*_warnings(run, shape, profile, time), *(probe.marks(run) if probe else ())),
     )
     short_bytes = memory.total - device.memory_bytes
     if short_bytes > 0:
@@ -222,13 +228,18 @@ def _warnings(run: Run, shape: ModelShape, profile: Profile, time: RoundTime) ->
             yield f"{method.merge_transport} takes longer than reducing the dense delta"
 
 
-def make_plan(base: Run, profile: Profile, tokens: int, pins: Pins, notes: Sequence[str] = ()) -> Plan:
+def make_plan(
+    base: Run, profile: Profile, tokens: int, pins: Pins, notes: Sequence[str] = (), probe: PlanProbe | None = None
+) -> Plan:
     """Lay out the grid around `base`, evaluate it, and choose; `base` carries every key that no pin or grid varies."""
+    pins = pins if probe is None else replace(pins, ranks=probe.ranks(base))
     shape, devices = base.model.shape(), profile.devices(base.cluster.devices)
     methods = (pins.method,) if pins.method else CHOSEN_FROM
 
     def results_of(names: Sequence[str]) -> list[Candidate | Rejected]:
-        return [_evaluate(run, shape, profile, devices, tokens) for run in grid(base, shape, names, pins, tokens)]
+        return [
+            _evaluate(run, shape, profile, devices, tokens, probe) for run in grid(base, shape, names, pins, tokens)
+        ]
 
     results = results_of(methods)
     if not results:
@@ -244,6 +255,7 @@ def make_plan(base: Run, profile: Profile, tokens: int, pins: Pins, notes: Seque
     notes = [
         *notes,
         *_choice_notes(chosen, fitting, profile),
+        *(probe.notes(base, chosen and chosen.run) if probe else ()),
         *_treatment_notes(chosen, shape),
         *shape.notes,
         *_optimizer_notes(chosen),

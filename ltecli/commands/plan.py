@@ -11,6 +11,7 @@ from ltecli.errors import NothingFeasibleError
 from ltecli.grid import Pins
 from ltecli.output import Output, bytes_text, plain_table, seconds_text
 from ltecli.planner import Candidate, Plan, Rejected, candidate_of, describe, make_plan
+from ltecli.probing import PlanProbe
 from simulate import toml
 from simulate.config import Run, Train, build_run, dump_run
 from simulate.errors import InputError
@@ -45,12 +46,14 @@ class Request:
     pins: Mapping[str, Any] = field(default_factory=dict)
     """Keys of [method]."""
     assignments: tuple[str, ...] = ()
+    probe: Path | None = None
+    """What lte probe wrote of the same network."""
 
 
 def plan_command(request: Request, out: Path | None, force: bool, top: int, as_json: bool) -> int:
     """Plan, show, and write the choice where `out` asks for it; raises NothingFeasibleError where nothing fits."""
     if out is not None:
-        _check_target(out, force)
+        check_target(out, force)
     plan = plan_request(request)
     output = Output(as_json)
     output.json(plan.to_dict())
@@ -86,7 +89,8 @@ def plan_request(request: Request) -> Plan:
     if named or base.model.unit == "tokens":  # what is only a default may also be missing until it is trained on
         _check_data(base)
     tokens = _tokens(request, base, table)
-    return make_plan(base, profile, tokens, pins, notes)
+    probe = None if request.probe is None else PlanProbe(request.probe, base.model.shape())
+    return make_plan(base, profile, tokens, pins, notes, probe)
 
 
 def _put(table: toml.Table, section: str, key: str, value: Any) -> None:
@@ -192,9 +196,10 @@ def _given_tokens(request: Request, unit: str) -> int | None:
     return given
 
 
-def _check_target(out: Path, force: bool) -> None:
+def check_target(out: Path, force: bool, name: str = "run.toml") -> None:
+    """Raise InputError where a file cannot be written; `name` is what it could be called."""
     if out.is_dir():
-        raise InputError(f"--out {out} is a folder; name a file in it, for example {out / 'run.toml'}")
+        raise InputError(f"--out {out} is a folder; name a file in it, for example {out / name}")
     if out.exists() and not force:
         raise InputError(f"--out {out} exists; add --force to replace it, or choose another name")
     if not out.parent.is_dir():
