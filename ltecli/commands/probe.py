@@ -90,7 +90,7 @@ def _check_memory(need: int, device_name: str, output: Output) -> None:
     import psutil
 
     if device_name == "cuda":
-        return  # CUDA says so by itself, before the machine suffers
+        return  # its allocator refuses by itself
     memory = psutil.virtual_memory()
     if need > memory.total:
         raise InputError(
@@ -116,11 +116,11 @@ def _device(name: str) -> torch.device:
 
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this PyTorch sees no CUDA GPU; use --device cpu, or install a CUDA build")
-    return torch.device(name)
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
 def _show(probe: Probe, output: Output, with_layers: bool) -> None:
-    model, settings = probe.model, probe.settings
+    model, settings = probe.network, probe.settings
     output.heading(
         f"{model.name}: {model.parameters:,} parameters ({model.adapted_parameters:,} adapted in "
         f"{len(probe.layers)} layers), {probe.data.source}, seed {settings.seed}"
@@ -128,7 +128,8 @@ def _show(probe: Probe, output: Output, with_layers: bool) -> None:
     output.table(_states_table(probe))
     if with_layers:
         output.text("")
-        output.table(_layers_table(probe), secondary=("signal", "noise"))
+        output.text("ranks that hold 50 % / 90 % of the squared norm; signal and noise scale (samples) after the warm-up")
+        output.table(_layers_table(probe), secondary=("signal", "noise scale"))
     advice = probe.recommendation
     assert advice is not None
     output.text("")
@@ -187,7 +188,8 @@ def _scale_text(scale: float | None) -> str:
 def _layers_table(probe: Probe) -> Any:
     """Return each layer's ranks: 50 % / 90 % of the squared norm."""
     table = plain_table(
-        "layer", "shape", "gradient at the start", "after the warm-up", "signal", "noise", "round", "warm-up"
+        "layer", "shape", "gradient at the start", "after the warm-up", "signal", "noise scale", "update of a round",
+        "of the warm-up",
     )
     for layer in probe.layers:
         table.add_row(

@@ -144,7 +144,7 @@ class Probe(toml.Schema):
     """probe.json."""
 
     version: Literal[1] = PROBE_VERSION
-    model: ProbedModel
+    network: ProbedModel
     data: ProbedData
     settings: Settings
     initial: State
@@ -184,9 +184,9 @@ def dump_probe(probe: Probe) -> str:
 
 def check_model(probe: Probe, shape: ModelShape, path: Path) -> None:
     """Raise InputError where a probe is of other shapes than the network that is planned."""
-    if probe.model.fingerprint != shapes_fingerprint(shape):
+    if probe.network.fingerprint != shapes_fingerprint(shape):
         raise InputError(
-            f"--probe {path} is of {probe.model.name} with {probe.model.parameters:,} parameters, and what is planned "
+            f"--probe {path} is of {probe.network.name} with {probe.network.parameters:,} parameters, and what is planned "
             f"is {shape.name} with {shape.parameters:,} and layers of other shapes; probe this model with lte probe, or "
             "plan the probe's"
         )

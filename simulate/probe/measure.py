@@ -133,7 +133,7 @@ def probe_run(run: Run, batches: Batches, device: torch.device, source: str, num
         for layer in adapted
     ]
     probe = Probe(
-        model=_model(run),
+        network=_model(run),
         data=ProbedData(source=source, fingerprint=batches.fingerprint),
         settings=_settings(run, num_batches, warmup_steps, steps),
         initial=initial.state,

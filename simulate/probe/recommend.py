@@ -48,8 +48,8 @@ class Needs:
         return cls(
             half=max((update.rank_50 for update in updates), default=1),
             most=max((update.rank_90 for update in updates), default=1),
-            limit=probe.model.smallest_dimension,
-            upper=probe.model.largest_dimension,
+            limit=probe.network.smallest_dimension,
+            upper=probe.network.largest_dimension,
             round_steps=probe.settings.round_steps,
         )
 
@@ -180,7 +180,7 @@ def _batch_reason(probe: Probe, batch: Estimate | None, devices: int) -> str:
         f"batch {batch.estimate:.0f} samples over all devices, {per_device} a device (estimate; range {batch.low:.0f} "
         f"to {batch.high:.0f}, two standard errors over the batches): the gradient noise scale after "
         f"{probe.settings.warmup_steps} steps, at which a step gains half of what any batch could gain (McCandlish et "
-        f"al. 2018); at the start it was {_scale(probe.initial)}, and it grows as the loss falls"
+        f"al. 2018); at the start it was {_scale(probe.initial)}, and it moves as training goes on"
     )
 
 
