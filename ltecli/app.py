@@ -134,9 +134,7 @@ def probe_a_run(
     from ltecli.commands.probe import ProbeOptions, probe_command
 
     options = ProbeOptions(batches, warmup, tuple(assignments or ()))
-    raise typer.Exit(
-        guarded(lambda: probe_command(run, options, out, force, layers, device.value, as_json, quiet))
-    )
+    raise typer.Exit(guarded(lambda: probe_command(run, options, out, force, layers, device.value, as_json, quiet)))
 
 
 @app.command()

@@ -255,7 +255,7 @@ def make_plan(
     notes = [
         *notes,
         *_choice_notes(chosen, fitting, profile),
-        *(probe.notes(base, chosen and chosen.run) if probe else ()),
+        *(probe.notes(base, chosen.run if chosen else None) if probe else ()),
         *_treatment_notes(chosen, shape),
         *shape.notes,
         *_optimizer_notes(chosen),

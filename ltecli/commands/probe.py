@@ -128,7 +128,9 @@ def _show(probe: Probe, output: Output, with_layers: bool) -> None:
     output.table(_states_table(probe))
     if with_layers:
         output.text("")
-        output.text("ranks that hold 50 % / 90 % of the squared norm; signal and noise scale (samples) after the warm-up")
+        output.text(
+            "ranks that hold 50 % / 90 % of the squared norm; signal and noise scale (samples) after the warm-up"
+        )
         output.table(_layers_table(probe), secondary=("signal", "noise scale"))
     advice = probe.recommendation
     assert advice is not None
@@ -188,7 +190,13 @@ def _scale_text(scale: float | None) -> str:
 def _layers_table(probe: Probe) -> Any:
     """Return each layer's ranks: 50 % / 90 % of the squared norm."""
     table = plain_table(
-        "layer", "shape", "gradient at the start", "after the warm-up", "signal", "noise scale", "update of a round",
+        "layer",
+        "shape",
+        "gradient at the start",
+        "after the warm-up",
+        "signal",
+        "noise scale",
+        "update of a round",
         "of the warm-up",
     )
     for layer in probe.layers:

@@ -143,7 +143,7 @@ class Recommendation(toml.Schema):
 class Probe(toml.Schema):
     """probe.json."""
 
-    version: Literal[1] = PROBE_VERSION
+    version: Literal[1] = 1
     network: ProbedModel
     data: ProbedData
     settings: Settings
@@ -186,7 +186,7 @@ def check_model(probe: Probe, shape: ModelShape, path: Path) -> None:
     """Raise InputError where a probe is of other shapes than the network that is planned."""
     if probe.network.fingerprint != shapes_fingerprint(shape):
         raise InputError(
-            f"--probe {path} is of {probe.network.name} with {probe.network.parameters:,} parameters, and what is planned "
-            f"is {shape.name} with {shape.parameters:,} and layers of other shapes; probe this model with lte probe, or "
-            "plan the probe's"
+            f"--probe {path} is of {probe.network.name} with {probe.network.parameters:,} parameters, and what is "
+            f"planned is {shape.name} with {shape.parameters:,} and layers of other shapes; probe this model with "
+            "lte probe, or plan the probe's"
         )

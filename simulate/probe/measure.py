@@ -5,8 +5,8 @@ optimizer and rates. Nothing of the network but the weights of layers that LTE w
 noise scale is over all parameters, as simulate.diagnostics has it.
 
 With n gradients g_i of b samples each and S = Σ g_i, a first pass over the batches takes |g_i|² and S, a second one
-S·g_i. Leaving gradient i out changes |S|² to |S|² − 2·S·g_i + |g_i|², so that the jackknife (Tukey 1958; Efron and Stein
-1981) needs no gradient to be kept. It is taken of the scale's logarithm, which keeps the range above zero:
+S·g_i. Leaving gradient i out changes |S|² to |S|² − 2·S·g_i + |g_i|², so that the jackknife (Tukey 1958; Efron and
+Stein 1981) needs no gradient to be kept. It is taken of the scale's logarithm, which keeps the range above zero:
 
     se² = (n − 1)/n · Σ_i (ln B_i − mean ln B)²,    range B·exp(∓2·se)
 
@@ -88,7 +88,7 @@ def adapted_weights(network: nn.Module, run: Run) -> list[AdaptedWeight]:
     empty = {id(p): nn.Parameter(p.detach().to("meta")) for p in network.parameters()}
     convolutions = run.method.convolutions if isinstance(run.method, LteOptions) else "lora"
     # The memo keeps what modules share shared, and costs no storage.
-    converted = convert(copy.deepcopy(network, empty), 1, Treatment(mark, convolutions=convolutions))  # type: ignore[arg-type]
+    converted = convert(copy.deepcopy(network, empty), 1, Treatment(mark, convolutions=convolutions))
     renamed: dict[str, str] = {}
     for name, module in converted.named_modules():
         if isinstance(module, AttentionOfCopies):
@@ -314,9 +314,7 @@ def _gradients(
     if not math.isfinite(loss_mean := math.fsum(losses) / len(losses)):
         raise RunFailedError("the loss is not finite; try a lower --set train.learning_rate")
     layers = {
-        layer.layer: LayerGradient(
-            spectrum=spectrum_of(layer.matrix(means)), noise=spreads[layer.weight].noise(size)
-        )
+        layer.layer: LayerGradient(spectrum=spectrum_of(layer.matrix(means)), noise=spreads[layer.weight].noise(size))
         for layer in adapted
     }
     return _Measured(State(steps=steps, loss=loss_mean, noise=_joined(list(spreads.values())).noise(size)), layers)

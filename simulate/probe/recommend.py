@@ -1,7 +1,7 @@
 """From a probe's figures to rank, heads and batch, each with its range and its reason; torch-free.
 
-Of what T steps change in a layer, k_q directions hold the share q of the squared norm; k_q below is the largest over the
-adapted layers, since one rank serves them all. H heads of rank r add up to at most r·H directions at a merge, so
+Of what T steps change in a layer, k_q directions hold the share q of the squared norm; k_q below is the largest over
+the adapted layers, since one rank serves them all. H heads of rank r add up to at most r·H directions at a merge, so
 
     together   r·H >= k_90: all heads at once can hold the round's update
     alone      r >= k_50: between merges a head trains by itself, and should follow at least half of what it would do
@@ -75,9 +75,7 @@ class Needs:
                 "(probe, estimate)"
             )
         if rank > max(self.most, self.rank(heads)):
-            yield (
-                f"rank {rank} is above the {self.most} directions that one head alone would need (probe, estimate)"
-            )
+            yield (f"rank {rank} is above the {self.most} directions that one head alone would need (probe, estimate)")
 
 
 def round_updates(probe: Probe) -> list[Spectrum]:
@@ -159,8 +157,8 @@ def _gradient_reason(probe: Probe) -> str:
         f"gradient: its mean over {probe.settings.batches} batches has effective rank "
         f"{_over_layers(probe, lambda layer: layer.initial.spectrum)} at the start and "
         f"{_over_layers(probe, lambda layer: layer.warmed.spectrum)} after {probe.settings.warmup_steps} steps (median "
-        f"and range of the layers); {probe.initial.noise.signal_share:.0%} and {probe.warmed.noise.signal_share:.0%} of "
-        "its squared norm are signal (estimates), and noise adds directions, so these are rather too high"
+        f"and range of the layers); {probe.initial.noise.signal_share:.0%} and {probe.warmed.noise.signal_share:.0%} "
+        "of its squared norm are signal (estimates), and noise adds directions, so these are rather too high"
     )
 
 
@@ -197,7 +195,8 @@ def _limits(probe: Probe) -> str:
     settings = probe.settings
     text = (
         f"all of it is from the first {settings.warmup_steps} dense steps with {settings.optimizer}, one seed and "
-        f"{settings.micro_batch * settings.devices} samples a step; later updates, and smaller batches, have other ranks"
+        f"{settings.micro_batch * settings.devices} samples a step; later updates, and smaller batches, have other "
+        "ranks"
     )
     if settings.optimizer == "muon":
         text += "; Muon makes all directions of an update alike, so that its rank says little of what training needs"

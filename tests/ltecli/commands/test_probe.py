@@ -13,7 +13,7 @@ from simulate.config import load_run
 from simulate.errors import InputError
 from simulate.models.families import gpt_shape
 from simulate.probe.document import dump_probe, load_probe, shapes_fingerprint
-from tests.ltecli.command import PROFILE, TINY, Lte, Refused, write_run
+from tests.ltecli.command import PROFILE, TINY, Lte, Refused
 from tests.simulate.probe.figures import DROWNED, probe_of
 
 SIZES = tuple(

@@ -158,7 +158,9 @@ def probed(run: Run, batches: int, warmup: int) -> Probe:
     return probe_run(run, tiny.batches(run), tiny.CPU, "prose", batches, warmup, lambda text: None)
 
 
-def twin_gradients(run: Run, weights: dict[str, Tensor], first_step: int, steps: int) -> tuple[Tensor, Any, list[float]]:
+def twin_gradients(
+    run: Run, weights: dict[str, Tensor], first_step: int, steps: int
+) -> tuple[Tensor, Any, list[float]]:
     """Return every device's gradient as a row, the mean one by layer, and the losses."""
     model, rows, losses = build_model(run), [], []
     model.load_state_dict(weights)
@@ -208,5 +210,5 @@ def test_a_round_is_the_methods_own_or_ltes_default_and_never_longer_than_the_wa
 
 
 def test_too_few_gradients_are_refused() -> None:
-    with pytest.raises(InputError, match="--batches 2 on cluster.devices = 1"):
+    with pytest.raises(InputError, match=r"--batches 2 on cluster\.devices = 1"):
         probed(tiny.ddp_run(devices=1), 2, 2)

@@ -53,7 +53,9 @@ def test_a_network_that_did_not_change_says_so() -> None:
 
 def test_candidates_below_and_above_are_marked() -> None:
     needs = Needs.of(probe_of((6, 30), limit=128))
-    marks = {(rank, heads): list(needs.marks(rank, heads)) for rank, heads in ((4, 4), (4, 8), (8, 4), (30, 4), (64, 4))}
+    marks = {
+        (rank, heads): list(needs.marks(rank, heads)) for rank, heads in ((4, 4), (4, 8), (8, 4), (30, 4), (64, 4))
+    }
     assert "rank x heads = 16 is below the 30 directions" in marks[4, 4][0]
     assert "rank 4 of one head is below the 6 directions" in marks[4, 8][0]
     assert marks[8, 4] == marks[30, 4] == []
