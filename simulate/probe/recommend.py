@@ -3,13 +3,14 @@
 Of what T steps change in a layer, k_q directions hold the share q of the squared norm; k_q below is the largest over
 the adapted layers, since one rank serves them all. H heads of rank r add up to at most r·H directions at a merge, so
 
-    together   r·H >= k_90: all heads at once can hold the round's update
-    alone      r >= k_50: between merges a head trains by itself, and should follow at least half of what it would do
+    together   r·H >= k_99: all heads at once can hold nearly all of the round's update
+    alone      r >= k_90: between merges a head trains by itself, and should follow most of what it would do
 
-The rank is the larger of both, rounded up to a multiple of ROUNDED_TO. The second rule is a guess of ours; what speaks
-for it is the sweep of Huh et al. 2024 (arXiv 2402.16828), where 32 heads of rank 8 or 16 fall off although rank x heads
-is near the width or above it. The range runs from `together` alone to k_90, at which one head holds all that is needed.
-The mark above: rank x heads near the largest layer dimension, as the paper's best runs have it.
+The rank is the larger of both, rounded up to a multiple of ROUNDED_TO. The second rule is ours: heads start a round at
+the same weights and find much the same leading directions, so that many of them do not make up for a low rank. In the
+sweep of Huh et al. 2024 (arXiv 2402.16828) 32 heads of rank 8 or 16 fall off although rank x heads is near the width or
+above it; docs/probe.md has a sweep of ours. The range runs from what holds together, and half alone, to k_99, at which
+one head alone holds nearly all. The mark above: rank x heads near the largest layer dimension, as the paper says.
 
 The batch of all devices is the gradient noise scale: there a step gains half of what an endless batch would gain
 (McCandlish et al. 2018, arXiv 1812.06162, section 2.2).
@@ -29,53 +30,73 @@ ROUNDED_TO = 4
 
 @dataclass(frozen=True)
 class Needs:
-    """What rank a round's update needs, and what there is."""
+    """What rank the update of some steps needs, and what there is."""
 
     half: int
     """k_50: the most directions of any layer that hold half of its update."""
     most: int
     """k_90."""
+    nearly_all: int
+    """k_99."""
     limit: int
     """The smallest layer's dimension."""
     upper: int
     """The largest layer's dimension: the paper's mark for rank x heads."""
-    round_steps: int
+    steps: int
+    """Whose update was looked at."""
 
     @classmethod
-    def of(cls, probe: Probe) -> Needs:
-        """Return a probe's; a network that the warm-up did not change needs one direction."""
-        updates = round_updates(probe)
+    def of(cls, probe: Probe, merge_every: int | None = None) -> Needs:
+        """Return what rounds of `merge_every` steps need: as measured for a round, or for all of the warm-up if longer.
+
+        A network that the warm-up did not change needs one direction.
+        """
+        settings = probe.settings
+        longer = merge_every is not None and merge_every > settings.round_steps
+        updates = [layer.update for layer in probe.layers if layer.update] if longer else round_updates(probe)
         return cls(
             half=max((update.rank_50 for update in updates), default=1),
             most=max((update.rank_90 for update in updates), default=1),
+            nearly_all=max((update.rank_99 for update in updates), default=1),
             limit=probe.network.smallest_dimension,
             upper=probe.network.largest_dimension,
-            round_steps=probe.settings.round_steps,
+            steps=settings.warmup_steps if longer else settings.round_steps,
         )
 
     def together(self, heads: int) -> int:
-        """Return the rank with which so many heads hold what is needed between them."""
-        return min(self.limit, math.ceil(self.most / heads))
+        """Return the rank with which so many heads hold nearly all of an update between them."""
+        return min(self.limit, math.ceil(self.nearly_all / heads))
+
+    def lowest(self, heads: int) -> int:
+        """Return the rank from which so many heads hold nearly all together, and each at least half."""
+        return min(self.limit, max(self.together(heads), self.half))
+
+    def highest(self, heads: int) -> int:
+        """Return the rank with which one head holds nearly all by itself; never below the recommended one."""
+        return max(self.rank(heads), min(self.limit, self.nearly_all))
 
     def rank(self, heads: int) -> int:
         """Return the recommended rank of one of so many heads."""
-        needed = max(math.ceil(self.most / heads), self.half)
+        needed = max(self.together(heads), self.most)
         return min(self.limit, math.ceil(needed / ROUNDED_TO) * ROUNDED_TO)
 
     def marks(self, rank: int, heads: int) -> Iterator[str]:
         """Say where a candidate lies below or above what the probe found."""
-        if rank * heads < self.most:
+        if rank * heads < self.nearly_all and rank < self.limit:
             yield (
-                f"rank x heads = {rank * heads} is below the {self.most} directions that the probe found in a round's "
-                "update (90 % of its squared norm, estimate)"
+                f"rank x heads = {rank * heads} is below the {self.nearly_all} directions that the probe found in an "
+                f"update of {self.steps} steps (99 % of its squared norm, estimate)"
             )
-        elif rank < self.half and rank < self.limit:
+        elif rank < self.most and rank < self.limit:
             yield (
-                f"rank {rank} of one head is below the {self.half} directions that hold half of a round's update "
-                "(probe, estimate)"
+                f"rank {rank} of one head is below the {self.most} directions that hold 90 % of an update of "
+                f"{self.steps} steps (probe, estimate)"
             )
-        if rank > max(self.most, self.rank(heads)):
-            yield (f"rank {rank} is above the {self.most} directions that one head alone would need (probe, estimate)")
+        if rank > self.highest(heads):
+            yield (
+                f"rank {rank} is above the {self.highest(heads)} with which one head alone would hold 99 % of an "
+                f"update of {self.steps} steps (probe, estimate)"
+            )
 
 
 def round_updates(probe: Probe) -> list[Spectrum]:
@@ -89,7 +110,7 @@ def recommend(probe: Probe, heads: int, devices: int) -> Recommendation:
     rank = needs.rank(heads)
     batch = _batch(probe)
     return Recommendation(
-        rank=Estimate(estimate=rank, low=needs.together(heads), high=max(rank, min(needs.limit, needs.most))),
+        rank=Estimate(estimate=rank, low=needs.lowest(heads), high=needs.highest(heads)),
         heads=_heads(needs, rank, devices),
         batch_samples=batch,
         upper_rank_times_heads=needs.upper,
@@ -105,9 +126,9 @@ def recommend(probe: Probe, heads: int, devices: int) -> Recommendation:
 
 
 def _heads(needs: Needs, rank: int, devices: int) -> Estimate:
-    """Return the fewest heads of a rank that hold what is needed, as many on each device; up to the paper's mark."""
+    """Return the fewest heads of a rank that hold nearly all, as many on each device; from k_90 to the paper's mark."""
     low, estimate, high = (
-        math.ceil(directions / rank / devices) * devices for directions in (needs.half, needs.most, needs.upper)
+        math.ceil(directions / rank / devices) * devices for directions in (needs.most, needs.nearly_all, needs.upper)
     )
     return Estimate(estimate=estimate, low=low, high=max(high, estimate))
 
@@ -128,11 +149,10 @@ def _rank_reason(probe: Probe, needs: Needs, heads: int) -> str:
         return "rank: the warm-up changed no adapted layer, so nothing can be said of the rank; probe with more steps"
     median = statistics.median(update.rank_90 for update in updates)
     return (
-        f"rank {rank} a head with {heads} heads (estimate; range {needs.together(heads)} to "
-        f"{max(rank, min(needs.limit, needs.most))}): what {needs.round_steps} dense steps change in a layer has 90 % "
-        f"of its squared norm in at most {needs.most} directions (median of the layers {median:g}), which {heads} "
-        f"heads hold together from rank {needs.together(heads)} on and one head alone from {needs.most} on; half of it "
-        f"lies in {needs.half}, which a head should be able to follow by itself between merges"
+        f"rank {rank} a head with {heads} heads (estimate; range {needs.lowest(heads)} to {needs.highest(heads)}): "
+        f"what {needs.steps} dense steps change in a layer has 90 % of its squared norm in at most {needs.most} "
+        f"directions (median of the layers {median:g}), which a head that trains by itself between merges should hold; "
+        f"99 % lie in {needs.nearly_all}, which {heads} heads hold together from rank {needs.together(heads)} on"
     )
 
 
@@ -140,8 +160,8 @@ def _heads_reason(needs: Needs, rank: int, devices: int) -> str:
     heads = _heads(needs, rank, devices)
     return (
         f"heads {heads.estimate:g} (estimate; range {heads.low:g} to {heads.high:g}, multiples of the {devices} "
-        f"devices): the fewest of rank {rank} that hold those {needs.most} directions; more average over more data "
-        "but add little rank"
+        f"devices): the fewest of rank {rank} that hold those {needs.nearly_all} directions; more average over more "
+        "data but add little rank"
     )
 
 

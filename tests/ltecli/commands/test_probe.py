@@ -39,9 +39,9 @@ def test_a_run_is_probed_and_then_planned(lte: Lte, here: Path, run_toml: Path) 
     assert (probe.settings.heads, probe.settings.round_steps, len(probe.layers)) == (2, 3, 4)
     assert probe.recommendation is not None
     rank = int(probe.recommendation.rank.estimate)
-    plan = lte(*PLAN, *SIZES, "--devices", 2, "--probe", "probe.json", "--json").json()
+    plan = lte(*PLAN, *SIZES, "--devices", 2, "--merge-every", 3, "--probe", "probe.json", "--json").json()
     assert rank in {candidate["rank"] for candidate in plan["candidates"] if candidate["heads"] == 2}
-    assert any(f"recommends rank {rank} x 2 heads" in note for note in plan["notes"])
+    assert any(f"recommends rank {rank} x 2 heads" in note for note in plan["notes"]), plan["notes"]
 
 
 def test_json_is_the_file_and_the_same_again(lte: Lte, here: Path, run_toml: Path) -> None:
@@ -55,28 +55,30 @@ def ranks_of(plan: Any) -> set[int]:
 
 
 def test_the_recommended_rank_is_tried_and_others_are_marked(lte: Lte, here: Path) -> None:
-    write_probe(here / "probe.json", (11, 41))
+    write_probe(here / "probe.json", (5, 9), grown=2)
     plain = lte(*PLAN, *WIDE, "--json").json()
     plan = lte(*PLAN, *WIDE, "--probe", "probe.json", "--json").json()
-    # Four devices with 1 or 4 heads each: 12 = 41 / 4 and 11, both rounded up.
-    assert ranks_of(plan) - ranks_of(plain) == {12}
+    # 9 directions hold 90 % of a round's update, 18 that of a longer one; both are rounded up.
+    assert ranks_of(plan) - ranks_of(plain) == {12, 20}
     marks = {
-        (c["rank"], c["heads"]): [w for w in c["warnings"] if "probe" in w]
+        (c["rank"], c["heads"], c["merge_every"]): [w for w in c["warnings"] if "probe" in w]
         for c in plan["candidates"]
         if c["method"] == "lte"
     }
-    assert "is below the 41 directions" in marks[8, 4][0]
-    assert "rank 8 of one head is below the 11" in marks[8, 16][0]
-    assert marks[12, 4] == marks[12, 16] == marks[32, 4] == []
-    assert "rank 64 is above the 41" in marks[64, 4][0]
+    assert "rank 8 of one head is below the 9" in marks[8, 4, 10][0] and "update of 10 steps" in marks[8, 4, 10][0]
+    assert "is below the 36 directions" in marks[8, 4, 30][0] and "update of 50 steps" in marks[8, 4, 30][0]
+    assert marks[12, 4, 10] == marks[12, 16, 10] == marks[16, 4, 10] == marks[20, 4, 30] == marks[32, 4, 30] == []
+    assert "rank 32 is above the 18" in marks[32, 4, 10][0]
+    assert "rank 64 is above the 36" in marks[64, 4, 30][0]
     assert any("gradient noise scale 40 samples" in note and "30 to 60" in note for note in plan["notes"])
     assert any("within what the probe found" in note or "the choice:" in note for note in plan["notes"])
     assert not any("probe" in note for note in plain["notes"])
 
 
 def test_pins_stay_and_are_marked(lte: Lte, here: Path) -> None:
-    write_probe(here / "probe.json", (11, 41), noise=DROWNED)
-    plan = lte(*PLAN, *WIDE, "--rank", 8, "--heads-per-device", 2, "--probe", "probe.json", "--json").json()
+    write_probe(here / "probe.json", (5, 9), noise=DROWNED)
+    pins = ("--rank", 8, "--heads-per-device", 2, "--merge-every", 10)
+    plan = lte(*PLAN, *WIDE, *pins, "--probe", "probe.json", "--json").json()
     assert ranks_of(plan) == {8}
     assert any("recommends rank 12 x 8 heads" in note for note in plan["notes"])
     assert any("the choice: rank 8 of one head is below" in note for note in plan["notes"])

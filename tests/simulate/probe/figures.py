@@ -30,9 +30,17 @@ def spectrum(half: int, most: int) -> Spectrum:
 
 
 def probe_of(
-    *ranks: tuple[int, int], limit: int = 64, upper: int = 64, noise: Noise = QUIET, fingerprint: str = "none"
+    *ranks: tuple[int, int],
+    limit: int = 64,
+    upper: int = 64,
+    noise: Noise = QUIET,
+    fingerprint: str = "none",
+    grown: int = 1,
 ) -> Probe:
-    """Return a probe of layers with these (k_50, k_90) of their round's update, on 4 devices with a head each."""
+    """Return a probe of layers with these (k_50, k_90) of their round's update, on 4 devices with a head each.
+
+    The update of all of the warm-up has `grown` times their ranks.
+    """
     gradient = LayerGradient(spectrum=spectrum(1, 2), noise=noise)
     return Probe(
         network=ProbedModel(
@@ -49,7 +57,7 @@ def probe_of(
         layers=[
             Layer(
                 name=f"layer{index}", outputs=limit, inputs=limit, initial=gradient, warmed=gradient,
-                round_update=spectrum(*pair), update=spectrum(*pair),
+                round_update=spectrum(*pair), update=spectrum(*(grown * rank for rank in pair)),
             )
             for index, pair in enumerate(ranks)
         ],
