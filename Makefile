@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test test-all lint bench clean
+.PHONY: setup demo demo-vision test test-all lint bench clean
 
 setup: $(READY)
 
@@ -17,6 +17,10 @@ demo: $(READY)
 	rm -rf runs/demo
 	$(BIN)/lte train run.toml --out runs/demo
 	$(BIN)/lte report runs/demo
+
+demo-vision: $(READY)
+	mkdir -p runs
+	$(BIN)/python bench/vision.py run --data digits --jobs 2 --results runs/vision.jsonl
 
 lint: $(READY)
 	$(BIN)/ruff check .

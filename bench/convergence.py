@@ -13,14 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from campaign import run_missing
 
 SEEDS = (0, 1, 2)
 FACTORS = (1.2, 1.4, 1.7, 2.0)
@@ -194,25 +195,11 @@ def _stage(stage: str, results: Results, batch: str, method: str) -> Iterator[Jo
 
 def campaign(arguments: argparse.Namespace) -> None:
     """Run what is missing, `jobs` at a time, and append each result as it comes."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    running: dict[Job, Any] = {}
-    deadline = time.monotonic() + arguments.minutes * 60
-    with multiprocessing.get_context("spawn").Pool(arguments.jobs, maxtasksperchild=8) as pool:
-        while True:
-            waiting = missing(Results(arguments.results), arguments.methods, arguments.batches)
-            while len(running) < arguments.jobs and time.monotonic() < deadline:
-                job = next((job for job in waiting if job not in running), None)
-                if job is None:
-                    break
-                running[job] = pool.apply_async(result_of, (job, arguments.data))
-            if not running:
-                return
-            time.sleep(0.5)
-            for job in [job for job, result in running.items() if result.ready()]:
-                row = running.pop(job).get()
-                with arguments.results.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(f"{job}: {row['val_loss']} in {row['s']:.0f} s", flush=True)
+
+    def waiting() -> Iterator[Job]:
+        return missing(Results(arguments.results), arguments.methods, arguments.batches)
+
+    run_missing(waiting, partial(result_of, data=arguments.data), arguments.results, arguments.jobs, arguments.minutes)
 
 
 def table(results: Results) -> Iterator[str]:

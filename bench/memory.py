@@ -46,7 +46,7 @@ def random_model(draw: random.Random, family: str) -> dict[str, Any]:
     return {"name": {"mixer": "mixer_s16"}.get(family, family), **sizes}
 
 
-def random_run(draw: random.Random, family: str) -> Run:
+def random_run(draw: random.Random, family: str, autocast: str = "none") -> Run:
     """Return a run whose every size is drawn."""
     model, heads = random_model(draw, family), draw.choice([1, 1, 2])
     method: dict[str, Any] = {"name": "ddp"}
@@ -62,6 +62,7 @@ def random_run(draw: random.Random, family: str) -> Run:
         "steps": 100,
         "micro_batch": heads * draw.choice([1, 2, 4, 8]),
         "activation_checkpointing": draw.random() < 0.4,
+        "autocast": autocast,
     }
     return build_run({"model": model, "method": method, "train": train, "cluster": {"devices": draw.choice([2, 4, 8])}})
 
@@ -78,10 +79,11 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--family", default="gpt", choices=["gpt", "llama", "vit", "mixer"])
+    parser.add_argument("--autocast", default="none", choices=["none", "bf16", "fp16"])
     arguments = parser.parse_args()
     draw, errors = random.Random(arguments.seed), []
     for _ in range(arguments.shapes):
-        run = random_run(draw, arguments.family)
+        run = random_run(draw, arguments.family, arguments.autocast)
         measured = measure_memory_bytes(run, torch.device("cpu"))
         planned = peak_memory(run, run.model.shape(), ROOMY).total
         errors.append(planned / measured - 1)

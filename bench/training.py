@@ -13,8 +13,8 @@ import torch
 from simulate.clock import SimulatedClock
 from simulate.communicator import VirtualCommunicator
 from simulate.config import build_run
-from simulate.data.batches import TextBatches
-from simulate.data.text import load_text
+from simulate.data.batches import build_batches
+from simulate.data.sources import load_data
 from simulate.errors import RunFailedError
 from simulate.hardware import Profile, load_profile
 from simulate.loop import Session, train
@@ -36,6 +36,8 @@ class Trained:
     sent_bytes_per_device: float
     simulated_s: float = 0.0
     samples: int = 0
+    val_accuracy: float | None = None
+    """Of images."""
 
 
 def train_table(table: dict[str, Any], profile: Profile | None = None) -> Trained:
@@ -48,7 +50,7 @@ def train_table(table: dict[str, Any], profile: Profile | None = None) -> Traine
         session = Session(
             run=run,
             method=build_method(run, communicator, CPU),
-            batches=TextBatches.of(run, load_text(run.data)),
+            batches=build_batches(run, load_data(run)),
             communicator=communicator,
             clock=clock,
             emit=events.append,
@@ -62,4 +64,5 @@ def train_table(table: dict[str, Any], profile: Profile | None = None) -> Traine
     curve = [(event["tokens"], round(event["val_loss"], 4)) for event in events if event["kind"] == "evaluate"]
     loss = session.val_loss if session.val_loss is not None and math.isfinite(session.val_loss) else None
     samples = next((event["samples"] for event in reversed(events) if event["kind"] == "step"), 0)
-    return Trained(loss, curve, communicator.counter.sent_bytes / run.cluster.devices, clock.now_s, samples)
+    sent_bytes = communicator.counter.sent_bytes / run.cluster.devices
+    return Trained(loss, curve, sent_bytes, clock.now_s, samples, session.scores.get("val_accuracy"))

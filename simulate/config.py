@@ -112,11 +112,15 @@ class Train(toml.Schema):
     adam_beta2: float = Field(default=0.99, ge=0, lt=1)
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: orthogonalised momentum for the matrices of linear layers and for adapters' factors, AdamW for the rest."""
+    optimizer_state: Literal["fp32", "8bit"] = "fp32"
+    """Of AdamW's moments: as the weights, or 8 bits an element and a scale for 256; Muon's stays as the weights."""
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)
     clip_norm: float = Field(default=1.0, gt=0)
     """Largest gradient norm of one device (ddp: of the averaged gradient)."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     dtype: Literal["fp32", "fp64"] = "fp32"
+    autocast: Literal["none", "bf16", "fp16"] = "none"
+    """Format of matrix products and of what is kept for their backward passes; all else stays in dtype."""
     evaluate_every: int = Field(default=100, gt=0)
     """Steps; takes place at the first merge from there on, since only merged weights are one model."""
     diagnostics_every: int | None = Field(default=None, gt=0)
@@ -201,6 +205,13 @@ class Run(toml.Schema):
             )
         if self.train.optimizer == "muon":
             self._check_muon()
+        if self.train.optimizer_state == "8bit":
+            self._check_eight_bit()
+        if self.train.autocast != "none" and self.train.dtype == "fp64":
+            raise ValueError(
+                f"train.autocast = {self.train.autocast!r} lowers the precision of fp32, not of train.dtype = 'fp64'; "
+                "try --set train.dtype=fp32 or --set train.autocast=none"
+            )
         if self.train.activation_checkpointing and isinstance(self.model, FactoryModel):
             raise ValueError(
                 f"train.activation_checkpointing = true is for networks with blocks of ours, not for {self.model.name};"
@@ -234,6 +245,23 @@ class Run(toml.Schema):
             raise ValueError(
                 "train.optimizer = 'muon' has other moments than method.merge_optimizer = 'average' sends; "
                 "try --set train.optimizer=adamw or --set method.merge_optimizer=keep"
+            )
+
+    def _check_eight_bit(self) -> None:
+        method, instead = self.method, "try --set train.optimizer_state=fp32"
+        if self.train.dtype == "fp64":
+            raise ValueError(
+                f"train.optimizer_state = '8bit' steps weights in fp32, not in train.dtype = 'fp64'; {instead}"
+            )
+        if isinstance(method, SapipeOptions) and method.compensation == "prediction":
+            raise ValueError(
+                "train.optimizer_state = '8bit' has no moments that sapipe could predict weights with; "
+                f"{instead} or --set method.compensation=none"
+            )
+        if isinstance(method, LocalSgdOptions) and method.merge_optimizer == "average":
+            raise ValueError(
+                "train.optimizer_state = '8bit' has no moments that method.merge_optimizer = 'average' could send; "
+                f"{instead} or --set method.merge_optimizer=keep"
             )
 
     def _check_rank(self, method: AdapterOptions) -> None:

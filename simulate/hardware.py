@@ -14,10 +14,19 @@ from simulate.errors import InputError, near_match
 Source = Literal["datasheet", "measured", "guess"]
 Dtype = Literal["fp64", "fp32", "fp16", "bf16"]
 LOCAL = "local"
+MOST_BYTES = 10**15
+"""A petabyte: more memory of one device, or more bytes a second of one link, is a slip of the keyboard."""
+BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+"""As Linux calls processors' instructions for products in bf16, on x86 and Arm."""
+CPU_BF16_GAIN = 2
+"""Guess: bf16 over fp32 where there are such instructions."""
 
 
 class FlopPerSecond(toml.Schema):
-    """Peak dense multiply-add rate by number format, in FLOP/s; a format that is not set runs at the fp32 rate."""
+    """Peak dense multiply-add rate by number format, in FLOP/s; fp16 and bf16 that are not set are not planned with.
+
+    Where something runs in a format that is not set, its clock goes by the fp32 rate.
+    """
 
     fp32: float = Field(gt=0)
     fp64: float | None = Field(default=None, gt=0)
@@ -34,15 +43,23 @@ class Device(toml.Schema):
 
     count: int = Field(default=1, ge=1)
     kind: str
-    memory_bytes: int = Field(gt=0)
+    memory_bytes: int = Field(gt=0, le=MOST_BYTES)
     reserved_bytes: int = Field(ge=0)
     """What the system, the driver's context and the display keep for themselves."""
-    host_memory_bytes: int = Field(ge=0)
+    host_memory_bytes: int = Field(ge=0, le=MOST_BYTES)
     """Memory of the host beside the device, per device; 0 where device and host share one memory."""
-    memory_bytes_per_s: float = Field(gt=0)
+    memory_bytes_per_s: float = Field(gt=0, le=MOST_BYTES)
     flop_per_s: FlopPerSecond
     efficiency: float = Field(gt=0, le=1)
     """Share of the peak rate that training reaches."""
+    step_jitter: float = Field(default=0.0, ge=0, le=1)
+    """Standard deviation of a step's seconds over their mean, of a gamma distribution (simulate/timeline/draws.py)."""
+    leave_per_hour: float = Field(default=0.0, ge=0, le=1)
+    """Chance that the device leaves within an hour."""
+    join_s: float = Field(default=0.0, ge=0)
+    """Seconds until it, or another in its place, is back; it takes part again from the next round on."""
+    price_per_hour: float | None = Field(default=None, ge=0)
+    """What an hour of the device costs, in whatever money; not set: not known."""
     source: Source
     sources: dict[str, str] = Field(default_factory=dict)
     """Where each figure comes from, by its key."""
@@ -61,13 +78,18 @@ class Link(toml.Schema):
 
     topology: Literal["star", "ring", "mesh"]
     """star: each device on its own up/down link to a hub; ring: to two neighbours; mesh: one link for each pair."""
-    up_bytes_per_s: float = Field(gt=0)
-    down_bytes_per_s: float = Field(gt=0)
+    up_bytes_per_s: float = Field(gt=0, le=MOST_BYTES)
+    down_bytes_per_s: float = Field(gt=0, le=MOST_BYTES)
     latency_s: float = Field(ge=0)
     """One-way delay of a message from device to device."""
-    server_up_bytes_per_s: float | None = Field(default=None, gt=0)
-    """The parameter server's own link; not set: as fast as a device's."""
-    server_down_bytes_per_s: float | None = Field(default=None, gt=0)
+    hop_delays: float = Field(default=1.0, ge=1, le=100)
+    """One-way delays that a hop of a ring takes; gloo asks for every buffer before it is sent: 2.2 to 2.9 were measured
+    (bench/README.md)."""
+    shared_bytes_per_s: float | None = Field(default=None, gt=0, le=MOST_BYTES)
+    """What all devices together can send, where they share one uplink; not set: each has its own."""
+    server_up_bytes_per_s: float | None = Field(default=None, gt=0, le=MOST_BYTES)
+    """The parameter server's own link; not set: as fast as a device's. [server] is the better place for both."""
+    server_down_bytes_per_s: float | None = Field(default=None, gt=0, le=MOST_BYTES)
     node_bytes_per_s: float | None = Field(default=None, gt=0)
     """Between the devices of one node, for methods that know nodes; not set: they use the link like all others."""
     node_latency_s: float | None = Field(default=None, ge=0)
@@ -76,16 +98,50 @@ class Link(toml.Schema):
 
     def __hash__(self) -> int:
         # Written out because `sources` is a dict; link times are remembered by link.
-        return hash((self.topology, self.up_bytes_per_s, self.down_bytes_per_s, self.latency_s))
+        return hash(
+            (self.topology, self.up_bytes_per_s, self.down_bytes_per_s, self.latency_s, self.shared_bytes_per_s)
+        )
+
+
+class Server(toml.Schema):
+    """The parameter server that devices push to and pull from."""
+
+    up_bytes_per_s: float | None = Field(default=None, gt=0, le=MOST_BYTES)
+    """Rate at which it sends to all devices together; not set: link.server_up_bytes_per_s, or a device's rate."""
+    down_bytes_per_s: float | None = Field(default=None, gt=0, le=MOST_BYTES)
+    price_per_hour: float | None = Field(default=None, ge=0)
+    """What an hour of it costs, in the devices' money; not set: nothing."""
+    sources: dict[str, str] = Field(default_factory=dict)
 
 
 class Profile(toml.Schema):
-    """A hardware profile: devices (they may differ) and the link between them."""
+    """A hardware profile: devices (they may differ), the link between them, and maybe a server."""
 
     name: str = ""
     description: str = ""
     device: list[Device] = Field(min_length=1)
     link: Link
+    server: Server | None = None
+    """Its rates are the link's server_up_bytes_per_s and server_down_bytes_per_s, too."""
+
+    @model_validator(mode="after")
+    def _server_joins_link(self) -> Profile:
+        """Give the link the server's rates, which all costs read there."""
+        update = {}
+        for direction in ("up", "down"):
+            given = self.server and getattr(self.server, f"{direction}_bytes_per_s")
+            key = f"server_{direction}_bytes_per_s"
+            in_link = getattr(self.link, key)
+            if given and in_link is not None and in_link != given:
+                raise ValueError(
+                    f"server.{direction}_bytes_per_s = {given:g} and link.{key} = {in_link:g} say two things of one "
+                    "rate; keep one"
+                )
+            if given:
+                update[key] = given
+        if update:
+            object.__setattr__(self, "link", self.link.model_copy(update=update))
+        return self
 
     @property
     def count(self) -> int:
@@ -123,6 +179,16 @@ def load_profile(name: str) -> Profile:
     return toml.validate(Profile, table, where, text)
 
 
+def processor_flags(path: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """Return what Linux says the processor can do; nothing elsewhere."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return set()
+    named = (line.partition(":") for line in lines)
+    return next((set(flags.split()) for key, _, flags in named if key.strip() in ("flags", "Features")), set())
+
+
 def detect_local() -> Profile:
     """Describe this machine as one device, from psutil alone; rates are guesses from cores and clock, and say so."""
     import psutil
@@ -133,7 +199,8 @@ def detect_local() -> Profile:
     if not clock_hz:
         clock_hz, clock_source = 2e9, "guess: the system does not tell the clock"
     memory = psutil.virtual_memory()
-    flop_per_cycle = 32  # two 8-wide fused multiply-adds a cycle, as AVX2 cores have
+    gain = CPU_BF16_GAIN if BF16_FLAGS & processor_flags() else None
+    fp32 = cores * clock_hz * 32  # two 8-wide fused multiply-adds a cycle, as AVX2 cores have
     device = Device(
         count=4,
         kind=f"this machine ({cores} cores)",
@@ -141,7 +208,7 @@ def detect_local() -> Profile:
         reserved_bytes=min(memory.total - memory.available, memory.total - 1),
         host_memory_bytes=0,
         memory_bytes_per_s=20e9,
-        flop_per_s=FlopPerSecond(fp32=cores * clock_hz * flop_per_cycle, fp64=cores * clock_hz * flop_per_cycle / 2),
+        flop_per_s=FlopPerSecond(fp32=fp32, fp64=fp32 / 2, bf16=fp32 * gain if gain else None),
         efficiency=0.3,
         source="guess",
         sources={
@@ -150,7 +217,8 @@ def detect_local() -> Profile:
             "reserved_bytes": "psutil: memory in use now",
             "host_memory_bytes": "a CPU device has one memory",
             "memory_bytes_per_s": "guess: dual-channel DDR4",
-            "flop_per_s": f"{cores} cores (psutil) x {clock_hz / 1e9:.2f} GHz ({clock_source}) x 32 a cycle (AVX2)",
+            "flop_per_s": f"{cores} cores (psutil) x {clock_hz / 1e9:.2f} GHz ({clock_source}) x 32 a cycle (AVX2)"
+            + ("; bf16 guessed" if gain else ""),
             "efficiency": "guess: small matrices",
         },
     )

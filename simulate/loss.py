@@ -2,6 +2,7 @@
 
 torch's keeps the log-probabilities and makes two gradients of the logits' size; for GPT-2's vocabulary these three
 tensors would be most of a small device's memory. Here the logits are kept, and become their own gradient.
+Logits of half precision are worked on in float32, some rows at a time, and so are losses.
 
 Legend: M rows (tokens, images), V vocabulary or classes.
 """
@@ -16,23 +17,31 @@ from torch import Tensor
 from simulate.costs.activations import LOSS_CHUNK_ELEMENTS
 
 
+def _exact(logits_MV: Tensor) -> Tensor:
+    """Return logits in a format that exponentials may be summed in: half precision as float32, others as they are."""
+    return logits_MV.float() if logits_MV.element_size() < 4 else logits_MV
+
+
 class _TokenLosses(torch.autograd.Function):
     """loss_m = log Σ_v exp(z_mv) − z_m,target;   ∂loss_m/∂z_mv = softmax(z_m)_v − [v = target]."""
 
     @staticmethod
     def forward(ctx: Any, logits_MV: Tensor, targets_M: Tensor) -> Tensor:
-        rows = max(1, LOSS_CHUNK_ELEMENTS // logits_MV.shape[1])
-        log_sum_M = torch.cat([torch.logsumexp(chunk, dim=1) for chunk in logits_MV.split(rows)])
+        ctx.rows = max(1, LOSS_CHUNK_ELEMENTS // logits_MV.shape[1])
+        log_sum_M = torch.cat([torch.logsumexp(_exact(chunk), dim=1) for chunk in logits_MV.split(ctx.rows)])
         ctx.save_for_backward(logits_MV, targets_M, log_sum_M)
         return log_sum_M - logits_MV.gather(1, targets_M.unsqueeze(1)).squeeze(1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         logits_MV, targets_M, log_sum_M = ctx.saved_tensors
-        grad_M1 = grads[0].unsqueeze(1)
-        gradient_MV = logits_MV.sub_(log_sum_M.unsqueeze(1)).exp_().mul_(grad_M1)
-        gradient_MV.scatter_add_(1, targets_M.unsqueeze(1), -grad_M1)
-        return gradient_MV, None
+        parts = (tensor.unsqueeze(1).split(ctx.rows) for tensor in (log_sum_M, targets_M, grads[0]))
+        for chunk_MV, log_sum_M1, target_M1, grad_M1 in zip(logits_MV.split(ctx.rows), *parts, strict=True):
+            gradient_MV = _exact(chunk_MV)
+            gradient_MV.sub_(log_sum_M1).exp_().mul_(grad_M1).scatter_add_(1, target_M1, -grad_M1)
+            if gradient_MV is not chunk_MV:
+                chunk_MV.copy_(gradient_MV)
+        return logits_MV, None
 
 
 def token_losses(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
@@ -46,15 +55,16 @@ class _SoftLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_MV: Tensor, shares_MV: Tensor) -> Tensor:
-        log_sum_M, total_M = torch.logsumexp(logits_MV, dim=1), shares_MV.sum(1)
+        exact_MV, total_M = _exact(logits_MV), shares_MV.sum(1)
+        log_sum_M = torch.logsumexp(exact_MV, dim=1)
         ctx.save_for_backward(logits_MV, shares_MV, log_sum_M, total_M)
-        return total_M * log_sum_M - torch.linalg.vecdot(shares_MV, logits_MV)
+        return total_M * log_sum_M - torch.linalg.vecdot(shares_MV, exact_MV)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         logits_MV, shares_MV, log_sum_M, total_M = ctx.saved_tensors
-        gradient_MV = logits_MV.sub_(log_sum_M.unsqueeze(1)).exp_().mul_(total_M.unsqueeze(1)).sub_(shares_MV)
-        return gradient_MV.mul_(grads[0].unsqueeze(1)), None
+        gradient_MV = _exact(logits_MV).sub_(log_sum_M.unsqueeze(1)).exp_().mul_(total_M.unsqueeze(1)).sub_(shares_MV)
+        return gradient_MV.mul_(grads[0].unsqueeze(1)).to(logits_MV.dtype), None
 
 
 def soft_losses(logits_MV: Tensor, shares_MV: Tensor) -> Tensor:

@@ -64,7 +64,8 @@ class EchoCommunicator(Communicator):
     def _pack(self, tensors: Sequence[Tensor]) -> None:
         """Allocate and free the message that the tensors would travel in."""
         if self.num_devices > 1:
-            torch.cat([tensor.flatten() for tensor in tensors])
+            mixed = len({tensor.dtype for tensor in tensors}) > 1
+            torch.cat([tensor.flatten().view(torch.uint8) if mixed else tensor.flatten() for tensor in tensors])
 
 
 def measure_memory_bytes(run: Run, device: torch.device) -> int:

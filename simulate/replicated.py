@@ -235,6 +235,7 @@ class ReplicatedLayerNorm(Replicated):
         weight_CD = copies_of(self.weight)
         bias_CD = torch.zeros_like(weight_CD) if self.bias is None else copies_of(self.bias)
         copies, width = weight_CD.shape
+        x = x.to(weight_CD.dtype)  # norms are as exact as their weights, also under autocast
         if copies == 1:
             return F.layer_norm(x, [width], weight_CD.view(width), bias_CD.view(width), self.epsilon)
         return _ReplicatedLayerNorm.apply(x, weight_CD, bias_CD, self.epsilon)
@@ -281,9 +282,11 @@ class ReplicatedRmsNorm(Replicated):
     weight: Tensor | VectorLora
 
     def forward(self, x: Tensor) -> Tensor:
+        weight_CD = copies_of(self.weight)
+        x = x.to(weight_CD.dtype)  # norms are as exact as their weights, also under autocast
         # Left unset, torch takes the spacing of numbers at 1.
         epsilon = torch.finfo(x.dtype).eps if self.epsilon is None else self.epsilon
-        y: Tensor = _ReplicatedRmsNorm.apply(x, copies_of(self.weight), epsilon)
+        y: Tensor = _ReplicatedRmsNorm.apply(x, weight_CD, epsilon)
         return y
 
 

@@ -126,6 +126,13 @@ VARIANTS: dict[str, Table] = {
     "topk": {"name": "topk", "density": 0.1},
     "signsgd": {"name": "signsgd"},
     "lte": {"name": "lte", "merge_every": 4},
+    "lte, nf4": {"name": "lte", "merge_every": 4, "quantize": "nf4", "reset": "ab"},
+    "lte, int8, served": {
+        "name": "lte", "merge_every": 4, "quantize": "int8", "merge_transport": "server", "master": "server",
+    },
+    "lte, nf4-double, reduced": {
+        "name": "lte", "merge_every": 4, "quantize": "nf4-double", "merge_transport": "reduce", "reset": "b",
+    },
     "lte, auto": {"name": "lte", "merge_every": 4, "merge_transport": "auto"},
     "lte, int8": {"name": "lte", "merge_every": 4, "wire": "int8"},
     "lte, reduced int4": {"name": "lte", "merge_every": 4, "merge_transport": "reduce", "wire": "int4"},
@@ -223,9 +230,11 @@ def spoil(method: Method) -> None:
         tensor.fill_(torch.nan if tensor.is_floating_point() else 99)
 
 
-def assert_resumes(name: str, steps_before: int, devices: int = 4) -> None:
+def assert_resumes(
+    name: str, steps_before: int, devices: int = 4, train_keys: Table | None = None, model: Table | None = None
+) -> None:
     """Save, load into a spoilt method, and hold the rest of the run against that of the one that went on."""
-    run = variant_run(name, devices, train={"steps": 14})
+    run = variant_run(name, devices, model, train={"steps": 14, **(train_keys or {})})
     method, restored = build(run), build(run)
     train(method, 0, steps_before)
     saved = copy.deepcopy(method.divided_state())

@@ -18,28 +18,45 @@ ITERATIONS = 5
 
 
 def step_flops(run: Run, shape: ModelShape) -> float:
-    """Return the operations of one optimizer step: forward and backward passes, and products of compression.
+    """Return the operations of one optimizer step: forward and backward passes, the optimizer's and of compression.
 
     A dense warm start counts with its share of the run.
     """
-    method, devices = run.method, run.cluster.devices
-    checkpointing = run.train.activation_checkpointing
-    samples = run.train.micro_batch
+    return pass_flops(run, shape) + update_flops(run, shape)
+
+
+def pass_flops(run: Run, shape: ModelShape) -> float:
+    """Return the operations of forward and backward passes, which autocast makes in another format."""
+    method, samples, checkpointing = run.method, run.train.micro_batch, run.train.activation_checkpointing
     dense = samples * _dense_sample_flops(shape, checkpointing)
-    if run.train.optimizer == "muon":
-        dense += sum(_orthogonalising(x.out_features, x.in_features) * x.count for x in shape.adapted)
-    if isinstance(method, AdapterOptions):
-        adapted = samples * _lte_sample_flops(
-            shape, method.row_rank(devices), method.remembers_product, _has_frozen_a(method), checkpointing
-        )
-        if run.train.optimizer == "muon":
-            adapted += _orthogonalising_factors(method, shape, devices)
-        warm = method.warm_start_steps if isinstance(method, ReloraOptions) else 0
-        share = min(1.0, warm / run.train.steps)
-        return share * dense + (1 - share) * adapted
+    if not isinstance(method, AdapterOptions):
+        return dense
+    rank = method.row_rank(run.cluster.devices)
+    adapted = samples * _lte_sample_flops(
+        shape, rank, method.remembers_product, _has_frozen_a(method), checkpointing
+    )  # fmt: skip
+    share = _dense_share(run)
+    return share * dense + (1 - share) * adapted
+
+
+def update_flops(run: Run, shape: ModelShape) -> float:
+    """Return the operations on gradients: Muon's, and products of compression."""
+    method, total = run.method, 0.0
     if isinstance(method, PowerSgdOptions):  # M·Q, Mᵀ·P and P·Qᵀ of every matrix
-        return dense + 6.0 * method.rank * shape.parameters
-    return dense
+        total = 6.0 * method.rank * shape.parameters
+    if run.train.optimizer != "muon":
+        return total
+    dense = sum(_orthogonalising(x.out_features, x.in_features) * x.count for x in shape.adapted)
+    if not isinstance(method, AdapterOptions):
+        return total + dense
+    share = _dense_share(run)
+    return share * dense + (1 - share) * _orthogonalising_factors(method, shape, run.cluster.devices)
+
+
+def _dense_share(run: Run) -> float:
+    """Share of the run's steps that train all weights before adapters do."""
+    warm = run.method.warm_start_steps if isinstance(run.method, ReloraOptions) else 0
+    return min(1.0, warm / run.train.steps)
 
 
 def _orthogonalising(rows: int, columns: int) -> float:

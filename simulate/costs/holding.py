@@ -68,12 +68,17 @@ def _holding(method: MethodOptions, shape: ModelShape, devices: int, muon: bool)
 
 
 def _trained_beside_adapters(method: AdapterOptions, shape: ModelShape) -> int:
+    frozen = frozen_kinds(method)
+    return sum(tensor.elements for tensor in shape.replicated if tensor.kind not in frozen)
+
+
+def frozen_kinds(method: AdapterOptions) -> set[str]:
+    """Return the kinds of parameters beside adapters that nobody trains."""
     if not isinstance(method, LteOptions):
-        return shape.replicated_parameters
-    frozen = {
+        return set()
+    return {
         kind for kind, is_frozen in (("norm", method.norms == "none"), ("bias", method.biases == "frozen")) if is_frozen
     }
-    return sum(tensor.elements for tensor in shape.replicated if tensor.kind not in frozen)
 
 
 @singledispatch

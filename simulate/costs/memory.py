@@ -12,9 +12,22 @@ from functools import lru_cache
 from simulate.config import Run
 from simulate.costs.activations import Phase, step_phases
 from simulate.costs.holding import holding
+from simulate.costs.optimizer import largest_step_bytes, moment_bytes
 from simulate.costs.schedule import INDEX_BYTES as INDEX_INT32_BYTES
 from simulate.costs.schedule import factor_buffer_bytes, gather_groups, layer_transport, topk_entries
-from simulate.costs.traffic import ELEMENT_BYTES, chunk_elements, fragment, frozen_bytes, pack, packed_bytes, wire_bytes
+from simulate.costs.traffic import (
+    ELEMENT_BYTES,
+    PRODUCT_BYTES,
+    chunk_elements,
+    fragment,
+    frozen_bytes,
+    pack,
+    packed_bytes,
+    packing_bytes,
+    quantized_bytes,
+    unpacking_bytes,
+    wire_bytes,
+)
 from simulate.hardware import Device
 from simulate.models.shapes import ModelShape
 from simulate.options import (
@@ -83,7 +96,8 @@ def peak_memory(run: Run, shape: ModelShape, device: Device) -> Memory:
         block_trained = sum(linear.weights for linear in shape.adapted)
     phases = step_phases(
         shape, run.train.micro_batch, rank, block_trained * element_bytes, run.train.activation_checkpointing,
-        element_bytes,
+        element_bytes, PRODUCT_BYTES.get(run.train.autocast, element_bytes),
+        _unpacked_bytes(method, shape, element_bytes),
     )  # fmt: skip
     gradient_bytes = (held.trained - idle) * element_bytes
     # The batch is held until the next one comes; tokens are too few to count.
@@ -92,12 +106,16 @@ def peak_memory(run: Run, shape: ModelShape, device: Device) -> Memory:
         Phase(p.gradients, p.activations + batch_bytes, p.temporary)
         for p in _exchange_phases(run, shape, gradient_bytes)
     )
-    phase = max((*phases, *exchanges), key=lambda p: p.total)
+    averages = gradient_bytes if isinstance(method, SapipeOptions) else 0  # beside the step's own gradients
+    update = Phase(gradient_bytes, batch_bytes, averages + largest_step_bytes(run, shape))
+    kept = weights + (held.adapters + held.extra) * element_bytes + moment_bytes(run, shape)
+    start = () if device.host_memory_bytes else (Phase(0, 0, _packing_start_bytes(run, shape) - kept),)
+    phase = max((*phases, *exchanges, update, *start), key=lambda p: p.total)
     return Memory(
         weights=weights,
         adapters=held.adapters * element_bytes,
         gradients=phase.gradients,
-        optimizer=(held.moments + held.extra) * element_bytes,
+        optimizer=moment_bytes(run, shape) + held.extra * element_bytes,
         activations=phase.activations,
         temporary=phase.temporary,
         reserved=device.reserved_bytes,
@@ -105,23 +123,29 @@ def peak_memory(run: Run, shape: ModelShape, device: Device) -> Memory:
 
 
 def host_memory_bytes(run: Run, shape: ModelShape, device: Device) -> int:
-    """Bytes of the host's own memory that one device needs: the weights that merges start from."""
-    if not _needs_master(run.method) or device.host_memory_bytes == 0:
+    """Bytes of the host's own memory that one device needs: the weights that merges start from and add to.
+
+    Those of quantised weights lie in files: where device and host share a memory, the system can move them out of it.
+    """
+    if device.host_memory_bytes == 0:
         return 0
-    return shape.adapted_parameters * ELEMENT_BYTES[run.train.dtype]
+    return _full_copies(run.method) * shape.adapted_parameters * ELEMENT_BYTES[run.train.dtype]
 
 
 def checkpoint_bytes(run: Run, shape: ModelShape) -> int:
     """Bytes of a checkpoint's tensors: what devices share once, what is theirs N times, and Adam's moments."""
     method, devices = run.method, run.cluster.devices
     held = holding(run, shape)
-    frozen = 0
+    frozen_bytes_kept = 0
     if isinstance(method, AdapterOptions):
-        frozen = shape.adapted_parameters * (2 if _needs_master(method) else 1)
+        quantize = method.quantize if isinstance(method, LteOptions) else "none"
+        frozen_bytes_kept = frozen_bytes(shape, quantize, ELEMENT_BYTES[run.train.dtype])
+        frozen_bytes_kept += _full_copies(method) * shape.adapted_parameters * ELEMENT_BYTES[run.train.dtype]
     dense = 0 if _starts_dense(method) else held.adapters
     weights = dense + shape.replicated_parameters if isinstance(method, AdapterOptions) else shape.parameters
-    elements = frozen + (1 if held.shared else devices) * (weights + held.moments) + devices * held.extra
-    return elements * ELEMENT_BYTES[run.train.dtype]
+    copies, element_bytes = 1 if held.shared else devices, ELEMENT_BYTES[run.train.dtype]
+    elements = copies * weights + devices * held.extra
+    return frozen_bytes_kept + elements * element_bytes + copies * moment_bytes(run, shape)
 
 
 def _starts_dense(method: MethodOptions) -> bool:
@@ -129,16 +153,39 @@ def _starts_dense(method: MethodOptions) -> bool:
     return isinstance(method, ReloraOptions) and method.warm_start_steps > 0
 
 
-def _needs_master(method: MethodOptions) -> bool:
-    """Whether merges need weights beside the frozen ones: the start weights, to which reset-less merges return, or a
-    full-precision copy of quantised ones, which would swallow small updates.
+def _full_copies(method: MethodOptions) -> int:
+    """How many full-precision copies merges need beside the frozen weights: the start weights, to which reset-less
+    merges return, and the merged ones where frozen ones are quantised, which would swallow small updates.
     """
-    return isinstance(method, LteOptions) and (method.reset == "none" or method.quantize != "none")
+    if not isinstance(method, LteOptions):
+        return 0
+    return (method.reset == "none") + method.keeps_master
+
+
+def _packing_start_bytes(run: Run, shape: ModelShape) -> int:
+    """Bytes of the start, where it happens on the device: the network as it is drawn, and a first layer's packing.
+
+    Each layer's own weights are let go when it is packed.
+    """
+    method, element_bytes = run.method, ELEMENT_BYTES[run.train.dtype]
+    if not isinstance(method, LteOptions) or method.quantize == "none":
+        return 0
+    first = shape.in_order()[0]
+    packing = packing_bytes(first.weights, first.in_features, method.quantize, element_bytes)
+    return (shape.parameters - first.weights) * element_bytes + packing
+
+
+def _unpacked_bytes(method: MethodOptions, shape: ModelShape, element_bytes: int) -> int:
+    """Bytes of the largest quantised layer while a product uses it."""
+    quantize = method.quantize if isinstance(method, LteOptions) else "none"
+    return max(unpacking_bytes(x.weights, quantize, element_bytes) for x in shape.adapted)
 
 
 def _frozen_bytes(shape: ModelShape, method: AdapterOptions, element_bytes: int, shared_memory: bool) -> int:
-    frozen = frozen_bytes(shape, method.quantize if isinstance(method, LteOptions) else "none", element_bytes)
-    start = shape.adapted_parameters * element_bytes if _needs_master(method) and shared_memory else 0
+    quantize = method.quantize if isinstance(method, LteOptions) else "none"
+    frozen = frozen_bytes(shape, quantize, element_bytes)
+    in_files = quantize != "none" or not shared_memory
+    start = 0 if in_files else _full_copies(method) * shape.adapted_parameters * element_bytes
     return frozen + start + shape.replicated_parameters * element_bytes
 
 
@@ -212,12 +259,14 @@ def _lte_exchange(
         members = [by_factors[i] for i in group]
         sent = sum(x.factors(held_rank, frozen_a) for x in members) * element_bytes
         if transport == "server":  # the factors packed to push, or the weights that come back
-            largest = max(largest, messages * max(sent, sum(x.weights for x in members) * element_bytes))
+            pulled = sum(quantized_bytes(x.weights, x.in_features, quantize, element_bytes) for x in members)
+            largest = max(largest, messages * max(sent, pulled))
         else:  # everyone's factors, and one layer's B laid out for the product
             stacked = max(devices * x.out_features * held_rank for x in members) * element_bytes
             stacked *= 2 if weighted else 1
             drawn = max(devices * x.in_features * held_rank for x in members) * frozen_a * messages
-            largest = max(largest, messages * devices * sent + stacked + drawn * DRAW_BYTES)
+            packing = max(packing_bytes(x.weights, x.in_features, quantize, element_bytes) for x in members)
+            largest = max(largest, messages * devices * sent + max(stacked + drawn * DRAW_BYTES, packing))
     if dense:  # the dense sums, and the message they are packed into
         largest = max(largest, (1 + messages) * max(packed_bytes(dense)))
     replicated = max(packed_bytes([t.elements * element_bytes for t in shape.replicated]))

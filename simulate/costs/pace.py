@@ -35,7 +35,9 @@ def round_compute_s(method: MethodOptions, step_s: Sequence[float]) -> tuple[flo
 
     Both are the mean over rounds where the steps are given.
     """
-    given = method.given_steps if method.is_paced else None
+    if not method.is_paced:
+        return method.round_steps * max(step_s), float(method.round_steps * len(step_s))
+    given = method.given_steps
     rounds = [round_counts(method, step_s, index) for index in range(len(given or (None,)))]
     seconds = [max(count * s for count, s in zip(counts, step_s, strict=True)) for counts in rounds]
     return sum(seconds) / len(rounds), sum(map(sum, rounds)) / len(rounds)

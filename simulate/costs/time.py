@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from simulate.config import Run
-from simulate.costs.flops import merge_flops, step_flops
+from simulate.config import Run, Train
+from simulate.costs.flops import merge_flops, pass_flops, update_flops
 from simulate.costs.holding import holding
 from simulate.costs.pace import round_compute_s
 from simulate.costs.schedule import num_rounds, schedule
-from simulate.costs.traffic import ELEMENT_BYTES, Exchange, Transfer, frozen_bytes
+from simulate.costs.traffic import ELEMENT_BYTES, PRODUCT_BYTES, Exchange, Transfer, frozen_bytes
 from simulate.hardware import Device, Link
 from simulate.models.shapes import ModelShape
 from simulate.options import AdapterOptions, DdpOptions, LteOptions, SapipeOptions, SignsgdOptions, TopkOptions
 
-ADAM_ELEMENTS_MOVED = 7
-"""A fused AdamW step reads weight, gradient and two moments, and writes weight and moments."""
+ADAM_ELEMENTS_MOVED = 3
+"""A fused AdamW step reads weight and gradient and writes the weight."""
+ADAM_MOMENTS_MOVED = 4
+"""And it reads and writes two moments."""
 COMPRESSION_ELEMENTS_MOVED = 8
 """Estimate: compressing reads gradient and residual, writes the message and the residual, and reads what arrives."""
 
@@ -47,10 +49,13 @@ def round_time(run: Run, shape: ModelShape, devices: Sequence[Device], link: Lin
 
     Unless a device's single step takes longer than that.
     """
-    kinds = {_Rates.of(run.train.dtype, device) for device in {id(device): device for device in devices}.values()}
-    each_s = device_step_s(run, shape, devices)
-    steps_s, device_steps = round_compute_s(run.method, each_s)
-    step_s = steps_s / run.method.round_steps if run.method.is_paced else max(each_s)
+    kinds = {_Rates.of(run.train, device) for device in distinct(devices)}
+    if run.method.is_paced:
+        steps_s, device_steps = round_compute_s(run.method, device_step_s(run, shape, devices))
+        step_s = steps_s / run.method.round_steps
+    else:
+        step_s = max(compute_s(run, shape, kind) for kind in kinds)
+        device_steps = float(run.method.round_steps * len(devices))
     merge_s = max(merge_compute_s(run, shape, kind) for kind in kinds)
     parts = schedule(run, shape)
     # What is sent at a merge travels behind the arithmetic there, too.
@@ -71,8 +76,28 @@ def round_time(run: Run, shape: ModelShape, devices: Sequence[Device], link: Lin
 
 def device_step_s(run: Run, shape: ModelShape, devices: Sequence[Device]) -> tuple[float, ...]:
     """Return the seconds that each device needs for a step."""
-    by_kind = {id(device): compute_s(run, shape, _Rates.of(run.train.dtype, device)) for device in devices}
+    return _of_each(devices, lambda device: compute_s(run, shape, _Rates.of(run.train, device)))
+
+
+def device_merge_s(run: Run, shape: ModelShape, devices: Sequence[Device]) -> tuple[float, ...]:
+    """Return the seconds that each device needs for the arithmetic of a round's merges."""
+    return _of_each(devices, lambda device: merge_compute_s(run, shape, _Rates.of(run.train, device)))
+
+
+def _of_each(devices: Sequence[Device], seconds_of: Callable[[Device], float]) -> tuple[float, ...]:
+    kinds = distinct(devices)
+    if len(kinds) == 1:
+        return (seconds_of(kinds[0]),) * len(devices)
+    by_kind = {id(device): seconds_of(device) for device in kinds}
     return tuple(by_kind[id(device)] for device in devices)
+
+
+def distinct(devices: Sequence[Device]) -> list[Device]:
+    """Return each kind of device once, in order; thousands of one kind are told in one pass."""
+    first = devices[0]
+    if devices.count(first) == len(devices):
+        return [first]
+    return list({id(device): device for device in devices}.values())
 
 
 @dataclass(frozen=True)
@@ -80,29 +105,45 @@ class _Rates:
     """What a device sustains."""
 
     flop_per_s: float
+    """Of operations on weights."""
+    pass_flop_per_s: float
+    """Of forward and backward passes."""
     memory_bytes_per_s: float
 
     @classmethod
-    def of(cls, dtype: str, device: Device) -> _Rates:
-        return cls(device.flop_per_s.of(dtype) * device.efficiency, device.memory_bytes_per_s)  # type: ignore[arg-type]
+    def of(cls, train: Train, device: Device) -> _Rates:
+        own = device.flop_per_s.of(train.dtype) * device.efficiency
+        passes = own if train.autocast == "none" else device.flop_per_s.of(train.autocast) * device.efficiency
+        return cls(own, passes, device.memory_bytes_per_s)
 
 
 def compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
     """Seconds of one optimizer step: arithmetic, the optimizer's memory traffic, unpacking of quantised weights."""
     element_bytes = ELEMENT_BYTES[run.train.dtype]
     method = run.method
-    moved: float = ADAM_ELEMENTS_MOVED * holding(run, shape).trained
+    trained = holding(run, shape).trained
+    moment_bytes = element_bytes if run.train.optimizer_state == "fp32" else 1
+    moved_bytes = trained * (ADAM_ELEMENTS_MOVED * element_bytes + ADAM_MOMENTS_MOVED * moment_bytes)
     if isinstance(method, SapipeOptions | TopkOptions | SignsgdOptions) or (
         isinstance(method, DdpOptions) and method.wire != "full"
     ):
-        moved += COMPRESSION_ELEMENTS_MOVED * shape.parameters
+        moved_bytes += COMPRESSION_ELEMENTS_MOVED * shape.parameters * element_bytes
     unpacked_bytes = 0
     if isinstance(method, LteOptions) and method.quantize != "none":
         # Forward and backward each read the packed form, write and read the plain one.
         packed = frozen_bytes(shape, method.quantize, element_bytes)
         unpacked_bytes = 2 * (packed + 2 * shape.adapted_parameters * element_bytes)
-    moved_bytes = moved * element_bytes + unpacked_bytes
-    return step_flops(run, shape) / rates.flop_per_s + moved_bytes / rates.memory_bytes_per_s
+    moved_bytes += unpacked_bytes + _cast_bytes(run, shape)
+    passes_s = pass_flops(run, shape) / rates.pass_flop_per_s
+    return passes_s + update_flops(run, shape) / rates.flop_per_s + moved_bytes / rates.memory_bytes_per_s
+
+
+def _cast_bytes(run: Run, shape: ModelShape) -> int:
+    """Bytes that autocast reads and writes of weights: frozen ones are cast again in the backward pass."""
+    if run.train.autocast == "none":
+        return 0
+    element_bytes = ELEMENT_BYTES[run.train.dtype] + PRODUCT_BYTES[run.train.autocast]
+    return shape.adapted_parameters * element_bytes * (2 if isinstance(run.method, AdapterOptions) else 1)
 
 
 def merge_compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
@@ -152,7 +193,26 @@ def transfer_s(transfer: Transfer, link: Link) -> float:
         "all_to_all": (1 if mesh else devices - 1, _all_to_all_share(devices, link)),
         "broadcast": (1 if mesh else (devices - 1).bit_length(), 1.0),
     }[transfer.operation]
-    return hops * (latency_s + share * transfer.payload_bytes / hop_bytes_per_s)
+    if transfer.operation in ("all_reduce", "all_gather") and not mesh:
+        latency_s *= link.hop_delays
+    seconds = hops * (latency_s + share * transfer.payload_bytes / hop_bytes_per_s)
+    if link.shared_bytes_per_s is None or within_node:
+        return seconds
+    return max(seconds, hops * latency_s + _shared_s(transfer, link.shared_bytes_per_s, share, hops))
+
+
+def _shared_s(transfer: Transfer, shared_bytes_per_s: float, share: float, hops: int) -> float:
+    """Seconds of the bytes of all hops through the one uplink that all devices share.
+
+    A hop of a ring has all devices send, one of a mesh has them send to everyone; a broadcast sends N−1 copies.
+    """
+    devices = transfer.devices
+    if transfer.operation == "broadcast":
+        sent_bytes = float((devices - 1) * transfer.payload_bytes)
+    else:
+        one_to_one = max(hops, devices - 1) if transfer.operation != "all_reduce" else 2 * (devices - 1)
+        sent_bytes = devices * one_to_one * share * transfer.payload_bytes
+    return transfer.teams * sent_bytes / shared_bytes_per_s
 
 
 def _all_to_all_share(devices: int, link: Link) -> float:
@@ -160,13 +220,24 @@ def _all_to_all_share(devices: int, link: Link) -> float:
     return 0.5 if link.topology == "ring" else 1 / devices
 
 
-def _server_s(transfer: Transfer, devices: int, link: Link) -> float:
-    push = transfer.operation == "push"
+def server_rates(push: bool, devices: int, link: Link) -> tuple[float, float]:
+    """Return the bytes/s that one device reaches to or from the server, and that all devices reach together."""
     device_bytes_per_s = link.up_bytes_per_s if push else link.down_bytes_per_s
     server_bytes_per_s = link.server_down_bytes_per_s if push else link.server_up_bytes_per_s
     if server_bytes_per_s is None:  # as fast as a device's; a ring and a mesh reach it over 2 or N such links
         links = {"star": 1, "ring": min(2, devices), "mesh": devices}[link.topology]
         server_bytes_per_s = links * (link.down_bytes_per_s if push else link.up_bytes_per_s)
-    hops = -(-devices // 2) if link.topology == "ring" else 1
+    if push and link.shared_bytes_per_s is not None:
+        server_bytes_per_s = min(server_bytes_per_s, link.shared_bytes_per_s)
+    return device_bytes_per_s, server_bytes_per_s
+
+
+def server_latency_s(devices: int, link: Link) -> float:
+    """Return the delay of a message to or from the server: on a ring, half of the devices pass it on."""
+    return (-(-devices // 2) if link.topology == "ring" else 1) * link.latency_s
+
+
+def _server_s(transfer: Transfer, devices: int, link: Link) -> float:
+    device_bytes_per_s, server_bytes_per_s = server_rates(transfer.operation == "push", devices, link)
     payload = transfer.payload_bytes
-    return hops * link.latency_s + max(payload / device_bytes_per_s, devices * payload / server_bytes_per_s)
+    return server_latency_s(devices, link) + max(payload / device_bytes_per_s, devices * payload / server_bytes_per_s)

@@ -16,9 +16,12 @@ from simulate.adapters import LoraLinear
 from simulate.checkpoints import State
 from simulate.communicator import Communicator
 from simulate.config import Run, Train
+from simulate.costs.optimizer import is_eight_bit
+from simulate.eight_bit import CODES, AdamW8bit, prune
 from simulate.loss import row_losses
 from simulate.models.build import build_model
 from simulate.optimizers import Muon
+from simulate.precision import LossScale, check_autocast, lower_precision
 from simulate.replicated import ReplicatedEmbedding, ReplicatedLinear, VectorLora
 from simulate.updates import LayerUpdates
 
@@ -42,7 +45,9 @@ class Method(ABC):
     ) -> None:
         self.run, self.communicator = run, communicator
         self.local_devices = len(communicator.local_devices)
+        check_autocast(run.train, device)
         self.install(build_model(run) if network is None else network, device)
+        self.loss_scale = LossScale(self.gradient_rows, device) if run.train.autocast == "fp16" else None
 
     def install(self, network: nn.Module, device: torch.device) -> None:
         """Make `network` the one that is trained, with a new optimizer."""
@@ -52,14 +57,21 @@ class Method(ABC):
         groups = self.parameter_groups()
         matrices = self._matrices() if train.optimizer == "muon" else set()
         adam_groups, muon_groups = split_groups(groups, lambda p: id(p) not in matrices)
+        small_groups, large_groups = adam_groups, list[dict[str, object]]()
+        if train.optimizer_state == "8bit":
+            small_groups, large_groups = split_groups(adam_groups, lambda p: not is_eight_bit(p[0].numel()))
+        betas = (train.adam_beta1, train.adam_beta2)
         # Fused: one pass over the state and no temporaries, unlike the foreach form.
-        adam_groups = adam_groups or [{"params": []}]  # none where Muon steps everything
-        self.optimizer = torch.optim.AdamW(adam_groups, betas=(train.adam_beta1, train.adam_beta2), fused=True)
+        self.optimizer = torch.optim.AdamW(small_groups or [{"params": []}], betas=betas, fused=True)
+        self.optimizers: list[torch.optim.Optimizer] = [self.optimizer]
+        if large_groups:
+            self.optimizers.append(AdamW8bit(large_groups, betas=betas))
         self.muon = Muon(muon_groups, momentum=train.muon_momentum) if muon_groups else None
-        self.groups = list(self.optimizer.param_groups)
         if self.muon is not None:
-            self.muon.state = self.optimizer.state  # one state, by parameter
-            self.groups += self.muon.param_groups
+            self.optimizers.append(self.muon)
+        for optimizer in self.optimizers[1:]:
+            optimizer.state = self.optimizer.state  # one state, by parameter
+        self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         self.peak_rates = [group["lr"] for group in self.groups]
 
     def _matrices(self) -> set[int]:
@@ -189,22 +201,71 @@ class Method(ABC):
     def group_losses(self, inputs: Tensor, targets: Tensor, groups: int) -> Tensor:
         """Return the mean loss of each of `groups` equal parts of the batch, (groups,): nobody's mean mixes parts."""
         self.model.train()
-        return self.row_losses(self.model(inputs), targets).view(groups, -1).mean(1)
+        return self.row_losses(self._outputs(inputs), targets).view(groups, -1).mean(1)
+
+    def _outputs(self, inputs: Tensor) -> Tensor:
+        with lower_precision(self.run.train, inputs.device):
+            outputs: Tensor = self.model(inputs)
+            return outputs
 
     def row_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of every sample or token, (M,), in order: cross-entropy with logits."""
         return row_losses(outputs, targets)
+
+    @property
+    def gradient_rows(self) -> int:
+        """Rows of copies that have gradients of their own: local devices, unless several share one gradient."""
+        return self.local_devices
+
+    def backward(self, losses: Tensor) -> None:
+        """Leave the gradients of the sum of losses, each row's own, in the network's parameters."""
+        if self.loss_scale is None:
+            losses.sum().backward()
+            return
+        self.loss_scale.scaled(losses).sum().backward()
+        self.loss_scale.unscale(p.grad for p in self.model.parameters() if p.grad is not None)
 
     def apply_gradients(self, step: int) -> None:
         """Take the optimizer step at the schedule's rate and free the gradients."""
         factor = self.rate_factor(step)
         for group, peak in zip(self.groups, self.peak_rates, strict=True):
             group["lr"] = peak * factor
-        self.optimizer.step()
-        if self.muon is not None:
-            self.muon.step()
+        self._step_where_finite()
         for parameter in self.parameters.values():
             parameter.grad = None
+
+    def _step_where_finite(self) -> None:
+        """Step, with a loss scale only rows whose gradients are finite; the others stay as they are."""
+        if self.loss_scale is None:
+            self._step_optimizers()
+            return
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        finite_C = self.loss_scale.finite_rows(gradients)
+        if bool(finite_C.all()):
+            self._step_optimizers()
+        else:
+            before = {name: rows_of(tensor, ~finite_C).clone() for name, tensor in self.stepped().items()}
+            for gradient in gradients:
+                clear_rows(gradient, finite_C)  # also so that moments which begin with this step begin at zero
+            self._step_optimizers()
+            after = self.stepped()
+            for name, rows in before.items():
+                after[name].view(len(finite_C), -1)[~finite_C] = rows
+        self.loss_scale.update(finite_C)
+
+    def _step_optimizers(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def stepped(self) -> dict[str, Tensor]:
+        """Return what a step changes, (rows, ...), by the names of `state`."""
+        moments = {
+            f"optimizer.{name}.{key}": moment
+            for name, parameter in self.parameters.items()
+            for key, moment in self.optimizer.state.get(parameter, {}).items()
+            if moment.ndim > 0
+        }
+        return {**{f"model.{name}": p.detach() for name, p in self.parameters.items()}, **moments}
 
     def decay_groups(self, named: Iterable[tuple[str, nn.Parameter]], rate: float) -> list[dict[str, object]]:
         """Split parameters with a leading copies axis into decayed matrices and undecayed vectors."""
@@ -228,13 +289,19 @@ class Method(ABC):
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 state[f"optimizer.{name}.{key}"] = value
-        return {**state, **{f"kept.{name}": tensor for name, tensor in self.kept().items()}}
+        return {**state, **self._scale_state(), **{f"kept.{name}": tensor for name, tensor in self.kept().items()}}
+
+    def _scale_state(self) -> dict[str, Tensor]:
+        scale = {} if self.loss_scale is None else self.loss_scale.state()
+        return {f"loss_scale.{name}": tensor for name, tensor in scale.items()}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Restore what `state` returned; raises KeyError or RuntimeError where names or shapes differ."""
         for name, tensor in self._model_tensors().items():
             tensor.copy_(state[f"model.{name}"])
+        for name, tensor in self._scale_state().items():
+            tensor.copy_(state[name])
         for name, tensor in self.kept().items():
             tensor.copy_(state[f"kept.{name}"])
         for name, parameter in self.parameters.items():
@@ -254,6 +321,8 @@ class Method(ABC):
         kind, _, rest = name.partition(".")
         if kind == "kept":
             return self.is_kept_per_device(rest)
+        if kind == "loss_scale":
+            return self.is_scaled_per_device
         if kind == "optimizer":
             rest, _, key = rest.rpartition(".")
             return key != "step" and self.is_trained_per_device
@@ -265,6 +334,11 @@ class Method(ABC):
 
     is_trained_per_device = True
     """Whether each device trains parameters of its own; else all share one copy."""
+
+    @property
+    def is_scaled_per_device(self) -> bool:
+        """Whether each device's losses have a scale of their own; else all share one."""
+        return self.is_trained_per_device
 
     @property
     def _per_device_tensors(self) -> set[str]:
@@ -314,6 +388,11 @@ class Method(ABC):
         return {**self.parameters, **dict(self.model.named_buffers())}
 
 
+def rows_of(tensor: Tensor, chosen_C: Tensor) -> Tensor:
+    """Return the chosen rows of a tensor with a leading axis over C rows of copies, or over their heads."""
+    return tensor.view(len(chosen_C), -1)[chosen_C]
+
+
 def clear_rows(tensor: Tensor, healthy_L: Tensor) -> None:
     """Zero the rows of devices that are not healthy in a tensor with a leading axis over local devices or heads."""
     tensor.view(len(healthy_L), -1)[~healthy_L.to(tensor.device)] = 0
@@ -336,6 +415,9 @@ def prune_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Para
     Adam's first moment goes as well wherever its second is zero: divided by almost nothing, it would blow up the step.
     """
     for parameter in parameters:
+        if f"exp_avg{CODES}" in optimizer.state[parameter]:
+            prune(optimizer.state[parameter], share)
+            continue
         moments = (m for m in optimizer.state[parameter].values() if m.shape == parameter.shape)
         for moment_CX in (moment.flatten(1) for moment in moments):
             count = int(share * moment_CX.shape[1])

@@ -57,12 +57,16 @@ class Daso(Method):
         assert local % size == 0 or size % local == 0, "a process holds whole nodes, or an equal part of one"
         return max(1, local // size)
 
+    @property
+    def gradient_rows(self) -> int:
+        return self.local_nodes
+
     def parameter_groups(self) -> list[dict[str, object]]:
         return self.decay_groups(self.parameters.items(), self.run.train.learning_rate)
 
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         losses_L = self.group_losses(inputs, targets, self.local_devices)
-        losses_L.sum().backward()
+        self.backward(losses_L)
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         for names in self.messages if self.nodes.size > 1 else ():
             self.communicator.reduce_in_nodes([gradients[name] for name in names], self.nodes)

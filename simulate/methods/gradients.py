@@ -27,6 +27,35 @@ class GradientMethod(Method):
     per_device = False
     is_trained_per_device = False
 
+    @property
+    def keeps_gradients_apart(self) -> bool:
+        """Whether the network's parameters have a row for each local device."""
+        return self.per_device
+
+    @property
+    def is_scaled_per_device(self) -> bool:
+        return self.keeps_gradients_apart
+
+    @property
+    def gradient_rows(self) -> int:
+        return self.local_devices if self.keeps_gradients_apart else 1
+
+    def backward(self, losses: Tensor) -> None:
+        """Where devices have gradients of their own, those that are not finite count as zero: nobody else need know."""
+        super().backward(losses)
+        if self.loss_scale is not None and self.keeps_gradients_apart:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            finite_L = self.loss_scale.finite_rows(gradients)
+            for gradient in gradients:
+                gradient[~finite_L] = 0
+            self.loss_scale.update(finite_L)
+
+    def _step_where_finite(self) -> None:
+        if self.keeps_gradients_apart:
+            self._step_optimizers()
+        else:
+            super()._step_where_finite()
+
     def prepare(self, model: nn.Module) -> nn.Module:
         return convert(model, copies=1)
 
@@ -41,7 +70,7 @@ class GradientMethod(Method):
 
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         losses_L = self.group_losses(inputs, targets, self.local_devices)
-        losses_L.sum().backward()
+        self.backward(losses_L)
         with torch.no_grad():
             self.average_gradients()
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]

@@ -40,7 +40,7 @@ class Local(Paced):
 
     def train_step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         losses_L = self.group_losses(inputs, targets, self.local_devices)
-        losses_L.sum().backward()
+        self.backward(losses_L)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         clip_per_device(gradients, self.local_devices, self.run.train.clip_norm)
         self.apply_gradients(step)

@@ -111,19 +111,9 @@ class Paced(Delayed):
         local = self.communicator.local_devices
         return slice(local.start, local.stop)
 
-    def _stepped(self) -> dict[str, Tensor]:
-        """Return what a step changes, (rows of all local devices, ...), by the names of `state`."""
-        moments = {
-            f"optimizer.{name}.{key}": moment
-            for name, parameter in self.parameters.items()
-            for key, moment in self.optimizer.state.get(parameter, {}).items()
-            if moment.ndim > 0
-        }
-        return {**{f"model.{name}": p.detach() for name, p in self.parameters.items()}, **moments}
-
     def _set_aside(self, device: int) -> None:
         """Keep a local device's rows as they are now."""
-        parts = ((name, tensor, len(tensor) // self.local_devices) for name, tensor in self._stepped().items())
+        parts = ((name, tensor, len(tensor) // self.local_devices) for name, tensor in self.stepped().items())
         self._aside[device] = {name: t[device * rows : (device + 1) * rows].clone() for name, t, rows in parts}
 
     def _put_back(self, tensors: Mapping[str, Tensor]) -> None:
@@ -136,7 +126,7 @@ class Paced(Delayed):
         """Put back what devices had when they stopped, and learn of everyone's steps; before a merge is looked at."""
         if not self.is_paced:
             return
-        self._put_back(self._stepped())
+        self._put_back(self.stepped())
         self._aside.clear()
         for state in self.optimizer.state.values():
             if "step" in state:

@@ -41,6 +41,10 @@ class Sapipe(GradientMethod):
         delay = self.options.compensation == "delay"
         self.previous = {name: p.detach().clone() for name, p in self.parameters.items()} if delay else {}
 
+    @property
+    def keeps_gradients_apart(self) -> bool:
+        return self.predicts
+
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         shared = dict(self.model.named_parameters())
         self.leaves = shared
@@ -50,7 +54,7 @@ class Sapipe(GradientMethod):
 
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         losses_L = self.group_losses(inputs, targets, self.local_devices)
-        losses_L.sum().backward()
+        self.backward(losses_L)
         own = take_gradients(self.leaves)
         self.communicator.wait()
         if step > 0:

@@ -146,3 +146,27 @@ OTHER_FAMILIES: dict[str, Run] = {
 def test_memory_of_every_family_is_what_the_allocator_gives(name: str) -> None:
     run = OTHER_FAMILIES[name]
     assert planned_bytes(run) == pytest.approx(measure_memory_bytes(run, torch.device("cpu")), rel=TOLERANCE)
+
+
+AUTOCAST = {**HELD_OUT, **OTHER_FAMILIES}
+QUICK = ("lte gather", "ddp", "ddp large vocabulary", "vit, lte", "vit, ddp", "mixer, lte", "llama, lte")
+"""The others are slow where a CPU emulates bf16."""
+
+
+def cast(run: Run) -> Run:
+    return run.model_copy(update={"train": run.train.model_copy(update={"autocast": "bf16"})})
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in AUTOCAST]
+)
+def test_memory_under_autocast_is_what_the_allocator_gives(name: str) -> None:
+    run = cast(AUTOCAST[name])
+    assert planned_bytes(run) == pytest.approx(measure_memory_bytes(run, torch.device("cpu")), rel=TOLERANCE)
+
+
+def test_autocast_halves_what_products_keep() -> None:
+    """Of 16 tensors a block keeps 14 in half; sums that norms read stay whole."""
+    run = tiny.lte_run(2, {**SMALL, "layers": 8}, train(16), rank=6)
+    full, half = (peak_memory(r, r.model.shape(), ONE_MEMORY).activations for r in (run, cast(run)))
+    assert half / full == pytest.approx((2 + 14 / 2) / 16, rel=0.02)

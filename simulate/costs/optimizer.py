@@ -1,0 +1,79 @@
+"""Bytes of the optimizer's moments on one device; torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+from simulate.config import Run
+from simulate.costs.holding import frozen_kinds, holding
+from simulate.costs.traffic import ELEMENT_BYTES
+from simulate.models.shapes import ModelShape
+from simulate.options import AdamixOptions, AdapterOptions, LteOptions, MethodOptions, ReloraOptions
+
+BLOCK_ELEMENTS = 256
+"""Moments in 8 bits share a scale in float32 with so many neighbours."""
+SMALLEST_ELEMENTS = 4096
+"""Of one copy or head; smaller parameters keep their moments in full, as bitsandbytes has it."""
+CPU_CHUNK_ELEMENTS = 2**16
+"""That a step with 8 bits works on at once where its kernel needs room, on a CPU; a multiple of a block."""
+CPU_CHUNK_BYTES = 20
+"""An element of that chunk: both moments, a denominator and its root, and what is written."""
+
+
+def moment_bytes(run: Run, shape: ModelShape) -> int:
+    """Return the bytes of all moments of one device."""
+    element_bytes = ELEMENT_BYTES[run.train.dtype]
+    if run.train.optimizer_state == "fp32":
+        return holding(run, shape).moments * element_bytes
+    return _eight_bit_bytes(run.method, shape, run.cluster.devices, run.train.optimizer == "muon", element_bytes)
+
+
+def largest_step_bytes(run: Run, shape: ModelShape) -> int:
+    """Return the working memory of a step with 8 bits, on a CPU."""
+    if run.train.optimizer_state == "fp32":
+        return 0
+    muon = run.train.optimizer == "muon"
+    sizes = (rows * elements for rows, elements, has_one in _trained(run.method, shape, run.cluster.devices, muon)
+             if is_eight_bit(elements) and not has_one)  # fmt: skip
+    return min(max(sizes, default=0), CPU_CHUNK_ELEMENTS) * CPU_CHUNK_BYTES
+
+
+def is_eight_bit(elements: int) -> bool:
+    """Whether a parameter's moments are kept in 8 bits, by the elements of one copy or head."""
+    return elements >= SMALLEST_ELEMENTS
+
+
+@lru_cache(maxsize=4096)
+def _eight_bit_bytes(method: MethodOptions, shape: ModelShape, devices: int, muon: bool, element_bytes: int) -> int:
+    total = 0
+    for rows, elements, has_one in _trained(method, shape, devices, muon):
+        if has_one:
+            total += rows * elements * element_bytes
+        elif is_eight_bit(elements):
+            total += 2 * rows * (elements + -(-elements // BLOCK_ELEMENTS) * 4)
+        else:
+            total += 2 * rows * elements * element_bytes
+    return total
+
+
+def _trained(
+    method: MethodOptions, shape: ModelShape, devices: int, muon: bool
+) -> Iterator[tuple[int, int, bool]]:  # fmt: skip
+    """Yield (rows, elements of one, whether Muon steps it) of every parameter that one device trains."""
+    if not isinstance(method, AdapterOptions) or (isinstance(method, ReloraOptions) and method.warm_start_steps):
+        for tensor in shape.tensors:
+            yield 1, tensor.elements, muon and tensor.kind == "adapted"
+        return
+    held = method.held_rank(devices)
+    pairs = method.experts if isinstance(method, AdamixOptions) else getattr(method, "heads_per_device", 1)
+    rows = pairs if isinstance(method, LteOptions | AdamixOptions) else 1  # mhlora's heads are one pair of their rank
+    frozen_a = isinstance(method, LteOptions) and method.frozen_a
+    for linear in shape.adapted:
+        for side in (linear.out_features,) if frozen_a else (linear.out_features, linear.in_features):
+            for _ in range(linear.count):
+                yield rows, side * held // rows, muon
+    kinds = frozen_kinds(method)
+    for tensor in shape.replicated:
+        if tensor.kind not in kinds:
+            yield 1, tensor.elements, False
