@@ -212,13 +212,14 @@ def _evaluate(
     short_bytes = memory.total - device.memory_bytes
     if short_bytes > 0:
         return Rejected(candidate, f"{_memory_reason(memory, device)}", short_bytes)
-    if host_bytes > device.host_memory_bytes:
-        short_bytes = host_bytes - device.host_memory_bytes
+    host_room_bytes = device.host_memory_bytes or device.memory_bytes - memory.total  # of one memory, what is left
+    if host_bytes > host_room_bytes:
+        short_bytes = host_bytes - host_room_bytes
         reason = (
             f"needs {host_bytes / 1e9:.2f} GB of host memory for the weights that merges start from or add to, "
             f"{device.kind} has "
         )
-        return Rejected(candidate, f"{reason}{device.host_memory_bytes / 1e9:.2f} GB", short_bytes)
+        return Rejected(candidate, f"{reason}{host_room_bytes / 1e9:.2f} GB", short_bytes)
     late_s = candidate.equivalent_wall_s - choice.within_s if choice.within_s is not None else 0.0
     if late_s > 0:
         needed_h = candidate.equivalent_wall_s / 3600

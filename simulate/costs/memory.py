@@ -125,9 +125,11 @@ def peak_memory(run: Run, shape: ModelShape, device: Device) -> Memory:
 def host_memory_bytes(run: Run, shape: ModelShape, device: Device) -> int:
     """Bytes of the host's own memory that one device needs: the weights that merges start from and add to.
 
-    Those of quantised weights lie in files: where device and host share a memory, the system can move them out of it.
+    Where both share a memory, those of plain weights are part of the device's; those of quantised ones lie in
+    mapped files, which no allocator sees, and stay apart.
     """
-    if device.host_memory_bytes == 0:
+    quantize = run.method.quantize if isinstance(run.method, LteOptions) else "none"
+    if device.host_memory_bytes == 0 and quantize == "none":
         return 0
     return _full_copies(run.method) * shape.adapted_parameters * ELEMENT_BYTES[run.train.dtype]
 
