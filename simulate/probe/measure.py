@@ -27,7 +27,6 @@ from simulate.attention import AttentionOfCopies
 from simulate.communicator import VirtualCommunicator
 from simulate.config import Run
 from simulate.convert import Treatment, convert
-from simulate.costs.samples import MERGE_EVERY
 from simulate.data.batches import Batches
 from simulate.diagnostics import LossGradient, effective_rank, noise_figures, stable_rank
 from simulate.errors import InputError, RunFailedError
@@ -156,7 +155,7 @@ def check_batches(run: Run, num_batches: int) -> None:
 def round_steps(run: Run) -> int:
     """Return T of the run's method, or LTE's default for one that exchanges at every step."""
     steps = run.method.round_steps
-    return steps if steps > 1 else MERGE_EVERY
+    return steps if steps > 1 else LteOptions().round_steps
 
 
 def _model(run: Run) -> ProbedModel:
