@@ -51,7 +51,7 @@ def probe_command(
     need = needed_bytes(run)
     output.hint(
         f"derived: {options.batches} x {run.samples_per_step} samples of gradients twice, {options.warmup_steps} dense "
-        f"steps of {run.samples_per_step} samples, about {bytes_text(need)} of memory"
+        f"steps of {run.samples_per_step} samples, up to about {bytes_text(need)} of memory"
     )
     _check_memory(need, device_name, output)
     data = load_data(run)
