@@ -152,8 +152,8 @@ def _rank_reason(probe: Probe, needs: Needs, heads: int) -> str:
         f"rank {rank} a head with {heads} heads (estimate; range {needs.lowest(heads)} to {needs.highest(heads)}): "
         f"what {needs.steps} dense steps change in a layer has 90 % of its squared norm in at most {needs.most} "
         f"directions (median of the layers {median:g}), which a head that trains by itself between merges should hold; "
-        f"99 % lie in {needs.nearly_all}, which {heads} heads hold together from rank {needs.together(heads)} on; a higher "
-        "rank in the range is safer for the loss, a lower one saves bytes and memory"
+        f"99 % lie in {needs.nearly_all}, which {heads} heads hold together from rank {needs.together(heads)} on; a "
+        "higher rank in the range is safer for the loss, a lower one saves bytes and memory"
     )
 
 
