@@ -93,6 +93,7 @@ def plan(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the choice as run.toml.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Let -o replace an existing file.")] = False,
     top: Annotated[int, typer.Option(min=1, help="Candidates to show.")] = 8,
+    probe: Annotated[Path | None, typer.Option(help="A probe.json of lte probe: ranks to try and to mark.")] = None,
     objective: Annotated[str, typer.Option(help="What to minimise: time, bytes, memory or cost.")] = "time",
     within: Annotated[str | None, typer.Option(metavar="TIME", help="Longest time to equal loss: 8h, 3d.")] = None,
     efficiency: Annotated[Path | None, typer.Option(help="A samples model of yours, like samples.toml.")] = None,
@@ -129,6 +130,7 @@ def plan(
             "merge_every": merge_every,
         },
         assignments=tuple(assignments or ()),
+        probe=probe,
     )
 
     def command() -> int:
@@ -140,6 +142,26 @@ def plan(
         return plan_command(request, out, force, top, as_json, extras, verify)
 
     raise typer.Exit(guarded(command))
+
+
+@app.command("probe")
+def probe_a_run(
+    run: Annotated[Path, typer.Argument(help="run.toml.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write what was found as probe.json.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Let -o replace an existing file.")] = False,
+    batches: Annotated[int, typer.Option(min=1, help="Steps whose batches give gradients, at each of two points.")] = 8,
+    warmup: Annotated[int, typer.Option(min=1, help="Dense steps between them.")] = 50,
+    layers: Annotated[bool, typer.Option("--layers", help="Show every adapted layer.")] = False,
+    device: Annotated[DeviceName, typer.Option(help="Where to probe.")] = DeviceName.AUTO,
+    assignments: Set = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Estimate rank, heads and batch from a few gradients and a short dense warm-up."""
+    from ltecli.commands.probe import ProbeOptions, probe_command
+
+    options = ProbeOptions(batches, warmup, tuple(assignments or ()))
+    raise typer.Exit(guarded(lambda: probe_command(run, options, out, force, layers, device.value, as_json, quiet)))
 
 
 @app.command()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
+from ltecli.probing import PlanProbe
 from simulate.costs.samples import Efficiency
 from simulate.errors import InputError, near_match
 from simulate.hardware import Profile
@@ -36,6 +37,8 @@ class Choice:
     """Longest time to equal loss; what takes longer is rejected."""
     with_rivals: bool = True
     """Whether to plan the methods, too, that are only shown beside."""
+    probe: PlanProbe | None = None
+    """What was probed of the network, if anything."""
 
 
 def parse_objective(text: str) -> Objective:

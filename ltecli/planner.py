@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ltecli.formats import check_formats, format_notes
@@ -226,7 +226,7 @@ def _evaluate(
         time=time,
         wall_s=run.train.steps * time.compute_s + rounds * (time.merge_s + time.exchange_s),
         samples_factor=samples_factor(run, shape, tokens, choice.efficiency),
-        warnings=tuple(_warnings(run, shape, profile, time)),
+        warnings=(*_warnings(run, shape, profile, time), *(choice.probe.marks(run) if choice.probe else ())),
         margins=Margins.of(profile),
         efficiency=choice.efficiency,
     )
@@ -295,6 +295,7 @@ def make_plan(
 ) -> Plan:
     """Lay out the grid around `base`, evaluate it, and choose; `base` carries every key that no pin or grid varies."""
     choice = choice or Choice()
+    pins = replace(pins, ranks=choice.probe.ranks(base)) if choice.probe else pins
     check_formats(base, profile)
     shape, devices = base.model.shape(), profile.devices(base.cluster.devices)
     rank = _rank_by(value_of(choice.objective, profile, len(devices)))
@@ -318,6 +319,7 @@ def make_plan(
     notes = [
         *notes,
         *_choice_notes(chosen, fitting, profile, choice),
+        *(choice.probe.notes(base, chosen.run if chosen else None) if choice.probe else ()),
         *_treatment_notes(chosen, shape),
         *shape.notes,
         *_optimizer_notes(chosen),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from ltecli.grid import Pins
 from ltecli.objective import Choice, parse_duration_s, parse_objective
 from ltecli.output import Output, bytes_text, plain_table, range_text, seconds_text
 from ltecli.planner import Candidate, Plan, Rejected, candidate_of, describe, make_plan
+from ltecli.probing import PlanProbe
 from ltecli.ranges import equivalent_range, time_range, wall_range
 from simulate import toml
 from simulate.config import BYTE_VALUES, BYTES, Run, Train, build_run, dump_run
@@ -54,6 +55,8 @@ class Request:
     pins: Mapping[str, Any] = field(default_factory=dict)
     """Keys of [method]."""
     assignments: tuple[str, ...] = ()
+    probe: Path | None = None
+    """What lte probe wrote of the same network."""
     objective: str = "time"
     within: str | None = None
     efficiency: Path | None = None
@@ -68,7 +71,7 @@ def plan_command(
     With `verify`, follow the choice's own program without numbers, and set what it was seen to hold beside the plan.
     """
     if out is not None:
-        _check_target(out, force)
+        check_target(out, force)
     if extras is not None:
         extras.check()
     plan = plan_request(request, to_train=out is not None)
@@ -144,6 +147,8 @@ def plan_request(request: Request, to_train: bool = True) -> Plan:
                 raise
             notes.append(f"to train, name data of yours by --data; {error}")
     tokens = _tokens(request, base, table)
+    if request.probe is not None:
+        choice = replace(choice, probe=PlanProbe(request.probe, base.model.shape()))
     return make_plan(base, profile, tokens, pins, notes, choice)
 
 
@@ -262,9 +267,10 @@ def _given_tokens(request: Request, unit: str) -> int | None:
     return given
 
 
-def _check_target(out: Path, force: bool) -> None:
+def check_target(out: Path, force: bool, name: str = "run.toml") -> None:
+    """Raise InputError where a file cannot be written; `name` is what it could be called."""
     if out.is_dir():
-        raise InputError(f"--out {out} is a folder; name a file in it, for example {out / 'run.toml'}")
+        raise InputError(f"--out {out} is a folder; name a file in it, for example {out / name}")
     if out.exists() and not force:
         raise InputError(f"--out {out} exists; add --force to replace it, or choose another name")
     if not out.parent.is_dir():
