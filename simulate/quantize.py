@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from simulate.costs.traffic import NF4_BLOCK, NF4_GROUP, PACK_CHUNK_ELEMENTS, Quantize
 from simulate.errors import InputError
@@ -162,6 +163,8 @@ def mapped_copy(weight_OI: Tensor) -> Tensor:
 
     The file has no name any more, so that it goes with the process; TMPDIR says where it lies.
     """
+    if isinstance(weight_OI, FakeTensor):  # has no numbers to write
+        return weight_OI.clone()
     array_OI = weight_OI.detach().numpy()
     with tempfile.TemporaryFile(prefix="lte-master-") as file:
         mapped = np.memmap(file, array_OI.dtype, "w+", shape=array_OI.shape)

@@ -36,6 +36,7 @@ from simulate.errors import InputError
 from simulate.measure import Program, train_alone
 from simulate.methods.base import Method
 from simulate.models.options import FactoryModel
+from simulate.quantize import nf4_levels
 from simulate.replicated import VectorLora
 
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "temporary")
@@ -61,6 +62,8 @@ class Log:
     """What a storage turned out to be; those that are missing were temporary."""
     host: set[int] = field(default_factory=set)
     """Storages that stay in the host's memory where it has its own."""
+    mapped: set[int] = field(default_factory=set)
+    """Those of them that lie in files, which no allocator sees."""
 
     def moments(self, with_host: bool) -> dict[str, Moment]:
         """Return each phase's height, by part; `with_host` where device and host share one memory."""
@@ -74,7 +77,8 @@ class Log:
 
     def device_entries(self, with_host: bool) -> Iterator[tuple[int, int, str]]:
         """Yield the entries of what lies in the device's memory."""
-        return (entry for entry in self.entries if with_host or entry[0] not in self.host)
+        apart = self.mapped if with_host else self.host
+        return (entry for entry in self.entries if entry[0] not in apart)
 
     @property
     def host_bytes(self) -> int:
@@ -168,9 +172,12 @@ class _Follower(TorchDispatchMode):
         for name, tensor in method.state().items():
             kind = name.partition(".")[0]
             self._name(tensor, "weights" if kind == "model" else "optimizer")
-            if name.endswith(".start_weight"):
+            if name.endswith((".start_weight", ".master")):
                 self._name(tensor, "weights")
-                self.log.host.add(self._known[tensor.untyped_storage()._cdata])
+                storage = self._known[tensor.untyped_storage()._cdata]
+                self.log.host.add(storage)
+                if getattr(method.run.method, "quantize", "none") != "none":
+                    self.log.mapped.add(storage)
         for module in method.model.modules():
             if isinstance(module, LoraLinear | VectorLora):
                 held = (*module.factors(), *(getattr(module, key, None) for key in FACTORS))
@@ -240,6 +247,8 @@ def tracked_memory(run: Run, with_host: bool) -> Tracked:
 def track(run: Run, program: Program = train_alone) -> Log:
     """Return what one device's program allocates over steps, merges and an evaluation."""
     run.model.shape()  # of a network without a name: found out with numbers
+    if getattr(run.method, "quantize", "none").startswith("nf4"):
+        nf4_levels()  # kept for later, so with numbers
     gc.collect()  # what is freed late would be taken for the program's
     follower = _Follower()
     try:
