@@ -218,7 +218,7 @@ def profile_show(
 
 @profile_app.command("measure")
 def profile_measure(
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write it to a .toml file; default: print it.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write it to a .toml; default: print it.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Half a minute at most, with fewer sizes.")] = False,
     devices: Annotated[int, typer.Option("--devices", "-n", min=1, help="Devices like this one in the profile.")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="Processor threads; default: as torch takes.")] = None,

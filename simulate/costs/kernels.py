@@ -130,7 +130,7 @@ def elementwise_s(run: Run, shape: ModelShape, rates: KernelRates, products: Seq
     samples, element_bytes = run.train.micro_batch, ELEMENT_BYTES[run.train.dtype]
     inside = sum(x.rows * (x.in_features + x.out_features) * x.count for x in shape.adapted)
     moves = ACTIVATION_MOVES + (FORWARD_MOVES if run.train.activation_checkpointing else 0)
-    elements = samples * (moves * inside + ACTIVATION_MOVES * shape.predictions * shape.outputs)
+    elements: float = samples * (moves * inside + ACTIVATION_MOVES * shape.predictions * shape.outputs)
     elements += sum(2 * product.count * product.m * product.n for product in products if isinstance(product, Folded))
     return rates.elementwise.seconds(samples * shape.tokens * shape.width * element_bytes, elements * element_bytes)
 
@@ -189,7 +189,7 @@ def _adapted_products(
 def _through_layer(
     linear: LinearShape, m: float, rank: int, reset_less: bool, heads: int, times: int, forward: bool
 ) -> Iterator[Product]:
-    """Yield the products of rows with every head's weight, as simulate.adapters makes them: heads with many rows fold."""
+    """Yield the products of rows with every head's weight, as simulate.adapters makes them."""
     y, x = linear.in_features, linear.out_features
     folds_old = reset_less and 2 * y * x < m * (x + y)
     y, x = (y, x) if forward else (x, y)

@@ -60,19 +60,16 @@ def measure_profile(wanted: Wanted, link: Link, tell: Tell, sizes: Sizes | None 
     )  # fmt: skip
 
 
-def _device(
-    wanted: Wanted, cuda: bool, memory_bytes_per_s: float, peaks: dict[str, float], kernels: Kernels
-) -> Device:
+def _device(wanted: Wanted, cuda: bool, memory_bytes_per_s: float, peaks: dict[str, float], kernels: Kernels) -> Device:
     detected = (local_gpu_profile() if cuda else None) or detect_local()
     own = detected.device[0]
     fastest = max(rate for _, rate in (*kernels.products, *kernels.attention))
     peaks = {**peaks, "fp32": max(peaks["fp32"], fastest)}
     middle = sorted(rate for _, rate in kernels.products)[len(kernels.products) // 2]
     asked = {key: own.sources[key] for key in ("memory_bytes", "reserved_bytes", "host_memory_bytes")}
-    how = "measured: see measurement.median_s and p90_s"
     return own.model_copy(
         update={
-            "count": wanted.devices, "kind": own.kind.removeprefix("this machine's ").replace("this machine", "machine"),
+            "count": wanted.devices, "kind": own.kind.replace("this machine's ", "").replace("this ", ""),
             "memory_bytes_per_s": memory_bytes_per_s, "flop_per_s": FlopPerSecond(**peaks),
             "efficiency": min(1.0, middle / peaks["fp32"]), "kernels": kernels, "source": "measured",
             "sources": {
@@ -81,7 +78,7 @@ def _device(
                 "memory_bytes_per_s": f"measured: a copy of {COPY_BYTES // 2**20} MiB, read and written",
                 "flop_per_s": f"measured: products of {PEAK_SIZE} x {PEAK_SIZE} matrices, the fastest product of all",
                 "efficiency": "measured: the median product's share; kernels' own rates take its place",
-                "kernels": how,
+                "kernels": "measured: see measurement.median_s and p90_s",
             },
         }
     )  # fmt: skip

@@ -88,7 +88,9 @@ def serve_pairs(interface: str, port: int, secret: Secret | None, tell: Tell, ca
         raise InputError(str(error).replace("--join", "--interface")) from None
     key = _key(secret, f"--interface {interface}", address)
     listener = listen(address, port, f"--interface {interface}")
-    tell(f"serving on {address_text(address, port)}; elsewhere: lte profile measure --link {address_text(address, port)}")
+    tell(
+        f"serving on {address_text(address, port)}; elsewhere: lte profile measure --link {address_text(address, port)}"
+    )
     door = Door(listener, Identity(SERVER, Purpose.LINK, key), HANDSHAKE_S)
     heard = 0
     try:
