@@ -59,8 +59,9 @@ def _measured_link(where: str, secret_file: Path | None, output: Output) -> Link
     from simulate.preflight.pair import measure_pair
     from simulate.preflight.secret import read_secret
 
-    output.hint(f"measuring the link to {where}")
-    return measure_pair(where, read_secret(secret_file))
+    link = measure_pair(where, read_secret(secret_file))
+    output.hint(f"measured the link to {where}")
+    return link
 
 
 def _show(profile: Profile, output: Output) -> None:

@@ -84,8 +84,9 @@ def held_out_times(
     threads = torch.get_num_threads()
     if profile.measurement is not None:
         torch.set_num_threads(profile.measurement.threads)
+    chosen = cases if cases is not None else QUICK_CASES if quick else CASES
     try:
-        return [_compare(case, profile, watch) for case in cases or (QUICK_CASES if quick else CASES)]
+        return [_compare(case, profile, watch) for case in chosen]
     finally:
         torch.set_num_threads(threads)
 

@@ -42,8 +42,8 @@ def measure_pair(where: str, secret: Secret | None) -> Link:
         raise InputError(str(error).replace("--join", "--link").replace("node 0", "the peer")) from None
     title = f"--link {endpoint}"
     me = Identity(CALLER, Purpose.LINK, _key(secret, title, place.address))
+    sock = socket.socket(family_of(place.hub_address), socket.SOCK_STREAM)
     try:
-        sock = socket.socket(family_of(place.hub_address), socket.SOCK_STREAM)
         sock.settimeout(HANDSHAKE_S)
         sock.bind(sockaddr(place.address, 0))
         sock.connect(sockaddr(place.hub_address, endpoint.port))
@@ -88,9 +88,8 @@ def serve_pairs(interface: str, port: int, secret: Secret | None, tell: Tell, ca
         raise InputError(str(error).replace("--join", "--interface")) from None
     key = _key(secret, f"--interface {interface}", address)
     listener = listen(address, port, f"--interface {interface}")
-    tell(
-        f"serving on {address_text(address, port)}; elsewhere: lte profile measure --link {address_text(address, port)}"
-    )
+    here = address_text(address, port)
+    tell(f"serving on {here}; elsewhere: lte profile measure --link {here}")
     door = Door(listener, Identity(SERVER, Purpose.LINK, key), HANDSHAKE_S)
     heard = 0
     try:

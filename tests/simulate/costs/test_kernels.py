@@ -49,8 +49,8 @@ def test_a_curve_goes_through_its_points_and_stays_level_beyond() -> None:
 
 def test_products_take_their_operations_at_the_rate_of_their_size() -> None:
     # A cube of 30 has 54,000 operations over 2,700 elements; a thin one of rank 3 has 5,400 over 1,080.
-    assert (cube := Product(30, 30, 30)).intensity == 20
-    assert (thin := Product(30, 30, 3)).intensity == 5
+    cube, thin = Product(30, 30, 30), Product(30, 30, 3)
+    assert (cube.intensity, thin.intensity) == (20, 5)
     found = products_s((cube, thin), rates(products=[[5, 1e6], [20, 1e7]]))
     assert found == pytest.approx(54_000 / 1e7 + 5_400 / 1e6)
 
