@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from simulate.errors import InputError
 from simulate.hardware import Device, FlopPerSecond, Kernels, Link, Measurement, Profile, detect_local
 from simulate.local_gpu import local_gpu_profile
 from simulate.measuring.kernels import FULL, QUICK, Sizes, Tell, measure_kernels
@@ -43,7 +44,9 @@ def measure_profile(wanted: Wanted, link: Link, tell: Tell, sizes: Sizes | None 
     if wanted.threads:
         torch.set_num_threads(wanted.threads)
     try:
-        cuda = torch.cuda.is_available() if wanted.device == "auto" else wanted.device == "cuda"
+        cuda = wanted.device != "cpu" and torch.cuda.is_available()
+        if wanted.device == "cuda" and not cuda:
+            raise InputError("--device cuda: torch sees no GPU here; use --device cpu")
         watch = Stopwatch(torch.device("cuda" if cuda else "cpu"), QUICK_S if wanted.quick else FULL_S)
         tell("memory bandwidth and peaks")
         memory_bytes_per_s = _copy_bytes_per_s(watch, COPY_BYTES)

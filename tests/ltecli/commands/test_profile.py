@@ -153,6 +153,13 @@ def test_measure_refuses_before_it_measures(
     assert (here / "old.toml").read_text() == "kept"
 
 
+def test_a_gpu_that_is_not_there_is_not_measured(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused("profile", "measure", "--device", "cuda", "-q", words=("--device cuda", "no GPU"))
+
+
 def test_a_profile_that_is_not_text_is_refused(refused: Refused, here: Path) -> None:
     (here / "p.toml").write_bytes(b"\xff\xfe")
     refused("profile", "show", "p.toml", words=("p.toml", "not UTF-8"))
