@@ -61,6 +61,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "adamix, rank 128": {"name": "adamix", "rank": 128},
     "sapipe": {"name": "sapipe"},
     "daso": {"name": "daso"},
+    "lte, rank 8": {"name": "lte", "rank": 8},
+    "lte, rank 16": {"name": "lte", "rank": 16},
+    "lte, rank 64": {"name": "lte", "rank": 64},
 }  # fmt: skip
 """Rank 32 x 4 heads is the network's width; T = 10 unless a method has its own."""
 

@@ -1,7 +1,7 @@
 """The paper's small studies (arXiv 2402.16828): least squares on one matrix, and sweeps of heads, rank, T and alpha.
 
     python bench/studies.py least-squares
-    python bench/studies.py heads-rank --data tinyshakespeare.txt
+    python bench/studies.py heads-rank --data tinyshakespeare.txt [--heads 4 --steps 100]
     python bench/studies.py merge-every --data tinyshakespeare.txt
     python bench/studies.py alpha --data tinyshakespeare.txt
 
@@ -91,7 +91,7 @@ def merged(method: Method) -> Tensor:
     return weight
 
 
-def text_loss(data: str, devices: int, **method: Any) -> str:
+def text_loss(data: str, devices: int, steps: int = TEXT_STEPS, **method: Any) -> str:
     """Return the validation loss of a short run on text, TOTAL_BATCH samples a step."""
     trained = train_table(
         {
@@ -99,13 +99,13 @@ def text_loss(data: str, devices: int, **method: Any) -> str:
             "data": {"path": data},
             "method": {"name": "lte", **method},
             "train": {
-                "steps": TEXT_STEPS,
+                "steps": steps,
                 "micro_batch": TOTAL_BATCH // devices,
                 "learning_rate": TEXT_RATE,
-                "warmup_steps": TEXT_STEPS // 20,
-                "evaluate_every": TEXT_STEPS,
+                "warmup_steps": steps // 20,
+                "evaluate_every": steps,
                 "evaluate_samples": 256,
-                "checkpoint_every": TEXT_STEPS,
+                "checkpoint_every": steps,
             },
             "cluster": {"devices": devices},
         }
@@ -118,8 +118,9 @@ def heads_rank(arguments: argparse.Namespace) -> Iterator[str]:
     ranks = (4, 8, 16, 32, 64)
     yield "| heads | " + " | ".join(f"r = {rank}" for rank in ranks) + " |"
     yield "|---|" + "---|" * len(ranks)
-    for heads in (1, 2, 4, 8):
-        yield f"| {heads} | " + " | ".join(text_loss(arguments.data, heads, rank=rank) for rank in ranks) + " |"
+    for heads in arguments.heads:
+        losses = (text_loss(arguments.data, heads, arguments.steps, rank=rank) for rank in ranks)
+        yield f"| {heads} | " + " | ".join(losses) + " |"
 
 
 def merge_every(arguments: argparse.Namespace) -> Iterator[str]:
@@ -153,6 +154,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=list(STUDIES))
     parser.add_argument("--data", help="UTF-8 text file, for all but least-squares")
+    parser.add_argument("--heads", type=int, nargs="+", default=[1, 2, 4, 8], help="of heads-rank")
+    parser.add_argument("--steps", type=int, default=TEXT_STEPS, help="of heads-rank")
     arguments = parser.parse_args()
     if arguments.data is None and arguments.study != "least-squares":
         parser.error(f"{arguments.study} needs --data")

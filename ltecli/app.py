@@ -88,17 +88,33 @@ def plan(
     method: Annotated[str | None, typer.Option(help="Pin the method: lte or ddp.")] = None,
     rank: Annotated[int | None, typer.Option(help="Pin the rank of one head.")] = None,
     heads_per_device: Annotated[int | None, typer.Option(help="Pin the heads of one device.")] = None,
-    quantize: Annotated[str | None, typer.Option(help="Pin the frozen weights' format: none, int8 or nf4.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="Pin the frozen weights' format: none, bf16, int8, nf4 or nf4-double.")
+    ] = None,
     merge_every: Annotated[int | None, typer.Option(help="Pin the steps between merges.")] = None,
     assignments: Set = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the choice as run.toml.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Let -o replace an existing file.")] = False,
     top: Annotated[int, typer.Option(min=1, help="Candidates to show.")] = 8,
+    probe: Annotated[Path | None, typer.Option(help="A probe.json of lte probe: ranks to try and to mark.")] = None,
+    objective: Annotated[str, typer.Option(help="What to minimise: time, bytes, memory or cost.")] = "time",
+    within: Annotated[str | None, typer.Option(metavar="TIME", help="Longest time to equal loss: 8h, 3d.")] = None,
+    efficiency: Annotated[Path | None, typer.Option(help="A samples model of yours, like samples.toml.")] = None,
+    why: Annotated[bool, typer.Option("--why", help="Explain the choice against its neighbours.")] = False,
+    timeline: Annotated[
+        bool, typer.Option("--timeline", help="Simulate rounds of the choice, event by event.")
+    ] = False,
+    rounds: Annotated[int | None, typer.Option(help="With --timeline: rounds to simulate; default: 100.")] = None,
+    timeline_svg: Annotated[Path | None, typer.Option(help="Draw the timeline into this file.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Follow the choice's own training without numbers, to check its memory.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Work out what fits and what it costs, and choose; writes nothing without -o."""
     from ltecli.commands.plan import Request, plan_command
 
+    asked = why or timeline or rounds is not None or timeline_svg is not None
     request = Request(
         profile=profile,
         model=model,
@@ -106,6 +122,9 @@ def plan(
         devices=devices,
         tokens=tokens,
         samples=samples,
+        objective=objective,
+        within=within,
+        efficiency=efficiency,
         pins={
             "name": method,
             "rank": rank,
@@ -114,8 +133,52 @@ def plan(
             "merge_every": merge_every,
         },
         assignments=tuple(assignments or ()),
+        probe=probe,
     )
-    raise typer.Exit(guarded(lambda: plan_command(request, out, force, top, as_json)))
+
+    def command() -> int:
+        extras = None
+        if asked:
+            from ltecli.commands.explain import Extras
+
+            extras = Extras(why, timeline, rounds, timeline_svg, force)
+        return plan_command(request, out, force, top, as_json, extras, verify)
+
+    raise typer.Exit(guarded(command))
+
+
+@app.command("probe")
+def probe_a_run(
+    run: Annotated[Path, typer.Argument(help="run.toml.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write what was found as probe.json.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Let -o replace an existing file.")] = False,
+    batches: Annotated[int, typer.Option(min=1, help="Steps whose batches give gradients, at each of two points.")] = 8,
+    warmup: Annotated[int, typer.Option(min=1, help="Dense steps between them.")] = 50,
+    layers: Annotated[bool, typer.Option("--layers", help="Show every adapted layer.")] = False,
+    device: Annotated[DeviceName, typer.Option(help="Where to probe.")] = DeviceName.AUTO,
+    assignments: Set = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Estimate rank, heads and batch from a few gradients and a short dense warm-up."""
+    from ltecli.commands.probe import ProbeOptions, probe_command
+
+    options = ProbeOptions(batches, warmup, tuple(assignments or ()))
+    raise typer.Exit(guarded(lambda: probe_command(run, options, out, force, layers, device.value, as_json, quiet)))
+
+
+@app.command()
+def validate(
+    only: Annotated[str | None, typer.Option(help="One section: memory, bytes or time.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer and smaller runs: about half a minute.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the tables as markdown.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Set predictions of memory, bytes and time beside what happens on this machine."""
+    from ltecli.commands.validate import validate_command
+
+    raise typer.Exit(guarded(lambda: validate_command(only, quick, out, as_json, quiet)))
 
 
 @app.command()

@@ -49,6 +49,8 @@ class Pins:
     """Keys of [method] that were given; their values are the base run's."""
     micro_batch: int | None = None
     activation_checkpointing: bool | None = None
+    ranks: tuple[int, ...] = ()
+    """Ranks of lte to try beside the grid's."""
 
 
 def grid(base: Run, shape: ModelShape, methods: Sequence[str], pins: Pins, tokens: int) -> Iterator[Run]:
@@ -76,7 +78,8 @@ def _options(base: Run, shape: ModelShape, name: str, pins: Pins) -> Iterator[Me
     axes = {key: values for key, values in AXES[name].items() if not (ours and key in pins.keys)}
     if "rank" in axes and isinstance(start, AdapterOptions):
         limit = min(min(linear.in_features, linear.out_features) for linear in shape.adapted)
-        axes["rank"] = [rank for rank in RANKS if rank <= limit] or [limit]
+        tried = sorted({*RANKS, *pins.ranks}) if name == "lte" else RANKS
+        axes["rank"] = [rank for rank in tried if rank <= limit] or [limit]
     if base.cluster.devices == 1 and "merge_transport" in axes:
         axes["merge_transport"] = axes["merge_transport"][:1]
     if isinstance(start, DasoOptions) and base.cluster.devices % start.devices_per_node:

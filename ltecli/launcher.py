@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -57,12 +58,17 @@ class RunFolder:
 
 
 def check_trainable(run: Run) -> None:
-    """Raise InputError for what can be planned but not trained yet."""
-    if isinstance(run.method, LteOptions) and run.method.quantize != "none":
+    """Raise InputError where something is not installed that the run needs."""
+    if isinstance(run.method, LteOptions) and run.method.quantize.startswith("nf4") and not is_nf4_installed():
         raise InputError(
-            f"method.quantize = {run.method.quantize!r} can be planned but not trained yet; "
-            "try --set method.quantize=none"
+            f"method.quantize = {run.method.quantize!r} needs bitsandbytes: pip install 'lte[quantize]', or try "
+            "--set method.quantize=int8"
         )
+
+
+def is_nf4_installed() -> bool:
+    """Whether the library is there that unpacks NF4; without the seconds of its import."""
+    return importlib.util.find_spec("bitsandbytes") is not None
 
 
 def new_folder(path: Path, run: Run, device_name: str = "cpu") -> RunFolder:

@@ -105,6 +105,16 @@ def seconds_text(seconds: float | None) -> str:
     return f"{seconds / 86400:,.3g} days" if seconds < 864e5 else f"{seconds / 86400:,.0f} days"
 
 
+def range_text(low_s: float, high_s: float) -> str:
+    """Return a range of seconds in the unit that fits its end: 3.1-5.4 h; a range without width as a point."""
+    if low_s == high_s:
+        return seconds_text(low_s)
+    high = seconds_text(high_s)
+    number, _, unit = high.rpartition(" ")
+    scale = high_s / float(number.replace(",", ""))
+    return f"{low_s / scale:,.3g}-{number} {unit}"
+
+
 def scores_text(val_loss: float | None, val_accuracy: float | None = None) -> str:
     """Return what an evaluation found; the accuracy where there is one."""
     loss = f"validation loss {'-' if val_loss is None else format(val_loss, '.4f')}"

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ltecli.formats import check_formats, format_notes
 from ltecli.grid import Pins, grid
+from ltecli.objective import MEANINGS, Choice, hourly_price, value_of
+from ltecli.ranges import RULE, Margins, range_keys
 from simulate.config import Run
-from simulate.costs.memory import Memory, host_memory_bytes, peak_memory
-from simulate.costs.samples import samples_factor
+from simulate.costs.memory import Memory, host_memory_by_part, memory_by_phase, peak_memory
+from simulate.costs.samples import Efficiency, samples_factor, shipped
 from simulate.costs.schedule import dense_reduction, num_rounds, received_bytes, sent_bytes
-from simulate.costs.time import RoundTime, device_step_s, exchange_s, round_time
+from simulate.costs.time import RoundTime, device_step_s, distinct, exchange_s, round_time
 from simulate.costs.traffic import ELEMENT_BYTES
 from simulate.errors import InputError
 from simulate.hardware import Device, Profile
@@ -21,6 +23,7 @@ from simulate.models.shapes import ModelShape
 from simulate.options import METHOD_NAMES, AdapterOptions, DdpOptions, LteOptions, MethodOptions
 
 PLAN_VERSION = 1
+EXACT, FREE, BY_TIME = Margins(), Pins(), Choice()
 CHOSEN_FROM = ("lte", "ddp")
 """The methods to choose from unless one is asked for; the best of each other is shown beside."""
 PLURALS = {"norm": "norms", "bias": "biases", "embedding": "embeddings", "other": "other modules"}
@@ -38,19 +41,41 @@ class Candidate:
     tokens: int
     """Asked for; steps round it up."""
     memory: Memory
-    host_memory_bytes: int
+    """At its peak: the highest phase."""
+    memory_by_phase: dict[str, int]
+    """Bytes of all parts at the height of each phase."""
+    host_memory_by_part: dict[str, int]
     sent_bytes_per_round: float
     received_bytes_per_round: float
     time: RoundTime
     wall_s: float
     samples_factor: float
     warnings: tuple[str, ...]
+    margins: Margins = EXACT
+    """How far times may be off."""
+    efficiency: Efficiency | None = None
+    """The samples model; None: the shipped one."""
 
     @property
     def equivalent_wall_s(self) -> float:
         """Seconds to the loss that dense small-batch training has after the asked tokens; what candidates rank by."""
         trained = self.run.train.steps * self.run.tokens_per_step * self.trained_share
         return self.wall_s * self.samples_factor * self.tokens / trained
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of the whole run."""
+        return num_rounds(self.run)
+
+    @property
+    def equivalent_sent_bytes(self) -> float:
+        """Bytes that a device sends until that loss is reached."""
+        return self.sent_bytes_per_round * self.rounds * self.equivalent_wall_s / self.wall_s
+
+    @property
+    def host_memory_bytes(self) -> int:
+        """Bytes of the host's own memory that one device needs."""
+        return sum(self.host_memory_by_part.values())
 
     @property
     def step_s(self) -> float:
@@ -87,7 +112,9 @@ class Candidate:
             "optimizer_state": self.run.train.optimizer_state,
             "steps": self.run.train.steps,
             "memory_bytes": {"total": self.memory.total, **self.memory.parts()},
+            "memory_by_phase": self.memory_by_phase,
             "host_memory_bytes": self.host_memory_bytes,
+            "host_memory_by_part": self.host_memory_by_part,
             "sent_bytes_per_round": self.sent_bytes_per_round,
             "sent_bytes_per_step": self.sent_bytes_per_round / self.time.steps,
             "received_bytes_per_step": self.received_bytes_per_round / self.time.steps,
@@ -100,17 +127,19 @@ class Candidate:
             "wall_s": self.wall_s,
             "assumed_samples_factor": self.samples_factor,
             "equivalent_wall_s": self.equivalent_wall_s,
+            **range_keys(self),
             "warnings": list(self.warnings),
         }
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A candidate that does not fit, and why; `short_bytes` is what it lacks."""
+    """A candidate that does not fit, and why: `short_bytes` is what it lacks, `late_s` how much too long it takes."""
 
     candidate: Candidate
     reason: str
     short_bytes: int
+    late_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -127,6 +156,8 @@ class Plan:
     notes: tuple[str, ...]
     rivals: tuple[Candidate | Rejected, ...] = ()
     """The best of each method that was not chosen from, or its nearest miss."""
+    pins: Pins = FREE
+    choice: Choice = BY_TIME
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as `lte plan --json` prints it and as runs keep it in plan.json."""
@@ -150,50 +181,81 @@ class Plan:
                 {**candidate_of(rival).to_dict(), "fits": not isinstance(rival, Rejected)} for rival in self.rivals
             ],
             "notes": list(self.notes),
+            "objective": self.choice.objective,
+            "price_per_hour": hourly_price(self.profile, self.base.cluster.devices),
         }
 
+    def tightest_device(self) -> Device:
+        """Return the device that the choice leaves the least room on."""
+        assert self.chosen is not None
+        run, shape = self.chosen.run, self.base.model.shape()
+        return min(
+            self.profile.devices(run.cluster.devices),
+            key=lambda device: device.memory_bytes - peak_memory(run, shape, device).total,
+        )
+
     def nearest_miss(self) -> Rejected | None:
-        """Return the rejected candidate that lacks the least memory."""
-        return min(self.rejected, key=lambda rejected: rejected.short_bytes, default=None)
+        """Return the rejected candidate that lacks the least memory, or of those that lack none the least late."""
+        return min(self.rejected, key=lambda rejected: (rejected.short_bytes, rejected.late_s), default=None)
 
 
-def evaluate(run: Run, profile: Profile, tokens: int) -> Candidate | Rejected:
+def evaluate(run: Run, profile: Profile, tokens: int, choice: Choice | None = None) -> Candidate | Rejected:
     """Work out one run on a profile: its costs, and whether every device can hold it."""
     shape = run.model.shape()
-    return _evaluate(run, shape, profile, profile.devices(run.cluster.devices), tokens)
+    return _evaluate(run, shape, profile, profile.devices(run.cluster.devices), tokens, choice or Choice())
 
 
 def _evaluate(
-    run: Run, shape: ModelShape, profile: Profile, devices: Sequence[Device], tokens: int
+    run: Run, shape: ModelShape, profile: Profile, devices: Sequence[Device], tokens: int, choice: Choice
 ) -> Candidate | Rejected:
-    kinds = {id(device): device for device in devices}.values()
-    memories = [(device, peak_memory(run, shape, device)) for device in kinds]
-    device, memory = min(memories, key=lambda pair: pair[0].memory_bytes - pair[1].total)
-    host_bytes = host_memory_bytes(run, shape, device)
+    heights = [(device, memory_by_phase(run, shape, device)) for device in distinct(devices)]
+    peaks = [(device, max(phases.values(), key=lambda m: m.total), phases) for device, phases in heights]
+    device, memory, phases = min(peaks, key=lambda peak: peak[0].memory_bytes - peak[1].total)
+    host_parts = host_memory_by_part(run, shape, device)
+    host_bytes = sum(host_parts.values())
     time = round_time(run, shape, devices, profile.link)
     num_devices, steps, rounds = run.cluster.devices, run.train.steps, num_rounds(run)
     candidate = Candidate(
         run=run,
         tokens=tokens,
         memory=memory,
-        host_memory_bytes=host_bytes,
+        memory_by_phase={str(name): height.total for name, height in phases.items()},
+        host_memory_by_part=host_parts,
         sent_bytes_per_round=sent_bytes(run, shape, steps) / rounds / num_devices,
         received_bytes_per_round=received_bytes(run, shape, steps) / rounds / num_devices,
         time=time,
         wall_s=run.train.steps * time.compute_s + rounds * (time.merge_s + time.exchange_s),
-        samples_factor=samples_factor(run, shape, tokens),
-        warnings=tuple(_warnings(run, shape, profile, time)),
+        samples_factor=samples_factor(run, shape, tokens, choice.efficiency),
+        warnings=(*_warnings(run, shape, profile, time), *(choice.probe.marks(run) if choice.probe else ())),
+        margins=Margins.of(profile),
+        efficiency=choice.efficiency,
     )
     short_bytes = memory.total - device.memory_bytes
     if short_bytes > 0:
         return Rejected(candidate, f"{_memory_reason(memory, device)}", short_bytes)
-    if host_bytes > device.host_memory_bytes:
-        short_bytes = host_bytes - device.host_memory_bytes
+    host_room_bytes = device.host_memory_bytes or device.memory_bytes - memory.total  # of one memory, what is left
+    if host_bytes > host_room_bytes:
+        short_bytes = host_bytes - host_room_bytes
         reason = (
-            f"needs {host_bytes / 1e9:.2f} GB of host memory for the weights that merges start from, {device.kind} has "
+            f"needs {host_bytes / 1e9:.2f} GB of host memory, most of it for {_largest_host_part(host_parts)}, "
+            f"{device.kind} has "
         )
-        return Rejected(candidate, f"{reason}{device.host_memory_bytes / 1e9:.2f} GB", short_bytes)
+        return Rejected(candidate, f"{reason}{host_room_bytes / 1e9:.2f} GB", short_bytes)
+    late_s = candidate.equivalent_wall_s - choice.within_s if choice.within_s is not None else 0.0
+    if late_s > 0:
+        needed_h = candidate.equivalent_wall_s / 3600
+        reason = f"needs {needed_h:.4g} h to equal loss, {late_s / 3600:.3g} h more than --within allows"
+        return Rejected(candidate, reason, 0, late_s)
     return candidate
+
+
+def _largest_host_part(parts: dict[str, int]) -> str:
+    meanings = {
+        "start_weights": "the weights that merges start from",
+        "checkpoint_save": "the tensor that a checkpoint is writing",
+        "data": "the data",
+    }
+    return meanings[max(parts, key=lambda name: parts[name])]
 
 
 def _memory_reason(memory: Memory, device: Device) -> str:
@@ -228,14 +290,20 @@ def _warnings(run: Run, shape: ModelShape, profile: Profile, time: RoundTime) ->
             yield f"{method.merge_transport} takes longer than reducing the dense delta"
 
 
-def make_plan(base: Run, profile: Profile, tokens: int, pins: Pins, notes: Sequence[str] = ()) -> Plan:
+def make_plan(
+    base: Run, profile: Profile, tokens: int, pins: Pins, notes: Sequence[str] = (), choice: Choice | None = None
+) -> Plan:
     """Lay out the grid around `base`, evaluate it, and choose; `base` carries every key that no pin or grid varies."""
+    choice = choice or Choice()
+    pins = replace(pins, ranks=choice.probe.ranks(base)) if choice.probe else pins
     check_formats(base, profile)
     shape, devices = base.model.shape(), profile.devices(base.cluster.devices)
+    rank = _rank_by(value_of(choice.objective, profile, len(devices)))
     methods = (pins.method,) if pins.method else CHOSEN_FROM
 
     def results_of(names: Sequence[str]) -> list[Candidate | Rejected]:
-        return [_evaluate(run, shape, profile, devices, tokens) for run in grid(base, shape, names, pins, tokens)]
+        runs = grid(base, shape, names, pins, tokens)
+        return [_evaluate(run, shape, profile, devices, tokens, choice) for run in runs]
 
     results = results_of(methods)
     if not results:
@@ -243,20 +311,21 @@ def make_plan(base: Run, profile: Profile, tokens: int, pins: Pins, notes: Seque
             f"train.warmup_steps = {base.train.warmup_steps} is not below the steps that {tokens:,} "
             f"{base.model.unit} take, whatever the batch; lower it, or train on more --{base.model.unit}"
         )
-    fitting = sorted((r for r in results if isinstance(r, Candidate)), key=_rank)
+    fitting = sorted((r for r in results if isinstance(r, Candidate)), key=rank)
     rejected = tuple(r for r in results if isinstance(r, Rejected))
-    trainable = [candidate for candidate in fitting if is_trainable(candidate.run)]
-    chosen = next(iter(trainable or fitting), None)
-    rivals = [] if pins.method else [_best(results_of((name,))) for name in METHOD_NAMES if name not in methods]
+    chosen = next(iter(fitting), None)
+    others = METHOD_NAMES if choice.with_rivals and not pins.method else ()
+    rivals = [_best(results_of((name,)), rank) for name in others if name not in methods]
     notes = [
         *notes,
-        *_choice_notes(chosen, fitting, profile),
+        *_choice_notes(chosen, fitting, profile, choice),
+        *(choice.probe.notes(base, chosen.run if chosen else None) if choice.probe else ()),
         *_treatment_notes(chosen, shape),
         *shape.notes,
         *_optimizer_notes(chosen),
-        *format_notes(chosen, profile, lambda run: _evaluate(run, shape, profile, devices, tokens)),
+        *format_notes(chosen, profile, lambda run: _evaluate(run, shape, profile, devices, tokens, choice)),
         *_pace_notes(chosen, shape, profile, devices),
-        *_rival_notes(chosen, rivals),
+        *_rival_notes(chosen, rivals, rank),
     ]
     return Plan(
         profile=profile,
@@ -265,21 +334,21 @@ def make_plan(base: Run, profile: Profile, tokens: int, pins: Pins, notes: Seque
         candidates=tuple(fitting),
         rejected=rejected,
         chosen=chosen,
-        dense=_best([r for r in results if isinstance(candidate_of(r).run.method, DdpOptions)])
-        or _best(results_of(("ddp",))),
+        dense=_best([r for r in results if isinstance(candidate_of(r).run.method, DdpOptions)], rank)
+        or _best(results_of(("ddp",)), rank),
         notes=tuple(notes),
         rivals=tuple(rival for rival in rivals if rival is not None),
+        pins=pins,
+        choice=choice,
     )
 
 
-def is_trainable(run: Run) -> bool:
-    """Whether `lte train` can run this today: quantised weights can be planned only."""
-    return not isinstance(run.method, LteOptions) or run.method.quantize == "none"
+Rank = Callable[[Candidate], tuple[float, ...]]
 
 
-def _rank(candidate: Candidate) -> tuple[float, ...]:
-    # At equal time the smaller footprint wins, so that a tie is never settled by the grid's order.
-    return (candidate.equivalent_wall_s, candidate.memory.total, candidate.sent_bytes_per_round)
+def _rank_by(value: Callable[[Candidate], float]) -> Rank:
+    """Return the key to sort by; at an equal value less time and the smaller footprint win, never the grid's order."""
+    return lambda c: (value(c), c.equivalent_wall_s, c.memory.total, c.sent_bytes_per_round)
 
 
 def candidate_of(result: Candidate | Rejected) -> Candidate:
@@ -287,24 +356,42 @@ def candidate_of(result: Candidate | Rejected) -> Candidate:
     return result.candidate if isinstance(result, Rejected) else result
 
 
-def _best(results: Sequence[Candidate | Rejected]) -> Candidate | Rejected | None:
-    """Return the first of those that fit and can be trained, or else the nearest miss."""
-    fitting = [r for r in results if isinstance(r, Candidate) and is_trainable(r.run)]
+def _best(results: Sequence[Candidate | Rejected], rank: Rank) -> Candidate | Rejected | None:
+    """Return the first of those that fit, or else the nearest miss."""
+    fitting = [r for r in results if isinstance(r, Candidate)]
     misses = [r for r in results if isinstance(r, Rejected)]
-    return min(fitting, key=_rank, default=None) or min(misses, key=lambda r: r.short_bytes, default=None)
+    nearest = min(misses, key=lambda r: (r.short_bytes, r.late_s), default=None)
+    return min(fitting, key=rank, default=None) or nearest
 
 
-def _choice_notes(chosen: Candidate | None, fitting: Sequence[Candidate], profile: Profile) -> Iterator[str]:
+def _choice_notes(
+    chosen: Candidate | None, fitting: Sequence[Candidate], profile: Profile, choice: Choice
+) -> Iterator[str]:
     sources = {device.source for device in profile.device} | {profile.link.source}
     yield f"figures of profile {profile.name} are {' and '.join(sorted(sources))}: times are estimates, bytes are exact"
+    if not Margins.of(profile).is_point:
+        yield RULE
+    model = choice.efficiency or shipped()
+    lte = model.methods["lte"]
     yield (
-        "candidates rank by time to equal loss, with assumed samples over dense: 1.4x for lte at rank x heads >= width "
-        "and T = 10 (arXiv 2402.16828), more at lower rank, rarer merges or larger batches (guesses)"
+        f"candidates rank by {MEANINGS[choice.objective]}, with assumed samples over dense: {lte.value:.3g}x "
+        f"({lte.low:.3g} to {lte.high:.3g}) for lte at rank x heads >= width and T = {model.merge_every}, more at "
+        "lower rank, rarer merges or larger batches (docs/planning.md; --efficiency replaces it)"
     )
-    if chosen and fitting and fitting[0] is not chosen:
-        yield f"{describe(fitting[0].run)} would rank first, but quantised weights can only be planned so far"
-    elif chosen and not is_trainable(chosen.run):
-        yield "only quantised candidates fit; they can be planned, not yet trained"
+    if chosen and getattr(chosen.run.method, "quantize", "none") != "none":
+        yield from _quantize_notes(chosen)
+
+
+def _quantize_notes(chosen: Candidate) -> Iterator[str]:
+    method = chosen.run.method
+    assert isinstance(method, LteOptions)
+    if method.quantize.startswith("nf4"):
+        yield f"method.quantize = {method.quantize} needs bitsandbytes: pip install 'lte[quantize]'"
+    if not method.keeps_master and method.reset != "none":
+        yield (
+            "method.master = none with method.reset = "
+            f"{method.reset} loses merged updates that are smaller than a rounding step; try --set method.master=host"
+        )
 
 
 def _optimizer_notes(chosen: Candidate | None) -> Iterator[str]:
@@ -351,10 +438,10 @@ def _treatment_notes(chosen: Candidate | None, shape: ModelShape) -> Iterator[st
     yield f"not adapted, every device trains its own copy, {how}: {', '.join(parts)}"
 
 
-def _rival_notes(chosen: Candidate | None, rivals: Sequence[Candidate | Rejected | None]) -> Iterator[str]:
+def _rival_notes(chosen: Candidate | None, rivals: Sequence[Candidate | Rejected | None], rank: Rank) -> Iterator[str]:
     """Say which method would be faster still, by its assumed samples: a guess that the user should know of."""
     fitting = [rival for rival in rivals if isinstance(rival, Candidate)]
-    best = min(fitting, key=_rank, default=None)
+    best = min(fitting, key=rank, default=None)
     if chosen and best and best.equivalent_wall_s < chosen.equivalent_wall_s:
         share = best.equivalent_wall_s / chosen.equivalent_wall_s
         yield (

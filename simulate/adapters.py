@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simulate.costs.traffic import Quantize
 from simulate.precision import product_dtype
+from simulate.quantize import QuantizedWeight, mapped_copy
 from simulate.randomness import address
 
 
@@ -37,10 +39,20 @@ class AdapterSpec:
     """Independent draws of `rank` rows that make up one head's A."""
     frozen_a: bool = False
     """Whether A stays as drawn and B is trained alone."""
+    quantize: Quantize = "none"
+    """Format of frozen W."""
+    keeps_start: bool = True
+    """Whether reset-less merges happen here, which start from W0."""
+    keeps_master: bool = False
+    """Whether merged W is kept here in full precision, beside the quantised one."""
+    shows_master: bool = True
+    """Whether the plain model has the full-precision W; else what all devices have."""
 
 
 class _LoraLinear(torch.autograd.Function):
     """y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ − s·(x·A0ᵀ)·B0ᵀ + bias for H heads that share W; saves x and s·x·Aᵀ only.
+
+    A quantised W is unpacked in forward and once more in backward, and let go at the end of each.
 
     Beside the frozen product, forward and backward to x cost 2 small products each and the factors' gradients 2 more:
     4P + 6P_adapter operations a row against the dense 6P. Everything adds in place onto the frozen product. The old
@@ -52,41 +64,49 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight_OI: Tensor, bias_LO: Tensor | None, a_HRI: Tensor, b_HOR: Tensor,
+        ctx: Any, x: Tensor, frozen_OI: Tensor | QuantizedWeight, bias_LO: Tensor | None, a_HRI: Tensor, b_HOR: Tensor,
         a0_HRI: Tensor | None, b0_HOR: Tensor | None, scale: float,
     ) -> Tensor:  # fmt: skip
         heads, rank, inputs = a_HRI.shape
-        outputs = weight_OI.shape[0]
+        outputs = frozen_OI.shape[0]
         x_HMI = x.to(product_dtype(x)).contiguous().view(heads, -1, inputs)
         rows = x_HMI.shape[1]
-        product = _Product.cast(x_HMI.dtype, weight_OI, a_HRI, b_HOR, a0_HRI, b0_HOR, scale)
+        product = _Product.cast(x_HMI.dtype, _dense(frozen_OI), a_HRI, b_HOR, a0_HRI, b0_HOR, scale)
         us_HMR = x_HMI.new_empty(heads, rows, rank).baddbmm_(x_HMI, product.a_HRI.mT, beta=0, alpha=scale)
         y_HMO = x_HMI.new_empty(heads, rows, outputs)
         if bias_LO is not None:  # first, so that the product adds to it without a pass of its own
             y_HMO.view(bias_LO.shape[0], -1, outputs).copy_(bias_LO.unsqueeze(1))
         product.add(y_HMO, x_HMI, us_HMR, to_inputs=False, beta=0 if bias_LO is None else 1)
-        ctx.save_for_backward(x_HMI, us_HMR, weight_OI, a_HRI, b_HOR, a0_HRI, b0_HOR)
+        del product
+        plain_OI = frozen_OI if isinstance(frozen_OI, Tensor) else None
+        ctx.save_for_backward(x_HMI, us_HMR, plain_OI, a_HRI, b_HOR, a0_HRI, b0_HOR)
+        ctx.packed_OI = frozen_OI if plain_OI is None else None  # a merge changes it between steps only
         ctx.scale, ctx.num_bias, ctx.x_dtype = scale, 0 if bias_LO is None else bias_LO.shape[0], x.dtype
         return y_HMO.view(*x.shape[:-1], outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_HMI, us_HMR, weight_OI, a_HRI, b_HOR, a0_HRI, b0_HOR = ctx.saved_tensors
+        x_HMI, us_HMR, plain_OI, a_HRI, b_HOR, a0_HRI, b0_HOR = ctx.saved_tensors
         grad_y = grads[0].contiguous()  # once, not in each of the products
         g_HMO = grad_y.view(*x_HMI.shape[:2], -1)
         vs_HMR = torch.empty_like(us_HMR).baddbmm_(g_HMO, b_HOR.to(g_HMO.dtype), beta=0, alpha=ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
             gx_HMI = torch.empty_like(x_HMI)
+            weight_OI = _dense(plain_OI if ctx.packed_OI is None else ctx.packed_OI)
             product = _Product.cast(x_HMI.dtype, weight_OI, a_HRI, b_HOR, a0_HRI, b0_HOR, ctx.scale)
             product.add(gx_HMI, g_HMO, vs_HMR, to_inputs=True, beta=0)
-            del product
+            del product, weight_OI
             grad_x = gx_HMI.view(*grad_y.shape[:-1], -1).to(ctx.x_dtype)
         rows_of_bias = g_HMO.view(ctx.num_bias, -1, g_HMO.shape[2]) if ctx.needs_input_grad[2] else None
         grad_bias = None if rows_of_bias is None else rows_of_bias.sum(1).to(b_HOR.dtype)
         grad_a = torch.bmm(vs_HMR.transpose(1, 2), x_HMI).to(a_HRI.dtype) if ctx.needs_input_grad[3] else None
         grad_b = torch.bmm(g_HMO.transpose(1, 2), us_HMR).to(b_HOR.dtype)
         return grad_x, None, grad_bias, grad_a, grad_b, None, None, None
+
+
+def _dense(weight: Tensor | QuantizedWeight) -> Tensor:
+    return weight.dense() if isinstance(weight, QuantizedWeight) else weight
 
 
 @dataclass(frozen=True)
@@ -170,7 +190,9 @@ class LoraLinear(nn.Module):
         super().__init__()
         self.name, self.spec = name, spec
         heads, (outputs, inputs) = devices * spec.heads_per_device, weight_OI.shape
-        self.register_buffer("weight", weight_OI.detach())
+        self.frozen = None if spec.quantize == "none" else QuantizedWeight(weight_OI, spec.quantize)
+        if self.frozen is None:
+            self.register_buffer("weight", weight_OI.detach())
         if isinstance(bias_LO, nn.Parameter) or bias_LO is None:
             self.bias = bias_LO
         else:
@@ -188,9 +210,13 @@ class LoraLinear(nn.Module):
         self.register_buffer("b0", None)
         # W0 never changes: with the old product subtracted, merges telescope to W = W0 + (s/H)·Σ B_h·A_h. It is read
         # at merges only, so it is no buffer: it stays in host memory when the module moves to a GPU.
-        self.start_weight = self.weight.cpu().clone() if spec.reset_less else None
+        keep = mapped_copy if self.frozen else torch.clone
+        self.start_weight = keep(weight_OI.detach().cpu()) if spec.reset_less and spec.keeps_start else None
+        # What merges add to where W is quantised, and what evaluation sees: rounding would swallow small updates.
+        self.master = mapped_copy(weight_OI.detach().cpu()) if spec.keeps_master else None
 
     weight: Tensor
+    """W, (O, I); quantised layers have `frozen` instead."""
     a0: Tensor | None
     b0: Tensor | None
 
@@ -235,13 +261,40 @@ class LoraLinear(nn.Module):
         self.a0.copy_(a_HRI)
         self.b0.copy_(b_HOR)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """O and I."""
+        return self.b.shape[1], self.a.shape[2]
+
+    def merged_weight(self) -> Tensor:
+        """Return W without adapters, (O, I), as exactly as it is kept here."""
+        if self.master is not None:
+            return self.master.to(self.b.device)
+        return _dense(self.frozen or self.weight)
+
+    @torch.no_grad()
+    def take_weight(self, weight_OI: Tensor) -> None:
+        """Make a merged W the layer's own."""
+        if self.frozen is None:
+            self.weight.copy_(weight_OI)
+            return
+        self.frozen.pack(weight_OI)
+        if self.master is not None:
+            self.master.copy_(weight_OI)
+
+    def frozen_tensors(self) -> list[Tensor]:
+        """Return what W is kept in on the device."""
+        return [self.weight] if self.frozen is None else self.frozen.tensors()
+
     def folded_weight(self) -> Tensor:
         """Return W + s·mean_h(B_h·A_h), (O, I): the one weight that unmerged adapters amount to."""
         product_HOI = self.b.detach() @ self.a.detach()
-        return torch.add(self.weight, product_HOI.mean(0), alpha=self.spec.scale)
+        return torch.add(self.merged_weight(), product_HOI.mean(0), alpha=self.spec.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return lora_function(x, self.weight, self.bias, self.a, self.b, self.a0, self.b0, self.spec.scale)
+        return lora_function(
+            x, self.frozen or self.weight, self.bias, self.a, self.b, self.a0, self.b0, self.spec.scale
+        )
 
     def plain_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield what the plain layer has beside its weight, with a copies axis."""
@@ -250,7 +303,8 @@ class LoraLinear(nn.Module):
 
     def plain_weight(self, fold: bool) -> Tensor:
         """Return the plain layer's weight; with `fold`, adapters included."""
-        weight = self.folded_weight() if fold else self.weight
+        kept = self.merged_weight() if self.spec.shows_master else _dense(self.frozen or self.weight)
+        weight = self.folded_weight() if fold else kept
         return weight.t() if self.transposed else weight
 
 

@@ -99,9 +99,10 @@ def convert(model: nn.Module, copies: int, treatment: Treatment = EVERYTHING_TRA
     converter = _Converter(model, copies, treatment)
     if converter.unbatched:
         model.register_forward_pre_hook(converter.count_samples)
-    for name, module in list(_parametric(model)):
+    # By their ids, since the list would keep every plain layer's weights until the last one is swapped.
+    for name, key in [(name, id(module)) for name, module in _parametric(model)]:
         parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, converter.swapped(name, module))
+        setattr(model.get_submodule(parent), attribute, converter.swapped(name, key))
     return model
 
 
@@ -140,11 +141,11 @@ class _Converter:
         """Note how many samples the network is called with."""
         self.batch.samples = len(arguments[0])
 
-    def swapped(self, name: str, module: nn.Module) -> nn.Module:
-        """Return what takes a module's place."""
-        if id(module) not in self.layers:
-            self.layers[id(module)] = self._swapped(name, module)
-        return self.layers[id(module)]
+    def swapped(self, name: str, key: int) -> nn.Module:
+        """Return what takes the place of the module of this name and, as it was, this id."""
+        if key not in self.layers:
+            self.layers[key] = self._swapped(name, self.model.get_submodule(name))
+        return self.layers[key]
 
     def _swapped(self, name: str, module: nn.Module) -> nn.Module:
         if _is_known(module):

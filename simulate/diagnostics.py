@@ -154,22 +154,33 @@ class _Drift:
         return {"drift_mean": math.fsum(ratios) / len(ratios), "drift_max": max(ratios)}
 
 
-class _Gradients:
-    """Gradients of a plain network at given weights: their sum, and the sum of their squared norms."""
+class LossGradient:
+    """Gradients of a plain network's mean loss at given weights."""
 
     def __init__(self, run: Run, weights: Mapping[str, Tensor]) -> None:
         self._model = empty_model(run)
         # By the names that are the network's own: weights that layers share appear once, and get one gradient.
         names = [name for name, _ in self._model.named_parameters()]
-        self._leaves = {name: nn.Parameter(weights[name].detach()) for name in names}
-        self._sums = [torch.zeros_like(leaf) for leaf in self._leaves.values()]
+        self.leaves = {name: nn.Parameter(weights[name].detach()) for name in names}
+
+    def of(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return a batch's mean loss, and its gradient by parameter, in the order of `leaves`."""
+        outputs = functional_call(self._model, dict(self.leaves), (inputs,))
+        loss = row_losses(outputs, targets).mean()
+        return loss.detach(), torch.autograd.grad(loss, list(self.leaves.values()), materialize_grads=True)
+
+
+class _Gradients:
+    """Gradients of a plain network at given weights: their sum, and the sum of their squared norms."""
+
+    def __init__(self, run: Run, weights: Mapping[str, Tensor]) -> None:
+        self._gradient = LossGradient(run, weights)
+        self._sums = [torch.zeros_like(leaf) for leaf in self._gradient.leaves.values()]
         self._squares, self.count = 0.0, 0
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
         """Add the gradient of one batch's mean loss."""
-        outputs = functional_call(self._model, dict(self._leaves), (inputs,))
-        loss = row_losses(outputs, targets).mean()
-        gradients = torch.autograd.grad(loss, list(self._leaves.values()))
+        _, gradients = self._gradient.of(inputs, targets)
         torch._foreach_add_(self._sums, gradients)
         self._squares += math.fsum(map(_square, gradients))
         self.count += 1

@@ -311,6 +311,8 @@ class _Channel:
             work.wait()
 
     def from_server(self, tensors: Sequence[Tensor]) -> None:
+        if len({tensor.dtype for tensor in tensors}) > 1:  # packed weights and their scales
+            tensors = [tensor.detach().view(-1).view(torch.uint8) for tensor in tensors]
         flat = _flat(tensors)
         if self.process == SERVER:
             leaving = [dist.isend(flat, p, group=self.group) for p in range(self.processes) if p != SERVER]

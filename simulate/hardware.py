@@ -15,6 +15,8 @@ from simulate.errors import InputError, near_match
 Source = Literal["datasheet", "measured", "guess"]
 Dtype = Literal["fp64", "fp32", "fp16", "bf16"]
 LOCAL = "local"
+MOST_BYTES = 10**15
+"""A petabyte: more memory of one device, or more bytes a second of one link, is a slip of the keyboard."""
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """As Linux calls processors' instructions for products in bf16, on x86 and Arm."""
 CPU_BF16_GAIN = 2
@@ -97,17 +99,25 @@ class Device(toml.Schema):
 
     count: int = Field(default=1, ge=1)
     kind: str
-    memory_bytes: int = Field(gt=0)
+    memory_bytes: int = Field(gt=0, le=MOST_BYTES)
     reserved_bytes: int = Field(ge=0)
     """What the system, the driver's context and the display keep for themselves."""
-    host_memory_bytes: int = Field(ge=0)
+    host_memory_bytes: int = Field(ge=0, le=MOST_BYTES)
     """Memory of the host beside the device, per device; 0 where device and host share one memory."""
-    memory_bytes_per_s: float = Field(gt=0)
+    memory_bytes_per_s: float = Field(gt=0, le=MOST_BYTES)
     flop_per_s: FlopPerSecond
     efficiency: float = Field(gt=0, le=1)
     """Share of the peak rate that training reaches."""
     kernels: Kernels | None = None
     """Measured rates by size; not set: every product reaches `efficiency` of the peak."""
+    step_jitter: float = Field(default=0.0, ge=0, le=1)
+    """Standard deviation of a step's seconds over their mean, of a gamma distribution (simulate/timeline/draws.py)."""
+    leave_per_hour: float = Field(default=0.0, ge=0, le=1)
+    """Chance that the device leaves within an hour."""
+    join_s: float = Field(default=0.0, ge=0)
+    """Seconds until it, or another in its place, is back; it takes part again from the next round on."""
+    price_per_hour: float | None = Field(default=None, ge=0)
+    """What an hour of the device costs, in whatever money; not set: not known."""
     source: Source
     sources: dict[str, str] = Field(default_factory=dict)
     """Where each figure comes from, by its key."""
@@ -137,13 +147,18 @@ class Link(toml.Schema):
 
     topology: Literal["star", "ring", "mesh"]
     """star: each device on its own up/down link to a hub; ring: to two neighbours; mesh: one link for each pair."""
-    up_bytes_per_s: float = Field(gt=0)
-    down_bytes_per_s: float = Field(gt=0)
+    up_bytes_per_s: float = Field(gt=0, le=MOST_BYTES)
+    down_bytes_per_s: float = Field(gt=0, le=MOST_BYTES)
     latency_s: float = Field(ge=0)
     """One-way delay of a message from device to device."""
-    server_up_bytes_per_s: float | None = Field(default=None, gt=0)
-    """The parameter server's own link; not set: as fast as a device's."""
-    server_down_bytes_per_s: float | None = Field(default=None, gt=0)
+    hop_delays: float = Field(default=1.0, ge=1, le=100)
+    """One-way delays that a hop of a ring takes; gloo asks for every buffer before it is sent: 2.2 to 2.9 were measured
+    (bench/README.md)."""
+    shared_bytes_per_s: float | None = Field(default=None, gt=0, le=MOST_BYTES)
+    """What all devices together can send, where they share one uplink; not set: each has its own."""
+    server_up_bytes_per_s: float | None = Field(default=None, gt=0, le=MOST_BYTES)
+    """The parameter server's own link; not set: as fast as a device's. [server] is the better place for both."""
+    server_down_bytes_per_s: float | None = Field(default=None, gt=0, le=MOST_BYTES)
     node_bytes_per_s: float | None = Field(default=None, gt=0)
     """Between the devices of one node, for methods that know nodes; not set: they use the link like all others."""
     node_latency_s: float | None = Field(default=None, ge=0)
@@ -152,17 +167,51 @@ class Link(toml.Schema):
 
     def __hash__(self) -> int:
         # Written out because `sources` is a dict; link times are remembered by link.
-        return hash((self.topology, self.up_bytes_per_s, self.down_bytes_per_s, self.latency_s))
+        return hash(
+            (self.topology, self.up_bytes_per_s, self.down_bytes_per_s, self.latency_s, self.shared_bytes_per_s)
+        )
+
+
+class Server(toml.Schema):
+    """The parameter server that devices push to and pull from."""
+
+    up_bytes_per_s: float | None = Field(default=None, gt=0, le=MOST_BYTES)
+    """Rate at which it sends to all devices together; not set: link.server_up_bytes_per_s, or a device's rate."""
+    down_bytes_per_s: float | None = Field(default=None, gt=0, le=MOST_BYTES)
+    price_per_hour: float | None = Field(default=None, ge=0)
+    """What an hour of it costs, in the devices' money; not set: nothing."""
+    sources: dict[str, str] = Field(default_factory=dict)
 
 
 class Profile(toml.Schema):
-    """A hardware profile: devices (they may differ) and the link between them."""
+    """A hardware profile: devices (they may differ), the link between them, and maybe a server."""
 
     name: str = ""
     description: str = ""
     device: list[Device] = Field(min_length=1)
     link: Link
     measurement: Measurement | None = None
+    server: Server | None = None
+    """Its rates are the link's server_up_bytes_per_s and server_down_bytes_per_s, too."""
+
+    @model_validator(mode="after")
+    def _server_joins_link(self) -> Profile:
+        """Give the link the server's rates, which all costs read there."""
+        update = {}
+        for direction in ("up", "down"):
+            given = self.server and getattr(self.server, f"{direction}_bytes_per_s")
+            key = f"server_{direction}_bytes_per_s"
+            in_link = getattr(self.link, key)
+            if given and in_link is not None and in_link != given:
+                raise ValueError(
+                    f"server.{direction}_bytes_per_s = {given:g} and link.{key} = {in_link:g} say two things of one "
+                    "rate; keep one"
+                )
+            if given:
+                update[key] = given
+        if update:
+            object.__setattr__(self, "link", self.link.model_copy(update=update))
+        return self
 
     @property
     def count(self) -> int:

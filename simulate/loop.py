@@ -27,7 +27,7 @@ from simulate.methods.paced import Paced
 from simulate.models.build import empty_model
 
 EVALUATION_BATCH = 16
-"""Samples in one forward pass of an evaluation."""
+"""Samples in one forward pass of an evaluation, at most."""
 MEETING_STEPS = 10
 """Steps between the meetings, and between recovery points, of processes whose method exchanges at every step."""
 
@@ -224,11 +224,15 @@ def _tell_step(session: Session, losses: list[float], figures: Event) -> None:
 def _evaluate(session: Session) -> None:
     """Emit the scores of the merged weights, on plain layers: nothing of the method is involved.
 
+    In batches that are no larger than a step's, so that what fits a step fits here.
+
     Processes take turns with the batches; their sums are added up in order.
     """
     model, weights = empty_model(session.run, session.device), session.method.merged_state()
     communicator = session.communicator
-    batches = session.batches.validation(session.run.train.evaluate_samples, EVALUATION_BATCH)
+    batches = session.batches.validation(
+        session.run.train.evaluate_samples, min(EVALUATION_BATCH, session.run.train.micro_batch)
+    )
     names = ("val_loss", *session.batches.score_names)
     sums_LX = torch.zeros(len(communicator.local_devices), 1 + len(names), dtype=torch.float64)
     for inputs, targets in islice(batches, communicator.process, None, communicator.processes):

@@ -10,17 +10,25 @@ import gc
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.profiler import ProfilerActivity, profile
 
 from simulate.communicator import Communicator, Nodes
 from simulate.config import Run
+from simulate.loss import row_losses
 from simulate.methods import build_method
-from simulate.models.build import DTYPES
+from simulate.methods.base import Method
+from simulate.models.build import DTYPES, empty_model
 from simulate.models.inputs import example_batch
+from simulate.options import AdamixOptions, DasoOptions, SapipeOptions
 
-MEASURED_ROUNDS, MEASURED_STEPS = 2, 2
+STEPS_OF_ROUNDS = (1, 2)
 """The first step allocates optimizer state, the first merge what it remembers; after that every round is alike."""
+STEPS_WITHOUT_ROUNDS, STEPS_WITH_STALE_GRADIENTS = 2, 3
+
+DRAWN_STEPS = 60
+"""At most, until all of AdaMix's experts were drawn."""
 
 
 class EchoCommunicator(Communicator):
@@ -64,30 +72,81 @@ class EchoCommunicator(Communicator):
     def _pack(self, tensors: Sequence[Tensor]) -> None:
         """Allocate and free the message that the tensors would travel in."""
         if self.num_devices > 1:
-            torch.cat([tensor.flatten() for tensor in tensors])
+            mixed = len({tensor.dtype for tensor in tensors}) > 1
+            torch.cat([tensor.flatten().view(torch.uint8) if mixed else tensor.flatten() for tensor in tensors])
+
+
+Watch = Callable[[str, Method], None]
+"""Told of each phase before it begins, and of the method that goes through it."""
+Program = Callable[[Run, torch.device, Watch], Method]
+
+
+def unwatched(phase: str, method: Method) -> None:
+    """Tell nobody."""
+
+
+def train_alone(run: Run, device: torch.device, watch: Watch = unwatched) -> Method:
+    """Train one device of a run on made-up samples, for some steps, merges and an evaluation."""
+    method = build_method(run, EchoCommunicator(run.cluster.devices), device)
+    inputs, targets = (tensor.to(device) for tensor in example_batch(run.model, run.train.micro_batch))
+    inputs = inputs.to(DTYPES[run.train.dtype]) if inputs.is_floating_point() else inputs
+    last = run.train.steps - 1
+    late = run.method.delay_steps if isinstance(run.method, DasoOptions) else run.method.late_steps
+    empty = empty_model(run, device)
+
+    def steps(count: int, first: int = 0) -> None:
+        for step in range(first, first + count):
+            watch("forward", method)
+            method.step(inputs, targets, step)
+
+    if isinstance(run.method, AdamixOptions):
+        _draw_all_experts(method, steps)
+    for count in _steps_of_rounds(run):
+        steps(count)
+        if late:
+            watch("merge", method)
+            method.merge(sent := run.method.steps_apart - 1)
+            if method.settles_after(sent):
+                watch("evaluation", method)
+                evaluate_batch(method, empty, inputs, targets)
+            steps(late + 1, sent + 1)  # one more: an arrival may have dropped optimizer state
+        watch("merge", method)
+        method.merge(last)  # of all groups of layers
+    watch("evaluation", method)
+    evaluate_batch(method, empty, inputs, targets)
+    return method
+
+
+def _steps_of_rounds(run: Run) -> tuple[int, ...]:
+    if run.method.round_steps > 1:
+        return STEPS_OF_ROUNDS
+    return (STEPS_WITH_STALE_GRADIENTS if isinstance(run.method, SapipeOptions) else STEPS_WITHOUT_ROUNDS,)
+
+
+def _draw_all_experts(method: Method, steps: Callable[[int, int], None]) -> None:
+    """Step until every expert has optimizer state, which it gets with its first gradient."""
+    for step in range(DRAWN_STEPS):
+        if all(parameter in method.optimizer.state for parameter in method.parameters.values()):
+            return
+        steps(1, step)
 
 
 def measure_memory_bytes(run: Run, device: torch.device) -> int:
-    """Return the allocator's peak, in bytes, of one device's program over steps and a merge."""
+    """Return the allocator's peak, in bytes, of one device's program over steps, merges and an evaluation."""
 
     def program() -> None:
-        method = build_method(run, EchoCommunicator(run.cluster.devices), device)
-        inputs, targets = (tensor.to(device) for tensor in example_batch(run.model, run.train.micro_batch))
-        inputs = inputs.to(DTYPES[run.train.dtype]) if inputs.is_floating_point() else inputs
-        last = run.train.steps - 1
-        for _ in range(MEASURED_ROUNDS):
-            for step in range(MEASURED_STEPS):
-                method.step(inputs, targets, step)
-            late = run.method.late_steps
-            if late:
-                method.merge(sent := run.method.steps_apart - 1)
-                for step in range(sent + 1, sent + 1 + late):
-                    method.step(inputs, targets, step)
-            method.merge(last)  # of all groups of layers
+        train_alone(run, device)
 
     if device.type == "cuda":
         return _cuda_peak_bytes(program, device)
     return cpu_peak_bytes(program)
+
+
+@torch.no_grad()
+def evaluate_batch(method: Method, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the losses of a batch, (M,), by the merged weights on a plain network without storage."""
+    outputs = functional_call(model, method.merged_state(), (inputs,), tie_weights=False)
+    return row_losses(outputs, targets)
 
 
 def _cuda_peak_bytes(program: Callable[[], None], device: torch.device) -> int:

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from simulate import toml
+from simulate.costs.traffic import Quantize
 
-Quantize = Literal["none", "int8", "nf4"]
+Master = Literal["host", "server", "none"]
 Transport = Literal["gather", "reduce", "server"]
 Wire = Literal["full", "fp16", "bf16", "int8", "int4"]
 """How values travel; full: as they are. All others carry what they lost to the next message (error feedback)."""
@@ -229,7 +230,10 @@ class LteOptions(AdapterOptions):
     convolutions: Convolutions = "lora"
     """Convolutions: a pair whose B is a 1x1 convolution, or all weights averaged at merges."""
     quantize: Quantize = "none"
-    """Format of the frozen weights."""
+    """Format of the frozen weights; products unpack a layer at a time."""
+    master: Master = "host"
+    """Who keeps merged weights in full precision where frozen ones are quantised: every process in host memory, the
+    server alone, or nobody: then merges with a reset lose what rounding swallows."""
 
     @property
     def round_steps(self) -> int:
@@ -245,6 +249,30 @@ class LteOptions(AdapterOptions):
     @property
     def remembers_product(self) -> bool:
         return self.reset == "none"
+
+    @property
+    def keeps_master(self) -> bool:
+        """Whether merged weights are kept in full precision beside quantised ones."""
+        return self.quantize != "none" and self.master != "none"
+
+    @model_validator(mode="after")
+    def _quantized_goes_with_the_rest(self) -> LteOptions:
+        if self.master != "host" and self.quantize == "none":
+            raise ValueError(
+                f"master = {self.master!r} is for quantised weights, and quantize is 'none'; "
+                "leave it away, or try --set method.quantize=nf4"
+            )
+        if self.master == "server" and self.merge_transport != "server":
+            raise ValueError(
+                f"master = 'server' needs the server to merge, and merge_transport is {self.merge_transport!r}; "
+                "try --set method.merge_transport=server"
+            )
+        if self.merge_delay and self.quantize != "none":
+            raise ValueError(
+                f"merge_delay = {self.merge_delay} would hold arriving weights unpacked beside quantize = "
+                f"{self.quantize!r}; leave one of them away"
+            )
+        return self
 
     @model_validator(mode="after")
     def _delay_goes_with_the_rest(self) -> LteOptions:

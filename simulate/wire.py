@@ -125,15 +125,19 @@ class CompressedMean:
 
     def _send(self, parts: Iterable[Tensor]) -> list[Tensor]:
         """Return the messages to all devices, (L*N, ...), and keep what they leave out."""
-        first = 0
-        for part in parts:  # onto what the last message left out, so that nothing is held twice
-            flat_LX = part.flatten(1)
-            self.sent_error_LX[:, first : first + flat_LX.shape[1]] += flat_LX
-            first += flat_LX.shape[1]
+        self._add_to_error(parts)
         x_NC = self.sent_error_LX.view(-1, self.chunk)
         message = encode(x_NC, self.wire)
         x_NC.sub_(decode(message, self.chunk, self.wire, x_NC.dtype))
         return message
+
+    def _add_to_error(self, parts: Iterable[Tensor]) -> None:
+        """Add a vector in parts to what the last message left out, so that nothing is held twice."""
+        first = 0
+        for part in parts:
+            flat_LX = part.flatten(1)
+            self.sent_error_LX[:, first : first + flat_LX.shape[1]] += flat_LX
+            first += flat_LX.shape[1]
 
     def state(self) -> dict[str, Tensor]:
         """Return both errors by name."""

@@ -126,6 +126,13 @@ VARIANTS: dict[str, Table] = {
     "topk": {"name": "topk", "density": 0.1},
     "signsgd": {"name": "signsgd"},
     "lte": {"name": "lte", "merge_every": 4},
+    "lte, nf4": {"name": "lte", "merge_every": 4, "quantize": "nf4", "reset": "ab"},
+    "lte, int8, served": {
+        "name": "lte", "merge_every": 4, "quantize": "int8", "merge_transport": "server", "master": "server",
+    },
+    "lte, nf4-double, reduced": {
+        "name": "lte", "merge_every": 4, "quantize": "nf4-double", "merge_transport": "reduce", "reset": "b",
+    },
     "lte, auto": {"name": "lte", "merge_every": 4, "merge_transport": "auto"},
     "lte, int8": {"name": "lte", "merge_every": 4, "wire": "int8"},
     "lte, reduced int4": {"name": "lte", "merge_every": 4, "merge_transport": "reduce", "wire": "int4"},

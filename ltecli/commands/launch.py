@@ -296,7 +296,7 @@ def _leave_start_facts(launch: Launch, folder: RunFolder, device: torch.device) 
     from simulate.worker import START
 
     measured_bytes = measure_memory_bytes(folder.run, device)
-    if device.type == "cpu":
+    if device.type == "cpu" and folder.plan["chosen"]["quantize"] == "none":
         measured_bytes -= folder.plan["chosen"]["host_memory_bytes"]
     facts = {"start": start_facts(folder, device), "measured_bytes": measured_bytes}
     launch.store.set(START, json.dumps(facts))

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ltecli.errors import NothingFeasibleError
 from ltecli.grid import Pins
-from ltecli.output import Output, bytes_text, plain_table, seconds_text
+from ltecli.objective import Choice, parse_duration_s, parse_objective
+from ltecli.output import Output, bytes_text, plain_table, range_text, seconds_text
 from ltecli.planner import Candidate, Plan, Rejected, candidate_of, describe, make_plan
+from ltecli.probing import PlanProbe
+from ltecli.ranges import equivalent_range, time_range, wall_range
 from simulate import toml
 from simulate.config import BYTE_VALUES, BYTES, Run, Train, build_run, dump_run
+from simulate.costs.samples import load_efficiency
 from simulate.errors import InputError
 from simulate.hardware import LOCAL, Profile, load_profile
 from simulate.models.options import sees_images, text_sizes
 from simulate.options import METHODS, AdapterOptions
+
+if TYPE_CHECKING:
+    from ltecli.commands.explain import Explained, Extras
+    from simulate.tracking import Tracked
 
 EMBEDDED_BYTES = 500_000
 """That the embedded text has at least, whichever Python's library it is."""
@@ -47,16 +55,38 @@ class Request:
     pins: Mapping[str, Any] = field(default_factory=dict)
     """Keys of [method]."""
     assignments: tuple[str, ...] = ()
+    probe: Path | None = None
+    """What lte probe wrote of the same network."""
+    objective: str = "time"
+    within: str | None = None
+    efficiency: Path | None = None
 
 
-def plan_command(request: Request, out: Path | None, force: bool, top: int, as_json: bool) -> int:
-    """Plan, show, and write the choice where `out` asks for it; raises NothingFeasibleError where nothing fits."""
+def plan_command(
+    request: Request, out: Path | None, force: bool, top: int, as_json: bool, extras: Extras | None = None,
+    verify: bool = False,
+) -> int:  # fmt: skip
+    """Plan, show, and write the choice where `out` asks for it; raises NothingFeasibleError where nothing fits.
+
+    With `verify`, follow the choice's own program without numbers, and set what it was seen to hold beside the plan.
+    """
     if out is not None:
-        _check_target(out, force)
-    plan = plan_request(request)
+        check_target(out, force)
+    if extras is not None:
+        extras.check()
+    plan = plan_request(request, to_train=out is not None)
     output = Output(as_json)
-    output.json(plan.to_dict())
+    explained = _explained(plan, extras)
+    verified = verify_choice(plan) if verify and plan.chosen is not None else None
+    added = explained.to_dict() if explained else {"why": None, "timeline": None}
+    output.json({**plan.to_dict(), **added, **({"verify": asdict(verified)} if verified else {})})
     _show(plan, output, top)
+    if explained is not None and extras is not None:
+        from ltecli.commands.explain import show_explained
+
+        show_explained(plan, explained, extras, output)
+    if verified and plan.chosen:
+        _show_verified(plan.chosen, verified, output)
     if plan.chosen is None:
         raise NothingFeasibleError(nearest_miss_text(plan))
     if out is not None:
@@ -70,8 +100,30 @@ def plan_command(request: Request, out: Path | None, force: bool, top: int, as_j
     return 0
 
 
-def plan_request(request: Request) -> Plan:
-    """Turn a request into a plan; raises InputError for what is wrong in it."""
+def _explained(plan: Plan, extras: Extras | None) -> Explained | None:
+    """Work out what else was asked for; the simulation and its numpy are loaded only then."""
+    if extras is None or not (extras.why or extras.wants_timeline):
+        return None
+    from ltecli.commands.explain import explain_plan
+
+    return explain_plan(plan, extras)
+
+
+def _choice(request: Request) -> Choice:
+    """Return how to choose; raises InputError."""
+    return Choice(
+        objective=parse_objective(request.objective),
+        efficiency=load_efficiency(request.efficiency) if request.efficiency else None,
+        within_s=parse_duration_s(request.within) if request.within is not None else None,
+    )
+
+
+def plan_request(request: Request, to_train: bool = True) -> Plan:
+    """Turn a request into a plan; raises InputError for what is wrong in it.
+
+    A plan that is only looked at may be for more devices than the embedded text has data for.
+    """
+    choice = _choice(request)
     table: toml.Table = {"model": {}, "data": {}, "method": {}, "train": {}, "cluster": {}}
     for assignment in request.assignments:
         toml.set_key(table, assignment)
@@ -85,10 +137,19 @@ def plan_request(request: Request) -> Plan:
     profile = load_profile(str(table["cluster"].setdefault("profile", LOCAL)))
     named = bool(table["data"])
     base, notes = _base_run(table, profile)
-    if named or base.model.unit == "tokens":  # what is only a default may also be missing until it is trained on
+    if named:
         _check_data(base)
+    elif base.model.unit == "tokens":  # what is only a default may be missing or too small until it is trained on
+        try:
+            _check_data(base)
+        except InputError as error:
+            if to_train:
+                raise
+            notes.append(f"to train, name data of yours by --data; {error}")
     tokens = _tokens(request, base, table)
-    return make_plan(base, profile, tokens, pins, notes)
+    if request.probe is not None:
+        choice = replace(choice, probe=PlanProbe(request.probe, base.model.shape()))
+    return make_plan(base, profile, tokens, pins, notes, choice)
 
 
 def _put(table: toml.Table, section: str, key: str, value: Any) -> None:
@@ -206,9 +267,10 @@ def _given_tokens(request: Request, unit: str) -> int | None:
     return given
 
 
-def _check_target(out: Path, force: bool) -> None:
+def check_target(out: Path, force: bool, name: str = "run.toml") -> None:
+    """Raise InputError where a file cannot be written; `name` is what it could be called."""
     if out.is_dir():
-        raise InputError(f"--out {out} is a folder; name a file in it, for example {out / 'run.toml'}")
+        raise InputError(f"--out {out} is a folder; name a file in it, for example {out / name}")
     if out.exists() and not force:
         raise InputError(f"--out {out} exists; add --force to replace it, or choose another name")
     if not out.parent.is_dir():
@@ -219,6 +281,12 @@ def nearest_miss_text(plan: Plan) -> str:
     """Return what comes closest to fitting, and what would make it fit."""
     miss = plan.nearest_miss()
     assert miss is not None, "a plan without candidates has rejected at least one"
+    if miss.late_s > 0:
+        return (
+            f"nothing reaches equal loss within {seconds_text(plan.choice.within_s)}: the nearest miss is "
+            f"{describe(miss.candidate.run)}, which needs {seconds_text(miss.candidate.equivalent_wall_s)}; allow more "
+            "--within, train on fewer tokens, or add devices"
+        )
     model = plan.base.model
     layers = getattr(model, "layers", None)
     return (
@@ -277,9 +345,9 @@ def _cells(candidate: Candidate) -> list[str]:
         bytes_text(candidate.sent_bytes_per_round / candidate.time.steps),
         seconds_text(candidate.step_s),
         seconds_text(candidate.time.round_s),
-        seconds_text(candidate.wall_s),
+        range_text(*wall_range(candidate)),
         f"{candidate.samples_factor:.2f}",
-        seconds_text(candidate.equivalent_wall_s),
+        range_text(*equivalent_range(candidate)),
     ]
 
 
@@ -295,7 +363,7 @@ def _rival_table(plan: Plan) -> Any:
 
 
 def _example(rejected: tuple[Rejected, ...]) -> str:
-    nearest = min(rejected, key=lambda r: r.short_bytes)
+    nearest = min(rejected, key=lambda r: (r.short_bytes, r.late_s))
     return f"{describe(nearest.candidate.run)} {nearest.reason}"
 
 
@@ -314,8 +382,45 @@ def _show_choice(plan: Plan, chosen: Candidate, output: Output) -> None:
         output.text(f"dense does not fit: {plan.dense.reason}")
     elif dense and chosen is not dense:
         output.text(_comparison(chosen, dense))
+    phases = (f"{_phase(name)} {bytes_text(size)}" for name, size in chosen.memory_by_phase.items())
+    output.text(f"memory by phase: {', '.join(phases)}")
+    if chosen.host_memory_bytes:
+        parts = (f"{_phase(name)} {bytes_text(size)}" for name, size in chosen.host_memory_by_part.items() if size)
+        output.text(f"host memory: {bytes_text(chosen.host_memory_bytes)} ({', '.join(parts)})")
     for warning in chosen.warnings:
         output.text(f"warning: {warning}")
+
+
+def _phase(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def verify_choice(plan: Plan) -> Tracked:
+    """Follow what the chosen run holds; raises InputError where it cannot be followed."""
+    assert plan.chosen is not None
+    run = plan.chosen.run
+    from simulate.tracking import tracked_memory
+
+    return tracked_memory(run, with_host=plan.tightest_device().host_memory_bytes == 0)
+
+
+def _show_verified(chosen: Candidate, verified: Tracked, output: Output) -> None:
+    """Set planned beside tracked bytes, part by part; then what an allocator and the system add."""
+    memory = chosen.memory
+    output.text("")
+    table = plain_table("memory of the choice, per device", "planned", "tracked", "difference")
+    planned = memory.parts()
+    reserved = planned.pop("reserved")
+    for part, size in planned.items():
+        table.add_row(part, bytes_text(size), bytes_text(verified.by_part[part]), "")
+    total = memory.total - reserved
+    share = f"{total / verified.tracked_bytes - 1:+.2%}"
+    table.add_row("peak", bytes_text(total), bytes_text(verified.tracked_bytes), share)
+    output.table(table)
+    output.text(
+        f"with the CUDA allocator's rounding and segments {bytes_text(verified.allocator_bytes)}; the system and its "
+        f"context reserve {bytes_text(reserved)} more"
+    )
 
 
 def _figures(candidate: Candidate) -> dict[str, str]:
@@ -326,10 +431,10 @@ def _figures(candidate: Candidate) -> dict[str, str]:
         **{f"  {part}": bytes_text(size) for part, size in candidate.memory.parts().items()},
         "sent per round": f"{bytes_text(candidate.sent_bytes_per_round)} / {steps} step{'s' if steps > 1 else ''}",
         "sent per step": bytes_text(candidate.sent_bytes_per_round / steps),
-        "compute per step": seconds_text(candidate.time.compute_s),
-        "exchange per round": seconds_text(candidate.time.exchange_s),
-        f"wall-clock for the {candidate.run.model.unit}": seconds_text(candidate.wall_s),
-        "assumed to equal loss": seconds_text(candidate.equivalent_wall_s),
+        "compute per step": range_text(*time_range(candidate, candidate.time.compute_s, 0.0)),
+        "exchange per round": range_text(*time_range(candidate, 0.0, candidate.time.exchange_s)),
+        f"wall-clock for the {candidate.run.model.unit}": range_text(*wall_range(candidate)),
+        "assumed to equal loss": range_text(*equivalent_range(candidate)),
     }
 
 

@@ -215,8 +215,8 @@ def _simulate(folder: RunFolder, device: torch.device, output: Output) -> int:
     communicator = VirtualCommunicator(run.cluster.devices, clock.charge_transfer, clock.wait)
     batches = build_batches(run, folder.data, device)
     measured_bytes = None if folder.resume_from else measure_memory_bytes(run, device)
-    if measured_bytes and device.type == "cpu":
-        # What the plan puts into the host's own memory, this CPU holds in the same one.
+    if measured_bytes and device.type == "cpu" and folder.plan["chosen"]["quantize"] == "none":
+        # What the plan puts into the host's own memory, this CPU holds in the same one; but for what lies in files.
         measured_bytes -= folder.plan["chosen"]["host_memory_bytes"]
     with ExitStack() as stack, stop_on_signal() as asked:
         sinks: list[Callable[[Event], None]] = []

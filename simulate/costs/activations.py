@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from simulate.models.shapes import ModelShape
+from simulate.costs.phases import Phase
+from simulate.models.shapes import LinearShape, ModelShape
 
 BLOCK_TENSORS = 16
 """Activation tensors, in u, that a transformer block keeps: inputs of 2 norms, 4 linears (1, 1, 1, 4), q, k, v, the
@@ -21,24 +22,16 @@ BLOCK_NORMS = 2
 """Of these, what the norms read: sums, which stay in the weights' format."""
 BLOCK_BACKWARD = 5
 """Working tensors, in u, at the height of a block's backward: the stream's gradient and one of the GELU's width."""
+BLOCK_FORWARD = 12
+"""Tensors, in u, at the height of a block's pass without a backward one: the network's and the block's input, the
+stream, the norm's output, the GELU's two of four times the width."""
+TRANSPOSED = 4
+"""Tensors, in u, beside the backward pass of a Mixer's network over tokens: gradients, and their
+transposed copies; what is recomputed needs one."""
 LOSS_CHUNK_ELEMENTS = 2**20
 """Logits that the loss works on at once: a few megabytes of scratch, whatever the batch."""
 FLOAT_BYTES = 4
 INDEX_BYTES = 8
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Bytes beside what is held all the time, at one moment."""
-
-    gradients: int
-    activations: int
-    temporary: int
-
-    @property
-    def total(self) -> int:
-        """Sum of all parts."""
-        return self.gradients + self.activations + self.temporary
 
 
 @dataclass(frozen=True)
@@ -55,6 +48,14 @@ class _Step:
     element_bytes: int
     product_bytes: int
     """Of an element that matrix products read and write."""
+    unpacked: int = 0
+    """Bytes of the largest frozen layer while a product unpacks it."""
+    heads: int = 1
+    """Pairs that divide the rows between them."""
+    subtracts: bool = False
+    """Whether the product of the last merge is subtracted in every pass."""
+    fold_tensors: int | None = None
+    """Tensors of a weight's size that are made to add adapters to it for an evaluation; None: they are not added."""
 
     @property
     def tokens(self) -> int:
@@ -108,22 +109,46 @@ class _Step:
 
     @property
     def largest_weight(self) -> int:
-        """Bytes that one layer of a block takes in its backward pass: a dense gradient, or frozen weights as cast.
+        """Bytes of the layer of a block whose weights take most in its backward pass."""
+        return self._of_weights(max(self.shape.adapted, key=lambda x: x.weights))
+
+    def _of_weights(self, linear: LinearShape) -> int:
+        """Bytes that a layer's weights take in its backward pass: a dense gradient, or W, unpacked or cast.
 
         A dense gradient leaves the product cast as well; when it becomes one of the weights' format, what the layer had
         kept is gone.
         """
-        largest = max(self.shape.adapted, key=lambda x: x.weights)
-        cast, gradient = largest.weights * self.product_bytes, largest.weights * self.element_bytes
+        cast, gradient = linear.weights * self.product_bytes, linear.weights * self.element_bytes
         if not self.is_cast:
-            return 0 if self.rank else gradient
-        kept = self.samples * largest.rows * max(largest.in_features, largest.out_features) * self.product_bytes
-        return cast if self.rank else max(cast, gradient - kept)
+            return self.unpacked if self.rank else gradient
+        kept = self.samples * linear.rows * max(linear.in_features, linear.out_features) * self.product_bytes
+        return cast + self.unpacked if self.rank else max(cast, gradient - kept)
 
     @property
     def stream_gradient(self) -> int:
         """Bytes of the gradient between blocks; where products take a cast of it, it is there twice."""
         return self.u + self.v if self.is_cast else self.u
+
+    def beside(self, name: str) -> int:
+        """Bytes of an adapted layer's backward pass beside the gradients of its outputs and inputs.
+
+        Its weights; and of adapters rows in rank dimensions, and heads' own weights or the old product's rows, as
+        simulate.adapters chooses.
+        """
+        linear = next(x for x in self.shape.adapted if x.name.endswith(name))
+        weights = self._of_weights(linear)
+        if not self.rank:
+            return weights
+        rows = self.samples * linear.rows
+        small = rows * self.rank * self.product_bytes
+        return weights + small + max(self._folded(linear, rows // self.heads), small * self.subtracts)
+
+    def _folded(self, linear: LinearShape, rows: int) -> int:
+        """Bytes of the weights into which half of the heads fold their products, if they do, for the inputs' sake."""
+        outputs, inputs = linear.out_features, linear.in_features
+        folds_old = self.subtracts and 2 * outputs * inputs < rows * (outputs + inputs)
+        folds_new = outputs < rows if folds_old else 2 * outputs <= rows
+        return -(-self.heads // 2) * linear.weights * self.product_bytes if folds_old or folds_new else 0
 
     @property
     def replicated(self) -> int:
@@ -136,16 +161,27 @@ class _Step:
 
 def step_phases(
     shape: ModelShape, samples: int, rank: int, block_gradient_bytes: int, checkpointing: bool, element_bytes: int,
-    product_bytes: int,
+    product_bytes: int, unpacked_bytes: int = 0, heads: int = 1, subtracts: bool = False,
+    fold_tensors: int | None = None,
 ) -> tuple[Phase, ...]:  # fmt: skip
-    """Return the phases of one step that can be its peak, over what is held all the time."""
-    step = _Step(shape, samples, rank, block_gradient_bytes, checkpointing, element_bytes, product_bytes)
-    return _step_phases(step)
+    """Return the phases of one step and of an evaluation that can be its peak, over what is held all the time."""
+    return _step_phases(
+        _Step(
+            shape, samples, rank, block_gradient_bytes, checkpointing, element_bytes, product_bytes, unpacked_bytes,
+            heads, subtracts, fold_tensors,
+        )
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
 def _step_phases(step: _Step) -> tuple[Phase, ...]:
-    return _FAMILIES[step.shape.family](step)
+    phases, forward = _FAMILIES[step.shape.family](step)
+    largest = max(x.weights for x in step.shape.adapted) * step.element_bytes
+    folded = 0 if step.fold_tensors is None else step.shape.adapted_parameters * step.element_bytes
+    folding = (step.fold_tensors or 0) * largest
+    # Folded weights are gone when the loss is worked out.
+    evaluation = max(folded + max(folding, forward, step.logits + 2 * step.u), step.logits + step.scratch)
+    return (*phases, Phase("evaluation", 0, 0, evaluation))
 
 
 def _attention_statistics(step: _Step) -> int:
@@ -161,29 +197,29 @@ def _transformer_block(step: _Step) -> int:
 
 def _transformer_backward(step: _Step) -> int:
     """Bytes at the height of a block's backward pass."""
-    return step.stream_gradient + (BLOCK_BACKWARD - 1) * step.v + step.largest_weight
+    return step.stream_gradient + (BLOCK_BACKWARD - 1) * step.v + step.beside("mlp.down")
 
 
-def _gpt(step: _Step) -> tuple[Phase, ...]:
+def _gpt(step: _Step) -> Found:
     u, tokens, element_bytes, layers = step.u, step.tokens, step.element_bytes, step.shape.layers
     block = _transformer_block(step)
     kept, recomputed = (u, block - u) if step.checkpointing else (block, 0)
     ends = 2 * tokens * element_bytes + 3 * tokens * INDEX_BYTES
     working = _transformer_backward(step)
-    working += (2 if step.checkpointing else 1) * tokens * step.rank * step.product_bytes
     table, all_gradients = step.head_table, step.all_gradients
-    last = u + step.v + step.cast_table
+    outputs = layers * kept + ends + u + step.v + step.cast_table + step.logits
     return (
-        Phase(0, layers * kept + ends + last, step.logits + step.scratch),
-        # The logits, which have become their own gradient, with the output layer's two gradients.
-        Phase(table, layers * kept + ends + last, step.logits + u + step.cast_table),
-        Phase(table, layers * kept + ends + recomputed, working),
-        Phase(all_gradients - step.block_gradients, kept + ends + recomputed, working),
-        Phase(all_gradients, ends, 2 * table + u),  # the tied table's two gradients, and their sum
-    )
+        Phase("forward", 0, outputs, step.scratch),
+        # The logits, which have become their own gradient, with the output layer's two; the table's waits for another.
+        Phase("backward_start", 0, outputs, table + u + step.cast_table),
+        Phase("backward_start", 0, layers * kept + ends, table + recomputed + working),
+        Phase("backward_end", all_gradients - step.block_gradients, kept + ends, recomputed + working),
+        # The tied table's two gradients, and their sum.
+        Phase("backward_end", all_gradients, ends, 2 * table + u),
+    ), BLOCK_FORWARD * u
 
 
-def _llama(step: _Step) -> tuple[Phase, ...]:
+def _llama(step: _Step) -> Found:
     """As GPT-2's, with 8u for norms, attention and inputs, and four tensors of the gated network's inner width.
 
     Where products take a cast of their input, each of the layers that share one keeps a cast of its own: 3 more.
@@ -195,63 +231,83 @@ def _llama(step: _Step) -> tuple[Phase, ...]:
     kept, recomputed = (u, block - u) if step.checkpointing else (block, 0)
     ends = tokens * element_bytes + 2 * tokens * INDEX_BYTES
     # The stream's gradient, and those of both factors of the gated product beside its own.
-    working = step.stream_gradient + 2 * inner + step.largest_weight
+    working = step.stream_gradient + max(2 * inner + step.largest_weight, inner + step.beside("mlp.down"))
     table, all_gradients = step.head_table, step.all_gradients
-    last = u + step.v + step.cast_table
+    outputs = layers * kept + ends + u + step.v + step.cast_table + step.logits
     return (
-        Phase(0, layers * kept + ends + last, step.logits + step.scratch),
-        Phase(table, layers * kept + ends + last, step.logits + u + step.cast_table),
-        Phase(table, layers * kept + ends + recomputed, working),
-        Phase(all_gradients - table - step.block_gradients, kept + ends + recomputed, working),
-        Phase(all_gradients, ends, u),
-    )
+        Phase("forward", 0, outputs, step.scratch),
+        Phase("backward_start", table, outputs, u + step.cast_table),
+        Phase("backward_start", table, layers * kept + ends, recomputed + working),
+        Phase("backward_end", all_gradients - table - step.block_gradients, kept + ends, recomputed + working),
+        Phase("backward_end", all_gradients, ends, u),
+    ), 4 * u + 3 * inner
 
 
-def _vit(step: _Step) -> tuple[Phase, ...]:
+def _vit(step: _Step) -> Found:
     """GPT-2's blocks between the patches and one prediction."""
-    return _of_images(step, _transformer_block(step), _transformer_backward(step), step.u)
+    phases = _of_images(step, _transformer_block(step), _transformer_backward(step), step.u)
+    return phases, BLOCK_FORWARD * step.u
 
 
-def _mixer(step: _Step) -> tuple[Phase, ...]:
+def _mixer(step: _Step) -> Found:
     """Inputs of 2 norms and 2 networks (one transposed, so copied), and of each network's GELU and last layer.
 
-    No embedding brings the stream back to the weights' format: it stays in that of products, and norms keep a cast.
+    The network over tokens comes last on the way back, when what the other one kept is gone. No embedding brings the
+    stream back to the weights' format: it stays in that of products, and norms keep a cast.
     """
     u, v, tokens = step.u, step.v, step.tokens
     over_channels = tokens * step.shape.mlp_width * step.product_bytes
     over_tokens = step.samples * step.shape.width * step.shape.tokens_width * step.product_bytes
-    norms = BLOCK_NORMS * u + 4 * tokens * step.element_bytes
-    block = norms + 2 * v + 2 * over_tokens + 2 * over_channels + step.adapters + step.cast_block
-    stream = u + 2 * v if step.is_cast else u  # its gradient, and a norm's before and after the cast
-    return _of_images(step, block, stream + over_channels + step.largest_weight, v)
+    rows = 2 * tokens * step.element_bytes
+    of_tokens = u + v + 2 * over_tokens + rows
+    block = of_tokens + u + v + 2 * over_channels + rows + step.adapters + step.cast_block
+    gradient = u + 2 * v if step.is_cast else u  # of the stream, and a norm's before and after the cast
+    phases = _of_images(step, block, gradient + over_channels + step.beside("over_channels.down"), v)
+    # Before the weights over tokens have gradients, adapters' aside, which are small.
+    weights = sum(x.weights for x in step.shape.adapted if "over_tokens" in x.name) * step.element_bytes
+    gradients = step.all_gradients - (0 if step.rank else weights)
+    kept, stream = (v, v) if step.checkpointing else (block, 0)
+    ends = _image_ends(step)
+    recomputed = of_tokens + step.adapters - (stream if v == u else 0)
+    working = gradient + over_tokens + step.beside("over_tokens.down") + (1 if step.checkpointing else TRANSPOSED) * v
+    others = (step.shape.layers - 1) * kept + stream + ends
+    of_first = Phase("backward_start", step.head_table, others, recomputed + working)
+    of_last = Phase("backward_end", gradients, stream + ends, recomputed + working)
+    return (*phases, of_first, of_last), max(4 * u + 2 * over_channels, 5 * u + 2 * over_tokens)
+
+
+def _image_ends(step: _Step) -> int:
+    """Bytes of the images, and once more as patches."""
+    return step.samples * step.shape.inputs * (step.element_bytes + step.product_bytes)
 
 
 def _of_images(step: _Step, block: int, working: int, stream: int) -> tuple[Phase, ...]:
-    layers, all_gradients = step.shape.layers, step.all_gradients
+    """Of blocks that keep `block` and hand on `stream`, and work with `working` at their height on the way back."""
+    layers, all_gradients, ends = step.shape.layers, step.all_gradients, _image_ends(step)
     first_norm = stream if stream == step.u else 0  # reads what a checkpoint keeps
     kept, recomputed = (stream, block - first_norm) if step.checkpointing else (block, 0)
-    # The images, and once more as patches.
-    ends = step.samples * step.shape.inputs * (step.element_bytes + step.product_bytes)
     return (
-        Phase(0, layers * kept + ends + stream, stream + step.logits),
-        Phase(step.head_table, layers * kept + ends + recomputed, working),
-        Phase(all_gradients - step.block_gradients, kept + ends + recomputed, working),
-        Phase(all_gradients, ends, step.u),
+        Phase("forward", 0, layers * kept + ends + stream + step.logits, stream),
+        Phase("backward_start", step.head_table, layers * kept + ends, recomputed + working),
+        Phase("backward_end", all_gradients - step.block_gradients, kept + ends, recomputed + working),
+        Phase("backward_end", all_gradients, ends, step.u),
     )
 
 
-def _traced(step: _Step) -> tuple[Phase, ...]:
+def _traced(step: _Step) -> Found:
     """As measured on the network itself; a higher rank than the measured one keeps more of every row."""
     trace = step.shape.adapted_trace if step.rank else step.shape.dense_trace
     assert trace is not None
     measured = (trace.fixed_bytes + trace.sample_bytes * step.samples) * step.element_bytes // FLOAT_BYTES
     further_ranks = step.adapters // step.rank * (step.rank - 1) if step.rank else 0
     return (
-        Phase(0, measured + further_ranks, 0),
-        Phase(step.all_gradients, 0, step.largest_weight),
-    )
+        Phase("backward_start", 0, measured + further_ranks, 0),
+        Phase("backward_end", step.all_gradients, 0, step.largest_weight),
+    ), 0
 
 
-_FAMILIES: dict[str, Callable[[_Step], tuple[Phase, ...]]] = {
+Found = tuple[tuple[Phase, ...], int]
+"""The phases of a step, and the bytes at the height of a pass without a backward one."""
+_FAMILIES: dict[str, Callable[[_Step], Found]] = {
     "gpt": _gpt, "llama": _llama, "vit": _vit, "mixer": _mixer, "traced": _traced,
 }  # fmt: skip

@@ -51,9 +51,8 @@ def holding(run: Run, shape: ModelShape) -> Holding:
 @lru_cache(maxsize=8192)
 def _holding(method: MethodOptions, shape: ModelShape, devices: int, muon: bool) -> Holding:
     adapters, matrices, others = 0, shape.adapted_parameters, shape.replicated_parameters
-    if isinstance(method, ReloraOptions) and method.warm_start_steps:
-        adapters = shape.factors(method.rank)
-    elif isinstance(method, AdapterOptions):
+    # With a warm start the dense steps hold most, and no adapters yet.
+    if isinstance(method, AdapterOptions) and not (isinstance(method, ReloraOptions) and method.warm_start_steps):
         rank = method.held_rank(devices)
         adapters = shape.factors(rank) * (2 if method.remembers_product else 1)
         matrices = shape.factors(rank, isinstance(method, LteOptions) and method.frozen_a)
@@ -117,7 +116,7 @@ def _(method: DilocoOptions, shape: ModelShape, devices: int) -> int:
 
 @_extra.register
 def _(method: DasoOptions, shape: ModelShape, devices: int) -> int:
-    return shape.parameters if method.delay_steps else 0
+    return shape.parameters if method.delay_steps and devices > method.devices_per_node else 0
 
 
 @_extra.register
@@ -146,6 +145,6 @@ def _(method: LteOptions, shape: ModelShape, devices: int) -> int:
     if method.wire == "full" or devices == 1:
         return travelling + (replicated if method.fragments > 1 or method.merge_delay else 0)
     adapted = _residuals(shape.adapted_parameters, devices) if method.merge_transport == "reduce" else factors
-    served = replicated if method.merge_delay else 0
+    served = replicated if method.merge_delay or method.fragments > 1 else 0
     others = served if method.merge_transport == "server" else replicated + _residuals(replicated, devices)
     return adapted + others + travelling

@@ -6,45 +6,21 @@ messages. Tests hold the result against the allocator's trace.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
-from simulate.config import Run
-from simulate.costs.activations import Phase, step_phases
+from simulate.config import BYTES, Run
+from simulate.costs.activations import step_phases
+from simulate.costs.exchanges import FOLD_TENSORS, exchange_phases, starts_dense
 from simulate.costs.holding import holding
-from simulate.costs.optimizer import largest_step_bytes, moment_bytes
-from simulate.costs.schedule import INDEX_BYTES as INDEX_INT32_BYTES
-from simulate.costs.schedule import factor_buffer_bytes, gather_groups, layer_transport, topk_entries
-from simulate.costs.traffic import (
-    ELEMENT_BYTES,
-    PRODUCT_BYTES,
-    chunk_elements,
-    fragment,
-    frozen_bytes,
-    pack,
-    packed_bytes,
-    wire_bytes,
-)
+from simulate.costs.optimizer import moment_bytes
+from simulate.costs.phases import PHASES, Phase, PhaseName
+from simulate.costs.traffic import ELEMENT_BYTES, PRODUCT_BYTES, frozen_bytes, packing_bytes, unpacking_bytes
 from simulate.hardware import Device
 from simulate.models.shapes import ModelShape
-from simulate.options import (
-    AdamixOptions,
-    AdapterOptions,
-    DasoOptions,
-    DdpOptions,
-    DilocoOptions,
-    LocalSgdOptions,
-    LteOptions,
-    MethodOptions,
-    PowerSgdOptions,
-    ReloraOptions,
-    SapipeOptions,
-    SignsgdOptions,
-    TopkOptions,
-)
-
-DRAW_BYTES = 3 * 8
-"""An element of A while it is drawn: its normal number, and its factors of QR, in double precision."""
+from simulate.options import AdamixOptions, AdapterOptions, LteOptions, MethodOptions
 
 
 @dataclass(frozen=True)
@@ -78,159 +54,162 @@ class Memory:
 
 def peak_memory(run: Run, shape: ModelShape, device: Device) -> Memory:
     """Return the peak of one device of the run."""
+    return max(memory_by_phase(run, shape, device).values(), key=lambda memory: memory.total)
+
+
+def memory_by_phase(run: Run, shape: ModelShape, device: Device) -> dict[PhaseName, Memory]:
+    """Return the height of each phase that the run goes through, in the order of PHASES."""
+    held, element_bytes = holding(run, shape), ELEMENT_BYTES[run.train.dtype]
+    shared_memory = device.host_memory_bytes == 0
+    weights = _weight_bytes(run, shape, shared_memory)
+    kept = weights + (held.adapters + held.extra) * element_bytes + moment_bytes(run, shape)
+    start = (Phase("forward", 0, 0, _packing_start_bytes(run, shape) - kept),) if shared_memory else ()
+    heights: dict[PhaseName, Memory] = {}
+    for phase in (*start, *_phases(run, shape, shared_memory)):
+        memory = Memory(
+            weights=weights,
+            adapters=held.adapters * element_bytes,
+            gradients=phase.gradients,
+            optimizer=moment_bytes(run, shape) + held.extra * element_bytes,
+            activations=phase.activations,
+            temporary=phase.temporary,
+            reserved=device.reserved_bytes,
+        )
+        if phase.name not in heights or memory.total > heights[phase.name].total:
+            heights[phase.name] = memory
+    return {name: heights[name] for name in PHASES if name in heights}
+
+
+def _phases(run: Run, shape: ModelShape, shared_memory: bool) -> Iterator[Phase]:
     method, element_bytes, devices = run.method, ELEMENT_BYTES[run.train.dtype], run.cluster.devices
-    held = holding(run, shape)
-    if isinstance(method, AdapterOptions) and not _starts_dense(method):
-        shared_memory = device.host_memory_bytes == 0
-        weights = _frozen_bytes(shape, method, element_bytes, shared_memory)
+    rank, heads, idle = 0, 1, 0
+    block_trained = sum(linear.weights for linear in shape.adapted)
+    adapted = isinstance(method, AdapterOptions) and not starts_dense(method)
+    if isinstance(method, AdapterOptions) and adapted:
         rank = method.row_rank(devices)
+        heads = method.heads_per_device if isinstance(method, LteOptions) else 1
         # Experts that a step did not choose have no gradient.
         idle = shape.factors(method.held_rank(devices) - method.rank) if isinstance(method, AdamixOptions) else 0
         frozen_a = isinstance(method, LteOptions) and method.frozen_a
         block_trained = (shape.factors(method.held_rank(devices), frozen_a) - idle) // shape.layers
-    else:
-        weights, rank, idle = shape.parameters * element_bytes, 0, 0
-        block_trained = sum(linear.weights for linear in shape.adapted)
-    phases = step_phases(
+    yield from step_phases(
         shape, run.train.micro_batch, rank, block_trained * element_bytes, run.train.activation_checkpointing,
         element_bytes, PRODUCT_BYTES.get(run.train.autocast, element_bytes),
+        _unpacked_bytes(method, shape, element_bytes), heads,
+        isinstance(method, LteOptions) and method.remembers_product, _fold_tensors(method, shared_memory),
     )  # fmt: skip
-    gradient_bytes = (held.trained - idle) * element_bytes
     # The batch is held until the next one comes; tokens are too few to count.
     batch_bytes = run.train.micro_batch * shape.inputs * element_bytes
-    exchanges = (
-        Phase(p.gradients, p.activations + batch_bytes, p.temporary)
-        for p in _exchange_phases(run, shape, gradient_bytes)
-    )
-    averages = gradient_bytes if isinstance(method, SapipeOptions) else 0  # beside the step's own gradients
-    update = Phase(gradient_bytes, batch_bytes, averages + largest_step_bytes(run, shape))
-    phase = max((*phases, *exchanges, update), key=lambda p: p.total)
-    return Memory(
-        weights=weights,
-        adapters=held.adapters * element_bytes,
-        gradients=phase.gradients,
-        optimizer=moment_bytes(run, shape) + held.extra * element_bytes,
-        activations=phase.activations,
-        temporary=phase.temporary,
-        reserved=device.reserved_bytes,
-    )
+    trained = holding(run, shape).trained
+    for p in exchange_phases(run, shape, (trained - idle) * element_bytes):
+        yield Phase(p.name, p.gradients, p.activations + batch_bytes, p.temporary)
+    # Tensors are written one by one, as they lie in memory.
+    yield Phase("checkpoint_save", 0, batch_bytes, 0)
+
+
+def _fold_tensors(method: MethodOptions, shared_memory: bool) -> int | None:
+    """Tensors of a weight's size that adding adapters to it takes beside the sum; None: evaluation makes no weights.
+
+    It unpacks quantised ones, or brings their full-precision form from the host, unless that can be read in place.
+    """
+    if isinstance(method, LteOptions) and method.quantize != "none":
+        return None if shared_memory and method.master == "host" else 0
+    if isinstance(method, LteOptions) or not isinstance(method, AdapterOptions) or starts_dense(method):
+        return None
+    return 0 if isinstance(method, AdamixOptions) else FOLD_TENSORS - 1
+
+
+def _weight_bytes(run: Run, shape: ModelShape, shared_memory: bool) -> int:
+    method, element_bytes = run.method, ELEMENT_BYTES[run.train.dtype]
+    if isinstance(method, AdapterOptions) and not starts_dense(method):
+        return _frozen_bytes(shape, method, element_bytes, shared_memory)
+    return shape.parameters * element_bytes
 
 
 def host_memory_bytes(run: Run, shape: ModelShape, device: Device) -> int:
-    """Bytes of the host's own memory that one device needs: the weights that merges start from."""
-    if not _needs_master(run.method) or device.host_memory_bytes == 0:
+    """Bytes of the host's own memory that one device needs: the weights that merges start from and add to.
+
+    Where both share a memory, those of plain weights are part of the device's; those of quantised ones lie in
+    mapped files, which no allocator sees, and stay apart.
+    """
+    quantize = run.method.quantize if isinstance(run.method, LteOptions) else "none"
+    if device.host_memory_bytes == 0 and quantize == "none":
         return 0
-    return shape.adapted_parameters * ELEMENT_BYTES[run.train.dtype]
+    return _full_copies(run.method) * shape.adapted_parameters * ELEMENT_BYTES[run.train.dtype]
+
+
+def host_memory_by_part(run: Run, shape: ModelShape, device: Device) -> dict[str, int]:
+    """Bytes of the host's own memory that one device needs; all zero where device and host share one memory.
+
+    `start_weights`: what merges start from, also the high-precision copy of quantised weights; `checkpoint_save`: the
+    largest tensor on its way to the disk; `data`: text that is held as it was read (all else is memory-mapped).
+    """
+    own = device.host_memory_bytes > 0
+    largest = max(tensor.elements for tensor in shape.tensors) * ELEMENT_BYTES[run.train.dtype]
+    return {
+        "start_weights": host_memory_bytes(run, shape, device),
+        "checkpoint_save": largest if own else 0,
+        "data": _text_bytes(run.data.path, run.data.tokenizer) if own and run.model.unit == "tokens" else 0,
+    }
+
+
+@lru_cache(maxsize=64)
+def _text_bytes(path: str | None, tokenizer: str) -> int:
+    """Bytes of the files of a text that is read as bytes; 0 where tokens are memory-mapped, or nothing is there yet."""
+    if path is None or tokenizer != BYTES:
+        return 0
+    root = Path(path)
+    files = root.rglob("*") if root.is_dir() else [root]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def checkpoint_bytes(run: Run, shape: ModelShape) -> int:
     """Bytes of a checkpoint's tensors: what devices share once, what is theirs N times, and Adam's moments."""
     method, devices = run.method, run.cluster.devices
     held = holding(run, shape)
-    frozen = 0
+    frozen_bytes_kept = 0
     if isinstance(method, AdapterOptions):
-        frozen = shape.adapted_parameters * (2 if _needs_master(method) else 1)
-    dense = 0 if _starts_dense(method) else held.adapters
+        quantize = method.quantize if isinstance(method, LteOptions) else "none"
+        frozen_bytes_kept = frozen_bytes(shape, quantize, ELEMENT_BYTES[run.train.dtype])
+        frozen_bytes_kept += _full_copies(method) * shape.adapted_parameters * ELEMENT_BYTES[run.train.dtype]
+    dense = 0 if starts_dense(method) else held.adapters
     weights = dense + shape.replicated_parameters if isinstance(method, AdapterOptions) else shape.parameters
     copies, element_bytes = 1 if held.shared else devices, ELEMENT_BYTES[run.train.dtype]
-    return (frozen + copies * weights + devices * held.extra) * element_bytes + copies * moment_bytes(run, shape)
+    elements = copies * weights + devices * held.extra
+    return frozen_bytes_kept + elements * element_bytes + copies * moment_bytes(run, shape)
 
 
-def _starts_dense(method: MethodOptions) -> bool:
-    """Whether the run begins with dense steps, which need more than those that follow."""
-    return isinstance(method, ReloraOptions) and method.warm_start_steps > 0
-
-
-def _needs_master(method: MethodOptions) -> bool:
-    """Whether merges need weights beside the frozen ones: the start weights, to which reset-less merges return, or a
-    full-precision copy of quantised ones, which would swallow small updates.
+def _full_copies(method: MethodOptions) -> int:
+    """How many full-precision copies merges need beside the frozen weights: the start weights, to which reset-less
+    merges return, and the merged ones where frozen ones are quantised, which would swallow small updates.
     """
-    return isinstance(method, LteOptions) and (method.reset == "none" or method.quantize != "none")
+    if not isinstance(method, LteOptions):
+        return 0
+    return (method.reset == "none") + method.keeps_master
+
+
+def _packing_start_bytes(run: Run, shape: ModelShape) -> int:
+    """Bytes of the start, where it happens on the device: the network as it is drawn, and a first layer's packing.
+
+    Each layer's own weights are let go when it is packed.
+    """
+    method, element_bytes = run.method, ELEMENT_BYTES[run.train.dtype]
+    if not isinstance(method, LteOptions) or method.quantize == "none":
+        return 0
+    first = shape.in_order()[0]
+    packing = packing_bytes(first.weights, first.in_features, method.quantize, element_bytes)
+    return (shape.parameters - first.weights) * element_bytes + packing
+
+
+def _unpacked_bytes(method: MethodOptions, shape: ModelShape, element_bytes: int) -> int:
+    """Bytes of the largest quantised layer while a product uses it."""
+    quantize = method.quantize if isinstance(method, LteOptions) else "none"
+    return max(unpacking_bytes(x.weights, quantize, element_bytes) for x in shape.adapted)
 
 
 def _frozen_bytes(shape: ModelShape, method: AdapterOptions, element_bytes: int, shared_memory: bool) -> int:
-    frozen = frozen_bytes(shape, method.quantize if isinstance(method, LteOptions) else "none", element_bytes)
-    start = shape.adapted_parameters * element_bytes if _needs_master(method) and shared_memory else 0
+    quantize = method.quantize if isinstance(method, LteOptions) else "none"
+    frozen = frozen_bytes(shape, quantize, element_bytes)
+    in_files = quantize != "none" or not shared_memory
+    start = 0 if in_files else _full_copies(method) * shape.adapted_parameters * element_bytes
     return frozen + start + shape.replicated_parameters * element_bytes
-
-
-def _exchange_phases(run: Run, shape: ModelShape, gradient_bytes: int) -> tuple[Phase, ...]:
-    """Return the phases in which messages are held: with all gradients where these travel, else without."""
-    method, element_bytes, devices = run.method, ELEMENT_BYTES[run.train.dtype], run.cluster.devices
-    if isinstance(method, LteOptions):
-        merge = _lte_exchange(
-            shape, devices, method.held_rank(devices), method.quantize, method.merge_transport, method.wire,
-            method.frozen_a, method.is_paced, element_bytes,
-        )  # fmt: skip
-        return (Phase(0, 0, merge),)
-    sizes = [t.elements * element_bytes for t in shape.tensors]
-    if isinstance(method, LocalSgdOptions | DilocoOptions | DasoOptions):
-        return (Phase(0, 0, _averaging_bytes(method, sizes, devices, element_bytes)),)
-    if devices == 1:
-        return (Phase(gradient_bytes, 0, 0),)
-    message = min(max(packed_bytes(sizes)), gradient_bytes)
-    if isinstance(method, PowerSgdOptions):
-        message = 2 * max(p for t in shape.tensors if (p := method.rank * sum(t.shape) * element_bytes))
-    elif isinstance(method, SapipeOptions) and method.compensation == "delay":  # a parameter's square and its change
-        message += 2 * max(sizes)
-    elif isinstance(method, TopkOptions):  # everyone's entries, and one's own
-        entry_bytes = element_bytes + INDEX_INT32_BYTES
-        payload = [topk_entries(t.elements, method.density) * entry_bytes for t in shape.tensors]
-        message = max(sum(payload[i] for i in g) for g in gather_groups(payload, devices)) * (devices + 1)
-    elif isinstance(method, SignsgdOptions):  # everyone's bits, and the signs of one tensor as numbers
-        bits = [-(-t.elements // 8) + element_bytes for t in shape.tensors]
-        packed = max(sum(bits[i] for i in group) for group in gather_groups(bits, devices))
-        message = packed * (devices + 1) + devices * max(sizes)
-    elif isinstance(method, DdpOptions) and method.wire != "full":  # what it takes the place of is freed first
-        message = _compression_bytes(method.wire, message, devices, element_bytes) - message
-    return (Phase(gradient_bytes, 0, message),)
-
-
-def _averaging_bytes(
-    method: LocalSgdOptions | DilocoOptions | DasoOptions, sizes: list[int], devices: int, element_bytes: int
-) -> int:
-    """Buffers of a merge of full copies: means and the message they travel in, or its compressed form."""
-    if isinstance(method, LocalSgdOptions) and method.merge_optimizer == "average":
-        sizes = sizes * 3
-    parts = method.merges_per_round
-    groups = [[sizes[i] for i in fragment(len(sizes), parts, index)] for index in range(parts)]
-    message = max(max(packed_bytes(group)) for group in groups)
-    wire = "full" if isinstance(method, DasoOptions) else method.wire
-    sums = 2 if devices > 1 else 1
-    return max(sums * message, _compression_bytes(wire, message, devices, element_bytes))
-
-
-def _compression_bytes(wire: str, message: int, devices: int, element_bytes: int) -> int:
-    """Buffers of a compressed mean: everyone's chunks and the mean, and the messages of both ways."""
-    if wire == "full" or devices == 1:
-        return 0
-    chunk = chunk_elements(message // element_bytes, devices)
-    return (devices + 1) * chunk * element_bytes + 2 * wire_bytes(devices * chunk, wire, element_bytes)
-
-
-@lru_cache(maxsize=4096)
-def _lte_exchange(
-    shape: ModelShape, devices: int, held_rank: int, quantize: str, transport: str, wire: str, frozen_a: bool,
-    weighted: bool, element_bytes: int,
-) -> int:  # fmt: skip
-    """Largest buffer of a merge: what travels in one message (a device alone sends none), and the work beside it."""
-    layers = shape.in_order()
-    messages = 1 if devices > 1 else 0
-    is_dense = {x: layer_transport(x, held_rank, devices, transport, frozen_a) == "reduce" for x in shape.adapted}
-    by_factors = [x for x in layers if not is_dense[x]]
-    dense = [x.weights * element_bytes for x in layers if is_dense[x]]
-    largest = 0
-    for group in pack(factor_buffer_bytes(by_factors, devices, held_rank, transport, element_bytes, frozen_a)):
-        members = [by_factors[i] for i in group]
-        sent = sum(x.factors(held_rank, frozen_a) for x in members) * element_bytes
-        if transport == "server":  # the factors packed to push, or the weights that come back
-            largest = max(largest, messages * max(sent, sum(x.weights for x in members) * element_bytes))
-        else:  # everyone's factors, and one layer's B laid out for the product
-            stacked = max(devices * x.out_features * held_rank for x in members) * element_bytes
-            stacked *= 2 if weighted else 1
-            drawn = max(devices * x.in_features * held_rank for x in members) * frozen_a * messages
-            largest = max(largest, messages * devices * sent + stacked + drawn * DRAW_BYTES)
-    if dense:  # the dense sums, and the message they are packed into
-        largest = max(largest, (1 + messages) * max(packed_bytes(dense)))
-    replicated = max(packed_bytes([t.elements * element_bytes for t in shape.replicated]))
-    return max(largest, (1 + messages) * replicated)

@@ -1,47 +1,108 @@
 """How many more samples a method needs than dense training: an assumption, not a measurement of your run.
 
 Time per step alone would always favour the smallest rank and the rarest merge. So candidates are ranked by time to
-dense-equivalent loss, with the few published numbers there are. Replace them where you have better ones.
+dense-equivalent loss. The numbers are in samples.toml, each with a range and where it comes from; bench/samples.py fits
+them, and `lte plan --efficiency FILE` takes others.
+
+    samples over dense's  =  method  ·  batch  ·  merges  ·  rank
+    batch   = 1 + minimum_steps · (tokens of a step) / (all tokens)      (a critical batch: McCandlish et al. 2018)
+    merges  = max(1, T / merge_every) ^ merge_exponent
+    rank    = shortfall ^ rank_exponent
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from simulate import toml
 from simulate.config import Run
 from simulate.models.shapes import ModelShape
-from simulate.options import AdapterOptions, LteOptions, MethodOptions
+from simulate.options import METHOD_NAMES, AdapterOptions, LteOptions, MethodOptions
 
-LTE_SAMPLES = 1.4
-"""Huh et al. 2024, section 4: about 40 % more samples than dense at rank x heads >= width, T = 10 (range 1.2-1.4)."""
-MERGE_EVERY = 10
-MERGE_EXPONENT = 0.15
-"""Guess: ten times rarer merges cost 1.4x the samples (no published sweep over T at equal loss)."""
-LTE_RANK_SHARE = 1 / 12
-"""One head needs this share of the width: in the paper's sweep (ViT-S, width 384, 32 heads), rank 32 is nearly as good
-as 64, while 16 and 8 fall off although rank x heads still reaches the width at 16."""
-RANK_EXPONENT = 0.5
-"""Guess: half the rank that is needed, by either rule, costs 1.4x the samples."""
-MINIMUM_STEPS = 200
-"""Guess: a batch of 1/200 of all tokens needs twice the samples, as at the critical batch size (McCandlish 2018)."""
-SAMPLES: dict[str, float] = {
-    "ddp": 1.0, "sapipe": 1.05, "powersgd": 1.05, "topk": 1.1, "signsgd": 1.1, "daso": 1.1, "local-sgd": 1.2,
-    "diloco": 1.2, "lte": LTE_SAMPLES, "mhlora": 1.2, "relora": 1.4, "lora": 1.4, "adamix": 1.4,
-}  # fmt: skip
-"""Guesses but for lte: what each method needs at its best settings, T = 10 and full rank."""
+End = Literal["value", "low", "high"]
+SHIPPED = "samples.toml"
 
 
-def samples_factor(run: Run, shape: ModelShape, tokens: float) -> float:
-    """Return the assumed multiple of dense small-batch training's samples for equal loss, >= 1."""
-    factor = (1 + run.tokens_per_step * MINIMUM_STEPS / tokens) * SAMPLES[run.method.name]
-    factor *= max(1.0, run.method.round_steps / MERGE_EVERY) ** MERGE_EXPONENT
-    return factor * _shortfall(run.method, shape, run.cluster.devices) ** RANK_EXPONENT
+class Figure(toml.Schema):
+    """One number of the model, its range, and where it comes from."""
+
+    value: float = Field(ge=0)
+    low: float = Field(ge=0)
+    high: float = Field(ge=0)
+    source: str = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _value_within_range(self) -> Figure:
+        if not self.low <= self.value <= self.high:
+            raise ValueError(
+                f"value = {self.value:g} is not from low = {self.low:g} to high = {self.high:g}; correct it"
+            )
+        return self
 
 
-def _shortfall(method: MethodOptions, shape: ModelShape, devices: int) -> float:
+class Efficiency(toml.Schema):
+    """The whole model: every method's factor at its best settings, and what departs from these costs."""
+
+    description: str = ""
+    minimum_steps: Figure
+    """A batch of this part of all tokens needs twice the samples."""
+    merge_every: int = Field(gt=0)
+    """Steps T of a round at which the methods' factors hold."""
+    merge_exponent: Figure
+    lte_rank_share: float = Field(gt=0, le=1)
+    """Share of the width that the rank of one of LTE's heads needs."""
+    rank_exponent: Figure
+    methods: dict[str, Figure]
+
+    @model_validator(mode="after")
+    def _methods_known(self) -> Efficiency:
+        missing = [name for name in METHOD_NAMES if name not in self.methods]
+        unknown = [name for name in self.methods if name not in METHOD_NAMES]
+        if missing or unknown:
+            wrong = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which is no method"
+            raise ValueError(f"methods {wrong}; give each of {', '.join(METHOD_NAMES)} a table")
+        return self
+
+
+@lru_cache(maxsize=1)
+def shipped() -> Efficiency:
+    """Return the model that lte comes with."""
+    text = resources.files("simulate.costs").joinpath(SHIPPED).read_text(encoding="utf-8")
+    return toml.validate(Efficiency, toml.parse(text, SHIPPED), SHIPPED, text)
+
+
+def load_efficiency(path: Path) -> Efficiency:
+    """Read a model of the user's; raises InputError with file, line and key."""
+    text = toml.read(path)
+    return toml.validate(Efficiency, toml.parse(text, str(path)), str(path), text)
+
+
+def samples_factor(
+    run: Run, shape: ModelShape, tokens: float, efficiency: Efficiency | None = None, end: End = "value"
+) -> float:
+    """Return the assumed multiple of dense small-batch training's samples for equal loss; or an end of its range."""
+    model = efficiency or shipped()
+
+    def figure(of: Figure) -> float:
+        return of.value if end == "value" else of.low if end == "low" else of.high
+
+    factor = (1 + run.tokens_per_step * figure(model.minimum_steps) / tokens) * figure(model.methods[run.method.name])
+    factor *= max(1.0, run.method.round_steps / model.merge_every) ** figure(model.merge_exponent)
+    shortfall = _shortfall(run.method, shape, run.cluster.devices, model.lte_rank_share)
+    return factor * shortfall ** figure(model.rank_exponent)
+
+
+def _shortfall(method: MethodOptions, shape: ModelShape, devices: int, rank_share: float) -> float:
     """How many times too small the rank is: of all heads together for the width, and of one head for its share."""
     if not isinstance(method, AdapterOptions):
         return 1.0
     width = shape.largest_dimension
     if isinstance(method, LteOptions):
         total = method.held_rank(devices) * devices
-        return max(1.0, width / total) * max(1.0, width * LTE_RANK_SHARE / method.rank)
+        return max(1.0, width / total) * max(1.0, width * rank_share / method.rank)
     return max(1.0, width / method.row_rank(devices))

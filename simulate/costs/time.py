@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -52,10 +52,13 @@ def round_time(run: Run, shape: ModelShape, devices: Sequence[Device], link: Lin
 
     Unless a device's single step takes longer than that.
     """
-    kinds = {_Rates.of(run.train, device) for device in {id(device): device for device in devices}.values()}
-    each_s = device_step_s(run, shape, devices)
-    steps_s, device_steps = round_compute_s(run.method, each_s)
-    step_s = steps_s / run.method.round_steps if run.method.is_paced else max(each_s)
+    kinds = {_Rates.of(run.train, device) for device in distinct(devices)}
+    if run.method.is_paced:
+        steps_s, device_steps = round_compute_s(run.method, device_step_s(run, shape, devices))
+        step_s = steps_s / run.method.round_steps
+    else:
+        step_s = max(compute_s(run, shape, kind) for kind in kinds)
+        device_steps = float(run.method.round_steps * len(devices))
     merge_s = max(merge_compute_s(run, shape, kind) for kind in kinds)
     parts = schedule(run, shape)
     # What is sent at a merge travels behind the arithmetic there, too.
@@ -76,9 +79,28 @@ def round_time(run: Run, shape: ModelShape, devices: Sequence[Device], link: Lin
 
 def device_step_s(run: Run, shape: ModelShape, devices: Sequence[Device]) -> tuple[float, ...]:
     """Return the seconds that each device needs for a step."""
-    kinds = {id(device): device for device in devices}
-    by_kind = {key: compute_s(run, shape, _Rates.of(run.train, device)) for key, device in kinds.items()}
+    return _of_each(devices, lambda device: compute_s(run, shape, _Rates.of(run.train, device)))
+
+
+def device_merge_s(run: Run, shape: ModelShape, devices: Sequence[Device]) -> tuple[float, ...]:
+    """Return the seconds that each device needs for the arithmetic of a round's merges."""
+    return _of_each(devices, lambda device: merge_compute_s(run, shape, _Rates.of(run.train, device)))
+
+
+def _of_each(devices: Sequence[Device], seconds_of: Callable[[Device], float]) -> tuple[float, ...]:
+    kinds = distinct(devices)
+    if len(kinds) == 1:
+        return (seconds_of(kinds[0]),) * len(devices)
+    by_kind = {id(device): seconds_of(device) for device in kinds}
     return tuple(by_kind[id(device)] for device in devices)
+
+
+def distinct(devices: Sequence[Device]) -> list[Device]:
+    """Return each kind of device once, in order; thousands of one kind are told in one pass."""
+    first = devices[0]
+    if devices.count(first) == len(devices):
+        return [first]
+    return list({id(device): device for device in devices}.values())
 
 
 @dataclass(frozen=True)
@@ -188,7 +210,26 @@ def transfer_s(transfer: Transfer, link: Link) -> float:
         "all_to_all": (1 if mesh else devices - 1, _all_to_all_share(devices, link)),
         "broadcast": (1 if mesh else (devices - 1).bit_length(), 1.0),
     }[transfer.operation]
-    return hops * (latency_s + share * transfer.payload_bytes / hop_bytes_per_s)
+    if transfer.operation in ("all_reduce", "all_gather") and not mesh:
+        latency_s *= link.hop_delays
+    seconds = hops * (latency_s + share * transfer.payload_bytes / hop_bytes_per_s)
+    if link.shared_bytes_per_s is None or within_node:
+        return seconds
+    return max(seconds, hops * latency_s + _shared_s(transfer, link.shared_bytes_per_s, share, hops))
+
+
+def _shared_s(transfer: Transfer, shared_bytes_per_s: float, share: float, hops: int) -> float:
+    """Seconds of the bytes of all hops through the one uplink that all devices share.
+
+    A hop of a ring has all devices send, one of a mesh has them send to everyone; a broadcast sends N−1 copies.
+    """
+    devices = transfer.devices
+    if transfer.operation == "broadcast":
+        sent_bytes = float((devices - 1) * transfer.payload_bytes)
+    else:
+        one_to_one = max(hops, devices - 1) if transfer.operation != "all_reduce" else 2 * (devices - 1)
+        sent_bytes = devices * one_to_one * share * transfer.payload_bytes
+    return transfer.teams * sent_bytes / shared_bytes_per_s
 
 
 def _all_to_all_share(devices: int, link: Link) -> float:
@@ -196,13 +237,24 @@ def _all_to_all_share(devices: int, link: Link) -> float:
     return 0.5 if link.topology == "ring" else 1 / devices
 
 
-def _server_s(transfer: Transfer, devices: int, link: Link) -> float:
-    push = transfer.operation == "push"
+def server_rates(push: bool, devices: int, link: Link) -> tuple[float, float]:
+    """Return the bytes/s that one device reaches to or from the server, and that all devices reach together."""
     device_bytes_per_s = link.up_bytes_per_s if push else link.down_bytes_per_s
     server_bytes_per_s = link.server_down_bytes_per_s if push else link.server_up_bytes_per_s
     if server_bytes_per_s is None:  # as fast as a device's; a ring and a mesh reach it over 2 or N such links
         links = {"star": 1, "ring": min(2, devices), "mesh": devices}[link.topology]
         server_bytes_per_s = links * (link.down_bytes_per_s if push else link.up_bytes_per_s)
-    hops = -(-devices // 2) if link.topology == "ring" else 1
+    if push and link.shared_bytes_per_s is not None:
+        server_bytes_per_s = min(server_bytes_per_s, link.shared_bytes_per_s)
+    return device_bytes_per_s, server_bytes_per_s
+
+
+def server_latency_s(devices: int, link: Link) -> float:
+    """Return the delay of a message to or from the server: on a ring, half of the devices pass it on."""
+    return (-(-devices // 2) if link.topology == "ring" else 1) * link.latency_s
+
+
+def _server_s(transfer: Transfer, devices: int, link: Link) -> float:
+    device_bytes_per_s, server_bytes_per_s = server_rates(transfer.operation == "push", devices, link)
     payload = transfer.payload_bytes
-    return hops * link.latency_s + max(payload / device_bytes_per_s, devices * payload / server_bytes_per_s)
+    return server_latency_s(devices, link) + max(payload / device_bytes_per_s, devices * payload / server_bytes_per_s)

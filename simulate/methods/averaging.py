@@ -83,10 +83,14 @@ class Averaging:
         Through a server only those devices take part whose weight is not zero.
         """
         for message in self.messages[index]:
-            means = self._means(message, self.parameters, weights_N)
-            for name, mean in zip(message, means, strict=True):
-                merged = self._merged(name, mean)
-                self.parameters[name].copy_(merged.expand_as(self.parameters[name]))
+            self._merge_message(message, weights_N)
+
+    def _merge_message(self, message: list[str], weights_N: Tensor | None) -> None:
+        """Average what travels in one message; its means are gone before the next one is made."""
+        means = self._means(message, self.parameters, weights_N)
+        for name, mean in zip(message, means, strict=True):
+            merged = self._merged(name, mean)
+            self.parameters[name].copy_(merged.expand_as(self.parameters[name]))
 
     @torch.no_grad()
     def send(self, index: int, weights_N: Tensor | None = None) -> None:
@@ -174,7 +178,8 @@ class Averaging:
         active = None
         if weights_N is not None and not bool((weights_N > 0).all()):
             active = torch.nonzero(weights_N > 0).flatten().tolist()
-            copies = [copy[weights_N[self._local] > 0] for copy in copies]
+            here = torch.nonzero(weights_N[self._local] > 0).flatten()
+            copies = [copy[here] for copy in copies]
         pushed = self.communicator.push(copies, active)
         means = [copy.new_empty(copy.shape[1:]) for copy in copies]
 

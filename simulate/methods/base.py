@@ -225,6 +225,11 @@ class Method(ABC):
         self.loss_scale.scaled(losses).sum().backward()
         self.loss_scale.unscale(p.grad for p in self.model.parameters() if p.grad is not None)
 
+    def clip(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Scale each local device's gradients to the run's largest norm; keeps none of them."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        clip_per_device(gradients, self.local_devices, self.run.train.clip_norm)
+
     def apply_gradients(self, step: int) -> None:
         """Take the optimizer step at the schedule's rate and free the gradients."""
         factor = self.rate_factor(step)

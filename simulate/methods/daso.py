@@ -91,11 +91,15 @@ class Daso(Method):
             self.sent_after.fill_(step)
             return
         for names in self.messages:
-            sums = {name: torch.empty_like(self.parameters[name][0]) for name in names}
-            self._sum_up(names, sums)
-            for name in names:
-                self.parameters[name].copy_((sums[name] / self.nodes.count).expand_as(self.parameters[name]))
-            self._keep(sums)
+            self._average(names)
+
+    def _average(self, names: list[str]) -> None:
+        """Average what travels in one message; its sums are gone before the next ones are made."""
+        sums = {name: torch.empty_like(self.parameters[name][0]) for name in names}
+        self._sum_up(names, sums)
+        for name in names:
+            self.parameters[name].copy_((sums[name] / self.nodes.count).expand_as(self.parameters[name]))
+        self._keep(sums)
 
     def _keep(self, sums: dict[str, Tensor]) -> None:
         for name in self.last.keys() & sums.keys():

@@ -20,7 +20,7 @@ from simulate.communicator import Communicator
 from simulate.config import Run
 from simulate.convert import convert, merged_state
 from simulate.methods.averaging import Averaging
-from simulate.methods.base import clip_per_device, forget_moments
+from simulate.methods.base import forget_moments
 from simulate.methods.paced import Paced
 from simulate.options import LocalSgdOptions
 from simulate.randomness import generator
@@ -41,8 +41,7 @@ class Local(Paced):
     def train_step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         losses_L = self.group_losses(inputs, targets, self.local_devices)
         self.backward(losses_L)
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        clip_per_device(gradients, self.local_devices, self.run.train.clip_norm)
+        self.clip(self.parameters.values())
         self.apply_gradients(step)
         self.arrive_if_due(step)
         return losses_L.detach()

@@ -22,6 +22,9 @@ With `pace = "deadline"` device n counts w_n in place of 1/N (simulate.methods.p
 
 Reset-less merges would not telescope then: what a head had added with one weight would be taken back with another.
 
+With `quantize` W is kept in fewer bytes, Q(W), and unpacked for each product; merges add to a full-precision master
+W in host memory, and W0 lies there, too. Only with `master` = "none" does Q(Q(W) + ...) take the place of W.
+
 On a compressed `wire` what a device merged is what its message said, so A0, B0 are the rounded factors, and what
 rounding lost is added to the next message (error feedback; Karimireddy et al. 2019, arXiv 1901.09847). A reduced delta
 carries the change since the last merge instead, through simulate.wire's CompressedMean, and W accumulates.
@@ -41,7 +44,7 @@ from simulate.convert import Treatment, convert, lora, merged_state, norm_parame
 from simulate.costs.traffic import fragment
 from simulate.errors import RunFailedError
 from simulate.methods.averaging import Averaging
-from simulate.methods.base import clear_rows, clip_per_device, forget_moments, prune_moments
+from simulate.methods.base import clear_rows, forget_moments, prune_moments
 from simulate.methods.delayed import NOTHING
 from simulate.methods.lora import adapter_groups, adapter_parameters
 from simulate.methods.merging import LayerMerger, sum_of_products
@@ -61,7 +64,6 @@ class Lte(Paced):
         self, run: Run, communicator: Communicator, device: torch.device, network: nn.Module | None = None
     ) -> None:
         assert isinstance(run.method, LteOptions)
-        assert run.method.quantize == "none", "quantised weights can be planned, not trained"
         self.options = run.method
         super().__init__(run, communicator, device, network)
         options = self.options
@@ -82,6 +84,7 @@ class Lte(Paced):
 
     def prepare(self, model: nn.Module) -> nn.Module:
         options, devices = self.options, self.local_devices
+        merges_here = options.master != "server" or self.communicator.process == 0
         spec = AdapterSpec(
             rank=options.rank,
             scale=options.scale,
@@ -90,6 +93,10 @@ class Lte(Paced):
             first_device=self.communicator.local_devices.start,
             seed=self.run.train.seed,
             frozen_a=options.frozen_a,
+            quantize=options.quantize,
+            keeps_start=merges_here,
+            keeps_master=options.keeps_master and merges_here,
+            shows_master=options.master == "host",
         )
         treatment = Treatment(
             make_adapter=lora(spec, devices),
@@ -125,8 +132,7 @@ class Lte(Paced):
             first = 1 if self.communicator.local_devices.start == 0 else 0
             if norm.grad is not None:
                 norm.grad[first:] = 0.0
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        clip_per_device(gradients, self.local_devices, self.run.train.clip_norm)
+        self.clip(self.model.parameters())
         self.apply_gradients(step)
         self.arrive_if_due(step)
         return losses_H.detach().view(self.local_devices, heads).mean(1)
@@ -214,8 +220,11 @@ class Lte(Paced):
             for layer in merger.layers
             if layer.start_weight is not None
         }
+        masters = {
+            f"{layer.name}.master": layer.master for layer in lora_layers(self.model) if layer.master is not None
+        }
         errors = {name: tensor for merger in self.mergers for name, tensor in merger.state().items()}
-        return {**super().kept(), **starts, **errors, **self.averaging.state(), **self.spreading.state()}
+        return {**super().kept(), **starts, **masters, **errors, **self.averaging.state(), **self.spreading.state()}
 
     def revived(self, shared: Mapping[str, Tensor], donor: Mapping[str, Tensor], device: int) -> dict[str, Tensor]:
         """Return a device's start with new adapters: A as it would draw it, B and the product at zero."""
@@ -243,11 +252,12 @@ class Lte(Paced):
         travels = [] if sent_after == NOTHING else self.fragments_due(sent_after)
         for index, merger in enumerate(self.mergers):
             for layer in merger.layers:
-                if layer.start_weight is not None:
+                if self.options.reset == "none":
                     weight_OI, a_HRI, b_HOR = merger.merged(layer, travels=index in travels)
                     sums = [sum_of_products(a_HRI, b_HOR)]
                     self.communicator.all_reduce(sums)
-                    layer.start_weight.copy_(torch.sub(weight_OI, sums[0], alpha=share))
+                    if layer.start_weight is not None:
+                        layer.start_weight.copy_(torch.sub(weight_OI, sums[0], alpha=share))
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         for name, module in self.model.named_modules():

@@ -5,6 +5,7 @@ Legend: L local devices, H heads of all devices, R rank, I inputs, O outputs, X 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -33,19 +34,19 @@ class LayerMerger:
         held, transport = options.held_rank(devices), options.merge_transport
         self.keys = ("b",) if options.frozen_a else ("a", "b")
         """The factors that travel: a frozen A can be drawn by everyone."""
-        shapes = {x.name: LinearShape(x.name, x.weight.shape[0], x.weight.shape[1], 1) for x in layers}
+        shapes = {x.name: LinearShape(x.name, *x.size, 1) for x in layers}
         reduced = {
             n for n, x in shapes.items() if layer_transport(x, held, devices, transport, options.frozen_a) == "reduce"
         }
         by_factors = [layer for layer in layers if layer.name not in reduced]
         dense = [layer for layer in layers if layer.name in reduced]
-        element_bytes = layers[0].weight.element_size() if layers else 0
+        element_bytes = layers[0].b.element_size() if layers else 0
         sizes = factor_buffer_bytes(
             [shapes[x.name] for x in by_factors], devices, held, transport, element_bytes, options.frozen_a
         )
         self.factor_messages = [[by_factors[i] for i in group] for group in pack(sizes)]
         self.dense_messages = [
-            [dense[i] for i in group] for group in pack([x.weight.numel() * element_bytes for x in dense])
+            [dense[i] for i in group] for group in pack([math.prod(x.size) * element_bytes for x in dense])
         ]
         delayed_layers = layers if options.merge_delay else ()
         self.snapshots = {
@@ -65,8 +66,8 @@ class LayerMerger:
                     factor = getattr(layer, key).detach()
                     self.errors[f"{layer.name}.{key}"] = torch.zeros_like(factor).view(self.local, -1)
             for message in self.dense_messages:
-                elements = sum(layer.weight.numel() for layer in message)
-                self.means.append(CompressedMean(elements, options.wire, communicator, message[0].weight))
+                elements = sum(math.prod(layer.size) for layer in message)
+                self.means.append(CompressedMean(elements, options.wire, communicator, message[0].b))
 
     def merge(self, weights_N: Tensor | None = None) -> None:
         """Make W of all layers the same on all devices, and let heads remember what of them is in it.
@@ -113,8 +114,8 @@ class LayerMerger:
             snapshots = (self.snapshots[f"{layer.name}.{key}"] for key in ("a", "b"))
             return self.arriving[layer.name], *snapshots
         if layer.a0 is None or layer.b0 is None:  # nothing is merged yet
-            return layer.weight, layer.a.detach(), torch.zeros_like(layer.b)
-        return layer.weight, layer.a0, layer.b0
+            return layer.merged_weight(), layer.a.detach(), torch.zeros_like(layer.b)
+        return layer.merged_weight(), layer.a0, layer.b0
 
     def _exchange(self) -> None:
         for message in self.factor_messages:
@@ -158,22 +159,36 @@ class LayerMerger:
         if everyones is not None:  # here, not only at the server
             self.communicator.then(partial(self._add_up, layers, everyones, self._targets(layers)))
         if server:
-            self.communicator.pull(self._targets(layers))
+            self.communicator.pull(self._pulled(layers))
 
-    def _add_up(self, layers: list[LoraLinear], everyones: list[Tensor], targets: list[Tensor]) -> None:
+    def _add_up(self, layers: list[LoraLinear], everyones: list[Tensor], targets: list[Tensor | None]) -> None:
         factors = iter(everyones)
         for layer, target_OI in zip(layers, targets, strict=True):
             a_HRI = self._everyones_draw(layer) if self.options.frozen_a else next(factors)
             b_HOR = weighted(next(factors), self._weights_H)
-            add_products(self._base(layer), a_HRI, b_HOR, self._share, out=target_OI)
+            if target_OI is not None:
+                add_products(self._base(layer), a_HRI, b_HOR, self._share, out=target_OI)
+                continue
+            # Unpacked for as long as it takes to pack it again, one layer at a time.
+            merged_OI = self._base(layer).to(b_HOR.device, copy=True)
+            add_products(merged_OI, a_HRI, b_HOR, self._share, out=merged_OI)
+            layer.take_weight(merged_OI)
 
     def _sent(self, layer: LoraLinear, key: str) -> Tensor:
         """Return what is merged of a layer's own factors: as they are, or as they were sent."""
         return self.snapshots[f"{layer.name}.{key}"] if self._travels else getattr(layer, key).detach()
 
-    def _targets(self, layers: list[LoraLinear]) -> list[Tensor]:
-        """Return where merged W go."""
-        return [self.arriving[layer.name] if self._travels else layer.weight for layer in layers]
+    def _targets(self, layers: list[LoraLinear]) -> list[Tensor | None]:
+        """Return where merged W go; None where they are packed."""
+        if self._travels:
+            return [self.arriving[layer.name] for layer in layers]
+        return [None if layer.frozen else layer.weight for layer in layers]
+
+    def _pulled(self, layers: list[LoraLinear]) -> list[Tensor]:
+        """Return what the server's content is written to: quantised W as they are packed."""
+        if self._travels:
+            return [self.arriving[layer.name] for layer in layers]
+        return [tensor for layer in layers for tensor in layer.frozen_tensors()]
 
     def _everyones_draw(self, layer: LoraLinear) -> Tensor:
         heads = self.communicator.num_devices * self.options.heads_per_device
@@ -209,7 +224,7 @@ class LayerMerger:
             received = iter(exchanged)
             for message, (heads, rows, columns) in zip(parts, shapes, strict=True):
                 elements = heads // self.local * rows * columns
-                decoded = decode([next(received) for _ in message], elements, wire, self.layers[0].weight.dtype)
+                decoded = decode([next(received) for _ in message], elements, wire, self.layers[0].b.dtype)
                 everyones.append(decoded.reshape(-1, rows, columns))
 
         self.communicator.then(unpack)
@@ -223,7 +238,10 @@ class LayerMerger:
 
         def add_up() -> None:
             for layer, sum_OI, target_OI in zip(layers, sums, targets, strict=True):
-                torch.add(self._base(layer), sum_OI, alpha=self._share, out=target_OI)
+                into_OI = sum_OI if target_OI is None else target_OI
+                torch.add(self._base(layer), sum_OI, alpha=self._share, out=into_OI)
+                if target_OI is None:
+                    layer.take_weight(into_OI)
 
         self.communicator.then(add_up)
         for layer in layers:
@@ -237,9 +255,13 @@ class LayerMerger:
         targets = self._targets(layers)
 
         def add_up() -> None:
-            parts = mean.pop().split([target_OI.numel() for target_OI in targets])
+            parts = mean.pop().split([math.prod(layer.size) for layer in layers])
             for layer, part, target_OI in zip(layers, parts, targets, strict=True):
-                torch.add(layer.weight, part.view_as(target_OI), out=target_OI)
+                change_OI = part.view(layer.size)
+                into_OI = change_OI if target_OI is None else target_OI
+                torch.add(layer.merged_weight(), change_OI, out=into_OI)
+                if target_OI is None:
+                    layer.take_weight(into_OI)
 
         self.communicator.then(add_up)
         for layer in layers:
@@ -271,8 +293,8 @@ class LayerMerger:
 
     def _base(self, layer: LoraLinear) -> Tensor:
         if layer.start_weight is None:
-            return layer.weight
-        return layer.start_weight.to(layer.weight.device)
+            return layer.merged_weight()
+        return layer.start_weight.to(layer.b.device)
 
     def state(self) -> dict[str, Tensor]:
         """Return what rounding lost, and what travels, by name."""

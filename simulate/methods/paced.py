@@ -43,7 +43,7 @@ class Paced(Delayed):
         self.goes_by_clock = False
         """Whether this process stops when the deadline has passed."""
         self.now_s: Callable[[], float] = time.monotonic
-        self.counts_N = torch.full((devices,), self.run.method.round_steps)
+        self.counts_N = torch.tensor([self.run.method.round_steps] * devices)
         """Steps of each device in the current or last round; by the clock only known after its merge."""
         self.trained = torch.tensor(0)
         """Steps of all devices together in earlier rounds."""

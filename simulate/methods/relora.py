@@ -70,8 +70,9 @@ class Relora(Lora):
         layer.b.zero_()
 
     def _begin_adapters(self) -> None:
-        weights = {name: tensor.clone() for name, tensor in merged_state(self.model).items()}
+        weights = merged_state(self.model)
         device = next(iter(weights.values())).device
+        self.optimizer.state.clear()  # makes room for the second network
         network = build_model(self.run) if self.plain is None else self.plain
         network.load_state_dict(weights)
         self.dense = False

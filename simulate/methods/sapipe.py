@@ -95,14 +95,17 @@ class Sapipe(GradientMethod):
         for group, peak in zip(self.groups, self.peak_rates, strict=True):
             for parameter in group["params"]:
                 name = names[id(parameter)]
-                change = self._adam_change(parameter, own[name], factor * peak, group["weight_decay"])
+                change = self._adam_change(parameter, own[name], step, factor * peak, group["weight_decay"])
                 torch.add(parameter, change, out=self.leaves[name].detach())
 
-    def _adam_change(self, parameter: nn.Parameter, gradient: Tensor, rate: float, decay: float) -> Tensor:
-        """Return what one AdamW step with `gradient`, (L, ...), would add, from moments that stay as they are."""
+    def _adam_change(self, parameter: nn.Parameter, gradient: Tensor, taken: int, rate: float, decay: float) -> Tensor:
+        """Return what an AdamW step with `gradient`, (L, ...), would add after `taken` steps; moments stay as they are.
+
+        A run's first step has nothing to step with, so step t comes after t steps of the optimizer.
+        """
         beta1, beta2 = self.run.train.adam_beta1, self.run.train.adam_beta2
         state = self.optimizer.state.get(parameter)
-        first, second, taken = (state["exp_avg"], state["exp_avg_sq"], float(state["step"])) if state else (0, 0, 0)
+        first, second = (state["exp_avg"], state["exp_avg_sq"]) if state else (0, 0)
         first = beta1 * first + (1 - beta1) * gradient
         second = beta2 * second + (1 - beta2) * gradient * gradient
         first = first / (1 - beta1 ** (taken + 1))

@@ -6,6 +6,8 @@ from importlib import import_module
 
 import torch
 from torch import nn
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from simulate.config import Run
 from simulate.models.options import FactoryModel
@@ -22,11 +24,28 @@ _CLASSES = {
 
 
 def build_model(run: Run) -> nn.Module:
-    """Return the plain network with its start weights, drawn in float32 from (seed, "weights"), in the run's dtype."""
+    """Return the plain network with its start weights, drawn in float32 from (seed, "weights"), in the run's dtype.
+
+    Where tensors are fake there is nothing to draw, and how often a draw is repeated would depend on it.
+    """
+    if active_fake_mode() is not None and not isinstance(run.model, FactoryModel):
+        return _fake_network(run)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(address(run.train.seed, "weights"))
         model = _network(run)
     return model.to(DTYPES[run.train.dtype])
+
+
+def _fake_network(run: Run) -> nn.Module:
+    with unset_fake_temporarily():
+        network = empty_model(run)
+    fakes: dict[int, nn.Parameter] = {}
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in fakes:  # what is shared stays shared
+                fakes[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype))
+            setattr(module, name, fakes[id(parameter)])
+    return network
 
 
 def empty_model(run: Run, device: torch.device = CPU) -> nn.Module:

@@ -71,9 +71,11 @@ def empty_traced(options: FactoryModel, device: torch.device) -> nn.Module:
     """Return the plain network with its buffers, and without storage for parameters."""
     with torch.random.fork_rng(devices=[]):  # its start weights are nobody's
         network = call_factory(options).to(device)
+    plain = list(network.parameters())
+    empty = {id(parameter): nn.Parameter(parameter.to("meta"), requires_grad=False) for parameter in plain}
     for module in network.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+            setattr(module, name, empty[id(parameter)])
     return network
 
 

@@ -11,8 +11,9 @@ UNSOURCED = {"count", "kind", "source", "sources"}
 
 
 def figures_without_source(part: Device | Link) -> set[str]:
-    """Return the figures of a device or link that are set and have no words on their origin."""
-    given = {name for name, value in part if value is not None and name not in UNSOURCED}
+    """Return the figures of a device or link that are set, not to their default, without words on their origin."""
+    defaults = {name: field.default for name, field in type(part).model_fields.items()}
+    given = {name for name, value in part if value not in (None, defaults[name]) and name not in UNSOURCED}
     return given - {name for name, words in part.sources.items() if words.strip()}
 
 

@@ -42,8 +42,10 @@ def not_predicted(method: Sapipe, own: dict[str, Tensor], step: int) -> None:
             leaf.copy_(method.parameters[name].expand_as(leaf))
 
 
-def without_decay(method: Sapipe, parameter: nn.Parameter, gradient: Tensor, rate: float, decay: float) -> Tensor:
-    return ORIGINAL_CHANGE(method, parameter, gradient, rate, 0.0)
+def without_decay(
+    method: Sapipe, parameter: nn.Parameter, gradient: Tensor, taken: int, rate: float, decay: float
+) -> Tensor:
+    return ORIGINAL_CHANGE(method, parameter, gradient, taken, rate, 0.0)
 
 
 def uncorrected(method: Sapipe) -> None:

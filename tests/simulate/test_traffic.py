@@ -135,7 +135,13 @@ def test_the_last_round_may_be_shorter(steps: int, merge_every: int, rounds: int
 
 @pytest.mark.parametrize(
     ("quantize", "expected_bytes"),
-    [("none", 128 * 4), ("int8", 128 + 2 * 4), ("nf4", 64 + 2 * 4)],  # two rows, and two blocks of 64
+    [  # two rows, and two blocks of 64, in one group
+        ("none", 128 * 4),
+        ("bf16", 128 * 2),
+        ("int8", 128 + 2 * 4),
+        ("nf4", 64 + 2 * 4),
+        ("nf4-double", 64 + 2 + 4),
+    ],
 )
 def test_bytes_of_a_frozen_layer_of_two_rows_of_64(quantize: str, expected_bytes: int) -> None:
     assert quantized_bytes(elements=128, inputs=64, quantize=quantize, element_bytes=4) == expected_bytes

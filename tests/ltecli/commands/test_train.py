@@ -95,10 +95,10 @@ def test_no_gpu_no_cuda_and_no_folder(refused: Refused, run_toml: Path, monkeypa
     refused("train", run_toml, "--device", "cuda", words=("--device cuda", "--device cpu"))
 
 
-@pytest.mark.parametrize("quantize", ["int8", "nf4"])
-def test_quantised_weights_can_only_be_planned(refused: Refused, run_toml: Path, quantize: str) -> None:
-    given = f"method.quantize={quantize}"
-    refused("train", run_toml, "--set", given, words=(f"method.quantize = '{quantize}'", "method.quantize=none"))
+def test_nf4_names_the_package_that_it_lacks(refused: Refused, run_toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ltecli.launcher.is_nf4_installed", lambda: False)
+    words = ("method.quantize = 'nf4'", "pip install 'lte[quantize]'", "method.quantize=int8")
+    refused("train", run_toml, "--set", "method.quantize=nf4", words=words)
 
 
 def test_an_existing_run_is_never_overwritten(refused: Refused, trained: Path, run_toml: Path) -> None:

@@ -1,0 +1,80 @@
+"""What other estimators say of dense AdamW training, beside the plan and the followed peak; those that are installed.
+
+python bench/peers.py --models gpt2 gpt2_medium
+
+Each is asked as its users would: accelerate's `estimate-memory` figure for training with Adam (four times the weights),
+DeepSpeed's ZeRO estimators without offloading on one GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+from collections.abc import Callable
+from importlib.util import find_spec
+
+from simulate.accuracy import planned_bytes
+from simulate.config import Run, build_run
+from simulate.tracking import tracked_memory
+
+
+def accelerate_bytes(run: Run) -> float:
+    """Return accelerate's figure for training with Adam in float32."""
+    from accelerate.commands.estimate import estimate_training_usage  # type: ignore[import-not-found]
+
+    usage = estimate_training_usage(4 * run.model.shape().parameters, "float32")
+    return float(max(usage.values()))
+
+
+def zero2_bytes(run: Run) -> float:
+    """Return DeepSpeed's figure for ZeRO stage 2 on one GPU without offloading: mixed precision, no activations."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        from deepspeed.runtime.zero.stage_1_and_2 import (  # type: ignore[import-not-found]
+            estimate_zero2_model_states_mem_needs,
+        )
+
+    _, gpu_bytes = estimate_zero2_model_states_mem_needs(
+        run.model.shape().parameters, num_gpus_per_node=1, num_nodes=1, cpu_offload=False, additional_buffer_factor=1.0
+    )
+    return float(gpu_bytes)
+
+
+PEERS: dict[str, tuple[str, Callable[[Run], float]]] = {
+    "accelerate estimate-memory": ("accelerate", accelerate_bytes),
+    "DeepSpeed ZeRO-2": ("deepspeed", zero2_bytes),
+}
+
+
+def main() -> None:
+    """Print one line a model and estimator: its figure, and how far that is from the followed peak."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["gpt2", "gpt2_medium", "llama_1b"])
+    parser.add_argument("--micro-batch", type=int, default=1)
+    arguments = parser.parse_args()
+    for name in arguments.models:
+        run = build_run(
+            {
+                "model": {"name": name},
+                "method": {"name": "ddp"},
+                "train": {"micro_batch": arguments.micro_batch},
+                "cluster": {"devices": 1},
+            }
+        )
+        tracked = tracked_memory(run, with_host=False).tracked_bytes
+        print(f"{name:12} {'followed':28} {tracked / 1e9:8.3f} GB")
+        figures = {"lte plan": float(planned_bytes(run))}
+        for peer, (package, ask) in PEERS.items():
+            if find_spec(package) is None:
+                print(f"{name:12} {peer:28} not installed")
+                continue
+            try:
+                figures[peer] = ask(run)
+            except (ImportError, AttributeError, OSError, RuntimeError) as error:
+                print(f"{name:12} {peer:28} does not run here: {type(error).__name__}: {str(error)[:120]}")
+        for peer, num_bytes in figures.items():
+            print(f"{name:12} {peer:28} {num_bytes / 1e9:8.3f} GB {num_bytes / tracked - 1:+8.2%}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

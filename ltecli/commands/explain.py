@@ -1,0 +1,184 @@
+"""What lte plan says beside the plan: --why, --timeline, --timeline-svg."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ltecli.drawing import bars, legend, svg
+from ltecli.outlook import (
+    CHURN_PER_HOUR,
+    DRAWN_ROUNDS,
+    ROUNDS,
+    UPGRADE_MATTERS,
+    WORTH_GAIN,
+    Churn,
+    Outlook,
+    look_ahead,
+)
+from ltecli.output import Output, plain_table, seconds_text
+from ltecli.planner import Candidate, Plan, describe
+from ltecli.why import Why, explain
+from simulate import toml
+from simulate.errors import InputError
+from simulate.timeline.engine import Timeline
+
+MOST_ROUNDS = 100_000
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What was asked for beside the plan."""
+
+    why: bool = False
+    timeline: bool = False
+    rounds: int | None = None
+    svg: Path | None = None
+    force: bool = False
+
+    @property
+    def wants_timeline(self) -> bool:
+        """Whether rounds are simulated."""
+        return self.timeline or self.rounds is not None or self.svg is not None
+
+    def check(self) -> None:
+        """Refuse what cannot be done, before anything is planned; raises InputError."""
+        if self.rounds is not None and not 1 <= self.rounds <= MOST_ROUNDS:
+            raise InputError(f"--rounds {self.rounds}: must be from 1 to {MOST_ROUNDS:,}")
+        if self.svg is None:
+            return
+        if self.svg.is_dir():
+            raise InputError(f"--timeline-svg {self.svg} is a folder; name a file in it")
+        if self.svg.exists() and not self.force:
+            raise InputError(f"--timeline-svg {self.svg} exists; add --force to replace it, or choose another name")
+        if not self.svg.parent.is_dir():
+            raise InputError(f"--timeline-svg {self.svg}: {self.svg.parent} is no folder; create it first")
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What was worked out for the extras; None where it was not asked for, or nothing was chosen."""
+
+    why: Why | None = None
+    outlook: Outlook | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan's further JSON keys."""
+        return {
+            "why": self.why and self.why.to_dict(),
+            "timeline": self.outlook and self.outlook.to_dict(),
+        }
+
+
+def explain_plan(plan: Plan, extras: Extras) -> Explained:
+    """Work out what was asked for."""
+    if plan.chosen is None:
+        return Explained()
+    why = explain(plan, plan.chosen) if extras.why else None
+    outlook = look_ahead(plan, plan.chosen, extras.rounds or ROUNDS) if extras.wants_timeline else None
+    return Explained(why, outlook)
+
+
+def show_explained(plan: Plan, explained: Explained, extras: Extras, output: Output) -> None:
+    """Print it, and write the picture; raises InputError where that cannot be written."""
+    if plan.chosen is None:
+        return
+    if explained.why is not None:
+        _show_why(explained.why, output)
+    if explained.outlook is not None:
+        _show_outlook(plan.chosen, explained.outlook, output)
+        if extras.svg is not None:
+            _write_svg(plan, plan.chosen, explained.outlook, extras.svg)
+            output.hint(f"wrote {extras.svg}")
+
+
+def _show_why(why: Why, output: Output) -> None:
+    output.text("")
+    output.heading(f"why: {why.limit} limits")
+    output.text(why.reason)
+    table = plain_table("with", "gain", "chosen")
+    table.columns[2].justify = "left"
+    for change in why.changes:
+        gain = "-" if change.gain is None else f"{change.gain:.2f}x"
+        chosen = "cannot be planned" if change.chosen is None else describe(change.chosen.run)
+        table.add_row(change.what, gain, "the same" if change.same else chosen)
+    output.table(table)
+    table = plain_table("neighbour", "instead", "not chosen because")
+    table.columns[2].justify = "left"
+    for neighbour in why.neighbours:
+        table.add_row(neighbour.key, neighbour.value, neighbour.reason)
+    output.table(table)
+
+
+def _show_outlook(chosen: Candidate, outlook: Outlook, output: Output) -> None:
+    timeline = outlook.timeline
+    output.text("")
+    rounds, devices = (f"{n:,} {what}{'s' if n > 1 else ''}" for n, what in _counts(timeline))
+    output.heading(
+        f"timeline: {rounds} of {devices}: {seconds_text(timeline.wall_s)}, {timeline.wall_s / outlook.planned_s:.3f}x "
+        f"the closed form; the whole run {seconds_text(outlook.run_wall_s)}"
+    )
+    shares = {kind: seconds / timeline.wall_s for kind, seconds in timeline.seconds.items()}
+    output.text("a device's time: " + ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items()))
+    drawn = min(DRAWN_ROUNDS, timeline.rounds)
+    table = plain_table("device", f"{drawn} round{'s' if drawn > 1 else ''} ({legend()})")
+    table.columns[1].justify = "left"
+    for device, bar in bars(timeline).items():
+        table.add_row(str(device), bar)
+    output.table(table)
+    output.text(_worth_text(outlook))
+    output.text(_upgrade_text(outlook))
+    output.text(_churn_text(outlook.churn, timeline.devices))
+    if timeline.leaves:
+        whole = timeline.devices * timeline.steps
+        output.text(
+            f"by the profile, devices left {timeline.leaves:,} times: {timeline.device_steps / whole:.1%} trained"
+        )
+
+
+def _counts(timeline: Timeline) -> tuple[tuple[int, str], ...]:
+    return (timeline.rounds, "round"), (timeline.devices, "device")
+
+
+def _worth_text(outlook: Outlook) -> str:
+    """Say how many devices are worth adding."""
+    steps = ", ".join(f"{d.devices:,}: {d.gain:.2f}x" for d in outlook.doublings)
+    rule = f"a doubling is worth it from {WORTH_GAIN - 1:.0%} less time to equal loss"
+    if not outlook.doublings:
+        return "devices: more cannot be planned for these data, or are more than is simulated"
+    if outlook.worth_devices == outlook.timeline.devices:
+        return f"devices: no more are worth adding ({rule}; {steps})"
+    return f"devices: worth adding up to {outlook.worth_devices:,} ({rule}; each doubling gains {steps})"
+
+
+def _upgrade_text(outlook: Outlook) -> str:
+    """Say which figure to make better first."""
+    links = [upgrade for upgrade in outlook.upgrades if upgrade.what.startswith("link")]
+    devices = next(upgrade for upgrade in outlook.upgrades if not upgrade.what.startswith("link"))
+    best = links[0]
+    beside = f"devices twice as fast: {devices.speedup:.2f}x"
+    if best.speedup < UPGRADE_MATTERS:
+        return f"links: none is worth an upgrade, the best ({best.what}) makes it {best.speedup:.3f}x as fast; {beside}"
+    rest = "; ".join(f"{u.what}: {u.speedup:.2f}x" for u in links[1:] if u.speedup >= UPGRADE_MATTERS)
+    return f"links: first {best.what}: {best.speedup:.2f}x as fast" + (f"; {rest}" if rest else "") + f"; {beside}"
+
+
+def _churn_text(churn: Churn, devices: int) -> str:
+    """Say what devices cost that come and go."""
+    share = churn.elastic_factor - 1
+    redo = "would never end" if churn.redo_factor is None else f"takes {churn.redo_factor - 1:.1%} longer"
+    return (
+        f"churn: {CHURN_PER_HOUR:.0%} of {devices:,} devices leaving an hour, back after {seconds_text(churn.join_s)}, "
+        f"cost {share:.2%} where the others go on; a launched run, which repeats the round, {redo}"
+    )
+
+
+def _write_svg(plan: Plan, chosen: Candidate, outlook: Outlook, path: Path) -> None:
+    kinds = [device.kind for device in plan.profile.devices(chosen.run.cluster.devices)]
+    names = {span.device: f"{span.device}: {kinds[span.device]}"[:30] for span in outlook.timeline.spans}
+    title = f"{describe(chosen.run)} on {len(kinds):,} x {plan.profile.name}"
+    try:
+        toml.write_atomically(path, svg(outlook.timeline, title, names).encode())
+    except OSError as error:
+        raise InputError(f"--timeline-svg {path} cannot be written ({error.strerror}); choose another folder") from None

@@ -1,0 +1,221 @@
+"""lte probe: a few gradients and a short dense warm-up of a run, before it is trained, and what they recommend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ltecli.commands.plan import check_target
+from ltecli.output import Output, bytes_text, plain_table
+from simulate import toml
+from simulate.config import Run, load_run
+from simulate.costs.memory import peak_memory
+from simulate.costs.traffic import ELEMENT_BYTES
+from simulate.data.sources import load_data
+from simulate.errors import InputError
+from simulate.hardware import detect_local
+from simulate.options import DdpOptions
+from simulate.probe.document import Estimate, LayerGradient, Probe, Spectrum, dump_probe
+
+if TYPE_CHECKING:
+    import torch
+
+DOUBLE_BYTES = 8
+DECOMPOSED = 6
+"""Matrices of the largest layer, in double precision, while one is decomposed."""
+
+
+@dataclass(frozen=True)
+class ProbeOptions:
+    """How to probe."""
+
+    batches: int
+    """Steps whose batches give gradients, before the warm-up and after it."""
+    warmup_steps: int
+    """Dense steps."""
+    assignments: Sequence[str] = ()
+    """table.key=value."""
+
+
+def probe_command(
+    given: Path, options: ProbeOptions, out: Path | None, force: bool, with_layers: bool, device_name: str,
+    as_json: bool, quiet: bool,
+) -> int:  # fmt: skip
+    """Probe a run, show what was found, and write it where `out` asks for it; returns the exit code."""
+    output = Output(as_json, quiet or as_json)
+    if out is not None:
+        check_target(out, force, "probe.json")
+    run = load_run(given, list(options.assignments))
+    need = needed_bytes(run)
+    output.hint(
+        f"derived: {options.batches} x {run.samples_per_step} samples of gradients twice, {options.warmup_steps} dense "
+        f"steps of {run.samples_per_step} samples, up to about {bytes_text(need)} of memory"
+    )
+    _check_memory(need, device_name, output)
+    data = load_data(run)
+    probe = _probed(run, data, options, device_name, output)
+    output.json(probe.model_dump())
+    _show(probe, output, with_layers)
+    if out is not None:
+        try:
+            toml.write_atomically(out, dump_probe(probe).encode())
+        except OSError as error:
+            raise InputError(f"--out {out} cannot be written ({error.strerror}); choose another folder") from None
+        output.hint(f"wrote {out}; next: lte plan --probe {out}")
+    else:
+        output.hint("next: lte probe ... -o probe.json, then lte plan --probe probe.json")
+    return 0
+
+
+def needed_bytes(run: Run) -> int:
+    """Return the memory of a probe: a dense step on all devices' samples, sums of gradients, two snapshots."""
+    shape, element_bytes, devices = run.model.shape(), ELEMENT_BYTES[run.train.dtype], run.cluster.devices
+    dense = run.model_copy(
+        update={
+            "method": DdpOptions(),
+            "train": run.train.model_copy(update={"micro_batch": run.train.micro_batch * devices}),
+            "cluster": run.cluster.model_copy(update={"devices": 1}),
+        }
+    )
+    one = detect_local().device[0].model_copy(update={"reserved_bytes": 0})
+    decomposed = DECOMPOSED * DOUBLE_BYTES * max(linear.weights for linear in shape.adapted)
+    kept = (shape.parameters + 2 * shape.adapted_parameters) * element_bytes
+    return peak_memory(dense, shape, one).total + kept + decomposed
+
+
+def _check_memory(need: int, device_name: str, output: Output) -> None:
+    """Raise InputError where the probe needs more than this machine has; say where it has little left."""
+    import psutil
+
+    if device_name == "cuda":
+        return  # its allocator refuses by itself
+    memory = psutil.virtual_memory()
+    if need > memory.total:
+        raise InputError(
+            f"the probe needs about {bytes_text(need)}: one dense model with gradients, moments and activations, and "
+            f"this machine has {bytes_text(memory.total)}; try a lower --set train.micro_batch, or a smaller model"
+        )
+    if need > memory.available:
+        output.warning(f"the probe needs about {bytes_text(need)}, and {bytes_text(memory.available)} are free")
+
+
+def _probed(run: Run, data: Any, options: ProbeOptions, device_name: str, output: Output) -> Probe:
+    from simulate.data.batches import build_batches
+    from simulate.probe.measure import probe_run
+
+    device = _device(device_name)
+    return probe_run(
+        run, build_batches(run, data, device), device, data.source, options.batches, options.warmup_steps, output.hint
+    )
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: this PyTorch sees no CUDA GPU; use --device cpu, or install a CUDA build")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def _show(probe: Probe, output: Output, with_layers: bool) -> None:
+    model, settings = probe.network, probe.settings
+    output.heading(
+        f"{model.name}: {model.parameters:,} parameters ({model.adapted_parameters:,} adapted in "
+        f"{len(probe.layers)} layers), {probe.data.source}, seed {settings.seed}"
+    )
+    output.table(_states_table(probe))
+    if with_layers:
+        output.text("")
+        output.text(
+            "ranks that hold 50 % / 90 % of the squared norm; signal and noise scale (samples) after the warm-up"
+        )
+        output.table(_layers_table(probe), secondary=("signal", "noise scale"))
+    advice = probe.recommendation
+    assert advice is not None
+    output.text("")
+    output.heading(f"recommended for {settings.heads} heads on {settings.devices} devices (estimates)")
+    table = plain_table("", "estimate", "range")
+    for name, figure in _advised(probe).items():
+        table.add_row(name, *_estimate_cells(figure))
+    output.table(table)
+    for sentence in advice.reasoning:
+        output.text(f"- {sentence}")
+
+
+def _advised(probe: Probe) -> dict[str, Estimate | None]:
+    advice = probe.recommendation
+    assert advice is not None
+    return {"rank of a head": advice.rank, "heads": advice.heads, "batch of all devices": advice.batch_samples}
+
+
+def _estimate_cells(figure: Estimate | None) -> tuple[str, str]:
+    if figure is None:
+        return "-", "cannot be told"
+    return f"{figure.estimate:.0f}", f"{figure.low:.0f} to {figure.high:.0f}"
+
+
+def _states_table(probe: Probe) -> Any:
+    """Return the two points at which gradients were taken, side by side; ranks as median and range over layers."""
+    states = (probe.initial, probe.warmed)
+    table = plain_table("", *(f"after {state.steps} steps" for state in states))
+    table.add_row("loss", *(f"{state.loss:.4f}" for state in states))
+    scales = (state.noise for state in states)
+    table.add_row("noise scale, samples", *(_scale_text(n.scale_samples) for n in scales))
+    table.add_row("signal in the mean gradient", *(f"{state.noise.signal_share:.0%}" for state in states))
+    gradients = ([layer.initial for layer in probe.layers], [layer.warmed for layer in probe.layers])
+    for name, key in (("effective rank", "effective_rank"), ("stable rank", "stable_rank"),
+                      ("rank that holds 50 %", "rank_50"), ("rank that holds 90 %", "rank_90")):  # fmt: skip
+        cells = (_spread_text([getattr(g.spectrum, key) for g in layers if g.spectrum]) for layers in gradients)
+        table.add_row(f"gradient: {name}, median (layers)", *cells)
+    steps = probe.settings.round_steps
+    for what, name in ((f"update of {steps} steps", "round_update"), ("update of the warm-up", "update")):
+        spectra: list[Spectrum] = [s for layer in probe.layers if (s := getattr(layer, name)) is not None]
+        for share, key in (("50 %", "rank_50"), ("90 %", "rank_90"), ("99 %", "rank_99")):
+            table.add_row(f"{what}: rank that holds {share}", "", _spread_text([getattr(s, key) for s in spectra]))
+    return table
+
+
+def _spread_text(ranks: Sequence[float]) -> str:
+    import statistics
+
+    return f"{statistics.median(ranks):.0f} ({min(ranks):.0f} to {max(ranks):.0f})" if ranks else "-"
+
+
+def _scale_text(scale: float | None) -> str:
+    return "cannot be told" if scale is None else f"{scale:.1f}"
+
+
+def _layers_table(probe: Probe) -> Any:
+    """Return each layer's ranks: 50 % / 90 % of the squared norm."""
+    table = plain_table(
+        "layer",
+        "shape",
+        "gradient at the start",
+        "after the warm-up",
+        "signal",
+        "noise scale",
+        "update of a round",
+        "of the warm-up",
+    )
+    for layer in probe.layers:
+        table.add_row(
+            layer.name,
+            f"{layer.outputs} x {layer.inputs}",
+            _gradient_text(layer.initial),
+            _gradient_text(layer.warmed),
+            f"{layer.warmed.noise.signal_share:.0%}",
+            _scale_text(layer.warmed.noise.scale_samples),
+            _ranks_text(layer.round_update),
+            _ranks_text(layer.update),
+        )
+    return table
+
+
+def _gradient_text(gradient: LayerGradient) -> str:
+    return _ranks_text(gradient.spectrum)
+
+
+def _ranks_text(spectrum: Spectrum | None) -> str:
+    return "-" if spectrum is None else f"{spectrum.rank_50} / {spectrum.rank_90}"

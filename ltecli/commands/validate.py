@@ -1,0 +1,115 @@
+"""lte validate: what is predicted beside what is measured, on this very machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ltecli.output import Output, bytes_text, plain_table, seconds_text
+from simulate import toml
+from simulate.errors import InputError, near_match
+
+if TYPE_CHECKING:
+    from simulate.accuracy import Errors, Row
+
+SEED = 0
+VALIDATION_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Section:
+    """One kind of prediction: how to collect its rows, quickly or thoroughly, and how to show a figure."""
+
+    about: str
+    collect: Callable[[bool], list[Row]]
+    figure: Callable[[float], str]
+
+
+def _memory(quick: bool) -> list[Row]:
+    from simulate.accuracy import allocated_rows, tracked_rows
+
+    if quick:
+        return [*tracked_rows(8, SEED, small=True), *allocated_rows(4, SEED)]
+    return [*tracked_rows(68, SEED), *allocated_rows(17, SEED)]
+
+
+def _bytes(quick: bool) -> list[Row]:
+    from simulate.accuracy import byte_rows
+
+    return list(byte_rows(6 if quick else 34, SEED))
+
+
+def _time(quick: bool) -> list[Row]:
+    from simulate.accuracy import time_rows
+
+    return list(time_rows(4 if quick else 12, SEED))
+
+
+SECTIONS: dict[str, Section] = {
+    "memory": Section("planned peak of one device, in bytes", _memory, bytes_text),
+    "bytes": Section("planned bytes that all devices send", _bytes, bytes_text),
+    "time": Section("planned seconds of a step on `local`, whose rates are guesses", _time, seconds_text),
+}
+"""What can be validated, by the name that --only takes."""
+
+
+def validate_command(only: str | None, quick: bool, out: Path | None, as_json: bool, quiet: bool) -> int:
+    """Collect the sections' rows, show them and what they sum up to, and write them where `out` asks for it."""
+    if only is not None and only not in SECTIONS:
+        raise InputError(f"--only {only!r} is no section; {near_match(only, SECTIONS)}")
+    if out is not None and (out.is_dir() or not out.parent.is_dir()):
+        raise InputError(f"--out {out} is a folder, or in none; name a file in a folder that exists")
+    from simulate.accuracy import errors_of
+
+    output, results = Output(as_json, quiet), {}
+    for name in [only] if only else SECTIONS:
+        output.hint(f"{name}: {SECTIONS[name].about}")
+        results[name] = rows = SECTIONS[name].collect(quick)
+        _show(output, name, rows, errors_of(rows))
+    output.json(
+        {
+            "version": VALIDATION_VERSION,
+            "quick": quick,
+            **{name: _as_json(rows, errors_of(rows)) for name, rows in results.items()},
+        }
+    )
+    if out is not None:
+        text = "\n".join(_markdown(name, rows, errors_of(rows)) for name, rows in results.items())
+        try:
+            toml.write_atomically(out, text.encode())
+        except OSError as error:
+            raise InputError(f"--out {out} cannot be written ({error.strerror}); choose another folder") from None
+        output.hint(f"wrote {out}")
+    return 0
+
+
+def _show(output: Output, name: str, rows: Sequence[Row], errors: Errors) -> None:
+    table = plain_table(name, "predicted", "measured", "difference", "by")
+    figure = SECTIONS[name].figure
+    for row in rows:
+        table.add_row(row.name, figure(row.predicted), figure(row.measured), f"{row.error:+.2%}", row.how)
+    output.table(table)
+    output.text(f"{name}: {_summary(errors)}")
+
+
+def _summary(errors: Errors) -> str:
+    return (
+        f"{errors.rows} runs, mean error {errors.mean:.2%}, worst {errors.worst:.2%}, furthest under "
+        f"{errors.furthest_under:.2%}, {errors.share_under:.0%} under"
+    )
+
+
+def _as_json(rows: Sequence[Row], errors: Errors) -> dict[str, Any]:
+    return {"errors": asdict(errors), "rows": [{**asdict(row), "error": row.error} for row in rows]}
+
+
+def _markdown(name: str, rows: Sequence[Row], errors: Errors) -> str:
+    figure = SECTIONS[name].figure
+    lines = [
+        f"## {name.capitalize()}: {SECTIONS[name].about}", "", f"{_summary(errors)}.", "",
+        "| run | by | predicted | measured | difference |", "|---|---|---|---|---|",
+        *(f"| {r.name} | {r.how} | {figure(r.predicted)} | {figure(r.measured)} | {r.error:+.2%} |" for r in rows),
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"

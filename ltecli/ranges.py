@@ -1,0 +1,84 @@
+"""How far planned times may be off: from what the profile's figures are, and the samples model's own range."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from simulate.costs.samples import samples_factor
+from simulate.hardware import Profile
+
+if TYPE_CHECKING:
+    from ltecli.planner import Candidate
+
+MARGINS = {"measured": 1.0, "datasheet": 1.25, "guess": 1.5}
+"""Times from figures of a source may be this many times shorter or longer: a rule of thumb, said with every plan. Real
+efficiencies of one card differ by about so much between networks (profiles/*.toml say 0.3 to 0.5 where they guess)."""
+RULE = (
+    "ranges of times: x 1/1.25 to 1.25 where figures are a datasheet's, x 1/1.5 to 1.5 where they are guesses, none "
+    "where measured; compute by the devices' source, exchanges by the link's"
+)
+
+
+@dataclass(frozen=True)
+class Margins:
+    """Factors that compute and exchanges may be off by, either way."""
+
+    compute: float = 1.0
+    exchange: float = 1.0
+
+    @classmethod
+    def of(cls, profile: Profile) -> Margins:
+        """Return the margins of a profile: of its least certain device, and of its link."""
+        return cls(max(MARGINS[device.source] for device in profile.device), MARGINS[profile.link.source])
+
+    @property
+    def is_point(self) -> bool:
+        """Whether times are as certain as measurements."""
+        return self.compute == self.exchange == 1.0
+
+
+def time_range(candidate: Candidate, compute_s: float, exchange_s: float) -> tuple[float, float]:
+    """Return the shortest and the longest that compute and an exchange may take together."""
+    margins = candidate.margins
+    low_s = compute_s / margins.compute + exchange_s / margins.exchange
+    return low_s, compute_s * margins.compute + exchange_s * margins.exchange
+
+
+def wall_range(candidate: Candidate) -> tuple[float, float]:
+    """Return the range of the whole run's seconds."""
+    exchange_s = candidate.time.exchange_s * candidate.rounds
+    return time_range(candidate, candidate.wall_s - exchange_s, exchange_s)
+
+
+def samples_range(candidate: Candidate) -> tuple[float, float]:
+    """Return the range of the assumed samples over dense's."""
+    run, shape = candidate.run, candidate.run.model.shape()
+    low, high = (samples_factor(run, shape, candidate.tokens, candidate.efficiency, end) for end in ("low", "high"))
+    return low, high
+
+
+def equivalent_range(candidate: Candidate) -> tuple[float, float]:
+    """Return the range of the seconds to equal loss: times and samples both at their low, or both at their high."""
+    share = candidate.equivalent_wall_s / (candidate.wall_s * candidate.samples_factor)
+    ends = zip(wall_range(candidate), samples_range(candidate), strict=True)
+    low_s, high_s = (wall_s * samples * share for wall_s, samples in ends)
+    return low_s, high_s
+
+
+def range_keys(candidate: Candidate) -> dict[str, float]:
+    """Return `_low` and `_high` of every time and of the samples, for the plan's JSON."""
+    time = candidate.time
+    compute_s = time.steps * time.compute_s + time.merge_s
+    ranges = {
+        "compute_s": time_range(candidate, time.compute_s, 0.0),
+        "exchange_s": time_range(candidate, 0.0, time.exchange_s),
+        "step_s": time_range(candidate, compute_s / time.steps, time.exchange_s / time.steps),
+        "round_s": time_range(candidate, compute_s, time.exchange_s),
+        "wall_s": wall_range(candidate),
+        "assumed_samples_factor": samples_range(candidate),
+        "equivalent_wall_s": equivalent_range(candidate),
+    }
+    return {
+        f"{key}_{end}": value for key, both in ranges.items() for end, value in zip(("low", "high"), both, strict=True)
+    }

@@ -1,0 +1,112 @@
+"""What CUDA's caching allocator reserves for a program whose allocations are known; torch-free.
+
+It takes memory from the driver in segments, cuts blocks out of them and keeps what is given back (torch's
+c10/cuda/CUDACachingAllocator.cpp, its defaults): sizes are rounded to 512 bytes; blocks of up to 1 MiB come out of
+segments of 2 MiB, larger ones of less than 10 MiB out of 20 MiB, and others get a segment of their own, rounded to
+2 MiB. The smallest free block that is large enough is taken, and the rest of it stays free where it is worth keeping.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+ROUNDING = 512
+SMALL_BLOCK, SMALL_SEGMENT = 2**20, 2 * 2**20
+MEDIUM_BLOCK, MEDIUM_SEGMENT = 10 * 2**20, 20 * 2**20
+SEGMENT_ROUNDING = 2 * 2**20
+
+
+@dataclass
+class _Block:
+    """A part of a segment, with its neighbours in it."""
+
+    size: int
+    address: int
+    """Among all segments, which only keeps equal sizes apart."""
+    free: bool = False
+    before: _Block | None = None
+    after: _Block | None = None
+
+
+@dataclass
+class _Pool:
+    """Free blocks by size, of small or of large segments."""
+
+    smallest_rest: int
+    """What is left of a block stays free from this size on."""
+    free: list[tuple[int, int]] = field(default_factory=list)
+    blocks: dict[int, _Block] = field(default_factory=dict)
+    """By address."""
+
+    def take(self, size: int) -> _Block | None:
+        """Return the best fitting free block, if there is any."""
+        index = bisect_left(self.free, (size, -1))
+        if index == len(self.free):
+            return None
+        return self._cut(self.blocks[self.free.pop(index)[1]], size)
+
+    def add(self, segment: _Block, size: int) -> _Block:
+        """Return a block out of a new segment."""
+        self.blocks[segment.address] = segment
+        return self._cut(segment, size)
+
+    def _cut(self, block: _Block, size: int) -> _Block:
+        block.free = False
+        if block.size - size >= self.smallest_rest:
+            rest = _Block(block.size - size, block.address + size, True, block, block.after)
+            if block.after is not None:
+                block.after.before = rest
+            block.size, block.after = size, rest
+            self.blocks[rest.address] = rest
+            insort(self.free, (rest.size, rest.address))
+        return block
+
+    def give_back(self, block: _Block) -> None:
+        """Make a block free, as one with free neighbours."""
+        for first, second in ((block, block.after), (block.before, block)):
+            if first is None or second is None or not (first.free or first is block):
+                continue
+            if not (second.free or second is block) or first is second:
+                continue
+            for neighbour in (first, second):
+                if neighbour.free:
+                    del self.free[bisect_left(self.free, (neighbour.size, neighbour.address))]
+            first.size, first.after = first.size + second.size, second.after
+            if second.after is not None:
+                second.after.before = first
+            del self.blocks[second.address]
+            block = first
+            block.free = False
+        block.free = True
+        insort(self.free, (block.size, block.address))
+
+
+def reserved_bytes(entries: Iterable[tuple[int, int]]) -> int:
+    """Return the bytes of all segments after (key, bytes) entries: allocations, and with negative bytes their ends."""
+    small, large = _Pool(ROUNDING), _Pool(SMALL_BLOCK + 1)
+    held: dict[int, tuple[_Pool, _Block]] = {}
+    reserved = 0
+    for key, num_bytes in entries:
+        if num_bytes < 0:
+            pool, block = held.pop(key)
+            pool.give_back(block)
+            continue
+        size = -(-num_bytes // ROUNDING) * ROUNDING
+        pool = small if size <= SMALL_BLOCK else large
+        found = pool.take(size)
+        if found is None:
+            segment = _segment_bytes(size)
+            found = pool.add(_Block(segment, reserved), size)
+            reserved += segment
+        held[key] = pool, found
+    return reserved
+
+
+def _segment_bytes(size: int) -> int:
+    if size <= SMALL_BLOCK:
+        return SMALL_SEGMENT
+    if size < MEDIUM_BLOCK:
+        return MEDIUM_SEGMENT
+    return -(-size // SEGMENT_ROUNDING) * SEGMENT_ROUNDING

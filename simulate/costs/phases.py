@@ -1,0 +1,31 @@
+"""The moments of a step, a merge or an evaluation at which a device can hold most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+PhaseName = Literal[
+    "forward", "backward_start", "backward_end", "optimizer_step", "merge", "outer_step", "evaluation",
+    "checkpoint_save",
+]  # fmt: skip
+PHASES: tuple[PhaseName, ...] = (
+    "forward", "backward_start", "backward_end", "optimizer_step", "merge", "outer_step", "evaluation",
+    "checkpoint_save",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Bytes beside what is held all the time, at one moment."""
+
+    name: PhaseName
+    gradients: int
+    activations: int
+    """What the forward pass has left for the backward pass."""
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        """Sum of all parts."""
+        return self.gradients + self.activations + self.temporary

@@ -1,0 +1,256 @@
+"""Follow what one device's program allocates without allocating it: fake tensors, whose storages are counted.
+
+The program is the real one: method, network, loss, optimizer, merge. Fake tensors have shapes and storages but no
+numbers, so a network of billions of parameters takes seconds and little memory. Every storage is followed from the
+operation that makes it to the moment when nothing refers to it any more, which is when the allocator gives it back; a
+test holds the peak against the allocator's own. torch's MemTracker counts likewise, but knows no merges, and no
+parameters that require no gradient.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorConverter,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from simulate.adapters import LoraLinear
+from simulate.caching import reserved_bytes
+from simulate.config import Run
+from simulate.errors import InputError
+from simulate.measure import Program, train_alone
+from simulate.methods.base import Method
+from simulate.models.options import FactoryModel
+from simulate.replicated import VectorLora
+
+PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "temporary")
+"""Of a device's memory, as simulate.costs.memory has them."""
+FACTORS = ("a", "b", "a0", "b0")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What was held at a phase's height, in bytes."""
+
+    total: int
+    by_part: dict[str, int]
+
+
+@dataclass
+class Log:
+    """Everything that was allocated and given back, in order."""
+
+    entries: list[tuple[int, int, str]] = field(default_factory=list)
+    """(storage, bytes: negative where it is given back, phase)."""
+    parts: dict[int, str] = field(default_factory=dict)
+    """What a storage turned out to be; those that are missing were temporary."""
+    host: set[int] = field(default_factory=set)
+    """Storages that stay in the host's memory where it has its own."""
+
+    def moments(self, with_host: bool) -> dict[str, Moment]:
+        """Return each phase's height, by part; `with_host` where device and host share one memory."""
+        held, heights = dict.fromkeys(PARTS, 0), dict[str, Moment]()
+        for storage, num_bytes, phase in self.device_entries(with_host):
+            held[self.parts.get(storage, "temporary")] += num_bytes
+            total = sum(held.values())
+            if num_bytes > 0 and (phase not in heights or total > heights[phase].total):
+                heights[phase] = Moment(total, dict(held))
+        return heights
+
+    def device_entries(self, with_host: bool) -> Iterator[tuple[int, int, str]]:
+        """Yield the entries of what lies in the device's memory."""
+        return (entry for entry in self.entries if with_host or entry[0] not in self.host)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes that stay in the host's memory where it has its own."""
+        return sum(num_bytes for storage, num_bytes, _ in self.entries if storage in self.host and num_bytes > 0)
+
+
+class _Follower(TorchDispatchMode):
+    """Sees every operation; what it is given that is real (numbers from Python: counters, shares) stays real."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = Log()
+        self.phase = "build"
+        self.method: Method | None = None
+        self._known: dict[int, int] = {}
+        self._in_backward = False
+        self._references: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self._follow_backward()
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if given and not any(isinstance(x, FakeTensor) for x in given):
+            with unset_fake_temporarily():
+                result = func(*args, **kwargs)
+        else:
+            result = func(*args, **kwargs)
+        scratch = _SCRATCH.get(func)
+        if scratch is not None:
+            self._add(scratch_bytes := scratch(*args), storage := self._new())
+            self._add(-scratch_bytes, storage)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._see(tensor)
+        return result
+
+    def enter(self, phase: str, method: Method) -> None:
+        """Name what comes next, and what is there; a state that a merge drops is gone later."""
+        self.name_state(method)
+        self.phase, self.method = phase, method
+
+    def _follow_backward(self) -> None:
+        in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward and not self._in_backward:
+            # What is held now and turns out to be nothing that stays is what the forward pass left behind.
+            for storage in self._known.values():
+                self.log.parts.setdefault(storage, "activations")
+            self.phase = "backward"
+        elif self._in_backward and not in_backward:
+            self._leave_backward()
+        self._in_backward = in_backward
+
+    def _leave_backward(self) -> None:
+        if not self._in_backward or self.method is None:
+            return
+        self._in_backward = False
+        self.phase = "optimizer_step"
+        for parameter in (*self.method.model.parameters(), *self.method.parameters.values()):
+            if parameter.grad is not None:
+                self._name(parameter.grad, "gradients")
+
+    def _new(self) -> int:
+        return len(self.log.entries)
+
+    def _add(self, num_bytes: int, storage: int) -> None:
+        self.log.entries.append((storage, num_bytes, self.phase))
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, num_bytes = storage._cdata, storage.nbytes()
+        if key in self._known or num_bytes == 0 or tensor.device.type == "meta":
+            return
+        self._known[key] = number = self._new()
+        self._add(num_bytes, number)
+
+        def gone(_: object) -> None:
+            del self._known[key], self._references[key]
+            self._add(-num_bytes, number)
+
+        self._references[key] = weakref.ref(storage, gone)
+
+    def _name(self, tensor: Tensor, part: str) -> None:
+        number = self._known.get(tensor.untyped_storage()._cdata)
+        if number is not None:
+            self.log.parts[number] = part
+
+    def name_state(self, method: Method) -> None:
+        """Say what is what of that which stays from step to step."""
+        self._leave_backward()
+        for name, tensor in method.state().items():
+            kind = name.partition(".")[0]
+            self._name(tensor, "weights" if kind == "model" else "optimizer")
+            if name.endswith(".start_weight"):
+                self._name(tensor, "weights")
+                self.log.host.add(self._known[tensor.untyped_storage()._cdata])
+        for module in method.model.modules():
+            if isinstance(module, LoraLinear | VectorLora):
+                held = (*module.factors(), *(getattr(module, key, None) for key in FACTORS))
+                for factor in (factor for factor in held if isinstance(factor, Tensor)):
+                    self._name(factor, "adapters")
+
+
+class _ForgetfulConverter(FakeTensorConverter):
+    """Keeps no weak references to fake tensors, which would not let modules convert their parameters."""
+
+    def set_tensor_memo(self, t: Tensor, v: FakeTensor) -> None:
+        pass
+
+
+def _log_sum_exp_scratch(x: Tensor, dims: list[int], *_: object) -> int:
+    """The exponentials, the largest of each row, and the sums that become the result."""
+    return (x.numel() + 2 * x.numel() // x.shape[dims[0]]) * x.element_size()
+
+
+_SCRATCH: Mapping[Any, Callable[..., int]] = {
+    torch.ops.aten.logsumexp.default: _log_sum_exp_scratch,
+}
+"""Bytes that operations hold inside, where nobody else sees them."""
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Make no numbers within."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode.fake_tensor_converter = _ForgetfulConverter()
+    with mode:
+        yield
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """What one device's program was seen to hold, in bytes, without what the system keeps for itself."""
+
+    tracked_bytes: int
+    """The peak."""
+    by_part: dict[str, int]
+    by_phase: dict[str, int]
+    allocator_bytes: int
+    """What CUDA's caching allocator would have reserved for it."""
+    host_bytes: int
+    """Beside it, in the host's memory."""
+
+
+def tracked_memory(run: Run, with_host: bool) -> Tracked:
+    """Follow a run's program; `with_host` where device and host share one memory.
+
+    Raises InputError for a network of the user's that cannot be followed.
+    """
+    log = track(run)
+    moments = log.moments(with_host)
+    moments.pop("build")  # takes place before anything moves to the device
+    highest = max(moments.values(), key=lambda moment: moment.total)
+    return Tracked(
+        tracked_bytes=highest.total,
+        by_part=highest.by_part,
+        by_phase={phase: moment.total for phase, moment in moments.items()},
+        allocator_bytes=reserved_bytes((storage, size) for storage, size, _ in log.device_entries(with_host)),
+        host_bytes=0 if with_host else log.host_bytes,
+    )
+
+
+def track(run: Run, program: Program = train_alone) -> Log:
+    """Return what one device's program allocates over steps, merges and an evaluation."""
+    run.model.shape()  # of a network without a name: found out with numbers
+    gc.collect()  # what is freed late would be taken for the program's
+    follower = _Follower()
+    try:
+        with fake_tensors(), follower:
+            method = program(run, torch.device("cpu"), follower.enter)
+            follower.name_state(method)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        if not isinstance(run.model, FactoryModel):
+            raise
+        raise InputError(
+            f"model.name = {run.model.name!r}: what it does depends on numbers ({error}), so that its memory cannot be "
+            "followed without them; leave --verify away, lte train measures it"
+        ) from error
+    return follower.log

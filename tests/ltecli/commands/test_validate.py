@@ -1,0 +1,40 @@
+"""lte validate and lte plan --verify: what they print, and one line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ltecli.app import main
+
+
+def test_bytes_are_validated_to_the_byte(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "bytes.md"
+    assert main(["validate", "--only", "bytes", "--quick", "--json", "--out", str(out)]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["bytes"]["errors"]["worst"] == 0.0
+    assert len(document["bytes"]["rows"]) == document["bytes"]["errors"]["rows"] >= 5
+    assert "| run | by | predicted | measured | difference |" in out.read_text(encoding="utf-8")
+
+
+def test_an_unknown_section_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "--only", "memroy"]) == 2
+    assert "did you mean 'memory'?" in capsys.readouterr().err
+
+
+def test_the_choice_is_verified(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--method", "lte", "--rank", "8", "--set", "train.micro_batch=1", "--verify", "--json"]
+    assert main(arguments) == 0
+    document = json.loads(capsys.readouterr().out)
+    memory, verify = document["chosen"]["memory_bytes"], document["verify"]
+    assert verify["tracked_bytes"] == sum(verify["by_part"].values())
+    assert memory["total"] - memory["reserved"] == pytest.approx(verify["tracked_bytes"], rel=0.03)
+    assert max(document["chosen"]["memory_by_phase"].values()) == memory["total"]
+
+
+def test_what_does_not_fit_is_not_verified(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--model", "llama_7b", "--profile", "gtx1080ti_x8", "--method", "ddp", "--verify"]
+    assert main(arguments) == 3
+    assert "nearest miss" in capsys.readouterr().err

@@ -1,0 +1,81 @@
+"""Followed memory against the allocator's, plans against both, and the caching allocator by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from simulate.accuracy import ROOMY, errors_of, planned_bytes, tracked_rows
+from simulate.caching import reserved_bytes
+from simulate.costs.memory import memory_by_phase, peak_memory
+from simulate.costs.phases import PHASES
+from simulate.heldout import held_out_runs
+from simulate.measure import measure_memory_bytes
+from simulate.tracking import PARTS, tracked_memory
+from tests import tiny
+
+CPU = torch.device("cpu")
+WIDE = {"layers": 2, "width": 96, "attention_heads": 4, "context": 24, "vocab": 300}
+KERNEL_BYTES = 1024
+"""Of numbers that a kernel works with, such as an operand that it converts."""
+FOLLOWED = (
+    "ddp", "lora", "adamix", "fedavg", "diloco, late, streaming int8", "lte, late", "lte, paced, reduced int4",
+    "lte, frozen a, muon", "lte, vector norms", "daso", "sapipe", "signsgd", "local-sgd, paced, served",
+)  # fmt: skip
+MIB = 2**20
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_what_is_followed_is_what_the_allocator_gives(name: str) -> None:
+    run = tiny.variant_run(name, 4, WIDE, {"dtype": "fp32", "steps": 12})
+    tracked = tracked_memory(run, with_host=True)
+    assert tracked.tracked_bytes == pytest.approx(measure_memory_bytes(run, CPU), abs=KERNEL_BYTES)
+    assert set(tracked.by_part) == set(PARTS)
+    assert sum(tracked.by_part.values()) == tracked.tracked_bytes == max(tracked.by_phase.values())
+
+
+def test_following_leaves_out_what_a_host_with_memory_keeps() -> None:
+    run = tiny.lte_run(2, WIDE, {"dtype": "fp32"})
+    own, shared = (tracked_memory(run, with_host) for with_host in (False, True))
+    start_bytes = 4 * run.model.shape().adapted_parameters
+    assert (own.host_bytes, shared.host_bytes) == (start_bytes, 0)
+    assert shared.tracked_bytes - own.tracked_bytes == start_bytes
+
+
+def test_random_runs_are_planned_within_three_percent_and_hardly_under() -> None:
+    errors = errors_of(list(tracked_rows(10, seed=7, small=True)))
+    assert errors.rows == 10
+    assert errors.worst <= 0.03
+    assert errors.furthest_under >= -0.01
+
+
+def test_held_out_runs_do_not_depend_on_how_many_are_asked_for() -> None:
+    assert held_out_runs(3, 5) == held_out_runs(3, 9)[:5]
+    assert held_out_runs(3, 5) != held_out_runs(4, 5)
+
+
+def test_the_peak_is_the_highest_phase() -> None:
+    run = tiny.variant_run("diloco", 4, WIDE, {"dtype": "fp32"})
+    heights = memory_by_phase(run, run.model.shape(), ROOMY)
+    assert list(heights) == [name for name in PHASES if name in heights]
+    assert {"forward", "backward_start", "backward_end", "optimizer_step", "merge", "outer_step"} <= set(heights)
+    peak = max(height.total for height in heights.values())
+    assert peak == peak_memory(run, run.model.shape(), ROOMY).total == planned_bytes(run)
+
+
+def test_segments_by_hand() -> None:
+    assert reserved_bytes([(0, 1)]) == 2 * MIB
+    assert reserved_bytes([(0, MIB), (1, MIB)]) == 2 * MIB
+    assert reserved_bytes([(0, MIB), (1, MIB), (2, 1)]) == 4 * MIB
+    assert reserved_bytes([(0, 3 * MIB), (1, 3 * MIB)]) == 20 * MIB
+    assert reserved_bytes([(0, 11 * MIB + 1)]) == 12 * MIB
+
+
+def test_what_is_given_back_is_taken_again() -> None:
+    fits = [(0, 12 * MIB), (0, -12 * MIB), (1, 12 * MIB)]
+    assert reserved_bytes(fits) == 12 * MIB
+    # Two neighbours become one block: 6 + 6 of a segment of 20 make room for 9, beside the 8 that were left.
+    joined = [(0, 6 * MIB), (1, 6 * MIB), (2, 8 * MIB), (0, -6 * MIB), (1, -6 * MIB), (3, 9 * MIB)]
+    assert reserved_bytes(joined) == 20 * MIB
+    apart = [(0, 6 * MIB), (1, 6 * MIB), (2, 6 * MIB), (0, -6 * MIB), (2, -6 * MIB), (3, 9 * MIB)]
+    assert reserved_bytes(apart) == 40 * MIB
