@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-profile_app = typer.Typer(help="Look at hardware profiles.", rich_markup_mode=None)
+profile_app = typer.Typer(help="Look at hardware profiles, or measure one.", rich_markup_mode=None)
 USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 """What every mistake in options and arguments derives from; older typers take it from click, newer ones bring it."""
 app.add_typer(profile_app, name="profile")
@@ -54,6 +54,9 @@ Model = Annotated[
     str | None, typer.Option("--model", "-m", help="gpt, gpt2, llama_60m, vit_s16, mixer_s16, ...: see docs/models.md.")
 ]
 DataPath = Annotated[str | None, typer.Option("--data", "-d", help="Text or images: a file, a folder or a .zip.")]
+SecretFile = Annotated[
+    Path | None, typer.Option(help="File with the secret that both ends share (else LTE_SECRET); not on loopback.")
+]
 Devices = Annotated[int | None, typer.Option("--devices", "-n", help="Devices to use; default: all of the profile.")]
 Tokens = Annotated[int | None, typer.Option("--tokens", help="Tokens to train on; default: 20 a parameter.")]
 Samples = Annotated[int | None, typer.Option("--samples", help="The same for models of images: images to train on.")]
@@ -274,6 +277,40 @@ def profile_show(
     from ltecli.commands.profile import show_command
 
     raise typer.Exit(guarded(lambda: show_command(name, as_json)))
+
+
+@profile_app.command("measure")
+def profile_measure(
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write it to a .toml; default: print it.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Half a minute at most, with fewer sizes.")] = False,
+    devices: Annotated[int, typer.Option("--devices", "-n", min=1, help="Devices like this one in the profile.")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="Processor threads; default: as torch takes.")] = None,
+    device: Annotated[DeviceName, typer.Option(help="What to measure.")] = DeviceName.AUTO,
+    link: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Measure the link to a peer's `lte profile serve`, too.")
+    ] = None,
+    secret_file: SecretFile = None,
+    force: Annotated[bool, typer.Option("--force", help="Let -o replace an existing file.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure this machine, and write a profile that plans go by."""
+    from ltecli.commands.measure import MeasureRequest, measure_command
+
+    request = MeasureRequest(quick, devices, threads, device.value, link, secret_file)
+    raise typer.Exit(guarded(lambda: measure_command(request, out, force, as_json, quiet)))
+
+
+@profile_app.command("serve")
+def profile_serve(
+    interface: Annotated[str, typer.Option(help="The interface to listen on, and no other: eth0, wlan0, lo.")],
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 29511,
+    secret_file: SecretFile = None,
+) -> None:
+    """Answer `lte profile measure --link` on another machine, until Ctrl-C."""
+    from ltecli.commands.measure import serve_command
+
+    raise typer.Exit(guarded(lambda: serve_command(interface, port, secret_file)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

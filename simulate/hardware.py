@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 import profiles
 from simulate import toml
@@ -38,6 +39,61 @@ class FlopPerSecond(toml.Schema):
         return getattr(self, dtype) or self.fp32
 
 
+Points = list[list[float]]
+"""[[size, rate], ...] by growing size; between points the rate is interpolated, beyond them it stays."""
+
+
+class Kernels(toml.Schema):
+    """What training's kernels were measured to reach in fp32, by size; they take the place of `efficiency`."""
+
+    products: Points
+    """[FLOP per element of a matrix product's three matrices, FLOP/s]: thin products and small ones have few."""
+    attention: Points
+    """[FLOP per element, FLOP/s] of attention, sized as the product of one head's queries and keys."""
+    elementwise: Points
+    """[bytes of one activation tensor between blocks, bytes/s] of all that blocks do beside products."""
+    optimizer: Points
+    """[bytes moved, bytes/s] of AdamW's step."""
+    step_s: float = Field(ge=0)
+    """Of a step of a network too small to take any time itself, but for its layers."""
+    layer_s: float = Field(ge=0)
+    """Of a linear layer in blocks and what goes with it, in a step of such a network."""
+    adapter_s: float = Field(ge=0)
+    """What an adapter adds to that."""
+
+    @field_validator("products", "attention", "elementwise", "optimizer")
+    @classmethod
+    def _points(cls, points: Points) -> Points:
+        if not points or any(len(point) != 2 or min(point) <= 0 for point in points):
+            raise ValueError("points are [size, rate] pairs of positive numbers, at least one; correct them")
+        sizes = [size for size, _ in points]
+        if any(after <= before for before, after in pairwise(sizes)):
+            raise ValueError(f"sizes of points must grow, and are {sizes}; sort them and drop repetitions")
+        return points
+
+
+class Measurement(toml.Schema):
+    """How a measured profile came about."""
+
+    date: str
+    """UTC, ISO 8601."""
+    host: str
+    torch: str
+    """Its version."""
+    device: Literal["cpu", "cuda"]
+    threads: int = Field(ge=1)
+    quick: bool
+    clock: str
+    """What seconds were read from."""
+    seconds: float = Field(ge=0)
+    """That all of it took."""
+    disk_write_bytes_per_s: float = Field(gt=0)
+    """Written and fsynced, where temporary files lie."""
+    median_s: dict[str, float]
+    """Of one repetition, by what was timed."""
+    p90_s: dict[str, float]
+
+
 class Device(toml.Schema):
     """One kind of device in a profile, `count` of them."""
 
@@ -52,6 +108,8 @@ class Device(toml.Schema):
     flop_per_s: FlopPerSecond
     efficiency: float = Field(gt=0, le=1)
     """Share of the peak rate that training reaches."""
+    kernels: Kernels | None = None
+    """Measured rates by size; not set: every product reaches `efficiency` of the peak."""
     step_jitter: float = Field(default=0.0, ge=0, le=1)
     """Standard deviation of a step's seconds over their mean, of a gamma distribution (simulate/timeline/draws.py)."""
     leave_per_hour: float = Field(default=0.0, ge=0, le=1)
@@ -70,6 +128,17 @@ class Device(toml.Schema):
             raise ValueError(
                 f"reserved_bytes = {self.reserved_bytes} leaves nothing of memory_bytes = {self.memory_bytes}; lower it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _below_the_peak(self) -> Device:
+        for name in ("products", "attention") if self.kernels else ():
+            fastest = max(rate for _, rate in getattr(self.kernels, name))
+            if fastest > self.flop_per_s.fp32:
+                raise ValueError(
+                    f"kernels.{name} reaches {fastest:g} FLOP/s, above the peak flop_per_s.fp32 = "
+                    f"{self.flop_per_s.fp32:g}; lower the rate or raise the peak"
+                )
         return self
 
 
@@ -121,6 +190,7 @@ class Profile(toml.Schema):
     description: str = ""
     device: list[Device] = Field(min_length=1)
     link: Link
+    measurement: Measurement | None = None
     server: Server | None = None
     """Its rates are the link's server_up_bytes_per_s and server_down_bytes_per_s, too."""
 

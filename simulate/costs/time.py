@@ -9,6 +9,7 @@ from functools import lru_cache
 from simulate.config import Run, Train
 from simulate.costs.flops import merge_flops, pass_flops, update_flops
 from simulate.costs.holding import holding
+from simulate.costs.kernels import KernelRates, pass_s, products_s, sum_of_products
 from simulate.costs.pace import round_compute_s
 from simulate.costs.schedule import num_rounds, schedule
 from simulate.costs.traffic import ELEMENT_BYTES, PRODUCT_BYTES, Exchange, Transfer, frozen_bytes
@@ -20,6 +21,8 @@ ADAM_ELEMENTS_MOVED = 3
 """A fused AdamW step reads weight and gradient and writes the weight."""
 ADAM_MOMENTS_MOVED = 4
 """And it reads and writes two moments."""
+CLIP_ELEMENTS_MOVED = 3
+"""Clipping reads gradients for their norm, and reads and writes them to scale them; counted with measured rates."""
 COMPRESSION_ELEMENTS_MOVED = 8
 """Estimate: compressing reads gradient and residual, writes the message and the residual, and reads what arrives."""
 
@@ -109,12 +112,14 @@ class _Rates:
     pass_flop_per_s: float
     """Of forward and backward passes."""
     memory_bytes_per_s: float
+    kernels: KernelRates | None = None
+    """By size, where they were measured."""
 
     @classmethod
     def of(cls, train: Train, device: Device) -> _Rates:
         own = device.flop_per_s.of(train.dtype) * device.efficiency
         passes = own if train.autocast == "none" else device.flop_per_s.of(train.autocast) * device.efficiency
-        return cls(own, passes, device.memory_bytes_per_s)
+        return cls(own, passes, device.memory_bytes_per_s, KernelRates.of(train, device))
 
 
 def compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
@@ -123,7 +128,8 @@ def compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
     method = run.method
     trained = holding(run, shape).trained
     moment_bytes = element_bytes if run.train.optimizer_state == "fp32" else 1
-    moved_bytes = trained * (ADAM_ELEMENTS_MOVED * element_bytes + ADAM_MOMENTS_MOVED * moment_bytes)
+    optimizer_bytes = trained * (ADAM_ELEMENTS_MOVED * element_bytes + ADAM_MOMENTS_MOVED * moment_bytes)
+    moved_bytes = 0
     if isinstance(method, SapipeOptions | TopkOptions | SignsgdOptions) or (
         isinstance(method, DdpOptions) and method.wire != "full"
     ):
@@ -134,7 +140,13 @@ def compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
         packed = frozen_bytes(shape, method.quantize, element_bytes)
         unpacked_bytes = 2 * (packed + 2 * shape.adapted_parameters * element_bytes)
     moved_bytes += unpacked_bytes + _cast_bytes(run, shape)
-    passes_s = pass_flops(run, shape) / rates.pass_flop_per_s
+    if rates.kernels is None:
+        moved_bytes += optimizer_bytes
+        passes_s = pass_flops(run, shape) / rates.pass_flop_per_s
+    else:
+        clipped_bytes = CLIP_ELEMENTS_MOVED * trained * element_bytes
+        moved_s = rates.kernels.optimizer.seconds(optimizer_bytes, optimizer_bytes + clipped_bytes)
+        passes_s = pass_s(run, shape, rates.kernels) + moved_s
     return passes_s + update_flops(run, shape) / rates.flop_per_s + moved_bytes / rates.memory_bytes_per_s
 
 
@@ -155,7 +167,12 @@ def merge_compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
     else:
         moved = 0.0 if method.round_steps == 1 else 2.0 * shape.parameters + 2.0 * holding_extra(run, shape)
     moved_bytes = moved * ELEMENT_BYTES[run.train.dtype]
-    return merge_flops(run, shape) / rates.flop_per_s + moved_bytes / rates.memory_bytes_per_s
+    flops, moved_s = merge_flops(run, shape), moved_bytes / rates.memory_bytes_per_s
+    if rates.kernels is None or not flops:
+        return flops / rates.flop_per_s + moved_s
+    products = sum_of_products(run, shape)
+    # What the layers' products together reach, over the operations that the merge makes of them.
+    return flops * products_s(products, rates.kernels) / sum(product.flops for product in products) + moved_s
 
 
 def holding_extra(run: Run, shape: ModelShape) -> int:

@@ -94,6 +94,72 @@ def test_a_mistake_in_a_profile_is_located(refused: Refused, here: Path, text: s
     refused("plan", "--profile", "p.toml", words=words)
 
 
+KERNELS = """kernels.products = [[10, 2e11], [100, 4e11]]
+kernels.attention = [[10, 1e11]]
+kernels.elementwise = [[1000, 1e10]]
+kernels.optimizer = [[1000, 1e10]]
+kernels.step_s = 1e-4
+kernels.layer_s = 1e-5
+kernels.adapter_s = 1e-5
+source = "guess"
+
+[link]"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("[[10, 2e11], [100, 4e11]]", "[[100, 2e11], [10, 4e11]]", ("kernels.products", "must grow", "sort them")),
+        ("[[10, 2e11], [100, 4e11]]", "[]", ("kernels.products", "at least one")),
+        ("[[1000, 1e10]]", "[[1000, 0]]", ("kernels.elementwise", "positive")),
+        ("[[1000, 1e10]]", "[[1000]]", ("kernels.elementwise", "pairs")),
+        ("4e11", "4e12", ("kernels.products reaches 4e+12", "above the peak flop_per_s.fp32 = 1e+12")),
+        ("step_s = 1e-4", "step_s = -1", ("kernels.step_s", "greater than or equal to 0")),
+        ("layer_s = 1e-5", "layr_s = 1e-5", ("layr_s", "did you mean 'layer_s'?")),
+    ],
+)
+def test_a_mistake_in_measured_rates_is_told(
+    refused: Refused, here: Path, old: str, new: str, words: tuple[str, ...]
+) -> None:
+    text = PROFILE.replace('source = "guess"\n\n[link]', KERNELS)
+    (here / "p.toml").write_text(text)
+    assert load_profile("p.toml").device[0].kernels is not None
+    (here / "p.toml").write_text(text.replace(old, new, 1))
+    refused("profile", "show", "p.toml", words=("p.toml", *words))
+
+
+def test_measure_prints_a_profile_for_scripts(lte: Lte, monkeypatch: pytest.MonkeyPatch) -> None:
+    from simulate.measuring import machine
+
+    measured = load_profile("laptop_cpu")
+    monkeypatch.setattr(machine, "measure_profile", lambda wanted, link, tell: measured)
+    assert lte("profile", "measure", "--json").json() == measured.model_dump(exclude_none=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--link", "127.0.0.1:9"), ("--link 127.0.0.1:9", "cannot be reached")),
+        (("-o", "mine.txt"), ("--out mine.txt", ".toml")),
+        (("-o", "nowhere/mine.toml"), ("there is no folder",)),
+        (("-o", "old.toml"), ("exists", "--force")),
+    ],
+)
+def test_measure_refuses_before_it_measures(
+    refused: Refused, here: Path, arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    (here / "old.toml").write_text("kept")
+    refused("profile", "measure", *arguments, words=words)
+    assert (here / "old.toml").read_text() == "kept"
+
+
+def test_a_gpu_that_is_not_there_is_not_measured(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused("profile", "measure", "--device", "cuda", "-q", words=("--device cuda", "no GPU"))
+
+
 def test_a_profile_that_is_not_text_is_refused(refused: Refused, here: Path) -> None:
     (here / "p.toml").write_bytes(b"\xff\xfe")
     refused("profile", "show", "p.toml", words=("p.toml", "not UTF-8"))

@@ -1,0 +1,98 @@
+"""lte profile measure: this machine as a hardware profile whose figures were measured; lte profile serve: its peer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ltecli.output import Output, bytes_text, plain_table
+from simulate import toml
+from simulate.errors import InputError
+from simulate.hardware import Link, Profile, detect_local
+
+
+@dataclass(frozen=True)
+class MeasureRequest:
+    """What to measure."""
+
+    quick: bool = False
+    devices: int = 1
+    threads: int | None = None
+    device: str = "auto"
+    link: str | None = None
+    """HOST:PORT of a peer that serves."""
+    secret_file: Path | None = None
+
+
+def measure_command(request: MeasureRequest, out: Path | None, force: bool, as_json: bool, quiet: bool) -> None:
+    """Measure, and write or print the profile; raises InputError."""
+    output = Output(as_json, quiet)
+    if out is not None:
+        _check_target(out, force)
+    link = detect_local().link if request.link is None else _measured_link(request.link, request.secret_file, output)
+    from simulate.measuring.machine import Wanted, measure_profile  # torch is imported for what needs it
+
+    wanted = Wanted(request.quick, request.devices, request.threads, request.device)
+    profile = measure_profile(wanted, link, lambda what: output.hint(f"measuring {what}"))
+    document = profile.model_dump(exclude_none=True)
+    if out is not None:
+        profile = profile.model_copy(update={"name": out.stem})
+        document = profile.model_dump(exclude_none=True)
+        toml.write_atomically(out, toml.dump(document).encode())
+        _show(profile, output)
+        output.hint(f"next: lte plan --profile {out}")
+    else:
+        output.text(toml.dump(document).rstrip())
+    output.json(document)
+
+
+def _check_target(out: Path, force: bool) -> None:
+    if out.suffix != ".toml":
+        raise InputError(f"--out {out}: a profile's file ends in .toml; name it {out.name}.toml")
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"--out {out}: there is no folder {out.absolute().parent}; make it first")
+    if out.exists() and not force:
+        raise InputError(f"--out {out} exists; add --force to replace it, or choose another name")
+
+
+def _measured_link(where: str, secret_file: Path | None, output: Output) -> Link:
+    from simulate.preflight.pair import measure_pair
+    from simulate.preflight.secret import read_secret
+
+    link = measure_pair(where, read_secret(secret_file))
+    output.hint(f"measured the link to {where}")
+    return link
+
+
+def _show(profile: Profile, output: Output) -> None:
+    """Print the figures that plans go by."""
+    device, measurement = profile.device[0], profile.measurement
+    assert device.kernels is not None
+    assert measurement is not None
+    table = plain_table("measured", "from", "to")
+    for name, unit in (("products", "FLOP/s"), ("attention", "FLOP/s"), ("elementwise", "B/s"), ("optimizer", "B/s")):
+        rates = [rate / 1e9 for _, rate in getattr(device.kernels, name)]
+        table.add_row(name, f"{min(rates):.3g} G{unit}", f"{max(rates):.3g} G{unit}")
+    output.table(table)
+    memory, disk = bytes_text(int(device.memory_bytes_per_s)), bytes_text(int(measurement.disk_write_bytes_per_s))
+    output.text(f"memory {memory}/s, disk {disk}/s written; {measurement.threads} threads, {measurement.clock}")
+    slowest = max(measurement.p90_s, key=lambda name: measurement.p90_s[name] / measurement.median_s[name])
+    spread = measurement.p90_s[slowest] / measurement.median_s[slowest]
+    if spread > NOISY:
+        output.warning(
+            f"{slowest}: one time in ten took {spread:.1f} times the median; this machine is busy, measure it idle, "
+            "or with --threads 1, which counts processor time"
+        )
+
+
+NOISY = 2.0
+"""Ninetieth percentile over median; beyond it medians themselves are in doubt."""
+
+
+def serve_command(interface: str, port: int, secret_file: Path | None) -> None:
+    """Answer peers that measure their link to this machine, until interrupted."""
+    from simulate.preflight.pair import serve_pairs
+    from simulate.preflight.secret import read_secret
+
+    output = Output()
+    serve_pairs(interface, port, read_secret(secret_file), output.hint)

@@ -1,0 +1,1 @@
+"""Measuring a machine: what its kernels, memory and disk reach, as a hardware profile, and whether plans agree."""

@@ -1,0 +1,62 @@
+"""Seconds of a repeated program: the processor's where one thread does the work, else the wall clock's.
+
+Processor time does not see what else a busy machine does, and on an idle machine equals the wall clock's; with several
+threads it says nothing of how long they wait for each other.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+WARM_UP = 2
+
+
+@dataclass
+class Stopwatch:
+    """Times programs on one device and remembers what it saw."""
+
+    device: torch.device
+    budget_s: float
+    """For one program, when one repetition takes less than that."""
+    median_s: dict[str, float] = field(default_factory=dict)
+    p90_s: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def clock(self) -> str:
+        """Name what seconds are read from."""
+        return "processor time of one thread" if self._is_processor_time else "wall clock"
+
+    @property
+    def _is_processor_time(self) -> bool:
+        return self.device.type == "cpu" and torch.get_num_threads() == 1
+
+    def seconds(self, name: str, program: Callable[[], object], least: int = 5, most: int = 50) -> float:
+        """Return the median of `least` to `most` repetitions after a warm-up, and keep it with the 90th percentile."""
+        for _ in range(WARM_UP):
+            self._once(program, 1)
+        calls = max(1, int(1e-3 / max(self._once(program, 1), 1e-7)))  # a clock's tick is no part of what it times
+        seen: list[float] = []
+        started = time.monotonic()
+        while len(seen) < least or (len(seen) < most and time.monotonic() - started < self.budget_s):
+            seen.append(self._once(program, calls))
+        self.median_s[name] = statistics.median(seen)
+        self.p90_s[name] = sorted(seen)[min(len(seen) - 1, int(0.9 * len(seen)))]
+        return self.median_s[name]
+
+    def _once(self, program: Callable[[], object], calls: int) -> float:
+        read = time.process_time if self._is_processor_time else time.perf_counter
+        self._wait()
+        started = read()
+        for _ in range(calls):
+            program()
+        self._wait()
+        return max((read() - started) / calls, 1e-9)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

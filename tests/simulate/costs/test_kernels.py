@@ -1,0 +1,122 @@
+"""Seconds of a step from measured rates: numbers a person can work out, and what must not change without them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from simulate.costs.flops import pass_flops
+from simulate.costs.kernels import (
+    Curve,
+    Folded,
+    KernelRates,
+    Product,
+    block_products,
+    outer_product,
+    pass_s,
+    products_s,
+)
+from simulate.costs.time import device_step_s, merge_compute_s, round_time
+from simulate.hardware import Device, Kernels, load_profile
+from tests import tiny
+
+FLAT = Kernels(
+    products=[[1.0, 1e9]], attention=[[1.0, 1e9]], elementwise=[[1.0, 1e30]], optimizer=[[1.0, 1e30]],
+    step_s=0.0, layer_s=0.0, adapter_s=0.0,
+)  # fmt: skip
+
+
+def device(kernels: Kernels | None) -> Device:
+    """Return a shipped device of 403 GFLOP/s with other rates."""
+    return load_profile("laptop_cpu").device[0].model_copy(update={"kernels": kernels})
+
+
+def rates(**figures: object) -> KernelRates:
+    """Return rates of a run in fp32."""
+    found = KernelRates.of(tiny.ddp_run(train={"dtype": "fp32"}).train, device(FLAT.model_copy(update=figures)))
+    assert found is not None
+    return found
+
+
+def test_a_curve_goes_through_its_points_and_stays_level_beyond() -> None:
+    curve = Curve.of([[10, 1e9], [1000, 4e9]])
+    assert [curve.rate(size) for size in (1, 10, 1000, 1e6)] == pytest.approx([1e9, 1e9, 4e9, 4e9])
+    assert curve.rate(100) == pytest.approx(2e9)  # halfway between the logarithms
+    grid = [curve.rate(10 ** (exponent / 10)) for exponent in range(5, 40)]
+    assert grid == sorted(grid)
+
+
+def test_products_take_their_operations_at_the_rate_of_their_size() -> None:
+    # A cube of 30 has 54,000 operations over 2,700 elements; a thin one of rank 3 has 5,400 over 1,080.
+    cube, thin = Product(30, 30, 30), Product(30, 30, 3)
+    assert (cube.intensity, thin.intensity) == (20, 5)
+    found = products_s((cube, thin), rates(products=[[5, 1e6], [20, 1e7]]))
+    assert found == pytest.approx(54_000 / 1e7 + 5_400 / 1e6)
+
+
+@pytest.mark.parametrize("run", [tiny.ddp_run(), tiny.lte_run(reset="b"), tiny.lte_run(reset="none")])
+def test_products_are_all_operations_of_a_step(run: object) -> None:
+    """With too few rows to fold anything, the products and attention are what simulate.costs.flops counts."""
+    run = run.model_copy(update={"train": run.train.model_copy(update={"micro_batch": 1})})  # type: ignore[attr-defined]
+    shape = run.model.shape()
+    products = (*block_products(run, shape, run.method.name == "lte"), outer_product(run, shape))
+    assert not any(isinstance(product, Folded) for product in products)
+    counted = sum(product.flops for product in products) + 3 * shape.mixing_flops
+    assert counted == pytest.approx(pass_flops(run, shape))
+
+
+def test_heads_with_many_rows_take_their_products_in_the_weight() -> None:
+    run = tiny.lte_run(reset="b", train={"micro_batch": 8})  # 64 rows, and layers 16 to 64 wide
+    shape = run.model.shape()
+    first = shape.adapted[0]
+    folded = [product for product in block_products(run, shape, True) if isinstance(product, Folded)]
+    assert Folded(first.in_features, 2, first.out_features, first.count) in folded
+
+
+def test_a_step_adds_up_by_hand() -> None:
+    run = tiny.ddp_run(train={"dtype": "fp32"})
+    shape = run.model.shape()
+    starting = rates(step_s=1.0, layer_s=0.25)
+    assert pass_s(run, shape, starting) == pytest.approx(1.0 + 8 * 0.25 + pass_flops(run, shape) / 1e9)
+    moving = rates(elementwise=[[1.0, 1e3]])
+    # 2 samples of 8 tokens; in u = 16: 16 u go in and out of a block's layers; 256 logits a token; each moved 4 times.
+    moved = 4 * 4 * 2 * 8 * (2 * 16 * 16 + 256)
+    assert pass_s(run, shape, moving) == pytest.approx(moved / 1e3 + pass_flops(run, shape) / 1e9)
+
+
+def test_adapters_cost_their_own_starting() -> None:
+    run = tiny.lte_run(train={"dtype": "fp32"})
+    shape = run.model.shape()
+    extra = pass_s(run, shape, rates(adapter_s=0.5)) - pass_s(run, shape, rates())
+    assert extra == pytest.approx(8 * 0.5)
+
+
+def test_the_optimizer_goes_by_its_own_rate() -> None:
+    run = tiny.ddp_run(train={"dtype": "fp32"})
+    shape = run.model.shape()
+    slow, fast = (FLAT.model_copy(update={"optimizer": [[1.0, rate]]}) for rate in (1e3, 1e30))
+    seconds = [device_step_s(run, shape, [device(kernels)])[0] for kernels in (slow, fast)]
+    assert seconds[0] - seconds[1] == pytest.approx((7 + 3) * 4 * shape.parameters / 1e3)
+
+
+def test_merges_go_by_the_size_of_their_products() -> None:
+    run = tiny.lte_run(train={"dtype": "fp32"})
+    shape = run.model.shape()
+    from simulate.costs.time import _Rates
+
+    slow, fast = (
+        merge_compute_s(run, shape, _Rates.of(run.train, device(FLAT.model_copy(update={"products": [[1.0, rate]]}))))
+        for rate in (1e6, 2e6)
+    )
+    assert 1.9 < slow / fast <= 2.0
+
+
+def test_without_points_a_step_is_operations_over_the_peaks_share() -> None:
+    run = tiny.ddp_run(train={"dtype": "fp32"})
+    shape, plain = run.model.shape(), device(None)
+    moved = 7 * 4 * shape.parameters
+    expected = pass_flops(run, shape) / (403.2e9 * 0.4) + moved / 51.2e9
+    assert device_step_s(run, shape, [plain])[0] == pytest.approx(expected, rel=1e-12)
+    assert round_time(run, shape, [plain] * 2, load_profile("laptop_cpu").link).compute_s == pytest.approx(expected)
+    assert not math.isclose(device_step_s(run, shape, [device(FLAT)])[0], expected)

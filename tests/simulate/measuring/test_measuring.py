@@ -1,0 +1,87 @@
+"""Measuring with sizes that take a moment: a complete profile, which plans go by and which loads as it was saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from simulate import toml
+from simulate.costs.time import device_step_s
+from simulate.hardware import Profile, detect_local, load_profile
+from simulate.measuring import machine
+from simulate.measuring.held_out import QUICK_CASES, Case, held_out_times
+from simulate.measuring.kernels import Sizes, merged
+from simulate.measuring.machine import Wanted, disk_bytes_per_s, measure_profile
+from simulate.measuring.stopwatch import Stopwatch
+from tests import tiny
+
+TINY = Sizes(products=[(16, 8, 8), (32, 32, 32), (32, 2, 32)], attention=[(16, 8)], optimizer=[256], steps=[(1, 32, 1)])
+
+
+@pytest.fixture(scope="module")
+def profile() -> Profile:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "COPY_BYTES", 2**20)
+        patch.setattr(machine, "PEAK_SIZE", 64)
+        patch.setattr(machine, "DISK_BYTES", 2**16)
+        patch.setattr(machine, "QUICK_S", 0.0)
+        return measure_profile(Wanted(True, 3, 1, "cpu"), detect_local().link, lambda what: None, TINY)
+
+
+def test_a_measured_profile_is_complete_and_loads_as_it_was_saved(profile: Profile, tmp_path: Path) -> None:
+    path = tmp_path / "measured.toml"
+    path.write_text(toml.dump(profile.model_dump(exclude_none=True)))
+    assert load_profile(str(path)) == profile
+    assert profile.device[0].source == "measured"
+    assert profile.count == 3
+    assert profile.measurement is not None
+    assert profile.measurement.threads == 1
+    assert set(profile.measurement.median_s) == set(profile.measurement.p90_s)
+    assert all(profile.measurement.p90_s[name] >= seconds for name, seconds in profile.measurement.median_s.items())
+
+
+def test_measuring_leaves_the_threads_as_they_were(profile: Profile) -> None:
+    before = torch.get_num_threads()
+    held_out_times(profile, cases=[])
+    assert torch.get_num_threads() == before
+
+
+def test_plans_go_by_what_was_measured(profile: Profile) -> None:
+    run = tiny.ddp_run(train={"dtype": "fp32"})
+    plain = profile.device[0].model_copy(update={"kernels": None})
+    measured_s, plain_s = (device_step_s(run, run.model.shape(), [device])[0] for device in (profile.device[0], plain))
+    assert measured_s > plain_s  # starting kernels is most of so small a step
+
+
+def test_held_out_steps_are_planned_and_measured(profile: Profile) -> None:
+    case = Case("tiny", {**tiny.SIZES}, {"name": "lte", "rank": 2}, 1)
+    [(name, planned_s, measured_s)] = held_out_times(profile, cases=[case])
+    assert name == "tiny"
+    assert planned_s > 0
+    # Two layers of width 16: far more than a microsecond, far less than a second.
+    assert 1e-6 < measured_s < 1
+
+
+def test_every_held_out_case_is_a_valid_run() -> None:
+    assert len({case.name for case in QUICK_CASES}) == len(QUICK_CASES)
+    assert {case.run().method.name for case in QUICK_CASES} == {"ddp", "lte"}
+    assert {case.run().model.name for case in QUICK_CASES} == {"gpt", "vit"}
+
+
+def test_neighbouring_points_become_one() -> None:
+    assert merged([[100.0, 7.0], [10.0, 1.0], [11.0, 5.0], [12.0, 2.0]]) == [[11.0, 2.0], [100.0, 7.0]]
+
+
+def test_a_stopwatch_sees_work_and_forgets_its_calls() -> None:
+    watch = Stopwatch(torch.device("cpu"), 0.0)
+    calls: list[int] = []
+    taken = watch.seconds("work", lambda: calls.append(sum(range(100_000))), least=3)
+    assert 1e-4 < taken < 1
+    assert watch.p90_s["work"] >= watch.median_s["work"] == taken
+    assert len(calls) >= 3
+
+
+def test_a_disk_writes() -> None:
+    assert disk_bytes_per_s(2**16) > 0
