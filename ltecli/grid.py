@@ -11,7 +11,7 @@ from typing import Any
 from simulate.config import Run, Train
 from simulate.models.options import FactoryModel
 from simulate.models.shapes import ModelShape
-from simulate.options import DEFAULT_SCALE, METHODS, AdapterOptions, DasoOptions, MethodOptions
+from simulate.options import DEFAULT_SCALE, METHODS, AdapterOptions, DasoOptions, LteOptions, MethodOptions
 
 RANKS = (8, 16, 32, 64, 128, 256)
 MERGE_EVERY = (10, 30, 100)
@@ -89,8 +89,17 @@ def _options(base: Run, shape: ModelShape, name: str, pins: Pins) -> Iterator[Me
         if "rank" in update and isinstance(start, AdapterOptions) and not (ours and "alpha" in pins.keys):
             update["alpha"] = DEFAULT_SCALE * update["rank"]
         method = start.model_copy(update=update)
-        if method.round_steps % method.merges_per_round == 0:
+        if method.round_steps % method.merges_per_round == 0 and _goes_together(method):
             yield method
+
+
+def _goes_together(method: MethodOptions) -> bool:
+    """Whether the options of quantised weights would be accepted in a run: copies are not validated."""
+    if not isinstance(method, LteOptions):
+        return True
+    if method.quantize == "none":
+        return method.master == "host"
+    return not method.merge_delay and (method.master != "server" or method.merge_transport == "server")
 
 
 def train_for(base: Run, micro_batch: int, recompute: bool, tokens: int) -> Train:

@@ -71,6 +71,15 @@ def is_nf4_installed() -> bool:
     return importlib.util.find_spec("bitsandbytes") is not None
 
 
+def plain_start_bytes(folder: RunFolder) -> int:
+    """Return the bytes of start weights that a measurement on a CPU includes, and a device does not hold.
+
+    Those of quantised weights lie in mapped files, which no allocator sees.
+    """
+    chosen = folder.plan["chosen"]
+    return 0 if chosen["quantize"] != "none" else int(chosen["host_memory_by_part"]["start_weights"])
+
+
 def new_folder(path: Path, run: Run, device_name: str = "cpu") -> RunFolder:
     """Make a run folder; everything is checked before anything is written. Raises InputError."""
     check_trainable(run)

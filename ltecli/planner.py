@@ -313,7 +313,8 @@ def make_plan(
         )
     fitting = sorted((r for r in results if isinstance(r, Candidate)), key=rank)
     rejected = tuple(r for r in results if isinstance(r, Rejected))
-    chosen = next(iter(fitting), None)
+    plain = (candidate for candidate in fitting if not _needs_library(candidate.run))
+    chosen = next(plain, None) or next(iter(fitting), None)
     others = METHOD_NAMES if choice.with_rivals and not pins.method else ()
     rivals = [_best(results_of((name,)), rank) for name in others if name not in methods]
     notes = [
@@ -378,8 +379,15 @@ def _choice_notes(
         f"({lte.low:.3g} to {lte.high:.3g}) for lte at rank x heads >= width and T = {model.merge_every}, more at "
         "lower rank, rarer merges or larger batches (docs/planning.md; --efficiency replaces it)"
     )
+    if chosen and fitting[0] is not chosen:
+        yield f"{describe(fitting[0].run)} would rank first, with lte[quantize] installed: pin it with --quantize"
     if chosen and getattr(chosen.run.method, "quantize", "none") != "none":
         yield from _quantize_notes(chosen)
+
+
+def _needs_library(run: Run) -> bool:
+    """Whether a run needs a package that is not installed with the tool."""
+    return getattr(run.method, "quantize", "none").startswith("nf4")
 
 
 def _quantize_notes(chosen: Candidate) -> Iterator[str]:

@@ -17,7 +17,7 @@ import psutil
 
 from ltecli.agent import LOGS, Launch, Node
 from ltecli.errors import INTERRUPTED
-from ltecli.launcher import CHECKPOINTS, TENSORBOARD, RunFolder, stop_on_signal
+from ltecli.launcher import CHECKPOINTS, TENSORBOARD, RunFolder, plain_start_bytes, stop_on_signal
 from ltecli.output import Output
 from ltecli.sinks import ProgressBar, TensorBoard
 from ltecli.telling import start_facts, tell_derived, tell_finished, tell_result
@@ -296,8 +296,8 @@ def _leave_start_facts(launch: Launch, folder: RunFolder, device: torch.device) 
     from simulate.worker import START
 
     measured_bytes = measure_memory_bytes(folder.run, device)
-    if device.type == "cpu" and folder.plan["chosen"]["quantize"] == "none":
-        measured_bytes -= folder.plan["chosen"]["host_memory_bytes"]
+    if device.type == "cpu":
+        measured_bytes -= plain_start_bytes(folder)
     facts = {"start": start_facts(folder, device), "measured_bytes": measured_bytes}
     launch.store.set(START, json.dumps(facts))
 

@@ -20,6 +20,7 @@ from ltecli.launcher import (
     check_new,
     lock_folder,
     new_folder,
+    plain_start_bytes,
     prepare_events,
     resumed_folder,
     stop_on_signal,
@@ -215,9 +216,8 @@ def _simulate(folder: RunFolder, device: torch.device, output: Output) -> int:
     communicator = VirtualCommunicator(run.cluster.devices, clock.charge_transfer, clock.wait)
     batches = build_batches(run, folder.data, device)
     measured_bytes = None if folder.resume_from else measure_memory_bytes(run, device)
-    if measured_bytes and device.type == "cpu" and folder.plan["chosen"]["quantize"] == "none":
-        # What the plan puts into the host's own memory, this CPU holds in the same one; but for what lies in files.
-        measured_bytes -= folder.plan["chosen"]["host_memory_bytes"]
+    if measured_bytes and device.type == "cpu":
+        measured_bytes -= plain_start_bytes(folder)
     with ExitStack() as stack, stop_on_signal() as asked:
         sinks: list[Callable[[Event], None]] = []
 

@@ -64,7 +64,8 @@ def test_candidates_fit_and_the_rejected_say_why_they_do_not(gpt2: Any) -> None:
 def test_candidates_rank_by_time_to_equal_loss(gpt2: Any) -> None:
     times = [candidate["equivalent_wall_s"] for candidate in gpt2["candidates"]]
     assert times == sorted(times)
-    assert gpt2["chosen"] == gpt2["candidates"][0]
+    without_extra = [c for c in gpt2["candidates"] if not c["quantize"].startswith("nf4")]
+    assert gpt2["chosen"] == without_extra[0]
 
 
 def test_gpt2_has_its_published_size(gpt2: Any) -> None:
@@ -199,7 +200,9 @@ def test_nothing_feasible_names_the_nearest_miss(lte: Lte, here: Path) -> None:
 
 
 def test_host_memory_counts_too(lte: Lte, here: Path) -> None:
-    profile = lte("profile", "show", PROFILE).stdout.replace("host_memory_bytes = 17179869184", "host_memory_bytes = 1")
+    profile = lte("profile", "show", PROFILE).stdout.replace(
+        "host_memory_bytes = 17179869184", "host_memory_bytes = 500_000"
+    )
     (here / "bare.toml").write_text(profile)
     plan = lte("plan", "-p", "bare.toml", "--tokens", "100000", "--method", "lte", "--json")
     assert_one_line(plan, 3, ("of host memory",))
