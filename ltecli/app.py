@@ -170,6 +170,9 @@ def probe_a_run(
 @app.command()
 def validate(
     only: Annotated[str | None, typer.Option(help="One section: memory, bytes or time.")] = None,
+    profile: Annotated[
+        str | None, typer.Option("--profile", "-p", help="A measured profile of this machine, for times.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and smaller runs: about half a minute.")] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the tables as markdown.")] = None,
     as_json: Json = False,
@@ -178,7 +181,7 @@ def validate(
     """Set predictions of memory, bytes and time beside what happens on this machine."""
     from ltecli.commands.validate import validate_command
 
-    raise typer.Exit(guarded(lambda: validate_command(only, quick, out, as_json, quiet)))
+    raise typer.Exit(guarded(lambda: validate_command(only, quick, out, as_json, quiet, profile)))
 
 
 @app.command()

@@ -16,6 +16,7 @@ Legend: O outputs, I inputs, B blocks, G groups of blocks.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -91,7 +92,19 @@ def _int8(weight_OI: Tensor) -> dict[str, Tensor]:
 def _block_scales(weight_OI: Tensor) -> Tensor:
     """Return the largest magnitude of every block, (B,), fp32."""
     chunks = weight_OI.reshape(-1).split(PACK_CHUNK_ELEMENTS)
-    return torch.cat([_in_blocks(chunk).abs().amax(1) for chunk in chunks])
+    scales = [_in_blocks(chunk).abs().amax(1) for chunk in _followed(chunks)]
+    return _joined(scales, -(-weight_OI.numel() // NF4_BLOCK))
+
+
+def _followed(chunks: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the chunks to work on: of a tensor without numbers one shows what all of them take."""
+    return chunks[:1] if isinstance(chunks[0], FakeTensor) else chunks
+
+
+def _joined(parts: list[Tensor], elements: int) -> Tensor:
+    """Return the parts as one tensor; of a tensor without numbers, with room for those that were left out."""
+    missing = elements - sum(len(part) for part in parts)
+    return torch.cat([*parts, parts[0].new_empty(missing)] if missing else parts)
 
 
 def _in_blocks(chunk: Tensor) -> Tensor:
@@ -118,12 +131,12 @@ def _nf4(weight_OI: Tensor, scales_B: Tensor) -> Tensor:
     chunk_blocks = PACK_CHUNK_ELEMENTS // NF4_BLOCK
     parts = []
     chunks = weight_OI.reshape(-1).split(PACK_CHUNK_ELEMENTS)
-    for chunk, scales in zip(chunks, scales_B.split(chunk_blocks), strict=True):
+    for chunk, scales in zip(_followed(chunks), scales_B.split(chunk_blocks), strict=False):
         relative = _in_blocks(chunk) / _not_zero(scales.unsqueeze(1))
         codes = torch.bucketize(relative, middles, out_int32=True).to(torch.uint8).view(-1)[: len(chunk)]
         codes = F.pad(codes, (0, len(chunk) % 2))
         parts.append((codes[0::2] << 4) | codes[1::2])
-    return torch.cat(parts)
+    return _joined(parts, (weight_OI.numel() + 1) // 2)
 
 
 def _not_zero(scales: Tensor) -> Tensor:

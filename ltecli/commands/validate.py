@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ltecli.output import Output, bytes_text, plain_table, seconds_text
 from simulate import toml
 from simulate.errors import InputError, near_match
+from simulate.hardware import load_profile
 
 if TYPE_CHECKING:
     from simulate.accuracy import Errors, Row
@@ -55,18 +56,34 @@ SECTIONS: dict[str, Section] = {
 """What can be validated, by the name that --only takes."""
 
 
-def validate_command(only: str | None, quick: bool, out: Path | None, as_json: bool, quiet: bool) -> int:
+def _on_profile(name: str) -> Section:
+    """Return the section of times on a profile of this machine, over networks that its measurement did not use."""
+    profile = load_profile(name)
+
+    def collect(quick: bool) -> list[Row]:
+        from simulate.accuracy import Row
+        from simulate.measuring.held_out import held_out_times
+
+        return [Row(case, "steps", planned, took) for case, planned, took in held_out_times(profile, quick)]
+
+    return Section(f"planned seconds of a step on {profile.name}", collect, seconds_text)
+
+
+def validate_command(
+    only: str | None, quick: bool, out: Path | None, as_json: bool, quiet: bool, profile: str | None = None
+) -> int:
     """Collect the sections' rows, show them and what they sum up to, and write them where `out` asks for it."""
     if only is not None and only not in SECTIONS:
         raise InputError(f"--only {only!r} is no section; {near_match(only, SECTIONS)}")
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise InputError(f"--out {out} is a folder, or in none; name a file in a folder that exists")
+    sections = SECTIONS if profile is None else {**SECTIONS, "time": _on_profile(profile)}
     from simulate.accuracy import errors_of
 
     output, results = Output(as_json, quiet), {}
-    for name in [only] if only else SECTIONS:
-        output.hint(f"{name}: {SECTIONS[name].about}")
-        results[name] = rows = SECTIONS[name].collect(quick)
+    for name in [only] if only else sections:
+        output.hint(f"{name}: {sections[name].about}")
+        results[name] = rows = sections[name].collect(quick)
         _show(output, name, rows, errors_of(rows))
     output.json(
         {
@@ -76,7 +93,7 @@ def validate_command(only: str | None, quick: bool, out: Path | None, as_json: b
         }
     )
     if out is not None:
-        text = "\n".join(_markdown(name, rows, errors_of(rows)) for name, rows in results.items())
+        text = "\n".join(_markdown(name, sections[name].about, rows, errors_of(rows)) for name, rows in results.items())
         try:
             toml.write_atomically(out, text.encode())
         except OSError as error:
@@ -105,10 +122,10 @@ def _as_json(rows: Sequence[Row], errors: Errors) -> dict[str, Any]:
     return {"errors": asdict(errors), "rows": [{**asdict(row), "error": row.error} for row in rows]}
 
 
-def _markdown(name: str, rows: Sequence[Row], errors: Errors) -> str:
+def _markdown(name: str, about: str, rows: Sequence[Row], errors: Errors) -> str:
     figure = SECTIONS[name].figure
     lines = [
-        f"## {name.capitalize()}: {SECTIONS[name].about}", "", f"{_summary(errors)}.", "",
+        f"## {name.capitalize()}: {about}", "", f"{_summary(errors)}.", "",
         "| run | by | predicted | measured | difference |", "|---|---|---|---|---|",
         *(f"| {r.name} | {r.how} | {figure(r.predicted)} | {figure(r.measured)} | {r.error:+.2%} |" for r in rows),
     ]  # fmt: skip

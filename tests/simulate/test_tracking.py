@@ -42,6 +42,16 @@ def test_following_leaves_out_what_a_host_with_memory_keeps() -> None:
     assert shared.tracked_bytes - own.tracked_bytes == start_bytes
 
 
+@pytest.mark.parametrize("quantize", ["int8", "nf4", "nf4-double"])
+def test_quantised_weights_are_followed_as_they_are_planned(quantize: str) -> None:
+    run = tiny.lte_run(2, WIDE, {"dtype": "fp32", "micro_batch": 4}, quantize=quantize, reset="b")
+    tracked = tracked_memory(run, with_host=False)
+    planned = memory_by_phase(run, run.model.shape(), ROOMY)
+    backward = max(planned[name].total - ROOMY.reserved_bytes for name in planned if name.startswith("backward"))
+    assert backward == pytest.approx(max(tracked.by_phase[n] for n in tracked.by_phase if "backward" in n), rel=0.03)
+    assert tracked.host_bytes == 4 * run.model.shape().adapted_parameters
+
+
 def test_random_runs_are_planned_within_three_percent_and_hardly_under() -> None:
     errors = errors_of(list(tracked_rows(10, seed=7, small=True)))
     assert errors.rows == 10

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ltecli.app import main
+from simulate.measuring import held_out
 
 
 def test_bytes_are_validated_to_the_byte(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -17,6 +18,17 @@ def test_bytes_are_validated_to_the_byte(capsys: pytest.CaptureFixture[str], tmp
     assert document["bytes"]["errors"]["worst"] == 0.0
     assert len(document["bytes"]["rows"]) == document["bytes"]["errors"]["rows"] >= 5
     assert "| run | by | predicted | measured | difference |" in out.read_text(encoding="utf-8")
+
+
+def test_times_are_set_beside_a_profile_of_the_machine(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held_out, "QUICK_CASES", held_out.QUICK_CASES[:1])
+    assert main(["validate", "--only", "time", "--quick", "--profile", "laptop_cpu", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["time"]["rows"]
+    assert row["name"].startswith("gpt 3 x 80") and row["predicted"] > 0 and row["measured"] > 0
+    assert main(["validate", "--only", "time", "--profile", "laptop_cqu"]) == 2
+    assert "laptop_cpu" in capsys.readouterr().err
 
 
 def test_an_unknown_section_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
