@@ -61,23 +61,27 @@ def memory_by_phase(run: Run, shape: ModelShape, device: Device) -> dict[PhaseNa
     """Return the height of each phase that the run goes through, in the order of PHASES."""
     held, element_bytes = holding(run, shape), ELEMENT_BYTES[run.train.dtype]
     shared_memory = device.host_memory_bytes == 0
-    weights = _weight_bytes(run, shape, shared_memory)
-    kept = weights + (held.adapters + held.extra) * element_bytes + moment_bytes(run, shape)
+    weights, adapters = _weight_bytes(run, shape, shared_memory), held.adapters * element_bytes
+    optimizer = moment_bytes(run, shape) + held.extra * element_bytes
+    kept = weights + adapters + optimizer
     start = (Phase("forward", 0, 0, _packing_start_bytes(run, shape) - kept),) if shared_memory else ()
-    heights: dict[PhaseName, Memory] = {}
+    highest: dict[PhaseName, Phase] = {}
     for phase in (*start, *_phases(run, shape, shared_memory)):
-        memory = Memory(
+        if phase.name not in highest or phase.total > highest[phase.name].total:
+            highest[phase.name] = phase
+    return {
+        name: Memory(
             weights=weights,
-            adapters=held.adapters * element_bytes,
-            gradients=phase.gradients,
-            optimizer=moment_bytes(run, shape) + held.extra * element_bytes,
-            activations=phase.activations,
-            temporary=phase.temporary,
+            adapters=adapters,
+            gradients=highest[name].gradients,
+            optimizer=optimizer,
+            activations=highest[name].activations,
+            temporary=highest[name].temporary,
             reserved=device.reserved_bytes,
         )
-        if phase.name not in heights or memory.total > heights[phase.name].total:
-            heights[phase.name] = memory
-    return {name: heights[name] for name in PHASES if name in heights}
+        for name in PHASES
+        if name in highest
+    }
 
 
 def _phases(run: Run, shape: ModelShape, shared_memory: bool) -> Iterator[Phase]:
@@ -145,12 +149,17 @@ def host_memory_by_part(run: Run, shape: ModelShape, device: Device) -> dict[str
     largest tensor on its way to the disk; `data`: text that is held as it was read (all else is memory-mapped).
     """
     own = device.host_memory_bytes > 0
-    largest = max(tensor.elements for tensor in shape.tensors) * ELEMENT_BYTES[run.train.dtype]
+    largest = _largest_elements(shape) * ELEMENT_BYTES[run.train.dtype]
     return {
         "start_weights": host_memory_bytes(run, shape, device),
         "checkpoint_save": largest if own else 0,
         "data": _text_bytes(run.data.path, run.data.tokenizer) if own and run.model.unit == "tokens" else 0,
     }
+
+
+@lru_cache(maxsize=64)
+def _largest_elements(shape: ModelShape) -> int:
+    return max(tensor.elements for tensor in shape.tensors)
 
 
 @lru_cache(maxsize=64)
@@ -204,6 +213,8 @@ def _packing_start_bytes(run: Run, shape: ModelShape) -> int:
 def _unpacked_bytes(method: MethodOptions, shape: ModelShape, element_bytes: int) -> int:
     """Bytes of the largest quantised layer while a product uses it."""
     quantize = method.quantize if isinstance(method, LteOptions) else "none"
+    if quantize == "none":
+        return 0
     return max(unpacking_bytes(x.weights, quantize, element_bytes) for x in shape.adapted)
 
 
