@@ -313,7 +313,7 @@ def make_plan(
         )
     fitting = sorted((r for r in results if isinstance(r, Candidate)), key=rank)
     rejected = tuple(r for r in results if isinstance(r, Rejected))
-    plain = (candidate for candidate in fitting if not _needs_library(candidate.run))
+    plain = (candidate for candidate in fitting if not needs_library(candidate.run))
     chosen = next(plain, None) or next(iter(fitting), None)
     others = METHOD_NAMES if choice.with_rivals and not pins.method else ()
     rivals = [_best(results_of((name,)), rank) for name in others if name not in methods]
@@ -385,7 +385,7 @@ def _choice_notes(
         yield from _quantize_notes(chosen)
 
 
-def _needs_library(run: Run) -> bool:
+def needs_library(run: Run) -> bool:
     """Whether a run needs a package that is not installed with the tool."""
     return getattr(run.method, "quantize", "none").startswith("nf4")
 

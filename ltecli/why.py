@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ltecli.objective import value_of
-from ltecli.planner import LINK_DOMINATES, Candidate, Plan, Rejected, candidate_of, describe, make_plan
+from ltecli.planner import LINK_DOMINATES, Candidate, Plan, Rejected, candidate_of, describe, make_plan, needs_library
 from simulate.errors import InputError
 from simulate.hardware import Profile
 
@@ -175,6 +175,8 @@ def _against(result: Candidate | Rejected, chosen: Candidate, value: Callable[[C
     ratio = value(result) / value(chosen) if value(chosen) else 1.0
     parts = ", ".join(_parts(result, chosen))
     said = f"{ratio:.2f}x the {plan.choice.objective}" + (f": {parts}" if parts else "")
+    if ratio < 1 and needs_library(result.run):
+        return f"{said}; needs the extra lte[quantize]: plan it with --quantize"
     if ratio < 1:  # within the grid the choice is the best, so this one is from outside of it
         return f"{said}; plan it with --method {result.run.method.name}"
     return said
