@@ -11,21 +11,10 @@ from typing import Any
 
 import torch
 
+from simulate.accuracy import ROOMY
 from simulate.config import Run, build_run
 from simulate.costs.memory import peak_memory
-from simulate.hardware import Device, FlopPerSecond
 from simulate.measure import measure_memory_bytes
-
-ROOMY = Device(
-    kind="a CPU with memory to spare",
-    memory_bytes=10**12,
-    reserved_bytes=0,
-    host_memory_bytes=0,
-    memory_bytes_per_s=1e9,
-    flop_per_s=FlopPerSecond(fp32=1e9),
-    efficiency=1.0,
-    source="guess",
-)
 
 
 def random_model(draw: random.Random, family: str) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from simulate.costs.memory import memory_by_phase, peak_memory
 from simulate.costs.phases import PHASES
 from simulate.heldout import held_out_runs
 from simulate.measure import measure_memory_bytes
-from simulate.tracking import PARTS, tracked_memory
+from simulate.options import Quantize
+from simulate.quantize import QuantizedWeight, nf4_levels
+from simulate.tracking import PARTS, fake_tensors, tracked_memory
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -50,6 +52,17 @@ def test_quantised_weights_are_followed_as_they_are_planned(quantize: str) -> No
     backward = max(planned[name].total - ROOMY.reserved_bytes for name in planned if name.startswith("backward"))
     assert backward == pytest.approx(max(tracked.by_phase[n] for n in tracked.by_phase if "backward" in n), rel=0.03)
     assert tracked.host_bytes == 4 * run.model.shape().adapted_parameters
+
+
+@pytest.mark.parametrize("quantize", ["int8", "nf4", "nf4-double"])
+def test_packing_without_numbers_makes_the_same_buffers(monkeypatch: pytest.MonkeyPatch, quantize: Quantize) -> None:
+    monkeypatch.setattr("simulate.quantize.PACK_CHUNK_ELEMENTS", 1024)  # so that only a part is followed
+    nf4_levels()
+    real = QuantizedWeight(torch.randn(96, 100), quantize)
+    with fake_tensors():
+        fake = QuantizedWeight(torch.randn(96, 100), quantize)
+    shapes = [[(t.shape, t.dtype) for t in weight.tensors()] for weight in (real, fake)]
+    assert shapes[0] == shapes[1]
 
 
 def test_random_runs_are_planned_within_three_percent_and_hardly_under() -> None:
