@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from ltecli.formats import check_formats, format_notes
@@ -12,7 +13,7 @@ from ltecli.grid import Pins, grid
 from ltecli.objective import MEANINGS, Choice, hourly_price, value_of
 from ltecli.ranges import RULE, Margins, range_keys
 from simulate.config import Run
-from simulate.costs.memory import Memory, host_memory_by_part, memory_by_phase, peak_memory
+from simulate.costs.memory import Heights, Memory, heights, host_memory_by_part, peak_memory
 from simulate.costs.samples import Efficiency, samples_factor, shipped
 from simulate.costs.schedule import dense_reduction, num_rounds, received_bytes, sent_bytes
 from simulate.costs.time import RoundTime, device_step_s, distinct, exchange_s, round_time
@@ -42,8 +43,8 @@ class Candidate:
     """Asked for; steps round it up."""
     memory: Memory
     """At its peak: the highest phase."""
-    memory_by_phase: dict[str, int]
-    """Bytes of all parts at the height of each phase."""
+    heights: Heights
+    """Of all phases."""
     host_memory_by_part: dict[str, int]
     sent_bytes_per_round: float
     received_bytes_per_round: float
@@ -56,11 +57,16 @@ class Candidate:
     efficiency: Efficiency | None = None
     """The samples model; None: the shipped one."""
 
-    @property
+    @cached_property
     def equivalent_wall_s(self) -> float:
         """Seconds to the loss that dense small-batch training has after the asked tokens; what candidates rank by."""
         trained = self.run.train.steps * self.run.tokens_per_step * self.trained_share
         return self.wall_s * self.samples_factor * self.tokens / trained
+
+    @property
+    def memory_by_phase(self) -> dict[str, int]:
+        """Bytes of all parts at the height of each phase."""
+        return self.heights.totals()
 
     @property
     def rounds(self) -> int:
@@ -208,9 +214,9 @@ def evaluate(run: Run, profile: Profile, tokens: int, choice: Choice | None = No
 def _evaluate(
     run: Run, shape: ModelShape, profile: Profile, devices: Sequence[Device], tokens: int, choice: Choice
 ) -> Candidate | Rejected:
-    heights = [(device, memory_by_phase(run, shape, device)) for device in distinct(devices)]
-    peaks = [(device, max(phases.values(), key=lambda m: m.total), phases) for device, phases in heights]
-    device, memory, phases = min(peaks, key=lambda peak: peak[0].memory_bytes - peak[1].total)
+    fullest = [(device, heights(run, shape, device)) for device in distinct(devices)]
+    peaks = [(device, high, high.peak()) for device, high in fullest]
+    device, high, memory = min(peaks, key=lambda peak: peak[0].memory_bytes - peak[2].total)
     host_parts = host_memory_by_part(run, shape, device)
     host_bytes = sum(host_parts.values())
     time = round_time(run, shape, devices, profile.link)
@@ -219,7 +225,7 @@ def _evaluate(
         run=run,
         tokens=tokens,
         memory=memory,
-        memory_by_phase={str(name): height.total for name, height in phases.items()},
+        heights=high,
         host_memory_by_part=host_parts,
         sent_bytes_per_round=sent_bytes(run, shape, steps) / rounds / num_devices,
         received_bytes_per_round=received_bytes(run, shape, steps) / rounds / num_devices,

@@ -11,6 +11,7 @@ from simulate.costs.flops import merge_flops, pass_flops, update_flops
 from simulate.costs.holding import holding
 from simulate.costs.kernels import KernelRates, pass_s, products_s, sum_of_products
 from simulate.costs.pace import round_compute_s
+from simulate.costs.remember import by_method
 from simulate.costs.schedule import num_rounds, schedule
 from simulate.costs.traffic import ELEMENT_BYTES, PRODUCT_BYTES, Exchange, Transfer, frozen_bytes
 from simulate.hardware import Device, Link
@@ -124,30 +125,46 @@ class _Rates:
 
 def compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
     """Seconds of one optimizer step: arithmetic, the optimizer's memory traffic, unpacking of quantised weights."""
-    element_bytes = ELEMENT_BYTES[run.train.dtype]
-    method = run.method
+    moved = _moved(run, shape)
+    moved_bytes = moved.others
+    if rates.kernels is None:
+        moved_bytes += moved.optimizer
+        passes_s = pass_flops(run, shape) / rates.pass_flop_per_s
+    else:
+        moved_s = rates.kernels.optimizer.seconds(moved.optimizer, moved.optimizer + moved.clipped)
+        passes_s = pass_s(run, shape, rates.kernels) + moved_s
+    return passes_s + update_flops(run, shape) / rates.flop_per_s + moved_bytes / rates.memory_bytes_per_s
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """Bytes that a step moves beside its passes."""
+
+    optimizer: int
+    clipped: int
+    others: int
+    """Of compression, unpacking and casts."""
+
+
+@by_method
+def _moved(run: Run, shape: ModelShape) -> _Moved:
+    element_bytes, method = ELEMENT_BYTES[run.train.dtype], run.method
     trained = holding(run, shape).trained
     moment_bytes = element_bytes if run.train.optimizer_state == "fp32" else 1
-    optimizer_bytes = trained * (ADAM_ELEMENTS_MOVED * element_bytes + ADAM_MOMENTS_MOVED * moment_bytes)
-    moved_bytes = 0
+    others = _cast_bytes(run, shape)
     if isinstance(method, SapipeOptions | TopkOptions | SignsgdOptions) or (
         isinstance(method, DdpOptions) and method.wire != "full"
     ):
-        moved_bytes += COMPRESSION_ELEMENTS_MOVED * shape.parameters * element_bytes
-    unpacked_bytes = 0
+        others += COMPRESSION_ELEMENTS_MOVED * shape.parameters * element_bytes
     if isinstance(method, LteOptions) and method.quantize != "none":
         # Forward and backward each read the packed form, write and read the plain one.
         packed = frozen_bytes(shape, method.quantize, element_bytes)
-        unpacked_bytes = 2 * (packed + 2 * shape.adapted_parameters * element_bytes)
-    moved_bytes += unpacked_bytes + _cast_bytes(run, shape)
-    if rates.kernels is None:
-        moved_bytes += optimizer_bytes
-        passes_s = pass_flops(run, shape) / rates.pass_flop_per_s
-    else:
-        clipped_bytes = CLIP_ELEMENTS_MOVED * trained * element_bytes
-        moved_s = rates.kernels.optimizer.seconds(optimizer_bytes, optimizer_bytes + clipped_bytes)
-        passes_s = pass_s(run, shape, rates.kernels) + moved_s
-    return passes_s + update_flops(run, shape) / rates.flop_per_s + moved_bytes / rates.memory_bytes_per_s
+        others += 2 * (packed + 2 * shape.adapted_parameters * element_bytes)
+    return _Moved(
+        optimizer=trained * (ADAM_ELEMENTS_MOVED * element_bytes + ADAM_MOMENTS_MOVED * moment_bytes),
+        clipped=CLIP_ELEMENTS_MOVED * trained * element_bytes,
+        others=others,
+    )
 
 
 def _cast_bytes(run: Run, shape: ModelShape) -> int:
@@ -158,6 +175,7 @@ def _cast_bytes(run: Run, shape: ModelShape) -> int:
     return shape.adapted_parameters * element_bytes * (2 if isinstance(run.method, AdapterOptions) else 1)
 
 
+@by_method
 def merge_compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
     """Seconds of a round's merges: products, and the weights read and written once (with momentum: twice)."""
     method = run.method
