@@ -174,14 +174,21 @@ def validate(
         str | None, typer.Option("--profile", "-p", help="A measured profile of this machine, for times.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and smaller runs: about half a minute.")] = False,
+    shapes: Annotated[int | None, typer.Option(min=1, help="Random runs of each kind.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random runs.")] = 0,
+    family: Annotated[
+        str | None, typer.Option(help="Of their networks: gpt, llama, vit or mixer; default: all.")
+    ] = None,
+    autocast: Annotated[str, typer.Option(help="Format of their matrix products: none, bf16 or fp16.")] = "none",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the tables as markdown.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Set predictions of memory, bytes and time beside what happens on this machine."""
-    from ltecli.commands.validate import validate_command
+    from ltecli.commands.validate import Asked, validate_command
 
-    raise typer.Exit(guarded(lambda: validate_command(only, quick, out, as_json, quiet, profile)))
+    asked = Asked(quick, shapes, seed, family, autocast)
+    raise typer.Exit(guarded(lambda: validate_command(only, asked, out, as_json, quiet, profile)))
 
 
 @app.command()
