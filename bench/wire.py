@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from simulate.costs.time import transfer_s
+from simulate.costs.messages import transfer_s
 from simulate.costs.traffic import Operation, Transfer
 from simulate.hardware import Link
 from tests.network.lab import Lab, why_not
@@ -139,7 +139,10 @@ def main() -> None:
     ]
     rate = arguments.bytes_per_s * PAYLOAD_SHARE
     latency_s = arguments.delay_s + LAB_LATENCY_S
-    link = Link(topology="star", up_bytes_per_s=rate, down_bytes_per_s=rate, latency_s=latency_s, source="measured")
+    link = Link(
+        topology="star", up_bytes_per_s=rate, down_bytes_per_s=rate, latency_s=latency_s, collectives="gloo",
+        source="measured",
+    )  # fmt: skip
     with (
         tempfile.TemporaryDirectory() as folder,
         Lab(arguments.nodes, arguments.bytes_per_s, arguments.delay_s) as lab,

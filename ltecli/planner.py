@@ -14,6 +14,7 @@ from ltecli.objective import MEANINGS, Choice, hourly_price, value_of
 from ltecli.ranges import RULE, Margins, range_keys
 from simulate.config import Run
 from simulate.costs.memory import Heights, Memory, heights, host_memory_by_part, peak_memory
+from simulate.costs.messages import link_of
 from simulate.costs.samples import Efficiency, samples_factor, shipped
 from simulate.costs.schedule import dense_reduction, num_rounds, received_bytes, sent_bytes
 from simulate.costs.time import RoundTime, device_step_s, distinct, exchange_s, round_time
@@ -292,7 +293,7 @@ def _warnings(run: Run, shape: ModelShape, profile: Profile, time: RoundTime) ->
         yield f"rank x heads = {method.rank * run.heads} is below the largest layer dimension {shape.largest_dimension}"
     if run.cluster.devices > 1 and method.merge_transport != "reduce":
         dense = dense_reduction(shape, run.cluster.devices, ELEMENT_BYTES[run.train.dtype])
-        if time.exchange_s > exchange_s(dense, profile.link):
+        if time.exchange_s > exchange_s(dense, link_of(profile.link, run.cluster.backend)):
             yield f"{method.merge_transport} takes longer than reducing the dense delta"
 
 

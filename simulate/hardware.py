@@ -14,6 +14,9 @@ from simulate.errors import InputError, near_match
 
 Source = Literal["datasheet", "measured", "guess"]
 Dtype = Literal["fp64", "fp32", "fp16", "bf16"]
+Collectives = Literal["gloo", "nccl"]
+DELAYS_OF_A_HOP: dict[Collectives, float] = {"gloo": 2.0, "nccl": 1.0}
+"""Gloo asks for every buffer before it is sent; 2.0 to 2.9 were measured (bench/README.md)."""
 LOCAL = "local"
 MOST_BYTES = 10**15
 """A petabyte: more memory of one device, or more bytes a second of one link, is a slip of the keyboard."""
@@ -151,9 +154,11 @@ class Link(toml.Schema):
     down_bytes_per_s: float = Field(gt=0, le=MOST_BYTES)
     latency_s: float = Field(ge=0)
     """One-way delay of a message from device to device."""
-    hop_delays: float = Field(default=1.0, ge=1, le=100)
-    """One-way delays that a hop of a ring takes; gloo asks for every buffer before it is sent: 2.2 to 2.9 were measured
-    (bench/README.md)."""
+    collectives: Collectives = "nccl"
+    """What moves messages between devices: nccl for CUDA GPUs, gloo for CPUs; a run's cluster.backend overrides it."""
+    hop_delays: float | None = Field(default=None, ge=1, le=100)
+    """One-way delays that a hop of a ring takes, and with gloo every message between a pair; not set: 2 with gloo, 1
+    with nccl."""
     shared_bytes_per_s: float | None = Field(default=None, gt=0, le=MOST_BYTES)
     """What all devices together can send, where they share one uplink; not set: each has its own."""
     server_up_bytes_per_s: float | None = Field(default=None, gt=0, le=MOST_BYTES)
@@ -164,6 +169,11 @@ class Link(toml.Schema):
     node_latency_s: float | None = Field(default=None, ge=0)
     source: Source
     sources: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def delays_of_a_hop(self) -> float:
+        """One-way delays of a hop of a ring."""
+        return self.hop_delays or DELAYS_OF_A_HOP[self.collectives]
 
     def __hash__(self) -> int:
         # Written out because `sources` is a dict; link times are remembered by link.
@@ -297,7 +307,11 @@ def detect_local() -> Profile:
         up_bytes_per_s=117.5e6,
         down_bytes_per_s=117.5e6,
         latency_s=0.2e-3,
+        collectives="gloo",
         source="guess",
-        sources=dict.fromkeys(("topology", "up_bytes_per_s", "down_bytes_per_s", "latency_s"), "guess: gigabit LAN"),
+        sources={
+            **dict.fromkeys(("topology", "up_bytes_per_s", "down_bytes_per_s", "latency_s"), "guess: gigabit LAN"),
+            "collectives": "what launched runs use between CPUs",
+        },
     )
     return Profile(name=LOCAL, description="This machine, as four virtual devices", device=[device], link=link)

@@ -10,10 +10,11 @@ from simulate.config import Run, Train
 from simulate.costs.flops import merge_flops, pass_flops, update_flops
 from simulate.costs.holding import holding
 from simulate.costs.kernels import KernelRates, pass_s, products_s, sum_of_products
+from simulate.costs.messages import link_of, transfer_s
 from simulate.costs.pace import round_compute_s
 from simulate.costs.remember import by_method
 from simulate.costs.schedule import num_rounds, schedule
-from simulate.costs.traffic import ELEMENT_BYTES, PRODUCT_BYTES, Exchange, Transfer, frozen_bytes
+from simulate.costs.traffic import ELEMENT_BYTES, PRODUCT_BYTES, Exchange, frozen_bytes
 from simulate.hardware import Device, Link
 from simulate.models.shapes import ModelShape
 from simulate.options import AdapterOptions, DdpOptions, LteOptions, SapipeOptions, SignsgdOptions, TopkOptions
@@ -62,6 +63,7 @@ def round_time(run: Run, shape: ModelShape, devices: Sequence[Device], link: Lin
         device_steps = float(run.method.round_steps * len(devices))
     merge_s = max(merge_compute_s(run, shape, kind) for kind in kinds)
     parts = schedule(run, shape)
+    link = link_of(link, run.cluster.backend)
     # What is sent at a merge travels behind the arithmetic there, too.
     own_s = merge_s / run.method.merges_per_round
     total_s = sum(
@@ -202,77 +204,3 @@ def holding_extra(run: Run, shape: ModelShape) -> int:
 def exchange_s(exchange: Exchange, link: Link) -> float:
     """Seconds of messages that are made one after the other."""
     return sum(transfer_s(transfer, link) for transfer in exchange.transfers)
-
-
-def transfer_s(transfer: Transfer, link: Link) -> float:
-    """Seconds of one message: latencies in sequence plus bytes over the slowest link they cross.
-
-    Ring algorithms (Patarasuk & Yuan 2009): all-reduce takes 2(N−1) hops of 1/N of the buffer, all-gather N−1 hops of
-    one contribution. On a mesh every pair has a link, so both need one or two hops. An all-to-all sends its N−1 parts
-    one after the other; on a ring neighbours pass on what is not theirs. A broadcast goes down a tree of halves. A
-    server on a star has one link of its own for all devices; on a ring it is reached through two neighbours, which
-    carry half the devices each. Several teams are nodes, whose devices are joined by the node's own links.
-    """
-    if transfer.devices == 1:
-        return 0.0
-    if transfer.operation in ("push", "pull"):
-        return _server_s(transfer, transfer.devices, link)
-    within_node = transfer.teams > 1 and link.node_bytes_per_s is not None
-    hop_bytes_per_s = link.node_bytes_per_s if within_node else min(link.up_bytes_per_s, link.down_bytes_per_s)
-    latency_s = (link.node_latency_s or 0.0) if within_node else link.latency_s
-    assert hop_bytes_per_s is not None
-    devices, mesh = transfer.devices, link.topology == "mesh" and not within_node
-    hops, share = {
-        "all_reduce": (2 if mesh else 2 * (devices - 1), 1 / devices),
-        "all_gather": (1 if mesh else devices - 1, 1.0),
-        "all_to_all": (1 if mesh else devices - 1, _all_to_all_share(devices, link)),
-        "broadcast": (1 if mesh else (devices - 1).bit_length(), 1.0),
-    }[transfer.operation]
-    if transfer.operation in ("all_reduce", "all_gather") and not mesh:
-        latency_s *= link.hop_delays
-    seconds = hops * (latency_s + share * transfer.payload_bytes / hop_bytes_per_s)
-    if link.shared_bytes_per_s is None or within_node:
-        return seconds
-    return max(seconds, hops * latency_s + _shared_s(transfer, link.shared_bytes_per_s, share, hops))
-
-
-def _shared_s(transfer: Transfer, shared_bytes_per_s: float, share: float, hops: int) -> float:
-    """Seconds of the bytes of all hops through the one uplink that all devices share.
-
-    A hop of a ring has all devices send, one of a mesh has them send to everyone; a broadcast sends N−1 copies.
-    """
-    devices = transfer.devices
-    if transfer.operation == "broadcast":
-        sent_bytes = float((devices - 1) * transfer.payload_bytes)
-    else:
-        one_to_one = max(hops, devices - 1) if transfer.operation != "all_reduce" else 2 * (devices - 1)
-        sent_bytes = devices * one_to_one * share * transfer.payload_bytes
-    return transfer.teams * sent_bytes / shared_bytes_per_s
-
-
-def _all_to_all_share(devices: int, link: Link) -> float:
-    """Share of a device's payload in each of N−1 hops: one part; on a ring, half of the parts on average."""
-    return 0.5 if link.topology == "ring" else 1 / devices
-
-
-def server_rates(push: bool, devices: int, link: Link) -> tuple[float, float]:
-    """Return the bytes/s that one device reaches to or from the server, and that all devices reach together."""
-    device_bytes_per_s = link.up_bytes_per_s if push else link.down_bytes_per_s
-    server_bytes_per_s = link.server_down_bytes_per_s if push else link.server_up_bytes_per_s
-    if server_bytes_per_s is None:  # as fast as a device's; a ring and a mesh reach it over 2 or N such links
-        links = {"star": 1, "ring": min(2, devices), "mesh": devices}[link.topology]
-        server_bytes_per_s = links * (link.down_bytes_per_s if push else link.up_bytes_per_s)
-    if push and link.shared_bytes_per_s is not None:
-        server_bytes_per_s = min(server_bytes_per_s, link.shared_bytes_per_s)
-    return device_bytes_per_s, server_bytes_per_s
-
-
-def server_latency_s(devices: int, link: Link) -> float:
-    """Return the delay of a message to or from the server: on a ring, half of the devices pass it on."""
-    return (-(-devices // 2) if link.topology == "ring" else 1) * link.latency_s
-
-
-def _server_s(transfer: Transfer, devices: int, link: Link) -> float:
-    device_bytes_per_s, server_bytes_per_s = server_rates(transfer.operation == "push", devices, link)
-    payload = transfer.payload_bytes
-    return server_latency_s(devices, link) + max(payload / device_bytes_per_s, devices * payload / server_bytes_per_s)
