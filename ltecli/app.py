@@ -57,6 +57,9 @@ DataPath = Annotated[str | None, typer.Option("--data", "-d", help="Text or imag
 SecretFile = Annotated[
     Path | None, typer.Option(help="File with the secret that both ends share (else LTE_SECRET); not on loopback.")
 ]
+LinkFrom = Annotated[
+    Path | None, typer.Option(metavar="RUN", help="Take the link that the nodes of a launched run measured.")
+]
 Devices = Annotated[int | None, typer.Option("--devices", "-n", help="Devices to use; default: all of the profile.")]
 Tokens = Annotated[int | None, typer.Option("--tokens", help="Tokens to train on; default: 20 a parameter.")]
 Samples = Annotated[int | None, typer.Option("--samples", help="The same for models of images: images to train on.")]
@@ -97,6 +100,7 @@ def plan(
     force: Annotated[bool, typer.Option("--force", help="Let -o replace an existing file.")] = False,
     top: Annotated[int, typer.Option(min=1, help="Candidates to show.")] = 8,
     probe: Annotated[Path | None, typer.Option(help="A probe.json of lte probe: ranks to try and to mark.")] = None,
+    link_from: LinkFrom = None,
     objective: Annotated[str, typer.Option(help="What to minimise: time, bytes, memory or cost.")] = "time",
     within: Annotated[str | None, typer.Option(metavar="TIME", help="Longest time to equal loss: 8h, 3d.")] = None,
     efficiency: Annotated[Path | None, typer.Option(help="A samples model of yours, like samples.toml.")] = None,
@@ -134,6 +138,7 @@ def plan(
         },
         assignments=tuple(assignments or ()),
         probe=probe,
+        link_from=link_from,
     )
 
     def command() -> int:
@@ -299,6 +304,7 @@ def profile_measure(
     link: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Measure the link to a peer's `lte profile serve`, too.")
     ] = None,
+    link_from: LinkFrom = None,
     secret_file: SecretFile = None,
     force: Annotated[bool, typer.Option("--force", help="Let -o replace an existing file.")] = False,
     as_json: Json = False,
@@ -307,7 +313,7 @@ def profile_measure(
     """Measure this machine, and write a profile that plans go by."""
     from ltecli.commands.measure import MeasureRequest, measure_command
 
-    request = MeasureRequest(quick, devices, threads, device.value, link, secret_file)
+    request = MeasureRequest(quick, devices, threads, device.value, link, secret_file, link_from)
     raise typer.Exit(guarded(lambda: measure_command(request, out, force, as_json, quiet)))
 
 

@@ -57,6 +57,8 @@ class Request:
     assignments: tuple[str, ...] = ()
     probe: Path | None = None
     """What lte probe wrote of the same network."""
+    link_from: Path | None = None
+    """Folder of a launched run, whose links were measured."""
     objective: str = "time"
     within: str | None = None
     efficiency: Path | None = None
@@ -135,8 +137,13 @@ def plan_request(request: Request, to_train: bool = True) -> Plan:
         _put(table, "method", key, value)
     pins = _pins(table)
     profile = load_profile(str(table["cluster"].setdefault("profile", LOCAL)))
+    link_notes: list[str] = []
+    if request.link_from is not None:
+        profile, said = _with_link_from(request.link_from, profile)
+        link_notes.append(said)
     named = bool(table["data"])
     base, notes = _base_run(table, profile)
+    notes += link_notes
     if named:
         _check_data(base)
     elif base.model.unit == "tokens":  # what is only a default may be missing or too small until it is trained on
@@ -150,6 +157,18 @@ def plan_request(request: Request, to_train: bool = True) -> Plan:
     if request.probe is not None:
         choice = replace(choice, probe=PlanProbe(request.probe, base.model.shape()))
     return make_plan(base, profile, tokens, pins, notes, choice)
+
+
+def _with_link_from(run: Path, profile: Profile) -> tuple[Profile, str]:
+    """Return the profile with the links that a launched run measured, and a note that says so; raises InputError."""
+    from ltecli.linking import link_from, link_text
+
+    link = link_from(run, profile.link)
+    said = (
+        f"the link is what the nodes of {run} measured, {link_text(link)}, in the place of profile {profile.name}'s; "
+        "training goes by the profile: lte profile measure --link-from writes one with that link"
+    )
+    return profile.model_copy(update={"link": link}), said
 
 
 def _put(table: toml.Table, section: str, key: str, value: Any) -> None:
