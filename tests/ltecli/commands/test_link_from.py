@@ -81,7 +81,9 @@ def test_two_sources_of_a_link_are_refused(refused: Refused, launched: Path) -> 
     refused("profile", "measure", *both, words=("--link and --link-from", "keep one"))
 
 
-@pytest.mark.parametrize("damaged", [{"links": 3}, {"links": []}, {"links": [{}]}, {}, {"links": [{**LINKS[0], "latency_s": -1}]}])
+@pytest.mark.parametrize(
+    "damaged", [{"links": 3}, {"links": []}, {"links": [{}]}, {}, {"links": [{**LINKS[0], "latency_s": -1}]}]
+)
 def test_damaged_links_are_refused(refused: Refused, trained: Path, damaged: dict[str, Any]) -> None:
     write_events(trained, {"kind": "links", "step": 0, **damaged})
     refused(*PLAN, "--link-from", "done", words=("events.jsonl", "damaged"))
