@@ -42,6 +42,8 @@ class FlopPerSecond(toml.Schema):
         return getattr(self, dtype) or self.fp32
 
 
+PackedFormat = Literal["bf16", "int8", "nf4", "nf4-double"]
+"""Of frozen weights."""
 Points = list[list[float]]
 """[[size, rate], ...] by growing size; between points the rate is interpolated, beyond them it stays."""
 
@@ -63,16 +65,29 @@ class Kernels(toml.Schema):
     """Of a linear layer in blocks and what goes with it, in a step of such a network."""
     adapter_s: float = Field(ge=0)
     """What an adapter adds to that."""
+    unpack: dict[PackedFormat, Points] = Field(default_factory=dict)
+    """[weights of a layer, weights/s] of unpacking a frozen one, by format; not set: by memory traffic."""
+    pack: dict[PackedFormat, Points] = Field(default_factory=dict)
+    """The same of packing a merged one; not set: not counted."""
 
     @field_validator("products", "attention", "elementwise", "optimizer")
     @classmethod
     def _points(cls, points: Points) -> Points:
-        if not points or any(len(point) != 2 or min(point) <= 0 for point in points):
-            raise ValueError("points are [size, rate] pairs of positive numbers, at least one; correct them")
-        sizes = [size for size, _ in points]
-        if any(after <= before for before, after in pairwise(sizes)):
-            raise ValueError(f"sizes of points must grow, and are {sizes}; sort them and drop repetitions")
-        return points
+        return _checked(points)
+
+    @field_validator("unpack", "pack")
+    @classmethod
+    def _points_by_format(cls, points: dict[PackedFormat, Points]) -> dict[PackedFormat, Points]:
+        return {name: _checked(of_format) for name, of_format in points.items()}
+
+
+def _checked(points: Points) -> Points:
+    if not points or any(len(point) != 2 or min(point) <= 0 for point in points):
+        raise ValueError("points are [size, rate] pairs of positive numbers, at least one; correct them")
+    sizes = [size for size, _ in points]
+    if any(after <= before for before, after in pairwise(sizes)):
+        raise ValueError(f"sizes of points must grow, and are {sizes}; sort them and drop repetitions")
+    return points
 
 
 class Measurement(toml.Schema):

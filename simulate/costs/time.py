@@ -9,7 +9,7 @@ from functools import lru_cache
 from simulate.config import Run, Train
 from simulate.costs.flops import merge_flops, pass_flops, update_flops
 from simulate.costs.holding import holding
-from simulate.costs.kernels import KernelRates, pass_s, products_s, sum_of_products
+from simulate.costs.kernels import KernelRates, layers_s, pass_s, products_s, sum_of_products
 from simulate.costs.messages import link_of, transfer_s
 from simulate.costs.pace import round_compute_s
 from simulate.costs.remember import by_method
@@ -128,14 +128,26 @@ class _Rates:
 def compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
     """Seconds of one optimizer step: arithmetic, the optimizer's memory traffic, unpacking of quantised weights."""
     moved = _moved(run, shape)
-    moved_bytes = moved.others
+    moved_bytes, passes_s = moved.others, 0.0
+    unpacked_s = _unpacked_s(run, shape, rates.kernels)
+    if unpacked_s is None:
+        moved_bytes += moved.unpacked
     if rates.kernels is None:
         moved_bytes += moved.optimizer
         passes_s = pass_flops(run, shape) / rates.pass_flop_per_s
     else:
         moved_s = rates.kernels.optimizer.seconds(moved.optimizer, moved.optimizer + moved.clipped)
-        passes_s = pass_s(run, shape, rates.kernels) + moved_s
+        passes_s = pass_s(run, shape, rates.kernels) + moved_s + (unpacked_s or 0.0)
     return passes_s + update_flops(run, shape) / rates.flop_per_s + moved_bytes / rates.memory_bytes_per_s
+
+
+def _unpacked_s(run: Run, shape: ModelShape, kernels: KernelRates | None) -> float | None:
+    """Seconds of unpacking frozen weights at measured rates: forward, backward, and once more to recompute."""
+    method = run.method
+    if kernels is None or not isinstance(method, LteOptions) or method.quantize == "none":
+        return None
+    once_s = layers_s(shape, method.quantize, kernels.unpack)
+    return None if once_s is None else (3 if run.train.activation_checkpointing else 2) * once_s
 
 
 @dataclass(frozen=True)
@@ -144,8 +156,10 @@ class _Moved:
 
     optimizer: int
     clipped: int
+    unpacked: int
+    """Of frozen weights, by memory traffic."""
     others: int
-    """Of compression, unpacking and casts."""
+    """Of compression and casts."""
 
 
 @by_method
@@ -153,7 +167,7 @@ def _moved(run: Run, shape: ModelShape) -> _Moved:
     element_bytes, method = ELEMENT_BYTES[run.train.dtype], run.method
     trained = holding(run, shape).trained
     moment_bytes = element_bytes if run.train.optimizer_state == "fp32" else 1
-    others = _cast_bytes(run, shape)
+    unpacked, others = 0, _cast_bytes(run, shape)
     if isinstance(method, SapipeOptions | TopkOptions | SignsgdOptions) or (
         isinstance(method, DdpOptions) and method.wire != "full"
     ):
@@ -161,10 +175,11 @@ def _moved(run: Run, shape: ModelShape) -> _Moved:
     if isinstance(method, LteOptions) and method.quantize != "none":
         # Forward and backward each read the packed form, write and read the plain one.
         packed = frozen_bytes(shape, method.quantize, element_bytes)
-        others += 2 * (packed + 2 * shape.adapted_parameters * element_bytes)
+        unpacked = 2 * (packed + 2 * shape.adapted_parameters * element_bytes)
     return _Moved(
         optimizer=trained * (ADAM_ELEMENTS_MOVED * element_bytes + ADAM_MOMENTS_MOVED * moment_bytes),
         clipped=CLIP_ELEMENTS_MOVED * trained * element_bytes,
+        unpacked=unpacked,
         others=others,
     )
 
@@ -187,12 +202,21 @@ def merge_compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
     else:
         moved = 0.0 if method.round_steps == 1 else 2.0 * shape.parameters + 2.0 * holding_extra(run, shape)
     moved_bytes = moved * ELEMENT_BYTES[run.train.dtype]
-    flops, moved_s = merge_flops(run, shape), moved_bytes / rates.memory_bytes_per_s
+    moved_s = moved_bytes / rates.memory_bytes_per_s + _packed_s(run, shape, rates.kernels)
+    flops = merge_flops(run, shape)
     if rates.kernels is None or not flops:
         return flops / rates.flop_per_s + moved_s
     products = sum_of_products(run, shape)
     # What the layers' products together reach, over the operations that the merge makes of them.
     return flops * products_s(products, rates.kernels) / sum(product.flops for product in products) + moved_s
+
+
+def _packed_s(run: Run, shape: ModelShape, kernels: KernelRates | None) -> float:
+    """Seconds of packing what a round merged, where that was measured; a server sends weights that are packed."""
+    method = run.method
+    if kernels is None or not isinstance(method, LteOptions) or method.merge_transport == "server":
+        return 0.0
+    return layers_s(shape, method.quantize, kernels.pack) or 0.0
 
 
 def holding_extra(run: Run, shape: ModelShape) -> int:

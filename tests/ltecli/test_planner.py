@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -67,7 +68,7 @@ def test_remembering_what_depends_on_the_batch_is_noticed(monkeypatch: pytest.Mo
 
     def with_batch(run: Run, shape: ModelShape) -> Any:
         moved = direct(run, shape)
-        return time._Moved(moved.optimizer + run.train.micro_batch, moved.clipped, moved.others)
+        return replace(moved, optimizer=moved.optimizer + run.train.micro_batch)
 
     monkeypatch.setattr(time, "_moved", remember.by_method(with_batch))
     request = Request(profile="rtx3060_x4_home", model="gpt", assignments=("model.layers=2",), pins={"rank": 8})
