@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from ltecli import version as lte_version
+from ltecli.collecting import without_collector
 from ltecli.errors import BAD_INPUT, guarded, leave_at_once_if_stuck, one_line
 
 app = typer.Typer(
@@ -116,7 +117,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Work out what fits and what it costs, and choose; writes nothing without -o."""
-    from ltecli.commands.plan import Request, plan_command
+    with without_collector():
+        from ltecli.commands.plan import Request, plan_command
 
     asked = why or timeline or rounds is not None or timeline_svg is not None
     request = Request(
@@ -338,6 +340,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Before anything imports torch, which a plan of somebody's own network does as well. Kineto announces every trace.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Looking for plugins, pydantic would read what every installed package says of itself.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     # Threads that spin while they wait for each other stand still beside anybody else's work: tens of times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     given = sys.argv[1:] if arguments is None else list(arguments)

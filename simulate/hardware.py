@@ -140,6 +140,10 @@ class Device(toml.Schema):
     sources: dict[str, str] = Field(default_factory=dict)
     """Where each figure comes from, by its key."""
 
+    def __hash__(self) -> int:
+        # Written out because `sources` is a dict; rates are remembered by device.
+        return hash((self.kind, self.memory_bytes, self.memory_bytes_per_s, self.efficiency))
+
     @model_validator(mode="after")
     def _reserved_fits(self) -> Device:
         if self.reserved_bytes >= self.memory_bytes:

@@ -12,7 +12,6 @@ from ltecli.grid import Pins
 from ltecli.objective import Choice, parse_duration_s, parse_objective
 from ltecli.output import Output, bytes_text, plain_table, range_text, seconds_text
 from ltecli.planner import Candidate, Plan, Rejected, candidate_of, describe, make_plan
-from ltecli.probing import PlanProbe
 from ltecli.ranges import equivalent_range, time_range, wall_range
 from simulate import toml
 from simulate.config import BYTE_VALUES, BYTES, Run, Train, build_run, dump_run
@@ -80,8 +79,9 @@ def plan_command(
     output = Output(as_json)
     explained = _explained(plan, extras)
     verified = verify_choice(plan) if verify and plan.chosen is not None else None
-    added = explained.to_dict() if explained else {"why": None, "timeline": None}
-    output.json({**plan.to_dict(), **added, **({"verify": asdict(verified)} if verified else {})})
+    if as_json:  # thousands of candidates, which nobody else reads
+        added = explained.to_dict() if explained else {"why": None, "timeline": None}
+        output.json({**plan.to_dict(), **added, **({"verify": asdict(verified)} if verified else {})})
     _show(plan, output, top)
     if explained is not None and extras is not None:
         from ltecli.commands.explain import show_explained
@@ -155,6 +155,8 @@ def plan_request(request: Request, to_train: bool = True) -> Plan:
             notes.append(f"to train, name data of yours by --data; {error}")
     tokens = _tokens(request, base, table)
     if request.probe is not None:
+        from ltecli.probing import PlanProbe
+
         choice = replace(choice, probe=PlanProbe(request.probe, base.model.shape()))
     return make_plan(base, profile, tokens, pins, notes, choice)
 

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from simulate.config import Run, Train
+from simulate.config import Run
 from simulate.costs.traffic import ELEMENT_BYTES
-from simulate.hardware import Device, PackedFormat, Points
+from simulate.hardware import Device, Dtype, PackedFormat, Points
 from simulate.models.shapes import LinearShape, ModelShape
 from simulate.options import AdapterOptions, LteOptions, ReloraOptions
 
@@ -68,11 +68,10 @@ class KernelRates:
     pack: tuple[tuple[str, Curve], ...] = ()
 
     @classmethod
-    def of(cls, train: Train, device: Device) -> KernelRates | None:
-        """Return a device's rates; other formats than fp32 change products as they change its peak."""
+    def of(cls, passes: Dtype, device: Device) -> KernelRates | None:
+        """Return a device's rates for passes in a format; others than fp32 change products as they change its peak."""
         if device.kernels is None:
             return None
-        passes = train.dtype if train.autocast == "none" else train.autocast
         factor, kernels = device.flop_per_s.of(passes) / device.flop_per_s.fp32, device.kernels
         return cls(
             Curve.of(kernels.products, factor), Curve.of(kernels.attention, factor), Curve.of(kernels.elementwise),

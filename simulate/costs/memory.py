@@ -6,9 +6,9 @@ messages. Tests hold the result against the allocator's trace.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
 
 from simulate.config import BYTES, Run
@@ -22,6 +22,9 @@ from simulate.costs.traffic import ELEMENT_BYTES, PRODUCT_BYTES, frozen_bytes, p
 from simulate.hardware import Device
 from simulate.models.shapes import ModelShape
 from simulate.options import AdamixOptions, AdapterOptions, LteOptions, MethodOptions
+
+SAVING = Phase("checkpoint_save", 0, 0, 0)
+"""Tensors are written one by one, as they lie in memory."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,13 @@ class Memory:
 
 @dataclass(frozen=True)
 class Heights:
-    """What one device keeps all the time, and the highest of each phase on top of that."""
+    """What one device keeps all the time, and the moments that can be its peak on top of that."""
 
     weights: int
     adapters: int
     optimizer: int
     reserved: int
-    phases: dict[PhaseName, Phase]
-    """In the order of PHASES."""
+    phases: tuple[Phase, ...]
 
     def memory(self, phase: Phase) -> Memory:
         """Return all parts at the height of a phase."""
@@ -77,13 +79,26 @@ class Heights:
         )
 
     def peak(self) -> Memory:
-        """Return all parts at the highest phase."""
-        return self.memory(max(self.phases.values(), key=lambda phase: phase.total))
+        """Return all parts at the highest phase; of equal ones at the first in the order of PHASES."""
+        highest = max(map(_total, self.phases))
+        equal = [phase for phase in self.phases if phase.total == highest]
+        return self.memory(equal[0] if len(equal) == 1 else min(equal, key=lambda phase: PHASES.index(phase.name)))
+
+    def highest(self) -> dict[PhaseName, Phase]:
+        """Return the highest moment of each phase, in the order of PHASES."""
+        found: dict[PhaseName, Phase] = {}
+        for phase in self.phases:
+            if phase.name not in found or phase.total > found[phase.name].total:
+                found[phase.name] = phase
+        return {name: found[name] for name in PHASES if name in found}
 
     def totals(self) -> dict[str, int]:
         """Return the bytes of all parts at the height of each phase."""
         kept = self.weights + self.adapters + self.optimizer + self.reserved
-        return {str(name): kept + phase.total for name, phase in self.phases.items()}
+        return {str(name): kept + phase.total for name, phase in self.highest().items()}
+
+
+_total = attrgetter("total")
 
 
 def peak_memory(run: Run, shape: ModelShape, device: Device) -> Memory:
@@ -94,17 +109,13 @@ def peak_memory(run: Run, shape: ModelShape, device: Device) -> Memory:
 def memory_by_phase(run: Run, shape: ModelShape, device: Device) -> dict[PhaseName, Memory]:
     """Return the height of each phase that the run goes through, in the order of PHASES."""
     high = heights(run, shape, device)
-    return {name: high.memory(phase) for name, phase in high.phases.items()}
+    return {name: high.memory(phase) for name, phase in high.highest().items()}
 
 
 def heights(run: Run, shape: ModelShape, device: Device) -> Heights:
     """Return what a device of the run keeps, and its phases."""
     lasting = _lasting(run, shape, device.host_memory_bytes == 0)
-    highest: dict[PhaseName, Phase] = {}
-    for phase in _phases(run, shape, lasting):
-        if phase.name not in highest or phase.total > highest[phase.name].total:
-            highest[phase.name] = phase
-    phases = {name: highest[name] for name in PHASES if name in highest}
+    phases = _phases(run, shape, lasting)
     return Heights(lasting.weights, lasting.adapters, lasting.optimizer, device.reserved_bytes, phases)
 
 
@@ -159,20 +170,19 @@ def _lasting(run: Run, shape: ModelShape, shared_memory: bool) -> _Lasting:
     )
 
 
-def _phases(run: Run, shape: ModelShape, lasting: _Lasting) -> Iterator[Phase]:
+def _phases(run: Run, shape: ModelShape, lasting: _Lasting) -> tuple[Phase, ...]:
     train, element_bytes = run.train, ELEMENT_BYTES[run.train.dtype]
-    yield from lasting.start
-    yield from step_phases(
+    step = step_phases(
         shape, train.micro_batch, lasting.rank, lasting.block_gradient_bytes, train.activation_checkpointing,
         element_bytes, PRODUCT_BYTES.get(train.autocast, element_bytes), lasting.unpacked_bytes, lasting.heads,
         lasting.subtracts, lasting.fold_tensors,
     )  # fmt: skip
     # The batch is held until the next one comes; tokens are too few to count.
     batch_bytes = train.micro_batch * shape.inputs * element_bytes
-    for phase in lasting.exchange:
-        yield replace(phase, activations=phase.activations + batch_bytes) if batch_bytes else phase
-    # Tensors are written one by one, as they lie in memory.
-    yield Phase("checkpoint_save", 0, batch_bytes, 0)
+    others = (*lasting.exchange, SAVING)
+    if batch_bytes:
+        others = tuple(replace(phase, activations=phase.activations + batch_bytes) for phase in others)
+    return (*lasting.start, *step, *others)
 
 
 def _fold_tensors(method: MethodOptions, shared_memory: bool) -> int | None:

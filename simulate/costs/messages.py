@@ -30,7 +30,7 @@ def gathers_by_pairs(part_bytes: float, devices: int) -> bool:
 
 def link_of(link: Link, backend: str) -> Link:
     """Return the link as a run's cluster.backend uses it; "auto" leaves that to the profile."""
-    return link if backend in ("auto", link.collectives) else _used_by(link, backend)  # type: ignore[arg-type]
+    return link if backend in ("auto", link.collectives) else _used_by(link, backend)
 
 
 @lru_cache(maxsize=64)

@@ -21,25 +21,28 @@ def by_method(
 ) -> Callable[Concatenate[Run, ModelShape, P], T]:
     """Remember a figure of a run that depends on neither its batch nor its steps, recomputation or data.
 
-    Further arguments are positional and hashable. What is not remembered is `__wrapped__`.
+    Methods and shapes are frozen and told apart by identity, which candidates share; a method's two dozen keys would
+    take longer to hash than many a figure to work out. Further arguments are positional and hashable. What is not
+    remembered is `__wrapped__`.
     """
-    remembered: dict[Any, T] = {}
+    remembered: dict[Any, tuple[T, Any]] = {}
     _CACHES.append(remembered)
 
     @wraps(figure)
     def recall(run: Run, shape: ModelShape, *others: P.args, **named: P.kwargs) -> T:
         train = run.train
         key = (
-            run.method, shape, run.cluster.devices, train.dtype, train.autocast, train.optimizer,
+            id(run.method), shape, run.cluster.devices, train.dtype, train.autocast, train.optimizer,
             train.optimizer_state, *others,
         )  # fmt: skip
         try:
-            return remembered[key]
+            return remembered[key][0]
         except KeyError:
             if len(remembered) >= MOST:
                 remembered.clear()
-            remembered[key] = figure(run, shape, *others, **named)
-            return remembered[key]
+            found = figure(run, shape, *others, **named)
+            remembered[key] = found, run.method  # which keeps its identity from being another's
+            return found
 
     return recall
 

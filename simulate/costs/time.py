@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from simulate.config import Run, Train
+from simulate.config import Run
 from simulate.costs.flops import merge_flops, pass_flops, update_flops
 from simulate.costs.holding import holding
 from simulate.costs.kernels import KernelRates, layers_s, pass_s, products_s, sum_of_products
@@ -15,7 +15,7 @@ from simulate.costs.pace import round_compute_s
 from simulate.costs.remember import by_method
 from simulate.costs.schedule import num_rounds, schedule
 from simulate.costs.traffic import ELEMENT_BYTES, PRODUCT_BYTES, Exchange, frozen_bytes
-from simulate.hardware import Device, Link
+from simulate.hardware import Device, Dtype, Link
 from simulate.models.shapes import ModelShape
 from simulate.options import AdapterOptions, DdpOptions, LteOptions, SapipeOptions, SignsgdOptions, TopkOptions
 
@@ -54,7 +54,7 @@ def round_time(run: Run, shape: ModelShape, devices: Sequence[Device], link: Lin
 
     Unless a device's single step takes longer than that.
     """
-    kinds = {_Rates.of(run.train, device) for device in distinct(devices)}
+    kinds = [_rates(run, device) for device in distinct(devices)]
     if run.method.is_paced:
         steps_s, device_steps = round_compute_s(run.method, device_step_s(run, shape, devices))
         step_s = steps_s / run.method.round_steps
@@ -82,12 +82,12 @@ def round_time(run: Run, shape: ModelShape, devices: Sequence[Device], link: Lin
 
 def device_step_s(run: Run, shape: ModelShape, devices: Sequence[Device]) -> tuple[float, ...]:
     """Return the seconds that each device needs for a step."""
-    return _of_each(devices, lambda device: compute_s(run, shape, _Rates.of(run.train, device)))
+    return _of_each(devices, lambda device: compute_s(run, shape, _rates(run, device)))
 
 
 def device_merge_s(run: Run, shape: ModelShape, devices: Sequence[Device]) -> tuple[float, ...]:
     """Return the seconds that each device needs for the arithmetic of a round's merges."""
-    return _of_each(devices, lambda device: merge_compute_s(run, shape, _Rates.of(run.train, device)))
+    return _of_each(devices, lambda device: merge_compute_s(run, shape, _rates(run, device)))
 
 
 def _of_each(devices: Sequence[Device], seconds_of: Callable[[Device], float]) -> tuple[float, ...]:
@@ -106,9 +106,9 @@ def distinct(devices: Sequence[Device]) -> list[Device]:
     return list({id(device): device for device in devices}.values())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Rates:
-    """What a device sustains."""
+    """What a device sustains in a run's formats; one object for each, so that merges are remembered by it."""
 
     flop_per_s: float
     """Of operations on weights."""
@@ -118,11 +118,16 @@ class _Rates:
     kernels: KernelRates | None = None
     """By size, where they were measured."""
 
-    @classmethod
-    def of(cls, train: Train, device: Device) -> _Rates:
-        own = device.flop_per_s.of(train.dtype) * device.efficiency
-        passes = own if train.autocast == "none" else device.flop_per_s.of(train.autocast) * device.efficiency
-        return cls(own, passes, device.memory_bytes_per_s, KernelRates.of(train, device))
+
+def _rates(run: Run, device: Device) -> _Rates:
+    train = run.train
+    return _rates_of(train.dtype, train.dtype if train.autocast == "none" else train.autocast, device)
+
+
+@lru_cache(maxsize=256)
+def _rates_of(dtype: Dtype, passes: Dtype, device: Device) -> _Rates:
+    own, of_passes = (device.flop_per_s.of(name) * device.efficiency for name in (dtype, passes))
+    return _Rates(own, of_passes, device.memory_bytes_per_s, KernelRates.of(passes, device))
 
 
 def compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:

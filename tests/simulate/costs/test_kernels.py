@@ -34,7 +34,7 @@ def device(kernels: Kernels | None) -> Device:
 
 def rates(**figures: object) -> KernelRates:
     """Return rates of a run in fp32."""
-    found = KernelRates.of(tiny.ddp_run(train={"dtype": "fp32"}).train, device(FLAT.model_copy(update=figures)))
+    found = KernelRates.of("fp32", device(FLAT.model_copy(update=figures)))
     assert found is not None
     return found
 
@@ -103,10 +103,10 @@ def test_the_optimizer_goes_by_its_own_rate() -> None:
 def test_merges_go_by_the_size_of_their_products() -> None:
     run = tiny.lte_run(train={"dtype": "fp32"})
     shape = run.model.shape()
-    from simulate.costs.time import _Rates
+    from simulate.costs.time import _rates
 
     slow, fast = (
-        merge_compute_s(run, shape, _Rates.of(run.train, device(FLAT.model_copy(update={"products": [[1.0, rate]]}))))
+        merge_compute_s(run, shape, _rates(run, device(FLAT.model_copy(update={"products": [[1.0, rate]]}))))
         for rate in (1e6, 2e6)
     )
     assert 1.9 < slow / fast <= 2.0
