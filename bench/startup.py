@@ -3,8 +3,8 @@
 python bench/startup.py --repeats 11
 python bench/startup.py --beside ../before              # in turns with another tree of lte
 
-Others' work makes the clock's seconds longer, and the processor's hardly. Modules are compiled before they are timed, as
-an installation does.
+Others' work makes the clock's seconds longer, and the processor's less. Modules are compiled before they are timed,
+as an installation does.
 """
 
 from __future__ import annotations
@@ -74,9 +74,8 @@ def main() -> None:
             document = json.loads(Command("", [*lte, *PLAN, "--json"], tree, compiled).run())
             count = len(document["candidates"]) + len(document["rejected"])
             commands.append(Command(f"lte --help{where}", [*lte, "--help"], tree, compiled))
-            commands.append(
-                Command(f"lte {' '.join(PLAN)}, {count:,} candidates{where}", [*lte, *PLAN], tree, compiled)
-            )
+            name = f"lte {' '.join(PLAN)}, {count:,} candidates{where}"
+            commands.append(Command(name, [*lte, *PLAN], tree, compiled))
         for command in commands:
             command.run()
         for _ in range(arguments.repeats):
