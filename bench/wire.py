@@ -3,7 +3,8 @@
 python -m bench.wire --nodes 4 --bytes-per-s 12.5e6      # 100 Mbit/s; needs root, `ip` and `tc`
 python -m bench.wire --delay-s 0.02 --sizes 10000        # how often an operation waits for the delay
 
-Every node is a network namespace (tests/network/lab.py). Planned seconds know the link's payload rate and delay.
+Every node is a network namespace (tests/network/lab.py). Planned seconds know the link's payload rate and delay, and are
+of the way that the tool takes with gloo: small parts by pairs, large ones by rings.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ OPERATIONS: dict[str, Operation] = {
     "all_to_all": "all_to_all",
     "all_to_all by pairs": "all_to_all",
     "broadcast": "broadcast",
+    "push": "push",
+    "pull": "pull",
 }
 """What is measured, and as what it is planned."""
 PORT = 29500
@@ -89,7 +92,7 @@ def summarise(task: Task, ranks: list[Row], idle: list[Row], link: Link) -> Row:
     planned = Transfer(OPERATIONS[operation], num_bytes, len(ranks))
     seconds = statistics.median(max(once) for once in zip(*(rank["seconds"] for rank in ranks), strict=True))
     sent = [rank["sent_bytes"] - barrier["sent_bytes"] for rank, barrier in zip(ranks, idle, strict=True)]
-    payload = planned.sent_bytes / len(ranks)
+    payload = max(planned.sent_bytes, planned.received_bytes) / len(ranks)
     return {
         "operation": operation,
         "bytes": num_bytes,
