@@ -2,15 +2,18 @@
 
     python bench/convergence.py run --data tinyshakespeare.txt --results docs/convergence.jsonl --jobs 2
     python bench/convergence.py table --results docs/convergence.jsonl
+    python bench/convergence.py noise --data tinyshakespeare.txt --results docs/convergence.jsonl
 
 `run` does what is still missing, the most telling first, and can be stopped at any time: every method at each learning
 rate with seed 0, its best rate with two more seeds, and then with more samples than dense training had, until its
-validation loss is as low as dense's. `table` prints what there is as Markdown.
+validation loss is as low as dense's. `table` prints what there is as Markdown, `bench/curves.py` draws it. `noise`
+trains dense and LTE once more, at their best rates, and prints the gradient noise scale along the way.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -224,12 +227,34 @@ def table(results: Results) -> Iterator[str]:
             )
 
 
+def noise(arguments: argparse.Namespace) -> None:
+    """Print the gradient noise scale at tenths of training, beside the tokens of a step."""
+    import torch
+    from training import train_table
+
+    torch.set_num_threads(1)
+    results, rows = Results(arguments.results), {}
+    for batch, method in itertools.product(arguments.batches, arguments.methods):
+        rate = results.best_rate(batch, method)
+        if rate is None:
+            raise SystemExit(f"{method}, {batch} batch: not all rates are run; `run` first")
+        table = run_of(Job(batch, method, rate), arguments.data)
+        table["train"]["diagnostics_every"] = table["train"]["evaluate_every"]
+        rows[batch, method] = [point.get("noise_scale_tokens") for point in train_table(table).diagnostics]
+    shares = range(1, max(map(len, rows.values())) + 1)
+    print("| batch | method | tokens a step | " + " | ".join(f"{share}/{len(shares)}" for share in shares) + " |")
+    print("|---|---|---|" + "---|" * len(shares))
+    for (batch, method), scales in rows.items():
+        cells = " | ".join("unknown" if scale is None else f"{scale:,.0f}" for scale in scales)
+        print(f"| {batch} | {method} | {BATCHES[batch]['micro_batch'] * DEVICES * 64:,} | {cells} |")
+
+
 def main() -> None:
     """Parse, then run or print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("run", "table"))
+    parser.add_argument("verb", choices=("run", "table", "noise"))
     parser.add_argument("--results", type=Path, required=True, help="JSON lines, appended to")
-    parser.add_argument("--data", help="UTF-8 text file, for run")
+    parser.add_argument("--data", help="UTF-8 text file, for run and noise")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--batches", nargs="+", default=list(BATCHES), choices=list(BATCHES))
     parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
@@ -237,6 +262,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.verb == "run":
         campaign(arguments)
+    elif arguments.verb == "noise":
+        noise(arguments)
     else:
         for line in table(Results(arguments.results)):
             print(line)
