@@ -51,22 +51,21 @@ class Case:
     optimizer: str = "adamw"
 
 
-FROZEN_A: Table = {"name": "lte", "reset": "b", "frozen_a": True}
 CASES: dict[str, Case] = {
-    "lte reset b, 8 x rank 64": Case({"name": "lte", "rank": 64, "reset": "b"}, 8, 0.92),
-    "lte reset b, 32 x rank 32": Case({"name": "lte", "rank": 32, "reset": "b"}, 32, 0.84),
+    "lte reset b, 8 x rank 64": Case({"name": "lte", "rank": 64, "frozen_a": False}, 8, 0.92),
+    "lte reset b, 32 x rank 32": Case({"name": "lte", "rank": 32, "frozen_a": False}, 32, 0.84),
     "lte reset-less, 8 x rank 64": Case({"name": "lte", "rank": 64, "reset": "none"}, 8, 1.00),
     "lte reset-less, 32 x rank 32": Case({"name": "lte", "rank": 32, "reset": "none"}, 32, 0.90),
-    "lte frozen A, 8 x rank 64": Case({**FROZEN_A, "rank": 64}, 8, 0.92),
-    "lte frozen A, 32 x rank 32": Case({**FROZEN_A, "rank": 32}, 32, 0.84),
-    "lte frozen A, muon, 8 x rank 64": Case({**FROZEN_A, "rank": 64}, 8, 0.92, optimizer="muon"),
-    "lte frozen A, muon, 32 x rank 32": Case({**FROZEN_A, "rank": 32}, 32, 0.84, optimizer="muon"),
+    "lte frozen A, 8 x rank 64": Case({"name": "lte", "rank": 64}, 8, 0.92),
+    "lte frozen A, 32 x rank 32": Case({"name": "lte", "rank": 32}, 32, 0.84),
+    "lte frozen A, muon, 8 x rank 64": Case({"name": "lte", "rank": 64}, 8, 0.92, optimizer="muon"),
+    "lte frozen A, muon, 32 x rank 32": Case({"name": "lte", "rank": 32}, 32, 0.84, optimizer="muon"),
     # Equal rank in all, so equally many parameters; and equal rank a head, so equally many operations a row.
     "lte reset b, 32 x rank 2 over 1 x rank 64": Case(
-        {"name": "lte", "rank": 2, "reset": "b"}, 32, 1.15, {"name": "lte", "rank": 64, "reset": "b"}
+        {"name": "lte", "rank": 2, "frozen_a": False}, 32, 1.15, {"name": "lte", "rank": 64, "frozen_a": False}
     ),
     "lte reset b, 32 x rank 32 over 1 x rank 32": Case(
-        {"name": "lte", "rank": 32, "reset": "b"}, 32, 1.15, {"name": "lte", "rank": 32, "reset": "b"}
+        {"name": "lte", "rank": 32, "frozen_a": False}, 32, 1.15, {"name": "lte", "rank": 32, "frozen_a": False}
     ),
     "local-sgd, 8 replicas": Case({"name": "local-sgd"}, 8, 1.3),
     "diloco, 8 replicas": Case({"name": "diloco"}, 8, 1.3),

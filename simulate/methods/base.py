@@ -446,8 +446,6 @@ def clip_per_device(gradients: list[Tensor], devices: int, clip_norm: float) -> 
     """
     norms = torch.stack([torch.linalg.vector_norm(g.view(devices, -1), dim=1) for g in gradients])
     factor_L = (clip_norm / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp_(max=1.0)
-    if factor_L.device.type == "cpu" and bool((factor_L == 1).all()):
-        return  # spares a pass over all gradients; a GPU would have to be waited for
     for gradient in gradients:
         flat = gradient.view(devices, -1)
         flat.mul_(factor_L.unsqueeze(1))
