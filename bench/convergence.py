@@ -45,6 +45,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "lte, rank 64, frozen A, muon": {
         "name": "lte", "frozen_a": True, "reset": "b", "optimizer": "muon", "rank": 64,
     },
+    "lte, frozen joint A, muon": {
+        "name": "lte", "frozen_a": True, "reset": "b", "draws": "joint", "optimizer": "muon",
+    },
     "lte, reset b": {"name": "lte", "reset": "b"},
     "lte, frozen A": {"name": "lte", "frozen_a": True, "reset": "b"},
     "mhlora": {"name": "mhlora"},

@@ -408,8 +408,8 @@ def _optimizer_notes(chosen: Candidate | None) -> Iterator[str]:
         return
     if not chosen.run.method.frozen_a and chosen.run.train.optimizer == "adamw":
         yield (
-            "train.optimizer = muon with method.frozen_a = true and method.reset = b trained better than these "
-            "settings on a small text model (docs/results.md), at fewer bytes; try them with --set"
+            "train.optimizer = muon with method.frozen_a = true, method.reset = b and method.draws = joint trained "
+            "better than these settings on a small text model (docs/results.md), at fewer bytes; try them with --set"
         )
 
 
