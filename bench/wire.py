@@ -3,8 +3,8 @@
 python -m bench.wire --nodes 4 --bytes-per-s 12.5e6      # 100 Mbit/s; needs root, `ip` and `tc`
 python -m bench.wire --delay-s 0.02 --sizes 10000        # how often an operation waits for the delay
 
-Every node is a network namespace (tests/network/lab.py). Planned seconds know the link's payload rate and delay, and are
-of the way that the tool takes with gloo: small parts by pairs, large ones by rings.
+Every node is a network namespace (tests/network/lab.py). Planned seconds know the link's payload rate and delay, and
+are of the way that the tool takes with gloo: small parts by pairs, large ones by rings.
 """
 
 from __future__ import annotations
