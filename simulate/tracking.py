@@ -33,6 +33,7 @@ from simulate.adapters import LoraLinear
 from simulate.caching import reserved_bytes
 from simulate.config import Run
 from simulate.errors import InputError
+from simulate.lazy import MadeWeight
 from simulate.measure import Program, train_alone
 from simulate.methods.base import Method
 from simulate.models.options import FactoryModel
@@ -99,6 +100,8 @@ class _Follower(TorchDispatchMode):
         self._references: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if MadeWeight in types:
+            return NotImplemented  # it calls again with what it makes, within sight
         kwargs = kwargs or {}
         self._follow_backward()
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]

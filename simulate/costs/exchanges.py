@@ -34,6 +34,7 @@ from simulate.costs.traffic import (
     packed_bytes,
     packing_bytes,
     quantized_bytes,
+    unpacking_bytes,
     wire_bytes,
 )
 from simulate.models.shapes import LinearShape, ModelShape
@@ -64,8 +65,8 @@ OUTER_TENSORS = 2
 """The outer gradient, and the weights that it leads to."""
 NEWTON_SCHULZ_TENSORS = 3
 """The update's gradient, and an iterate before and after; two Gram matrices beside."""
-FOLD_TENSORS = 3
-"""A folded weight, the product in it, and its mean over heads."""
+FOLD_TENSORS = 2
+"""Of a weight's size, while adapters are added to it: their product and its mean over heads, or that and the sum."""
 
 
 @dataclass(frozen=True)
@@ -364,11 +365,20 @@ def _factors_bytes(e: _Exchange, members: Sequence[LinearShape]) -> int:
     drawn = max(e.devices * x.in_features * held_rank for x in members) if method.frozen_a and messages else 0
     everyones = messages * e.devices * sent
     packing = max(packing_bytes(x.weights, x.in_features, method.quantize, e.element_bytes) for x in members)
-    added = everyones + max(drawn * _draw_bytes(e), 2 * drawn * e.element_bytes + stacked, packing)
+    base = max(_base_bytes(e, x.weights) for x in members)
+    added = everyones + max(drawn * _draw_bytes(e), base + 2 * drawn * e.element_bytes + stacked, packing)
     if not compressed:
         return added
     rounding = packed + max(sides) * (e.element_bytes + (4 if method.wire == "int4" else 2))
     return max(added, everyones + (e.devices + 1) * packed, rounding)
+
+
+def _base_bytes(e: _Exchange, weights: int) -> int:
+    """Of what a merge adds to, where that is no tensor that is kept: quantised weights, fetched or unpacked."""
+    if e.method.quantize == "none":
+        return 0
+    unpacked = unpacking_bytes(weights, e.method.quantize, e.element_bytes) if e.method.master == "none" else 0
+    return max(weights * e.element_bytes, unpacked)
 
 
 def _quantized(e: _Exchange, x: LinearShape) -> int:
@@ -380,7 +390,7 @@ def _delta_bytes(e: _Exchange, sizes: Sequence[int]) -> Iterator[int]:
     for group in pack(list(sizes)):
         message, largest = sum(sizes[i] for i in group), max(sizes[i] for i in group)
         if e.method.wire == "full" or e.devices == 1:
-            yield (1 + int(e.devices > 1)) * message
+            yield message + max(message if e.devices > 1 else 0, _base_bytes(e, largest // e.element_bytes))
         else:
             # A change is stacked beside the last one.
             yield max(_compressed(e, message // e.element_bytes).held, 3 * largest)

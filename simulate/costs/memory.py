@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from simulate.config import BYTES, Run
-from simulate.costs.activations import step_phases
+from simulate.costs.activations import Made, step_phases
 from simulate.costs.exchanges import FOLD_TENSORS, exchange_phases, starts_dense
 from simulate.costs.holding import holding
 from simulate.costs.optimizer import moment_bytes
@@ -66,7 +66,7 @@ def memory_by_phase(run: Run, shape: ModelShape, device: Device) -> dict[PhaseNa
     kept = weights + adapters + optimizer
     start = (Phase("forward", 0, 0, _packing_start_bytes(run, shape) - kept),) if shared_memory else ()
     highest: dict[PhaseName, Phase] = {}
-    for phase in (*start, *_phases(run, shape, shared_memory)):
+    for phase in (*start, *_phases(run, shape)):
         if phase.name not in highest or phase.total > highest[phase.name].total:
             highest[phase.name] = phase
     return {
@@ -84,7 +84,7 @@ def memory_by_phase(run: Run, shape: ModelShape, device: Device) -> dict[PhaseNa
     }
 
 
-def _phases(run: Run, shape: ModelShape, shared_memory: bool) -> Iterator[Phase]:
+def _phases(run: Run, shape: ModelShape) -> Iterator[Phase]:
     method, element_bytes, devices = run.method, ELEMENT_BYTES[run.train.dtype], run.cluster.devices
     rank, heads, idle = 0, 1, 0
     block_trained = sum(linear.weights for linear in shape.adapted)
@@ -100,7 +100,7 @@ def _phases(run: Run, shape: ModelShape, shared_memory: bool) -> Iterator[Phase]
         shape, run.train.micro_batch, rank, block_trained * element_bytes, run.train.activation_checkpointing,
         element_bytes, PRODUCT_BYTES.get(run.train.autocast, element_bytes),
         _unpacked_bytes(method, shape, element_bytes), heads,
-        isinstance(method, LteOptions) and method.remembers_product, _fold_tensors(method, shared_memory),
+        isinstance(method, LteOptions) and method.remembers_product, _made(method),
     )  # fmt: skip
     # The batch is held until the next one comes; tokens are too few to count.
     batch_bytes = run.train.micro_batch * shape.inputs * element_bytes
@@ -111,16 +111,16 @@ def _phases(run: Run, shape: ModelShape, shared_memory: bool) -> Iterator[Phase]
     yield Phase("checkpoint_save", 0, batch_bytes, 0)
 
 
-def _fold_tensors(method: MethodOptions, shared_memory: bool) -> int | None:
-    """Tensors of a weight's size that adding adapters to it takes beside the sum; None: evaluation makes no weights.
-
-    It unpacks quantised ones, or brings their full-precision form from the host, unless that can be read in place.
+def _made(method: MethodOptions) -> Made:
+    """Return how an evaluation comes to weights: quantised ones are fetched from the master, or unpacked where that is
+    not at hand; adapters that are not merged are added.
     """
-    if isinstance(method, LteOptions) and method.quantize != "none":
-        return None if shared_memory and method.master == "host" else 0
-    if isinstance(method, LteOptions) or not isinstance(method, AdapterOptions) or starts_dense(method):
-        return None
-    return 0 if isinstance(method, AdamixOptions) else FOLD_TENSORS - 1
+    if isinstance(method, LteOptions):
+        unpacks = "none" if method.master == "host" else method.quantize
+        return Made(int(method.quantize != "none"), unpacks)
+    if not isinstance(method, AdapterOptions) or starts_dense(method):
+        return Made()
+    return Made(1 if isinstance(method, AdamixOptions) else FOLD_TENSORS)
 
 
 def _weight_bytes(run: Run, shape: ModelShape, shared_memory: bool) -> int:

@@ -169,6 +169,10 @@ class Method(ABC):
     def merged_state(self) -> dict[str, Tensor]:
         """Return the one model's weights by the plain network's names; right after a merge."""
 
+    def weights_in_use(self) -> dict[str, Tensor]:
+        """As `merged_state`, to compute with right away: weights that have to be made are there one at a time."""
+        return self.merged_state()
+
     def keep_merged(self) -> None:  # noqa: B027 - most methods have nothing to keep
         """Remember the weights of every merge from here on, so that `updates` can tell; called before `load_state`."""
 

@@ -52,6 +52,9 @@ class Lora(GradientMethod):
     def merged_state(self) -> dict[str, Tensor]:
         return merged_state(self.model, fold=True)
 
+    def weights_in_use(self) -> dict[str, Tensor]:
+        return merged_state(self.model, fold=True, in_use=True)
+
 
 def adapter_options(method: Method) -> AdapterOptions:
     """Return the run's options, which belong to an adapter method."""

@@ -209,9 +209,14 @@ class Lte(Paced):
         yield from dense_updates(self.model, others, self.averaging.last)
 
     def merged_state(self) -> dict[str, Tensor]:
+        return merged_state(self.model, self._last_averages())
+
+    def weights_in_use(self) -> dict[str, Tensor]:
+        return merged_state(self.model, self._last_averages(), in_use=True)
+
+    def _last_averages(self) -> dict[int, Tensor]:
         averagings = (self.averaging, self.spreading)
-        last = {id(a.parameters[name]): tensor for a in averagings for name, tensor in a.last.items()}
-        return merged_state(self.model, last)
+        return {id(a.parameters[name]): tensor for a in averagings for name, tensor in a.last.items()}
 
     def kept(self) -> dict[str, Tensor]:
         starts = {
