@@ -296,7 +296,9 @@ class LoraLinear(nn.Module):
         product_HOI = self.b.detach() @ self.a.detach()
         mean_OI = product_HOI.mean(0)
         del product_HOI
-        return torch.add(self.merged_weight(), mean_OI, alpha=self.spec.scale)
+        weight_OI = self.merged_weight()
+        own = None if self.frozen is None else weight_OI  # a new tensor, to write to
+        return torch.add(weight_OI, mean_OI, alpha=self.spec.scale, out=own)
 
     def forward(self, x: Tensor) -> Tensor:
         return lora_function(

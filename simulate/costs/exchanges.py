@@ -160,13 +160,17 @@ def _trained_sizes(e: _Exchange) -> list[int]:
 
 def _reduced_gradients(e: _Exchange) -> tuple[Phase, ...]:
     """One gradient for all: beside it, the message that it travels in."""
+    merges = (_merge(_restart_bytes(e)),) if isinstance(e.method, ReloraOptions) else ()
     if e.devices == 1:
-        return ()
-    message = max(packed_bytes(_trained_sizes(e)))
-    if isinstance(e.method, ReloraOptions):
-        largest = max(x.weights for x in e.shape.adapted) * e.element_bytes
-        return (_with_gradients(e, message), Phase("merge", 0, 0, FOLD_TENSORS * largest))
-    return (_with_gradients(e, message),)
+        return merges
+    return (_with_gradients(e, max(packed_bytes(_trained_sizes(e)))), *merges)
+
+
+def _restart_bytes(e: _Exchange) -> int:
+    """Of one layer whose adapters are added to its weight, which is packed where it is quantised."""
+    largest = max(e.shape.adapted, key=lambda x: x.weights)
+    packing = packing_bytes(largest.weights, largest.in_features, e.method.frozen_format, e.element_bytes)
+    return max(FOLD_TENSORS * largest.weights * e.element_bytes, packing)
 
 
 def _ddp(e: _Exchange) -> tuple[Phase, ...]:

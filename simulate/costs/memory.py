@@ -115,12 +115,13 @@ def _made(method: MethodOptions) -> Made:
     """Return how an evaluation comes to weights: quantised ones are fetched from the master, or unpacked where that is
     not at hand; adapters that are not merged are added.
     """
+    if not isinstance(method, AdapterOptions) or starts_dense(method):
+        return Made()
     if isinstance(method, LteOptions):
         unpacks = "none" if method.master == "host" else method.quantize
         return Made(int(method.quantize != "none"), unpacks)
-    if not isinstance(method, AdapterOptions) or starts_dense(method):
-        return Made()
-    return Made(1 if isinstance(method, AdamixOptions) else FOLD_TENSORS)
+    unpacks = "none" if method.keeps_master else method.frozen_format
+    return Made(1 if isinstance(method, AdamixOptions) else FOLD_TENSORS, unpacks)
 
 
 def _weight_bytes(run: Run, shape: ModelShape, shared_memory: bool) -> int:
@@ -136,8 +137,7 @@ def host_memory_bytes(run: Run, shape: ModelShape, device: Device) -> int:
     Where both share a memory, those of plain weights are part of the device's; those of quantised ones lie in
     mapped files, which no allocator sees, and stay apart.
     """
-    quantize = run.method.quantize if isinstance(run.method, LteOptions) else "none"
-    if device.host_memory_bytes == 0 and quantize == "none":
+    if device.host_memory_bytes == 0 and run.method.frozen_format == "none":
         return 0
     return _full_copies(run.method) * shape.adapted_parameters * ELEMENT_BYTES[run.train.dtype]
 
@@ -178,8 +178,7 @@ def checkpoint_bytes(run: Run, shape: ModelShape) -> int:
     held = holding(run, shape)
     frozen_bytes_kept = 0
     if isinstance(method, AdapterOptions):
-        quantize = method.quantize if isinstance(method, LteOptions) else "none"
-        frozen_bytes_kept = frozen_bytes(shape, quantize, ELEMENT_BYTES[run.train.dtype])
+        frozen_bytes_kept = frozen_bytes(shape, method.frozen_format, ELEMENT_BYTES[run.train.dtype])
         frozen_bytes_kept += _full_copies(method) * shape.adapted_parameters * ELEMENT_BYTES[run.train.dtype]
     dense = 0 if starts_dense(method) else held.adapters
     weights = dense + shape.replicated_parameters if isinstance(method, AdapterOptions) else shape.parameters
@@ -192,9 +191,9 @@ def _full_copies(method: MethodOptions) -> int:
     """How many full-precision copies merges need beside the frozen weights: the start weights, to which reset-less
     merges return, and the merged ones where frozen ones are quantised, which would swallow small updates.
     """
-    if not isinstance(method, LteOptions):
+    if not isinstance(method, AdapterOptions):
         return 0
-    return (method.reset == "none") + method.keeps_master
+    return (isinstance(method, LteOptions) and method.reset == "none") + method.keeps_master
 
 
 def _packing_start_bytes(run: Run, shape: ModelShape) -> int:
@@ -203,24 +202,22 @@ def _packing_start_bytes(run: Run, shape: ModelShape) -> int:
     Each layer's own weights are let go when it is packed.
     """
     method, element_bytes = run.method, ELEMENT_BYTES[run.train.dtype]
-    if not isinstance(method, LteOptions) or method.quantize == "none":
+    if method.frozen_format == "none" or starts_dense(method):
         return 0
     first = shape.in_order()[0]
-    packing = packing_bytes(first.weights, first.in_features, method.quantize, element_bytes)
+    packing = packing_bytes(first.weights, first.in_features, method.frozen_format, element_bytes)
     return (shape.parameters - first.weights) * element_bytes + packing
 
 
 def _unpacked_bytes(method: MethodOptions, shape: ModelShape, element_bytes: int) -> int:
     """Bytes of the largest quantised layer while a product uses it."""
-    quantize = method.quantize if isinstance(method, LteOptions) else "none"
-    if quantize == "none":
+    if method.frozen_format == "none" or starts_dense(method):
         return 0
-    return max(unpacking_bytes(x.weights, quantize, element_bytes) for x in shape.adapted)
+    return max(unpacking_bytes(x.weights, method.frozen_format, element_bytes) for x in shape.adapted)
 
 
 def _frozen_bytes(shape: ModelShape, method: AdapterOptions, element_bytes: int, shared_memory: bool) -> int:
-    quantize = method.quantize if isinstance(method, LteOptions) else "none"
-    frozen = frozen_bytes(shape, quantize, element_bytes)
-    in_files = quantize != "none" or not shared_memory
+    frozen = frozen_bytes(shape, method.frozen_format, element_bytes)
+    in_files = method.frozen_format != "none" or not shared_memory
     start = 0 if in_files else _full_copies(method) * shape.adapted_parameters * element_bytes
     return frozen + start + shape.replicated_parameters * element_bytes

@@ -135,9 +135,9 @@ def compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
     ):
         moved_bytes += COMPRESSION_ELEMENTS_MOVED * shape.parameters * element_bytes
     unpacked_bytes = 0
-    if isinstance(method, LteOptions) and method.quantize != "none":
+    if method.frozen_format != "none":
         # Forward and backward each read the packed form, write and read the plain one.
-        packed = frozen_bytes(shape, method.quantize, element_bytes)
+        packed = frozen_bytes(shape, method.frozen_format, element_bytes)
         unpacked_bytes = 2 * (packed + 2 * shape.adapted_parameters * element_bytes)
     moved_bytes += unpacked_bytes + _cast_bytes(run, shape)
     if rates.kernels is None:
