@@ -52,6 +52,12 @@ def _values(moment: str, device: torch.device) -> Tensor:
     return _library().create_dynamic_map(signed=moment == "exp_avg").to(device)
 
 
+def moment_values(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return what the codes of the first and of the second moment stand for; made once for a device."""
+    first, second = (_values(moment, device) for moment in MOMENTS)
+    return first, second
+
+
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW over parameters (C, ...) in float32, moments as codes (C, ...) and scales (C, B)."""
 
@@ -74,7 +80,7 @@ class AdamW8bit(torch.optim.Optimizer):
         state["step"] = state["step"].cpu() + 1  # on the host, also after a checkpoint: its value is asked for
         tensors = [parameter.grad, parameter, *(state[m + CODES] for m in MOMENTS)]
         scales = [state[m + SCALES] for m in MOMENTS]
-        first, second = (_values(moment, parameter.device) for moment in MOMENTS)
+        first, second = moment_values(parameter.device)
         beta1, beta2 = group["betas"]
         for (g, p, codes1, codes2), (scales1, scales2) in _parts(tensors, scales):
             _library().optimizer_update_8bit_blockwise(

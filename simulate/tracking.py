@@ -32,10 +32,13 @@ from torch.utils._pytree import tree_leaves
 from simulate.adapters import LoraLinear
 from simulate.caching import reserved_bytes
 from simulate.config import Run
+from simulate.costs.optimizer import CPU_CHUNK_BYTES
+from simulate.eight_bit import moment_values
 from simulate.errors import InputError
 from simulate.lazy import MadeWeight
 from simulate.measure import Program, train_alone
 from simulate.methods.base import Method
+from simulate.models.build import CPU
 from simulate.models.options import FactoryModel
 from simulate.quantize import nf4_levels
 from simulate.replicated import VectorLora
@@ -110,7 +113,7 @@ class _Follower(TorchDispatchMode):
                 result = func(*args, **kwargs)
         else:
             result = func(*args, **kwargs)
-        scratch = _SCRATCH.get(func)
+        scratch = _SCRATCH.get(func.name())
         if scratch is not None:
             self._add(scratch_bytes := scratch(*args), storage := self._new())
             self._add(-scratch_bytes, storage)
@@ -200,8 +203,13 @@ def _log_sum_exp_scratch(x: Tensor, dims: list[int], *_: object) -> int:
     return (x.numel() + 2 * x.numel() // x.shape[dims[0]]) * x.element_size()
 
 
-_SCRATCH: Mapping[Any, Callable[..., int]] = {
-    torch.ops.aten.logsumexp.default: _log_sum_exp_scratch,
+def _eight_bit_scratch(kind: str, gradient: Tensor, *_: object) -> int:
+    return gradient.numel() * CPU_CHUNK_BYTES
+
+
+_SCRATCH: Mapping[str, Callable[..., int]] = {
+    "aten::logsumexp": _log_sum_exp_scratch,
+    "bitsandbytes::optimizer_update_8bit_blockwise": _eight_bit_scratch,
 }
 """Bytes that operations hold inside, where nobody else sees them."""
 
@@ -252,11 +260,13 @@ def track(run: Run, program: Program = train_alone) -> Log:
     run.model.shape()  # of a network without a name: found out with numbers
     if getattr(run.method, "quantize", "none").startswith("nf4"):
         nf4_levels()  # kept for later, so with numbers
+    if run.train.optimizer_state == "8bit":
+        moment_values(CPU)
     gc.collect()  # what is freed late would be taken for the program's
     follower = _Follower()
     try:
         with fake_tensors(), follower:
-            method = program(run, torch.device("cpu"), follower.enter)
+            method = program(run, CPU, follower.enter)
             follower.name_state(method)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         if not isinstance(run.model, FactoryModel):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from typing import Any
+
 import pytest
 import torch
 
@@ -34,6 +37,14 @@ def test_what_is_followed_is_what_the_allocator_gives(name: str) -> None:
     assert tracked.tracked_bytes == pytest.approx(measure_memory_bytes(run, CPU), abs=KERNEL_BYTES)
     assert set(tracked.by_part) == set(PARTS)
     assert sum(tracked.by_part.values()) == tracked.tracked_bytes == max(tracked.by_phase.values())
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("train", [{"optimizer_state": "8bit"}, {"autocast": "fp16"}], ids=["8bit", "fp16"])
+def test_small_optimizers_and_loss_scales_are_followed(train: dict[str, Any]) -> None:
+    run = tiny.variant_run("lora, nf4", 4, WIDE, {"dtype": "fp32", **train})
+    tracked = tracked_memory(run, with_host=True)
+    assert tracked.tracked_bytes == pytest.approx(measure_memory_bytes(run, CPU), abs=KERNEL_BYTES)
 
 
 def test_following_leaves_out_what_a_host_with_memory_keeps() -> None:
