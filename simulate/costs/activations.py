@@ -287,7 +287,8 @@ def _gated_forward(step: _Step, inner: int) -> int:
 def _vit(step: _Step) -> Found:
     """GPT-2's blocks between the patches and one prediction."""
     phases = _of_images(step, _transformer_block(step), _transformer_backward(step), step.u)
-    return phases, _transformer_forward(step)
+    # The images, and the patches before the class token joined them.
+    return phases, _images(step) + step.u + _transformer_forward(step)
 
 
 def _mixer(step: _Step) -> Found:
@@ -323,12 +324,16 @@ def _mixer(step: _Step) -> Found:
         step.passing("over_tokens.up", before, over_tokens),
         step.passing("over_tokens.down", before + over_tokens, u),
     )
-    return (*phases, of_first, of_last), max(heights)
+    return (*phases, of_first, of_last), _images(step) + max(heights)
+
+
+def _images(step: _Step) -> int:
+    return step.samples * step.shape.inputs * step.element_bytes
 
 
 def _image_ends(step: _Step) -> int:
     """Bytes of the images, and once more as patches."""
-    return step.samples * step.shape.inputs * (step.element_bytes + step.product_bytes)
+    return _images(step) + step.samples * step.shape.inputs * step.product_bytes
 
 
 def _of_images(step: _Step, block: int, working: int, stream: int) -> tuple[Phase, ...]:
