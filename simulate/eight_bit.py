@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from simulate.costs.optimizer import BLOCK_ELEMENTS, CPU_CHUNK_ELEMENTS
 from simulate.errors import InputError
@@ -87,6 +88,8 @@ class AdamW8bit(torch.optim.Optimizer):
                 "adam", g, p, codes1, codes2, beta1, beta2, 0.0, 0.0, group["eps"], int(state["step"]), group["lr"],
                 first, second, scales1, scales2, group["weight_decay"],
             )  # fmt: skip
+            if isinstance(parameter, FakeTensor):  # a part of what has no numbers shows what all of them take
+                break
 
     def _begin(self, parameter: Tensor, state: dict[str, Any]) -> None:
         state["step"] = torch.tensor(0.0)

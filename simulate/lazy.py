@@ -6,7 +6,7 @@ called with such weights needs room for one layer's at a time, however many laye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -31,11 +31,11 @@ class MadeWeight(Tensor):
         weight.make = make
         return weight
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[Any, Any] | None = None
     ) -> Any:
-        made, named = tree_map_only(cls, lambda weight: weight.make(), (tuple(args), dict(kwargs or {})))
+        made, named = tree_map_only(cls, lambda weight: weight.make(), (args, kwargs or {}))
         return func(*made, **named)

@@ -265,7 +265,7 @@ class Method(ABC):
         self.loss_scale.update(finite_C)
 
     def _count_step(self) -> None:
-        """Step without a change, and without room for copies: counters go on, and moments that are new begin at zero."""
+        """Step without a change, and without room for copies: counters go on, and new moments begin at zero."""
         for group in self.groups:
             group["lr"] = 0.0
         for parameter in self.parameters.values():
