@@ -2,15 +2,18 @@
 
     python bench/convergence.py run --data tinyshakespeare.txt --results docs/convergence.jsonl --jobs 2
     python bench/convergence.py table --results docs/convergence.jsonl
+    python bench/convergence.py noise --data tinyshakespeare.txt --results docs/convergence.jsonl
 
 `run` does what is still missing, the most telling first, and can be stopped at any time: every method at each learning
 rate with seed 0, its best rate with two more seeds, and then with more samples than dense training had, until its
-validation loss is as low as dense's. `table` prints what there is as Markdown.
+validation loss is as low as dense's. `table` prints what there is as Markdown, `bench/curves.py` draws it. `noise`
+trains dense and LTE once more, at their best rates, and prints the gradient noise scale along the way.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -36,34 +39,30 @@ DEVICES, MERGE_EVERY, EVALUATED = 4, 10, 512
 DENSE = "dense"
 METHODS: dict[str, dict[str, Any]] = {
     DENSE: {"name": "ddp"},
-    "lte, frozen A, muon": {"name": "lte", "frozen_a": True, "reset": "b", "optimizer": "muon"},
-    "lte": {"name": "lte"},
+    "lte, frozen A, muon": {"name": "lte", "optimizer": "muon"},
+    "lte": {"name": "lte", "reset": "none"},
     "dense, muon": {"name": "ddp", "optimizer": "muon"},
-    "lte, muon": {"name": "lte", "optimizer": "muon"},
+    "lte, muon": {"name": "lte", "reset": "none", "optimizer": "muon"},
     "local-sgd": {"name": "local-sgd"},
     "diloco": {"name": "diloco"},
-    "lte, rank 64, frozen A, muon": {
-        "name": "lte", "frozen_a": True, "reset": "b", "optimizer": "muon", "rank": 64,
-    },
-    "lte, reset b": {"name": "lte", "reset": "b"},
-    "lte, frozen A": {"name": "lte", "frozen_a": True, "reset": "b"},
+    "lte, rank 64, frozen A, muon": {"name": "lte", "optimizer": "muon", "rank": 64},
+    "lte, reset b": {"name": "lte", "frozen_a": False},
+    "lte, frozen A": {"name": "lte"},
     "mhlora": {"name": "mhlora"},
     "powersgd": {"name": "powersgd"},
     "topk": {"name": "topk", "density": 0.01},
     "signsgd": {"name": "signsgd"},
     "dense, int8": {"name": "ddp", "wire": "int8"},
-    "lte, int8, frozen A, muon": {
-        "name": "lte", "frozen_a": True, "reset": "b", "optimizer": "muon", "wire": "int8",
-    },
+    "lte, int8, frozen A, muon": {"name": "lte", "optimizer": "muon", "wire": "int8"},
     "local-sgd, moments": {"name": "local-sgd", "merge_optimizer": "average"},
     "lora, rank 128": {"name": "lora", "rank": 128},
     "relora, rank 128": {"name": "relora", "rank": 128, "merge_every": 50},
     "adamix, rank 128": {"name": "adamix", "rank": 128},
     "sapipe": {"name": "sapipe"},
     "daso": {"name": "daso"},
-    "lte, rank 8": {"name": "lte", "rank": 8},
-    "lte, rank 16": {"name": "lte", "rank": 16},
-    "lte, rank 64": {"name": "lte", "rank": 64},
+    "lte, rank 8": {"name": "lte", "reset": "none", "rank": 8},
+    "lte, rank 16": {"name": "lte", "reset": "none", "rank": 16},
+    "lte, rank 64": {"name": "lte", "reset": "none", "rank": 64},
 }  # fmt: skip
 """Rank 32 x 4 heads is the network's width; T = 10 unless a method has its own."""
 
@@ -224,12 +223,34 @@ def table(results: Results) -> Iterator[str]:
             )
 
 
+def noise(arguments: argparse.Namespace) -> None:
+    """Print the gradient noise scale at tenths of training, beside the tokens of a step."""
+    import torch
+    from training import train_table
+
+    torch.set_num_threads(1)
+    results, rows = Results(arguments.results), {}
+    for batch, method in itertools.product(arguments.batches, arguments.methods):
+        rate = results.best_rate(batch, method)
+        if rate is None:
+            raise SystemExit(f"{method}, {batch} batch: not all rates are run; `run` first")
+        table = run_of(Job(batch, method, rate), arguments.data)
+        table["train"]["diagnostics_every"] = table["train"]["evaluate_every"]
+        rows[batch, method] = [point.get("noise_scale_tokens") for point in train_table(table).diagnostics]
+    shares = range(1, max(map(len, rows.values())) + 1)
+    print("| batch | method | tokens a step | " + " | ".join(f"{share}/{len(shares)}" for share in shares) + " |")
+    print("|---|---|---|" + "---|" * len(shares))
+    for (batch, method), scales in rows.items():
+        cells = " | ".join("unknown" if scale is None else f"{scale:,.0f}" for scale in scales)
+        print(f"| {batch} | {method} | {BATCHES[batch]['micro_batch'] * DEVICES * 64:,} | {cells} |")
+
+
 def main() -> None:
     """Parse, then run or print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("run", "table"))
+    parser.add_argument("verb", choices=("run", "table", "noise"))
     parser.add_argument("--results", type=Path, required=True, help="JSON lines, appended to")
-    parser.add_argument("--data", help="UTF-8 text file, for run")
+    parser.add_argument("--data", help="UTF-8 text file, for run and noise")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--batches", nargs="+", default=list(BATCHES), choices=list(BATCHES))
     parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
@@ -237,6 +258,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.verb == "run":
         campaign(arguments)
+    elif arguments.verb == "noise":
+        noise(arguments)
     else:
         for line in table(Results(arguments.results)):
             print(line)

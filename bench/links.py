@@ -38,7 +38,7 @@ MODEL: Table = {"name": "gpt", "layers": 6, "width": 384, "attention_heads": 6, 
 """10.8 million parameters."""
 MICRO_BATCH = 4
 YARDSTICK = "torch DDP"
-LTE: Table = {"name": "lte", "rank": 96, "frozen_a": True, "reset": "b"}
+LTE: Table = {"name": "lte", "rank": 96}
 CASES: dict[str, Table] = {
     YARDSTICK: {"name": "ddp"},
     "ddp": {"name": "ddp"},

@@ -23,8 +23,8 @@ SLOWER = 5
 RATES = (2e-3, 5e-3, 1e-2)
 MODEL = {"name": "gpt", "layers": 2, "width": 64, "attention_heads": 4, "context": 64, "vocab": 256}
 METHODS: dict[str, dict[str, Any]] = {
-    "lte, frozen A": {"name": "lte", "rank": 16, "heads_per_device": 1, "reset": "b", "frozen_a": True},
-    "lte, reset b": {"name": "lte", "rank": 16, "heads_per_device": 1, "reset": "b"},
+    "lte, frozen A": {"name": "lte", "rank": 16, "heads_per_device": 1},
+    "lte, reset b": {"name": "lte", "rank": 16, "heads_per_device": 1, "frozen_a": False},
     "local-sgd": {"name": "local-sgd"},
     "diloco": {"name": "diloco"},
 }

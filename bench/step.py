@@ -48,19 +48,24 @@ class Case:
     limit: float
     over: Table | None = None
     """The method on one device that it is compared with; None is the plain dense step."""
+    optimizer: str = "adamw"
 
 
 CASES: dict[str, Case] = {
-    "lte reset b, 8 x rank 64": Case({"name": "lte", "rank": 64, "reset": "b"}, 8, 0.92),
-    "lte reset b, 32 x rank 32": Case({"name": "lte", "rank": 32, "reset": "b"}, 32, 0.84),
+    "lte reset b, 8 x rank 64": Case({"name": "lte", "rank": 64, "frozen_a": False}, 8, 0.92),
+    "lte reset b, 32 x rank 32": Case({"name": "lte", "rank": 32, "frozen_a": False}, 32, 0.84),
     "lte reset-less, 8 x rank 64": Case({"name": "lte", "rank": 64, "reset": "none"}, 8, 1.00),
     "lte reset-less, 32 x rank 32": Case({"name": "lte", "rank": 32, "reset": "none"}, 32, 0.90),
+    "lte frozen A, 8 x rank 64": Case({"name": "lte", "rank": 64}, 8, 0.92),
+    "lte frozen A, 32 x rank 32": Case({"name": "lte", "rank": 32}, 32, 0.84),
+    "lte frozen A, muon, 8 x rank 64": Case({"name": "lte", "rank": 64}, 8, 0.92, optimizer="muon"),
+    "lte frozen A, muon, 32 x rank 32": Case({"name": "lte", "rank": 32}, 32, 0.84, optimizer="muon"),
     # Equal rank in all, so equally many parameters; and equal rank a head, so equally many operations a row.
     "lte reset b, 32 x rank 2 over 1 x rank 64": Case(
-        {"name": "lte", "rank": 2, "reset": "b"}, 32, 1.15, {"name": "lte", "rank": 64, "reset": "b"}
+        {"name": "lte", "rank": 2, "frozen_a": False}, 32, 1.15, {"name": "lte", "rank": 64, "frozen_a": False}
     ),
     "lte reset b, 32 x rank 32 over 1 x rank 32": Case(
-        {"name": "lte", "rank": 32, "reset": "b"}, 32, 1.15, {"name": "lte", "rank": 32, "reset": "b"}
+        {"name": "lte", "rank": 32, "frozen_a": False}, 32, 1.15, {"name": "lte", "rank": 32, "frozen_a": False}
     ),
     "local-sgd, 8 replicas": Case({"name": "local-sgd"}, 8, 1.3),
     "diloco, 8 replicas": Case({"name": "diloco"}, 8, 1.3),
@@ -97,7 +102,7 @@ def dense_step(batch: Batch) -> Step:
     return step
 
 
-def prepare(method: Table, devices: int, batch: Batch) -> Method:
+def prepare(method: Table, devices: int, batch: Batch, optimizer: str = "adamw") -> Method:
     """Return a method for the batch's model on N devices that share the batch."""
     size, samples = VIT_SIZES[batch.model], len(batch.images)
     run = build_run(
@@ -105,7 +110,12 @@ def prepare(method: Table, devices: int, batch: Batch) -> Method:
             # Only the limits of the rank are taken from here: the network is the one that is passed in.
             "model": {"layers": size.layers, "width": size.width, "attention_heads": size.attention_heads},
             "method": dict(method),
-            "train": {"steps": 10**6, "micro_batch": samples // devices, "learning_rate": 1e-4},
+            "train": {
+                "steps": 10**6,
+                "micro_batch": samples // devices,
+                "learning_rate": 1e-4,
+                "optimizer": optimizer,
+            },
             "cluster": {"devices": devices},
         }
     )
@@ -148,7 +158,7 @@ def median_and_quartiles(ratios: list[float]) -> tuple[float, list[float]]:
 
 def measure(name: str, case: Case, batch: Batch, pairs: int) -> Table:
     """Return a case's ratio of time, its ratio of memory at the peak above the step's start, and its merge."""
-    method = prepare(case.method, case.devices, batch)
+    method = prepare(case.method, case.devices, batch, case.optimizer)
     step = step_of(method, batch)
     reference = dense_step(batch) if case.over is None else step_of(prepare(case.over, 1, batch), batch)
     method.merge(0)  # a run's rounds but the first also subtract, where there is no reset

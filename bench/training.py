@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class Trained:
     samples: int = 0
     val_accuracy: float | None = None
     """Of images."""
+    diagnostics: list[dict[str, Any]] = field(default_factory=list)
+    """Events of a run with train.diagnostics_every, oldest first."""
 
 
 def train_table(table: dict[str, Any], profile: Profile | None = None) -> Trained:
@@ -65,4 +67,5 @@ def train_table(table: dict[str, Any], profile: Profile | None = None) -> Traine
     loss = session.val_loss if session.val_loss is not None and math.isfinite(session.val_loss) else None
     samples = next((event["samples"] for event in reversed(events) if event["kind"] == "step"), 0)
     sent_bytes = communicator.counter.sent_bytes / run.cluster.devices
-    return Trained(loss, curve, sent_bytes, clock.now_s, samples, session.scores.get("val_accuracy"))
+    diagnosed = [event for event in events if event["kind"] == "diagnostics"]
+    return Trained(loss, curve, sent_bytes, clock.now_s, samples, session.scores.get("val_accuracy"), diagnosed)

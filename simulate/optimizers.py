@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simulate.costs.flops import ITERATIONS
+from simulate.costs.flops import ITERATIONS, through_gram
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic polynomial that takes singular values in (0, 1] to about one."""
@@ -31,12 +31,33 @@ def orthogonalise(g_CMN: Tensor) -> Tensor:
     x = g_CMN.transpose(1, 2) if tall else g_CMN
     # The Frobenius norm bounds the largest singular value.
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-12)
-    a, b, c = COEFFICIENTS
-    for _ in range(ITERATIONS):
-        gram = x @ x.transpose(1, 2)
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
+    if through_gram(*x.shape[1:]):
+        x = _polynomial(x @ x.transpose(1, 2)) @ x
+    else:
+        a, b, c = COEFFICIENTS
+        for _ in range(ITERATIONS):
+            gram = x @ x.transpose(1, 2)
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.transpose(1, 2) if tall else x
+
+
+def _polynomial(gram_CMM: Tensor) -> Tensor:
+    """Return Q, so that Q·X is what iterating X ← p(X·Xᵀ)·X makes of X: the product of all p(K), small and square.
+
+    p(K) = a + b·K + c·K², and the next K is p·K·p, since all are polynomials of the first. In single precision the
+    result's error is up to some 1e-4 of it where singular values reach far below the largest; the iteration itself
+    leaves them between 0.7 and 1.2.
+    """
+    a, b, c = COEFFICIENTS
+    product = None
+    for iteration in range(ITERATIONS):
+        factor = torch.baddbmm(gram_CMM, gram_CMM, gram_CMM, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product = factor if product is None else factor @ product
+        if iteration + 1 < ITERATIONS:
+            gram_CMM = factor @ gram_CMM @ factor
+    assert product is not None
+    return product
 
 
 class Muon(torch.optim.Optimizer):

@@ -225,15 +225,15 @@ class LteOptions(AdapterOptions):
     merge_transport: Transport | Literal["auto"] = "gather"
     """gather: everyone sends factors to everyone; reduce: dense deltas are summed; server: push factors, pull W; auto:
     gather or reduce, layer by layer, whichever sends fewer bytes."""
-    reset: Literal["none", "b", "ab"] = "none"
-    """After a merge: none keeps A and B and subtracts their old product; b zeroes B; ab also draws a new A."""
+    reset: Literal["none", "b", "ab"] = "b"
+    """After a merge: b zeroes B; ab also draws a new A; none keeps A and B and subtracts their old product."""
     merge_optimizer: Literal["keep", "prune", "reset"] = "keep"
     """The adapters' optimizer state after a merge: kept, the smallest nine tenths zeroed, or all zeroed."""
     wire: Wire = "full"
     """Format in which factors, deltas and replicated parameters travel."""
-    frozen_a: bool = False
-    """Train B alone (LoRA-FA, arXiv 2308.03303): A stays as drawn, which all devices can, so that only B travels. Needs
-    reset = "b" or "ab"."""
+    frozen_a: bool = True
+    """Train B alone (LoRA-FA, arXiv 2308.03303): A stays as drawn, which all devices can, so that only B travels. False
+    where not given with reset = "none", which trains A as the paper does."""
     fragments: int = Field(default=1, gt=0)
     """Groups of layers that merge at staggered steps, each every T steps: divides the peak traffic."""
     merge_delay: int = Field(default=0, ge=0)
@@ -275,6 +275,12 @@ class LteOptions(AdapterOptions):
     @property
     def keeps_master(self) -> bool:
         return self.quantize != "none" and self.master != "none"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reset_less_trains_a(cls, given: Any) -> Any:
+        reset_less = isinstance(given, dict) and given.get("reset") == "none" and "frozen_a" not in given
+        return {**given, "frozen_a": False} if reset_less else given
 
     @model_validator(mode="after")
     def _quantized_goes_with_the_rest(self) -> LteOptions:

@@ -24,6 +24,8 @@ CPU = torch.device("cpu")
 SIZES = {"name": "gpt", "layers": 2, "width": 16, "attention_heads": 2, "context": 8, "vocab": 256}
 LLAMA = {"name": "llama", "mlp_width": 24}
 """Over SIZES."""
+PAPER = {"reset": "none", "frozen_a": False}
+"""LTE as the paper has it, which uses more of the code than our defaults; a run's own keys come before it."""
 PROSE = "a low rank wave of small gains over the frozen hills where every head learns its own way home"
 
 
@@ -173,6 +175,8 @@ def variant_run(name: str, devices: int = 4, model: Table | None = None, train: 
 
 
 def _run(devices: int, model: Table | None, train: Table | None, method: Table) -> Run:
+    if method["name"] == "lte":
+        method = {**PAPER, **method}
     table = {
         "model": {**SIZES, **(model or {})},
         "data": {"path": "made-up"},

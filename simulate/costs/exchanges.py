@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from simulate.config import Run
+from simulate.costs.flops import through_gram
 from simulate.costs.optimizer import largest_step_bytes
 from simulate.costs.phases import Phase
 from simulate.costs.schedule import (
@@ -65,6 +66,9 @@ OUTER_TENSORS = 2
 """The outer gradient, and the weights that it leads to."""
 NEWTON_SCHULZ_TENSORS = 3
 """The update's gradient, and an iterate before and after; two Gram matrices beside."""
+GRAM_TENSORS = 5
+"""Where Gram matrices alone are iterated on: one before and after, the product between, their factor and the product
+of all."""
 FOLD_TENSORS = 2
 """Of a weight's size, while adapters are added to it: their product and its mean over heads, or that and the sum."""
 
@@ -119,10 +123,16 @@ def _optimizer_bytes(e: _Exchange) -> int:
 
 
 def _iterates_bytes(e: _Exchange) -> int:
-    return max(
-        NEWTON_SCHULZ_TENSORS * stack * rows * columns + 2 * stack * min(rows, columns) ** 2
-        for stack, rows, columns in _muon_matrices(e)
-    ) * e.element_bytes  # fmt: skip
+    return e.element_bytes * max(stack * _iterates(rows, columns) for stack, rows, columns in _muon_matrices(e))
+
+
+def _iterates(rows: int, columns: int) -> int:
+    """Return the elements that Muon holds at the height of its iterations on a matrix."""
+    matrix, gram = rows * columns, min(rows, columns) ** 2
+    if through_gram(rows, columns):
+        iterating = (NEWTON_SCHULZ_TENSORS - 1) * matrix + GRAM_TENSORS * gram
+        return max(iterating, NEWTON_SCHULZ_TENSORS * matrix + gram)
+    return NEWTON_SCHULZ_TENSORS * matrix + 2 * gram
 
 
 def _muon_matrices(e: _Exchange) -> Iterator[tuple[int, int, int]]:

@@ -59,9 +59,20 @@ def _dense_share(run: Run) -> float:
     return min(1.0, warm / run.train.steps)
 
 
-def _orthogonalising(rows: int, columns: int) -> float:
-    """Muon's iterations on one matrix: a Gram matrix, its square and a product with the matrix, each time."""
+def through_gram(rows: int, columns: int) -> bool:
+    """Whether Muon iterates on a matrix's Gram matrix alone: fewer operations where it is long enough."""
     small, large = sorted((rows, columns))
+    return large >= 2 * small
+
+
+def _orthogonalising(rows: int, columns: int) -> float:
+    """Muon's iterations on one matrix: a Gram matrix, its square and a product with the matrix, each time.
+
+    Through the Gram matrix: it and one product with the matrix; a square each time, and three products between two.
+    """
+    small, large = sorted((rows, columns))
+    if through_gram(rows, columns):
+        return 4.0 * small**2 * large + (2.0 * ITERATIONS + 6.0 * (ITERATIONS - 1)) * small**3
     return ITERATIONS * (4.0 * small**2 * large + 2.0 * small**3)
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from simulate.adapters import lora_layers
-from simulate.config import Run
+from simulate.config import Run, build_run
 from simulate.methods import lte, merging
 from simulate.methods.lte import Lte
+from simulate.options import LteOptions
 from simulate.wire import CompressedMean, round_trip
 from tests import tiny
 from tests.reference.lte import LteTwin
@@ -170,3 +171,18 @@ def test_both_quantisers_round_as_by_hand(wire: str, sent: list[float], received
 def test_the_engine_rounds_like_the_loop_over_blocks(wire: str, elements: int) -> None:
     values = torch.randn(elements, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
     assert torch.equal(round_trip(values.unsqueeze(0), wire)[0], as_received(values, wire))
+
+
+@pytest.mark.parametrize(
+    ("given", "frozen", "reset"),
+    [
+        ({}, True, "b"),
+        ({"reset": "none"}, False, "none"),
+        ({"reset": "ab"}, True, "ab"),
+        ({"frozen_a": False}, False, "b"),
+    ],
+)
+def test_b_is_trained_alone_unless_something_else_is_asked_for(given: dict[str, Any], frozen: bool, reset: str) -> None:
+    options = build_run({"method": {"name": "lte", **given}}).method
+    assert isinstance(options, LteOptions)
+    assert (options.frozen_a, options.reset) == (frozen, reset)

@@ -92,7 +92,7 @@ def test_shards_need_no_data_to_be_named(lte: Lte, refused: Refused) -> None:
         (("method.name=local-sgd", "method.participation=0.5"), ("participation = 0.5", "server", "reset")),
         (("method.name=local-sgd", "method.wire=int8", "method.merge_transport=server"), ("wire = 'int8'", "reduce")),
         (("method.name=diloco", "method.fragments=3"), ("method.fragments = 3", "method.merge_every = 10")),
-        (("method.frozen_a=true",), ("frozen_a", "method.reset=b")),
+        (("method.frozen_a=true", "method.reset=none"), ("frozen_a", "method.reset=b")),
         (("method.name=sapipe", "train.optimizer=muon"), ("muon", "method.compensation=none")),
         (("method.name=topk", "method.density=2.0"), ("method.density = 2.0",)),
         (("method.name=lora", "method.merge_every=3"), ("method.merge_every is not a known key of method lora",)),
