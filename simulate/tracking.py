@@ -46,6 +46,8 @@ from simulate.replicated import VectorLora
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "temporary")
 """Of a device's memory, as simulate.costs.memory has them."""
 FACTORS = ("a", "b", "a0", "b0")
+BUILD = "build"
+"""The phase before everything else."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,11 @@ class Log:
         apart = self.mapped if with_host else self.host
         return (entry for entry in self.entries if entry[0] not in apart)
 
+    def device_requests(self, with_host: bool) -> Iterator[tuple[int, int]]:
+        """Yield (storage, bytes) of what the device is asked for, in order: of the build, on the host, what is left."""
+        gone = {storage for storage, num_bytes, phase in self.entries if num_bytes < 0 and phase == BUILD}
+        return ((key, num_bytes) for key, num_bytes, _ in self.device_entries(with_host) if key not in gone)
+
     @property
     def host_bytes(self) -> int:
         """Bytes that stay in the host's memory where it has its own."""
@@ -96,7 +103,7 @@ class _Follower(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.log = Log()
-        self.phase = "build"
+        self.phase = BUILD
         self.method: Method | None = None
         self._known: dict[int, int] = {}
         self._in_backward = False
@@ -244,13 +251,13 @@ def tracked_memory(run: Run, with_host: bool) -> Tracked:
     """
     log = track(run)
     moments = log.moments(with_host)
-    moments.pop("build")  # takes place before anything moves to the device
+    moments.pop(BUILD)  # takes place before anything moves to the device
     highest = max(moments.values(), key=lambda moment: moment.total)
     return Tracked(
         tracked_bytes=highest.total,
         by_part=highest.by_part,
         by_phase={phase: moment.total for phase, moment in moments.items()},
-        allocator_bytes=reserved_bytes((storage, size) for storage, size, _ in log.device_entries(with_host)),
+        allocator_bytes=reserved_bytes(log.device_requests(with_host)),
         host_bytes=0 if with_host else log.host_bytes,
     )
 

@@ -16,7 +16,7 @@ from simulate.heldout import held_out_runs
 from simulate.measure import measure_memory_bytes
 from simulate.options import Quantize
 from simulate.quantize import QuantizedWeight, nf4_levels
-from simulate.tracking import PARTS, fake_tensors, tracked_memory
+from simulate.tracking import PARTS, Log, fake_tensors, tracked_memory
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -113,3 +113,9 @@ def test_what_is_given_back_is_taken_again() -> None:
     assert reserved_bytes(joined) == 20 * MIB
     apart = [(0, 6 * MIB), (1, 6 * MIB), (2, 6 * MIB), (0, -6 * MIB), (2, -6 * MIB), (3, 9 * MIB)]
     assert reserved_bytes(apart) == 40 * MIB
+
+
+def test_a_device_never_sees_what_was_let_go_before_the_network_moved_to_it() -> None:
+    entries = [(0, 30, "build"), (1, 12, "build"), (0, -30, "build"), (2, 9, "forward"), (1, -12, "merge")]
+    log = Log([(key, num_bytes * MIB, phase) for key, num_bytes, phase in entries])
+    assert [(key, size // MIB) for key, size in log.device_requests(False)] == [(1, 12), (2, 9), (1, -12)]
