@@ -66,24 +66,27 @@ def small_run(model: str, rank: int, method: str, context: int | None) -> Run:
     return build_run({**table, "cluster": {"devices": 8}})
 
 
-def print_fits(models: list[str], method: str, context: int | None, verify: bool) -> None:
-    """Print the highest rank that fits GPUs of some sizes, or how far rank 8 is from it."""
+def print_fits(models: list[str], method: str, ranks: list[int], context: int | None, verify: bool) -> None:
+    """Print the highest rank that fits GPUs of some sizes, or how far the lowest is from it."""
     tracked = cache(tracked_memory)
     for model, gibibytes in itertools.product(models, GPU_GIBIBYTES):
         room = gibibytes * 2**30 - RESERVED_BYTES
-        ranks = RANKS[::-1]
+        ranks = sorted(ranks, reverse=True)
         runs = [small_run(model, rank, method, context) for rank in ranks]
         planned = [peak_memory(run, run.model.shape(), SEPARATE).total for run in runs]
         index = next((i for i, total in enumerate(planned) if total <= room), len(runs) - 1)
         rank, run, total = ranks[index], runs[index], planned[index]
-        fits = f"fits, {(room - total) / 1e9:.2f} GB left" if total <= room else f"{(total - room) / 1e9:.2f} GB short"
-        seen = tracked(run, with_host=False) if verify else None
-        said = "" if seen is None else (
-            f"tracked {seen.tracked_bytes / 1e9:.3f} GB ({total / seen.tracked_bytes - 1:+.2%}), "
-            f"allocator {seen.allocator_bytes / 1e9:.3f} GB, "
-        )  # fmt: skip
         where = f"{model} on {gibibytes} GiB, {run.method.name} {run.method.frozen_format}, rank {rank}"
-        print(f"{where}: planned {total / 1e9:.3f} GB, {said}{fits}", flush=True)
+        print(f"{where}: planned {total / 1e9:.3f} GB, {_verdict(room - total)}", flush=True)
+        if verify:
+            seen = tracked(run, with_host=False)
+            error, reserved = total / seen.tracked_bytes - 1, seen.allocator_bytes
+            print(f"  tracked {seen.tracked_bytes / 1e9:.3f} GB: planned {error:+.2%}", flush=True)
+            print(f"  CUDA's caching allocator {reserved / 1e9:.3f} GB, {_verdict(room - reserved)}", flush=True)
+
+
+def _verdict(left_bytes: int) -> str:
+    return f"{abs(left_bytes) / 1e9:.2f} GB {'left' if left_bytes >= 0 else 'short'}"
 
 
 def step_method(quantize: str) -> Method:
@@ -138,6 +141,7 @@ def main() -> None:
     fits = verbs.add_parser("fits")
     fits.add_argument("--models", nargs="+", default=["llama_1b", "llama_7b"])
     fits.add_argument("--method", default="lte")
+    fits.add_argument("--ranks", type=int, nargs="+", default=RANKS)
     fits.add_argument("--context", type=int)
     fits.add_argument("--verify", action="store_true")
     loss = verbs.add_parser("loss")
@@ -148,7 +152,7 @@ def main() -> None:
     if arguments.verb == "memory":
         print_memory()
     elif arguments.verb == "fits":
-        print_fits(arguments.models, arguments.method, arguments.context, arguments.verify)
+        print_fits(arguments.models, arguments.method, arguments.ranks, arguments.context, arguments.verify)
     elif arguments.verb == "step":
         print_steps(arguments.pairs)
     else:
