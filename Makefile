@@ -36,7 +36,7 @@ test-all: lint
 bench: $(READY)
 	$(BIN)/python bench/startup.py
 	$(BIN)/python bench/devices.py
-	for family in gpt llama vit mixer; do $(BIN)/python bench/memory.py --family $$family; done
+	for family in gpt llama vit mixer; do $(BIN)/lte validate --only memory --quick --shapes 12 --family $$family; done
 	$(BIN)/python bench/studies.py least-squares
 	$(BIN)/python bench/step.py --model vit_s16
 

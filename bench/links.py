@@ -97,7 +97,7 @@ def write_profile(path: Path, flop_per_s: float, mbit: float | None, delay_s: fl
     device.update(memory_bytes_per_s=5e9, source="measured")
     rate = 1e10 if mbit is None else mbit * 1e6 / 8 * PAYLOAD_SHARE
     link.update(topology="star", up_bytes_per_s=rate, down_bytes_per_s=rate, latency_s=LAB_LATENCY_S + delay_s)
-    link["source"] = "measured"
+    link.update(collectives="gloo", source="measured")
     profile["name"] = path.stem
     path.write_text(toml.dump(profile), encoding="utf-8")
     return load_profile(str(path))

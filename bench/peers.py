@@ -3,7 +3,8 @@
 python bench/peers.py --models gpt2 gpt2_medium
 
 Each is asked as its users would: accelerate's `estimate-memory` figure for training with Adam (four times the weights),
-DeepSpeed's ZeRO estimators without offloading on one GPU.
+DeepSpeed's ZeRO estimators without offloading on one GPU, llm-analysis's training analysis of the network's sizes. They
+may lie beside the project: pip install --target PEERS llm-analysis; PYTHONPATH=PEERS python bench/peers.py
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import logging
 from collections.abc import Callable
 from importlib.util import find_spec
 
@@ -40,9 +42,33 @@ def zero2_bytes(run: Run) -> float:
     return float(gpu_bytes)
 
 
+ROOMY_GB = 10**6
+"""So that no estimate is cut to what a GPU has."""
+
+
+def llm_analysis_bytes(run: Run) -> float:
+    """Return llm-analysis's peak on one GPU: 16-bit weights and activations, Adam's state and gradients in float32."""
+    from llm_analysis.analysis import LLMAnalysis  # type: ignore[import-not-found]
+    from llm_analysis.config import GPUConfig, ModelConfig  # type: ignore[import-not-found]
+
+    shape = run.model.shape()
+    model = ModelConfig(
+        name=shape.name, num_layers=shape.layers, n_head=shape.attention_heads, hidden_dim=shape.width,
+        vocab_size=shape.outputs, max_seq_len=shape.tokens, ffn_embed_dim=shape.mlp_width,
+    )  # fmt: skip
+    gpu = GPUConfig("any", ROOMY_GB, 1000, 100, 1e-5, 100)  # rates, which only times go by
+    logging.disable(logging.WARNING)
+    try:
+        summary = LLMAnalysis(model, gpu).training(batch_size_per_gpu=run.train.micro_batch, seq_len=shape.tokens)
+    finally:
+        logging.disable(logging.NOTSET)
+    return float(summary["estimated_peak_memory_per_gpu"])
+
+
 PEERS: dict[str, tuple[str, Callable[[Run], float]]] = {
     "accelerate estimate-memory": ("accelerate", accelerate_bytes),
     "DeepSpeed ZeRO-2": ("deepspeed", zero2_bytes),
+    "llm-analysis": ("llm_analysis", llm_analysis_bytes),
 }
 
 

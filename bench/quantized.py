@@ -16,8 +16,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from memory import ROOMY
 
+from simulate.accuracy import ROOMY
 from simulate.communicator import VirtualCommunicator
 from simulate.config import Run, build_run
 from simulate.costs.memory import peak_memory

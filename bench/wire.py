@@ -3,7 +3,8 @@
 python -m bench.wire --nodes 4 --bytes-per-s 12.5e6      # 100 Mbit/s; needs root, `ip` and `tc`
 python -m bench.wire --delay-s 0.02 --sizes 10000        # how often an operation waits for the delay
 
-Every node is a network namespace (tests/network/lab.py). Planned seconds know the link's payload rate and delay.
+Every node is a network namespace (tests/network/lab.py). Planned seconds know the link's payload rate and delay, and
+are of the way that the tool takes with gloo: small parts by pairs, large ones by rings.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from simulate.costs.time import transfer_s
+from simulate.costs.messages import transfer_s
 from simulate.costs.traffic import Operation, Transfer
 from simulate.hardware import Link
 from tests.network.lab import Lab, why_not
@@ -36,6 +37,8 @@ OPERATIONS: dict[str, Operation] = {
     "all_to_all": "all_to_all",
     "all_to_all by pairs": "all_to_all",
     "broadcast": "broadcast",
+    "push": "push",
+    "pull": "pull",
 }
 """What is measured, and as what it is planned."""
 PORT = 29500
@@ -89,7 +92,7 @@ def summarise(task: Task, ranks: list[Row], idle: list[Row], link: Link) -> Row:
     planned = Transfer(OPERATIONS[operation], num_bytes, len(ranks))
     seconds = statistics.median(max(once) for once in zip(*(rank["seconds"] for rank in ranks), strict=True))
     sent = [rank["sent_bytes"] - barrier["sent_bytes"] for rank, barrier in zip(ranks, idle, strict=True)]
-    payload = planned.sent_bytes / len(ranks)
+    payload = max(planned.sent_bytes, planned.received_bytes) / len(ranks)
     return {
         "operation": operation,
         "bytes": num_bytes,
@@ -139,7 +142,10 @@ def main() -> None:
     ]
     rate = arguments.bytes_per_s * PAYLOAD_SHARE
     latency_s = arguments.delay_s + LAB_LATENCY_S
-    link = Link(topology="star", up_bytes_per_s=rate, down_bytes_per_s=rate, latency_s=latency_s, source="measured")
+    link = Link(
+        topology="star", up_bytes_per_s=rate, down_bytes_per_s=rate, latency_s=latency_s, collectives="gloo",
+        source="measured",
+    )  # fmt: skip
     with (
         tempfile.TemporaryDirectory() as folder,
         Lab(arguments.nodes, arguments.bytes_per_s, arguments.delay_s) as lab,

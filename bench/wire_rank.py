@@ -68,6 +68,31 @@ def all_gather_by_pairs(num_bytes: int) -> Callable[[], object]:
     return lambda: swap(received, [part] * len(received), None)
 
 
+def push(num_bytes: int) -> Callable[[], object]:
+    """`num_bytes` is what each rank but the server, rank 0, sends to it."""
+    part = torch.ones(num_bytes, dtype=torch.uint8)
+    arriving = [torch.empty_like(part) for _ in range(1, dist.get_world_size())]
+
+    def serve() -> None:
+        for wait in [dist.irecv(buffer, rank) for rank, buffer in enumerate(arriving, 1)]:
+            assert wait is not None
+            wait.wait()
+
+    return serve if dist.get_rank() == 0 else lambda: dist.send(part, 0)
+
+
+def pull(num_bytes: int) -> Callable[[], object]:
+    """`num_bytes` is what each rank but the server, rank 0, gets from it."""
+    part = torch.ones(num_bytes, dtype=torch.uint8)
+
+    def serve() -> None:
+        for wait in [dist.isend(part, rank) for rank in range(1, dist.get_world_size())]:
+            assert wait is not None
+            wait.wait()
+
+    return serve if dist.get_rank() == 0 else lambda: dist.recv(part, 0)
+
+
 CALLS: dict[str, Call] = {
     "all_reduce": all_reduce,
     "all_gather": all_gather,
@@ -76,6 +101,8 @@ CALLS: dict[str, Call] = {
     "all_reduce by pairs": all_reduce_by_pairs,
     "all_gather by pairs": all_gather_by_pairs,
     "all_to_all by pairs": all_to_all_by_pairs,
+    "push": push,
+    "pull": pull,
 }
 
 

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from ltecli import version as lte_version
+from ltecli.collecting import without_collector
 from ltecli.errors import BAD_INPUT, guarded, leave_at_once_if_stuck, one_line
 
 app = typer.Typer(
@@ -57,6 +58,9 @@ DataPath = Annotated[str | None, typer.Option("--data", "-d", help="Text or imag
 SecretFile = Annotated[
     Path | None, typer.Option(help="File with the secret that both ends share (else LTE_SECRET); not on loopback.")
 ]
+LinkFrom = Annotated[
+    Path | None, typer.Option(metavar="RUN", help="Take the link that the nodes of a launched run measured.")
+]
 Devices = Annotated[int | None, typer.Option("--devices", "-n", help="Devices to use; default: all of the profile.")]
 Tokens = Annotated[int | None, typer.Option("--tokens", help="Tokens to train on; default: 20 a parameter.")]
 Samples = Annotated[int | None, typer.Option("--samples", help="The same for models of images: images to train on.")]
@@ -97,6 +101,7 @@ def plan(
     force: Annotated[bool, typer.Option("--force", help="Let -o replace an existing file.")] = False,
     top: Annotated[int, typer.Option(min=1, help="Candidates to show.")] = 8,
     probe: Annotated[Path | None, typer.Option(help="A probe.json of lte probe: ranks to try and to mark.")] = None,
+    link_from: LinkFrom = None,
     objective: Annotated[str, typer.Option(help="What to minimise: time, bytes, memory or cost.")] = "time",
     within: Annotated[str | None, typer.Option(metavar="TIME", help="Longest time to equal loss: 8h, 3d.")] = None,
     efficiency: Annotated[Path | None, typer.Option(help="A samples model of yours, like samples.toml.")] = None,
@@ -112,7 +117,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Work out what fits and what it costs, and choose; writes nothing without -o."""
-    from ltecli.commands.plan import Request, plan_command
+    with without_collector():
+        from ltecli.commands.plan import Request, plan_command
 
     asked = why or timeline or rounds is not None or timeline_svg is not None
     request = Request(
@@ -134,6 +140,7 @@ def plan(
         },
         assignments=tuple(assignments or ()),
         probe=probe,
+        link_from=link_from,
     )
 
     def command() -> int:
@@ -174,14 +181,21 @@ def validate(
         str | None, typer.Option("--profile", "-p", help="A measured profile of this machine, for times.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and smaller runs: about half a minute.")] = False,
+    shapes: Annotated[int | None, typer.Option(min=1, help="Random runs of each kind.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random runs.")] = 0,
+    family: Annotated[
+        str | None, typer.Option(help="Of their networks: gpt, llama, vit or mixer; default: all.")
+    ] = None,
+    autocast: Annotated[str, typer.Option(help="Format of their matrix products: none, bf16 or fp16.")] = "none",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the tables as markdown.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Set predictions of memory, bytes and time beside what happens on this machine."""
-    from ltecli.commands.validate import validate_command
+    from ltecli.commands.validate import Asked, validate_command
 
-    raise typer.Exit(guarded(lambda: validate_command(only, quick, out, as_json, quiet, profile)))
+    asked = Asked(quick, shapes, seed, family, autocast)
+    raise typer.Exit(guarded(lambda: validate_command(only, asked, out, as_json, quiet, profile)))
 
 
 @app.command()
@@ -292,6 +306,7 @@ def profile_measure(
     link: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Measure the link to a peer's `lte profile serve`, too.")
     ] = None,
+    link_from: LinkFrom = None,
     secret_file: SecretFile = None,
     force: Annotated[bool, typer.Option("--force", help="Let -o replace an existing file.")] = False,
     as_json: Json = False,
@@ -300,7 +315,7 @@ def profile_measure(
     """Measure this machine, and write a profile that plans go by."""
     from ltecli.commands.measure import MeasureRequest, measure_command
 
-    request = MeasureRequest(quick, devices, threads, device.value, link, secret_file)
+    request = MeasureRequest(quick, devices, threads, device.value, link, secret_file, link_from)
     raise typer.Exit(guarded(lambda: measure_command(request, out, force, as_json, quiet)))
 
 
@@ -325,6 +340,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Before anything imports torch, which a plan of somebody's own network does as well. Kineto announces every trace.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Looking for plugins, pydantic would read what every installed package says of itself.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     # Threads that spin while they wait for each other stand still beside anybody else's work: tens of times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     given = sys.argv[1:] if arguments is None else list(arguments)

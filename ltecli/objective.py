@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from ltecli.probing import PlanProbe
 from simulate.costs.samples import Efficiency
 from simulate.errors import InputError, near_match
 from simulate.hardware import Profile
 
 if TYPE_CHECKING:
     from ltecli.planner import Candidate
+    from ltecli.probing import PlanProbe
 
 Objective = Literal["time", "bytes", "memory", "cost"]
 OBJECTIVES: tuple[str, ...] = get_args(Objective)

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
+from ltecli.collecting import without_collector
 from ltecli.formats import check_formats, format_notes
 from ltecli.grid import Pins, grid
 from ltecli.objective import MEANINGS, Choice, hourly_price, value_of
 from ltecli.ranges import RULE, Margins, range_keys
 from simulate.config import Run
-from simulate.costs.memory import Memory, host_memory_by_part, memory_by_phase, peak_memory
+from simulate.costs.memory import Heights, Memory, heights, host_memory_by_part, peak_memory
+from simulate.costs.messages import link_of
 from simulate.costs.samples import Efficiency, samples_factor, shipped
 from simulate.costs.schedule import dense_reduction, num_rounds, received_bytes, sent_bytes
 from simulate.costs.time import RoundTime, device_step_s, distinct, exchange_s, round_time
@@ -23,7 +26,7 @@ from simulate.models.shapes import ModelShape
 from simulate.options import METHOD_NAMES, AdapterOptions, DdpOptions, LteOptions, MethodOptions
 
 PLAN_VERSION = 1
-EXACT, FREE, BY_TIME = Margins(), Pins(), Choice()
+FREE, BY_TIME = Pins(), Choice()
 CHOSEN_FROM = ("lte", "ddp")
 """The methods to choose from unless one is asked for; the best of each other is shown beside."""
 PLURALS = {"norm": "norms", "bias": "biases", "embedding": "embeddings", "other": "other modules"}
@@ -33,34 +36,79 @@ PACE_MATTERS = 1.1
 """Times that the slowest device needs longer than the fastest from which the plan speaks of deadlines."""
 
 
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What a plan's candidates share."""
+
+    profile: Profile
+    shape: ModelShape
+    devices: tuple[Device, ...]
+    tokens: int
+    """Asked for; steps round them up."""
+    choice: Choice
+    margins: Margins
+    """How far times may be off."""
+
+    @classmethod
+    def of(cls, run: Run, profile: Profile, tokens: int, choice: Choice) -> Setting:
+        """Return the setting of a run, and of all others of its model and as many devices."""
+        devices = profile.devices(run.cluster.devices)
+        return cls(profile, run.model.shape(), devices, tokens, choice, Margins.of(profile))
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One way to train, with what it costs on the profile; figures are for one device unless they say otherwise."""
 
     run: Run
-    tokens: int
-    """Asked for; steps round it up."""
+    setting: Setting
     memory: Memory
     """At its peak: the highest phase."""
-    memory_by_phase: dict[str, int]
-    """Bytes of all parts at the height of each phase."""
+    heights: Heights
+    """Of all phases."""
     host_memory_by_part: dict[str, int]
     sent_bytes_per_round: float
-    received_bytes_per_round: float
     time: RoundTime
     wall_s: float
     samples_factor: float
-    warnings: tuple[str, ...]
-    margins: Margins = EXACT
-    """How far times may be off."""
-    efficiency: Efficiency | None = None
-    """The samples model; None: the shipped one."""
 
     @property
+    def tokens(self) -> int:
+        """Asked for; steps round them up."""
+        return self.setting.tokens
+
+    @property
+    def margins(self) -> Margins:
+        """How far times may be off."""
+        return self.setting.margins
+
+    @property
+    def efficiency(self) -> Efficiency | None:
+        """The samples model; None: the shipped one."""
+        return self.setting.choice.efficiency
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What speaks against it."""
+        probe = self.setting.choice.probe
+        return (*_warnings(self.run, self.setting, self.time), *(probe.marks(self.run) if probe else ()))
+
+    @property
+    def received_bytes_per_round(self) -> float:
+        """Bytes that a device receives in a round, the mean over the run's."""
+        received = received_bytes(self.run, self.setting.shape, self.run.train.steps)
+        return received / self.rounds / self.run.cluster.devices
+
+    @cached_property
     def equivalent_wall_s(self) -> float:
         """Seconds to the loss that dense small-batch training has after the asked tokens; what candidates rank by."""
         trained = self.run.train.steps * self.run.tokens_per_step * self.trained_share
         return self.wall_s * self.samples_factor * self.tokens / trained
+
+    @property
+    def memory_by_phase(self) -> dict[str, int]:
+        """Bytes of all parts at the height of each phase."""
+        return self.heights.totals()
 
     @property
     def rounds(self) -> int:
@@ -201,34 +249,27 @@ class Plan:
 
 def evaluate(run: Run, profile: Profile, tokens: int, choice: Choice | None = None) -> Candidate | Rejected:
     """Work out one run on a profile: its costs, and whether every device can hold it."""
-    shape = run.model.shape()
-    return _evaluate(run, shape, profile, profile.devices(run.cluster.devices), tokens, choice or Choice())
+    return _evaluate(run, Setting.of(run, profile, tokens, choice or Choice()))
 
 
-def _evaluate(
-    run: Run, shape: ModelShape, profile: Profile, devices: Sequence[Device], tokens: int, choice: Choice
-) -> Candidate | Rejected:
-    heights = [(device, memory_by_phase(run, shape, device)) for device in distinct(devices)]
-    peaks = [(device, max(phases.values(), key=lambda m: m.total), phases) for device, phases in heights]
-    device, memory, phases = min(peaks, key=lambda peak: peak[0].memory_bytes - peak[1].total)
+def _evaluate(run: Run, setting: Setting) -> Candidate | Rejected:
+    shape, devices, choice = setting.shape, setting.devices, setting.choice
+    fullest = [(device, heights(run, shape, device)) for device in distinct(devices)]
+    peaks = [(device, high, high.peak()) for device, high in fullest]
+    device, high, memory = min(peaks, key=lambda peak: peak[0].memory_bytes - peak[2].total)
     host_parts = host_memory_by_part(run, shape, device)
     host_bytes = sum(host_parts.values())
-    time = round_time(run, shape, devices, profile.link)
-    num_devices, steps, rounds = run.cluster.devices, run.train.steps, num_rounds(run)
+    time, rounds = round_time(run, shape, devices, setting.profile.link), num_rounds(run)
     candidate = Candidate(
         run=run,
-        tokens=tokens,
+        setting=setting,
         memory=memory,
-        memory_by_phase={str(name): height.total for name, height in phases.items()},
+        heights=high,
         host_memory_by_part=host_parts,
-        sent_bytes_per_round=sent_bytes(run, shape, steps) / rounds / num_devices,
-        received_bytes_per_round=received_bytes(run, shape, steps) / rounds / num_devices,
+        sent_bytes_per_round=sent_bytes(run, shape, run.train.steps) / rounds / run.cluster.devices,
         time=time,
         wall_s=run.train.steps * time.compute_s + rounds * (time.merge_s + time.exchange_s),
-        samples_factor=samples_factor(run, shape, tokens, choice.efficiency),
-        warnings=(*_warnings(run, shape, profile, time), *(choice.probe.marks(run) if choice.probe else ())),
-        margins=Margins.of(profile),
-        efficiency=choice.efficiency,
+        samples_factor=samples_factor(run, shape, setting.tokens, choice.efficiency),
     )
     short_bytes = memory.total - device.memory_bytes
     if short_bytes > 0:
@@ -267,7 +308,8 @@ def _memory_reason(memory: Memory, device: Device) -> str:
     )
 
 
-def _warnings(run: Run, shape: ModelShape, profile: Profile, time: RoundTime) -> Iterator[str]:
+def _warnings(run: Run, setting: Setting, time: RoundTime) -> Iterator[str]:
+    profile, shape = setting.profile, setting.shape
     share = time.exchange_s / time.round_s
     if share > LINK_DOMINATES:
         yield f"the link dominates: {share:.0%} of the time"
@@ -286,10 +328,11 @@ def _warnings(run: Run, shape: ModelShape, profile: Profile, time: RoundTime) ->
         yield f"rank x heads = {method.rank * run.heads} is below the largest layer dimension {shape.largest_dimension}"
     if run.cluster.devices > 1 and method.merge_transport != "reduce":
         dense = dense_reduction(shape, run.cluster.devices, ELEMENT_BYTES[run.train.dtype])
-        if time.exchange_s > exchange_s(dense, profile.link):
+        if time.exchange_s > exchange_s(dense, link_of(profile.link, run.cluster.backend)):
             yield f"{method.merge_transport} takes longer than reducing the dense delta"
 
 
+@without_collector()
 def make_plan(
     base: Run, profile: Profile, tokens: int, pins: Pins, notes: Sequence[str] = (), choice: Choice | None = None
 ) -> Plan:
@@ -297,13 +340,14 @@ def make_plan(
     choice = choice or Choice()
     pins = replace(pins, ranks=choice.probe.ranks(base)) if choice.probe else pins
     check_formats(base, profile)
-    shape, devices = base.model.shape(), profile.devices(base.cluster.devices)
+    setting = Setting.of(base, profile, tokens, choice)
+    shape, devices = setting.shape, setting.devices
     rank = _rank_by(value_of(choice.objective, profile, len(devices)))
     methods = (pins.method,) if pins.method else CHOSEN_FROM
 
     def results_of(names: Sequence[str]) -> list[Candidate | Rejected]:
         runs = grid(base, shape, names, pins, tokens)
-        return [_evaluate(run, shape, profile, devices, tokens, choice) for run in runs]
+        return [_evaluate(run, setting) for run in runs]
 
     results = results_of(methods)
     if not results:
@@ -324,7 +368,7 @@ def make_plan(
         *_treatment_notes(chosen, shape),
         *shape.notes,
         *_optimizer_notes(chosen),
-        *format_notes(chosen, profile, lambda run: _evaluate(run, shape, profile, devices, tokens, choice)),
+        *format_notes(chosen, profile, lambda run: _evaluate(run, setting)),
         *_pace_notes(chosen, shape, profile, devices),
         *_rival_notes(chosen, rivals, rank),
     ]

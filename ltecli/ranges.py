@@ -60,24 +60,29 @@ def samples_range(candidate: Candidate) -> tuple[float, float]:
 
 def equivalent_range(candidate: Candidate) -> tuple[float, float]:
     """Return the range of the seconds to equal loss: times and samples both at their low, or both at their high."""
+    return _equivalent_range(candidate, wall_range(candidate), samples_range(candidate))
+
+
+def _equivalent_range(
+    candidate: Candidate, wall_s: tuple[float, float], samples: tuple[float, float]
+) -> tuple[float, float]:
     share = candidate.equivalent_wall_s / (candidate.wall_s * candidate.samples_factor)
-    ends = zip(wall_range(candidate), samples_range(candidate), strict=True)
-    low_s, high_s = (wall_s * samples * share for wall_s, samples in ends)
-    return low_s, high_s
+    return wall_s[0] * samples[0] * share, wall_s[1] * samples[1] * share
 
 
 def range_keys(candidate: Candidate) -> dict[str, float]:
     """Return `_low` and `_high` of every time and of the samples, for the plan's JSON."""
     time = candidate.time
     compute_s = time.steps * time.compute_s + time.merge_s
+    wall_s, samples = wall_range(candidate), samples_range(candidate)
     ranges = {
         "compute_s": time_range(candidate, time.compute_s, 0.0),
         "exchange_s": time_range(candidate, 0.0, time.exchange_s),
         "step_s": time_range(candidate, compute_s / time.steps, time.exchange_s / time.steps),
         "round_s": time_range(candidate, compute_s, time.exchange_s),
-        "wall_s": wall_range(candidate),
-        "assumed_samples_factor": samples_range(candidate),
-        "equivalent_wall_s": equivalent_range(candidate),
+        "wall_s": wall_s,
+        "assumed_samples_factor": samples,
+        "equivalent_wall_s": _equivalent_range(candidate, wall_s, samples),
     }
     return {
         f"{key}_{end}": value for key, both in ranges.items() for end, value in zip(("low", "high"), both, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from simulate.costs.memory import peak_memory
 from simulate.costs.schedule import sent_bytes
 from simulate.costs.time import round_time
 from simulate.hardware import Device, FlopPerSecond, detect_local
-from simulate.heldout import held_out_run, held_out_runs
+from simulate.heldout import Sample
 from simulate.measure import EchoCommunicator, measure_memory_bytes
 from simulate.methods import build_method
 from simulate.models.build import DTYPES
@@ -84,22 +85,22 @@ def planned_bytes(run: Run) -> int:
     return peak_memory(run, run.model.shape(), ROOMY).total
 
 
-def tracked_rows(count: int, seed: int, small: bool = False) -> Iterator[Row]:
+def tracked_rows(sample: Sample) -> Iterator[Row]:
     """Yield planned peaks of random runs beside those of their programs, followed without numbers."""
-    for run in held_out_runs(seed, count, small):
+    for run in sample.runs():
         tracked = tracked_memory(run, with_host=True)
         yield Row(describe(run), "tracked", planned_bytes(run), tracked.tracked_bytes)
 
 
-def allocated_rows(count: int, seed: int) -> Iterator[Row]:
+def allocated_rows(sample: Sample) -> Iterator[Row]:
     """Yield planned peaks of small random runs beside the allocator's, which trains them."""
-    for run in held_out_runs(seed, count, small=True):
+    for run in sample.shrunk().runs():
         yield Row(describe(run), "allocator", planned_bytes(run), measure_memory_bytes(run, CPU))
 
 
-def byte_rows(count: int, seed: int, steps: int = 9) -> Iterator[Row]:
+def byte_rows(sample: Sample, steps: int = 9) -> Iterator[Row]:
     """Yield planned bytes of small random runs, over all devices and some steps, beside those that were counted."""
-    for run in held_out_runs(seed, count, small=True):
+    for run in sample.shrunk().runs():
         train = run.train.model_copy(update={"steps": steps})
         run = run.model_copy(update={"train": train})
         counted = _counted_bytes(run)
@@ -119,23 +120,16 @@ def _counted_bytes(run: Run) -> int:
     return communicator.counter.sent_bytes
 
 
-def time_rows(count: int, seed: int) -> Iterator[Row]:
+def time_rows(sample: Sample) -> Iterator[Row]:
     """Yield the planned seconds of a small run's step on `local`, which is a guess, beside those that it takes here."""
     profile = detect_local()
     device = profile.device[0]
-    index = 0
-    while count:
-        run, index = _lockstep(held_out_run(seed, index, small=True)), index + 1
-        if run is None:
-            continue
-        count -= 1
+    runs = (sample.shrunk().run(index) for index in itertools.count())
+    # Devices that stop within a round: a step of theirs is no step of this machine.
+    in_lockstep = (run for run in runs if not run.method.is_paced)
+    for run in itertools.islice(in_lockstep, sample.count):
         planned = round_time(run, run.model.shape(), (device,) * run.cluster.devices, profile.link).compute_s
         yield Row(describe(run), "timed", planned, _step_s(run))
-
-
-def _lockstep(run: Run) -> Run | None:
-    """Leave runs out whose devices stop within a round: a step of theirs is no step of this machine."""
-    return None if run.method.is_paced else run
 
 
 def _step_s(run: Run) -> float:
@@ -159,6 +153,7 @@ def describe(run: Run) -> str:
     sizes = f"{shape.family} {shape.layers} x {shape.width}, {shape.tokens} tokens, {shape.outputs} outputs"
     given: dict[str, bool] = {train.dtype: train.dtype != "fp32", train.optimizer: train.optimizer != "adamw"}
     given["checkpointing"] = train.activation_checkpointing
+    given[f"autocast {train.autocast}"] = train.autocast != "none"
     switches = [name for name, is_on in given.items() if is_on]
     return ", ".join(
         [f"{run.method.name} on {run.cluster.devices}", *said, sizes, f"batch {train.micro_batch}", *switches]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from simulate.config import Run
-from simulate.costs.time import device_step_s, round_time, transfer_s
+from simulate.costs.messages import link_of, transfer_s
+from simulate.costs.time import device_step_s, round_time
 from simulate.costs.traffic import Transfer
 from simulate.hardware import Device, Link
 
@@ -22,7 +23,7 @@ class SimulatedClock:
         self.device_step_s = device_step_s(run, run.model.shape(), devices)
         """Seconds of one step of each device."""
         self._merge_s = self._time.merge_s / run.method.merges_per_round
-        self._link = link
+        self._link = link_of(link, run.cluster.backend)
         self.compute_s = 0.0
         self.exchange_s = 0.0
         self.link_free_s = 0.0

@@ -14,7 +14,8 @@ EVENTS_VERSION = 1
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
 """Kinds: start, memory, step, round, evaluate, diagnostics, checkpoint, resume, interrupt, end, and of launched runs
-restart (when, why, and how much was repeated), left-out and wire; all have kind and step."""
+restart (when, why, and how much was repeated), left-out, links (what nodes measured of theirs) and wire; all have kind
+and step."""
 
 
 class EventFile:

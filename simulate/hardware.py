@@ -14,6 +14,9 @@ from simulate.errors import InputError, near_match
 
 Source = Literal["datasheet", "measured", "guess"]
 Dtype = Literal["fp64", "fp32", "fp16", "bf16"]
+Collectives = Literal["gloo", "nccl"]
+DELAYS_OF_A_HOP: dict[Collectives, float] = {"gloo": 2.0, "nccl": 1.0}
+"""Gloo asks for every buffer before it is sent; 2.0 to 2.9 were measured (bench/README.md)."""
 LOCAL = "local"
 MOST_BYTES = 10**15
 """A petabyte: more memory of one device, or more bytes a second of one link, is a slip of the keyboard."""
@@ -39,6 +42,8 @@ class FlopPerSecond(toml.Schema):
         return getattr(self, dtype) or self.fp32
 
 
+PackedFormat = Literal["bf16", "int8", "nf4", "nf4-double"]
+"""Of frozen weights."""
 Points = list[list[float]]
 """[[size, rate], ...] by growing size; between points the rate is interpolated, beyond them it stays."""
 
@@ -60,16 +65,29 @@ class Kernels(toml.Schema):
     """Of a linear layer in blocks and what goes with it, in a step of such a network."""
     adapter_s: float = Field(ge=0)
     """What an adapter adds to that."""
+    unpack: dict[PackedFormat, Points] = Field(default_factory=dict)
+    """[weights of a layer, weights/s] of unpacking a frozen one, by format; not set: by memory traffic."""
+    pack: dict[PackedFormat, Points] = Field(default_factory=dict)
+    """The same of packing a merged one; not set: not counted."""
 
     @field_validator("products", "attention", "elementwise", "optimizer")
     @classmethod
     def _points(cls, points: Points) -> Points:
-        if not points or any(len(point) != 2 or min(point) <= 0 for point in points):
-            raise ValueError("points are [size, rate] pairs of positive numbers, at least one; correct them")
-        sizes = [size for size, _ in points]
-        if any(after <= before for before, after in pairwise(sizes)):
-            raise ValueError(f"sizes of points must grow, and are {sizes}; sort them and drop repetitions")
-        return points
+        return _checked(points)
+
+    @field_validator("unpack", "pack")
+    @classmethod
+    def _points_by_format(cls, points: dict[PackedFormat, Points]) -> dict[PackedFormat, Points]:
+        return {name: _checked(of_format) for name, of_format in points.items()}
+
+
+def _checked(points: Points) -> Points:
+    if not points or any(len(point) != 2 or min(point) <= 0 for point in points):
+        raise ValueError("points are [size, rate] pairs of positive numbers, at least one; correct them")
+    sizes = [size for size, _ in points]
+    if any(after <= before for before, after in pairwise(sizes)):
+        raise ValueError(f"sizes of points must grow, and are {sizes}; sort them and drop repetitions")
+    return points
 
 
 class Measurement(toml.Schema):
@@ -122,6 +140,10 @@ class Device(toml.Schema):
     sources: dict[str, str] = Field(default_factory=dict)
     """Where each figure comes from, by its key."""
 
+    def __hash__(self) -> int:
+        # Written out because `sources` is a dict; rates are remembered by device.
+        return hash((self.kind, self.memory_bytes, self.memory_bytes_per_s, self.efficiency))
+
     @model_validator(mode="after")
     def _reserved_fits(self) -> Device:
         if self.reserved_bytes >= self.memory_bytes:
@@ -151,9 +173,11 @@ class Link(toml.Schema):
     down_bytes_per_s: float = Field(gt=0, le=MOST_BYTES)
     latency_s: float = Field(ge=0)
     """One-way delay of a message from device to device."""
-    hop_delays: float = Field(default=1.0, ge=1, le=100)
-    """One-way delays that a hop of a ring takes; gloo asks for every buffer before it is sent: 2.2 to 2.9 were measured
-    (bench/README.md)."""
+    collectives: Collectives = "nccl"
+    """What moves messages between devices: nccl for CUDA GPUs, gloo for CPUs; a run's cluster.backend overrides it."""
+    hop_delays: float | None = Field(default=None, ge=1, le=100)
+    """One-way delays that a hop of a ring takes, and with gloo every message between a pair; not set: 2 with gloo, 1
+    with nccl."""
     shared_bytes_per_s: float | None = Field(default=None, gt=0, le=MOST_BYTES)
     """What all devices together can send, where they share one uplink; not set: each has its own."""
     server_up_bytes_per_s: float | None = Field(default=None, gt=0, le=MOST_BYTES)
@@ -164,6 +188,11 @@ class Link(toml.Schema):
     node_latency_s: float | None = Field(default=None, ge=0)
     source: Source
     sources: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def delays_of_a_hop(self) -> float:
+        """One-way delays of a hop of a ring."""
+        return self.hop_delays or DELAYS_OF_A_HOP[self.collectives]
 
     def __hash__(self) -> int:
         # Written out because `sources` is a dict; link times are remembered by link.
@@ -297,7 +326,11 @@ def detect_local() -> Profile:
         up_bytes_per_s=117.5e6,
         down_bytes_per_s=117.5e6,
         latency_s=0.2e-3,
+        collectives="gloo",
         source="guess",
-        sources=dict.fromkeys(("topology", "up_bytes_per_s", "down_bytes_per_s", "latency_s"), "guess: gigabit LAN"),
+        sources={
+            **dict.fromkeys(("topology", "up_bytes_per_s", "down_bytes_per_s", "latency_s"), "guess: gigabit LAN"),
+            "collectives": "what launched runs use between CPUs",
+        },
     )
     return Profile(name=LOCAL, description="This machine, as four virtual devices", device=[device], link=link)

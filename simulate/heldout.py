@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from simulate.config import Run, build_run
 
 Table = dict[str, Any]
 FAMILIES = ("gpt", "llama", "vit", "mixer")
+AUTOCASTS = ("none", "bf16", "fp16")
 METHODS = (
     "lte", "ddp", "diloco", "lora", "lte", "local-sgd", "topk", "lte", "relora", "powersgd", "lte", "mhlora", "daso",
     "sapipe", "lte", "signsgd", "adamix",
@@ -30,26 +32,43 @@ SMALL = {"widths": (64, 96, 128), "contexts": (16, 32, 48), "layers": (2, 3), "r
 MERGE_EVERY = 4
 
 
-def held_out_runs(seed: int, count: int, small: bool = False) -> list[Run]:
-    """Return the first `count` random runs of a seed; `small` ones can be measured by training them."""
-    return [held_out_run(seed, index, small) for index in range(count)]
+@dataclass(frozen=True)
+class Sample:
+    """Which random runs."""
 
+    count: int
+    seed: int = 0
+    family: str | None = None
+    """One of FAMILIES; None: all of them in turns."""
+    autocast: str = "none"
+    small: bool = False
+    """Small enough to be measured by training them."""
 
-def held_out_run(seed: int, index: int, small: bool = False) -> Run:
-    """Return one random run: every family, method, reset, transport, wire and optimizer comes up in some hundred."""
-    draw = random.Random(f"held-out {seed} {index}")
-    devices, heads = draw.choice((2, 3, 4, 8)), draw.choice((1, 1, 2, 4))
-    model = _model(draw, FAMILIES[index % len(FAMILIES)], index, small)
-    method = _method(draw, METHODS[index % len(METHODS)], heads, devices, model, small)
-    batch = draw.choice((1, 2, 3, 4, 8)) * (heads if "heads_per_device" in method else 1)
-    train = {
-        "steps": 100,
-        "micro_batch": batch,
-        "activation_checkpointing": draw.random() < 0.4,
-        "dtype": "fp64" if draw.random() < 0.1 else "fp32",
-        "optimizer": _optimizer(draw, method),
-    }
-    return build_run({"model": model, "method": method, "train": train, "cluster": {"devices": devices}})
+    def runs(self) -> list[Run]:
+        """Return the runs: the first ones of a longer sample of the same seed."""
+        return [self.run(index) for index in range(self.count)]
+
+    def run(self, index: int) -> Run:
+        """Return one random run: every method, reset, transport, wire and optimizer comes up in some hundred."""
+        draw = random.Random(f"held-out {self.seed} {index}")
+        devices, heads = draw.choice((2, 3, 4, 8)), draw.choice((1, 1, 2, 4))
+        model = _model(draw, self.family or FAMILIES[index % len(FAMILIES)], index, self.small)
+        method = _method(draw, METHODS[index % len(METHODS)], heads, devices, model, self.small)
+        batch = draw.choice((1, 2, 3, 4, 8)) * (heads if "heads_per_device" in method else 1)
+        recomputes, double = draw.random() < 0.4, draw.random() < 0.1
+        train = {
+            "steps": 100,
+            "micro_batch": batch,
+            "activation_checkpointing": recomputes,
+            "dtype": "fp64" if double and self.autocast == "none" else "fp32",
+            "autocast": self.autocast,
+            "optimizer": _optimizer(draw, method),
+        }
+        return build_run({"model": model, "method": method, "train": train, "cluster": {"devices": devices}})
+
+    def shrunk(self) -> Sample:
+        """Return as many runs that are small."""
+        return replace(self, small=True)
 
 
 def _model(draw: random.Random, family: str, index: int, small: bool) -> Table:

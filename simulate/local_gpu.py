@@ -10,6 +10,7 @@ TENSOR_CORE_GAIN = 4
 """Guess: half precision over fp32 with tensor cores, between 2 on GeForce cards and 16 on data centre cards."""
 GUESSED_CLOCK_KHZ = 1_500_000
 GUESSED_MEMORY_BYTES_PER_S = 250e9
+BETWEEN_GPUS = "what launched runs use between CUDA GPUs"
 
 
 def local_gpu_profile() -> Profile | None:
@@ -45,4 +46,7 @@ def local_gpu_profile() -> Profile | None:
             "efficiency": "guess: matrices of medium size",
         },
     )
-    return Profile(name=LOCAL, description="This machine's GPU, as virtual devices", device=[device], link=cpu.link)
+    link = cpu.link.model_copy(
+        update={"collectives": "nccl", "sources": {**cpu.link.sources, "collectives": BETWEEN_GPUS}}
+    )
+    return Profile(name=LOCAL, description="This machine's GPU, as virtual devices", device=[device], link=link)

@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-SMALL_PART_BYTES = 128 * 1024
-"""Up to here the delays of a ring's hops weigh more than what pairs lose."""
+from simulate.costs.messages import gathers_by_pairs, sums_by_pairs
 
 
 def is_gloo(group: dist.ProcessGroup | None) -> bool:
@@ -26,13 +25,13 @@ def is_gloo(group: dist.ProcessGroup | None) -> bool:
 def sums_faster(flat: Tensor, group: dist.ProcessGroup | None) -> bool:
     """Return whether `sum_by_parts` is the faster reduction of a buffer."""
     part_bytes = flat.numel() * flat.element_size() / dist.get_world_size(group)
-    return is_gloo(group) and part_bytes <= SMALL_PART_BYTES
+    return is_gloo(group) and sums_by_pairs(part_bytes)
 
 
 def gathers_faster(parts: Sequence[Tensor], group: dist.ProcessGroup | None) -> bool:
     """Return whether `swap` is the faster gather of everyone's parts of bytes, or gloo has none for their sizes."""
     largest, smallest = max(map(len, parts)), min(map(len, parts))
-    return is_gloo(group) and (len(parts) == 2 or smallest < largest or largest <= SMALL_PART_BYTES)
+    return is_gloo(group) and (smallest < largest or gathers_by_pairs(largest, len(parts)))
 
 
 def swap(received: Sequence[Tensor], sent: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:

@@ -42,7 +42,7 @@ from simulate.recovery import recover
 
 RUN_FILE, PROFILE_FILE, EVENTS_FILE, CHECKPOINTS = "run.toml", "profile.toml", "events.jsonl", "checkpoints"
 """What the worker reads and writes in the run's folder."""
-STOP, OUTCOME, FATAL, TOLD, STEP, START = "stop", "outcome", "fatal", "told", "step", "start"
+STOP, OUTCOME, FATAL, TOLD, STEP, START, LINKS = "stop", "outcome", "fatal", "told", "step", "start", "links"
 BEGUN, ANSWERED = "begun", "answered"
 """Keys of the store."""
 FAILED_EXIT, FATAL_EXIT, TOLD_EXIT = 1, 2, 3
@@ -241,6 +241,8 @@ def _tell_beginning(session: Session, folder: Path, stack: ExitStack, store: dis
         facts = json.loads(store.get(START)) if store.check([START]) else {"start": {}, "measured_bytes": None}
         session.emit({"kind": "start", "step": 0, **facts["start"], **processes})
         session.emit({"kind": "memory", "step": 0, "measured_bytes": facts["measured_bytes"]})
+    if (fresh or restart is None) and store.check([LINKS]):
+        session.emit({"kind": "links", "step": session.step, "links": json.loads(store.get(LINKS))})
     if restart is not None:
         session.emit({"kind": "restart", "step": session.step, **restart, **processes})
         tell(store, f"going on from step {session.step} in {communicator.processes} processes")

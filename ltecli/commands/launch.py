@@ -25,7 +25,7 @@ from ltecli.watching import alive_key, run_watched
 from simulate.errors import InputError, RunFailedError
 from simulate.events import EventFile
 from simulate.options import DasoOptions
-from simulate.preflight import Facts, NodeFacts, Preflight, Settings, make_secret, read_secret
+from simulate.preflight import Facts, LinkFigures, NodeFacts, Preflight, Settings, make_secret, read_secret
 
 if TYPE_CHECKING:
     import torch
@@ -146,7 +146,8 @@ def launch_run(folder: RunFolder, device: torch.device, options: LaunchOptions, 
         return 0
     with ExitStack() as stack, stop_on_signal() as asked:
         preflight = stack.enter_context(_preflight(folder, processes, options, output))
-        nodes = preflight.run().nodes
+        met = preflight.run()
+        nodes = met.nodes
         if options.nodes == 1:
             node = Node(processes=processes, device=device.type, interface=loopback_interface())
         else:
@@ -163,6 +164,8 @@ def launch_run(folder: RunFolder, device: torch.device, options: LaunchOptions, 
         )
         if number == 0 and not folder.resume_from:
             _leave_start_facts(launch, folder, device)
+        if number == 0 and met.links:
+            _leave_links(launch, met.links)
         sinks = _sinks(folder, output, stack) if number == 0 else []
 
         def pass_on(event: Event) -> None:
@@ -300,6 +303,13 @@ def _leave_start_facts(launch: Launch, folder: RunFolder, device: torch.device) 
         measured_bytes -= plain_start_bytes(folder)
     facts = {"start": start_facts(folder, device), "measured_bytes": measured_bytes}
     launch.store.set(START, json.dumps(facts))
+
+
+def _leave_links(launch: Launch, links: Sequence[LinkFigures]) -> None:
+    """Give the first process what the preflight measured, for the events."""
+    from simulate.worker import LINKS
+
+    launch.store.set(LINKS, json.dumps([link.to_json() for link in links]))
 
 
 def _keep_wire_bytes(folder: RunFolder, step: int, sent_bytes: list[int]) -> None:

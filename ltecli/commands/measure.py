@@ -22,6 +22,8 @@ class MeasureRequest:
     link: str | None = None
     """HOST:PORT of a peer that serves."""
     secret_file: Path | None = None
+    link_from: Path | None = None
+    """Folder of a launched run, whose links were measured."""
 
 
 def measure_command(request: MeasureRequest, out: Path | None, force: bool, as_json: bool, quiet: bool) -> None:
@@ -29,7 +31,7 @@ def measure_command(request: MeasureRequest, out: Path | None, force: bool, as_j
     output = Output(as_json, quiet)
     if out is not None:
         _check_target(out, force)
-    link = detect_local().link if request.link is None else _measured_link(request.link, request.secret_file, output)
+    link = _link(request, output)
     from simulate.measuring.machine import Wanted, measure_profile  # torch is imported for what needs it
 
     wanted = Wanted(request.quick, request.devices, request.threads, request.device)
@@ -55,12 +57,24 @@ def _check_target(out: Path, force: bool) -> None:
         raise InputError(f"--out {out} exists; add --force to replace it, or choose another name")
 
 
-def _measured_link(where: str, secret_file: Path | None, output: Output) -> Link:
+def _link(request: MeasureRequest, output: Output) -> Link:
+    """Return the link to a peer, or between a run's nodes, or else a guess; raises InputError."""
+    guess = detect_local().link
+    if request.link is not None and request.link_from is not None:
+        raise InputError("--link and --link-from both say where the link's figures come from; keep one")
+    if request.link_from is not None:
+        from ltecli.linking import link_from, link_text
+
+        link = link_from(request.link_from, guess)
+        output.hint(f"the link of {request.link_from}: {link_text(link)}")
+        return link
+    if request.link is None:
+        return guess
     from simulate.preflight.pair import measure_pair
     from simulate.preflight.secret import read_secret
 
-    link = measure_pair(where, read_secret(secret_file))
-    output.hint(f"measured the link to {where}")
+    link = measure_pair(request.link, read_secret(request.secret_file))
+    output.hint(f"measured the link to {request.link}")
     return link
 
 

@@ -12,7 +12,6 @@ from ltecli.grid import Pins
 from ltecli.objective import Choice, parse_duration_s, parse_objective
 from ltecli.output import Output, bytes_text, plain_table, range_text, seconds_text
 from ltecli.planner import Candidate, Plan, Rejected, candidate_of, describe, make_plan
-from ltecli.probing import PlanProbe
 from ltecli.ranges import equivalent_range, time_range, wall_range
 from simulate import toml
 from simulate.config import BYTE_VALUES, BYTES, Run, Train, build_run, dump_run
@@ -57,6 +56,8 @@ class Request:
     assignments: tuple[str, ...] = ()
     probe: Path | None = None
     """What lte probe wrote of the same network."""
+    link_from: Path | None = None
+    """Folder of a launched run, whose links were measured."""
     objective: str = "time"
     within: str | None = None
     efficiency: Path | None = None
@@ -78,8 +79,9 @@ def plan_command(
     output = Output(as_json)
     explained = _explained(plan, extras)
     verified = verify_choice(plan) if verify and plan.chosen is not None else None
-    added = explained.to_dict() if explained else {"why": None, "timeline": None}
-    output.json({**plan.to_dict(), **added, **({"verify": asdict(verified)} if verified else {})})
+    if as_json:  # thousands of candidates, which nobody else reads
+        added = explained.to_dict() if explained else {"why": None, "timeline": None}
+        output.json({**plan.to_dict(), **added, **({"verify": asdict(verified)} if verified else {})})
     _show(plan, output, top)
     if explained is not None and extras is not None:
         from ltecli.commands.explain import show_explained
@@ -135,8 +137,13 @@ def plan_request(request: Request, to_train: bool = True) -> Plan:
         _put(table, "method", key, value)
     pins = _pins(table)
     profile = load_profile(str(table["cluster"].setdefault("profile", LOCAL)))
+    link_notes: list[str] = []
+    if request.link_from is not None:
+        profile, said = _with_link_from(request.link_from, profile)
+        link_notes.append(said)
     named = bool(table["data"])
     base, notes = _base_run(table, profile)
+    notes += link_notes
     if named:
         _check_data(base)
     elif base.model.unit == "tokens":  # what is only a default may be missing or too small until it is trained on
@@ -148,8 +155,22 @@ def plan_request(request: Request, to_train: bool = True) -> Plan:
             notes.append(f"to train, name data of yours by --data; {error}")
     tokens = _tokens(request, base, table)
     if request.probe is not None:
+        from ltecli.probing import PlanProbe
+
         choice = replace(choice, probe=PlanProbe(request.probe, base.model.shape()))
     return make_plan(base, profile, tokens, pins, notes, choice)
+
+
+def _with_link_from(run: Path, profile: Profile) -> tuple[Profile, str]:
+    """Return the profile with the links that a launched run measured, and a note that says so; raises InputError."""
+    from ltecli.linking import link_from, link_text
+
+    link = link_from(run, profile.link)
+    said = (
+        f"the link is what the nodes of {run} measured, {link_text(link)}, in the place of profile {profile.name}'s; "
+        "training goes by the profile: lte profile measure --link-from writes one with that link"
+    )
+    return profile.model_copy(update={"link": link}), said
 
 
 def _put(table: toml.Table, section: str, key: str, value: Any) -> None:

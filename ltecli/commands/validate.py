@@ -11,41 +11,62 @@ from ltecli.output import Output, bytes_text, plain_table, seconds_text
 from simulate import toml
 from simulate.errors import InputError, near_match
 from simulate.hardware import load_profile
+from simulate.heldout import AUTOCASTS, FAMILIES, Sample
 
 if TYPE_CHECKING:
     from simulate.accuracy import Errors, Row
 
-SEED = 0
 VALIDATION_VERSION = 1
 
 
 @dataclass(frozen=True)
+class Asked:
+    """Which runs to look at: some of each kind as they come, or as they are asked for."""
+
+    quick: bool = False
+    shapes: int | None = None
+    """Random runs of each kind of measurement."""
+    seed: int = 0
+    family: str | None = None
+    autocast: str = "none"
+
+    def check(self) -> None:
+        """Raise InputError for what is not known."""
+        for option, given, known in (("family", self.family, FAMILIES), ("autocast", self.autocast, AUTOCASTS)):
+            if given is not None and given not in known:
+                raise InputError(f"--{option} {given!r} is not known; {near_match(given, known)}")
+
+    def sample(self, count: int, quick_count: int) -> Sample:
+        """Return the random runs, so many unless others were asked for."""
+        wanted = self.shapes or (quick_count if self.quick else count)
+        return Sample(wanted, self.seed, self.family, self.autocast, small=self.quick)
+
+
+@dataclass(frozen=True)
 class Section:
-    """One kind of prediction: how to collect its rows, quickly or thoroughly, and how to show a figure."""
+    """One kind of prediction: how to collect its rows, and how to show a figure."""
 
     about: str
-    collect: Callable[[bool], list[Row]]
+    collect: Callable[[Asked], list[Row]]
     figure: Callable[[float], str]
 
 
-def _memory(quick: bool) -> list[Row]:
+def _memory(asked: Asked) -> list[Row]:
     from simulate.accuracy import allocated_rows, tracked_rows
 
-    if quick:
-        return [*tracked_rows(8, SEED, small=True), *allocated_rows(4, SEED)]
-    return [*tracked_rows(68, SEED), *allocated_rows(17, SEED)]
+    return [*tracked_rows(asked.sample(68, 8)), *allocated_rows(asked.sample(17, 4))]
 
 
-def _bytes(quick: bool) -> list[Row]:
+def _bytes(asked: Asked) -> list[Row]:
     from simulate.accuracy import byte_rows
 
-    return list(byte_rows(6 if quick else 34, SEED))
+    return list(byte_rows(asked.sample(34, 6)))
 
 
-def _time(quick: bool) -> list[Row]:
+def _time(asked: Asked) -> list[Row]:
     from simulate.accuracy import time_rows
 
-    return list(time_rows(4 if quick else 12, SEED))
+    return list(time_rows(asked.sample(12, 4)))
 
 
 SECTIONS: dict[str, Section] = {
@@ -60,21 +81,27 @@ def _on_profile(name: str) -> Section:
     """Return the section of times on a profile of this machine, over networks that its measurement did not use."""
     profile = load_profile(name)
 
-    def collect(quick: bool) -> list[Row]:
+    def collect(asked: Asked) -> list[Row]:
         from simulate.accuracy import Row
         from simulate.measuring.held_out import held_out_times
 
-        return [Row(case, "steps", planned, took) for case, planned, took in held_out_times(profile, quick)]
+        return [Row(case, "steps", planned, took) for case, planned, took in held_out_times(profile, asked.quick)]
 
     return Section(f"planned seconds of a step on {profile.name}", collect, seconds_text)
 
 
 def validate_command(
-    only: str | None, quick: bool, out: Path | None, as_json: bool, quiet: bool, profile: str | None = None
+    only: str | None, asked: Asked, out: Path | None, as_json: bool, quiet: bool, profile: str | None = None
 ) -> int:
     """Collect the sections' rows, show them and what they sum up to, and write them where `out` asks for it."""
     if only is not None and only not in SECTIONS:
         raise InputError(f"--only {only!r} is no section; {near_match(only, SECTIONS)}")
+    asked.check()
+    if profile is not None and asked != Asked(quick=asked.quick):
+        raise InputError(
+            "--profile times steps of given networks, and --shapes, --seed, --family and --autocast choose random "
+            "ones; leave one or the other away"
+        )
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise InputError(f"--out {out} is a folder, or in none; name a file in a folder that exists")
     sections = SECTIONS if profile is None else {**SECTIONS, "time": _on_profile(profile)}
@@ -83,12 +110,12 @@ def validate_command(
     output, results = Output(as_json, quiet), {}
     for name in [only] if only else sections:
         output.hint(f"{name}: {sections[name].about}")
-        results[name] = rows = sections[name].collect(quick)
+        results[name] = rows = sections[name].collect(asked)
         _show(output, name, rows, errors_of(rows))
     output.json(
         {
             "version": VALIDATION_VERSION,
-            "quick": quick,
+            **asdict(asked),
             **{name: _as_json(rows, errors_of(rows)) for name, rows in results.items()},
         }
     )

@@ -186,6 +186,7 @@ class _Step:
         return self.shape.layers * self.block_gradients + self.replicated
 
 
+@lru_cache(maxsize=4096)
 def step_phases(
     shape: ModelShape, samples: int, rank: int, block_gradient_bytes: int, checkpointing: bool, element_bytes: int,
     product_bytes: int, unpacked_bytes: int = 0, heads: int = 1, subtracts: bool = False,
@@ -200,7 +201,6 @@ def step_phases(
     )  # fmt: skip
 
 
-@lru_cache(maxsize=4096)
 def _step_phases(step: _Step) -> tuple[Phase, ...]:
     phases, forward = _FAMILIES[step.shape.family](step)
     if step.is_cast:  # evaluations are not

@@ -101,9 +101,12 @@ def starts_dense(method: MethodOptions) -> bool:
 
 def exchange_phases(run: Run, shape: ModelShape, gradient_bytes: int) -> tuple[Phase, ...]:
     """Return the phases of a run's optimizer step, gradient exchange and merge that can be its peak."""
+    method = run.method
+    if "merge_every" in type(method).model_fields:  # plays no part, and many candidates differ in nothing else
+        method = method.model_copy(update={"merge_every": 1})
     return _exchange_phases(
         _Exchange(
-            run.method, shape, run.cluster.devices, gradient_bytes, ELEMENT_BYTES[run.train.dtype],
+            method, shape, run.cluster.devices, gradient_bytes, ELEMENT_BYTES[run.train.dtype],
             run.train.optimizer == "muon", largest_step_bytes(run, shape),
         )
     )  # fmt: skip

@@ -7,6 +7,7 @@ from functools import lru_cache, singledispatch
 from typing import Any
 
 from simulate.config import Run
+from simulate.costs.remember import by_method
 from simulate.costs.schedule import is_averaged, is_compressible
 from simulate.costs.traffic import chunk_elements
 from simulate.models.shapes import ModelShape
@@ -43,13 +44,10 @@ class Holding:
     """Whether all devices hold the same, so that a simulation keeps it once (but for `extra`)."""
 
 
+@by_method
 def holding(run: Run, shape: ModelShape) -> Holding:
     """Return what a device of the run keeps."""
-    return _holding(run.method, shape, run.cluster.devices, run.train.optimizer == "muon")
-
-
-@lru_cache(maxsize=8192)
-def _holding(method: MethodOptions, shape: ModelShape, devices: int, muon: bool) -> Holding:
+    method, devices, muon = run.method, run.cluster.devices, run.train.optimizer == "muon"
     adapters, matrices, others = 0, shape.adapted_parameters, shape.replicated_parameters
     # With a warm start the dense steps hold most, and no adapters yet.
     if isinstance(method, AdapterOptions) and not (isinstance(method, ReloraOptions) and method.warm_start_steps):
@@ -67,17 +65,26 @@ def _holding(method: MethodOptions, shape: ModelShape, devices: int, muon: bool)
 
 
 def _trained_beside_adapters(method: AdapterOptions, shape: ModelShape) -> int:
-    frozen = frozen_kinds(method)
+    return _elements_without(shape, frozen_kinds(method))
+
+
+@lru_cache(maxsize=64)
+def _elements_without(shape: ModelShape, frozen: frozenset[str]) -> int:
     return sum(tensor.elements for tensor in shape.replicated if tensor.kind not in frozen)
 
 
-def frozen_kinds(method: AdapterOptions) -> set[str]:
+@lru_cache(maxsize=64)
+def _averaged_elements(shape: ModelShape, norms: str, biases: str) -> int:
+    return sum(tensor.elements for tensor in shape.replicated if is_averaged(tensor, norms, biases))
+
+
+def frozen_kinds(method: AdapterOptions) -> frozenset[str]:
     """Return the kinds of parameters beside adapters that nobody trains."""
     if not isinstance(method, LteOptions):
-        return set()
-    return {
+        return frozenset()
+    return frozenset(
         kind for kind, is_frozen in (("norm", method.norms == "none"), ("bias", method.biases == "frozen")) if is_frozen
-    }
+    )
 
 
 @singledispatch
@@ -138,7 +145,7 @@ def _(method: DenseOptions, shape: ModelShape, devices: int) -> int:
 
 @_extra.register
 def _(method: LteOptions, shape: ModelShape, devices: int) -> int:
-    averaged = sum(t.elements for t in shape.replicated if is_averaged(t, method.norms, method.biases))
+    averaged = _averaged_elements(shape, method.norms, method.biases)
     factors = shape.factors(method.held_rank(devices), method.frozen_a)
     travelling = _travelling(method, averaged) + (factors + shape.adapted_parameters if method.merge_delay else 0)
     replicated = shape.replicated_parameters

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from simulate.config import Run, Train
+from simulate.config import Run
 from simulate.costs.traffic import ELEMENT_BYTES
-from simulate.hardware import Device, Points
+from simulate.hardware import Device, Dtype, PackedFormat, Points
 from simulate.models.shapes import LinearShape, ModelShape
 from simulate.options import AdapterOptions, LteOptions, ReloraOptions
 
@@ -63,18 +63,33 @@ class KernelRates:
     step_s: float
     layer_s: float
     adapter_s: float
+    unpack: tuple[tuple[str, Curve], ...] = ()
+    """By format of frozen weights."""
+    pack: tuple[tuple[str, Curve], ...] = ()
 
     @classmethod
-    def of(cls, train: Train, device: Device) -> KernelRates | None:
-        """Return a device's rates; other formats than fp32 change products as they change its peak."""
+    def of(cls, passes: Dtype, device: Device) -> KernelRates | None:
+        """Return a device's rates for passes in a format; others than fp32 change products as they change its peak."""
         if device.kernels is None:
             return None
-        passes = train.dtype if train.autocast == "none" else train.autocast
         factor, kernels = device.flop_per_s.of(passes) / device.flop_per_s.fp32, device.kernels
         return cls(
             Curve.of(kernels.products, factor), Curve.of(kernels.attention, factor), Curve.of(kernels.elementwise),
-            Curve.of(kernels.optimizer), kernels.step_s, kernels.layer_s, kernels.adapter_s,
+            Curve.of(kernels.optimizer), kernels.step_s, kernels.layer_s, kernels.adapter_s, _by_format(kernels.unpack),
+            _by_format(kernels.pack),
         )  # fmt: skip
+
+
+def _by_format(points: Mapping[PackedFormat, Points]) -> tuple[tuple[str, Curve], ...]:
+    return tuple((name, Curve.of(of_format)) for name, of_format in points.items())
+
+
+def layers_s(shape: ModelShape, quantize: str, rates: tuple[tuple[str, Curve], ...]) -> float | None:
+    """Return the seconds of unpacking or packing every adapted layer once; None where it was not measured."""
+    curve = dict(rates).get(quantize)
+    if curve is None:
+        return None
+    return sum(x.count * curve.seconds(x.weights, x.weights) for x in shape.adapted)
 
 
 @dataclass(frozen=True)

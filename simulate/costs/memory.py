@@ -6,9 +6,9 @@ messages. Tests hold the result against the allocator's trace.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
 
 from simulate.config import BYTES, Run
@@ -17,10 +17,14 @@ from simulate.costs.exchanges import FOLD_TENSORS, exchange_phases, starts_dense
 from simulate.costs.holding import holding
 from simulate.costs.optimizer import moment_bytes
 from simulate.costs.phases import PHASES, Phase, PhaseName
+from simulate.costs.remember import by_method
 from simulate.costs.traffic import ELEMENT_BYTES, PRODUCT_BYTES, frozen_bytes, packing_bytes, unpacking_bytes
 from simulate.hardware import Device
 from simulate.models.shapes import ModelShape
 from simulate.options import AdamixOptions, AdapterOptions, LteOptions, MethodOptions
+
+SAVING = Phase("checkpoint_save", 0, 0, 0)
+"""Tensors are written one by one, as they lie in memory."""
 
 
 @dataclass(frozen=True)
@@ -52,63 +56,133 @@ class Memory:
         return dict(vars(self))
 
 
+@dataclass(frozen=True)
+class Heights:
+    """What one device keeps all the time, and the moments that can be its peak on top of that."""
+
+    weights: int
+    adapters: int
+    optimizer: int
+    reserved: int
+    phases: tuple[Phase, ...]
+
+    def memory(self, phase: Phase) -> Memory:
+        """Return all parts at the height of a phase."""
+        return Memory(
+            weights=self.weights,
+            adapters=self.adapters,
+            gradients=phase.gradients,
+            optimizer=self.optimizer,
+            activations=phase.activations,
+            temporary=phase.temporary,
+            reserved=self.reserved,
+        )
+
+    def peak(self) -> Memory:
+        """Return all parts at the highest phase; of equal ones at the first in the order of PHASES."""
+        highest = max(map(_total, self.phases))
+        equal = [phase for phase in self.phases if phase.total == highest]
+        return self.memory(equal[0] if len(equal) == 1 else min(equal, key=lambda phase: PHASES.index(phase.name)))
+
+    def highest(self) -> dict[PhaseName, Phase]:
+        """Return the highest moment of each phase, in the order of PHASES."""
+        found: dict[PhaseName, Phase] = {}
+        for phase in self.phases:
+            if phase.name not in found or phase.total > found[phase.name].total:
+                found[phase.name] = phase
+        return {name: found[name] for name in PHASES if name in found}
+
+    def totals(self) -> dict[str, int]:
+        """Return the bytes of all parts at the height of each phase."""
+        kept = self.weights + self.adapters + self.optimizer + self.reserved
+        return {str(name): kept + phase.total for name, phase in self.highest().items()}
+
+
+_total = attrgetter("total")
+
+
 def peak_memory(run: Run, shape: ModelShape, device: Device) -> Memory:
     """Return the peak of one device of the run."""
-    return max(memory_by_phase(run, shape, device).values(), key=lambda memory: memory.total)
+    return heights(run, shape, device).peak()
 
 
 def memory_by_phase(run: Run, shape: ModelShape, device: Device) -> dict[PhaseName, Memory]:
     """Return the height of each phase that the run goes through, in the order of PHASES."""
-    held, element_bytes = holding(run, shape), ELEMENT_BYTES[run.train.dtype]
-    shared_memory = device.host_memory_bytes == 0
+    high = heights(run, shape, device)
+    return {name: high.memory(phase) for name, phase in high.highest().items()}
+
+
+def heights(run: Run, shape: ModelShape, device: Device) -> Heights:
+    """Return what a device of the run keeps, and its phases."""
+    lasting = _lasting(run, shape, device.host_memory_bytes == 0)
+    phases = _phases(run, shape, lasting)
+    return Heights(lasting.weights, lasting.adapters, lasting.optimizer, device.reserved_bytes, phases)
+
+
+@dataclass(frozen=True)
+class _Lasting:
+    """What neither batch nor recomputation changes."""
+
+    weights: int
+    adapters: int
+    optimizer: int
+    start: tuple[Phase, ...]
+    exchange: tuple[Phase, ...]
+    """Of the optimizer's step and of merges, without the batch."""
+    rank: int
+    """That one row passes through; 0 where every weight is trained."""
+    heads: int
+    block_gradient_bytes: int
+    unpacked_bytes: int
+    subtracts: bool
+    made: Made
+
+
+@by_method
+def _lasting(run: Run, shape: ModelShape, shared_memory: bool) -> _Lasting:
+    method, element_bytes, devices = run.method, ELEMENT_BYTES[run.train.dtype], run.cluster.devices
+    held = holding(run, shape)
     weights, adapters = _weight_bytes(run, shape, shared_memory), held.adapters * element_bytes
     optimizer = moment_bytes(run, shape) + held.extra * element_bytes
     kept = weights + adapters + optimizer
     start = (Phase("forward", 0, 0, _packing_start_bytes(run, shape) - kept),) if shared_memory else ()
-    highest: dict[PhaseName, Phase] = {}
-    for phase in (*start, *_phases(run, shape)):
-        if phase.name not in highest or phase.total > highest[phase.name].total:
-            highest[phase.name] = phase
-    return {
-        name: Memory(
-            weights=weights,
-            adapters=adapters,
-            gradients=highest[name].gradients,
-            optimizer=optimizer,
-            activations=highest[name].activations,
-            temporary=highest[name].temporary,
-            reserved=device.reserved_bytes,
-        )
-        for name in PHASES
-        if name in highest
-    }
-
-
-def _phases(run: Run, shape: ModelShape) -> Iterator[Phase]:
-    method, element_bytes, devices = run.method, ELEMENT_BYTES[run.train.dtype], run.cluster.devices
     rank, heads, idle = 0, 1, 0
     block_trained = sum(linear.weights for linear in shape.adapted)
-    adapted = isinstance(method, AdapterOptions) and not starts_dense(method)
-    if isinstance(method, AdapterOptions) and adapted:
+    if isinstance(method, AdapterOptions) and not starts_dense(method):
         rank = method.row_rank(devices)
         heads = method.heads_per_device if isinstance(method, LteOptions) else 1
         # Experts that a step did not choose have no gradient.
         idle = shape.factors(method.held_rank(devices) - method.rank) if isinstance(method, AdamixOptions) else 0
         frozen_a = isinstance(method, LteOptions) and method.frozen_a
         block_trained = (shape.factors(method.held_rank(devices), frozen_a) - idle) // shape.layers
-    yield from step_phases(
-        shape, run.train.micro_batch, rank, block_trained * element_bytes, run.train.activation_checkpointing,
-        element_bytes, PRODUCT_BYTES.get(run.train.autocast, element_bytes),
-        _unpacked_bytes(method, shape, element_bytes), heads,
-        isinstance(method, LteOptions) and method.remembers_product, _made(method),
+    return _Lasting(
+        weights=weights,
+        adapters=adapters,
+        optimizer=optimizer,
+        start=start,
+        exchange=exchange_phases(run, shape, (held.trained - idle) * element_bytes),
+        rank=rank,
+        heads=heads,
+        block_gradient_bytes=block_trained * element_bytes,
+        unpacked_bytes=_unpacked_bytes(method, shape, element_bytes),
+        subtracts=isinstance(method, LteOptions) and method.remembers_product,
+        made=_made(method),
+    )
+
+
+def _phases(run: Run, shape: ModelShape, lasting: _Lasting) -> tuple[Phase, ...]:
+    train, element_bytes = run.train, ELEMENT_BYTES[run.train.dtype]
+    step = step_phases(
+        shape, train.micro_batch, lasting.rank, lasting.block_gradient_bytes, train.activation_checkpointing,
+        element_bytes, PRODUCT_BYTES.get(train.autocast, element_bytes), lasting.unpacked_bytes, lasting.heads,
+        lasting.subtracts, lasting.made,
     )  # fmt: skip
     # The batch is held until the next one comes; tokens are too few to count.
-    batch_bytes = run.train.micro_batch * shape.inputs * element_bytes
-    trained = holding(run, shape).trained
-    for p in exchange_phases(run, shape, (trained - idle) * element_bytes):
-        yield Phase(p.name, p.gradients, p.activations + batch_bytes, p.temporary)
-    # Tensors are written one by one, as they lie in memory.
-    yield Phase("checkpoint_save", 0, batch_bytes, 0)
+    batch_bytes = train.micro_batch * shape.inputs * element_bytes
+    others = (*lasting.exchange, SAVING)
+    if batch_bytes:
+        others = tuple(replace(phase, activations=phase.activations + batch_bytes) for phase in others)
+    return (*lasting.start, *step, *others)
 
 
 def _made(method: MethodOptions) -> Made:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 PhaseName = Literal[
@@ -25,7 +26,7 @@ class Phase:
     """What the forward pass has left for the backward pass."""
     temporary: int
 
-    @property
+    @cached_property
     def total(self) -> int:
         """Sum of all parts."""
         return self.gradients + self.activations + self.temporary

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from simulate.config import Run
+from simulate.costs.remember import by_method
 from simulate.costs.traffic import (
     ELEMENT_BYTES,
     Exchange,
@@ -33,7 +34,6 @@ from simulate.options import (
     LocalSgdOptions,
     LoraOptions,
     LteOptions,
-    MethodOptions,
     MhloraOptions,
     PowerSgdOptions,
     ReloraOptions,
@@ -74,6 +74,9 @@ class Recurring:
 
     def hidden(self, last_step: int) -> Iterator[tuple[int, int]]:
         """Yield how often it takes place in a run, and the steps of compute that go on while it travels then."""
+        if not self.hidden_steps:
+            yield self.times(last_step, last_step), 0
+            return
         # An exchange that nobody waits for at the run's end, like a last stale gradient, is as hidden as all others.
         late = range(max(1, last_step - self.hidden_steps + 1) if self.at_end else last_step + 1, last_step + 1)
         cut = [last_step - step for step in late if self.happens(step, last_step)]
@@ -82,14 +85,11 @@ class Recurring:
             yield 1, steps
 
 
+@by_method
 def schedule(run: Run, shape: ModelShape) -> tuple[Recurring, ...]:
     """Return everything that a run's devices exchange; one device alone exchanges nothing."""
-    return _schedule(run.method, shape, run.cluster.devices, ELEMENT_BYTES[run.train.dtype])
-
-
-@lru_cache(maxsize=16384)
-def _schedule(method: MethodOptions, shape: ModelShape, devices: int, element_bytes: int) -> tuple[Recurring, ...]:
-    return () if devices == 1 else _SCHEDULES[type(method)](method, shape, devices, element_bytes)
+    method, devices = run.method, run.cluster.devices
+    return () if devices == 1 else _SCHEDULES[type(method)](method, shape, devices, ELEMENT_BYTES[run.train.dtype])
 
 
 def sent_bytes(run: Run, shape: ModelShape, steps: int) -> int:

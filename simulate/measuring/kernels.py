@@ -8,10 +8,12 @@ Legend: M rows, I inputs, O outputs, R rank; S samples, A heads, T tokens, E num
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +32,12 @@ from simulate.costs.kernels import (
     products_s,
 )
 from simulate.costs.time import ADAM_ELEMENTS_MOVED, ADAM_MOMENTS_MOVED, CLIP_ELEMENTS_MOVED
-from simulate.hardware import Kernels, Points
+from simulate.hardware import Kernels, PackedFormat, Points
 from simulate.measure import EchoCommunicator
 from simulate.measuring.stopwatch import Stopwatch
 from simulate.methods import build_method
 from simulate.models.inputs import example_batch
+from simulate.quantize import NF4_LIBRARY, QuantizedWeight
 
 FLOAT_BYTES = 4
 BIN = 1.25
@@ -50,6 +53,8 @@ class Sizes:
     attention: Sequence[tuple[int, int]]
     optimizer: Sequence[int]
     steps: Sequence[tuple[int, int, int]]
+    packing: Sequence[int] = ()
+    """Sides of the matrices that are packed and unpacked."""
 
 
 FULL = Sizes(
@@ -62,6 +67,7 @@ FULL = Sizes(
     attention=[(16, 16), (64, 32), (128, 32), (256, 64), (512, 64)],
     optimizer=[2**15, 2**18, 2**21, 2**24],
     steps=[(2, 32, 4), (2, 64, 8), (2, 128, 4), (2, 128, 16), (2, 256, 8), (2, 384, 16)],
+    packing=[64, 256, 1024],
 )
 QUICK = Sizes(
     products=[
@@ -71,6 +77,7 @@ QUICK = Sizes(
     attention=[(64, 32), (256, 64)],
     optimizer=[2**15, 2**18, 2**22],
     steps=[(2, 48, 4), (2, 96, 8), (2, 256, 8)],
+    packing=[96, 512],
 )
 TINY_WIDTH, TINY_LAYERS = 16, (1, 5)
 """Of the networks whose steps are nothing but the starting of kernels."""
@@ -92,9 +99,11 @@ def measure_kernels(watch: Stopwatch, sizes: Sizes, tell: Tell) -> Kernels:
         Curve.of(products), Curve.of(attention), Curve((1.0,), (1.0,)), Curve.of(optimizer), step_s, layer_s, adapter_s
     )
     elementwise = merged(_elementwise(watch, rates, *size) for size in sizes.steps)
+    tell("packed weights")
+    unpack, pack = measure_packing(watch, sizes.packing)
     return Kernels(
         products=products, attention=attention, elementwise=elementwise, optimizer=optimizer, step_s=step_s,
-        layer_s=layer_s, adapter_s=adapter_s,
+        layer_s=layer_s, adapter_s=adapter_s, unpack=unpack, pack=pack,
     )  # fmt: skip
 
 
@@ -114,6 +123,30 @@ def measure_products(watch: Stopwatch, shapes: Sequence[tuple[int, int, int]]) -
             )
             points.append([product.intensity, product.flops / 3 / seconds])
     return merged(points)
+
+
+def packed_formats() -> tuple[PackedFormat, ...]:
+    """Return the formats that can be unpacked here: NF4's kernel is a library's."""
+    known: tuple[PackedFormat, ...] = get_args(PackedFormat)
+    has_nf4 = importlib.util.find_spec(NF4_LIBRARY) is not None
+    return tuple(name for name in known if has_nf4 or not name.startswith("nf4"))
+
+
+def measure_packing(
+    watch: Stopwatch, sides: Sequence[int]
+) -> tuple[dict[PackedFormat, Points], dict[PackedFormat, Points]]:
+    """Return [weights, weights/s] of unpacking square matrices, and of packing them, by format."""
+    unpack: dict[PackedFormat, Points] = {}
+    pack: dict[PackedFormat, Points] = {}
+    for name in packed_formats() if sides else ():
+        for side in sides:
+            weight = torch.randn(side, side, device=watch.device)
+            packed, elements = QuantizedWeight(weight, name), float(side * side)
+            unpacked_s = watch.seconds(f"unpacking {side} x {side} from {name}", packed.dense)
+            packed_s = watch.seconds(f"packing {side} x {side} to {name}", partial(packed.pack, weight), most=20)
+            unpack.setdefault(name, []).append([elements, elements / unpacked_s])
+            pack.setdefault(name, []).append([elements, elements / packed_s])
+    return unpack, pack
 
 
 def _attention(watch: Stopwatch, tokens: int, width: int) -> list[float]:

@@ -57,6 +57,7 @@ def measure_profile(wanted: Wanted, link: Link, tell: Tell, sizes: Sizes | None 
     finally:
         torch.set_num_threads(threads)
     device = _device(wanted, cuda, memory_bytes_per_s, peaks, kernels)
+    link = link.model_copy(update={"collectives": "nccl" if cuda else "gloo"})
     return Profile(
         name="measured", description=f"{device.kind}, measured {measurement.date[:10]}", device=[device], link=link,
         measurement=measurement,

@@ -65,16 +65,16 @@ def measured_link(links: Sequence[LinkFigures], planned: Link) -> Link:
     """Return the profile's link with measured figures in the place of its own; of no links, ValueError.
 
     A ring goes at the pace of its slowest edge, so up and down are both that edge's rate under load (each edge is one
-    node's up and another one's down), and latency is the longest. Figures of a server's or a node's inner link are not
-    measured and stay as they were planned, which `sources` says.
+    node's up and another one's down), and latency is the longest. All other figures are not measured and stay as
+    they were planned, which `sources` says.
     """
     if not links:
         raise ValueError("no link was measured")
     slowest = min(links, key=lambda link: link.loaded_bytes_per_s)
     farthest = max(links, key=lambda link: link.latency_s)
     rate = f"TCP, all ring edges busy; the slowest: node {slowest.sender} to node {slowest.receiver}"
-    kept = {"topology", "server_up_bytes_per_s", "server_down_bytes_per_s", "node_bytes_per_s", "node_latency_s"}
-    planned_figures = planned.model_dump(include=kept, exclude_none=True)
+    replaced = {"up_bytes_per_s", "down_bytes_per_s", "latency_s", "source", "sources"}
+    planned_figures = planned.model_dump(exclude=replaced, exclude_none=True)
     return Link(
         **planned_figures,
         up_bytes_per_s=slowest.loaded_bytes_per_s,

@@ -22,16 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulate.config import Run
+from simulate.costs.messages import link_of, server_latency_s, server_rates, transfer_s
 from simulate.costs.pace import round_counts
 from simulate.costs.schedule import Recurring, schedule
-from simulate.costs.time import (
-    device_merge_s,
-    device_step_s,
-    round_time,
-    server_latency_s,
-    server_rates,
-    transfer_s,
-)
+from simulate.costs.time import device_merge_s, device_step_s, round_time
 from simulate.costs.traffic import Exchange, Transfer
 from simulate.hardware import Device, Link
 from simulate.timeline.churn import leave_probability
@@ -120,6 +114,7 @@ class _Simulation:
 
     def __post_init__(self) -> None:
         run, shape, count = self.run, self.run.model.shape(), len(self.devices)
+        self.link = link_of(self.link, run.cluster.backend)
         self.parts = schedule(run, shape)
         self.step_s = device_step_s(run, shape, self.devices)
         self.step_s_N = np.array(self.step_s)

@@ -54,6 +54,8 @@ def test_a_lost_node_is_done_without_and_taken_in_again(tmp_path: Path, open_lab
     lab = open_lab(3, bytes_per_s=BYTES_PER_S)
     with launched_run(tmp_path / "run", run, processes=1, lab=lab) as launched:
         launched.wait_for_step(20)
+        (measured,) = launched.events("links")
+        assert [(edge["sender"], edge["receiver"]) for edge in measured["links"]] == [(0, 1), (1, 2), (2, 0)]
         kill_node(launched, 2)
         launched.wait_for(gone_on_after(launched, 1))
         assert launched.events("restart")[0]["processes"] == 2

@@ -12,7 +12,7 @@ from simulate.accuracy import ROOMY, errors_of, planned_bytes, tracked_rows
 from simulate.caching import reserved_bytes
 from simulate.costs.memory import memory_by_phase, peak_memory
 from simulate.costs.phases import PHASES
-from simulate.heldout import held_out_runs
+from simulate.heldout import METHODS, Sample
 from simulate.measure import measure_memory_bytes
 from simulate.options import Quantize
 from simulate.quantize import QuantizedWeight, nf4_levels
@@ -77,15 +77,22 @@ def test_packing_without_numbers_makes_the_same_buffers(monkeypatch: pytest.Monk
 
 
 def test_random_runs_are_planned_within_three_percent_and_hardly_under() -> None:
-    errors = errors_of(list(tracked_rows(10, seed=7, small=True)))
+    errors = errors_of(list(tracked_rows(Sample(10, seed=7, small=True))))
     assert errors.rows == 10
     assert errors.worst <= 0.03
     assert errors.furthest_under >= -0.01
 
 
 def test_held_out_runs_do_not_depend_on_how_many_are_asked_for() -> None:
-    assert held_out_runs(3, 5) == held_out_runs(3, 9)[:5]
-    assert held_out_runs(3, 5) != held_out_runs(4, 5)
+    assert Sample(5, seed=3).runs() == Sample(9, seed=3).runs()[:5]
+    assert Sample(5, seed=3).runs() != Sample(5, seed=4).runs()
+
+
+def test_random_runs_can_be_of_one_family_and_under_autocast() -> None:
+    runs = Sample(17, family="mixer", autocast="bf16", small=True).runs()
+    assert {run.model.shape().family for run in runs} == {"mixer"}
+    assert {(run.train.autocast, run.train.dtype) for run in runs} == {("bf16", "fp32")}
+    assert len({run.method.name for run in runs}) == len(set(METHODS))
 
 
 def test_the_peak_is_the_highest_phase() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from ltecli.app import main
 from simulate.measuring import held_out
+from tests.ltecli.command import Refused
 
 
 def test_bytes_are_validated_to_the_byte(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -34,6 +35,31 @@ def test_times_are_set_beside_a_profile_of_the_machine(
 def test_an_unknown_section_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["validate", "--only", "memroy"]) == 2
     assert "did you mean 'memory'?" in capsys.readouterr().err
+
+
+def test_memory_is_validated_for_the_networks_that_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "validate --only memory --quick --shapes 1 --seed 3 --family vit --json"
+    assert main(arguments.split()) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {key: document[key] for key in ("shapes", "seed", "family", "autocast")} == {
+        "shapes": 1, "seed": 3, "family": "vit", "autocast": "none",
+    }  # fmt: skip
+    rows = document["memory"]["rows"]
+    assert [row["how"] for row in rows] == ["tracked", "allocator"]
+    assert all(", vit 2 x " in row["name"] or ", vit 3 x " in row["name"] for row in rows)
+    assert all(abs(row["error"]) < 0.03 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--family vitt", "did you mean 'vit'?"),
+        ("--autocast bf32", "did you mean 'bf16'?"),
+        ("--profile laptop_cpu --only time --seed 3", "leave one or the other away"),
+    ],
+)
+def test_runs_that_cannot_be_asked_for_are_refused(refused: Refused, arguments: str, words: str) -> None:
+    refused("validate", *arguments.split(), words=(words,))
 
 
 def test_the_choice_is_verified(capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,7 +34,7 @@ def device(kernels: Kernels | None) -> Device:
 
 def rates(**figures: object) -> KernelRates:
     """Return rates of a run in fp32."""
-    found = KernelRates.of(tiny.ddp_run(train={"dtype": "fp32"}).train, device(FLAT.model_copy(update=figures)))
+    found = KernelRates.of("fp32", device(FLAT.model_copy(update=figures)))
     assert found is not None
     return found
 
@@ -103,10 +103,10 @@ def test_the_optimizer_goes_by_its_own_rate() -> None:
 def test_merges_go_by_the_size_of_their_products() -> None:
     run = tiny.lte_run(train={"dtype": "fp32"})
     shape = run.model.shape()
-    from simulate.costs.time import _Rates
+    from simulate.costs.time import _rates
 
     slow, fast = (
-        merge_compute_s(run, shape, _Rates.of(run.train, device(FLAT.model_copy(update={"products": [[1.0, rate]]}))))
+        merge_compute_s(run, shape, _rates(run, device(FLAT.model_copy(update={"products": [[1.0, rate]]}))))
         for rate in (1e6, 2e6)
     )
     assert 1.9 < slow / fast <= 2.0
@@ -120,3 +120,27 @@ def test_without_points_a_step_is_operations_over_the_peaks_share() -> None:
     assert device_step_s(run, shape, [plain])[0] == pytest.approx(expected, rel=1e-12)
     assert round_time(run, shape, [plain] * 2, load_profile("laptop_cpu").link).compute_s == pytest.approx(expected)
     assert not math.isclose(device_step_s(run, shape, [device(FLAT)])[0], expected)
+
+
+def test_packed_weights_go_by_their_own_rates() -> None:
+    """A layer is unpacked forward and backward, once more to recompute, and packed at merges, at its size's rate."""
+    rates = {"pack": {"int8": [[1.0, 50.0]]}, "unpack": {"int8": [[200.0, 100.0], [300.0, 1000.0]]}}
+    measured, without = device(FLAT.model_copy(update=rates)), device(FLAT)
+    fast = device(FLAT.model_copy(update={"unpack": {"int8": [[1.0, 1e30]]}, "pack": {"int8": [[1.0, 1e30]]}}))
+    for recompute, times in ((False, 2), (True, 3)):
+        train = {"dtype": "fp32", "activation_checkpointing": recompute}
+        run = tiny.lte_run(train=train, quantize="int8", reset="b")
+        shape, link = run.model.shape(), load_profile("laptop_cpu").link
+        # Two blocks of four layers: 48 x 16, 16 x 16, 64 x 16 and 16 x 64; the second is between both points.
+        assert [x.weights for x in shape.adapted] == [768, 256, 1024, 1024]
+        between = 100.0 * 10 ** (math.log(256 / 200) / math.log(300 / 200))
+        expected = times * 2 * (768 / 1000 + 256 / between + 2 * 1024 / 1000)
+        measured_s, fast_s = (device_step_s(run, shape, [d])[0] for d in (measured, fast))
+        assert measured_s - fast_s == pytest.approx(expected)
+        merges = [round_time(run, shape, [d] * 2, link).merge_s for d in (measured, fast, without)]
+        assert merges[0] - merges[1] == pytest.approx(shape.adapted_parameters / 50.0)
+        assert merges[2] == merges[1]
+    served = tiny.lte_run(train={"dtype": "fp32"}, quantize="int8", reset="b", merge_transport="server")
+    assert round_time(served, served.model.shape(), [measured] * 2, link).merge_s < 1.0
+    plain = tiny.lte_run(train={"dtype": "fp32"}, quantize="bf16", reset="b")  # of a format without points
+    assert device_step_s(plain, plain.model.shape(), [measured]) == device_step_s(plain, plain.model.shape(), [without])

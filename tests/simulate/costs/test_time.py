@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from simulate.config import Run
+from simulate.costs.messages import link_of, transfer_s
 from simulate.costs.schedule import schedule
-from simulate.costs.time import exchange_s, round_time, transfer_s
+from simulate.costs.time import exchange_s, round_time
 from simulate.costs.traffic import Exchange, Operation, Transfer
 from simulate.hardware import Link, load_profile
 from tests import tiny
@@ -14,7 +17,7 @@ from tests import tiny
 MEGABYTE = 1_000_000
 
 
-def link(topology: str, **figures: float) -> Link:
+def link(topology: str, **figures: Any) -> Link:
     """Return a link of 1 MB/s up, 2 MB/s down and 10 ms."""
     rates = {"up_bytes_per_s": 1e6, "down_bytes_per_s": 2e6, "latency_s": 0.01, **figures}
     return Link.model_validate({"topology": topology, "source": "guess", **rates})
@@ -45,6 +48,82 @@ def test_a_message_takes_what_its_links_allow(
     operation: Operation, payload_bytes: int, topology: str, seconds: float
 ) -> None:
     assert transfer_s(Transfer(operation, payload_bytes, 4), link(topology)) == pytest.approx(seconds)
+
+
+SMALL, LARGE = 131_072, 4 * MEGABYTE
+"""The largest part that gloo's devices send by pairs, and a part that goes round a ring."""
+
+
+@pytest.mark.parametrize(
+    ("operation", "payload_bytes", "devices", "topology", "seconds"),
+    [
+        # Large buffers go round the ring, whatever the topology: each hop is asked for, and so takes two delays.
+        ("all_reduce", 4 * LARGE, 4, "star", 6 * (0.02 + 4.0)),
+        ("all_reduce", 4 * LARGE, 4, "mesh", 6 * (0.02 + 4.0)),
+        ("all_gather", LARGE, 4, "star", 3 * (0.02 + 4.0)),
+        # Small parts go by pairs: two delays in all, and two swaps of a reduction four.
+        ("all_reduce", 4 * SMALL, 4, "star", 2 * (0.02 + 3 * 0.131072)),
+        ("all_reduce", 4 * SMALL + 4, 4, "star", 6 * (0.02 + 0.131073)),
+        ("all_reduce", 8 * SMALL, 8, "star", 2 * (0.02 + 7 * 0.131072)),
+        ("all_reduce", 4 * SMALL, 4, "mesh", 2 * (0.02 + 0.131072)),
+        ("all_gather", SMALL, 4, "star", 0.02 + 3 * 0.131072),
+        ("all_gather", SMALL + 1, 4, "star", 3 * (0.02 + 0.131073)),
+        # Two devices gather by pairs, whatever the size; an all-to-all always goes so.
+        ("all_gather", LARGE, 2, "star", 0.02 + 4.0),
+        ("all_to_all", 4 * LARGE, 4, "star", 0.02 + 3 * 4.0),
+        ("all_to_all", 4 * LARGE, 4, "mesh", 0.02 + 4.0),
+        # On a ring of four the farthest part crosses three links, and a link carries 1 + 2 + 3 parts.
+        ("all_to_all", 4 * LARGE, 4, "ring", 3 * 0.02 + 6 * 4.0),
+        # A tree: of four the root sends two copies at once, its first child a third; and three, two, one of eight. All
+        # have asked for it, so that a level takes one delay after the first one's two. Of three the root sends both.
+        ("broadcast", MEGABYTE, 2, "star", 0.02 + 1.0),
+        ("broadcast", MEGABYTE, 3, "star", 0.02 + 2.0),
+        ("broadcast", MEGABYTE, 4, "star", 0.03 + 3.0),
+        ("broadcast", MEGABYTE, 8, "star", 0.04 + 6.0),
+        ("broadcast", MEGABYTE, 4, "mesh", 0.03 + 2.0),
+        # What goes to a server and comes from it is asked for, too.
+        ("push", MEGABYTE, 4, "star", 0.02 + 2.0),
+        ("pull", MEGABYTE, 4, "star", 0.02 + 4.0),
+    ],
+)
+def test_gloo_takes_what_the_launched_communicator_makes_of_it(
+    operation: Operation, payload_bytes: int, devices: int, topology: str, seconds: float
+) -> None:
+    wires = link(topology, collectives="gloo")
+    assert transfer_s(Transfer(operation, payload_bytes, devices), wires) == pytest.approx(seconds)
+
+
+def test_a_broadcasts_copies_wait_for_the_root_or_for_the_slower_way_down() -> None:
+    slow_down = link("star", collectives="gloo", up_bytes_per_s=2e6, down_bytes_per_s=0.5e6)
+    # Two copies up take 1 s, one down 2 s; the third copy takes 2 s down.
+    assert transfer_s(Transfer("broadcast", MEGABYTE, 4), slow_down) == pytest.approx(0.03 + 2.0 + 2.0)
+
+
+def test_an_uplink_that_all_share_bounds_gloos_messages_too() -> None:
+    shared = link("star", collectives="gloo", shared_bytes_per_s=1e6)
+    together = 4 * 3 * 0.131072  # every device's three parts
+    assert transfer_s(Transfer("all_gather", SMALL, 4), shared) == pytest.approx(0.02 + together)
+    assert transfer_s(Transfer("all_gather", LARGE, 4), shared) == pytest.approx(3 * (0.02 + 4 * 4.0))
+    # Seven copies, one after the other.
+    assert transfer_s(Transfer("broadcast", MEGABYTE, 8), shared) == pytest.approx(0.04 + 7.0)
+
+
+def test_a_hops_delays_can_be_given_and_a_run_says_what_carries_it() -> None:
+    ring = Transfer("all_gather", LARGE, 4)
+    assert transfer_s(ring, link("star", collectives="gloo", hop_delays=2.5)) == pytest.approx(3 * (0.025 + 4.0))
+    assert transfer_s(ring, link("star", hop_delays=1.5)) == pytest.approx(3 * (0.015 + 4.0))
+    by_profile = link("star", collectives="gloo")
+    assert link_of(by_profile, "auto") is link_of(by_profile, "gloo") is by_profile
+    assert transfer_s(ring, link_of(by_profile, "nccl")) == pytest.approx(3 * (0.01 + 4.0))
+    run, profile = tiny.lte_run(devices=2), load_profile("raspberry_x8")
+    asked = run.model_copy(update={"cluster": run.cluster.model_copy(update={"backend": "nccl"})})
+    gloo, nccl = (round_time(r, r.model.shape(), profile.devices(2), profile.link).exchange_s for r in (run, asked))
+    assert nccl < gloo
+
+
+def test_nodes_own_links_carry_gloos_messages_between_their_devices() -> None:
+    wires = link("star", collectives="gloo", node_bytes_per_s=4e6, node_latency_s=0.001)
+    assert transfer_s(Transfer("all_reduce", 4 * LARGE, 4, teams=2), wires) == pytest.approx(6 * (0.002 + 1.0))
 
 
 def test_a_fast_server_leaves_the_devices_own_links_as_the_limit() -> None:

@@ -12,12 +12,15 @@ from simulate.costs.time import device_step_s
 from simulate.hardware import Profile, detect_local, load_profile
 from simulate.measuring import machine
 from simulate.measuring.held_out import QUICK_CASES, Case, held_out_times
-from simulate.measuring.kernels import Sizes, merged
+from simulate.measuring.kernels import Sizes, merged, packed_formats
 from simulate.measuring.machine import Wanted, disk_bytes_per_s, measure_profile
 from simulate.measuring.stopwatch import Stopwatch
 from tests import tiny
 
-TINY = Sizes(products=[(16, 8, 8), (32, 32, 32), (32, 2, 32)], attention=[(16, 8)], optimizer=[256], steps=[(1, 32, 1)])
+TINY = Sizes(
+    products=[(16, 8, 8), (32, 32, 32), (32, 2, 32)], attention=[(16, 8)], optimizer=[256], steps=[(1, 32, 1)],
+    packing=[8, 16],
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,18 @@ def test_plans_go_by_what_was_measured(profile: Profile) -> None:
     plain = profile.device[0].model_copy(update={"kernels": None})
     measured_s, plain_s = (device_step_s(run, run.model.shape(), [device])[0] for device in (profile.device[0], plain))
     assert measured_s > plain_s  # starting kernels is most of so small a step
+
+
+def test_every_format_of_frozen_weights_is_measured(profile: Profile) -> None:
+    kernels = profile.device[0].kernels
+    assert kernels is not None
+    assert {"bf16", "int8"} <= set(kernels.unpack) == set(kernels.pack) == set(packed_formats())
+    assert all([size for size, _ in points] == [64.0, 256.0] for points in kernels.unpack.values())
+    run = tiny.lte_run(train={"dtype": "fp32"}, quantize="int8", reset="b")
+    slower = {"int8": [[size, rate / 100] for size, rate in kernels.unpack["int8"]]}
+    slow = profile.device[0].model_copy(update={"kernels": kernels.model_copy(update={"unpack": slower})})
+    fast_s, slow_s = (device_step_s(run, run.model.shape(), [device])[0] for device in (profile.device[0], slow))
+    assert slow_s > fast_s
 
 
 def test_held_out_steps_are_planned_and_measured(profile: Profile) -> None:

@@ -45,6 +45,8 @@ def test_equal_devices_take_what_the_closed_form_says(name: str, topology: str) 
         link(topology, 1e4),
         link(topology, 1e9, 1e-6),
         link(topology, 1e5, shared_bytes_per_s=1.1e5, hop_delays=2.5, server_up_bytes_per_s=2e5),
+        link(topology, 1e5, collectives="gloo"),
+        link(topology, 1e5, collectives="gloo", shared_bytes_per_s=1.1e5, hop_delays=2.5),
     ):
         timeline = simulate(run, devices, wires)
         assert timeline.wall_s == pytest.approx(planned_s(run, devices, wires), rel=1e-12)
