@@ -46,6 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "local-sgd": {"name": "local-sgd"},
     "diloco": {"name": "diloco"},
     "lte, rank 64, frozen A, muon": {"name": "lte", "optimizer": "muon", "rank": 64},
+    "lte, frozen joint A, muon": {"name": "lte", "draws": "joint", "optimizer": "muon"},
     "lte, reset b": {"name": "lte", "frozen_a": False},
     "lte, frozen A": {"name": "lte"},
     "mhlora": {"name": "mhlora"},

@@ -4,7 +4,10 @@ python bench/peers.py --models gpt2 gpt2_medium
 
 Each is asked as its users would: accelerate's `estimate-memory` figure for training with Adam (four times the weights),
 DeepSpeed's ZeRO estimators without offloading on one GPU, llm-analysis's training analysis of the network's sizes. They
-may lie beside the project: pip install --target PEERS llm-analysis; PYTHONPATH=PEERS python bench/peers.py
+may lie beside the project:
+
+    pip install --no-deps --target PEERS llm-analysis fire termcolor
+    PYTHONPATH=PEERS python bench/peers.py
 """
 
 from __future__ import annotations
@@ -44,6 +47,8 @@ def zero2_bytes(run: Run) -> float:
 
 ROOMY_GB = 10**6
 """So that no estimate is cut to what a GPU has."""
+LLM_ANALYSIS_TOTALS = ("estimated_peak_memory_per_gpu", "(weight+op_state+grad+act)_memory_per_gpu")
+"""As its repository calls the whole, and release 0.2.2."""
 
 
 def llm_analysis_bytes(run: Run) -> float:
@@ -62,7 +67,7 @@ def llm_analysis_bytes(run: Run) -> float:
         summary = LLMAnalysis(model, gpu).training(batch_size_per_gpu=run.train.micro_batch, seq_len=shape.tokens)
     finally:
         logging.disable(logging.NOTSET)
-    return float(summary["estimated_peak_memory_per_gpu"])
+    return float(next(summary[key] for key in LLM_ANALYSIS_TOTALS if key in summary))
 
 
 PEERS: dict[str, tuple[str, Callable[[Run], float]]] = {

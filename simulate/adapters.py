@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from simulate.costs.traffic import Quantize
 from simulate.lazy import MadeWeight
+from simulate.options import Draws
 from simulate.precision import product_dtype
 from simulate.quantize import QuantizedWeight, mapped_copy
-from simulate.randomness import address
+from simulate.randomness import address, generator
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class AdapterSpec:
     seed: int
     draws_per_head: int = 1
     """Independent draws of `rank` rows that make up one head's A."""
+    draws: Draws = "own"
+    """Whether the A of different heads are independent, or orthogonal to one another."""
     frozen_a: bool = False
     """Whether A stays as drawn and B is trained alone."""
     quantize: Quantize = "none"
@@ -243,11 +246,14 @@ class LoraLinear(nn.Module):
     def draw_a(self, steps_done: int, all_heads: int | None = None) -> Tensor:
         """Return fresh A, rows orthogonal, for the local heads, or for `all_heads` of all devices.
 
-        Addressed by (seed, layer, global head, steps done), so that everyone draws the same for a head.
+        Addressed by (seed, layer, global head, steps done), so that everyone draws the same for a head. With joint
+        draws rows of different heads are orthogonal, too, of as many heads as fit into I dimensions.
         """
         rank, inputs = self.spec.rank, self.a.shape[2]
         heads = (all_heads or self.a.shape[0]) * self.spec.draws_per_head
         first = 0 if all_heads else self.spec.first_device * self.spec.heads_per_device
+        if self.spec.draws == "joint":
+            return self._draw_jointly(range(first, first + heads), steps_done)
         normal_HIR = torch.empty(heads, inputs, rank, dtype=torch.float64)
         for head in range(heads):
             seed = address(self.spec.seed, "adapter", self.name, first + head, steps_done)
@@ -255,6 +261,25 @@ class LoraLinear(nn.Module):
         q_HIR, r_HRR = torch.linalg.qr(normal_HIR)
         q_HIR *= r_HRR.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)
         return (q_HIR.transpose(1, 2) * math.sqrt(inputs / rank)).reshape(-1, *self.a.shape[1:]).to(self.a)
+
+    def _draw_jointly(self, heads: range, steps_done: int) -> Tensor:
+        """Return A of some heads: each takes its r rows of a random orthogonal matrix, (I, I), that its group shares.
+
+        Q = Π·C·D·C·D·C·D with the Hartley transform C, random signs D and the rows' order Π (Yu et al. 2016, arXiv
+        1610.09072, have Hadamard's transform): a head's rows cost I·log I each, whoever has the others.
+        """
+        rank, inputs = self.spec.rank, self.a.shape[2]
+        drawn_HRI = self.a.new_empty(len(heads), rank, inputs)
+        for index, head in enumerate(heads):
+            group, place = divmod(head, inputs // rank)
+            random = generator(self.spec.seed, "joint adapters", self.name, group, steps_done)
+            rows_R = torch.from_numpy(random.permutation(inputs)[place * rank : (place + 1) * rank])
+            q_RI = F.one_hot(rows_R, inputs).double()
+            for _ in range(3):
+                signs_I = torch.from_numpy(random.integers(0, 2, inputs) * 2.0 - 1.0)
+                q_RI = hartley(q_RI).mul_(signs_I)
+            drawn_HRI[index] = q_RI.mul_(math.sqrt(inputs / rank))
+        return drawn_HRI
 
     def remember_product(self, a_HRI: Tensor, b_HOR: Tensor) -> None:
         """Keep B·A as it was merged: what the next merges must not count twice."""
@@ -354,6 +379,12 @@ class LoraConv2d(LoraLinear):
 
     def _as_plain(self, weight_OI: Tensor) -> Tensor:
         return weight_OI.view(self.shape)
+
+
+def hartley(x_XI: Tensor) -> Tensor:
+    """Return the orthonormal Hartley transform of each row: Σ_j x_j·(cos + sin)(2πij/I) / sqrt(I)."""
+    transformed_XI = torch.fft.fft(x_XI)
+    return (transformed_XI.real - transformed_XI.imag).div_(math.sqrt(x_XI.shape[1]))
 
 
 def lora_layers(model: nn.Module) -> list[LoraLinear]:

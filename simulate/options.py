@@ -21,6 +21,8 @@ Pace = Literal["lockstep", "deadline"]
 Norms = Literal["average", "one", "vector-lora", "none"]
 Biases = Literal["average", "frozen"]
 Convolutions = Literal["lora", "average"]
+Draws = Literal["own", "joint"]
+"""How the A of different heads are drawn: independently, or with rows that are orthogonal to one another's."""
 DEFAULT_SCALE = 64.0  # alpha / rank of the paper's best run: alpha = 4096 at rank 64
 
 
@@ -234,6 +236,9 @@ class LteOptions(AdapterOptions):
     frozen_a: bool = True
     """Train B alone (LoRA-FA, arXiv 2308.03303): A stays as drawn, which all devices can, so that only B travels. False
     where not given with reset = "none", which trains A as the paper does."""
+    draws: Draws = "own"
+    """own: every head draws its A by itself; joint: rows of A are orthogonal also between heads, of as many as there is
+    room for in a layer's inputs, so that together heads look in all directions alike."""
     fragments: int = Field(default=1, gt=0)
     """Groups of layers that merge at staggered steps, each every T steps: divides the peak traffic."""
     merge_delay: int = Field(default=0, ge=0)

@@ -159,6 +159,9 @@ VARIANTS: dict[str, Table] = {
         "name": "lte", "merge_every": 4, "frozen_a": True, "reset": "ab", "heads_per_device": 2,
         "merge_transport": "auto",
     },
+    "lte, joint": {
+        "name": "lte", "merge_every": 4, "frozen_a": True, "reset": "ab", "draws": "joint", "rank": 6,
+    },
     "lte, forgetful": {"name": "lte", "merge_every": 4, "merge_optimizer": "reset", "reset": "ab"},
 }  # fmt: skip
 """Every method, and every option that changes what is computed or sent; rank 2 and scale 2 where there are adapters."""

@@ -59,6 +59,8 @@ from simulate.options import (
 
 DRAW_BYTES = 3 * 8
 """An element of A while it is drawn, in double precision: its normal number, its factor of QR, the scaled one."""
+JOINT_DRAW_BYTES = 8 + 16 + 8
+"""Of an element of one head in a joint draw: as it was, its complex transform, and what becomes of it."""
 LONG_BYTES, FLOAT_BYTES = 8, 4
 PREDICTION_TENSORS = 5
 """Tensors of a parameter's size at the height of SAPipe's prediction: both moments, their ratio, the decay, the sum."""
@@ -343,7 +345,7 @@ def _lte(e: _Exchange) -> tuple[Phase, ...]:
         phases += [_merge(_factors_bytes(e, [by_factors[i] for i in group])) for group in pack(sizes)]
         phases += [_merge(size) for size in _delta_bytes(e, [x.weights * e.element_bytes for x in dense])]
     if method.reset == "ab":
-        phases.append(_merge(max(x.in_features for x in layers) * held_rank * _draw_bytes(e)))
+        phases.append(_merge(max(_drawing_bytes(e, x.in_features, method.heads_per_device) for x in layers)))
     if method.is_paced:
         phases.append(_merge(max(x.out_features for x in layers) * rank_bytes))
     others = [t.elements * e.element_bytes for t in e.shape.replicated if is_averaged(t, method.norms, method.biases)]
@@ -356,9 +358,12 @@ def _lte(e: _Exchange) -> tuple[Phase, ...]:
     return (max(phases, key=lambda phase: phase.total),)
 
 
-def _draw_bytes(e: _Exchange) -> int:
-    """Of an element of A while it is drawn and converted."""
-    return DRAW_BYTES + (e.element_bytes if e.element_bytes < LONG_BYTES else 0)
+def _drawing_bytes(e: _Exchange, inputs: int, heads: int) -> int:
+    """While the A of some heads of one layer is drawn and converted: all at once, or, of joint draws, head by head."""
+    of_head = inputs * e.method.rank
+    if e.method.draws == "joint":
+        return heads * of_head * e.element_bytes + of_head * JOINT_DRAW_BYTES
+    return heads * of_head * (DRAW_BYTES + (e.element_bytes if e.element_bytes < LONG_BYTES else 0))
 
 
 def _merge(num_bytes: int) -> Phase:
@@ -379,11 +384,15 @@ def _factors_bytes(e: _Exchange, members: Sequence[LinearShape]) -> int:
         return own + messages * max(packed, sum(_quantized(e, x) for x in members))
     stacked = max(e.devices * x.out_features * held_rank for x in members) * e.element_bytes
     stacked *= 2 if method.is_paced else 1
-    drawn = max(e.devices * x.in_features * held_rank for x in members) if method.frozen_a and messages else 0
+    drawing = drawn = 0
+    if method.frozen_a and messages:
+        drawing = max(_drawing_bytes(e, x.in_features, e.devices * method.heads_per_device) for x in members)
+        copies = 1 if method.draws == "joint" else 2  # as drawn, and laid out for the product
+        drawn = copies * max(e.devices * x.in_features * held_rank for x in members) * e.element_bytes
     everyones = messages * e.devices * sent
     packing = max(packing_bytes(x.weights, x.in_features, method.quantize, e.element_bytes) for x in members)
     base = max(_base_bytes(e, x.weights) for x in members)
-    added = everyones + max(drawn * _draw_bytes(e), base + 2 * drawn * e.element_bytes + stacked, packing)
+    added = everyones + max(drawing, base + drawn + stacked, packing)
     if not compressed:
         return added
     rounding = packed + max(sides) * (e.element_bytes + (4 if method.wire == "int4" else 2))

@@ -9,6 +9,12 @@ Reset-less merges telescope, since each one takes back the last: W = W0 + (s/H)�
 So W0 is kept instead of everybody's old factors; nothing accumulates, neither rounding nor memory. Parameters outside
 adapted layers belong to a device and are averaged with every merge. Optimizer state stays with its device.
 
+With `draws` = "joint" rows of A are orthogonal between heads, too, of as many as fit into the inputs I, so that
+
+    (1/H)·Σ_h A_hᵀ·A_h = (I/(H·r))·P,   a projection on H·r directions, the identity where H·r = I
+
+and merges look in every direction alike (as in orthogonal random features; Yu et al. 2016, arXiv 1610.09072).
+
 With `merge_delay` d what heads have at step kT, A' and B', is merged behind the next d steps; after step kT + d
 
     reset-less:                W ← W0 + (s/H)·Σ_h B'_h·A'_h,   then A0_h, B0_h ← A'_h, B'_h
@@ -92,6 +98,7 @@ class Lte(Paced):
             reset_less=options.reset == "none",
             first_device=self.communicator.local_devices.start,
             seed=self.run.train.seed,
+            draws=options.draws,
             frozen_a=options.frozen_a,
             quantize=options.quantize,
             keeps_start=merges_here,

@@ -16,7 +16,7 @@ STEPS = 60
 ONE_OF_EACH = [
     "ddp, int8", "relora, warm start", "mhlora", "adamix", "local-sgd, moments", "fedavg", "diloco, streaming", "daso",
     "sapipe", "powersgd", "topk", "signsgd", "lte", "lte, streaming int8", "lte, reduced int4", "lte, served bf16",
-    "lte, norms of one, served", "lte, frozen a, muon", "lte, int8, served",
+    "lte, norms of one, served", "lte, frozen a, muon", "lte, int8, served", "lte, joint",
 ]  # fmt: skip
 
 
