@@ -29,7 +29,7 @@ def curves(results: Results, batch: str, method: str) -> list[list[tuple[int, fl
 
 def draw(axes: Any, results: Results, batch: str, methods: list[str]) -> None:
     """Draw one batch size, the lowest end first in the legend."""
-    drawn = []
+    drawn, after_start = [], []
     for number, method in enumerate(methods):
         seeds = curves(results, batch, method)
         if not seeds:
@@ -44,6 +44,8 @@ def draw(axes: Any, results: Results, batch: str, methods: list[str]) -> None:
             low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
             axes.fill_between(tokens, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
         drawn.append((means[-1], line, f"{means[-1]:.3f}  {method} ({len(seeds)})"))
+        after_start.append(means[1])
+    axes.set_ylim(top=1.05 * max(after_start, default=1.0))  # the first steps of a run that starts badly are no subject
     drawn.sort(key=lambda entry: entry[0])
     axes.legend([line for _, line, _ in drawn], [label for _, _, label in drawn], fontsize=7, frameon=False)
     axes.set_title(f"{batch} batch: {BATCHES[batch]['steps']} steps (seeds in brackets)", fontsize=9)

@@ -13,7 +13,7 @@ import statistics
 import sys
 
 from simulate.hardware import detect_local, load_profile
-from simulate.measuring.held_out import held_out_times
+from simulate.measuring.held_out import held_out_times, quantized_cases
 from simulate.measuring.machine import Wanted, measure_profile
 
 
@@ -23,13 +23,14 @@ def main() -> None:
     parser.add_argument("profile", nargs="?")
     parser.add_argument("--quick", action="store_true", help="a quick measurement and four steps")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--quantized", action="store_true", help="steps over frozen weights in each format instead")
     arguments = parser.parse_args()
     if arguments.profile:
         profile = load_profile(arguments.profile)
     else:
         wanted = Wanted(quick=arguments.quick, threads=arguments.threads)
         profile = measure_profile(wanted, detect_local().link, lambda what: print(what, file=sys.stderr))
-    rows = held_out_times(profile, arguments.quick)
+    rows = held_out_times(profile, arguments.quick, quantized_cases() if arguments.quantized else None)
     print("| step | planned | measured | error |\n|---|---|---|---|")
     errors = [planned / measured - 1 for _, planned, measured in rows]
     for (name, planned, measured), error in zip(rows, errors, strict=True):

@@ -40,8 +40,9 @@ def least_squares(arguments: argparse.Namespace) -> Iterator[str]:
     }
     for heads in (2, 4, 16):
         options = {"name": "lte", "rank": RANK, "alpha": float(RANK)}
-        methods[f"LTE, {heads} heads of rank {RANK}, T = 10"] = (heads, options)
-        methods[f"LTE, {heads} heads of rank {RANK}, T = 10, reset ab"] = (heads, {**options, "reset": "ab"})
+        methods[f"LTE, {heads} heads of rank {RANK}, T = 10"] = (heads, {**options, "reset": "none"})
+        drawn_anew = {**options, "reset": "ab", "frozen_a": False}
+        methods[f"LTE, {heads} heads of rank {RANK}, T = 10, reset ab"] = (heads, drawn_anew)
     target = draw(0, "target", SIDE, SIDE) / SIDE**0.5
     for name, (devices, options) in methods.items():
         found = solved(devices, options, target)
@@ -125,10 +126,11 @@ def heads_rank(arguments: argparse.Namespace) -> Iterator[str]:
 
 def merge_every(arguments: argparse.Namespace) -> Iterator[str]:
     """Steps T between merges, 4 heads of rank 32."""
-    yield "| T | reset-less | reset b | reset ab |"
-    yield "|---|---|---|---|"
+    kinds = {"frozen A": {}, "reset-less": {"reset": "none"}, "reset ab": {"reset": "ab", "frozen_a": False}}
+    yield f"| T | {' | '.join(kinds)} |"
+    yield "|---|" + "---|" * len(kinds)
     for steps in (1, 5, 10, 25, 50, 100):
-        losses = (text_loss(arguments.data, 4, merge_every=steps, reset=reset) for reset in ("none", "b", "ab"))
+        losses = (text_loss(arguments.data, 4, merge_every=steps, **options) for options in kinds.values())
         yield f"| {steps} | " + " | ".join(losses) + " |"
 
 

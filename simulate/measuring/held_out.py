@@ -15,7 +15,7 @@ from simulate.config import Run, build_run
 from simulate.costs.time import device_step_s
 from simulate.errors import InputError
 from simulate.hardware import Profile
-from simulate.measuring.kernels import step_s
+from simulate.measuring.kernels import packed_formats, step_s
 from simulate.measuring.stopwatch import Stopwatch
 
 LEAST_STEPS = 7
@@ -71,6 +71,15 @@ CASES: tuple[Case, ...] = (
     Case("vit 6 x 192, batch 9, lte rank 16 reset b", _vit(6, 192), {**LTE, "rank": 16, "reset": "b"}, 9),
     Case("vit 2 x 288, batch 3, lte reset-less", _vit(2, 288), {**LTE, "reset": "none"}, 3),
 )
+
+
+def quantized_cases() -> tuple[Case, ...]:
+    """Return one step with frozen weights in full, and in each format that can be unpacked here."""
+    formats = ("none", *packed_formats())
+    lte = {**LTE, "frozen_a": False, "reset": "b"}
+    return tuple(
+        Case(f"gpt 4 x 256, batch 4, lte {name}", _gpt(4, 256, 64), {**lte, "quantize": name}, 4) for name in formats
+    )
 
 
 def held_out_times(
