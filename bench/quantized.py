@@ -1,6 +1,7 @@
 """Frozen weights in fewer bytes: what they save by the plan, and what they cost in time and in loss.
 
 python bench/quantized.py memory
+python bench/quantized.py fits --models llama_1b llama_7b --verify
 python bench/quantized.py step --pairs 6
 python bench/quantized.py loss PATH_OF_A_TEXT
 """
@@ -8,25 +9,31 @@ python bench/quantized.py loss PATH_OF_A_TEXT
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
+from functools import cache
 from typing import Any
 
 import torch
-from memory import ROOMY
 
+from simulate.accuracy import ROOMY
 from simulate.communicator import VirtualCommunicator
-from simulate.config import build_run
+from simulate.config import Run, build_run
 from simulate.costs.memory import peak_memory
 from simulate.methods import build_method
 from simulate.methods.base import Method
 from simulate.models.inputs import example_batch
+from simulate.tracking import tracked_memory
 
 FORMATS = ("none", "bf16", "int8", "nf4", "nf4-double")
 MODELS = {"vit_l16": 32, "gpt2_xl": 32, "llama_7b": 64}
 """Rank of LTE's one head on a device, by model."""
 STEP_MODEL = {"layers": 4, "width": 256, "attention_heads": 4, "context": 128}
 LOSS_MODEL = {"layers": 4, "width": 128, "attention_heads": 4, "context": 64}
+GPU_GIBIBYTES, RESERVED_BYTES = (8, 11, 24), 700_000_000
+"""Of common GPUs, and what the system and its context take of them (a guess, as in the profiles)."""
+RANKS = (8, 16, 32, 64, 128, 256)
 SEPARATE = ROOMY.model_copy(update={"host_memory_bytes": 10**12})
 """A device beside a host, which keeps full-precision weights."""
 
@@ -48,6 +55,38 @@ def print_memory() -> None:
         for quantize in FORMATS:
             ours = static_bytes(model, {"name": "lte", "rank": rank, "reset": "b", "quantize": quantize})
             print(f"  {quantize:10} {ours / 1e9:6.2f} GB, 1/{dense / ours:.2f}", flush=True)
+
+
+def small_run(model: str, rank: int, method: str, context: int | None) -> Run:
+    """Return a run of eight devices that saves memory by NF4, autocast, checkpointing and moments in 8 bits."""
+    reset = {"reset": "b"} if method == "lte" else {}
+    sizes = {"name": model} if context is None else {"name": model, "context": context}
+    train = {"micro_batch": 1, "activation_checkpointing": True, "autocast": "fp16", "optimizer_state": "8bit"}
+    table = {"model": sizes, "method": {"name": method, "rank": rank, "quantize": "nf4", **reset}, "train": train}
+    return build_run({**table, "cluster": {"devices": 8}})
+
+
+def print_fits(models: list[str], method: str, ranks: list[int], context: int | None, verify: bool) -> None:
+    """Print the highest rank that fits GPUs of some sizes, or how far the lowest is from it."""
+    tracked = cache(tracked_memory)
+    for model, gibibytes in itertools.product(models, GPU_GIBIBYTES):
+        room = gibibytes * 2**30 - RESERVED_BYTES
+        ranks = sorted(ranks, reverse=True)
+        runs = [small_run(model, rank, method, context) for rank in ranks]
+        planned = [peak_memory(run, run.model.shape(), SEPARATE).total for run in runs]
+        index = next((i for i, total in enumerate(planned) if total <= room), len(runs) - 1)
+        rank, run, total = ranks[index], runs[index], planned[index]
+        where = f"{model} on {gibibytes} GiB, {run.method.name} {run.method.frozen_format}, rank {rank}"
+        print(f"{where}: planned {total / 1e9:.3f} GB, {_verdict(room - total)}", flush=True)
+        if verify:
+            seen = tracked(run, with_host=False)
+            error, reserved = total / seen.tracked_bytes - 1, seen.allocator_bytes
+            print(f"  tracked {seen.tracked_bytes / 1e9:.3f} GB: planned {error:+.2%}", flush=True)
+            print(f"  CUDA's caching allocator {reserved / 1e9:.3f} GB, {_verdict(room - reserved)}", flush=True)
+
+
+def _verdict(left_bytes: int) -> str:
+    return f"{abs(left_bytes) / 1e9:.2f} GB {'left' if left_bytes >= 0 else 'short'}"
 
 
 def step_method(quantize: str) -> Method:
@@ -99,6 +138,12 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("memory")
     verbs.add_parser("step").add_argument("--pairs", type=int, default=6)
+    fits = verbs.add_parser("fits")
+    fits.add_argument("--models", nargs="+", default=["llama_1b", "llama_7b"])
+    fits.add_argument("--method", default="lte")
+    fits.add_argument("--ranks", type=int, nargs="+", default=RANKS)
+    fits.add_argument("--context", type=int)
+    fits.add_argument("--verify", action="store_true")
     loss = verbs.add_parser("loss")
     loss.add_argument("text")
     loss.add_argument("--steps", type=int, default=200)
@@ -106,6 +151,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.verb == "memory":
         print_memory()
+    elif arguments.verb == "fits":
+        print_fits(arguments.models, arguments.method, arguments.ranks, arguments.context, arguments.verify)
     elif arguments.verb == "step":
         print_steps(arguments.pairs)
     else:

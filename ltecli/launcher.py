@@ -25,7 +25,7 @@ from simulate.errors import InputError
 from simulate.events import truncate_events
 from simulate.hardware import LOCAL, Profile, load_profile
 from simulate.local_gpu import local_gpu_profile
-from simulate.options import DdpOptions, LteOptions
+from simulate.options import DdpOptions
 
 RUN_FILE, PROFILE_FILE, PLAN_FILE, EVENTS_FILE = "run.toml", "profile.toml", "plan.json", "events.jsonl"
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
@@ -59,9 +59,10 @@ class RunFolder:
 
 def check_trainable(run: Run) -> None:
     """Raise InputError where something is not installed that the run needs."""
-    if isinstance(run.method, LteOptions) and run.method.quantize.startswith("nf4") and not is_nf4_installed():
+    frozen = run.method.frozen_format
+    if frozen.startswith("nf4") and not is_nf4_installed():
         raise InputError(
-            f"method.quantize = {run.method.quantize!r} needs bitsandbytes: pip install 'lte[quantize]', or try "
+            f"method.quantize = {frozen!r} needs bitsandbytes: pip install 'lte[quantize]', or try "
             "--set method.quantize=int8"
         )
 

@@ -436,10 +436,9 @@ def needs_library(run: Run) -> bool:
 
 def _quantize_notes(chosen: Candidate) -> Iterator[str]:
     method = chosen.run.method
-    assert isinstance(method, LteOptions)
-    if method.quantize.startswith("nf4"):
-        yield f"method.quantize = {method.quantize} needs bitsandbytes: pip install 'lte[quantize]'"
-    if not method.keeps_master and method.reset != "none":
+    if method.frozen_format.startswith("nf4"):
+        yield f"method.quantize = {method.frozen_format} needs bitsandbytes: pip install 'lte[quantize]'"
+    if isinstance(method, LteOptions) and not method.keeps_master and method.reset != "none":
         yield (
             "method.master = none with method.reset = "
             f"{method.reset} loses merged updates that are smaller than a rounding step; try --set method.master=host"

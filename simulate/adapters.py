@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simulate.costs.traffic import Quantize
+from simulate.lazy import MadeWeight
 from simulate.options import Draws
 from simulate.precision import product_dtype
 from simulate.quantize import QuantizedWeight, mapped_copy
@@ -292,9 +294,12 @@ class LoraLinear(nn.Module):
         return self.b.shape[1], self.a.shape[2]
 
     def merged_weight(self) -> Tensor:
-        """Return W without adapters, (O, I), as exactly as it is kept here."""
+        """Return W without adapters, (O, I), as exactly as it is kept here; of a quantised W, a new tensor.
+
+        A copy of the host's, too, where both share one memory: the same bytes are held everywhere.
+        """
         if self.master is not None:
-            return self.master.to(self.b.device)
+            return self.master.to(self.b.device, copy=True)
         return _dense(self.frozen or self.weight)
 
     @torch.no_grad()
@@ -314,7 +319,11 @@ class LoraLinear(nn.Module):
     def folded_weight(self) -> Tensor:
         """Return W + s·mean_h(B_h·A_h), (O, I): the one weight that unmerged adapters amount to."""
         product_HOI = self.b.detach() @ self.a.detach()
-        return torch.add(self.merged_weight(), product_HOI.mean(0), alpha=self.spec.scale)
+        mean_OI = product_HOI.mean(0)
+        del product_HOI
+        weight_OI = self.merged_weight()
+        own = None if self.frozen is None else weight_OI  # a new tensor, to write to
+        return torch.add(weight_OI, mean_OI, alpha=self.spec.scale, out=own)
 
     def forward(self, x: Tensor) -> Tensor:
         return lora_function(
@@ -328,9 +337,20 @@ class LoraLinear(nn.Module):
 
     def plain_weight(self, fold: bool) -> Tensor:
         """Return the plain layer's weight; with `fold`, adapters included."""
-        kept = self.merged_weight() if self.spec.shows_master else _dense(self.frozen or self.weight)
-        weight = self.folded_weight() if fold else kept
-        return weight.t() if self.transposed else weight
+        if fold:
+            return self._as_plain(self.folded_weight())
+        return self._as_plain(self.merged_weight() if self.spec.shows_master else _dense(self.frozen or self.weight))
+
+    def plain_weight_in_use(self, fold: bool) -> Tensor:
+        """As `plain_weight`, to compute with: what has to be made for it is made for each product, and let go."""
+        if self.frozen is None and not fold:
+            return self.plain_weight(fold)
+        held = self.frozen or self.weight
+        form = self._as_plain(torch.empty(held.shape, dtype=held.dtype, device="meta"))
+        return MadeWeight(partial(self.plain_weight, fold), form, held.device)
+
+    def _as_plain(self, weight_OI: Tensor) -> Tensor:
+        return weight_OI.t() if self.transposed else weight_OI
 
 
 class LoraConv2d(LoraLinear):
@@ -357,8 +377,8 @@ class LoraConv2d(LoraLinear):
         reach = self.dilation[axis] * (self.kernel[axis] - 1)
         return (pixels + 2 * self.padding[axis] - reach - 1) // self.stride[axis] + 1
 
-    def plain_weight(self, fold: bool) -> Tensor:
-        return super().plain_weight(fold).view(self.shape)
+    def _as_plain(self, weight_OI: Tensor) -> Tensor:
+        return weight_OI.view(self.shape)
 
 
 def hartley(x_XI: Tensor) -> Tensor:

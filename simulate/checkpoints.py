@@ -28,6 +28,8 @@ if TYPE_CHECKING:  # listing checkpoints must not cost torch's import
 CHECKPOINT_VERSION = 2
 KEEP = 2
 """The newest whole checkpoints that are kept: one could be damaged by the disk."""
+CHUNK_BYTES = 2**20
+"""Of a file that are looked at at once."""
 SHARED = "state"
 _PART = re.compile(r"devices-(\d+)-(\d+)\.json")
 
@@ -120,27 +122,33 @@ def prune(folder: Path, devices: Iterable[int]) -> None:
 
 
 def _write_part(folder: Path, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    from safetensors.torch import save
+    from simulate.tensor_file import file_parts
 
-    # Written by Python, since safetensors' own writer does not raise OSError when the disk is full.
-    content = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
-    digest = {"tensors_bytes": len(content), "tensors_sha256": hashlib.sha256(content).hexdigest()}
     # Not the JSON of a former attempt with the tensors of this one.
     (folder / f"{name}.json").unlink(missing_ok=True)
-    _write_whole(folder / f"{name}.safetensors", content)
-    _write_whole(folder / f"{name}.json", json.dumps({**about, **digest}, indent=1).encode())
+    num_bytes, digest = _write_whole(folder / f"{name}.safetensors", file_parts(tensors))
+    meta = {**about, "tensors_bytes": num_bytes, "tensors_sha256": digest}
+    _write_whole(folder / f"{name}.json", [memoryview(json.dumps(meta, indent=1).encode())])
 
 
-def _write_whole(path: Path, content: bytes) -> None:
+def _write_whole(path: Path, parts: Iterable[memoryview]) -> tuple[int, str]:
+    """Write a file out of parts, one in memory at a time; returns its bytes and their SHA-256."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    num_bytes, digest = 0, hashlib.sha256()
     try:
-        scratch.write_bytes(content)
+        with scratch.open("wb") as file:
+            for part in parts:
+                with part:  # given back before the next one is made
+                    file.write(part)
+                    digest.update(part)
+                    num_bytes += part.nbytes
         _flush(scratch)
         scratch.rename(path)
         _flush(path.parent)
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
+    return num_bytes, digest.hexdigest()
 
 
 def _flush(path: Path) -> None:
@@ -205,21 +213,32 @@ def load_checkpoint(
 
 
 def _read_part(path: Path, part: str, run: Run, data_fingerprint: str) -> tuple[Progress, dict[str, Tensor]]:
-    from safetensors.torch import load
+    from safetensors.torch import load_file
 
     meta, file = _read_meta(path, part), path / f"{part}.safetensors"
-    content = file.read_bytes() if file.is_file() else b""
+    num_bytes, digest = _digest_of(file)
     retry = f"remove {path} to resume from the checkpoint before it"
-    if len(content) != meta["tensors_bytes"]:
-        size = f"has {len(content):,} of {meta['tensors_bytes']:,} bytes"
+    if num_bytes != meta["tensors_bytes"]:
+        size = f"has {num_bytes:,} of {meta['tensors_bytes']:,} bytes"
         raise InputError(f"{file} is truncated: it {size}; {retry}")
-    if hashlib.sha256(content).hexdigest() != meta["tensors_sha256"]:
+    if digest != meta["tensors_sha256"]:
         raise InputError(f"{file} is damaged: its digest is not the one that was saved; {retry}")
     if meta["run"] != run_fingerprint(run):
         raise InputError(f"{path} is a checkpoint of another run: run.toml differs; restore it, or start anew in --out")
     if meta["data"] != data_fingerprint:
         raise InputError(f"{path} was trained on other data: it has changed since; restore it, or start anew")
-    return Progress(**meta["progress"]), load(content)
+    return Progress(**meta["progress"]), load_file(file)
+
+
+def _digest_of(path: Path) -> tuple[int, str]:
+    """Return a file's bytes and their SHA-256, without holding more of it than a chunk; none where it is missing."""
+    num_bytes, digest = 0, hashlib.sha256()
+    if path.is_file():
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+                num_bytes += len(chunk)
+    return num_bytes, digest.hexdigest()
 
 
 def _read_meta(path: Path, part: str) -> dict[str, Any]:

@@ -239,13 +239,13 @@ def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def merged_state(
-    model: nn.Module, instead: dict[int, Tensor] | None = None, fold: bool = False, copy: int = 0
+    model: nn.Module, instead: dict[int, Tensor] | None = None, fold: bool = False, copy: int = 0, in_use: bool = False
 ) -> dict[str, Tensor]:
     """Return one plain model's weights by the plain network's names; right just after a merge (or for shared copies).
 
     Replicated parameters are taken from the first copy, or another: after a merge all copies are equal. `instead` gives
     other values, (...) without a copies axis, by the parameter's id. With `fold`, adapters that are never merged are
-    added.
+    added. Weights `in_use` exist only while something is computed with them, where they would have to be made.
     """
     state: dict[str, Tensor] = {}
     other, renamed = instead or {}, dict[str, str]()
@@ -253,7 +253,7 @@ def merged_state(
         if isinstance(module, AttentionOfCopies):
             renamed.update(module.plain_names(name))
         if isinstance(module, LoraLinear):
-            state[f"{name}.weight"] = module.plain_weight(fold)
+            state[f"{name}.weight"] = module.plain_weight_in_use(fold) if in_use else module.plain_weight(fold)
         if isinstance(module, Replicated | ReplicatedModule | LoraLinear):
             for key, tensor in module.plain_tensors():
                 state[f"{name}.{key}"] = other.get(id(tensor), tensor[min(copy, len(tensor) - 1)].detach())

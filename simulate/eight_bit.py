@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from simulate.costs.optimizer import BLOCK_ELEMENTS, CPU_CHUNK_ELEMENTS
 from simulate.errors import InputError
@@ -52,6 +53,12 @@ def _values(moment: str, device: torch.device) -> Tensor:
     return _library().create_dynamic_map(signed=moment == "exp_avg").to(device)
 
 
+def moment_values(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return what the codes of the first and of the second moment stand for; made once for a device."""
+    first, second = (_values(moment, device) for moment in MOMENTS)
+    return first, second
+
+
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW over parameters (C, ...) in float32, moments as codes (C, ...) and scales (C, B)."""
 
@@ -74,13 +81,15 @@ class AdamW8bit(torch.optim.Optimizer):
         state["step"] = state["step"].cpu() + 1  # on the host, also after a checkpoint: its value is asked for
         tensors = [parameter.grad, parameter, *(state[m + CODES] for m in MOMENTS)]
         scales = [state[m + SCALES] for m in MOMENTS]
-        first, second = (_values(moment, parameter.device) for moment in MOMENTS)
+        first, second = moment_values(parameter.device)
         beta1, beta2 = group["betas"]
         for (g, p, codes1, codes2), (scales1, scales2) in _parts(tensors, scales):
             _library().optimizer_update_8bit_blockwise(
                 "adam", g, p, codes1, codes2, beta1, beta2, 0.0, 0.0, group["eps"], int(state["step"]), group["lr"],
                 first, second, scales1, scales2, group["weight_decay"],
             )  # fmt: skip
+            if isinstance(parameter, FakeTensor):  # a part of what has no numbers shows what all of them take
+                break
 
     def _begin(self, parameter: Tensor, state: dict[str, Any]) -> None:
         state["step"] = torch.tensor(0.0)

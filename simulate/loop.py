@@ -228,7 +228,7 @@ def _evaluate(session: Session) -> None:
 
     Processes take turns with the batches; their sums are added up in order.
     """
-    model, weights = empty_model(session.run, session.device), session.method.merged_state()
+    model, weights = empty_model(session.run, session.device), session.method.weights_in_use()
     communicator = session.communicator
     batches = session.batches.validation(
         session.run.train.evaluate_samples, min(EVALUATION_BATCH, session.run.train.micro_batch)

@@ -145,7 +145,7 @@ def measure_memory_bytes(run: Run, device: torch.device) -> int:
 @torch.no_grad()
 def evaluate_batch(method: Method, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """Return the losses of a batch, (M,), by the merged weights on a plain network without storage."""
-    outputs = functional_call(model, method.merged_state(), (inputs,), tie_weights=False)
+    outputs = functional_call(model, method.weights_in_use(), (inputs,), tie_weights=False)
     return row_losses(outputs, targets)
 
 

@@ -59,6 +59,12 @@ class MethodOptions(toml.Schema):
         return getattr(self, "merge_delay", 0)
 
     @property
+    def frozen_format(self) -> Quantize:
+        """Format of frozen weights, where there are any."""
+        frozen: Quantize = getattr(self, "quantize", "none")
+        return frozen
+
+    @property
     def is_paced(self) -> bool:
         """Whether a slow device takes fewer steps of a round, instead of all waiting for it."""
         return getattr(self, "pace", "lockstep") == "deadline"
@@ -140,6 +146,11 @@ class AdapterOptions(MethodOptions):
         """Whether the product at the last merge is kept and subtracted in every pass."""
         return False
 
+    @property
+    def keeps_master(self) -> bool:
+        """Whether merged weights are kept in full precision beside quantised ones."""
+        return False
+
 
 class DdpOptions(DenseOptions):
     """Dense data parallelism: gradients of all parameters are averaged at every step."""
@@ -149,13 +160,20 @@ class DdpOptions(DenseOptions):
     """Format in which gradients travel."""
 
 
-class LoraOptions(AdapterOptions):
+class SharedAdapterOptions(AdapterOptions):
+    """Methods whose adapters all devices share."""
+
+    quantize: Quantize = "none"
+    """Format of the frozen weights; products unpack a layer at a time."""
+
+
+class LoraOptions(SharedAdapterOptions):
     """LoRA (arXiv 2106.09685) under data parallelism: one adapter, never merged."""
 
     name: Literal["lora"] = "lora"
 
 
-class ReloraOptions(AdapterOptions):
+class ReloraOptions(SharedAdapterOptions):
     """ReLoRA (arXiv 2307.05695): one adapter under data parallelism, merged and drawn anew every T steps."""
 
     name: Literal["relora"] = "relora"
@@ -168,8 +186,12 @@ class ReloraOptions(AdapterOptions):
     warm_start_steps: int = Field(default=0, ge=0)
     """Dense steps before the first adapter."""
 
+    @property
+    def keeps_master(self) -> bool:
+        return self.quantize != "none"
 
-class MhloraOptions(AdapterOptions):
+
+class MhloraOptions(SharedAdapterOptions):
     """Multi-head LoRA (arXiv 2402.16828, section 3): all heads on every device, synchronised at every step."""
 
     name: Literal["mhlora"] = "mhlora"
@@ -257,7 +279,6 @@ class LteOptions(AdapterOptions):
 
     @property
     def keeps_master(self) -> bool:
-        """Whether merged weights are kept in full precision beside quantised ones."""
         return self.quantize != "none" and self.master != "none"
 
     @model_validator(mode="before")

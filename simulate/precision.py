@@ -21,6 +21,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from simulate.config import Train
 from simulate.errors import InputError
@@ -75,8 +76,14 @@ class LossScale:
         """Return which rows have nothing but numbers in all gradients, (C,), bool."""
         finite_C = torch.ones_like(self.scale_C, dtype=torch.bool)
         for gradient in gradients:
-            finite_C &= gradient.isfinite().reshape(len(finite_C), -1).all(1)
+            # Infinities and NaN show in the smallest or largest number, which takes no room, unlike isfinite.
+            least_C, most_C = gradient.reshape(len(finite_C), -1).aminmax(dim=1)
+            finite_C &= least_C.isfinite() & most_C.isfinite()
         return finite_C
+
+    def lets_all_step(self, finite_C: Tensor) -> bool:
+        """Whether every row's gradients are finite, as those of a tensor without numbers are taken to be."""
+        return isinstance(finite_C, FakeTensor) or bool(finite_C.all())
 
     def update(self, finite_C: Tensor) -> None:
         """Lower the scale of rows whose gradients were not finite, and raise those that were for long enough."""

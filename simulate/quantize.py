@@ -43,6 +43,11 @@ class QuantizedWeight(nn.Module):
         for name, tensor in self._packed(weight_OI.detach()).items():
             self.register_buffer(name, tensor)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is kept."""
+        return self.values.device
+
     def tensors(self) -> list[Tensor]:
         """Return what the weight is kept in, and what travels when somebody else has packed it."""
         return list(self.buffers())

@@ -32,9 +32,13 @@ from torch.utils._pytree import tree_leaves
 from simulate.adapters import LoraLinear
 from simulate.caching import reserved_bytes
 from simulate.config import Run
+from simulate.costs.optimizer import CPU_CHUNK_BYTES
+from simulate.eight_bit import moment_values
 from simulate.errors import InputError
+from simulate.lazy import MadeWeight
 from simulate.measure import Program, train_alone
 from simulate.methods.base import Method
+from simulate.models.build import CPU
 from simulate.models.options import FactoryModel
 from simulate.quantize import nf4_levels
 from simulate.replicated import VectorLora
@@ -42,6 +46,8 @@ from simulate.replicated import VectorLora
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "temporary")
 """Of a device's memory, as simulate.costs.memory has them."""
 FACTORS = ("a", "b", "a0", "b0")
+BUILD = "build"
+"""The phase before everything else."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,11 @@ class Log:
         apart = self.mapped if with_host else self.host
         return (entry for entry in self.entries if entry[0] not in apart)
 
+    def device_requests(self, with_host: bool) -> Iterator[tuple[int, int]]:
+        """Yield (storage, bytes) of what the device is asked for, in order: of the build, on the host, what is left."""
+        gone = {storage for storage, num_bytes, phase in self.entries if num_bytes < 0 and phase == BUILD}
+        return ((key, num_bytes) for key, num_bytes, _ in self.device_entries(with_host) if key not in gone)
+
     @property
     def host_bytes(self) -> int:
         """Bytes that stay in the host's memory where it has its own."""
@@ -92,13 +103,15 @@ class _Follower(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.log = Log()
-        self.phase = "build"
+        self.phase = BUILD
         self.method: Method | None = None
         self._known: dict[int, int] = {}
         self._in_backward = False
         self._references: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if MadeWeight in types:
+            return NotImplemented  # it calls again with what it makes, within sight
         kwargs = kwargs or {}
         self._follow_backward()
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -107,7 +120,7 @@ class _Follower(TorchDispatchMode):
                 result = func(*args, **kwargs)
         else:
             result = func(*args, **kwargs)
-        scratch = _SCRATCH.get(func)
+        scratch = _SCRATCH.get(func.name())
         if scratch is not None:
             self._add(scratch_bytes := scratch(*args), storage := self._new())
             self._add(-scratch_bytes, storage)
@@ -197,8 +210,13 @@ def _log_sum_exp_scratch(x: Tensor, dims: list[int], *_: object) -> int:
     return (x.numel() + 2 * x.numel() // x.shape[dims[0]]) * x.element_size()
 
 
-_SCRATCH: Mapping[Any, Callable[..., int]] = {
-    torch.ops.aten.logsumexp.default: _log_sum_exp_scratch,
+def _eight_bit_scratch(kind: str, gradient: Tensor, *_: object) -> int:
+    return gradient.numel() * CPU_CHUNK_BYTES
+
+
+_SCRATCH: Mapping[str, Callable[..., int]] = {
+    "aten::logsumexp": _log_sum_exp_scratch,
+    "bitsandbytes::optimizer_update_8bit_blockwise": _eight_bit_scratch,
 }
 """Bytes that operations hold inside, where nobody else sees them."""
 
@@ -233,13 +251,13 @@ def tracked_memory(run: Run, with_host: bool) -> Tracked:
     """
     log = track(run)
     moments = log.moments(with_host)
-    moments.pop("build")  # takes place before anything moves to the device
+    moments.pop(BUILD)  # takes place before anything moves to the device
     highest = max(moments.values(), key=lambda moment: moment.total)
     return Tracked(
         tracked_bytes=highest.total,
         by_part=highest.by_part,
         by_phase={phase: moment.total for phase, moment in moments.items()},
-        allocator_bytes=reserved_bytes((storage, size) for storage, size, _ in log.device_entries(with_host)),
+        allocator_bytes=reserved_bytes(log.device_requests(with_host)),
         host_bytes=0 if with_host else log.host_bytes,
     )
 
@@ -249,11 +267,13 @@ def track(run: Run, program: Program = train_alone) -> Log:
     run.model.shape()  # of a network without a name: found out with numbers
     if getattr(run.method, "quantize", "none").startswith("nf4"):
         nf4_levels()  # kept for later, so with numbers
+    if run.train.optimizer_state == "8bit":
+        moment_values(CPU)
     gc.collect()  # what is freed late would be taken for the program's
     follower = _Follower()
     try:
         with fake_tensors(), follower:
-            method = program(run, torch.device("cpu"), follower.enter)
+            method = program(run, CPU, follower.enter)
             follower.name_state(method)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         if not isinstance(run.model, FactoryModel):

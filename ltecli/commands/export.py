@@ -82,8 +82,7 @@ def _merged(run: Run, checkpoint: Path) -> tuple[int, dict[str, Tensor], bool]:
     inside = _is_inside_round(run, progress.step)
     if inside:
         method.merge(run.train.steps - 1)  # of all groups of layers
-    merged = {name: tensor.detach().contiguous().clone() for name, tensor in method.merged_state().items()}
-    return progress.step, merged, inside
+    return progress.step, method.weights_in_use(), inside
 
 
 def _written(run: Run, state: dict[str, Tensor], form: str, target: Path, step: int) -> list[str]:
@@ -124,8 +123,7 @@ def _write_transformers(run: Run, state: dict[str, Tensor], folder: Path, step: 
 
 
 def _save(state: dict[str, Tensor], path: Path, metadata: dict[str, Any]) -> None:
-    from safetensors.torch import save
+    from simulate.tensor_file import write_tensors
 
-    # Written by Python, since safetensors' own writer does not raise OSError when the disk is full. A tied parameter is
-    # stored under each of its names.
-    path.write_bytes(save({name: x.contiguous() for name, x in state.items()}, {"format": "pt", **metadata}))
+    with path.open("wb") as file:  # a tied parameter is stored under each of its names
+        write_tensors(file, state, {"format": "pt", **metadata})

@@ -8,10 +8,11 @@ trace.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from simulate.costs.phases import Phase
+from simulate.costs.traffic import unpacking_bytes
 from simulate.models.shapes import LinearShape, ModelShape
 
 BLOCK_TENSORS = 16
@@ -22,9 +23,9 @@ BLOCK_NORMS = 2
 """Of these, what the norms read: sums, which stay in the weights' format."""
 BLOCK_BACKWARD = 5
 """Working tensors, in u, at the height of a block's backward: the stream's gradient and one of the GELU's width."""
-BLOCK_FORWARD = 12
-"""Tensors, in u, at the height of a block's pass without a backward one: the network's and the block's input, the
-stream, the norm's output, the GELU's two of four times the width."""
+BLOCK_INPUTS = 4
+"""Tensors, in u, that an MLP's pass without a backward one goes on beside: the network's and the block's input, the
+stream, the norm's output."""
 TRANSPOSED = 4
 """Tensors, in u, beside the backward pass of a Mixer's network over tokens: gradients, and their
 transposed copies; what is recomputed needs one."""
@@ -32,6 +33,24 @@ LOSS_CHUNK_ELEMENTS = 2**20
 """Logits that the loss works on at once: a few megabytes of scratch, whatever the batch."""
 FLOAT_BYTES = 4
 INDEX_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Made:
+    """How an evaluation comes to the weights of adapted layers, one at a time."""
+
+    tensors: int = 0
+    """Of a weight's size, at the height of making it; 0: they are there."""
+    quantize: str = "none"
+    """Format that they are unpacked from, last of all."""
+
+    def height(self, weights: int, element_bytes: int, outputs: int) -> int:
+        """Bytes at the height of making and using a weight, with the outputs that it leads to."""
+        if not self.tensors:
+            return outputs
+        whole = weights * element_bytes
+        unpacking = (self.tensors - 1) * whole + unpacking_bytes(weights, self.quantize, element_bytes)
+        return max(self.tensors * whole, unpacking, whole + outputs)
 
 
 @dataclass(frozen=True)
@@ -54,8 +73,8 @@ class _Step:
     """Pairs that divide the rows between them."""
     subtracts: bool = False
     """Whether the product of the last merge is subtracted in every pass."""
-    fold_tensors: int | None = None
-    """Tensors of a weight's size that are made to add adapters to it for an evaluation; None: they are not added."""
+    made: Made = Made()
+    """What evaluations compute with."""
 
     @property
     def tokens(self) -> int:
@@ -143,6 +162,14 @@ class _Step:
         small = rows * self.rank * self.product_bytes
         return weights + small + max(self._folded(linear, rows // self.heads), small * self.subtracts)
 
+    def passing(self, name: str, before: int, outputs: int) -> int:
+        """Bytes at the height of an adapted layer's pass in an evaluation, beside `before`.
+
+        Its weight is made, if it is not there, and stays while the outputs come.
+        """
+        linear = next(x for x in self.shape.adapted if x.name.endswith(name))
+        return before + self.made.height(linear.weights, self.element_bytes, outputs)
+
     def _folded(self, linear: LinearShape, rows: int) -> int:
         """Bytes of the weights into which half of the heads fold their products, if they do, for the inputs' sake."""
         outputs, inputs = linear.out_features, linear.in_features
@@ -163,24 +190,23 @@ class _Step:
 def step_phases(
     shape: ModelShape, samples: int, rank: int, block_gradient_bytes: int, checkpointing: bool, element_bytes: int,
     product_bytes: int, unpacked_bytes: int = 0, heads: int = 1, subtracts: bool = False,
-    fold_tensors: int | None = None,
+    made: Made = Made(),
 ) -> tuple[Phase, ...]:  # fmt: skip
     """Return the phases of one step and of an evaluation that can be its peak, over what is held all the time."""
     return _step_phases(
         _Step(
             shape, samples, rank, block_gradient_bytes, checkpointing, element_bytes, product_bytes, unpacked_bytes,
-            heads, subtracts, fold_tensors,
+            heads, subtracts, made,
         )
     )  # fmt: skip
 
 
 def _step_phases(step: _Step) -> tuple[Phase, ...]:
     phases, forward = _FAMILIES[step.shape.family](step)
-    largest = max(x.weights for x in step.shape.adapted) * step.element_bytes
-    folded = 0 if step.fold_tensors is None else step.shape.adapted_parameters * step.element_bytes
-    folding = (step.fold_tensors or 0) * largest
-    # Folded weights are gone when the loss is worked out.
-    evaluation = max(folded + max(folding, forward, step.logits + 2 * step.u), step.logits + step.scratch)
+    if step.is_cast:  # evaluations are not
+        step = replace(step, product_bytes=step.element_bytes)
+        _, forward = _FAMILIES[step.shape.family](step)
+    evaluation = max(forward, step.logits + 2 * step.u, step.logits + step.scratch)
     return (*phases, Phase("evaluation", 0, 0, evaluation))
 
 
@@ -200,6 +226,15 @@ def _transformer_backward(step: _Step) -> int:
     return step.stream_gradient + (BLOCK_BACKWARD - 1) * step.v + step.beside("mlp.down")
 
 
+def _transformer_forward(step: _Step) -> int:
+    """Bytes at the height of a pass without a backward one: the GELU's two tensors of four times the width, or what is
+    made of weights beside one of them."""
+    u = step.u
+    before = BLOCK_INPUTS * u
+    ups = step.passing("mlp.up", before, 4 * u), step.passing("mlp.down", before + 4 * u, u)
+    return max(before + 8 * u, *ups)
+
+
 def _gpt(step: _Step) -> Found:
     u, tokens, element_bytes, layers = step.u, step.tokens, step.element_bytes, step.shape.layers
     block = _transformer_block(step)
@@ -216,7 +251,7 @@ def _gpt(step: _Step) -> Found:
         Phase("backward_end", all_gradients - step.block_gradients, kept + ends, recomputed + working),
         # The tied table's two gradients, and their sum.
         Phase("backward_end", all_gradients, ends, 2 * table + u),
-    ), BLOCK_FORWARD * u
+    ), _transformer_forward(step)
 
 
 def _llama(step: _Step) -> Found:
@@ -240,13 +275,20 @@ def _llama(step: _Step) -> Found:
         Phase("backward_start", table, layers * kept + ends, recomputed + working),
         Phase("backward_end", all_gradients - table - step.block_gradients, kept + ends, recomputed + working),
         Phase("backward_end", all_gradients, ends, u),
-    ), 4 * u + 3 * inner
+    ), _gated_forward(step, inner)
+
+
+def _gated_forward(step: _Step, inner: int) -> int:
+    before = BLOCK_INPUTS * step.u
+    gated = step.passing("mlp.up", before + inner, inner), step.passing("mlp.down", before + inner, step.u)
+    return max(before + 3 * inner, *gated)
 
 
 def _vit(step: _Step) -> Found:
     """GPT-2's blocks between the patches and one prediction."""
     phases = _of_images(step, _transformer_block(step), _transformer_backward(step), step.u)
-    return phases, BLOCK_FORWARD * step.u
+    # The images, and the patches before the class token joined them.
+    return phases, _images(step) + step.u + _transformer_forward(step)
 
 
 def _mixer(step: _Step) -> Found:
@@ -273,12 +315,25 @@ def _mixer(step: _Step) -> Found:
     others = (step.shape.layers - 1) * kept + stream + ends
     of_first = Phase("backward_start", step.head_table, others, recomputed + working)
     of_last = Phase("backward_end", gradients, stream + ends, recomputed + working)
-    return (*phases, of_first, of_last), max(4 * u + 2 * over_channels, 5 * u + 2 * over_tokens)
+    before = BLOCK_INPUTS * u
+    heights = (
+        before + 2 * over_channels,
+        before + u + 2 * over_tokens,
+        step.passing("over_channels.up", before, over_channels),
+        step.passing("over_channels.down", before + over_channels, u),
+        step.passing("over_tokens.up", before, over_tokens),
+        step.passing("over_tokens.down", before + over_tokens, u),
+    )
+    return (*phases, of_first, of_last), _images(step) + max(heights)
+
+
+def _images(step: _Step) -> int:
+    return step.samples * step.shape.inputs * step.element_bytes
 
 
 def _image_ends(step: _Step) -> int:
     """Bytes of the images, and once more as patches."""
-    return step.samples * step.shape.inputs * (step.element_bytes + step.product_bytes)
+    return _images(step) + step.samples * step.shape.inputs * step.product_bytes
 
 
 def _of_images(step: _Step, block: int, working: int, stream: int) -> tuple[Phase, ...]:
@@ -303,7 +358,7 @@ def _traced(step: _Step) -> Found:
     return (
         Phase("backward_start", 0, measured + further_ranks, 0),
         Phase("backward_end", step.all_gradients, 0, step.largest_weight),
-    ), 0
+    ), max(step.made.height(x.weights, step.element_bytes, 0) for x in step.shape.adapted)
 
 
 Found = tuple[tuple[Phase, ...], int]

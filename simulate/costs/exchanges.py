@@ -35,6 +35,7 @@ from simulate.costs.traffic import (
     packed_bytes,
     packing_bytes,
     quantized_bytes,
+    unpacking_bytes,
     wire_bytes,
 )
 from simulate.models.shapes import LinearShape, ModelShape
@@ -70,8 +71,8 @@ NEWTON_SCHULZ_TENSORS = 3
 GRAM_TENSORS = 5
 """Where Gram matrices alone are iterated on: one before and after, the product between, their factor and the product
 of all."""
-FOLD_TENSORS = 3
-"""A folded weight, the product in it, and its mean over heads."""
+FOLD_TENSORS = 2
+"""Of a weight's size, while adapters are added to it: their product and its mean over heads, or that and the sum."""
 
 
 @dataclass(frozen=True)
@@ -174,13 +175,17 @@ def _trained_sizes(e: _Exchange) -> list[int]:
 
 def _reduced_gradients(e: _Exchange) -> tuple[Phase, ...]:
     """One gradient for all: beside it, the message that it travels in."""
+    merges = (_merge(_restart_bytes(e)),) if isinstance(e.method, ReloraOptions) else ()
     if e.devices == 1:
-        return ()
-    message = max(packed_bytes(_trained_sizes(e)))
-    if isinstance(e.method, ReloraOptions):
-        largest = max(x.weights for x in e.shape.adapted) * e.element_bytes
-        return (_with_gradients(e, message), Phase("merge", 0, 0, FOLD_TENSORS * largest))
-    return (_with_gradients(e, message),)
+        return merges
+    return (_with_gradients(e, max(packed_bytes(_trained_sizes(e)))), *merges)
+
+
+def _restart_bytes(e: _Exchange) -> int:
+    """Of one layer whose adapters are added to its weight, which is packed where it is quantised."""
+    largest = max(e.shape.adapted, key=lambda x: x.weights)
+    packing = packing_bytes(largest.weights, largest.in_features, e.method.frozen_format, e.element_bytes)
+    return max(FOLD_TENSORS * largest.weights * e.element_bytes, packing)
 
 
 def _ddp(e: _Exchange) -> tuple[Phase, ...]:
@@ -386,11 +391,20 @@ def _factors_bytes(e: _Exchange, members: Sequence[LinearShape]) -> int:
         drawn = copies * max(e.devices * x.in_features * held_rank for x in members) * e.element_bytes
     everyones = messages * e.devices * sent
     packing = max(packing_bytes(x.weights, x.in_features, method.quantize, e.element_bytes) for x in members)
-    added = everyones + max(drawing, drawn + stacked, packing)
+    base = max(_base_bytes(e, x.weights) for x in members)
+    added = everyones + max(drawing, base + drawn + stacked, packing)
     if not compressed:
         return added
     rounding = packed + max(sides) * (e.element_bytes + (4 if method.wire == "int4" else 2))
     return max(added, everyones + (e.devices + 1) * packed, rounding)
+
+
+def _base_bytes(e: _Exchange, weights: int) -> int:
+    """Of what a merge adds to, where that is no tensor that is kept: quantised weights, fetched or unpacked."""
+    if e.method.quantize == "none":
+        return 0
+    unpacked = unpacking_bytes(weights, e.method.quantize, e.element_bytes) if e.method.master == "none" else 0
+    return max(weights * e.element_bytes, unpacked)
 
 
 def _quantized(e: _Exchange, x: LinearShape) -> int:
@@ -402,7 +416,7 @@ def _delta_bytes(e: _Exchange, sizes: Sequence[int]) -> Iterator[int]:
     for group in pack(list(sizes)):
         message, largest = sum(sizes[i] for i in group), max(sizes[i] for i in group)
         if e.method.wire == "full" or e.devices == 1:
-            yield (1 + int(e.devices > 1)) * message
+            yield message + max(message if e.devices > 1 else 0, _base_bytes(e, largest // e.element_bytes))
         else:
             # A change is stacked beside the last one.
             yield max(_compressed(e, message // e.element_bytes).held, 3 * largest)

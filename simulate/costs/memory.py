@@ -12,7 +12,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from simulate.config import BYTES, Run
-from simulate.costs.activations import step_phases
+from simulate.costs.activations import Made, step_phases
 from simulate.costs.exchanges import FOLD_TENSORS, exchange_phases, starts_dense
 from simulate.costs.holding import holding
 from simulate.costs.optimizer import moment_bytes
@@ -135,7 +135,7 @@ class _Lasting:
     block_gradient_bytes: int
     unpacked_bytes: int
     subtracts: bool
-    fold_tensors: int | None
+    made: Made
 
 
 @by_method
@@ -166,7 +166,7 @@ def _lasting(run: Run, shape: ModelShape, shared_memory: bool) -> _Lasting:
         block_gradient_bytes=block_trained * element_bytes,
         unpacked_bytes=_unpacked_bytes(method, shape, element_bytes),
         subtracts=isinstance(method, LteOptions) and method.remembers_product,
-        fold_tensors=_fold_tensors(method, shared_memory),
+        made=_made(method),
     )
 
 
@@ -175,7 +175,7 @@ def _phases(run: Run, shape: ModelShape, lasting: _Lasting) -> tuple[Phase, ...]
     step = step_phases(
         shape, train.micro_batch, lasting.rank, lasting.block_gradient_bytes, train.activation_checkpointing,
         element_bytes, PRODUCT_BYTES.get(train.autocast, element_bytes), lasting.unpacked_bytes, lasting.heads,
-        lasting.subtracts, lasting.fold_tensors,
+        lasting.subtracts, lasting.made,
     )  # fmt: skip
     # The batch is held until the next one comes; tokens are too few to count.
     batch_bytes = train.micro_batch * shape.inputs * element_bytes
@@ -185,16 +185,17 @@ def _phases(run: Run, shape: ModelShape, lasting: _Lasting) -> tuple[Phase, ...]
     return (*lasting.start, *step, *others)
 
 
-def _fold_tensors(method: MethodOptions, shared_memory: bool) -> int | None:
-    """Tensors of a weight's size that adding adapters to it takes beside the sum; None: evaluation makes no weights.
-
-    It unpacks quantised ones, or brings their full-precision form from the host, unless that can be read in place.
+def _made(method: MethodOptions) -> Made:
+    """Return how an evaluation comes to weights: quantised ones are fetched from the master, or unpacked where that is
+    not at hand; adapters that are not merged are added.
     """
-    if isinstance(method, LteOptions) and method.quantize != "none":
-        return None if shared_memory and method.master == "host" else 0
-    if isinstance(method, LteOptions) or not isinstance(method, AdapterOptions) or starts_dense(method):
-        return None
-    return 0 if isinstance(method, AdamixOptions) else FOLD_TENSORS - 1
+    if not isinstance(method, AdapterOptions) or starts_dense(method):
+        return Made()
+    if isinstance(method, LteOptions):
+        unpacks = "none" if method.master == "host" else method.quantize
+        return Made(int(method.quantize != "none"), unpacks)
+    unpacks = "none" if method.keeps_master else method.frozen_format
+    return Made(1 if isinstance(method, AdamixOptions) else FOLD_TENSORS, unpacks)
 
 
 def _weight_bytes(run: Run, shape: ModelShape, shared_memory: bool) -> int:
@@ -210,8 +211,7 @@ def host_memory_bytes(run: Run, shape: ModelShape, device: Device) -> int:
     Where both share a memory, those of plain weights are part of the device's; those of quantised ones lie in
     mapped files, which no allocator sees, and stay apart.
     """
-    quantize = run.method.quantize if isinstance(run.method, LteOptions) else "none"
-    if device.host_memory_bytes == 0 and quantize == "none":
+    if device.host_memory_bytes == 0 and run.method.frozen_format == "none":
         return 0
     return _full_copies(run.method) * shape.adapted_parameters * ELEMENT_BYTES[run.train.dtype]
 
@@ -252,8 +252,7 @@ def checkpoint_bytes(run: Run, shape: ModelShape) -> int:
     held = holding(run, shape)
     frozen_bytes_kept = 0
     if isinstance(method, AdapterOptions):
-        quantize = method.quantize if isinstance(method, LteOptions) else "none"
-        frozen_bytes_kept = frozen_bytes(shape, quantize, ELEMENT_BYTES[run.train.dtype])
+        frozen_bytes_kept = frozen_bytes(shape, method.frozen_format, ELEMENT_BYTES[run.train.dtype])
         frozen_bytes_kept += _full_copies(method) * shape.adapted_parameters * ELEMENT_BYTES[run.train.dtype]
     dense = 0 if starts_dense(method) else held.adapters
     weights = dense + shape.replicated_parameters if isinstance(method, AdapterOptions) else shape.parameters
@@ -266,9 +265,9 @@ def _full_copies(method: MethodOptions) -> int:
     """How many full-precision copies merges need beside the frozen weights: the start weights, to which reset-less
     merges return, and the merged ones where frozen ones are quantised, which would swallow small updates.
     """
-    if not isinstance(method, LteOptions):
+    if not isinstance(method, AdapterOptions):
         return 0
-    return (method.reset == "none") + method.keeps_master
+    return (isinstance(method, LteOptions) and method.reset == "none") + method.keeps_master
 
 
 def _packing_start_bytes(run: Run, shape: ModelShape) -> int:
@@ -277,24 +276,22 @@ def _packing_start_bytes(run: Run, shape: ModelShape) -> int:
     Each layer's own weights are let go when it is packed.
     """
     method, element_bytes = run.method, ELEMENT_BYTES[run.train.dtype]
-    if not isinstance(method, LteOptions) or method.quantize == "none":
+    if method.frozen_format == "none" or starts_dense(method):
         return 0
     first = shape.in_order()[0]
-    packing = packing_bytes(first.weights, first.in_features, method.quantize, element_bytes)
+    packing = packing_bytes(first.weights, first.in_features, method.frozen_format, element_bytes)
     return (shape.parameters - first.weights) * element_bytes + packing
 
 
 def _unpacked_bytes(method: MethodOptions, shape: ModelShape, element_bytes: int) -> int:
     """Bytes of the largest quantised layer while a product uses it."""
-    quantize = method.quantize if isinstance(method, LteOptions) else "none"
-    if quantize == "none":
+    if method.frozen_format == "none" or starts_dense(method):
         return 0
-    return max(unpacking_bytes(x.weights, quantize, element_bytes) for x in shape.adapted)
+    return max(unpacking_bytes(x.weights, method.frozen_format, element_bytes) for x in shape.adapted)
 
 
 def _frozen_bytes(shape: ModelShape, method: AdapterOptions, element_bytes: int, shared_memory: bool) -> int:
-    quantize = method.quantize if isinstance(method, LteOptions) else "none"
-    frozen = frozen_bytes(shape, quantize, element_bytes)
-    in_files = quantize != "none" or not shared_memory
+    frozen = frozen_bytes(shape, method.frozen_format, element_bytes)
+    in_files = method.frozen_format != "none" or not shared_memory
     start = 0 if in_files else _full_copies(method) * shape.adapted_parameters * element_bytes
     return frozen + start + shape.replicated_parameters * element_bytes

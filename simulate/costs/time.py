@@ -149,9 +149,9 @@ def compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
 def _unpacked_s(run: Run, shape: ModelShape, kernels: KernelRates | None) -> float | None:
     """Seconds of unpacking frozen weights at measured rates: forward, backward, and once more to recompute."""
     method = run.method
-    if kernels is None or not isinstance(method, LteOptions) or method.quantize == "none":
+    if kernels is None or method.frozen_format == "none":
         return None
-    once_s = layers_s(shape, method.quantize, kernels.unpack)
+    once_s = layers_s(shape, method.frozen_format, kernels.unpack)
     return None if once_s is None else (3 if run.train.activation_checkpointing else 2) * once_s
 
 
@@ -177,9 +177,9 @@ def _moved(run: Run, shape: ModelShape) -> _Moved:
         isinstance(method, DdpOptions) and method.wire != "full"
     ):
         others += COMPRESSION_ELEMENTS_MOVED * shape.parameters * element_bytes
-    if isinstance(method, LteOptions) and method.quantize != "none":
+    if method.frozen_format != "none":
         # Forward and backward each read the packed form, write and read the plain one.
-        packed = frozen_bytes(shape, method.quantize, element_bytes)
+        packed = frozen_bytes(shape, method.frozen_format, element_bytes)
         unpacked = 2 * (packed + 2 * shape.adapted_parameters * element_bytes)
     return _Moved(
         optimizer=trained * (ADAM_ELEMENTS_MOVED * element_bytes + ADAM_MOMENTS_MOVED * moment_bytes),

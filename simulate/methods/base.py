@@ -169,6 +169,10 @@ class Method(ABC):
     def merged_state(self) -> dict[str, Tensor]:
         """Return the one model's weights by the plain network's names; right after a merge."""
 
+    def weights_in_use(self) -> dict[str, Tensor]:
+        """As `merged_state`, to compute with right away: weights that have to be made are there one at a time."""
+        return self.merged_state()
+
     def keep_merged(self) -> None:  # noqa: B027 - most methods have nothing to keep
         """Remember the weights of every merge from here on, so that `updates` can tell; called before `load_state`."""
 
@@ -246,8 +250,10 @@ class Method(ABC):
             return
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         finite_C = self.loss_scale.finite_rows(gradients)
-        if bool(finite_C.all()):
+        if self.loss_scale.lets_all_step(finite_C):
             self._step_optimizers()
+        elif not finite_C.any():
+            self._count_step()
         else:
             before = {name: rows_of(tensor, ~finite_C).clone() for name, tensor in self.stepped().items()}
             for gradient in gradients:
@@ -257,6 +263,19 @@ class Method(ABC):
             for name, rows in before.items():
                 after[name].view(len(finite_C), -1)[~finite_C] = rows
         self.loss_scale.update(finite_C)
+
+    def _count_step(self) -> None:
+        """Step without a change, and without room for copies: counters go on, and new moments begin at zero."""
+        for group in self.groups:
+            group["lr"] = 0.0
+        for parameter in self.parameters.values():
+            if parameter.grad is not None and (state := self.optimizer.state.get(parameter)):
+                parameter.grad = None
+                if "step" in state:
+                    state["step"] += 1
+            elif parameter.grad is not None:
+                parameter.grad.zero_()
+        self._step_optimizers()
 
     def _step_optimizers(self) -> None:
         for optimizer in self.optimizers:

@@ -2,7 +2,8 @@
 
     y = W·x + s·B·A·x with frozen W;   gradients of A, B and of all that has no adapter are averaged at every step
 
-From scratch, W + s·B·A stays within rank r of the start weights: what the others are measured against.
+From scratch, W + s·B·A stays within rank r of the start weights: what the others are measured against. With `quantize`
+W is packed once, at the start, and unpacked for each product (QLoRA; Dettmers et al. 2023, arXiv 2305.14314).
 
 Legend: L local devices.
 """
@@ -13,7 +14,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from simulate.adapters import AdapterSpec, LoraLinear
+from simulate.adapters import AdapterSpec, LoraLinear, lora_layers
 from simulate.convert import Treatment, convert, lora, merged_state
 from simulate.methods.base import Method
 from simulate.methods.gradients import GradientMethod, mean_over_devices
@@ -37,6 +38,8 @@ class Lora(GradientMethod):
             reset_less=False,
             first_device=0,
             seed=self.run.train.seed,
+            quantize=options.frozen_format,
+            keeps_master=options.keeps_master,
         )
 
     def prepare(self, model: nn.Module) -> nn.Module:
@@ -49,8 +52,19 @@ class Lora(GradientMethod):
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         mean_over_devices(gradients, self.communicator)
 
+    def kept(self) -> dict[str, Tensor]:
+        return {**super().kept(), **masters(self.model)}
+
     def merged_state(self) -> dict[str, Tensor]:
         return merged_state(self.model, fold=True)
+
+    def weights_in_use(self) -> dict[str, Tensor]:
+        return merged_state(self.model, fold=True, in_use=True)
+
+
+def masters(model: nn.Module) -> dict[str, Tensor]:
+    """Return the full-precision copies of quantised weights that are kept here, by name."""
+    return {f"{layer.name}.master": layer.master for layer in lora_layers(model) if layer.master is not None}
 
 
 def adapter_options(method: Method) -> AdapterOptions:

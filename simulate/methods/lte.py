@@ -52,7 +52,7 @@ from simulate.errors import RunFailedError
 from simulate.methods.averaging import Averaging
 from simulate.methods.base import clear_rows, forget_moments, prune_moments
 from simulate.methods.delayed import NOTHING
-from simulate.methods.lora import adapter_groups, adapter_parameters
+from simulate.methods.lora import adapter_groups, adapter_parameters, masters
 from simulate.methods.merging import LayerMerger, sum_of_products
 from simulate.methods.paced import Paced
 from simulate.options import LteOptions
@@ -216,9 +216,14 @@ class Lte(Paced):
         yield from dense_updates(self.model, others, self.averaging.last)
 
     def merged_state(self) -> dict[str, Tensor]:
+        return merged_state(self.model, self._last_averages())
+
+    def weights_in_use(self) -> dict[str, Tensor]:
+        return merged_state(self.model, self._last_averages(), in_use=True)
+
+    def _last_averages(self) -> dict[int, Tensor]:
         averagings = (self.averaging, self.spreading)
-        last = {id(a.parameters[name]): tensor for a in averagings for name, tensor in a.last.items()}
-        return merged_state(self.model, last)
+        return {id(a.parameters[name]): tensor for a in averagings for name, tensor in a.last.items()}
 
     def kept(self) -> dict[str, Tensor]:
         starts = {
@@ -227,11 +232,9 @@ class Lte(Paced):
             for layer in merger.layers
             if layer.start_weight is not None
         }
-        masters = {
-            f"{layer.name}.master": layer.master for layer in lora_layers(self.model) if layer.master is not None
-        }
         errors = {name: tensor for merger in self.mergers for name, tensor in merger.state().items()}
-        return {**super().kept(), **starts, **masters, **errors, **self.averaging.state(), **self.spreading.state()}
+        averages = {**self.averaging.state(), **self.spreading.state()}
+        return {**super().kept(), **starts, **masters(self.model), **errors, **averages}
 
     def revived(self, shared: Mapping[str, Tensor], donor: Mapping[str, Tensor], device: int) -> dict[str, Tensor]:
         """Return a device's start with new adapters: A as it would draw it, B and the product at zero."""

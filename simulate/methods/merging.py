@@ -170,7 +170,7 @@ class LayerMerger:
                 add_products(self._base(layer), a_HRI, b_HOR, self._share, out=target_OI)
                 continue
             # Unpacked for as long as it takes to pack it again, one layer at a time.
-            merged_OI = self._base(layer).to(b_HOR.device, copy=True)
+            merged_OI = self._base(layer, own=True).to(b_HOR.device)
             add_products(merged_OI, a_HRI, b_HOR, self._share, out=merged_OI)
             layer.take_weight(merged_OI)
 
@@ -291,10 +291,11 @@ class LayerMerger:
         for key, factor in (rounded or {}).items():
             self.snapshots[f"{layer.name}.{key}"].copy_(factor)
 
-    def _base(self, layer: LoraLinear) -> Tensor:
+    def _base(self, layer: LoraLinear, own: bool = False) -> Tensor:
+        """Return what a merge adds to; of a quantised layer, with `own`, a new tensor."""
         if layer.start_weight is None:
             return layer.merged_weight()
-        return layer.start_weight.to(layer.b.device)
+        return layer.start_weight.to(layer.b.device, copy=own)
 
     def state(self) -> dict[str, Tensor]:
         """Return what rounding lost, and what travels, by name."""

@@ -9,6 +9,8 @@ back: with c(t) the run's schedule and k steps since the restart at step q,
     rate(q + k) = (k+1)/(w+1)·c(q + w) for k < w = rewarm_steps,   c(t) from there on.
 
 `warm_start_steps` dense steps can go before; then weights stay, the optimizer starts anew.
+
+With `quantize` W is kept in fewer bytes, and a full-precision copy in host memory is what restarts add to.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ class Relora(Lora):
             prune_moments(self.optimizer, adapter_parameters(self.model), self.options.prune_share)
 
     def _restart(self, layer: LoraLinear, steps_done: int) -> None:
-        layer.weight.copy_(layer.folded_weight())
+        layer.take_weight(layer.folded_weight())
         layer.redraw_a(steps_done)
         layer.b.zero_()
 

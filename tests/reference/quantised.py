@@ -1,15 +1,18 @@
-"""LTE on quantised weights: everyone's W is rounded number by number, and a full-precision W is kept beside it."""
+"""Training on quantised weights: everyone's W is rounded number by number, and a full-precision W is kept beside it."""
 
 from __future__ import annotations
+
+import copy
 
 import torch
 from torch import Tensor, nn
 
 from simulate.config import Run
-from simulate.options import LteOptions
+from simulate.options import LteOptions, ReloraOptions
 from tests.reference.common import adapted_names
 from tests.reference.lora import Draw
 from tests.reference.lte import LteTwin
+from tests.reference.relora import ReloraTwin
 
 LEVELS = [
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -75,3 +78,37 @@ class QuantisedTwin(LteTwin):
         """Return what evaluation sees: the kept weights where every process has them."""
         state = super().merged_state()
         return {**state, **self.kept} if self.master == "host" else state
+
+
+def rounded_start(start: nn.Module, quantize: str) -> nn.Module:
+    """Return a network whose adapted weights are rounded: what methods train on that never touch them again."""
+    model = copy.deepcopy(start)
+    with torch.no_grad():
+        for name in adapted_names(start):
+            model.get_parameter(name).copy_(rounded(start.get_parameter(name), quantize))
+    return model
+
+
+class QuantisedReloraTwin(ReloraTwin):
+    """ReLoRA whose network holds rounded weights; restarts add to `kept`, which evaluation sees."""
+
+    def __init__(self, run: Run, start: nn.Module, draw: Draw) -> None:
+        assert isinstance(run.method, ReloraOptions)
+        self.quantize = run.method.quantize
+        super().__init__(run, rounded_start(start, self.quantize), draw)
+        self.kept = {name: start.get_parameter(name).detach().clone() for name in adapted_names(start)}
+
+    def _with_pair(self) -> dict[str, Tensor]:
+        (pair,) = self.pairs
+        return {name: self.kept[name] + self.scale * pair.b[name] @ pair.a[name] for name in self.kept}
+
+    @torch.no_grad()
+    def restart(self, steps_done: int) -> None:
+        self.kept = self._with_pair()
+        super().restart(steps_done)
+        for name, weight in self.kept.items():
+            self.model.get_parameter(name).copy_(rounded(weight, self.quantize))
+
+    def merged_state(self) -> dict[str, Tensor]:
+        state = {**super().merged_state(), **self._with_pair()}
+        return {name: tensor.detach().clone() for name, tensor in state.items()}

@@ -18,6 +18,7 @@ from simulate.communicator import VirtualCommunicator
 from simulate.config import Run, build_run
 from simulate.errors import InputError
 from simulate.loss import soft_losses, token_losses
+from simulate.measure import cpu_peak_bytes
 from simulate.methods import build_method
 from simulate.methods.base import Method
 from simulate.models.build import build_model
@@ -271,6 +272,19 @@ def test_a_step_that_is_left_out_changes_nothing_of_its_device(eight_bit: str) -
                 assert torch.equal(left_out, before[key].view(4, -1)[2]), key
             elif "codes" not in key:  # of codes without a scale
                 assert not left_out.any(), key
+
+
+def test_a_step_that_all_leave_out_needs_no_copies() -> None:
+    """As on a device alone, whose memory was planned without them."""
+    method = tiny.build(tiny.variant_run("lora", 1, {"width": 64, "attention_heads": 2}, HALF))
+    tiny.train(method, 0, 1)
+    before = {key: tensor.clone() for key, tensor in method.stepped().items()}
+    counts = [state["step"].clone() for state in method.optimizer.state.values()]
+    method.backward(method.group_losses(*tiny.batches(method.run).batch(1, range(1)), 1))
+    next(p.grad for p in method.model.parameters() if p.grad is not None).fill_(torch.nan)
+    assert cpu_peak_bytes(lambda: method.apply_gradients(1)) < sum(t.nbytes for t in before.values()) // 20
+    assert all(torch.equal(tensor, before[key]) for key, tensor in method.stepped().items())
+    assert [state["step"] for state in method.optimizer.state.values()] == [count + 1 for count in counts]
 
 
 @pytest.mark.parametrize("name", ["ddp", "lora", "sapipe, none"])

@@ -1,4 +1,4 @@
-"""Frozen weights in fewer bytes: what packing keeps, what merges add to, and LTE on them against its slow twin."""
+"""Frozen weights in fewer bytes: what packing keeps, what merges add to, and methods on them against slow twins."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from simulate.methods.base import Method
 from simulate.models.build import build_model
 from simulate.quantize import QuantizedWeight, mapped_copy, nf4_levels, nf4_library
 from tests import tiny
-from tests.reference.quantised import LEVELS, QuantisedTwin, rounded
+from tests.reference.lora import LoraTwin
+from tests.reference.mhlora import MhloraTwin
+from tests.reference.quantised import LEVELS, QuantisedReloraTwin, QuantisedTwin, rounded, rounded_start
 from tests.simulate.adapter_parity import engine_draw, parity_run
 
 FORMATS: tuple[Quantize, ...] = ("bf16", "int8", "nf4", "nf4-double")
@@ -96,6 +98,38 @@ def test_quantised_lte_trains_like_the_twin(quantize: str, method: dict[str, Any
     tiny.assert_parity(fast, tiny.History(losses, twin.merged_state()))
 
 
+@pytest.mark.parametrize(("name", "quantize"), [("lora", "nf4"), ("lora", "bf16"), ("mhlora", "nf4-double")])
+def test_adapters_of_all_on_quantised_weights_train_like_the_twin(name: str, quantize: str) -> None:
+    """Nothing is merged: what is trained on is the rounded start."""
+    run = parity_run(name, 2, {"steps": 25}, quantize=quantize)
+    twin_class = MhloraTwin if name == "mhlora" else LoraTwin
+    twin = twin_class(run, rounded_start(build_model(run), quantize), engine_draw(run))
+    assert_trains_like_twin(twin, run)
+
+
+def test_relora_on_quantised_weights_restarts_like_the_twin() -> None:
+    run = parity_run("relora", 2, {"steps": 25}, quantize="int8")
+    assert_trains_like_twin(QuantisedReloraTwin(run, build_model(run), engine_draw(run)), run)
+
+
+def assert_trains_like_twin(twin: LoraTwin, run: Run) -> None:
+    data = tiny.batches(run)
+    losses = torch.stack([twin.step(*data.batch(step, range(2)), step) for step in range(run.train.steps)])
+    tiny.assert_parity(tiny.train(tiny.build(run)), tiny.History(losses, twin.merged_state()))
+
+
+def test_dense_steps_before_relora_leave_their_weights_in_the_master() -> None:
+    plain, packed = (tiny.build(parity_run("relora, warm start", 2, quantize=q)) for q in ("none", "nf4"))
+    for method in (plain, packed):
+        assert not lora_layers(method.model)
+        tiny.train(method, 0, 5)
+    assert lora_layers(plain.model)
+    for dense, layer in zip(lora_layers(plain.model), lora_layers(packed.model), strict=True):
+        assert layer.frozen is not None and layer.master is not None
+        assert torch.equal(layer.master, dense.weight)
+        assert torch.equal(layer.frozen.dense(), QuantizedWeight(dense.weight, "nf4").dense())
+
+
 def on_layer(weight: Tensor, **method: Any) -> tuple[Method, LoraLinear]:
     """Return LTE over one linear layer of given weights, on one device, and that layer."""
     table = {
@@ -170,7 +204,8 @@ def test_no_unpacked_weight_outlives_its_product() -> None:
         ({"master": "server", "quantize": "int8"}, ("master = 'server'", "merge_transport is 'gather'")),
         ({"master": "none"}, ("master = 'none'", "quantize is 'none'")),
         ({"quantize": "nf4", "merge_delay": 2}, ("merge_delay = 2", "quantize = 'nf4'")),
-        ({"name": "lora", "quantize": "nf4"}, ("method.quantize",)),
+        ({"name": "adamix", "quantize": "nf4"}, ("method.quantize",)),
+        ({"name": "relora", "master": "none"}, ("method.master",)),
     ],
 )
 def test_what_does_not_go_together_is_refused(method: dict[str, Any], words: tuple[str, ...]) -> None:

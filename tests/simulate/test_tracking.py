@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from typing import Any
+
 import pytest
 import torch
 
@@ -13,7 +16,7 @@ from simulate.heldout import METHODS, Sample
 from simulate.measure import measure_memory_bytes
 from simulate.options import Quantize
 from simulate.quantize import QuantizedWeight, nf4_levels
-from simulate.tracking import PARTS, fake_tensors, tracked_memory
+from simulate.tracking import PARTS, Log, fake_tensors, tracked_memory
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -34,6 +37,14 @@ def test_what_is_followed_is_what_the_allocator_gives(name: str) -> None:
     assert tracked.tracked_bytes == pytest.approx(measure_memory_bytes(run, CPU), abs=KERNEL_BYTES)
     assert set(tracked.by_part) == set(PARTS)
     assert sum(tracked.by_part.values()) == tracked.tracked_bytes == max(tracked.by_phase.values())
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("train", [{"optimizer_state": "8bit"}, {"autocast": "fp16"}], ids=["8bit", "fp16"])
+def test_small_optimizers_and_loss_scales_are_followed(train: dict[str, Any]) -> None:
+    run = tiny.variant_run("lora, nf4", 4, WIDE, {"dtype": "fp32", **train})
+    tracked = tracked_memory(run, with_host=True)
+    assert tracked.tracked_bytes == pytest.approx(measure_memory_bytes(run, CPU), abs=KERNEL_BYTES)
 
 
 def test_following_leaves_out_what_a_host_with_memory_keeps() -> None:
@@ -109,3 +120,9 @@ def test_what_is_given_back_is_taken_again() -> None:
     assert reserved_bytes(joined) == 20 * MIB
     apart = [(0, 6 * MIB), (1, 6 * MIB), (2, 6 * MIB), (0, -6 * MIB), (2, -6 * MIB), (3, 9 * MIB)]
     assert reserved_bytes(apart) == 40 * MIB
+
+
+def test_a_device_never_sees_what_was_let_go_before_the_network_moved_to_it() -> None:
+    entries = [(0, 30, "build"), (1, 12, "build"), (0, -30, "build"), (2, 9, "forward"), (1, -12, "merge")]
+    log = Log([(key, num_bytes * MIB, phase) for key, num_bytes, phase in entries])
+    assert [(key, size // MIB) for key, size in log.device_requests(False)] == [(1, 12), (2, 9), (1, -12)]

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from simulate.config import Run, build_run
-from simulate.costs.memory import host_memory_bytes, peak_memory
+from simulate.costs.memory import host_memory_bytes, memory_by_phase, peak_memory
 from simulate.hardware import Device, load_profile
 from simulate.measure import measure_memory_bytes
+from simulate.tracking import tracked_memory
 from tests import tiny
 
 TOLERANCE = 0.03
@@ -98,6 +99,35 @@ def test_memory_grows_with_batch_and_context_and_shrinks_with_checkpointing() ->
     assert all(small < large for small, large in itertools.pairwise(sizes))
     assert planned_bytes(tiny.lte_run(2, DEEP, train(8, True), rank=4)) < sizes[-1]
     assert planned_bytes(tiny.lte_run(2, {**DEEP, "context": 128}, train(1), rank=4)) > sizes[0]
+
+
+MADE = ("lora", "relora", "mhlora", "adamix", "lte", "lte, nf4", "lte, int8, served", "lte, nf4-double, reduced")
+"""Every way in which an evaluation comes to weights."""
+
+
+def check_evaluation(run: Run) -> None:
+    """Hold the planned height of an evaluation against the one that is followed, whether or not it is the peak."""
+    planned = memory_by_phase(run, run.model.shape(), ONE_MEMORY)["evaluation"]
+    tracked = tracked_memory(run, with_host=True).by_phase["evaluation"]
+    assert -0.01 <= (planned.total - planned.reserved) / tracked - 1 <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("samples", [1, 8])
+def test_evaluations_are_planned(name: str, samples: int) -> None:
+    """With one sample a layer's weight counts, with eight the activations."""
+    check_evaluation(tiny.variant_run(name, 2, WIDE, train(samples)))
+
+
+@pytest.mark.parametrize("name", ["lora", "lte, int8, served"])
+@pytest.mark.parametrize("family", ["llama", "vit", "mixer"])
+def test_evaluations_of_every_family_are_planned(name: str, family: str) -> None:
+    model = {"llama": SMALL_LLAMA, "vit": SMALL_VIT, "mixer": SMALL_MIXER}[family]
+    check_evaluation(family_run(model, train(2), **{"rank": 6, **tiny.VARIANTS[name]}))
+
+
+def test_an_evaluation_is_not_in_a_lower_format() -> None:
+    check_evaluation(cast(tiny.variant_run("lte, nf4", 2, WIDE, train(8))))
 
 
 SMALL_LLAMA = {**SMALL, **tiny.LLAMA, "mlp_width": 100}
