@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from simulate import checkpoints
 from simulate.config import load_run
 from tests.ltecli.command import Lte, Refused, assert_one_line, events_of, tree, write_run
 
@@ -166,7 +167,7 @@ def test_a_disk_that_fills_up_names_what_is_saved_and_the_run_can_go_on(
     lte: Lte, here: Path, run_toml: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", fail_after(5, Path.write_bytes))
+        patch.setattr(checkpoints, "_write_whole", fail_after(5, checkpoints._write_whole))
         outcome = lte("train", run_toml, "--out", "a", "--quiet")
     assert_one_line(
         outcome, 1, ("No space left on device", "saved: a/checkpoints/step-00000003", "lte train a --resume")
@@ -181,7 +182,7 @@ def test_a_disk_full_before_the_first_checkpoint_says_how_to_start_over(
     lte: Lte, run_toml: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", fail_after(0, Path.write_bytes))
+        patch.setattr(checkpoints, "_write_whole", fail_after(0, checkpoints._write_whole))
         outcome = lte("train", run_toml, "--out", "a", "--quiet")
     assert_one_line(outcome, 1, ("No space left on device", "no checkpoint was saved yet", "lte train a --resume"))
     assert lte("train", "a", "--resume", "--quiet").code == 0
