@@ -36,7 +36,7 @@ def test_pairs_are_merged_by_hand() -> None:
     assert len(encoded.tokens[encoded.held_out_from :]) < 3
 
 
-@pytest.mark.parametrize("content", ["", "ünï cödé 🎉 line\n\n  indented\r\n\ttabs\x01", "x" * 300_000 + "\n"])
+@pytest.mark.parametrize("content", ["", "ünï cödé 🎉 line\n\n  indented\r\n\ttabs\x01", "x" * 70_000 + "\n"])
 def test_text_comes_back_from_its_tokens(content: str) -> None:
     encoded = encode("some words to learn from " * 9 + content, content, "bpe:300")
     library = tokenizers.Tokenizer.from_str(encoded.vocabulary.json)
