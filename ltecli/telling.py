@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 
 def start_facts(folder: RunFolder, device: torch.device) -> dict[str, Any]:
+    """Return what a run's start event has of versions, device and data."""
     import torch
 
     from ltecli import version
@@ -29,6 +30,7 @@ def start_facts(folder: RunFolder, device: torch.device) -> dict[str, Any]:
 
 
 def tell_derived(folder: RunFolder, output: Output) -> None:
+    """Say what a run will do, and what is planned for a device."""
     run, chosen = folder.run, folder.plan["chosen"]
     shape = run.model.shape()
     action = f"resuming {folder.path} from {folder.resume_from.name}" if folder.resume_from else f"run {folder.path}"
@@ -68,6 +70,7 @@ def tell_result(
 
 
 def tell_finished(folder: RunFolder, output: Output) -> None:
+    """Say what a run that had finished before came to."""
     from ltecli.report.figures import figures, read_run
 
     figure = figures(read_run(folder.path))

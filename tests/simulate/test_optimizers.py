@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from simulate import optimizers
 from simulate.adapters import lora_layers
 from simulate.communicator import VirtualCommunicator
 from simulate.config import Run
+from simulate.costs.exchanges import _iterates
+from simulate.costs.flops import _orthogonalising
 from simulate.errors import InputError
+from simulate.measure import cpu_peak_bytes
 from simulate.methods import build_method
 from simulate.methods.base import Method
 from simulate.optimizers import Muon, orthogonalise
@@ -66,6 +70,17 @@ def test_the_range_holds_for_all_singular_values_that_are_not_tiny_beside_the_re
     values = [polynomial(10 ** (-k / 400)) for k in range(1064)]  # from 1 to 0.0022
     assert in_range(torch.tensor(values))
     assert polynomial(0.0005) < 0.3  # five iterations multiply by 485 at most
+
+
+@pytest.mark.parametrize("shape", [(64, 8), (8, 64), (16, 8), (20, 8), (24, 16), (24, 13), (16, 16)])
+def test_operations_and_memory_of_the_iterations_are_the_planned_ones(shape: tuple[int, int]) -> None:
+    matrices = drawn(3, *shape)
+    with FlopCounterMode(display=False) as counter:
+        orthogonalise(matrices)
+    assert counter.get_total_flops() == 3 * _orthogonalising(*shape)
+    # As a step holds it: the gradient that is looked ahead with is made for the iterations alone.
+    peak = cpu_peak_bytes(lambda: orthogonalise(matrices.lerp(matrices, 0.5)))
+    assert peak == pytest.approx(3 * _iterates(*shape) * 8, rel=0.03)
 
 
 def test_a_zero_matrix_stays_zero() -> None:
