@@ -30,12 +30,13 @@ from simulate.data.sources import image_source
 from simulate.data.text import load_text
 from simulate.methods import build_method
 from simulate.methods.base import Method
-from simulate.models.vit import VIT_SIZES, Vit, VitSize
+from simulate.models.options import VitModel
+from simulate.models.vit import VIT_SIZES, Vit
 
 DEVICES, MICRO_BATCH = 4, 8
 ROWS = 4096
 """Made-up images on disk."""
-SMALL = VitSize(layers=6, width=192, attention_heads=3, patch=4, image=32, classes=10)
+SMALL = VitModel(layers=6, width=192, attention_heads=3, patch=4, image=32, classes=10)
 
 
 @dataclass(frozen=True)

@@ -53,16 +53,15 @@ def print_memory() -> None:
         dense = static_bytes(model, {"name": "ddp"})
         print(f"{model}, rank {rank}: dense AdamW {dense / 1e9:.2f} GB")
         for quantize in FORMATS:
-            ours = static_bytes(model, {"name": "lte", "rank": rank, "reset": "b", "quantize": quantize})
+            ours = static_bytes(model, {"name": "lte", "rank": rank, "quantize": quantize})
             print(f"  {quantize:10} {ours / 1e9:6.2f} GB, 1/{dense / ours:.2f}", flush=True)
 
 
 def small_run(model: str, rank: int, method: str, context: int | None) -> Run:
     """Return a run of eight devices that saves memory by NF4, autocast, checkpointing and moments in 8 bits."""
-    reset = {"reset": "b"} if method == "lte" else {}
     sizes = {"name": model} if context is None else {"name": model, "context": context}
     train = {"micro_batch": 1, "activation_checkpointing": True, "autocast": "fp16", "optimizer_state": "8bit"}
-    table = {"model": sizes, "method": {"name": method, "rank": rank, "quantize": "nf4", **reset}, "train": train}
+    table = {"model": sizes, "method": {"name": method, "rank": rank, "quantize": "nf4"}, "train": train}
     return build_run({**table, "cluster": {"devices": 8}})
 
 

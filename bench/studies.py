@@ -120,7 +120,7 @@ def heads_rank(arguments: argparse.Namespace) -> Iterator[str]:
     yield "| heads | " + " | ".join(f"r = {rank}" for rank in ranks) + " |"
     yield "|---|" + "---|" * len(ranks)
     for heads in arguments.heads:
-        losses = (text_loss(arguments.data, heads, arguments.steps, rank=rank) for rank in ranks)
+        losses = (text_loss(arguments.data, heads, arguments.steps, rank=rank, reset="none") for rank in ranks)
         yield f"| {heads} | " + " | ".join(losses) + " |"
 
 

@@ -35,7 +35,7 @@ DEVICES, MICRO_BATCH, MERGE_EVERY = 8, 8, 10
 DENSE, LTE, DENSE_MUON = "dense", "lte, frozen A, muon", "dense, muon"
 METHODS: dict[str, dict[str, Any]] = {
     DENSE: {"name": "ddp"},
-    LTE: {"name": "lte", "frozen_a": True, "reset": "b", "optimizer": "muon", "merge_every": MERGE_EVERY},
+    LTE: {"name": "lte", "optimizer": "muon", "merge_every": MERGE_EVERY},
     DENSE_MUON: {"name": "ddp", "optimizer": "muon"},
 }
 """LTE has one head on each of 8 devices, and the settings that trained best on text (docs/results.md)."""

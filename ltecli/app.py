@@ -89,7 +89,7 @@ def plan(
     devices: Devices = None,
     tokens: Tokens = None,
     samples: Samples = None,
-    method: Annotated[str | None, typer.Option(help="Pin the method: lte or ddp.")] = None,
+    method: Annotated[str | None, typer.Option(help="Pin the method, any of docs/methods.md.")] = None,
     rank: Annotated[int | None, typer.Option(help="Pin the rank of one head.")] = None,
     heads_per_device: Annotated[int | None, typer.Option(help="Pin the heads of one device.")] = None,
     quantize: Annotated[

@@ -148,7 +148,7 @@ class Candidate:
             "rank": getattr(method, "rank", None),
             "heads": self.run.heads or None,
             "heads_per_device": getattr(method, "heads_per_device", None),
-            "quantize": getattr(method, "quantize", "none"),
+            "quantize": method.frozen_format,
             "merge_every": getattr(method, "merge_every", None),
             "merge_transport": getattr(method, "merge_transport", None),
             "reset": getattr(method, "reset", None),
@@ -182,12 +182,21 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A candidate that does not fit, and why: `short_bytes` is what it lacks, `late_s` how much too long it takes."""
+    """A candidate that does not fit, and why."""
 
     candidate: Candidate
     reason: str
-    short_bytes: int
+    short_bytes: int = 0
+    """What a device lacks."""
+    host_short_bytes: int = 0
+    """What a device's host lacks; where both share one memory, what is missing beside the device's own bytes."""
     late_s: float = 0.0
+    """How much too long it takes."""
+
+    @property
+    def missing(self) -> tuple[int, float]:
+        """Bytes of both, then seconds: what the nearest miss has least of."""
+        return self.short_bytes + self.host_short_bytes, self.late_s
 
 
 @dataclass(frozen=True)
@@ -244,7 +253,7 @@ class Plan:
 
     def nearest_miss(self) -> Rejected | None:
         """Return the rejected candidate that lacks the least memory, or of those that lack none the least late."""
-        return min(self.rejected, key=lambda rejected: (rejected.short_bytes, rejected.late_s), default=None)
+        return min(self.rejected, key=lambda rejected: rejected.missing, default=None)
 
 
 def evaluate(run: Run, profile: Profile, tokens: int, choice: Choice | None = None) -> Candidate | Rejected:
@@ -258,7 +267,6 @@ def _evaluate(run: Run, setting: Setting) -> Candidate | Rejected:
     peaks = [(device, high, high.peak()) for device, high in fullest]
     device, high, memory = min(peaks, key=lambda peak: peak[0].memory_bytes - peak[2].total)
     host_parts = host_memory_by_part(run, shape, device)
-    host_bytes = sum(host_parts.values())
     time, rounds = round_time(run, shape, devices, setting.profile.link), num_rounds(run)
     candidate = Candidate(
         run=run,
@@ -271,32 +279,33 @@ def _evaluate(run: Run, setting: Setting) -> Candidate | Rejected:
         wall_s=run.train.steps * time.compute_s + rounds * (time.merge_s + time.exchange_s),
         samples_factor=samples_factor(run, shape, setting.tokens, choice.efficiency),
     )
-    short_bytes = memory.total - device.memory_bytes
-    if short_bytes > 0:
-        return Rejected(candidate, f"{_memory_reason(memory, device)}", short_bytes)
-    host_room_bytes = device.host_memory_bytes or device.memory_bytes - memory.total  # of one memory, what is left
-    if host_bytes > host_room_bytes:
-        short_bytes = host_bytes - host_room_bytes
-        reason = (
-            f"needs {host_bytes / 1e9:.2f} GB of host memory, most of it for {_largest_host_part(host_parts)}, "
-            f"{device.kind} has "
-        )
-        return Rejected(candidate, f"{reason}{host_room_bytes / 1e9:.2f} GB", short_bytes)
+    short_bytes = max(0, memory.total - device.memory_bytes)
+    # Of one memory, what is left.
+    host_room_bytes = device.host_memory_bytes or max(0, device.memory_bytes - memory.total)
+    host_short_bytes = max(0, sum(host_parts.values()) - host_room_bytes)
+    if short_bytes or host_short_bytes:
+        reasons = [_memory_reason(memory, device)] if short_bytes else []
+        reasons += [_host_reason(host_parts, host_room_bytes, device)] if host_short_bytes else []
+        return Rejected(candidate, ", and ".join(reasons), short_bytes, host_short_bytes)
     late_s = candidate.equivalent_wall_s - choice.within_s if choice.within_s is not None else 0.0
     if late_s > 0:
         needed_h = candidate.equivalent_wall_s / 3600
         reason = f"needs {needed_h:.4g} h to equal loss, {late_s / 3600:.3g} h more than --within allows"
-        return Rejected(candidate, reason, 0, late_s)
+        return Rejected(candidate, reason, late_s=late_s)
     return candidate
 
 
-def _largest_host_part(parts: dict[str, int]) -> str:
+def _host_reason(parts: dict[str, int], room_bytes: int, device: Device) -> str:
     meanings = {
         "start_weights": "the weights that merges start from",
         "checkpoint_save": "the tensor that a checkpoint is writing",
         "data": "the data",
     }
-    return meanings[max(parts, key=lambda name: parts[name])]
+    largest = meanings[max(parts, key=lambda name: parts[name])]
+    return (
+        f"needs {sum(parts.values()) / 1e9:.2f} GB of host memory, most of it for {largest}, {device.kind} has "
+        f"{room_bytes / 1e9:.2f} GB"
+    )
 
 
 def _memory_reason(memory: Memory, device: Device) -> str:
@@ -405,7 +414,7 @@ def _best(results: Sequence[Candidate | Rejected], rank: Rank) -> Candidate | Re
     """Return the first of those that fit, or else the nearest miss."""
     fitting = [r for r in results if isinstance(r, Candidate)]
     misses = [r for r in results if isinstance(r, Rejected)]
-    nearest = min(misses, key=lambda r: (r.short_bytes, r.late_s), default=None)
+    nearest = min(misses, key=lambda r: r.missing, default=None)
     return min(fitting, key=rank, default=None) or nearest
 
 
@@ -425,13 +434,13 @@ def _choice_notes(
     )
     if chosen and fitting[0] is not chosen:
         yield f"{describe(fitting[0].run)} would rank first, with lte[quantize] installed: pin it with --quantize"
-    if chosen and getattr(chosen.run.method, "quantize", "none") != "none":
+    if chosen and chosen.run.method.frozen_format != "none":
         yield from _quantize_notes(chosen)
 
 
 def needs_library(run: Run) -> bool:
     """Whether a run needs a package that is not installed with the tool."""
-    return getattr(run.method, "quantize", "none").startswith("nf4")
+    return run.method.frozen_format.startswith("nf4")
 
 
 def _quantize_notes(chosen: Candidate) -> Iterator[str]:
@@ -463,12 +472,16 @@ def _pace_notes(
     if chosen is None or "pace" not in type(chosen.run.method).model_fields or chosen.run.method.is_paced:
         return
     method, step_s = chosen.run.method, device_step_s(chosen.run, shape, devices)
-    needs = {"pace": "deadline", "reset": "b"} if getattr(method, "reset", "") == "none" else {"pace": "deadline"}
-    paced = method.model_copy(update={**needs, "merge_delay": 0, "fragments": 1})
+    needs: dict[str, Any] = {"pace": "deadline"}
+    if getattr(method, "reset", "") == "none":
+        needs |= {"reset": "b", "frozen_a": False}
+    without = {"merge_delay": 0, "fragments": 1}
+    needs |= {key: value for key, value in without.items() if getattr(method, key, value) != value}
+    paced = method.model_copy(update=needs)
     time = round_time(chosen.run.model_copy(update={"method": paced}), shape, devices, profile.link)
     gain = time.device_steps / time.round_s / (chosen.time.device_steps / chosen.time.round_s)
     if max(step_s) > PACE_MATTERS * min(step_s) and gain > 1:
-        keys = " and ".join(f"method.{key} = {value}" for key, value in needs.items())
+        keys = " and ".join(f"method.{key} = {str(value).lower()}" for key, value in needs.items())
         yield (
             f"devices of profile {profile.name} differ: a step takes the slowest {max(step_s) / min(step_s):.1f}x as "
             f"long as the fastest; with {keys} nobody waits, for {gain:.2f}x the samples a second (docs/methods.md)"
@@ -515,7 +528,7 @@ def describe(run: Run) -> str:
 
 
 def _format(method: MethodOptions) -> str:
-    quantize, wire = getattr(method, "quantize", "none"), getattr(method, "wire", "full")
+    quantize, wire = method.frozen_format, getattr(method, "wire", "full")
     return ("" if quantize == "none" else f" {quantize}") + ("" if wire == "full" else f" over {wire}")
 
 

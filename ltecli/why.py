@@ -80,7 +80,7 @@ def explain(plan: Plan, chosen: Candidate) -> Why:
 
 def _limit(plan: Plan, chosen: Candidate, value: Callable[[Candidate], float]) -> tuple[str, str]:
     """Return what stands between the choice and a better one: the link, memory, or nothing but compute."""
-    unfit = [r for r in plan.rejected if r.short_bytes]
+    unfit = [r for r in plan.rejected if r.missing[0]]
     better = min(unfit, key=lambda r: value(r.candidate), default=None)
     share = chosen.time.exchange_s / chosen.time.round_s
     reason = f"{share:.0%} of a round is exchange that no compute hides, {1 - share:.0%} compute"

@@ -224,7 +224,10 @@ def _read_part(path: Path, part: str, run: Run, data_fingerprint: str) -> tuple[
     if digest != meta["tensors_sha256"]:
         raise InputError(f"{file} is damaged: its digest is not the one that was saved; {retry}")
     if meta["run"] != run_fingerprint(run):
-        raise InputError(f"{path} is a checkpoint of another run: run.toml differs; restore it, or start anew in --out")
+        raise InputError(
+            f"{path} is a checkpoint of another run: run.toml differs, or another version of lte wrote it; "
+            "restore it, or start anew in --out"
+        )
     if meta["data"] != data_fingerprint:
         raise InputError(f"{path} was trained on other data: it has changed since; restore it, or start anew")
     return Progress(**meta["progress"]), load_file(file)

@@ -17,6 +17,7 @@ Dtype = Literal["fp64", "fp32", "fp16", "bf16"]
 Collectives = Literal["gloo", "nccl"]
 DELAYS_OF_A_HOP: dict[Collectives, float] = {"gloo": 2.0, "nccl": 1.0}
 """Gloo asks for every buffer before it is sent; 2.0 to 2.9 were measured (bench/README.md)."""
+BETWEEN_CPUS = "what launched runs use between CPUs"
 LOCAL = "local"
 MOST_BYTES = 10**15
 """A petabyte: more memory of one device, or more bytes a second of one link, is a slip of the keyboard."""
@@ -330,7 +331,7 @@ def detect_local() -> Profile:
         source="guess",
         sources={
             **dict.fromkeys(("topology", "up_bytes_per_s", "down_bytes_per_s", "latency_s"), "guess: gigabit LAN"),
-            "collectives": "what launched runs use between CPUs",
+            "collectives": BETWEEN_CPUS,
         },
     )
     return Profile(name=LOCAL, description="This machine, as four virtual devices", device=[device], link=link)

@@ -316,9 +316,11 @@ class LteOptions(AdapterOptions):
                 "they added; try --set method.reset=b"
             )
         if self.merge_delay and not (self.reset == "none" or (self.reset == "b" and self.frozen_a)):
+            move = "reset=b" if self.frozen_a else "reset=none"
             raise ValueError(
-                f"merge_delay = {self.merge_delay} with reset = {self.reset!r} would drop what heads learn while a "
-                "merge travels; try --set method.reset=none, or reset=b with frozen_a=true"
+                f"merge_delay = {self.merge_delay} with reset = {self.reset!r} and frozen_a = "
+                f"{str(self.frozen_a).lower()} would drop what heads learn while a merge travels; try --set "
+                f"method.{move}"
             )
         if self.merge_delay and self.norms == "vector-lora":
             raise ValueError(
@@ -332,7 +334,7 @@ class LteOptions(AdapterOptions):
         if self.frozen_a and self.reset == "none":
             raise ValueError(
                 "frozen_a = true trains alike with reset = 'none' and reset = 'b', which needs less memory; "
-                "try --set method.reset=b"
+                "try --set method.reset=b, or --set method.frozen_a=false to train A, too"
             )
         return self
 

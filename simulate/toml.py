@@ -53,7 +53,7 @@ def read(path: Path) -> str:
     except IsADirectoryError:
         raise InputError(f"{path}: is a folder where a TOML file is needed; name the file inside it") from None
     except UnicodeDecodeError:
-        raise InputError(f"{path}: is not UTF-8 text; a TOML file is needed") from None
+        raise InputError(f"{path}: is not UTF-8 text; restore it, or name another file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
 

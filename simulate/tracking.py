@@ -189,7 +189,7 @@ class _Follower(TorchDispatchMode):
                 self._name(tensor, "weights")
                 storage = self._known[tensor.untyped_storage()._cdata]
                 self.log.host.add(storage)
-                if getattr(method.run.method, "quantize", "none") != "none":
+                if method.run.method.frozen_format != "none":
                     self.log.mapped.add(storage)
         for module in method.model.modules():
             if isinstance(module, LoraLinear | VectorLora):
@@ -265,7 +265,7 @@ def tracked_memory(run: Run, with_host: bool) -> Tracked:
 def track(run: Run, program: Program = train_alone) -> Log:
     """Return what one device's program allocates over steps, merges and an evaluation."""
     run.model.shape()  # of a network without a name: found out with numbers
-    if getattr(run.method, "quantize", "none").startswith("nf4"):
+    if run.method.frozen_format.startswith("nf4"):
         nf4_levels()  # kept for later, so with numbers
     if run.train.optimizer_state == "8bit":
         moment_values(CPU)

@@ -135,6 +135,7 @@ def plan_request(request: Request, to_train: bool = True) -> Plan:
     _put(table, "cluster", "devices", request.devices)
     for key, value in request.pins.items():
         _put(table, "method", key, value)
+        _check_owner(key, value, table["method"].get("name"))
     pins = _pins(table)
     profile = load_profile(str(table["cluster"].setdefault("profile", LOCAL)))
     link_notes: list[str] = []
@@ -182,6 +183,14 @@ def _put(table: toml.Table, section: str, key: str, value: Any) -> None:
             "keep one"
         )
     table[section][key] = value
+
+
+def _check_owner(key: str, value: Any, method: Any) -> None:
+    """Raise InputError where a pin is not for the method that is asked for."""
+    owners = [name for name, options in METHODS.items() if key in options.model_fields]
+    if value is not None and method in METHODS and method not in owners and key != "name":
+        option = f"--{key.replace('_', '-')}"
+        raise InputError(f"{option} is for {', '.join(owners)}, and the method is {method}; leave {option} away")
 
 
 def _pins(table: toml.Table) -> Pins:
@@ -308,12 +317,14 @@ def nearest_miss_text(plan: Plan) -> str:
             f"{describe(miss.candidate.run)}, which needs {seconds_text(miss.candidate.equivalent_wall_s)}; allow more "
             "--within, train on fewer tokens, or add devices"
         )
-    model = plan.base.model
+    model, places = plan.base.model, {"device": miss.short_bytes, "host": miss.host_short_bytes}
+    more = " and ".join(f"{bytes_text(size)} more on each {place}" for place, size in places.items() if size)
+    keys = [model.larger_with] if miss.short_bytes else []  # which activations grow with, and no host memory
     layers = getattr(model, "layers", None)
+    keys += [] if layers is None else [f"model.layers (now {layers})"]
     return (
         f"nothing fits profile {plan.profile.name}: the nearest miss is {describe(miss.candidate.run)}, which "
-        f"{miss.reason}; {bytes_text(miss.short_bytes)} more on each device would do, or a smaller "
-        f"--set {model.larger_with}" + ("" if layers is None else f" or model.layers (now {layers})")
+        f"{miss.reason}; {more} would do" + (f", or a smaller --set {' or '.join(keys)}" if keys else "")
     )
 
 
@@ -384,7 +395,7 @@ def _rival_table(plan: Plan) -> Any:
 
 
 def _example(rejected: tuple[Rejected, ...]) -> str:
-    nearest = min(rejected, key=lambda r: (r.short_bytes, r.late_s))
+    nearest = min(rejected, key=lambda r: r.missing)
     return f"{describe(nearest.candidate.run)} {nearest.reason}"
 
 

@@ -22,7 +22,7 @@ def by_method(
     """Remember a figure of a run that depends on neither its batch nor its steps, recomputation or data.
 
     Methods and shapes are frozen and told apart by identity, which candidates share; a method's two dozen keys would
-    take longer to hash than many a figure to work out. Further arguments are positional and hashable. What is not
+    take longer to hash than many a figure to work out. Further arguments are hashable. What is not
     remembered is `__wrapped__`.
     """
     remembered: dict[Any, tuple[T, Any]] = {}
@@ -33,7 +33,7 @@ def by_method(
         train = run.train
         key = (
             id(run.method), shape, run.cluster.devices, train.dtype, train.autocast, train.optimizer,
-            train.optimizer_state, *others,
+            train.optimizer_state, others, *named.items(),
         )  # fmt: skip
         try:
             return remembered[key][0]

@@ -56,7 +56,7 @@ def _vit(layers: int, width: int) -> dict[str, Any]:
 
 QUICK_CASES: tuple[Case, ...] = (
     Case("gpt 3 x 80, batch 6, ddp", _gpt(3, 80, 96), {"name": "ddp"}, 6),
-    Case("gpt 3 x 80, batch 6, lte reset b", _gpt(3, 80, 96), {**LTE, "reset": "b"}, 6),
+    Case("gpt 3 x 80, batch 6, lte reset b", _gpt(3, 80, 96), {**LTE, "reset": "b", "frozen_a": False}, 6),
     Case("vit 4 x 144, batch 5, ddp", _vit(4, 144), {"name": "ddp"}, 5),
     Case("vit 4 x 144, batch 5, lte reset-less", _vit(4, 144), {**LTE, "reset": "none"}, 5),
 )
@@ -65,10 +65,20 @@ CASES: tuple[Case, ...] = (
     Case("gpt 4 x 48, batch 2, ddp", _gpt(4, 48, 128), {"name": "ddp"}, 2),
     Case("gpt 4 x 48, batch 2, lte reset-less", _gpt(4, 48, 128), {**LTE, "reset": "none"}, 2),
     Case("gpt 3 x 192, batch 12, ddp", _gpt(3, 192, 96), {"name": "ddp"}, 12),
-    Case("gpt 3 x 192, batch 12, lte rank 24 reset b", _gpt(3, 192, 96), {**LTE, "rank": 24, "reset": "b"}, 12),
+    Case(
+        "gpt 3 x 192, batch 12, lte rank 24 reset b",
+        _gpt(3, 192, 96),
+        {**LTE, "rank": 24, "reset": "b", "frozen_a": False},
+        12,
+    ),
     Case("gpt 1 x 320, batch 3, ddp", _gpt(1, 320, 160), {"name": "ddp"}, 3),
     Case("vit 6 x 192, batch 9, ddp", _vit(6, 192), {"name": "ddp"}, 9),
-    Case("vit 6 x 192, batch 9, lte rank 16 reset b", _vit(6, 192), {**LTE, "rank": 16, "reset": "b"}, 9),
+    Case(
+        "vit 6 x 192, batch 9, lte rank 16 reset b",
+        _vit(6, 192),
+        {**LTE, "rank": 16, "reset": "b", "frozen_a": False},
+        9,
+    ),
     Case("vit 2 x 288, batch 3, lte reset-less", _vit(2, 288), {**LTE, "reset": "none"}, 3),
 )
 

@@ -204,7 +204,7 @@ def text_run(layers: int, width: int, samples: int, method: str = "ddp", context
     """Return a run of a small GPT on one device."""
     heads = max(1, width // 32)
     model = {"name": "gpt", "layers": layers, "width": width, "attention_heads": heads, "context": context, "vocab": 64}
-    adapters = {"rank": 4, "reset": "b"} if method == "lte" else {}
+    adapters = {"rank": 4, "reset": "b", "frozen_a": False} if method == "lte" else {}
     return build_run(
         {
             "model": model, "data": {"name": "stdlib"}, "method": {"name": method, **adapters, **keys},

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from simulate.errors import InputError
-from simulate.hardware import Device, FlopPerSecond, Kernels, Link, Measurement, Profile, detect_local
-from simulate.local_gpu import local_gpu_profile
+from simulate.hardware import BETWEEN_CPUS, Device, FlopPerSecond, Kernels, Link, Measurement, Profile, detect_local
+from simulate.local_gpu import BETWEEN_GPUS, local_gpu_profile
 from simulate.measuring.kernels import FULL, QUICK, Sizes, Tell, measure_kernels
 from simulate.measuring.stopwatch import Stopwatch
 
@@ -57,7 +57,8 @@ def measure_profile(wanted: Wanted, link: Link, tell: Tell, sizes: Sizes | None 
     finally:
         torch.set_num_threads(threads)
     device = _device(wanted, cuda, memory_bytes_per_s, peaks, kernels)
-    link = link.model_copy(update={"collectives": "nccl" if cuda else "gloo"})
+    sources = {**link.sources, "collectives": BETWEEN_GPUS if cuda else BETWEEN_CPUS}
+    link = link.model_copy(update={"collectives": "nccl" if cuda else "gloo", "sources": sources})
     return Profile(
         name="measured", description=f"{device.kind}, measured {measurement.date[:10]}", device=[device], link=link,
         measurement=measurement,

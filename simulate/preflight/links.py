@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from simulate.hardware import Link
+from simulate.hardware import MOST_BYTES, Link
 from simulate.preflight.channel import BadFrameError, PeerError
 
+MOST_LATENCY_S = 3600.0
+"""No wait of a preflight is as long."""
 SLOW_FACTOR = 5.0
 """A link that misses the profile by this factor makes every planned time wrong, so it earns a warning."""
 _NOTICEABLE_S = 1e-3
@@ -58,6 +60,8 @@ def parse_link(given: Any) -> LinkFigures:
     measured = (figures.latency_s, figures.bytes_per_s, figures.loaded_bytes_per_s)
     if not all(math.isfinite(value) and value > 0 for value in measured):
         raise BadFrameError("sent link figures that are not positive")
+    if max(measured[1:]) > MOST_BYTES or figures.latency_s > MOST_LATENCY_S:
+        raise BadFrameError("sent link figures that no link has")
     return figures
 
 
@@ -100,12 +104,13 @@ def slow_links(links: Sequence[LinkFigures], planned: Link) -> list[str]:
             warnings.append(
                 f"{way} carries {rate_text(link.loaded_bytes_per_s)} with all links busy, "
                 f"{planned_rate / link.loaded_bytes_per_s:,.0f} times less than the {rate_text(planned_rate)} planned "
-                f"({planned.source}); plan again with the measured link"
+                f"({planned.source}); plan again with what this run measured, by lte plan --link-from RUN"
             )
         if link.latency_s >= max(SLOW_FACTOR * planned.latency_s, planned.latency_s + _NOTICEABLE_S):
             warnings.append(
                 f"{way} has a latency of {link.latency_s * 1e3:.3g} ms, planned were "
-                f"{planned.latency_s * 1e3:.3g} ms ({planned.source}); plan again with the measured link"
+                f"{planned.latency_s * 1e3:.3g} ms ({planned.source}); "
+                "plan again with what this run measured, by lte plan --link-from RUN"
             )
     return warnings
 

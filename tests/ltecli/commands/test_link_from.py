@@ -82,7 +82,16 @@ def test_two_sources_of_a_link_are_refused(refused: Refused, launched: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "damaged", [{"links": 3}, {"links": []}, {"links": [{}]}, {}, {"links": [{**LINKS[0], "latency_s": -1}]}]
+    "damaged",
+    [
+        {"links": 3},
+        {"links": []},
+        {"links": [{}]},
+        {},
+        {"links": [{**LINKS[0], "latency_s": -1}]},
+        {"links": [{**LINKS[0], "latency_s": 1e9}]},
+        {"links": [{**LINKS[0], "loaded_bytes_per_s": 1e30}]},
+    ],
 )
 def test_damaged_links_are_refused(refused: Refused, trained: Path, damaged: dict[str, Any]) -> None:
     write_events(trained, {"kind": "links", "step": 0, **damaged})

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from simulate.config import load_run
+from simulate import toml
+from simulate.config import build_run, load_run
 from simulate.options import METHOD_NAMES
 from tests.ltecli.command import PROFILE, Lte, Refused, write_prose
 
@@ -101,3 +103,32 @@ def test_shards_need_no_data_to_be_named(lte: Lte, refused: Refused) -> None:
 def test_a_mistake_is_named(refused: Refused, settings: tuple[str, ...], words: tuple[str, ...]) -> None:
     assignments = [part for setting in settings for part in ("--set", setting)]
     refused("plan", "--profile", PROFILE, "--devices", "4", *assignments, words=words)
+
+
+def test_a_pin_of_other_methods_names_them(refused: Refused) -> None:
+    for method in ("ddp", "adamix"):
+        words = ("--quantize is for lte, lora, relora, mhlora", f"the method is {method}")
+        refused("plan", "--profile", PROFILE, "--method", method, "--quantize", "nf4", words=words)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("method.reset=none",),
+        ("method.reset=ab", "method.merge_delay=2"),
+        ("method.frozen_a=false", "method.merge_delay=2"),
+        ("method.reset=none", "method.frozen_a=false", "method.pace=deadline"),
+    ],
+)
+def test_the_next_moves_of_a_refusal_work_on_a_planned_run(lte: Lte, here: Path, asked: tuple[str, ...]) -> None:
+    """A planned run has every key, so that no default follows from another key."""
+    assert lte("plan", "--profile", PROFILE, "--devices", "2", "--tokens", "40000", "-o", "planned.toml").code == 0
+    refusal = lte("train", "planned.toml", "--out", "a", *(part for key in asked for part in ("--set", key)))
+    assert refusal.code == 2 and not (here / "a").exists()
+    moves = re.findall(r"--set ([\w.]+=\w+)", refusal.stderr)
+    assert moves
+    for move in moves:
+        table = toml.parse((here / "planned.toml").read_text(), "planned.toml")
+        for assignment in (*asked, move):
+            toml.set_key(table, assignment)
+        assert build_run(table).method.name == "lte"

@@ -65,3 +65,9 @@ def test_a_figure_is_worked_out_once_until_it_is_forgotten() -> None:
     remember.forget()
     figure(BASE, BASE.model.shape())
     assert len(asked) == 2
+
+
+def test_named_arguments_count_as_well() -> None:
+    shape = BASE.model.shape()
+    apart, together = (memory._lasting(BASE, shape, shared_memory=shared) for shared in (False, True))
+    assert apart == lasting(BASE) != together

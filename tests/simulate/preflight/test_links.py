@@ -212,7 +212,7 @@ def test_a_link_five_times_slower_than_planned_is_warned_about() -> None:
     (line,) = slow_links([figures(0, 1, 8e6)], PLANNED)
     assert line == (
         "node 0 to node 1 carries 8 MB/s with all links busy, 10 times less than the 80 MB/s planned (datasheet); "
-        "plan again with the measured link"
+        "plan again with what this run measured, by lte plan --link-from RUN"
     )
 
 
