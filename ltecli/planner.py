@@ -12,8 +12,10 @@ from ltecli.collecting import without_collector
 from ltecli.formats import check_formats, format_notes
 from ltecli.grid import Pins, grid
 from ltecli.objective import MEANINGS, Choice, hourly_price, value_of
+from ltecli.output import bytes_text
 from ltecli.ranges import RULE, Margins, range_keys
 from simulate.config import Run
+from simulate.costs.diagnostics import diagnostics_exchange
 from simulate.costs.memory import Heights, Memory, heights, host_memory_by_part, peak_memory
 from simulate.costs.messages import link_of
 from simulate.costs.samples import Efficiency, samples_factor, shipped
@@ -379,6 +381,7 @@ def make_plan(
         *_optimizer_notes(chosen),
         *format_notes(chosen, profile, lambda run: _evaluate(run, setting)),
         *_pace_notes(chosen, shape, profile, devices),
+        *(diagnostics_notes(chosen.run, shape) if chosen else ()),
         *_rival_notes(chosen, rivals, rank),
     ]
     return Plan(
@@ -485,6 +488,16 @@ def _pace_notes(
         yield (
             f"devices of profile {profile.name} differ: a step takes the slowest {max(step_s) / min(step_s):.1f}x as "
             f"long as the fastest; with {keys} nobody waits, for {gain:.2f}x the samples a second (docs/methods.md)"
+        )
+
+
+def diagnostics_notes(run: Run, shape: ModelShape) -> Iterator[str]:
+    """Say what a run's diagnostics send beside its method, if it has any."""
+    if run.train.diagnostics_every is not None:
+        sent_bytes = diagnostics_exchange(run, shape).sent_bytes / run.cluster.devices
+        yield (
+            f"diagnostics every {run.train.diagnostics_every:,} steps: devices in processes of their own send another "
+            f"{bytes_text(sent_bytes)} each for them, every time, which is in no other figure"
         )
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ltecli.launcher import RunFolder
 from ltecli.output import Output, bytes_text, scores_text, seconds_text
-from ltecli.planner import describe
+from ltecli.planner import describe, diagnostics_notes
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +45,8 @@ def tell_derived(folder: RunFolder, output: Output) -> None:
         f"{bytes_text(chosen['sent_bytes_per_round'])} sent per merge, {seconds_text(chosen['wall_s'])} on "
         f"{run.cluster.devices} x {folder.profile.name}"
     )
+    for text in diagnostics_notes(run, shape):
+        output.hint(f"  {text}")
     for text in (*folder.plan["notes"], *chosen["warnings"]):
         output.hint(f"  warning: {text}")
 

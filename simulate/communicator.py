@@ -92,12 +92,12 @@ class Communicator(ABC):
         self._count("all_to_all", own, crossings, crossings)
         return self._all_to_all(tensors)
 
-    def broadcast(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite each tensor, (...) without a device axis, with the first device's."""
+    def broadcast(self, tensors: Sequence[Tensor], source: int = 0) -> None:
+        """Overwrite each tensor, (...) without a device axis, with that of device `source`."""
         payload = _bytes(tensors)
         crossings = (self.num_devices - 1) * payload
         self._count("broadcast", payload, crossings, crossings)
-        self._broadcast(tensors)
+        self._broadcast(tensors, source)
 
     def push(self, tensors: Sequence[Tensor], active: Sequence[int] | None = None) -> list[Tensor] | None:
         """Send the local devices' tensors to the server, where every device's part returns in global order; else None.
@@ -148,6 +148,16 @@ class Communicator(ABC):
         finally:
             self._background = False
 
+    @contextmanager
+    def aside(self, counter: ByteCounter) -> Iterator[None]:
+        """Let `counter` count messages made inside, and nobody's clock hear of them: they are not the method's."""
+        kept = self.counter, self.on_transfer
+        self.counter, self.on_transfer = counter, None
+        try:
+            yield
+        finally:
+            self.counter, self.on_transfer = kept
+
     def then(self, compute: Callable[[], None]) -> None:
         """Compute with what was asked for so far: at once, or inside `background` as soon as that has arrived."""
         self._then(compute)
@@ -178,7 +188,7 @@ class Communicator(ABC):
     def _all_to_all(self, tensors: Sequence[Tensor]) -> list[Tensor]: ...
 
     @abstractmethod
-    def _broadcast(self, tensors: Sequence[Tensor]) -> None: ...
+    def _broadcast(self, tensors: Sequence[Tensor], source: int) -> None: ...
 
     @abstractmethod
     def _push(self, tensors: Sequence[Tensor], active: Sequence[int] | None) -> list[Tensor] | None: ...
@@ -259,7 +269,7 @@ class VirtualCommunicator(Communicator):
     def _all_to_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [tensor.transpose(0, 1) for tensor in tensors]
 
-    def _broadcast(self, tensors: Sequence[Tensor]) -> None:
+    def _broadcast(self, tensors: Sequence[Tensor], source: int) -> None:
         pass
 
     def _push(self, tensors: Sequence[Tensor], active: Sequence[int] | None) -> list[Tensor] | None:

@@ -1,9 +1,12 @@
 """Figures that say why a run learns as it does: how its devices' rounds relate, and how noisy its gradients are.
 
-Taken at a merge, on demand; training is the same to the bit with and without. W is a linear layer's matrix, ΔW_h what
-head h changed in its effective weight since the last merge (a device of a dense method counts as one head), ΔW their
-(weighted) mean: what the merge adds to W, before an outer optimizer, a compressed wire or a delayed mix makes something
-else of it. Layers that merge at staggered steps each count from their own last merge. Means are over layers.
+Taken at a merge, on demand; training is the same to the bit with and without. Devices in several processes work out the
+same figures together: what travels for that is counted apart from the method's messages (simulate.costs.diagnostics).
+
+W is a linear layer's matrix, ΔW_h what head h changed in its effective weight since the last merge (a device of a dense
+method counts as one head), ΔW their (weighted) mean: what the merge adds to W, before an outer optimizer, a compressed
+wire or a delayed mix makes something else of it. Layers that merge at staggered steps each count from their own last
+merge. Means are over layers.
 
     cosine                  <ΔW_h, ΔW_g> / (|ΔW_h|·|ΔW_g|), mean over pairs of heads; Frobenius product and norms
     grassmann_rad           (Σ_i θ_i²)^½, mean over pairs, with the principal angles θ_i between the spans of the k
@@ -44,21 +47,18 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from simulate.communicator import ByteCounter, Communicator
 from simulate.config import Run
+from simulate.costs.diagnostics import DIRECTIONS, NOISE_BATCHES, SAMPLED_HEADS
+from simulate.costs.traffic import pack
 from simulate.data.batches import Batches
 from simulate.loss import row_losses
 from simulate.methods.base import Method
 from simulate.models.build import empty_model
 from simulate.randomness import generator
-from simulate.updates import LayerUpdates, decompose
+from simulate.updates import LayerUpdates, Rows, decompose, square_norm
 
 Figures = dict[str, float]
-DIRECTIONS = 8
-"""Leading singular vectors that subspaces are made of."""
-SAMPLED_HEADS = 8
-"""Heads of which all pairs are compared."""
-NOISE_BATCHES = 4
-"""Batches behind one estimate of the gradient noise scale."""
 _FIRST = "diagnostics.first"
 
 
@@ -69,18 +69,30 @@ class Diagnostics:
         self.method, self.run = method, method.run
         method.keep_merged()
         self.first: dict[str, tuple[Tensor, Tensor]] = {}
+        self.traffic = ByteCounter()
+        """What devices exchanged for the figures since that was last taken."""
+
+    @property
+    def _communicator(self) -> Communicator:
+        return self.method.communicator
 
     @torch.no_grad()
     def of_round(self, step: int) -> Figures:
-        """Return the figures of the round that ends with `step`; right before its merge."""
-        drift, layers = _Drift(), _Means()
-        for updates in self.method.updates(step):
+        """Return the figures of the round that ends with `step`; right before its merge. All processes take part."""
+        with self._communicator.aside(self.traffic):
+            return self._of_round(step)
+
+    def _of_round(self, step: int) -> Figures:
+        method, seed = self.method, self.run.train.seed
+        rows = Rows(method.communicator, method.row_devices(), method.all_row_devices())
+        drift, layers = _Drift(method.communicator), _Means()
+        for updates in (local.over(rows) for local in method.updates(step)):
             mean = updates.mean()
-            if not mean.isfinite().all():
+            if not mean.isfinite().all():  # for everyone alike, so that nobody waits for the others
                 return {}  # a run that diverged ends with an error about its loss
             drift.add(updates, mean)
             if updates.is_matrix:
-                layers.add(pair_figures(updates, sampled_heads(self.run.train.seed, step, updates.heads)))
+                layers.add(pair_figures(updates, sampled_heads(seed, step, updates.heads)))
                 layers.add(self._mean_figures(updates.name, mean))
         return {**layers.figures(), **drift.figures()}
 
@@ -97,14 +109,24 @@ class Diagnostics:
         }
 
     def of_gradients(self, batches: Batches, step: int, device: torch.device) -> Figures:
-        """Return the gradient noise scale at the merged weights, right after a merge; `step` is the coming one."""
+        """Return the gradient noise scale at the merged weights, right after a merge; `step` is the coming one.
+
+        Every process takes the gradients of its own devices' batches.
+        """
         gradients, size = _Gradients(self.run, self.method.merged_state()), self.run.train.micro_batch
         for coming in range(step, step + NOISE_BATCHES):
-            inputs, targets = batches.batch(coming, range(self.run.cluster.devices))
+            inputs, targets = batches.batch(coming, self._communicator.local_devices)
             for pair in zip(inputs.split(size), targets.split(size), strict=True):
                 gradients.add(*(tensor.to(device) for tensor in pair))
-        small_square, big_square = gradients.squares()
-        return noise_figures(small_square, big_square, size, size * gradients.count, self.run.model.units_per_sample)
+        with self._communicator.aside(self.traffic):
+            small_square, big_square = gradients.squares(self._communicator)
+        samples = size * NOISE_BATCHES * self.run.cluster.devices
+        return noise_figures(small_square, big_square, size, samples, self.run.model.units_per_sample)
+
+    def take_sent_bytes(self) -> int:
+        """Return the payload that all devices sent for the figures since the last time."""
+        traffic, self.traffic = self.traffic, ByteCounter()
+        return traffic.sent_bytes
 
     def state(self) -> dict[str, Tensor]:
         """Return what later events depend on, by name; for the checkpoint."""
@@ -137,20 +159,26 @@ class _Means:
 class _Drift:
     """Squared distances of devices from their mean, and of the mean from the last merge, summed over layers."""
 
-    def __init__(self) -> None:
-        self._devices: list[float] = []
+    def __init__(self, communicator: Communicator) -> None:
+        self._communicator = communicator
+        self._own: defaultdict[int, float] = defaultdict(float)
+        """Of the devices that this process answers for."""
+        self._devices: Sequence[int] = ()
         self._mean = 0.0
 
     def add(self, updates: LayerUpdates, mean: Tensor) -> None:
-        distances = (_square(updates.device_change(device) - mean) for device in range(updates.devices))
-        before = self._devices or [0.0] * updates.devices
-        self._devices = [total + distance for total, distance in zip(before, distances, strict=True)]
-        self._mean += _square(mean)
+        self._devices = updates.devices
+        for device, distance in updates.distances(mean).items():
+            self._own[device] += distance
+        self._mean += square_norm(mean)
 
     def figures(self) -> Figures:
+        """Tell everyone of the own devices, and return what all drifted."""
         if len(self._devices) < 2 or not self._mean:
             return {}
-        ratios = [math.sqrt(square / self._mean) for square in self._devices]
+        own_L1 = [[self._own.get(device, 0.0)] for device in self._communicator.local_devices]
+        everyones_N = self._communicator.share(torch.tensor(own_L1, dtype=torch.float64)).flatten().tolist()
+        ratios = [math.sqrt(everyones_N[device] / self._mean) for device in self._devices]
         return {"drift_mean": math.fsum(ratios) / len(ratios), "drift_max": max(ratios)}
 
 
@@ -182,12 +210,20 @@ class _Gradients:
         """Add the gradient of one batch's mean loss."""
         _, gradients = self._gradient.of(inputs, targets)
         torch._foreach_add_(self._sums, gradients)
-        self._squares += math.fsum(map(_square, gradients))
+        self._squares += math.fsum(map(square_norm, gradients))
         self.count += 1
 
-    def squares(self) -> tuple[float, float]:
-        """Return the mean of the batches' squared gradient norms, and the squared norm of their mean gradient."""
-        return self._squares / self.count, math.fsum(map(_square, self._sums)) / self.count**2
+    def squares(self, communicator: Communicator) -> tuple[float, float]:
+        """Return the mean of all batches' squared gradient norms, and the squared norm of their mean gradient.
+
+        Of those of all processes, which add up their sums.
+        """
+        for message in pack([part.nbytes for part in self._sums]):
+            communicator.all_reduce([self._sums[index] for index in message])
+        own_LX = torch.zeros(len(communicator.local_devices), 2, dtype=torch.float64)
+        own_LX[0] = torch.tensor([self._squares, self.count], dtype=torch.float64)
+        squares, count = communicator.share(own_LX).sum(0).tolist()
+        return squares / count, math.fsum(map(square_norm, self._sums)) / count**2
 
 
 def sampled_heads(seed: int, step: int, heads: int) -> list[int]:
@@ -200,17 +236,19 @@ def sampled_heads(seed: int, step: int, heads: int) -> list[int]:
 
 def pair_figures(updates: LayerUpdates, heads: Sequence[int]) -> Figures:
     """Return the mean cosine and Grassmann distance over all pairs of some heads; nothing where a head is unchanged."""
-    norms = {head: math.sqrt(max(0.0, updates.dot(head, head))) for head in heads}
-    bases = [updates.left_directions(head, DIRECTIONS) for head in heads]
-    if len(heads) < 2 or not all(norms.values()):
+    if len(heads) < 2:
         return {}
-    common = min(basis.shape[1] for basis in bases)
+    dots_HH, bases = updates.compare(heads, DIRECTIONS)
+    dots, common = dots_HH.tolist(), min(basis.shape[1] for basis in bases)
+    norms = [math.sqrt(max(0.0, dots[index][index])) for index in range(len(heads))]
+    if not all(norms):
+        return {}
     pairs = _Means()
-    for (head, basis), (other, other_basis) in combinations(zip(heads, bases, strict=True), 2):
+    for one, other in combinations(range(len(heads)), 2):
         pairs.add(
             {
-                "cosine": updates.dot(head, other) / (norms[head] * norms[other]),
-                "grassmann_rad": grassmann_distance(basis[:, :common], other_basis[:, :common]),
+                "cosine": dots[one][other] / (norms[one] * norms[other]),
+                "grassmann_rad": grassmann_distance(bases[one][:, :common], bases[other][:, :common]),
                 "grassmann_limit_rad": math.pi / 2 * math.sqrt(common),
             }
         )
@@ -240,7 +278,7 @@ def stable_rank(values: Tensor) -> float:
 
 def share_within(x_OI: Tensor, left_OK: Tensor, right_IK: Tensor) -> float:
     """Return the share of x's squared Frobenius norm between the spans of orthonormal columns left and right."""
-    return _square(left_OK.T @ x_OI @ right_IK) / _square(x_OI)
+    return square_norm(left_OK.T @ x_OI @ right_IK) / square_norm(x_OI)
 
 
 def noise_figures(small_square: float, big_square: float, small: int, big: int, sample_tokens: int) -> Figures:
@@ -257,7 +295,3 @@ def noise_figures(small_square: float, big_square: float, small: int, big: int, 
         scale = variance / square
         figures |= {"noise_scale_samples": scale, "noise_scale_tokens": scale * sample_tokens}
     return figures
-
-
-def _square(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64) ** 2)

@@ -167,8 +167,9 @@ class TorchCommunicator(Communicator):
     def _all_reduce(self, sums: Sequence[Tensor]) -> None:
         self._run("an all-reduce", lambda channel: channel.all_reduce(sums, channel.group))
 
-    def _broadcast(self, tensors: Sequence[Tensor]) -> None:
-        self._run("a broadcast", lambda channel: channel.broadcast(tensors, 0, channel.group))
+    def _broadcast(self, tensors: Sequence[Tensor], source: int) -> None:
+        process = next(process for process, share in enumerate(self.shares) if source in share)
+        self._run("a broadcast", lambda channel: channel.broadcast(tensors, process, channel.group))
 
     def _all_gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         pieces, counts = _pieces(tensors, len(self.local_devices)), [len(share) for share in self.shares]

@@ -91,11 +91,11 @@ class Session:
         """Whether devices hear of each other after a step: within one process always, else when a merge has arrived."""
         return self.communicator.is_whole or (step + 1 - self.run.method.late_steps) % self.meeting_steps == 0
 
-    def is_due(self, every: int, step: int | None = None) -> bool:
+    def is_due(self, every: int) -> bool:
         """Whether a multiple of `every` has gone by since the last meeting."""
-        step, late = step or self.step, self.run.method.late_steps
-        last = max(0, (step - 1 - late) // self.meeting_steps * self.meeting_steps + late)
-        return step // every > last // every
+        late = self.run.method.late_steps
+        last = max(0, (self.step - 1 - late) // self.meeting_steps * self.meeting_steps + late)
+        return self.step // every > last // every
 
     def saves(self) -> bool:
         """Whether it is time for a checkpoint: as often as the run says, of a launched one also to recover from."""
@@ -110,7 +110,7 @@ def train(session: Session) -> bool:
 
     Raises RunFailedError for losses that are not finite.
     """
-    run, method = session.run, session.method
+    run, method, diagnosed = session.run, session.method, list[Event]()
     for step in range(session.step, run.train.steps):
         inputs, targets = session.batches.batch(step, session.communicator.local_devices)
         session.clock.charge_step()  # first, since what a step waits for, it waits for after its compute
@@ -119,10 +119,13 @@ def train(session: Session) -> bool:
         if merged:
             method.close_round(step)
         diagnostics = _diagnostics_due(session, step + 1) if merged else None
-        round_figures = diagnostics.of_round(step) if diagnostics else {}
+        if diagnostics:
+            diagnosed.append(_diagnose_round(session, diagnostics, step))
         if merged:
             _merge(session, step)
         session.step = step + 1
+        if diagnostics:
+            diagnosed[-1].update(_diagnose_gradients(session, diagnostics))
         last = session.step == run.train.steps
         if last or session.step % run.train.log_every == 0:
             session.untold.append((losses_L, _figures(session)))
@@ -131,9 +134,9 @@ def train(session: Session) -> bool:
         stopping = _tell_steps(session) and not last
         if method.settles_after(step) and (last or session.is_due(run.train.evaluate_every)):
             _evaluate(session)
-        if diagnostics:
-            gradient_figures = diagnostics.of_gradients(session.batches, session.step, session.device)
-            session.emit({"kind": "diagnostics", "step": session.step, **round_figures, **gradient_figures})
+        for event in diagnosed:
+            session.emit(event)
+        diagnosed.clear()
         if last or stopping or session.saves():
             save(session)
         if stopping:
@@ -162,10 +165,27 @@ def _merge(session: Session, step: int) -> None:
 
 
 def _diagnostics_due(session: Session, step: int) -> Diagnostics | None:
-    """Return what diagnoses this merge, if it is time; a run too short for that is diagnosed at its end."""
-    every, steps = session.run.train.diagnostics_every, session.run.train.steps
-    due = every is not None and (session.is_due(every, step) or steps == step < every)
+    """Return what diagnoses the merge after `step` steps, if it is time: a multiple of the interval went by since the
+    last merge, in whichever world; a run too short for that is diagnosed at its end.
+    """
+    every, steps, apart = session.run.train.diagnostics_every, session.run.train.steps, session.run.method.steps_apart
+    if every is None:
+        return None
+    last = (step - 1) // apart * apart
+    due = step // every > last // every or steps == step < every
     return session.diagnostics if due else None
+
+
+def _diagnose_round(session: Session, diagnostics: Diagnostics, step: int) -> Event:
+    session.communicator.doing = f"the diagnostics of the round after step {step + 1}"
+    return {"kind": "diagnostics", "step": step + 1, **diagnostics.of_round(step)}
+
+
+def _diagnose_gradients(session: Session, diagnostics: Diagnostics) -> Event:
+    """Return the figures of gradients at newly merged weights, and what all of the event made devices send."""
+    session.communicator.doing = f"the diagnostics of gradients after step {session.step}"
+    figures = diagnostics.of_gradients(session.batches, session.step, session.device)
+    return {**figures, "own_sent_bytes": diagnostics.take_sent_bytes()}
 
 
 def _figures(session: Session) -> Event:

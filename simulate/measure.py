@@ -51,7 +51,7 @@ class EchoCommunicator(Communicator):
     def _all_to_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [tensor.clone() for tensor in tensors]
 
-    def _broadcast(self, tensors: Sequence[Tensor]) -> None:
+    def _broadcast(self, tensors: Sequence[Tensor], source: int) -> None:
         self._pack(tensors)
 
     def _push(self, tensors: Sequence[Tensor], active: Sequence[int] | None) -> None:

@@ -1,46 +1,105 @@
 """What heads and devices changed since their last merge, one layer at a time: what simulate.diagnostics looks at.
 
+A method yields what is here; `over` makes of that what all devices have, wherever they are. Factors of low-rank heads
+travel as they are held, and everyone has all of them then. Of dense ones only sums over devices travel, and of the
+heads that are compared one weight at a time, to those that hold another.
+
 Everything is in double precision, and no more than a few dense matrices of one layer exist at once. A convolution's
 weight counts as the matrix (O, C*Y*X) that it applies to patches.
 
-Legend: H heads (a device of a dense method counts as one), N devices, R rank, K directions, O outputs, I inputs.
+Legend: H heads (a device of a dense method counts as one), N devices, L local devices, R rank, K directions, O outputs,
+I inputs.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations_with_replacement
 
 import torch
 from torch import Tensor, nn
 
 from simulate.adapters import LoraLinear
+from simulate.communicator import Communicator, VirtualCommunicator
 from simulate.replicated import ReplicatedConv2d, ReplicatedLinear
 
 RANK_TOLERANCE = 1e-6
 """Singular values below this share of the largest count as zero: rounding leaves such."""
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Whose the rows of tensors with a copies axis are, here and in other processes, and what connects these."""
+
+    communicator: Communicator
+    here: Sequence[int]
+    """The device of each local row; of several devices that share one, the first."""
+    everywhere: Sequence[int]
+    """The devices of all rows, in global order."""
+
+    @classmethod
+    def all_here(cls, count: int) -> Rows:
+        """Return the rows of as many devices in one process."""
+        return cls(VirtualCommunicator(count), range(count), range(count))
+
+    @property
+    def own(self) -> dict[int, int]:
+        """The local row of each device that this process answers for: of a shared row, its first device's does."""
+        return {d: row for row, d in enumerate(self.here) if d in self.communicator.local_devices}
+
+
 class LayerUpdates(ABC):
     """One layer's change since its last merge, of every head and every device that the merge takes."""
 
     name: str
-    heads: int
-    devices: int
+    rows: Rows
     is_matrix: bool
     """Whether it is the matrix of a linear layer, which has a spectrum; else it only drifts."""
 
+    @property
     @abstractmethod
-    def change(self, head: int) -> Tensor:
-        """Return one head's change of the effective weight, (O, I)."""
+    def devices(self) -> Sequence[int]:
+        """The devices that the merge takes, in global order."""
+
+    @property
+    @abstractmethod
+    def heads(self) -> int:
+        """How many heads these have."""
 
     @abstractmethod
-    def device_change(self, device: int) -> Tensor:
-        """Return one device's change: the mean of its heads'."""
+    def over(self, rows: Rows) -> LayerUpdates:
+        """Return the updates of all devices, of which these are the local ones'; all processes take part.
+
+        `mean` and `compare` are exchanges from then on.
+        """
+
+    @abstractmethod
+    def change(self, head: int) -> Tensor:
+        """Return the change of the effective weight, (O, I), of a head that is here."""
+
+    @abstractmethod
+    def device_change(self, place: int) -> Tensor:
+        """Return the change of the `place`-th of `devices`, which is here: the mean of its heads'."""
 
     @abstractmethod
     def mean(self) -> Tensor:
-        """Return the change that a merge makes of all of them: the (weighted) mean."""
+        """Return the change that a merge makes of all of them: the (weighted) mean, the same bits for everyone."""
+
+    def distances(self, mean: Tensor) -> dict[int, float]:
+        """Return |Δ_n − mean|² of each device n that this process answers for."""
+        own = self.rows.own
+        places = [(place, device) for place, device in enumerate(self.devices) if device in own]
+        return {device: square_norm(self.device_change(place) - mean) for place, device in places}
+
+    def compare(self, heads: Sequence[int], most: int) -> tuple[Tensor, list[Tensor]]:
+        """Return the inner products of some heads' changes, (H, H), and `left_directions` of each."""
+        dots_HH = torch.zeros(len(heads), len(heads), dtype=torch.float64)
+        for one, other in combinations_with_replacement(range(len(heads)), 2):
+            dots_HH[one, other] = dots_HH[other, one] = self.dot(heads[one], heads[other])
+        return dots_HH, [self.left_directions(head, most) for head in heads]
 
     def dot(self, head: int, other: int) -> float:
         """Return the Frobenius inner product of two heads' changes."""
@@ -56,24 +115,52 @@ class LowRankUpdates(LayerUpdates):
 
     is_matrix = True
 
-    def __init__(self, name: str, left_HOR: Tensor, right_HRI: Tensor, heads_per_device: int = 1) -> None:
+    def __init__(
+        self,
+        name: str,
+        left_HOR: Tensor,
+        right_HRI: Tensor,
+        heads_per_device: int = 1,
+        rows: Rows | None = None,
+        layer: LoraLinear | None = None,
+    ) -> None:
         self.name, self.left_HOR, self.right_HRI = name, left_HOR.double(), right_HRI.double()
-        self.heads, self.heads_per_device = left_HOR.shape[0], heads_per_device
-        self.devices = self.heads // heads_per_device
+        self.heads_per_device, self.layer = heads_per_device, layer
+        self.rows = rows or Rows.all_here(len(self.devices))
+
+    @property
+    def devices(self) -> range:
+        return range(self.heads // self.heads_per_device)
+
+    @property
+    def heads(self) -> int:
+        return len(self.left_HOR)
 
     @classmethod
-    def of(cls, layer: LoraLinear) -> LowRankUpdates:
-        """Return the updates of a layer's heads."""
-        a, b = layer.a.detach().double(), layer.b.detach().double()
-        if layer.a0 is not None and layer.b0 is not None:
-            a, b = torch.cat([a, layer.a0.double()], dim=1), torch.cat([b, -layer.b0.double()], dim=2)
-        return cls(layer.name, b * layer.spec.scale, a, layer.spec.heads_per_device)
+    def of(cls, layer: LoraLinear, rows: Rows | None = None) -> LowRankUpdates:
+        """Return the updates of a layer's heads: the local ones', or with `rows` everyone's."""
+        factors = _own_factors(layer)
+        if rows is not None:
+            gathered = rows.communicator.all_gather(list(factors.values()))
+            factors = dict(zip(factors, gathered, strict=True))
+        if "a" not in factors:
+            factors["a"] = _frozen_a(layer, len(factors["b"]))
+        a, b = factors["a"].double(), factors["b"].double()
+        if "a0" in factors:
+            a, b = torch.cat([a, factors["a0"].double()], dim=1), torch.cat([b, -factors["b0"].double()], dim=2)
+        return cls(layer.name, b * layer.spec.scale, a, layer.spec.heads_per_device, rows, layer)
+
+    def over(self, rows: Rows) -> LowRankUpdates:
+        if self.layer is not None:
+            return self.of(self.layer, rows)
+        factors = rows.communicator.all_gather([self.left_HOR, self.right_HRI])
+        return LowRankUpdates(self.name, *factors, self.heads_per_device, rows)
 
     def change(self, head: int) -> Tensor:
         return self.left_HOR[head] @ self.right_HRI[head]
 
-    def device_change(self, device: int) -> Tensor:
-        return self._mean(slice(device * self.heads_per_device, (device + 1) * self.heads_per_device))
+    def device_change(self, place: int) -> Tensor:
+        return self._mean(slice(place * self.heads_per_device, (place + 1) * self.heads_per_device))
 
     def mean(self) -> Tensor:
         return self._mean(slice(0, self.heads))
@@ -94,37 +181,111 @@ class LowRankUpdates(LayerUpdates):
         return q_OR @ u_RR[:, : _rank(values, most)]
 
 
+def _own_factors(layer: LoraLinear) -> dict[str, Tensor]:
+    """Return the factors that only their own process has; a frozen A can be drawn by everyone."""
+    keys = ["b"] if layer.spec.frozen_a else ["a", "b"]
+    if layer.a0 is not None and layer.b0 is not None:
+        keys += ["a0", "b0"]
+    return {key: getattr(layer, key).detach() for key in keys}
+
+
+def _frozen_a(layer: LoraLinear, heads: int) -> Tensor:
+    """Return the A of the local heads, or of all of them."""
+    return layer.a if heads == len(layer.a) else layer.draw_a(int(layer.drawn_after), heads)
+
+
 class DenseUpdates(LayerUpdates):
     """One parameter of which every device trains its own copy: Δ_n = θ_n − θ_last."""
 
     def __init__(
-        self, name: str, now_N: Tensor, last: Tensor, is_matrix: bool = True, weights_N: Tensor | None = None
+        self,
+        name: str,
+        now_L: Tensor,
+        last: Tensor,
+        is_matrix: bool = True,
+        weights_N: Tensor | None = None,
+        rows: Rows | None = None,
     ) -> None:
-        self.name, self.is_matrix = name, is_matrix
-        self.now_N, self.last = now_N.detach(), last
+        self.name, self.is_matrix, self.weights_N = name, is_matrix, weights_N
+        self.rows = rows or Rows.all_here(len(now_L))
+        self.now_L, self.last = now_L.detach(), last
         if is_matrix:
-            self.now_N, self.last = self.now_N.flatten(2), self.last.flatten(1)
-        weights = torch.full((len(now_N),), 1 / len(now_N)) if weights_N is None else weights_N
-        self.shares = [(index, share) for index, share in enumerate(weights.double().tolist()) if share > 0]
-        self.heads = self.devices = len(self.shares)
+            self.now_L, self.last = self.now_L.flatten(2), self.last.flatten(1)
+
+    @cached_property
+    def _shares(self) -> dict[int, float]:
+        """The share of each device that the merge takes."""
+        everywhere = self.rows.everywhere
+        equal = [1 / len(everywhere)] * len(everywhere)
+        shares = equal if self.weights_N is None else self.weights_N.double().tolist()
+        return {device: share for device, share in zip(everywhere, shares, strict=True) if share > 0}
+
+    @cached_property
+    def devices(self) -> list[int]:  # type: ignore[override]
+        return list(self._shares)
+
+    @property
+    def heads(self) -> int:
+        return len(self.devices)
+
+    def over(self, rows: Rows) -> DenseUpdates:
+        return DenseUpdates(self.name, self.now_L, self.last, self.is_matrix, self.weights_N, rows)
 
     def change(self, head: int) -> Tensor:
-        return self.now_N[self.shares[head][0]].double() - self.last.double()
+        return self.now_L[self.rows.own[self.devices[head]]].double() - self.last.double()
 
-    def device_change(self, device: int) -> Tensor:
-        return self.change(device)
+    def device_change(self, place: int) -> Tensor:
+        return self.change(place)
 
     def mean(self) -> Tensor:
         total = torch.zeros_like(self.last, dtype=torch.float64)
-        for head, (_, share) in enumerate(self.shares):
-            total.add_(self.change(head), alpha=share)
+        for head, share in enumerate(self._shares.values()):
+            if self._is_here(head):
+                total.add_(self.change(head), alpha=share)
+        self.rows.communicator.all_reduce([total])
         return total
+
+    def compare(self, heads: Sequence[int], most: int) -> tuple[Tensor, list[Tensor]]:
+        """Return products and directions, each worked out where a head is, and summed with others' zeros."""
+        directions = min(most, *self.last.shape)
+        bases_HOK = self.last.new_zeros(len(heads), len(self.last), directions, dtype=torch.float64)
+        for index, head in enumerate(heads):
+            if self._is_here(head):
+                basis_OK = self.left_directions(head, most)
+                bases_HOK[index, :, : basis_OK.shape[1]] = basis_OK
+        dots_HH = self._products(heads)
+        self.rows.communicator.all_reduce([bases_HOK, dots_HH])
+        return dots_HH, [basis_OK[:, basis_OK.any(0)] for basis_OK in bases_HOK]
+
+    def _products(self, heads: Sequence[int]) -> Tensor:
+        """Return the inner products, (H, H), of heads' changes with those of later heads that are here; else zeros."""
+        dots_HH = self.last.new_zeros(len(heads), len(heads), dtype=torch.float64)
+        for index, head in enumerate(heads):
+            is_last = index + 1 == len(heads)
+            if is_last and not self._is_here(head):
+                break  # nobody needs it but its own process
+            change = self.change(head) if is_last else self._received(head)
+            for other in range(index, len(heads)):
+                if self._is_here(heads[other]):
+                    dot = (change * self.change(heads[other])).sum()
+                    dots_HH[index, other] = dots_HH[other, index] = dot
+        return dots_HH
+
+    def _received(self, head: int) -> Tensor:
+        """Return a head's change, wherever it is: its weights travel, as they are."""
+        device = self.devices[head]
+        now = self.now_L[self.rows.own[device]] if self._is_here(head) else torch.empty_like(self.last)
+        self.rows.communicator.broadcast([now], device)
+        return now.double() - self.last.double()
+
+    def _is_here(self, head: int) -> bool:
+        return self.devices[head] in self.rows.own
 
 
 def dense_updates(
     model: nn.Module, parameters: Mapping[str, Tensor], last: Mapping[str, Tensor], weights_N: Tensor | None = None
 ) -> Iterator[DenseUpdates]:
-    """Yield the updates of `parameters`, (N, ...), since `last`; `weights_N` are the devices' shares of the merge."""
+    """Yield the updates of `parameters`, (L, ...), since `last`; `weights_N` are the devices' shares of the merge."""
     matrices = _linear_weights(model)
     for name, parameter in parameters.items():
         yield DenseUpdates(name, parameter, last[name], id(parameter) in matrices, weights_N)
@@ -157,3 +318,8 @@ def decompose(x_OI: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _rank(values: Tensor, most: int) -> int:
     return min(most, int((values > RANK_TOLERANCE * values[0]).sum()))
+
+
+def square_norm(x: Tensor) -> float:
+    """Return the sum of the squares of x."""
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64) ** 2)

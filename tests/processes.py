@@ -30,14 +30,12 @@ def variant_table(steps: int, dtype: str) -> dict[str, Any]:
     return {"steps": steps, "dtype": dtype, "warmup_steps": 5, "weight_decay": 0.1}
 
 
-def train_in_processes(
-    folder: Path, variants: list[str], processes: int, steps: int = 60, dtype: str = "fp64"
-) -> dict[str, tuple[tiny.History, dict[str, int]]]:
-    """Train each variant on 4 devices in `processes` processes; returns what is left and the counted bytes, by name."""
+def run_processes(module: str, folder: Path, processes: int, arguments: list[str]) -> None:
+    """Run a module in processes that can meet, each with FOLDER PROCESS PROCESSES and the arguments, to their ends."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.processes", folder, str(p), str(processes), dtype, str(steps), *variants],
+            [sys.executable, "-m", module, folder, str(p), str(processes), *arguments],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for p in range(processes)
@@ -45,6 +43,13 @@ def train_in_processes(
     outputs = [process.communicate(timeout=300)[0] for process in started]
     failed = [output for process, output in zip(started, outputs, strict=True) if process.returncode]
     assert not failed, "\n".join(failed)
+
+
+def train_in_processes(
+    folder: Path, variants: list[str], processes: int, steps: int = 60, dtype: str = "fp64"
+) -> dict[str, tuple[tiny.History, dict[str, int]]]:
+    """Train each variant on 4 devices in `processes` processes; returns what is left and the counted bytes, by name."""
+    run_processes("tests.processes", folder, processes, [dtype, str(steps), *variants])
     results = {}
     for index, name in enumerate(variants):
         weights = load_file(folder / f"{index}.safetensors")
@@ -104,14 +109,19 @@ def _train(name: str, steps: int, dtype: str) -> tuple[tiny.History, dict[str, i
     return tiny.History(everyones, {k: w.contiguous() for k, w in method.merged_state().items()}), counted
 
 
+def meet(folder: str, process: int, processes: int) -> None:
+    """Join the processes that `run_processes` started."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=process, world_size=processes,
+        timeout=timedelta(seconds=TIMEOUT_S),
+    )  # fmt: skip
+
+
 def main() -> None:
     """Be one process."""
     folder, process, processes, dtype, steps, *variants = sys.argv[1:]
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=int(process), world_size=int(processes),
-        timeout=timedelta(seconds=TIMEOUT_S),
-    )  # fmt: skip
+    meet(folder, int(process), int(processes))
     for index, name in enumerate(variants):
         by_clock = name == TURNED
         history, counted = _train_by_turned_clocks(Path(folder)) if by_clock else _train(name, int(steps), dtype)

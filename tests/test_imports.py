@@ -24,6 +24,7 @@ TORCH_FREE = (
     "simulate.checkpoints",
     "simulate.preflight",
     "simulate.costs.activations",
+    "simulate.costs.diagnostics",
     "simulate.costs.flops",
     "simulate.costs.kernels",
     "simulate.costs.memory",

@@ -93,10 +93,6 @@ SHORTEST_WAIT_S = 1.0
 
 def check_launch(run: Run, device: torch.device, options: LaunchOptions) -> None:
     """Raise InputError for what a launch cannot do; nothing is written before."""
-    if run.train.diagnostics_every is not None:
-        raise InputError(
-            "train.diagnostics_every needs all devices in one process; launch without it, or train without --launch"
-        )
     if run.cluster.backend == "nccl" and device.type != "cuda":
         raise InputError("cluster.backend = 'nccl' needs CUDA GPUs, and this run is on the CPU; use gloo, or auto")
     for key in ("timeout_s", "join_timeout_s", "rejoin_s"):

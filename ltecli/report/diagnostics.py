@@ -21,6 +21,7 @@ LABELS = {
     "drift_max": "drift of a device, largest",
     "noise_scale_samples": "gradient noise scale, samples",
     "noise_scale_tokens": "gradient noise scale, tokens",
+    "own_sent_bytes": "bytes sent for these figures, all devices",
 }
 """Rows in their order; simulate.diagnostics says what they are."""
 

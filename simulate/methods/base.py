@@ -340,6 +340,10 @@ class Method(ABC):
         """Return the devices, in global order, to which the rows of tensors with a copies axis belong here."""
         return list(self.communicator.local_devices)
 
+    def all_row_devices(self) -> list[int]:
+        """Return the devices, in global order, that have rows of their own somewhere."""
+        return list(range(self.run.cluster.devices))
+
     def is_per_device(self, name: str) -> bool:
         """Whether a tensor of `state`, by its name, has a leading axis over `row_devices`; all devices share others."""
         kind, _, rest = name.partition(".")

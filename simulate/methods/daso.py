@@ -141,6 +141,9 @@ class Daso(Method):
         local, size = self.communicator.local_devices, self.nodes.size
         return list(range(local.start // size * size, local.stop, size))
 
+    def all_row_devices(self) -> list[int]:
+        return list(range(0, self.communicator.num_devices, self.nodes.size))
+
     def kept(self) -> dict[str, Tensor]:
         arriving = {f"arriving.{name}": sums for name, sums in self.arriving.items()}
         last = {f"last.{name}": mean for name, mean in self.last.items()}

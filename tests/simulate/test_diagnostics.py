@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from simulate.communicator import VirtualCommunicator
+from simulate.costs.diagnostics import NOISE_BATCHES, SAMPLED_HEADS
 from simulate.diagnostics import (
-    NOISE_BATCHES,
-    SAMPLED_HEADS,
     Diagnostics,
     Figures,
     effective_rank,
@@ -139,7 +139,9 @@ class Rounds(Method):
     """A method that only has updates, given one round after the other."""
 
     def __init__(self, *rounds: Sequence[LayerUpdates]) -> None:
-        self.run, self.rounds = tiny.lte_run(), rounds
+        devices = len(rounds[0][0].devices)
+        self.run, self.rounds = tiny.lte_run(devices=devices), rounds
+        self.communicator = VirtualCommunicator(devices)
 
     def updates(self, step: int):  # type: ignore[no-untyped-def]
         return iter(self.rounds[step])

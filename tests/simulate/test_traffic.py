@@ -5,10 +5,11 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulate.communicator import VirtualCommunicator
+from simulate.communicator import ByteCounter, VirtualCommunicator
 from simulate.config import Run
 from simulate.costs.schedule import num_rounds, received_bytes, sent_bytes, transfers_of_step
 from simulate.costs.traffic import ELEMENT_BYTES, Transfer, pack, quantized_bytes
@@ -179,3 +180,17 @@ def test_no_message_could_have_taken_the_next_item_too(sizes: list[int], cap: in
 )
 def test_messages_of_at_most_ten_bytes(sizes: list[int], groups: list[range]) -> None:
     assert pack(sizes, cap_bytes=10) == groups
+
+
+def test_what_is_exchanged_aside_is_counted_apart() -> None:
+    told: list[Transfer] = []
+    communicator = VirtualCommunicator(2, lambda transfer, background: told.append(transfer))
+    apart = ByteCounter()
+    with pytest.raises(ValueError, match="broken"), communicator.aside(apart):
+        communicator.all_reduce([torch.zeros(3)])
+        raise ValueError("broken")
+    assert (apart.sent_bytes, apart.messages) == (2 * 12, 1)
+    assert (communicator.counter.messages, told) == (0, [])
+    communicator.all_reduce([torch.zeros(3)])
+    assert communicator.counter.sent_bytes == sum(transfer.sent_bytes for transfer in told) == 24
+    assert apart.messages == 1

@@ -76,7 +76,7 @@ def test_shards_weigh_the_mean() -> None:
 def test_a_device_that_sits_a_round_out_has_no_update() -> None:
     method = tiny.build(tiny.variant_run("fedavg", devices=4))
     method.keep_merged()
-    assert {updates.devices for updates in method.updates(0)} == {2}
+    assert {len(updates.devices) for updates in method.updates(0)} == {2}
 
 
 def test_diloco_is_seen_before_its_outer_optimizer() -> None:
@@ -96,7 +96,7 @@ def test_a_head_changed_by_its_product_less_the_merged_one() -> None:
     tiny.train(method, num_steps=5)  # two steps into the second round
     layer = next(module for module in method.model.modules() if hasattr(module, "a0"))
     updates = next(iter(method.updates(4)))
-    assert (updates.heads, updates.devices) == (4, 2)
+    assert (updates.heads, len(updates.devices)) == (4, 2)
     for head in range(4):
         expected = layer.spec.scale * (layer.b[head] @ layer.a[head] - layer.b0[head] @ layer.a0[head]).detach()
         torch.testing.assert_close(updates.change(head), expected, rtol=1e-9, atol=1e-12)

@@ -17,7 +17,6 @@ DASO = {"name": "daso", "devices_per_node": 2}
     ("tables", "options", "words"),
     [
         ({}, ["--processes", "3"], ("--processes 3", "cluster.devices = 2", "lower --processes")),
-        ({"train": {"diagnostics_every": 4}}, [], ("train.diagnostics_every", "without --launch")),
         ({"cluster": {"backend": "nccl"}}, [], ("cluster.backend = 'nccl'", "CUDA", "gloo")),
         ({"cluster": {"timeout_s": 0.5}}, [], ("cluster.timeout_s = 0.5", "1 s", "raise it")),
         ({"cluster": {"join_timeout_s": 0.1}}, [], ("cluster.join_timeout_s = 0.1",)),

@@ -1,0 +1,75 @@
+"""Bytes that one event of diagnostics makes devices exchange, beside those of their method.
+
+Over devices in processes of their own; as simulate.updates and simulate.diagnostics have it, layer by layer:
+
+    heads of LTE    all-gather of a device's factors; with those of the last merge, where that is subtracted; without a
+                    frozen A, which everyone can draw
+    other weights   all-reduce of the devices' mean change, in fp64; of a matrix S - 1 of S sampled devices' weights, a
+                    broadcast each, and an all-reduce of K left singular vectors a device and of S x S inner products
+    gradients       all-reduce of their sum
+
+A few numbers a device travel as well; nobody counts these. Of a network without a name a matrix that no linear layer
+or convolution owns is taken for one that has pairs, so that its bytes are an upper bound.
+
+Letters: N devices, O outputs, I inputs, S sampled devices, K directions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+from simulate.config import Run
+from simulate.costs.schedule import is_averaged
+from simulate.costs.traffic import ELEMENT_BYTES, Exchange, Transfer, averages
+from simulate.models.shapes import ModelShape, ParameterShape
+from simulate.options import DasoOptions, DilocoOptions, LocalSgdOptions, LteOptions
+
+DIRECTIONS = 8
+"""Leading singular vectors that subspaces are made of."""
+SAMPLED_HEADS = 8
+"""Heads of which all pairs are compared."""
+NOISE_BATCHES = 4
+"""Batches behind one estimate of the gradient noise scale."""
+FIGURE_BYTES = ELEMENT_BYTES["fp64"]
+
+
+def diagnostics_exchange(run: Run, shape: ModelShape, merged_before: bool = True) -> Exchange:
+    """Return the messages of one event; the first merge of reset-less LTE has nothing to subtract yet."""
+    counts = [tensor.elements for tensor in shape.tensors]
+    gradients = averages(counts, run.cluster.devices, "full", ELEMENT_BYTES[run.train.dtype])
+    return Exchange((*_round(run, shape, merged_before), *gradients))
+
+
+def _round(run: Run, shape: ModelShape, merged_before: bool) -> Iterator[Transfer]:
+    """Yield the messages about a round; none where devices agree at every step."""
+    method, devices = run.method, run.cluster.devices
+    if isinstance(method, LteOptions):
+        yield from _factors(run, method, shape, merged_before)
+        others = [t for t in shape.replicated if is_averaged(t, method.norms, method.biases)]
+        yield from _dense(run, others, devices)
+    elif isinstance(method, LocalSgdOptions | DilocoOptions):
+        taking_part = method.participants(devices) if isinstance(method, LocalSgdOptions) else devices
+        yield from _dense(run, shape.tensors, taking_part)
+    elif isinstance(method, DasoOptions) and devices > method.devices_per_node:
+        yield from _dense(run, shape.tensors, devices // method.devices_per_node)
+
+
+def _factors(run: Run, method: LteOptions, shape: ModelShape, merged_before: bool) -> Iterator[Transfer]:
+    devices = run.cluster.devices
+    sets = 2 if method.reset == "none" and merged_before else 1
+    for linear in shape.in_order():
+        elements = linear.factors(method.held_rank(devices), method.frozen_a)
+        yield Transfer("all_gather", sets * elements * ELEMENT_BYTES[run.train.dtype], devices)
+
+
+def _dense(run: Run, tensors: Iterable[ParameterShape], heads: int) -> Iterator[Transfer]:
+    devices, sampled = run.cluster.devices, min(heads, SAMPLED_HEADS)
+    for tensor in tensors:
+        yield Transfer("all_reduce", tensor.elements * FIGURE_BYTES, devices)
+        if sampled > 1 and tensor.kind in ("adapted", "other") and len(tensor.shape) > 1:
+            weights = tensor.elements * ELEMENT_BYTES[run.train.dtype]
+            yield from (Transfer("broadcast", weights, devices) for _ in range(sampled - 1))
+            outputs, inputs = tensor.shape[0], math.prod(tensor.shape[1:])
+            directions = sampled * outputs * min(DIRECTIONS, outputs, inputs)
+            yield Transfer("all_reduce", (directions + sampled**2) * FIGURE_BYTES, devices)
