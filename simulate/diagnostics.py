@@ -56,7 +56,7 @@ from simulate.loss import row_losses
 from simulate.methods.base import Method
 from simulate.models.build import empty_model
 from simulate.randomness import generator
-from simulate.updates import LayerUpdates, Rows, decompose, square_norm
+from simulate.updates import LayerUpdates, decompose, square_norm
 
 Figures = dict[str, float]
 _FIRST = "diagnostics.first"
@@ -84,7 +84,7 @@ class Diagnostics:
 
     def _of_round(self, step: int) -> Figures:
         method, seed = self.method, self.run.train.seed
-        rows = Rows(method.communicator, method.row_devices(), method.all_row_devices())
+        rows = method.rows()
         drift, layers = _Drift(method.communicator), _Means()
         for updates in (local.over(rows) for local in method.updates(step)):
             mean = updates.mean()

@@ -39,6 +39,8 @@ class Rows:
     """The device of each local row; of several devices that share one, the first."""
     everywhere: Sequence[int]
     """The devices of all rows, in global order."""
+    weights_N: Tensor | None = None
+    """Shares of the merge, for updates without their own, where devices took unequal numbers of steps."""
 
     @classmethod
     def all_here(cls, count: int) -> Rows:
@@ -160,15 +162,15 @@ class LowRankUpdates(LayerUpdates):
         return self.left_HOR[head] @ self.right_HRI[head]
 
     def device_change(self, place: int) -> Tensor:
-        return self._mean(slice(place * self.heads_per_device, (place + 1) * self.heads_per_device))
+        heads = slice(place * self.heads_per_device, (place + 1) * self.heads_per_device)
+        return _mean(self.left_HOR[heads], self.right_HRI[heads])
 
     def mean(self) -> Tensor:
-        return self._mean(slice(0, self.heads))
-
-    def _mean(self, heads: slice) -> Tensor:
-        left, right = self.left_HOR[heads], self.right_HRI[heads]
-        stacked_OX = left.transpose(0, 1).reshape(left.shape[1], -1)
-        return stacked_OX @ right.reshape(-1, right.shape[2]) / len(left)
+        left_HOR, weights_N = self.left_HOR, self.rows.weights_N
+        if weights_N is not None:  # in units of an equal share
+            weights_H = (weights_N.double() * len(self.devices)).repeat_interleave(self.heads_per_device)
+            left_HOR = left_HOR * weights_H.view(-1, 1, 1)
+        return _mean(left_HOR, self.right_HRI)
 
     def dot(self, head: int, other: int) -> float:
         left, right = self.left_HOR, self.right_HRI
@@ -179,6 +181,12 @@ class LowRankUpdates(LayerUpdates):
         _, right_RR = torch.linalg.qr(self.right_HRI[head].T)
         u_RR, values, _ = torch.linalg.svd(left_RR @ right_RR.T)
         return q_OR @ u_RR[:, : _rank(values, most)]
+
+
+def _mean(left_HOR: Tensor, right_HRI: Tensor) -> Tensor:
+    """Return the mean over heads of left·right, (O, I)."""
+    stacked_OX = left_HOR.transpose(0, 1).reshape(left_HOR.shape[1], -1)
+    return stacked_OX @ right_HRI.reshape(-1, right_HRI.shape[2]) / len(left_HOR)
 
 
 def _own_factors(layer: LoraLinear) -> dict[str, Tensor]:
@@ -216,8 +224,9 @@ class DenseUpdates(LayerUpdates):
     def _shares(self) -> dict[int, float]:
         """The share of each device that the merge takes."""
         everywhere = self.rows.everywhere
+        weights_N = self.rows.weights_N if self.weights_N is None else self.weights_N
         equal = [1 / len(everywhere)] * len(everywhere)
-        shares = equal if self.weights_N is None else self.weights_N.double().tolist()
+        shares = equal if weights_N is None else weights_N.double().tolist()
         return {device: share for device, share in zip(everywhere, shares, strict=True) if share > 0}
 
     @cached_property

@@ -23,7 +23,7 @@ from simulate.models.build import build_model
 from simulate.optimizers import Muon
 from simulate.precision import LossScale, check_autocast, lower_precision
 from simulate.replicated import ReplicatedEmbedding, ReplicatedLinear, VectorLora
-from simulate.updates import LayerUpdates
+from simulate.updates import LayerUpdates, Rows
 
 COSINE_FLOOR = 0.1
 """The learning rate ends at this share of its peak."""
@@ -176,6 +176,10 @@ class Method(ABC):
     def keep_merged(self) -> None:  # noqa: B027 - most methods have nothing to keep
         """Remember the weights of every merge from here on, so that `updates` can tell; called before `load_state`."""
 
+    def rows(self) -> Rows:
+        """Return whose rows are where, and what they count in the round's merge; what makes everyone's of `updates`."""
+        return Rows(self.communicator, self.row_devices(), self.all_row_devices(), self.round_shares())
+
     def updates(self, step: int) -> Iterator[LayerUpdates]:
         """Yield what this process's heads and devices changed since the last merge, right before that of `step`.
 
@@ -192,6 +196,10 @@ class Method(ABC):
 
     def steps_done(self) -> list[int] | None:
         """Return the steps that each device took in the last round, where they may differ."""
+        return None
+
+    def round_shares(self) -> Tensor | None:
+        """Return all devices' shares of the round's merge, (N,), by the steps that each took; None: all are equal."""
         return None
 
     def samples_done(self, step: int) -> int:

@@ -174,6 +174,9 @@ class Paced(Delayed):
     def steps_done(self) -> list[int] | None:
         return self.counts_N.tolist() if self.is_paced else None
 
+    def round_shares(self) -> Tensor | None:
+        return self.shares() if self.is_paced else None
+
     def state(self) -> dict[str, Tensor]:
         state = super().state()
         for name in next(iter(self._aside.values()), {}):

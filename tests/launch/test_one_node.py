@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from tests.launch.runs import figures_of, interrupt, launched_run, simulated_loss, start_node, tiny_run
+from tests.ltecli.command import events_of
 
 SAME = 1e-9
 
@@ -29,7 +30,7 @@ def test_a_killed_worker_is_started_again_and_the_run_is_the_same(tmp_path: Path
 
 
 def test_an_interrupted_run_goes_on_in_other_processes_and_is_the_same(tmp_path: Path) -> None:
-    run = tiny_run(tmp_path, steps=400)
+    run = tiny_run(tmp_path, steps=400, diagnostics_every=40)
     with launched_run(tmp_path / "run", run, processes=2) as launched:
         launched.wait_for_step(20)
         interrupt(launched.agents[0])
@@ -41,6 +42,10 @@ def test_an_interrupted_run_goes_on_in_other_processes_and_is_the_same(tmp_path:
         assert launched.events("resume")
     print(figures_of(launched))
     assert launched.val_loss() == pytest.approx(simulated_loss(run, tmp_path / "alone"), rel=SAME)
+    diagnosed = launched.events("diagnostics")
+    assert [event["step"] for event in diagnosed] == list(range(40, 401, 40))
+    for event, expected in zip(diagnosed, events_of(tmp_path / "alone", "diagnostics"), strict=True):
+        assert event == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
 @pytest.mark.slow

@@ -153,3 +153,21 @@ def test_matrices_are_what_lora_would_adapt() -> None:
     assert {name for name, u in updates.items() if u.is_matrix} == {"own.weight", "conv.weight"}
     assert updates["conv.weight"].mean().shape == (4, 12)
     assert updates["table.weight"].mean().shape == (5, 3)
+
+
+@pytest.mark.parametrize("variant", ["lte, paced", "lte, paced, redrawn", "local-sgd, paced", "diloco, paced"])
+def test_steps_taken_weigh_the_mean(variant: str) -> None:
+    method = tiny.build(tiny.variant_run(variant, train={"steps": 20, "learning_rate": 0.01}))
+    method.keep_merged()
+    data, last = tiny.batches(method.run), {name: w.clone() for name, w in method.merged_state().items()}
+    for step in range(4):
+        method.step(*data.batch(step, range(4)), step)
+    method.close_round(3)
+    means = {u.name: u.over(method.rows()).mean() for u in method.updates(3)}
+    method.merge(3)
+    merged = method.merged_state()
+    outer = 0.7 * 1.9 if variant.startswith("diloco") else 1.0  # η·(1 + μ), the first of Nesterov's steps
+    for name, mean in means.items():
+        key = name if name in merged else f"{name}.weight"
+        added = merged[key] - last[key]
+        torch.testing.assert_close(outer * mean.view_as(added), added, rtol=1e-9, atol=1e-12)
