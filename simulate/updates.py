@@ -155,8 +155,8 @@ class LowRankUpdates(LayerUpdates):
     def over(self, rows: Rows) -> LowRankUpdates:
         if self.layer is not None:
             return self.of(self.layer, rows)
-        factors = rows.communicator.all_gather([self.left_HOR, self.right_HRI])
-        return LowRankUpdates(self.name, *factors, self.heads_per_device, rows)
+        left_HOR, right_HRI = rows.communicator.all_gather([self.left_HOR, self.right_HRI])
+        return LowRankUpdates(self.name, left_HOR, right_HRI, self.heads_per_device, rows)
 
     def change(self, head: int) -> Tensor:
         return self.left_HOR[head] @ self.right_HRI[head]
@@ -230,7 +230,7 @@ class DenseUpdates(LayerUpdates):
         return {device: share for device, share in zip(everywhere, shares, strict=True) if share > 0}
 
     @cached_property
-    def devices(self) -> list[int]:  # type: ignore[override]
+    def devices(self) -> list[int]:
         return list(self._shares)
 
     @property
