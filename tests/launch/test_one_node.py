@@ -30,7 +30,7 @@ def test_a_killed_worker_is_started_again_and_the_run_is_the_same(tmp_path: Path
 
 
 def test_an_interrupted_run_goes_on_in_other_processes_and_is_the_same(tmp_path: Path) -> None:
-    run = tiny_run(tmp_path, steps=400, diagnostics_every=20)
+    run = tiny_run(tmp_path, steps=400, diagnostics_every=50)
     with launched_run(tmp_path / "run", run, processes=2) as launched:
         launched.wait_for_step(60)
         interrupt(launched.agents[0])
@@ -43,7 +43,7 @@ def test_an_interrupted_run_goes_on_in_other_processes_and_is_the_same(tmp_path:
     print(figures_of(launched))
     assert launched.val_loss() == pytest.approx(simulated_loss(run, tmp_path / "alone"), rel=SAME)
     diagnosed = launched.events("diagnostics")
-    assert [event["step"] for event in diagnosed] == list(range(20, 401, 20))
+    assert [event["step"] for event in diagnosed] == list(range(50, 401, 50))
     for event, expected in zip(diagnosed, events_of(tmp_path / "alone", "diagnostics"), strict=True):
         assert event.keys() == expected.keys()
         for key in event.keys() - {"kind"}:

@@ -8,6 +8,7 @@ import pytest
 
 from simulate.config import Run
 from simulate.costs.diagnostics import diagnostics_exchange
+from simulate.diagnostics import Diagnostics
 from simulate.models.shapes import LinearShape, ModelShape, ParameterShape
 from tests import tiny
 
@@ -20,6 +21,11 @@ def small(run: Run) -> ModelShape:
     )
 
 
+ROUNDS = (
+    "lte", "lte, auto", "lte, int8, served", "lte, streaming int8", "lte, norms of one", "lte, vector norms",
+    "lte, frozen", "lte, joint", "lte, frozen a, muon", "lte, paced, redrawn", "local-sgd, moments", "fedavg",
+    "diloco, streaming", "daso", "lora, nf4", "powersgd",
+)  # fmt: skip
 GRADIENTS, NORM = 18 * 8, 3 * 8
 """Their buffers; the ring sends each 2 (N - 1) times."""
 
@@ -48,3 +54,28 @@ GRADIENTS, NORM = 18 * 8, 3 * 8
 def test_bytes_of_an_event_by_hand(variant: str, devices: int, merged_before: bool, sent_bytes: int) -> None:
     run = tiny.variant_run(variant, devices)
     assert diagnostics_exchange(run, small(run), merged_before).sent_bytes == sent_bytes
+
+
+@pytest.mark.parametrize(
+    ("variant", "model"),
+    [
+        *((variant, None) for variant in ROUNDS),
+        *((variant, tiny.LLAMA) for variant in ("lte, frozen a", "diloco", "lte, norms of one")),
+    ],
+)
+def test_an_event_sends_what_was_planned(variant: str, model: tiny.Table | None) -> None:
+    run = tiny.variant_run(variant, model=model, train={"steps": 8, "dtype": "fp32"})
+    method, data = tiny.build(run), tiny.batches(run)
+    diagnostics, shape = Diagnostics(method), run.model.shape()
+    for step in range(8):
+        method.step(*data.batch(step, range(4)), step)
+        if not method.merge_due(step):
+            continue
+        counted = method.communicator.counter.sent_bytes
+        diagnostics.of_round(step)
+        assert method.communicator.counter.sent_bytes == counted
+        method.merge(step)
+        diagnostics.of_gradients(data, step + 1, tiny.CPU)
+        planned = diagnostics_exchange(run, shape, merged_before=step >= run.method.round_steps)
+        assert diagnostics.traffic.messages == len(planned.transfers)
+        assert diagnostics.take_sent_bytes() == planned.sent_bytes
