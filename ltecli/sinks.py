@@ -36,7 +36,7 @@ class TensorBoard:
         }
         if event["kind"] in ("step", "evaluate"):
             for key, name in names.items():
-                if key in event:
+                if event.get(key) is not None:  # where all devices have stopped, a step has no loss
                     self._writer.add_scalar(name, event[key], event["step"])
         elif event["kind"] == "diagnostics":
             for key in event.keys() - {"kind", "step"}:
@@ -58,7 +58,7 @@ class ProgressBar:
         self._task = self._bar.add_task("steps", total=run.train.steps, completed=step, figures="")
         self._validation = ""
         self._last: tuple[float, int] | None = None
-        self._figures = ""
+        self._figures, self._loss = "", "-"
 
     def __enter__(self) -> ProgressBar:
         self._bar.start()
@@ -70,8 +70,10 @@ class ProgressBar:
     def __call__(self, event: Event) -> None:
         if event["kind"] == "step":
             sent = event["sent_bytes"] / self._run.cluster.devices
+            if event["train_loss"] is not None:
+                self._loss = f"{event['train_loss']:.3f}"
             self._figures = (
-                f"loss {event['train_loss']:.3f}  {self._tokens_per_s(event):,.0f} {self._run.model.unit}/s  "
+                f"loss {self._loss}  {self._tokens_per_s(event):,.0f} {self._run.model.unit}/s  "
                 f"simulated {seconds_text(event['simulated_s'])}  sent/device {bytes_text(sent)}"
             )
             self._bar.update(self._task, completed=event["step"], figures=self._figures + self._validation)

@@ -269,3 +269,13 @@ def test_train_without_arguments_plans_and_trains_the_demo(lte: Lte, here: Path)
     assert outcome.code == 0
     (evaluations, first) = events_of(here / "runs" / "demo", "evaluate"), events_of(here / "runs" / "demo", "step")[0]
     assert evaluations[-1]["val_loss"] < 0.6 * first["train_loss"]
+
+
+def test_a_step_that_nobody_takes_has_no_loss_to_show(lte: Lte, here: Path) -> None:
+    method = {"name": "local-sgd", "merge_every": 3, "pace": "deadline", "steps_taken": [[2, 1]]}
+    run = write_run(here / "run.toml", method=method)
+    outcome = lte("train", run, "--out", "a")
+    assert outcome.code == 0 and "val" in outcome.stderr
+    losses = [event["train_loss"] for event in events_of(here / "a", "step")]
+    assert losses[2] is None and losses[3] is not None
+    assert lte("report", "a").code == 0
