@@ -3,10 +3,12 @@
 python -m bench.links --mbit 10 100 1000                 # needs root, `ip` and `tc`
 python -m bench.links --mbit 100 --delay-s 0.02 --cases "ddp" "lte T 10"
 
-Four nodes, network namespaces of this machine (tests/network/lab.py), one process each. The profile's compute is
-measured first, by rounds without a limit on the links, and its link is the shaped rate: from these two figures comes
-every planned one. `losses` trains the cases in one process, which gives the launched runs' losses, to say how many
-steps each needs to a loss: seconds to it are those steps at the measured pace.
+Nodes are network namespaces of this machine (tests/network/lab.py), one process of one thread each, held to a core, so
+that all share the cores alike. The profile's compute is measured first, by rounds without a limit on the links, and its
+link is the shaped rate: from these two figures comes every planned one. With `--profile` the compute is what `lte
+profile measure` found instead, one of it on each core at once, as the nodes will compute. `losses` trains the cases in
+one process, which gives the launched runs' losses, to say how many steps each needs to a loss: seconds to it are those
+steps at the measured pace.
 """
 
 from __future__ import annotations
@@ -29,11 +31,11 @@ from simulate import toml
 from simulate.config import build_run, dump_run
 from simulate.costs.time import round_time
 from simulate.hardware import Profile, load_profile
-from tests.network.lab import Lab, why_not
+from tests.network.lab import Lab, Node, why_not
 
 Table = dict[str, Any]
 
-DEVICES, PORT, TIMEOUT_S = 4, 29600, 3000.0
+NODES, PORT, TIMEOUT_S = 4, 29600, 3000.0
 MODEL: Table = {"name": "gpt", "layers": 6, "width": 384, "attention_heads": 6, "context": 128}
 """10.8 million parameters."""
 MICRO_BATCH = 4
@@ -54,6 +56,15 @@ MEASURED_ROUNDS, MEASURED_STEPS = 3, 4
 
 
 @dataclass(frozen=True)
+class Setting:
+    """What all cases share."""
+
+    nodes: int
+    delay_s: float
+    data: str | None
+
+
+@dataclass(frozen=True)
 class Paced:
     """One case on one kind of link."""
 
@@ -67,53 +78,76 @@ class Paced:
     """Counted payload of one device."""
     wire_bytes_per_step: float
     """What crossed a node's interface, the mean of nodes."""
+    tokens_per_step: int
 
     @property
     def tokens_s(self) -> float:
         """Seconds for a million tokens."""
-        return self.step_s * 1e6 / (DEVICES * MICRO_BATCH * MODEL["context"])
+        return self.step_s * 1e6 / self.tokens_per_step
 
 
-def run_table(case: str, profile: Path | str, steps: int, data: str | None) -> Table:
+def run_table(case: str, profile: Path | str, steps: int, setting: Setting) -> Table:
     """Return the run of a case."""
     return {
         "model": MODEL,
-        "data": {"path": data} if data else {"name": "stdlib"},
+        "data": {"path": setting.data} if setting.data else {"name": "stdlib"},
         "method": CASES[case],
         "train": {
             "steps": steps, "micro_batch": MICRO_BATCH, "evaluate_every": steps, "evaluate_samples": 16,
             "checkpoint_every": steps, "learning_rate": 2e-3, "warmup_steps": steps // 20,
             "optimizer": "muon" if CASES[case]["name"] == "lte" else "adamw",
         },
-        "cluster": {"devices": DEVICES, "profile": str(profile), "timeout_s": TIMEOUT_S, "recover_every": 10**6},
+        "cluster": {"devices": setting.nodes, "profile": str(profile), "timeout_s": TIMEOUT_S, "recover_every": 10**6},
     }  # fmt: skip
 
 
-def write_profile(path: Path, flop_per_s: float, mbit: float | None, delay_s: float) -> Profile:
-    """Write the profile of the lab: what its cores do together, divided by nodes, and what its links carry."""
+def guessed_node(flop_per_s: float) -> Table:
+    """Return a node of the lab as a profile's device, at a rate of operations."""
+    device = load_profile("gtx1080ti_x8").model_dump(exclude_none=True)["device"][0]
+    rates = {"flop_per_s": {"fp32": flop_per_s}, "efficiency": 1.0, "memory_bytes_per_s": 5e9}
+    return {**device, "kind": "one node of the lab", "source": "measured", **rates}
+
+
+def write_profile(path: Path, device: Table, mbit: float | None, setting: Setting) -> Profile:
+    """Write the profile of the lab: what each of its nodes computes, and what its links carry."""
     profile = load_profile("gtx1080ti_x8").model_dump(exclude_none=True)
-    device, link = profile["device"][0], profile["link"]
-    device.update(count=DEVICES, kind="one node of the lab", flop_per_s={"fp32": flop_per_s}, efficiency=1.0)
-    device.update(memory_bytes_per_s=5e9, source="measured")
+    link = profile["link"]
+    profile["device"] = [{**device, "count": setting.nodes}]
     rate = 1e10 if mbit is None else mbit * 1e6 / 8 * PAYLOAD_SHARE
-    link.update(topology="star", up_bytes_per_s=rate, down_bytes_per_s=rate, latency_s=LAB_LATENCY_S + delay_s)
+    link.update(topology="star", up_bytes_per_s=rate, down_bytes_per_s=rate, latency_s=LAB_LATENCY_S + setting.delay_s)
     link.update(collectives="gloo", source="measured")
     profile["name"] = path.stem
     path.write_text(toml.dump(profile), encoding="utf-8")
     return load_profile(str(path))
 
 
-def launch(lab: Lab, folder: Path, case: str, profile: Path, steps: int, data: str | None) -> list[Table]:
+def _on_its_core(node: Node) -> list[str]:
+    cores = sorted(os.sched_getaffinity(0))
+    return ["taskset", "-c", str(cores[node.index % len(cores)])]
+
+
+def launch(lab: Lab, folder: Path, case: str, profile: Path, steps: int, setting: Setting) -> list[Table]:
     """Launch a case on all nodes; return its events."""
     run_file = folder / "run.toml"
-    run_file.write_text(dump_run(build_run(run_table(case, profile, steps, data))), encoding="utf-8")
+    run_file.write_text(dump_run(build_run(run_table(case, profile, steps, setting))), encoding="utf-8")
     root = Path(__file__).parents[1]
     environment = {**os.environ, "LTE_SECRET": "a secret of the laboratory", "PYTHONPATH": str(root)}
-    command = [sys.executable, "-m", "ltecli", "train", str(run_file), "--launch", "--quiet", "--nodes", str(DEVICES)]
+    environment["OMP_NUM_THREADS"] = "1"
+    command = [
+        sys.executable,
+        "-m",
+        "ltecli",
+        "train",
+        str(run_file),
+        "--launch",
+        "--quiet",
+        "--nodes",
+        str(setting.nodes),
+    ]
     command += ["--processes", "1", "--join", f"{lab[0].address}:{PORT}"]
     started = [
         node.popen(
-            [*command, "--node", str(node.index), "--out", str(folder / f"node{node.index}")],
+            [*_on_its_core(node), *command, "--node", str(node.index), "--out", str(folder / f"node{node.index}")],
             env=environment, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )
         for node in lab
@@ -125,48 +159,52 @@ def launch(lab: Lab, folder: Path, case: str, profile: Path, steps: int, data: s
     return [json.loads(line) for line in events]
 
 
-def pace(case: str, mbit: float | None, profile: Profile, path: Path, delay_s: float, data: str | None) -> Paced:
+def pace(case: str, mbit: float | None, profile: Profile, path: Path, setting: Setting) -> Paced:
     """Measure a case's step, over whole rounds."""
-    run = build_run(run_table(case, path, 100, data))
+    run = build_run(run_table(case, path, 100, setting))
     round_steps = run.method.round_steps
     steps = round_steps * (MEASURED_ROUNDS + 1) if round_steps > 1 else MEASURED_STEPS + 1
     bytes_per_s = None if mbit is None else mbit * 1e6 / 8
-    with Lab(DEVICES, bytes_per_s=bytes_per_s, delay_s=delay_s) as lab, tempfile.TemporaryDirectory() as folder:
+    with (
+        Lab(setting.nodes, bytes_per_s=bytes_per_s, delay_s=setting.delay_s) as lab,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         if case == YARDSTICK:
             before = [node.counters() for node in lab]
-            seconds, sent = _yardstick(lab, steps, data), 0.0
+            seconds, sent = _yardstick(lab, steps, setting), 0.0
             crossed = [(node.counters() - earlier).sent_bytes for node, earlier in zip(lab, before, strict=True)]
             simulated = planned_step_s(run, profile)
         else:
-            events = launch(lab, Path(folder), case, path, steps, data)
+            events = launch(lab, Path(folder), case, path, steps, setting)
             told = [event for event in events if event["kind"] == "step"]
             ends = [event for event in told if event["step"] % round_steps == 0]
             seconds = statistics.median(
                 (later["wall_s"] - earlier["wall_s"]) / (later["step"] - earlier["step"])
                 for earlier, later in pairwise(ends)
             )
-            sent, simulated = told[-1]["sent_bytes"] / DEVICES / steps, told[-1]["simulated_s"] / steps
+            sent, simulated = told[-1]["sent_bytes"] / setting.nodes / steps, told[-1]["simulated_s"] / steps
             crossed = next(event["sent_bytes_by_node"] for event in events if event["kind"] == "wire")
     return Paced(
-        case, mbit or 0.0, seconds, planned_step_s(run, profile), simulated, sent, statistics.mean(crossed) / steps
-    )
+        case, mbit or 0.0, seconds, planned_step_s(run, profile), simulated, sent, statistics.mean(crossed) / steps,
+        setting.nodes * MICRO_BATCH * MODEL["context"],
+    )  # fmt: skip
 
 
 def planned_step_s(run: Any, profile: Profile) -> float:
     """Return the plan's seconds of a step, the round's exchange included."""
-    planned = round_time(run, run.model.shape(), profile.devices(DEVICES), profile.link)
+    planned = round_time(run, run.model.shape(), profile.devices(run.cluster.devices), profile.link)
     return planned.round_s / planned.steps
 
 
-def _yardstick(lab: Lab, steps: int, data: str | None) -> float:
+def _yardstick(lab: Lab, steps: int, setting: Setting) -> float:
     """Return the median seconds of a step of torch's DistributedDataParallel."""
     root = Path(__file__).parents[1]
-    shared = {"MASTER_ADDR": lab[0].address, "MASTER_PORT": str(PORT), "WORLD_SIZE": str(DEVICES)}
+    shared = {"MASTER_ADDR": lab[0].address, "MASTER_PORT": str(PORT), "WORLD_SIZE": str(setting.nodes)}
     shared |= {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    task = json.dumps(run_table(YARDSTICK, "gtx1080ti_x8", steps, data))
+    task = json.dumps(run_table(YARDSTICK, "gtx1080ti_x8", steps, setting))
     ranks = [
         node.popen(
-            [sys.executable, "-m", "bench.links_rank", task],
+            [*_on_its_core(node), sys.executable, "-m", "bench.links_rank", task],
             cwd=root, stdout=subprocess.PIPE, text=True, env={**os.environ, **shared, "RANK": str(node.index)},
         )
         for node in lab
@@ -177,34 +215,38 @@ def _yardstick(lab: Lab, steps: int, data: str | None) -> float:
     return float(statistics.median(json.loads(printed[0])[1:]))
 
 
-def calibrate(folder: Path, data: str | None) -> float:
-    """Return the operations a second of one node, from a case's local steps: four processes share the cores."""
+def calibrate(folder: Path, setting: Setting) -> Table:
+    """Return a node as a device, at the rate of whole rounds on links without a limit, where all compute at once."""
     path = folder / "calibration.toml"
-    profile = write_profile(path, 1e10, None, 0.0)
-    case = "lte T 10"
-    with Lab(DEVICES) as lab, tempfile.TemporaryDirectory() as runs:
-        events = launch(lab, Path(runs), case, path, 30, data)
-    told = [event for event in events if event["kind"] == "step"]
-    # The first step of a round waits for nothing, the last one's time is before its merge.
-    local = [b["wall_s"] - a["wall_s"] for a, b in pairwise(told) if a["step"] % 10]
-    run = build_run(run_table(case, path, 100, data))
-    planned = round_time(run, run.model.shape(), profile.devices(DEVICES), profile.link).compute_s
-    return 1e10 * planned / statistics.median(local)
+    case, guess = "lte T 10", 1e10
+    profile = write_profile(path, guessed_node(guess), None, setting)
+    measured = pace(case, None, profile, path, setting)
+    run = build_run(run_table(case, path, 100, setting))
+    planned = round_time(run, run.model.shape(), profile.devices(run.cluster.devices), profile.link)
+    rest_s = planned.round_s - planned.steps * planned.compute_s
+    flop_per_s = guess * planned.steps * planned.compute_s / (planned.steps * measured.step_s - rest_s)
+    print(f"a node: {flop_per_s / 1e9:.1f} Gflop/s", file=sys.stderr, flush=True)
+    return guessed_node(flop_per_s)
+
+
+def setting_of(arguments: argparse.Namespace) -> Setting:
+    """Return what was asked for."""
+    return Setting(arguments.nodes, arguments.delay_s, arguments.data)
 
 
 def paces(arguments: argparse.Namespace) -> None:
     """Measure and print every case on every link."""
     if reason := why_not():
         raise SystemExit(reason)
-    rows = []
+    rows, setting = [], setting_of(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        flop_per_s = calibrate(Path(folder), arguments.data)
-        print(f"a node: {flop_per_s / 1e9:.1f} Gflop/s", file=sys.stderr, flush=True)
+        given = load_profile(arguments.profile) if arguments.profile else None
+        device = given.model_dump(exclude_none=True)["device"][0] if given else calibrate(Path(folder), setting)
         for mbit in arguments.mbit:
             path = Path(folder) / f"lab_{mbit:g}_mbit.toml"
-            profile = write_profile(path, flop_per_s, mbit, arguments.delay_s)
+            profile = write_profile(path, device, mbit, setting)
             for case in arguments.cases:
-                row = pace(case, mbit, profile, path, arguments.delay_s, arguments.data)
+                row = pace(case, mbit, profile, path, setting)
                 rows.append(row)
                 print(_line(row), file=sys.stderr, flush=True)
     if arguments.json:
@@ -230,10 +272,10 @@ def losses(arguments: argparse.Namespace) -> None:
     for case in arguments.cases:
         if case == YARDSTICK:
             continue
-        table = run_table(case, "gtx1080ti_x8", arguments.steps, arguments.data)
+        table = run_table(case, "gtx1080ti_x8", arguments.steps, setting_of(arguments))
         table["train"].update(evaluate_every=30, evaluate_samples=64, learning_rate=arguments.rate)
         trained = train_table(table)
-        tokens = DEVICES * MICRO_BATCH * MODEL["context"]
+        tokens = arguments.nodes * MICRO_BATCH * MODEL["context"]
         curve = ", ".join(f"{at // tokens}: {loss:.3f}" for at, loss in trained.curve)
         print(f"{case}: {curve}", flush=True)
 
@@ -243,7 +285,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", nargs="?", choices=("paces", "losses"), default="paces")
     parser.add_argument("--mbit", type=float, nargs="+", default=[10, 100, 1000], help="link rates, both ways")
+    parser.add_argument("--nodes", type=int, default=NODES, help="no more than cores for paces of any use")
     parser.add_argument("--delay-s", type=float, default=0.0, help="one way, by a relay")
+    parser.add_argument("--profile", help="of one node, from lte profile measure")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--data", help="UTF-8 text file; default: the standard library's source")
     parser.add_argument("--steps", type=int, default=300, help="of losses")

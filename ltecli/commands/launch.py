@@ -22,6 +22,7 @@ from ltecli.output import Output
 from ltecli.sinks import ProgressBar, TensorBoard
 from ltecli.telling import start_facts, tell_derived, tell_finished, tell_result
 from ltecli.watching import alive_key, run_watched
+from simulate.cores import usable_cores
 from simulate.errors import InputError, RunFailedError
 from simulate.events import EventFile
 from simulate.options import DasoOptions
@@ -128,7 +129,7 @@ def default_processes(run: Run, device: torch.device, nodes: int) -> int:
     import torch
 
     here = -(-run.cluster.devices // nodes)
-    slots = torch.cuda.device_count() if device.type == "cuda" else os.cpu_count() or 1
+    slots = torch.cuda.device_count() if device.type == "cuda" else usable_cores()
     return max(1, min(here, slots))
 
 
@@ -270,7 +271,7 @@ def address_to_join(interface: str | None) -> str:
 
 def threads_for(processes: int) -> int:
     """Return the threads of each process, so that together they take the cores once."""
-    return max(1, (os.cpu_count() or 1) // processes)
+    return max(1, usable_cores() // processes)
 
 
 def loopback_interface() -> str:

@@ -6,7 +6,6 @@ Legend: C colours, P pixels a side.
 from __future__ import annotations
 
 import io
-import os
 import signal
 import zipfile
 import zlib
@@ -21,6 +20,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from simulate.cores import usable_cores
 from simulate.data.cache import Place
 
 CHUNK_IMAGES = 500
@@ -143,7 +143,7 @@ def decode_all(reader: Reader, names: Sequence[str], frame: Frame, target: Place
     """Decode all images into rows of `target`, (S, C, P, P), in parallel where there are many; returns the unfit."""
     starts = range(0, len(names), CHUNK_IMAGES)
     tasks = [(reader, names[first : first + CHUNK_IMAGES], first, frame, target) for first in starts]
-    workers = min(len(tasks), _processors())
+    workers = min(len(tasks), usable_cores())
     if len(names) < POOL_FROM_IMAGES or workers < 2:
         parts = [_decode_chunk(*task) for task in tasks]
     else:
@@ -156,10 +156,6 @@ def decode_all(reader: Reader, names: Sequence[str], frame: Frame, target: Place
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
     return {index: error for part in parts for index, error in part.items()}
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _leave_interrupts_to_the_parent() -> None:

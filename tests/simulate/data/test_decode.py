@@ -102,7 +102,7 @@ def test_a_pool_does_what_one_process_does(tmp_path: Path, monkeypatch: pytest.M
     for pool_from in (10**9, 0):
         monkeypatch.setattr(module, "POOL_FROM_IMAGES", pool_from)
         monkeypatch.setattr(module, "CHUNK_IMAGES", 9)
-        monkeypatch.setattr(module, "_processors", lambda: 2)
+        monkeypatch.setattr(module, "usable_cores", lambda: 2)
         place = Draft(tmp_path / f"out {pool_from}").allocate({"x": ("u1", (30, 3, 8, 8))}, {})["x"]
         unfit = decode_all(reader, names, Frame(8, 3), place)
         assert {index: type(error) for index, error in unfit.items()} == {7: UnfitImageError, 21: SmallImageError}
