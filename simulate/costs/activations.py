@@ -305,16 +305,20 @@ def _mixer(step: _Step) -> Found:
     block = of_tokens + u + v + 2 * over_channels + rows + step.adapters + step.cast_block
     gradient = u + 2 * v if step.is_cast else u  # of the stream, and a norm's before and after the cast
     phases = _of_images(step, block, gradient + over_channels + step.beside("over_channels.down"), v)
-    # Before the weights over tokens have gradients, adapters' aside, which are small.
-    weights = sum(x.weights for x in step.shape.adapted if "over_tokens" in x.name) * step.element_bytes
-    gradients = step.all_gradients - (0 if step.rank else weights)
+    # Before the weights over tokens have gradients, or of their adapters those of the first layer.
+    without = sum(x.weights for x in step.shape.adapted if "over_tokens" in x.name) * step.element_bytes
+    if step.rank:
+        sizes = {x.name: x.in_features + x.out_features for x in step.shape.adapted}
+        up = sum(size for name, size in sizes.items() if name.endswith("over_tokens.up"))
+        without = step.block_gradients * up // sum(sizes.values())
     kept, stream = (v, v) if step.checkpointing else (block, 0)
     ends = _image_ends(step)
     recomputed = of_tokens + step.adapters - (stream if v == u else 0)
     working = gradient + over_tokens + step.beside("over_tokens.down") + (1 if step.checkpointing else TRANSPOSED) * v
     others = (step.shape.layers - 1) * kept + stream + ends
-    of_first = Phase("backward_start", step.head_table, others, recomputed + working)
-    of_last = Phase("backward_end", gradients, stream + ends, recomputed + working)
+    first_gradients = step.head_table + step.block_gradients - without
+    of_first = Phase("backward_start", first_gradients, others, recomputed + working)
+    of_last = Phase("backward_end", step.all_gradients - without, stream + ends, recomputed + working)
     before = BLOCK_INPUTS * u
     heights = (
         before + 2 * over_channels,

@@ -83,6 +83,11 @@ def test_random_runs_are_planned_within_three_percent_and_hardly_under() -> None
     assert errors.furthest_under >= -0.01
 
 
+def test_a_mixer_over_few_wide_tokens_peaks_before_its_first_networks_gradients_are_done() -> None:
+    run = Sample(12, seed=9, family="mixer", small=True).run(11)
+    assert 0.99 <= planned_bytes(run) / tracked_memory(run, with_host=True).tracked_bytes <= 1.03
+
+
 def test_held_out_runs_do_not_depend_on_how_many_are_asked_for() -> None:
     assert Sample(5, seed=3).runs() == Sample(9, seed=3).runs()[:5]
     assert Sample(5, seed=3).runs() != Sample(5, seed=4).runs()
