@@ -15,7 +15,7 @@ SAME = 1e-9
 
 
 def test_a_killed_worker_is_started_again_and_the_run_is_the_same(tmp_path: Path) -> None:
-    run = tiny_run(tmp_path, steps=400)
+    run = tiny_run(tmp_path, steps=400, diagnostics_every=20)
     with launched_run(tmp_path / "run", run) as launched:
         launched.wait_for_step(20)
         launched.workers()[1].kill()
@@ -25,6 +25,7 @@ def test_a_killed_worker_is_started_again_and_the_run_is_the_same(tmp_path: Path
         assert restart["repeated_steps"] <= 5
         assert "process 1 on node 0 was killed by SIGKILL" in launched.said()
         assert [event["step"] for event in launched.events("step")] == list(range(1, 401))
+        assert [event["step"] for event in launched.events("diagnostics")] == list(range(20, 401, 20))
     print(figures_of(launched))
     assert launched.val_loss() == pytest.approx(simulated_loss(run, tmp_path / "alone"), rel=SAME)
 
