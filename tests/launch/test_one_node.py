@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
 
 import psutil
@@ -59,7 +60,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path, number: signal.Signals) -
         launched.wait_for_step(20)
         launched.workers()[1].suspend()  # nobody gets to a meeting any more
         interrupt(launched.agents[0], number)
-        launched.wait_for(lambda: True)
+        time.sleep(1.0)  # those that come while Python is busy elsewhere are one to it
         interrupt(launched.agents[0], number)
         interrupt(launched.agents[0], number)
         assert launched.end(40) == [130], launched.all_said()
