@@ -157,7 +157,7 @@ def launched_run(
 def tiny_run(folder: Path, steps: int = 60, diagnostics_every: int | None = None, **cluster: Any) -> Path:
     """Write a tiny lte run of four devices in float64, which merges, saves and can be hit every five steps."""
     path = folder / f"tiny{steps}.toml"
-    train = {"steps": steps, "evaluate_every": steps, "dtype": "fp64"}
+    train = {"steps": steps, "evaluate_every": steps, "checkpoint_every": steps, "dtype": "fp64"}
     if diagnostics_every is not None:
         train["diagnostics_every"] = diagnostics_every
     return write_run(path, method={"merge_every": 5, "rank": 2, "name": "lte"}, train=train,
