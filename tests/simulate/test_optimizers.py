@@ -285,8 +285,8 @@ def test_the_schedule_and_the_adapters_rate_reach_muon() -> None:
     assert method.muon is not None
     assert method.muon.defaults["momentum"] == run.train.muon_momentum == 0.95
     method.step(*tiny.batches(run).batch(0, range(2)), 0)
-    # A quarter of the warm-up; adapters at 3·0.01/s with s = 2.
-    assert [group["lr"] for group in method.muon.param_groups] == pytest.approx([0.015 / 4])
+    # A quarter of the warm-up; adapters of rank 2 at 3·sqrt(2/32)·0.01/s with s = 2.
+    assert [group["lr"] for group in method.muon.param_groups] == pytest.approx([0.015 / 4 / 4])
     assert [group["lr"] for group in method.optimizer.param_groups] == pytest.approx([0.01 / 4] * 2)
 
 
