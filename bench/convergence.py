@@ -56,6 +56,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "signsgd": {"name": "signsgd"},
     "dense, int8": {"name": "ddp", "wire": "int8"},
     "lte, int8, frozen A, muon": {"name": "lte", "draws": "own", "optimizer": "muon", "wire": "int8"},
+    "lte, int8, frozen joint A, muon": {"name": "lte", "draws": "joint", "optimizer": "muon", "wire": "int8"},
+    "lte, int8, rank 64, frozen joint A, muon": {
+        "name": "lte", "draws": "joint", "optimizer": "muon", "wire": "int8", "rank": 64,
+    },
+    "lte, int8, frozen joint A": {"name": "lte", "draws": "joint", "wire": "int8"},
     "local-sgd, moments": {"name": "local-sgd", "merge_optimizer": "average"},
     "lora, rank 128": {"name": "lora", "rank": 128},
     "relora, rank 128": {"name": "relora", "rank": 128, "merge_every": 50},
