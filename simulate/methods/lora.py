@@ -93,9 +93,10 @@ def muon_factor(rank: int) -> float:
     """Return how much faster adapters of a rank learn with Muon than norm-matching says.
 
     A step of B has singular values of one, and A's are sqrt(I/r): the factor's sqrt(r) gives what a step adds to W,
-    s·U·A, the same singular values at every rank, so that a learning rate suits all of them.
+    s·U·A, the same singular values at lower ranks, so that a learning rate suits all of them. At higher ones heads
+    share directions, what they add to W adds up, and training failed with the root (docs/results.md).
     """
-    return MUON_ADAPTER_FACTOR * math.sqrt(rank / MUON_RANK)
+    return MUON_ADAPTER_FACTOR * math.sqrt(min(rank, MUON_RANK) / MUON_RANK)
 
 
 def adapter_parameters(model: nn.Module) -> Iterable[nn.Parameter]:

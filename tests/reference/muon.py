@@ -83,6 +83,6 @@ class LteMuonTwin(LteTwin):
         rate = run.train.learning_rate
         for device in self.devices:
             factors = [p for head in device.heads for p in head.parameters]
-            faster = ADAPTER_FACTOR * math.sqrt(self.options.rank / 32)
+            faster = ADAPTER_FACTOR * math.sqrt(min(self.options.rank / 32, 1.0))
             rates = [(factors, faster * rate / device.scale), (device.replicated, rate)]
             device.optimizer = MuonAndAdam(run.train, rates, factors)
