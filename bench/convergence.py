@@ -61,6 +61,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "name": "lte", "draws": "joint", "optimizer": "muon", "wire": "int8", "rank": 64,
     },
     "lte, int8, frozen joint A": {"name": "lte", "draws": "joint", "wire": "int8"},
+    "local-sgd, int8, muon": {"name": "local-sgd", "optimizer": "muon", "wire": "int8"},
     "local-sgd, moments": {"name": "local-sgd", "merge_optimizer": "average"},
     "lora, rank 128": {"name": "lora", "rank": 128},
     "relora, rank 128": {"name": "relora", "rank": 128, "merge_every": 50},
