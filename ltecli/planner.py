@@ -379,6 +379,7 @@ def make_plan(
         *_treatment_notes(chosen, shape),
         *shape.notes,
         *_optimizer_notes(chosen),
+        *_wire_notes(chosen),
         *format_notes(chosen, profile, lambda run: _evaluate(run, setting)),
         *_pace_notes(chosen, shape, profile, devices),
         *(diagnostics_notes(chosen.run, shape) if chosen else ()),
@@ -465,6 +466,17 @@ def _optimizer_notes(chosen: Candidate | None) -> Iterator[str]:
         yield (
             "train.optimizer = muon trained better than adamw on a small text model, with LTE as with dense training "
             "(docs/results.md); try it with --set"
+        )
+
+
+def _wire_notes(chosen: Candidate | None) -> Iterator[str]:
+    """Name the format of messages that trained as well as the full one where it was measured."""
+    if chosen is None or not isinstance(chosen.run.method, LteOptions) or chosen.run.cluster.devices == 1:
+        return
+    if chosen.run.method.wire == "full":
+        yield (
+            "method.wire = int8 sends about a quarter of the bytes, and trained as well as full messages on a small "
+            "text model (docs/results.md); try it with --set, and a higher rank for a part of what that saves"
         )
 
 

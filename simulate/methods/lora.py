@@ -10,6 +10,7 @@ Legend: L local devices.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from torch import Tensor, nn
@@ -21,8 +22,9 @@ from simulate.methods.gradients import GradientMethod, mean_over_devices
 from simulate.options import AdapterOptions
 from simulate.replicated import VectorLora
 
-MUON_ADAPTER_FACTOR = 3.0
-"""With Muon, adapters learn this much faster than norm-matching says: measured best for LTE on small text models."""
+MUON_ADAPTER_FACTOR, MUON_RANK = 3.0, 32
+"""With Muon, adapters of this rank learn this much faster than norm-matching says: measured best for LTE on small text
+models."""
 
 
 class Lora(GradientMethod):
@@ -77,7 +79,7 @@ def adapter_options(method: Method) -> AdapterOptions:
 def adapter_groups(method: Method, options: AdapterOptions) -> list[dict[str, object]]:
     """Return the optimizer's groups: adapters at their own learning rate, everything else at the run's."""
     rate = method.run.train.learning_rate
-    matched = rate / options.scale * (MUON_ADAPTER_FACTOR if method.run.train.optimizer == "muon" else 1.0)
+    matched = rate / options.scale * (muon_factor(options.rank) if method.run.train.optimizer == "muon" else 1.0)
     adapter_rate = options.adapter_learning_rate or matched
     adapters = {id(p) for p in adapter_parameters(method.model)}
     named = list(method.parameters.items())
@@ -85,6 +87,16 @@ def adapter_groups(method: Method, options: AdapterOptions) -> list[dict[str, ob
         *method.decay_groups([pair for pair in named if id(pair[1]) in adapters], adapter_rate),
         *method.decay_groups([pair for pair in named if id(pair[1]) not in adapters], rate),
     ]
+
+
+def muon_factor(rank: int) -> float:
+    """Return how much faster adapters of a rank learn with Muon than norm-matching says.
+
+    A step of B has singular values of one, and A's are sqrt(I/r): the factor's sqrt(r) gives what a step adds to W,
+    s·U·A, the same singular values at lower ranks, so that a learning rate suits all of them. At higher ones heads
+    share directions, what they add to W adds up, and training failed with the root (docs/results.md).
+    """
+    return MUON_ADAPTER_FACTOR * math.sqrt(min(rank, MUON_RANK) / MUON_RANK)
 
 
 def adapter_parameters(model: nn.Module) -> Iterable[nn.Parameter]:

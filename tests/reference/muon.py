@@ -15,6 +15,7 @@ from tests.reference.lora import Draw
 from tests.reference.lte import LteTwin
 
 ADAPTER_FACTOR = 3.0
+"""At rank 32."""
 
 
 def polynomial(value: float) -> float:
@@ -82,5 +83,6 @@ class LteMuonTwin(LteTwin):
         rate = run.train.learning_rate
         for device in self.devices:
             factors = [p for head in device.heads for p in head.parameters]
-            rates = [(factors, ADAPTER_FACTOR * rate / device.scale), (device.replicated, rate)]
+            faster = ADAPTER_FACTOR * math.sqrt(min(self.options.rank / 32, 1.0))
+            rates = [(factors, faster * rate / device.scale), (device.replicated, rate)]
             device.optimizer = MuonAndAdam(run.train, rates, factors)

@@ -20,6 +20,7 @@ from simulate.errors import InputError
 from simulate.measure import cpu_peak_bytes
 from simulate.methods import build_method
 from simulate.methods.base import Method
+from simulate.methods.lora import muon_factor
 from simulate.optimizers import Muon, orthogonalise
 from tests import tiny
 from tests.reference.muon import DdpMuonTwin, LteMuonTwin, MuonAndAdam, newton_schulz, polynomial
@@ -285,9 +286,13 @@ def test_the_schedule_and_the_adapters_rate_reach_muon() -> None:
     assert method.muon is not None
     assert method.muon.defaults["momentum"] == run.train.muon_momentum == 0.95
     method.step(*tiny.batches(run).batch(0, range(2)), 0)
-    # A quarter of the warm-up; adapters at 3·0.01/s with s = 2.
-    assert [group["lr"] for group in method.muon.param_groups] == pytest.approx([0.015 / 4])
+    # A quarter of the warm-up; adapters of rank 2 at 3·sqrt(2/32)·0.01/s with s = 2.
+    assert [group["lr"] for group in method.muon.param_groups] == pytest.approx([0.015 / 4 / 4])
     assert [group["lr"] for group in method.optimizer.param_groups] == pytest.approx([0.01 / 4] * 2)
+
+
+def test_low_ranks_learn_slower_with_muon() -> None:
+    assert [muon_factor(rank) for rank in (2, 8, 32, 64)] == pytest.approx([0.75, 1.5, 3, 3])
 
 
 MUON = {"optimizer": "muon"}

@@ -304,6 +304,17 @@ def test_an_empty_folder_is_no_data(refused: Refused, here: Path) -> None:
     refused("plan", "--data", "empty", words=("empty", "without files"))
 
 
+def test_a_plan_of_full_messages_names_the_smaller_ones(lte: Lte) -> None:
+    pins = ("--profile", "gtx1080ti_x8", "--method", "lte", "--rank", "8", "--json")
+
+    def notes(*more: str) -> str:
+        return "\n".join(lte("plan", *pins, *more).json()["notes"])
+
+    assert "method.wire = int8 sends about a quarter" in notes()
+    assert "about a quarter" not in notes("--set", "method.wire=int8")
+    assert "about a quarter" not in notes("--devices", "1")
+
+
 def test_a_plan_for_unequal_devices_says_what_a_deadline_would_do(lte: Lte) -> None:
     devices = ("--profile", "mixed_gtx1080ti_rtx2060_rtx3090", "--devices", "3", "--set", "train.micro_batch=16")
     mixed = (*devices, "--method", "local-sgd", "--json")
