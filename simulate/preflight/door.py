@@ -119,17 +119,18 @@ class Door:
                 thread.start()
 
     def _meet(self, sock: socket.socket) -> None:
-        handed_over = False
+        event = None
         try:
             event = self._interview(sock)
-            handed_over = isinstance(event, Arrival)
-            self._events.put(event)
         finally:
-            if not handed_over:
+            if not isinstance(event, Arrival):
                 close_socket(sock)
             with self._lock:
                 del self._callers[threading.current_thread()]
                 self._unproven.pop(threading.current_thread(), None)
+                if event is not None:
+                    # At once with leaving: whoever takes it may close the door, which hangs up on callers.
+                    self._events.put(event)
 
     def _interview(self, sock: socket.socket) -> Arrival | Refusal:
         channel = None
