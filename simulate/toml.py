@@ -82,10 +82,10 @@ def _explain(error: ValidationError, schema: type[BaseModel], where: str, text: 
     # A misspelt key is told before the one that it leaves missing.
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     path = [part for part in first["loc"] if not (isinstance(part, str) and part in _union_tags(first, table_of(text)))]
-    line = _line_of(text, path)
-    place = f"{where}:{line}" if line else where
     key = _dotted(path)
     rule, value = first["msg"], first["input"]
+    tag = first["type"] == "union_tag_invalid"
+    place = _place(where, text, path, [*path, "name"] if tag else path, first["ctx"]["tag"] if tag else value)
     more = error.error_count() - 1
     rest = f" (and {more} more)" if more else ""
     if first["type"] == "extra_forbidden":
@@ -108,6 +108,18 @@ def _explain(error: ValidationError, schema: type[BaseModel], where: str, text: 
         return f"{place}: {key + ': ' if key else ''}{rule}{rest}"
     rule = rule[0].lower() + rule[1:]
     return f"{place}: {key} = {_short(value)}: {rule}; correct this value{rest}"
+
+
+def _place(where: str, text: str, path: list[Any], key: list[Any], value: Any) -> str:
+    """Return where a mistake stands: a line of the file, or the command line, which set what the file does not say."""
+    current: Any = table_of(text)
+    for part in key:
+        inside = part in current if isinstance(current, dict) else isinstance(current, list)
+        current = current[part] if inside else None
+    if text and not isinstance(value, dict | list) and (type(current), current) != (type(value), value):
+        return "command line"
+    line = _line_of(text, path)
+    return f"{where}:{line}" if line else where
 
 
 def table_of(text: str) -> Table:

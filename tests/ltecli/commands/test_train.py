@@ -96,6 +96,25 @@ def test_no_gpu_no_cuda_and_no_folder(refused: Refused, run_toml: Path, monkeypa
     refused("train", run_toml, "--device", "cuda", words=("--device cuda", "--device cpu"))
 
 
+@pytest.mark.parametrize(
+    ("assignment", "said"),
+    [("train.steps=0", "train.steps = 0"), ("train.stepz=3", "train.stepz"), ("method.wire=int9", "method.wire")],
+)
+def test_a_mistake_of_the_command_line_is_not_looked_for_in_the_file(
+    refused: Refused, run_toml: Path, assignment: str, said: str
+) -> None:
+    refused("train", run_toml, "--set", assignment, words=(f"command line: {said}",))
+
+
+def test_a_mistake_of_the_file_is_named_with_its_line_whatever_the_command_line_sets(
+    refused: Refused, run_toml: Path
+) -> None:
+    text = run_toml.read_text()
+    run_toml.write_text(text.replace("evaluate_every = 4", "evaluate_every = 0"))
+    line = run_toml.read_text().split("\n").index("evaluate_every = 0") + 1
+    refused("train", run_toml, "--set", "train.steps=3", words=(f"{run_toml.name}:{line}: train.evaluate_every = 0",))
+
+
 def test_nf4_names_the_package_that_it_lacks(refused: Refused, run_toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ltecli.launcher.is_nf4_installed", lambda: False)
     words = ("method.quantize = 'nf4'", "pip install 'lte[quantize]'", "method.quantize=int8")
