@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -314,21 +315,20 @@ class Run(toml.Schema):
         return self.samples_per_step * self.model.units_per_sample
 
 
-def build_run(table: toml.Table, where: str = "run", text: str = "") -> Run:
-    """Validate a parsed run table; raises InputError."""
+def build_run(table: toml.Table, where: str = "run", text: str = "", assigned: Collection[str] = ()) -> Run:
+    """Validate a parsed run table, of which keys in `assigned` are the command line's; raises InputError."""
     for name in table:
         if name in Run.model_fields and not isinstance(table[name], dict):
             raise InputError(f"{where}: {name} = {table[name]!r} is not a table; write [{name}] and its keys below it")
-    return toml.validate(Run, table, where, text)
+    return toml.validate(Run, table, where, text, assigned)
 
 
 def load_run(path: Path, assignments: list[str] | None = None) -> Run:
     """Read run.toml and apply `--set` assignments; raises InputError with file, line and key."""
     text = toml.read(path)
     table = toml.parse(text, str(path))
-    for assignment in assignments or []:
-        toml.set_key(table, assignment)
-    return build_run(table, str(path), text)
+    assigned = [toml.set_key(table, assignment) for assignment in assignments or []]
+    return build_run(table, str(path), text, assigned)
 
 
 def dump_run(run: Run) -> str:

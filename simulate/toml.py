@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,15 +58,20 @@ def read(path: Path) -> str:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
 
 
-def validate(schema: type[SchemaT], table: Table, where: str, text: str = "") -> SchemaT:
-    """Build `schema` from a parsed table; raises InputError naming file, line (when `text` has it), key and rule."""
+def validate(
+    schema: type[SchemaT], table: Table, where: str, text: str = "", assigned: Collection[str] = ()
+) -> SchemaT:
+    """Build `schema` from a parsed table; raises InputError naming file, line (when `text` has it), key and rule.
+
+    Keys in `assigned` are the command line's, not the file's.
+    """
     for path, value in _integers(table):
         if abs(value) > LARGEST_INTEGER:
             raise InputError(f"{where}: {_dotted(path)} = {_short(value)}: a whole number has 64 bits; lower it")
     try:
         return schema.model_validate(table)
     except ValidationError as error:
-        raise InputError(_explain(error, schema, where, text)) from None
+        raise InputError(_explain(error, schema, where, text, assigned)) from None
 
 
 def _integers(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], int]]:
@@ -77,15 +82,15 @@ def _integers(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tu
             yield from _integers(item, (*path, key))
 
 
-def _explain(error: ValidationError, schema: type[BaseModel], where: str, text: str) -> str:
+def _explain(error: ValidationError, schema: type[BaseModel], where: str, text: str, assigned: Collection[str]) -> str:
     errors = error.errors(include_url=False)
     # A misspelt key is told before the one that it leaves missing.
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     path = [part for part in first["loc"] if not (isinstance(part, str) and part in _union_tags(first, table_of(text)))]
     key = _dotted(path)
     rule, value = first["msg"], first["input"]
-    tag = first["type"] == "union_tag_invalid"
-    place = _place(where, text, path, [*path, "name"] if tag else path, first["ctx"]["tag"] if tag else value)
+    line = _line_of(text, path)
+    place = "command line" if {key, f"{key}.name"} & set(assigned) else f"{where}:{line}" if line else where
     more = error.error_count() - 1
     rest = f" (and {more} more)" if more else ""
     if first["type"] == "extra_forbidden":
@@ -108,18 +113,6 @@ def _explain(error: ValidationError, schema: type[BaseModel], where: str, text: 
         return f"{place}: {key + ': ' if key else ''}{rule}{rest}"
     rule = rule[0].lower() + rule[1:]
     return f"{place}: {key} = {_short(value)}: {rule}; correct this value{rest}"
-
-
-def _place(where: str, text: str, path: list[Any], key: list[Any], value: Any) -> str:
-    """Return where a mistake stands: a line of the file, or the command line, which set what the file does not say."""
-    current: Any = table_of(text)
-    for part in key:
-        inside = part in current if isinstance(current, dict) else isinstance(current, list)
-        current = current[part] if inside else None
-    if text and not isinstance(value, dict | list) and (type(current), current) != (type(value), value):
-        return "command line"
-    line = _line_of(text, path)
-    return f"{where}:{line}" if line else where
 
 
 def table_of(text: str) -> Table:
@@ -221,8 +214,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
-def set_key(table: Table, assignment: str) -> None:
-    """Apply one `--set method.rank=16` to a table in place; the value is read as TOML, or else as a string."""
+def set_key(table: Table, assignment: str) -> str:
+    """Apply one `--set method.rank=16` to a table in place; the value is read as TOML, or else as a string.
+
+    Returns the key.
+    """
     key, sep, value_text = assignment.partition("=")
     parts = key.strip().split(".")
     if not sep or len(parts) != 2 or not all(parts):
@@ -235,3 +231,4 @@ def set_key(table: Table, assignment: str) -> None:
     if not isinstance(section, dict):
         raise InputError(f"--set {assignment}: {parts[0]} = {section!r} is not a table; write [{parts[0]}] in the file")
     section[parts[1]] = value
+    return ".".join(parts)
