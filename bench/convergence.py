@@ -177,7 +177,7 @@ class Results:
 
 def missing(results: Results, methods: list[str], batches: list[str]) -> Iterator[Job]:
     """Yield the jobs to do next, the most telling first; what depends on others appears when these are known."""
-    for stage in ("rates", "factors", "seeds"):
+    for stage in ("rates", "seeds", "factors"):
         for method in methods:
             for batch in batches:
                 yield from (job for job in _stage(stage, results, batch, method) if results.loss(job) is None)

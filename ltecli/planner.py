@@ -12,12 +12,14 @@ from ltecli.collecting import without_collector
 from ltecli.formats import check_formats, format_notes
 from ltecli.grid import Pins, grid
 from ltecli.objective import MEANINGS, Choice, hourly_price, value_of
-from ltecli.output import bytes_text
+from ltecli.output import bytes_text, seconds_text
 from ltecli.ranges import RULE, Margins, range_keys
 from simulate.config import Run
+from simulate.costs.calendar import Calendar
 from simulate.costs.diagnostics import diagnostics_exchange
 from simulate.costs.memory import Heights, Memory, heights, host_memory_by_part, peak_memory
 from simulate.costs.messages import link_of
+from simulate.costs.pauses import AFFORDABLE_SHARE, Pauses, affordable_recovery, pauses
 from simulate.costs.samples import Efficiency, samples_factor, shipped
 from simulate.costs.schedule import dense_reduction, num_rounds, received_bytes, sent_bytes
 from simulate.costs.time import RoundTime, device_step_s, distinct, exchange_s, round_time
@@ -50,12 +52,15 @@ class Setting:
     choice: Choice
     margins: Margins
     """How far times may be off."""
+    spaces_recovery: bool
+    """Whether recovery points may be as rare as they have to be; else they are where the run has them."""
 
     @classmethod
     def of(cls, run: Run, profile: Profile, tokens: int, choice: Choice) -> Setting:
         """Return the setting of a run, and of all others of its model and as many devices."""
         devices = profile.devices(run.cluster.devices)
-        return cls(profile, run.model.shape(), devices, tokens, choice, Margins.of(profile))
+        spaces_recovery = "recover_every" not in run.cluster.model_fields_set
+        return cls(profile, run.model.shape(), devices, tokens, choice, Margins.of(profile), spaces_recovery)
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,9 @@ class Candidate:
     host_memory_by_part: dict[str, int]
     sent_bytes_per_round: float
     time: RoundTime
+    pauses: Pauses
     wall_s: float
+    """Of the whole run: training, evaluations and checkpoints."""
     samples_factor: float
 
     @property
@@ -128,6 +135,11 @@ class Candidate:
         return sum(self.host_memory_by_part.values())
 
     @property
+    def training_s(self) -> float:
+        """Seconds of the whole run's rounds."""
+        return self.wall_s - self.pauses.total_s
+
+    @property
     def step_s(self) -> float:
         """Seconds of one step with its share of the exchange."""
         return self.time.round_s / self.time.steps
@@ -175,6 +187,12 @@ class Candidate:
             "round_s": self.time.round_s,
             "samples_per_s": self.samples_per_s,
             "wall_s": self.wall_s,
+            "training_s": self.training_s,
+            "evaluations": self.pauses.evaluations,
+            "evaluation_s": self.pauses.evaluation_s,
+            "checkpoints": self.pauses.saves,
+            "checkpoint_bytes": self.pauses.save_bytes,
+            "checkpoint_s": self.pauses.save_s,
             "assumed_samples_factor": self.samples_factor,
             "equivalent_wall_s": self.equivalent_wall_s,
             **range_keys(self),
@@ -265,11 +283,17 @@ def evaluate(run: Run, profile: Profile, tokens: int, choice: Choice | None = No
 
 def _evaluate(run: Run, setting: Setting) -> Candidate | Rejected:
     shape, devices, choice = setting.shape, setting.devices, setting.choice
-    fullest = [(device, heights(run, shape, device)) for device in distinct(devices)]
+    kinds = distinct(devices)
+    fullest = [(device, heights(run, shape, device)) for device in kinds]
     peaks = [(device, high, high.peak()) for device, high in fullest]
     device, high, memory = min(peaks, key=lambda peak: peak[0].memory_bytes - peak[2].total)
     host_parts = host_memory_by_part(run, shape, device)
     time, rounds = round_time(run, shape, devices, setting.profile.link), num_rounds(run)
+    stops = pauses(run, shape, kinds)
+    every = affordable_recovery(run, stops, time) if setting.spaces_recovery else run.cluster.recover_every
+    if every != run.cluster.recover_every:
+        run = run.model_copy(update={"cluster": run.cluster.model_copy(update={"recover_every": every})})
+        stops = replace(stops, saves=Calendar.of(run).num_saves)
     candidate = Candidate(
         run=run,
         setting=setting,
@@ -278,7 +302,8 @@ def _evaluate(run: Run, setting: Setting) -> Candidate | Rejected:
         host_memory_by_part=host_parts,
         sent_bytes_per_round=sent_bytes(run, shape, run.train.steps) / rounds / run.cluster.devices,
         time=time,
-        wall_s=run.train.steps * time.compute_s + rounds * (time.merge_s + time.exchange_s),
+        pauses=stops,
+        wall_s=run.train.steps * time.compute_s + rounds * (time.merge_s + time.exchange_s) + stops.total_s,
         samples_factor=samples_factor(run, shape, setting.tokens, choice.efficiency),
     )
     short_bytes = max(0, memory.total - device.memory_bytes)
@@ -381,6 +406,7 @@ def make_plan(
         *_optimizer_notes(chosen),
         *_wire_notes(chosen),
         *format_notes(chosen, profile, lambda run: _evaluate(run, setting)),
+        *_checkpoint_notes(chosen, profile),
         *_pace_notes(chosen, shape, profile, devices),
         *(diagnostics_notes(chosen.run, shape) if chosen else ()),
         *_rival_notes(chosen, rivals, rank),
@@ -477,6 +503,29 @@ def _wire_notes(chosen: Candidate | None) -> Iterator[str]:
         yield (
             "method.wire = int8 sends about a quarter of the bytes, and trained as well as full messages on a small "
             "text model (docs/results.md); try it with --set, and a higher rank for a part of what that saves"
+        )
+
+
+def _checkpoint_notes(chosen: Candidate | None, profile: Profile) -> Iterator[str]:
+    """Say what checkpoints take where that is much, or not known."""
+    if chosen is None:
+        return
+    stops, run = chosen.pauses, chosen.run
+    if stops.save_s is None:
+        yield f"profile {profile.name} has no device.disk_write_bytes_per_s: checkpoints are planned to take no time"
+        return
+    every, affordable = run.cluster.recover_every, affordable_recovery(run, stops, chosen.time)
+    steps = Calendar.of(run).recover_steps
+    lost = f"{steps} steps, {seconds_text(steps * chosen.step_s)} of work"
+    if chosen.setting.spaces_recovery and every > 1:
+        yield (
+            f"cluster.recover_every = {every} keeps recovery points of {bytes_text(stops.save_bytes)} a device to "
+            f"{AFFORDABLE_SHARE:.0%} of the time; who is lost costs everybody up to {lost}"
+        )
+    elif every < affordable:
+        yield (
+            f"a recovery point after every {steps} steps takes {stops.save_s / (steps * chosen.step_s):.0%} of their "
+            f"time; --set cluster.recover_every={affordable} makes that {AFFORDABLE_SHARE:.0%}"
         )
 
 

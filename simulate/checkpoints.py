@@ -50,6 +50,8 @@ class Progress:
     val_loss: float | None
     link_free_s: float = 0.0
     """Moment of the simulated clock from which the link is free."""
+    pause_s: float = 0.0
+    """Of the simulated clock, for evaluations and checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def save_checkpoint(
         parts[SHARED] = state.shared
     try:
         for name, tensors in parts.items():
-            _write_part(target, name, tensors, about)
+            write_part(target, name, tensors, about)
     except BaseException:
         _remove_parts(target, parts)
         raise
@@ -121,7 +123,8 @@ def prune(folder: Path, devices: Iterable[int]) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_part(folder: Path, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+def write_part(folder: Path, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write one part of a checkpoint: its tensors, then the JSON that makes it count."""
     from simulate.tensor_file import file_parts
 
     # Not the JSON of a former attempt with the tensors of this one.

@@ -107,7 +107,7 @@ class Measurement(toml.Schema):
     seconds: float = Field(ge=0)
     """That all of it took."""
     disk_write_bytes_per_s: float = Field(gt=0)
-    """Written and fsynced, where temporary files lie."""
+    """Of a checkpoint's part, in the folder where this was measured."""
     median_s: dict[str, float]
     """Of one repetition, by what was timed."""
     p90_s: dict[str, float]
@@ -129,6 +129,10 @@ class Device(toml.Schema):
     """Share of the peak rate that training reaches."""
     kernels: Kernels | None = None
     """Measured rates by size; not set: every product reaches `efficiency` of the peak."""
+    disk_write_bytes_per_s: float | None = Field(default=None, gt=0, le=MOST_BYTES)
+    """Rate at which a checkpoint is digested and written; not set: checkpoints' time is not planned."""
+    disk_flush_s: float = Field(default=0.0, ge=0)
+    """What each part of a checkpoint takes beside its bytes until it is safely on disk."""
     step_jitter: float = Field(default=0.0, ge=0, le=1)
     """Standard deviation of a step's seconds over their mean, of a gamma distribution (simulate/timeline/draws.py)."""
     leave_per_hour: float = Field(default=0.0, ge=0, le=1)
@@ -310,6 +314,8 @@ def detect_local() -> Profile:
         memory_bytes_per_s=20e9,
         flop_per_s=FlopPerSecond(fp32=fp32, fp64=fp32 / 2, bf16=fp32 * gain if gain else None),
         efficiency=0.3,
+        disk_write_bytes_per_s=200e6,
+        disk_flush_s=0.02,
         source="guess",
         sources={
             "count": "virtual devices, each as strong as this whole machine",
@@ -320,6 +326,8 @@ def detect_local() -> Profile:
             "flop_per_s": f"{cores} cores (psutil) x {clock_hz / 1e9:.2f} GHz ({clock_source}) x 32 a cycle (AVX2)"
             + ("; bf16 guessed" if gain else ""),
             "efficiency": "guess: small matrices",
+            "disk_write_bytes_per_s": "guess: a SATA SSD",
+            "disk_flush_s": "guess: a SATA SSD",
         },
     )
     link = Link(

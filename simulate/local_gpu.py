@@ -36,6 +36,8 @@ def local_gpu_profile() -> Profile | None:
         memory_bytes_per_s=GUESSED_MEMORY_BYTES_PER_S,
         flop_per_s=FlopPerSecond(fp32=fp32, fp16=half, bf16=half if properties.major >= 8 else None),
         efficiency=0.4,
+        disk_write_bytes_per_s=cpu.device[0].disk_write_bytes_per_s,
+        disk_flush_s=cpu.device[0].disk_flush_s,
         source="guess",
         sources={
             "memory_bytes": "torch: total memory",
@@ -44,6 +46,7 @@ def local_gpu_profile() -> Profile | None:
             "memory_bytes_per_s": "guess: a mid-range card",
             "flop_per_s": f"{cores} fp32 cores (torch) x clock ({clock_source}) x 2; half precision guessed",
             "efficiency": "guess: matrices of medium size",
+            **{key: cpu.device[0].sources[key] for key in ("disk_write_bytes_per_s", "disk_flush_s")},
         },
     )
     link = cpu.link.model_copy(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from simulate.checkpoints import Progress, State, load_checkpoint, prune, save_c
 from simulate.clock import SimulatedClock
 from simulate.communicator import Communicator
 from simulate.config import Run
+from simulate.costs.calendar import Calendar
+from simulate.costs.pauses import evaluation_batch
 from simulate.data.batches import Batches
 from simulate.diagnostics import Diagnostics
 from simulate.errors import RunFailedError
@@ -25,11 +27,6 @@ from simulate.loss import row_losses
 from simulate.methods.base import Method
 from simulate.methods.paced import Paced
 from simulate.models.build import empty_model
-
-EVALUATION_BATCH = 16
-"""Samples in one forward pass of an evaluation, at most."""
-MEETING_STEPS = 10
-"""Steps between the meetings, and between recovery points, of processes whose method exchanges at every step."""
 
 
 @dataclass
@@ -65,8 +62,13 @@ class Session:
     untold: list[tuple[Tensor, Event]] = field(default_factory=list)
     """Local devices' losses and the figures of steps since devices last met."""
     diagnostics: Diagnostics | None = field(init=False)
+    calendar: Calendar = field(init=False)
+    """When devices meet; within one process they do after every merge at least, and hear of each other always."""
 
     def __post_init__(self) -> None:
+        calendar = Calendar.of(self.run)
+        whole = self.communicator.is_whole
+        self.calendar = replace(calendar, apart=self.run.method.steps_apart) if whole else calendar
         self.diagnostics = Diagnostics(self.method) if self.run.train.diagnostics_every else None
         if isinstance(self.method, Paced):
             self.method.step_s = self.clock.device_step_s
@@ -76,33 +78,17 @@ class Session:
         """Measured seconds of the run, over all its sessions."""
         return self.wall_s + time.monotonic() - self.started_s
 
-    @property
-    def round_steps(self) -> int:
-        """Steps from one merge to the next; a method that exchanges at every step has a round of its own."""
-        apart = self.run.method.steps_apart
-        return apart if apart > 1 else MEETING_STEPS
-
-    @property
-    def meeting_steps(self) -> int:
-        """Steps from one point to the next at which devices hear of each other and may evaluate."""
-        return self.run.method.steps_apart if self.communicator.is_whole else self.round_steps
-
-    def meets_after(self, step: int) -> bool:
-        """Whether devices hear of each other after a step: within one process always, else when a merge has arrived."""
-        return self.communicator.is_whole or (step + 1 - self.run.method.late_steps) % self.meeting_steps == 0
-
-    def is_due(self, every: int) -> bool:
-        """Whether a multiple of `every` has gone by since the last meeting."""
-        late = self.run.method.late_steps
-        last = max(0, (self.step - 1 - late) // self.meeting_steps * self.meeting_steps + late)
-        return self.step // every > last // every
+    def meets(self) -> bool:
+        """Whether devices hear of each other now: within one process always, else when a merge has arrived."""
+        return self.communicator.is_whole or self.calendar.meets(self.step)
 
     def saves(self) -> bool:
         """Whether it is time for a checkpoint: as often as the run says, of a launched one also to recover from."""
+        every = self.run.train.checkpoint_every
         if not self.recovers:
-            return self.step % self.run.train.checkpoint_every == 0
-        recovery = self.step - self.saved_at >= self.round_steps * self.run.cluster.recover_every
-        return recovery or self.is_due(self.run.train.checkpoint_every)
+            return self.step % every == 0
+        recovery = self.step - self.saved_at >= self.calendar.recover_steps
+        return recovery or self.calendar.is_due(self.step, every)
 
 
 def train(session: Session) -> bool:
@@ -129,14 +115,16 @@ def train(session: Session) -> bool:
         last = session.step == run.train.steps
         if last or session.step % run.train.log_every == 0:
             session.untold.append((losses_L, _figures(session)))
-        if not (last or session.meets_after(step)):
+        if not (last or session.meets()):
             continue  # nobody hears of the others
         stopping = _tell_steps(session) and not last
-        if method.settles_after(step) and (last or session.is_due(run.train.evaluate_every)):
+        session.clock.charge_evaluation(session.step)
+        if method.settles_after(step) and (last or session.calendar.is_due(session.step, run.train.evaluate_every)):
             _evaluate(session)
         for event in diagnosed:
             session.emit(event)
         diagnosed.clear()
+        session.clock.charge_checkpoint(session.step)
         if last or stopping or session.saves():
             save(session)
         if stopping:
@@ -244,15 +232,11 @@ def _tell_step(session: Session, losses: list[float], figures: Event) -> None:
 def _evaluate(session: Session) -> None:
     """Emit the scores of the merged weights, on plain layers: nothing of the method is involved.
 
-    In batches that are no larger than a step's, so that what fits a step fits here.
-
     Processes take turns with the batches; their sums are added up in order.
     """
     model, weights = empty_model(session.run, session.device), session.method.weights_in_use()
     communicator = session.communicator
-    batches = session.batches.validation(
-        session.run.train.evaluate_samples, min(EVALUATION_BATCH, session.run.train.micro_batch)
-    )
+    batches = session.batches.validation(session.run.train.evaluate_samples, evaluation_batch(session.run))
     names = ("val_loss", *session.batches.score_names)
     sums_LX = torch.zeros(len(communicator.local_devices), 1 + len(names), dtype=torch.float64)
     for inputs, targets in islice(batches, communicator.process, None, communicator.processes):
@@ -283,6 +267,7 @@ def save(session: Session) -> None:
         compute_s=session.clock.compute_s,
         exchange_s=session.clock.exchange_s,
         link_free_s=session.clock.link_free_s,
+        pause_s=session.clock.pause_s,
         sent_bytes=counter.sent_bytes,
         received_bytes=counter.received_bytes,
         messages=counter.messages,
@@ -297,7 +282,15 @@ def save(session: Session) -> None:
     if session.writes_shared:
         prune(session.checkpoints, session.folder_devices or session.communicator.local_devices)
     session.saved_at = session.step
-    session.emit({"kind": "checkpoint", "step": session.step, "path": str(path)})
+    session.emit(
+        {
+            "kind": "checkpoint",
+            "step": session.step,
+            "path": str(path),
+            "simulated_s": session.clock.now_s,
+            "wall_s": session.elapsed_s(),
+        }
+    )
 
 
 def restore(session: Session, path: Path) -> None:
@@ -316,7 +309,7 @@ def continue_from(session: Session, progress: Progress, state: State) -> None:
     session.step, session.val_loss, session.wall_s = progress.step, progress.val_loss, progress.wall_s
     session.saved_at = progress.step
     session.clock.compute_s, session.clock.exchange_s = progress.compute_s, progress.exchange_s
-    session.clock.link_free_s = progress.link_free_s
+    session.clock.link_free_s, session.clock.pause_s = progress.link_free_s, progress.pause_s
     counter = session.communicator.counter
     counter.sent_bytes, counter.received_bytes = progress.sent_bytes, progress.received_bytes
     counter.messages = progress.messages

@@ -457,7 +457,7 @@ def _show_verified(chosen: Candidate, verified: Tracked, output: Output) -> None
 
 def _figures(candidate: Candidate) -> dict[str, str]:
     """Return what one device is planned to need, line by line."""
-    steps = candidate.time.steps
+    steps, stops = candidate.time.steps, candidate.pauses
     return {
         "memory at peak": bytes_text(candidate.memory.total),
         **{f"  {part}": bytes_text(size) for part, size in candidate.memory.parts().items()},
@@ -465,9 +465,15 @@ def _figures(candidate: Candidate) -> dict[str, str]:
         "sent per step": bytes_text(candidate.sent_bytes_per_round / steps),
         "compute per step": range_text(*time_range(candidate, candidate.time.compute_s, 0.0)),
         "exchange per round": range_text(*time_range(candidate, 0.0, candidate.time.exchange_s)),
+        "evaluations": _times(stops.evaluations, stops.evaluation_s),
+        "checkpoints": _times(stops.saves, stops.save_s),
         f"wall-clock for the {candidate.run.model.unit}": range_text(*wall_range(candidate)),
         "assumed to equal loss": range_text(*equivalent_range(candidate)),
     }
+
+
+def _times(count: int, seconds: float | None) -> str:
+    return f"{count:,} x {seconds_text(seconds)}"
 
 
 def _comparison(chosen: Candidate, dense: Candidate) -> str:

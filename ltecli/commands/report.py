@@ -50,7 +50,7 @@ def _show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None
         cells = (values.get(k) for k in ("planned", "simulated", "counted", "measured"))
         table.add_row(label, *(text(v) for v in cells), text(dense))
     output.table(table)
-    for line in (*_savings(figure), *_explanations(figure)):
+    for line in (*_savings(figure), *_explanations(figure, record.is_launched)):
         output.text(line)
     if figure["diagnostics"]:
         output.text("")
@@ -94,11 +94,13 @@ def _savings(figure: dict[str, Any]) -> list[str]:
     return [f"beside dense, planned: {', '.join(ratios)}{unfit}; below 1x is more, not less"]
 
 
-def _explanations(figure: dict[str, Any]) -> list[str]:
+def _explanations(figure: dict[str, Any], is_launched: bool) -> list[str]:
+    here = "what the launched processes took" if is_launched else "this machine simulating all devices"
     return [
         f"memory: without the {bytes_text(figure['memory_bytes']['reserved'])} that the device's system reserves; "
         "measured is the allocator's peak of one device's program, run alone",
-        "time: simulated is the profile's hardware by the clock; measured is this machine simulating all devices",
+        "time: with evaluations and a launched run's checkpoints; simulated is the profile's hardware by the clock; "
+        f"measured is {here}",
     ]
 
 

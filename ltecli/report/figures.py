@@ -28,6 +28,17 @@ class RunRecord:
         """Return the newest event of a kind."""
         return next((event for event in reversed(self.events) if event["kind"] == kind), None)
 
+    @property
+    def is_launched(self) -> bool:
+        """Whether processes of its own trained each part of the devices."""
+        return any("processes" in event for event in self.events)
+
+    def clocks(self, step: Event | None) -> Event | None:
+        """Return the newest event that tells both clocks: the checkpoint after a step, or the step without one."""
+        saved = self.last("checkpoint")
+        after = step and saved and saved["step"] == step["step"] and "wall_s" in saved
+        return saved if after else step
+
     def curve(self, key: str) -> list[tuple[int, float]]:
         """Return (step, value) of every event that carries `key`."""
         return [(event["step"], event[key]) for event in self.events if event.get(key) is not None]
@@ -48,7 +59,7 @@ def figures(record: RunRecord) -> dict[str, Any]:
     """Return the report's figures; "per device" ones are for one device, null where a figure does not exist."""
     run, chosen = record.run, record.plan["chosen"]
     step, evaluation, memory = record.last("step"), record.last("evaluate"), record.last("memory")
-    steps = step["step"] if step else 0
+    steps, clocks = step["step"] if step else 0, record.clocks(step)
     share = steps / run.train.steps
     reserved = chosen["memory_bytes"]["reserved"]
     return {
@@ -74,13 +85,13 @@ def figures(record: RunRecord) -> dict[str, Any]:
         },
         "wall_s": {
             "planned": chosen["wall_s"] * share,
-            "simulated": step and step["simulated_s"],
-            "measured": step and step["wall_s"],
+            "simulated": clocks and clocks["simulated_s"],
+            "measured": clocks and clocks["wall_s"],
         },
         "step_s": {
             "planned": chosen["wall_s"] / run.train.steps,
-            "simulated": step and step["simulated_s"] / steps,
-            "measured": step and step["wall_s"] / steps,
+            "simulated": clocks and clocks["simulated_s"] / steps,
+            "measured": clocks and clocks["wall_s"] / steps,
         },
         "restarts": _restarts(record),
         "train_loss": step and step["train_loss"],

@@ -39,6 +39,11 @@ def pass_flops(run: Run, shape: ModelShape) -> float:
     return share * dense + (1 - share) * adapted
 
 
+def forward_flops(shape: ModelShape, samples: int) -> float:
+    """Return the operations of a forward pass of plain layers."""
+    return samples * (float(shape.adapted_flops + shape.mixing_flops) + shape.outer_flops / 3)
+
+
 def update_flops(run: Run, shape: ModelShape) -> float:
     """Return the operations on gradients: Muon's, and products of compression."""
     method, total = run.method, 0.0

@@ -128,25 +128,46 @@ def _pass_s(run: Run, shape: ModelShape, rates: KernelRates, adapted: bool) -> f
     layers = sum(linear.count for linear in shape.adapted)
     starting_s = rates.step_s + layers * (rates.layer_s + (rates.adapter_s if adapted else 0))
     products = block_products(run, shape, adapted)
-    seconds = products_s((*products, outer_product(run, shape)), rates)
+    seconds = products_s((*products, outer_product(shape, run.train.micro_batch)), rates)
     return starting_s + seconds + attention_s(run, shape, rates) + elementwise_s(run, shape, rates, products)
+
+
+def forward_s(shape: ModelShape, samples: int, element_bytes: int, rates: KernelRates) -> float:
+    """Return the seconds of a forward pass of plain layers: a third of a step's products and starts, half its moves."""
+    layers = sum(linear.count for linear in shape.adapted)
+    products = (*_dense_products(shape, samples, False), outer_product(shape, samples))
+    attention = _attention_s(shape, samples, 1, rates)
+    moved_s = _elementwise_s(shape, samples, FORWARD_MOVES, FORWARD_MOVES, element_bytes, rates)
+    return (rates.step_s + layers * rates.layer_s + products_s(products, rates)) / 3 + attention + moved_s
 
 
 def attention_s(run: Run, shape: ModelShape, rates: KernelRates) -> float:
     """Return the seconds of what mixes tokens without weights."""
-    passes = 4 if run.train.activation_checkpointing else 3
+    return _attention_s(shape, run.train.micro_batch, 4 if run.train.activation_checkpointing else 3, rates)
+
+
+def _attention_s(shape: ModelShape, samples: int, passes: int, rates: KernelRates) -> float:
     head_width = shape.width / max(1, shape.attention_heads)
     size = Product(shape.tokens, head_width, shape.tokens).intensity
-    return rates.attention.seconds(size, passes * run.train.micro_batch * shape.mixing_flops)
+    return rates.attention.seconds(size, passes * samples * shape.mixing_flops)
 
 
 def elementwise_s(run: Run, shape: ModelShape, rates: KernelRates, products: Sequence[Product] = ()) -> float:
     """Return the seconds of everything elementwise: norms, GELUs, sums, the loss; and copies of folded weights."""
-    samples, element_bytes = run.train.micro_batch, ELEMENT_BYTES[run.train.dtype]
-    inside = sum(x.rows * (x.in_features + x.out_features) * x.count for x in shape.adapted)
     moves = ACTIVATION_MOVES + (FORWARD_MOVES if run.train.activation_checkpointing else 0)
-    elements: float = samples * (moves * inside + ACTIVATION_MOVES * shape.predictions * shape.outputs)
-    elements += sum(2 * product.count * product.m * product.n for product in products if isinstance(product, Folded))
+    folded = sum(2 * product.count * product.m * product.n for product in products if isinstance(product, Folded))
+    return _elementwise_s(
+        shape, run.train.micro_batch, moves, ACTIVATION_MOVES, ELEMENT_BYTES[run.train.dtype], rates, folded
+    )  # fmt: skip
+
+
+def _elementwise_s(
+    shape: ModelShape, samples: int, moves: int, outer_moves: int, element_bytes: int, rates: KernelRates,
+    others: float = 0.0,
+) -> float:  # fmt: skip
+    """Seconds of activations moved so many times inside blocks and outside, and of `others` elements."""
+    inside = sum(x.rows * (x.in_features + x.out_features) * x.count for x in shape.adapted)
+    elements = samples * (moves * inside + outer_moves * shape.predictions * shape.outputs) + others
     return rates.elementwise.seconds(samples * shape.tokens * shape.width * element_bytes, elements * element_bytes)
 
 
@@ -155,13 +176,13 @@ class Folded(Product):
     """A product of factors that is added to a copy of the frozen weights."""
 
 
-def outer_product(run: Run, shape: ModelShape) -> Product:
+def outer_product(shape: ModelShape, samples: int) -> Product:
     """Return the layers outside blocks as products of one shape: the output layer's, or of images the patches'."""
     rows, k, n = shape.predictions, shape.width, shape.outputs
     if shape.inputs:
         rows, k, n = shape.tokens, max(1, shape.inputs // shape.tokens), shape.width
-    rows *= run.train.micro_batch
-    return Product(rows, k, n, run.train.micro_batch * shape.outer_flops / (2 * rows * k * n))
+    rows *= samples
+    return Product(rows, k, n, samples * shape.outer_flops / (2 * rows * k * n))
 
 
 def block_products(run: Run, shape: ModelShape, adapted: bool) -> tuple[Product, ...]:

@@ -192,7 +192,7 @@ def _elementwise(watch: Stopwatch, rates: KernelRates, layers: int, width: int, 
     taken_s = step_s(watch, run)
     moved = holding(run, shape).trained * FLOAT_BYTES
     adam, clip = (ADAM_ELEMENTS_MOVED + ADAM_MOMENTS_MOVED) * moved, CLIP_ELEMENTS_MOVED * moved
-    known_s = products_s((*block_products(run, shape, False), outer_product(run, shape)), rates)
+    known_s = products_s((*block_products(run, shape, False), outer_product(shape, run.train.micro_batch)), rates)
     known_s += attention_s(run, shape, rates) + rates.optimizer.seconds(adam, adam + clip)
     known_s += rates.step_s + rates.layer_s * 4 * layers
     moved_bytes = elementwise_s(run, shape, rates)  # at a rate of one byte a second

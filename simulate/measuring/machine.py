@@ -5,13 +5,16 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from simulate.checkpoints import write_part
 from simulate.errors import InputError
 from simulate.hardware import BETWEEN_CPUS, Device, FlopPerSecond, Kernels, Link, Measurement, Profile, detect_local
 from simulate.local_gpu import BETWEEN_GPUS, local_gpu_profile
@@ -21,7 +24,7 @@ from simulate.measuring.stopwatch import Stopwatch
 COPY_BYTES = 2**27
 PEAK_SIZE, PROBE_SIZE = 1024, 128
 FORMATS = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
-DISK_BYTES = 2**24
+DISK_BYTES, DISK_REPEATS = 2**26, 5
 QUICK_S, FULL_S = 0.15, 0.8
 """For the repetitions of one program."""
 
@@ -53,10 +56,11 @@ def measure_profile(wanted: Wanted, link: Link, tell: Tell, sizes: Sizes | None 
         peaks = _peaks(watch)
         kernels = measure_kernels(watch, sizes or (QUICK if wanted.quick else FULL), tell)
         tell("disk")
-        measurement = _measurement(watch, wanted, started)
+        disk = measure_disk(DISK_BYTES)
+        measurement = _measurement(watch, wanted, started, disk)
     finally:
         torch.set_num_threads(threads)
-    device = _device(wanted, cuda, memory_bytes_per_s, peaks, kernels)
+    device = _device(wanted, cuda, memory_bytes_per_s, peaks, kernels, disk)
     sources = {**link.sources, "collectives": BETWEEN_GPUS if cuda else BETWEEN_CPUS}
     link = link.model_copy(update={"collectives": "nccl" if cuda else "gloo", "sources": sources})
     return Profile(
@@ -65,7 +69,10 @@ def measure_profile(wanted: Wanted, link: Link, tell: Tell, sizes: Sizes | None 
     )  # fmt: skip
 
 
-def _device(wanted: Wanted, cuda: bool, memory_bytes_per_s: float, peaks: dict[str, float], kernels: Kernels) -> Device:
+def _device(
+    wanted: Wanted, cuda: bool, memory_bytes_per_s: float, peaks: dict[str, float], kernels: Kernels,
+    disk: Disk,
+) -> Device:  # fmt: skip
     detected = (local_gpu_profile() if cuda else None) or detect_local()
     own = detected.device[0]
     fastest = max(rate for _, rate in (*kernels.products, *kernels.attention))
@@ -77,12 +84,15 @@ def _device(wanted: Wanted, cuda: bool, memory_bytes_per_s: float, peaks: dict[s
             "count": wanted.devices, "kind": own.kind.replace("this machine's ", "").replace("this ", ""),
             "memory_bytes_per_s": memory_bytes_per_s, "flop_per_s": FlopPerSecond(**peaks),
             "efficiency": min(1.0, middle / peaks["fp32"]), "kernels": kernels, "source": "measured",
+            "disk_write_bytes_per_s": disk.write_bytes_per_s, "disk_flush_s": disk.flush_s,
             "sources": {
                 "count": "as asked for, all alike",
                 **asked,
                 "memory_bytes_per_s": f"measured: a copy of {COPY_BYTES // 2**20} MiB, read and written",
                 "flop_per_s": f"measured: products of {PEAK_SIZE} x {PEAK_SIZE} matrices, the fastest product of all",
                 "efficiency": "measured: the median product's share; kernels' own rates take its place",
+                "disk_write_bytes_per_s": f"measured: {DISK_BYTES // 2**20} MiB, written as checkpoints are",
+                "disk_flush_s": "measured: the same with hardly a byte",
                 "kernels": "measured: see measurement.median_s and p90_s",
             },
         }
@@ -127,7 +137,7 @@ def _probe(device: torch.device, name: str) -> Callable[[], object]:
     return lambda: x @ x
 
 
-def _measurement(watch: Stopwatch, wanted: Wanted, started: float) -> Measurement:
+def _measurement(watch: Stopwatch, wanted: Wanted, started: float, disk: Disk) -> Measurement:
     return Measurement(
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         host=f"{platform.system()} {platform.machine()}",
@@ -136,19 +146,38 @@ def _measurement(watch: Stopwatch, wanted: Wanted, started: float) -> Measuremen
         threads=torch.get_num_threads(),
         quick=wanted.quick,
         clock=watch.clock,
-        disk_write_bytes_per_s=disk_bytes_per_s(DISK_BYTES),
+        disk_write_bytes_per_s=disk.write_bytes_per_s,
         seconds=time.monotonic() - started,
         median_s=watch.median_s,
         p90_s=watch.p90_s,
     )
 
 
-def disk_bytes_per_s(num_bytes: int) -> float:
-    """Return the rate at which a temporary file is written and reaches the disk, by the wall clock."""
-    data = os.urandom(num_bytes)
-    with tempfile.TemporaryFile() as file:
+@dataclass(frozen=True)
+class Disk:
+    """How fast parts of checkpoints reach the disk."""
+
+    write_bytes_per_s: float
+    flush_s: float
+    """Of a part with hardly a byte."""
+
+
+def measure_disk(num_bytes: int) -> Disk:
+    """Write parts of checkpoints into this folder, by the wall clock; raises InputError where it cannot be written."""
+    try:
+        with tempfile.TemporaryDirectory(dir=".", prefix=".lte-disk-") as folder:
+            flush_s, whole_s = (_part_s(Path(folder), size) for size in (1, num_bytes))
+    except OSError as error:
+        where = f"the disk of {Path.cwd()} cannot be measured ({error.strerror})"
+        raise InputError(f"{where}; run this in a folder where runs can be saved") from None
+    return Disk(num_bytes / max(whole_s - flush_s, whole_s / 2), flush_s)
+
+
+def _part_s(folder: Path, num_bytes: int) -> float:
+    tensors = {"noise": torch.frombuffer(bytearray(os.urandom(num_bytes)), dtype=torch.uint8)}
+    seconds = []
+    for _ in range(DISK_REPEATS):
         started = time.perf_counter()
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-        return num_bytes / (time.perf_counter() - started)
+        write_part(folder, "noise", tensors, {})
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)

@@ -60,7 +60,7 @@ def test_products_are_all_operations_of_a_step(run: object) -> None:
     """With too few rows to fold anything, the products and attention are what simulate.costs.flops counts."""
     run = run.model_copy(update={"train": run.train.model_copy(update={"micro_batch": 1})})  # type: ignore[attr-defined]
     shape = run.model.shape()
-    products = (*block_products(run, shape, run.method.name == "lte"), outer_product(run, shape))
+    products = (*block_products(run, shape, run.method.name == "lte"), outer_product(shape, run.train.micro_batch))
     assert not any(isinstance(product, Folded) for product in products)
     counted = sum(product.flops for product in products) + 3 * shape.mixing_flops
     assert counted == pytest.approx(pass_flops(run, shape))

@@ -13,7 +13,7 @@ from simulate.hardware import Profile, detect_local, load_profile
 from simulate.measuring import machine
 from simulate.measuring.held_out import QUICK_CASES, Case, held_out_times
 from simulate.measuring.kernels import Sizes, merged, packed_formats
-from simulate.measuring.machine import Wanted, disk_bytes_per_s, measure_profile
+from simulate.measuring.machine import Wanted, measure_disk, measure_profile
 from simulate.measuring.stopwatch import Stopwatch
 from tests import tiny
 
@@ -99,4 +99,6 @@ def test_a_stopwatch_sees_work_and_forgets_its_calls() -> None:
 
 
 def test_a_disk_writes() -> None:
-    assert disk_bytes_per_s(2**16) > 0
+    disk = measure_disk(2**16)
+    assert disk.write_bytes_per_s > 0
+    assert disk.flush_s > 0

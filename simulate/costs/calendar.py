@@ -1,0 +1,88 @@
+"""When the devices of a launched run hear of each other, evaluate and save: after merges, or every tenth step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from simulate.config import Run
+
+MEETING_STEPS = 10
+"""Steps between the meetings, and between recovery points, of processes whose method exchanges at every step."""
+
+
+@dataclass(frozen=True)
+class Calendar:
+    """The meetings of a run's devices; steps are counted as done, from 1."""
+
+    steps: int
+    """Of the whole run; after the last all meet."""
+    apart: int
+    """Steps from one meeting to the next."""
+    late: int
+    """Steps that a meeting is behind its multiple of `apart`."""
+    evaluate_every: int
+    checkpoint_every: int
+    recover_steps: int
+    """Steps from one recovery point to the next; a multiple of `apart`."""
+
+    @classmethod
+    def of(cls, run: Run) -> Calendar:
+        """Return the calendar of a launched run, whose recovery points lie at meetings."""
+        apart = run.method.steps_apart if run.method.steps_apart > 1 else MEETING_STEPS
+        train, cluster = run.train, run.cluster
+        return _calendar(
+            train.steps, apart, run.method.late_steps, train.evaluate_every, train.checkpoint_every,
+            apart * cluster.recover_every,
+        )  # fmt: skip
+
+    def meets(self, step: int) -> bool:
+        """Whether devices hear of each other after a step."""
+        return step == self.steps or (step % self.apart == self.late % self.apart and step > self.late)
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether a multiple of `every` has gone by since the meeting before a step."""
+        before = max(0, (step - 1 - self.late) // self.apart * self.apart + self.late)
+        return step // every > before // every
+
+    def evaluates(self, step: int) -> bool:
+        """Whether there is an evaluation after a step."""
+        return step == self.steps or (self.meets(step) and self.is_due(step, self.evaluate_every))
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is saved after a step: as often as the run says, and to recover from."""
+        if step == self.steps:
+            return True
+        if not self.meets(step):
+            return False
+        asked = self._meeting_of(step // self.checkpoint_every * self.checkpoint_every)
+        if asked > step:
+            asked = self._meeting_of((step // self.checkpoint_every - 1) * self.checkpoint_every)
+        return step == asked or (step - max(asked, self.late)) % self.recover_steps == 0
+
+    def _meeting_of(self, step: int) -> int:
+        """Return the first meeting that is not before a step; 0 for the start."""
+        return 0 if step <= 0 else max(1, -(-(step - self.late) // self.apart)) * self.apart + self.late
+
+    @cached_property
+    def num_evaluations(self) -> int:
+        """Evaluations of the whole run."""
+        last = (self.steps - 1 - self.late) // self.apart * self.apart + self.late  # before the end
+        before = 0 if last <= 0 else min((last - self.late) // self.apart, last // self.evaluate_every)
+        return before + 1
+
+    @cached_property
+    def num_saves(self) -> int:
+        """Checkpoints of the whole run."""
+        multiples = range(0, self.steps, self.checkpoint_every)
+        asked = sorted({meeting for step in multiples if (meeting := self._meeting_of(step)) < self.steps})
+        saves = len(asked)  # the start is none, the end is one
+        for start, end in zip(asked, [*asked[1:], self.steps], strict=True):
+            saves += max(0, -(-(end - max(start, self.late)) // self.recover_steps) - 1)
+        return saves
+
+
+@lru_cache(maxsize=256)
+def _calendar(*figures: int) -> Calendar:
+    """Return one calendar for all runs alike, which counts once."""
+    return Calendar(*figures)
