@@ -6,8 +6,9 @@ python -m bench.links --mbit 100 --delay-s 0.02 --cases "ddp" "lte T 10"
 Nodes are network namespaces of this machine (tests/network/lab.py), one process of one thread each, held to a core, so
 that all share the cores alike. The profile's compute is measured first, by rounds without a limit on the links, and its
 link is the shaped rate: from these two figures comes every planned one. With `--profile` the compute is what `lte
-profile measure` found instead, one of it on each core at once, as the nodes will compute. `losses` trains the cases in
-one process, which gives the launched runs' losses, to say how many steps each needs to a loss: seconds to it are those
+profile measure` found instead, one of it on each core at once, as the nodes will compute. `whole` launches runs
+with evaluations and recovery points, and sets all of their seconds beside the plan's. `losses` trains the cases in one
+process, which gives the launched runs' losses, to say how many steps each needs to a loss: seconds to it are those
 steps at the measured pace.
 """
 
@@ -27,6 +28,7 @@ from typing import Any
 
 from bench.training import train_table
 from bench.wire import LAB_LATENCY_S, PAYLOAD_SHARE
+from ltecli.planner import candidate_of, evaluate
 from simulate import toml
 from simulate.config import build_run, dump_run
 from simulate.costs.time import round_time
@@ -126,10 +128,10 @@ def _on_its_core(node: Node) -> list[str]:
     return ["taskset", "-c", str(cores[node.index % len(cores)])]
 
 
-def launch(lab: Lab, folder: Path, case: str, profile: Path, steps: int, setting: Setting) -> list[Table]:
-    """Launch a case on all nodes; return its events."""
+def launch(lab: Lab, folder: Path, table: Table, setting: Setting) -> list[Table]:
+    """Launch a run on all nodes; return its events."""
     run_file = folder / "run.toml"
-    run_file.write_text(dump_run(build_run(run_table(case, profile, steps, setting))), encoding="utf-8")
+    run_file.write_text(dump_run(build_run(table)), encoding="utf-8")
     root = Path(__file__).parents[1]
     environment = {**os.environ, "LTE_SECRET": "a secret of the laboratory", "PYTHONPATH": str(root)}
     environment["OMP_NUM_THREADS"] = "1"
@@ -175,7 +177,7 @@ def pace(case: str, mbit: float | None, profile: Profile, path: Path, setting: S
             crossed = [(node.counters() - earlier).sent_bytes for node, earlier in zip(lab, before, strict=True)]
             simulated = planned_step_s(run, profile)
         else:
-            events = launch(lab, Path(folder), case, path, steps, setting)
+            events = launch(lab, Path(folder), run_table(case, path, steps, setting), setting)
             told = [event for event in events if event["kind"] == "step"]
             ends = [event for event in told if event["step"] % round_steps == 0]
             seconds = statistics.median(
@@ -229,6 +231,51 @@ def calibrate(folder: Path, setting: Setting) -> Table:
     return guessed_node(flop_per_s)
 
 
+def measured_device(arguments: argparse.Namespace, folder: Path, setting: Setting) -> Table:
+    """Return a node as a device: as a profile has it, or calibrated."""
+    if not arguments.profile:
+        return calibrate(folder, setting)
+    return dict(load_profile(arguments.profile).model_dump(exclude_none=True)["device"][0])
+
+
+def whole_runs(arguments: argparse.Namespace) -> None:
+    """Launch every case on every link, evaluating and saving as runs do, and print its seconds beside the plan's."""
+    if reason := why_not():
+        raise SystemExit(reason)
+    setting = setting_of(arguments)
+    print("| link | case | steps | whole run | planned | over it | of it evaluations | checkpoints |")
+    print("|---|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        device = measured_device(arguments, Path(folder), setting)
+        for mbit in arguments.mbit:
+            path = Path(folder) / f"lab_{mbit:g}_mbit.toml"
+            profile = write_profile(path, device, mbit, setting)
+            for case in arguments.cases:
+                if case != YARDSTICK:
+                    print(_whole_line(case, mbit, profile, path, arguments.steps, setting), flush=True)
+
+
+def _whole_line(case: str, mbit: float, profile: Profile, path: Path, steps: int, setting: Setting) -> str:
+    table = run_table(case, path, steps, setting)
+    table["train"].update(evaluate_every=max(10, steps // 4), evaluate_samples=64)
+    del table["cluster"]["recover_every"]
+    run = build_run(table)
+    planned = candidate_of(evaluate(run, profile, steps * run.tokens_per_step))
+    table["cluster"]["recover_every"] = planned.run.cluster.recover_every
+    with (
+        Lab(setting.nodes, bytes_per_s=mbit * 1e6 / 8, delay_s=setting.delay_s) as lab,
+        tempfile.TemporaryDirectory(dir=".") as folder,
+    ):
+        events = launch(lab, Path(folder), table, setting)
+    measured_s = next(event["wall_s"] for event in events if event["kind"] == "end")
+    stops = planned.pauses
+    return (
+        f"| {mbit:g} Mbit/s | {case} | {steps} | {measured_s:.1f} s | {planned.wall_s:.1f} s | "
+        f"{measured_s / planned.wall_s:.2f} | {stops.evaluations} x {stops.evaluation_s:.2f} s | "
+        f"{stops.saves} x {stops.save_s or 0:.2f} s |"
+    )
+
+
 def setting_of(arguments: argparse.Namespace) -> Setting:
     """Return what was asked for."""
     return Setting(arguments.nodes, arguments.delay_s, arguments.data)
@@ -240,8 +287,7 @@ def paces(arguments: argparse.Namespace) -> None:
         raise SystemExit(reason)
     rows, setting = [], setting_of(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        given = load_profile(arguments.profile) if arguments.profile else None
-        device = given.model_dump(exclude_none=True)["device"][0] if given else calibrate(Path(folder), setting)
+        device = measured_device(arguments, Path(folder), setting)
         for mbit in arguments.mbit:
             path = Path(folder) / f"lab_{mbit:g}_mbit.toml"
             profile = write_profile(path, device, mbit, setting)
@@ -283,18 +329,18 @@ def losses(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Parse, then measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", nargs="?", choices=("paces", "losses"), default="paces")
+    parser.add_argument("verb", nargs="?", choices=("paces", "whole", "losses"), default="paces")
     parser.add_argument("--mbit", type=float, nargs="+", default=[10, 100, 1000], help="link rates, both ways")
     parser.add_argument("--nodes", type=int, default=NODES, help="no more than cores for paces of any use")
     parser.add_argument("--delay-s", type=float, default=0.0, help="one way, by a relay")
     parser.add_argument("--profile", help="of one node, from lte profile measure")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--data", help="UTF-8 text file; default: the standard library's source")
-    parser.add_argument("--steps", type=int, default=300, help="of losses")
+    parser.add_argument("--steps", type=int, default=300, help="of whole and losses")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate of losses")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    (paces if arguments.verb == "paces" else losses)(arguments)
+    {"paces": paces, "whole": whole_runs, "losses": losses}[arguments.verb](arguments)
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def _check_disk(path: Path, run: Run) -> None:
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"--out {path}: {parent} is not a writable folder; choose another")
-    needed = CHECKPOINTS_AT_ONCE * checkpoint_bytes(run, run.model.shape())
+    needed = CHECKPOINTS_AT_ONCE * checkpoint_bytes(run, run.model.shape(), run.cluster.devices)
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise InputError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,12 +14,12 @@ from ltecli.grid import Pins, grid
 from ltecli.objective import MEANINGS, Choice, hourly_price, value_of
 from ltecli.output import bytes_text, seconds_text
 from ltecli.ranges import RULE, Margins, range_keys
-from simulate.config import Run
+from simulate.config import Cluster, Run
 from simulate.costs.calendar import Calendar
 from simulate.costs.diagnostics import diagnostics_exchange
 from simulate.costs.memory import Heights, Memory, heights, host_memory_by_part, peak_memory
 from simulate.costs.messages import link_of
-from simulate.costs.pauses import AFFORDABLE_SHARE, Pauses, affordable_recovery, pauses
+from simulate.costs.pauses import AFFORDABLE_SHARE, Pauses, pauses
 from simulate.costs.samples import Efficiency, samples_factor, shipped
 from simulate.costs.schedule import dense_reduction, num_rounds, received_bytes, sent_bytes
 from simulate.costs.time import RoundTime, device_step_s, distinct, exchange_s, round_time
@@ -54,6 +54,8 @@ class Setting:
     """How far times may be off."""
     spaces_recovery: bool
     """Whether recovery points may be as rare as they have to be; else they are where the run has them."""
+    clusters: dict[int, Cluster] = field(default_factory=dict)
+    """By merges between recovery points."""
 
     @classmethod
     def of(cls, run: Run, profile: Profile, tokens: int, choice: Choice) -> Setting:
@@ -61,6 +63,12 @@ class Setting:
         devices = profile.devices(run.cluster.devices)
         spaces_recovery = "recover_every" not in run.cluster.model_fields_set
         return cls(profile, run.model.shape(), devices, tokens, choice, Margins.of(profile), spaces_recovery)
+
+    def recovering(self, cluster: Cluster, every: int) -> Cluster:
+        """Return the candidates' cluster with recovery points so many merges apart, the same object every time."""
+        if every not in self.clusters:
+            self.clusters[every] = cluster.model_copy(update={"recover_every": every})
+        return self.clusters[every]
 
 
 @dataclass(frozen=True)
@@ -290,10 +298,9 @@ def _evaluate(run: Run, setting: Setting) -> Candidate | Rejected:
     host_parts = host_memory_by_part(run, shape, device)
     time, rounds = round_time(run, shape, devices, setting.profile.link), num_rounds(run)
     stops = pauses(run, shape, kinds)
-    every = affordable_recovery(run, stops, time) if setting.spaces_recovery else run.cluster.recover_every
-    if every != run.cluster.recover_every:
-        run = run.model_copy(update={"cluster": run.cluster.model_copy(update={"recover_every": every})})
-        stops = replace(stops, saves=Calendar.of(run).num_saves)
+    if setting.spaces_recovery and (every := stops.affordable_recovery(time.round_s / time.steps)) > 1:
+        run = run.model_copy(update={"cluster": setting.recovering(run.cluster, every)})
+        stops = replace(stops, calendar=Calendar.of(run))
     candidate = Candidate(
         run=run,
         setting=setting,
@@ -514,8 +521,8 @@ def _checkpoint_notes(chosen: Candidate | None, profile: Profile) -> Iterator[st
     if stops.save_s is None:
         yield f"profile {profile.name} has no device.disk_write_bytes_per_s: checkpoints are planned to take no time"
         return
-    every, affordable = run.cluster.recover_every, affordable_recovery(run, stops, chosen.time)
-    steps = Calendar.of(run).recover_steps
+    every, affordable = run.cluster.recover_every, stops.affordable_recovery(chosen.step_s)
+    steps = stops.calendar.recover_steps
     lost = f"{steps} steps, {seconds_text(steps * chosen.step_s)} of work"
     if chosen.setting.spaces_recovery and every > 1:
         yield (

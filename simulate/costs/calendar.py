@@ -29,8 +29,8 @@ class Calendar:
     @classmethod
     def of(cls, run: Run) -> Calendar:
         """Return the calendar of a launched run, whose recovery points lie at meetings."""
-        apart = run.method.steps_apart if run.method.steps_apart > 1 else MEETING_STEPS
-        train, cluster = run.train, run.cluster
+        train, cluster, apart = run.train, run.cluster, run.method.steps_apart
+        apart = MEETING_STEPS if apart == 1 else apart
         return _calendar(
             train.steps, apart, run.method.late_steps, train.evaluate_every, train.checkpoint_every,
             apart * cluster.recover_every,

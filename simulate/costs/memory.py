@@ -21,7 +21,7 @@ from simulate.costs.remember import by_method
 from simulate.costs.traffic import ELEMENT_BYTES, PRODUCT_BYTES, frozen_bytes, packing_bytes, unpacking_bytes
 from simulate.hardware import Device
 from simulate.models.shapes import ModelShape
-from simulate.options import AdamixOptions, AdapterOptions, LteOptions, MethodOptions
+from simulate.options import AdamixOptions, AdapterOptions, LocalSgdOptions, LteOptions, MethodOptions
 
 SAVING = Phase("checkpoint_save", 0, 0, 0)
 """Tensors are written one by one, as they lie in memory."""
@@ -246,10 +246,13 @@ def _text_bytes(path: str | None, tokenizer: str) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def checkpoint_bytes(run: Run, shape: ModelShape) -> int:
-    """Bytes of a checkpoint's tensors: what devices share once, what is theirs N times, and Adam's moments."""
-    method, devices = run.method, run.cluster.devices
-    held = holding(run, shape)
+@by_method
+def checkpoint_bytes(run: Run, shape: ModelShape, devices: int) -> int:
+    """Bytes of a checkpoint of so many devices: what they share once, what is theirs each time, and moments.
+
+    Of a run with a dense warm start, before its first adapter, where it holds most.
+    """
+    method, held = run.method, holding(run, shape)
     frozen_bytes_kept = 0
     if isinstance(method, AdapterOptions):
         frozen_bytes_kept = frozen_bytes(shape, method.frozen_format, ELEMENT_BYTES[run.train.dtype])
@@ -258,7 +261,18 @@ def checkpoint_bytes(run: Run, shape: ModelShape) -> int:
     weights = dense + shape.replicated_parameters if isinstance(method, AdapterOptions) else shape.parameters
     copies, element_bytes = 1 if held.shared else devices, ELEMENT_BYTES[run.train.dtype]
     elements = copies * weights + devices * held.extra
-    return frozen_bytes_kept + elements * element_bytes + copies * moment_bytes(run, shape)
+    return frozen_bytes_kept + elements * element_bytes + copies * _saved_moment_bytes(run, shape)
+
+
+def _saved_moment_bytes(run: Run, shape: ModelShape) -> int:
+    """Bytes of moments after a merge, which may have dropped them: of local SGD all, of LTE its adapters'."""
+    method = run.method
+    if isinstance(method, LocalSgdOptions) and method.merge_optimizer == "reset":
+        return 0
+    if isinstance(method, LteOptions) and method.merge_optimizer == "reset":
+        factors = shape.factors(method.held_rank(run.cluster.devices), method.frozen_a)
+        return 2 * (holding(run, shape).trained - factors) * ELEMENT_BYTES[run.train.dtype]
+    return moment_bytes(run, shape)
 
 
 def _full_copies(method: MethodOptions) -> int:

@@ -29,7 +29,7 @@ def test_the_room_for_a_checkpoint_is_known_before(lte: Lte, here: Path, method:
     lte("train", run, "--out", "a", "--quiet")
     saved_bytes = sum(file.stat().st_size for file in (here / "a" / "checkpoints").rglob("*.safetensors"))
     loaded = load_run(run)
-    assert saved_bytes == pytest.approx(checkpoint_bytes(loaded, loaded.model.shape()), rel=0.1)
+    assert saved_bytes == pytest.approx(checkpoint_bytes(loaded, loaded.model.shape(), loaded.cluster.devices), rel=0.1)
 
 
 def test_written_files_follow_the_umask(lte: Lte, here: Path, run_toml: Path) -> None:
