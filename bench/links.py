@@ -243,8 +243,8 @@ def whole_runs(arguments: argparse.Namespace) -> None:
     if reason := why_not():
         raise SystemExit(reason)
     setting = setting_of(arguments)
-    print("| link | case | steps | whole run | planned | over it | of it evaluations | checkpoints |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| link | case | steps | whole run | planned | over it | stopped | planned evaluations | checkpoints |")
+    print("|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         device = measured_device(arguments, Path(folder), setting)
         for mbit in arguments.mbit:
@@ -264,14 +264,16 @@ def _whole_line(case: str, mbit: float, profile: Profile, path: Path, steps: int
     table["cluster"]["recover_every"] = planned.run.cluster.recover_every
     with (
         Lab(setting.nodes, bytes_per_s=mbit * 1e6 / 8, delay_s=setting.delay_s) as lab,
-        tempfile.TemporaryDirectory(dir=".") as folder,
+        tempfile.TemporaryDirectory(dir=Path.cwd()) as folder,  # on the disk that was measured
     ):
         events = launch(lab, Path(folder), table, setting)
     measured_s = next(event["wall_s"] for event in events if event["kind"] == "end")
+    told = {event["step"]: event["wall_s"] for event in events if event["kind"] == "step"}
+    stopped_s = sum(event["wall_s"] - told[event["step"]] for event in events if event["kind"] == "checkpoint")
     stops = planned.pauses
     return (
         f"| {mbit:g} Mbit/s | {case} | {steps} | {measured_s:.1f} s | {planned.wall_s:.1f} s | "
-        f"{measured_s / planned.wall_s:.2f} | {stops.evaluations} x {stops.evaluation_s:.2f} s | "
+        f"{measured_s / planned.wall_s:.2f} | {stopped_s:.1f} s | {stops.evaluations} x {stops.evaluation_s:.2f} s | "
         f"{stops.saves} x {stops.save_s or 0:.2f} s |"
     )
 

@@ -236,8 +236,8 @@ def _evaluate(session: Session) -> None:
     """
     model, weights = empty_model(session.run, session.device), session.method.weights_in_use()
     communicator = session.communicator
-    train = session.run.train
-    batches = session.batches.validation(train.evaluate_samples, evaluation_batch(train.micro_batch))
+    wanted = session.run.train
+    batches = session.batches.validation(wanted.evaluate_samples, evaluation_batch(wanted.micro_batch))
     names = ("val_loss", *session.batches.score_names)
     sums_LX = torch.zeros(len(communicator.local_devices), 1 + len(names), dtype=torch.float64)
     for inputs, targets in islice(batches, communicator.process, None, communicator.processes):
