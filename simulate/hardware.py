@@ -45,6 +45,8 @@ class FlopPerSecond(toml.Schema):
 
 PackedFormat = Literal["bf16", "int8", "nf4", "nf4-double"]
 """Of frozen weights."""
+OtherFamily = Literal["llama", "vit", "mixer"]
+"""Of networks, beside GPT."""
 Points = list[list[float]]
 """[[size, rate], ...] by growing size; between points the rate is interpolated, beyond them it stays."""
 
@@ -55,9 +57,13 @@ class Kernels(toml.Schema):
     products: Points
     """[FLOP per element of a matrix product's three matrices, FLOP/s]: thin products and small ones have few."""
     attention: Points
-    """[FLOP per element, FLOP/s] of attention, sized as the product of one head's queries and keys."""
+    """[FLOP per element, FLOP/s] of causal attention, sized as the product of one head's queries and keys."""
+    full_attention: Points | None = None
+    """The same where every token sees all others, as in ViT; not set: as causal."""
     elementwise: Points
-    """[bytes of one activation tensor between blocks, bytes/s] of all that blocks do beside products."""
+    """[bytes of one activation tensor between blocks, bytes/s] of all that GPT's blocks do beside products."""
+    elementwise_of: dict[OtherFamily, Points] = Field(default_factory=dict)
+    """The same of other families, which have other activations and norms; not set: as GPT's."""
     optimizer: Points
     """[bytes moved, bytes/s] of AdamW's step."""
     step_s: float = Field(ge=0)
@@ -71,15 +77,15 @@ class Kernels(toml.Schema):
     pack: dict[PackedFormat, Points] = Field(default_factory=dict)
     """The same of packing a merged one; not set: not counted."""
 
-    @field_validator("products", "attention", "elementwise", "optimizer")
+    @field_validator("products", "attention", "full_attention", "elementwise", "optimizer")
     @classmethod
-    def _points(cls, points: Points) -> Points:
-        return _checked(points)
+    def _points(cls, points: Points | None) -> Points | None:
+        return None if points is None else _checked(points)
 
-    @field_validator("unpack", "pack")
+    @field_validator("elementwise_of", "unpack", "pack")
     @classmethod
-    def _points_by_format(cls, points: dict[PackedFormat, Points]) -> dict[PackedFormat, Points]:
-        return {name: _checked(of_format) for name, of_format in points.items()}
+    def _points_by_name(cls, points: dict[str, Points]) -> dict[str, Points]:
+        return {name: _checked(of_name) for name, of_name in points.items()}
 
 
 def _checked(points: Points) -> Points:
@@ -159,8 +165,8 @@ class Device(toml.Schema):
 
     @model_validator(mode="after")
     def _below_the_peak(self) -> Device:
-        for name in ("products", "attention") if self.kernels else ():
-            fastest = max(rate for _, rate in getattr(self.kernels, name))
+        for name in ("products", "attention", "full_attention") if self.kernels else ():
+            fastest = max((rate for _, rate in getattr(self.kernels, name) or ()), default=0.0)
             if fastest > self.flop_per_s.fp32:
                 raise ValueError(
                     f"kernels.{name} reaches {fastest:g} FLOP/s, above the peak flop_per_s.fp32 = "

@@ -84,8 +84,15 @@ def _show(profile: Profile, output: Output) -> None:
     assert device.kernels is not None
     assert measurement is not None
     table = plain_table("measured", "from", "to")
-    for name, unit in (("products", "FLOP/s"), ("attention", "FLOP/s"), ("elementwise", "B/s"), ("optimizer", "B/s")):
-        rates = [rate / 1e9 for _, rate in getattr(device.kernels, name)]
+    kernels = device.kernels
+    rows = [
+        ("products", "FLOP/s", kernels.products), ("attention", "FLOP/s", kernels.attention),
+        ("attention, not causal", "FLOP/s", kernels.full_attention or []), ("elementwise", "B/s", kernels.elementwise),
+        *((f"elementwise, {family}", "B/s", points) for family, points in kernels.elementwise_of.items()),
+        ("optimizer", "B/s", kernels.optimizer),
+    ]  # fmt: skip
+    for name, unit, points in rows:
+        rates = [rate / 1e9 for _, rate in points]
         table.add_row(name, f"{min(rates):.3g} G{unit}", f"{max(rates):.3g} G{unit}")
     output.table(table)
     memory, disk = bytes_text(int(device.memory_bytes_per_s)), bytes_text(int(measurement.disk_write_bytes_per_s))

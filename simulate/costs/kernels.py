@@ -14,10 +14,11 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from simulate.config import Run
 from simulate.costs.traffic import ELEMENT_BYTES
-from simulate.hardware import Device, Dtype, PackedFormat, Points
+from simulate.hardware import Device, Dtype, Points
 from simulate.models.shapes import LinearShape, ModelShape
 from simulate.options import AdapterOptions, LteOptions, ReloraOptions
 
@@ -63,6 +64,10 @@ class KernelRates:
     step_s: float
     layer_s: float
     adapter_s: float
+    full_attention: Curve | None = None
+    """None: as causal attention."""
+    elementwise_of: tuple[tuple[str, Curve], ...] = ()
+    """By family of networks, where they differ from GPT."""
     unpack: tuple[tuple[str, Curve], ...] = ()
     """By format of frozen weights."""
     pack: tuple[tuple[str, Curve], ...] = ()
@@ -73,15 +78,17 @@ class KernelRates:
         if device.kernels is None:
             return None
         factor, kernels = device.flop_per_s.of(passes) / device.flop_per_s.fp32, device.kernels
+        full = kernels.full_attention
         return cls(
             Curve.of(kernels.products, factor), Curve.of(kernels.attention, factor), Curve.of(kernels.elementwise),
-            Curve.of(kernels.optimizer), kernels.step_s, kernels.layer_s, kernels.adapter_s, _by_format(kernels.unpack),
-            _by_format(kernels.pack),
+            Curve.of(kernels.optimizer), kernels.step_s, kernels.layer_s, kernels.adapter_s,
+            None if full is None else Curve.of(full, factor), _by_name(kernels.elementwise_of),
+            _by_name(kernels.unpack), _by_name(kernels.pack),
         )  # fmt: skip
 
 
-def _by_format(points: Mapping[PackedFormat, Points]) -> tuple[tuple[str, Curve], ...]:
-    return tuple((name, Curve.of(of_format)) for name, of_format in points.items())
+def _by_name(points: Mapping[Any, Points]) -> tuple[tuple[str, Curve], ...]:
+    return tuple((name, Curve.of(of_name)) for name, of_name in points.items())
 
 
 def layers_s(shape: ModelShape, quantize: str, rates: tuple[tuple[str, Curve], ...]) -> float | None:
@@ -149,7 +156,8 @@ def attention_s(run: Run, shape: ModelShape, rates: KernelRates) -> float:
 def _attention_s(shape: ModelShape, samples: int, passes: int, rates: KernelRates) -> float:
     head_width = shape.width / max(1, shape.attention_heads)
     size = Product(shape.tokens, head_width, shape.tokens).intensity
-    return rates.attention.seconds(size, passes * samples * shape.mixing_flops)
+    curve = rates.full_attention if shape.family == "vit" and rates.full_attention else rates.attention
+    return curve.seconds(size, passes * samples * shape.mixing_flops)
 
 
 def elementwise_s(run: Run, shape: ModelShape, rates: KernelRates, products: Sequence[Product] = ()) -> float:
@@ -168,7 +176,8 @@ def _elementwise_s(
     """Seconds of activations moved so many times inside blocks and outside, and of `others` elements."""
     inside = sum(x.rows * (x.in_features + x.out_features) * x.count for x in shape.adapted)
     elements = samples * (moves * inside + outer_moves * shape.predictions * shape.outputs) + others
-    return rates.elementwise.seconds(samples * shape.tokens * shape.width * element_bytes, elements * element_bytes)
+    curve = dict(rates.elementwise_of).get(shape.family, rates.elementwise)
+    return curve.seconds(samples * shape.tokens * shape.width * element_bytes, elements * element_bytes)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,16 @@ def _vit(layers: int, width: int) -> dict[str, Any]:
     return {"name": "vit", "layers": layers, "width": width, "attention_heads": 3, **image}
 
 
+def _llama(layers: int, width: int) -> dict[str, Any]:
+    sizes = {"layers": layers, "width": width, "attention_heads": 4, "mlp_width": 256, "context": 96, "vocab": 256}
+    return {"name": "llama", **sizes}
+
+
+def _mixer(layers: int, width: int) -> dict[str, Any]:
+    image = {"image": 32, "patch": 4, "colours": 3, "classes": 10}
+    return {"name": "mixer_s16", "layers": layers, "width": width, "tokens_width": 48, "channels_width": 320, **image}
+
+
 QUICK_CASES: tuple[Case, ...] = (
     Case("gpt 3 x 80, batch 6, ddp", _gpt(3, 80, 96), {"name": "ddp"}, 6),
     Case("gpt 3 x 80, batch 6, lte reset b", _gpt(3, 80, 96), {**LTE, "reset": "b", "frozen_a": False}, 6),
@@ -80,6 +90,10 @@ CASES: tuple[Case, ...] = (
         9,
     ),
     Case("vit 2 x 288, batch 3, lte reset-less", _vit(2, 288), {**LTE, "reset": "none"}, 3),
+    Case("llama 3 x 96, batch 7, ddp", _llama(3, 96), {"name": "ddp"}, 7),
+    Case("llama 3 x 96, batch 7, lte", _llama(3, 96), LTE, 7),
+    Case("mixer 4 x 112, batch 6, ddp", _mixer(4, 112), {"name": "ddp"}, 6),
+    Case("mixer 4 x 112, batch 6, lte", _mixer(4, 112), LTE, 6),
 )
 
 

@@ -32,7 +32,7 @@ from simulate.costs.kernels import (
     products_s,
 )
 from simulate.costs.time import ADAM_ELEMENTS_MOVED, ADAM_MOMENTS_MOVED, CLIP_ELEMENTS_MOVED
-from simulate.hardware import Kernels, PackedFormat, Points
+from simulate.hardware import Kernels, OtherFamily, PackedFormat, Points
 from simulate.measure import EchoCommunicator
 from simulate.measuring.stopwatch import Stopwatch
 from simulate.methods import build_method
@@ -47,12 +47,16 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured: (rows, inputs, outputs), (tokens, numbers of a head), elements, (layers, width, samples)."""
+    """What is measured: (rows, inputs, outputs), (tokens, numbers of a head), elements, (layers, width, samples).
+
+    Steps are GPT's, and those of other families.
+    """
 
     products: Sequence[tuple[int, int, int]]
     attention: Sequence[tuple[int, int]]
     optimizer: Sequence[int]
     steps: Sequence[tuple[int, int, int]]
+    family_steps: Sequence[tuple[int, int, int]] = ()
     packing: Sequence[int] = ()
     """Sides of the matrices that are packed and unpacked."""
 
@@ -67,6 +71,7 @@ FULL = Sizes(
     attention=[(16, 16), (64, 32), (128, 32), (256, 64), (512, 64)],
     optimizer=[2**15, 2**18, 2**21, 2**24],
     steps=[(2, 32, 4), (2, 64, 8), (2, 128, 4), (2, 128, 16), (2, 256, 8), (2, 384, 16)],
+    family_steps=[(2, 64, 4), (2, 128, 8), (2, 256, 16)],
     packing=[64, 256, 1024],
 )
 QUICK = Sizes(
@@ -77,6 +82,7 @@ QUICK = Sizes(
     attention=[(64, 32), (256, 64)],
     optimizer=[2**15, 2**18, 2**22],
     steps=[(2, 48, 4), (2, 96, 8), (2, 256, 8)],
+    family_steps=[(2, 64, 4), (2, 192, 8)],
     packing=[96, 512],
 )
 TINY_WIDTH, TINY_LAYERS = 16, (1, 5)
@@ -88,22 +94,31 @@ def measure_kernels(watch: Stopwatch, sizes: Sizes, tell: Tell) -> Kernels:
     tell("matrix products")
     products = measure_products(watch, sizes.products)
     tell("attention")
-    attention = _sorted(_attention(watch, tokens, width) for tokens, width in sizes.attention)
+    attention, full_attention = (
+        sorted(_attention(watch, tokens, width, is_causal) for tokens, width in sizes.attention)
+        for is_causal in (True, False)
+    )
     tell("AdamW")
     call_s = _adam_s(watch, 1)  # counted with what starting a step takes
-    optimizer = _sorted(_optimizer(watch, elements, call_s) for elements in sizes.optimizer)
+    optimizer = sorted(_optimizer(watch, elements, call_s) for elements in sizes.optimizer)
     tell("steps of the smallest networks")
     step_s, layer_s, adapter_s = _starting(watch)
     tell("steps of larger networks")
     rates = KernelRates(
-        Curve.of(products), Curve.of(attention), Curve((1.0,), (1.0,)), Curve.of(optimizer), step_s, layer_s, adapter_s
-    )
-    elementwise = merged(_elementwise(watch, rates, *size) for size in sizes.steps)
+        Curve.of(products), Curve.of(attention), Curve((1.0,), (1.0,)), Curve.of(optimizer), step_s, layer_s, adapter_s,
+        Curve.of(full_attention),
+    )  # fmt: skip
+    elementwise = merged(_elementwise(watch, rates, text_run(*size)) for size in sizes.steps)
+    elementwise_of: dict[OtherFamily, Points] = {}
+    for family in get_args(OtherFamily) if sizes.family_steps else ():
+        runs = (family_run(family, *size) for size in sizes.family_steps)
+        elementwise_of[family] = merged(_elementwise(watch, rates, run) for run in runs)
     tell("packed weights")
     unpack, pack = measure_packing(watch, sizes.packing)
     return Kernels(
-        products=products, attention=attention, elementwise=elementwise, optimizer=optimizer, step_s=step_s,
-        layer_s=layer_s, adapter_s=adapter_s, unpack=unpack, pack=pack,
+        products=products, attention=attention, full_attention=full_attention, elementwise=elementwise,
+        elementwise_of=elementwise_of, optimizer=optimizer, step_s=step_s, layer_s=layer_s, adapter_s=adapter_s,
+        unpack=unpack, pack=pack,
     )  # fmt: skip
 
 
@@ -149,17 +164,18 @@ def measure_packing(
     return unpack, pack
 
 
-def _attention(watch: Stopwatch, tokens: int, width: int) -> list[float]:
-    """Forward and backward of causal attention, at half of all pairs' operations, as shapes count it."""
+def _attention(watch: Stopwatch, tokens: int, width: int, is_causal: bool) -> list[float]:
+    """Forward and backward of attention; causal one at half of all pairs' operations, as shapes count it."""
     rows = max(1, 1024 // tokens)
     q, k, v = (torch.randn(rows, 4, tokens, width, device=watch.device, requires_grad=True) for _ in range(3))
 
     def both() -> None:
-        y: Tensor = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y: Tensor = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
         torch.autograd.grad(y, (q, k, v), torch.ones_like(y))
 
-    seconds = watch.seconds(f"attention {tokens} x {width}", both)
-    return [Product(tokens, width, tokens).intensity, 3 * 2 * rows * 4 * tokens * tokens * width / seconds]
+    seconds = watch.seconds(f"{'causal' if is_causal else 'full'} attention {tokens} x {width}", both)
+    flops = 3 * (2 if is_causal else 4) * rows * 4 * tokens * tokens * width
+    return [Product(tokens, width, tokens).intensity, flops / seconds]
 
 
 def _optimizer(watch: Stopwatch, elements: int, call_s: float) -> list[float]:
@@ -185,19 +201,38 @@ def _starting(watch: Stopwatch) -> tuple[float, float, float]:
     return dense_step_s, dense_s, max(0.0, adapted_s - dense_s)
 
 
-def _elementwise(watch: Stopwatch, rates: KernelRates, layers: int, width: int, samples: int) -> list[float]:
+def _elementwise(watch: Stopwatch, rates: KernelRates, run: Run) -> list[float]:
     """Return [bytes of an activation, bytes/s] of all that a dense step does beside products, attention and AdamW."""
-    run = text_run(layers, width, samples)
     shape = run.model.shape()
     taken_s = step_s(watch, run)
     moved = holding(run, shape).trained * FLOAT_BYTES
     adam, clip = (ADAM_ELEMENTS_MOVED + ADAM_MOMENTS_MOVED) * moved, CLIP_ELEMENTS_MOVED * moved
     known_s = products_s((*block_products(run, shape, False), outer_product(shape, run.train.micro_batch)), rates)
     known_s += attention_s(run, shape, rates) + rates.optimizer.seconds(adam, adam + clip)
-    known_s += rates.step_s + rates.layer_s * 4 * layers
+    known_s += rates.step_s + rates.layer_s * sum(linear.count for linear in shape.adapted)
     moved_bytes = elementwise_s(run, shape, rates)  # at a rate of one byte a second
     # A product alone may be timed slower than inside of a step; something elementwise is always left.
-    return [float(samples * shape.tokens * width * FLOAT_BYTES), moved_bytes / max(taken_s - known_s, 0.05 * taken_s)]
+    activation_bytes = float(run.train.micro_batch * shape.tokens * shape.width * FLOAT_BYTES)
+    return [activation_bytes, moved_bytes / max(taken_s - known_s, 0.05 * taken_s)]
+
+
+def family_run(family: OtherFamily, layers: int, width: int, samples: int) -> Run:
+    """Return a dense run of a small network of a family on one device, at 64 tokens or patches a sample."""
+    sizes: dict[str, Any] = {"layers": layers, "width": width}
+    if family == "llama":
+        sizes |= {"attention_heads": width // 32, "mlp_width": 3 * width, "context": 64, "vocab": 64}
+    else:
+        sizes |= {"image": 32, "patch": 4, "colours": 3, "classes": 10}
+        inner = {"tokens_width": width // 2, "channels_width": 4 * width}
+        sizes |= {"attention_heads": width // 32} if family == "vit" else inner
+    name = {"llama": "llama", "vit": "vit", "mixer": "mixer_s16"}[family]
+    data = "stdlib" if family == "llama" else "digits"
+    return build_run(
+        {
+            "model": {"name": name, **sizes}, "data": {"name": data}, "method": {"name": "ddp"},
+            "train": {"steps": 10_000, "micro_batch": samples}, "cluster": {"devices": 1},
+        }
+    )  # fmt: skip
 
 
 def text_run(layers: int, width: int, samples: int, method: str = "ddp", context: int = 64, **keys: Any) -> Run:
@@ -230,7 +265,3 @@ def merged(points: Any) -> Points:
         else:
             groups.append([point])
     return [[float(statistics.median(column)) for column in zip(*group, strict=True)] for group in groups]
-
-
-def _sorted(points: Any) -> Points:
-    return sorted(points)

@@ -6,13 +6,16 @@ import math
 
 import pytest
 
+from simulate.config import Run, build_run
 from simulate.costs.flops import pass_flops
 from simulate.costs.kernels import (
     Curve,
     Folded,
     KernelRates,
     Product,
+    attention_s,
     block_products,
+    forward_s,
     outer_product,
     pass_s,
     products_s,
@@ -25,6 +28,12 @@ FLAT = Kernels(
     products=[[1.0, 1e9]], attention=[[1.0, 1e9]], elementwise=[[1.0, 1e30]], optimizer=[[1.0, 1e30]],
     step_s=0.0, layer_s=0.0, adapter_s=0.0,
 )  # fmt: skip
+
+
+def vit_run() -> Run:
+    """Return a tiny dense run on images."""
+    sizes = {"layers": 2, "width": 16, "attention_heads": 2, "image": 8, "patch": 2, "colours": 3, "classes": 4}
+    return build_run({"model": {"name": "vit", **sizes}, "method": {"name": "ddp"}, "train": {"micro_batch": 2}})
 
 
 def device(kernels: Kernels | None) -> Device:
@@ -83,6 +92,36 @@ def test_a_step_adds_up_by_hand() -> None:
     # 2 samples of 8 tokens; in u = 16: 16 u go in and out of a block's layers; 256 logits a token; each moved 4 times.
     moved = 4 * 4 * 2 * 8 * (2 * 16 * 16 + 256)
     assert pass_s(run, shape, moving) == pytest.approx(moved / 1e3 + pass_flops(run, shape) / 1e9)
+
+
+def test_families_have_elementwise_work_of_their_own() -> None:
+    text, images = tiny.ddp_run(train={"dtype": "fp32"}), vit_run()
+    plain, other = (
+        rates(elementwise=[[1.0, 1e3]]),
+        rates(elementwise=[[1.0, 1e3]], elementwise_of={"vit": [[1.0, 1e6]]}),
+    )
+    assert pass_s(text, text.model.shape(), other) == pass_s(text, text.model.shape(), plain)
+    shape = images.model.shape()
+    moved_s = pass_s(images, shape, plain) - pass_s(images, shape, rates())
+    assert pass_s(images, shape, other) - pass_s(images, shape, rates()) == pytest.approx(moved_s / 1e3)
+
+
+def test_attention_that_sees_everything_has_a_rate_of_its_own() -> None:
+    text, images = tiny.ddp_run(train={"dtype": "fp32"}), vit_run()
+    full = rates(full_attention=[[1.0, 2e9]])
+    assert attention_s(text, text.model.shape(), full) == attention_s(text, text.model.shape(), rates())
+    shape = images.model.shape()
+    assert attention_s(images, shape, full) == attention_s(images, shape, rates()) / 2
+    assert attention_s(images, shape, full) == pytest.approx(3 * 2 * shape.mixing_flops / 2e9)
+
+
+def test_a_forward_pass_takes_a_third_of_products_and_starts_and_half_of_the_moves() -> None:
+    run = tiny.ddp_run(train={"dtype": "fp32"})
+    shape = run.model.shape()
+    for figures, share in (({}, 3), ({"step_s": 1.0, "layer_s": 0.25}, 3), ({"elementwise": [[1.0, 1e3]]}, 2)):
+        whole_s = pass_s(run, shape, rates(**figures)) - (pass_s(run, shape, rates()) if figures else 0.0)
+        part_s = forward_s(shape, 2, 4, rates(**figures)) - (forward_s(shape, 2, 4, rates()) if figures else 0.0)
+        assert part_s == pytest.approx(whole_s / share)
 
 
 def test_adapters_cost_their_own_starting() -> None:

@@ -19,7 +19,7 @@ from tests import tiny
 
 TINY = Sizes(
     products=[(16, 8, 8), (32, 32, 32), (32, 2, 32)], attention=[(16, 8)], optimizer=[256], steps=[(1, 32, 1)],
-    packing=[8, 16],
+    packing=[8, 16], family_steps=[(1, 32, 1)],
 )  # fmt: skip
 
 
@@ -38,6 +38,10 @@ def test_a_measured_profile_is_complete_and_loads_as_it_was_saved(profile: Profi
     path.write_text(toml.dump(profile.model_dump(exclude_none=True)))
     assert load_profile(str(path)) == profile
     assert profile.device[0].source == "measured"
+    assert profile.device[0].kernels is not None
+    assert set(profile.device[0].kernels.elementwise_of) == {"llama", "vit", "mixer"}
+    assert profile.device[0].kernels.full_attention
+    assert profile.device[0].disk_write_bytes_per_s
     assert profile.count == 3
     assert profile.measurement is not None
     assert profile.measurement.threads == 1
