@@ -28,7 +28,8 @@ from typing import Any
 
 from bench.training import train_table
 from bench.wire import LAB_LATENCY_S, PAYLOAD_SHARE
-from ltecli.planner import candidate_of, evaluate
+from ltecli.candidates import candidate_of
+from ltecli.planner import evaluate
 from simulate import toml
 from simulate.config import build_run, dump_run
 from simulate.costs.time import round_time

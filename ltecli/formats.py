@@ -10,7 +10,7 @@ from simulate.errors import InputError
 from simulate.hardware import Device, Profile
 
 if TYPE_CHECKING:
-    from ltecli.planner import Candidate, Rejected
+    from ltecli.candidates import Candidate, Rejected
 
 Format = Literal["bf16", "fp16"]
 FORMATS: tuple[Format, ...] = ("bf16", "fp16")

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ltecli.candidates import Rejected
 from ltecli.output import bytes_text
-from ltecli.planner import Plan, Rejected, evaluate
+from ltecli.planner import Plan, evaluate
 from simulate import toml
 from simulate.checkpoints import list_checkpoints
 from simulate.config import Run, dump_run, load_run

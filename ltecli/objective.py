@@ -12,7 +12,7 @@ from simulate.errors import InputError, near_match
 from simulate.hardware import Profile
 
 if TYPE_CHECKING:
-    from ltecli.planner import Candidate
+    from ltecli.candidates import Candidate
     from ltecli.probing import PlanProbe
 
 Objective = Literal["time", "bytes", "memory", "cost"]

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ltecli.candidates import Candidate
 from ltecli.grid import train_for
-from ltecli.planner import Candidate, Plan
+from ltecli.planner import Plan
 from simulate.config import Run
 from simulate.costs.samples import samples_factor
 from simulate.costs.schedule import num_rounds

@@ -9,7 +9,7 @@ from simulate.costs.samples import samples_factor
 from simulate.hardware import Profile
 
 if TYPE_CHECKING:
-    from ltecli.planner import Candidate
+    from ltecli.candidates import Candidate
 
 MARGINS = {"measured": 1.0, "datasheet": 1.25, "guess": 1.5}
 """Times from figures of a source may be this many times shorter or longer: a rule of thumb, said with every plan. Real

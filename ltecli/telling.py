@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ltecli.candidates import describe
 from ltecli.launcher import RunFolder
+from ltecli.notes import diagnostics_notes
 from ltecli.output import Output, bytes_text, scores_text, seconds_text
-from ltecli.planner import describe, diagnostics_notes
 
 if TYPE_CHECKING:
     import torch

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ltecli.candidates import LINK_DOMINATES, Candidate, Rejected, candidate_of, describe, needs_library
 from ltecli.objective import value_of
-from ltecli.planner import LINK_DOMINATES, Candidate, Plan, Rejected, candidate_of, describe, make_plan, needs_library
+from ltecli.planner import Plan, make_plan
 from simulate.errors import InputError
 from simulate.hardware import Profile
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ltecli.candidates import Candidate, describe
 from ltecli.drawing import bars, legend, svg
 from ltecli.outlook import (
     CHURN_PER_HOUR,
@@ -18,7 +19,7 @@ from ltecli.outlook import (
     look_ahead,
 )
 from ltecli.output import Output, plain_table, seconds_text
-from ltecli.planner import Candidate, Plan, describe
+from ltecli.planner import Plan
 from ltecli.why import Why, explain
 from simulate import toml
 from simulate.errors import InputError

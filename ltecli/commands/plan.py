@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ltecli.candidates import Candidate, Rejected, candidate_of, describe
 from ltecli.errors import NothingFeasibleError
 from ltecli.grid import Pins
 from ltecli.objective import Choice, parse_duration_s, parse_objective
 from ltecli.output import Output, bytes_text, plain_table, range_text, seconds_text
-from ltecli.planner import Candidate, Plan, Rejected, candidate_of, describe, make_plan
+from ltecli.planner import Plan, make_plan
 from ltecli.ranges import equivalent_range, time_range, wall_range
 from simulate import toml
 from simulate.config import BYTE_VALUES, BYTES, Run, Train, build_run, dump_run

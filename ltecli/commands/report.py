@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ltecli.candidates import describe
 from ltecli.output import Output, bytes_text, plain_table, scores_text, seconds_text
-from ltecli.planner import describe
 from ltecli.report.curve import draw_curve
 from ltecli.report.diagnostics import diagnostics_table, last_rows
 from ltecli.report.figures import RunRecord, figures, read_run

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from ltecli.candidates import candidate_of
 from ltecli.commands.plan import Request, plan_request
-from ltecli.planner import Plan, candidate_of, evaluate
+from ltecli.planner import Plan, evaluate
 from simulate.config import Run
 from simulate.costs import remember, time
 from simulate.models.shapes import ModelShape
