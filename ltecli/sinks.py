@@ -2,28 +2,65 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ltecli.output import Output, bytes_text, seconds_text
 from simulate.config import Run
 from simulate.events import Event
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 
 class TensorBoard:
-    """Scalars for TensorBoard; a resumed run hides what came after its checkpoint."""
+    """Scalars for TensorBoard; a resumed run hides what came after its checkpoint.
 
-    def __init__(self, path: Path, step: int) -> None:
+    They are in the events as well, so a disk that does not take them ends no run: it says so, and writes no more.
+    """
+
+    def __init__(self, path: Path, step: int, warn: Callable[[str], None]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(path), purge_step=step + 1 if step else None)
+        self._path, self._warn, self._failed = path, warn, False
+        self._before, threading.excepthook = threading.excepthook, self._in_a_thread
+        self._writer: SummaryWriter | None = None
+        with self._giving_up():
+            self._writer = SummaryWriter(str(path), purge_step=step + 1 if step else None)
 
     def __enter__(self) -> TensorBoard:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._writer.close()
+        with self._giving_up():
+            if self._writer is not None:
+                self._writer.close()
+        threading.excepthook = self._before
 
     def __call__(self, event: Event) -> None:
+        if self._writer is not None and not self._failed:
+            with self._giving_up():
+                self._add(event, self._writer)
+
+    @contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if self._failed:
+                return
+            self._failed = True
+            self._warn(f"{self._path} cannot be written ({error.strerror}); its curves end here, the events go on")
+
+    def _in_a_thread(self, failure: threading.ExceptHookArgs) -> None:
+        """Hear of what TensorBoard's own thread fails at, which the next call raises, too; no traceback is printed."""
+        if not isinstance(failure.exc_value, OSError) or not type(failure.thread).__module__.startswith("tensorboard"):
+            self._before(failure)
+
+    def _add(self, event: Event, writer: SummaryWriter) -> None:
         names = {
             "train_loss": "loss/train",
             "val_loss": "loss/validation",
@@ -37,10 +74,10 @@ class TensorBoard:
         if event["kind"] in ("step", "evaluate"):
             for key, name in names.items():
                 if event.get(key) is not None:  # where all devices have stopped, a step has no loss
-                    self._writer.add_scalar(name, event[key], event["step"])
+                    writer.add_scalar(name, event[key], event["step"])
         elif event["kind"] == "diagnostics":
             for key in event.keys() - {"kind", "step"}:
-                self._writer.add_scalar(f"diagnostics/{key}", event[key], event["step"])
+                writer.add_scalar(f"diagnostics/{key}", event[key], event["step"])
 
 
 class ProgressBar:

@@ -286,7 +286,7 @@ def _sinks(folder: RunFolder, output: Output, stack: ExitStack) -> list[Any]:
     # Of several nodes' parts no folder has a whole checkpoint: the newest one here is where they go on at the latest.
     saved = sorted(folder.path.glob(f"{CHECKPOINTS}/step-*"))
     step = int(saved[-1].name.rpartition("-")[2]) if saved else 0
-    board = stack.enter_context(TensorBoard(folder.path / TENSORBOARD, step))
+    board = stack.enter_context(TensorBoard(folder.path / TENSORBOARD, step, output.warning))
     return [board, stack.enter_context(ProgressBar(folder.run, output, step))]
 
 

@@ -241,7 +241,7 @@ def _simulate(folder: RunFolder, device: torch.device, output: Output) -> int:
         prepare_events(folder, session.step if folder.resume_from else -1)
         events = EventFile(folder.events)
         stack.callback(events.close)
-        sinks += [events, stack.enter_context(TensorBoard(folder.path / TENSORBOARD, session.step))]
+        sinks += [events, stack.enter_context(TensorBoard(folder.path / TENSORBOARD, session.step, output.warning))]
         sinks.append(stack.enter_context(ProgressBar(run, output, session.step)))
         if folder.resume_from:
             session.emit({"kind": "resume", "step": session.step})

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.summary.writer import event_file_writer
 
 from simulate import checkpoints
 from simulate.config import load_run
@@ -205,6 +206,21 @@ def test_a_disk_full_before_the_first_checkpoint_says_how_to_start_over(
         outcome = lte("train", run_toml, "--out", "a", "--quiet")
     assert_one_line(outcome, 1, ("No space left on device", "no checkpoint was saved yet", "lte train a --resume"))
     assert lte("train", "a", "--resume", "--quiet").code == 0
+
+
+def test_a_disk_that_takes_no_curves_ends_no_run(
+    lte: Lte, run_toml: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(event_file_writer._AsyncWriterThread, "_run", fail_after(0, None))
+    outcome = lte("train", run_toml, "--out", "a", "--quiet")
+    assert outcome.code == 0
+    (line,) = [line for line in outcome.stderr.splitlines() if "USDT" not in line]
+    assert (
+        line == "lte: a/tensorboard cannot be written (No space left on device); its curves end here, the events go on"
+    )
+    assert [event["train_loss"] for event in events_of(Path("a"), "step")] == [
+        event["train_loss"] for event in events_of(trained, "step")
+    ]
 
 
 def test_an_interrupt_before_the_first_step_says_how_to_go_on(
