@@ -67,7 +67,7 @@ class Outlook:
     planned_s: float
     """The closed form's seconds of the same rounds: equal devices, no jitter, nobody leaves."""
     run_wall_s: float
-    """The whole run at the simulated rounds' pace."""
+    """The whole run: rounds at the simulated pace, evaluations and checkpoints."""
     doublings: tuple[Doubling, ...]
     worth_devices: int
     upgrades: tuple[Upgrade, ...]
@@ -107,7 +107,7 @@ def look_ahead(plan: Plan, chosen: Candidate, rounds: int) -> Outlook:
     return Outlook(
         timeline=timeline,
         planned_s=_closed_form_s(steps, devices, profile.link),
-        run_wall_s=timeline.wall_s * run.train.steps / timeline.steps,
+        run_wall_s=timeline.wall_s * run.train.steps / timeline.steps + chosen.pauses.total_s,
         doublings=doublings,
         worth_devices=max(worth, default=len(devices)),
         upgrades=tuple(sorted(_upgrades(run, devices, profile.link), key=lambda upgrade: -upgrade.speedup)),
