@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -232,11 +233,16 @@ def calibrate(folder: Path, setting: Setting) -> Table:
     return guessed_node(flop_per_s)
 
 
-def measured_device(arguments: argparse.Namespace, folder: Path, setting: Setting) -> Table:
-    """Return a node as a device: as a profile has it, or calibrated."""
-    if not arguments.profile:
-        return calibrate(folder, setting)
-    return dict(load_profile(arguments.profile).model_dump(exclude_none=True)["device"][0])
+def measured_cases(arguments: argparse.Namespace, setting: Setting) -> Iterator[tuple[str, float, Profile, Path]]:
+    """Yield every case on every link, with the lab's profile; a node is as a profile has it, or calibrated."""
+    with tempfile.TemporaryDirectory() as folder:
+        given = load_profile(arguments.profile) if arguments.profile else None
+        device = given.model_dump(exclude_none=True)["device"][0] if given else calibrate(Path(folder), setting)
+        for mbit in arguments.mbit:
+            path = Path(folder) / f"lab_{mbit:g}_mbit.toml"
+            profile = write_profile(path, device, mbit, setting)
+            for case in arguments.cases:
+                yield case, mbit, profile, path
 
 
 def whole_runs(arguments: argparse.Namespace) -> None:
@@ -246,14 +252,9 @@ def whole_runs(arguments: argparse.Namespace) -> None:
     setting = setting_of(arguments)
     print("| link | case | steps | whole run | planned | over it | stopped | planned evaluations | checkpoints |")
     print("|---|---|---|---|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as folder:
-        device = measured_device(arguments, Path(folder), setting)
-        for mbit in arguments.mbit:
-            path = Path(folder) / f"lab_{mbit:g}_mbit.toml"
-            profile = write_profile(path, device, mbit, setting)
-            for case in arguments.cases:
-                if case != YARDSTICK:
-                    print(_whole_line(case, mbit, profile, path, arguments.steps, setting), flush=True)
+    for case, mbit, profile, path in measured_cases(arguments, setting):
+        if case != YARDSTICK:
+            print(_whole_line(case, mbit, profile, path, arguments.steps, setting), flush=True)
 
 
 def _whole_line(case: str, mbit: float, profile: Profile, path: Path, steps: int, setting: Setting) -> str:
@@ -289,15 +290,10 @@ def paces(arguments: argparse.Namespace) -> None:
     if reason := why_not():
         raise SystemExit(reason)
     rows, setting = [], setting_of(arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        device = measured_device(arguments, Path(folder), setting)
-        for mbit in arguments.mbit:
-            path = Path(folder) / f"lab_{mbit:g}_mbit.toml"
-            profile = write_profile(path, device, mbit, setting)
-            for case in arguments.cases:
-                row = pace(case, mbit, profile, path, setting)
-                rows.append(row)
-                print(_line(row), file=sys.stderr, flush=True)
+    for case, mbit, profile, path in measured_cases(arguments, setting):
+        row = pace(case, mbit, profile, path, setting)
+        rows.append(row)
+        print(_line(row), file=sys.stderr, flush=True)
     if arguments.json:
         print(json.dumps([row.__dict__ for row in rows]))
         return

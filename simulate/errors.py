@@ -17,6 +17,8 @@ class RunFailedError(Exception):
 def near_match(given: str, known: Iterable[str]) -> str:
     """Return "did you mean 'x'? " when a known name is close to the given one, and the known names."""
     names = sorted(known)
-    close = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(given, names, n=1, cutoff=0.6)
+    # Of names so short that half of the letters are close, those that begin alike.
+    close = close or difflib.get_close_matches(given, [x for x in names if x[:1] == given[:1]], n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}known: {', '.join(names)}"

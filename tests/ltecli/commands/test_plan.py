@@ -235,6 +235,7 @@ def test_data_is_read_from_files_and_folders_of_any_depth(lte: Lte, here: Path) 
         ("--profile rtx3060", ("profile = 'rtx3060'", "did you mean", "known:")),
         ("--model gpt3", ("'gpt3'", "did you mean 'gpt'?", "gpt2_xl")),
         ("--method lt", ("method.name = 'lt'", "did you mean 'lte'?", "ddp")),
+        ("--method nope", ("method.name = 'nope' is not a method; known: adamix",)),
         ("--quantize int4", ("method.quantize = 'int4'", "did you mean 'int8'?")),
         ("--devices 0", ("cluster.devices = 0", "greater than 0")),
         ("--devices -2", ("cluster.devices = -2", "greater than 0")),
