@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.runs import SECRET, simulated_loss, tiny_run
+from tests.ltecli.command import environment, events_of
 from tests.network.capture import capture
 from tests.network.gloo_rank import NUM_BYTES, PATTERN, run_ranks
 from tests.network.lab import Lab, Node
@@ -61,6 +63,26 @@ def test_in_a_tunnel_gloo_works_and_nothing_is_readable_outside(
         run_ranks(lab, tunnel.interfaces, tunnel.addresses)
     assert seen.frames > PAYLOAD_FRAMES
     assert seen.with_pattern == 0
+
+
+def test_a_run_is_launched_through_a_tunnel(open_lab: OpenLab, tmp_path: Path) -> None:
+    if reason := missing((*WIREGUARD_TOOLS, "ping")):
+        pytest.skip(reason)
+    run, lab = tiny_run(tmp_path, steps=40), open_lab(2, bytes_per_s=12.5e6)
+    launch = [sys.executable, "-m", "ltecli", "train", str(run), "--launch", "--nodes", "2", "--processes", "1"]
+    with wireguard_mesh(lab, tmp_path) as tunnel:
+        launch += ["--join", f"{tunnel.addresses[0]}:29500", "--device", "cpu", "--quiet"]
+        agents = [
+            node.popen(
+                [*launch, "--interface", tunnel.interfaces[k], "--node", str(k), "--out", str(tmp_path / f"node{k}")],
+                env={**environment(), "LTE_SECRET": SECRET}, stderr=subprocess.PIPE, text=True,
+            )
+            for k, node in enumerate(lab)
+        ]  # fmt: skip
+        said = [agent.communicate(timeout=120)[1] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    evaluation = events_of(tmp_path / "node0", "evaluate")[-1]
+    assert evaluation["val_loss"] == pytest.approx(simulated_loss(run, tmp_path / "alone"), rel=1e-9)
 
 
 def test_the_firewall_of_the_document_shuts_the_join_port_outside(open_lab: OpenLab, tmp_path: Path) -> None:
