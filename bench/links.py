@@ -262,7 +262,7 @@ def _whole_line(case: str, mbit: float, profile: Profile, path: Path, steps: int
     table["train"].update(evaluate_every=max(10, steps // 4), evaluate_samples=64)
     del table["cluster"]["recover_every"]
     run = build_run(table)
-    planned = candidate_of(evaluate(run, profile, steps * run.tokens_per_step))
+    planned = candidate_of(evaluate(run, profile, steps * run.tokens_per_step, spaces_recovery=True))
     table["cluster"]["recover_every"] = planned.run.cluster.recover_every
     with (
         Lab(setting.nodes, bytes_per_s=mbit * 1e6 / 8, delay_s=setting.delay_s) as lab,

@@ -39,15 +39,16 @@ class Setting:
     """How far times may be off."""
     spaces_recovery: bool
     """Whether recovery points may be as rare as they have to be; else they are where the run has them."""
+    keeps_checkpoints: bool
+    """Whether train.checkpoint_every stays as it is; else it becomes a multiple of the steps between these points."""
     clusters: dict[int, Cluster] = field(default_factory=dict)
     """By merges between recovery points."""
 
     @classmethod
-    def of(cls, run: Run, profile: Profile, tokens: int, choice: Choice) -> Setting:
+    def of(cls, run: Run, profile: Profile, tokens: int, choice: Choice, spaces_recovery: bool) -> Setting:
         """Return the setting of a run, and of all others of its model and as many devices."""
-        devices = profile.devices(run.cluster.devices)
-        spaces_recovery = "recover_every" not in run.cluster.model_fields_set
-        return cls(profile, run.model.shape(), devices, tokens, choice, Margins.of(profile), spaces_recovery)
+        devices, keeps = profile.devices(run.cluster.devices), "checkpoint_every" in run.train.model_fields_set
+        return cls(profile, run.model.shape(), devices, tokens, choice, Margins.of(profile), spaces_recovery, keeps)
 
     def recovering(self, cluster: Cluster, every: int) -> Cluster:
         """Return the candidates' cluster with recovery points so many merges apart, the same object every time."""

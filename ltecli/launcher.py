@@ -166,7 +166,7 @@ def _difference(given: Run, saved: Run) -> str:
 def plan_of(run: Run, profile: Profile) -> dict[str, Any]:
     """Return the plan of exactly this run, beside dense training with the same batch, as plan.json."""
     tokens = run.train.steps * run.tokens_per_step
-    dense = evaluate(run.model_copy(update={"method": DdpOptions()}), profile, tokens)
+    dense = evaluate(run.model_copy(update={"method": DdpOptions()}), profile, tokens, spaces_recovery=True)
     result = evaluate(run, profile, tokens)
     chosen = result.candidate if isinstance(result, Rejected) else result
     notes = [f"does not fit profile {profile.name}: {result.reason}"] if isinstance(result, Rejected) else []
@@ -179,7 +179,7 @@ def _check_disk(path: Path, run: Run) -> None:
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"--out {path}: {parent} is not a writable folder; choose another")
-    needed = CHECKPOINTS_AT_ONCE * checkpoint_bytes(run, run.model.shape(), run.cluster.devices)
+    needed = CHECKPOINTS_AT_ONCE * checkpoint_bytes(run, run.model.shape(), run.cluster.devices, in_a_round=True)
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise InputError(

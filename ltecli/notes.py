@@ -123,11 +123,13 @@ def _checkpoints(chosen: Candidate) -> Iterator[str]:
         return
     every, affordable = run.cluster.recover_every, stops.affordable_recovery(chosen.step_s)
     steps = stops.calendar.recover_steps
-    lost = f"{steps} steps, {seconds_text(steps * chosen.step_s)} of work"
     if setting.spaces_recovery and every > 1:
+        share = stops.saves * stops.save_s / chosen.wall_s
+        lost = min(steps, run.train.checkpoint_every, run.train.steps)
         yield (
-            f"cluster.recover_every = {every} keeps recovery points of {bytes_text(stops.save_bytes)} a device to "
-            f"{AFFORDABLE_SHARE:.0%} of the time; who is lost costs everybody up to {lost}"
+            f"with cluster.recover_every = {every} checkpoints of {bytes_text(stops.save_bytes)} a device take "
+            f"{share:.1%} of the time; who is lost costs everybody up to {lost:,} steps, "
+            f"{seconds_text(lost * chosen.step_s)} of work"
         )
     elif every < affordable:
         yield (

@@ -86,9 +86,12 @@ class Plan:
         return min(self.rejected, key=lambda rejected: rejected.missing, default=None)
 
 
-def evaluate(run: Run, profile: Profile, tokens: int, choice: Choice | None = None) -> Candidate | Rejected:
-    """Work out one run on a profile: its costs, and whether every device can hold it."""
-    return _evaluate(run, Setting.of(run, profile, tokens, choice or Choice()))
+def evaluate(run: Run, profile: Profile, tokens: int, spaces_recovery: bool = False) -> Candidate | Rejected:
+    """Work out one run on a profile: its costs, and whether every device can hold it.
+
+    With `spaces_recovery`, one whose recovery points are as rare as they have to be; else exactly this one.
+    """
+    return _evaluate(run, Setting.of(run, profile, tokens, Choice(), spaces_recovery))
 
 
 def _evaluate(run: Run, setting: Setting) -> Candidate | Rejected:
@@ -100,8 +103,10 @@ def _evaluate(run: Run, setting: Setting) -> Candidate | Rejected:
     host_parts = host_memory_by_part(run, shape, device)
     time, rounds = round_time(run, shape, devices, setting.profile.link), num_rounds(run)
     stops = pauses(run, shape, kinds)
-    if setting.spaces_recovery and (every := stops.affordable_recovery(time.round_s / time.steps)) > 1:
-        run = run.model_copy(update={"cluster": setting.recovering(run.cluster, every)})
+    if setting.spaces_recovery and (
+        (every := stops.affordable_recovery(time.round_s / time.steps)) != run.cluster.recover_every
+    ):
+        run = _with_recovery(run, setting, every, stops.calendar.apart)
         stops = replace(stops, calendar=Calendar.of(run))
     candidate = Candidate(
         run=run,
@@ -129,6 +134,16 @@ def _evaluate(run: Run, setting: Setting) -> Candidate | Rejected:
         reason = f"needs {needed_h:.4g} h to equal loss, {late_s / 3600:.3g} h more than --within allows"
         return Rejected(candidate, reason, late_s=late_s)
     return candidate
+
+
+def _with_recovery(run: Run, setting: Setting, every: int, apart: int) -> Run:
+    """Return a run that saves after so many meetings, and between these points only where it was asked to."""
+    update: dict[str, Any] = {"cluster": setting.recovering(run.cluster, every)}
+    if not setting.keeps_checkpoints:
+        points = -(-run.train.checkpoint_every // (every * apart))
+        saves_every = min(points * every * apart, run.train.steps)
+        update["train"] = run.train.model_copy(update={"checkpoint_every": saves_every})
+    return run.model_copy(update=update)
 
 
 def _host_reason(parts: dict[str, int], room_bytes: int, device: Device) -> str:
@@ -161,7 +176,7 @@ def make_plan(
     choice = choice or Choice()
     pins = replace(pins, ranks=choice.probe.ranks(base)) if choice.probe else pins
     check_formats(base, profile)
-    setting = Setting.of(base, profile, tokens, choice)
+    setting = Setting.of(base, profile, tokens, choice, "recover_every" not in base.cluster.model_fields_set)
     shape, devices = setting.shape, setting.devices
     rank = _rank_by(value_of(choice.objective, profile, len(devices)))
     methods = (pins.method,) if pins.method else CHOSEN_FROM

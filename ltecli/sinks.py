@@ -35,10 +35,12 @@ class TensorBoard:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with self._giving_up():
-            if self._writer is not None:
-                self._writer.close()
-        threading.excepthook = self._before
+        try:
+            with self._giving_up():
+                if self._writer is not None:
+                    self._writer.close()
+        finally:
+            threading.excepthook = self._before
 
     def __call__(self, event: Event) -> None:
         if self._writer is not None and not self._failed:

@@ -85,15 +85,15 @@ class Kernels(toml.Schema):
     @field_validator("elementwise_of", "unpack", "pack")
     @classmethod
     def _points_by_name(cls, points: dict[str, Points]) -> dict[str, Points]:
-        return {name: _checked(of_name) for name, of_name in points.items()}
+        return {name: _checked(of_name, f" of {name}") for name, of_name in points.items()}
 
 
-def _checked(points: Points) -> Points:
+def _checked(points: Points, whose: str = "") -> Points:
     if not points or any(len(point) != 2 or min(point) <= 0 for point in points):
-        raise ValueError("points are [size, rate] pairs of positive numbers, at least one; correct them")
+        raise ValueError(f"points{whose} are [size, rate] pairs of positive numbers, at least one; correct them")
     sizes = [size for size, _ in points]
     if any(after <= before for before, after in pairwise(sizes)):
-        raise ValueError(f"sizes of points must grow, and are {sizes}; sort them and drop repetitions")
+        raise ValueError(f"sizes of points{whose} must grow, and are {sizes}; sort them and drop repetitions")
     return points
 
 
@@ -135,9 +135,9 @@ class Device(toml.Schema):
     """Share of the peak rate that training reaches."""
     kernels: Kernels | None = None
     """Measured rates by size; not set: every product reaches `efficiency` of the peak."""
-    disk_write_bytes_per_s: float | None = Field(default=None, gt=0, le=MOST_BYTES)
+    disk_write_bytes_per_s: float | None = Field(default=None, ge=1, le=MOST_BYTES)
     """Rate at which a checkpoint is digested and written; not set: checkpoints' time is not planned."""
-    disk_flush_s: float = Field(default=0.0, ge=0)
+    disk_flush_s: float = Field(default=0.0, ge=0, le=3600)
     """What each part of a checkpoint takes beside its bytes until it is safely on disk."""
     step_jitter: float = Field(default=0.0, ge=0, le=1)
     """Standard deviation of a step's seconds over their mean, of a gamma distribution (simulate/timeline/draws.py)."""

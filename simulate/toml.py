@@ -82,11 +82,16 @@ def _integers(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tu
             yield from _integers(item, (*path, key))
 
 
+KEY_OF_DICT = "[key]"
+"""What pydantic puts into a location behind a key that is wrong itself."""
+
+
 def _explain(error: ValidationError, schema: type[BaseModel], where: str, text: str, assigned: Collection[str]) -> str:
     errors = error.errors(include_url=False)
     # A misspelt key is told before the one that it leaves missing.
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    path = [part for part in first["loc"] if not (isinstance(part, str) and part in _union_tags(first, table_of(text)))]
+    no_keys = {KEY_OF_DICT, *_union_tags(first, table_of(text))}
+    path = [part for part in first["loc"] if not (isinstance(part, str) and part in no_keys)]
     key = _dotted(path)
     rule, value = first["msg"], first["input"]
     line = _line_of(text, path)

@@ -37,7 +37,7 @@ def _show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None
     output.text(
         f"train loss {_number(figure['train_loss'])}, {scores_text(figure['val_loss'], figure['val_accuracy'])}"
     )
-    table = plain_table("", "planned", "simulated", "counted", "measured here", "dense, planned")
+    table = plain_table("", "planned", "simulated", "counted", "measured", "dense, planned")
     rows = [
         ("memory per device", "memory_bytes", bytes_text),
         ("sent per device", "sent_bytes_per_device", bytes_text),
@@ -121,9 +121,9 @@ def _show_several(records: list[RunRecord], documents: list[dict[str, Any]], out
         ("sent per device, counted", lambda r, f: bytes_text(f["sent_bytes_per_device"]["counted"])),
         ("wall-clock, planned", lambda r, f: seconds_text(f["wall_s"]["planned"])),
         ("wall-clock, simulated", lambda r, f: seconds_text(f["wall_s"]["simulated"])),
-        ("wall-clock, measured here", lambda r, f: seconds_text(f["wall_s"]["measured"])),
+        ("wall-clock, measured", lambda r, f: seconds_text(f["wall_s"]["measured"])),
         ("step, simulated", lambda r, f: seconds_text(f["step_s"]["simulated"])),
-        ("step, measured here", lambda r, f: seconds_text(f["step_s"]["measured"])),
+        ("step, measured", lambda r, f: seconds_text(f["step_s"]["measured"])),
     ]
     for label, cell in rows:
         table.add_row(label, *(cell(r, f) for r, f in zip(records, documents, strict=True)))

@@ -74,6 +74,8 @@ class Calendar:
     @cached_property
     def num_saves(self) -> int:
         """Checkpoints of the whole run."""
+        if self.checkpoint_every <= self.apart:  # at every meeting
+            return max(0, (self.steps - 1 - self.late) // self.apart) + 1
         multiples = range(0, self.steps, self.checkpoint_every)
         asked = sorted({meeting for step in multiples if (meeting := self._meeting_of(step)) < self.steps})
         saves = len(asked)  # the start is none, the end is one

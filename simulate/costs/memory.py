@@ -247,9 +247,10 @@ def _text_bytes(path: str | None, tokenizer: str) -> int:
 
 
 @by_method
-def checkpoint_bytes(run: Run, shape: ModelShape, devices: int) -> int:
+def checkpoint_bytes(run: Run, shape: ModelShape, devices: int, in_a_round: bool = False) -> int:
     """Bytes of a checkpoint of so many devices: what they share once, what is theirs each time, and moments.
 
+    After a merge, which may have dropped moments, or `in_a_round`.
     Of a run with a dense warm start, before its first adapter, where it holds most.
     """
     method, held = run.method, holding(run, shape)
@@ -260,11 +261,12 @@ def checkpoint_bytes(run: Run, shape: ModelShape, devices: int) -> int:
     dense = 0 if starts_dense(method) else held.adapters
     weights = dense + shape.replicated_parameters if isinstance(method, AdapterOptions) else shape.parameters
     copies, element_bytes = 1 if held.shared else devices, ELEMENT_BYTES[run.train.dtype]
+    moments = moment_bytes(run, shape) if in_a_round else _merged_moment_bytes(run, shape)
     elements = copies * weights + devices * held.extra
-    return frozen_bytes_kept + elements * element_bytes + copies * _saved_moment_bytes(run, shape)
+    return frozen_bytes_kept + elements * element_bytes + copies * moments
 
 
-def _saved_moment_bytes(run: Run, shape: ModelShape) -> int:
+def _merged_moment_bytes(run: Run, shape: ModelShape) -> int:
     """Bytes of moments after a merge, which may have dropped them: of local SGD all, of LTE its adapters'."""
     method = run.method
     if isinstance(method, LocalSgdOptions) and method.merge_optimizer == "reset":

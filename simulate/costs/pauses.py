@@ -53,20 +53,19 @@ class Pauses:
 
     def affordable_recovery(self, step_s: float) -> int:
         """Return the fewest merges between recovery points that leave these no more than their share of the time."""
-        meeting_s = self.calendar.apart * step_s
-        return max(1, math.ceil((self.save_s or 0.0) / (AFFORDABLE_SHARE * meeting_s)))
+        meetings = -(-self.calendar.steps // self.calendar.apart)
+        share = (self.save_s or 0.0) / (AFFORDABLE_SHARE * self.calendar.apart * step_s)
+        return max(1, math.ceil(min(share, meetings)))
 
 
 def pauses(run: Run, shape: ModelShape, kinds: Sequence[Device]) -> Pauses:
     """Return the pauses of a run on these kinds of devices."""
-    save_bytes = checkpoint_bytes(run, shape, 1)
-    saves_s = [save_s(save_bytes, device) for device in kinds]
-    return Pauses(
-        calendar=Calendar.of(run),
-        evaluation_s=max([evaluation_s(run, shape, device) for device in kinds]),
-        save_bytes=save_bytes,
-        save_s=None if None in saves_s else max([seconds or 0.0 for seconds in saves_s]),
-    )
+    save_bytes, evaluating_s, saving_s, known = checkpoint_bytes(run, shape, 1), 0.0, 0.0, True
+    for device in kinds:
+        evaluating_s = max(evaluating_s, evaluation_s(run, shape, device))
+        seconds = save_s(save_bytes, device)
+        saving_s, known = max(saving_s, seconds or 0.0), known and seconds is not None
+    return Pauses(Calendar.of(run), evaluating_s, save_bytes, saving_s if known else None)
 
 
 def evaluation_batch(micro_batch: int) -> int:

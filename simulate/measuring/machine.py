@@ -51,12 +51,12 @@ def measure_profile(wanted: Wanted, link: Link, tell: Tell, sizes: Sizes | None 
         if wanted.device == "cuda" and not cuda:
             raise InputError("--device cuda: torch sees no GPU here; use --device cpu")
         watch = Stopwatch(torch.device("cuda" if cuda else "cpu"), QUICK_S if wanted.quick else FULL_S)
+        tell("disk")
+        disk = measure_disk(DISK_BYTES)
         tell("memory bandwidth and peaks")
         memory_bytes_per_s = _copy_bytes_per_s(watch, COPY_BYTES)
         peaks = _peaks(watch)
         kernels = measure_kernels(watch, sizes or (QUICK if wanted.quick else FULL), tell)
-        tell("disk")
-        disk = measure_disk(DISK_BYTES)
         measurement = _measurement(watch, wanted, started, disk)
     finally:
         torch.set_num_threads(threads)
@@ -75,7 +75,7 @@ def _device(
 ) -> Device:  # fmt: skip
     detected = (local_gpu_profile() if cuda else None) or detect_local()
     own = detected.device[0]
-    fastest = max(rate for _, rate in (*kernels.products, *kernels.attention))
+    fastest = max(rate for _, rate in (*kernels.products, *kernels.attention, *(kernels.full_attention or ())))
     peaks = {**peaks, "fp32": max(peaks["fp32"], fastest)}
     middle = sorted(rate for _, rate in kernels.products)[len(kernels.products) // 2]
     asked = {key: own.sources[key] for key in ("memory_bytes", "reserved_bytes", "host_memory_bytes")}

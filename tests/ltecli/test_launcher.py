@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from ltecli.launcher import lock_folder
+from ltecli.launcher import lock_folder, plan_of
 from simulate.config import load_run
+from simulate.costs.calendar import Calendar
 from simulate.costs.memory import checkpoint_bytes
 from simulate.errors import InputError
+from simulate.hardware import load_profile
 from tests.ltecli.command import Lte, write_run
 
 
@@ -30,6 +32,25 @@ def test_the_room_for_a_checkpoint_is_known_before(lte: Lte, here: Path, method:
     saved_bytes = sum(file.stat().st_size for file in (here / "a" / "checkpoints").rglob("*.safetensors"))
     loaded = load_run(run)
     assert saved_bytes == pytest.approx(checkpoint_bytes(loaded, loaded.model.shape(), loaded.cluster.devices), rel=0.1)
+
+
+def test_the_room_within_a_round_counts_what_merges_drop(lte: Lte, here: Path) -> None:
+    method = {"name": "local-sgd", "merge_every": 4, "merge_optimizer": "reset"}
+    run = write_run(here / "run.toml", method=method, train={"steps": 5, "checkpoint_every": 3})
+    lte("train", run, "--out", "a", "--quiet")
+    saved_bytes = sum(file.stat().st_size for file in (here / "a/checkpoints/step-00000003").rglob("*.safetensors"))
+    loaded = load_run(run)
+    needed = checkpoint_bytes(loaded, loaded.model.shape(), loaded.cluster.devices, in_a_round=True)
+    assert saved_bytes == pytest.approx(needed, rel=0.1)
+
+
+def test_the_plan_of_a_run_is_of_exactly_that_run(here: Path) -> None:
+    profile = load_profile("raspberry_x8")  # whose disks are slow
+    run = load_run(write_run(here / "run.toml", train={"steps": 40, "checkpoint_every": 20}, method={"merge_every": 5}))
+    plan = plan_of(run, profile)
+    assert run.cluster.recover_every == 1
+    assert plan["chosen"]["checkpoints"] == Calendar.of(run).num_saves == 8
+    assert plan["dense"]["checkpoints"] <= 4
 
 
 def test_written_files_follow_the_umask(lte: Lte, here: Path, run_toml: Path) -> None:

@@ -105,6 +105,9 @@ source = "guess"
 
 [link]"""
 
+STEP_S = "kernels.step_s = 1e-4"
+"""A line that others are added behind."""
+
 
 @pytest.mark.parametrize(
     ("old", "new", "words"),
@@ -116,6 +119,16 @@ source = "guess"
         ("4e11", "4e12", ("kernels.products reaches 4e+12", "above the peak flop_per_s.fp32 = 1e+12")),
         ("step_s = 1e-4", "step_s = -1", ("kernels.step_s", "greater than or equal to 0")),
         ("layer_s = 1e-5", "layr_s = 1e-5", ("layr_s", "did you mean 'layer_s'?")),
+        (STEP_S, "kernels.full_attention = [[1, 4e12]]", ("kernels.full_attention reaches 4e+12", "above the peak")),
+        (STEP_S, "kernels.elementwise_of.vit = []", ("kernels.elementwise_of", "points of vit", "at least one")),
+        (
+            STEP_S,
+            "kernels.elementwise_of.vti = [[1, 1]]",
+            ("elementwise_of.vti = 'vti' is not known; did you mean 'vit'?",),
+        ),
+        (STEP_S, "disk_write_bytes_per_s = 1e-300", ("disk_write_bytes_per_s = 1e-300", "greater than or equal to 1")),
+        (STEP_S, "disk_write_bytes_per_s = 1e18", ("disk_write_bytes_per_s = 1e+18", "less than or equal to")),
+        (STEP_S, "disk_flush_s = 1e308", ("disk_flush_s = 1e+308", "less than or equal to 3600")),
     ],
 )
 def test_a_mistake_in_measured_rates_is_told(
@@ -124,7 +137,8 @@ def test_a_mistake_in_measured_rates_is_told(
     text = PROFILE.replace('source = "guess"\n\n[link]', KERNELS)
     (here / "p.toml").write_text(text)
     assert load_profile("p.toml").device[0].kernels is not None
-    (here / "p.toml").write_text(text.replace(old, new, 1))
+    added = f"{old}\n{new}" if old == STEP_S else new
+    (here / "p.toml").write_text(text.replace(old, added, 1))
     refused("profile", "show", "p.toml", words=("p.toml", *words))
 
 

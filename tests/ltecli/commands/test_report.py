@@ -65,7 +65,7 @@ def test_a_person_sees_every_label_and_the_curve(lte: Lte, trained: Path) -> Non
         "planned",
         "simulated",
         "counted",
-        "measured here",
+        "measured",
         "dense",
         "8 steps (finished)",
         "training loss",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from simulate import toml
 from simulate.costs.time import device_step_s
-from simulate.hardware import Profile, detect_local, load_profile
+from simulate.errors import InputError
+from simulate.hardware import Device, Profile, detect_local, load_profile
 from simulate.measuring import machine
 from simulate.measuring.held_out import QUICK_CASES, Case, held_out_times
 from simulate.measuring.kernels import Sizes, merged, packed_formats
@@ -102,7 +106,39 @@ def test_a_stopwatch_sees_work_and_forgets_its_calls() -> None:
     assert len(calls) >= 3
 
 
-def test_a_disk_writes() -> None:
+def test_a_disk_is_measured_in_this_folder_by_parts_of_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sizes, moments = list[int](), iter(range(10**6))
+
+    def write(folder: Path, name: str, tensors: dict[str, torch.Tensor], about: dict[str, object]) -> None:
+        assert folder.parent == tmp_path
+        sizes.append(tensors["noise"].nbytes)
+        for _ in range(0 if sizes[-1] == 1 else 4):  # four ticks of the clock longer
+            next(moments)
+
+    monkeypatch.setattr(machine, "write_part", write)
+    monkeypatch.setattr(machine, "time", SimpleNamespace(perf_counter=lambda: float(next(moments))))
     disk = measure_disk(2**16)
-    assert disk.write_bytes_per_s > 0
-    assert disk.flush_s > 0
+    assert sizes == [1] * machine.DISK_REPEATS + [2**16] * machine.DISK_REPEATS
+    assert (disk.flush_s, disk.write_bytes_per_s) == (1.0, 2**16 / 4)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_takes_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(*arguments: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(machine, "write_part", write)
+    with pytest.raises(InputError, match="cannot be measured.*Read-only.*run this in a folder"):
+        measure_disk(2**16)
+
+
+def test_the_peak_is_above_every_kernel(profile: Profile) -> None:
+    kernels = profile.device[0].kernels
+    assert kernels is not None
+    fast = kernels.model_copy(update={"full_attention": [[1.0, 1e15]]})
+    device = machine._device(Wanted(), False, 1e9, {"fp32": 1e9}, fast, machine.Disk(1e8, 0.01))
+    assert device.flop_per_s.fp32 == 1e15
+    assert Profile(device=[Device.model_validate(device.model_dump())], link=profile.link)
