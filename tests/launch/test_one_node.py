@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from simulate.config import load_run
+from simulate.costs.calendar import Calendar
 from tests.launch.runs import figures_of, interrupt, launched_run, simulated_loss, start_node, tiny_run
 from tests.ltecli.command import events_of
 
@@ -29,6 +32,20 @@ def test_a_killed_worker_is_started_again_and_the_run_is_the_same(tmp_path: Path
         assert [event["step"] for event in launched.events("diagnostics")] == list(range(20, 401, 20))
     print(figures_of(launched))
     assert launched.val_loss() == pytest.approx(simulated_loss(run, tmp_path / "alone"), rel=SAME)
+
+
+def test_an_undisturbed_run_saves_when_its_plan_says_and_its_clock_agrees(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, steps=37, recover_every=2)
+    with launched_run(tmp_path / "run", run) as launched:
+        assert launched.end() == [0], launched.all_said()
+    calendar, saved = Calendar.of(load_run(run)), launched.events("checkpoint")
+    assert [event["step"] for event in saved] == [step for step in range(1, 38) if calendar.saves(step)]
+    assert [event["step"] for event in saved] == [10, 20, 30, 37]
+    simulated_loss(run, tmp_path / "alone")
+    alone = events_of(tmp_path / "alone", "checkpoint")[-1]
+    assert saved[-1]["simulated_s"] == pytest.approx(alone["simulated_s"], rel=1e-9)
+    planned = json.loads((tmp_path / "run" / "node0" / "plan.json").read_text())["chosen"]
+    assert saved[-1]["simulated_s"] == pytest.approx(planned["wall_s"], rel=1e-9)
 
 
 def test_an_interrupted_run_goes_on_in_other_processes_and_is_the_same(tmp_path: Path) -> None:
