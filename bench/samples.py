@@ -44,6 +44,8 @@ GUESSES = {
 }  # fmt: skip
 LTE = ("lte, frozen A", "lte")
 """What bench/convergence.py calls LTE with AdamW: our default, and the paper's."""
+MEASURED_AS = {name: f"{name}, rank 128" for name in ("lora", "relora", "adamix")}
+"""Methods that it calls otherwise: with as many directions as the network is wide, like LTE's four heads of rank 32."""
 ORDER = ("ddp", "lte", *GUESSES)
 Table = dict[str, object]
 
@@ -70,8 +72,13 @@ def mean_curve(results: Results, batch: str, method: str) -> list[tuple[float, f
 
 
 def curve_ratio(results: Results, batch: str, loss: float) -> float:
-    """Return all samples over those after which dense had a loss, by its curve, linearly between points."""
+    """Return all samples over those after which dense had a loss, by its curve, linearly between points.
+
+    A loss that dense was below at its first point is taken for that point's: the ratio is at least that.
+    """
     curve = mean_curve(results, batch, DENSE)
+    if loss > curve[0][1]:
+        return curve[-1][0] / curve[0][0]
     for (before, higher), (after, lower) in itertools.pairwise(curve):
         if higher >= loss >= lower:
             return curve[-1][0] / (before + (after - before) * (higher - loss) / (higher - lower))
@@ -83,11 +90,14 @@ def measured(results: Results) -> tuple[dict[str, list[float]], float]:
     stretched, by_curve = {}, {}
     for batch in BATCHES:
         for method in (*LTE, *GUESSES):
-            if losses := results.seeds(batch, method):
+            name = MEASURED_AS.get(method, method)
+            if losses := results.seeds(batch, name):
                 by_curve[batch, method] = curve_ratio(results, batch, statistics.mean(losses))
-                if (ratio := results.samples_ratio(batch, method)) is not None:
+                if (ratio := results.samples_ratio(batch, name)) is not None:
                     stretched[batch, method] = ratio
-    correction = statistics.geometric_mean([stretched[key] / by_curve[key] for key in stretched])
+    # Where dense's loss was reached without stretching there is nothing to learn of it.
+    known = [stretched[key] / by_curve[key] for key in stretched if stretched[key] > 1]
+    correction = statistics.geometric_mean(known)
     ratios: dict[str, list[float]] = {}
     for key, ratio in by_curve.items():
         ratios.setdefault(key[1], []).append(stretched.get(key, max(1.0, ratio * correction)))
