@@ -45,7 +45,8 @@ def draw(axes: Any, results: Results, batch: str, methods: list[str]) -> None:
             axes.fill_between(tokens, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
         drawn.append((means[-1], line, f"{means[-1]:.3f}  {method} ({len(seeds)})"))
         after_start.append(means[1])
-    axes.set_ylim(top=1.05 * max(after_start, default=1.0))  # the first steps of a run that starts badly are no subject
+    # The first steps of a run that starts badly are no subject; one that hardly learns stands in the legend alone.
+    axes.set_ylim(top=1.1 * statistics.median(after_start or [1.0]))
     drawn.sort(key=lambda entry: entry[0])
     axes.legend([line for _, line, _ in drawn], [label for _, _, label in drawn], fontsize=7, frameon=False)
     axes.set_title(f"{batch} batch: {BATCHES[batch]['steps']} steps (seeds in brackets)", fontsize=9)
