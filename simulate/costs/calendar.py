@@ -58,7 +58,7 @@ class Calendar:
         asked = self._meeting_of(step // self.checkpoint_every * self.checkpoint_every)
         if asked > step:
             asked = self._meeting_of((step // self.checkpoint_every - 1) * self.checkpoint_every)
-        return step == asked or (step - max(asked, self.late)) % self.recover_steps == 0
+        return (step - max(asked, self.late)) % self.recover_steps == 0
 
     def _meeting_of(self, step: int) -> int:
         """Return the first meeting that is not before a step; 0 for the start."""
