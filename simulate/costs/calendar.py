@@ -55,9 +55,8 @@ class Calendar:
             return True
         if not self.meets(step):
             return False
+        # At a meeting, no later than this one.
         asked = self._meeting_of(step // self.checkpoint_every * self.checkpoint_every)
-        if asked > step:
-            asked = self._meeting_of((step // self.checkpoint_every - 1) * self.checkpoint_every)
         return (step - max(asked, self.late)) % self.recover_steps == 0
 
     def _meeting_of(self, step: int) -> int:
