@@ -5,7 +5,7 @@
     python bench/convergence.py noise --data tinyshakespeare.txt --results docs/convergence.jsonl
 
 `run` does what is still missing, the most telling first, and can be stopped at any time: every method at each learning
-rate with seed 0, its best rate with two more seeds, and then with more samples than dense training had, until its
+rate with seed 0 (and beyond them, where the first or the last is the best), its best rate with two more seeds, and then with more samples than dense training had, until its
 validation loss is as low as dense's. `table` prints what there is as Markdown, `bench/curves.py` draws it. `noise`
 trains dense and LTE once more, at their best rates, and prints the gradient noise scale along the way.
 """
@@ -35,6 +35,10 @@ BATCHES: dict[str, dict[str, Any]] = {
 }
 """Windows of 64 tokens for each of 4 devices: 2,048 and 8,192 tokens a step, 0.8 million in all."""
 RATES = {"small": (3e-3, 4.5e-3, 6.5e-3, 9e-3), "large": (1e-3, 2e-3, 4e-3, 8e-3)}
+LOW_RATES = {"small": (1e-4, 2e-4, 4e-4, 8e-4), "large": (2e-4, 4e-4, 8e-4, 1.6e-3)}
+"""For signs, in which every element of a gradient is as large as any other."""
+MOST_RATES = 8
+"""Where the lowest or the highest rate is the best, its half or its double is tried too, until so many were."""
 DEVICES, MERGE_EVERY, EVALUATED = 4, 10, 512
 DENSE = "dense"
 METHODS: dict[str, dict[str, Any]] = {
@@ -144,11 +148,26 @@ class Results:
         row = self.by_job.get(job)
         return None if row is None else math.inf if row["val_loss"] is None else row["val_loss"]
 
+    def rates(self, batch: str, method: str) -> tuple[dict[float, float], float | None]:
+        """Return the losses by learning rate, and the rate to try next, None once the best lies between others."""
+        wanted = (LOW_RATES if method == "signsgd" else RATES)[batch]
+        known: dict[float, float] = {}
+        while True:
+            for rate in wanted:
+                loss = self.loss(Job(batch, method, rate))
+                if loss is None:
+                    return known, rate
+                known[rate] = loss
+            best = min(known, key=lambda rate: known[rate])
+            outside = best / 2 if best == min(known) else best * 2 if best == max(known) else None
+            if outside is None or len(known) >= MOST_RATES:
+                return known, None
+            wanted = (outside,)
+
     def best_rate(self, batch: str, method: str) -> float | None:
         """Return the learning rate of the lowest loss, once all were tried."""
-        losses = {rate: self.loss(Job(batch, method, rate)) for rate in RATES[batch]}
-        known = {rate: loss for rate, loss in losses.items() if loss is not None}
-        return min(known, key=lambda rate: known[rate]) if len(known) == len(RATES[batch]) else None
+        known, untried = self.rates(batch, method)
+        return min(known, key=lambda rate: known[rate]) if untried is None else None
 
     def seeds(self, batch: str, method: str, factor: float = 1.0) -> list[float]:
         """Return the losses at the best rate, one a seed."""
@@ -186,7 +205,9 @@ def missing(results: Results, methods: list[str], batches: list[str]) -> Iterato
 def _stage(stage: str, results: Results, batch: str, method: str) -> Iterator[Job]:
     rate = results.best_rate(batch, method)
     if stage == "rates":
-        yield from (Job(batch, method, rate) for rate in RATES[batch])
+        _, untried = results.rates(batch, method)
+        if untried is not None:
+            yield Job(batch, method, untried)
     elif rate is None:
         return
     elif stage == "seeds":

@@ -55,7 +55,7 @@ class AdapterSpec:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ − s·(x·A0ᵀ)·B0ᵀ + bias for H heads that share W; saves x and s·x·Aᵀ only.
+    """y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ − s·(x·A0ᵀ)·B0ᵀ + bias for H heads that share W; saves s·x·Aᵀ, and x where A is trained.
 
     A quantised W is unpacked in forward and once more in backward, and let go at the end of each.
 
@@ -84,7 +84,9 @@ class _LoraLinear(torch.autograd.Function):
         product.add(y_HMO, x_HMI, us_HMR, to_inputs=False, beta=0 if bias_LO is None else 1)
         del product
         plain_OI = frozen_OI if isinstance(frozen_OI, Tensor) else None
-        ctx.save_for_backward(x_HMI, us_HMR, plain_OI, a_HRI, b_HOR, a0_HRI, b0_HOR)
+        # W has no gradient, and B's needs only x·Aᵀ: with a frozen A, x can go.
+        kept_HMI = x_HMI if ctx.needs_input_grad[3] else None
+        ctx.save_for_backward(kept_HMI, us_HMR, plain_OI, a_HRI, b_HOR, a0_HRI, b0_HOR)
         ctx.packed_OI = frozen_OI if plain_OI is None else None  # a merge changes it between steps only
         ctx.scale, ctx.num_bias, ctx.x_dtype = scale, 0 if bias_LO is None else bias_LO.shape[0], x.dtype
         return y_HMO.view(*x.shape[:-1], outputs)
@@ -93,13 +95,13 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_HMI, us_HMR, plain_OI, a_HRI, b_HOR, a0_HRI, b0_HOR = ctx.saved_tensors
         grad_y = grads[0].contiguous()  # once, not in each of the products
-        g_HMO = grad_y.view(*x_HMI.shape[:2], -1)
+        g_HMO = grad_y.view(*us_HMR.shape[:2], -1)
         vs_HMR = torch.empty_like(us_HMR).baddbmm_(g_HMO, b_HOR.to(g_HMO.dtype), beta=0, alpha=ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            gx_HMI = torch.empty_like(x_HMI)
+            gx_HMI = us_HMR.new_empty(*us_HMR.shape[:2], a_HRI.shape[2])
             weight_OI = _dense(plain_OI if ctx.packed_OI is None else ctx.packed_OI)
-            product = _Product.cast(x_HMI.dtype, weight_OI, a_HRI, b_HOR, a0_HRI, b0_HOR, ctx.scale)
+            product = _Product.cast(us_HMR.dtype, weight_OI, a_HRI, b_HOR, a0_HRI, b0_HOR, ctx.scale)
             product.add(gx_HMI, g_HMO, vs_HMR, to_inputs=True, beta=0)
             del product, weight_OI
             grad_x = gx_HMI.view(*grad_y.shape[:-1], -1).to(ctx.x_dtype)

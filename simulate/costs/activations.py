@@ -19,10 +19,15 @@ BLOCK_TENSORS = 16
 """Activation tensors, in u, that a transformer block keeps: inputs of 2 norms, 4 linears (1, 1, 1, 4), q, k, v, the
 GELU (4). Korthikanti et al. 2022 (arXiv 2205.05198), section 4.1, without dropout and with no attention matrix stored.
 """
+BLOCK_INPUTS_OF_PRODUCTS = 6
+"""Of these, what only gradients of weights or of A need: outputs of 2 norms, and of the GELU (4). The fourth linear's
+input is attention's output, which attention keeps.
+"""
 BLOCK_NORMS = 2
 """Of these, what the norms read: sums, which stay in the weights' format."""
 BLOCK_BACKWARD = 5
-"""Working tensors, in u, at the height of a block's backward: the stream's gradient and one of the GELU's width."""
+"""Working tensors, in u, at the height of a block's backward: the stream's gradient and one of the GELU's width, or two
+where the GELU's output, which goes when the second one comes, was not kept."""
 BLOCK_INPUTS = 4
 """Tensors, in u, that an MLP's pass without a backward one goes on beside: the network's and the block's input, the
 stream, the norm's output."""
@@ -75,6 +80,8 @@ class _Step:
     """Whether the product of the last merge is subtracted in every pass."""
     made: Made = Made()
     """What evaluations compute with."""
+    keeps_inputs: bool = True
+    """Whether adapted layers keep what enters them: gradients of weights and of A need it, that of B alone does not."""
 
     @property
     def tokens(self) -> int:
@@ -190,13 +197,13 @@ class _Step:
 def step_phases(
     shape: ModelShape, samples: int, rank: int, block_gradient_bytes: int, checkpointing: bool, element_bytes: int,
     product_bytes: int, unpacked_bytes: int = 0, heads: int = 1, subtracts: bool = False,
-    made: Made = Made(),
+    made: Made = Made(), keeps_inputs: bool = True,
 ) -> tuple[Phase, ...]:  # fmt: skip
     """Return the phases of one step and of an evaluation that can be its peak, over what is held all the time."""
     return _step_phases(
         _Step(
             shape, samples, rank, block_gradient_bytes, checkpointing, element_bytes, product_bytes, unpacked_bytes,
-            heads, subtracts, made,
+            heads, subtracts, made, keeps_inputs,
         )
     )  # fmt: skip
 
@@ -217,13 +224,15 @@ def _attention_statistics(step: _Step) -> int:
 def _transformer_block(step: _Step) -> int:
     """Bytes that a block keeps: norms read u, everything else v."""
     norms = BLOCK_NORMS * step.u + 4 * step.tokens * step.element_bytes
-    others = (BLOCK_TENSORS - BLOCK_NORMS) * step.v + step.adapters + step.cast_block
+    tensors = BLOCK_TENSORS - BLOCK_NORMS - (0 if step.keeps_inputs else BLOCK_INPUTS_OF_PRODUCTS)
+    others = tensors * step.v + step.adapters + step.cast_block
     return norms + others + _attention_statistics(step)
 
 
 def _transformer_backward(step: _Step) -> int:
     """Bytes at the height of a block's backward pass."""
-    return step.stream_gradient + (BLOCK_BACKWARD - 1) * step.v + step.beside("mlp.down")
+    inner = (BLOCK_BACKWARD - 1) * step.v
+    return step.stream_gradient + inner + max(step.beside("mlp.down"), 0 if step.keeps_inputs else inner)
 
 
 def _transformer_forward(step: _Step) -> int:
@@ -261,12 +270,17 @@ def _llama(step: _Step) -> Found:
     """
     u, tokens, element_bytes, layers = step.u, step.tokens, step.element_bytes, step.shape.layers
     inner = tokens * step.shape.mlp_width * step.product_bytes
-    others = (9 if step.is_cast else 6) * step.v + 4 * inner + step.adapters + step.cast_block
+    if step.keeps_inputs:
+        products = (9 if step.is_cast else 6) * step.v + 4 * inner
+    else:
+        products = 4 * step.v + 3 * inner
+    others = products + step.adapters + step.cast_block
     block = BLOCK_NORMS * u + others + _attention_statistics(step) + 2 * tokens * element_bytes
     kept, recomputed = (u, block - u) if step.checkpointing else (block, 0)
     ends = tokens * element_bytes + 2 * tokens * INDEX_BYTES
-    # The stream's gradient, and those of both factors of the gated product beside its own.
-    working = step.stream_gradient + max(2 * inner + step.largest_weight, inner + step.beside("mlp.down"))
+    # The stream's gradient, and those of both factors of the gated product beside its own, in the product's place.
+    factors = max(2 * inner + step.largest_weight, 0 if step.keeps_inputs else 3 * inner)
+    working = step.stream_gradient + max(factors, inner + step.beside("mlp.down"))
     table, all_gradients = step.head_table, step.all_gradients
     outputs = layers * kept + ends + u + step.v + step.cast_table + step.logits
     return (
@@ -301,10 +315,16 @@ def _mixer(step: _Step) -> Found:
     over_channels = tokens * step.shape.mlp_width * step.product_bytes
     over_tokens = step.samples * step.shape.width * step.shape.tokens_width * step.product_bytes
     rows = 2 * tokens * step.element_bytes
-    of_tokens = u + v + 2 * over_tokens + rows
-    block = of_tokens + u + v + 2 * over_channels + rows + step.adapters + step.cast_block
+    inputs = step.keeps_inputs  # of a network and of its last layer
+    of_tokens = u + inputs * v + (1 + inputs) * over_tokens + rows
+    block = of_tokens + u + inputs * v + (1 + inputs) * over_channels + rows + step.adapters + step.cast_block
     gradient = u + 2 * v if step.is_cast else u  # of the stream, and a norm's before and after the cast
-    phases = _of_images(step, block, gradient + over_channels + step.beside("over_channels.down"), v)
+    beside_channels = step.beside("over_channels.down")
+    # Where the GELU's output is not kept, the last layer's pass beside it and the network's input can be the height: the
+    # last block's, before there are gradients, or recomputed.
+    passing = beside_channels + (2 if step.checkpointing else 1) * v
+    of_channels = over_channels + (beside_channels if inputs else max(over_channels, passing))
+    phases = _of_images(step, block, gradient + of_channels, v)
     # Before the weights over tokens have gradients, or of their adapters those of the first layer.
     without = sum(x.weights for x in step.shape.adapted if "over_tokens" in x.name) * step.element_bytes
     if step.rank:
@@ -314,7 +334,8 @@ def _mixer(step: _Step) -> Found:
     kept, stream = (v, v) if step.checkpointing else (block, 0)
     ends = _image_ends(step)
     recomputed = of_tokens + step.adapters - (stream if v == u else 0)
-    working = gradient + over_tokens + step.beside("over_tokens.down") + (1 if step.checkpointing else TRANSPOSED) * v
+    hidden = over_tokens + step.beside("over_tokens.down") + (TRANSPOSED if inputs and not step.checkpointing else 1) * v
+    working = gradient + (hidden if inputs else max(hidden, 2 * over_tokens, 3 * v))
     others = (step.shape.layers - 1) * kept + stream + ends
     first_gradients = step.head_table + step.block_gradients - without
     of_first = Phase("backward_start", first_gradients, others, recomputed + working)
@@ -355,7 +376,8 @@ def _of_images(step: _Step, block: int, working: int, stream: int) -> tuple[Phas
 
 def _traced(step: _Step) -> Found:
     """As measured on the network itself; a higher rank than the measured one keeps more of every row."""
-    trace = step.shape.adapted_trace if step.rank else step.shape.dense_trace
+    of_adapters = step.shape.adapted_trace if step.keeps_inputs else step.shape.frozen_a_trace
+    trace = of_adapters if step.rank else step.shape.dense_trace
     assert trace is not None
     measured = (trace.fixed_bytes + trace.sample_bytes * step.samples) * step.element_bytes // FLOAT_BYTES
     further_ranks = step.adapters // step.rank * (step.rank - 1) if step.rank else 0

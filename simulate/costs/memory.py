@@ -136,6 +136,7 @@ class _Lasting:
     unpacked_bytes: int
     subtracts: bool
     made: Made
+    keeps_inputs: bool
 
 
 @by_method
@@ -146,7 +147,7 @@ def _lasting(run: Run, shape: ModelShape, shared_memory: bool) -> _Lasting:
     optimizer = moment_bytes(run, shape) + held.extra * element_bytes
     kept = weights + adapters + optimizer
     start = (Phase("forward", 0, 0, _packing_start_bytes(run, shape) - kept),) if shared_memory else ()
-    rank, heads, idle = 0, 1, 0
+    rank, heads, idle, frozen_a = 0, 1, 0, False
     block_trained = sum(linear.weights for linear in shape.adapted)
     if isinstance(method, AdapterOptions) and not starts_dense(method):
         rank = method.row_rank(devices)
@@ -167,6 +168,7 @@ def _lasting(run: Run, shape: ModelShape, shared_memory: bool) -> _Lasting:
         unpacked_bytes=_unpacked_bytes(method, shape, element_bytes),
         subtracts=isinstance(method, LteOptions) and method.remembers_product,
         made=_made(method),
+        keeps_inputs=not frozen_a,
     )
 
 
@@ -175,7 +177,7 @@ def _phases(run: Run, shape: ModelShape, lasting: _Lasting) -> tuple[Phase, ...]
     step = step_phases(
         shape, train.micro_batch, lasting.rank, lasting.block_gradient_bytes, train.activation_checkpointing,
         element_bytes, PRODUCT_BYTES.get(train.autocast, element_bytes), lasting.unpacked_bytes, lasting.heads,
-        lasting.subtracts, lasting.made,
+        lasting.subtracts, lasting.made, lasting.keeps_inputs,
     )  # fmt: skip
     # The batch is held until the next one comes; tokens are too few to count.
     batch_bytes = train.micro_batch * shape.inputs * element_bytes

@@ -96,6 +96,8 @@ class ModelShape:
     """What a network without a closed form was measured to need, with every weight trained."""
     adapted_trace: ActivationTrace | None = None
     """The same with pairs of rank 1."""
+    frozen_a_trace: ActivationTrace | None = None
+    """The same with pairs whose A is frozen."""
 
     @cached_property
     def replicated(self) -> tuple[ParameterShape, ...]:

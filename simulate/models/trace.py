@@ -9,7 +9,7 @@ import copy
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -46,6 +46,7 @@ TOLERANCE = 1e-3
 TRACED_SAMPLES = (2, 6)
 """Batches whose peaks are measured."""
 _ONE_PAIR = AdapterSpec(1, 1.0, heads_per_device=1, reset_less=False, first_device=0, seed=0)
+_ONE_B = replace(_ONE_PAIR, frozen_a=True)
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,7 @@ def _traced_shape(options: FactoryModel) -> ModelShape:
             notes=tuple(_notes(options, plain, adapted)),
             dense_trace=_activations(options, convert(copy.deepcopy(plain), 1)),
             adapted_trace=_activations(options, adapted),
+            frozen_a_trace=_activations(options, convert(copy.deepcopy(plain), 1, Treatment(lora(_ONE_B, 1)))),
         )
 
 
