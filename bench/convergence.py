@@ -5,8 +5,8 @@
     python bench/convergence.py noise --data tinyshakespeare.txt --results docs/convergence.jsonl
 
 `run` does what is still missing, the most telling first, and can be stopped at any time: every method at each learning
-rate with seed 0 (and beyond them, where the first or the last is the best), its best rate with two more seeds, and then with more samples than dense training had, until its
-validation loss is as low as dense's. `table` prints what there is as Markdown, `bench/curves.py` draws it. `noise`
+rate with seed 0 (and beyond them, where the first or the last is the best), its best rate with two more seeds, and then
+with more samples than dense training had, until its validation loss is as low as dense's. `table` prints what there is as Markdown, `bench/curves.py` draws it. `noise`
 trains dense and LTE once more, at their best rates, and prints the gradient noise scale along the way.
 """
 
@@ -18,7 +18,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ LOW_RATES = {"small": (1e-4, 2e-4, 4e-4, 8e-4), "large": (2e-4, 4e-4, 8e-4, 1.6e
 MOST_RATES = 8
 """Where the lowest or the highest rate is the best, its half or its double is tried too, until so many were."""
 DEVICES, MERGE_EVERY, EVALUATED = 4, 10, 512
+STAGES = ("rates", "seeds", "factors")
 DENSE = "dense"
 METHODS: dict[str, dict[str, Any]] = {
     DENSE: {"name": "ddp"},
@@ -194,9 +195,11 @@ class Results:
         return None
 
 
-def missing(results: Results, methods: list[str], batches: list[str]) -> Iterator[Job]:
+def missing(
+    results: Results, methods: list[str], batches: list[str], stages: Sequence[str] = STAGES
+) -> Iterator[Job]:
     """Yield the jobs to do next, the most telling first; what depends on others appears when these are known."""
-    for stage in ("rates", "seeds", "factors"):
+    for stage in stages:
         for method in methods:
             for batch in batches:
                 yield from (job for job in _stage(stage, results, batch, method) if results.loss(job) is None)
@@ -225,7 +228,7 @@ def campaign(arguments: argparse.Namespace) -> None:
     """Run what is missing, `jobs` at a time, and append each result as it comes."""
 
     def waiting() -> Iterator[Job]:
-        return missing(Results(arguments.results), arguments.methods, arguments.batches)
+        return missing(Results(arguments.results), arguments.methods, arguments.batches, arguments.stages)
 
     run_missing(waiting, partial(result_of, data=arguments.data), arguments.results, arguments.jobs, arguments.minutes)
 
@@ -282,6 +285,7 @@ def main() -> None:
     parser.add_argument("--data", help="UTF-8 text file, for run and noise")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--batches", nargs="+", default=list(BATCHES), choices=list(BATCHES))
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES, help="of what is missing")
     parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start nothing new after that")
     arguments = parser.parse_args()

@@ -156,6 +156,24 @@ def test_the_optimizer_keeps_moments_of_b_alone() -> None:
     assert all(layer.a not in engine.optimizer.state for layer in lora_layers(engine.model))
 
 
+@pytest.mark.parametrize("frozen_a", [True, False])
+def test_a_layer_keeps_its_inputs_for_the_gradient_of_a_alone(frozen_a: bool) -> None:
+    engine = engine_of(frozen_run(frozen_a=frozen_a))  # two devices, rank 2
+    layer = lora_layers(engine.model)[0]
+    inputs = torch.zeros(2 * 3, layer.size[1], requires_grad=True)
+    held = {id(tensor) for tensor in (*layer.parameters(), *layer.buffers())}
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.extend([tensor] if id(tensor) not in held else [])
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(inputs)
+    rows = [tensor.shape[-1] for tensor in kept if tensor.shape[:2] == (2, 3)]
+    assert sorted(rows) == ([2] if frozen_a else [2, layer.size[1]])
+
+
 def test_a_frozen_a_without_reset_is_refused() -> None:
     with pytest.raises(InputError) as caught:
         frozen_run(reset="none")
