@@ -6,8 +6,9 @@
 
 `run` does what is still missing, the most telling first, and can be stopped at any time: every method at each learning
 rate with seed 0 (and beyond them, where the first or the last is the best), its best rate with two more seeds, and then
-with more samples than dense training had, until its validation loss is as low as dense's. `table` prints what there is as Markdown, `bench/curves.py` draws it. `noise`
-trains dense and LTE once more, at their best rates, and prints the gradient noise scale along the way.
+with more samples than dense training had, until its validation loss is as low as dense's. `table` prints what there is
+as Markdown, `bench/curves.py` draws it. `noise` trains dense and LTE once more, at their best rates, and prints the
+gradient noise scale along the way.
 """
 
 from __future__ import annotations
@@ -195,9 +196,7 @@ class Results:
         return None
 
 
-def missing(
-    results: Results, methods: list[str], batches: list[str], stages: Sequence[str] = STAGES
-) -> Iterator[Job]:
+def missing(results: Results, methods: list[str], batches: list[str], stages: Sequence[str] = STAGES) -> Iterator[Job]:
     """Yield the jobs to do next, the most telling first; what depends on others appears when these are known."""
     for stage in stages:
         for method in methods:

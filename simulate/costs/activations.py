@@ -270,10 +270,8 @@ def _llama(step: _Step) -> Found:
     """
     u, tokens, element_bytes, layers = step.u, step.tokens, step.element_bytes, step.shape.layers
     inner = tokens * step.shape.mlp_width * step.product_bytes
-    if step.keeps_inputs:
-        products = (9 if step.is_cast else 6) * step.v + 4 * inner
-    else:
-        products = 4 * step.v + 3 * inner
+    num_inputs = 0 if not step.keeps_inputs else 5 if step.is_cast else 2  # and the last layer's, of the inner width
+    products = (4 + num_inputs) * step.v + (3 + step.keeps_inputs) * inner
     others = products + step.adapters + step.cast_block
     block = BLOCK_NORMS * u + others + _attention_statistics(step) + 2 * tokens * element_bytes
     kept, recomputed = (u, block - u) if step.checkpointing else (block, 0)
@@ -320,8 +318,8 @@ def _mixer(step: _Step) -> Found:
     block = of_tokens + u + inputs * v + (1 + inputs) * over_channels + rows + step.adapters + step.cast_block
     gradient = u + 2 * v if step.is_cast else u  # of the stream, and a norm's before and after the cast
     beside_channels = step.beside("over_channels.down")
-    # Where the GELU's output is not kept, the last layer's pass beside it and the network's input can be the height: the
-    # last block's, before there are gradients, or recomputed.
+    # Where the GELU's output is not kept, the last layer's pass beside it and the network's input can be the height: of
+    # the last block, before there are gradients, or recomputed.
     passing = beside_channels + (2 if step.checkpointing else 1) * v
     of_channels = over_channels + (beside_channels if inputs else max(over_channels, passing))
     phases = _of_images(step, block, gradient + of_channels, v)
@@ -334,7 +332,9 @@ def _mixer(step: _Step) -> Found:
     kept, stream = (v, v) if step.checkpointing else (block, 0)
     ends = _image_ends(step)
     recomputed = of_tokens + step.adapters - (stream if v == u else 0)
-    hidden = over_tokens + step.beside("over_tokens.down") + (TRANSPOSED if inputs and not step.checkpointing else 1) * v
+    hidden = (
+        over_tokens + step.beside("over_tokens.down") + (TRANSPOSED if inputs and not step.checkpointing else 1) * v
+    )
     working = gradient + (hidden if inputs else max(hidden, 2 * over_tokens, 3 * v))
     others = (step.shape.layers - 1) * kept + stream + ends
     first_gradients = step.head_table + step.block_gradients - without

@@ -91,7 +91,13 @@ def meta_model(**sizes: Any) -> Gpt:
 @pytest.mark.parametrize(
     ("name", "parameters"),
     # As counted in the published checkpoints (Radford et al. 2019), head tied.
-    [("minigpt", 10_844_160), ("gpt2", 124_439_808), ("gpt2_medium", 354_823_168), ("gpt2_large", 774_030_080), ("gpt2_xl", 1_557_611_200)],
+    [
+        ("minigpt", 10_844_160),
+        ("gpt2", 124_439_808),
+        ("gpt2_medium", 354_823_168),
+        ("gpt2_large", 774_030_080),
+        ("gpt2_xl", 1_557_611_200),
+    ],
 )
 def test_gpt_2_has_its_published_number_of_parameters(name: str, parameters: int) -> None:
     assert GptModel(name=name).shape().parameters == parameters

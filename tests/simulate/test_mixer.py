@@ -29,8 +29,12 @@ def images(samples: int) -> Tensor:
     ("name", "parameters"),
     # S and B at patch 16 as counted in the published checkpoints; at patch 32 the LTE paper's 8.8M, 19.1M and 60.3M.
     [
-        ("mixer_s16", 18_528_264), ("mixer_b16", 59_880_472), ("mixer_t16", 8_233_600),
-        ("mixer_t32", 8_778_766), ("mixer_s32", 19_104_624), ("mixer_b32", 60_293_428),
+        ("mixer_s16", 18_528_264),
+        ("mixer_b16", 59_880_472),
+        ("mixer_t16", 8_233_600),
+        ("mixer_t32", 8_778_766),
+        ("mixer_s32", 19_104_624),
+        ("mixer_b32", 60_293_428),
     ],
 )
 def test_a_mixer_has_its_published_number_of_parameters(name: str, parameters: int) -> None:
