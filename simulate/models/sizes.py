@@ -45,8 +45,8 @@ VIT_SIZES: dict[str, Sizes] = {
     "vit_l32": {"layers": 24, "width": 1024, "attention_heads": 16, **_IMAGENET, "patch": 32},
 }  # fmt: skip
 MIXER_SIZES: dict[str, Sizes] = {
-    # Tolstikhin et al. 2021 (arXiv 2105.01601), table 1; T: Huh et al. 2024 (arXiv 2402.16828), table 3, at patch 32: its
-    # 8.8M parameters need half the width over tokens, as in S and B.
+    # Tolstikhin et al. 2021 (arXiv 2105.01601), table 1; T: Huh et al. 2024 (arXiv 2402.16828), table 3, at patch 32.
+    # Its 8.8M parameters need half the width over tokens, as in S and B.
     "mixer_t16": {"layers": 6, "width": 384, "tokens_width": 192, "channels_width": 1536, **_IMAGENET},
     "mixer_t32": {"layers": 6, "width": 384, "tokens_width": 192, "channels_width": 1536, **_IMAGENET, "patch": 32},
     "mixer_s16": {"layers": 8, "width": 512, "tokens_width": 256, "channels_width": 2048, **_IMAGENET},
