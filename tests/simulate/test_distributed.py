@@ -12,7 +12,7 @@ from simulate.distributed import devices_of
 from tests import tiny
 from tests.processes import DEVICES, train_in_processes, variant_table
 
-STEPS = 60
+STEPS = 40
 ONE_OF_EACH = [
     "ddp, int8", "relora, warm start", "mhlora", "adamix", "local-sgd, moments", "fedavg", "diloco, streaming", "daso",
     "sapipe", "powersgd", "topk", "signsgd", "lte", "lte, streaming int8", "lte, reduced int4", "lte, served bf16",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import socket
@@ -94,9 +95,10 @@ def test_nothing_stays_open(what: str) -> None:
     if what == "another run":
         nodes[2].facts = facts(build_run({"train": {"seed": 9}}))
     first, last = {"nobody comes": (0, 1), "nobody there": (1, 3)}.get(what, (0, 3))
+    gc.collect()
     before = psutil.Process().num_fds()
     run_all(nodes[first:last])
-    assert psutil.Process().num_fds() == before
+    assert psutil.Process().num_fds() <= before  # what other tests left behind may have been closed meanwhile
     assert [node.error is None for node in nodes[first:last]] == [what == "all well"] * (last - first)
 
 
