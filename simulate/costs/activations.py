@@ -26,14 +26,15 @@ input is attention's output, which attention keeps.
 BLOCK_NORMS = 2
 """Of these, what the norms read: sums, which stay in the weights' format."""
 BLOCK_BACKWARD = 5
-"""Working tensors, in u, at the height of a block's backward: the stream's gradient and one of the GELU's width, or two
-where the GELU's output, which goes when the second one comes, was not kept."""
+"""Working tensors, in u, at the height of a block's backward: the stream's gradient and one of the GELU's width. A
+second one takes the place of the GELU's output, or comes on top where that was not kept.
+"""
 BLOCK_INPUTS = 4
 """Tensors, in u, that an MLP's pass without a backward one goes on beside: the network's and the block's input, the
 stream, the norm's output."""
 TRANSPOSED = 4
 """Tensors, in u, beside the backward pass of a Mixer's network over tokens: gradients, and their
-transposed copies; what is recomputed needs one."""
+transposed copies; what is recomputed, or does not keep its inputs, needs one."""
 LOSS_CHUNK_ELEMENTS = 2**20
 """Logits that the loss works on at once: a few megabytes of scratch, whatever the batch."""
 FLOAT_BYTES = 4
@@ -232,7 +233,31 @@ def _transformer_block(step: _Step) -> int:
 def _transformer_backward(step: _Step) -> int:
     """Bytes at the height of a block's backward pass."""
     inner = (BLOCK_BACKWARD - 1) * step.v
-    return step.stream_gradient + inner + max(step.beside("mlp.down"), 0 if step.keeps_inputs else inner)
+    return step.stream_gradient + max(inner + step.beside("mlp.down"), _unkept(step, "mlp.down", inner))
+
+
+def _unkept(step: _Step, last_layer: str, inner: int) -> int:
+    """Bytes at the height of a network's way back where what enters layers was not kept; 0 where it was.
+
+    Two tensors of the inner width, of an activation and its gradient; or, recomputed, the last layer's pass.
+    """
+    if step.keeps_inputs:
+        return 0
+    return max(2 * inner, _last_pass(step, last_layer, inner) if step.checkpointing else 0)
+
+
+def _last_pass(step: _Step, last_layer: str, inner: int) -> int:
+    """Bytes of a network's last pass beside what is kept: its input and output, and what entered the network, which the
+    caller holds.
+    """
+    return inner + 2 * step.v + step.beside(last_layer)
+
+
+def _last_forward(step: _Step, kept: int, last_layer: str, inner: int) -> tuple[Phase, ...]:
+    """Return the last block's last pass: higher than what is kept, where inputs are not, and nothing is recomputed."""
+    if step.keeps_inputs or step.checkpointing:
+        return ()
+    return (Phase("forward", 0, kept, _last_pass(step, last_layer, inner)),)
 
 
 def _transformer_forward(step: _Step) -> int:
@@ -260,6 +285,7 @@ def _gpt(step: _Step) -> Found:
         Phase("backward_end", all_gradients - step.block_gradients, kept + ends, recomputed + working),
         # The tied table's two gradients, and their sum.
         Phase("backward_end", all_gradients, ends, 2 * table + u),
+        *_last_forward(step, layers * kept + ends, "mlp.down", (BLOCK_BACKWARD - 1) * step.v),
     ), _transformer_forward(step)
 
 
@@ -270,15 +296,15 @@ def _llama(step: _Step) -> Found:
     """
     u, tokens, element_bytes, layers = step.u, step.tokens, step.element_bytes, step.shape.layers
     inner = tokens * step.shape.mlp_width * step.product_bytes
-    num_inputs = 0 if not step.keeps_inputs else 5 if step.is_cast else 2  # and the last layer's, of the inner width
-    products = (4 + num_inputs) * step.v + (3 + step.keeps_inputs) * inner
+    inputs_of_products = (5 if step.is_cast else 2) * step.v + inner
+    products = 4 * step.v + 3 * inner + (inputs_of_products if step.keeps_inputs else 0)
     others = products + step.adapters + step.cast_block
     block = BLOCK_NORMS * u + others + _attention_statistics(step) + 2 * tokens * element_bytes
     kept, recomputed = (u, block - u) if step.checkpointing else (block, 0)
     ends = tokens * element_bytes + 2 * tokens * INDEX_BYTES
     # The stream's gradient, and those of both factors of the gated product beside its own, in the product's place.
     factors = max(2 * inner + step.largest_weight, 0 if step.keeps_inputs else 3 * inner)
-    working = step.stream_gradient + max(factors, inner + step.beside("mlp.down"))
+    working = step.stream_gradient + max(factors, inner + step.beside("mlp.down"), _unkept(step, "mlp.down", inner))
     table, all_gradients = step.head_table, step.all_gradients
     outputs = layers * kept + ends + u + step.v + step.cast_table + step.logits
     return (
@@ -287,6 +313,7 @@ def _llama(step: _Step) -> Found:
         Phase("backward_start", table, layers * kept + ends, recomputed + working),
         Phase("backward_end", all_gradients - table - step.block_gradients, kept + ends, recomputed + working),
         Phase("backward_end", all_gradients, ends, u),
+        *_last_forward(step, layers * kept + ends, "mlp.down", inner),
     ), _gated_forward(step, inner)
 
 
@@ -298,9 +325,12 @@ def _gated_forward(step: _Step, inner: int) -> int:
 
 def _vit(step: _Step) -> Found:
     """GPT-2's blocks between the patches and one prediction."""
-    phases = _of_images(step, _transformer_block(step), _transformer_backward(step), step.u)
-    # The images, and the patches before the class token joined them.
-    return phases, _images(step) + step.u + _transformer_forward(step)
+    block, inner = _transformer_block(step), (BLOCK_BACKWARD - 1) * step.v
+    phases = _of_images(step, block, _transformer_backward(step), step.u)
+    # Beside a pass, the patches before the class token joined them.
+    kept = step.shape.layers * block + _image_ends(step) + step.u
+    passes = _last_forward(step, kept, "mlp.down", inner)
+    return (*phases, *passes), _images(step) + step.u + _transformer_forward(step)
 
 
 def _mixer(step: _Step) -> Found:
@@ -313,16 +343,15 @@ def _mixer(step: _Step) -> Found:
     over_channels = tokens * step.shape.mlp_width * step.product_bytes
     over_tokens = step.samples * step.shape.width * step.shape.tokens_width * step.product_bytes
     rows = 2 * tokens * step.element_bytes
-    inputs = step.keeps_inputs  # of a network and of its last layer
-    of_tokens = u + inputs * v + (1 + inputs) * over_tokens + rows
-    block = of_tokens + u + inputs * v + (1 + inputs) * over_channels + rows + step.adapters + step.cast_block
+    num_inputs = int(step.keeps_inputs)  # of a network, and of its last layer
+    of_tokens = u + num_inputs * v + (1 + num_inputs) * over_tokens + rows
+    of_channels = u + num_inputs * v + (1 + num_inputs) * over_channels + rows
+    block = of_tokens + of_channels + step.adapters + step.cast_block
     gradient = u + 2 * v if step.is_cast else u  # of the stream, and a norm's before and after the cast
-    beside_channels = step.beside("over_channels.down")
-    # Where the GELU's output is not kept, the last layer's pass beside it and the network's input can be the height: of
-    # the last block, before there are gradients, or recomputed.
-    passing = beside_channels + (2 if step.checkpointing else 1) * v
-    of_channels = over_channels + (beside_channels if inputs else max(over_channels, passing))
-    phases = _of_images(step, block, gradient + of_channels, v)
+    last = "over_channels.down"
+    back = max(over_channels + step.beside(last), _unkept(step, last, over_channels))
+    passes = _last_forward(step, step.shape.layers * block + _image_ends(step), last, over_channels)
+    phases = (*_of_images(step, block, gradient + back, v), *passes)
     # Before the weights over tokens have gradients, or of their adapters those of the first layer.
     without = sum(x.weights for x in step.shape.adapted if "over_tokens" in x.name) * step.element_bytes
     if step.rank:
@@ -332,10 +361,9 @@ def _mixer(step: _Step) -> Found:
     kept, stream = (v, v) if step.checkpointing else (block, 0)
     ends = _image_ends(step)
     recomputed = of_tokens + step.adapters - (stream if v == u else 0)
-    hidden = (
-        over_tokens + step.beside("over_tokens.down") + (TRANSPOSED if inputs and not step.checkpointing else 1) * v
-    )
-    working = gradient + (hidden if inputs else max(hidden, 2 * over_tokens, 3 * v))
+    copies = TRANSPOSED if step.keeps_inputs and not step.checkpointing else 1
+    hidden = over_tokens + step.beside("over_tokens.down") + copies * v
+    working = gradient + (hidden if step.keeps_inputs else max(hidden, 2 * over_tokens, 3 * v))
     others = (step.shape.layers - 1) * kept + stream + ends
     first_gradients = step.head_table + step.block_gradients - without
     of_first = Phase("backward_start", first_gradients, others, recomputed + working)

@@ -97,7 +97,7 @@ class ModelShape:
     adapted_trace: ActivationTrace | None = None
     """The same with pairs of rank 1."""
     frozen_a_trace: ActivationTrace | None = None
-    """The same with pairs whose A is frozen."""
+    """The same with pairs of rank 1 whose A is frozen."""
 
     @cached_property
     def replicated(self) -> tuple[ParameterShape, ...]:

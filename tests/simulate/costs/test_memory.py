@@ -198,3 +198,23 @@ def test_autocast_halves_what_products_keep() -> None:
     run = tiny.lte_run(2, {**SMALL, "layers": 8}, train(16), rank=6)
     full, half = (peak_memory(r, r.model.shape(), ONE_MEMORY).activations for r in (run, cast(run)))
     assert half / full == pytest.approx((2 + 14 / 2) / 16, rel=0.02)
+
+
+FEW_TOKENS: dict[str, dict[str, Any]] = {
+    "gpt": {"layers": 2, "attention_heads": 2, "context": 64, "vocab": 16},
+    "llama": {"layers": 3, "attention_heads": 4, "mlp_width": 192, "context": 64, "vocab": 64},
+    "vit": {"layers": 2, "attention_heads": 4, "image": 32, "patch": 4},
+    "mixer_s16": {
+        "layers": 3, "tokens_width": 64, "channels_width": 512, "image": 32, "patch": 4, "classes": 10,
+    },
+}  # fmt: skip
+"""Few enough for an unpacked layer to count beside activations."""
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", FEW_TOKENS)
+def test_the_last_layers_pass_can_be_the_peak_where_no_inputs_are_kept(family: str, checkpointing: bool) -> None:
+    model = {"name": family, "width": 128, **FEW_TOKENS[family]}
+    run = family_run(model, train(2, checkpointing), name="lte", rank=8, quantize="nf4")
+    tracked = tracked_memory(run, with_host=False).tracked_bytes
+    assert -0.005 <= planned_bytes(run, TWO_MEMORIES) / tracked - 1 <= TOLERANCE
