@@ -91,6 +91,14 @@ def test_memory_is_planned_from_what_was_measured(model: dict[str, Any], method:
     assert memory.total - memory.reserved == pytest.approx(measured, rel=0.05)
 
 
+@pytest.mark.parametrize("frozen_a", [True, False])
+def test_what_a_frozen_a_does_not_keep_is_measured_apart(frozen_a: bool) -> None:
+    run = run_of(ENCODER, {"name": "lte", "rank": 4, "frozen_a": frozen_a}, micro_batch=8)
+    memory = peak_memory(run, run.model.shape(), load_profile("raspberry_x8").device[0])
+    measured = measure_memory_bytes(run, torch.device("cpu"))
+    assert memory.total - memory.reserved == pytest.approx(measured, rel=0.01)
+
+
 @pytest.mark.parametrize("name", ["ddp", "diloco", "lte"])
 @pytest.mark.parametrize("model", [ENCODER, CONVOLUTIONAL], ids=["encoder", "convolutional"])
 def test_a_users_network_learns_and_merges_back(model: dict[str, Any], name: str) -> None:
