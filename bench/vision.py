@@ -81,7 +81,7 @@ TASKS = {
         ranks={"vit": 32, "mixer": 32},
         rates={DENSE: (5e-4, 1e-3, 2e-3), LTE: (6e-4, 1.25e-3, 2.5e-3), DENSE_MUON: (1.25e-3, 2.5e-3, 5e-3)},
         tried_samples=12_800,
-        samples=96_000,
+        samples=64_000,
         evaluated=5_000,
     ),
 }

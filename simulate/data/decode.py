@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from multiprocessing import get_context
+from multiprocessing import current_process, get_context
 from pathlib import Path
 from typing import Protocol
 
@@ -140,11 +140,14 @@ Unfit = dict[int, UnfitImageError]
 
 
 def decode_all(reader: Reader, names: Sequence[str], frame: Frame, target: Place) -> Unfit:
-    """Decode all images into rows of `target`, (S, C, P, P), in parallel where there are many; returns the unfit."""
+    """Decode all images into rows of `target`, (S, C, P, P), in parallel where there are many; returns the unfit.
+
+    A worker of a `multiprocessing.Pool` may start no processes, so there it is one image after another.
+    """
     starts = range(0, len(names), CHUNK_IMAGES)
     tasks = [(reader, names[first : first + CHUNK_IMAGES], first, frame, target) for first in starts]
     workers = min(len(tasks), usable_cores())
-    if len(names) < POOL_FROM_IMAGES or workers < 2:
+    if len(names) < POOL_FROM_IMAGES or workers < 2 or current_process().daemon:
         parts = [_decode_chunk(*task) for task in tasks]
     else:
         # Spawned: a fork of a process with torch's threads may hang.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from multiprocessing import current_process
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,18 @@ def test_a_pool_does_what_one_process_does(tmp_path: Path, monkeypatch: pytest.M
     assert np.array_equal(results[0], results[1])
     for index in set(range(30)) - {7, 21}:
         assert np.array_equal(results[0][index], decode(files[names[index]], Frame(8, 3)))
+
+
+def test_a_worker_of_a_pool_decodes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "POOL_FROM_IMAGES", 0)
+    monkeypatch.setattr(module, "CHUNK_IMAGES", 1)
+    monkeypatch.setattr(module, "usable_cores", lambda: 2)
+    monkeypatch.setitem(current_process()._config, "daemon", True)  # type: ignore[attr-defined]
+    files = files_of({"a": 2})
+    place = Draft(tmp_path / "out").allocate({"x": ("u1", (2, 3, 8, 8))}, {})["x"]
+    reader = FolderReader(write_folder(tmp_path / "pictures", files))
+    assert decode_all(reader, ["a/0.png", "a/1.png"], Frame(8, 3), place) == {}
+    assert np.array_equal(place.open()[1], decode(files["a/1.png"], Frame(8, 3)))
 
 
 def test_a_file_that_went_away_and_a_wrong_checksum_are_told(tmp_path: Path) -> None:
