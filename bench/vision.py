@@ -79,9 +79,13 @@ TASKS = {
         data={},
         networks=_networks(128, 6, image=32, patch=4, colours=3, classes=10),
         ranks={"vit": 32, "mixer": 32},
-        rates={DENSE: (5e-4, 1e-3, 2e-3), LTE: (6e-4, 1.25e-3, 2.5e-3), DENSE_MUON: (1.25e-3, 2.5e-3, 5e-3)},
+        rates={
+            DENSE: (2.5e-4, 5e-4, 1e-3, 2e-3),
+            LTE: (3e-4, 6e-4, 1.25e-3, 2.5e-3),
+            DENSE_MUON: (1.25e-3, 2.5e-3, 5e-3, 1e-2),
+        },
         tried_samples=12_800,
-        samples=64_000,
+        samples=48_000,
         evaluated=5_000,
     ),
 }

@@ -149,6 +149,7 @@ def _with_recovery(run: Run, setting: Setting, every: int, apart: int) -> Run:
 def _host_reason(parts: dict[str, int], room_bytes: int, device: Device) -> str:
     meanings = {
         "start_weights": "the weights that merges start from",
+        "diagnostics": "sums of gradients, for train.diagnostics_every",
         "checkpoint_save": "the tensor that a checkpoint is writing",
         "data": "the data",
     }

@@ -40,7 +40,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 
 import torch
@@ -52,14 +53,18 @@ from simulate.config import Run
 from simulate.costs.diagnostics import DIRECTIONS, NOISE_BATCHES, SAMPLED_HEADS
 from simulate.costs.traffic import pack
 from simulate.data.batches import Batches
+from simulate.lazy import MadeWeight
 from simulate.loss import row_losses
 from simulate.methods.base import Method
 from simulate.models.build import empty_model
+from simulate.models.options import FactoryModel
 from simulate.randomness import generator
 from simulate.updates import LayerUpdates, decompose, square_norm
 
 Figures = dict[str, float]
 _FIRST = "diagnostics.first"
+SQUARED_ELEMENTS, SQUARED_PARTS = 2**12, 64
+"""A sum of squares takes that many numbers at once, or a part of all of them."""
 
 
 class Diagnostics:
@@ -83,18 +88,24 @@ class Diagnostics:
             return self._of_round(step)
 
     def _of_round(self, step: int) -> Figures:
-        method, seed = self.method, self.run.train.seed
+        method = self.method
         rows = method.rows()
         drift, layers = _Drift(method.communicator), _Means()
-        for updates in (local.over(rows) for local in method.updates(step)):
-            mean = updates.mean()
-            if not mean.isfinite().all():  # for everyone alike, so that nobody waits for the others
+        for local in method.updates(step):
+            if not self._add_layer(local.over(rows), step, drift, layers):
                 return {}  # a run that diverged ends with an error about its loss
-            drift.add(updates, mean)
-            if updates.is_matrix:
-                layers.add(pair_figures(updates, sampled_heads(seed, step, updates.heads)))
-                layers.add(self._mean_figures(updates.name, mean))
         return {**layers.figures(), **drift.figures()}
+
+    def _add_layer(self, updates: LayerUpdates, step: int, drift: _Drift, layers: _Means) -> bool:
+        """Add a layer's figures, whose tensors are gone with this; returns whether it is finite, for everyone alike."""
+        mean = updates.mean()
+        if not mean.isfinite().all():
+            return False
+        drift.add(updates, mean)
+        if updates.is_matrix:
+            layers.add(pair_figures(updates, sampled_heads(self.run.train.seed, step, updates.heads)))
+            layers.add(self._mean_figures(updates.name, mean))
+        return True
 
     def _mean_figures(self, name: str, mean_OI: Tensor) -> Figures:
         values, left_OK, right_IK = decompose(mean_OI, DIRECTIONS)
@@ -113,7 +124,7 @@ class Diagnostics:
 
         Every process takes the gradients of its own devices' batches.
         """
-        gradients, size = _Gradients(self.run, self.method.merged_state()), self.run.train.micro_batch
+        gradients, size = GradientSums(self.run, self.method.weights_in_use()), self.run.train.micro_batch
         for coming in range(step, step + NOISE_BATCHES):
             inputs, targets = batches.batch(coming, self._communicator.local_devices)
             for pair in zip(inputs.split(size), targets.split(size), strict=True):
@@ -182,48 +193,116 @@ class _Drift:
         return {"drift_mean": math.fsum(ratios) / len(ratios), "drift_max": max(ratios)}
 
 
+Take = Callable[[str, Tensor], None]
+"""Gets a parameter's name and gradient, of the parameter's shape, and may keep it."""
+
+
+class _LossAndBack(nn.Module):
+    """A network's mean loss, and its backward pass within the call: what is recomputed needs the call's weights."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        loss = row_losses(self.network(inputs), targets).mean()
+        loss.backward()
+        return loss.detach()
+
+
 class LossGradient:
-    """Gradients of a plain network's mean loss at given weights."""
+    """Gradients of a plain network's mean loss at given weights, which are made one at a time where they have to be."""
 
     def __init__(self, run: Run, weights: Mapping[str, Tensor]) -> None:
-        self._model = empty_model(run)
+        network = empty_model(run, next(iter(weights.values())).device)
+        if not isinstance(run.model, FactoryModel):
+            network.train()  # ours have no dropout, and recompute their blocks where that is asked for
+        self._passes = _LossAndBack(network)
         # By the names that are the network's own: weights that layers share appear once, and get one gradient.
-        names = [name for name, _ in self._model.named_parameters()]
-        self.leaves = {name: nn.Parameter(weights[name].detach()) for name in names}
+        names = [name for name, _ in network.named_parameters()]
+        self.leaves = {name: _leaf(weights[name]) for name in names}
 
-    def of(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return a batch's mean loss, and its gradient by parameter, in the order of `leaves`."""
-        outputs = functional_call(self._model, dict(self.leaves), (inputs,))
-        loss = row_losses(outputs, targets).mean()
-        return loss.detach(), torch.autograd.grad(loss, list(self.leaves.values()), materialize_grads=True)
+    def of(self, inputs: Tensor, targets: Tensor, take: Take) -> Tensor:
+        """Return a batch's mean loss, and hand out its gradient by every parameter, none of which is kept here."""
+        unused = set(self.leaves)
+
+        def give(name: str, leaf: Tensor) -> None:
+            gradient, leaf.grad = leaf.grad, None
+            assert gradient is not None
+            unused.discard(name)
+            take(name, gradient)
+
+        hooks = [leaf.register_post_accumulate_grad_hook(partial(give, name)) for name, leaf in self.leaves.items()]
+        try:
+            with torch.enable_grad():
+                weights = {f"network.{name}": leaf for name, leaf in self.leaves.items()}
+                loss: Tensor = functional_call(self._passes, weights, (inputs, targets))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for name in unused:
+            leaf = self.leaves[name]
+            take(name, torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device))
+        return loss
 
 
-class _Gradients:
-    """Gradients of a plain network at given weights: their sum, and the sum of their squared norms."""
+def _leaf(weight: Tensor) -> Tensor:
+    return weight.leaf() if isinstance(weight, MadeWeight) else weight.detach().requires_grad_()
+
+
+class GradientSums:
+    """Gradients of a plain network at given weights: their sum, and the sum of their squared norms.
+
+    Of a device's memory this takes one gradient at a time: the sums are in the host's.
+    """
 
     def __init__(self, run: Run, weights: Mapping[str, Tensor]) -> None:
         self._gradient = LossGradient(run, weights)
-        self._sums = [torch.zeros_like(leaf) for leaf in self._gradient.leaves.values()]
-        self._squares, self.count = 0.0, 0
+        leaves = self._gradient.leaves
+        self.sums = {name: torch.zeros(leaf.shape, dtype=leaf.dtype) for name, leaf in leaves.items()}
+        self._device = next(iter(leaves.values())).device
+        self._squares: list[Tensor] = []
+        self.count = 0
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
         """Add the gradient of one batch's mean loss."""
-        _, gradients = self._gradient.of(inputs, targets)
-        torch._foreach_add_(self._sums, gradients)
-        self._squares += math.fsum(map(square_norm, gradients))
+
+        def take(name: str, gradient: Tensor) -> None:
+            self._squares.append(_square(gradient))
+            self.sums[name].add_(gradient.to(self.sums[name].device))
+
+        self._gradient.of(inputs, targets, take)
         self.count += 1
+
+    def square_of_sum(self, communicator: Communicator) -> list[Tensor]:
+        """Return the parts of the squared norm of everyone's summed gradients; on the device is a message at a time."""
+        sums, squares = list(self.sums.values()), list[Tensor]()
+        for message in pack([part.nbytes for part in sums]):
+            parts = [sums[index].to(self._device) for index in message]
+            communicator.all_reduce(parts)
+            squares.extend(map(_square, parts))
+        return squares
 
     def squares(self, communicator: Communicator) -> tuple[float, float]:
         """Return the mean of all batches' squared gradient norms, and the squared norm of their mean gradient.
 
         Of those of all processes, which add up their sums.
         """
-        for message in pack([part.nbytes for part in self._sums]):
-            communicator.all_reduce([self._sums[index] for index in message])
+        of_sum = self.square_of_sum(communicator)
         own_LX = torch.zeros(len(communicator.local_devices), 2, dtype=torch.float64)
-        own_LX[0] = torch.tensor([self._squares, self.count], dtype=torch.float64)
+        own_LX[0] = torch.tensor([_total(self._squares), self.count], dtype=torch.float64)
         squares, count = communicator.share(own_LX).sum(0).tolist()
-        return squares / count, math.fsum(map(square_norm, self._sums)) / count**2
+        return squares / count, _total(of_sum) / count**2
+
+
+def _square(x: Tensor) -> Tensor:
+    """Return the sum of the squares of x, of which a small part at a time is copied in double precision."""
+    parts = x.flatten().split(max(SQUARED_ELEMENTS, x.numel() // SQUARED_PARTS))
+    return torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) ** 2 for part in parts]).sum()
+
+
+def _total(values: Sequence[Tensor]) -> float:
+    return math.fsum(torch.stack(list(values)).tolist())
 
 
 def sampled_heads(seed: int, step: int, heads: int) -> list[int]:

@@ -17,19 +17,27 @@ from torch.utils._pytree import tree_map_only
 class MadeWeight(Tensor):
     """A tensor without storage, in whose place every operation gets what `make` returns, for as long as it runs.
 
-    `form`, on the meta device, has the shape, strides and dtype of what is made, `device` is where. Nobody can
-    differentiate to it, and nothing can be written to it.
+    `form`, on the meta device, has the shape, strides and dtype of what is made, `device` is where. A view of it is one
+    more of its kind, so that autograd, too, keeps nothing of what is made: the backward pass makes it again. Nothing
+    can be written to it.
     """
 
     make: Callable[[], Tensor]
+    form: Tensor
 
     @staticmethod
-    def __new__(cls, make: Callable[[], Tensor], form: Tensor, device: torch.device) -> MadeWeight:
+    def __new__(
+        cls, make: Callable[[], Tensor], form: Tensor, device: torch.device, requires_grad: bool = False
+    ) -> MadeWeight:
         weight: MadeWeight = Tensor._make_wrapper_subclass(
-            cls, form.shape, strides=form.stride(), dtype=form.dtype, device=device
+            cls, form.shape, strides=form.stride(), dtype=form.dtype, device=device, requires_grad=requires_grad
         )
-        weight.make = make
+        weight.make, weight.form = make, form
         return weight
+
+    def leaf(self) -> MadeWeight:
+        """Return the same weight for somebody who differentiates to it."""
+        return MadeWeight(self.make, self.form, self.device, requires_grad=True)
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -37,5 +45,16 @@ class MadeWeight(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[Any, Any] | None = None
     ) -> Any:
+        if func in VIEWS:
+            weight, *how = args
+            return cls(lambda: func(weight.make(), *how), func(weight.form, *how), weight.device)
         made, named = tree_map_only(cls, lambda weight: weight.make(), (args, kwargs or {}))
         return func(*made, **named)
+
+
+_ATEN = torch.ops.aten
+VIEWS = {
+    _ATEN.detach.default, _ATEN.t.default, _ATEN.transpose.int, _ATEN.permute.default, _ATEN.view.default,
+    _ATEN.unsqueeze.default, _ATEN.squeeze.default, _ATEN.expand.default, _ATEN.slice.Tensor, _ATEN.select.int,
+}  # fmt: skip
+"""Operations that make one view of a tensor."""

@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._guards import active_fake_mode
 from torch.func import functional_call
 from torch.profiler import ProfilerActivity, profile
 
 from simulate.communicator import Communicator, Nodes
 from simulate.config import Run
+from simulate.diagnostics import Diagnostics, GradientSums
 from simulate.loss import row_losses
 from simulate.methods import build_method
 from simulate.methods.base import Method
@@ -76,27 +78,31 @@ class EchoCommunicator(Communicator):
             torch.cat([tensor.flatten().view(torch.uint8) if mixed else tensor.flatten() for tensor in tensors])
 
 
-Watch = Callable[[str, Method], None]
-"""Told of each phase before it begins, and of the method that goes through it."""
+Watch = Callable[[str, Method, Sequence[Tensor]], None]
+"""Told of each phase before it begins, of the method that goes through it, and of what lies in the host's memory."""
 Program = Callable[[Run, torch.device, Watch], Method]
 
 
-def unwatched(phase: str, method: Method) -> None:
+def unwatched(phase: str, method: Method, host: Sequence[Tensor]) -> None:
     """Tell nobody."""
 
 
 def train_alone(run: Run, device: torch.device, watch: Watch = unwatched) -> Method:
-    """Train one device of a run on made-up samples, for some steps, merges and an evaluation."""
+    """Train one device of a run on made-up samples, for some steps, merges and an evaluation, and diagnose it if it is.
+
+    A round's figures depend on numbers: where there are none, only gradients are taken.
+    """
     method = build_method(run, EchoCommunicator(run.cluster.devices), device)
     inputs, targets = (tensor.to(device) for tensor in example_batch(run.model, run.train.micro_batch))
     inputs = inputs.to(DTYPES[run.train.dtype]) if inputs.is_floating_point() else inputs
     last = run.train.steps - 1
     late = run.method.delay_steps if isinstance(run.method, DasoOptions) else run.method.late_steps
     empty = empty_model(run, device)
+    diagnostics = Diagnostics(method) if run.train.diagnostics_every else None
 
     def steps(count: int, first: int = 0) -> None:
         for step in range(first, first + count):
-            watch("forward", method)
+            watch("forward", method, ())
             method.step(inputs, targets, step)
 
     if isinstance(run.method, AdamixOptions):
@@ -104,15 +110,24 @@ def train_alone(run: Run, device: torch.device, watch: Watch = unwatched) -> Met
     for count in _steps_of_rounds(run):
         steps(count)
         if late:
-            watch("merge", method)
+            watch("merge", method, ())
             method.merge(sent := run.method.steps_apart - 1)
             if method.settles_after(sent):
-                watch("evaluation", method)
+                watch("evaluation", method, ())
                 evaluate_batch(method, empty, inputs, targets)
             steps(late + 1, sent + 1)  # one more: an arrival may have dropped optimizer state
-        watch("merge", method)
+        if diagnostics is not None and active_fake_mode() is None:
+            watch("diagnostics", method, ())
+            diagnostics.of_round(last)
+        watch("merge", method, ())
         method.merge(last)  # of all groups of layers
-    watch("evaluation", method)
+    if diagnostics is not None:
+        sums = GradientSums(run, method.weights_in_use())
+        watch("diagnostics", method, list(sums.sums.values()))
+        sums.add(inputs, targets)
+        sums.square_of_sum(method.communicator)
+        del sums
+    watch("evaluation", method, ())
     evaluate_batch(method, empty, inputs, targets)
     return method
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +46,7 @@ from simulate.replicated import VectorLora
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "temporary")
 """Of a device's memory, as simulate.costs.memory has them."""
 FACTORS = ("a", "b", "a0", "b0")
+DIAGNOSTICS = "diagnostics"
 BUILD = "build"
 """The phase before everything else."""
 
@@ -129,9 +130,10 @@ class _Follower(TorchDispatchMode):
                 self._see(tensor)
         return result
 
-    def enter(self, phase: str, method: Method) -> None:
+    def enter(self, phase: str, method: Method, host: Sequence[Tensor]) -> None:
         """Name what comes next, and what is there; a state that a merge drops is gone later."""
         self.name_state(method)
+        self.log.host.update(self._known[tensor.untyped_storage()._cdata] for tensor in host)
         self.phase, self.method = phase, method
 
     def _follow_backward(self) -> None:
@@ -140,7 +142,8 @@ class _Follower(TorchDispatchMode):
             # What is held now and turns out to be nothing that stays is what the forward pass left behind.
             for storage in self._known.values():
                 self.log.parts.setdefault(storage, "activations")
-            self.phase = "backward"
+            if self.phase != DIAGNOSTICS:
+                self.phase = "backward"
         elif self._in_backward and not in_backward:
             self._leave_backward()
         self._in_backward = in_backward
@@ -149,6 +152,8 @@ class _Follower(TorchDispatchMode):
         if not self._in_backward or self.method is None:
             return
         self._in_backward = False
+        if self.phase == DIAGNOSTICS:
+            return
         self.phase = "optimizer_step"
         for parameter in (*self.method.model.parameters(), *self.method.parameters.values()):
             if parameter.grad is not None:

@@ -278,6 +278,7 @@ class DenseUpdates(LayerUpdates):
                 if self._is_here(heads[other]):
                     dot = (change * self.change(heads[other])).sum()
                     dots_HH[index, other] = dots_HH[other, index] = dot
+            del change  # before the next one takes its room
         return dots_HH
 
     def _received(self, head: int) -> Tensor:

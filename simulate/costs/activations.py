@@ -81,6 +81,9 @@ class _Step:
     """Whether the product of the last merge is subtracted in every pass."""
     made: Made = Made()
     """What evaluations compute with."""
+    plain: bool = False
+    """Whether it is the plain network, for diagnostics, whose gradients go as they come: a tied table's when both are
+    there. Its RMS norms keep what they have normalised, too."""
     keeps_inputs: bool = True
     """Whether adapted layers keep what enters them: gradients of weights and of A need it, that of B alone does not."""
 
@@ -147,7 +150,9 @@ class _Step:
         """
         cast, gradient = linear.weights * self.product_bytes, linear.weights * self.element_bytes
         if not self.is_cast:
-            return self.unpacked if self.rank else gradient
+            rows = self.samples * linear.rows * linear.in_features * self.element_bytes  # whose gradients come after W
+            made = self.made.height(linear.weights, self.element_bytes, rows) - rows
+            return self.unpacked if self.rank else max(gradient, made)
         kept = self.samples * linear.rows * max(linear.in_features, linear.out_features) * self.product_bytes
         return cast + self.unpacked if self.rank else max(cast, gradient - kept)
 
@@ -191,20 +196,25 @@ class _Step:
 
     @property
     def all_gradients(self) -> int:
-        return self.shape.layers * self.block_gradients + self.replicated
+        return 0 if self.plain else self.shape.layers * self.block_gradients + self.replicated
+
+    @property
+    def head_gradient(self) -> int:
+        """Bytes of the output layer's gradient, while others come."""
+        return 0 if self.plain else self.head_table
 
 
 @lru_cache(maxsize=4096)
 def step_phases(
     shape: ModelShape, samples: int, rank: int, block_gradient_bytes: int, checkpointing: bool, element_bytes: int,
     product_bytes: int, unpacked_bytes: int = 0, heads: int = 1, subtracts: bool = False,
-    made: Made = Made(), keeps_inputs: bool = True,
+    made: Made = Made(), plain: bool = False, keeps_inputs: bool = True,
 ) -> tuple[Phase, ...]:  # fmt: skip
     """Return the phases of one step and of an evaluation that can be its peak, over what is held all the time."""
     return _step_phases(
         _Step(
             shape, samples, rank, block_gradient_bytes, checkpointing, element_bytes, product_bytes, unpacked_bytes,
-            heads, subtracts, made, keeps_inputs,
+            heads, subtracts, made, plain, keeps_inputs,
         )
     )  # fmt: skip
 
@@ -299,19 +309,21 @@ def _llama(step: _Step) -> Found:
     inputs_of_products = (5 if step.is_cast else 2) * step.v + inner
     products = 4 * step.v + 3 * inner + (inputs_of_products if step.keeps_inputs else 0)
     others = products + step.adapters + step.cast_block
-    block = BLOCK_NORMS * u + others + _attention_statistics(step) + 2 * tokens * element_bytes
+    normalised = u if step.plain else 0  # of one norm
+    block = BLOCK_NORMS * (u + normalised) + others + _attention_statistics(step) + 2 * tokens * element_bytes
     kept, recomputed = (u, block - u) if step.checkpointing else (block, 0)
     ends = tokens * element_bytes + 2 * tokens * INDEX_BYTES
     # The stream's gradient, and those of both factors of the gated product beside its own, in the product's place.
     factors = max(2 * inner + step.largest_weight, 0 if step.keeps_inputs else 3 * inner)
     working = step.stream_gradient + max(factors, inner + step.beside("mlp.down"), _unkept(step, "mlp.down", inner))
     table, all_gradients = step.head_table, step.all_gradients
-    outputs = layers * kept + ends + u + step.v + step.cast_table + step.logits
+    inner_gradients = 0 if step.plain else all_gradients - table - step.block_gradients
+    outputs = layers * kept + ends + normalised + u + step.v + step.cast_table + step.logits
     return (
         Phase("forward", 0, outputs, step.scratch),
         Phase("backward_start", table, outputs, u + step.cast_table),
-        Phase("backward_start", table, layers * kept + ends, recomputed + working),
-        Phase("backward_end", all_gradients - table - step.block_gradients, kept + ends, recomputed + working),
+        Phase("backward_start", step.head_gradient, layers * kept + ends, recomputed + working),
+        Phase("backward_end", inner_gradients, kept + ends, recomputed + working),
         Phase("backward_end", all_gradients, ends, u),
         *_last_forward(step, layers * kept + ends, "mlp.down", inner),
     ), _gated_forward(step, inner)
@@ -358,6 +370,8 @@ def _mixer(step: _Step) -> Found:
         sizes = {x.name: x.in_features + x.out_features for x in step.shape.adapted}
         up = sum(size for name, size in sizes.items() if name.endswith("over_tokens.up"))
         without = step.block_gradients * up // sum(sizes.values())
+    if step.plain:
+        without = 0
     kept, stream = (v, v) if step.checkpointing else (block, 0)
     ends = _image_ends(step)
     recomputed = of_tokens + step.adapters - (stream if v == u else 0)
@@ -365,7 +379,7 @@ def _mixer(step: _Step) -> Found:
     hidden = over_tokens + step.beside("over_tokens.down") + copies * v
     working = gradient + (hidden if step.keeps_inputs else max(hidden, 2 * over_tokens, 3 * v))
     others = (step.shape.layers - 1) * kept + stream + ends
-    first_gradients = step.head_table + step.block_gradients - without
+    first_gradients = step.head_gradient + step.block_gradients - without
     of_first = Phase("backward_start", first_gradients, others, recomputed + working)
     of_last = Phase("backward_end", step.all_gradients - without, stream + ends, recomputed + working)
     before = BLOCK_INPUTS * u
@@ -396,7 +410,8 @@ def _of_images(step: _Step, block: int, working: int, stream: int) -> tuple[Phas
     kept, recomputed = (stream, block - first_norm) if step.checkpointing else (block, 0)
     return (
         Phase("forward", 0, layers * kept + ends + stream + step.logits, stream),
-        Phase("backward_start", step.head_table, layers * kept + ends, recomputed + working),
+        Phase("backward_start", step.head_table, layers * kept + ends + stream + step.logits, 0),
+        Phase("backward_start", step.head_gradient, layers * kept + ends, recomputed + working),
         Phase("backward_end", all_gradients - step.block_gradients, kept + ends, recomputed + working),
         Phase("backward_end", all_gradients, ends, step.u),
     )

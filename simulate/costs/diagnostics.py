@@ -17,7 +17,7 @@ Letters: N devices, O outputs, I inputs, S sampled devices, K directions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from simulate.config import Run
 from simulate.costs.schedule import is_averaged
@@ -43,16 +43,25 @@ def diagnostics_exchange(run: Run, shape: ModelShape, merged_before: bool = True
 
 def _round(run: Run, shape: ModelShape, merged_before: bool) -> Iterator[Transfer]:
     """Yield the messages about a round; none where devices agree at every step."""
-    method, devices = run.method, run.cluster.devices
+    method, heads = run.method, run.cluster.devices
     if isinstance(method, LteOptions):
         yield from _factors(run, method, shape, merged_before)
-        others = [t for t in shape.replicated if is_averaged(t, method.norms, method.biases)]
-        yield from _dense(run, others, devices)
-    elif isinstance(method, LocalSgdOptions | DilocoOptions):
-        taking_part = method.participants(devices) if isinstance(method, LocalSgdOptions) else devices
-        yield from _dense(run, shape.tensors, taking_part)
-    elif isinstance(method, DasoOptions) and devices > method.devices_per_node:
-        yield from _dense(run, shape.tensors, devices // method.devices_per_node)
+    elif isinstance(method, LocalSgdOptions):
+        heads = method.participants(heads)
+    elif isinstance(method, DasoOptions):
+        heads //= method.devices_per_node
+    yield from _dense(run, diagnosed_tensors(run, shape), heads)
+
+
+def diagnosed_tensors(run: Run, shape: ModelShape) -> Sequence[ParameterShape]:
+    """Return the parameters that devices train whole, and apart from one another between merges."""
+    method = run.method
+    if isinstance(method, LteOptions):
+        return [tensor for tensor in shape.replicated if is_averaged(tensor, method.norms, method.biases)]
+    apart = isinstance(method, LocalSgdOptions | DilocoOptions) or (
+        isinstance(method, DasoOptions) and run.cluster.devices > method.devices_per_node
+    )
+    return shape.tensors if apart else ()
 
 
 def _factors(run: Run, method: LteOptions, shape: ModelShape, merged_before: bool) -> Iterator[Transfer]:
@@ -67,7 +76,7 @@ def _dense(run: Run, tensors: Iterable[ParameterShape], heads: int) -> Iterator[
     devices, sampled = run.cluster.devices, min(heads, SAMPLED_HEADS)
     for tensor in tensors:
         yield Transfer("all_reduce", tensor.elements * FIGURE_BYTES, devices)
-        if sampled > 1 and tensor.kind in ("adapted", "other") and len(tensor.shape) > 1:
+        if sampled > 1 and tensor.is_matrix:
             weights = tensor.elements * ELEMENT_BYTES[run.train.dtype]
             yield from (Transfer("broadcast", weights, devices) for _ in range(sampled - 1))
             outputs, inputs = tensor.shape[0], math.prod(tensor.shape[1:])

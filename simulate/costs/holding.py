@@ -87,6 +87,13 @@ def frozen_kinds(method: AdapterOptions) -> frozenset[str]:
     )
 
 
+def keeps_last_average(method: LteOptions | LocalSgdOptions, devices: int) -> bool:
+    """Whether a method keeps the last merge's averages for its own sake: compressed, late and staggered merges do."""
+    late = bool(method.merge_delay) or (isinstance(method, LteOptions) and method.fragments > 1)
+    served = isinstance(method, LteOptions) and method.merge_transport == "server"
+    return late or (method.wire != "full" and devices > 1 and not served)
+
+
 @singledispatch
 def _extra(method: Any, shape: ModelShape, devices: int) -> int:
     return 0
@@ -104,9 +111,8 @@ def _(method: DdpOptions, shape: ModelShape, devices: int) -> int:
 
 @_extra.register
 def _(method: LocalSgdOptions, shape: ModelShape, devices: int) -> int:
-    compressed = method.wire != "full" and devices > 1
-    last = shape.parameters if compressed or method.merge_delay else 0
-    residuals = _residuals(shape.parameters, devices) if compressed else 0
+    last = shape.parameters if keeps_last_average(method, devices) else 0
+    residuals = _residuals(shape.parameters, devices) if method.wire != "full" and devices > 1 else 0
     return last + residuals + _travelling(method, shape.parameters)
 
 
@@ -148,10 +154,9 @@ def _(method: LteOptions, shape: ModelShape, devices: int) -> int:
     averaged = _averaged_elements(shape, method.norms, method.biases)
     factors = shape.factors(method.held_rank(devices), method.frozen_a)
     travelling = _travelling(method, averaged) + (factors + shape.adapted_parameters if method.merge_delay else 0)
-    replicated = shape.replicated_parameters
+    last = shape.replicated_parameters if keeps_last_average(method, devices) else 0
     if method.wire == "full" or devices == 1:
-        return travelling + (replicated if method.fragments > 1 or method.merge_delay else 0)
+        return travelling + last
     adapted = _residuals(shape.adapted_parameters, devices) if method.merge_transport == "reduce" else factors
-    served = replicated if method.merge_delay or method.fragments > 1 else 0
-    others = served if method.merge_transport == "server" else replicated + _residuals(replicated, devices)
-    return adapted + others + travelling
+    residuals = 0 if method.merge_transport == "server" else _residuals(shape.replicated_parameters, devices)
+    return adapted + last + residuals + travelling

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from simulate.config import BYTES, Run
 from simulate.costs.activations import Made, step_phases
+from simulate.costs.diagnosing import diagnosing_phases, kept_bytes
 from simulate.costs.exchanges import FOLD_TENSORS, exchange_phases, starts_dense
 from simulate.costs.holding import holding
 from simulate.costs.optimizer import moment_bytes
@@ -72,7 +73,7 @@ class Heights:
             weights=self.weights,
             adapters=self.adapters,
             gradients=phase.gradients,
-            optimizer=self.optimizer,
+            optimizer=self.optimizer - phase.dropped,
             activations=phase.activations,
             temporary=phase.temporary,
             reserved=self.reserved,
@@ -114,8 +115,12 @@ def memory_by_phase(run: Run, shape: ModelShape, device: Device) -> dict[PhaseNa
 
 def heights(run: Run, shape: ModelShape, device: Device) -> Heights:
     """Return what a device of the run keeps, and its phases."""
-    lasting = _lasting(run, shape, device.host_memory_bytes == 0)
+    shared_memory, diagnosed = device.host_memory_bytes == 0, run.train.diagnostics_every is not None
+    lasting = _lasting(run, shape, shared_memory, diagnosed)
     phases = _phases(run, shape, lasting)
+    if diagnosed:
+        dropped = moment_bytes(run, shape) - _merged_moment_bytes(run, shape)
+        phases += diagnosing_phases(run, shape, lasting.made, shared_memory, dropped)
     return Heights(lasting.weights, lasting.adapters, lasting.optimizer, device.reserved_bytes, phases)
 
 
@@ -140,11 +145,11 @@ class _Lasting:
 
 
 @by_method
-def _lasting(run: Run, shape: ModelShape, shared_memory: bool) -> _Lasting:
+def _lasting(run: Run, shape: ModelShape, shared_memory: bool, diagnosed: bool) -> _Lasting:
     method, element_bytes, devices = run.method, ELEMENT_BYTES[run.train.dtype], run.cluster.devices
     held = holding(run, shape)
     weights, adapters = _weight_bytes(run, shape, shared_memory), held.adapters * element_bytes
-    optimizer = moment_bytes(run, shape) + held.extra * element_bytes
+    optimizer = moment_bytes(run, shape) + held.extra * element_bytes + (kept_bytes(run, shape) if diagnosed else 0)
     kept = weights + adapters + optimizer
     start = (Phase("forward", 0, 0, _packing_start_bytes(run, shape) - kept),) if shared_memory else ()
     rank, heads, idle, frozen_a = 0, 1, 0, False
@@ -177,7 +182,7 @@ def _phases(run: Run, shape: ModelShape, lasting: _Lasting) -> tuple[Phase, ...]
     step = step_phases(
         shape, train.micro_batch, lasting.rank, lasting.block_gradient_bytes, train.activation_checkpointing,
         element_bytes, PRODUCT_BYTES.get(train.autocast, element_bytes), lasting.unpacked_bytes, lasting.heads,
-        lasting.subtracts, lasting.made, lasting.keeps_inputs,
+        lasting.subtracts, lasting.made, keeps_inputs=lasting.keeps_inputs,
     )  # fmt: skip
     # The batch is held until the next one comes; tokens are too few to count.
     batch_bytes = train.micro_batch * shape.inputs * element_bytes
@@ -221,13 +226,15 @@ def host_memory_bytes(run: Run, shape: ModelShape, device: Device) -> int:
 def host_memory_by_part(run: Run, shape: ModelShape, device: Device) -> dict[str, int]:
     """Bytes of the host's own memory that one device needs; all zero where device and host share one memory.
 
-    `start_weights`: what merges start from, also the high-precision copy of quantised weights; `checkpoint_save`: the
-    largest tensor on its way to the disk; `data`: text that is held as it was read (all else is memory-mapped).
+    `start_weights`: what merges start from, also the high-precision copy of quantised weights; `diagnostics`: sums of
+    gradients; `checkpoint_save`: the largest tensor on its way to the disk; `data`: text that is held as it was read
+    (all else is memory-mapped).
     """
-    own = device.host_memory_bytes > 0
-    largest = _largest_elements(shape) * ELEMENT_BYTES[run.train.dtype]
+    own, element_bytes = device.host_memory_bytes > 0, ELEMENT_BYTES[run.train.dtype]
+    largest = _largest_elements(shape) * element_bytes
     return {
         "start_weights": host_memory_bytes(run, shape, device),
+        "diagnostics": shape.parameters * element_bytes if own and run.train.diagnostics_every is not None else 0,
         "checkpoint_save": largest if own else 0,
         "data": _text_bytes(run.data.path, run.data.tokenizer) if own and run.model.unit == "tokens" else 0,
     }
@@ -248,9 +255,18 @@ def _text_bytes(path: str | None, tokenizer: str) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-@by_method
 def checkpoint_bytes(run: Run, shape: ModelShape, devices: int, in_a_round: bool = False) -> int:
     """Bytes of a checkpoint of so many devices: what they share once, what is theirs each time, and moments.
+
+    And of a diagnosed run what figures are measured from.
+    """
+    diagnosed = run.train.diagnostics_every is not None
+    return _checkpoint_bytes(run, shape, devices, in_a_round) + (kept_bytes(run, shape) if diagnosed else 0)
+
+
+@by_method
+def _checkpoint_bytes(run: Run, shape: ModelShape, devices: int, in_a_round: bool) -> int:
+    """Without diagnostics.
 
     After a merge, which may have dropped moments, or `in_a_round`.
     Of a run with a dense warm start, before its first adapter, where it holds most.

@@ -7,11 +7,11 @@ from functools import cached_property
 from typing import Literal
 
 PhaseName = Literal[
-    "forward", "backward_start", "backward_end", "optimizer_step", "merge", "outer_step", "evaluation",
+    "forward", "backward_start", "backward_end", "optimizer_step", "diagnostics", "merge", "outer_step", "evaluation",
     "checkpoint_save",
 ]  # fmt: skip
 PHASES: tuple[PhaseName, ...] = (
-    "forward", "backward_start", "backward_end", "optimizer_step", "merge", "outer_step", "evaluation",
+    "forward", "backward_start", "backward_end", "optimizer_step", "diagnostics", "merge", "outer_step", "evaluation",
     "checkpoint_save",
 )  # fmt: skip
 
@@ -25,8 +25,10 @@ class Phase:
     activations: int
     """What the forward pass has left for the backward pass."""
     temporary: int
+    dropped: int = 0
+    """Of what is held else, moments that the merge before dropped."""
 
     @cached_property
     def total(self) -> int:
         """Sum of all parts."""
-        return self.gradients + self.activations + self.temporary
+        return self.gradients + self.activations + self.temporary - self.dropped

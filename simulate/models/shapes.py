@@ -46,6 +46,11 @@ class ParameterShape:
         """Number of its elements."""
         return math.prod(self.shape)
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is the matrix of a linear layer or a convolution."""
+        return self.kind in ("adapted", "other") and len(self.shape) > 1
+
 
 @dataclass(frozen=True)
 class ActivationTrace:

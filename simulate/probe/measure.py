@@ -295,20 +295,20 @@ def _gradients(
 ) -> _Measured:
     """Measure the gradients of single devices' batches at given weights: their mean, and their noise."""
     gradient = LossGradient(run, weights)
-    sums = [torch.zeros_like(leaf) for leaf in gradient.leaves.values()]
+    sums = {name: torch.zeros_like(leaf, requires_grad=False) for name, leaf in gradient.leaves.items()}
     spreads = {name: Spread() for name in gradient.leaves}
-    losses = []
-    for inputs, targets in parts():
-        loss, gradients = gradient.of(inputs, targets)
-        losses.append(float(loss))
-        torch._foreach_add_(sums, gradients)
-        for spread, own in zip(spreads.values(), gradients, strict=True):
-            spread.squares.append(_dot(own, own))
-    for inputs, targets in parts():
-        _, gradients = gradient.of(inputs, targets)
-        for spread, total, own in zip(spreads.values(), sums, gradients, strict=True):
-            spread.products.append(_dot(total, own))
-    means = dict(zip(gradient.leaves, torch._foreach_div(sums, len(losses)), strict=True))
+
+    def add(name: str, own: Tensor) -> None:
+        sums[name].add_(own)
+        spreads[name].squares.append(_dot(own, own))
+
+    def multiply(name: str, own: Tensor) -> None:
+        spreads[name].products.append(_dot(sums[name], own))
+
+    losses = [float(gradient.of(*part, add)) for part in parts()]
+    for part in parts():
+        gradient.of(*part, multiply)
+    means = {name: total / len(losses) for name, total in sums.items()}
     size = run.train.micro_batch
     if not math.isfinite(loss_mean := math.fsum(losses) / len(losses)):
         raise RunFailedError("the loss is not finite; try a lower --set train.learning_rate")

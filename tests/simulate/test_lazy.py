@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from simulate.adapters import LoraLinear, lora_layers
 from simulate.communicator import VirtualCommunicator
+from simulate.diagnostics import GradientSums
 from simulate.lazy import MadeWeight
 from simulate.loss import row_losses
 from simulate.measure import cpu_peak_bytes, evaluate_batch
@@ -126,6 +127,32 @@ def test_layers_of_every_kind_compute_alike(network: str, name: str) -> None:
     assert fast.isfinite().all()
 
 
+def gradients(network: nn.Module, weights: dict[str, Tensor], inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return a network's outputs at given weights, and the gradients of their squares' mean by those who have one."""
+    leaves = {name: w.leaf() if isinstance(w, MadeWeight) else w.requires_grad_() for name, w in weights.items()}
+    outputs = functional_call(network, leaves, (inputs,), tie_weights=False)
+    outputs.square().mean().backward()
+    return outputs, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("name", ["lora", "lte, nf4", "lte, int8, served"])
+def test_layers_of_every_kind_are_differentiated_alike(network: str, name: str) -> None:
+    build, inputs = NETWORKS[network]
+    plain = build().double().eval()
+    inputs = inputs.double() if inputs.is_floating_point() else inputs
+    method = trained(name, copy.deepcopy(plain))
+    in_use, beforehand = method.weights_in_use(), method.merged_state()
+    fast, own = gradients(plain, in_use, inputs)
+    slow, expected = gradients(plain, beforehand, inputs)
+    assert torch.equal(fast, slow)
+    assert own.keys() == expected.keys()
+    assert any(isinstance(in_use[name], MadeWeight) for name in own)
+    for name, gradient in own.items():
+        assert torch.equal(gradient, expected[name]), name
+        assert gradient.any()
+
+
 def watch_weights(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that grows by the number of weights that are there whenever one more has been made."""
     alive: list[weakref.ref[Any]] = []
@@ -152,6 +179,17 @@ def test_one_layers_weight_is_there_at_a_time(monkeypatch: pytest.MonkeyPatch, n
     counts.clear()
     slow_losses(method, *batch)
     assert counts == list(range(1, layers + 1))  # so the count can be more than one
+
+
+@pytest.mark.parametrize("name", ["lora", "adamix", "lte, nf4", "lte, int8, served"])
+def test_one_layers_weight_is_there_at_a_time_in_the_backward_pass_too(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    method = trained(name)
+    batch = tiny.batches(method.run).batch(0, range(1))
+    counts, layers = watch_weights(monkeypatch), len(lora_layers(method.model))
+    GradientSums(method.run, method.weights_in_use()).add(*batch)
+    assert counts == [1] * 2 * layers
 
 
 @pytest.mark.parametrize("name", ["lora", "lte, nf4", "lte, int8, served"])

@@ -1,0 +1,144 @@
+"""What diagnostics take of a device's memory and disk, beside the run that they look at.
+
+A round's figures are worked out layer by layer in double precision, as simulate.updates has it, right before the merge.
+Gradients are a dense network's, which leave the device as they come: their sums lie in the host's memory.
+
+Letters: X columns of everyone's factors, n elements, s the smaller side of a matrix, K directions, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from simulate.config import Run
+from simulate.costs.activations import Made, step_phases
+from simulate.costs.diagnostics import DIRECTIONS, FIGURE_BYTES, SAMPLED_HEADS, diagnosed_tensors
+from simulate.costs.holding import keeps_last_average
+from simulate.costs.phases import Phase
+from simulate.costs.traffic import ELEMENT_BYTES, MESSAGE_BYTES
+from simulate.models.shapes import LinearShape, ModelShape, ParameterShape
+from simulate.options import DasoOptions, LocalSgdOptions, LteOptions
+
+EIGENVECTORS = 4
+"""Matrices of the smaller side at a decomposition's height: the Gram matrix, its vectors, and twice LAPACK's work."""
+
+
+def diagnosing_phases(
+    run: Run, shape: ModelShape, made: Made, shared_memory: bool, dropped_bytes: int
+) -> tuple[Phase, ...]:
+    """Return the moments of an event that can be a device's peak, over what is held all the time.
+
+    `made` says how weights come about, `dropped_bytes` what moments the merge drops.
+    """
+    element_bytes = ELEMENT_BYTES[run.train.dtype]
+    sums = shape.parameters * element_bytes if shared_memory else 0
+    step = step_phases(
+        shape, run.train.micro_batch, 0, 0, run.train.activation_checkpointing, element_bytes, element_bytes,
+        made=made, plain=True,
+    )  # fmt: skip
+    passes = [phase for phase in step if phase.name != "evaluation"]
+    passes.append(_last_forward(passes[0], run, shape, made))
+    largest = max(tensor.elements for tensor in shape.tensors) * element_bytes
+    message = max(largest, min(MESSAGE_BYTES, shape.parameters * element_bytes)) if run.cluster.devices > 1 else 0
+    adding = sums + message + (0 if shared_memory else max(message, largest))
+    passes = [replace(phase, temporary=phase.temporary + sums) for phase in passes]
+    gradients = (*passes, Phase("diagnostics", 0, 0, adding))
+    after_merge = (replace(phase, name="diagnostics", dropped=dropped_bytes) for phase in gradients)
+    return (Phase("diagnostics", 0, 0, round_bytes(run, shape)), *after_merge)
+
+
+def _last_forward(first: Phase, run: Run, shape: ModelShape, made: Made) -> Phase:
+    """Return the pass of the last layer whose weight is made, before there are logits."""
+    element_bytes = ELEMENT_BYTES[run.train.dtype]
+    logits = run.train.micro_batch * shape.predictions * shape.outputs * element_bytes if first.name == "forward" else 0
+    weight = made.height(max(linear.weights for linear in shape.adapted), element_bytes, 0)
+    return replace(first, activations=first.activations - logits, temporary=weight)
+
+
+def kept_bytes(run: Run, shape: ModelShape) -> int:
+    """Return what a device keeps from one event to the next: weights of the last merge, and the first directions.
+
+    A checkpoint has both.
+    """
+    directions = sum(_directions(*_sides(tensor.shape)) for tensor in _matrices(run, shape))
+    return _kept_elements(run, shape) * ELEMENT_BYTES[run.train.dtype] + directions * FIGURE_BYTES
+
+
+def _kept_elements(run: Run, shape: ModelShape) -> int:
+    method, devices = run.method, run.cluster.devices
+    if isinstance(method, DasoOptions):
+        return shape.parameters
+    if not isinstance(method, LteOptions | LocalSgdOptions) or keeps_last_average(method, devices):
+        return 0
+    return sum(tensor.elements for tensor in diagnosed_tensors(run, shape))
+
+
+def _matrices(run: Run, shape: ModelShape) -> Iterator[ParameterShape]:
+    """Yield the tensors whose changes are decomposed."""
+    if isinstance(run.method, LteOptions):
+        yield from (tensor for tensor in shape.tensors if tensor.kind == "adapted")
+    yield from (tensor for tensor in diagnosed_tensors(run, shape) if tensor.is_matrix)
+
+
+def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
+    return shape[0], math.prod(shape[1:])
+
+
+def _directions(outputs: int, inputs: int) -> int:
+    return min(DIRECTIONS, outputs, inputs) * (outputs + inputs)
+
+
+def round_bytes(run: Run, shape: ModelShape) -> int:
+    """Return the bytes at the height of a round's figures: of its largest layer."""
+    layers = [_of_tensor(run, tensor) for tensor in diagnosed_tensors(run, shape)]
+    if isinstance(run.method, LteOptions):
+        layers += [_of_heads(run, run.method, linear) for linear in shape.in_order()]
+    return max(layers, default=0)
+
+
+def _double(elements: int, element_bytes: int) -> int:
+    """Return the bytes of a copy in double precision; none where it is."""
+    return 0 if element_bytes == FIGURE_BYTES else elements * FIGURE_BYTES
+
+
+def _of_heads(run: Run, method: LteOptions, linear: LinearShape) -> int:
+    """Of low-rank heads: everyone's factors, and beside them means, changes or a decomposition."""
+    devices, element_bytes = run.cluster.devices, ELEMENT_BYTES[run.train.dtype]
+    outputs, inputs = linear.out_features, linear.in_features
+    columns, sets = devices * method.held_rank(devices), 2 if method.remembers_product else 1
+    left, right = outputs * columns, inputs * columns
+    gathered = ((left + (0 if method.frozen_a else right)) * sets if devices > 1 else 0) + method.frozen_a * right
+    doubled = sets * _double(left + right, element_bytes)
+    # With two sets both are put together, a copy more; then the scale goes into the left ones.
+    joined = sets * (left + right) * FIGURE_BYTES if sets > 1 else 0
+    scaled = (joined or doubled) + sets * left * FIGURE_BYTES
+    coming = gathered * element_bytes + max(doubled + joined, scaled)
+    factors = sets * (left + right) * FIGURE_BYTES
+    weight = outputs * inputs * FIGURE_BYTES
+    stacked = sets * left * FIGURE_BYTES
+    squares = min(outputs, inputs) ** 2 * FIGURE_BYTES
+    compared = _bases(outputs, inputs, devices) + 2 * factors // devices  # two heads' factors in other bases
+    working = max(stacked + 2 * weight, stacked // devices + 3 * weight, weight + max(EIGENVECTORS * squares, compared))
+    return factors // devices + max(coming, factors + working)  # beside the own ones
+
+
+def _bases(outputs: int, inputs: int, devices: int) -> int:
+    """Of the leading directions of those that are compared."""
+    return min(SAMPLED_HEADS, devices) * outputs * min(DIRECTIONS, outputs, inputs) * FIGURE_BYTES
+
+
+def _of_tensor(run: Run, tensor: ParameterShape) -> int:
+    """Of what devices train as a whole: the mean change, and beside it one or two devices' own, or a decomposition."""
+    devices = run.cluster.devices
+    change = tensor.elements * FIGURE_BYTES
+    weights = 2 * _double(tensor.elements, ELEMENT_BYTES[run.train.dtype])  # of which the change is the difference
+    height = change + max(change + weights, 2 * change)
+    if not tensor.is_matrix:
+        return height
+    outputs, inputs = _sides(tensor.shape)
+    decomposed = change + EIGENVECTORS * min(outputs, inputs) ** 2 * FIGURE_BYTES
+    if devices == 1:
+        return max(height, decomposed)
+    return _bases(outputs, inputs, devices) + change + max(change + max(change + weights, 2 * change), decomposed)

@@ -1,0 +1,130 @@
+"""Planned memory and disk of diagnosed runs against what the allocator gives, and what a checkpoint holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from simulate.communicator import VirtualCommunicator
+from simulate.config import Run
+from simulate.costs.diagnosing import kept_bytes, round_bytes
+from simulate.costs.memory import checkpoint_bytes, heights, host_memory_by_part, memory_by_phase, peak_memory
+from simulate.diagnostics import Diagnostics
+from simulate.hardware import Device
+from simulate.measure import EchoCommunicator, cpu_peak_bytes, measure_memory_bytes
+from simulate.methods import build_method
+from simulate.models.inputs import example_batch
+from simulate.tracking import tracked_memory
+from tests import tiny
+from tests.simulate.costs.test_memory import (
+    ONE_MEMORY,
+    SMALL,
+    SMALL_LLAMA,
+    SMALL_MIXER,
+    SMALL_VIT,
+    TOLERANCE,
+    TWO_MEMORIES,
+    WIDE,
+    WORDY,
+    family_run,
+    planned_bytes,
+    train,
+)
+
+CPU = torch.device("cpu")
+
+
+def diagnosed(name: str, model: dict[str, Any], micro_batch: int, dtype: str = "fp32") -> Run:
+    """Return a diagnosed run of four devices; adapters have the rank that fills the kept directions."""
+    run = tiny.variant_run(name, 4, model, {**train(micro_batch), "steps": 12, "diagnostics_every": 4, "dtype": dtype})
+    return run.model_copy(update={"method": run.method.model_copy(update={"rank": 8})} if "lte" in name else {})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ddp", "lora, nf4", "lte", "lte, nf4", "lte, forgetful", "lte, frozen a, muon", "lte, late, served",
+        "local-sgd", "local-sgd, reset", "diloco", "daso",
+    ],
+)  # fmt: skip
+def test_diagnosed_runs_are_planned(name: str) -> None:
+    run = diagnosed(name, WIDE, 4)
+    assert planned_bytes(run) == pytest.approx(measure_memory_bytes(run, CPU), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["lte, forgetful", "lte, nf4", "lora"])
+def test_diagnostics_can_be_the_peak(name: str) -> None:
+    """So that the test above would notice a plan without them."""
+    run = diagnosed(name, WIDE, 4)
+    without = run.model_copy(update={"train": run.train.model_copy(update={"diagnostics_every": None})})
+    assert planned_bytes(without) < 0.95 * planned_bytes(run)
+    assert "diagnostics" not in memory_by_phase(without, run.model.shape(), ONE_MEMORY)
+
+
+@pytest.mark.parametrize("device", [ONE_MEMORY, TWO_MEMORIES], ids=["one memory", "two memories"])
+@pytest.mark.parametrize("family", ["gpt", "llama", "vit", "mixer"])
+@pytest.mark.parametrize("name", ["ddp", "lora, nf4"])
+def test_gradients_of_every_family_are_planned(name: str, family: str, device: Device) -> None:
+    """Their sums lie in the host's memory, where it has its own."""
+    model = {"gpt": {"name": "gpt", **SMALL}, "llama": SMALL_LLAMA, "vit": SMALL_VIT, "mixer": SMALL_MIXER}[family]
+    for checkpointing in (False, True):
+        settings = {**train(12, checkpointing), "diagnostics_every": 4}
+        run = family_run(model, settings, **tiny.VARIANTS[name], **({"rank": 6} if "lora" in name else {}))
+        planned = memory_by_phase(run, run.model.shape(), device)["diagnostics"]
+        tracked = tracked_memory(run, with_host=device is ONE_MEMORY).by_phase["diagnostics"]
+        assert -0.01 <= (planned.total - planned.reserved) / tracked - 1 <= TOLERANCE
+    sums = host_memory_by_part(run, run.model.shape(), device)["diagnostics"]
+    assert sums == (0 if device is ONE_MEMORY else 4 * run.model.shape().parameters)
+
+
+@pytest.mark.parametrize("model", [WORDY, WIDE], ids=["embedding", "matrices"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+@pytest.mark.parametrize("name", ["lte, forgetful", "local-sgd"])
+def test_the_figures_of_a_round_are_planned(name: str, dtype: str, model: dict[str, Any]) -> None:
+    run = diagnosed(name, model, 2, dtype)
+    method = build_method(run, EchoCommunicator(run.cluster.devices), CPU)
+    diagnostics, shape = Diagnostics(method), run.model.shape()
+    inputs, targets = example_batch(run.model, run.train.micro_batch)
+    method.step(inputs, targets, 0)
+    measured = cpu_peak_bytes(lambda: diagnostics.of_round(run.train.steps - 1))
+    directions = sum(tensor.nbytes for tensor in diagnostics.state().values())
+    assert directions > 0
+    assert round_bytes(run, shape) + directions == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "name", ["ddp", "lte", "lte, int8", "lte, streaming", "lte, served bf16", "local-sgd", "local-sgd, int4", "daso"]
+)
+def test_what_diagnostics_keep_is_planned_and_saved(name: str) -> None:
+    run = diagnosed(name, WIDE, 2)
+    without = run.model_copy(update={"train": run.train.model_copy(update={"diagnostics_every": None})})
+    sizes = []
+    for each in (run, without):
+        method = build_method(each, VirtualCommunicator(4), CPU)
+        diagnostics = Diagnostics(method) if each is run else None
+        for step, batch in enumerate(tiny.batches(each).batch(step, range(4)) for step in range(4)):
+            method.step(*batch, step)
+        method.close_round(3)
+        if diagnostics is not None:
+            diagnostics.of_round(3)
+        method.merge(3)
+        saved = method.divided_state().shared | (diagnostics.state() if diagnostics is not None else {})
+        sizes.append(sum(tensor.nbytes for tensor in saved.values()))
+    shape = run.model.shape()
+    assert kept_bytes(run, shape) == pytest.approx(sizes[0] - sizes[1], rel=0.01, abs=1)
+    assert checkpoint_bytes(run, shape, 1) - checkpoint_bytes(without, shape, 1) == kept_bytes(run, shape)
+    kept, kept_without = (heights(each, shape, ONE_MEMORY).optimizer for each in (run, without))
+    assert kept - kept_without == kept_bytes(run, shape)
+
+
+def test_parts_of_a_diagnosed_run_sum_to_the_total() -> None:
+    """Also where the merge before has dropped moments."""
+    run = diagnosed("local-sgd, reset", WORDY, 8)
+    for memory in (
+        peak_memory(run, run.model.shape(), ONE_MEMORY),
+        *memory_by_phase(run, run.model.shape(), ONE_MEMORY).values(),
+    ):
+        assert memory.total == sum(memory.parts().values())
+        assert all(size >= 0 for size in memory.parts().values())
