@@ -29,9 +29,16 @@ def test_diagnostics_come_at_the_first_merge_from_there_on(diagnosed: Path) -> N
 
 
 def test_training_is_the_same_to_the_bit(diagnosed: Path, trained: Path) -> None:
-    for kind, key in (("step", "device_losses"), ("evaluate", "val_loss"), ("step", "simulated_s")):
+    for kind, key in (("step", "device_losses"), ("evaluate", "val_loss")):
         ours, theirs = ([event[key] for event in events_of(run, kind)] for run in (diagnosed, trained))
         assert ours == theirs
+
+
+def test_the_clock_counts_what_checkpoints_save_for_diagnostics(diagnosed: Path, trained: Path) -> None:
+    ours, theirs = ([event["simulated_s"] for event in events_of(run, "step")] for run in (diagnosed, trained))
+    saved = events_of(trained, "checkpoint")[0]["step"]
+    assert ours[:saved] == theirs[:saved]
+    assert ours[saved] > theirs[saved]
 
 
 def test_nobody_diagnoses_unasked(lte: Lte, run_toml: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
