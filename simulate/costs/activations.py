@@ -263,11 +263,18 @@ def _last_pass(step: _Step, last_layer: str, inner: int) -> int:
     return inner + 2 * step.v + step.beside(last_layer)
 
 
-def _last_forward(step: _Step, kept: int, last_layer: str, inner: int) -> tuple[Phase, ...]:
-    """Return the last block's last pass: higher than what is kept, where inputs are not, and nothing is recomputed."""
-    if step.keeps_inputs or step.checkpointing:
-        return ()
-    return (Phase("forward", 0, kept, _last_pass(step, last_layer, inner)),)
+def _last_forward(
+    step: _Step, kept: int, last_layer: str, inner: int, recomputed: int | None = None
+) -> tuple[Phase, ...]:
+    """Return the last block's pass where it can be higher than what is kept: without inputs, or of what is recomputed.
+
+    Of that nothing stays but its input; its network takes `recomputed` bytes, or two tensors of the inner width.
+    """
+    if step.checkpointing:
+        working = 2 * inner if recomputed is None else recomputed
+        working = max(working, inner + step.v + step.unpacked)
+        return (Phase("forward", 0, kept, (BLOCK_INPUTS - 2) * step.u + working),)
+    return () if step.keeps_inputs else (Phase("forward", 0, kept, _last_pass(step, last_layer, inner)),)
 
 
 def _transformer_forward(step: _Step) -> int:
@@ -325,7 +332,7 @@ def _llama(step: _Step) -> Found:
         Phase("backward_start", step.head_gradient, layers * kept + ends, recomputed + working),
         Phase("backward_end", inner_gradients, kept + ends, recomputed + working),
         Phase("backward_end", all_gradients, ends, u),
-        *_last_forward(step, layers * kept + ends, "mlp.down", inner),
+        *_last_forward(step, layers * kept + ends, "mlp.down", inner, 3 * inner),
     ), _gated_forward(step, inner)
 
 
@@ -340,7 +347,7 @@ def _vit(step: _Step) -> Found:
     block, inner = _transformer_block(step), (BLOCK_BACKWARD - 1) * step.v
     phases = _of_images(step, block, _transformer_backward(step), step.u)
     # Beside a pass, the patches before the class token joined them.
-    kept = step.shape.layers * block + _image_ends(step) + step.u
+    kept = step.shape.layers * (step.u if step.checkpointing else block) + _image_ends(step) + step.u
     passes = _last_forward(step, kept, "mlp.down", inner)
     return (*phases, *passes), _images(step) + step.u + _transformer_forward(step)
 
@@ -362,7 +369,10 @@ def _mixer(step: _Step) -> Found:
     gradient = u + 2 * v if step.is_cast else u  # of the stream, and a norm's before and after the cast
     last = "over_channels.down"
     back = max(over_channels + step.beside(last), _unkept(step, last, over_channels))
-    passes = _last_forward(step, step.shape.layers * block + _image_ends(step), last, over_channels)
+    kept, stream = (v, v) if step.checkpointing else (block, 0)
+    ends = _image_ends(step)
+    networks = max(2 * over_channels, v + 2 * over_tokens)
+    passes = _last_forward(step, step.shape.layers * kept + ends, last, over_channels, networks)
     phases = (*_of_images(step, block, gradient + back, v), *passes)
     # Before the weights over tokens have gradients, or of their adapters those of the first layer.
     without = sum(x.weights for x in step.shape.adapted if "over_tokens" in x.name) * step.element_bytes
@@ -372,8 +382,6 @@ def _mixer(step: _Step) -> Found:
         without = step.block_gradients * up // sum(sizes.values())
     if step.plain:
         without = 0
-    kept, stream = (v, v) if step.checkpointing else (block, 0)
-    ends = _image_ends(step)
     recomputed = of_tokens + step.adapters - (stream if v == u else 0)
     copies = TRANSPOSED if step.keeps_inputs and not step.checkpointing else 1
     hidden = over_tokens + step.beside("over_tokens.down") + copies * v

@@ -176,6 +176,17 @@ def test_memory_of_every_family_is_what_the_allocator_gives(name: str) -> None:
     assert planned_bytes(run) == pytest.approx(measure_memory_bytes(run, torch.device("cpu")), rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("family", ["gpt", "llama", "vit", "mixer"])
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_forward_passes_that_keep_little_are_planned(family: str, quantize: str) -> None:
+    """Though the recomputing backward pass is the peak."""
+    model = {"gpt": {"name": "gpt", **SMALL}, "llama": SMALL_LLAMA, "vit": SMALL_VIT, "mixer": SMALL_MIXER}[family]
+    run = family_run(model, train(6, True), **LTE, quantize=quantize)
+    planned = memory_by_phase(run, run.model.shape(), ONE_MEMORY)["forward"]
+    tracked = tracked_memory(run, with_host=True).by_phase["forward"]
+    assert (planned.total - planned.reserved) / tracked - 1 == pytest.approx(0, abs=TOLERANCE)
+
+
 AUTOCAST = {**HELD_OUT, **OTHER_FAMILIES}
 QUICK = ("lte gather", "ddp", "ddp large vocabulary", "vit, lte", "vit, ddp", "mixer, lte", "llama, lte")
 """The others are slow where a CPU emulates bf16."""
