@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,21 +23,20 @@ def run_missing(
     thread; its row is appended to `results` as it comes.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
-    running: dict[Job, Future[Row]] = {}
+    running: dict[Job, Any] = {}
     deadline = time.monotonic() + minutes * 60
-    # An executor's processes, unlike multiprocessing.Pool's, may start their own: loading images does.
-    with ProcessPoolExecutor(processes, get_context("spawn"), max_tasks_per_child=8) as pool:
+    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=8) as pool:
         while True:
             while len(running) < processes and time.monotonic() < deadline:
                 job = next((job for job in waiting() if job not in running), None)
                 if job is None:
                     break
-                running[job] = pool.submit(work, job)
+                running[job] = pool.apply_async(work, (job,))
             if not running:
                 return
             time.sleep(0.2)
-            for job in [job for job, result in running.items() if result.done()]:
-                row = running.pop(job).result()
+            for job in [job for job, result in running.items() if result.ready()]:
+                row = running.pop(job).get()
                 with results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 print(f"{job}: {row}", flush=True)

@@ -53,11 +53,13 @@ from simulate.config import Run
 from simulate.costs.diagnostics import DIRECTIONS, NOISE_BATCHES, SAMPLED_HEADS
 from simulate.costs.traffic import pack
 from simulate.data.batches import Batches
+from simulate.errors import InputError
 from simulate.lazy import MadeWeight
 from simulate.loss import row_losses
 from simulate.methods.base import Method
-from simulate.models.build import empty_model
+from simulate.models.build import DTYPES, empty_model
 from simulate.models.options import FactoryModel
+from simulate.quantize import mapped_zeros
 from simulate.randomness import generator
 from simulate.updates import LayerUpdates, decompose, square_norm
 
@@ -223,12 +225,20 @@ class LossGradient:
         self.leaves = {name: _leaf(weights[name]) for name in names}
 
     def of(self, inputs: Tensor, targets: Tensor, take: Take) -> Tensor:
-        """Return a batch's mean loss, and hand out its gradient by every parameter, none of which is kept here."""
+        """Return a batch's mean loss, and hand out its gradient by every parameter, none of which is kept here.
+
+        Raises InputError for a network of the user's whose gradients come in parts.
+        """
         unused = set(self.leaves)
 
         def give(name: str, leaf: Tensor) -> None:
             gradient, leaf.grad = leaf.grad, None
             assert gradient is not None
+            if name not in unused:
+                raise InputError(
+                    f"model: gradients of {name} come in parts, as where torch.utils.checkpoint recomputes a layer of "
+                    "several uses with use_reentrant=True, and cannot be measured; recompute with use_reentrant=False"
+                )
             unused.discard(name)
             take(name, gradient)
 
@@ -253,13 +263,16 @@ def _leaf(weight: Tensor) -> Tensor:
 class GradientSums:
     """Gradients of a plain network at given weights: their sum, and the sum of their squared norms.
 
-    Of a device's memory this takes one gradient at a time: the sums are in the host's.
+    Of a device's memory this takes one gradient at a time: the sums lie in a file of the host's.
     """
 
     def __init__(self, run: Run, weights: Mapping[str, Tensor]) -> None:
         self._gradient = LossGradient(run, weights)
         leaves = self._gradient.leaves
-        self.sums = {name: torch.zeros(leaf.shape, dtype=leaf.dtype) for name, leaf in leaves.items()}
+        sizes = [leaf.numel() for leaf in leaves.values()]
+        self.flat = mapped_zeros(sum(sizes), DTYPES[run.train.dtype])
+        parts = zip(leaves.items(), self.flat.split(sizes), strict=True)
+        self.sums = {name: part.view(leaf.shape) for (name, leaf), part in parts}
         self._device = next(iter(leaves.values())).device
         self._squares: list[Tensor] = []
         self.count = 0
@@ -269,18 +282,20 @@ class GradientSums:
 
         def take(name: str, gradient: Tensor) -> None:
             self._squares.append(_square(gradient))
-            self.sums[name].add_(gradient.to(self.sums[name].device))
+            self.sums[name].add_(gradient.to(self.flat.device))
 
         self._gradient.of(inputs, targets, take)
         self.count += 1
 
     def square_of_sum(self, communicator: Communicator) -> list[Tensor]:
-        """Return the parts of the squared norm of everyone's summed gradients; on the device is a message at a time."""
+        """Return the parts of the squared norm of everyone's summed gradients; what travels, does from the device."""
         sums, squares = list(self.sums.values()), list[Tensor]()
+        where = self.flat.device if communicator.is_whole else self._device
         for message in pack([part.nbytes for part in sums]):
-            parts = [sums[index].to(self._device) for index in message]
+            parts = [sums[index].to(where) for index in message]
             communicator.all_reduce(parts)
             squares.extend(map(_square, parts))
+            del parts  # before the next ones take their room
         return squares
 
     def squares(self, communicator: Communicator) -> tuple[float, float]:

@@ -79,7 +79,7 @@ class EchoCommunicator(Communicator):
 
 
 Watch = Callable[[str, Method, Sequence[Tensor]], None]
-"""Told of each phase before it begins, of the method that goes through it, and of what lies in the host's memory."""
+"""Told of each phase before it begins, of the method that goes through it, and of what lies in files of the host."""
 Program = Callable[[Run, torch.device, Watch], Method]
 
 
@@ -117,13 +117,13 @@ def train_alone(run: Run, device: torch.device, watch: Watch = unwatched) -> Met
                 evaluate_batch(method, empty, inputs, targets)
             steps(late + 1, sent + 1)  # one more: an arrival may have dropped optimizer state
         if diagnostics is not None and active_fake_mode() is None:
-            watch("diagnostics", method, ())
+            watch("round_figures", method, ())
             diagnostics.of_round(last)
         watch("merge", method, ())
         method.merge(last)  # of all groups of layers
     if diagnostics is not None:
         sums = GradientSums(run, method.weights_in_use())
-        watch("diagnostics", method, list(sums.sums.values()))
+        watch("gradient_figures", method, [sums.flat])
         sums.add(inputs, targets)
         sums.square_of_sum(method.communicator)
         del sums

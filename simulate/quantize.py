@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 
 from simulate.costs.traffic import NF4_BLOCK, NF4_GROUP, PACK_CHUNK_ELEMENTS, Quantize
@@ -183,8 +184,13 @@ def mapped_copy(weight_OI: Tensor) -> Tensor:
     """
     if isinstance(weight_OI, FakeTensor):  # has no numbers to write
         return weight_OI.clone()
-    array_OI = weight_OI.detach().numpy()
-    with tempfile.TemporaryFile(prefix="lte-master-") as file:
-        mapped = np.memmap(file, array_OI.dtype, "w+", shape=array_OI.shape)
-    mapped[:] = array_OI
-    return torch.from_numpy(mapped)
+    copy = mapped_zeros(weight_OI.numel(), weight_OI.dtype).view(weight_OI.shape)
+    return copy.copy_(weight_OI.detach())
+
+
+def mapped_zeros(count: int, dtype: torch.dtype) -> Tensor:
+    """Return as many zeros, (count,), in such a file; its name in TMPDIR is gone at once."""
+    if active_fake_mode() is not None:
+        return torch.zeros(count, dtype=dtype)
+    with tempfile.TemporaryFile(prefix="lte-") as file:
+        return torch.from_numpy(np.memmap(file, torch.empty(0, dtype=dtype).numpy().dtype, "w+", shape=(count,)))

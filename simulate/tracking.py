@@ -46,7 +46,8 @@ from simulate.replicated import VectorLora
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "temporary")
 """Of a device's memory, as simulate.costs.memory has them."""
 FACTORS = ("a", "b", "a0", "b0")
-DIAGNOSTICS = "diagnostics"
+GRADIENT_FIGURES = "gradient_figures"
+"""A phase with a backward pass of its own."""
 BUILD = "build"
 """The phase before everything else."""
 
@@ -133,7 +134,9 @@ class _Follower(TorchDispatchMode):
     def enter(self, phase: str, method: Method, host: Sequence[Tensor]) -> None:
         """Name what comes next, and what is there; a state that a merge drops is gone later."""
         self.name_state(method)
-        self.log.host.update(self._known[tensor.untyped_storage()._cdata] for tensor in host)
+        in_files = [self._known[tensor.untyped_storage()._cdata] for tensor in host]
+        self.log.host.update(in_files)
+        self.log.mapped.update(in_files)
         self.phase, self.method = phase, method
 
     def _follow_backward(self) -> None:
@@ -142,7 +145,7 @@ class _Follower(TorchDispatchMode):
             # What is held now and turns out to be nothing that stays is what the forward pass left behind.
             for storage in self._known.values():
                 self.log.parts.setdefault(storage, "activations")
-            if self.phase != DIAGNOSTICS:
+            if self.phase != GRADIENT_FIGURES:
                 self.phase = "backward"
         elif self._in_backward and not in_backward:
             self._leave_backward()
@@ -152,7 +155,7 @@ class _Follower(TorchDispatchMode):
         if not self._in_backward or self.method is None:
             return
         self._in_backward = False
-        if self.phase == DIAGNOSTICS:
+        if self.phase == GRADIENT_FIGURES:
             return
         self.phase = "optimizer_step"
         for parameter in (*self.method.model.parameters(), *self.method.parameters.values()):

@@ -262,6 +262,7 @@ class DenseUpdates(LayerUpdates):
             if self._is_here(head):
                 basis_OK = self.left_directions(head, most)
                 bases_HOK[index, :, : basis_OK.shape[1]] = basis_OK
+                del basis_OK
         dots_HH = self._products(heads)
         self.rows.communicator.all_reduce([bases_HOK, dots_HH])
         return dots_HH, [basis_OK[:, basis_OK.any(0)] for basis_OK in bases_HOK]

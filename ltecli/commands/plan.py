@@ -438,8 +438,12 @@ def verify_choice(plan: Plan) -> Tracked:
 
 
 def _show_verified(chosen: Candidate, verified: Tracked, output: Output) -> None:
-    """Set planned beside tracked bytes, part by part; then what an allocator and the system add."""
-    memory = chosen.memory
+    """Set planned beside tracked bytes, part by part; then what an allocator and the system add.
+
+    A round's figures depend on numbers, so they are planned only.
+    """
+    followed = replace(chosen.heights, phases=tuple(x for x in chosen.heights.phases if x.name != "round_figures"))
+    memory = followed.peak()
     output.text("")
     table = plain_table("memory of the choice, per device", "planned", "tracked", "difference")
     planned = memory.parts()
@@ -450,6 +454,9 @@ def _show_verified(chosen: Candidate, verified: Tracked, output: Output) -> None
     share = f"{total / verified.tracked_bytes - 1:+.2%}"
     table.add_row("peak", bytes_text(total), bytes_text(verified.tracked_bytes), share)
     output.table(table)
+    if len(followed.phases) < len(chosen.heights.phases):
+        height = chosen.memory_by_phase["round_figures"] - reserved
+        output.text(f"not followed, since they depend on numbers: figures of a round, {bytes_text(height)} as planned")
     output.text(
         f"with the CUDA allocator's rounding and segments {bytes_text(verified.allocator_bytes)}; the system and its "
         f"context reserve {bytes_text(reserved)} more"

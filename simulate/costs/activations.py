@@ -301,7 +301,7 @@ def _gpt(step: _Step) -> Found:
         Phase("backward_start", 0, layers * kept + ends, table + recomputed + working),
         Phase("backward_end", all_gradients - step.block_gradients, kept + ends, recomputed + working),
         # The tied table's two gradients, and their sum.
-        Phase("backward_end", all_gradients, ends, 2 * table + u),
+        Phase("backward_end", all_gradients, ends, (3 if step.plain else 2) * table + u),
         *_last_forward(step, layers * kept + ends, "mlp.down", (BLOCK_BACKWARD - 1) * step.v),
     ), _transformer_forward(step)
 
@@ -425,16 +425,27 @@ def _of_images(step: _Step, block: int, working: int, stream: int) -> tuple[Phas
     )
 
 
+def _traced_table(step: _Step) -> int:
+    """Bytes of the gradients of the largest parameter that no adapter serves: of a table that is tied to the outputs,
+    as it is where no other parameter leads to them, both uses' and their sum.
+    """
+    tensors = step.shape.replicated
+    tied = not any(x.kind != "embedding" and x.shape[0] == step.shape.outputs for x in step.shape.tensors)
+    sizes = ((3 if tied and x.kind == "embedding" else 1) * x.elements for x in tensors)
+    return max(sizes, default=0) * step.element_bytes
+
+
 def _traced(step: _Step) -> Found:
     """As measured on the network itself; a higher rank than the measured one keeps more of every row."""
     of_adapters = step.shape.adapted_trace if step.keeps_inputs else step.shape.frozen_a_trace
     trace = of_adapters if step.rank else step.shape.dense_trace
+    largest = max(step.largest_weight, _traced_table(step)) if step.plain else step.largest_weight
     assert trace is not None
     measured = (trace.fixed_bytes + trace.sample_bytes * step.samples) * step.element_bytes // FLOAT_BYTES
     further_ranks = step.adapters // step.rank * (step.rank - 1) if step.rank else 0
     return (
         Phase("backward_start", 0, measured + further_ranks, 0),
-        Phase("backward_end", step.all_gradients, 0, step.largest_weight),
+        Phase("backward_end", step.all_gradients, 0, largest),
     ), max(step.made.height(x.weights, step.element_bytes, 0) for x in step.shape.adapted)
 
 

@@ -1,7 +1,7 @@
 """What diagnostics take of a device's memory and disk, beside the run that they look at.
 
 A round's figures are worked out layer by layer in double precision, as simulate.updates has it, right before the merge.
-Gradients are a dense network's, which leave the device as they come: their sums lie in the host's memory.
+Gradients are a dense network's, which leave the device as they come: their sums lie in a mapped file of the host's.
 
 Letters: X columns of everyone's factors, n elements, s the smaller side of a matrix, K directions, O outputs, I inputs.
 """
@@ -17,10 +17,13 @@ from simulate.costs.activations import Made, step_phases
 from simulate.costs.diagnostics import DIRECTIONS, FIGURE_BYTES, SAMPLED_HEADS, diagnosed_tensors
 from simulate.costs.holding import keeps_last_average
 from simulate.costs.phases import Phase
+from simulate.costs.remember import by_method
 from simulate.costs.traffic import ELEMENT_BYTES, MESSAGE_BYTES
 from simulate.models.shapes import LinearShape, ModelShape, ParameterShape
 from simulate.options import DasoOptions, LocalSgdOptions, LteOptions
 
+DRAWN = 4
+"""Tensors of all heads' A at the height of drawing it."""
 EIGENVECTORS = 4
 """Matrices of the smaller side at a decomposition's height: the Gram matrix, its vectors, and twice LAPACK's work."""
 
@@ -33,7 +36,6 @@ def diagnosing_phases(
     `made` says how weights come about, `dropped_bytes` what moments the merge drops.
     """
     element_bytes = ELEMENT_BYTES[run.train.dtype]
-    sums = shape.parameters * element_bytes if shared_memory else 0
     step = step_phases(
         shape, run.train.micro_batch, 0, 0, run.train.activation_checkpointing, element_bytes, element_bytes,
         made=made, plain=True,
@@ -42,11 +44,14 @@ def diagnosing_phases(
     passes.append(_last_forward(passes[0], run, shape, made))
     largest = max(tensor.elements for tensor in shape.tensors) * element_bytes
     message = max(largest, min(MESSAGE_BYTES, shape.parameters * element_bytes)) if run.cluster.devices > 1 else 0
-    adding = sums + message + (0 if shared_memory else max(message, largest))
-    passes = [replace(phase, temporary=phase.temporary + sums) for phase in passes]
-    gradients = (*passes, Phase("diagnostics", 0, 0, adding))
-    after_merge = (replace(phase, name="diagnostics", dropped=dropped_bytes) for phase in gradients)
-    return (Phase("diagnostics", 0, 0, round_bytes(run, shape)), *after_merge)
+    # On its way: on the device, and packed.
+    adding = message if shared_memory else message + max(message, largest) if message else 0
+    batch_bytes = run.train.micro_batch * shape.inputs * element_bytes  # of images, held until the next one comes
+    gradients = (*passes, Phase("gradient_figures", 0, batch_bytes, adding))
+    after_merge = (replace(phase, name="gradient_figures", dropped=dropped_bytes) for phase in gradients)
+    of_heads = _drawing_bytes(run, shape) if shared_memory else 0
+    of_round = max(round_bytes(run, shape), of_heads)
+    return (Phase("round_figures", 0, batch_bytes, of_round), *after_merge)
 
 
 def _last_forward(first: Phase, run: Run, shape: ModelShape, made: Made) -> Phase:
@@ -57,6 +62,7 @@ def _last_forward(first: Phase, run: Run, shape: ModelShape, made: Made) -> Phas
     return replace(first, activations=first.activations - logits, temporary=weight)
 
 
+@by_method
 def kept_bytes(run: Run, shape: ModelShape) -> int:
     """Return what a device keeps from one event to the next: weights of the last merge, and the first directions.
 
@@ -90,12 +96,26 @@ def _directions(outputs: int, inputs: int) -> int:
     return min(DIRECTIONS, outputs, inputs) * (outputs + inputs)
 
 
+@by_method
 def round_bytes(run: Run, shape: ModelShape) -> int:
     """Return the bytes at the height of a round's figures: of its largest layer."""
     layers = [_of_tensor(run, tensor) for tensor in diagnosed_tensors(run, shape)]
     if isinstance(run.method, LteOptions):
         layers += [_of_heads(run, run.method, linear) for linear in shape.in_order()]
     return max(layers, default=0)
+
+
+def _drawing_bytes(run: Run, shape: ModelShape) -> int:
+    """Return the bytes at the height of drawing everyone's frozen A, which happens in the host's memory."""
+    method = run.method
+    if not isinstance(method, LteOptions) or not method.frozen_a or method.draws == "joint":
+        return 0
+    devices = run.cluster.devices
+    return max(
+        DRAWN * linear.in_features * devices * method.held_rank(devices) * FIGURE_BYTES
+        + linear.out_features * devices * method.held_rank(devices) * ELEMENT_BYTES[run.train.dtype]
+        for linear in shape.in_order()
+    )
 
 
 def _double(elements: int, element_bytes: int) -> int:

@@ -16,7 +16,7 @@ from simulate.costs.activations import Made, step_phases
 from simulate.costs.diagnosing import diagnosing_phases, kept_bytes
 from simulate.costs.exchanges import FOLD_TENSORS, exchange_phases, starts_dense
 from simulate.costs.holding import holding
-from simulate.costs.optimizer import moment_bytes
+from simulate.costs.optimizer import moment_bytes, moment_bytes_beside_adapters
 from simulate.costs.phases import PHASES, Phase, PhaseName
 from simulate.costs.remember import by_method
 from simulate.costs.traffic import ELEMENT_BYTES, PRODUCT_BYTES, frozen_bytes, packing_bytes, unpacking_bytes
@@ -119,8 +119,7 @@ def heights(run: Run, shape: ModelShape, device: Device) -> Heights:
     lasting = _lasting(run, shape, shared_memory, diagnosed)
     phases = _phases(run, shape, lasting)
     if diagnosed:
-        dropped = moment_bytes(run, shape) - _merged_moment_bytes(run, shape)
-        phases += diagnosing_phases(run, shape, lasting.made, shared_memory, dropped)
+        phases += diagnosing_phases(run, shape, lasting.made, shared_memory, _dropped_bytes(run, shape))
     return Heights(lasting.weights, lasting.adapters, lasting.optimizer, device.reserved_bytes, phases)
 
 
@@ -224,17 +223,18 @@ def host_memory_bytes(run: Run, shape: ModelShape, device: Device) -> int:
 
 
 def host_memory_by_part(run: Run, shape: ModelShape, device: Device) -> dict[str, int]:
-    """Bytes of the host's own memory that one device needs; all zero where device and host share one memory.
+    """Bytes of the host's own memory that one device needs; of one shared memory only what lies in mapped files.
 
     `start_weights`: what merges start from, also the high-precision copy of quantised weights; `diagnostics`: sums of
-    gradients; `checkpoint_save`: the largest tensor on its way to the disk; `data`: text that is held as it was read
-    (all else is memory-mapped).
+    gradients, in a mapped file, which no allocator sees, so that they count apart on one memory, too;
+    `checkpoint_save`: the largest tensor on its way to the disk; `data`: text that is held as it was read (all else is
+    memory-mapped).
     """
     own, element_bytes = device.host_memory_bytes > 0, ELEMENT_BYTES[run.train.dtype]
     largest = _largest_elements(shape) * element_bytes
     return {
         "start_weights": host_memory_bytes(run, shape, device),
-        "diagnostics": shape.parameters * element_bytes if own and run.train.diagnostics_every is not None else 0,
+        "diagnostics": shape.parameters * element_bytes if run.train.diagnostics_every is not None else 0,
         "checkpoint_save": largest if own else 0,
         "data": _text_bytes(run.data.path, run.data.tokenizer) if own and run.model.unit == "tokens" else 0,
     }
@@ -290,9 +290,15 @@ def _merged_moment_bytes(run: Run, shape: ModelShape) -> int:
     if isinstance(method, LocalSgdOptions) and method.merge_optimizer == "reset":
         return 0
     if isinstance(method, LteOptions) and method.merge_optimizer == "reset":
-        factors = shape.factors(method.held_rank(run.cluster.devices), method.frozen_a)
-        return 2 * (holding(run, shape).trained - factors) * ELEMENT_BYTES[run.train.dtype]
+        return moment_bytes_beside_adapters(run, method, shape)
     return moment_bytes(run, shape)
+
+
+def _dropped_bytes(run: Run, shape: ModelShape) -> int:
+    """Bytes of moments that every merge drops right away: of late ones, or of one group of layers, that is not all."""
+    method = run.method
+    late = bool(method.late_steps) or (isinstance(method, LteOptions) and method.fragments > 1)
+    return 0 if late else moment_bytes(run, shape) - _merged_moment_bytes(run, shape)
 
 
 def _full_copies(method: MethodOptions) -> int:

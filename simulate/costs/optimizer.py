@@ -29,6 +29,15 @@ def moment_bytes(run: Run, shape: ModelShape) -> int:
     return _eight_bit_bytes(run.method, shape, run.cluster.devices, run.train.optimizer == "muon", element_bytes)
 
 
+def moment_bytes_beside_adapters(run: Run, method: AdapterOptions, shape: ModelShape) -> int:
+    """Return the bytes of the moments of what is trained beside adapters, which AdamW steps."""
+    element_bytes, kinds = ELEMENT_BYTES[run.train.dtype], frozen_kinds(method)
+    trained = [tensor.elements for tensor in shape.replicated if tensor.kind not in kinds]
+    if run.train.optimizer_state == "fp32":
+        return 2 * sum(trained) * element_bytes
+    return sum(_eight_bit_pair(elements, False, element_bytes) for elements in trained)
+
+
 def largest_step_bytes(run: Run, shape: ModelShape) -> int:
     """Return the working memory of a step with 8 bits, on a CPU."""
     if run.train.optimizer_state == "fp32":
@@ -46,15 +55,17 @@ def is_eight_bit(elements: int) -> bool:
 
 @lru_cache(maxsize=4096)
 def _eight_bit_bytes(method: MethodOptions, shape: ModelShape, devices: int, muon: bool, element_bytes: int) -> int:
-    total = 0
-    for rows, elements, has_one in _trained(method, shape, devices, muon):
-        if has_one:
-            total += rows * elements * element_bytes
-        elif is_eight_bit(elements):
-            total += 2 * rows * (elements + -(-elements // BLOCK_ELEMENTS) * 4)
-        else:
-            total += 2 * rows * elements * element_bytes
-    return total
+    trained = _trained(method, shape, devices, muon)
+    return sum(rows * _eight_bit_pair(elements, has_one, element_bytes) for rows, elements, has_one in trained)
+
+
+def _eight_bit_pair(elements: int, has_one: bool, element_bytes: int) -> int:
+    """Return the bytes of a parameter's moments where large ones are kept in 8 bits; Muon's one is not."""
+    if has_one:
+        return elements * element_bytes
+    if is_eight_bit(elements):
+        return 2 * (elements + -(-elements // BLOCK_ELEMENTS) * 4)
+    return 2 * elements * element_bytes
 
 
 def _trained(

@@ -7,12 +7,12 @@ from functools import cached_property
 from typing import Literal
 
 PhaseName = Literal[
-    "forward", "backward_start", "backward_end", "optimizer_step", "diagnostics", "merge", "outer_step", "evaluation",
-    "checkpoint_save",
+    "forward", "backward_start", "backward_end", "optimizer_step", "round_figures", "merge", "gradient_figures",
+    "outer_step", "evaluation", "checkpoint_save",
 ]  # fmt: skip
 PHASES: tuple[PhaseName, ...] = (
-    "forward", "backward_start", "backward_end", "optimizer_step", "diagnostics", "merge", "outer_step", "evaluation",
-    "checkpoint_save",
+    "forward", "backward_start", "backward_end", "optimizer_step", "round_figures", "merge", "gradient_figures",
+    "outer_step", "evaluation", "checkpoint_save",
 )  # fmt: skip
 
 

@@ -9,13 +9,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from simulate.communicator import VirtualCommunicator
+from simulate.config import build_run
 from simulate.costs.diagnostics import NOISE_BATCHES, SAMPLED_HEADS
 from simulate.diagnostics import (
     Diagnostics,
     Figures,
+    GradientSums,
     effective_rank,
     grassmann_distance,
     noise_figures,
@@ -24,6 +27,7 @@ from simulate.diagnostics import (
     share_within,
     stable_rank,
 )
+from simulate.errors import InputError
 from simulate.loss import token_losses
 from simulate.methods.base import Method
 from simulate.models.build import build_model
@@ -301,3 +305,32 @@ def test_nothing_is_kept_where_nobody_asked(variant: str) -> None:
     assert not any("last." in name for name in method.state())
     Diagnostics(method)
     assert any("last." in name for name in method.state())
+
+
+class _Recomputed(nn.Module):
+    """A block that is used twice, and recomputed."""
+
+    def __init__(self, context: int, reentrant: bool) -> None:
+        super().__init__()
+        self.token, self.block, self.head = nn.Embedding(256, 8), nn.Linear(8, 8), nn.Linear(8, 256)
+        self.reentrant = reentrant
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.token(tokens)
+        for _ in range(2):
+            x = checkpoint(self.block, x, use_reentrant=self.reentrant)
+        return self.head(x)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_gradients_that_come_in_parts_are_refused() -> None:
+    def sums(reentrant: bool) -> GradientSums:
+        model = {"name": f"{__name__}:_Recomputed", "context": 6, "reentrant": reentrant}
+        run = build_run({"model": model, "method": {"name": "ddp"}, "cluster": {"devices": 2}})
+        weights = dict(build_model(run).named_parameters())
+        return GradientSums(run, weights)
+
+    tokens = torch.arange(12).view(2, 6)
+    sums(False).add(tokens, tokens)
+    with pytest.raises(InputError, match=r"block.* come in parts.*use_reentrant=False"):
+        sums(True).add(tokens, tokens)
