@@ -5,6 +5,7 @@ Sizes that are not given come from the name's entry in simulate.models.sizes.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Literal, Protocol, cast
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
@@ -71,18 +72,18 @@ class ModelOptions(toml.Schema):
         return "tokens"
 
     @property
+    @abstractmethod
     def units_per_sample(self) -> int:
         """How many of them one sample has."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def larger_with(self) -> str:
         """The key that most of a sample's activations grow with, and its value, for hints."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shape(self) -> ModelShape:
         """Return the network's counts, without torch."""
-        raise NotImplementedError
 
 
 class _Blocks(ModelOptions):
