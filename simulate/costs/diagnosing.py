@@ -64,10 +64,12 @@ def _last_forward(first: Phase, run: Run, shape: ModelShape, made: Made) -> Phas
 
 @by_method
 def kept_bytes(run: Run, shape: ModelShape) -> int:
-    """Return what a device keeps from one event to the next: weights of the last merge, and the first directions.
+    """Return what a device keeps from one event to the next, if its run has any: the last merge, and first directions.
 
     A checkpoint has both.
     """
+    if run.train.diagnostics_every is None:
+        return 0
     directions = sum(_directions(*_sides(tensor.shape)) for tensor in _matrices(run, shape))
     return _kept_elements(run, shape) * ELEMENT_BYTES[run.train.dtype] + directions * FIGURE_BYTES
 

@@ -115,10 +115,10 @@ def memory_by_phase(run: Run, shape: ModelShape, device: Device) -> dict[PhaseNa
 
 def heights(run: Run, shape: ModelShape, device: Device) -> Heights:
     """Return what a device of the run keeps, and its phases."""
-    shared_memory, diagnosed = device.host_memory_bytes == 0, run.train.diagnostics_every is not None
-    lasting = _lasting(run, shape, shared_memory, diagnosed)
+    shared_memory = device.host_memory_bytes == 0
+    lasting = _lasting(run, shape, shared_memory)
     phases = _phases(run, shape, lasting)
-    if diagnosed:
+    if run.train.diagnostics_every is not None:
         phases += diagnosing_phases(run, shape, lasting.made, shared_memory, _dropped_bytes(run, shape))
     return Heights(lasting.weights, lasting.adapters, lasting.optimizer, device.reserved_bytes, phases)
 
@@ -144,11 +144,11 @@ class _Lasting:
 
 
 @by_method
-def _lasting(run: Run, shape: ModelShape, shared_memory: bool, diagnosed: bool) -> _Lasting:
+def _lasting(run: Run, shape: ModelShape, shared_memory: bool) -> _Lasting:
     method, element_bytes, devices = run.method, ELEMENT_BYTES[run.train.dtype], run.cluster.devices
     held = holding(run, shape)
     weights, adapters = _weight_bytes(run, shape, shared_memory), held.adapters * element_bytes
-    optimizer = moment_bytes(run, shape) + held.extra * element_bytes + (kept_bytes(run, shape) if diagnosed else 0)
+    optimizer = moment_bytes(run, shape) + held.extra * element_bytes + kept_bytes(run, shape)
     kept = weights + adapters + optimizer
     start = (Phase("forward", 0, 0, _packing_start_bytes(run, shape) - kept),) if shared_memory else ()
     rank, heads, idle, frozen_a = 0, 1, 0, False
@@ -255,18 +255,9 @@ def _text_bytes(path: str | None, tokenizer: str) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
+@by_method
 def checkpoint_bytes(run: Run, shape: ModelShape, devices: int, in_a_round: bool = False) -> int:
     """Bytes of a checkpoint of so many devices: what they share once, what is theirs each time, and moments.
-
-    And of a diagnosed run what figures are measured from.
-    """
-    diagnosed = run.train.diagnostics_every is not None
-    return _checkpoint_bytes(run, shape, devices, in_a_round) + (kept_bytes(run, shape) if diagnosed else 0)
-
-
-@by_method
-def _checkpoint_bytes(run: Run, shape: ModelShape, devices: int, in_a_round: bool) -> int:
-    """Without diagnostics.
 
     After a merge, which may have dropped moments, or `in_a_round`.
     Of a run with a dense warm start, before its first adapter, where it holds most.
@@ -281,7 +272,7 @@ def _checkpoint_bytes(run: Run, shape: ModelShape, devices: int, in_a_round: boo
     copies, element_bytes = 1 if held.shared else devices, ELEMENT_BYTES[run.train.dtype]
     moments = moment_bytes(run, shape) if in_a_round else _merged_moment_bytes(run, shape)
     elements = copies * weights + devices * held.extra
-    return frozen_bytes_kept + elements * element_bytes + copies * moments
+    return frozen_bytes_kept + elements * element_bytes + copies * moments + kept_bytes(run, shape)
 
 
 def _merged_moment_bytes(run: Run, shape: ModelShape) -> int:

@@ -33,7 +33,7 @@ def by_method(
         train = run.train
         key = (
             id(run.method), shape, run.cluster.devices, train.dtype, train.autocast, train.optimizer,
-            train.optimizer_state, others, *named.items(),
+            train.optimizer_state, train.diagnostics_every is None, others, *named.items(),
         )  # fmt: skip
         try:
             return remembered[key][0]

@@ -23,6 +23,7 @@ OTHERS = {
     "model": tiny.lte_run(model={"width": 32}, train={"dtype": "fp32"}),
     "dtype": with_train(dtype="fp64"),
     "optimizer": with_train(optimizer="muon"),
+    "diagnostics_every": with_train(diagnostics_every=5),
     "optimizer_state": tiny.lte_run(model={"width": 128}, train={"dtype": "fp32", "optimizer_state": "8bit"}, rank=64),
 }
 
