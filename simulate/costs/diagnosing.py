@@ -45,7 +45,7 @@ def diagnosing_phases(
     largest = max(tensor.elements for tensor in shape.tensors) * element_bytes
     message = max(largest, min(MESSAGE_BYTES, shape.parameters * element_bytes)) if run.cluster.devices > 1 else 0
     # On its way: on the device, and packed.
-    adding = message if shared_memory else message + max(message, largest) if message else 0
+    adding = message if shared_memory else 2 * message
     batch_bytes = run.train.micro_batch * shape.inputs * element_bytes  # of images, held until the next one comes
     gradients = (*passes, Phase("gradient_figures", 0, batch_bytes, adding))
     after_merge = (replace(phase, name="gradient_figures", dropped=dropped_bytes) for phase in gradients)
