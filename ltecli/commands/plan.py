@@ -456,7 +456,10 @@ def _show_verified(chosen: Candidate, verified: Tracked, output: Output) -> None
     output.table(table)
     if len(followed.phases) < len(chosen.heights.phases):
         height = chosen.memory_by_phase["round_figures"] - reserved
-        output.text(f"not followed, since they depend on numbers: figures of a round, {bytes_text(height)} as planned")
+        output.text(
+            f"not followed, since they depend on numbers: figures of a round, {bytes_text(height)} as planned, and the "
+            "directions that they keep, which the planned optimizer state includes"
+        )
     output.text(
         f"with the CUDA allocator's rounding and segments {bytes_text(verified.allocator_bytes)}; the system and its "
         f"context reserve {bytes_text(reserved)} more"

@@ -12,6 +12,13 @@ from simulate.measuring import held_out
 from tests.ltecli.command import Refused
 
 
+def test_a_plan_says_what_of_diagnostics_is_not_followed(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--method", "lte", "--rank", "8", "--set", "train.micro_batch=1", "--verify"]
+    for more, is_said in (([], False), (["--set", "train.diagnostics_every=5"], True)):
+        assert main([*arguments, *more]) == 0
+        assert ("not followed, since they depend on numbers: figures of a round" in capsys.readouterr().out) is is_said
+
+
 def test_bytes_are_validated_to_the_byte(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "bytes.md"
     assert main(["validate", "--only", "bytes", "--quick", "--json", "--out", str(out)]) == 0
