@@ -20,17 +20,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from simulate.communicator import VirtualCommunicator
-from simulate.config import Data, build_run
+from simulate.comm.virtual import VirtualCommunicator
+from simulate.config.run import Data, build_run
 from simulate.data.batches import Batches, TextBatches
 from simulate.data.cache import CACHE_VARIABLE
 from simulate.data.image_batches import ImageBatches
 from simulate.data.images import Images, load_images
-from simulate.data.sources import image_source
+from simulate.data.load import image_source
 from simulate.data.text import load_text
-from simulate.methods import build_method
 from simulate.methods.base import Method
-from simulate.models.options import VitModel
+from simulate.methods.registry import build_method
+from simulate.models.schema import VitModel
 from simulate.models.vit import VIT_SIZES, Vit
 
 DEVICES, MICRO_BATCH = 4, 8

@@ -11,12 +11,12 @@ import time
 
 import torch
 
-from simulate.communicator import VirtualCommunicator
-from simulate.config import build_run
+from simulate.comm.virtual import VirtualCommunicator
+from simulate.config.run import build_run
 from simulate.data.batches import TextBatches
 from simulate.data.text import load_text
-from simulate.methods import build_method
 from simulate.methods.base import Method
+from simulate.methods.registry import build_method
 
 TOTAL_BATCH = 32
 DEVICES = (1, 4, 16)

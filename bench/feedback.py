@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from simulate.costs.traffic import NF4_BLOCK
-from simulate.quantize import QuantizedWeight, nf4_levels
+from simulate.layers.formats import NF4_BLOCK
+from simulate.layers.quantized import QuantizedWeight, nf4_levels
 
 CHANGES, CHANGE, SPREAD = 1000, 1e-4, 0.1
 INT8 = 127
@@ -60,7 +60,7 @@ def with_residual(start_OI: Tensor, residual: Callable[[Tensor], Tensor]) -> Ten
     rest_OI = residual(start_OI - packed.dense())
     for _ in range(CHANGES):
         wanted_OI = packed.dense() + rest_OI + CHANGE
-        packed.pack(wanted_OI)
+        packed.quantize(wanted_OI)
         rest_OI = residual(wanted_OI - packed.dense())
     return packed.dense() + rest_OI
 

@@ -25,9 +25,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from bench.links import Setting, guessed_node, launch, planned_step_s, run_table, write_profile
-from simulate.config import build_run, dump_run
-from simulate.costs.time import device_step_s
+from bench.links import PlanContext, guessed_node, launch, planned_step_s, run_table, write_profile
+from simulate.config.run import build_run, dump_run
+from simulate.costs.step_time import device_step_s
 from simulate.timeline.engine import simulate
 from tests.network.lab import Lab, why_not
 
@@ -102,7 +102,7 @@ def main() -> None:
         disturb(arguments.disturb)
     if reason := why_not():
         raise SystemExit(reason)
-    setting, cores = Setting(NODES, 0.0, arguments.data), sorted(os.sched_getaffinity(0))[:NODES]
+    setting, cores = PlanContext(NODES, 0.0, arguments.data), sorted(os.sched_getaffinity(0))[:NODES]
     with tempfile.TemporaryDirectory() as name, neighbours(cores):
         folder = Path(name)
         table = run_table(CASE, folder / "lab.toml", arguments.steps, setting)

@@ -29,12 +29,13 @@ from typing import Any
 
 from bench.training import train_table
 from bench.wire import LAB_LATENCY_S, PAYLOAD_SHARE
-from ltecli.candidates import candidate_of
-from ltecli.planner import evaluate
-from simulate import toml
-from simulate.config import build_run, dump_run
-from simulate.costs.time import round_time
-from simulate.hardware import Profile, load_profile
+from simulate.common import toml_io
+from simulate.config.hardware import Profile
+from simulate.config.profiles import load_profile
+from simulate.config.run import build_run, dump_run
+from simulate.costs.step_time import round_time
+from simulate.planning.candidate import candidate_of
+from simulate.planning.planner import evaluate
 from tests.network.lab import Lab, Node, why_not
 
 Table = dict[str, Any]
@@ -60,7 +61,7 @@ MEASURED_ROUNDS, MEASURED_STEPS = 3, 4
 
 
 @dataclass(frozen=True)
-class Setting:
+class PlanContext:
     """What all cases share."""
 
     nodes: int
@@ -90,7 +91,7 @@ class Paced:
         return self.step_s * 1e6 / self.tokens_per_step
 
 
-def run_table(case: str, profile: Path | str, steps: int, setting: Setting) -> Table:
+def run_table(case: str, profile: Path | str, steps: int, setting: PlanContext) -> Table:
     """Return the run of a case."""
     return {
         "model": MODEL,
@@ -112,7 +113,7 @@ def guessed_node(flop_per_s: float) -> Table:
     return {**device, "kind": "one node of the lab", "source": "measured", **rates}
 
 
-def write_profile(path: Path, device: Table, mbit: float | None, setting: Setting) -> Profile:
+def write_profile(path: Path, device: Table, mbit: float | None, setting: PlanContext) -> Profile:
     """Write the profile of the lab: what each of its nodes computes, and what its links carry."""
     profile = load_profile("gtx1080ti_x8").model_dump(exclude_none=True)
     link = profile["link"]
@@ -121,7 +122,7 @@ def write_profile(path: Path, device: Table, mbit: float | None, setting: Settin
     link.update(topology="star", up_bytes_per_s=rate, down_bytes_per_s=rate, latency_s=LAB_LATENCY_S + setting.delay_s)
     link.update(collectives="gloo", source="measured")
     profile["name"] = path.stem
-    path.write_text(toml.dump(profile), encoding="utf-8")
+    path.write_text(toml_io.dump(profile), encoding="utf-8")
     return load_profile(str(path))
 
 
@@ -130,7 +131,7 @@ def _on_its_core(node: Node) -> list[str]:
     return ["taskset", "-c", str(cores[node.index % len(cores)])]
 
 
-def launch(lab: Lab, folder: Path, table: Table, setting: Setting) -> list[Table]:
+def launch(lab: Lab, folder: Path, table: Table, setting: PlanContext) -> list[Table]:
     """Launch a run on all nodes; return its events."""
     run_file = folder / "run.toml"
     run_file.write_text(dump_run(build_run(table)), encoding="utf-8")
@@ -163,7 +164,7 @@ def launch(lab: Lab, folder: Path, table: Table, setting: Setting) -> list[Table
     return [json.loads(line) for line in events]
 
 
-def pace(case: str, mbit: float | None, profile: Profile, path: Path, setting: Setting) -> Paced:
+def pace(case: str, mbit: float | None, profile: Profile, path: Path, setting: PlanContext) -> Paced:
     """Measure a case's step, over whole rounds."""
     run = build_run(run_table(case, path, 100, setting))
     round_steps = run.method.round_steps
@@ -200,7 +201,7 @@ def planned_step_s(run: Any, profile: Profile) -> float:
     return planned.round_s / planned.steps
 
 
-def _yardstick(lab: Lab, steps: int, setting: Setting) -> float:
+def _yardstick(lab: Lab, steps: int, setting: PlanContext) -> float:
     """Return the median seconds of a step of torch's DistributedDataParallel."""
     root = Path(__file__).parents[1]
     shared = {"MASTER_ADDR": lab[0].address, "MASTER_PORT": str(PORT), "WORLD_SIZE": str(setting.nodes)}
@@ -219,7 +220,7 @@ def _yardstick(lab: Lab, steps: int, setting: Setting) -> float:
     return float(statistics.median(json.loads(printed[0])[1:]))
 
 
-def calibrate(folder: Path, setting: Setting) -> Table:
+def calibrate(folder: Path, setting: PlanContext) -> Table:
     """Return a node as a device, at the rate of whole rounds on links without a limit, where all compute at once."""
     path = folder / "calibration.toml"
     case, guess = "lte T 10", 1e10
@@ -233,7 +234,7 @@ def calibrate(folder: Path, setting: Setting) -> Table:
     return guessed_node(flop_per_s)
 
 
-def measured_cases(arguments: argparse.Namespace, setting: Setting) -> Iterator[tuple[str, float, Profile, Path]]:
+def measured_cases(arguments: argparse.Namespace, setting: PlanContext) -> Iterator[tuple[str, float, Profile, Path]]:
     """Yield every case on every link, with the lab's profile; a node is as a profile has it, or calibrated."""
     with tempfile.TemporaryDirectory() as folder:
         given = load_profile(arguments.profile) if arguments.profile else None
@@ -257,7 +258,7 @@ def whole_runs(arguments: argparse.Namespace) -> None:
             print(_whole_line(case, mbit, profile, path, arguments.steps, setting), flush=True)
 
 
-def _whole_line(case: str, mbit: float, profile: Profile, path: Path, steps: int, setting: Setting) -> str:
+def _whole_line(case: str, mbit: float, profile: Profile, path: Path, steps: int, setting: PlanContext) -> str:
     table = run_table(case, path, steps, setting)
     table["train"].update(evaluate_every=max(10, steps // 4), evaluate_samples=64)
     del table["cluster"]["recover_every"]
@@ -280,9 +281,9 @@ def _whole_line(case: str, mbit: float, profile: Profile, path: Path, steps: int
     )
 
 
-def setting_of(arguments: argparse.Namespace) -> Setting:
+def setting_of(arguments: argparse.Namespace) -> PlanContext:
     """Return what was asked for."""
-    return Setting(arguments.nodes, arguments.delay_s, arguments.data)
+    return PlanContext(arguments.nodes, arguments.delay_s, arguments.data)
 
 
 def paces(arguments: argparse.Namespace) -> None:

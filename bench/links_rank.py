@@ -12,10 +12,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from simulate.config import build_run
+from simulate.config.run import build_run
 from simulate.data.batches import TextBatches
 from simulate.data.text import load_text
-from simulate.models.build import build_model
+from simulate.methods.build_network import build_model
 
 
 def main() -> None:

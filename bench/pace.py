@@ -15,9 +15,10 @@ from typing import Any
 
 from training import Trained, train_table
 
-from simulate.config import Run, build_run
-from simulate.costs.time import round_time
-from simulate.hardware import Device, Profile, load_profile
+from simulate.config.hardware import Device, Profile
+from simulate.config.profiles import load_profile
+from simulate.config.run import Run, build_run
+from simulate.costs.step_time import round_time
 
 SLOWER = 5
 RATES = (2e-3, 5e-3, 1e-2)

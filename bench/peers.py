@@ -19,9 +19,9 @@ import logging
 from collections.abc import Callable
 from importlib.util import find_spec
 
-from simulate.accuracy import planned_bytes
-from simulate.config import Run, build_run
-from simulate.tracking import tracked_memory
+from simulate.config.run import Run, build_run
+from simulate.measure.accuracy import planned_bytes
+from simulate.measure.fake_tensors import tracked_memory
 
 
 def accelerate_bytes(run: Run) -> float:

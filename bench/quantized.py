@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from simulate.accuracy import ROOMY
-from simulate.communicator import VirtualCommunicator
-from simulate.config import Run, build_run
+from simulate.comm.virtual import VirtualCommunicator
+from simulate.config.run import Run, build_run
 from simulate.costs.memory import peak_memory
-from simulate.methods import build_method
+from simulate.measure.accuracy import ROOMY
+from simulate.measure.fake_tensors import tracked_memory
 from simulate.methods.base import Method
-from simulate.models.inputs import example_batch
-from simulate.tracking import tracked_memory
+from simulate.methods.registry import build_method
+from simulate.models.fake_batch import example_batch
 
 FORMATS = ("none", "bf16", "int8", "nf4", "nf4-double")
 MODELS = {"vit_l16": 32, "gpt2_xl": 32, "llama_7b": 64}

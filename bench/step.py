@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simulate.communicator import VirtualCommunicator
-from simulate.config import build_run
-from simulate.measure import cpu_peak_bytes
-from simulate.methods import build_method
+from simulate.comm.virtual import VirtualCommunicator
+from simulate.config.run import build_run
 from simulate.methods.base import Method
+from simulate.methods.registry import build_method
+from simulate.models.peak_memory import cpu_peak_bytes
 from simulate.models.vit import VIT_SIZES, Vit
 
 WARM_UP_STEPS = 2

@@ -12,9 +12,9 @@ import argparse
 import statistics
 import sys
 
-from simulate.hardware import detect_local, load_profile
-from simulate.measuring.held_out import held_out_times, quantized_cases
-from simulate.measuring.machine import Wanted, measure_profile
+from simulate.config.profiles import detect_local, load_profile
+from simulate.measure.machine import MeasurementScope, measure_profile
+from simulate.measure.step_times import held_out_times, quantized_cases
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     if arguments.profile:
         profile = load_profile(arguments.profile)
     else:
-        wanted = Wanted(quick=arguments.quick, threads=arguments.threads)
+        wanted = MeasurementScope(quick=arguments.quick, threads=arguments.threads)
         profile = measure_profile(wanted, detect_local().link, lambda what: print(what, file=sys.stderr))
     rows = held_out_times(profile, arguments.quick, quantized_cases() if arguments.quantized else None)
     print("| step | planned | measured | error |\n|---|---|---|---|")

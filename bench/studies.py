@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from training import CPU, train_table
 
-from simulate.communicator import VirtualCommunicator
-from simulate.config import build_run
-from simulate.methods import build_method
+from simulate.comm.virtual import VirtualCommunicator
+from simulate.common.seeding import address
+from simulate.config.run import build_run
 from simulate.methods.base import Method
-from simulate.randomness import address
+from simulate.methods.registry import build_method
 
 SIDE, SAMPLES, STEPS, RATE = 64, 128, 600, 0.02
 """Of the least squares: W* is 64 x 64; 128 samples a step over all devices."""

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
-from simulate.clock import SimulatedClock
-from simulate.communicator import VirtualCommunicator
-from simulate.config import build_run
+from simulate.comm.virtual import VirtualCommunicator
+from simulate.common.errors import RunFailedError
+from simulate.config.hardware import Profile
+from simulate.config.profiles import load_profile
+from simulate.config.run import build_run
 from simulate.data.batches import build_batches
-from simulate.data.sources import load_data
-from simulate.errors import RunFailedError
-from simulate.hardware import Profile, load_profile
-from simulate.loop import Session, train
-from simulate.methods import build_method
+from simulate.data.load import load_data
+from simulate.methods.registry import build_method
+from simulate.training.loop import Session, train
+from simulate.training.simulated_clock import SimulatedClock
 
 PROFILE = "gtx1080ti_x8"
 """Whose clock is charged; no bench shows it."""

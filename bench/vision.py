@@ -24,11 +24,11 @@ from typing import Any
 
 from campaign import run_missing
 
-from simulate.options import DEFAULT_SCALE
+from simulate.config.method_options import DEFAULT_SCALE
 
 SEEDS = (0, 1, 2)
 MUON_FACTOR = 3.0
-"""By which adapters learn faster with Muon where no rate is given (simulate.methods.lora)."""
+"""By which adapters learn faster with Muon where no rate is given (simulate.methods.lora.train)."""
 MORE_SAMPLES = 1.4
 """What LTE needs over dense training, as the paper has it (arXiv 2402.16828)."""
 DEVICES, MICRO_BATCH, MERGE_EVERY = 8, 8, 10

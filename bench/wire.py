@@ -21,9 +21,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from simulate.costs.messages import transfer_s
-from simulate.costs.traffic import Operation, Transfer
-from simulate.hardware import Link
+from simulate.comm.transfers import Operation, Transfer
+from simulate.config.hardware import Link
+from simulate.costs.message_time import transfer_s
 from tests.network.lab import Lab, why_not
 from tests.network.tunnels import Tunnel, ssh_star, wireguard_mesh, wireguard_star
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from simulate.pairs import sum_by_parts, swap
+from simulate.comm.pairwise import sum_by_parts, swap
 
 SETTLE_S = 0.1
 """Until the last acknowledgements are counted."""

@@ -9,7 +9,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from simulate.config import build_run
+from simulate.config.run import build_run
 from tests import tiny
 from tests.processes import DEVICES, train_in_processes, variant_table
 

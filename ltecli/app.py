@@ -11,9 +11,9 @@ from typing import Annotated
 
 import typer
 
-from ltecli import version as lte_version
-from ltecli.collecting import without_collector
 from ltecli.errors import BAD_INPUT, guarded, leave_at_once_if_stuck, one_line
+from simulate.common.gc_paused import collector_paused
+from simulate.common.version import version as lte_version
 
 app = typer.Typer(
     name="lte",
@@ -117,11 +117,12 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Work out what fits and what it costs, and choose; writes nothing without -o."""
-    with without_collector():
-        from ltecli.commands.plan import Request, plan_command
+    with collector_paused():
+        from ltecli.commands.plan import plan_command
+        from ltecli.plan_request import PlanArgs
 
     asked = why or timeline or rounds is not None or timeline_svg is not None
-    request = Request(
+    request = PlanArgs(
         profile=profile,
         model=model,
         data=data,
@@ -146,9 +147,9 @@ def plan(
     def command() -> int:
         extras = None
         if asked:
-            from ltecli.commands.explain import Extras
+            from ltecli.commands.explain import ExplainArgs
 
-            extras = Extras(why, timeline, rounds, timeline_svg, force)
+            extras = ExplainArgs(why, timeline, rounds, timeline_svg, force)
         return plan_command(request, out, force, top, as_json, extras, verify)
 
     raise typer.Exit(guarded(command))
@@ -168,9 +169,9 @@ def probe_a_run(
     quiet: Quiet = False,
 ) -> None:
     """Estimate rank, heads and batch from a few gradients and a short dense warm-up."""
-    from ltecli.commands.probe import ProbeOptions, probe_command
+    from ltecli.commands.probe import ProbeArgs, probe_command
 
-    options = ProbeOptions(batches, warmup, tuple(assignments or ()))
+    options = ProbeArgs(batches, warmup, tuple(assignments or ()))
     raise typer.Exit(guarded(lambda: probe_command(run, options, out, force, layers, device.value, as_json, quiet)))
 
 
@@ -192,9 +193,9 @@ def validate(
     quiet: Quiet = False,
 ) -> None:
     """Set predictions of memory, bytes and time beside what happens on this machine."""
-    from ltecli.commands.validate import Asked, validate_command
+    from ltecli.commands.validate import ValidateArgs, validate_command
 
-    asked = Asked(quick, shapes, seed, family, autocast)
+    asked = ValidateArgs(quick, shapes, seed, family, autocast)
     raise typer.Exit(guarded(lambda: validate_command(only, asked, out, as_json, quiet, profile)))
 
 
@@ -230,9 +231,9 @@ def train(
 ) -> None:
     """Simulate the run's devices in this process, or launch them for real; Ctrl-C saves and leaves."""
     from ltecli.commands.launch import launch_options
-    from ltecli.commands.train import Changes, train_command
+    from ltecli.commands.train import TrainArgs, train_command
 
-    changes = Changes(data, tuple(assignments or ()), diagnostics)
+    changes = TrainArgs(data, tuple(assignments or ()), diagnostics)
 
     def command() -> int:
         options = launch_options(launch, processes, nodes, node, join, interface, secret_file, trust_network)
@@ -313,9 +314,9 @@ def profile_measure(
     quiet: Quiet = False,
 ) -> None:
     """Measure this machine, and write a profile that plans go by."""
-    from ltecli.commands.measure import MeasureRequest, measure_command
+    from ltecli.commands.measure import MeasureArgs, measure_command
 
-    request = MeasureRequest(quick, devices, threads, device.value, link, secret_file, link_from)
+    request = MeasureArgs(quick, devices, threads, device.value, link, secret_file, link_from)
     raise typer.Exit(guarded(lambda: measure_command(request, out, force, as_json, quiet)))
 
 

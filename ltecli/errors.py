@@ -7,13 +7,10 @@ import sys
 import threading
 from collections.abc import Callable
 
-from simulate.errors import InputError, RunFailedError
+from simulate.common.errors import InputError, NothingFeasibleError, RunFailedError
+from simulate.launch.keys import AGENT_THREAD, LISTENER_THREAD
 
 DONE, FAILED, BAD_INPUT, NOTHING_FEASIBLE, INTERRUPTED = 0, 1, 2, 3, 130
-
-
-class NothingFeasibleError(Exception):
-    """No candidate fits the hardware; names the nearest miss and what would make it fit."""
 
 
 EXIT_CODES: dict[type[BaseException], int] = {
@@ -22,10 +19,6 @@ EXIT_CODES: dict[type[BaseException], int] = {
     RunFailedError: FAILED,
     KeyboardInterrupt: INTERRUPTED,
 }
-
-
-AGENT_THREAD, LISTENER_THREAD = "lte-agent", "lte-listener"
-"""Threads that may be in a call which does not return: to a store behind a link that is down."""
 
 
 def leave_at_once_if_stuck(code: int) -> None:

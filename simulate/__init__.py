@@ -1,1 +1,0 @@
-"""The engine: schemas, cost formulas, clock and methods. It never imports ltecli."""

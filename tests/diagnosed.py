@@ -16,15 +16,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from simulate.checkpoints import list_checkpoints
-from simulate.clock import SimulatedClock
-from simulate.communicator import Communicator, VirtualCommunicator
-from simulate.config import Run
-from simulate.distributed import TorchCommunicator
-from simulate.events import Event
-from simulate.hardware import load_profile
-from simulate.loop import Session, restore, train
-from simulate.methods import build_method
+from simulate.comm.base import Communicator
+from simulate.comm.process_group import TorchCommunicator
+from simulate.comm.virtual import VirtualCommunicator
+from simulate.common.events import Event
+from simulate.config.profiles import load_profile
+from simulate.config.run import Run
+from simulate.methods.registry import build_method
+from simulate.training.checkpoints import list_checkpoints
+from simulate.training.loop import Session, restore, train
+from simulate.training.simulated_clock import SimulatedClock
 from tests import tiny
 from tests.processes import DEVICES, TIMEOUT_S, meet, run_processes
 

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from simulate.distributed import TorchCommunicator
-from simulate.methods import build_method
+from simulate.comm.process_group import TorchCommunicator
 from simulate.methods.paced import Paced
+from simulate.methods.registry import build_method
 from tests import tiny
 
 DEVICES, TIMEOUT_S = 4, 60
@@ -86,7 +86,7 @@ def _train_by_turned_clocks(folder: Path) -> tuple[tiny.History, dict[str, int]]
         if method.merge_due(step):
             method.merge(step)
             counts.append(method.steps_done())
-    everyones = communicator.share(torch.stack(losses, dim=1)).T
+    everyones = communicator.all_gather_scalars(torch.stack(losses, dim=1)).T
     communicator.close()
     if communicator.process == 0:
         (folder / "counts.json").write_text(json.dumps(counts))
@@ -102,7 +102,7 @@ def _train(name: str, steps: int, dtype: str) -> tuple[tiny.History, dict[str, i
         losses.append(method.step(*data.batch(step, communicator.local_devices), step))
         if method.merge_due(step):
             method.merge(step)
-    everyones = communicator.share(torch.stack(losses, dim=1)).T
+    everyones = communicator.all_gather_scalars(torch.stack(losses, dim=1)).T
     communicator.close()
     counter = communicator.counter
     counted = {"sent": counter.sent_bytes, "received": counter.received_bytes, "messages": counter.messages}

@@ -15,35 +15,35 @@ from tests.ltecli.command import write_run
 ROOT = Path(__file__).parents[1]
 TORCH_FREE = (
     "profiles",
-    "simulate.errors",
-    "simulate.toml",
-    "simulate.config",
-    "simulate.hardware",
-    "simulate.clock",
-    "simulate.events",
-    "simulate.checkpoints",
-    "simulate.preflight",
+    "simulate.common.errors",
+    "simulate.common.toml_io",
+    "simulate.config.run",
+    "simulate.config.hardware",
+    "simulate.training.simulated_clock",
+    "simulate.common.events",
+    "simulate.training.checkpoints",
+    "simulate.launch.preflight.preflight",
     "simulate.costs.activations",
-    "simulate.costs.diagnostics",
+    "simulate.costs.diagnostics_bytes",
     "simulate.costs.flops",
-    "simulate.costs.kernels",
+    "simulate.costs.kernel_time",
     "simulate.costs.memory",
     "simulate.costs.samples",
-    "simulate.costs.time",
-    "simulate.costs.traffic",
+    "simulate.costs.step_time",
+    "simulate.comm.transfers",
     "simulate.timeline.engine",
     "simulate.models.families",
-    "simulate.models.options",
+    "simulate.models.schema",
     "simulate.models.shapes",
     "simulate.models.sizes",
-    "simulate.data.sources",
-    "simulate.methods",
-    "simulate.probe.document",
+    "simulate.data.load",
+    "simulate.methods.registry",
+    "simulate.probe.schema",
     "simulate.probe.recommend",
     "ltecli.app",
-    "ltecli.launcher",
-    "ltecli.planner",
-    "ltecli.probing",
+    "ltecli.runs.run_folder",
+    "simulate.planning.planner",
+    "simulate.planning.probe_ranks",
     "ltecli.commands.export",
     "ltecli.commands.measure",
     "ltecli.commands.plan",
@@ -134,6 +134,6 @@ def test_imports_go_one_way(package: str) -> None:
 
 
 def test_an_import_the_wrong_way_is_noticed() -> None:
-    assert wrong_directions("simulate", "def f():\n    from ltecli.output import Output\n") == {"ltecli"}
-    assert wrong_directions("profiles", "import simulate.toml") == {"simulate"}
+    assert wrong_directions("simulate", "def f():\n    from ltecli.console import Output\n") == {"ltecli"}
+    assert wrong_directions("profiles", "import simulate.common.toml_io") == {"simulate"}
     assert wrong_directions("ltecli", "import tests.tiny") == {"tests"}

@@ -6,9 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltecli.candidates import Candidate, describe
-from ltecli.drawing import bars, legend, svg
-from ltecli.outlook import (
+from ltecli.charts.timeline import bars, legend, svg
+from ltecli.console import Output, plain_table
+from simulate.common import toml_io
+from simulate.common.errors import InputError
+from simulate.common.units import seconds_text
+from simulate.planning.candidate import Candidate, describe
+from simulate.planning.explain import Why, explain
+from simulate.planning.planner import Plan
+from simulate.planning.what_if import (
     CHURN_PER_HOUR,
     DRAWN_ROUNDS,
     ROUNDS,
@@ -18,18 +24,13 @@ from ltecli.outlook import (
     Outlook,
     look_ahead,
 )
-from ltecli.output import Output, plain_table, seconds_text
-from ltecli.planner import Plan
-from ltecli.why import Why, explain
-from simulate import toml
-from simulate.errors import InputError
 from simulate.timeline.engine import Timeline
 
 MOST_ROUNDS = 100_000
 
 
 @dataclass(frozen=True)
-class Extras:
+class ExplainArgs:
     """What was asked for beside the plan."""
 
     why: bool = False
@@ -72,7 +73,7 @@ class Explained:
         }
 
 
-def explain_plan(plan: Plan, extras: Extras) -> Explained:
+def explain_plan(plan: Plan, extras: ExplainArgs) -> Explained:
     """Work out what was asked for."""
     if plan.chosen is None:
         return Explained()
@@ -81,7 +82,7 @@ def explain_plan(plan: Plan, extras: Extras) -> Explained:
     return Explained(why, outlook)
 
 
-def show_explained(plan: Plan, explained: Explained, extras: Extras, output: Output) -> None:
+def show_explained(plan: Plan, explained: Explained, extras: ExplainArgs, output: Output) -> None:
     """Print it, and write the picture; raises InputError where that cannot be written."""
     if plan.chosen is None:
         return
@@ -180,6 +181,6 @@ def _write_svg(plan: Plan, chosen: Candidate, outlook: Outlook, path: Path) -> N
     names = {span.device: f"{span.device}: {kinds[span.device]}"[:30] for span in outlook.timeline.spans}
     title = f"{describe(chosen.run)} on {len(kinds):,} x {plan.profile.name}"
     try:
-        toml.write_atomically(path, svg(outlook.timeline, title, names).encode())
+        toml_io.write_atomically(path, svg(outlook.timeline, title, names).encode())
     except OSError as error:
         raise InputError(f"--timeline-svg {path} cannot be written ({error.strerror}); choose another folder") from None

@@ -8,12 +8,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ltecli.launcher import CHECKPOINTS, RUN_FILE
-from ltecli.output import Output, bytes_text
-from simulate.checkpoints import has_shared, list_checkpoints, saved_devices
-from simulate.config import Run, dump_run, load_run
-from simulate.errors import InputError
-from simulate.models.options import GptModel, HuggingfaceModel, LlamaModel
+from ltecli.console import Output
+from ltecli.runs.run_folder import CHECKPOINTS, RUN_FILE
+from simulate.common.errors import InputError
+from simulate.common.units import bytes_text
+from simulate.config.run import Run, dump_run, load_run
+from simulate.models.schema import GptModel, HuggingfaceModel, LlamaModel
+from simulate.training.checkpoints import has_shared, list_checkpoints, saved_devices
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,9 +69,9 @@ def _merged(run: Run, checkpoint: Path) -> tuple[int, dict[str, Tensor], bool]:
     """Return the steps done, the one model's weights, and whether devices had to be merged for that."""
     import torch
 
-    from simulate.checkpoints import data_of, load_checkpoint
-    from simulate.communicator import VirtualCommunicator
-    from simulate.methods import build_method
+    from simulate.comm.virtual import VirtualCommunicator
+    from simulate.methods.registry import build_method
+    from simulate.training.checkpoints import data_of, load_checkpoint
 
     devices = range(run.cluster.devices)
     progress, state = load_checkpoint(checkpoint, run, data_of(checkpoint), devices)
@@ -114,7 +115,7 @@ def _write_transformers(run: Run, state: dict[str, Tensor], folder: Path, step: 
         network.load_state_dict(state)
         network.model.save_pretrained(folder)  # type: ignore[operator, union-attr]
         return
-    from simulate.models.published import to_transformers
+    from simulate.models.transformers_names import to_transformers
 
     config, named = to_transformers(run.model, state)
     dtype = {"fp32": "float32", "fp64": "float64"}[run.train.dtype]
@@ -123,7 +124,7 @@ def _write_transformers(run: Run, state: dict[str, Tensor], folder: Path, step: 
 
 
 def _save(state: dict[str, Tensor], path: Path, metadata: dict[str, Any]) -> None:
-    from simulate.tensor_file import write_tensors
+    from simulate.common.safetensors_writer import write_tensors
 
     with path.open("wb") as file:  # a tied parameter is stored under each of its names
         write_tensors(file, state, {"format": "pt", **metadata})

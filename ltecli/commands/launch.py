@@ -15,24 +15,28 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from ltecli.agent import LOGS, Launch, Node
+from ltecli.console import Output
 from ltecli.errors import INTERRUPTED
-from ltecli.launcher import CHECKPOINTS, TENSORBOARD, RunFolder, plain_start_bytes, stop_on_signal
-from ltecli.output import Output
-from ltecli.sinks import ProgressBar, TensorBoard
-from ltecli.telling import start_facts, tell_derived, tell_finished, tell_result
-from ltecli.watching import alive_key, run_watched
-from simulate.cores import usable_cores
-from simulate.errors import InputError, RunFailedError
-from simulate.events import EventFile
-from simulate.options import DasoOptions
-from simulate.preflight import Facts, LinkFigures, NodeFacts, Preflight, Settings, make_secret, read_secret
+from ltecli.runs.event_loggers import ProgressBar, TensorBoard
+from ltecli.runs.run_folder import CHECKPOINTS, TENSORBOARD, RunFolder, plain_start_bytes, stop_on_signal
+from ltecli.runs.summary import report_derived, report_finished, report_result, start_facts
+from simulate.common.cpu import usable_cores
+from simulate.common.errors import InputError, RunFailedError
+from simulate.common.events import EventFile
+from simulate.launch.agent import LOGS, Launch, Node
+from simulate.launch.preflight.link_figures import LinkFigures
+from simulate.launch.preflight.node_info import Facts, NodeFacts
+from simulate.launch.preflight.preflight import Preflight
+from simulate.launch.preflight.secret import make_secret, read_secret
+from simulate.launch.preflight.settings import Settings
+from simulate.launch.supervisor import alive_key, run_watched
+from simulate.methods.daso.options import DasoOptions
 
 if TYPE_CHECKING:
     import torch
 
-    from simulate.config import Run
-    from simulate.events import Event
+    from simulate.common.events import Event
+    from simulate.config.run import Run
 
 
 DEFAULT_PORT = 29400
@@ -41,7 +45,7 @@ SIGN_OF_LIFE_S = 3.0
 
 
 @dataclass(frozen=True)
-class LaunchOptions:
+class LaunchArgs:
     """What the command line says about a launch."""
 
     processes: int | None = None
@@ -75,11 +79,11 @@ def launch_options(
     interface: str | None,
     secret_file: Path | None,
     trust_network: bool,
-) -> LaunchOptions | None:
+) -> LaunchArgs | None:
     """Return the options of a launch, None without one; raises InputError where they do not go together."""
-    options = LaunchOptions(processes, nodes, node, join, interface, secret_file, trust_network)
+    options = LaunchArgs(processes, nodes, node, join, interface, secret_file, trust_network)
     if not launch:
-        if options != LaunchOptions():
+        if options != LaunchArgs():
             raise InputError("--processes, --nodes, --node, --join, --interface and so on need --launch; add it")
         return None
     if node is not None and node >= nodes:
@@ -92,7 +96,7 @@ def launch_options(
 SHORTEST_WAIT_S = 1.0
 
 
-def check_launch(run: Run, device: torch.device, options: LaunchOptions) -> None:
+def check_launch(run: Run, device: torch.device, options: LaunchArgs) -> None:
     """Raise InputError for what a launch cannot do; nothing is written before."""
     if run.cluster.backend == "nccl" and device.type != "cuda":
         raise InputError("cluster.backend = 'nccl' needs CUDA GPUs, and this run is on the CPU; use gloo, or auto")
@@ -133,13 +137,13 @@ def default_processes(run: Run, device: torch.device, nodes: int) -> int:
     return max(1, min(here, slots))
 
 
-def launch_run(folder: RunFolder, device: torch.device, options: LaunchOptions, output: Output) -> int:
+def launch_run(folder: RunFolder, device: torch.device, options: LaunchArgs, output: Output) -> int:
     """Train the folder's run in processes of this node; returns the exit code."""
     run, number = folder.run, options.node or 0
     processes = options.processes or default_processes(run, device, options.nodes)
-    tell_derived(folder, output)
+    report_derived(folder, output)
     if folder.is_finished and options.nodes == 1:
-        tell_finished(folder, output)
+        report_finished(folder, output)
         return 0
     with ExitStack() as stack, stop_on_signal() as asked:
         preflight = stack.enter_context(_preflight(folder, processes, options, output))
@@ -175,10 +179,10 @@ def launch_run(folder: RunFolder, device: torch.device, options: LaunchOptions, 
     return _conclude(folder, outcome, output, options)
 
 
-def _preflight(folder: RunFolder, processes: int, options: LaunchOptions, output: Output) -> Preflight:
+def _preflight(folder: RunFolder, processes: int, options: LaunchArgs, output: Output) -> Preflight:
     import torch
 
-    from ltecli import version
+    from simulate.common.version import version
 
     settings = Settings(
         node=options.node or 0,
@@ -204,7 +208,7 @@ def _preflight(folder: RunFolder, processes: int, options: LaunchOptions, output
         rule = processes_rule(folder.run, total, f"the nodes' processes ({each})")
         return [rule] if rule else []
 
-    return Preflight(settings, facts, tell=output.hint, check=too_many, planned=folder.profile.link)
+    return Preflight(settings, facts, log=output.hint, check=too_many, planned=folder.profile.link)
 
 
 def _meet(launch: Launch, preflight: Preflight, timeout_s: float) -> None:
@@ -238,7 +242,7 @@ def secret_command(path: Path) -> int:
     return 0
 
 
-def print_lines(run_file: Path | None, options: LaunchOptions, output: Output) -> int:
+def print_lines(run_file: Path | None, options: LaunchArgs, output: Output) -> int:
     """Print, for each node, the one line to paste; returns the exit code."""
     address = address_to_join(options.interface)
     name = run_file or "run.toml"
@@ -292,8 +296,8 @@ def _sinks(folder: RunFolder, output: Output, stack: ExitStack) -> list[Any]:
 
 def _leave_start_facts(launch: Launch, folder: RunFolder, device: torch.device) -> None:
     """Give the first process what only the command knows of a run's start."""
-    from simulate.measure import measure_memory_bytes
-    from simulate.worker import START
+    from simulate.launch.keys import START
+    from simulate.measure.one_device import measure_memory_bytes
 
     measured_bytes = measure_memory_bytes(folder.run, device)
     if device.type == "cpu":
@@ -304,7 +308,7 @@ def _leave_start_facts(launch: Launch, folder: RunFolder, device: torch.device) 
 
 def _leave_links(launch: Launch, links: Sequence[LinkFigures]) -> None:
     """Give the first process what the preflight measured, for the events."""
-    from simulate.worker import LINKS
+    from simulate.launch.keys import LINKS
 
     launch.store.set(LINKS, json.dumps([link.to_json() for link in links]))
 
@@ -315,7 +319,7 @@ def _keep_wire_bytes(folder: RunFolder, step: int, sent_bytes: list[int]) -> Non
     events.close()
 
 
-def _conclude(folder: RunFolder, outcome: dict[str, Any], output: Output, options: LaunchOptions) -> int:
+def _conclude(folder: RunFolder, outcome: dict[str, Any], output: Output, options: LaunchArgs) -> int:
     if outcome["kind"] == "failure":
         raise (InputError if outcome["input"] else RunFailedError)(outcome["text"])
     if outcome["kind"] == "interrupt":
@@ -327,7 +331,7 @@ def _conclude(folder: RunFolder, outcome: dict[str, Any], output: Output, option
     if options.node:
         output.hint(f"done at step {outcome['step']}; node 0 has the events, {folder.path} this node's checkpoints")
         return 0
-    tell_result(
+    report_result(
         folder, output, outcome["step"], outcome["val_loss"], outcome["sent_bytes"], outcome["simulated_s"],
         outcome["wall_s"], outcome["val_accuracy"],
     )  # fmt: skip

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ltecli.output import Output, bytes_text, plain_table
-from simulate import toml
-from simulate.errors import InputError
-from simulate.hardware import Link, Profile, detect_local
+from ltecli.console import Output, plain_table
+from simulate.common import toml_io
+from simulate.common.errors import InputError
+from simulate.common.units import bytes_text
+from simulate.config.hardware import Link, Profile
+from simulate.config.profiles import detect_local
 
 
 @dataclass(frozen=True)
-class MeasureRequest:
+class MeasureArgs:
     """What to measure."""
 
     quick: bool = False
@@ -26,25 +28,25 @@ class MeasureRequest:
     """Folder of a launched run, whose links were measured."""
 
 
-def measure_command(request: MeasureRequest, out: Path | None, force: bool, as_json: bool, quiet: bool) -> None:
+def measure_command(request: MeasureArgs, out: Path | None, force: bool, as_json: bool, quiet: bool) -> None:
     """Measure, and write or print the profile; raises InputError."""
     output = Output(as_json, quiet)
     if out is not None:
         _check_target(out, force)
     link = _link(request, output)
-    from simulate.measuring.machine import Wanted, measure_profile  # torch is imported for what needs it
+    from simulate.measure.machine import MeasurementScope, measure_profile  # torch is imported for what needs it
 
-    wanted = Wanted(request.quick, request.devices, request.threads, request.device)
+    wanted = MeasurementScope(request.quick, request.devices, request.threads, request.device)
     profile = measure_profile(wanted, link, lambda what: output.hint(f"measuring {what}"))
     document = profile.model_dump(exclude_none=True)
     if out is not None:
         profile = profile.model_copy(update={"name": out.stem})
         document = profile.model_dump(exclude_none=True)
-        toml.write_atomically(out, toml.dump(document).encode())
+        toml_io.write_atomically(out, toml_io.dump(document).encode())
         _show(profile, output)
         output.hint(f"next: lte plan --profile {out}")
     else:
-        output.text(toml.dump(document).rstrip())
+        output.text(toml_io.dump(document).rstrip())
     output.json(document)
 
 
@@ -57,21 +59,21 @@ def _check_target(out: Path, force: bool) -> None:
         raise InputError(f"--out {out} exists; add --force to replace it, or choose another name")
 
 
-def _link(request: MeasureRequest, output: Output) -> Link:
+def _link(request: MeasureArgs, output: Output) -> Link:
     """Return the link to a peer, or between a run's nodes, or else a guess; raises InputError."""
     guess = detect_local().link
     if request.link is not None and request.link_from is not None:
         raise InputError("--link and --link-from both say where the link's figures come from; keep one")
     if request.link_from is not None:
-        from ltecli.linking import link_from, link_text
+        from ltecli.runs.measured_link import link_from, link_text
 
         link = link_from(request.link_from, guess)
         output.hint(f"the link of {request.link_from}: {link_text(link)}")
         return link
     if request.link is None:
         return guess
-    from simulate.preflight.pair import measure_pair
-    from simulate.preflight.secret import read_secret
+    from simulate.launch.preflight.link_pair import measure_pair
+    from simulate.launch.preflight.secret import read_secret
 
     link = measure_pair(request.link, read_secret(request.secret_file))
     output.hint(f"measured the link to {request.link}")
@@ -112,8 +114,8 @@ NOISY = 2.0
 
 def serve_command(interface: str, port: int, secret_file: Path | None) -> None:
     """Answer peers that measure their link to this machine, until interrupted."""
-    from simulate.preflight.pair import serve_pairs
-    from simulate.preflight.secret import read_secret
+    from simulate.launch.preflight.link_pair import serve_pairs
+    from simulate.launch.preflight.secret import read_secret
 
     output = Output()
     serve_pairs(interface, port, read_secret(secret_file), output.hint)

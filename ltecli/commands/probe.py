@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ltecli.commands.plan import check_target
-from ltecli.output import Output, bytes_text, plain_table
-from simulate import toml
-from simulate.config import Run, load_run
+from ltecli.console import Output, plain_table
+from simulate.common import toml_io
+from simulate.common.errors import InputError
+from simulate.common.units import bytes_text
+from simulate.config.profiles import detect_local
+from simulate.config.run import Run, load_run
 from simulate.costs.memory import peak_memory
-from simulate.costs.traffic import ELEMENT_BYTES
-from simulate.data.sources import load_data
-from simulate.errors import InputError
-from simulate.hardware import detect_local
-from simulate.options import DdpOptions
-from simulate.probe.document import Estimate, LayerGradient, Probe, Spectrum, dump_probe
+from simulate.data.load import load_data
+from simulate.layers.formats import ELEMENT_BYTES
+from simulate.methods.ddp.options import DdpOptions
+from simulate.probe.schema import Estimate, LayerGradient, Probe, Spectrum, dump_probe
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,7 @@ DECOMPOSED = 6
 
 
 @dataclass(frozen=True)
-class ProbeOptions:
+class ProbeArgs:
     """How to probe."""
 
     batches: int
@@ -40,7 +41,7 @@ class ProbeOptions:
 
 
 def probe_command(
-    given: Path, options: ProbeOptions, out: Path | None, force: bool, with_layers: bool, device_name: str,
+    given: Path, options: ProbeArgs, out: Path | None, force: bool, with_layers: bool, device_name: str,
     as_json: bool, quiet: bool,
 ) -> int:  # fmt: skip
     """Probe a run, show what was found, and write it where `out` asks for it; returns the exit code."""
@@ -60,7 +61,7 @@ def probe_command(
     _show(probe, output, with_layers)
     if out is not None:
         try:
-            toml.write_atomically(out, dump_probe(probe).encode())
+            toml_io.write_atomically(out, dump_probe(probe).encode())
         except OSError as error:
             raise InputError(f"--out {out} cannot be written ({error.strerror}); choose another folder") from None
         output.hint(f"wrote {out}; next: lte plan --probe {out}")
@@ -101,9 +102,9 @@ def _check_memory(need: int, device_name: str, output: Output) -> None:
         output.warning(f"the probe needs about {bytes_text(need)}, and {bytes_text(memory.available)} are free")
 
 
-def _probed(run: Run, data: Any, options: ProbeOptions, device_name: str, output: Output) -> Probe:
+def _probed(run: Run, data: Any, options: ProbeArgs, device_name: str, output: Output) -> Probe:
     from simulate.data.batches import build_batches
-    from simulate.probe.measure import probe_run
+    from simulate.probe.spectra import probe_run
 
     device = _device(device_name)
     return probe_run(

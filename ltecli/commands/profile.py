@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import profiles
-from ltecli.output import Output, bytes_text, plain_table
-from simulate import toml
-from simulate.hardware import LOCAL, Profile, load_profile
+from ltecli.console import Output, plain_table
+from simulate.common import toml_io
+from simulate.common.units import bytes_text
+from simulate.config.hardware import LOCAL, Profile
+from simulate.config.profiles import load_profile
 
 
 def list_command(as_json: bool) -> None:
@@ -26,7 +28,7 @@ def show_command(name: str, as_json: bool) -> None:
     """Print a profile as TOML that can be saved, edited and passed back."""
     output = Output(as_json)
     document = load_profile(name).model_dump(exclude_none=True)
-    output.text(toml.dump(document).rstrip())
+    output.text(toml_io.dump(document).rstrip())
     output.json(document)
 
 

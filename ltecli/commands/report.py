@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ltecli.candidates import describe
-from ltecli.output import Output, bytes_text, plain_table, scores_text, seconds_text
-from ltecli.report.curve import draw_curve
-from ltecli.report.diagnostics import diagnostics_table, last_rows
-from ltecli.report.figures import RunRecord, figures, read_run
+from ltecli.charts.curve import draw_curve
+from ltecli.charts.diagnostics import diagnostics_table, last_rows
+from ltecli.console import Output, plain_table, scores_text
+from ltecli.runs.figures import RunRecord, figures, read_run
+from simulate.common.units import bytes_text, seconds_text
+from simulate.planning.candidate import describe
 
 
 def report_command(paths: list[Path], as_json: bool) -> None:

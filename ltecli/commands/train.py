@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ltecli.agent import LOGS
-from ltecli.commands.launch import LaunchOptions, check_launch, launch_run, print_lines
-from ltecli.commands.plan import Request, nearest_miss_text, plan_request
-from ltecli.errors import INTERRUPTED, NothingFeasibleError
-from ltecli.launcher import (
+from ltecli.commands.launch import LaunchArgs, check_launch, launch_run, print_lines
+from ltecli.commands.plan import nearest_miss_text
+from ltecli.console import Output
+from ltecli.errors import INTERRUPTED
+from ltecli.plan_request import PlanArgs, plan_request
+from ltecli.runs.event_loggers import ProgressBar, TensorBoard
+from ltecli.runs.run_folder import (
     CHECKPOINTS,
     TENSORBOARD,
     RunFolder,
@@ -24,18 +26,17 @@ from ltecli.launcher import (
     prepare_events,
     resumed_folder,
     stop_on_signal,
-)  # fmt: skip
-from ltecli.output import Output
-from ltecli.sinks import ProgressBar, TensorBoard
-from ltecli.telling import start_facts, tell_derived, tell_finished, tell_result
-from simulate.checkpoints import list_checkpoints, saved_devices
-from simulate.config import BPE, BYTES, HUB, Run, build_run, load_run
-from simulate.errors import InputError, RunFailedError
+)
+from ltecli.runs.summary import report_derived, report_finished, report_result, start_facts
+from simulate.common.errors import InputError, NothingFeasibleError, RunFailedError
+from simulate.config.run import BPE, BYTES, HUB, Run, build_run, load_run
+from simulate.launch.agent import LOGS
+from simulate.training.checkpoints import list_checkpoints, saved_devices
 
 if TYPE_CHECKING:
     import torch
 
-    from simulate.events import Event
+    from simulate.common.events import Event
 
 RUNS = Path("runs")
 DEMO_NAME = "demo"
@@ -44,7 +45,7 @@ WHAT_DATA = ("name", "path", "format", "subset", "column", "rows")
 
 
 @dataclass(frozen=True)
-class Changes:
+class TrainArgs:
     """What the command line changes in the run that it names."""
 
     data: str | None = None
@@ -62,8 +63,8 @@ def train_command(
     out: Path | None,
     resume: bool,
     device_name: str,
-    changes: Changes,
-    launch: LaunchOptions | None,
+    changes: TrainArgs,
+    launch: LaunchArgs | None,
     as_json: bool,
     quiet: bool,
 ) -> int:
@@ -88,7 +89,7 @@ def train_command(
         with lock_folder(folder.path), _dropped_unless_started(folder, resume):
             if launch is None and not _several_gpus(folder.run, device):
                 return _simulate(folder, device, output)
-            return launch_run(folder, device, launch or LaunchOptions(), output)
+            return launch_run(folder, device, launch or LaunchArgs(), output)
     except OSError as error:
         raise RunFailedError(f"{error.strerror}: {error.filename or folder.path}; {_saved(folder, launch)}") from error
     except RunFailedError as error:
@@ -97,9 +98,9 @@ def train_command(
         raise KeyboardInterrupt(f"interrupted; {_saved(folder, launch)}") from None
 
 
-def _check_launch(run: Run, device: torch.device, options: LaunchOptions | None) -> None:
+def _check_launch(run: Run, device: torch.device, options: LaunchArgs | None) -> None:
     if options is not None or _several_gpus(run, device):
-        check_launch(run, device, options or LaunchOptions())
+        check_launch(run, device, options or LaunchArgs())
 
 
 @contextmanager
@@ -118,7 +119,7 @@ def _name(given: Path | None) -> str:
     return DEMO_NAME if given is None else given.parent.resolve().name if given.stem == "run" else given.stem
 
 
-def _run(given: Path | None, changes: Changes) -> Run:
+def _run(given: Path | None, changes: TrainArgs) -> Run:
     run = _run_without_diagnostics(given, changes.data, changes.assignments)
     if not changes.diagnostics or run.train.diagnostics_every is not None:
         return run
@@ -130,7 +131,7 @@ def _run_without_diagnostics(given: Path | None, data: str | None, assignments: 
     if given is not None:
         return _with_data(load_run(given, list(assignments)), data)
     data = data and str(Path(data).absolute())
-    plan = plan_request(Request(data=data, assignments=tuple(assignments)))
+    plan = plan_request(PlanArgs(data=data, assignments=tuple(assignments)))
     if plan.chosen is None:
         raise NothingFeasibleError(nearest_miss_text(plan))
     return plan.chosen.run
@@ -150,7 +151,7 @@ def _with_data(run: Run, path: str | None) -> Run:
     return build_run({**run.model_dump(exclude_none=True), "data": table}, "command line")
 
 
-def _resumed(given: Path | None, out: Path | None, changes: Changes) -> RunFolder:
+def _resumed(given: Path | None, out: Path | None, changes: TrainArgs) -> RunFolder:
     if given is not None and given.is_dir():
         if out is not None or changes:
             raise InputError(
@@ -161,7 +162,7 @@ def _resumed(given: Path | None, out: Path | None, changes: Changes) -> RunFolde
     return resumed_folder(out or RUNS / _name(given), run)
 
 
-def _saved(folder: RunFolder, launch: LaunchOptions | None) -> str:
+def _saved(folder: RunFolder, launch: LaunchArgs | None) -> str:
     line = f"lte train {folder.path} --resume{launch.words() if launch else ''}"
     if not folder.path.exists():
         return "nothing was started; give the same line again"
@@ -199,17 +200,17 @@ def _several_gpus(run: Run, device: torch.device) -> bool:
 
 
 def _simulate(folder: RunFolder, device: torch.device, output: Output) -> int:
-    tell_derived(folder, output)
+    report_derived(folder, output)
     if folder.is_finished:
-        tell_finished(folder, output)
+        report_finished(folder, output)
         return 0
-    from simulate.clock import SimulatedClock
-    from simulate.communicator import VirtualCommunicator
+    from simulate.comm.virtual import VirtualCommunicator
+    from simulate.common.events import EventFile
     from simulate.data.batches import build_batches
-    from simulate.events import EventFile
-    from simulate.loop import Session, restore, train
-    from simulate.measure import measure_memory_bytes
-    from simulate.methods import build_method
+    from simulate.measure.one_device import measure_memory_bytes
+    from simulate.methods.registry import build_method
+    from simulate.training.loop import Session, restore, train
+    from simulate.training.simulated_clock import SimulatedClock
 
     run = folder.run
     clock = SimulatedClock(run, folder.profile.devices(run.cluster.devices), folder.profile.link)
@@ -221,7 +222,7 @@ def _simulate(folder: RunFolder, device: torch.device, output: Output) -> int:
     with ExitStack() as stack, stop_on_signal() as asked:
         sinks: list[Callable[[Event], None]] = []
 
-        def tell_all(event: Event) -> None:
+        def report_all(event: Event) -> None:
             for sink in sinks:
                 sink(event)
 
@@ -231,7 +232,7 @@ def _simulate(folder: RunFolder, device: torch.device, output: Output) -> int:
             batches=batches,
             communicator=communicator,
             clock=clock,
-            emit=tell_all,
+            emit=report_all,
             checkpoints=folder.path / CHECKPOINTS,
             device=device,
             stop=lambda: bool(asked),
@@ -254,7 +255,7 @@ def _simulate(folder: RunFolder, device: torch.device, output: Output) -> int:
         output.hint(f"interrupted at step {session.step}, saved; continue with lte train {folder.path} --resume")
         return INTERRUPTED
     sent_bytes = session.communicator.counter.sent_bytes
-    tell_result(
+    report_result(
         folder, output, session.step, session.val_loss, sent_bytes, session.clock.now_s, session.elapsed_s(),
         session.scores.get("val_accuracy"),
     )  # fmt: skip

@@ -7,20 +7,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ltecli.output import Output, bytes_text, plain_table, seconds_text
-from simulate import toml
-from simulate.errors import InputError, near_match
-from simulate.hardware import load_profile
-from simulate.heldout import AUTOCASTS, FAMILIES, Sample
+from ltecli.console import Output, plain_table
+from simulate.common import toml_io
+from simulate.common.errors import InputError, near_match
+from simulate.common.units import bytes_text, seconds_text
+from simulate.config.profiles import load_profile
+from simulate.measure.random_runs import AUTOCASTS, FAMILIES, Sample
 
 if TYPE_CHECKING:
-    from simulate.accuracy import Errors, Row
+    from simulate.measure.accuracy import Errors, Row
 
 VALIDATION_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Asked:
+class ValidateArgs:
     """Which runs to look at: some of each kind as they come, or as they are asked for."""
 
     quick: bool = False
@@ -47,24 +48,24 @@ class Section:
     """One kind of prediction: how to collect its rows, and how to show a figure."""
 
     about: str
-    collect: Callable[[Asked], list[Row]]
+    collect: Callable[[ValidateArgs], list[Row]]
     figure: Callable[[float], str]
 
 
-def _memory(asked: Asked) -> list[Row]:
-    from simulate.accuracy import allocated_rows, tracked_rows
+def _memory(asked: ValidateArgs) -> list[Row]:
+    from simulate.measure.accuracy import allocated_rows, tracked_rows
 
     return [*tracked_rows(asked.sample(68, 8)), *allocated_rows(asked.sample(17, 4))]
 
 
-def _bytes(asked: Asked) -> list[Row]:
-    from simulate.accuracy import byte_rows
+def _bytes(asked: ValidateArgs) -> list[Row]:
+    from simulate.measure.accuracy import byte_rows
 
     return list(byte_rows(asked.sample(34, 6)))
 
 
-def _time(asked: Asked) -> list[Row]:
-    from simulate.accuracy import time_rows
+def _time(asked: ValidateArgs) -> list[Row]:
+    from simulate.measure.accuracy import time_rows
 
     return list(time_rows(asked.sample(12, 4)))
 
@@ -81,9 +82,9 @@ def _on_profile(name: str) -> Section:
     """Return the section of times on a profile of this machine, over networks that its measurement did not use."""
     profile = load_profile(name)
 
-    def collect(asked: Asked) -> list[Row]:
-        from simulate.accuracy import Row
-        from simulate.measuring.held_out import held_out_times
+    def collect(asked: ValidateArgs) -> list[Row]:
+        from simulate.measure.accuracy import Row
+        from simulate.measure.step_times import held_out_times
 
         return [Row(case, "steps", planned, took) for case, planned, took in held_out_times(profile, asked.quick)]
 
@@ -91,13 +92,13 @@ def _on_profile(name: str) -> Section:
 
 
 def validate_command(
-    only: str | None, asked: Asked, out: Path | None, as_json: bool, quiet: bool, profile: str | None = None
+    only: str | None, asked: ValidateArgs, out: Path | None, as_json: bool, quiet: bool, profile: str | None = None
 ) -> int:
     """Collect the sections' rows, show them and what they sum up to, and write them where `out` asks for it."""
     if only is not None and only not in SECTIONS:
         raise InputError(f"--only {only!r} is no section; {near_match(only, SECTIONS)}")
     asked.check()
-    if profile is not None and asked != Asked(quick=asked.quick):
+    if profile is not None and asked != ValidateArgs(quick=asked.quick):
         raise InputError(
             "--profile times steps of given networks, and --shapes, --seed, --family and --autocast choose random "
             "ones; leave one or the other away"
@@ -105,7 +106,7 @@ def validate_command(
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         raise InputError(f"--out {out} is a folder, or in none; name a file in a folder that exists")
     sections = SECTIONS if profile is None else {**SECTIONS, "time": _on_profile(profile)}
-    from simulate.accuracy import errors_of
+    from simulate.measure.accuracy import errors_of
 
     output, results = Output(as_json, quiet), {}
     for name in [only] if only else sections:
@@ -122,7 +123,7 @@ def validate_command(
     if out is not None:
         text = "\n".join(_markdown(name, sections[name].about, rows, errors_of(rows)) for name, rows in results.items())
         try:
-            toml.write_atomically(out, text.encode())
+            toml_io.write_atomically(out, text.encode())
         except OSError as error:
             raise InputError(f"--out {out} cannot be written ({error.strerror}); choose another folder") from None
         output.hint(f"wrote {out}")

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from simulate.costs.phases import Phase
-from simulate.costs.traffic import unpacking_bytes
+from simulate.layers.formats import LOSS_CHUNK_ELEMENTS, unpacking_bytes
 from simulate.models.shapes import LinearShape, ModelShape
+from simulate.rules.phases import Phase
 
 BLOCK_TENSORS = 16
 """Activation tensors, in u, that a transformer block keeps: inputs of 2 norms, 4 linears (1, 1, 1, 4), q, k, v, the
@@ -35,14 +35,12 @@ stream, the norm's output."""
 TRANSPOSED = 4
 """Tensors, in u, beside the backward pass of a Mixer's network over tokens: gradients, and their
 transposed copies; what is recomputed, or does not keep its inputs, needs one."""
-LOSS_CHUNK_ELEMENTS = 2**20
-"""Logits that the loss works on at once: a few megabytes of scratch, whatever the batch."""
 FLOAT_BYTES = 4
 INDEX_BYTES = 8
 
 
 @dataclass(frozen=True)
-class Made:
+class WeightMaterialisation:
     """How an evaluation comes to the weights of adapted layers, one at a time."""
 
     tensors: int = 0
@@ -79,7 +77,7 @@ class _Step:
     """Pairs that divide the rows between them."""
     subtracts: bool = False
     """Whether the product of the last merge is subtracted in every pass."""
-    made: Made = Made()
+    made: WeightMaterialisation = WeightMaterialisation()
     """What evaluations compute with."""
     plain: bool = False
     """Whether it is the plain network, for diagnostics, whose gradients go as they come: a tied table's when both are
@@ -165,7 +163,7 @@ class _Step:
         """Bytes of an adapted layer's backward pass beside the gradients of its outputs and inputs.
 
         Its weights; and of adapters rows in rank dimensions, and heads' own weights or the old product's rows, as
-        simulate.adapters chooses.
+        simulate.layers.lora chooses.
         """
         linear = next(x for x in self.shape.adapted if x.name.endswith(name))
         weights = self._of_weights(linear)
@@ -208,7 +206,7 @@ class _Step:
 def step_phases(
     shape: ModelShape, samples: int, rank: int, block_gradient_bytes: int, checkpointing: bool, element_bytes: int,
     product_bytes: int, unpacked_bytes: int = 0, heads: int = 1, subtracts: bool = False,
-    made: Made = Made(), plain: bool = False, keeps_inputs: bool = True,
+    made: WeightMaterialisation = WeightMaterialisation(), plain: bool = False, keeps_inputs: bool = True,
 ) -> tuple[Phase, ...]:  # fmt: skip
     """Return the phases of one step and of an evaluation that can be its peak, over what is held all the time."""
     return _step_phases(

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from simulate.config import Run
-from simulate.costs.schedule import layer_transport
+from simulate.config.method_options import AdapterOptions
+from simulate.config.run import Run
+from simulate.methods.lte.options import LteOptions
+from simulate.methods.powersgd.options import PowerSgdOptions
+from simulate.methods.relora.options import ReloraOptions
 from simulate.models.shapes import ModelShape
-from simulate.options import AdapterOptions, LteOptions, PowerSgdOptions, ReloraOptions
+from simulate.rules.optimizer import through_gram
+from simulate.rules.transport import layer_transport
 
 ITERATIONS = 5
 """Of Muon's Newton-Schulz polynomial."""
@@ -62,12 +66,6 @@ def _dense_share(run: Run) -> float:
     """Share of the run's steps that train all weights before adapters do."""
     warm = run.method.warm_start_steps if isinstance(run.method, ReloraOptions) else 0
     return min(1.0, warm / run.train.steps)
-
-
-def through_gram(rows: int, columns: int) -> bool:
-    """Whether Muon iterates on a matrix's Gram matrix alone: fewer operations where it is long enough."""
-    small, large = sorted((rows, columns))
-    return large >= 2 * small
 
 
 def _orthogonalising(rows: int, columns: int) -> float:

@@ -11,18 +11,21 @@ from functools import lru_cache
 from operator import attrgetter
 from pathlib import Path
 
-from simulate.config import BYTES, Run
-from simulate.costs.activations import Made, step_phases
-from simulate.costs.diagnosing import diagnosing_phases, kept_bytes
-from simulate.costs.exchanges import FOLD_TENSORS, exchange_phases, starts_dense
-from simulate.costs.holding import holding
-from simulate.costs.optimizer import moment_bytes, moment_bytes_beside_adapters
-from simulate.costs.phases import PHASES, Phase, PhaseName
-from simulate.costs.remember import by_method
-from simulate.costs.traffic import ELEMENT_BYTES, PRODUCT_BYTES, frozen_bytes, packing_bytes, unpacking_bytes
-from simulate.hardware import Device
+from simulate.config.hardware import Device
+from simulate.config.method_options import AdapterOptions, MethodOptions
+from simulate.config.run import BYTES, Run
+from simulate.costs.activations import WeightMaterialisation, step_phases
+from simulate.costs.buffers import FOLD_TENSORS, exchange_phases, starts_dense
+from simulate.costs.cache import by_method
+from simulate.costs.diagnostics_memory import diagnosing_phases, kept_bytes
+from simulate.costs.moments import moment_bytes, moment_bytes_beside_adapters
+from simulate.costs.state import frozen_bytes, holding
+from simulate.layers.formats import ELEMENT_BYTES, PRODUCT_BYTES, packing_bytes, unpacking_bytes
+from simulate.methods.adamix.options import AdamixOptions
+from simulate.methods.local_sgd.options import LocalSgdOptions
+from simulate.methods.lte.options import LteOptions
 from simulate.models.shapes import ModelShape
-from simulate.options import AdamixOptions, AdapterOptions, LocalSgdOptions, LteOptions, MethodOptions
+from simulate.rules.phases import PHASES, Phase, PhaseName
 
 SAVING = Phase("checkpoint_save", 0, 0, 0)
 """Tensors are written one by one, as they lie in memory."""
@@ -58,7 +61,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Heights:
+class PeakProfile:
     """What one device keeps all the time, and the moments that can be its peak on top of that."""
 
     weights: int
@@ -113,14 +116,14 @@ def memory_by_phase(run: Run, shape: ModelShape, device: Device) -> dict[PhaseNa
     return {name: high.memory(phase) for name, phase in high.highest().items()}
 
 
-def heights(run: Run, shape: ModelShape, device: Device) -> Heights:
+def heights(run: Run, shape: ModelShape, device: Device) -> PeakProfile:
     """Return what a device of the run keeps, and its phases."""
     shared_memory = device.host_memory_bytes == 0
     lasting = _lasting(run, shape, shared_memory)
     phases = _phases(run, shape, lasting)
     if run.train.diagnostics_every is not None:
         phases += diagnosing_phases(run, shape, lasting.made, shared_memory, _dropped_bytes(run, shape))
-    return Heights(lasting.weights, lasting.adapters, lasting.optimizer, device.reserved_bytes, phases)
+    return PeakProfile(lasting.weights, lasting.adapters, lasting.optimizer, device.reserved_bytes, phases)
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ class _Lasting:
     block_gradient_bytes: int
     unpacked_bytes: int
     subtracts: bool
-    made: Made
+    made: WeightMaterialisation
     keeps_inputs: bool
 
 
@@ -191,17 +194,17 @@ def _phases(run: Run, shape: ModelShape, lasting: _Lasting) -> tuple[Phase, ...]
     return (*lasting.start, *step, *others)
 
 
-def _made(method: MethodOptions) -> Made:
+def _made(method: MethodOptions) -> WeightMaterialisation:
     """Return how an evaluation comes to weights: quantised ones are fetched from the master, or unpacked where that is
     not at hand; adapters that are not merged are added.
     """
     if not isinstance(method, AdapterOptions) or starts_dense(method):
-        return Made()
+        return WeightMaterialisation()
     if isinstance(method, LteOptions):
         unpacks = "none" if method.master == "host" else method.quantize
-        return Made(int(method.quantize != "none"), unpacks)
+        return WeightMaterialisation(int(method.quantize != "none"), unpacks)
     unpacks = "none" if method.keeps_master else method.frozen_format
-    return Made(1 if isinstance(method, AdamixOptions) else FOLD_TENSORS, unpacks)
+    return WeightMaterialisation(1 if isinstance(method, AdamixOptions) else FOLD_TENSORS, unpacks)
 
 
 def _weight_bytes(run: Run, shape: ModelShape, shared_memory: bool) -> int:

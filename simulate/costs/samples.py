@@ -19,16 +19,18 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from simulate import toml
-from simulate.config import Run
+from simulate.common import toml_io
+from simulate.config.method_options import AdapterOptions, MethodOptions
+from simulate.config.method_table import METHOD_NAMES
+from simulate.config.run import Run
+from simulate.methods.lte.options import LteOptions
 from simulate.models.shapes import ModelShape
-from simulate.options import METHOD_NAMES, AdapterOptions, LteOptions, MethodOptions
 
 End = Literal["value", "low", "high"]
 SHIPPED = "samples.toml"
 
 
-class Figure(toml.Schema):
+class Figure(toml_io.Schema):
     """One number of the model, its range, and where it comes from."""
 
     value: float = Field(ge=0)
@@ -45,7 +47,7 @@ class Figure(toml.Schema):
         return self
 
 
-class Efficiency(toml.Schema):
+class Efficiency(toml_io.Schema):
     """The whole model: every method's factor at its best settings, and what departs from these costs."""
 
     description: str = ""
@@ -73,13 +75,13 @@ class Efficiency(toml.Schema):
 def shipped() -> Efficiency:
     """Return the model that lte comes with."""
     text = resources.files("simulate.costs").joinpath(SHIPPED).read_text(encoding="utf-8")
-    return toml.validate(Efficiency, toml.parse(text, SHIPPED), SHIPPED, text)
+    return toml_io.validate(Efficiency, toml_io.parse(text, SHIPPED), SHIPPED, text)
 
 
 def load_efficiency(path: Path) -> Efficiency:
     """Read a model of the user's; raises InputError with file, line and key."""
-    text = toml.read(path)
-    return toml.validate(Efficiency, toml.parse(text, str(path)), str(path), text)
+    text = toml_io.read(path)
+    return toml_io.validate(Efficiency, toml_io.parse(text, str(path)), str(path), text)
 
 
 def samples_factor(

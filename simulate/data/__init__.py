@@ -1,1 +1,0 @@
-"""Training data: where the text comes from, and batches addressed by (seed, device, step)."""

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simulate.config import Run
+from simulate.common.seeding import generator
+from simulate.config.run import Run
 from simulate.data.image_batches import ImageBatches
-from simulate.data.sources import Dataset, image_sizes
+from simulate.data.load import Dataset, image_sizes
 from simulate.data.text import Text, shard_bounds
-from simulate.models.build import DTYPES
-from simulate.models.options import text_sizes
-from simulate.randomness import generator
+from simulate.layers.dtypes import DTYPES
+from simulate.models.schema import text_sizes
 
 
 class Batches(Protocol):

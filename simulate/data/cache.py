@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from simulate.errors import InputError
+from simulate.common.errors import InputError
 
 CACHE_VARIABLE = "LTE_CACHE"
 CACHE_VERSION = 1
@@ -44,7 +44,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Place:
+class ArraySlot:
     """Where one array of a file under construction lies, so that other processes can write into it."""
 
     path: Path
@@ -61,7 +61,7 @@ class Place:
         return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
 
     @classmethod
-    def of(cls, array: np.ndarray) -> Place:
+    def of(cls, array: np.ndarray) -> ArraySlot:
         """Return the place of an array that a cache file holds."""
         assert isinstance(array, np.memmap) and array.filename is not None
         return cls(Path(array.filename), array.offset, array.dtype.str, array.shape)
@@ -73,7 +73,7 @@ class Draft:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def allocate(self, shapes: Shapes, facts: Mapping[str, Any]) -> dict[str, Place]:
+    def allocate(self, shapes: Shapes, facts: Mapping[str, Any]) -> dict[str, ArraySlot]:
         """Write the header and reserve room for the arrays; raises OSError where the disk has none."""
         offsets, end = {}, 0
         # The widest elements first keeps every array aligned.
@@ -92,7 +92,7 @@ class Draft:
             file.write(len(content).to_bytes(8, "little") + content)
             file.flush()
             _reserve(file.fileno(), start + end)
-        return {name: Place(self.path, start + offsets[name][0], *shapes[name]) for name in shapes}
+        return {name: ArraySlot(self.path, start + offsets[name][0], *shapes[name]) for name in shapes}
 
     def seal(self) -> None:
         """Write the digest into the header, and everything to the disk."""

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from simulate.common.errors import InputError
 from simulate.data.images import ImageSource, array_source
-from simulate.errors import InputError
 
 SIDE, COLOURS = 32, 3
 

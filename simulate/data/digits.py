@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from simulate.common.errors import InputError
 from simulate.data.images import ImageSource, array_source
-from simulate.errors import InputError
 
 DIGITS = "digits"
 """Their name in run.toml."""

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simulate.common.seeding import generator
 from simulate.data.augment import Draws, crop_and_flip, mix, normalise
 from simulate.data.images import Images
-from simulate.data.shards import even_shards, skewed_shards
-from simulate.randomness import generator
+from simulate.data.partition import even_shards, skewed_shards
 
 REMEMBERED_EPOCHS = 2
 """Orders of each device: a batch may end one epoch and begin the next."""

@@ -12,11 +12,11 @@ from functools import cached_property
 
 import numpy as np
 
-from simulate.data.cache import Draft, Place, cached
-from simulate.data.decode import Frame, SmallImageError, Unfit, fit_array
-from simulate.data.shards import shard_sizes
-from simulate.errors import InputError
-from simulate.randomness import generator
+from simulate.common.errors import InputError
+from simulate.common.seeding import generator
+from simulate.data.cache import ArraySlot, Draft, cached
+from simulate.data.decode_images import Frame, SmallImageError, Unfit, fit_array
+from simulate.data.partition import shard_sizes
 
 HELD_OUT_SHARE = 0.1
 """Of every class, where a data set comes without a split."""
@@ -41,7 +41,7 @@ class ImageSource:
     """Of the shorter side of the first image."""
     stamp: str
     """Tells whether the files are still the same; all that the pixels follow from."""
-    fill: Callable[[Frame, Place], Unfit] = field(repr=False)
+    fill: Callable[[Frame, ArraySlot], Unfit] = field(repr=False)
     """Bring all images to a frame, in rows of (S, C, P, P); returns the unfit."""
     image_name: Callable[[int], str] = field(default="image {}".format, repr=False)
 
@@ -246,7 +246,7 @@ def array_source(
 ) -> ImageSource:
     """Return a source of images that are in memory; a tenth is held out where no split is given."""
 
-    def fill(frame: Frame, target: Place) -> Unfit:
+    def fill(frame: Frame, target: ArraySlot) -> Unfit:
         out = target.open()
         for row, image in enumerate(pixels_SCYX):
             try:

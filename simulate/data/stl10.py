@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from simulate.common.errors import InputError
 from simulate.data.cifar import stamp_of
 from simulate.data.images import ImageSource, array_source
-from simulate.errors import InputError
 
 SIDE, COLOURS = 96, 3
 FOLDER = "stl10_binary"

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from simulate import config
-from simulate.data.hub import TEXTS, read_hub
+from simulate.common.errors import InputError
+from simulate.config import run as config
+from simulate.data.huggingface import TEXTS, read_hub
 from simulate.data.tokenizer import Vocabulary, check_vocabulary, encode
-from simulate.errors import InputError
-from simulate.models.options import ReadsText
+from simulate.models.interfaces import ReadsText
 
 STDLIB_BYTES = 2_000_000
 """Cap of the embedded default: the standard library's top-level modules, sorted by name, up to this many bytes."""

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simulate.config import BPE
+from simulate.common.errors import InputError
+from simulate.config.run import BPE
 from simulate.data.cache import Draft, cached
-from simulate.errors import InputError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

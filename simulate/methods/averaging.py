@@ -17,11 +17,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from simulate.communicator import Communicator
-from simulate.costs.traffic import fragment
+from simulate.comm.base import Communicator
+from simulate.comm.compression import CompressedMean
+from simulate.comm.transfers import fragment
 from simulate.methods.base import clear_rows
-from simulate.methods.ddp import packed_parameters
-from simulate.wire import CompressedMean
+from simulate.methods.ddp.train import packed_parameters
 
 Outer = Callable[[str, Tensor, Tensor], Tensor]
 """(name, last, mean), each (...) of one parameter → the weights that the next round starts from."""
@@ -99,7 +99,7 @@ class Averaging:
             for name in message:
                 self.snapshots[name].copy_(self.parameters[name])
             means = self._means(message, self.snapshots, weights_N, into=self.arriving)
-            self.communicator.then(partial(self._keep_arriving, message, means))
+            self.communicator.on_complete(partial(self._keep_arriving, message, means))
 
     def _keep_arriving(self, message: list[str], means: list[Tensor]) -> None:
         for name, mean in zip(message, means, strict=True):
@@ -108,7 +108,7 @@ class Averaging:
         means.clear()
 
     @torch.no_grad()
-    def take_over(self, index: int) -> None:
+    def apply_merged(self, index: int) -> None:
         """Put what has arrived of the index-th fragment in the place of what was sent; later progress stays."""
         for name in (name for message in self.messages[index] for name in message):
             merged = self._merged(name, self.arriving[name])
@@ -122,12 +122,12 @@ class Averaging:
         return merged
 
     @torch.no_grad()
-    def leave_out(self, healthy_L: Tensor) -> None:
+    def exclude_devices(self, healthy_L: Tensor) -> None:
         """Forget what devices have that are not healthy, so that a weight of zero makes it count nothing.
 
         Those that train on before the merge has arrived do so from the last one.
         """
-        errors = (tensor for mean in self.means.values() for tensor in mean.state().values())
+        errors = (tensor for mean in self.means.values() for tensor in mean.state_dict().values())
         for tensor in (*self.parameters.values(), *errors):
             clear_rows(tensor, healthy_L)
         for name in self.snapshots:
@@ -155,7 +155,7 @@ class Averaging:
             sums.append(own if into is None else into[name].copy_(own))
         self.communicator.all_reduce(sums)
         if weights_L is None:
-            self.communicator.then(lambda: torch._foreach_div_(sums, float(self.communicator.num_devices)))
+            self.communicator.on_complete(lambda: torch._foreach_div_(sums, float(self.communicator.num_devices)))
         return sums
 
     def _firsts(self, copies: list[Tensor]) -> list[Tensor]:
@@ -192,7 +192,7 @@ class Averaging:
                     mean.copy_(torch.tensordot(weights, copies_N, dims=1))
 
         if pushed is not None:  # here is the server
-            self.communicator.then(average)
+            self.communicator.on_complete(average)
         self.communicator.pull(means, active)
         return means
 
@@ -207,15 +207,15 @@ class Averaging:
             for name, part in zip(message, mean.pop().split(sizes), strict=True):
                 means.append(self.last[name] + part.view_as(self.last[name]))
 
-        self.communicator.then(add_up)
+        self.communicator.on_complete(add_up)
         return means
 
-    def state(self) -> Mapping[str, Tensor]:
+    def state_dict(self) -> Mapping[str, Tensor]:
         """Return what the next merges depend on, by name."""
         errors = {
             f"{key}.{message[0]}": tensor
             for message, mean in self.means.items()
-            for key, tensor in mean.state().items()
+            for key, tensor in mean.state_dict().items()
         }
         travels = {
             f"{key}.{name}": tensor

@@ -12,18 +12,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from simulate.adapters import LoraLinear
-from simulate.checkpoints import State
-from simulate.communicator import Communicator
-from simulate.config import Run, Train
-from simulate.costs.optimizer import is_eight_bit
-from simulate.eight_bit import CODES, AdamW8bit, prune
-from simulate.loss import row_losses
-from simulate.models.build import build_model
-from simulate.optimizers import Muon
-from simulate.precision import LossScale, check_autocast, lower_precision
-from simulate.replicated import ReplicatedEmbedding, ReplicatedLinear, VectorLora
-from simulate.updates import LayerUpdates, Rows
+from simulate.comm.base import Communicator
+from simulate.config.run import Run, Train
+from simulate.layers.cross_entropy import row_losses
+from simulate.layers.lora import LoraLinear
+from simulate.layers.per_device import ReplicatedEmbedding, ReplicatedLinear, VectorLora
+from simulate.methods.build_network import build_model
+from simulate.methods.round_updates import LayerUpdates, Rows
+from simulate.methods.state import State
+from simulate.optim.adamw8bit import CODES, AdamW8bit, prune
+from simulate.optim.loss_scale import LossScale, check_autocast, lower_precision
+from simulate.optim.muon import Muon
+from simulate.rules.optimizer import is_eight_bit
 
 COSINE_FLOOR = 0.1
 """The learning rate ends at this share of its peak."""
@@ -108,7 +108,7 @@ class Method(ABC):
         """Whether devices merge after this step: at the end of a round or of its fragments, and of the run."""
         return (step + 1) % self.run.method.steps_apart == 0 or self.is_last(step)
 
-    def settles_after(self, step: int) -> bool:
+    def merged_weights_ready(self, step: int) -> bool:
         """Whether newly merged weights are there after this step."""
         return self.merge_due(step)
 
@@ -127,7 +127,7 @@ class Method(ABC):
     def merge(self, step: int) -> None:
         """Make all devices' weights one model."""
 
-    can_leave_out = False
+    can_exclude_devices = False
     """Whether a merge can leave a device out whose weights are not finite any more."""
     healthy_N: Tensor | None = None
     """Which devices the next merge counts; None: all."""
@@ -138,10 +138,10 @@ class Method(ABC):
         return torch.stack(sums).isfinite().all(0)
 
     @torch.no_grad()
-    def leave_out(self, healthy_N: Tensor) -> None:
+    def exclude_devices(self, healthy_N: Tensor) -> None:
         """Have the next merge count nothing of devices that are not healthy; they go on from what is merged.
 
-        Subclasses that `can_leave_out` also take out of their own tensors what is not finite.
+        Subclasses that `can_exclude_devices` also take out of their own tensors what is not finite.
         """
         self.healthy_N = healthy_N
         for state in self.optimizer.state.values():
@@ -174,7 +174,7 @@ class Method(ABC):
         return self.merged_state()
 
     def keep_merged(self) -> None:  # noqa: B027 - most methods have nothing to keep
-        """Remember the weights of every merge from here on, so that `updates` can tell; called before `load_state`."""
+        """Remember the weights of every merge from here on, for `updates`; called before `load_state_dict`."""
 
     def rows(self) -> Rows:
         """Return whose rows are where, and what they count in the round's merge; what makes everyone's of `updates`."""
@@ -311,30 +311,34 @@ class Method(ABC):
         ]
         return [group for group in groups if group["params"]]
 
-    def kept(self) -> dict[str, Tensor]:
+    def extra_state(self) -> dict[str, Tensor]:
         """Return the method's own tensors that the next step depends on, beside parameters, buffers and moments."""
         return {}
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Return everything that the next step depends on, by name."""
         state = {f"model.{name}": tensor.detach() for name, tensor in self._model_tensors().items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 state[f"optimizer.{name}.{key}"] = value
-        return {**state, **self._scale_state(), **{f"kept.{name}": tensor for name, tensor in self.kept().items()}}
+        return {
+            **state,
+            **self._scale_state(),
+            **{f"kept.{name}": tensor for name, tensor in self.extra_state().items()},
+        }
 
     def _scale_state(self) -> dict[str, Tensor]:
-        scale = {} if self.loss_scale is None else self.loss_scale.state()
+        scale = {} if self.loss_scale is None else self.loss_scale.state_dict()
         return {f"loss_scale.{name}": tensor for name, tensor in scale.items()}
 
     @torch.no_grad()
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state` returned; raises KeyError or RuntimeError where names or shapes differ."""
         for name, tensor in self._model_tensors().items():
             tensor.copy_(state[f"model.{name}"])
         for name, tensor in self._scale_state().items():
             tensor.copy_(state[name])
-        for name, tensor in self.kept().items():
+        for name, tensor in self.extra_state().items():
             tensor.copy_(state[f"kept.{name}"])
         for name, parameter in self.parameters.items():
             prefix = f"optimizer.{name}."
@@ -387,12 +391,12 @@ class Method(ABC):
             own |= {f"{name}.{key}" for key in keys if isinstance(getattr(module, key, None), Tensor)}
         return own
 
-    def divided_state(self) -> State:
+    def sharded_state(self) -> State:
         """Return `state` divided into what all devices have in common, and what local ones have for themselves."""
         self.communicator.finish()
         owners, divided, own = self.row_devices(), State(), set(self.communicator.local_devices)
         divided.of_devices.update({device: {} for device in own})
-        for name, tensor in self.state().items():
+        for name, tensor in self.state_dict().items():
             if not self.is_per_device(name):
                 divided.shared[name] = tensor
                 continue
@@ -403,21 +407,23 @@ class Method(ABC):
         return divided
 
     def load_divided(self, divided: State) -> None:
-        """Restore what `divided_state` of any processes returned, of all devices that have rows here."""
+        """Restore what `sharded_state` of any processes returned, of all devices that have rows here."""
         joined, owners = dict(divided.shared), self.row_devices()
         for name in divided.of_devices[owners[0]]:
             joined[name] = torch.cat([divided.of_devices[device][name] for device in owners])
-        self.load_state(joined)
+        self.load_state_dict(joined)
 
-    def revived(self, shared: Mapping[str, Tensor], donor: Mapping[str, Tensor], device: int) -> dict[str, Tensor]:
-        """Return what a device starts from whose state nobody has, as `divided_state` has it; right after a merge.
+    def init_lost_device(
+        self, shared: Mapping[str, Tensor], donor: Mapping[str, Tensor], device: int
+    ) -> dict[str, Tensor]:
+        """Return what a device starts from whose state nobody has, as `sharded_state` has it; right after a merge.
 
         What is trained starts like another device's, since all were equal then; moments and errors start at zero.
         """
         new = {name for name in donor if name.startswith("optimizer.") or "error" in name}
         return {name: torch.zeros_like(t) if name in new else t.clone() for name, t in donor.items()}
 
-    def after_revival(self) -> None:  # noqa: B027 - most methods' merged weights need nothing of a lost device
+    def after_lost_devices_init(self) -> None:  # noqa: B027 - most methods' merged weights need nothing of a lost device
         """Make good for what lost devices had, once everything is loaded; all processes take part."""
 
     def _model_tensors(self) -> dict[str, Tensor]:

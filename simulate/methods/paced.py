@@ -8,7 +8,7 @@ others, so batches stay addressed by (device, step) and the learning rate goes b
 counter: when a round begins it is the run's step on every device, skipped steps counted (or the steps since the
 optimizer was reset). Moments stay as they were when the device stopped.
 
-In a simulation c_n follows from the profile's step times (simulate.costs.pace); a launched process goes by its clock
+In a simulation c_n follows from the profile's step times (simulate.rules.pace); a launched process goes by its clock
 and stops when the deadline has passed; the first round of a launch has none unless one is given, and later ones take
 what the fastest device needs for T steps by the last round's measure. Steps that are given, round by round, make both
 worlds take the same.
@@ -27,8 +27,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from simulate.costs.pace import round_counts
-from simulate.methods.delayed import Delayed
+from simulate.methods.overlapped import Delayed
+from simulate.rules.pace import round_counts
 
 
 class Paced(Delayed):
@@ -143,7 +143,7 @@ class Paced(Delayed):
         if int(own_L.min()) == steps:  # was not stopped
             self._stopped_s = self._time()
         seconds_L = (self._stopped_s - self._started_s) / own_L
-        counts_N, seconds_N = self.communicator.share(torch.stack([own_L, seconds_L], 1)).unbind(1)
+        counts_N, seconds_N = self.communicator.all_gather_scalars(torch.stack([own_L, seconds_L], 1)).unbind(1)
         self.counts_N.copy_(counts_N.round())
         self._measured_s = float(seconds_N.min()) * self.run.method.round_steps
 
@@ -177,23 +177,23 @@ class Paced(Delayed):
     def round_shares(self) -> Tensor | None:
         return self.shares() if self.is_paced else None
 
-    def state(self) -> dict[str, Tensor]:
-        state = super().state()
+    def state_dict(self) -> dict[str, Tensor]:
+        state = super().state_dict()
         for name in next(iter(self._aside.values()), {}):
             state[name] = state[name].clone()
         self._put_back(state)
         return state
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._aside.clear()  # the next step sets aside what was loaded
-        super().load_state(state)
+        super().load_state_dict(state)
 
-    def kept(self) -> dict[str, Tensor]:
+    def extra_state(self) -> dict[str, Tensor]:
         if not self.is_paced:
-            return super().kept()
+            return super().extra_state()
         pace = {"counts": self.counts_N, "trained": self.trained, "skipped": self.skipped}
         paced = {f"pace.{name}": tensor for name, tensor in pace.items()}
-        return {**super().kept(), **paced, "pace.losses": self.last_losses_L}
+        return {**super().extra_state(), **paced, "pace.losses": self.last_losses_L}
 
     def is_kept_per_device(self, name: str) -> bool:
         return name == "pace.losses" or super().is_kept_per_device(name)

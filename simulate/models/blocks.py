@@ -1,7 +1,7 @@
 """Pre-norm blocks in plain PyTorch, shared by the networks.
 
 Legend: S samples, T tokens of a sample, D width, A heads, E numbers of a head. The batch dimension leads everywhere,
-which is all that the device-batched layers in simulate.adapters need.
+which is all that the device-batched layers in simulate.layers.lora need.
 """
 
 from __future__ import annotations

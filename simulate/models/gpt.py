@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from simulate.models.blocks import Attention, Block, BlockStyle, run_blocks, start_small
-from simulate.models.options import GptModel
+from simulate.models.schema import GptModel
 
 __all__ = ["Attention", "Gpt"]
 

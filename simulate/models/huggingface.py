@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simulate.errors import InputError, near_match
-from simulate.models.options import HuggingfaceModel
+from simulate.common.errors import InputError, near_match
+from simulate.models.schema import HuggingfaceModel
 
 PREFIX = "hf:"
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simulate.models.blocks import run_blocks, start_small
-from simulate.models.options import LlamaModel
+from simulate.models.schema import LlamaModel
 
 INIT_STD = 0.02
 NORM_EPSILON = 1e-6

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from simulate.models.blocks import Mlp, run_blocks
-from simulate.models.options import MixerModel
+from simulate.models.schema import MixerModel
 from simulate.models.vit import patches_of, start_truncated
 
 NORM_EPSILON = 1e-6

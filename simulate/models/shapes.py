@@ -56,7 +56,7 @@ class ParameterShape:
 class ActivationTrace:
     """Peak bytes of a pass forward and back in float32, over samples: `fixed_bytes` + samples x `sample_bytes`.
 
-    Taken by simulate.models.trace.
+    Taken by simulate.models.tracing.
     """
 
     fixed_bytes: int

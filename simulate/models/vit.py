@@ -1,7 +1,7 @@
 """Vision Transformers in plain PyTorch (Dosovitskiy et al. 2021, arXiv 2010.11929; the small one: Touvron et al. 2021).
 
 Legend: S samples, C colours, P patches of an image, T = P + 1 tokens (the class token leads), D width. The class token
-and the positions are embedding tables, because simulate.convert gives every device its own of those.
+and the positions are embedding tables, because simulate.layers.convert gives every device its own of those.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from simulate.models.blocks import Block, BlockStyle, run_blocks
-from simulate.models.options import VitModel
+from simulate.models.schema import VitModel
 from simulate.models.sizes import VIT_SIZES as NAMED_SIZES
 
 INIT_STD = 0.02

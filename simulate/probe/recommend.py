@@ -23,7 +23,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from simulate.probe.document import Estimate, Probe, Recommendation, Spectrum, State
+from simulate.probe.schema import Estimate, Probe, Recommendation, Spectrum, State
 
 ROUNDED_TO = 4
 

@@ -21,16 +21,16 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from simulate.config import Run
-from simulate.costs.messages import link_of, server_latency_s, server_rates, transfer_s
-from simulate.costs.pace import round_counts
-from simulate.costs.schedule import Recurring, schedule
-from simulate.costs.time import device_merge_s, device_step_s, round_time
-from simulate.costs.traffic import Exchange, Transfer
-from simulate.hardware import Device, Link
+from simulate.comm.transfers import Exchange, Transfer
+from simulate.config.hardware import Device, Link
+from simulate.config.run import Run
+from simulate.costs.message_schedule import PeriodicExchange, schedule
+from simulate.costs.message_time import link_of, server_latency_s, server_rates, transfer_s
+from simulate.costs.step_time import device_merge_s, device_step_s, round_time
+from simulate.rules.pace import round_counts
 from simulate.timeline.churn import leave_probability
-from simulate.timeline.draws import Floats, slowness, uniform
-from simulate.timeline.sharing import shared_ends
+from simulate.timeline.jitter import Floats, slowness, uniform
+from simulate.timeline.shared_link import shared_ends
 
 KINDS = ("compute", "exchange", "wait", "away")
 Moments = Floats | float
@@ -92,7 +92,7 @@ def simulate(
 
 @dataclass
 class _Travelling:
-    part: Recurring
+    part: PeriodicExchange
     due: int
     """The step after whose compute devices take it over."""
     ends_M: Moments

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from simulate.communicator import Nodes
-from simulate.distributed import LostPeerError, TorchCommunicator
+from simulate.comm.base import Nodes
+from simulate.comm.process_group import LostPeerError, TorchCommunicator
 
 TIMEOUT_S = 2.0
 AWAY_S = 3 * TIMEOUT_S

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from simulate.events import Event
+from simulate.common.events import Event
 from tests.ltecli.command import environment, write_run
 from tests.network.lab import Lab
 
@@ -85,7 +85,7 @@ class Launched:
 
     def workers(self, node: int = 0) -> list[psutil.Process]:
         """Return a node's worker processes, by their numbers."""
-        found = [process for process in self.processes(node) if "simulate.worker" in process.cmdline()]
+        found = [process for process in self.processes(node) if "simulate.launch.worker" in process.cmdline()]
         return sorted(found, key=lambda process: int(process.environ()["RANK"]))
 
     def all_said(self) -> str:

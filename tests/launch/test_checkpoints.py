@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from simulate.checkpoints import list_checkpoints, load_checkpoint
-from simulate.config import load_run
+from simulate.config.run import load_run
+from simulate.training.checkpoints import list_checkpoints, load_checkpoint
 from tests.launch.runs import LOSS_TOLERANCE, interrupt, launched_run, simulated_loss, start_node, tiny_run
 from tests.ltecli.command import environment
 
@@ -25,8 +25,8 @@ SAVER = """
 import sys
 from pathlib import Path
 import torch
-from simulate.checkpoints import Progress, State, prune, save_checkpoint
-from simulate.config import load_run
+from simulate.training.checkpoints import Progress, State, prune, save_checkpoint
+from simulate.config.run import load_run
 import os
 folder, run = Path(sys.argv[1]), load_run(Path(sys.argv[2]))
 torch.set_num_threads(1)

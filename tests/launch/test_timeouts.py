@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from simulate.pulse import Sign, describe_missing
+from simulate.launch.heartbeat import Sign, describe_missing
 from tests.launch.exchanges import AWAY_S, EXCHANGES, TIMEOUT_S
 
 TITLES = ["process 0 on node 0 (device 0)", "process 1 on node 1 (device 1)", "process 2 on node 2 (device 2)"]

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simulate import toml
-from simulate.events import Event, read_events
+from simulate.common import toml_io
+from simulate.common.events import Event, read_events
 
 Lte = Callable[..., "Outcome"]
 Refused = Callable[..., str]
@@ -53,7 +53,7 @@ def write_run(path: Path, **tables: dict[str, Any]) -> Path:
     for name, keys in tables.items():
         replaced = name == "data" or "name" in keys
         table[name] = keys if replaced else {**table[name], **keys}
-    path.write_text(toml.dump(table), encoding="utf-8")
+    path.write_text(toml_io.dump(table), encoding="utf-8")
     return path
 
 

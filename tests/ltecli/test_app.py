@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ltecli import version
+from simulate.common.version import version
 from tests.ltecli.command import Lte, Refused, assert_one_line, environment, finish, lte_process
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from ltecli.commands.plan import Request, plan_request
-from simulate import toml
-from simulate.costs.calendar import Calendar
-from simulate.hardware import load_profile
+from ltecli.plan_request import PlanArgs, plan_request
+from simulate.common import toml_io
+from simulate.config.profiles import load_profile
+from simulate.rules.cadence import Cadence
 
 
 def slow_disk(here: Path, **figures: object) -> str:
@@ -17,17 +17,17 @@ def slow_disk(here: Path, **figures: object) -> str:
     profile = load_profile("gtx1080ti_x8").model_dump(exclude_none=True)
     profile["device"][0] |= {"disk_write_bytes_per_s": 1e8, **figures}
     profile["device"][0] = {key: value for key, value in profile["device"][0].items() if value is not None}
-    (here / "slow.toml").write_text(toml.dump(profile))
+    (here / "slow.toml").write_text(toml_io.dump(profile))
     return str(here / "slow.toml")
 
 
 def test_recovery_points_are_spaced_to_a_share_of_the_time(tmp_path: Path) -> None:
-    plan = plan_request(Request(profile=slow_disk(tmp_path), model="gpt2", pins={"name": "lte", "merge_every": 10}))
+    plan = plan_request(PlanArgs(profile=slow_disk(tmp_path), model="gpt2", pins={"name": "lte", "merge_every": 10}))
     assert plan.chosen is not None
     run, stops = plan.chosen.run, plan.chosen.pauses
     assert run.cluster.recover_every > 1
     assert run.train.checkpoint_every % (10 * run.cluster.recover_every) == 0
-    assert stops.calendar == Calendar.of(run)
+    assert stops.calendar == Cadence.of(run)
     assert stops.save_s is not None
     assert 0.02 < stops.saves * stops.save_s / plan.chosen.wall_s <= 0.05
     (note,) = [note for note in plan.notes if "cluster.recover_every" in note]
@@ -36,7 +36,7 @@ def test_recovery_points_are_spaced_to_a_share_of_the_time(tmp_path: Path) -> No
 
 
 def test_recovery_points_that_are_asked_for_stay(tmp_path: Path) -> None:
-    request = Request(
+    request = PlanArgs(
         profile=slow_disk(tmp_path), model="gpt2", pins={"name": "lte", "merge_every": 10},
         assignments=("cluster.recover_every=1", "train.checkpoint_every=700"),
     )  # fmt: skip
@@ -50,7 +50,7 @@ def test_recovery_points_that_are_asked_for_stay(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_not_known_is_said(tmp_path: Path) -> None:
-    plan = plan_request(Request(profile=slow_disk(tmp_path, disk_write_bytes_per_s=None), model="gpt2"))
+    plan = plan_request(PlanArgs(profile=slow_disk(tmp_path, disk_write_bytes_per_s=None), model="gpt2"))
     assert plan.chosen is not None
     assert plan.chosen.run.cluster.recover_every == 1
     assert plan.chosen.to_dict()["checkpoint_s"] is None
@@ -58,7 +58,7 @@ def test_a_disk_that_is_not_known_is_said(tmp_path: Path) -> None:
 
 
 def test_a_whole_run_is_its_rounds_and_its_pauses() -> None:
-    plan = plan_request(Request(profile="gtx1080ti_x8", model="gpt2"))
+    plan = plan_request(PlanArgs(profile="gtx1080ti_x8", model="gpt2"))
     assert plan.chosen is not None
     figures = plan.chosen.to_dict()
     pauses_s = figures["evaluations"] * figures["evaluation_s"] + figures["checkpoints"] * figures["checkpoint_s"]

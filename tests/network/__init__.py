@@ -1,1 +1,0 @@
-"""A network laboratory: several machines on one."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 import profiles
-from simulate.hardware import Device, Link, Profile, load_profile
+from simulate.config.hardware import Device, Link, Profile
+from simulate.config.profiles import load_profile
 
 UNSOURCED = {"count", "kind", "source", "sources"}
 

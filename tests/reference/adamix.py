@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from simulate.options import AdamixOptions
-from simulate.randomness import generator
+from simulate.common.seeding import generator
+from simulate.methods.adamix.options import AdamixOptions
 from tests.reference.common import adapted_names
 from tests.reference.lora import LoraTwin, Pairs
 

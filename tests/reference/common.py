@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simulate.config import Train
+from simulate.config.run import Train
 
 
 def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -7,9 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from simulate.config import Run
-from simulate.options import DdpOptions, PowerSgdOptions, TopkOptions
-from simulate.randomness import address
+from simulate.common.seeding import address
+from simulate.config.run import Run
+from simulate.methods.ddp.options import DdpOptions
+from simulate.methods.powersgd.options import PowerSgdOptions
+from simulate.methods.topk.options import TopkOptions
 from tests.reference.dense import DenseTwin, flat, mean, unflat
 from tests.reference.quantiser import as_received
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from simulate.config import Run
-from simulate.options import DasoOptions
+from simulate.config.run import Run
+from simulate.methods.daso.options import DasoOptions
 from tests.reference.dense import DenseTwin, mean
 
 

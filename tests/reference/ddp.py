@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from simulate.config import Run
+from simulate.config.run import Run
 from tests.reference.common import adamw, clip, mean_loss, take_step
 
 

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from simulate.config import Run
-from simulate.options import DilocoOptions
+from simulate.config.run import Run
+from simulate.methods.diloco.options import DilocoOptions
 from tests.reference.compressed import RoundedMean
 from tests.reference.dense import flat, mean, unflat
 from tests.reference.local_sgd import LocalTwin

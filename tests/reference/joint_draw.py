@@ -8,10 +8,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from simulate.config import Run
-from simulate.models.build import build_model
-from simulate.options import LteOptions
-from simulate.randomness import generator
+from simulate.common.seeding import generator
+from simulate.config.run import Run
+from simulate.methods.build_network import build_model
+from simulate.methods.lte.options import LteOptions
 from tests.reference.lora import Draw
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from simulate.config import Run
+from simulate.config.run import Run
 from tests.reference.common import adapted_names
 from tests.reference.diloco import DilocoTwin
 from tests.reference.local_sgd import LocalSgdTwin

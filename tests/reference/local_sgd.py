@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from simulate.config import Run
-from simulate.options import LocalSgdOptions
-from simulate.randomness import generator
+from simulate.common.seeding import generator
+from simulate.config.run import Run
+from simulate.methods.local_sgd.options import LocalSgdOptions
 from tests.reference.compressed import RoundedMean
 from tests.reference.dense import DenseTwin, flat, unflat
 

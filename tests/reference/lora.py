@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from simulate.config import Run
-from simulate.options import AdapterOptions
+from simulate.config.method_options import AdapterOptions
+from simulate.config.run import Run
 from tests.reference.common import adamw, adapted_names, clip, mean_loss, scheduled_rate
 
 Draw = Callable[[str, int, int], Tensor]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from simulate.config import Run
+from simulate.config.run import Run
 from tests.reference.lora import Draw
 from tests.reference.lte import Device, LteTwin
 

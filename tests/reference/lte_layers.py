@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from simulate.config import Run
-from simulate.options import LteOptions
+from simulate.config.run import Run
+from simulate.methods.lte.options import LteOptions
 from tests.reference.common import adamw, adapted_names, mean_loss
 from tests.reference.lora import Draw
 from tests.reference.lte import Device, Head, LteTwin

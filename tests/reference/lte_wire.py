@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from simulate.config import Run
+from simulate.config.run import Run
 from tests.reference.lora import Draw
 from tests.reference.lte import LteTwin
 from tests.reference.quantiser import Sender

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simulate.config import Run, Train
+from simulate.config.run import Run, Train
 from tests.reference.common import adamw
 from tests.reference.ddp import DdpTwin
 from tests.reference.lora import Draw

@@ -7,8 +7,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from simulate.config import Run
-from simulate.options import LteOptions, ReloraOptions
+from simulate.config.run import Run
+from simulate.methods.lte.options import LteOptions
+from simulate.methods.relora.options import ReloraOptions
 from tests.reference.common import adapted_names
 from tests.reference.lora import Draw
 from tests.reference.lte import LteTwin

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from simulate.config import Run
-from simulate.options import ReloraOptions
+from simulate.config.run import Run
+from simulate.methods.relora.options import ReloraOptions
 from tests.reference.common import scheduled_rate
 from tests.reference.ddp import DdpTwin
 from tests.reference.lora import Draw, LoraTwin

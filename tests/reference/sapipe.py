@@ -7,8 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from simulate.config import Run
-from simulate.options import SapipeOptions
+from simulate.config.run import Run
+from simulate.methods.sapipe.options import SapipeOptions
 from tests.reference.dense import DenseTwin, Device, mean
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from simulate.config import load_run
+from simulate.config.run import load_run
 from tests.ltecli.command import Lte, Refused, events_of, finish, lte_process, write_run
 from tests.simulate.data.pictures import files_of, write_folder
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from simulate.config import load_run
+from simulate.config.run import load_run
 from tests.ltecli.command import Lte, Refused, assert_one_line, events_of, write_run
 
 ROWS = (
@@ -42,7 +42,7 @@ def test_the_clock_counts_what_checkpoints_save_for_diagnostics(diagnosed: Path,
 
 
 def test_nobody_diagnoses_unasked(lte: Lte, run_toml: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("simulate.loop.Diagnostics", None)
+    monkeypatch.setattr("simulate.training.loop.Diagnostics", None)
     assert lte("train", run_toml, "--out", "a", "--quiet").code == 0
     assert lte("report", "a", "--json").json()["diagnostics"] == []
     assert "diagnostics" not in lte("report", "a").stdout

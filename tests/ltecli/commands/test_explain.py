@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from ltecli.output import range_text
+from simulate.common.units import range_text
+from simulate.config.profiles import load_profile
 from simulate.costs.samples import SHIPPED
-from simulate.hardware import load_profile
 from tests.ltecli.command import PROFILE, Lte, Refused, assert_one_line
 
 ROOT = Path(__file__).parents[3]

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from simulate.config import load_run
+from simulate.config.run import load_run
 from simulate.data.batches import TextBatches
 from simulate.data.text import load_text
-from simulate.models.build import build_model
+from simulate.methods.build_network import build_model
 from tests.ltecli.command import Lte, Refused, events_of, write_run
 from tests.ltecli.commands.test_models import BLOCKS, ENCODER, METHODS, write
 from tests.reference.common import mean_loss

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from simulate import toml
-from simulate.hardware import load_profile
-from simulate.measuring import machine
+from simulate.common import toml_io
+from simulate.config.profiles import load_profile
+from simulate.measure import machine
 from tests.ltecli.command import Lte, Refused
 
 LINKS = [
@@ -42,7 +42,7 @@ def write_events(folder: Path, *added: dict[str, Any]) -> None:
 def test_a_plan_goes_by_the_link_that_was_measured(lte: Lte, launched: Path, here: Path) -> None:
     profile = load_profile("rtx3060_x4_home").model_dump(exclude_none=True)
     profile["link"] |= {"up_bytes_per_s": 2e6, "down_bytes_per_s": 2e6, "latency_s": 50e-3, "source": "measured"}
-    (here / "by_hand.toml").write_text(toml.dump(profile))
+    (here / "by_hand.toml").write_text(toml_io.dump(profile))
     planned = lte(*PLAN, "--link-from", launched).json()
     by_hand = lte(*PLAN[:4], "by_hand.toml", *PLAN[5:]).json()
     assert planned["candidates"] == by_hand["candidates"]
@@ -61,7 +61,7 @@ def test_the_newest_launch_counts(lte: Lte, launched: Path) -> None:
 
 def test_a_measured_profile_takes_the_link_too(lte: Lte, launched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     laptop = load_profile("laptop_cpu")
-    monkeypatch.setattr(machine, "measure_profile", lambda wanted, link, tell: laptop.model_copy(update={"link": link}))
+    monkeypatch.setattr(machine, "measure_profile", lambda wanted, link, log: laptop.model_copy(update={"link": link}))
     link = lte("profile", "measure", "--json", "--link-from", launched).json()["link"]
     assert (link["up_bytes_per_s"], link["down_bytes_per_s"], link["latency_s"]) == (2e6, 2e6, 50e-3)
     assert link["source"] == "measured"

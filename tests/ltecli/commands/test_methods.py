@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from simulate import toml
-from simulate.config import build_run, load_run
-from simulate.options import METHOD_NAMES
+from simulate.common import toml_io
+from simulate.config.method_table import METHOD_NAMES
+from simulate.config.run import build_run, load_run
 from tests.ltecli.command import PROFILE, Lte, Refused, write_prose
 
 TINY_PLAN = (
@@ -53,9 +53,9 @@ def assert_planned_is_what_comes(lte: Lte, here: Path, name: str, settings: tupl
 @pytest.fixture(scope="module")
 def rivals() -> dict[str, Any]:
     """The rivals of a plan for GPT-2 at home, by method."""
-    from ltecli.commands.plan import Request, plan_request
+    from ltecli.plan_request import PlanArgs, plan_request
 
-    plan = plan_request(Request(profile=PROFILE, model="gpt2"))
+    plan = plan_request(PlanArgs(profile=PROFILE, model="gpt2"))
     return {rival["method"]: rival for rival in plan.to_dict()["rivals"]}
 
 
@@ -128,7 +128,7 @@ def test_the_next_moves_of_a_refusal_work_on_a_planned_run(lte: Lte, here: Path,
     moves = re.findall(r"--set ([\w.]+=\w+)", refusal.stderr)
     assert moves
     for move in moves:
-        table = toml.parse((here / "planned.toml").read_text(), "planned.toml")
+        table = toml_io.parse((here / "planned.toml").read_text(), "planned.toml")
         for assignment in (*asked, move):
-            toml.set_key(table, assignment)
+            toml_io.set_key(table, assignment)
         assert build_run(table).method.name == "lte"

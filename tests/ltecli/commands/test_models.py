@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from simulate import toml
+from simulate.common import toml_io
 from simulate.models.sizes import MODEL_NAMES
 from tests.ltecli.command import TINY, Lte, Refused, events_of, write_prose
 
@@ -32,7 +32,7 @@ def write(path: Path, model: dict[str, Any], method: dict[str, Any], **train: An
         "train": {**TRAIN, **train},
         "cluster": TINY["cluster"],
     }
-    path.write_text(toml.dump(table), encoding="utf-8")
+    path.write_text(toml_io.dump(table), encoding="utf-8")
     return path
 
 
@@ -136,7 +136,7 @@ def test_models_of_images_learn(lte: Lte, here: Path, model: dict[str, Any], met
         "train": {**TRAIN, "steps": 100, "micro_batch": 16, "learning_rate": 1e-2, "checkpoint_every": 100},
         "cluster": TINY["cluster"],
     }
-    (here / "run.toml").write_text(toml.dump(table), encoding="utf-8")
+    (here / "run.toml").write_text(toml_io.dump(table), encoding="utf-8")
     assert lte("train", "run.toml", "--out", "done", "-q").code == 0
     losses = [event["train_loss"] for event in events_of(here / "done", "step")]
     assert sum(losses[-10:]) < sum(losses[:10]) - 1.0

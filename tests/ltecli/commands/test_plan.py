@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from simulate.config import load_run
-from simulate.hardware import load_profile
-from simulate.options import DEFAULT_SCALE, LteOptions
+from simulate.config.method_options import DEFAULT_SCALE
+from simulate.config.profiles import load_profile
+from simulate.config.run import load_run
+from simulate.methods.lte.options import LteOptions
 from tests.ltecli.command import PROFILE, Lte, Refused, assert_one_line, finish, lte_process, write_prose
 
 TOP_KEYS = {"version", "profile", "model", "chosen", "candidates", "rejected", "notes"}

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from ltecli.commands.probe import needed_bytes
-from simulate.config import load_run
-from simulate.errors import InputError
+from simulate.common.errors import InputError
+from simulate.config.run import load_run
 from simulate.models.families import gpt_shape
-from simulate.probe.document import dump_probe, load_probe, shapes_fingerprint
+from simulate.probe.schema import dump_probe, load_probe, shapes_fingerprint
 from tests.ltecli.command import PROFILE, TINY, Lte, Refused
 from tests.simulate.probe.figures import DROWNED, probe_of
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import profiles
-from simulate.hardware import load_profile
+from simulate.config.profiles import load_profile
 from tests.ltecli.command import Lte, Refused
 
 PROFILE = """
@@ -143,10 +143,10 @@ def test_a_mistake_in_measured_rates_is_told(
 
 
 def test_measure_prints_a_profile_for_scripts(lte: Lte, monkeypatch: pytest.MonkeyPatch) -> None:
-    from simulate.measuring import machine
+    from simulate.measure import machine
 
     measured = load_profile("laptop_cpu")
-    monkeypatch.setattr(machine, "measure_profile", lambda wanted, link, tell: measured)
+    monkeypatch.setattr(machine, "measure_profile", lambda wanted, link, log: measured)
     assert lte("profile", "measure", "--json").json() == measured.model_dump(exclude_none=True)
 
 

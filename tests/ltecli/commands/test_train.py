@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from tensorboard.summary.writer import event_file_writer
 
-from simulate import checkpoints
-from simulate.config import load_run
+from simulate.config.run import load_run
+from simulate.training import checkpoints
 from tests.ltecli.command import Lte, Refused, assert_one_line, events_of, tree, write_run
 
 RUN_FILES = {"run.toml", "profile.toml", "plan.json", "events.jsonl", "tensorboard", "checkpoints"}
@@ -117,7 +117,7 @@ def test_a_mistake_of_the_file_is_named_with_its_line_whatever_the_command_line_
 
 
 def test_nf4_names_the_package_that_it_lacks(refused: Refused, run_toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ltecli.launcher.is_nf4_installed", lambda: False)
+    monkeypatch.setattr("ltecli.runs.run_folder.is_nf4_installed", lambda: False)
     words = ("method.quantize = 'nf4'", "pip install 'lte[quantize]'", "method.quantize=int8")
     refused("train", run_toml, "--set", "method.quantize=nf4", words=words)
 
@@ -155,7 +155,7 @@ def test_a_folder_that_another_run_made_meanwhile_survives(
         (here / "a").mkdir()
         (here / "a" / "theirs").touch()
 
-    monkeypatch.setattr("ltecli.launcher._check_disk", make_folder)
+    monkeypatch.setattr("ltecli.runs.run_folder._check_disk", make_folder)
     assert_one_line(lte("train", run_toml, "--out", "a"), 2, ("--out a exists",))
     assert (here / "a" / "theirs").exists()
 
@@ -166,7 +166,7 @@ def test_a_folder_that_cannot_be_filled_is_taken_away(
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("simulate.toml.write_atomically", full)
+    monkeypatch.setattr("simulate.common.toml_io.write_atomically", full)
     assert_one_line(lte("train", run_toml, "--out", "a"), 2, ("--out a", "No space left on device"))
     assert not (here / "a").exists()
 
@@ -230,7 +230,7 @@ def test_an_interrupt_before_the_first_step_says_how_to_go_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("simulate.measure.measure_memory_bytes", interrupted)
+        patch.setattr("simulate.measure.one_device.measure_memory_bytes", interrupted)
         assert_one_line(lte("train", run_toml, "--out", "a", "--quiet"), 130, ("interrupted", "lte train a --resume"))
     assert lte("train", "a", "--resume", "--quiet").code == 0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ltecli.app import main
-from simulate.measuring import held_out
+from simulate.measure import step_times as held_out
 from tests.ltecli.command import Refused
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from simulate.config import Run, build_run
+from simulate.config.run import Run, build_run
 from simulate.costs.flops import merge_flops, step_flops
 from tests import tiny
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from simulate.config import Run, build_run
+from simulate.config.hardware import Device
+from simulate.config.profiles import load_profile
+from simulate.config.run import Run, build_run
 from simulate.costs.memory import host_memory_bytes, memory_by_phase, peak_memory
-from simulate.hardware import Device, load_profile
-from simulate.measure import measure_memory_bytes
-from simulate.tracking import tracked_memory
+from simulate.measure.fake_tensors import tracked_memory
+from simulate.measure.one_device import measure_memory_bytes
 from tests import tiny
 
 TOLERANCE = 0.03

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from simulate import toml
-from simulate.config import Run
+from simulate.common import toml_io
+from simulate.common.errors import InputError
+from simulate.config.method_table import METHOD_NAMES
+from simulate.config.run import Run
 from simulate.costs.samples import SHIPPED, Efficiency, load_efficiency, samples_factor, shipped
-from simulate.errors import InputError
-from simulate.options import METHOD_NAMES
 from tests import tiny
 
 ROOT = Path(__file__).parents[3]
@@ -77,7 +77,7 @@ def test_the_shipped_model_is_what_the_script_makes_of_the_results() -> None:
     made = subprocess.run(
         [sys.executable, ROOT / "bench/samples.py"], capture_output=True, text=True, check=True, cwd=ROOT / "bench"
     ).stdout
-    assert toml.validate(Efficiency, toml.parse(made, SHIPPED), SHIPPED) == shipped()
+    assert toml_io.validate(Efficiency, toml_io.parse(made, SHIPPED), SHIPPED) == shipped()
 
 
 def test_the_shipped_model_is_near_what_was_published() -> None:

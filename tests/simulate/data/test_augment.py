@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from simulate.common.seeding import generator
 from simulate.data.augment import PADDING_PART, Draws, crop_and_flip, mix, normalise
 from simulate.data.image_batches import ImageBatches
-from simulate.randomness import generator
 from tests.reference import images as slow
 from tests.simulate.data.pictures import images
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from simulate.common.seeding import address
 from simulate.data.batches import TextBatches
 from simulate.data.text import Text
-from simulate.randomness import address
 
 CONTEXT, MICRO_BATCH, DEVICES = 8, 4, 3
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from simulate.common.errors import InputError
 from simulate.data import cache
 from simulate.data.cache import Draft, Kept, cache_folder, cached, open_file
-from simulate.errors import InputError
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from simulate.config import Data
+from simulate.common.errors import InputError
+from simulate.config.run import Data
 from simulate.data.cifar import cifar_source
 from simulate.data.images import load_images
-from simulate.data.sources import image_source
-from simulate.errors import InputError
+from simulate.data.load import image_source
 
 NAMES = [b"airplane", b"automobile", b"bird"]
 

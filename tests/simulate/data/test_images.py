@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simulate.config import Data
-from simulate.data import folders
-from simulate.data.decode import Frame
+from simulate.common.errors import InputError
+from simulate.config.run import Data
+from simulate.data import image_folders as folders
+from simulate.data.decode_images import Frame
 from simulate.data.digits import digits_source
 from simulate.data.images import Images, ImageSource, array_source, colour_figures, hold_out, load_images
-from simulate.data.sources import image_source
-from simulate.errors import InputError
+from simulate.data.load import image_source
 from tests.simulate.data.pictures import encoded, files_of, images, pixels, write_folder, write_zip
 
 COUNTS = {"train/cat": 4, "train/dog": 3, "test/cat": 2, "test/dog": 1}

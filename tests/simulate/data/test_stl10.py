@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simulate.config import Data
+from simulate.common.errors import InputError
+from simulate.config.run import Data
 from simulate.data.images import load_images
-from simulate.data.sources import image_source
+from simulate.data.load import image_source
 from simulate.data.stl10 import stl10_source
-from simulate.errors import InputError
 from tests.simulate.data.pictures import pixels
 
 

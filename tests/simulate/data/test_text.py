@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulate.config import Data
+from simulate.common.errors import InputError
+from simulate.config.run import Data
 from simulate.data import text as module
 from simulate.data.text import STDLIB_BYTES, Text, load_text
-from simulate.errors import InputError
-from simulate.models.options import GptModel
+from simulate.models.schema import GptModel
 
 
 def refusal(path: Path) -> str:

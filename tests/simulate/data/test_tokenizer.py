@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from simulate.config import Data, build_run
+from simulate.common.errors import InputError
+from simulate.config.run import Data, build_run
 from simulate.data import tokenizer as module
-from simulate.data.sources import check_data, load_data
+from simulate.data.load import check_data, load_data
 from simulate.data.text import Text, load_text, tokenized
 from simulate.data.tokenizer import declared_size, encode
-from simulate.errors import InputError
-from simulate.models.options import GptModel
+from simulate.models.schema import GptModel
 from tests import tiny
 
 tokenizers = pytest.importorskip("tokenizers")

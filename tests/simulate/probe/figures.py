@@ -2,17 +2,7 @@
 
 from __future__ import annotations
 
-from simulate.probe.document import (
-    Layer,
-    LayerGradient,
-    Noise,
-    Probe,
-    ProbedData,
-    ProbedModel,
-    Settings,
-    Spectrum,
-    State,
-)
+from simulate.probe.schema import Layer, LayerGradient, Noise, Probe, ProbedData, ProbedModel, Settings, Spectrum, State
 
 QUIET = Noise(
     gradient_square=2.0, gradient_variance=80.0, signal_share=0.8, scale_samples=40.0, scale_low_samples=30.0,

@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 
-from simulate.clock import SimulatedClock
-from simulate.communicator import VirtualCommunicator
-from simulate.config import Run
-from simulate.costs.schedule import num_rounds
-from simulate.costs.time import device_step_s, round_time
-from simulate.hardware import Device, FlopPerSecond, Link, load_profile
-from simulate.methods import build_method
+from simulate.comm.virtual import VirtualCommunicator
+from simulate.config.hardware import Device, FlopPerSecond, Link
+from simulate.config.profiles import load_profile
+from simulate.config.run import Run
+from simulate.costs.message_schedule import num_rounds
+from simulate.costs.step_time import device_step_s, round_time
+from simulate.methods.registry import build_method
 from simulate.timeline.churn import away_share, redo_factor
 from simulate.timeline.engine import Timeline, simulate
+from simulate.training.simulated_clock import SimulatedClock
 from tests import tiny
 
 UNLIKE_THE_CLOSED_FORM = ("daso", "sapipe", "paced")

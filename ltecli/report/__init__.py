@@ -1,1 +1,0 @@
-"""From a run folder to figures with labels, and from figures to tables, JSON and a curve."""

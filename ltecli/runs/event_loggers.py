@@ -1,0 +1,130 @@
+"""Where a run's events go beside events.jsonl: TensorBoard, and a progress bar for people."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ltecli.console import Output
+from simulate.common.units import bytes_text, seconds_text
+from simulate.config.run import Run
+from simulate.common.events import Event
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class TensorBoard:
+    """Scalars for TensorBoard; a resumed run hides what came after its checkpoint.
+
+    They are in the events as well, so a disk that does not take them ends no run: it says so, and writes no more.
+    """
+
+    def __init__(self, path: Path, step: int, warn: Callable[[str], None]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._path, self._warn, self._failed = path, warn, False
+        self._before, threading.excepthook = threading.excepthook, self._in_a_thread
+        self._writer: SummaryWriter | None = None
+        with self._giving_up():
+            self._writer = SummaryWriter(str(path), purge_step=step + 1 if step else None)
+
+    def __enter__(self) -> TensorBoard:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        try:
+            with self._giving_up():
+                if self._writer is not None:
+                    self._writer.close()
+        finally:
+            threading.excepthook = self._before
+
+    def __call__(self, event: Event) -> None:
+        if self._writer is not None and not self._failed:
+            with self._giving_up():
+                self._add(event, self._writer)
+
+    @contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if self._failed:
+                return
+            self._failed = True
+            self._warn(f"{self._path} cannot be written ({error.strerror}); its curves end here, the events go on")
+
+    def _in_a_thread(self, failure: threading.ExceptHookArgs) -> None:
+        """Hear of what TensorBoard's own thread fails at, which the next call raises, too; no traceback is printed."""
+        if not isinstance(failure.exc_value, OSError) or not type(failure.thread).__module__.startswith("tensorboard"):
+            self._before(failure)
+
+    def _add(self, event: Event, writer: SummaryWriter) -> None:
+        names = {
+            "train_loss": "loss/train",
+            "val_loss": "loss/validation",
+            "val_accuracy": "accuracy/validation",
+            "learning_rate": "train/learning_rate",
+            "tokens": "train/tokens",
+            "sent_bytes": "communication/sent_bytes",
+            "simulated_s": "time/simulated_s",
+            "wall_s": "time/measured_s",
+        }
+        if event["kind"] in ("step", "evaluate"):
+            for key, name in names.items():
+                if event.get(key) is not None:  # where all devices have stopped, a step has no loss
+                    writer.add_scalar(name, event[key], event["step"])
+        elif event["kind"] == "diagnostics":
+            for key in event.keys() - {"kind", "step"}:
+                writer.add_scalar(f"diagnostics/{key}", event[key], event["step"])
+
+
+class ProgressBar:
+    """A progress bar on stderr; where that is no terminal, a line at each evaluation."""
+
+    def __init__(self, run: Run, output: Output, step: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._run, self._output = run, output
+        self._live = output.hints.is_terminal and not output.quiet
+        self._bar = Progress(
+            BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn(),
+            console=output.hints, disable=not self._live,
+        )  # fmt: skip
+        self._task = self._bar.add_task("steps", total=run.train.steps, completed=step, figures="")
+        self._validation = ""
+        self._last: tuple[float, int] | None = None
+        self._figures, self._loss = "", "-"
+
+    def __enter__(self) -> ProgressBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        if event["kind"] == "step":
+            sent = event["sent_bytes"] / self._run.cluster.devices
+            if event["train_loss"] is not None:
+                self._loss = f"{event['train_loss']:.3f}"
+            self._figures = (
+                f"loss {self._loss}  {self._tokens_per_s(event):,.0f} {self._run.model.unit}/s  "
+                f"simulated {seconds_text(event['simulated_s'])}  sent/device {bytes_text(sent)}"
+            )
+            self._bar.update(self._task, completed=event["step"], figures=self._figures + self._validation)
+        elif event["kind"] == "evaluate":
+            accuracy = f", {event['val_accuracy']:.2%} right" if "val_accuracy" in event else ""
+            self._validation = f"  val {event['val_loss']:.3f}{accuracy}"
+            if not self._live:
+                self._output.hint(f"  step {event['step']}: val {event['val_loss']:.4f}{accuracy}  {self._figures}")
+
+    def _tokens_per_s(self, event: Event) -> float:
+        before, self._last = self._last, (event["wall_s"], event["tokens"])
+        if before is None or event["wall_s"] <= before[0]:
+            return event["tokens"] / max(event["wall_s"], 1e-9)
+        return (event["tokens"] - before[1]) / (event["wall_s"] - before[0])

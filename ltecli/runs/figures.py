@@ -1,0 +1,138 @@
+"""What a run folder says: planned, simulated, counted and measured figures, each by its name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ltecli.runs.run_folder import EVENTS_FILE, RUN_FILE, read_plan
+from simulate.config.run import Run, load_run
+from simulate.costs.message_schedule import sent_bytes
+from simulate.common.errors import InputError
+from simulate.common.events import Event, read_events
+
+REPORT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run, read whole."""
+
+    path: Path
+    run: Run
+    plan: dict[str, Any]
+    events: tuple[Event, ...]
+
+    def last(self, kind: str) -> Event | None:
+        """Return the newest event of a kind."""
+        return next((event for event in reversed(self.events) if event["kind"] == kind), None)
+
+    @property
+    def is_launched(self) -> bool:
+        """Whether processes of its own trained each part of the devices."""
+        return any("processes" in event for event in self.events)
+
+    def clocks(self, step: Event | None) -> Event | None:
+        """Return the newest event that tells both clocks: the checkpoint after a step, or the step without one."""
+        saved = self.last("checkpoint")
+        after = step and saved and saved["step"] == step["step"] and "wall_s" in saved
+        return saved if after else step
+
+    def curve(self, key: str) -> list[tuple[int, float]]:
+        """Return (step, value) of every event that carries `key`."""
+        return [(event["step"], event[key]) for event in self.events if event.get(key) is not None]
+
+
+def read_run(path: Path) -> RunRecord:
+    """Read a run folder; raises InputError where it is none, or not started."""
+    if not (path / RUN_FILE).is_file():
+        raise InputError(
+            f"{path} is no run folder (it has no {RUN_FILE}); name one that lte train made, as in runs/demo"
+        )
+    if not (path / EVENTS_FILE).is_file():
+        raise InputError(f"{path} has no {EVENTS_FILE}: it never took a step; start it with lte train")
+    return RunRecord(path, load_run(path / RUN_FILE), read_plan(path), tuple(read_events(path / EVENTS_FILE)))
+
+
+def figures(record: RunRecord) -> dict[str, Any]:
+    """Return the report's figures; "per device" ones are for one device, null where a figure does not exist."""
+    run, chosen = record.run, record.plan["chosen"]
+    step, evaluation, memory = record.last("step"), record.last("evaluate"), record.last("memory")
+    steps, clocks = step["step"] if step else 0, record.clocks(step)
+    share = steps / run.train.steps
+    reserved = chosen["memory_bytes"]["reserved"]
+    return {
+        "version": REPORT_VERSION,
+        "run": str(record.path),
+        "method": run.method.name,
+        "devices": run.cluster.devices,
+        "steps": steps,
+        "planned_steps": run.train.steps,
+        "samples": step["samples"] if step else 0,
+        "tokens": step["tokens"] if step else 0,
+        "unit": run.model.unit,
+        "memory_bytes": {
+            # What the device's system keeps for itself is no part of what the program allocates.
+            "planned": chosen["memory_bytes"]["total"] - reserved,
+            "measured": memory and memory["measured_bytes"],
+            "reserved": reserved,
+        },
+        "sent_bytes_per_device": {
+            "planned": sent_bytes(run, run.model.shape(), steps) / run.cluster.devices,
+            "counted": step["sent_bytes"] / run.cluster.devices if step else None,
+            "wire": _wire_bytes(record),
+        },
+        "wall_s": {
+            "planned": chosen["wall_s"] * share,
+            "simulated": clocks and clocks["simulated_s"],
+            "measured": clocks and clocks["wall_s"],
+        },
+        "step_s": {
+            "planned": chosen["wall_s"] / run.train.steps,
+            "simulated": clocks and clocks["simulated_s"] / steps,
+            "measured": clocks and clocks["wall_s"] / steps,
+        },
+        "restarts": _restarts(record),
+        "train_loss": step and step["train_loss"],
+        "val_loss": evaluation and evaluation["val_loss"],
+        "val_accuracy": evaluation and evaluation.get("val_accuracy"),
+        "dense": _dense(record, share),
+        "diagnostics": [
+            {key: value for key, value in event.items() if key not in ("version", "kind")}
+            for event in record.events
+            if event["kind"] == "diagnostics"
+        ],
+    }
+
+
+def _restarts(record: RunRecord) -> dict[str, Any]:
+    """Return how often a launched run's processes were restarted, what that cost, and why it last happened."""
+    events = [event for event in record.events if event["kind"] == "restart"]
+    return {
+        "count": len(events),
+        "repeated_steps": sum(event["repeated_steps"] for event in events),
+        "silent_s": sum(event["silent_s"] or 0.0 for event in events),
+        "last_reasons": events[-1]["reasons"] if events else [],
+    }
+
+
+def _wire_bytes(record: RunRecord) -> float | None:
+    """Return what a node's interface sent, the mean over nodes, where each has its own: of a launch over several."""
+    sessions = [event["sent_bytes_by_node"] for event in record.events if event["kind"] == "wire"]
+    if not sessions:
+        return None
+    return sum(sum(sent) for sent in sessions) / record.run.cluster.devices
+
+
+def _dense(record: RunRecord, share: float) -> dict[str, Any] | None:
+    dense = record.plan.get("dense")
+    if dense is None:
+        return None
+    return {
+        "memory_bytes": dense["memory_bytes"]["total"] - dense["memory_bytes"]["reserved"],
+        "sent_bytes_per_device": dense["sent_bytes"] * share,
+        "wall_s": dense["wall_s"] * share,
+        "step_s": dense["wall_s"] / record.run.train.steps,
+        "fits": dense["fits"],
+    }

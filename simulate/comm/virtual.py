@@ -1,0 +1,52 @@
+"""All devices in one process: collectives are sums and copies along the axis of devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from simulate.comm.base import Communicator, Nodes
+from simulate.comm.transfers import Transfer
+
+
+class VirtualCommunicator(Communicator):
+    """All N devices live in this process: nothing moves, everything is counted as if it had."""
+
+    def __init__(
+        self,
+        num_devices: int,
+        on_transfer: Callable[[Transfer, bool], None] | None = None,
+        on_wait: Callable[[], None] | None = None,
+    ) -> None:
+        super().__init__(num_devices, range(num_devices), on_transfer, on_wait)
+
+    def all_gather_scalars(self, values_LX: Tensor) -> Tensor:
+        return values_LX.detach().cpu()
+
+    def _all_reduce(self, sums: Sequence[Tensor]) -> None:
+        pass
+
+    def _all_gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return list(tensors)
+
+    def _all_to_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [tensor.transpose(0, 1) for tensor in tensors]
+
+    def _broadcast(self, tensors: Sequence[Tensor], source: int) -> None:
+        pass
+
+    def _push(self, tensors: Sequence[Tensor], active: Sequence[int] | None) -> list[Tensor] | None:
+        return list(tensors)
+
+    def _pull(self, tensors: Sequence[Tensor]) -> None:
+        pass
+
+    def _reduce_in_nodes(self, sums: Sequence[Tensor], nodes: Nodes) -> None:
+        pass
+
+    def _reduce_over_nodes(self, sums: Sequence[Tensor], nodes: Nodes) -> None:
+        pass
+
+    def _broadcast_in_nodes(self, tensors: Sequence[Tensor], nodes: Nodes) -> None:
+        pass

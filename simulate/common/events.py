@@ -1,0 +1,64 @@
+"""What a run tells: versioned events, one JSON object a line, for reports, TensorBoard and people alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from simulate.common import toml_io
+from simulate.common.errors import InputError
+
+EVENTS_VERSION = 1
+Event = dict[str, Any]
+Emit = Callable[[Event], None]
+"""Kinds: start, memory, step, round, evaluate, diagnostics, checkpoint, resume, interrupt, end, and of launched runs
+restart (when, why, and how much was repeated), left-out, links (what nodes measured of theirs) and wire; all have kind
+and step."""
+
+
+class EventFile:
+    """events.jsonl, appended to and flushed line by line."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def __call__(self, event: Event) -> None:
+        self._file.write(json.dumps({"version": EVENTS_VERSION, **event}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; nothing is emitted after that."""
+        self._file.close()
+
+
+def read_events(path: Path) -> Iterator[Event]:
+    """Yield events; a last line that a kill cut short is left out. Raises InputError for a broken line before it."""
+    lines = toml_io.read(path).split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            if number == len(lines):
+                return
+            raise InputError(f"{path}:{number}: not a JSON event; the file was damaged, restore it") from None
+        if not isinstance(event, dict) or not {"kind", "step"} <= event.keys():
+            raise InputError(f"{path}:{number}: not an event; the file was damaged, restore it")
+        if event.get("version") != EVENTS_VERSION:
+            raise InputError(f"{path}:{number}: not an event of version {EVENTS_VERSION}; use the lte that wrote it")
+        yield event
+
+
+def truncate_events(path: Path, step: int) -> None:
+    """Drop what was emitted after the checkpoint of `step`: a resumed run emits it again. Restarts stay, as of then."""
+    kept: list[str] = []
+    for event in read_events(path):
+        if event["kind"] == "restart":
+            event["step"] = max(0, min(event["step"], step))
+        elif event["step"] > step or event["kind"] in ("interrupt", "end"):
+            continue
+        kept.append(json.dumps(event))
+    toml_io.write_atomically(path, "".join(line + "\n" for line in kept).encode())

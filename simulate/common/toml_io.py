@@ -1,0 +1,239 @@
+"""TOML in and out: parse, validate against a schema, and say file, line and key when something is wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from simulate.common.errors import InputError, near_match
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Table = dict[str, Any]
+SchemaT = TypeVar("SchemaT", bound="Schema")
+UNIONS = ("model", "method")
+"""Tables whose keys depend on their name."""
+LARGEST_INTEGER = 2**63 - 1
+"""TOML's; beyond it costs would leave the range of a float as well."""
+
+
+class Schema(BaseModel):
+    """A frozen, strict table: unknown keys, strings for numbers, NaN and infinity are refused."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True, protected_namespaces=()
+    )
+
+
+def parse(text: str, where: str) -> Table:
+    """Parse TOML text; `where` names its source in the InputError for malformed text."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{where}: not valid TOML: {error}; correct that line and try again") from None
+
+
+def read(path: Path) -> str:
+    """Read a UTF-8 file; raises InputError when it is missing, a folder, unreadable or not text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; check the path") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder where a TOML file is needed; name the file inside it") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not UTF-8 text; restore it, or name another file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+
+
+def validate(
+    schema: type[SchemaT], table: Table, where: str, text: str = "", assigned: Collection[str] = ()
+) -> SchemaT:
+    """Build `schema` from a parsed table; raises InputError naming file, line (when `text` has it), key and rule.
+
+    Keys in `assigned` are the command line's, not the file's.
+    """
+    for path, value in _integers(table):
+        if abs(value) > LARGEST_INTEGER:
+            raise InputError(f"{where}: {_dotted(path)} = {_short(value)}: a whole number has 64 bits; lower it")
+    try:
+        return schema.model_validate(table)
+    except ValidationError as error:
+        raise InputError(_explain(error, schema, where, text, assigned)) from None
+
+
+def _integers(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], int]]:
+    if isinstance(value, int):
+        yield path, value
+    elif isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _integers(item, (*path, key))
+
+
+KEY_OF_DICT = "[key]"
+"""What pydantic puts into a location behind a key that is wrong itself."""
+
+
+def _explain(error: ValidationError, schema: type[BaseModel], where: str, text: str, assigned: Collection[str]) -> str:
+    errors = error.errors(include_url=False)
+    # A misspelt key is told before the one that it leaves missing.
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    no_keys = {KEY_OF_DICT, *_union_tags(first, table_of(text))}
+    path = [part for part in first["loc"] if not (isinstance(part, str) and part in no_keys)]
+    key = _dotted(path)
+    rule, value = first["msg"], first["input"]
+    line = _line_of(text, path)
+    place = "command line" if {key, f"{key}.name"} & set(assigned) else f"{where}:{line}" if line else where
+    more = error.error_count() - 1
+    rest = f" (and {more} more)" if more else ""
+    if first["type"] == "extra_forbidden":
+        known = _keys_beside(schema, first["loc"])
+        owner = f" of {path[0]} {first['loc'][1]}" if len(path) < len(first["loc"]) else ""
+        return f"{place}: {key} is not a known key{owner}; {near_match(str(path[-1]), known)}{rest}"
+    if first["type"] == "missing":
+        return f"{place}: {key} is missing; add it{rest}"
+    if first["type"] == "union_tag_invalid":
+        context = first["ctx"]
+        tags = [tag.strip(" '") for tag in str(context["expected_tags"]).split(",")]
+        return f"{place}: {key}.name = {context['tag']!r} is not known; {near_match(str(context['tag']), tags)}{rest}"
+    if first["type"] == "union_tag_not_found":
+        return f"{place}: {key}.name is missing; add it{rest}"
+    if first["type"] == "literal_error":
+        known = [choice.strip(" '") for choice in re.split(r",| or ", first["ctx"]["expected"])]
+        return f"{place}: {key} = {value!r} is not known; {near_match(str(value), known)}{rest}"
+    if first["type"] == "value_error":
+        rule = str(first["ctx"]["error"])
+        return f"{place}: {key + ': ' if key else ''}{rule}{rest}"
+    rule = rule[0].lower() + rule[1:]
+    return f"{place}: {key} = {_short(value)}: {rule}; correct this value{rest}"
+
+
+def table_of(text: str) -> Table:
+    """Parse `text`, or return an empty table where it is not TOML (used only to find where a key stands)."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        return {}
+
+
+def _union_tags(error: Any, table: Table) -> set[str]:
+    # pydantic puts the tag of a union ("lte") into the location after the field ("method"): it is no key of the file.
+    loc = error["loc"]
+    return {str(loc[1])} if len(loc) > 1 and loc[0] in UNIONS and loc[1] not in table.get(loc[0], {}) else set()
+
+
+def _keys_beside(schema: type[BaseModel], loc: tuple[int | str, ...]) -> Iterable[str]:
+    from typing import get_args
+
+    known: Iterable[str] = schema.model_fields
+    current: Any = schema
+    for part in loc[:-1]:
+        if isinstance(part, int):
+            continue
+        fields = getattr(current, "model_fields", {})
+        if part in fields:
+            annotation = fields[part].annotation
+            options = [a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields")]
+            current = options[0] if len(options) == 1 else tuple(options)
+        elif isinstance(current, tuple):
+            current = next((o for o in current if part in (o.model_fields["name"].default, _family(o))), None)
+        known = getattr(current, "model_fields", known)
+    return known
+
+
+def _family(option: type[BaseModel]) -> str | None:
+    """Return the tag of a union's member, where it is not the default of its name."""
+    return getattr(option, "family", None)
+
+
+def _dotted(path: Sequence[str | int]) -> str:
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def _line_of(text: str, path: list[Any]) -> int | None:
+    """Return the 1-based line where the key stands: under its table header, the k-th one of an array of tables."""
+    if not text or not path:
+        return None
+    keys = [str(part) for part in path if not isinstance(part, int)]
+    table = keys[0] if len(path) > 1 else None
+    wanted = next((part for part in path if isinstance(part, int)), 0)
+    header, seen, inside = None, -1, table is None
+    for number, line in enumerate(text.splitlines(), 1):
+        match = re.match(r"\s*\[\[?\s*([\w.\-]+)\s*\]\]?", line)
+        if match:
+            name = match.group(1)
+            if name == (table or keys[0]):
+                seen += 1
+                if seen == wanted:
+                    inside, header = True, number
+                    continue
+            inside = inside and table is not None and name.startswith(f"{table}.") and seen == wanted
+        elif inside and re.match(rf"\s*[\"']?{re.escape(keys[-1])}[\"']?\s*[.=]", line):
+            return number
+    return header
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+def dump(table: Table) -> str:
+    """Return a table as TOML text, keys in the given order, None left out."""
+    return tomli_w.dumps(_without_none(table))
+
+
+def _without_none(table: Table) -> Table:
+    return {k: _without_none(v) if isinstance(v, dict) else v for k, v in table.items() if v is not None}
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader, or a kill at any moment, sees the old content or the new, never a part."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(name).chmod(0o666 & ~umask)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def set_key(table: Table, assignment: str) -> str:
+    """Apply one `--set method.rank=16` to a table in place; the value is read as TOML, or else as a string.
+
+    Returns the key.
+    """
+    key, sep, value_text = assignment.partition("=")
+    parts = key.strip().split(".")
+    if not sep or len(parts) != 2 or not all(parts):
+        raise InputError(f"--set {assignment}: the form is table.key=value, for example --set method.rank=16")
+    try:
+        value = tomllib.loads(f"value = {value_text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = value_text.strip()
+    section = table.setdefault(parts[0], {})
+    if not isinstance(section, dict):
+        raise InputError(f"--set {assignment}: {parts[0]} = {section!r} is not a table; write [{parts[0]}] in the file")
+    section[parts[1]] = value
+    return ".".join(parts)

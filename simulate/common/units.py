@@ -1,0 +1,39 @@
+"""Numbers as people read them: bytes, seconds and ranges."""
+
+from __future__ import annotations
+
+
+def bytes_text(num_bytes: float | None) -> str:
+    """Return bytes in the unit that fits, decimal: 1 MB is 10^6 bytes."""
+    if num_bytes is None:
+        return "-"
+    value = float(num_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(value) < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:,.3g} TB" if value < 1000 else f"{value:,.0f} TB"
+
+
+def seconds_text(seconds: float | None) -> str:
+    """Return seconds in the unit that fits."""
+    if seconds is None:
+        return "-"
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.3g} us"
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    for limit, size, unit in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 86400:,.3g} days" if seconds < 864e5 else f"{seconds / 86400:,.0f} days"
+
+
+def range_text(low_s: float, high_s: float) -> str:
+    """Return a range of seconds in the unit that fits its end: 3.1-5.4 h; a range without width as a point."""
+    if low_s == high_s:
+        return seconds_text(low_s)
+    high = seconds_text(high_s)
+    number, _, unit = high.rpartition(" ")
+    scale = high_s / float(number.replace(",", ""))
+    return f"{low_s / scale:,.3g}-{number} {unit}"

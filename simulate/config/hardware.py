@@ -1,0 +1,264 @@
+"""The schema of profile.toml: which devices there are, what they can hold and do, and the links between them."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from simulate.common import toml_io
+from simulate.common.errors import InputError
+
+Source = Literal["datasheet", "measured", "guess"]
+Dtype = Literal["fp64", "fp32", "fp16", "bf16"]
+Collectives = Literal["gloo", "nccl"]
+DELAYS_OF_A_HOP: dict[Collectives, float] = {"gloo": 2.0, "nccl": 1.0}
+"""Gloo asks for every buffer before it is sent; 2.0 to 2.9 were measured (bench/README.md)."""
+BETWEEN_CPUS = "what launched runs use between CPUs"
+LOCAL = "local"
+MOST_BYTES = 10**15
+"""A petabyte: more memory of one device, or more bytes a second of one link, is a slip of the keyboard."""
+
+
+class FlopPerSecond(toml_io.Schema):
+    """Peak dense multiply-add rate by number format, in FLOP/s; fp16 and bf16 that are not set are not planned with.
+
+    Where something runs in a format that is not set, its clock goes by the fp32 rate.
+    """
+
+    fp32: float = Field(gt=0)
+    fp64: float | None = Field(default=None, gt=0)
+    fp16: float | None = Field(default=None, gt=0)
+    bf16: float | None = Field(default=None, gt=0)
+
+    def of(self, dtype: Dtype) -> float:
+        """Return the rate for `dtype` in FLOP/s."""
+        return getattr(self, dtype) or self.fp32
+
+
+PackedFormat = Literal["bf16", "int8", "nf4", "nf4-double"]
+"""Of frozen weights."""
+OtherFamily = Literal["llama", "vit", "mixer"]
+"""Of networks, beside GPT."""
+Points = list[list[float]]
+"""[[size, rate], ...] by growing size; between points the rate is interpolated, beyond them it stays."""
+
+
+class Kernels(toml_io.Schema):
+    """What training's kernels were measured to reach in fp32, by size; they take the place of `efficiency`."""
+
+    products: Points
+    """[FLOP per element of a matrix product's three matrices, FLOP/s]: thin products and small ones have few."""
+    attention: Points
+    """[FLOP per element, FLOP/s] of causal attention, sized as the product of one head's queries and keys."""
+    full_attention: Points | None = None
+    """The same where every token sees all others, as in ViT; not set: as causal."""
+    elementwise: Points
+    """[bytes of one activation tensor between blocks, bytes/s] of all that GPT's blocks do beside products."""
+    elementwise_of: dict[OtherFamily, Points] = Field(default_factory=dict)
+    """The same of other families, which have other activations and norms; not set: as GPT's."""
+    optimizer: Points
+    """[bytes moved, bytes/s] of AdamW's step."""
+    step_s: float = Field(ge=0)
+    """Of a step of a network too small to take any time itself, but for its layers."""
+    layer_s: float = Field(ge=0)
+    """Of a linear layer in blocks and what goes with it, in a step of such a network."""
+    adapter_s: float = Field(ge=0)
+    """What an adapter adds to that."""
+    unpack: dict[PackedFormat, Points] = Field(default_factory=dict)
+    """[weights of a layer, weights/s] of unpacking a frozen one, by format; not set: by memory traffic."""
+    pack: dict[PackedFormat, Points] = Field(default_factory=dict)
+    """The same of packing a merged one; not set: not counted."""
+
+    @field_validator("products", "attention", "full_attention", "elementwise", "optimizer")
+    @classmethod
+    def _points(cls, points: Points | None) -> Points | None:
+        return None if points is None else _checked(points)
+
+    @field_validator("elementwise_of", "unpack", "pack")
+    @classmethod
+    def _points_by_name(cls, points: dict[str, Points]) -> dict[str, Points]:
+        return {name: _checked(of_name, f" of {name}") for name, of_name in points.items()}
+
+
+def _checked(points: Points, whose: str = "") -> Points:
+    if not points or any(len(point) != 2 or min(point) <= 0 for point in points):
+        raise ValueError(f"points{whose} are [size, rate] pairs of positive numbers, at least one; correct them")
+    sizes = [size for size, _ in points]
+    if any(after <= before for before, after in pairwise(sizes)):
+        raise ValueError(f"sizes of points{whose} must grow, and are {sizes}; sort them and drop repetitions")
+    return points
+
+
+class Measurement(toml_io.Schema):
+    """How a measured profile came about."""
+
+    date: str
+    """UTC, ISO 8601."""
+    host: str
+    torch: str
+    """Its version."""
+    device: Literal["cpu", "cuda"]
+    threads: int = Field(ge=1)
+    quick: bool
+    clock: str
+    """What seconds were read from."""
+    seconds: float = Field(ge=0)
+    """That all of it took."""
+    disk_write_bytes_per_s: float = Field(gt=0)
+    """Of a checkpoint's part, in the folder where this was measured."""
+    median_s: dict[str, float]
+    """Of one repetition, by what was timed."""
+    p90_s: dict[str, float]
+
+
+class Device(toml_io.Schema):
+    """One kind of device in a profile, `count` of them."""
+
+    count: int = Field(default=1, ge=1)
+    kind: str
+    memory_bytes: int = Field(gt=0, le=MOST_BYTES)
+    reserved_bytes: int = Field(ge=0)
+    """What the system, the driver's context and the display keep for themselves."""
+    host_memory_bytes: int = Field(ge=0, le=MOST_BYTES)
+    """Memory of the host beside the device, per device; 0 where device and host share one memory."""
+    memory_bytes_per_s: float = Field(gt=0, le=MOST_BYTES)
+    flop_per_s: FlopPerSecond
+    efficiency: float = Field(gt=0, le=1)
+    """Share of the peak rate that training reaches."""
+    kernels: Kernels | None = None
+    """Measured rates by size; not set: every product reaches `efficiency` of the peak."""
+    disk_write_bytes_per_s: float | None = Field(default=None, ge=1, le=MOST_BYTES)
+    """Rate at which a checkpoint is digested and written; not set: checkpoints' time is not planned."""
+    disk_flush_s: float = Field(default=0.0, ge=0, le=3600)
+    """What each part of a checkpoint takes beside its bytes until it is safely on disk."""
+    step_jitter: float = Field(default=0.0, ge=0, le=1)
+    """Standard deviation of a step's seconds over their mean, of a gamma distribution (simulate/timeline/jitter.py)."""
+    leave_per_hour: float = Field(default=0.0, ge=0, le=1)
+    """Chance that the device leaves within an hour."""
+    join_s: float = Field(default=0.0, ge=0)
+    """Seconds until it, or another in its place, is back; it takes part again from the next round on."""
+    price_per_hour: float | None = Field(default=None, ge=0)
+    """What an hour of the device costs, in whatever money; not set: not known."""
+    source: Source
+    sources: dict[str, str] = Field(default_factory=dict)
+    """Where each figure comes from, by its key."""
+
+    def __hash__(self) -> int:
+        # Written out because `sources` is a dict; rates are remembered by device.
+        return hash((self.kind, self.memory_bytes, self.memory_bytes_per_s, self.efficiency))
+
+    @model_validator(mode="after")
+    def _reserved_fits(self) -> Device:
+        if self.reserved_bytes >= self.memory_bytes:
+            raise ValueError(
+                f"reserved_bytes = {self.reserved_bytes} leaves nothing of memory_bytes = {self.memory_bytes}; lower it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _below_the_peak(self) -> Device:
+        for name in ("products", "attention", "full_attention") if self.kernels else ():
+            fastest = max((rate for _, rate in getattr(self.kernels, name) or ()), default=0.0)
+            if fastest > self.flop_per_s.fp32:
+                raise ValueError(
+                    f"kernels.{name} reaches {fastest:g} FLOP/s, above the peak flop_per_s.fp32 = "
+                    f"{self.flop_per_s.fp32:g}; lower the rate or raise the peak"
+                )
+        return self
+
+
+class Link(toml_io.Schema):
+    """The links between devices; every figure is for one device's own link, payload rates after protocol overhead."""
+
+    topology: Literal["star", "ring", "mesh"]
+    """star: each device on its own up/down link to a hub; ring: to two neighbours; mesh: one link for each pair."""
+    up_bytes_per_s: float = Field(gt=0, le=MOST_BYTES)
+    down_bytes_per_s: float = Field(gt=0, le=MOST_BYTES)
+    latency_s: float = Field(ge=0)
+    """One-way delay of a message from device to device."""
+    collectives: Collectives = "nccl"
+    """What moves messages between devices: nccl for CUDA GPUs, gloo for CPUs; a run's cluster.backend overrides it."""
+    hop_delays: float | None = Field(default=None, ge=1, le=100)
+    """One-way delays that a hop of a ring takes, and with gloo every message between a pair; not set: 2 with gloo, 1
+    with nccl."""
+    shared_bytes_per_s: float | None = Field(default=None, gt=0, le=MOST_BYTES)
+    """What all devices together can send, where they share one uplink; not set: each has its own."""
+    server_up_bytes_per_s: float | None = Field(default=None, gt=0, le=MOST_BYTES)
+    """The parameter server's own link; not set: as fast as a device's. [server] is the better place for both."""
+    server_down_bytes_per_s: float | None = Field(default=None, gt=0, le=MOST_BYTES)
+    node_bytes_per_s: float | None = Field(default=None, gt=0)
+    """Between the devices of one node, for methods that know nodes; not set: they use the link like all others."""
+    node_latency_s: float | None = Field(default=None, ge=0)
+    source: Source
+    sources: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def delays_of_a_hop(self) -> float:
+        """One-way delays of a hop of a ring."""
+        return self.hop_delays or DELAYS_OF_A_HOP[self.collectives]
+
+    def __hash__(self) -> int:
+        # Written out because `sources` is a dict; link times are remembered by link.
+        return hash(
+            (self.topology, self.up_bytes_per_s, self.down_bytes_per_s, self.latency_s, self.shared_bytes_per_s)
+        )
+
+
+class Server(toml_io.Schema):
+    """The parameter server that devices push to and pull from."""
+
+    up_bytes_per_s: float | None = Field(default=None, gt=0, le=MOST_BYTES)
+    """Rate at which it sends to all devices together; not set: link.server_up_bytes_per_s, or a device's rate."""
+    down_bytes_per_s: float | None = Field(default=None, gt=0, le=MOST_BYTES)
+    price_per_hour: float | None = Field(default=None, ge=0)
+    """What an hour of it costs, in the devices' money; not set: nothing."""
+    sources: dict[str, str] = Field(default_factory=dict)
+
+
+class Profile(toml_io.Schema):
+    """A hardware profile: devices (they may differ), the link between them, and maybe a server."""
+
+    name: str = ""
+    description: str = ""
+    device: list[Device] = Field(min_length=1)
+    link: Link
+    measurement: Measurement | None = None
+    server: Server | None = None
+    """Its rates are the link's server_up_bytes_per_s and server_down_bytes_per_s, too."""
+
+    @model_validator(mode="after")
+    def _server_joins_link(self) -> Profile:
+        """Give the link the server's rates, which all costs read there."""
+        update = {}
+        for direction in ("up", "down"):
+            given = self.server and getattr(self.server, f"{direction}_bytes_per_s")
+            key = f"server_{direction}_bytes_per_s"
+            in_link = getattr(self.link, key)
+            if given and in_link is not None and in_link != given:
+                raise ValueError(
+                    f"server.{direction}_bytes_per_s = {given:g} and link.{key} = {in_link:g} say two things of one "
+                    "rate; keep one"
+                )
+            if given:
+                update[key] = given
+        if update:
+            object.__setattr__(self, "link", self.link.model_copy(update=update))
+        return self
+
+    @property
+    def count(self) -> int:
+        """Number of devices that the profile lists."""
+        return sum(device.count for device in self.device)
+
+    def devices(self, num_devices: int) -> tuple[Device, ...]:
+        """Return one entry per device; a profile of one kind stretches to any number, a mixed one does not."""
+        if len(self.device) == 1:
+            return (self.device[0],) * num_devices
+        if num_devices > self.count:
+            raise InputError(
+                f"cluster.devices = {num_devices} exceeds the {self.count} devices of the mixed profile {self.name!r}; "
+                f"use at most {self.count}, or add a [[device]] to a copy of it (lte profile show {self.name})"
+            )
+        return tuple(device for device in self.device for _ in range(device.count))[:num_devices]

@@ -1,0 +1,84 @@
+"""Bytes that one event of diagnostics makes devices exchange, beside those of their method.
+
+Over devices in processes of their own, layer by layer, as simulate.methods.round_updates and
+simulate.training.diagnostics exchange them:
+
+    heads of LTE    all-gather of a device's factors; with those of the last merge, where that is subtracted; without a
+                    frozen A, which everyone can draw
+    other weights   all-reduce of the devices' mean change, in fp64; of a matrix S - 1 of S sampled devices' weights, a
+                    broadcast each, and an all-reduce of K left singular vectors a device and of S x S inner products
+    gradients       all-reduce of their sum
+
+A few numbers a device travel as well; nobody counts these. Of a network without a name a matrix that no linear layer
+or convolution owns is taken for one that has pairs, so that its bytes are an upper bound.
+
+Letters: N devices, O outputs, I inputs, S sampled devices, K directions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+from simulate.comm.transfers import Exchange, Transfer, averages
+from simulate.config.run import Run
+from simulate.layers.formats import ELEMENT_BYTES
+from simulate.methods.daso.options import DasoOptions
+from simulate.methods.diloco.options import DilocoOptions
+from simulate.methods.local_sgd.options import LocalSgdOptions
+from simulate.methods.lte.options import LteOptions
+from simulate.models.shapes import ModelShape, ParameterShape
+from simulate.rules.diagnostics import DIRECTIONS, SAMPLED_HEADS
+from simulate.rules.transport import is_averaged
+
+FIGURE_BYTES = ELEMENT_BYTES["fp64"]
+
+
+def diagnostics_exchange(run: Run, shape: ModelShape, merged_before: bool = True) -> Exchange:
+    """Return the messages of one event; the first merge of reset-less LTE has nothing to subtract yet."""
+    counts = [tensor.elements for tensor in shape.tensors]
+    gradients = averages(counts, run.cluster.devices, "full", ELEMENT_BYTES[run.train.dtype])
+    return Exchange((*_round(run, shape, merged_before), *gradients))
+
+
+def _round(run: Run, shape: ModelShape, merged_before: bool) -> Iterator[Transfer]:
+    """Yield the messages about a round; none where devices agree at every step."""
+    method, heads = run.method, run.cluster.devices
+    if isinstance(method, LteOptions):
+        yield from _factors(run, method, shape, merged_before)
+    elif isinstance(method, LocalSgdOptions):
+        heads = method.participants(heads)
+    elif isinstance(method, DasoOptions):
+        heads //= method.devices_per_node
+    yield from _dense(run, diagnosed_tensors(run, shape), heads)
+
+
+def diagnosed_tensors(run: Run, shape: ModelShape) -> Sequence[ParameterShape]:
+    """Return the parameters that devices train whole, and apart from one another between merges."""
+    method = run.method
+    if isinstance(method, LteOptions):
+        return [tensor for tensor in shape.replicated if is_averaged(tensor, method.norms, method.biases)]
+    apart = isinstance(method, LocalSgdOptions | DilocoOptions) or (
+        isinstance(method, DasoOptions) and run.cluster.devices > method.devices_per_node
+    )
+    return shape.tensors if apart else ()
+
+
+def _factors(run: Run, method: LteOptions, shape: ModelShape, merged_before: bool) -> Iterator[Transfer]:
+    devices = run.cluster.devices
+    sets = 2 if method.reset == "none" and merged_before else 1
+    for linear in shape.in_order():
+        elements = linear.factors(method.held_rank(devices), method.frozen_a)
+        yield Transfer("all_gather", sets * elements * ELEMENT_BYTES[run.train.dtype], devices)
+
+
+def _dense(run: Run, tensors: Iterable[ParameterShape], heads: int) -> Iterator[Transfer]:
+    devices, sampled = run.cluster.devices, min(heads, SAMPLED_HEADS)
+    for tensor in tensors:
+        yield Transfer("all_reduce", tensor.elements * FIGURE_BYTES, devices)
+        if sampled > 1 and tensor.is_matrix:
+            weights = tensor.elements * ELEMENT_BYTES[run.train.dtype]
+            yield from (Transfer("broadcast", weights, devices) for _ in range(sampled - 1))
+            outputs, inputs = tensor.shape[0], math.prod(tensor.shape[1:])
+            directions = sampled * outputs * min(DIRECTIONS, outputs, inputs)
+            yield Transfer("all_reduce", (directions + sampled**2) * FIGURE_BYTES, devices)

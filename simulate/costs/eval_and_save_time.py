@@ -1,0 +1,92 @@
+"""What a launched run stops training for: evaluations, and checkpoints on its disks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from simulate.config.hardware import Device, Dtype
+from simulate.config.run import Run
+from simulate.costs.flops import forward_flops
+from simulate.costs.kernel_time import KernelRates, forward_s, layers_s
+from simulate.costs.memory import checkpoint_bytes
+from simulate.costs.state import frozen_bytes
+from simulate.layers.formats import ELEMENT_BYTES
+from simulate.models.shapes import ModelShape
+from simulate.rules.cadence import Cadence, evaluation_batch
+
+AFFORDABLE_SHARE = 0.05
+"""Of a run's time, for recovery points."""
+PARTS = 2
+"""Of a checkpoint that one device's process writes: its own, and what all share."""
+
+
+@dataclass(frozen=True)
+class EvalAndSaveTime:
+    """How often a run evaluates and saves, and the seconds of each time; the slowest device's."""
+
+    calendar: Cadence
+    evaluation_s: float
+    save_bytes: int
+    """What one device's process writes each time: its own part, and what all share."""
+    save_s: float | None
+    """None: a device's disk is not known."""
+
+    @property
+    def evaluations(self) -> int:
+        """How many there are."""
+        return self.calendar.num_evaluations
+
+    @property
+    def saves(self) -> int:
+        """How many checkpoints there are."""
+        return self.calendar.num_saves
+
+    @property
+    def total_s(self) -> float:
+        """Of everything but training."""
+        times = self.calendar  # looked up at once, for thousands of candidates
+        return times.num_evaluations * self.evaluation_s + times.num_saves * (self.save_s or 0.0)
+
+    def affordable_recovery(self, step_s: float) -> int:
+        """Return the fewest merges between recovery points that leave these no more than their share of the time."""
+        meetings = -(-self.calendar.steps // self.calendar.apart)
+        share = (self.save_s or 0.0) / (AFFORDABLE_SHARE * self.calendar.apart * step_s)
+        return max(1, math.ceil(min(share, meetings)))
+
+
+def pauses(run: Run, shape: ModelShape, kinds: Sequence[Device]) -> EvalAndSaveTime:
+    """Return the pauses of a run on these kinds of devices."""
+    save_bytes, evaluating_s, saving_s, known = checkpoint_bytes(run, shape, 1), 0.0, 0.0, True
+    for device in kinds:
+        evaluating_s = max(evaluating_s, evaluation_s(run, shape, device))
+        seconds = save_s(save_bytes, device)
+        saving_s, known = max(saving_s, seconds or 0.0), known and seconds is not None
+    return EvalAndSaveTime(Cadence.of(run), evaluating_s, save_bytes, saving_s if known else None)
+
+
+def save_s(num_bytes: int, device: Device) -> float | None:
+    """Return the seconds of one checkpoint; None where the device's disk is not known."""
+    rate = device.disk_write_bytes_per_s
+    return None if rate is None else PARTS * device.disk_flush_s + num_bytes / rate
+
+
+def evaluation_s(run: Run, shape: ModelShape, device: Device) -> float:
+    """Return the seconds of one evaluation: the devices take turns with its batches, on plain layers."""
+    samples = evaluation_batch(run.train.micro_batch)
+    turns = -(-run.train.evaluate_samples // (samples * run.cluster.devices))
+    return turns * _batch_s(shape, samples, run.method.frozen_format, run.train.dtype, device)
+
+
+@lru_cache(maxsize=256)
+def _batch_s(shape: ModelShape, samples: int, frozen: str, dtype: Dtype, device: Device) -> float:
+    rates, element_bytes, unpacked_s = KernelRates.of(dtype, device), ELEMENT_BYTES[dtype], 0.0
+    if frozen != "none":
+        measured_s = layers_s(shape, frozen, rates.unpack) if rates else None
+        moved = frozen_bytes(shape, frozen, element_bytes) + 2 * shape.adapted_parameters * element_bytes
+        unpacked_s = moved / device.memory_bytes_per_s if measured_s is None else measured_s
+    if rates is not None:
+        return unpacked_s + forward_s(shape, samples, element_bytes, rates)
+    return unpacked_s + forward_flops(shape, samples) / (device.flop_per_s.of(dtype) * device.efficiency)

@@ -1,0 +1,261 @@
+"""Seconds of forward and backward passes from kernels' measured rates, each at its own size; torch-free.
+
+A step is matrix products, attention, everything elementwise, and what starting the kernels of a layer costs. A
+product's rate goes by its operations per element of its three matrices: small products and thin ones, such as those
+with an adapter's factors, have few and reach little of the peak (Williams et al. 2009, the roofline model).
+
+Letters: M rows, I inputs and O outputs of a layer, Y what enters a product's layer and X what leaves, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from simulate.config.hardware import Device, Dtype, Points
+from simulate.config.method_options import AdapterOptions
+from simulate.config.run import Run
+from simulate.layers.formats import ELEMENT_BYTES
+from simulate.methods.lte.options import LteOptions
+from simulate.methods.relora.options import ReloraOptions
+from simulate.models.shapes import LinearShape, ModelShape
+
+ACTIVATION_MOVES = 4
+"""An activation is written and read in the forward pass, and so is its gradient in the backward pass."""
+FORWARD_MOVES = 2
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Rates by size, interpolated between logarithms: monotone between two points, level beyond the ends."""
+
+    sizes: tuple[float, ...]
+    rates: tuple[float, ...]
+
+    @classmethod
+    def of(cls, points: Points, factor: float = 1.0) -> Curve:
+        """Return the curve through a profile's points, all rates times `factor`."""
+        return cls(tuple(size for size, _ in points), tuple(rate * factor for _, rate in points))
+
+    def rate(self, size: float) -> float:
+        """Return the rate at a size."""
+        index = bisect_right(self.sizes, size)
+        if index == 0 or index == len(self.sizes):
+            return self.rates[min(index, len(self.sizes) - 1)]
+        low, high = self.sizes[index - 1 : index + 1]
+        share = math.log(size / low) / math.log(high / low)
+        return self.rates[index - 1] ** (1 - share) * self.rates[index] ** share
+
+    def seconds(self, size: float, amount: float) -> float:
+        """Return the seconds of an amount of work in kernels of a size."""
+        return amount / self.rate(size)
+
+
+@dataclass(frozen=True)
+class KernelRates:
+    """What a device's kernels reach in a run's number formats."""
+
+    products: Curve
+    attention: Curve
+    elementwise: Curve
+    optimizer: Curve
+    step_s: float
+    layer_s: float
+    adapter_s: float
+    full_attention: Curve | None = None
+    """None: as causal attention."""
+    elementwise_of: tuple[tuple[str, Curve], ...] = ()
+    """By family of networks, where they differ from GPT."""
+    unpack: tuple[tuple[str, Curve], ...] = ()
+    """By format of frozen weights."""
+    pack: tuple[tuple[str, Curve], ...] = ()
+
+    @classmethod
+    def of(cls, passes: Dtype, device: Device) -> KernelRates | None:
+        """Return a device's rates for passes in a format; others than fp32 change products as they change its peak."""
+        if device.kernels is None:
+            return None
+        factor, kernels = device.flop_per_s.of(passes) / device.flop_per_s.fp32, device.kernels
+        full = kernels.full_attention
+        return cls(
+            Curve.of(kernels.products, factor), Curve.of(kernels.attention, factor), Curve.of(kernels.elementwise),
+            Curve.of(kernels.optimizer), kernels.step_s, kernels.layer_s, kernels.adapter_s,
+            None if full is None else Curve.of(full, factor), _by_name(kernels.elementwise_of),
+            _by_name(kernels.unpack), _by_name(kernels.pack),
+        )  # fmt: skip
+
+
+def _by_name(points: Mapping[Any, Points]) -> tuple[tuple[str, Curve], ...]:
+    return tuple((name, Curve.of(of_name)) for name, of_name in points.items())
+
+
+def layers_s(shape: ModelShape, quantize: str, rates: tuple[tuple[str, Curve], ...]) -> float | None:
+    """Return the seconds of unpacking or packing every adapted layer once; None where it was not measured."""
+    curve = dict(rates).get(quantize)
+    if curve is None:
+        return None
+    return sum(x.count * curve.seconds(x.weights, x.weights) for x in shape.adapted)
+
+
+@dataclass(frozen=True)
+class Product:
+    """`count` products of an (m, k) and a (k, n) matrix."""
+
+    m: float
+    k: float
+    n: float
+    count: float = 1
+
+    @property
+    def flops(self) -> float:
+        """Operations of all of them."""
+        return 2 * self.count * self.m * self.k * self.n
+
+    @property
+    def intensity(self) -> float:
+        """Operations per element of the three matrices: two thirds of a cube's side."""
+        return 2 * self.m * self.k * self.n / (self.m * self.k + self.k * self.n + self.m * self.n)
+
+
+def products_s(products: Sequence[Product], rates: KernelRates) -> float:
+    """Return the seconds of products one after the other."""
+    return sum(rates.products.seconds(product.intensity, product.flops) for product in products)
+
+
+def pass_s(run: Run, shape: ModelShape, rates: KernelRates) -> float:
+    """Return the seconds of a step's forward and backward passes, and of starting its kernels."""
+    warm = run.method.warm_start_steps if isinstance(run.method, ReloraOptions) else 0
+    share = min(1.0, warm / run.train.steps) if isinstance(run.method, AdapterOptions) else 1.0
+    return share * _pass_s(run, shape, rates, False) + (1 - share) * _pass_s(run, shape, rates, True)
+
+
+def _pass_s(run: Run, shape: ModelShape, rates: KernelRates, adapted: bool) -> float:
+    layers = sum(linear.count for linear in shape.adapted)
+    starting_s = rates.step_s + layers * (rates.layer_s + (rates.adapter_s if adapted else 0))
+    products = block_products(run, shape, adapted)
+    seconds = products_s((*products, outer_product(shape, run.train.micro_batch)), rates)
+    return starting_s + seconds + attention_s(run, shape, rates) + elementwise_s(run, shape, rates, products)
+
+
+def forward_s(shape: ModelShape, samples: int, element_bytes: int, rates: KernelRates) -> float:
+    """Return the seconds of a forward pass of plain layers: a third of a step's products and starts, half its moves."""
+    layers = sum(linear.count for linear in shape.adapted)
+    products = (*_dense_products(shape, samples, False), outer_product(shape, samples))
+    attention = _attention_s(shape, samples, 1, rates)
+    moved_s = _elementwise_s(shape, samples, FORWARD_MOVES, FORWARD_MOVES, element_bytes, rates)
+    return (rates.step_s + layers * rates.layer_s + products_s(products, rates)) / 3 + attention + moved_s
+
+
+def attention_s(run: Run, shape: ModelShape, rates: KernelRates) -> float:
+    """Return the seconds of what mixes tokens without weights."""
+    return _attention_s(shape, run.train.micro_batch, 4 if run.train.activation_checkpointing else 3, rates)
+
+
+def _attention_s(shape: ModelShape, samples: int, passes: int, rates: KernelRates) -> float:
+    head_width = shape.width / max(1, shape.attention_heads)
+    size = Product(shape.tokens, head_width, shape.tokens).intensity
+    curve = rates.full_attention if shape.family == "vit" and rates.full_attention else rates.attention
+    return curve.seconds(size, passes * samples * shape.mixing_flops)
+
+
+def elementwise_s(run: Run, shape: ModelShape, rates: KernelRates, products: Sequence[Product] = ()) -> float:
+    """Return the seconds of everything elementwise: norms, GELUs, sums, the loss; and copies of folded weights."""
+    moves = ACTIVATION_MOVES + (FORWARD_MOVES if run.train.activation_checkpointing else 0)
+    folded = sum(2 * product.count * product.m * product.n for product in products if isinstance(product, Folded))
+    return _elementwise_s(
+        shape, run.train.micro_batch, moves, ACTIVATION_MOVES, ELEMENT_BYTES[run.train.dtype], rates, folded
+    )  # fmt: skip
+
+
+def _elementwise_s(
+    shape: ModelShape, samples: int, moves: int, outer_moves: int, element_bytes: int, rates: KernelRates,
+    others: float = 0.0,
+) -> float:  # fmt: skip
+    """Seconds of activations moved so many times inside blocks and outside, and of `others` elements."""
+    inside = sum(x.rows * (x.in_features + x.out_features) * x.count for x in shape.adapted)
+    elements = samples * (moves * inside + outer_moves * shape.predictions * shape.outputs) + others
+    curve = dict(rates.elementwise_of).get(shape.family, rates.elementwise)
+    return curve.seconds(samples * shape.tokens * shape.width * element_bytes, elements * element_bytes)
+
+
+@dataclass(frozen=True)
+class Folded(Product):
+    """A product of factors that is added to a copy of the frozen weights."""
+
+
+def outer_product(shape: ModelShape, samples: int) -> Product:
+    """Return the layers outside blocks as products of one shape: the output layer's, or of images the patches'."""
+    rows, k, n = shape.predictions, shape.width, shape.outputs
+    if shape.inputs:
+        rows, k, n = shape.tokens, max(1, shape.inputs // shape.tokens), shape.width
+    rows *= samples
+    return Product(rows, k, n, samples * shape.outer_flops / (2 * rows * k * n))
+
+
+def block_products(run: Run, shape: ModelShape, adapted: bool) -> tuple[Product, ...]:
+    """Return the products inside blocks, of dense layers or of adapted ones; recomputed ones twice."""
+    method, checkpointing = run.method, run.train.activation_checkpointing
+    if not adapted or not isinstance(method, AdapterOptions):
+        return _dense_products(shape, run.train.micro_batch, checkpointing)
+    heads = method.heads_per_device if isinstance(method, LteOptions) else 1
+    frozen_a = isinstance(method, LteOptions) and method.frozen_a
+    rank = method.row_rank(run.cluster.devices)
+    return _adapted_products(
+        shape, run.train.micro_batch, heads, rank, method.remembers_product, frozen_a, checkpointing
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _dense_products(shape: ModelShape, samples: int, checkpointing: bool) -> tuple[Product, ...]:
+    """Forward, gradient to the input, gradient of the weights: three products of the same matrices."""
+    times = 4 if checkpointing else 3
+    return tuple(Product(samples * x.rows, x.in_features, x.out_features, times * x.count) for x in shape.adapted)
+
+
+@lru_cache(maxsize=4096)
+def _adapted_products(
+    shape: ModelShape, samples: int, heads: int, rank: int, reset_less: bool, frozen_a: bool, checkpointing: bool
+) -> tuple[Product, ...]:
+    products: list[Product] = []
+    for linear in shape.adapted:
+        m, i, o = samples * linear.rows / heads, linear.in_features, linear.out_features
+        count = heads * linear.count
+        times = 2 if checkpointing else 1
+        products += _through_layer(linear, m, rank, reset_less, heads, times, forward=True)
+        products += _through_layer(linear, m, rank, reset_less, heads, 1, forward=False)
+        products.append(Product(o, m, rank, count))
+        if not frozen_a:
+            products.append(Product(rank, m, i, count))
+    return tuple(products)
+
+
+def _through_layer(
+    linear: LinearShape, m: float, rank: int, reset_less: bool, heads: int, times: int, forward: bool
+) -> Iterator[Product]:
+    """Yield the products of rows with every head's weight, as simulate.layers.lora makes them."""
+    y, x = linear.in_features, linear.out_features
+    folds_old = reset_less and 2 * y * x < m * (x + y)
+    y, x = (y, x) if forward else (x, y)
+    folds_new = y < m if folds_old else 2 * y <= m
+    count = heads * linear.count * times
+    if folds_old or folds_new:
+        yield Product(m, y, x, count)
+    else:
+        yield Product(m * heads, y, x, linear.count * times)
+    yield Product(m, y, rank, count)
+    yield Folded(y, rank, x, count) if folds_new else Product(m, rank, x, count)
+    if folds_old:
+        yield Folded(y, rank, x, count)
+    elif reset_less:
+        yield Product(m, y, rank, count)
+        yield Product(m, rank, x, count)
+
+
+def sum_of_products(run: Run, shape: ModelShape) -> tuple[Product, ...]:
+    """Return the products B·A of one head in every layer, which a merge makes of all the heads it has."""
+    rank = run.method.rank if isinstance(run.method, AdapterOptions) else 1
+    return tuple(Product(x.out_features, rank, x.in_features, x.count) for x in shape.adapted)

@@ -1,0 +1,198 @@
+"""Seconds of one message: bytes over the slowest link that they cross, plus the delays that wait for each other.
+
+How it travels is the communicator's: NCCL's collectives, whose hops take a delay each, or what
+simulate.comm.process_group does with gloo. Gloo sends a buffer when the other end has asked for it, so a hop takes two
+delays, the request's and the buffer's (2.0 to 2.9 were measured: bench/README.md). Its rings are left to large buffers;
+all else goes in pairs, all at once (simulate.comm.pairwise).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from simulate.comm.transfers import Transfer, gathers_by_pairs, sums_by_pairs
+from simulate.config.hardware import Collectives, Link
+
+
+def link_of(link: Link, backend: str) -> Link:
+    """Return the link as a run's cluster.backend uses it; "auto" leaves that to the profile."""
+    return link if backend in ("auto", link.collectives) else _used_by(link, backend)
+
+
+@lru_cache(maxsize=64)
+def _used_by(link: Link, backend: Collectives) -> Link:
+    return link.model_copy(update={"collectives": backend})
+
+
+def transfer_s(transfer: Transfer, link: Link) -> float:
+    """Seconds of one message.
+
+    Several teams are nodes, whose devices are joined by the node's own links. A server on a star has one link of its
+    own for all devices; on a ring it is reached through two neighbours, which carry half the devices each.
+    """
+    if transfer.devices == 1:
+        return 0.0
+    if transfer.operation in ("push", "pull"):
+        return _server_s(transfer, transfer.devices, link)
+    wire = _Wire.of(transfer, link)
+    return _by_gloo_s(transfer, wire) if link.collectives == "gloo" else _by_nccl_s(transfer, wire)
+
+
+@dataclass(frozen=True)
+class _Wire:
+    """The links that a transfer uses: its devices' own, or those within nodes."""
+
+    topology: str
+    up_bytes_per_s: float
+    down_bytes_per_s: float
+    latency_s: float
+    hop_s: float
+    """Delay of a hop of a ring, or of a message that was asked for."""
+    shared_bytes_per_s: float | None
+    """Of all of them together."""
+
+    @classmethod
+    def of(cls, transfer: Transfer, link: Link) -> _Wire:
+        if transfer.teams > 1 and link.node_bytes_per_s is not None:
+            rate, latency_s = link.node_bytes_per_s, link.node_latency_s or 0.0
+            return cls("star", rate, rate, latency_s, latency_s * link.delays_of_a_hop, None)
+        return cls(
+            link.topology, link.up_bytes_per_s, link.down_bytes_per_s, link.latency_s,
+            link.latency_s * link.delays_of_a_hop, link.shared_bytes_per_s,
+        )  # fmt: skip
+
+    @property
+    def bytes_per_s(self) -> float:
+        return min(self.up_bytes_per_s, self.down_bytes_per_s)
+
+
+def _by_nccl_s(transfer: Transfer, wire: _Wire) -> float:
+    """Seconds of hops that take a delay each.
+
+    Ring algorithms (Patarasuk & Yuan 2009): all-reduce takes 2(N−1) hops of 1/N of the buffer, all-gather N−1 hops of
+    one contribution. On a mesh every pair has a link, so both need one or two hops. An all-to-all sends its N−1 parts
+    one after the other; on a ring neighbours pass on what is not theirs. A broadcast goes down a tree of halves.
+    """
+    devices, mesh = transfer.devices, wire.topology == "mesh"
+    to_all_share = 0.5 if wire.topology == "ring" else 1 / devices
+    hops, share = {
+        "all_reduce": (2 if mesh else 2 * (devices - 1), 1 / devices),
+        "all_gather": (1 if mesh else devices - 1, 1.0),
+        "all_to_all": (1 if mesh else devices - 1, to_all_share),
+        "broadcast": (1 if mesh else (devices - 1).bit_length(), 1.0),
+    }[transfer.operation]
+    in_ring = transfer.operation in ("all_reduce", "all_gather") and not mesh
+    latency_s = wire.hop_s if in_ring else wire.latency_s
+    seconds = hops * (latency_s + share * transfer.payload_bytes / wire.bytes_per_s)
+    if wire.shared_bytes_per_s is None:
+        return seconds
+    return max(seconds, hops * latency_s + _shared_s(transfer, wire.shared_bytes_per_s, share, hops))
+
+
+def _shared_s(transfer: Transfer, shared_bytes_per_s: float, share: float, hops: int) -> float:
+    """Seconds of the bytes of all hops through the one uplink that all devices share.
+
+    A hop of a ring has all devices send, one of a mesh has them send to everyone; a broadcast sends N−1 copies.
+    """
+    devices = transfer.devices
+    if transfer.operation == "broadcast":
+        sent_bytes = float((devices - 1) * transfer.payload_bytes)
+    else:
+        one_to_one = max(hops, devices - 1) if transfer.operation != "all_reduce" else 2 * (devices - 1)
+        sent_bytes = devices * one_to_one * share * transfer.payload_bytes
+    return transfer.teams * sent_bytes / shared_bytes_per_s
+
+
+def _by_gloo_s(transfer: Transfer, wire: _Wire) -> float:
+    """Seconds of what simulate.comm.process_group makes of a collective with gloo.
+
+    A reduction by pairs swaps parts twice: to their sums, and back. Rings go round whatever the topology.
+    """
+    devices, payload = transfer.devices, transfer.payload_bytes
+    if transfer.operation == "broadcast":
+        return _tree_s(transfer, wire)
+    if transfer.operation == "all_to_all":
+        return _swap_s(payload / devices, transfer, wire)
+    if transfer.operation == "all_gather":
+        if gathers_by_pairs(payload, devices):
+            return _swap_s(payload, transfer, wire)
+        return _ring_s(devices - 1, payload, transfer, wire)
+    if sums_by_pairs(payload / devices):
+        return 2 * _swap_s(payload / devices, transfer, wire)
+    return _ring_s(2 * (devices - 1), payload / devices, transfer, wire)
+
+
+def _ring_s(hops: int, part_bytes: float, transfer: Transfer, wire: _Wire) -> float:
+    return hops * (wire.hop_s + _carried_s(part_bytes, transfer.devices * part_bytes, transfer, wire))
+
+
+def _swap_s(part_bytes: float, transfer: Transfer, wire: _Wire) -> float:
+    """Seconds in which everyone sends a part to each other one, all at once.
+
+    On a mesh each part has a link of its own. On a ring neighbours pass on what is not theirs, up to N−1 times.
+    """
+    others = transfer.devices - 1
+    crossed, reach = {"mesh": (1.0, 1), "ring": (others * transfer.devices / 2, others)}.get(
+        wire.topology, (float(others), 1)
+    )
+    together = transfer.devices * others * part_bytes
+    return reach * wire.hop_s + _carried_s(crossed * part_bytes, together, transfer, wire)
+
+
+def _carried_s(own_bytes: float, all_bytes: float, transfer: Transfer, wire: _Wire) -> float:
+    """Seconds of what crosses one device's link, and of what all devices of a team send through a shared uplink."""
+    seconds = own_bytes / wire.bytes_per_s
+    if wire.shared_bytes_per_s is None:
+        return seconds
+    return max(seconds, transfer.teams * all_bytes / wire.shared_bytes_per_s)
+
+
+def _tree_s(transfer: Transfer, wire: _Wire) -> float:
+    """Seconds of a binomial tree: who has a copy sends it to all its children at once, over one uplink.
+
+    Device v's children are v + 2^i, for every i from the number of v's binary digits on. All have asked for their copy
+    from the start, so that only the first hop waits for it.
+    """
+    devices, payload = transfer.devices, transfer.payload_bytes
+    arrived_s = [0.0] * devices
+    arrived_s[0] = wire.hop_s - wire.latency_s
+    for parent in range(devices):
+        digits = range(parent.bit_length(), (devices - 1).bit_length())
+        children = [parent + 2**i for i in digits if parent + 2**i < devices]
+        copies = 1 if wire.topology == "mesh" else len(children)
+        sent_s = max(copies * payload / wire.up_bytes_per_s, payload / wire.down_bytes_per_s)
+        for child in children:
+            arrived_s[child] = arrived_s[parent] + wire.latency_s + sent_s
+    seconds = max(arrived_s)
+    if wire.shared_bytes_per_s is None:
+        return seconds
+    delays_s = wire.hop_s - wire.latency_s + (devices - 1).bit_length() * wire.latency_s
+    return max(seconds, delays_s + transfer.teams * (devices - 1) * payload / wire.shared_bytes_per_s)
+
+
+def server_rates(push: bool, devices: int, link: Link) -> tuple[float, float]:
+    """Return the bytes/s that one device reaches to or from the server, and that all devices reach together."""
+    device_bytes_per_s = link.up_bytes_per_s if push else link.down_bytes_per_s
+    server_bytes_per_s = link.server_down_bytes_per_s if push else link.server_up_bytes_per_s
+    if server_bytes_per_s is None:  # as fast as a device's; a ring and a mesh reach it over 2 or N such links
+        links = {"star": 1, "ring": min(2, devices), "mesh": devices}[link.topology]
+        server_bytes_per_s = links * (link.down_bytes_per_s if push else link.up_bytes_per_s)
+    if push and link.shared_bytes_per_s is not None:
+        server_bytes_per_s = min(server_bytes_per_s, link.shared_bytes_per_s)
+    return device_bytes_per_s, server_bytes_per_s
+
+
+def server_latency_s(devices: int, link: Link) -> float:
+    """Return the delay of a message to or from the server: on a ring, half of the devices pass it on.
+
+    Gloo's is asked for first, like every message between a pair.
+    """
+    delays = link.delays_of_a_hop if link.collectives == "gloo" else 1.0
+    return delays * (-(-devices // 2) if link.topology == "ring" else 1) * link.latency_s
+
+
+def _server_s(transfer: Transfer, devices: int, link: Link) -> float:
+    device_bytes_per_s, server_bytes_per_s = server_rates(transfer.operation == "push", devices, link)
+    payload = transfer.payload_bytes
+    return server_latency_s(devices, link) + max(payload / device_bytes_per_s, devices * payload / server_bytes_per_s)

@@ -1,0 +1,182 @@
+"""From encoded images to equal squares of bytes, in a pool of processes; torch-free.
+
+Legend: C colours, P pixels a side.
+"""
+
+from __future__ import annotations
+
+import io
+import signal
+import zipfile
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing import current_process, get_context
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from simulate.common.cpu import usable_cores
+from simulate.data.cache import ArraySlot
+
+CHUNK_IMAGES = 500
+"""Images of one task of the pool."""
+POOL_FROM_IMAGES = 3000
+"""Fewer are decoded here sooner than a pool has started."""
+EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "La", "CMYK", "YCbCr", "LAB", "HSV"}
+DAMAGE = (
+    OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError, MemoryError, NotImplementedError,
+    RuntimeError, KeyError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError,
+)  # fmt: skip
+"""What Pillow and zipfile raise for content that they cannot make sense of."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What every image is brought to."""
+
+    pixels: int
+    """Of each side."""
+    colours: int
+    """1 (grey) or 3 (red, green, blue)."""
+    upscale: bool = False
+    """Whether smaller images are enlarged; they are refused otherwise."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of one image, (C, P, P)."""
+        return self.colours, self.pixels, self.pixels
+
+
+class UnfitImageError(Exception):
+    """An image that is damaged, or cannot be brought to the frame; says why."""
+
+
+class SmallImageError(UnfitImageError):
+    """A sound image with fewer pixels than the frame."""
+
+
+class Reader(Protocol):
+    """Gives the content of images by name; travels to other processes."""
+
+    def read(self, name: str) -> bytes:
+        """Return a file's bytes; raises one of what Pillow and zipfile raise."""
+
+
+@dataclass(frozen=True)
+class FolderReader:
+    """Files below a folder."""
+
+    root: Path
+
+    def read(self, name: str) -> bytes:
+        return (self.root / name).read_bytes()
+
+
+@dataclass(frozen=True)
+class ZipReader:
+    """Files of a zip archive, read in place; each is checked against the checksum that the archive has of it."""
+
+    path: Path
+
+    def read(self, name: str) -> bytes:
+        return _archive(self.path, self.path.stat().st_mtime_ns).read(name)
+
+
+@lru_cache(maxsize=1)
+def _archive(path: Path, changed_ns: int) -> zipfile.ZipFile:
+    """Open an archive once in each process: its table of contents may take longer to read than a chunk of images."""
+    return zipfile.ZipFile(path)
+
+
+def decode(content: bytes, frame: Frame) -> np.ndarray:
+    """Return an encoded image as (C, P, P), uint8; raises UnfitImageError."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            if image.mode not in EIGHT_BIT_MODES:
+                raise UnfitImageError(f"has mode {image.mode}, which is not 8 bits a colour")
+            _check_size(image, frame)
+            # A JPEG is decoded at the smallest of its scales that is large enough.
+            image.draft("L" if frame.colours == 1 else "RGB", (frame.pixels, frame.pixels))
+            return fit(image, frame)
+    except DAMAGE as error:
+        raise UnfitImageError(f"cannot be decoded ({error or type(error).__name__})") from None
+
+
+def _check_size(image: Image.Image, frame: Frame) -> None:
+    if min(image.size) < frame.pixels and not frame.upscale:
+        raise SmallImageError(f"has {image.size[0]} x {image.size[1]} pixels, fewer than {frame.pixels}")
+
+
+def fit(image: Image.Image, frame: Frame) -> np.ndarray:
+    """Return the centre square of an image, resized with antialiased bilinear weights where it must be, (C, P, P)."""
+    if "transparency" in image.info:
+        image = image.convert("RGBA")
+    image = image.convert("L" if frame.colours == 1 else "RGB")
+    width, height = image.size
+    if (width, height) != (frame.pixels, frame.pixels):
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        size, box = (frame.pixels, frame.pixels), (left, top, left + side, top + side)
+        image = image.resize(size, Image.Resampling.BILINEAR, box)
+    return np.asarray(image, np.uint8).reshape(frame.pixels, frame.pixels, frame.colours).transpose(2, 0, 1)
+
+
+def fit_array(pixels_CYX: np.ndarray, frame: Frame) -> np.ndarray:
+    """Return a decoded image in the frame; raises SmallImageError."""
+    if pixels_CYX.shape == frame.shape:
+        return pixels_CYX
+    image = Image.fromarray(np.ascontiguousarray(pixels_CYX.transpose(1, 2, 0)).squeeze())
+    _check_size(image, frame)
+    return fit(image, frame)
+
+
+Unfit = dict[int, UnfitImageError]
+"""Index of an image → why it is unfit."""
+
+
+def decode_all(reader: Reader, names: Sequence[str], frame: Frame, target: ArraySlot) -> Unfit:
+    """Decode all images into rows of `target`, (S, C, P, P), in parallel where there are many; returns the unfit.
+
+    A worker of a `multiprocessing.Pool` may start no processes, so there it is one image after another.
+    """
+    starts = range(0, len(names), CHUNK_IMAGES)
+    tasks = [(reader, names[first : first + CHUNK_IMAGES], first, frame, target) for first in starts]
+    workers = min(len(tasks), usable_cores())
+    if len(names) < POOL_FROM_IMAGES or workers < 2 or current_process().daemon:
+        parts = [_decode_chunk(*task) for task in tasks]
+    else:
+        # Spawned: a fork of a process with torch's threads may hang.
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), _leave_interrupts_to_the_parent)
+        with pool:
+            try:
+                parts = list(pool.map(_decode_chunk, *zip(*tasks, strict=True)))
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+    return {index: error for part in parts for index, error in part.items()}
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _decode_chunk(reader: Reader, names: Sequence[str], first: int, frame: Frame, target: ArraySlot) -> Unfit:
+    out, unfit = target.open(), Unfit()
+    for index, name in enumerate(names, first):
+        try:
+            out[index] = decode(_content(reader, name), frame)
+        except UnfitImageError as error:
+            unfit[index] = error
+    return unfit
+
+
+def _content(reader: Reader, name: str) -> bytes:
+    try:
+        return reader.read(name)
+    except DAMAGE as error:
+        raise UnfitImageError(f"cannot be read ({error or type(error).__name__})") from None

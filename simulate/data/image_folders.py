@@ -1,0 +1,220 @@
+"""Folders of images, one a class, on disk or in a zip archive; torch-free.
+
+A class is the topmost folder that holds images itself; its name is its path, so that nested ones stay apart
+("a/abbey"). Splits are folders around the classes: train beside val or test; `val` goes before `test`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+
+from simulate.common.errors import InputError
+from simulate.data.cache import ArraySlot
+from simulate.data.decode_images import DAMAGE, FolderReader, Frame, Reader, Unfit, ZipReader, decode_all
+from simulate.data.images import ImageSource, hold_out
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
+TRAIN_NAMES = ("train", "training")
+HELD_OUT_NAMES = ("val", "valid", "validation", "test")
+"""In the order in which they are preferred."""
+NAMED_CLASSES = 5
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The files of a folder or an archive."""
+
+    files: dict[str, tuple[int, int]]
+    """Path below the root, with slashes → bytes, and moment of the last change (of an archive: checksum)."""
+    bare_folders: frozenset[str]
+    """Folders with nothing in them."""
+
+    @property
+    def images(self) -> list[str]:
+        """Paths of images, sorted."""
+        return sorted(path for path in self.files if PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES)
+
+    def stamp(self) -> str:
+        """Return a digest of all names, sizes and moments."""
+        return hashlib.sha256(repr(sorted(self.files.items())).encode()).hexdigest()
+
+
+def read_folder(root: Path) -> Tree:
+    """List what lies below a folder, without hidden files; raises OSError."""
+    files: dict[str, tuple[int, int]] = {}
+    bare = set()
+    for folder, entries in _walk(root):
+        prefix = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
+        if not entries and prefix:
+            bare.add(prefix.rstrip("/"))
+        for entry in entries:
+            if entry.is_file():
+                status = entry.stat()
+                files[prefix + entry.name] = (status.st_size, status.st_mtime_ns)
+    return Tree(files, frozenset(bare))
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
+    with os.scandir(folder) as found:
+        entries = [entry for entry in found if not entry.name.startswith(".")]
+    yield folder, entries
+    for entry in entries:
+        if entry.is_dir():
+            yield from _walk(Path(entry.path))
+
+
+def read_zip(path: Path) -> Tree:
+    """List a zip archive; raises InputError where it is truncated or none at all."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, EOFError):
+        raise InputError(f"data.path = {str(path)!r} is a truncated or damaged zip archive; fetch it again") from None
+    shown = [m for m in members if "/." not in f"/{m.filename}" and not m.filename.startswith("__MACOSX/")]
+    files = {m.filename: (m.file_size, m.CRC) for m in shown if not m.is_dir()}
+    # In sorted order, what is in a folder comes right after it.
+    in_order = sorted(m.filename for m in shown)
+    bare = {
+        name.rstrip("/")
+        for name, after in zip(in_order, [*in_order[1:], ""], strict=True)
+        if name.endswith("/") and not after.startswith(name)
+    }
+    return Tree(files, frozenset(bare))
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Which image is of which class and split."""
+
+    paths: list[str]
+    classes: tuple[str, ...]
+    labels: np.ndarray
+    held_out: np.ndarray | None
+    """(S,), bool; None where there are no splits."""
+
+
+def arrange(tree: Tree, source: str) -> Arrangement:
+    """Sort images into classes and splits by their folders; raises InputError for folders that make no sense."""
+    paths = tree.images
+    wrapper = _wrapper(paths)
+    split_of = _splits(paths, wrapper, source)
+    kept = [path for path in paths if split_of is None or split_of[_first_part(path, wrapper)] is not None]
+    roots = [wrapper if split_of is None else f"{wrapper}{_first_part(path, wrapper)}/" for path in kept]
+    names = _class_names(kept, roots, source)
+    held_out = None if split_of is None else np.array([split_of[_first_part(path, wrapper)] for path in kept], bool)
+    _check_classes(tree, names, held_out, source)
+    classes = tuple(sorted(set(names)))
+    number = {name: k for k, name in enumerate(classes)}
+    return Arrangement(kept, classes, np.array([number[name] for name in names], np.int64), held_out)
+
+
+def _wrapper(paths: Sequence[str]) -> str:
+    """Return the folders around everything ("cifar10/"), down to where splits or classes part."""
+    wrapper = ""
+    while True:
+        firsts = {_first_part(path, wrapper) for path in paths}
+        deeper = all(path.count("/") > wrapper.count("/") + 1 for path in paths)
+        if len(firsts) != 1 or not deeper:
+            return wrapper
+        wrapper += f"{firsts.pop()}/"
+
+
+def _first_part(path: str, wrapper: str) -> str:
+    return path[len(wrapper) :].partition("/")[0]
+
+
+def _splits(paths: Sequence[str], wrapper: str, source: str) -> dict[str, bool | None] | None:
+    """Return folder → whether it is held out (None: left aside), or None where folders are classes."""
+    firsts = sorted({_first_part(path, wrapper) for path in paths if "/" in path[len(wrapper) :]})
+    train = [name for name in firsts if name.lower() in TRAIN_NAMES]
+    others = [name for name in firsts if name.lower() in HELD_OUT_NAMES]
+    if not train or not others:  # "train" may well be a class, beside "bus"
+        return None
+    if strange := [name for name in firsts if name not in (*train, *others)]:
+        raise InputError(
+            f"data: {source} has {train[0]}/ and beside it {strange[0]}/, which is no split "
+            f"({', '.join(HELD_OUT_NAMES)}); move it away"
+        )
+    chosen = min(others, key=lambda name: HELD_OUT_NAMES.index(name.lower()))
+    return {name: False if name in train else True if name == chosen else None for name in firsts}
+
+
+def _class_names(paths: Sequence[str], roots: Sequence[str], source: str) -> list[str]:
+    """Return each image's class: the topmost folder below its root that holds images itself."""
+    holding = {path.rpartition("/")[0] for path in paths}
+    names = []
+    for path, root in zip(paths, roots, strict=True):
+        parts = path[len(root) :].split("/")[:-1]
+        if not parts:
+            raise InputError(
+                f"data: {source} has images outside of class folders ({path}); put each into its class's folder"
+            )
+        depths = range(1, len(parts) + 1)
+        names.append("/".join(next(parts[:d] for d in depths if root + "/".join(parts[:d]) in holding)))
+    return names
+
+
+def _check_classes(tree: Tree, names: Sequence[str], held_out: np.ndarray | None, source: str) -> None:
+    if bare := sorted(tree.bare_folders):
+        raise InputError(f"data: the class folder {bare[0]} of {source} is empty; add images or remove it")
+    if len(set(names)) < 2:
+        raise InputError(f"data: {source} has one class, {names[0]!r}; at least two are needed to tell apart")
+    if held_out is None:
+        return
+    of_train = {name for name, out in zip(names, held_out, strict=True) if not out}
+    of_validation = {name for name, out in zip(names, held_out, strict=True) if out}
+    if of_train != of_validation:
+        missing = {"validation": of_train - of_validation, "training": of_validation - of_train}
+        told = "; ".join(f"not in the {split} split: {_named(lost)}" for split, lost in missing.items() if lost)
+        raise InputError(f"data: the class folders of {source}'s splits differ ({told}); make them the same")
+
+
+def _named(names: set[str]) -> str:
+    shown = sorted(names)[:NAMED_CLASSES]
+    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return ", ".join(shown) + more
+
+
+def folder_source(path: Path, tree: Tree) -> ImageSource:
+    """Return the images of a folder or a zip archive, given what is in it; raises InputError."""
+    reader: Reader = FolderReader(path) if path.is_dir() else ZipReader(path)
+    name = str(path)
+    arrangement = arrange(tree, name)
+    paths, labels = arrangement.paths, arrangement.labels
+    colours, pixels = first_size(reader, paths)
+
+    def fill(frame: Frame, target: ArraySlot) -> Unfit:
+        return decode_all(reader, paths, frame, target)
+
+    held_out = hold_out(labels, arrangement.classes, name) if arrangement.held_out is None else arrangement.held_out
+    return ImageSource(
+        name=name,
+        classes=arrangement.classes,
+        labels=labels,
+        held_out=held_out,
+        colours=colours,
+        pixels=pixels,
+        stamp=f"{path.resolve()} {tree.stamp()}",
+        fill=fill,
+        image_name=lambda index: str(path / paths[index]),
+    )
+
+
+def first_size(reader: Reader, paths: Sequence[str]) -> tuple[int, int]:
+    """Return colours and the shorter side's pixels of the first image that opens; raises InputError if none does."""
+    for path in paths:
+        try:
+            with Image.open(io.BytesIO(reader.read(path))) as image:
+                return (1 if image.mode in ("1", "L", "LA") else 3), min(image.size)
+        except DAMAGE:  # told with its name when all are decoded
+            continue
+    raise InputError(f"data: no image can be decoded, the first is {paths[0]}; check what the files are")

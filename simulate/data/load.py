@@ -1,0 +1,161 @@
+"""From run.toml to samples: what lies at a path is recognised, or said; torch-free, so that a plan can look at it."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from simulate.common.errors import InputError
+from simulate.config.run import BYTES, Data, Model, Run
+from simulate.data.cifar import cifar_source, find_cifar
+from simulate.data.digits import DIGITS, digits_source
+from simulate.data.huggingface import hub_images
+from simulate.data.image_folders import IMAGE_SUFFIXES, Tree, folder_source, read_folder, read_zip
+from simulate.data.images import Images, ImageSource, load_images
+from simulate.data.stl10 import find_stl10, stl10_source
+from simulate.data.text import Text, load_text, read_bytes
+from simulate.data.tokenizer import check_vocabulary, declared_size
+from simulate.models.schema import text_sizes
+
+Dataset = Text | Images
+TOKENIZER_FILE = "tokenizer.json"
+"""In a run's folder: what its tokens mean, unless they are bytes."""
+UNDERSTOOD = (
+    "UTF-8 text (a file or a folder), images in class folders (a folder or a .zip), CIFAR-10 or CIFAR-100 batches for "
+    "Python, STL-10 binary"
+)
+ARCHIVE_SUFFIXES = frozenset({".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"})
+SNIFFED_BYTES = 4096
+
+
+def load_data(run: Run, tokenizer: Path | None = None) -> Dataset:
+    """Return a run's samples, read and checked; raises InputError for what stands in the way.
+
+    A tokenizer.json that is given goes before what run.toml says: the one that a run trained is kept with it.
+    """
+    data, devices = run.data, run.cluster.devices
+    if tokenizer is not None:
+        data = data.model_copy(update={"tokenizer": str(tokenizer)})
+    pixels, colours, classes = image_sizes(run.model)
+    source = image_source(data)
+    _check_kind(run, source is not None)
+    if source is None:
+        text = load_text(data)
+        text.check(text_sizes(run.model), devices, data.shards)
+        return text
+    source.check(classes, devices, data.shards)
+    images = load_images(source, source.frame(pixels, colours, data.upscale), data.skip_corrupt)
+    images.check(classes, devices, data.shards)
+    return images
+
+
+def kept_tokenizer(folder: Path) -> Path | None:
+    """Return the tokenizer that a run's folder keeps, or None where its tokens are bytes."""
+    return folder / TOKENIZER_FILE if (folder / TOKENIZER_FILE).is_file() else None
+
+
+def check_data(run: Run) -> None:
+    """Raise InputError for what can be told at once: without decoding images or training a tokenizer."""
+    devices, shards = run.cluster.devices, run.data.shards
+    if run.data.name == DIGITS:  # the library that they come with is needed for training alone
+        _check_kind(run, images=True)
+        return
+    source = image_source(run.data)
+    _check_kind(run, source is not None)
+    if source is None:
+        _check_text(run)
+    else:
+        source.check(image_sizes(run.model)[2], devices, shards)
+
+
+def _check_text(run: Run) -> None:
+    text, tokenizer = read_bytes(run.data), run.data.tokenizer
+    if tokenizer == BYTES:
+        text.check(text_sizes(run.model), run.cluster.devices, run.data.shards)
+    else:  # there are no more tokens than bytes
+        text.check_length(text_sizes(run.model), run.cluster.devices, run.data.shards)
+        check_vocabulary(declared_size(tokenizer), tokenizer, text_sizes(run.model).vocab)
+
+
+def image_sizes(model: Model) -> tuple[int | None, int | None, int | None]:
+    """Return pixels a side, colours and classes of a model of images; None where the model reads text."""
+    sizes = (getattr(model, key, None) for key in ("image", "colours", "classes"))
+    pixels, colours, classes = (size or None for size in sizes)
+    return pixels, colours, classes
+
+
+def _check_kind(run: Run, images: bool) -> None:
+    data, reads_images = run.data, image_sizes(run.model)[0] is not None
+    if images != reads_images:
+        there, wanted = ("images", "text") if images else ("text", "images")
+        field = "path" if data.name is None else "name"
+        raise InputError(
+            f"data.{field} = {data.path or data.name!r} is {there}, and model.name = {run.model.name!r} "
+            f"reads {wanted}; choose a model of {there}, or other data"
+        )
+
+
+def image_source(data: Data) -> ImageSource | None:
+    """Return the images that run.toml names, or None where it names text; raises InputError."""
+    if data.from_hub:
+        return hub_images(data)
+    if data.path is None:
+        return digits_source() if data.name == DIGITS else None
+    path = Path(data.path)
+    try:
+        return _SOURCES[data.format](path) if data.format is not None else _recognised(path)
+    except OSError as error:
+        raise InputError(f"data.path = {data.path!r} cannot be read ({error.strerror}); check it") from None
+
+
+def _recognised(path: Path) -> ImageSource | None:
+    if not path.is_dir():
+        return _recognised_file(path)
+    if find_cifar(path) is not None:
+        return cifar_source(path)
+    if find_stl10(path) is not None:
+        return stl10_source(path)
+    tree = read_folder(path)
+    if 2 * len(tree.images) > len(tree.files):
+        return folder_source(path, tree)
+    if tree.files and not any(_may_be_text(path / name) for name in tree.files):
+        raise InputError(
+            f"data.path = {str(path)!r}: nothing in it is recognised ({min(tree.files)} is binary: it holds a NUL "
+            f"byte); what is understood: {UNDERSTOOD}"
+        )
+    return None
+
+
+def _recognised_file(path: Path) -> ImageSource | None:
+    if not path.is_file():
+        return None  # the reader of text says what is wrong
+    if path.suffix.lower() in ARCHIVE_SUFFIXES:
+        raise InputError(
+            f"data.path = {str(path)!r} is an archive that cannot be read in place; unpack it and name the folder; "
+            f"what is understood: {UNDERSTOOD}"
+        )
+    return _images(path) if path.suffix.lower() == ".zip" or zipfile.is_zipfile(path) else None
+
+
+def _may_be_text(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b"\x00" not in file.read(SNIFFED_BYTES)
+
+
+def _images(path: Path) -> ImageSource:
+    if not path.exists():
+        raise InputError(f"data.path = {str(path)!r} does not exist; give a folder of class folders, or a .zip of one")
+    tree: Tree = read_folder(path) if path.is_dir() else read_zip(path)
+    if not tree.images:
+        suffixes = " ".join(sorted(IMAGE_SUFFIXES))
+        raise InputError(f"data.path = {str(path)!r} holds no image ({suffixes}); what is understood: {UNDERSTOOD}")
+    return folder_source(path, tree)
+
+
+_SOURCES: dict[str, Callable[[Path], ImageSource | None]] = {
+    "text": lambda path: None,
+    "images": _images,
+    "cifar": cifar_source,
+    "stl10": stl10_source,
+}

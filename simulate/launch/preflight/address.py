@@ -1,0 +1,255 @@
+"""HOST:PORT, which networks are private, and which of this machine's addresses everything of a run binds to."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from simulate.common.errors import InputError
+from simulate.launch.preflight.channel import reason
+
+IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+_PRIVATE = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        *("127.0.0.0/8", "::1/128"),  # loopback
+        *("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"),  # RFC 1918
+        "fc00::/7",  # unique local, RFC 4193
+        "169.254.0.0/16",  # link-local: two machines on one cable
+        "100.64.0.0/10",  # carrier-grade NAT, RFC 6598: what overlay networks between homes hand out
+    )
+)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """HOST:PORT as the user wrote it."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return address_text(self.host, self.port)
+
+
+@dataclass(frozen=True)
+class Interface:
+    """A network interface of this machine."""
+
+    name: str
+    is_up: bool
+    networks: tuple[ipaddress.IPv4Interface | ipaddress.IPv6Interface, ...]
+    """Its addresses, with their masks."""
+
+    @property
+    def addresses(self) -> tuple[IpAddress, ...]:
+        """Its addresses."""
+        return tuple(network.ip for network in self.networks)
+
+
+@dataclass(frozen=True)
+class BindAddress:
+    """Where this node stands: the one interface and address that it uses, and node 0's numeric address."""
+
+    interface: str
+    address: str
+    hub_address: str
+
+
+def address_text(host: str, port: int) -> str:
+    """Return HOST:PORT, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def parse_endpoint(text: str) -> Endpoint:
+    """Parse HOST:PORT or [IPv6]:PORT; raises InputError."""
+    host, colon, port = text.strip().rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise InputError(f"--join {text!r}: an IPv6 address needs brackets: [{text}]:PORT, for example [fd00::1]:29400")
+    if not colon or not host or not port:
+        raise InputError(f"--join {text!r} is not HOST:PORT; give node 0's address, for example 192.168.1.5:29400")
+    if not (port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536):
+        raise InputError(f"--join {text!r}: port {port!r} is not a number from 1 to 65535; 29400 will do")
+    return Endpoint(host, int(port))
+
+
+def resolve(endpoint: Endpoint) -> list[IpAddress]:
+    """Return the addresses that HOST stands for, IPv4 first; raises InputError."""
+    try:
+        found = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        why = f" ({reason(error)})" if isinstance(error, OSError) else ""
+        raise InputError(f"--join {endpoint}: {endpoint.host!r} is not known here{why}; give its address") from None
+    addresses = {ipaddress.ip_address(entry[4][0]): None for entry in found}
+    return sorted(addresses, key=lambda address: address.version)
+
+
+def is_private(address: IpAddress) -> bool:
+    """Whether packets to it stay on this machine, this site or an overlay network."""
+    mapped = getattr(address, "ipv4_mapped", None)
+    return any((mapped or address) in network for network in _PRIVATE)
+
+
+def interfaces() -> list[Interface]:
+    """Return this machine's network interfaces."""
+    import psutil
+
+    stats = psutil.net_if_stats()
+    found = []
+    for name, entries in psutil.net_if_addrs().items():
+        networks = [_network(e.address, e.netmask) for e in entries if e.family in (socket.AF_INET, socket.AF_INET6)]
+        found.append(Interface(name, name in stats and stats[name].isup, tuple(networks)))
+    return found
+
+
+def _network(address: str, mask: str | None) -> ipaddress.IPv4Interface | ipaddress.IPv6Interface:
+    length = bin(int(ipaddress.ip_address(mask))).count("1") if mask else None
+    return ipaddress.ip_interface(address if length is None else f"{address}/{length}")
+
+
+def find_place(endpoint: Endpoint, *, is_hub: bool, interface: str | None, trust_network: bool) -> BindAddress:
+    """Decide which interface and address this node uses; raises InputError."""
+    known = interfaces()
+    candidates = resolve(endpoint)
+    chosen = _named(interface, known) if interface is not None else None
+    hub = _own_address(endpoint, candidates, known) if is_hub else candidates[0]
+    _check_private(endpoint, hub, trust_network)
+    if hub.is_loopback:
+        return _loopback(endpoint, hub, chosen, known)
+    if chosen is None:
+        own = hub if is_hub else _routed_from(endpoint, hub)
+        return BindAddress(_holder(own, known), str(own), str(hub))
+    if is_hub and hub not in chosen.addresses:
+        raise InputError(
+            f"--interface {chosen.name} has {_listed(chosen.addresses)}, not {hub}, where the other nodes will call; "
+            f"drop --interface, or give all nodes --join with an address of {chosen.name}"
+        )
+    return BindAddress(chosen.name, str(hub if is_hub else _address_on(chosen, hub)), str(hub))
+
+
+def _check_private(endpoint: Endpoint, address: IpAddress, trust_network: bool) -> None:
+    if address.is_unspecified or address.is_multicast:
+        raise InputError(f"--join {endpoint}: {address} names no machine; give an address of node 0")
+    if address.version == 6 and address.is_link_local:
+        raise InputError(
+            f"--join {endpoint}: {address} is an IPv6 link-local address, which each machine writes in its own way; "
+            "give an IPv4 address, or a unique local one (fd...)"
+        )
+    if not trust_network and not is_private(address):
+        raise InputError(
+            f"--join {endpoint}: {address} is a public address, and what workers exchange is neither encrypted nor "
+            "authenticated; join over a VPN's address, or add --trust-network if the way there is yours alone"
+        )
+
+
+def _own_address(endpoint: Endpoint, candidates: Sequence[IpAddress], known: Sequence[Interface]) -> IpAddress:
+    ours = {address for interface in known for address in interface.addresses}
+    mine = [address for address in candidates if address in ours or address.is_loopback]
+    if any(address.is_unspecified for address in candidates):
+        mine = list(candidates)  # refused in a moment, with a better reason
+    if not mine:
+        raise InputError(
+            f"--join {endpoint}: {_listed(candidates)} is not an address of this machine, which is node 0 and has "
+            f"{_choices(known)}; give all nodes one of those, or start node 0 where {endpoint.host} is"
+        )
+    if mine[0].is_loopback and not _says_loopback(endpoint.host):
+        # Some systems give a machine's own name to 127.0.1.1; the other machines would wait in vain.
+        raise InputError(
+            f"--join {endpoint}: {endpoint.host!r} means {mine[0]} on this machine, which other machines cannot reach; "
+            f"give all nodes an address instead, of {_choices(known)}"
+        )
+    return mine[0]
+
+
+def _says_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def _loopback(endpoint: Endpoint, hub: IpAddress, chosen: Interface | None, known: Sequence[Interface]) -> BindAddress:
+    name = _holder(hub, known)
+    if chosen is not None and chosen.name != name:
+        raise InputError(
+            f"--interface {chosen.name} does not lead to {endpoint}, which is this machine's loopback; "
+            "drop --interface, or give --join an address on the network"
+        )
+    return BindAddress(name, str(hub), str(hub))
+
+
+def _named(name: str, known: Sequence[Interface]) -> Interface:
+    found = next((interface for interface in known if interface.name == name), None)
+    if found is None:
+        raise InputError(f"--interface {name}: no such interface; there are {_choices(known)}")
+    if not found.is_up:
+        raise InputError(f"--interface {name} is down; set it up, or choose one of {_choices(known)}")
+    return found
+
+
+def _address_on(chosen: Interface, hub: IpAddress) -> IpAddress:
+    """Return the interface's address to call `hub` from: one in its network if there is one; tried for a route."""
+    fitting = [network for network in chosen.networks if network.version == hub.version]
+    if not fitting:
+        raise InputError(
+            f"--interface {chosen.name} has no IPv{hub.version} address ({_listed(chosen.addresses) or 'none at all'}) "
+            f"to call {hub} from; choose another one"
+        )
+    own = next((network.ip for network in fitting if hub in network.network), fitting[0].ip)
+    if own.is_loopback:
+        raise InputError(f"--interface {chosen.name} is loopback and does not lead to {hub}; choose another one")
+    with socket.socket(family_of(hub), socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind(sockaddr(str(own), 0))
+            probe.connect(sockaddr(str(hub), 9))  # UDP: only looks up the route
+        except OSError as error:
+            raise InputError(
+                f"--interface {chosen.name} ({own}) does not lead to {hub} ({reason(error)}); choose another one"
+            ) from None
+    return own
+
+
+def _routed_from(endpoint: Endpoint, hub: IpAddress) -> IpAddress:
+    with socket.socket(family_of(hub), socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(sockaddr(str(hub), endpoint.port))  # UDP: only looks up the route
+        except OSError as error:
+            raise InputError(
+                f"--join {endpoint}: this machine has no way to {hub} ({reason(error)}); is it on that network?"
+            ) from None
+        return ipaddress.ip_address(probe.getsockname()[0])
+
+
+def _holder(address: IpAddress, known: Sequence[Interface]) -> str:
+    exact = [interface.name for interface in known if address in interface.addresses]
+    # All of 127/8 is loopback, though the interface lists one address.
+    network = [interface.name for interface in known if any(address in n.network for n in interface.networks)]
+    if not exact and not network:
+        raise InputError(f"no network interface holds {address}; name one with --interface, of {_choices(known)}")
+    return (exact or network)[0]
+
+
+def _listed(addresses: Sequence[IpAddress]) -> str:
+    return ", ".join(str(address) for address in addresses)
+
+
+def _choices(known: Sequence[Interface]) -> str:
+    """Return the interfaces that can be used, with their addresses: "eth0 (10.0.0.4), lo (127.0.0.1)"."""
+    usable = [interface for interface in known if interface.is_up and interface.networks]
+    return ", ".join(f"{interface.name} ({_listed(interface.addresses)})" for interface in usable) or "none that is up"
+
+
+def family_of(address: IpAddress | str) -> socket.AddressFamily:
+    """Return the socket family of a numeric address."""
+    return socket.AF_INET if ipaddress.ip_address(str(address)).version == 4 else socket.AF_INET6
+
+
+def sockaddr(address: str, port: int) -> tuple[Any, ...]:
+    """Return what bind and connect take for a numeric address."""
+    found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    return found[0][4]

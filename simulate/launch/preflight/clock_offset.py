@@ -1,0 +1,57 @@
+"""How far two machines' clocks are apart, by NTP's exchange of four times (RFC 5905, section 8)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from simulate.launch.preflight.channel import BadFrameError, Channel, Message
+from simulate.launch.preflight.deadline import Deadline
+
+ROUNDS = 5
+Now = Callable[[], float]
+"""Seconds since the epoch, as time.time tells."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One exchange."""
+
+    offset_s: float
+    """How far the peer's clock is ahead; wrong by at most half of delay_s."""
+    delay_s: float
+    """The way there and back, without the peer's own time."""
+
+
+def sample(sent_s: float, peer_received_s: float, peer_sent_s: float, received_s: float) -> Sample:
+    """Return offset and delay from the four times of one exchange."""
+    return Sample(
+        offset_s=((peer_received_s - sent_s) + (peer_sent_s - received_s)) / 2,
+        delay_s=(received_s - sent_s) - (peer_sent_s - peer_received_s),
+    )
+
+
+def measure_offset_s(channel: Channel, now: Now, deadline: Deadline, rounds: int = ROUNDS) -> float:
+    """Return how far the peer's clock is ahead of ours: the exchange with the least delay knows best."""
+    return min((_exchange(channel, now, deadline) for _ in range(rounds)), key=lambda taken: taken.delay_s).offset_s
+
+
+def _exchange(channel: Channel, now: Now, deadline: Deadline) -> Sample:
+    sent_s = now()
+    channel.send({"kind": "clock"}, deadline)
+    answer = channel.receive(deadline)
+    received_s = now()
+    there_s, back_s = answer.get("received_s"), answer.get("sent_s")
+    if answer["kind"] != "clock" or not isinstance(there_s, float) or not isinstance(back_s, float):
+        raise BadFrameError("did not tell its clock")
+    if not math.isfinite(there_s + back_s):
+        raise BadFrameError("told a time that is no number")
+    return sample(sent_s, there_s, back_s, received_s)
+
+
+def answer_clock(channel: Channel, now: Now, deadline: Deadline) -> None:
+    """Answer one clock message that has just been received."""
+    received_s = now()
+    reply: Message = {"kind": "clock", "received_s": received_s, "sent_s": now()}
+    channel.send(reply, deadline)

@@ -1,0 +1,111 @@
+"""Nodes' facts beside node 0's: what must be mended before a run, and what deserves a word; one line each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from simulate.launch.preflight.node_info import NodeFacts
+
+CLOCK_ERROR_S = 60.0
+"""Beyond this, time-outs and the order of log lines across nodes mean nothing."""
+CLOCK_WARNING_S = 1.0
+_KEYS_SHOWN = 3
+_VALUE_CHARACTERS = 60
+_MISSING = object()
+
+
+@dataclass
+class Verdict:
+    """What the comparison found."""
+
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def compare(nodes: Sequence[NodeFacts]) -> Verdict:
+    """Compare each node's facts with the first one's, node 0's."""
+    verdict = Verdict()
+    hub = nodes[0]
+    for node in nodes[1:]:
+        same_program = _versions(hub, node, verdict)
+        # Another version's run.toml may have other keys: that would hide the reason behind a consequence.
+        if same_program and node.run_fingerprint != hub.run_fingerprint:
+            verdict.errors.append(_run_differs(hub, node))
+        if (node.data_fingerprint, node.data_bytes) != (hub.data_fingerprint, hub.data_bytes):
+            verdict.errors.append(_data_differs(hub, node))
+        _clock(node, verdict)
+    return verdict
+
+
+def _versions(hub: NodeFacts, node: NodeFacts, verdict: Verdict) -> bool:
+    """Compare versions; returns whether both run the same lte."""
+    for program, here, there in (("lte", hub.lte, node.lte), ("torch", hub.torch, node.torch)):
+        if here.partition("+")[0] != there.partition("+")[0]:
+            verdict.errors.append(
+                f"{node.title}: its {program} is {_shown(there)}, node 0's is {_shown(here)}; "
+                "install the same version on both"
+            )
+        elif here != there:
+            # Builds for other hardware (+cpu, +cu126) of one release belong together in one run.
+            verdict.warnings.append(
+                f"{node.title}: its {program} is another build ({_shown(there)}) than node 0's ({_shown(here)})"
+            )
+    return node.lte == hub.lte
+
+
+def _run_differs(hub: NodeFacts, node: NodeFacts) -> str:
+    keys = [key for key in {**hub.run, **node.run} if hub.run.get(key, _MISSING) != node.run.get(key, _MISSING)]
+    pairs = [
+        f"{key} = {_value(hub.run, key)} on node 0, {_value(node.run, key)} on node {node.node}"
+        for key in keys[:_KEYS_SHOWN]
+    ]
+    if len(keys) > _KEYS_SHOWN:
+        pairs.append(f"{len(keys) - _KEYS_SHOWN} more")
+    if not pairs:  # equal as JSON, yet written in another way
+        pairs = [f"digest {_digest(hub.run_fingerprint)} on node 0, {_digest(node.run_fingerprint)} there"]
+    return f"{node.title}: its run.toml differs from node 0's ({'; '.join(pairs)}); copy node 0's run.toml to it"
+
+
+def _data_differs(hub: NodeFacts, node: NodeFacts) -> str:
+    mend = "copy node 0's data to it"
+    if hub.run.get("data.name") == "stdlib":
+        mend = "their Python versions differ, so give all nodes one text (--data PATH)"
+    return (
+        f"{node.title}: its data has other content ({_content(hub)} on node 0, {_content(node)} on node {node.node}); "
+        f"{mend}"
+    )
+
+
+def _clock(node: NodeFacts, verdict: Verdict) -> None:
+    offset_s = node.clock_offset_s
+    if abs(offset_s) <= CLOCK_WARNING_S:
+        return
+    direction = "ahead of" if offset_s > 0 else "behind"
+    text = f"{node.title}: its clock is {abs(offset_s):,.1f} s {direction} node 0's"
+    if abs(offset_s) > CLOCK_ERROR_S:
+        verdict.errors.append(f"{text}, more than {CLOCK_ERROR_S:.0f} s; set both by NTP (timedatectl set-ntp true)")
+    else:
+        verdict.warnings.append(f"{text}; compare times in their logs with care")
+
+
+def _content(node: NodeFacts) -> str:
+    return f"{node.data_bytes:,} bytes with digest {_digest(node.data_fingerprint)}"
+
+
+def _digest(digest: str) -> str:
+    return _shown(digest[:8])
+
+
+def _value(run: dict[str, Any], key: str) -> str:
+    if key not in run:
+        return "not set"
+    text = json.dumps(run[key])
+    return text if len(text) <= _VALUE_CHARACTERS else text[: _VALUE_CHARACTERS - 3] + "..."
+
+
+def _shown(text: str) -> str:
+    """Return a peer's text without what a terminal would obey."""
+    return "".join(character if character.isprintable() else "?" for character in text)

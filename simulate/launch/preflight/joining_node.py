@@ -1,0 +1,225 @@
+"""Every node but 0: find node 0, tell it the facts, do what it asks, hear its verdict."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from simulate.common.errors import InputError, RunFailedError
+from simulate.launch.preflight.address import BindAddress, Endpoint
+from simulate.launch.preflight.channel import Channel, Message, PeerError, PeerSilentError, close_socket, reason
+from simulate.launch.preflight.clock_offset import Now, answer_clock
+from simulate.launch.preflight.deadline import Deadline
+from simulate.launch.preflight.handshake import (
+    Identity,
+    NoChallengeError,
+    Purpose,
+    VersionError,
+    WrongSecretError,
+    call,
+)
+from simulate.launch.preflight.link_figures import link_failed, parse_link
+from simulate.launch.preflight.link_tests import LinkPlan, LinkTester, dial
+from simulate.launch.preflight.node_info import NodeFacts, parse_facts
+from simulate.launch.preflight.secret import VARIABLE, Secret
+from simulate.launch.preflight.settings import Log, Result, Settings, failure
+
+_RETRY_S = 0.5
+_UNREACHABLE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EADDRNOTAVAIL)
+
+
+class JoiningNode:
+    """One node but 0 of a preflight of several nodes."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        own: Callable[[int], NodeFacts],
+        endpoint: Endpoint,
+        place: BindAddress,
+        secret: Secret,
+        log: Log,
+        now: Now,
+    ) -> None:
+        self._settings, self._own, self._endpoint, self._place = settings, own, endpoint, place
+        self._secret, self._tell, self._now = secret, log, now
+        self._hub: Channel | None = None
+        self._station: LinkTester | None = None
+        self._late: Message | None = None
+        """What node 0 said where the run had begun without this node."""
+
+    def run(self) -> Result:
+        """Return the result; raises InputError and RunFailedError."""
+        try:
+            return self._run()
+        except BaseException:
+            self.close()
+            raise
+
+    def broadcast(self, payload: Any, timeout_s: float) -> Any:
+        """Return the JSON value that node 0 sends; this node's own is not looked at."""
+        message = self._late or self._expect("payload", timeout_s)
+        return message.get("payload")
+
+    def barrier(self, name: str, timeout_s: float) -> None:
+        """Wait until all nodes are there."""
+        if self._late is not None:
+            return  # they are gone ahead
+        self._send({"kind": "barrier", "name": name}, timeout_s)
+        released = self._expect("released", timeout_s, f"release from {name!r}")
+        if released.get("name") != name:
+            raise RunFailedError(f"node 0 released {released.get('name')!r}, this node waits at {name!r}")
+
+    def close(self) -> None:
+        """Hang up, and end all threads."""
+        if self._station is not None:
+            self._station.close()
+        if self._hub is not None:
+            self._hub.close()
+
+    def _run(self) -> Result:
+        settings = self._settings
+        self._station = LinkTester(settings.node, self._place.address)
+        own = self._own(self._station.port)
+        self._hub = self._find_hub()
+        self._send({"kind": "facts", "facts": own.model_dump()})
+        self._expect("welcome", settings.answer_timeout_s)
+        self._tell(f"joined node 0 at {self._endpoint} from {own.address} ({own.interface}); waiting for its verdict")
+        command = self._expect("connect", settings.join_timeout_s + settings.answer_timeout_s, "verdict", "late")
+        if command["kind"] == "late":
+            return self._come_late(command)
+        nodes, plan = self._connect(command)
+        if plan.measure:
+            self._measure(plan)
+        result = self._expect("result", plan.timeout_s + 2 * plan.reach_s + 2 * settings.answer_timeout_s)
+        try:
+            links = [parse_link(link) for link in result.get("links", [])]
+        except PeerError as error:
+            raise RunFailedError(f"node 0 {error}") from None
+        warnings = [str(warning) for warning in result.get("warnings", [])]
+        for line in (*links, *(f"warning: {warning}" for warning in warnings)):
+            self._tell(str(line))
+        return Result(nodes, links, warnings)
+
+    def _come_late(self, message: Message) -> Result:
+        """Join a run that goes on: nothing is compared or measured any more but by node 0."""
+        self._late = message
+        self._tell("the run has begun: this node comes back into it")
+        try:
+            return Result([parse_facts(node) for node in message.get("nodes", [])], [], [])
+        except PeerError as error:
+            raise RunFailedError(f"node 0 {error}") from None
+
+    def latecomers(self, payload: Callable[[], Any], is_alive: Callable[[int], bool]) -> AbstractContextManager[object]:
+        """Let nobody in: that is node 0's business."""
+        return nullcontext()
+
+    def _find_hub(self) -> Channel:
+        """Call node 0 until it answers or the time to join is over."""
+        deadline, told = Deadline(self._settings.join_timeout_s), ""
+        while True:
+            why, hint = self._call_hub(deadline)
+            if isinstance(why, Channel):
+                return why
+            if deadline.left_s <= _RETRY_S:
+                raise RunFailedError(
+                    f"cannot reach {self._endpoint} within {deadline.seconds:.3g} s: {why}; {hint} "
+                    f"(this node calls from {self._place.address}, {self._place.interface})"
+                )
+            if why != told:
+                told = why
+                self._tell(f"waiting for node 0: {self._endpoint}: {why}")
+            time.sleep(_RETRY_S)
+
+    def _call_hub(self, deadline: Deadline) -> tuple[Channel | str, str]:
+        """Return the channel, or why there is none yet and what to look at; raises InputError where calling is vain."""
+        sock = None
+        attempt = deadline.within(self._settings.handshake_timeout_s)
+        try:
+            sock = dial(self._place.address, self._place.hub_address, self._endpoint.port, attempt)
+            return call(sock, Identity(self._settings.node, Purpose.CONTROL, self._secret), 0, attempt), ""
+        except OSError as error:
+            why, hint = reason(error), _hint(error)
+        except (NoChallengeError, PeerSilentError) as error:
+            why, hint = f"it {error}", "is that node 0 of this run, or another program?"
+        except WrongSecretError as error:
+            raise self._vain(sock, error, f"give all nodes the same --secret-file or {VARIABLE}") from None
+        except VersionError as error:
+            raise self._vain(sock, error, "install the same version of lte on all nodes") from None
+        except PeerError as error:
+            raise self._vain(sock, error, "is that node 0's address and port?") from None
+        if sock is not None:
+            close_socket(sock)
+        return why, hint
+
+    def _vain(self, sock: Any, error: PeerError, mend: str) -> InputError:
+        close_socket(sock)
+        return InputError(f"{self._endpoint} {error}; {mend}")
+
+    def _connect(self, command: Message) -> tuple[list[NodeFacts], LinkPlan]:
+        assert self._station is not None
+        try:
+            nodes = [parse_facts(node) for node in command.get("nodes", [])]
+            plan = LinkPlan.from_json(command.get("plan"))
+        except PeerError as error:
+            raise RunFailedError(f"node 0 {error}") from None
+        meeting = self._secret.derived("meeting", str(command.get("meeting")).encode())
+        reach = self._station.connect(nodes, meeting, plan)
+        self._send({"kind": "connected", "unreached": reach.unreached, "uncalled": reach.uncalled})
+        return nodes, plan
+
+    def _measure(self, plan: LinkPlan) -> None:
+        assert self._station is not None
+        turns_s = 2 * plan.reach_s + (self._settings.nodes + 2) * (plan.timeout_s + self._settings.answer_timeout_s)
+        me = f"node {self._settings.node} ({self._place.address})"
+        try:
+            self._expect("alone", turns_s, "turn to measure")
+            self._station.measure_alone()
+            self._send({"kind": "measured"})
+            self._expect("loaded", turns_s, "turn to measure")
+            self._send({"kind": "figures", "link": self._station.measure_loaded().to_json()})
+        except PeerError as error:
+            self._send({"kind": "failed", "why": link_failed(me, error)})
+
+    def _expect(self, kind: str, seconds: float, what: str = "", other: str = "") -> Message:
+        """Return node 0's next message of that kind or the other; answers its clock; raises where node 0 ends it."""
+        assert self._hub is not None
+        deadline = Deadline(seconds)
+        while True:
+            try:
+                message = self._hub.receive(deadline)
+                if message["kind"] == "clock":
+                    answer_clock(self._hub, self._now, deadline)
+                    continue
+            except PeerError as error:
+                text = f"node 0 ({self._endpoint}) {error} before this node had its {what or kind}; see its output"
+                raise RunFailedError(text) from None
+            if message["kind"] in (kind, other):
+                return message
+            raise self._ended(message, kind)
+
+    def _ended(self, message: Message, awaited: str) -> InputError | RunFailedError:
+        if message["kind"] == "refused":
+            return InputError(f"node 0 ({self._endpoint}) refused this node: {message.get('why')}")
+        if message["kind"] == "abort":
+            lines = [str(line) for line in message.get("lines", [])] or ["node 0 stopped"]
+            return failure(lines, mendable=bool(message.get("mendable")), log=self._tell)
+        return RunFailedError(f"node 0 ({self._endpoint}) sent {message['kind']!r} where {awaited!r} was due")
+
+    def _send(self, message: Message, timeout_s: float | None = None) -> None:
+        assert self._hub is not None
+        try:
+            self._hub.send(message, Deadline(self._settings.answer_timeout_s if timeout_s is None else timeout_s))
+        except PeerError as error:
+            raise RunFailedError(f"node 0 ({self._endpoint}) {error}; see its output") from None
+
+
+def _hint(error: OSError) -> str:
+    if isinstance(error, ConnectionRefusedError):
+        return "is node 0 started, is the port open?"
+    if error.errno in _UNREACHABLE:
+        return "are both on one network, is that node 0's address?"
+    return "is that node 0's address, and does a firewall let it through?"

@@ -1,0 +1,126 @@
+"""What the ring of nodes carries, edge by edge, and the same as the link of a hardware profile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from simulate.config.hardware import MOST_BYTES, Link
+from simulate.launch.preflight.channel import BadFrameError, PeerError
+
+MOST_LATENCY_S = 3600.0
+"""No wait of a preflight is as long."""
+SLOW_FACTOR = 5.0
+"""A link that misses the profile by this factor makes every planned time wrong, so it earns a warning."""
+_NOTICEABLE_S = 1e-3
+"""Below this, latency is this program's own rather than the link's."""
+
+
+@dataclass(frozen=True)
+class LinkFigures:
+    """The way from a node to its successor in the ring that all-reduce and all-gather go round, measured over TCP."""
+
+    sender: int
+    receiver: int
+    latency_s: float
+    """One way: half of an echo's median time, this program's own share (some 20 µs) included."""
+    bytes_per_s: float
+    """With no other measurement on the way."""
+    loaded_bytes_per_s: float
+    """While every node sends to its successor and hears its predecessor, as collectives do."""
+    sent_bytes: int
+    """What measuring it took."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as a JSON object."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"node {self.sender} to node {self.receiver}: {rate_text(self.bytes_per_s)} alone, "
+            f"{rate_text(self.loaded_bytes_per_s)} with all links busy, latency {self.latency_s * 1e3:.3g} ms"
+        )
+
+
+def parse_link(given: Any) -> LinkFigures:
+    """Read figures as to_json wrote them; raises BadFrameError."""
+    try:
+        figures = LinkFigures(
+            sender=int(given["sender"]),
+            receiver=int(given["receiver"]),
+            latency_s=float(given["latency_s"]),
+            bytes_per_s=float(given["bytes_per_s"]),
+            loaded_bytes_per_s=float(given["loaded_bytes_per_s"]),
+            sent_bytes=int(given["sent_bytes"]),
+        )
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise BadFrameError("sent link figures that cannot be read") from None
+    measured = (figures.latency_s, figures.bytes_per_s, figures.loaded_bytes_per_s)
+    if not all(math.isfinite(value) and value > 0 for value in measured):
+        raise BadFrameError("sent link figures that are not positive")
+    if max(measured[1:]) > MOST_BYTES or figures.latency_s > MOST_LATENCY_S:
+        raise BadFrameError("sent link figures that no link has")
+    return figures
+
+
+def measured_link(links: Sequence[LinkFigures], planned: Link) -> Link:
+    """Return the profile's link with measured figures in the place of its own; of no links, ValueError.
+
+    A ring goes at the pace of its slowest edge, so up and down are both that edge's rate under load (each edge is one
+    node's up and another one's down), and latency is the longest. All other figures are not measured and stay as
+    they were planned, which `sources` says.
+    """
+    if not links:
+        raise ValueError("no link was measured")
+    slowest = min(links, key=lambda link: link.loaded_bytes_per_s)
+    farthest = max(links, key=lambda link: link.latency_s)
+    rate = f"TCP, all ring edges busy; the slowest: node {slowest.sender} to node {slowest.receiver}"
+    replaced = {"up_bytes_per_s", "down_bytes_per_s", "latency_s", "source", "sources"}
+    planned_figures = planned.model_dump(exclude=replaced, exclude_none=True)
+    return Link(
+        **planned_figures,
+        up_bytes_per_s=slowest.loaded_bytes_per_s,
+        down_bytes_per_s=slowest.loaded_bytes_per_s,
+        latency_s=farthest.latency_s,
+        source="measured",
+        sources={
+            **dict.fromkeys(planned_figures, "as planned, not measured"),
+            "up_bytes_per_s": rate,
+            "down_bytes_per_s": rate,
+            "latency_s": f"half an echo; the farthest: node {farthest.sender} to node {farthest.receiver}",
+        },
+    )
+
+
+def slow_links(links: Sequence[LinkFigures], planned: Link) -> list[str]:
+    """Return a warning for each figure that is SLOW_FACTOR times worse than planned."""
+    planned_rate = min(planned.up_bytes_per_s, planned.down_bytes_per_s)
+    warnings = []
+    for link in links:
+        way = f"node {link.sender} to node {link.receiver}"
+        if link.loaded_bytes_per_s * SLOW_FACTOR <= planned_rate:
+            warnings.append(
+                f"{way} carries {rate_text(link.loaded_bytes_per_s)} with all links busy, "
+                f"{planned_rate / link.loaded_bytes_per_s:,.0f} times less than the {rate_text(planned_rate)} planned "
+                f"({planned.source}); plan again with what this run measured, by lte plan --link-from RUN"
+            )
+        if link.latency_s >= max(SLOW_FACTOR * planned.latency_s, planned.latency_s + _NOTICEABLE_S):
+            warnings.append(
+                f"{way} has a latency of {link.latency_s * 1e3:.3g} ms, planned were "
+                f"{planned.latency_s * 1e3:.3g} ms ({planned.source}); "
+                "plan again with what this run measured, by lte plan --link-from RUN"
+            )
+    return warnings
+
+
+def link_failed(title: str, error: PeerError) -> str:
+    """Return the line for a link that broke while it was measured."""
+    return f"the link from {title} to the next node failed while it was measured: the next node {error}"
+
+
+def rate_text(bytes_per_s: float) -> str:
+    """Return a rate for people."""
+    value, unit = (bytes_per_s / 1e6, "MB/s") if bytes_per_s >= 1e6 else (bytes_per_s / 1e3, "kB/s")
+    return f"{value:,.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"

@@ -1,0 +1,134 @@
+"""The link between two machines without a run: one serves, the other measures both directions and the latency.
+
+Both prove that they share the secret, as nodes of a preflight do, under a key of this purpose alone.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Callable
+
+from simulate.common.errors import InputError
+from simulate.config.hardware import Link
+from simulate.launch.preflight.address import (
+    Endpoint,
+    address_text,
+    family_of,
+    find_place,
+    interfaces,
+    parse_endpoint,
+    sockaddr,
+)
+from simulate.launch.preflight.channel import BadFrameError, Channel, PeerError, close_socket, reason
+from simulate.launch.preflight.deadline import Deadline
+from simulate.launch.preflight.handshake import Identity, Purpose, call
+from simulate.launch.preflight.link_figures import rate_text
+from simulate.launch.preflight.link_probe import Limits, measure_latency_s, measure_rate, serve
+from simulate.launch.preflight.listener import AcceptedPeer, HandshakeListener, listen
+from simulate.launch.preflight.secret import VARIABLE, Secret
+
+SERVER, CALLER = 0, 1
+HANDSHAKE_S, MEASUREMENT_S, POLL_S = 10.0, 180.0, 1.0
+Log = Callable[[str], None]
+
+
+def measure_pair(where: str, secret: Secret | None) -> Link:
+    """Measure the link to HOST:PORT, where a peer serves; raises InputError where it does not, or lacks the secret."""
+    try:
+        endpoint = parse_endpoint(where)
+        place = find_place(endpoint, is_hub=False, interface=None, trust_network=False)
+    except InputError as error:  # which speaks of the option that a launched run has for it
+        raise InputError(str(error).replace("--join", "--link").replace("node 0", "the peer")) from None
+    title = f"--link {endpoint}"
+    me = Identity(CALLER, Purpose.LINK, _key(secret, title, place.address))
+    sock = socket.socket(family_of(place.hub_address), socket.SOCK_STREAM)
+    try:
+        sock.settimeout(HANDSHAKE_S)
+        sock.bind(sockaddr(place.address, 0))
+        sock.connect(sockaddr(place.hub_address, endpoint.port))
+    except OSError as error:
+        close_socket(sock)
+        hint = "start lte profile serve --interface NAME there"
+        raise InputError(f"{title} cannot be reached ({reason(error)}); {hint}") from None
+    try:
+        return _figures(call(sock, me, SERVER, Deadline(HANDSHAKE_S)), str(endpoint))
+    except PeerError as error:
+        raise InputError(f"{title}: the peer {error}; start both with the same secret, and try again") from None
+    finally:
+        close_socket(sock)
+
+
+def _figures(channel: Channel, peer: str) -> Link:
+    limits, deadline = Limits(), Deadline(MEASUREMENT_S)
+    latency_s = measure_latency_s(channel, limits, deadline)
+    up_bytes_per_s = measure_rate(channel, limits, deadline).bytes_per_s
+    channel.send({"kind": "done"}, deadline)
+    serve(channel, limits, deadline)
+    down_bytes_per_s = channel.receive(deadline).get("bytes_per_s")
+    if not isinstance(down_bytes_per_s, float) or not 0 < down_bytes_per_s < math.inf:
+        raise BadFrameError("did not say what it sent in a second")
+    how = f"measured: TCP to {peer}, one direction at a time"
+    return Link(
+        topology="star", up_bytes_per_s=up_bytes_per_s, down_bytes_per_s=down_bytes_per_s, latency_s=latency_s,
+        source="measured",
+        sources={
+            "topology": "guess: each device on its own link to what joins them", "up_bytes_per_s": how,
+            "down_bytes_per_s": how, "latency_s": f"measured: half an echo's median time, to {peer}",
+        },
+    )  # fmt: skip
+
+
+def serve_pairs(interface: str, port: int, secret: Secret | None, log: Log, callers: int | None = None) -> None:
+    """Answer callers on one interface's address, one after the other, until `callers` came or for ever."""
+    address = _address_of(interface)
+    try:
+        find_place(Endpoint(address, port), is_hub=True, interface=interface, trust_network=False)
+    except InputError as error:
+        raise InputError(str(error).replace("--join", "--interface")) from None
+    key = _key(secret, f"--interface {interface}", address)
+    listener = listen(address, port, f"--interface {interface}")
+    here = address_text(address, port)
+    log(f"serving on {here}; elsewhere: lte profile measure --link {here}")
+    door = HandshakeListener(listener, Identity(SERVER, Purpose.LINK, key), HANDSHAKE_S)
+    heard = 0
+    try:
+        while callers is None or heard < callers:
+            event = door.next(Deadline(POLL_S))
+            if isinstance(event, AcceptedPeer):
+                log(_answer(event.channel))
+            elif event is not None:
+                log(f"refused {event.host}: it {event.why}")
+            heard += event is not None
+    finally:
+        door.close()
+
+
+def _answer(channel: Channel) -> str:
+    """Be measured, then measure the way back; returns a line for people."""
+    limits, deadline, peer = Limits(), Deadline(MEASUREMENT_S), channel.peer_address
+    try:
+        serve(channel, limits, deadline)
+        rate = measure_rate(channel, limits, deadline).bytes_per_s
+        channel.send({"kind": "done"}, deadline)
+        channel.send({"kind": "rate", "bytes_per_s": rate}, deadline)
+    except PeerError as error:
+        return f"{peer} {error}"
+    finally:
+        channel.close()
+    return f"{peer} was sent {rate_text(rate)}"
+
+
+def _key(secret: Secret | None, title: str, address: str) -> Secret:
+    if secret is None and not address.startswith("127.") and address != "::1":
+        raise InputError(f"{title}: peers on a network need a shared secret; give both --secret-file or {VARIABLE}")
+    return (secret or Secret.of_nobody()).derived("pair", b"")
+
+
+def _address_of(interface: str) -> str:
+    known = {found.name: found for found in interfaces() if found.is_up and found.addresses}
+    if interface not in known:
+        names = ", ".join(known) or "none"
+        raise InputError(f"--interface {interface}: no such interface is up with an address; there are {names}")
+    first = min(known[interface].addresses, key=lambda address: address.version)
+    return str(first)

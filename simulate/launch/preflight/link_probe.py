@@ -1,0 +1,135 @@
+"""Latency and rate of one connection: small echoes, and chunks whose size adapts to what the link carries.
+
+The receiver times a chunk, from its announcement to its last byte: what the sender's own buffers swallow is not speed.
+Chunks are random bytes, so that a VPN that compresses gains nothing, and are thrown away; announcements and times are
+authenticated messages.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from simulate.launch.preflight.channel import BadFrameError, Channel, receive_exactly, receive_into, send_all
+from simulate.launch.preflight.deadline import Deadline
+
+FIRST_CHUNK_BYTES = 64 << 10
+CHUNKS = 5
+"""Chunks that a measurement should take; at least MIN_CHUNKS."""
+MIN_CHUNKS = 3
+GROWTH = 8
+MAX_ECHOES, MIN_ECHOES = 21, 5
+_PIECE_BYTES = 1 << 20
+_MORE, _END = b"+", b"."
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one measurement may take."""
+
+    aim_s: float = 1.0
+    """A measurement ends about then; a slow link may need longer for its MIN_CHUNKS."""
+    budget_bytes: int = 256 << 20
+    """More is sent only where MIN_CHUNKS of FIRST_CHUNK_BYTES exceed it."""
+
+    @property
+    def largest_chunk_bytes(self) -> int:
+        """Growing to it takes at most a seventh of it before: room is left for CHUNKS and more."""
+        return max(FIRST_CHUNK_BYTES, self.budget_bytes // (2 * CHUNKS))
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What a connection carried."""
+
+    bytes_per_s: float
+    """Median over chunks."""
+    sent_bytes: int
+    """All chunks together, those that only found the size too."""
+    chunk_bytes: int
+    """The size that was settled on."""
+
+
+def measure_latency_s(channel: Channel, limits: Limits, deadline: Deadline) -> float:
+    """Return the one-way latency: half the median time of an echo. Raises PeerError."""
+    channel.send({"kind": "echo"}, deadline)
+    begin_s, round_trips_s = time.perf_counter(), list[float]()
+    while len(round_trips_s) < MAX_ECHOES:
+        sent_s = time.perf_counter()
+        if len(round_trips_s) >= MIN_ECHOES and sent_s - begin_s > limits.aim_s:
+            break
+        send_all(channel.sock, _MORE, deadline)
+        receive_exactly(channel.sock, 1, deadline)
+        round_trips_s.append(time.perf_counter() - sent_s)
+    send_all(channel.sock, _END, deadline)
+    return median(round_trips_s) / 2
+
+
+def measure_rate(channel: Channel, limits: Limits, deadline: Deadline, first_bytes: int = FIRST_CHUNK_BYTES) -> Rate:
+    """Send chunks, growing until one takes its share of the time; returns the rest's median rate. Raises PeerError."""
+    piece = memoryview(os.urandom(_PIECE_BYTES))
+    begin_s, size, sent_bytes, rates = time.perf_counter(), first_bytes, 0, list[float]()
+    share_s, largest = limits.aim_s / CHUNKS, max(limits.largest_chunk_bytes, first_bytes)
+    while not _enough(rates, time.perf_counter() - begin_s, sent_bytes + size, limits):
+        seconds = _send_chunk(channel, piece, size, deadline)
+        sent_bytes += size
+        if seconds < share_s / 2 and size < largest:
+            rates.clear()  # too short to tell a rate: TCP's start and the buffers on the way are most of it
+            size = min(largest, int(size * min(GROWTH, share_s / max(seconds, 1e-9))))
+        else:
+            rates.append(size / max(seconds, 1e-9))
+            if seconds > 2 * share_s:  # what a shaper let through at first made it grow too far
+                size = max(FIRST_CHUNK_BYTES, int(size * share_s / seconds))
+    return Rate(median(rates), sent_bytes, size)
+
+
+def _enough(rates: list[float], elapsed_s: float, next_bytes: int, limits: Limits) -> bool:
+    return len(rates) >= MIN_CHUNKS and (elapsed_s >= limits.aim_s or next_bytes > limits.budget_bytes)
+
+
+def _send_chunk(channel: Channel, piece: memoryview, size: int, deadline: Deadline) -> float:
+    """Return the seconds that the receiver took to take it in."""
+    channel.send({"kind": "chunk", "bytes": size}, deadline)
+    for begin in range(0, size, len(piece)):
+        send_all(channel.sock, piece[: min(len(piece), size - begin)], deadline)
+    answer = channel.receive(deadline)
+    seconds = answer.get("seconds")
+    if answer["kind"] != "chunk" or not isinstance(seconds, float) or not seconds >= 0:
+        raise BadFrameError("did not say how long a chunk took")
+    return seconds
+
+
+def serve(channel: Channel, limits: Limits, deadline: Deadline) -> None:
+    """Be the other end of measurements until the peer says that it is done. Raises PeerError."""
+    buffer = memoryview(bytearray(_PIECE_BYTES))
+    while (message := channel.receive(deadline))["kind"] != "done":
+        if message["kind"] == "echo":
+            _serve_echoes(channel, deadline)
+        elif message["kind"] == "chunk":
+            _take_chunk(channel, _chunk_bytes(message, limits), buffer, deadline)
+        else:
+            raise BadFrameError(f"asked for {message['kind']!r}, which is no measurement")
+
+
+def _serve_echoes(channel: Channel, deadline: Deadline) -> None:
+    while (byte := receive_exactly(channel.sock, 1, deadline)) == _MORE:
+        send_all(channel.sock, byte, deadline)
+    if byte != _END:
+        raise BadFrameError("sent something else than an echo")
+
+
+def _chunk_bytes(message: dict[str, Any], limits: Limits) -> int:
+    size = message.get("bytes")
+    if not isinstance(size, int) or not 0 < size <= limits.largest_chunk_bytes:
+        raise BadFrameError(f"announced a chunk of {size!r} bytes, over the limit of {limits.largest_chunk_bytes:,}")
+    return size
+
+
+def _take_chunk(channel: Channel, size: int, buffer: memoryview, deadline: Deadline) -> None:
+    begin_s, left = time.perf_counter(), size
+    while left:
+        left -= receive_into(channel.sock, buffer[: min(len(buffer), left)], deadline)
+    channel.send({"kind": "chunk", "seconds": time.perf_counter() - begin_s}, deadline)

@@ -1,0 +1,158 @@
+"""Where others call: one thread a caller, so that a silent or hostile one keeps nobody else waiting."""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from simulate.common.errors import InputError
+from simulate.launch.preflight.address import address_text, family_of, sockaddr
+from simulate.launch.preflight.channel import (
+    Channel,
+    PeerError,
+    PeerGoneError,
+    PeerSilentError,
+    close_socket,
+    hang_up,
+    reason,
+)
+from simulate.launch.preflight.deadline import Deadline
+from simulate.launch.preflight.handshake import Identity, answer
+
+MAX_UNPROVEN = 64
+"""Handshakes at a time; one more sends away the oldest, which may call again."""
+_BACKLOG = 128
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class AcceptedPeer:
+    """An authenticated caller."""
+
+    channel: Channel
+    greeting: Any
+    """What `greet` returned."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A caller that was sent away."""
+
+    host: str
+    why: str
+    authenticated: bool
+
+
+def listen(address: str, port: int, label: str) -> socket.socket:
+    """Listen on that address alone (port 0: any free one); `label` names it in InputError."""
+    try:
+        listener = socket.socket(family_of(address), socket.SOCK_STREAM)
+    except OSError as error:
+        raise InputError(f"{label}: cannot listen ({reason(error)}); choose another address") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(sockaddr(address, port))
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise InputError(
+            f"{label}: cannot listen on {address_text(address, port)} ({reason(error)}); "
+            "is another run using it? choose another port for all nodes"
+        ) from None
+    return listener
+
+
+class HandshakeListener:
+    """Accepts callers until it is closed; `next` hands over, in one queue, who came and who was refused."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        me: Identity,
+        handshake_s: float,
+        greet: Callable[[Channel], Any] = lambda channel: None,
+    ) -> None:
+        self._listener, self._me, self._handshake_s, self._greet = listener, me, handshake_s, greet
+        self._events: queue.Queue[AcceptedPeer | Refusal] = queue.Queue()
+        self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._callers: dict[threading.Thread, socket.socket] = {}
+        self._unproven: dict[threading.Thread, socket.socket] = {}
+        self._accepting = threading.Thread(target=self._accept, name="preflight-door", daemon=True)
+        self._accepting.start()
+
+    def next(self, deadline: Deadline) -> AcceptedPeer | Refusal | None:
+        """Return what happened at the door, or None when nothing did before the deadline."""
+        try:
+            return self._events.get(timeout=max(deadline.left_s, 1e-3))
+        except queue.Empty:
+            return None
+
+    def close(self) -> None:
+        """Stop listening, hang up on whoever was not handed over, and end all threads."""
+        self._closing.set()
+        hang_up(self._listener)  # wakes it at once on Linux; elsewhere it looks every _POLL_S
+        self._accepting.join()
+        self._listener.close()
+        with self._lock:
+            callers = dict(self._callers)
+        for sock in callers.values():
+            hang_up(sock)
+        for thread in callers:
+            thread.join()
+        while (event := self.next(Deadline(0))) is not None:
+            if isinstance(event, AcceptedPeer):
+                event.channel.close()
+
+    def _accept(self) -> None:
+        self._listener.settimeout(_POLL_S)
+        while not self._closing.is_set():
+            try:
+                sock, _ = self._listener.accept()
+            except TimeoutError:
+                continue
+            except OSError:  # the caller is gone again, or this process has no file handles left
+                self._closing.wait(_POLL_S)
+                continue
+            thread = threading.Thread(target=self._meet, args=(sock,), name="preflight-caller", daemon=True)
+            with self._lock:
+                if len(self._unproven) >= MAX_UNPROVEN:
+                    # An honest caller needs a moment, so whoever is at it for longest has the least to say.
+                    hang_up(self._unproven.pop(next(iter(self._unproven))))
+                self._callers[thread] = self._unproven[thread] = sock
+                thread.start()
+
+    def _meet(self, sock: socket.socket) -> None:
+        event = None
+        try:
+            event = self._interview(sock)
+        finally:
+            if not isinstance(event, AcceptedPeer):
+                close_socket(sock)
+            with self._lock:
+                del self._callers[threading.current_thread()]
+                self._unproven.pop(threading.current_thread(), None)
+                if event is not None:
+                    # At once with leaving: whoever takes it may close the door, which hangs up on callers.
+                    self._events.put(event)
+
+    def _interview(self, sock: socket.socket) -> AcceptedPeer | Refusal:
+        channel = None
+        host = "somebody"
+        try:
+            host = str(sock.getpeername()[0])
+            channel = answer(sock, self._me, Deadline(self._handshake_s))
+            with self._lock:
+                self._unproven.pop(threading.current_thread(), None)
+            return AcceptedPeer(channel, self._greet(channel))
+        except PeerSilentError as error:
+            why = str(error) if channel else f"did not prove itself within {self._handshake_s:.3g} s"
+        except PeerGoneError as error:
+            why = str(error) if channel else f"{error} before it proved itself"
+        except (PeerError, OSError) as error:
+            why = str(error)
+        return Refusal(host, why, authenticated=channel is not None)

@@ -1,0 +1,90 @@
+"""What a node says about itself, validated as it arrives: a peer's facts are input too."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+from typing import Any
+
+from pydantic import Field, ValidationError, field_validator
+
+from simulate.common import toml_io
+from simulate.config.run import Run, run_fingerprint
+from simulate.launch.preflight.channel import BadFrameError
+from simulate.launch.preflight.handshake import PROTOCOL
+
+
+class Facts(toml_io.Schema):
+    """What must be the same on all nodes, and what each one brings."""
+
+    lte: str = Field(max_length=100)
+    """Version of this program."""
+    torch: str = Field(max_length=100)
+    run_fingerprint: str = Field(max_length=128)
+    run: dict[str, Any]
+    """run.toml, flattened: "method.rank" to 16."""
+    data_fingerprint: str = Field(max_length=128)
+    data_bytes: int = Field(ge=0)
+    processes: int = Field(gt=0, le=1024)
+    """Workers that the node will start."""
+
+    @classmethod
+    def of(cls, run: Run, *, lte: str, torch: str, data_fingerprint: str, data_bytes: int, processes: int) -> Facts:
+        """Return the facts of a run on this machine; `torch` is its version's text."""
+        return cls(
+            lte=lte,
+            torch=torch,
+            run_fingerprint=run_fingerprint(run),
+            run=flat_table(run.model_dump()),
+            data_fingerprint=data_fingerprint,
+            data_bytes=data_bytes,
+            processes=processes,
+        )
+
+
+class NodeFacts(Facts):
+    """A node's facts and where it stands."""
+
+    node: int = Field(ge=0)
+    nodes: int = Field(gt=0)
+    protocol: int = PROTOCOL
+    interface: str = Field(max_length=100)
+    address: str = Field(max_length=100)
+    """Numeric; everything of this node binds to it. Empty in a run of one node."""
+    link_port: int = Field(ge=0, lt=65536)
+    """Where the other nodes call to measure links; 0 in a run of one node."""
+    clock_offset_s: float = 0.0
+    """How far its clock is ahead of node 0's, as node 0 measured it."""
+
+    @field_validator("address")
+    @classmethod
+    def _numeric(cls, address: str) -> str:
+        if address:
+            ipaddress.ip_address(address)
+        return address
+
+    @property
+    def title(self) -> str:
+        """The node and its address, for messages: "node 2 (192.168.1.7)"."""
+        return f"node {self.node} ({self.address})" if self.address else f"node {self.node}"
+
+
+def parse_facts(given: Any) -> NodeFacts:
+    """Validate a node's facts as they arrived; raises BadFrameError."""
+    try:
+        return NodeFacts.model_validate(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(str(part) for part in first["loc"]) or "facts"
+        raise BadFrameError(f"sent facts that cannot be read ({field}: {first['msg']})") from None
+
+
+def flat_table(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested tables as one with dotted keys, values as JSON holds them, None left out."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            flat |= flat_table(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[f"{prefix}{key}"] = json.loads(json.dumps(value))
+    return flat

@@ -1,0 +1,306 @@
+"""One process of a launched run: what the elastic agent starts, and starts again after a loss.
+
+    python -m simulate.launch.worker FOLDER DEVICE STORE_HOST STORE_PORT NODE
+
+Everything else comes from the agent's environment (RANK, WORLD_SIZE, ...) and from the run's folder. Processes agree on
+the newest state that they have among them, take it up, and train until the end or until somebody asks to stop. What is
+told goes through the agents' key-value store: `told` counts messages, `told/K` has the K-th, `outcome` the end.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from simulate.comm.process_group import LostPeerError, TorchCommunicator, devices_of, first_line, is_lack_of_memory
+from simulate.common.errors import InputError, RunFailedError
+from simulate.common.events import Event, EventFile, read_events, truncate_events
+from simulate.config.profiles import load_profile
+from simulate.config.run import Run, load_run
+from simulate.data.batches import build_batches
+from simulate.data.load import kept_tokenizer, load_data
+from simulate.launch.heartbeat import Pulse
+from simulate.launch.keys import (
+    ANSWERED,
+    BEGUN,
+    CHECKPOINTS,
+    EVENTS_FILE,
+    FAILED_EXIT,
+    FATAL,
+    FATAL_EXIT,
+    LINKS,
+    OUTCOME,
+    PROFILE_FILE,
+    REPORTED,
+    REPORTED_EXIT,
+    RUN_FILE,
+    START,
+    STEP,
+    STOP,
+)
+from simulate.launch.recovery import recover
+from simulate.methods.registry import build_method
+from simulate.training.loop import Session, train
+from simulate.training.simulated_clock import SimulatedClock
+
+ORPHAN_CHECK_S = 0.5
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE}
+"""What a restart does not mend."""
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """Where in the run a process is."""
+
+    process: int
+    processes: int
+    local_process: int
+    local_processes: int
+    node: int = 0
+
+    @classmethod
+    def here(cls, node: int) -> RankInfo:
+        """Return the place that the agent gave to this process."""
+        keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        process, processes, local_process, local_processes = (int(os.environ[key]) for key in keys)
+        return cls(process, processes, local_process, local_processes, node)
+
+    @property
+    def title(self) -> str:
+        """The process's name in messages."""
+        return f"process {self.process} on node {self.node}"
+
+    def node_devices(self, devices: int) -> range:
+        """Return the devices of all processes of this node, which have consecutive numbers."""
+        first = self.process - self.local_process
+        last = first + self.local_processes - 1
+        return range(devices_of(first, self.processes, devices).start, devices_of(last, self.processes, devices).stop)
+
+
+def log(store: dist.Store, text: str) -> None:
+    """Give a line to everyone who listens at the agents."""
+    store.set(f"{REPORTED}/{store.add(REPORTED, 1)}", text)
+
+
+def main() -> int:
+    """Be one process until the run's end; returns the exit code."""
+    folder, device_name, host, port, node = sys.argv[1:]
+    end_with_the_agent()
+    place = RankInfo.here(int(node))
+    store = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=60))
+    try:
+        _train(Path(folder), _device(device_name, place), place, store)
+    except LostPeerError as error:
+        log(store, f"{place.title}: {error}")
+        return REPORTED_EXIT
+    except (InputError, RunFailedError) as error:
+        return _end_the_run(store, str(error), isinstance(error, InputError))
+    except OSError as error:
+        if error.errno in DISK_ERRORS:
+            return _end_the_run(store, f"{place.title}: {disk_text(error, Path(folder))}", False)
+        return _report_failure(store, f"{place.title}: {error}")
+    except (RuntimeError, MemoryError) as error:
+        what = "ran out of memory" if is_lack_of_memory(error) else type(error).__name__
+        return _report_failure(store, f"{place.title}: {what}: {first_line(error)}")
+    return 0
+
+
+def _report_failure(store: dist.Store, text: str) -> int:
+    """Tell of what may go better the next time; the log has the traceback."""
+    traceback.print_exc()
+    log(store, text)
+    return REPORTED_EXIT
+
+
+def _end_the_run(store: dist.Store, text: str, is_input: bool) -> int:
+    """Say how the run ended, where trying again would end alike: the first one's word counts."""
+    outcome = json.dumps({"kind": "failure", "text": text, "input": is_input})
+    store.compare_set(OUTCOME, "", outcome)
+    store.set(FATAL, "1")
+    return FATAL_EXIT
+
+
+def disk_text(error: OSError, folder: Path) -> str:
+    """Return what a disk refused, with its file system."""
+    path = Path(error.filename or folder).absolute()
+    mounts = [Path(partition.mountpoint) for partition in psutil.disk_partitions(all=True)]
+    mount = max((m for m in mounts if path.is_relative_to(m)), key=lambda m: len(m.parts), default=Path("/"))
+    return f"{error.strerror} on the file system {mount}, at {path}; make room or mend it there"
+
+
+def end_with_the_agent() -> None:
+    """Leave signals to the agent, and leave when it is gone: nobody else would end this process."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    agent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == agent:
+            time.sleep(ORPHAN_CHECK_S)
+        os._exit(FAILED_EXIT)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _device(name: str, place: RankInfo) -> torch.device:
+    if name == "cuda":
+        torch.cuda.set_device(place.local_process % torch.cuda.device_count())
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def join_processes(run: Run, device: torch.device, place: RankInfo, store: dist.Store) -> None:
+    """Make the default group of all processes."""
+    backend = {"auto": "nccl" if device.type == "cuda" else "gloo"}.get(run.cluster.backend, run.cluster.backend)
+    timeout = timedelta(seconds=run.cluster.timeout_s)
+    try:
+        dist.init_process_group(
+            backend, store=dist.PrefixStore(_group_prefix(), store), rank=place.process, world_size=place.processes,
+            timeout=timeout,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise LostPeerError(f"processes could not be joined: {first_line(error)}") from error
+
+
+def _group_prefix() -> str:
+    # Every rendezvous picks a port anew, which makes its keys its own.
+    return f"group/{os.environ['MASTER_ADDR']}/{os.environ['MASTER_PORT']}"
+
+
+def _title(place: RankInfo, devices: range) -> str:
+    several = f"devices {devices[0]} to {devices[-1]}" if len(devices) > 1 else f"device {devices[0]}"
+    return f"{place.title} ({several})"
+
+
+def _train(folder: Path, device: torch.device, place: RankInfo, store: dist.Store) -> None:
+    _, _, host, port, _ = sys.argv[1:]
+    run, profile = load_run(folder / RUN_FILE), load_profile(str(folder / PROFILE_FILE))
+    data = load_data(run, kept_tokenizer(folder))
+    join_processes(run, device, place, store)
+    clock = SimulatedClock(run, profile.devices(run.cluster.devices), profile.link)
+    communicator = TorchCommunicator(
+        run.cluster.devices, device, run.cluster.timeout_s, clock.charge_transfer, clock.wait
+    )
+    leads = place.process == 0
+    with ExitStack() as stack:
+        stack.callback(communicator.close)
+        titles = communicator.share_texts(_title(place, communicator.local_devices))
+        pulse = Pulse(
+            host, int(port), _group_prefix(), place.process, titles,
+            lambda: (communicator.exchanges, communicator.current_phase),
+        )  # fmt: skip
+        stack.callback(pulse.close)
+        communicator.missing = pulse.missing
+        session = Session(
+            run=run,
+            method=build_method(run, communicator, device),
+            batches=build_batches(run, data, device),
+            communicator=communicator,
+            clock=clock,
+            emit=_ignore,
+            checkpoints=folder / CHECKPOINTS,
+            device=device,
+            stop=(lambda: store.check([STOP])) if leads else lambda: False,
+            writes_shared=place.local_process == 0,
+            folder_devices=place.node_devices(run.cluster.devices),
+            recovers=True,
+        )
+        found = recover(session)
+        if leads:
+            if found is not None and found.lost:
+                log(store, f"device {', '.join(map(str, found.lost))}: no state is left; starts from merged weights")
+            _report_beginning(session, folder, stack, store)
+        finished = train(session)
+        session.emit({"kind": "end" if finished else "interrupt", "step": session.step, "wall_s": session.elapsed_s()})
+        dist.barrier(communicator.control)
+        if leads:
+            store.compare_set(OUTCOME, "", json.dumps(_outcome(session, finished)))
+    dist.destroy_process_group()
+
+
+def _ignore(event: Event) -> None:
+    """Only the first process tells; what it tells is everyone's."""
+
+
+def _report_beginning(session: Session, folder: Path, stack: ExitStack, store: dist.Store) -> None:
+    path, communicator = folder / EVENTS_FILE, session.communicator
+    fresh, restart = session.step == 0, None
+    if store.add(BEGUN, 1) > 1:
+        restart = {"reasons": _reasons(store), **_repeated(path, session.step)}
+    if path.exists():
+        truncate_events(path, -1 if fresh else session.step)
+    events = EventFile(path)
+    stack.callback(events.close)
+    session.emit = _telling(events, session, store)
+    processes = {"processes": communicator.processes, "device": str(session.device), "backend": dist.get_backend()}
+    if fresh:
+        facts = json.loads(store.get(START)) if store.check([START]) else {"start": {}, "measured_bytes": None}
+        session.emit({"kind": "start", "step": 0, **facts["start"], **processes})
+        session.emit({"kind": "memory", "step": 0, "measured_bytes": facts["measured_bytes"]})
+    if (fresh or restart is None) and store.check([LINKS]):
+        session.emit({"kind": "links", "step": session.step, "links": json.loads(store.get(LINKS))})
+    if restart is not None:
+        session.emit({"kind": "restart", "step": session.step, **restart, **processes})
+        log(store, f"going on from step {session.step} in {communicator.processes} processes")
+    elif not fresh:
+        session.emit({"kind": "resume", "step": session.step, **processes})
+
+
+def _reasons(store: dist.Store) -> list[str]:
+    """Return what was told since the run last began."""
+    first, last = store.add(ANSWERED, 0) + 1, store.add(REPORTED, 0)
+    store.add(ANSWERED, last + 1 - first)
+    keys = [f"{REPORTED}/{index}" for index in range(first, last + 1)]
+    lines = [store.get(key).decode() for key in keys if store.check([key])]
+    return [line for line in lines if not line.startswith("going on ")] or ["a node joined or left"]
+
+
+def _repeated(events: Path, step: int) -> Event:
+    """Return how many steps that were told of are done again, and for how many seconds nothing was told."""
+    if not events.exists():
+        return {"repeated_steps": 0, "silent_s": None}
+    last = max((event["step"] for event in read_events(events)), default=step)
+    return {"repeated_steps": max(0, last - step), "silent_s": max(0.0, time.time() - events.stat().st_mtime)}
+
+
+def _telling(events: EventFile, session: Session, store: dist.Store) -> Callable[[Event], None]:
+    def emit(event: Event) -> None:
+        events(event)
+        if event["kind"] == "checkpoint":
+            store.set(STEP, str(session.step))
+        elif event["kind"] == "left-out":
+            names = ", ".join(str(device) for device in event["devices"])
+            log(store, f"device {names}: weights not finite, left out of the merge after step {event['step']}")
+
+    return emit
+
+
+def _outcome(session: Session, finished: bool) -> Event:
+    return {
+        "kind": "end" if finished else "interrupt",
+        "step": session.step,
+        "val_loss": session.val_loss,
+        "val_accuracy": session.scores.get("val_accuracy"),
+        "sent_bytes": session.communicator.counter.sent_bytes,
+        "simulated_s": session.clock.now_s,
+        "wall_s": session.elapsed_s(),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,393 @@
+"""Low-rank adapters of many devices in one tensor program: a leading axis holds each head's own factors.
+
+Legend: L local devices, K heads of a device, H = L*K local heads, M rows of one head (its samples times tokens),
+R rank, I inputs, O outputs.
+
+Activations keep the plain layout (samples of device 0, samples of device 1, ...) in their first dimension, so any
+network that treats dimension 0 as its batch works unchanged; simulate.layers.convert swaps its parametric layers only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simulate.common.seeding import address, generator
+from simulate.layers.dtypes import product_dtype
+from simulate.layers.formats import Draws, Quantize
+from simulate.layers.lazy_weight import LazyWeight
+from simulate.layers.quantized import QuantizedWeight, mapped_copy
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What `convert` needs to build adapters: how many, how large, and whose draws."""
+
+    rank: int
+    scale: float
+    heads_per_device: int
+    reset_less: bool
+    first_device: int
+    """Global index of this process's first device: draws are addressed by global head."""
+    seed: int
+    draws_per_head: int = 1
+    """Independent draws of `rank` rows that make up one head's A."""
+    draws: Draws = "own"
+    """Whether the A of different heads are independent, or orthogonal to one another."""
+    frozen_a: bool = False
+    """Whether A stays as drawn and B is trained alone."""
+    quantize: Quantize = "none"
+    """Format of frozen W."""
+    keeps_start: bool = True
+    """Whether reset-less merges happen here, which start from W0."""
+    keeps_master: bool = False
+    """Whether merged W is kept here in full precision, beside the quantised one."""
+    shows_master: bool = True
+    """Whether the plain model has the full-precision W; else what all devices have."""
+
+
+class _LoraLinear(torch.autograd.Function):
+    """y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ − s·(x·A0ᵀ)·B0ᵀ + bias for H heads that share W; saves s·x·Aᵀ, and x where A is trained.
+
+    A quantised W is unpacked in forward and once more in backward, and let go at the end of each.
+
+    Beside the frozen product, forward and backward to x cost 2 small products each and the factors' gradients 2 more:
+    4P + 6P_adapter operations a row against the dense 6P. Everything adds in place onto the frozen product. The old
+    product would cost 4P_adapter more. Where heads have many rows, products go into each head's weight for less.
+
+    Under autocast everything is cast on entry, and what is saved of x with it; W is cast anew in the backward pass, so
+    that no second copy of it is kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, frozen_OI: Tensor | QuantizedWeight, bias_LO: Tensor | None, a_HRI: Tensor, b_HOR: Tensor,
+        a0_HRI: Tensor | None, b0_HOR: Tensor | None, scale: float,
+    ) -> Tensor:  # fmt: skip
+        heads, rank, inputs = a_HRI.shape
+        outputs = frozen_OI.shape[0]
+        x_HMI = x.to(product_dtype(x)).contiguous().view(heads, -1, inputs)
+        rows = x_HMI.shape[1]
+        product = _Product.cast(x_HMI.dtype, _dense(frozen_OI), a_HRI, b_HOR, a0_HRI, b0_HOR, scale)
+        us_HMR = x_HMI.new_empty(heads, rows, rank).baddbmm_(x_HMI, product.a_HRI.mT, beta=0, alpha=scale)
+        y_HMO = x_HMI.new_empty(heads, rows, outputs)
+        if bias_LO is not None:  # first, so that the product adds to it without a pass of its own
+            y_HMO.view(bias_LO.shape[0], -1, outputs).copy_(bias_LO.unsqueeze(1))
+        product.add(y_HMO, x_HMI, us_HMR, to_inputs=False, beta=0 if bias_LO is None else 1)
+        del product
+        plain_OI = frozen_OI if isinstance(frozen_OI, Tensor) else None
+        # W has no gradient, and B's needs only x·Aᵀ: with a frozen A, x can go.
+        kept_HMI = x_HMI if ctx.needs_input_grad[3] else None
+        ctx.save_for_backward(kept_HMI, us_HMR, plain_OI, a_HRI, b_HOR, a0_HRI, b0_HOR)
+        ctx.packed_OI = frozen_OI if plain_OI is None else None  # a merge changes it between steps only
+        ctx.scale, ctx.num_bias, ctx.x_dtype = scale, 0 if bias_LO is None else bias_LO.shape[0], x.dtype
+        return y_HMO.view(*x.shape[:-1], outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_HMI, us_HMR, plain_OI, a_HRI, b_HOR, a0_HRI, b0_HOR = ctx.saved_tensors
+        grad_y = grads[0].contiguous()  # once, not in each of the products
+        g_HMO = grad_y.view(*us_HMR.shape[:2], -1)
+        vs_HMR = torch.empty_like(us_HMR).baddbmm_(g_HMO, b_HOR.to(g_HMO.dtype), beta=0, alpha=ctx.scale)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            gx_HMI = us_HMR.new_empty(*us_HMR.shape[:2], a_HRI.shape[2])
+            weight_OI = _dense(plain_OI if ctx.packed_OI is None else ctx.packed_OI)
+            product = _Product.cast(us_HMR.dtype, weight_OI, a_HRI, b_HOR, a0_HRI, b0_HOR, ctx.scale)
+            product.add(gx_HMI, g_HMO, vs_HMR, to_inputs=True, beta=0)
+            del product, weight_OI
+            grad_x = gx_HMI.view(*grad_y.shape[:-1], -1).to(ctx.x_dtype)
+        rows_of_bias = g_HMO.view(ctx.num_bias, -1, g_HMO.shape[2]) if ctx.needs_input_grad[2] else None
+        grad_bias = None if rows_of_bias is None else rows_of_bias.sum(1).to(b_HOR.dtype)
+        grad_a = torch.bmm(vs_HMR.transpose(1, 2), x_HMI).to(a_HRI.dtype) if ctx.needs_input_grad[3] else None
+        grad_b = torch.bmm(g_HMO.transpose(1, 2), us_HMR).to(b_HOR.dtype)
+        return grad_x, None, grad_bias, grad_a, grad_b, None, None, None
+
+
+def _dense(weight: Tensor | QuantizedWeight) -> Tensor:
+    return weight.dense() if isinstance(weight, QuantizedWeight) else weight
+
+
+@dataclass(frozen=True)
+class _Product:
+    """Rows times every head's effective weight, in either direction: Y of what comes in, X of what comes out."""
+
+    weight_OI: Tensor
+    a_HRI: Tensor
+    b_HOR: Tensor
+    a0_HRI: Tensor | None
+    b0_HOR: Tensor | None
+    scale: float
+
+    @classmethod
+    def cast(
+        cls, dtype: torch.dtype, weight_OI: Tensor, a_HRI: Tensor, b_HOR: Tensor, a0_HRI: Tensor | None,
+        b0_HOR: Tensor | None, scale: float,
+    ) -> _Product:  # fmt: skip
+        """Return the product over these tensors in a format; nothing is copied where they have it."""
+        a0_HRI, b0_HOR = (None if old is None else old.to(dtype) for old in (a0_HRI, b0_HOR))
+        return cls(weight_OI.to(dtype), a_HRI.to(dtype), b_HOR.to(dtype), a0_HRI, b0_HOR, scale)
+
+    def add(self, out_HMX: Tensor, in_HMY: Tensor, small_HMR: Tensor, to_inputs: bool, beta: int) -> None:
+        """Write beta·out + in·W + the heads' products; small is s times the rows times the first new factor."""
+        folds_old = self._folds_old(in_HMY.shape[1])
+        folds_new = self._folds_new(in_HMY, folds_old)
+        if folds_old or folds_new:
+            half = (len(out_HMX) + 1) // 2  # of the heads, so that half of their weights take room at once
+            for heads in (slice(half), slice(half, None)):
+                weight_HOI = self._folded(heads, folds_old, folds_new)
+                out_HMX[heads].baddbmm_(in_HMY[heads], weight_HOI if to_inputs else weight_HOI.mT, beta=beta)
+                del weight_HOI
+        else:
+            weight_YX = self.weight_OI if to_inputs else self.weight_OI.t()
+            out_HMX.flatten(0, 1).addmm_(in_HMY.flatten(0, 1), weight_YX, beta=beta)
+        if not folds_new:
+            out_HMX.baddbmm_(small_HMR, self.a_HRI if to_inputs else self.b_HOR.mT)
+        if self.a0_HRI is not None and self.b0_HOR is not None and not folds_old:
+            first, second = (self.b0_HOR, self.a0_HRI) if to_inputs else (self.a0_HRI.mT, self.b0_HOR.mT)
+            out_HMX.baddbmm_(torch.bmm(in_HMY, first), second, alpha=-self.scale)
+
+    def _folds_old(self, rows: int) -> bool:
+        """Whether a head's old product takes half the operations in its weight, O·I·R, or fewer, than M·(I + O)·R.
+
+        The rule also bounds what the folded weights take: a quarter of the activations that come in and go out.
+        """
+        outputs, inputs = self.weight_OI.shape
+        return self.a0_HRI is not None and 2 * outputs * inputs < rows * (outputs + inputs)
+
+    def _folds_new(self, in_HMY: Tensor, folded: bool) -> bool:
+        """Whether a head's new product costs less in its weight, Y·X·R, than from its small rows, M·X·R.
+
+        Half the operations are asked for where all heads could share W instead.
+        """
+        rows, width = in_HMY.shape[1:]
+        return width < rows if folded else 2 * width <= rows
+
+    def _folded(self, heads: slice, old: bool, new: bool) -> Tensor:
+        """Return the weights of some heads with their products, (heads, O, I): all heads' at once share one pass."""
+        a_HRI, b_HOR = self.a_HRI[heads], self.b_HOR[heads]
+        weight_HOI = self.weight_OI.repeat(len(a_HRI), 1, 1)
+        if old:
+            assert self.a0_HRI is not None and self.b0_HOR is not None
+            weight_HOI.baddbmm_(self.b0_HOR[heads], self.a0_HRI[heads], alpha=-self.scale)
+        if new:
+            weight_HOI.baddbmm_(b_HOR, a_HRI, alpha=self.scale)
+        return weight_HOI
+
+
+lora_function = _LoraLinear.apply
+
+
+class LoraLinear(nn.Module):
+    """A linear layer with frozen W (a buffer, shared by all local devices) and one LoRA pair per head.
+
+    Effective weight of head h: W + s·B_h·A_h, and in reset-less mode − s·B0_h·A0_h, the product at the last merge.
+    A starts orthogonal times sqrt(I/r), every head with its own draw; B starts at 0 (arXiv 2402.16828, section 3).
+    """
+
+    def __init__(self, weight_OI: Tensor, bias_LO: Tensor | None, name: str, spec: AdapterSpec, devices: int) -> None:
+        super().__init__()
+        self.name, self.spec = name, spec
+        heads, (outputs, inputs) = devices * spec.heads_per_device, weight_OI.shape
+        self.frozen = None if spec.quantize == "none" else QuantizedWeight(weight_OI, spec.quantize)
+        if self.frozen is None:
+            self.register_buffer("weight", weight_OI.detach())
+        if isinstance(bias_LO, nn.Parameter) or bias_LO is None:
+            self.bias = bias_LO
+        else:
+            self.register_buffer("bias", bias_LO)
+        rank = spec.rank * spec.draws_per_head
+        a_HRI = weight_OI.new_empty(heads, rank, inputs)
+        if spec.frozen_a:
+            self.register_buffer("a", a_HRI)
+        else:
+            self.a = nn.Parameter(a_HRI)
+        self.b = nn.Parameter(weight_OI.new_zeros(heads, outputs, rank))
+        self.register_buffer("drawn_after", torch.tensor(0))
+        self.redraw_a(0)
+        self.register_buffer("a0", None)
+        self.register_buffer("b0", None)
+        # W0 never changes: with the old product subtracted, merges telescope to W = W0 + (s/H)·Σ B_h·A_h. It is read
+        # at merges only, so it is no buffer: it stays in host memory when the module moves to a GPU.
+        keep = mapped_copy if self.frozen else torch.clone
+        self.start_weight = keep(weight_OI.detach().cpu()) if spec.reset_less and spec.keeps_start else None
+        # What merges add to where W is quantised, and what evaluation sees: rounding would swallow small updates.
+        self.master = mapped_copy(weight_OI.detach().cpu()) if spec.keeps_master else None
+
+    weight: Tensor
+    """W, (O, I); quantised layers have `frozen` instead."""
+    a0: Tensor | None
+    b0: Tensor | None
+
+    transposed = False
+    """Whether the plain layer holds its weight as (I, O)."""
+    a: Tensor
+    drawn_after: Tensor
+    """Steps that were done when A was drawn."""
+
+    def factors(self) -> Iterator[nn.Parameter]:
+        """Yield the trained factors."""
+        if isinstance(self.a, nn.Parameter):
+            yield self.a
+        yield self.b
+
+    @torch.no_grad()
+    def redraw_a(self, steps_done: int) -> None:
+        """Give the local heads new A."""
+        self.a.copy_(self.draw_a(steps_done))
+        self.drawn_after.fill_(steps_done)
+
+    def draw_a(self, steps_done: int, all_heads: int | None = None) -> Tensor:
+        """Return fresh A, rows orthogonal, for the local heads, or for `all_heads` of all devices.
+
+        Addressed by (seed, layer, global head, steps done), so that everyone draws the same for a head. With joint
+        draws rows of different heads are orthogonal, too, of as many heads as fit into I dimensions.
+        """
+        rank, inputs = self.spec.rank, self.a.shape[2]
+        heads = (all_heads or self.a.shape[0]) * self.spec.draws_per_head
+        first = 0 if all_heads else self.spec.first_device * self.spec.heads_per_device
+        if self.spec.draws == "joint":
+            return self._draw_jointly(range(first, first + heads), steps_done)
+        normal_HIR = torch.empty(heads, inputs, rank, dtype=torch.float64)
+        for head in range(heads):
+            seed = address(self.spec.seed, "adapter", self.name, first + head, steps_done)
+            normal_HIR[head].normal_(generator=torch.Generator().manual_seed(seed))
+        q_HIR, r_HRR = torch.linalg.qr(normal_HIR)
+        q_HIR *= r_HRR.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)
+        return (q_HIR.transpose(1, 2) * math.sqrt(inputs / rank)).reshape(-1, *self.a.shape[1:]).to(self.a)
+
+    def _draw_jointly(self, heads: range, steps_done: int) -> Tensor:
+        """Return A of some heads: each takes its r rows of a random orthogonal matrix, (I, I), that its group shares.
+
+        Q = Π·C·D·C·D·C·D with the Hartley transform C, random signs D and the rows' order Π (Yu et al. 2016, arXiv
+        1610.09072, have Hadamard's transform): a head's rows cost I·log I each, whoever has the others.
+        """
+        rank, inputs = self.spec.rank, self.a.shape[2]
+        drawn_HRI = self.a.new_empty(len(heads), rank, inputs)
+        for index, head in enumerate(heads):
+            group, place = divmod(head, inputs // rank)
+            random = generator(self.spec.seed, "joint adapters", self.name, group, steps_done)
+            rows_R = torch.from_numpy(random.permutation(inputs)[place * rank : (place + 1) * rank])
+            q_RI = F.one_hot(rows_R, inputs).double()
+            for _ in range(3):
+                signs_I = torch.from_numpy(random.integers(0, 2, inputs) * 2.0 - 1.0)
+                q_RI = hartley(q_RI).mul_(signs_I)
+            drawn_HRI[index] = q_RI.mul_(math.sqrt(inputs / rank))
+        return drawn_HRI
+
+    def remember_product(self, a_HRI: Tensor, b_HOR: Tensor) -> None:
+        """Keep B·A as it was merged: what the next merges must not count twice."""
+        if self.a0 is None or self.b0 is None:
+            self.a0, self.b0 = torch.empty_like(self.a), torch.empty_like(self.b)
+        self.a0.copy_(a_HRI)
+        self.b0.copy_(b_HOR)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """O and I."""
+        return self.b.shape[1], self.a.shape[2]
+
+    def merged_weight(self) -> Tensor:
+        """Return W without adapters, (O, I), as exactly as it is kept here; of a quantised W, a new tensor.
+
+        A copy of the host's, too, where both share one memory: the same bytes are held everywhere.
+        """
+        if self.master is not None:
+            return self.master.to(self.b.device, copy=True)
+        return _dense(self.frozen or self.weight)
+
+    @torch.no_grad()
+    def set_weight(self, weight_OI: Tensor) -> None:
+        """Make a merged W the layer's own."""
+        if self.frozen is None:
+            self.weight.copy_(weight_OI)
+            return
+        self.frozen.quantize(weight_OI)
+        if self.master is not None:
+            self.master.copy_(weight_OI)
+
+    def frozen_tensors(self) -> list[Tensor]:
+        """Return what W is kept in on the device."""
+        return [self.weight] if self.frozen is None else self.frozen.tensors()
+
+    def folded_weight(self) -> Tensor:
+        """Return W + s·mean_h(B_h·A_h), (O, I): the one weight that unmerged adapters amount to."""
+        product_HOI = self.b.detach() @ self.a.detach()
+        mean_OI = product_HOI.mean(0)
+        del product_HOI
+        weight_OI = self.merged_weight()
+        own = None if self.frozen is None else weight_OI  # a new tensor, to write to
+        return torch.add(weight_OI, mean_OI, alpha=self.spec.scale, out=own)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return lora_function(
+            x, self.frozen or self.weight, self.bias, self.a, self.b, self.a0, self.b0, self.spec.scale
+        )
+
+    def plain_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what the plain layer has beside its weight, with a copies axis."""
+        if self.bias is not None:
+            yield "bias", self.bias
+
+    def plain_weight(self, fold: bool) -> Tensor:
+        """Return the plain layer's weight; with `fold`, adapters included."""
+        if fold:
+            return self._as_plain(self.folded_weight())
+        return self._as_plain(self.merged_weight() if self.spec.shows_master else _dense(self.frozen or self.weight))
+
+    def plain_weight_in_use(self, fold: bool) -> Tensor:
+        """As `plain_weight`, to compute with: what has to be made for it is made for each product, and let go."""
+        if self.frozen is None and not fold:
+            return self.plain_weight(fold)
+        held = self.frozen or self.weight
+        form = self._as_plain(torch.empty(held.shape, dtype=held.dtype, device="meta"))
+        return LazyWeight(partial(self.plain_weight, fold), form, held.device)
+
+    def _as_plain(self, weight_OI: Tensor) -> Tensor:
+        return weight_OI.t() if self.transposed else weight_OI
+
+
+class LoraConv2d(LoraLinear):
+    """A convolution as a linear layer over patches: A is a convolution to r channels, B a 1x1 convolution.
+
+    W (O, C, Y, X) is held as (O, C*Y*X); activations are (S, C, Y, X) as for the plain layer (arXiv 2402.16828, section
+    3, has this B).
+    """
+
+    def __init__(self, conv: nn.Conv2d, bias_LO: Tensor | None, name: str, spec: AdapterSpec, devices: int) -> None:
+        super().__init__(conv.weight.detach().flatten(1), bias_LO, name, spec, devices)
+        self.shape = conv.weight.shape
+        self.kernel, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
+        assert not isinstance(conv.padding, str) and conv.groups == 1
+        self.padding = conv.padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = F.unfold(x, self.kernel, self.dilation, self.padding, self.stride).transpose(1, 2)
+        y_SPO = super().forward(patches)
+        height = self._size(x.shape[2], 0)
+        return y_SPO.transpose(1, 2).unflatten(2, (height, -1))
+
+    def _size(self, pixels: int, axis: int) -> int:
+        reach = self.dilation[axis] * (self.kernel[axis] - 1)
+        return (pixels + 2 * self.padding[axis] - reach - 1) // self.stride[axis] + 1
+
+    def _as_plain(self, weight_OI: Tensor) -> Tensor:
+        return weight_OI.view(self.shape)
+
+
+def hartley(x_XI: Tensor) -> Tensor:
+    """Return the orthonormal Hartley transform of each row: Σ_j x_j·(cos + sin)(2πij/I) / sqrt(I)."""
+    transformed_XI = torch.fft.fft(x_XI)
+    return (transformed_XI.real - transformed_XI.imag).div_(math.sqrt(x_XI.shape[1]))
+
+
+def lora_layers(model: nn.Module) -> list[LoraLinear]:
+    """Return the adapted layers in the order of the network."""
+    return [module for module in model.modules() if isinstance(module, LoraLinear)]

@@ -1,0 +1,196 @@
+"""Frozen weights in fewer bytes: bf16, int8 and NF4 (Dettmers et al. 2023, arXiv 2305.14314), and back.
+
+    int8        one byte, and an fp32 scale for each row of W
+    nf4         half a byte, and an fp32 scale for each block of 64
+    nf4-double  as nf4, with scales in a byte each, and one fp32 top for each 256 of them
+
+Torch itself rounds to bf16 and multiplies int8 by its scales in one pass, so those need no library. NF4 is unpacked at
+every product, which takes a kernel: bitsandbytes has one for the CPU and one for CUDA, 6 times faster on the CPU than
+torch's own operations. Its import takes seconds, so it waits for the first NF4 weight. What rounds is written here: it
+runs at merges only, must give the same bits on every device, and needs little room where the library's needs 16 times
+the weight's on a CPU. Blocks are runs of W as it lies in memory, the first of two codes in the high half of a byte.
+
+Legend: O outputs, I inputs, B blocks, G groups of blocks.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
+
+from simulate.common.errors import InputError
+from simulate.layers.formats import NF4_BLOCK, NF4_GROUP, PACK_CHUNK_ELEMENTS, Quantize
+
+BYTE = 255
+INT8 = 127
+NF4_LIBRARY = "bitsandbytes"
+
+
+class QuantizedWeight(nn.Module):
+    """A frozen matrix in one of the formats; its buffers are all that it keeps."""
+
+    def __init__(self, weight_OI: Tensor, quantize: Quantize) -> None:
+        super().__init__()
+        self.format, self.shape, self.dtype = quantize, weight_OI.shape, weight_OI.dtype
+        for name, tensor in self._quantized(weight_OI.detach()).items():
+            self.register_buffer(name, tensor)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is kept."""
+        return self.values.device
+
+    def tensors(self) -> list[Tensor]:
+        """Return what the weight is kept in, and what travels when somebody else has packed it."""
+        return list(self.buffers())
+
+    @torch.no_grad()
+    def quantize(self, weight_OI: Tensor) -> None:
+        """Take over a weight: the same bits on every device."""
+        for name, tensor in self._quantized(weight_OI).items():
+            getattr(self, name).copy_(tensor)
+
+    @torch.no_grad()
+    def dense(self) -> Tensor:
+        """Return the weight as products need it, (O, I): a new tensor, which nobody keeps."""
+        if self.format == "bf16":
+            return self.values.to(self.dtype)
+        if self.format == "int8":
+            return self.values.to(self.dtype).mul_(self.scales)  # one tensor: a product of both types makes two
+        scales_B = self.scales if self.format == "nf4" else _expanded(self.scales, self.tops)
+        return _unpacked_nf4(self.values, scales_B, self.shape).to(self.dtype)
+
+    values: Tensor
+    scales: Tensor
+    tops: Tensor
+
+    def _quantized(self, weight_OI: Tensor) -> dict[str, Tensor]:
+        if self.format == "bf16":
+            return {"values": weight_OI.bfloat16()}
+        if self.format == "int8":
+            return _int8(weight_OI)
+        scales_B, kept = _block_scales(weight_OI), dict[str, Tensor]()
+        if self.format == "nf4-double":
+            bytes_B, tops_G = _compressed(scales_B)
+            kept, scales_B = {"scales": bytes_B, "tops": tops_G}, _expanded(bytes_B, tops_G)
+        return {"values": _nf4(weight_OI, scales_B), **(kept or {"scales": scales_B})}
+
+
+def _int8(weight_OI: Tensor) -> dict[str, Tensor]:
+    """Round rows to 127ths of their largest magnitude."""
+    scales_O1 = torch.maximum(weight_OI.amax(1, keepdim=True), -weight_OI.amin(1, keepdim=True)).float() / INT8
+    values_OI = torch.empty(weight_OI.shape, dtype=torch.int8, device=weight_OI.device)
+    rows = max(1, PACK_CHUNK_ELEMENTS // weight_OI.shape[1])
+    for weight, scales, values in zip(weight_OI.split(rows), scales_O1.split(rows), values_OI.split(rows), strict=True):
+        values.copy_(torch.div(weight, _not_zero(scales)).round_())
+    return {"values": values_OI, "scales": scales_O1}
+
+
+def _block_scales(weight_OI: Tensor) -> Tensor:
+    """Return the largest magnitude of every block, (B,), fp32."""
+    chunks = weight_OI.reshape(-1).split(PACK_CHUNK_ELEMENTS)
+    scales = [_in_blocks(chunk).abs().amax(1) for chunk in _followed(chunks)]
+    return _joined(scales, -(-weight_OI.numel() // NF4_BLOCK))
+
+
+def _followed(chunks: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the chunks to work on: of a tensor without numbers one shows what all of them take."""
+    return chunks[:1] if isinstance(chunks[0], FakeTensor) else chunks
+
+
+def _joined(parts: list[Tensor], elements: int) -> Tensor:
+    """Return the parts as one tensor; of a tensor without numbers, with room for those that were left out."""
+    missing = elements - sum(len(part) for part in parts)
+    return torch.cat([*parts, parts[0].new_empty(missing)] if missing else parts)
+
+
+def _in_blocks(chunk: Tensor) -> Tensor:
+    return F.pad(chunk.float(), (0, -len(chunk) % NF4_BLOCK)).view(-1, NF4_BLOCK)
+
+
+def _compressed(scales_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scales in 255ths of the largest of their group, (B,) bytes, and those largest, (G,)."""
+    grouped = F.pad(scales_B, (0, -len(scales_B) % NF4_GROUP)).view(-1, NF4_GROUP)
+    tops_G = grouped.amax(1)
+    bytes_GB = (grouped / _not_zero(tops_G.unsqueeze(1)) * BYTE).round_().to(torch.uint8)
+    return bytes_GB.view(-1)[: len(scales_B)].clone(), tops_G
+
+
+def _expanded(bytes_B: Tensor, tops_G: Tensor) -> Tensor:
+    """Return what compressed scales stand for, (B,), fp32."""
+    return tops_G.repeat_interleave(NF4_GROUP)[: len(bytes_B)].mul_(bytes_B).div_(BYTE)
+
+
+def _nf4(weight_OI: Tensor, scales_B: Tensor) -> Tensor:
+    """Return each weight's nearest of the 16 levels times its block's scale, two to a byte."""
+    levels = nf4_levels().to(weight_OI.device)
+    middles = (levels[1:] + levels[:-1]) / 2
+    chunk_blocks = PACK_CHUNK_ELEMENTS // NF4_BLOCK
+    parts = []
+    chunks = weight_OI.reshape(-1).split(PACK_CHUNK_ELEMENTS)
+    for chunk, scales in zip(_followed(chunks), scales_B.split(chunk_blocks), strict=False):
+        relative = _in_blocks(chunk) / _not_zero(scales.unsqueeze(1))
+        codes = torch.bucketize(relative, middles, out_int32=True).to(torch.uint8).view(-1)[: len(chunk)]
+        codes = F.pad(codes, (0, len(chunk) % 2))
+        parts.append((codes[0::2] << 4) | codes[1::2])
+    return _joined(parts, (weight_OI.numel() + 1) // 2)
+
+
+def _not_zero(scales: Tensor) -> Tensor:
+    """Return what to divide by: where all of a block is zero, anything else."""
+    return scales.where(scales > 0, 1.0)
+
+
+def _unpacked_nf4(values: Tensor, scales_B: Tensor, shape: torch.Size) -> Tensor:
+    library = nf4_library()
+    state = library.QuantState(absmax=scales_B, shape=shape, dtype=torch.float32, blocksize=NF4_BLOCK, quant_type="nf4")
+    unpacked: Tensor = library.dequantize_4bit(values.unsqueeze(1), state)
+    return unpacked
+
+
+@lru_cache(maxsize=1)
+def nf4_levels() -> Tensor:
+    """Return the 16 levels, rising from −1 to 1: quantiles of a normal distribution, with 0 among them."""
+    levels: Tensor = nf4_library().get_4bit_type("nf4", device="cpu")
+    return levels
+
+
+@lru_cache(maxsize=1)
+def nf4_library() -> Any:
+    """Return the functions that unpack NF4. Raises InputError where they are not installed."""
+    try:
+        import bitsandbytes.functional as library
+    except ImportError as error:
+        raise InputError(
+            f"method.quantize in nf4 needs {NF4_LIBRARY}: pip install 'lte[quantize]', or try "
+            "--set method.quantize=int8"
+        ) from error
+    return library
+
+
+def mapped_copy(weight_OI: Tensor) -> Tensor:
+    """Return a copy in host memory over a temporary file, to which the system can move what is not in use.
+
+    The file has no name any more, so that it goes with the process; TMPDIR says where it lies.
+    """
+    if isinstance(weight_OI, FakeTensor):  # has no numbers to write
+        return weight_OI.clone()
+    copy = mapped_zeros(weight_OI.numel(), weight_OI.dtype).view(weight_OI.shape)
+    return copy.copy_(weight_OI.detach())
+
+
+def mapped_zeros(count: int, dtype: torch.dtype) -> Tensor:
+    """Return as many zeros, (count,), in such a file; its name in TMPDIR is gone at once."""
+    if active_fake_mode() is not None:
+        return torch.zeros(count, dtype=dtype)
+    with tempfile.TemporaryFile(prefix="lte-") as file:
+        return torch.from_numpy(np.memmap(file, torch.empty(0, dtype=dtype).numpy().dtype, "w+", shape=(count,)))

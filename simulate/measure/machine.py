@@ -1,0 +1,183 @@
+"""What a machine is and holds, how fast its memory and disk are, and the whole as a profile."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from simulate.common.errors import InputError
+from simulate.config.hardware import BETWEEN_CPUS, Device, FlopPerSecond, Kernels, Link, Measurement, Profile
+from simulate.config.profiles import BETWEEN_GPUS, detect_local, local_gpu_profile
+from simulate.measure.kernels import FULL, QUICK, Log, Sizes, measure_kernels
+from simulate.measure.timer import Stopwatch
+from simulate.training.checkpoints import write_part
+
+COPY_BYTES = 2**27
+PEAK_SIZE, PROBE_SIZE = 1024, 128
+FORMATS = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
+DISK_BYTES, DISK_REPEATS = 2**26, 5
+QUICK_S, FULL_S = 0.15, 0.8
+"""For the repetitions of one program."""
+
+
+@dataclass(frozen=True)
+class MeasurementScope:
+    """What to measure, and how."""
+
+    quick: bool = False
+    devices: int = 1
+    threads: int | None = None
+    """Of the processor; None: as many as torch takes."""
+    device: str = "auto"
+
+
+def measure_profile(wanted: MeasurementScope, link: Link, log: Log, sizes: Sizes | None = None) -> Profile:
+    """Measure this machine; links are taken as given."""
+    started = time.monotonic()
+    threads = torch.get_num_threads()
+    if wanted.threads:
+        torch.set_num_threads(wanted.threads)
+    try:
+        cuda = wanted.device != "cpu" and torch.cuda.is_available()
+        if wanted.device == "cuda" and not cuda:
+            raise InputError("--device cuda: torch sees no GPU here; use --device cpu")
+        watch = Stopwatch(torch.device("cuda" if cuda else "cpu"), QUICK_S if wanted.quick else FULL_S)
+        log("disk")
+        disk = measure_disk(DISK_BYTES)
+        log("memory bandwidth and peaks")
+        memory_bytes_per_s = _copy_bytes_per_s(watch, COPY_BYTES)
+        peaks = _peaks(watch)
+        kernels = measure_kernels(watch, sizes or (QUICK if wanted.quick else FULL), log)
+        measurement = _measurement(watch, wanted, started, disk)
+    finally:
+        torch.set_num_threads(threads)
+    device = _device(wanted, cuda, memory_bytes_per_s, peaks, kernels, disk)
+    sources = {**link.sources, "collectives": BETWEEN_GPUS if cuda else BETWEEN_CPUS}
+    link = link.model_copy(update={"collectives": "nccl" if cuda else "gloo", "sources": sources})
+    return Profile(
+        name="measured", description=f"{device.kind}, measured {measurement.date[:10]}", device=[device], link=link,
+        measurement=measurement,
+    )  # fmt: skip
+
+
+def _device(
+    wanted: MeasurementScope, cuda: bool, memory_bytes_per_s: float, peaks: dict[str, float], kernels: Kernels,
+    disk: Disk,
+) -> Device:  # fmt: skip
+    detected = (local_gpu_profile() if cuda else None) or detect_local()
+    own = detected.device[0]
+    fastest = max(rate for _, rate in (*kernels.products, *kernels.attention, *(kernels.full_attention or ())))
+    peaks = {**peaks, "fp32": max(peaks["fp32"], fastest)}
+    middle = sorted(rate for _, rate in kernels.products)[len(kernels.products) // 2]
+    asked = {key: own.sources[key] for key in ("memory_bytes", "reserved_bytes", "host_memory_bytes")}
+    return own.model_copy(
+        update={
+            "count": wanted.devices, "kind": own.kind.replace("this machine's ", "").replace("this ", ""),
+            "memory_bytes_per_s": memory_bytes_per_s, "flop_per_s": FlopPerSecond(**peaks),
+            "efficiency": min(1.0, middle / peaks["fp32"]), "kernels": kernels, "source": "measured",
+            "disk_write_bytes_per_s": disk.write_bytes_per_s, "disk_flush_s": disk.flush_s,
+            "sources": {
+                "count": "as asked for, all alike",
+                **asked,
+                "memory_bytes_per_s": f"measured: a copy of {COPY_BYTES // 2**20} MiB, read and written",
+                "flop_per_s": f"measured: products of {PEAK_SIZE} x {PEAK_SIZE} matrices, the fastest product of all",
+                "efficiency": "measured: the median product's share; kernels' own rates take its place",
+                "disk_write_bytes_per_s": f"measured: {DISK_BYTES // 2**20} MiB, written as checkpoints are",
+                "disk_flush_s": "measured: the same with hardly a byte",
+                "kernels": "measured: see measurement.median_s and p90_s",
+            },
+        }
+    )  # fmt: skip
+
+
+def _copy_bytes_per_s(watch: Stopwatch, num_bytes: int) -> float:
+    source = torch.zeros(num_bytes // 4, device=watch.device)
+    target = torch.empty_like(source)
+    return 2 * num_bytes / watch.seconds(f"copy of {num_bytes} bytes", lambda: target.copy_(source), most=10)
+
+
+def _peaks(watch: Stopwatch) -> dict[str, float]:
+    """Return products' rates by format; half precision that is no faster than fp32 is nothing to plan with."""
+    rates = {name: _product_flop_per_s(watch, name, PEAK_SIZE) for name in ("fp32", "fp64")}
+    for name in ("bf16", "fp16"):
+        # Emulated formats can be a thousand times slower, so a small product decides.
+        if _multiplies(watch.device, name) and _probe_s(watch.device, name) < 2 * _probe_s(watch.device, "fp32"):
+            rates[name] = _product_flop_per_s(watch, name, PEAK_SIZE)
+    return {name: rate for name, rate in rates.items() if name in ("fp32", "fp64") or rate > rates["fp32"]}
+
+
+def _product_flop_per_s(watch: Stopwatch, name: str, size: int) -> float:
+    x = torch.randn(size, size, device=watch.device).to(FORMATS[name])
+    return 2.0 * size**3 / watch.seconds(f"product of {size} x {size} in {name}", lambda: x @ x, least=3, most=10)
+
+
+def _probe_s(device: torch.device, name: str) -> float:
+    return Stopwatch(device, 0.0).seconds(name, _probe(device, name), least=3)
+
+
+def _multiplies(device: torch.device, name: str) -> bool:
+    try:
+        _probe(device, name)()
+    except RuntimeError:  # torch has no such kernel for this device
+        return False
+    return True
+
+
+def _probe(device: torch.device, name: str) -> Callable[[], object]:
+    x = torch.randn(PROBE_SIZE, PROBE_SIZE, device=device).to(FORMATS[name])
+    return lambda: x @ x
+
+
+def _measurement(watch: Stopwatch, wanted: MeasurementScope, started: float, disk: Disk) -> Measurement:
+    return Measurement(
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        host=f"{platform.system()} {platform.machine()}",
+        torch=torch.__version__,
+        device="cuda" if watch.device.type == "cuda" else "cpu",
+        threads=torch.get_num_threads(),
+        quick=wanted.quick,
+        clock=watch.clock,
+        disk_write_bytes_per_s=disk.write_bytes_per_s,
+        seconds=time.monotonic() - started,
+        median_s=watch.median_s,
+        p90_s=watch.p90_s,
+    )
+
+
+@dataclass(frozen=True)
+class Disk:
+    """How fast parts of checkpoints reach the disk."""
+
+    write_bytes_per_s: float
+    flush_s: float
+    """Of a part with hardly a byte."""
+
+
+def measure_disk(num_bytes: int) -> Disk:
+    """Write parts of checkpoints into this folder, by the wall clock; raises InputError where it cannot be written."""
+    try:
+        with tempfile.TemporaryDirectory(dir=".", prefix=".lte-disk-") as folder:
+            flush_s, whole_s = (_part_s(Path(folder), size) for size in (1, num_bytes))
+    except OSError as error:
+        where = f"the disk of {Path.cwd()} cannot be measured ({error.strerror})"
+        raise InputError(f"{where}; run this in a folder where runs can be saved") from None
+    return Disk(num_bytes / max(whole_s - flush_s, whole_s / 2), flush_s)
+
+
+def _part_s(folder: Path, num_bytes: int) -> float:
+    tensors = {"noise": torch.frombuffer(bytearray(os.urandom(num_bytes)), dtype=torch.uint8)}
+    seconds = []
+    for _ in range(DISK_REPEATS):
+        started = time.perf_counter()
+        write_part(folder, "noise", tensors, {})
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)

@@ -1,0 +1,130 @@
+"""Measure what one device of a run really allocates: its program alone, for a few steps and a merge.
+
+The simulation holds all devices in one process and shares what they have in common, so its own footprint says little
+about one device's. Here one device runs by itself: its batch, its adapters, everyone's factors at the merge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch._guards import active_fake_mode
+from torch.func import functional_call
+
+from simulate.comm.echo import EchoCommunicator
+from simulate.config.run import Run
+from simulate.layers.cross_entropy import row_losses
+from simulate.layers.dtypes import DTYPES
+from simulate.methods.adamix.options import AdamixOptions
+from simulate.methods.base import Method
+from simulate.methods.build_network import empty_model
+from simulate.methods.daso.options import DasoOptions
+from simulate.methods.registry import build_method
+from simulate.methods.sapipe.options import SapipeOptions
+from simulate.models.fake_batch import example_batch
+from simulate.models.peak_memory import cpu_peak_bytes
+from simulate.training.diagnostics import Diagnostics, GradientSums
+
+STEPS_OF_ROUNDS = (1, 2)
+"""The first step allocates optimizer state, the first merge what it remembers; after that every round is alike."""
+STEPS_WITHOUT_ROUNDS, STEPS_WITH_STALE_GRADIENTS = 2, 3
+
+DRAWN_STEPS = 60
+"""At most, until all of AdaMix's experts were drawn."""
+
+
+Watch = Callable[[str, Method, Sequence[Tensor]], None]
+"""Told of each phase before it begins, of the method that goes through it, and of what lies in files of the host."""
+Program = Callable[[Run, torch.device, Watch], Method]
+
+
+def unwatched(phase: str, method: Method, host: Sequence[Tensor]) -> None:
+    """Tell nobody."""
+
+
+def train_alone(run: Run, device: torch.device, watch: Watch = unwatched) -> Method:
+    """Train one device of a run on made-up samples, for some steps, merges and an evaluation, and diagnose it if it is.
+
+    A round's figures depend on numbers: where there are none, only gradients are taken.
+    """
+    method = build_method(run, EchoCommunicator(run.cluster.devices), device)
+    inputs, targets = (tensor.to(device) for tensor in example_batch(run.model, run.train.micro_batch))
+    inputs = inputs.to(DTYPES[run.train.dtype]) if inputs.is_floating_point() else inputs
+    last = run.train.steps - 1
+    late = run.method.delay_steps if isinstance(run.method, DasoOptions) else run.method.late_steps
+    empty = empty_model(run, device)
+    diagnostics = Diagnostics(method) if run.train.diagnostics_every else None
+
+    def steps(count: int, first: int = 0) -> None:
+        for step in range(first, first + count):
+            watch("forward", method, ())
+            method.step(inputs, targets, step)
+
+    if isinstance(run.method, AdamixOptions):
+        _draw_all_experts(method, steps)
+    for count in _steps_of_rounds(run):
+        steps(count)
+        if late:
+            watch("merge", method, ())
+            method.merge(sent := run.method.steps_apart - 1)
+            if method.merged_weights_ready(sent):
+                watch("evaluation", method, ())
+                evaluate_batch(method, empty, inputs, targets)
+            steps(late + 1, sent + 1)  # one more: an arrival may have dropped optimizer state
+        if diagnostics is not None and active_fake_mode() is None:
+            watch("round_figures", method, ())
+            diagnostics.of_round(last)
+        watch("merge", method, ())
+        method.merge(last)  # of all groups of layers
+    if diagnostics is not None:
+        sums = GradientSums(run, method.weights_in_use())
+        watch("gradient_figures", method, [sums.flat])
+        sums.add(inputs, targets)
+        sums.square_of_sum(method.communicator)
+        del sums
+    watch("evaluation", method, ())
+    evaluate_batch(method, empty, inputs, targets)
+    return method
+
+
+def _steps_of_rounds(run: Run) -> tuple[int, ...]:
+    if run.method.round_steps > 1:
+        return STEPS_OF_ROUNDS
+    return (STEPS_WITH_STALE_GRADIENTS if isinstance(run.method, SapipeOptions) else STEPS_WITHOUT_ROUNDS,)
+
+
+def _draw_all_experts(method: Method, steps: Callable[[int, int], None]) -> None:
+    """Step until every expert has optimizer state, which it gets with its first gradient."""
+    for step in range(DRAWN_STEPS):
+        if all(parameter in method.optimizer.state for parameter in method.parameters.values()):
+            return
+        steps(1, step)
+
+
+def measure_memory_bytes(run: Run, device: torch.device) -> int:
+    """Return the allocator's peak, in bytes, of one device's program over steps, merges and an evaluation."""
+
+    def program() -> None:
+        train_alone(run, device)
+
+    if device.type == "cuda":
+        return _cuda_peak_bytes(program, device)
+    return cpu_peak_bytes(program)
+
+
+@torch.no_grad()
+def evaluate_batch(method: Method, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the losses of a batch, (M,), by the merged weights on a plain network without storage."""
+    outputs = functional_call(model, method.weights_in_use(), (inputs,), tie_weights=False)
+    return row_losses(outputs, targets)
+
+
+def _cuda_peak_bytes(program: Callable[[], None], device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    program()
+    torch.cuda.synchronize(device)
+    return int(torch.cuda.max_memory_allocated(device)) - before

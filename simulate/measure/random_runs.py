@@ -1,0 +1,173 @@
+"""Runs of random sizes, which no closed form was fitted to: what plans are held against. Torch-free.
+
+A run is addressed by (seed, index), so that a list of them can be cut or split and stays the same.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from simulate.config.run import Run, build_run
+
+Table = dict[str, Any]
+FAMILIES = ("gpt", "llama", "vit", "mixer")
+AUTOCASTS = ("none", "bf16", "fp16")
+METHODS = (
+    "lte", "ddp", "diloco", "lora", "lte", "local-sgd", "topk", "lte", "relora", "powersgd", "lte", "mhlora", "daso",
+    "sapipe", "lte", "signsgd", "adamix",
+)  # fmt: skip
+"""In turns; their number and that of the families have no common divisor, so that every pair comes up."""
+LAYERS = (2, 3, 4, 5, 6, 8, 12)
+MANY_LAYERS, MANY_EVERY = (16, 24, 32, 40), 8
+"""Depth takes time, and does little else: every few runs a deep one."""
+WIDTHS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+CONTEXTS = (32, 64, 96, 128, 256, 384, 512, 1024, 2048)
+RANKS = (2, 4, 8, 16, 32, 64)
+WIRES = ("full", "full", "fp16", "bf16", "int8", "int4")
+SMALL = {"widths": (64, 96, 128), "contexts": (16, 32, 48), "layers": (2, 3), "ranks": (2, 4, 8)}
+"""Small enough to be trained for real within a second or two."""
+MERGE_EVERY = 4
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Which random runs."""
+
+    count: int
+    seed: int = 0
+    family: str | None = None
+    """One of FAMILIES; None: all of them in turns."""
+    autocast: str = "none"
+    small: bool = False
+    """Small enough to be measured by training them."""
+
+    def runs(self) -> list[Run]:
+        """Return the runs: the first ones of a longer sample of the same seed."""
+        return [self.run(index) for index in range(self.count)]
+
+    def run(self, index: int) -> Run:
+        """Return one random run: every method, reset, transport, wire and optimizer comes up in some hundred."""
+        draw = random.Random(f"held-out {self.seed} {index}")
+        devices, heads = draw.choice((2, 3, 4, 8)), draw.choice((1, 1, 2, 4))
+        model = _model(draw, self.family or FAMILIES[index % len(FAMILIES)], index, self.small)
+        method = _method(draw, METHODS[index % len(METHODS)], heads, devices, model, self.small)
+        batch = draw.choice((1, 2, 3, 4, 8)) * (heads if "heads_per_device" in method else 1)
+        recomputes, double = draw.random() < 0.4, draw.random() < 0.1
+        train = {
+            "steps": 100,
+            "micro_batch": batch,
+            "activation_checkpointing": recomputes,
+            "dtype": "fp64" if double and self.autocast == "none" else "fp32",
+            "autocast": self.autocast,
+            "optimizer": _optimizer(draw, method),
+        }
+        return build_run({"model": model, "method": method, "train": train, "cluster": {"devices": devices}})
+
+    def shrunk(self) -> Sample:
+        """Return as many runs that are small."""
+        return replace(self, small=True)
+
+
+def _model(draw: random.Random, family: str, index: int, small: bool) -> Table:
+    deep = index % MANY_EVERY == MANY_EVERY - 1 and not small
+    layers = draw.choice(SMALL["layers"] if small else MANY_LAYERS if deep else LAYERS)
+    width = draw.choice(SMALL["widths"] if small else WIDTHS)
+    sizes: Table = {"layers": layers, "width": width}
+    if family != "mixer":
+        sizes["attention_heads"] = draw.choice([heads for heads in (2, 4, 8, 16) if width // heads >= 16])
+    if family in ("gpt", "llama"):
+        vocab = draw.choice((256, 300) if small else (256, 1000, 5000, 32000))
+        sizes |= {"context": draw.choice(SMALL["contexts"] if small else CONTEXTS), "vocab": vocab}
+    else:
+        patch = draw.choice((4, 8) if small else (4, 8, 16))
+        sizes |= {"patch": patch, "image": patch * draw.choice((4, 6) if small else (4, 6, 8, 14))}
+        sizes["classes"] = draw.choice((10, 100, 1000))
+    if family == "llama":
+        sizes["mlp_width"] = width * draw.choice((2, 3)) + draw.choice((0, 8))
+    if family == "mixer":
+        sizes |= {"tokens_width": draw.choice((32, 64, 128, 256)), "channels_width": width * draw.choice((2, 4))}
+    return {"name": "mixer_s16" if family == "mixer" else family, **sizes}
+
+
+def _method(draw: random.Random, name: str, heads: int, devices: int, model: Table, small: bool) -> Table:
+    limit = model["width"]  # of a rank, by the smallest adapted layer
+    if "tokens_width" in model:
+        limit = min(limit, model["tokens_width"], (model["image"] // model["patch"]) ** 2)
+    rank = min(draw.choice(SMALL["ranks"] if small else RANKS), limit)
+    return {"name": name, **_OPTIONS[name](draw, rank, heads, devices, model)}
+
+
+def _lte(draw: random.Random, rank: int, heads: int, devices: int, model: Table) -> Table:
+    reset, late, paced = draw.choice(("none", "b", "ab")), draw.random() < 0.2, draw.random() < 0.1
+    options: Table = {
+        "rank": rank,
+        "heads_per_device": heads,
+        "merge_every": MERGE_EVERY,
+        "merge_transport": draw.choice(("gather", "reduce", "server", "auto")),
+        "reset": reset,
+        "wire": draw.choice(WIRES),
+        "fragments": draw.choice((1, 1, 2)),
+        "norms": draw.choice(("average", "average", "one", "vector-lora", "none")),
+        "biases": draw.choice(("average", "average", "frozen")),
+        "merge_optimizer": draw.choice(("keep", "keep", "prune", "reset")),
+        "frozen_a": reset != "none" and draw.random() < 0.4,
+    }
+    if late and options["norms"] != "vector-lora" and (reset == "none" or (reset == "b" and options["frozen_a"])):
+        options |= {"merge_delay": 1}
+    elif paced and reset != "none":
+        options |= {"fragments": 1, **_uneven(draw, devices)}
+    return options
+
+
+def _uneven(draw: random.Random, devices: int) -> Table:
+    """Devices of unequal speed; the first one, which is looked at, takes all steps."""
+    others = [draw.randint(1, MERGE_EVERY) for _ in range(devices - 1)]
+    return {"pace": "deadline", "steps_taken": [[MERGE_EVERY, *others]]}
+
+
+def _local_sgd(draw: random.Random, rank: int, heads: int, devices: int, model: Table) -> Table:
+    kind = draw.choice(("reduce", "server", "average", "compressed", "late", "paced"))
+    return {
+        "merge_every": MERGE_EVERY,
+        "merge_transport": "server" if kind == "server" else "reduce",
+        "merge_optimizer": "average" if kind == "average" else draw.choice(("keep", "reset")),
+        "wire": draw.choice(WIRES[2:]) if kind == "compressed" else "full",
+        "merge_delay": 2 if kind == "late" else 0,
+        **(_uneven(draw, devices) if kind == "paced" else {}),
+    }
+
+
+def _diloco(draw: random.Random, rank: int, heads: int, devices: int, model: Table) -> Table:
+    return {
+        "merge_every": MERGE_EVERY, "wire": draw.choice(WIRES), "fragments": draw.choice((1, 1, 2)),
+        "merge_delay": draw.choice((0, 0, 1)),
+    }  # fmt: skip
+
+
+_OPTIONS: dict[str, Callable[[random.Random, int, int, int, Table], Table]] = {
+    "lte": _lte,
+    "local-sgd": _local_sgd,
+    "diloco": _diloco,
+    "ddp": lambda draw, *_: {"wire": draw.choice(WIRES)},
+    "lora": lambda draw, rank, *_: {"rank": rank},
+    "relora": lambda draw, rank, *_: {"rank": rank, "warm_start_steps": draw.choice((0, 0, 5))},
+    "mhlora": lambda draw, rank, heads, *_: {"rank": rank, "heads_per_device": heads},
+    "adamix": lambda draw, rank, *_: {"rank": rank, "experts": draw.choice((2, 3))},
+    "daso": lambda draw, rank, heads, devices, model: {
+        "devices_per_node": 1 if devices % 2 else draw.choice((1, 2)), "delay_steps": draw.choice((0, 1, 2)),
+    },
+    "sapipe": lambda draw, *_: {"compensation": draw.choice(("none", "prediction", "delay"))},
+    "powersgd": lambda draw, *_: {"rank": draw.choice((1, 2, 4, 8))},
+    "topk": lambda draw, *_: {"density": draw.choice((0.01, 0.1))},
+    "signsgd": lambda draw, *_: {},
+}  # fmt: skip
+
+
+def _optimizer(draw: random.Random, method: Table) -> str:
+    cannot = method.get("compensation") == "prediction" or (
+        method["name"] == "local-sgd" and method["merge_optimizer"] == "average"
+    )
+    return "muon" if draw.random() < 0.2 and not cannot else "adamw"

@@ -1,0 +1,67 @@
+"""From run.toml to a network: the same weights for the same seed, whoever builds it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import torch
+from torch import nn
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from simulate.common.seeding import address
+from simulate.config.run import Run
+from simulate.layers.dtypes import CPU, DTYPES
+from simulate.models.schema import FactoryModel
+
+_CLASSES = {
+    "gpt": "simulate.models.gpt:Gpt",
+    "llama": "simulate.models.llama:Llama",
+    "vit": "simulate.models.vit:Vit",
+    "mixer": "simulate.models.mixer:Mixer",
+}
+
+
+def build_model(run: Run) -> nn.Module:
+    """Return the plain network with its start weights, drawn in float32 from (seed, "weights"), in the run's dtype.
+
+    Where tensors are fake there is nothing to draw, and how often a draw is repeated would depend on it.
+    """
+    if active_fake_mode() is not None and not isinstance(run.model, FactoryModel):
+        return _fake_network(run)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(address(run.train.seed, "weights"))
+        model = _network(run)
+    return model.to(DTYPES[run.train.dtype])
+
+
+def _fake_network(run: Run) -> nn.Module:
+    with unset_fake_temporarily():
+        network = empty_model(run)
+    fakes: dict[int, nn.Parameter] = {}
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in fakes:  # what is shared stays shared
+                fakes[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype))
+            setattr(module, name, fakes[id(parameter)])
+    return network
+
+
+def empty_model(run: Run, device: torch.device = CPU) -> nn.Module:
+    """Return the plain network without storage for parameters, to be called with others' weights on `device`."""
+    if isinstance(run.model, FactoryModel):
+        from simulate.models.tracing import empty_traced
+
+        return empty_traced(run.model, device).to(DTYPES[run.train.dtype]).eval()
+    with torch.device("meta"):
+        return _network(run).to(DTYPES[run.train.dtype]).eval()
+
+
+def _network(run: Run) -> nn.Module:
+    if isinstance(run.model, FactoryModel):
+        from simulate.models.tracing import build_traced
+
+        return build_traced(run.model)
+    module, _, name = _CLASSES[run.model.family].partition(":")
+    network: nn.Module = getattr(import_module(module), name)(run.model, run.train.activation_checkpointing)
+    return network

@@ -1,0 +1,16 @@
+"""Keys of the [method] table; torch-free."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from simulate.comm.transfers import Wire
+from simulate.config.method_options import DenseOptions
+
+
+class DdpOptions(DenseOptions):
+    """Dense data parallelism: gradients of all parameters are averaged at every step."""
+
+    name: Literal["ddp"] = "ddp"
+    wire: Wire = "full"
+    """Format in which gradients travel."""

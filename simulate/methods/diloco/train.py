@@ -1,0 +1,53 @@
+"""DiLoCo (Douillard et al. 2023, arXiv 2311.08105): local AdamW, and an outer optimizer on each round's change.
+
+    Δ = θ − mean_n(θ_n),   v ← μ·v + Δ,   θ ← θ − η·(Δ + μ·v),   θ_n ← θ     (algorithm 1; Nesterov as in PyTorch)
+
+With `fragments`, groups of parameters take turns, each every T steps (Douillard et al. 2025, arXiv 2501.18512). On a
+compressed `wire`, Δ travels with error feedback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from simulate.comm.base import Communicator
+from simulate.config.run import Run
+from simulate.methods.averaging import Averaging
+from simulate.methods.diloco.options import DilocoOptions
+from simulate.methods.local_sgd.train import Local
+from simulate.methods.round_updates import LayerUpdates, dense_updates
+
+
+class Diloco(Local):
+    """Local training with Nesterov momentum on the merged change."""
+
+    def __init__(
+        self, run: Run, communicator: Communicator, device: torch.device, network: nn.Module | None = None
+    ) -> None:
+        assert isinstance(run.method, DilocoOptions)
+        self.options = run.method
+        super().__init__(run, communicator, device, network)
+        self.averaging = Averaging(
+            self.parameters, communicator, wire=self.options.wire, fragments=self.options.fragments, outer=self._outer,
+            delayed=self.delay > 0,
+        )  # fmt: skip
+        self.momentum = {name: torch.zeros_like(last) for name, last in self.averaging.last.items()}
+
+    def _outer(self, name: str, last: Tensor, mean: Tensor) -> Tensor:
+        change = last - mean
+        velocity = self.momentum[name].mul_(self.options.outer_momentum).add_(change)
+        change.add_(velocity, alpha=self.options.outer_momentum)
+        return torch.sub(last, change, alpha=self.options.outer_learning_rate)
+
+    def merge_fragment(self, index: int, step: int) -> None:
+        self.averaging.merge(index, self._weights(step))
+
+    def updates(self, step: int) -> Iterator[LayerUpdates]:
+        return dense_updates(self.model, self.parameters, self.averaging.last, self._weights(step))
+
+    def extra_state(self) -> dict[str, Tensor]:
+        momentum = {f"momentum.{name}": tensor for name, tensor in self.momentum.items()}
+        return {**super().extra_state(), **momentum}

@@ -1,0 +1,126 @@
+"""What all methods share whose devices hold equal weights and agree on one gradient at every step.
+
+Legend: L local devices, C copies (1).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from simulate.comm.base import Communicator
+from simulate.comm.transfers import bucket
+from simulate.layers.convert import convert, merged_state
+from simulate.methods.base import Method, clip_per_device
+
+
+class GradientMethod(Method):
+    """Local gradients in, one gradient out; the local devices share one copy of the weights and of Adam's moments.
+
+    Where a method compresses each device's gradient by itself (`per_device`), the network's parameters are views of the
+    shared copy, expanded over devices, so that autograd keeps the devices' gradients apart.
+    """
+
+    per_device = False
+    is_trained_per_device = False
+
+    @property
+    def keeps_gradients_apart(self) -> bool:
+        """Whether the network's parameters have a row for each local device."""
+        return self.per_device
+
+    @property
+    def is_scaled_per_device(self) -> bool:
+        return self.keeps_gradients_apart
+
+    @property
+    def gradient_rows(self) -> int:
+        return self.local_devices if self.keeps_gradients_apart else 1
+
+    def backward(self, losses: Tensor) -> None:
+        """Where devices have gradients of their own, those that are not finite count as zero: nobody else need know."""
+        super().backward(losses)
+        if self.loss_scale is not None and self.keeps_gradients_apart:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            finite_L = self.loss_scale.finite_rows(gradients)
+            for gradient in gradients:
+                gradient[~finite_L] = 0
+            self.loss_scale.update(finite_L)
+
+    def _step_where_finite(self) -> None:
+        if self.keeps_gradients_apart:
+            self._step_optimizers()
+        else:
+            super()._step_where_finite()
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        return convert(model, copies=1)
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        shared = dict(self.model.named_parameters())
+        if self.per_device:
+            self.leaves = dict(expand_parameters(self.model, self.local_devices).named_parameters())
+        return shared
+
+    def parameter_groups(self) -> list[dict[str, object]]:
+        return self.decay_groups(self.parameters.items(), self.run.train.learning_rate)
+
+    def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
+        losses_L = self.group_losses(inputs, targets, self.local_devices)
+        self.backward(losses_L)
+        with torch.no_grad():
+            self.average_gradients()
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        clip_per_device(gradients, 1, self.run.train.clip_norm)
+        self.apply_gradients(step)
+        return losses_L.detach()
+
+    @abstractmethod
+    def average_gradients(self) -> None:
+        """Give each of `parameters` the mean gradient over all devices, or its compressed form."""
+
+    def merge(self, step: int) -> None:
+        """Nothing to do: the weights are one model after every step."""
+
+    def merged_state(self) -> dict[str, Tensor]:
+        return merged_state(self.model)
+
+
+def expand_parameters(model: nn.Module, devices: int) -> nn.Module:
+    """Replace each parameter (1, ...) by a view (L, ...) of its storage that is a leaf of its own."""
+    return _replace_parameters(model, lambda p: p.detach().expand(devices, *p.shape[1:]))
+
+
+def give_copies(model: nn.Module, devices: int) -> nn.Module:
+    """Replace each parameter (1, ...) by one copy for each device, (L, ...)."""
+    return _replace_parameters(model, lambda p: p.detach().repeat(devices, *(1,) * (p.ndim - 1)))
+
+
+def _replace_parameters(model: nn.Module, change: Callable[[nn.Parameter], Tensor]) -> nn.Module:
+    replaced: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in replaced:
+                replaced[id(parameter)] = nn.Parameter(change(parameter))
+            setattr(module, name, replaced[id(parameter)])
+    return model
+
+
+def take_gradients(leaves: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Return each device's gradients, (L, ...), and free the leaves of them."""
+    gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    for leaf in leaves.values():
+        leaf.grad = None
+    return gradients
+
+
+def mean_over_devices(sums: list[Tensor], communicator: Communicator) -> None:
+    """Turn sums over the local devices into means over all devices, in place, in packed messages."""
+    if not sums:
+        return
+    for group in bucket([tensor.numel() * tensor.element_size() for tensor in sums]):
+        communicator.all_reduce([sums[i] for i in group])
+    torch._foreach_div_(sums, float(communicator.num_devices))

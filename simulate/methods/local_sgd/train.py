@@ -1,0 +1,145 @@
+"""Local SGD and FedAvg: every device trains all weights by itself; every T steps they are averaged.
+
+    θ ← Σ_n w_n·θ_n,   w_n = 1/N        (Stich 2018, arXiv 1805.09767; here with AdamW as the local optimizer)
+                       w_n = m_n/Σ m    (McMahan et al. 2017, arXiv 1602.05629, algorithm 1, with the published erratum:
+                                         m_n is the size of the shard, the sum is over the round's participants)
+
+With `participation` below 1, max(1, round(share·N)) devices drawn for each round train in it; devices are stateless
+clients then: they start from the server's weights with a new optimizer. In a simulation the others compute along, but
+count for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from simulate.comm.base import Communicator
+from simulate.common.seeding import generator
+from simulate.config.run import Run
+from simulate.layers.convert import convert, merged_state
+from simulate.methods.averaging import Averaging
+from simulate.methods.base import forget_moments
+from simulate.methods.local_sgd.options import LocalSgdOptions
+from simulate.methods.paced import Paced
+from simulate.methods.round_updates import LayerUpdates, dense_updates
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Local(Paced):
+    """A full copy of the network and of its optimizer for every local device; subclasses merge."""
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        return convert(model, self.local_devices)
+
+    def parameter_groups(self) -> list[dict[str, object]]:
+        return self.decay_groups(self.parameters.items(), self.run.train.learning_rate)
+
+    def train_step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
+        losses_L = self.group_losses(inputs, targets, self.local_devices)
+        self.backward(losses_L)
+        self.clip(self.parameters.values())
+        self.apply_gradients(step)
+        self.arrive_if_due(step)
+        return losses_L.detach()
+
+    can_exclude_devices = True
+    averaging: Averaging
+
+    def exclude_devices(self, healthy_N: Tensor) -> None:
+        super().exclude_devices(healthy_N)
+        self.averaging.exclude_devices(self.healthy_L)
+
+    def send_fragment(self, index: int, step: int) -> None:
+        self.averaging.send(index, self._weights(step))
+
+    def apply_merged_fragment(self, index: int, step: int) -> None:
+        self.averaging.apply_merged(index)
+
+    def _weights(self, step: int) -> Tensor | None:
+        """Return all devices' shares of the mean, or None where they are equal."""
+        return self.shares()
+
+    def merged_state(self) -> dict[str, Tensor]:
+        """Return the weights of the last merge: between merges that are late or of fragments no device has them all."""
+        return merged_state(self.model, {id(self.parameters[name]): t for name, t in self.averaging.last.items()})
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return {**super().extra_state(), **self.averaging.state_dict()}
+
+
+class LocalSgd(Local):
+    """Periodic averaging of parameters, weighted by shards, by all devices or some."""
+
+    def __init__(
+        self, run: Run, communicator: Communicator, device: torch.device, network: nn.Module | None = None
+    ) -> None:
+        assert isinstance(run.method, LocalSgdOptions)
+        self.options = run.method
+        super().__init__(run, communicator, device, network)
+        server = self.options.merge_transport == "server"
+        delayed = self.delay > 0
+        self.averaging = Averaging(self.parameters, communicator, server, self.options.wire, delayed=delayed)
+
+    def active(self, step: int) -> list[int]:
+        if self.is_paced:
+            return super().active(step)
+        count = self.options.participants(self.run.cluster.devices)
+        return participants(self.run, count, step // self.options.merge_every)
+
+    def merge_fragment(self, index: int, step: int) -> None:
+        weights_N = self._weights(step)
+        if self.options.merge_optimizer == "average":
+            self._average_with_moments(weights_N)
+        else:
+            self.averaging.merge(index, weights_N)
+        self._treat_moments()
+
+    def apply_merged_fragment(self, index: int, step: int) -> None:
+        super().apply_merged_fragment(index, step)
+        self._treat_moments()
+
+    def _treat_moments(self) -> None:
+        if self.options.merge_optimizer == "reset":
+            forget_moments(self.optimizer, self.parameters.values())
+
+    def _weights(self, step: int) -> Tensor | None:
+        shards = self.run.data.shards
+        if self.is_paced:
+            return self.shares(shards)
+        active = self.active(step)
+        if shards is None and len(active) == self.run.cluster.devices:
+            return self.counted(None)
+        sizes = torch.tensor(shards or [1.0] * self.run.cluster.devices, dtype=torch.float64)
+        weights = torch.zeros_like(sizes)
+        weights[active] = sizes[active]
+        first = next(iter(self.parameters.values()))
+        return self.counted((weights / weights.sum()).to(first))
+
+    def _average_with_moments(self, weights_N: Tensor | None) -> None:
+        """Average parameters and both of Adam's moments, as if these were parameters, too."""
+        moments = [self.optimizer.state[p][key] for key in MOMENTS for p in self.parameters.values()]
+        tensors = [*self.parameters.values(), *moments]
+        names = [str(index) for index in range(len(tensors))]
+        everything = dict(zip(names, tensors, strict=True))
+        server = self.options.merge_transport == "server"
+        Averaging(everything, self.communicator, server).merge(0, weights_N)
+        self.averaging.remember()
+
+    def keep_merged(self) -> None:
+        self.averaging.keep_last()
+
+    def updates(self, step: int) -> Iterator[LayerUpdates]:
+        return dense_updates(self.model, self.parameters, self.averaging.last, self._weights(step))
+
+
+def participants(run: Run, count: int, round_index: int) -> list[int]:
+    """Return the devices that train in a round, in global order: all, or a draw addressed by the round."""
+    devices = run.cluster.devices
+    if count == devices:
+        return list(range(devices))
+    draw = generator(run.train.seed, "participants", round_index)
+    return sorted(int(device) for device in draw.choice(devices, size=count, replace=False))

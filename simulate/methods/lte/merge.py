@@ -1,0 +1,328 @@
+"""How LTE's low-rank products become part of W: over factors that travel, or over dense sums.
+
+Legend: L local devices, H heads of all devices, R rank, I inputs, O outputs, X elements of a message.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from simulate.comm.base import Communicator
+from simulate.comm.compression import CompressedMean, decode, encode
+from simulate.comm.transfers import bucket
+from simulate.layers.lora import LoraLinear
+from simulate.methods.base import clear_rows
+from simulate.methods.lte.options import LteOptions
+from simulate.models.shapes import LinearShape
+from simulate.rules.transport import factor_buffer_bytes, layer_transport
+
+Exchange = Callable[[Sequence[Tensor]], list[Tensor] | None]
+
+
+class LayerMerger:
+    """Merges some adapted layers: those whose factors travel, in packed messages, and those that are reduced."""
+
+    def __init__(self, layers: Sequence[LoraLinear], options: LteOptions, communicator: Communicator) -> None:
+        self.layers, self.options, self.communicator = layers, options, communicator
+        self.local = len(communicator.local_devices)
+        devices = communicator.num_devices
+        held, transport = options.held_rank(devices), options.merge_transport
+        self.keys = ("b",) if options.frozen_a else ("a", "b")
+        """The factors that travel: a frozen A can be drawn by everyone."""
+        shapes = {x.name: LinearShape(x.name, *x.size, 1) for x in layers}
+        reduced = {
+            n for n, x in shapes.items() if layer_transport(x, held, devices, transport, options.frozen_a) == "reduce"
+        }
+        by_factors = [layer for layer in layers if layer.name not in reduced]
+        dense = [layer for layer in layers if layer.name in reduced]
+        element_bytes = layers[0].b.element_size() if layers else 0
+        sizes = factor_buffer_bytes(
+            [shapes[x.name] for x in by_factors], devices, held, transport, element_bytes, options.frozen_a
+        )
+        self.factor_messages = [[by_factors[i] for i in group] for group in bucket(sizes)]
+        self.dense_messages = [
+            [dense[i] for i in group] for group in bucket([math.prod(x.size) * element_bytes for x in dense])
+        ]
+        delayed_layers = layers if options.merge_delay else ()
+        self.snapshots = {
+            f"{layer.name}.{key}": getattr(layer, key).detach().clone() for layer in delayed_layers for key in self.keys
+        }
+        """Factors that were sent while their merge travels."""
+        self.arriving = {layer.name: layer.weight.clone() for layer in delayed_layers}
+        """Merged W, which training must not see before it has arrived."""
+        self._travels = False
+        self._weights_H: Tensor | None = None
+        self.compressed = options.wire != "full" and devices > 1
+        self.errors: dict[str, Tensor] = {}
+        self.means: list[CompressedMean] = []
+        if self.compressed:
+            for layer in by_factors:
+                for key in self.keys:
+                    factor = getattr(layer, key).detach()
+                    self.errors[f"{layer.name}.{key}"] = torch.zeros_like(factor).view(self.local, -1)
+            for message in self.dense_messages:
+                elements = sum(math.prod(layer.size) for layer in message)
+                self.means.append(CompressedMean(elements, options.wire, communicator, message[0].b))
+
+    def merge(self, weights_N: Tensor | None = None) -> None:
+        """Make W of all layers the same on all devices, and let heads remember what of them is in it.
+
+        `weights_N` are all devices' shares of 1; equal where not given.
+        """
+        self._travels = False
+        heads, devices = self.options.heads_per_device, self.communicator.num_devices
+        # In units of an equal share, since the merge is a mean.
+        self._weights_H = None if weights_N is None else (weights_N * devices).repeat_interleave(heads)
+        self._exchange()
+        self._weights_H = None
+
+    @property
+    def _own_weights_H(self) -> Tensor | None:
+        if self._weights_H is None:
+            return None
+        local, heads = self.communicator.local_devices, self.options.heads_per_device
+        return self._weights_H[local.start * heads : local.stop * heads]
+
+    @torch.no_grad()
+    def send(self) -> None:
+        """Let factors, as they are now, be merged behind the training: inside `background`."""
+        for layer in self.layers:
+            for key in self.keys:
+                self.snapshots[f"{layer.name}.{key}"].copy_(getattr(layer, key))
+        self._travels = True
+        self._exchange()
+
+    @torch.no_grad()
+    def apply_merged(self) -> None:
+        """Put the W that has arrived in its place; what heads learned since they sent stays their own difference."""
+        for layer in self.layers:
+            layer.weight.copy_(self.arriving[layer.name])
+            b_HOR = self.snapshots[f"{layer.name}.b"]
+            if self.options.reset == "none":
+                layer.remember_product(self.snapshots[f"{layer.name}.a"], b_HOR)
+            else:
+                layer.b.sub_(b_HOR)
+
+    def merged(self, layer: LoraLinear, travels: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the newest merged W of a layer, on its way or not, and the local heads' A and B that are in it."""
+        if travels:
+            snapshots = (self.snapshots[f"{layer.name}.{key}"] for key in ("a", "b"))
+            return self.arriving[layer.name], *snapshots
+        if layer.a0 is None or layer.b0 is None:  # nothing is merged yet
+            return layer.merged_weight(), layer.a.detach(), torch.zeros_like(layer.b)
+        return layer.merged_weight(), layer.a0, layer.b0
+
+    def _exchange(self) -> None:
+        for message in self.factor_messages:
+            self._merge_factors(message)
+        for index, message in enumerate(self.dense_messages):
+            if self.compressed:
+                self._merge_compressed_deltas(message, self.means[index])
+            else:
+                self._merge_sums(message)
+
+    @torch.no_grad()
+    def exclude_devices(self, healthy_L: Tensor) -> None:
+        """Take heads of devices that are not healthy back to the last merge, so that they add nothing to this one."""
+        healthy_H = healthy_L.repeat_interleave(self.options.heads_per_device)
+        for layer in self.layers:
+            sick_H = ~healthy_H.to(layer.b.device)
+            if layer.a0 is not None and layer.b0 is not None:
+                layer.a[sick_H], layer.b[sick_H] = layer.a0[sick_H], layer.b0[sick_H]
+                continue
+            if isinstance(layer.a, nn.Parameter):
+                drawn = layer.draw_a(int(layer.drawn_after))
+                layer.a[sick_H] = drawn[sick_H]
+            layer.b[sick_H] = 0
+        for errors in (*self.errors.values(), *(t for mean in self.means for t in mean.state_dict().values())):
+            clear_rows(errors, healthy_L)
+
+    @property
+    def _share(self) -> float:
+        """s/H: the merge is a mean over all heads."""
+        return self.options.scale / (self.communicator.num_devices * self.options.heads_per_device)
+
+    def _merge_factors(self, layers: list[LoraLinear]) -> None:
+        server = self.options.merge_transport == "server"
+        exchange = self.communicator.push if server else self.communicator.all_gather
+        if self.compressed:
+            everyones = self._exchange_rounded(layers, exchange)
+        else:
+            everyones = exchange([self._sent(layer, key) for layer in layers for key in self.keys])
+            for layer in layers:
+                self._remember(layer)
+        if everyones is not None:  # here, not only at the server
+            self.communicator.on_complete(partial(self._add_up, layers, everyones, self._targets(layers)))
+        if server:
+            self.communicator.pull(self._pulled(layers))
+
+    def _add_up(self, layers: list[LoraLinear], everyones: list[Tensor], targets: list[Tensor | None]) -> None:
+        factors = iter(everyones)
+        for layer, target_OI in zip(layers, targets, strict=True):
+            a_HRI = self._everyones_draw(layer) if self.options.frozen_a else next(factors)
+            b_HOR = weighted(next(factors), self._weights_H)
+            if target_OI is not None:
+                add_products(self._base(layer), a_HRI, b_HOR, self._share, out=target_OI)
+                continue
+            # Unpacked for as long as it takes to pack it again, one layer at a time.
+            merged_OI = self._base(layer, own=True).to(b_HOR.device)
+            add_products(merged_OI, a_HRI, b_HOR, self._share, out=merged_OI)
+            layer.set_weight(merged_OI)
+
+    def _sent(self, layer: LoraLinear, key: str) -> Tensor:
+        """Return what is merged of a layer's own factors: as they are, or as they were sent."""
+        return self.snapshots[f"{layer.name}.{key}"] if self._travels else getattr(layer, key).detach()
+
+    def _targets(self, layers: list[LoraLinear]) -> list[Tensor | None]:
+        """Return where merged W go; None where they are packed."""
+        if self._travels:
+            return [self.arriving[layer.name] for layer in layers]
+        return [None if layer.frozen else layer.weight for layer in layers]
+
+    def _pulled(self, layers: list[LoraLinear]) -> list[Tensor]:
+        """Return what the server's content is written to: quantised W as they are packed."""
+        if self._travels:
+            return [self.arriving[layer.name] for layer in layers]
+        return [tensor for layer in layers for tensor in layer.frozen_tensors()]
+
+    def _everyones_draw(self, layer: LoraLinear) -> Tensor:
+        heads = self.communicator.num_devices * self.options.heads_per_device
+        if heads == layer.a.shape[0]:
+            return layer.a
+        return layer.draw_a(int(layer.drawn_after), heads)
+
+    def _exchange_rounded(self, layers: list[LoraLinear], exchange: Exchange) -> list[Tensor] | None:
+        """Return everyone's factors as their messages have them; errors and remembered products follow."""
+        wire, parts, shapes = self.options.wire, [], []
+        for layer in layers:
+            rounded = {}
+            for key in self.keys:
+                factor = self._sent(layer, key)
+                error_LX = self.errors[f"{layer.name}.{key}"]
+                corrected_LX = error_LX.add_(factor.view(self.local, -1))
+                message = encode(corrected_LX, wire)
+                sent_LX = decode(message, corrected_LX.shape[1], wire, factor.dtype)
+                corrected_LX.sub_(sent_LX)  # what rounding lost
+                rounded[key] = sent_LX.reshape(factor.shape)
+                parts.append(message)
+                shapes.append(factor.shape)
+            self._remember(layer, rounded)
+            if self.options.reset == "ab":  # the lost part of a factor means nothing beside the next draw
+                for key in self.keys:
+                    self.errors[f"{layer.name}.{key}"].zero_()
+        exchanged = exchange([tensor for message in parts for tensor in message])
+        if exchanged is None:
+            return None
+        everyones: list[Tensor] = []
+
+        def unpack() -> None:
+            received = iter(exchanged)
+            for message, (heads, rows, columns) in zip(parts, shapes, strict=True):
+                elements = heads // self.local * rows * columns
+                decoded = decode([next(received) for _ in message], elements, wire, self.layers[0].b.dtype)
+                everyones.append(decoded.reshape(-1, rows, columns))
+
+        self.communicator.on_complete(unpack)
+        return everyones
+
+    def _merge_sums(self, layers: list[LoraLinear]) -> None:
+        weights_H = self._own_weights_H
+        sums = [sum_of_products(self._sent_a(layer), weighted(self._sent(layer, "b"), weights_H)) for layer in layers]
+        self.communicator.all_reduce(sums)
+        targets = self._targets(layers)
+
+        def add_up() -> None:
+            for layer, sum_OI, target_OI in zip(layers, sums, targets, strict=True):
+                into_OI = sum_OI if target_OI is None else target_OI
+                torch.add(self._base(layer), sum_OI, alpha=self._share, out=into_OI)
+                if target_OI is None:
+                    layer.set_weight(into_OI)
+
+        self.communicator.on_complete(add_up)
+        for layer in layers:
+            self._remember(layer)
+
+    def _sent_a(self, layer: LoraLinear) -> Tensor:
+        return layer.a if self.options.frozen_a else self._sent(layer, "a")
+
+    def _merge_compressed_deltas(self, layers: list[LoraLinear], compressed: CompressedMean) -> None:
+        mean = compressed.mean(self._deltas(layer) for layer in layers)
+        targets = self._targets(layers)
+
+        def add_up() -> None:
+            parts = mean.pop().split([math.prod(layer.size) for layer in layers])
+            for layer, part, target_OI in zip(layers, parts, targets, strict=True):
+                change_OI = part.view(layer.size)
+                into_OI = change_OI if target_OI is None else target_OI
+                torch.add(layer.merged_weight(), change_OI, out=into_OI)
+                if target_OI is None:
+                    layer.set_weight(into_OI)
+
+        self.communicator.on_complete(add_up)
+        for layer in layers:
+            self._remember(layer)
+
+    def _deltas(self, layer: LoraLinear) -> Tensor:
+        """Return each local device's change of W since the last merge, (L, O*I)."""
+        per_device = layer.a.shape[0] // self.local
+        deltas_LOI = []
+        for first in range(0, layer.a.shape[0], per_device):
+            heads = slice(first, first + per_device)
+            b_HOR = weighted(self._sent(layer, "b"), self._own_weights_H)[heads]
+            delta_OI = sum_of_products(self._sent_a(layer)[heads], b_HOR)
+            if layer.a0 is not None and layer.b0 is not None:
+                delta_OI -= sum_of_products(layer.a0[heads], layer.b0[heads])
+            deltas_LOI.append(delta_OI)
+        return torch.stack(deltas_LOI).flatten(1).mul_(self.options.scale / self.options.heads_per_device)
+
+    def _remember(self, layer: LoraLinear, rounded: Mapping[str, Tensor] | None = None) -> None:
+        """Keep what of a layer's heads is in merged W, as it is or was sent; while that travels, in the snapshot."""
+        if self.options.reset != "none":
+            return
+        if not self._travels:
+            factors = rounded or {"a": layer.a.detach(), "b": layer.b.detach()}
+            layer.remember_product(factors["a"], factors["b"])
+            return
+        for key, factor in (rounded or {}).items():
+            self.snapshots[f"{layer.name}.{key}"].copy_(factor)
+
+    def _base(self, layer: LoraLinear, own: bool = False) -> Tensor:
+        """Return what a merge adds to; of a quantised layer, with `own`, a new tensor."""
+        if layer.start_weight is None:
+            return layer.merged_weight()
+        return layer.start_weight.to(layer.b.device, copy=own)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what rounding lost, and what travels, by name."""
+        named = {f"error.{name}": tensor for name, tensor in self.errors.items()}
+        named.update({f"snapshot.{name}": tensor for name, tensor in self.snapshots.items()})
+        named.update({f"arriving.{name}": tensor for name, tensor in self.arriving.items()})
+        for message, mean in zip(self.dense_messages, self.means, strict=False):
+            named.update({f"{key}.{message[0].name}": tensor for key, tensor in mean.state_dict().items()})
+        return named
+
+
+def add_products(base_OI: Tensor, a_HRI: Tensor, b_HOR: Tensor, share: float, out: Tensor) -> None:
+    """Write base + share·Σ_h B_h·A_h to `out`, (O, I): one matrix product, and not a dense delta beside it."""
+    torch.addmm(base_OI, *_stacked(a_HRI, b_HOR), alpha=share, out=out)
+
+
+def weighted(b_HOR: Tensor, weights_H: Tensor | None) -> Tensor:
+    """Return B times each head's weight; where all count alike, as it is."""
+    return b_HOR if weights_H is None else b_HOR * weights_H.view(-1, 1, 1)
+
+
+def sum_of_products(a_HRI: Tensor, b_HOR: Tensor) -> Tensor:
+    """Return Σ_h B_h·A_h, (O, I): the sum of products, which a product of sums is not."""
+    b_OX, a_XI = _stacked(a_HRI, b_HOR)
+    return b_OX @ a_XI
+
+
+def _stacked(a_HRI: Tensor, b_HOR: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (O, H*R) and (H*R, I), whose product is the sum over heads of B_h·A_h."""
+    return b_HOR.transpose(0, 1).reshape(b_HOR.shape[1], -1), a_HRI.reshape(-1, a_HRI.shape[2])

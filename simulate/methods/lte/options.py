@@ -1,0 +1,136 @@
+"""Keys of the [method] table; torch-free."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from simulate.comm.transfers import Transport, Wire
+from simulate.config.method_options import AdapterOptions, Pace, Steps
+from simulate.layers.formats import Biases, Convolutions, Draws, Norms, Quantize
+
+Master = Literal["host", "server", "none"]
+
+
+class LteOptions(AdapterOptions):
+    """LoRA-the-Explorer (arXiv 2402.16828, algorithm 1)."""
+
+    name: Literal["lte"] = "lte"
+    heads_per_device: int = Field(default=1, gt=0)
+    """Each head of a device trains on its own part of the device's batch."""
+    merge_every: int = Field(default=10, gt=0)
+    """Optimizer steps T of one round."""
+    merge_transport: Transport | Literal["auto"] = "gather"
+    """gather: everyone sends factors to everyone; reduce: dense deltas are summed; server: push factors, pull W; auto:
+    gather or reduce, layer by layer, whichever sends fewer bytes."""
+    reset: Literal["none", "b", "ab"] = "b"
+    """After a merge: b zeroes B; ab also draws a new A; none keeps A and B and subtracts their old product."""
+    merge_optimizer: Literal["keep", "prune", "reset"] = "keep"
+    """The adapters' optimizer state after a merge: kept, the smallest nine tenths zeroed, or all zeroed."""
+    wire: Wire = "full"
+    """Format in which factors, deltas and replicated parameters travel."""
+    frozen_a: bool = True
+    """Train B alone (LoRA-FA, arXiv 2308.03303): A stays as drawn, which all devices can, so that only B travels. False
+    where not given with reset = "none", which trains A as the paper does."""
+    draws: Draws = "own"
+    """own: every head draws its A by itself; joint: rows of A are orthogonal also between heads, of as many as there is
+    room for in a layer's inputs, so that together heads look in all directions alike."""
+    fragments: int = Field(default=1, gt=0)
+    """Groups of layers that merge at staggered steps, each every T steps: divides the peak traffic."""
+    merge_delay: int = Field(default=0, ge=0)
+    """Steps that go on while a merge travels; 0 waits for it."""
+    pace: Pace = "lockstep"
+    """deadline: a slow device takes fewer steps of a round, at least one, and counts for what it trained on."""
+    round_deadline_s: float | None = Field(default=None, gt=0)
+    """Seconds of a round with pace = "deadline"; not set: what the fastest device needs for T steps."""
+    steps_taken: Steps | None = None
+    """Steps of each device, round by round, in place of a deadline, and again from the start: [[10, 3], [10, 4]]."""
+    norms: Norms = "average"
+    """Affine parameters of norms: average: each device trains its own, averaged at merges; one: the first device trains
+    them for all; vector-lora: a low-rank pair for each; none: they stay as they start."""
+    biases: Biases = "average"
+    """Biases of linear layers and convolutions: averaged at merges, or frozen."""
+    convolutions: Convolutions = "lora"
+    """Convolutions: a pair whose B is a 1x1 convolution, or all weights averaged at merges."""
+    quantize: Quantize = "none"
+    """Format of the frozen weights; products unpack a layer at a time."""
+    master: Master = "host"
+    """Who keeps merged weights in full precision where frozen ones are quantised: every process in host memory, the
+    server alone, or nobody: then merges with a reset lose what rounding swallows."""
+
+    @property
+    def round_steps(self) -> int:
+        return self.merge_every
+
+    @property
+    def merges_per_round(self) -> int:
+        return self.fragments
+
+    def held_rank(self, devices: int) -> int:
+        return self.heads_per_device * self.rank
+
+    @property
+    def remembers_product(self) -> bool:
+        return self.reset == "none"
+
+    @property
+    def keeps_master(self) -> bool:
+        return self.quantize != "none" and self.master != "none"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reset_less_trains_a(cls, given: Any) -> Any:
+        reset_less = isinstance(given, dict) and given.get("reset") == "none" and "frozen_a" not in given
+        return {**given, "frozen_a": False} if reset_less else given
+
+    @model_validator(mode="after")
+    def _quantized_goes_with_the_rest(self) -> LteOptions:
+        if self.master != "host" and self.quantize == "none":
+            raise ValueError(
+                f"master = {self.master!r} is for quantised weights, and quantize is 'none'; "
+                "leave it away, or try --set method.quantize=nf4"
+            )
+        if self.master == "server" and self.merge_transport != "server":
+            raise ValueError(
+                f"master = 'server' needs the server to merge, and merge_transport is {self.merge_transport!r}; "
+                "try --set method.merge_transport=server"
+            )
+        if self.merge_delay and self.quantize != "none":
+            raise ValueError(
+                f"merge_delay = {self.merge_delay} would hold arriving weights unpacked beside quantize = "
+                f"{self.quantize!r}; leave one of them away"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _delay_goes_with_the_rest(self) -> LteOptions:
+        self._check_delay()
+        self._check_pace()
+        if self.is_paced and self.reset == "none":
+            raise ValueError(
+                "pace = 'deadline' weighs devices anew in every round, so reset-less merges would not take back what "
+                "they added; try --set method.reset=b"
+            )
+        if self.merge_delay and not (self.reset == "none" or (self.reset == "b" and self.frozen_a)):
+            move = "reset=b" if self.frozen_a else "reset=none"
+            raise ValueError(
+                f"merge_delay = {self.merge_delay} with reset = {self.reset!r} and frozen_a = "
+                f"{str(self.frozen_a).lower()} would drop what heads learn while a merge travels; try --set "
+                f"method.{move}"
+            )
+        if self.merge_delay and self.norms == "vector-lora":
+            raise ValueError(
+                f"merge_delay = {self.merge_delay} does not go with norms = 'vector-lora', whose pairs merge at "
+                "once; try --set method.norms=average"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _frozen_a_resets(self) -> LteOptions:
+        if self.frozen_a and self.reset == "none":
+            raise ValueError(
+                "frozen_a = true trains alike with reset = 'none' and reset = 'b', which needs less memory; "
+                "try --set method.reset=b, or --set method.frozen_a=false to train A, too"
+            )
+        return self

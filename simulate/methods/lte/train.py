@@ -1,0 +1,279 @@
+"""LoRA-the-Explorer (Huh et al. 2024, arXiv 2402.16828, algorithm 1).
+
+Every head h trains A_h, B_h on its own data against frozen W. Every T steps the heads' products are averaged into W:
+
+    reset:       W ← W + (s/H)·Σ_h B_h·A_h,   then B_h ← 0  (and, with reset = "ab", A_h drawn anew)
+    reset-less:  W ← W + (s/H)·Σ_h (B_h·A_h − B0_h·A0_h),   then A0_h, B0_h ← A_h, B_h
+
+Reset-less merges telescope, since each one takes back the last: W = W0 + (s/H)·Σ_h B_h·A_h with the start weights W0.
+So W0 is kept instead of everybody's old factors; nothing accumulates, neither rounding nor memory. Parameters outside
+adapted layers belong to a device and are averaged with every merge. Optimizer state stays with its device.
+
+With `draws` = "joint" rows of A are orthogonal between heads, too, of as many as fit into the inputs I, so that
+
+    (1/H)·Σ_h A_hᵀ·A_h = (I/(H·r))·P,   a projection on H·r directions, the identity where H·r = I
+
+and merges look in every direction alike (as in orthogonal random features; Yu et al. 2016, arXiv 1610.09072).
+
+With `merge_delay` d what heads have at step kT, A' and B', is merged behind the next d steps; after step kT + d
+
+    reset-less:                W ← W0 + (s/H)·Σ_h B'_h·A'_h,   then A0_h, B0_h ← A'_h, B'_h
+    frozen A with reset = "b": W ← W + (s/H)·Σ_h B'_h·A_h,     then B_h ← B_h − B'_h
+
+so that a head's effective weight keeps what it learned since. Other resets would drop that.
+
+With `pace = "deadline"` device n counts w_n in place of 1/N (simulate.methods.paced):
+
+    reset:       W ← W + s·Σ_n w_n·mean_{h of n}(B_h·A_h)
+
+Reset-less merges would not telescope then: what a head had added with one weight would be taken back with another.
+
+With `quantize` W is kept in fewer bytes, Q(W), and unpacked for each product; merges add to a full-precision master
+W in host memory, and W0 lies there, too. Only with `master` = "none" does Q(Q(W) + ...) take the place of W.
+
+On a compressed `wire` what a device merged is what its message said, so A0, B0 are the rounded factors, and what
+rounding lost is added to the next message (error feedback; Karimireddy et al. 2019, arXiv 1901.09847). A reduced delta
+carries the change since the last merge instead, through simulate.comm.compression's CompressedMean, and W accumulates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from simulate.comm.base import Communicator
+from simulate.comm.transfers import fragment
+from simulate.common.errors import RunFailedError
+from simulate.config.run import Run
+from simulate.layers.convert import ConversionSpec, convert, lora, merged_state, norm_parameters
+from simulate.layers.lora import AdapterSpec, LoraLinear, lora_layers
+from simulate.layers.per_device import VectorLora
+from simulate.methods.averaging import Averaging
+from simulate.methods.base import clear_rows, forget_moments, prune_moments
+from simulate.methods.lora.train import adapter_groups, adapter_parameters, masters
+from simulate.methods.lte.merge import LayerMerger, sum_of_products
+from simulate.methods.lte.options import LteOptions
+from simulate.methods.overlapped import NOTHING
+from simulate.methods.paced import Paced
+from simulate.methods.round_updates import DenseUpdates, LayerUpdates, LowRankUpdates, dense_updates
+
+PRUNED_SHARE = 0.9
+"""Of the adapters' optimizer state, where a merge prunes it (as in ReLoRA, arXiv 2307.05695)."""
+
+
+class Lte(Paced):
+    """LTE with or without reset, over any transport."""
+
+    def __init__(
+        self, run: Run, communicator: Communicator, device: torch.device, network: nn.Module | None = None
+    ) -> None:
+        assert isinstance(run.method, LteOptions)
+        self.options = run.method
+        super().__init__(run, communicator, device, network)
+        options = self.options
+        layers = lora_layers(self.model)
+        self.vectors = {n: m for n, m in self.model.named_modules() if isinstance(m, VectorLora)}
+        adapters = {id(p) for p in adapter_parameters(self.model)}
+        of_heads = {id(p) for layer in layers for p in layer.factors()}
+        self.replicated_parameters = [p for p in self.parameters.values() if id(p) not in of_heads]
+        norms = norm_parameters(self.model) if options.norms == "one" else {}
+        self.first_device_norms = list(norms.values())
+        averaged = {name: t for name, t in self._in_order(adapters).items() if name not in norms}
+        server = options.merge_transport == "server"
+        delayed, parts_of = self.delay > 0, options.fragments
+        self.averaging = Averaging(averaged, communicator, server, options.wire, parts_of, delayed=delayed)
+        self.spreading = Averaging(norms, communicator, server, fragments=parts_of, first_only=True, delayed=delayed)
+        parts = [fragment(len(layers), options.fragments, index) for index in range(options.fragments)]
+        self.mergers = [LayerMerger([layers[i] for i in part], options, communicator) for part in parts]
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        options, devices = self.options, self.local_devices
+        merges_here = options.master != "server" or self.communicator.process == 0
+        spec = AdapterSpec(
+            rank=options.rank,
+            scale=options.scale,
+            heads_per_device=options.heads_per_device,
+            reset_less=options.reset == "none",
+            first_device=self.communicator.local_devices.start,
+            seed=self.run.train.seed,
+            draws=options.draws,
+            frozen_a=options.frozen_a,
+            quantize=options.quantize,
+            keeps_start=merges_here,
+            keeps_master=options.keeps_master and merges_here,
+            shows_master=options.master == "host",
+        )
+        treatment = ConversionSpec(
+            make_adapter=lora(spec, devices),
+            make_vector=lambda vector: VectorLora(vector, devices, options.scale, options.reset == "none"),
+            norms=options.norms,
+            biases=options.biases,
+            convolutions=options.convolutions,
+        )
+        return convert(model, devices, treatment)
+
+    def _in_order(self, adapters: set[int]) -> dict[str, Tensor]:
+        """Return everything but factors of matrices that merges average, in the order of the network."""
+        averaged: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            owner = name.rpartition(".")[0]
+            if owner in self.vectors:
+                averaged[owner] = self.vectors[owner].merged
+            elif id(parameter) not in adapters:
+                averaged[name] = parameter
+        return averaged
+
+    def parameter_groups(self) -> list[dict[str, object]]:
+        return adapter_groups(self, self.options)
+
+    def train_step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
+        heads = self.options.heads_per_device
+        losses_H = self.group_losses(inputs, targets, self.local_devices * heads)
+        # The sum over heads gives each adapter the gradient of its own head's mean loss, whatever H is.
+        self.backward(losses_H)
+        if heads > 1:  # what a device's heads share gets the device's mean
+            torch._foreach_div_([p.grad for p in self.replicated_parameters if p.grad is not None], float(heads))
+        for norm in self.first_device_norms:  # trained on the first device, for all
+            first = 1 if self.communicator.local_devices.start == 0 else 0
+            if norm.grad is not None:
+                norm.grad[first:] = 0.0
+        self.clip(self.model.parameters())
+        self.apply_gradients(step)
+        self.arrive_if_due(step)
+        return losses_H.detach().view(self.local_devices, heads).mean(1)
+
+    def merge_fragment(self, index: int, step: int) -> None:
+        merger = self.mergers[index]
+        weights_N = self.shares()
+        # Where all count alike, a device that is left out adds nothing to a mean over all heads.
+        merger.merge(weights_N if self.is_paced else None)
+        for vector in self.vectors.values():
+            vector.merged.copy_(vector())
+        self.averaging.merge(index, weights_N)
+        self.spreading.merge(index)
+        for layer in merger.layers:
+            self._start_round(layer, step)
+        for name in (name for message in self.averaging.messages[index] for name in message):
+            if name in self.vectors:
+                self.vectors[name].start_round()
+                self._treat_moments(self.vectors[name].factors())
+
+    def send_fragment(self, index: int, step: int) -> None:
+        self.mergers[index].send()
+        self.averaging.send(index, self.counted(None))
+        self.spreading.send(index)
+
+    def apply_merged_fragment(self, index: int, step: int) -> None:
+        merger = self.mergers[index]
+        merger.apply_merged()
+        self.averaging.apply_merged(index)
+        self.spreading.apply_merged(index)
+        for layer in merger.layers:
+            self._treat_moments(layer.factors())
+
+    can_exclude_devices = True
+
+    @torch.no_grad()
+    def exclude_devices(self, healthy_N: Tensor) -> None:
+        super().exclude_devices(healthy_N)
+        if self.first_device_norms and not healthy_N[0]:
+            raise RunFailedError("device 0, which trains the norms of all, has weights that are not finite")
+        for merger in self.mergers:
+            merger.exclude_devices(self.healthy_L)
+        for vector in self.vectors.values():
+            for factor, old in ((vector.a, vector.a0), (vector.b, vector.b0)):
+                clear_rows(factor, self.healthy_L)
+                if old is not None:
+                    clear_rows(old, self.healthy_L)
+            vector.a[~self.healthy_L.to(vector.a.device)] = 1.0
+        self.averaging.exclude_devices(self.healthy_L)
+
+    def _start_round(self, layer: LoraLinear, step: int) -> None:
+        if self.options.reset != "none":
+            layer.b.zero_()
+        if self.options.reset == "ab":
+            layer.redraw_a(step + 1)
+        self._treat_moments(layer.factors())
+
+    def _treat_moments(self, factors: Iterable[nn.Parameter]) -> None:
+        if self.options.merge_optimizer == "prune":
+            prune_moments(self.optimizer, factors, PRUNED_SHARE)
+        elif self.options.merge_optimizer == "reset":
+            forget_moments(self.optimizer, factors)
+
+    def keep_merged(self) -> None:
+        self.averaging.keep_last()
+
+    def updates(self, step: int) -> Iterator[LayerUpdates]:
+        """Yield the heads' updates, and the devices' of what is averaged; not of norms that one trains for all."""
+        for layer in lora_layers(self.model):
+            yield LowRankUpdates.of(layer)
+        for name, vector in self.vectors.items():
+            yield DenseUpdates(name, vector(), vector.value[0], is_matrix=False)
+        others = {name: p for name, p in self.averaging.parameters.items() if name not in self.vectors}
+        yield from dense_updates(self.model, others, self.averaging.last)
+
+    def merged_state(self) -> dict[str, Tensor]:
+        return merged_state(self.model, self._last_averages())
+
+    def weights_in_use(self) -> dict[str, Tensor]:
+        return merged_state(self.model, self._last_averages(), in_use=True)
+
+    def _last_averages(self) -> dict[int, Tensor]:
+        averagings = (self.averaging, self.spreading)
+        return {id(a.parameters[name]): tensor for a in averagings for name, tensor in a.last.items()}
+
+    def extra_state(self) -> dict[str, Tensor]:
+        starts = {
+            f"{layer.name}.start_weight": layer.start_weight
+            for merger in self.mergers
+            for layer in merger.layers
+            if layer.start_weight is not None
+        }
+        errors = {name: tensor for merger in self.mergers for name, tensor in merger.state_dict().items()}
+        averages = {**self.averaging.state_dict(), **self.spreading.state_dict()}
+        return {**super().extra_state(), **starts, **masters(self.model), **errors, **averages}
+
+    def init_lost_device(
+        self, shared: Mapping[str, Tensor], donor: Mapping[str, Tensor], device: int
+    ) -> dict[str, Tensor]:
+        """Return a device's start with new adapters: A as it would draw it, B and the product at zero."""
+        own = super().init_lost_device(shared, donor, device)
+        devices, heads = self.run.cluster.devices, self.options.heads_per_device
+        for name, module in self.model.named_modules():
+            if isinstance(module, LoraLinear):
+                drawn_after = int(shared[f"model.{name}.drawn_after"])
+                drawn_HRI = module.draw_a(drawn_after, devices * heads)[device * heads : (device + 1) * heads]
+            elif isinstance(module, VectorLora):
+                drawn_HRI = torch.ones_like(own[f"model.{name}.a"])
+            else:
+                continue
+            for key, value in (("a", drawn_HRI), ("b", None), ("a0", drawn_HRI), ("b0", None)):
+                for kept in (f"model.{name}.{key}", f"kept.snapshot.{name}.{key}"):
+                    if kept in own:
+                        own[kept] = torch.zeros_like(own[kept]) if value is None else value.to(own[kept])
+        return own
+
+    @torch.no_grad()
+    def after_lost_devices_init(self) -> None:
+        """Let W0 take over what lost devices had added to W: from now on their products start at zero."""
+        share = self.options.scale / (self.communicator.num_devices * self.options.heads_per_device)
+        sent_after = int(self.sent_after)
+        travels = [] if sent_after == NOTHING else self.fragments_due(sent_after)
+        for index, merger in enumerate(self.mergers):
+            for layer in merger.layers:
+                if self.options.reset == "none":
+                    weight_OI, a_HRI, b_HOR = merger.merged(layer, travels=index in travels)
+                    sums = [sum_of_products(a_HRI, b_HOR)]
+                    self.communicator.all_reduce(sums)
+                    if layer.start_weight is not None:
+                        layer.start_weight.copy_(torch.sub(weight_OI, sums[0], alpha=share))
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, module in self.model.named_modules():
+            if isinstance(module, LoraLinear) and f"model.{name}.a0" in state:
+                # Makes room for what is copied in next.
+                module.remember_product(state[f"model.{name}.a0"], state[f"model.{name}.b0"])
+        super().load_state_dict(state)

@@ -1,0 +1,13 @@
+"""Keys of the [method] table; torch-free."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from simulate.config.method_options import DenseOptions
+
+
+class SignsgdOptions(DenseOptions):
+    """Signs of gradients, scaled by their mean magnitude, with error feedback (arXiv 1901.09847)."""
+
+    name: Literal["signsgd"] = "signsgd"

@@ -1,0 +1,102 @@
+"""Our networks' weights under the names, and in the layouts, that the transformers library has for the same network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from simulate.common.errors import InputError
+from simulate.models.gpt import STYLE as GPT_STYLE
+from simulate.models.llama import NORM_EPSILON, ROTARY_BASE
+from simulate.models.schema import GptModel, LlamaModel, ModelOptions
+
+State = dict[str, Tensor]
+Named = Iterator[tuple[str, Tensor]]
+_GPT = {
+    "norm1": "ln_1", "attention.qkv": "attn.c_attn", "attention.project": "attn.c_proj", "norm2": "ln_2",
+    "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj",
+}  # fmt: skip
+_LLAMA = {
+    "norm1": "input_layernorm", "attention.query": "self_attn.q_proj", "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj", "attention.project": "self_attn.o_proj", "norm2": "post_attention_layernorm",
+    "mlp.gate": "mlp.gate_proj", "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj",
+}  # fmt: skip
+
+
+def to_transformers(model: ModelOptions, state: State) -> tuple[dict[str, Any], State]:
+    """Return the library's configuration and weights; raises InputError for networks that it does not have."""
+    if isinstance(model, GptModel):
+        return _gpt_config(model), dict(_gpt(state))
+    if isinstance(model, LlamaModel):
+        return _llama_config(model), dict(_llama(state))
+    raise InputError(f"--format hf has no form for {model.name}; it has for gpt, llama and hf: models, try safetensors")
+
+
+def _blocks(state: State, names: dict[str, str], prefix: str, change: Callable[[str, Tensor], Tensor]) -> Named:
+    for name, tensor in state.items():
+        if name.startswith("blocks."):
+            _, index, rest = name.split(".", 2)
+            layer, _, key = rest.rpartition(".")
+            yield f"{prefix}.{index}.{names[layer]}.{key}", change(layer, tensor)
+
+
+def _gpt(state: State) -> Named:
+    yield "transformer.wte.weight", state["token.weight"]
+    yield "transformer.wpe.weight", state["position.weight"]
+    # The library's Conv1D holds (inputs, outputs).
+    yield from _blocks(state, _GPT, "transformer.h", lambda layer, x: x.t() if x.ndim == 2 else x)
+    for key in ("weight", "bias"):
+        yield f"transformer.ln_f.{key}", state[f"norm.{key}"]
+
+
+def _gpt_config(model: GptModel) -> dict[str, Any]:
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": model.vocab,
+        "n_positions": model.context,
+        "n_embd": model.width,
+        "n_layer": model.layers,
+        "n_head": model.attention_heads,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": GPT_STYLE.norm_epsilon,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "tie_word_embeddings": True,
+        **_NO_SPECIAL_TOKENS,
+    }
+
+
+def _llama(state: State) -> Named:
+    yield "model.embed_tokens.weight", state["token.weight"]
+    yield from _blocks(state, _LLAMA, "model.layers", lambda layer, x: x)
+    yield "model.norm.weight", state["norm.weight"]
+    yield "lm_head.weight", state["head.weight"]
+
+
+def _llama_config(model: LlamaModel) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": model.vocab,
+        "max_position_embeddings": model.context,
+        "hidden_size": model.width,
+        "intermediate_size": model.mlp_width,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.attention_heads,
+        "num_key_value_heads": model.attention_heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": NORM_EPSILON,
+        "rope_theta": ROTARY_BASE,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        **_NO_SPECIAL_TOKENS,
+    }
+
+
+_NO_SPECIAL_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+"""Text is bytes; the library's defaults would lie beyond a small vocabulary."""

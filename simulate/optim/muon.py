@@ -1,0 +1,88 @@
+"""Muon for matrices with a leading axis of copies or heads: steps whose singular values are all about one.
+
+    M ← μ·M + (1−μ)·G,   U = NewtonSchulz(μ·M + (1−μ)·G),   W ← W − lr·0.2·sqrt(max(rows, columns))·U
+
+(Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; the factor, by which a step is as large
+as an Adam step, is that of Liu et al. 2025, arXiv 2502.16982, equation 4.) One moment is kept, where Adam keeps two.
+torch's own Muon takes single matrices only.
+
+Legend: C copies or heads, M rows, N columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simulate.costs.flops import ITERATIONS
+from simulate.rules.optimizer import through_gram
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the quintic polynomial that takes singular values in (0, 1] to about one."""
+ADAM_ROOT_MEAN_SQUARE = 0.2
+
+
+def orthogonalise(g_CMN: Tensor) -> Tensor:
+    """Return U·Vᵀ of each matrix U·S·Vᵀ, roughly: its singular values end between about 0.7 and 1.2."""
+    tall = g_CMN.shape[1] > g_CMN.shape[2]
+    x = g_CMN.transpose(1, 2) if tall else g_CMN
+    # The Frobenius norm bounds the largest singular value.
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-12)
+    if through_gram(*x.shape[1:]):
+        x = _polynomial(x @ x.transpose(1, 2)) @ x
+    else:
+        a, b, c = COEFFICIENTS
+        for _ in range(ITERATIONS):
+            gram = x @ x.transpose(1, 2)
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.transpose(1, 2) if tall else x
+
+
+def _polynomial(gram_CMM: Tensor) -> Tensor:
+    """Return Q, so that Q·X is what iterating X ← p(X·Xᵀ)·X makes of X: the product of all p(K), small and square.
+
+    p(K) = a + b·K + c·K², and the next K is p·K·p, since all are polynomials of the first. In single precision the
+    result's error is up to some 3e-4 of it where singular values reach far below the largest; the iteration itself
+    leaves them between 0.7 and 1.2.
+    """
+    a, b, c = COEFFICIENTS
+    product = None
+    for iteration in range(ITERATIONS):
+        factor = torch.baddbmm(gram_CMM, gram_CMM, gram_CMM, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product = factor if product is None else factor @ product
+        if iteration + 1 < ITERATIONS:
+            gram_CMM = factor @ gram_CMM @ factor
+    assert product is not None
+    return product
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon with Nesterov momentum and decoupled weight decay over parameters (C, M, N)."""
+
+    def __init__(self, params: Any, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+        momentum, share, gradient = state["momentum"], group["momentum"], parameter.grad
+        assert gradient is not None
+        momentum.lerp_(gradient, 1 - share)
+        update = orthogonalise(gradient.lerp(momentum, share))
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        size = ADAM_ROOT_MEAN_SQUARE * math.sqrt(max(parameter.shape[1:]))
+        parameter.add_(update, alpha=-group["lr"] * size)

@@ -1,0 +1,283 @@
+"""One way to train, with what it costs on a profile; pure arithmetic, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from simulate.config.hardware import Device, Profile
+from simulate.config.method_options import AdapterOptions, MethodOptions
+from simulate.config.run import Cluster, Run
+from simulate.costs.eval_and_save_time import EvalAndSaveTime
+from simulate.costs.memory import Memory, PeakProfile
+from simulate.costs.message_schedule import dense_reduction, num_rounds, received_bytes
+from simulate.costs.message_time import link_of
+from simulate.costs.samples import Efficiency
+from simulate.costs.step_time import RoundTime, exchange_s
+from simulate.layers.formats import ELEMENT_BYTES
+from simulate.methods.lte.options import LteOptions
+from simulate.models.shapes import ModelShape
+from simulate.planning.margins import Margins
+from simulate.planning.objective import SelectionCriteria
+from simulate.planning.time_ranges import range_keys
+
+LINK_DOMINATES = 0.5
+"""Share of a round spent on the link from which the plan warns."""
+
+
+@dataclass(frozen=True, eq=False)
+class PlanContext:
+    """What a plan's candidates share."""
+
+    profile: Profile
+    shape: ModelShape
+    devices: tuple[Device, ...]
+    tokens: int
+    """Asked for; steps round them up."""
+    choice: SelectionCriteria
+    margins: Margins
+    """How far times may be off."""
+    spaces_recovery: bool
+    """Whether recovery points may be as rare as they have to be; else they are where the run has them."""
+    keeps_checkpoints: bool
+    """Whether train.checkpoint_every stays as it is; else it becomes a multiple of the steps between these points."""
+    clusters: dict[int, Cluster] = field(default_factory=dict)
+    """By merges between recovery points."""
+
+    @classmethod
+    def of(
+        cls, run: Run, profile: Profile, tokens: int, choice: SelectionCriteria, spaces_recovery: bool
+    ) -> PlanContext:
+        """Return the setting of a run, and of all others of its model and as many devices."""
+        devices, keeps = profile.devices(run.cluster.devices), "checkpoint_every" in run.train.model_fields_set
+        return cls(profile, run.model.shape(), devices, tokens, choice, Margins.of(profile), spaces_recovery, keeps)
+
+    def recovering(self, cluster: Cluster, every: int) -> Cluster:
+        """Return the candidates' cluster with recovery points so many merges apart, the same object every time."""
+        if every not in self.clusters:
+            self.clusters[every] = cluster.model_copy(update={"recover_every": every})
+        return self.clusters[every]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to train, with what it costs on the profile; figures are for one device unless they say otherwise."""
+
+    run: Run
+    setting: PlanContext
+    memory: Memory
+    """At its peak: the highest phase."""
+    heights: PeakProfile
+    """Of all phases."""
+    host_memory_by_part: dict[str, int]
+    sent_bytes_per_round: float
+    time: RoundTime
+    pauses: EvalAndSaveTime
+    wall_s: float
+    """Of the whole run: training, evaluations and checkpoints."""
+    samples_factor: float
+
+    @property
+    def tokens(self) -> int:
+        """Asked for; steps round them up."""
+        return self.setting.tokens
+
+    @property
+    def margins(self) -> Margins:
+        """How far times may be off."""
+        return self.setting.margins
+
+    @property
+    def efficiency(self) -> Efficiency | None:
+        """The samples model; None: the shipped one."""
+        return self.setting.choice.efficiency
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What speaks against it."""
+        probe = self.setting.choice.probe
+        return (*_warnings(self.run, self.setting, self.time), *(probe.marks(self.run) if probe else ()))
+
+    @property
+    def received_bytes_per_round(self) -> float:
+        """Bytes that a device receives in a round, the mean over the run's."""
+        received = received_bytes(self.run, self.setting.shape, self.run.train.steps)
+        return received / self.rounds / self.run.cluster.devices
+
+    @cached_property
+    def equivalent_wall_s(self) -> float:
+        """Seconds to the loss that dense small-batch training has after the asked tokens; what candidates rank by."""
+        trained = self.run.train.steps * self.run.tokens_per_step * self.trained_share
+        return self.wall_s * self.samples_factor * self.tokens / trained
+
+    @property
+    def memory_by_phase(self) -> dict[str, int]:
+        """Bytes of all parts at the height of each phase."""
+        return self.heights.totals()
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of the whole run."""
+        return num_rounds(self.run)
+
+    @property
+    def equivalent_sent_bytes(self) -> float:
+        """Bytes that a device sends until that loss is reached."""
+        return self.sent_bytes_per_round * self.rounds * self.equivalent_wall_s / self.wall_s
+
+    @property
+    def host_memory_bytes(self) -> int:
+        """Bytes of the host's own memory that one device needs."""
+        return sum(self.host_memory_by_part.values())
+
+    @property
+    def training_s(self) -> float:
+        """Seconds of the whole run's rounds."""
+        return self.wall_s - self.pauses.total_s
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of one step with its share of the exchange."""
+        return self.time.round_s / self.time.steps
+
+    @property
+    def samples_per_s(self) -> float:
+        """Samples a second over all devices."""
+        return self.time.device_steps * self.run.train.micro_batch / self.time.round_s
+
+    @property
+    def trained_share(self) -> float:
+        """Share of the steps that lockstep would have devices take."""
+        return self.time.device_steps / (self.time.steps * self.run.cluster.devices)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the candidate as the plan's JSON has it."""
+        method = self.run.method
+        return {
+            "method": method.name,
+            "rank": getattr(method, "rank", None),
+            "heads": self.run.heads or None,
+            "heads_per_device": getattr(method, "heads_per_device", None),
+            "quantize": method.frozen_format,
+            "merge_every": getattr(method, "merge_every", None),
+            "merge_transport": getattr(method, "merge_transport", None),
+            "reset": getattr(method, "reset", None),
+            "wire": getattr(method, "wire", "full"),
+            "fragments": getattr(method, "fragments", 1),
+            "micro_batch": self.run.train.micro_batch,
+            "activation_checkpointing": self.run.train.activation_checkpointing,
+            "autocast": self.run.train.autocast,
+            "optimizer_state": self.run.train.optimizer_state,
+            "steps": self.run.train.steps,
+            "memory_bytes": {"total": self.memory.total, **self.memory.parts()},
+            "memory_by_phase": self.memory_by_phase,
+            "host_memory_bytes": self.host_memory_bytes,
+            "host_memory_by_part": self.host_memory_by_part,
+            "sent_bytes_per_round": self.sent_bytes_per_round,
+            "sent_bytes_per_step": self.sent_bytes_per_round / self.time.steps,
+            "received_bytes_per_step": self.received_bytes_per_round / self.time.steps,
+            "sent_bytes": self.sent_bytes_per_round * num_rounds(self.run),
+            "compute_s": self.time.compute_s,
+            "exchange_s": self.time.exchange_s,
+            "step_s": self.step_s,
+            "round_s": self.time.round_s,
+            "samples_per_s": self.samples_per_s,
+            "wall_s": self.wall_s,
+            "training_s": self.training_s,
+            "evaluations": self.pauses.evaluations,
+            "evaluation_s": self.pauses.evaluation_s,
+            "checkpoints": self.pauses.saves,
+            "checkpoint_bytes": self.pauses.save_bytes,
+            "checkpoint_s": self.pauses.save_s,
+            "assumed_samples_factor": self.samples_factor,
+            "equivalent_wall_s": self.equivalent_wall_s,
+            **range_keys(self),
+            "warnings": list(self.warnings),
+        }
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A candidate that does not fit, and why."""
+
+    candidate: Candidate
+    reason: str
+    short_bytes: int = 0
+    """What a device lacks."""
+    host_short_bytes: int = 0
+    """What a device's host lacks; where both share one memory, what is missing beside the device's own bytes."""
+    late_s: float = 0.0
+    """How much too long it takes."""
+
+    @property
+    def missing(self) -> tuple[int, float]:
+        """Bytes of both, then seconds: what the nearest miss has least of."""
+        return self.short_bytes + self.host_short_bytes, self.late_s
+
+
+def candidate_of(result: Candidate | Rejected) -> Candidate:
+    """Return what was evaluated, whether it fits or not."""
+    return result.candidate if isinstance(result, Rejected) else result
+
+
+def _warnings(run: Run, setting: PlanContext, time: RoundTime) -> Iterator[str]:
+    profile, shape = setting.profile, setting.shape
+    share = time.exchange_s / time.round_s
+    if share > LINK_DOMINATES:
+        yield f"the link dominates: {share:.0%} of the time"
+    if run.method.is_paced:
+        share = time.device_steps / (time.steps * run.cluster.devices)
+        yield f"devices train on {share:.0%} of the samples that they would in lockstep"
+    if run.train.dtype == "fp64" and any(d.flop_per_s.fp64 is None for d in profile.device):
+        yield "the profile has no fp64 rate; planned at the fp32 rate"
+    lower = run.train.autocast
+    if lower != "none" and any(getattr(d.flop_per_s, lower) is None for d in profile.device):
+        yield f"the profile has no {lower} rate; planned at the fp32 rate, and a CPU that emulates it is far slower"
+    method = run.method
+    if not isinstance(method, LteOptions):
+        return
+    if method.rank * run.heads < shape.largest_dimension:
+        yield f"rank x heads = {method.rank * run.heads} is below the largest layer dimension {shape.largest_dimension}"
+    if run.cluster.devices > 1 and method.merge_transport != "reduce":
+        dense = dense_reduction(shape, run.cluster.devices, ELEMENT_BYTES[run.train.dtype])
+        if time.exchange_s > exchange_s(dense, link_of(profile.link, run.cluster.backend)):
+            yield f"{method.merge_transport} takes longer than reducing the dense delta"
+
+
+def describe(run: Run) -> str:
+    """Return a run's method in a few words."""
+    method = run.method
+    details = [*_details(run, method), f"batch {run.train.micro_batch}"]
+    if run.train.activation_checkpointing:
+        details.append("checkpointing")
+    if run.train.autocast != "none":
+        details.append(run.train.autocast)
+    if run.train.optimizer_state == "8bit":
+        details.append("8-bit moments")
+    return f"{method.name}{_format(method)} {', '.join(details)}"
+
+
+def _format(method: MethodOptions) -> str:
+    quantize, wire = method.frozen_format, getattr(method, "wire", "full")
+    return ("" if quantize == "none" else f" {quantize}") + ("" if wire == "full" else f" over {wire}")
+
+
+def _details(run: Run, method: MethodOptions) -> Iterator[str]:
+    if isinstance(method, AdapterOptions):
+        heads = f" x {run.heads} heads" if run.heads > 1 else ""
+        yield f"rank {method.rank}{heads}"
+    elif (rank := getattr(method, "rank", None)) is not None:
+        yield f"rank {rank}"
+    if (density := getattr(method, "density", None)) is not None:
+        yield f"density {density:g}"
+    if (merge_every := getattr(method, "merge_every", None)) is not None:
+        yield f"T {merge_every}"
+    if isinstance(method, LteOptions):
+        yield method.merge_transport
+
+
+def needs_library(run: Run) -> bool:
+    """Whether a run needs a package that is not installed with the tool."""
+    return run.method.frozen_format.startswith("nf4")

@@ -1,0 +1,204 @@
+"""Why a plan chooses as it does: what limits, what other hardware would change, what is wrong with each neighbour."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from simulate.common.errors import InputError
+from simulate.config.hardware import Profile
+from simulate.planning.candidate import LINK_DOMINATES, Candidate, Rejected, candidate_of, describe, needs_library
+from simulate.planning.objective import value_of
+from simulate.planning.planner import Plan, make_plan
+
+AXES = ("rank", "heads_per_device", "merge_every", "merge_transport", "quantize")
+"""Keys of [method] whose neighbours are looked at; batch and checkpointing come to them."""
+REPORTED = 1.02
+"""A part that changes by less is no reason."""
+GIGABYTE = 10**9
+
+
+@dataclass(frozen=True)
+class Change:
+    """What other hardware would make of the plan."""
+
+    what: str
+    chosen: Candidate | None
+    gain: float | None
+    """Times that the objective is smaller; None where it cannot be planned."""
+    same: bool
+    """Whether the choice stays."""
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """What differs from the choice in one key, and why it was not chosen."""
+
+    key: str
+    value: str
+    candidate: Candidate
+    reason: str
+
+
+@dataclass(frozen=True)
+class Why:
+    """The explanation of a choice."""
+
+    limit: str
+    """memory, link or compute."""
+    reason: str
+    changes: tuple[Change, ...]
+    neighbours: tuple[Neighbour, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as the plan's JSON has it."""
+        return {
+            "limit": self.limit,
+            "reason": self.reason,
+            "changes": [
+                {
+                    "what": change.what, "gain": change.gain, "same": change.same,
+                    "chosen": change.chosen and describe(change.chosen.run),
+                    "equivalent_wall_s": change.chosen and change.chosen.equivalent_wall_s,
+                }
+                for change in self.changes
+            ],
+            "neighbours": [
+                {"key": n.key, "value": n.value, "candidate": describe(n.candidate.run), "reason": n.reason}
+                for n in self.neighbours
+            ],
+        }  # fmt: skip
+
+
+def explain(plan: Plan, chosen: Candidate) -> Why:
+    """Explain a plan's choice; plans three more times."""
+    value = value_of(plan.choice.objective, plan.profile, plan.base.cluster.devices)
+    limit, reason = _limit(plan, chosen, value)
+    changes = tuple(_change(plan, chosen, *change) for change in _changed(plan))
+    return Why(limit, reason, changes, tuple(_neighbours(plan, chosen, value)))
+
+
+def _limit(plan: Plan, chosen: Candidate, value: Callable[[Candidate], float]) -> tuple[str, str]:
+    """Return what stands between the choice and a better one: the link, memory, or nothing but compute."""
+    unfit = [r for r in plan.rejected if r.missing[0]]
+    better = min(unfit, key=lambda r: value(r.candidate), default=None)
+    share = chosen.time.exchange_s / chosen.time.round_s
+    reason = f"{share:.0%} of a round is exchange that no compute hides, {1 - share:.0%} compute"
+    limit = "link" if share > LINK_DOMINATES else "compute"
+    if better is not None and value(better.candidate) < value(chosen):
+        limit = "memory" if limit == "compute" else limit
+        times = value(better.candidate) / value(chosen)
+        what = plan.choice.objective
+        reason += f"; {describe(better.candidate.run)} would take {times:.2f}x the {what}, but {better.reason}"
+    return limit, reason
+
+
+def _changed(plan: Plan) -> Iterator[tuple[str, Profile, int]]:
+    """Yield other hardware: what, the profile, and how many devices."""
+    profile, count = plan.profile, plan.base.cluster.devices
+    memory = [d.model_copy(update={"memory_bytes": d.memory_bytes + GIGABYTE}) for d in profile.device]
+    yield "1 GB more on each device", profile.model_copy(update={"device": memory}), count
+    yield "ten times the bandwidth", faster_link(profile, 10), count
+    doubled = [d.model_copy(update={"count": 2 * d.count}) for d in profile.device]
+    yield "twice the devices", profile.model_copy(update={"device": doubled}), 2 * count
+
+
+def faster_link(profile: Profile, times: float) -> Profile:
+    """Return a profile whose links all carry so many times the bytes."""
+    rates = {key: rate * times for key, rate in profile.link if key.endswith("bytes_per_s") and rate is not None}
+    return profile.model_copy(update={"link": profile.link.model_copy(update=rates)})
+
+
+def _change(plan: Plan, chosen: Candidate, what: str, profile: Profile, devices: int) -> Change:
+    cluster = plan.base.cluster.model_copy(update={"devices": devices})
+    base = plan.base.model_copy(update={"cluster": cluster})
+    fixed = base.data.shards is not None or base.method.given_steps is not None
+    if devices != plan.base.cluster.devices and fixed:
+        return Change(what, None, None, False)
+    choice = replace(plan.choice, with_rivals=False, within_s=None)
+    try:
+        new = make_plan(base, profile, plan.tokens, plan.pins, choice=choice).chosen
+    except InputError:
+        return Change(what, None, None, False)
+    if new is None:
+        return Change(what, None, None, False)
+    before = value_of(choice.objective, plan.profile, plan.base.cluster.devices)(chosen)
+    after = value_of(choice.objective, profile, devices)(new)
+    gain = before / after if after else None
+    return Change(what, new, gain, _keys(new) == _keys(chosen))
+
+
+def _keys(candidate: Candidate) -> dict[str, Any]:
+    """Return what makes a candidate what it is, key by key."""
+    run = candidate.run
+    return {
+        "method": run.method.name,
+        **{key: getattr(run.method, key, None) for key in AXES},
+        "micro_batch": run.train.micro_batch,
+        "activation_checkpointing": run.train.activation_checkpointing,
+    }
+
+
+def _neighbours(plan: Plan, chosen: Candidate, value: Callable[[Candidate], float]) -> Iterator[Neighbour]:
+    """Yield the nearest candidates on either side of every key, and the other method at its best."""
+    ours = _keys(chosen)
+    by_key: dict[str, list[Candidate | Rejected]] = {}
+    results: list[Candidate | Rejected] = [*plan.candidates, *plan.rejected]
+    for result in results:
+        keys = _keys(candidate_of(result))
+        different = [key for key in keys if keys[key] != ours[key]]
+        if len(different) == 1:
+            by_key.setdefault(different[0], []).append(result)
+    for key in ours:
+        for result in _nearest(by_key.get(key, []), key, ours[key]):
+            other = _keys(candidate_of(result))[key]
+            yield Neighbour(key, str(other), candidate_of(result), _against(result, chosen, value, plan))
+    dense = plan.dense
+    if dense is not None and candidate_of(dense).run.method.name != chosen.run.method.name:
+        yield Neighbour("method", "ddp", candidate_of(dense), _against(dense, chosen, value, plan))
+
+
+def _nearest(results: list[Candidate | Rejected], key: str, ours: Any) -> list[Candidate | Rejected]:
+    """Return the next smaller and the next larger of numbers, and all of anything else."""
+    if isinstance(ours, bool) or not isinstance(ours, int):
+        return results
+    by_value = {_keys(candidate_of(result))[key]: result for result in results}
+    smaller, larger = [v for v in by_value if v < ours], [v for v in by_value if v > ours]
+    ends = ([max(smaller)] if smaller else []) + ([min(larger)] if larger else [])
+    return [by_value[end] for end in ends]
+
+
+def _against(result: Candidate | Rejected, chosen: Candidate, value: Callable[[Candidate], float], plan: Plan) -> str:
+    """Say in a line why a neighbour was not chosen."""
+    if isinstance(result, Rejected):
+        return result.reason
+    ratio = value(result) / value(chosen) if value(chosen) else 1.0
+    parts = ", ".join(_parts(result, chosen))
+    said = f"{ratio:.2f}x the {plan.choice.objective}" + (f": {parts}" if parts else "")
+    if ratio < 1 and needs_library(result.run):
+        return f"{said}; needs the extra lte[quantize]: plan it with --quantize"
+    if ratio < 1:  # within the grid the choice is the best, so this one is from outside of it
+        return f"{said}; plan it with --method {result.run.method.name}"
+    return said
+
+
+def _parts(other: Candidate, chosen: Candidate) -> Iterator[str]:
+    """Yield what is more and what is less than the choice's, for each sample where it is time."""
+
+    def per_sample(candidate: Candidate, amount: float) -> float:
+        return amount / (candidate.samples_per_s * candidate.time.round_s)
+
+    def compute_s(candidate: Candidate) -> float:
+        return candidate.time.round_s - candidate.time.exchange_s
+
+    figures = {
+        "compute": (per_sample(other, compute_s(other)), per_sample(chosen, compute_s(chosen))),
+        "exchange": (per_sample(other, other.time.exchange_s), per_sample(chosen, chosen.time.exchange_s)),
+        "bytes": (per_sample(other, other.sent_bytes_per_round), per_sample(chosen, chosen.sent_bytes_per_round)),
+        "samples": (other.samples_factor, chosen.samples_factor),
+        "memory": (float(other.memory.total), float(chosen.memory.total)),
+    }
+    for name, (theirs, ours) in figures.items():
+        if ours and not 1 / REPORTED < theirs / ours < REPORTED:
+            yield f"{name} {theirs / ours:.2f}x"

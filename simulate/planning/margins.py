@@ -1,0 +1,33 @@
+"""How far planned times may be off, by where the profile's figures come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from simulate.config.hardware import Profile
+
+MARGINS = {"measured": 1.0, "datasheet": 1.25, "guess": 1.5}
+"""Times from figures of a source may be this many times shorter or longer: a rule of thumb, said with every plan. Real
+efficiencies of one card differ by about so much between networks (profiles/*.toml say 0.3 to 0.5 where they guess)."""
+RULE = (
+    "ranges of times: x 1/1.25 to 1.25 where figures are a datasheet's, x 1/1.5 to 1.5 where they are guesses, none "
+    "where measured; compute by the devices' source, exchanges by the link's"
+)
+
+
+@dataclass(frozen=True)
+class Margins:
+    """Factors that compute and exchanges may be off by, either way."""
+
+    compute: float = 1.0
+    exchange: float = 1.0
+
+    @classmethod
+    def of(cls, profile: Profile) -> Margins:
+        """Return the margins of a profile: of its least certain device, and of its link."""
+        return cls(max(MARGINS[device.source] for device in profile.device), MARGINS[profile.link.source])
+
+    @property
+    def is_point(self) -> bool:
+        """Whether times are as certain as measurements."""
+        return self.compute == self.exchange == 1.0

@@ -1,0 +1,182 @@
+"""What a plan says of its choice beside the figures: what is assumed, what to try, what to know."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from simulate.common.units import bytes_text, seconds_text
+from simulate.config.method_options import AdapterOptions
+from simulate.config.run import Run
+from simulate.costs.diagnostics_bytes import diagnostics_exchange
+from simulate.costs.eval_and_save_time import AFFORDABLE_SHARE
+from simulate.costs.samples import shipped
+from simulate.costs.step_time import device_step_s, round_time
+from simulate.methods.lte.options import LteOptions
+from simulate.models.shapes import ModelShape
+from simulate.planning.candidate import Candidate, PlanContext, Rejected, describe
+from simulate.planning.margins import RULE
+from simulate.planning.number_formats import format_notes
+from simulate.planning.objective import MEANINGS
+
+PLURALS = {"norm": "norms", "bias": "biases", "embedding": "embeddings", "other": "other modules"}
+PACE_MATTERS = 1.1
+"""Times that the slowest device needs longer than the fastest from which the plan speaks of deadlines."""
+
+
+def plan_notes(
+    setting: PlanContext,
+    base: Run,
+    chosen: Candidate | None,
+    first: Candidate | None,
+    rival: Candidate | None,
+    evaluate: Callable[[Run], Candidate | Rejected],
+) -> Iterator[str]:
+    """Yield a plan's notes in the order in which they are printed.
+
+    `first` ranks first, whether or not it is the choice; `rival` is the best of the methods that were not chosen from;
+    `evaluate` works out another run.
+    """
+    choice, shape = setting.choice, setting.shape
+    yield from _assumptions(setting, chosen, first)
+    if choice.probe:
+        yield from choice.probe.notes(base, chosen.run if chosen else None)
+    if chosen:
+        yield from _treatments(chosen, shape)
+    yield from shape.notes
+    if chosen:
+        yield from _worth_trying(chosen)
+        yield from format_notes(chosen, setting.profile, evaluate)
+        yield from _checkpoints(chosen)
+        yield from _deadlines(chosen)
+        yield from diagnostics_notes(chosen.run, shape)
+        yield from _faster_rival(chosen, rival)
+
+
+def _assumptions(setting: PlanContext, chosen: Candidate | None, first: Candidate | None) -> Iterator[str]:
+    profile, choice = setting.profile, setting.choice
+    sources = {device.source for device in profile.device} | {profile.link.source}
+    yield f"figures of profile {profile.name} are {' and '.join(sorted(sources))}: times are estimates, bytes are exact"
+    if not setting.margins.is_point:
+        yield RULE
+    model = choice.efficiency or shipped()
+    lte = model.methods["lte"]
+    yield (
+        f"candidates rank by {MEANINGS[choice.objective]}, with assumed samples over dense: {lte.value:.3g}x "
+        f"({lte.low:.3g} to {lte.high:.3g}) for lte at rank x heads >= width and T = {model.merge_every}, more at "
+        "lower rank, rarer merges or larger batches (docs/planning.md; --efficiency replaces it)"
+    )
+    if chosen and first and first is not chosen:
+        yield f"{describe(first.run)} would rank first, with lte[quantize] installed: pin it with --quantize"
+    if chosen and chosen.run.method.frozen_format != "none":
+        yield from _quantized(chosen)
+
+
+def _quantized(chosen: Candidate) -> Iterator[str]:
+    method = chosen.run.method
+    if method.frozen_format.startswith("nf4"):
+        yield f"method.quantize = {method.frozen_format} needs bitsandbytes: pip install 'lte[quantize]'"
+    if isinstance(method, LteOptions) and not method.keeps_master and method.reset != "none":
+        yield (
+            "method.master = none with method.reset = "
+            f"{method.reset} loses merged updates that are smaller than a rounding step; try --set method.master=host"
+        )
+
+
+def _treatments(chosen: Candidate, shape: ModelShape) -> Iterator[str]:
+    """Say what the choice does with parameters that no low-rank pair serves."""
+    method, elements = chosen.run.method, Counter[str]()
+    if not isinstance(method, AdapterOptions):
+        return
+    for tensor in shape.replicated:
+        elements[tensor.kind] += tensor.elements
+    lte = isinstance(method, LteOptions)
+    become = {"norm": method.norms, "bias": method.biases} if isinstance(method, LteOptions) else {}
+    parts = (f"{PLURALS[kind]} {count:,} ({become.get(kind, 'average')})" for kind, count in elements.items())
+    how = "averaged at merges, unless said" if lte else "gradients averaged at every step"
+    yield f"not adapted, every device trains its own copy, {how}: {', '.join(parts)}"
+
+
+def _worth_trying(chosen: Candidate) -> Iterator[str]:
+    """Name the optimizer and the format of messages that trained best where it was measured, unless they are taken."""
+    run = chosen.run
+    if not isinstance(run.method, LteOptions):
+        return
+    if run.train.optimizer == "adamw":
+        yield (
+            "train.optimizer = muon trained better than adamw on a small text model, with LTE as with dense training "
+            "(docs/results.md); try it with --set"
+        )
+    if run.method.wire == "full" and run.cluster.devices > 1:
+        yield (
+            "method.wire = int8 sends about a quarter of the bytes, and trained as well as full messages on a small "
+            "text model (docs/results.md); try it with --set, and a higher rank for a part of what that saves"
+        )
+
+
+def _checkpoints(chosen: Candidate) -> Iterator[str]:
+    """Say what checkpoints take where that is much, or not known."""
+    setting, stops, run = chosen.setting, chosen.pauses, chosen.run
+    if stops.save_s is None:
+        name = setting.profile.name
+        yield f"profile {name} has no device.disk_write_bytes_per_s: checkpoints are planned to take no time"
+        return
+    every, affordable = run.cluster.recover_every, stops.affordable_recovery(chosen.step_s)
+    steps = stops.calendar.recover_steps
+    if setting.spaces_recovery and every > 1:
+        share = stops.saves * stops.save_s / chosen.wall_s
+        lost = min(steps, run.train.checkpoint_every, run.train.steps)
+        yield (
+            f"with cluster.recover_every = {every} checkpoints of {bytes_text(stops.save_bytes)} a device take "
+            f"{share:.1%} of the time; who is lost costs everybody up to {lost:,} steps, "
+            f"{seconds_text(lost * chosen.step_s)} of work"
+        )
+    elif every < affordable:
+        yield (
+            f"a recovery point after every {steps} steps takes {stops.save_s / (steps * chosen.step_s):.0%} of their "
+            f"time; --set cluster.recover_every={affordable} makes that {AFFORDABLE_SHARE:.0%}"
+        )
+
+
+def _deadlines(chosen: Candidate) -> Iterator[str]:
+    """Say what a deadline would do where all wait for slow devices, if the method knows deadlines."""
+    method, setting = chosen.run.method, chosen.setting
+    shape, devices, profile = setting.shape, setting.devices, setting.profile
+    if "pace" not in type(method).model_fields or method.is_paced:
+        return
+    step_s = device_step_s(chosen.run, shape, devices)
+    needs: dict[str, Any] = {"pace": "deadline"}
+    if getattr(method, "reset", "") == "none":
+        needs |= {"reset": "b", "frozen_a": False}
+    without = {"merge_delay": 0, "fragments": 1}
+    needs |= {key: value for key, value in without.items() if getattr(method, key, value) != value}
+    paced = method.model_copy(update=needs)
+    time = round_time(chosen.run.model_copy(update={"method": paced}), shape, devices, profile.link)
+    gain = time.device_steps / time.round_s / (chosen.time.device_steps / chosen.time.round_s)
+    if max(step_s) > PACE_MATTERS * min(step_s) and gain > 1:
+        keys = " and ".join(f"method.{key} = {str(value).lower()}" for key, value in needs.items())
+        yield (
+            f"devices of profile {profile.name} differ: a step takes the slowest {max(step_s) / min(step_s):.1f}x as "
+            f"long as the fastest; with {keys} nobody waits, for {gain:.2f}x the samples a second (docs/methods.md)"
+        )
+
+
+def diagnostics_notes(run: Run, shape: ModelShape) -> Iterator[str]:
+    """Say what a run's diagnostics send beside its method, if it has any."""
+    if run.train.diagnostics_every is not None:
+        sent_bytes = diagnostics_exchange(run, shape).sent_bytes / run.cluster.devices
+        yield (
+            f"diagnostics every {run.train.diagnostics_every:,} steps: devices in processes of their own send another "
+            f"{bytes_text(sent_bytes)} each for them, every time, which is in no other figure"
+        )
+
+
+def _faster_rival(chosen: Candidate, rival: Candidate | None) -> Iterator[str]:
+    """Say which method would be faster still, by its assumed samples: a guess that the user should know of."""
+    if rival and rival.equivalent_wall_s < chosen.equivalent_wall_s:
+        share = rival.equivalent_wall_s / chosen.equivalent_wall_s
+        yield (
+            f"{describe(rival.run)} would take {share:.2f}x the chosen time to equal loss, if "
+            f"{rival.samples_factor:.2f}x dense's samples do; see --method {rival.run.method.name}"
+        )

@@ -1,0 +1,238 @@
+"""From (run, profile, pins) to candidates, verdicts and a choice; pure arithmetic, no torch, nothing written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from simulate.common.errors import InputError
+from simulate.common.gc_paused import collector_paused
+from simulate.config.hardware import Device, Profile
+from simulate.config.method_table import METHOD_NAMES
+from simulate.config.run import Run
+from simulate.costs.eval_and_save_time import pauses
+from simulate.costs.memory import Memory, heights, host_memory_by_part, peak_memory
+from simulate.costs.message_schedule import num_rounds, sent_bytes
+from simulate.costs.samples import samples_factor
+from simulate.costs.step_time import distinct, round_time
+from simulate.methods.ddp.options import DdpOptions
+from simulate.planning.candidate import Candidate, PlanContext, Rejected, candidate_of, needs_library
+from simulate.planning.notes import plan_notes
+from simulate.planning.number_formats import check_formats
+from simulate.planning.objective import SelectionCriteria, hourly_price, value_of
+from simulate.planning.search_space import Pins, grid
+from simulate.rules.cadence import Cadence
+
+PLAN_VERSION = 1
+FREE, BY_TIME = Pins(), SelectionCriteria()
+CHOSEN_FROM = ("lte", "ddp")
+"""The methods to choose from unless one is asked for; the best of each other is shown beside."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Candidates ranked by time to equal loss, the choice, and dense training on the same hardware."""
+
+    profile: Profile
+    base: Run
+    tokens: int
+    candidates: tuple[Candidate, ...]
+    rejected: tuple[Rejected, ...]
+    chosen: Candidate | None
+    dense: Candidate | Rejected | None
+    notes: tuple[str, ...]
+    rivals: tuple[Candidate | Rejected, ...] = ()
+    """The best of each method that was not chosen from, or its nearest miss."""
+    pins: Pins = FREE
+    choice: SelectionCriteria = BY_TIME
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as `lte plan --json` prints it and as runs keep it in plan.json."""
+        shape = self.base.model.shape()
+        dense = self.dense and candidate_of(self.dense)
+        return {
+            "version": PLAN_VERSION,
+            "profile": self.profile.name,
+            "devices": self.base.cluster.devices,
+            "tokens": self.tokens,
+            "model": {
+                "name": shape.name,
+                "parameters": shape.parameters,
+                "adapted_parameters": shape.adapted_parameters,
+            },
+            "chosen": self.chosen and self.chosen.to_dict(),
+            "dense": dense and {**dense.to_dict(), "fits": not isinstance(self.dense, Rejected)},
+            "candidates": [candidate.to_dict() for candidate in self.candidates],
+            "rejected": [{"candidate": r.candidate.to_dict(), "reason": r.reason} for r in self.rejected],
+            "rivals": [
+                {**candidate_of(rival).to_dict(), "fits": not isinstance(rival, Rejected)} for rival in self.rivals
+            ],
+            "notes": list(self.notes),
+            "objective": self.choice.objective,
+            "price_per_hour": hourly_price(self.profile, self.base.cluster.devices),
+        }
+
+    def tightest_device(self) -> Device:
+        """Return the device that the choice leaves the least room on."""
+        assert self.chosen is not None
+        run, shape = self.chosen.run, self.base.model.shape()
+        return min(
+            self.profile.devices(run.cluster.devices),
+            key=lambda device: device.memory_bytes - peak_memory(run, shape, device).total,
+        )
+
+    def nearest_miss(self) -> Rejected | None:
+        """Return the rejected candidate that lacks the least memory, or of those that lack none the least late."""
+        return min(self.rejected, key=lambda rejected: rejected.missing, default=None)
+
+
+def evaluate(run: Run, profile: Profile, tokens: int, spaces_recovery: bool = False) -> Candidate | Rejected:
+    """Work out one run on a profile: its costs, and whether every device can hold it.
+
+    With `spaces_recovery`, one whose recovery points are as rare as they have to be; else exactly this one.
+    """
+    return _evaluate(run, PlanContext.of(run, profile, tokens, SelectionCriteria(), spaces_recovery))
+
+
+def _evaluate(run: Run, setting: PlanContext) -> Candidate | Rejected:
+    shape, devices, choice = setting.shape, setting.devices, setting.choice
+    kinds = distinct(devices)
+    fullest = [(device, heights(run, shape, device)) for device in kinds]
+    peaks = [(device, high, high.peak()) for device, high in fullest]
+    device, high, memory = min(peaks, key=lambda peak: peak[0].memory_bytes - peak[2].total)
+    host_parts = host_memory_by_part(run, shape, device)
+    time, rounds = round_time(run, shape, devices, setting.profile.link), num_rounds(run)
+    stops = pauses(run, shape, kinds)
+    if setting.spaces_recovery and (
+        (every := stops.affordable_recovery(time.round_s / time.steps)) != run.cluster.recover_every
+    ):
+        run = _with_recovery(run, setting, every, stops.calendar.apart)
+        stops = replace(stops, calendar=Cadence.of(run))
+    candidate = Candidate(
+        run=run,
+        setting=setting,
+        memory=memory,
+        heights=high,
+        host_memory_by_part=host_parts,
+        sent_bytes_per_round=sent_bytes(run, shape, run.train.steps) / rounds / run.cluster.devices,
+        time=time,
+        pauses=stops,
+        wall_s=run.train.steps * time.compute_s + rounds * (time.merge_s + time.exchange_s) + stops.total_s,
+        samples_factor=samples_factor(run, shape, setting.tokens, choice.efficiency),
+    )
+    short_bytes = max(0, memory.total - device.memory_bytes)
+    # Of one memory, what is left.
+    host_room_bytes = device.host_memory_bytes or max(0, device.memory_bytes - memory.total)
+    host_short_bytes = max(0, sum(host_parts.values()) - host_room_bytes)
+    if short_bytes or host_short_bytes:
+        reasons = [_memory_reason(memory, device)] if short_bytes else []
+        reasons += [_host_reason(host_parts, host_room_bytes, device)] if host_short_bytes else []
+        return Rejected(candidate, ", and ".join(reasons), short_bytes, host_short_bytes)
+    late_s = candidate.equivalent_wall_s - choice.within_s if choice.within_s is not None else 0.0
+    if late_s > 0:
+        needed_h = candidate.equivalent_wall_s / 3600
+        reason = f"needs {needed_h:.4g} h to equal loss, {late_s / 3600:.3g} h more than --within allows"
+        return Rejected(candidate, reason, late_s=late_s)
+    return candidate
+
+
+def _with_recovery(run: Run, setting: PlanContext, every: int, apart: int) -> Run:
+    """Return a run that saves after so many meetings, and between these points only where it was asked to."""
+    update: dict[str, Any] = {"cluster": setting.recovering(run.cluster, every)}
+    if not setting.keeps_checkpoints:
+        points = -(-run.train.checkpoint_every // (every * apart))
+        saves_every = min(points * every * apart, run.train.steps)
+        update["train"] = run.train.model_copy(update={"checkpoint_every": saves_every})
+    return run.model_copy(update=update)
+
+
+def _host_reason(parts: dict[str, int], room_bytes: int, device: Device) -> str:
+    meanings = {
+        "start_weights": "the weights that merges start from",
+        "diagnostics": "sums of gradients, for train.diagnostics_every",
+        "checkpoint_save": "the tensor that a checkpoint is writing",
+        "data": "the data",
+    }
+    largest = meanings[max(parts, key=lambda name: parts[name])]
+    return (
+        f"needs {sum(parts.values()) / 1e9:.2f} GB of host memory, most of it for {largest}, {device.kind} has "
+        f"{room_bytes / 1e9:.2f} GB"
+    )
+
+
+def _memory_reason(memory: Memory, device: Device) -> str:
+    parts = {name: size for name, size in memory.parts().items() if name != "reserved"}
+    largest = max(parts, key=lambda name: parts[name])
+    return (
+        f"needs {memory.total / 1e9:.2f} GB, {device.kind} has {device.memory_bytes / 1e9:.2f} GB; "
+        f"most goes to {largest} ({parts[largest] / 1e9:.2f} GB)"
+    )
+
+
+@collector_paused()
+def make_plan(
+    base: Run,
+    profile: Profile,
+    tokens: int,
+    pins: Pins,
+    notes: Sequence[str] = (),
+    choice: SelectionCriteria | None = None,
+) -> Plan:
+    """Lay out the grid around `base`, evaluate it, and choose; `base` carries every key that no pin or grid varies."""
+    choice = choice or SelectionCriteria()
+    pins = replace(pins, ranks=choice.probe.ranks(base)) if choice.probe else pins
+    check_formats(base, profile)
+    setting = PlanContext.of(base, profile, tokens, choice, "recover_every" not in base.cluster.model_fields_set)
+    shape, devices = setting.shape, setting.devices
+    rank = _rank_by(value_of(choice.objective, profile, len(devices)))
+    methods = (pins.method,) if pins.method else CHOSEN_FROM
+
+    def results_of(names: Sequence[str]) -> list[Candidate | Rejected]:
+        runs = grid(base, shape, names, pins, tokens)
+        return [_evaluate(run, setting) for run in runs]
+
+    results = results_of(methods)
+    if not results:
+        raise InputError(
+            f"train.warmup_steps = {base.train.warmup_steps} is not below the steps that {tokens:,} "
+            f"{base.model.unit} take, whatever the batch; lower it, or train on more --{base.model.unit}"
+        )
+    fitting = sorted((r for r in results if isinstance(r, Candidate)), key=rank)
+    rejected = tuple(r for r in results if isinstance(r, Rejected))
+    plain = (candidate for candidate in fitting if not needs_library(candidate.run))
+    chosen = next(plain, None) or next(iter(fitting), None)
+    others = METHOD_NAMES if choice.with_rivals and not pins.method else ()
+    rivals = [_best(results_of((name,)), rank) for name in others if name not in methods]
+    rival = min((rival for rival in rivals if isinstance(rival, Candidate)), key=rank, default=None)
+    first = next(iter(fitting), None)
+    return Plan(
+        profile=profile,
+        base=base,
+        tokens=tokens,
+        candidates=tuple(fitting),
+        rejected=rejected,
+        chosen=chosen,
+        dense=_best([r for r in results if isinstance(candidate_of(r).run.method, DdpOptions)], rank)
+        or _best(results_of(("ddp",)), rank),
+        notes=(*notes, *plan_notes(setting, base, chosen, first, rival, lambda run: _evaluate(run, setting))),
+        rivals=tuple(rival for rival in rivals if rival is not None),
+        pins=pins,
+        choice=choice,
+    )
+
+
+Rank = Callable[[Candidate], tuple[float, ...]]
+
+
+def _rank_by(value: Callable[[Candidate], float]) -> Rank:
+    """Return the key to sort by; at an equal value less time and the smaller footprint win, never the grid's order."""
+    return lambda c: (value(c), c.equivalent_wall_s, c.memory.total, c.sent_bytes_per_round)
+
+
+def _best(results: Sequence[Candidate | Rejected], rank: Rank) -> Candidate | Rejected | None:
+    """Return the first of those that fit, or else the nearest miss."""
+    fitting = [r for r in results if isinstance(r, Candidate)]
+    misses = [r for r in results if isinstance(r, Rejected)]
+    nearest = min(misses, key=lambda r: r.missing, default=None)
+    return min(fitting, key=rank, default=None) or nearest

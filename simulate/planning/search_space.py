@@ -1,0 +1,121 @@
+"""The candidates of a plan: every method with the values of its keys that are worth trying."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from simulate.config.method_options import DEFAULT_SCALE, AdapterOptions, MethodOptions
+from simulate.config.method_table import METHODS
+from simulate.config.run import Run, Train
+from simulate.methods.daso.options import DasoOptions
+from simulate.methods.lte.options import LteOptions
+from simulate.models.schema import FactoryModel
+from simulate.models.shapes import ModelShape
+
+RANKS = (8, 16, 32, 64, 128, 256)
+MERGE_EVERY = (10, 30, 100)
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+AXES: Mapping[str, Mapping[str, Sequence[Any]]] = {
+    "lte": {
+        "rank": RANKS,
+        "heads_per_device": (1, 4),
+        "merge_every": MERGE_EVERY,
+        "quantize": ("none", "int8", "nf4"),
+        "merge_transport": ("gather", "reduce", "server"),
+    },
+    "lora": {"rank": RANKS},
+    "relora": {"rank": RANKS},
+    "mhlora": {"rank": RANKS},
+    "adamix": {"rank": RANKS},
+    "local-sgd": {"merge_every": MERGE_EVERY},
+    "diloco": {"merge_every": MERGE_EVERY},
+    "daso": {"merge_every": (4, 8)},
+    "powersgd": {"rank": (4, 16)},
+    "topk": {"density": (0.01, 0.1)},
+    "ddp": {},
+    "sapipe": {},
+    "signsgd": {},
+}
+"""Values of the keys that the user left open, by method."""
+
+
+@dataclass(frozen=True)
+class Pins:
+    """What the user fixed; None leaves the planner free."""
+
+    method: str | None = None
+    keys: frozenset[str] = frozenset()
+    """Keys of [method] that were given; their values are the base run's."""
+    micro_batch: int | None = None
+    activation_checkpointing: bool | None = None
+    ranks: tuple[int, ...] = ()
+    """Ranks of lte to try beside the grid's."""
+
+
+def grid(base: Run, shape: ModelShape, methods: Sequence[str], pins: Pins, tokens: int) -> Iterator[Run]:
+    """Yield the runs of some methods around `base`, which carries every key that no pin or axis varies."""
+    checkpointing = (False, True) if pins.activation_checkpointing is None else (pins.activation_checkpointing,)
+    if isinstance(base.model, FactoryModel):
+        checkpointing = (False,)
+    unit = getattr(base.method, "heads_per_device", 1) if "heads_per_device" in pins.keys else 1
+    micro_batches = (pins.micro_batch,) if pins.micro_batch else [unit * size for size in MICRO_BATCHES]
+    options = [option for name in methods for option in _options(base, shape, name, pins)]
+    for micro_batch, recompute in itertools.product(micro_batches, checkpointing):
+        train = train_for(base, micro_batch, recompute, tokens)
+        if train.warmup_steps >= train.steps:
+            continue
+        for method in options:
+            if micro_batch % getattr(method, "heads_per_device", 1):
+                continue
+            yield base.model_copy(update={"method": method, "train": train})
+
+
+def _options(base: Run, shape: ModelShape, name: str, pins: Pins) -> Iterator[MethodOptions]:
+    """Vary what is not pinned; ranks reach up to the smallest layer dimension."""
+    ours = base.method.name == name
+    start: MethodOptions = base.method if ours else METHODS[name]()
+    axes = {key: values for key, values in AXES[name].items() if not (ours and key in pins.keys)}
+    if "rank" in axes and isinstance(start, AdapterOptions):
+        limit = min(min(linear.in_features, linear.out_features) for linear in shape.adapted)
+        tried = sorted({*RANKS, *pins.ranks}) if name == "lte" else RANKS
+        axes["rank"] = [rank for rank in tried if rank <= limit] or [limit]
+    if base.cluster.devices == 1 and "merge_transport" in axes:
+        axes["merge_transport"] = axes["merge_transport"][:1]
+    if isinstance(start, DasoOptions) and base.cluster.devices % start.devices_per_node:
+        start = start.model_copy(update={"devices_per_node": 1})
+    for values in itertools.product(*axes.values()):
+        update = dict(zip(axes, values, strict=True))
+        if "rank" in update and isinstance(start, AdapterOptions) and not (ours and "alpha" in pins.keys):
+            update["alpha"] = DEFAULT_SCALE * update["rank"]
+        method = start.model_copy(update=update)
+        if method.round_steps % method.merges_per_round == 0 and _goes_together(method):
+            yield method
+
+
+def _goes_together(method: MethodOptions) -> bool:
+    """Whether the options of quantised weights would be accepted in a run: copies are not validated."""
+    if not isinstance(method, LteOptions):
+        return True
+    if method.quantize == "none":
+        return method.master == "host"
+    return not method.merge_delay and (method.master != "server" or method.merge_transport == "server")
+
+
+def train_for(base: Run, micro_batch: int, recompute: bool, tokens: int) -> Train:
+    """Return base.train with a batch, the steps that train on `tokens` with it, and what follows from the steps."""
+    tokens_per_step = base.tokens_per_step // base.train.micro_batch * micro_batch
+    steps = max(1, math.ceil(tokens / tokens_per_step))
+    every = max(1, steps // 10)
+    given = base.train.model_fields_set
+    derived = {
+        "steps": steps,
+        "warmup_steps": min(steps // 20, 2000),
+        "evaluate_every": every,
+        "checkpoint_every": min(every * 2, 1000),
+    }
+    update = {key: value for key, value in derived.items() if key not in given}
+    return base.train.model_copy(update={**update, "micro_batch": micro_batch, "activation_checkpointing": recompute})

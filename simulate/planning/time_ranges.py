@@ -1,0 +1,61 @@
+"""How far planned times may be off: from what the profile's figures are, and the samples model's own range."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from simulate.costs.samples import samples_factor
+
+if TYPE_CHECKING:
+    from simulate.planning.candidate import Candidate
+
+
+def time_range(candidate: Candidate, compute_s: float, exchange_s: float) -> tuple[float, float]:
+    """Return the shortest and the longest that compute and an exchange may take together."""
+    margins = candidate.margins
+    low_s = compute_s / margins.compute + exchange_s / margins.exchange
+    return low_s, compute_s * margins.compute + exchange_s * margins.exchange
+
+
+def wall_range(candidate: Candidate) -> tuple[float, float]:
+    """Return the range of the whole run's seconds."""
+    exchange_s = candidate.time.exchange_s * candidate.rounds
+    return time_range(candidate, candidate.wall_s - exchange_s, exchange_s)
+
+
+def samples_range(candidate: Candidate) -> tuple[float, float]:
+    """Return the range of the assumed samples over dense's."""
+    run, shape = candidate.run, candidate.run.model.shape()
+    low, high = (samples_factor(run, shape, candidate.tokens, candidate.efficiency, end) for end in ("low", "high"))
+    return low, high
+
+
+def equivalent_range(candidate: Candidate) -> tuple[float, float]:
+    """Return the range of the seconds to equal loss: times and samples both at their low, or both at their high."""
+    return _equivalent_range(candidate, wall_range(candidate), samples_range(candidate))
+
+
+def _equivalent_range(
+    candidate: Candidate, wall_s: tuple[float, float], samples: tuple[float, float]
+) -> tuple[float, float]:
+    share = candidate.equivalent_wall_s / (candidate.wall_s * candidate.samples_factor)
+    return wall_s[0] * samples[0] * share, wall_s[1] * samples[1] * share
+
+
+def range_keys(candidate: Candidate) -> dict[str, float]:
+    """Return `_low` and `_high` of every time and of the samples, for the plan's JSON."""
+    time = candidate.time
+    compute_s = time.steps * time.compute_s + time.merge_s
+    wall_s, samples = wall_range(candidate), samples_range(candidate)
+    ranges = {
+        "compute_s": time_range(candidate, time.compute_s, 0.0),
+        "exchange_s": time_range(candidate, 0.0, time.exchange_s),
+        "step_s": time_range(candidate, compute_s / time.steps, time.exchange_s / time.steps),
+        "round_s": time_range(candidate, compute_s, time.exchange_s),
+        "wall_s": wall_s,
+        "assumed_samples_factor": samples,
+        "equivalent_wall_s": _equivalent_range(candidate, wall_s, samples),
+    }
+    return {
+        f"{key}_{end}": value for key, both in ranges.items() for end, value in zip(("low", "high"), both, strict=True)
+    }

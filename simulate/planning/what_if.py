@@ -1,0 +1,184 @@
+"""The choice on a timeline: how rounds go, how many devices are worth it, which link to upgrade, what churn costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from simulate.config.hardware import Device, Link, Profile
+from simulate.config.run import Run
+from simulate.costs.message_schedule import num_rounds
+from simulate.costs.samples import samples_factor
+from simulate.costs.step_time import round_time
+from simulate.planning.candidate import Candidate
+from simulate.planning.planner import Plan
+from simulate.planning.search_space import train_for
+from simulate.timeline.churn import away_share, redo_factor
+from simulate.timeline.engine import Timeline, simulate
+
+ROUNDS = 100
+"""Rounds to simulate, unless others are asked for."""
+COMPARED_ROUNDS = 20
+"""Rounds to simulate of each alternative."""
+WORTH_GAIN = 1.1
+"""Doubling the devices is worth it while it makes the run this many times as fast."""
+MOST_DEVICES = 2**17
+UPGRADE_MATTERS = 1.01
+CHURN_PER_HOUR, JOIN_S = 0.02, 60.0
+"""What churn is priced at, and how long a device takes to come back where the profile says nothing."""
+DRAWN_DEVICES, DRAWN_ROUNDS = 6, 3
+
+
+@dataclass(frozen=True)
+class Doubling:
+    """The same method on twice the devices of the row before."""
+
+    devices: int
+    equivalent_wall_s: float
+    gain: float
+
+
+@dataclass(frozen=True)
+class Upgrade:
+    """One figure of the profile, twice as good."""
+
+    what: str
+    speedup: float
+
+
+@dataclass(frozen=True)
+class Churn:
+    """What it costs that devices leave; both factors are times of the run without."""
+
+    leave_per_hour: float
+    join_s: float
+    elastic_factor: float
+    """Where the others go on."""
+    redo_factor: float | None
+    """Where a round in which somebody leaves is done again, as launched runs do; None: it never ends."""
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """All that --timeline answers."""
+
+    timeline: Timeline
+    planned_s: float
+    """The closed form's seconds of the same rounds: equal devices, no jitter, nobody leaves."""
+    run_wall_s: float
+    """The whole run: rounds at the simulated pace, evaluations and checkpoints."""
+    doublings: tuple[Doubling, ...]
+    worth_devices: int
+    upgrades: tuple[Upgrade, ...]
+    churn: Churn
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as the plan's JSON has it."""
+        timeline = self.timeline
+        return {
+            "devices": timeline.devices,
+            "rounds": timeline.rounds,
+            "steps": timeline.steps,
+            "wall_s": timeline.wall_s,
+            "planned_wall_s": self.planned_s,
+            "run_wall_s": self.run_wall_s,
+            "device_s": timeline.seconds,
+            "device_steps": timeline.device_steps,
+            "leaves": timeline.leaves,
+            "worth_devices": self.worth_devices,
+            "worth_gain": WORTH_GAIN,
+            "doublings": [asdict(doubling) for doubling in self.doublings],
+            "upgrades": [asdict(upgrade) for upgrade in self.upgrades],
+            "churn": asdict(self.churn),
+            "spans": [asdict(span) for span in timeline.spans],
+        }
+
+
+def look_ahead(plan: Plan, chosen: Candidate, rounds: int) -> Outlook:
+    """Simulate the choice's first rounds, and its alternatives."""
+    run, profile = chosen.run, plan.profile
+    devices = profile.devices(run.cluster.devices)
+    drawn = representatives(devices)
+    timeline = simulate(run, devices, profile.link, rounds, drawn, DRAWN_ROUNDS)
+    steps = run.model_copy(update={"train": run.train.model_copy(update={"steps": timeline.steps})})
+    doublings = tuple(_doublings(chosen, profile, devices))
+    worth = [doubling.devices for doubling in doublings if doubling.gain >= WORTH_GAIN]
+    return Outlook(
+        timeline=timeline,
+        planned_s=_closed_form_s(steps, devices, profile.link),
+        run_wall_s=timeline.wall_s * run.train.steps / timeline.steps + chosen.pauses.total_s,
+        doublings=doublings,
+        worth_devices=max(worth, default=len(devices)),
+        upgrades=tuple(sorted(_upgrades(run, devices, profile.link), key=lambda upgrade: -upgrade.speedup)),
+        churn=_churn(devices, timeline),
+    )
+
+
+def representatives(devices: Sequence[Device]) -> list[int]:
+    """Return a few devices to draw: the first of each kind, then others evenly spread."""
+    firsts = list({device.kind: index for index, device in reversed(list(enumerate(devices)))}.values())
+    count = min(DRAWN_DEVICES, len(devices))
+    spread = [index * len(devices) // count for index in range(count)]
+    chosen = list(dict.fromkeys([*sorted(firsts), *spread]))[:DRAWN_DEVICES]
+    return sorted(chosen)
+
+
+def _closed_form_s(run: Run, devices: Sequence[Device], link: Link) -> float:
+    time = round_time(run, run.model.shape(), devices, link)
+    return run.train.steps * time.compute_s + num_rounds(run) * (time.merge_s + time.exchange_s)
+
+
+def _equivalent_s(chosen: Candidate, devices: Sequence[Device], link: Link) -> float:
+    """Seconds to equal loss of the choice's method on other devices; the batch grows with them, the tokens do not."""
+    cluster = chosen.run.cluster.model_copy(update={"devices": len(devices)})
+    run = chosen.run.model_copy(update={"cluster": cluster})
+    train = train_for(run, run.train.micro_batch, run.train.activation_checkpointing, chosen.tokens)
+    run = run.model_copy(update={"train": train})
+    timeline = simulate(run, devices, link, COMPARED_ROUNDS)
+    trained = timeline.device_steps / len(devices) * run.tokens_per_step
+    samples = samples_factor(run, run.model.shape(), chosen.tokens, chosen.efficiency)
+    return timeline.wall_s * samples * chosen.tokens / trained
+
+
+def _doublings(chosen: Candidate, profile: Profile, devices: tuple[Device, ...]) -> Iterator[Doubling]:
+    """Yield twice as many devices, and again, until that is worth less than it has to be."""
+    before_s, gain = _equivalent_s(chosen, devices, profile.link), WORTH_GAIN
+    fixed = chosen.run.data.shards is not None or chosen.run.method.given_steps is not None
+    while not fixed and gain >= WORTH_GAIN and 2 * len(devices) <= MOST_DEVICES:
+        devices = devices * 2
+        seconds = _equivalent_s(chosen, devices, profile.link)
+        gain, before_s = before_s / seconds, seconds
+        yield Doubling(len(devices), seconds, gain)
+
+
+def _upgrades(run: Run, devices: Sequence[Device], link: Link) -> Iterator[Upgrade]:
+    """Yield every figure that could be twice as good, with what that does for the run."""
+    before_s = simulate(run, devices, link, COMPARED_ROUNDS).wall_s
+    rates = [key for key, rate in link if key.endswith("bytes_per_s") and rate is not None]
+    changes: dict[str, dict[str, float]] = {f"link.{key} x 2": {key: 2 * getattr(link, key)} for key in rates}
+    both = ("up_bytes_per_s", "down_bytes_per_s")
+    changes["link.up_bytes_per_s and down_bytes_per_s x 2"] = {key: 2 * getattr(link, key) for key in both}
+    changes["link.latency_s / 2"] = {"latency_s": link.latency_s / 2}
+    for what, update in changes.items():
+        after_s = simulate(run, devices, link.model_copy(update=update), COMPARED_ROUNDS).wall_s
+        yield Upgrade(what, before_s / after_s)
+    kinds = {id(device): device.model_copy(update=_twice_as_fast(device)) for device in devices}
+    faster = [kinds[id(device)] for device in devices]
+    yield Upgrade("devices twice as fast", before_s / simulate(run, faster, link, COMPARED_ROUNDS).wall_s)
+
+
+def _twice_as_fast(device: Device) -> dict[str, Any]:
+    rates = {dtype: rate and 2 * rate for dtype, rate in device.flop_per_s}
+    return {
+        "flop_per_s": device.flop_per_s.model_copy(update=rates),
+        "memory_bytes_per_s": 2 * device.memory_bytes_per_s,
+    }
+
+
+def _churn(devices: Sequence[Device], timeline: Timeline) -> Churn:
+    """Price churn for the run's rounds as they are simulated, by expectation (simulate/timeline/churn.py)."""
+    join_s = max(device.join_s for device in devices) or JOIN_S
+    redo = redo_factor(CHURN_PER_HOUR, join_s, timeline.round_s, len(devices))
+    elastic = 1 / (1 - away_share(CHURN_PER_HOUR, join_s, timeline.round_s))
+    return Churn(CHURN_PER_HOUR, join_s, elastic, None if redo == float("inf") else redo)

@@ -1,0 +1,354 @@
+"""Probe a run: gradients at the start weights and after a short dense warm-up, and what the warm-up changed.
+
+The warm-up is the run's own training with its method exchanged for dense data parallelism: the same weights, batches,
+optimizer and rates. Nothing of the network but the weights of layers that LTE would adapt is looked at by matrix; the
+noise scale is over all parameters, as simulate.training.diagnostics has it.
+
+With n gradients g_i of b samples each and S = Σ g_i, a first pass over the batches takes |g_i|² and S, a second one
+S·g_i. Leaving gradient i out changes |S|² to |S|² − 2·S·g_i + |g_i|², so that the jackknife (Tukey 1958; Efron and
+Stein 1981) needs no gradient to be kept. It is taken of the scale's logarithm, which keeps the range above zero:
+
+    se² = (n − 1)/n · Σ_i (ln B_i − mean ln B)²,    range B·exp(∓2·se)
+
+Legend: O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from simulate.comm.virtual import VirtualCommunicator
+from simulate.common.errors import InputError, RunFailedError
+from simulate.config.run import Run
+from simulate.data.batches import Batches
+from simulate.layers.attention import PerDeviceAttention
+from simulate.layers.convert import ConversionSpec, convert
+from simulate.methods.build_network import build_model
+from simulate.methods.ddp.options import DdpOptions
+from simulate.methods.lte.options import LteOptions
+from simulate.methods.registry import build_method
+from simulate.methods.round_updates import decompose
+from simulate.probe.recommend import recommend
+from simulate.probe.schema import (
+    Layer,
+    LayerGradient,
+    Noise,
+    Probe,
+    ProbedData,
+    ProbedModel,
+    Settings,
+    Spectrum,
+    State,
+    shapes_fingerprint,
+)
+from simulate.training.diagnostics import LossGradient, effective_rank, noise_figures, stable_rank
+
+FEWEST_GRADIENTS = 3
+"""Of single devices' batches; one is left out at a time, and two must remain."""
+STANDARD_ERRORS = 2.0
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class AdaptedWeight:
+    """The weight of one layer that LTE would adapt, in the plain network."""
+
+    layer: str
+    """The layer's name."""
+    weight: str
+    """The parameter's."""
+    transposed: bool
+    """Whether it is kept as (I, O)."""
+
+    def matrix(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """Return it, or its gradient or change, as (O, I) in double precision."""
+        weight = weights[self.weight].detach().flatten(1).double()
+        return weight.T if self.transposed else weight
+
+
+class _Mark(nn.Module):
+    """Stands where an adapter would."""
+
+    transposed = False
+
+
+def adapted_weights(network: nn.Module, run: Run) -> list[AdaptedWeight]:
+    """Return the weights that adapters would serve, in the network's order; the network stays as it is."""
+    marks: dict[str, _Mark] = {}
+
+    def mark(layer: nn.Module, name: str, bias: Tensor | None) -> nn.Module:
+        return marks.setdefault(name, _Mark())
+
+    empty = {id(p): nn.Parameter(p.detach().to("meta")) for p in network.parameters()}
+    convolutions = run.method.convolutions if isinstance(run.method, LteOptions) else "lora"
+    # The memo keeps what modules share shared, and costs no storage.
+    converted = convert(copy.deepcopy(network, empty), 1, ConversionSpec(mark, convolutions=convolutions))
+    renamed: dict[str, str] = {}
+    for name, module in converted.named_modules():
+        if isinstance(module, PerDeviceAttention):
+            renamed.update(module.plain_names(name))
+    names = {name: f"{name}.weight" for name in marks}
+    return [AdaptedWeight(name, renamed.get(key, key), marks[name].transposed) for name, key in names.items()]
+
+
+def probe_run(run: Run, batches: Batches, device: torch.device, source: str, num_batches: int, warmup_steps: int,
+              log: Log) -> Probe:  # fmt: skip
+    """Take the gradients and the warm-up of a run; returns all figures, with what follows for the run's heads.
+
+    `source` names the data for people. Raises InputError for too few batches, RunFailedError for a loss that is not
+    finite.
+    """
+    check_batches(run, num_batches)
+    network = build_model(run)
+    adapted = adapted_weights(network, run)
+    trained = _Trained(run, batches, device, network, adapted)
+    steps = min(round_steps(run), warmup_steps)
+    log(f"gradients of {num_batches} batches at the start")
+    start = trained.snapshot()
+    initial = _gradients(run, trained.weights(), adapted, _parts(run, batches, device, 0, num_batches), 0)
+    log(f"{warmup_steps} dense steps")
+    trained.take(range(warmup_steps - steps))
+    round_start = trained.snapshot() if steps < warmup_steps else start
+    trained.take(range(warmup_steps - steps, warmup_steps))
+    log(f"gradients of {num_batches} batches after them")
+    parts = _parts(run, batches, device, warmup_steps, num_batches)
+    warmed = _gradients(run, trained.weights(), adapted, parts, warmup_steps)
+    weights = trained.weights()
+    layers = [
+        Layer(
+            name=layer.layer,
+            outputs=layer.matrix(weights).shape[0],
+            inputs=layer.matrix(weights).shape[1],
+            initial=initial.layers[layer.layer],
+            warmed=warmed.layers[layer.layer],
+            round_update=spectrum_of(layer.matrix(weights) - layer.matrix(round_start)),
+            update=spectrum_of(layer.matrix(weights) - layer.matrix(start)),
+        )
+        for layer in adapted
+    ]
+    probe = Probe(
+        network=_model(run),
+        data=ProbedData(source=source, fingerprint=batches.fingerprint),
+        settings=_settings(run, num_batches, warmup_steps, steps),
+        initial=initial.state,
+        warmed=warmed.state,
+        layers=layers,
+    )
+    advice = recommend(probe, probe.settings.heads, run.cluster.devices)
+    return probe.model_copy(update={"recommendation": advice})
+
+
+def check_batches(run: Run, num_batches: int) -> None:
+    """Raise InputError where there are too few gradients to tell noise from signal."""
+    if num_batches * run.cluster.devices < FEWEST_GRADIENTS:
+        raise InputError(
+            f"--batches {num_batches} on cluster.devices = {run.cluster.devices} gives too few gradients to tell their "
+            f"noise; at least {FEWEST_GRADIENTS} are needed, try --batches 8"
+        )
+
+
+def round_steps(run: Run) -> int:
+    """Return T of the run's method, or LTE's default for one that exchanges at every step."""
+    steps = run.method.round_steps
+    return steps if steps > 1 else LteOptions().round_steps
+
+
+def _model(run: Run) -> ProbedModel:
+    shape = run.model.shape()
+    return ProbedModel(
+        name=shape.name,
+        parameters=shape.parameters,
+        adapted_parameters=shape.adapted_parameters,
+        largest_dimension=shape.largest_dimension,
+        smallest_dimension=min(min(linear.out_features, linear.in_features) for linear in shape.adapted),
+        sizes=run.model.model_dump(),
+        fingerprint=shapes_fingerprint(shape),
+    )
+
+
+def _settings(run: Run, num_batches: int, warmup_steps: int, steps: int) -> Settings:
+    train = run.train
+    return Settings(
+        seed=train.seed,
+        dtype=train.dtype,
+        optimizer=train.optimizer,
+        learning_rate=train.learning_rate,
+        devices=run.cluster.devices,
+        heads=run.heads if isinstance(run.method, LteOptions) else run.cluster.devices,
+        micro_batch=train.micro_batch,
+        tokens_per_sample=run.model.units_per_sample,
+        batches=num_batches,
+        warmup_steps=warmup_steps,
+        round_steps=steps,
+    )
+
+
+class _Trained:
+    """The run's network in dense training."""
+
+    def __init__(
+        self, run: Run, batches: Batches, device: torch.device, network: nn.Module, adapted: Sequence[AdaptedWeight]
+    ) -> None:
+        dense = run.model_copy(update={"method": DdpOptions()})
+        self.batches, self.device, self.adapted = batches, device, adapted
+        self.devices = range(run.cluster.devices)
+        self.method = build_method(dense, VirtualCommunicator(run.cluster.devices), device, network)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights as they are now, by the plain network's names; not copied."""
+        return self.method.merged_state()
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Return a copy of the adapted weights."""
+        weights = self.weights()
+        return {layer.weight: weights[layer.weight].clone() for layer in self.adapted}
+
+    def take(self, steps: range) -> None:
+        """Take these optimizer steps."""
+        for step in steps:
+            inputs, targets = self.batches.batch(step, self.devices)
+            losses_L = self.method.step(inputs.to(self.device), targets.to(self.device), step)
+            if not losses_L.isfinite().all():
+                raise RunFailedError(
+                    f"the loss is not finite at step {step + 1} of the warm-up; try a lower --set train.learning_rate"
+                )
+
+
+Part = tuple[Tensor, Tensor]
+
+
+def _parts(
+    run: Run, batches: Batches, device: torch.device, first_step: int, num_batches: int
+) -> Callable[[], Iterator[Part]]:
+    """Return what yields every device's own batch of some steps, the same every time."""
+
+    def parts() -> Iterator[Part]:
+        for step in range(first_step, first_step + num_batches):
+            inputs, targets = batches.batch(step, range(run.cluster.devices))
+            size = run.train.micro_batch
+            for own_inputs, own_targets in zip(inputs.split(size), targets.split(size), strict=True):
+                yield own_inputs.to(device), own_targets.to(device)
+
+    return parts
+
+
+@dataclass(frozen=True)
+class _Measured:
+    state: State
+    layers: dict[str, LayerGradient]
+
+
+@dataclass
+class Spread:
+    """Squared norms of gradients, and their products with their sum, gradient by gradient."""
+
+    squares: list[float] = field(default_factory=list)
+    """|g_i|²."""
+    products: list[float] = field(default_factory=list)
+    """S·g_i."""
+
+    def noise(self, samples: int) -> Noise:
+        """Return the noise of gradients of so many samples each."""
+        count, squares, total = len(self.squares), math.fsum(self.squares), math.fsum(self.products)
+        figures = noise_figures(squares / count, total / count**2, samples, samples * count, 1)
+        if not figures:
+            raise RunFailedError("gradients are not finite; try a lower --set train.learning_rate")
+        measured_square, scale = total / count**2, figures.get("noise_scale_samples")
+        low, high = (None, None) if scale is None else self._range(scale, samples)
+        share = figures["gradient_square"] / measured_square if measured_square > 0 else 0.0
+        return Noise(
+            gradient_square=figures["gradient_square"],
+            gradient_variance=figures["gradient_variance"],
+            signal_share=min(1.0, max(0.0, share)),
+            scale_samples=scale,
+            scale_low_samples=low,
+            scale_high_samples=high,
+        )
+
+    def _range(self, scale: float, samples: int) -> tuple[float, float] | tuple[None, None]:
+        """Return the scale less and plus two standard errors, on a logarithmic scale; by the jackknife."""
+        count, squares, total = len(self.squares), math.fsum(self.squares), math.fsum(self.products)
+        logarithms, left = [], count - 1
+        for square, product in zip(self.squares, self.products, strict=True):
+            small, big = (squares - square) / left, (total - 2 * product + square) / left**2
+            other = noise_figures(small, big, samples, samples * left, 1).get("noise_scale_samples")
+            if not other:
+                return None, None
+            logarithms.append(math.log(other))
+        mean = math.fsum(logarithms) / count
+        error = math.sqrt(left / count * math.fsum((x - mean) ** 2 for x in logarithms))
+        factor = math.exp(min(700.0, STANDARD_ERRORS * error))
+        return scale / factor, scale * factor
+
+
+def _gradients(
+    run: Run,
+    weights: Mapping[str, Tensor],
+    adapted: Sequence[AdaptedWeight],
+    parts: Callable[[], Iterator[Part]],
+    steps: int,
+) -> _Measured:
+    """Measure the gradients of single devices' batches at given weights: their mean, and their noise."""
+    gradient = LossGradient(run, weights)
+    sums = {name: torch.zeros_like(leaf, requires_grad=False) for name, leaf in gradient.leaves.items()}
+    spreads = {name: Spread() for name in gradient.leaves}
+
+    def add(name: str, own: Tensor) -> None:
+        sums[name].add_(own)
+        spreads[name].squares.append(_dot(own, own))
+
+    def multiply(name: str, own: Tensor) -> None:
+        spreads[name].products.append(_dot(sums[name], own))
+
+    losses = [float(gradient.of(*part, add)) for part in parts()]
+    for part in parts():
+        gradient.of(*part, multiply)
+    means = {name: total / len(losses) for name, total in sums.items()}
+    size = run.train.micro_batch
+    if not math.isfinite(loss_mean := math.fsum(losses) / len(losses)):
+        raise RunFailedError("the loss is not finite; try a lower --set train.learning_rate")
+    layers = {
+        layer.layer: LayerGradient(spectrum=spectrum_of(layer.matrix(means)), noise=spreads[layer.weight].noise(size))
+        for layer in adapted
+    }
+    return _Measured(State(steps=steps, loss=loss_mean, noise=_joined(list(spreads.values())).noise(size)), layers)
+
+
+def _joined(spreads: Sequence[Spread]) -> Spread:
+    """Return the spread of gradients over all parameters together."""
+    return Spread(
+        squares=[math.fsum(values) for values in zip(*(spread.squares for spread in spreads), strict=True)],
+        products=[math.fsum(values) for values in zip(*(spread.products for spread in spreads), strict=True)],
+    )
+
+
+def _dot(one: Tensor, other: Tensor) -> float:
+    return float(torch.dot(one.flatten().double(), other.flatten().double()))
+
+
+def spectrum_of(x_OI: Tensor) -> Spectrum | None:
+    """Return how a matrix's squared norm is spread over directions; None for zeros."""
+    values, _, _ = decompose(x_OI.double(), 0)
+    if not len(values):
+        return None
+    return Spectrum(
+        effective_rank=effective_rank(values),
+        stable_rank=stable_rank(values),
+        rank_50=rank_holding(values, 0.5),
+        rank_90=rank_holding(values, 0.9),
+        rank_99=rank_holding(values, 0.99),
+    )
+
+
+def rank_holding(values: Tensor, share: float) -> int:
+    """Return the fewest singular values, largest first, whose squares add up to a share of all squares."""
+    squares = values.double() ** 2
+    held = squares.cumsum(0) / squares.sum()
+    # Rounding must not ask for one more direction than holds the share exactly.
+    return min(len(values), int((held < share - 1e-12).sum()) + 1)

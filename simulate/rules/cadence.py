@@ -1,0 +1,98 @@
+"""When the devices of a launched run hear of each other, evaluate and save: after merges, or every tenth step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from simulate.config.run import Run
+
+MEETING_STEPS = 10
+"""Steps between the meetings, and between recovery points, of processes whose method exchanges at every step."""
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """The meetings of a run's devices; steps are counted as done, from 1."""
+
+    steps: int
+    """Of the whole run; after the last all meet."""
+    apart: int
+    """Steps from one meeting to the next."""
+    late: int
+    """Steps that a meeting is behind its multiple of `apart`."""
+    evaluate_every: int
+    checkpoint_every: int
+    recover_steps: int
+    """Steps from one recovery point to the next; a multiple of `apart`."""
+
+    @classmethod
+    def of(cls, run: Run) -> Cadence:
+        """Return the calendar of a launched run, whose recovery points lie at meetings."""
+        train, cluster, apart = run.train, run.cluster, run.method.steps_apart
+        apart = MEETING_STEPS if apart == 1 else apart
+        return _calendar(
+            train.steps, apart, run.method.late_steps, train.evaluate_every, train.checkpoint_every,
+            apart * cluster.recover_every,
+        )  # fmt: skip
+
+    def meets(self, step: int) -> bool:
+        """Whether devices hear of each other after a step."""
+        return step == self.steps or (step % self.apart == self.late % self.apart and step > self.late)
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether a multiple of `every` has gone by since the meeting before a step."""
+        before = max(0, (step - 1 - self.late) // self.apart * self.apart + self.late)
+        return step // every > before // every
+
+    def evaluates(self, step: int) -> bool:
+        """Whether there is an evaluation after a step."""
+        return step == self.steps or (self.meets(step) and self.is_due(step, self.evaluate_every))
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is saved after a step: as often as the run says, and to recover from."""
+        if step == self.steps:
+            return True
+        if not self.meets(step):
+            return False
+        # At a meeting, no later than this one.
+        asked = self._meeting_of(step // self.checkpoint_every * self.checkpoint_every)
+        return (step - max(asked, self.late)) % self.recover_steps == 0
+
+    def _meeting_of(self, step: int) -> int:
+        """Return the first meeting that is not before a step; 0 for the start."""
+        return 0 if step <= 0 else max(1, -(-(step - self.late) // self.apart)) * self.apart + self.late
+
+    @cached_property
+    def num_evaluations(self) -> int:
+        """Evaluations of the whole run."""
+        last = (self.steps - 1 - self.late) // self.apart * self.apart + self.late  # before the end
+        before = 0 if last <= 0 else min((last - self.late) // self.apart, last // self.evaluate_every)
+        return before + 1
+
+    @cached_property
+    def num_saves(self) -> int:
+        """Checkpoints of the whole run."""
+        if self.checkpoint_every <= self.apart:  # at every meeting
+            return max(0, (self.steps - 1 - self.late) // self.apart) + 1
+        multiples = range(0, self.steps, self.checkpoint_every)
+        asked = sorted({meeting for step in multiples if (meeting := self._meeting_of(step)) < self.steps})
+        saves = len(asked)  # the start is none, the end is one
+        for start, end in zip(asked, [*asked[1:], self.steps], strict=True):
+            saves += max(0, -(-(end - max(start, self.late)) // self.recover_steps) - 1)
+        return saves
+
+
+@lru_cache(maxsize=256)
+def _calendar(*figures: int) -> Cadence:
+    """Return one calendar for all runs alike, which counts once."""
+    return Cadence(*figures)
+
+
+EVALUATION_BATCH = 16
+"""Samples in one forward pass of an evaluation, at most."""
+
+
+def evaluation_batch(micro_batch: int) -> int:
+    """Return the samples of one forward pass, no more than a step's: what fits a step fits here."""
+    return micro_batch if micro_batch < EVALUATION_BATCH else EVALUATION_BATCH

@@ -1,0 +1,43 @@
+"""How many of a round's steps each device takes, where devices are not equally fast.
+
+Letters: N devices, T steps of a round, c_n steps of device n.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from simulate.config.method_options import MethodOptions
+
+ROUNDING = 1e-9
+"""A step that fits but for rounding fits."""
+
+
+def round_counts(method: MethodOptions, step_s: Sequence[float], round_index: int = 0) -> tuple[int, ...]:
+    """Return c_n for devices that need `step_s` seconds a step: T in lockstep, else as many as the deadline leaves.
+
+    c_n = max(1, min(T, ⌊deadline / step_s_n⌋)); not given, the deadline is what the fastest device needs for T steps.
+    Steps that are given, round by round, start again where they end.
+    """
+    every = method.round_steps
+    if not method.is_paced:
+        return (every,) * len(step_s)
+    given = method.given_steps
+    if given is not None:
+        return given[round_index % len(given)]
+    deadline_s = method.deadline_s or every * min(step_s)
+    return tuple(max(1, min(every, math.floor(deadline_s / seconds + ROUNDING))) for seconds in step_s)
+
+
+def round_compute_s(method: MethodOptions, step_s: Sequence[float]) -> tuple[float, float]:
+    """Return the seconds of a round's steps, until the last device is done, and how many steps all devices take.
+
+    Both are the mean over rounds where the steps are given.
+    """
+    if not method.is_paced:
+        return method.round_steps * max(step_s), float(method.round_steps * len(step_s))
+    given = method.given_steps
+    rounds = [round_counts(method, step_s, index) for index in range(len(given or (None,)))]
+    seconds = [max(count * s for count, s in zip(counts, step_s, strict=True)) for counts in rounds]
+    return sum(seconds) / len(rounds), sum(map(sum, rounds)) / len(rounds)

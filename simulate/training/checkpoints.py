@@ -1,0 +1,249 @@
+"""Checkpoints: safetensors and JSON, never pickle; whole or not there at all.
+
+checkpoints/step-N/ has parts: `state`, what all devices have in common, and `devices-A-B`, what devices A to B−1 have
+for themselves. A process writes the parts that it holds; a checkpoint is whole once every device has a part. The files
+of a part are flushed to disk and renamed one after the other, the JSON last: it holds the tensors' digest and the
+run's, so that a damaged file or somebody else's checkpoint is refused instead of loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from simulate.common.errors import InputError
+from simulate.config.run import Run, run_fingerprint
+from simulate.methods.state import State
+
+if TYPE_CHECKING:  # listing checkpoints must not cost torch's import
+    from torch import Tensor
+
+CHECKPOINT_VERSION = 2
+KEEP = 2
+"""The newest whole checkpoints that are kept: one could be damaged by the disk."""
+CHUNK_BYTES = 2**20
+"""Of a file that are looked at at once."""
+SHARED = "state"
+_PART = re.compile(r"devices-(\d+)-(\d+)\.json")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Everything but tensors that the next step depends on."""
+
+    step: int
+    """Steps done."""
+    compute_s: float
+    exchange_s: float
+    sent_bytes: int
+    received_bytes: int
+    messages: int
+    wall_s: float
+    """Measured seconds of training so far, over all sessions."""
+    val_loss: float | None
+    link_free_s: float = 0.0
+    """Moment of the simulated clock from which the link is free."""
+    pause_s: float = 0.0
+    """Of the simulated clock, for evaluations and checkpoints."""
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Return where the checkpoint of a step is."""
+    return folder / f"step-{step:08d}"
+
+
+def save_checkpoint(
+    folder: Path, run: Run, data_fingerprint: str, progress: Progress, state: State, with_shared: bool = True
+) -> Path:
+    """Write this process's parts of checkpoints/step-N; returns its path. Raises OSError where the disk refuses.
+
+    Of several processes that write into one folder, only one needs to write what is shared.
+    """
+    target = checkpoint_path(folder, progress.step)
+    target.mkdir(parents=True, exist_ok=True)
+    about = {
+        "version": CHECKPOINT_VERSION,
+        "run": run_fingerprint(run),
+        "data": data_fingerprint,
+        "progress": asdict(progress),
+    }
+    parts: dict[str, Mapping[str, Tensor]] = {}
+    if state.of_devices:
+        name = f"devices-{min(state.of_devices)}-{max(state.of_devices) + 1}"
+        parts[name] = {f"{device}/{key}": t for device, own in state.of_devices.items() for key, t in own.items()}
+    if with_shared:
+        parts[SHARED] = state.shared
+    try:
+        for name, tensors in parts.items():
+            write_part(target, name, tensors, about)
+    except BaseException:
+        _remove_parts(target, parts)
+        raise
+    _flush(folder)
+    return target
+
+
+def _remove_parts(path: Path, parts: Iterable[str]) -> None:
+    """Make room where the disk was full."""
+    for name in parts:
+        for suffix in ("json", "safetensors"):
+            (path / f"{name}.{suffix}").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # other processes' parts are there
+        path.rmdir()
+
+
+def prune(folder: Path, devices: Iterable[int]) -> None:
+    """Drop all but the newest checkpoints that hold these devices, and what is left of older, unfinished ones.
+
+    A folder that one node of several writes into never has more than the node's devices.
+    """
+    whole = _holding(folder, devices)[-KEEP:]
+    for path in folder.glob("step-*"):
+        if whole and path not in whole and path < whole[-1]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def write_part(folder: Path, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write one part of a checkpoint: its tensors, then the JSON that makes it count."""
+    from simulate.common.safetensors_writer import file_parts
+
+    # Not the JSON of a former attempt with the tensors of this one.
+    (folder / f"{name}.json").unlink(missing_ok=True)
+    num_bytes, digest = _write_whole(folder / f"{name}.safetensors", file_parts(tensors))
+    meta = {**about, "tensors_bytes": num_bytes, "tensors_sha256": digest}
+    _write_whole(folder / f"{name}.json", [memoryview(json.dumps(meta, indent=1).encode())])
+
+
+def _write_whole(path: Path, parts: Iterable[memoryview]) -> tuple[int, str]:
+    """Write a file out of parts, one in memory at a time; returns its bytes and their SHA-256."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    num_bytes, digest = 0, hashlib.sha256()
+    try:
+        with scratch.open("wb") as file:
+            for part in parts:
+                with part:  # given back before the next one is made
+                    file.write(part)
+                    digest.update(part)
+                    num_bytes += part.nbytes
+        _flush(scratch)
+        scratch.rename(path)
+        _flush(path.parent)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+    return num_bytes, digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def list_checkpoints(folder: Path, devices: int) -> list[Path]:
+    """Return the whole checkpoints of a run with that many devices, oldest first."""
+    return _holding(folder, range(devices))
+
+
+def data_of(path: Path) -> str:
+    """Return the fingerprint of the data that a checkpoint was trained on; raises InputError where it is damaged."""
+    return str(_read_meta(path, SHARED)["data"])
+
+
+def _holding(folder: Path, devices: Iterable[int]) -> list[Path]:
+    found = sorted(path for path in folder.glob("step-*") if path.is_dir())
+    return [path for path in found if has_shared(path) and set(saved_devices(path)) >= set(devices)]
+
+
+def has_shared(path: Path) -> bool:
+    """Whether a checkpoint holds what all devices have in common."""
+    return (path / f"{SHARED}.json").is_file()
+
+
+def saved_devices(path: Path) -> dict[int, str]:
+    """Return the devices that a checkpoint holds, each with the name of its part."""
+    parts = (_PART.fullmatch(file.name) for file in sorted(path.glob("devices-*.json")))
+    return {
+        device: match[0].removesuffix(".json")
+        for match in parts
+        if match
+        for device in range(int(match[1]), int(match[2]))
+    }
+
+
+def load_checkpoint(
+    path: Path, run: Run, data_fingerprint: str, devices: Iterable[int], with_shared: bool = True
+) -> tuple[Progress | None, State]:
+    """Read what a checkpoint holds of `devices`; raises InputError where it is damaged, of another run or other data.
+
+    The progress is None where nothing was asked for that it holds.
+    """
+    state, progress, parts = State(), None, saved_devices(path)
+    for part in sorted({parts[device] for device in devices if device in parts}):
+        progress, tensors = _read_part(path, part, run, data_fingerprint)
+        for key, tensor in tensors.items():
+            owner, _, name = key.partition("/")
+            if int(owner) in devices:
+                state.of_devices.setdefault(int(owner), {})[name] = tensor
+    for device in set(devices) & set(parts):  # also one that has nothing for itself
+        state.of_devices.setdefault(device, {})
+    if with_shared:
+        progress, shared = _read_part(path, SHARED, run, data_fingerprint)
+        state.shared.update(shared)
+    return progress, state
+
+
+def _read_part(path: Path, part: str, run: Run, data_fingerprint: str) -> tuple[Progress, dict[str, Tensor]]:
+    from safetensors.torch import load_file
+
+    meta, file = _read_meta(path, part), path / f"{part}.safetensors"
+    num_bytes, digest = _digest_of(file)
+    retry = f"remove {path} to resume from the checkpoint before it"
+    if num_bytes != meta["tensors_bytes"]:
+        size = f"has {num_bytes:,} of {meta['tensors_bytes']:,} bytes"
+        raise InputError(f"{file} is truncated: it {size}; {retry}")
+    if digest != meta["tensors_sha256"]:
+        raise InputError(f"{file} is damaged: its digest is not the one that was saved; {retry}")
+    if meta["run"] != run_fingerprint(run):
+        raise InputError(
+            f"{path} is a checkpoint of another run: run.toml differs, or another version of lte wrote it; "
+            "restore it, or start anew in --out"
+        )
+    if meta["data"] != data_fingerprint:
+        raise InputError(f"{path} was trained on other data: it has changed since; restore it, or start anew")
+    return Progress(**meta["progress"]), load_file(file)
+
+
+def _digest_of(path: Path) -> tuple[int, str]:
+    """Return a file's bytes and their SHA-256, without holding more of it than a chunk; none where it is missing."""
+    num_bytes, digest = 0, hashlib.sha256()
+    if path.is_file():
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+                num_bytes += len(chunk)
+    return num_bytes, digest.hexdigest()
+
+
+def _read_meta(path: Path, part: str) -> dict[str, Any]:
+    try:
+        meta = json.loads((path / f"{part}.json").read_text(encoding="utf-8"))
+        if meta["version"] != CHECKPOINT_VERSION:
+            version = f"{path} has version {meta['version']}, this lte reads {CHECKPOINT_VERSION}"
+            raise InputError(f"{version}; use the lte that wrote it")
+        Progress(**meta["progress"])
+        return {key: meta[key] for key in ("run", "data", "tensors_bytes", "tensors_sha256", "progress")}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+        raise InputError(
+            f"{path / part}.json is missing or damaged; remove {path} to resume from the checkpoint before it"
+        ) from None

@@ -1,0 +1,395 @@
+"""Figures that say why a run learns as it does: how its devices' rounds relate, and how noisy its gradients are.
+
+Taken at a merge, on demand; training is the same to the bit with and without. Devices in several processes work out the
+same figures together: what travels for that is counted apart from the method's messages
+(simulate.costs.diagnostics_bytes).
+
+W is a linear layer's matrix, ΔW_h what head h changed in its effective weight since the last merge (a device of a dense
+method counts as one head), ΔW their (weighted) mean: what the merge adds to W, before an outer optimizer, a compressed
+wire or a delayed mix makes something else of it. Layers that merge at staggered steps each count from their own last
+merge. Means are over layers.
+
+    cosine                  <ΔW_h, ΔW_g> / (|ΔW_h|·|ΔW_g|), mean over pairs of heads; Frobenius product and norms
+    grassmann_rad           (Σ_i θ_i²)^½, mean over pairs, with the principal angles θ_i between the spans of the k
+                            leading left singular vectors of ΔW_h and ΔW_g, k = 8 or, where a head has less, its rank
+                            (Edelman et al. 1998, arXiv physics/9806030, section 4.3; angles: Björck and Golub 1973)
+    grassmann_limit_rad     (π/2)·√k, where all of them are orthogonal
+    effective_rank          exp(−Σ_i p_i·ln p_i), p_i = σ_i/Σσ, of ΔW's singular values (Roy and Vetterli 2007)
+    stable_rank             |ΔW|_F² / |ΔW|_2² = Σσ²/σ_1²
+    first_directions_share  |Uᵀ·ΔW·V|_F² / |ΔW|_F², with the 8 leading left and right singular vectors U, V of the first
+                            ΔW that was diagnosed: its own share in the first event, and from then on how much of the
+                            training still happens there
+    drift_mean, drift_max   |θ_n − θ| / |θ − θ_last| over devices n, with θ the mean over devices, of all that a device
+                            trains for itself: effective weights of adapted layers, and replicated parameters
+    noise_scale_samples     B_noise = tr Σ / |G|², the batch from which on larger ones bring little (McCandlish et al.
+    noise_scale_tokens      2018, arXiv 1812.06162), from two batch sizes as in its appendix A.1, both terms unbiased:
+    gradient_square           |G|² ≈ (B·|g_B|² − b·|g_b|²) / (B − b)
+    gradient_variance         tr Σ ≈ (|g_b|² − |g_B|²) / (1/b − 1/B)
+                            Plain gradients at the merged weights, on the batches of the 4 coming steps: b is one
+                            device's batch and |g_b|² the mean over all of these, B all of them together, which says
+                            far more than to estimate step by step and average. Where devices hold different data, that
+                            difference counts as noise. An estimate from few samples may have |G|² below 0: then there
+                            is no scale
+
+Pairs are all those of at most 8 heads, drawn anew for every event. What a method does not have is left out: methods
+that agree at every step have no rounds, a single head has no pairs, a single device no drift.
+
+Legend: K directions, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from simulate.comm.base import ByteCounter, Communicator
+from simulate.comm.transfers import bucket
+from simulate.common.errors import InputError
+from simulate.common.seeding import generator
+from simulate.config.run import Run
+from simulate.data.batches import Batches
+from simulate.layers.cross_entropy import row_losses
+from simulate.layers.dtypes import DTYPES
+from simulate.layers.lazy_weight import LazyWeight
+from simulate.layers.quantized import mapped_zeros
+from simulate.methods.base import Method
+from simulate.methods.build_network import empty_model
+from simulate.methods.round_updates import LayerUpdates, decompose, square_norm
+from simulate.models.schema import FactoryModel
+from simulate.rules.diagnostics import DIRECTIONS, NOISE_BATCHES, SAMPLED_HEADS
+
+Figures = dict[str, float]
+_FIRST = "diagnostics.first"
+SQUARED_ELEMENTS, SQUARED_PARTS = 2**12, 64
+"""A sum of squares takes that many numbers at once, or a part of all of them."""
+
+
+class Diagnostics:
+    """The figures of one run; remembers the first diagnosed directions, and lets the method keep its merged weights."""
+
+    def __init__(self, method: Method) -> None:
+        self.method, self.run = method, method.run
+        method.keep_merged()
+        self.first: dict[str, tuple[Tensor, Tensor]] = {}
+        self.traffic = ByteCounter()
+        """What devices exchanged for the figures since that was last taken."""
+
+    @property
+    def _communicator(self) -> Communicator:
+        return self.method.communicator
+
+    @torch.no_grad()
+    def of_round(self, step: int) -> Figures:
+        """Return the figures of the round that ends with `step`; right before its merge. All processes take part."""
+        with self._communicator.uncounted(self.traffic):
+            return self._of_round(step)
+
+    def _of_round(self, step: int) -> Figures:
+        method = self.method
+        rows = method.rows()
+        drift, layers = _Drift(method.communicator), _Means()
+        for local in method.updates(step):
+            if not self._add_layer(local.over(rows), step, drift, layers):
+                return {}  # a run that diverged ends with an error about its loss
+        return {**layers.figures(), **drift.figures()}
+
+    def _add_layer(self, updates: LayerUpdates, step: int, drift: _Drift, layers: _Means) -> bool:
+        """Add a layer's figures, whose tensors are gone with this; returns whether it is finite, for everyone alike."""
+        mean = updates.mean()
+        if not mean.isfinite().all():
+            return False
+        drift.add(updates, mean)
+        if updates.is_matrix:
+            layers.add(pair_figures(updates, sampled_heads(self.run.train.seed, step, updates.heads)))
+            layers.add(self._mean_figures(updates.name, mean))
+        return True
+
+    def _mean_figures(self, name: str, mean_OI: Tensor) -> Figures:
+        values, left_OK, right_IK = decompose(mean_OI, DIRECTIONS)
+        if not len(values):
+            return {}
+        # In the layout of a checkpoint, so that a resumed run rounds alike.
+        left_OK, right_IK = self.first.setdefault(name, (left_OK.contiguous(), right_IK.contiguous()))
+        return {
+            "effective_rank": effective_rank(values),
+            "stable_rank": stable_rank(values),
+            "first_directions_share": share_within(mean_OI, left_OK, right_IK),
+        }
+
+    def of_gradients(self, batches: Batches, step: int, device: torch.device) -> Figures:
+        """Return the gradient noise scale at the merged weights, right after a merge; `step` is the coming one.
+
+        Every process takes the gradients of its own devices' batches.
+        """
+        gradients, size = GradientSums(self.run, self.method.weights_in_use()), self.run.train.micro_batch
+        for coming in range(step, step + NOISE_BATCHES):
+            inputs, targets = batches.batch(coming, self._communicator.local_devices)
+            for pair in zip(inputs.split(size), targets.split(size), strict=True):
+                gradients.add(*(tensor.to(device) for tensor in pair))
+        with self._communicator.uncounted(self.traffic):
+            small_square, big_square = gradients.squares(self._communicator)
+        samples = size * NOISE_BATCHES * self.run.cluster.devices
+        return noise_figures(small_square, big_square, size, samples, self.run.model.units_per_sample)
+
+    def take_sent_bytes(self) -> int:
+        """Return the payload that all devices sent for the figures since the last time."""
+        traffic, self.traffic = self.traffic, ByteCounter()
+        return traffic.sent_bytes
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what later events depend on, by name; for the checkpoint."""
+        sides = ((name, side, pair[index]) for name, pair in self.first.items() for index, side in enumerate("uv"))
+        return {f"{_FIRST}.{side}.{name}": tensor for name, side, tensor in sides}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state` returned."""
+        prefix = f"{_FIRST}.u."
+        for name in (key.removeprefix(prefix) for key in state if key.startswith(prefix)):
+            left, right = (state[f"{_FIRST}.{side}.{name}"] for side in "uv")
+            where = next(iter(self.method.parameters.values())).device
+            self.first[name] = left.to(where), right.to(where)
+
+
+class _Means:
+    """Means of figures, each over those that have it."""
+
+    def __init__(self) -> None:
+        self._values: defaultdict[str, list[float]] = defaultdict(list)
+
+    def add(self, figures: Figures) -> None:
+        for name, value in figures.items():
+            self._values[name].append(value)
+
+    def figures(self) -> Figures:
+        return {name: math.fsum(values) / len(values) for name, values in self._values.items()}
+
+
+class _Drift:
+    """Squared distances of devices from their mean, and of the mean from the last merge, summed over layers."""
+
+    def __init__(self, communicator: Communicator) -> None:
+        self._communicator = communicator
+        self._own: defaultdict[int, float] = defaultdict(float)
+        """Of the devices that this process answers for."""
+        self._devices: Sequence[int] = ()
+        self._mean = 0.0
+
+    def add(self, updates: LayerUpdates, mean: Tensor) -> None:
+        self._devices = updates.devices
+        for device, distance in updates.distances(mean).items():
+            self._own[device] += distance
+        self._mean += square_norm(mean)
+
+    def figures(self) -> Figures:
+        """Tell everyone of the own devices, and return what all drifted."""
+        if len(self._devices) < 2 or not self._mean:
+            return {}
+        own_L1 = [[self._own.get(device, 0.0)] for device in self._communicator.local_devices]
+        everyones_N = (
+            self._communicator.all_gather_scalars(torch.tensor(own_L1, dtype=torch.float64)).flatten().tolist()
+        )
+        ratios = [math.sqrt(everyones_N[device] / self._mean) for device in self._devices]
+        return {"drift_mean": math.fsum(ratios) / len(ratios), "drift_max": max(ratios)}
+
+
+Take = Callable[[str, Tensor], None]
+"""Gets a parameter's name and gradient, of the parameter's shape, and may keep it."""
+
+
+class _LossAndBack(nn.Module):
+    """A network's mean loss, and its backward pass within the call: what is recomputed needs the call's weights."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        loss = row_losses(self.network(inputs), targets).mean()
+        loss.backward()
+        return loss.detach()
+
+
+class LossGradient:
+    """Gradients of a plain network's mean loss at given weights, which are made one at a time where they have to be."""
+
+    def __init__(self, run: Run, weights: Mapping[str, Tensor]) -> None:
+        network = empty_model(run, next(iter(weights.values())).device)
+        if not isinstance(run.model, FactoryModel):
+            network.train()  # ours have no dropout, and recompute their blocks where that is asked for
+        self._passes = _LossAndBack(network)
+        # By the names that are the network's own: weights that layers share appear once, and get one gradient.
+        names = [name for name, _ in network.named_parameters()]
+        self.leaves = {name: _leaf(weights[name]) for name in names}
+
+    def of(self, inputs: Tensor, targets: Tensor, take: Take) -> Tensor:
+        """Return a batch's mean loss, and hand out its gradient by every parameter, none of which is kept here.
+
+        Raises InputError for a network of the user's whose gradients come in parts.
+        """
+        unused = set(self.leaves)
+
+        def give(name: str, leaf: Tensor) -> None:
+            gradient, leaf.grad = leaf.grad, None
+            assert gradient is not None
+            if name not in unused:
+                raise InputError(
+                    f"model: gradients of {name} come in parts, as where torch.utils.checkpoint recomputes a layer of "
+                    "several uses with use_reentrant=True, and cannot be measured; recompute with use_reentrant=False"
+                )
+            unused.discard(name)
+            take(name, gradient)
+
+        hooks = [leaf.register_post_accumulate_grad_hook(partial(give, name)) for name, leaf in self.leaves.items()]
+        try:
+            with torch.enable_grad():
+                weights = {f"network.{name}": leaf for name, leaf in self.leaves.items()}
+                loss: Tensor = functional_call(self._passes, weights, (inputs, targets))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for name in unused:
+            leaf = self.leaves[name]
+            take(name, torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device))
+        return loss
+
+
+def _leaf(weight: Tensor) -> Tensor:
+    return weight.leaf() if isinstance(weight, LazyWeight) else weight.detach().requires_grad_()
+
+
+class GradientSums:
+    """Gradients of a plain network at given weights: their sum, and the sum of their squared norms.
+
+    Of a device's memory this takes one gradient at a time: the sums lie in a file of the host's.
+    """
+
+    def __init__(self, run: Run, weights: Mapping[str, Tensor]) -> None:
+        self._gradient = LossGradient(run, weights)
+        leaves = self._gradient.leaves
+        sizes = [leaf.numel() for leaf in leaves.values()]
+        self.flat = mapped_zeros(sum(sizes), DTYPES[run.train.dtype])
+        parts = zip(leaves.items(), self.flat.split(sizes), strict=True)
+        self.sums = {name: part.view(leaf.shape) for (name, leaf), part in parts}
+        self._device = next(iter(leaves.values())).device
+        self._squares: list[Tensor] = []
+        self.count = 0
+
+    def add(self, inputs: Tensor, targets: Tensor) -> None:
+        """Add the gradient of one batch's mean loss."""
+
+        def take(name: str, gradient: Tensor) -> None:
+            self._squares.append(_square(gradient))
+            self.sums[name].add_(gradient.to(self.flat.device))
+
+        self._gradient.of(inputs, targets, take)
+        self.count += 1
+
+    def square_of_sum(self, communicator: Communicator) -> list[Tensor]:
+        """Return the parts of the squared norm of everyone's summed gradients; what travels, does from the device."""
+        sums, squares = list(self.sums.values()), list[Tensor]()
+        where = self.flat.device if communicator.is_whole else self._device
+        for message in bucket([part.nbytes for part in sums]):
+            parts = [sums[index].to(where) for index in message]
+            communicator.all_reduce(parts)
+            squares.extend(map(_square, parts))
+            del parts  # before the next ones take their room
+        return squares
+
+    def squares(self, communicator: Communicator) -> tuple[float, float]:
+        """Return the mean of all batches' squared gradient norms, and the squared norm of their mean gradient.
+
+        Of those of all processes, which add up their sums.
+        """
+        of_sum = self.square_of_sum(communicator)
+        own_LX = torch.zeros(len(communicator.local_devices), 2, dtype=torch.float64)
+        own_LX[0] = torch.tensor([_total(self._squares), self.count], dtype=torch.float64)
+        squares, count = communicator.all_gather_scalars(own_LX).sum(0).tolist()
+        return squares / count, _total(of_sum) / count**2
+
+
+def _square(x: Tensor) -> Tensor:
+    """Return the sum of the squares of x, of which a small part at a time is copied in double precision."""
+    parts = x.flatten().split(max(SQUARED_ELEMENTS, x.numel() // SQUARED_PARTS))
+    return torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) ** 2 for part in parts]).sum()
+
+
+def _total(values: Sequence[Tensor]) -> float:
+    return math.fsum(torch.stack(list(values)).tolist())
+
+
+def sampled_heads(seed: int, step: int, heads: int) -> list[int]:
+    """Return the heads whose pairs are compared, in order: all, or a draw addressed by the step."""
+    if heads <= SAMPLED_HEADS:
+        return list(range(heads))
+    draw = generator(seed, "diagnosed heads", step)
+    return sorted(int(head) for head in draw.choice(heads, size=SAMPLED_HEADS, replace=False))
+
+
+def pair_figures(updates: LayerUpdates, heads: Sequence[int]) -> Figures:
+    """Return the mean cosine and Grassmann distance over all pairs of some heads; nothing where a head is unchanged."""
+    if len(heads) < 2:
+        return {}
+    dots_HH, bases = updates.compare(heads, DIRECTIONS)
+    dots, common = dots_HH.tolist(), min(basis.shape[1] for basis in bases)
+    norms = [math.sqrt(max(0.0, dots[index][index])) for index in range(len(heads))]
+    if not all(norms):
+        return {}
+    pairs = _Means()
+    for one, other in combinations(range(len(heads)), 2):
+        pairs.add(
+            {
+                "cosine": dots[one][other] / (norms[one] * norms[other]),
+                "grassmann_rad": grassmann_distance(bases[one][:, :common], bases[other][:, :common]),
+                "grassmann_limit_rad": math.pi / 2 * math.sqrt(common),
+            }
+        )
+    return pairs.figures()
+
+
+def grassmann_distance(basis_OK: Tensor, other_OK: Tensor) -> float:
+    """Return the root of the sum of squared principal angles between two spans, given by orthonormal columns."""
+    overlap_KK = basis_OK.T @ other_OK
+    cosines = torch.linalg.svdvals(overlap_KK).clamp(max=1)
+    sines = torch.linalg.svdvals(other_OK - basis_OK @ overlap_KK).flip(0).clamp(max=1)
+    # Each is exact where the other is flat.
+    angles = torch.where(cosines**2 < 0.5, cosines.arccos(), sines.arcsin())
+    return float(torch.linalg.vector_norm(angles))
+
+
+def effective_rank(values: Tensor) -> float:
+    """Return exp of the entropy of singular values as shares of their sum; all of them positive."""
+    shares = values / values.sum()
+    return math.exp(-float((shares * shares.log()).sum()))
+
+
+def stable_rank(values: Tensor) -> float:
+    """Return the squared Frobenius norm over the squared largest of the singular values."""
+    return float((values**2).sum() / values.max() ** 2)
+
+
+def share_within(x_OI: Tensor, left_OK: Tensor, right_IK: Tensor) -> float:
+    """Return the share of x's squared Frobenius norm between the spans of orthonormal columns left and right."""
+    return square_norm(left_OK.T @ x_OI @ right_IK) / square_norm(x_OI)
+
+
+def noise_figures(small_square: float, big_square: float, small: int, big: int, sample_tokens: int) -> Figures:
+    """Return unbiased estimates of |G|² and tr Σ from squared norms of gradients of `small` and of `big` samples.
+
+    And the noise scale, where they have one.
+    """
+    square = (big * big_square - small * small_square) / (big - small)
+    variance = (small_square - big_square) / (1 / small - 1 / big)
+    if not math.isfinite(square + variance):
+        return {}
+    figures = {"gradient_square": square, "gradient_variance": variance}
+    if square > 0 and variance >= 0:
+        scale = variance / square
+        figures |= {"noise_scale_samples": scale, "noise_scale_tokens": scale * sample_tokens}
+    return figures

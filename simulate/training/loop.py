@@ -1,0 +1,319 @@
+"""The training loop, which reads as the algorithm: local step, maybe merge, maybe evaluate, tell, maybe save."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from simulate.comm.base import Communicator
+from simulate.common.errors import RunFailedError
+from simulate.common.events import Emit, Event
+from simulate.config.run import Run
+from simulate.data.batches import Batches
+from simulate.layers.cross_entropy import row_losses
+from simulate.methods.base import Method
+from simulate.methods.build_network import empty_model
+from simulate.methods.paced import Paced
+from simulate.methods.state import State
+from simulate.rules.cadence import Cadence, evaluation_batch
+from simulate.training.checkpoints import Progress, load_checkpoint, prune, save_checkpoint
+from simulate.training.diagnostics import Diagnostics
+from simulate.training.simulated_clock import SimulatedClock
+
+
+@dataclass
+class Session:
+    """One run in one process: its parts, and how far it is."""
+
+    run: Run
+    method: Method
+    batches: Batches
+    communicator: Communicator
+    clock: SimulatedClock
+    emit: Emit
+    checkpoints: Path
+    device: torch.device
+    stop: Callable[[], bool] = lambda: False
+    """Asked after every step: true to save and leave."""
+    step: int = 0
+    """Steps done."""
+    wall_s: float = 0.0
+    """Measured seconds of earlier sessions of this run."""
+    val_loss: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    """Means of the newest evaluation by name, the validation loss among them."""
+    started_s: float = field(default_factory=time.monotonic)
+    writes_shared: bool = True
+    """Whether this process writes what all devices share: one of those that write into the same folder."""
+    folder_devices: range | None = None
+    """Devices of all processes that save into the same folder; None: this process's."""
+    recovers: bool = False
+    """Whether lost processes are restarted, from checkpoints at merges."""
+    saved_at: int = 0
+    """Steps done at the last checkpoint."""
+    untold: list[tuple[Tensor, Event]] = field(default_factory=list)
+    """Local devices' losses and the figures of steps since devices last met."""
+    diagnostics: Diagnostics | None = field(init=False)
+    calendar: Cadence = field(init=False)
+    """When devices meet; within one process they do after every merge at least, and hear of each other always."""
+
+    def __post_init__(self) -> None:
+        calendar = Cadence.of(self.run)
+        whole = self.communicator.is_whole
+        self.calendar = replace(calendar, apart=self.run.method.steps_apart) if whole else calendar
+        self.diagnostics = Diagnostics(self.method) if self.run.train.diagnostics_every else None
+        if isinstance(self.method, Paced):
+            self.method.step_s = self.clock.device_step_s
+            self.method.goes_by_clock = self.communicator.processes > 1 and self.run.method.given_steps is None
+
+    def elapsed_s(self) -> float:
+        """Measured seconds of the run, over all its sessions."""
+        return self.wall_s + time.monotonic() - self.started_s
+
+    def meets(self) -> bool:
+        """Whether devices hear of each other now: within one process always, else when a merge has arrived."""
+        return self.communicator.is_whole or self.calendar.meets(self.step)
+
+    def saves(self) -> bool:
+        """Whether it is time for a checkpoint: as often as the run says, of a launched one also to recover from."""
+        every = self.run.train.checkpoint_every
+        if not self.recovers:
+            return self.step % every == 0
+        recovery = self.step - self.saved_at >= self.calendar.recover_steps
+        return recovery or self.calendar.is_due(self.step, every)
+
+
+def train(session: Session) -> bool:
+    """Run to the last step; returns False when `stop` asked to leave early, after a checkpoint was saved.
+
+    Raises RunFailedError for losses that are not finite.
+    """
+    run, method, diagnosed = session.run, session.method, list[Event]()
+    for step in range(session.step, run.train.steps):
+        inputs, targets = session.batches.batch(step, session.communicator.local_devices)
+        session.clock.charge_step()  # first, since what a step waits for, it waits for after its compute
+        losses_L = method.step(inputs.to(session.device), targets.to(session.device), step)
+        merged = method.merge_due(step)
+        if merged:
+            method.close_round(step)
+        diagnostics = _diagnostics_due(session, step + 1) if merged else None
+        if diagnostics:
+            diagnosed.append(_diagnose_round(session, diagnostics, step))
+        if merged:
+            _merge(session, step)
+        session.step = step + 1
+        if diagnostics:
+            diagnosed[-1].update(_diagnose_gradients(session, diagnostics))
+        last = session.step == run.train.steps
+        if last or session.step % run.train.log_every == 0:
+            session.untold.append((losses_L, _figures(session)))
+        if not (last or session.meets()):
+            continue  # nobody hears of the others
+        stopping = _emit_steps(session) and not last
+        session.clock.charge_evaluation(session.step)
+        if method.merged_weights_ready(step) and (
+            last or session.calendar.is_due(session.step, run.train.evaluate_every)
+        ):
+            _evaluate(session)
+        for event in diagnosed:
+            session.emit(event)
+        diagnosed.clear()
+        session.clock.charge_checkpoint(session.step)
+        if last or stopping or session.saves():
+            save(session)
+        if stopping:
+            return False
+    return True
+
+
+def _merge(session: Session, step: int) -> None:
+    """Merge; a device whose weights are not finite any more is left out of it, and goes on from what was merged."""
+    method = session.method
+    session.communicator.current_phase = f"the merge after step {step + 1}"
+    steps_done = method.steps_done()
+    if steps_done is not None:
+        session.emit({"kind": "round", "step": step + 1, "steps_done": steps_done})
+    if method.can_exclude_devices:
+        healthy_L1 = method.healthy().double().unsqueeze(1)
+        healthy_N = session.communicator.all_gather_scalars(healthy_L1).squeeze(1).bool()
+        if not healthy_N.any():
+            raise RunFailedError(f"no device's weights are finite at step {step + 1}; try a lower train.learning_rate")
+        if not healthy_N.all():
+            method.exclude_devices(healthy_N)
+            left_out = torch.nonzero(~healthy_N).flatten().tolist()
+            session.emit({"kind": "left-out", "step": step + 1, "devices": left_out})
+    method.merge(step)
+    session.clock.charge_merge()
+
+
+def _diagnostics_due(session: Session, step: int) -> Diagnostics | None:
+    """Return what diagnoses the merge after `step` steps, if it is time: a multiple of the interval went by since the
+    last merge, in whichever world; a run too short for that is diagnosed at its end.
+    """
+    every, steps, apart = session.run.train.diagnostics_every, session.run.train.steps, session.run.method.steps_apart
+    if every is None:
+        return None
+    last = (step - 1) // apart * apart
+    due = step // every > last // every or steps == step < every
+    return session.diagnostics if due else None
+
+
+def _diagnose_round(session: Session, diagnostics: Diagnostics, step: int) -> Event:
+    session.communicator.current_phase = f"the diagnostics of the round after step {step + 1}"
+    return {"kind": "diagnostics", "step": step + 1, **diagnostics.of_round(step)}
+
+
+def _diagnose_gradients(session: Session, diagnostics: Diagnostics) -> Event:
+    """Return the figures of gradients at newly merged weights, and what all of the event made devices send."""
+    session.communicator.current_phase = f"the diagnostics of gradients after step {session.step}"
+    figures = diagnostics.of_gradients(session.batches, session.step, session.device)
+    return {**figures, "own_sent_bytes": diagnostics.take_sent_bytes()}
+
+
+def _figures(session: Session) -> Event:
+    """Return what a step event says beside the losses."""
+    run, counter = session.run, session.communicator.counter
+    return {
+        "step": session.step,
+        "learning_rate": run.train.learning_rate * session.method.rate_factor(session.step - 1),
+        "sent_bytes": counter.sent_bytes,
+        "received_bytes": counter.received_bytes,
+        "simulated_s": session.clock.now_s,
+        "simulated_exchange_s": session.clock.exchange_s,
+        "wall_s": session.elapsed_s(),
+    }
+
+
+def _emit_steps(session: Session) -> bool:
+    """Emit the steps since devices last met, with everyone's losses; returns whether to stop, all alike."""
+    own = [losses_L.double().cpu() for losses_L, _ in session.untold]
+    wish_L = torch.full((session.method.local_devices,), float(session.stop()), dtype=torch.float64)
+    session.communicator.current_phase = f"step {session.step}"
+    everyones = session.communicator.all_gather_scalars(torch.stack([*own, wish_L], dim=1))
+    untold, session.untold = session.untold, []
+    for losses_N, (_, figures) in zip(everyones.T, untold, strict=False):
+        _emit_step(session, losses_N.tolist(), figures)
+    return bool(everyones[:, -1].any())
+
+
+def _emit_step(session: Session, losses: list[float], figures: Event) -> None:
+    step = figures["step"]
+    finite = [math.isfinite(loss) for loss in losses]
+    if not any(finite) or not (all(finite) or session.method.can_exclude_devices):
+        device = finite.index(False)
+        raise RunFailedError(
+            f"the loss of device {device} is {losses[device]} at step {step}; try a lower train.learning_rate"
+        )
+    trained = session.method.active(step - 1)
+    active = [losses[device] for device in trained if finite[device]]
+    samples = session.method.samples_done(step - 1)
+    if session.method.steps_done() is not None:  # others have stopped, and have no loss
+        finite = [fine and device in trained for device, fine in enumerate(finite)]
+    session.emit(
+        {
+            "kind": "step",
+            "step": step,
+            "train_loss": sum(active) / len(active) if active else None,
+            "device_losses": [loss if fine else None for loss, fine in zip(losses, finite, strict=True)],
+            "samples": samples,
+            "tokens": samples * session.run.model.units_per_sample,
+            **figures,
+        }
+    )
+
+
+@torch.no_grad()
+def _evaluate(session: Session) -> None:
+    """Emit the scores of the merged weights, on plain layers: nothing of the method is involved.
+
+    Processes take turns with the batches; their sums are added up in order.
+    """
+    model, weights = empty_model(session.run, session.device), session.method.weights_in_use()
+    communicator = session.communicator
+    wanted = session.run.train
+    batches = session.batches.validation(wanted.evaluate_samples, evaluation_batch(wanted.micro_batch))
+    names = ("val_loss", *session.batches.score_names)
+    sums_LX = torch.zeros(len(communicator.local_devices), 1 + len(names), dtype=torch.float64)
+    for inputs, targets in islice(batches, communicator.process, None, communicator.processes):
+        targets = targets.to(session.device)
+        outputs = functional_call(model, weights, (inputs.to(session.device),), tie_weights=False)
+        scores = [row_losses(outputs, targets), *session.batches.scores(outputs, targets)]
+        sums_LX[0] += torch.tensor([scores[0].numel(), *(float(score_M.double().sum()) for score_M in scores)])
+    count, *totals = communicator.all_gather_scalars(sums_LX).sum(0).tolist()
+    session.scores = {name: total / count for name, total in zip(names, totals, strict=True)}
+    session.val_loss = session.scores["val_loss"]
+    session.emit(
+        {
+            "kind": "evaluate",
+            "step": session.step,
+            **session.scores,
+            "tokens": session.method.samples_done(session.step - 1) * session.run.model.units_per_sample,
+            "simulated_s": session.clock.now_s,
+            "sent_bytes": session.communicator.counter.sent_bytes,
+        }
+    )
+
+
+def save(session: Session) -> None:
+    """Save a checkpoint of the step that was just done, and tell."""
+    counter = session.communicator.counter
+    progress = Progress(
+        step=session.step,
+        compute_s=session.clock.compute_s,
+        exchange_s=session.clock.exchange_s,
+        link_free_s=session.clock.link_free_s,
+        pause_s=session.clock.pause_s,
+        sent_bytes=counter.sent_bytes,
+        received_bytes=counter.received_bytes,
+        messages=counter.messages,
+        wall_s=session.elapsed_s(),
+        val_loss=session.val_loss,
+    )
+    state = session.method.sharded_state()
+    if session.diagnostics is not None:
+        state.shared.update(session.diagnostics.state_dict())
+    fingerprint = session.batches.fingerprint
+    path = save_checkpoint(session.checkpoints, session.run, fingerprint, progress, state, session.writes_shared)
+    if session.writes_shared:
+        prune(session.checkpoints, session.folder_devices or session.communicator.local_devices)
+    session.saved_at = session.step
+    session.emit(
+        {
+            "kind": "checkpoint",
+            "step": session.step,
+            "path": str(path),
+            "simulated_s": session.clock.now_s,
+            "wall_s": session.elapsed_s(),
+        }
+    )
+
+
+def restore(session: Session, path: Path) -> None:
+    """Continue from a checkpoint, bit for bit; raises InputError where it does not belong to this run."""
+    method, fingerprint = session.method, session.batches.fingerprint
+    progress, state = load_checkpoint(path, session.run, fingerprint, method.row_devices())
+    assert progress is not None
+    continue_from(session, progress, state)
+
+
+def continue_from(session: Session, progress: Progress, state: State) -> None:
+    """Take a run up where a state was saved."""
+    session.method.load_divided(state)
+    if session.diagnostics is not None:
+        session.diagnostics.load_state_dict(state.shared)
+    session.step, session.val_loss, session.wall_s = progress.step, progress.val_loss, progress.wall_s
+    session.saved_at = progress.step
+    session.clock.compute_s, session.clock.exchange_s = progress.compute_s, progress.exchange_s
+    session.clock.link_free_s, session.clock.pause_s = progress.link_free_s, progress.pause_s
+    counter = session.communicator.counter
+    counter.sent_bytes, counter.received_bytes = progress.sent_bytes, progress.received_bytes
+    counter.messages = progress.messages
+    session.started_s = time.monotonic()

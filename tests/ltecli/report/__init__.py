@@ -1,1 +1,0 @@
-"""Tests of what reports are made of."""

@@ -1,0 +1,70 @@
+"""Run folders: how much room their checkpoints take, and how the file they come from is kept."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ltecli.runs.run_folder import lock_folder, plan_of
+from simulate.config.run import load_run
+from simulate.rules.cadence import Cadence
+from simulate.costs.memory import checkpoint_bytes
+from simulate.common.errors import InputError
+from simulate.config.profiles import load_profile
+from tests.ltecli.command import Lte, write_run
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "lte", "rank": 4, "heads_per_device": 2},
+        {"name": "lte", "rank": 8, "reset": "b", "merge_transport": "reduce"},
+        {"name": "ddp"},
+    ],
+)
+def test_the_room_for_a_checkpoint_is_known_before(lte: Lte, here: Path, method: dict[str, Any]) -> None:
+    run = write_run(here / "run.toml", method=method, model={"layers": 2, "width": 32}, train={"steps": 3})
+    lte("train", run, "--out", "a", "--quiet")
+    saved_bytes = sum(file.stat().st_size for file in (here / "a" / "checkpoints").rglob("*.safetensors"))
+    loaded = load_run(run)
+    assert saved_bytes == pytest.approx(checkpoint_bytes(loaded, loaded.model.shape(), loaded.cluster.devices), rel=0.1)
+
+
+def test_the_room_within_a_round_counts_what_merges_drop(lte: Lte, here: Path) -> None:
+    method = {"name": "local-sgd", "merge_every": 4, "merge_optimizer": "reset"}
+    run = write_run(here / "run.toml", method=method, train={"steps": 5, "checkpoint_every": 3})
+    lte("train", run, "--out", "a", "--quiet")
+    saved_bytes = sum(file.stat().st_size for file in (here / "a/checkpoints/step-00000003").rglob("*.safetensors"))
+    loaded = load_run(run)
+    needed = checkpoint_bytes(loaded, loaded.model.shape(), loaded.cluster.devices, in_a_round=True)
+    assert saved_bytes == pytest.approx(needed, rel=0.1)
+
+
+def test_the_plan_of_a_run_is_of_exactly_that_run(here: Path) -> None:
+    profile = load_profile("raspberry_x8")  # whose disks are slow
+    run = load_run(write_run(here / "run.toml", train={"steps": 40, "checkpoint_every": 20}, method={"merge_every": 5}))
+    plan = plan_of(run, profile)
+    assert run.cluster.recover_every == 1
+    assert plan["chosen"]["checkpoints"] == Cadence.of(run).num_saves == 8
+    assert plan["dense"]["checkpoints"] <= 4
+
+
+def test_written_files_follow_the_umask(lte: Lte, here: Path, run_toml: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        lte("train", run_toml, "--out", "a", "--quiet")
+    finally:
+        os.umask(before)
+    files = [path for path in (here / "a").rglob("*") if path.is_file()]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
+
+
+def test_a_run_folder_belongs_to_one_process_at_a_time(tmp_path: Path) -> None:
+    with lock_folder(tmp_path), pytest.raises(InputError, match="another process"), lock_folder(tmp_path):
+        pass
+    with lock_folder(tmp_path):
+        pass

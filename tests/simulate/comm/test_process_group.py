@@ -1,0 +1,65 @@
+"""One algorithm, two worlds: devices in real processes against the same devices in one, whole runs in float64."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from simulate.comm.process_group import devices_of
+from tests import tiny
+from tests.processes import DEVICES, train_in_processes, variant_table
+
+STEPS = 40
+ONE_OF_EACH = [
+    "ddp, int8", "relora, warm start", "mhlora", "adamix", "local-sgd, moments", "fedavg", "diloco, streaming", "daso",
+    "sapipe", "powersgd", "topk", "signsgd", "lte", "lte, streaming int8", "lte, reduced int4", "lte, served bf16",
+    "lte, norms of one, served", "lte, frozen a, muon", "lte, int8, served", "lte, joint",
+]  # fmt: skip
+
+
+@cache
+def simulated(name: str) -> tuple[tiny.History, dict[str, int]]:
+    """Return what the run leaves behind in one process, and its bytes."""
+    method = tiny.build(tiny.variant_run(name, DEVICES, train=variant_table(STEPS, "fp64")))
+    history, counter = tiny.train(method), method.communicator.counter
+    return history, {"sent": counter.sent_bytes, "received": counter.received_bytes, "messages": counter.messages}
+
+
+def assert_same(launched: dict[str, tuple[tiny.History, dict[str, int]]]) -> None:
+    """Hold losses, merged weights and counted bytes of every variant against the simulation's."""
+    for name, (history, counted) in launched.items():
+        expected, expected_bytes = simulated(name)
+        tiny.assert_parity(history, expected)
+        assert counted == expected_bytes, name
+
+
+def test_four_processes_train_as_the_simulation_does(tmp_path: Path) -> None:
+    assert_same(train_in_processes(tmp_path, list(tiny.VARIANTS), 4, STEPS))
+
+
+def test_two_processes_of_two_devices_train_as_the_simulation_does(tmp_path: Path) -> None:
+    assert_same(train_in_processes(tmp_path, ONE_OF_EACH, 2, STEPS))
+
+
+def test_unequal_shares_train_as_the_simulation_does(tmp_path: Path) -> None:
+    variants = [name for name in ONE_OF_EACH if not name.startswith("daso")]
+    assert_same(train_in_processes(tmp_path, variants, 3, STEPS))
+
+
+def test_a_device_that_draws_other_batches_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = train_in_processes(tmp_path, ["lte"], 2, STEPS)
+    history, counted = launched["lte"]
+    worse = tiny.History(history.losses * (1 + 1e-8), history.weights)
+    with pytest.raises(AssertionError):
+        assert_same({"lte": (worse, counted)})
+
+
+@pytest.mark.parametrize(("devices", "processes"), [(4, 4), (4, 3), (7, 2), (32, 4), (3, 1)])
+def test_every_device_has_one_process(devices: int, processes: int) -> None:
+    shares = [devices_of(process, processes, devices) for process in range(processes)]
+    assert [device for share in shares for device in share] == list(range(devices))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert torch.tensor([len(share) for share in shares]).min() >= 1

@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from simulate.common.cpu import usable_cores
+
+ONE_CORE = """
+import os
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from simulate.common.cpu import usable_cores
+print(usable_cores())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system holds no process to cores")
+def test_cores_are_those_that_the_process_is_held_to() -> None:
+    root = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", ONE_CORE], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
+
+
+def test_a_system_that_does_not_tell_them_has_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert usable_cores() == 6

@@ -1,0 +1,102 @@
+"""Evaluations and checkpoints: worked out by hand, and beside what every method really saves."""
+
+from __future__ import annotations
+
+import pytest
+
+from simulate.config.hardware import Device, Points
+from simulate.config.profiles import load_profile
+from simulate.config.run import Run
+from simulate.costs.eval_and_save_time import PARTS, evaluation_s, pauses
+from simulate.costs.flops import forward_flops, pass_flops
+from simulate.costs.memory import checkpoint_bytes
+from simulate.costs.message_schedule import num_rounds
+from simulate.costs.step_time import round_time
+from simulate.rules.cadence import Cadence
+from tests import tiny
+
+LEVEL: Points = [[1.0, 1e9]]
+
+
+def device(**figures: object) -> Device:
+    """Return a device of round figures: a billion operations, and as many bytes, a second."""
+    own = load_profile("gtx1080ti_x8").device[0]
+    rates = own.flop_per_s.model_copy(update={"fp32": 1e9, "fp64": 1e9})
+    round_figures = {"flop_per_s": rates, "efficiency": 1.0, "memory_bytes_per_s": 1e9, "disk_flush_s": 0.5}
+    return own.model_copy(update={**round_figures, "disk_write_bytes_per_s": 1e6, **figures})
+
+
+def run_of(name: str = "lte", **train: object) -> Run:
+    return tiny.variant_run(name, train={"evaluate_samples": 30, "micro_batch": 4, **train})
+
+
+@pytest.mark.parametrize("name", sorted(tiny.VARIANTS))
+def test_planned_bytes_of_a_checkpoint_are_those_that_are_saved(name: str) -> None:
+    run = tiny.variant_run(name)
+    method, batches = tiny.build(run), tiny.batches(run)
+    for step in range(4 if "warm start" in name else 12):
+        method.step(*batches.batch(step, range(4)), step)
+        if method.merge_due(step):
+            method.close_round(step)
+            method.merge(step)
+    state = method.sharded_state()
+    fullest = max(sum(t.nbytes for t in own.values()) for own in state.of_devices.values())
+    saved = sum(t.nbytes for t in state.shared.values()) + fullest
+    assert checkpoint_bytes(run, run.model.shape(), 1) == pytest.approx(saved, rel=0.03)
+
+
+def test_devices_take_turns_with_the_batches_of_an_evaluation() -> None:
+    run = run_of()  # 30 samples in batches of 4 are 8 batches, two for each of 4 devices
+    shape = run.model.shape()
+    assert evaluation_s(run, shape, device()) == pytest.approx(2 * forward_flops(shape, 4) / 1e9)
+    alone = run.model_copy(update={"cluster": run.cluster.model_copy(update={"devices": 1})})
+    assert evaluation_s(alone, shape, device()) == pytest.approx(8 * forward_flops(shape, 4) / 1e9)
+
+
+def test_a_forward_pass_is_a_third_of_a_dense_step() -> None:
+    run = run_of("ddp")
+    assert forward_flops(run.model.shape(), 4) == pytest.approx(pass_flops(run, run.model.shape()) / 3)
+
+
+def test_measured_rates_take_the_place_of_efficiency() -> None:
+    kernels = {"products": LEVEL, "attention": LEVEL, "elementwise": [[1.0, 1e15]], "optimizer": LEVEL}
+    own = device().model_dump(exclude={"sources"}) | {"kernels": {**kernels, "step_s": 0, "layer_s": 0, "adapter_s": 0}}
+    run = run_of()
+    measured = evaluation_s(run, run.model.shape(), Device.model_validate(own))
+    assert measured == pytest.approx(evaluation_s(run, run.model.shape(), device()), rel=1e-6)
+
+
+def test_packed_weights_are_unpacked_for_every_batch() -> None:
+    plain, packed = run_of("lora"), run_of("lora, nf4")
+    shape = plain.model.shape()
+    more_s = evaluation_s(packed, shape, device()) - evaluation_s(plain, shape, device())
+    elements = shape.adapted_parameters
+    assert 2 * (2 * 8 * elements) / 1e9 < more_s < 2 * (3 * 8 * elements) / 1e9
+
+
+def test_a_checkpoint_takes_its_bytes_and_its_flushes() -> None:
+    run = run_of()
+    stops = pauses(run, run.model.shape(), [device()])
+    assert stops.save_s == pytest.approx(PARTS * 0.5 + stops.save_bytes / 1e6)
+    assert stops.total_s == pytest.approx(
+        Cadence.of(run).num_evaluations * stops.evaluation_s + Cadence.of(run).num_saves * stops.save_s
+    )
+
+
+def test_an_unknown_disk_takes_no_time() -> None:
+    run = run_of()
+    stops = pauses(run, run.model.shape(), [device(), device(disk_write_bytes_per_s=None)])
+    assert stops.save_s is None
+    assert stops.total_s == stops.evaluations * stops.evaluation_s
+
+
+def test_recovery_points_are_as_rare_as_they_have_to_be() -> None:
+    run, link = run_of(), load_profile("gtx1080ti_x8").link
+    shape = run.model.shape()
+    for disk in (1e3, 1e5, 1e7, 1e12):
+        kind = device(disk_write_bytes_per_s=disk, disk_flush_s=0.0)
+        stops, time = pauses(run, shape, [kind]), round_time(run, shape, [kind] * 4, link)
+        every = stops.affordable_recovery(time.round_s / time.steps)
+        assert stops.save_s is not None
+        assert stops.save_s / (every * time.round_s) <= 0.05 or every == num_rounds(run)
+        assert every == 1 or stops.save_s / ((every - 1) * time.round_s) > 0.05

@@ -1,0 +1,100 @@
+"""Nodes that come back while the run goes on: by the same proof and rules, and no second one of a number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from simulate.common.errors import InputError
+from simulate.launch.preflight.preflight import Preflight
+from simulate.launch.preflight.secret import Secret
+from tests.simulate.launch.preflight.nodes import Node, crew, facts, run_all, wait_until
+
+PAYLOAD = 4242
+
+
+@contextmanager
+def going_on(alive: set[int]) -> Iterator[list[Node]]:
+    """Run a preflight of three nodes, then let node 0 take in again who is not alive."""
+    nodes = crew(3)
+    opened: list[Any] = []
+
+    def after(preflight: Preflight) -> None:
+        preflight.close()
+        latecomers = preflight.latecomers(lambda: PAYLOAD, lambda number: number in alive)
+        opened.append(latecomers.__enter__())
+
+    nodes[0].after = after
+    run_all_but_doors(nodes)
+    wait_until(lambda: bool(opened))
+    try:
+        yield nodes
+    finally:
+        opened[0].__exit__(None, None, None)
+
+
+def run_all_but_doors(nodes: list[Node]) -> None:
+    """Run nodes; the door of node 0 stays."""
+    from tests.simulate.launch.preflight.nodes import started
+
+    with started(*nodes):
+        pass
+    assert all(node.error is None for node in nodes), [node.error for node in nodes]
+
+
+def again(node: Node, **changes: Any) -> Node:
+    """Return a node that was lost, started anew; it hears node 0's broadcast."""
+    returned = Node(node.settings, facts(**changes))
+    returned.after = lambda preflight: (preflight.broadcast(None, 5.0), preflight.barrier("start", 5.0))[0]
+    return returned
+
+
+def test_a_lost_node_comes_back_and_gets_what_the_others_got() -> None:
+    with going_on(alive={1}) as nodes:
+        back = again(nodes[2])
+        back.run()
+        assert back.error is None
+        assert back.returned == PAYLOAD
+        assert back.result is not None and [node.node for node in back.result.nodes] == [0, 1, 2]
+        assert any("node 2 (127.0.0.1) comes back" in line for line in nodes[0].lines)
+
+
+def test_a_number_that_is_still_there_is_not_given_twice() -> None:
+    with going_on(alive={1, 2}) as nodes:
+        back = again(nodes[2])
+        back.run()
+        assert isinstance(back.error, InputError) and "node 2 is part of the run" in str(back.error)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data_bytes": 7}, "its data has other content"),
+        ({"lte": "9.9"}, "its lte is 9.9"),
+        ({"processes": 2}, "no more"),
+    ],
+)
+def test_what_has_changed_meanwhile_is_refused(changes: dict[str, Any], words: str) -> None:
+    with going_on(alive=set()) as nodes:
+        back = again(nodes[1], **changes)
+        back.run()
+        assert isinstance(back.error, InputError) and words in str(back.error)
+
+
+def test_without_the_secret_nobody_comes_back() -> None:
+    with going_on(alive=set()) as nodes:
+        back = again(nodes[1])
+        back.settings = crew(3, secret=Secret(b"another-secret-of-32-bytes-or-so"), join=nodes[1].settings.join)[
+            1
+        ].settings
+        back.run()
+        assert isinstance(back.error, InputError) and "its secret is another one" in str(back.error)
+
+
+def test_doors_are_closed_at_the_end() -> None:
+    with going_on(alive=set()):
+        pass
+    run_all(crew(2))  # which holds that no thread of a preflight is left

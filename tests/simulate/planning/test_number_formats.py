@@ -1,0 +1,89 @@
+"""What a plan tells of lower formats: refusals, gains, and times at the matching rate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from simulate.config import hardware
+from simulate.config.profiles import load_profile
+from simulate.costs.flops import pass_flops, update_flops
+from simulate.costs.step_time import device_step_s
+from tests import tiny
+from tests.ltecli.command import PROFILE, Lte, Refused
+
+SMALL = ("plan", "--tokens", "100000", "--set", "train.micro_batch=4", "--set", "train.activation_checkpointing=false")
+
+
+@pytest.mark.parametrize(
+    ("profile", "wanted", "words"),
+    [
+        ("gtx1080ti_x8", "bf16", ("GTX 1080 Ti", "no bf16 rate", "train.autocast=fp16")),
+        ("t4_x4", "bf16", ("train.autocast=fp16",)),
+        ("mixed_gtx1080ti_rtx2060_rtx3090", "bf16", ("GTX 1080 Ti", "train.autocast=fp16")),
+        ("laptop_cpu", "bf16", ("no bf16 rate", "train.autocast=none", "fp32 only")),
+        ("raspberry_x8", "fp16", ("no fp16 rate", "train.autocast=none")),
+    ],
+)
+def test_a_format_that_a_device_lacks_is_refused(
+    refused: Refused, profile: str, wanted: str, words: tuple[str, ...]
+) -> None:
+    refused(*SMALL, "--profile", profile, "--set", f"train.autocast={wanted}", words=words)
+
+
+def test_the_plan_says_what_the_devices_could_do(lte: Lte) -> None:
+    plan = lte(*SMALL, "--profile", PROFILE, "--json").json()
+    (note,) = [note for note in plan["notes"] if "train.autocast" in note]
+    assert "bf16 and fp16, bf16 at 2x the fp32 rate" in note
+    assert plan["chosen"]["autocast"] == "none"
+    notes = lte(*SMALL, "--profile", "laptop_cpu", "--json").json()["notes"]
+    assert not any("autocast" in note for note in notes)
+
+
+def test_the_note_keeps_its_word(lte: Lte) -> None:
+    pins = ("--method", "ddp", "--profile", PROFILE)
+    plain = lte(*SMALL, *pins, "--json").json()
+    low = lte(*SMALL, *pins, "--set", "train.autocast=bf16", "--json").json()
+    time, memory = (low["chosen"][key] / plain["chosen"][key] for key in ("wall_s", "sent_bytes_per_step"))
+    assert memory == 1  # autocast is a local matter
+    peak = low["chosen"]["memory_bytes"]["total"] / plain["chosen"]["memory_bytes"]["total"]
+    (note,) = [note for note in plain["notes"] if "train.autocast" in note]
+    assert f"{time:.2f}x the time and {peak:.2f}x the memory" in note
+    assert not any("train.autocast" in note for note in low["notes"])
+
+
+def test_a_processor_tells_whether_it_multiplies_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info, read = tmp_path / "cpuinfo", hardware.processor_flags
+    cases = (("flags\t\t: fpu avx2 amx_bf16", True), ("Features\t: fp asimd bf16", True), ("flags: avx2", False))
+    for line, has_bf16 in cases:
+        info.write_text(f"processor\t: 0\n{line}\n")
+        flags = read(info)
+        monkeypatch.setattr(hardware, "processor_flags", lambda flags=flags: flags)
+        rates = hardware.detect_local().device[0].flop_per_s
+        assert rates.bf16 == (2 * rates.fp32 if has_bf16 else None)
+    assert read(tmp_path / "missing") == set()
+
+
+def test_passes_go_at_the_lower_formats_rate_and_updates_at_the_weights() -> None:
+    (device,) = load_profile("t4_x4").device
+    slow = device.model_copy(update={"memory_bytes_per_s": 1e30, "efficiency": 1.0})  # arithmetic alone
+    run = tiny.variant_run("ddp, muon", train={"dtype": "fp32", "autocast": "fp16"})
+    shape = run.model.shape()
+    rates = device.flop_per_s
+    assert rates.fp16 is not None
+    expected = pass_flops(run, shape) / rates.fp16 + update_flops(run, shape) / rates.fp32
+    assert device_step_s(run, shape, [slow]) == pytest.approx((expected,))
+    assert update_flops(run, shape) > 0
+
+
+def test_casts_of_weights_cost_memory_traffic() -> None:
+    """Frozen weights twice a step, trained ones once: 4 bytes read and 2 written."""
+    (device,) = load_profile("t4_x4").device
+    slow = device.model_copy(update={"flop_per_s": device.flop_per_s.model_copy(update={"fp32": 1e30, "fp16": 1e30})})
+    for name, times in (("ddp", 1), ("lte", 2)):
+        runs = [tiny.variant_run(name, train={"dtype": "fp32", "autocast": a}) for a in ("none", "fp16")]
+        shape = runs[0].model.shape()
+        plain_s, cast_s = (device_step_s(run, shape, [slow])[0] for run in runs)
+        casts_s = times * 6 * shape.adapted_parameters / device.memory_bytes_per_s
+        assert cast_s - plain_s == pytest.approx(casts_s)

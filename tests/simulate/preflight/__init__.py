@@ -1,1 +1,0 @@
-"""Tests of the preflight, with real sockets on loopback."""
