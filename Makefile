@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo demo-vision test test-all lint bench clean
+.PHONY: setup demo demo-vision test test-all mutants lint bench clean
 
 setup: $(READY)
 
@@ -32,6 +32,10 @@ test: lint
 
 test-all: lint
 	$(BIN)/pytest --numprocesses 2 -m ''
+	$(BIN)/python tests/mutants.py
+
+mutants: $(READY)
+	$(BIN)/python tests/mutants.py
 
 bench: $(READY)
 	$(BIN)/python bench/startup.py
