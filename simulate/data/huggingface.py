@@ -16,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 
 from simulate.common.errors import InputError
-from simulate.config.run import HUB, Data
+from simulate.config.tables import HUB, Data
 from simulate.data.cache import ArraySlot, Draft, Kept, cache_folder, cached
 from simulate.data.decode_images import Frame, Unfit, decode_all
 from simulate.data.image_folders import HELD_OUT_NAMES, first_size, read_folder
