@@ -31,6 +31,8 @@ KEEP = 2
 """The newest whole checkpoints that are kept: one could be damaged by the disk."""
 CHUNK_BYTES = 2**20
 """Of a file that are looked at at once."""
+RUN_FILE = "run.toml"
+"""In the folder of the run, beside that of its checkpoints."""
 SHARED = "state"
 _PART = re.compile(r"devices-(\d+)-(\d+)\.json")
 
@@ -214,7 +216,7 @@ def _read_part(path: Path, part: str, run: Run, data_fingerprint: str) -> tuple[
         raise InputError(f"{file} is truncated: it {size}; {retry}")
     if digest != meta["tensors_sha256"]:
         raise InputError(f"{file} is damaged: its digest is not the one that was saved; {retry}")
-    if meta["run"] != run_fingerprint(run):
+    if meta["run"] not in (run_fingerprint(run), _written_fingerprint(path)):
         raise InputError(
             f"{path} is a checkpoint of another run: run.toml differs, or another version of lte wrote it; "
             "restore it, or start anew in --out"
@@ -222,6 +224,15 @@ def _read_part(path: Path, part: str, run: Run, data_fingerprint: str) -> tuple[
     if meta["data"] != data_fingerprint:
         raise InputError(f"{path} was trained on other data: it has changed since; restore it, or start anew")
     return Progress(**meta["progress"]), load_file(file)
+
+
+def _written_fingerprint(path: Path) -> str:
+    """Return the fingerprint of run.toml as it lies in the run's folder.
+
+    A version that has further keys, or others' order, writes the same run differently; the file that the checkpoint was
+    saved beside stays as it was.
+    """
+    return _digest_of(path.parent.parent / RUN_FILE)[1]
 
 
 def _digest_of(path: Path) -> tuple[int, str]:
