@@ -152,7 +152,9 @@ MUTANTS = (
         file="simulate/training/checkpoints.py",
         before='scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")',
         after="scratch = path",
-        tests=("tests/simulate/training/test_checkpoints.py::test_a_checkpoint_counts_only_once_all_of_it_is_on_the_disk",),
+        tests=(
+            "tests/simulate/training/test_checkpoints.py::test_a_checkpoint_counts_only_once_all_of_it_is_on_the_disk",
+        ),
     ),
     Mutant(
         name="validation overlaps what is trained on",
