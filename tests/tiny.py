@@ -130,6 +130,7 @@ VARIANTS: dict[str, Table] = {
     "powersgd": {"name": "powersgd", "rank": 2},
     "topk": {"name": "topk", "density": 0.1},
     "signsgd": {"name": "signsgd"},
+    "from outside": {"name": "examples.sign_momentum:SignMomentum"},
     "lte": {"name": "lte", "merge_every": 4},
     "lte, nf4": {"name": "lte", "merge_every": 4, "quantize": "nf4", "reset": "ab"},
     "lte, int8, served": {

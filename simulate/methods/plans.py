@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from simulate.comm.transfers import Exchange
 from simulate.config.method_options import AdapterOptions, MethodOptions
+from simulate.config.method_table import BASELINE, METHOD_NAMES
 from simulate.costs.buffers import FOLD_TENSORS, reduced_gradients
 from simulate.costs.message_schedule import adapter_reduction, dense_reduction
 from simulate.layers.formats import Quantize
@@ -100,8 +101,8 @@ class DensePlan(Generic[OptionsT]):
 
     @property
     def samples_like(self) -> str:
-        """Name of the method whose assumed samples hold: its own."""
-        return self.options.name
+        """Name of the method whose assumed samples hold: its own; of one from outside the baseline's."""
+        return self.options.name if self.options.name in METHOD_NAMES else BASELINE
 
     def rank_shortfall(self, width: int, devices: int, rank_share: float) -> float:
         """Return 1: every direction is trained."""
