@@ -20,7 +20,7 @@ demo: $(READY)
 
 demo-vision: $(READY)
 	mkdir -p runs
-	$(BIN)/python bench/vision.py run --data digits --jobs 2 --results runs/vision.jsonl
+	$(BIN)/python bench/studies/vision.py run --data digits --jobs 2 --results runs/vision.jsonl
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -49,7 +49,6 @@ bench: $(READY)
 	$(BIN)/python bench/startup.py
 	$(BIN)/python bench/devices.py
 	for family in gpt llama vit mixer; do $(BIN)/lte validate --only memory --quick --shapes 12 --family $$family; done
-	$(BIN)/python bench/studies.py least-squares
 	$(BIN)/python bench/step.py --model vit_s16
 
 clean:

@@ -2,8 +2,8 @@
 
 Gloo's rings wait at each hop for more than two of a link's delays, and its all-to-all, like any gather of two, for one
 direction of a link before it uses the other. Pairs wait once, but many large parts that arrive over one link disturb
-each other: rings carry these 5 to 25 % faster. Measured by bench/wire.py. The payload is the same: N − 1 parts sent and
-received at a gather, 2 (N − 1) / N of the buffer at a reduction. NCCL has what its links need.
+each other: rings carry these 5 to 25 % faster. Measured by bench/studies/wire.py. The payload is the same: N − 1 parts
+sent and received at a gather, 2 (N − 1) / N of the buffer at a reduction. NCCL has what its links need.
 """
 
 from __future__ import annotations

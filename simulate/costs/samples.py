@@ -1,8 +1,8 @@
 """How many more samples a method needs than dense training: an assumption, not a measurement of your run.
 
 Time per step alone would always favour the smallest rank and the rarest merge. So candidates are ranked by time to
-dense-equivalent loss. The numbers are in samples.toml, each with a range and where it comes from; bench/samples.py fits
-them, and `lte plan --efficiency FILE` takes others.
+dense-equivalent loss. The numbers are in samples.toml, each with a range and where it comes from;
+bench/studies/samples.py fits them, and `lte plan --efficiency FILE` takes others.
 
     samples over dense's  =  method  ·  batch  ·  merges  ·  rank
     batch   = 1 + minimum_steps · (tokens of a step) / (all tokens)      (a critical batch: McCandlish et al. 2018)

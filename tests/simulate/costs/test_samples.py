@@ -75,7 +75,11 @@ def test_the_ends_of_the_range_enclose_the_figure(name: str) -> None:
 
 def test_the_shipped_model_is_what_the_script_makes_of_the_results() -> None:
     made = subprocess.run(
-        [sys.executable, ROOT / "bench/samples.py"], capture_output=True, text=True, check=True, cwd=ROOT / "bench"
+        [sys.executable, ROOT / "bench/studies/samples.py"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT / "bench/studies",
     ).stdout
     assert toml_io.validate(Efficiency, toml_io.parse(made, SHIPPED), SHIPPED) == shipped()
 

@@ -1,7 +1,7 @@
 """What gloo's collectives cost on shaped links, beside what simulate/costs plans for them: seconds and wire bytes.
 
-python -m bench.wire --nodes 4 --bytes-per-s 12.5e6      # 100 Mbit/s; needs root, `ip` and `tc`
-python -m bench.wire --delay-s 0.02 --sizes 10000        # how often an operation waits for the delay
+python -m bench.studies.wire --nodes 4 --bytes-per-s 12.5e6      # 100 Mbit/s; needs root, `ip` and `tc`
+python -m bench.studies.wire --delay-s 0.02 --sizes 10000        # how often an operation waits for the delay
 
 Every node is a network namespace (tests/network/lab.py). Planned seconds know the link's payload rate and delay, and
 are of the way that the tool takes with gloo: small parts by pairs, large ones by rings.
@@ -60,7 +60,7 @@ Row = dict[str, Any]
 
 def run_ranks(lab: Lab, tunnel: Tunnel, tasks: list[Task]) -> list[list[Row]]:
     """Run one rank in every node; return each one's measurements."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     shared = {"MASTER_ADDR": tunnel.addresses[0], "MASTER_PORT": str(PORT), "WORLD_SIZE": str(len(lab))}
     shared["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # or every rank warns that its address has no name
     argv = [sys.executable, "-m", "bench.wire_rank", json.dumps(tasks)]

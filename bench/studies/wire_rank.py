@@ -1,4 +1,4 @@
-"""One rank of bench/wire.py, which starts it: times gloo's collectives and reads what crossed its interface."""
+"""One rank of bench/studies/wire.py, which starts it: times gloo's collectives and reads what crossed its interface."""
 
 from __future__ import annotations
 

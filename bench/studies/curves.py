@@ -1,6 +1,6 @@
-"""Draw the curves of bench/convergence.py's results: validation loss over tokens, each method at its best rate.
+"""Draw the curves of bench/studies/convergence.py's results: validation loss over tokens, each method at its best rate.
 
-    python bench/curves.py --results docs/convergence.jsonl --out docs/convergence.svg
+    python bench/studies/curves.py --results docs/convergence.jsonl --out docs/convergence.svg
 
 A line is the mean of a method's seeds, the band around it one standard deviation; methods are labelled where they end.
 Needs matplotlib (extra `bench`).

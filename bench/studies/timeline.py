@@ -1,7 +1,7 @@
 """Simulated rounds of 10,000 devices: two queues of moments beside a heap of events and SimPy's processes.
 
-    python -m bench.timeline                    # pip install simpy
-    python -m bench.timeline --devices 1000 --rounds 3
+    python -m bench.studies.timeline                    # pip install simpy
+    python -m bench.studies.timeline --devices 1000 --rounds 3
 
 Each round, every device computes for a time of its own, pushes to a server whose link all share, and waits for all.
 SimPy gets a process for each device and one for the link, which goes from event to event as ours does. All are timed

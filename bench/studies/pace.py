@@ -1,6 +1,6 @@
 """Three fast devices and a slow one: what lockstep, a deadline, and leaving the slow one at home make of the same time.
 
-    python bench/pace.py
+    python bench/studies/pace.py
 
 A small GPT on the standard library's source. Lockstep takes `--steps` steps; the others take as many as the simulated
 clock gives them in the same seconds. Each is trained at three learning rates, its schedule over its own steps, and

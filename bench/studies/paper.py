@@ -1,9 +1,9 @@
 """The paper's small studies (arXiv 2402.16828): least squares on one matrix, and sweeps of heads, rank, T and alpha.
 
-    python bench/studies.py least-squares
-    python bench/studies.py heads-rank --data tinyshakespeare.txt [--heads 4 --steps 100]
-    python bench/studies.py merge-every --data tinyshakespeare.txt
-    python bench/studies.py alpha --data tinyshakespeare.txt
+    python bench/studies/paper.py least-squares
+    python bench/studies/paper.py heads-rank --data tinyshakespeare.txt [--heads 4 --steps 100]
+    python bench/studies/paper.py merge-every --data tinyshakespeare.txt
+    python bench/studies/paper.py alpha --data tinyshakespeare.txt
 
 Each prints a Markdown table. Every device has its own data; all runs of a table see equally many samples.
 """

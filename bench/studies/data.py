@@ -1,7 +1,7 @@
 """What assembling a batch costs beside the step that it feeds; medians over interleaved repetitions.
 
-    python bench/data.py --repetitions 10
-    python bench/data.py --archive cifar10.zip        # also: listing, decoding and mapping an archive of images
+    python bench/studies/data.py --repetitions 10
+    python bench/studies/data.py --archive cifar10.zip        # also: listing, decoding and mapping an archive of images
 
 A share well below 1 on the CPU means that nothing is won by assembling ahead in a thread of its own.
 """

@@ -1,6 +1,6 @@
 """What uneven steps make of a launched run: measured beside the closed form and the timeline that draws them.
 
-    python -m bench.jitter                                   # needs root, `ip` and `tc`
+    python -m bench.studies.jitter                                   # needs root, `ip` and `tc`
 
 Two nodes, a core each, and on each core a neighbour that computes in bursts. How long steps take there, and how much
 they differ, is read off runs of one device alone; then both nodes train together, with PowerSGD, which exchanges a
@@ -25,7 +25,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from bench.links import PlanContext, guessed_node, launch, planned_step_s, run_table, write_profile
+from bench.studies.links import LinkSetting, guessed_node, launch, planned_step_s, run_table, write_profile
 from simulate.config.run import build_run, dump_run
 from simulate.costs.step_time import device_step_s
 from simulate.timeline.engine import simulate
@@ -52,7 +52,7 @@ def neighbours(cores: list[int]) -> Iterator[None]:
     """Keep a neighbour on every core."""
     command = [sys.executable, "-m", "bench.jitter", "--disturb"]
     started = [
-        subprocess.Popen(["taskset", "-c", str(core), *command, str(index)], cwd=Path(__file__).parents[1])
+        subprocess.Popen(["taskset", "-c", str(core), *command, str(index)], cwd=Path(__file__).parents[2])
         for index, core in enumerate(cores)
     ]
     try:
@@ -68,7 +68,7 @@ def alone(folder: Path, table: dict[str, Any], cores: list[int]) -> list[float]:
     run_file = folder / "alone.toml"
     table = {**table, "cluster": {**table["cluster"], "devices": 1, "profile": "local"}}
     run_file.write_text(dump_run(build_run(table)), encoding="utf-8")
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     train = [sys.executable, "-m", "ltecli", "train", str(run_file), "--quiet", "--out"]
     started = [
@@ -102,7 +102,7 @@ def main() -> None:
         disturb(arguments.disturb)
     if reason := why_not():
         raise SystemExit(reason)
-    setting, cores = PlanContext(NODES, 0.0, arguments.data), sorted(os.sched_getaffinity(0))[:NODES]
+    setting, cores = LinkSetting(NODES, 0.0, arguments.data), sorted(os.sched_getaffinity(0))[:NODES]
     with tempfile.TemporaryDirectory() as name, neighbours(cores):
         folder = Path(name)
         table = run_table(CASE, folder / "lab.toml", arguments.steps, setting)

@@ -1,8 +1,8 @@
 """Does LTE learn images as well as dense training? A campaign whose results are kept line by line.
 
-    python bench/vision.py run --data digits
-    python bench/vision.py run --data cifar10 --path cifar10.zip --jobs 2
-    python bench/vision.py table
+    python bench/studies/vision.py run --data digits
+    python bench/studies/vision.py run --data cifar10 --path cifar10.zip --jobs 2
+    python bench/studies/vision.py table
 
 `run` does what is still missing and can be stopped at any time: every method at each learning rate on few samples, its
 best rate with three seeds, and LTE with 1.4 times the samples. Then it writes the tables of docs/vision.md anew, as
@@ -237,7 +237,7 @@ def _row(method: str, samples: int, rate: float, rows: Sequence[dict[str, Any]])
     )
 
 
-BEGIN, END = "<!-- tables of bench/vision.py -->", "<!-- end of the tables -->"
+BEGIN, END = "<!-- tables of bench/studies/vision.py -->", "<!-- end of the tables -->"
 
 
 def write_document(path: Path, lines: Sequence[str]) -> None:
@@ -249,7 +249,7 @@ def write_document(path: Path, lines: Sequence[str]) -> None:
 
 def main() -> None:
     """Parse, run what is asked for, and tell."""
-    docs = Path(__file__).parent.parent / "docs"
+    docs = Path(__file__).parents[2] / "docs"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=("run", "table"))
     parser.add_argument("--data", default="digits", choices=list(TASKS))

@@ -1,14 +1,14 @@
 """Does LTE train as well as dense, and beside what? A campaign whose results are kept line by line.
 
-    python bench/convergence.py run --data tinyshakespeare.txt --results docs/convergence.jsonl --jobs 2
-    python bench/convergence.py table --results docs/convergence.jsonl
-    python bench/convergence.py noise --data tinyshakespeare.txt --results docs/convergence.jsonl
+    python bench/studies/convergence.py run --data tinyshakespeare.txt --results docs/convergence.jsonl --jobs 2
+    python bench/studies/convergence.py table --results docs/convergence.jsonl
+    python bench/studies/convergence.py noise --data tinyshakespeare.txt --results docs/convergence.jsonl
 
 `run` does what is still missing, the most telling first, and can be stopped at any time: every method at each learning
 rate with seed 0 (and beyond them, where the first or the last is the best), its best rate with two more seeds, and then
 with more samples than dense training had, until its validation loss is as low as dense's. `table` prints what there is
-as Markdown, `bench/curves.py` draws it. `noise` trains dense and LTE once more, at their best rates, and prints the
-gradient noise scale along the way.
+as Markdown, `curves.py` draws it. `noise` trains dense and LTE once more, at their best rates, and prints the gradient
+noise scale along the way.
 """
 
 from __future__ import annotations

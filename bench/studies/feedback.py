@@ -1,6 +1,6 @@
 """What small merges leave in NF4 weights without a full-precision master, by what keeps the rest.
 
-python bench/feedback.py
+python bench/studies/feedback.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How far a launched run is from its simulation, after 60 steps on 4 devices: in float64 nothing, in float32 rounding.
 
-python -m bench.worlds --dtype fp32 fp64 --processes 4
+python -m bench.studies.worlds --dtype fp32 fp64 --processes 4
 """
 
 from __future__ import annotations

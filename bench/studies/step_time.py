@@ -1,7 +1,7 @@
 """Planned against measured seconds of steps that no calibration used, by a profile measured right before.
 
-    python bench/step_time.py                 # measures this machine, then twelve held-out steps
-    python bench/step_time.py mine.toml       # by a profile that `lte profile measure` wrote here
+    python bench/studies/step_time.py                 # measures this machine, then twelve held-out steps
+    python bench/studies/step_time.py mine.toml       # by a profile that `lte profile measure` wrote here
 
 With `--threads 1` seconds are processor time, which other work on the machine changes little.
 """

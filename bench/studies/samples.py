@@ -1,9 +1,9 @@
 """Fit simulate/costs/samples.toml to what was measured and published, and say how.
 
-    python bench/samples.py                     # print it
-    python bench/samples.py --write             # replace the shipped file
+    python bench/studies/samples.py                     # print it
+    python bench/studies/samples.py --write             # replace the shipped file
 
-Measured are the runs of bench/convergence.py. A method's ratio is that of its stretched schedule where that reached
+Measured are the runs of convergence.py. A method's ratio is that of its stretched schedule where that reached
 dense's loss; else what dense's curve says (all samples over those after which dense had the method's loss) times
 what the stretched schedule makes of that elsewhere. A figure is the geometric mean of all its sources, published,
 measured or guessed; its range reaches from the smallest to the largest of them.
@@ -21,7 +21,7 @@ from pathlib import Path
 import tomli_w
 from convergence import BATCHES, DENSE, Results
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs/convergence.jsonl"
 TARGET = ROOT / "simulate/costs/samples.toml"
 PUBLISHED_LTE = 1.4
@@ -43,7 +43,7 @@ GUESSES = {
     "mhlora": 1.2, "relora": 1.4, "lora": 1.4, "adamix": 1.4,
 }  # fmt: skip
 LTE = ("lte, frozen A", "lte")
-"""What bench/convergence.py calls LTE with AdamW: our default, and the paper's."""
+"""What bench/studies/convergence.py calls LTE with AdamW: our default, and the paper's."""
 MEASURED_AS = {name: f"{name}, rank 128" for name in ("lora", "relora", "adamix")}
 """Methods that it calls otherwise: with as many directions as the network is wide, like LTE's four heads of rank 32."""
 ORDER = ("ddp", "lte", *GUESSES)
@@ -144,7 +144,8 @@ def fit(results: Results) -> Table:
     steps, slope = critical_steps(results, correction), rank_slope()
     low, value, high = MERGE_EXPONENT
     return {
-        "description": "Samples over those of dense small-batch training for equal loss; written by bench/samples.py",
+        "description": "Samples over those of dense small-batch training for equal loss; written by "
+        "bench/studies/samples.py",
         "merge_every": 10,
         "lte_rank_share": round(RANK_SHARE, 6),
         "minimum_steps": figure([MINIMUM_STEPS, steps], f"guess (200); docs/convergence.jsonl, dense ({steps:.0f})"),

@@ -1,13 +1,13 @@
 """What other estimators say of dense AdamW training, beside the plan and the followed peak; those that are installed.
 
-python bench/peers.py --models gpt2 gpt2_medium
+python bench/studies/peers.py --models gpt2 gpt2_medium
 
 Each is asked as its users would: accelerate's `estimate-memory` figure for training with Adam (four times the weights),
 DeepSpeed's ZeRO estimators without offloading on one GPU, llm-analysis's training analysis of the network's sizes. They
 may lie beside the project:
 
     pip install --no-deps --target PEERS llm-analysis fire termcolor
-    PYTHONPATH=PEERS python bench/peers.py
+    PYTHONPATH=PEERS python bench/studies/peers.py
 """
 
 from __future__ import annotations

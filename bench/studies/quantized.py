@@ -1,9 +1,9 @@
 """Frozen weights in fewer bytes: what they save by the plan, and what they cost in time and in loss.
 
-python bench/quantized.py memory
-python bench/quantized.py fits --models llama_1b llama_7b --verify
-python bench/quantized.py step --pairs 6
-python bench/quantized.py loss PATH_OF_A_TEXT
+python bench/studies/quantized.py memory
+python bench/studies/quantized.py fits --models llama_1b llama_7b --verify
+python bench/studies/quantized.py step --pairs 6
+python bench/studies/quantized.py loss PATH_OF_A_TEXT
 """
 
 from __future__ import annotations

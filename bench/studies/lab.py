@@ -1,6 +1,6 @@
 """What the network laboratory's links do beside what they were set to: rates, round trips, and the relay's limit.
 
-python -m bench.lab      # needs root, `ip` and `tc`; about two minutes
+python -m bench.studies.lab      # needs root, `ip` and `tc`; about two minutes
 """
 
 from __future__ import annotations

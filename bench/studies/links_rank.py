@@ -1,4 +1,4 @@
-"""One rank of the yardstick of bench/links.py, which starts it: torch alone, DistributedDataParallel over gloo."""
+"""One rank of the yardstick of links.py, which starts it: torch alone, DistributedDataParallel over gloo."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Launched runs on shaped links: measured beside planned and simulated, and beside PyTorch's own data parallelism.
 
-python -m bench.links --mbit 10 100 1000                 # needs root, `ip` and `tc`
-python -m bench.links --mbit 100 --delay-s 0.02 --cases "ddp" "lte T 10"
+python -m bench.studies.links --mbit 10 100 1000                 # needs root, `ip` and `tc`
+python -m bench.studies.links --mbit 100 --delay-s 0.02 --cases "ddp" "lte T 10"
 
 Nodes are network namespaces of this machine (tests/network/lab.py), one process of one thread each, held to a core, so
 that all share the cores alike. The profile's compute is measured first, by rounds without a limit on the links, and its
@@ -27,8 +27,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from bench.training import train_table
-from bench.wire import LAB_LATENCY_S, PAYLOAD_SHARE
+from bench.studies.training import train_table
+from bench.studies.wire import LAB_LATENCY_S, PAYLOAD_SHARE
 from simulate.common import toml_io
 from simulate.config.hardware import Profile
 from simulate.config.profiles import load_profile
@@ -61,7 +61,7 @@ MEASURED_ROUNDS, MEASURED_STEPS = 3, 4
 
 
 @dataclass(frozen=True)
-class PlanContext:
+class LinkSetting:
     """What all cases share."""
 
     nodes: int
@@ -91,7 +91,7 @@ class Paced:
         return self.step_s * 1e6 / self.tokens_per_step
 
 
-def run_table(case: str, profile: Path | str, steps: int, setting: PlanContext) -> Table:
+def run_table(case: str, profile: Path | str, steps: int, setting: LinkSetting) -> Table:
     """Return the run of a case."""
     return {
         "model": MODEL,
@@ -113,7 +113,7 @@ def guessed_node(flop_per_s: float) -> Table:
     return {**device, "kind": "one node of the lab", "source": "measured", **rates}
 
 
-def write_profile(path: Path, device: Table, mbit: float | None, setting: PlanContext) -> Profile:
+def write_profile(path: Path, device: Table, mbit: float | None, setting: LinkSetting) -> Profile:
     """Write the profile of the lab: what each of its nodes computes, and what its links carry."""
     profile = load_profile("gtx1080ti_x8").model_dump(exclude_none=True)
     link = profile["link"]
@@ -131,11 +131,11 @@ def _on_its_core(node: Node) -> list[str]:
     return ["taskset", "-c", str(cores[node.index % len(cores)])]
 
 
-def launch(lab: Lab, folder: Path, table: Table, setting: PlanContext) -> list[Table]:
+def launch(lab: Lab, folder: Path, table: Table, setting: LinkSetting) -> list[Table]:
     """Launch a run on all nodes; return its events."""
     run_file = folder / "run.toml"
     run_file.write_text(dump_run(build_run(table)), encoding="utf-8")
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     environment = {**os.environ, "LTE_SECRET": "a secret of the laboratory", "PYTHONPATH": str(root)}
     environment["OMP_NUM_THREADS"] = "1"
     command = [
@@ -164,7 +164,7 @@ def launch(lab: Lab, folder: Path, table: Table, setting: PlanContext) -> list[T
     return [json.loads(line) for line in events]
 
 
-def pace(case: str, mbit: float | None, profile: Profile, path: Path, setting: PlanContext) -> Paced:
+def pace(case: str, mbit: float | None, profile: Profile, path: Path, setting: LinkSetting) -> Paced:
     """Measure a case's step, over whole rounds."""
     run = build_run(run_table(case, path, 100, setting))
     round_steps = run.method.round_steps
@@ -201,9 +201,9 @@ def planned_step_s(run: Any, profile: Profile) -> float:
     return planned.round_s / planned.steps
 
 
-def _yardstick(lab: Lab, steps: int, setting: PlanContext) -> float:
+def _yardstick(lab: Lab, steps: int, setting: LinkSetting) -> float:
     """Return the median seconds of a step of torch's DistributedDataParallel."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     shared = {"MASTER_ADDR": lab[0].address, "MASTER_PORT": str(PORT), "WORLD_SIZE": str(setting.nodes)}
     shared |= {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     task = json.dumps(run_table(YARDSTICK, "gtx1080ti_x8", steps, setting))
@@ -220,7 +220,7 @@ def _yardstick(lab: Lab, steps: int, setting: PlanContext) -> float:
     return float(statistics.median(json.loads(printed[0])[1:]))
 
 
-def calibrate(folder: Path, setting: PlanContext) -> Table:
+def calibrate(folder: Path, setting: LinkSetting) -> Table:
     """Return a node as a device, at the rate of whole rounds on links without a limit, where all compute at once."""
     path = folder / "calibration.toml"
     case, guess = "lte T 10", 1e10
@@ -234,7 +234,7 @@ def calibrate(folder: Path, setting: PlanContext) -> Table:
     return guessed_node(flop_per_s)
 
 
-def measured_cases(arguments: argparse.Namespace, setting: PlanContext) -> Iterator[tuple[str, float, Profile, Path]]:
+def measured_cases(arguments: argparse.Namespace, setting: LinkSetting) -> Iterator[tuple[str, float, Profile, Path]]:
     """Yield every case on every link, with the lab's profile; a node is as a profile has it, or calibrated."""
     with tempfile.TemporaryDirectory() as folder:
         given = load_profile(arguments.profile) if arguments.profile else None
@@ -258,7 +258,7 @@ def whole_runs(arguments: argparse.Namespace) -> None:
             print(_whole_line(case, mbit, profile, path, arguments.steps, setting), flush=True)
 
 
-def _whole_line(case: str, mbit: float, profile: Profile, path: Path, steps: int, setting: PlanContext) -> str:
+def _whole_line(case: str, mbit: float, profile: Profile, path: Path, steps: int, setting: LinkSetting) -> str:
     table = run_table(case, path, steps, setting)
     table["train"].update(evaluate_every=max(10, steps // 4), evaluate_samples=64)
     del table["cluster"]["recover_every"]
@@ -281,9 +281,9 @@ def _whole_line(case: str, mbit: float, profile: Profile, path: Path, steps: int
     )
 
 
-def setting_of(arguments: argparse.Namespace) -> PlanContext:
+def setting_of(arguments: argparse.Namespace) -> LinkSetting:
     """Return what was asked for."""
-    return PlanContext(arguments.nodes, arguments.delay_s, arguments.data)
+    return LinkSetting(arguments.nodes, arguments.delay_s, arguments.data)
 
 
 def paces(arguments: argparse.Namespace) -> None:
