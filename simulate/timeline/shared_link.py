@@ -5,7 +5,8 @@ TCP connections of one delay settle at). Transfers are equally large and equally
 first to be through, and two queues of moments replace a general event list: the next event is an arrival or the oldest
 transfer's end. `python -m bench.studies.timeline` compares that on 10,000 devices with a heap of events, which
 transfers of unequal size would need, and with SimPy's processes: all three agree to rounding, and a round took 12, 31
-and 309 ms of processor time. SimPy makes an event and wakes a process for each change of the rate, which nothing here needs.
+and 309 ms of processor time. SimPy makes an event and wakes a process for each change of the rate, which nothing here
+needs.
 """
 
 from __future__ import annotations
