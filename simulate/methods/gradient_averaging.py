@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from simulate.comm.base import Communicator
 from simulate.comm.transfers import bucket
 from simulate.layers.convert import convert, merged_state
-from simulate.methods.base import Method, clip_per_device
+from simulate.methods.base import Method
+from simulate.methods.loss import gradients_of
+from simulate.methods.stepper import ParameterGroup, clip_per_device, decay_groups
 
 
 class GradientMethod(Method):
@@ -32,30 +34,6 @@ class GradientMethod(Method):
         """Whether the network's parameters have a row for each local device."""
         return self.per_device
 
-    @property
-    def is_scaled_per_device(self) -> bool:
-        return self.keeps_gradients_apart
-
-    @property
-    def gradient_rows(self) -> int:
-        return self.local_devices if self.keeps_gradients_apart else 1
-
-    def backward(self, losses: Tensor) -> None:
-        """Where devices have gradients of their own, those that are not finite count as zero: nobody else need know."""
-        super().backward(losses)
-        if self.loss_scale is not None and self.keeps_gradients_apart:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            finite_L = self.loss_scale.finite_rows(gradients)
-            for gradient in gradients:
-                gradient[~finite_L] = 0
-            self.loss_scale.update(finite_L)
-
-    def _step_where_finite(self) -> None:
-        if self.keeps_gradients_apart:
-            self._step_optimizers()
-        else:
-            super()._step_where_finite()
-
     def prepare(self, model: nn.Module) -> nn.Module:
         return convert(model, copies=1)
 
@@ -65,17 +43,17 @@ class GradientMethod(Method):
             self.leaves = dict(expand_parameters(self.model, self.local_devices).named_parameters())
         return shared
 
-    def parameter_groups(self) -> list[dict[str, object]]:
-        return self.decay_groups(self.parameters.items(), self.run.train.learning_rate)
+    def parameter_groups(self) -> list[ParameterGroup]:
+        train = self.run.train
+        return decay_groups(self.parameters.values(), train.learning_rate, train.weight_decay)
 
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
-        losses_L = self.group_losses(inputs, targets, self.local_devices)
-        self.backward(losses_L)
+        losses_L = self.loss.group_losses(inputs, targets, self.local_devices)
+        self.loss.backward(losses_L)
         with torch.no_grad():
             self.average_gradients()
-        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
-        clip_per_device(gradients, 1, self.run.train.clip_norm)
-        self.apply_gradients(step)
+        clip_per_device(gradients_of(self.parameters.values()), 1, self.run.train.clip_norm)
+        self.stepper.step(self.rate_factor(step))
         return losses_L.detach()
 
     @abstractmethod

@@ -113,7 +113,7 @@ class Paced(Delayed):
 
     def _set_aside(self, device: int) -> None:
         """Keep a local device's rows as they are now."""
-        parts = ((name, tensor, len(tensor) // self.local_devices) for name, tensor in self.stepped().items())
+        parts = ((name, tensor, len(tensor) // self.local_devices) for name, tensor in self.stepper.tensors().items())
         self._aside[device] = {name: t[device * rows : (device + 1) * rows].clone() for name, t, rows in parts}
 
     def _put_back(self, tensors: Mapping[str, Tensor]) -> None:
@@ -126,9 +126,9 @@ class Paced(Delayed):
         """Put back what devices had when they stopped, and learn of everyone's steps; before a merge is looked at."""
         if not self.is_paced:
             return
-        self._put_back(self.stepped())
+        self._put_back(self.stepper.tensors())
         self._aside.clear()
-        for state in self.optimizer.state.values():
+        for state in self.stepper.state.values():
             if "step" in state:
                 state["step"] += int(self.skipped)
         self.skipped.zero_()
@@ -177,16 +177,15 @@ class Paced(Delayed):
     def round_shares(self) -> Tensor | None:
         return self.shares() if self.is_paced else None
 
-    def state_dict(self) -> dict[str, Tensor]:
-        state = super().state_dict()
+    def before_saving(self, state: dict[str, Tensor]) -> None:
+        """Save devices that have stopped as they were then; those in use go on with steps that count for nothing."""
         for name in next(iter(self._aside.values()), {}):
             state[name] = state[name].clone()
         self._put_back(state)
-        return state
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def before_loading(self, state: dict[str, Tensor]) -> None:
+        super().before_loading(state)
         self._aside.clear()  # the next step sets aside what was loaded
-        super().load_state_dict(state)
 
     def extra_state(self) -> dict[str, Tensor]:
         if not self.is_paced:

@@ -12,7 +12,7 @@ Legend: C copies or heads, X elements of one, B blocks of one.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from simulate.common.errors import InputError
+from simulate.optim.per_parameter import PerParameterOptimizer
 from simulate.rules.optimizer import BLOCK_ELEMENTS, CPU_CHUNK_ELEMENTS
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -59,22 +60,14 @@ def moment_values(device: torch.device) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-class AdamW8bit(torch.optim.Optimizer):
+class AdamW8bit(PerParameterOptimizer):
     """AdamW over parameters (C, ...) in float32, moments as codes (C, ...) and scales (C, B)."""
 
     def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         _library()
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        assert closure is None
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
-
-    def _update(self, parameter: Tensor, group: Mapping[str, Any]) -> None:
+    def update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
             self._begin(parameter, state)
@@ -126,16 +119,7 @@ def moment_of(state: Mapping[str, Tensor], moment: str) -> Tensor:
     return _values(moment, codes_CX.device)[codes_CX.int()] * scales_CX
 
 
-def prune(state: Mapping[str, Tensor], share: float) -> None:
-    """As simulate.methods.base.prune_moments, of moments in 8 bits; scales stay."""
-    zeroed = {}
-    for moment in MOMENTS:
-        values_CX = moment_of(state, moment).abs()
-        count = int(share * values_CX.shape[1])
-        limit_C1 = values_CX.kthvalue(count, dim=1, keepdim=True).values if count else values_CX.new_full((1, 1), -1.0)
-        zeroed[moment] = values_CX <= limit_C1
-        if moment == "exp_avg_sq":
-            zeroed["exp_avg"] |= zeroed[moment] | (values_CX == 0)
-    for moment, zeroed_CX in zeroed.items():
-        zero = int((_values(moment, zeroed_CX.device) == 0).nonzero())
-        state[moment + CODES].view(zeroed_CX.shape).masked_fill_(zeroed_CX, zero)
+def zero_moment(state: Mapping[str, Tensor], moment: str, zeroed_CX: Tensor) -> None:
+    """Set chosen entries of a moment to the code of zero, in place; scales stay."""
+    zero_code = int((_values(moment, zeroed_CX.device) == 0).nonzero())
+    state[moment + CODES].view(zeroed_CX.shape).masked_fill_(zeroed_CX, zero_code)

@@ -12,13 +12,13 @@ Legend: C copies or heads, M rows, N columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from simulate.costs.flops import ITERATIONS
+from simulate.optim.per_parameter import PerParameterOptimizer
 from simulate.rules.optimizer import through_gram
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -61,21 +61,13 @@ def _polynomial(gram_CMM: Tensor) -> Tensor:
     return product
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(PerParameterOptimizer):
     """Muon with Nesterov momentum and decoupled weight decay over parameters (C, M, N)."""
 
     def __init__(self, params: Any, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        assert closure is None
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
-
-    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from simulate.comm.base import Communicator, Nodes
 from simulate.config.run import Run
 from simulate.layers.convert import convert, merged_state
-from simulate.methods.base import Method, clip_per_device
+from simulate.methods.base import Method
 from simulate.methods.daso.options import DasoOptions
 from simulate.methods.ddp.train import packed_parameters
 from simulate.methods.round_updates import LayerUpdates, dense_updates
+from simulate.methods.stepper import ParameterGroup, clip_per_device, decay_groups
 
 NOTHING = -1
 
@@ -57,22 +58,19 @@ class Daso(Method):
         assert local % size == 0 or size % local == 0, "a process holds whole nodes, or an equal part of one"
         return max(1, local // size)
 
-    @property
-    def gradient_rows(self) -> int:
-        return self.local_nodes
-
-    def parameter_groups(self) -> list[dict[str, object]]:
-        return self.decay_groups(self.parameters.items(), self.run.train.learning_rate)
+    def parameter_groups(self) -> list[ParameterGroup]:
+        train = self.run.train
+        return decay_groups(self.parameters.values(), train.learning_rate, train.weight_decay)
 
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
-        losses_L = self.group_losses(inputs, targets, self.local_devices)
-        self.backward(losses_L)
+        losses_L = self.loss.group_losses(inputs, targets, self.local_devices)
+        self.loss.backward(losses_L)
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         for names in self.messages if self.nodes.size > 1 else ():
             self.communicator.reduce_in_nodes([gradients[name] for name in names], self.nodes)
         torch._foreach_div_(list(gradients.values()), float(self.nodes.size))
         clip_per_device(list(gradients.values()), self.local_nodes, self.run.train.clip_norm)
-        self.apply_gradients(step)
+        self.stepper.step(self.rate_factor(step))
         if int(self.sent_after) != NOTHING and step == int(self.sent_after) + self.options.delay_steps:
             self._mix()
         return losses_L.detach()

@@ -20,6 +20,7 @@ from simulate.comm.transfers import bucket
 from simulate.config.run import Run
 from simulate.methods.ddp.options import DdpOptions
 from simulate.methods.gradient_averaging import GradientMethod, mean_over_devices, take_gradients
+from simulate.methods.loss import gradients_of
 
 
 class Ddp(GradientMethod):
@@ -41,8 +42,7 @@ class Ddp(GradientMethod):
 
     def average_gradients(self) -> None:
         if not self.per_device:
-            gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-            mean_over_devices(gradients, self.communicator)
+            mean_over_devices(gradients_of(self.parameters.values()), self.communicator)
             return
         own = take_gradients(self.leaves)
         for names, compressed in zip(self.messages, self.means, strict=True):

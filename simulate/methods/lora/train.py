@@ -21,6 +21,8 @@ from simulate.layers.lora import AdapterSpec, LoraLinear, lora_layers
 from simulate.layers.per_device import VectorLora
 from simulate.methods.base import Method
 from simulate.methods.gradient_averaging import GradientMethod, mean_over_devices
+from simulate.methods.loss import gradients_of
+from simulate.methods.stepper import ParameterGroup, decay_groups
 
 MUON_ADAPTER_FACTOR, MUON_RANK = 3.0, 32
 """With Muon, adapters of this rank learn this much faster than norm-matching says: measured best for LTE on small text
@@ -47,12 +49,11 @@ class Lora(GradientMethod):
     def prepare(self, model: nn.Module) -> nn.Module:
         return convert(model, 1, ConversionSpec(lora(self.spec(), devices=1)))
 
-    def parameter_groups(self) -> list[dict[str, object]]:
+    def parameter_groups(self) -> list[ParameterGroup]:
         return adapter_groups(self, adapter_options(self))
 
     def average_gradients(self) -> None:
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        mean_over_devices(gradients, self.communicator)
+        mean_over_devices(gradients_of(self.parameters.values()), self.communicator)
 
     def extra_state(self) -> dict[str, Tensor]:
         return {**super().extra_state(), **masters(self.model)}
@@ -76,16 +77,17 @@ def adapter_options(method: Method) -> AdapterOptions:
     return options
 
 
-def adapter_groups(method: Method, options: AdapterOptions) -> list[dict[str, object]]:
+def adapter_groups(method: Method, options: AdapterOptions) -> list[ParameterGroup]:
     """Return the optimizer's groups: adapters at their own learning rate, everything else at the run's."""
-    rate = method.run.train.learning_rate
-    matched = rate / options.scale * (muon_factor(options.rank) if method.run.train.optimizer == "muon" else 1.0)
+    train = method.run.train
+    rate, decay = train.learning_rate, train.weight_decay
+    matched = rate / options.scale * (muon_factor(options.rank) if train.optimizer == "muon" else 1.0)
     adapter_rate = options.adapter_learning_rate or matched
     adapters = {id(p) for p in adapter_parameters(method.model)}
-    named = list(method.parameters.items())
+    parameters = method.parameters.values()
     return [
-        *method.decay_groups([pair for pair in named if id(pair[1]) in adapters], adapter_rate),
-        *method.decay_groups([pair for pair in named if id(pair[1]) not in adapters], rate),
+        *decay_groups([p for p in parameters if id(p) in adapters], adapter_rate, decay),
+        *decay_groups([p for p in parameters if id(p) not in adapters], rate, decay),
     ]
 
 

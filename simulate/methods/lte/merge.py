@@ -16,8 +16,8 @@ from simulate.comm.base import Communicator
 from simulate.comm.compression import CompressedMean, decode, encode
 from simulate.comm.transfers import bucket
 from simulate.layers.lora import LoraLinear
-from simulate.methods.base import clear_rows
 from simulate.methods.lte.options import LteOptions
+from simulate.methods.stepper import clear_rows
 from simulate.models.shapes import LinearShape
 from simulate.rules.transport import factor_buffer_bytes, layer_transport
 

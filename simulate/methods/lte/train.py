@@ -51,13 +51,15 @@ from simulate.layers.convert import ConversionSpec, convert, lora, merged_state,
 from simulate.layers.lora import AdapterSpec, LoraLinear, lora_layers
 from simulate.layers.per_device import VectorLora
 from simulate.methods.averaging import Averaging
-from simulate.methods.base import clear_rows, forget_moments, prune_moments
 from simulate.methods.lora.train import adapter_groups, adapter_parameters, masters
+from simulate.methods.loss import gradients_of
 from simulate.methods.lte.merge import LayerMerger, sum_of_products
 from simulate.methods.lte.options import LteOptions
 from simulate.methods.overlapped import NOTHING
 from simulate.methods.paced import Paced
 from simulate.methods.round_updates import DenseUpdates, LayerUpdates, LowRankUpdates, dense_updates
+from simulate.methods.stepper import ParameterGroup, clear_rows, clip_per_device
+from simulate.optim.moments import forget_moments, prune_moments
 
 PRUNED_SHARE = 0.9
 """Of the adapters' optimizer state, where a merge prunes it (as in ReLoRA, arXiv 2307.05695)."""
@@ -125,22 +127,22 @@ class Lte(Paced):
                 averaged[name] = parameter
         return averaged
 
-    def parameter_groups(self) -> list[dict[str, object]]:
+    def parameter_groups(self) -> list[ParameterGroup]:
         return adapter_groups(self, self.options)
 
     def train_step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         heads = self.options.heads_per_device
-        losses_H = self.group_losses(inputs, targets, self.local_devices * heads)
+        losses_H = self.loss.group_losses(inputs, targets, self.local_devices * heads)
         # The sum over heads gives each adapter the gradient of its own head's mean loss, whatever H is.
-        self.backward(losses_H)
+        self.loss.backward(losses_H)
         if heads > 1:  # what a device's heads share gets the device's mean
-            torch._foreach_div_([p.grad for p in self.replicated_parameters if p.grad is not None], float(heads))
+            torch._foreach_div_(gradients_of(self.replicated_parameters), float(heads))
         for norm in self.first_device_norms:  # trained on the first device, for all
             first = 1 if self.communicator.local_devices.start == 0 else 0
             if norm.grad is not None:
                 norm.grad[first:] = 0.0
-        self.clip(self.model.parameters())
-        self.apply_gradients(step)
+        clip_per_device(gradients_of(self.model.parameters()), self.local_devices, self.run.train.clip_norm)
+        self.stepper.step(self.rate_factor(step))
         self.arrive_if_due(step)
         return losses_H.detach().view(self.local_devices, heads).mean(1)
 
@@ -199,9 +201,9 @@ class Lte(Paced):
 
     def _treat_moments(self, factors: Iterable[nn.Parameter]) -> None:
         if self.options.merge_optimizer == "prune":
-            prune_moments(self.optimizer, factors, PRUNED_SHARE)
+            prune_moments(self.stepper.state, factors, PRUNED_SHARE)
         elif self.options.merge_optimizer == "reset":
-            forget_moments(self.optimizer, factors)
+            forget_moments(self.stepper.state, factors)
 
     def keep_merged(self) -> None:
         self.averaging.keep_last()
@@ -271,9 +273,10 @@ class Lte(Paced):
                     if layer.start_weight is not None:
                         layer.start_weight.copy_(torch.sub(weight_OI, sums[0], alpha=share))
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    @torch.no_grad()
+    def before_loading(self, state: dict[str, Tensor]) -> None:
+        super().before_loading(state)
         for name, module in self.model.named_modules():
             if isinstance(module, LoraLinear) and f"model.{name}.a0" in state:
                 # Makes room for what is copied in next.
                 module.remember_product(state[f"model.{name}.a0"], state[f"model.{name}.b0"])
-        super().load_state_dict(state)

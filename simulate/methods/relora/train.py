@@ -24,10 +24,11 @@ from simulate.comm.base import Communicator
 from simulate.config.run import Run
 from simulate.layers.convert import convert, merged_state
 from simulate.layers.lora import LoraLinear, lora_layers
-from simulate.methods.base import learning_rate_factor, prune_moments
 from simulate.methods.build_network import build_model
 from simulate.methods.lora.train import Lora, adapter_parameters
 from simulate.methods.relora.options import ReloraOptions
+from simulate.methods.stepper import learning_rate_factor
+from simulate.optim.moments import prune_moments
 
 
 class Relora(Lora):
@@ -64,7 +65,7 @@ class Relora(Lora):
         elif done > 0 and done % self.options.merge_every == 0:
             for layer in lora_layers(self.model):
                 self._restart(layer, step + 1)
-            prune_moments(self.optimizer, adapter_parameters(self.model), self.options.prune_share)
+            prune_moments(self.stepper.state, adapter_parameters(self.model), self.options.prune_share)
 
     def _restart(self, layer: LoraLinear, steps_done: int) -> None:
         layer.set_weight(layer.folded_weight())
@@ -74,14 +75,13 @@ class Relora(Lora):
     def _begin_adapters(self) -> None:
         weights = merged_state(self.model)
         device = next(iter(weights.values())).device
-        self.optimizer.state.clear()  # makes room for the second network
+        self.stepper.state.clear()  # makes room for the second network
         network = build_model(self.run) if self.plain is None else self.plain
         network.load_state_dict(weights)
         self.dense = False
         self.install(network, device)
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def before_loading(self, state: dict[str, Tensor]) -> None:
         adapted = any(name.startswith("model.") and name.endswith(".a") for name in state)
         if self.dense and adapted:
             self._begin_adapters()
-        super().load_state_dict(state)

@@ -22,9 +22,10 @@ from simulate.comm.base import Communicator
 from simulate.comm.transfers import bucket
 from simulate.config.run import Run
 from simulate.layers.convert import merged_state
-from simulate.methods.base import clip_per_device
 from simulate.methods.gradient_averaging import GradientMethod, give_copies, take_gradients
+from simulate.methods.loss import gradients_of
 from simulate.methods.sapipe.options import SapipeOptions
+from simulate.methods.stepper import clip_per_device
 
 
 class Sapipe(GradientMethod):
@@ -53,8 +54,8 @@ class Sapipe(GradientMethod):
         return shared
 
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
-        losses_L = self.group_losses(inputs, targets, self.local_devices)
-        self.backward(losses_L)
+        losses_L = self.loss.group_losses(inputs, targets, self.local_devices)
+        self.loss.backward(losses_L)
         own = take_gradients(self.leaves)
         self.communicator.wait()
         if step > 0:
@@ -82,9 +83,8 @@ class Sapipe(GradientMethod):
     @torch.no_grad()
     def _step_with_stale(self, step: int) -> None:
         self.average_gradients()
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        clip_per_device(gradients, 1, self.run.train.clip_norm)
-        self.apply_gradients(step)
+        clip_per_device(gradients_of(self.parameters.values()), 1, self.run.train.clip_norm)
+        self.stepper.step(self.rate_factor(step))
 
     @torch.no_grad()
     def _predict(self, own: dict[str, Tensor], step: int) -> None:
@@ -92,7 +92,7 @@ class Sapipe(GradientMethod):
         clip_per_device(list(own.values()), self.local_devices, self.run.train.clip_norm)
         factor = self.rate_factor(min(step + 1, self.run.train.steps - 1))
         names = {id(p): name for name, p in self.parameters.items()}
-        for group, peak in zip(self.groups, self.peak_rates, strict=True):
+        for group, peak in zip(self.stepper.groups, self.stepper.peak_rates, strict=True):
             for parameter in group["params"]:
                 name = names[id(parameter)]
                 change = self._adam_change(parameter, own[name], step, factor * peak, group["weight_decay"])
@@ -104,13 +104,13 @@ class Sapipe(GradientMethod):
         A run's first step has nothing to step with, so step t comes after t steps of the optimizer.
         """
         beta1, beta2 = self.run.train.adam_beta1, self.run.train.adam_beta2
-        state = self.optimizer.state.get(parameter)
+        state = self.stepper.state.get(parameter)
         first, second = (state["exp_avg"], state["exp_avg_sq"]) if state else (0, 0)
         first = beta1 * first + (1 - beta1) * gradient
         second = beta2 * second + (1 - beta2) * gradient * gradient
         first = first / (1 - beta1 ** (taken + 1))
         second = second / (1 - beta2 ** (taken + 1))
-        return -rate * (first / (second.sqrt() + self.optimizer.defaults["eps"]) + decay * parameter)
+        return -rate * (first / (second.sqrt() + self.stepper.adam.defaults["eps"]) + decay * parameter)
 
     def merged_state(self) -> dict[str, Tensor]:
         return merged_state(self.model, {id(self.leaves[name]): p[0].detach() for name, p in self.parameters.items()})

@@ -1,0 +1,48 @@
+"""Losses of the rows of a batch, and the gradients that they leave in a network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from simulate.config.tables import Train
+from simulate.layers.cross_entropy import row_losses
+from simulate.optim.loss_scale import LossScale, lower_precision
+
+
+class Loss:
+    """Mean losses of equal parts of a batch, and their backward pass, scaled where fp16 needs it."""
+
+    def __init__(self, model: nn.Module, train: Train, loss_scale: LossScale | None, zeroes_overflow: bool) -> None:
+        self.model, self.train, self.loss_scale, self.zeroes_overflow = model, train, loss_scale, zeroes_overflow
+
+    def group_losses(self, inputs: Tensor, targets: Tensor, groups: int) -> Tensor:
+        """Return the mean loss of each of `groups` equal parts of the batch, (groups,); no mean mixes parts."""
+        self.model.train()
+        with lower_precision(self.train, inputs.device):
+            outputs = self.model(inputs)
+        return self.row_losses(outputs, targets).view(groups, -1).mean(1)
+
+    def row_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of every sample or token, (M,), in order: cross-entropy with logits."""
+        return row_losses(outputs, targets)
+
+    def backward(self, losses: Tensor) -> None:
+        """Leave the gradients of the sum of losses, each row's own, in the network's parameters."""
+        if self.loss_scale is None:
+            losses.sum().backward()
+            return
+        self.loss_scale.scaled(losses).sum().backward()
+        gradients = gradients_of(self.model.parameters())
+        self.loss_scale.unscale(gradients)
+        if self.zeroes_overflow:
+            finite_L = self.loss_scale.finite_rows(gradients)
+            for gradient in gradients:
+                gradient[~finite_L] = 0
+            self.loss_scale.update(finite_L)
+
+
+def gradients_of(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Return the gradients of those parameters that have one."""
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]

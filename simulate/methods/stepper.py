@@ -1,0 +1,195 @@
+"""The optimizer step of a method: AdamW, AdamW with moments in 8 bits, and Muon, as if they were one optimizer.
+
+Methods say which parameters there are and at which peak rate (`decay_groups`); a Stepper divides them among the
+optimizers, follows the learning-rate schedule, and with fp16 leaves out rows of copies whose gradients overflowed.
+Methods call `step` once in each training step, and `tensors` for all that it changes.
+
+Legend: C rows of copies (local devices, or 1 where all share one copy), L local devices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from simulate.config.tables import Train
+from simulate.layers.lora import LoraLinear
+from simulate.layers.per_device import ReplicatedEmbedding, ReplicatedLinear
+from simulate.methods.loss import gradients_of
+from simulate.optim.adamw8bit import AdamW8bit
+from simulate.optim.loss_scale import LossScale
+from simulate.optim.muon import Muon
+from simulate.rules.optimizer import is_eight_bit
+
+ParameterGroup = dict[str, object]
+"""Parameters with their peak learning rate and weight decay, as torch.optim takes them."""
+
+COSINE_FLOOR = 0.1
+"""Share of the peak learning rate at the end of a run."""
+
+
+def learning_rate_factor(train: Train, step: int) -> float:
+    """Return the share of the peak rate at a step, from 0: linear warm-up, then a cosine down to COSINE_FLOOR."""
+    if step < train.warmup_steps:
+        return (step + 1) / train.warmup_steps
+    progress = min(1.0, (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps))
+    return COSINE_FLOOR + (1 - COSINE_FLOOR) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Stepper:
+    """The optimizers of some parameters, (C, ...) each, with one state by parameter and one step."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        groups: list[ParameterGroup],
+        matrices: set[int],
+        train: Train,
+        loss_scale: LossScale | None,
+    ) -> None:
+        """Divide the groups among optimizers; `matrices` are the ids of parameters that Muon takes, if it is chosen.
+
+        With a loss scale, rows whose gradients are not finite are left as they are.
+        """
+        self.parameters, self.loss_scale = parameters, loss_scale
+        if train.optimizer != "muon":
+            matrices = set()
+        adam_groups, muon_groups = split_groups(groups, lambda p: id(p) not in matrices)
+        small_groups, large_groups = adam_groups, list[ParameterGroup]()
+        if train.optimizer_state == "8bit":
+            small_groups, large_groups = split_groups(adam_groups, lambda p: not is_eight_bit(p[0].numel()))
+        betas = (train.adam_beta1, train.adam_beta2)
+        # Fused: one pass over the state and no temporaries, unlike the foreach form.
+        self.adam = torch.optim.AdamW(small_groups or [{"params": []}], betas=betas, fused=True)
+        self.optimizers: list[torch.optim.Optimizer] = [self.adam]
+        if large_groups:
+            self.optimizers.append(AdamW8bit(large_groups, betas=betas))
+        self.muon = Muon(muon_groups, momentum=train.muon_momentum) if muon_groups else None
+        if self.muon is not None:
+            self.optimizers.append(self.muon)
+        self.state = self.adam.state
+        """Moments and step counters of all optimizers, by parameter."""
+        for optimizer in self.optimizers[1:]:
+            optimizer.state = self.state
+        self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        self.peak_rates = [group["lr"] for group in self.groups]
+
+    def step(self, rate_factor: float) -> None:
+        """Take the optimizer step at `rate_factor` times the peak rates, and free the gradients."""
+        for group, peak in zip(self.groups, self.peak_rates, strict=True):
+            group["lr"] = peak * rate_factor
+        if self.loss_scale is None:
+            self._step_all()
+        else:
+            self._step_finite_rows(self.loss_scale)
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def _step_all(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def _step_finite_rows(self, loss_scale: LossScale) -> None:
+        """Step only rows whose gradients are finite; the others stay as they are."""
+        gradients = gradients_of(self.parameters.values())
+        finite_C = loss_scale.finite_rows(gradients)
+        if loss_scale.lets_all_step(finite_C):
+            self._step_all()
+        elif not finite_C.any():
+            self._count_step()
+        else:
+            before = {name: rows_of(tensor, ~finite_C).clone() for name, tensor in self.tensors().items()}
+            for gradient in gradients:
+                clear_rows(gradient, finite_C)  # also so that moments which begin with this step begin at zero
+            self._step_all()
+            after = self.tensors()
+            for name, rows in before.items():
+                after[name].view(len(finite_C), -1)[~finite_C] = rows
+        loss_scale.update(finite_C)
+
+    def _count_step(self) -> None:
+        """Step without a change, and without room for copies: counters go on, and new moments begin at zero."""
+        for group in self.groups:
+            group["lr"] = 0.0
+        for parameter in self.parameters.values():
+            if parameter.grad is not None and (state := self.state.get(parameter)):
+                parameter.grad = None
+                if "step" in state:
+                    state["step"] += 1
+            elif parameter.grad is not None:
+                parameter.grad.zero_()
+        self._step_all()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all that a step changes, (C, ...) each: parameters and moments, by their names in checkpoints."""
+        moments = {
+            f"optimizer.{name}.{key}": moment
+            for name, parameter in self.parameters.items()
+            for key, moment in self.state.get(parameter, {}).items()
+            if moment.ndim > 0  # step counters are no rows
+        }
+        return {**{f"model.{name}": p.detach() for name, p in self.parameters.items()}, **moments}
+
+
+def muon_matrices(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> set[int]:
+    """Return the ids of the parameters for Muon: factors, and linear layers' weights but for those at a network's ends.
+
+    An output layer that shares its weight with an embedding is at an end, too.
+    """
+    names, embeddings = set(), set()
+    trained_whole = getattr(model, "trained_whole", ())
+    for name, module in model.named_modules():
+        if isinstance(module, ReplicatedLinear) and name not in trained_whole:
+            names.add(f"{name}.weight")
+        elif isinstance(module, LoraLinear):
+            names |= {f"{name}.{key}" for key, _ in module.named_parameters() if key != "bias"}
+        elif isinstance(module, ReplicatedEmbedding):
+            embeddings.add(id(module.weight))
+    shared = {n for n, p in model.named_parameters() if id(p) in embeddings}
+    return {id(parameters[name]) for name in names - shared if name in parameters}
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], rate: float, weight_decay: float) -> list[ParameterGroup]:
+    """Return one group of matrices, with weight decay, and one of vectors, without; each has an axis of copies more."""
+    parameters = list(parameters)
+    groups: list[ParameterGroup] = [
+        {"params": [p for p in parameters if p.ndim > 2], "lr": rate, "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 2], "lr": rate, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def split_groups(
+    groups: list[ParameterGroup], chosen: Callable[[nn.Parameter], bool]
+) -> tuple[list[ParameterGroup], list[ParameterGroup]]:
+    """Return the optimizer's groups in two: of the chosen parameters, and of the others."""
+    parts: list[list[ParameterGroup]] = []
+    for wanted in (True, False):
+        part = [{**g, "params": [p for p in g["params"] if chosen(p) is wanted]} for g in groups]  # type: ignore[attr-defined]
+        parts.append([group for group in part if group["params"]])
+    return parts[0], parts[1]
+
+
+def rows_of(tensor: Tensor, chosen_C: Tensor) -> Tensor:
+    """Return the chosen rows of a tensor with a leading axis over C rows of copies, or over their heads."""
+    return tensor.view(len(chosen_C), -1)[chosen_C]
+
+
+def clear_rows(tensor: Tensor, healthy_L: Tensor) -> None:
+    """Zero the rows of devices that are not healthy in a tensor with a leading axis over local devices or heads."""
+    tensor.view(len(healthy_L), -1)[~healthy_L.to(tensor.device)] = 0
+
+
+def clip_per_device(gradients: list[Tensor], devices: int, clip_norm: float) -> None:
+    """Scale each device's gradients, in place, so that their joint norm is at most `clip_norm`.
+
+    Every gradient has a leading axis of `devices`, or of devices * K heads in device order.
+    """
+    norms = torch.stack([torch.linalg.vector_norm(g.view(devices, -1), dim=1) for g in gradients])
+    factor_L = (clip_norm / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp_(max=1.0)
+    for gradient in gradients:
+        flat = gradient.view(devices, -1)
+        flat.mul_(factor_L.unsqueeze(1))
