@@ -35,6 +35,8 @@ LARGEST_INTEGER = 2**63 - 1
 class Schema(BaseModel):
     """Base of frozen, strict tables, which refuse unknown keys, strings for numbers, NaN and infinity."""
 
+    # Defaults are validated, since a size without one has a placeholder that must fail. pydantic would reserve names
+    # that begin with "model_".
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True, protected_namespaces=()
     )
@@ -184,7 +186,9 @@ def _line_of(text: str, path: list[Any]) -> int | None:
                 if seen == wanted_table:
                     inside, header = True, number
                     continue
+            # Subtables of the table still belong to it.
             inside = inside and table is not None and name.startswith(f"{table}.") and seen == wanted_table
+        # A key may be quoted, or lead a dotted key.
         elif inside and re.match(rf"\s*[\"']?{re.escape(keys[-1])}[\"']?\s*[.=]", line):
             return number
     return header
@@ -211,7 +215,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # else a power cut could keep the new name and lose the content
         # mkstemp makes private files; the umask can be read only by setting it.
         umask = os.umask(0)
         os.umask(umask)
@@ -233,7 +237,7 @@ def set_key(table: Table, assignment: str) -> str:
         raise InputError(f"--set {assignment}: the form is table.key=value, for example --set method.rank=16")
     try:
         value = tomllib.loads(f"value = {value_text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
+    except tomllib.TOMLDecodeError:  # a string without quotes, as shells pass it
         value = value_text.strip()
     section = table.setdefault(parts[0], {})
     if not isinstance(section, dict):

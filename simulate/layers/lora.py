@@ -80,7 +80,7 @@ class _LoraLinear(torch.autograd.Function):
         outputs = frozen_OI.shape[0]
         x_HMI = x.to(product_dtype(x)).contiguous().view(heads, -1, inputs)
         rows = x_HMI.shape[1]
-        product = _Product.cast(x_HMI.dtype, _dense(frozen_OI), a_HRI, b_HOR, a0_HRI, b0_HOR, scale)
+        product = _Product(x_HMI.dtype, _dense(frozen_OI), a_HRI, b_HOR, a0_HRI, b0_HOR, scale)
         us_HMR = x_HMI.new_empty(heads, rows, rank).baddbmm_(x_HMI, product.a_HRI.mT, beta=0, alpha=scale)
         y_HMO = x_HMI.new_empty(heads, rows, outputs)
         if bias_LO is not None:  # written first, so that the product adds to it without a separate pass
@@ -106,7 +106,7 @@ class _LoraLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             gx_HMI = us_HMR.new_empty(*us_HMR.shape[:2], a_HRI.shape[2])
             weight_OI = _dense(plain_OI if ctx.quantized_OI is None else ctx.quantized_OI)
-            product = _Product.cast(us_HMR.dtype, weight_OI, a_HRI, b_HOR, a0_HRI, b0_HOR, ctx.scale)
+            product = _Product(us_HMR.dtype, weight_OI, a_HRI, b_HOR, a0_HRI, b0_HOR, ctx.scale)
             product.add(gx_HMI, g_HMO, vs_HMR, to_inputs=True, beta=0)
             del product, weight_OI
             grad_x = gx_HMI.view(*grad_y.shape[:-1], -1).to(ctx.x_dtype)
@@ -121,28 +121,20 @@ def _dense(weight: Tensor | QuantizedWeight) -> Tensor:
     return weight.dense() if isinstance(weight, QuantizedWeight) else weight
 
 
-@dataclass(frozen=True)
 class _Product:
     """Product of rows with every head's effective weight, or with its transpose.
 
     Both passes use it: the forward one with Y = I and X = O, the backward one to the inputs with Y = O and X = I.
     """
 
-    weight_OI: Tensor
-    a_HRI: Tensor
-    b_HOR: Tensor
-    a0_HRI: Tensor | None
-    b0_HOR: Tensor | None
-    scale: float
-
-    @classmethod
-    def cast(
-        cls, dtype: torch.dtype, weight_OI: Tensor, a_HRI: Tensor, b_HOR: Tensor, a0_HRI: Tensor | None,
+    def __init__(
+        self, dtype: torch.dtype, weight_OI: Tensor, a_HRI: Tensor, b_HOR: Tensor, a0_HRI: Tensor | None,
         b0_HOR: Tensor | None, scale: float,
-    ) -> _Product:  # fmt: skip
-        """Return the product of these tensors cast to a dtype; tensors of that dtype are not copied."""
-        a0_HRI, b0_HOR = (None if old is None else old.to(dtype) for old in (a0_HRI, b0_HOR))
-        return cls(weight_OI.to(dtype), a_HRI.to(dtype), b_HOR.to(dtype), a0_HRI, b0_HOR, scale)
+    ) -> None:  # fmt: skip
+        # Tensors that have the dtype already are not copied.
+        self.weight_OI, self.a_HRI, self.b_HOR = weight_OI.to(dtype), a_HRI.to(dtype), b_HOR.to(dtype)
+        self.a0_HRI, self.b0_HOR = (None if old is None else old.to(dtype) for old in (a0_HRI, b0_HOR))
+        self.scale = scale
 
     def add(self, out_HMX: Tensor, in_HMY: Tensor, small_HMR: Tensor, to_inputs: bool, beta: int) -> None:
         """Set out to beta·out + in·W + the heads' low-rank products; `small` is s·in·(first of the new factors)."""

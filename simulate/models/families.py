@@ -91,6 +91,7 @@ def llama_shape(
     linears = (*attention, *gates, ("mlp.down", width, mlp_width, context))
     weights = [_linear(o, i, bias=False) for _, o, i, _ in linears]
     norm = _norm(width, bias=False)
+    # In the order of the network: the four layers of attention, then those of the MLP, each behind a norm.
     block = (*norm, *(w for x in weights[:4] for w in x), *norm, *(w for x in weights[4:] for w in x))
     return ModelShape(
         name=name,
@@ -118,7 +119,7 @@ def vit_shape(
 ) -> ModelShape:
     """Return the counts of a Vision Transformer with a class token and learned positions."""
     patches, patch_inputs = _patches(image, patch), colours * patch**2
-    tokens = patches + 1
+    tokens = patches + 1  # the class token leads
     linears, block = _transformer_block(width, tokens)
     tables = (ParameterShape("embedding", (1, width)), ParameterShape("embedding", (tokens, width)))
     ends = (*_norm(width), *_whole_linear(classes, width))
@@ -132,7 +133,7 @@ def vit_shape(
         width=width,
         outputs=classes,
         predictions=1,
-        mixing_flops=4 * layers * tokens * tokens * width,
+        mixing_flops=4 * layers * tokens * tokens * width,  # no causal mask: both products in full
         outer_flops=_image_ends_flops(width, patches, patch_inputs, classes),
         attention_heads=attention_heads,
         mlp_width=4 * width,
@@ -165,7 +166,7 @@ def mixer_shape(
         width=width,
         outputs=classes,
         predictions=1,
-        mixing_flops=0,
+        mixing_flops=0,  # tokens are mixed by adapted layers
         outer_flops=_image_ends_flops(width, tokens, patch_inputs, classes),
         mlp_width=channels_width,
         tokens_width=tokens_width,

@@ -30,6 +30,7 @@ class Gpt(nn.Module):
         init_normal(self, size.layers, INIT_STD)
 
     def forward(self, tokens_ST: Tensor) -> Tensor:
+        # One row of positions a sample, because each device has its own table.
         positions = torch.arange(tokens_ST.shape[1], device=tokens_ST.device).expand_as(tokens_ST)
         x_STD = self.token(tokens_ST) + self.position(positions)
         x_STD = run_blocks(self.blocks, x_STD, recompute=self.activation_checkpointing and self.training)

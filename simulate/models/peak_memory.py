@@ -15,7 +15,7 @@ def cpu_peak_bytes(program: Callable[[], object]) -> int:
         program()
     current = peak = 0
     for event in trace.profiler.kineto_results.events():
-        if event.name() == "[memory]":
+        if event.name() == "[memory]":  # an allocation, or with negative bytes a release
             current += event.nbytes()
             peak = max(peak, current)
     return peak

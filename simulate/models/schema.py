@@ -39,6 +39,7 @@ class ModelOptions(toml_io.Schema):
         if not isinstance(given, dict):
             return given
         name = given.get("name", cls.model_fields["name"].default)
+        # Given keys come last, so that they override the name's sizes.
         return {"name": name, **FAMILIES.get(cls.family, {}).get(name, {}), **given}
 
     @property

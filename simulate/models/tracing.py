@@ -75,6 +75,7 @@ def empty_traced(options: UserNetworkOptions, device: torch.device) -> nn.Module
     with torch.random.fork_rng(devices=[]):  # the factory draws start weights, which must not advance the run's draws
         network = call_factory(options).to(device)
     plain = list(network.parameters())
+    # By id, so that tied parameters stay tied.
     empty = {id(parameter): nn.Parameter(parameter.to("meta"), requires_grad=False) for parameter in plain}
     for module in network.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -148,6 +149,7 @@ def _output_layer(options: UserNetworkOptions, network: nn.Module) -> tuple[str,
     results: list[tuple[str, Any]] = []
     with _watch_calls(network, nn.Linear, lambda name, arguments, output: results.append((name, output))):
         outputs = _run(options, network, 1)
+    # Identity, not equality: the layer's result must itself be the network's output.
     return tuple(name for name, output in results if output is outputs)
 
 
@@ -168,6 +170,7 @@ def _check_copies(options: UserNetworkOptions, network: nn.Module) -> None:
     """Raise InputError if copies of the network side by side compute something else than each copy alone."""
     converted = convert(copy.deepcopy(network), COPIES).eval()
     with torch.no_grad():
+        # Equal copies would hide samples that reach another device's copy.
         for parameter in converted.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=PERTURBATION)
         together = _run(options, converted, COPIES * SAMPLES_OF_COPY, "the network with two copies of its parameters")
@@ -269,6 +272,8 @@ def _tensors(plain: nn.Module, adapted: nn.Module) -> Iterator[ParameterShape]:
             kinds[f"{name}.weight"] = kinds[f"{name}.bias"] = "norm"
         elif isinstance(module, ReplicatedLinear | ReplicatedConv2d):
             kinds[f"{name}.bias"] = "bias"
+        # Attention's input projection is a layer of its own here, and two parameters of the module in the plain
+        # network.
         if hasattr(module, "plain_names"):
             renamed = module.plain_names(name)
             module_kinds: dict[str, Kind] = {f"{name}.in_proj.weight": "adapted", f"{name}.in_proj.bias": "bias"}
@@ -280,6 +285,7 @@ def _tensors(plain: nn.Module, adapted: nn.Module) -> Iterator[ParameterShape]:
 def _activations(options: UserNetworkOptions, network: nn.Module) -> ActivationTrace:
     """Return the straight line through the peaks of memory at two batch sizes."""
     few, many = TRACED_SAMPLES
+    # Peaks grow linearly with the batch; the intercept is the part that does not grow, such as gradients.
     low, high = (_peak_bytes(options, network.train(), samples) for samples in TRACED_SAMPLES)
     sample_bytes = max(0, high - low) // (many - few)
     return ActivationTrace(max(0, low - few * sample_bytes), sample_bytes)

@@ -37,6 +37,7 @@ class Vit(nn.Module):
     def forward(self, images_SCYX: Tensor) -> Tensor:
         x_SPD = self.patch(patches_of(images_SCYX, self.patch_side))
         samples, patches, _ = x_SPD.shape
+        # One row of positions a sample, because each device has its own table.
         positions = torch.arange(patches + 1, device=images_SCYX.device).expand(samples, -1)
         first_S1D = self.class_token(torch.zeros_like(positions[:, :1]))
         x_STD = torch.cat([first_S1D, x_SPD], dim=1) + self.position(positions)

@@ -1,4 +1,4 @@
-"""The network: its attention against loops, its counts against the torch-free shapes and the published ones."""
+"""Tests of the GPT: its attention against loops, its counts against the torch-free shapes and published ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Llama shaped decoder: published counts, its parts against loops, and training against the slow twins."""
+"""Tests of the Llama: published counts, its parts against loops, and training against the slow twins."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_attention_is_what_the_loops_compute() -> None:
 
 
 def test_scores_depend_on_distance_alone() -> None:
-    """What rotary positions are for: shifting both tokens changes nothing."""
+    """Scores depend on the distance of two tokens only: shifting both changes nothing."""
     q_TAE, k_TAE = drawn(1, 1, 1, 8).expand(1, 6, 1, 8), drawn(1, 1, 2, 8)[:, :, :1].expand(1, 6, 1, 8)
     q, k = (rotate_pairs(x, *rotary_angles(6, 8, x))[0, :, 0] for x in (q_TAE, k_TAE))
     torch.testing.assert_close(q[4] @ k[1], q[5] @ k[2], rtol=1e-12, atol=1e-12)

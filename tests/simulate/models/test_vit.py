@@ -1,4 +1,4 @@
-"""The Vision Transformer: published counts, patches against a convolution, what may and may not move its output."""
+"""Tests of the Vision Transformer: published counts, patches against a convolution, inputs that change its output."""
 
 from __future__ import annotations
 
