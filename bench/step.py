@@ -26,7 +26,9 @@ from simulate.config.run import build_run
 from simulate.methods.base import Method
 from simulate.methods.registry import build_method
 from simulate.models.peak_memory import cpu_peak_bytes
-from simulate.models.vit import VIT_SIZES, Vit
+from simulate.models.schema import VitModel
+from simulate.models.sizes import VIT_SIZES
+from simulate.models.vit import Vit
 
 WARM_UP_STEPS = 2
 """The first step allocates the optimizer's state."""
@@ -84,14 +86,14 @@ class Batch:
 
 def random_batch(model: str, samples: int) -> Batch:
     """Draw a batch of a model's own size."""
-    size, draw = VIT_SIZES[model], torch.Generator().manual_seed(0)
+    size, draw = VitModel(name=model), torch.Generator().manual_seed(0)
     images = torch.randn(samples, size.colours, size.image, size.image, generator=draw)
     return Batch(model, images, torch.randint(size.classes, (samples,), generator=draw))
 
 
 def dense_step(batch: Batch) -> Step:
     """Return one step of plain PyTorch."""
-    model = Vit(VIT_SIZES[batch.model])
+    model = Vit(VitModel(name=batch.model))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
@@ -104,7 +106,7 @@ def dense_step(batch: Batch) -> Step:
 
 def prepare(method: Table, devices: int, batch: Batch, optimizer: str = "adamw") -> Method:
     """Return a method for the batch's model on N devices that share the batch."""
-    size, samples = VIT_SIZES[batch.model], len(batch.images)
+    size, samples = VitModel(name=batch.model), len(batch.images)
     run = build_run(
         {
             # Only the limits of the rank are taken from here: the network is the one that is passed in.

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from simulate.comm.pairwise import sum_by_parts, swap
+from simulate.comm.pairwise import exchange_parts, sum_by_parts
 
 SETTLE_S = 0.1
 """Until the last acknowledgements are counted."""
@@ -58,14 +58,14 @@ def all_to_all_by_pairs(num_bytes: int) -> Callable[[], object]:
     nodes = dist.get_world_size()
     parts = [torch.ones(num_bytes // nodes, dtype=torch.uint8) for _ in range(nodes)]
     received = [torch.empty_like(part) for part in parts]
-    return lambda: swap(received, parts, None)
+    return lambda: exchange_parts(received, parts, None)
 
 
 def all_gather_by_pairs(num_bytes: int) -> Callable[[], object]:
     """As `all_gather`, of point-to-point messages: everyone sends its contribution to each other one."""
     part = torch.ones(num_bytes, dtype=torch.uint8)
     received = [torch.empty_like(part) for _ in range(dist.get_world_size())]
-    return lambda: swap(received, [part] * len(received), None)
+    return lambda: exchange_parts(received, [part] * len(received), None)
 
 
 def push(num_bytes: int) -> Callable[[], object]:

@@ -1,9 +1,12 @@
-"""How devices exchange tensors, and what that costs in payload bytes.
+"""Collectives between devices, and the payload bytes that they count.
 
-Tensors of several devices carry a leading axis in global device order. The counter here works from the tensors that
-really travel; simulate.costs works from the model's shape. A test holds one against the other. What moves them is a
-subclass's business: nothing in simulate.comm.virtual, where all devices live in one process, torch.distributed in
-simulate.comm.process_group.
+Methods call a Communicator for every exchange. A subclass moves the tensors: simulate.comm.virtual moves nothing, since
+all devices live in one process; simulate.comm.process_group uses torch.distributed; simulate.comm.echo stands in for
+absent peers. Tensors of several devices carry a leading axis in global device order.
+
+Bytes are counted here from the tensors that are sent, and planned in simulate.comm.transfers from the model's shape.
+The two formulas are kept apart on purpose: a test compares counted with planned bytes, so an error in one of them
+shows.
 
 Legend: L local devices, N devices.
 """
@@ -22,14 +25,14 @@ from simulate.comm.transfers import Operation, Transfer
 
 @dataclass
 class ByteCounter:
-    """Payload bytes so far, summed over all devices."""
+    """Payload bytes and messages so far, summed over all devices."""
 
     sent_bytes: int = 0
     received_bytes: int = 0
     messages: int = 0
 
     def add(self, sent_bytes: int, received_bytes: int) -> None:
-        """Count one message of a collective."""
+        """Add one message of a collective."""
         self.sent_bytes += sent_bytes
         self.received_bytes += received_bytes
         self.messages += 1
@@ -37,18 +40,20 @@ class ByteCounter:
 
 @dataclass(frozen=True)
 class Nodes:
-    """Devices grouped into nodes of equal size, in global device order."""
+    """Division of the devices, in global order, into nodes of equal size."""
 
     size: int
+    """Devices of one node."""
     count: int
+    """Number of nodes."""
 
 
 class Communicator(ABC):
-    """What a method may do between devices; every call packs its tensors into one message.
+    """Interface of all exchanges between devices; every call packs its tensors into one message.
 
-    Each device counts by itself, also beside others in one process, so that a run's bytes do not depend on how its
-    devices are spread. `on_transfer(transfer, background)` is told of each message and `on_wait()` of each wait: the
-    clock listens there.
+    Bytes are counted as if each device were a process of its own, so that a run's bytes do not depend on how devices
+    are spread over processes. `on_transfer(transfer, background)` is called for each message and `on_wait()` for each
+    wait; the simulated clock uses both to charge time.
     """
 
     def __init__(
@@ -65,9 +70,9 @@ class Communicator(ABC):
         self._background = False
 
     process, processes = 0, 1
-    """Which of how many processes this is."""
+    """Index of this process, and number of processes."""
     current_phase = ""
-    """What the run is current_phase, for the message of an error."""
+    """Part of the run that is under way ("step 12"), for the text of errors."""
 
     @property
     def is_whole(self) -> bool:
@@ -76,72 +81,78 @@ class Communicator(ABC):
 
     def all_reduce(self, sums: Sequence[Tensor]) -> None:
         """Turn sums over the local devices into sums over all devices, in place."""
+        # The caller has summed its local devices, so the buffer is one device's, however many are local.
         self._count_reduction(_bytes(sums), self.num_devices)
         self._all_reduce(sums)
 
     def all_gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return each tensor, (local devices or heads, ...), with every device's part in global order."""
-        own = self._own_bytes(tensors)  # each device's share crosses N−1 links
-        crossings = self.num_devices * (self.num_devices - 1) * own
+        """Return each tensor, (local devices or heads, ...), extended to the parts of all devices in global order."""
+        own = _bytes(tensors) // len(self.local_devices)
+        crossings = self.num_devices * (self.num_devices - 1) * own  # each device's part crosses N−1 links
         self._count("all_gather", own, crossings, crossings)
         return self._all_gather(tensors)
 
     def all_to_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Turn (L, N, ...), a part for each receiver, into (L, N, ...), a part from each sender."""
-        own = self._own_bytes(tensors)  # an Nth of it stays where it is
-        crossings = own * (self.num_devices - 1)
+        own = _bytes(tensors) // len(self.local_devices)
+        crossings = own * (self.num_devices - 1)  # N devices send own·(N−1)/N each: the part for oneself stays
         self._count("all_to_all", own, crossings, crossings)
         return self._all_to_all(tensors)
 
     def broadcast(self, tensors: Sequence[Tensor], source: int = 0) -> None:
         """Overwrite each tensor, (...) without a device axis, with that of device `source`."""
         payload = _bytes(tensors)
-        crossings = (self.num_devices - 1) * payload
+        crossings = (self.num_devices - 1) * payload  # every other device receives it once
         self._count("broadcast", payload, crossings, crossings)
         self._broadcast(tensors, source)
 
     def push(self, tensors: Sequence[Tensor], active: Sequence[int] | None = None) -> list[Tensor] | None:
-        """Send the local devices' tensors to the server, where every device's part returns in global order; else None.
+        """Send the local devices' tensors to the server. Return all devices' parts in global order there, else None.
 
-        Where only some devices take part, `active` names them, in order, and tensors hold the local ones among them.
+        If only some devices take part, `active` names them, in order, and tensors hold the local ones among them.
         """
         devices = self.num_devices if active is None else len(active)
-        parts = _rows(tensors, self._taking_part(active))
-        self._count("push", parts, devices * parts, 0, devices)
+        local = len(self.local_devices) if active is None else sum(d in self.local_devices for d in active)
+        # A process without active devices has no row to measure, yet counts like all others: it measures an empty one.
+        own = _bytes(tensors) // local if local else sum(t.new_empty(1, *t.shape[1:]).nbytes for t in tensors)
+        self._count("push", own, devices * own, 0, devices)
         return self._push(tensors, active)
 
     def pull(self, tensors: Sequence[Tensor], active: Sequence[int] | None = None) -> None:
-        """Overwrite each tensor, (...) without a device axis, with the server's, also where nothing was pushed from."""
+        """Overwrite each tensor, (...) without a device axis, with the server's, in every process.
+
+        Only the `active` devices count as receivers; processes without any receive it too, to stay equal.
+        """
         devices, payload = self.num_devices if active is None else len(active), _bytes(tensors)
         self._count("pull", payload, 0, devices * payload, devices)
         self._pull(tensors)
 
     def reduce_in_nodes(self, sums: Sequence[Tensor], nodes: Nodes) -> None:
         """Turn (local nodes, ...), sums over a node's local devices, into sums over all of its devices, in place."""
-        local_nodes = max(1, len(self.local_devices) // nodes.size)
+        local_nodes = max(1, len(self.local_devices) // nodes.size)  # a process may hold part of a node
         self._count_reduction(_bytes(sums) // local_nodes, nodes.size, nodes.count)
         self._reduce_in_nodes(sums, nodes)
 
     def reduce_over_nodes(self, sums: Sequence[Tensor], nodes: Nodes) -> None:
-        """Turn sums over the local nodes into sums over all nodes, in place: one device of each node takes part."""
+        """Turn sums over the local nodes into sums over all nodes, in place; only each node's first device sends."""
         self._count_reduction(_bytes(sums), nodes.count)
         self._reduce_over_nodes(sums, nodes)
 
     def broadcast_in_nodes(self, tensors: Sequence[Tensor], nodes: Nodes) -> None:
-        """Give all devices of a node what its first one got from `reduce_over_nodes`."""
+        """Copy the result of `reduce_over_nodes` from each node's first device to its others."""
         payload = _bytes(tensors)
         crossings = nodes.count * (nodes.size - 1) * payload
         self._count("broadcast", payload, crossings, crossings, nodes.size, nodes.count)
         self._broadcast_in_nodes(tensors, nodes)
 
     def arrange(self, nodes: Nodes) -> None:  # noqa: B027 - one process needs no groups
-        """Get ready for exchanges in and over nodes; raises RunFailedError where processes do not go with them."""
+        """Make the groups for exchanges in and over nodes; raises RunFailedError if a process holds uneven parts."""
 
     @contextmanager
     def background(self) -> Iterator[None]:
-        """Let messages made inside travel while training goes on, until `wait`; nobody touches their tensors so long.
+        """Send messages made inside while training goes on; until `wait`, their tensors must not be touched.
 
-        A list that an exchange returns inside is filled when it has arrived: it is for `then`.
+        An exchange inside may return an empty list, filled on arrival; use it in a callback of `on_complete`.
         """
         self._background = True
         try:
@@ -151,7 +162,7 @@ class Communicator(ABC):
 
     @contextmanager
     def uncounted(self, counter: ByteCounter) -> Iterator[None]:
-        """Let `counter` count messages made inside, and nobody's clock hear of them: they are not the method's."""
+        """Count messages made inside in `counter`, outside the method's bytes and time: diagnostics use this."""
         kept = self.counter, self.on_transfer
         self.counter, self.on_transfer = counter, None
         try:
@@ -160,24 +171,21 @@ class Communicator(ABC):
             self.counter, self.on_transfer = kept
 
     def on_complete(self, compute: Callable[[], None]) -> None:
-        """Compute with what was asked for so far: at once, or inside `background` as soon as that has arrived."""
-        self._then(compute)
+        """Call `compute` once all exchanges asked for so far have arrived: at once, or behind those in `background`."""
+        compute()
 
     def wait(self) -> None:
-        """Wait for what travels in the background, and for what is computed with it there."""
+        """Wait for background messages and their `on_complete` callbacks, and charge the wait to the clock."""
         if self.on_wait is not None:
             self.on_wait()
         self.finish()
 
     def finish(self) -> None:  # noqa: B027 - nothing travels inside of one process
-        """Let what travels in the background arrive, without a charge to anybody's clock: before state is saved."""
-
-    def _then(self, compute: Callable[[], None]) -> None:
-        compute()
+        """Wait as `wait` does, without a charge to the clock: for saves, which are not part of the method."""
 
     @abstractmethod
     def all_gather_scalars(self, values_LX: Tensor) -> Tensor:
-        """Return every device's few numbers, (N, X) on the CPU, in global order; counted as nobody's payload."""
+        """Return a few numbers of every device, (N, X) on the CPU, in global order; they count as no payload."""
 
     @abstractmethod
     def _all_reduce(self, sums: Sequence[Tensor]) -> None: ...
@@ -206,15 +214,8 @@ class Communicator(ABC):
     @abstractmethod
     def _broadcast_in_nodes(self, tensors: Sequence[Tensor], nodes: Nodes) -> None: ...
 
-    def _taking_part(self, active: Sequence[int] | None) -> int:
-        """Return how many local devices take part."""
-        return len(self.local_devices) if active is None else sum(device in self.local_devices for device in active)
-
-    def _own_bytes(self, tensors: Sequence[Tensor]) -> int:
-        return _bytes(tensors) // len(self.local_devices)
-
     def _count_reduction(self, payload_bytes: int, devices: int, teams: int = 1) -> None:
-        # A ring reduces and then gathers: every byte of the buffer crosses N−1 links twice.
+        # A ring reduces, then gathers: each byte of the buffer crosses N−1 links twice.
         crossings = teams * 2 * (devices - 1) * payload_bytes
         self._count("all_reduce", payload_bytes, crossings, crossings, devices, teams)
 
@@ -229,6 +230,7 @@ class Communicator(ABC):
     ) -> None:
         if devices is None:
             devices = self.num_devices
+        # A lone device sends nothing. One active device of several still exchanges with the server.
         if self.num_devices == 1 or (devices == 1 and operation not in ("push", "pull")):
             return
         self.counter.add(sent_bytes, received_bytes)
@@ -238,10 +240,3 @@ class Communicator(ABC):
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _rows(tensors: Sequence[Tensor], rows: int) -> int:
-    """Return the bytes of one device's part, also where there is no row here to measure it by."""
-    if rows:
-        return _bytes(tensors) // rows
-    return sum(tensor[:1].new_empty(1, *tensor.shape[1:]).nbytes for tensor in tensors)

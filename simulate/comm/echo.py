@@ -1,4 +1,4 @@
-"""One device of N whose peers echo it: exchanges take their real room without a peer."""
+"""Communicator of one device without peers, for measuring a device's memory and time in one process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from simulate.comm.base import Communicator, Nodes
 
 
 class EchoCommunicator(Communicator):
-    """One device of N, whose peers are echoes of itself: buffers have their real sizes, the numbers mean nothing."""
+    """One device of N, whose peers send its own data back: buffers have their real sizes, sums are wrong."""
 
     def __init__(self, num_devices: int) -> None:
         super().__init__(num_devices, range(1))
@@ -20,7 +20,7 @@ class EchoCommunicator(Communicator):
         return values_LX.detach().cpu().expand(self.num_devices, -1)
 
     def _all_reduce(self, sums: Sequence[Tensor]) -> None:
-        self._pack(sums)
+        self._fill_buffer(sums)
 
     def _all_gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         if self.num_devices == 1:
@@ -31,25 +31,25 @@ class EchoCommunicator(Communicator):
         return [tensor.clone() for tensor in tensors]
 
     def _broadcast(self, tensors: Sequence[Tensor], source: int) -> None:
-        self._pack(tensors)
+        self._fill_buffer(tensors)
 
     def _push(self, tensors: Sequence[Tensor], active: Sequence[int] | None) -> None:
-        self._pack(tensors)  # the server, and its memory, are elsewhere
+        self._fill_buffer(tensors)  # the server's own memory belongs to another device
 
     def _pull(self, tensors: Sequence[Tensor]) -> None:
-        self._pack(tensors)
+        self._fill_buffer(tensors)
 
     def _reduce_in_nodes(self, sums: Sequence[Tensor], nodes: Nodes) -> None:
-        self._pack(sums)
+        self._fill_buffer(sums)
 
     def _reduce_over_nodes(self, sums: Sequence[Tensor], nodes: Nodes) -> None:
-        self._pack(sums)
+        self._fill_buffer(sums)
 
     def _broadcast_in_nodes(self, tensors: Sequence[Tensor], nodes: Nodes) -> None:
-        self._pack(tensors)
+        self._fill_buffer(tensors)
 
-    def _pack(self, tensors: Sequence[Tensor]) -> None:
-        """Allocate and free the message that the tensors would travel in."""
+    def _fill_buffer(self, tensors: Sequence[Tensor]) -> None:
+        """Pack the tensors into a message buffer and free it, as a real exchange does."""
         if self.num_devices > 1:
             mixed = len({tensor.dtype for tensor in tensors}) > 1
             torch.cat([tensor.flatten().view(torch.uint8) if mixed else tensor.flatten() for tensor in tensors])

@@ -1,8 +1,8 @@
-"""The communicator of real runs: devices in several processes, whose tensors travel by torch.distributed.
+"""Communicator of launched runs: devices in several processes, whose tensors travel by torch.distributed.
 
-Process p of P holds a consecutive share of the N devices, equal or nearly so. Whatever has a device axis travels as
-bytes in device order, one message a call, and only what the method asks for. Every wait ends after the group's timeout
-with an error that names the exchange.
+simulate.launch.worker makes one in each process; methods then call it as they call the simulated one. Process p of P
+holds a consecutive share of the N devices, equal or nearly so. A tensor with a device axis travels as bytes in device
+order, one message a call. Every wait ends after the group's timeout with an error that names the exchange.
 
 Legend: L local devices, N devices, P processes.
 """
@@ -21,40 +21,39 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from simulate.comm import pairwise as pairs
+from simulate.comm import pairwise
 from simulate.comm.base import Communicator, Nodes
 from simulate.comm.transfers import Transfer
 from simulate.common.errors import RunFailedError
 
 SERVER = 0
-"""The process that is the server of pushes and pulls; the first device's."""
+"""Rank of the process that serves pushes and pulls; it holds the first device."""
 
 
 class LostPeerError(RunFailedError):
-    """An exchange that failed or did not end in time: a process or a link is gone. The run can be restarted."""
+    """Failure or timeout of an exchange, because a process or a link is gone. The run can be restarted."""
 
 
 def is_lack_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch's means that memory ran out, the host's or a GPU's."""
+    """Whether an error means that the host's or a GPU's memory ran out; torch raises RuntimeError for both."""
     text = str(error)
     return isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text.lower()
 
 
 def first_line(error: BaseException) -> str:
-    """Return what torch says in one line, without the place in its source where it says so."""
+    """Return an error's text in one line, without gloo's source locations and torch's stack."""
     text = " ".join(str(error).split())
-    return re.sub(
-        r"\[[^\]]*/gloo/[^\]]*\] ", "", text.partition(" Exception raised from ")[0].partition(" This is typically")[0]
-    )
+    text = text.partition(" Exception raised from ")[0].partition(" This is typically")[0]
+    return re.sub(r"\[[^\]]*/gloo/[^\]]*\] ", "", text)
 
 
 def devices_of(process: int, processes: int, devices: int) -> range:
-    """Return the consecutive devices that a process holds; shares differ by at most one."""
+    """Return the consecutive devices that a process holds; sizes differ by at most one between processes."""
     return range(devices * process // processes, devices * (process + 1) // processes)
 
 
 class TorchCommunicator(Communicator):
-    """Devices over all processes of the default group; `device` says where tensors live that a method exchanges."""
+    """Communicator over all processes of the default group; a method's tensors live on `device`."""
 
     def __init__(
         self,
@@ -69,90 +68,93 @@ class TorchCommunicator(Communicator):
         self.shares = [devices_of(process, self.processes, num_devices) for process in range(self.processes)]
         super().__init__(num_devices, self.shares[self.process], on_transfer, on_wait)
         self.device, self.timeout = device, timedelta(seconds=timeout_s)
-        self.control = self.new_group("gloo")
+        self.control = self.new_group("gloo")  # scalars and texts are on the CPU, also in runs on GPUs
         self._foreground = _Channel(self, None)
-        self._behind = _Channel(self, self.new_group(None))
+        # Collectives of one group must come in the same order in all processes, so the background has its own group.
+        self._background_channel = _Channel(self, self.new_group(None))
         self._executor = ThreadPoolExecutor(1, "exchange") if device.type == "cpu" else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._travelling: list[Future[None]] = []
+        self._in_flight: list[Future[None]] = []
         self.exchanges = 0
-        """Begun so far."""
+        """Number of exchanges begun so far."""
         self.missing: Callable[[int], str] = lambda exchanges: ""
-        """Says, of a failed exchange, who is not there."""
+        """Describes which processes are missing from a failed exchange, given its number; the heartbeat sets it."""
         self._in_use: list[Callable[[], None]] = []
-        """What a GPU's stream behind the training still works on, with the tensors that it needs."""
+        """Callbacks queued on the background stream; they keep their tensors alive until `finish`."""
 
     def new_group(self, backend: str | None, processes: Sequence[int] | None = None) -> dist.ProcessGroup:
-        """Make a group; all processes take part in that, also those that are not in it."""
+        """Make a process group; every process must call this, members or not."""
         return dist.new_group(processes, timeout=self.timeout, backend=backend)
 
     def all_gather_scalars(self, values_LX: Tensor) -> Tensor:
         own = values_LX.detach().cpu().double().contiguous()
-        most = max(len(share) for share in self.shares)
+        most = max(len(share) for share in self.shares)  # gloo gathers equal sizes only
         padded = torch.cat([own, own.new_zeros(most - len(own), own.shape[1])])
         everyones = [torch.empty_like(padded) for _ in self.shares]
-        self._guarded("what devices tell each other", lambda: dist.all_gather(everyones, padded, self.control))
+        self._guarded("an all-gather of scalars", lambda: dist.all_gather(everyones, padded, self.control))
         return torch.cat([rows[: len(share)] for rows, share in zip(everyones, self.shares, strict=True)])
 
     def share_texts(self, text: str) -> list[str]:
-        """Return every process's text, in order."""
+        """Return every process's text, in the order of ranks."""
         content = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in self.shares]
         own = torch.tensor([len(content)])
-        self._guarded("what processes have", lambda: dist.all_gather(sizes, own, self.control))
+        self._guarded("an all-gather of sizes", lambda: dist.all_gather(sizes, own, self.control))
         padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
         padded[: len(content)] = content
         texts = [torch.empty_like(padded) for _ in self.shares]
-        self._guarded("what processes have", lambda: dist.all_gather(texts, padded, self.control))
+        self._guarded("an all-gather of texts", lambda: dist.all_gather(texts, padded, self.control))
         return [bytes(t[: int(size)].tolist()).decode() for t, size in zip(texts, sizes, strict=True)]
 
     def send_state(self, source: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors of process `source`, on the CPU; what others give is not looked at."""
+        """Return the tensors of process `source`, on the CPU; the argument of other processes is ignored."""
         about = [[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()]
         shapes = json.loads(self.share_texts(json.dumps(about))[source])
         received = {}
         for name, shape, dtype in shapes:
             tensor = tensors[name].cpu().contiguous() if self.process == source else None
             target = torch.empty(shape, dtype=getattr(torch, dtype)) if tensor is None else tensor
-            self._guarded("what a process lacks", lambda t=target: dist.broadcast(t, source, self.control))  # type: ignore[misc]
+            self._guarded("a broadcast of state", lambda t=target: dist.broadcast(t, source, self.control))  # type: ignore[misc]
             received[name] = target
         return received
 
     def finish(self) -> None:
-        travelling, self._travelling = self._travelling, []
-        for future in travelling:
-            future.result()
+        in_flight, self._in_flight = self._in_flight, []
+        for future in in_flight:
+            future.result()  # raises what the exchange raised
         if self._stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._stream)
             self._in_use.clear()
 
     def close(self) -> None:
-        """End the threads; what still travels is waited for."""
+        """End the background thread: drop queued exchanges and wait for the one under way."""
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
 
     def _run(self, name: str, exchange: Callable[[_Channel], Sequence[Tensor] | None]) -> list[Tensor]:
-        """Do an exchange now, or behind the training; the list that it fills is what it returns."""
-        channel = self._behind if self._background else self._foreground
+        """Do an exchange now or in the background, and return its list of tensors, filled on arrival."""
+        channel = self._background_channel if self._background else self._foreground
         arrived: list[Tensor] = []
-        self._then(lambda: self._guarded(name, lambda: arrived.extend(exchange(channel) or ())))
+        self.on_complete(lambda: self._guarded(name, lambda: arrived.extend(exchange(channel) or ())))
         return arrived
 
-    def _then(self, compute: Callable[[], None]) -> None:
-        """Behind the training: in a thread of its own, on a GPU in a stream of its own, one after the other."""
+    def on_complete(self, compute: Callable[[], None]) -> None:
+        """Call `compute` behind the exchanges so far: in the background, one thread (or GPU stream) keeps the order."""
         if not self._background:
             compute()
         elif self._executor is not None:
-            # Whether gradients are recorded is a matter of each thread.
-            self._travelling.append(self._executor.submit(torch.no_grad()(compute)))
+            # Gradient recording is a setting of each thread, and on in new ones.
+            self._in_flight.append(self._executor.submit(torch.no_grad()(compute)))
         else:
             assert self._stream is not None
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            # The allocator would reuse the tensors of `compute` for the training's stream once they are unreferenced.
             self._in_use.append(compute)
             with torch.cuda.stream(self._stream):
                 compute()
 
     def _guarded(self, name: str, exchange: Callable[[], object]) -> None:
+        """Run one exchange; a failure raises LostPeerError with its name, the run's phase and the missing processes."""
         self.exchanges += 1
         begun, current_phase = self.exchanges, self.current_phase
         try:
@@ -184,8 +186,8 @@ class TorchCommunicator(Communicator):
         return self._run("an all-gather", exchange)
 
     def _all_to_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        # A sender's device has a part for each of the local ones.
-        pieces = [_Piece((1, len(self.local_devices), *t.shape[2:]), t.dtype) for t in tensors]
+        # Each device of a sender has one part for each local device.
+        pieces = [_DevicePart((1, len(self.local_devices), *t.shape[2:]), t.dtype) for t in tensors]
         counts = [len(share) for share in self.shares]
         sizes = [_device_bytes(pieces) * count for count in counts]
 
@@ -203,7 +205,7 @@ class TorchCommunicator(Communicator):
 
         def exchange(channel: _Channel) -> list[Tensor]:
             parts = [_to_bytes(tensors)]
-            if serves:
+            if serves:  # SERVER is rank 0, so its own part leads
                 parts += [parts[0].new_empty(_device_bytes(pieces) * count) for count in counts[1:]]
             channel.to_server(parts)
             return _in_order(parts, pieces, counts) if serves else []
@@ -215,26 +217,27 @@ class TorchCommunicator(Communicator):
         self._run("a pull from the server", lambda channel: channel.from_server(tensors))
 
     def _reduce_in_nodes(self, sums: Sequence[Tensor], nodes: Nodes) -> None:
-        if self._processes_of_node(nodes) > 1:
-            self._run("an all-reduce in nodes", lambda channel: channel.all_reduce(sums, channel.in_node(nodes)))
+        if self._processes_of_node(nodes) > 1:  # else the caller's sum over local devices is complete
+            self._run("an all-reduce in nodes", lambda channel: channel.all_reduce(sums, channel.node_groups[nodes]))
 
     def _reduce_over_nodes(self, sums: Sequence[Tensor], nodes: Nodes) -> None:
         group = self._processes_of_node(nodes)
         if self.process % group == 0:
-            self._run("an all-reduce over nodes", lambda channel: channel.all_reduce(sums, channel.over_nodes(nodes)))
+            name = "an all-reduce over nodes"
+            self._run(name, lambda channel: channel.all_reduce(sums, channel.leader_groups[nodes]))
 
     def _broadcast_in_nodes(self, tensors: Sequence[Tensor], nodes: Nodes) -> None:
         group = self._processes_of_node(nodes)
         if group > 1:
-            first = self.process // group * group
-            self._run("a broadcast in nodes", lambda channel: channel.broadcast(tensors, first, channel.in_node(nodes)))
+            first, name = self.process // group * group, "a broadcast in nodes"
+            self._run(name, lambda channel: channel.broadcast(tensors, first, channel.node_groups[nodes]))
 
     def arrange(self, nodes: Nodes) -> None:
-        for channel in (self._foreground, self._behind):
+        for channel in (self._foreground, self._background_channel):
             channel.arrange(nodes, self._processes_of_node(nodes))
 
     def _processes_of_node(self, nodes: Nodes) -> int:
-        """Return how many processes share a node: 1 where each holds whole ones."""
+        """Return the number of processes that share a node: 1 if each holds whole nodes."""
         local = len(self.local_devices)
         equal = len({len(share) for share in self.shares}) == 1
         if not equal or (local % nodes.size and nodes.size % local):
@@ -246,35 +249,29 @@ class TorchCommunicator(Communicator):
 
 
 class _Channel:
-    """The process groups of exchanges that follow each other; those behind the training have their own."""
+    """Process groups of one sequence of exchanges: TorchCommunicator has a foreground and a background one."""
 
     def __init__(self, owner: TorchCommunicator, group: dist.ProcessGroup | None) -> None:
         self.owner, self.group = owner, group
         self.process, self.processes = owner.process, owner.processes
-        self._node: dict[Nodes, dist.ProcessGroup] = {}
-        self._leaders: dict[Nodes, dist.ProcessGroup] = {}
+        self.node_groups: dict[Nodes, dist.ProcessGroup] = {}
+        """Processes of this process's node, by the division into nodes."""
+        self.leader_groups: dict[Nodes, dist.ProcessGroup] = {}
+        """First processes of all nodes."""
 
     def arrange(self, nodes: Nodes, processes_of_node: int) -> None:
-        """Make the groups of a division into nodes, with everybody else."""
+        """Make the groups of a division into nodes; all processes must call this together."""
         for first in range(0, self.processes, processes_of_node):
             members = range(first, first + processes_of_node)
             group = self.owner.new_group(None, members)
             if self.process in members:
-                self._node[nodes] = group
-        self._leaders[nodes] = self.owner.new_group(None, range(0, self.processes, processes_of_node))
-
-    def in_node(self, nodes: Nodes) -> dist.ProcessGroup:
-        """Return the group of this process's node."""
-        return self._node[nodes]
-
-    def over_nodes(self, nodes: Nodes) -> dist.ProcessGroup:
-        """Return the group of the nodes' first processes."""
-        return self._leaders[nodes]
+                self.node_groups[nodes] = group
+        self.leader_groups[nodes] = self.owner.new_group(None, range(0, self.processes, processes_of_node))
 
     def all_reduce(self, tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
         flat = _flat(tensors)
-        if pairs.sums_faster(flat, group):
-            pairs.sum_by_parts(flat, group)
+        if pairwise.sums_faster(flat, group):
+            pairwise.sum_by_parts(flat, group)
         else:
             dist.all_reduce(flat, group=group)
         _unflatten(flat, tensors)
@@ -285,25 +282,26 @@ class _Channel:
         _unflatten(flat, tensors)
 
     def all_gather(self, everyones: Tensor, parts: Sequence[Tensor], own: Tensor) -> None:
-        if pairs.gathers_faster(parts, self.group):
-            pairs.swap(parts, [own] * self.processes, self.group)
+        if pairwise.gathers_faster(parts, self.group):
+            pairwise.exchange_parts(parts, [own] * self.processes, self.group)
         elif len({len(part) for part in parts}) == 1:
             dist.all_gather_into_tensor(everyones, own, group=self.group)
         else:
+            # NCCL gathers equal parts only, so each part is broadcast by itself.
             parts[self.process].copy_(own)
-            for process, part in enumerate(parts):  # collectives over equal parts only: each part by itself
+            for process, part in enumerate(parts):
                 dist.broadcast(part, process, group=self.group)
 
     def all_to_all(self, received: Tensor, sizes: list[int], sent: Sequence[Tensor]) -> None:
-        if pairs.is_gloo(self.group):
-            pairs.swap(received.split(sizes), sent, self.group)
+        if pairwise.is_gloo(self.group):
+            pairwise.exchange_parts(received.split(sizes), sent, self.group)
         else:
             parts = [len(part) for part in sent]
             dist.all_to_all_single(received, torch.cat(list(sent)), sizes, parts, group=self.group)
 
     def to_server(self, parts: Sequence[Tensor]) -> None:
         if self.process != SERVER:
-            if len(parts[0]):
+            if len(parts[0]):  # a process without active devices sends nothing
                 dist.send(parts[0], SERVER, group=self.group)
             return
         arriving = [dist.irecv(part, p, group=self.group) for p, part in enumerate(parts) if p != SERVER and len(part)]
@@ -312,7 +310,7 @@ class _Channel:
             work.wait()
 
     def from_server(self, tensors: Sequence[Tensor]) -> None:
-        if len({tensor.dtype for tensor in tensors}) > 1:  # packed weights and their scales
+        if len({tensor.dtype for tensor in tensors}) > 1:  # quantized weights and their scales: one message of bytes
             tensors = [tensor.detach().view(-1).view(torch.uint8) for tensor in tensors]
         flat = _flat(tensors)
         if self.process == SERVER:
@@ -326,8 +324,8 @@ class _Channel:
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """What one device has of a tensor."""
+class _DevicePart:
+    """Shape and dtype of one device's part of a tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -337,40 +335,41 @@ class _Piece:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def _pieces(tensors: Sequence[Tensor], devices: int) -> list[_Piece]:
-    """Return one device's pieces of tensors (devices * rows, ...); where there is no device, it would have one row."""
-    return [_Piece((t.shape[0] // devices if devices else 1, *t.shape[1:]), t.dtype) for t in tensors]
+def _pieces(tensors: Sequence[Tensor], devices: int) -> list[_DevicePart]:
+    """Return one device's parts of tensors (devices * rows, ...); a process without devices assumes one row each."""
+    return [_DevicePart((t.shape[0] // devices if devices else 1, *t.shape[1:]), t.dtype) for t in tensors]
 
 
-def _device_bytes(pieces: Sequence[_Piece]) -> int:
+def _device_bytes(pieces: Sequence[_DevicePart]) -> int:
     return sum(piece.num_bytes for piece in pieces)
 
 
 def _to_bytes(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the content of tensors, one after the other, (bytes,)."""
+    """Return the contents of tensors one after the other, (bytes,)."""
     return torch.cat([tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in tensors])
 
 
-def _in_order(parts: Sequence[Tensor], pieces: Sequence[_Piece], counts: Sequence[int]) -> list[Tensor]:
-    """Return tensors (rows of all devices, ...) from the bytes of each process, which has `counts` of the devices."""
+def _in_order(parts: Sequence[Tensor], pieces: Sequence[_DevicePart], counts: Sequence[int]) -> list[Tensor]:
+    """Return tensors (rows of all devices, ...) from the bytes of each process, which holds `counts` devices."""
     found: list[list[Tensor]] = [[] for _ in pieces]
     for part, count in zip(parts, counts, strict=True):
         contents = part.split([piece.num_bytes * count for piece in pieces])
         for rows, content, piece in zip(found, contents, pieces, strict=True):
             if content.storage_offset() % piece.dtype.itemsize:
-                content = content.clone()  # at an address that the type allows
+                content = content.clone()  # `view` needs an address that is aligned for the dtype
             rows.append(content.view(piece.dtype).view(-1, *piece.shape[1:]))
     return [torch.cat(rows) for rows in found]
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the message of tensors of one type; a contiguous one alone is its own."""
+    """Return the message buffer of tensors of one dtype; a single contiguous tensor is its own buffer."""
     if len(tensors) == 1 and tensors[0].is_contiguous():
         return tensors[0].detach()
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
 
 def _unflatten(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Copy a message buffer back into its tensors, unless it is the tensor itself."""
     if len(tensors) == 1 and tensors[0].data_ptr() == flat.data_ptr():
         return
     for tensor, content in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):

@@ -1,6 +1,8 @@
-"""Payload bytes and messages of collectives, in closed form; which of them a method makes is in costs/schedule.py.
+"""Payload bytes and messages of collectives, in closed form; torch-free.
 
-Bytes are summed over all devices, so that they are whole numbers; divide by N for one device.
+The planner prices messages that nobody has sent yet: simulate.costs.message_schedule lists those of a method from these
+functions, and communicators report each one that they send as a Transfer. Bytes are summed over all devices, so that
+they are whole numbers; divide by N for one device.
 """
 
 from __future__ import annotations
@@ -13,27 +15,30 @@ from typing import Literal
 Operation = Literal["all_reduce", "all_gather", "all_to_all", "broadcast", "push", "pull"]
 
 MESSAGE_BYTES = 16 * 2**20
-"""Tensors travel packed into messages of at most this many bytes (or one tensor): few latencies, small buffers."""
+"""Largest message into which several tensors are packed: large enough for few latencies, small enough for buffers."""
 WIRE_BLOCK = 128
 """Elements that share one fp32 scale in int8 and int4 messages."""
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """One message of a collective in each of `teams` groups of `devices`; `payload_bytes` is what one device
-    contributes (broadcast: the first one; pull: what one device gets)."""
+    """One message of a collective, made in each of `teams` groups at once."""
 
     operation: Operation
     payload_bytes: int
+    """Bytes that one device contributes (broadcast: the first device; pull: bytes that one device receives)."""
     devices: int
+    """Devices of one group."""
     teams: int = 1
+    """Number of groups."""
 
     @property
     def sent_bytes(self) -> int:
         """Bytes that all devices together send.
 
-        Ring all-reduce: 2(N−1)/N of the buffer each. Ring all-gather: N−1 contributions each. All-to-all: all parts but
-        one's own. Broadcast: each link of a chain once. Push: the contribution. Pull: nothing, the server sends it.
+        Ring all-reduce: each device sends 2(N−1)/N of the buffer. Ring all-gather: N−1 contributions. All-to-all: all
+        parts but its own. Broadcast: N−1 links of a chain, once each. Push: its contribution. Pull: nothing, since the
+        server sends.
         """
         others = self.devices - 1
         crossings = {
@@ -56,7 +61,7 @@ class Transfer:
 
 @dataclass(frozen=True, eq=False)
 class Exchange:
-    """Messages that are made one after the other, and what they add up to over all devices."""
+    """Messages that are made one after the other, and their sums of bytes over all devices."""
 
     transfers: tuple[Transfer, ...]
 
@@ -72,7 +77,7 @@ class Exchange:
 
 
 def bucket(sizes_bytes: Sequence[int], cap_bytes: int = MESSAGE_BYTES) -> list[range]:
-    """Group consecutive items into messages of at most `cap_bytes`; an item larger than that travels alone."""
+    """Group consecutive items into messages of at most `cap_bytes`; a larger item is a message of its own."""
     groups: list[range] = []
     first, total = 0, 0
     for index, size in enumerate(sizes_bytes):
@@ -91,7 +96,7 @@ def bucket_bytes(sizes_bytes: Sequence[int]) -> list[int]:
 
 
 def wire_bytes(elements: int, wire: str, element_bytes: int) -> int:
-    """Bytes of `elements` numbers in a message: an fp32 scale for each block of int8 and int4, two int4 in a byte."""
+    """Return the bytes of numbers in a message; int8 and int4 add an fp32 scale a block, int4 packs two in a byte."""
     if wire == "full":
         return elements * element_bytes
     if wire in ("fp16", "bf16"):
@@ -101,7 +106,7 @@ def wire_bytes(elements: int, wire: str, element_bytes: int) -> int:
 
 
 def chunk_elements(elements: int, devices: int) -> int:
-    """Elements of the part of a compressed mean that one device works out: an Nth, in whole blocks."""
+    """Return the elements of the chunk of a compressed mean that one device averages: an Nth, rounded up to blocks."""
     return WIRE_BLOCK * -(-elements // (devices * WIRE_BLOCK))
 
 
@@ -113,8 +118,9 @@ def residual_elements(elements: int, devices: int) -> int:
 def mean_transfers(elements: int, devices: int, wire: str, element_bytes: int) -> tuple[Transfer, ...]:
     """Return the messages that average `elements` numbers over N devices.
 
-    In full precision one all-reduce. Otherwise everyone sends each device the compressed part that it averages, and
-    then gathers the compressed means (the two phases of 1-bit Adam's all-reduce, arXiv 2102.02888, section 4.3).
+    In full precision this is one all-reduce. Otherwise each device sends every other the compressed chunk that the
+    other averages, and then gathers the compressed means (the two phases of 1-bit Adam's all-reduce, arXiv 2102.02888,
+    section 4.3).
     """
     if wire == "full":
         return (Transfer("all_reduce", elements * element_bytes, devices),)
@@ -131,22 +137,22 @@ def averages(tensors: Iterable[int], devices: int, wire: str, element_bytes: int
 
 
 def fragment(items: int, fragments: int, index: int) -> range:
-    """Return the consecutive items that the index-th of `fragments` nearly equal groups has."""
+    """Return the consecutive items of group `index` of `fragments` nearly equal groups."""
     return range(-(-items * index // fragments), -(-items * (index + 1) // fragments))
 
 
 Transport = Literal["gather", "reduce", "server"]
 Wire = Literal["full", "fp16", "bf16", "int8", "int4"]
-"""How values travel; full: as they are. All others carry what they lost to the next message (error feedback)."""
+"""Format of values in messages; "full" keeps the run's dtype, and all others need error feedback."""
 SMALL_PART_BYTES = 128 * 1024
-"""Up to here the delays of a ring's hops weigh more than what pairs lose."""
+"""Largest part that gloo's devices send faster by pairs: above it, parts disturb each other more than hops delay."""
 
 
 def sums_by_pairs(part_bytes: float) -> bool:
-    """Whether gloo's devices reduce a buffer by pairs, an Nth of which has so many bytes."""
+    """Whether gloo's devices reduce a buffer by pairs; `part_bytes` is an Nth of the buffer."""
     return part_bytes <= SMALL_PART_BYTES
 
 
 def gathers_by_pairs(part_bytes: float, devices: int) -> bool:
-    """Whether gloo's devices gather equal contributions of so many bytes by pairs."""
+    """Whether gloo's devices gather equal contributions of `part_bytes` by pairs."""
     return devices == 2 or part_bytes <= SMALL_PART_BYTES

@@ -1,4 +1,4 @@
-"""All devices in one process: collectives are sums and copies along the axis of devices."""
+"""Communicator of the simulation: all devices live in one process, so that exchanges are counted but move nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from simulate.comm.transfers import Transfer
 
 
 class VirtualCommunicator(Communicator):
-    """All N devices live in this process: nothing moves, everything is counted as if it had."""
+    """All N devices in this process: local sums are already global, and each tensor holds every device's part."""
 
     def __init__(
         self,

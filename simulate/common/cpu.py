@@ -1,4 +1,4 @@
-"""The processor cores that this process may use."""
+"""Count of the processor cores that this process may use."""
 
 from __future__ import annotations
 
@@ -6,5 +6,6 @@ import os
 
 
 def usable_cores() -> int:
-    """Return their number: those that it is held to (taskset, a container's cpuset), where the system tells them."""
+    """Return the number of cores that taskset or a container's cpuset allows; all of them where the OS cannot say."""
+    # macOS and Windows have no sched_getaffinity.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""The one exception for mistakes a user can mend, so that a caller can tell them from faults of ours."""
+"""Exceptions that end the program with one line instead of a traceback; ltecli.errors maps each to an exit code."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Iterable
 
 
 class InputError(Exception):
-    """A mistake in what the user gave: one line naming the field, the value, the rule and the next move."""
+    """User's mistake, told in one line that names the field, the value, the rule and the next move."""
 
 
 class RunFailedError(Exception):
-    """A run that could not go on (a full disk, a loss that is not finite); says what is saved."""
+    """Failure of a run that had begun (a full disk, a loss that is not finite); its text says what is saved."""
 
 
 def near_match(given: str, known: Iterable[str]) -> str:
-    """Return "did you mean 'x'? " when a known name is close to the given one, and the known names."""
+    """Return a hint for an unknown name: the closest known one, if any is close, and the list of known ones."""
     names = sorted(known)
     close = difflib.get_close_matches(given, names, n=1, cutoff=0.6)
-    # Of names so short that half of the letters are close, those that begin alike.
+    # A typo in a short name changes half of its letters: accept that if the first letter is right.
     close = close or difflib.get_close_matches(given, [x for x in names if x[:1] == given[:1]], n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}known: {', '.join(names)}"
 
 
 class NothingFeasibleError(Exception):
-    """No candidate fits the hardware; names the nearest miss and what would make it fit."""
+    """Failure of a plan: no candidate fits the hardware. Its text names the nearest miss and how to make it fit."""

@@ -1,4 +1,4 @@
-"""What a run tells: versioned events, one JSON object a line, for reports, TensorBoard and people alike."""
+"""Event log of a run: versioned events, one JSON object a line, read by reports, TensorBoard and resumed runs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from simulate.common.errors import InputError
 EVENTS_VERSION = 1
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
-"""Kinds: start, memory, step, round, evaluate, diagnostics, checkpoint, resume, interrupt, end, and of launched runs
-restart (when, why, and how much was repeated), left-out, links (what nodes measured of theirs) and wire; all have kind
-and step."""
+"""Receiver of events. Every event has a kind and a step. Kinds: start, memory, step, round, evaluate, diagnostics,
+checkpoint, resume, interrupt, end; launched runs add restart (when, why, steps repeated), left-out (devices), links
+(each node's measured links) and wire."""
 
 
 class EventFile:
-    """events.jsonl, appended to and flushed line by line."""
+    """Writer of events.jsonl: it appends, and flushes each line so that a kill loses at most one."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8")
@@ -29,12 +29,12 @@ class EventFile:
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file; nothing is emitted after that."""
+        """Close the file; a later event would raise."""
         self._file.close()
 
 
 def read_events(path: Path) -> Iterator[Event]:
-    """Yield events; a last line that a kill cut short is left out. Raises InputError for a broken line before it."""
+    """Yield the events of a file, without a last line that a kill cut short; a broken line before it: InputError."""
     lines = toml_io.read(path).split("\n")
     for number, line in enumerate(lines, 1):
         if not line:
@@ -53,7 +53,10 @@ def read_events(path: Path) -> Iterator[Event]:
 
 
 def truncate_events(path: Path, step: int) -> None:
-    """Drop what was emitted after the checkpoint of `step`: a resumed run emits it again. Restarts stay, as of then."""
+    """Drop events after the checkpoint of `step`, because the resumed run emits them again; keep restarts.
+
+    A restart after the checkpoint is moved to its step, so that steps in the file never fall.
+    """
     kept: list[str] = []
     for event in read_events(path):
         if event["kind"] == "restart":

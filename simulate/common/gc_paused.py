@@ -1,4 +1,4 @@
-"""EvalAndSaveTime of the garbage collector, for what makes many objects that all stay."""
+"""Pause of the garbage collector, for code that makes many objects which all stay in use."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from contextlib import contextmanager
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Look for no garbage: of a plan's objects none is, and looking through them takes an eighth of its time."""
-    was_on = gc.isenabled()
+    """Disable the collector: planning makes no garbage, and collection costs 12 % of its time."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if was_on:
+        # A caller that had disabled it keeps it disabled.
+        if was_enabled:
             gc.enable()

@@ -1,4 +1,8 @@
-"""TOML in and out: parse, validate against a schema, and say file, line and key when something is wrong."""
+"""Reads TOML, validates it against pydantic schemas, and writes it; errors name file, line and key.
+
+run.toml, hardware profiles and probe files all pass through here, so that a mistake in any of them is told in the same
+form: place, key, value, rule, next move. simulate.config, simulate.models.schema and the command line call this.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -23,14 +27,16 @@ else:
 Table = dict[str, Any]
 SchemaT = TypeVar("SchemaT", bound="Schema")
 UNIONS = ("model",)
-"""Tables whose schema is one of a union, told apart by a tag."""
+"""Tables that are tagged unions: their `name` decides which other keys they have."""
 LARGEST_INTEGER = 2**63 - 1
-"""TOML's; beyond it costs would leave the range of a float as well."""
+"""Largest integer of TOML. Costs computed from larger ones would also overflow a float."""
 
 
 class Schema(BaseModel):
-    """A frozen, strict table: unknown keys, strings for numbers, NaN and infinity are refused."""
+    """Base of frozen, strict tables, which refuse unknown keys, strings for numbers, NaN and infinity."""
 
+    # Defaults are validated, since a size without one has a placeholder that must fail. pydantic would reserve names
+    # that begin with "model_".
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True, protected_namespaces=()
     )
@@ -63,7 +69,7 @@ def validate(
 ) -> SchemaT:
     """Build `schema` from a parsed table; raises InputError naming file, line (when `text` has it), key and rule.
 
-    Keys in `assigned` are the command line's, not the file's.
+    Keys in `assigned` came from the command line, so their errors name that instead of the file.
     """
     for path, value in _integers(table):
         if abs(value) > LARGEST_INTEGER:
@@ -83,15 +89,18 @@ def _integers(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tu
 
 
 KEY_OF_DICT = "[key]"
-"""What pydantic puts into a location behind a key that is wrong itself."""
+"""Marker that pydantic appends to the location of a dictionary key that is itself invalid."""
 
 
 def _explain(error: ValidationError, schema: type[BaseModel], where: str, text: str, assigned: Collection[str]) -> str:
     errors = error.errors(include_url=False)
-    # A misspelt key is told before the one that it leaves missing.
+    # A misspelt required key makes two errors, unknown and missing; the unknown one shows the typo.
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    no_keys = {KEY_OF_DICT, *_union_tags(first, table_of(text))}
-    path = [part for part in first["loc"] if not (isinstance(part, str) and part in no_keys)]
+    loc, no_keys = first["loc"], {KEY_OF_DICT}
+    # pydantic puts a union's tag ("gpt") behind the field ("model"), where the file has no key.
+    if len(loc) > 1 and loc[0] in UNIONS and loc[1] not in table_of(text).get(loc[0], {}):
+        no_keys.add(str(loc[1]))
+    path = [part for part in loc if not (isinstance(part, str) and part in no_keys)]
     key = _dotted(path)
     rule, value = first["msg"], first["input"]
     line = _line_of(text, path)
@@ -99,8 +108,8 @@ def _explain(error: ValidationError, schema: type[BaseModel], where: str, text: 
     more = error.error_count() - 1
     rest = f" (and {more} more)" if more else ""
     if first["type"] == "extra_forbidden":
-        known = _keys_beside(schema, first["loc"])
-        tag = first["loc"][1] if len(path) < len(first["loc"]) else _name_of(schema, path)
+        known = _keys_beside(schema, loc)
+        tag = loc[1] if len(path) < len(loc) else _name_of(schema, path)
         owner = f" of {path[0]} {tag}" if tag else ""
         return f"{place}: {key} is not a known key{owner}; {near_match(str(path[-1]), known)}{rest}"
     if first["type"] == "missing":
@@ -129,15 +138,8 @@ def table_of(text: str) -> Table:
         return {}
 
 
-def _union_tags(error: Any, table: Table) -> set[str]:
-    # pydantic puts the tag of a union ("lte") into the location after the field ("method"): it is no key of the file.
-    loc = error["loc"]
-    return {str(loc[1])} if len(loc) > 1 and loc[0] in UNIONS and loc[1] not in table.get(loc[0], {}) else set()
-
-
 def _keys_beside(schema: type[BaseModel], loc: tuple[int | str, ...]) -> Iterable[str]:
-    from typing import get_args
-
+    """Return the valid keys of the table in which the key at `loc` stands."""
     known: Iterable[str] = schema.model_fields
     current: Any = schema
     for part in loc[:-1]:
@@ -149,24 +151,23 @@ def _keys_beside(schema: type[BaseModel], loc: tuple[int | str, ...]) -> Iterabl
             options = [a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields")]
             current = options[0] if len(options) == 1 else tuple(options)
         elif isinstance(current, tuple):
-            current = next((o for o in current if part in (o.model_fields["name"].default, _family(o))), None)
+            # `part` is a tag: the default of the member's name, or a network's family.
+            current = next(
+                (o for o in current if part in (o.model_fields["name"].default, getattr(o, "family", None))), None
+            )
         known = getattr(current, "model_fields", known)
     return known
 
 
 def _name_of(schema: type[BaseModel], path: Sequence[str | int]) -> str | None:
-    """Return the name that a table's own schema is for, as those of methods have it."""
+    """Return the method whose schema a table has, from the default of its name."""
     field = schema.model_fields.get(str(path[0])) if len(path) > 1 else None
     name = getattr(field.annotation, "model_fields", {}).get("name") if field else None
     return name.default if name and isinstance(name.default, str) else None
 
 
-def _family(option: type[BaseModel]) -> str | None:
-    """Return the tag of a union's member, where it is not the default of its name."""
-    return getattr(option, "family", None)
-
-
 def _dotted(path: Sequence[str | int]) -> str:
+    """Return a path as errors show it: links[0].latency_s."""
     text = ""
     for part in path:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
@@ -174,12 +175,15 @@ def _dotted(path: Sequence[str | int]) -> str:
 
 
 def _line_of(text: str, path: list[Any]) -> int | None:
-    """Return the 1-based line where the key stands: under its table header, the k-th one of an array of tables."""
+    """Return the 1-based line of a key, or of its table's header if the key is not written; None if neither is.
+
+    pydantic knows no lines, so the text is searched. In an array of tables an index in the path selects the header.
+    """
     if not text or not path:
         return None
     keys = [str(part) for part in path if not isinstance(part, int)]
     table = keys[0] if len(path) > 1 else None
-    wanted = next((part for part in path if isinstance(part, int)), 0)
+    wanted_table = next((part for part in path if isinstance(part, int)), 0)
     header, seen, inside = None, -1, table is None
     for number, line in enumerate(text.splitlines(), 1):
         match = re.match(r"\s*\[\[?\s*([\w.\-]+)\s*\]\]?", line)
@@ -187,10 +191,12 @@ def _line_of(text: str, path: list[Any]) -> int | None:
             name = match.group(1)
             if name == (table or keys[0]):
                 seen += 1
-                if seen == wanted:
+                if seen == wanted_table:
                     inside, header = True, number
                     continue
-            inside = inside and table is not None and name.startswith(f"{table}.") and seen == wanted
+            # Subtables of the table still belong to it.
+            inside = inside and table is not None and name.startswith(f"{table}.") and seen == wanted_table
+        # A key may be quoted, or lead a dotted key.
         elif inside and re.match(rf"\s*[\"']?{re.escape(keys[-1])}[\"']?\s*[.=]", line):
             return number
     return header
@@ -203,7 +209,7 @@ def _short(value: Any) -> str:
 
 def dump(table: Table) -> str:
     """Return a table as TOML text, keys in the given order, None left out."""
-    return tomli_w.dumps(_without_none(table))
+    return tomli_w.dumps(_without_none(table))  # TOML has no null
 
 
 def _without_none(table: Table) -> Table:
@@ -217,7 +223,8 @@ def write_atomically(path: Path, data: bytes) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # else a power cut could keep the new name and lose the content
+        # mkstemp makes private files; the umask can be read only by setting it.
         umask = os.umask(0)
         os.umask(umask)
         Path(name).chmod(0o666 & ~umask)
@@ -238,7 +245,7 @@ def set_key(table: Table, assignment: str) -> str:
         raise InputError(f"--set {assignment}: the form is table.key=value, for example --set method.rank=16")
     try:
         value = tomllib.loads(f"value = {value_text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
+    except tomllib.TOMLDecodeError:  # a string without quotes, as shells pass it
         value = value_text.strip()
     section = table.setdefault(parts[0], {})
     if not isinstance(section, dict):

@@ -1,10 +1,10 @@
-"""Numbers as people read them: bytes, seconds and ranges."""
+"""Text of byte counts, seconds and ranges of seconds, for plans, reports and progress lines."""
 
 from __future__ import annotations
 
 
 def bytes_text(num_bytes: float | None) -> str:
-    """Return bytes in the unit that fits, decimal: 1 MB is 10^6 bytes."""
+    """Return a number of bytes in the decimal unit that fits (1 MB is 10^6 bytes), or "-" for None."""
     if num_bytes is None:
         return "-"
     value = float(num_bytes)
@@ -16,7 +16,7 @@ def bytes_text(num_bytes: float | None) -> str:
 
 
 def seconds_text(seconds: float | None) -> str:
-    """Return seconds in the unit that fits."""
+    """Return seconds in the unit that fits, or "-" for None."""
     if seconds is None:
         return "-"
     if seconds < 1e-3:
@@ -30,7 +30,7 @@ def seconds_text(seconds: float | None) -> str:
 
 
 def range_text(low_s: float, high_s: float) -> str:
-    """Return a range of seconds in the unit that fits its end: 3.1-5.4 h; a range without width as a point."""
+    """Return a range in the unit of its upper end, 3.1-5.4 h; a range of equal ends as one figure."""
     if low_s == high_s:
         return seconds_text(low_s)
     high = seconds_text(high_s)

@@ -1,4 +1,4 @@
-"""torch's multi-head attention out of layers with copies: its projections are adapted like any linear layer.
+"""Replacement for torch's multi-head attention, made of layers with copies, so that its projections can be adapted.
 
 Legend: S samples, Q queries, K keys, D width, A heads, E numbers of a head.
 """
@@ -6,6 +6,7 @@ Legend: S samples, Q queries, K keys, D width, A heads, E numbers of a head.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 
 def is_plain_attention(module: nn.Module) -> bool:
-    """Whether `PerDeviceAttention` does all that the module is set to."""
+    """Whether `PerDeviceAttention` supports all settings of a module; `convert` runs others copy by copy."""
     return (
         type(module) is nn.MultiheadAttention
         and module.batch_first
@@ -24,9 +25,10 @@ def is_plain_attention(module: nn.Module) -> bool:
 
 
 class PerDeviceAttention(nn.Module):
-    """nn.MultiheadAttention(batch_first=True), called like it, around an input and an output projection."""
+    """Attention with the signature of nn.MultiheadAttention(batch_first=True), around two given projections."""
 
-    # Read by nn.TransformerEncoderLayer; without a bias of its own it leaves its fused path for evaluation alone.
+    # nn.TransformerEncoderLayer reads these. A missing bias keeps it off its fused path for evaluation, which would
+    # read the plain weights directly.
     batch_first = True
     _qkv_same_embed_dim = True
     in_proj_bias = None
@@ -37,7 +39,7 @@ class PerDeviceAttention(nn.Module):
         self.in_proj, self.out_proj = in_proj, out_proj
 
     def plain_names(self, name: str) -> dict[str, str]:
-        """Return what the plain module calls parameters that lie elsewhere here, by their names here."""
+        """Map the names of the input projection's parameters here to their names in the plain module."""
         return {f"{name}.in_proj.{key}": f"{name}.in_proj_{key}" for key in ("weight", "bias")}
 
     def forward(
@@ -51,10 +53,16 @@ class PerDeviceAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        q_SAQE, k_SAKE, v_SAKE = (self._heads(x) for x in self._projected(query, key, value))
+        projected: Sequence[Tensor]
+        if query is key and key is value:  # self-attention: one product for all three
+            projected = self.in_proj(query).chunk(3, dim=-1)
+        else:
+            # The projection is one adapted layer, so each input passes through all of it and a third is kept.
+            projected = [self.in_proj(x).chunk(3, dim=-1)[i] for i, x in enumerate((query, key, value))]
+        q_SAQE, k_SAKE, v_SAKE = (x_SKD.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x_SKD in projected)
         mask = self._mask(attn_mask, key_padding_mask, query)
         dropout = self.dropout if self.training else 0.0
-        if need_weights:
+        if need_weights:  # the fused function returns no weights
             scores = q_SAQE @ k_SAKE.mT / math.sqrt(q_SAQE.shape[-1])
             shares_SAQK = torch.softmax(scores if mask is None else scores + mask, dim=-1)
             y_SAQE = F.dropout(shares_SAQK, dropout) @ v_SAKE
@@ -67,27 +75,20 @@ class PerDeviceAttention(nn.Module):
             return y_SQD, None
         return y_SQD, shares_SAQK.mean(1) if average_attn_weights else shares_SAQK
 
-    def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        if query is key and key is value:
-            return tuple(self.in_proj(query).chunk(3, dim=-1))
-        return tuple(self.in_proj(x).chunk(3, dim=-1)[i] for i, x in enumerate((query, key, value)))
-
-    def _heads(self, x_SKD: Tensor) -> Tensor:
-        return x_SKD.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-
     def _mask(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, like: Tensor) -> Tensor | None:
-        """Return what is added to scores, in a form that broadcasts to (S, A, Q, K)."""
+        """Return the sum of both masks as numbers to add to scores, in a form that broadcasts to (S, A, Q, K)."""
         parts = []
         if attn_mask is not None:
-            added = _added(attn_mask, like)
-            parts.append(added if added.ndim == 2 else added.unflatten(0, (-1, self.num_heads)))
+            additive = _additive(attn_mask, like)
+            # torch takes (Q, K), or (S*A, Q, K).
+            parts.append(additive if additive.ndim == 2 else additive.unflatten(0, (-1, self.num_heads)))
         if key_padding_mask is not None:
-            parts.append(_added(key_padding_mask, like)[:, None, None, :])
+            parts.append(_additive(key_padding_mask, like)[:, None, None, :])
         return sum(parts[1:], parts[0]) if parts else None
 
 
-def _added(mask: Tensor, like: Tensor) -> Tensor:
-    """Return a mask as numbers to add: a boolean one is true where nobody may look."""
+def _additive(mask: Tensor, like: Tensor) -> Tensor:
+    """Return a mask as numbers to add to scores: −inf where a boolean one is true, which forbids that key."""
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(mask, -math.inf)

@@ -1,4 +1,9 @@
-"""From a plain network to one that trains many devices at once, and back to one plain model's weights."""
+"""Conversion of a plain network into one that trains many devices at once, and back into one plain model's weights.
+
+Networks are written for one device. `convert` gives each layer an axis of copies or LoRA heads, so that a single tensor
+program trains all local devices; methods call it when they are built. `merged_state` is the way back, for evaluation,
+checkpoints and exports.
+"""
 
 from __future__ import annotations
 
@@ -28,17 +33,18 @@ from simulate.layers.per_device import (
 )
 
 MakeAdapter = Callable[[nn.Linear | nn.Conv2d, str, Tensor | None], nn.Module]
-"""(layer, its name, its bias with a copies axis) → what takes its place."""
+"""Function of (layer, its name, its bias with a copies axis) that returns the layer's replacement."""
 MakeVector = Callable[[Tensor], VectorLora]
+"""Function of a norm's affine parameter that returns its replacement."""
 
 
 @dataclass(frozen=True)
 class ConversionSpec:
-    """What becomes of layers; by default nothing is adapted and every device trains a copy of all."""
+    """Choice of each layer's replacement; by default nothing is adapted and every device trains a copy of all."""
 
     make_adapter: MakeAdapter | None = None
     make_vector: MakeVector | None = None
-    """For the affine parameters of norms where `norms` is "vector-lora"."""
+    """Adapts the affine parameters of norms if `norms` is "vector-lora"."""
     norms: Norms = "average"
     biases: Biases = "average"
     convolutions: Convolutions = "lora"
@@ -48,7 +54,7 @@ EVERYTHING_TRAINED = ConversionSpec()
 
 
 def lora(spec: AdapterSpec, devices: int) -> MakeAdapter:
-    """Return what makes LoRA layers for `devices` local devices."""
+    """Return the function that replaces a layer by a LoRA layer of `devices` local devices."""
 
     def make(layer: nn.Linear | nn.Conv2d, name: str, bias_LO: Tensor | None) -> nn.Module:
         if isinstance(layer, nn.Conv2d):
@@ -59,56 +65,57 @@ def lora(spec: AdapterSpec, devices: int) -> MakeAdapter:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' Conv1D: a linear layer with the transposed weight, which GPT-2 is made of."""
-    library = sys.modules.get("transformers.pytorch_utils")
+    """Whether a module is transformers' Conv1D, the linear layer of its GPT-2, whose weight is transposed."""
+    library = sys.modules.get("transformers.pytorch_utils")  # an import would cost seconds, and prove nothing
     return library is not None and isinstance(module, library.Conv1D)
 
 
 def is_rms_norm(module: nn.Module) -> bool:
-    """Whether a module normalises like nn.RMSNorm: torch's own, or one of transformers' that Llama's is copied from.
-
-    Gemma's, whose weight counts from 1 on, calls its epsilon differently.
-    """
+    """Whether a module computes what nn.RMSNorm does: torch's own, or a copy of Llama's in transformers."""
     if isinstance(module, nn.RMSNorm):
         return len(module.normalized_shape) == 1
-    of_library = type(module).__module__.startswith("transformers.models.") and type(module).__name__.endswith(
-        "RMSNorm"
-    )
-    return (
-        of_library and hasattr(module, "variance_epsilon") and [n for n, _ in module.named_parameters()] == ["weight"]
-    )
+    kind = type(module)
+    if not (kind.__module__.startswith("transformers.models.") and kind.__name__.endswith("RMSNorm")):
+        return False
+    # Gemma's multiplies by 1 + weight; its epsilon has another name, which keeps it out.
+    return hasattr(module, "variance_epsilon") and [name for name, _ in module.named_parameters()] == ["weight"]
 
 
-def convert(model: nn.Module, copies: int, treatment: ConversionSpec = EVERYTHING_TRAINED) -> nn.Module:
-    """Swap a plain network's parametric layers, in place, for ones with `copies` sets of parameters.
-
-    Every nn.Linear, nn.Conv2d and transformers' Conv1D whose weight is not tied to another module, and that the network
-    does not name in `trained_whole`, goes through the treatment's `make_adapter`, if there is one; so do projections
-    of an nn.MultiheadAttention. A module with parameters of a kind that is not known here runs copy by copy. Embeddings
-    that the network names in `unbatched` have an index that all samples share. Raises InputError for batch
-    normalisation, and for a network that owns parameters without a module around them.
-    """
+def refuse_batch_norm(model: nn.Module) -> None:
+    """Raise InputError for a network with batch normalisation."""
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm):
             raise InputError(
                 f"model: {name} is a {type(module).__name__}, whose running statistics mix samples and belong to no "
                 "device's parameters; use LayerNorm, RMSNorm or GroupNorm"
             )
+
+
+def convert(model: nn.Module, copies: int, spec: ConversionSpec = EVERYTHING_TRAINED) -> nn.Module:
+    """Replace a plain network's parametric layers, in place, by ones with `copies` sets of parameters.
+
+    The spec's `make_adapter`, if there is one, replaces every nn.Linear, nn.Conv2d, Conv1D of transformers and
+    projection of nn.MultiheadAttention, except those whose weight is tied to another module and those that the network
+    names in `trained_whole`. A module of unknown kind with parameters runs copy by copy. Embeddings that the network
+    names in `unbatched` have an index that all samples share. Raises InputError for batch normalisation, and for a
+    network that owns parameters without a module around them.
+    """
+    refuse_batch_norm(model)
     if next(model.parameters(recurse=False), None) is not None:
         raise InputError(f"model: {type(model).__name__} owns parameters itself; move them into a module inside of it")
-    converter = _Converter(model, copies, treatment)
+    converter = _Converter(model, copies, spec)
     if converter.unbatched:
         model.register_forward_pre_hook(converter.count_samples)
-    # By their ids, since the list would keep every plain layer's weights until the last one is swapped.
+    # The list holds ids, not modules: it would keep all plain weights in memory until the last layer is replaced.
     for name, key in [(name, id(module)) for name, module in _parametric(model)]:
         parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, converter.swapped(name, key))
+        setattr(model.get_submodule(parent), attribute, converter.replacement(name, key))
     return model
 
 
 def _parametric(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules that own parameters, by each of their names; nothing inside of one that is replicated whole."""
-    for name, child in model._modules.items():  # unlike named_children, with a shared child at all its places
+    """Yield the modules that own parameters, under each of their names, without modules inside of them."""
+    for name, child in model._modules.items():  # named_children would yield a shared child only once
         path = f"{prefix}{name}"
         if child is None:
             continue
@@ -120,35 +127,38 @@ def _parametric(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mo
 
 @dataclass
 class _Converter:
-    """Makes what takes a layer's place; a parameter that several modules share stays shared, and so does a module."""
+    """Maker of replacements; parameters and modules that stand in several places stay shared."""
 
     model: nn.Module
     copies: int
-    treatment: ConversionSpec
+    spec: ConversionSpec
     replicas: dict[int, nn.Parameter] = field(default_factory=dict)
+    """Replicated parameters, by the id of the plain one."""
     layers: dict[int, nn.Module] = field(default_factory=dict)
+    """Replacements, by the id of the plain module."""
 
     def __post_init__(self) -> None:
         self.trained_whole: tuple[str, ...] = getattr(self.model, "trained_whole", ())
         self.unbatched: tuple[str, ...] = getattr(self.model, "unbatched", ())
         self.batch = Batch()
+        # Counted before anything is replaced: a weight with several owners is tied, and gets no adapter.
         self.owners: dict[int, int] = {}
         for module in self.model.modules():
             for parameter in module.parameters(recurse=False):
                 self.owners[id(parameter)] = self.owners.get(id(parameter), 0) + 1
 
     def count_samples(self, model: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        """Note how many samples the network is called with."""
+        """Record the batch size of each call, as a forward hook of the network."""
         self.batch.samples = len(arguments[0])
 
-    def swapped(self, name: str, key: int) -> nn.Module:
-        """Return what takes the place of the module of this name and, as it was, this id."""
+    def replacement(self, name: str, key: int) -> nn.Module:
+        """Return the replacement of the module `name`, whose id was `key` before any replacement."""
         if key not in self.layers:
-            self.layers[key] = self._swapped(name, self.model.get_submodule(name))
+            self.layers[key] = self._replacement(name, self.model.get_submodule(name))
         return self.layers[key]
 
-    def _swapped(self, name: str, module: nn.Module) -> nn.Module:
-        if _is_known(module):
+    def _replacement(self, name: str, module: nn.Module) -> nn.Module:
+        if _is_supported(module):
             if isinstance(module, nn.Linear | nn.Conv2d) or is_conv1d(module):
                 return self._linear(name, module)
             if isinstance(module, nn.Embedding):
@@ -173,8 +183,11 @@ class _Converter:
 
     def _linear(self, name: str, module: nn.Module) -> nn.Module:
         assert isinstance(module.weight, Tensor)
-        bias = self._bias(module.bias) if isinstance(module.bias, Tensor) else None
-        make = self.treatment.make_adapter
+        bias = None
+        if isinstance(module.bias, Tensor):
+            frozen = self.spec.biases == "frozen"
+            bias = module.bias.detach().unsqueeze(0) if frozen else self._replica(module.bias)
+        make = self.spec.make_adapter
         if make is not None and name not in self.trained_whole and self._adapts(module):
             if is_conv1d(module):
                 adapter = make(_as_linear(module.weight.t().contiguous()), name, bias)
@@ -192,35 +205,32 @@ class _Converter:
             return False
         if not isinstance(module, nn.Conv2d):
             return True
-        # Groups have weights of their own each; one pair of factors over all of them is no LoRA of any.
-        return self.treatment.convolutions == "lora" and module.groups == 1 and not isinstance(module.padding, str)
+        # Groups have separate weights, and one pair of factors over all of them would mix their channels.
+        return self.spec.convolutions == "lora" and module.groups == 1 and not isinstance(module.padding, str)
 
     def _replica(self, parameter: Tensor) -> nn.Parameter:
         if id(parameter) not in self.replicas:
             self.replicas[id(parameter)] = replicate(parameter, self.copies)
         return self.replicas[id(parameter)]
 
-    def _bias(self, bias: Tensor) -> Tensor:
-        return self._replica(bias) if self.treatment.biases == "average" else bias.detach().unsqueeze(0)
-
     def _affine(self, vector: Tensor) -> Tensor | VectorLora:
-        if self.treatment.norms == "none":
+        if self.spec.norms == "none":
             return vector.detach().unsqueeze(0)
-        if self.treatment.norms == "vector-lora" and self.treatment.make_vector is not None:
-            return self.treatment.make_vector(vector)
+        if self.spec.norms == "vector-lora" and self.spec.make_vector is not None:
+            return self.spec.make_vector(vector)
         return self._replica(vector)
 
 
 def _as_linear(weight_OI: Tensor, bias_O: Tensor | None = None) -> nn.Linear:
     """Return a linear layer of given parameters."""
-    linear = nn.Linear(1, 1, bias=False, device="meta")
+    linear = nn.Linear(1, 1, bias=False, device="meta")  # draws nothing from the random generator
     linear.weight = weight_OI if isinstance(weight_OI, nn.Parameter) else nn.Parameter(weight_OI)
     linear.bias = bias_O  # type: ignore[assignment]
     return linear
 
 
-def _is_known(module: nn.Module) -> bool:
-    """Whether the layer that is written for this kind of module does all that the module is set to."""
+def _is_supported(module: nn.Module) -> bool:
+    """Whether the replacement written for this kind of module supports all its settings."""
     if isinstance(module, nn.Conv2d):
         return module.padding_mode == "zeros"
     if isinstance(module, nn.Embedding):
@@ -229,7 +239,7 @@ def _is_known(module: nn.Module) -> bool:
 
 
 def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the affine parameters of norms that are trained as they are, by name."""
+    """Return the affine parameters of norms that are trained directly, by name; frozen and adapted ones are not."""
     return {
         f"{name}.{key}": parameter
         for name, module in model.named_modules()
@@ -241,11 +251,11 @@ def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def merged_state(
     model: nn.Module, instead: dict[int, Tensor] | None = None, fold: bool = False, copy: int = 0, in_use: bool = False
 ) -> dict[str, Tensor]:
-    """Return one plain model's weights by the plain network's names; right just after a merge (or for shared copies).
+    """Return one plain model's weights under the plain network's names.
 
-    Replicated parameters are taken from the first copy, or another: after a merge all copies are equal. `instead` gives
-    other values, (...) without a copies axis, by the parameter's id. With `fold`, adapters that are never merged are
-    added. Weights `in_use` exist only while something is computed with them, where they would have to be made.
+    Replicated parameters are taken from copy `copy`; all copies are equal after a merge. `instead` gives other values,
+    (...) without a copies axis, by the parameter's id. `fold` adds adapters that are never merged. With `in_use`,
+    weights that have to be computed are LazyWeights, computed anew in each operation and freed after it.
     """
     state: dict[str, Tensor] = {}
     other, renamed = instead or {}, dict[str, str]()

@@ -1,8 +1,8 @@
 """Cross-entropy for large vocabularies, in the memory of the logits alone.
 
-torch's keeps the log-probabilities and makes two gradients of the logits' size; for GPT-2's vocabulary these three
-tensors would be most of a small device's memory. Here the logits are kept, and become their own gradient.
-Logits of half precision are worked on in float32, some rows at a time, and so are losses.
+torch's own keeps the log-probabilities and makes two gradients of the logits' size; for GPT-2's vocabulary these three
+tensors would fill most of a small device's memory. Here the logits are kept, and the backward pass overwrites them with
+their own gradient. Logits of half precision are converted to float32 some rows at a time; their losses are float32.
 
 Legend: M rows (tokens, images), V vocabulary or classes.
 """
@@ -18,7 +18,7 @@ from simulate.layers.formats import LOSS_CHUNK_ELEMENTS
 
 
 def _exact(logits_MV: Tensor) -> Tensor:
-    """Return logits in a format that exponentials may be summed in: half precision as float32, others as they are."""
+    """Return logits in a dtype that is exact enough to sum exponentials in: half precision as float32, others as is."""
     return logits_MV.float() if logits_MV.element_size() < 4 else logits_MV
 
 
@@ -39,13 +39,13 @@ class _TokenLosses(torch.autograd.Function):
         for chunk_MV, log_sum_M1, target_M1, grad_M1 in zip(logits_MV.split(ctx.rows), *parts, strict=True):
             gradient_MV = _exact(chunk_MV)
             gradient_MV.sub_(log_sum_M1).exp_().mul_(grad_M1).scatter_add_(1, target_M1, -grad_M1)
-            if gradient_MV is not chunk_MV:
+            if gradient_MV is not chunk_MV:  # half precision was converted, so the gradient is a copy
                 chunk_MV.copy_(gradient_MV)
         return logits_MV, None
 
 
 def token_losses(logits_MV: Tensor, targets_M: Tensor) -> Tensor:
-    """Return each row's cross-entropy, (M,); the backward pass overwrites the logits, so nobody else may need them."""
+    """Return each row's cross-entropy, (M,). The backward pass overwrites the logits: do not use them afterwards."""
     losses: Tensor = _TokenLosses.apply(logits_MV, targets_M)
     return losses
 
@@ -68,15 +68,15 @@ class _SoftLosses(torch.autograd.Function):
 
 
 def soft_losses(logits_MV: Tensor, shares_MV: Tensor) -> Tensor:
-    """Return each row's cross-entropy with shares of classes, (M,); the backward pass overwrites the logits."""
+    """Return each row's cross-entropy with soft targets, (M, V), as (M,); the backward pass overwrites the logits."""
     losses: Tensor = _SoftLosses.apply(logits_MV, shares_MV)
     return losses
 
 
 def row_losses(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return the loss of every token or sample, (M,), in order, of outputs (..., V).
+    """Return the loss of every token or sample of outputs (..., V), in order, (M,).
 
-    Targets are whole numbers (...), or shares in the form of the outputs.
+    Targets are class indices (...), or shares of classes (..., V).
     """
     logits_MV = outputs.flatten(0, -2)
     if targets.is_floating_point():

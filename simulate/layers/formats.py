@@ -1,37 +1,39 @@
-"""Formats of weights and how many bytes they take; torch-free."""
+"""Names of the formats and options of layers, and the bytes of weights in each format; torch-free."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 ELEMENT_BYTES = {"fp32": 4, "fp64": 8}
+"""Bytes of an element, by the run's dtype."""
 PRODUCT_BYTES = {"bf16": 2, "fp16": 2}
-"""Of an element as autocast has it."""
+"""Bytes of an element of matrix products, by `train.autocast`."""
 Quantize = Literal["none", "bf16", "int8", "nf4", "nf4-double"]
-"""Formats of frozen weights."""
+"""Format of frozen weights."""
 NF4_BLOCK = 64
 """Elements that share a scale."""
 NF4_GROUP = 256
-"""Scales of nf4-double that share a scale of their own."""
+"""Scales of nf4-double that share a second-level scale."""
 PACK_CHUNK_ELEMENTS = 2**16
-"""What is packed at once, in fp32: whole blocks, so that a merge needs little room beside the weight."""
+"""Elements quantized at once, in fp32: whole blocks, and few, so that a merge needs little extra memory."""
 PACKING_BYTES = {"none": 0, "bf16": 0, "int8": 4, "nf4": 8, "nf4-double": 8}
-"""An element of a chunk while it is packed: over its scale; for nf4 as a code, too."""
+"""Bytes of scratch for each element of a chunk: its quotient by the scale, and for nf4 its code as int32."""
 LOSS_CHUNK_ELEMENTS = 2**20
-"""Logits that the loss works on at once: a few megabytes of scratch, whatever the batch."""
+"""Logits that the loss converts at once: a few megabytes of scratch, whatever the batch."""
 Norms = Literal["average", "one", "vector-lora", "none"]
+"""Training of norms: by every device, averaged at merges; by the first for all; by low-rank pairs; not at all."""
 Biases = Literal["average", "frozen"]
 Convolutions = Literal["lora", "average"]
 Draws = Literal["own", "joint"]
-"""How the A of different heads are drawn: independently, or with rows that are orthogonal to one another's."""
+"""Draws of the heads' A: independent, or with rows that are orthogonal between heads."""
 
 
 def quantized_bytes(elements: int, inputs: int, quantize: str, element_bytes: int) -> int:
-    """Bytes of a frozen weight matrix.
+    """Return the bytes of a frozen weight matrix.
 
-    bf16: two bytes. int8: one byte, and an fp32 scale a row of `inputs` (1 + 4/I a parameter). nf4: half a byte, and an
-    fp32 scale for each block of 64 (0.5625 a parameter; Dettmers et al. 2023, arXiv 2305.14314); nf4-double: scales of
-    a byte, with an fp32 top for each 256 of them (0.516).
+    bf16: two bytes an element. int8: one byte, and an fp32 scale a row of `inputs` (1 + 4/I an element). nf4: half a
+    byte, and an fp32 scale for each block of 64 (0.5625; Dettmers et al. 2023, arXiv 2305.14314). nf4-double: scales of
+    one byte, and an fp32 second-level scale for each 256 of them (0.516).
     """
     if quantize == "none":
         return elements * element_bytes
@@ -45,18 +47,19 @@ def quantized_bytes(elements: int, inputs: int, quantize: str, element_bytes: in
 
 
 def unpacking_bytes(elements: int, quantize: str, element_bytes: int) -> int:
-    """Bytes of a frozen matrix while a product uses it: as it is, unpacked (nf4 by way of fp32), and its scales."""
+    """Return the extra bytes of a frozen matrix while a product uses it: dequantized, and its decoded scales."""
     if quantize == "none":
         return 0
-    by_way_of = 4 if quantize.startswith("nf4") and element_bytes == 8 else 0
-    unpacked = elements * (element_bytes + by_way_of)
+    # The library dequantizes nf4 to fp32, so fp64 needs both.
+    intermediate = 4 if quantize.startswith("nf4") and element_bytes == 8 else 0
+    unpacked = elements * (element_bytes + intermediate)
     return unpacked + (4 * -(-elements // NF4_BLOCK) if quantize == "nf4-double" else 0)
 
 
 def packing_bytes(elements: int, inputs: int, quantize: str, element_bytes: int) -> int:
-    """Bytes of a merged matrix while it is packed: as it is, the packed form, its parts, and what a chunk needs."""
+    """Return the bytes that quantizing a merged matrix takes: the matrix, the quantized one, and a chunk's scratch."""
     if quantize == "none":
         return 0
     chunk = PACKING_BYTES[quantize] * min(elements, PACK_CHUNK_ELEMENTS)
-    parts = 2 if quantize.startswith("nf4") else 1  # chunks, and all of them in one
+    parts = 2 if quantize.startswith("nf4") else 1  # nf4 makes chunks and then joins them
     return elements * element_bytes + parts * quantized_bytes(elements, inputs, quantize, element_bytes) + chunk

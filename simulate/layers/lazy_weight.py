@@ -1,7 +1,7 @@
-"""Weights that are made when something is computed with them, and let go right after.
+"""Weights that are computed when an operation uses them, and freed after it.
 
-A weight may lie in another memory, in fewer bytes, or apart from the adapters that belong to it. A network that is
-called with such weights needs room for one layer's at a time, however many layers it has.
+A weight may lie in another memory, be quantized, or lack the adapters that belong to it. A network that is called with
+lazy weights needs memory for one layer's at a time, however many layers it has.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from torch.utils._pytree import tree_map_only
 
 
 class LazyWeight(Tensor):
-    """A tensor without storage, in whose place every operation gets what `make` returns, for as long as it runs.
+    """Tensor without storage: each operation gets the result of `make` in its place, and frees it afterwards.
 
-    `form`, on the meta device, has the shape, strides and dtype of what is made, `device` is where. A view of it is one
-    more of its kind, so that autograd, too, keeps nothing of what is made: the backward pass makes it again. Nothing
-    can be written to it.
+    `form`, a meta tensor, has the shape, strides and dtype of the result; `device` is the result's. A view of a lazy
+    weight is lazy too, so autograd saves no computed weight: the backward pass computes it again. Do not write to it.
     """
 
     make: Callable[[], Tensor]
@@ -36,9 +35,10 @@ class LazyWeight(Tensor):
         return weight
 
     def leaf(self) -> LazyWeight:
-        """Return the same weight for somebody who differentiates to it."""
+        """Return the same weight as a leaf that requires a gradient."""
         return LazyWeight(self.make, self.form, self.device, requires_grad=True)
 
+    # Without this, torch would wrap every result in this class.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
@@ -46,8 +46,8 @@ class LazyWeight(Tensor):
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[Any, Any] | None = None
     ) -> Any:
         if func in VIEWS:
-            weight, *how = args
-            return cls(lambda: func(weight.make(), *how), func(weight.form, *how), weight.device)
+            weight, *view = args
+            return cls(lambda: func(weight.make(), *view), func(weight.form, *view), weight.device)
         made, named = tree_map_only(cls, lambda weight: weight.make(), (args, kwargs or {}))
         return func(*made, **named)
 
@@ -57,4 +57,4 @@ VIEWS = {
     _ATEN.detach.default, _ATEN.t.default, _ATEN.transpose.int, _ATEN.permute.default, _ATEN.view.default,
     _ATEN.unsqueeze.default, _ATEN.squeeze.default, _ATEN.expand.default, _ATEN.slice.Tensor, _ATEN.select.int,
 }  # fmt: skip
-"""Operations that make one view of a tensor."""
+"""Operations that return one view of a tensor."""

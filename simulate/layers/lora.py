@@ -1,7 +1,10 @@
 """Low-rank adapters of many devices in one tensor program: a leading axis holds each head's own factors.
 
+All local heads share one frozen W, so that simulating N devices takes one copy of it; simulate.layers.convert puts
+these layers into a network, and the adapter methods (LTE, LoRA, ReLoRA, MHLoRA, AdaMix) merge and redraw them.
+
 Legend: L local devices, K heads of a device, H = L*K local heads, M rows of one head (its samples times tokens),
-R rank, I inputs, O outputs.
+R rank, I inputs, O outputs; us_HMR is s·x·Aᵀ and vs_HMR is s·g·B for the gradient g of y.
 
 Activations keep the plain layout (samples of device 0, samples of device 1, ...) in their first dimension, so any
 network that treats dimension 0 as its batch works unchanged; simulate.layers.convert swaps its parametric layers only.
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 
 from simulate.common.seeding import address, generator
 from simulate.layers.dtypes import product_dtype
+from simulate.layers.folding import folds_new_product, folds_old_product
 from simulate.layers.formats import Draws, Quantize
 from simulate.layers.lazy_weight import LazyWeight
 from simulate.layers.quantized import QuantizedWeight, mapped_copy
@@ -28,7 +32,7 @@ from simulate.layers.quantized import QuantizedWeight, mapped_copy
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What `convert` needs to build adapters: how many, how large, and whose draws."""
+    """Number, size and start values of the adapters that `convert` builds."""
 
     rank: int
     scale: float
@@ -38,32 +42,33 @@ class AdapterSpec:
     """Global index of this process's first device: draws are addressed by global head."""
     seed: int
     draws_per_head: int = 1
-    """Independent draws of `rank` rows that make up one head's A."""
+    """Number of independent draws of `rank` rows that make up one head's A."""
     draws: Draws = "own"
-    """Whether the A of different heads are independent, or orthogonal to one another."""
+    """Whether the A of different heads are drawn independently, or orthogonal to one another."""
     frozen_a: bool = False
-    """Whether A stays as drawn and B is trained alone."""
+    """Whether A is frozen as drawn and only B is trained."""
     quantize: Quantize = "none"
     """Format of frozen W."""
     keeps_start: bool = True
-    """Whether reset-less merges happen here, which start from W0."""
+    """Whether this process does reset-less merges, which start from W0."""
     keeps_master: bool = False
-    """Whether merged W is kept here in full precision, beside the quantised one."""
+    """Whether this process keeps merged W in full precision beside the quantized one."""
     shows_master: bool = True
-    """Whether the plain model has the full-precision W; else what all devices have."""
+    """Whether the plain model gets the full-precision W; else the quantized one, which all devices hold."""
 
 
 class _LoraLinear(torch.autograd.Function):
-    """y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ − s·(x·A0ᵀ)·B0ᵀ + bias for H heads that share W; saves s·x·Aᵀ, and x where A is trained.
+    """y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ − s·(x·A0ᵀ)·B0ᵀ + bias for H heads that share W; saves s·x·Aᵀ, and x if A is trained.
 
-    A quantised W is unpacked in forward and once more in backward, and let go at the end of each.
+    A quantized W is dequantized in the forward and again in the backward pass, and freed at the end of each.
 
     Beside the frozen product, forward and backward to x cost 2 small products each and the factors' gradients 2 more:
-    4P + 6P_adapter operations a row against the dense 6P. Everything adds in place onto the frozen product. The old
-    product would cost 4P_adapter more. Where heads have many rows, products go into each head's weight for less.
+    4P + 6P_adapter operations a row against the dense 6P. All of them add in place onto the frozen product. The old
+    product, A0 and B0, costs up to 4P_adapter more. For heads with many rows it is cheaper to fold products into each
+    head's weight (simulate.layers.folding).
 
-    Under autocast everything is cast on entry, and what is saved of x with it; W is cast anew in the backward pass, so
-    that no second copy of it is kept.
+    Under autocast all inputs are cast on entry, and the saved part of x with them. W is cast again in the backward
+    pass, so that no second copy of it is kept.
     """
 
     @staticmethod
@@ -75,32 +80,33 @@ class _LoraLinear(torch.autograd.Function):
         outputs = frozen_OI.shape[0]
         x_HMI = x.to(product_dtype(x)).contiguous().view(heads, -1, inputs)
         rows = x_HMI.shape[1]
-        product = _Product.cast(x_HMI.dtype, _dense(frozen_OI), a_HRI, b_HOR, a0_HRI, b0_HOR, scale)
+        product = _Product(x_HMI.dtype, _dense(frozen_OI), a_HRI, b_HOR, a0_HRI, b0_HOR, scale)
         us_HMR = x_HMI.new_empty(heads, rows, rank).baddbmm_(x_HMI, product.a_HRI.mT, beta=0, alpha=scale)
         y_HMO = x_HMI.new_empty(heads, rows, outputs)
-        if bias_LO is not None:  # first, so that the product adds to it without a pass of its own
+        if bias_LO is not None:  # written first, so that the product adds to it without a separate pass
             y_HMO.view(bias_LO.shape[0], -1, outputs).copy_(bias_LO.unsqueeze(1))
         product.add(y_HMO, x_HMI, us_HMR, to_inputs=False, beta=0 if bias_LO is None else 1)
         del product
         plain_OI = frozen_OI if isinstance(frozen_OI, Tensor) else None
-        # W has no gradient, and B's needs only x·Aᵀ: with a frozen A, x can go.
+        # W has no gradient, and B's needs only x·Aᵀ, so x is saved for A's gradient alone.
         kept_HMI = x_HMI if ctx.needs_input_grad[3] else None
         ctx.save_for_backward(kept_HMI, us_HMR, plain_OI, a_HRI, b_HOR, a0_HRI, b0_HOR)
-        ctx.packed_OI = frozen_OI if plain_OI is None else None  # a merge changes it between steps only
+        # A module cannot be saved as a tensor. Only merges change it, and these happen between steps.
+        ctx.quantized_OI = frozen_OI if plain_OI is None else None
         ctx.scale, ctx.num_bias, ctx.x_dtype = scale, 0 if bias_LO is None else bias_LO.shape[0], x.dtype
         return y_HMO.view(*x.shape[:-1], outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_HMI, us_HMR, plain_OI, a_HRI, b_HOR, a0_HRI, b0_HOR = ctx.saved_tensors
-        grad_y = grads[0].contiguous()  # once, not in each of the products
+        grad_y = grads[0].contiguous()  # copied once here, or else in each of the products
         g_HMO = grad_y.view(*us_HMR.shape[:2], -1)
         vs_HMR = torch.empty_like(us_HMR).baddbmm_(g_HMO, b_HOR.to(g_HMO.dtype), beta=0, alpha=ctx.scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
             gx_HMI = us_HMR.new_empty(*us_HMR.shape[:2], a_HRI.shape[2])
-            weight_OI = _dense(plain_OI if ctx.packed_OI is None else ctx.packed_OI)
-            product = _Product.cast(us_HMR.dtype, weight_OI, a_HRI, b_HOR, a0_HRI, b0_HOR, ctx.scale)
+            weight_OI = _dense(plain_OI if ctx.quantized_OI is None else ctx.quantized_OI)
+            product = _Product(us_HMR.dtype, weight_OI, a_HRI, b_HOR, a0_HRI, b0_HOR, ctx.scale)
             product.add(gx_HMI, g_HMO, vs_HMR, to_inputs=True, beta=0)
             del product, weight_OI
             grad_x = gx_HMI.view(*grad_y.shape[:-1], -1).to(ctx.x_dtype)
@@ -115,32 +121,29 @@ def _dense(weight: Tensor | QuantizedWeight) -> Tensor:
     return weight.dense() if isinstance(weight, QuantizedWeight) else weight
 
 
-@dataclass(frozen=True)
 class _Product:
-    """Rows times every head's effective weight, in either direction: Y of what comes in, X of what comes out."""
+    """Product of rows with every head's effective weight, or with its transpose.
 
-    weight_OI: Tensor
-    a_HRI: Tensor
-    b_HOR: Tensor
-    a0_HRI: Tensor | None
-    b0_HOR: Tensor | None
-    scale: float
+    Both passes use it: the forward one with Y = I and X = O, the backward one to the inputs with Y = O and X = I.
+    """
 
-    @classmethod
-    def cast(
-        cls, dtype: torch.dtype, weight_OI: Tensor, a_HRI: Tensor, b_HOR: Tensor, a0_HRI: Tensor | None,
+    def __init__(
+        self, dtype: torch.dtype, weight_OI: Tensor, a_HRI: Tensor, b_HOR: Tensor, a0_HRI: Tensor | None,
         b0_HOR: Tensor | None, scale: float,
-    ) -> _Product:  # fmt: skip
-        """Return the product over these tensors in a format; nothing is copied where they have it."""
-        a0_HRI, b0_HOR = (None if old is None else old.to(dtype) for old in (a0_HRI, b0_HOR))
-        return cls(weight_OI.to(dtype), a_HRI.to(dtype), b_HOR.to(dtype), a0_HRI, b0_HOR, scale)
+    ) -> None:  # fmt: skip
+        # Tensors that have the dtype already are not copied.
+        self.weight_OI, self.a_HRI, self.b_HOR = weight_OI.to(dtype), a_HRI.to(dtype), b_HOR.to(dtype)
+        self.a0_HRI, self.b0_HOR = (None if old is None else old.to(dtype) for old in (a0_HRI, b0_HOR))
+        self.scale = scale
 
     def add(self, out_HMX: Tensor, in_HMY: Tensor, small_HMR: Tensor, to_inputs: bool, beta: int) -> None:
-        """Write beta·out + in·W + the heads' products; small is s times the rows times the first new factor."""
-        folds_old = self._folds_old(in_HMY.shape[1])
-        folds_new = self._folds_new(in_HMY, folds_old)
+        """Set out to beta·out + in·W + the heads' low-rank products; `small` is s·in·(first of the new factors)."""
+        outputs, inputs = self.weight_OI.shape
+        rows, width = in_HMY.shape[1:]
+        folds_old = self.a0_HRI is not None and folds_old_product(rows, outputs, inputs)
+        folds_new = folds_new_product(rows, width, folds_old)
         if folds_old or folds_new:
-            half = (len(out_HMX) + 1) // 2  # of the heads, so that half of their weights take room at once
+            half = (len(out_HMX) + 1) // 2  # half of the heads at a time, to hold only half of their weights
             for heads in (slice(half), slice(half, None)):
                 weight_HOI = self._folded(heads, folds_old, folds_new)
                 out_HMX[heads].baddbmm_(in_HMY[heads], weight_HOI if to_inputs else weight_HOI.mT, beta=beta)
@@ -154,24 +157,8 @@ class _Product:
             first, second = (self.b0_HOR, self.a0_HRI) if to_inputs else (self.a0_HRI.mT, self.b0_HOR.mT)
             out_HMX.baddbmm_(torch.bmm(in_HMY, first), second, alpha=-self.scale)
 
-    def _folds_old(self, rows: int) -> bool:
-        """Whether a head's old product takes half the operations in its weight, O·I·R, or fewer, than M·(I + O)·R.
-
-        The rule also bounds what the folded weights take: a quarter of the activations that come in and go out.
-        """
-        outputs, inputs = self.weight_OI.shape
-        return self.a0_HRI is not None and 2 * outputs * inputs < rows * (outputs + inputs)
-
-    def _folds_new(self, in_HMY: Tensor, folded: bool) -> bool:
-        """Whether a head's new product costs less in its weight, Y·X·R, than from its small rows, M·X·R.
-
-        Half the operations are asked for where all heads could share W instead.
-        """
-        rows, width = in_HMY.shape[1:]
-        return width < rows if folded else 2 * width <= rows
-
     def _folded(self, heads: slice, old: bool, new: bool) -> Tensor:
-        """Return the weights of some heads with their products, (heads, O, I): all heads' at once share one pass."""
+        """Return the weights of some heads with their low-rank products added, (heads, O, I)."""
         a_HRI, b_HOR = self.a_HRI[heads], self.b_HOR[heads]
         weight_HOI = self.weight_OI.repeat(len(a_HRI), 1, 1)
         if old:
@@ -186,10 +173,10 @@ lora_function = _LoraLinear.apply
 
 
 class LoraLinear(nn.Module):
-    """A linear layer with frozen W (a buffer, shared by all local devices) and one LoRA pair per head.
+    """Linear layer with frozen W (a buffer, shared by all local devices) and one LoRA pair a head.
 
-    Effective weight of head h: W + s·B_h·A_h, and in reset-less mode − s·B0_h·A0_h, the product at the last merge.
-    A starts orthogonal times sqrt(I/r), every head with its own draw; B starts at 0 (arXiv 2402.16828, section 3).
+    The effective weight of head h is W + s·B_h·A_h; reset-less mode subtracts s·B0_h·A0_h, the product at the last
+    merge. A starts orthogonal times sqrt(I/r), with one draw a head; B starts at 0 (arXiv 2402.16828, section 3).
     """
 
     def __init__(self, weight_OI: Tensor, bias_LO: Tensor | None, name: str, spec: AdapterSpec, devices: int) -> None:
@@ -214,15 +201,15 @@ class LoraLinear(nn.Module):
         self.redraw_a(0)
         self.register_buffer("a0", None)
         self.register_buffer("b0", None)
-        # W0 never changes: with the old product subtracted, merges telescope to W = W0 + (s/H)·Σ B_h·A_h. It is read
-        # at merges only, so it is no buffer: it stays in host memory when the module moves to a GPU.
+        # W0 never changes: with the old product subtracted, merges telescope to W = W0 + (s/H)·Σ B_h·A_h. Only merges
+        # read it, so it is not a buffer: it stays in host memory when the module moves to a GPU.
         keep = mapped_copy if self.frozen else torch.clone
         self.start_weight = keep(weight_OI.detach().cpu()) if spec.reset_less and spec.keeps_start else None
-        # What merges add to where W is quantised, and what evaluation sees: rounding would swallow small updates.
+        # Merges add to this copy and evaluation reads it: rounding to a quantized W would lose small updates.
         self.master = mapped_copy(weight_OI.detach().cpu()) if spec.keeps_master else None
 
     weight: Tensor
-    """W, (O, I); quantised layers have `frozen` instead."""
+    """W, (O, I); quantized layers have `frozen` instead."""
     a0: Tensor | None
     b0: Tensor | None
 
@@ -230,7 +217,7 @@ class LoraLinear(nn.Module):
     """Whether the plain layer holds its weight as (I, O)."""
     a: Tensor
     drawn_after: Tensor
-    """Steps that were done when A was drawn."""
+    """Number of steps done when A was drawn."""
 
     def factors(self) -> Iterator[nn.Parameter]:
         """Yield the trained factors."""
@@ -240,15 +227,15 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def redraw_a(self, steps_done: int) -> None:
-        """Give the local heads new A."""
+        """Replace A of the local heads by a fresh draw."""
         self.a.copy_(self.draw_a(steps_done))
         self.drawn_after.fill_(steps_done)
 
     def draw_a(self, steps_done: int, all_heads: int | None = None) -> Tensor:
-        """Return fresh A, rows orthogonal, for the local heads, or for `all_heads` of all devices.
+        """Return a fresh A with orthogonal rows, for the local heads, or for `all_heads` heads of all devices.
 
-        Addressed by (seed, layer, global head, steps done), so that everyone draws the same for a head. With joint
-        draws rows of different heads are orthogonal, too, of as many heads as fit into I dimensions.
+        Draws are addressed by (seed, layer, global head, steps done), so that every process draws the same A for a
+        head. With joint draws, rows of different heads are orthogonal too, for as many heads as fit into I dimensions.
         """
         rank, inputs = self.spec.rank, self.a.shape[2]
         heads = (all_heads or self.a.shape[0]) * self.spec.draws_per_head
@@ -260,14 +247,16 @@ class LoraLinear(nn.Module):
             seed = address(self.spec.seed, "adapter", self.name, first + head, steps_done)
             normal_HIR[head].normal_(generator=torch.Generator().manual_seed(seed))
         q_HIR, r_HRR = torch.linalg.qr(normal_HIR)
+        # Q is uniformly distributed only if R's diagonal is positive, which LAPACK does not ensure.
         q_HIR *= r_HRR.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)
         return (q_HIR.transpose(1, 2) * math.sqrt(inputs / rank)).reshape(-1, *self.a.shape[1:]).to(self.a)
 
     def _draw_jointly(self, heads: range, steps_done: int) -> Tensor:
-        """Return A of some heads: each takes its r rows of a random orthogonal matrix, (I, I), that its group shares.
+        """Return A of some heads: each takes r rows of a random orthogonal matrix, (I, I), that I/r heads share.
 
-        Q = Π·C·D·C·D·C·D with the Hartley transform C, random signs D and the rows' order Π (Yu et al. 2016, arXiv
-        1610.09072, have Hadamard's transform): a head's rows cost I·log I each, whoever has the others.
+        Q = Π·C·D·C·D·C·D with the Hartley transform C, random signs D and a random order of rows Π (after Yu et al.
+        2016, arXiv 1610.09072, who use Hadamard's transform). A row costs I·log I operations and needs no other row, so
+        that each process computes its own heads'.
         """
         rank, inputs = self.spec.rank, self.a.shape[2]
         drawn_HRI = self.a.new_empty(len(heads), rank, inputs)
@@ -283,7 +272,7 @@ class LoraLinear(nn.Module):
         return drawn_HRI
 
     def remember_product(self, a_HRI: Tensor, b_HOR: Tensor) -> None:
-        """Keep B·A as it was merged: what the next merges must not count twice."""
+        """Store B·A as it was merged, so that later merges do not count it twice."""
         if self.a0 is None or self.b0 is None:
             self.a0, self.b0 = torch.empty_like(self.a), torch.empty_like(self.b)
         self.a0.copy_(a_HRI)
@@ -291,21 +280,19 @@ class LoraLinear(nn.Module):
 
     @property
     def size(self) -> tuple[int, int]:
-        """O and I."""
+        """Outputs and inputs, (O, I)."""
         return self.b.shape[1], self.a.shape[2]
 
     def merged_weight(self) -> Tensor:
-        """Return W without adapters, (O, I), as exactly as it is kept here; of a quantised W, a new tensor.
-
-        A copy of the host's, too, where both share one memory: the same bytes are held everywhere.
-        """
+        """Return W without adapters, (O, I), in the highest precision kept here; a new tensor if W is quantized."""
         if self.master is not None:
+            # A copy also on a CPU: callers overwrite it, and runs on CPUs and GPUs shall take the same bytes.
             return self.master.to(self.b.device, copy=True)
         return _dense(self.frozen or self.weight)
 
     @torch.no_grad()
     def set_weight(self, weight_OI: Tensor) -> None:
-        """Make a merged W the layer's own."""
+        """Store a merged W, quantized if the layer is."""
         if self.frozen is None:
             self.weight.copy_(weight_OI)
             return
@@ -314,17 +301,17 @@ class LoraLinear(nn.Module):
             self.master.copy_(weight_OI)
 
     def frozen_tensors(self) -> list[Tensor]:
-        """Return what W is kept in on the device."""
+        """Return the tensors that hold W on the device."""
         return [self.weight] if self.frozen is None else self.frozen.tensors()
 
     def folded_weight(self) -> Tensor:
-        """Return W + s·mean_h(B_h·A_h), (O, I): the one weight that unmerged adapters amount to."""
+        """Return W + s·mean_h(B_h·A_h), (O, I): the mean of all heads' effective weights."""
         product_HOI = self.b.detach() @ self.a.detach()
         mean_OI = product_HOI.mean(0)
-        del product_HOI
+        del product_HOI  # H times a weight's size, freed before W is made
         weight_OI = self.merged_weight()
-        own = None if self.frozen is None else weight_OI  # a new tensor, to write to
-        return torch.add(weight_OI, mean_OI, alpha=self.spec.scale, out=own)
+        # A quantized layer has made a new tensor, which may be overwritten.
+        return torch.add(weight_OI, mean_OI, alpha=self.spec.scale, out=None if self.frozen is None else weight_OI)
 
     def forward(self, x: Tensor) -> Tensor:
         return lora_function(
@@ -332,7 +319,7 @@ class LoraLinear(nn.Module):
         )
 
     def plain_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield what the plain layer has beside its weight, with a copies axis."""
+        """Yield the plain layer's parameters other than its weight, with a copies axis."""
         if self.bias is not None:
             yield "bias", self.bias
 
@@ -343,7 +330,7 @@ class LoraLinear(nn.Module):
         return self._as_plain(self.merged_weight() if self.spec.shows_master else _dense(self.frozen or self.weight))
 
     def plain_weight_in_use(self, fold: bool) -> Tensor:
-        """As `plain_weight`, to compute with: what has to be made for it is made for each product, and let go."""
+        """Return `plain_weight`, as a LazyWeight if it has to be computed, so that each product frees it again."""
         if self.frozen is None and not fold:
             return self.plain_weight(fold)
         held = self.frozen or self.weight
@@ -355,10 +342,10 @@ class LoraLinear(nn.Module):
 
 
 class LoraConv2d(LoraLinear):
-    """A convolution as a linear layer over patches: A is a convolution to r channels, B a 1x1 convolution.
+    """Convolution as a linear layer over patches: A is a convolution to r channels, B a 1x1 convolution.
 
-    W (O, C, Y, X) is held as (O, C*Y*X); activations are (S, C, Y, X) as for the plain layer (arXiv 2402.16828, section
-    3, has this B).
+    W (O, C, Y, X) is held as (O, C*Y*X); activations are (S, C, Y, X) as for the plain layer. B is that of arXiv
+    2402.16828, section 3.
     """
 
     def __init__(self, conv: nn.Conv2d, bias_LO: Tensor | None, name: str, spec: AdapterSpec, devices: int) -> None:
@@ -371,12 +358,9 @@ class LoraConv2d(LoraLinear):
     def forward(self, x: Tensor) -> Tensor:
         patches = F.unfold(x, self.kernel, self.dilation, self.padding, self.stride).transpose(1, 2)
         y_SPO = super().forward(patches)
-        height = self._size(x.shape[2], 0)
+        reach = self.dilation[0] * (self.kernel[0] - 1)
+        height = (x.shape[2] + 2 * self.padding[0] - reach - 1) // self.stride[0] + 1  # as nn.Conv2d documents it
         return y_SPO.transpose(1, 2).unflatten(2, (height, -1))
-
-    def _size(self, pixels: int, axis: int) -> int:
-        reach = self.dilation[axis] * (self.kernel[axis] - 1)
-        return (pixels + 2 * self.padding[axis] - reach - 1) // self.stride[axis] + 1
 
     def _as_plain(self, weight_OI: Tensor) -> Tensor:
         return weight_OI.view(self.shape)

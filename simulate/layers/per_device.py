@@ -1,7 +1,10 @@
-"""Layers of which every device trains its own copy of all parameters, C copies in one tensor program.
+"""Layers of which every device trains its own copy of all parameters: C copies in one tensor program.
 
-Legend: L local devices, C copies (L, or 1 where all devices share one), M rows of one copy (its samples times tokens),
-I inputs, O outputs, V vocabulary, D width. A parameter that nobody trains is a buffer with one copy.
+Parameters without an adapter (embeddings, norms, biases, all weights of dense methods) differ between devices until
+they are averaged, so they need one copy a device. simulate.layers.convert puts these layers into a network.
+
+Legend: L local devices, C copies (L, or 1 if all devices share one), M rows of one copy (its samples times tokens),
+I inputs, O outputs, V vocabulary, D width. A frozen parameter is a buffer with one copy.
 
 Activations keep the plain layout (samples of device 0, samples of device 1, ...) in their first dimension.
 """
@@ -19,16 +22,16 @@ from torch.func import functional_call
 
 
 def replicate(parameter: Tensor, copies: int) -> nn.Parameter:
-    """Return a parameter with a leading axis of equal copies."""
+    """Return a parameter with a leading axis of equal copies; a single copy shares the parameter's memory."""
     one = parameter.detach().unsqueeze(0)
     return nn.Parameter(one if copies == 1 else one.repeat(copies, *(1,) * parameter.ndim))
 
 
 class Replicated(nn.Module):
-    """A layer whose parameters have a copies axis, under the plain layer's names."""
+    """Base of layers whose parameters have a copies axis, under the plain layer's names."""
 
     def hold(self, name: str, tensor: Tensor | nn.Module | None) -> None:
-        """Keep a parameter, a frozen tensor, a VectorLora or nothing under the plain layer's name."""
+        """Register a parameter, a frozen tensor (as a buffer), a VectorLora or None under the plain layer's name."""
         if isinstance(tensor, nn.Parameter | nn.Module) or tensor is None:
             setattr(self, name, tensor)
         else:
@@ -44,15 +47,15 @@ class Replicated(nn.Module):
 
 
 def copies_of(tensor: Tensor | VectorLora) -> Tensor:
-    """Return the copies, (C, ...), that a layer computes with."""
+    """Return the effective values, (C, ...), of a parameter with copies."""
     return tensor() if isinstance(tensor, VectorLora) else tensor
 
 
 class VectorLora(nn.Module):
-    """A frozen vector with a low-rank pair for each device: v + s·b_n·a_n − s·b0_n·a0_n, with b (D, 1) and a (1, 1).
+    """Frozen vector with a low-rank pair for each device: v + s·b_n·a_n − s·b0_n·a0_n, with b (D, 1) and a (1, 1).
 
-    The affine parameters of norms, trained like LoRA trains matrices (arXiv 2402.16828, section 3); merged like LTE's
-    pairs. a starts at 1, the only orthogonal draw there is up to its sign, and b at 0.
+    It trains the affine parameters of norms as LoRA trains matrices (arXiv 2402.16828, section 3), and is merged like
+    LTE's pairs. b starts at 0, and a at 1: up to its sign the only orthogonal 1x1 matrix.
     """
 
     def __init__(self, vector: Tensor, devices: int, scale: float, remembers: bool) -> None:
@@ -64,7 +67,7 @@ class VectorLora(nn.Module):
         self.register_buffer("a0", torch.ones_like(self.a.detach()) if remembers else None)
         self.register_buffer("b0", torch.zeros_like(self.b.detach()) if remembers else None)
         self.register_buffer("merged", self.value.repeat(devices, 1))
-        """Every device's effective vector, (L, D), while a merge averages them."""
+        """Effective vectors of all local devices, (L, D), in which a merge averages them."""
 
     value: Tensor
     merged: Tensor
@@ -82,7 +85,7 @@ class VectorLora(nn.Module):
         yield from (self.a, self.b)
 
     def start_round(self) -> None:
-        """Take over what was merged; without reset the pair goes on, and what it held is remembered."""
+        """Copy the merged vector into `value`, then reset the pair, or in reset-less mode store it as a0 and b0."""
         self.value.copy_(self.merged[:1])
         if self.a0 is not None and self.b0 is not None:
             self.a0.copy_(self.a.detach())
@@ -93,7 +96,7 @@ class VectorLora(nn.Module):
 
 
 class ReplicatedLinear(Replicated):
-    """A linear layer of which every device trains its own full copy (C = L), or all share one (C = 1)."""
+    """Linear layer of which every device trains its own copy (C = L), or all devices share one (C = 1)."""
 
     def __init__(self, weight_COI: nn.Parameter, bias_CO: Tensor | None) -> None:
         super().__init__()
@@ -105,10 +108,9 @@ class ReplicatedLinear(Replicated):
 
     def forward(self, x: Tensor) -> Tensor:
         copies, outputs, inputs = self.weight.shape
-        if copies == 1:  # views, not indexing: their gradient is written in place instead of copied
-            return F.linear(
-                x, self.weight.view(outputs, inputs), None if self.bias is None else self.bias.view(outputs)
-            )
+        if copies == 1:  # a view's gradient is written in place, that of an index is copied
+            bias = None if self.bias is None else self.bias.view(outputs)
+            return F.linear(x, self.weight.view(outputs, inputs), bias)
         x_CMI = x.reshape(copies, -1, inputs)
         w_CIO = self.weight.transpose(1, 2)
         y = torch.bmm(x_CMI, w_CIO) if self.bias is None else torch.baddbmm(self.bias.unsqueeze(1), x_CMI, w_CIO)
@@ -116,31 +118,28 @@ class ReplicatedLinear(Replicated):
 
 
 class ReplicatedConv1d(ReplicatedLinear):
-    """transformers' Conv1D, a linear layer whose weight lies the other way round: (C, I, O)."""
+    """transformers' Conv1D, a linear layer with the transposed weight: (C, I, O)."""
 
     def forward(self, x: Tensor) -> Tensor:
         copies, inputs, outputs = self.weight.shape
-        x_CMI = x.reshape(copies, -1, inputs)
-        y = (
-            torch.bmm(x_CMI, self.weight)
-            if self.bias is None
-            else torch.baddbmm(self.bias.unsqueeze(1), x_CMI, self.weight)
-        )
+        x_CMI, w_CIO = x.reshape(copies, -1, inputs), self.weight
+        y = torch.bmm(x_CMI, w_CIO) if self.bias is None else torch.baddbmm(self.bias.unsqueeze(1), x_CMI, w_CIO)
         return y.view(*x.shape[:-1], outputs)
 
 
 @dataclass
 class Batch:
-    """What the network is called with, for layers whose own input does not tell."""
+    """Batch size of the network's current call, for layers whose own input has no batch dimension."""
 
     samples: int = 0
+    """Samples of all copies together."""
 
 
 class ReplicatedEmbedding(Replicated):
-    """An embedding table per device, (C, V, D).
+    """Embedding table of each device, (C, V, D).
 
-    With `batch`, the index is one that all samples share, without a batch dimension or with one of size 1; every sample
-    then gets its own rows, since devices have different tables.
+    With `batch`, all samples share one index, without a batch dimension or with one of size 1. The index is then
+    repeated for each sample, since devices have different tables.
     """
 
     def __init__(self, weight_CVD: nn.Parameter, batch: Batch | None = None) -> None:
@@ -152,15 +151,15 @@ class ReplicatedEmbedding(Replicated):
         if self.batch is not None and copies > 1:
             one = index if index.ndim > 1 and index.shape[0] == 1 else index.unsqueeze(0)
             index = one.expand(self.batch.samples, *one.shape[1:])
-        if copies > 1:
+        if copies > 1:  # one lookup in all tables side by side
             offset = torch.arange(copies, device=index.device) * vocab
             index = (index.reshape(copies, -1) + offset.unsqueeze(1)).view(index.shape)
-        # No view where copies are one storage, expanded over devices.
+        # `reshape`, since a table that is expanded over devices has no such view.
         return F.embedding(index, self.weight.reshape(copies * vocab, width))
 
 
 class ReplicatedConv2d(Replicated):
-    """A convolution per device: the copies are groups of one convolution over their channels side by side."""
+    """Convolution of each device; the copies run as groups of one convolution over their channels side by side."""
 
     def __init__(self, conv: nn.Conv2d, weight_COIYX: nn.Parameter, bias_CO: Tensor | None) -> None:
         super().__init__()
@@ -189,7 +188,7 @@ class _ReplicatedLayerNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight_CD: Tensor, bias_CD: Tensor, epsilon: float) -> Tensor:
         copies, width = weight_CD.shape
         x = x.contiguous()
-        # With an affine pair, if of ones and zeros: without one, torch's pass takes twice as long on a CPU.
+        # An affine pair of ones and zeros, because torch's pass takes twice as long on a CPU without any.
         y, mean, rstd = torch.native_layer_norm(x, [width], x.new_ones(width), x.new_zeros(width), epsilon)
         y_CMD = y.view(copies, -1, width)
         torch.addcmul(bias_CD.unsqueeze(1), y_CMD, weight_CD.unsqueeze(1), out=y_CMD)
@@ -201,7 +200,7 @@ class _ReplicatedLayerNorm(torch.autograd.Function):
         x, mean, rstd, weight_CD, bias_CD = ctx.saved_tensors
         copies, width = weight_CD.shape
         grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty_like(weight_CD), torch.empty_like(bias_CD)
-        # torch's own pass, copy by copy: out of tensors of the whole batch's size it takes seven passes.
+        # torch's own backward pass, copy by copy: composed of operations on the whole batch it would take seven passes.
         rows = (t.reshape(copies, -1, width).unbind() for t in (grads[0], x, grad_x))
         statistics = (mean.view(copies, -1, 1).unbind(), rstd.view(copies, -1, 1).unbind())
         affine = (t.unbind() for t in (weight_CD, bias_CD, grad_weight, grad_bias))
@@ -217,10 +216,7 @@ class _ReplicatedLayerNorm(torch.autograd.Function):
 
 
 class ReplicatedLayerNorm(Replicated):
-    """LayerNorm whose affine pair every device trains for itself (C = L), all share, or nobody trains (C = 1).
-
-    A norm may do without a bias.
-    """
+    """LayerNorm whose affine pair every device trains for itself (C = L), all share, or nobody trains (C = 1)."""
 
     def __init__(self, norm: nn.LayerNorm, weight_CD: Tensor | VectorLora, bias_CD: Tensor | VectorLora | None) -> None:
         super().__init__()
@@ -235,7 +231,7 @@ class ReplicatedLayerNorm(Replicated):
         weight_CD = copies_of(self.weight)
         bias_CD = torch.zeros_like(weight_CD) if self.bias is None else copies_of(self.bias)
         copies, width = weight_CD.shape
-        x = x.to(weight_CD.dtype)  # norms are as exact as their weights, also under autocast
+        x = x.to(weight_CD.dtype)  # norms compute in their weights' dtype, also under autocast
         if copies == 1:
             return F.layer_norm(x, [width], weight_CD.view(width), bias_CD.view(width), self.epsilon)
         return _ReplicatedLayerNorm.apply(x, weight_CD, bias_CD, self.epsilon)
@@ -261,7 +257,7 @@ class _ReplicatedRmsNorm(torch.autograd.Function):
         x_CMD, inverse_CM1, weight_CD = ctx.saved_tensors
         grad_x, grad_weight = torch.empty_like(x_CMD), torch.empty_like(weight_CD)
         g_CMD = grads[0].reshape(x_CMD.shape)
-        for c in range(len(weight_CD)):  # copy by copy, so that what it takes beside the gradients is one copy's
+        for c in range(len(weight_CD)):  # copy by copy, so that scratch has the size of one copy
             normal_MD = x_CMD[c] * inverse_CM1[c]
             torch.mul(g_CMD[c], normal_MD, out=grad_x[c])
             torch.sum(grad_x[c], 0, out=grad_weight[c])
@@ -283,41 +279,41 @@ class ReplicatedRmsNorm(Replicated):
 
     def forward(self, x: Tensor) -> Tensor:
         weight_CD = copies_of(self.weight)
-        x = x.to(weight_CD.dtype)  # norms are as exact as their weights, also under autocast
-        # Left unset, torch takes the spacing of numbers at 1.
+        x = x.to(weight_CD.dtype)  # norms compute in their weights' dtype, also under autocast
+        # torch's default for an unset epsilon is the dtype's machine epsilon.
         epsilon = torch.finfo(x.dtype).eps if self.epsilon is None else self.epsilon
         y: Tensor = _ReplicatedRmsNorm.apply(x, weight_CD, epsilon)
         return y
 
 
-def _part(value: Any, copy: int, copies: int, samples: int) -> Any:
-    """Return one copy's part of what a module is called with."""
+def _slice_of_copy(value: Any, copy: int, copies: int, samples: int) -> Any:
+    """Return one copy's samples of every tensor in a module's argument, which may nest dicts, tuples and lists."""
     if isinstance(value, Tensor):
         return value.chunk(copies)[copy] if value.ndim and len(value) == samples else value
     if isinstance(value, dict):
-        return {key: _part(item, copy, copies, samples) for key, item in value.items()}
+        return {key: _slice_of_copy(item, copy, copies, samples) for key, item in value.items()}
     if type(value) in (tuple, list):
-        return type(value)(_part(item, copy, copies, samples) for item in value)
+        return type(value)(_slice_of_copy(item, copy, copies, samples) for item in value)
     return value
 
 
-def _joined(parts: Sequence[Any]) -> Any:
-    """Return the copies' results as one."""
+def _concatenated(parts: Sequence[Any]) -> Any:
+    """Return the copies' results as one, concatenated along the samples inside the same nesting."""
     if isinstance(parts[0], Tensor):
         return torch.cat(list(parts))
     if isinstance(parts[0], dict):
-        return {key: _joined([part[key] for part in parts]) for key in parts[0]}
+        return {key: _concatenated([part[key] for part in parts]) for key in parts[0]}
     if type(parts[0]) in (tuple, list):
-        return type(parts[0])(_joined(items) for items in zip(*parts, strict=True))
+        return type(parts[0])(_concatenated(items) for items in zip(*parts, strict=True))
     return parts[0]
 
 
 class ReplicatedModule(nn.Module):
-    """Any other module with parameters: each device's samples go through its own copy, one device after the other.
+    """Module of any other kind: each device's samples go through its own copy of the parameters, device by device.
 
-    `stacked` are the module's parameters, in its order, with a copies axis. Tensors that the module is called with are
-    divided like the first one, as far as they have as many samples; all else goes to every copy. Buffers are shared, so
-    a module must not write to them while it trains.
+    `stacked` are the module's parameters, in its order, with a copies axis. Tensor arguments with as many samples as
+    the first one are divided between copies; all other arguments go to every copy. Buffers are shared, so the module
+    must not write to them in training.
     """
 
     def __init__(self, module: nn.Module, stacked: Sequence[nn.Parameter]) -> None:
@@ -326,7 +322,7 @@ class ReplicatedModule(nn.Module):
         positions = {id(parameter): i for i, parameter in enumerate(module.parameters())}
         self.all_names = {n: positions[id(p)] for n, p in module.named_parameters(remove_duplicate=False)}
         self.stacked = nn.ParameterList(stacked)
-        # In a list, so that the plain module's own parameters are nobody's.
+        # In a list, so that the plain module's own parameters are not registered and trained.
         self.plain = [module]
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
@@ -336,9 +332,9 @@ class ReplicatedModule(nn.Module):
         parts = []
         for copy in range(copies):
             own = {name: stacked[copy] for name, stacked in zip(self.names, self.stacked, strict=True)}
-            args, kwargs = (_part(x, copy, copies, len(first)) for x in (arguments, keywords))
+            args, kwargs = (_slice_of_copy(x, copy, copies, len(first)) for x in (arguments, keywords))
             parts.append(functional_call(self.plain[0], own, args, kwargs))
-        return _joined(parts)
+        return _concatenated(parts)
 
     def plain_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the plain module's parameters, each with its copies axis; a tied one under each of its names."""
@@ -346,7 +342,7 @@ class ReplicatedModule(nn.Module):
             yield name, self.stacked[position]
 
     def _apply(self, change: Callable[[Tensor], Tensor], recurse: bool = True) -> ReplicatedModule:
-        """Let the plain module's buffers follow to another device or type."""
+        """Move the plain module's buffers along with this module; it is not registered, so torch would leave them."""
         super()._apply(change, recurse)
         for module in self.plain[0].modules():
             for name, buffer in module.named_buffers(recurse=False):

@@ -1,14 +1,18 @@
-"""Frozen weights in fewer bytes: bf16, int8 and NF4 (Dettmers et al. 2023, arXiv 2305.14314), and back.
+"""Quantization of frozen weights to bf16, int8 and NF4 (Dettmers et al. 2023, arXiv 2305.14314), and back.
+
+LoRA layers with `method.quantize` hold their W in this form: it is dequantized for each product and quantized at
+merges.
 
     int8        one byte, and an fp32 scale for each row of W
     nf4         half a byte, and an fp32 scale for each block of 64
-    nf4-double  as nf4, with scales in a byte each, and one fp32 top for each 256 of them
+    nf4-double  as nf4, with scales of one byte, and an fp32 second-level scale ("top") for each 256 of them
 
-Torch itself rounds to bf16 and multiplies int8 by its scales in one pass, so those need no library. NF4 is unpacked at
-every product, which takes a kernel: bitsandbytes has one for the CPU and one for CUDA, 6 times faster on the CPU than
-torch's own operations. Its import takes seconds, so it waits for the first NF4 weight. What rounds is written here: it
-runs at merges only, must give the same bits on every device, and needs little room where the library's needs 16 times
-the weight's on a CPU. Blocks are runs of W as it lies in memory, the first of two codes in the high half of a byte.
+Torch rounds to bf16 and multiplies int8 by its scales in one pass, so these need no library. NF4 needs a kernel, since
+it is dequantized at every product: bitsandbytes has one for the CPU and one for CUDA, 6 times faster on the CPU than
+torch's own operations. Its import takes seconds, so it waits for the first NF4 weight. Quantizing is written here,
+because it must give the same bits on every device, and the library's takes 16 times the weight's memory on a CPU; it
+runs at merges only, so its speed matters less. Blocks are runs of W as it lies in memory, the first of two codes in the
+high half of a byte.
 
 Legend: O outputs, I inputs, B blocks, G groups of blocks.
 """
@@ -36,7 +40,7 @@ NF4_LIBRARY = "bitsandbytes"
 
 
 class QuantizedWeight(nn.Module):
-    """A frozen matrix in one of the formats; its buffers are all that it keeps."""
+    """Frozen matrix in one of the formats, held in its buffers alone."""
 
     def __init__(self, weight_OI: Tensor, quantize: Quantize) -> None:
         super().__init__()
@@ -46,26 +50,26 @@ class QuantizedWeight(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it is kept."""
+        """Device of the buffers."""
         return self.values.device
 
     def tensors(self) -> list[Tensor]:
-        """Return what the weight is kept in, and what travels when somebody else has packed it."""
+        """Return the buffers, which a device that did not quantize the weight itself receives instead."""
         return list(self.buffers())
 
     @torch.no_grad()
     def quantize(self, weight_OI: Tensor) -> None:
-        """Take over a weight: the same bits on every device."""
+        """Replace the weight; equal weights give equal bits on every device."""
         for name, tensor in self._quantized(weight_OI).items():
             getattr(self, name).copy_(tensor)
 
     @torch.no_grad()
     def dense(self) -> Tensor:
-        """Return the weight as products need it, (O, I): a new tensor, which nobody keeps."""
+        """Return the weight in the dtype it was given in, (O, I): a new tensor, which the caller may overwrite."""
         if self.format == "bf16":
             return self.values.to(self.dtype)
         if self.format == "int8":
-            return self.values.to(self.dtype).mul_(self.scales)  # one tensor: a product of both types makes two
+            return self.values.to(self.dtype).mul_(self.scales)  # in place: a product of two dtypes makes two tensors
         scales_B = self.scales if self.format == "nf4" else _expanded(self.scales, self.tops)
         return _unpacked_nf4(self.values, scales_B, self.shape).to(self.dtype)
 
@@ -86,7 +90,8 @@ class QuantizedWeight(nn.Module):
 
 
 def _int8(weight_OI: Tensor) -> dict[str, Tensor]:
-    """Round rows to 127ths of their largest magnitude."""
+    """Return rows rounded to 127ths of their largest magnitude, and their scales."""
+    # `abs` would copy the whole weight.
     scales_O1 = torch.maximum(weight_OI.amax(1, keepdim=True), -weight_OI.amin(1, keepdim=True)).float() / INT8
     values_OI = torch.empty(weight_OI.shape, dtype=torch.int8, device=weight_OI.device)
     rows = max(1, PACK_CHUNK_ELEMENTS // weight_OI.shape[1])
@@ -103,12 +108,12 @@ def _block_scales(weight_OI: Tensor) -> Tensor:
 
 
 def _followed(chunks: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return the chunks to work on: of a tensor without numbers one shows what all of them take."""
+    """Return the chunks to process; of a fake tensor only the first, whose memory stands for all of them."""
     return chunks[:1] if isinstance(chunks[0], FakeTensor) else chunks
 
 
 def _joined(parts: list[Tensor], elements: int) -> Tensor:
-    """Return the parts as one tensor; of a tensor without numbers, with room for those that were left out."""
+    """Return the parts as one tensor; of a fake tensor, with empty elements for the parts that were skipped."""
     missing = elements - sum(len(part) for part in parts)
     return torch.cat([*parts, parts[0].new_empty(missing)] if missing else parts)
 
@@ -118,7 +123,7 @@ def _in_blocks(chunk: Tensor) -> Tensor:
 
 
 def _compressed(scales_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Return scales in 255ths of the largest of their group, (B,) bytes, and those largest, (G,)."""
+    """Return scales in 255ths of their group's largest, (B,) bytes, and the largest of each group, (G,)."""
     grouped = F.pad(scales_B, (0, -len(scales_B) % NF4_GROUP)).view(-1, NF4_GROUP)
     tops_G = grouped.amax(1)
     bytes_GB = (grouped / _not_zero(tops_G.unsqueeze(1)) * BYTE).round_().to(torch.uint8)
@@ -126,12 +131,12 @@ def _compressed(scales_B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _expanded(bytes_B: Tensor, tops_G: Tensor) -> Tensor:
-    """Return what compressed scales stand for, (B,), fp32."""
+    """Return the values of compressed scales, (B,), fp32."""
     return tops_G.repeat_interleave(NF4_GROUP)[: len(bytes_B)].mul_(bytes_B).div_(BYTE)
 
 
 def _nf4(weight_OI: Tensor, scales_B: Tensor) -> Tensor:
-    """Return each weight's nearest of the 16 levels times its block's scale, two to a byte."""
+    """Return the code of each weight's nearest level, of 16 levels times its block's scale, two codes to a byte."""
     levels = nf4_levels().to(weight_OI.device)
     middles = (levels[1:] + levels[:-1]) / 2
     chunk_blocks = PACK_CHUNK_ELEMENTS // NF4_BLOCK
@@ -146,7 +151,7 @@ def _nf4(weight_OI: Tensor, scales_B: Tensor) -> Tensor:
 
 
 def _not_zero(scales: Tensor) -> Tensor:
-    """Return what to divide by: where all of a block is zero, anything else."""
+    """Return divisors that are not zero: a block of zeros has scale 0, and stays zero over any other number."""
     return scales.where(scales > 0, 1.0)
 
 
@@ -166,7 +171,7 @@ def nf4_levels() -> Tensor:
 
 @lru_cache(maxsize=1)
 def nf4_library() -> Any:
-    """Return the functions that unpack NF4. Raises InputError where they are not installed."""
+    """Return bitsandbytes' functions, which dequantize NF4. Raises InputError if they are not installed."""
     try:
         import bitsandbytes.functional as library
     except ImportError as error:
@@ -178,19 +183,17 @@ def nf4_library() -> Any:
 
 
 def mapped_copy(weight_OI: Tensor) -> Tensor:
-    """Return a copy in host memory over a temporary file, to which the system can move what is not in use.
-
-    The file has no name any more, so that it goes with the process; TMPDIR says where it lies.
-    """
-    if isinstance(weight_OI, FakeTensor):  # has no numbers to write
+    """Return a copy in host memory that is mapped to a temporary file, so that the system can page it out."""
+    if isinstance(weight_OI, FakeTensor):  # it has no numbers to write
         return weight_OI.clone()
     copy = mapped_zeros(weight_OI.numel(), weight_OI.dtype).view(weight_OI.shape)
     return copy.copy_(weight_OI.detach())
 
 
 def mapped_zeros(count: int, dtype: torch.dtype) -> Tensor:
-    """Return as many zeros, (count,), in such a file; its name in TMPDIR is gone at once."""
+    """Return zeros, (count,), mapped to a file in TMPDIR that has no name, so that it vanishes with the process."""
     if active_fake_mode() is not None:
         return torch.zeros(count, dtype=dtype)
+    # The mapping keeps the file's content alive after the file is closed.
     with tempfile.TemporaryFile(prefix="lte-") as file:
         return torch.from_numpy(np.memmap(file, torch.empty(0, dtype=dtype).numpy().dtype, "w+", shape=(count,)))

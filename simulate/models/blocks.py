@@ -17,12 +17,12 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class BlockStyle:
-    """Where published transformers differ inside a block."""
+    """Settings in which published transformers differ inside a block."""
 
     causal: bool
-    """No token sees a later one."""
+    """Whether a token attends to no later one."""
     gelu: str
-    """As torch names it: "none" is the exact one, "tanh" its approximation."""
+    """Torch's name of the approximation: "none" is exact, "tanh" approximate."""
     norm_epsilon: float
 
 
@@ -44,7 +44,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers around a GELU; four times as wide inside, unless told otherwise."""
+    """Two linear layers around a GELU; the inner width is four times the outer one, unless it is given."""
 
     def __init__(self, width: int, gelu: str, inner: int | None = None) -> None:
         super().__init__()
@@ -73,19 +73,21 @@ class Block(nn.Module):
 
 
 def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *others: Tensor, recompute: bool) -> Tensor:
-    """Pass activations through all blocks; with `recompute`, keep only what enters each of them."""
+    """Pass activations through all blocks; with `recompute`, save only each block's input for the backward pass."""
     for block in blocks:
         if recompute:
+            # Blocks draw nothing at random, so the generator's state need not be saved.
             x = checkpoint(block, x, *others, use_reentrant=False, preserve_rng_state=False)
         else:
             x = block(x, *others)
     return x
 
 
-def start_small(model: nn.Module, layers: int, std: float) -> None:
+def init_normal(model: nn.Module, layers: int, std: float) -> None:
     """Draw all matrices from a normal distribution, and zero biases.
 
-    What feeds the residual stream is scaled by 1/sqrt(its additions) (Radford et al. 2019, section 2.3).
+    The two layers of a block that add to the residual stream get std/sqrt(2·layers), so that the stream's variance does
+    not grow with depth (Radford et al. 2019, section 2.3).
     """
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):

@@ -1,4 +1,4 @@
-"""Made-up samples of a network's own shapes, for measuring and tracing: what they show means nothing.
+"""Synthetic batches of a network's own shapes, for measuring and tracing; their content means nothing.
 
 Legend: S samples.
 """
@@ -10,16 +10,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from simulate.models.interfaces import SeesImages
-from simulate.models.schema import ModelOptions, text_sizes
+from simulate.models.interfaces import NetworkOptions, ReadsText, SeesImages
 
 
-def example_batch(model: ModelOptions, samples: int) -> tuple[Tensor, Tensor]:
-    """Return inputs and targets, the same ones every time: tokens (S, context), or images and their classes (S,)."""
+def example_batch(model: NetworkOptions, samples: int) -> tuple[Tensor, Tensor]:
+    """Return inputs and targets, equal at every call: tokens (S, context), or images and their classes (S,)."""
     if model.unit == "samples":
         size = cast(SeesImages, model)
         images = torch.linspace(-1, 1, samples * size.colours * size.image**2)
         return images.view(samples, size.colours, size.image, size.image), torch.arange(samples) % size.classes
-    text = text_sizes(model)
+    text = cast(ReadsText, model)
     tokens = torch.arange(samples * text.context).view(samples, text.context) % text.vocab
     return tokens, tokens

@@ -1,6 +1,7 @@
-"""The shapes of the networks that have names, family by family; torch-free.
+"""Shapes of our own networks in closed form, one function a family; torch-free.
 
-Equal sizes give the same object, so that what is worked out from a shape can be remembered by it.
+The planner tries thousands of candidates, so it cannot build a network for each: simulate.models.schema gets the counts
+from here. Equal sizes give the same object, so that caches can use a shape's identity as their key.
 
 Legend of the formulas: d width, m inner width, t tokens of a sample, V vocabulary or classes.
 """
@@ -13,9 +14,10 @@ from functools import lru_cache
 from simulate.models.shapes import LinearShape, ModelShape, ParameterShape
 
 Sides = tuple[str, int, int, int]
-"""A linear layer of a block: its name, outputs, inputs, and rows of a sample."""
+"""Linear layer of a block: its name, outputs, inputs, and rows of a sample."""
 FORWARD_AND_BACKWARD = 3
-"""Backward costs a product for the inputs and one for the weights (Kaplan et al. 2020, section 2.1)."""
+"""Products of a dense layer: one forward, and backward one for the inputs and one for the weights (Kaplan et al. 2020,
+section 2.1)."""
 
 
 def _linear(outputs: int, inputs: int, bias: bool = True) -> tuple[ParameterShape, ...]:
@@ -24,7 +26,7 @@ def _linear(outputs: int, inputs: int, bias: bool = True) -> tuple[ParameterShap
 
 
 def _whole_linear(outputs: int, inputs: int) -> tuple[ParameterShape, ...]:
-    """A linear layer with bias that every device trains whole."""
+    """Return the parameters of a linear layer with bias that gets no adapter."""
     return (ParameterShape("other", (outputs, inputs)), ParameterShape("bias", (outputs,)))
 
 
@@ -37,7 +39,7 @@ def _adapted(linears: Sequence[Sides], layers: int) -> tuple[LinearShape, ...]:
 
 
 def _transformer_block(d: int, t: int) -> tuple[tuple[Sides, ...], tuple[ParameterShape, ...]]:
-    """Attention and a four times wider network, each after a norm (GPT-2 and ViT)."""
+    """Return the linear layers and parameters of a block of GPT-2 or ViT: attention and an MLP, each after a norm."""
     linears = (
         ("attention.qkv", 3 * d, d, t), ("attention.project", d, d, t),
         ("mlp.up", 4 * d, d, t), ("mlp.down", d, 4 * d, t),
@@ -51,7 +53,8 @@ def _patches(image: int, patch: int) -> int:
 
 
 def _image_ends_flops(d: int, patches: int, patch_inputs: int, classes: int) -> int:
-    """Of the patches' layer, whose inputs need no gradient, and of the classes' layer."""
+    """Return the operations of the first layer, over patches, and of the last, over classes."""
+    # Images need no gradient, which saves one of the first layer's products.
     return (FORWARD_AND_BACKWARD - 1) * 2 * patches * patch_inputs * d + FORWARD_AND_BACKWARD * 2 * classes * d
 
 
@@ -70,7 +73,7 @@ def gpt_shape(name: str, layers: int, width: int, attention_heads: int, context:
         width=width,
         outputs=vocab,
         predictions=context,
-        # Two products of t x d a token, half of them behind the causal mask.
+        # Two products of t x d a token, of which the causal mask skips half.
         mixing_flops=2 * layers * context * context * width,
         outer_flops=FORWARD_AND_BACKWARD * 2 * vocab * width * context,
         attention_heads=attention_heads,
@@ -88,6 +91,7 @@ def llama_shape(
     linears = (*attention, *gates, ("mlp.down", width, mlp_width, context))
     weights = [_linear(o, i, bias=False) for _, o, i, _ in linears]
     norm = _norm(width, bias=False)
+    # In the order of the network: the four layers of attention, then those of the MLP, each behind a norm.
     block = (*norm, *(w for x in weights[:4] for w in x), *norm, *(w for x in weights[4:] for w in x))
     return ModelShape(
         name=name,
@@ -115,7 +119,7 @@ def vit_shape(
 ) -> ModelShape:
     """Return the counts of a Vision Transformer with a class token and learned positions."""
     patches, patch_inputs = _patches(image, patch), colours * patch**2
-    tokens = patches + 1
+    tokens = patches + 1  # the class token leads
     linears, block = _transformer_block(width, tokens)
     tables = (ParameterShape("embedding", (1, width)), ParameterShape("embedding", (tokens, width)))
     ends = (*_norm(width), *_whole_linear(classes, width))
@@ -129,7 +133,7 @@ def vit_shape(
         width=width,
         outputs=classes,
         predictions=1,
-        mixing_flops=4 * layers * tokens * tokens * width,
+        mixing_flops=4 * layers * tokens * tokens * width,  # no causal mask: both products in full
         outer_flops=_image_ends_flops(width, patches, patch_inputs, classes),
         attention_heads=attention_heads,
         mlp_width=4 * width,
@@ -142,7 +146,7 @@ def mixer_shape(
     name: str, layers: int, width: int, tokens_width: int, channels_width: int, image: int, patch: int, colours: int,
     classes: int,
 ) -> ModelShape:  # fmt: skip
-    """Return the counts of an MLP-Mixer: a network over tokens, row by channel, and one over channels."""
+    """Return the counts of an MLP-Mixer: in each block an MLP over the tokens of a channel, and one over channels."""
     tokens, patch_inputs = _patches(image, patch), colours * patch**2
     linears = (
         ("over_tokens.up", tokens_width, tokens, width), ("over_tokens.down", tokens, tokens_width, width),
@@ -162,7 +166,7 @@ def mixer_shape(
         width=width,
         outputs=classes,
         predictions=1,
-        mixing_flops=0,
+        mixing_flops=0,  # tokens are mixed by adapted layers
         outer_flops=_image_ends_flops(width, tokens, patch_inputs, classes),
         mlp_width=channels_width,
         tokens_width=tokens_width,

@@ -8,17 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from simulate.models.blocks import Attention, Block, BlockStyle, run_blocks, start_small
+from simulate.models.blocks import Block, BlockStyle, init_normal, run_blocks
 from simulate.models.schema import GptModel
-
-__all__ = ["Attention", "Gpt"]
 
 INIT_STD = 0.02
 STYLE = BlockStyle(causal=True, gelu="tanh", norm_epsilon=1e-5)
 
 
 class Gpt(nn.Module):
-    """Tokens (S, T) int64 in, logits (S, T, vocab) out."""
+    """Network: tokens (S, T) int64 in, logits (S, T, vocab) out."""
 
     def __init__(self, size: GptModel, activation_checkpointing: bool = False) -> None:
         super().__init__()
@@ -29,9 +27,10 @@ class Gpt(nn.Module):
         self.head = nn.Linear(size.width, size.vocab, bias=False)
         self.head.weight = self.token.weight
         self.activation_checkpointing = activation_checkpointing
-        start_small(self, size.layers, INIT_STD)
+        init_normal(self, size.layers, INIT_STD)
 
     def forward(self, tokens_ST: Tensor) -> Tensor:
+        # One row of positions a sample, because each device has its own table.
         positions = torch.arange(tokens_ST.shape[1], device=tokens_ST.device).expand_as(tokens_ST)
         x_STD = self.token(tokens_ST) + self.position(positions)
         x_STD = run_blocks(self.blocks, x_STD, recompute=self.activation_checkpointing and self.training)

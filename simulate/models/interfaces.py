@@ -1,14 +1,20 @@
-"""The properties of a network's options that others rely on, as protocols; torch-free."""
+"""Protocols of a network's options, for code that must not import their schemas; torch-free.
+
+simulate.models.schema imports the tracing and building of users' networks (late, inside functions), so these describe
+its classes by what they need of them. Data loading does the same.
+"""
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 Unit = Literal["tokens", "samples"]
+HUGGINGFACE = "hf"
+"""Family of transformers' networks, and with a colon the prefix of their names."""
 
 
 class ReadsText(Protocol):
-    """What data of text must fit."""
+    """Options of a network of text, as far as its data depends on them."""
 
     @property
     def context(self) -> int:
@@ -16,11 +22,11 @@ class ReadsText(Protocol):
 
     @property
     def vocab(self) -> int:
-        """Number of tokens there are."""
+        """Number of different tokens."""
 
 
 class SeesImages(Protocol):
-    """What data of images must fit."""
+    """Options of a network of images, as far as its data depends on them."""
 
     @property
     def image(self) -> int:
@@ -28,8 +34,46 @@ class SeesImages(Protocol):
 
     @property
     def colours(self) -> int:
-        """Numbers of a pixel."""
+        """Channels of a pixel."""
 
     @property
     def classes(self) -> int:
-        """Kinds of images."""
+        """Number of classes."""
+
+
+class NetworkOptions(Protocol):
+    """Options that every network has."""
+
+    @property
+    def name(self) -> str:
+        """Name of the network in run.toml."""
+
+    @property
+    def family(self) -> str:
+        """Tag of the options' schema."""
+
+    @property
+    def unit(self) -> Unit:
+        """Unit of training progress, which also tells text ("tokens") from images ("samples")."""
+
+    @property
+    def units_per_sample(self) -> int:
+        """Number of units in one sample."""
+
+
+class UserNetworkOptions(NetworkOptions, Protocol):
+    """Options of a network that a user's factory or the transformers library builds."""
+
+    @property
+    def model_extra(self) -> dict[str, Any] | None:
+        """Keys of the [model] table that the schema does not know."""
+
+    def keywords(self) -> dict[str, Any]:
+        """Return everything that may be passed to the factory."""
+
+    def __hash__(self) -> int:
+        """Return a hash of all keys, so that equal options share what was traced."""
+
+
+class HuggingfaceOptions(UserNetworkOptions, ReadsText, Protocol):
+    """Options of a causal language model of the transformers library."""

@@ -1,6 +1,6 @@
 """A Llama shaped decoder in plain PyTorch (Touvron et al. 2023, arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU.
 
-Legend: S samples, T tokens of a sample, D width, A heads, E numbers of a head, P = E / 2 pairs that are turned.
+Legend: S samples, T tokens of a sample, D width, A heads, E numbers of a head, P = E / 2 pairs that are rotated.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simulate.models.blocks import run_blocks, start_small
+from simulate.models.blocks import init_normal, run_blocks
 from simulate.models.schema import LlamaModel
 
 INIT_STD = 0.02
 NORM_EPSILON = 1e-6
 ROTARY_BASE = 10_000.0
-"""Wavelengths grow from 2π to 2π times this (Su et al. 2021, arXiv 2104.09864, section 3.2.2)."""
+"""Ratio of the longest to the shortest wavelength, 2π (Su et al. 2021, arXiv 2104.09864, section 3.2.2)."""
 
 
 class RotaryAttention(nn.Module):
-    """Causal self-attention of which queries and keys are turned by their position."""
+    """Causal self-attention whose queries and keys are rotated by their position."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -33,22 +33,22 @@ class RotaryAttention(nn.Module):
         q_STAE, k_STAE, v_STAE = (
             layer(x_STD).unflatten(2, (self.heads, -1)) for layer in (self.query, self.key, self.value)
         )
-        # Turned before heads lead: so attention's output lies like its input, and flattening it copies nothing.
-        q_SATE, k_SATE = (turned(x, cos_T1P, sin_T1P).transpose(1, 2) for x in (q_STAE, k_STAE))
+        # Rotated before the transpose, so that the output is laid out like the input and reshapes without a copy.
+        q_SATE, k_SATE = (rotate_pairs(x, cos_T1P, sin_T1P).transpose(1, 2) for x in (q_STAE, k_STAE))
         y_SATE = F.scaled_dot_product_attention(q_SATE, k_SATE, v_STAE.transpose(1, 2), is_causal=True)
         return self.project(y_SATE.transpose(1, 2).reshape(x_STD.shape))
 
 
-def turned(x_STAE: Tensor, cos_T1P: Tensor, sin_T1P: Tensor) -> Tensor:
-    """Rotate each pair (x_p, x_{p+P}) by its angle: halves are paired, as the published checkpoints have it."""
+def rotate_pairs(x_STAE: Tensor, cos_T1P: Tensor, sin_T1P: Tensor) -> Tensor:
+    """Rotate each pair (x_p, x_{p+P}) by its angle; pairs join both halves, as in the published checkpoints."""
     first, second = x_STAE.chunk(2, dim=-1)
     return torch.cat([first * cos_T1P - second * sin_T1P, second * cos_T1P + first * sin_T1P], dim=-1)
 
 
-def rotation(tokens: int, head_size: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines of position / base^(2p/E), (T, 1, P): the same for all heads.
+def rotary_angles(tokens: int, head_size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines of position / base^(2p/E), (T, 1, P), equal for all heads.
 
-    Worked out in every pass: a buffer would have to follow the network to other devices and onto the meta device.
+    They are computed in every pass: a buffer would have to follow the network to other devices and the meta device.
     """
     pairs_P = torch.arange(0, head_size, 2, device=like.device, dtype=torch.float64) / head_size
     angles_TP = torch.outer(torch.arange(tokens, device=like.device, dtype=torch.float64), ROTARY_BASE**-pairs_P)
@@ -70,7 +70,7 @@ class GatedMlp(nn.Module):
 
 
 class LlamaBlock(nn.Module):
-    """One pre-norm block."""
+    """Pre-norm block of rotary attention and SwiGLU."""
 
     def __init__(self, size: LlamaModel) -> None:
         super().__init__()
@@ -85,9 +85,9 @@ class LlamaBlock(nn.Module):
 
 
 class Llama(nn.Module):
-    """Tokens (S, T) int64 in, logits (S, T, vocab) out."""
+    """Network: tokens (S, T) int64 in, logits (S, T, vocab) out."""
 
-    trained_whole = ("head",)
+    trained_whole = ("head",)  # unlike GPT-2's, its head is not tied, so `convert` must be told
 
     def __init__(self, size: LlamaModel, activation_checkpointing: bool = False) -> None:
         super().__init__()
@@ -97,10 +97,10 @@ class Llama(nn.Module):
         self.norm = nn.RMSNorm(size.width, eps=NORM_EPSILON)
         self.head = nn.Linear(size.width, size.vocab, bias=False)
         self.activation_checkpointing = activation_checkpointing
-        start_small(self, size.layers, INIT_STD)
+        init_normal(self, size.layers, INIT_STD)
 
     def forward(self, tokens_ST: Tensor) -> Tensor:
         x_STD = self.token(tokens_ST)
-        angles = rotation(tokens_ST.shape[1], self.head_size, x_STD)
+        angles = rotary_angles(tokens_ST.shape[1], self.head_size, x_STD)
         recompute = self.activation_checkpointing and self.training
         return self.head(self.norm(run_blocks(self.blocks, x_STD, *angles, recompute=recompute)))

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from simulate.models.blocks import Mlp, run_blocks
 from simulate.models.schema import MixerModel
-from simulate.models.vit import patches_of, start_truncated
+from simulate.models.vit import init_truncated_normal, patches_of
 
 NORM_EPSILON = 1e-6
 
 
 class MixerBlock(nn.Module):
-    """A network over the patches of each channel, then one over the channels of each patch."""
+    """Block of an MLP over the patches of each channel, then one over the channels of each patch."""
 
     def __init__(self, size: MixerModel) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class MixerBlock(nn.Module):
 
 
 class Mixer(nn.Module):
-    """Images (S, C, image, image) in, logits (S, classes) out."""
+    """Network: images (S, C, image, image) in, logits (S, classes) out."""
 
     trained_whole = ("patch", "head")
 
@@ -43,7 +43,7 @@ class Mixer(nn.Module):
         self.norm = nn.LayerNorm(size.width, eps=NORM_EPSILON)
         self.head = nn.Linear(size.width, size.classes)
         self.activation_checkpointing = activation_checkpointing
-        start_truncated(self)
+        init_truncated_normal(self)
 
     def forward(self, images_SCYX: Tensor) -> Tensor:
         x_SPD = self.patch(patches_of(images_SCYX, self.patch_side))

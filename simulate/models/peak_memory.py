@@ -1,4 +1,4 @@
-"""The most that torch's CPU allocator holds while a function runs."""
+"""Peak memory of torch's CPU allocator while a function runs; users' networks are measured by it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def cpu_peak_bytes(program: Callable[[], object]) -> int:
-    """Return the CPU allocator's peak, in bytes, of what a program allocates over what was there before."""
-    gc.collect()  # what is freed late would be counted as if the program had freed it
+    """Return the peak of bytes that a program allocates on the CPU, above those allocated before it."""
+    gc.collect()  # garbage from before, if freed while the program runs, would lower its count
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         program()
     current = peak = 0
     for event in trace.profiler.kineto_results.events():
-        if event.name() == "[memory]":
+        if event.name() == "[memory]":  # an allocation, or with negative bytes a release
             current += event.nbytes()
             peak = max(peak, current)
     return peak

@@ -1,6 +1,8 @@
-"""The networks' own keys, as the [model] table of run.toml has them, one schema a family; torch-free.
+"""Schemas of the [model] table of run.toml, one for each family of networks; torch-free.
 
-Sizes that are not given come from the name's entry in simulate.models.sizes.
+simulate.config.run validates the table with them, and everything else reads a network's sizes and counts from the
+result. Sizes that are not given come from the name's entry in simulate.models.sizes. Tracing and building of users'
+networks are imported inside functions only: they need torch, and take these options by simulate.models.interfaces.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 from simulate.common import toml_io
 from simulate.common.errors import near_match
 from simulate.models.families import gpt_shape, llama_shape, mixer_shape, vit_shape
-from simulate.models.interfaces import ReadsText, Unit
+from simulate.models.interfaces import HUGGINGFACE, ReadsText, Unit
 from simulate.models.shapes import ModelShape
 from simulate.models.sizes import FAMILIES, MODEL_NAMES, family_of
 
@@ -21,14 +23,15 @@ Size = Annotated[int, Field(gt=0)]
 
 
 _UNSET: Any = Field(default=0, gt=0)
-"""The name's own size takes its place before it is validated."""
+"""Default of a size; `_fill_sizes` puts the name's own size in its place, and a name without one fails `gt=0`."""
 
 
 class ModelOptions(toml_io.Schema):
-    """What all networks share."""
+    """Keys and properties of all networks."""
 
     name: str
     family: ClassVar[str]
+    """Tag of the schema in the union `Model`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -36,30 +39,32 @@ class ModelOptions(toml_io.Schema):
         if not isinstance(given, dict):
             return given
         name = given.get("name", cls.model_fields["name"].default)
+        # Given keys come last, so that they override the name's sizes.
         return {"name": name, **FAMILIES.get(cls.family, {}).get(name, {}), **given}
 
     @property
     def unit(self) -> Unit:
-        """What training is counted in."""
+        """Unit of training progress."""
         return "tokens"
 
     @property
     @abstractmethod
     def units_per_sample(self) -> int:
-        """How many of them one sample has."""
+        """Number of units in one sample."""
 
     @property
     @abstractmethod
     def larger_with(self) -> str:
-        """The key that most of a sample's activations grow with, and its value, for hints."""
+        """Key on which a sample's activations depend most, with its value, for hints."""
 
     @abstractmethod
     def shape(self) -> ModelShape:
-        """Return the network's counts, without torch."""
+        """Return the network's counts."""
 
 
 class _Blocks(ModelOptions):
     layers: int = Field(default=0, gt=0, le=1000)
+    """Number of blocks."""
     width: Size = _UNSET
 
 
@@ -79,6 +84,7 @@ class _Reads(ModelOptions):
     context: Size = _UNSET
     """Tokens of one sample."""
     vocab: Size = _UNSET
+    """Number of different tokens."""
 
     @property
     def units_per_sample(self) -> int:
@@ -90,7 +96,7 @@ class _Reads(ModelOptions):
 
 
 class GptModel(_Reads, _Attends):
-    """A GPT-2 shaped decoder."""
+    """Options of a GPT-2 shaped decoder."""
 
     family: ClassVar[str] = "gpt"
     name: str = "gpt"
@@ -100,18 +106,18 @@ class GptModel(_Reads, _Attends):
 
 
 class LlamaModel(_Reads, _Attends):
-    """A Llama shaped decoder."""
+    """Options of a Llama shaped decoder."""
 
     family: ClassVar[str] = "llama"
     name: str = "llama"
     mlp_width: Size = _UNSET
-    """Inner width of the gated network."""
+    """Inner width of the gated MLP."""
 
     @model_validator(mode="after")
     def _positions_rotate_in_pairs(self) -> LlamaModel:
         if (self.width // self.attention_heads) % 2:
             raise ValueError(
-                f"width / attention_heads = {self.width // self.attention_heads} is odd, and rotary positions turn "
+                f"width / attention_heads = {self.width // self.attention_heads} is odd, and rotary positions rotate "
                 "pairs of numbers; change one of them"
             )
         return self
@@ -126,6 +132,7 @@ class _Frames(ModelOptions):
     image: Size = _UNSET
     """Pixels of an image's side."""
     colours: Size = _UNSET
+    """Channels of a pixel."""
     classes: Size = _UNSET
 
     @property
@@ -153,7 +160,7 @@ class _Sees(_Frames):
 
 
 class VitModel(_Sees, _Attends):
-    """A Vision Transformer."""
+    """Options of a Vision Transformer."""
 
     family: ClassVar[str] = "vit"
     name: str = "vit"
@@ -165,14 +172,14 @@ class VitModel(_Sees, _Attends):
 
 
 class MixerModel(_Sees, _Blocks):
-    """An MLP-Mixer."""
+    """Options of an MLP-Mixer."""
 
     family: ClassVar[str] = "mixer"
     name: str = "mixer_s16"
     tokens_width: Size = _UNSET
-    """Inner width of the network over tokens."""
+    """Inner width of the MLP over tokens."""
     channels_width: Size = _UNSET
-    """Inner width of the network over channels."""
+    """Inner width of the MLP over channels."""
 
     def shape(self) -> ModelShape:
         return mixer_shape(
@@ -182,9 +189,9 @@ class MixerModel(_Sees, _Blocks):
 
 
 class FactoryModel(ModelOptions):
-    """Any network: module:factory of the user's, called with the sizes below that it has parameters for.
+    """Options of a network from the user's module:factory, which is called with the keys that it has parameters for.
 
-    Keys of this table that are not known here go to the factory as well.
+    Keys that the schema does not know go to the factory too.
     """
 
     family: ClassVar[str] = "module"
@@ -204,13 +211,13 @@ class FactoryModel(ModelOptions):
         return {key: value for key, value in self.model_dump().items() if key != "name"}
 
     def shape(self) -> ModelShape:
-        from simulate.models.tracing import traced_shape  # imports torch, and the user's module
+        from simulate.models.tracing import traced_shape  # imports torch, and later the user's module
 
         return traced_shape(self)
 
 
 class FactoryTextModel(FactoryModel, _Reads):
-    """A network of the user's that reads tokens (S, context) and gives logits (S, context, vocab)."""
+    """Options of a user's network from tokens (S, context) to logits (S, context, vocab)."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -219,7 +226,7 @@ class FactoryTextModel(FactoryModel, _Reads):
 
 
 class FactoryImageModel(FactoryModel, _Frames):
-    """A network of the user's that sees images (S, colours, image, image) and gives logits (S, classes)."""
+    """Options of a user's network from images (S, colours, image, image) to logits (S, classes)."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -230,18 +237,18 @@ class FactoryImageModel(FactoryModel, _Frames):
 
 
 class HuggingfaceModel(FactoryModel, _Reads):
-    """A causal language model of the transformers library, built from a configuration, never from trained weights.
+    """Options of a causal language model of the transformers library, built from a configuration with fresh weights.
 
-    `hf:` is followed by the path of a config.json or by a kind of model ("gpt2"); further keys change the
+    The name is `hf:` and the path of a config.json or a kind of model ("hf:gpt2"); further keys change the
     configuration.
     """
 
     model_config = ConfigDict(extra="allow")
 
-    family: ClassVar[str] = "hf"
+    family: ClassVar[str] = HUGGINGFACE
     context: int = Field(default=128, gt=0)
     vocab: int = Field(default=0, gt=0)
-    """Not set: the configuration's."""
+    """Number of different tokens; the configuration's, if not given."""
 
     @model_validator(mode="before")
     @classmethod
@@ -254,7 +261,7 @@ class HuggingfaceModel(FactoryModel, _Reads):
 
 
 def check_name(name: Any) -> None:
-    """Raise ValueError for a name that no family has."""
+    """Raise ValueError for a name that belongs to no family."""
     if not isinstance(name, str):
         raise ValueError(f"model.name = {name!r}: should be a string; known: {', '.join(MODEL_NAMES)}")
     if family_of(name) is None:
@@ -262,11 +269,12 @@ def check_name(name: Any) -> None:
 
 
 def _family_of_table(given: Any) -> str:
-    """Return the tag of the schema that reads a [model] table; an unknown name goes to one that refuses it."""
+    """Return the tag of the schema of a [model] table, given as a table or as validated options."""
     if isinstance(given, ModelOptions):
         return given.family
     table = given if isinstance(given, dict) else {}
     name = table.get("name", "gpt")
+    # An unknown name gets the schema of "gpt", which refuses it; in a run, check_name has refused it before.
     family = (family_of(name) if isinstance(name, str) else None) or "gpt"
     return FactoryImageModel.family if family == "module" and {"image", "colours", "classes"} & table.keys() else family
 
@@ -278,17 +286,17 @@ Model = Annotated[
     | Annotated[MixerModel, Tag("mixer")]
     | Annotated[FactoryTextModel, Tag("module")]
     | Annotated[FactoryImageModel, Tag("module of images")]
-    | Annotated[HuggingfaceModel, Tag("hf")],
+    | Annotated[HuggingfaceModel, Tag(HUGGINGFACE)],
     Discriminator(_family_of_table),
 ]
 
 
 def sees_images(model: dict[str, Any]) -> bool:
-    """Whether a [model] table is of a network of images."""
+    """Whether a [model] table describes a network of images."""
     return _family_of_table(model) in (VitModel.family, MixerModel.family, FactoryImageModel.family)
 
 
 def text_sizes(model: ModelOptions) -> ReadsText:
-    """Return a model that reads text as one."""
+    """Return the options of a network of text, typed as such."""
     assert model.unit == "tokens", f"{model.name} reads no text"
     return cast(ReadsText, model)

@@ -1,6 +1,7 @@
-"""What a model is made of, without torch: the linear layers that are adapted, and everything that is replicated.
+"""Counts of a network: its adapted linear layers, its other parameters, its operations; torch-free.
 
-The planner and the clock count bytes and operations from here; a test holds each shape against the real network.
+The planner and the simulated clock compute bytes and seconds from a ModelShape without building the network. Closed
+forms (simulate.models.families) or tracing (simulate.models.tracing) make it; a test compares it with the real network.
 """
 
 from __future__ import annotations
@@ -11,18 +12,20 @@ from functools import cached_property
 from typing import Literal
 
 Kind = Literal["adapted", "norm", "bias", "embedding", "other"]
+"""Role of a parameter; methods treat each kind in its own way."""
 
 
 @dataclass(frozen=True)
 class LinearShape:
-    """`count` adapted linear layers of one shape; W is (out_features, in_features)."""
+    """Group of `count` adapted linear layers of one shape; W is (out_features, in_features)."""
 
     name: str
+    """Module's name in the network; "*" stands for a block's index."""
     out_features: int
     in_features: int
     count: int
     rows: int = 1
-    """Rows of one sample that pass through it: its tokens, or a convolution's pixels."""
+    """Rows of one sample that pass through each: its tokens, or a convolution's output pixels."""
 
     @property
     def weights(self) -> int:
@@ -30,20 +33,20 @@ class LinearShape:
         return self.out_features * self.in_features
 
     def factors(self, rank: int, frozen_a: bool = False) -> int:
-        """Number of elements of one head's A and B for one such layer, or of B alone where A is not trained."""
+        """Return the elements of one head's A and B for one such layer, or of B alone if A is frozen."""
         return rank * (self.out_features + (0 if frozen_a else self.in_features))
 
 
 @dataclass(frozen=True)
 class ParameterShape:
-    """One parameter of the plain network."""
+    """Kind and shape of one parameter of the plain network."""
 
     kind: Kind
     shape: tuple[int, ...]
 
     @cached_property
     def elements(self) -> int:
-        """Number of its elements."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
@@ -54,10 +57,7 @@ class ParameterShape:
 
 @dataclass(frozen=True)
 class ActivationTrace:
-    """Peak bytes of a pass forward and back in float32, over samples: `fixed_bytes` + samples x `sample_bytes`.
-
-    Taken by simulate.models.tracing.
-    """
+    """Peak bytes of a forward and backward pass in float32: `fixed_bytes` + samples x `sample_bytes`."""
 
     fixed_bytes: int
     sample_bytes: int
@@ -65,40 +65,39 @@ class ActivationTrace:
 
 @dataclass(frozen=True, eq=False)
 class ModelShape:
-    """A network's counts; `tensors` are all parameters of the plain network, in its order.
-
-    Those of kind "adapted" get low-rank pairs; every device has its own copy of all others, averaged at merges.
-    """
+    """Counts of a network, for one sample where they depend on the batch."""
 
     name: str
     family: str
-    """Which closed form its activations have: a key of simulate.models.sizes.FAMILIES, or "traced"."""
+    """Closed form of its activations: a key of simulate.models.sizes.FAMILIES, or "traced" for none."""
     adapted: tuple[LinearShape, ...]
+    """Linear layers that get low-rank pairs, of one block."""
     tensors: tuple[ParameterShape, ...]
+    """All parameters of the plain network, in its order; those that get no pairs have a copy on each device."""
     layers: int
-    """Equal blocks."""
+    """Number of equal blocks."""
     tokens: int
-    """Of one sample, inside the network: tokens of text, patches of an image."""
+    """Tokens of one sample inside the network: of text, or patches of an image (and a class token)."""
     width: int
     outputs: int
-    """Classes that a prediction chooses from: the vocabulary, or kinds of images."""
+    """Number of classes of one prediction: the vocabulary's size, or an image's classes."""
     predictions: int
-    """Of one sample, each with a loss of its own."""
+    """Predictions of one sample, each with its own loss."""
     mixing_flops: int
-    """Forward operations of one sample inside the blocks that no weight takes part in: attention."""
+    """Forward operations of one sample inside the blocks that involve no weight: attention's."""
     outer_flops: int
-    """Operations of one sample's whole step in layers outside the blocks, which every method trains densely."""
+    """Forward and backward operations of one sample in layers outside the blocks, which every method trains densely."""
     attention_heads: int = 0
     mlp_width: int = 0
-    """Inner width of a block's two-layer network over channels."""
+    """Inner width of a block's MLP over channels."""
     tokens_width: int = 0
-    """Inner width of a Mixer block's two-layer network over tokens."""
+    """Inner width of a Mixer block's MLP over tokens."""
     notes: tuple[str, ...] = ()
-    """What a plan should say of it."""
+    """Remarks on the network for a plan's reader."""
     inputs: int = 0
-    """Numbers of one sample that enters; 0 for token indices."""
+    """Numbers of one sample's input; 0 for token indices."""
     dense_trace: ActivationTrace | None = None
-    """What a network without a closed form was measured to need, with every weight trained."""
+    """Measured activations of a network without a closed form, with every weight trained."""
     adapted_trace: ActivationTrace | None = None
     """The same with pairs of rank 1."""
     frozen_a_trace: ActivationTrace | None = None
@@ -106,7 +105,7 @@ class ModelShape:
 
     @cached_property
     def replicated(self) -> tuple[ParameterShape, ...]:
-        """The parameters that no adapter serves, in the order of the network."""
+        """Parameters without adapters, in the order of the network."""
         return tuple(tensor for tensor in self.tensors if tensor.kind != "adapted")
 
     @cached_property
@@ -125,7 +124,7 @@ class ModelShape:
         return self.adapted_parameters + self.replicated_parameters
 
     def factors(self, rank: int, frozen_a: bool = False) -> int:
-        """Number of elements of one head's trained factors over all adapted layers."""
+        """Return the elements of one head's trained factors over all adapted layers."""
         return rank * self._factors_of_rank_one[frozen_a]
 
     @cached_property
@@ -135,11 +134,12 @@ class ModelShape:
 
     @cached_property
     def largest_dimension(self) -> int:
-        """The largest min(out, in) of an adapted layer: the rank that a full update can have."""
+        """Largest min(out, in) of an adapted layer: the highest rank that an update can have."""
         return max(min(linear.out_features, linear.in_features) for linear in self.adapted)
 
     def in_order(self) -> list[LinearShape]:
         """Return one entry per adapted layer, in the order of the network."""
+        # `adapted` lists one block's layers, all with the same count.
         return [linear for _ in range(self.adapted[0].count) for linear in self.adapted]
 
     @cached_property
@@ -148,7 +148,7 @@ class ModelShape:
         return sum(2 * linear.weights * linear.count * linear.rows for linear in self.adapted)
 
     def factor_flops(self, rank: int, frozen_a: bool = False) -> int:
-        """Forward operations of one sample in one head's factors, or in B alone where A is not trained."""
+        """Return the forward operations of one sample in one head's factors, or in B alone if A is frozen."""
         return rank * self._factor_flops_of_rank_one[frozen_a]
 
     @cached_property

@@ -1,14 +1,17 @@
-"""The sizes of every network that has a name, in one place; torch-free."""
+"""Sizes of every network that has a name, with their sources; torch-free."""
 
 from __future__ import annotations
 
+from simulate.models.interfaces import HUGGINGFACE
+
 Sizes = dict[str, int]
+"""Keys of the [model] table that a name stands for."""
 _IMAGENET: Sizes = {"image": 224, "patch": 16, "colours": 3, "classes": 1000}
 
 GPT_SIZES: dict[str, Sizes] = {
-    # The embedded default: small enough to train on a laptop in a minute, byte-level vocabulary.
+    # The default: small enough to train on a laptop in a minute, with a vocabulary of bytes.
     "gpt": {"layers": 4, "width": 128, "attention_heads": 4, "context": 128, "vocab": 256},
-    # LTE's miniGPT for Shakespeare (arXiv 2402.16828, table 4), whose text is in bytes here, in 65 characters there.
+    # LTE's miniGPT for Shakespeare (arXiv 2402.16828, table 4), whose vocabulary is 65 characters there, bytes here.
     "minigpt": {"layers": 6, "width": 384, "attention_heads": 6, "context": 256, "vocab": 256},
     # Radford et al. 2019, table 2, with the published vocabulary and context.
     "gpt2": {"layers": 12, "width": 768, "attention_heads": 12, "context": 1024, "vocab": 50257},
@@ -17,7 +20,7 @@ GPT_SIZES: dict[str, Sizes] = {
     "gpt2_xl": {"layers": 48, "width": 1600, "attention_heads": 25, "context": 1024, "vocab": 50257},
 }
 LLAMA_SIZES: dict[str, Sizes] = {
-    # As small as gpt, and trained on the same bytes.
+    # As small as gpt, for the same bytes.
     "llama": {"layers": 4, "width": 128, "attention_heads": 4, "mlp_width": 352, "context": 128, "vocab": 256},
     # The networks that ReLoRA (arXiv 2307.05695) and GaLore (arXiv 2403.03507) pre-train, at the latter's 256 tokens.
     "llama_60m": {
@@ -46,7 +49,7 @@ VIT_SIZES: dict[str, Sizes] = {
 }  # fmt: skip
 MIXER_SIZES: dict[str, Sizes] = {
     # Tolstikhin et al. 2021 (arXiv 2105.01601), table 1; T: Huh et al. 2024 (arXiv 2402.16828), table 3, at patch 32.
-    # Its 8.8M parameters need half the width over tokens, as in S and B.
+    # The published 8.8M parameters imply a token width of half the channels', as in S and B.
     "mixer_t16": {"layers": 6, "width": 384, "tokens_width": 192, "channels_width": 1536, **_IMAGENET},
     "mixer_t32": {"layers": 6, "width": 384, "tokens_width": 192, "channels_width": 1536, **_IMAGENET, "patch": 32},
     "mixer_s16": {"layers": 8, "width": 512, "tokens_width": 256, "channels_width": 2048, **_IMAGENET},
@@ -61,9 +64,9 @@ MODEL_NAMES = tuple(name for sizes in FAMILIES.values() for name in sizes)
 
 
 def family_of(name: str) -> str | None:
-    """Return the family that a name belongs to: one of FAMILIES, "hf", "module", or None for an unknown name."""
-    if name.startswith("hf:"):
-        return "hf"
+    """Return the family of a name: a key of FAMILIES, "hf", "module" (module:factory), or None for an unknown name."""
+    if name.startswith(f"{HUGGINGFACE}:"):
+        return HUGGINGFACE
     if ":" in name:
         return "module"
     return next((family for family, sizes in FAMILIES.items() if name in sizes), None)

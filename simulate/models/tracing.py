@@ -1,6 +1,8 @@
-"""What a network without closed forms is made of, found out by running it on made-up samples.
+"""Counts and checks of a user's network, obtained by running it on synthetic samples.
 
-Legend: S samples.
+Our own networks have closed forms (simulate.models.families); a user's has none, so its layers, operations and peak
+memory are observed. The same runs check that copies of its parameters keep devices apart. The schema's `shape()` calls
+`traced_shape`; simulate.methods.build_network calls `build_traced` and `empty_traced`.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,35 +34,35 @@ from simulate.layers.per_device import (
     ReplicatedRmsNorm,
 )
 from simulate.models.fake_batch import example_batch
+from simulate.models.interfaces import HUGGINGFACE, ReadsText, SeesImages, UserNetworkOptions
 from simulate.models.peak_memory import cpu_peak_bytes
-from simulate.models.schema import FactoryModel, HuggingfaceModel
 from simulate.models.shapes import ActivationTrace, Kind, LinearShape, ModelShape, ParameterShape
 from simulate.models.user_network import call_factory
 
 COPIES, SAMPLES_OF_COPY = 2, 2
-"""Enough to see whether samples of different devices are kept apart."""
+"""Copies and samples of each in the check that devices are kept apart."""
 PERTURBATION = 0.1
-"""Of the copies' parameters, so that they differ."""
+"""Standard deviation of the noise that makes the copies' parameters differ."""
 TOLERANCE = 1e-3
-"""Of outputs, in float32, relative to the largest."""
+"""Largest error of an output, in float32, relative to the largest output."""
 TRACED_SAMPLES = (2, 6)
-"""Batches whose peaks are measured."""
+"""Batch sizes at which peak memory is measured."""
 _ONE_PAIR = AdapterSpec(1, 1.0, heads_per_device=1, reset_less=False, first_device=0, seed=0)
 _ONE_B = replace(_ONE_PAIR, frozen_a=True)
 
 
 @dataclass(frozen=True)
 class _Findings:
-    """What every build of a network needs to be told."""
+    """Marks that `convert` reads from a network, found once for equal options."""
 
     trained_whole: tuple[str, ...]
-    """The linear layer that gives the outputs."""
+    """Names of linear layers whose result is the network's output."""
     unbatched: tuple[str, ...]
-    """Embeddings whose index all samples share."""
+    """Names of embeddings whose index all samples share."""
 
 
-def build_traced(options: FactoryModel) -> nn.Module:
-    """Return the plain network, marked with what `convert` must know of it."""
+def build_traced(options: UserNetworkOptions) -> nn.Module:
+    """Return the plain network with the marks that `convert` reads."""
     network = call_factory(options)
     findings = _findings(options)
     network.trained_whole = findings.trained_whole  # type: ignore[assignment]
@@ -68,11 +70,12 @@ def build_traced(options: FactoryModel) -> nn.Module:
     return network
 
 
-def empty_traced(options: FactoryModel, device: torch.device) -> nn.Module:
+def empty_traced(options: UserNetworkOptions, device: torch.device) -> nn.Module:
     """Return the plain network with its buffers, and without storage for parameters."""
-    with torch.random.fork_rng(devices=[]):  # its start weights are nobody's
+    with torch.random.fork_rng(devices=[]):  # the factory draws start weights, which must not advance the run's draws
         network = call_factory(options).to(device)
     plain = list(network.parameters())
+    # By id, so that tied parameters stay tied.
     empty = {id(parameter): nn.Parameter(parameter.to("meta"), requires_grad=False) for parameter in plain}
     for module in network.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -80,8 +83,8 @@ def empty_traced(options: FactoryModel, device: torch.device) -> nn.Module:
     return network
 
 
-def _run(options: FactoryModel, network: nn.Module, samples: int, what: str = "the network") -> Tensor:
-    """Return the outputs for made-up samples; raises InputError where the network does not run, or gives others."""
+def _run(options: UserNetworkOptions, network: nn.Module, samples: int, what: str = "the network") -> Tensor:
+    """Return the outputs for synthetic samples; raises InputError if the network fails or gives another shape."""
     inputs, _ = example_batch(options, samples)
     try:
         with torch.no_grad():
@@ -91,27 +94,28 @@ def _run(options: FactoryModel, network: nn.Module, samples: int, what: str = "t
             f"model.name = {options.name!r}: {what} raised {type(error).__name__} on inputs {tuple(inputs.shape)}: "
             f"{error}"
         ) from error
-    wanted = _output_shape(options, samples)
-    if not isinstance(outputs, Tensor) or tuple(outputs.shape) != wanted:
+    expected = _output_shape(options, samples)
+    if not isinstance(outputs, Tensor) or tuple(outputs.shape) != expected:
         given = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         sizes = "context and vocab" if options.unit == "tokens" else "classes"
         raise InputError(
-            f"model.name = {options.name!r}: inputs {tuple(inputs.shape)} gave {given} where logits {wanted} are "
+            f"model.name = {options.name!r}: inputs {tuple(inputs.shape)} gave {given} where logits {expected} are "
             f"needed; set model.{sizes} to what the network has"
             + ("" if options.unit == "samples" else ", or model.classes for a network of images")
         )
     return outputs
 
 
-def _output_shape(options: FactoryModel, samples: int) -> tuple[int, ...]:
+def _output_shape(options: UserNetworkOptions, samples: int) -> tuple[int, ...]:
     if options.unit == "tokens":
-        return (samples, getattr(options, "context"), getattr(options, "vocab"))  # noqa: B009 - of a mixin
-    return (samples, getattr(options, "classes"))  # noqa: B009
+        text = cast(ReadsText, options)
+        return (samples, text.context, text.vocab)
+    return (samples, cast(SeesImages, options).classes)
 
 
 @lru_cache(maxsize=16)
-def _findings(options: FactoryModel) -> _Findings:
-    with torch.random.fork_rng(devices=[]):
+def _findings(options: UserNetworkOptions) -> _Findings:
+    with torch.random.fork_rng(devices=[]):  # a fixed seed, so that the check of copies never depends on luck
         torch.manual_seed(0)
         network = call_factory(options).eval()
         findings = _Findings(_output_layer(options, network), _shared_indices(options, network))
@@ -120,16 +124,16 @@ def _findings(options: FactoryModel) -> _Findings:
     return findings
 
 
-Note = Callable[[str, Any, Any], None]
-"""(name of a module, what it was called with, what it returned)."""
+OnCall = Callable[[str, Any, Any], None]
+"""Callback of (name of a module, its arguments, its output)."""
 
 
 @contextmanager
-def _watched(network: nn.Module, kind: type[nn.Module], note: Note) -> Iterator[None]:
-    """Tell of every call of a kind of module."""
+def _watch_calls(network: nn.Module, kind: type[nn.Module], on_call: OnCall) -> Iterator[None]:
+    """Report every call of a kind of module to `on_call`."""
 
     def hook(name: str, module: nn.Module, arguments: Any, output: Any) -> None:
-        note(name, arguments, output)
+        on_call(name, arguments, output)
 
     modules = [(name, module) for name, module in network.named_modules() if isinstance(module, kind)]
     hooks = [module.register_forward_hook(partial(hook, name)) for name, module in modules]
@@ -140,31 +144,33 @@ def _watched(network: nn.Module, kind: type[nn.Module], note: Note) -> Iterator[
             handle.remove()
 
 
-def _output_layer(options: FactoryModel, network: nn.Module) -> tuple[str, ...]:
-    """Return the linear layer whose result is the network's."""
+def _output_layer(options: UserNetworkOptions, network: nn.Module) -> tuple[str, ...]:
+    """Return the name of the linear layer whose result is the network's output; it stays without adapters."""
     results: list[tuple[str, Any]] = []
-    with _watched(network, nn.Linear, lambda name, arguments, output: results.append((name, output))):
+    with _watch_calls(network, nn.Linear, lambda name, arguments, output: results.append((name, output))):
         outputs = _run(options, network, 1)
+    # Identity, not equality: the layer's result must itself be the network's output.
     return tuple(name for name, output in results if output is outputs)
 
 
-def _shared_indices(options: FactoryModel, network: nn.Module) -> tuple[str, ...]:
-    """Return the embeddings whose index has as many rows for three samples as for two."""
-    two, three = dict[str, int](), dict[str, int]()
-    for samples, rows in ((2, two), (3, three)):
-        with _watched(network, nn.Embedding, partial(_note_rows, rows)):
-            _run(options, network, samples)
+def _shared_indices(options: UserNetworkOptions, network: nn.Module) -> tuple[str, ...]:
+    """Return the embeddings whose index has equally many rows for two and three samples."""
+    two, three = (_embedding_rows(options, network, samples) for samples in (2, 3))
     return tuple(name for name, count in two.items() if three.get(name) == count)
 
 
-def _note_rows(rows: dict[str, int], name: str, arguments: Any, output: Any) -> None:
-    rows[name] = len(arguments[0])
+def _embedding_rows(options: UserNetworkOptions, network: nn.Module, samples: int) -> dict[str, int]:
+    rows: dict[str, int] = {}
+    with _watch_calls(network, nn.Embedding, lambda name, arguments, _: rows.update({name: len(arguments[0])})):
+        _run(options, network, samples)
+    return rows
 
 
-def _check_copies(options: FactoryModel, network: nn.Module) -> None:
-    """Raise InputError where copies of the network, side by side, do not compute what each computes by itself."""
+def _check_copies(options: UserNetworkOptions, network: nn.Module) -> None:
+    """Raise InputError if copies of the network side by side compute something else than each copy alone."""
     converted = convert(copy.deepcopy(network), COPIES).eval()
     with torch.no_grad():
+        # Equal copies would hide samples that reach another device's copy.
         for parameter in converted.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=PERTURBATION)
         together = _run(options, converted, COPIES * SAMPLES_OF_COPY, "the network with two copies of its parameters")
@@ -180,13 +186,9 @@ def _check_copies(options: FactoryModel, network: nn.Module) -> None:
                 )
 
 
-def traced_shape(options: FactoryModel) -> ModelShape:
-    """Return a network's counts, activations measured. Equal options give the same object."""
-    return _traced_shape(options)
-
-
 @lru_cache(maxsize=16)
-def _traced_shape(options: FactoryModel) -> ModelShape:
+def traced_shape(options: UserNetworkOptions) -> ModelShape:
+    """Return a network's counts and measured activations. Equal options give the same object."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         plain = build_traced(options)
@@ -209,6 +211,7 @@ def _traced_shape(options: FactoryModel) -> ModelShape:
             tensors=tuple(_tensors(plain, adapted)),
             layers=1,
             tokens=options.units_per_sample,
+            # A user's network has no one width; the largest input of an adapted layer stands for it.
             width=max(x.in_features for x in linears),
             outputs=_output_shape(options, 1)[-1],
             predictions=options.units_per_sample,
@@ -222,45 +225,42 @@ def _traced_shape(options: FactoryModel) -> ModelShape:
         )
 
 
-def _notes(options: FactoryModel, plain: nn.Module, adapted: nn.Module) -> Iterator[str]:
+def _notes(options: UserNetworkOptions, plain: nn.Module, adapted: nn.Module) -> Iterator[str]:
     yield f"{options.name} was imported and run to plan this; its activations are measured on this machine's CPU"
-    if isinstance(options, HuggingfaceModel):
+    if options.family == HUGGINGFACE:
         yield f"{options.name} is built without dropout"
     plain_kinds = {name: type(module).__name__ for name, module in plain.named_modules()}
     kinds: dict[str, list[str]] = defaultdict(list)
     for name, module in adapted.named_modules():
-        kind = plain_kinds.get(name, "projection of attention")
+        kind = plain_kinds.get(name, "projection of attention")  # the one kind that the plain network has no module for
         if isinstance(module, ReplicatedModule):
             kinds[f"{kind}, copy by copy"].append(name)
         elif isinstance(module, ReplicatedLinear | ReplicatedConv2d):
             kinds[kind].append(name)
     if kinds:
-        parts = (f"{_some(names)} ({kind})" for kind, names in kinds.items())
+        more = {kind: f" and {len(names) - 3} more" if len(names) > 3 else "" for kind, names in kinds.items()}
+        parts = (f"{', '.join(names[:3])}{more[kind]} ({kind})" for kind, names in kinds.items())
         yield f"trained whole, without adapters: {', '.join(parts)}"
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _rows(options: FactoryModel, adapted: nn.Module, layers: list[LoraLinear]) -> list[int]:
-    """Return how many rows of one sample pass through each adapted layer."""
-    outputs: Counter[str] = Counter()
-    with _watched(adapted.eval(), LoraLinear, lambda name, _, output: outputs.update({name: output.numel()})):
+def _rows(options: UserNetworkOptions, adapted: nn.Module, layers: list[LoraLinear]) -> list[int]:
+    """Return the number of rows of one sample that pass through each adapted layer."""
+    outputs: Counter[str] = Counter()  # sums over calls, for layers that the network uses repeatedly
+    with _watch_calls(adapted.eval(), LoraLinear, lambda name, _, output: outputs.update({name: output.numel()})):
         _run(options, adapted, 1)
     return [max(1, outputs[layer.name] // layer.weight.shape[0]) for layer in layers]
 
 
-def _forward_flops(options: FactoryModel, plain: nn.Module) -> int:
-    # Fused attention is opaque to the counter, and so is torch's fused encoder layer, which only evaluation takes. Not
-    # fused, attention is counted in full, whatever the mask leaves out.
+def _forward_flops(options: UserNetworkOptions, plain: nn.Module) -> int:
+    """Return the operations of one sample's forward pass; attention is counted in full, without regard to its mask."""
+    # The counter cannot look into fused attention, nor into torch's fused encoder layer, which training mode avoids.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         _run(options, plain.train(), 1)
     return int(counter.get_total_flops())
 
 
 def _tensors(plain: nn.Module, adapted: nn.Module) -> Iterator[ParameterShape]:
-    """Yield the plain network's parameters in its order, each with what becomes of it."""
+    """Yield the plain network's parameters in its order, each with its kind in the adapted network."""
     kinds: dict[str, Kind] = {}
     for name, module in adapted.named_modules():
         if isinstance(module, LoraLinear):
@@ -272,6 +272,8 @@ def _tensors(plain: nn.Module, adapted: nn.Module) -> Iterator[ParameterShape]:
             kinds[f"{name}.weight"] = kinds[f"{name}.bias"] = "norm"
         elif isinstance(module, ReplicatedLinear | ReplicatedConv2d):
             kinds[f"{name}.bias"] = "bias"
+        # Attention's input projection is a layer of its own here, and two parameters of the module in the plain
+        # network.
         if hasattr(module, "plain_names"):
             renamed = module.plain_names(name)
             module_kinds: dict[str, Kind] = {f"{name}.in_proj.weight": "adapted", f"{name}.in_proj.bias": "bias"}
@@ -280,19 +282,20 @@ def _tensors(plain: nn.Module, adapted: nn.Module) -> Iterator[ParameterShape]:
         yield ParameterShape(kinds.get(name, "other"), tuple(parameter.shape))
 
 
-def _activations(options: FactoryModel, network: nn.Module) -> ActivationTrace:
-    """Return a line through the allocator's peaks at two batch sizes."""
+def _activations(options: UserNetworkOptions, network: nn.Module) -> ActivationTrace:
+    """Return the straight line through the peaks of memory at two batch sizes."""
     few, many = TRACED_SAMPLES
+    # Peaks grow linearly with the batch; the intercept is the part that does not grow, such as gradients.
     low, high = (_peak_bytes(options, network.train(), samples) for samples in TRACED_SAMPLES)
     sample_bytes = max(0, high - low) // (many - few)
     return ActivationTrace(max(0, low - few * sample_bytes), sample_bytes)
 
 
-def _peak_bytes(options: FactoryModel, network: nn.Module, samples: int) -> int:
+def _peak_bytes(options: UserNetworkOptions, network: nn.Module, samples: int) -> int:
     inputs, targets = example_batch(options, samples)
 
     def program() -> None:
-        # Nothing is named here: a name would keep its tensor for longer than training does.
+        # In one expression: a local variable would keep its tensor longer than training does.
         token_losses(network(inputs.clone()).flatten(0, -2), targets.reshape(-1)).mean().backward()
 
     peak = cpu_peak_bytes(program)

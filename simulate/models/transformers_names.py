@@ -1,4 +1,7 @@
-"""Our networks' weights under the names, and in the layouts, that the transformers library has for the same network."""
+"""Conversion of our networks' weights to the names and layouts of the transformers library, for `lte export`.
+
+Other programs then load an export without our code. `hf:` models are the library's own and need no conversion.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ _LLAMA = {
 
 
 def to_transformers(model: ModelOptions, state: State) -> tuple[dict[str, Any], State]:
-    """Return the library's configuration and weights; raises InputError for networks that it does not have."""
+    """Return the library's configuration and weights of a network; raises InputError if the library has no such one."""
     if isinstance(model, GptModel):
         return _gpt_config(model), dict(_gpt(state))
     if isinstance(model, LlamaModel):
@@ -34,19 +37,20 @@ def to_transformers(model: ModelOptions, state: State) -> tuple[dict[str, Any], 
     raise InputError(f"--format hf has no form for {model.name}; it has for gpt, llama and hf: models, try safetensors")
 
 
-def _blocks(state: State, names: dict[str, str], prefix: str, change: Callable[[str, Tensor], Tensor]) -> Named:
+def _blocks(state: State, names: dict[str, str], prefix: str, change: Callable[[Tensor], Tensor]) -> Named:
+    """Yield the blocks' tensors under the library's names, each passed through `change`."""
     for name, tensor in state.items():
         if name.startswith("blocks."):
             _, index, rest = name.split(".", 2)
             layer, _, key = rest.rpartition(".")
-            yield f"{prefix}.{index}.{names[layer]}.{key}", change(layer, tensor)
+            yield f"{prefix}.{index}.{names[layer]}.{key}", change(tensor)
 
 
 def _gpt(state: State) -> Named:
     yield "transformer.wte.weight", state["token.weight"]
     yield "transformer.wpe.weight", state["position.weight"]
-    # The library's Conv1D holds (inputs, outputs).
-    yield from _blocks(state, _GPT, "transformer.h", lambda layer, x: x.t() if x.ndim == 2 else x)
+    # The library's Conv1D holds its weight as (inputs, outputs).
+    yield from _blocks(state, _GPT, "transformer.h", lambda x: x.t() if x.ndim == 2 else x)
     for key in ("weight", "bias"):
         yield f"transformer.ln_f.{key}", state[f"norm.{key}"]
 
@@ -72,7 +76,7 @@ def _gpt_config(model: GptModel) -> dict[str, Any]:
 
 def _llama(state: State) -> Named:
     yield "model.embed_tokens.weight", state["token.weight"]
-    yield from _blocks(state, _LLAMA, "model.layers", lambda layer, x: x)
+    yield from _blocks(state, _LLAMA, "model.layers", lambda x: x)
     yield "model.norm.weight", state["norm.weight"]
     yield "lm_head.weight", state["head.weight"]
 
@@ -99,4 +103,4 @@ def _llama_config(model: LlamaModel) -> dict[str, Any]:
 
 
 _NO_SPECIAL_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-"""Text is bytes; the library's defaults would lie beyond a small vocabulary."""
+"""Keys that are set to None: our text has no special tokens, and the default indices exceed a small vocabulary."""

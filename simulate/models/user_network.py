@@ -1,32 +1,33 @@
-"""Networks that users bring: module:factory, imported, called, and looked at before anything is planned with them."""
+"""Builds networks that users bring: imports module:factory, calls it, and checks the result.
+
+Every way to plan or train such a network begins here, so that a user's mistake is one line that names it, rather than a
+traceback from inside our layers. simulate.models.tracing calls this.
+"""
 
 from __future__ import annotations
 
 import inspect
-import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from simulate.common.errors import InputError, near_match
-from simulate.models.schema import FactoryModel, HuggingfaceModel
-
-FOLDER_OF_MODULES = os.getcwd
-"""Modules are looked for in the current folder, too, as `python -m` does."""
+from simulate.layers.convert import refuse_batch_norm
+from simulate.models.interfaces import HUGGINGFACE, HuggingfaceOptions, UserNetworkOptions
 
 
-def call_factory(options: FactoryModel) -> nn.Module:
-    """Return the network of a run's [model] table; raises InputError where the user's code does not make one."""
-    if isinstance(options, HuggingfaceModel):
+def call_factory(options: UserNetworkOptions) -> nn.Module:
+    """Return the network of a run's [model] table; raises InputError if the user's code does not make a usable one."""
+    if options.family == HUGGINGFACE:
         from simulate.models.huggingface import build_huggingface
 
-        network: Any = build_huggingface(options)
+        network: Any = build_huggingface(cast(HuggingfaceOptions, options))
     else:
         factory = _factory(options.name)
         try:
@@ -43,28 +44,22 @@ def call_factory(options: FactoryModel) -> nn.Module:
             f"model.name = {options.name!r}: the factory returned a {type(network).__name__} where a torch.nn.Module "
             "is needed; return the network"
         )
+    refuse_batch_norm(network)
     for name, module in network.named_modules():
-        _check_layer(name, module)
+        # Attention and recurrent layers have a probability named dropout.
+        probability = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0.0)
+        if isinstance(probability, float) and probability > 0:
+            raise InputError(
+                f"model: {name} ({type(module).__name__}) drops activations with probability {probability:g}, drawn "
+                "outside of the run's seed, so that no run could be repeated or resumed; build the network with "
+                "dropout 0"
+            )
     return network
-
-
-def _check_layer(name: str, module: nn.Module) -> None:
-    if isinstance(module, _BatchNorm):
-        raise InputError(
-            f"model: {name} is a {type(module).__name__}, whose running statistics mix samples and belong to no "
-            "device's parameters; use LayerNorm, RMSNorm or GroupNorm"
-        )
-    share = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0.0)
-    if isinstance(share, float) and share > 0:
-        raise InputError(
-            f"model: {name} ({type(module).__name__}) drops activations with probability {share:g}, drawn outside of "
-            "the run's seed, so that no run could be repeated or resumed; build the network with dropout 0"
-        )
 
 
 def _factory(name: str) -> Callable[..., Any]:
     module_name, _, attribute = name.partition(":")
-    module = _imported(module_name, name)
+    module = _import(module_name, name)
     factory = getattr(module, attribute, None)
     if factory is None:
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -74,8 +69,9 @@ def _factory(name: str) -> Callable[..., Any]:
     return factory
 
 
-def _imported(module_name: str, name: str) -> ModuleType:
-    folder = FOLDER_OF_MODULES()
+def _import(module_name: str, name: str) -> ModuleType:
+    # Modules in the current folder are found too, as with `python -m`.
+    folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
@@ -87,15 +83,15 @@ def _imported(module_name: str, name: str) -> ModuleType:
         ) from None
     except Exception as error:
         raise InputError(
-            f"model.name = {name!r}: importing {module_name} raised {type(error).__name__}: {error}; mend it first"
+            f"model.name = {name!r}: importing {module_name} raised {type(error).__name__}: {error}; correct it first"
         ) from error
 
 
-def _keywords(options: FactoryModel, factory: Callable[..., Any]) -> dict[str, Any]:
-    """Return the sizes that the factory has parameters for; what the user gave beyond ours must be among them."""
+def _keywords(options: UserNetworkOptions, factory: Callable[..., Any]) -> dict[str, Any]:
+    """Return the sizes that the factory has parameters for; raises InputError for an extra key that it lacks."""
     try:
         parameters = inspect.signature(factory).parameters
-    except (TypeError, ValueError):
+    except (TypeError, ValueError):  # some callables of C have no signature
         return {}
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     extras = options.model_extra or {}

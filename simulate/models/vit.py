@@ -11,16 +11,14 @@ from torch import Tensor, nn
 
 from simulate.models.blocks import Block, BlockStyle, run_blocks
 from simulate.models.schema import VitModel
-from simulate.models.sizes import VIT_SIZES as NAMED_SIZES
 
 INIT_STD = 0.02
-# As in the published checkpoints: exact GELU, epsilon 1e-6.
+# Exact GELU and epsilon 1e-6, as in the published checkpoints.
 STYLE = BlockStyle(causal=False, gelu="none", norm_epsilon=1e-6)
-VIT_SIZES = {name: VitModel(name=name) for name in NAMED_SIZES}
 
 
 class Vit(nn.Module):
-    """Images (S, C, image, image) in, logits (S, classes) out."""
+    """Network: images (S, C, image, image) in, logits (S, classes) out."""
 
     trained_whole = ("patch", "head")
 
@@ -34,21 +32,22 @@ class Vit(nn.Module):
         self.norm = nn.LayerNorm(size.width, eps=STYLE.norm_epsilon)
         self.head = nn.Linear(size.width, size.classes)
         self.activation_checkpointing = activation_checkpointing
-        start_truncated(self)
+        init_truncated_normal(self)
 
     def forward(self, images_SCYX: Tensor) -> Tensor:
         x_SPD = self.patch(patches_of(images_SCYX, self.patch_side))
         samples, patches, _ = x_SPD.shape
+        # One row of positions a sample, because each device has its own table.
         positions = torch.arange(patches + 1, device=images_SCYX.device).expand(samples, -1)
         first_S1D = self.class_token(torch.zeros_like(positions[:, :1]))
         x_STD = torch.cat([first_S1D, x_SPD], dim=1) + self.position(positions)
         x_STD = run_blocks(self.blocks, x_STD, recompute=self.activation_checkpointing and self.training)
-        # The norm works on each token by itself, so only the one that is read needs it.
+        # The norm treats each token alone, so it is computed for the class token only.
         return self.head(self.norm(x_STD[:, 0]))
 
 
-def start_truncated(model: nn.Module) -> None:
-    """Draw all matrices from a normal distribution without its tails, and zero biases."""
+def init_truncated_normal(model: nn.Module) -> None:
+    """Draw all matrices from a truncated normal distribution, and zero biases."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.trunc_normal_(module.weight, std=INIT_STD)
@@ -57,7 +56,7 @@ def start_truncated(model: nn.Module) -> None:
 
 
 def patches_of(images_SCYX: Tensor, side: int) -> Tensor:
-    """Return (S, P, C*side*side): patches row by row, each flattened like a convolution's kernel."""
+    """Return patches row by row, (S, P, C*side*side), each flattened in the order of a convolution's kernel."""
     samples, colours, height, width = images_SCYX.shape
     tiles = images_SCYX.view(samples, colours, height // side, side, width // side, side)
     return tiles.permute(0, 2, 4, 1, 3, 5).reshape(samples, -1, colours * side * side)

@@ -1,10 +1,9 @@
-"""AdamW whose two moments are kept in 8 bits an element, with one scale for every 256 (Dettmers et al. 2021,
-arXiv 2110.02861): a quarter of their memory.
+"""AdamW with both moments in 8 bits an element and one scale for every 256 (Dettmers et al. 2021, arXiv 2110.02861).
 
-bitsandbytes makes the step: its kernels run on CPU and on old GPUs alike, and update moments where they lie. torchao's
-optimizer is compiled when it runs, which needs a compiler, and on GPUs Triton, that the oldest cards here lack. The
-classes of bitsandbytes cut a flattened parameter into blocks; here every row of copies or heads begins with a block of
-its own, so that no statistic is of two devices.
+That is a quarter of their memory in fp32; methods use it with `train.optimizer_state = "8bit"`. The kernels are those
+of bitsandbytes, which run on CPUs and old GPUs and update moments in place. torchao's optimizer needs a compiler, and
+on GPUs Triton, which the oldest supported cards lack. bitsandbytes' own optimizer classes cut a flattened parameter
+into blocks; here every row (copy or head) begins with a new block, so that no scale is shared by two devices.
 
 Legend: C copies or heads, X elements of one, B blocks of one.
 """
@@ -28,10 +27,11 @@ from simulate.rules.optimizer import BLOCK_ELEMENTS, CPU_CHUNK_ELEMENTS
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 CODES, SCALES = "_codes", "_scales"
+"""Suffixes of a moment's tensors in the optimizer's state."""
 
 
 def check_installed() -> None:
-    """Raise InputError where bitsandbytes is missing."""
+    """Raise InputError if bitsandbytes is not installed."""
     if find_spec("bitsandbytes") is None:
         raise InputError(
             "train.optimizer_state = '8bit' needs the package bitsandbytes; pip install 'lte[quantize]', "
@@ -41,21 +41,21 @@ def check_installed() -> None:
 
 @cache
 def _library() -> Any:
-    """Import the kernels: late, because that takes seconds."""
+    """Import the kernels at their first use, because that takes seconds."""
     check_installed()
-    with warnings.catch_warnings():  # of what it imports
+    with warnings.catch_warnings():  # its imports warn of missing optional kernels
         warnings.simplefilter("ignore")
         return import_module("bitsandbytes.functional")
 
 
 @cache
 def _values(moment: str, device: torch.device) -> Tensor:
-    """Return what the 256 codes of a moment stand for, in units of a block's scale: the second has no sign."""
+    """Return the values of a moment's 256 codes, in units of a block's scale; the second moment's have no sign."""
     return _library().create_dynamic_map(signed=moment == "exp_avg").to(device)
 
 
 def moment_values(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return what the codes of the first and of the second moment stand for; made once for a device."""
+    """Return the values of the first and of the second moment's codes, cached for each device."""
     first, second = (_values(moment, device) for moment in MOMENTS)
     return first, second
 
@@ -71,7 +71,8 @@ class AdamW8bit(PerParameterOptimizer):
         state = self.state[parameter]
         if not state:
             self._begin(parameter, state)
-        state["step"] = state["step"].cpu() + 1  # on the host, also after a checkpoint: its value is asked for
+        # On the host, also after a checkpoint has put it on a GPU, since reading it below would wait for the GPU.
+        state["step"] = state["step"].cpu() + 1
         tensors = [parameter.grad, parameter, *(state[m + CODES] for m in MOMENTS)]
         scales = [state[m + SCALES] for m in MOMENTS]
         first, second = moment_values(parameter.device)
@@ -81,7 +82,7 @@ class AdamW8bit(PerParameterOptimizer):
                 "adam", g, p, codes1, codes2, beta1, beta2, 0.0, 0.0, group["eps"], int(state["step"]), group["lr"],
                 first, second, scales1, scales2, group["weight_decay"],
             )  # fmt: skip
-            if isinstance(parameter, FakeTensor):  # a part of what has no numbers shows what all of them take
+            if isinstance(parameter, FakeTensor):  # the memory of one part stands for all of them
                 break
 
     def _begin(self, parameter: Tensor, state: dict[str, Any]) -> None:
@@ -93,27 +94,25 @@ class AdamW8bit(PerParameterOptimizer):
 
 
 def _parts(tensors: list[Tensor], scales: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Yield views of what one call of the kernel may take: whole blocks of one row, or of all where none is cut.
-
-    On a CPU the kernel has working memory of its own, so it gets little at a time.
-    """
+    """Yield views for one kernel call each: whole blocks of one row, or of all rows if these end with whole blocks."""
     rows, elements = len(tensors[0]), tensors[0][0].numel()
     flat = [tensor.reshape(-1) for tensor in tensors]
     flat_scales = [scale.view(-1) for scale in scales]
-    if elements % BLOCK_ELEMENTS == 0:
+    if elements % BLOCK_ELEMENTS == 0:  # no block spans two rows, so all rows go in one call
         rows, elements = 1, rows * elements
     blocks = len(flat_scales[0]) // rows
+    # On a CPU the kernel allocates scratch for all elements of a call, so it gets few at a time.
     limit = CPU_CHUNK_ELEMENTS if tensors[0].device.type == "cpu" else elements
     for row in range(rows):
         for first in range(0, elements, limit):
             last, start = min(first + limit, elements), row * blocks
-            of_scales = slice(start + first // BLOCK_ELEMENTS, start - (-last // BLOCK_ELEMENTS))
-            of_row = slice(row * elements + first, row * elements + last)
-            yield [tensor[of_row] for tensor in flat], [scale[of_scales] for scale in flat_scales]
+            part_blocks = slice(start + first // BLOCK_ELEMENTS, start - (-last // BLOCK_ELEMENTS))  # rounded up
+            part = slice(row * elements + first, row * elements + last)
+            yield [tensor[part] for tensor in flat], [scale[part_blocks] for scale in flat_scales]
 
 
 def moment_of(state: Mapping[str, Tensor], moment: str) -> Tensor:
-    """Return a moment as numbers, (C, X)."""
+    """Return the decoded values of a moment, (C, X)."""
     codes_CX, scales_CB = state[moment + CODES].flatten(1), state[moment + SCALES]
     scales_CX = scales_CB.repeat_interleave(BLOCK_ELEMENTS, dim=1)[:, : codes_CX.shape[1]]
     return _values(moment, codes_CX.device)[codes_CX.int()] * scales_CX

@@ -1,17 +1,18 @@
-"""Matrix products in fewer bits than the weights have, and the loss scale that the small range of fp16 asks for.
+"""Mixed precision: autocast of matrix products to bf16 or fp16, and the loss scale that fp16's small range needs.
 
-With autocast, weights, gradients, the optimizer and what devices exchange stay in the run's dtype; matrix products,
-attention and what is kept for their backward passes are bf16 or fp16 (Micikevicius et al. 2018, arXiv 1710.03740).
+With autocast, weights, gradients, the optimizer and messages stay in the run's dtype; matrix products, attention and
+the activations saved for their backward passes are bf16 or fp16 (Micikevicius et al. 2018, arXiv 1710.03740). The
+methods' base class (simulate.methods.base) calls both.
 
-Gradients below 2^-24 vanish in fp16, so losses are scaled up before the backward pass and gradients down after it, with
-the rule of torch.amp.GradScaler, for every row of copies by itself:
+Gradients below 2^-24 vanish in fp16, so losses are scaled up before the backward pass and gradients down after it. The
+rule is that of torch.amp.GradScaler, for each row of copies by itself:
 
     g finite in G steps in a row: scale ← 2·scale;      g not finite: no step, scale ← scale/2
 
-A device without finite gradients leaves its step out and nobody else's. The step counts all the same (as for devices
-that stop early, simulate.methods.paced), so that a device goes the same way alone and beside others.
+A device without finite gradients skips its own step only, and its step counter still advances (as for devices that stop
+early, simulate.methods.paced), so that a device takes the same path alone and beside others.
 
-Legend: C rows of copies that have gradients of their own: local devices, or 1 where all share one gradient.
+Legend: C rows of copies with separate gradients: the local devices, or 1 if all share one gradient.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from simulate.config.tables import Train
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 START_SCALE = 2.0**16
+"""First scale, as in torch.amp.GradScaler."""
 GROWTH_STEPS = 2000
-"""Steps with finite gradients after which the scale is doubled; both as torch.amp.GradScaler has them."""
+"""Number of steps with finite gradients after which the scale is doubled, as in torch.amp.GradScaler."""
 
 
 def lower_precision(train: Train, device: torch.device) -> AbstractContextManager[object]:
@@ -39,7 +41,7 @@ def lower_precision(train: Train, device: torch.device) -> AbstractContextManage
 
 
 def check_autocast(train: Train, device: torch.device) -> None:
-    """Raise InputError where a GPU has no bf16 arithmetic: PyTorch would emulate it, slower than fp32."""
+    """Raise InputError if a GPU has no bf16 arithmetic, which PyTorch would emulate, slower than fp32."""
     if train.autocast == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
         raise InputError(
             f"train.autocast = 'bf16': {torch.cuda.get_device_name(device)} has no bf16 arithmetic; "
@@ -48,14 +50,14 @@ def check_autocast(train: Train, device: torch.device) -> None:
 
 
 class LossScale:
-    """A scale for each of C rows."""
+    """Scales of C rows, with the steps since each last changed."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.scale_C = torch.full((rows,), START_SCALE, device=device)
         self.good_steps_C = torch.zeros(rows, dtype=torch.int64, device=device)
 
     def scaled(self, losses_X: Tensor) -> Tensor:
-        """Return losses times the scale of their row; X is a multiple of C, row by row."""
+        """Return losses, ordered by row, times the scale of their row; X is a multiple of C."""
         return losses_X * self.scale_C.repeat_interleave(len(losses_X) // len(self.scale_C))
 
     def unscale(self, gradients: Iterable[Tensor]) -> None:
@@ -65,25 +67,25 @@ class LossScale:
             gradient.div_(scale.view(-1, *(1,) * (gradient.ndim - 1)))
 
     def finite_rows(self, gradients: Iterable[Tensor]) -> Tensor:
-        """Return which rows have nothing but numbers in all gradients, (C,), bool."""
+        """Return, (C,), which rows have finite gradients only."""
         finite_C = torch.ones_like(self.scale_C, dtype=torch.bool)
         for gradient in gradients:
-            # Infinities and NaN show in the smallest or largest number, which takes no room, unlike isfinite.
+            # Infinities and NaN show in the smallest or largest number; isfinite would allocate a mask of all elements.
             least_C, most_C = gradient.reshape(len(finite_C), -1).aminmax(dim=1)
             finite_C &= least_C.isfinite() & most_C.isfinite()
         return finite_C
 
     def lets_all_step(self, finite_C: Tensor) -> bool:
-        """Whether every row's gradients are finite, as those of a tensor without numbers are taken to be."""
-        return isinstance(finite_C, FakeTensor) or bool(finite_C.all())
+        """Whether every row's gradients are finite."""
+        return isinstance(finite_C, FakeTensor) or bool(finite_C.all())  # a fake tensor has no numbers to ask
 
     def update(self, finite_C: Tensor) -> None:
-        """Lower the scale of rows whose gradients were not finite, and raise those that were for long enough."""
+        """Halve the scale of rows whose gradients were not finite; double it after GROWTH_STEPS finite ones."""
         self.good_steps_C.add_(1).mul_(finite_C)
         grows_C = self.good_steps_C >= GROWTH_STEPS
         self.scale_C.mul_(torch.where(finite_C, torch.where(grows_C, 2.0, 1.0), 0.5))
         self.good_steps_C.masked_fill_(grows_C, 0)
 
     def state_dict(self) -> Mapping[str, Tensor]:
-        """Return what the next step depends on, by name."""
+        """Return the tensors that a checkpoint must hold, by name."""
         return {"scale": self.scale_C, "good_steps": self.good_steps_C}

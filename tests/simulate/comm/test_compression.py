@@ -1,4 +1,4 @@
-"""Numbers in fewer bits: how near they come back, how many bytes they take, and that means lose nothing for good."""
+"""Tests of compressed messages: rounding error, size in bytes, and means that lose nothing for good."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from simulate.comm.compression import LEVELS, CompressedMean, decode, encode, round_trip
+from simulate.comm.compression import LEVELS, CompressedMean, decode, encode
 from simulate.comm.transfers import WIRE_BLOCK, mean_transfers, wire_bytes
 from simulate.comm.virtual import VirtualCommunicator
 from simulate.layers.formats import ELEMENT_BYTES
@@ -20,12 +20,17 @@ DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 @st.composite
 def rows(draw: st.DrawFn, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return rows of numbers of very different magnitudes, some of them zero, in more and less than a block."""
+    """Draw rows of numbers of very different magnitudes, with zeros, shorter and longer than a block."""
     shape = draw(st.integers(1, 3)), draw(st.integers(1, 3 * WIRE_BLOCK))
     random = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     powers = torch.randint(draw(st.integers(-12, 0)), 3, shape, generator=random)
     signs = torch.randint(-1, 2, shape, generator=random)
     return (signs * torch.rand(shape, generator=random) * 10.0**powers).to(dtype)
+
+
+def round_trip(x_LX: Tensor, wire: str) -> Tensor:
+    """Return the rows as a receiver decodes them."""
+    return decode(encode(x_LX, wire), x_LX.shape[1], wire, x_LX.dtype)
 
 
 def block_maxima(x_LX: Tensor) -> Tensor:
@@ -69,7 +74,7 @@ def test_what_came_back_once_comes_back_unchanged(wire: str, data: st.DataObject
 
 
 @given(st.lists(st.integers(-7, 7), min_size=1, max_size=300))
-def test_two_in_a_byte_keep_every_value(values: list[int]) -> None:
+def test_int4_keeps_every_value_of_its_grid(values: list[int]) -> None:
     x = torch.tensor([[*values, 7]], dtype=torch.float64)  # a block without a 7 has another scale than 1
     x = torch.cat([x, torch.zeros(1, -x.shape[1] % WIRE_BLOCK, dtype=torch.float64)], dim=1)
     x[:, ::WIRE_BLOCK] = 7

@@ -1,4 +1,4 @@
-"""One algorithm, two worlds: devices in real processes against the same devices in one, whole runs in float64."""
+"""Tests that devices in several processes train exactly as the same devices in one: whole runs in float64."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ ONE_OF_EACH = [
 
 @cache
 def simulated(name: str) -> tuple[tiny.History, dict[str, int]]:
-    """Return what the run leaves behind in one process, and its bytes."""
+    """Return the history and counted bytes of a variant's run in one process."""
     method = tiny.build(tiny.variant_run(name, DEVICES, train=variant_table(STEPS, "fp64")))
     history, counter = tiny.train(method), method.communicator.counter
     return history, {"sent": counter.sent_bytes, "received": counter.received_bytes, "messages": counter.messages}
 
 
 def assert_same(launched: dict[str, tuple[tiny.History, dict[str, int]]]) -> None:
-    """Hold losses, merged weights and counted bytes of every variant against the simulation's."""
+    """Compare losses, merged weights and counted bytes of every variant with the simulation's."""
     for name, (history, counted) in launched.items():
         expected, expected_bytes = simulated(name)
         tiny.assert_parity(history, expected)

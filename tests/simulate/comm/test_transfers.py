@@ -1,4 +1,4 @@
-"""Planned bytes against counted ones: simulate.comm.transfers knows shapes, the communicator sees tensors."""
+"""Tests that planned bytes, from shapes, equal the bytes that communicators count, from tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRANSPORTS = ("gather", "reduce", "server")
 
 
 def assert_planned_is_counted(run: Run, steps: int | None = None) -> None:
-    """Hold every step's messages, and their sums, against the plan's."""
+    """Compare every step's messages, and their sums, with the plan's."""
     told: list[Transfer] = []
     shape, steps = run.model.shape(), steps or run.train.steps
     communicator = VirtualCommunicator(run.cluster.devices, lambda transfer, background: told.append(transfer))

@@ -17,14 +17,14 @@ print(usable_cores())
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system holds no process to cores")
-def test_cores_are_those_that_the_process_is_held_to() -> None:
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity masks")
+def test_only_cores_in_the_affinity_mask_count() -> None:
     root = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", ONE_CORE], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout == "1\n"
 
 
-def test_a_system_that_does_not_tell_them_has_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_affinity_call_all_cores_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     assert usable_cores() == 6

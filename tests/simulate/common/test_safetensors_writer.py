@@ -1,4 +1,4 @@
-"""safetensors files that are written tensor by tensor: read by the library, and never twice in memory."""
+"""Tests of the safetensors writer: the library reads its files, and tensors are never twice in memory."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def test_a_save_takes_far_less_memory_than_what_it_saves(tmp_path: Path) -> None:
-    """192 MiB of tensors; the system sees less than an eighth of that come on top."""
+    """Save 192 MiB of tensors: the process's peak grows by less than an eighth of that."""
     from simulate.config.run import dump_run
 
     (tmp_path / "run.toml").write_text(dump_run(tiny.lte_run()), encoding="utf-8")
@@ -87,8 +87,8 @@ def test_a_save_takes_far_less_memory_than_what_it_saves(tmp_path: Path) -> None
     assert int(done.stdout) < 192 * 1024 // 8
 
 
-def test_a_disk_that_is_full_is_told_and_leaves_nothing(tmp_path: Path) -> None:
-    """A limit on the size of files stands for the disk."""
+def test_a_full_disk_raises_and_leaves_no_file(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the full disk."""
     run, folder = tiny.lte_run(), tmp_path / "checkpoints"
     state = State({"small": torch.ones(9), "large": torch.ones(2**18)}, {})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -1,4 +1,4 @@
-"""What `convert` swaps under each treatment, what it refuses, and that merged weights fit the plain network."""
+"""Tests of `convert`: replacements under each spec, refusals, and merged weights that fit the plain network."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def vectors(vector: Tensor) -> VectorLora:
 
 
 class Zoo(nn.Module):
-    """One of each kind of layer, never run."""
+    """Network with one of each kind of layer; it is never run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -203,7 +203,7 @@ def test_a_layer_that_is_used_at_two_places_stays_one_layer(treatment: Conversio
 
 
 class Deep(nn.Module):
-    """A network with a given layer two modules down."""
+    """Network with a given layer two modules down."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -211,7 +211,7 @@ class Deep(nn.Module):
 
 
 class Unknown(nn.Module):
-    """A module with a parameter of its own around a given layer."""
+    """Module with a parameter beside a given layer."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -251,7 +251,7 @@ def test_what_is_refused_stays_as_it_was() -> None:
 
 
 class Classifier(nn.Module):
-    """A small network of images: a convolution, a norm of an unknown kind, a linear layer."""
+    """Small network of images: a convolution, a norm of an unknown kind, a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()

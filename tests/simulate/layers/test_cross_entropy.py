@@ -1,4 +1,4 @@
-"""The loss that overwrites its logits, against torch's."""
+"""Tests of the loss that overwrites its logits, against torch's own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that exist only while something is computed with them: the same numbers, and one layer's room."""
+"""Tests of lazy weights: they give the same numbers, and take the memory of one layer at a time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ META = torch.device("meta")
 MADE = (
     "lora", "relora", "mhlora", "adamix", "lte, nf4", "lte, int8, served", "lte, nf4-double, reduced", "lte", "ddp",
 )  # fmt: skip
-"""Every way to come to weights: folded, fetched from the host, unpacked, and there."""
+"""Runs whose weights are folded, fetched from the host, dequantized, or in place."""
 
 
 def made(weight: Tensor, make: Callable[[], Tensor] | None = None) -> LazyWeight:
@@ -74,7 +74,7 @@ def trained(name: str, network: nn.Module | None = None) -> Method:
 
 
 def slow_losses(method: Method, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Return the losses of a batch with all weights made beforehand."""
+    """Return the losses of a batch with all weights computed beforehand."""
     with torch.no_grad():
         weights = method.merged_state()
         outputs = functional_call(empty_model(method.run), weights, (inputs,), tie_weights=False)
@@ -90,7 +90,7 @@ def test_losses_are_those_of_weights_that_are_made_beforehand(name: str) -> None
 
 
 class Mlp(nn.Sequential):
-    """A layer that is used twice, and one that is not."""
+    """Network that uses one layer twice, and another once."""
 
     def __init__(self) -> None:
         twice = nn.Linear(6, 6)
@@ -129,7 +129,7 @@ def test_layers_of_every_kind_compute_alike(network: str, name: str) -> None:
 
 
 def gradients(network: nn.Module, weights: dict[str, Tensor], inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return a network's outputs at given weights, and the gradients of their squares' mean by those who have one."""
+    """Return a network's outputs at given weights, and the gradients of the outputs' mean square."""
     leaves = {name: w.leaf() if isinstance(w, LazyWeight) else w.requires_grad_() for name, w in weights.items()}
     outputs = functional_call(network, leaves, (inputs,), tie_weights=False)
     outputs.square().mean().backward()
@@ -155,7 +155,7 @@ def test_layers_of_every_kind_are_differentiated_alike(network: str, name: str) 
 
 
 def watch_weights(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list that grows by the number of weights that are there whenever one more has been made."""
+    """Return a list that records, at each computation of a weight, how many computed weights exist."""
     alive: list[weakref.ref[Any]] = []
     counts: list[int] = []
     plain_weight = LoraLinear.plain_weight
@@ -195,7 +195,7 @@ def test_one_layers_weight_is_there_at_a_time_in_the_backward_pass_too(
 
 @pytest.mark.parametrize("name", ["lora", "lte, nf4", "lte, int8, served"])
 def test_an_evaluation_takes_as_little_of_a_deep_network(name: str) -> None:
-    """Of activations and one layer, so that twice the layers need no more."""
+    """The peak is that of activations and one layer, so twice the layers do not raise it."""
 
     def peak_bytes(layers: int) -> int:
         model = {"layers": layers, "width": 64, "attention_heads": 2}

@@ -1,4 +1,4 @@
-"""Device-batched layers against plain ones, copy by copy; draws of A; what `convert` swaps."""
+"""Tests of device-batched layers against plain ones, copy by copy, of draws of A, and of `convert` on a GPT."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def spec(rank: int = RANK, heads_per_device: int = 1, first_device: int = 0, see
 
 
 def random(*shape: int) -> Tensor:
-    """Return a double leaf; the seed is its own size, so that no test depends on another."""
+    """Return a float64 leaf, seeded by its size, so that no test depends on another's draws."""
     numbers = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(math.prod(shape)))
     return numbers.requires_grad_()
 

@@ -1,4 +1,4 @@
-"""Layers with a copies axis, adapted convolutions and vectors against plain layers in double precision."""
+"""Tests of layers with a copies axis, adapted convolutions and vectors, against plain layers in float64."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SCALE = 1.5
 
 
 class Shifted(nn.Module):
-    """A module that nobody knows: a bare parameter around a linear layer, and a buffer."""
+    """Module of an unknown kind: a bare parameter, a linear layer and a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Shifted(nn.Module):
 
 
 def drawn(*shape: int) -> Tensor:
-    """Return random numbers from a generator of their own."""
+    """Return random numbers from a new generator, seeded by the shape."""
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
 
 
@@ -60,7 +60,7 @@ def stacked_of(plain: nn.Module, copies: int) -> dict[str, nn.Parameter]:
 
 
 def assert_copies_are_plain(fast: nn.Module, plain: nn.Module, stacked: dict[str, nn.Parameter], x: Tensor) -> None:
-    """Hold outputs and all gradients of a layer with copies against one plain layer a copy."""
+    """Compare outputs and all gradients of a layer with copies with those of one plain layer a copy."""
     copies = next(iter(stacked.values())).shape[0]
     x_fast, x_slow = x.clone().requires_grad_(), x.clone().requires_grad_()
     y = fast(x_fast)
@@ -79,7 +79,7 @@ def assert_copies_are_plain(fast: nn.Module, plain: nn.Module, stacked: dict[str
 
 
 def gradient_of(leaf: Tensor) -> Tensor:
-    """Return the gradient that a backward pass left."""
+    """Return a tensor's gradient, which must exist."""
     assert leaf.grad is not None
     return leaf.grad
 
@@ -119,7 +119,7 @@ def test_each_copy_of_a_convolution_is_a_plain_one(name: str, copies: int) -> No
 
 
 def clear(stacked: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Forget gradients."""
+    """Clear gradients."""
     for parameter in stacked.values():
         parameter.grad = None
     return stacked
@@ -201,7 +201,7 @@ SPEC = AdapterSpec(2, SCALE, heads_per_device=1, reset_less=True, first_device=0
 
 
 def adapted(plain: nn.Conv2d, with_old_product: bool) -> LoraConv2d:
-    """Return three heads of their own, away from the zero start, on a plain convolution."""
+    """Return a plain convolution with three heads, whose factors are random rather than zero."""
     bias = None if plain.bias is None else replicate(plain.bias, 3)
     layer = LoraConv2d(plain, bias, "conv", SPEC, devices=3)
     with torch.no_grad():
@@ -336,7 +336,7 @@ def test_a_network_with_copies_of_everything_starts_as_the_plain_one() -> None:
 
 
 class Wrapped(nn.Module):
-    """A linear layer inside a module without parameters of its own."""
+    """Linear layer inside a module that has no other parameters."""
 
     def __init__(self) -> None:
         super().__init__()

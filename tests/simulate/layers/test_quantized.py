@@ -1,4 +1,4 @@
-"""Frozen weights in fewer bytes: what packing keeps, what merges add to, and methods on them against slow twins."""
+"""Tests of quantized weights: rounding errors, merges into them, and methods on them against slow twins."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_quantised_lte_trains_like_the_twin(quantize: str, method: dict[str, Any
 
 @pytest.mark.parametrize(("name", "quantize"), [("lora", "nf4"), ("lora", "bf16"), ("mhlora", "nf4-double")])
 def test_adapters_of_all_on_quantised_weights_train_like_the_twin(name: str, quantize: str) -> None:
-    """Nothing is merged: what is trained on is the rounded start."""
+    """Nothing is merged, so training keeps the rounded start."""
     run = parity_run(name, 2, {"steps": 25}, quantize=quantize)
     twin_class = MhloraTwin if name == "mhlora" else LoraTwin
     twin = twin_class(run, rounded_start(build_model(run), quantize), engine_draw(run))
@@ -149,7 +149,7 @@ TINY, MERGES = 1e-4, 1000
 
 
 def after_tiny_merges(**method: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return W that all devices have, W that is evaluated, and the exact one, after many tiny changes."""
+    """Return the devices' W, the evaluated W and the exact one, after many tiny changes."""
     start = normal(4, 64) * 0.1
     built, layer = on_layer(start, reset="b", **method)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The network: its attention against loops, its counts against the torch-free shapes and the published ones."""
+"""Tests of the GPT: its attention against loops, its counts against the torch-free shapes and published ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from simulate.layers.lora import lora_layers
 from simulate.methods.build_network import build_model, empty_model
 from simulate.methods.lte.train import Lte
-from simulate.models.gpt import Attention, Gpt
+from simulate.models.blocks import Attention
+from simulate.models.gpt import Gpt
 from simulate.models.schema import GptModel
 from tests import tiny
 

@@ -1,4 +1,4 @@
-"""The Llama shaped decoder: published counts, its parts against loops, and training against the slow twins."""
+"""Tests of the Llama: published counts, its parts against loops, and training against the slow twins."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from simulate.config.run import Run
 from simulate.layers.lora import lora_layers
 from simulate.methods.build_network import build_model
 from simulate.methods.lte.train import Lte
-from simulate.models.llama import GatedMlp, Llama, RotaryAttention, rotation, turned
+from simulate.models.llama import GatedMlp, Llama, RotaryAttention, rotary_angles, rotate_pairs
 from simulate.models.schema import LlamaModel
 from tests import tiny
 from tests.reference.ddp import DdpTwin
@@ -64,7 +64,7 @@ def test_the_shape_names_what_the_engine_adapts_and_replicates() -> None:
 def test_pairs_turn_like_complex_numbers() -> None:
     """x_p + i·x_{p+P} times e^(i·position/base^(2p/E)) (Su et al. 2021, equation 13)."""
     x_STAE = drawn(2, 5, 3, 8)
-    y_STAE = turned(x_STAE, *rotation(5, 8, x_STAE))
+    y_STAE = rotate_pairs(x_STAE, *rotary_angles(5, 8, x_STAE))
     for position in range(5):
         for pair in range(4):
             factor = cmath.exp(1j * position / 10_000 ** (2 * pair / 8))
@@ -76,8 +76,8 @@ def test_pairs_turn_like_complex_numbers() -> None:
 def test_attention_is_what_the_loops_compute() -> None:
     torch.manual_seed(0)
     attention, x = RotaryAttention(width=8, heads=2).double(), drawn(2, 5, 8)
-    angles = rotation(5, 4, x)
-    q, k = (turned((x @ layer.weight.T).view(2, 5, 2, 4), *angles) for layer in (attention.query, attention.key))
+    angles = rotary_angles(5, 4, x)
+    q, k = (rotate_pairs((x @ layer.weight.T).view(2, 5, 2, 4), *angles) for layer in (attention.query, attention.key))
     v = (x @ attention.value.weight.T).view(2, 5, 2, 4)
     mixed = torch.zeros(2, 5, 2, 4, dtype=torch.float64)
     for sample in range(2):
@@ -93,9 +93,9 @@ def test_attention_is_what_the_loops_compute() -> None:
 
 
 def test_scores_depend_on_distance_alone() -> None:
-    """What rotary positions are for: shifting both tokens changes nothing."""
+    """Scores depend on the distance of two tokens only: shifting both changes nothing."""
     q_TAE, k_TAE = drawn(1, 1, 1, 8).expand(1, 6, 1, 8), drawn(1, 1, 2, 8)[:, :, :1].expand(1, 6, 1, 8)
-    q, k = (turned(x, *rotation(6, 8, x))[0, :, 0] for x in (q_TAE, k_TAE))
+    q, k = (rotate_pairs(x, *rotary_angles(6, 8, x))[0, :, 0] for x in (q_TAE, k_TAE))
     torch.testing.assert_close(q[4] @ k[1], q[5] @ k[2], rtol=1e-12, atol=1e-12)
     assert not torch.allclose(q[4] @ k[1], q[4] @ k[2])
 
@@ -145,7 +145,7 @@ def test_diloco_trains_a_llama_like_the_twin() -> None:
 def test_parity_notices_pairs_that_turn_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
     run = llama_run("ddp")
     _, slow = parity.twin_of(DdpTwin, run)
-    monkeypatch.setattr("simulate.models.llama.turned", lambda x, cos, sin: turned(x, cos, 1.01 * sin))
+    monkeypatch.setattr("simulate.models.llama.rotate_pairs", lambda x, cos, sin: rotate_pairs(x, cos, 1.01 * sin))
     with pytest.raises(AssertionError):
         tiny.assert_parity(tiny.train(tiny.build(run)), slow)
 

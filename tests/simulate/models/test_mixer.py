@@ -1,4 +1,4 @@
-"""The MLP-Mixer: published counts, its block against loops, and what mixes with what."""
+"""Tests of the MLP-Mixer: published counts, its block against loops, and the axes along which it mixes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our networks beside transformers' own on the same weights."""
+"""Tests of our networks against transformers' own on the same weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOKENS = torch.arange(27).view(3, 9) * 7 % 50
 
 
 def perturbed(model: nn.Module) -> nn.Module:
-    """Return a network of which no parameter is where it starts."""
+    """Return a network with all parameters moved from their start values."""
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -61,7 +61,7 @@ VIT_ENDS = {"norm": "vit.layernorm", "head": "classifier", "patch": "vit.embeddi
 
 
 def vit_state(options: VitModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a ViT's weights by the library's names: separate queries, keys and values, patches by a convolution."""
+    """Return a ViT's weights by the library's names: separate queries, keys and values, patches as a convolution."""
     theirs = {
         "vit.embeddings.cls_token": state["class_token.weight"][None],
         "vit.embeddings.position_embeddings": state["position.weight"][None],

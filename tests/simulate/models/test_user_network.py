@@ -1,4 +1,4 @@
-"""Networks that users bring: what is traced, what is adapted, that copies stay apart, and what is refused."""
+"""Tests of users' networks: traced counts, adapted layers, separate copies, and refusals."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_a_users_network_learns_and_merges_back(model: dict[str, Any], name: str
 
 
 def test_devices_of_a_network_with_shared_positions_stay_apart() -> None:
-    """Each copy's own table serves its own samples, as in a plain network with that table."""
+    """Each copy's table serves its own samples, as in a plain network with that table."""
     run = run_of({**ENCODER, "context": 4})  # as many samples as positions: sizes alone could not tell them apart
     plain = build_model(run)
     model = convert(copy.deepcopy(plain), 2)

@@ -1,4 +1,4 @@
-"""The Vision Transformer: published counts, patches against a convolution, what may and may not move its output."""
+"""Tests of the Vision Transformer: published counts, patches against a convolution, inputs that change its output."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from simulate.layers.convert import ConversionSpec, convert, lora, merged_state
 from simulate.layers.lora import AdapterSpec, lora_layers
 from simulate.models.schema import VitModel
-from simulate.models.vit import VIT_SIZES, Vit, patches_of
+from simulate.models.vit import Vit, patches_of
 
 SMALL = VitModel(layers=2, width=12, attention_heads=3, patch=4, image=8, classes=5)
 
@@ -38,9 +38,9 @@ def images(samples: int) -> Tensor:
 )
 def test_a_vit_has_its_published_number_of_parameters(name: str, parameters: int) -> None:
     with torch.device("meta"):
-        model = Vit(VIT_SIZES[name])
+        model = Vit(VitModel(name=name))
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
-    assert VIT_SIZES[name].shape().parameters == parameters
+    assert VitModel(name=name).shape().parameters == parameters
 
 
 def test_a_linear_layer_over_patches_is_a_convolution_with_its_stride() -> None:

@@ -1,4 +1,4 @@
-"""Adam's moments in 8 bits: bitsandbytes' own steps, with no block of two devices."""
+"""Tests of Adam with moments in 8 bits: bitsandbytes' own steps, and no block shared by two devices."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ pytestmark = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsa
 
 EIGHT = {"dtype": "fp32", "optimizer_state": "8bit", "steps": 14}
 LARGE = {"width": 96, "attention_heads": 4}
-"""Wide enough for matrices of more than 4,096 elements, of which some are no multiple of a block."""
+"""Widths that give matrices of more than 4,096 elements, some of them no multiple of a block."""
 
 
 def stepped(start: Tensor, gradients: list[Tensor], decay: float = 0.1) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return a parameter after steps of ours, and its state."""
+    """Return a parameter after steps of AdamW8bit, and its state."""
     parameter = nn.Parameter(start.clone())
     optimizer = AdamW8bit([{"params": [parameter], "lr": 0.01, "weight_decay": decay}], betas=(0.9, 0.99))
     for gradient in gradients:
@@ -69,7 +69,7 @@ def test_rows_step_as_if_each_were_alone(elements: int) -> None:
 
 
 def test_steps_agree_with_a_slow_twin() -> None:
-    """Moments in full, rounded to the nearest value of their block after each step."""
+    """Slow twin with full moments, rounded to the nearest value of their block after each step."""
     elements = 2 * BLOCK_ELEMENTS + 100
     start, *gradients = draws(2, elements)
     ours, state = stepped(start, gradients, decay=0.0)
@@ -161,7 +161,7 @@ def test_a_run_with_8_bits_resumes_bit_for_bit(name: str) -> None:
     ],
 )  # fmt: skip
 def test_memory_with_8_bits_is_planned(name: str, context: int, micro_batch: int) -> None:
-    """With long samples activations peak, with short ones what travels, or the step."""
+    """With long samples activations set the peak, with short ones messages or the step."""
     train = {**EIGHT, "micro_batch": micro_batch}
     run = wide(tiny.variant_run(name, 4, {**WIDE, "context": context}, train))
     assert planned_bytes(run) == pytest.approx(measure_memory_bytes(run, torch.device("cpu")), rel=TOLERANCE)

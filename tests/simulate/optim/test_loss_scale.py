@@ -1,4 +1,4 @@
-"""Autocast: every product in the lower format, gradients in the weights' own, and a loss scale for each device."""
+"""Tests of autocast: products in the lower dtype, gradients in the weights' own, and a loss scale for each device."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HALF = {"dtype": "fp32", "autocast": "fp16", "steps": 14}
 
 
 class Products(TorchDispatchMode):
-    """Notes the formats of everything that is multiplied as matrices."""
+    """Recorder of the dtypes of all matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def test_without_autocast_products_have_the_format_of_the_weights() -> None:
 @pytest.mark.parametrize("model", [{}, tiny.LLAMA], ids=["gpt", "llama"])
 @pytest.mark.parametrize("name", ["lte", "lte, frozen a", "lora", "ddp", "local-sgd"])
 def test_gradients_are_those_of_exact_products_to_rounding(name: str, model: dict[str, Any]) -> None:
-    """bf16 has eight bits: a hundredth of a gradient's norm, where a missing factor would be whole parts of it."""
+    """bf16 has eight bits: errors are 1 % of a gradient's norm, and a missing factor would change most of it."""
     gradients = []
     for autocast in ("none", "bf16", "fp16"):
         method = tiny.build(tiny.variant_run(name, 4, model, {**LOW, "autocast": autocast}))
@@ -95,14 +95,14 @@ def test_gradients_are_those_of_exact_products_to_rounding(name: str, model: dic
 
 @torch.no_grad()
 def shake(method: Method) -> None:
-    """Leave no factor at zero, so that all gradients mean something."""
+    """Set all factors away from zero, so that every gradient depends on every factor."""
     draw = torch.Generator().manual_seed(3)
     for parameter in method.model.parameters():
         parameter.add_(0.02 * torch.randn(parameter.shape, generator=draw))
 
 
 def under_autocast(twin: Any, run: Run) -> Any:
-    """Let all plain models of a twin run as torch's own autocast has them."""
+    """Run all plain models of a twin under torch's own autocast."""
     for device in twin.devices:
         plain = device.model.forward
 
@@ -139,7 +139,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("method", ["lte", "ddp", "local-sgd"])
 @pytest.mark.parametrize("network", NETWORKS)
 def test_networks_without_a_name_train_under_autocast(network: str, method: str, autocast: str) -> None:
-    """Masks, layers that run copy by copy, and convolutions as products over patches."""
+    """The networks have masks, layers that run copy by copy, and convolutions as products over patches."""
     options = {"name": method, "rank": 2} if method == "lte" else {"name": method}
     train = {"steps": 4, "micro_batch": 2, "clip_norm": 100.0}
     results = []
@@ -256,7 +256,7 @@ NEEDS_LIBRARY = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bi
 
 @pytest.mark.parametrize("eight_bit", ["fp32", pytest.param("8bit", marks=NEEDS_LIBRARY)])
 def test_a_step_that_is_left_out_changes_nothing_of_its_device(eight_bit: str) -> None:
-    """Also in the first step, when moments begin."""
+    """This holds in the first step too, when moments begin."""
     large = {"width": 64, "attention_heads": 2}
     for at_step in (0, 1):
         method = tiny.build(tiny.variant_run("local-sgd", 4, large, {**HALF, "optimizer_state": eight_bit}))
@@ -275,7 +275,7 @@ def test_a_step_that_is_left_out_changes_nothing_of_its_device(eight_bit: str) -
 
 
 def test_a_step_that_all_leave_out_needs_no_copies() -> None:
-    """As on a device alone, whose memory was planned without them."""
+    """The plan of a device alone counts no memory for copies of its parameters."""
     method = tiny.build(tiny.variant_run("lora", 1, {"width": 64, "attention_heads": 2}, HALF))
     tiny.train(method, 0, 1)
     before = {key: tensor.clone() for key, tensor in method.stepped().items()}
@@ -298,7 +298,7 @@ def test_devices_that_share_a_gradient_leave_the_step_out_together(name: str) ->
 
 @pytest.mark.parametrize("name", ["topk", "signsgd", "powersgd", "ddp, int8", "sapipe"])
 def test_gradients_of_devices_apart_count_as_zero_where_they_are_not_finite(name: str) -> None:
-    """Nobody else needs to know, and what compression lost is not spoiled."""
+    """Other devices are not affected, and the compression errors stay finite."""
     method, plain = (tiny.build(tiny.variant_run(name, train=HALF)) for _ in range(2))
     spoiled(method, 1, at_step=1)
     tiny.train(plain, 0, 3)
@@ -309,7 +309,7 @@ def test_gradients_of_devices_apart_count_as_zero_where_they_are_not_finite(name
 
 @pytest.mark.parametrize("name", ["local-sgd", "lte", "lte, frozen a"])
 def test_a_device_goes_the_same_way_alone_and_beside_others(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a scale that is too high for all of them, so that each has to find its own."""
+    """All start from a scale that is too high, so that each has to lower its own."""
     monkeypatch.setattr(precision, "START_SCALE", 2.0**26)
     monkeypatch.setattr(precision, "GROWTH_STEPS", 2)
     run, devices, steps = tiny.variant_run(name, 3, train={**HALF, "steps": 40}), 3, 3

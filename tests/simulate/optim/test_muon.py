@@ -1,4 +1,4 @@
-"""Muon: what becomes of singular values, steps by hand, which parameters it steps, and whole runs against twins."""
+"""Tests of Muon: singular values, steps by hand, the parameters that it steps, and whole runs against twins."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def in_range(values: Tensor) -> bool:
 
 
 def assert_orthogonalised(got: Tensor, matrix: Tensor) -> None:
-    """Hold a result against U·p(S)·Vᵀ with the singular values over their root sum of squares."""
+    """Compare a result with U·p(S)·Vᵀ, singular values divided by their root sum of squares."""
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     values = torch.tensor([polynomial(v) for v in (s / s.norm()).tolist()], dtype=torch.float64)
     torch.testing.assert_close(got, u @ values.diag() @ vt, rtol=1e-9, atol=1e-9)
@@ -179,7 +179,7 @@ def test_lte_with_muon_is_that_of_the_twin() -> None:
 
 
 def all_heads_in_one(g_CMN: Tensor) -> Tensor:
-    """Orthogonalise copies side by side, as if they were one matrix."""
+    """Orthogonalise copies side by side as one matrix: the error that a test must detect."""
     flat = g_CMN.flatten(0, 1).unsqueeze(0)
     return ORTHOGONALISE(flat).view(g_CMN.shape)
 
@@ -223,7 +223,7 @@ def test_a_restored_run_continues_bit_for_bit(run: Run) -> None:
 
 
 def moments(method: Method) -> dict[str, set[str]]:
-    """Return what the optimizers keep of each parameter, by name."""
+    """Return the optimizers' state of each parameter, by name."""
     return {name: set(method.optimizer.state[parameter]) for name, parameter in method.parameters.items()}
 
 
@@ -242,7 +242,7 @@ def test_muon_steps_matrices_of_linear_layers_and_factors_alone(run: Run) -> Non
 
 
 class Tied(nn.Module):
-    """A head in front of the embedding whose weight it shares, and a linear layer of its own."""
+    """Network whose head precedes the embedding that shares its weight, with one more linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
