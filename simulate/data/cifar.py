@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from simulate.common.errors import InputError
+from simulate.data.cache import stamp_of
 from simulate.data.images import ImageSource, array_source
 
 SIDE, COLOURS = 32, 3
@@ -70,12 +70,6 @@ def cifar_source(path: Path) -> ImageSource:
     held_out = np.arange(len(labels)) >= sum(len(part_labels) for _, part_labels in train)
     files = [folder / name for name in (*layout.train, *layout.test, layout.meta)]
     return array_source(str(path), stamp_of(files), pixels, labels, names, held_out)
-
-
-def stamp_of(files: Sequence[Path]) -> str:
-    """Return names, sizes and moments of files: what a cache of their content goes by."""
-    status = [(str(file.resolve()), file.stat()) for file in files]
-    return repr([(name, s.st_size, s.st_mtime_ns) for name, s in status])
 
 
 def _names(path: Path, key: str) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from simulate.common.errors import InputError
-from simulate.data.cifar import stamp_of
+from simulate.data.cache import stamp_of
 from simulate.data.images import ImageSource, array_source
 
 SIDE, COLOURS = 96, 3

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from simulate.common.errors import InputError
-from simulate.config import run as config
-from simulate.data.huggingface import TEXTS, read_hub
+from simulate.config.run import BYTE_VALUES, BYTES, Data
+from simulate.data.huggingface import hub_text
 from simulate.data.tokenizer import Vocabulary, check_vocabulary, encode
 from simulate.models.interfaces import ReadsText
 
@@ -77,7 +77,7 @@ class Text:
         elif (largest := int(self.tokens.max())) >= model.vocab:
             raise InputError(
                 f"model.vocab = {model.vocab} does not cover byte {largest} of {self.source}; "
-                f"try --set model.vocab={config.BYTE_VALUES}"
+                f"try --set model.vocab={BYTE_VALUES}"
             )
 
     def check_length(self, model: ReadsText, devices: int, shards: Sequence[float] | None = None) -> None:
@@ -103,13 +103,13 @@ def shard_bounds(tokens: int, devices: int, shards: Sequence[float] | None) -> l
     return list(pairwise(edges))
 
 
-def load_text(data: config.Data) -> Text:
+def load_text(data: Data) -> Text:
     """Return the text that run.toml names, in its tokens.
 
     Raises InputError for what is missing, empty, binary or unreadable, and for a tokenizer that is.
     """
     text = read_bytes(data)
-    return text if data.tokenizer == config.BYTES else tokenized(text, data.tokenizer)
+    return text if data.tokenizer == BYTES else tokenized(text, data.tokenizer)
 
 
 def tokenized(text: Text, tokenizer: str) -> Text:
@@ -127,10 +127,13 @@ def _split_of(length: int) -> int:
     return int(length * (1 - VALIDATION_SHARE))
 
 
-def read_bytes(data: config.Data) -> Text:
+def read_bytes(data: Data) -> Text:
     """Return the text that run.toml names as bytes, whatever its tokenizer; raises InputError."""
     if data.from_hub:
-        return _hub_text(data)
+        texts = hub_text(data)
+        if texts is None or not bytes(texts[:SAMPLED_BYTES]).strip():
+            raise InputError(f"data.name = {data.name!r} holds no text; choose another, or its data.column")
+        return Text(texts, str(data.name))
     if data.path is None:
         return _stdlib()
     path = Path(data.path)
@@ -145,14 +148,6 @@ def read_bytes(data: config.Data) -> Text:
     if not content.strip():
         raise InputError(f"data.path = {data.path!r} is empty; give a text file with content")
     return Text(np.frombuffer(content, dtype=np.uint8), data.path)
-
-
-def _hub_text(data: config.Data) -> Text:
-    kept = read_hub(data)
-    content = kept.arrays["content"]
-    if kept.facts["kind"] != TEXTS or not bytes(content[:SAMPLED_BYTES]).strip():
-        raise InputError(f"data.name = {data.name!r} holds no text; choose another, or its data.column")
-    return Text(content, str(data.name))
 
 
 def _files(path: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from simulate.common.errors import InputError
 from simulate.data import cache
-from simulate.data.cache import Draft, Kept, cache_folder, cached, open_file
+from simulate.data.cache import CachedArrays, Draft, cache_folder, cached, open_arrays
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def the_file(folder: Path) -> Path:
     return path
 
 
-def check(kept: Kept, value: int = 7) -> None:
+def check(kept: CachedArrays, value: int = 7) -> None:
     assert kept.arrays["bytes"].tolist() == [[value] * 5] * 3
     assert kept.arrays["wide"].tolist() == [0.5, 0.5]
     assert kept.facts == {"classes": ["é", "b"]}
@@ -77,7 +77,7 @@ def test_any_changed_byte_makes_it_anew(folder: Path) -> None:
     unseen = []
     for place in range(len(sound)):
         path.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
-        if open_file(path) is not None:
+        if open_arrays(path) is not None:
             unseen.append(place)
     assert not unseen
     path.write_bytes(sound[:-1] + b"\xff")
