@@ -85,9 +85,9 @@ def _check_text(run: Run) -> None:
 
 
 def image_sizes(model: Model) -> tuple[int | None, int | None, int | None]:
-    """Return pixels a side, colours and classes of a model of images; None where the model leaves one open."""
+    """Return pixels a side, colours and classes of a model of images, each None where the model has no such size."""
     sizes = (getattr(model, key, None) for key in ("image", "colours", "classes"))
-    pixels, colours, classes = (size or None for size in sizes)  # 0 stands for "as the data has it"
+    pixels, colours, classes = (size or None for size in sizes)
     return pixels, colours, classes
 
 
