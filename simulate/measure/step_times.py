@@ -1,6 +1,7 @@
-"""Steps of networks that no calibration used: what a profile plans for them, and what they take here.
+"""Planned and measured seconds of steps, for networks that the measurement of a profile did not use.
 
-Each step is the real one of its method on one device's program, whose peers answer at once: exchanges take no part.
+Each is the real step of one device's program, whose peers answer at once, so that exchanges take no time. The errors
+show how far a measured profile can be trusted: `lte validate` and bench/step_time.py print them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ LEAST_STEPS = 7
 DEVICES = 2
 LTE = {"name": "lte", "rank": 8}
 BUDGET_S = 0.5
+"""Seconds for the steps of one case."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Case:
     samples: int
 
     def run(self) -> Run:
-        """Return it as a run."""
+        """Return the case as a run."""
         data = "stdlib" if self.model["name"] in ("gpt", "llama") else "digits"
         return build_run(
             {
@@ -98,7 +100,7 @@ CASES: tuple[Case, ...] = (
 
 
 def quantized_cases() -> tuple[Case, ...]:
-    """Return one step with frozen weights in full, and in each format that can be unpacked here."""
+    """Return one case with frozen weights in fp32, and one for each format that can be unpacked here."""
     formats = ("none", *packed_formats())
     lte = {**LTE, "frozen_a": False, "reset": "b"}
     return tuple(
@@ -109,9 +111,9 @@ def quantized_cases() -> tuple[Case, ...]:
 def held_out_times(
     profile: Profile, quick: bool = False, cases: Sequence[Case] | None = None
 ) -> list[tuple[str, float, float]]:
-    """Return name, planned and measured seconds of a step on this machine, as the profile's first device.
+    """Return name, planned and measured seconds of a step on this machine, taken as the profile's first device.
 
-    As many threads are used as the profile was measured with; the median of 7 steps or more after a warm-up.
+    It uses the number of threads of the profile's measurement, and the median of 7 steps or more after a warm-up.
     """
     watch = Stopwatch(_device(profile), BUDGET_S)
     threads = torch.get_num_threads()
