@@ -12,8 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 
-import torch
-
 from simulate.comm.echo import EchoCommunicator
 from simulate.comm.virtual import VirtualCommunicator
 from simulate.config.hardware import Device, FlopPerSecond
@@ -22,14 +20,12 @@ from simulate.config.run import Run
 from simulate.costs.memory import peak_memory
 from simulate.costs.message_schedule import sent_bytes
 from simulate.costs.step_time import round_time
-from simulate.layers.dtypes import DTYPES
+from simulate.layers.dtypes import CPU
 from simulate.measure.fake_tensors import tracked_memory
-from simulate.measure.one_device import measure_memory_bytes
+from simulate.measure.one_device import made_up_batch, measure_memory_bytes
 from simulate.measure.random_runs import Sample
 from simulate.methods.registry import build_method
-from simulate.models.fake_batch import example_batch
 
-CPU = torch.device("cpu")
 ROOMY = Device(
     kind="memory to spare",
     memory_bytes=10**15,
@@ -118,8 +114,7 @@ def byte_rows(sample: Sample, steps: int = 9) -> Iterator[Row]:
 def _counted_bytes(run: Run) -> int:
     communicator = VirtualCommunicator(run.cluster.devices)
     method = build_method(run, communicator, CPU)
-    inputs, targets = example_batch(run.model, run.train.micro_batch * run.cluster.devices)
-    inputs = inputs.to(DTYPES[run.train.dtype]) if inputs.is_floating_point() else inputs
+    inputs, targets = made_up_batch(run, run.train.micro_batch * run.cluster.devices, CPU)
     for step in range(run.train.steps):
         method.step(inputs, targets, step)
         if method.merge_due(step):
@@ -142,8 +137,7 @@ def time_rows(sample: Sample) -> Iterator[Row]:
 def _step_s(run: Run) -> float:
     """Return the median seconds of one device's step, by the wall clock."""
     method = build_method(run, EchoCommunicator(run.cluster.devices), CPU)
-    inputs, targets = example_batch(run.model, run.train.micro_batch)
-    inputs = inputs.to(DTYPES[run.train.dtype]) if inputs.is_floating_point() else inputs
+    inputs, targets = made_up_batch(run, run.train.micro_batch, CPU)
     seconds = []
     for step in range(UNTIMED_STEPS + TIMED_STEPS):
         started_s = time.perf_counter()

@@ -235,13 +235,7 @@ def family_run(family: OtherFamily, layers: int, width: int, samples: int) -> Ru
         inner = {"tokens_width": width // 2, "channels_width": 4 * width}
         sizes |= {"attention_heads": width // 32} if family == "vit" else inner
     name = {"llama": "llama", "vit": "vit", "mixer": "mixer_s16"}[family]
-    data = "stdlib" if family == "llama" else "digits"
-    return build_run(
-        {
-            "model": {"name": name, **sizes}, "data": {"name": data}, "method": {"name": "ddp"},
-            "train": {"steps": 10_000, "micro_batch": samples}, "cluster": {"devices": 1},
-        }
-    )  # fmt: skip
+    return timed_run({"name": name, **sizes}, {"name": "ddp"}, samples)
 
 
 def text_run(layers: int, width: int, samples: int, method: str = "ddp", context: int = 64, **keys: Any) -> Run:
@@ -249,10 +243,16 @@ def text_run(layers: int, width: int, samples: int, method: str = "ddp", context
     heads = max(1, width // 32)
     model = {"name": "gpt", "layers": layers, "width": width, "attention_heads": heads, "context": context, "vocab": 64}
     adapters = {"rank": 4, "reset": "b", "frozen_a": False} if method == "lte" else {}
+    return timed_run(model, {"name": method, **adapters, **keys}, samples)
+
+
+def timed_run(model: dict[str, Any], method: dict[str, Any], samples: int, devices: int = 1) -> Run:
+    """Return a run whose steps are timed, with data of the kind that the model reads."""
+    data = "stdlib" if model["name"] in ("gpt", "llama") else "digits"
     return build_run(
         {
-            "model": model, "data": {"name": "stdlib"}, "method": {"name": method, **adapters, **keys},
-            "train": {"steps": 10_000, "micro_batch": samples}, "cluster": {"devices": 1},
+            "model": model, "data": {"name": data}, "method": method,
+            "train": {"steps": 10_000, "micro_batch": samples}, "cluster": {"devices": devices},
         }
     )  # fmt: skip
 

@@ -41,6 +41,12 @@ Watch = Callable[[str, Method, Sequence[Tensor]], None]
 Program = Callable[[Run, torch.device, Watch], Method]
 
 
+def made_up_batch(run: Run, samples: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return inputs and targets of made-up samples, in the dtype that the run's data would have."""
+    inputs, targets = (tensor.to(device) for tensor in example_batch(run.model, samples))
+    return inputs.to(DTYPES[run.train.dtype]) if inputs.is_floating_point() else inputs, targets
+
+
 def unwatched(phase: str, method: Method, host: Sequence[Tensor]) -> None:
     """Ignore a phase."""
 
@@ -51,8 +57,7 @@ def train_alone(run: Run, device: torch.device, watch: Watch = unwatched) -> Met
     The figures of a round depend on numbers, so fake tensors skip them and take only those of gradients.
     """
     method = build_method(run, EchoCommunicator(run.cluster.devices), device)
-    inputs, targets = (tensor.to(device) for tensor in example_batch(run.model, run.train.micro_batch))
-    inputs = inputs.to(DTYPES[run.train.dtype]) if inputs.is_floating_point() else inputs
+    inputs, targets = made_up_batch(run, run.train.micro_batch, device)
     last = run.train.steps - 1
     late = run.method.delay_steps if isinstance(run.method, DasoOptions) else run.method.late_steps
     empty = empty_model(run, device)

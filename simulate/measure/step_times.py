@@ -14,14 +14,15 @@ import torch
 
 from simulate.common.errors import InputError
 from simulate.config.hardware import Profile
-from simulate.config.run import Run, build_run
+from simulate.config.run import Run
 from simulate.costs.step_time import device_step_s
-from simulate.measure.kernels import packed_formats, step_s
+from simulate.measure.kernels import packed_formats, step_s, timed_run
 from simulate.measure.timer import Stopwatch
 
 LEAST_STEPS = 7
 DEVICES = 2
 LTE = {"name": "lte", "rank": 8}
+IMAGES = {"image": 32, "patch": 4, "colours": 3, "classes": 10}
 BUDGET_S = 0.5
 """Seconds for the steps of one case."""
 
@@ -37,23 +38,15 @@ class Case:
 
     def run(self) -> Run:
         """Return the case as a run."""
-        data = "stdlib" if self.model["name"] in ("gpt", "llama") else "digits"
-        return build_run(
-            {
-                "model": self.model, "data": {"name": data}, "method": self.method,
-                "train": {"steps": 10_000, "micro_batch": self.samples}, "cluster": {"devices": DEVICES},
-            }
-        )  # fmt: skip
+        return timed_run(self.model, self.method, self.samples, DEVICES)
 
 
 def _gpt(layers: int, width: int, context: int) -> dict[str, Any]:
-    sizes = {"layers": layers, "width": width, "attention_heads": 4, "context": context, "vocab": 256}
-    return {"name": "gpt", **sizes}
+    return {"name": "gpt", "layers": layers, "width": width, "attention_heads": 4, "context": context, "vocab": 256}
 
 
 def _vit(layers: int, width: int) -> dict[str, Any]:
-    image = {"image": 32, "patch": 4, "colours": 3, "classes": 10}
-    return {"name": "vit", "layers": layers, "width": width, "attention_heads": 3, **image}
+    return {"name": "vit", "layers": layers, "width": width, "attention_heads": 3, **IMAGES}
 
 
 def _llama(layers: int, width: int) -> dict[str, Any]:
@@ -62,8 +55,7 @@ def _llama(layers: int, width: int) -> dict[str, Any]:
 
 
 def _mixer(layers: int, width: int) -> dict[str, Any]:
-    image = {"image": 32, "patch": 4, "colours": 3, "classes": 10}
-    return {"name": "mixer_s16", "layers": layers, "width": width, "tokens_width": 48, "channels_width": 320, **image}
+    return {"name": "mixer_s16", "layers": layers, "width": width, "tokens_width": 48, "channels_width": 320, **IMAGES}
 
 
 QUICK_CASES: tuple[Case, ...] = (

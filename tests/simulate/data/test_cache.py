@@ -1,4 +1,4 @@
-"""The cache: equal keys make once, damage of any byte is seen, nothing half-written is ever taken."""
+"""The cache: equal keys make a file once, damage of any byte is seen, no half-written file is ever used."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Maker:
-    """Fills a draft, and counts how often it had to."""
+    """A maker that fills a draft and counts its calls."""
 
     def __init__(self, value: int = 7) -> None:
         self.value, self.calls = value, 0

@@ -1,4 +1,4 @@
-"""Data sets of the hub's library, made here and loaded without a network: texts and images, streamed once."""
+"""Data sets of the datasets library, made here and loaded without a network: texts and images, streamed once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROWS = [{"text": f"line {n} of ünicode", "number": n, "title": f"t{n}"} for n i
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Let the library ask nobody."""
+    """Keep the library off the network."""
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 

@@ -1,4 +1,4 @@
-"""What lies at a path: recognised, or said, and one line where neither helps."""
+"""The kind of data at a path: recognised, or named in run.toml, and one line of error otherwise."""
 
 from __future__ import annotations
 

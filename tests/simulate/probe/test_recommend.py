@@ -1,4 +1,4 @@
-"""From a probe's figures to rank, heads and batch: by hand."""
+"""Rank, heads and batch from a probe's figures, by hand."""
 
 from __future__ import annotations
 
