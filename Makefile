@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo demo-vision test test-all lint bench clean
+.PHONY: setup demo demo-vision test test-all mutants frozen frozen-record lint bench clean
 
 setup: $(READY)
 
@@ -32,6 +32,18 @@ test: lint
 
 test-all: lint
 	$(BIN)/pytest --numprocesses 2 -m ''
+	$(BIN)/python tests/mutants.py
+
+mutants: $(READY)
+	$(BIN)/python tests/mutants.py
+
+# Plans, losses, counted bytes, old run folders and keys that a change of places and names must leave as they are.
+frozen: $(READY)
+	$(BIN)/python -m tests.frozen.record --check
+
+# Only where a change of numbers is meant; the commit says why.
+frozen-record: $(READY)
+	$(BIN)/python -m tests.frozen.record
 
 bench: $(READY)
 	$(BIN)/python bench/startup.py

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from simulate.comm.virtual import VirtualCommunicator
-from simulate.config.run import Data, build_run
+from simulate.config.run import build_run
+from simulate.config.tables import Data
 from simulate.data.batches import Batches, TextBatches
 from simulate.data.cache import CACHE_VARIABLE
 from simulate.data.image_batches import ImageBatches

@@ -11,9 +11,10 @@ from simulate.common import toml_io
 from simulate.common.errors import InputError
 from simulate.config.hardware import LOCAL, Profile
 from simulate.config.method_options import AdapterOptions
-from simulate.config.method_table import METHODS
+from simulate.config.method_table import DEFAULT_METHOD, METHOD_NAMES, method_options
 from simulate.config.profiles import load_profile
-from simulate.config.run import BYTE_VALUES, BYTES, Run, Train, build_run
+from simulate.config.run import Run, build_run
+from simulate.config.tables import BYTE_VALUES, BYTES, Train
 from simulate.costs.samples import load_efficiency
 from simulate.models.schema import sees_images, text_sizes
 from simulate.planning.objective import SelectionCriteria, parse_duration_s, parse_objective
@@ -131,8 +132,8 @@ def _put(table: toml_io.Table, section: str, key: str, value: Any) -> None:
 
 def _check_owner(key: str, value: Any, method: Any) -> None:
     """Raise InputError where a pin is not for the method that is asked for."""
-    owners = [name for name, options in METHODS.items() if key in options.model_fields]
-    if value is not None and method in METHODS and method not in owners and key != "name":
+    owners = [name for name in METHOD_NAMES if key in method_options(name).model_fields]
+    if value is not None and method in METHOD_NAMES and method not in owners and key != "name":
         option = f"--{key.replace('_', '-')}"
         raise InputError(f"{option} is for {', '.join(owners)}, and the method is {method}; leave {option} away")
 
@@ -174,8 +175,11 @@ def _base_run(table: toml_io.Table, profile: Profile) -> tuple[Run, list[str]]:
 
 def _keep_rank_within_layers(table: toml_io.Table) -> None:
     """Where no rank was given, let the default be at most what the smallest adapted layer allows."""
-    kind = METHODS.get(table["method"].get("name", "lte"))
-    if kind is None or not issubclass(kind, AdapterOptions) or "rank" in table["method"]:
+    name = table["method"].get("name", DEFAULT_METHOD)
+    if name not in METHOD_NAMES or "rank" in table["method"]:
+        return
+    kind = method_options(name)
+    if not issubclass(kind, AdapterOptions):
         return
     shape = _build({**table, "method": {"name": "ddp"}}).model.shape()
     limit = min(min(linear.out_features, linear.in_features) for linear in shape.adapted)

@@ -30,7 +30,6 @@ from simulate.launch.preflight.preflight import Preflight
 from simulate.launch.preflight.secret import make_secret, read_secret
 from simulate.launch.preflight.settings import Settings
 from simulate.launch.supervisor import alive_key, run_watched
-from simulate.methods.daso.options import DasoOptions
 
 if TYPE_CHECKING:
     import torch
@@ -115,17 +114,11 @@ def check_launch(run: Run, device: torch.device, options: LaunchArgs) -> None:
 
 def processes_rule(run: Run, total: int, given: str) -> str | None:
     """Return what is wrong with that many processes, or None."""
-    devices, method = run.cluster.devices, run.method
+    devices = run.cluster.devices
     if total > devices:
         return f"{given} are more than cluster.devices = {devices}; each process needs a device: lower --processes"
-    if isinstance(method, DasoOptions):
-        size = method.devices_per_node
-        if devices % total or ((devices // total) % size and size % (devices // total)):
-            return (
-                f"{given} do not go with method.devices_per_node = {size} of {devices} devices: each must hold whole "
-                "nodes, or an equal part of one; change --processes"
-            )
-    return None
+    rule = run.method.processes_rule(devices, total)
+    return f"{given} {rule}" if rule else None
 
 
 def default_processes(run: Run, device: torch.device, nodes: int) -> int:

@@ -12,12 +12,12 @@ from ltecli.console import Output, plain_table
 from simulate.common import toml_io
 from simulate.common.errors import InputError
 from simulate.common.units import bytes_text
+from simulate.config.method_table import BASELINE, default_options
 from simulate.config.profiles import detect_local
 from simulate.config.run import Run, load_run
 from simulate.costs.memory import peak_memory
 from simulate.data.load import load_data
 from simulate.layers.formats import ELEMENT_BYTES
-from simulate.methods.ddp.options import DdpOptions
 from simulate.probe.schema import Estimate, LayerGradient, Probe, Spectrum, dump_probe
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def needed_bytes(run: Run) -> int:
     shape, element_bytes, devices = run.model.shape(), ELEMENT_BYTES[run.train.dtype], run.cluster.devices
     dense = run.model_copy(
         update={
-            "method": DdpOptions(),
+            "method": default_options(BASELINE),
             "train": run.train.model_copy(update={"micro_batch": run.train.micro_batch * devices}),
             "cluster": run.cluster.model_copy(update={"devices": 1}),
         }

@@ -29,7 +29,8 @@ from ltecli.runs.run_folder import (
 )
 from ltecli.runs.summary import report_derived, report_finished, report_result, start_facts
 from simulate.common.errors import InputError, NothingFeasibleError, RunFailedError
-from simulate.config.run import BPE, BYTES, HUB, Run, build_run, load_run
+from simulate.config.run import Run, build_run, load_run
+from simulate.config.tables import BPE, BYTES, HUB
 from simulate.launch.agent import LOGS
 from simulate.training.checkpoints import list_checkpoints, saved_devices
 

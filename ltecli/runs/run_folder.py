@@ -27,7 +27,7 @@ from simulate.common.events import truncate_events
 from simulate.config.hardware import LOCAL, Profile
 from simulate.config.profiles import load_profile
 from simulate.config.profiles import local_gpu_profile
-from simulate.methods.ddp.options import DdpOptions
+from simulate.config.method_table import BASELINE, default_options
 
 RUN_FILE, PROFILE_FILE, PLAN_FILE, EVENTS_FILE = "run.toml", "profile.toml", "plan.json", "events.jsonl"
 CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
@@ -167,7 +167,7 @@ def _difference(given: Run, saved: Run) -> str:
 def plan_of(run: Run, profile: Profile) -> dict[str, Any]:
     """Return the plan of exactly this run, beside dense training with the same batch, as plan.json."""
     tokens = run.train.steps * run.tokens_per_step
-    dense = evaluate(run.model_copy(update={"method": DdpOptions()}), profile, tokens, spaces_recovery=True)
+    dense = evaluate(run.model_copy(update={"method": default_options(BASELINE)}), profile, tokens, spaces_recovery=True)
     result = evaluate(run, profile, tokens)
     chosen = result.candidate if isinstance(result, Rejected) else result
     notes = [f"does not fit profile {profile.name}: {result.reason}"] if isinstance(result, Rejected) else []

@@ -105,6 +105,11 @@ def chunk_elements(elements: int, devices: int) -> int:
     return WIRE_BLOCK * -(-elements // (devices * WIRE_BLOCK))
 
 
+def residual_elements(elements: int, devices: int) -> int:
+    """Return the error feedback of a compressed mean on one device: of what it sends, and of the part it averages."""
+    return (devices + 1) * chunk_elements(elements, devices)
+
+
 def mean_transfers(elements: int, devices: int, wire: str, element_bytes: int) -> tuple[Transfer, ...]:
     """Return the messages that average `elements` numbers over N devices.
 

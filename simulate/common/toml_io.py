@@ -22,8 +22,8 @@ else:
 
 Table = dict[str, Any]
 SchemaT = TypeVar("SchemaT", bound="Schema")
-UNIONS = ("model", "method")
-"""Tables whose keys depend on their name."""
+UNIONS = ("model",)
+"""Tables whose schema is one of a union, told apart by a tag."""
 LARGEST_INTEGER = 2**63 - 1
 """TOML's; beyond it costs would leave the range of a float as well."""
 
@@ -100,7 +100,8 @@ def _explain(error: ValidationError, schema: type[BaseModel], where: str, text: 
     rest = f" (and {more} more)" if more else ""
     if first["type"] == "extra_forbidden":
         known = _keys_beside(schema, first["loc"])
-        owner = f" of {path[0]} {first['loc'][1]}" if len(path) < len(first["loc"]) else ""
+        tag = first["loc"][1] if len(path) < len(first["loc"]) else _name_of(schema, path)
+        owner = f" of {path[0]} {tag}" if tag else ""
         return f"{place}: {key} is not a known key{owner}; {near_match(str(path[-1]), known)}{rest}"
     if first["type"] == "missing":
         return f"{place}: {key} is missing; add it{rest}"
@@ -151,6 +152,13 @@ def _keys_beside(schema: type[BaseModel], loc: tuple[int | str, ...]) -> Iterabl
             current = next((o for o in current if part in (o.model_fields["name"].default, _family(o))), None)
         known = getattr(current, "model_fields", known)
     return known
+
+
+def _name_of(schema: type[BaseModel], path: Sequence[str | int]) -> str | None:
+    """Return the name that a table's own schema is for, as those of methods have it."""
+    field = schema.model_fields.get(str(path[0])) if len(path) > 1 else None
+    name = getattr(field.annotation, "model_fields", {}).get("name") if field else None
+    return name.default if name and isinstance(name.default, str) else None
 
 
 def _family(option: type[BaseModel]) -> str | None:

@@ -1,13 +1,22 @@
-"""Keys that the [method] tables of several methods share; torch-free."""
+"""The keys of [method] that several methods share, and the questions that a run asks every method's options.
+
+Each method subclasses one of these in simulate/methods/NAME/options.py. simulate.config.run checks a whole run by
+`check`; costs and planning ask the method's plan (simulate.rules.method_plan) for everything else. Torch-free.
+
+Letters: N devices, T steps of a round, r rank, s = alpha / r.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from simulate.common import toml_io
+from simulate.config.tables import Cluster, Train
 from simulate.layers.formats import Quantize
+from simulate.models.schema import FactoryModel, ModelOptions
 
 Pace = Literal["lockstep", "deadline"]
 """Whether all devices take all steps of a round, or each as many as fit into the round's time."""
@@ -15,7 +24,7 @@ DEFAULT_SCALE = 64.0  # alpha / rank of the paper's best run: alpha = 4096 at ra
 
 
 def _as_tuples(value: Any) -> Any:
-    """TOML has lists; frozen options, which others remember results by, need tuples."""
+    """Turn TOML's lists into tuples, which frozen options can be hashed with."""
     return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
@@ -24,7 +33,9 @@ Steps = Annotated[tuple[tuple[int, ...], ...], BeforeValidator(_as_tuples), Fiel
 
 
 class MethodOptions(toml_io.Schema):
-    """What all methods share."""
+    """The keys and questions of every method."""
+
+    name: str
 
     @property
     def round_steps(self) -> int:
@@ -43,29 +54,98 @@ class MethodOptions(toml_io.Schema):
 
     @property
     def late_steps(self) -> int:
-        """Steps from a merge until its result is there."""
-        return getattr(self, "merge_delay", 0)
+        """Steps from a merge until its result has arrived."""
+        return 0
 
     @property
     def frozen_format(self) -> Quantize:
-        """Format of frozen weights, where there are any."""
-        frozen: Quantize = getattr(self, "quantize", "none")
-        return frozen
+        """Format of the frozen weights; "none" where all weights are trained or kept in full."""
+        return "none"
 
     @property
     def is_paced(self) -> bool:
-        """Whether a slow device takes fewer steps of a round, instead of all waiting for it."""
-        return getattr(self, "pace", "lockstep") == "deadline"
+        """Whether a slow device takes fewer steps of a round while nobody waits for it."""
+        return False
 
     @property
     def deadline_s(self) -> float | None:
         """Seconds of a paced round, if they are given."""
-        return getattr(self, "round_deadline_s", None)
+        return None
 
     @property
     def given_steps(self) -> Steps | None:
         """Steps of each device in each paced round, if they are given."""
-        return getattr(self, "steps_taken", None)
+        return None
+
+    def num_heads(self, devices: int) -> int:
+        """Return the low-rank pairs of one layer over all N devices; 0 where there are none."""
+        return 0
+
+    def participants(self, devices: int) -> int:
+        """Return how many devices train in a step."""
+        return devices
+
+    def check(self, model: ModelOptions, train: Train, cluster: Cluster) -> None:
+        """Raise ValueError where the keys do not go with a run's other tables."""
+        wrong = next((len(counts) for counts in self.given_steps or () if len(counts) != cluster.devices), None)
+        if wrong is not None:
+            raise ValueError(
+                f"method.steps_taken has a round of {wrong} devices for cluster.devices = {cluster.devices}; give one "
+                "number a device"
+            )
+
+    def processes_rule(self, devices: int, processes: int) -> str | None:
+        """Return the rule that splitting the devices over so many processes breaks, or None."""
+        return None
+
+
+class RoundOptions(MethodOptions):
+    """The keys of methods whose devices train alone for a round, then merge."""
+
+    merge_every: int = Field(default=10, gt=0)
+    """Optimizer steps T of one round."""
+    merge_delay: int = Field(default=0, ge=0)
+    """Steps that go on while a merge travels; 0 waits for it."""
+    pace: Pace = "lockstep"
+    """deadline: a slow device takes fewer steps of a round, at least one, and counts for what it trained on."""
+    round_deadline_s: float | None = Field(default=None, gt=0)
+    """Seconds of a round with pace = "deadline"; not set: what the fastest device needs for T steps."""
+    steps_taken: Steps | None = None
+    """Steps of each device, round by round, in place of a deadline, and again from the start: [[10, 3], [10, 4]]."""
+
+    @property
+    def round_steps(self) -> int:
+        return self.merge_every
+
+    @property
+    def late_steps(self) -> int:
+        return self.merge_delay
+
+    @property
+    def is_paced(self) -> bool:
+        return self.pace == "deadline"
+
+    @property
+    def deadline_s(self) -> float | None:
+        return self.round_deadline_s
+
+    @property
+    def given_steps(self) -> Steps | None:
+        return self.steps_taken
+
+    @model_validator(mode="after")
+    def _delay_and_pace_fit(self) -> RoundOptions:
+        self._check_delay()
+        self._check_pace()
+        return self
+
+    def _check_delay(self) -> None:
+        if self.late_steps >= self.steps_apart and self.late_steps:
+            groups = f" / fragments = {self.steps_apart}" if self.merges_per_round > 1 else f" = {self.steps_apart}"
+            raise ValueError(
+                f"merge_delay = {self.late_steps} is not below merge_every{groups}; lower it, since one merge travels "
+                "at a time"
+            )
 
     def _check_pace(self) -> None:
         if not self.is_paced:
@@ -86,21 +166,30 @@ class MethodOptions(toml_io.Schema):
         if bad is not None:
             raise ValueError(f"steps_taken has {bad}, which is not from 1 to merge_every = {every}; correct it")
 
-    def _check_delay(self) -> None:
-        if self.late_steps >= self.steps_apart and self.late_steps:
-            groups = f" / fragments = {self.steps_apart}" if self.merges_per_round > 1 else f" = {self.steps_apart}"
+
+class FragmentOptions(RoundOptions):
+    """The keys of methods that can merge one group of layers after the other."""
+
+    fragments: int = Field(default=1, gt=0)
+    """Groups of layers that merge at staggered steps, each every T steps: divides the peak traffic."""
+
+    @property
+    def merges_per_round(self) -> int:
+        return self.fragments
+
+    def check(self, model: ModelOptions, train: Train, cluster: Cluster) -> None:
+        super().check(model, train, cluster)
+        shape = model.shape()
+        layers = len(shape.in_order()) if isinstance(model, FactoryModel) else shape.layers
+        if self.fragments > layers or self.merge_every % self.fragments:
             raise ValueError(
-                f"merge_delay = {self.late_steps} is not below merge_every{groups}; lower it, since one merge travels "
-                "at a time"
+                f"method.fragments = {self.fragments} must divide method.merge_every = {self.merge_every} and be "
+                f"at most model.layers = {layers}; try --set method.fragments={math.gcd(self.merge_every, layers)}"
             )
 
 
-class DenseOptions(MethodOptions):
-    """Methods that train every weight."""
-
-
 class AdapterOptions(MethodOptions):
-    """Methods that train low-rank pairs on frozen weights."""
+    """The keys of methods that train low-rank pairs on frozen weights."""
 
     rank: int = Field(default=32, gt=0)
     """Rank r of one head."""
@@ -121,12 +210,15 @@ class AdapterOptions(MethodOptions):
         """s = alpha / r."""
         return self.alpha / self.rank
 
+    def num_heads(self, devices: int) -> int:
+        return 1
+
     def held_rank(self, devices: int) -> int:
-        """Rank of all the pairs that one device holds and trains for a layer."""
+        """Return the rank of all the pairs that one device holds and trains for a layer."""
         return self.rank
 
     def row_rank(self, devices: int) -> int:
-        """Rank that one row of activations passes through."""
+        """Return the rank that one row of activations passes through."""
         return self.rank
 
     @property
@@ -139,9 +231,23 @@ class AdapterOptions(MethodOptions):
         """Whether merged weights are kept in full precision beside quantised ones."""
         return False
 
+    def check(self, model: ModelOptions, train: Train, cluster: Cluster) -> None:
+        for linear in model.shape().adapted:
+            side, limit = min((linear.in_features, "inputs"), (linear.out_features, "outputs"))[::-1]
+            if self.rank > limit:
+                raise ValueError(
+                    f"method.rank = {self.rank} exceeds the {limit} {side} of {linear.name}; "
+                    f"try --set method.rank={limit}"
+                )
+        super().check(model, train, cluster)
+
 
 class SharedAdapterOptions(AdapterOptions):
-    """Methods whose adapters all devices share."""
+    """The keys of methods whose adapters all devices share."""
 
     quantize: Quantize = "none"
     """Format of the frozen weights; products unpack a layer at a time."""
+
+    @property
+    def frozen_format(self) -> Quantize:
+        return self.quantize

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from simulate.layers.formats import LOSS_CHUNK_ELEMENTS, unpacking_bytes
+from simulate.layers.formats import LOSS_CHUNK_ELEMENTS
 from simulate.models.shapes import LinearShape, ModelShape
-from simulate.rules.phases import Phase
+from simulate.rules.phases import AS_THEY_ARE, Phase, WeightMaterialisation
 
 BLOCK_TENSORS = 16
 """Activation tensors, in u, that a transformer block keeps: inputs of 2 norms, 4 linears (1, 1, 1, 4), q, k, v, the
@@ -40,24 +40,6 @@ INDEX_BYTES = 8
 
 
 @dataclass(frozen=True)
-class WeightMaterialisation:
-    """How an evaluation comes to the weights of adapted layers, one at a time."""
-
-    tensors: int = 0
-    """Of a weight's size, at the height of making it; 0: they are there."""
-    quantize: str = "none"
-    """Format that they are unpacked from, last of all."""
-
-    def height(self, weights: int, element_bytes: int, outputs: int) -> int:
-        """Bytes at the height of making and using a weight, with the outputs that it leads to."""
-        if not self.tensors:
-            return outputs
-        whole = weights * element_bytes
-        unpacking = (self.tensors - 1) * whole + unpacking_bytes(weights, self.quantize, element_bytes)
-        return max(self.tensors * whole, unpacking, whole + outputs)
-
-
-@dataclass(frozen=True)
 class _Step:
     """One device's step on one network."""
 
@@ -77,7 +59,7 @@ class _Step:
     """Pairs that divide the rows between them."""
     subtracts: bool = False
     """Whether the product of the last merge is subtracted in every pass."""
-    made: WeightMaterialisation = WeightMaterialisation()
+    made: WeightMaterialisation = AS_THEY_ARE
     """What evaluations compute with."""
     plain: bool = False
     """Whether it is the plain network, for diagnostics, whose gradients go as they come: a tied table's when both are
@@ -206,7 +188,7 @@ class _Step:
 def step_phases(
     shape: ModelShape, samples: int, rank: int, block_gradient_bytes: int, checkpointing: bool, element_bytes: int,
     product_bytes: int, unpacked_bytes: int = 0, heads: int = 1, subtracts: bool = False,
-    made: WeightMaterialisation = WeightMaterialisation(), plain: bool = False, keeps_inputs: bool = True,
+    made: WeightMaterialisation = AS_THEY_ARE, plain: bool = False, keeps_inputs: bool = True,
 ) -> tuple[Phase, ...]:  # fmt: skip
     """Return the phases of one step and of an evaluation that can be its peak, over what is held all the time."""
     return _step_phases(

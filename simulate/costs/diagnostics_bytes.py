@@ -18,18 +18,14 @@ Letters: N devices, O outputs, I inputs, S sampled devices, K directions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from simulate.comm.transfers import Exchange, Transfer, averages
 from simulate.config.run import Run
 from simulate.layers.formats import ELEMENT_BYTES
-from simulate.methods.daso.options import DasoOptions
-from simulate.methods.diloco.options import DilocoOptions
-from simulate.methods.local_sgd.options import LocalSgdOptions
-from simulate.methods.lte.options import LteOptions
 from simulate.models.shapes import ModelShape, ParameterShape
 from simulate.rules.diagnostics import DIRECTIONS, SAMPLED_HEADS
-from simulate.rules.transport import is_averaged
+from simulate.rules.method_plan import plan_of
 
 FIGURE_BYTES = ELEMENT_BYTES["fp64"]
 
@@ -43,33 +39,14 @@ def diagnostics_exchange(run: Run, shape: ModelShape, merged_before: bool = True
 
 def _round(run: Run, shape: ModelShape, merged_before: bool) -> Iterator[Transfer]:
     """Yield the messages about a round; none where devices agree at every step."""
-    method, heads = run.method, run.cluster.devices
-    if isinstance(method, LteOptions):
-        yield from _factors(run, method, shape, merged_before)
-    elif isinstance(method, LocalSgdOptions):
-        heads = method.participants(heads)
-    elif isinstance(method, DasoOptions):
-        heads //= method.devices_per_node
-    yield from _dense(run, diagnosed_tensors(run, shape), heads)
-
-
-def diagnosed_tensors(run: Run, shape: ModelShape) -> Sequence[ParameterShape]:
-    """Return the parameters that devices train whole, and apart from one another between merges."""
-    method = run.method
-    if isinstance(method, LteOptions):
-        return [tensor for tensor in shape.replicated if is_averaged(tensor, method.norms, method.biases)]
-    apart = isinstance(method, LocalSgdOptions | DilocoOptions) or (
-        isinstance(method, DasoOptions) and run.cluster.devices > method.devices_per_node
-    )
-    return shape.tensors if apart else ()
-
-
-def _factors(run: Run, method: LteOptions, shape: ModelShape, merged_before: bool) -> Iterator[Transfer]:
-    devices = run.cluster.devices
-    sets = 2 if method.reset == "none" and merged_before else 1
-    for linear in shape.in_order():
-        elements = linear.factors(method.held_rank(devices), method.frozen_a)
-        yield Transfer("all_gather", sets * elements * ELEMENT_BYTES[run.train.dtype], devices)
+    plan, devices = plan_of(run.method), run.cluster.devices
+    layout = plan.adapters(devices) if plan.has_separate_heads else None
+    if layout is not None:
+        sets = 2 if layout.subtracts and merged_before else 1
+        for linear in shape.in_order():
+            elements = linear.factors(layout.held_rank, layout.frozen_a)
+            yield Transfer("all_gather", sets * elements * ELEMENT_BYTES[run.train.dtype], devices)
+    yield from _dense(run, plan.separate_tensors(shape, devices), plan.separate_copies(devices))
 
 
 def _dense(run: Run, tensors: Iterable[ParameterShape], heads: int) -> Iterator[Transfer]:

@@ -10,22 +10,19 @@ Letters: X columns of everyone's factors, n elements, s the smaller side of a ma
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from simulate.comm.transfers import MESSAGE_BYTES
 from simulate.config.run import Run
-from simulate.costs.activations import WeightMaterialisation, step_phases
+from simulate.costs.activations import step_phases
 from simulate.costs.cache import by_method
-from simulate.costs.diagnostics_bytes import FIGURE_BYTES, diagnosed_tensors
-from simulate.costs.state import keeps_last_average
+from simulate.costs.diagnostics_bytes import FIGURE_BYTES
 from simulate.layers.formats import ELEMENT_BYTES
-from simulate.methods.daso.options import DasoOptions
-from simulate.methods.local_sgd.options import LocalSgdOptions
-from simulate.methods.lte.options import LteOptions
 from simulate.models.shapes import LinearShape, ModelShape, ParameterShape
 from simulate.rules.diagnostics import DIRECTIONS, SAMPLED_HEADS
-from simulate.rules.phases import Phase
+from simulate.rules.method_plan import AdapterLayout, plan_of
+from simulate.rules.phases import Phase, WeightMaterialisation
 
 DRAWN = 4
 """Tensors of all heads' A at the height of drawing it."""
@@ -80,19 +77,18 @@ def kept_bytes(run: Run, shape: ModelShape) -> int:
 
 
 def _kept_elements(run: Run, shape: ModelShape) -> int:
-    method, devices = run.method, run.cluster.devices
-    if isinstance(method, DasoOptions):
-        return shape.parameters
-    if not isinstance(method, LteOptions | LocalSgdOptions) or keeps_last_average(method, devices):
-        return 0
-    return sum(tensor.elements for tensor in diagnosed_tensors(run, shape))
+    return plan_of(run.method).last_merge_elements(shape, run.cluster.devices)
 
 
 def _matrices(run: Run, shape: ModelShape) -> Iterator[ParameterShape]:
     """Yield the tensors whose changes are decomposed."""
-    if isinstance(run.method, LteOptions):
+    if plan_of(run.method).has_separate_heads:
         yield from (tensor for tensor in shape.tensors if tensor.kind == "adapted")
-    yield from (tensor for tensor in diagnosed_tensors(run, shape) if tensor.is_matrix)
+    yield from (tensor for tensor in _separate_tensors(run, shape) if tensor.is_matrix)
+
+
+def _separate_tensors(run: Run, shape: ModelShape) -> Sequence[ParameterShape]:
+    return plan_of(run.method).separate_tensors(shape, run.cluster.devices)
 
 
 def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -106,21 +102,23 @@ def _directions(outputs: int, inputs: int) -> int:
 @by_method
 def round_bytes(run: Run, shape: ModelShape) -> int:
     """Return the bytes at the height of a round's figures: of its largest layer."""
-    layers = [_of_tensor(run, tensor) for tensor in diagnosed_tensors(run, shape)]
-    if isinstance(run.method, LteOptions):
-        layers += [_of_heads(run, run.method, linear) for linear in shape.in_order()]
+    layers = [_of_tensor(run, tensor) for tensor in _separate_tensors(run, shape)]
+    plan = plan_of(run.method)
+    layout = plan.adapters(run.cluster.devices) if plan.has_separate_heads else None
+    if layout is not None:
+        layers += [_of_heads(run, layout, linear) for linear in shape.in_order()]
     return max(layers, default=0)
 
 
 def _drawing_bytes(run: Run, shape: ModelShape) -> int:
     """Return the bytes at the height of drawing everyone's frozen A, which happens in the host's memory."""
-    method = run.method
-    if not isinstance(method, LteOptions) or not method.frozen_a or method.draws == "joint":
-        return 0
     devices = run.cluster.devices
+    layout = plan_of(run.method).adapters(devices)
+    if layout is None or not layout.frozen_a or layout.draws_jointly:
+        return 0
     return max(
-        DRAWN * linear.in_features * devices * method.held_rank(devices) * FIGURE_BYTES
-        + linear.out_features * devices * method.held_rank(devices) * ELEMENT_BYTES[run.train.dtype]
+        DRAWN * linear.in_features * devices * layout.held_rank * FIGURE_BYTES
+        + linear.out_features * devices * layout.held_rank * ELEMENT_BYTES[run.train.dtype]
         for linear in shape.in_order()
     )
 
@@ -130,13 +128,13 @@ def _double(elements: int, element_bytes: int) -> int:
     return 0 if element_bytes == FIGURE_BYTES else elements * FIGURE_BYTES
 
 
-def _of_heads(run: Run, method: LteOptions, linear: LinearShape) -> int:
+def _of_heads(run: Run, layout: AdapterLayout, linear: LinearShape) -> int:
     """Of low-rank heads: everyone's factors, and beside them means, changes or a decomposition."""
     devices, element_bytes = run.cluster.devices, ELEMENT_BYTES[run.train.dtype]
     outputs, inputs = linear.out_features, linear.in_features
-    columns, sets = devices * method.held_rank(devices), 2 if method.remembers_product else 1
+    columns, sets = devices * layout.held_rank, 2 if layout.subtracts else 1
     left, right = outputs * columns, inputs * columns
-    gathered = ((left + (0 if method.frozen_a else right)) * sets if devices > 1 else 0) + method.frozen_a * right
+    gathered = ((left + (0 if layout.frozen_a else right)) * sets if devices > 1 else 0) + layout.frozen_a * right
     doubled = sets * _double(left + right, element_bytes)
     # With two sets both are put together, a copy more; then the scale goes into the left ones.
     joined = sets * (left + right) * FIGURE_BYTES if sets > 1 else 0

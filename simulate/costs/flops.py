@@ -8,14 +8,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from simulate.config.method_options import AdapterOptions
 from simulate.config.run import Run
-from simulate.methods.lte.options import LteOptions
-from simulate.methods.powersgd.options import PowerSgdOptions
-from simulate.methods.relora.options import ReloraOptions
 from simulate.models.shapes import ModelShape
+from simulate.rules.method_plan import AdapterLayout, plan_of
 from simulate.rules.optimizer import through_gram
-from simulate.rules.transport import layer_transport
 
 ITERATIONS = 5
 """Of Muon's Newton-Schulz polynomial."""
@@ -31,15 +27,13 @@ def step_flops(run: Run, shape: ModelShape) -> float:
 
 def pass_flops(run: Run, shape: ModelShape) -> float:
     """Return the operations of forward and backward passes, which autocast makes in another format."""
-    method, samples, checkpointing = run.method, run.train.micro_batch, run.train.activation_checkpointing
+    plan, samples, checkpointing = plan_of(run.method), run.train.micro_batch, run.train.activation_checkpointing
     dense = samples * _dense_sample_flops(shape, checkpointing)
-    if not isinstance(method, AdapterOptions):
+    layout = plan.adapters(run.cluster.devices)
+    if layout is None:
         return dense
-    rank = method.row_rank(run.cluster.devices)
-    adapted = samples * _lte_sample_flops(
-        shape, rank, method.remembers_product, _has_frozen_a(method), checkpointing
-    )  # fmt: skip
-    share = _dense_share(run)
+    adapted = samples * _lte_sample_flops(shape, layout.row_rank, layout.subtracts, layout.frozen_a, checkpointing)
+    share = plan.dense_share(run.train.steps)
     return share * dense + (1 - share) * adapted
 
 
@@ -50,22 +44,16 @@ def forward_flops(shape: ModelShape, samples: int) -> float:
 
 def update_flops(run: Run, shape: ModelShape) -> float:
     """Return the operations on gradients: Muon's, and products of compression."""
-    method, total = run.method, 0.0
-    if isinstance(method, PowerSgdOptions):  # M·Q, Mᵀ·P and P·Qᵀ of every matrix
-        total = 6.0 * method.rank * shape.parameters
+    plan = plan_of(run.method)
+    total = plan.update_flops(shape)
     if run.train.optimizer != "muon":
         return total
     dense = sum(_orthogonalising(x.out_features, x.in_features) * x.count for x in shape.adapted)
-    if not isinstance(method, AdapterOptions):
+    layout = plan.adapters(run.cluster.devices)
+    if layout is None:
         return total + dense
-    share = _dense_share(run)
-    return share * dense + (1 - share) * _orthogonalising_factors(method, shape, run.cluster.devices)
-
-
-def _dense_share(run: Run) -> float:
-    """Share of the run's steps that train all weights before adapters do."""
-    warm = run.method.warm_start_steps if isinstance(run.method, ReloraOptions) else 0
-    return min(1.0, warm / run.train.steps)
+    share = plan.dense_share(run.train.steps)
+    return share * dense + (1 - share) * _orthogonalising_factors(layout, shape)
 
 
 def _orthogonalising(rows: int, columns: int) -> float:
@@ -79,17 +67,12 @@ def _orthogonalising(rows: int, columns: int) -> float:
     return ITERATIONS * (4.0 * small**2 * large + 2.0 * small**3)
 
 
-def _orthogonalising_factors(method: AdapterOptions, shape: ModelShape, devices: int) -> float:
-    pairs = method.held_rank(devices) / method.rank
-    total = 0.0
+def _orthogonalising_factors(layout: AdapterLayout, shape: ModelShape) -> float:
+    pairs, total = layout.held_rank / layout.rank, 0.0
     for linear in shape.adapted:
-        sides = (linear.out_features,) if _has_frozen_a(method) else (linear.out_features, linear.in_features)
-        total += sum(pairs * linear.count * _orthogonalising(side, method.rank) for side in sides)
+        sides = (linear.out_features,) if layout.frozen_a else (linear.out_features, linear.in_features)
+        total += sum(pairs * linear.count * _orthogonalising(side, layout.rank) for side in sides)
     return total
-
-
-def _has_frozen_a(method: AdapterOptions) -> bool:
-    return isinstance(method, LteOptions) and method.frozen_a
 
 
 @lru_cache(maxsize=64)
@@ -110,14 +93,5 @@ def _lte_sample_flops(shape: ModelShape, rank: int, reset_less: bool, frozen_a: 
 
 
 def merge_flops(run: Run, shape: ModelShape) -> float:
-    """Return one device's operations in a round's merges: Σ_h B_h·A_h over the heads whose factors it has."""
-    method, devices = run.method, run.cluster.devices
-    if isinstance(method, ReloraOptions):  # its rounds are steps, of which every T-th merges
-        return 2.0 * shape.adapted_parameters * method.rank / method.merge_every
-    if not isinstance(method, LteOptions) or method.merge_transport == "server":
-        return 0.0
-    rank, total = method.held_rank(devices), 0.0
-    for linear in shape.adapted:
-        transport = layer_transport(linear, rank, devices, method.merge_transport, method.frozen_a)
-        total += 2.0 * linear.weights * linear.count * rank * (devices if transport == "gather" else 1)
-    return total
+    """Return one device's operations in a round's merges."""
+    return plan_of(run.method).merge_flops(shape, run.cluster.devices)

@@ -17,12 +17,10 @@ from functools import lru_cache
 from typing import Any
 
 from simulate.config.hardware import Device, Dtype, Points
-from simulate.config.method_options import AdapterOptions
 from simulate.config.run import Run
 from simulate.layers.formats import ELEMENT_BYTES
-from simulate.methods.lte.options import LteOptions
-from simulate.methods.relora.options import ReloraOptions
 from simulate.models.shapes import LinearShape, ModelShape
+from simulate.rules.method_plan import plan_of
 
 ACTIVATION_MOVES = 4
 """An activation is written and read in the forward pass, and so is its gradient in the backward pass."""
@@ -128,8 +126,8 @@ def products_s(products: Sequence[Product], rates: KernelRates) -> float:
 
 def pass_s(run: Run, shape: ModelShape, rates: KernelRates) -> float:
     """Return the seconds of a step's forward and backward passes, and of starting its kernels."""
-    warm = run.method.warm_start_steps if isinstance(run.method, ReloraOptions) else 0
-    share = min(1.0, warm / run.train.steps) if isinstance(run.method, AdapterOptions) else 1.0
+    plan = plan_of(run.method)
+    share = 1.0 if plan.adapters(run.cluster.devices) is None else plan.dense_share(run.train.steps)
     return share * _pass_s(run, shape, rates, False) + (1 - share) * _pass_s(run, shape, rates, True)
 
 
@@ -198,15 +196,12 @@ def outer_product(shape: ModelShape, samples: int) -> Product:
 
 def block_products(run: Run, shape: ModelShape, adapted: bool) -> tuple[Product, ...]:
     """Return the products inside blocks, of dense layers or of adapted ones; recomputed ones twice."""
-    method, checkpointing = run.method, run.train.activation_checkpointing
-    if not adapted or not isinstance(method, AdapterOptions):
+    layout, checkpointing = plan_of(run.method).adapters(run.cluster.devices), run.train.activation_checkpointing
+    if not adapted or layout is None:
         return _dense_products(shape, run.train.micro_batch, checkpointing)
-    heads = method.heads_per_device if isinstance(method, LteOptions) else 1
-    frozen_a = isinstance(method, LteOptions) and method.frozen_a
-    rank = method.row_rank(run.cluster.devices)
     return _adapted_products(
-        shape, run.train.micro_batch, heads, rank, method.remembers_product, frozen_a, checkpointing
-    )  # fmt: skip
+        shape, run.train.micro_batch, layout.heads, layout.row_rank, layout.subtracts, layout.frozen_a, checkpointing
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -257,5 +252,6 @@ def _through_layer(
 
 def sum_of_products(run: Run, shape: ModelShape) -> tuple[Product, ...]:
     """Return the products B·A of one head in every layer, which a merge makes of all the heads it has."""
-    rank = run.method.rank if isinstance(run.method, AdapterOptions) else 1
+    layout = plan_of(run.method).adapters(run.cluster.devices)
+    rank = layout.rank if layout else 1
     return tuple(Product(x.out_features, rank, x.in_features, x.count) for x in shape.adapted)

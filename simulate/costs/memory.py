@@ -12,20 +12,19 @@ from operator import attrgetter
 from pathlib import Path
 
 from simulate.config.hardware import Device
-from simulate.config.method_options import AdapterOptions, MethodOptions
-from simulate.config.run import BYTES, Run
-from simulate.costs.activations import WeightMaterialisation, step_phases
-from simulate.costs.buffers import FOLD_TENSORS, exchange_phases, starts_dense
+from simulate.config.method_options import MethodOptions
+from simulate.config.run import Run
+from simulate.config.tables import BYTES
+from simulate.costs.activations import step_phases
+from simulate.costs.buffers import exchange_phases
 from simulate.costs.cache import by_method
 from simulate.costs.diagnostics_memory import diagnosing_phases, kept_bytes
 from simulate.costs.moments import moment_bytes, moment_bytes_beside_adapters
 from simulate.costs.state import frozen_bytes, holding
 from simulate.layers.formats import ELEMENT_BYTES, PRODUCT_BYTES, packing_bytes, unpacking_bytes
-from simulate.methods.adamix.options import AdamixOptions
-from simulate.methods.local_sgd.options import LocalSgdOptions
-from simulate.methods.lte.options import LteOptions
 from simulate.models.shapes import ModelShape
-from simulate.rules.phases import PHASES, Phase, PhaseName
+from simulate.rules.method_plan import plan_of
+from simulate.rules.phases import PHASES, Phase, PhaseName, WeightMaterialisation
 
 SAVING = Phase("checkpoint_save", 0, 0, 0)
 """Tensors are written one by one, as they lie in memory."""
@@ -148,34 +147,30 @@ class _Lasting:
 
 @by_method
 def _lasting(run: Run, shape: ModelShape, shared_memory: bool) -> _Lasting:
-    method, element_bytes, devices = run.method, ELEMENT_BYTES[run.train.dtype], run.cluster.devices
-    held = holding(run, shape)
+    element_bytes, devices = ELEMENT_BYTES[run.train.dtype], run.cluster.devices
+    plan, held = plan_of(run.method), holding(run, shape)
+    layout = None if plan.starts_dense else plan.adapters(devices)
     weights, adapters = _weight_bytes(run, shape, shared_memory), held.adapters * element_bytes
     optimizer = moment_bytes(run, shape) + held.extra * element_bytes + kept_bytes(run, shape)
     kept = weights + adapters + optimizer
     start = (Phase("forward", 0, 0, _packing_start_bytes(run, shape) - kept),) if shared_memory else ()
-    rank, heads, idle, frozen_a = 0, 1, 0, False
-    block_trained = sum(linear.weights for linear in shape.adapted)
-    if isinstance(method, AdapterOptions) and not starts_dense(method):
-        rank = method.row_rank(devices)
-        heads = method.heads_per_device if isinstance(method, LteOptions) else 1
-        # Experts that a step did not choose have no gradient.
-        idle = shape.factors(method.held_rank(devices) - method.rank) if isinstance(method, AdamixOptions) else 0
-        frozen_a = isinstance(method, LteOptions) and method.frozen_a
-        block_trained = (shape.factors(method.held_rank(devices), frozen_a) - idle) // shape.layers
+    idle, block_trained = 0, sum(linear.weights for linear in shape.adapted)
+    if layout is not None:
+        idle = shape.factors(layout.idle_rank) if layout.idle_rank else 0
+        block_trained = (shape.factors(layout.held_rank, layout.frozen_a) - idle) // shape.layers
     return _Lasting(
         weights=weights,
         adapters=adapters,
         optimizer=optimizer,
         start=start,
         exchange=exchange_phases(run, shape, (held.trained - idle) * element_bytes),
-        rank=rank,
-        heads=heads,
+        rank=layout.row_rank if layout else 0,
+        heads=layout.heads if layout else 1,
         block_gradient_bytes=block_trained * element_bytes,
-        unpacked_bytes=_unpacked_bytes(method, shape, element_bytes),
-        subtracts=isinstance(method, LteOptions) and method.remembers_product,
-        made=_made(method),
-        keeps_inputs=not frozen_a,
+        unpacked_bytes=_unpacked_bytes(run.method, shape, element_bytes),
+        subtracts=layout is not None and layout.subtracts,
+        made=plan.evaluation_weights(),
+        keeps_inputs=layout is None or not layout.frozen_a,
     )
 
 
@@ -194,24 +189,14 @@ def _phases(run: Run, shape: ModelShape, lasting: _Lasting) -> tuple[Phase, ...]
     return (*lasting.start, *step, *others)
 
 
-def _made(method: MethodOptions) -> WeightMaterialisation:
-    """Return how an evaluation comes to weights: quantised ones are fetched from the master, or unpacked where that is
-    not at hand; adapters that are not merged are added.
-    """
-    if not isinstance(method, AdapterOptions) or starts_dense(method):
-        return WeightMaterialisation()
-    if isinstance(method, LteOptions):
-        unpacks = "none" if method.master == "host" else method.quantize
-        return WeightMaterialisation(int(method.quantize != "none"), unpacks)
-    unpacks = "none" if method.keeps_master else method.frozen_format
-    return WeightMaterialisation(1 if isinstance(method, AdamixOptions) else FOLD_TENSORS, unpacks)
-
-
 def _weight_bytes(run: Run, shape: ModelShape, shared_memory: bool) -> int:
-    method, element_bytes = run.method, ELEMENT_BYTES[run.train.dtype]
-    if isinstance(method, AdapterOptions) and not starts_dense(method):
-        return _frozen_bytes(shape, method, element_bytes, shared_memory)
-    return shape.parameters * element_bytes
+    plan, element_bytes = plan_of(run.method), ELEMENT_BYTES[run.train.dtype]
+    if plan.starts_dense or plan.adapters(run.cluster.devices) is None:
+        return shape.parameters * element_bytes
+    frozen = frozen_bytes(shape, run.method.frozen_format, element_bytes)
+    in_files = run.method.frozen_format != "none" or not shared_memory
+    start = 0 if in_files else plan.full_copies * shape.adapted_parameters * element_bytes
+    return frozen + start + shape.replicated_parameters * element_bytes
 
 
 def host_memory_bytes(run: Run, shape: ModelShape, device: Device) -> int:
@@ -222,7 +207,7 @@ def host_memory_bytes(run: Run, shape: ModelShape, device: Device) -> int:
     """
     if device.host_memory_bytes == 0 and run.method.frozen_format == "none":
         return 0
-    return _full_copies(run.method) * shape.adapted_parameters * ELEMENT_BYTES[run.train.dtype]
+    return plan_of(run.method).full_copies * shape.adapted_parameters * ELEMENT_BYTES[run.train.dtype]
 
 
 def host_memory_by_part(run: Run, shape: ModelShape, device: Device) -> dict[str, int]:
@@ -265,43 +250,31 @@ def checkpoint_bytes(run: Run, shape: ModelShape, devices: int, in_a_round: bool
     After a merge, which may have dropped moments, or `in_a_round`.
     Of a run with a dense warm start, before its first adapter, where it holds most.
     """
-    method, held = run.method, holding(run, shape)
-    frozen_bytes_kept = 0
-    if isinstance(method, AdapterOptions):
-        frozen_bytes_kept = frozen_bytes(shape, method.frozen_format, ELEMENT_BYTES[run.train.dtype])
-        frozen_bytes_kept += _full_copies(method) * shape.adapted_parameters * ELEMENT_BYTES[run.train.dtype]
-    dense = 0 if starts_dense(method) else held.adapters
-    weights = dense + shape.replicated_parameters if isinstance(method, AdapterOptions) else shape.parameters
-    copies, element_bytes = 1 if held.shared else devices, ELEMENT_BYTES[run.train.dtype]
+    plan, held, element_bytes = plan_of(run.method), holding(run, shape), ELEMENT_BYTES[run.train.dtype]
+    frozen_bytes_kept, weights = 0, shape.parameters
+    if plan.adapters(run.cluster.devices) is not None:
+        frozen_bytes_kept = frozen_bytes(shape, run.method.frozen_format, element_bytes)
+        frozen_bytes_kept += plan.full_copies * shape.adapted_parameters * element_bytes
+        weights = (0 if plan.starts_dense else held.adapters) + shape.replicated_parameters
+    copies = 1 if held.shared else devices
     moments = moment_bytes(run, shape) if in_a_round else _merged_moment_bytes(run, shape)
     elements = copies * weights + devices * held.extra
     return frozen_bytes_kept + elements * element_bytes + copies * moments + kept_bytes(run, shape)
 
 
 def _merged_moment_bytes(run: Run, shape: ModelShape) -> int:
-    """Bytes of moments after a merge, which may have dropped them: of local SGD all, of LTE its adapters'."""
-    method = run.method
-    if isinstance(method, LocalSgdOptions) and method.merge_optimizer == "reset":
+    """Bytes of moments after a merge, which may have dropped them all, or those of adapters."""
+    drops = plan_of(run.method).drops_moments
+    if drops == "all":
         return 0
-    if isinstance(method, LteOptions) and method.merge_optimizer == "reset":
-        return moment_bytes_beside_adapters(run, method, shape)
-    return moment_bytes(run, shape)
+    return moment_bytes_beside_adapters(run, shape) if drops == "adapters" else moment_bytes(run, shape)
 
 
 def _dropped_bytes(run: Run, shape: ModelShape) -> int:
-    """Bytes of moments that every merge drops right away: of late ones, or of one group of layers, that is not all."""
-    method = run.method
-    late = bool(method.late_steps) or (isinstance(method, LteOptions) and method.fragments > 1)
-    return 0 if late else moment_bytes(run, shape) - _merged_moment_bytes(run, shape)
-
-
-def _full_copies(method: MethodOptions) -> int:
-    """How many full-precision copies merges need beside the frozen weights: the start weights, to which reset-less
-    merges return, and the merged ones where frozen ones are quantised, which would swallow small updates.
-    """
-    if not isinstance(method, AdapterOptions):
+    """Bytes of moments that every merge drops right away."""
+    if not plan_of(run.method).drops_at_once:
         return 0
-    return (isinstance(method, LteOptions) and method.reset == "none") + method.keeps_master
+    return moment_bytes(run, shape) - _merged_moment_bytes(run, shape)
 
 
 def _packing_start_bytes(run: Run, shape: ModelShape) -> int:
@@ -310,7 +283,7 @@ def _packing_start_bytes(run: Run, shape: ModelShape) -> int:
     Each layer's own weights are let go when it is packed.
     """
     method, element_bytes = run.method, ELEMENT_BYTES[run.train.dtype]
-    if method.frozen_format == "none" or starts_dense(method):
+    if method.frozen_format == "none" or plan_of(method).starts_dense:
         return 0
     first = shape.in_order()[0]
     packing = packing_bytes(first.weights, first.in_features, method.frozen_format, element_bytes)
@@ -319,13 +292,6 @@ def _packing_start_bytes(run: Run, shape: ModelShape) -> int:
 
 def _unpacked_bytes(method: MethodOptions, shape: ModelShape, element_bytes: int) -> int:
     """Bytes of the largest quantised layer while a product uses it."""
-    if method.frozen_format == "none" or starts_dense(method):
+    if method.frozen_format == "none" or plan_of(method).starts_dense:
         return 0
     return max(unpacking_bytes(x.weights, method.frozen_format, element_bytes) for x in shape.adapted)
-
-
-def _frozen_bytes(shape: ModelShape, method: AdapterOptions, element_bytes: int, shared_memory: bool) -> int:
-    frozen = frozen_bytes(shape, method.frozen_format, element_bytes)
-    in_files = method.frozen_format != "none" or not shared_memory
-    start = 0 if in_files else _full_copies(method) * shape.adapted_parameters * element_bytes
-    return frozen + start + shape.replicated_parameters * element_bytes

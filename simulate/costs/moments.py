@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import lru_cache
 
-from simulate.config.method_options import AdapterOptions, MethodOptions
+from simulate.config.method_options import MethodOptions
 from simulate.config.run import Run
-from simulate.costs.state import frozen_kinds, holding
+from simulate.costs.state import holding
 from simulate.layers.formats import ELEMENT_BYTES
-from simulate.methods.adamix.options import AdamixOptions
-from simulate.methods.lte.options import LteOptions
-from simulate.methods.relora.options import ReloraOptions
 from simulate.models.shapes import ModelShape
+from simulate.rules.method_plan import plan_of
 from simulate.rules.optimizer import BLOCK_ELEMENTS, CPU_CHUNK_BYTES, CPU_CHUNK_ELEMENTS, is_eight_bit
 
 
@@ -24,9 +22,10 @@ def moment_bytes(run: Run, shape: ModelShape) -> int:
     return _eight_bit_bytes(run.method, shape, run.cluster.devices, run.train.optimizer == "muon", element_bytes)
 
 
-def moment_bytes_beside_adapters(run: Run, method: AdapterOptions, shape: ModelShape) -> int:
+def moment_bytes_beside_adapters(run: Run, shape: ModelShape) -> int:
     """Return the bytes of the moments of what is trained beside adapters, which AdamW steps."""
-    element_bytes, kinds = ELEMENT_BYTES[run.train.dtype], frozen_kinds(method)
+    layout = plan_of(run.method).adapters(run.cluster.devices)
+    element_bytes, kinds = ELEMENT_BYTES[run.train.dtype], layout.frozen_kinds if layout else frozenset()
     trained = [tensor.elements for tensor in shape.replicated if tensor.kind not in kinds]
     if run.train.optimizer_state == "fp32":
         return 2 * sum(trained) * element_bytes
@@ -58,23 +57,18 @@ def _eight_bit_pair(elements: int, has_one: bool, element_bytes: int) -> int:
     return 2 * elements * element_bytes
 
 
-def _trained(
-    method: MethodOptions, shape: ModelShape, devices: int, muon: bool
-) -> Iterator[tuple[int, int, bool]]:  # fmt: skip
+def _trained(method: MethodOptions, shape: ModelShape, devices: int, muon: bool) -> Iterator[tuple[int, int, bool]]:
     """Yield (rows, elements of one, whether Muon steps it) of every parameter that one device trains."""
-    if not isinstance(method, AdapterOptions) or (isinstance(method, ReloraOptions) and method.warm_start_steps):
+    plan = plan_of(method)
+    layout = None if plan.starts_dense else plan.adapters(devices)
+    if layout is None:
         for tensor in shape.tensors:
             yield 1, tensor.elements, muon and tensor.kind == "adapted"
         return
-    held = method.held_rank(devices)
-    pairs = method.experts if isinstance(method, AdamixOptions) else getattr(method, "heads_per_device", 1)
-    rows = pairs if isinstance(method, LteOptions | AdamixOptions) else 1  # mhlora's heads are one pair of their rank
-    frozen_a = isinstance(method, LteOptions) and method.frozen_a
     for linear in shape.adapted:
-        for side in (linear.out_features,) if frozen_a else (linear.out_features, linear.in_features):
+        for side in (linear.out_features,) if layout.frozen_a else (linear.out_features, linear.in_features):
             for _ in range(linear.count):
-                yield rows, side * held // rows, muon
-    kinds = frozen_kinds(method)
+                yield layout.stacked, side * layout.held_rank // layout.stacked, muon
     for tensor in shape.replicated:
-        if tensor.kind not in kinds:
+        if tensor.kind not in layout.frozen_kinds:
             yield 1, tensor.elements, False

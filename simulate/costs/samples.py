@@ -20,11 +20,10 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from simulate.common import toml_io
-from simulate.config.method_options import AdapterOptions, MethodOptions
 from simulate.config.method_table import METHOD_NAMES
 from simulate.config.run import Run
-from simulate.methods.lte.options import LteOptions
 from simulate.models.shapes import ModelShape
+from simulate.rules.method_plan import plan_of
 
 End = Literal["value", "low", "high"]
 SHIPPED = "samples.toml"
@@ -93,18 +92,8 @@ def samples_factor(
     def figure(of: Figure) -> float:
         return of.value if end == "value" else of.low if end == "low" else of.high
 
-    factor = (1 + run.tokens_per_step * figure(model.minimum_steps) / tokens) * figure(model.methods[run.method.name])
+    plan = plan_of(run.method)
+    factor = (1 + run.tokens_per_step * figure(model.minimum_steps) / tokens) * figure(model.methods[plan.samples_like])
     factor *= max(1.0, run.method.round_steps / model.merge_every) ** figure(model.merge_exponent)
-    shortfall = _shortfall(run.method, shape, run.cluster.devices, model.lte_rank_share)
+    shortfall = plan.rank_shortfall(shape.largest_dimension, run.cluster.devices, model.lte_rank_share)
     return factor * shortfall ** figure(model.rank_exponent)
-
-
-def _shortfall(method: MethodOptions, shape: ModelShape, devices: int, rank_share: float) -> float:
-    """How many times too small the rank is: of all heads together for the width, and of one head for its share."""
-    if not isinstance(method, AdapterOptions):
-        return 1.0
-    width = shape.largest_dimension
-    if isinstance(method, LteOptions):
-        total = method.held_rank(devices) * devices
-        return max(1.0, width / total) * max(1.0, width * rank_share / method.rank)
-    return max(1.0, width / method.row_rank(devices))

@@ -8,7 +8,6 @@ from functools import lru_cache
 
 from simulate.comm.transfers import Exchange
 from simulate.config.hardware import Device, Dtype, Link
-from simulate.config.method_options import AdapterOptions
 from simulate.config.run import Run
 from simulate.costs.cache import by_method
 from simulate.costs.flops import merge_flops, pass_flops, update_flops
@@ -17,12 +16,8 @@ from simulate.costs.message_schedule import num_rounds, schedule
 from simulate.costs.message_time import link_of, transfer_s
 from simulate.costs.state import frozen_bytes, holding
 from simulate.layers.formats import ELEMENT_BYTES, PRODUCT_BYTES
-from simulate.methods.ddp.options import DdpOptions
-from simulate.methods.lte.options import LteOptions
-from simulate.methods.sapipe.options import SapipeOptions
-from simulate.methods.signsgd.options import SignsgdOptions
-from simulate.methods.topk.options import TopkOptions
 from simulate.models.shapes import ModelShape
+from simulate.rules.method_plan import plan_of
 from simulate.rules.pace import round_compute_s
 
 ADAM_ELEMENTS_MOVED = 3
@@ -179,9 +174,7 @@ def _moved(run: Run, shape: ModelShape) -> _Moved:
     trained = holding(run, shape).trained
     moment_bytes = element_bytes if run.train.optimizer_state == "fp32" else 1
     unpacked, others = 0, _cast_bytes(run, shape)
-    if isinstance(method, SapipeOptions | TopkOptions | SignsgdOptions) or (
-        isinstance(method, DdpOptions) and method.wire != "full"
-    ):
+    if plan_of(method).compresses_gradients:
         others += COMPRESSION_ELEMENTS_MOVED * shape.parameters * element_bytes
     if method.frozen_format != "none":
         # Forward and backward each read the packed form, write and read the plain one.
@@ -200,18 +193,14 @@ def _cast_bytes(run: Run, shape: ModelShape) -> int:
     if run.train.autocast == "none":
         return 0
     element_bytes = ELEMENT_BYTES[run.train.dtype] + PRODUCT_BYTES[run.train.autocast]
-    return shape.adapted_parameters * element_bytes * (2 if isinstance(run.method, AdapterOptions) else 1)
+    has_adapters = plan_of(run.method).adapters(run.cluster.devices) is not None
+    return shape.adapted_parameters * element_bytes * (2 if has_adapters else 1)
 
 
 @by_method
 def merge_compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
     """Seconds of a round's merges: products, and the weights read and written once (with momentum: twice)."""
-    method = run.method
-    if isinstance(method, AdapterOptions):
-        merges = 1.0 if isinstance(method, LteOptions) else 0.0
-        moved = 2 * merges * shape.adapted_parameters
-    else:
-        moved = 0.0 if method.round_steps == 1 else 2.0 * shape.parameters + 2.0 * holding_extra(run, shape)
+    moved = plan_of(run.method).merge_elements_moved(shape, holding(run, shape).extra)
     moved_bytes = moved * ELEMENT_BYTES[run.train.dtype]
     moved_s = moved_bytes / rates.memory_bytes_per_s + _packed_s(run, shape, rates.kernels)
     flops = merge_flops(run, shape)
@@ -224,15 +213,9 @@ def merge_compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
 
 def _packed_s(run: Run, shape: ModelShape, kernels: KernelRates | None) -> float:
     """Seconds of packing what a round merged, where that was measured; a server sends weights that are packed."""
-    method = run.method
-    if kernels is None or not isinstance(method, LteOptions) or method.merge_transport == "server":
+    if kernels is None or not plan_of(run.method).quantizes_merges:
         return 0.0
-    return layers_s(shape, method.quantize, kernels.pack) or 0.0
-
-
-def holding_extra(run: Run, shape: ModelShape) -> int:
-    """Elements of a method's own state, which a merge reads and writes."""
-    return holding(run, shape).extra
+    return layers_s(shape, run.method.frozen_format, kernels.pack) or 0.0
 
 
 @lru_cache(maxsize=4096)

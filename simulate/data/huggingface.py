@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from simulate.common.errors import InputError
-from simulate.config.run import HUB, Data
+from simulate.config.tables import HUB, Data
 from simulate.data.cache import ArraySlot, Draft, cached, cached_file, stamp_of
 from simulate.data.decode_images import Frame, Unfit, decode_all
 from simulate.data.image_folders import HELD_OUT_NAMES, first_size, read_folder

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from simulate.common.errors import InputError
-from simulate.config.run import BYTES, Data, Model, Run
+from simulate.config.run import Model, Run
+from simulate.config.tables import BYTES, Data
 from simulate.data.cifar import cifar_source, find_cifar
 from simulate.data.digits import DIGITS, digits_source
 from simulate.data.huggingface import hub_images

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from simulate.common.errors import InputError
-from simulate.config.run import BYTE_VALUES, BYTES, Data
+from simulate.config.tables import BYTE_VALUES, BYTES, Data
 from simulate.data.huggingface import hub_text
 from simulate.data.tokenizer import Vocabulary, check_vocabulary, encode
 from simulate.models.interfaces import ReadsText

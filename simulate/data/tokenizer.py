@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simulate.common.errors import InputError
-from simulate.config.run import BPE
+from simulate.config.tables import BPE
 from simulate.data.cache import Draft, cached
 
 if TYPE_CHECKING:

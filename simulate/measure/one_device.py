@@ -19,20 +19,17 @@ from simulate.comm.echo import EchoCommunicator
 from simulate.config.run import Run
 from simulate.layers.cross_entropy import row_losses
 from simulate.layers.dtypes import DTYPES
-from simulate.methods.adamix.options import AdamixOptions
 from simulate.methods.base import Method
 from simulate.methods.build_network import empty_model
-from simulate.methods.daso.options import DasoOptions
 from simulate.methods.registry import build_method
-from simulate.methods.sapipe.options import SapipeOptions
 from simulate.models.fake_batch import example_batch
 from simulate.models.peak_memory import cpu_peak_bytes
+from simulate.rules.method_plan import plan_of
 from simulate.training.diagnostics import Diagnostics, GradientSums
 
 STEPS_OF_ROUNDS = (1, 2)
 """Steps of each of two rounds: the first step allocates optimizer state, the first merge its buffers; later rounds
 allocate nothing new."""
-STEPS_WITHOUT_ROUNDS, STEPS_WITH_STALE_GRADIENTS = 2, 3
 DRAWN_STEPS = 60
 """Steps at most until all of AdaMix's experts were drawn."""
 
@@ -59,7 +56,8 @@ def train_alone(run: Run, device: torch.device, watch: Watch = unwatched) -> Met
     method = build_method(run, EchoCommunicator(run.cluster.devices), device)
     inputs, targets = made_up_batch(run, run.train.micro_batch, device)
     last = run.train.steps - 1
-    late = run.method.delay_steps if isinstance(run.method, DasoOptions) else run.method.late_steps
+    plan = plan_of(run.method)
+    late = plan.measured_delay_steps
     empty = empty_model(run, device)
     diagnostics = Diagnostics(method) if run.train.diagnostics_every else None
 
@@ -68,7 +66,7 @@ def train_alone(run: Run, device: torch.device, watch: Watch = unwatched) -> Met
             watch("forward", method, ())
             method.step(inputs, targets, step)
 
-    if isinstance(run.method, AdamixOptions):
+    if plan.routes_randomly:
         _draw_all_experts(method, steps)
     for count in _steps_of_rounds(run):
         steps(count)
@@ -98,7 +96,7 @@ def train_alone(run: Run, device: torch.device, watch: Watch = unwatched) -> Met
 def _steps_of_rounds(run: Run) -> tuple[int, ...]:
     if run.method.round_steps > 1:
         return STEPS_OF_ROUNDS
-    return (STEPS_WITH_STALE_GRADIENTS if isinstance(run.method, SapipeOptions) else STEPS_WITHOUT_ROUNDS,)
+    return (plan_of(run.method).steps_until_alike,)
 
 
 def _draw_all_experts(method: Method, steps: Callable[[int, int], None]) -> None:

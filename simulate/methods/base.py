@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from simulate.comm.base import Communicator
-from simulate.config.run import Run, Train
+from simulate.config.run import Run
+from simulate.config.tables import Train
 from simulate.layers.cross_entropy import row_losses
 from simulate.layers.lora import LoraLinear
 from simulate.layers.per_device import ReplicatedEmbedding, ReplicatedLinear, VectorLora

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from simulate.common.errors import InputError
-from simulate.config.run import Train
+from simulate.config.tables import Train
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 START_SCALE = 2.0**16

@@ -8,8 +8,9 @@ from functools import cached_property
 from typing import Any
 
 from simulate.config.hardware import Device, Profile
-from simulate.config.method_options import AdapterOptions, MethodOptions
-from simulate.config.run import Cluster, Run
+from simulate.config.method_options import MethodOptions
+from simulate.config.run import Run
+from simulate.config.tables import Cluster
 from simulate.costs.eval_and_save_time import EvalAndSaveTime
 from simulate.costs.memory import Memory, PeakProfile
 from simulate.costs.message_schedule import dense_reduction, num_rounds, received_bytes
@@ -17,11 +18,11 @@ from simulate.costs.message_time import link_of
 from simulate.costs.samples import Efficiency
 from simulate.costs.step_time import RoundTime, exchange_s
 from simulate.layers.formats import ELEMENT_BYTES
-from simulate.methods.lte.options import LteOptions
 from simulate.models.shapes import ModelShape
 from simulate.planning.margins import Margins
 from simulate.planning.objective import SelectionCriteria
 from simulate.planning.time_ranges import range_keys
+from simulate.rules.method_plan import plan_of
 
 LINK_DOMINATES = 0.5
 """Share of a round spent on the link from which the plan warns."""
@@ -235,15 +236,16 @@ def _warnings(run: Run, setting: PlanContext, time: RoundTime) -> Iterator[str]:
     lower = run.train.autocast
     if lower != "none" and any(getattr(d.flop_per_s, lower) is None for d in profile.device):
         yield f"the profile has no {lower} rate; planned at the fp32 rate, and a CPU that emulates it is far slower"
-    method = run.method
-    if not isinstance(method, LteOptions):
+    plan = plan_of(run.method)
+    layout = plan.adapters(run.cluster.devices)
+    if layout is None or not plan.has_separate_heads:
         return
-    if method.rank * run.heads < shape.largest_dimension:
-        yield f"rank x heads = {method.rank * run.heads} is below the largest layer dimension {shape.largest_dimension}"
-    if run.cluster.devices > 1 and method.merge_transport != "reduce":
+    if layout.rank * run.heads < shape.largest_dimension:
+        yield f"rank x heads = {layout.rank * run.heads} is below the largest layer dimension {shape.largest_dimension}"
+    if run.cluster.devices > 1 and plan.transport != "reduce":
         dense = dense_reduction(shape, run.cluster.devices, ELEMENT_BYTES[run.train.dtype])
         if time.exchange_s > exchange_s(dense, link_of(profile.link, run.cluster.backend)):
-            yield f"{method.merge_transport} takes longer than reducing the dense delta"
+            yield f"{plan.transport} takes longer than reducing the dense delta"
 
 
 def describe(run: Run) -> str:
@@ -265,17 +267,14 @@ def _format(method: MethodOptions) -> str:
 
 
 def _details(run: Run, method: MethodOptions) -> Iterator[str]:
-    if isinstance(method, AdapterOptions):
-        heads = f" x {run.heads} heads" if run.heads > 1 else ""
-        yield f"rank {method.rank}{heads}"
-    elif (rank := getattr(method, "rank", None)) is not None:
-        yield f"rank {rank}"
+    if (rank := getattr(method, "rank", None)) is not None:
+        yield f"rank {rank} x {run.heads} heads" if run.heads > 1 else f"rank {rank}"
     if (density := getattr(method, "density", None)) is not None:
         yield f"density {density:g}"
     if (merge_every := getattr(method, "merge_every", None)) is not None:
         yield f"T {merge_every}"
-    if isinstance(method, LteOptions):
-        yield method.merge_transport
+    if transport := plan_of(method).transport:
+        yield transport
 
 
 def needs_library(run: Run) -> bool:

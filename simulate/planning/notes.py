@@ -7,18 +7,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from simulate.common.units import bytes_text, seconds_text
-from simulate.config.method_options import AdapterOptions
 from simulate.config.run import Run
 from simulate.costs.diagnostics_bytes import diagnostics_exchange
 from simulate.costs.eval_and_save_time import AFFORDABLE_SHARE
 from simulate.costs.samples import shipped
 from simulate.costs.step_time import device_step_s, round_time
-from simulate.methods.lte.options import LteOptions
 from simulate.models.shapes import ModelShape
 from simulate.planning.candidate import Candidate, PlanContext, Rejected, describe
 from simulate.planning.margins import RULE
 from simulate.planning.number_formats import format_notes
 from simulate.planning.objective import MEANINGS
+from simulate.rules.method_plan import plan_of
 
 PLURALS = {"norm": "norms", "bias": "biases", "embedding": "embeddings", "other": "other modules"}
 PACE_MATTERS = 1.1
@@ -77,38 +76,38 @@ def _quantized(chosen: Candidate) -> Iterator[str]:
     method = chosen.run.method
     if method.frozen_format.startswith("nf4"):
         yield f"method.quantize = {method.frozen_format} needs bitsandbytes: pip install 'lte[quantize]'"
-    if isinstance(method, LteOptions) and not method.keeps_master and method.reset != "none":
+    if getattr(method, "master", "host") == "none" and getattr(method, "reset", "none") != "none":
         yield (
             "method.master = none with method.reset = "
-            f"{method.reset} loses merged updates that are smaller than a rounding step; try --set method.master=host"
+            f"{getattr(method, 'reset', '')} loses merged updates that are smaller than a rounding step; "
+            "try --set method.master=host"
         )
 
 
 def _treatments(chosen: Candidate, shape: ModelShape) -> Iterator[str]:
     """Say what the choice does with parameters that no low-rank pair serves."""
     method, elements = chosen.run.method, Counter[str]()
-    if not isinstance(method, AdapterOptions):
+    plan = plan_of(method)
+    if plan.adapters(chosen.run.cluster.devices) is None:
         return
     for tensor in shape.replicated:
         elements[tensor.kind] += tensor.elements
-    lte = isinstance(method, LteOptions)
-    become = {"norm": method.norms, "bias": method.biases} if isinstance(method, LteOptions) else {}
+    become = {"norm": getattr(method, "norms", "average"), "bias": getattr(method, "biases", "average")}
     parts = (f"{PLURALS[kind]} {count:,} ({become.get(kind, 'average')})" for kind, count in elements.items())
-    how = "averaged at merges, unless said" if lte else "gradients averaged at every step"
-    yield f"not adapted, every device trains its own copy, {how}: {', '.join(parts)}"
+    yield f"not adapted, every device trains its own copy, {plan.treatments()}: {', '.join(parts)}"
 
 
 def _worth_trying(chosen: Candidate) -> Iterator[str]:
     """Name the optimizer and the format of messages that trained best where it was measured, unless they are taken."""
     run = chosen.run
-    if not isinstance(run.method, LteOptions):
+    if not plan_of(run.method).has_separate_heads:
         return
     if run.train.optimizer == "adamw":
         yield (
             "train.optimizer = muon trained better than adamw on a small text model, with LTE as with dense training "
             "(docs/results.md); try it with --set"
         )
-    if run.method.wire == "full" and run.cluster.devices > 1:
+    if getattr(run.method, "wire", "") == "full" and run.cluster.devices > 1:
         yield (
             "method.wire = int8 sends about a quarter of the bytes, and trained as well as full messages on a small "
             "text model (docs/results.md); try it with --set, and a higher rank for a part of what that saves"

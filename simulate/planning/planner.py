@@ -9,14 +9,13 @@ from typing import Any
 from simulate.common.errors import InputError
 from simulate.common.gc_paused import collector_paused
 from simulate.config.hardware import Device, Profile
-from simulate.config.method_table import METHOD_NAMES
+from simulate.config.method_table import BASELINE, METHOD_NAMES
 from simulate.config.run import Run
 from simulate.costs.eval_and_save_time import pauses
 from simulate.costs.memory import Memory, heights, host_memory_by_part, peak_memory
 from simulate.costs.message_schedule import num_rounds, sent_bytes
 from simulate.costs.samples import samples_factor
 from simulate.costs.step_time import distinct, round_time
-from simulate.methods.ddp.options import DdpOptions
 from simulate.planning.candidate import Candidate, PlanContext, Rejected, candidate_of, needs_library
 from simulate.planning.notes import plan_notes
 from simulate.planning.number_formats import check_formats
@@ -213,7 +212,7 @@ def make_plan(
         candidates=tuple(fitting),
         rejected=rejected,
         chosen=chosen,
-        dense=_best([r for r in results if isinstance(candidate_of(r).run.method, DdpOptions)], rank)
+        dense=_best([r for r in results if candidate_of(r).run.method.name == BASELINE], rank)
         or _best(results_of(("ddp",)), rank),
         notes=(*notes, *plan_notes(setting, base, chosen, first, rival, lambda run: _evaluate(run, setting))),
         rivals=tuple(rival for rival in rivals if rival is not None),

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from simulate.common.toml_io import LARGEST_INTEGER
+from simulate.config.method_table import DEFAULT_METHOD, default_options
 from simulate.config.run import Run
-from simulate.methods.lte.options import LteOptions
+from simulate.methods.plans import MERGE_EVERY
 from simulate.models.shapes import ModelShape
-from simulate.planning.search_space import AXES, MERGE_EVERY
 from simulate.probe.recommend import Needs, recommend
 from simulate.probe.schema import Probe, check_model, load_probe
+from simulate.rules.method_plan import AdapterLayout, plan_of
 
 
 class PlanProbe:
@@ -33,8 +34,9 @@ class PlanProbe:
 
     def marks(self, run: Run) -> Iterator[str]:
         """Say where a candidate's rank lies below or above what the probe found."""
-        if isinstance(run.method, LteOptions):
-            yield from self.needs(run.method.merge_every).marks(run.method.rank, run.heads)
+        layout = _separate_heads(run)
+        if layout is not None:
+            yield from self.needs(run.method.round_steps).marks(layout.rank, run.heads)
 
     def notes(self, base: Run, chosen: Run | None) -> Iterator[str]:
         """Say what the probe recommends for the plan's devices, and where the choice stands."""
@@ -56,10 +58,10 @@ class PlanProbe:
                 f"{batch.low:.0f} to {batch.high:.0f}), {max(1, round(batch.estimate / devices))} a device; larger "
                 "batches bring little"
             )
-        if chosen is not None and isinstance(chosen.method, LteOptions):
+        if chosen is not None and _separate_heads(chosen) is not None:
             marks = list(self.marks(chosen))
-            if chosen.method.merge_every > settings.warmup_steps:
-                marks.append(f"its T = {chosen.method.merge_every} is longer than what was probed, and needs more rank")
+            if chosen.method.round_steps > settings.warmup_steps:
+                marks.append(f"its T = {chosen.method.round_steps} is longer than what was probed, and needs more rank")
             if batch is not None and not batch.low <= chosen.samples_per_step <= batch.high:
                 where = "below" if chosen.samples_per_step < batch.low else "above"
                 marks.append(f"its batch of {chosen.samples_per_step} samples is {where} the noise scale's range")
@@ -70,13 +72,21 @@ class PlanProbe:
 
     def _tried(self, base: Run) -> list[Needs]:
         """Return the needs of the rounds that the plan tries, shorter ones first."""
-        method = base.method
-        given = isinstance(method, LteOptions) and "merge_every" in method.model_fields_set
-        rounds = (method.merge_every,) if given else MERGE_EVERY  # type: ignore[union-attr]
+        rounds: Sequence[int] = MERGE_EVERY
+        if _separate_heads(base) is not None and "merge_every" in base.method.model_fields_set:
+            rounds = (base.method.round_steps,)
         return list(dict.fromkeys(self.needs(every) for every in rounds))
 
     def _heads(self, base: Run) -> list[int]:
-        method = base.method
-        given = isinstance(method, LteOptions) and "heads_per_device" in method.model_fields_set
-        a_device = (method.heads_per_device,) if given else AXES["lte"]["heads_per_device"]  # type: ignore[union-attr]
-        return [base.cluster.devices * heads for heads in a_device]
+        """Return the heads over all devices that the plan tries."""
+        layout, devices = _separate_heads(base), base.cluster.devices
+        if layout is not None and "heads_per_device" in base.method.model_fields_set:
+            return [devices * layout.heads]
+        tried = plan_of(default_options(DEFAULT_METHOD)).axes["heads_per_device"]
+        return [devices * heads for heads in tried]
+
+
+def _separate_heads(run: Run) -> AdapterLayout | None:
+    """Return the pairs of a run whose heads train apart, which probes are for; None for all other runs."""
+    plan = plan_of(run.method)
+    return plan.adapters(run.cluster.devices) if plan.has_separate_heads else None

@@ -4,43 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from simulate.config.method_options import DEFAULT_SCALE, AdapterOptions, MethodOptions
-from simulate.config.method_table import METHODS
-from simulate.config.run import Run, Train
-from simulate.methods.daso.options import DasoOptions
-from simulate.methods.lte.options import LteOptions
+from simulate.config.method_table import default_options
+from simulate.config.run import Run
+from simulate.config.tables import Train
 from simulate.models.schema import FactoryModel
 from simulate.models.shapes import ModelShape
+from simulate.rules.method_plan import plan_of
 
-RANKS = (8, 16, 32, 64, 128, 256)
-MERGE_EVERY = (10, 30, 100)
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
-AXES: Mapping[str, Mapping[str, Sequence[Any]]] = {
-    "lte": {
-        "rank": RANKS,
-        "heads_per_device": (1, 4),
-        "merge_every": MERGE_EVERY,
-        "quantize": ("none", "int8", "nf4"),
-        "merge_transport": ("gather", "reduce", "server"),
-    },
-    "lora": {"rank": RANKS},
-    "relora": {"rank": RANKS},
-    "mhlora": {"rank": RANKS},
-    "adamix": {"rank": RANKS},
-    "local-sgd": {"merge_every": MERGE_EVERY},
-    "diloco": {"merge_every": MERGE_EVERY},
-    "daso": {"merge_every": (4, 8)},
-    "powersgd": {"rank": (4, 16)},
-    "topk": {"density": (0.01, 0.1)},
-    "ddp": {},
-    "sapipe": {},
-    "signsgd": {},
-}
-"""Values of the keys that the user left open, by method."""
 
 
 @dataclass(frozen=True)
@@ -77,32 +52,22 @@ def grid(base: Run, shape: ModelShape, methods: Sequence[str], pins: Pins, token
 def _options(base: Run, shape: ModelShape, name: str, pins: Pins) -> Iterator[MethodOptions]:
     """Vary what is not pinned; ranks reach up to the smallest layer dimension."""
     ours = base.method.name == name
-    start: MethodOptions = base.method if ours else METHODS[name]()
-    axes = {key: values for key, values in AXES[name].items() if not (ours and key in pins.keys)}
+    start = plan_of(base.method if ours else default_options(name)).fitted(base.cluster.devices)
+    plan = plan_of(start)
+    axes = {key: values for key, values in plan.axes.items() if not (ours and key in pins.keys)}
     if "rank" in axes and isinstance(start, AdapterOptions):
         limit = min(min(linear.in_features, linear.out_features) for linear in shape.adapted)
-        tried = sorted({*RANKS, *pins.ranks}) if name == "lte" else RANKS
+        tried = sorted({*axes["rank"], *pins.ranks}) if plan.has_separate_heads else axes["rank"]
         axes["rank"] = [rank for rank in tried if rank <= limit] or [limit]
     if base.cluster.devices == 1 and "merge_transport" in axes:
         axes["merge_transport"] = axes["merge_transport"][:1]
-    if isinstance(start, DasoOptions) and base.cluster.devices % start.devices_per_node:
-        start = start.model_copy(update={"devices_per_node": 1})
     for values in itertools.product(*axes.values()):
         update = dict(zip(axes, values, strict=True))
         if "rank" in update and isinstance(start, AdapterOptions) and not (ours and "alpha" in pins.keys):
             update["alpha"] = DEFAULT_SCALE * update["rank"]
         method = start.model_copy(update=update)
-        if method.round_steps % method.merges_per_round == 0 and _goes_together(method):
+        if method.round_steps % method.merges_per_round == 0 and plan_of(method).is_valid():
             yield method
-
-
-def _goes_together(method: MethodOptions) -> bool:
-    """Whether the options of quantised weights would be accepted in a run: copies are not validated."""
-    if not isinstance(method, LteOptions):
-        return True
-    if method.quantize == "none":
-        return method.master == "host"
-    return not method.merge_delay and (method.master != "server" or method.merge_transport == "server")
 
 
 def train_for(base: Run, micro_batch: int, recompute: bool, tokens: int) -> Train:

@@ -26,13 +26,13 @@ from torch import Tensor, nn
 
 from simulate.comm.virtual import VirtualCommunicator
 from simulate.common.errors import InputError, RunFailedError
+from simulate.config.method_table import BASELINE, DEFAULT_METHOD, default_options
 from simulate.config.run import Run
 from simulate.data.batches import Batches
 from simulate.layers.attention import PerDeviceAttention
 from simulate.layers.convert import ConversionSpec, convert
+from simulate.layers.formats import Convolutions
 from simulate.methods.build_network import build_model
-from simulate.methods.ddp.options import DdpOptions
-from simulate.methods.lte.options import LteOptions
 from simulate.methods.registry import build_method
 from simulate.methods.round_updates import decompose
 from simulate.probe.recommend import recommend
@@ -48,6 +48,7 @@ from simulate.probe.schema import (
     State,
     shapes_fingerprint,
 )
+from simulate.rules.method_plan import plan_of
 from simulate.training.diagnostics import LossGradient, effective_rank, noise_figures, stable_rank
 
 FEWEST_GRADIENTS = 3
@@ -88,7 +89,7 @@ def adapted_weights(network: nn.Module, run: Run) -> list[AdaptedWeight]:
         return marks.setdefault(name, _Mark())
 
     empty = {id(p): nn.Parameter(p.detach().to("meta")) for p in network.parameters()}
-    convolutions = run.method.convolutions if isinstance(run.method, LteOptions) else "lora"
+    convolutions: Convolutions = getattr(run.method, "convolutions", "lora")
     # Converting a copy without storage finds exactly the layers that training would adapt; the memo of deepcopy keeps
     # shared parameters shared.
     converted = convert(copy.deepcopy(network, empty), 1, ConversionSpec(mark, convolutions=convolutions))
@@ -160,7 +161,7 @@ def check_batches(run: Run, num_batches: int) -> None:
 def round_steps(run: Run) -> int:
     """Return the steps of the method's round, or of LTE's default for a method that exchanges at every step."""
     steps = run.method.round_steps
-    return steps if steps > 1 else LteOptions().round_steps
+    return steps if steps > 1 else default_options(DEFAULT_METHOD).round_steps
 
 
 def _model(run: Run) -> ProbedModel:
@@ -184,7 +185,7 @@ def _settings(run: Run, num_batches: int, warmup_steps: int, steps: int) -> Sett
         optimizer=train.optimizer,
         learning_rate=train.learning_rate,
         devices=run.cluster.devices,
-        heads=run.heads if isinstance(run.method, LteOptions) else run.cluster.devices,
+        heads=run.heads if plan_of(run.method).has_separate_heads else run.cluster.devices,
         micro_batch=train.micro_batch,
         tokens_per_sample=run.model.units_per_sample,
         batches=num_batches,
@@ -199,7 +200,7 @@ class _Trained:
     def __init__(
         self, run: Run, batches: Batches, device: torch.device, network: nn.Module, adapted: Sequence[AdaptedWeight]
     ) -> None:
-        dense = run.model_copy(update={"method": DdpOptions()})
+        dense = run.model_copy(update={"method": default_options(BASELINE)})
         self.batches, self.device, self.adapted = batches, device, adapted
         self.devices = range(run.cluster.devices)
         self.method = build_method(dense, VirtualCommunicator(run.cluster.devices), device, network)

@@ -32,6 +32,8 @@ KEEP = 2
 """Number of the newest whole checkpoints that are kept: the disk could damage one."""
 CHUNK_BYTES = 2**20
 """Bytes of a file that are read at a time for its digest."""
+RUN_FILE = "run.toml"
+"""Name of the run's file in the run's folder, which also holds the folder of checkpoints."""
 SHARED = "state"
 _PART = re.compile(r"devices-(\d+)-(\d+)\.json")
 
@@ -219,7 +221,7 @@ def _read_part(path: Path, part: str, run: Run, data_fingerprint: str) -> tuple[
         raise InputError(f"{file} is truncated: it {size}; {retry}")
     if digest != meta["tensors_sha256"]:
         raise InputError(f"{file} is damaged: its digest is not the one that was saved; {retry}")
-    if meta["run"] != run_fingerprint(run):
+    if meta["run"] not in (run_fingerprint(run), _written_fingerprint(path)):
         raise InputError(
             f"{path} is a checkpoint of another run: run.toml differs, or another version of lte wrote it; "
             "restore it, or start anew in --out"
@@ -227,6 +229,15 @@ def _read_part(path: Path, part: str, run: Run, data_fingerprint: str) -> tuple[
     if meta["data"] != data_fingerprint:
         raise InputError(f"{path} was trained on other data: it has changed since; restore it, or start anew")
     return Progress(**meta["progress"]), load_file(file)
+
+
+def _written_fingerprint(path: Path) -> str:
+    """Return the fingerprint of run.toml as it lies in the run's folder.
+
+    Another version of lte, with further keys or another order, may write the same run differently; the file beside the
+    checkpoint is the one that it was saved with.
+    """
+    return _digest_of(path.parent.parent / RUN_FILE)[1]
 
 
 def _digest_of(path: Path) -> tuple[int, str]:

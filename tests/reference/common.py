@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simulate.config.run import Train
+from simulate.config.tables import Train
 
 
 def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simulate.config.run import Run, Train
+from simulate.config.run import Run
+from simulate.config.tables import Train
 from tests.reference.common import adamw
 from tests.reference.ddp import DdpTwin
 from tests.reference.lora import Draw

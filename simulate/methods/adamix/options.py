@@ -1,4 +1,4 @@
-"""Keys of the [method] table; torch-free."""
+"""Keys of [method] for AdaMix; torch-free."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ class AdamixOptions(AdapterOptions):
     name: Literal["adamix"] = "adamix"
     experts: int = Field(default=4, gt=0)
     """Pairs to draw from; every step routes through one A and one B of each layer."""
+
+    def num_heads(self, devices: int) -> int:
+        return self.experts
 
     def held_rank(self, devices: int) -> int:
         return self.experts * self.rank

@@ -1,14 +1,14 @@
-"""Keys of the [method] table; torch-free."""
+"""Keys of [method] for dense data parallelism; torch-free."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 from simulate.comm.transfers import Wire
-from simulate.config.method_options import DenseOptions
+from simulate.config.method_options import MethodOptions
 
 
-class DdpOptions(DenseOptions):
+class DdpOptions(MethodOptions):
     """Dense data parallelism: gradients of all parameters are averaged at every step."""
 
     name: Literal["ddp"] = "ddp"

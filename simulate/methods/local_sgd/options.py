@@ -1,4 +1,4 @@
-"""Keys of the [method] table; torch-free."""
+"""Keys of [method] for local SGD; torch-free."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from simulate.comm.transfers import Wire
-from simulate.config.method_options import DenseOptions, Pace, Steps
+from simulate.config.method_options import RoundOptions
+from simulate.config.tables import Cluster, Train
+from simulate.models.schema import ModelOptions
 
 
-class LocalSgdOptions(DenseOptions):
+class LocalSgdOptions(RoundOptions):
     """Local SGD (arXiv 1805.09767) and FedAvg (arXiv 1602.05629): weights are averaged every T steps."""
 
     name: Literal["local-sgd"] = "local-sgd"
-    merge_every: int = Field(default=10, gt=0)
-    """Optimizer steps T of one round."""
     merge_transport: Literal["reduce", "server"] = "reduce"
     """reduce: everyone's weights are summed; server: push weights, pull their mean."""
     merge_optimizer: Literal["keep", "average", "reset"] = "keep"
@@ -25,18 +25,6 @@ class LocalSgdOptions(DenseOptions):
     """Share of the devices that train in a round, drawn anew for each; below 1 needs the server and reset."""
     wire: Wire = "full"
     """Format in which the round's change of the weights travels."""
-    merge_delay: int = Field(default=0, ge=0)
-    """Steps that go on while a merge travels; 0 waits for it."""
-    pace: Pace = "lockstep"
-    """deadline: a slow device takes fewer steps of a round, at least one, and counts for what it trained on."""
-    round_deadline_s: float | None = Field(default=None, gt=0)
-    """Seconds of a round with pace = "deadline"; not set: what the fastest device needs for T steps."""
-    steps_taken: Steps | None = None
-    """Steps of each device, round by round, in place of a deadline, and again from the start: [[10, 3], [10, 4]]."""
-
-    @property
-    def round_steps(self) -> int:
-        return self.merge_every
 
     def participants(self, devices: int) -> int:
         """Devices that train in a round: max(1, round(share x N))."""
@@ -44,8 +32,6 @@ class LocalSgdOptions(DenseOptions):
 
     @model_validator(mode="after")
     def _delay_goes_with_the_rest(self) -> LocalSgdOptions:
-        self._check_delay()
-        self._check_pace()
         if self.is_paced and self.participation < 1:
             raise ValueError(
                 f"pace = 'deadline' is for devices that train in every round, not for participation = "
@@ -76,3 +62,18 @@ class LocalSgdOptions(DenseOptions):
                 "merge_transport = 'reduce' and merge_optimizer other than 'average'"
             )
         return self
+
+    def check(self, model: ModelOptions, train: Train, cluster: Cluster) -> None:
+        super().check(model, train, cluster)
+        if self.merge_optimizer != "average":
+            return
+        if train.optimizer == "muon":
+            raise ValueError(
+                "train.optimizer = 'muon' has other moments than method.merge_optimizer = 'average' sends; "
+                "try --set train.optimizer=adamw or --set method.merge_optimizer=keep"
+            )
+        if train.optimizer_state == "8bit":
+            raise ValueError(
+                "train.optimizer_state = '8bit' has no moments that method.merge_optimizer = 'average' could send; "
+                "try --set train.optimizer_state=fp32 or --set method.merge_optimizer=keep"
+            )

@@ -1,4 +1,4 @@
-"""Keys of the [method] table; torch-free."""
+"""Keys of [method] for LoRA; torch-free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys of the [method] table; torch-free."""
+"""Keys of [method] for LoRA-the-Explorer; torch-free."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from simulate.comm.transfers import Transport, Wire
-from simulate.config.method_options import AdapterOptions, Pace, Steps
+from simulate.config.method_options import AdapterOptions, FragmentOptions
+from simulate.config.tables import Cluster, Train
 from simulate.layers.formats import Biases, Convolutions, Draws, Norms, Quantize
+from simulate.models.schema import ModelOptions
 
 Master = Literal["host", "server", "none"]
 
 
-class LteOptions(AdapterOptions):
+class LteOptions(AdapterOptions, FragmentOptions):
     """LoRA-the-Explorer (arXiv 2402.16828, algorithm 1)."""
 
     name: Literal["lte"] = "lte"
     heads_per_device: int = Field(default=1, gt=0)
     """Each head of a device trains on its own part of the device's batch."""
-    merge_every: int = Field(default=10, gt=0)
-    """Optimizer steps T of one round."""
     merge_transport: Transport | Literal["auto"] = "gather"
     """gather: everyone sends factors to everyone; reduce: dense deltas are summed; server: push factors, pull W; auto:
     gather or reduce, layer by layer, whichever sends fewer bytes."""
@@ -36,16 +36,6 @@ class LteOptions(AdapterOptions):
     draws: Draws = "own"
     """own: every head draws its A by itself; joint: rows of A are orthogonal also between heads, of as many as there is
     room for in a layer's inputs, so that together heads look in all directions alike."""
-    fragments: int = Field(default=1, gt=0)
-    """Groups of layers that merge at staggered steps, each every T steps: divides the peak traffic."""
-    merge_delay: int = Field(default=0, ge=0)
-    """Steps that go on while a merge travels; 0 waits for it."""
-    pace: Pace = "lockstep"
-    """deadline: a slow device takes fewer steps of a round, at least one, and counts for what it trained on."""
-    round_deadline_s: float | None = Field(default=None, gt=0)
-    """Seconds of a round with pace = "deadline"; not set: what the fastest device needs for T steps."""
-    steps_taken: Steps | None = None
-    """Steps of each device, round by round, in place of a deadline, and again from the start: [[10, 3], [10, 4]]."""
     norms: Norms = "average"
     """Affine parameters of norms: average: each device trains its own, averaged at merges; one: the first device trains
     them for all; vector-lora: a low-rank pair for each; none: they stay as they start."""
@@ -60,12 +50,11 @@ class LteOptions(AdapterOptions):
     server alone, or nobody: then merges with a reset lose what rounding swallows."""
 
     @property
-    def round_steps(self) -> int:
-        return self.merge_every
+    def frozen_format(self) -> Quantize:
+        return self.quantize
 
-    @property
-    def merges_per_round(self) -> int:
-        return self.fragments
+    def num_heads(self, devices: int) -> int:
+        return devices * self.heads_per_device
 
     def held_rank(self, devices: int) -> int:
         return self.heads_per_device * self.rank
@@ -105,8 +94,6 @@ class LteOptions(AdapterOptions):
 
     @model_validator(mode="after")
     def _delay_goes_with_the_rest(self) -> LteOptions:
-        self._check_delay()
-        self._check_pace()
         if self.is_paced and self.reset == "none":
             raise ValueError(
                 "pace = 'deadline' weighs devices anew in every round, so reset-less merges would not take back what "
@@ -134,3 +121,13 @@ class LteOptions(AdapterOptions):
                 "try --set method.reset=b, or --set method.frozen_a=false to train A, too"
             )
         return self
+
+    def check(self, model: ModelOptions, train: Train, cluster: Cluster) -> None:
+        super().check(model, train, cluster)
+        heads, micro_batch = self.heads_per_device, train.micro_batch
+        if micro_batch % heads:
+            raise ValueError(
+                f"train.micro_batch = {micro_batch} is not divisible by method.heads_per_device = {heads}; "
+                f"each head needs an equal part of the batch, "
+                f"try --set train.micro_batch={heads * max(1, micro_batch // heads)}"
+            )

@@ -1,4 +1,4 @@
-"""Keys of the [method] table; torch-free."""
+"""Keys of [method] for multi-head LoRA; torch-free."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ class MhloraOptions(SharedAdapterOptions):
     name: Literal["mhlora"] = "mhlora"
     heads_per_device: int = Field(default=1, gt=0)
     """The model has N times this many heads, whose mean product is added to W."""
+
+    def num_heads(self, devices: int) -> int:
+        return devices * self.heads_per_device
 
     def held_rank(self, devices: int) -> int:
         return devices * self.heads_per_device * self.rank

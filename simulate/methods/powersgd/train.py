@@ -19,7 +19,6 @@ from simulate.comm.base import Communicator
 from simulate.comm.transfers import bucket
 from simulate.common.seeding import address
 from simulate.config.run import Run
-from simulate.costs.message_schedule import is_compressible
 from simulate.methods.gradient_averaging import GradientMethod, mean_over_devices, take_gradients
 from simulate.methods.powersgd.options import PowerSgdOptions
 
@@ -35,7 +34,7 @@ class PowerSgd(GradientMethod):
         assert isinstance(run.method, PowerSgdOptions)
         super().__init__(run, communicator, device, network)
         rank = run.method.rank
-        matrices = {n: p for n, p in self.parameters.items() if is_compressible(p.shape[1:], rank)}
+        matrices = {n: p for n, p in self.parameters.items() if run.method.is_compressible(p.shape[1:])}
         self.errors = {n: p.new_zeros(self.local_devices, *p.shape[1:]) for n, p in matrices.items()}
         self.factors = {n: self._start(n, p.shape[2], rank).to(p) for n, p in matrices.items()}
 

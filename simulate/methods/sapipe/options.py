@@ -1,4 +1,4 @@
-"""Keys of the [method] table; torch-free."""
+"""Keys of [method] for SAPipe; torch-free."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from simulate.config.method_options import DenseOptions
+from simulate.config.method_options import MethodOptions
+from simulate.config.tables import Cluster, Train
+from simulate.models.schema import ModelOptions
 
 
-class SapipeOptions(DenseOptions):
+class SapipeOptions(MethodOptions):
     """SAPipe (NeurIPS 2022): averaged gradients arrive one step late, and devices predict the weights to come."""
 
     name: Literal["sapipe"] = "sapipe"
@@ -18,3 +20,18 @@ class SapipeOptions(DenseOptions):
     delay: stale gradients are corrected to first order (arXiv 1609.08326)."""
     delay_factor: float = Field(default=0.2, ge=0)
     """Strength of the delay compensation."""
+
+    def check(self, model: ModelOptions, train: Train, cluster: Cluster) -> None:
+        super().check(model, train, cluster)
+        if self.compensation != "prediction":
+            return
+        if train.optimizer == "muon":
+            raise ValueError(
+                "train.optimizer = 'muon' cannot predict sapipe's weights, which is done with Adam's moments; "
+                "try --set train.optimizer=adamw or --set method.compensation=none"
+            )
+        if train.optimizer_state == "8bit":
+            raise ValueError(
+                "train.optimizer_state = '8bit' has no moments that sapipe could predict weights with; "
+                "try --set train.optimizer_state=fp32 or --set method.compensation=none"
+            )

@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from simulate.costs.message_schedule import topk_entries
 from simulate.methods.gathered_gradients import GatheredGradients
 from simulate.methods.topk.options import TopkOptions
 
@@ -21,7 +20,7 @@ class Topk(GatheredGradients):
 
     def compress(self, corrected_LX: Tensor) -> list[Tensor]:
         assert isinstance(self.run.method, TopkOptions)
-        count = topk_entries(corrected_LX.shape[1], self.run.method.density)
+        count = self.run.method.entries(corrected_LX.shape[1])
         index = corrected_LX.abs().topk(count, dim=1).indices
         values = corrected_LX.gather(1, index)
         corrected_LX.scatter_(1, index, 0.0)

@@ -14,6 +14,7 @@ from simulate.config.run import load_run
 from simulate.data.batches import TextBatches
 from simulate.data.text import load_text
 from simulate.methods.build_network import build_model
+from simulate.methods.lte.options import LteOptions
 from tests.ltecli.command import Lte, Refused, events_of, write_run
 from tests.ltecli.commands.test_models import BLOCKS, ENCODER, METHODS, write
 from tests.reference.common import mean_loss
@@ -54,6 +55,14 @@ def test_a_checkpoint_inside_a_round_is_merged_first(lte: Lte, here: Path) -> No
     assert "step 6 lies inside a round" in outcome.stderr and "merged after step 6" in outcome.stdout
     weights = load_file(here / "done" / "export" / "model.safetensors")
     assert validation_loss(here / "done", weights) < events_of(here / "done", "step")[0]["train_loss"]
+    saved = here / "done" / "checkpoints" / "step-00000006"
+    shared, own = (load_file(saved / f"{part}.safetensors") for part in ("state", "devices-0-2"))
+    name, method = "model.blocks.0.mlp.up", load_run(run).method
+    assert isinstance(method, LteOptions)
+    products = [own[f"{device}/{name}.b"][0] @ own[f"{device}/{name}.a"][0] for device in range(2)]
+    assert all(product.any() for product in products)
+    merged = shared[f"{name}.weight"] + method.scale * sum(products) / 2
+    torch.testing.assert_close(weights["blocks.0.mlp.up.weight"], merged)
 
 
 @pytest.mark.filterwarnings("ignore")

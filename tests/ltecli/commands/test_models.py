@@ -14,9 +14,10 @@ from tests.ltecli.command import TINY, Lte, Refused, events_of, write_prose
 BLOCKS = {"name": "llama", "layers": 1, "width": 16, "attention_heads": 2, "mlp_width": 24, "context": 8}
 ENCODER = {"name": "tests.networks:Encoder", "context": 8, "width": 16}
 TRAIN = {
-    "steps": 24, "micro_batch": 4, "learning_rate": 2e-2, "evaluate_every": 8, "evaluate_samples": 8,
+    "steps": 24, "micro_batch": 4, "learning_rate": 2e-2, "evaluate_every": 8, "evaluate_samples": 9,
     "checkpoint_every": 12,
 }  # fmt: skip
+"""The last batch of an evaluation is a short one."""
 METHODS: dict[str, dict[str, Any]] = {
     "lte": {"name": "lte", "rank": 4, "merge_every": 4},
     "ddp": {"name": "ddp"},

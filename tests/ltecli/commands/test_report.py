@@ -28,6 +28,22 @@ def test_the_json_keeps_its_contract(lte: Lte, trained: Path) -> None:
     assert document["sent_bytes_per_device"]["wire"] is None
 
 
+def test_each_figure_comes_from_where_its_label_says(lte: Lte, trained: Path) -> None:
+    """All of them differ, which those of a run that goes as planned do not."""
+    marks = {"measured_bytes": 1, "sent_bytes": 2 * 2, "simulated_s": 3.0, "wall_s": 4.0}
+    events = [json.loads(line) for line in (trained / "events.jsonl").read_text().splitlines()]
+    changed = [{**event, **{key: marks[key] for key in marks if key in event}} for event in events]
+    (trained / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in changed))
+    chosen = json.loads((trained / "plan.json").read_text())["chosen"]
+    planned_bytes = chosen["memory_bytes"]["total"] - chosen["memory_bytes"]["reserved"]
+    document = lte("report", trained, "--json").json()
+    memory, sent = document["memory_bytes"], document["sent_bytes_per_device"]
+    assert (memory["planned"], memory["measured"]) == (planned_bytes, 1)
+    assert (sent["planned"], sent["counted"]) == (pytest.approx(chosen["sent_bytes"]), 2)
+    assert document["wall_s"] == {"planned": chosen["wall_s"], "simulated": 3, "measured": 4}
+    assert document["step_s"] == {"planned": chosen["wall_s"] / 8, "simulated": 3 / 8, "measured": 4 / 8}
+
+
 @pytest.mark.parametrize(
     "method",
     [

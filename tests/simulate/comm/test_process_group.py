@@ -51,6 +51,7 @@ def test_unequal_shares_train_as_the_simulation_does(tmp_path: Path) -> None:
 
 def test_a_device_that_draws_other_batches_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launched = train_in_processes(tmp_path, ["lte"], 2, STEPS)
+    assert_same(launched)
     history, counted = launched["lte"]
     worse = tiny.History(history.losses * (1 + 1e-8), history.weights)
     with pytest.raises(AssertionError):

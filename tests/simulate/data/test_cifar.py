@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from simulate.common.errors import InputError
-from simulate.config.run import Data
+from simulate.config.tables import Data
 from simulate.data.cifar import cifar_source
 from simulate.data.images import load_images
 from simulate.data.load import image_source

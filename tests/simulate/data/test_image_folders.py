@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from simulate.common.errors import InputError
-from simulate.config.run import Data
+from simulate.config.tables import Data
 from simulate.data.image_folders import Tree, arrange, read_folder, read_zip
 from simulate.data.images import ImageSource
 from simulate.data.load import image_source

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from simulate.common.errors import InputError
-from simulate.config.run import Data
+from simulate.config.tables import Data
 from simulate.data import image_folders as folders
 from simulate.data.decode_images import Frame
 from simulate.data.digits import digits_source

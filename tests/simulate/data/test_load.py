@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from simulate.common.errors import InputError
-from simulate.config.run import Data, build_run
+from simulate.config.run import build_run
+from simulate.config.tables import Data
 from simulate.data import load as sources
 from simulate.data.images import Images, load_images
 from simulate.data.load import check_data, image_sizes, image_source, load_data

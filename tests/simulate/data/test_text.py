@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simulate.common.errors import InputError
-from simulate.config.run import Data
+from simulate.config.tables import Data
 from simulate.data import text as module
 from simulate.data.text import STDLIB_BYTES, Text, load_text
 from simulate.models.schema import GptModel

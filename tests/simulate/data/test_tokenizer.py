@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from simulate.common.errors import InputError
-from simulate.config.run import Data, build_run
+from simulate.config.run import build_run
+from simulate.config.tables import Data
 from simulate.data import tokenizer as module
 from simulate.data.load import check_data, load_data
 from simulate.data.text import Text, load_text, tokenized

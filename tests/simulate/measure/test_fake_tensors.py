@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from simulate.config.method_table import Quantize
 from simulate.costs.memory import memory_by_phase, peak_memory
+from simulate.layers.formats import Quantize
 from simulate.layers.quantized import QuantizedWeight, nf4_levels
 from simulate.measure.accuracy import ROOMY, errors_of, planned_bytes, tracked_rows
 from simulate.measure.caching_allocator import reserved_bytes

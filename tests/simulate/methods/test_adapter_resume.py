@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from simulate.config.method_options import AdapterOptions
-from simulate.config.method_table import METHODS
+from simulate.config.method_table import method_options
 from simulate.layers.lora import lora_layers
 from simulate.methods.averaging import Averaging
 from simulate.methods.lte.merge import LayerMerger
 from tests import tiny
 
-ADAPTERS = [name for name, table in tiny.VARIANTS.items() if issubclass(METHODS[table["name"]], AdapterOptions)]
+ADAPTERS = [name for name, table in tiny.VARIANTS.items() if issubclass(method_options(table["name"]), AdapterOptions)]
 # LTE's T is 4 and its fragments merge 2 apart: in mid-round, between two of them. ReLoRA restarts after 7; or it begins
 # after 5 and restarts after 11.
 AWKWARD = [(name, 6) for name in ADAPTERS]

@@ -16,7 +16,7 @@ from simulate.config.run import Run
 from simulate.methods.base import Method
 from simulate.methods.gathered_gradients import pack_bits, unpack_bits
 from simulate.methods.gradient_averaging import GradientMethod
-from simulate.methods.powersgd import train as powersgd
+from simulate.methods.powersgd.options import PowerSgdOptions
 from simulate.methods.powersgd.train import PowerSgd
 from simulate.methods.signsgd.train import Signsgd
 from simulate.methods.topk.train import Topk
@@ -129,7 +129,9 @@ ORIGINAL_AVERAGE, ORIGINAL_MEAN = PowerSgd.average_gradients, CompressedMean.mea
         pytest.param("topk", Topk, "compress", only_positive, id="the largest, not the largest magnitudes"),
         pytest.param("powersgd", PowerSgd, "average_gradients", forgetful, id="without error feedback"),
         pytest.param("powersgd", PowerSgd, "_start", wrong_start, id="another start"),
-        pytest.param("powersgd", powersgd, "is_compressible", lambda shape, rank: False, id="nothing compressed"),
+        pytest.param(
+            "powersgd", PowerSgdOptions, "is_compressible", lambda options, shape: False, id="nothing compressed"
+        ),
         pytest.param("ddp, int8", CompressedMean, "mean", mean_of_own, id="what was not sent is forgotten"),
     ],
 )

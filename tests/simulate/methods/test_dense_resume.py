@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from simulate.config.method_options import AdapterOptions
-from simulate.config.method_table import METHODS
+from simulate.config.method_table import method_options
 from simulate.methods.diloco.train import Diloco
 from simulate.methods.gathered_gradients import GatheredGradients
 from simulate.methods.powersgd.train import PowerSgd
 from simulate.methods.sapipe.train import Sapipe
 from tests import tiny
 
-DENSE = [name for name, table in tiny.VARIANTS.items() if not issubclass(METHODS[table["name"]], AdapterOptions)]
+DENSE = [name for name, table in tiny.VARIANTS.items() if not issubclass(method_options(table["name"]), AdapterOptions)]
 TRAIN = {"steps": 14}
 # With T = 4 and a delay of 2: one step into the second round, on its way; and right after the second merge.
 AWKWARD = [pytest.param(5, id="in mid-round"), pytest.param(8, id="after a merge")]

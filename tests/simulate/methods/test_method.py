@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from simulate.config.run import Train
+from simulate.config.tables import Train
 from simulate.methods.base import clip_per_device, learning_rate_factor
 from tests import tiny
 

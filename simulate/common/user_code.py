@@ -1,0 +1,42 @@
+"""Import what users bring, networks and methods, from modules in the current folder or wherever Python finds them."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from simulate.common.errors import InputError, near_match
+
+
+def import_named(field: str, name: str) -> Any:
+    """Return the object that package.module:Name leads to; `field` is the key of run.toml that says so.
+
+    Raises InputError where the module cannot be imported or has no such name.
+    """
+    module_name, _, attribute = name.partition(":")
+    module = _import_module(field, name, module_name)
+    found = getattr(module, attribute, None)
+    if found is None:
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise InputError(f"{field} = {name!r}: {module_name} has no {attribute!r}; {near_match(attribute, known)}")
+    return found
+
+
+def _import_module(field: str, name: str, module_name: str) -> ModuleType:
+    folder = str(Path.cwd())
+    if folder not in sys.path:  # as `python -m` has it
+        sys.path.insert(0, folder)
+    try:
+        return import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"{field} = {name!r}: {error}; the form is package.module:Name, and modules are found in the current "
+            "folder and where Python is installed"
+        ) from None
+    except Exception as error:
+        raise InputError(
+            f"{field} = {name!r}: importing {module_name} raised {type(error).__name__}: {error}; mend it first"
+        ) from error

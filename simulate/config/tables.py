@@ -1,0 +1,144 @@
+"""The [data], [train] and [cluster] tables of run.toml, typed and frozen; torch-free."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from simulate.common import toml_io
+from simulate.common.errors import near_match
+
+DATA_NAMES = ("stdlib", "digits")
+HUB = "hf:"
+BYTES, BPE = "bytes", "bpe:"
+BYTE_VALUES = 256
+DataFormat = Literal["text", "images", "cifar", "stl10"]
+Share = Annotated[float, Field(gt=0)]
+
+
+def _as_tuple(value: Any) -> Any:
+    """TOML has lists; a frozen run, which others remember results by, needs a tuple."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+class Data(toml_io.Schema):
+    """Where samples come from (an embedded set by name, or a path), how they are read, and whose they are."""
+
+    name: str | None = None
+    """stdlib: the source text of the Python standard library; digits: scikit-learn's images; hf:NAME: a data set of the
+    Hugging Face hub, or a folder that its library can load."""
+    path: str | None = Field(default=None, min_length=1)
+    format: DataFormat | None = None
+    """What lies at the path; not set: recognised."""
+    subset: str | None = None
+    """Of hf: the configuration of a data set that has several."""
+    column: str | None = None
+    """Of hf: the column of texts or images; not set: the only one."""
+    rows: int | None = Field(default=None, gt=0)
+    """Of hf: at most so many rows, from the first on; not set: all."""
+    tokenizer: str = Field(default=BYTES, min_length=1)
+    """Of text: bytes, bpe:VOCAB (trained on the training split), or the path to a tokenizer.json."""
+    skip_corrupt: bool = False
+    """Leave images out that cannot be decoded, and count them, instead of refusing the data set."""
+    upscale: bool = False
+    """Enlarge images that have fewer pixels than the model reads, instead of refusing them."""
+    augment: Annotated[tuple[Literal["crop", "flip"], ...], BeforeValidator(_as_tuple)] = ()
+    """Of training images: crop after padding by an eighth of the side; flip left and right half of the time."""
+    mixup: float = Field(default=0.0, ge=0)
+    """Mix images of a batch, and their classes, in shares drawn from Beta(mixup, mixup); 0: not."""
+    shards: Annotated[tuple[Share, ...] | None, BeforeValidator(_as_tuple)] = None
+    """Relative sizes of the devices' shards, one a device; not set: equal."""
+    skew: float | None = Field(default=None, gt=0)
+    """Of images: alpha of the Dirichlet distribution that deals classes to devices; not set: dealt alike."""
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Data:
+        if (self.name is None) == (self.path is None):
+            raise ValueError("needs exactly one of name (name = 'stdlib') and path; remove one or add one")
+        if self.name is not None and self.name not in DATA_NAMES and not self.from_hub:
+            raise ValueError(f"name = {self.name!r} is not known; {near_match(self.name, (*DATA_NAMES, HUB + 'NAME'))}")
+        if self.format is not None and self.path is None:
+            raise ValueError(f"format = {self.format!r} says what lies at a path, and there is none; remove it")
+        for key in ("subset", "column", "rows"):
+            if getattr(self, key) is not None and not self.from_hub:
+                raise ValueError(f"{key} = {getattr(self, key)!r} belongs to a name that starts with {HUB}; remove it")
+        return self
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _tokenizer_known(cls, given: str) -> str:
+        size = given.removeprefix(BPE)
+        if given.startswith(BPE) and (not size.isdecimal() or int(size) < BYTE_VALUES):
+            raise ValueError(
+                f"tokenizer = {given!r}: after {BPE} comes a number of tokens, at least the {BYTE_VALUES} bytes; "
+                f"try --set data.tokenizer={BPE}4096"
+            )
+        return given
+
+    @property
+    def from_hub(self) -> bool:
+        """Whether the datasets library loads it."""
+        return self.name is not None and self.name.startswith(HUB) and self.name != HUB
+
+
+class Train(toml_io.Schema):
+    """The optimisation, in optimizer steps."""
+
+    steps: int = Field(default=1000, gt=0)
+    micro_batch: int = Field(default=8, gt=0)
+    """Samples of one device in one step."""
+    learning_rate: float = Field(default=3e-3, gt=0)
+    """Peak rate, reached after the warm-up; decays on a cosine to a tenth."""
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled decay, on matrices only."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.99, ge=0, lt=1)
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: orthogonalised momentum for the matrices of linear layers and for adapters' factors, AdamW for the rest."""
+    optimizer_state: Literal["fp32", "8bit"] = "fp32"
+    """Of AdamW's moments: as the weights, or 8 bits an element and a scale for 256; Muon's stays as the weights."""
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+    clip_norm: float = Field(default=1.0, gt=0)
+    """Largest gradient norm of one device (ddp: of the averaged gradient)."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    dtype: Literal["fp32", "fp64"] = "fp32"
+    autocast: Literal["none", "bf16", "fp16"] = "none"
+    """Format of matrix products and of what is kept for their backward passes; all else stays in dtype."""
+    evaluate_every: int = Field(default=100, gt=0)
+    """Steps; takes place at the first merge from there on, since only merged weights are one model."""
+    diagnostics_every: int | None = Field(default=None, gt=0)
+    """Steps; takes place at the first merge from there on. Not set: never."""
+    evaluate_samples: int = Field(default=64, gt=0)
+    log_every: int = Field(default=1, gt=0)
+    checkpoint_every: int = Field(default=500, gt=0)
+    activation_checkpointing: bool = False
+
+
+class Cluster(toml_io.Schema):
+    """The hardware that is planned for, and simulated or launched on; the waits of launched runs."""
+
+    profile: str = Field(default="local", min_length=1)
+    devices: int = Field(default=4, gt=0)
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """What moves tensors of a launched run; auto: nccl between CUDA GPUs, gloo else."""
+    min_devices: int | None = Field(default=None, gt=0)
+    """Devices that a launched run needs to go on when nodes are lost: their share moves to those that are left. Not
+    set: all, so it waits for lost nodes to return."""
+    timeout_s: float = Field(default=600.0, gt=0)
+    """Longest wait for one exchange; longer than the slowest device is behind at a merge."""
+    join_timeout_s: float = Field(default=300.0, gt=0)
+    """Longest wait for nodes to join, or to return."""
+    rejoin_s: float = Field(default=10.0, gt=0)
+    """After a loss: how long lost nodes may take to return before the run goes on without them, if it may."""
+    max_restarts: int = Field(default=3, ge=0)
+    """Restarts without a checkpoint between them before a launched run gives up."""
+    recover_every: int = Field(default=1, gt=0)
+    """Merges (of methods that exchange at every step: 10 steps) between the recovery points of a launched run."""
+
+    @model_validator(mode="after")
+    def _min_devices_fit(self) -> Cluster:
+        if self.min_devices is not None and self.min_devices > self.devices:
+            raise ValueError(f"min_devices = {self.min_devices} exceeds devices = {self.devices}; lower it")
+        return self

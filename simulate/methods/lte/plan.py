@@ -1,0 +1,302 @@
+"""Forecast of LTE: factors or deltas of the heads travel every T steps, and means of what is trained beside them.
+
+The buffers follow simulate.methods.lte.merge in the order in which it makes and drops tensors. Torch-free.
+
+Letters: N devices, K heads of a device, F elements of one device's factors, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, ClassVar
+
+from simulate.comm.transfers import (
+    Exchange,
+    Operation,
+    Transfer,
+    averages,
+    bucket,
+    bucket_bytes,
+    fragment,
+    residual_elements,
+    wire_bytes,
+)
+from simulate.costs.buffers import LONG_BYTES, at_merge, averaging_phases, compressed_mean
+from simulate.layers.formats import packing_bytes, quantized_bytes, unpacking_bytes
+from simulate.methods.lte.options import LteOptions
+from simulate.methods.plans import MERGE_EVERY, RANKS, AdapterPlan
+from simulate.models.shapes import LinearShape, ModelShape, ParameterShape
+from simulate.rules.method_plan import AdapterLayout, ExchangeContext, PeriodicExchange, staggered
+from simulate.rules.phases import Phase, WeightMaterialisation
+from simulate.rules.transport import factor_buffer_bytes, is_averaged, layer_transport
+
+DRAW_BYTES = 3 * 8
+"""Bytes of an element of A while it is drawn in fp64: its normal number, its factor of QR, the scaled one."""
+JOINT_DRAW_BYTES = 8 + 16 + 8
+"""Bytes of an element of one head in a joint draw: as it was, its complex transform, and what becomes of it."""
+
+
+class LtePlan(AdapterPlan[LteOptions]):
+    """The plan of heads that train alone for a round and merge into the weights."""
+
+    axes: ClassVar[Mapping[str, Sequence[Any]]] = {
+        "rank": RANKS,
+        "heads_per_device": (1, 4),
+        "merge_every": MERGE_EVERY,
+        "quantize": ("none", "int8", "nf4"),
+        "merge_transport": ("gather", "reduce", "server"),
+    }
+    shares_state = False
+    has_separate_heads = True
+
+    def __init__(self, options: LteOptions) -> None:
+        super().__init__(options)
+        self.transport = options.merge_transport
+        self.full_copies += options.reset == "none"  # the start weights, to which reset-less merges return
+        self.drops_moments = "adapters" if options.merge_optimizer == "reset" else "none"
+        self.drops_at_once = not options.merge_delay and options.fragments == 1
+        self._is_served = options.merge_transport == "server"
+        self.quantizes_merges = not self._is_served  # a server sends weights that are packed
+
+    def adapters(self, devices: int) -> AdapterLayout | None:
+        """Return one device's heads, each of which sees its own part of the batch."""
+        options = self.options
+        frozen = (("norm", options.norms == "none"), ("bias", options.biases == "frozen"))
+        return AdapterLayout(
+            options.rank, options.held_rank(devices), options.row_rank(devices), heads=options.heads_per_device,
+            stacked=options.heads_per_device, frozen_a=options.frozen_a, subtracts=options.remembers_product,
+            frozen_kinds=frozenset(kind for kind, is_frozen in frozen if is_frozen),
+            draws_jointly=options.draws == "joint",
+        )  # fmt: skip
+
+    def messages(self, shape: ModelShape, devices: int, element_bytes: int) -> tuple[PeriodicExchange, ...]:
+        """Return the merge of each fragment of layers."""
+        options = self.options
+        exchanges = _exchanges(
+            shape, devices, options.held_rank(devices), options.quantize, options.merge_transport, options.wire,
+            options.fragments, options.norms, options.biases, options.frozen_a, element_bytes,
+        )  # fmt: skip
+        return staggered(exchanges, options.merge_every, options.merge_delay)
+
+    def _keeps_last_average(self, devices: int) -> bool:
+        """Whether the method keeps the last merge's averages itself: compressed, late and staggered merges do."""
+        late = bool(self.options.merge_delay) or self.options.fragments > 1
+        return late or (self.options.wire != "full" and devices > 1 and not self._is_served)
+
+    def extra_elements(self, shape: ModelShape, devices: int) -> int:
+        """Return the last averages, error feedback, and what was sent and has not arrived, and is arriving."""
+        options = self.options
+        factors = shape.factors(options.held_rank(devices), options.frozen_a)
+        kept = shape.replicated_parameters if self._keeps_last_average(devices) else 0
+        if options.merge_delay:
+            averaged = sum(tensor.elements for tensor in self.separate_tensors(shape, devices))
+            kept += 2 * averaged + factors + shape.adapted_parameters
+        if options.wire == "full" or devices == 1:
+            return kept
+        reduces = options.merge_transport == "reduce"
+        adapted = residual_elements(shape.adapted_parameters, devices) if reduces else factors
+        others = 0 if self._is_served else residual_elements(shape.replicated_parameters, devices)
+        return kept + adapted + others
+
+    def evaluation_weights(self) -> WeightMaterialisation:
+        """Return that quantised weights are fetched from the master, or unpacked where that is not at hand."""
+        unpacked = "none" if self.options.master == "host" else self.options.quantize
+        return WeightMaterialisation(int(self.options.quantize != "none"), unpacked)
+
+    def separate_tensors(self, shape: ModelShape, devices: int) -> Sequence[ParameterShape]:
+        """Return what is averaged at merges."""
+        return _averaged(shape, self.options.norms, self.options.biases)
+
+    def last_merge_elements(self, shape: ModelShape, devices: int) -> int:
+        """Return what is averaged at merges, where the method does not keep it itself."""
+        tensors = () if self._keeps_last_average(devices) else self.separate_tensors(shape, devices)
+        return sum(tensor.elements for tensor in tensors)
+
+    def merge_flops(self, shape: ModelShape, devices: int) -> float:
+        """Return the operations of Σ_h B_h·A_h over the heads whose factors a device has."""
+        if self._is_served:
+            return 0.0
+        rank, total = self.options.held_rank(devices), 0.0
+        for linear in shape.adapted:
+            how = layer_transport(linear, rank, devices, self.options.merge_transport, self.options.frozen_a)
+            total += 2.0 * linear.weights * linear.count * rank * (devices if how == "gather" else 1)
+        return total
+
+    def merge_elements_moved(self, shape: ModelShape, extra: int) -> float:
+        """Return the adapted weights, read and written once."""
+        return 2.0 * shape.adapted_parameters
+
+    def rank_shortfall(self, width: int, devices: int, rank_share: float) -> float:
+        """Return how many times too small all heads' ranks are together for the width, times one's for its share."""
+        total = self.options.held_rank(devices) * devices
+        return max(1.0, width / total) * max(1.0, width * rank_share / self.options.rank)
+
+    def is_valid(self) -> bool:
+        """Whether the keys of quantised weights go together."""
+        options = self.options
+        if options.quantize == "none":
+            return options.master == "host"
+        return not options.merge_delay and (options.master != "server" or self._is_served)
+
+    def treatments(self) -> str:
+        """Return how parameters beside adapters are trained together."""
+        return "averaged at merges, unless said"
+
+    def exchange_phases(self, context: ExchangeContext) -> Iterable[Phase]:
+        """Return the highest moment of a merge."""
+        return (max(self._merge_phases(context), key=lambda phase: phase.total),)
+
+    def _merge_phases(self, context: ExchangeContext) -> Iterator[Phase]:
+        options, layers, element_bytes = self.options, context.shape.in_order(), context.element_bytes
+        held_rank = options.held_rank(context.devices)
+        for k in range(options.fragments):
+            part = [layers[i] for i in fragment(len(layers), options.fragments, k)]
+            reduced = [x for x in part if self._is_reduced(x, context.devices)]
+            gathered = [x for x in part if not self._is_reduced(x, context.devices)]
+            sizes = factor_buffer_bytes(
+                gathered, context.devices, held_rank, options.merge_transport, element_bytes, options.frozen_a
+            )
+            for group in bucket(sizes):
+                yield at_merge(self._factors_bytes(context, [gathered[i] for i in group]))
+            yield from map(at_merge, self._delta_bytes(context, [x.weights * element_bytes for x in reduced]))
+        if options.reset == "ab":
+            yield at_merge(max(self._drawing_bytes(context, x.in_features, options.heads_per_device) for x in layers))
+        if options.is_paced:
+            yield at_merge(max(x.out_features for x in layers) * held_rank * element_bytes)
+        averaged = [t.elements * element_bytes for t in self.separate_tensors(context.shape, context.devices)]
+        for k in range(options.fragments):
+            sizes = [averaged[i] for i in fragment(len(averaged), options.fragments, k)]
+            yield from averaging_phases(context, sizes, options.wire, self._is_served)
+        firsts = [t.elements * element_bytes for t in _trained_by_the_first(context.shape, options.norms)]
+        if firsts:
+            yield at_merge(2 * max(bucket_bytes(firsts)))
+
+    def _is_reduced(self, x: LinearShape, devices: int) -> bool:
+        options = self.options
+        return (
+            layer_transport(x, options.held_rank(devices), devices, options.merge_transport, options.frozen_a)
+            == "reduce"
+        )
+
+    def _drawing_bytes(self, context: ExchangeContext, inputs: int, heads: int) -> int:
+        """Return the bytes while the A of some heads of one layer is drawn and converted.
+
+        All heads at once; in a joint draw head by head.
+        """
+        of_head, element_bytes = inputs * self.options.rank, context.element_bytes
+        if self.options.draws == "joint":
+            return heads * of_head * element_bytes + of_head * JOINT_DRAW_BYTES
+        return heads * of_head * (DRAW_BYTES + (element_bytes if element_bytes < LONG_BYTES else 0))
+
+    def _factors_bytes(self, context: ExchangeContext, members: Sequence[LinearShape]) -> int:
+        """Return the bytes at the height of one message of factors: everyone's, and one layer's B for the product."""
+        options, devices, element_bytes = self.options, context.devices, context.element_bytes
+        held_rank, messages = options.held_rank(devices), int(devices > 1)
+        factors = [x.factors(held_rank, options.frozen_a) for x in members]
+        sides = [held_rank * x.in_features for x in members if not options.frozen_a]
+        sides += [held_rank * x.out_features for x in members]
+        compressed = options.wire != "full" and devices > 1
+        sent = sum(factors) * element_bytes
+        packed = sum(wire_bytes(side, options.wire, element_bytes) for side in sides) if compressed else sent
+        if self._is_served:  # the factors packed to push, or the weights that come back
+            pulled = sum(quantized_bytes(x.weights, x.in_features, options.quantize, element_bytes) for x in members)
+            return (packed if compressed else 0) + messages * max(packed, pulled)
+        stacked = max(devices * x.out_features * held_rank for x in members) * element_bytes
+        stacked *= 2 if options.is_paced else 1
+        drawing = drawn = 0
+        if options.frozen_a and messages:
+            heads = devices * options.heads_per_device
+            drawing = max(self._drawing_bytes(context, x.in_features, heads) for x in members)
+            copies = 1 if options.draws == "joint" else 2  # as drawn, and laid out for the product
+            drawn = copies * max(devices * x.in_features * held_rank for x in members) * element_bytes
+        everyones = messages * devices * sent
+        packing = max(packing_bytes(x.weights, x.in_features, options.quantize, element_bytes) for x in members)
+        base = max(self._base_bytes(context, x.weights) for x in members)
+        added = everyones + max(drawing, base + drawn + stacked, packing)
+        if not compressed:
+            return added
+        rounding = packed + max(sides) * (element_bytes + (4 if options.wire == "int4" else 2))
+        return max(added, everyones + (devices + 1) * packed, rounding)
+
+    def _base_bytes(self, context: ExchangeContext, weights: int) -> int:
+        """Return the bytes of the weights that a merge adds to, where those are fetched or unpacked for it."""
+        quantize, element_bytes = self.options.quantize, context.element_bytes
+        if quantize == "none":
+            return 0
+        unpacked = unpacking_bytes(weights, quantize, element_bytes) if self.options.master == "none" else 0
+        return max(weights * element_bytes, unpacked)
+
+    def _delta_bytes(self, context: ExchangeContext, sizes: Sequence[int]) -> Iterator[int]:
+        """Yield what dense sums take, by message: they and the message, or one change and its compressed form."""
+        for group in bucket(sizes):
+            message, largest = sum(sizes[i] for i in group), max(sizes[i] for i in group)
+            if self.options.wire == "full" or context.devices == 1:
+                base = self._base_bytes(context, largest // context.element_bytes)
+                yield message + max(message if context.devices > 1 else 0, base)
+            else:
+                mean = compressed_mean(context, message // context.element_bytes, self.options.wire)
+                yield max(mean.held, 3 * largest)  # a change is stacked beside the last one
+
+
+@lru_cache(maxsize=64)
+def _averaged(shape: ModelShape, norms: str, biases: str) -> tuple[ParameterShape, ...]:
+    return tuple(tensor for tensor in shape.replicated if is_averaged(tensor, norms, biases))
+
+
+def _trained_by_the_first(shape: ModelShape, norms: str) -> list[ParameterShape]:
+    return [tensor for tensor in shape.replicated if tensor.kind == "norm" and norms == "one"]
+
+
+@lru_cache(maxsize=8192)
+def _exchanges(
+    shape: ModelShape, devices: int, held_rank: int, quantize: str, transport: str, wire: str, fragments: int,
+    norms: str, biases: str, frozen_a: bool, element_bytes: int,
+) -> list[Exchange]:  # fmt: skip
+    layers = shape.in_order()
+    firsts = [t.elements for t in _trained_by_the_first(shape, norms)]
+    replicated = [t.elements for t in _averaged(shape, norms, biases)]
+    exchanges = []
+    for index in range(fragments):
+        part = [layers[i] for i in fragment(len(layers), fragments, index)]
+        others = [replicated[i] for i in fragment(len(replicated), fragments, index)]
+        adapted = factor_transfers(part, devices, held_rank, quantize, transport, wire, element_bytes, frozen_a)
+        if transport == "server":
+            sizes = bucket_bytes([count * element_bytes for count in others])
+            operations: tuple[Operation, ...] = ("push", "pull")
+            rest = tuple(Transfer(operation, size, devices) for size in sizes for operation in operations)
+        else:
+            rest = averages(others, devices, wire, element_bytes)
+        spread = [firsts[i] * element_bytes for i in fragment(len(firsts), fragments, index)]
+        exchanges.append(Exchange((*adapted, *rest, *_spread(bucket_bytes(spread), devices, transport))))
+    return exchanges
+
+
+def _spread(sizes_bytes: Sequence[int], devices: int, transport: str) -> Iterator[Transfer]:
+    """Yield the messages by which all devices take over what the first one has."""
+    for size in sizes_bytes:
+        if transport == "server":
+            yield Transfer("push", size, 1)
+            yield Transfer("pull", size, devices)
+        else:
+            yield Transfer("broadcast", size, devices)
+
+
+def factor_transfers(
+    layers: Sequence[LinearShape], devices: int, held_rank: int, quantize: str, transport: str, wire: str,
+    element_bytes: int, frozen_a: bool = False,
+) -> tuple[Transfer, ...]:  # fmt: skip
+    """Return the messages that merge some adapted layers: first by factors, then by dense sums."""
+    reduced = [x for x in layers if layer_transport(x, held_rank, devices, transport, frozen_a) == "reduce"]
+    by_factors = [x for x in layers if layer_transport(x, held_rank, devices, transport, frozen_a) != "reduce"]
+    transfers: list[Transfer] = []
+    for group in bucket(factor_buffer_bytes(by_factors, devices, held_rank, transport, element_bytes, frozen_a)):
+        members = [by_factors[i] for i in group]
+        sides = [x.in_features for x in members if not frozen_a] + [x.out_features for x in members]
+        factors = [wire_bytes(held_rank * side, wire, element_bytes) for side in sides]
+        if transport == "server":
+            pulled = sum(quantized_bytes(x.weights, x.in_features, quantize, element_bytes) for x in members)
+            transfers += [Transfer("push", sum(factors), devices), Transfer("pull", pulled, devices)]
+        else:
+            transfers.append(Transfer("all_gather", sum(factors), devices))
+    return (*transfers, *averages((x.weights for x in reduced), devices, wire, element_bytes))
