@@ -29,7 +29,7 @@ class Batches(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Tells whether a resumed run sees the data that it started with."""
+        """Hex digest of the data; a run resumes only on data with the digest in its checkpoint."""
 
     def batch(self, step: int, local_devices: range) -> tuple[Tensor, Tensor]:
         """Return inputs and targets of a step, (L*B, ...), of the local devices in device order.
@@ -96,7 +96,7 @@ class TextBatches:
 
     @property
     def fingerprint(self) -> str:
-        """Tells whether a resumed run sees the data that it started with."""
+        """Hex digest of the data; a run resumes only on data with the digest in its checkpoint."""
         return self.text.fingerprint
 
     def batch(self, step: int, local_devices: range) -> tuple[Tensor, Tensor]:

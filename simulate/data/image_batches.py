@@ -58,7 +58,7 @@ class ImageBatches:
 
     @property
     def fingerprint(self) -> str:
-        """Tells whether a resumed run sees the data that it started with."""
+        """Hex digest of the data; a run resumes only on data with the digest in its checkpoint."""
         return self.images.fingerprint
 
     def batch(self, step: int, local_devices: range) -> tuple[Tensor, Tensor]:

@@ -122,6 +122,7 @@ def arrange(tree: Tree, source: str) -> Arrangement:
 
 def _wrapper(paths: Sequence[str]) -> str:
     """Return the folders that hold everything ("cifar10/"), down to where splits or classes part."""
+    # Archives often have one folder around everything, which is neither a split nor a class.
     wrapper = ""
     while True:
         firsts = {_first_part(path, wrapper) for path in paths}
@@ -153,6 +154,7 @@ def _splits(paths: Sequence[str], wrapper: str, source: str) -> dict[str, bool |
 
 def _class_names(paths: Sequence[str], roots: Sequence[str], source: str) -> list[str]:
     """Return each image's class: the topmost folder below its root that holds images itself."""
+    # A class may have subfolders with images of its own: the topmost folder with images counts.
     holding = {path.rpartition("/")[0] for path in paths}
     names = []
     for path, root in zip(paths, roots, strict=True):
@@ -170,7 +172,7 @@ def _check_classes(tree: Tree, names: Sequence[str], held_out: np.ndarray | None
     if bare := sorted(tree.bare_folders):
         raise InputError(f"data: the class folder {bare[0]} of {source} is empty; add images or remove it")
     if len(set(names)) < 2:
-        raise InputError(f"data: {source} has one class, {names[0]!r}; at least two are needed to tell apart")
+        raise InputError(f"data: {source} has one class, {names[0]!r}; at least two are needed for training")
     if held_out is None:
         return
     of_train = {name for name, out in zip(names, held_out, strict=True) if not out}
@@ -220,4 +222,4 @@ def first_size(reader: Reader, paths: Sequence[str]) -> tuple[int, int]:
                 return (1 if image.mode in ("1", "L", "LA") else 3), min(image.size)
         except DAMAGE:  # decoding reports it with its name
             continue
-    raise InputError(f"data: no image can be decoded, the first is {paths[0]}; check what the files are")
+    raise InputError(f"data: no image can be decoded, the first is {paths[0]}; check the files")

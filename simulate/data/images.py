@@ -79,7 +79,7 @@ class Images:
     std: tuple[float, ...]
     """Standard deviation of each colour, likewise."""
     fingerprint: str
-    """Digest of all of it: tells whether a resumed run sees the data that it started with."""
+    """Hex digest of all of it; a run resumes only on data with the digest in its checkpoint."""
 
     @cached_property
     def train(self) -> np.ndarray:

@@ -26,7 +26,7 @@ from simulate.models.schema import text_sizes
 Dataset = Text | Images
 TOKENIZER_FILE = "tokenizer.json"
 """The file in a run's folder that holds its tokenizer, unless its tokens are bytes."""
-UNDERSTOOD = (
+SUPPORTED = (
     "UTF-8 text (a file or a folder), images in class folders (a folder or a .zip), CIFAR-10 or CIFAR-100 batches for "
     "Python, STL-10 binary"
 )
@@ -130,7 +130,7 @@ def _recognised(path: Path) -> ImageSource | None:
     if tree.files and not any(_may_be_text(path / name) for name in tree.files):
         raise InputError(
             f"data.path = {str(path)!r}: nothing in it is recognised ({min(tree.files)} is binary: it holds a NUL "
-            f"byte); what is understood: {UNDERSTOOD}"
+            f"byte); supported: {SUPPORTED}"
         )
     return None
 
@@ -141,7 +141,7 @@ def _recognised_file(path: Path) -> ImageSource | None:
     if path.suffix.lower() in ARCHIVE_SUFFIXES:
         raise InputError(
             f"data.path = {str(path)!r} is an archive that cannot be read in place; unpack it and name the folder; "
-            f"what is understood: {UNDERSTOOD}"
+            f"supported: {SUPPORTED}"
         )
     return _images(path) if path.suffix.lower() == ".zip" or zipfile.is_zipfile(path) else None
 
@@ -157,7 +157,7 @@ def _images(path: Path) -> ImageSource:
     tree: Tree = read_folder(path) if path.is_dir() else read_zip(path)
     if not tree.images:
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-        raise InputError(f"data.path = {str(path)!r} holds no image ({suffixes}); what is understood: {UNDERSTOOD}")
+        raise InputError(f"data.path = {str(path)!r} holds no image ({suffixes}); supported: {SUPPORTED}")
     return folder_source(path, tree)
 
 

@@ -40,7 +40,8 @@ def even_shards(samples: int, devices: int, shards: Sequence[float] | None, seed
 def skewed_shards(
     labels: np.ndarray, classes: int, devices: int, shards: Sequence[float] | None, alpha: float, seed: int
 ) -> list[np.ndarray]:
-    """Return the numbers of each device's samples: of few classes for `alpha` far below 1, of all alike far above."""
+    """Return the numbers of each device's samples: of few classes for `alpha` far below 1, of all classes far above."""
+    # Whole numbers first, so that each device gets exactly its size and each class is used up.
     counts_K = np.bincount(labels, minlength=classes)
     sizes_N = np.array(shard_sizes(len(labels), devices, shards))
     shares_NK = np.stack([_shares(generator(seed, "skew", k), devices, alpha) for k in range(classes)], axis=1)

@@ -91,6 +91,7 @@ def _tokens_of(tokenizer: Tokenizer, text: str, dtype: str) -> np.ndarray:
 
 
 def _chunks(text: str) -> Iterator[str]:
+    # Small chunks let the library encode on all cores; cut after a line, so that no word is split.
     first = 0
     while first < len(text):
         end = text.find("\n", first + CHUNK_CHARACTERS) + 1 or len(text)

@@ -292,7 +292,7 @@ def track(run: Run, program: Program = train_alone) -> Log:
         if not isinstance(run.model, FactoryModel):
             raise
         raise InputError(
-            f"model.name = {run.model.name!r}: what it does depends on numbers ({error}), so that its memory cannot be "
-            "followed without them; leave --verify away, lte train measures it"
+            f"model.name = {run.model.name!r}: its operations depend on numbers ({error}), so its memory cannot be "
+            "tracked without them; leave --verify away, lte train measures it"
         ) from error
     return follower.log

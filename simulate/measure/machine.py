@@ -93,7 +93,7 @@ def _device(
             "efficiency": min(1.0, middle / peaks["fp32"]), "kernels": kernels, "source": "measured",
             "disk_write_bytes_per_s": disk.write_bytes_per_s, "disk_flush_s": disk.flush_s,
             "sources": {
-                "count": "as asked for, all alike",
+                "count": "as requested, all equal",
                 **asked,
                 "memory_bytes_per_s": f"measured: a copy of {COPY_BYTES // 2**20} MiB, read and written",
                 "flop_per_s": f"measured: products of {PEAK_SIZE} x {PEAK_SIZE} matrices, the fastest product of all",

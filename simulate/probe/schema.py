@@ -165,7 +165,7 @@ class Probe(toml_io.Schema):
 
 
 def shapes_fingerprint(shape: ModelShape) -> str:
-    """Return a hex digest of a network's tensors and adapted layers: equal for equal shapes, whatever the name."""
+    """Return a hex digest of a network's tensors and adapted layers: equal for equal shapes under any name."""
     tensors = [(tensor.kind, tensor.shape) for tensor in shape.tensors]
     adapted = [(linear.name, linear.out_features, linear.in_features, linear.count) for linear in shape.adapted]
     return hashlib.sha256(repr((tensors, adapted)).encode()).hexdigest()
@@ -196,7 +196,7 @@ def check_model(probe: Probe, shape: ModelShape, path: Path) -> None:
     """Raise InputError where a probe is of other shapes than the network that is planned."""
     if probe.network.fingerprint != shapes_fingerprint(shape):
         raise InputError(
-            f"--probe {path} is of {probe.network.name} with {probe.network.parameters:,} parameters, and what is "
-            f"planned is {shape.name} with {shape.parameters:,} and layers of other shapes; probe this model with "
+            f"--probe {path} is of {probe.network.name} with {probe.network.parameters:,} parameters, and the "
+            f"plan is for {shape.name} with {shape.parameters:,} and layers of other shapes; probe this model with "
             "lte probe, or plan the probe's"
         )

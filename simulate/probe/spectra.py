@@ -1,6 +1,6 @@
 """Probe a run: gradients at the start weights and after a short dense warm-up, and the warm-up's updates.
 
-The spectra of these tell which rank LTE needs before a run is paid for; `lte probe` calls `probe_run`. The warm-up is
+Their spectra show the rank that LTE needs, before a run is paid for; `lte probe` calls `probe_run`. The warm-up is
 the run's own training with dense data parallelism in the place of its method: the same weights, batches, optimizer and
 rates. Spectra are taken of the layers that LTE would adapt; the noise scale is over all parameters, as in
 simulate.training.diagnostics.
@@ -93,7 +93,7 @@ def adapted_weights(network: nn.Module, run: Run) -> list[AdaptedWeight]:
     # Converting a copy without storage finds exactly the layers that training would adapt; the memo of deepcopy keeps
     # shared parameters shared.
     converted = convert(copy.deepcopy(network, empty), 1, ConversionSpec(mark, convolutions=convolutions))
-    renamed: dict[str, str] = {}
+    renamed: dict[str, str] = {}  # fused projections of attention have names of their own once converted
     for name, module in converted.named_modules():
         if isinstance(module, PerDeviceAttention):
             renamed.update(module.plain_names(name))
@@ -153,8 +153,8 @@ def check_batches(run: Run, num_batches: int) -> None:
     """Raise InputError where there are too few gradients to estimate their noise."""
     if num_batches * run.cluster.devices < FEWEST_GRADIENTS:
         raise InputError(
-            f"--batches {num_batches} on cluster.devices = {run.cluster.devices} gives too few gradients to tell their "
-            f"noise; at least {FEWEST_GRADIENTS} are needed, try --batches 8"
+            f"--batches {num_batches} on cluster.devices = {run.cluster.devices} gives too few gradients to estimate "
+            f"their noise; at least {FEWEST_GRADIENTS} are needed, try --batches 8"
         )
 
 

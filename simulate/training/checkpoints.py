@@ -108,7 +108,7 @@ def _remove_parts(path: Path, parts: Iterable[str]) -> None:
 def prune(folder: Path, devices: Iterable[int]) -> None:
     """Remove all but the newest checkpoints that hold these devices, and older ones that were never finished.
 
-    `devices` are those whose processes write into this folder: of a node's own folder, the node's.
+    `devices` are all whose processes write into this folder: in a node's own folder, the node's devices.
     """
     whole = _with_devices(folder, devices)[-KEEP:]
     for path in folder.glob("step-*"):
