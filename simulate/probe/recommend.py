@@ -197,7 +197,7 @@ def _over_layers(probe: Probe, spectrum_of: Callable[..., Spectrum | None]) -> s
 def _batch_reason(probe: Probe, batch: Estimate | None, devices: int) -> str:
     if batch is None:
         return (
-            "batch: the gradient noise scale cannot be estimated from these batches, since noise exceeds the gradient or "
+            "batch: the gradient noise scale cannot be estimated from these batches: noise exceeds the gradient, or "
             "one batch decides it; probe with more --batches"
         )
     per_device = max(1, round(batch.estimate / devices))
@@ -227,7 +227,7 @@ def _limits(probe: Probe) -> str:
     )
     if settings.optimizer == "muon":
         text += (
-            "; Muon makes all directions of an update equal, so that the rank of its updates says little of the rank that "
-            "training needs"
+            "; Muon makes all directions of an update equal, so that the rank of its updates says little of the rank "
+            "that training needs"
         )
     return text
