@@ -1,6 +1,7 @@
 """Batches for N devices: each device draws from its own shard, and every draw has the address (seed, device, step).
 
-The loop knows them by the protocol `Batches`, whatever they are of.
+Because of the address, a device's batch is the same in one process or many, and after a resume. The training loop and
+probes use the protocol `Batches`; `build_batches` returns TextBatches or simulate.data.image_batches.ImageBatches.
 
 Legend: L local devices, B samples of a device, T tokens of a sample.
 """
@@ -24,11 +25,11 @@ from simulate.models.schema import text_sizes
 
 
 class Batches(Protocol):
-    """Where a run's samples come from."""
+    """The samples of a run, by step and device."""
 
     @property
     def fingerprint(self) -> str:
-        """Tells whether a resumed run sees the data that it started with."""
+        """Hex digest of the data; a run resumes only on data with the digest in its checkpoint."""
 
     def batch(self, step: int, local_devices: range) -> tuple[Tensor, Tensor]:
         """Return inputs and targets of a step, (L*B, ...), of the local devices in device order.
@@ -41,10 +42,10 @@ class Batches(Protocol):
 
     @property
     def score_names(self) -> tuple[str, ...]:
-        """What an evaluation tells beside the loss."""
+        """Names of the scores that an evaluation reports beside the loss."""
 
     def scores(self, outputs: Tensor, targets: Tensor) -> list[Tensor]:
-        """Return the figures, (M,) each, of an evaluation's rows whose means are the scores, in their order."""
+        """Return for each name one figure a row, (M,); an evaluation reports their means."""
 
 
 def build_batches(run: Run, dataset: Dataset, device: torch.device | None = None) -> Batches:
@@ -70,7 +71,7 @@ def build_batches(run: Run, dataset: Dataset, device: torch.device | None = None
 class TextBatches:
     """Windows of a text; device n of N draws them from the n-th of N contiguous parts of the training split.
 
-    The parts are equal, or as `shards`, a relative size for each device, says.
+    The parts are equal, or in proportion to `shards`.
     """
 
     def __init__(
@@ -95,15 +96,18 @@ class TextBatches:
 
     @property
     def fingerprint(self) -> str:
-        """Tells whether a resumed run sees the data that it started with."""
+        """Hex digest of the data; a run resumes only on data with the digest in its checkpoint."""
         return self.text.fingerprint
 
     def batch(self, step: int, local_devices: range) -> tuple[Tensor, Tensor]:
         """Return inputs and targets (L*B, T), int64, of the local devices in device order."""
         starts_LB = np.stack([self._starts(device, step) for device in local_devices])
-        windows = self.text.train[starts_LB.reshape(-1, 1) + np.arange(self.context + 1)]
-        tokens = torch.from_numpy(windows.astype(np.int64))
-        return tokens[:, :-1], tokens[:, 1:]
+        return self._windows(self.text.train, starts_LB.flatten())
+
+    def _windows(self, tokens: np.ndarray, starts: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return the windows at some starts as inputs, and as targets the same windows one token later."""
+        windows = torch.from_numpy(tokens[starts[:, None] + np.arange(self.context + 1)].astype(np.int64))
+        return windows[:, :-1], windows[:, 1:]
 
     def _starts(self, device: int, step: int) -> np.ndarray:
         random = generator(self.seed, "batch", device, step)
@@ -114,17 +118,16 @@ class TextBatches:
         """Yield fixed windows spread evenly over the validation split, at most `num_at_once` (S, T) at a time."""
         held_out = self.text.validation
         last = len(held_out) - self.context - 1
+        # A short split has fewer starts than samples: none is evaluated twice.
         starts = np.unique(np.linspace(0, last, num=min(num_samples, last + 1)).astype(np.int64))
         for first in range(0, len(starts), num_at_once):
-            windows = held_out[starts[first : first + num_at_once, None] + np.arange(self.context + 1)]
-            tokens = torch.from_numpy(windows.astype(np.int64))
-            yield tokens[:, :-1], tokens[:, 1:]
+            yield self._windows(held_out, starts[first : first + num_at_once])
 
     @property
     def score_names(self) -> tuple[str, ...]:
-        """What an evaluation tells beside the loss: nothing."""
+        """No names: the loss says all that is measured of text."""
         return ()
 
     def scores(self, outputs: Tensor, targets: Tensor) -> list[Tensor]:
-        """Return nothing: of text, the loss says it all."""
+        """Return no figures."""
         return []

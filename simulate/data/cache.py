@@ -1,7 +1,9 @@
-"""Arrays that were costly to make, each set in one safetensors file: memory-mapped, atomic, and checked when opened.
+"""The cache of prepared data: files that were costly to make, each written whole or not at all.
 
-The file holds its own digest, over its header and every byte of its arrays. One that is truncated or damaged counts as
-absent and is made anew.
+Decoding images and encoding text take minutes, and every process of every run needs the result. It is kept as one
+safetensors file of arrays, memory-mapped, so that processes of one machine share its memory. The file holds its own
+digest, over its header and every byte of its arrays; a truncated or damaged file counts as missing and is made anew.
+The readers of text and images call `cached`; simulate.data.huggingface keeps its Arrow files with `cached_file`.
 """
 
 from __future__ import annotations
@@ -10,42 +12,44 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
 from simulate.common.errors import InputError
+from simulate.common.safetensors_writer import DTYPES, header
 
 CACHE_VARIABLE = "LTE_CACHE"
 CACHE_VERSION = 1
 """Part of every key: raise it where equal keys would mean other arrays."""
-ALIGNMENT = 64
 _NO_DIGEST = "0" * 64
 _READ_BYTES = 1 << 24
-_SAFETENSORS_NAMES = {"u1": "U8", "u2": "U16", "u4": "U32", "i4": "I32", "i8": "I64", "f8": "F64"}
+_NUMPY_NAMES = {format_name: name for name, (format_name, _) in DTYPES.items()}
 
+Opened = TypeVar("Opened")
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
 """Array name → dtype as numpy spells it ("u1", "i8") and shape."""
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What a cache file holds."""
+class CachedArrays:
+    """The content of a cache file."""
 
     arrays: dict[str, np.ndarray]
     """Memory-mapped, read-only."""
     facts: dict[str, Any]
+    """Values beside the arrays that the maker wrote."""
     digest: str
     """sha256 of everything in the file: equal digests mean equal arrays and facts."""
 
 
 @dataclass(frozen=True)
 class ArraySlot:
-    """Where one array of a file under construction lies, so that other processes can write into it."""
+    """The position of one array in a file under construction, so that other processes can write into it."""
 
     path: Path
     offset: int
@@ -56,16 +60,6 @@ class ArraySlot:
         """Return the array itself, writable."""
         return np.memmap(self.path, self.dtype, "r+", self.offset, self.shape)
 
-    def read(self) -> np.ndarray:
-        """Return the array itself, read-only."""
-        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
-
-    @classmethod
-    def of(cls, array: np.ndarray) -> ArraySlot:
-        """Return the place of an array that a cache file holds."""
-        assert isinstance(array, np.memmap) and array.filename is not None
-        return cls(Path(array.filename), array.offset, array.dtype.str, array.shape)
-
 
 class Draft:
     """A cache file under construction."""
@@ -75,35 +69,22 @@ class Draft:
 
     def allocate(self, shapes: Shapes, facts: Mapping[str, Any]) -> dict[str, ArraySlot]:
         """Write the header and reserve room for the arrays; raises OSError where the disk has none."""
-        offsets, end = {}, 0
-        # The widest elements first keeps every array aligned.
-        for name, (dtype, shape) in sorted(shapes.items(), key=lambda item: -np.dtype(item[1][0]).itemsize):
-            size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-            offsets[name], end = (end, end + size), end + size
-        header: dict[str, Any] = {
-            name: {"dtype": _SAFETENSORS_NAMES[shapes[name][0]], "shape": shapes[name][1], "data_offsets": span}
-            for name, span in offsets.items()
-        }
-        header["__metadata__"] = {"facts": json.dumps(facts), "sha256": _NO_DIGEST}
-        content = json.dumps(header).encode()
-        content += b" " * (-(8 + len(content)) % ALIGNMENT)
-        start = 8 + len(content)
+        named = {name: (np.dtype(dtype).name, shape) for name, (dtype, shape) in shapes.items()}
+        content, begins = header(named, {"facts": json.dumps(facts), "sha256": _NO_DIGEST})
+        slots = {name: ArraySlot(self.path, begins[name], *shapes[name]) for name in shapes}
+        sizes = [int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize for dtype, shape in shapes.values()]
         with self.path.open("wb") as file:
-            file.write(len(content).to_bytes(8, "little") + content)
+            file.write(content)
             file.flush()
-            _reserve(file.fileno(), start + end)
-        return {name: ArraySlot(self.path, start + offsets[name][0], *shapes[name]) for name in shapes}
+            _reserve(file.fileno(), len(content) + sum(sizes))
+        return slots
 
     def seal(self) -> None:
-        """Write the digest into the header, and everything to the disk."""
+        """Write the digest into the header."""
         with self.path.open("r+b") as file:
-            digest = _digest(file)
-            file.seek(8)
-            header = file.read(_header_bytes(file))
-            file.seek(8 + header.rindex(_NO_DIGEST.encode()))
+            content, digest = _read_header(file), _digest(file)
+            file.seek(8 + content.rindex(_NO_DIGEST.encode()))
             file.write(digest.encode())
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def _reserve(handle: int, size: int) -> None:
@@ -115,34 +96,60 @@ def _reserve(handle: int, size: int) -> None:
 
 
 def cache_folder() -> Path:
-    """Return where cache files lie: LTE_CACHE, or `lte` in the user's cache directory."""
+    """Return the folder of cache files: LTE_CACHE, or `lte` in the user's cache directory."""
     if given := os.environ.get(CACHE_VARIABLE):
         return Path(given).absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lte"
 
 
-def cached(kind: str, key: Mapping[str, Any], make: Callable[[Draft], None]) -> Kept:
+def stamp_of(files: Sequence[Path]) -> str:
+    """Return names, sizes and times of change of files, for the key of what is made from them."""
+    status = [(str(file.resolve()), file.stat()) for file in files]
+    return repr([(name, s.st_size, s.st_mtime_ns) for name, s in status])
+
+
+def cached(kind: str, key: Mapping[str, Any], make: Callable[[Draft], None]) -> CachedArrays:
     """Return the arrays for `key`, from the cache or made now; `make` allocates and fills a draft.
+
+    Raises InputError as `cached_file` does.
+    """
+
+    def write(path: Path) -> None:
+        draft = Draft(path)
+        make(draft)
+        draft.seal()
+
+    return cached_file(kind, key, "safetensors", open_arrays, write)
+
+
+def cached_file(
+    kind: str,
+    key: Mapping[str, Any],
+    suffix: str,
+    read: Callable[[Path], Opened | None],
+    write: Callable[[Path], None],
+) -> Opened:
+    """Return what `read` makes of the file for `key`; `write` makes the file where it is missing or `read` gives None.
 
     Raises InputError where the cache folder cannot be written. Of several processes that ask for the same key at once,
     one makes the file and the others wait.
     """
     folder = cache_folder()
-    name = f"{kind}-{_key_digest(key)}.safetensors"
+    name = f"{kind}-{_key_digest(key)}.{suffix}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / f".{name}.lock"):
-            kept = open_file(folder / name)
-            if kept is None:
-                _make(folder / name, make)
-                kept = open_file(folder / name)
+            found = read(folder / name)
+            if found is None:
+                _write_whole(folder / name, write)
+                found = read(folder / name)
     except OSError as error:
         raise InputError(
-            f"{CACHE_VARIABLE}: the cache folder {folder} cannot be used ({error.strerror}); "
+            f"{CACHE_VARIABLE}: the cache folder {folder} cannot be used ({error.strerror or error}); "
             f"make room there, or set {CACHE_VARIABLE} to another folder"
         ) from None
-    assert kept is not None, "a file that was just sealed opens"
-    return kept
+    assert found is not None, "a file that was just written opens"
+    return found
 
 
 def _key_digest(key: Mapping[str, Any]) -> str:
@@ -160,58 +167,55 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _make(path: Path, make: Callable[[Draft], None]) -> None:
+def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
     scratch = path.with_name(f".{path.name}.partial")
     try:
-        draft = Draft(scratch)
-        make(draft)
-        draft.seal()
+        write(scratch)
+        with scratch.open("rb") as file:
+            os.fsync(file.fileno())  # a crash must not leave the final name on a file whose bytes were lost
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
 
 
-def open_file(path: Path) -> Kept | None:
-    """Return what a cache file holds, or None where it is missing or anything in it is not as it was sealed."""
+def open_arrays(path: Path) -> CachedArrays | None:
+    """Return the content of a cache file, or None where it is missing or anything in it is not as it was sealed."""
     try:
         with path.open("rb") as file:
-            size = _header_bytes(file)
-            file.seek(8)
-            header = json.loads(file.read(size))
-            metadata = header.pop("__metadata__")
+            content = _read_header(file)
+            entries = json.loads(content)
+            metadata = entries.pop("__metadata__")
             if metadata["sha256"] != _digest(file):
                 return None
             facts = json.loads(metadata["facts"])
-            arrays = {name: _mapped(path, 8 + size, entry) for name, entry in header.items()}
+            arrays = {name: _mapped(path, 8 + len(content), entry) for name, entry in entries.items()}
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    return Kept(arrays, facts, metadata["sha256"])
+    return CachedArrays(arrays, facts, metadata["sha256"])
 
 
 def _mapped(path: Path, start: int, entry: dict[str, Any]) -> np.ndarray:
-    dtype = next(ours for ours, name in _SAFETENSORS_NAMES.items() if name == entry["dtype"])
-    shape = tuple(entry["shape"])
-    if 0 in shape:
+    dtype, shape = np.dtype(_NUMPY_NAMES[entry["dtype"]]), tuple(entry["shape"])
+    if 0 in shape:  # an empty mapping is an error
         return np.empty(shape, dtype)
     return np.memmap(path, dtype, "r", start + entry["data_offsets"][0], shape)
 
 
-def _header_bytes(file: Any) -> int:
+def _read_header(file: BinaryIO) -> bytes:
     file.seek(0)
     size = int.from_bytes(file.read(8), "little")
     if not 0 < size <= os.fstat(file.fileno()).st_size - 8:
         raise ValueError("no header")
-    return size
+    return file.read(size)
 
 
-def _digest(file: Any) -> str:
-    """Return the digest of an open file, with zeros in the place of the digest that it names."""
-    size = _header_bytes(file)
-    file.seek(8)
-    header = json.loads(file.read(size))
-    header["__metadata__"]["sha256"] = _NO_DIGEST
-    total = hashlib.sha256(json.dumps(header).encode())
-    file.seek(8 + size)
+def _digest(file: BinaryIO) -> str:
+    """Return the digest of an open file, with zeros in the place of the digest in its header."""
+    entries = json.loads(_read_header(file))
+    # Checkpoints hold this digest: the metadata stays last, in whichever place the file has it.
+    metadata = entries.pop("__metadata__")
+    entries["__metadata__"] = {**metadata, "sha256": _NO_DIGEST}
+    total = hashlib.sha256(json.dumps(entries).encode())
     while block := file.read(_READ_BYTES):
         total.update(block)
     return total.hexdigest()

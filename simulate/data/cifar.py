@@ -1,14 +1,14 @@
 """CIFAR-10 and CIFAR-100 as published for Python (Krizhevsky 2009): batches of pixels in pickles; torch-free.
 
-A pickle may call anything when it is loaded. These are opened by an unpickler that knows numpy's arrays, and nothing
-else.
+A pickle may call any function when it is loaded, and these files come from the internet. So an unpickler opens them
+that knows numpy's arrays and nothing else. simulate.data.load calls `find_cifar` to recognise a folder, then
+`cifar_source`.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from simulate.common.errors import InputError
+from simulate.data.cache import stamp_of
 from simulate.data.images import ImageSource, array_source
 
 SIDE, COLOURS = 32, 3
@@ -23,7 +24,7 @@ SIDE, COLOURS = 32, 3
 
 @dataclass(frozen=True)
 class Layout:
-    """How one of the two is laid out in its folder."""
+    """File names and pickle keys of one of the two data sets."""
 
     train: tuple[str, ...]
     test: tuple[str, ...]
@@ -46,7 +47,7 @@ LAYOUTS = (
 
 
 def find_cifar(path: Path) -> tuple[Path, Layout] | None:
-    """Return the folder, `path` or one right below it, that is laid out like one of the two, and which one."""
+    """Return the folder, `path` or one right below it, that holds one of the two data sets, and its layout."""
     for folder in (path, *sorted(child for child in path.iterdir() if child.is_dir())):
         for layout in LAYOUTS:
             if (folder / layout.meta).is_file() and (folder / layout.train[0]).is_file():
@@ -55,7 +56,7 @@ def find_cifar(path: Path) -> tuple[Path, Layout] | None:
 
 
 def cifar_source(path: Path) -> ImageSource:
-    """Return the images of a folder; raises InputError for files that are missing, damaged or more than arrays."""
+    """Return the images of a folder; raises InputError for files that are missing, damaged or hold more than arrays."""
     found = find_cifar(path)
     if found is None:
         raise InputError(
@@ -63,7 +64,7 @@ def cifar_source(path: Path) -> ImageSource:
             "unpack the archive for Python there"
         )
     folder, layout = found
-    names = _names(folder / layout.meta, layout.names_key)
+    names = _class_names(folder / layout.meta, layout.names_key)
     train = [_batch(folder / name, layout.labels_key, len(names)) for name in layout.train]
     test = [_batch(folder / name, layout.labels_key, len(names)) for name in layout.test]
     pixels, labels = (np.concatenate(parts) for parts in zip(*train, *test, strict=True))
@@ -72,13 +73,7 @@ def cifar_source(path: Path) -> ImageSource:
     return array_source(str(path), stamp_of(files), pixels, labels, names, held_out)
 
 
-def stamp_of(files: Sequence[Path]) -> str:
-    """Return names, sizes and moments of files: what a cache of their content goes by."""
-    status = [(str(file.resolve()), file.stat()) for file in files]
-    return repr([(name, s.st_size, s.st_mtime_ns) for name, s in status])
-
-
-def _names(path: Path, key: str) -> list[str]:
+def _class_names(path: Path, key: str) -> list[str]:
     names = _table(path).get(key)
     if not isinstance(names, list) or not names:
         raise InputError(f"data: {path} has no list {key!r}; fetch the data set again")
@@ -105,6 +100,7 @@ def _table(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"data: {path} cannot be read ({error.strerror}); fetch the data set again") from None
     try:
+        # Python 2 wrote them; as bytes, text of any encoding loads.
         table = ArraysOnly(io.BytesIO(content), encoding="bytes").load()
     except pickle.UnpicklingError as error:
         raise InputError(f"data: {path} is not loaded: {error}; fetch it again from where it is published") from None
@@ -119,7 +115,7 @@ class ArraysOnly(pickle.Unpickler):
     """Loads numbers, bytes, text, lists, dicts and numpy's arrays; refuses every other name, called or not."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what an array is made with; raises UnpicklingError for any other name."""
+        """Return a constructor that arrays need; raises UnpicklingError for any other name."""
         found = _HARMLESS.get((module, name))
         if found is None:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is no array")

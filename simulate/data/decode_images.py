@@ -1,4 +1,7 @@
-"""From encoded images to equal squares of bytes, in a pool of processes; torch-free.
+"""Decode image files into equal squares of bytes, in a pool of processes; torch-free.
+
+Decoding takes most of the time before a run's first start, so it uses all cores and writes straight into the cache's
+file. Sources of images (simulate.data.image_folders, huggingface) call `decode_all`; arrays go through `fit_array`.
 
 Legend: C colours, P pixels a side.
 """
@@ -24,23 +27,23 @@ from simulate.common.cpu import usable_cores
 from simulate.data.cache import ArraySlot
 
 CHUNK_IMAGES = 500
-"""Images of one task of the pool."""
+"""Images in one task of the pool."""
 POOL_FROM_IMAGES = 3000
-"""Fewer are decoded here sooner than a pool has started."""
+"""Fewer images than this are decoded in this process before a pool would have started."""
 EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "La", "CMYK", "YCbCr", "LAB", "HSV"}
 DAMAGE = (
     OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError, MemoryError, NotImplementedError,
     RuntimeError, KeyError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError,
 )  # fmt: skip
-"""What Pillow and zipfile raise for content that they cannot make sense of."""
+"""The exceptions that Pillow and zipfile raise for damaged content."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """What every image is brought to."""
+    """The size and colours to which every image is converted."""
 
     pixels: int
-    """Of each side."""
+    """Pixels of each side."""
     colours: int
     """1 (grey) or 3 (red, green, blue)."""
     upscale: bool = False
@@ -53,18 +56,18 @@ class Frame:
 
 
 class UnfitImageError(Exception):
-    """An image that is damaged, or cannot be brought to the frame; says why."""
+    """Raised for an image that is damaged, or cannot be converted to the frame; the text says why."""
 
 
 class SmallImageError(UnfitImageError):
-    """A sound image with fewer pixels than the frame."""
+    """Raised for a sound image with fewer pixels than the frame."""
 
 
 class Reader(Protocol):
-    """Gives the content of images by name; travels to other processes."""
+    """Reads the encoded content of images by name; can be pickled, for the pool's processes."""
 
     def read(self, name: str) -> bytes:
-        """Return a file's bytes; raises one of what Pillow and zipfile raise."""
+        """Return a file's bytes; raises one of DAMAGE where it cannot."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +82,12 @@ class FolderReader:
 
 @dataclass(frozen=True)
 class ZipReader:
-    """Files of a zip archive, read in place; each is checked against the checksum that the archive has of it."""
+    """Files of a zip archive, read in place; zipfile checks each against the archive's checksum."""
 
     path: Path
 
     def read(self, name: str) -> bytes:
+        # The time of change is part of the cache's key, so that a new archive of that name is opened anew.
         return _archive(self.path, self.path.stat().st_mtime_ns).read(name)
 
 
@@ -97,10 +101,11 @@ def decode(content: bytes, frame: Frame) -> np.ndarray:
     """Return an encoded image as (C, P, P), uint8; raises UnfitImageError."""
     try:
         with Image.open(io.BytesIO(content)) as image:
+            # Pillow would clip 16 bits or floats to 8 without a word.
             if image.mode not in EIGHT_BIT_MODES:
                 raise UnfitImageError(f"has mode {image.mode}, which is not 8 bits a colour")
             _check_size(image, frame)
-            # A JPEG is decoded at the smallest of its scales that is large enough.
+            # Only for a JPEG, and much faster: it is decoded at its smallest scale that is large enough.
             image.draft("L" if frame.colours == 1 else "RGB", (frame.pixels, frame.pixels))
             return fit(image, frame)
     except DAMAGE as error:
@@ -113,8 +118,8 @@ def _check_size(image: Image.Image, frame: Frame) -> None:
 
 
 def fit(image: Image.Image, frame: Frame) -> np.ndarray:
-    """Return the centre square of an image, resized with antialiased bilinear weights where it must be, (C, P, P)."""
-    if "transparency" in image.info:
+    """Return the centre square of an image, (C, P, P), resized by antialiased bilinear weights if its size differs."""
+    if "transparency" in image.info:  # Pillow warns where it has to drop a palette's transparency
         image = image.convert("RGBA")
     image = image.convert("L" if frame.colours == 1 else "RGB")
     width, height = image.size
@@ -136,32 +141,31 @@ def fit_array(pixels_CYX: np.ndarray, frame: Frame) -> np.ndarray:
 
 
 Unfit = dict[int, UnfitImageError]
-"""Index of an image → why it is unfit."""
+"""Index of an image → reason why it is unfit."""
 
 
 def decode_all(reader: Reader, names: Sequence[str], frame: Frame, target: ArraySlot) -> Unfit:
-    """Decode all images into rows of `target`, (S, C, P, P), in parallel where there are many; returns the unfit.
-
-    A worker of a `multiprocessing.Pool` may start no processes, so there it is one image after another.
-    """
+    """Decode all images into rows of `target`, (S, C, P, P), in parallel where there are many; returns the unfit."""
     starts = range(0, len(names), CHUNK_IMAGES)
     tasks = [(reader, names[first : first + CHUNK_IMAGES], first, frame, target) for first in starts]
     workers = min(len(tasks), usable_cores())
+    # A daemon, as the workers of a multiprocessing.Pool are, may start no processes of its own.
     if len(names) < POOL_FROM_IMAGES or workers < 2 or current_process().daemon:
         parts = [_decode_chunk(*task) for task in tasks]
     else:
         # Spawned: a fork of a process with torch's threads may hang.
-        pool = ProcessPoolExecutor(workers, get_context("spawn"), _leave_interrupts_to_the_parent)
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), _ignore_interrupts)
         with pool:
             try:
                 parts = list(pool.map(_decode_chunk, *zip(*tasks, strict=True)))
-            except BaseException:
+            except BaseException:  # an interrupt, too, must not wait for all images
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
     return {index: error for part in parts for index, error in part.items()}
 
 
-def _leave_interrupts_to_the_parent() -> None:
+def _ignore_interrupts() -> None:
+    # Ctrl-C reaches all processes of the terminal; the parent alone ends the pool, in one line.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

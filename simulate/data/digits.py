@@ -1,4 +1,4 @@
-"""The embedded images: 1,797 handwritten digits of 8 × 8 grey pixels that scikit-learn carries along; torch-free.
+"""The embedded images: 1,797 handwritten digits of 8 × 8 grey pixels that come with scikit-learn; torch-free.
 
 They are the test set of Alpaydin and Kaynak's Optical Recognition of Handwritten Digits (1998).
 """
@@ -13,7 +13,7 @@ from simulate.data.images import ImageSource, array_source
 DIGITS = "digits"
 """Their name in run.toml."""
 LARGEST = 16
-"""The published pixels are whole numbers from 0 to this."""
+"""The largest published pixel; the smallest is 0."""
 
 
 def digits_source() -> ImageSource:

@@ -1,74 +1,78 @@
-"""Data sets of the Hugging Face hub, or folders that its library can load, streamed once into a cache file; torch-free.
+"""Data sets of the Hugging Face hub, or folders that its library can load; torch-free.
 
-Training needs any row at any step, and a stream gives them once and in order. So the rows are read through, at most as
-many as run.toml says, and kept: texts as bytes, a newline between two, or images as they are encoded, with labels.
+Training needs any row at any step, but a stream gives rows once and in order, and a data set may be far larger than
+the part that a run wants. So the rows are streamed once, at most as many as run.toml says, into an Arrow file that the
+datasets library writes and memory-maps: texts, or images as they are encoded, with labels. Later runs open the file
+and need no network. simulate.data.load asks for images, simulate.data.text for texts.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from simulate.common.errors import InputError
 from simulate.config.tables import HUB, Data
-from simulate.data.cache import ArraySlot, Draft, Kept, cache_folder, cached
+from simulate.data.cache import ArraySlot, Draft, cached, cached_file, stamp_of
 from simulate.data.decode_images import Frame, Unfit, decode_all
 from simulate.data.image_folders import HELD_OUT_NAMES, first_size, read_folder
 from simulate.data.images import ImageSource, hold_out
 
-TEXTS, IMAGES = "texts", "images"
 TRAIN = "train"
-_COPY_BYTES = 1 << 24
-
-
-@dataclass(frozen=True)
-class Columns:
-    """What of a row is read."""
-
-    content: str
-    kind: str
-    label: str | None
-    classes: tuple[str, ...] | None
+CONTENT, LABEL, HELD_OUT = "content", "label", "held_out"
+"""Columns of the Arrow file; texts have the first alone."""
+_BATCH_ROWS = 1000
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class RowReader:
-    """Encoded images, end to end in one array, by their number."""
+    """Reads encoded images out of the Arrow file by the number of their row."""
 
-    content: ArraySlot
-    ends: ArraySlot
+    rows: Any
+    """A datasets.Dataset, which travels to other processes as the path of its file."""
 
     def read(self, name: str) -> bytes:
-        index, ends = int(name), self.ends.read()
-        return self.content.read()[ends[index - 1] if index else 0 : ends[index]].tobytes()
+        content: bytes = self.rows[int(name)][CONTENT]
+        return content
 
 
-def read_hub(data: Data) -> Kept:
-    """Return the rows of a data set, from the cache or streamed now; raises InputError where it cannot be loaded."""
-    assert data.name is not None
-    path = Path(data.name.removeprefix(HUB))
-    stamp = read_folder(path).stamp() if path.is_dir() else ""
-    key = {"name": data.name, "subset": data.subset, "column": data.column, "rows": data.rows, "stamp": stamp}
-    return cached("hub", key, lambda draft: _Stream(data).write(draft))
+def hub_text(data: Data) -> np.ndarray | None:
+    """Return the texts of a data set as bytes, a newline between two, or None where it holds images.
+
+    The bytes are memory-mapped, as one file: windows of training cross the borders of rows. Raises InputError.
+    """
+    rows = _open_rows(data)
+    if LABEL in rows.column_names:
+        return None
+
+    def batches() -> Iterator[bytes]:
+        return (b"".join(batch[CONTENT]) for batch in rows.iter(_BATCH_ROWS))
+
+    def fill(draft: Draft) -> None:
+        size, end = sum(map(len, batches())), 0
+        text = draft.allocate({CONTENT: ("u1", (size,))}, {})[CONTENT].open()
+        for batch in batches():
+            begin, end = end, end + len(batch)
+            text[begin:end] = np.frombuffer(batch, np.uint8)
+
+    return cached("text", {"rows": _stamp(rows)}, fill).arrays[CONTENT]
 
 
 def hub_images(data: Data) -> ImageSource | None:
     """Return the images of a data set, or None where it holds texts; raises InputError."""
-    kept = read_hub(data)
-    if kept.facts["kind"] == TEXTS:
+    rows, name = _open_rows(data), str(data.name)
+    if LABEL not in rows.column_names:
         return None
-    labels, held_out = np.array(kept.arrays["labels"]), np.array(kept.arrays["held_out"], bool)
-    classes, name = kept.facts["classes"], str(data.name)
-    if not held_out.any():
-        held_out = hold_out(labels, classes, name)
-    reader = RowReader(*(ArraySlot.of(kept.arrays[key]) for key in ("content", "ends")))
-    names = [str(row) for row in range(len(labels))]
+    labels, held_out = (rows.data.column(column).to_numpy() for column in (LABEL, HELD_OUT))
+    numbered = [str(number) for number in range(labels.max() + 1)]
+    classes = getattr(rows.features[LABEL], "names", numbered)
+    reader, names = RowReader(rows), [str(row) for row in range(len(labels))]
     colours, pixels = first_size(reader, names)
 
     def fill(frame: Frame, target: ArraySlot) -> Unfit:
@@ -78,74 +82,76 @@ def hub_images(data: Data) -> ImageSource | None:
         name=name,
         classes=tuple(classes),
         labels=labels,
-        held_out=held_out,
+        held_out=held_out if held_out.any() else hold_out(labels, classes, name),
         colours=colours,
         pixels=pixels,
-        stamp=kept.digest,
+        stamp=_stamp(rows),
         fill=fill,
         image_name=lambda row: f"row {row} of {name}",
     )
 
 
-class _Stream:
-    """A data set while it is read."""
+def _stamp(rows: Any) -> str:
+    return stamp_of([Path(file["filename"]) for file in rows.cache_files])
 
-    def __init__(self, data: Data) -> None:
-        self.data, self.name = data, str(data.name)
+
+def _open_rows(data: Data) -> Any:
+    """Return the rows as a memory-mapped datasets.Dataset, streamed now where the cache lacks them."""
+    library, path = _library(), Path(str(data.name).removeprefix(HUB))
+    stamp = read_folder(path).stamp() if path.is_dir() else ""
+    key = {"name": data.name, "subset": data.subset, "column": data.column, "rows": data.rows, "stamp": stamp}
+
+    def read(file: Path) -> Any:
+        try:
+            return library.Dataset.from_file(str(file)) if file.is_file() else None
+        except (OSError, ValueError):  # a damaged file is made anew
+            return None
+
+    return cached_file("hub", key, "arrow", read, lambda file: _Stream(data, library).write(file))
+
+
+class _Stream:
+    """A data set while it is streamed."""
+
+    def __init__(self, data: Data, library: Any) -> None:
+        self.data, self.name, self.library = data, str(data.name), library
         self.source = self.name.removeprefix(HUB)
-        self.library = _library()
-        self.splits = self._guarded(lambda: self.library.get_dataset_split_names(self.source, data.subset))
+        self.splits = self._guarded(lambda: library.get_dataset_split_names(self.source, data.subset))
         if TRAIN not in self.splits:
             raise InputError(
                 f"data.name = {self.name!r} has no split {TRAIN!r} (but {', '.join(self.splits)}); choose another"
             )
-        self.first = next(self._rows(TRAIN), None)
-        if self.first is None:
+        first = next(self._rows(TRAIN), None)
+        if first is None:
             raise InputError(f"data.name = {self.name!r} has no rows; choose another")
-        self.columns = self._columns(self.first)
+        images = [name for name, value in first.items() if _is_image(value)]
+        self.column = self._content_column(first, images)
+        self.label = self._label_column(first) if self.column in images else None
 
-    def write(self, draft: Draft) -> None:
-        """Read all rows and write them into a draft."""
-        splits = [TRAIN]
-        if self.columns.kind == IMAGES:
-            splits += [name for name in HELD_OUT_NAMES if name in self.splits][:1]
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cache_folder()) as spool:
-            ends: list[int] = []
-            labels: list[int] = []
-            held_out: list[bool] = []
-            for split in splits:
-                for content, label in self._samples(split):
-                    spool.write(content)
-                    ends.append(spool.tell())
-                    labels.append(label)
-                    held_out.append(split != TRAIN)
-            arrays: dict[str, list[Any]] = {}
-            if self.columns.kind == IMAGES:
-                arrays = {"ends": ends, "labels": labels, "held_out": held_out}
-            self._seal(draft, spool, ends[-1], arrays)
-
-    def _seal(self, draft: Draft, spool: IO[bytes], size: int, arrays: dict[str, list[Any]]) -> None:
+    def write(self, path: Path) -> None:
+        """Stream all rows into an Arrow file."""
+        size = 0
+        with self.library.arrow_writer.ArrowWriter(path=str(path), features=self._features()) as writer:
+            for row in self._labelled_images() if self.label else self._texts():
+                size += len(row[CONTENT])
+                writer.write(row)
+            writer.finalize()
         if not size:
             raise InputError(f"data.name = {self.name!r} has rows, but nothing in them; choose another data.column")
-        dtypes = {name: "u1" if name == "held_out" else "i8" for name in arrays}
-        shapes = {name: (dtypes[name], (len(values),)) for name, values in arrays.items()}
-        classes = self.columns.classes or [str(k) for k in range(max(arrays.get("labels", [0])) + 1)]
-        places = draft.allocate(
-            {**shapes, "content": ("u1", (size,))}, {"kind": self.columns.kind, "classes": list(classes)}
-        )
-        for name, values in arrays.items():
-            places[name].open()[:] = values
-        content, first = places["content"].open(), 0
-        spool.seek(0)
-        while block := spool.read(_COPY_BYTES):
-            content[first : first + len(block)] = np.frombuffer(block, np.uint8)
-            first += len(block)
 
-    def _columns(self, row: dict[str, Any]) -> Columns:
-        """Tell texts from images by the first row."""
+    def _features(self) -> Any:
+        """Return the columns of the Arrow file and their types; the label's type holds the names of the classes."""
+        types = {CONTENT: self.library.Value("large_binary")}
+        if self.label is not None:
+            label = (self._dataset(TRAIN).features or {}).get(self.label)
+            names = getattr(label, "names", None)
+            types[LABEL] = self.library.Value("int64") if names is None else self.library.ClassLabel(names=names)
+            types[HELD_OUT] = self.library.Value("bool")
+        return self.library.Features(types)
+
+    def _content_column(self, row: dict[str, Any], images: list[str]) -> str:
+        """Return the column of images or texts, as the first row tells them apart; images go before captions."""
         texts = [name for name, value in row.items() if isinstance(value, str)]
-        images = [name for name, value in row.items() if _is_image(value)]
         found = images or texts
         if self.data.column is not None:
             found = [name for name in (*images, *texts) if name == self.data.column]
@@ -154,50 +160,47 @@ class _Stream:
                 f"data.name = {self.name!r} has columns {', '.join(row)}, of which one must be text or images; "
                 "name it with --set data.column=NAME"
             )
-        if found[0] not in images:
-            return Columns(found[0], TEXTS, None, None)
+        return found[0]
+
+    def _label_column(self, row: dict[str, Any]) -> str:
         labels = [name for name, value in row.items() if isinstance(value, int) and not isinstance(value, bool)]
         if len(labels) != 1:
             raise InputError(
                 f"data.name = {self.name!r} has {len(labels)} columns of whole numbers ({', '.join(row)}), and images "
                 "need one as their label; choose another data set"
             )
-        return Columns(found[0], IMAGES, labels[0], self._class_names(labels[0]))
+        return labels[0]
 
-    def _class_names(self, label: str) -> tuple[str, ...] | None:
-        feature = (self._dataset(TRAIN).features or {}).get(label)
-        names = getattr(feature, "names", None)
-        return None if names is None else tuple(names)
+    def _texts(self) -> Iterator[dict[str, Any]]:
+        for number, row in enumerate(self._rows(TRAIN)):
+            yield {CONTENT: (b"\n" if number else b"") + str(row[self.column] or "").encode()}
+
+    def _labelled_images(self) -> Iterator[dict[str, Any]]:
+        for split in (TRAIN, *[name for name in HELD_OUT_NAMES if name in self.splits][:1]):
+            for number, row in enumerate(self._rows(split)):
+                label = row[str(self.label)]
+                if not isinstance(label, int) or label < 0:
+                    raise InputError(
+                        f"data.name = {self.name!r}: row {number} of {split} has no label ({label!r}); choose another"
+                    )
+                yield {CONTENT: _image_bytes(row[self.column]), LABEL: label, HELD_OUT: split != TRAIN}
+
+    def _rows(self, split: str) -> Iterator[dict[str, Any]]:
+        """Yield a split's rows, at most as many as run.toml says."""
+        rows = islice(self._dataset(split), self.data.rows)
+        while (row := self._guarded(lambda: next(rows, None))) is not None:
+            yield row
 
     def _dataset(self, split: str) -> Any:
         loaded = self._guarded(
             lambda: self.library.load_dataset(self.source, self.data.subset, split=split, streaming=True)
         )
         for name, feature in (loaded.features or {}).items():
-            if isinstance(feature, self.library.Image):
+            if isinstance(feature, self.library.Image):  # decoded later, to the size that the model reads
                 loaded = loaded.cast_column(name, self.library.Image(decode=False))
         return loaded
 
-    def _rows(self, split: str) -> Iterator[dict[str, Any]]:
-        rows = iter(self._dataset(split))
-        while (row := self._guarded(lambda: next(rows, None))) is not None:
-            yield row
-
-    def _samples(self, split: str) -> Iterator[tuple[bytes, int]]:
-        """Yield content and label of a split's rows."""
-        for number, row in enumerate(islice(self._rows(split), self.data.rows)):
-            value = row[self.columns.content]
-            if self.columns.kind == TEXTS:
-                yield (b"\n" if number else b"") + str(value or "").encode(), 0
-                continue
-            label = row[str(self.columns.label)]
-            if not isinstance(label, int) or label < 0:
-                raise InputError(
-                    f"data.name = {self.name!r}: row {number} of {split} has no label ({label!r}); choose another"
-                )
-            yield _image_bytes(value), label
-
-    def _guarded(self, call: Any) -> Any:
+    def _guarded(self, call: Callable[[], Result]) -> Result:
         try:
             return call()
         except Exception as error:  # of the library, of its file formats, of the network
@@ -212,7 +215,7 @@ def _is_image(value: Any) -> bool:
 
 
 def _image_bytes(value: Any) -> bytes:
-    """Return an image's encoded bytes; empty where there are none, which is told when they are decoded."""
+    """Return an image's encoded bytes, or none where there are none: decoding then reports the row."""
     if not _is_image(value):
         return b""
     if value["bytes"] is not None:

@@ -1,5 +1,8 @@
 """Batches of images: every device goes through its own shard in a new order each epoch, addressed by step.
 
+Images come from the memory-mapped cache as bytes, and are augmented and normalised on the training device, since bytes
+are a quarter of what floats would move. simulate.data.batches builds these for a run.
+
 Legend: L local devices, B samples of a device, S samples, C colours, P pixels a side, K classes.
 """
 
@@ -19,11 +22,11 @@ from simulate.data.images import Images
 from simulate.data.partition import even_shards, skewed_shards
 
 REMEMBERED_EPOCHS = 2
-"""Orders of each device: a batch may end one epoch and begin the next."""
+"""Epochs of each device whose order is kept: a batch may end one epoch and begin the next."""
 
 
 class ImageBatches:
-    """Inputs (S, C, P, P), normalised; targets (S,) class numbers, or (S, K) shares of classes with mixup."""
+    """Batches of normalised inputs (S, C, P, P) and targets: class numbers (S,), or with mixup class shares (S, K)."""
 
     def __init__(
         self,
@@ -50,23 +53,24 @@ class ImageBatches:
             else skewed_shards(labels, len(images.classes), devices, shards, skew, seed)
         )
         self.shards = [images.train[part] for part in parts]
-        """Rows of each device's images."""
+        """Rows of each device's images in the data set."""
         self._orders: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
     @property
     def fingerprint(self) -> str:
-        """Tells whether a resumed run sees the data that it started with."""
+        """Hex digest of the data; a run resumes only on data with the digest in its checkpoint."""
         return self.images.fingerprint
 
     def batch(self, step: int, local_devices: range) -> tuple[Tensor, Tensor]:
         """Return inputs and targets of the local devices in device order."""
         rows = np.concatenate([self.rows(device, step) for device in local_devices])
         pixels, labels = self._read(rows)
+        # One generator a device: a device's draws are the same whichever process holds it.
         randoms = [generator(self.seed, "augment", device, step) for device in local_devices]
         draws = [Draws.of(random, self.micro_batch, pixels.shape[-1], self.augment) for random in randoms]
         if self.augment:
             pixels = crop_and_flip(pixels, draws)
-        inputs = self._normalised(pixels)
+        inputs = normalise(pixels, self.images.mean, self.images.std, self.dtype)
         return self._mixed(inputs, labels, randoms) if self.mixup else (inputs, labels)
 
     def rows(self, device: int, step: int) -> np.ndarray:
@@ -86,12 +90,9 @@ class ImageBatches:
         return self._orders[device, epoch]
 
     def _read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return pixels, bytes, and labels of some images."""
+        """Return the pixels of some images, as bytes, and their labels."""
         pixels = torch.from_numpy(np.ascontiguousarray(self.images.pixels[rows])).to(self.device)
         return pixels, torch.from_numpy(self.images.labels[rows]).to(self.device)
-
-    def _normalised(self, pixels: Tensor) -> Tensor:
-        return normalise(pixels, self.images.mean, self.images.std, self.dtype)
 
     def _mixed(self, inputs: Tensor, labels: Tensor, randoms: Sequence[np.random.Generator]) -> tuple[Tensor, Tensor]:
         draws = [(random.beta(self.mixup, self.mixup), random.permutation(self.micro_batch)) for random in randoms]
@@ -108,18 +109,18 @@ class ImageBatches:
         return mixed.view_as(inputs), targets_LBK.view_as(targets)
 
     def validation(self, num_samples: int, num_at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield held-out images spread evenly over the split, as they are, at most `num_at_once` at a time."""
+        """Yield held-out images spread evenly over the split, not augmented, at most `num_at_once` at a time."""
         held_out = self.images.validation
         chosen = np.unique(np.linspace(0, len(held_out) - 1, num=min(num_samples, len(held_out))).astype(np.int64))
         for first in range(0, len(chosen), num_at_once):
             pixels, labels = self._read(held_out[chosen[first : first + num_at_once]])
-            yield self._normalised(pixels), labels
+            yield normalise(pixels, self.images.mean, self.images.std, self.dtype), labels
 
     @property
     def score_names(self) -> tuple[str, ...]:
-        """What an evaluation tells beside the loss: the share of samples whose top class is right."""
+        """Name of the score beside the loss: the share of samples whose most likely class is right."""
         return ("val_accuracy",)
 
     def scores(self, outputs: Tensor, targets: Tensor) -> list[Tensor]:
-        """Return whether each sample's top class is right, (S,), 0 or 1."""
+        """Return 1 for each sample whose most likely class is right and 0 for others, (S,)."""
         return [(outputs.argmax(-1) == targets).double()]

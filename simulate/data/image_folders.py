@@ -1,7 +1,8 @@
 """Folders of images, one a class, on disk or in a zip archive; torch-free.
 
 A class is the topmost folder that holds images itself; its name is its path, so that nested ones stay apart
-("a/abbey"). Splits are folders around the classes: train beside val or test; `val` goes before `test`.
+("a/abbey"). Splits are folders around the classes: train beside val or test; `val` is preferred to `test`.
+simulate.data.load lists a path (`read_folder`, `read_zip`) and hands the list to `folder_source`.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from simulate.data.images import ImageSource, hold_out
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
 TRAIN_NAMES = ("train", "training")
 HELD_OUT_NAMES = ("val", "valid", "validation", "test")
-"""In the order in which they are preferred."""
+"""Names of a split to evaluate on, the preferred one first."""
 NAMED_CLASSES = 5
+"""Classes that an error lists at most."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,9 @@ class Tree:
     """The files of a folder or an archive."""
 
     files: dict[str, tuple[int, int]]
-    """Path below the root, with slashes → bytes, and moment of the last change (of an archive: checksum)."""
+    """Path below the root, with slashes → its bytes, and the time of its last change (in an archive: its checksum)."""
     bare_folders: frozenset[str]
-    """Folders with nothing in them."""
+    """Empty folders."""
 
     @property
     def images(self) -> list[str]:
@@ -44,12 +46,12 @@ class Tree:
         return sorted(path for path in self.files if PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES)
 
     def stamp(self) -> str:
-        """Return a digest of all names, sizes and moments."""
+        """Return a digest of all names, sizes and times of change."""
         return hashlib.sha256(repr(sorted(self.files.items())).encode()).hexdigest()
 
 
 def read_folder(root: Path) -> Tree:
-    """List what lies below a folder, without hidden files; raises OSError."""
+    """List the files below a folder, without hidden ones; raises OSError."""
     files: dict[str, tuple[int, int]] = {}
     bare = set()
     for folder, entries in _walk(root):
@@ -73,15 +75,16 @@ def _walk(folder: Path) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
 
 
 def read_zip(path: Path) -> Tree:
-    """List a zip archive; raises InputError where it is truncated or none at all."""
+    """List the files of a zip archive; raises InputError where it is truncated or no archive."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, EOFError):
         raise InputError(f"data.path = {str(path)!r} is a truncated or damaged zip archive; fetch it again") from None
+    # Hidden files, and those that macOS adds, are no images.
     shown = [m for m in members if "/." not in f"/{m.filename}" and not m.filename.startswith("__MACOSX/")]
     files = {m.filename: (m.file_size, m.CRC) for m in shown if not m.is_dir()}
-    # In sorted order, what is in a folder comes right after it.
+    # In sorted order, a folder's content comes right after the folder: without any, it is empty.
     in_order = sorted(m.filename for m in shown)
     bare = {
         name.rstrip("/")
@@ -93,7 +96,7 @@ def read_zip(path: Path) -> Tree:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Which image is of which class and split."""
+    """The images of a folder with their classes and splits."""
 
     paths: list[str]
     classes: tuple[str, ...]
@@ -103,7 +106,7 @@ class Arrangement:
 
 
 def arrange(tree: Tree, source: str) -> Arrangement:
-    """Sort images into classes and splits by their folders; raises InputError for folders that make no sense."""
+    """Sort images into classes and splits by their folders; raises InputError where the folders contradict that."""
     paths = tree.images
     wrapper = _wrapper(paths)
     split_of = _splits(paths, wrapper, source)
@@ -118,7 +121,8 @@ def arrange(tree: Tree, source: str) -> Arrangement:
 
 
 def _wrapper(paths: Sequence[str]) -> str:
-    """Return the folders around everything ("cifar10/"), down to where splits or classes part."""
+    """Return the folders that hold everything ("cifar10/"), down to where splits or classes part."""
+    # Archives often have one folder around everything, which is neither a split nor a class.
     wrapper = ""
     while True:
         firsts = {_first_part(path, wrapper) for path in paths}
@@ -133,11 +137,11 @@ def _first_part(path: str, wrapper: str) -> str:
 
 
 def _splits(paths: Sequence[str], wrapper: str, source: str) -> dict[str, bool | None] | None:
-    """Return folder → whether it is held out (None: left aside), or None where folders are classes."""
+    """Return folder → whether it is held out (None: unused), or None where the folders are classes."""
     firsts = sorted({_first_part(path, wrapper) for path in paths if "/" in path[len(wrapper) :]})
     train = [name for name in firsts if name.lower() in TRAIN_NAMES]
     others = [name for name in firsts if name.lower() in HELD_OUT_NAMES]
-    if not train or not others:  # "train" may well be a class, beside "bus"
+    if not train or not others:  # "train" alone may be a class, beside "bus"
         return None
     if strange := [name for name in firsts if name not in (*train, *others)]:
         raise InputError(
@@ -150,6 +154,7 @@ def _splits(paths: Sequence[str], wrapper: str, source: str) -> dict[str, bool |
 
 def _class_names(paths: Sequence[str], roots: Sequence[str], source: str) -> list[str]:
     """Return each image's class: the topmost folder below its root that holds images itself."""
+    # A class may have subfolders with images of its own: the topmost folder with images counts.
     holding = {path.rpartition("/")[0] for path in paths}
     names = []
     for path, root in zip(paths, roots, strict=True):
@@ -167,25 +172,25 @@ def _check_classes(tree: Tree, names: Sequence[str], held_out: np.ndarray | None
     if bare := sorted(tree.bare_folders):
         raise InputError(f"data: the class folder {bare[0]} of {source} is empty; add images or remove it")
     if len(set(names)) < 2:
-        raise InputError(f"data: {source} has one class, {names[0]!r}; at least two are needed to tell apart")
+        raise InputError(f"data: {source} has one class, {names[0]!r}; at least two are needed for training")
     if held_out is None:
         return
     of_train = {name for name, out in zip(names, held_out, strict=True) if not out}
     of_validation = {name for name, out in zip(names, held_out, strict=True) if out}
     if of_train != of_validation:
         missing = {"validation": of_train - of_validation, "training": of_validation - of_train}
-        told = "; ".join(f"not in the {split} split: {_named(lost)}" for split, lost in missing.items() if lost)
-        raise InputError(f"data: the class folders of {source}'s splits differ ({told}); make them the same")
+        text = "; ".join(f"not in the {split} split: {_first_names(lost)}" for split, lost in missing.items() if lost)
+        raise InputError(f"data: the class folders of {source}'s splits differ ({text}); make them the same")
 
 
-def _named(names: set[str]) -> str:
+def _first_names(names: set[str]) -> str:
     shown = sorted(names)[:NAMED_CLASSES]
     more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
     return ", ".join(shown) + more
 
 
 def folder_source(path: Path, tree: Tree) -> ImageSource:
-    """Return the images of a folder or a zip archive, given what is in it; raises InputError."""
+    """Return the images of a folder or a zip archive, given the list of its files; raises InputError."""
     reader: Reader = FolderReader(path) if path.is_dir() else ZipReader(path)
     name = str(path)
     arrangement = arrange(tree, name)
@@ -215,6 +220,6 @@ def first_size(reader: Reader, paths: Sequence[str]) -> tuple[int, int]:
         try:
             with Image.open(io.BytesIO(reader.read(path))) as image:
                 return (1 if image.mode in ("1", "L", "LA") else 3), min(image.size)
-        except DAMAGE:  # told with its name when all are decoded
+        except DAMAGE:  # decoding reports it with its name
             continue
-    raise InputError(f"data: no image can be decoded, the first is {paths[0]}; check what the files are")
+    raise InputError(f"data: no image can be decoded, the first is {paths[0]}; check the files")

@@ -1,4 +1,7 @@
-"""Labelled images, all of one size: what is listed first and decoded later, and what training reads; torch-free.
+"""Labelled images, in two stages: listed by a source, then decoded to one size for training; torch-free.
+
+A plan needs only the list: names, labels, split. A run decodes it to its model's size, once, into the cache. Readers of
+folders, archives and published sets build an ImageSource; simulate.data.load turns it into Images with `load_images`.
 
 Legend: S samples, C colours, P pixels a side, K classes.
 """
@@ -19,10 +22,11 @@ from simulate.data.decode_images import Frame, SmallImageError, Unfit, fit_array
 from simulate.data.partition import shard_sizes
 
 HELD_OUT_SHARE = 0.1
-"""Of every class, where a data set comes without a split."""
+"""Share of every class that is held out where a data set comes without a split."""
 LEFT_OUT = -1
-"""The label of an image that was not fit to be used."""
+"""The label of an image that is not used, since it could not be decoded."""
 _SUM_IMAGES = 1024
+"""Images whose pixels are summed at a time, which bounds the memory for it."""
 
 
 @dataclass(frozen=True)
@@ -30,19 +34,20 @@ class ImageSource:
     """Images that are listed, with their labels and their split, but not decoded yet."""
 
     name: str
-    """For people: the path or the name in run.toml."""
+    """The path or the name in run.toml."""
     classes: tuple[str, ...]
     labels: np.ndarray
     """(S,), int64, below K."""
     held_out: np.ndarray
-    """(S,), bool: for validation."""
+    """(S,), bool: whether an image is for validation."""
     colours: int
+    """Colours of the first image, 1 or 3."""
     pixels: int
-    """Of the shorter side of the first image."""
+    """Pixels of the shorter side of the first image."""
     stamp: str
-    """Tells whether the files are still the same; all that the pixels follow from."""
+    """Text that differs where any of the files does: the cache's key of the pixels."""
     fill: Callable[[Frame, ArraySlot], Unfit] = field(repr=False)
-    """Bring all images to a frame, in rows of (S, C, P, P); returns the unfit."""
+    """Decodes all images to a frame, into rows of (S, C, P, P); returns the unfit."""
     image_name: Callable[[int], str] = field(default="image {}".format, repr=False)
 
     def frame(self, pixels: int | None, colours: int | None, upscale: bool) -> Frame:
@@ -70,9 +75,11 @@ class Images:
     held_out: np.ndarray
     """(S,), bool."""
     mean: tuple[float, ...]
-    """Of each colour over the training images, of pixels from 0 to 1."""
+    """Mean of each colour over the training images' pixels, scaled to 0 … 1."""
     std: tuple[float, ...]
+    """Standard deviation of each colour, likewise."""
     fingerprint: str
+    """Hex digest of all of it; a run resumes only on data with the digest in its checkpoint."""
 
     @cached_property
     def train(self) -> np.ndarray:
@@ -86,7 +93,7 @@ class Images:
 
     @property
     def left_out(self) -> int:
-        """Images that were not fit to be used."""
+        """Number of images that could not be decoded."""
         return int((self.labels == LEFT_OUT).sum())
 
     @property
@@ -95,7 +102,7 @@ class Images:
         return int(self.pixels.nbytes)
 
     def describe(self) -> str:
-        """Return what there is to train on, for people."""
+        """Return source, numbers of images, size and classes as one line of text."""
         colours, pixels = self.pixels.shape[1:3]
         left_out = f", {self.left_out:,} left out" if self.left_out else ""
         return (
@@ -129,7 +136,7 @@ def _check(
 
 
 def hold_out(labels: np.ndarray, classes: Sequence[str], name: str) -> np.ndarray:
-    """Return a mask, (S,), of a tenth of every class, at least one, drawn the same for every run.
+    """Return a mask, (S,), of a tenth of every class, at least one image, the same for every run.
 
     Raises InputError for a class that has none left to train on.
     """
@@ -140,6 +147,7 @@ def hold_out(labels: np.ndarray, classes: Sequence[str], name: str) -> np.ndarra
                 f"data: class {classes[number]!r} of {name} has {len(members)} image; one to train on and one to hold "
                 "out are needed: add images, or a split of your own in train/ and val/"
             )
+        # Addressed by no run's seed: runs with other seeds must evaluate on the same images to be compared.
         chosen = generator(0, "held out", number).permutation(len(members))
         mask[members[chosen[: max(1, int(HELD_OUT_SHARE * len(members)))]]] = True
     return mask
@@ -147,6 +155,7 @@ def hold_out(labels: np.ndarray, classes: Sequence[str], name: str) -> np.ndarra
 
 def members_of(labels: np.ndarray, classes: int) -> list[np.ndarray]:
     """Return the rows of every class, in order."""
+    # One sort for all classes, where a search for each would take K passes.
     order = np.argsort(labels, kind="stable")
     edges = np.searchsorted(labels[order], np.arange(classes + 1))
     return [order[edges[number] : edges[number + 1]] for number in range(classes)]
@@ -155,7 +164,7 @@ def members_of(labels: np.ndarray, classes: int) -> list[np.ndarray]:
 def load_images(source: ImageSource, frame: Frame, skip_corrupt: bool = False) -> Images:
     """Return a source's images in a frame, decoded once and cached.
 
-    Raises InputError for an image that is unfit, or, where those are skipped, for a class that has none left.
+    Raises InputError for an unfit image, or with `skip_corrupt` for a class that has no image left.
     """
     key = {
         "stamp": source.stamp,
@@ -190,7 +199,7 @@ def _fill(draft: Draft, source: ImageSource, frame: Frame, skip_corrupt: bool) -
     )
     labels = source.labels.copy()
     for index, error in source.fill(frame, places["pixels"]).items():
-        if isinstance(error, SmallImageError):
+        if isinstance(error, SmallImageError):  # sound, so that skipping it as corrupt would hide a wrong setting
             raise InputError(
                 f"data: {source.image_name(index)} {error}, the pixels of the model; "
                 "try --set data.upscale=true, or a smaller --set model.image"
@@ -217,19 +226,22 @@ def _check_remaining(source: ImageSource, labels: np.ndarray) -> None:
 
 
 def colour_figures(pixels_SCPP: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and standard deviation, (C,), of the rows' pixels, scaled to 0 … 1; sums are exact integers."""
+    """Return mean and standard deviation, (C,), of the rows' pixels, scaled to 0 … 1.
+
+    Sums over a histogram are exact integers: the figures, and with them the fingerprint, depend on no order or machine.
+    """
     colours = pixels_SCPP.shape[1]
     histogram = np.zeros((colours, 256), np.int64)
     for first in range(0, len(rows), _SUM_IMAGES):
         block = pixels_SCPP[rows[first : first + _SUM_IMAGES]]
         for colour in range(colours):
             histogram[colour] += np.bincount(block[:, colour].ravel(), minlength=256)
-    figures = [_mean_and_std(counts) for counts in histogram.tolist()]
-    return np.array([mean for mean, _ in figures]), np.array([std for _, std in figures])
+    means, stds = zip(*map(_mean_and_std, histogram.tolist()), strict=True)
+    return np.array(means), np.array(stds)
 
 
 def _mean_and_std(counts: list[int]) -> tuple[float, float]:
-    """Return both for values 0/255 … 255/255 that occur so often."""
+    """Return mean and standard deviation of the values 0/255 … 255/255, given how often each occurs."""
     number = sum(counts)
     total = sum(value * count for value, count in enumerate(counts))
     squares = sum(value * value * count for value, count in enumerate(counts))
@@ -244,7 +256,7 @@ def array_source(
     classes: Sequence[str],
     held_out: np.ndarray | None = None,
 ) -> ImageSource:
-    """Return a source of images that are in memory; a tenth is held out where no split is given."""
+    """Return a source of images that are in memory; without `held_out`, a tenth of every class is held out."""
 
     def fill(frame: Frame, target: ArraySlot) -> Unfit:
         out = target.open()
@@ -252,7 +264,7 @@ def array_source(
             try:
                 out[row] = fit_array(image, frame)
             except SmallImageError as error:
-                return {row: error}  # all have one size
+                return {row: error}  # all images have one size: the first small one says it for all
         return {}
 
     labels = np.asarray(labels, np.int64)

@@ -1,4 +1,8 @@
-"""From run.toml to samples: what lies at a path is recognised, or said; torch-free, so that a plan can look at it."""
+"""Load the data that run.toml names: recognise the kind of files at a path, read and check them; torch-free.
+
+`lte train` and launched processes call `load_data`. A plan calls `check_data`, which finds the user's errors without
+decoding an image or training a tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +25,21 @@ from simulate.models.schema import text_sizes
 
 Dataset = Text | Images
 TOKENIZER_FILE = "tokenizer.json"
-"""In a run's folder: what its tokens mean, unless they are bytes."""
-UNDERSTOOD = (
+"""The file in a run's folder that holds its tokenizer, unless its tokens are bytes."""
+SUPPORTED = (
     "UTF-8 text (a file or a folder), images in class folders (a folder or a .zip), CIFAR-10 or CIFAR-100 batches for "
     "Python, STL-10 binary"
 )
 ARCHIVE_SUFFIXES = frozenset({".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"})
 SNIFFED_BYTES = 4096
+"""Bytes at a file's start that are searched for a NUL, which text has not."""
 
 
 def load_data(run: Run, tokenizer: Path | None = None) -> Dataset:
-    """Return a run's samples, read and checked; raises InputError for what stands in the way.
+    """Return a run's samples, read and checked; raises InputError where they cannot be read or do not fit the model.
 
-    A tokenizer.json that is given goes before what run.toml says: the one that a run trained is kept with it.
+    `tokenizer`, the tokenizer.json in a run's folder, takes the place of run.toml's: a resumed run must not train it
+    anew.
     """
     data, devices = run.data, run.cluster.devices
     if tokenizer is not None:
@@ -52,14 +58,14 @@ def load_data(run: Run, tokenizer: Path | None = None) -> Dataset:
 
 
 def kept_tokenizer(folder: Path) -> Path | None:
-    """Return the tokenizer that a run's folder keeps, or None where its tokens are bytes."""
+    """Return the path of the tokenizer in a run's folder, or None where its tokens are bytes."""
     return folder / TOKENIZER_FILE if (folder / TOKENIZER_FILE).is_file() else None
 
 
 def check_data(run: Run) -> None:
-    """Raise InputError for what can be told at once: without decoding images or training a tokenizer."""
+    """Raise InputError for errors that show without decoding images or training a tokenizer."""
     devices, shards = run.cluster.devices, run.data.shards
-    if run.data.name == DIGITS:  # the library that they come with is needed for training alone
+    if run.data.name == DIGITS:  # a plan does without scikit-learn, which brings them
         _check_kind(run, images=True)
         return
     source = image_source(run.data)
@@ -74,13 +80,13 @@ def _check_text(run: Run) -> None:
     text, tokenizer = read_bytes(run.data), run.data.tokenizer
     if tokenizer == BYTES:
         text.check(text_sizes(run.model), run.cluster.devices, run.data.shards)
-    else:  # there are no more tokens than bytes
+    else:  # the text has no more tokens than bytes: too few bytes are too few tokens
         text.check_length(text_sizes(run.model), run.cluster.devices, run.data.shards)
         check_vocabulary(declared_size(tokenizer), tokenizer, text_sizes(run.model).vocab)
 
 
 def image_sizes(model: Model) -> tuple[int | None, int | None, int | None]:
-    """Return pixels a side, colours and classes of a model of images; None where the model reads text."""
+    """Return pixels a side, colours and classes of a model of images, each None where the model has no such size."""
     sizes = (getattr(model, key, None) for key in ("image", "colours", "classes"))
     pixels, colours, classes = (size or None for size in sizes)
     return pixels, colours, classes
@@ -89,11 +95,11 @@ def image_sizes(model: Model) -> tuple[int | None, int | None, int | None]:
 def _check_kind(run: Run, images: bool) -> None:
     data, reads_images = run.data, image_sizes(run.model)[0] is not None
     if images != reads_images:
-        there, wanted = ("images", "text") if images else ("text", "images")
+        found, wanted = ("images", "text") if images else ("text", "images")
         field = "path" if data.name is None else "name"
         raise InputError(
-            f"data.{field} = {data.path or data.name!r} is {there}, and model.name = {run.model.name!r} "
-            f"reads {wanted}; choose a model of {there}, or other data"
+            f"data.{field} = {data.path or data.name!r} is {found}, and model.name = {run.model.name!r} "
+            f"reads {wanted}; choose a model of {found}, or other data"
         )
 
 
@@ -118,23 +124,24 @@ def _recognised(path: Path) -> ImageSource | None:
     if find_stl10(path) is not None:
         return stl10_source(path)
     tree = read_folder(path)
+    # A folder of text may have a few pictures, and one of images a README: the majority decides.
     if 2 * len(tree.images) > len(tree.files):
         return folder_source(path, tree)
     if tree.files and not any(_may_be_text(path / name) for name in tree.files):
         raise InputError(
             f"data.path = {str(path)!r}: nothing in it is recognised ({min(tree.files)} is binary: it holds a NUL "
-            f"byte); what is understood: {UNDERSTOOD}"
+            f"byte); supported: {SUPPORTED}"
         )
     return None
 
 
 def _recognised_file(path: Path) -> ImageSource | None:
     if not path.is_file():
-        return None  # the reader of text says what is wrong
+        return None  # reading it as text raises the error
     if path.suffix.lower() in ARCHIVE_SUFFIXES:
         raise InputError(
             f"data.path = {str(path)!r} is an archive that cannot be read in place; unpack it and name the folder; "
-            f"what is understood: {UNDERSTOOD}"
+            f"supported: {SUPPORTED}"
         )
     return _images(path) if path.suffix.lower() == ".zip" or zipfile.is_zipfile(path) else None
 
@@ -150,7 +157,7 @@ def _images(path: Path) -> ImageSource:
     tree: Tree = read_folder(path) if path.is_dir() else read_zip(path)
     if not tree.images:
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-        raise InputError(f"data.path = {str(path)!r} holds no image ({suffixes}); what is understood: {UNDERSTOOD}")
+        raise InputError(f"data.path = {str(path)!r} holds no image ({suffixes}); supported: {SUPPORTED}")
     return folder_source(path, tree)
 
 

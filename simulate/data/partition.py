@@ -1,8 +1,8 @@
-"""Which samples are whose: every sample of the training split belongs to exactly one device; torch-free.
+"""Divide the training samples among devices: every sample belongs to exactly one device; torch-free.
 
 Equally distributed, or skewed by class as in Yurochkin et al. 2019 (arXiv 1905.12022): class k goes to the devices in
 shares p_k ~ Dirichlet_N(alpha). Here the devices' sizes are given as well, so the shares are brought to both margins by
-iterative proportional fitting (Deming and Stephan 1940), which keeps their odds ratios: which device prefers what.
+iterative proportional fitting (Deming and Stephan 1940), which keeps their odds ratios: each device's preferences.
 
 Legend: N devices, K classes.
 """
@@ -19,18 +19,19 @@ from simulate.common.seeding import generator
 
 FITTING_ROUNDS = 200
 LEAST_SHARE = 1e-300
-"""Where a draw is all but 0: fitting needs positive numbers, and tells apart the small ones."""
+"""Lower bound of a drawn share: fitting needs positive numbers."""
 
 
 def shard_sizes(samples: int, devices: int, shards: Sequence[float] | None) -> list[int]:
-    """Return how many samples each device has: all of them, in equal parts or in parts of the given relative sizes."""
+    """Return the number of samples of each device: equal parts of all, or parts in proportion to `shards`."""
     sizes = [1.0] * devices if shards is None else shards
+    # Rounded edges, not sizes, so that the parts add up.
     edges = [round(samples * share / sum(sizes)) for share in accumulate(sizes)]
     return [end - first for first, end in pairwise([0, *edges])]
 
 
 def even_shards(samples: int, devices: int, shards: Sequence[float] | None, seed: int) -> list[np.ndarray]:
-    """Return each device's samples, by number, in a random order: cuts of one permutation."""
+    """Return the numbers of each device's samples, in random order: cuts of one permutation."""
     order = generator(seed, "shards").permutation(samples)
     edges = np.cumsum(shard_sizes(samples, devices, shards))[:-1]
     return np.split(order, edges)
@@ -39,7 +40,8 @@ def even_shards(samples: int, devices: int, shards: Sequence[float] | None, seed
 def skewed_shards(
     labels: np.ndarray, classes: int, devices: int, shards: Sequence[float] | None, alpha: float, seed: int
 ) -> list[np.ndarray]:
-    """Return each device's samples, by number: few classes each where `alpha` is far below 1, all alike far above."""
+    """Return the numbers of each device's samples: of few classes for `alpha` far below 1, of all classes far above."""
+    # Whole numbers first, so that each device gets exactly its size and each class is used up.
     counts_K = np.bincount(labels, minlength=classes)
     sizes_N = np.array(shard_sizes(len(labels), devices, shards))
     shares_NK = np.stack([_shares(generator(seed, "skew", k), devices, alpha) for k in range(classes)], axis=1)
@@ -54,20 +56,24 @@ def skewed_shards(
 
 
 def _shares(random: np.random.Generator, devices: int, alpha: float) -> np.ndarray:
-    """Return a draw from Dirichlet_N(alpha), (N,), over its largest: Gamma(α) = Gamma(α + 1)·U^(1/α), in logarithms."""
+    """Return a draw from Dirichlet_N(alpha) divided by its largest share, (N,).
+
+    In logarithms, with Gamma(α) = Gamma(α + 1)·U^(1/α), since nearly all shares of a small α would be 0 in float64.
+    """
     logs_N = np.log(random.standard_gamma(alpha + 1, devices)) + np.log1p(-random.random(devices)) / alpha
     return np.exp(np.maximum(logs_N - logs_N.max(), math.log(LEAST_SHARE)))
 
 
 def fit_table(shares_NK: np.ndarray, sizes_N: np.ndarray, counts_K: np.ndarray) -> np.ndarray:
-    """Return whole numbers (N, K) that add up to the sizes and to the counts, in proportions near to the shares."""
+    """Return whole numbers (N, K) with row sums `sizes_N` and column sums `counts_K`, near the shares' proportions."""
     table = np.maximum(shares_NK, LEAST_SHARE)
     for _ in range(FITTING_ROUNDS):
         table *= _ratio(sizes_N, table.sum(1))[:, None]
         table *= _ratio(counts_K, table.sum(0))
-    # Fitting need not have converged: nothing may be above its margin before the rest is dealt out.
+    # Fitting may not have converged: bring each sum down to its margin, so that only missing samples are dealt out.
     table *= np.minimum(1, _ratio(sizes_N, table.sum(1)))[:, None]
     table *= np.minimum(1, _ratio(counts_K, table.sum(0)))
+    # A little more than 0, since rounding may leave a whole number just below itself.
     whole = np.floor(table + 1e-9).astype(np.int64)
     return _deal_rest(whole, table - whole, sizes_N - whole.sum(1), counts_K - whole.sum(0))
 
@@ -77,7 +83,7 @@ def _ratio(wanted: np.ndarray, got: np.ndarray) -> np.ndarray:
 
 
 def _deal_rest(whole: np.ndarray, fraction: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Add what rows and columns still lack: one each where the fraction is largest, then wherever there is room."""
+    """Add the missing samples of rows and columns: one each where the fraction is largest, then wherever they fit."""
     for once in (True, False):
         for flat in np.argsort(-fraction, axis=None, kind="stable"):
             n, k = divmod(int(flat), whole.shape[1])

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from simulate.common.errors import InputError
-from simulate.data.cifar import stamp_of
+from simulate.data.cache import stamp_of
 from simulate.data.images import ImageSource, array_source
 
 SIDE, COLOURS = 96, 3
@@ -48,11 +48,13 @@ def _split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
         )
     if labels.min() < 0 or labels.max() >= len(CLASSES):
         raise InputError(f"data: {labels_path} has labels other than 1 to {len(CLASSES)}; unpack the archive again")
+    # Published column by column: X before Y.
     columns_SCXY = np.memmap(path, np.uint8, "r").reshape(-1, COLOURS, SIDE, SIDE)
     return columns_SCXY.transpose(0, 1, 3, 2), labels
 
 
 def _classes(folder: Path) -> tuple[str, ...]:
     path = folder / NAMES_FILE
+    # Where the file is missing or damaged, the published names stand in.
     named = tuple(path.read_text(encoding="utf-8").split()) if path.is_file() else CLASSES
     return named if len(named) == len(CLASSES) else CLASSES

@@ -1,4 +1,8 @@
-"""Text in tokens: any UTF-8 file, a folder of them, or the embedded default; torch-free: a plan can check it."""
+"""Text as tokens: from UTF-8 files, a data set of the hub, or the embedded default; torch-free: a plan can check it.
+
+A text is one array of bytes or of a tokenizer's tokens, its last tenth held out. simulate.data.load calls `load_text`
+for a run and `read_bytes` for a plan; simulate.data.batches cuts windows out of a device's part (`shard_bounds`).
+"""
 
 from __future__ import annotations
 
@@ -14,15 +18,15 @@ import numpy as np
 
 from simulate.common.errors import InputError
 from simulate.config.tables import BYTE_VALUES, BYTES, Data
-from simulate.data.huggingface import TEXTS, read_hub
+from simulate.data.huggingface import hub_text
 from simulate.data.tokenizer import Vocabulary, check_vocabulary, encode
 from simulate.models.interfaces import ReadsText
 
 STDLIB_BYTES = 2_000_000
-"""Cap of the embedded default: the standard library's top-level modules, sorted by name, up to this many bytes."""
+"""Bytes of the embedded default at most: the standard library's top-level modules, sorted by name."""
 VALIDATION_SHARE = 0.1
 SAMPLED_BYTES = 1 << 20
-"""Of rows from a hub, looked at for anything but blanks."""
+"""Bytes at the start of the hub's rows that are searched for anything but blanks."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +34,16 @@ class Text:
     """Tokens with a fixed split: the last tenth is for validation."""
 
     tokens: np.ndarray
-    """Unsigned, (num_tokens,); bytes unless there is a vocabulary."""
+    """Unsigned integers, (num_tokens,); bytes unless there is a vocabulary."""
     source: str
-    """What it was read from, for people."""
+    """The path or name that it was read from, for messages."""
     vocabulary: Vocabulary | None = None
     held_out_from: int | None = None
-    """The first token of the validation split; not set: where the last tenth begins."""
+    """Index of the first token of the validation split; None: the last tenth."""
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of all tokens: tells whether a resumed run sees the data that it started with."""
+        """Hex digest of all tokens; a run resumes only on data with the digest in its checkpoint."""
         return hashlib.sha256(np.ascontiguousarray(self.tokens).data).hexdigest()
 
     @property
@@ -58,7 +62,7 @@ class Text:
         return int(self.tokens.nbytes)
 
     def describe(self) -> str:
-        """Return what there is to train on, for people."""
+        """Return source and numbers of tokens as one line of text."""
         return f"{self.source}, {len(self.train):,} training and {len(self.validation):,} validation {self._unit}"
 
     @property
@@ -84,6 +88,7 @@ class Text:
         """Raise InputError where a device's shard or the validation split has no window."""
         window = model.context + 1
         smallest_share = 1 / devices if shards is None else min(shards) / sum(shards)
+        # The smallest shard and the validation split must each hold one window.
         needed = max(int(window / VALIDATION_SHARE), int(window / smallest_share / (1 - VALIDATION_SHARE))) + 1
         bounds = shard_bounds(len(self.train), devices, shards)
         if len(self.validation) < window or min(last - first for first, last in bounds) < window:
@@ -95,7 +100,7 @@ class Text:
 
 
 def shard_bounds(tokens: int, devices: int, shards: Sequence[float] | None) -> list[tuple[int, int]]:
-    """Return (first, end) of each device's part of the tokens: equal parts, or parts of the given relative sizes."""
+    """Return (first, end) of each device's part of the tokens: equal parts, or parts in proportion to `shards`."""
     if shards is None:
         size = tokens // devices
         return [(device * size, (device + 1) * size) for device in range(devices)]
@@ -106,18 +111,18 @@ def shard_bounds(tokens: int, devices: int, shards: Sequence[float] | None) -> l
 def load_text(data: Data) -> Text:
     """Return the text that run.toml names, in its tokens.
 
-    Raises InputError for what is missing, empty, binary or unreadable, and for a tokenizer that is.
+    Raises InputError for a text or tokenizer that is missing, empty, binary or unreadable.
     """
     text = read_bytes(data)
     return text if data.tokenizer == BYTES else tokenized(text, data.tokenizer)
 
 
 def tokenized(text: Text, tokenizer: str) -> Text:
-    """Return a text of bytes in other tokens, its last tenth held out as before; raises InputError."""
+    """Return a text of bytes in a tokenizer's tokens; the same last tenth is held out. Raises InputError."""
     content, split = bytes(text.tokens), _split_of(len(text.tokens))
-    while split < len(content) and content[split] & 0xC0 == 0x80:  # no character is torn
+    while split < len(content) and content[split] & 0xC0 == 0x80:  # a UTF-8 character goes on here: do not cut it
         split += 1
-    # Files are known to be UTF-8; the embedded text may end within a character.
+    # Files were checked to be UTF-8; the embedded text may end within a character.
     train, held_out = (part.decode("utf-8", errors="replace") for part in (content[:split], content[split:]))
     encoded = encode(train, held_out, tokenizer)
     return Text(encoded.tokens, text.source, encoded.vocabulary, encoded.held_out_from)
@@ -128,9 +133,12 @@ def _split_of(length: int) -> int:
 
 
 def read_bytes(data: Data) -> Text:
-    """Return the text that run.toml names as bytes, whatever its tokenizer; raises InputError."""
+    """Return the text that run.toml names as bytes, without its tokenizer; raises InputError."""
     if data.from_hub:
-        return _hub_text(data)
+        texts = hub_text(data)
+        if texts is None or not bytes(texts[:SAMPLED_BYTES]).strip():
+            raise InputError(f"data.name = {data.name!r} holds no text; choose another, or its data.column")
+        return Text(texts, str(data.name))
     if data.path is None:
         return _stdlib()
     path = Path(data.path)
@@ -145,14 +153,6 @@ def read_bytes(data: Data) -> Text:
     if not content.strip():
         raise InputError(f"data.path = {data.path!r} is empty; give a text file with content")
     return Text(np.frombuffer(content, dtype=np.uint8), data.path)
-
-
-def _hub_text(data: Data) -> Text:
-    kept = read_hub(data)
-    content = kept.arrays["content"]
-    if kept.facts["kind"] != TEXTS or not bytes(content[:SAMPLED_BYTES]).strip():
-        raise InputError(f"data.name = {data.name!r} holds no text; choose another, or its data.column")
-    return Text(content, str(data.name))
 
 
 def _files(path: Path) -> list[Path]:

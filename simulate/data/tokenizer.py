@@ -1,7 +1,8 @@
-"""Tokens longer than a byte: byte-pair encoding trained on the text, or a tokenizer.json from elsewhere; torch-free.
+"""Tokens longer than a byte: byte-pair encoding trained on the text, or a given tokenizer.json; torch-free.
 
-Byte pairs as GPT-2 has them (Radford et al. 2019): they never cross the borders of words and never meet an unknown
-character, since every byte is a token. Trained on the training split alone, so that the held-out text stays unseen.
+Byte pairs are GPT-2's (Radford et al. 2019): they never cross the borders of words, and no character is unknown, since
+every byte is a token. They are trained on the training split alone, so that the held-out text stays unseen. Tokens are
+kept in the cache. simulate.data.text calls `encode`; a plan needs `declared_size` alone.
 """
 
 from __future__ import annotations
@@ -22,18 +23,19 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 CHUNK_CHARACTERS = 1 << 16
-"""Text is encoded in pieces of about this length, cut after a line."""
+"""Characters of the pieces in which text is encoded, about; each ends with a line."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the tokens of a text mean."""
+    """The tokenizer of a text's tokens."""
 
     name: str
-    """As run.toml has it."""
+    """data.tokenizer of run.toml."""
     size: int
+    """Number of different tokens."""
     json: str
-    """The tokenizer, as its library saves it."""
+    """The text of its tokenizer.json."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Encoded:
     tokens: np.ndarray
     """uint16 or uint32, (num_tokens,), memory-mapped."""
     held_out_from: int
-    """The first token of the validation split."""
+    """Index of the first token of the validation split."""
     vocabulary: Vocabulary
 
 
@@ -57,27 +59,26 @@ def check_vocabulary(size: int, tokenizer: str, model_vocab: int) -> None:
 
 
 def declared_size(tokenizer: str) -> int:
-    """Return how many tokens there are at most, before any training; raises InputError."""
+    """Return the vocabulary's size, at most, without training the tokenizer; raises InputError."""
     if tokenizer.startswith(BPE):
         return int(tokenizer.removeprefix(BPE))
     return int(_load(Path(tokenizer)).get_vocab_size())
 
 
 def encode(train: str, held_out: str, tokenizer: str) -> Encoded:
-    """Return both splits of a text in tokens, made once and cached; raises InputError."""
+    """Return both splits of a text in tokens, encoded once and cached; raises InputError."""
     trained = tokenizer.startswith(BPE)
     definition = tokenizer if trained else _read(Path(tokenizer))
     parts = [hashlib.sha256(part.encode()).hexdigest() for part in (train, held_out, definition)]
-    kept = cached("tokens", {"text": parts}, lambda draft: _fill(draft, train, held_out, tokenizer))
-    facts = kept.facts
-    vocabulary = Vocabulary(tokenizer, facts["size"], facts["json"])
-    return Encoded(kept.arrays["tokens"], facts["held_out_from"], vocabulary)
+    found = cached("tokens", {"text": parts}, lambda draft: _fill(draft, train, held_out, tokenizer))
+    vocabulary = Vocabulary(tokenizer, found.facts["size"], found.facts["json"])
+    return Encoded(found.arrays["tokens"], found.facts["held_out_from"], vocabulary)
 
 
 def _fill(draft: Draft, train: str, held_out: str, tokenizer: str) -> None:
     used = _train(tokenizer, train) if tokenizer.startswith(BPE) else _load(Path(tokenizer))
     size = used.get_vocab_size()
-    dtype = "u2" if size <= 1 << 16 else "u4"
+    dtype = "u2" if size <= 1 << 16 else "u4"  # the narrower one halves file and page cache
     parts = [_tokens_of(used, text, dtype) for text in (train, held_out)]
     tokens = np.concatenate(parts)
     facts = {"size": size, "json": used.to_str(), "held_out_from": len(parts[0])}
@@ -90,6 +91,7 @@ def _tokens_of(tokenizer: Tokenizer, text: str, dtype: str) -> np.ndarray:
 
 
 def _chunks(text: str) -> Iterator[str]:
+    # Small chunks let the library encode on all cores; cut after a line, so that no word is split.
     first = 0
     while first < len(text):
         end = text.find("\n", first + CHUNK_CHARACTERS) + 1 or len(text)
@@ -114,9 +116,9 @@ def _load(path: Path) -> Tokenizer:
     content = _read(path)
     try:
         return _library().Tokenizer.from_str(content)
-    except InputError:
+    except InputError:  # the library is missing
         raise
-    except Exception as error:  # the library raises nothing more special
+    except Exception as error:  # the library raises no narrower class
         reason = str(error).splitlines()[0]
         raise InputError(
             f"data.tokenizer = {str(path)!r} is no tokenizer.json ({reason}); name one, or bpe:VOCAB"

@@ -1,4 +1,8 @@
-"""Predictions beside what happens on this machine: memory, bytes and time of runs that no closed form was fitted to."""
+"""Compare plans with measurements on this machine: memory, bytes and time of random runs.
+
+Closed forms were fitted to none of these runs (simulate.measure.random_runs), so a user can expect errors like theirs.
+`lte validate` prints the rows and their errors.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 
-import torch
-
 from simulate.comm.echo import EchoCommunicator
 from simulate.comm.virtual import VirtualCommunicator
 from simulate.config.hardware import Device, FlopPerSecond
@@ -18,14 +20,12 @@ from simulate.config.run import Run
 from simulate.costs.memory import peak_memory
 from simulate.costs.message_schedule import sent_bytes
 from simulate.costs.step_time import round_time
-from simulate.layers.dtypes import DTYPES
+from simulate.layers.dtypes import CPU
 from simulate.measure.fake_tensors import tracked_memory
-from simulate.measure.one_device import measure_memory_bytes
+from simulate.measure.one_device import made_up_batch, measure_memory_bytes
 from simulate.measure.random_runs import Sample
 from simulate.methods.registry import build_method
-from simulate.models.fake_batch import example_batch
 
-CPU = torch.device("cpu")
 ROOMY = Device(
     kind="memory to spare",
     memory_bytes=10**15,
@@ -36,7 +36,7 @@ ROOMY = Device(
     efficiency=1.0,
     source="guess",
 )
-"""One memory, so that everything a program holds is counted."""
+"""A device without host memory, so that a plan counts everything that a program holds."""
 TIMED_STEPS, UNTIMED_STEPS = 5, 2
 
 
@@ -46,32 +46,33 @@ class Row:
 
     name: str
     how: str
-    """Of the measurement."""
+    """Method of the measurement: tracked, allocator, counted or timed."""
     predicted: float
     measured: float
 
     @property
     def error(self) -> float:
-        """Relative to what was measured; negative where too little was predicted."""
+        """Relative error of the prediction; negative where it is too low."""
         return self.predicted / self.measured - 1
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Of several rows."""
+    """Relative errors of several rows."""
 
     rows: int
     mean: float
+    """Mean of the absolute errors."""
     worst: float
-    """The largest, either way."""
+    """Largest absolute error."""
     furthest_under: float
-    """The lowest, at most 0."""
+    """Lowest error, at most 0."""
     share_under: float
-    """Of rows for which too little was predicted."""
+    """Share of rows whose prediction is too low."""
 
 
 def errors_of(rows: Sequence[Row]) -> Errors:
-    """Sum rows up."""
+    """Summarise the errors of rows."""
     errors = [row.error for row in rows]
     return Errors(
         rows=len(rows),
@@ -88,33 +89,32 @@ def planned_bytes(run: Run) -> int:
 
 
 def tracked_rows(sample: Sample) -> Iterator[Row]:
-    """Yield planned peaks of random runs beside those of their programs, followed without numbers."""
+    """Yield planned peaks of random runs beside those of their programs, tracked with fake tensors."""
     for run in sample.runs():
         tracked = tracked_memory(run, with_host=True)
         yield Row(describe(run), "tracked", planned_bytes(run), tracked.tracked_bytes)
 
 
 def allocated_rows(sample: Sample) -> Iterator[Row]:
-    """Yield planned peaks of small random runs beside the allocator's, which trains them."""
+    """Yield planned peaks of small random runs beside the allocator's while they train."""
     for run in sample.shrunk().runs():
         yield Row(describe(run), "allocator", planned_bytes(run), measure_memory_bytes(run, CPU))
 
 
 def byte_rows(sample: Sample, steps: int = 9) -> Iterator[Row]:
-    """Yield planned bytes of small random runs, over all devices and some steps, beside those that were counted."""
+    """Yield planned bytes of small random runs, of all devices over some steps, beside the bytes counted."""
     for run in sample.shrunk().runs():
         train = run.train.model_copy(update={"steps": steps})
         run = run.model_copy(update={"train": train})
         counted = _counted_bytes(run)
-        if counted:
+        if counted:  # a relative error needs bytes to relate to
             yield Row(describe(run), "counted", sent_bytes(run, run.model.shape(), steps), counted)
 
 
 def _counted_bytes(run: Run) -> int:
     communicator = VirtualCommunicator(run.cluster.devices)
     method = build_method(run, communicator, CPU)
-    inputs, targets = example_batch(run.model, run.train.micro_batch * run.cluster.devices)
-    inputs = inputs.to(DTYPES[run.train.dtype]) if inputs.is_floating_point() else inputs
+    inputs, targets = made_up_batch(run, run.train.micro_batch * run.cluster.devices, CPU)
     for step in range(run.train.steps):
         method.step(inputs, targets, step)
         if method.merge_due(step):
@@ -123,11 +123,11 @@ def _counted_bytes(run: Run) -> int:
 
 
 def time_rows(sample: Sample) -> Iterator[Row]:
-    """Yield the planned seconds of a small run's step on `local`, which is a guess, beside those that it takes here."""
+    """Yield planned seconds of small runs' steps on the profile `local`, a guess, beside measured ones."""
     profile = detect_local()
     device = profile.device[0]
     runs = (sample.shrunk().run(index) for index in itertools.count())
-    # Devices that stop within a round: a step of theirs is no step of this machine.
+    # With a deadline, planned compute is a part of a round, and not comparable with a step.
     in_lockstep = (run for run in runs if not run.method.is_paced)
     for run in itertools.islice(in_lockstep, sample.count):
         planned = round_time(run, run.model.shape(), (device,) * run.cluster.devices, profile.link).compute_s
@@ -137,8 +137,7 @@ def time_rows(sample: Sample) -> Iterator[Row]:
 def _step_s(run: Run) -> float:
     """Return the median seconds of one device's step, by the wall clock."""
     method = build_method(run, EchoCommunicator(run.cluster.devices), CPU)
-    inputs, targets = example_batch(run.model, run.train.micro_batch)
-    inputs = inputs.to(DTYPES[run.train.dtype]) if inputs.is_floating_point() else inputs
+    inputs, targets = made_up_batch(run, run.train.micro_batch, CPU)
     seconds = []
     for step in range(UNTIMED_STEPS + TIMED_STEPS):
         started_s = time.perf_counter()
@@ -148,15 +147,15 @@ def _step_s(run: Run) -> float:
 
 
 def describe(run: Run) -> str:
-    """Return what a run is, in the words of run.toml."""
+    """Return method, network and switches of a run as one line, with run.toml's words."""
     shape, train = run.model.shape(), run.train
     options = run.method.model_dump(exclude_defaults=True)
-    said = [f"{key} {value}" for key, value in options.items() if key not in ("name", "alpha", "steps_taken")]
+    keys = [f"{key} {value}" for key, value in options.items() if key not in ("name", "alpha", "steps_taken")]
     sizes = f"{shape.family} {shape.layers} x {shape.width}, {shape.tokens} tokens, {shape.outputs} outputs"
     given: dict[str, bool] = {train.dtype: train.dtype != "fp32", train.optimizer: train.optimizer != "adamw"}
     given["checkpointing"] = train.activation_checkpointing
     given[f"autocast {train.autocast}"] = train.autocast != "none"
     switches = [name for name, is_on in given.items() if is_on]
     return ", ".join(
-        [f"{run.method.name} on {run.cluster.devices}", *said, sizes, f"batch {train.micro_batch}", *switches]
+        [f"{run.method.name} on {run.cluster.devices}", *keys, sizes, f"batch {train.micro_batch}", *switches]
     )

@@ -1,9 +1,11 @@
-"""What CUDA's caching allocator reserves for a program whose allocations are known; torch-free.
+"""Model of the memory that CUDA's caching allocator reserves for a program with known allocations; torch-free.
 
-It takes memory from the driver in segments, cuts blocks out of them and keeps what is given back (torch's
-c10/cuda/CUDACachingAllocator.cpp, its defaults): sizes are rounded to 512 bytes; blocks of up to 1 MiB come out of
-segments of 2 MiB, larger ones of less than 10 MiB out of 20 MiB, and others get a segment of their own, rounded to
-2 MiB. The smallest free block that is large enough is taken, and the rest of it stays free where it is worth keeping.
+The allocator reserves more than tensors hold, and the difference decides whether a run fits a GPU. It takes memory from
+the driver in segments, cuts blocks out of them and keeps freed blocks (torch's c10/cuda/CUDACachingAllocator.cpp, its
+defaults): sizes are rounded to 512 bytes; blocks of up to 1 MiB come out of segments of 2 MiB, larger ones of less than
+10 MiB out of 20 MiB, and others get a segment of their own, rounded to 2 MiB. The smallest free block that is large
+enough is taken, and the rest of it stays free if it is large enough for its pool. simulate.measure.fake_tensors calls
+`reserved_bytes`.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ class _Block:
 
     size: int
     address: int
-    """Among all segments, which only keeps equal sizes apart."""
+    """Position among all segments; it tells blocks of equal size apart."""
     free: bool = False
     before: _Block | None = None
     after: _Block | None = None
@@ -32,23 +34,24 @@ class _Block:
 
 @dataclass
 class _Pool:
-    """Free blocks by size, of small or of large segments."""
+    """The blocks of all small or of all large segments."""
 
     smallest_rest: int
-    """What is left of a block stays free from this size on."""
+    """A block is cut where the rest has at least this many bytes."""
     free: list[tuple[int, int]] = field(default_factory=list)
+    """Sorted (bytes, address) of free blocks."""
     blocks: dict[int, _Block] = field(default_factory=dict)
-    """By address."""
+    """Blocks by address."""
 
     def take(self, size: int) -> _Block | None:
-        """Return the best fitting free block, if there is any."""
+        """Return the smallest free block of at least `size` bytes, cut to size; None where there is none."""
         index = bisect_left(self.free, (size, -1))
         if index == len(self.free):
             return None
         return self._cut(self.blocks[self.free.pop(index)[1]], size)
 
     def add(self, segment: _Block, size: int) -> _Block:
-        """Return a block out of a new segment."""
+        """Return a block cut out of a new segment."""
         self.blocks[segment.address] = segment
         return self._cut(segment, size)
 
@@ -64,7 +67,7 @@ class _Pool:
         return block
 
     def give_back(self, block: _Block) -> None:
-        """Make a block free, as one with free neighbours."""
+        """Free a block, and join it with its free neighbours."""
         for first, second in ((block, block.after), (block.before, block)):
             if first is None or second is None or not (first.free or first is block):
                 continue
@@ -78,13 +81,13 @@ class _Pool:
                 second.after.before = first
             del self.blocks[second.address]
             block = first
-            block.free = False
+            block.free = False  # not yet: the neighbour before it may join, too
         block.free = True
         insort(self.free, (block.size, block.address))
 
 
 def reserved_bytes(entries: Iterable[tuple[int, int]]) -> int:
-    """Return the bytes of all segments after (key, bytes) entries: allocations, and with negative bytes their ends."""
+    """Return the bytes of all segments after a sequence of (key, bytes): allocations, and frees with negative bytes."""
     small, large = _Pool(ROUNDING), _Pool(SMALL_BLOCK + 1)
     held: dict[int, tuple[_Pool, _Block]] = {}
     reserved = 0
@@ -96,6 +99,7 @@ def reserved_bytes(entries: Iterable[tuple[int, int]]) -> int:
         size = -(-num_bytes // ROUNDING) * ROUNDING
         pool = small if size <= SMALL_BLOCK else large
         found = pool.take(size)
+        # A segment is never returned to the driver, so that the sum is also the peak.
         if found is None:
             segment = _segment_bytes(size)
             found = pool.add(_Block(segment, reserved), size)

@@ -1,10 +1,10 @@
-"""Follow what one device's program allocates without allocating it: fake tensors, whose storages are counted.
+"""Track the memory of one device's program without allocating it: count the storages of fake tensors.
 
-The program is the real one: method, network, loss, optimizer, merge. Fake tensors have shapes and storages but no
-numbers, so a network of billions of parameters takes seconds and little memory. Every storage is followed from the
-operation that makes it to the moment when nothing refers to it any more, which is when the allocator gives it back; a
-test holds the peak against the allocator's own. torch's MemTracker counts likewise, but knows no merges, and no
-parameters that require no gradient.
+`lte plan --verify` checks a plan's memory by it, on any machine. The program is the real one: method, network, loss,
+optimizer, merge. Fake tensors have shapes and storages but no numbers, so a network of billions of parameters takes
+seconds and little memory. Every storage is followed from the operation that makes it until nothing refers to it any
+more, which is when the allocator frees it; a test compares the peak with the allocator's own. torch's MemTracker counts
+likewise, but has neither merges nor parameters without gradients.
 """
 
 from __future__ import annotations
@@ -44,63 +44,65 @@ from simulate.optim.adamw8bit import moment_values
 from simulate.rules.optimizer import CPU_CHUNK_BYTES
 
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "temporary")
-"""Of a device's memory, as simulate.costs.memory has them."""
+"""Parts of a device's memory, the same as in simulate.costs.memory."""
 FACTORS = ("a", "b", "a0", "b0")
 GRADIENT_FIGURES = "gradient_figures"
-"""A phase with a backward pass of its own."""
+"""The phase of diagnostics, which has a backward pass of its own."""
 BUILD = "build"
 """The phase before everything else."""
 
 
 @dataclass(frozen=True)
-class Moment:
-    """What was held at a phase's height, in bytes."""
+class PhasePeak:
+    """Bytes held at the peak of a phase."""
 
     total: int
     by_part: dict[str, int]
+    """Bytes by PARTS."""
 
 
 @dataclass
 class Log:
-    """Everything that was allocated and given back, in order."""
+    """Allocations and frees of a program, in order."""
 
     entries: list[tuple[int, int, str]] = field(default_factory=list)
-    """(storage, bytes: negative where it is given back, phase)."""
+    """(storage, bytes, phase); bytes are negative where the storage is freed."""
     parts: dict[int, str] = field(default_factory=dict)
-    """What a storage turned out to be; those that are missing were temporary."""
+    """Storage → its part, as found out later; those that are missing are temporary."""
     host: set[int] = field(default_factory=set)
-    """Storages that stay in the host's memory where it has its own."""
+    """Storages that stay in the host's memory where it is apart from the device's."""
     mapped: set[int] = field(default_factory=set)
-    """Those of them that lie in files, which no allocator sees."""
+    """Storages of `host` that lie in memory-mapped files, which no allocator sees."""
 
-    def moments(self, with_host: bool) -> dict[str, Moment]:
-        """Return each phase's height, by part; `with_host` where device and host share one memory."""
-        held, heights = dict.fromkeys(PARTS, 0), dict[str, Moment]()
+    def peaks(self, with_host: bool) -> dict[str, PhasePeak]:
+        """Return the peak of each phase; `with_host` where device and host share one memory."""
+        held, peaks = dict.fromkeys(PARTS, 0), dict[str, PhasePeak]()
         for storage, num_bytes, phase in self.device_entries(with_host):
             held[self.parts.get(storage, "temporary")] += num_bytes
             total = sum(held.values())
-            if num_bytes > 0 and (phase not in heights or total > heights[phase].total):
-                heights[phase] = Moment(total, dict(held))
-        return heights
+            if num_bytes > 0 and (phase not in peaks or total > peaks[phase].total):
+                peaks[phase] = PhasePeak(total, dict(held))
+        return peaks
 
     def device_entries(self, with_host: bool) -> Iterator[tuple[int, int, str]]:
-        """Yield the entries of what lies in the device's memory."""
+        """Yield the entries of storages in the device's memory."""
         apart = self.mapped if with_host else self.host
         return (entry for entry in self.entries if entry[0] not in apart)
 
     def device_requests(self, with_host: bool) -> Iterator[tuple[int, int]]:
-        """Yield (storage, bytes) of what the device is asked for, in order: of the build, on the host, what is left."""
+        """Yield (storage, bytes) of the device's allocations and frees, in order."""
+        # A network is built on the host, and only tensors that outlive the build move to the device.
         gone = {storage for storage, num_bytes, phase in self.entries if num_bytes < 0 and phase == BUILD}
         return ((key, num_bytes) for key, num_bytes, _ in self.device_entries(with_host) if key not in gone)
 
     @property
     def host_bytes(self) -> int:
-        """Bytes that stay in the host's memory where it has its own."""
+        """Bytes that stay in the host's memory where it is apart from the device's."""
         return sum(num_bytes for storage, num_bytes, _ in self.entries if storage in self.host and num_bytes > 0)
 
 
 class _Follower(TorchDispatchMode):
-    """Sees every operation; what it is given that is real (numbers from Python: counters, shares) stays real."""
+    """Logs the storages of every operation; operations on real tensors alone (counters, shares) stay real."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +115,7 @@ class _Follower(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if LazyWeight in types:
-            return NotImplemented  # it calls again with what it makes, within sight
+            return NotImplemented  # it materialises the weight, and calls again with a plain tensor
         kwargs = kwargs or {}
         self._follow_backward()
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -124,16 +126,17 @@ class _Follower(TorchDispatchMode):
             result = func(*args, **kwargs)
         scratch = _SCRATCH.get(func.name())
         if scratch is not None:
-            self._add(scratch_bytes := scratch(*args), storage := self._new())
+            storage, scratch_bytes = len(self.log.entries), scratch(*args)
+            self._add(scratch_bytes, storage)
             self._add(-scratch_bytes, storage)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                self._see(tensor)
+                self._track(tensor)
         return result
 
     def enter(self, phase: str, method: Method, host: Sequence[Tensor]) -> None:
-        """Name what comes next, and what is there; a state that a merge drops is gone later."""
-        self.name_state(method)
+        """Begin a phase of the program."""
+        self.name_state(method)  # now, since a merge may drop state
         in_files = [self._known[tensor.untyped_storage()._cdata] for tensor in host]
         self.log.host.update(in_files)
         self.log.mapped.update(in_files)
@@ -142,7 +145,7 @@ class _Follower(TorchDispatchMode):
     def _follow_backward(self) -> None:
         in_backward = torch._C._current_graph_task_id() != -1
         if in_backward and not self._in_backward:
-            # What is held now and turns out to be nothing that stays is what the forward pass left behind.
+            # Of what is held now, all that is not named as state later was kept by the forward pass.
             for storage in self._known.values():
                 self.log.parts.setdefault(storage, "activations")
             if self.phase != GRADIENT_FIGURES:
@@ -162,18 +165,16 @@ class _Follower(TorchDispatchMode):
             if parameter.grad is not None:
                 self._name(parameter.grad, "gradients")
 
-    def _new(self) -> int:
-        return len(self.log.entries)
-
     def _add(self, num_bytes: int, storage: int) -> None:
         self.log.entries.append((storage, num_bytes, self.phase))
 
-    def _see(self, tensor: Tensor) -> None:
+    def _track(self, tensor: Tensor) -> None:
+        """Log a tensor's storage if it is new, and its free when nothing refers to it any more."""
         storage = tensor.untyped_storage()
         key, num_bytes = storage._cdata, storage.nbytes()
         if key in self._known or num_bytes == 0 or tensor.device.type == "meta":
             return
-        self._known[key] = number = self._new()
+        self._known[key] = number = len(self.log.entries)  # the number of its entry tells it from reused addresses
         self._add(num_bytes, number)
 
         def gone(_: object) -> None:
@@ -188,11 +189,12 @@ class _Follower(TorchDispatchMode):
             self.log.parts[number] = part
 
     def name_state(self, method: Method) -> None:
-        """Say what is what of that which stays from step to step."""
+        """Name the part of each storage that stays from step to step."""
         self._leave_backward()
         for name, tensor in method.state_dict().items():
             kind = name.partition(".")[0]
             self._name(tensor, "weights" if kind == "model" else "optimizer")
+            # These copies of weights stay on the host, in files where the device's weights are quantised.
             if name.endswith((".start_weight", ".master")):
                 self._name(tensor, "weights")
                 storage = self._known[tensor.untyped_storage()._cdata]
@@ -207,14 +209,14 @@ class _Follower(TorchDispatchMode):
 
 
 class _ForgetfulConverter(FakeTensorConverter):
-    """Keeps no weak references to fake tensors, which would not let modules convert their parameters."""
+    """A converter without weak references to fake tensors, with which modules could not convert their parameters."""
 
     def set_tensor_memo(self, t: Tensor, v: FakeTensor) -> None:
         pass
 
 
 def _log_sum_exp_scratch(x: Tensor, dims: list[int], *_: object) -> int:
-    """The exponentials, the largest of each row, and the sums that become the result."""
+    """Return the bytes of the exponentials, and of each row's maximum and sum."""
     return (x.numel() + 2 * x.numel() // x.shape[dims[0]]) * x.element_size()
 
 
@@ -226,12 +228,12 @@ _SCRATCH: Mapping[str, Callable[..., int]] = {
     "aten::logsumexp": _log_sum_exp_scratch,
     "bitsandbytes::optimizer_update_8bit_blockwise": _eight_bit_scratch,
 }
-"""Bytes that operations hold inside, where nobody else sees them."""
+"""Operation → bytes that its kernel allocates and frees inside, which no dispatcher sees."""
 
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Make no numbers within."""
+    """Make tensors without numbers inside the context."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     mode.fake_tensor_converter = _ForgetfulConverter()
     with mode:
@@ -240,44 +242,47 @@ def fake_tensors() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Tracked:
-    """What one device's program was seen to hold, in bytes, without what the system keeps for itself."""
+    """Memory of one device's program in bytes, without what the system reserves."""
 
     tracked_bytes: int
-    """The peak."""
+    """Bytes at the peak."""
     by_part: dict[str, int]
+    """Bytes at the peak by PARTS."""
     by_phase: dict[str, int]
+    """Bytes at the peak of each phase."""
     allocator_bytes: int
-    """What CUDA's caching allocator would have reserved for it."""
+    """Bytes that CUDA's caching allocator would reserve."""
     host_bytes: int
-    """Beside it, in the host's memory."""
+    """Bytes in the host's memory beside it."""
 
 
 def tracked_memory(run: Run, with_host: bool) -> Tracked:
-    """Follow a run's program; `with_host` where device and host share one memory.
+    """Track a run's program; `with_host` where device and host share one memory.
 
-    Raises InputError for a network of the user's that cannot be followed.
+    Raises InputError for a user's network that cannot be tracked.
     """
     log = track(run)
-    moments = log.moments(with_host)
-    moments.pop(BUILD)  # takes place before anything moves to the device
-    highest = max(moments.values(), key=lambda moment: moment.total)
+    peaks = log.peaks(with_host)
+    peaks.pop(BUILD)  # takes place on the host, before anything moves to the device
+    highest = max(peaks.values(), key=lambda peak: peak.total)
     return Tracked(
         tracked_bytes=highest.total,
         by_part=highest.by_part,
-        by_phase={phase: moment.total for phase, moment in moments.items()},
+        by_phase={phase: peak.total for phase, peak in peaks.items()},
         allocator_bytes=reserved_bytes(log.device_requests(with_host)),
         host_bytes=0 if with_host else log.host_bytes,
     )
 
 
 def track(run: Run, program: Program = train_alone) -> Log:
-    """Return what one device's program allocates over steps, merges and an evaluation."""
-    run.model.shape()  # of a network without a name: found out with numbers
+    """Return the allocations of one device's program over steps, merges and an evaluation."""
+    # These results are cached for the whole process: computed under fake tensors, they would have no numbers later.
+    run.model.shape()
     if run.method.frozen_format.startswith("nf4"):
-        nf4_levels()  # kept for later, so with numbers
+        nf4_levels()
     if run.train.optimizer_state == "8bit":
         moment_values(CPU)
-    gc.collect()  # what is freed late would be taken for the program's
+    gc.collect()  # tensors of earlier work that are freed later would be counted as the program's
     follower = _Follower()
     try:
         with fake_tensors(), follower:
@@ -287,7 +292,7 @@ def track(run: Run, program: Program = train_alone) -> Log:
         if not isinstance(run.model, FactoryModel):
             raise
         raise InputError(
-            f"model.name = {run.model.name!r}: what it does depends on numbers ({error}), so that its memory cannot be "
-            "followed without them; leave --verify away, lte train measures it"
+            f"model.name = {run.model.name!r}: its operations depend on numbers ({error}), so its memory cannot be "
+            "tracked without them; leave --verify away, lte train measures it"
         ) from error
     return follower.log

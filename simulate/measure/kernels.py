@@ -1,7 +1,8 @@
-"""What a device's kernels reach, by size: products, attention, AdamW, and what is left of whole steps.
+"""Measure the rates of a device's kernels by size: products, attention, AdamW, and the rest of whole steps.
 
-Products, attention and the optimizer are timed alone. Steps of small networks by this program's own loop then tell what
-starting a layer's kernels takes, and everything elementwise is what a larger network's step takes beside all that.
+Products, attention and the optimizer are timed alone. Steps of the smallest networks give the seconds of starting a
+layer's kernels, and elementwise work is the rest of a larger network's step. `lte profile measure` stores the figures
+in a profile (simulate.measure.machine), and simulate.costs.kernel_time plans steps with them.
 
 Legend: M rows, I inputs, O outputs, R rank; S samples, A heads, T tokens, E numbers of a head.
 """
@@ -41,24 +42,26 @@ from simulate.models.fake_batch import example_batch
 
 FLOAT_BYTES = 4
 BIN = 1.25
-"""Products whose sizes are closer than this factor share a point, the median of their rates."""
+"""Products whose sizes differ by less than this factor are merged to one point, the median of their rates."""
 Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured: (rows, inputs, outputs), (tokens, numbers of a head), elements, (layers, width, samples).
-
-    Steps are GPT's, and those of other families.
-    """
+    """Sizes at which kernels and steps are measured."""
 
     products: Sequence[tuple[int, int, int]]
+    """(rows, inputs, outputs) of a layer."""
     attention: Sequence[tuple[int, int]]
+    """(tokens, numbers of a head)."""
     optimizer: Sequence[int]
+    """Elements of a parameter."""
     steps: Sequence[tuple[int, int, int]]
+    """(layers, width, samples) of GPT."""
     family_steps: Sequence[tuple[int, int, int]] = ()
+    """(layers, width, samples) of each other family."""
     packing: Sequence[int] = ()
-    """Sides of the matrices that are packed and unpacked."""
+    """Sides of the matrices that are quantised and dequantised."""
 
 
 FULL = Sizes(
@@ -86,7 +89,7 @@ QUICK = Sizes(
     packing=[96, 512],
 )
 TINY_WIDTH, TINY_LAYERS = 16, (1, 5)
-"""Of the networks whose steps are nothing but the starting of kernels."""
+"""Width and layers of the networks whose steps are nothing but the starting of kernels."""
 
 
 def measure_kernels(watch: Stopwatch, sizes: Sizes, log: Log) -> Kernels:
@@ -99,7 +102,7 @@ def measure_kernels(watch: Stopwatch, sizes: Sizes, log: Log) -> Kernels:
         for is_causal in (True, False)
     )
     log("AdamW")
-    call_s = _adam_s(watch, 1)  # counted with what starting a step takes
+    call_s = _adam_s(watch, 1)  # the start of the call, which is part of the seconds of starting a step
     optimizer = sorted(_optimizer(watch, elements, call_s) for elements in sizes.optimizer)
     log("steps of the smallest networks")
     step_s, layer_s, adapter_s = _starting(watch)
@@ -123,7 +126,7 @@ def measure_kernels(watch: Stopwatch, sizes: Sizes, log: Log) -> Kernels:
 
 
 def measure_products(watch: Stopwatch, shapes: Sequence[tuple[int, int, int]]) -> Points:
-    """Return [FLOP per element, FLOP/s] of a layer's three products, and of B·A added to W for ranks inside."""
+    """Return [FLOP per element, FLOP/s] of a layer's three products, and of W + B·A where `inputs` is a rank."""
     points = []
     for rows, inputs, outputs in shapes:
         x_MI, w_OI = (torch.randn(n, inputs, device=watch.device) for n in (rows, outputs))
@@ -141,7 +144,7 @@ def measure_products(watch: Stopwatch, shapes: Sequence[tuple[int, int, int]]) -
 
 
 def packed_formats() -> tuple[PackedFormat, ...]:
-    """Return the formats that can be unpacked here: NF4's kernel is a library's."""
+    """Return the formats that can be dequantised here; NF4 needs a library that may be missing."""
     known: tuple[PackedFormat, ...] = get_args(PackedFormat)
     has_nf4 = importlib.util.find_spec(NF4_LIBRARY) is not None
     return tuple(name for name in known if has_nf4 or not name.startswith("nf4"))
@@ -150,7 +153,7 @@ def packed_formats() -> tuple[PackedFormat, ...]:
 def measure_packing(
     watch: Stopwatch, sides: Sequence[int]
 ) -> tuple[dict[PackedFormat, Points], dict[PackedFormat, Points]]:
-    """Return [weights, weights/s] of unpacking square matrices, and of packing them, by format."""
+    """Return [weights, weights/s] of dequantising square matrices, and of quantising them, by format."""
     unpack: dict[PackedFormat, Points] = {}
     pack: dict[PackedFormat, Points] = {}
     for name in packed_formats() if sides else ():
@@ -165,7 +168,11 @@ def measure_packing(
 
 
 def _attention(watch: Stopwatch, tokens: int, width: int, is_causal: bool) -> list[float]:
-    """Forward and backward of attention; causal one at half of all pairs' operations, as shapes count it."""
+    """Return [FLOP per element, FLOP/s] of attention, forward and backward.
+
+    Causal attention counts half of all pairs of tokens, as simulate.models.shapes does.
+    """
+    # About 1024 tokens in each call, so that short sequences, too, fill the device.
     rows = max(1, 1024 // tokens)
     q, k, v = (torch.randn(rows, 4, tokens, width, device=watch.device, requires_grad=True) for _ in range(3))
 
@@ -181,6 +188,7 @@ def _attention(watch: Stopwatch, tokens: int, width: int, is_causal: bool) -> li
 def _optimizer(watch: Stopwatch, elements: int, call_s: float) -> list[float]:
     moved_bytes = (ADAM_ELEMENTS_MOVED + ADAM_MOMENTS_MOVED) * elements * FLOAT_BYTES
     taken_s = _adam_s(watch, elements)
+    # Noise may make a small update hardly longer than an empty call; its rate must stay finite.
     return [float(moved_bytes), moved_bytes / max(taken_s - call_s, 0.1 * taken_s)]
 
 
@@ -191,7 +199,8 @@ def _adam_s(watch: Stopwatch, elements: int) -> float:
 
 
 def _starting(watch: Stopwatch) -> tuple[float, float, float]:
-    """Return the seconds of a step, of a layer in it and of an adapter, from two depths of the smallest network."""
+    """Return the seconds of starting a step, a layer and an adapter, from two depths of the smallest network."""
+    # At this size the seconds are step + layer · layers: two depths give both; LTE's layers have an adapter on top.
     figures = []
     for name in ("ddp", "lte"):
         few_s, many_s = (step_s(watch, text_run(layers, TINY_WIDTH, 1, name, context=8)) for layers in TINY_LAYERS)
@@ -202,7 +211,7 @@ def _starting(watch: Stopwatch) -> tuple[float, float, float]:
 
 
 def _elementwise(watch: Stopwatch, rates: KernelRates, run: Run) -> list[float]:
-    """Return [bytes of an activation, bytes/s] of all that a dense step does beside products, attention and AdamW."""
+    """Return [bytes of an activation, bytes/s] of a dense step's work beside products, attention and AdamW."""
     shape = run.model.shape()
     taken_s = step_s(watch, run)
     moved = holding(run, shape).trained * FLOAT_BYTES
@@ -210,8 +219,8 @@ def _elementwise(watch: Stopwatch, rates: KernelRates, run: Run) -> list[float]:
     known_s = products_s((*block_products(run, shape, False), outer_product(shape, run.train.micro_batch)), rates)
     known_s += attention_s(run, shape, rates) + rates.optimizer.seconds(adam, adam + clip)
     known_s += rates.step_s + rates.layer_s * sum(linear.count for linear in shape.adapted)
-    moved_bytes = elementwise_s(run, shape, rates)  # at a rate of one byte a second
-    # A product alone may be timed slower than inside of a step; something elementwise is always left.
+    moved_bytes = elementwise_s(run, shape, rates)  # `rates` has one byte a second for it: seconds are bytes
+    # A product alone may take longer than within a step, so that nothing would be left for elementwise work.
     activation_bytes = float(run.train.micro_batch * shape.tokens * shape.width * FLOAT_BYTES)
     return [activation_bytes, moved_bytes / max(taken_s - known_s, 0.05 * taken_s)]
 
@@ -226,13 +235,7 @@ def family_run(family: OtherFamily, layers: int, width: int, samples: int) -> Ru
         inner = {"tokens_width": width // 2, "channels_width": 4 * width}
         sizes |= {"attention_heads": width // 32} if family == "vit" else inner
     name = {"llama": "llama", "vit": "vit", "mixer": "mixer_s16"}[family]
-    data = "stdlib" if family == "llama" else "digits"
-    return build_run(
-        {
-            "model": {"name": name, **sizes}, "data": {"name": data}, "method": {"name": "ddp"},
-            "train": {"steps": 10_000, "micro_batch": samples}, "cluster": {"devices": 1},
-        }
-    )  # fmt: skip
+    return timed_run({"name": name, **sizes}, {"name": "ddp"}, samples)
 
 
 def text_run(layers: int, width: int, samples: int, method: str = "ddp", context: int = 64, **keys: Any) -> Run:
@@ -240,10 +243,16 @@ def text_run(layers: int, width: int, samples: int, method: str = "ddp", context
     heads = max(1, width // 32)
     model = {"name": "gpt", "layers": layers, "width": width, "attention_heads": heads, "context": context, "vocab": 64}
     adapters = {"rank": 4, "reset": "b", "frozen_a": False} if method == "lte" else {}
+    return timed_run(model, {"name": method, **adapters, **keys}, samples)
+
+
+def timed_run(model: dict[str, Any], method: dict[str, Any], samples: int, devices: int = 1) -> Run:
+    """Return a run whose steps are timed, with data of the kind that the model reads."""
+    data = "stdlib" if model["name"] in ("gpt", "llama") else "digits"
     return build_run(
         {
-            "model": model, "data": {"name": "stdlib"}, "method": {"name": method, **adapters, **keys},
-            "train": {"steps": 10_000, "micro_batch": samples}, "cluster": {"devices": 1},
+            "model": model, "data": {"name": data}, "method": method,
+            "train": {"steps": 10_000, "micro_batch": samples}, "cluster": {"devices": devices},
         }
     )  # fmt: skip
 
@@ -257,7 +266,7 @@ def step_s(watch: Stopwatch, run: Run, least: int = 7) -> float:
 
 
 def merged(points: Any) -> Points:
-    """Return points by size, neighbours within BIN as one with their median rate."""
+    """Return points sorted by size; neighbours within the factor BIN are merged to their median."""
     groups: list[list[list[float]]] = []
     for point in sorted(points):
         if groups and point[0] < groups[-1][0][0] * BIN:

@@ -1,4 +1,8 @@
-"""What a machine is and holds, how fast its memory and disk are, and the whole as a profile."""
+"""Measure this machine as a profile: kernels, memory bandwidth, peaks, disk.
+
+A plan's times are as good as its profile's rates, so measured rates replace guesses. `lte profile measure` calls
+`measure_profile`; simulate.measure.kernels measures the kernels.
+"""
 
 from __future__ import annotations
 
@@ -26,22 +30,25 @@ PEAK_SIZE, PROBE_SIZE = 1024, 128
 FORMATS = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
 DISK_BYTES, DISK_REPEATS = 2**26, 5
 QUICK_S, FULL_S = 0.15, 0.8
-"""For the repetitions of one program."""
+"""Seconds for the repetitions of one program."""
 
 
 @dataclass(frozen=True)
 class MeasurementScope:
-    """What to measure, and how."""
+    """Options of a measurement."""
 
     quick: bool = False
+    """Whether to measure fewer sizes, each for a shorter time."""
     devices: int = 1
+    """Number of devices, alike, in the profile."""
     threads: int | None = None
-    """Of the processor; None: as many as torch takes."""
+    """Threads of the processor; None: torch's default."""
     device: str = "auto"
+    """auto, cpu or cuda."""
 
 
 def measure_profile(wanted: MeasurementScope, link: Link, log: Log, sizes: Sizes | None = None) -> Profile:
-    """Measure this machine; links are taken as given."""
+    """Measure this machine and return its profile; `link` is taken over, since one machine cannot measure it."""
     started = time.monotonic()
     threads = torch.get_num_threads()
     if wanted.threads:
@@ -76,7 +83,7 @@ def _device(
     detected = (local_gpu_profile() if cuda else None) or detect_local()
     own = detected.device[0]
     fastest = max(rate for _, rate in (*kernels.products, *kernels.attention, *(kernels.full_attention or ())))
-    peaks = {**peaks, "fp32": max(peaks["fp32"], fastest)}
+    peaks = {**peaks, "fp32": max(peaks["fp32"], fastest)}  # no kernel may be above the peak
     middle = sorted(rate for _, rate in kernels.products)[len(kernels.products) // 2]
     asked = {key: own.sources[key] for key in ("memory_bytes", "reserved_bytes", "host_memory_bytes")}
     return own.model_copy(
@@ -86,7 +93,7 @@ def _device(
             "efficiency": min(1.0, middle / peaks["fp32"]), "kernels": kernels, "source": "measured",
             "disk_write_bytes_per_s": disk.write_bytes_per_s, "disk_flush_s": disk.flush_s,
             "sources": {
-                "count": "as asked for, all alike",
+                "count": "as requested, all equal",
                 **asked,
                 "memory_bytes_per_s": f"measured: a copy of {COPY_BYTES // 2**20} MiB, read and written",
                 "flop_per_s": f"measured: products of {PEAK_SIZE} x {PEAK_SIZE} matrices, the fastest product of all",
@@ -102,14 +109,15 @@ def _device(
 def _copy_bytes_per_s(watch: Stopwatch, num_bytes: int) -> float:
     source = torch.zeros(num_bytes // 4, device=watch.device)
     target = torch.empty_like(source)
+    # A copy reads and writes each byte.
     return 2 * num_bytes / watch.seconds(f"copy of {num_bytes} bytes", lambda: target.copy_(source), most=10)
 
 
 def _peaks(watch: Stopwatch) -> dict[str, float]:
-    """Return products' rates by format; half precision that is no faster than fp32 is nothing to plan with."""
+    """Return FLOP/s of products by format; half precision only where it is faster than fp32."""
     rates = {name: _product_flop_per_s(watch, name, PEAK_SIZE) for name in ("fp32", "fp64")}
     for name in ("bf16", "fp16"):
-        # Emulated formats can be a thousand times slower, so a small product decides.
+        # Emulated formats can be a thousand times slower, so a small product decides whether to time a large one.
         if _multiplies(watch.device, name) and _probe_s(watch.device, name) < 2 * _probe_s(watch.device, "fp32"):
             rates[name] = _product_flop_per_s(watch, name, PEAK_SIZE)
     return {name: rate for name, rate in rates.items() if name in ("fp32", "fp64") or rate > rates["fp32"]}
@@ -155,25 +163,27 @@ def _measurement(watch: Stopwatch, wanted: MeasurementScope, started: float, dis
 
 @dataclass(frozen=True)
 class Disk:
-    """How fast parts of checkpoints reach the disk."""
+    """Speed of writing parts of checkpoints to the disk."""
 
     write_bytes_per_s: float
     flush_s: float
-    """Of a part with hardly a byte."""
+    """Seconds for a part with one byte."""
 
 
 def measure_disk(num_bytes: int) -> Disk:
-    """Write parts of checkpoints into this folder, by the wall clock; raises InputError where it cannot be written."""
+    """Time the writing of parts of checkpoints into the current folder; raises InputError where that is refused."""
     try:
         with tempfile.TemporaryDirectory(dir=".", prefix=".lte-disk-") as folder:
             flush_s, whole_s = (_part_s(Path(folder), size) for size in (1, num_bytes))
     except OSError as error:
         where = f"the disk of {Path.cwd()} cannot be measured ({error.strerror})"
         raise InputError(f"{where}; run this in a folder where runs can be saved") from None
+    # Noise must not make the flush longer than the whole.
     return Disk(num_bytes / max(whole_s - flush_s, whole_s / 2), flush_s)
 
 
 def _part_s(folder: Path, num_bytes: int) -> float:
+    # Random bytes, since some file systems compress.
     tensors = {"noise": torch.frombuffer(bytearray(os.urandom(num_bytes)), dtype=torch.uint8)}
     seconds = []
     for _ in range(DISK_REPEATS):

@@ -1,7 +1,9 @@
-"""Measure what one device of a run really allocates: its program alone, for a few steps and a merge.
+"""Run the program of one device of a run alone, for a few steps and a merge, and measure its memory.
 
-The simulation holds all devices in one process and shares what they have in common, so its own footprint says little
-about one device's. Here one device runs by itself: its batch, its adapters, everyone's factors at the merge.
+A simulation holds all devices in one process and shares tensors between them, so its own memory says little about one
+device's. Here one device runs by itself: its batch, its adapters, all devices' factors at the merge. `lte train` and
+launched runs report the allocator's peak (`measure_memory_bytes`); simulate.measure.fake_tensors tracks the same
+program without allocating.
 """
 
 from __future__ import annotations
@@ -26,28 +28,33 @@ from simulate.rules.method_plan import plan_of
 from simulate.training.diagnostics import Diagnostics, GradientSums
 
 STEPS_OF_ROUNDS = (1, 2)
-"""The first step allocates optimizer state, the first merge what it remembers; after that every round is alike."""
+"""Steps of each of two rounds: the first step allocates optimizer state, the first merge its buffers; later rounds
+allocate nothing new."""
 DRAWN_STEPS = 60
-"""At most, until all of AdaMix's experts were drawn."""
-
+"""Steps at most until all of AdaMix's experts were drawn."""
 
 Watch = Callable[[str, Method, Sequence[Tensor]], None]
-"""Told of each phase before it begins, of the method that goes through it, and of what lies in files of the host."""
+"""Called before each phase with its name, the method, and new tensors that lie in files of the host."""
 Program = Callable[[Run, torch.device, Watch], Method]
 
 
+def made_up_batch(run: Run, samples: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return inputs and targets of made-up samples, in the dtype that the run's data would have."""
+    inputs, targets = (tensor.to(device) for tensor in example_batch(run.model, samples))
+    return inputs.to(DTYPES[run.train.dtype]) if inputs.is_floating_point() else inputs, targets
+
+
 def unwatched(phase: str, method: Method, host: Sequence[Tensor]) -> None:
-    """Tell nobody."""
+    """Ignore a phase."""
 
 
 def train_alone(run: Run, device: torch.device, watch: Watch = unwatched) -> Method:
-    """Train one device of a run on made-up samples, for some steps, merges and an evaluation, and diagnose it if it is.
+    """Train one device of a run on made-up samples, for some steps, merges and an evaluation; with its diagnostics.
 
-    A round's figures depend on numbers: where there are none, only gradients are taken.
+    The figures of a round depend on numbers, so fake tensors skip them and take only those of gradients.
     """
     method = build_method(run, EchoCommunicator(run.cluster.devices), device)
-    inputs, targets = (tensor.to(device) for tensor in example_batch(run.model, run.train.micro_batch))
-    inputs = inputs.to(DTYPES[run.train.dtype]) if inputs.is_floating_point() else inputs
+    inputs, targets = made_up_batch(run, run.train.micro_batch, device)
     last = run.train.steps - 1
     plan = plan_of(run.method)
     late = plan.measured_delay_steps
@@ -69,7 +76,7 @@ def train_alone(run: Run, device: torch.device, watch: Watch = unwatched) -> Met
             if method.merged_weights_ready(sent):
                 watch("evaluation", method, ())
                 evaluate_batch(method, empty, inputs, targets)
-            steps(late + 1, sent + 1)  # one more: an arrival may have dropped optimizer state
+            steps(late + 1, sent + 1)  # one more, since applying the merge may drop optimizer state
         if diagnostics is not None and active_fake_mode() is None:
             watch("round_figures", method, ())
             diagnostics.of_round(last)
@@ -113,7 +120,7 @@ def measure_memory_bytes(run: Run, device: torch.device) -> int:
 
 @torch.no_grad()
 def evaluate_batch(method: Method, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Return the losses of a batch, (M,), by the merged weights on a plain network without storage."""
+    """Return the losses of a batch, (M,), with the merged weights in a plain network without storage of its own."""
     outputs = functional_call(model, method.weights_in_use(), (inputs,), tie_weights=False)
     return row_losses(outputs, targets)
 

@@ -1,6 +1,7 @@
-"""Runs of random sizes, which no closed form was fitted to: what plans are held against. Torch-free.
+"""Runs with random sizes and options, to compare plans with measurements; torch-free.
 
-A run is addressed by (seed, index), so that a list of them can be cut or split and stays the same.
+No closed form was fitted to them. A run is addressed by (seed, index), so that a list of runs can be cut or split and
+its runs stay the same. `lte validate` and the tests of memory measure them, through simulate.measure.accuracy.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ METHODS = (
     "lte", "ddp", "diloco", "lora", "lte", "local-sgd", "topk", "lte", "relora", "powersgd", "lte", "mhlora", "daso",
     "sapipe", "lte", "signsgd", "adamix",
 )  # fmt: skip
-"""In turns; their number and that of the families have no common divisor, so that every pair comes up."""
+"""Methods in turns; their number and that of the families have no common divisor, so that every pair occurs."""
 LAYERS = (2, 3, 4, 5, 6, 8, 12)
 MANY_LAYERS, MANY_EVERY = (16, 24, 32, 40), 8
-"""Depth takes time, and does little else: every few runs a deep one."""
+"""Layers of deep networks, and the runs from one to the next: depth costs time and shows little else."""
 WIDTHS = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 CONTEXTS = (32, 64, 96, 128, 256, 384, 512, 1024, 2048)
 RANKS = (2, 4, 8, 16, 32, 64)
 WIRES = ("full", "full", "fp16", "bf16", "int8", "int4")
 SMALL = {"widths": (64, 96, 128), "contexts": (16, 32, 48), "layers": (2, 3), "ranks": (2, 4, 8)}
-"""Small enough to be trained for real within a second or two."""
+"""Sizes of runs that train within a second or two."""
 MERGE_EVERY = 4
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Which random runs."""
+    """A number of random runs, and what they have in common."""
 
     count: int
     seed: int = 0
@@ -42,14 +43,14 @@ class Sample:
     """One of FAMILIES; None: all of them in turns."""
     autocast: str = "none"
     small: bool = False
-    """Small enough to be measured by training them."""
+    """Whether the networks are small enough to be measured by training them."""
 
     def runs(self) -> list[Run]:
-        """Return the runs: the first ones of a longer sample of the same seed."""
+        """Return the runs; a longer sample of the same seed begins with them."""
         return [self.run(index) for index in range(self.count)]
 
     def run(self, index: int) -> Run:
-        """Return one random run: every method, reset, transport, wire and optimizer comes up in some hundred."""
+        """Return one random run; a hundred of them hold every method, reset, transport, wire and optimizer."""
         draw = random.Random(f"held-out {self.seed} {index}")
         devices, heads = draw.choice((2, 3, 4, 8)), draw.choice((1, 1, 2, 4))
         model = _model(draw, self.family or FAMILIES[index % len(FAMILIES)], index, self.small)
@@ -67,7 +68,7 @@ class Sample:
         return build_run({"model": model, "method": method, "train": train, "cluster": {"devices": devices}})
 
     def shrunk(self) -> Sample:
-        """Return as many runs that are small."""
+        """Return the sample with small networks."""
         return replace(self, small=True)
 
 
@@ -93,7 +94,7 @@ def _model(draw: random.Random, family: str, index: int, small: bool) -> Table:
 
 
 def _method(draw: random.Random, name: str, heads: int, devices: int, model: Table, small: bool) -> Table:
-    limit = model["width"]  # of a rank, by the smallest adapted layer
+    limit = model["width"]  # a rank is at most the smallest dimension of an adapted layer
     if "tokens_width" in model:
         limit = min(limit, model["tokens_width"], (model["image"] // model["patch"]) ** 2)
     rank = min(draw.choice(SMALL["ranks"] if small else RANKS), limit)
@@ -123,7 +124,7 @@ def _lte(draw: random.Random, rank: int, heads: int, devices: int, model: Table)
 
 
 def _uneven(draw: random.Random, devices: int) -> Table:
-    """Devices of unequal speed; the first one, which is looked at, takes all steps."""
+    """Return options for devices of unequal speed; the first one, which is measured, takes all steps."""
     others = [draw.randint(1, MERGE_EVERY) for _ in range(devices - 1)]
     return {"pace": "deadline", "steps_taken": [[MERGE_EVERY, *others]]}
 

@@ -1,6 +1,7 @@
-"""Steps of networks that no calibration used: what a profile plans for them, and what they take here.
+"""Planned and measured seconds of steps, for networks that the measurement of a profile did not use.
 
-Each step is the real one of its method on one device's program, whose peers answer at once: exchanges take no part.
+Each is the real step of one device's program, whose peers answer at once, so that exchanges take no time. The errors
+show how far a measured profile can be trusted: `lte validate` and bench/step_time.py print them.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ import torch
 
 from simulate.common.errors import InputError
 from simulate.config.hardware import Profile
-from simulate.config.run import Run, build_run
+from simulate.config.run import Run
 from simulate.costs.step_time import device_step_s
-from simulate.measure.kernels import packed_formats, step_s
+from simulate.measure.kernels import packed_formats, step_s, timed_run
 from simulate.measure.timer import Stopwatch
 
 LEAST_STEPS = 7
 DEVICES = 2
 LTE = {"name": "lte", "rank": 8}
+IMAGES = {"image": 32, "patch": 4, "colours": 3, "classes": 10}
 BUDGET_S = 0.5
+"""Seconds for the steps of one case."""
 
 
 @dataclass(frozen=True)
@@ -34,24 +37,16 @@ class Case:
     samples: int
 
     def run(self) -> Run:
-        """Return it as a run."""
-        data = "stdlib" if self.model["name"] in ("gpt", "llama") else "digits"
-        return build_run(
-            {
-                "model": self.model, "data": {"name": data}, "method": self.method,
-                "train": {"steps": 10_000, "micro_batch": self.samples}, "cluster": {"devices": DEVICES},
-            }
-        )  # fmt: skip
+        """Return the case as a run."""
+        return timed_run(self.model, self.method, self.samples, DEVICES)
 
 
 def _gpt(layers: int, width: int, context: int) -> dict[str, Any]:
-    sizes = {"layers": layers, "width": width, "attention_heads": 4, "context": context, "vocab": 256}
-    return {"name": "gpt", **sizes}
+    return {"name": "gpt", "layers": layers, "width": width, "attention_heads": 4, "context": context, "vocab": 256}
 
 
 def _vit(layers: int, width: int) -> dict[str, Any]:
-    image = {"image": 32, "patch": 4, "colours": 3, "classes": 10}
-    return {"name": "vit", "layers": layers, "width": width, "attention_heads": 3, **image}
+    return {"name": "vit", "layers": layers, "width": width, "attention_heads": 3, **IMAGES}
 
 
 def _llama(layers: int, width: int) -> dict[str, Any]:
@@ -60,8 +55,7 @@ def _llama(layers: int, width: int) -> dict[str, Any]:
 
 
 def _mixer(layers: int, width: int) -> dict[str, Any]:
-    image = {"image": 32, "patch": 4, "colours": 3, "classes": 10}
-    return {"name": "mixer_s16", "layers": layers, "width": width, "tokens_width": 48, "channels_width": 320, **image}
+    return {"name": "mixer_s16", "layers": layers, "width": width, "tokens_width": 48, "channels_width": 320, **IMAGES}
 
 
 QUICK_CASES: tuple[Case, ...] = (
@@ -98,7 +92,7 @@ CASES: tuple[Case, ...] = (
 
 
 def quantized_cases() -> tuple[Case, ...]:
-    """Return one step with frozen weights in full, and in each format that can be unpacked here."""
+    """Return one case with frozen weights in fp32, and one for each format that can be unpacked here."""
     formats = ("none", *packed_formats())
     lte = {**LTE, "frozen_a": False, "reset": "b"}
     return tuple(
@@ -109,9 +103,9 @@ def quantized_cases() -> tuple[Case, ...]:
 def held_out_times(
     profile: Profile, quick: bool = False, cases: Sequence[Case] | None = None
 ) -> list[tuple[str, float, float]]:
-    """Return name, planned and measured seconds of a step on this machine, as the profile's first device.
+    """Return name, planned and measured seconds of a step on this machine, taken as the profile's first device.
 
-    As many threads are used as the profile was measured with; the median of 7 steps or more after a warm-up.
+    It uses the number of threads of the profile's measurement, and the median of 7 steps or more after a warm-up.
     """
     watch = Stopwatch(_device(profile), BUDGET_S)
     threads = torch.get_num_threads()

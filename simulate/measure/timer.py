@@ -1,7 +1,7 @@
-"""Seconds of a repeated program: the processor's where one thread does the work, else the wall clock's.
+"""Time a repeated program: by processor time where one thread does the work, else by the wall clock.
 
-Processor time does not see what else a busy machine does, and on an idle machine equals the wall clock's; with several
-threads it says nothing of how long they wait for each other.
+Processor time leaves out other programs of a busy machine, and equals the wall clock's on an idle one; with several
+threads it leaves out the time in which they wait for each other.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ WARM_UP = 2
 
 @dataclass
 class Stopwatch:
-    """Times programs on one device and remembers what it saw."""
+    """Times programs on one device and keeps the results by name."""
 
     device: torch.device
     budget_s: float
-    """For one program, when one repetition takes less than that."""
+    """Seconds for the repetitions of one program; the least number of repetitions may take more."""
     median_s: dict[str, float] = field(default_factory=dict)
     p90_s: dict[str, float] = field(default_factory=dict)
 
     @property
     def clock(self) -> str:
-        """Name what seconds are read from."""
+        """Name of the clock that seconds are read from."""
         return "processor time of one thread" if self._is_processor_time else "wall clock"
 
     @property
@@ -39,7 +39,8 @@ class Stopwatch:
         """Return the median of `least` to `most` repetitions after a warm-up, and keep it with the 90th percentile."""
         for _ in range(WARM_UP):
             self._once(program, 1)
-        calls = max(1, int(1e-3 / max(self._once(program, 1), 1e-7)))  # a clock's tick is no part of what it times
+        # Short programs run several times between two readings, so that the clock's resolution does not count.
+        calls = max(1, int(1e-3 / max(self._once(program, 1), 1e-7)))
         seen: list[float] = []
         started = time.monotonic()
         while len(seen) < least or (len(seen) < most and time.monotonic() - started < self.budget_s):
@@ -50,7 +51,7 @@ class Stopwatch:
 
     def _once(self, program: Callable[[], object], calls: int) -> float:
         read = time.process_time if self._is_processor_time else time.perf_counter
-        self._wait()
+        self._wait()  # kernels of a GPU run behind the program that starts them
         started = read()
         for _ in range(calls):
             program()

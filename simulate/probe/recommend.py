@@ -1,19 +1,22 @@
-"""From a probe's figures to rank, heads and batch, each with its range and its reason; torch-free.
+"""Recommend rank, heads and batch from a probe's figures, each with its range and its reason; torch-free.
 
-Of what T steps change in a layer, k_q directions hold the share q of the squared norm; k_q below is the largest over
-the adapted layers, since one rank serves them all. H heads of rank r add up to at most r·H directions at a merge, so
+`lte probe` prints the recommendation; a plan marks its candidates with it (simulate.planning.probe_ranks).
 
-    together   r·H >= k_99: all heads at once can hold nearly all of the round's update
-    alone      r >= k_90: between merges a head trains by itself, and should follow most of what it would do
+In a layer's update of T steps, k_q directions hold the share q of the squared norm; k_q below is the largest over the
+adapted layers, since one rank serves them all. H heads of rank r add up to at most r·H directions at a merge, so
+
+    together   r·H >= k_99: all heads together can hold nearly all of the round's update
+    alone      r >= k_90: between merges a head trains alone, and should hold most of the update that it would make
 
 The rank is the larger of both, rounded up to a multiple of ROUNDED_TO. The second rule is ours: heads start a round at
-the same weights and find much the same leading directions, so that many of them do not make up for a low rank. In the
-sweep of Huh et al. 2024 (arXiv 2402.16828) 32 heads of rank 8 or 16 fall off although rank x heads is near the width or
-above it; docs/probe.md has a sweep of ours. The range runs from what holds together, and half alone, to k_99, at which
-one head alone holds nearly all. The mark above: rank x heads near the largest layer dimension, as the paper says.
+the same weights and find nearly the same leading directions, so that many heads do not make up for a low rank. In the
+sweep of Huh et al. 2024 (arXiv 2402.16828) 32 heads of rank 8 or 16 are worse although rank x heads is near the width
+or above it; docs/probe.md has a sweep of ours. The range of the rank begins where heads hold k_99 together and k_50
+alone, and ends at k_99, with which one head alone holds nearly all. The upper mark is the paper's: rank x heads near
+the largest layer dimension.
 
-The batch of all devices is the gradient noise scale: there a step gains half of what an endless batch would gain
-(McCandlish et al. 2018, arXiv 1812.06162, section 2.2).
+The recommended batch of all devices is the gradient noise scale: there a step gains half of what an infinite batch
+would gain (McCandlish et al. 2018, arXiv 1812.06162, section 2.2).
 """
 
 from __future__ import annotations
@@ -26,28 +29,29 @@ from dataclasses import dataclass
 from simulate.probe.schema import Estimate, Probe, Recommendation, Spectrum, State
 
 ROUNDED_TO = 4
+"""Recommended ranks are multiples of this."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What rank the update of some steps needs, and what there is."""
+    """Numbers of directions that updates of some steps need, and the layers' dimensions."""
 
     half: int
-    """k_50: the most directions of any layer that hold half of its update."""
+    """k_50: directions that hold half of a layer's update, the largest number of all layers."""
     most: int
-    """k_90."""
+    """k_90: directions that hold 90 %."""
     nearly_all: int
-    """k_99."""
+    """k_99: directions that hold 99 %."""
     limit: int
-    """The smallest layer's dimension."""
+    """The smallest layer's dimension, which no rank exceeds."""
     upper: int
     """The largest layer's dimension: the paper's mark for rank x heads."""
     steps: int
-    """Whose update was looked at."""
+    """Steps of the update."""
 
     @classmethod
     def of(cls, probe: Probe, merge_every: int | None = None) -> Needs:
-        """Return what rounds of `merge_every` steps need: as measured for a round, or for all of the warm-up if longer.
+        """Return the needs of rounds of `merge_every` steps: of the measured round, or of the whole warm-up if longer.
 
         A network that the warm-up did not change needs one direction.
         """
@@ -64,15 +68,15 @@ class Needs:
         )
 
     def together(self, heads: int) -> int:
-        """Return the rank with which so many heads hold nearly all of an update between them."""
+        """Return the lowest rank with which so many heads together hold nearly all of an update."""
         return min(self.limit, math.ceil(self.nearly_all / heads))
 
     def lowest(self, heads: int) -> int:
-        """Return the rank from which so many heads hold nearly all together, and each at least half."""
+        """Return the lowest rank with which so many heads hold nearly all together, and each alone half."""
         return min(self.limit, max(self.together(heads), self.half))
 
     def highest(self, heads: int) -> int:
-        """Return the rank with which one head holds nearly all by itself; never below the recommended one."""
+        """Return the rank with which one head alone holds nearly all; never below the recommended one."""
         return max(self.rank(heads), min(self.limit, self.nearly_all))
 
     def rank(self, heads: int) -> int:
@@ -81,7 +85,7 @@ class Needs:
         return min(self.limit, math.ceil(needed / ROUNDED_TO) * ROUNDED_TO)
 
     def marks(self, rank: int, heads: int) -> Iterator[str]:
-        """Say where a candidate lies below or above what the probe found."""
+        """Yield remarks on a candidate whose rank is below or above the probe's."""
         if rank * heads < self.nearly_all and rank < self.limit:
             yield (
                 f"rank x heads = {rank * heads} is below the {self.nearly_all} directions that the probe found in an "
@@ -100,12 +104,12 @@ class Needs:
 
 
 def round_updates(probe: Probe) -> list[Spectrum]:
-    """Return the spectra of what the warm-up's last round changed, layer by layer."""
+    """Return the spectra of the layers' updates in the warm-up's last round."""
     return [layer.round_update for layer in probe.layers if layer.round_update is not None]
 
 
 def recommend(probe: Probe, heads: int, devices: int) -> Recommendation:
-    """Return rank, heads and batch for a run with so many heads on so many devices, with the reasons."""
+    """Return rank, heads and batch for a run with so many heads on so many devices, with reasons."""
     needs = Needs.of(probe)
     rank = needs.rank(heads)
     batch = _batch(probe)
@@ -126,7 +130,8 @@ def recommend(probe: Probe, heads: int, devices: int) -> Recommendation:
 
 
 def _heads(needs: Needs, rank: int, devices: int) -> Estimate:
-    """Return the fewest heads of a rank that hold nearly all, as many on each device; from k_90 to the paper's mark."""
+    """Return the fewest heads of a rank that together hold nearly all, between those for k_90 and the paper's mark."""
+    # A multiple of the devices, since each has the same number of heads.
     low, estimate, high = (
         math.ceil(directions / rank / devices) * devices for directions in (needs.most, needs.nearly_all, needs.upper)
     )
@@ -137,6 +142,7 @@ def _batch(probe: Probe) -> Estimate | None:
     noise = probe.warmed.noise
     if noise.scale_samples is None or noise.scale_low_samples is None or noise.scale_high_samples is None:
         return None
+    # No batch is below one sample, however little noise there is.
     low, estimate, high = (
         max(1.0, scale) for scale in (noise.scale_low_samples, noise.scale_samples, noise.scale_high_samples)
     )
@@ -191,8 +197,8 @@ def _over_layers(probe: Probe, spectrum_of: Callable[..., Spectrum | None]) -> s
 def _batch_reason(probe: Probe, batch: Estimate | None, devices: int) -> str:
     if batch is None:
         return (
-            "batch: the gradient noise scale cannot be told from these batches, since noise drowns the gradient or one "
-            "batch decides it; probe with more --batches"
+            "batch: the gradient noise scale cannot be estimated from these batches: noise exceeds the gradient, or "
+            "one batch decides it; probe with more --batches"
         )
     per_device = max(1, round(batch.estimate / devices))
     return (
@@ -220,5 +226,8 @@ def _limits(probe: Probe) -> str:
         "ranks"
     )
     if settings.optimizer == "muon":
-        text += "; Muon makes all directions of an update alike, so that its rank says little of what training needs"
+        text += (
+            "; Muon makes all directions of an update equal, so that the rank of its updates says little of the rank "
+            "that training needs"
+        )
     return text

@@ -1,4 +1,8 @@
-"""The schema of probe.json: what was probed, on what, and what was found; torch-free, so that a plan can read it."""
+"""The schema of probe.json: network, data, settings and figures of a probe; torch-free, so that a plan can read it.
+
+`lte probe` writes the file (simulate.probe.spectra makes it), and `lte plan --probe` reads it and checks that it is of
+the network that is planned.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ PROBE_VERSION = 1
 
 
 class Spectrum(toml_io.Schema):
-    """How a matrix's squared norm is spread over its singular directions."""
+    """The distribution of a matrix's squared norm over its singular directions."""
 
     effective_rank: float = Field(gt=0)
     """exp of the entropy of the singular values as shares of their sum."""
@@ -26,23 +30,26 @@ class Spectrum(toml_io.Schema):
     rank_50: int = Field(gt=0)
     """The fewest directions that hold half of the squared Frobenius norm."""
     rank_90: int = Field(gt=0)
+    """The fewest that hold 90 %."""
     rank_99: int = Field(gt=0)
+    """The fewest that hold 99 %."""
 
 
 class Noise(toml_io.Schema):
-    """How far gradients of single batches lie from their mean; samples are those of a batch."""
+    """The noise of gradients of single batches; the noise scale counts samples."""
 
     gradient_square: float
-    """|G|², without bias; below 0 where noise drowns it."""
+    """Unbiased estimate of |G|²; below 0 where noise exceeds it."""
     gradient_variance: float
-    """tr Σ of one sample's gradient, without bias."""
+    """Unbiased estimate of tr Σ of one sample's gradient."""
     signal_share: float = Field(ge=0, le=1)
-    """|G|² over the squared norm of the mean gradient that was measured: the rest of that is noise."""
+    """|G|² over the measured squared norm of the mean gradient, whose rest is noise."""
     scale_samples: float | None = Field(ge=0)
     """tr Σ / |G|²; null where |G|² is not above 0."""
     scale_low_samples: float | None = Field(ge=0)
-    """Two standard errors below, by the jackknife over batches; null where leaving one out leaves no scale."""
+    """Two standard errors below, by the jackknife over batches; null where it is undefined without one of them."""
     scale_high_samples: float | None = Field(ge=0)
+    """Two standard errors above, likewise."""
 
 
 class State(toml_io.Schema):
@@ -55,7 +62,7 @@ class State(toml_io.Schema):
 
 
 class LayerGradient(toml_io.Schema):
-    """One layer's gradient: the spectrum of its mean over the batches, and its noise."""
+    """The spectrum of one layer's mean gradient over the batches, and the noise of its gradients."""
 
     spectrum: Spectrum | None
     """Null for a gradient of zeros."""
@@ -63,7 +70,7 @@ class LayerGradient(toml_io.Schema):
 
 
 class Layer(toml_io.Schema):
-    """One adapted layer; a convolution counts as the matrix that it applies to patches."""
+    """One adapted layer; a convolution counts as the matrix that it applies to patches of its input."""
 
     name: str
     outputs: int = Field(gt=0)
@@ -71,36 +78,38 @@ class Layer(toml_io.Schema):
     initial: LayerGradient
     warmed: LayerGradient
     round_update: Spectrum | None
-    """Of what the last round's steps of the warm-up changed; null where nothing changed."""
+    """Spectrum of the change in the warm-up's last round; null where nothing changed."""
     update: Spectrum | None
-    """Of what all of the warm-up changed."""
+    """Spectrum of the change in the whole warm-up."""
 
 
 class ProbedModel(toml_io.Schema):
-    """Which network it was."""
+    """The network that was probed."""
 
     name: str
     parameters: int
+    """Number of all parameters."""
     adapted_parameters: int
+    """Number of parameters in adapted layers' matrices."""
     largest_dimension: int = Field(gt=0)
     """The largest min(outputs, inputs) of an adapted layer."""
     smallest_dimension: int = Field(gt=0)
-    """The smallest: what a rank can be at most."""
+    """The smallest, which no rank exceeds."""
     sizes: dict[str, Any]
     """The run's [model] table."""
     fingerprint: str
-    """Hex digest of all tensors' shapes: what a plan holds against its own."""
+    """Hex digest of all tensors' shapes; a plan compares it with its own network's."""
 
 
 class ProbedData(toml_io.Schema):
-    """What it was probed on."""
+    """The data on which it was probed."""
 
     source: str
     fingerprint: str
 
 
 class Settings(toml_io.Schema):
-    """How it was probed."""
+    """The settings of the probe."""
 
     seed: int
     dtype: str
@@ -108,16 +117,16 @@ class Settings(toml_io.Schema):
     learning_rate: float
     devices: int = Field(gt=0)
     heads: int = Field(gt=0)
-    """Of the run: what `recommendation` is for."""
+    """Heads of the run, on all devices, for which `recommendation` holds."""
     micro_batch: int = Field(gt=0)
-    """Samples of one device in one step; the smaller of the two batches behind the noise scale."""
+    """Samples of one device in one step; the smaller of the two batch sizes behind the noise scale."""
     tokens_per_sample: int = Field(gt=0)
     batches: int = Field(gt=0)
-    """Steps whose batches of all devices gave gradients."""
+    """Steps whose batches, of all devices, gave gradients."""
     warmup_steps: int = Field(gt=0)
-    """Dense steps between the two points."""
+    """Dense steps between the initial and the warmed state."""
     round_steps: int = Field(gt=0)
-    """T of the round whose update was looked at."""
+    """Steps of the round behind `round_update`."""
 
 
 class Estimate(toml_io.Schema):
@@ -129,19 +138,20 @@ class Estimate(toml_io.Schema):
 
 
 class Recommendation(toml_io.Schema):
-    """What follows for a run with so many heads, and why."""
+    """Rank, heads and batch for the run that was probed, with reasons."""
 
     rank: Estimate
     heads: Estimate
     batch_samples: Estimate | None
-    """Over all devices; null where the noise scale could not be told."""
+    """Samples of all devices; null where the noise scale is undefined."""
     upper_rank_times_heads: int
     """The paper's mark: the largest layer dimension."""
     reasoning: list[str]
+    """One sentence for each figure, with its estimate and source."""
 
 
 class Probe(toml_io.Schema):
-    """probe.json."""
+    """The content of probe.json."""
 
     version: Literal[1] = 1
     network: ProbedModel
@@ -151,18 +161,18 @@ class Probe(toml_io.Schema):
     warmed: State
     layers: list[Layer] = Field(min_length=1)
     recommendation: Recommendation | None = None
-    """For the run that was probed; a plan works its own out from `layers`."""
+    """Recommendation for the run that was probed; a plan computes its own from `layers`."""
 
 
 def shapes_fingerprint(shape: ModelShape) -> str:
-    """Return a hex digest of a network's tensors and adapted layers: equal for equal shapes, whatever the name."""
+    """Return a hex digest of a network's tensors and adapted layers: equal for equal shapes under any name."""
     tensors = [(tensor.kind, tensor.shape) for tensor in shape.tensors]
     adapted = [(linear.name, linear.out_features, linear.in_features, linear.count) for linear in shape.adapted]
     return hashlib.sha256(repr((tensors, adapted)).encode()).hexdigest()
 
 
 def load_probe(path: Path) -> Probe:
-    """Read probe.json; raises InputError where it is missing, no JSON, or no probe."""
+    """Read probe.json; raises InputError where it is missing, not JSON, or not a probe."""
     try:
         table = json.loads(toml_io.read(path))
     except (json.JSONDecodeError, RecursionError) as error:
@@ -186,7 +196,7 @@ def check_model(probe: Probe, shape: ModelShape, path: Path) -> None:
     """Raise InputError where a probe is of other shapes than the network that is planned."""
     if probe.network.fingerprint != shapes_fingerprint(shape):
         raise InputError(
-            f"--probe {path} is of {probe.network.name} with {probe.network.parameters:,} parameters, and what is "
-            f"planned is {shape.name} with {shape.parameters:,} and layers of other shapes; probe this model with "
+            f"--probe {path} is of {probe.network.name} with {probe.network.parameters:,} parameters, and the "
+            f"plan is for {shape.name} with {shape.parameters:,} and layers of other shapes; probe this model with "
             "lte probe, or plan the probe's"
         )

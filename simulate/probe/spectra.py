@@ -1,8 +1,9 @@
-"""Probe a run: gradients at the start weights and after a short dense warm-up, and what the warm-up changed.
+"""Probe a run: gradients at the start weights and after a short dense warm-up, and the warm-up's updates.
 
-The warm-up is the run's own training with its method exchanged for dense data parallelism: the same weights, batches,
-optimizer and rates. Nothing of the network but the weights of layers that LTE would adapt is looked at by matrix; the
-noise scale is over all parameters, as simulate.training.diagnostics has it.
+Their spectra show the rank that LTE needs, before a run is paid for; `lte probe` calls `probe_run`. The warm-up is
+the run's own training with dense data parallelism in the place of its method: the same weights, batches, optimizer and
+rates. Spectra are taken of the layers that LTE would adapt; the noise scale is over all parameters, as in
+simulate.training.diagnostics.
 
 With n gradients g_i of b samples each and S = Σ g_i, a first pass over the batches takes |g_i|² and S, a second one
 S·g_i. Leaving gradient i out changes |S|² to |S|² − 2·S·g_i + |g_i|², so that the jackknife (Tukey 1958; Efron and
@@ -51,8 +52,9 @@ from simulate.rules.method_plan import plan_of
 from simulate.training.diagnostics import LossGradient, effective_rank, noise_figures, stable_rank
 
 FEWEST_GRADIENTS = 3
-"""Of single devices' batches; one is left out at a time, and two must remain."""
+"""Gradients of single devices' batches at least: the jackknife leaves one out, and a variance needs two."""
 STANDARD_ERRORS = 2.0
+"""Width of the noise scale's range on either side."""
 Log = Callable[[str], None]
 
 
@@ -61,26 +63,26 @@ class AdaptedWeight:
     """The weight of one layer that LTE would adapt, in the plain network."""
 
     layer: str
-    """The layer's name."""
+    """Name of the layer."""
     weight: str
-    """The parameter's."""
+    """Name of its parameter."""
     transposed: bool
-    """Whether it is kept as (I, O)."""
+    """Whether the parameter is stored as (I, O)."""
 
     def matrix(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """Return it, or its gradient or change, as (O, I) in double precision."""
+        """Return this layer's tensor of `weights` (weights, gradients or changes) as (O, I) in double precision."""
         weight = weights[self.weight].detach().flatten(1).double()
         return weight.T if self.transposed else weight
 
 
 class _Mark(nn.Module):
-    """Stands where an adapter would."""
+    """Stands in for an adapter."""
 
     transposed = False
 
 
 def adapted_weights(network: nn.Module, run: Run) -> list[AdaptedWeight]:
-    """Return the weights that adapters would serve, in the network's order; the network stays as it is."""
+    """Return the weights that LTE would adapt, in the network's order; the network is not changed."""
     marks: dict[str, _Mark] = {}
 
     def mark(layer: nn.Module, name: str, bias: Tensor | None) -> nn.Module:
@@ -88,9 +90,10 @@ def adapted_weights(network: nn.Module, run: Run) -> list[AdaptedWeight]:
 
     empty = {id(p): nn.Parameter(p.detach().to("meta")) for p in network.parameters()}
     convolutions: Convolutions = getattr(run.method, "convolutions", "lora")
-    # The memo keeps what modules share shared, and costs no storage.
+    # Converting a copy without storage finds exactly the layers that training would adapt; the memo of deepcopy keeps
+    # shared parameters shared.
     converted = convert(copy.deepcopy(network, empty), 1, ConversionSpec(mark, convolutions=convolutions))
-    renamed: dict[str, str] = {}
+    renamed: dict[str, str] = {}  # fused projections of attention have names of their own once converted
     for name, module in converted.named_modules():
         if isinstance(module, PerDeviceAttention):
             renamed.update(module.plain_names(name))
@@ -100,9 +103,9 @@ def adapted_weights(network: nn.Module, run: Run) -> list[AdaptedWeight]:
 
 def probe_run(run: Run, batches: Batches, device: torch.device, source: str, num_batches: int, warmup_steps: int,
               log: Log) -> Probe:  # fmt: skip
-    """Take the gradients and the warm-up of a run; returns all figures, with what follows for the run's heads.
+    """Measure the gradients and the warm-up of a run; returns all figures, with a recommendation for the run's heads.
 
-    `source` names the data for people. Raises InputError for too few batches, RunFailedError for a loss that is not
+    `source` names the data in messages. Raises InputError for too few batches, RunFailedError for a loss that is not
     finite.
     """
     check_batches(run, num_batches)
@@ -110,6 +113,7 @@ def probe_run(run: Run, batches: Batches, device: torch.device, source: str, num
     adapted = adapted_weights(network, run)
     trained = _Trained(run, batches, device, network, adapted)
     steps = min(round_steps(run), warmup_steps)
+    # The warm-up ends with a round, whose update is measured apart from the whole warm-up's.
     log(f"gradients of {num_batches} batches at the start")
     start = trained.snapshot()
     initial = _gradients(run, trained.weights(), adapted, _parts(run, batches, device, 0, num_batches), 0)
@@ -146,16 +150,16 @@ def probe_run(run: Run, batches: Batches, device: torch.device, source: str, num
 
 
 def check_batches(run: Run, num_batches: int) -> None:
-    """Raise InputError where there are too few gradients to tell noise from signal."""
+    """Raise InputError where there are too few gradients to estimate their noise."""
     if num_batches * run.cluster.devices < FEWEST_GRADIENTS:
         raise InputError(
-            f"--batches {num_batches} on cluster.devices = {run.cluster.devices} gives too few gradients to tell their "
-            f"noise; at least {FEWEST_GRADIENTS} are needed, try --batches 8"
+            f"--batches {num_batches} on cluster.devices = {run.cluster.devices} gives too few gradients to estimate "
+            f"their noise; at least {FEWEST_GRADIENTS} are needed, try --batches 8"
         )
 
 
 def round_steps(run: Run) -> int:
-    """Return T of the run's method, or LTE's default for one that exchanges at every step."""
+    """Return the steps of the method's round, or of LTE's default for a method that exchanges at every step."""
     steps = run.method.round_steps
     return steps if steps > 1 else default_options(DEFAULT_METHOD).round_steps
 
@@ -191,7 +195,7 @@ def _settings(run: Run, num_batches: int, warmup_steps: int, steps: int) -> Sett
 
 
 class _Trained:
-    """The run's network in dense training."""
+    """The run's network in dense data-parallel training."""
 
     def __init__(
         self, run: Run, batches: Batches, device: torch.device, network: nn.Module, adapted: Sequence[AdaptedWeight]
@@ -202,7 +206,7 @@ class _Trained:
         self.method = build_method(dense, VirtualCommunicator(run.cluster.devices), device, network)
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the weights as they are now, by the plain network's names; not copied."""
+        """Return the current weights by the plain network's names, not copied."""
         return self.method.merged_state()
 
     def snapshot(self) -> dict[str, Tensor]:
@@ -227,7 +231,7 @@ Part = tuple[Tensor, Tensor]
 def _parts(
     run: Run, batches: Batches, device: torch.device, first_step: int, num_batches: int
 ) -> Callable[[], Iterator[Part]]:
-    """Return what yields every device's own batch of some steps, the same every time."""
+    """Return a function that yields each device's batch of some steps, the same at each call."""
 
     def parts() -> Iterator[Part]:
         for step in range(first_step, first_step + num_batches):
@@ -240,14 +244,16 @@ def _parts(
 
 
 @dataclass(frozen=True)
-class _Measured:
+class _Gradients:
+    """Figures of the gradients at one state, over all parameters and layer by layer."""
+
     state: State
     layers: dict[str, LayerGradient]
 
 
 @dataclass
 class Spread:
-    """Squared norms of gradients, and their products with their sum, gradient by gradient."""
+    """Squared norm of each gradient, and its product with the sum of all gradients."""
 
     squares: list[float] = field(default_factory=list)
     """|g_i|²."""
@@ -255,7 +261,7 @@ class Spread:
     """S·g_i."""
 
     def noise(self, samples: int) -> Noise:
-        """Return the noise of gradients of so many samples each."""
+        """Return the noise of these gradients of `samples` samples each."""
         count, squares, total = len(self.squares), math.fsum(self.squares), math.fsum(self.products)
         figures = noise_figures(squares / count, total / count**2, samples, samples * count, 1)
         if not figures:
@@ -273,7 +279,7 @@ class Spread:
         )
 
     def _range(self, scale: float, samples: int) -> tuple[float, float] | tuple[None, None]:
-        """Return the scale less and plus two standard errors, on a logarithmic scale; by the jackknife."""
+        """Return the scale less and plus two standard errors, taken of its logarithm by the jackknife."""
         count, squares, total = len(self.squares), math.fsum(self.squares), math.fsum(self.products)
         logarithms, left = [], count - 1
         for square, product in zip(self.squares, self.products, strict=True):
@@ -284,7 +290,7 @@ class Spread:
             logarithms.append(math.log(other))
         mean = math.fsum(logarithms) / count
         error = math.sqrt(left / count * math.fsum((x - mean) ** 2 for x in logarithms))
-        factor = math.exp(min(700.0, STANDARD_ERRORS * error))
+        factor = math.exp(min(700.0, STANDARD_ERRORS * error))  # exp overflows from 710 on
         return scale / factor, scale * factor
 
 
@@ -294,7 +300,7 @@ def _gradients(
     adapted: Sequence[AdaptedWeight],
     parts: Callable[[], Iterator[Part]],
     steps: int,
-) -> _Measured:
+) -> _Gradients:
     """Measure the gradients of single devices' batches at given weights: their mean, and their noise."""
     gradient = LossGradient(run, weights)
     sums = {name: torch.zeros_like(leaf, requires_grad=False) for name, leaf in gradient.leaves.items()}
@@ -307,6 +313,7 @@ def _gradients(
     def multiply(name: str, own: Tensor) -> None:
         spreads[name].products.append(_dot(sums[name], own))
 
+    # Products with the sum need the whole sum, hence a second pass in the place of storing all gradients.
     losses = [float(gradient.of(*part, add)) for part in parts()]
     for part in parts():
         gradient.of(*part, multiply)
@@ -318,11 +325,11 @@ def _gradients(
         layer.layer: LayerGradient(spectrum=spectrum_of(layer.matrix(means)), noise=spreads[layer.weight].noise(size))
         for layer in adapted
     }
-    return _Measured(State(steps=steps, loss=loss_mean, noise=_joined(list(spreads.values())).noise(size)), layers)
+    return _Gradients(State(steps=steps, loss=loss_mean, noise=_joined(list(spreads.values())).noise(size)), layers)
 
 
 def _joined(spreads: Sequence[Spread]) -> Spread:
-    """Return the spread of gradients over all parameters together."""
+    """Return the spread of whole gradients, out of those of their parts."""
     return Spread(
         squares=[math.fsum(values) for values in zip(*(spread.squares for spread in spreads), strict=True)],
         products=[math.fsum(values) for values in zip(*(spread.products for spread in spreads), strict=True)],
@@ -334,7 +341,7 @@ def _dot(one: Tensor, other: Tensor) -> float:
 
 
 def spectrum_of(x_OI: Tensor) -> Spectrum | None:
-    """Return how a matrix's squared norm is spread over directions; None for zeros."""
+    """Return the spectrum of a matrix; None for zeros."""
     values, _, _ = decompose(x_OI.double(), 0)
     if not len(values):
         return None
@@ -348,7 +355,7 @@ def spectrum_of(x_OI: Tensor) -> Spectrum | None:
 
 
 def rank_holding(values: Tensor, share: float) -> int:
-    """Return the fewest singular values, largest first, whose squares add up to a share of all squares."""
+    """Return the number of largest singular values whose squares add up to a share of all squares."""
     squares = values.double() ** 2
     held = squares.cumsum(0) / squares.sum()
     # Rounding must not ask for one more direction than holds the share exactly.

@@ -1,16 +1,21 @@
-"""Rounds of a run, event by event: every device has a clock of its own, and messages make clocks meet.
+"""Simulate a run event by event: every device has a clock of its own, and exchanges synchronise the clocks.
 
-What is sent, and when, is `costs.schedule`'s; what it takes when all are ready at once is `costs.time`'s. Devices that
-are not ready at once wait for each other as the collective makes them: a ring of N − 1 hops or more passes something of
-everybody to everybody, so nobody is through before the last to start plus all hops (tests/reference/hops.py goes hop by
-hop); whoever pushes shares the server's link with those that push just then; a pull waits for all pushes.
+A closed form knows the mean round only; with jitter, unequal devices and devices that leave, waiting times follow from
+who is late when. `lte plan --timeline` calls `simulate` and prints or draws the result.
 
-One exchange travels at a time. A merge in the background takes the link from the moment when the last device has
-started it, and devices meet it where the method takes it over. In-node messages of DASO have links of their own if the
-profile says so.
+The exchanges come from simulate.costs.message_schedule, and their seconds when all devices start at once from
+simulate.costs.message_time. Devices that do not start at once wait for each other as the collective demands. In a ring
+of N − 1 hops or more, data of every device reaches every other, so none is done before the last one's start plus all
+hops (tests/reference/hops.py follows each hop). Devices that push at the same time share the server's link. A pull
+waits for all pushes.
 
-A device that leaves loses the round that it is in: the others merge without it (simulate/timeline/churn.py). Letters: N
-devices, M those that are there in this round.
+One exchange travels at a time. A merge in the background occupies the link from the time when the last device has
+started it, and devices wait for it where the method applies it. In-node messages of DASO have links of their own if the
+profile has such.
+
+A device that leaves loses its current round: the others merge without it (simulate/timeline/churn.py).
+
+Legend: N devices, M those present in the current round.
 """
 
 from __future__ import annotations
@@ -33,38 +38,39 @@ from simulate.timeline.jitter import Floats, slowness, uniform
 from simulate.timeline.shared_link import shared_ends
 
 KINDS = ("compute", "exchange", "wait", "away")
-Moments = Floats | float
-"""One moment for each of M devices, or one for all."""
+Times = Floats | float
+"""Seconds since the run's start: one for each of M devices, or one for all."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """What one device did from one moment to another."""
+    """One activity of one device."""
 
     device: int
     kind: str
+    """One of KINDS."""
     start_s: float
     end_s: float
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """What became of a run's rounds; seconds of a kind are means over all N devices."""
+    """The result of a simulation."""
 
     devices: int
     rounds: int
     steps: int
     wall_s: float
-    """Until the last device is through."""
+    """Seconds until the last device is done."""
     seconds: dict[str, float]
-    """By KINDS; they add up to wall_s, but for what devices still wait at the end."""
+    """Mean seconds of a device by KINDS; they add up to wall_s."""
     device_steps: float
     """Steps of all devices that became part of the model."""
     leaves: int
-    """How often a device left."""
+    """Number of times that a device left."""
     round_ends_s: tuple[float, ...]
     spans: tuple[Span, ...] = ()
-    """Of the devices and rounds that were asked for."""
+    """Activities of the drawn devices in the first rounds."""
 
     @property
     def round_s(self) -> float:
@@ -80,9 +86,9 @@ def simulate(
     drawn: Sequence[int] = (),
     drawn_rounds: int = 3,
 ) -> Timeline:
-    """Simulate a run, or one that ends after so many of its rounds; keep spans of the `drawn` devices.
+    """Simulate a run, or its first `rounds`; keep the spans of the `drawn` devices in `drawn_rounds` rounds.
 
-    Draws are addressed by (train.seed, purpose, device, step), so equal requests give equal timelines.
+    Random draws are addressed by (train.seed, purpose, device, step), so equal arguments give equal timelines.
     """
     if rounds is not None:
         steps = min(run.train.steps, rounds * run.method.round_steps)
@@ -91,11 +97,13 @@ def simulate(
 
 
 @dataclass
-class _Travelling:
+class _PendingExchange:
+    """An exchange in the background."""
+
     part: PeriodicExchange
     due: int
-    """The step after whose compute devices take it over."""
-    ends_M: Moments
+    """The step after whose compute devices apply it."""
+    ends_M: Times
 
 
 @dataclass
@@ -108,9 +116,9 @@ class _Simulation:
     now_N: Floats = field(init=False)
     totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
     spans: list[Span] = field(default_factory=list)
-    travelling: list[_Travelling] = field(default_factory=list)
+    pending: list[_PendingExchange] = field(default_factory=list)
     channel_free_s: dict[bool, float] = field(default_factory=lambda: {False: 0.0, True: 0.0})
-    """When the link is free again, and (True) the links within nodes, where the profile has such."""
+    """Seconds when the link is free again, and under True when the links within nodes are."""
 
     def __post_init__(self) -> None:
         run, shape, count = self.run, self.run.model.shape(), len(self.devices)
@@ -138,8 +146,9 @@ class _Simulation:
         done = 0
         for step in self._stops():
             self._compute(done, step)
+            # A step needs its own exchanges before it ends; merges follow, after older results were applied.
             self._exchange(step, last, within_steps=True)
-            self._take_over(step, last)
+            self._apply_pending(step, last)
             self._exchange(step, last, within_steps=False)
             self._merge(step, last)
             done = step
@@ -155,7 +164,7 @@ class _Simulation:
         )  # fmt: skip
 
     def _stops(self) -> Iterator[int]:
-        """Yield the steps after which anything but the next step happens."""
+        """Yield the steps after which devices do anything but go on; those between are computed at once."""
         last, method = self.run.train.steps, self.run.method
         late = [part.hidden_steps for part in self.parts if part.hidden_steps]
         for step in range(1, last + 1):
@@ -166,30 +175,30 @@ class _Simulation:
             if due or step == last or step % method.steps_apart == 0 or (late and step <= max(late)):
                 yield step
 
-    # Who is there
+    # Devices that leave and return
 
     def _begin_round(self, step: int) -> None:
-        """Let devices come back and leave; who leaves in this round has no part in it."""
+        """Let devices return, and draw those that leave during this round, which take no part in it."""
         if not self.leave_N.any():
             return
         start_s = float(self.now_N[self.here].max()) if step else 0.0
         back = self.back_N <= start_s
-        if not back.any():  # all are away: nothing happens until one is back
+        if not back.any():  # all are away: nothing happens until one returns
             start_s = float(self.back_N.min())
             back = self.back_N <= start_s
-        there = self.ids_N[back]
-        absent = np.setdiff1d(there, self.here)
+        present = self.ids_N[back]
+        absent = np.setdiff1d(present, self.here)
         self._spend("away", absent, self.now_N[absent], start_s)
         seed = self.run.train.seed
-        leaving = uniform(seed, "leave", there, step) < self.leave_N[there]
+        leaving = uniform(seed, "leave", present, step) < self.leave_N[present]
         if leaving.all():
-            leaving[0] = False  # somebody has to hold the model
-        gone = there[leaving]
-        moments = start_s + self.expected_round_s * uniform(seed, "leave, moment", gone, step)
-        self.back_N[gone] = moments + self.join_s_N[gone]
+            leaving[0] = False  # one device has to keep the model
+        gone = present[leaving]
+        leave_times = start_s + self.expected_round_s * uniform(seed, "leave, moment", gone, step)
+        self.back_N[gone] = leave_times + self.join_s_N[gone]
         self.leaves += len(gone)
-        self.here = there[~leaving]
-        for item in self.travelling:  # as late for those that are new
+        self.here = present[~leaving]
+        for item in self.pending:  # times of single devices no longer match those present: the latest holds for all
             item.ends_M = float(np.max(item.ends_M))
 
     def _end_round(self, step: int) -> None:
@@ -204,16 +213,16 @@ class _Simulation:
             self._spend("away", absent, self.now_N[absent], end_s)
 
     def _steps_of_round(self, step: int) -> Floats:
-        """Return how many steps each device takes of the round that `step`, from 0, is in."""
+        """Return the steps that each device takes in the round of `step`, which counts from 0."""
         method = self.run.method
         if not method.is_paced:
             return np.full(len(self.devices), float(method.round_steps))
         return np.array(round_counts(method, self.step_s, step // method.round_steps), dtype=float)
 
-    # What happens after a step
+    # Phases of a stop
 
     def _compute(self, done: int, step: int) -> None:
-        """Take the steps since the last stop; with a deadline, each device those of the round that it takes."""
+        """Compute the steps since the last stop; with a deadline, each device no more than it takes in the round."""
         here = self.here
         steps_M = np.full(len(here), float(step - done))
         if self.run.method.is_paced:
@@ -221,16 +230,16 @@ class _Simulation:
         factor_M = slowness(self.run.train.seed, here, step, steps_M, self.jitter_N[here])
         self._spend("compute", here, self.now_N[here], self.now_N[here] + steps_M * self.step_s_N[here] * factor_M)
 
-    def _take_over(self, step: int, last: int) -> None:
-        """Wait for what is due; at the run's end for all that becomes part of the model."""
-        for item in list(self.travelling):
+    def _apply_pending(self, step: int, last: int) -> None:
+        """Wait for exchanges that are due; at the run's end for all that become part of the model."""
+        for item in list(self.pending):
             if item.due <= step or (step == last and item.part.at_end):
                 starts_M = self.now_N[self.here]
                 self._spend("exchange", self.here, starts_M, np.maximum(starts_M, item.ends_M))
-                self.travelling.remove(item)
+                self.pending.remove(item)
 
     def _exchange(self, step: int, last: int, within_steps: bool) -> None:
-        """Make what is sent: what a step needs to be complete before, and merges after what is due was taken over."""
+        """Start the exchanges of a step: those that it needs itself (`within_steps`), or the merges'."""
         for part in self.parts:
             if within_steps != (not part.at_end and part.hidden_steps == 0) or not part.happens(step, last):
                 continue
@@ -240,53 +249,58 @@ class _Simulation:
             starts_M = np.maximum(now_M, self.channel_free_s[in_nodes])
             if not background:
                 self._spend("wait", self.here, now_M, starts_M)
-            ends_M: Moments = starts_M
+            ends_M: Times = starts_M
             for kind, pieces_start, pieces_end in self._travel(part.exchange, starts_M):
                 ends_M = pieces_end
                 if not background:
                     self._spend(kind, self.here, pieces_start, pieces_end)
             self.channel_free_s[in_nodes] = max(self.channel_free_s[in_nodes], float(np.max(ends_M)))
             if background:
-                self.travelling.append(_Travelling(part, step + part.hidden_steps, ends_M))
+                self.pending.append(_PendingExchange(part, step + part.hidden_steps, ends_M))
 
     def _merge(self, step: int, last: int) -> None:
-        """Spend the arithmetic of a merge: of one fragment, as the simulated clock charges it also at the run's end."""
+        """Spend the arithmetic of one fragment's merge; the simulated clock, too, charges no more at the run's end."""
         if step == last or step % self.run.method.steps_apart == 0:
             starts_M = self.now_N[self.here]
             self._spend("compute", self.here, starts_M, starts_M + self.merge_s_N[self.here])
 
     # Messages
 
-    def _travel(self, exchange: Exchange, starts_M: Floats) -> Iterator[tuple[str, Moments, Moments]]:
-        """Yield what devices do from when to when while messages are made one after the other."""
-        moment: Moments = starts_M
+    def _travel(self, exchange: Exchange, starts_M: Floats) -> Iterator[tuple[str, Times, Times]]:
+        """Yield kind, start and end of the devices' activities while the exchange's messages follow each other."""
+        now: Times = starts_M
         for transfer in exchange.transfers:
             transfer = self._among_present(transfer)
             if transfer.devices == 1:
                 continue
-            if transfer.operation == "push" and not isinstance(moment, float):
-                own, whole = server_rates(True, transfer.devices, self.link)
-                count = min(transfer.devices, len(moment))
-                ends_M = moment.copy()
-                ends_M[:count] = shared_ends(moment[:count], transfer.payload_bytes, own, whole)
-                ends_M[:count] += server_latency_s(transfer.devices, self.link)
-                yield "exchange", moment, ends_M
-                moment = ends_M
+            if transfer.operation == "push" and not isinstance(now, float):
+                ends_M = self._push_ends(transfer, now)
+                yield "exchange", now, ends_M
+                now = ends_M
                 continue
-            if not isinstance(moment, float):
-                yield "wait", moment, float(moment.max())
-                moment = float(moment.max())
-            end_s = moment + transfer_s(transfer, self.link)
-            yield "exchange", moment, end_s
-            moment = end_s
+            if not isinstance(now, float):  # any other message needs all devices
+                yield "wait", now, float(now.max())
+                now = float(now.max())
+            end_s = now + transfer_s(transfer, self.link)
+            yield "exchange", now, end_s
+            now = end_s
+
+    def _push_ends(self, transfer: Transfer, starts_M: Floats) -> Floats:
+        """Return the end of each device's push to the server, whose link those that push at the same time share."""
+        own, whole = server_rates(True, transfer.devices, self.link)
+        count = min(transfer.devices, len(starts_M))
+        ends_M = starts_M.copy()
+        ends_M[:count] = shared_ends(starts_M[:count], transfer.payload_bytes, own, whole)
+        ends_M[:count] += server_latency_s(transfer.devices, self.link)
+        return ends_M
 
     def _among_present(self, transfer: Transfer) -> Transfer:
-        """Return the message among those that are there; teams are taken to stay whole."""
+        """Return the message with the devices that are present; teams are assumed to stay complete."""
         present = len(self.here)
         return transfer if transfer.devices <= present or transfer.teams > 1 else replace(transfer, devices=present)
 
-    def _spend(self, kind: str, devices: NDArray[np.int64], starts: Moments, ends: Moments) -> None:
-        """Move the clocks of some devices on, and account for it."""
+    def _spend(self, kind: str, devices: NDArray[np.int64], starts: Times, ends: Times) -> None:
+        """Move the clocks of some devices to `ends`; add the seconds to the totals and the spans."""
         if not len(devices):
             return
         self.totals[kind] += float(np.sum(np.broadcast_to(np.asarray(ends) - starts, len(devices))))
@@ -300,7 +314,7 @@ class _Simulation:
                 self._draw(Span(device, kind, start_s, end_s))
 
     def _draw(self, span: Span) -> None:
-        """Keep a span; one that goes on makes the last one longer."""
+        """Keep a span; one that continues the device's last one extends it."""
         if span.end_s <= span.start_s:
             return
         before = next((i for i in range(len(self.spans) - 1, -1, -1) if self.spans[i].device == span.device), None)

@@ -1,7 +1,7 @@
 """Random numbers of thousands of devices at once, each with an address: (seed, purpose, device, index).
 
-A device's draw depends on its address alone, not on how many devices there are or in which order anybody asks. The
-addresses are hashed by the finaliser of SplitMix64 (Steele, Lea & Flood 2014), all devices in one pass.
+A device's draw depends on its address alone, not on the number of devices or the order of the calls. The addresses are
+hashed by the finaliser of SplitMix64 (Steele, Lea & Flood 2014), all devices in one pass.
 
 A step's seconds are gamma distributed, with the profile's mean and the standard deviation `step_jitter` times that. The
 steps of a device are independent, so several together are gamma distributed, too, and need one draw. It is made from a
@@ -40,7 +40,7 @@ def normal(seed: int, purpose: str, devices_N: Integers, index: int) -> Floats:
 
 
 def slowness(seed: int, devices_N: Integers, index: int, steps_N: Floats, jitter_N: Floats) -> Floats:
-    """Return what `steps_N` steps of each device take over their mean; exactly 1 without jitter."""
+    """Return the seconds of `steps_N` steps of each device over their mean; exactly 1 without jitter."""
     factor_N = np.ones(len(devices_N))
     jittery = (jitter_N > 0) & (steps_N > 0)
     if jittery.any():

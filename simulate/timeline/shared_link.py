@@ -1,12 +1,11 @@
-"""One link that several transfers share: who is through when.
+"""End times of transfers that share one link.
 
-Every transfer under way gets the same rate: its own link's, or its part of the shared one where that is less (what
-TCP connections of one delay settle at). Transfers are equally large and equally fast, so the first to start is the
-first to be through, and two queues of moments replace a general event list: the next event is an arrival or the oldest
+Every active transfer gets the same rate: its own link's, or its part of the shared one where that is less (TCP
+connections of equal delay converge to that). Transfers are equally large and equally fast, so the first to start is the
+first to end, and two queues of times replace a general event list: the next event is an arrival or the oldest
 transfer's end. `python -m bench.studies.timeline` compares that on 10,000 devices with a heap of events, which
-transfers of unequal size would need, and with SimPy's processes: all three agree to rounding, and a round took 12, 31
-and 309 ms of processor time. SimPy makes an event and wakes a process for each change of the rate, which nothing here
-needs.
+transfers of unequal size would need, and with SimPy's processes: all three agree to rounding, and a round took 12, 31 and 309 ms
+of processor time. SimPy makes an event and wakes a process for each change of the rate, which nothing here needs.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from simulate.timeline.jitter import Floats
 
 
 def shared_ends(starts_N: Floats, payload_bytes: float, own_bytes_per_s: float, all_bytes_per_s: float) -> Floats:
-    """Return when each transfer of `payload_bytes` ends that starts at `starts_N`; order does not matter."""
+    """Return the end of each transfer of `payload_bytes` by its start, both in seconds; starts need not be sorted."""
     count = len(starts_N)
     if count == 0:
         return starts_N.copy()
     first, last = float(starts_N.min()), float(starts_N.max())
     if first == last:
         return np.full(count, first + max(payload_bytes / own_bytes_per_s, count * payload_bytes / all_bytes_per_s))
-    if count * own_bytes_per_s <= all_bytes_per_s:  # nobody is ever held up
+    if count * own_bytes_per_s <= all_bytes_per_s:  # the shared link never limits any
         return starts_N + payload_bytes / own_bytes_per_s
     order_N = np.argsort(starts_N, kind="stable")
     ends_N = np.empty(count)
@@ -33,7 +32,11 @@ def shared_ends(starts_N: Floats, payload_bytes: float, own_bytes_per_s: float, 
 
 
 def _in_order(starts: list[float], payload: float, own_bytes_per_s: float, all_bytes_per_s: float) -> list[float]:
-    """Go from event to event; `served` counts the bytes that a transfer would have which was there all along."""
+    """Return the ends of transfers with sorted starts, event by event.
+
+    `served` counts the bytes that a transfer active since the first event would have got; a transfer ends when `served`
+    has grown by its payload.
+    """
     ends: list[float] = []
     goals: list[float] = []
     now_s, served, arrived, through, count = starts[0], 0.0, 0, 0, len(starts)

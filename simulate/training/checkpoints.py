@@ -1,9 +1,10 @@
-"""Checkpoints: safetensors and JSON, never pickle; whole or not there at all.
+"""Checkpoints: safetensors and JSON, never pickle; each part is written whole or not at all.
 
-checkpoints/step-N/ has parts: `state`, what all devices have in common, and `devices-A-B`, what devices A to B−1 have
-for themselves. A process writes the parts that it holds; a checkpoint is whole once every device has a part. The files
-of a part are flushed to disk and renamed one after the other, the JSON last: it holds the tensors' digest and the
-run's, so that a damaged file or somebody else's checkpoint is refused instead of loaded.
+checkpoints/step-N/ has parts: `state` holds the tensors that all devices share, `devices-A-B` those that devices A to
+B−1 have for themselves. A process writes the parts that it holds; a checkpoint is whole once every device has a part.
+The files of a part are flushed to disk and renamed one after the other, the JSON last: it holds digests of the tensors
+and of the run, so that a damaged file or another run's checkpoint is refused instead of loaded. The training loop saves
+and loads; simulate.launch.recovery reads the parts that single nodes have; `lte export` reads the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ if TYPE_CHECKING:  # listing checkpoints must not cost torch's import
 
 CHECKPOINT_VERSION = 2
 KEEP = 2
-"""The newest whole checkpoints that are kept: one could be damaged by the disk."""
+"""Number of the newest whole checkpoints that are kept: the disk could damage one."""
 CHUNK_BYTES = 2**20
-"""Of a file that are looked at at once."""
+"""Bytes of a file that are read at a time for its digest."""
 RUN_FILE = "run.toml"
-"""In the folder of the run, beside that of its checkpoints."""
+"""Name of the run's file in the run's folder, which also holds the folder of checkpoints."""
 SHARED = "state"
 _PART = re.compile(r"devices-(\d+)-(\d+)\.json")
 
@@ -44,7 +45,9 @@ class Progress:
     step: int
     """Steps done."""
     compute_s: float
+    """Seconds of computing on the simulated clock; so are the next and `pause_s`."""
     exchange_s: float
+    """Seconds of waiting for exchanges."""
     sent_bytes: int
     received_bytes: int
     messages: int
@@ -52,13 +55,13 @@ class Progress:
     """Measured seconds of training so far, over all sessions."""
     val_loss: float | None
     link_free_s: float = 0.0
-    """Moment of the simulated clock from which the link is free."""
+    """Time on the simulated clock from which the link is free."""
     pause_s: float = 0.0
-    """Of the simulated clock, for evaluations and checkpoints."""
+    """Seconds of evaluations and checkpoints."""
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Return where the checkpoint of a step is."""
+    """Return the folder of a step's checkpoint."""
     return folder / f"step-{step:08d}"
 
 
@@ -67,7 +70,7 @@ def save_checkpoint(
 ) -> Path:
     """Write this process's parts of checkpoints/step-N; returns its path. Raises OSError where the disk refuses.
 
-    Of several processes that write into one folder, only one needs to write what is shared.
+    Of several processes that write into one folder, only one writes the shared part, with `with_shared`.
     """
     target = checkpoint_path(folder, progress.step)
     target.mkdir(parents=True, exist_ok=True)
@@ -89,12 +92,12 @@ def save_checkpoint(
     except BaseException:
         _remove_parts(target, parts)
         raise
-    _flush(folder)
+    _flush(folder)  # the folder's own entry, or a crash could lose the name of a checkpoint that is written
     return target
 
 
 def _remove_parts(path: Path, parts: Iterable[str]) -> None:
-    """Make room where the disk was full."""
+    """Remove parts that are not whole, which also makes room on a full disk."""
     for name in parts:
         for suffix in ("json", "safetensors"):
             (path / f"{name}.{suffix}").unlink(missing_ok=True)
@@ -103,21 +106,22 @@ def _remove_parts(path: Path, parts: Iterable[str]) -> None:
 
 
 def prune(folder: Path, devices: Iterable[int]) -> None:
-    """Drop all but the newest checkpoints that hold these devices, and what is left of older, unfinished ones.
+    """Remove all but the newest checkpoints that hold these devices, and older ones that were never finished.
 
-    A folder that one node of several writes into never has more than the node's devices.
+    `devices` are all whose processes write into this folder: in a node's own folder, the node's devices.
     """
-    whole = _holding(folder, devices)[-KEEP:]
+    whole = _with_devices(folder, devices)[-KEEP:]
     for path in folder.glob("step-*"):
+        # A newer one that is not whole may be being written by other processes.
         if whole and path not in whole and path < whole[-1]:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def write_part(folder: Path, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write one part of a checkpoint: its tensors, then the JSON that makes it count."""
+    """Write one part of a checkpoint: its tensors, then the JSON, without which a part counts as missing."""
     from simulate.common.safetensors_writer import file_parts
 
-    # Not the JSON of a former attempt with the tensors of this one.
+    # Else the JSON of an earlier attempt could stand beside the tensors of this one.
     (folder / f"{name}.json").unlink(missing_ok=True)
     num_bytes, digest = _write_whole(folder / f"{name}.safetensors", file_parts(tensors))
     meta = {**about, "tensors_bytes": num_bytes, "tensors_sha256": digest}
@@ -131,7 +135,7 @@ def _write_whole(path: Path, parts: Iterable[memoryview]) -> tuple[int, str]:
     try:
         with scratch.open("wb") as file:
             for part in parts:
-                with part:  # given back before the next one is made
+                with part:  # released before the next tensor is copied
                     file.write(part)
                     digest.update(part)
                     num_bytes += part.nbytes
@@ -154,7 +158,7 @@ def _flush(path: Path) -> None:
 
 def list_checkpoints(folder: Path, devices: int) -> list[Path]:
     """Return the whole checkpoints of a run with that many devices, oldest first."""
-    return _holding(folder, range(devices))
+    return _with_devices(folder, range(devices))
 
 
 def data_of(path: Path) -> str:
@@ -162,13 +166,13 @@ def data_of(path: Path) -> str:
     return str(_read_meta(path, SHARED)["data"])
 
 
-def _holding(folder: Path, devices: Iterable[int]) -> list[Path]:
+def _with_devices(folder: Path, devices: Iterable[int]) -> list[Path]:
     found = sorted(path for path in folder.glob("step-*") if path.is_dir())
     return [path for path in found if has_shared(path) and set(saved_devices(path)) >= set(devices)]
 
 
 def has_shared(path: Path) -> bool:
-    """Whether a checkpoint holds what all devices have in common."""
+    """Whether a checkpoint holds the shared part."""
     return (path / f"{SHARED}.json").is_file()
 
 
@@ -186,9 +190,10 @@ def saved_devices(path: Path) -> dict[int, str]:
 def load_checkpoint(
     path: Path, run: Run, data_fingerprint: str, devices: Iterable[int], with_shared: bool = True
 ) -> tuple[Progress | None, State]:
-    """Read what a checkpoint holds of `devices`; raises InputError where it is damaged, of another run or other data.
+    """Read the parts of `devices`, and the shared one.
 
-    The progress is None where nothing was asked for that it holds.
+    The progress is None where the checkpoint holds none of the parts asked for. Raises InputError where a part is
+    damaged, or of another run or other data.
     """
     state, progress, parts = State(), None, saved_devices(path)
     for part in sorted({parts[device] for device in devices if device in parts}):
@@ -197,7 +202,7 @@ def load_checkpoint(
             owner, _, name = key.partition("/")
             if int(owner) in devices:
                 state.of_devices.setdefault(int(owner), {})[name] = tensor
-    for device in set(devices) & set(parts):  # also one that has nothing for itself
+    for device in set(devices) & set(parts):  # a device without tensors of its own is held, too
         state.of_devices.setdefault(device, {})
     if with_shared:
         progress, shared = _read_part(path, SHARED, run, data_fingerprint)
@@ -229,14 +234,14 @@ def _read_part(path: Path, part: str, run: Run, data_fingerprint: str) -> tuple[
 def _written_fingerprint(path: Path) -> str:
     """Return the fingerprint of run.toml as it lies in the run's folder.
 
-    A version that has further keys, or others' order, writes the same run differently; the file that the checkpoint was
-    saved beside stays as it was.
+    Another version of lte, with further keys or another order, may write the same run differently; the file beside the
+    checkpoint is the one that it was saved with.
     """
     return _digest_of(path.parent.parent / RUN_FILE)[1]
 
 
 def _digest_of(path: Path) -> tuple[int, str]:
-    """Return a file's bytes and their SHA-256, without holding more of it than a chunk; none where it is missing."""
+    """Return a file's number of bytes and their SHA-256, reading a chunk at a time; 0 bytes where it is missing."""
     num_bytes, digest = 0, hashlib.sha256()
     if path.is_file():
         with path.open("rb") as file:
@@ -252,7 +257,7 @@ def _read_meta(path: Path, part: str) -> dict[str, Any]:
         if meta["version"] != CHECKPOINT_VERSION:
             version = f"{path} has version {meta['version']}, this lte reads {CHECKPOINT_VERSION}"
             raise InputError(f"{version}; use the lte that wrote it")
-        Progress(**meta["progress"])
+        Progress(**meta["progress"])  # raises TypeError where a key is missing or unknown
         return {key: meta[key] for key in ("run", "data", "tensors_bytes", "tensors_sha256", "progress")}
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
         raise InputError(

@@ -1,13 +1,13 @@
-"""Figures that say why a run learns as it does: how its devices' rounds relate, and how noisy its gradients are.
+"""Figures that explain how a run learns: how its devices' updates of a round relate, and how noisy its gradients are.
 
-Taken at a merge, on demand; training is the same to the bit with and without. Devices in several processes work out the
-same figures together: what travels for that is counted apart from the method's messages
-(simulate.costs.diagnostics_bytes).
+The training loop takes them at merges, where train.diagnostics_every asks for it; training is the same to the bit with
+and without. Several processes compute the same figures together, and count the bytes for that apart from the method's
+(simulate.costs.diagnostics_bytes plans them). simulate.probe uses the gradients and the spectra's figures.
 
-W is a linear layer's matrix, ΔW_h what head h changed in its effective weight since the last merge (a device of a dense
-method counts as one head), ΔW their (weighted) mean: what the merge adds to W, before an outer optimizer, a compressed
-wire or a delayed mix makes something else of it. Layers that merge at staggered steps each count from their own last
-merge. Means are over layers.
+W is a linear layer's matrix, ΔW_h the change of its effective weight by head h since the last merge (a device of a
+dense method counts as one head), ΔW their (weighted) mean: the merge adds it to W, where no outer optimizer, compressed
+wire or delayed mix changes it on the way. Layers that merge at staggered steps each count from their own last merge.
+Means are over layers.
 
     cosine                  <ΔW_h, ΔW_g> / (|ΔW_h|·|ΔW_g|), mean over pairs of heads; Frobenius product and norms
     grassmann_rad           (Σ_i θ_i²)^½, mean over pairs, with the principal angles θ_i between the spans of the k
@@ -17,22 +17,22 @@ merge. Means are over layers.
     effective_rank          exp(−Σ_i p_i·ln p_i), p_i = σ_i/Σσ, of ΔW's singular values (Roy and Vetterli 2007)
     stable_rank             |ΔW|_F² / |ΔW|_2² = Σσ²/σ_1²
     first_directions_share  |Uᵀ·ΔW·V|_F² / |ΔW|_F², with the 8 leading left and right singular vectors U, V of the first
-                            ΔW that was diagnosed: its own share in the first event, and from then on how much of the
-                            training still happens there
-    drift_mean, drift_max   |θ_n − θ| / |θ − θ_last| over devices n, with θ the mean over devices, of all that a device
-                            trains for itself: effective weights of adapted layers, and replicated parameters
+                            ΔW that was diagnosed: its own share in the first event, and in later ones the share of
+                            the training that still lies in those directions
+    drift_mean, drift_max   |θ_n − θ| / |θ − θ_last| over devices n, with θ the mean over devices, of everything that
+                            each device trains: effective weights of adapted layers, and replicated parameters
     noise_scale_samples     B_noise = tr Σ / |G|², the batch from which on larger ones bring little (McCandlish et al.
     noise_scale_tokens      2018, arXiv 1812.06162), from two batch sizes as in its appendix A.1, both terms unbiased:
     gradient_square           |G|² ≈ (B·|g_B|² − b·|g_b|²) / (B − b)
     gradient_variance         tr Σ ≈ (|g_b|² − |g_B|²) / (1/b − 1/B)
                             Plain gradients at the merged weights, on the batches of the 4 coming steps: b is one
-                            device's batch and |g_b|² the mean over all of these, B all of them together, which says
-                            far more than to estimate step by step and average. Where devices hold different data, that
-                            difference counts as noise. An estimate from few samples may have |G|² below 0: then there
-                            is no scale
+                            device's batch and |g_b|² the mean over all of these, B all of them together, which has
+                            less variance than the average of estimates step by step. Where devices hold different
+                            data, that difference counts as noise. An estimate from few samples may have |G|² below 0:
+                            then there is no scale
 
-Pairs are all those of at most 8 heads, drawn anew for every event. What a method does not have is left out: methods
-that agree at every step have no rounds, a single head has no pairs, a single device no drift.
+Pairs are all pairs of at most 8 heads, drawn anew for every event. Figures that a method cannot have are missing:
+methods that agree at every step have no rounds, a single head has no pairs, a single device no drift.
 
 Legend: K directions, O outputs, I inputs.
 """
@@ -68,40 +68,34 @@ from simulate.rules.diagnostics import DIRECTIONS, NOISE_BATCHES, SAMPLED_HEADS
 Figures = dict[str, float]
 _FIRST = "diagnostics.first"
 SQUARED_ELEMENTS, SQUARED_PARTS = 2**12, 64
-"""A sum of squares takes that many numbers at once, or a part of all of them."""
+"""A sum of squares copies this many elements at a time in double precision, or this part of a large tensor."""
 
 
 class Diagnostics:
-    """The figures of one run; remembers the first diagnosed directions, and lets the method keep its merged weights."""
+    """The figures of one run; keeps the first diagnosed directions, and has the method keep its merged weights."""
 
     def __init__(self, method: Method) -> None:
         self.method, self.run = method, method.run
         method.keep_merged()
         self.first: dict[str, tuple[Tensor, Tensor]] = {}
         self.traffic = ByteCounter()
-        """What devices exchanged for the figures since that was last taken."""
-
-    @property
-    def _communicator(self) -> Communicator:
-        return self.method.communicator
+        """Bytes that devices exchanged for the figures since `take_sent_bytes`."""
 
     @torch.no_grad()
     def of_round(self, step: int) -> Figures:
         """Return the figures of the round that ends with `step`; right before its merge. All processes take part."""
-        with self._communicator.uncounted(self.traffic):
-            return self._of_round(step)
-
-    def _of_round(self, step: int) -> Figures:
         method = self.method
-        rows = method.rows()
-        drift, layers = _Drift(method.communicator), _Means()
-        for local in method.updates(step):
-            if not self._add_layer(local.over(rows), step, drift, layers):
-                return {}  # a run that diverged ends with an error about its loss
-        return {**layers.figures(), **drift.figures()}
+        with method.communicator.uncounted(self.traffic):
+            rows = method.rows()
+            drift, layers = _Drift(method.communicator), _Means()
+            for local in method.updates(step):
+                if not self._add_layer(local.over(rows), step, drift, layers):
+                    return {}  # a run that diverged ends with an error about its loss
+            return {**layers.figures(), **drift.figures()}
 
     def _add_layer(self, updates: LayerUpdates, step: int, drift: _Drift, layers: _Means) -> bool:
-        """Add a layer's figures, whose tensors are gone with this; returns whether it is finite, for everyone alike."""
+        """Add a layer's figures; returns whether its mean update is finite, which is the same in all processes."""
+        # A function of its own, so that a layer's tensors are freed before the next layer's are made.
         mean = updates.mean()
         if not mean.isfinite().all():
             return False
@@ -115,7 +109,7 @@ class Diagnostics:
         values, left_OK, right_IK = decompose(mean_OI, DIRECTIONS)
         if not len(values):
             return {}
-        # In the layout of a checkpoint, so that a resumed run rounds alike.
+        # Contiguous, as a checkpoint restores them: products of another layout would round differently after a resume.
         left_OK, right_IK = self.first.setdefault(name, (left_OK.contiguous(), right_IK.contiguous()))
         return {
             "effective_rank": effective_rank(values),
@@ -124,32 +118,32 @@ class Diagnostics:
         }
 
     def of_gradients(self, batches: Batches, step: int, device: torch.device) -> Figures:
-        """Return the gradient noise scale at the merged weights, right after a merge; `step` is the coming one.
+        """Return the gradient noise scale at the merged weights, right after a merge; `step` is the next one.
 
-        Every process takes the gradients of its own devices' batches.
+        Each process takes the gradients of its own devices' batches.
         """
         gradients, size = GradientSums(self.run, self.method.weights_in_use()), self.run.train.micro_batch
         for coming in range(step, step + NOISE_BATCHES):
-            inputs, targets = batches.batch(coming, self._communicator.local_devices)
+            inputs, targets = batches.batch(coming, self.method.communicator.local_devices)
             for pair in zip(inputs.split(size), targets.split(size), strict=True):
                 gradients.add(*(tensor.to(device) for tensor in pair))
-        with self._communicator.uncounted(self.traffic):
-            small_square, big_square = gradients.squares(self._communicator)
+        with self.method.communicator.uncounted(self.traffic):
+            small_square, big_square = gradients.squares(self.method.communicator)
         samples = size * NOISE_BATCHES * self.run.cluster.devices
         return noise_figures(small_square, big_square, size, samples, self.run.model.units_per_sample)
 
     def take_sent_bytes(self) -> int:
-        """Return the payload that all devices sent for the figures since the last time."""
+        """Return the payload bytes that all devices sent for the figures since the last call."""
         traffic, self.traffic = self.traffic, ByteCounter()
         return traffic.sent_bytes
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what later events depend on, by name; for the checkpoint."""
+        """Return the tensors that later events depend on, by name; for the checkpoint."""
         sides = ((name, side, pair[index]) for name, pair in self.first.items() for index, side in enumerate("uv"))
         return {f"{_FIRST}.{side}.{name}": tensor for name, side, tensor in sides}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state` returned."""
+        """Restore the tensors of `state_dict`; other names are ignored."""
         prefix = f"{_FIRST}.u."
         for name in (key.removeprefix(prefix) for key in state if key.startswith(prefix)):
             left, right = (state[f"{_FIRST}.{side}.{name}"] for side in "uv")
@@ -158,7 +152,7 @@ class Diagnostics:
 
 
 class _Means:
-    """Means of figures, each over those that have it."""
+    """Means of figures by name, each over the layers or pairs that have it."""
 
     def __init__(self) -> None:
         self._values: defaultdict[str, list[float]] = defaultdict(list)
@@ -177,7 +171,7 @@ class _Drift:
     def __init__(self, communicator: Communicator) -> None:
         self._communicator = communicator
         self._own: defaultdict[int, float] = defaultdict(float)
-        """Of the devices that this process answers for."""
+        """Squared distance of each device whose rows this process has."""
         self._devices: Sequence[int] = ()
         self._mean = 0.0
 
@@ -188,23 +182,26 @@ class _Drift:
         self._mean += square_norm(mean)
 
     def figures(self) -> Figures:
-        """Tell everyone of the own devices, and return what all drifted."""
+        """Exchange the devices' distances, and return mean and largest drift of all; nothing for a single device."""
         if len(self._devices) < 2 or not self._mean:
             return {}
         own_L1 = [[self._own.get(device, 0.0)] for device in self._communicator.local_devices]
-        everyones_N = (
-            self._communicator.all_gather_scalars(torch.tensor(own_L1, dtype=torch.float64)).flatten().tolist()
-        )
-        ratios = [math.sqrt(everyones_N[device] / self._mean) for device in self._devices]
+        gathered_N1 = self._communicator.all_gather_scalars(torch.tensor(own_L1, dtype=torch.float64))
+        distances_N = gathered_N1.flatten().tolist()
+        ratios = [math.sqrt(distances_N[device] / self._mean) for device in self._devices]
         return {"drift_mean": math.fsum(ratios) / len(ratios), "drift_max": max(ratios)}
 
 
 Take = Callable[[str, Tensor], None]
-"""Gets a parameter's name and gradient, of the parameter's shape, and may keep it."""
+"""Function of a parameter's name and its gradient, which it may keep."""
 
 
 class _LossAndBack(nn.Module):
-    """A network's mean loss, and its backward pass within the call: what is recomputed needs the call's weights."""
+    """Computes a network's mean loss and runs the backward pass inside the forward call.
+
+    functional_call restores the network's own weights when the call ends, but recomputed activations need those that
+    the call was given.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -217,26 +214,29 @@ class _LossAndBack(nn.Module):
 
 
 class LossGradient:
-    """Gradients of a plain network's mean loss at given weights, which are made one at a time where they have to be."""
+    """Gradients of a plain network's mean loss at given weights; lazy weights are materialised one at a time."""
 
     def __init__(self, run: Run, weights: Mapping[str, Tensor]) -> None:
         network = empty_model(run, next(iter(weights.values())).device)
         if not isinstance(run.model, FactoryModel):
-            network.train()  # ours have no dropout, and recompute their blocks where that is asked for
+            network.train()  # ours have no dropout, and recompute their blocks in this mode alone
         self._passes = _LossAndBack(network)
-        # By the names that are the network's own: weights that layers share appear once, and get one gradient.
-        names = [name for name, _ in network.named_parameters()]
-        self.leaves = {name: _leaf(weights[name]) for name in names}
+        # named_parameters lists weights that layers share once: they get one gradient.
+        used = {name: weights[name] for name, _ in network.named_parameters()}
+        self.leaves = {
+            name: weight.leaf() if isinstance(weight, LazyWeight) else weight.detach().requires_grad_()
+            for name, weight in used.items()
+        }
 
     def of(self, inputs: Tensor, targets: Tensor, take: Take) -> Tensor:
-        """Return a batch's mean loss, and hand out its gradient by every parameter, none of which is kept here.
+        """Return a batch's mean loss; `take` gets each parameter's gradient as soon as it is complete.
 
-        Raises InputError for a network of the user's whose gradients come in parts.
+        Raises InputError for a user's network whose gradients come in parts.
         """
         unused = set(self.leaves)
 
         def give(name: str, leaf: Tensor) -> None:
-            gradient, leaf.grad = leaf.grad, None
+            gradient, leaf.grad = leaf.grad, None  # so that no more than one gradient is held at a time
             assert gradient is not None
             if name not in unused:
                 raise InputError(
@@ -254,20 +254,16 @@ class LossGradient:
         finally:
             for hook in hooks:
                 hook.remove()
-        for name in unused:
+        for name in unused:  # the loss does not depend on it
             leaf = self.leaves[name]
             take(name, torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device))
         return loss
 
 
-def _leaf(weight: Tensor) -> Tensor:
-    return weight.leaf() if isinstance(weight, LazyWeight) else weight.detach().requires_grad_()
-
-
 class GradientSums:
-    """Gradients of a plain network at given weights: their sum, and the sum of their squared norms.
+    """Sum of a plain network's gradients at given weights, and the sum of their squared norms.
 
-    Of a device's memory this takes one gradient at a time: the sums lie in a file of the host's.
+    It takes the device memory of one gradient: the sums lie in a memory-mapped file of the host.
     """
 
     def __init__(self, run: Run, weights: Mapping[str, Tensor]) -> None:
@@ -292,7 +288,10 @@ class GradientSums:
         self.count += 1
 
     def square_of_sum(self, communicator: Communicator) -> list[Tensor]:
-        """Return the parts of the squared norm of everyone's summed gradients; what travels, does from the device."""
+        """Return the squared norm of all processes' summed gradients, in parts to be added up.
+
+        Messages are made on the device, since backends such as NCCL send nothing from the host.
+        """
         sums, squares = list(self.sums.values()), list[Tensor]()
         where = self.flat.device if communicator.is_whole else self._device
         for message in bucket([part.nbytes for part in sums]):
@@ -303,10 +302,7 @@ class GradientSums:
         return squares
 
     def squares(self, communicator: Communicator) -> tuple[float, float]:
-        """Return the mean of all batches' squared gradient norms, and the squared norm of their mean gradient.
-
-        Of those of all processes, which add up their sums.
-        """
+        """Return the mean squared norm of all processes' gradients, and the squared norm of their mean."""
         of_sum = self.square_of_sum(communicator)
         own_LX = torch.zeros(len(communicator.local_devices), 2, dtype=torch.float64)
         own_LX[0] = torch.tensor([_total(self._squares), self.count], dtype=torch.float64)
@@ -315,7 +311,7 @@ class GradientSums:
 
 
 def _square(x: Tensor) -> Tensor:
-    """Return the sum of the squares of x, of which a small part at a time is copied in double precision."""
+    """Return the sum of the squares of x in double precision, of which a small part at a time is a copy."""
     parts = x.flatten().split(max(SQUARED_ELEMENTS, x.numel() // SQUARED_PARTS))
     return torch.stack([torch.linalg.vector_norm(part, dtype=torch.float64) ** 2 for part in parts]).sum()
 
@@ -325,7 +321,7 @@ def _total(values: Sequence[Tensor]) -> float:
 
 
 def sampled_heads(seed: int, step: int, heads: int) -> list[int]:
-    """Return the heads whose pairs are compared, in order: all, or a draw addressed by the step."""
+    """Return the sorted heads whose pairs are compared: all, or a draw addressed by the step."""
     if heads <= SAMPLED_HEADS:
         return list(range(heads))
     draw = generator(seed, "diagnosed heads", step)
@@ -337,6 +333,7 @@ def pair_figures(updates: LayerUpdates, heads: Sequence[int]) -> Figures:
     if len(heads) < 2:
         return {}
     dots_HH, bases = updates.compare(heads, DIRECTIONS)
+    # Spans of equal dimensions alone have a distance.
     dots, common = dots_HH.tolist(), min(basis.shape[1] for basis in bases)
     norms = [math.sqrt(max(0.0, dots[index][index])) for index in range(len(heads))]
     if not all(norms):
@@ -358,7 +355,7 @@ def grassmann_distance(basis_OK: Tensor, other_OK: Tensor) -> float:
     overlap_KK = basis_OK.T @ other_OK
     cosines = torch.linalg.svdvals(overlap_KK).clamp(max=1)
     sines = torch.linalg.svdvals(other_OK - basis_OK @ overlap_KK).flip(0).clamp(max=1)
-    # Each is exact where the other is flat.
+    # Rounding of a cosine near 1, or of a sine near 1, would spoil its angle: take each where it is steep.
     angles = torch.where(cosines**2 < 0.5, cosines.arccos(), sines.arcsin())
     return float(torch.linalg.vector_norm(angles))
 
@@ -382,7 +379,7 @@ def share_within(x_OI: Tensor, left_OK: Tensor, right_IK: Tensor) -> float:
 def noise_figures(small_square: float, big_square: float, small: int, big: int, sample_tokens: int) -> Figures:
     """Return unbiased estimates of |G|² and tr Σ from squared norms of gradients of `small` and of `big` samples.
 
-    And the noise scale, where they have one.
+    With the noise scale, where |G|² is above 0.
     """
     square = (big * big_square - small * small_square) / (big - small)
     variance = (small_square - big_square) / (1 / small - 1 / big)

@@ -1,4 +1,10 @@
-"""The training loop, which reads as the algorithm: local step, maybe merge, maybe evaluate, tell, maybe save."""
+"""The training loop: local step, maybe merge, maybe evaluate, emit events, maybe save.
+
+`train` is the algorithm; the functions below follow in the order in which it calls them. The loop is the same for all
+devices in one process and for one process of a launched run: method, communicator and clock hide the difference.
+`lte train` (ltecli.commands.train) and simulate.launch.worker build a Session and call `train`; `restore` and
+`continue_from` continue from a checkpoint, or from a state that other processes sent.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +48,13 @@ class Session:
     checkpoints: Path
     device: torch.device
     stop: Callable[[], bool] = lambda: False
-    """Asked after every step: true to save and leave."""
+    """Asked at every meeting: true to save and leave."""
     step: int = 0
     """Steps done."""
     wall_s: float = 0.0
     """Measured seconds of earlier sessions of this run."""
     val_loss: float | None = None
+    """Loss of the newest evaluation."""
     scores: dict[str, float] = field(default_factory=dict)
     """Means of the newest evaluation by name, the validation loss among them."""
     started_s: float = field(default_factory=time.monotonic)
@@ -59,16 +66,18 @@ class Session:
     """Whether lost processes are restarted, from checkpoints at merges."""
     saved_at: int = 0
     """Steps done at the last checkpoint."""
-    untold: list[tuple[Tensor, Event]] = field(default_factory=list)
-    """Local devices' losses and the figures of steps since devices last met."""
+    pending_steps: list[tuple[Tensor, Event]] = field(default_factory=list)
+    """Local devices' losses and the figures of steps since the last meeting."""
+    pending_diagnostics: list[Event] = field(default_factory=list)
+    """Diagnostics of merges since the last meeting."""
     diagnostics: Diagnostics | None = field(init=False)
-    calendar: Cadence = field(init=False)
-    """When devices meet; within one process they do after every merge at least, and hear of each other always."""
+    cadence: Cadence = field(init=False)
+    """When devices meet; within one process they do after every merge at least, and exchange losses at every step."""
 
     def __post_init__(self) -> None:
-        calendar = Cadence.of(self.run)
-        whole = self.communicator.is_whole
-        self.calendar = replace(calendar, apart=self.run.method.steps_apart) if whole else calendar
+        cadence = Cadence.of(self.run)
+        is_whole = self.communicator.is_whole
+        self.cadence = replace(cadence, apart=self.run.method.steps_apart) if is_whole else cadence
         self.diagnostics = Diagnostics(self.method) if self.run.train.diagnostics_every else None
         if isinstance(self.method, Paced):
             self.method.step_s = self.clock.device_step_s
@@ -79,16 +88,21 @@ class Session:
         return self.wall_s + time.monotonic() - self.started_s
 
     def meets(self) -> bool:
-        """Whether devices hear of each other now: within one process always, else when a merge has arrived."""
-        return self.communicator.is_whole or self.calendar.meets(self.step)
+        """Whether devices exchange losses now: within one process always, else when a merge has arrived."""
+        return self.communicator.is_whole or self.cadence.meets(self.step)
+
+    def evaluates(self) -> bool:
+        """Whether it is time for an evaluation; it waits for the merged weights to be complete."""
+        is_due = self.step == self.run.train.steps or self.cadence.is_due(self.step, self.run.train.evaluate_every)
+        return is_due and self.method.merged_weights_ready(self.step - 1)
 
     def saves(self) -> bool:
         """Whether it is time for a checkpoint: as often as the run says, of a launched one also to recover from."""
         every = self.run.train.checkpoint_every
         if not self.recovers:
             return self.step % every == 0
-        recovery = self.step - self.saved_at >= self.calendar.recover_steps
-        return recovery or self.calendar.is_due(self.step, every)
+        recovery = self.step - self.saved_at >= self.cadence.recover_steps
+        return recovery or self.cadence.is_due(self.step, every)
 
 
 def train(session: Session) -> bool:
@@ -96,67 +110,57 @@ def train(session: Session) -> bool:
 
     Raises RunFailedError for losses that are not finite.
     """
-    run, method, diagnosed = session.run, session.method, list[Event]()
-    for step in range(session.step, run.train.steps):
-        inputs, targets = session.batches.batch(step, session.communicator.local_devices)
-        session.clock.charge_step()  # first, since what a step waits for, it waits for after its compute
-        losses_L = method.step(inputs.to(session.device), targets.to(session.device), step)
-        merged = method.merge_due(step)
-        if merged:
-            method.close_round(step)
-        diagnostics = _diagnostics_due(session, step + 1) if merged else None
-        if diagnostics:
-            diagnosed.append(_diagnose_round(session, diagnostics, step))
-        if merged:
-            _merge(session, step)
+    steps, log_every = session.run.train.steps, session.run.train.log_every
+    for step in range(session.step, steps):
+        losses_L = _local_step(session, step)
+        if session.method.merge_due(step):
+            _end_round(session, step)
         session.step = step + 1
-        if diagnostics:
-            diagnosed[-1].update(_diagnose_gradients(session, diagnostics))
-        last = session.step == run.train.steps
-        if last or session.step % run.train.log_every == 0:
-            session.untold.append((losses_L, _figures(session)))
-        if not (last or session.meets()):
-            continue  # nobody hears of the others
-        stopping = _emit_steps(session) and not last
+        is_last = session.step == steps
+        if is_last or session.step % log_every == 0:
+            session.pending_steps.append((losses_L, _step_figures(session)))
+        if not (is_last or session.meets()):
+            continue  # a process learns of the others at meetings alone: other steps cost no message
+        stopping = _emit_steps(session) and not is_last
         session.clock.charge_evaluation(session.step)
-        if method.merged_weights_ready(step) and (
-            last or session.calendar.is_due(session.step, run.train.evaluate_every)
-        ):
+        if session.evaluates():
             _evaluate(session)
-        for event in diagnosed:
-            session.emit(event)
-        diagnosed.clear()
+        _emit_diagnostics(session)
         session.clock.charge_checkpoint(session.step)
-        if last or stopping or session.saves():
+        if is_last or stopping or session.saves():
             save(session)
         if stopping:
             return False
     return True
 
 
-def _merge(session: Session, step: int) -> None:
-    """Merge; a device whose weights are not finite any more is left out of it, and goes on from what was merged."""
-    method = session.method
-    session.communicator.current_phase = f"the merge after step {step + 1}"
-    steps_done = method.steps_done()
-    if steps_done is not None:
-        session.emit({"kind": "round", "step": step + 1, "steps_done": steps_done})
-    if method.can_exclude_devices:
-        healthy_L1 = method.healthy().double().unsqueeze(1)
-        healthy_N = session.communicator.all_gather_scalars(healthy_L1).squeeze(1).bool()
-        if not healthy_N.any():
-            raise RunFailedError(f"no device's weights are finite at step {step + 1}; try a lower train.learning_rate")
-        if not healthy_N.all():
-            method.exclude_devices(healthy_N)
-            left_out = torch.nonzero(~healthy_N).flatten().tolist()
-            session.emit({"kind": "left-out", "step": step + 1, "devices": left_out})
-    method.merge(step)
-    session.clock.charge_merge()
+def _local_step(session: Session, step: int) -> Tensor:
+    """Take one step of every local device on its own batch; returns their losses, (L,)."""
+    inputs, targets = session.batches.batch(step, session.communicator.local_devices)
+    session.clock.charge_step()  # before the step, which may wait for an exchange when its compute is done
+    return session.method.step(inputs.to(session.device), targets.to(session.device), step)
+
+
+def _end_round(session: Session, step: int) -> None:
+    """Merge, and where it is due diagnose the round before the merge and gradients at the merged weights after it."""
+    session.method.close_round(step)
+    diagnostics = _diagnostics_due(session, step + 1)
+    if diagnostics is None:
+        _merge(session, step)
+        return
+    session.communicator.current_phase = f"the diagnostics of the round after step {step + 1}"
+    event = {"kind": "diagnostics", "step": step + 1, **diagnostics.of_round(step)}
+    _merge(session, step)
+    session.communicator.current_phase = f"the diagnostics of gradients after step {step + 1}"
+    event |= diagnostics.of_gradients(session.batches, step + 1, session.device)
+    session.pending_diagnostics.append({**event, "own_sent_bytes": diagnostics.take_sent_bytes()})
 
 
 def _diagnostics_due(session: Session, step: int) -> Diagnostics | None:
-    """Return what diagnoses the merge after `step` steps, if it is time: a multiple of the interval went by since the
-    last merge, in whichever world; a run too short for that is diagnosed at its end.
+    """Return the diagnostics if they are due at the merge after `step` steps.
+
+    They are where a multiple of the interval went by since the last merge, in one process or many; a run too short for
+    that is diagnosed at its end.
     """
     every, steps, apart = session.run.train.diagnostics_every, session.run.train.steps, session.run.method.steps_apart
     if every is None:
@@ -166,20 +170,34 @@ def _diagnostics_due(session: Session, step: int) -> Diagnostics | None:
     return session.diagnostics if due else None
 
 
-def _diagnose_round(session: Session, diagnostics: Diagnostics, step: int) -> Event:
-    session.communicator.current_phase = f"the diagnostics of the round after step {step + 1}"
-    return {"kind": "diagnostics", "step": step + 1, **diagnostics.of_round(step)}
+def _merge(session: Session, step: int) -> None:
+    """Merge the devices' updates, without devices whose weights are no longer finite; these take the merged weights."""
+    method = session.method
+    session.communicator.current_phase = f"the merge after step {step + 1}"
+    steps_done = method.steps_done()
+    if steps_done is not None:
+        session.emit({"kind": "round", "step": step + 1, "steps_done": steps_done})
+    if method.can_exclude_devices:
+        _exclude_devices(session, step)
+    method.merge(step)
+    session.clock.charge_merge()
 
 
-def _diagnose_gradients(session: Session, diagnostics: Diagnostics) -> Event:
-    """Return the figures of gradients at newly merged weights, and what all of the event made devices send."""
-    session.communicator.current_phase = f"the diagnostics of gradients after step {session.step}"
-    figures = diagnostics.of_gradients(session.batches, session.step, session.device)
-    return {**figures, "own_sent_bytes": diagnostics.take_sent_bytes()}
+def _exclude_devices(session: Session, step: int) -> None:
+    """Exclude devices with weights that are not finite; raises RunFailedError where no other is left."""
+    healthy_L1 = session.method.healthy().double().unsqueeze(1)
+    # Every process must exclude the same devices, or the merge's messages would not match.
+    healthy_N = session.communicator.all_gather_scalars(healthy_L1).squeeze(1).bool()
+    if not healthy_N.any():
+        raise RunFailedError(f"no device's weights are finite at step {step + 1}; try a lower train.learning_rate")
+    if not healthy_N.all():
+        session.method.exclude_devices(healthy_N)
+        excluded = torch.nonzero(~healthy_N).flatten().tolist()
+        session.emit({"kind": "left-out", "step": step + 1, "devices": excluded})
 
 
-def _figures(session: Session) -> Event:
-    """Return what a step event says beside the losses."""
+def _step_figures(session: Session) -> Event:
+    """Return the figures of a step event beside the losses."""
     run, counter = session.run, session.communicator.counter
     return {
         "step": session.step,
@@ -193,18 +211,20 @@ def _figures(session: Session) -> Event:
 
 
 def _emit_steps(session: Session) -> bool:
-    """Emit the steps since devices last met, with everyone's losses; returns whether to stop, all alike."""
-    own = [losses_L.double().cpu() for losses_L, _ in session.untold]
+    """Emit the steps since the last meeting with all devices' losses; returns whether any process was asked to stop."""
+    own = [losses_L.double().cpu() for losses_L, _ in session.pending_steps]
+    # The wish to stop travels with the losses, so that all processes leave after the same step.
     wish_L = torch.full((session.method.local_devices,), float(session.stop()), dtype=torch.float64)
     session.communicator.current_phase = f"step {session.step}"
     everyones = session.communicator.all_gather_scalars(torch.stack([*own, wish_L], dim=1))
-    untold, session.untold = session.untold, []
-    for losses_N, (_, figures) in zip(everyones.T, untold, strict=False):
+    pending, session.pending_steps = session.pending_steps, []
+    for losses_N, (_, figures) in zip(everyones.T, pending, strict=False):  # the last column is the wish
         _emit_step(session, losses_N.tolist(), figures)
     return bool(everyones[:, -1].any())
 
 
 def _emit_step(session: Session, losses: list[float], figures: Event) -> None:
+    """Emit one step; raises RunFailedError for a loss that is not finite, unless the merge excludes its device."""
     step = figures["step"]
     finite = [math.isfinite(loss) for loss in losses]
     if not any(finite) or not (all(finite) or session.method.can_exclude_devices):
@@ -215,7 +235,7 @@ def _emit_step(session: Session, losses: list[float], figures: Event) -> None:
     trained = session.method.active(step - 1)
     active = [losses[device] for device in trained if finite[device]]
     samples = session.method.samples_done(step - 1)
-    if session.method.steps_done() is not None:  # others have stopped, and have no loss
+    if session.method.steps_done() is not None:  # a device that has taken its steps of the round has no loss
         finite = [fine and device in trained for device, fine in enumerate(finite)]
     session.emit(
         {
@@ -232,14 +252,13 @@ def _emit_step(session: Session, losses: list[float], figures: Event) -> None:
 
 @torch.no_grad()
 def _evaluate(session: Session) -> None:
-    """Emit the scores of the merged weights, on plain layers: nothing of the method is involved.
+    """Emit the scores of the merged weights on a plain network, without the method's adapters.
 
-    Processes take turns with the batches; their sums are added up in order.
+    Processes take turns with the batches; their sums are added in order of processes, so that all get equal scores.
     """
     model, weights = empty_model(session.run, session.device), session.method.weights_in_use()
-    communicator = session.communicator
-    wanted = session.run.train
-    batches = session.batches.validation(wanted.evaluate_samples, evaluation_batch(wanted.micro_batch))
+    communicator, settings = session.communicator, session.run.train
+    batches = session.batches.validation(settings.evaluate_samples, evaluation_batch(settings.micro_batch))
     names = ("val_loss", *session.batches.score_names)
     sums_LX = torch.zeros(len(communicator.local_devices), 1 + len(names), dtype=torch.float64)
     for inputs, targets in islice(batches, communicator.process, None, communicator.processes):
@@ -257,13 +276,20 @@ def _evaluate(session: Session) -> None:
             **session.scores,
             "tokens": session.method.samples_done(session.step - 1) * session.run.model.units_per_sample,
             "simulated_s": session.clock.now_s,
-            "sent_bytes": session.communicator.counter.sent_bytes,
+            "sent_bytes": communicator.counter.sent_bytes,
         }
     )
 
 
+def _emit_diagnostics(session: Session) -> None:
+    # At a meeting, so that the event follows its step's, which is emitted there.
+    for event in session.pending_diagnostics:
+        session.emit(event)
+    session.pending_diagnostics.clear()
+
+
 def save(session: Session) -> None:
-    """Save a checkpoint of the step that was just done, and tell."""
+    """Save a checkpoint of the step that was just done, and emit an event."""
     counter = session.communicator.counter
     progress = Progress(
         step=session.step,
@@ -305,7 +331,7 @@ def restore(session: Session, path: Path) -> None:
 
 
 def continue_from(session: Session, progress: Progress, state: State) -> None:
-    """Take a run up where a state was saved."""
+    """Continue where a state was saved: restore method, diagnostics, simulated clock and byte counters."""
     session.method.load_divided(state)
     if session.diagnostics is not None:
         session.diagnostics.load_state_dict(state.shared)

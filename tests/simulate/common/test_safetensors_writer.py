@@ -24,7 +24,7 @@ PROGRESS = Progress(3, 0.0, 0.0, 0, 0, 0, 0.0, None)
 
 
 def tensors_of_every_kind() -> dict[str, Tensor]:
-    kinds = {str(dtype): torch.arange(12).remainder(2).to(dtype).view(3, 4) for dtype in DTYPES}
+    kinds = {name: torch.arange(12).remainder(2).to(getattr(torch, name)).view(3, 4) for name in DTYPES}
     odd = {"number": torch.tensor(7), "empty": torch.empty(0, 3), "tränsposed": torch.arange(6.0).view(2, 3).t()}
     return {**kinds, **odd, "row": torch.arange(8.0).view(2, 4)[1], "ones": torch.ones(3, dtype=torch.uint8)}
 

@@ -1,4 +1,4 @@
-"""Small pictures, and the folders, archives and arrays that data sets are made of."""
+"""Small pictures, and folders, archives and arrays of them, as test data."""
 
 from __future__ import annotations
 

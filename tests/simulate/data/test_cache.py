@@ -1,4 +1,4 @@
-"""The cache: equal keys make once, damage of any byte is seen, nothing half-written is ever taken."""
+"""The cache: equal keys make a file once, damage of any byte is seen, no half-written file is ever used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from simulate.common.errors import InputError
 from simulate.data import cache
-from simulate.data.cache import Draft, Kept, cache_folder, cached, open_file
+from simulate.data.cache import CachedArrays, Draft, cache_folder, cached, open_arrays
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Maker:
-    """Fills a draft, and counts how often it had to."""
+    """A maker that fills a draft and counts its calls."""
 
     def __init__(self, value: int = 7) -> None:
         self.value, self.calls = value, 0
@@ -42,7 +42,7 @@ def the_file(folder: Path) -> Path:
     return path
 
 
-def check(kept: Kept, value: int = 7) -> None:
+def check(kept: CachedArrays, value: int = 7) -> None:
     assert kept.arrays["bytes"].tolist() == [[value] * 5] * 3
     assert kept.arrays["wide"].tolist() == [0.5, 0.5]
     assert kept.facts == {"classes": ["é", "b"]}
@@ -77,7 +77,7 @@ def test_any_changed_byte_makes_it_anew(folder: Path) -> None:
     unseen = []
     for place in range(len(sound)):
         path.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
-        if open_file(path) is not None:
+        if open_arrays(path) is not None:
             unseen.append(place)
     assert not unseen
     path.write_bytes(sound[:-1] + b"\xff")

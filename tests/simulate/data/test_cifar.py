@@ -1,4 +1,4 @@
-"""CIFAR batches: read as published, and pickles that carry anything but arrays refused unexecuted."""
+"""CIFAR batches: read as published; pickles with anything but arrays are refused and not executed."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_cifar_100_has_its_fine_classes(tmp_path: Path) -> None:
 
 
 class Attack:
-    """Runs a command when it is unpickled."""
+    """An object that runs a command when it is unpickled."""
 
     def __init__(self, call: Callable[..., object], *arguments: object) -> None:
         self.call, self.arguments = call, arguments

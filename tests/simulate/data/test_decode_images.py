@@ -1,4 +1,4 @@
-"""Decoding: centre crops and sizes by hand, what is refused and why, and the pool against one process."""
+"""Decoding: centre crops and sizes by hand, errors for unfit images, and the pool against one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets of the hub's library, made here and loaded without a network: texts and images, streamed once."""
+"""Data sets of the datasets library, made here and loaded without a network: texts and images, streamed once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROWS = [{"text": f"line {n} of ünicode", "number": n, "title": f"t{n}"} for n i
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Let the library ask nobody."""
+    """Keep the library off the network."""
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
@@ -69,11 +69,42 @@ def test_texts_are_rows_between_newlines(tmp_path: Path, rows: int | None, expec
 def test_a_stream_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = write_rows(tmp_path / "set", [{"text": "once"}])
     first = load_text(Data(name=name)).fingerprint
-    monkeypatch.setattr(hub, "_library", None)
+    monkeypatch.setattr(hub, "_Stream", None)
     assert load_text(Data(name=name)).fingerprint == first
     write_rows(tmp_path / "set", [{"text": "changed"}])
     with pytest.raises(TypeError):
         load_text(Data(name=name))
+
+
+def test_rows_are_kept_by_the_library_and_texts_are_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LTE_CACHE", str(tmp_path / "cache"))
+    text = load_text(Data(name=write_rows(tmp_path / "set", ROWS), column="text"))
+    (kept,) = (tmp_path / "cache").glob("hub-*.arrow")
+    rows = datasets.Dataset.from_file(str(kept))
+    assert b"".join(rows["content"]) == bytes(text.tokens)
+    assert isinstance(text.tokens, np.memmap)
+
+
+def test_a_damaged_file_of_rows_is_streamed_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LTE_CACHE", str(tmp_path / "cache"))
+    data = Data(name=write_rows(tmp_path / "set", ROWS), column="text")
+    first = load_text(data)
+    (kept,) = (tmp_path / "cache").glob("hub-*.arrow")
+    sound = kept.read_bytes()
+    for damaged in (b"", sound[:100], sound[: len(sound) // 2]):
+        kept.write_bytes(damaged)
+        assert load_text(data).fingerprint == first.fingerprint
+
+
+def test_images_are_read_by_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool of processes opens the file of rows by its path."""
+    monkeypatch.setattr("simulate.data.decode_images.POOL_FROM_IMAGES", 4)
+    monkeypatch.setattr("simulate.data.decode_images.CHUNK_IMAGES", 6)
+    monkeypatch.setattr("simulate.data.decode_images.usable_cores", lambda: 2)
+    source = image_source(Data(name=write_pictures(tmp_path / "set", "train", 12)))
+    assert source is not None
+    loaded = load_images(source, source.frame(None, None, False))
+    assert all(np.array_equal(loaded.pixels[row], pixels(row).transpose(2, 0, 1)) for row in range(12))
 
 
 def test_other_tokens_are_made_of_it_like_of_any_text(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Folders and archives of images: which file is of which class and split, and each layout that makes no sense."""
+"""Folders and archives of images: classes and splits of files, and errors for contradictory layouts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images from listing to training: what is held out, measured, left out, cached and refused."""
+"""Images from listing to training: held out, measured, skipped, cached and refused."""
 
 from __future__ import annotations
 

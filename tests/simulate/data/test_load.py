@@ -1,4 +1,4 @@
-"""What lies at a path: recognised, or said, and one line where neither helps."""
+"""The kind of data at a path: recognised, or named in run.toml, and one line of error otherwise."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_format_that_is_said_goes_before_what_is_seen(tmp_path: Path) -> None:
         (
             {"a.bin": b"\x00\x01", "b.bin": b"\x00"},
             {},
-            "nothing in it is recognised (a.bin is binary: it holds a NUL byte); what is understood: UTF-8 text",
+            "nothing in it is recognised (a.bin is binary: it holds a NUL byte); supported: UTF-8 text",
         ),
         ({"a.txt": b"prose"}, {"format": "images"}, "holds no image (.bmp .gif"),
         ({"a.txt": b"prose"}, {"format": "stl10"}, "holds no train_X.bin"),

@@ -1,4 +1,4 @@
-"""Shards: sizes and tables by hand, every sample exactly once, and skew that goes where alpha says."""
+"""Shards: sizes and tables by hand, every sample exactly once, and skew as alpha demands."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ LABELS = np.arange(1000) % 10
 
 
 def table_of(alpha: float, devices: int = 10, seed: int = 0) -> np.ndarray:
-    """Return how many samples of each class each device has, (N, K)."""
+    """Return the number of samples of each device in each class, (N, K)."""
     parts = skewed_shards(LABELS, 10, devices, None, alpha, seed)
     return np.stack([np.bincount(LABELS[part], minlength=10) for part in parts])
 

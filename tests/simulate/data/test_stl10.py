@@ -1,4 +1,4 @@
-"""STL-10's raw files: columns first, labels from 1, and each way in which they may be cut short."""
+"""STL-10's raw files: columns first, labels from 1, and errors for files that are cut short."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The text loader: what it reads, and one line for each thing that it cannot."""
+"""The text loader: files and folders that it reads, and one line of error for those that it cannot."""
 
 from __future__ import annotations
 

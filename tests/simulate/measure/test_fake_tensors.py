@@ -1,4 +1,4 @@
-"""Followed memory against the allocator's, plans against both, and the caching allocator by hand."""
+"""Tracked memory against the allocator's, plans against both, and the caching allocator by hand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests import tiny
 CPU = torch.device("cpu")
 WIDE = {"layers": 2, "width": 96, "attention_heads": 4, "context": 24, "vocab": 300}
 KERNEL_BYTES = 1024
-"""Of numbers that a kernel works with, such as an operand that it converts."""
+"""Bytes that a kernel may allocate inside, such as for an operand that it converts."""
 FOLLOWED = (
     "ddp", "lora", "adamix", "fedavg", "diloco, late, streaming int8", "lte, late", "lte, paced, reduced int4",
     "lte, frozen a, muon", "lte, vector norms", "daso", "sapipe", "signsgd", "local-sgd, paced, served",

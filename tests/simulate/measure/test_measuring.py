@@ -1,4 +1,4 @@
-"""Measuring with sizes that take a moment: a complete profile, which plans go by and which loads as it was saved."""
+"""Measuring at small sizes: a complete profile, which plans use and which loads as it was saved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Probes with given ranks, for what is worked out from them."""
+"""Probes with given ranks, for tests of recommendations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a probe's figures to rank, heads and batch: by hand."""
+"""Rank, heads and batch from a probe's figures, by hand."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_recommendation_has_ranges_and_reasons() -> None:
 def test_a_drowned_gradient_has_no_batch() -> None:
     advice = recommend(probe_of((3, 20), noise=DROWNED), heads=4, devices=4)
     assert advice.batch_samples is None
-    assert "cannot be told" in advice.reasoning[4]
+    assert "cannot be estimated" in advice.reasoning[4]
 
 
 def test_a_network_that_did_not_change_says_so() -> None:

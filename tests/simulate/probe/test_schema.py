@@ -1,4 +1,4 @@
-"""probe.json: out and in again, and everything that is none."""
+"""probe.json: written and read again, and errors for files that are no probe."""
 
 from __future__ import annotations
 

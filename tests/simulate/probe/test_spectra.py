@@ -1,4 +1,4 @@
-"""What a probe measures: known ranks, a noise scale that arithmetic gives, and a slow twin of the whole."""
+"""The measurements of a probe: known ranks, a noise scale by arithmetic, and a slow twin of the whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The event simulation: the closed form where that is exact, the simulated clock elsewhere, and what either lacks."""
+"""The event simulation against the closed form where that is exact, and against the simulated clock elsewhere."""
 
 from __future__ import annotations
 

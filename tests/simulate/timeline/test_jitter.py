@@ -1,4 +1,4 @@
-"""Draws belong to addresses, and have the distribution that is documented."""
+"""Random draws depend on their addresses alone, and have the documented distribution."""
 
 from __future__ import annotations
 

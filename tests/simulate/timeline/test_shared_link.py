@@ -1,4 +1,4 @@
-"""Transfers that share a link, in numbers a person can work out, and against slices of time."""
+"""Transfers that share a link: by hand, and against a simulation in small time steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Diagnostics where devices live in several processes: the figures of one process, and the training without them."""
+"""Diagnostics in several processes: the figures of one process, and the training without diagnostics."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ABOUT = {"kind", "step", "own_sent_bytes"}
 
 
 def assert_same(ours: list[Event], theirs: list[Event], tolerance: float = 1e-9) -> None:
-    """Hold all diagnostics of one session against another's."""
+    """Compare all diagnostics of one session with another's."""
     assert [event["step"] for event in diagnosed(ours)] == [event["step"] for event in diagnosed(theirs)]
     for event, expected in zip(diagnosed(ours), diagnosed(theirs), strict=True):
         assert event.keys() == expected.keys()
@@ -45,7 +45,7 @@ def assert_same(ours: list[Event], theirs: list[Event], tolerance: float = 1e-9)
 
 @pytest.fixture(scope="module")
 def in_pairs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Event]]]:
-    """Sessions in two processes of two devices each, and where they saved."""
+    """Sessions in two processes of two devices each, and the folder of their checkpoints."""
     folder = tmp_path_factory.mktemp("pairs")
     simulated_events(checkpoints_of(folder, "lte, pruned"), "lte, pruned")
     (begun, ended) = sorted(checkpoints_of(folder, "lte, pruned").glob("step-*"))

@@ -1,4 +1,4 @@
-"""The figures of rounds and gradients: by hand, by their properties, and without a trace in the training."""
+"""The figures of rounds and gradients: by hand, by their properties, and without effect on the training."""
 
 from __future__ import annotations
 
