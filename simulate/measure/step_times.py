@@ -1,7 +1,7 @@
 """Planned and measured seconds of steps, for networks that the measurement of a profile did not use.
 
 Each is the real step of one device's program, whose peers answer at once, so that exchanges take no time. The errors
-show how far a measured profile can be trusted: `lte validate` and bench/step_time.py print them.
+show how far a measured profile can be trusted: `lte validate` and bench/studies/step_time.py print them.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ Every active transfer gets the same rate: its own link's, or its part of the sha
 connections of equal delay converge to that). Transfers are equally large and equally fast, so the first to start is the
 first to end, and two queues of times replace a general event list: the next event is an arrival or the oldest
 transfer's end. `python -m bench.studies.timeline` compares that on 10,000 devices with a heap of events, which
-transfers of unequal size would need, and with SimPy's processes: all three agree to rounding, and a round took 12, 31 and 309 ms
-of processor time. SimPy makes an event and wakes a process for each change of the rate, which nothing here needs.
+transfers of unequal size would need, and with SimPy's processes: all three agree to rounding, and a round took 12, 31
+and 309 ms of processor time. SimPy makes an event and wakes a process for each change of the rate, which nothing here
+needs.
 """
 
 from __future__ import annotations
