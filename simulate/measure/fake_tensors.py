@@ -190,7 +190,7 @@ class _Follower(TorchDispatchMode):
     def name_state(self, method: Method) -> None:
         """Say what is what of that which stays from step to step."""
         self._leave_backward()
-        for name, tensor in method.state_dict().items():
+        for name, tensor in method.state.state_dict().items():
             kind = name.partition(".")[0]
             self._name(tensor, "weights" if kind == "model" else "optimizer")
             if name.endswith((".start_weight", ".master")):

@@ -20,8 +20,8 @@ from torch import Tensor
 from simulate.comm.base import Communicator
 from simulate.comm.compression import CompressedMean
 from simulate.comm.transfers import fragment
+from simulate.methods.gradient_averaging import packed_parameters
 from simulate.methods.stepper import clear_rows
-from simulate.methods.ddp.train import packed_parameters
 
 Outer = Callable[[str, Tensor, Tensor], Tensor]
 """(name, last, mean), each (...) of one parameter → the weights that the next round starts from."""
