@@ -65,7 +65,7 @@ MUTANTS = (
     ),
     Mutant(
         name="one device's gradients decide how another's are clipped",
-        file="simulate/methods/base.py",
+        file="simulate/methods/stepper.py",
         before="(torch.linalg.vector_norm(norms, dim=0) + 1e-6)",
         after="(torch.linalg.vector_norm(norms, dim=(0, 1), keepdim=True)[0] + 1e-6)",
         tests=("tests/simulate/methods/test_method.py::test_clipping_scales_only_the_device_that_exceeds_the_norm",),
@@ -135,7 +135,7 @@ MUTANTS = (
     ),
     Mutant(
         name="a resumed run drops a moment of Adam",
-        file="simulate/methods/base.py",
+        file="simulate/methods/state.py",
         before="{k: v.to(parameter.device).clone() for k, v in moments.items()}",
         after='{k: v.to(parameter.device) * (k != "exp_avg") for k, v in moments.items()}',
         tests=("tests/simulate/methods/test_adapter_resume.py::test_a_restored_method_continues_bit_for_bit[lte-6]",),

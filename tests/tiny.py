@@ -237,7 +237,7 @@ def assert_parity(fast: History, slow: History, tolerance: float = 1e-9) -> None
 @torch.no_grad()
 def spoil(method: Method) -> None:
     """Leave nothing of the start that a restored method could lean on."""
-    for tensor in (*method.model.parameters(), *method.model.buffers(), *method.state_dict().values()):
+    for tensor in (*method.model.parameters(), *method.model.buffers(), *method.state.state_dict().values()):
         tensor.fill_(torch.nan if tensor.is_floating_point() else 99)
 
 
@@ -248,11 +248,13 @@ def assert_resumes(
     run = variant_run(name, devices, model, train={"steps": 14, **(train_keys or {})})
     method, restored = build(run), build(run)
     train(method, 0, steps_before)
-    saved = copy.deepcopy(method.sharded_state())
+    saved = copy.deepcopy(method.state.sharded())
     spoil(restored)
-    restored.load_divided(saved)
+    restored.state.load_sharded(saved)
     unbroken, continued = train(method, steps_before), train(restored, steps_before)
     assert torch.equal(unbroken.losses, continued.losses)
-    assert method.state_dict().keys() == restored.state_dict().keys()
-    assert all(torch.equal(tensor, restored.state_dict()[key]) for key, tensor in method.state_dict().items())
+    assert method.state.state_dict().keys() == restored.state.state_dict().keys()
+    assert all(
+        torch.equal(tensor, restored.state.state_dict()[key]) for key, tensor in method.state.state_dict().items()
+    )
     assert all(torch.equal(weight, continued.weights[key]) for key, weight in unbroken.weights.items())

@@ -72,7 +72,7 @@ def solved(devices: int, options: dict[str, Any], target_OI: Tensor) -> Tensor:
         {"model": sizes, "method": options, "train": {**train, "clip_norm": 1e9}, "cluster": {"devices": devices}}
     )
     method = build_method(run, VirtualCommunicator(devices), CPU, nn.Sequential(layer))
-    method.row_losses = squared_errors  # type: ignore[method-assign]
+    method.loss.row_losses = squared_errors  # type: ignore[method-assign]
     for step in range(STEPS):
         inputs = draw(step, "inputs", SAMPLES, SIDE)
         method.step(inputs, inputs @ target_OI.t(), step)

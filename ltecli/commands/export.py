@@ -79,7 +79,7 @@ def _merged(run: Run, checkpoint: Path) -> tuple[int, dict[str, Tensor], bool]:
     for device in set(devices) - set(state.of_devices):
         state.of_devices[device] = state.of_devices[min(state.of_devices)]
     method = build_method(run, VirtualCommunicator(run.cluster.devices), torch.device("cpu"))
-    method.load_divided(state)
+    method.state.load_sharded(state)
     inside = _is_inside_round(run, progress.step)
     if inside:
         method.merge(run.train.steps - 1)  # of all groups of layers

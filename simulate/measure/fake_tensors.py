@@ -191,7 +191,7 @@ class _Follower(TorchDispatchMode):
     def name_state(self, method: Method) -> None:
         """Name the part of each storage that stays from step to step."""
         self._leave_backward()
-        for name, tensor in method.state_dict().items():
+        for name, tensor in method.state.state_dict().items():
             kind = name.partition(".")[0]
             self._name(tensor, "weights" if kind == "model" else "optimizer")
             # These copies of weights stay on the host, in files where the device's weights are quantised.

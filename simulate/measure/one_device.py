@@ -102,7 +102,7 @@ def _steps_of_rounds(run: Run) -> tuple[int, ...]:
 def _draw_all_experts(method: Method, steps: Callable[[int, int], None]) -> None:
     """Step until every expert has optimizer state, which it gets with its first gradient."""
     for step in range(DRAWN_STEPS):
-        if all(parameter in method.optimizer.state for parameter in method.parameters.values()):
+        if all(parameter in method.stepper.state for parameter in method.parameters.values()):
             return
         steps(1, step)
 

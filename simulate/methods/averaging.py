@@ -20,7 +20,7 @@ from torch import Tensor
 from simulate.comm.base import Communicator
 from simulate.comm.compression import CompressedMean
 from simulate.comm.transfers import fragment
-from simulate.methods.ddp.train import packed_parameters
+from simulate.methods.gradient_averaging import packed_parameters
 from simulate.methods.stepper import clear_rows
 
 Outer = Callable[[str, Tensor, Tensor], Tensor]

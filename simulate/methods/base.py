@@ -19,8 +19,8 @@ from simulate.comm.base import Communicator
 from simulate.config.run import Run
 from simulate.methods.build_network import build_model
 from simulate.methods.loss import Loss
+from simulate.methods.method_state import MethodState
 from simulate.methods.round_updates import LayerUpdates, Rows
-from simulate.methods.state import MethodState
 from simulate.methods.stepper import ParameterGroup, Stepper, clear_rows, learning_rate_factor, muon_matrices
 from simulate.optim.loss_scale import LossScale, check_autocast
 

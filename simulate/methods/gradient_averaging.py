@@ -6,7 +6,7 @@ Legend: L local devices, C copies (1).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,18 @@ def mean_over_devices(sums: list[Tensor], communicator: Communicator) -> None:
     """Turn sums over the local devices into means over all devices, in place, in packed messages."""
     if not sums:
         return
-    for group in bucket([tensor.numel() * tensor.element_size() for tensor in sums]):
-        communicator.all_reduce([sums[i] for i in group])
+    all_reduce_packed(sums, communicator)
     torch._foreach_div_(sums, float(communicator.num_devices))
+
+
+def all_reduce_packed(tensors: list[Tensor], communicator: Communicator) -> None:
+    """Sum tensors over all processes, in place, in packed messages."""
+    for group in bucket([tensor.numel() * tensor.element_size() for tensor in tensors]):
+        communicator.all_reduce([tensors[i] for i in group])
+
+
+def packed_parameters(parameters: Mapping[str, Tensor]) -> list[list[str]]:
+    """Group names of parameters (C, ...) into messages by the bytes of one copy."""
+    names = list(parameters)
+    sizes = [p[0].numel() * p.element_size() for p in parameters.values()]
+    return [[names[i] for i in group] for group in bucket(sizes)]

@@ -303,7 +303,7 @@ def save(session: Session) -> None:
         wall_s=session.elapsed_s(),
         val_loss=session.val_loss,
     )
-    state = session.method.sharded_state()
+    state = session.method.state.sharded()
     if session.diagnostics is not None:
         state.shared.update(session.diagnostics.state_dict())
     fingerprint = session.batches.fingerprint
@@ -332,7 +332,7 @@ def restore(session: Session, path: Path) -> None:
 
 def continue_from(session: Session, progress: Progress, state: State) -> None:
     """Continue where a state was saved: restore method, diagnostics, simulated clock and byte counters."""
-    session.method.load_divided(state)
+    session.method.state.load_sharded(state)
     if session.diagnostics is not None:
         session.diagnostics.load_state_dict(state.shared)
     session.step, session.val_loss, session.wall_s = progress.step, progress.val_loss, progress.wall_s

@@ -22,7 +22,7 @@ from simulate.config.run import Run
 from simulate.layers.convert import convert, merged_state
 from simulate.methods.base import Method
 from simulate.methods.daso.options import DasoOptions
-from simulate.methods.ddp.train import packed_parameters
+from simulate.methods.gradient_averaging import packed_parameters
 from simulate.methods.round_updates import LayerUpdates, dense_updates
 from simulate.methods.stepper import ParameterGroup, clip_per_device, decay_groups
 

@@ -9,17 +9,14 @@ compressed `wire`, g is instead the mean of quantised gradients with error feedb
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
 from simulate.comm.base import Communicator
 from simulate.comm.compression import CompressedMean
-from simulate.comm.transfers import bucket
 from simulate.config.run import Run
 from simulate.methods.ddp.options import DdpOptions
-from simulate.methods.gradient_averaging import GradientMethod, mean_over_devices, take_gradients
+from simulate.methods.gradient_averaging import GradientMethod, mean_over_devices, packed_parameters, take_gradients
 from simulate.methods.loss import gradients_of
 
 
@@ -55,10 +52,3 @@ class Ddp(GradientMethod):
         if not self.per_device:
             return {}
         return {f"{i}.{key}": value for i, mean in enumerate(self.means) for key, value in mean.state_dict().items()}
-
-
-def packed_parameters(parameters: Mapping[str, Tensor]) -> list[list[str]]:
-    """Group names of parameters (C, ...) into messages by the bytes of one copy."""
-    names = list(parameters)
-    sizes = [p[0].numel() * p.element_size() for p in parameters.values()]
-    return [[names[i] for i in group] for group in bucket(sizes)]

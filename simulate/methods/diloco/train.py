@@ -17,11 +17,11 @@ from simulate.comm.base import Communicator
 from simulate.config.run import Run
 from simulate.methods.averaging import Averaging
 from simulate.methods.diloco.options import DilocoOptions
-from simulate.methods.local_sgd.train import Local
+from simulate.methods.local_training import LocalTraining
 from simulate.methods.round_updates import LayerUpdates, dense_updates
 
 
-class Diloco(Local):
+class Diloco(LocalTraining):
     """Local training with Nesterov momentum on the merged change."""
 
     def __init__(
@@ -43,10 +43,10 @@ class Diloco(Local):
         return torch.sub(last, change, alpha=self.options.outer_learning_rate)
 
     def merge_fragment(self, index: int, step: int) -> None:
-        self.averaging.merge(index, self._weights(step))
+        self.averaging.merge(index, self.merge_weights(step))
 
     def updates(self, step: int) -> Iterator[LayerUpdates]:
-        return dense_updates(self.model, self.parameters, self.averaging.last, self._weights(step))
+        return dense_updates(self.model, self.parameters, self.averaging.last, self.merge_weights(step))
 
     def extra_state(self) -> dict[str, Tensor]:
         momentum = {f"momentum.{name}": tensor for name, tensor in self.momentum.items()}

@@ -19,59 +19,16 @@ from torch import Tensor, nn
 from simulate.comm.base import Communicator
 from simulate.common.seeding import generator
 from simulate.config.run import Run
-from simulate.layers.convert import convert, merged_state
 from simulate.methods.averaging import Averaging
-from simulate.methods.base import forget_moments
 from simulate.methods.local_sgd.options import LocalSgdOptions
-from simulate.methods.paced import Paced
+from simulate.methods.local_training import LocalTraining
 from simulate.methods.round_updates import LayerUpdates, dense_updates
+from simulate.optim.moments import forget_moments
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Local(Paced):
-    """A full copy of the network and of its optimizer for every local device; subclasses merge."""
-
-    def prepare(self, model: nn.Module) -> nn.Module:
-        return convert(model, self.local_devices)
-
-    def parameter_groups(self) -> list[dict[str, object]]:
-        return self.decay_groups(self.parameters.items(), self.run.train.learning_rate)
-
-    def train_step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
-        losses_L = self.group_losses(inputs, targets, self.local_devices)
-        self.backward(losses_L)
-        self.clip(self.parameters.values())
-        self.apply_gradients(step)
-        self.arrive_if_due(step)
-        return losses_L.detach()
-
-    can_exclude_devices = True
-    averaging: Averaging
-
-    def exclude_devices(self, healthy_N: Tensor) -> None:
-        super().exclude_devices(healthy_N)
-        self.averaging.exclude_devices(self.healthy_L)
-
-    def send_fragment(self, index: int, step: int) -> None:
-        self.averaging.send(index, self._weights(step))
-
-    def apply_merged_fragment(self, index: int, step: int) -> None:
-        self.averaging.apply_merged(index)
-
-    def _weights(self, step: int) -> Tensor | None:
-        """Return all devices' shares of the mean, or None where they are equal."""
-        return self.shares()
-
-    def merged_state(self) -> dict[str, Tensor]:
-        """Return the weights of the last merge: between merges that are late or of fragments no device has them all."""
-        return merged_state(self.model, {id(self.parameters[name]): t for name, t in self.averaging.last.items()})
-
-    def extra_state(self) -> dict[str, Tensor]:
-        return {**super().extra_state(), **self.averaging.state_dict()}
-
-
-class LocalSgd(Local):
+class LocalSgd(LocalTraining):
     """Periodic averaging of parameters, weighted by shards, by all devices or some."""
 
     def __init__(
@@ -91,7 +48,7 @@ class LocalSgd(Local):
         return participants(self.run, count, step // self.options.merge_every)
 
     def merge_fragment(self, index: int, step: int) -> None:
-        weights_N = self._weights(step)
+        weights_N = self.merge_weights(step)
         if self.options.merge_optimizer == "average":
             self._average_with_moments(weights_N)
         else:
@@ -104,9 +61,9 @@ class LocalSgd(Local):
 
     def _treat_moments(self) -> None:
         if self.options.merge_optimizer == "reset":
-            forget_moments(self.optimizer, self.parameters.values())
+            forget_moments(self.stepper.state, self.parameters.values())
 
-    def _weights(self, step: int) -> Tensor | None:
+    def merge_weights(self, step: int) -> Tensor | None:
         shards = self.run.data.shards
         if self.is_paced:
             return self.shares(shards)
@@ -121,7 +78,7 @@ class LocalSgd(Local):
 
     def _average_with_moments(self, weights_N: Tensor | None) -> None:
         """Average parameters and both of Adam's moments, as if these were parameters, too."""
-        moments = [self.optimizer.state[p][key] for key in MOMENTS for p in self.parameters.values()]
+        moments = [self.stepper.state[p][key] for key in MOMENTS for p in self.parameters.values()]
         tensors = [*self.parameters.values(), *moments]
         names = [str(index) for index in range(len(tensors))]
         everything = dict(zip(names, tensors, strict=True))
@@ -133,7 +90,7 @@ class LocalSgd(Local):
         self.averaging.keep_last()
 
     def updates(self, step: int) -> Iterator[LayerUpdates]:
-        return dense_updates(self.model, self.parameters, self.averaging.last, self._weights(step))
+        return dense_updates(self.model, self.parameters, self.averaging.last, self.merge_weights(step))
 
 
 def participants(run: Run, count: int, round_index: int) -> list[int]:

@@ -273,7 +273,6 @@ class Lte(Paced):
                     if layer.start_weight is not None:
                         layer.start_weight.copy_(torch.sub(weight_OI, sums[0], alpha=share))
 
-    @torch.no_grad()
     def before_loading(self, state: dict[str, Tensor]) -> None:
         super().before_loading(state)
         for name, module in self.model.named_modules():

@@ -16,10 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from simulate.comm.base import Communicator
-from simulate.comm.transfers import bucket
 from simulate.common.seeding import address
 from simulate.config.run import Run
-from simulate.methods.gradient_averaging import GradientMethod, mean_over_devices, take_gradients
+from simulate.methods.gradient_averaging import (
+    GradientMethod,
+    all_reduce_packed,
+    mean_over_devices,
+    take_gradients,
+)
 from simulate.methods.powersgd.options import PowerSgdOptions
 
 
@@ -47,7 +51,7 @@ class PowerSgd(GradientMethod):
         for name, error_LOI in self.errors.items():
             error_LOI.add_(gradients.pop(name))
         p = {name: (m_LOI @ self.factors[name]).sum(0) for name, m_LOI in self.errors.items()}
-        self._sum(p)
+        all_reduce_packed(list(p.values()), self.communicator)
         p = {name: torch.linalg.qr(p_OR).Q for name, p_OR in p.items()}
         q = {name: (m_LOI.transpose(1, 2) @ p[name]).sum(0) for name, m_LOI in self.errors.items()}
         mean_over_devices(list(q.values()), self.communicator)
@@ -60,11 +64,6 @@ class PowerSgd(GradientMethod):
         mean_over_devices(list(rest.values()), self.communicator)
         for name, mean in rest.items():
             self.parameters[name].grad = mean
-
-    def _sum(self, tensors: dict[str, Tensor]) -> None:
-        sums = list(tensors.values())
-        for group in bucket([tensor.numel() * tensor.element_size() for tensor in sums]):
-            self.communicator.all_reduce([sums[i] for i in group])
 
     def extra_state(self) -> dict[str, Tensor]:
         factors = {f"factor.{name}": q_IR for name, q_IR in self.factors.items()}

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from simulate.comm.base import Communicator
-from simulate.comm.transfers import bucket
 from simulate.config.run import Run
 from simulate.layers.convert import merged_state
-from simulate.methods.gradient_averaging import GradientMethod, give_copies, take_gradients
+from simulate.methods.gradient_averaging import GradientMethod, all_reduce_packed, give_copies, take_gradients
 from simulate.methods.loss import gradients_of
 from simulate.methods.sapipe.options import SapipeOptions
 from simulate.methods.stepper import clip_per_device
@@ -62,10 +61,8 @@ class Sapipe(GradientMethod):
             self._step_with_stale(step)
         for name, gradient in own.items():
             self.stale[name].copy_(gradient.sum(0, keepdim=True) if self.predicts else gradient)
-        sums = list(self.stale.values())
         with self.communicator.background():
-            for group in bucket([tensor.numel() * tensor.element_size() for tensor in sums]):
-                self.communicator.all_reduce([sums[i] for i in group])
+            all_reduce_packed(list(self.stale.values()), self.communicator)
         if self.predicts:
             self._predict(own, step)
         return losses_L.detach()

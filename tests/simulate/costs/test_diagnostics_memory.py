@@ -124,7 +124,7 @@ def test_what_lte_drops_are_the_moments_of_its_adapters(optimizer_state: str) ->
 
 
 def _moments(method: Method) -> int:
-    states = method.optimizer.state.values()
+    states = method.stepper.state.values()
     return sum(x.nbytes for state in states for x in state.values() if isinstance(x, torch.Tensor) and x.numel() > 1)
 
 
@@ -159,7 +159,7 @@ def test_what_diagnostics_keep_is_planned_and_saved(name: str) -> None:
         if diagnostics is not None:
             diagnostics.of_round(3)
         method.merge(3)
-        saved = method.sharded_state().shared | (diagnostics.state_dict() if diagnostics is not None else {})
+        saved = method.state.sharded().shared | (diagnostics.state_dict() if diagnostics is not None else {})
         sizes.append(sum(tensor.nbytes for tensor in saved.values()))
     shape = run.model.shape()
     assert kept_bytes(run, shape) == pytest.approx(sizes[0] - sizes[1], rel=0.01, abs=1)

@@ -39,7 +39,7 @@ def test_planned_bytes_of_a_checkpoint_are_those_that_are_saved(name: str) -> No
         if method.merge_due(step):
             method.close_round(step)
             method.merge(step)
-    state = method.sharded_state()
+    state = method.state.sharded()
     fullest = max(sum(t.nbytes for t in own.values()) for own in state.of_devices.values())
     saved = sum(t.nbytes for t in state.shared.values()) + fullest
     assert checkpoint_bytes(run, run.model.shape(), 1) == pytest.approx(saved, rel=0.03)

@@ -343,7 +343,7 @@ def test_an_unknown_modules_gradients_are_kept_apart_where_each_device_compresse
     run = tiny.variant_run("topk", devices=2)
     engine = build_method(run, VirtualCommunicator(2), tiny.CPU, classifier())
     x, y = images(2, 0)
-    engine.group_losses(x, y, 2).sum().backward()
+    engine.loss.group_losses(x, y, 2).sum().backward()
     norm = engine.model.get_submodule("norm")
     for device, (part, target) in enumerate(zip(x.chunk(2), y.chunk(2), strict=True)):
         plain = classifier()

@@ -15,6 +15,7 @@ from simulate.config.run import Run
 from simulate.layers.lora import lora_layers
 from simulate.methods.base import Method
 from simulate.methods.build_network import build_model
+from simulate.methods.loss import Loss
 from simulate.methods.registry import build_method
 from tests import tiny
 from tests.reference.lora import Draw, LoraTwin
@@ -69,6 +70,9 @@ def on_layer(run: Run) -> Method:
     return build_method(run, VirtualCommunicator(run.cluster.devices), tiny.CPU, nn.Sequential(linear))
 
 
-def summed_losses(method: Method, inputs: Tensor, targets: Tensor, groups: int) -> Tensor:
+GROUP_LOSSES = Loss.group_losses
+
+
+def summed_losses(loss: Loss, inputs: Tensor, targets: Tensor, groups: int) -> Tensor:
     """Return losses whose gradients devices sum where they should average."""
-    return Method.group_losses(method, inputs, targets, groups) * groups
+    return GROUP_LOSSES(loss, inputs, targets, groups) * groups

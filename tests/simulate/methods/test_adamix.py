@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simulate.methods.adamix.train import Adamix, MixtureLinear
+from simulate.methods.adamix.train import MixtureLinear
 from simulate.methods.base import Method
 from simulate.methods.build_network import build_model
+from simulate.methods.loss import Loss
 from tests import tiny
 from tests.reference.adamix import AdamixTwin
 from tests.simulate.methods.adapter_parity import assert_trains_like, on_layer, parity_run, summed_losses
@@ -28,7 +29,7 @@ def fixed_route(layer: MixtureLinear, step: int) -> None:
 @pytest.mark.parametrize(
     ("owner", "name", "broken"),
     [
-        pytest.param(Adamix, "group_losses", summed_losses, id="sum of gradients"),
+        pytest.param(Loss, "group_losses", summed_losses, id="sum of gradients"),
         pytest.param(MixtureLinear, "route", fixed_route, id="one route"),
     ],
 )

@@ -43,5 +43,5 @@ def test_a_state_around_the_first_adapters_brings_its_own_kind_of_model(steps_be
     run = tiny.variant_run("relora, warm start", 2)
     method, restored = tiny.build(run), tiny.build(run)
     tiny.train(method, 0, steps_before)
-    restored.load_state_dict(method.state_dict())
+    restored.state.load_state_dict(method.state.state_dict())
     assert len(lora_layers(restored.model)) == len(lora_layers(method.model)) == (8 if steps_before > 5 else 0)

@@ -11,6 +11,7 @@ from torch import Tensor
 from simulate.config.run import Run
 from simulate.methods.base import Method
 from simulate.methods.daso.train import NOTHING, Daso
+from simulate.methods.loss import Loss
 from tests import tiny
 from tests.reference.daso import DasoTwin
 from tests.simulate.methods.parity import assert_trains_like, hand_run, of_linear, parity_run, set_copies
@@ -40,22 +41,25 @@ def never_mixed(method: Daso) -> None:
     method.sent_after.fill_(NOTHING)
 
 
-def loss_over_all_devices(method: Daso, inputs: Tensor, targets: Tensor, groups: int) -> Tensor:
-    return Method.group_losses(method, inputs, targets, groups) / groups
+GROUP_LOSSES = Loss.group_losses
+
+
+def loss_over_all_devices(loss: Loss, inputs: Tensor, targets: Tensor, groups: int) -> Tensor:
+    return GROUP_LOSSES(loss, inputs, targets, groups) / groups
 
 
 @pytest.mark.parametrize(
-    ("attribute", "broken"),
+    ("owner", "attribute", "broken"),
     [
-        pytest.param("_mix", mixed_by_half, id="mean of own and average, whatever the delay"),
-        pytest.param("_mix", never_mixed, id="nothing arrives"),
-        pytest.param("group_losses", loss_over_all_devices, id="loss over all devices"),
+        pytest.param(Daso, "_mix", mixed_by_half, id="mean of own and average, whatever the delay"),
+        pytest.param(Daso, "_mix", never_mixed, id="nothing arrives"),
+        pytest.param(Loss, "group_losses", loss_over_all_devices, id="loss over all devices"),
     ],
 )
 def test_parity_detects_a_broken_engine(
-    monkeypatch: pytest.MonkeyPatch, attribute: str, broken: Callable[..., object]
+    monkeypatch: pytest.MonkeyPatch, owner: type, attribute: str, broken: Callable[..., object]
 ) -> None:
-    monkeypatch.setattr(Daso, attribute, broken)
+    monkeypatch.setattr(owner, attribute, broken)
     with pytest.raises(AssertionError):
         assert_trains_like(DasoTwin, RUNS["delayed"])
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simulate.methods.base import Method
 from simulate.methods.build_network import build_model
-from simulate.methods.ddp.train import Ddp
+from simulate.methods.loss import Loss
 from tests import tiny
 from tests.reference.ddp import DdpTwin
 
@@ -27,11 +26,14 @@ def test_ddp_trains_like_the_twin(slow: tiny.History) -> None:
     tiny.assert_parity(fast, slow)
 
 
-def test_parity_detects_a_sum_of_gradients(slow: tiny.History, monkeypatch: pytest.MonkeyPatch) -> None:
-    def summed(method: Method, inputs: torch.Tensor, targets: torch.Tensor, groups: int) -> torch.Tensor:
-        return Method.group_losses(method, inputs, targets, groups) * groups
+GROUP_LOSSES = Loss.group_losses
 
-    monkeypatch.setattr(Ddp, "group_losses", summed)
+
+def test_parity_detects_a_sum_of_gradients(slow: tiny.History, monkeypatch: pytest.MonkeyPatch) -> None:
+    def summed(loss: Loss, inputs: torch.Tensor, targets: torch.Tensor, groups: int) -> torch.Tensor:
+        return GROUP_LOSSES(loss, inputs, targets, groups) * groups
+
+    monkeypatch.setattr(Loss, "group_losses", summed)
     fast = tiny.train(tiny.build(tiny.ddp_run(devices=3, train=TRAIN)))
     with pytest.raises(AssertionError):
         tiny.assert_parity(fast, slow)
@@ -63,7 +65,9 @@ def test_a_restored_method_continues_bit_for_bit() -> None:
     run = tiny.ddp_run(devices=2)
     method, restored = tiny.build(run), tiny.build(run)
     tiny.train(method, 0, 5)
-    restored.load_state_dict({name: tensor.clone() for name, tensor in method.state_dict().items()})
+    restored.state.load_state_dict({name: tensor.clone() for name, tensor in method.state.state_dict().items()})
     unbroken, continued = tiny.train(method, 5), tiny.train(restored, 5)
     assert torch.equal(unbroken.losses, continued.losses)
-    assert all(torch.equal(tensor, restored.state_dict()[name]) for name, tensor in method.state_dict().items())
+    assert all(
+        torch.equal(tensor, restored.state.state_dict()[name]) for name, tensor in method.state.state_dict().items()
+    )

@@ -44,7 +44,7 @@ def test_a_method_that_has_trained_returns_to_a_state_without_moments() -> None:
     run = tiny.variant_run("local-sgd, reset", train=TRAIN)
     method = tiny.build(run)
     tiny.train(method, 0, 4)  # the merge after the fourth step forgot all moments
-    saved = {key: tensor.clone() for key, tensor in method.state_dict().items()}
+    saved = {key: tensor.clone() for key, tensor in method.state.state_dict().items()}
     first = tiny.train(method, 4, 3)
-    method.load_state_dict(saved)
+    method.state.load_state_dict(saved)
     assert torch.equal(tiny.train(method, 4, 3).losses, first.losses)

@@ -151,9 +151,9 @@ def test_through_a_server_only_b_is_pushed_and_w_is_pulled() -> None:
 def test_the_optimizer_keeps_moments_of_b_alone() -> None:
     engine = engine_of(frozen_run(train={"steps": 1}))
     tiny.train(engine)
-    states = [engine.optimizer.state[layer.b] for layer in lora_layers(engine.model)]
+    states = [engine.stepper.state[layer.b] for layer in lora_layers(engine.model)]
     assert sum(state["exp_avg"].numel() for state in states) == 2 * 2 * 144  # two devices
-    assert all(layer.a not in engine.optimizer.state for layer in lora_layers(engine.model))
+    assert all(layer.a not in engine.stepper.state for layer in lora_layers(engine.model))
 
 
 @pytest.mark.parametrize("frozen_a", [True, False])

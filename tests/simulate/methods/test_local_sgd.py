@@ -119,7 +119,7 @@ def test_a_weighted_mean_by_hand(name: str, merged: tuple[float, ...] | None) ->
 def test_averaged_moments_by_hand() -> None:
     method, weight = of_linear(hand_run("local-sgd, moments", devices=2))
     first, second = torch.tensor([1.0, 5.0]).double().view(2, 1, 1), torch.tensor([4.0, 16.0]).double().view(2, 1, 1)
-    method.optimizer.state[weight] = {"step": torch.tensor(7.0), "exp_avg": first, "exp_avg_sq": second}
+    method.stepper.state[weight] = {"step": torch.tensor(7.0), "exp_avg": first, "exp_avg_sq": second}
     method.merge(3)
     assert first.flatten().tolist() == [3.0, 3.0]
     assert second.flatten().tolist() == [10.0, 10.0]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from simulate.layers.lora import lora_layers
-from simulate.methods.lora.train import Lora
+from simulate.methods.loss import Loss
 from tests import tiny
 from tests.reference.lora import LoraTwin
 from tests.simulate.methods.adapter_parity import assert_trains_like, on_layer, parity_run, summed_losses, twin_of
@@ -24,7 +24,7 @@ def test_parity_covers_clipped_and_unclipped_steps_and_a_model_that_learns() -> 
 
 
 def test_parity_detects_a_sum_of_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Lora, "group_losses", summed_losses)
+    monkeypatch.setattr(Loss, "group_losses", summed_losses)
     with pytest.raises(AssertionError):
         assert_trains_like(LoraTwin, parity_run("lora"))
 

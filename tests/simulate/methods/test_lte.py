@@ -14,8 +14,8 @@ from simulate.layers.lora import LoraLinear, lora_layers
 from simulate.methods.averaging import Averaging
 from simulate.methods.base import Method
 from simulate.methods.build_network import build_model
+from simulate.methods.loss import Loss
 from simulate.methods.lte.merge import LayerMerger
-from simulate.methods.lte.train import Lte
 from tests import tiny
 from tests.reference.lora import LoraTwin
 from tests.reference.lte import LteTwin
@@ -71,8 +71,11 @@ def scaled_by_s(merger: LayerMerger) -> float:
     return merger.options.scale
 
 
-def loss_over_all_heads(method: Lte, inputs: Tensor, targets: Tensor, groups: int) -> Tensor:
-    return Method.group_losses(method, inputs, targets, groups) / groups
+GROUP_LOSSES = Loss.group_losses
+
+
+def loss_over_all_heads(loss: Loss, inputs: Tensor, targets: Tensor, groups: int) -> Tensor:
+    return GROUP_LOSSES(loss, inputs, targets, groups) / groups
 
 
 def forget(layer: LoraLinear, a_HRI: Tensor, b_HOR: Tensor) -> None:
@@ -94,7 +97,7 @@ def average_nothing(averaging: Averaging, index: int, weights_N: Tensor | None =
     ("owner", "name", "broken"),
     [
         pytest.param(LayerMerger, "_share", property(scaled_by_s), id="sum of heads in place of their mean"),
-        pytest.param(Lte, "group_losses", loss_over_all_heads, id="mean loss over all heads"),
+        pytest.param(Loss, "group_losses", loss_over_all_heads, id="mean loss over all heads"),
         pytest.param(Averaging, "merge", average_nothing, id="replicated parameters not averaged"),
         pytest.param(LoraLinear, "remember_product", forget, id="old product not subtracted"),
     ],
@@ -132,10 +135,10 @@ def head_gradients(run: Run, inputs: Tensor, targets: Tensor) -> list[Tensor]:
             layer.b.copy_(torch.arange(layer.b.numel()).view(layer.b.shape).sin() / 10)  # head 0: the same for any H
     kept: list[Tensor] = []
 
-    def keep(step: int) -> None:
+    def keep(rate_factor: float) -> None:
         kept.extend(f.grad for layer in lora_layers(method.model) for f in (layer.a, layer.b) if f.grad is not None)
 
-    method.apply_gradients = keep  # type: ignore[method-assign]
+    method.stepper.step = keep  # type: ignore[method-assign]
     method.step(inputs, targets, 0)
     assert kept
     return kept
@@ -193,22 +196,24 @@ def test_a_restored_method_continues_bit_for_bit(reset: str, steps_before: int) 
     run = tiny.lte_run(devices=2, reset=reset, merge_every=3, train={"steps": 20})
     method = tiny.build(run)
     tiny.train(method, 0, steps_before)
-    saved = {name: tensor.clone() for name, tensor in method.state_dict().items()}
+    saved = {name: tensor.clone() for name, tensor in method.state.state_dict().items()}
     restored = tiny.build(run)
     spoil(restored)
-    restored.load_state_dict(saved)
+    restored.state.load_state_dict(saved)
     unbroken, continued = tiny.train(method, steps_before), tiny.train(restored, steps_before)
     assert torch.equal(unbroken.losses, continued.losses)
-    assert method.state_dict().keys() == restored.state_dict().keys()
-    assert all(torch.equal(tensor, restored.state_dict()[name]) for name, tensor in method.state_dict().items())
+    assert method.state.state_dict().keys() == restored.state.state_dict().keys()
+    assert all(
+        torch.equal(tensor, restored.state.state_dict()[name]) for name, tensor in method.state.state_dict().items()
+    )
 
 
 def test_a_state_without_a_tensor_is_refused() -> None:
     method = tiny.build(tiny.lte_run())
-    state = method.state_dict()
+    state = method.state.state_dict()
     del state["model.blocks.0.mlp.up.a"]
     with pytest.raises(KeyError, match=r"blocks\.0\.mlp\.up\.a"):
-        method.load_state_dict(state)
+        method.state.load_state_dict(state)
 
 
 def test_merges_come_after_each_round_and_after_the_last_step() -> None:

@@ -220,7 +220,7 @@ def test_adapted_weights_are_buffers_that_no_gradient_is_kept_for() -> None:
     engine = tiny.build(run)
     assert isinstance(engine, Lte)
     inputs, targets = tiny.batches(run).batch(0, range(2))
-    engine.group_losses(inputs, targets, 2).sum().backward()
+    engine.loss.group_losses(inputs, targets, 2).sum().backward()
     buffers = dict(engine.model.named_buffers())
     for layer in lora_layers(engine.model):
         assert buffers[f"{layer.name}.weight"] is layer.weight
@@ -235,5 +235,5 @@ def test_the_optimizer_keeps_no_moments_of_adapted_weights() -> None:
     engine = tiny.build(run)
     tiny.train(engine, 0, 1)
     shape = run.model.shape()
-    moments = [m for state in engine.optimizer.state.values() for key, m in state.items() if key != "step"]
+    moments = [m for state in engine.stepper.state.values() for key, m in state.items() if key != "step"]
     assert sum(m.numel() for m in moments) == 2 * 2 * (shape.factors(rank=2) + shape.replicated_parameters)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from simulate.config.tables import Train
-from simulate.methods.base import clip_per_device, learning_rate_factor
+from simulate.methods.stepper import clip_per_device, learning_rate_factor
 from tests import tiny
 
 
@@ -55,8 +55,8 @@ def test_each_groups_loss_is_its_own_mean() -> None:
     run = tiny.lte_run(devices=4)
     method, data = tiny.build(run), tiny.batches(run)
     inputs, targets = data.batch(0, range(4))
-    joint = method.group_losses(inputs, targets, 4)
-    halves = method.group_losses(inputs, targets, 8)
+    joint = method.loss.group_losses(inputs, targets, 4)
+    halves = method.loss.group_losses(inputs, targets, 8)
     torch.testing.assert_close(halves.view(4, 2).mean(1), joint, rtol=1e-12, atol=0)
     assert len(set(joint.tolist())) == 4
 
@@ -69,18 +69,18 @@ def test_a_fresh_model_guesses_evenly() -> None:
 
 def test_adapters_learn_at_the_dense_rate_over_the_scale() -> None:
     method = tiny.build(tiny.lte_run(train={"learning_rate": 0.01}, alpha=8.0))  # s = 8/2
-    assert sorted({group["lr"] for group in method.optimizer.param_groups}) == [0.0025, 0.01]
+    assert sorted({group["lr"] for group in method.stepper.adam.param_groups}) == [0.0025, 0.01]
 
 
 def test_a_given_adapter_learning_rate_is_taken_as_it_is() -> None:
     method = tiny.build(tiny.lte_run(train={"learning_rate": 0.01}, adapter_learning_rate=0.5))
-    assert sorted({group["lr"] for group in method.optimizer.param_groups}) == [0.01, 0.5]
+    assert sorted({group["lr"] for group in method.stepper.adam.param_groups}) == [0.01, 0.5]
 
 
 @pytest.mark.parametrize("run", [tiny.lte_run(train={"weight_decay": 0.3}), tiny.ddp_run(train={"weight_decay": 0.3})])
 def test_only_matrices_decay(run: tiny.Run) -> None:
     method = tiny.build(run)
-    decay = {id(p): group["weight_decay"] for group in method.optimizer.param_groups for p in group["params"]}
+    decay = {id(p): group["weight_decay"] for group in method.stepper.adam.param_groups for p in group["params"]}
     for name, parameter in method.model.named_parameters():
         is_vector = name.endswith("bias") or "norm" in name
         assert decay[id(parameter)] == (0.0 if is_vector else 0.3), name

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from simulate.config.run import Run
 from simulate.layers.lora import LoraLinear, lora_layers
-from simulate.methods.mhlora.train import Mhlora
+from simulate.methods.loss import Loss
 from tests import tiny
 from tests.reference.mhlora import MhloraTwin
 from tests.simulate.methods.adapter_parity import assert_trains_like, on_layer, parity_run, summed_losses, twin_of
@@ -33,7 +33,7 @@ ORIGINAL_DRAW = LoraLinear.draw_a
 @pytest.mark.parametrize(
     ("owner", "name", "broken"),
     [
-        pytest.param(Mhlora, "group_losses", summed_losses, id="sum of gradients"),
+        pytest.param(Loss, "group_losses", summed_losses, id="sum of gradients"),
         pytest.param(LoraLinear, "draw_a", same_for_all, id="heads that share a draw"),
     ],
 )

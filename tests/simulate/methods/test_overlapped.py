@@ -301,9 +301,9 @@ def test_a_device_that_is_replaced_leaves_what_it_had_added(name: str) -> None:
     method, restored = tiny.build(run), tiny.build(run)
     with torch.enable_grad():
         tiny.train(method, 0, 9 if "late" in name else 8)
-    state = method.sharded_state()
+    state = method.state.sharded()
     state.of_devices[1] = restored.init_lost_device(state.shared, state.of_devices[0], 1)
-    restored.load_divided(state)
+    restored.state.load_sharded(state)
     restored.after_lost_devices_init()
     assert isinstance(method, Lte) and isinstance(restored, Lte)
     assert (int(restored.sent_after) == NOTHING) == (name == "lte")

@@ -10,9 +10,10 @@ from torch import nn
 
 from simulate.config.run import Run
 from simulate.layers.lora import lora_layers
-from simulate.methods.base import learning_rate_factor, prune_moments
 from simulate.methods.relora import train as relora
 from simulate.methods.relora.train import Relora
+from simulate.methods.stepper import learning_rate_factor
+from simulate.optim.moments import prune_moments
 from tests import tiny
 from tests.reference.relora import ReloraTwin
 from tests.simulate.methods.adapter_parity import assert_trains_like, parity_run
@@ -27,7 +28,7 @@ def test_relora_trains_like_the_twin(method: dict[str, Any]) -> None:
     assert_trains_like(ReloraTwin, parity_run("relora", **method))
 
 
-def unpruned(optimizer: torch.optim.Optimizer, parameters: object, share: float) -> None:
+def unpruned(state: object, parameters: object, share: float) -> None:
     """Keep all moments."""
 
 
@@ -82,7 +83,7 @@ def test_pruning_zeroes_the_smallest_of_each_moment() -> None:
         "exp_avg": torch.tensor([[0.5, -0.1, 0.3, -0.4, 0.2], [-10.0, 40.0, 20.0, 30.0, 50.0]]),
         "exp_avg_sq": torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0], [5.0, 4.0, 3.0, 2.0, 1.0]]),
     }
-    prune_moments(optimizer, [parameter], share=0.4)  # two of five
+    prune_moments(optimizer.state, [parameter], share=0.4)  # two of five
     state = optimizer.state[parameter]
     # Of the first copy 0.5, and of the second 30 and 50, lost their second moments.
     expected = torch.tensor([[0, 0, 0.3, -0.4, 0], [0, 40, 0, 0, 0]])
@@ -95,7 +96,7 @@ def test_shares_of_five_numbers_are_rounded_down(share: float, left: int) -> Non
     parameter = nn.Parameter(torch.zeros(1, 5))
     optimizer = torch.optim.AdamW([parameter])
     optimizer.state[parameter] = {key: torch.arange(1.0, 6.0).view(1, 5) for key in ("exp_avg", "exp_avg_sq")}
-    prune_moments(optimizer, [parameter], share)
+    prune_moments(optimizer.state, [parameter], share)
     assert int(optimizer.state[parameter]["exp_avg"].count_nonzero()) == left
 
 
@@ -123,5 +124,5 @@ def test_the_first_adapters_begin_with_a_new_optimizer() -> None:
     tiny.train(method, 0, 3)
     assert not lora_layers(method.model)
     before = tiny.train(method, 3, 1)
-    assert lora_layers(method.model) and not method.optimizer.state
+    assert lora_layers(method.model) and not method.stepper.state
     assert all(torch.equal(weight, before.weights[name]) for name, weight in method.merged_state().items())

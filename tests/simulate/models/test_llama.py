@@ -152,7 +152,7 @@ def test_parity_notices_pairs_that_turn_the_other_way(monkeypatch: pytest.Monkey
 
 def test_muon_leaves_the_head_to_adamw() -> None:
     method = tiny.build(tiny.variant_run("ddp, muon", model=tiny.LLAMA))
-    assert method.muon is not None
-    stepped = {id(parameter) for group in method.muon.param_groups for parameter in group["params"]}
+    assert method.stepper.muon is not None
+    stepped = {id(parameter) for group in method.stepper.muon.param_groups for parameter in group["params"]}
     names = {name for name, parameter in method.parameters.items() if id(parameter) in stepped}
     assert len(names) == 2 * 7 and not {"head.weight", "token.weight"} & names

@@ -16,6 +16,7 @@ from simulate.costs.memory import peak_memory
 from simulate.measure.one_device import measure_memory_bytes
 from simulate.optim import adamw8bit as eight_bit
 from simulate.optim.adamw8bit import CODES, MOMENTS, SCALES, AdamW8bit, check_installed, moment_of
+from simulate.optim.moments import prune_moments
 from simulate.rules.optimizer import BLOCK_ELEMENTS, CPU_CHUNK_ELEMENTS
 from tests import tiny
 from tests.simulate.costs.test_memory import ONE_MEMORY, TOLERANCE, WIDE, planned_bytes
@@ -97,9 +98,10 @@ def rounded(moment_CX: Tensor, key: str) -> Tensor:
 
 def test_pruning_zeroes_the_smallest_of_each_row() -> None:
     start, gradient = torch.zeros(2, 4096), torch.arange(1.0, 8193.0).view(2, 4096)
-    _, state = stepped(start, [gradient])
+    values, state = stepped(start, [gradient])
+    parameter = nn.Parameter(values)
     before = {moment: moment_of(state, moment) for moment in MOMENTS}
-    eight_bit.prune(state, 0.9)
+    prune_moments({parameter: state}, [parameter], 0.9)
     for moment in MOMENTS:
         after = moment_of(state, moment)
         assert not after[:, :3600].any()
@@ -127,14 +129,14 @@ def test_a_device_goes_the_same_way_alone_and_beside_others(name: str) -> None:
     together, data, steps = tiny.build(run), tiny.batches(run), 3
     for step in range(steps):
         together.step(*data.batch(step, range(3)), step)
-    assert any(CODES in key for key in together.stepped())
+    assert any(CODES in key for key in together.stepper.tensors())
     for device in range(3):
         alone = tiny.build(run, range(device, device + 1))
         for step in range(steps):
             alone.step(*data.batch(step, range(device, device + 1)), step)
-        for key, tensor in together.stepped().items():
-            own = tensor.view(3, -1)[device].view(alone.stepped()[key].shape)
-            other = alone.stepped()[key]
+        for key, tensor in together.stepper.tensors().items():
+            own = tensor.view(3, -1)[device].view(alone.stepper.tensors()[key].shape)
+            other = alone.stepper.tensors()[key]
             if CODES in key:  # a gradient that is rounded otherwise may cross to the neighbouring code
                 assert (own != other).float().mean() < 0.01, key
             else:
@@ -175,10 +177,10 @@ def test_moments_take_two_bytes_and_a_scale_for_256() -> None:
     run = tiny.variant_run("ddp", 1, WIDE, EIGHT)
     method, shape = tiny.build(run), run.model.shape()
     tiny.train(method, 0, 1)
-    held = sum(t.numel() * t.element_size() for k, t in method.stepped().items() if k.startswith("optimizer"))
+    held = sum(t.numel() * t.element_size() for k, t in method.stepper.tensors().items() if k.startswith("optimizer"))
     assert peak_memory(run, shape, ONE_MEMORY).optimizer == held
-    codes = [t for k, t in method.stepped().items() if CODES in k]
-    scales = [t for k, t in method.stepped().items() if SCALES in k]
+    codes = [t for k, t in method.stepper.tensors().items() if CODES in k]
+    scales = [t for k, t in method.stepper.tensors().items() if SCALES in k]
     assert sum(t.numel() for t in codes) <= 256 * sum(t.numel() for t in scales)
 
 

@@ -52,7 +52,9 @@ class Products(TorchDispatchMode):
 def passes(method: Method) -> Products:
     """Run one forward and backward pass, as a step does."""
     with Products() as products:
-        method.backward(method.group_losses(*tiny.batches(method.run).batch(0, range(4)), method.gradient_rows))
+        method.loss.backward(
+            method.loss.group_losses(*tiny.batches(method.run).batch(0, range(4)), method.gradient_rows)
+        )
     return products
 
 
@@ -150,8 +152,8 @@ def test_networks_without_a_name_train_under_autocast(network: str, method: str,
         if trained.loss_scale is not None:
             trained.loss_scale.scale_C.fill_(256.0)
         torch.manual_seed(0)
-        losses = trained.group_losses(*example_batch(run.model, 4), trained.gradient_rows)
-        trained.backward(losses)
+        losses = trained.loss.group_losses(*example_batch(run.model, 4), trained.gradient_rows)
+        trained.loss.backward(losses)
         results.append((losses.detach(), [p.grad for p in trained.model.parameters() if p.grad is not None]))
     (exact, gradients), (low, rounded) = results
     assert torch.allclose(low, exact, rtol=0.02) and not torch.equal(low, exact)
@@ -240,15 +242,15 @@ def test_a_device_without_finite_gradients_leaves_out_its_own_step_only(
     tiny.train(plain, 0, 3)
     row, rows = 1, plain.gradient_rows
     spoiled(other, row, at_step=1)
-    for key, tensor in plain.stepped().items():
-        mine, theirs = (t.view(rows, -1) for t in (tensor, other.stepped()[key]))
+    for key, tensor in plain.stepper.tensors().items():
+        mine, theirs = (t.view(rows, -1) for t in (tensor, other.stepper.tensors()[key]))
         others = [r for r in range(rows) if r != row]
         assert torch.equal(mine[others], theirs[others]), key
-    changed = [k for k, t in plain.stepped().items() if not torch.equal(t, other.stepped()[k])]
+    changed = [k for k, t in plain.stepper.tensors().items() if not torch.equal(t, other.stepper.tensors()[k])]
     assert changed
     assert other.loss_scale is not None and plain.loss_scale is not None
     assert other.loss_scale.scale_C[row] == plain.loss_scale.scale_C[row] / 2
-    assert all(torch.isfinite(t).all() for t in other.stepped().values())
+    assert all(torch.isfinite(t).all() for t in other.stepper.tensors().values())
 
 
 NEEDS_LIBRARY = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -262,11 +264,11 @@ def test_a_step_that_is_left_out_changes_nothing_of_its_device(eight_bit: str) -
         method = tiny.build(tiny.variant_run("local-sgd", 4, large, {**HALF, "optimizer_state": eight_bit}))
         if at_step:
             tiny.train(method, 0, 1)
-        before = {key: tensor.clone() for key, tensor in method.stepped().items()}
-        method.backward(method.group_losses(*tiny.batches(method.run).batch(at_step, range(4)), 4))
+        before = {key: tensor.clone() for key, tensor in method.stepper.tensors().items()}
+        method.loss.backward(method.loss.group_losses(*tiny.batches(method.run).batch(at_step, range(4)), 4))
         next(p.grad for p in method.model.parameters() if p.grad is not None)[2] = torch.nan
-        method.apply_gradients(at_step)
-        for key, tensor in method.stepped().items():
+        method.stepper.step(method.rate_factor(at_step))
+        for key, tensor in method.stepper.tensors().items():
             left_out = tensor.view(4, -1)[2]
             if key in before:
                 assert torch.equal(left_out, before[key].view(4, -1)[2]), key
@@ -278,13 +280,16 @@ def test_a_step_that_all_leave_out_needs_no_copies() -> None:
     """The plan of a device alone counts no memory for copies of its parameters."""
     method = tiny.build(tiny.variant_run("lora", 1, {"width": 64, "attention_heads": 2}, HALF))
     tiny.train(method, 0, 1)
-    before = {key: tensor.clone() for key, tensor in method.stepped().items()}
-    counts = [state["step"].clone() for state in method.optimizer.state.values()]
-    method.backward(method.group_losses(*tiny.batches(method.run).batch(1, range(1)), 1))
+    before = {key: tensor.clone() for key, tensor in method.stepper.tensors().items()}
+    counts = [state["step"].clone() for state in method.stepper.state.values()]
+    method.loss.backward(method.loss.group_losses(*tiny.batches(method.run).batch(1, range(1)), 1))
     next(p.grad for p in method.model.parameters() if p.grad is not None).fill_(torch.nan)
-    assert cpu_peak_bytes(lambda: method.apply_gradients(1)) < sum(t.nbytes for t in before.values()) // 20
-    assert all(torch.equal(tensor, before[key]) for key, tensor in method.stepped().items())
-    assert [state["step"] for state in method.optimizer.state.values()] == [count + 1 for count in counts]
+    assert (
+        cpu_peak_bytes(lambda: method.stepper.step(method.rate_factor(1)))
+        < sum(t.nbytes for t in before.values()) // 20
+    )
+    assert all(torch.equal(tensor, before[key]) for key, tensor in method.stepper.tensors().items())
+    assert [state["step"] for state in method.stepper.state.values()] == [count + 1 for count in counts]
 
 
 @pytest.mark.parametrize("name", ["ddp", "lora", "sapipe, none"])
@@ -293,7 +298,7 @@ def test_devices_that_share_a_gradient_leave_the_step_out_together(name: str) ->
     assert method.loss_scale is not None and len(method.loss_scale.scale_C) == 1
     spoiled(method, 0, at_step=1)
     assert method.loss_scale.scale_C.item() <= precision.START_SCALE / 2
-    assert all(torch.isfinite(t).all() for t in method.state_dict().values() if t.is_floating_point())
+    assert all(torch.isfinite(t).all() for t in method.state.state_dict().values() if t.is_floating_point())
 
 
 @pytest.mark.parametrize("name", ["topk", "signsgd", "powersgd", "ddp, int8", "sapipe"])
@@ -304,7 +309,7 @@ def test_gradients_of_devices_apart_count_as_zero_where_they_are_not_finite(name
     tiny.train(plain, 0, 3)
     assert method.loss_scale is not None and plain.loss_scale is not None
     assert (plain.loss_scale.scale_C / method.loss_scale.scale_C).tolist() == [1.0, 2.0, 1.0, 1.0]
-    assert all(torch.isfinite(t).all() for t in method.state_dict().values() if t.is_floating_point())
+    assert all(torch.isfinite(t).all() for t in method.state.state_dict().values() if t.is_floating_point())
 
 
 @pytest.mark.parametrize("name", ["local-sgd", "lte", "lte, frozen a"])

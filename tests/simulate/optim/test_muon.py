@@ -214,9 +214,9 @@ def test_a_restored_run_continues_bit_for_bit(run: Run) -> None:
     run = run.model_copy(update={"train": run.train.model_copy(update={"steps": 12})})
     method, restored, forgetful = tiny.build(run), tiny.build(run), tiny.build(run)
     tiny.train(method, 0, 6)
-    saved = {name: tensor.clone() for name, tensor in method.state_dict().items()}
-    restored.load_state_dict(saved)
-    forgetful.load_state_dict({name: tensor for name, tensor in saved.items() if not name.endswith(".momentum")})
+    saved = {name: tensor.clone() for name, tensor in method.state.state_dict().items()}
+    restored.state.load_state_dict(saved)
+    forgetful.state.load_state_dict({name: tensor for name, tensor in saved.items() if not name.endswith(".momentum")})
     unbroken, continued, without = (tiny.train(m, 6) for m in (method, restored, forgetful))
     assert torch.equal(unbroken.losses, continued.losses) and not torch.equal(unbroken.losses, without.losses)
     assert all(torch.equal(weight, continued.weights[name]) for name, weight in unbroken.weights.items())
@@ -224,7 +224,7 @@ def test_a_restored_run_continues_bit_for_bit(run: Run) -> None:
 
 def moments(method: Method) -> dict[str, set[str]]:
     """Return the optimizers' state of each parameter, by name."""
-    return {name: set(method.optimizer.state[parameter]) for name, parameter in method.parameters.items()}
+    return {name: set(method.stepper.state[parameter]) for name, parameter in method.parameters.items()}
 
 
 @pytest.mark.parametrize("run", [DDP, LTE], ids=["ddp", "lte"])
@@ -258,8 +258,8 @@ class Tied(nn.Module):
 @pytest.mark.parametrize("name", ["ddp, muon", "diloco, muon", "lte, muon"])
 def test_a_tied_head_is_not_stepped_by_muon_though_it_comes_first(name: str) -> None:
     method = build_method(tiny.variant_run(name, 2), VirtualCommunicator(2), tiny.CPU, Tied().double())
-    assert method.muon is not None
-    stepped_by_muon = {id(p) for group in method.muon.param_groups for p in group["params"]}
+    assert method.stepper.muon is not None
+    stepped_by_muon = {id(p) for group in method.stepper.muon.param_groups for p in group["params"]}
     names = {name for name, parameter in method.parameters.items() if id(parameter) in stepped_by_muon}
     assert names == ({"inner.a", "inner.b"} if name.startswith("lte") else {"inner.weight"})
 
@@ -276,19 +276,19 @@ def test_muon_may_step_everything() -> None:
 @pytest.mark.parametrize("settings", [{}, {"optimizer": "adamw"}])
 def test_without_muon_adam_steps_everything(settings: dict[str, Any]) -> None:
     method = tiny.build(tiny.ddp_run(train=settings))
-    assert method.muon is None
-    assert sum(len(group["params"]) for group in method.groups) == len(method.parameters)
+    assert method.stepper.muon is None
+    assert sum(len(group["params"]) for group in method.stepper.groups) == len(method.parameters)
 
 
 def test_the_schedule_and_the_adapters_rate_reach_muon() -> None:
     run = tiny.variant_run("lte, muon", 2, train={"steps": 20, "warmup_steps": 4, "learning_rate": 0.01})
     method = tiny.build(run)
-    assert method.muon is not None
-    assert method.muon.defaults["momentum"] == run.train.muon_momentum == 0.95
+    assert method.stepper.muon is not None
+    assert method.stepper.muon.defaults["momentum"] == run.train.muon_momentum == 0.95
     method.step(*tiny.batches(run).batch(0, range(2)), 0)
     # A quarter of the warm-up; adapters of rank 2 at 3·sqrt(2/32)·0.01/s with s = 2.
-    assert [group["lr"] for group in method.muon.param_groups] == pytest.approx([0.015 / 4 / 4])
-    assert [group["lr"] for group in method.optimizer.param_groups] == pytest.approx([0.01 / 4] * 2)
+    assert [group["lr"] for group in method.stepper.muon.param_groups] == pytest.approx([0.015 / 4 / 4])
+    assert [group["lr"] for group in method.stepper.adam.param_groups] == pytest.approx([0.01 / 4] * 2)
 
 
 def test_low_ranks_learn_slower_with_muon() -> None:

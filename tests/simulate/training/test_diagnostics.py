@@ -283,10 +283,10 @@ def test_a_restored_run_has_the_same_figures(variant: str) -> None:
         if method.merge_due(step):
             diagnostics.of_round(step)
             method.merge(step)
-    state = {name: tensor.clone() for name, tensor in {**method.state_dict(), **diagnostics.state_dict()}.items()}
+    state = {name: tensor.clone() for name, tensor in {**method.state.state_dict(), **diagnostics.state_dict()}.items()}
     method = tiny.build(run)
     diagnostics = Diagnostics(method)
-    method.load_state_dict(state)
+    method.state.load_state_dict(state)
     diagnostics.load_state_dict(state)
     events = []
     for step in range(6, 12):
@@ -302,9 +302,9 @@ def test_a_restored_run_has_the_same_figures(variant: str) -> None:
 @pytest.mark.parametrize("variant", ["lte", "local-sgd", "daso"])
 def test_nothing_is_kept_where_nobody_asked(variant: str) -> None:
     method = tiny.build(tiny.variant_run(variant))
-    assert not any("last." in name for name in method.state_dict())
+    assert not any("last." in name for name in method.state.state_dict())
     Diagnostics(method)
-    assert any("last." in name for name in method.state_dict())
+    assert any("last." in name for name in method.state.state_dict())
 
 
 class _Recomputed(nn.Module):

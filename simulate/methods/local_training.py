@@ -1,0 +1,54 @@
+"""Local training: every device steps its own copy of the network; local SGD and DiLoCo average the copies at merges."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from simulate.layers.convert import convert, merged_state
+from simulate.methods.averaging import Averaging
+from simulate.methods.loss import gradients_of
+from simulate.methods.paced import Paced
+from simulate.methods.stepper import ParameterGroup, clip_per_device, decay_groups
+
+
+class LocalTraining(Paced):
+    """A full copy of the network and of its optimizer for every local device; subclasses merge with `averaging`."""
+
+    can_exclude_devices = True
+    averaging: Averaging
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        return convert(model, self.local_devices)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        train = self.run.train
+        return decay_groups(self.parameters.values(), train.learning_rate, train.weight_decay)
+
+    def train_step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
+        losses_L = self.loss.group_losses(inputs, targets, self.local_devices)
+        self.loss.backward(losses_L)
+        clip_per_device(gradients_of(self.parameters.values()), self.local_devices, self.run.train.clip_norm)
+        self.stepper.step(self.rate_factor(step))
+        self.arrive_if_due(step)
+        return losses_L.detach()
+
+    def merge_weights(self, step: int) -> Tensor | None:
+        """Return all devices' shares w_n of the mean, (N,), or None where they are equal."""
+        return self.shares()
+
+    def send_fragment(self, index: int, step: int) -> None:
+        self.averaging.send(index, self.merge_weights(step))
+
+    def apply_merged_fragment(self, index: int, step: int) -> None:
+        self.averaging.apply_merged(index)
+
+    def exclude_devices(self, healthy_N: Tensor) -> None:
+        super().exclude_devices(healthy_N)
+        self.averaging.exclude_devices(self.healthy_L)
+
+    def merged_state(self) -> dict[str, Tensor]:
+        """Return the weights of the last merge: between merges that are late or of fragments no device has them all."""
+        return merged_state(self.model, {id(self.parameters[name]): t for name, t in self.averaging.last.items()})
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return {**super().extra_state(), **self.averaging.state_dict()}
