@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from torch import Tensor
 from simulate.comm import pairwise as pairs
 from simulate.comm.base import Communicator, Nodes
 from simulate.comm.transfers import Transfer
-from simulate.common.errors import RunFailedError
+from simulate.common.errors import RunFailedError, first_line
 
 SERVER = 0
 """The process that is the server of pushes and pulls; the first device's."""
@@ -38,14 +37,6 @@ def is_lack_of_memory(error: BaseException) -> bool:
     """Whether an error of torch's means that memory ran out, the host's or a GPU's."""
     text = str(error)
     return isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text.lower()
-
-
-def first_line(error: BaseException) -> str:
-    """Return what torch says in one line, without the place in its source where it says so."""
-    text = " ".join(str(error).split())
-    return re.sub(
-        r"\[[^\]]*/gloo/[^\]]*\] ", "", text.partition(" Exception raised from ")[0].partition(" This is typically")[0]
-    )
 
 
 def devices_of(process: int, processes: int, devices: int) -> range:
