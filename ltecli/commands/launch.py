@@ -29,7 +29,7 @@ from simulate.launch.preflight.node_info import Facts, NodeFacts
 from simulate.launch.preflight.preflight import Preflight
 from simulate.launch.preflight.secret import make_secret, read_secret
 from simulate.launch.preflight.settings import Settings
-from simulate.launch.supervisor import alive_key, run_watched
+from simulate.launch.supervisor import run_supervised
 from simulate.methods.daso.options import DasoOptions
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def launch_run(folder: RunFolder, device: torch.device, options: LaunchArgs, out
         launch.allow_clocks_apart(max(abs(other.clock_offset_s) for other in nodes))
         _meet(launch, preflight, run.cluster.join_timeout_s)
         preflight.close()
-        stack.enter_context(preflight.latecomers(lambda: launch.store.port, lambda number: _is_alive(launch, number)))
+        stack.enter_context(preflight.accept_rejoins(lambda: launch.store.port, lambda number: _is_alive(launch, number)))
         output.hint(
             f"  launched: {processes} processes on {node.address} ({node.interface}), logs in {folder.path / LOGS}"
         )
@@ -173,7 +173,7 @@ def launch_run(folder: RunFolder, device: torch.device, options: LaunchArgs, out
             for sink in sinks:
                 sink(event)
 
-        outcome = run_watched(launch, pass_on, folder.events, asked)
+        outcome = run_supervised(launch, pass_on, folder.events, asked)
     if launch.wire_sent_bytes is not None and options.nodes > 1 and "step" in outcome:
         _keep_wire_bytes(folder, outcome["step"], launch.wire_sent_bytes)
     return _conclude(folder, outcome, output, options)
