@@ -88,7 +88,11 @@ def show_explained(plan: Plan, explained: Explained, extras: ExplainArgs, output
     if explained.outlook is not None:
         _show_outlook(plan.chosen, explained.outlook, output)
         if extras.svg is not None:
-            _write_svg(plan, plan.chosen, explained.outlook, extras.svg)
+            timeline = explained.outlook.timeline
+            kinds = [device.kind for device in plan.profile.devices(plan.chosen.run.cluster.devices)]
+            names = {span.device: f"{span.device}: {kinds[span.device]}"[:30] for span in timeline.spans}
+            title = f"{describe(plan.chosen.run)} on {len(kinds):,} x {plan.profile.name}"
+            write_file(extras.svg, svg(timeline, title, names), SVG_OPTION)
             output.hint(f"wrote {extras.svg}")
 
 
@@ -170,10 +174,3 @@ def _churn_text(churn: Churn, devices: int) -> str:
         f"churn: {CHURN_PER_HOUR:.0%} of {devices:,} devices leaving an hour, back after {seconds_text(churn.join_s)}, "
         f"cost {share:.2%} where the others continue; a launched run, which repeats the round, {redo}"
     )
-
-
-def _write_svg(plan: Plan, chosen: Candidate, outlook: Outlook, path: Path) -> None:
-    kinds = [device.kind for device in plan.profile.devices(chosen.run.cluster.devices)]
-    names = {span.device: f"{span.device}: {kinds[span.device]}"[:30] for span in outlook.timeline.spans}
-    title = f"{describe(chosen.run)} on {len(kinds):,} x {plan.profile.name}"
-    write_file(path, svg(outlook.timeline, title, names), SVG_OPTION)

@@ -35,7 +35,10 @@ def _show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None
         f"{record.path}: {describe(run)} on {run.cluster.devices} x {record.plan['profile']}, "
         f"{run.model.name} with {run.model.shape().parameters:,} parameters"
     )
-    output.text(_state(figure))
+    done, planned = figure["steps"], figure["planned_steps"]
+    state = "finished" if done == planned else f"stopped or running, of {planned:,}"
+    tokens = "" if figure["unit"] == "samples" else f", {figure['tokens']:,} tokens"
+    output.text(f"{done:,} steps ({state}), {figure['samples']:,} samples{tokens}")
     if restarts := figure["restarts"]["count"]:
         output.text(_restarts_text(restarts, figure["restarts"]))
     output.text(
@@ -64,13 +67,6 @@ def _show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None
         output.text("\ntraining loss")
         for line in curve:
             output.text(line)
-
-
-def _state(figure: dict[str, Any]) -> str:
-    done, planned = figure["steps"], figure["planned_steps"]
-    state = "finished" if done == planned else f"stopped or running, of {planned:,}"
-    tokens = "" if figure["unit"] == "samples" else f", {figure['tokens']:,} tokens"
-    return f"{done:,} steps ({state}), {figure['samples']:,} samples{tokens}"
 
 
 def _restarts_text(count: int, restarts: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ltecli.console import Output, plain_table
 from ltecli.output_paths import check_file, write_file
@@ -121,7 +121,13 @@ def validate_command(
         {
             "version": VALIDATION_VERSION,
             **asdict(asked),
-            **{name: _as_json(rows, errors_of(rows)) for name, rows in results.items()},
+            **{
+                name: {
+                    "errors": asdict(errors_of(rows)),
+                    "rows": [{**asdict(row), "error": row.error} for row in rows],
+                }
+                for name, rows in results.items()
+            },
         }
     )
     if out is not None:
@@ -145,10 +151,6 @@ def _summary(errors: Errors) -> str:
         f"{errors.rows} runs, mean error {errors.mean:.2%}, worst {errors.worst:.2%}, furthest under "
         f"{errors.furthest_under:.2%}, {errors.share_under:.0%} under"
     )
-
-
-def _as_json(rows: Sequence[Row], errors: Errors) -> dict[str, Any]:
-    return {"errors": asdict(errors), "rows": [{**asdict(row), "error": row.error} for row in rows]}
 
 
 def _markdown(name: str, about: str, rows: Sequence[Row], errors: Errors) -> str:

@@ -226,19 +226,13 @@ class Launch:
         )
         return self._agent_class(spec, DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL), self), handler
 
-    def log_failures(self, failures: dict[int, Any]) -> None:
-        """Log this node's failed processes, except those that logged the reason before they ended."""
+    def on_failures(self, failures: dict[int, Any]) -> tuple[int, bool]:
+        """Log failed processes; returns the newest checkpoint's step, and whether a restart can help."""
         for rank, failure in sorted(failures.items()):
-            if failure.exitcode not in (FATAL_EXIT, REPORTED_EXIT):
+            if failure.exitcode not in (FATAL_EXIT, REPORTED_EXIT):  # those have logged the reason themselves
                 log(self.store, self._failure(rank, failure))
-
-    def may_restart(self) -> bool:
-        """Whether a restart can help: False once a process has met an error that would come again."""
-        return not self.store.check([FATAL])
-
-    def saved_step(self) -> int:
-        """Return the step of the run's newest checkpoint, 0 without one."""
-        return int(self.store.get(STEP)) if self.store.check([STEP]) else 0
+        saved_step = int(self.store.get(STEP)) if self.store.check([STEP]) else 0
+        return saved_step, not self.store.check([FATAL])
 
     def _failure(self, rank: int, failure: Any) -> str:
         """Return a line that says how a process ended, from its exit code and the last line of its log."""
@@ -317,11 +311,10 @@ def _agent_class() -> Any:
         def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
             result = super()._monitor_workers(worker_group)
             if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
-                self._launch.log_failures(result.failures)
-                step = self._launch.saved_step()
+                step, may_restart = self._launch.on_failures(result.failures)
                 if step > self._restarted_at:  # the run has made progress since: refill the budget
                     self._restarted_at, self._remaining_restarts = step, worker_group.spec.max_restarts
-                if not self._launch.may_restart():
+                if not may_restart:
                     self._remaining_restarts = 0
             return result
 

@@ -54,7 +54,10 @@ def _find(session: Session) -> Found | None:
     assert isinstance(communicator, TorchCommunicator)
     communicator.current_phase = "the search for checkpoints"
     texts = communicator.share_texts(json.dumps(_held(session.checkpoints)))
-    everyones = [_parsed(text) for text in texts]
+    everyones = [
+        {int(step): (bool(shared), list(devices)) for step, (shared, devices) in json.loads(text).items()}
+        for text in texts
+    ]  # JSON has only strings as keys, and no tuples
     step = choose(everyones, session.run.cluster.devices)
     _remove_later(session, -1 if step is None else step)
     if step is None:
@@ -105,10 +108,6 @@ def _held(folder: Path) -> Held:
         if path.is_dir() and name.isdigit():
             held[int(name)] = (has_shared(path), sorted(saved_devices(path)))
     return held
-
-
-def _parsed(text: str) -> Held:
-    return {int(step): (bool(shared), list(devices)) for step, (shared, devices) in json.loads(text).items()}
 
 
 def _remove_later(session: Session, step: int) -> None:

@@ -180,11 +180,6 @@ def _group_prefix() -> str:
     return f"group/{os.environ['MASTER_ADDR']}/{os.environ['MASTER_PORT']}"
 
 
-def _title(place: RankInfo, devices: range) -> str:
-    several = f"devices {devices[0]} to {devices[-1]}" if len(devices) > 1 else f"device {devices[0]}"
-    return f"{place.title} ({several})"
-
-
 def _train(folder: Path, device: torch.device, place: RankInfo, store: dist.Store) -> None:
     _, _, host, port, _ = sys.argv[1:]
     run, profile = load_run(folder / RUN_FILE), load_profile(str(folder / PROFILE_FILE))
@@ -197,7 +192,9 @@ def _train(folder: Path, device: torch.device, place: RankInfo, store: dist.Stor
     leads = place.process == 0
     with ExitStack() as stack:
         stack.callback(communicator.close)
-        titles = communicator.share_texts(_title(place, communicator.local_devices))
+        own = communicator.local_devices
+        named = f"devices {own[0]} to {own[-1]}" if len(own) > 1 else f"device {own[0]}"
+        titles = communicator.share_texts(f"{place.title} ({named})")
         heartbeat = ProcessHeartbeat(
             host, int(port), _group_prefix(), place.process, titles,
             lambda: (communicator.exchanges, communicator.current_phase),
@@ -213,7 +210,7 @@ def _train(folder: Path, device: torch.device, place: RankInfo, store: dist.Stor
             emit=_ignore,
             checkpoints=folder / CHECKPOINTS,
             device=device,
-            stop=(lambda: store.check([STOP])) if leads else lambda: False,
+            stop=(lambda: store.check([STOP])) if leads else lambda: False,  # the loop shares rank 0's answer
             writes_shared=place.local_process == 0,
             folder_devices=place.node_devices(run.cluster.devices),
             recovers=True,
@@ -226,7 +223,7 @@ def _train(folder: Path, device: torch.device, place: RankInfo, store: dist.Stor
             _report_beginning(session, folder, stack, store)
         finished = train(session)
         session.emit({"kind": "end" if finished else "interrupt", "step": session.step, "wall_s": session.elapsed_s()})
-        dist.barrier(communicator.control)
+        dist.barrier(communicator.control)  # all have saved: only now has the run ended
         if leads:
             store.compare_set(OUTCOME, "", json.dumps(_outcome(session, finished)))
     dist.destroy_process_group()
