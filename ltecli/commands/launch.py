@@ -7,17 +7,13 @@ launch_run, and print_lines for the lines to paste on each node. `lte secret` is
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
-import socket
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import psutil
 
 from ltecli.console import Output
 from ltecli.errors import INTERRUPTED
@@ -38,6 +34,7 @@ from simulate.common.events import Emit, Event, EventFile
 from simulate.launch.agent import Launch, Node
 from simulate.launch.heartbeat import is_node_alive
 from simulate.launch.keys import CHECKPOINTS, LINKS, LOGS, START
+from simulate.launch.preflight.address import interfaces
 from simulate.launch.preflight.link_figures import LinkFigures
 from simulate.launch.preflight.node_info import Facts, NodeFacts
 from simulate.launch.preflight.preflight import Preflight
@@ -252,25 +249,23 @@ def print_lines(run_file: Path | None, options: LaunchArgs, output: Output) -> i
 
 def address_to_join(interface: str | None) -> str:
     """Return this machine's IPv4 address on an interface, by default on the first but loopback. Raises InputError."""
-    known = {
-        name: [a.address for a in found if a.family == socket.AF_INET] for name, found in psutil.net_if_addrs().items()
-    }
+    known = {found.name: [a for a in found.addresses if a.version == 4] for found in interfaces()}
     if interface is not None:
         if not known.get(interface):
             names = ", ".join(sorted(name for name, found in known.items() if found))
             raise InputError(f"--interface {interface} has no IPv4 address here; those that have: {names}")
-        return known[interface][0]
-    private = [a for _, found in sorted(known.items()) for a in found if not ipaddress.ip_address(a).is_loopback]
-    if not private:
+        return str(known[interface][0])
+    others = [address for _, found in sorted(known.items()) for address in found if not address.is_loopback]
+    if not others:
         raise InputError("this machine has no address but loopback; connect it, or name one with --join HOST:PORT")
-    return private[0]
+    return str(others[0])
 
 
 def loopback_interface() -> str:
     """Return the name of the loopback interface; raises InputError."""
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(a.address == "127.0.0.1" for a in addresses):
-            return name
+    for found in interfaces():
+        if any(str(address) == "127.0.0.1" for address in found.addresses):
+            return found.name
     raise InputError("this machine has no loopback interface; bring it up, as in ip link set lo up")
 
 

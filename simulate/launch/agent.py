@@ -13,11 +13,9 @@ import logging
 import math
 import os
 import signal
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,11 +24,13 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from simulate.common.errors import InputError, RunFailedError, first_line
+from simulate.common.errors import RunFailedError, first_line
 from simulate.config.run import Run, run_fingerprint
 from simulate.launch.heartbeat import MISSED_BEATS
 from simulate.launch.keys import FATAL, FATAL_EXIT, LOGS, OUTCOME, REPORTED_EXIT, STEP, log
+from simulate.launch.preflight.listener import listen
 from simulate.launch.preflight.secret import VARIABLE as SECRET_VARIABLE
+from simulate.launch.preflight.settings import Log
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -40,8 +40,6 @@ FAREWELL_S = 20.0
 """Seconds that node 0 keeps the store open at the end, for the other nodes to read how the run ended."""
 KEEP_ALIVE_S = 2
 """Seconds between two signs of life in torchrun's rendezvous; MISSED_BEATS of them missing, and a node is lost."""
-
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,6 @@ class Node:
     interface: str = "lo"
     store_address: str = "127.0.0.1"
     """Address of node 0, which holds the store."""
-    store_port: int = 0
-    """Port of the store; 0 lets node 0 take any free one."""
 
 
 class Launch:
@@ -88,16 +84,7 @@ class Launch:
 
         node = self.node
         # TCPStore by itself listens at every address, so it gets a socket that is bound to one.
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((node.address, node.store_port))
-            listener.listen(1024)
-        except OSError as error:
-            listener.close()
-            raise InputError(
-                f"--join {node.address}:{node.store_port} cannot be listened at ({error.strerror}); choose another port"
-            ) from None
+        listener = listen(node.address, 0, "the agents' store")
         port = listener.getsockname()[1]
         self._store = TCPStore(
             node.address, port, is_master=True, timeout=self._join_timeout, wait_for_workers=False,

@@ -14,6 +14,7 @@ import json
 import select
 import socket
 import struct
+from collections.abc import Iterator
 from typing import Any
 
 from simulate.launch.preflight.deadline import Deadline
@@ -44,15 +45,8 @@ class BadFrameError(PeerError):
 
 def receive_into(sock: socket.socket, view: memoryview, deadline: Deadline) -> int:
     """Receive at least one byte into view; returns the number of bytes. Raises PeerError."""
-    if deadline.over:
-        raise PeerSilentError(f"did not answer within {deadline.seconds:.3g} s")
-    sock.settimeout(deadline.left_s or 1e-6)
-    try:
+    with _peer_errors(sock, deadline, "did not answer"):
         count = sock.recv_into(view)
-    except TimeoutError:
-        raise PeerSilentError(f"did not answer within {deadline.seconds:.3g} s") from None
-    except OSError as error:
-        raise PeerGoneError(f"broke the connection ({reason(error)})") from None
     if count == 0:
         raise PeerGoneError("closed the connection")
     return count
@@ -69,13 +63,20 @@ def receive_exactly(sock: socket.socket, size: int, deadline: Deadline) -> bytes
 
 def send_all(sock: socket.socket, content: bytes | memoryview, deadline: Deadline) -> None:
     """Send all bytes before the deadline. Raises PeerError."""
-    if deadline.over:
-        raise PeerSilentError(f"took nothing within {deadline.seconds:.3g} s")
-    sock.settimeout(deadline.left_s or 1e-6)
-    try:
+    with _peer_errors(sock, deadline, "took nothing"):
         sock.sendall(content)
+
+
+@contextlib.contextmanager
+def _peer_errors(sock: socket.socket, deadline: Deadline, silent: str) -> Iterator[None]:
+    """Give the socket the time that is left, and turn its errors into PeerError; `silent` says what the peer failed."""
+    if deadline.over:
+        raise PeerSilentError(f"{silent} within {deadline.seconds:.3g} s")
+    sock.settimeout(deadline.left_s or 1e-6)  # 0 would mean non-blocking
+    try:
+        yield
     except TimeoutError:
-        raise PeerSilentError(f"took nothing within {deadline.seconds:.3g} s") from None
+        raise PeerSilentError(f"{silent} within {deadline.seconds:.3g} s") from None
     except OSError as error:
         raise PeerGoneError(f"broke the connection ({reason(error)})") from None
 

@@ -32,6 +32,7 @@ from simulate.launch.preflight.secret import VARIABLE, Secret
 from simulate.launch.preflight.settings import Log, Result, Settings, failure
 
 _RETRY_S = 0.5
+"""Seconds between two calls to a node 0 that does not answer yet."""
 _UNREACHABLE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EADDRNOTAVAIL)
 
 

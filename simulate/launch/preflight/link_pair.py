@@ -8,8 +8,6 @@ with a key of this purpose alone.
 from __future__ import annotations
 
 import math
-import socket
-from collections.abc import Callable
 
 from simulate.common.errors import InputError
 from simulate.config.hardware import Link
@@ -17,22 +15,21 @@ from simulate.launch.preflight.address import (
     Endpoint,
     address_text,
     choose_bind_address,
-    family_of,
     interfaces,
     parse_endpoint,
-    sockaddr,
 )
 from simulate.launch.preflight.channel import BadFrameError, Channel, PeerError, close_socket, reason
 from simulate.launch.preflight.deadline import Deadline
 from simulate.launch.preflight.handshake import Identity, Purpose, call
 from simulate.launch.preflight.link_figures import rate_text
 from simulate.launch.preflight.link_probe import Limits, measure_latency_s, measure_rate, serve
+from simulate.launch.preflight.link_tests import dial
 from simulate.launch.preflight.listener import AcceptedPeer, HandshakeListener, listen
 from simulate.launch.preflight.secret import VARIABLE, Secret
+from simulate.launch.preflight.settings import Log
 
 SERVER, CALLER = 0, 1
 HANDSHAKE_S, MEASUREMENT_S, POLL_S = 10.0, 180.0, 1.0
-Log = Callable[[str], None]
 
 
 def measure_pair(where: str, secret: Secret | None) -> Link:
@@ -44,13 +41,9 @@ def measure_pair(where: str, secret: Secret | None) -> Link:
         raise InputError(str(error).replace("--join", "--link").replace("node 0", "the peer")) from None
     title = f"--link {endpoint}"
     me = Identity(CALLER, Purpose.LINK, _key(secret, title, bind.address))
-    sock = socket.socket(family_of(bind.coordinator_address), socket.SOCK_STREAM)
     try:
-        sock.settimeout(HANDSHAKE_S)
-        sock.bind(sockaddr(bind.address, 0))
-        sock.connect(sockaddr(bind.coordinator_address, endpoint.port))
+        sock = dial(bind.address, bind.coordinator_address, endpoint.port, Deadline(HANDSHAKE_S))
     except OSError as error:
-        close_socket(sock)
         hint = "start lte profile serve --interface NAME there"
         raise InputError(f"{title} cannot be reached ({reason(error)}); {hint}") from None
     try:
