@@ -1,4 +1,7 @@
-"""Lines and facts of `lte train` at a run's start and end, the same for simulated and launched runs."""
+"""Lines and facts of `lte train` at the start and the end of a run, the same for simulated and launched runs.
+
+commands/train.py and commands/launch.py print them, so that both kinds of runs can be compared.
+"""
 
 from __future__ import annotations
 

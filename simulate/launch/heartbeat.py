@@ -37,7 +37,7 @@ class Beat:
     exchanges: int = 0
     """Exchanges that the process has begun."""
     current_phase: str = ""
-    """What the process is doing, in words; "" before its first exchange."""
+    """Current phase of training, in words; "" before its first exchange."""
 
 
 def write_beat(store: Store, sender: str, beat: Beat) -> None:
