@@ -1,4 +1,8 @@
-"""The typer app: parse, call, render. Bodies import what they need, so that --help and plan stay light."""
+"""The command line: its options, and for each command a call into ltecli/commands.
+
+Each body imports its command when it is called, so that --help and plan stay fast and plan stays without torch. `main`
+is the entry point of the `lte` script and of `python -m ltecli`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from ltecli.errors import BAD_INPUT, guarded, leave_at_once_if_stuck, one_line
+from ltecli.errors import BAD_INPUT, exit_if_stuck, guarded, one_line
 from simulate.common.gc_paused import collector_paused
 from simulate.common.version import version as lte_version
 
@@ -24,12 +28,12 @@ app = typer.Typer(
 )
 profile_app = typer.Typer(help="Look at hardware profiles, or measure one.", rich_markup_mode=None)
 USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
-"""What every mistake in options and arguments derives from; older typers take it from click, newer ones bring it."""
+"""Base class of all mistakes in options; older versions of typer take it from click, newer ones have their own."""
 app.add_typer(profile_app, name="profile")
 
 
 class DeviceName(str, enum.Enum):
-    """Where tensors live."""
+    """Values of --device."""
 
     AUTO = "auto"
     CPU = "cpu"
@@ -37,7 +41,7 @@ class DeviceName(str, enum.Enum):
 
 
 class ExportFormat(str, enum.Enum):
-    """How an exported model is written."""
+    """Values of lte export --format."""
 
     SAFETENSORS = "safetensors"
     HF = "hf"
@@ -63,7 +67,7 @@ LinkFrom = Annotated[
 ]
 Devices = Annotated[int | None, typer.Option("--devices", "-n", help="Devices to use; default: all of the profile.")]
 Tokens = Annotated[int | None, typer.Option("--tokens", help="Tokens to train on; default: 20 a parameter.")]
-Samples = Annotated[int | None, typer.Option("--samples", help="The same for models of images: images to train on.")]
+Samples = Annotated[int | None, typer.Option("--samples", help="Images to train on, for models of images.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -82,6 +86,7 @@ def options(
 
 
 @app.command()
+@guarded
 def plan(
     profile: ProfileName = None,
     model: Model = None,
@@ -112,16 +117,22 @@ def plan(
     rounds: Annotated[int | None, typer.Option(help="With --timeline: rounds to simulate; default: 100.")] = None,
     timeline_svg: Annotated[Path | None, typer.Option(help="Draw the timeline into this file.")] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Follow the choice's own training without numbers, to check its memory.")
+        bool, typer.Option("--verify", help="Trace the choice's training on fake tensors, to check its memory.")
     ] = False,
     as_json: Json = False,
-) -> None:
-    """Work out what fits and what it costs, and choose; writes nothing without -o."""
+) -> int:
+    """Find what fits the hardware and what it costs, and choose; writes nothing without -o."""
     with collector_paused():
         from ltecli.commands.plan import plan_command
         from ltecli.plan_request import PlanArgs
 
-    asked = why or timeline or rounds is not None or timeline_svg is not None
+    pins = {
+        "name": method,
+        "rank": rank,
+        "heads_per_device": heads_per_device,
+        "quantize": quantize,
+        "merge_every": merge_every,
+    }
     request = PlanArgs(
         profile=profile,
         model=model,
@@ -132,50 +143,42 @@ def plan(
         objective=objective,
         within=within,
         efficiency=efficiency,
-        pins={
-            "name": method,
-            "rank": rank,
-            "heads_per_device": heads_per_device,
-            "quantize": quantize,
-            "merge_every": merge_every,
-        },
+        pins=pins,
         assignments=tuple(assignments or ()),
         probe=probe,
         link_from=link_from,
     )
+    extras = None
+    if why or timeline or rounds is not None or timeline_svg is not None:
+        from ltecli.commands.explain import ExplainArgs  # it loads numpy, for the simulation of rounds
 
-    def command() -> int:
-        extras = None
-        if asked:
-            from ltecli.commands.explain import ExplainArgs
-
-            extras = ExplainArgs(why, timeline, rounds, timeline_svg, force)
-        return plan_command(request, out, force, top, as_json, extras, verify)
-
-    raise typer.Exit(guarded(command))
+        extras = ExplainArgs(why, timeline, rounds, timeline_svg, force)
+    return plan_command(request, out, force, top, as_json, extras, verify)
 
 
 @app.command("probe")
+@guarded
 def probe_a_run(
     run: Annotated[Path, typer.Argument(help="run.toml.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write what was found as probe.json.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the findings as probe.json.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Let -o replace an existing file.")] = False,
-    batches: Annotated[int, typer.Option(min=1, help="Steps whose batches give gradients, at each of two points.")] = 8,
-    warmup: Annotated[int, typer.Option(min=1, help="Dense steps between them.")] = 50,
+    batches: Annotated[int, typer.Option(min=1, help="Steps that give gradients, before and after the warm-up.")] = 8,
+    warmup: Annotated[int, typer.Option(min=1, help="Dense steps of the warm-up.")] = 50,
     layers: Annotated[bool, typer.Option("--layers", help="Show every adapted layer.")] = False,
     device: Annotated[DeviceName, typer.Option(help="Where to probe.")] = DeviceName.AUTO,
     assignments: Set = None,
     as_json: Json = False,
     quiet: Quiet = False,
-) -> None:
+) -> int:
     """Estimate rank, heads and batch from a few gradients and a short dense warm-up."""
     from ltecli.commands.probe import ProbeArgs, probe_command
 
     options = ProbeArgs(batches, warmup, tuple(assignments or ()))
-    raise typer.Exit(guarded(lambda: probe_command(run, options, out, force, layers, device.value, as_json, quiet)))
+    return probe_command(run, options, out, force, layers, device.value, as_json, quiet)
 
 
 @app.command()
+@guarded
 def validate(
     only: Annotated[str | None, typer.Option(help="One section: memory, bytes or time.")] = None,
     profile: Annotated[
@@ -183,23 +186,24 @@ def validate(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and smaller runs: about half a minute.")] = False,
     shapes: Annotated[int | None, typer.Option(min=1, help="Random runs of each kind.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random runs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random runs.")] = 0,
     family: Annotated[
-        str | None, typer.Option(help="Of their networks: gpt, llama, vit or mixer; default: all.")
+        str | None, typer.Option(help="Family of the random networks: gpt, llama, vit or mixer; default: all.")
     ] = None,
-    autocast: Annotated[str, typer.Option(help="Format of their matrix products: none, bf16 or fp16.")] = "none",
+    autocast: Annotated[str, typer.Option(help="Format of the matrix products: none, bf16 or fp16.")] = "none",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the tables as markdown.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
-) -> None:
-    """Set predictions of memory, bytes and time beside what happens on this machine."""
+) -> int:
+    """Compare predictions of memory, bytes and time with measurements on this machine."""
     from ltecli.commands.validate import ValidateArgs, validate_command
 
     asked = ValidateArgs(quick, shapes, seed, family, autocast)
-    raise typer.Exit(guarded(lambda: validate_command(only, asked, out, as_json, quiet, profile)))
+    return validate_command(only, asked, out, as_json, quiet, profile)
 
 
 @app.command()
+@guarded
 def train(
     run: Annotated[Path | None, typer.Argument(help="run.toml, or a run folder; default: plan one now.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default: runs/NAME.")] = None,
@@ -207,7 +211,7 @@ def train(
     data: DataPath = None,
     device: Annotated[DeviceName, typer.Option(help="Where to simulate.")] = DeviceName.AUTO,
     diagnostics: Annotated[
-        bool, typer.Option("--diagnostics", help="Diagnose heads and gradients as often as it is evaluated.")
+        bool, typer.Option("--diagnostics", help="Diagnose heads and gradients at every evaluation.")
     ] = False,
     launch: Annotated[
         bool, typer.Option("--launch", help="Train for real: a process for each device, here or on several machines.")
@@ -216,9 +220,9 @@ def train(
         int | None, typer.Option(help="With --launch: processes on this machine; default: one a device.", min=1)
     ] = None,
     nodes: Annotated[int, typer.Option(help="With --launch: machines that take part.", min=1)] = 1,
-    node: Annotated[int | None, typer.Option(help="With --launch: which of them this is, from 0.", min=0)] = None,
+    node: Annotated[int | None, typer.Option(help="With --launch: number of this machine, from 0.", min=0)] = None,
     join: Annotated[str | None, typer.Option(help="With --launch: HOST:PORT of node 0.")] = None,
-    interface: Annotated[str | None, typer.Option(help="With --launch: network interface to use; no other is.")] = None,
+    interface: Annotated[str | None, typer.Option(help="With --launch: the only network interface to use.")] = None,
     secret_file: Annotated[
         Path | None, typer.Option(help="With --launch: file with the secret that nodes share (else LTE_SECRET).")
     ] = None,
@@ -228,65 +232,68 @@ def train(
     assignments: Set = None,
     as_json: Json = False,
     quiet: Quiet = False,
-) -> None:
-    """Simulate the run's devices in this process, or launch them for real; Ctrl-C saves and leaves."""
-    from ltecli.commands.launch import launch_options
+) -> int:
+    """Simulate the run's devices in this process, or launch them for real; Ctrl-C saves and stops."""
+    from ltecli.commands.launch import LaunchArgs
     from ltecli.commands.train import TrainArgs, train_command
 
     changes = TrainArgs(data, tuple(assignments or ()), diagnostics)
-
-    def command() -> int:
-        options = launch_options(launch, processes, nodes, node, join, interface, secret_file, trust_network)
-        return train_command(run, out, resume, device.value, changes, options, as_json, quiet)
-
-    raise typer.Exit(guarded(command))
+    options = LaunchArgs(processes, nodes, node, join, interface, secret_file, trust_network)
+    options.check(launch)
+    return train_command(run, out, resume, device.value, changes, options if launch else None, as_json, quiet)
 
 
 @app.command()
+@guarded
 def secret(
     path: Annotated[Path, typer.Argument(help="File to write; it must not exist.")],
-) -> None:
+) -> int:
     """Make the secret that the nodes of a launched run share."""
     from ltecli.commands.launch import secret_command
 
-    raise typer.Exit(guarded(lambda: secret_command(path)))
+    return secret_command(path)
 
 
 @app.command()
+@guarded
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are set side by side.")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared side by side.")],
     as_json: Json = False,
 ) -> None:
-    """Set planned, simulated and measured figures side by side."""
+    """Show planned, simulated and measured figures side by side."""
     from ltecli.commands.report import report_command
 
-    raise typer.Exit(guarded(lambda: report_command(runs, as_json)))
+    report_command(runs, as_json)
 
 
 @app.command()
+@guarded
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     form: Annotated[
-        ExportFormat, typer.Option("--format", help="safetensors with our names, or what transformers loads.")
+        ExportFormat,
+        typer.Option("--format", help="safetensors with lte's names, or what transformers loads."),
     ] = ExportFormat.SAFETENSORS,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write; default: RUN/export.")] = None,
     as_json: Json = False,
-) -> None:
+) -> int:
     """Write the merged model of a run's newest checkpoint."""
     from ltecli.commands.export import export_command
 
-    raise typer.Exit(guarded(lambda: export_command(run, form.value, out, as_json)))
+    return export_command(run, form.value, out, as_json)
 
 
 @profile_app.command("list")
+@guarded
 def profile_list(as_json: Json = False) -> None:
     """List the shipped profiles, and `local`: this machine."""
     from ltecli.commands.profile import list_command
 
-    raise typer.Exit(guarded(lambda: list_command(as_json)))
+    list_command(as_json)
 
 
 @profile_app.command("show")
+@guarded
 def profile_show(
     name: Annotated[str, typer.Argument(help="A shipped profile, `local`, or a path to profile.toml.")],
     as_json: Json = False,
@@ -294,16 +301,17 @@ def profile_show(
     """Print a profile as TOML, with the source of every figure."""
     from ltecli.commands.profile import show_command
 
-    raise typer.Exit(guarded(lambda: show_command(name, as_json)))
+    show_command(name, as_json)
 
 
 @profile_app.command("measure")
+@guarded
 def profile_measure(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write it to a .toml; default: print it.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Half a minute at most, with fewer sizes.")] = False,
     devices: Annotated[int, typer.Option("--devices", "-n", min=1, help="Devices like this one in the profile.")] = 1,
-    threads: Annotated[int | None, typer.Option(min=1, help="Processor threads; default: as torch takes.")] = None,
-    device: Annotated[DeviceName, typer.Option(help="What to measure.")] = DeviceName.AUTO,
+    threads: Annotated[int | None, typer.Option(min=1, help="Processor threads; default: torch's.")] = None,
+    device: Annotated[DeviceName, typer.Option(help="Device to measure.")] = DeviceName.AUTO,
     link: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Measure the link to a peer's `lte profile serve`, too.")
     ] = None,
@@ -313,42 +321,43 @@ def profile_measure(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure this machine, and write a profile that plans go by."""
+    """Measure this machine, and write a profile for plans."""
     from ltecli.commands.measure import MeasureArgs, measure_command
 
     request = MeasureArgs(quick, devices, threads, device.value, link, secret_file, link_from)
-    raise typer.Exit(guarded(lambda: measure_command(request, out, force, as_json, quiet)))
+    measure_command(request, out, force, as_json, quiet)
 
 
 @profile_app.command("serve")
+@guarded
 def profile_serve(
-    interface: Annotated[str, typer.Option(help="The interface to listen on, and no other: eth0, wlan0, lo.")],
+    interface: Annotated[str, typer.Option(help="The only interface to listen on: eth0, wlan0, lo.")],
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 29511,
     secret_file: SecretFile = None,
 ) -> None:
     """Answer `lte profile measure --link` on another machine, until Ctrl-C."""
     from ltecli.commands.measure import serve_command
 
-    raise typer.Exit(guarded(lambda: serve_command(interface, port, secret_file)))
+    serve_command(interface, port, secret_file)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the `lte` command; returns the exit code."""
-    # Tables and curves use characters beyond ASCII, which a bare container's locale would refuse.
+    """Run the `lte` command; returns the exit code."""
+    # Tables and curves use characters beyond ASCII, which the locale of a bare container refuses.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    # Before anything imports torch, which a plan of somebody's own network does as well. Kineto announces every trace.
+    # Set before anything imports torch, as a plan of a user's own network does, too. Kineto logs every trace.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # Looking for plugins, pydantic would read what every installed package says of itself.
+    # Pydantic's search for plugins reads the metadata of every installed package.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    # Threads that spin while they wait for each other stand still beside anybody else's work: tens of times slower.
+    # Threads that spin while they wait are tens of times slower beside other work on the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         code = int(app(given or ["--help"], prog_name="lte", standalone_mode=False) or 0)
-        leave_at_once_if_stuck(code)
+        exit_if_stuck(code)
         return code
     except USAGE_ERROR as error:
         message = one_line(error.format_message())  # type: ignore[attr-defined]

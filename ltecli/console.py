@@ -1,4 +1,4 @@
-"""The one printer: results to stdout, progress and hints to stderr, JSON for scripts, nothing extra when quiet."""
+"""Printer of all commands: results to stdout, progress and hints to stderr, JSON for scripts, no hints when quiet."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from rich.console import Console
 from rich.table import Table
 
 WIDE = 400
-"""Columns for tables that no terminal shows: nothing is cut."""
+"""Width of tables outside a terminal, in characters: no cell is cut."""
 
 
 class _Console(Console):
-    """Prints text as it is: brackets and colons in a name are neither markup nor emoji."""
+    """A console that prints text unchanged: brackets and colons in a name are neither markup nor emoji."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(highlight=False, markup=False, emoji=False, **options)
 
     def on_broken_pipe(self) -> None:
-        """Leave a reader that has seen enough to the one place that deals with it."""
+        """Raise BrokenPipeError, which ltecli.errors handles, where rich would exit."""
         raise BrokenPipeError
 
 
 class Output:
-    """Where a command speaks."""
+    """Output of one command."""
 
     def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json, self.quiet = as_json, quiet
@@ -34,7 +34,7 @@ class Output:
         self.hints = _Console(stderr=True, quiet=quiet, soft_wrap=not sys.stderr.isatty())
 
     def text(self, text: str) -> None:
-        """Print a line of the result, as it is."""
+        """Print a line of the result."""
         if not self.as_json:
             self.console.print(text)
 
@@ -44,9 +44,9 @@ class Output:
             self.console.print(text, style="bold")
 
     def table(self, table: Table, secondary: Sequence[str] = ()) -> None:
-        """Print a table of the result; a terminal too narrow for it goes without the `secondary` columns.
+        """Print a table of the result; a terminal too narrow for it leaves out the `secondary` columns.
 
-        Outside a terminal it is as wide as it needs to be.
+        Outside a terminal it is as wide as its cells.
         """
         if self.as_json:
             return
@@ -56,23 +56,23 @@ class Output:
         console.print(table)
 
     def json(self, document: Any) -> None:
-        """Print the result for scripts, where --json asks for it."""
+        """Print the result for scripts, if --json is given."""
         if self.as_json:
             sys.stdout.write(json.dumps(document, allow_nan=False) + "\n")
             sys.stdout.flush()
 
     def hint(self, text: str) -> None:
-        """Print progress or advice, which is no result."""
+        """Print progress or advice, to stderr."""
         self.hints.print(text)
 
     def warning(self, text: str) -> None:
-        """Print what went wrong without ending the command, also when quiet."""
+        """Print a problem that does not end the command, also when quiet."""
         sys.stderr.write(f"lte: {text}\n")
         sys.stderr.flush()
 
 
 def plain_table(*columns: str) -> Table:
-    """Return a table with right-aligned columns after the first; what is too wide for a terminal goes on below."""
+    """Return a table with right-aligned columns after the first; cells too wide for a terminal are wrapped."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", no_wrap=index == 0, overflow="fold")
@@ -80,6 +80,6 @@ def plain_table(*columns: str) -> Table:
 
 
 def scores_text(val_loss: float | None, val_accuracy: float | None = None) -> str:
-    """Return what an evaluation found; the accuracy where there is one."""
+    """Return an evaluation's loss, and its accuracy where there is one, for people."""
     loss = f"validation loss {'-' if val_loss is None else format(val_loss, '.4f')}"
     return loss if val_accuracy is None else f"{loss}, top-1 accuracy {val_accuracy:.2%}"

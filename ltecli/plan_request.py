@@ -1,4 +1,9 @@
-"""Turn the options of `lte plan` into a run, a profile and pins."""
+"""Turn the options of `lte plan` into a run, a profile and pins, and make the plan.
+
+A key may come from its own option or from --set, but once. Keys that are missing follow from those that are given: the
+profile's devices, the embedded text, a rank that fits the smallest layer, a learning rate from the width. `lte plan`
+calls plan_request, and so does `lte train` without a run.toml.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +27,11 @@ from simulate.planning.planner import Plan, make_plan
 from simulate.planning.search_space import Pins
 
 EMBEDDED_BYTES = 500_000
-"""That the embedded text has at least, whichever Python's library it is."""
+"""Lower bound of the embedded text's size, which differs from one Python version to the next."""
 TOKENS_PER_PARAMETER = 20
 """Hoffmann et al. 2022 (arXiv 2203.15556): compute-optimal training takes about 20 tokens a parameter."""
 DEMO_TOKENS = 400_000
-"""What a request without a model trains on: about a minute on two cores."""
+"""Tokens of a request without a model: about a minute of training on two cores."""
 REFERENCE_WIDTH, REFERENCE_RATE = 128, 3e-3
 """The learning rate falls with the width (Yang et al. 2022, arXiv 2203.03466); 3e-3 at 128 was measured to do well."""
 _WHERE = "command line"
@@ -34,43 +39,71 @@ _WHERE = "command line"
 
 @dataclass(frozen=True)
 class PlanArgs:
-    """What the user asked for; None and missing pins leave it to the planner."""
+    """Options of a plan; the planner chooses what is None or not pinned."""
 
     profile: str | None = None
     model: str | None = None
     data: str | None = None
     devices: int | None = None
     tokens: int | None = None
-    """Of a model of images: samples."""
+    """Tokens to train on, for models of text."""
     samples: int | None = None
-    """The same, by the name that images go by."""
+    """Images to train on, for models of images."""
     pins: Mapping[str, Any] = field(default_factory=dict)
-    """Keys of [method]."""
+    """Keys of [method] that have options of their own."""
     assignments: tuple[str, ...] = ()
+    """Further keys, as table.key=value."""
     probe: Path | None = None
-    """What lte probe wrote of the same network."""
+    """File that lte probe wrote about the same network."""
     link_from: Path | None = None
-    """Folder of a launched run, whose links were measured."""
+    """Folder of a launched run that measured its links."""
     objective: str = "time"
     within: str | None = None
+    """Longest time to equal loss: 8h, 3d."""
     efficiency: Path | None = None
+    """Samples model of the user, like samples.toml."""
 
 
-def _choice(request: PlanArgs) -> SelectionCriteria:
-    """Return how to choose; raises InputError."""
-    return SelectionCriteria(
+def plan_request(request: PlanArgs, to_train: bool = True) -> Plan:
+    """Make the plan of a request; raises InputError for mistakes in it.
+
+    Where `to_train` is False, the default data may be missing or too small for the devices: the plan gets a note.
+    """
+    criteria = SelectionCriteria(
         objective=parse_objective(request.objective),
         efficiency=load_efficiency(request.efficiency) if request.efficiency else None,
         within_s=parse_duration_s(request.within) if request.within is not None else None,
     )
+    table = _given_keys(request)
+    pins = _pins(table)
+    profile = load_profile(str(table["cluster"].setdefault("profile", LOCAL)))
+    link_notes = []
+    if request.link_from is not None:
+        profile, note = _with_measured_link(request.link_from, profile)
+        link_notes.append(note)
+    names_data = bool(table["data"])
+    base, notes = _base_run(table, profile)
+    notes += link_notes
+    # Default images (digits) fit every model; of default data, only text can be too short.
+    if (names_data or base.model.unit == "tokens") and not _embedded_text_suffices(base):
+        from simulate.data.load import check_data
+
+        try:
+            check_data(base)
+        except InputError as error:
+            if names_data or to_train:
+                raise
+            notes.append(f"to train, name your own data by --data; {error}")
+    tokens = _tokens(request, base, table)
+    if request.probe is not None:
+        from simulate.planning.probe_ranks import PlanProbe
+
+        criteria = replace(criteria, probe=PlanProbe(request.probe, base.model.shape()))
+    return make_plan(base, profile, tokens, pins, notes, criteria)
 
 
-def plan_request(request: PlanArgs, to_train: bool = True) -> Plan:
-    """Turn a request into a plan; raises InputError for what is wrong in it.
-
-    A plan that is only looked at may be for more devices than the embedded text has data for.
-    """
-    choice = _choice(request)
+def _given_keys(request: PlanArgs) -> toml_io.Table:
+    """Return the keys of run.toml that the request gives; raises InputError for one given twice."""
     table: toml_io.Table = {"model": {}, "data": {}, "method": {}, "train": {}, "cluster": {}}
     for assignment in request.assignments:
         toml_io.set_key(table, assignment)
@@ -81,45 +114,11 @@ def plan_request(request: PlanArgs, to_train: bool = True) -> Plan:
     for key, value in request.pins.items():
         _put(table, "method", key, value)
         _check_owner(key, value, table["method"].get("name"))
-    pins = _pins(table)
-    profile = load_profile(str(table["cluster"].setdefault("profile", LOCAL)))
-    link_notes: list[str] = []
-    if request.link_from is not None:
-        profile, said = _with_link_from(request.link_from, profile)
-        link_notes.append(said)
-    named = bool(table["data"])
-    base, notes = _base_run(table, profile)
-    notes += link_notes
-    if named:
-        _check_data(base)
-    elif base.model.unit == "tokens":  # what is only a default may be missing or too small until it is trained on
-        try:
-            _check_data(base)
-        except InputError as error:
-            if to_train:
-                raise
-            notes.append(f"to train, name data of yours by --data; {error}")
-    tokens = _tokens(request, base, table)
-    if request.probe is not None:
-        from simulate.planning.probe_ranks import PlanProbe
-
-        choice = replace(choice, probe=PlanProbe(request.probe, base.model.shape()))
-    return make_plan(base, profile, tokens, pins, notes, choice)
-
-
-def _with_link_from(run: Path, profile: Profile) -> tuple[Profile, str]:
-    """Return the profile with the links that a launched run measured, and a note that says so; raises InputError."""
-    from ltecli.runs.measured_link import link_from, link_text
-
-    link = link_from(run, profile.link)
-    said = (
-        f"the link is what the nodes of {run} measured, {link_text(link)}, in the place of profile {profile.name}'s; "
-        "training goes by the profile: lte profile measure --link-from writes one with that link"
-    )
-    return profile.model_copy(update={"link": link}), said
+    return table
 
 
 def _put(table: toml_io.Table, section: str, key: str, value: Any) -> None:
+    """Set a key from its own option, unless the option is not given; raises InputError where --set disagrees."""
     if value is None:
         return
     if table[section].get(key, value) != value:
@@ -131,7 +130,7 @@ def _put(table: toml_io.Table, section: str, key: str, value: Any) -> None:
 
 
 def _check_owner(key: str, value: Any, method: Any) -> None:
-    """Raise InputError where a pin is not for the method that is asked for."""
+    """Raise InputError for a pin that the chosen method does not have."""
     owners = [name for name in METHOD_NAMES if key in method_options(name).model_fields]
     if value is not None and method in METHOD_NAMES and method not in owners and key != "name":
         option = f"--{key.replace('_', '-')}"
@@ -139,6 +138,7 @@ def _check_owner(key: str, value: Any, method: Any) -> None:
 
 
 def _pins(table: toml_io.Table) -> Pins:
+    """Return what the planner must not vary."""
     method, train = table["method"], table["train"]
     return Pins(
         method=method.get("name") or ("lte" if method else None),
@@ -148,21 +148,34 @@ def _pins(table: toml_io.Table) -> Pins:
     )
 
 
+def _with_measured_link(run: Path, profile: Profile) -> tuple[Profile, str]:
+    """Return the profile with the link that a launched run measured, and a note about it; raises InputError."""
+    from ltecli.runs.measured_link import link_from, link_text
+
+    link = link_from(run, profile.link)
+    note = (
+        f"the link is what the nodes of {run} measured, {link_text(link)}, in place of profile {profile.name}'s; "
+        "training uses the profile: lte profile measure --link-from writes one with that link"
+    )
+    return profile.model_copy(update={"link": link}), note
+
+
 def _base_run(table: toml_io.Table, profile: Profile) -> tuple[Run, list[str]]:
-    """Validate everything given, with what follows from it filled in."""
+    """Return the run of the given keys with defaults for the others, and notes on those; raises InputError."""
     notes = []
     embedded = not {"name", "path"} & table["data"].keys()
     if embedded and not sees_images(table["model"]):
         table["data"]["name"] = "stdlib"
     table["cluster"].setdefault("devices", profile.count)
     if table["method"].get("name", "lte") == "lte" and "micro_batch" not in table["train"]:
+        # Each head of LTE trains on samples of its own, so a device needs at least one for each.
         heads = table["method"].get("heads_per_device", 1)
         table["train"]["micro_batch"] = heads if isinstance(heads, int) and heads > 0 else 1
-    _keep_rank_within_layers(table)
+    _limit_default_rank(table)
     run = _build(table)
     if embedded and run.model.unit == "samples":
         notes.append(
-            "data.name = 'digits', enlarged to the model's pixels, stands for images of yours: name them by --data"
+            "data.name = 'digits', enlarged to the model's pixels, stands in for your images: name them by --data"
         )
     if "learning_rate" not in table["train"]:
         width = run.model.shape().width
@@ -173,22 +186,22 @@ def _base_run(table: toml_io.Table, profile: Profile) -> tuple[Run, list[str]]:
     return run, notes
 
 
-def _keep_rank_within_layers(table: toml_io.Table) -> None:
-    """Where no rank was given, let the default be at most what the smallest adapted layer allows."""
+def _limit_default_rank(table: toml_io.Table) -> None:
+    """Lower the method's default rank to the smallest adapted layer's size; a given rank stays."""
     name = table["method"].get("name", DEFAULT_METHOD)
     if name not in METHOD_NAMES or "rank" in table["method"]:
         return
     kind = method_options(name)
     if not issubclass(kind, AdapterOptions):
         return
-    shape = _build({**table, "method": {"name": "ddp"}}).model.shape()
+    shape = _build({**table, "method": {"name": "ddp"}}).model.shape()  # ddp has no rank that could be too large
     limit = min(min(linear.out_features, linear.in_features) for linear in shape.adapted)
     if limit < kind.model_fields["rank"].default:
         table["method"]["rank"] = limit
 
 
 def _build(table: toml_io.Table) -> Run:
-    """Validate; a long warm-up is not held against steps that are still to be planned."""
+    """Validate the keys; a warm-up longer than the default steps passes, since the planner sets the steps later."""
     train, warmup = table["train"], table["train"].get("warmup_steps")
     if "steps" in train or not isinstance(warmup, int):
         return build_run(table, _WHERE)
@@ -197,25 +210,19 @@ def _build(table: toml_io.Table) -> Run:
     return run.model_copy(update={"train": given})
 
 
-def _check_data(run: Run) -> None:
-    if _embedded_fits(run):
-        return
-    from simulate.data.load import check_data
-
-    check_data(run)
-
-
-def _embedded_fits(run: Run) -> bool:
-    """Whether the embedded text is surely enough, so that nothing need be imported to look at it."""
+def _embedded_text_suffices(run: Run) -> bool:
+    """Whether the run's data is the embedded text and surely long enough; saves the imports of a closer look."""
     data, model = run.data, run.model
     if data.name != "stdlib" or data.tokenizer != BYTES or data.shards is not None or model.unit != "tokens":
         return False
     sizes = text_sizes(model)
-    windows = max(10, 2 * run.cluster.devices)  # one in the tenth for validation, one in every device's shard
+    # A tenth of the text is for validation and must hold one window; so must every device's shard.
+    windows = max(10, 2 * run.cluster.devices)
     return sizes.vocab >= BYTE_VALUES and windows * (sizes.context + 1) <= EMBEDDED_BYTES
 
 
 def _tokens(request: PlanArgs, base: Run, table: toml_io.Table) -> int:
+    """Return how long to train, in tokens or images; raises InputError where two options say so."""
     given = _given_tokens(request, base.model.unit)
     if given is not None:
         if "steps" in table["train"]:
@@ -231,7 +238,7 @@ def _tokens(request: PlanArgs, base: Run, table: toml_io.Table) -> int:
 
 
 def _given_tokens(request: PlanArgs, unit: str) -> int | None:
-    """Return what --tokens or --samples asks for, whichever fits the model."""
+    """Return the value of --tokens or --samples, whichever fits the model; raises InputError for the other."""
     given, other = (request.tokens, request.samples) if unit == "tokens" else (request.samples, request.tokens)
     if other is not None:
         wrong = "samples" if unit == "tokens" else "tokens"

@@ -1,4 +1,4 @@
-"""A loss curve in characters: eight levels a line through the block elements."""
+"""Loss curves drawn in characters: block elements give eight levels in each line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LINE_WIDTH = 16
 
 
 def draw_curve(points: Sequence[tuple[int, float]], width: int = WIDTH, height: int = HEIGHT) -> list[str]:
-    """Return lines that draw (step, value) points as columns; each column is the mean of its steps."""
+    """Return lines of text that draw (step, value) points as columns; a column is the mean of its points."""
     if not points:
         return []
     columns = _columns(points, width)
@@ -29,7 +29,7 @@ def draw_curve(points: Sequence[tuple[int, float]], width: int = WIDTH, height: 
 
 
 def draw_line(values: Sequence[float], width: int = LINE_WIDTH) -> str:
-    """Return values as one line of blocks, lowest to highest."""
+    """Return one line of text that draws values as blocks, the lowest as the smallest."""
     columns = _columns(list(enumerate(values)), width)
     low, span = min(columns), (max(columns) - min(columns)) or 1.0
     return "".join(LEVELS[1 + round((value - low) / span * (len(LEVELS) - 2))] for value in columns)

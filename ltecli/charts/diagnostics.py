@@ -1,4 +1,4 @@
-"""Diagnostics of a run as rows of a table: how they began, where they are, and how they went."""
+"""Tables of a run's diagnostics: first, last, least and largest values, and their course."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ LABELS = {
     "noise_scale_tokens": "gradient noise scale, tokens",
     "own_sent_bytes": "bytes sent for these figures, all devices",
 }
-"""Rows in their order; simulate.training.diagnostics says what they are."""
+"""Labels of the rows, in order; simulate.training.diagnostics defines the figures."""
 
 
 def number(value: float | None) -> str:
-    """Return a figure in three digits."""
+    """Return a figure with three digits, "-" for None."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def diagnostics_table(points: Sequence[dict[str, Any]]) -> Table:
-    """Return the table of one run's diagnostics, oldest first; at least one."""
+    """Return the table of one run's diagnostics, given oldest first; there must be one."""
     first, last = points[0]["step"], points[-1]["step"]
     table = plain_table(
         f"diagnostics, {len(points)}x", f"step {first:,}", f"step {last:,}", "least", "most", "over the run"
@@ -48,7 +48,7 @@ def diagnostics_table(points: Sequence[dict[str, Any]]) -> Table:
 
 
 def last_rows(runs: Sequence[Sequence[dict[str, Any]]]) -> list[tuple[str, list[str]]]:
-    """Return rows of several runs' newest diagnostics side by side; none where no run was diagnosed."""
+    """Return rows that compare several runs' newest diagnostics; none where no run was diagnosed."""
     newest = [points[-1] if points else {} for points in runs]
     return [
         (f"last {label.strip()}", [number(point.get(key)) for point in newest])

@@ -1,4 +1,4 @@
-"""A timeline as bars of characters, and as an SVG file."""
+"""Drawings of a timeline: bars of characters for a terminal, and an SVG file."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ MARKS = {"compute": "█", "exchange": "▒", "wait": "·", "away": " "}
 STYLES = {"compute": "green", "exchange": "blue", "wait": "yellow", "away": "dim"}
 COLOURS = {"compute": "#2f9e44", "exchange": "#1c7ed6", "wait": "#f08c00", "away": "#dee2e6"}
 BAR = 60
-"""Characters of a bar."""
+"""Width of a bar, in characters."""
 LEFT, RIGHT, ROW, HEAD, FOOT, BREADTH = 190, 20, 26, 56, 40, 760
-"""Pixels of the picture's parts."""
+"""Sizes of the picture's parts, in pixels."""
 
 
 def bars(timeline: Timeline, width: int = BAR) -> dict[int, Text]:
-    """Return a bar for each drawn device: each character is what the device did most in that part of the time."""
+    """Return a bar for each drawn device; a character shows what it did for most of that slot of time."""
     end_s = max((span.end_s for span in timeline.spans), default=0.0)
     devices = sorted({span.device for span in timeline.spans})
     return {device: _bar([s for s in timeline.spans if s.device == device], end_s, width) for device in devices}
@@ -40,12 +40,12 @@ def _bar(spans: Sequence[Span], end_s: float, width: int) -> Text:
 
 
 def legend() -> str:
-    """Return what the characters mean."""
+    """Return the meaning of a bar's characters."""
     return ", ".join(f"{MARKS[kind]} {kind}" for kind in KINDS if kind != "away") + ", blank: away"
 
 
 def svg(timeline: Timeline, title: str, names: dict[int, str]) -> str:
-    """Return the drawn devices' spans as an SVG document, one row a device."""
+    """Return an SVG document with one row for each drawn device."""
     devices = sorted({span.device for span in timeline.spans})
     end_s = max((span.end_s for span in timeline.spans), default=0.0) or 1.0
     height = HEAD + ROW * len(devices) + FOOT

@@ -1,4 +1,7 @@
-"""What lte plan says beside the plan: --why, --timeline, --timeline-svg."""
+"""Extras of lte plan: --why explains the choice, --timeline simulates its rounds, --timeline-svg draws them.
+
+`lte plan` imports this module only where one of them is asked for, since the simulation loads numpy.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 
 from ltecli.charts.timeline import bars, legend, svg
 from ltecli.console import Output, plain_table
-from simulate.common import toml_io
+from ltecli.output_paths import check_file, write_file
 from simulate.common.errors import InputError
 from simulate.common.units import seconds_text
 from simulate.planning.candidate import Candidate, describe
@@ -24,14 +27,14 @@ from simulate.planning.what_if import (
     Outlook,
     look_ahead,
 )
-from simulate.timeline.engine import Timeline
 
 MOST_ROUNDS = 100_000
+SVG_OPTION = "--timeline-svg"
 
 
 @dataclass(frozen=True)
 class ExplainArgs:
-    """What was asked for beside the plan."""
+    """Options of the extras."""
 
     why: bool = False
     timeline: bool = False
@@ -41,32 +44,26 @@ class ExplainArgs:
 
     @property
     def wants_timeline(self) -> bool:
-        """Whether rounds are simulated."""
+        """Whether rounds must be simulated."""
         return self.timeline or self.rounds is not None or self.svg is not None
 
     def check(self) -> None:
-        """Refuse what cannot be done, before anything is planned; raises InputError."""
+        """Raise InputError for options that cannot be met; called before anything is planned."""
         if self.rounds is not None and not 1 <= self.rounds <= MOST_ROUNDS:
             raise InputError(f"--rounds {self.rounds}: must be from 1 to {MOST_ROUNDS:,}")
-        if self.svg is None:
-            return
-        if self.svg.is_dir():
-            raise InputError(f"--timeline-svg {self.svg} is a folder; name a file in it")
-        if self.svg.exists() and not self.force:
-            raise InputError(f"--timeline-svg {self.svg} exists; add --force to replace it, or choose another name")
-        if not self.svg.parent.is_dir():
-            raise InputError(f"--timeline-svg {self.svg}: {self.svg.parent} is no folder; create it first")
+        if self.svg is not None:
+            check_file(self.svg, self.force, "timeline.svg", SVG_OPTION)
 
 
 @dataclass(frozen=True)
 class Explained:
-    """What was worked out for the extras; None where it was not asked for, or nothing was chosen."""
+    """Results of the extras; None where one was not asked for, or the plan has no choice."""
 
     why: Why | None = None
     outlook: Outlook | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan's further JSON keys."""
+        """Return the extras' keys in the plan's JSON."""
         return {
             "why": self.why and self.why.to_dict(),
             "timeline": self.outlook and self.outlook.to_dict(),
@@ -74,7 +71,7 @@ class Explained:
 
 
 def explain_plan(plan: Plan, extras: ExplainArgs) -> Explained:
-    """Work out what was asked for."""
+    """Return the results of the extras that were asked for."""
     if plan.chosen is None:
         return Explained()
     why = explain(plan, plan.chosen) if extras.why else None
@@ -83,7 +80,7 @@ def explain_plan(plan: Plan, extras: ExplainArgs) -> Explained:
 
 
 def show_explained(plan: Plan, explained: Explained, extras: ExplainArgs, output: Output) -> None:
-    """Print it, and write the picture; raises InputError where that cannot be written."""
+    """Print the results, and write the SVG file; raises InputError where it cannot be written."""
     if plan.chosen is None:
         return
     if explained.why is not None:
@@ -91,11 +88,16 @@ def show_explained(plan: Plan, explained: Explained, extras: ExplainArgs, output
     if explained.outlook is not None:
         _show_outlook(plan.chosen, explained.outlook, output)
         if extras.svg is not None:
-            _write_svg(plan, plan.chosen, explained.outlook, extras.svg)
+            timeline = explained.outlook.timeline
+            kinds = [device.kind for device in plan.profile.devices(plan.chosen.run.cluster.devices)]
+            names = {span.device: f"{span.device}: {kinds[span.device]}"[:30] for span in timeline.spans}
+            title = f"{describe(plan.chosen.run)} on {len(kinds):,} x {plan.profile.name}"
+            write_file(extras.svg, svg(timeline, title, names), SVG_OPTION)
             output.hint(f"wrote {extras.svg}")
 
 
 def _show_why(why: Why, output: Output) -> None:
+    """Print what limits the choice, how other hardware would change it, and why its neighbours lost."""
     output.text("")
     output.heading(f"why: {why.limit} limits")
     output.text(why.reason)
@@ -114,9 +116,11 @@ def _show_why(why: Why, output: Output) -> None:
 
 
 def _show_outlook(chosen: Candidate, outlook: Outlook, output: Output) -> None:
+    """Print the simulated rounds, and what more devices, faster links and lost devices would change."""
     timeline = outlook.timeline
     output.text("")
-    rounds, devices = (f"{n:,} {what}{'s' if n > 1 else ''}" for n, what in _counts(timeline))
+    counts = (timeline.rounds, "round"), (timeline.devices, "device")
+    rounds, devices = (f"{count:,} {what}{'s' if count > 1 else ''}" for count, what in counts)
     output.heading(
         f"timeline: {rounds} of {devices}: {seconds_text(timeline.wall_s)}, {timeline.wall_s / outlook.planned_s:.3f}x "
         f"the closed form; the whole run {seconds_text(outlook.run_wall_s)}"
@@ -139,12 +143,8 @@ def _show_outlook(chosen: Candidate, outlook: Outlook, output: Output) -> None:
         )
 
 
-def _counts(timeline: Timeline) -> tuple[tuple[int, str], ...]:
-    return (timeline.rounds, "round"), (timeline.devices, "device")
-
-
 def _worth_text(outlook: Outlook) -> str:
-    """Say how many devices are worth adding."""
+    """Return a line about how many devices are worth adding."""
     steps = ", ".join(f"{d.devices:,}: {d.gain:.2f}x" for d in outlook.doublings)
     rule = f"a doubling is worth it from {WORTH_GAIN - 1:.0%} less time to equal loss"
     if not outlook.doublings:
@@ -155,7 +155,7 @@ def _worth_text(outlook: Outlook) -> str:
 
 
 def _upgrade_text(outlook: Outlook) -> str:
-    """Say which figure to make better first."""
+    """Return a line about the link to upgrade first."""
     links = [upgrade for upgrade in outlook.upgrades if upgrade.what.startswith("link")]
     devices = next(upgrade for upgrade in outlook.upgrades if not upgrade.what.startswith("link"))
     best = links[0]
@@ -167,20 +167,10 @@ def _upgrade_text(outlook: Outlook) -> str:
 
 
 def _churn_text(churn: Churn, devices: int) -> str:
-    """Say what devices cost that come and go."""
+    """Return a line about the time that devices cost which leave and come back."""
     share = churn.elastic_factor - 1
     redo = "would never end" if churn.redo_factor is None else f"takes {churn.redo_factor - 1:.1%} longer"
     return (
         f"churn: {CHURN_PER_HOUR:.0%} of {devices:,} devices leaving an hour, back after {seconds_text(churn.join_s)}, "
-        f"cost {share:.2%} where the others go on; a launched run, which repeats the round, {redo}"
+        f"cost {share:.2%} where the others continue; a launched run, which repeats the round, {redo}"
     )
-
-
-def _write_svg(plan: Plan, chosen: Candidate, outlook: Outlook, path: Path) -> None:
-    kinds = [device.kind for device in plan.profile.devices(chosen.run.cluster.devices)]
-    names = {span.device: f"{span.device}: {kinds[span.device]}"[:30] for span in outlook.timeline.spans}
-    title = f"{describe(chosen.run)} on {len(kinds):,} x {plan.profile.name}"
-    try:
-        toml_io.write_atomically(path, svg(outlook.timeline, title, names).encode())
-    except OSError as error:
-        raise InputError(f"--timeline-svg {path} cannot be written ({error.strerror}); choose another folder") from None

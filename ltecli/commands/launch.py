@@ -1,62 +1,86 @@
-"""lte train --launch: one node's processes of a real run, started, kept going and listened to."""
+"""lte train --launch: train a run for real, in processes of this machine or of several nodes.
+
+Each node runs the same command. It meets the others in a preflight, opens the agents' store, starts its processes by
+simulate.launch.agent, and prints the messages of all nodes; node 0 also prints events and the result. `lte train` calls
+launch_run, and print_lines for the lines to paste on each node. `lte secret` is here, too.
+"""
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
-import socket
-import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from ltecli.console import Output
 from ltecli.errors import INTERRUPTED
-from ltecli.runs.event_loggers import ProgressBar, TensorBoard
-from ltecli.runs.run_folder import CHECKPOINTS, TENSORBOARD, RunFolder, plain_start_bytes, stop_on_signal
-from ltecli.runs.summary import report_derived, report_finished, report_result, start_facts
+from ltecli.output_paths import check_absent, unwritable
+from ltecli.runs.event_loggers import event_loggers
+from ltecli.runs.run_folder import RunFolder, stop_on_signal
+from ltecli.runs.summary import (
+    RunResult,
+    measured_memory_bytes,
+    report_derived,
+    report_finished,
+    report_result,
+    start_facts,
+)
 from simulate.common.cpu import usable_cores
 from simulate.common.errors import InputError, RunFailedError
-from simulate.common.events import EventFile
-from simulate.launch.agent import LOGS, Launch, Node
+from simulate.common.events import Emit, Event, EventFile
+from simulate.launch.agent import Launch, Node
+from simulate.launch.heartbeat import is_node_alive
+from simulate.launch.keys import CHECKPOINTS, LINKS, LOGS, START
+from simulate.launch.preflight.address import interfaces
 from simulate.launch.preflight.link_figures import LinkFigures
 from simulate.launch.preflight.node_info import Facts, NodeFacts
 from simulate.launch.preflight.preflight import Preflight
 from simulate.launch.preflight.secret import make_secret, read_secret
 from simulate.launch.preflight.settings import Settings
-from simulate.launch.supervisor import alive_key, run_watched
+from simulate.launch.supervisor import run_supervised
 
 if TYPE_CHECKING:
     import torch
 
-    from simulate.common.events import Event
     from simulate.config.run import Run
 
 
 DEFAULT_PORT = 29400
-SIGN_OF_LIFE_S = 3.0
-"""Within which a node that is there gives one."""
+SHORTEST_WAIT_S = 1.0
+"""Shortest allowed time-out: processes need about as long to answer."""
 
 
 @dataclass(frozen=True)
 class LaunchArgs:
-    """What the command line says about a launch."""
+    """Options of a launch."""
 
     processes: int | None = None
+    """Processes of this node; None: one for each device, GPU or core."""
     nodes: int = 1
     node: int | None = None
+    """Number of this machine, from 0; None prints each node's line."""
     join: str | None = None
+    """HOST:PORT of node 0."""
     interface: str | None = None
     secret_file: Path | None = None
     trust_network: bool = False
 
+    def check(self, launch: bool) -> None:
+        """Raise InputError where options contradict each other; `launch` says whether --launch was given."""
+        if not launch and self != LaunchArgs():
+            raise InputError("--processes, --nodes, --node, --join, --interface and so on need --launch; add it")
+        if self.node is not None and self.node >= self.nodes:
+            raise InputError(f"--node {self.node} is not below --nodes {self.nodes}; nodes count from 0")
+        if self.nodes > 1 and self.node is not None and self.join is None:
+            raise InputError(
+                f"--node {self.node} needs --join HOST:PORT, node 0's; leave --node away to see every node's line"
+            )
+
     def words(self) -> str:
-        """Return the options as they were given, for the line that continues a run."""
+        """Return the options as given, for the command that continues a run."""
         given = {
             "--processes": self.processes,
             "--nodes": self.nodes if self.nodes > 1 else None,
@@ -69,34 +93,8 @@ class LaunchArgs:
         return "".join([" --launch", *words, *([" --trust-network"] if self.trust_network else [])])
 
 
-def launch_options(
-    launch: bool,
-    processes: int | None,
-    nodes: int,
-    node: int | None,
-    join: str | None,
-    interface: str | None,
-    secret_file: Path | None,
-    trust_network: bool,
-) -> LaunchArgs | None:
-    """Return the options of a launch, None without one; raises InputError where they do not go together."""
-    options = LaunchArgs(processes, nodes, node, join, interface, secret_file, trust_network)
-    if not launch:
-        if options != LaunchArgs():
-            raise InputError("--processes, --nodes, --node, --join, --interface and so on need --launch; add it")
-        return None
-    if node is not None and node >= nodes:
-        raise InputError(f"--node {node} is not below --nodes {nodes}; nodes count from 0")
-    if nodes > 1 and node is not None and join is None:
-        raise InputError(f"--node {node} needs --join HOST:PORT, node 0's; leave --node away to see every node's line")
-    return options
-
-
-SHORTEST_WAIT_S = 1.0
-
-
 def check_launch(run: Run, device: torch.device, options: LaunchArgs) -> None:
-    """Raise InputError for what a launch cannot do; nothing is written before."""
+    """Raise InputError for a run that cannot be launched with these options."""
     if run.cluster.backend == "nccl" and device.type != "cuda":
         raise InputError("cluster.backend = 'nccl' needs CUDA GPUs, and this run is on the CPU; use gloo, or auto")
     for key in ("timeout_s", "join_timeout_s", "rejoin_s"):
@@ -107,13 +105,13 @@ def check_launch(run: Run, device: torch.device, options: LaunchArgs) -> None:
             )
     processes = options.processes or default_processes(run, device, options.nodes)
     if processes * options.nodes > run.cluster.devices and options.nodes > 1:
-        processes = 1  # nodes may differ: their sum is checked once they have met
+        processes = 1  # other nodes may start fewer; the preflight checks the sum
     if rule := processes_rule(run, processes * options.nodes, f"--processes {processes}"):
         raise InputError(rule)
 
 
 def processes_rule(run: Run, total: int, given: str) -> str | None:
-    """Return what is wrong with that many processes, or None."""
+    """Return why `total` processes cannot train the run, None where they can; `given` begins the line."""
     devices = run.cluster.devices
     if total > devices:
         return f"{given} are more than cluster.devices = {devices}; each process needs a device: lower --processes"
@@ -122,10 +120,10 @@ def processes_rule(run: Run, total: int, given: str) -> str | None:
 
 
 def default_processes(run: Run, device: torch.device, nodes: int) -> int:
-    """Return how many processes a node starts: one a device, at most one a GPU, or one a CPU core."""
+    """Return the number of processes of a node: one for each device, at most one for each GPU, or each CPU core."""
     import torch
 
-    here = -(-run.cluster.devices // nodes)
+    here = -(-run.cluster.devices // nodes)  # rounded up
     slots = torch.cuda.device_count() if device.type == "cuda" else usable_cores()
     return max(1, min(here, slots))
 
@@ -140,39 +138,38 @@ def launch_run(folder: RunFolder, device: torch.device, options: LaunchArgs, out
         return 0
     with ExitStack() as stack, stop_on_signal() as asked:
         preflight = stack.enter_context(_preflight(folder, processes, options, output))
-        met = preflight.run()
-        nodes = met.nodes
+        result = preflight.run()
+        nodes = result.nodes
         if options.nodes == 1:
             node = Node(processes=processes, device=device.type, interface=loopback_interface())
         else:
             own = nodes[number]
-            # Any free port: the one that nodes join at stays open for those that come back.
+            # The store takes any free port: that of --join stays open for nodes that come back.
             node = Node(processes, device.type, number, options.nodes, own.address, own.interface, nodes[0].address)
-        launch = Launch(folder.path, run, node, output.warning, threads_for(processes))
+        threads = max(1, usable_cores() // processes)  # together, the processes use each core once
+        launch = Launch(folder.path, run, node, output.warning, threads)
         launch.allow_clocks_apart(max(abs(other.clock_offset_s) for other in nodes))
-        _meet(launch, preflight, run.cluster.join_timeout_s)
+        _open_store(launch, preflight, run.cluster.join_timeout_s)
         preflight.close()
-        stack.enter_context(preflight.latecomers(lambda: launch.store.port, lambda number: _is_alive(launch, number)))
+        stack.enter_context(
+            preflight.accept_rejoins(lambda: launch.store.port, lambda number: is_node_alive(launch.store, number))
+        )
         output.hint(
             f"  launched: {processes} processes on {node.address} ({node.interface}), logs in {folder.path / LOGS}"
         )
-        if number == 0 and not folder.resume_from:
-            _leave_start_facts(launch, folder, device)
-        if number == 0 and met.links:
-            _leave_links(launch, met.links)
-        sinks = _sinks(folder, output, stack) if number == 0 else []
-
-        def pass_on(event: Event) -> None:
-            for sink in sinks:
-                sink(event)
-
-        outcome = run_watched(launch, pass_on, folder.events, asked)
+        on_event: Emit = _ignore
+        if number == 0:  # the others have no events
+            _store_facts(launch, folder, device, result.links)
+            on_event = stack.enter_context(event_loggers(folder.path, run, output, _newest_step(folder)))
+        outcome = run_supervised(launch, on_event, folder.events, asked)
     if launch.wire_sent_bytes is not None and options.nodes > 1 and "step" in outcome:
-        _keep_wire_bytes(folder, outcome["step"], launch.wire_sent_bytes)
-    return _conclude(folder, outcome, output, options)
+        with closing(EventFile(folder.events)) as events:
+            events({"kind": "wire", "step": outcome["step"], "sent_bytes_by_node": launch.wire_sent_bytes})
+    return _report_outcome(folder, outcome, output, options)
 
 
 def _preflight(folder: RunFolder, processes: int, options: LaunchArgs, output: Output) -> Preflight:
+    """Return this node's preflight, with the rule that all nodes' processes together must fit the run."""
     import torch
 
     from simulate.common.version import version
@@ -204,8 +201,8 @@ def _preflight(folder: RunFolder, processes: int, options: LaunchArgs, output: O
     return Preflight(settings, facts, log=output.hint, check=too_many, planned=folder.profile.link)
 
 
-def _meet(launch: Launch, preflight: Preflight, timeout_s: float) -> None:
-    """Open the agents' store, node 0's first, and wait until everyone has."""
+def _open_store(launch: Launch, preflight: Preflight, timeout_s: float) -> None:
+    """Open the agents' store on node 0, connect the other nodes to it, and wait for all of them."""
     if launch.node.number == 0:
         launch.open_store()
     port = preflight.broadcast(launch.store.port if launch.node.number == 0 else None, timeout_s)
@@ -214,21 +211,14 @@ def _meet(launch: Launch, preflight: Preflight, timeout_s: float) -> None:
     preflight.barrier("start", timeout_s)
 
 
-def _is_alive(launch: Launch, number: int) -> bool:
-    """Whether a node of the run still gives signs of life."""
-    before = launch.store.add(alive_key(number), 0)
-    time.sleep(SIGN_OF_LIFE_S)
-    return launch.store.add(alive_key(number), 0) > before
-
-
 def secret_command(path: Path) -> int:
     """Write a new secret into a file that only its owner can read; returns the exit code."""
+    check_absent(path, option="PATH")
     try:
+        # Private from the first byte; O_EXCL follows no link that somebody else has put there.
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        raise InputError(f"{path} exists; remove it, or choose another file") from None
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); choose another file") from None
+        raise unwritable(path, error, option="PATH") from None
     with os.fdopen(handle, "w") as file:
         file.write(make_secret() + "\n")
     Output().hint(f"wrote {path}; copy it to every machine of the run, and name it there with --secret-file")
@@ -236,83 +226,66 @@ def secret_command(path: Path) -> int:
 
 
 def print_lines(run_file: Path | None, options: LaunchArgs, output: Output) -> int:
-    """Print, for each node, the one line to paste; returns the exit code."""
+    """Print the command to paste on each node; returns the exit code."""
     address = address_to_join(options.interface)
     name = run_file or "run.toml"
     output.text(f"Copy {name} and its data to every machine, and give all the same secret, made once:")
-    output.text("  lte secret lte.secret           # then copy the file; it stays readable by you alone")
+    output.text("  lte secret lte.secret           # then copy the file; only you can read it")
     for number in range(options.nodes):
         output.text(
             f"  lte train {name} --launch --nodes {options.nodes} --node {number} --join {address}:{DEFAULT_PORT} "
             "--secret-file lte.secret"
         )
-    output.hint(f"in these lines node 0 is this machine, {address}; what travels is not encrypted: docs/networking.md")
+    output.hint(f"in these lines node 0 is this machine, {address}; messages are not encrypted: docs/networking.md")
     return 0
 
 
 def address_to_join(interface: str | None) -> str:
-    """Return this machine's address on an interface, or on that which leads to other machines. Raises InputError."""
-    known = {
-        name: [a.address for a in found if a.family == socket.AF_INET] for name, found in psutil.net_if_addrs().items()
-    }
+    """Return this machine's IPv4 address on an interface, by default on the first but loopback. Raises InputError."""
+    known = {found.name: [a for a in found.addresses if a.version == 4] for found in interfaces()}
     if interface is not None:
         if not known.get(interface):
             names = ", ".join(sorted(name for name, found in known.items() if found))
             raise InputError(f"--interface {interface} has no IPv4 address here; those that have: {names}")
-        return known[interface][0]
-    private = [a for _, found in sorted(known.items()) for a in found if not ipaddress.ip_address(a).is_loopback]
-    if not private:
+        return str(known[interface][0])
+    others = [address for _, found in sorted(known.items()) for address in found if not address.is_loopback]
+    if not others:
         raise InputError("this machine has no address but loopback; connect it, or name one with --join HOST:PORT")
-    return private[0]
-
-
-def threads_for(processes: int) -> int:
-    """Return the threads of each process, so that together they take the cores once."""
-    return max(1, usable_cores() // processes)
+    return str(others[0])
 
 
 def loopback_interface() -> str:
-    """Return the name of the network interface that only this machine reaches."""
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(a.address == "127.0.0.1" for a in addresses):
-            return name
+    """Return the name of the loopback interface; raises InputError."""
+    for found in interfaces():
+        if any(str(address) == "127.0.0.1" for address in found.addresses):
+            return found.name
     raise InputError("this machine has no loopback interface; bring it up, as in ip link set lo up")
 
 
-def _sinks(folder: RunFolder, output: Output, stack: ExitStack) -> list[Any]:
-    # Of several nodes' parts no folder has a whole checkpoint: the newest one here is where they go on at the latest.
+def _ignore(event: Event) -> None:
+    """Drop an event."""
+
+
+def _newest_step(folder: RunFolder) -> int:
+    """Return the newest checkpoint's step, 0 without one.
+
+    The folder of one of several nodes has no whole checkpoint. The run continues from this step or from an earlier one.
+    """
     saved = sorted(folder.path.glob(f"{CHECKPOINTS}/step-*"))
-    step = int(saved[-1].name.rpartition("-")[2]) if saved else 0
-    board = stack.enter_context(TensorBoard(folder.path / TENSORBOARD, step, output.warning))
-    return [board, stack.enter_context(ProgressBar(folder.run, output, step))]
+    return int(saved[-1].name.rpartition("-")[2]) if saved else 0
 
 
-def _leave_start_facts(launch: Launch, folder: RunFolder, device: torch.device) -> None:
-    """Give the first process what only the command knows of a run's start."""
-    from simulate.launch.keys import START
-    from simulate.measure.one_device import measure_memory_bytes
-
-    measured_bytes = measure_memory_bytes(folder.run, device)
-    if device.type == "cpu":
-        measured_bytes -= plain_start_bytes(folder)
-    facts = {"start": start_facts(folder, device), "measured_bytes": measured_bytes}
-    launch.store.set(START, json.dumps(facts))
+def _store_facts(launch: Launch, folder: RunFolder, device: torch.device, links: Sequence[LinkFigures]) -> None:
+    """Put facts into the store that only this command knows, for rank 0 to emit as events."""
+    if not folder.resume_from:
+        facts = {"measured_bytes": measured_memory_bytes(folder, device), "start": start_facts(folder, device)}
+        launch.store.set(START, json.dumps(facts))
+    if links:
+        launch.store.set(LINKS, json.dumps([link.to_json() for link in links]))
 
 
-def _leave_links(launch: Launch, links: Sequence[LinkFigures]) -> None:
-    """Give the first process what the preflight measured, for the events."""
-    from simulate.launch.keys import LINKS
-
-    launch.store.set(LINKS, json.dumps([link.to_json() for link in links]))
-
-
-def _keep_wire_bytes(folder: RunFolder, step: int, sent_bytes: list[int]) -> None:
-    events = EventFile(folder.events)
-    events({"kind": "wire", "step": step, "sent_bytes_by_node": sent_bytes})
-    events.close()
-
-
-def _conclude(folder: RunFolder, outcome: dict[str, Any], output: Output, options: LaunchArgs) -> int:
+def _report_outcome(folder: RunFolder, outcome: dict[str, Any], output: Output, options: LaunchArgs) -> int:
+    """Print how the run ended; returns the exit code, or raises the failure that a process recorded."""
     if outcome["kind"] == "failure":
         raise (InputError if outcome["input"] else RunFailedError)(outcome["text"])
     if outcome["kind"] == "interrupt":
@@ -324,8 +297,13 @@ def _conclude(folder: RunFolder, outcome: dict[str, Any], output: Output, option
     if options.node:
         output.hint(f"done at step {outcome['step']}; node 0 has the events, {folder.path} this node's checkpoints")
         return 0
-    report_result(
-        folder, output, outcome["step"], outcome["val_loss"], outcome["sent_bytes"], outcome["simulated_s"],
-        outcome["wall_s"], outcome["val_accuracy"],
-    )  # fmt: skip
+    result = RunResult(
+        steps=outcome["step"],
+        val_loss=outcome["val_loss"],
+        val_accuracy=outcome["val_accuracy"],
+        sent_bytes_per_device=outcome["sent_bytes"] / folder.run.cluster.devices,
+        simulated_s=outcome["simulated_s"],
+        measured_s=outcome["wall_s"],
+    )
+    report_result(folder, output, result)
     return 0

@@ -1,4 +1,7 @@
-"""lte profile measure: this machine as a hardware profile whose figures were measured; lte profile serve: its peer."""
+"""lte profile measure: measure this machine and its link as a hardware profile. lte profile serve: be the link's peer.
+
+A measured profile makes plans accurate; one from data sheets is a guess. simulate.measure has the measurements.
+"""
 
 from __future__ import annotations
 
@@ -6,35 +9,41 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ltecli.console import Output, plain_table
+from ltecli.output_paths import check_file, write_file
 from simulate.common import toml_io
 from simulate.common.errors import InputError
 from simulate.common.units import bytes_text
 from simulate.config.hardware import Link, Profile
 from simulate.config.profiles import detect_local
 
+NOISY = 2.0
+"""Ratio of 90th percentile to median above which medians are in doubt."""
+
 
 @dataclass(frozen=True)
 class MeasureArgs:
-    """What to measure."""
+    """Options of a measurement."""
 
     quick: bool = False
     devices: int = 1
     threads: int | None = None
     device: str = "auto"
     link: str | None = None
-    """HOST:PORT of a peer that serves."""
+    """HOST:PORT of a peer that runs lte profile serve."""
     secret_file: Path | None = None
     link_from: Path | None = None
-    """Folder of a launched run, whose links were measured."""
+    """Folder of a launched run that measured its links."""
 
 
 def measure_command(request: MeasureArgs, out: Path | None, force: bool, as_json: bool, quiet: bool) -> None:
-    """Measure, and write or print the profile; raises InputError."""
+    """Measure this machine, and write or print the profile; raises InputError."""
     output = Output(as_json, quiet)
     if out is not None:
-        _check_target(out, force)
+        if out.suffix != ".toml":  # a profile's name is its file's name without .toml
+            raise InputError(f"--out {out}: a profile's file ends in .toml; name it {out.name}.toml")
+        check_file(out, force, "profile.toml")
     link = _link(request, output)
-    from simulate.measure.machine import MeasurementScope, measure_profile  # torch is imported for what needs it
+    from simulate.measure.machine import MeasurementScope, measure_profile
 
     wanted = MeasurementScope(request.quick, request.devices, request.threads, request.device)
     profile = measure_profile(wanted, link, lambda what: output.hint(f"measuring {what}"))
@@ -42,7 +51,7 @@ def measure_command(request: MeasureArgs, out: Path | None, force: bool, as_json
     if out is not None:
         profile = profile.model_copy(update={"name": out.stem})
         document = profile.model_dump(exclude_none=True)
-        toml_io.write_atomically(out, toml_io.dump(document).encode())
+        write_file(out, toml_io.dump(document))
         _show(profile, output)
         output.hint(f"next: lte plan --profile {out}")
     else:
@@ -50,17 +59,8 @@ def measure_command(request: MeasureArgs, out: Path | None, force: bool, as_json
     output.json(document)
 
 
-def _check_target(out: Path, force: bool) -> None:
-    if out.suffix != ".toml":
-        raise InputError(f"--out {out}: a profile's file ends in .toml; name it {out.name}.toml")
-    if not out.absolute().parent.is_dir():
-        raise InputError(f"--out {out}: there is no folder {out.absolute().parent}; make it first")
-    if out.exists() and not force:
-        raise InputError(f"--out {out} exists; add --force to replace it, or choose another name")
-
-
 def _link(request: MeasureArgs, output: Output) -> Link:
-    """Return the link to a peer, or between a run's nodes, or else a guess; raises InputError."""
+    """Return the measured link to a peer or between a run's nodes, else a guess; raises InputError."""
     guess = detect_local().link
     if request.link is not None and request.link_from is not None:
         raise InputError("--link and --link-from both say where the link's figures come from; keep one")
@@ -81,7 +81,7 @@ def _link(request: MeasureArgs, output: Output) -> Link:
 
 
 def _show(profile: Profile, output: Output) -> None:
-    """Print the figures that plans go by."""
+    """Print the measured figures, and a warning where they vary much."""
     device, measurement = profile.device[0], profile.measurement
     assert device.kernels is not None
     assert measurement is not None
@@ -103,17 +103,13 @@ def _show(profile: Profile, output: Output) -> None:
     spread = measurement.p90_s[slowest] / measurement.median_s[slowest]
     if spread > NOISY:
         output.warning(
-            f"{slowest}: one time in ten took {spread:.1f} times the median; this machine is busy, measure it idle, "
+            f"{slowest}: one time in ten took {spread:.1f} times the median; this machine is busy: measure it idle, "
             "or with --threads 1, which counts processor time"
         )
 
 
-NOISY = 2.0
-"""Ninetieth percentile over median; beyond it medians themselves are in doubt."""
-
-
 def serve_command(interface: str, port: int, secret_file: Path | None) -> None:
-    """Answer peers that measure their link to this machine, until interrupted."""
+    """Answer peers that measure their link to this machine, until Ctrl-C."""
     from simulate.launch.preflight.link_pair import serve_pairs
     from simulate.launch.preflight.secret import read_secret
 

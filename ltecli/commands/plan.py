@@ -1,4 +1,8 @@
-"""lte plan: from a request to a plan, shown, or written as run.toml."""
+"""lte plan: make the plan of a request, show it, and write the choice as run.toml.
+
+plan_request.py turns options into a plan; this module prints it: the ranked candidates, the choice beside dense
+training, the other methods' best, and notes. `lte train` takes nearest_miss_text from here.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ltecli.console import Output, plain_table
+from ltecli.output_paths import check_file, write_file
 from ltecli.plan_request import PlanArgs, plan_request
-from simulate.common import toml_io
-from simulate.common.errors import InputError, NothingFeasibleError
+from simulate.common.errors import NothingFeasibleError
 from simulate.common.units import bytes_text, range_text, seconds_text
 from simulate.config.run import dump_run
 from simulate.planning.candidate import Candidate, Rejected, candidate_of, describe
@@ -17,12 +21,12 @@ from simulate.planning.planner import Plan
 from simulate.planning.time_ranges import equivalent_range, time_range, wall_range
 
 if TYPE_CHECKING:
-    from ltecli.commands.explain import ExplainArgs, Explained
+    from ltecli.commands.explain import ExplainArgs
     from simulate.measure.fake_tensors import Tracked
 
 COLUMNS = ("memory/device", "sent/round", "sent/step", "step", "round", "wall", "x samples", "to equal loss")
 SECONDARY = ("sent/round", "step", "round", "x samples")
-"""Columns that a narrow terminal can do without."""
+"""Columns that a narrow terminal leaves out."""
 
 
 def plan_command(
@@ -31,60 +35,40 @@ def plan_command(
 ) -> int:  # fmt: skip
     """Plan, show, and write the choice where `out` asks for it; raises NothingFeasibleError where nothing fits.
 
-    With `verify`, follow the choice's own program without numbers, and set what it was seen to hold beside the plan.
+    With `verify`, trace the choice's training on fake tensors, and compare its memory with the plan.
     """
     if out is not None:
-        check_target(out, force)
+        check_file(out, force, "run.toml")
     if extras is not None:
         extras.check()
     plan = plan_request(request, to_train=out is not None)
     output = Output(as_json)
-    explained = _explained(plan, extras)
-    verified = verify_choice(plan) if verify and plan.chosen is not None else None
-    if as_json:  # thousands of candidates, which nobody else reads
+    explained = None
+    if extras is not None:
+        from ltecli.commands.explain import explain_plan, show_explained
+
+        explained = explain_plan(plan, extras)
+    verified = _verify_choice(plan) if verify and plan.chosen is not None else None
+    if as_json:  # building the JSON of thousands of candidates takes time
         added = explained.to_dict() if explained else {"why": None, "timeline": None}
         output.json({**plan.to_dict(), **added, **({"verify": asdict(verified)} if verified else {})})
     _show(plan, output, top)
     if explained is not None and extras is not None:
-        from ltecli.commands.explain import show_explained
-
         show_explained(plan, explained, extras, output)
     if verified and plan.chosen:
         _show_verified(plan.chosen, verified, output)
     if plan.chosen is None:
         raise NothingFeasibleError(nearest_miss_text(plan))
     if out is not None:
-        try:
-            toml_io.write_atomically(out, dump_run(plan.chosen.run).encode())
-        except OSError as error:
-            raise InputError(f"--out {out} cannot be written ({error.strerror}); choose another folder") from None
+        write_file(out, dump_run(plan.chosen.run))
         output.hint(f"wrote {out}; next: lte train {out}")
     else:
         output.hint("next: lte plan ... -o run.toml, then lte train run.toml")
     return 0
 
 
-def _explained(plan: Plan, extras: ExplainArgs | None) -> Explained | None:
-    """Work out what else was asked for; the simulation and its numpy are loaded only then."""
-    if extras is None or not (extras.why or extras.wants_timeline):
-        return None
-    from ltecli.commands.explain import explain_plan
-
-    return explain_plan(plan, extras)
-
-
-def check_target(out: Path, force: bool, name: str = "run.toml") -> None:
-    """Raise InputError where a file cannot be written; `name` is what it could be called."""
-    if out.is_dir():
-        raise InputError(f"--out {out} is a folder; name a file in it, for example {out / name}")
-    if out.exists() and not force:
-        raise InputError(f"--out {out} exists; add --force to replace it, or choose another name")
-    if not out.parent.is_dir():
-        raise InputError(f"--out {out}: {out.parent} is no folder; create it first, or choose another")
-
-
 def nearest_miss_text(plan: Plan) -> str:
-    """Return what comes closest to fitting, and what would make it fit."""
+    """Return a line about the candidate that comes closest to fitting, and what would make it fit."""
     miss = plan.nearest_miss()
     assert miss is not None, "a plan without candidates has rejected at least one"
     if miss.late_s > 0:
@@ -95,7 +79,7 @@ def nearest_miss_text(plan: Plan) -> str:
         )
     model, places = plan.base.model, {"device": miss.short_bytes, "host": miss.host_short_bytes}
     more = " and ".join(f"{bytes_text(size)} more on each {place}" for place, size in places.items() if size)
-    keys = [model.larger_with] if miss.short_bytes else []  # which activations grow with, and no host memory
+    keys = [model.larger_with] if miss.short_bytes else []  # activations grow with it, host memory does not
     layers = getattr(model, "layers", None)
     keys += [] if layers is None else [f"model.layers (now {layers})"]
     return (
@@ -119,7 +103,8 @@ def _show(plan: Plan, output: Output, top: int) -> None:
     if plan.candidates:
         output.table(_candidate_table(plan, top), secondary=SECONDARY)
     if plan.rejected:
-        output.text(f"rejected, for example: {_example(plan.rejected)}")
+        nearest = min(plan.rejected, key=lambda rejected: rejected.missing)
+        output.text(f"rejected, for example: {describe(nearest.candidate.run)} {nearest.reason}")
     if plan.chosen is not None:
         _show_choice(plan, plan.chosen, output)
     if plan.rivals:
@@ -131,7 +116,7 @@ def _show(plan: Plan, output: Output, top: int) -> None:
 
 
 def _candidate_table(plan: Plan, top: int) -> Any:
-    """Return the best candidates, and the choice wherever it ranks."""
+    """Return the table of the `top` best candidates, and of the choice at any rank."""
     table = plain_table("#", "method", *COLUMNS)
     table.columns[1].justify = "left"
     for index, candidate in enumerate(plan.candidates, 1):
@@ -147,6 +132,7 @@ def _candidate_table(plan: Plan, top: int) -> Any:
 
 
 def _cells(candidate: Candidate) -> list[str]:
+    """Return a candidate's cells under COLUMNS."""
     return [
         bytes_text(candidate.memory.total),
         bytes_text(candidate.sent_bytes_per_round),
@@ -160,7 +146,7 @@ def _cells(candidate: Candidate) -> list[str]:
 
 
 def _rival_table(plan: Plan) -> Any:
-    """Return the best of each method that was not chosen from, fastest to equal loss first."""
+    """Return the table of the other methods' best candidates: those that fit first, then by time to equal loss."""
     table = plain_table("method", *COLUMNS)
     table.columns[0].justify = "left"
     ranked = sorted(plan.rivals, key=lambda rival: candidate_of(rival).equivalent_wall_s)
@@ -168,11 +154,6 @@ def _rival_table(plan: Plan) -> Any:
         unfit = " (does not fit)" if isinstance(rival, Rejected) else ""
         table.add_row(describe(candidate_of(rival).run) + unfit, *_cells(candidate_of(rival)))
     return table
-
-
-def _example(rejected: tuple[Rejected, ...]) -> str:
-    nearest = min(rejected, key=lambda r: r.missing)
-    return f"{describe(nearest.candidate.run)} {nearest.reason}"
 
 
 def _show_choice(plan: Plan, chosen: Candidate, output: Output) -> None:
@@ -203,8 +184,8 @@ def _phase(name: str) -> str:
     return name.replace("_", " ")
 
 
-def verify_choice(plan: Plan) -> Tracked:
-    """Follow what the chosen run holds; raises InputError where it cannot be followed."""
+def _verify_choice(plan: Plan) -> Tracked:
+    """Return the memory of the chosen run, traced on fake tensors; raises InputError where it cannot be traced."""
     assert plan.chosen is not None
     run = plan.chosen.run
     from simulate.measure.fake_tensors import tracked_memory
@@ -213,9 +194,9 @@ def verify_choice(plan: Plan) -> Tracked:
 
 
 def _show_verified(chosen: Candidate, verified: Tracked, output: Output) -> None:
-    """Set planned beside tracked bytes, part by part; then what an allocator and the system add.
+    """Compare planned with traced bytes, part by part; then print what an allocator and the system add.
 
-    A round's figures depend on numbers, so they are planned only.
+    Figures of a round depend on values, which fake tensors do not have: they are planned only.
     """
     followed = replace(chosen.heights, phases=tuple(x for x in chosen.heights.phases if x.name != "round_figures"))
     memory = followed.peak()
@@ -232,7 +213,7 @@ def _show_verified(chosen: Candidate, verified: Tracked, output: Output) -> None
     if len(followed.phases) < len(chosen.heights.phases):
         height = chosen.memory_by_phase["round_figures"] - reserved
         output.text(
-            f"not followed, since they depend on numbers: figures of a round, {bytes_text(height)} as planned, and the "
+            f"not traced, since they depend on values: figures of a round, {bytes_text(height)} as planned, and the "
             "directions that they keep, which the planned optimizer state includes"
         )
     output.text(
@@ -242,7 +223,7 @@ def _show_verified(chosen: Candidate, verified: Tracked, output: Output) -> None
 
 
 def _figures(candidate: Candidate) -> dict[str, str]:
-    """Return what one device is planned to need, line by line."""
+    """Return the planned figures of one device, by label."""
     steps, stops = candidate.time.steps, candidate.pauses
     return {
         "memory at peak": bytes_text(candidate.memory.total),
@@ -251,18 +232,15 @@ def _figures(candidate: Candidate) -> dict[str, str]:
         "sent per step": bytes_text(candidate.sent_bytes_per_round / steps),
         "compute per step": range_text(*time_range(candidate, candidate.time.compute_s, 0.0)),
         "exchange per round": range_text(*time_range(candidate, 0.0, candidate.time.exchange_s)),
-        "evaluations": _times(stops.evaluations, stops.evaluation_s),
-        "checkpoints": _times(stops.saves, stops.save_s),
+        "evaluations": f"{stops.evaluations:,} x {seconds_text(stops.evaluation_s)}",
+        "checkpoints": f"{stops.saves:,} x {seconds_text(stops.save_s)}",
         f"wall-clock for the {candidate.run.model.unit}": range_text(*wall_range(candidate)),
         "assumed to equal loss": range_text(*equivalent_range(candidate)),
     }
 
 
-def _times(count: int, seconds: float | None) -> str:
-    return f"{count:,} x {seconds_text(seconds)}"
-
-
 def _comparison(chosen: Candidate, dense: Candidate) -> str:
+    """Return a line that compares the choice with dense training."""
     ratio = dense.equivalent_wall_s / chosen.equivalent_wall_s
     sent = dense.sent_bytes_per_round / dense.time.steps, chosen.sent_bytes_per_round / chosen.time.steps
     wires = f"{sent[0] / sent[1]:.1f}x fewer bytes a step" if sent[1] else "no bytes either way"

@@ -1,15 +1,20 @@
-"""lte probe: a few gradients and a short dense warm-up of a run, before it is trained, and what they recommend."""
+"""lte probe: take a few gradients and a short dense warm-up of a run, and recommend rank, heads and batch from them.
+
+The spectra of gradients and weight updates show the rank that training needs, before any device-days are spent.
+simulate.probe measures and recommends; this module checks memory, prints, and writes probe.json for lte plan --probe.
+"""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ltecli.commands.plan import check_target
 from ltecli.console import Output, plain_table
-from simulate.common import toml_io
+from ltecli.device import torch_device
+from ltecli.output_paths import check_file, write_file
 from simulate.common.errors import InputError
 from simulate.common.units import bytes_text
 from simulate.config.method_table import BASELINE, default_options
@@ -18,36 +23,33 @@ from simulate.config.run import Run, load_run
 from simulate.costs.memory import peak_memory
 from simulate.data.load import load_data
 from simulate.layers.formats import ELEMENT_BYTES
-from simulate.probe.schema import Estimate, LayerGradient, Probe, Spectrum, dump_probe
-
-if TYPE_CHECKING:
-    import torch
+from simulate.probe.schema import Estimate, Probe, Spectrum, dump_probe
 
 DOUBLE_BYTES = 8
 DECOMPOSED = 6
-"""Matrices of the largest layer, in double precision, while one is decomposed."""
+"""Copies of the largest layer, in double precision, that a singular value decomposition holds at its peak."""
 
 
 @dataclass(frozen=True)
 class ProbeArgs:
-    """How to probe."""
+    """Options of a probe."""
 
     batches: int
-    """Steps whose batches give gradients, before the warm-up and after it."""
+    """Steps whose gradients are taken, before the warm-up and again after it."""
     warmup_steps: int
-    """Dense steps."""
+    """Dense steps of the warm-up."""
     assignments: Sequence[str] = ()
-    """table.key=value."""
+    """Changes of run.toml, as table.key=value."""
 
 
 def probe_command(
     given: Path, options: ProbeArgs, out: Path | None, force: bool, with_layers: bool, device_name: str,
     as_json: bool, quiet: bool,
 ) -> int:  # fmt: skip
-    """Probe a run, show what was found, and write it where `out` asks for it; returns the exit code."""
+    """Probe a run, print the findings, and write them to `out`; returns the exit code."""
     output = Output(as_json, quiet or as_json)
     if out is not None:
-        check_target(out, force, "probe.json")
+        check_file(out, force, "probe.json")
     run = load_run(given, list(options.assignments))
     need = needed_bytes(run)
     output.hint(
@@ -56,14 +58,16 @@ def probe_command(
     )
     _check_memory(need, device_name, output)
     data = load_data(run)
-    probe = _probed(run, data, options, device_name, output)
+    from simulate.data.batches import build_batches
+    from simulate.probe.spectra import probe_run
+
+    device = torch_device(device_name)
+    batches = build_batches(run, data, device)
+    probe = probe_run(run, batches, device, data.source, options.batches, options.warmup_steps, output.hint)
     output.json(probe.model_dump())
     _show(probe, output, with_layers)
     if out is not None:
-        try:
-            toml_io.write_atomically(out, dump_probe(probe).encode())
-        except OSError as error:
-            raise InputError(f"--out {out} cannot be written ({error.strerror}); choose another folder") from None
+        write_file(out, dump_probe(probe))
         output.hint(f"wrote {out}; next: lte plan --probe {out}")
     else:
         output.hint("next: lte probe ... -o probe.json, then lte plan --probe probe.json")
@@ -71,7 +75,7 @@ def probe_command(
 
 
 def needed_bytes(run: Run) -> int:
-    """Return the memory of a probe: a dense step on all devices' samples, sums of gradients, two snapshots."""
+    """Return the bytes of a probe: a dense step on all devices' samples, sums of gradients, two snapshots."""
     shape, element_bytes, devices = run.model.shape(), ELEMENT_BYTES[run.train.dtype], run.cluster.devices
     dense = run.model_copy(
         update={
@@ -87,11 +91,11 @@ def needed_bytes(run: Run) -> int:
 
 
 def _check_memory(need: int, device_name: str, output: Output) -> None:
-    """Raise InputError where the probe needs more than this machine has; say where it has little left."""
+    """Raise InputError for more memory than this machine has; warn of more than is free."""
     import psutil
 
     if device_name == "cuda":
-        return  # its allocator refuses by itself
+        return  # the GPU's allocator raises by itself
     memory = psutil.virtual_memory()
     if need > memory.total:
         raise InputError(
@@ -100,24 +104,6 @@ def _check_memory(need: int, device_name: str, output: Output) -> None:
         )
     if need > memory.available:
         output.warning(f"the probe needs about {bytes_text(need)}, and {bytes_text(memory.available)} are free")
-
-
-def _probed(run: Run, data: Any, options: ProbeArgs, device_name: str, output: Output) -> Probe:
-    from simulate.data.batches import build_batches
-    from simulate.probe.spectra import probe_run
-
-    device = _device(device_name)
-    return probe_run(
-        run, build_batches(run, data, device), device, data.source, options.batches, options.warmup_steps, output.hint
-    )
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: this PyTorch sees no CUDA GPU; use --device cpu, or install a CUDA build")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
 def _show(probe: Probe, output: Output, with_layers: bool) -> None:
@@ -138,17 +124,12 @@ def _show(probe: Probe, output: Output, with_layers: bool) -> None:
     output.text("")
     output.heading(f"recommended for {settings.heads} heads on {settings.devices} devices (estimates)")
     table = plain_table("", "estimate", "range")
-    for name, figure in _advised(probe).items():
+    advised = {"rank of a head": advice.rank, "heads": advice.heads, "batch of all devices": advice.batch_samples}
+    for name, figure in advised.items():
         table.add_row(name, *_estimate_cells(figure))
     output.table(table)
     for sentence in advice.reasoning:
         output.text(f"- {sentence}")
-
-
-def _advised(probe: Probe) -> dict[str, Estimate | None]:
-    advice = probe.recommendation
-    assert advice is not None
-    return {"rank of a head": advice.rank, "heads": advice.heads, "batch of all devices": advice.batch_samples}
 
 
 def _estimate_cells(figure: Estimate | None) -> tuple[str, str]:
@@ -158,7 +139,7 @@ def _estimate_cells(figure: Estimate | None) -> tuple[str, str]:
 
 
 def _states_table(probe: Probe) -> Any:
-    """Return the two points at which gradients were taken, side by side; ranks as median and range over layers."""
+    """Return a table of the two states whose gradients were taken; ranks are medians and ranges over layers."""
     states = (probe.initial, probe.warmed)
     table = plain_table("", *(f"after {state.steps} steps" for state in states))
     table.add_row("loss", *(f"{state.loss:.4f}" for state in states))
@@ -179,8 +160,6 @@ def _states_table(probe: Probe) -> Any:
 
 
 def _spread_text(ranks: Sequence[float]) -> str:
-    import statistics
-
     return f"{statistics.median(ranks):.0f} ({min(ranks):.0f} to {max(ranks):.0f})" if ranks else "-"
 
 
@@ -189,7 +168,7 @@ def _scale_text(scale: float | None) -> str:
 
 
 def _layers_table(probe: Probe) -> Any:
-    """Return each layer's ranks: 50 % / 90 % of the squared norm."""
+    """Return a table of each layer's ranks that hold 50 % / 90 % of the squared norm."""
     table = plain_table(
         "layer",
         "shape",
@@ -204,18 +183,14 @@ def _layers_table(probe: Probe) -> Any:
         table.add_row(
             layer.name,
             f"{layer.outputs} x {layer.inputs}",
-            _gradient_text(layer.initial),
-            _gradient_text(layer.warmed),
+            _ranks_text(layer.initial.spectrum),
+            _ranks_text(layer.warmed.spectrum),
             f"{layer.warmed.noise.signal_share:.0%}",
             _scale_text(layer.warmed.noise.scale_samples),
             _ranks_text(layer.round_update),
             _ranks_text(layer.update),
         )
     return table
-
-
-def _gradient_text(gradient: LayerGradient) -> str:
-    return _ranks_text(gradient.spectrum)
 
 
 def _ranks_text(spectrum: Spectrum | None) -> str:

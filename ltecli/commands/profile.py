@@ -11,14 +11,14 @@ from simulate.config.profiles import load_profile
 
 
 def list_command(as_json: bool) -> None:
-    """Print one line per profile."""
+    """Print one line for each profile."""
     output = Output(as_json)
     loaded = [load_profile(name) for name in (*profiles.names(), LOCAL)]
     table = plain_table("profile", "devices", "memory", "up / down", "description")
     table.columns[-1].justify = "left"
     for profile in loaded:
         memory = "/".join(dict.fromkeys(bytes_text(device.memory_bytes) for device in profile.device))
-        link = f"{_rate(profile.link.up_bytes_per_s)} / {_rate(profile.link.down_bytes_per_s)}"
+        link = f"{bytes_text(profile.link.up_bytes_per_s)}/s / {bytes_text(profile.link.down_bytes_per_s)}/s"
         table.add_row(profile.name, str(profile.count), memory, link, profile.description)
     output.table(table, secondary=("up / down",))
     output.json({"profiles": [_summary(profile) for profile in loaded]})
@@ -30,10 +30,6 @@ def show_command(name: str, as_json: bool) -> None:
     document = load_profile(name).model_dump(exclude_none=True)
     output.text(toml_io.dump(document).rstrip())
     output.json(document)
-
-
-def _rate(bytes_per_s: float) -> str:
-    return f"{bytes_text(bytes_per_s)}/s"
 
 
 def _summary(profile: Profile) -> dict[str, object]:

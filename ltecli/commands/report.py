@@ -1,4 +1,7 @@
-"""lte report: one run in full, or several side by side."""
+"""lte report: show one run in full, or compare several side by side.
+
+runs/figures.py reads the figures; this module prints planned, simulated, counted and measured ones beside each other.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,10 @@ def _show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None
         f"{record.path}: {describe(run)} on {run.cluster.devices} x {record.plan['profile']}, "
         f"{run.model.name} with {run.model.shape().parameters:,} parameters"
     )
-    output.text(_state(figure))
+    done, planned = figure["steps"], figure["planned_steps"]
+    state = "finished" if done == planned else f"stopped or running, of {planned:,}"
+    tokens = "" if figure["unit"] == "samples" else f", {figure['tokens']:,} tokens"
+    output.text(f"{done:,} steps ({state}), {figure['samples']:,} samples{tokens}")
     if restarts := figure["restarts"]["count"]:
         output.text(_restarts_text(restarts, figure["restarts"]))
     output.text(
@@ -63,22 +69,16 @@ def _show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None
             output.text(line)
 
 
-def _state(figure: dict[str, Any]) -> str:
-    done, planned = figure["steps"], figure["planned_steps"]
-    state = "finished" if done == planned else f"stopped or running, of {planned:,}"
-    tokens = "" if figure["unit"] == "samples" else f", {figure['tokens']:,} tokens"
-    return f"{done:,} steps ({state}), {figure['samples']:,} samples{tokens}"
-
-
 def _restarts_text(count: int, restarts: dict[str, Any]) -> str:
     times = "once" if count == 1 else f"{count} times"
     return (
         f"restarted {times}: {restarts['repeated_steps']:,} steps done again, {seconds_text(restarts['silent_s'])} "
-        f"without a step; last for: {'; '.join(restarts['last_reasons'])}"
+        f"without a step; last reason: {'; '.join(restarts['last_reasons'])}"
     )
 
 
 def _savings(figure: dict[str, Any]) -> list[str]:
+    """Return a line that compares planned figures with those of dense training; none for dense training itself."""
     dense = figure["dense"]
     if dense is None or figure["method"] == "ddp" or not figure["steps"]:
         return []
@@ -96,11 +96,12 @@ def _savings(figure: dict[str, Any]) -> list[str]:
 
 
 def _explanations(figure: dict[str, Any], is_launched: bool) -> list[str]:
-    here = "what the launched processes took" if is_launched else "this machine simulating all devices"
+    """Return lines that say what the table's memory and time include."""
+    here = "the launched processes' time" if is_launched else "this machine's time for simulating all devices"
     return [
         f"memory: without the {bytes_text(figure['memory_bytes']['reserved'])} that the device's system reserves; "
         "measured is the allocator's peak of one device's program, run alone",
-        "time: with evaluations and a launched run's checkpoints; simulated is the profile's hardware by the clock; "
+        "time: with evaluations and a launched run's checkpoints; simulated is the time of the profile's hardware; "
         f"measured is {here}",
     ]
 

@@ -1,10 +1,14 @@
-"""lte train: say what was derived, simulate, show progress, save."""
+"""lte train: make or open a run folder, then train in it, simulated in this process or launched on real devices.
+
+From here to backward(): `_simulate` calls simulate.training.loop.train, which calls the method's step. A launched run
+(commands/launch.py) has the same loop in each of its processes.
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,48 +16,54 @@ from typing import TYPE_CHECKING
 from ltecli.commands.launch import LaunchArgs, check_launch, launch_run, print_lines
 from ltecli.commands.plan import nearest_miss_text
 from ltecli.console import Output
+from ltecli.device import torch_device
 from ltecli.errors import INTERRUPTED
 from ltecli.plan_request import PlanArgs, plan_request
-from ltecli.runs.event_loggers import ProgressBar, TensorBoard
+from ltecli.runs.event_loggers import event_loggers
 from ltecli.runs.run_folder import (
-    CHECKPOINTS,
-    TENSORBOARD,
     RunFolder,
     check_new,
     lock_folder,
     new_folder,
-    plain_start_bytes,
     prepare_events,
     resumed_folder,
     stop_on_signal,
 )
-from ltecli.runs.summary import report_derived, report_finished, report_result, start_facts
+from ltecli.runs.summary import (
+    RunResult,
+    measured_memory_bytes,
+    report_derived,
+    report_finished,
+    report_result,
+    start_facts,
+)
 from simulate.common.errors import InputError, NothingFeasibleError, RunFailedError
 from simulate.config.run import Run, build_run, load_run
 from simulate.config.tables import BPE, BYTES, HUB
-from simulate.launch.agent import LOGS
+from simulate.launch.keys import CHECKPOINTS, LOGS
 from simulate.training.checkpoints import list_checkpoints, saved_devices
 
 if TYPE_CHECKING:
     import torch
 
     from simulate.common.events import Event
+    from simulate.training.loop import Session
 
 RUNS = Path("runs")
 DEMO_NAME = "demo"
 WHAT_DATA = ("name", "path", "format", "subset", "column", "rows")
-"""The keys of [data] that say which it is; the others say what to do with it."""
+"""Keys of [data] that say which data it is; the others say how to use it."""
 
 
 @dataclass(frozen=True)
 class TrainArgs:
-    """What the command line changes in the run that it names."""
+    """Changes of the run that the command line names."""
 
     data: str | None = None
     assignments: Sequence[str] = ()
-    """table.key=value."""
+    """Keys, as table.key=value."""
     diagnostics: bool = False
-    """As often as an evaluation, where the run itself has none."""
+    """Whether to diagnose at every evaluation, where the run has no interval of its own."""
 
     def __bool__(self) -> bool:
         return self.data is not None or bool(self.assignments) or self.diagnostics
@@ -71,42 +81,110 @@ def train_command(
 ) -> int:
     """Train a run to its end, in this process or launched; returns the exit code."""
     output = Output(as_json, quiet or as_json)
-    _check_device(device_name)
     if launch is not None and launch.nodes > 1 and launch.node is None:
         return print_lines(given, launch, output)
     if given is not None and given.is_dir() and not resume:
         raise InputError(f"{given} is a run folder; add --resume to continue it, or name a run.toml")
-    if resume:
-        folder = _resumed(given, out, changes)
-        device = _device(device_name)
-        _check_launch(folder.run, device, launch)
-    else:
-        path, run = out or RUNS / _name(given), _run(given, changes)
-        check_new(path)  # before torch is imported, which takes its time
-        device = _device(device_name)
-        _check_launch(run, device, launch)
-        folder = new_folder(path, run, device_name)
+    folder = _resumed(given, out, changes) if resume else None
+    path, run = (folder.path, folder.run) if folder else (out or RUNS / _name(given), _run(given, changes))
+    if folder is None:
+        check_new(path)  # before torch is imported, which takes seconds
+    device = torch_device(device_name)
+    launched = launch or (LaunchArgs() if _has_several_gpus(run, device) else None)
+    if launched is not None:
+        check_launch(run, device, launched)
+    folder = folder or new_folder(path, run, device_name)
     try:
-        with lock_folder(folder.path), _dropped_unless_started(folder, resume):
-            if launch is None and not _several_gpus(folder.run, device):
-                return _simulate(folder, device, output)
-            return launch_run(folder, device, launch or LaunchArgs(), output)
+        with lock_folder(path), _removed_if_refused(folder, resume):
+            if launched is not None:
+                return launch_run(folder, device, launched, output)
+            return _simulate(folder, device, output)
     except OSError as error:
-        raise RunFailedError(f"{error.strerror}: {error.filename or folder.path}; {_saved(folder, launch)}") from error
+        raise RunFailedError(f"{error.strerror}: {error.filename or path}; {_next_move(folder, launch)}") from error
     except RunFailedError as error:
-        raise RunFailedError(f"{error}; {_saved(folder, launch)}") from error
+        raise RunFailedError(f"{error}; {_next_move(folder, launch)}") from error
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; {_saved(folder, launch)}") from None
+        raise KeyboardInterrupt(f"interrupted; {_next_move(folder, launch)}") from None
 
 
-def _check_launch(run: Run, device: torch.device, options: LaunchArgs | None) -> None:
-    if options is not None or _several_gpus(run, device):
-        check_launch(run, device, options or LaunchArgs())
+def _simulate(folder: RunFolder, device: torch.device, output: Output) -> int:
+    """Train all devices in this process; returns the exit code."""
+    report_derived(folder, output)
+    if folder.is_finished:
+        report_finished(folder, output)
+        return 0
+    from simulate.common.events import EventFile
+    from simulate.training.loop import restore, train
+
+    measured_bytes = None if folder.resume_from else measured_memory_bytes(folder, device)
+    with stop_on_signal() as asked:
+        session = _session(folder, device, asked)
+        if folder.resume_from:
+            restore(session, folder.resume_from)
+        prepare_events(folder, session.step if folder.resume_from else -1)
+        with (
+            closing(EventFile(folder.events)) as file,
+            event_loggers(folder.path, folder.run, output, session.step) as loggers,
+        ):
+
+            def emit(event: Event) -> None:
+                file(event)
+                loggers(event)
+
+            session.emit = emit
+            if folder.resume_from:
+                session.emit({"kind": "resume", "step": session.step})
+            else:
+                session.emit({"kind": "start", "step": 0, **start_facts(folder, device)})
+                session.emit({"kind": "memory", "step": 0, "measured_bytes": measured_bytes})
+            kind = "end" if train(session) else "interrupt"
+            session.emit({"kind": kind, "step": session.step, "wall_s": session.elapsed_s()})
+    if kind == "interrupt":
+        output.hint(f"interrupted at step {session.step}, saved; continue with lte train {folder.path} --resume")
+        return INTERRUPTED
+    sent_bytes = session.communicator.counter.sent_bytes / folder.run.cluster.devices
+    accuracy, now_s = session.scores.get("val_accuracy"), session.clock.now_s
+    result = RunResult(session.step, session.val_loss, accuracy, sent_bytes, now_s, session.elapsed_s())
+    report_result(folder, output, result)
+    return 0
+
+
+def _session(folder: RunFolder, device: torch.device, asked: list[bool]) -> Session:
+    """Return a session of all devices, at step 0, whose events are dropped; it stops once `asked` is not empty."""
+    from simulate.comm.virtual import VirtualCommunicator
+    from simulate.data.batches import build_batches
+    from simulate.methods.registry import build_method
+    from simulate.training.loop import Session
+    from simulate.training.simulated_clock import SimulatedClock
+
+    run = folder.run
+    clock = SimulatedClock(run, folder.profile.devices(run.cluster.devices), folder.profile.link)
+    communicator = VirtualCommunicator(run.cluster.devices, clock.charge_transfer, clock.wait)
+    return Session(
+        run=run,
+        method=build_method(run, communicator, device),
+        batches=build_batches(run, folder.data, device),
+        communicator=communicator,
+        clock=clock,
+        emit=lambda event: None,
+        checkpoints=folder.path / CHECKPOINTS,
+        device=device,
+        stop=lambda: bool(asked),
+    )
+
+
+def _has_several_gpus(run: Run, device: torch.device) -> bool:
+    """Whether this machine has several GPUs for the run's devices: they are then launched, to use all GPUs."""
+    if device.type != "cuda":
+        return False
+    import torch
+
+    return torch.cuda.device_count() > 1 and run.cluster.devices > 1
 
 
 @contextmanager
-def _dropped_unless_started(folder: RunFolder, resume: bool) -> Iterator[None]:
-    """Take a new folder away again where its run was refused before it began, so that the same line can be repeated."""
+def _removed_if_refused(folder: RunFolder, resume: bool) -> Iterator[None]:
+    """Remove a new folder where its run is refused before it begins, so that the same command can be given again."""
     try:
         yield
     except (InputError, RunFailedError):
@@ -117,29 +195,28 @@ def _dropped_unless_started(folder: RunFolder, resume: bool) -> Iterator[None]:
 
 
 def _name(given: Path | None) -> str:
+    """Return the run folder's default name: the run.toml's own name, or its folder's where it is called run.toml."""
     return DEMO_NAME if given is None else given.parent.resolve().name if given.stem == "run" else given.stem
 
 
 def _run(given: Path | None, changes: TrainArgs) -> Run:
-    run = _run_without_diagnostics(given, changes.data, changes.assignments)
+    """Return the run of a run.toml, or else of a plan made now, with the command line's changes."""
+    if given is not None:
+        run = _with_data(load_run(given, list(changes.assignments)), changes.data)
+    else:
+        data = changes.data and str(Path(changes.data).absolute())
+        plan = plan_request(PlanArgs(data=data, assignments=tuple(changes.assignments)))
+        if plan.chosen is None:
+            raise NothingFeasibleError(nearest_miss_text(plan))
+        run = plan.chosen.run
     if not changes.diagnostics or run.train.diagnostics_every is not None:
         return run
     train = {**run.train.model_dump(), "diagnostics_every": run.train.evaluate_every}
     return build_run({**run.model_dump(exclude_none=True), "train": train}, "command line")
 
 
-def _run_without_diagnostics(given: Path | None, data: str | None, assignments: Sequence[str]) -> Run:
-    if given is not None:
-        return _with_data(load_run(given, list(assignments)), data)
-    data = data and str(Path(data).absolute())
-    plan = plan_request(PlanArgs(data=data, assignments=tuple(assignments)))
-    if plan.chosen is None:
-        raise NothingFeasibleError(nearest_miss_text(plan))
-    return plan.chosen.run
-
-
 def _with_data(run: Run, path: str | None) -> Run:
-    """Return the run on the data at another path, if one is given; absolute, so that any folder can resume it."""
+    """Return the run with --data's path, and with absolute paths, so that it can be resumed from any folder."""
     table = run.data.model_dump(exclude_none=True)
     if path is not None:
         table = {key: value for key, value in table.items() if key not in WHAT_DATA} | {"path": path}
@@ -153,6 +230,7 @@ def _with_data(run: Run, path: str | None) -> Run:
 
 
 def _resumed(given: Path | None, out: Path | None, changes: TrainArgs) -> RunFolder:
+    """Open the folder to resume: the one given, or that of the given run.toml, which must be unchanged."""
     if given is not None and given.is_dir():
         if out is not None or changes:
             raise InputError(
@@ -163,101 +241,15 @@ def _resumed(given: Path | None, out: Path | None, changes: TrainArgs) -> RunFol
     return resumed_folder(out or RUNS / _name(given), run)
 
 
-def _saved(folder: RunFolder, launch: LaunchArgs | None) -> str:
+def _next_move(folder: RunFolder, launch: LaunchArgs | None) -> str:
+    """Return what a run that ended early has saved, and the command that continues it."""
     line = f"lte train {folder.path} --resume{launch.words() if launch else ''}"
     if not folder.path.exists():
         return "nothing was started; give the same line again"
     path = folder.path / CHECKPOINTS
     saved = list_checkpoints(path, folder.run.cluster.devices)
-    if not saved:  # one node of several has a part
+    if not saved:  # a node of several saves its own devices only
         saved = [step for step in sorted(path.glob("step-*")) if saved_devices(step)]
     if not saved:
         return f"no checkpoint was saved yet; start over with {line}"
     return f"saved: {saved[-1]}; continue with {line}"
-
-
-def _check_device(name: str) -> None:
-    if name != "cuda":
-        return
-    import torch
-
-    if not torch.cuda.is_available():
-        raise InputError("--device cuda: this PyTorch sees no CUDA GPU; use --device cpu, or install a CUDA build")
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
-
-
-def _several_gpus(run: Run, device: torch.device) -> bool:
-    """Whether virtual devices are spread over this machine's GPUs, by launched processes."""
-    if device.type != "cuda":
-        return False
-    import torch
-
-    return torch.cuda.device_count() > 1 and run.cluster.devices > 1
-
-
-def _simulate(folder: RunFolder, device: torch.device, output: Output) -> int:
-    report_derived(folder, output)
-    if folder.is_finished:
-        report_finished(folder, output)
-        return 0
-    from simulate.comm.virtual import VirtualCommunicator
-    from simulate.common.events import EventFile
-    from simulate.data.batches import build_batches
-    from simulate.measure.one_device import measure_memory_bytes
-    from simulate.methods.registry import build_method
-    from simulate.training.loop import Session, restore, train
-    from simulate.training.simulated_clock import SimulatedClock
-
-    run = folder.run
-    clock = SimulatedClock(run, folder.profile.devices(run.cluster.devices), folder.profile.link)
-    communicator = VirtualCommunicator(run.cluster.devices, clock.charge_transfer, clock.wait)
-    batches = build_batches(run, folder.data, device)
-    measured_bytes = None if folder.resume_from else measure_memory_bytes(run, device)
-    if measured_bytes and device.type == "cpu":
-        measured_bytes -= plain_start_bytes(folder)
-    with ExitStack() as stack, stop_on_signal() as asked:
-        sinks: list[Callable[[Event], None]] = []
-
-        def report_all(event: Event) -> None:
-            for sink in sinks:
-                sink(event)
-
-        session = Session(
-            run=run,
-            method=build_method(run, communicator, device),
-            batches=batches,
-            communicator=communicator,
-            clock=clock,
-            emit=report_all,
-            checkpoints=folder.path / CHECKPOINTS,
-            device=device,
-            stop=lambda: bool(asked),
-        )
-        if folder.resume_from:
-            restore(session, folder.resume_from)
-        prepare_events(folder, session.step if folder.resume_from else -1)
-        events = EventFile(folder.events)
-        stack.callback(events.close)
-        sinks += [events, stack.enter_context(TensorBoard(folder.path / TENSORBOARD, session.step, output.warning))]
-        sinks.append(stack.enter_context(ProgressBar(run, output, session.step)))
-        if folder.resume_from:
-            session.emit({"kind": "resume", "step": session.step})
-        else:
-            session.emit({"kind": "start", "step": 0, **start_facts(folder, device)})
-            session.emit({"kind": "memory", "step": 0, "measured_bytes": measured_bytes})
-        finished = train(session)
-        session.emit({"kind": "end" if finished else "interrupt", "step": session.step, "wall_s": session.elapsed_s()})
-    if not finished:
-        output.hint(f"interrupted at step {session.step}, saved; continue with lte train {folder.path} --resume")
-        return INTERRUPTED
-    sent_bytes = session.communicator.counter.sent_bytes
-    report_result(
-        folder, output, session.step, session.val_loss, sent_bytes, session.clock.now_s, session.elapsed_s(),
-        session.scores.get("val_accuracy"),
-    )  # fmt: skip
-    return 0

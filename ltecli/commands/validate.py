@@ -1,14 +1,18 @@
-"""lte validate: what is predicted beside what is measured, on this very machine."""
+"""lte validate: compare predictions of memory, bytes and time with measurements on this machine.
+
+Plans are only as good as their forecasts, and every machine is different. simulate.measure.accuracy collects the rows;
+this module chooses them, prints tables with mean and worst errors, and writes them as markdown.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ltecli.console import Output, plain_table
-from simulate.common import toml_io
+from ltecli.output_paths import check_file, write_file
 from simulate.common.errors import InputError, near_match
 from simulate.common.units import bytes_text, seconds_text
 from simulate.config.profiles import load_profile
@@ -22,7 +26,7 @@ VALIDATION_VERSION = 1
 
 @dataclass(frozen=True)
 class ValidateArgs:
-    """Which runs to look at: some of each kind as they come, or as they are asked for."""
+    """Choice of the random runs to validate."""
 
     quick: bool = False
     shapes: int | None = None
@@ -32,20 +36,20 @@ class ValidateArgs:
     autocast: str = "none"
 
     def check(self) -> None:
-        """Raise InputError for what is not known."""
+        """Raise InputError for an unknown family or format."""
         for option, given, known in (("family", self.family, FAMILIES), ("autocast", self.autocast, AUTOCASTS)):
             if given is not None and given not in known:
                 raise InputError(f"--{option} {given!r} is not known; {near_match(given, known)}")
 
     def sample(self, count: int, quick_count: int) -> Sample:
-        """Return the random runs, so many unless others were asked for."""
+        """Return the choice of random runs: `count` of them, or `quick_count`, unless --shapes gives a number."""
         wanted = self.shapes or (quick_count if self.quick else count)
         return Sample(wanted, self.seed, self.family, self.autocast, small=self.quick)
 
 
 @dataclass(frozen=True)
 class Section:
-    """One kind of prediction: how to collect its rows, and how to show a figure."""
+    """One kind of prediction: its description, its rows, and the format of its figures."""
 
     about: str
     collect: Callable[[ValidateArgs], list[Row]]
@@ -75,11 +79,11 @@ SECTIONS: dict[str, Section] = {
     "bytes": Section("planned bytes that all devices send", _bytes, bytes_text),
     "time": Section("planned seconds of a step on `local`, whose rates are guesses", _time, seconds_text),
 }
-"""What can be validated, by the name that --only takes."""
+"""Kinds of predictions by their names, which --only takes."""
 
 
 def _on_profile(name: str) -> Section:
-    """Return the section of times on a profile of this machine, over networks that its measurement did not use."""
+    """Return the section of times on a measured profile, over networks that its measurement did not use."""
     profile = load_profile(name)
 
     def collect(asked: ValidateArgs) -> list[Row]:
@@ -94,7 +98,7 @@ def _on_profile(name: str) -> Section:
 def validate_command(
     only: str | None, asked: ValidateArgs, out: Path | None, as_json: bool, quiet: bool, profile: str | None = None
 ) -> int:
-    """Collect the sections' rows, show them and what they sum up to, and write them where `out` asks for it."""
+    """Print each section's rows and errors, and write them to `out`; returns the exit code."""
     if only is not None and only not in SECTIONS:
         raise InputError(f"--only {only!r} is no section; {near_match(only, SECTIONS)}")
     asked.check()
@@ -103,8 +107,8 @@ def validate_command(
             "--profile times steps of given networks, and --shapes, --seed, --family and --autocast choose random "
             "ones; leave one or the other away"
         )
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise InputError(f"--out {out} is a folder, or in none; name a file in a folder that exists")
+    if out is not None:
+        check_file(out, force=True, example="validation.md")  # tables are made anew, so they may be replaced
     sections = SECTIONS if profile is None else {**SECTIONS, "time": _on_profile(profile)}
     from simulate.measure.accuracy import errors_of
 
@@ -117,15 +121,18 @@ def validate_command(
         {
             "version": VALIDATION_VERSION,
             **asdict(asked),
-            **{name: _as_json(rows, errors_of(rows)) for name, rows in results.items()},
+            **{
+                name: {
+                    "errors": asdict(errors_of(rows)),
+                    "rows": [{**asdict(row), "error": row.error} for row in rows],
+                }
+                for name, rows in results.items()
+            },
         }
     )
     if out is not None:
         text = "\n".join(_markdown(name, sections[name].about, rows, errors_of(rows)) for name, rows in results.items())
-        try:
-            toml_io.write_atomically(out, text.encode())
-        except OSError as error:
-            raise InputError(f"--out {out} cannot be written ({error.strerror}); choose another folder") from None
+        write_file(out, text)
         output.hint(f"wrote {out}")
     return 0
 
@@ -144,10 +151,6 @@ def _summary(errors: Errors) -> str:
         f"{errors.rows} runs, mean error {errors.mean:.2%}, worst {errors.worst:.2%}, furthest under "
         f"{errors.furthest_under:.2%}, {errors.share_under:.0%} under"
     )
-
-
-def _as_json(rows: Sequence[Row], errors: Errors) -> dict[str, Any]:
-    return {"errors": asdict(errors), "rows": [{**asdict(row), "error": row.error} for row in rows]}
 
 
 def _markdown(name: str, about: str, rows: Sequence[Row], errors: Errors) -> str:

@@ -1,4 +1,7 @@
-"""Where a run's events go beside events.jsonl: TensorBoard, and a progress bar for people."""
+"""Loggers of a run's events beside events.jsonl: TensorBoard, and a progress bar for people.
+
+`lte train` opens both with event_loggers, for simulated runs and on node 0 of launched ones.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +12,41 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ltecli.console import Output
+from simulate.common.events import Emit, Event
 from simulate.common.units import bytes_text, seconds_text
 from simulate.config.run import Run
-from simulate.common.events import Event
+from simulate.launch.keys import TENSORBOARD
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
-class TensorBoard:
-    """Scalars for TensorBoard; a resumed run hides what came after its checkpoint.
+@contextmanager
+def event_loggers(path: Path, run: Run, output: Output, step: int) -> Iterator[Emit]:
+    """Open both loggers for a run folder at `step`; yields a function that passes them an event."""
+    with TensorBoard(path / TENSORBOARD, step, output.warning) as board, ProgressBar(run, output, step) as bar:
 
-    They are in the events as well, so a disk that does not take them ends no run: it says so, and writes no more.
+        def emit(event: Event) -> None:
+            board(event)
+            bar(event)
+
+        yield emit
+
+
+class TensorBoard:
+    """Writer of scalars for TensorBoard; a resumed run hides what came after its checkpoint.
+
+    The events have the same figures. So a disk that refuses these files ends no run: it is reported once, and no more
+    scalars are written.
     """
 
     def __init__(self, path: Path, step: int, warn: Callable[[str], None]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._path, self._warn, self._failed = path, warn, False
-        self._before, threading.excepthook = threading.excepthook, self._in_a_thread
+        self._before, threading.excepthook = threading.excepthook, self._on_thread_error
         self._writer: SummaryWriter | None = None
-        with self._giving_up():
+        with self._stopping_on_disk_errors():
             self._writer = SummaryWriter(str(path), purge_step=step + 1 if step else None)
 
     def __enter__(self) -> TensorBoard:
@@ -37,7 +54,7 @@ class TensorBoard:
 
     def __exit__(self, *exception: object) -> None:
         try:
-            with self._giving_up():
+            with self._stopping_on_disk_errors():
                 if self._writer is not None:
                     self._writer.close()
         finally:
@@ -45,11 +62,11 @@ class TensorBoard:
 
     def __call__(self, event: Event) -> None:
         if self._writer is not None and not self._failed:
-            with self._giving_up():
+            with self._stopping_on_disk_errors():
                 self._add(event, self._writer)
 
     @contextmanager
-    def _giving_up(self) -> Iterator[None]:
+    def _stopping_on_disk_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -58,8 +75,8 @@ class TensorBoard:
             self._failed = True
             self._warn(f"{self._path} cannot be written ({error.strerror}); its curves end here, the events go on")
 
-    def _in_a_thread(self, failure: threading.ExceptHookArgs) -> None:
-        """Hear of what TensorBoard's own thread fails at, which the next call raises, too; no traceback is printed."""
+    def _on_thread_error(self, failure: threading.ExceptHookArgs) -> None:
+        """Print no traceback for a disk error in TensorBoard's own thread: the next call to the writer raises it."""
         if not isinstance(failure.exc_value, OSError) or not type(failure.thread).__module__.startswith("tensorboard"):
             self._before(failure)
 
@@ -76,7 +93,7 @@ class TensorBoard:
         }
         if event["kind"] in ("step", "evaluate"):
             for key, name in names.items():
-                if event.get(key) is not None:  # where all devices have stopped, a step has no loss
+                if event.get(key) is not None:  # a step for which all devices had stopped has no loss
                     writer.add_scalar(name, event[key], event["step"])
         elif event["kind"] == "diagnostics":
             for key in event.keys() - {"kind", "step"}:
@@ -84,7 +101,7 @@ class TensorBoard:
 
 
 class ProgressBar:
-    """A progress bar on stderr; where that is no terminal, a line at each evaluation."""
+    """Progress bar on stderr; outside a terminal, a line at each evaluation."""
 
     def __init__(self, run: Run, output: Output, step: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -124,6 +141,7 @@ class ProgressBar:
                 self._output.hint(f"  step {event['step']}: val {event['val_loss']:.4f}{accuracy}  {self._figures}")
 
     def _tokens_per_s(self, event: Event) -> float:
+        """Return the rate since the last event; since the start for the first one."""
         before, self._last = self._last, (event["wall_s"], event["tokens"])
         if before is None or event["wall_s"] <= before[0]:
             return event["tokens"] / max(event["wall_s"], 1e-9)

@@ -1,4 +1,7 @@
-"""What a run folder says: planned, simulated, counted and measured figures, each by its name."""
+"""Figures of a run folder by name: planned, simulated, counted and measured, as `lte report --json` prints them.
+
+`lte report` shows them, `lte train` repeats those of a run that had finished, and --link-from reads its links here.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltecli.runs.run_folder import EVENTS_FILE, RUN_FILE, read_plan
-from simulate.config.run import Run, load_run
-from simulate.costs.message_schedule import sent_bytes
+from ltecli.runs.run_folder import check_run_folder, read_plan
 from simulate.common.errors import InputError
 from simulate.common.events import Event, read_events
+from simulate.config.run import Run, load_run
+from simulate.costs.message_schedule import sent_bytes
+from simulate.launch.keys import EVENTS_FILE, RUN_FILE
 
 REPORT_VERSION = 1
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run, read whole."""
+    """A run folder's run, plan and events."""
 
     path: Path
     run: Run
@@ -30,33 +34,30 @@ class RunRecord:
 
     @property
     def is_launched(self) -> bool:
-        """Whether processes of its own trained each part of the devices."""
+        """Whether the run was trained by launched processes, at least in part."""
         return any("processes" in event for event in self.events)
 
     def clocks(self, step: Event | None) -> Event | None:
-        """Return the newest event that tells both clocks: the checkpoint after a step, or the step without one."""
+        """Return the newest event with both clocks: the checkpoint right after a step, else the step."""
         saved = self.last("checkpoint")
         after = step and saved and saved["step"] == step["step"] and "wall_s" in saved
         return saved if after else step
 
     def curve(self, key: str) -> list[tuple[int, float]]:
-        """Return (step, value) of every event that carries `key`."""
+        """Return (step, value) of every event that has `key`."""
         return [(event["step"], event[key]) for event in self.events if event.get(key) is not None]
 
 
 def read_run(path: Path) -> RunRecord:
-    """Read a run folder; raises InputError where it is none, or not started."""
-    if not (path / RUN_FILE).is_file():
-        raise InputError(
-            f"{path} is no run folder (it has no {RUN_FILE}); name one that lte train made, as in runs/demo"
-        )
+    """Read a run folder; raises InputError for a path that is none, or a run without a step."""
+    check_run_folder(path)
     if not (path / EVENTS_FILE).is_file():
         raise InputError(f"{path} has no {EVENTS_FILE}: it never took a step; start it with lte train")
     return RunRecord(path, load_run(path / RUN_FILE), read_plan(path), tuple(read_events(path / EVENTS_FILE)))
 
 
 def figures(record: RunRecord) -> dict[str, Any]:
-    """Return the report's figures; "per device" ones are for one device, null where a figure does not exist."""
+    """Return the report's figures; those "per device" are of one device, null where there is none."""
     run, chosen = record.run, record.plan["chosen"]
     step, evaluation, memory = record.last("step"), record.last("evaluate"), record.last("memory")
     steps, clocks = step["step"] if step else 0, record.clocks(step)
@@ -73,7 +74,7 @@ def figures(record: RunRecord) -> dict[str, Any]:
         "tokens": step["tokens"] if step else 0,
         "unit": run.model.unit,
         "memory_bytes": {
-            # What the device's system keeps for itself is no part of what the program allocates.
+            # The program cannot allocate what the device's system reserves, so it is left out here.
             "planned": chosen["memory_bytes"]["total"] - reserved,
             "measured": memory and memory["measured_bytes"],
             "reserved": reserved,
@@ -107,7 +108,7 @@ def figures(record: RunRecord) -> dict[str, Any]:
 
 
 def _restarts(record: RunRecord) -> dict[str, Any]:
-    """Return how often a launched run's processes were restarted, what that cost, and why it last happened."""
+    """Return the number of restarts, the steps and seconds that they cost, and the newest reasons."""
     events = [event for event in record.events if event["kind"] == "restart"]
     return {
         "count": len(events),
@@ -118,7 +119,7 @@ def _restarts(record: RunRecord) -> dict[str, Any]:
 
 
 def _wire_bytes(record: RunRecord) -> float | None:
-    """Return what a node's interface sent, the mean over nodes, where each has its own: of a launch over several."""
+    """Return the bytes that nodes' interfaces sent, per device; None where the run was not launched on several nodes."""
     sessions = [event["sent_bytes_by_node"] for event in record.events if event["kind"] == "wire"]
     if not sessions:
         return None
@@ -126,6 +127,7 @@ def _wire_bytes(record: RunRecord) -> float | None:
 
 
 def _dense(record: RunRecord, share: float) -> dict[str, Any] | None:
+    """Return the planned figures of dense training over the same share of the run, None where it has no plan."""
     dense = record.plan.get("dense")
     if dense is None:
         return None

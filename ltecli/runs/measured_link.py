@@ -1,29 +1,29 @@
-"""The link that a launched run's nodes measured before they began, in the place of a profile's."""
+"""The link that a launched run's nodes measured before they began, in place of a profile's link."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ltecli.runs.run_folder import EVENTS_FILE
 from ltecli.runs.figures import RunRecord, read_run
 from simulate.common.errors import InputError
 from simulate.config.hardware import Link
+from simulate.launch.keys import EVENTS_FILE
 from simulate.launch.preflight.channel import BadFrameError
-from simulate.launch.preflight.link_figures import (LinkFigures, measured_link, parse_link, rate_text)
+from simulate.launch.preflight.link_figures import LinkFigures, measured_link, parse_link, rate_text
 
 
 def link_from(run: Path, planned: Link) -> Link:
-    """Return a link with what the run measured of it; raises InputError where the run measured none."""
-    return measured_link(_measured_by(read_run(run)), planned)
+    """Return `planned` with the figures that a run measured; raises InputError for a run that measured none."""
+    return measured_link(_ring_links(read_run(run)), planned)
 
 
 def link_text(link: Link) -> str:
-    """Return what was measured, for people."""
+    """Return the measured figures, for people."""
     return f"{rate_text(link.up_bytes_per_s)} on its slowest edge, {link.latency_s * 1e3:.3g} ms on its farthest"
 
 
-def _measured_by(record: RunRecord) -> list[LinkFigures]:
-    """Return the edges of the ring of nodes, of the newest launch."""
+def _ring_links(record: RunRecord) -> list[LinkFigures]:
+    """Return the ring's links as the newest launch measured them; raises InputError."""
     event = record.last("links")
     if event is None:
         started = record.last("start")
@@ -40,5 +40,5 @@ def _measured_by(record: RunRecord) -> list[LinkFigures]:
             raise BadFrameError("has none")
     except (BadFrameError, KeyError, TypeError) as error:
         where = record.path / EVENTS_FILE
-        raise InputError(f"{where}: its event of links is damaged ({error}); restore the file") from None
+        raise InputError(f"{where}: its links event is damaged ({error}); restore the file") from None
     return links

@@ -1,4 +1,9 @@
-"""From run.toml to a run folder and an in-process simulation of its devices."""
+"""Run folders: made from a run.toml, opened again to resume, and locked while a process trains in them.
+
+A run folder keeps everything that its run needs: run.toml, the profile, the plan, a trained tokenizer, events and
+checkpoints. `lte train` makes and opens it; report, export and --link-from read it. All is checked before the first byte
+is written, and run.toml comes last, so that a folder with a run.toml is whole.
+"""
 
 from __future__ import annotations
 
@@ -13,31 +18,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simulate.planning.candidate import Rejected
-from simulate.common.units import bytes_text
-from simulate.planning.planner import Plan, evaluate
+from ltecli.output_paths import check_absent, unwritable
 from simulate.common import toml_io
-from simulate.training.checkpoints import list_checkpoints
-from simulate.config.run import Run, dump_run, load_run
-from simulate.costs.memory import checkpoint_bytes
-from simulate.data.load import (TOKENIZER_FILE, Dataset, kept_tokenizer, load_data)
-from simulate.data.text import Text
 from simulate.common.errors import InputError
 from simulate.common.events import truncate_events
+from simulate.common.units import bytes_text
 from simulate.config.hardware import LOCAL, Profile
-from simulate.config.profiles import load_profile
-from simulate.config.profiles import local_gpu_profile
+from simulate.config.profiles import load_profile, local_gpu_profile
 from simulate.config.method_table import BASELINE, default_options
+from simulate.config.run import Run, dump_run, load_run
+from simulate.costs.memory import checkpoint_bytes
+from simulate.data.load import TOKENIZER_FILE, Dataset, kept_tokenizer, load_data
+from simulate.data.text import Text
+from simulate.launch.keys import CHECKPOINTS, EVENTS_FILE, PLAN_FILE, PROFILE_FILE, RUN_FILE
+from simulate.planning.candidate import Rejected
+from simulate.planning.planner import Plan, evaluate
+from simulate.training.checkpoints import list_checkpoints
 
-RUN_FILE, PROFILE_FILE, PLAN_FILE, EVENTS_FILE = "run.toml", "profile.toml", "plan.json", "events.jsonl"
-CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
 CHECKPOINTS_AT_ONCE = 3
-"""Two are kept while a third is written."""
+"""Checkpoints on the disk at the same time: two are kept while a third is written."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """runs/NAME and everything that was decided before its first step."""
+    """A run folder and its content, ready to train."""
 
     path: Path
     run: Run
@@ -49,7 +53,7 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the newest checkpoint is that of the last step."""
+        """Whether the newest checkpoint is the last step's."""
         last = f"-{self.run.train.steps:08d}"
         return self.resume_from is not None and self.resume_from.name.endswith(last)
 
@@ -60,7 +64,7 @@ class RunFolder:
 
 
 def check_trainable(run: Run) -> None:
-    """Raise InputError where something is not installed that the run needs."""
+    """Raise InputError where a package is missing that the run needs."""
     frozen = run.method.frozen_format
     if frozen.startswith("nf4") and not is_nf4_installed():
         raise InputError(
@@ -70,21 +74,12 @@ def check_trainable(run: Run) -> None:
 
 
 def is_nf4_installed() -> bool:
-    """Whether the library is there that unpacks NF4; without the seconds of its import."""
+    """Whether bitsandbytes, which unpacks NF4, is installed; its import would take seconds."""
     return importlib.util.find_spec("bitsandbytes") is not None
 
 
-def plain_start_bytes(folder: RunFolder) -> int:
-    """Return the bytes of start weights that a measurement on a CPU includes, and a device does not hold.
-
-    Those of quantised weights lie in mapped files, which no allocator sees.
-    """
-    chosen = folder.plan["chosen"]
-    return 0 if chosen["quantize"] != "none" else int(chosen["host_memory_by_part"]["start_weights"])
-
-
 def new_folder(path: Path, run: Run, device_name: str = "cpu") -> RunFolder:
-    """Make a run folder; everything is checked before anything is written. Raises InputError."""
+    """Make a run folder; raises InputError before anything is written."""
     check_trainable(run)
     check_new(path)
     data = load_data(run)
@@ -95,12 +90,11 @@ def new_folder(path: Path, run: Run, device_name: str = "cpu") -> RunFolder:
     plan = plan_of(run, profile)
     try:
         path.mkdir(parents=True)
-    except FileExistsError:  # by another run, since it was checked
+    except FileExistsError:  # another run has made it since the check
         check_new(path)
     except OSError as error:
-        raise _unwritable(path, error) from None
+        raise unwritable(path, error) from None
     try:
-        # run.toml comes last: a folder without one is no run.
         (path / PROFILE_FILE).write_text(toml_io.dump(profile.model_dump(exclude_none=True)), encoding="utf-8")
         (path / PLAN_FILE).write_text(json.dumps(plan, indent=1), encoding="utf-8")
         (path / CHECKPOINTS).mkdir()
@@ -109,24 +103,27 @@ def new_folder(path: Path, run: Run, device_name: str = "cpu") -> RunFolder:
         toml_io.write_atomically(path / RUN_FILE, dump_run(run).encode())
     except OSError as error:
         shutil.rmtree(path, ignore_errors=True)
-        raise _unwritable(path, error) from None
+        raise unwritable(path, error) from None
     return RunFolder(path, run, profile, data, plan, None)
 
 
 def check_new(path: Path) -> None:
-    """Raise InputError where a new run folder cannot be made because something is there."""
+    """Raise InputError where a run folder, or anything else, has the path of a new one."""
     if (path / RUN_FILE).is_file():
-        raise InputError(f"--out {path} exists; add --resume to continue it, or choose another --out")
-    if os.path.lexists(path):
-        raise InputError(f"--out {path} exists and is no run folder; choose another --out")
+        check_absent(path, instead="add --resume to continue it, or choose another --out")
+    check_absent(path, instead="it is no run folder; choose another --out")
 
 
-def _unwritable(path: Path, error: OSError) -> InputError:
-    return InputError(f"--out {path} cannot be written ({error.strerror}); choose another folder")
+def check_run_folder(path: Path) -> None:
+    """Raise InputError where a path is no run folder."""
+    if not (path / RUN_FILE).is_file():
+        raise InputError(
+            f"{path} is no run folder (it has no {RUN_FILE}); name one that lte train made, as in runs/demo"
+        )
 
 
 def resumed_folder(path: Path, given: Run | None) -> RunFolder:
-    """Open a run folder to continue it; `given` is the run.toml named beside --resume, if any. Raises InputError."""
+    """Open a run folder to resume it; a run.toml named beside --resume is `given`, and must be equal. Raises InputError."""
     if not (path / RUN_FILE).is_file():
         raise InputError(f"--resume: {path} is no run folder (it has no {RUN_FILE}); start it without --resume")
     run = load_run(path / RUN_FILE)
@@ -144,7 +141,7 @@ def resumed_folder(path: Path, given: Run | None) -> RunFolder:
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """Return the plan that a run folder keeps; raises InputError where it is damaged."""
+    """Return a run folder's plan; raises InputError where its file is damaged."""
     try:
         plan = json.loads(toml_io.read(path / PLAN_FILE))
         memory = plan["chosen"]["memory_bytes"]["total"]
@@ -156,16 +153,17 @@ def read_plan(path: Path) -> dict[str, Any]:
 
 
 def _difference(given: Run, saved: Run) -> str:
-    ours, theirs = given.model_dump(), saved.model_dump()
-    for table in ours:
-        for key in ours[table]:
-            if ours[table][key] != theirs[table].get(key):
-                return f"{table}.{key} ({ours[table][key]!r}, there {theirs[table].get(key)!r})"
-    return "method.name"
+    """Return the first key that differs, with both values."""
+    saved_tables = saved.model_dump()
+    for table, keys in given.model_dump().items():
+        for key, value in keys.items():
+            if value != saved_tables[table].get(key):
+                return f"{table}.{key} ({value!r}, there {saved_tables[table].get(key)!r})"
+    return "method.name"  # the given method's keys are equal, the saved one has more
 
 
 def plan_of(run: Run, profile: Profile) -> dict[str, Any]:
-    """Return the plan of exactly this run, beside dense training with the same batch, as plan.json."""
+    """Return the plan of this very run, and of dense training with the same batch, as plan.json has it."""
     tokens = run.train.steps * run.tokens_per_step
     dense = evaluate(run.model_copy(update={"method": default_options(BASELINE)}), profile, tokens, spaces_recovery=True)
     result = evaluate(run, profile, tokens)
@@ -177,6 +175,7 @@ def plan_of(run: Run, profile: Profile) -> dict[str, Any]:
 
 
 def _check_disk(path: Path, run: Run) -> None:
+    """Raise InputError where a run folder's disk is not writable, or too small for its checkpoints."""
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"--out {path}: {parent} is not a writable folder; choose another")
@@ -191,12 +190,12 @@ def _check_disk(path: Path, run: Run) -> None:
 
 @contextmanager
 def stop_on_signal() -> Iterator[list[bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a wish to stop; a second Ctrl-C interrupts at once."""
+    """Turn the first Ctrl-C or SIGTERM into an entry of the yielded list; the second one interrupts at once."""
     asked: list[bool] = []
 
     def handle(signum: int, frame: object) -> None:
         asked.append(True)
-        if len(asked) == 2:  # what cleans up after it is not interrupted again
+        if len(asked) == 2:  # a third one must not interrupt the clean-up
             raise KeyboardInterrupt
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -209,7 +208,7 @@ def stop_on_signal() -> Iterator[list[bool]]:
 
 @contextmanager
 def lock_folder(path: Path) -> Iterator[None]:
-    """Claim a run folder for this process; raises InputError where another has it."""
+    """Lock a run folder for this process; raises InputError where another process has locked it."""
     import fcntl
 
     handle = os.open(path, os.O_RDONLY)
@@ -223,6 +222,6 @@ def lock_folder(path: Path) -> Iterator[None]:
 
 
 def prepare_events(folder: RunFolder, step: int) -> None:
-    """Make the event file fit for appending after `step`: what a later, lost session told is dropped."""
+    """Cut the event file back to `step`: later events are of a session whose steps are done again."""
     if folder.events.exists():
         truncate_events(folder.events, step)

@@ -1,21 +1,37 @@
-"""What `lte train` says of a run before its first step and at its end, wherever its devices are."""
+"""Lines and facts of `lte train` at the start and the end of a run, the same for simulated and launched runs.
+
+commands/train.py and commands/launch.py print them, so that both kinds of runs can be compared.
+"""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from simulate.planning.candidate import describe
-from ltecli.runs.run_folder import RunFolder
-from simulate.planning.notes import diagnostics_notes
 from ltecli.console import Output, scores_text
+from ltecli.runs.run_folder import RunFolder
 from simulate.common.units import bytes_text, seconds_text
+from simulate.planning.candidate import describe
+from simulate.planning.notes import diagnostics_notes
 
 if TYPE_CHECKING:
     import torch
 
 
+@dataclass(frozen=True)
+class RunResult:
+    """Figures of a run's end, as --json prints them."""
+
+    steps: int
+    val_loss: float | None
+    val_accuracy: float | None
+    sent_bytes_per_device: float
+    simulated_s: float
+    measured_s: float
+
+
 def start_facts(folder: RunFolder, device: torch.device) -> dict[str, Any]:
-    """Return what a run's start event has of versions, device and data."""
+    """Return the versions, device and data that a run's start event records."""
     import torch
 
     from simulate.common.version import version
@@ -31,8 +47,21 @@ def start_facts(folder: RunFolder, device: torch.device) -> dict[str, Any]:
     }
 
 
+def measured_memory_bytes(folder: RunFolder, device: torch.device) -> int:
+    """Return the measured peak of one device's program, which is run alone before the run itself starts."""
+    from simulate.measure.one_device import measure_memory_bytes
+
+    measured_bytes = measure_memory_bytes(folder.run, device)
+    chosen = folder.plan["chosen"]
+    if device.type == "cpu" and chosen["quantize"] == "none":
+        # On a CPU the measurement includes the start weights, which a device does not hold; quantised ones it cannot
+        # see, since they are in mapped files.
+        measured_bytes -= int(chosen["host_memory_by_part"]["start_weights"])
+    return measured_bytes
+
+
 def report_derived(folder: RunFolder, output: Output) -> None:
-    """Say what a run will do, and what is planned for a device."""
+    """Print what was derived before any time is spent: model, data, steps, and planned memory, bytes and time."""
     run, chosen = folder.run, folder.plan["chosen"]
     shape = run.model.shape()
     action = f"resuming {folder.path} from {folder.resume_from.name}" if folder.resume_from else f"run {folder.path}"
@@ -53,53 +82,28 @@ def report_derived(folder: RunFolder, output: Output) -> None:
         output.hint(f"  warning: {text}")
 
 
-def report_result(
-    folder: RunFolder,
-    output: Output,
-    steps: int,
-    val_loss: float | None,
-    sent_bytes: float,
-    simulated_s: float,
-    measured_s: float,
-    val_accuracy: float | None = None,
-) -> None:
-    """Say what a finished run came to."""
-    sent = sent_bytes / folder.run.cluster.devices
-    output.json(_result(folder, steps, val_loss, val_accuracy, sent, simulated_s, measured_s))
+def report_result(folder: RunFolder, output: Output, result: RunResult) -> None:
+    """Print the result of a run that has just finished."""
+    _print_json(folder, output, result)
     output.text(
-        f"done: {folder.path}, {scores_text(val_loss, val_accuracy)}, {bytes_text(sent)} sent per device (counted), "
-        f"{seconds_text(simulated_s)} on {folder.profile.name} (simulated), {seconds_text(measured_s)} here (measured)"
+        f"done: {folder.path}, {scores_text(result.val_loss, result.val_accuracy)}, "
+        f"{bytes_text(result.sent_bytes_per_device)} sent per device (counted), "
+        f"{seconds_text(result.simulated_s)} on {folder.profile.name} (simulated), "
+        f"{seconds_text(result.measured_s)} here (measured)"
     )
     output.hint(f"next: lte report {folder.path}")
 
 
 def report_finished(folder: RunFolder, output: Output) -> None:
-    """Say what a run that had finished before came to."""
+    """Print the result of a run that had already finished."""
     from ltecli.runs.figures import figures, read_run
 
     figure = figures(read_run(folder.path))
     sent, wall = figure["sent_bytes_per_device"]["counted"], figure["wall_s"]
     scores = figure["val_loss"], figure["val_accuracy"]
-    output.json(_result(folder, figure["steps"], *scores, sent, wall["simulated"], wall["measured"]))
+    _print_json(folder, output, RunResult(figure["steps"], *scores, sent, wall["simulated"], wall["measured"]))
     output.hint(f"{folder.path} is finished; next: lte report {folder.path}")
 
 
-def _result(
-    folder: RunFolder,
-    steps: int,
-    val_loss: float | None,
-    val_accuracy: float | None,
-    sent: float,
-    simulated_s: float,
-    measured_s: float,
-) -> dict[str, Any]:
-    return {
-        "version": 1,
-        "run": str(folder.path),
-        "steps": steps,
-        "val_loss": val_loss,
-        "val_accuracy": val_accuracy,
-        "sent_bytes_per_device": sent,
-        "simulated_s": simulated_s,
-        "measured_s": measured_s,
-    }
+def _print_json(folder: RunFolder, output: Output, result: RunResult) -> None:
+    output.json({"version": 1, "run": str(folder.path), **asdict(result)})

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from torch import Tensor
 from simulate.comm import pairwise
 from simulate.comm.base import Communicator, Nodes
 from simulate.comm.transfers import Transfer
-from simulate.common.errors import RunFailedError
+from simulate.common.errors import RunFailedError, first_line
 
 SERVER = 0
 """Rank of the process that serves pushes and pulls; it holds the first device."""
@@ -38,13 +37,6 @@ def is_lack_of_memory(error: BaseException) -> bool:
     """Whether an error means that the host's or a GPU's memory ran out; torch raises RuntimeError for both."""
     text = str(error)
     return isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text.lower()
-
-
-def first_line(error: BaseException) -> str:
-    """Return an error's text in one line, without gloo's source locations and torch's stack."""
-    text = " ".join(str(error).split())
-    text = text.partition(" Exception raised from ")[0].partition(" This is typically")[0]
-    return re.sub(r"\[[^\]]*/gloo/[^\]]*\] ", "", text)
 
 
 def devices_of(process: int, processes: int, devices: int) -> range:

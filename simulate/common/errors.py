@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -12,6 +13,15 @@ class InputError(Exception):
 
 class RunFailedError(Exception):
     """Failure of a run that had begun (a full disk, a loss that is not finite); its text says what is saved."""
+
+
+FIRST_LINE_CHARACTERS = 300
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error's message on one line, cut to FIRST_LINE_CHARACTERS, without torch's source places and advice."""
+    text = " ".join(str(error).split()).partition(" Exception raised from ")[0].partition(" This is typically")[0]
+    return re.sub(r"\[[^\]]*/gloo/[^\]]*\] ", "", text)[:FIRST_LINE_CHARACTERS]
 
 
 def near_match(given: str, known: Iterable[str]) -> str:

@@ -1,7 +1,9 @@
-"""The elastic agent that keeps one node's processes of a launched run going, and who listens to it.
+"""One node's elastic agent: it starts the node's worker processes, restarts them, and says how the run ended.
 
-Membership, restarts and quorum are torchrun's: its LocalElasticAgent over its c10d rendezvous, here with a key-value
-store that listens at one address only, and with word of what failed. Everything that imports torch does so when called.
+torchrun's LocalElasticAgent and c10d rendezvous do membership, restarts and quorum. This module adds what they lack: a
+key-value store that listens at one address only, messages that name what failed, and a restart budget that a new
+checkpoint refills. `lte train --launch` makes a Launch; the supervisor runs it in a thread. torch is imported by the
+functions that need it, so that the command line stays light.
 """
 
 from __future__ import annotations
@@ -11,11 +13,9 @@ import logging
 import math
 import os
 import signal
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,26 +24,27 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from simulate.common.errors import InputError, RunFailedError
+from simulate.common.errors import RunFailedError, first_line
 from simulate.config.run import Run, run_fingerprint
+from simulate.launch.heartbeat import MISSED_BEATS
+from simulate.launch.keys import FATAL, FATAL_EXIT, LOGS, OUTCOME, REPORTED_EXIT, STEP, log
+from simulate.launch.preflight.listener import listen
 from simulate.launch.preflight.secret import VARIABLE as SECRET_VARIABLE
+from simulate.launch.preflight.settings import Log
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-LOGS = "logs"
 POLL_S, MONITOR_S = 0.3, 0.5
 FAREWELL_S = 20.0
-"""How long the first node waits for the others to hear how the run ended."""
-KEEP_ALIVE_S, KEEP_ALIVE_MISSES = 2, 3
-"""A node that is not heard of for so long is lost."""
-
-Log = Callable[[str], None]
+"""Seconds that node 0 keeps the store open at the end, for the other nodes to read how the run ended."""
+KEEP_ALIVE_S = 2
+"""Seconds between two signs of life in torchrun's rendezvous; MISSED_BEATS of them missing, and a node is lost."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """This machine's part in a launched run."""
+    """This machine's share of a launched run, and its addresses."""
 
     processes: int
     device: str
@@ -51,27 +52,25 @@ class Node:
     number: int = 0
     count: int = 1
     address: str = "127.0.0.1"
-    """Of this node, where it listens."""
+    """Address that this node listens at."""
     interface: str = "lo"
     store_address: str = "127.0.0.1"
-    """Of the first node."""
-    store_port: int = 0
-    """0: any that is free, on the first node."""
+    """Address of node 0, which holds the store."""
 
 
 class Launch:
-    """One node's agent with its store; `tell` gets what goes wrong, in words, as it happens."""
+    """One node's agent and its connection to the store; `log` gets a line for each failure, as it happens."""
 
     def __init__(self, folder: Path, run: Run, node: Node, log: Log, threads: int) -> None:
         self._oom_kills_before = oom_kills()
         self.folder, self.run, self.node, self.log, self.threads = folder, run, node, log, threads
         self._store: TCPStore | None = None
-        self.keep_alive_misses = KEEP_ALIVE_MISSES
+        self.keep_alive_misses = MISSED_BEATS
         self.abandoned = threading.Event()
-        """Set where no process may be started any more."""
+        """Set when no process may be started any more."""
         self._agent_class, self._running_agent = _agent_class(), None
         self.wire_sent_bytes: list[int] | None = None
-        """What each node's interface sent, with all headers and whatever else was on it; known on node 0 at the end."""
+        """Bytes that each node's interface sent, with all headers and other programs' traffic; node 0, at the end."""
 
     @property
     def store(self) -> TCPStore:
@@ -80,20 +79,12 @@ class Launch:
         return self._store
 
     def open_store(self) -> None:
-        """Listen, on the first node, at its address only. Raises InputError."""
+        """Open the store on node 0, at its own address only. Raises InputError."""
         from torch.distributed import TCPStore
 
         node = self.node
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((node.address, node.store_port))
-            listener.listen(1024)
-        except OSError as error:
-            listener.close()
-            raise InputError(
-                f"--join {node.address}:{node.store_port} cannot be listened at ({error.strerror}); choose another port"
-            ) from None
+        # TCPStore by itself listens at every address, so it gets a socket that is bound to one.
+        listener = listen(node.address, 0, "the agents' store")
         port = listener.getsockname()[1]
         self._store = TCPStore(
             node.address, port, is_master=True, timeout=self._join_timeout, wait_for_workers=False,
@@ -101,27 +92,27 @@ class Launch:
         )  # fmt: skip
 
     def connect_store(self, port: int) -> None:
-        """Connect, on another node, to the first one's. Raises RunFailedError."""
+        """Connect another node to node 0's store. Raises RunFailedError."""
         from torch.distributed import TCPStore
 
         try:
             self._store = TCPStore(self.node.store_address, port, is_master=False, timeout=self._join_timeout)
         except RuntimeError as error:
-            place = f"{self.node.store_address}:{port}"
-            raise RunFailedError(f"node 0 does not answer at {place}: {_first_line(error)}") from error
+            address = f"{self.node.store_address}:{port}"
+            raise RunFailedError(f"node 0 does not answer at {address}: {first_line(error)}") from error
 
     @property
     def _join_timeout(self) -> timedelta:
         return timedelta(seconds=self.run.cluster.join_timeout_s)
 
     def run_agent(self) -> dict[str, Any]:
-        """Start the processes and keep them going; returns how the run ended. Raises RunFailedError."""
+        """Run the processes, restarting them after failures; returns the run's outcome. Raises RunFailedError."""
         from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousTimeoutError
 
         node = self.node
         os.environ.update(self._environment())
-        os.environ.pop(SECRET_VARIABLE, None)  # processes have no use for it
-        # What it has to say is told here, in our words.
+        os.environ.pop(SECRET_VARIABLE, None)  # workers do not need it, so they do not get it
+        # torchrun's own log lines are replaced by self.log's.
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
         sent_before = self._interface_sent_bytes()
         agent, handler = self._agent()
@@ -130,6 +121,7 @@ class Launch:
             result = agent.run()
             handler.shutdown()
         except (RendezvousError, RuntimeError) as error:
+            # The store often goes away just after the run ended, because node 0 leaves first.
             if outcome := self._outcome():
                 return outcome
             if isinstance(error, RendezvousTimeoutError):
@@ -137,54 +129,52 @@ class Launch:
                 raise RunFailedError(f"node {node.number} waited {waited} for nodes that were lost") from error
             if node.number > 0 and self._store_is_gone():
                 raise RunFailedError(f"node {node.number}: node 0 is gone, and the run with it") from error
-            raise RunFailedError(f"node {node.number} lost the others: {_first_line(error)}") from error
+            raise RunFailedError(f"node {node.number} lost the others: {first_line(error)}") from error
         outcome = self._outcome()
-        self._part(self._interface_sent_bytes() - sent_before)
+        self._say_goodbye(self._interface_sent_bytes() - sent_before)
         if outcome is not None:
             return outcome
         failures = "; ".join(self._failure(rank, failure) for rank, failure in sorted(result.failures.items()))
         raise RunFailedError(f"given up after {self.run.cluster.max_restarts} restarts: {failures}")
 
     def allow_clocks_apart(self, seconds: float) -> None:
-        """Take a node for lost later: signs of life bear the time of each node's own clock."""
+        """Declare a node lost later: torchrun stamps signs of life with each node's own clock."""
         self.keep_alive_misses += math.ceil(seconds / KEEP_ALIVE_S)
 
     @property
     def is_waiting(self) -> bool:
-        """Whether no process runs here, since others are waited for."""
+        """Whether this node runs no process because it waits for other nodes."""
         from torch.distributed.elastic.agent.server.api import WorkerState
 
         agent = self._running_agent
         return agent is not None and agent.get_worker_group().state in (WorkerState.INIT, WorkerState.STOPPED)
 
     def abandon(self) -> None:
-        """End this node's processes at once, and start none any more."""
+        """Kill this node's processes, and start no more."""
         self.abandoned.set()
-        own = [child for child in psutil.Process().children(recursive=True) if self._is_ours(child)]
-        for process in own:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(own, timeout=POLL_S)
-
-    def _is_ours(self, process: psutil.Process) -> bool:
-        with suppress(psutil.Error):
-            return str(self.folder) in process.cmdline()
-        return False
+        workers = []
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                if str(self.folder) in child.cmdline():  # a worker of this run, not some other child
+                    child.kill()
+                    workers.append(child)
+        psutil.wait_procs(workers, timeout=POLL_S)
 
     def _environment(self) -> dict[str, str]:
+        """Return the environment variables that the workers get."""
         interface = self.node.interface
         return {
             "GLOO_SOCKET_IFNAME": interface,
             "NCCL_SOCKET_IFNAME": interface,
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # its server would listen everywhere
-            "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGHUP",  # Ctrl-C and SIGTERM are asked for more gently
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # the shared store would listen at every address
+            "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGHUP",  # Ctrl-C and SIGTERM first save a checkpoint
             "OMP_NUM_THREADS": str(self.threads),
-            "OMP_WAIT_POLICY": "passive",  # processes that spin stand in each other's way
+            "OMP_WAIT_POLICY": "passive",  # threads that spin take cores from other processes
             "KINETO_LOG_LEVEL": "99",
         }
 
     def _agent(self) -> tuple[Any, Any]:
-        """Return the agent and its part of the rendezvous."""
+        """Return torchrun's agent and its rendezvous handler."""
         from torch.distributed.elastic.agent.server.api import WorkerSpec
         from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
         from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
@@ -201,7 +191,7 @@ class Launch:
             C10dRendezvousBackend(self.store, run_id),
             min_nodes=least,
             max_nodes=node.count,
-            local_addr=f"{node.number:06d}",  # ranks go by these names, so the first process is node 0's
+            local_addr=f"{node.number:06d}",  # ranks are sorted by this name: rank 0 is on node 0
             timeout=RendezvousTimeout(
                 join=timedelta(seconds=cluster.join_timeout_s), last_call=timedelta(seconds=cluster.rejoin_s)
             ),
@@ -223,28 +213,16 @@ class Launch:
         )
         return self._agent_class(spec, DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL), self), handler
 
-    def failed(self, failures: dict[int, Any]) -> None:
-        """Tell everyone which of this node's processes failed by themselves; others wrote so before they left."""
-        from simulate.launch.keys import FATAL_EXIT, REPORTED_EXIT
-        from simulate.launch.worker import log
-
+    def on_failures(self, failures: dict[int, Any]) -> tuple[int, bool]:
+        """Log failed processes; returns the newest checkpoint's step, and whether a restart can help."""
         for rank, failure in sorted(failures.items()):
-            if failure.exitcode not in (FATAL_EXIT, REPORTED_EXIT):
+            if failure.exitcode not in (FATAL_EXIT, REPORTED_EXIT):  # those have logged the reason themselves
                 log(self.store, self._failure(rank, failure))
-
-    def may_restart(self) -> bool:
-        """Whether trying again can end otherwise."""
-        from simulate.launch.keys import FATAL
-
-        return not self.store.check([FATAL])
-
-    def saved_step(self) -> int:
-        """Return the step of the newest checkpoint that the run told of."""
-        from simulate.launch.keys import STEP
-
-        return int(self.store.get(STEP)) if self.store.check([STEP]) else 0
+        saved_step = int(self.store.get(STEP)) if self.store.check([STEP]) else 0
+        return saved_step, not self.store.check([FATAL])
 
     def _failure(self, rank: int, failure: Any) -> str:
+        """Return a line that says how a process ended, from its exit code and the last line of its log."""
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             hint = ""
@@ -260,8 +238,7 @@ class Launch:
         return f"process {rank} on node {self.node.number} {why}ended with {failure.exitcode}{last}"
 
     def _outcome(self) -> dict[str, Any] | None:
-        from simulate.launch.keys import OUTCOME
-
+        """Return how the run ended, None where no process has said so or the store is gone."""
         try:
             return dict(json.loads(self.store.get(OUTCOME))) if self.store.check([OUTCOME]) else None
         except RuntimeError:
@@ -278,8 +255,8 @@ class Launch:
         counters = psutil.net_io_counters(pernic=True).get(self.node.interface)
         return 0 if counters is None else counters.bytes_sent
 
-    def _part(self, sent_bytes: int) -> None:
-        """Say what crossed the interface; stay on the first node until everybody has: its store goes with it."""
+    def _say_goodbye(self, sent_bytes: int) -> None:
+        """Report this node's sent bytes; node 0 then waits for the other nodes, because its store goes with it."""
         node = self.node
         try:
             self.store.set(f"left/{node.number}", str(sent_bytes))
@@ -295,7 +272,7 @@ class Launch:
 
 
 def oom_kills() -> int:
-    """Return how many processes this system has killed for lack of memory so far; 0 where it does not tell."""
+    """Return how many processes this system has killed for lack of memory so far; 0 where it does not say."""
     with suppress(OSError):
         for line in Path("/proc/vmstat").read_text().splitlines():
             if line.startswith("oom_kill "):
@@ -304,7 +281,7 @@ def oom_kills() -> int:
 
 
 def _agent_class() -> Any:
-    """Return torchrun's agent, which also tells of failures, and counts restarts from the last checkpoint on."""
+    """Return torchrun's agent class, extended: it logs failures, and counts restarts since the newest checkpoint."""
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
@@ -321,20 +298,15 @@ def _agent_class() -> Any:
         def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
             result = super()._monitor_workers(worker_group)
             if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
-                self._launch.failed(result.failures)
-                step = self._launch.saved_step()
-                if step > self._restarted_at:  # the run got on in between
+                step, may_restart = self._launch.on_failures(result.failures)
+                if step > self._restarted_at:  # the run has made progress since: refill the budget
                     self._restarted_at, self._remaining_restarts = step, worker_group.spec.max_restarts
-                if not self._launch.may_restart():
+                if not may_restart:
                     self._remaining_restarts = 0
             return result
 
         def _shutdown(self, death_sig: signal.Signals = signal.SIGKILL, timeout: int = 30) -> None:
-            # Nothing is lost with a killed process: what it saves is whole or not there.
+            # A killed process loses nothing: checkpoints are written whole or not at all.
             super()._shutdown(signal.SIGKILL, timeout)
 
     return Agent
-
-
-def _first_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

@@ -1,7 +1,9 @@
-"""Signs of life of a launched run's processes, so that who does not answer can be named.
+"""Signs of life of a launched run: who has fallen silent, who is alive but behind, which nodes still take part.
 
-Each process writes, twice a second, how often it did so and how many exchanges it has begun. When one fails, two
-looks tell who has fallen silent, and who is alive but behind.
+Each process and each node's supervisor counts beats in the run's key-value store. Two looks at a counter, MISSED_BEATS
+beats apart, tell a dead sender from a slow one. A process looks when an exchange fails, to name the culprit
+(TorchCommunicator.missing). Node 0 looks before it gives a node's number to a machine that comes back (ltecli launch).
+The preflight runs before there is a store: it asks a node over their own connection, and waits ANSWER_S.
 """
 
 from __future__ import annotations
@@ -10,80 +12,129 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
+if TYPE_CHECKING:  # the preflight imports this module and stays free of torch
+    from torch.distributed import Store
 
-PULSE_S = 0.5
-LOOK_S = 1.5
-"""Between the two looks; a slow link must not look like a dead one."""
+PROCESS_BEAT_S, NODE_BEAT_S = 0.5, 1.0
+"""Seconds between two beats of a process, and of a node's supervisor."""
+MISSED_BEATS = 3
+"""Beats between two looks; fewer would take a slow link for a dead one."""
+ANSWER_S = 2.0
+"""Seconds that a node has to answer, or to take a message, over a preflight's connection."""
 STORE_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
-class Sign:
-    """What a process last wrote."""
+class Beat:
+    """The newest sign of life of a process or a node."""
 
-    beats: int
-    exchanges: int
-    current_phase: str
+    count: int
+    """Beats so far."""
+    exchanges: int = 0
+    """Exchanges that the process has begun."""
+    current_phase: str = ""
+    """Current phase of training, in words; "" before its first exchange."""
 
 
-class Pulse:
-    """This process's signs of life, written by a thread, and a look at the others'; `titles` names all processes."""
+def write_beat(store: Store, sender: str, beat: Beat) -> None:
+    """Publish the newest sign of life of `sender`."""
+    store.set(f"beat/{sender}", json.dumps(astuple(beat)))
+
+
+def read_beat(store: Store, sender: str) -> Beat | None:
+    """Return the newest sign of life of `sender`, None before its first."""
+    key = f"beat/{sender}"
+    return Beat(*json.loads(store.get(key))) if store.check([key]) else None
+
+
+def is_silent(before: Beat | None, after: Beat | None) -> bool:
+    """Whether a sender gave no sign of life between two looks."""
+    return before is None or after is None or before.count == after.count
+
+
+class NodeHeartbeat:
+    """Signs of life of one node; its supervisor calls `beat_if_due` whenever the store has answered."""
+
+    def __init__(self, node: int) -> None:
+        self._sender, self._count, self._last_s = f"node{node}", 0, -NODE_BEAT_S
+
+    def beat_if_due(self, store: Store) -> None:
+        """Beat, unless the last beat is less than NODE_BEAT_S old."""
+        if time.monotonic() - self._last_s > NODE_BEAT_S:
+            self._count, self._last_s = self._count + 1, time.monotonic()
+            write_beat(store, self._sender, Beat(self._count))
+
+
+def is_node_alive(store: Store, node: int) -> bool:
+    """Whether a node still takes part in the run; takes MISSED_BEATS beats to find out."""
+    before = read_beat(store, f"node{node}")
+    time.sleep(MISSED_BEATS * NODE_BEAT_S)
+    return not is_silent(before, read_beat(store, f"node{node}"))
+
+
+class ProcessHeartbeat:
+    """Signs of life of this process, written by a thread, and a look at the others'.
+
+    `titles` names all processes of the run in messages; `now` returns this process's exchanges and current phase.
+    """
 
     def __init__(
         self, host: str, port: int, prefix: str, process: int, titles: Sequence[str], now: Callable[[], tuple[int, str]]
     ) -> None:
         self._address, self._prefix, self._process, self._titles, self._now = (host, port), prefix, process, titles, now
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="pulse", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Write no more."""
+        """Stop the beats."""
         self._done.set()
 
     def missing(self, exchanges: int) -> str:
-        """Return who is not where this process is, having begun that many exchanges; "" where nobody knows better."""
+        """Return in words who has not begun exchange number `exchanges`; "" where all have."""
         try:
             store = self._store()
-            first = self._signs(store)
-            time.sleep(LOOK_S)
-            second = self._signs(store)
-        except RuntimeError:  # of a store that is gone, or behind the same dead link
+            first = self._beats(store)
+            time.sleep(MISSED_BEATS * PROCESS_BEAT_S)
+            second = self._beats(store)
+        except RuntimeError:  # the store is gone, or behind the same dead link
             return "the first node does not answer either"
         return describe_missing(self._titles, self._process, exchanges, first, second)
 
-    def _store(self) -> dist.Store:
+    def _store(self) -> Store:
+        from torch.distributed import PrefixStore, TCPStore
+
+        # A connection of its own: a thread that waits in the shared one would block the beats.
         timeout = timedelta(seconds=STORE_TIMEOUT_S)
-        return dist.PrefixStore(self._prefix, dist.TCPStore(*self._address, is_master=False, timeout=timeout))
+        return PrefixStore(self._prefix, TCPStore(*self._address, is_master=False, timeout=timeout))
 
     def _beat(self) -> None:
-        beats = 0
+        count = 0
         try:
             store = self._store()
-            while not self._done.wait(PULSE_S if beats else 0.0):
-                beats += 1
-                store.set(f"pulse/{self._process}", json.dumps([beats, *self._now()]))
+            while not self._done.wait(PROCESS_BEAT_S if count else 0.0):
+                count += 1
+                write_beat(store, str(self._process), Beat(count, *self._now()))
         except RuntimeError:  # the store went with the first node; the agent ends this process
             return
 
-    def _signs(self, store: dist.Store) -> list[Sign | None]:
-        keys = [f"pulse/{process}" for process in range(len(self._titles))]
-        return [Sign(*json.loads(store.get(key))) if store.check([key]) else None for key in keys]
+    def _beats(self, store: Store) -> list[Beat | None]:
+        return [read_beat(store, str(process)) for process in range(len(self._titles))]
 
 
 def describe_missing(
-    titles: Sequence[str], own: int, exchanges: int, first: Sequence[Sign | None], second: Sequence[Sign | None]
+    titles: Sequence[str], own: int, exchanges: int, first: Sequence[Beat | None], second: Sequence[Beat | None]
 ) -> str:
-    """Return, in words, which processes fell silent between two looks, and which are alive but behind `exchanges`."""
+    """Return in words which processes fell silent between two looks, and which are alive but behind `exchanges`."""
     silent, behind = [], []
     for process, (title, before, after) in enumerate(zip(titles, first, second, strict=True)):
         if process == own:
             continue
-        if after is None or before is None or after.beats == before.beats:
+        if after is None or is_silent(before, after):
             silent.append(title)
         elif after.exchanges < exchanges:
             behind.append(f"{title} at {after.current_phase or 'the start'}")

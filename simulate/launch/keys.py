@@ -1,13 +1,35 @@
-"""Names that the processes of a launched run share: files, keys of the store, exit codes."""
+"""Names of a run's files, and the names, exit codes and message log that a launched run's processes share.
+
+The command line and the worker read and write the files; agent, supervisor and worker meet in the key-value store.
+"""
 
 from __future__ import annotations
 
-RUN_FILE, PROFILE_FILE, EVENTS_FILE, CHECKPOINTS = "run.toml", "profile.toml", "events.jsonl", "checkpoints"
-"""What the worker reads and writes in the run's folder."""
-STOP, OUTCOME, FATAL, REPORTED, STEP, START, LINKS = "stop", "outcome", "fatal", "told", "step", "start", "links"
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+RUN_FILE, PROFILE_FILE, PLAN_FILE, EVENTS_FILE = "run.toml", "profile.toml", "plan.json", "events.jsonl"
+"""Files of a run folder."""
+CHECKPOINTS, TENSORBOARD, LOGS = "checkpoints", "tensorboard", "logs"
+"""Folders of a run folder."""
+
+STOP, STEP, START, LINKS = "stop", "step", "start", "links"
+"""Store keys: a wish to stop, the newest checkpoint's step, facts for the start event, measured links."""
+OUTCOME, FATAL = "outcome", "fatal"
+"""Store keys: how the run ended (JSON), and whether a restart is useless."""
+REPORTED = "told"
+"""Store key that counts messages; `told/K` holds the K-th."""
 BEGUN, ANSWERED = "begun", "answered"
-"""Keys of the store."""
+"""Store keys: how often the run began, and how many messages its restart events have quoted."""
+
 FAILED_EXIT, FATAL_EXIT, REPORTED_EXIT = 1, 2, 3
-"""3: what failed was told."""
+"""A worker's exit codes: unexplained, useless to restart, and explained in the message log."""
 AGENT_THREAD, LISTENER_THREAD = "lte-agent", "lte-listener"
-"""Threads that may be in a call which does not return: to a store behind a link that is down."""
+"""Threads that may hang in a call to a store behind a dead link; ltecli.errors then ends the process by force."""
+
+
+def log(store: Store, text: str) -> None:
+    """Append a line to the message log, which every node's supervisor prints."""
+    store.set(f"{REPORTED}/{store.add(REPORTED, 1)}", text)

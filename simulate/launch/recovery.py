@@ -1,9 +1,10 @@
-"""How the processes of a launched run agree on where to go on, whatever each of them has saved.
+"""Recovery: the processes of a launched run agree on a checkpoint, and send each other the parts that they lack.
 
-Every process says which checkpoints its folder holds: of which devices, and whether what all share. The newest one that
-covers all devices is taken; if none does, because a folder is gone, the one that covers most. A part that a process
-needs and does not have comes from one that has it. A device that nobody has starts from the merged weights with an
-optimizer and adapters of its own, and what it had added to W stays.
+A node's folder holds the checkpoints of its own devices, and nodes can be lost with their folders. Each process lists
+its checkpoints: which devices each has, and whether it has the shared part. All take the newest one that covers all
+devices, else the one that covers most. A process gets missing parts from one that has them. A device whose part nobody
+has starts from the merged weights, with a new optimizer and new adapters; what it had added to W before stays. The
+worker calls `recover` before it trains.
 """
 
 from __future__ import annotations
@@ -22,23 +23,23 @@ from simulate.training.checkpoints import Progress, checkpoint_path, has_shared,
 from simulate.training.loop import Session, continue_from
 
 Held = dict[int, tuple[bool, list[int]]]
-"""By step: whether a process can read what all devices share, and the devices whose parts it can read."""
+"""A process's readable checkpoints, by step: whether it has the shared part, and the devices whose parts it has."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """Where to go on, and with what."""
+    """State from which all processes continue."""
 
     progress: Progress
     state: State
     lost: list[int]
-    """Devices whose state nobody had."""
+    """Devices whose parts no process has."""
 
 
 def recover(session: Session) -> Found | None:
-    """Take a run up where it can go on, the same step in all processes; None, and the start, where nobody has anything.
+    """Continue the session from a step that all processes agree on; returns None, at step 0, without any checkpoint.
 
-    Raises InputError for a checkpoint that is damaged, or does not belong to the run.
+    Raises InputError for a checkpoint that is damaged or belongs to another run.
     """
     found = _find(session)
     if found is not None:
@@ -52,10 +53,13 @@ def _find(session: Session) -> Found | None:
     communicator = session.communicator
     assert isinstance(communicator, TorchCommunicator)
     communicator.current_phase = "the search for checkpoints"
-    own = {step: (shared, sorted(devices)) for step, (shared, devices) in _held(session.checkpoints).items()}
-    everyones = [_parsed(text) for text in communicator.share_texts(json.dumps(own))]
+    texts = communicator.share_texts(json.dumps(_held(session.checkpoints)))
+    everyones = [
+        {int(step): (bool(shared), list(devices)) for step, (shared, devices) in json.loads(text).items()}
+        for text in texts
+    ]  # JSON has only strings as keys, and no tuples
     step = choose(everyones, session.run.cluster.devices)
-    _drop_later(session, -1 if step is None else step)
+    _remove_later(session, -1 if step is None else step)
     if step is None:
         return None
     holders = [held.get(step, (False, [])) for held in everyones]
@@ -63,18 +67,18 @@ def _find(session: Session) -> Found | None:
     known, state = _exchange(session, communicator, holders, progress, state)
     lost = sorted(set(range(session.run.cluster.devices)) - {d for _, devices in holders for d in devices})
     if lost:
-        _revive(session, communicator, holders, state, lost)
+        _init_lost_devices(session, communicator, holders, state, lost)
     return Found(known, state, lost)
 
 
-def _revive(
+def _init_lost_devices(
     session: Session,
     communicator: TorchCommunicator,
     holders: list[tuple[bool, list[int]]],
     state: State,
     lost: list[int],
 ) -> None:
-    """Give devices that are lost a start, like that of the first device that is not."""
+    """Initialise the lost devices' parts after the pattern of the first device that is not lost."""
     source = next(process for process, (_, devices) in enumerate(holders) if devices)
     donor = min(holders[source][1])
     received = communicator.send_state(source, _of_device(session, donor) if communicator.process == source else {})
@@ -83,17 +87,21 @@ def _revive(
 
 
 def choose(everyones: list[Held], devices: int) -> int | None:
-    """Return the step to go on from: the newest that covers all devices, else the newest of those that cover most."""
+    """Return the step to continue from: the newest that covers all devices, else the newest of those that cover most.
+
+    Only steps count whose shared part some process has. None without any.
+    """
     best: tuple[int, int] | None = None
     for step in {step for held in everyones for step in held}:
         holders = [held[step] for held in everyones if step in held]
         if any(shared for shared, _ in holders):
             covered = len({device for _, own in holders for device in own if device < devices})
-            best = max(best or (0, 0), (covered, step))
+            best = max(best or (0, 0), (covered, step))  # more devices first, then the newer step
     return None if best is None or best[0] == 0 else best[1]
 
 
 def _held(folder: Path) -> Held:
+    """Return the checkpoints that a folder holds."""
     held: Held = {}
     for path in sorted(folder.glob("step-*")):
         name = path.name.removeprefix("step-")
@@ -102,20 +110,18 @@ def _held(folder: Path) -> Held:
     return held
 
 
-def _parsed(text: str) -> Held:
-    return {int(step): (bool(shared), list(devices)) for step, (shared, devices) in json.loads(text).items()}
-
-
-def _drop_later(session: Session, step: int) -> None:
-    """Remove what is newer than the step to go on from: parts of one attempt must not be joined with another's."""
+def _remove_later(session: Session, step: int) -> None:
+    """Remove checkpoints newer than `step`: a later save at the same step must not mix with parts of this attempt."""
     if session.writes_shared:
         for path in session.checkpoints.glob("step-*"):
             if path > checkpoint_path(session.checkpoints, step):
                 shutil.rmtree(path, ignore_errors=True)
+    # A barrier: nobody reads or writes checkpoints until all folders are clean.
     session.communicator.all_gather_scalars(torch.zeros(session.method.local_devices, 1))
 
 
 def _read(session: Session, step: int, held: tuple[bool, list[int]]) -> tuple[Progress | None, State]:
+    """Return the parts that this process needs and its folder holds."""
     shared, devices = held
     needed = [device for device in session.method.row_devices() if device in devices]
     if not shared and not needed:
@@ -131,7 +137,7 @@ def _exchange(
     progress: Progress | None,
     state: State,
 ) -> tuple[Progress, State]:
-    """Give every process what it lacks; nothing travels where all have what they need."""
+    """Send every process the parts that it lacks; nothing is sent where none lacks any."""
     texts = communicator.share_texts(json.dumps(None if progress is None else asdict(progress)))
     known = next(Progress(**json.loads(text)) for text in texts if text != "null")
     if not all(shared for shared, _ in holders):
@@ -143,6 +149,7 @@ def _exchange(
     for device in sorted(lacking):
         sources = [process for process, (_, devices) in enumerate(holders) if device in devices]
         if sources:
+            # Every process takes part in a broadcast; those that do not need the device drop what they receive.
             own = _of_device(session, device) if communicator.process == sources[0] else {}
             received = communicator.send_state(sources[0], own)
             if device in wanted[communicator.process]:
@@ -151,5 +158,6 @@ def _exchange(
 
 
 def _of_device(session: Session, device: int) -> dict[str, Tensor]:
+    """Return a device's part of the newest checkpoint, which is the agreed one since later ones were removed."""
     newest = max(session.checkpoints.glob("step-*"))
     return load_checkpoint(newest, session.run, session.batches.fingerprint, [device], False)[1].of_devices[device]

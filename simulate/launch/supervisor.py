@@ -1,7 +1,7 @@
-"""Who watches a running agent: passes on what is told, asks to stop, and gives up where nothing answers any more.
+"""The supervisor of a running agent: it prints the message log, forwards events and stop wishes, and gives up.
 
-The agent runs in a thread, since a call to a store behind a dead link does not return; this process's main thread stays
-free for signals and deadlines.
+A call to a store behind a dead link never returns. So the agent runs in one thread and all other calls to the store in
+a second, and the main thread stays free for signals and deadlines. `lte train --launch` calls run_supervised.
 """
 
 from __future__ import annotations
@@ -9,32 +9,26 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from simulate.common.errors import RunFailedError
+from simulate.common.events import Emit
 from simulate.launch.agent import POLL_S, Launch
-from simulate.launch.keys import AGENT_THREAD, LISTENER_THREAD
+from simulate.launch.heartbeat import NodeHeartbeat
+from simulate.launch.keys import AGENT_THREAD, LISTENER_THREAD, REPORTED, STOP
 
 GONE_S = 10.0
-"""How long the agent may take to end by itself once node 0 is gone, or once a stop was asked for while it waits."""
+"""Seconds that the agent has to end by itself once node 0 is gone, or once a stop was asked for while it waits."""
 END_S = 5.0
-"""How long threads are waited for that may be in a call which does not return."""
-ALIVE_S = 1.0
-"""Between two signs of life of a node."""
-Event = dict[str, Any]
+"""Seconds to wait for threads whose call to the store may never return."""
 
 
-def alive_key(node: int) -> str:
-    """Return the key of the store that counts a node's signs of life."""
-    return f"alive/{node}"
+def run_supervised(launch: Launch, on_event: Emit, events: Path, asked: list[bool]) -> dict[str, Any]:
+    """Run the agent to its end; returns the run's outcome. Raises RunFailedError, and KeyboardInterrupt for a stop.
 
-
-def run_watched(launch: Launch, on_event: Callable[[Event], None], events: Path, asked: list[bool]) -> dict[str, Any]:
-    """Run the agent to its end; returns how the run ended. Raises RunFailedError, and KeyboardInterrupt for a stop.
-
-    `on_event` gets what the first process emits, on node 0; `asked` is looked at for a wish to stop.
+    On node 0, `on_event` gets each event that rank 0 appends to the file `events`. `asked` is not empty once the user
+    has asked to stop.
     """
     agent, listener = _AgentThread(launch), _Listener(launch, asked)
     tail = _EventTail(events, on_event) if launch.node.number == 0 else None
@@ -45,7 +39,7 @@ def run_watched(launch: Launch, on_event: Callable[[Event], None], events: Path,
             agent.join(POLL_S)
             if tail is not None:
                 tail.look()
-            _give_up_where_due(launch, listener)
+            _give_up_if_hopeless(launch, listener)
         listener.end()
         if tail is not None:
             tail.look()
@@ -56,7 +50,8 @@ def run_watched(launch: Launch, on_event: Callable[[Event], None], events: Path,
         agent.join(END_S)
 
 
-def _give_up_where_due(launch: Launch, listener: _Listener) -> None:
+def _give_up_if_hopeless(launch: Launch, listener: _Listener) -> None:
+    """Raise where waiting longer is useless: the user's stop meets a waiting agent, or node 0 is gone or silent."""
     cluster, number = launch.run.cluster, launch.node.number
     if listener.stopping_s is not None and launch.is_waiting and time.monotonic() - listener.stopping_s > GONE_S:
         raise KeyboardInterrupt("stopped while waiting for other nodes")
@@ -73,6 +68,8 @@ def _give_up_where_due(launch: Launch, listener: _Listener) -> None:
 
 
 class _AgentThread(threading.Thread):
+    """The agent's thread; `result` returns the run's outcome, or raises what the agent raised."""
+
     def __init__(self, launch: Launch) -> None:
         super().__init__(name=AGENT_THREAD, daemon=True)
         self._launch, self._outcome, self._error = launch, None, None
@@ -94,82 +91,79 @@ class _AgentThread(threading.Thread):
 
 
 class _Listener:
-    """Passes on what processes tell, and asks everyone to stop where that is wished."""
+    """The store's client: prints the message log, passes on the user's wish to stop, and beats for this node."""
 
     def __init__(self, launch: Launch, asked: list[bool]) -> None:
         self.launch, self.asked = launch, asked
         self.heard_s = time.monotonic()
-        """When the store last answered."""
+        """Time of the store's last answer."""
         self.lost = False
         """Whether the store is gone."""
         self.stopping_s: float | None = None
-        """When somebody asked to stop."""
-        self._told, self._lived_s, self._done = 0, 0.0, threading.Event()
+        """Time at which somebody, on any node, asked to stop."""
+        self._heartbeat = NodeHeartbeat(launch.node.number)
+        self._printed, self._done = 0, threading.Event()
         self._thread = threading.Thread(target=self._listen, name=LISTENER_THREAD, daemon=True)
 
     def start(self) -> None:
-        """Begin; what was told before this node joined is not repeated."""
+        """Start the thread."""
         self._thread.start()
 
     def end(self) -> None:
-        """Look a last time; a store that does not answer keeps nobody."""
+        """Poll a last time and end the thread; a store that does not answer is left behind after END_S."""
         self._done.set()
         self._thread.join(END_S)
 
     def _listen(self) -> None:
         try:
             while not self._done.wait(POLL_S):
-                self._look()
-            self._look()
+                self._poll()
+            self._poll()
         except RuntimeError:
             self.lost = True
 
-    def _look(self) -> None:
-        from simulate.launch.keys import REPORTED, STOP
-
+    def _poll(self) -> None:
         store = self.launch.store
         if self.asked:
             store.set(STOP, "1")
-        for index in range(self._told + 1, store.add(REPORTED, 0) + 1):
+        for index in range(self._printed + 1, store.add(REPORTED, 0) + 1):
             if not store.check([f"{REPORTED}/{index}"]):
-                break
+                break  # a writer has counted its message and not yet stored it
             self.launch.log(store.get(f"{REPORTED}/{index}").decode())
-            self._told = index
+            self._printed = index
         if self.stopping_s is None and store.check([STOP]):
             self.stopping_s = time.monotonic()
-        if time.monotonic() - self._lived_s > ALIVE_S:
-            store.add(alive_key(self.launch.node.number), 1)
-            self._lived_s = time.monotonic()
+        self._heartbeat.beat_if_due(store)
         self.heard_s = time.monotonic()
 
 
 class _EventTail:
-    """Reads the event file as it grows. A restart cuts it back: what is left was passed on before."""
+    """Reader of the growing event file. A restart replaces the file by a shorter one, whose events were passed on."""
 
-    def __init__(self, path: Path, on_event: Callable[[Event], None]) -> None:
+    def __init__(self, path: Path, on_event: Emit) -> None:
         self._path, self._on_event = path, on_event
         self._file, self._offset = 0, 0
-        if path.exists():  # of an earlier session
+        if path.exists():  # skip the events of earlier sessions
             self._file, self._offset = path.stat().st_ino, path.stat().st_size
 
     def look(self) -> None:
-        """Pass on what is new."""
+        """Pass on events that were appended since the last call."""
         try:
             file_number = self._path.stat().st_ino
         except FileNotFoundError:
             return
         if file_number != self._file:
-            self._file, self._offset = file_number, self._beginning()
+            self._file, self._offset = file_number, self._session_offset()
         with self._path.open("rb") as file:
             file.seek(self._offset)
             for line in file:
                 if not line.endswith(b"\n"):
-                    break
+                    break  # still being written; the next call reads it whole
                 self._offset += len(line)
                 self._on_event(json.loads(line))
 
-    def _beginning(self) -> int:
-        """Return where the last session of a file begins that was written anew."""
+    def _session_offset(self) -> int:
+        """Return the byte offset of the last session's first event."""
         beginning, offset = 0, 0
         with self._path.open("rb") as file:
             for line in file:

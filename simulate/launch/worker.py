@@ -1,10 +1,9 @@
-"""One process of a launched run: what the elastic agent starts, and starts again after a loss.
+"""One worker process of a launched run: it recovers the newest state, trains to the end, and reports how it ended.
 
     python -m simulate.launch.worker FOLDER DEVICE STORE_HOST STORE_PORT NODE
 
-Everything else comes from the agent's environment (RANK, WORLD_SIZE, ...) and from the run's folder. Processes agree on
-the newest state that they have among them, take it up, and train until the end or until somebody asks to stop. What is
-told goes through the agents' key-value store: `told` counts messages, `told/K` has the K-th, `outcome` the end.
+The elastic agent starts it, and starts it again after a failure. Its rank comes from the agent's environment (RANK,
+WORLD_SIZE, ...), all else from the run's folder. Messages and the outcome go through the store of `launch/keys.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,14 +25,14 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from simulate.comm.process_group import LostPeerError, TorchCommunicator, devices_of, first_line, is_lack_of_memory
-from simulate.common.errors import InputError, RunFailedError
-from simulate.common.events import Event, EventFile, read_events, truncate_events
+from simulate.comm.process_group import LostPeerError, TorchCommunicator, devices_of, is_lack_of_memory
+from simulate.common.errors import InputError, RunFailedError, first_line
+from simulate.common.events import Emit, Event, EventFile, read_events, truncate_events
 from simulate.config.profiles import load_profile
 from simulate.config.run import Run, load_run
 from simulate.data.batches import build_batches
 from simulate.data.load import kept_tokenizer, load_data
-from simulate.launch.heartbeat import Pulse
+from simulate.launch.heartbeat import ProcessHeartbeat
 from simulate.launch.keys import (
     ANSWERED,
     BEGUN,
@@ -52,6 +50,7 @@ from simulate.launch.keys import (
     START,
     STEP,
     STOP,
+    log,
 )
 from simulate.launch.recovery import recover
 from simulate.methods.registry import build_method
@@ -59,13 +58,15 @@ from simulate.training.loop import Session, train
 from simulate.training.simulated_clock import SimulatedClock
 
 ORPHAN_CHECK_S = 0.5
+RESTARTED = "going on from step"
+"""First words of the message that reports a restart."""
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE}
-"""What a restart does not mend."""
+"""Errors of a disk, which a restart cannot fix."""
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Where in the run a process is."""
+    """A process's rank in the run and on its node."""
 
     process: int
     processes: int
@@ -75,7 +76,7 @@ class RankInfo:
 
     @classmethod
     def here(cls, node: int) -> RankInfo:
-        """Return the place that the agent gave to this process."""
+        """Return the rank that the agent gave to this process."""
         keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         process, processes, local_process, local_processes = (int(os.environ[key]) for key in keys)
         return cls(process, processes, local_process, local_processes, node)
@@ -86,21 +87,16 @@ class RankInfo:
         return f"process {self.process} on node {self.node}"
 
     def node_devices(self, devices: int) -> range:
-        """Return the devices of all processes of this node, which have consecutive numbers."""
+        """Return the devices of all processes of this node; their numbers are consecutive."""
         first = self.process - self.local_process
         last = first + self.local_processes - 1
         return range(devices_of(first, self.processes, devices).start, devices_of(last, self.processes, devices).stop)
 
 
-def log(store: dist.Store, text: str) -> None:
-    """Give a line to everyone who listens at the agents."""
-    store.set(f"{REPORTED}/{store.add(REPORTED, 1)}", text)
-
-
 def main() -> int:
-    """Be one process until the run's end; returns the exit code."""
+    """Train as one process of the run until its end; returns the exit code."""
     folder, device_name, host, port, node = sys.argv[1:]
-    end_with_the_agent()
+    exit_with_the_agent()
     place = RankInfo.here(int(node))
     store = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=60))
     try:
@@ -121,14 +117,14 @@ def main() -> int:
 
 
 def _report_failure(store: dist.Store, text: str) -> int:
-    """Tell of what may go better the next time; the log has the traceback."""
+    """Log a failure that a restart may fix; the traceback goes to this process's stderr file."""
     traceback.print_exc()
     log(store, text)
     return REPORTED_EXIT
 
 
 def _end_the_run(store: dist.Store, text: str, is_input: bool) -> int:
-    """Say how the run ended, where trying again would end alike: the first one's word counts."""
+    """Record a failure that a restart cannot fix; the first writer wins."""
     outcome = json.dumps({"kind": "failure", "text": text, "input": is_input})
     store.compare_set(OUTCOME, "", outcome)
     store.set(FATAL, "1")
@@ -136,15 +132,16 @@ def _end_the_run(store: dist.Store, text: str, is_input: bool) -> int:
 
 
 def disk_text(error: OSError, folder: Path) -> str:
-    """Return what a disk refused, with its file system."""
+    """Return a line about a disk error that names the file system, the path and the next move."""
     path = Path(error.filename or folder).absolute()
+    # Of nested mount points, the deepest one holds the path.
     mounts = [Path(partition.mountpoint) for partition in psutil.disk_partitions(all=True)]
     mount = max((m for m in mounts if path.is_relative_to(m)), key=lambda m: len(m.parts), default=Path("/"))
     return f"{error.strerror} on the file system {mount}, at {path}; make room or mend it there"
 
 
-def end_with_the_agent() -> None:
-    """Leave signals to the agent, and leave when it is gone: nobody else would end this process."""
+def exit_with_the_agent() -> None:
+    """Ignore Ctrl-C and SIGTERM, which the agent handles, and exit when the agent is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     agent = os.getppid()
@@ -158,6 +155,7 @@ def end_with_the_agent() -> None:
 
 
 def _device(name: str, place: RankInfo) -> torch.device:
+    """Return this process's device; processes of a node take turns over its GPUs."""
     if name == "cuda":
         torch.cuda.set_device(place.local_process % torch.cuda.device_count())
         return torch.device("cuda", torch.cuda.current_device())
@@ -165,7 +163,7 @@ def _device(name: str, place: RankInfo) -> torch.device:
 
 
 def join_processes(run: Run, device: torch.device, place: RankInfo, store: dist.Store) -> None:
-    """Make the default group of all processes."""
+    """Join the default process group. Raises LostPeerError."""
     backend = {"auto": "nccl" if device.type == "cuda" else "gloo"}.get(run.cluster.backend, run.cluster.backend)
     timeout = timedelta(seconds=run.cluster.timeout_s)
     try:
@@ -178,13 +176,8 @@ def join_processes(run: Run, device: torch.device, place: RankInfo, store: dist.
 
 
 def _group_prefix() -> str:
-    # Every rendezvous picks a port anew, which makes its keys its own.
+    # Each restart has a new master port. In the prefix, it keeps its keys apart from those of earlier starts.
     return f"group/{os.environ['MASTER_ADDR']}/{os.environ['MASTER_PORT']}"
-
-
-def _title(place: RankInfo, devices: range) -> str:
-    several = f"devices {devices[0]} to {devices[-1]}" if len(devices) > 1 else f"device {devices[0]}"
-    return f"{place.title} ({several})"
 
 
 def _train(folder: Path, device: torch.device, place: RankInfo, store: dist.Store) -> None:
@@ -199,13 +192,15 @@ def _train(folder: Path, device: torch.device, place: RankInfo, store: dist.Stor
     leads = place.process == 0
     with ExitStack() as stack:
         stack.callback(communicator.close)
-        titles = communicator.share_texts(_title(place, communicator.local_devices))
-        pulse = Pulse(
+        own = communicator.local_devices
+        named = f"devices {own[0]} to {own[-1]}" if len(own) > 1 else f"device {own[0]}"
+        titles = communicator.share_texts(f"{place.title} ({named})")
+        heartbeat = ProcessHeartbeat(
             host, int(port), _group_prefix(), place.process, titles,
             lambda: (communicator.exchanges, communicator.current_phase),
         )  # fmt: skip
-        stack.callback(pulse.close)
-        communicator.missing = pulse.missing
+        stack.callback(heartbeat.close)
+        communicator.missing = heartbeat.missing
         session = Session(
             run=run,
             method=build_method(run, communicator, device),
@@ -215,7 +210,7 @@ def _train(folder: Path, device: torch.device, place: RankInfo, store: dist.Stor
             emit=_ignore,
             checkpoints=folder / CHECKPOINTS,
             device=device,
-            stop=(lambda: store.check([STOP])) if leads else lambda: False,
+            stop=(lambda: store.check([STOP])) if leads else lambda: False,  # the loop shares rank 0's answer
             writes_shared=place.local_process == 0,
             folder_devices=place.node_devices(run.cluster.devices),
             recovers=True,
@@ -223,21 +218,23 @@ def _train(folder: Path, device: torch.device, place: RankInfo, store: dist.Stor
         found = recover(session)
         if leads:
             if found is not None and found.lost:
-                log(store, f"device {', '.join(map(str, found.lost))}: no state is left; starts from merged weights")
+                lost = ", ".join(map(str, found.lost))
+                log(store, f"device {lost}: no state is left; starts from the merged weights")
             _report_beginning(session, folder, stack, store)
         finished = train(session)
         session.emit({"kind": "end" if finished else "interrupt", "step": session.step, "wall_s": session.elapsed_s()})
-        dist.barrier(communicator.control)
+        dist.barrier(communicator.control)  # all have saved: only now has the run ended
         if leads:
             store.compare_set(OUTCOME, "", json.dumps(_outcome(session, finished)))
     dist.destroy_process_group()
 
 
 def _ignore(event: Event) -> None:
-    """Only the first process tells; what it tells is everyone's."""
+    """Drop events: only rank 0 emits them."""
 
 
 def _report_beginning(session: Session, folder: Path, stack: ExitStack, store: dist.Store) -> None:
+    """Open the event file on rank 0, cut it back to the recovered step, and emit how this session begins."""
     path, communicator = folder / EVENTS_FILE, session.communicator
     fresh, restart = session.step == 0, None
     if store.add(BEGUN, 1) > 1:
@@ -246,7 +243,7 @@ def _report_beginning(session: Session, folder: Path, stack: ExitStack, store: d
         truncate_events(path, -1 if fresh else session.step)
     events = EventFile(path)
     stack.callback(events.close)
-    session.emit = _telling(events, session, store)
+    session.emit = _event_emitter(events, session, store)
     processes = {"processes": communicator.processes, "device": str(session.device), "backend": dist.get_backend()}
     if fresh:
         facts = json.loads(store.get(START)) if store.check([START]) else {"start": {}, "measured_bytes": None}
@@ -256,29 +253,31 @@ def _report_beginning(session: Session, folder: Path, stack: ExitStack, store: d
         session.emit({"kind": "links", "step": session.step, "links": json.loads(store.get(LINKS))})
     if restart is not None:
         session.emit({"kind": "restart", "step": session.step, **restart, **processes})
-        log(store, f"going on from step {session.step} in {communicator.processes} processes")
+        log(store, f"{RESTARTED} {session.step} in {communicator.processes} processes")
     elif not fresh:
         session.emit({"kind": "resume", "step": session.step, **processes})
 
 
 def _reasons(store: dist.Store) -> list[str]:
-    """Return what was told since the run last began."""
+    """Return the log's messages since the last restart, which are the reasons for this one."""
     first, last = store.add(ANSWERED, 0) + 1, store.add(REPORTED, 0)
     store.add(ANSWERED, last + 1 - first)
     keys = [f"{REPORTED}/{index}" for index in range(first, last + 1)]
     lines = [store.get(key).decode() for key in keys if store.check([key])]
-    return [line for line in lines if not line.startswith("going on ")] or ["a node joined or left"]
+    return [line for line in lines if not line.startswith(RESTARTED)] or ["a node joined or left"]
 
 
 def _repeated(events: Path, step: int) -> Event:
-    """Return how many steps that were told of are done again, and for how many seconds nothing was told."""
+    """Return how many emitted steps are done again, and for how many seconds no event was written."""
     if not events.exists():
         return {"repeated_steps": 0, "silent_s": None}
     last = max((event["step"] for event in read_events(events)), default=step)
     return {"repeated_steps": max(0, last - step), "silent_s": max(0.0, time.time() - events.stat().st_mtime)}
 
 
-def _telling(events: EventFile, session: Session, store: dist.Store) -> Callable[[Event], None]:
+def _event_emitter(events: EventFile, session: Session, store: dist.Store) -> Emit:
+    """Return a function that writes an event to the file, and what all nodes must know of it to the store."""
+
     def emit(event: Event) -> None:
         events(event)
         if event["kind"] == "checkpoint":
@@ -291,6 +290,7 @@ def _telling(events: EventFile, session: Session, store: dist.Store) -> Callable
 
 
 def _outcome(session: Session, finished: bool) -> Event:
+    """Return how the run ended, for the commands of all nodes."""
     return {
         "kind": "end" if finished else "interrupt",
         "step": session.step,

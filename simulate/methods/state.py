@@ -1,4 +1,4 @@
-"""The tensors of a run by name, as checkpoints and recovery points pass them on; torch-free, so that lists are quick."""
+"""The tensors of a run by name, as checkpoints and recovery points pass them on, torch-free."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Launched:
     agents: list[subprocess.Popen[Any]] = field(default_factory=list)
     nodes: int = 1
     folders: dict[int, Path] = field(default_factory=dict)
-    """Of nodes that have theirs elsewhere, below `folder`."""
+    """Run folders of the nodes that have one of their own, below `folder`."""
 
     def node_folder(self, node: int = 0) -> Path:
         """Return a node's run folder."""

@@ -29,7 +29,7 @@ TINY: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command left: its exit code and what it said."""
+    """Exit code and output of a finished command."""
 
     code: int
     stdout: str

@@ -1,4 +1,4 @@
-"""What holds for every command: help, usage mistakes, streams, terminals and pipes."""
+"""Rules of every command: help, usage mistakes, streams, terminals and pipes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What plans say of a whole run: how often it saves, and what evaluations and checkpoints take of its time."""
+"""Plans of whole runs: how often they save, and how long evaluations and checkpoints take."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""HOST:PORT, which networks are private, and which of this machine's addresses everything of a run binds to."""
+"""Addresses: parse HOST:PORT, tell private networks from public ones, and choose the address that this node binds to.
+
+A node binds every socket to one address of one interface, so that nothing of a run listens on another network. The
+preflight and `lte profile measure --link` call choose_bind_address before they open anything.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ _PRIVATE = tuple(
         *("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"),  # RFC 1918
         "fc00::/7",  # unique local, RFC 4193
         "169.254.0.0/16",  # link-local: two machines on one cable
-        "100.64.0.0/10",  # carrier-grade NAT, RFC 6598: what overlay networks between homes hand out
+        "100.64.0.0/10",  # carrier-grade NAT, RFC 6598: overlay networks between homes use it
     )
 )
 
@@ -42,21 +46,21 @@ class Interface:
     name: str
     is_up: bool
     networks: tuple[ipaddress.IPv4Interface | ipaddress.IPv6Interface, ...]
-    """Its addresses, with their masks."""
+    """The interface's addresses, with their masks."""
 
     @property
     def addresses(self) -> tuple[IpAddress, ...]:
-        """Its addresses."""
+        """The interface's addresses, without masks."""
         return tuple(network.ip for network in self.networks)
 
 
 @dataclass(frozen=True)
 class BindAddress:
-    """Where this node stands: the one interface and address that it uses, and node 0's numeric address."""
+    """The interface and address that this node binds to, and node 0's numeric address."""
 
     interface: str
     address: str
-    hub_address: str
+    coordinator_address: str
 
 
 def address_text(host: str, port: int) -> str:
@@ -90,7 +94,7 @@ def resolve(endpoint: Endpoint) -> list[IpAddress]:
 
 
 def is_private(address: IpAddress) -> bool:
-    """Whether packets to it stay on this machine, this site or an overlay network."""
+    """Whether packets to an address stay on this machine, this site or an overlay network."""
     mapped = getattr(address, "ipv4_mapped", None)
     return any((mapped or address) in network for network in _PRIVATE)
 
@@ -112,24 +116,27 @@ def _network(address: str, mask: str | None) -> ipaddress.IPv4Interface | ipaddr
     return ipaddress.ip_interface(address if length is None else f"{address}/{length}")
 
 
-def find_place(endpoint: Endpoint, *, is_hub: bool, interface: str | None, trust_network: bool) -> BindAddress:
+def choose_bind_address(
+    endpoint: Endpoint, *, is_coordinator: bool, interface: str | None, trust_network: bool
+) -> BindAddress:
     """Decide which interface and address this node uses; raises InputError."""
     known = interfaces()
     candidates = resolve(endpoint)
     chosen = _named(interface, known) if interface is not None else None
-    hub = _own_address(endpoint, candidates, known) if is_hub else candidates[0]
-    _check_private(endpoint, hub, trust_network)
-    if hub.is_loopback:
-        return _loopback(endpoint, hub, chosen, known)
+    # Node 0 must own the address that the others call; the others take the first that HOST resolves to.
+    node_0 = _own_address(endpoint, candidates, known) if is_coordinator else candidates[0]
+    _check_private(endpoint, node_0, trust_network)
+    if node_0.is_loopback:
+        return _loopback(endpoint, node_0, chosen, known)
     if chosen is None:
-        own = hub if is_hub else _routed_from(endpoint, hub)
-        return BindAddress(_holder(own, known), str(own), str(hub))
-    if is_hub and hub not in chosen.addresses:
+        own = node_0 if is_coordinator else _routed_from(endpoint, node_0)
+        return BindAddress(_holder(own, known), str(own), str(node_0))
+    if is_coordinator and node_0 not in chosen.addresses:
         raise InputError(
-            f"--interface {chosen.name} has {_listed(chosen.addresses)}, not {hub}, where the other nodes will call; "
+            f"--interface {chosen.name} has {_listed(chosen.addresses)}, not {node_0}, which the other nodes call; "
             f"drop --interface, or give all nodes --join with an address of {chosen.name}"
         )
-    return BindAddress(chosen.name, str(hub if is_hub else _address_on(chosen, hub)), str(hub))
+    return BindAddress(chosen.name, str(node_0 if is_coordinator else _address_on(chosen, node_0)), str(node_0))
 
 
 def _check_private(endpoint: Endpoint, address: IpAddress, trust_network: bool) -> None:
@@ -137,13 +144,13 @@ def _check_private(endpoint: Endpoint, address: IpAddress, trust_network: bool) 
         raise InputError(f"--join {endpoint}: {address} names no machine; give an address of node 0")
     if address.version == 6 and address.is_link_local:
         raise InputError(
-            f"--join {endpoint}: {address} is an IPv6 link-local address, which each machine writes in its own way; "
+            f"--join {endpoint}: {address} is an IPv6 link-local address, which differs from machine to machine; "
             "give an IPv4 address, or a unique local one (fd...)"
         )
     if not trust_network and not is_private(address):
         raise InputError(
             f"--join {endpoint}: {address} is a public address, and what workers exchange is neither encrypted nor "
-            "authenticated; join over a VPN's address, or add --trust-network if the way there is yours alone"
+            "authenticated; join over a VPN's address, or add --trust-network if you trust the network between"
         )
 
 
@@ -151,36 +158,39 @@ def _own_address(endpoint: Endpoint, candidates: Sequence[IpAddress], known: Seq
     ours = {address for interface in known for address in interface.addresses}
     mine = [address for address in candidates if address in ours or address.is_loopback]
     if any(address.is_unspecified for address in candidates):
-        mine = list(candidates)  # refused in a moment, with a better reason
+        mine = list(candidates)  # _check_private refuses it, with a better reason
     if not mine:
         raise InputError(
             f"--join {endpoint}: {_listed(candidates)} is not an address of this machine, which is node 0 and has "
             f"{_choices(known)}; give all nodes one of those, or start node 0 where {endpoint.host} is"
         )
     if mine[0].is_loopback and not _says_loopback(endpoint.host):
-        # Some systems give a machine's own name to 127.0.1.1; the other machines would wait in vain.
+        # Debian maps a machine's own name to 127.0.1.1, which other machines cannot call.
         raise InputError(
             f"--join {endpoint}: {endpoint.host!r} means {mine[0]} on this machine, which other machines cannot reach; "
-            f"give all nodes an address instead, of {_choices(known)}"
+            f"give all nodes one of its addresses instead: {_choices(known)}"
         )
     return mine[0]
 
 
 def _says_loopback(host: str) -> bool:
+    """Whether the user wrote loopback on purpose."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")
 
 
-def _loopback(endpoint: Endpoint, hub: IpAddress, chosen: Interface | None, known: Sequence[Interface]) -> BindAddress:
-    name = _holder(hub, known)
+def _loopback(
+    endpoint: Endpoint, node_0: IpAddress, chosen: Interface | None, known: Sequence[Interface]
+) -> BindAddress:
+    name = _holder(node_0, known)
     if chosen is not None and chosen.name != name:
         raise InputError(
             f"--interface {chosen.name} does not lead to {endpoint}, which is this machine's loopback; "
             "drop --interface, or give --join an address on the network"
         )
-    return BindAddress(name, str(hub), str(hub))
+    return BindAddress(name, str(node_0), str(node_0))
 
 
 def _named(name: str, known: Sequence[Interface]) -> Interface:
@@ -192,40 +202,42 @@ def _named(name: str, known: Sequence[Interface]) -> Interface:
     return found
 
 
-def _address_on(chosen: Interface, hub: IpAddress) -> IpAddress:
-    """Return the interface's address to call `hub` from: one in its network if there is one; tried for a route."""
-    fitting = [network for network in chosen.networks if network.version == hub.version]
+def _address_on(chosen: Interface, node_0: IpAddress) -> IpAddress:
+    """Return the interface's address to call node 0 from, preferably in its network; raises InputError."""
+    fitting = [network for network in chosen.networks if network.version == node_0.version]
     if not fitting:
         raise InputError(
-            f"--interface {chosen.name} has no IPv{hub.version} address ({_listed(chosen.addresses) or 'none at all'}) "
-            f"to call {hub} from; choose another one"
+            f"--interface {chosen.name} has no IPv{node_0.version} address to call {node_0} from "
+            f"({_listed(chosen.addresses) or 'none at all'}); choose another one"
         )
-    own = next((network.ip for network in fitting if hub in network.network), fitting[0].ip)
+    own = next((network.ip for network in fitting if node_0 in network.network), fitting[0].ip)
     if own.is_loopback:
-        raise InputError(f"--interface {chosen.name} is loopback and does not lead to {hub}; choose another one")
-    with socket.socket(family_of(hub), socket.SOCK_DGRAM) as probe:
+        raise InputError(f"--interface {chosen.name} is loopback and does not lead to {node_0}; choose another one")
+    with socket.socket(family_of(node_0), socket.SOCK_DGRAM) as probe:
         try:
             probe.bind(sockaddr(str(own), 0))
-            probe.connect(sockaddr(str(hub), 9))  # UDP: only looks up the route
+            probe.connect(sockaddr(str(node_0), 9))  # UDP: only looks up the route
         except OSError as error:
             raise InputError(
-                f"--interface {chosen.name} ({own}) does not lead to {hub} ({reason(error)}); choose another one"
+                f"--interface {chosen.name} ({own}) does not lead to {node_0} ({reason(error)}); choose another one"
             ) from None
     return own
 
 
-def _routed_from(endpoint: Endpoint, hub: IpAddress) -> IpAddress:
-    with socket.socket(family_of(hub), socket.SOCK_DGRAM) as probe:
+def _routed_from(endpoint: Endpoint, node_0: IpAddress) -> IpAddress:
+    """Return the address that the system would call node 0 from; raises InputError without a route."""
+    with socket.socket(family_of(node_0), socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(sockaddr(str(hub), endpoint.port))  # UDP: only looks up the route
+            probe.connect(sockaddr(str(node_0), endpoint.port))  # UDP: only looks up the route
         except OSError as error:
             raise InputError(
-                f"--join {endpoint}: this machine has no way to {hub} ({reason(error)}); is it on that network?"
+                f"--join {endpoint}: this machine has no route to {node_0} ({reason(error)}); is it on that network?"
             ) from None
         return ipaddress.ip_address(probe.getsockname()[0])
 
 
 def _holder(address: IpAddress, known: Sequence[Interface]) -> str:
+    """Return the name of the interface that holds an address; raises InputError."""
     exact = [interface.name for interface in known if address in interface.addresses]
     # All of 127/8 is loopback, though the interface lists one address.
     network = [interface.name for interface in known if any(address in n.network for n in interface.networks)]
@@ -239,7 +251,7 @@ def _listed(addresses: Sequence[IpAddress]) -> str:
 
 
 def _choices(known: Sequence[Interface]) -> str:
-    """Return the interfaces that can be used, with their addresses: "eth0 (10.0.0.4), lo (127.0.0.1)"."""
+    """Return the usable interfaces with their addresses: "eth0 (10.0.0.4), lo (127.0.0.1)"."""
     usable = [interface for interface in known if interface.is_up and interface.networks]
     return ", ".join(f"{interface.name} ({_listed(interface.addresses)})" for interface in usable) or "none that is up"
 
@@ -250,6 +262,6 @@ def family_of(address: IpAddress | str) -> socket.AddressFamily:
 
 
 def sockaddr(address: str, port: int) -> tuple[Any, ...]:
-    """Return what bind and connect take for a numeric address."""
+    """Return the socket address, for bind and connect, of a numeric address."""
     found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
     return found[0][4]

@@ -1,8 +1,9 @@
-"""A connection whose every message is a JSON object under a limit of length, authenticated and numbered.
+"""A connection that sends JSON messages, each authenticated, numbered and limited in length.
 
 Frame: length (4 bytes, big endian), HMAC-SHA256 (32 bytes) of the frame's number in its direction and the body, body
-(UTF-8 JSON). Both ends count frames, as TLS does, so a frame that is repeated, left out or turned back does not verify.
-Content is not encrypted. Everything has a deadline.
+(UTF-8 JSON). Both ends count frames, as TLS does, so a frame that is repeated, left out or sent back does not verify.
+Content is not encrypted. Every call has a deadline, since a peer may be slow on purpose. All messages of a preflight go
+through a Channel, which handshake.py makes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import select
 import socket
 import struct
+from collections.abc import Iterator
 from typing import Any
 
 from simulate.launch.preflight.deadline import Deadline
@@ -22,11 +24,11 @@ MAX_FRAME_BYTES = 1 << 20
 _HEADER = struct.Struct("!I32s")
 _NUMBER = struct.Struct("!Q")
 Message = dict[str, Any]
-"""A JSON object with a text `kind`."""
+"""A JSON object whose `kind` is a string."""
 
 
 class PeerError(Exception):
-    """What went wrong with a peer, in words that follow its name: "closed the connection"."""
+    """A failure of a peer; the message follows the peer's name: "closed the connection"."""
 
 
 class PeerGoneError(PeerError):
@@ -34,31 +36,24 @@ class PeerGoneError(PeerError):
 
 
 class PeerSilentError(PeerError):
-    """The peer did not do its part before the deadline."""
+    """The peer did not send, or take, everything before the deadline."""
 
 
 class BadFrameError(PeerError):
-    """What arrived is not what an authenticated peer sends."""
+    """The peer sent bytes that an authenticated peer of the protocol does not send."""
 
 
 def receive_into(sock: socket.socket, view: memoryview, deadline: Deadline) -> int:
-    """Receive at least one byte into view; returns how many. Raises PeerError."""
-    if deadline.over:
-        raise PeerSilentError(f"did not answer within {deadline.seconds:.3g} s")
-    sock.settimeout(deadline.left_s or 1e-6)
-    try:
+    """Receive at least one byte into view; returns the number of bytes. Raises PeerError."""
+    with _peer_errors(sock, deadline, "did not answer"):
         count = sock.recv_into(view)
-    except TimeoutError:
-        raise PeerSilentError(f"did not answer within {deadline.seconds:.3g} s") from None
-    except OSError as error:
-        raise PeerGoneError(f"broke the connection ({reason(error)})") from None
     if count == 0:
         raise PeerGoneError("closed the connection")
     return count
 
 
 def receive_exactly(sock: socket.socket, size: int, deadline: Deadline) -> bytes:
-    """Receive `size` bytes before the deadline, however slowly they drip in. Raises PeerError."""
+    """Receive `size` bytes; the deadline holds for all of them together. Raises PeerError."""
     content = bytearray(size)
     view, got = memoryview(content), 0
     while got < size:
@@ -67,14 +62,21 @@ def receive_exactly(sock: socket.socket, size: int, deadline: Deadline) -> bytes
 
 
 def send_all(sock: socket.socket, content: bytes | memoryview, deadline: Deadline) -> None:
-    """Send everything before the deadline. Raises PeerError."""
-    if deadline.over:
-        raise PeerSilentError(f"took nothing within {deadline.seconds:.3g} s")
-    sock.settimeout(deadline.left_s or 1e-6)
-    try:
+    """Send all bytes before the deadline. Raises PeerError."""
+    with _peer_errors(sock, deadline, "took nothing"):
         sock.sendall(content)
+
+
+@contextlib.contextmanager
+def _peer_errors(sock: socket.socket, deadline: Deadline, silent: str) -> Iterator[None]:
+    """Give the socket the time that is left, and turn its errors into PeerError; `silent` says what the peer failed."""
+    if deadline.over:
+        raise PeerSilentError(f"{silent} within {deadline.seconds:.3g} s")
+    sock.settimeout(deadline.left_s or 1e-6)  # 0 would mean non-blocking
+    try:
+        yield
     except TimeoutError:
-        raise PeerSilentError(f"took nothing within {deadline.seconds:.3g} s") from None
+        raise PeerSilentError(f"{silent} within {deadline.seconds:.3g} s") from None
     except OSError as error:
         raise PeerGoneError(f"broke the connection ({reason(error)})") from None
 
@@ -88,13 +90,13 @@ def reason(error: OSError) -> str:
 
 
 def hang_up(sock: socket.socket) -> None:
-    """End a connection so that a thread that reads it wakes up; that thread still has to close it."""
-    with contextlib.suppress(OSError):  # it was not connected, or is closed already
+    """Shut a connection down; a thread that reads it wakes up, and must still close it."""
+    with contextlib.suppress(OSError):  # it was never connected, or is already closed
         sock.shutdown(socket.SHUT_RDWR)
 
 
 def close_socket(sock: socket.socket) -> None:
-    """End a connection that no other thread uses."""
+    """Shut down and close a connection that no other thread uses."""
     hang_up(sock)
     sock.close()
 
@@ -105,9 +107,10 @@ class Channel:
     def __init__(self, sock: socket.socket, peer: int, send_key: Secret, receive_key: Secret) -> None:
         self.sock = sock
         self.peer = peer
-        """The other end's node number, as it was authenticated."""
+        """The other end's authenticated node number."""
         self._send_key, self._receive_key = send_key, receive_key
         self._sent = self._received = 0
+        # Messages are small: Nagle's algorithm would delay each by a round trip.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     @property
@@ -138,7 +141,7 @@ class Channel:
 
     @property
     def closed(self) -> bool:
-        """Whether the other end has closed, without taking anything that it sent."""
+        """Whether the other end has closed; bytes that it sent before stay unread."""
         try:
             readable, _, _ = select.select([self.sock], [], [], 0)
             return bool(readable) and self.sock.recv(1, socket.MSG_PEEK) == b""
@@ -146,7 +149,7 @@ class Channel:
             return True
 
     def hang_up(self) -> None:
-        """End the connection of a channel that another thread uses, and will close."""
+        """Shut down a channel that another thread reads, and will close."""
         hang_up(self.sock)
 
     def close(self) -> None:

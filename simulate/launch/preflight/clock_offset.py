@@ -1,4 +1,4 @@
-"""How far two machines' clocks are apart, by NTP's exchange of four times (RFC 5905, section 8)."""
+"""Clock offset between two machines, by NTP's exchange of four times (RFC 5905, section 8)."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from simulate.launch.preflight.channel import BadFrameError, Channel, Message
+from simulate.launch.preflight.channel import BadFrameError, Channel
 from simulate.launch.preflight.deadline import Deadline
 
 ROUNDS = 5
 Now = Callable[[], float]
-"""Seconds since the epoch, as time.time tells."""
+"""Returns seconds since the epoch, like time.time."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One exchange."""
+    """Clock offset and delay of one exchange."""
 
     offset_s: float
-    """How far the peer's clock is ahead; wrong by at most half of delay_s."""
+    """Seconds that the peer's clock is ahead; the error is at most half of delay_s."""
     delay_s: float
-    """The way there and back, without the peer's own time."""
+    """Seconds on the way there and back, without the peer's own processing."""
 
 
 def sample(sent_s: float, peer_received_s: float, peer_sent_s: float, received_s: float) -> Sample:
@@ -33,7 +33,7 @@ def sample(sent_s: float, peer_received_s: float, peer_sent_s: float, received_s
 
 
 def measure_offset_s(channel: Channel, now: Now, deadline: Deadline, rounds: int = ROUNDS) -> float:
-    """Return how far the peer's clock is ahead of ours: the exchange with the least delay knows best."""
+    """Return the seconds that the peer's clock is ahead of ours, by the exchange with the least delay."""
     return min((_exchange(channel, now, deadline) for _ in range(rounds)), key=lambda taken: taken.delay_s).offset_s
 
 
@@ -44,14 +44,13 @@ def _exchange(channel: Channel, now: Now, deadline: Deadline) -> Sample:
     received_s = now()
     there_s, back_s = answer.get("received_s"), answer.get("sent_s")
     if answer["kind"] != "clock" or not isinstance(there_s, float) or not isinstance(back_s, float):
-        raise BadFrameError("did not tell its clock")
+        raise BadFrameError("did not send its clock")
     if not math.isfinite(there_s + back_s):
-        raise BadFrameError("told a time that is no number")
+        raise BadFrameError("sent a time that is no number")
     return sample(sent_s, there_s, back_s, received_s)
 
 
 def answer_clock(channel: Channel, now: Now, deadline: Deadline) -> None:
-    """Answer one clock message that has just been received."""
+    """Answer a clock message that has just been received."""
     received_s = now()
-    reply: Message = {"kind": "clock", "received_s": received_s, "sent_s": now()}
-    channel.send(reply, deadline)
+    channel.send({"kind": "clock", "received_s": received_s, "sent_s": now()}, deadline)

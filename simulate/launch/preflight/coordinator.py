@@ -1,4 +1,8 @@
-"""Node 0: wait for the others, compare, have the links measured, tell everyone the same."""
+"""Node 0's part of a preflight: wait for the others, compare them, have links measured, send all the same result.
+
+All nodes must start or fail together. So every error of node 0 is sent to all nodes before it is raised, and they raise
+the same. `Preflight` makes a Coordinator on node 0, and a JoiningNode elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from typing import Any
 
 from simulate.common.errors import InputError, RunFailedError
 from simulate.config.hardware import Link
+from simulate.launch import heartbeat
 from simulate.launch.preflight.address import BindAddress, Endpoint
 from simulate.launch.preflight.channel import BadFrameError, Message, PeerError
 from simulate.launch.preflight.clock_offset import Now
@@ -18,14 +23,14 @@ from simulate.launch.preflight.handshake import Identity, Purpose
 from simulate.launch.preflight.link_figures import LinkFigures, link_failed, parse_link, slow_links
 from simulate.launch.preflight.link_tests import LinkTester
 from simulate.launch.preflight.listener import AcceptedPeer, HandshakeListener, Refusal, listen
-from simulate.launch.preflight.membership import ALIVE_S, Membership, nodes_text
+from simulate.launch.preflight.membership import Membership, nodes_text
 from simulate.launch.preflight.node_info import NodeFacts
 from simulate.launch.preflight.rejoin import RejoinServer
 from simulate.launch.preflight.secret import Secret
 from simulate.launch.preflight.settings import Check, Log, Result, Settings, failure
 
 _LOOK_EVERY_S = 0.5
-"""How often a waiting hub looks whether somebody has left again."""
+"""Seconds between two checks for nodes that have left while others are awaited."""
 
 
 class Coordinator:
@@ -36,187 +41,192 @@ class Coordinator:
         settings: Settings,
         own: Callable[[int], NodeFacts],
         endpoint: Endpoint,
-        place: BindAddress,
+        bind: BindAddress,
         secret: Secret,
         log: Log,
         check: Check,
         planned: Link | None,
         now: Now,
     ) -> None:
-        self._settings, self._endpoint, self._place, self._secret = settings, endpoint, place, secret
-        self._own, self._tell, self._check, self._planned = own, log, check, planned
-        self._roster = Membership(settings, endpoint, log, now)
+        self._settings, self._endpoint, self._bind, self._secret = settings, endpoint, bind, secret
+        self._own, self._log, self._check, self._planned = own, log, check, planned
+        self._members = Membership(settings, endpoint, log, now)
         self._lines: Sequence[str] = ()
-        self._door: HandshakeListener | None = None
-        self._station: LinkTester | None = None
+        """All findings, where there are several; the exception names the first."""
+        self._handshakes: HandshakeListener | None = None
+        self._link_tester: LinkTester | None = None
 
     def run(self) -> Result:
-        """Return the result; raises InputError and RunFailedError, having told every node."""
-        with self._telling_all():
+        """Return the result; raises InputError and RunFailedError on every node alike."""
+        with self._errors_sent_to_all():
             self._open()
             self._gather()
             self._compare()
             links = self._links()
             if self._planned is not None:
-                self._roster.warnings += slow_links(links, self._planned)
-            result = Result(self._roster.nodes, links, self._roster.warnings)
-            self._send_all({"kind": "result", "links": [x.to_json() for x in links], "warnings": self._roster.warnings})
-            for warning in self._roster.warnings:
-                self._tell(f"warning: {warning}")
-            return result
+                self._members.warnings += slow_links(links, self._planned)
+            warnings = self._members.warnings
+            self._send_all({"kind": "result", "links": [link.to_json() for link in links], "warnings": warnings})
+            for warning in warnings:
+                self._log(f"warning: {warning}")
+            return Result(self._members.nodes, links, warnings)
 
     def broadcast(self, payload: Any, timeout_s: float) -> Any:
-        """Send all nodes a JSON value; returns it."""
-        with self._telling_all():
+        """Send a JSON value to all nodes, and return it."""
+        with self._errors_sent_to_all():
             self._send_all({"kind": "payload", "payload": payload}, timeout_s)
         return payload
 
     def barrier(self, name: str, timeout_s: float) -> None:
-        """Wait until all nodes are there."""
-        with self._telling_all():
+        """Wait until all nodes have reached the barrier of that name."""
+        with self._errors_sent_to_all():
             deadline = Deadline(timeout_s)
-            for node in sorted(self._roster.channels):
+            for node in sorted(self._members.channels):
                 message = self._receive(node, deadline, f"node 0 waited for it at {name!r}")
                 if (message["kind"], message.get("name")) != ("barrier", name):
-                    title = self._roster.facts[node].title
+                    title = self._members.facts[node].title
                     raise RunFailedError(f"{title} is not at {name!r} but at {message.get('name')!r}")
             self._send_all({"kind": "released", "name": name})
 
-    def latecomers(self, payload: Callable[[], Any], is_alive: Callable[[int], bool]) -> RejoinServer:
-        """Let nodes back in, at the same place, that were lost while the run goes on; a context manager."""
+    def accept_rejoins(self, payload: Callable[[], Any], is_alive: Callable[[int], bool]) -> RejoinServer:
+        """Return a server, a context manager, that accepts lost nodes again at the same address."""
         return RejoinServer(
-            self._settings, self._endpoint, self._place.address, self._secret, self._roster.nodes, payload, is_alive,
-            self._tell,
+            self._settings, self._endpoint, self._bind.address, self._secret, self._members.nodes, payload, is_alive,
+            self._log,
         )  # fmt: skip
 
     def close(self) -> None:
         """Hang up, and end all threads."""
-        if self._door is not None:
-            self._door.close()
-        if self._station is not None:
-            self._station.close()
-        for channel in self._roster.channels.values():
+        if self._handshakes is not None:
+            self._handshakes.close()
+        if self._link_tester is not None:
+            self._link_tester.close()
+        for channel in self._members.channels.values():
             channel.close()
 
     @contextmanager
-    def _telling_all(self) -> Iterator[None]:
-        """Whatever goes wrong here ends the preflight on all nodes, with the same words."""
+    def _errors_sent_to_all(self) -> Iterator[None]:
+        """Send any error to all nodes, which then end with the same words, and close."""
         try:
             yield
         except BaseException as error:
             known = isinstance(error, InputError | RunFailedError)
             lines = self._lines or [str(error) if known else f"node 0 stopped ({type(error).__name__})"]
             message = {"kind": "abort", "lines": list(lines), "mendable": isinstance(error, InputError)}
-            for channel in self._roster.channels.values():
-                with suppress(PeerError):  # it cannot be told
-                    channel.send(message, Deadline(ALIVE_S))
+            for channel in self._members.channels.values():
+                with suppress(PeerError):  # the node is gone
+                    channel.send(message, Deadline(heartbeat.ANSWER_S))
             self.close()
             raise
 
     def _open(self) -> None:
-        self._station = LinkTester(0, self._place.address)
-        self._roster.facts[0] = self._own(self._station.port)
-        listener = listen(self._place.address, self._endpoint.port, f"--join {self._endpoint}")
+        self._link_tester = LinkTester(0, self._bind.address)
+        self._members.facts[0] = self._own(self._link_tester.port)
+        listener = listen(self._bind.address, self._endpoint.port, f"--join {self._endpoint}")
         me = Identity(0, Purpose.CONTROL, self._secret)
-        self._door = HandshakeListener(listener, me, self._settings.handshake_timeout_s, self._roster.greet)
-        waiting = f"waiting for {nodes_text(self._roster.missing)}"
-        self._tell(f"listening on {self._endpoint} ({self._place.interface}); {waiting}")
+        self._handshakes = HandshakeListener(listener, me, self._settings.handshake_timeout_s, self._members.greet)
+        waiting = f"waiting for {nodes_text(self._members.missing)}"
+        self._log(f"listening on {self._endpoint} ({self._bind.interface}); {waiting}")
 
     def _gather(self) -> None:
-        assert self._door is not None
+        assert self._handshakes is not None
         deadline = Deadline(self._settings.join_timeout_s)
-        while self._roster.missing:
+        while self._members.missing:
             if deadline.over:
-                raise RunFailedError(self._roster.missing_text())
-            event = self._door.next(deadline.within(_LOOK_EVERY_S))
+                raise RunFailedError(self._members.missing_text())
+            event = self._handshakes.next(deadline.within(_LOOK_EVERY_S))
             if isinstance(event, Refusal):
-                self._roster.note_refusal(event.host, event.why)
+                self._members.log_refusal(event.host, event.why)
             elif isinstance(event, AcceptedPeer):
-                self._roster.admit(event.channel, event.greeting)
-            self._roster.forget_the_gone()
-        self._door.close()  # nobody else is expected
-        self._tell(f"all {self._settings.nodes} nodes are there")
+                self._members.admit(event.channel, event.greeting)
+            self._members.remove_disconnected()
+        self._handshakes.close()  # all have joined
+        self._log(f"all {self._settings.nodes} nodes have joined")
 
     def _compare(self) -> None:
-        verdict = compare(self._roster.nodes)
-        self._roster.warnings += verdict.warnings
-        self._fail_on([*verdict.errors, *self._check(self._roster.nodes)])
+        verdict = compare(self._members.nodes)
+        self._members.warnings += verdict.warnings
+        self._fail_on([*verdict.errors, *self._check(self._members.nodes)])
 
     def _fail_on(self, lines: Sequence[str]) -> None:
         if lines:
             self._lines = lines
-            raise failure(lines, mendable=True, log=self._tell)
+            raise failure(lines, is_input=True, log=self._log)
 
     def _links(self) -> list[LinkFigures]:
-        """Have every node reach every other, then measure the ring's edges one by one, then all at once."""
-        assert self._station is not None
+        """Have every node call every other, then measure the ring's edges one by one, then all at once."""
+        assert self._link_tester is not None
         plan, nonce = self._settings.links, secrets.token_hex(32)
-        nodes = [node.model_dump() for node in self._roster.nodes]
+        nodes = [node.model_dump() for node in self._members.nodes]
         self._send_all({"kind": "connect", "nodes": nodes, "meeting": nonce, "plan": plan.to_json()})
+        # A secret of this preflight alone: a recorded proof of another one is worthless here.
         meeting = self._secret.derived("meeting", nonce.encode())
-        reach = self._station.connect(self._roster.nodes, meeting, plan)
+        reach = self._link_tester.connect(self._members.nodes, meeting, plan)
         answers = self._answers("connected", 2 * plan.reach_s + self._settings.answer_timeout_s)
         for answer in answers.values():
             reach.unreached.extend(str(line) for line in answer.get("unreached", []))
             reach.uncalled.extend(str(line) for line in answer.get("uncalled", []))
+        # Every unanswered call has a node that was not called: the caller's line tells more.
         self._fail_on(reach.unreached or reach.uncalled)
         return self._measure() if plan.measure else []
 
     def _measure(self) -> list[LinkFigures]:
-        assert self._station is not None
-        patience_s = self._settings.links.timeout_s + self._settings.answer_timeout_s
-        self._tell(f"measuring {self._settings.nodes} links, one by one and all at once")
-        with _naming_link(self._roster.facts[0].title):
-            self._station.measure_alone()
-        for node in sorted(self._roster.channels):
+        assert self._link_tester is not None
+        answer_s = self._settings.links.timeout_s + self._settings.answer_timeout_s
+        self._log(f"measuring {self._settings.nodes} links, one by one and all at once")
+        with _naming_link(self._members.facts[0].title):
+            self._link_tester.measure_alone()
+        for node in sorted(self._members.channels):
             self._send(node, {"kind": "alone"})
-            self._answer(node, "measured", Deadline(patience_s))
+            self._answer(node, "measured", Deadline(answer_s))
         self._send_all({"kind": "loaded"})
-        with _naming_link(self._roster.facts[0].title):
-            links = [self._station.measure_loaded()]
-        for node, answer in self._answers("figures", patience_s).items():
+        with _naming_link(self._members.facts[0].title):
+            links = [self._link_tester.measure_loaded()]
+        for node, answer in self._answers("figures", answer_s).items():
             try:
                 links.append(parse_link(answer.get("link")))
             except BadFrameError as error:
-                raise RunFailedError(f"{self._roster.facts[node].title} {error}") from None
+                raise RunFailedError(f"{self._members.facts[node].title} {error}") from None
         for link in links:
-            self._tell(str(link))
+            self._log(str(link))
         return links
 
     def _answers(self, kind: str, seconds: float) -> dict[int, Message]:
+        """Receive one message of a kind from every node; the deadline holds for all together."""
         deadline = Deadline(seconds)
-        return {node: self._answer(node, kind, deadline) for node in sorted(self._roster.channels)}
+        return {node: self._answer(node, kind, deadline) for node in sorted(self._members.channels)}
 
     def _answer(self, node: int, kind: str, deadline: Deadline) -> Message:
         message = self._receive(node, deadline, "links were measured")
         if message["kind"] == "failed":
             raise RunFailedError(str(message.get("why")))
         if message["kind"] != kind:
-            raise RunFailedError(f"{self._roster.facts[node].title} sent {message['kind']!r} where {kind!r} was due")
+            raise RunFailedError(f"{self._members.facts[node].title} sent {message['kind']!r} where {kind!r} was due")
         return message
 
     def _receive(self, node: int, deadline: Deadline, meanwhile: str) -> Message:
         try:
-            return self._roster.channels[node].receive(deadline)
+            return self._members.channels[node].receive(deadline)
         except PeerError as error:
             raise RunFailedError(
-                f"{self._roster.facts[node].title} {error} while {meanwhile}; see its output"
+                f"{self._members.facts[node].title} {error} while {meanwhile}; see its output"
             ) from None
 
     def _send_all(self, message: Message, timeout_s: float | None = None) -> None:
-        for node in sorted(self._roster.channels):
+        for node in sorted(self._members.channels):
             self._send(node, message, timeout_s)
 
     def _send(self, node: int, message: Message, timeout_s: float | None = None) -> None:
         deadline = Deadline(self._settings.answer_timeout_s if timeout_s is None else timeout_s)
         try:
-            self._roster.channels[node].send(message, deadline)
+            self._members.channels[node].send(message, deadline)
         except PeerError as error:
-            raise RunFailedError(f"{self._roster.facts[node].title} {error}; see its output") from None
+            raise RunFailedError(f"{self._members.facts[node].title} {error}; see its output") from None
 
 
 @contextmanager
 def _naming_link(title: str) -> Iterator[None]:
+    """Turn a failure of node 0's own link into an error that names it."""
     try:
         yield
     except PeerError as error:

@@ -1,4 +1,4 @@
-"""One moment that a whole exchange must end by, however many reads and writes it takes."""
+"""Deadline of a whole exchange, however many reads and writes it takes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class Deadline:
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        """How long it was when it was set, for messages."""
+        """Seconds from when it was set, for messages."""
         self._end_s = time.monotonic() + seconds
 
     @property
@@ -24,5 +24,5 @@ class Deadline:
         return self.left_s == 0.0
 
     def within(self, seconds: float) -> Deadline:
-        """Return the sooner of this deadline and one `seconds` from now."""
+        """Return the earlier of this deadline and one `seconds` from now."""
         return Deadline(min(seconds, self.left_s))

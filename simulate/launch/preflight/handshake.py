@@ -1,12 +1,13 @@
-"""Mutual challenge and response over a fresh connection: both ends prove that they hold the secret, neither shows it.
+"""Mutual challenge and response over a new connection: both ends prove that they hold the secret, neither sends it.
 
     caller → answerer   magic, version, purpose, caller's node, answerer's node, caller's nonce
     answerer → caller   magic, version, answerer's nonce
     caller → answerer   HMAC-SHA256(secret, "caller", all of the above)
     answerer → caller   HMAC-SHA256(secret, "answerer", all of the above)
 
-The answerer proves itself only to a caller that has. Labels keep the two roles apart, so a proof that is turned back to
-its sender verifies nowhere; nonces of 32 random bytes from both ends make every session key new.
+The answerer proves itself only to a caller that has done so. Labels keep the two roles apart, so a proof sent back to
+its sender does not verify; nonces of 32 random bytes from both ends make every session key new. Nodes of a run call
+each other this way, and so do the peers of `lte profile measure --link`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from simulate.launch.preflight.deadline import Deadline
 from simulate.launch.preflight.secret import Secret
 
 PROTOCOL = 1
-"""Version of everything that preflights say to each other; two versions do not talk."""
+"""Version of the preflight's messages; nodes of different versions refuse each other."""
 _MAGIC = b"LTEp"
 _OPENING = struct.Struct("!4sH")
 _HELLO = struct.Struct("!BII32s")
@@ -31,14 +32,14 @@ _NONCE_BYTES = _PROOF_BYTES = 32
 
 
 class Purpose(IntEnum):
-    """What a connection is for; one made for one purpose is refused for the other."""
+    """Purpose of a connection; a connection made for one purpose is refused for the other."""
 
     CONTROL = 1
     LINK = 2
 
 
 class NotOursError(PeerError):
-    """The other end speaks something else."""
+    """The other end does not speak this protocol."""
 
 
 class VersionError(PeerError):
@@ -50,12 +51,12 @@ class WrongSecretError(PeerError):
 
 
 class NoChallengeError(PeerGoneError):
-    """The other end closed before it said anything; it may be about to start, or busy."""
+    """The other end closed before it sent anything; it may be starting, or busy."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Who this end is in a handshake."""
+    """This end's node number, purpose and secret in a handshake."""
 
     node: int
     purpose: Purpose
@@ -63,8 +64,9 @@ class Identity:
 
 
 def call(sock: socket.socket, me: Identity, answerer: int, deadline: Deadline) -> Channel:
-    """Prove ourselves to node `answerer`, and have it prove itself. Raises PeerError; the socket stays the caller's."""
-    hello = _hello(me.purpose, me.node, answerer)
+    """Prove ourselves to node `answerer` and check its proof; raises PeerError and does not close sock."""
+    nonce = secrets.token_bytes(_NONCE_BYTES)
+    hello = _OPENING.pack(_MAGIC, PROTOCOL) + _HELLO.pack(me.purpose, me.node, answerer, nonce)
     send_all(sock, hello, deadline)
     try:
         opening = receive_exactly(sock, _OPENING.size, deadline)
@@ -83,12 +85,12 @@ def call(sock: socket.socket, me: Identity, answerer: int, deadline: Deadline) -
 
 
 def answer(sock: socket.socket, me: Identity, deadline: Deadline) -> Channel:
-    """Hear a caller's proof, then prove ourselves. Raises PeerError; the socket stays the caller's."""
+    """Check a caller's proof, then prove ourselves; raises PeerError and does not close sock."""
     opening = receive_exactly(sock, _OPENING.size, deadline)
     try:
         _check_opening(opening)
     except VersionError:
-        # The version is no secret, and tells an honest caller what to mend.
+        # The version is no secret, and tells an honest caller what to install.
         send_all(sock, _OPENING.pack(_MAGIC, PROTOCOL), deadline)
         raise
     hello = receive_exactly(sock, _HELLO.size, deadline)
@@ -105,11 +107,6 @@ def answer(sock: socket.socket, me: Identity, deadline: Deadline) -> Channel:
     return _channel(sock, caller, me.secret, transcript, calls=False)
 
 
-def _hello(purpose: Purpose, caller: int, answerer: int) -> bytes:
-    nonce = secrets.token_bytes(_NONCE_BYTES)
-    return _OPENING.pack(_MAGIC, PROTOCOL) + _HELLO.pack(purpose, caller, answerer, nonce)
-
-
 def _check_opening(opening: bytes) -> None:
     magic, version = _OPENING.unpack(opening)
     if magic != _MAGIC:
@@ -119,6 +116,7 @@ def _check_opening(opening: bytes) -> None:
 
 
 def _channel(sock: socket.socket, peer: int, secret: Secret, transcript: bytes, *, calls: bool) -> Channel:
+    """Return the connection's channel, with one key for each direction."""
     session = secret.derived("session", transcript)
     keys = session.derived("from caller", b""), session.derived("from answerer", b"")
     send_key, receive_key = keys if calls else keys[::-1]

@@ -1,4 +1,8 @@
-"""Every node but 0: find node 0, tell it the facts, do what it asks, hear its verdict."""
+"""The part of every node but 0 in a preflight: find node 0, send it the facts, measure links, receive the result.
+
+Node 0 decides; this node answers its messages one by one, and raises what node 0 sends as an error. `Preflight` makes a
+JoiningNode on these nodes. A node that comes back into a running run gets its result at once.
+"""
 
 from __future__ import annotations
 
@@ -28,28 +32,29 @@ from simulate.launch.preflight.secret import VARIABLE, Secret
 from simulate.launch.preflight.settings import Log, Result, Settings, failure
 
 _RETRY_S = 0.5
+"""Seconds between two calls to a node 0 that does not answer yet."""
 _UNREACHABLE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EADDRNOTAVAIL)
 
 
 class JoiningNode:
-    """One node but 0 of a preflight of several nodes."""
+    """A node other than node 0 in a preflight of several nodes."""
 
     def __init__(
         self,
         settings: Settings,
         own: Callable[[int], NodeFacts],
         endpoint: Endpoint,
-        place: BindAddress,
+        bind: BindAddress,
         secret: Secret,
         log: Log,
         now: Now,
     ) -> None:
-        self._settings, self._own, self._endpoint, self._place = settings, own, endpoint, place
-        self._secret, self._tell, self._now = secret, log, now
-        self._hub: Channel | None = None
-        self._station: LinkTester | None = None
+        self._settings, self._own, self._endpoint, self._bind = settings, own, endpoint, bind
+        self._secret, self._log, self._now = secret, log, now
+        self._node_0: Channel | None = None
+        self._link_tester: LinkTester | None = None
         self._late: Message | None = None
-        """What node 0 said where the run had begun without this node."""
+        """Node 0's answer where the run has already begun; it replaces the broadcast."""
 
     def run(self) -> Result:
         """Return the result; raises InputError and RunFailedError."""
@@ -60,14 +65,14 @@ class JoiningNode:
             raise
 
     def broadcast(self, payload: Any, timeout_s: float) -> Any:
-        """Return the JSON value that node 0 sends; this node's own is not looked at."""
+        """Return the JSON value that node 0 sends; `payload` is ignored."""
         message = self._late or self._expect("payload", timeout_s)
         return message.get("payload")
 
     def barrier(self, name: str, timeout_s: float) -> None:
-        """Wait until all nodes are there."""
+        """Wait until all nodes have reached the barrier of that name."""
         if self._late is not None:
-            return  # they are gone ahead
+            return  # the others passed it long ago
         self._send({"kind": "barrier", "name": name}, timeout_s)
         released = self._expect("released", timeout_s, f"release from {name!r}")
         if released.get("name") != name:
@@ -75,19 +80,19 @@ class JoiningNode:
 
     def close(self) -> None:
         """Hang up, and end all threads."""
-        if self._station is not None:
-            self._station.close()
-        if self._hub is not None:
-            self._hub.close()
+        if self._link_tester is not None:
+            self._link_tester.close()
+        if self._node_0 is not None:
+            self._node_0.close()
 
     def _run(self) -> Result:
         settings = self._settings
-        self._station = LinkTester(settings.node, self._place.address)
-        own = self._own(self._station.port)
-        self._hub = self._find_hub()
+        self._link_tester = LinkTester(settings.node, self._bind.address)
+        own = self._own(self._link_tester.port)
+        self._node_0 = self._find_node_0()
         self._send({"kind": "facts", "facts": own.model_dump()})
         self._expect("welcome", settings.answer_timeout_s)
-        self._tell(f"joined node 0 at {self._endpoint} from {own.address} ({own.interface}); waiting for its verdict")
+        self._log(f"joined node 0 at {self._endpoint} from {own.address} ({own.interface}); waiting for its verdict")
         command = self._expect("connect", settings.join_timeout_s + settings.answer_timeout_s, "verdict", "late")
         if command["kind"] == "late":
             return self._come_late(command)
@@ -101,98 +106,103 @@ class JoiningNode:
             raise RunFailedError(f"node 0 {error}") from None
         warnings = [str(warning) for warning in result.get("warnings", [])]
         for line in (*links, *(f"warning: {warning}" for warning in warnings)):
-            self._tell(str(line))
+            self._log(str(line))
         return Result(nodes, links, warnings)
 
     def _come_late(self, message: Message) -> Result:
-        """Join a run that goes on: nothing is compared or measured any more but by node 0."""
+        """Rejoin a running run: node 0 has compared this node already, and links are not measured again."""
         self._late = message
-        self._tell("the run has begun: this node comes back into it")
+        self._log("the run has already begun; this node rejoins it")
         try:
             return Result([parse_facts(node) for node in message.get("nodes", [])], [], [])
         except PeerError as error:
             raise RunFailedError(f"node 0 {error}") from None
 
-    def latecomers(self, payload: Callable[[], Any], is_alive: Callable[[int], bool]) -> AbstractContextManager[object]:
-        """Let nobody in: that is node 0's business."""
+    def accept_rejoins(
+        self, payload: Callable[[], Any], is_alive: Callable[[int], bool]
+    ) -> AbstractContextManager[object]:
+        """Return an empty context: only node 0 accepts nodes."""
         return nullcontext()
 
-    def _find_hub(self) -> Channel:
-        """Call node 0 until it answers or the time to join is over."""
-        deadline, told = Deadline(self._settings.join_timeout_s), ""
+    def _find_node_0(self) -> Channel:
+        """Call node 0 until it answers; raises RunFailedError once the time to join is over."""
+        deadline, logged = Deadline(self._settings.join_timeout_s), ""
         while True:
-            why, hint = self._call_hub(deadline)
+            why, hint = self._call_node_0(deadline)
             if isinstance(why, Channel):
                 return why
             if deadline.left_s <= _RETRY_S:
                 raise RunFailedError(
                     f"cannot reach {self._endpoint} within {deadline.seconds:.3g} s: {why}; {hint} "
-                    f"(this node calls from {self._place.address}, {self._place.interface})"
+                    f"(this node calls from {self._bind.address}, {self._bind.interface})"
                 )
-            if why != told:
-                told = why
-                self._tell(f"waiting for node 0: {self._endpoint}: {why}")
+            if why != logged:  # the same reason every half second is logged once
+                logged = why
+                self._log(f"waiting for node 0: {self._endpoint}: {why}")
             time.sleep(_RETRY_S)
 
-    def _call_hub(self, deadline: Deadline) -> tuple[Channel | str, str]:
-        """Return the channel, or why there is none yet and what to look at; raises InputError where calling is vain."""
+    def _call_node_0(self, deadline: Deadline) -> tuple[Channel | str, str]:
+        """Return the channel, or why there is none yet and a hint; raises InputError where calling again is useless."""
         sock = None
         attempt = deadline.within(self._settings.handshake_timeout_s)
         try:
-            sock = dial(self._place.address, self._place.hub_address, self._endpoint.port, attempt)
+            sock = dial(self._bind.address, self._bind.coordinator_address, self._endpoint.port, attempt)
             return call(sock, Identity(self._settings.node, Purpose.CONTROL, self._secret), 0, attempt), ""
         except OSError as error:
             why, hint = reason(error), _hint(error)
         except (NoChallengeError, PeerSilentError) as error:
             why, hint = f"it {error}", "is that node 0 of this run, or another program?"
         except WrongSecretError as error:
-            raise self._vain(sock, error, f"give all nodes the same --secret-file or {VARIABLE}") from None
+            raise self._refused(sock, error, f"give all nodes the same --secret-file or {VARIABLE}") from None
         except VersionError as error:
-            raise self._vain(sock, error, "install the same version of lte on all nodes") from None
+            raise self._refused(sock, error, "install the same version of lte on all nodes") from None
         except PeerError as error:
-            raise self._vain(sock, error, "is that node 0's address and port?") from None
+            raise self._refused(sock, error, "is that node 0's address and port?") from None
         if sock is not None:
             close_socket(sock)
         return why, hint
 
-    def _vain(self, sock: Any, error: PeerError, mend: str) -> InputError:
+    def _refused(self, sock: Any, error: PeerError, fix: str) -> InputError:
         close_socket(sock)
-        return InputError(f"{self._endpoint} {error}; {mend}")
+        return InputError(f"{self._endpoint} {error}; {fix}")
 
     def _connect(self, command: Message) -> tuple[list[NodeFacts], LinkPlan]:
-        assert self._station is not None
+        """Call every other node, and report to node 0 which ones did not answer."""
+        assert self._link_tester is not None
         try:
             nodes = [parse_facts(node) for node in command.get("nodes", [])]
             plan = LinkPlan.from_json(command.get("plan"))
         except PeerError as error:
             raise RunFailedError(f"node 0 {error}") from None
         meeting = self._secret.derived("meeting", str(command.get("meeting")).encode())
-        reach = self._station.connect(nodes, meeting, plan)
+        reach = self._link_tester.connect(nodes, meeting, plan)
         self._send({"kind": "connected", "unreached": reach.unreached, "uncalled": reach.uncalled})
         return nodes, plan
 
     def _measure(self, plan: LinkPlan) -> None:
-        assert self._station is not None
+        """Measure the link to the next node, alone when node 0 says so, then together with all nodes."""
+        assert self._link_tester is not None
+        # Node 0 lets the nodes measure one after the other.
         turns_s = 2 * plan.reach_s + (self._settings.nodes + 2) * (plan.timeout_s + self._settings.answer_timeout_s)
-        me = f"node {self._settings.node} ({self._place.address})"
+        me = f"node {self._settings.node} ({self._bind.address})"
         try:
             self._expect("alone", turns_s, "turn to measure")
-            self._station.measure_alone()
+            self._link_tester.measure_alone()
             self._send({"kind": "measured"})
             self._expect("loaded", turns_s, "turn to measure")
-            self._send({"kind": "figures", "link": self._station.measure_loaded().to_json()})
+            self._send({"kind": "figures", "link": self._link_tester.measure_loaded().to_json()})
         except PeerError as error:
             self._send({"kind": "failed", "why": link_failed(me, error)})
 
     def _expect(self, kind: str, seconds: float, what: str = "", other: str = "") -> Message:
-        """Return node 0's next message of that kind or the other; answers its clock; raises where node 0 ends it."""
-        assert self._hub is not None
+        """Return node 0's next message of these kinds, answering clock messages before it; raises for others."""
+        assert self._node_0 is not None
         deadline = Deadline(seconds)
         while True:
             try:
-                message = self._hub.receive(deadline)
+                message = self._node_0.receive(deadline)
                 if message["kind"] == "clock":
-                    answer_clock(self._hub, self._now, deadline)
+                    answer_clock(self._node_0, self._now, deadline)
                     continue
             except PeerError as error:
                 text = f"node 0 ({self._endpoint}) {error} before this node had its {what or kind}; see its output"
@@ -202,17 +212,18 @@ class JoiningNode:
             raise self._ended(message, kind)
 
     def _ended(self, message: Message, awaited: str) -> InputError | RunFailedError:
+        """Return the error for a message that ends the preflight."""
         if message["kind"] == "refused":
             return InputError(f"node 0 ({self._endpoint}) refused this node: {message.get('why')}")
         if message["kind"] == "abort":
             lines = [str(line) for line in message.get("lines", [])] or ["node 0 stopped"]
-            return failure(lines, mendable=bool(message.get("mendable")), log=self._tell)
+            return failure(lines, is_input=bool(message.get("mendable")), log=self._log)
         return RunFailedError(f"node 0 ({self._endpoint}) sent {message['kind']!r} where {awaited!r} was due")
 
     def _send(self, message: Message, timeout_s: float | None = None) -> None:
-        assert self._hub is not None
+        assert self._node_0 is not None
         try:
-            self._hub.send(message, Deadline(self._settings.answer_timeout_s if timeout_s is None else timeout_s))
+            self._node_0.send(message, Deadline(self._settings.answer_timeout_s if timeout_s is None else timeout_s))
         except PeerError as error:
             raise RunFailedError(f"node 0 ({self._endpoint}) {error}; see its output") from None
 

@@ -1,4 +1,8 @@
-"""What the ring of nodes carries, edge by edge, and the same as the link of a hardware profile."""
+"""Measured figures of the ring's links, edge by edge, and their conversion into the link of a hardware profile.
+
+The preflight measures them and warns of links slower than planned; `lte plan --link-from` and `lte profile measure
+--link-from` plan with them.
+"""
 
 from __future__ import annotations
 
@@ -11,27 +15,27 @@ from simulate.config.hardware import MOST_BYTES, Link
 from simulate.launch.preflight.channel import BadFrameError, PeerError
 
 MOST_LATENCY_S = 3600.0
-"""No wait of a preflight is as long."""
+"""Largest latency that is believed; every deadline of a preflight is shorter."""
 SLOW_FACTOR = 5.0
-"""A link that misses the profile by this factor makes every planned time wrong, so it earns a warning."""
+"""Factor by which a link must miss the profile to be warned of: planned times are then far off."""
 _NOTICEABLE_S = 1e-3
-"""Below this, latency is this program's own rather than the link's."""
+"""Seconds of extra latency below which the difference may be this program's own."""
 
 
 @dataclass(frozen=True)
 class LinkFigures:
-    """The way from a node to its successor in the ring that all-reduce and all-gather go round, measured over TCP."""
+    """Link from a node to its successor in the ring of all-reduce and all-gather, measured over TCP."""
 
     sender: int
     receiver: int
     latency_s: float
-    """One way: half of an echo's median time, this program's own share (some 20 µs) included."""
+    """One-way latency: half of an echo's median time, with this program's own share of about 20 µs."""
     bytes_per_s: float
-    """With no other measurement on the way."""
+    """Rate while no other link is measured."""
     loaded_bytes_per_s: float
-    """While every node sends to its successor and hears its predecessor, as collectives do."""
+    """Rate while every node sends to its successor and receives from its predecessor, as in collectives."""
     sent_bytes: int
-    """What measuring it took."""
+    """Bytes that the measurement sent."""
 
     def to_json(self) -> dict[str, Any]:
         """Return it as a JSON object."""
@@ -66,11 +70,10 @@ def parse_link(given: Any) -> LinkFigures:
 
 
 def measured_link(links: Sequence[LinkFigures], planned: Link) -> Link:
-    """Return the profile's link with measured figures in the place of its own; of no links, ValueError.
+    """Return the profile's link with measured figures in place of its own; raises ValueError without links.
 
-    A ring goes at the pace of its slowest edge, so up and down are both that edge's rate under load (each edge is one
-    node's up and another one's down), and latency is the longest. All other figures are not measured and stay as
-    they were planned, which `sources` says.
+    A ring is as fast as its slowest edge. So both up and down are that edge's rate under load (each edge is one node's
+    up and another one's down), and the latency is the longest. All other figures stay as planned; `sources` says which.
     """
     if not links:
         raise ValueError("no link was measured")
@@ -116,7 +119,7 @@ def slow_links(links: Sequence[LinkFigures], planned: Link) -> list[str]:
 
 
 def link_failed(title: str, error: PeerError) -> str:
-    """Return the line for a link that broke while it was measured."""
+    """Return the error line for a link that broke while it was measured."""
     return f"the link from {title} to the next node failed while it was measured: the next node {error}"
 
 

@@ -1,8 +1,8 @@
-"""Latency and rate of one connection: small echoes, and chunks whose size adapts to what the link carries.
+"""Measurement of one connection's latency and rate: small echoes, and chunks whose size adapts to the link's rate.
 
-The receiver times a chunk, from its announcement to its last byte: what the sender's own buffers swallow is not speed.
-Chunks are random bytes, so that a VPN that compresses gains nothing, and are thrown away; announcements and times are
-authenticated messages.
+The receiver times each chunk, from its announcement to its last byte, because the sender's clock would count bytes that
+only fill its own buffers. Chunks are random bytes, which a compressing VPN cannot shorten, and are thrown away;
+announcements and times are authenticated messages. LinkTester uses it within a run, link_pair.py without one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from simulate.launch.preflight.deadline import Deadline
 
 FIRST_CHUNK_BYTES = 64 << 10
 CHUNKS = 5
-"""Chunks that a measurement should take; at least MIN_CHUNKS."""
+"""Chunks that share the time of a measurement; MIN_CHUNKS are sent in any case."""
 MIN_CHUNKS = 3
 GROWTH = 8
 MAX_ECHOES, MIN_ECHOES = 21, 5
@@ -28,29 +28,29 @@ _MORE, _END = b"+", b"."
 
 @dataclass(frozen=True)
 class Limits:
-    """What one measurement may take."""
+    """Time and bytes that one measurement may take."""
 
     aim_s: float = 1.0
-    """A measurement ends about then; a slow link may need longer for its MIN_CHUNKS."""
+    """Seconds after which a measurement ends; a slow link may need longer for MIN_CHUNKS."""
     budget_bytes: int = 256 << 20
-    """More is sent only where MIN_CHUNKS of FIRST_CHUNK_BYTES exceed it."""
+    """Bytes that a measurement may send; exceeded only where MIN_CHUNKS of FIRST_CHUNK_BYTES are more."""
 
     @property
     def largest_chunk_bytes(self) -> int:
-        """Growing to it takes at most a seventh of it before: room is left for CHUNKS and more."""
+        """Largest chunk; those on the way to it sum to a seventh of it, so more than CHUNKS fit into the budget."""
         return max(FIRST_CHUNK_BYTES, self.budget_bytes // (2 * CHUNKS))
 
 
 @dataclass(frozen=True)
 class Rate:
-    """What a connection carried."""
+    """Measured rate of a connection."""
 
     bytes_per_s: float
-    """Median over chunks."""
+    """Median over the chunks since the size stopped growing."""
     sent_bytes: int
-    """All chunks together, those that only found the size too."""
+    """Bytes of all chunks, also of those that only found the size."""
     chunk_bytes: int
-    """The size that was settled on."""
+    """Final size of a chunk."""
 
 
 def measure_latency_s(channel: Channel, limits: Limits, deadline: Deadline) -> float:
@@ -69,7 +69,7 @@ def measure_latency_s(channel: Channel, limits: Limits, deadline: Deadline) -> f
 
 
 def measure_rate(channel: Channel, limits: Limits, deadline: Deadline, first_bytes: int = FIRST_CHUNK_BYTES) -> Rate:
-    """Send chunks, growing until one takes its share of the time; returns the rest's median rate. Raises PeerError."""
+    """Send chunks, growing until one takes its share of the time; returns the later ones' rate. Raises PeerError."""
     piece = memoryview(os.urandom(_PIECE_BYTES))
     begin_s, size, sent_bytes, rates = time.perf_counter(), first_bytes, 0, list[float]()
     share_s, largest = limits.aim_s / CHUNKS, max(limits.largest_chunk_bytes, first_bytes)
@@ -77,11 +77,11 @@ def measure_rate(channel: Channel, limits: Limits, deadline: Deadline, first_byt
         seconds = _send_chunk(channel, piece, size, deadline)
         sent_bytes += size
         if seconds < share_s / 2 and size < largest:
-            rates.clear()  # too short to tell a rate: TCP's start and the buffers on the way are most of it
+            rates.clear()  # too short for a rate: TCP's slow start and buffers on the way dominate
             size = min(largest, int(size * min(GROWTH, share_s / max(seconds, 1e-9))))
         else:
             rates.append(size / max(seconds, 1e-9))
-            if seconds > 2 * share_s:  # what a shaper let through at first made it grow too far
+            if seconds > 2 * share_s:  # a traffic shaper let the first bytes through too fast
                 size = max(FIRST_CHUNK_BYTES, int(size * share_s / seconds))
     return Rate(median(rates), sent_bytes, size)
 
@@ -91,7 +91,7 @@ def _enough(rates: list[float], elapsed_s: float, next_bytes: int, limits: Limit
 
 
 def _send_chunk(channel: Channel, piece: memoryview, size: int, deadline: Deadline) -> float:
-    """Return the seconds that the receiver took to take it in."""
+    """Send a chunk; returns the seconds that the receiver needed for it."""
     channel.send({"kind": "chunk", "bytes": size}, deadline)
     for begin in range(0, size, len(piece)):
         send_all(channel.sock, piece[: min(len(piece), size - begin)], deadline)
@@ -103,7 +103,7 @@ def _send_chunk(channel: Channel, piece: memoryview, size: int, deadline: Deadli
 
 
 def serve(channel: Channel, limits: Limits, deadline: Deadline) -> None:
-    """Be the other end of measurements until the peer says that it is done. Raises PeerError."""
+    """Answer a peer's measurements until it says that it is done. Raises PeerError."""
     buffer = memoryview(bytearray(_PIECE_BYTES))
     while (message := channel.receive(deadline))["kind"] != "done":
         if message["kind"] == "echo":

@@ -1,7 +1,7 @@
-"""This node's end of the links between nodes: reach everyone, then measure the way to the ring's successor.
+"""Link tests of one node: call every other node, then measure the link to the next one in the ring.
 
-torch's workers connect every node with every other on ports that the system picks, so reaching everyone on such a port
-is what they need, and what a firewall forbids.
+torch's workers later connect every node with every other, on ports that the system picks. So each node calls all others
+on such a port first, which finds firewalls before the run does. Coordinator and JoiningNode hold one LinkTester each.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from simulate.launch.preflight.secret import Secret
 
 @dataclass(frozen=True)
 class LinkPlan:
-    """How links are measured, the same on all nodes: node 0 decides."""
+    """How links are measured; node 0's plan holds on all nodes."""
 
     measure: bool = True
-    """False: only find out whether every node reaches every other."""
+    """Whether to measure; False only checks that every node reaches every other."""
     limits: probe.Limits = field(default_factory=probe.Limits)
     reach_s: float = 20.0
-    """For every node to reach every other."""
+    """Seconds for every node to call every other."""
     timeout_s: float = 60.0
-    """For measuring one edge alone, and again for all of them at once."""
+    """Seconds for measuring one edge alone, and again for all at once."""
 
     def to_json(self) -> dict[str, Any]:
         """Return it as a JSON object."""
@@ -42,7 +42,7 @@ class LinkPlan:
 
     @classmethod
     def from_json(cls, given: Any) -> LinkPlan:
-        """Read it as to_json wrote it; raises BadFrameError."""
+        """Parse a plan as to_json wrote it; raises BadFrameError."""
         try:
             limits = given["limits"]
             aim_s, budget_bytes = float(limits["aim_s"]), int(limits["budget_bytes"])
@@ -54,23 +54,23 @@ class LinkPlan:
 
 @dataclass(frozen=True)
 class Reach:
-    """What was wrong when a node reached for all others, one line each."""
+    """Failed calls between one node and all others, one line each."""
 
     unreached: list[str]
-    """Calls of this node that nobody answered."""
+    """This node's calls that failed."""
     uncalled: list[str]
-    """Calls that this node waited for in vain; the other side of somebody's `unreached`, most of the time."""
+    """Nodes that did not call this one; mostly the other side of an `unreached` of theirs."""
 
 
 class LinkTester:
-    """Links of one node; close() ends its threads and connections."""
+    """One node's links; close() ends its threads and connections."""
 
     def __init__(self, node: int, address: str) -> None:
         self._node, self._address = node, address
         self._listener: socket.socket | None = listen(address, 0, "measuring links")
         self.port = int(self._listener.getsockname()[1])
-        """Where the other nodes call."""
-        self._door: HandshakeListener | None = None
+        """Port that the other nodes call."""
+        self._handshakes: HandshakeListener | None = None
         self._to_successor: Channel | None = None
         self._from_predecessor: Channel | None = None
         self._serving: threading.Thread | None = None
@@ -79,7 +79,7 @@ class LinkTester:
         self._latency_s = 0.0
 
     def connect(self, nodes: Sequence[NodeFacts], meeting: Secret, plan: LinkPlan) -> Reach:
-        """Call every other node and be called by each.
+        """Call every other node, and accept a call from each.
 
         `meeting` is a secret of this preflight alone, `plan` is node 0's.
         """
@@ -87,7 +87,7 @@ class LinkTester:
         deadline = Deadline(plan.reach_s)
         me = Identity(self._node, Purpose.LINK, meeting)
         assert self._listener is not None
-        self._door = HandshakeListener(self._listener, me, plan.reach_s)
+        self._handshakes = HandshakeListener(self._listener, me, plan.reach_s)
         others = [node for node in nodes if node.node != self._node]
         with ThreadPoolExecutor(max_workers=min(32, len(others))) as pool:
             outcomes = list(pool.map(lambda other: self._reach(other, me, deadline), others))
@@ -103,7 +103,7 @@ class LinkTester:
         )
 
     def _keep_ring(self, called: list[Channel], callers: dict[int, Channel], count: int) -> None:
-        """Keep the ways to the successor and from the predecessor, which is served from now on; close the others."""
+        """Keep the connections to the successor and from the predecessor, and serve the latter; close all others."""
         channels = {channel.peer: channel for channel in called}
         self._to_successor = channels.pop((self._node + 1) % count, None)
         self._from_predecessor = callers.get((self._node - 1) % count)
@@ -112,21 +112,21 @@ class LinkTester:
         for caller in callers.values():
             if caller is not self._from_predecessor:
                 caller.close()
-        self._close_door()
+        self._close_listener()
         if self._from_predecessor is not None:
             arguments = (self._from_predecessor, Deadline(self._plan.timeout_s * (count + 2)))
             self._serving = threading.Thread(target=self._serve, args=arguments, name="preflight-links", daemon=True)
             self._serving.start()
 
     def measure_alone(self) -> None:
-        """Measure latency and rate to the successor while nobody else measures. Raises PeerError."""
+        """Measure latency and rate to the successor while no other node measures. Raises PeerError."""
         assert self._to_successor is not None
         deadline = Deadline(self._plan.timeout_s)
         self._latency_s = probe.measure_latency_s(self._to_successor, self._plan.limits, deadline)
         self._alone = probe.measure_rate(self._to_successor, self._plan.limits, deadline)
 
     def measure_loaded(self) -> LinkFigures:
-        """Measure the rate again, while everybody does; returns all figures. Raises PeerError."""
+        """Measure the rate again while all nodes do; returns all figures. Raises PeerError."""
         assert self._to_successor is not None and self._alone is not None
         deadline = Deadline(self._plan.timeout_s)
         loaded = probe.measure_rate(self._to_successor, self._plan.limits, deadline, self._alone.chunk_bytes)
@@ -142,7 +142,7 @@ class LinkTester:
 
     def close(self) -> None:
         """Hang up, and end all threads."""
-        self._close_door()
+        self._close_listener()
         if self._to_successor is not None:
             self._to_successor.close()
         if self._from_predecessor is not None:
@@ -150,14 +150,15 @@ class LinkTester:
         if self._serving is not None:
             self._serving.join()
 
-    def _close_door(self) -> None:
-        if self._door is not None:
-            self._door.close()  # and its listener
+    def _close_listener(self) -> None:
+        if self._handshakes is not None:
+            self._handshakes.close()  # closes the listener, too
         elif self._listener is not None:
             self._listener.close()
-        self._door = self._listener = None
+        self._handshakes = self._listener = None
 
     def _reach(self, other: NodeFacts, me: Identity, deadline: Deadline) -> Channel | str:
+        """Call a node; returns the channel, or a line that says why it failed."""
         sock = None
         try:
             sock = dial(self._address, other.address, other.link_port, deadline)
@@ -173,13 +174,13 @@ class LinkTester:
             )
 
     def _receive_callers(self, awaited: set[int], deadline: Deadline) -> dict[int, Channel]:
-        assert self._door is not None
+        """Return the calls of the awaited nodes, as many as come before the deadline."""
+        assert self._handshakes is not None
         callers: dict[int, Channel] = {}
         while awaited - callers.keys() and not deadline.over:
-            event = self._door.next(deadline)
+            event = self._handshakes.next(deadline)
             if isinstance(event, AcceptedPeer):
-                known = event.channel.peer in awaited - callers.keys()
-                if known:
+                if event.channel.peer in awaited - callers.keys():
                     callers[event.channel.peer] = event.channel
                 else:
                     event.channel.close()
@@ -189,13 +190,13 @@ class LinkTester:
         try:
             probe.serve(channel, self._plan.limits, deadline)
         except PeerError:
-            pass  # the sender notices too, and tells node 0
+            pass  # the sender sees the failure, too, and reports it to node 0
         finally:
             channel.close()
 
 
 def dial(own_address: str, address: str, port: int, deadline: Deadline) -> socket.socket:
-    """Connect from own_address. Raises OSError."""
+    """Connect from own_address; raises OSError."""
     sock = socket.socket(family_of(address), socket.SOCK_STREAM)
     try:
         sock.bind(sockaddr(own_address, 0))

@@ -1,4 +1,7 @@
-"""Where others call: one thread a caller, so that a silent or hostile one keeps nobody else waiting."""
+"""Listener that authenticates callers, each in its own thread, so that a silent or hostile one delays no other.
+
+Coordinator, RejoinServer, LinkTester and `lte profile serve` take authenticated callers and refusals from its queue.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ from simulate.launch.preflight.deadline import Deadline
 from simulate.launch.preflight.handshake import Identity, answer
 
 MAX_UNPROVEN = 64
-"""Handshakes at a time; one more sends away the oldest, which may call again."""
+"""Handshakes at a time; one more drops the oldest, which may call again."""
 _BACKLOG = 128
 _POLL_S = 0.1
 
@@ -35,12 +38,12 @@ class AcceptedPeer:
 
     channel: Channel
     greeting: Any
-    """What `greet` returned."""
+    """Return value of `greet`."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A caller that was sent away."""
+    """A caller that was refused."""
 
     host: str
     why: str
@@ -48,7 +51,7 @@ class Refusal:
 
 
 def listen(address: str, port: int, label: str) -> socket.socket:
-    """Listen on that address alone (port 0: any free one); `label` names it in InputError."""
+    """Listen on one address (port 0: any free port); InputError's message begins with `label`."""
     try:
         listener = socket.socket(family_of(address), socket.SOCK_STREAM)
     except OSError as error:
@@ -67,7 +70,10 @@ def listen(address: str, port: int, label: str) -> socket.socket:
 
 
 class HandshakeListener:
-    """Accepts callers until it is closed; `next` hands over, in one queue, who came and who was refused."""
+    """Accepts callers until it is closed; `next` returns authenticated and refused ones from one queue.
+
+    `greet` runs in the caller's thread, right after its proof; its result comes along.
+    """
 
     def __init__(
         self,
@@ -82,20 +88,20 @@ class HandshakeListener:
         self._lock = threading.Lock()
         self._callers: dict[threading.Thread, socket.socket] = {}
         self._unproven: dict[threading.Thread, socket.socket] = {}
-        self._accepting = threading.Thread(target=self._accept, name="preflight-door", daemon=True)
+        self._accepting = threading.Thread(target=self._accept, name="preflight-listener", daemon=True)
         self._accepting.start()
 
     def next(self, deadline: Deadline) -> AcceptedPeer | Refusal | None:
-        """Return what happened at the door, or None when nothing did before the deadline."""
+        """Return the next caller or refusal, None where there is none before the deadline."""
         try:
             return self._events.get(timeout=max(deadline.left_s, 1e-3))
         except queue.Empty:
             return None
 
     def close(self) -> None:
-        """Stop listening, hang up on whoever was not handed over, and end all threads."""
+        """Stop listening, hang up on callers that `next` did not return, and end all threads."""
         self._closing.set()
-        hang_up(self._listener)  # wakes it at once on Linux; elsewhere it looks every _POLL_S
+        hang_up(self._listener)  # wakes the accepting thread at once on Linux, elsewhere within _POLL_S
         self._accepting.join()
         self._listener.close()
         with self._lock:
@@ -115,21 +121,21 @@ class HandshakeListener:
                 sock, _ = self._listener.accept()
             except TimeoutError:
                 continue
-            except OSError:  # the caller is gone again, or this process has no file handles left
+            except OSError:  # the caller has left again, or this process has no file handles left
                 self._closing.wait(_POLL_S)
                 continue
-            thread = threading.Thread(target=self._meet, args=(sock,), name="preflight-caller", daemon=True)
+            thread = threading.Thread(target=self._handle_caller, args=(sock,), name="preflight-caller", daemon=True)
             with self._lock:
                 if len(self._unproven) >= MAX_UNPROVEN:
-                    # An honest caller needs a moment, so whoever is at it for longest has the least to say.
+                    # A valid handshake is fast, so drop the connection pending longest.
                     hang_up(self._unproven.pop(next(iter(self._unproven))))
                 self._callers[thread] = self._unproven[thread] = sock
                 thread.start()
 
-    def _meet(self, sock: socket.socket) -> None:
+    def _handle_caller(self, sock: socket.socket) -> None:
         event = None
         try:
-            event = self._interview(sock)
+            event = self._authenticate(sock)
         finally:
             if not isinstance(event, AcceptedPeer):
                 close_socket(sock)
@@ -137,10 +143,10 @@ class HandshakeListener:
                 del self._callers[threading.current_thread()]
                 self._unproven.pop(threading.current_thread(), None)
                 if event is not None:
-                    # At once with leaving: whoever takes it may close the door, which hangs up on callers.
+                    # Under the same lock as the removal: close() hangs up on all that are still callers.
                     self._events.put(event)
 
-    def _interview(self, sock: socket.socket) -> AcceptedPeer | Refusal:
+    def _authenticate(self, sock: socket.socket) -> AcceptedPeer | Refusal:
         channel = None
         host = "somebody"
         try:

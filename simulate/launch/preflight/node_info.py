@@ -1,4 +1,4 @@
-"""What a node says about itself, validated as it arrives: a peer's facts are input too."""
+"""A node's facts, which it sends to node 0; validated on arrival, since a peer's facts are input, too."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from simulate.launch.preflight.handshake import PROTOCOL
 
 
 class Facts(toml_io.Schema):
-    """What must be the same on all nodes, and what each one brings."""
+    """Facts that must be the same on all nodes, and the number of processes that each one starts."""
 
     lte: str = Field(max_length=100)
-    """Version of this program."""
+    """Version of lte."""
     torch: str = Field(max_length=100)
+    """Version of torch."""
     run_fingerprint: str = Field(max_length=128)
     run: dict[str, Any]
-    """run.toml, flattened: "method.rank" to 16."""
+    """run.toml with dotted keys, "method.rank" to 16; names the keys that differ."""
     data_fingerprint: str = Field(max_length=128)
     data_bytes: int = Field(ge=0)
     processes: int = Field(gt=0, le=1024)
-    """Workers that the node will start."""
+    """Worker processes that the node starts."""
 
     @classmethod
     def of(cls, run: Run, *, lte: str, torch: str, data_fingerprint: str, data_bytes: int, processes: int) -> Facts:
-        """Return the facts of a run on this machine; `torch` is its version's text."""
+        """Return the facts of a run on this machine; `lte` and `torch` are versions."""
         return cls(
             lte=lte,
             torch=torch,
@@ -43,18 +44,18 @@ class Facts(toml_io.Schema):
 
 
 class NodeFacts(Facts):
-    """A node's facts and where it stands."""
+    """A node's facts, with its number and addresses."""
 
     node: int = Field(ge=0)
     nodes: int = Field(gt=0)
     protocol: int = PROTOCOL
     interface: str = Field(max_length=100)
     address: str = Field(max_length=100)
-    """Numeric; everything of this node binds to it. Empty in a run of one node."""
+    """Numeric address that all sockets of the node bind to; empty in a run of one node."""
     link_port: int = Field(ge=0, lt=65536)
-    """Where the other nodes call to measure links; 0 in a run of one node."""
+    """Port that the other nodes call to measure links; 0 in a run of one node."""
     clock_offset_s: float = 0.0
-    """How far its clock is ahead of node 0's, as node 0 measured it."""
+    """Seconds that its clock is ahead of node 0's, as node 0 measured."""
 
     @field_validator("address")
     @classmethod
@@ -70,7 +71,7 @@ class NodeFacts(Facts):
 
 
 def parse_facts(given: Any) -> NodeFacts:
-    """Validate a node's facts as they arrived; raises BadFrameError."""
+    """Validate a node's facts on arrival; raises BadFrameError."""
     try:
         return NodeFacts.model_validate(given)
     except ValidationError as error:
@@ -80,7 +81,7 @@ def parse_facts(given: Any) -> NodeFacts:
 
 
 def flat_table(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested tables as one with dotted keys, values as JSON holds them, None left out."""
+    """Return nested tables as one table with dotted keys and JSON values, without None."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, dict):

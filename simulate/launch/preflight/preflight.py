@@ -1,4 +1,7 @@
-"""The preflight: before any worker starts, all nodes meet, prove themselves, agree and measure their links.
+"""The preflight: before any worker starts, all nodes authenticate, compare their facts and measure their links.
+
+It finds in seconds what would otherwise break a run after hours: another version, other data, a firewall, a slow link.
+`lte train --launch` runs it on every node:
 
 with Preflight(settings, facts, log=print) as preflight:
     result = preflight.run()
@@ -16,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from simulate.config.hardware import Link
-from simulate.launch.preflight.address import find_place, parse_endpoint
+from simulate.launch.preflight.address import choose_bind_address, parse_endpoint
 from simulate.launch.preflight.clock_offset import Now
 from simulate.launch.preflight.coordinator import Coordinator
 from simulate.launch.preflight.joining_node import JoiningNode
@@ -24,8 +27,8 @@ from simulate.launch.preflight.node_info import Facts, NodeFacts
 from simulate.launch.preflight.settings import Check, Log, Result, Settings
 
 
-class Alone:
-    """The only node of a run: no network, nobody to agree with."""
+class SingleNode:
+    """Preflight of a run of one node: there is nothing to compare or to measure."""
 
     def __init__(self, settings: Settings, facts: Facts) -> None:
         self._own = NodeFacts(
@@ -33,7 +36,7 @@ class Alone:
         )
 
     def run(self) -> Result:
-        """Return this node alone."""
+        """Return this node's facts."""
         return Result([self._own], [], [])
 
     def broadcast(self, payload: Any, timeout_s: float) -> Any:
@@ -43,12 +46,14 @@ class Alone:
     def barrier(self, name: str, timeout_s: float) -> None:
         """Return at once."""
 
-    def latecomers(self, payload: Callable[[], Any], is_alive: Callable[[int], bool]) -> AbstractContextManager[object]:
-        """Let nobody in: there is nobody."""
+    def accept_rejoins(
+        self, payload: Callable[[], Any], is_alive: Callable[[int], bool]
+    ) -> AbstractContextManager[object]:
+        """Return an empty context: no other node can come back."""
         return nullcontext()
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Do nothing: there are neither threads nor sockets."""
 
 
 class Preflight:
@@ -63,32 +68,34 @@ class Preflight:
         planned: Link | None = None,
         now: Now = time.time,
     ) -> None:
-        """Find this node's place on the network; raises InputError before anything is opened.
+        """Choose this node's address; raises InputError before anything is opened.
 
-        Of node 0, `check` adds rules about all nodes' facts, and `planned` is the link that measured ones are held
-        against. `now` is the clock that is compared.
+        On node 0, `check` adds rules about all nodes' facts, and measured links are compared with `planned`. `now` is
+        the clock whose offset is measured.
         """
         self.settings = settings
         self._role = _role(settings, facts, log, check, planned, now)
 
     def run(self) -> Result:
-        """Meet all nodes; returns the same on each. Raises InputError and RunFailedError, the same on each too."""
+        """Return the preflight's result, the same on all nodes; raises InputError and RunFailedError on all alike."""
         return self._role.run()
 
     def broadcast(self, payload: Any, timeout_s: float) -> Any:
-        """Return node 0's payload (a JSON value of less than 1 MiB) on all nodes. Raises RunFailedError."""
+        """Return node 0's payload, a JSON value of less than 1 MiB, on all nodes. Raises RunFailedError."""
         return self._role.broadcast(payload, timeout_s)
 
     def barrier(self, name: str, timeout_s: float) -> None:
         """Return once all nodes have called it with that name. Raises RunFailedError naming a node that has not."""
         self._role.barrier(name, timeout_s)
 
-    def latecomers(self, payload: Callable[[], Any], is_alive: Callable[[int], bool]) -> AbstractContextManager[object]:
-        """Let nodes that were lost come back while the run goes on, once this preflight is closed; node 0 does so.
+    def accept_rejoins(
+        self, payload: Callable[[], Any], is_alive: Callable[[int], bool]
+    ) -> AbstractContextManager[object]:
+        """Return a context within which node 0 accepts lost nodes again; enter it once this preflight is closed.
 
-        They get what `payload` returns in the place of the broadcast, unless `is_alive` says that the node is there.
+        They get `payload()` in place of the broadcast. A node for which `is_alive` is true is refused.
         """
-        return self._role.latecomers(payload, is_alive)
+        return self._role.accept_rejoins(payload, is_alive)
 
     def close(self) -> None:
         """Hang up, and end all threads; may be called twice."""
@@ -105,26 +112,26 @@ class Preflight:
 
 def _role(
     settings: Settings, facts: Facts, log: Log, check: Check, planned: Link | None, now: Now
-) -> Alone | Coordinator | JoiningNode:
+) -> SingleNode | Coordinator | JoiningNode:
     if settings.nodes == 1:
-        return Alone(settings, facts)
+        return SingleNode(settings, facts)
     assert settings.join is not None
     endpoint = parse_endpoint(settings.join)
-    place = find_place(
-        endpoint, is_hub=settings.node == 0, interface=settings.interface, trust_network=settings.trust_network
+    bind = choose_bind_address(
+        endpoint, is_coordinator=settings.node == 0, interface=settings.interface, trust_network=settings.trust_network
     )
-    secret = settings.key(loopback=ipaddress.ip_address(place.hub_address).is_loopback)
+    secret = settings.key(loopback=ipaddress.ip_address(bind.coordinator_address).is_loopback)
 
     def own(link_port: int) -> NodeFacts:
         return NodeFacts(
             **facts.model_dump(),
             node=settings.node,
             nodes=settings.nodes,
-            interface=place.interface,
-            address=place.address,
+            interface=bind.interface,
+            address=bind.address,
             link_port=link_port,
         )
 
     if settings.node == 0:
-        return Coordinator(settings, own, endpoint, place, secret, log, check, planned, now)
-    return JoiningNode(settings, own, endpoint, place, secret, log, now)
+        return Coordinator(settings, own, endpoint, bind, secret, log, check, planned, now)
+    return JoiningNode(settings, own, endpoint, bind, secret, log, now)

@@ -1,4 +1,4 @@
-"""The secret that all nodes of a run share: read once, never shown, used only through HMAC-SHA256."""
+"""The secret that all nodes of a run share: read once, never printed, used only as a key of HMAC-SHA256."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HOW = f"lte reads it from --secret-file PATH or from the environment variable {
 
 
 class Secret:
-    """Keys messages by a shared secret; neither its text nor its repr, nor a pickle, gives the secret away."""
+    """A shared secret that authenticates messages; str, repr and pickle do not reveal it."""
 
     __slots__ = ("_key",)
 
@@ -29,20 +29,20 @@ class Secret:
             raise InputError(
                 f"the secret has {len(secret)} bytes; {MIN_BYTES} to {MAX_BYTES} are needed, and random ones: {_HOW}"
             )
-        # Whoever prints this object's parts meets a digest, not what the user typed.
+        # Keep a digest: printing this object's parts must not show what the user typed.
         self._key = hmac.digest(b"lte preflight secret", secret, "sha256")
 
     @classmethod
-    def of_nobody(cls) -> Secret:
-        """Return the key of runs without a secret, which everybody knows: for loopback alone."""
+    def for_loopback(cls) -> Secret:
+        """Return the publicly known key of runs without a secret; loopback only."""
         return cls(hashlib.sha256(b"lte preflight without a secret").digest())
 
     def mac(self, label: str, data: bytes) -> bytes:
-        """Return HMAC-SHA256 of data, 32 bytes; what is made under one label proves nothing under another."""
+        """Return HMAC-SHA256 of data, 32 bytes; a MAC with one label does not verify with another."""
         return hmac.digest(self._key, label.encode() + b"\0" + data, "sha256")
 
     def derived(self, label: str, data: bytes) -> Secret:
-        """Return a secret for one purpose or one meeting only."""
+        """Return a secret for one purpose or one preflight only."""
         return Secret(self.mac(f"derived {label}", data))
 
     def __repr__(self) -> str:
@@ -64,9 +64,9 @@ def make_secret() -> str:
 
 
 def read_secret(path: Path | None, environ: Mapping[str, str] | None = None) -> Secret | None:
-    """Return the secret of a file, else of LTE_SECRET, else None; white space around it does not count.
+    """Return the secret in a file, else in LTE_SECRET, else None; white space around it is removed.
 
-    Raises InputError for a file that is missing, no plain file, readable by others, or too short; never quotes content.
+    Raises InputError for a file that is missing, not plain, readable by others or too short; never quotes its content.
     """
     if path is not None:
         return Secret(_read_private(path).strip())
@@ -76,14 +76,14 @@ def read_secret(path: Path | None, environ: Mapping[str, str] | None = None) -> 
 
 def _read_private(path: Path) -> bytes:
     try:
-        # Not blocking: opening a named pipe would wait for its writer.
+        # Non-blocking: opening a named pipe would wait for its writer.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError:
         raise InputError(f"--secret-file {path}: no such file; copy node 0's there (chmod 600)") from None
     except OSError as error:
         raise InputError(f"--secret-file {path} cannot be read ({error.strerror}); check its permissions") from None
     try:
-        # The opened file is asked, not its name, which could mean another file by now.
+        # Check the opened file, not its name, which may stand for another file by now.
         mode = os.fstat(handle).st_mode
         if not stat.S_ISREG(mode):
             raise InputError(f"--secret-file {path} is no plain file; save the secret in one, or use {VARIABLE}")

@@ -1,4 +1,4 @@
-"""What a preflight is told, and what it returns."""
+"""Settings and result of a preflight."""
 
 from __future__ import annotations
 
@@ -13,35 +13,36 @@ from simulate.launch.preflight.node_info import NodeFacts
 from simulate.launch.preflight.secret import VARIABLE, Secret
 
 Log = Callable[[str], None]
-"""Takes one line for people; called by the thread that runs the preflight only."""
+"""Takes one line for people; called only by the thread that runs the preflight."""
 Check = Callable[[Sequence[NodeFacts]], Sequence[str]]
-"""Looks at all nodes' facts on node 0; returns what is wrong with them, one line each."""
+"""Checks all nodes' facts on node 0; returns a line for each error."""
 MAX_NODES = 1024
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Who this node is, where the others are, and how long to wait for them."""
+    """This node's number and network, the address of node 0, and time-outs."""
 
     node: int
-    """This node's number, from 0; node 0 is where the others join."""
+    """This node's number, from 0; the others join node 0."""
     nodes: int
+    """Nodes of the run."""
     join: str | None = None
     """HOST:PORT of node 0; not needed in a run of one node."""
     interface: str | None = None
-    """Network interface to use; not set: the one that leads to HOST."""
+    """Network interface to use; None takes the one that leads to HOST."""
     secret: Secret | None = None
-    """Needed for anything but loopback."""
+    """Secret that all nodes share; only loopback does without."""
     trust_network: bool = False
-    """Allow a public address."""
+    """Whether a public address is allowed."""
     join_timeout_s: float = 300.0
-    """For all nodes to be there, from when this one starts; a joined node waits as long again for node 0's verdict."""
+    """Seconds for all nodes to join, from this one's start; a joined node then waits as long for node 0's result."""
     handshake_timeout_s: float = 10.0
-    """For one connection to prove itself."""
+    """Seconds for the proof of one connection."""
     answer_timeout_s: float = 30.0
-    """For one answer of a node that is there."""
+    """Seconds for one answer of a joined node."""
     links: LinkPlan = field(default_factory=LinkPlan)
-    """Node 0's counts."""
+    """How links are measured; only node 0's is used."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.nodes <= MAX_NODES:
@@ -54,11 +55,11 @@ class Settings:
             raise InputError(f"--nodes {self.nodes} needs --join HOST:PORT, an address of node 0")
 
     def key(self, *, loopback: bool) -> Secret:
-        """Return the secret, or on loopback the one that everybody knows; raises InputError."""
+        """Return the secret, without one the public key of loopback; raises InputError on a network."""
         if self.secret is not None:
             return self.secret
         if loopback:
-            return Secret.of_nobody()
+            return Secret.for_loopback()
         raise InputError(
             f"--join {self.join}: nodes on a network need a shared secret; make one, then give all nodes "
             f"--secret-file PATH or {VARIABLE}"
@@ -67,16 +68,17 @@ class Settings:
 
 @dataclass(frozen=True)
 class Result:
-    """What all nodes know after a preflight; the same on each of them."""
+    """Result of a preflight, the same on all nodes."""
 
     nodes: list[NodeFacts]
-    """In the order of their numbers."""
+    """Facts of all nodes, sorted by number."""
     links: list[LinkFigures]
-    """The ring's edges, node 0's first; empty where nothing was measured."""
+    """Links of the ring, node 0's first; empty where none was measured."""
     warnings: list[str]
+    """Lines for people."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as a JSON object; nodes without their run.toml, which is the same for all."""
+        """Return the result as a JSON object, without the run.toml, which is the same for all nodes."""
         return {
             "nodes": [node.model_dump(exclude={"run"}) for node in self.nodes],
             "links": [link.to_json() for link in self.links],
@@ -84,11 +86,11 @@ class Result:
         }
 
 
-def failure(lines: Sequence[str], *, mendable: bool, log: Log) -> InputError | RunFailedError:
-    """Return the error for these lines: the first one; where there are more, all are told before."""
+def failure(lines: Sequence[str], *, is_input: bool, log: Log) -> InputError | RunFailedError:
+    """Return the error of the first line; where there are several, log them all first."""
     text = lines[0]
     if len(lines) > 1:
         for line in lines:
             log(line)
         text += f" (the first of {len(lines)} findings, all above)"
-    return InputError(text) if mendable else RunFailedError(text)
+    return InputError(text) if is_input else RunFailedError(text)

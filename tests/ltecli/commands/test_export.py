@@ -52,7 +52,7 @@ def test_a_checkpoint_inside_a_round_is_merged_first(lte: Lte, here: Path) -> No
     assert lte("train", run, "--out", "done", "-q").code == 0
     (here / "done" / "checkpoints" / "step-00000009").rename(here / "last")
     outcome = lte("export", "done")
-    assert "step 6 lies inside a round" in outcome.stderr and "merged after step 6" in outcome.stdout
+    assert "step 6 is inside a round" in outcome.stderr and "merged after step 6" in outcome.stdout
     weights = load_file(here / "done" / "export" / "model.safetensors")
     assert validation_loss(here / "done", weights) < events_of(here / "done", "step")[0]["train_loss"]
     saved = here / "done" / "checkpoints" / "step-00000006"

@@ -1,4 +1,4 @@
-"""What a launch refuses: one line that names the mistake, before anything is written."""
+"""Refusals of a launch: one line that names the mistake, before anything is written."""
 
 from __future__ import annotations
 

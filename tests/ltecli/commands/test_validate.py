@@ -16,7 +16,7 @@ def test_a_plan_says_what_of_diagnostics_is_not_followed(capsys: pytest.CaptureF
     arguments = ["plan", "--method", "lte", "--rank", "8", "--set", "train.micro_batch=1", "--verify"]
     for more, is_said in (([], False), (["--set", "train.diagnostics_every=5"], True)):
         assert main([*arguments, *more]) == 0
-        assert ("not followed, since they depend on numbers: figures of a round" in capsys.readouterr().out) is is_said
+        assert ("not traced, since they depend on values: figures of a round" in capsys.readouterr().out) is is_said
 
 
 def test_bytes_are_validated_to_the_byte(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ class Node:
     check: Callable[[Sequence[NodeFacts]], Sequence[str]] = lambda nodes: ()
     planned: Link | None = None
     after: Callable[[Preflight], Any] = lambda preflight: None
-    """What the node does once it has its result."""
+    """Call that the node makes once it has its result."""
     lines: list[str] = field(default_factory=list)
     result: Result | None = None
     returned: Any = None

@@ -13,7 +13,7 @@ from simulate.launch.preflight.address import (
     BindAddress,
     Endpoint,
     Interface,
-    find_place,
+    choose_bind_address,
     interfaces,
     is_private,
     parse_endpoint,
@@ -40,7 +40,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def place(host: str = "10.0.0.1", *, hub: bool = False, name: str | None = None, trust: bool = False) -> BindAddress:
-    return find_place(Endpoint(host, 29400), is_hub=hub, interface=name, trust_network=trust)
+    return choose_bind_address(Endpoint(host, 29400), is_coordinator=hub, interface=name, trust_network=trust)
 
 
 @pytest.mark.parametrize(
@@ -161,8 +161,8 @@ def test_a_name_that_means_loopback_only_here_is_refused(machine: None, monkeypa
             r"no such interface; there are lo \(127\.0\.0\.1, ::1\), eth0 \(10\.0\.0\.4, fd00::4\), wlan0",
         ),
         ("eth1", "10.0.0.1", "--interface eth1 is down"),
-        ("br0", "10.0.0.1", r"br0 has no IPv4 address \(none at all\)"),
-        ("wlan0", "fd00::1", r"wlan0 has no IPv6 address \(192\.168\.1\.7\)"),
+        ("br0", "10.0.0.1", r"br0 has no IPv4 address to call 10.0.0.1 from \(none at all\)"),
+        ("wlan0", "fd00::1", r"wlan0 has no IPv6 address to call fd00::1 from \(192\.168\.1\.7\)"),
     ],
 )
 def test_a_wrong_interface_is_explained(name: str, host: str, rule: str, machine: None) -> None:
@@ -183,7 +183,7 @@ def test_a_machine_without_a_way_is_explained(machine: None, monkeypatch: pytest
             raise OSError(101, "Network is unreachable")
 
     monkeypatch.setattr(address_module.socket, "socket", NoRoute)
-    with pytest.raises(InputError, match=r"no way to 10\.0\.0\.1 \(network is unreachable\)"):
+    with pytest.raises(InputError, match=r"no route to 10\.0\.0\.1 \(network is unreachable\)"):
         place()
 
 

@@ -13,8 +13,8 @@ import pytest
 from simulate.common.errors import InputError, RunFailedError
 from simulate.launch.preflight import channel as channel_module
 from simulate.launch.preflight import handshake as handshake_module
-from simulate.launch.preflight import listener as door_module
-from simulate.launch.preflight import membership as roster_module
+from simulate.launch.preflight import listener as listener_module
+from simulate.launch.preflight import membership as membership_module
 from simulate.launch.preflight.deadline import Deadline
 from simulate.launch.preflight.handshake import Identity, Purpose, call
 from simulate.launch.preflight.secret import Secret
@@ -113,7 +113,7 @@ def test_a_silent_caller_is_sent_away_in_time() -> None:
 
 
 def test_more_callers_than_there_is_room_for_push_out_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door_module, "MAX_UNPROVEN", 4)
+    monkeypatch.setattr(listener_module, "MAX_UNPROVEN", 4)
     hub, joiner = crew(2, handshake_timeout_s=30.0)
     with started(hub):
         silent = [connect(hub) for _ in range(12)]
@@ -126,7 +126,7 @@ def test_more_callers_than_there_is_room_for_push_out_the_oldest(monkeypatch: py
 
 
 def test_refusals_fill_neither_memory_nor_screen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roster_module, "_MAX_REFUSED", 2)
+    monkeypatch.setattr(membership_module, "_MAX_REFUSED", 2)
     hub, joiner = crew(2)
     with started(hub):
         for _ in range(20):

@@ -41,7 +41,7 @@ def test_both_directions_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert link.source == "measured"
     assert min(link.up_bytes_per_s, link.down_bytes_per_s) > 1e6
     assert 0 < link.latency_s < 0.1
-    assert "127.0.0.1 was sent" in told[-1]
+    assert "127.0.0.1 receives" in told[-1]
 
 
 def test_another_secret_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

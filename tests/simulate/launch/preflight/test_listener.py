@@ -1,4 +1,4 @@
-"""Who is handed over at the door keeps the connection when the door closes."""
+"""A caller that was handed over keeps its connection when the listener closes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from simulate.launch.preflight import listener as door_module
+from simulate.launch.preflight import listener as listener_module
 from simulate.launch.preflight.deadline import Deadline
 from simulate.launch.preflight.handshake import Identity, Purpose, call
 from simulate.launch.preflight.listener import AcceptedPeer, HandshakeListener, listen
@@ -24,16 +24,16 @@ class SlowQueue(queue.Queue[Any]):
         time.sleep(0.2)
 
 
-def test_a_door_that_closes_at_once_hangs_up_on_nobody_who_was_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door_module.queue, "Queue", SlowQueue)
+def test_a_listener_that_closes_at_once_keeps_callers_that_were_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener_module.queue, "Queue", SlowQueue)
     listener = listen("127.0.0.1", 0, "a test")
     address = listener.getsockname()
-    door = HandshakeListener(listener, Identity(0, Purpose.LINK, SECRET), handshake_s=5.0)
+    handshakes = HandshakeListener(listener, Identity(0, Purpose.LINK, SECRET), handshake_s=5.0)
     with socket.create_connection(address) as sock:
         calling = call(sock, Identity(1, Purpose.LINK, SECRET), 0, Deadline(5.0))
-        arrival = door.next(Deadline(5.0))
-        door.close()
-        assert isinstance(arrival, AcceptedPeer)
+        accepted = handshakes.next(Deadline(5.0))
+        handshakes.close()
+        assert isinstance(accepted, AcceptedPeer)
         calling.send({"kind": "hello"}, Deadline(5.0))
-        assert arrival.channel.receive(Deadline(5.0)) == {"kind": "hello"}
-        arrival.channel.close()
+        assert accepted.channel.receive(Deadline(5.0)) == {"kind": "hello"}
+        accepted.channel.close()

@@ -20,9 +20,9 @@ import pytest
 from simulate.common.errors import InputError, RunFailedError
 from simulate.config.hardware import Link
 from simulate.config.run import build_run
+from simulate.launch import heartbeat
 from simulate.launch.preflight import joining_node as joiner_module
-from simulate.launch.preflight import link_tests as station_module
-from simulate.launch.preflight import membership as roster_module
+from simulate.launch.preflight import link_tests as link_tests_module
 from simulate.launch.preflight.channel import PeerGoneError
 from simulate.launch.preflight.link_tests import LinkPlan
 from simulate.launch.preflight.node_info import NodeFacts
@@ -282,7 +282,7 @@ def test_links_need_not_be_measured() -> None:
 
 
 def test_a_node_that_others_cannot_reach_is_named_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = station_module.dial
+    real = link_tests_module.dial
 
     def firewalled(own: str, address: str, port: int, deadline: Any) -> socket.socket:
         if port == blocked[0] and own != "":
@@ -292,7 +292,7 @@ def test_a_node_that_others_cannot_reach_is_named_to_all(monkeypatch: pytest.Mon
     nodes = crew(3, links=dataclasses.replace(QUICK, reach_s=0.5))
     blocked = [0]
     nodes[0].check = lambda nodes: blocked.__setitem__(0, nodes[2].link_port) or ()  # type: ignore[func-returns-value]
-    monkeypatch.setattr(station_module, "dial", firewalled)
+    monkeypatch.setattr(link_tests_module, "dial", firewalled)
     line = failing(nodes, InputError)
     assert "node 0 (127.0.0.1) cannot reach node 2 at 127.0.0.1:" in line
     assert "no answer; workers need free ports between all nodes" in line
@@ -301,14 +301,14 @@ def test_a_node_that_others_cannot_reach_is_named_to_all(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("where", [0, 1])
 def test_a_link_that_breaks_while_it_is_measured_is_named(where: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = station_module.LinkTester.measure_loaded
+    real = link_tests_module.LinkTester.measure_loaded
 
-    def breaking(station: Any) -> Any:
-        if station._node == where:
+    def breaking(tester: Any) -> Any:
+        if tester._node == where:
             raise PeerGoneError("broke the connection (connection reset by peer)")
-        return real(station)
+        return real(tester)
 
-    monkeypatch.setattr(station_module.LinkTester, "measure_loaded", breaking)
+    monkeypatch.setattr(link_tests_module.LinkTester, "measure_loaded", breaking)
     line = failing(crew(3), RunFailedError)
     assert f"the link from node {where} (127.0.0.1) to the next node failed while it was measured" in line
 
@@ -374,7 +374,7 @@ def test_a_node_that_was_restarted_takes_its_place_again() -> None:
 
 
 def test_a_node_that_answers_no_more_gives_up_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roster_module, "ALIVE_S", 0.2)
+    monkeypatch.setattr(heartbeat, "ANSWER_S", 0.2)
     nodes = crew(2)
     nodes = [*nodes[:1], Node(dataclasses.replace(nodes[1].settings), nodes[1].facts)]
     hub = nodes[0]
@@ -413,7 +413,7 @@ def test_a_node_that_counts_otherwise_is_refused(number: int, nodes: int, why: s
     [
         (7, {}, "node number 7 is out of range: --nodes is 2, so numbers go from 0 to 1"),
         (0, {}, "two nodes claim number 0, it and this one"),
-        (1, {"node": 0}, "it proved to be node 1 and says that it is node 0"),
+        (1, {"node": 0}, "it proved to be node 1 and claims to be node 0"),
         (1, {"address": "8.8.8.8"}, "uses the public address 8.8.8.8; add --trust-network on node 0"),
     ],
 )
@@ -434,7 +434,7 @@ def test_an_address_behind_nat_is_warned_about(monkeypatch: pytest.MonkeyPatch) 
     run_all(nodes)
     assert nodes[1].result is not None
     assert nodes[1].result.warnings == [
-        "node 1 (127.0.0.1) calls from 127.0.0.2: NAT is between, and workers need direct ways"
+        "node 1 (127.0.0.1) calls from 127.0.0.2, through a NAT; workers need direct connections"
     ]
 
 

@@ -18,17 +18,17 @@ PAYLOAD = 4242
 
 @contextmanager
 def going_on(alive: set[int]) -> Iterator[list[Node]]:
-    """Run a preflight of three nodes, then let node 0 take in again who is not alive."""
+    """Run a preflight of three nodes, then let node 0 accept nodes again that are not alive."""
     nodes = crew(3)
     opened: list[Any] = []
 
     def after(preflight: Preflight) -> None:
         preflight.close()
-        latecomers = preflight.latecomers(lambda: PAYLOAD, lambda number: number in alive)
-        opened.append(latecomers.__enter__())
+        server = preflight.accept_rejoins(lambda: PAYLOAD, lambda number: number in alive)
+        opened.append(server.__enter__())
 
     nodes[0].after = after
-    run_all_but_doors(nodes)
+    run_to_the_rejoin_server(nodes)
     wait_until(lambda: bool(opened))
     try:
         yield nodes
@@ -36,8 +36,8 @@ def going_on(alive: set[int]) -> Iterator[list[Node]]:
         opened[0].__exit__(None, None, None)
 
 
-def run_all_but_doors(nodes: list[Node]) -> None:
-    """Run nodes; the door of node 0 stays."""
+def run_to_the_rejoin_server(nodes: list[Node]) -> None:
+    """Run nodes; the rejoin server of node 0 stays."""
     from tests.simulate.launch.preflight.nodes import started
 
     with started(*nodes):
@@ -94,7 +94,7 @@ def test_without_the_secret_nobody_comes_back() -> None:
         assert isinstance(back.error, InputError) and "its secret is another one" in str(back.error)
 
 
-def test_doors_are_closed_at_the_end() -> None:
+def test_the_server_is_closed_at_the_end() -> None:
     with going_on(alive=set()):
         pass
     run_all(crew(2))  # which holds that no thread of a preflight is left

@@ -1,0 +1,42 @@
+"""Output paths: may a command write the file or folder that an option names, and the one style of refusals.
+
+Commands check their targets before they start, so that an hour of work does not end in a refusal. lte plan, probe,
+validate, export, train, secret and profile measure write through here.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from simulate.common import toml_io
+from simulate.common.errors import InputError
+
+
+def check_file(path: Path, force: bool, example: str, option: str = "--out") -> None:
+    """Raise InputError where a file cannot be written; `example` is a name for it in a folder."""
+    if path.is_dir():
+        raise InputError(f"{option} {path} is a folder; name a file in it, for example {path / example}")
+    if path.exists() and not force:
+        raise InputError(f"{option} {path} exists; add --force to replace it, or choose another name")
+    if not path.parent.is_dir():
+        raise InputError(f"{option} {path}: {path.parent} is no folder; create it first, or choose another")
+
+
+def check_absent(path: Path, option: str = "--out", instead: str = "remove it, or choose another name") -> None:
+    """Raise InputError where something, a broken link included, has the name of a file or folder to make."""
+    if os.path.lexists(path):
+        raise InputError(f"{option} {path} exists; {instead}")
+
+
+def write_file(path: Path, text: str, option: str = "--out") -> None:
+    """Write a file whole or not at all; raises InputError where the disk or its permissions refuse it."""
+    try:
+        toml_io.write_atomically(path, text.encode())
+    except OSError as error:
+        raise unwritable(path, error, option) from None
+
+
+def unwritable(path: Path, error: OSError, option: str = "--out") -> InputError:
+    """Return the error for a path that the system refuses to write."""
+    return InputError(f"{option} {path} cannot be written ({error.strerror}); choose another folder")
