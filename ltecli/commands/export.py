@@ -16,9 +16,9 @@ from ltecli.console import Output
 from ltecli.output_paths import check_absent, unwritable
 from ltecli.runs.run_folder import check_run_folder
 from simulate.common.errors import InputError
+from simulate.common.run_files import CHECKPOINTS, RUN_FILE
 from simulate.common.units import bytes_text
 from simulate.config.run import Run, dump_run, load_run
-from simulate.launch.keys import CHECKPOINTS, RUN_FILE
 from simulate.models.schema import GptModel, HuggingfaceModel, LlamaModel
 from simulate.training.checkpoints import has_shared, list_checkpoints, saved_devices
 

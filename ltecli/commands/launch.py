@@ -31,9 +31,10 @@ from ltecli.runs.summary import (
 from simulate.common.cpu import usable_cores
 from simulate.common.errors import InputError, RunFailedError
 from simulate.common.events import Emit, Event, EventFile
+from simulate.common.run_files import CHECKPOINTS, LOGS
 from simulate.launch.agent import Launch, Node
 from simulate.launch.heartbeat import is_node_alive
-from simulate.launch.keys import CHECKPOINTS, LINKS, LOGS, START
+from simulate.launch.keys import LINKS, START
 from simulate.launch.preflight.address import interfaces
 from simulate.launch.preflight.link_figures import LinkFigures
 from simulate.launch.preflight.node_info import Facts, NodeFacts

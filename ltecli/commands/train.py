@@ -38,9 +38,9 @@ from ltecli.runs.summary import (
     start_facts,
 )
 from simulate.common.errors import InputError, NothingFeasibleError, RunFailedError
+from simulate.common.run_files import CHECKPOINTS, LOGS
 from simulate.config.run import Run, build_run, load_run
 from simulate.config.tables import BPE, BYTES, HUB
-from simulate.launch.keys import CHECKPOINTS, LOGS
 from simulate.training.checkpoints import list_checkpoints, saved_devices
 
 if TYPE_CHECKING:

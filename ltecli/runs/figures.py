@@ -14,7 +14,7 @@ from simulate.common.errors import InputError
 from simulate.common.events import Event, read_events
 from simulate.config.run import Run, load_run
 from simulate.costs.message_schedule import sent_bytes
-from simulate.launch.keys import EVENTS_FILE, RUN_FILE
+from simulate.common.run_files import EVENTS_FILE, RUN_FILE
 
 REPORT_VERSION = 1
 

@@ -30,7 +30,7 @@ from simulate.config.run import Run, dump_run, load_run
 from simulate.costs.memory import checkpoint_bytes
 from simulate.data.load import TOKENIZER_FILE, Dataset, kept_tokenizer, load_data
 from simulate.data.text import Text
-from simulate.launch.keys import CHECKPOINTS, EVENTS_FILE, PLAN_FILE, PROFILE_FILE, RUN_FILE
+from simulate.common.run_files import CHECKPOINTS, EVENTS_FILE, PLAN_FILE, PROFILE_FILE, RUN_FILE
 from simulate.planning.candidate import Rejected
 from simulate.planning.planner import Plan, evaluate
 from simulate.training.checkpoints import list_checkpoints

@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from simulate.common.errors import RunFailedError, first_line
+from simulate.common.run_files import LOGS
 from simulate.config.run import Run, run_fingerprint
 from simulate.launch.heartbeat import MISSED_BEATS
-from simulate.launch.keys import FATAL, FATAL_EXIT, LOGS, OUTCOME, REPORTED_EXIT, STEP, log
+from simulate.launch.keys import FATAL, FATAL_EXIT, OUTCOME, REPORTED_EXIT, STEP, log
 from simulate.launch.preflight.listener import listen
 from simulate.launch.preflight.secret import VARIABLE as SECRET_VARIABLE
 from simulate.launch.preflight.settings import Log

@@ -1,6 +1,6 @@
-"""Names of a run's files, and the names, exit codes and message log that a launched run's processes share.
+"""Keys, exit codes and the message log that the processes of a launched run share.
 
-The command line and the worker read and write the files; agent, supervisor and worker meet in the key-value store.
+Agent, supervisor and worker meet in the key-value store.
 """
 
 from __future__ import annotations
@@ -9,11 +9,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch.distributed import Store
-
-RUN_FILE, PROFILE_FILE, PLAN_FILE, EVENTS_FILE = "run.toml", "profile.toml", "plan.json", "events.jsonl"
-"""Files of a run folder."""
-CHECKPOINTS, TENSORBOARD, LOGS = "checkpoints", "tensorboard", "logs"
-"""Folders of a run folder."""
 
 STOP, STEP, START, LINKS = "stop", "step", "start", "links"
 """Store keys: a wish to stop, the newest checkpoint's step, facts for the start event, measured links."""

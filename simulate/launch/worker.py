@@ -28,6 +28,7 @@ import torch.distributed as dist
 from simulate.comm.process_group import LostPeerError, TorchCommunicator, devices_of, is_lack_of_memory
 from simulate.common.errors import InputError, RunFailedError, first_line
 from simulate.common.events import Emit, Event, EventFile, read_events, truncate_events
+from simulate.common.run_files import CHECKPOINTS, EVENTS_FILE, PROFILE_FILE, RUN_FILE
 from simulate.config.profiles import load_profile
 from simulate.config.run import Run, load_run
 from simulate.data.batches import build_batches
@@ -36,17 +37,13 @@ from simulate.launch.heartbeat import ProcessHeartbeat
 from simulate.launch.keys import (
     ANSWERED,
     BEGUN,
-    CHECKPOINTS,
-    EVENTS_FILE,
     FAILED_EXIT,
     FATAL,
     FATAL_EXIT,
     LINKS,
     OUTCOME,
-    PROFILE_FILE,
     REPORTED,
     REPORTED_EXIT,
-    RUN_FILE,
     START,
     STEP,
     STOP,

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simulate.common.errors import InputError
+from simulate.common.run_files import RUN_FILE
 from simulate.config.run import Run, run_fingerprint
 from simulate.methods.state import State
 

@@ -1,0 +1,8 @@
+"""Names of the files and folders of a run folder."""
+
+from __future__ import annotations
+
+RUN_FILE, PROFILE_FILE, PLAN_FILE, EVENTS_FILE = "run.toml", "profile.toml", "plan.json", "events.jsonl"
+"""Files of a run folder."""
+CHECKPOINTS, TENSORBOARD, LOGS = "checkpoints", "tensorboard", "logs"
+"""Folders of a run folder."""
