@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo demo-vision test test-all mutants frozen frozen-record lint bench clean
+.PHONY: setup demo demo-vision test test-all test-processors mutants frozen frozen-record lint bench clean
 
 setup: $(READY)
 
@@ -30,7 +30,7 @@ lint: $(READY)
 test: lint
 	$(BIN)/pytest --numprocesses 2
 
-test-all: lint
+test-all: lint test-processors
 	$(BIN)/pytest --numprocesses 2 -m ''
 	$(BIN)/python tests/mutants.py
 
@@ -44,6 +44,18 @@ frozen: $(READY)
 # Only where a change of numbers is meant; the commit says why.
 frozen-record: $(READY)
 	$(BIN)/python -m tests.frozen.record
+
+# What computes, with the kernels that libraries have for lesser processors, and with other numbers of threads. Each line:
+# threads, torch's own kernels, oneDNN's, MKL's. bitsandbytes heeds none of them (docs/accuracy.md).
+test-processors: $(READY)
+	$(call with_kernels,1,default,SSE41,SSE4_2)
+	$(call with_kernels,3,avx2,AVX2,AVX2)
+	$(call with_kernels,1,,AVX512_CORE,AVX512)
+	$(call with_kernels,3,,,)
+
+with_kernels = LTE_TEST_THREADS=$(1) OMP_NUM_THREADS=$(1) OMP_WAIT_POLICY=passive $(if $(2),ATEN_CPU_CAPABILITY=$(2)) \
+	$(if $(3),ONEDNN_MAX_CPU_ISA=$(3)) $(if $(4),MKL_ENABLE_INSTRUCTIONS=$(4)) \
+	$(BIN)/pytest --numprocesses 2 -m 'numeric and not slow'
 
 bench: $(READY)
 	$(BIN)/python bench/startup.py

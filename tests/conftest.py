@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from simulate.common.processor import machine_facts, machine_text
 from simulate.data.cache import CACHE_VARIABLE
 from simulate.data.text import Text
 from tests import tiny
@@ -17,11 +19,19 @@ from tests.network.fixtures import open_lab
 
 __all__ = ["open_lab"]
 
-# One thread a test process: the tensors are tiny, and pytest-xdist already fills the cores.
-torch.set_num_threads(1)
+THREADS_VARIABLE = "LTE_TEST_THREADS"
+# One thread a test process, unless others are asked for: tensors are tiny, and pytest-xdist already fills the cores.
+torch.set_num_threads(int(os.environ.get(THREADS_VARIABLE, "1")))
 # The same examples on every machine, and no deadline: slow cores must not make a rule look broken.
 settings.register_profile("steady", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("steady")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Say where the tests run, since a red one can depend on it; pytest's own header is left out under -q."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        reporter.write_line(f"on {machine_text(machine_facts())}, {torch.get_num_threads()} threads")
 
 
 @pytest.fixture(scope="session", autouse=True)

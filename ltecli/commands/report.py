@@ -12,6 +12,7 @@ from ltecli.charts.curve import draw_curve
 from ltecli.charts.diagnostics import diagnostics_table, last_rows
 from ltecli.console import Output, plain_table, scores_text
 from ltecli.runs.figures import RunRecord, figures, read_run
+from simulate.common.processor import machine_text
 from simulate.common.units import bytes_text, seconds_text
 from simulate.planning.candidate import describe
 
@@ -57,7 +58,7 @@ def _show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None
         cells = (values.get(k) for k in ("planned", "simulated", "counted", "measured"))
         table.add_row(label, *(text(v) for v in cells), text(dense))
     output.table(table)
-    for line in (*_savings(figure), *_explanations(figure, record.is_launched)):
+    for line in (*_savings(figure), *_explanations(figure, record.is_launched), *_machines(figure)):
         output.text(line)
     if figure["diagnostics"]:
         output.text("")
@@ -106,11 +107,16 @@ def _explanations(figure: dict[str, Any], is_launched: bool) -> list[str]:
     ]
 
 
+def _machines(figure: dict[str, Any]) -> list[str]:
+    return [f"trained on: {machine_text(machine)}" for machine in figure["machines"]]
+
+
 def _show_several(records: list[RunRecord], documents: list[dict[str, Any]], output: Output) -> None:
     table = plain_table("", *(str(record.path) for record in records))
     rows: list[tuple[str, Any]] = [
         ("method", lambda r, f: describe(r.run)),
         ("profile", lambda r, f: f"{f['devices']} x {r.plan['profile']}"),
+        ("trained on", lambda r, f: ", ".join(m["processor"] for m in f["machines"]) or "-"),
         ("steps", lambda r, f: f"{f['steps']:,} of {f['planned_steps']:,}"),
         ("tokens", lambda r, f: f"{f['tokens']:,}" if f["unit"] == "tokens" else "-"),
         ("samples", lambda r, f: f"{f['samples']:,}"),

@@ -38,6 +38,7 @@ from ltecli.runs.summary import (
     start_facts,
 )
 from simulate.common.errors import InputError, NothingFeasibleError, RunFailedError
+from simulate.common.processor import machine_facts
 from simulate.common.run_files import CHECKPOINTS, LOGS
 from simulate.config.run import Run, build_run, load_run
 from simulate.config.tables import BPE, BYTES, HUB
@@ -133,7 +134,7 @@ def _simulate(folder: RunFolder, device: torch.device, output: Output) -> int:
 
             session.emit = emit
             if folder.resume_from:
-                session.emit({"kind": "resume", "step": session.step})
+                session.emit({"kind": "resume", "step": session.step, "machines": [machine_facts()]})
             else:
                 session.emit({"kind": "start", "step": 0, **start_facts(folder, device)})
                 session.emit({"kind": "memory", "step": 0, "measured_bytes": measured_bytes})

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from ltecli.console import Output, plain_table
 from ltecli.output_paths import check_file, write_file
 from simulate.common.errors import InputError, near_match
+from simulate.common.processor import machine_facts, machine_text
 from simulate.common.units import bytes_text, seconds_text
 from simulate.config.profiles import load_profile
 from simulate.measure.random_runs import AUTOCASTS, FAMILIES, Sample
@@ -117,10 +118,13 @@ def validate_command(
         output.hint(f"{name}: {sections[name].about}")
         results[name] = rows = sections[name].collect(asked)
         _show(output, name, rows, errors_of(rows))
+    machine = machine_facts()
+    output.text(f"on: {machine_text(machine)}")
     output.json(
         {
             "version": VALIDATION_VERSION,
             **asdict(asked),
+            "machine": machine,
             **{
                 name: {
                     "errors": asdict(errors_of(rows)),
@@ -131,8 +135,8 @@ def validate_command(
         }
     )
     if out is not None:
-        text = "\n".join(_markdown(name, sections[name].about, rows, errors_of(rows)) for name, rows in results.items())
-        write_file(out, text)
+        parts = (_markdown(name, sections[name].about, rows, errors_of(rows)) for name, rows in results.items())
+        write_file(out, "\n".join([*parts, f"On {machine_text(machine)}.\n"]))
         output.hint(f"wrote {out}")
     return 0
 

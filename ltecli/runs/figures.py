@@ -12,9 +12,10 @@ from typing import Any
 from ltecli.runs.run_folder import check_run_folder, read_plan
 from simulate.common.errors import InputError
 from simulate.common.events import Event, read_events
+from simulate.common.processor import distinct
+from simulate.common.run_files import EVENTS_FILE, RUN_FILE
 from simulate.config.run import Run, load_run
 from simulate.costs.message_schedule import sent_bytes
-from simulate.common.run_files import EVENTS_FILE, RUN_FILE
 
 REPORT_VERSION = 1
 
@@ -95,6 +96,7 @@ def figures(record: RunRecord) -> dict[str, Any]:
             "measured": clocks and clocks["wall_s"] / steps,
         },
         "restarts": _restarts(record),
+        "machines": distinct(machine for event in record.events for machine in event.get("machines", ())),
         "train_loss": step and step["train_loss"],
         "val_loss": evaluation and evaluation["val_loss"],
         "val_accuracy": evaluation and evaluation.get("val_accuracy"),

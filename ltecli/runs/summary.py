@@ -12,7 +12,9 @@ from ltecli.console import Output, scores_text
 from ltecli.runs.run_folder import RunFolder
 from simulate.common.units import bytes_text, seconds_text
 from simulate.planning.candidate import describe
-from simulate.planning.notes import diagnostics_notes
+from simulate.planning.notes import diagnostics_notes, mended_notes
+from simulate.common.processor import machine_facts
+from simulate.common.run_files import CHECKPOINTS
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +43,7 @@ def start_facts(folder: RunFolder, device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "simulated_on": str(device),
         "threads": torch.get_num_threads(),
+        "machines": [machine_facts()],
         "data": folder.data.source,
         "data_bytes": folder.data.num_bytes,
         "data_sha256": folder.data.fingerprint,
@@ -80,6 +83,12 @@ def report_derived(folder: RunFolder, output: Output) -> None:
         output.hint(f"  {text}")
     for text in (*folder.plan["notes"], *chosen["warnings"]):
         output.hint(f"  warning: {text}")
+    # Of several nodes none has a whole checkpoint, so resume_from does not know of theirs.
+    parts = sorted((folder.path / CHECKPOINTS).glob("step-*/*.json"))
+    saved = folder.resume_from or (parts[-1].parent if parts else None)
+    if saved is not None and not folder.is_finished:
+        for text in mended_notes(run, shape, saved):
+            output.warning(text)
 
 
 def report_result(folder: RunFolder, output: Output, result: RunResult) -> None:

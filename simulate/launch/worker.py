@@ -20,6 +20,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -28,6 +29,7 @@ import torch.distributed as dist
 from simulate.comm.process_group import LostPeerError, TorchCommunicator, devices_of, is_lack_of_memory
 from simulate.common.errors import InputError, RunFailedError, first_line
 from simulate.common.events import Emit, Event, EventFile, read_events, truncate_events
+from simulate.common.processor import distinct, machine_facts
 from simulate.common.run_files import CHECKPOINTS, EVENTS_FILE, PROFILE_FILE, RUN_FILE
 from simulate.config.profiles import load_profile
 from simulate.config.run import Run, load_run
@@ -192,6 +194,7 @@ def _train(folder: Path, device: torch.device, place: RankInfo, store: dist.Stor
         own = communicator.local_devices
         named = f"devices {own[0]} to {own[-1]}" if len(own) > 1 else f"device {own[0]}"
         titles = communicator.share_texts(f"{place.title} ({named})")
+        machines = distinct(json.loads(text) for text in communicator.share_texts(json.dumps(machine_facts())))
         heartbeat = ProcessHeartbeat(
             host, int(port), _group_prefix(), place.process, titles,
             lambda: (communicator.exchanges, communicator.current_phase),
@@ -217,7 +220,7 @@ def _train(folder: Path, device: torch.device, place: RankInfo, store: dist.Stor
             if found is not None and found.lost:
                 lost = ", ".join(map(str, found.lost))
                 log(store, f"device {lost}: no state is left; starts from the merged weights")
-            _report_beginning(session, folder, stack, store)
+            _report_beginning(session, folder, stack, store, machines)
         finished = train(session)
         session.emit({"kind": "end" if finished else "interrupt", "step": session.step, "wall_s": session.elapsed_s()})
         dist.barrier(communicator.control)  # all have saved: only now has the run ended
@@ -230,7 +233,9 @@ def _ignore(event: Event) -> None:
     """Drop events: only rank 0 emits them."""
 
 
-def _report_beginning(session: Session, folder: Path, stack: ExitStack, store: dist.Store) -> None:
+def _report_beginning(
+    session: Session, folder: Path, stack: ExitStack, store: dist.Store, machines: list[dict[str, Any]]
+) -> None:
     """Open the event file on rank 0, cut it back to the recovered step, and emit how this session begins."""
     path, communicator = folder / EVENTS_FILE, session.communicator
     fresh, restart = session.step == 0, None
@@ -241,7 +246,12 @@ def _report_beginning(session: Session, folder: Path, stack: ExitStack, store: d
     events = EventFile(path)
     stack.callback(events.close)
     session.emit = _event_emitter(events, session, store)
-    processes = {"processes": communicator.processes, "device": str(session.device), "backend": dist.get_backend()}
+    processes = {
+        "processes": communicator.processes,
+        "device": str(session.device),
+        "backend": dist.get_backend(),
+        "machines": machines,
+    }
     if fresh:
         facts = json.loads(store.get(START)) if store.check([START]) else {"start": {}, "measured_bytes": None}
         session.emit({"kind": "start", "step": 0, **facts["start"], **processes})

@@ -47,13 +47,18 @@ def quantized_bytes(elements: int, inputs: int, quantize: str, element_bytes: in
 
 
 def unpacking_bytes(elements: int, quantize: str, element_bytes: int) -> int:
-    """Return the extra bytes of a frozen matrix while a product uses it: dequantized, and its decoded scales."""
+    """Return the extra bytes of a frozen matrix while a product uses it: dequantized, and its decoded scales.
+
+    Codes that end within a block are copied to whole blocks, beside which fp32 values are unpacked.
+    """
     if quantize == "none":
         return 0
     # The library dequantizes nf4 to fp32, so fp64 needs both.
-    intermediate = 4 if quantize.startswith("nf4") and element_bytes == 8 else 0
-    unpacked = elements * (element_bytes + intermediate)
-    return unpacked + (4 * -(-elements // NF4_BLOCK) if quantize == "nf4-double" else 0)
+    is_nf4, blocks = quantize.startswith("nf4"), -(-elements // NF4_BLOCK)
+    beside = 4 * elements if is_nf4 and element_bytes == 8 else 0
+    if is_nf4 and elements % NF4_BLOCK:
+        beside = max(beside, blocks * NF4_BLOCK // 2)
+    return elements * element_bytes + beside + (4 * blocks if quantize == "nf4-double" else 0)
 
 
 def packing_bytes(elements: int, inputs: int, quantize: str, element_bytes: int) -> int:

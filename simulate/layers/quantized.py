@@ -37,6 +37,7 @@ from simulate.layers.formats import NF4_BLOCK, NF4_GROUP, PACK_CHUNK_ELEMENTS, Q
 BYTE = 255
 INT8 = 127
 NF4_LIBRARY = "bitsandbytes"
+NF4_BLOCK_BYTES = NF4_BLOCK // 2
 
 
 class QuantizedWeight(nn.Module):
@@ -156,10 +157,17 @@ def _not_zero(scales: Tensor) -> Tensor:
 
 
 def _unpacked_nf4(values: Tensor, scales_B: Tensor, shape: torch.Size) -> Tensor:
-    library = nf4_library()
-    state = library.QuantState(absmax=scales_B, shape=shape, dtype=torch.float32, blocksize=NF4_BLOCK, quant_type="nf4")
-    unpacked: Tensor = library.dequantize_4bit(values.unsqueeze(1), state)
-    return unpacked
+    """Return the weight in fp32: each product of a level and its block's scale, rounded once.
+
+    The library gets rows of one block each, padded where the last is cut: with AVX-512 it takes the scales of a wider
+    row i from i · (width // 64), as if every row began with a block of its own.
+    """
+    library, rows = nf4_library(), torch.Size((len(scales_B), NF4_BLOCK))
+    missing = -len(values) % NF4_BLOCK_BYTES
+    codes = F.pad(values, (0, missing)) if missing else values
+    state = library.QuantState(absmax=scales_B, shape=rows, dtype=torch.float32, blocksize=NF4_BLOCK, quant_type="nf4")
+    unpacked: Tensor = library.dequantize_4bit(codes.unsqueeze(1), state)
+    return unpacked.view(-1)[: shape.numel()].view(shape)
 
 
 @lru_cache(maxsize=1)

@@ -35,12 +35,10 @@ from simulate.layers.dtypes import CPU
 from simulate.layers.lazy_weight import LazyWeight
 from simulate.layers.lora import LoraLinear
 from simulate.layers.per_device import VectorLora
-from simulate.layers.quantized import nf4_levels
 from simulate.measure.caching_allocator import reserved_bytes
-from simulate.measure.one_device import Program, train_alone
+from simulate.measure.one_device import Program, train_alone, warm_up
 from simulate.methods.base import Method
 from simulate.models.schema import FactoryModel
-from simulate.optim.adamw8bit import moment_values
 from simulate.rules.optimizer import CPU_CHUNK_BYTES
 
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "temporary")
@@ -278,10 +276,7 @@ def track(run: Run, program: Program = train_alone) -> Log:
     """Return the allocations of one device's program over steps, merges and an evaluation."""
     # These results are cached for the whole process: computed under fake tensors, they would have no numbers later.
     run.model.shape()
-    if run.method.frozen_format.startswith("nf4"):
-        nf4_levels()
-    if run.train.optimizer_state == "8bit":
-        moment_values(CPU)
+    warm_up(run, CPU)
     gc.collect()  # tensors of earlier work that are freed later would be counted as the program's
     follower = _Follower()
     try:

@@ -19,11 +19,13 @@ from simulate.comm.echo import EchoCommunicator
 from simulate.config.run import Run
 from simulate.layers.cross_entropy import row_losses
 from simulate.layers.dtypes import DTYPES
+from simulate.layers.quantized import QuantizedWeight
 from simulate.methods.base import Method
 from simulate.methods.build_network import empty_model
 from simulate.methods.registry import build_method
 from simulate.models.fake_batch import example_batch
 from simulate.models.peak_memory import cpu_peak_bytes
+from simulate.optim.adamw8bit import moment_values
 from simulate.rules.method_plan import plan_of
 from simulate.training.diagnostics import Diagnostics, GradientSums
 
@@ -107,8 +109,22 @@ def _draw_all_experts(method: Method, steps: Callable[[int, int], None]) -> None
         steps(1, step)
 
 
+def warm_up(run: Run, device: torch.device) -> None:
+    """Import and call the libraries that a run uses, so that their first use is no part of what is measured.
+
+    They hold about two kilobytes of tables for good. What the import itself does can hold more: where it logs an error,
+    whoever keeps the record keeps the frames of all callers, and the tensors in them.
+    """
+    frozen = run.method.frozen_format
+    if frozen.startswith("nf4"):
+        QuantizedWeight(torch.zeros(1, 1, device=device), frozen).dense()
+    if run.train.optimizer_state == "8bit":
+        moment_values(device)
+
+
 def measure_memory_bytes(run: Run, device: torch.device) -> int:
     """Return the allocator's peak, in bytes, of one device's program over steps, merges and an evaluation."""
+    warm_up(run, device)
 
     def program() -> None:
         train_alone(run, device)

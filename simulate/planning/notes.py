@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from simulate.common.units import bytes_text, seconds_text
@@ -18,6 +19,7 @@ from simulate.planning.margins import RULE
 from simulate.planning.number_formats import format_notes
 from simulate.planning.objective import MEANINGS
 from simulate.rules.method_plan import plan_of
+from simulate.training.checkpoints import numerics_of
 
 PLURALS = {"norm": "norms", "bias": "biases", "embedding": "embeddings", "other": "other modules"}
 PACE_MATTERS = 1.1
@@ -168,6 +170,19 @@ def diagnostics_notes(run: Run, shape: ModelShape) -> Iterator[str]:
         yield (
             f"diagnostics every {run.train.diagnostics_every:,} steps: devices in processes of their own send another "
             f"{bytes_text(sent_bytes)} each for them, every time, which is in no other figure"
+        )
+
+
+def mended_notes(run: Run, shape: ModelShape, checkpoint: Path) -> Iterator[str]:
+    """Say where a checkpoint comes from a version of lte that computed something else from it."""
+    if not run.method.frozen_format.startswith("nf4") or numerics_of(checkpoint) > 1:
+        return
+    touched = [x for x in shape.adapted if x.in_features % 64 and x.in_features % 16 == 0]
+    if touched := [x for x in touched if x.out_features > 1 and x.weights > 64]:
+        first = f"{touched[0].name}, {touched[0].in_features} wide" + (", and others" if len(touched) > 1 else "")
+        yield (
+            f"{checkpoint.name} is of an lte that on CPUs with AVX-512 unpacked weights in NF4 with wrong scales "
+            f"({first}): if one trained it, the run goes on with the right weights and is not the same run any more"
         )
 
 

@@ -29,12 +29,14 @@ if TYPE_CHECKING:  # listing checkpoints must not cost torch's import
     from torch import Tensor
 
 CHECKPOINT_VERSION = 2
+NUMERICS = 2
+"""Counts mistakes that were mended in what a run computes from the same tensors; a checkpoint without it has 1.
+
+1: on CPUs with AVX-512, NF4 weights whose width 16 divides and 64 does not were unpacked with other blocks' scales."""
 KEEP = 2
 """Number of the newest whole checkpoints that are kept: the disk could damage one."""
 CHUNK_BYTES = 2**20
 """Bytes of a file that are read at a time for its digest."""
-RUN_FILE = "run.toml"
-"""Name of the run's file in the run's folder, which also holds the folder of checkpoints."""
 SHARED = "state"
 _PART = re.compile(r"devices-(\d+)-(\d+)\.json")
 
@@ -77,6 +79,7 @@ def save_checkpoint(
     target.mkdir(parents=True, exist_ok=True)
     about = {
         "version": CHECKPOINT_VERSION,
+        "numerics": NUMERICS,
         "run": run_fingerprint(run),
         "data": data_fingerprint,
         "progress": asdict(progress),
@@ -165,6 +168,11 @@ def list_checkpoints(folder: Path, devices: int) -> list[Path]:
 def data_of(path: Path) -> str:
     """Return the fingerprint of the data that a checkpoint was trained on; raises InputError where it is damaged."""
     return str(_read_meta(path, SHARED)["data"])
+
+
+def numerics_of(path: Path) -> int:
+    """Return the NUMERICS that a checkpoint's parts were trained with; raises InputError where one is damaged."""
+    return min(_read_meta(path, file.stem)["numerics"] for file in path.glob("*.json"))
 
 
 def _with_devices(folder: Path, devices: Iterable[int]) -> list[Path]:
@@ -259,7 +267,8 @@ def _read_meta(path: Path, part: str) -> dict[str, Any]:
             version = f"{path} has version {meta['version']}, this lte reads {CHECKPOINT_VERSION}"
             raise InputError(f"{version}; use the lte that wrote it")
         Progress(**meta["progress"])  # raises TypeError where a key is missing or unknown
-        return {key: meta[key] for key in ("run", "data", "tensors_bytes", "tensors_sha256", "progress")}
+        known = {key: meta[key] for key in ("run", "data", "tensors_bytes", "tensors_sha256", "progress")}
+        return {**known, "numerics": int(meta.get("numerics", 1))}
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
         raise InputError(
             f"{path / part}.json is missing or damaged; remove {path} to resume from the checkpoint before it"

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from simulate.common.processor import machine_facts
 from simulate.config.run import load_run
 from simulate.rules.cadence import Cadence
 from tests.launch.runs import figures_of, interrupt, launched_run, simulated_loss, start_node, tiny_run
@@ -38,6 +39,9 @@ def test_an_undisturbed_run_saves_when_its_plan_says_and_its_clock_agrees(tmp_pa
     run = tiny_run(tmp_path, steps=37, recover_every=2)
     with launched_run(tmp_path / "run", run) as launched:
         assert launched.end() == [0], launched.all_said()
+    (start,) = launched.events("start")
+    (machine,) = start["machines"]  # of all processes, which share one
+    assert (machine["processor"], machine["limits"]["OMP_NUM_THREADS"]) == (machine_facts()["processor"], "1")
     calendar, saved = Cadence.of(load_run(run)), launched.events("checkpoint")
     assert [event["step"] for event in saved] == [step for step in range(1, 38) if calendar.saves(step)]
     assert [event["step"] for event in saved] == [10, 20, 30, 37]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from simulate.common.processor import machine_facts
 from tests.ltecli.command import Lte, Refused, write_run
 
 KEYS = {
@@ -163,3 +164,20 @@ def test_start_weights_in_host_memory_are_no_part_of_the_devices(lte: Lte, here:
     assert lte("train", run, "--out", "a", "--quiet").code == 0
     memory = json.loads(lte("report", "a", "--json").stdout)["memory_bytes"]
     assert memory["measured"] == pytest.approx(memory["planned"], rel=0.03)
+
+
+def test_a_report_says_where_the_run_was_trained(lte: Lte, trained: Path) -> None:
+    """Each machine once, whatever machine reports; runs of older versions do not know."""
+    document = lte("report", trained, "--json").json()
+    assert document["machines"] == [machine_facts()]
+    events = trained / "events.jsonl"
+    lines = [json.loads(line) for line in events.read_text().splitlines()]
+    elsewhere = {**machine_facts(), "processor": "Another Processor"}
+    lines[0]["machines"] = [elsewhere]
+    events.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "trained on: Another Processor (" in lte("report", trained).stdout
+    assert "Another Processor" in lte("report", trained, trained).stdout
+    del lines[0]["machines"]
+    events.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert lte("report", trained, "--json").json()["machines"] == []
+    assert "trained on:" not in lte("report", trained).stdout

@@ -179,3 +179,40 @@ def test_the_checkpoint_before_a_damaged_one_serves_as_the_message_says(lte: Lte
     shutil.rmtree(newest)
     assert lte("train", "other", "--resume", "--quiet").code == 0
     assert [event["step"] for event in events_of(here / "other", "resume")] == [int(before.name[-8:])]
+
+
+def without_last_checkpoint(lte: Lte, run: Path, saved_by_old: bool) -> Path:
+    """Train, drop the last checkpoint, and take from the others what older versions did not write."""
+    folder = run.parent / "a"
+    assert lte("train", run, "--out", folder, "--quiet").code == 0
+    shutil.rmtree(max((folder / "checkpoints").iterdir()))
+    for part in (folder / "checkpoints").glob("*/*.json") if saved_by_old else ():
+        meta = json.loads(part.read_text())
+        assert meta.pop("numerics") > 1
+        part.write_text(json.dumps(meta))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("quantize", "width", "saved_by_old", "said"),
+    [
+        ("nf4", 16, True, True),
+        ("nf4-double", 48, True, True),
+        ("nf4", 48, False, False),
+        ("nf4", 64, True, False),
+        ("nf4", 18, True, False),
+        ("int8", 48, True, False),
+    ],
+)
+def test_a_run_with_wrongly_unpacked_weights_is_said_not_to_be_the_same(
+    lte: Lte, here: Path, quantize: str, width: int, saved_by_old: bool, said: bool
+) -> None:
+    method = {"name": "lora", "rank": 2, "quantize": quantize}
+    run = write_run(here / "run.toml", model={"width": width}, method=method)
+    folder = without_last_checkpoint(lte, run, saved_by_old)
+    resumed = lte("train", folder, "--resume", "--quiet")
+    assert resumed.code == 0
+    assert resumed.stderr.count("is not the same run any more") == said
+    assert resumed.stderr.count("\n") == said
+    again = lte("train", folder, "--resume", "--quiet")  # finished: nothing goes on
+    assert (again.code, again.stderr) == (0, "")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ltecli.app import main
+from simulate.common.processor import machine_facts, machine_text
 from simulate.measure import step_times as held_out
 from tests.ltecli.command import Refused
 
@@ -26,6 +27,8 @@ def test_bytes_are_validated_to_the_byte(capsys: pytest.CaptureFixture[str], tmp
     assert document["bytes"]["errors"]["worst"] == 0.0
     assert len(document["bytes"]["rows"]) == document["bytes"]["errors"]["rows"] >= 5
     assert "| run | by | predicted | measured | difference |" in out.read_text(encoding="utf-8")
+    assert document["machine"] == machine_facts()
+    assert out.read_text(encoding="utf-8").endswith(f"\nOn {machine_text(machine_facts())}.\n")
 
 
 def test_times_are_set_beside_a_profile_of_the_machine(

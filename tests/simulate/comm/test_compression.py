@@ -13,6 +13,8 @@ from simulate.comm.transfers import WIRE_BLOCK, mean_transfers, wire_bytes
 from simulate.comm.virtual import VirtualCommunicator
 from simulate.layers.formats import ELEMENT_BYTES
 
+pytestmark = pytest.mark.numeric
+
 WIRES = ("full", "fp16", "bf16", "int8", "int4")
 GRIDS = st.sampled_from(["int8", "int4"])
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}

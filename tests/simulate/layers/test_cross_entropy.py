@@ -12,6 +12,8 @@ from torch import Tensor
 import simulate.layers.cross_entropy
 from simulate.layers.cross_entropy import row_losses, soft_losses, token_losses
 
+pytestmark = pytest.mark.numeric
+
 TARGETS = torch.tensor([0, 6, 3, 3, 1])
 
 

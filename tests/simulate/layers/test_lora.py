@@ -17,6 +17,8 @@ from simulate.layers.per_device import ReplicatedEmbedding, ReplicatedLayerNorm,
 from simulate.methods.build_network import build_model
 from tests import tiny
 
+pytestmark = pytest.mark.numeric
+
 # L = 2 devices with K = 2 heads each, so H = 4; M = 3 rows a head; I = 5, O = 4, R = 2.
 HEADS, ROWS, INPUTS, OUTPUTS, RANK, SCALE = 4, 3, 5, 4, 2, 1.5
 # Rows from which the old product goes into a head's weight, 2·O·I < M·(I + O); the new one on the way back, 2·O <= M;

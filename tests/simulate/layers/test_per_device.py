@@ -23,6 +23,8 @@ from simulate.layers.per_device import (
     replicate,
 )
 
+pytestmark = pytest.mark.numeric
+
 SAMPLES = 6  # of all copies together
 SCALE = 1.5
 

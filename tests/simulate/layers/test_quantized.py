@@ -11,18 +11,23 @@ from torch import Tensor, nn
 from simulate.comm.virtual import VirtualCommunicator
 from simulate.common.errors import InputError
 from simulate.config.run import Run, build_run
-from simulate.layers.formats import PACK_CHUNK_ELEMENTS, Quantize, quantized_bytes
+from simulate.layers.formats import PACK_CHUNK_ELEMENTS, Quantize, quantized_bytes, unpacking_bytes
 from simulate.layers.lora import AdapterSpec, LoraConv2d, LoraLinear, lora_layers
 from simulate.layers.quantized import QuantizedWeight, mapped_copy, nf4_levels, nf4_library
 from simulate.methods.base import Method
 from simulate.methods.build_network import build_model
 from simulate.methods.registry import build_method
+from simulate.models.peak_memory import cpu_peak_bytes
 from tests import tiny
 from tests.reference.lora import LoraTwin
 from tests.reference.mhlora import MhloraTwin
 from tests.reference.quantised import LEVELS, QuantisedReloraTwin, QuantisedTwin, rounded, rounded_start
 from tests.simulate.methods.adapter_parity import engine_draw, parity_run
 
+pytestmark = pytest.mark.numeric
+
+SMALL_BYTES = 1200
+"""The whole last group of scales, and what pads the last block."""
 FORMATS: tuple[Quantize, ...] = ("bf16", "int8", "nf4", "nf4-double")
 SHAPES = [(8, 64), (48, 40), (7, 5), (300, 96), (130, 257)]
 EACH_FORMAT = pytest.mark.parametrize("quantize", FORMATS)
@@ -42,14 +47,23 @@ def test_a_packed_weight_takes_the_planned_bytes(quantize: Quantize, shape: tupl
 
 @EACH_FORMAT
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(8, 64), (48, 40), (7, 5)])
+@pytest.mark.parametrize("shape", [*SHAPES, (96, 48), (5, 16), (2, 80), (1, 48), (1, 2), (1, 1)])
 def test_unpacked_weights_are_those_rounded_one_by_one(
     quantize: Quantize, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     weight = normal(*shape, dtype=dtype)
     unpacked = QuantizedWeight(weight, quantize).dense()
     assert unpacked.dtype == dtype
-    torch.testing.assert_close(unpacked, rounded(weight, quantize), rtol=1e-6, atol=0)
+    torch.testing.assert_close(unpacked, rounded(weight, quantize), rtol=0, atol=0)
+
+
+@EACH_FORMAT
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(512, 512), (300, 97), (301, 80)])
+def test_unpacking_takes_the_planned_bytes(quantize: Quantize, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = QuantizedWeight(normal(*shape, dtype=dtype), quantize)
+    planned = unpacking_bytes(shape[0] * shape[1], quantize, dtype.itemsize)
+    assert cpu_peak_bytes(weight.dense) == pytest.approx(planned, abs=8 * shape[0] + SMALL_BYTES)
 
 
 def test_nf4_is_packed_as_its_library_packs_it() -> None:

@@ -11,6 +11,8 @@ from tests import tiny
 from tests.reference.lora import LoraTwin
 from tests.simulate.methods.adapter_parity import assert_trains_like, on_layer, parity_run, summed_losses, twin_of
 
+pytestmark = pytest.mark.numeric
+
 
 def test_lora_trains_like_the_twin() -> None:
     assert_trains_like(LoraTwin, parity_run("lora"))

@@ -20,6 +20,8 @@ from tests import tiny
 from tests.reference.lora import LoraTwin
 from tests.reference.lte import LteTwin
 
+pytestmark = pytest.mark.numeric
+
 RESETS = ("none", "b", "ab")
 # Six merges, the last one early; some steps are clipped and some are not (checked below).
 TRAIN = {"steps": 55, "micro_batch": 2, "warmup_steps": 5, "weight_decay": 0.1, "learning_rate": 1e-2, "clip_norm": 1.4}

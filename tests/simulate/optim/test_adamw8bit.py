@@ -21,7 +21,10 @@ from simulate.rules.optimizer import BLOCK_ELEMENTS, CPU_CHUNK_ELEMENTS
 from tests import tiny
 from tests.simulate.costs.test_memory import ONE_MEMORY, TOLERANCE, WIDE, planned_bytes
 
-pytestmark = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+pytestmark = [
+    pytest.mark.numeric,
+    pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"),
+]
 
 EIGHT = {"dtype": "fp32", "optimizer_state": "8bit", "steps": 14}
 LARGE = {"width": 96, "attention_heads": 4}

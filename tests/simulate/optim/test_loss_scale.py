@@ -30,6 +30,8 @@ from tests.reference.local_sgd import LocalSgdTwin
 from tests.reference.lte import LteTwin
 from tests.simulate.methods.adapter_parity import engine_draw
 
+pytestmark = pytest.mark.numeric
+
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addmm_", "baddbmm_", "addmv", "mv"}
 LOW = {"dtype": "fp32", "autocast": "bf16", "steps": 14}
 HALF = {"dtype": "fp32", "autocast": "fp16", "steps": 14}

@@ -26,6 +26,8 @@ from tests import tiny
 from tests.reference.muon import DdpMuonTwin, LteMuonTwin, MuonAndAdam, newton_schulz, polynomial
 from tests.simulate.methods import adapter_parity, parity
 
+pytestmark = pytest.mark.numeric
+
 SHAPES = {"tall": (12, 5), "wide": (5, 12), "square": (8, 8), "column": (6, 1), "row": (1, 6)}
 
 
