@@ -46,6 +46,7 @@ class Averaging:
     ) -> None:
         self.first_only = first_only
         self.parameters, self.communicator, self.server, self.outer = parameters, communicator, server, outer
+        self._local = slice(communicator.local_devices.start, communicator.local_devices.stop)
         names = list(parameters)
         parts = ([names[i] for i in fragment(len(names), fragments, index)] for index in range(fragments))
         self.messages = [packed_parameters({name: parameters[name] for name in part}) for part in parts]
@@ -168,11 +169,6 @@ class Averaging:
         else:
             self.communicator.broadcast(firsts)
         return firsts
-
-    @property
-    def _local(self) -> slice:
-        local = self.communicator.local_devices
-        return slice(local.start, local.stop)
 
     def _through_server(self, copies: list[Tensor], weights_N: Tensor | None) -> list[Tensor]:
         active = None
