@@ -1,4 +1,4 @@
-"""Merges that arrive late, so that training need not wait: sent after step kT, applied after step kT + d.
+"""Merges that arrive late, so that training need not wait: sent after step kT, applied after kT + d.
 
 A merge sends a snapshot of each device's weights, which travels behind the next d steps. The merged weights then replace
 the snapshot, and a device keeps what it learned meanwhile, so that nothing is lost and nothing counts twice:
