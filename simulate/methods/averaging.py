@@ -1,8 +1,8 @@
-"""Averages of parameters that every device trains for itself: how local SGD, DiLoCo and LTE make one model of them.
+"""Averages of parameters that every device trains by itself, for the merges of local SGD, DiLoCo and LTE.
 
     θ ← θ_last + outer(Σ_n w_n·θ_n − θ_last),   θ_n ← θ         with Σ_n w_n = 1; outer is the identity but for DiLoCo
 
-Or with a delay, where training goes on while the parameters σ_n of the moment travel:
+With a delay, copies σ_n of the parameters travel while training goes on:
 
     σ_n ← θ_n;   ... d steps ...;   θ ← θ_last + outer(Σ_n w_n·σ_n − θ_last),   θ_n ← θ + (θ_n − σ_n)
 
@@ -24,11 +24,11 @@ from simulate.methods.gradient_averaging import packed_parameters
 from simulate.methods.stepper import clear_rows
 
 Outer = Callable[[str, Tensor, Tensor], Tensor]
-"""(name, last, mean), each (...) of one parameter → the weights that the next round starts from."""
+"""Outer optimizer: (name, last merged weights, mean) of one parameter → weights that the next round starts from."""
 
 
 class Averaging:
-    """Groups of parameters (L, ...), packed into messages, with what averages of them need from merge to merge.
+    """Parameters (L, ...) in fragments and packed messages, and the tensors that their averages keep between merges.
 
     With `first_only` the first device's weights take the place of the mean.
     """
@@ -46,6 +46,7 @@ class Averaging:
     ) -> None:
         self.first_only = first_only
         self.parameters, self.communicator, self.server, self.outer = parameters, communicator, server, outer
+        self._local = slice(communicator.local_devices.start, communicator.local_devices.stop)
         names = list(parameters)
         parts = ([names[i] for i in fragment(len(names), fragments, index)] for index in range(fragments))
         self.messages = [packed_parameters({name: parameters[name] for name in part}) for part in parts]
@@ -54,9 +55,9 @@ class Averaging:
         if compressed or fragments > 1 or outer is not None or delayed:
             self.last = {name: p[0].detach().clone() for name, p in parameters.items()}
         self.snapshots = {name: p.detach().clone() for name, p in parameters.items() if delayed}
-        """σ: what was sent and has not arrived."""
+        """σ: copies that were sent and whose mean has not arrived."""
         self.arriving = {name: p[0].detach().clone() for name, p in parameters.items() if delayed}
-        """Means, which training must not see before they have arrived."""
+        """Means in flight, which training must not see before they are complete."""
         self.means: dict[tuple[str, ...], CompressedMean] = {}
         if compressed:
             for message in (tuple(m) for messages in self.messages for m in messages):
@@ -65,14 +66,14 @@ class Averaging:
 
     @torch.no_grad()
     def keep_last(self) -> None:
-        """Keep the weights as they are now and after every merge, if no option did so anyway."""
+        """Keep the current weights, and those of every later merge, in `last`, which most options do anyway."""
         for name, parameter in self.parameters.items():
             if name not in self.last:
                 self.last[name] = parameter[0].detach().clone()
 
     @torch.no_grad()
     def remember(self) -> None:
-        """Take the parameters as they are, equal on all devices, for the last merged ones, where these are kept."""
+        """Copy the parameters, equal on all devices, to `last`, where that is kept."""
         for name, last in self.last.items():
             last.copy_(self.parameters[name][0])
 
@@ -86,7 +87,7 @@ class Averaging:
             self._merge_message(message, weights_N)
 
     def _merge_message(self, message: list[str], weights_N: Tensor | None) -> None:
-        """Average what travels in one message; its means are gone before the next one is made."""
+        """Average the parameters of one message; its means are freed before the next message is made."""
         means = self._means(message, self.parameters, weights_N)
         for name, mean in zip(message, means, strict=True):
             merged = self._merged(name, mean)
@@ -94,7 +95,7 @@ class Averaging:
 
     @torch.no_grad()
     def send(self, index: int, weights_N: Tensor | None = None) -> None:
-        """Let the index-th fragment, as it is now, be averaged behind the training: inside `background`."""
+        """Start the average of the index-th fragment's weights behind the training; called inside `background`."""
         for message in self.messages[index]:
             for name in message:
                 self.snapshots[name].copy_(self.parameters[name])
@@ -109,13 +110,13 @@ class Averaging:
 
     @torch.no_grad()
     def apply_merged(self, index: int) -> None:
-        """Put what has arrived of the index-th fragment in the place of what was sent; later progress stays."""
+        """Replace what was sent of the index-th fragment by its mean; devices keep what they learned since."""
         for name in (name for message in self.messages[index] for name in message):
             merged = self._merged(name, self.arriving[name])
-            self.parameters[name].sub_(self.snapshots[name]).add_(merged)
+            self.parameters[name].sub_(self.snapshots[name]).add_(merged)  # θ_n ← θ + (θ_n − σ_n)
 
     def _merged(self, name: str, mean: Tensor) -> Tensor:
-        """Return the weights that a mean leads to, and remember them where they are kept."""
+        """Return the outer optimizer's weights for a mean, and keep them in `last`, where that is kept."""
         merged = mean if self.outer is None else self.outer(name, self.last[name], mean)
         if self.last:
             self.last[name].copy_(merged)
@@ -123,9 +124,9 @@ class Averaging:
 
     @torch.no_grad()
     def exclude_devices(self, healthy_L: Tensor) -> None:
-        """Forget what devices have that are not healthy, so that a weight of zero makes it count nothing.
+        """Clear the rows of devices that are not healthy: zero times NaN would still be NaN in a mean.
 
-        Those that train on before the merge has arrived do so from the last one.
+        Where the merge arrives late they train on from the last one.
         """
         errors = (tensor for mean in self.means.values() for tensor in mean.state_dict().values())
         for tensor in (*self.parameters.values(), *errors):
@@ -140,7 +141,7 @@ class Averaging:
         weights_N: Tensor | None,
         into: Mapping[str, Tensor] | None = None,
     ) -> list[Tensor]:
-        """Return the means of a message's parameters, filled once they have arrived; sums are made in `into`."""
+        """Return the means of a message's parameters, complete once they have arrived; `into` holds the sums."""
         copies = [parameters[name].detach() for name in message]
         if self.first_only:
             return self._firsts(copies)
@@ -159,7 +160,7 @@ class Averaging:
         return sums
 
     def _firsts(self, copies: list[Tensor]) -> list[Tensor]:
-        """Return what the first device has, which everyone else takes over."""
+        """Return the first device's parameters, which replace all others'."""
         firsts = [copy[0].clone() for copy in copies]
         if self.server:
             held = 1 if self.communicator.local_devices.start == 0 else 0
@@ -168,11 +169,6 @@ class Averaging:
         else:
             self.communicator.broadcast(firsts)
         return firsts
-
-    @property
-    def _local(self) -> slice:
-        local = self.communicator.local_devices
-        return slice(local.start, local.stop)
 
     def _through_server(self, copies: list[Tensor], weights_N: Tensor | None) -> list[Tensor]:
         active = None
@@ -191,7 +187,7 @@ class Averaging:
                     weights = weights_N if active is None else weights_N[active]
                     mean.copy_(torch.tensordot(weights, copies_N, dims=1))
 
-        if pushed is not None:  # here is the server
+        if pushed is not None:  # this process is the server
             self.communicator.on_complete(average)
         self.communicator.pull(means, active)
         return means
@@ -211,7 +207,7 @@ class Averaging:
         return means
 
     def state_dict(self) -> Mapping[str, Tensor]:
-        """Return what the next merges depend on, by name."""
+        """Return the tensors that the next merges depend on, by name."""
         errors = {
             f"{key}.{message[0]}": tensor
             for message, mean in self.means.items()

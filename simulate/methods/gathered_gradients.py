@@ -1,4 +1,4 @@
-"""What gradients with error feedback share that are gathered from all devices: top-k entries and signs.
+"""Gradients that are compressed with error feedback and gathered from all devices: base of top-k and signSGD.
 
 Legend: L local devices, N devices, X elements of a parameter.
 """
@@ -29,11 +29,11 @@ class GatheredGradients(GradientMethod):
 
     @abstractmethod
     def compress(self, corrected_LX: Tensor) -> list[Tensor]:
-        """Return what travels, (L, ...) each, and leave in `corrected_LX` what does not."""
+        """Return the messages C(p_n), (L, ...) each, and leave the error p_n − C(p_n) in `corrected_LX`."""
 
     @abstractmethod
     def mean(self, messages: list[Tensor], elements: int) -> Tensor:
-        """Return the mean, (X,), of what all N devices sent, (N, ...) each."""
+        """Return the mean, (X,), of all devices' messages, (N, ...) each."""
 
     def average_gradients(self) -> None:
         gradients = take_gradients(self.leaves)

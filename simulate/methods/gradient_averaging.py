@@ -1,4 +1,6 @@
-"""What all methods share whose devices hold equal weights and agree on one gradient at every step.
+"""Base of methods whose devices hold equal weights and step with one gradient, agreed on at every step.
+
+Data parallelism and its compressed and stale forms subclass it, and so do the adapters that all devices share.
 
 Legend: L local devices, C copies (1).
 """
@@ -20,7 +22,7 @@ from simulate.methods.stepper import ParameterGroup, clip_per_device, decay_grou
 
 
 class GradientMethod(Method):
-    """Local gradients in, one gradient out; the local devices share one copy of the weights and of Adam's moments.
+    """Training with one agreed gradient; the local devices share one copy of the weights and of Adam's moments.
 
     Where a method compresses each device's gradient by itself (`per_device`), the network's parameters are views of the
     shared copy, expanded over devices, so that autograd keeps the devices' gradients apart.
@@ -88,7 +90,7 @@ def _replace_parameters(model: nn.Module, change: Callable[[nn.Parameter], Tenso
 
 
 def take_gradients(leaves: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Return each device's gradients, (L, ...), and free the leaves of them."""
+    """Return each device's gradients, (L, ...), by name, and leave none in the parameters."""
     gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     for leaf in leaves.values():
         leaf.grad = None

@@ -1,14 +1,14 @@
-"""Merges that training need not wait for: what is sent at the merge of step kT is taken over after step kT + d.
+"""Merges that arrive late, so that training need not wait: sent after step kT, applied after kT + d.
 
-What devices have at the merge is their snapshot. It travels behind the next d steps, and what comes of it takes the
-snapshot's place; what a device learned in between stays with it, so that nothing is lost and nothing counts twice:
+A merge sends a snapshot of each device's weights, which travels behind the next d steps. The merged weights then replace
+the snapshot, and a device keeps what it learned meanwhile, so that nothing is lost and nothing counts twice:
 
     averaged parameters:  θ_n ← merge(σ) + (θ_n − σ_n)      with the snapshots σ
 
-LTE's products do alike (simulate.methods.lte.train). After the run's last step everything is merged at once, what is
-still on its way first, so that the end is one model. Between merges no device has the merged weights, which are kept
-apart.
-Streaming DiLoCo (arXiv 2501.18512) overlaps likewise, but mixes the merged weights with all of a device's own.
+LTE treats its products likewise (simulate.methods.lte.train). After the run's last step a merge in flight is applied,
+and then everything is merged at once, so that the run ends with one model. Between merges no device trains with the
+merged weights, so they are kept apart. Streaming DiLoCo (arXiv 2501.18512) overlaps likewise, but mixes the merged
+weights with all of a device's own.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ NOTHING = -1
 
 
 class Delayed(Method):
-    """A method whose merges may arrive late; subclasses merge a fragment at once, send it, and take it over."""
+    """A method whose merges may arrive late; subclasses merge a fragment at once, or send it and apply it later."""
 
     def __init__(self, *arguments: object) -> None:
         super().__init__(*arguments)  # type: ignore[arg-type]
         self.sent_after = torch.tensor(NOTHING)
-        """The step, from 0, after which was sent what is on its way."""
+        """Step, from 0, after which the merge in flight was sent; NOTHING: none is in flight. A tensor, to be saved."""
 
     @property
     def delay(self) -> int:
@@ -50,13 +50,13 @@ class Delayed(Method):
         self.healthy_N = None
 
     def arrive_if_due(self, step: int) -> None:
-        """Take over what was sent d steps ago; after a step's own change of the weights."""
+        """Apply the merge that was sent d steps ago; called after a step has changed the weights."""
         if self.delay and int(self.sent_after) != NOTHING and step >= int(self.sent_after) + self.delay:
             self.arrive()
 
     @torch.no_grad()
     def arrive(self) -> None:
-        """Wait for what is on its way, if anything is, and take it over."""
+        """Wait for the merge in flight, if there is one, and apply it."""
         sent_after = int(self.sent_after)
         if sent_after == NOTHING:
             return
@@ -80,12 +80,12 @@ class Delayed(Method):
 
     @abstractmethod
     def merge_fragment(self, index: int, step: int) -> None:
-        """Make a group of layers one model on all devices, at once."""
+        """Make a group of layers equal on all devices, at once."""
 
     @abstractmethod
     def send_fragment(self, index: int, step: int) -> None:
-        """Let the merge of a group of layers travel, as they are now; inside `background`."""
+        """Start the merge of a group of layers, with their current weights; called inside `background`."""
 
     @abstractmethod
     def apply_merged_fragment(self, index: int, step: int) -> None:
-        """Make what was sent after `step` part of every device's weights."""
+        """Put the merge that was sent after `step` into every device's weights."""

@@ -1,4 +1,4 @@
-"""Devices of unequal speed: in a round each takes as many of its T steps as fit, and counts for what it trained on.
+"""Rounds of devices of unequal speed: each takes as many of the T steps as fit, and its merge weight follows from them.
 
     c_n = steps of device n in the round, 1 ≤ c_n ≤ T;    the merge weighs with w_n = c_n / Σ_m c_m
 
@@ -13,9 +13,9 @@ and stops when the deadline has passed; the first round of a launch has none unl
 what the fastest device needs for T steps by the last round's measure. Steps that are given, round by round, make both
 worlds take the same.
 
-All local devices share one tensor program. One that has stopped goes on in it for nothing: its rows of parameters and
-moments are set aside and put back before the merge, so that the others' steps cost nothing more. Where all have stopped
-there is no program to run.
+All local devices share one tensor program, so a device that has stopped is computed along with the others. Its rows of
+parameters and moments are set aside when it stops and put back before the merge, which undoes these steps and costs the
+others nothing. Once all local devices have stopped, nothing is computed.
 """
 
 from __future__ import annotations
@@ -41,27 +41,27 @@ class Paced(Delayed):
         self.step_s: Sequence[float] | None = None
         """Seconds of a step of each device, from which a simulation gets its counts; None: all are equally fast."""
         self.goes_by_clock = False
-        """Whether this process stops when the deadline has passed."""
+        """Whether this process stops its devices when the round's deadline has passed."""
         self.now_s: Callable[[], float] = time.monotonic
         self.counts_N = torch.tensor([self.run.method.round_steps] * devices)
-        """Steps of each device in the current or last round; by the clock only known after its merge."""
+        """Steps c_n of each device in the current or last round; by the clock, others' are known after the merge."""
         self.trained = torch.tensor(0)
         """Steps of all devices together in earlier rounds."""
         self.skipped = torch.tensor(0)
-        """Steps of the current round that nobody here took."""
+        """Steps of the current round that no local device took."""
         self.last_losses_L = torch.zeros(local, dtype=torch.float64)
         self._aside: dict[int, dict[str, Tensor]] = {}
-        """Rows of local devices that have stopped, as they were then."""
+        """Rows of local devices that have stopped, as they were when they stopped."""
         self._started_s = self._stopped_s = 0.0
         self._measured_s: float | None = None
-        """Seconds that the fastest device needs for a round, by the last one's measure."""
+        """Seconds that the fastest device needs for a round, as measured in the last one."""
 
     @abstractmethod
     def train_step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         """Take one optimizer step of all local devices; return their mean losses before it, (L,)."""
 
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
-        """Take one step of the local devices that are not done with the round; the others' losses are their last."""
+        """Step the local devices that are not done with the round; for the others return their last losses."""
         if not self.is_paced:
             return self.train_step(inputs, targets, step)
         done = step % self.run.method.round_steps
@@ -92,7 +92,7 @@ class Paced(Delayed):
         self._started_s = self._stopped_s = self._time()
 
     def _stop_by_clock(self, done: int) -> None:
-        """See whether the deadline has passed; the first step is always taken."""
+        """End the local devices' round if the deadline has passed; the first step of a round is always taken."""
         if not self.goes_by_clock or int(self.counts_N[self._local].min()) <= done:
             return
         self._stopped_s = self._time()
@@ -123,7 +123,7 @@ class Paced(Delayed):
 
     @torch.no_grad()
     def close_round(self, step: int) -> None:
-        """Put back what devices had when they stopped, and learn of everyone's steps; before a merge is looked at."""
+        """Put back the rows of stopped devices, and exchange how many steps each took; needed before a merge."""
         if not self.is_paced:
             return
         self._put_back(self.stepper.tensors())
@@ -136,11 +136,11 @@ class Paced(Delayed):
             self._share_counts(step)
 
     def _share_counts(self, step: int) -> None:
-        """Tell everyone how many steps were taken here, and how long one took."""
+        """Exchange how many steps each device took in this round, and the seconds of one."""
         steps = step % self.run.method.round_steps + 1
         self.counts_N.clamp_(max=steps)
         own_L = self.counts_N[self._local].double()
-        if int(own_L.min()) == steps:  # was not stopped
+        if int(own_L.min()) == steps:  # the deadline has not stopped the round
             self._stopped_s = self._time()
         seconds_L = (self._stopped_s - self._started_s) / own_L
         counts_N, seconds_N = self.communicator.all_gather_scalars(torch.stack([own_L, seconds_L], 1)).unbind(1)

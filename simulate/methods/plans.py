@@ -1,6 +1,8 @@
-"""Plans that methods share: of gradient averaging, of rounds, and of adapters; the defaults of a method's own plan.
+"""Default plans: of dense training that averages gradients at every step, and of adapters that do.
 
-A method's plan.py subclasses one of these and answers what differs. Torch-free; imports costs, never the other way.
+A plan forecasts a method's messages, memory and compute. Each method's plan.py subclasses one of these and overrides
+what differs; simulate.costs and the planner ask it through the Protocol in simulate.rules.method_plan. Torch-free;
+it imports costs, which never import it.
 
 Letters: N devices, T steps of a round.
 """
@@ -51,7 +53,7 @@ class DensePlan(Generic[OptionsT]):
         return (PeriodicExchange(dense_reduction(shape, devices, element_bytes)),)
 
     def exchange_phases(self, context: ExchangeContext) -> Iterable[Phase]:
-        """Return the one moment of each step: the message beside the gradients."""
+        """Return the one memory phase of each step: the largest message beside the gradients."""
         return reduced_gradients(context, context.sizes)
 
     def adapters(self, devices: int) -> AdapterLayout | None:
@@ -63,7 +65,7 @@ class DensePlan(Generic[OptionsT]):
         return 0
 
     def evaluation_weights(self) -> WeightMaterialisation:
-        """Return that the weights are there."""
+        """Return that no weights must be computed before an evaluation."""
         return WeightMaterialisation()
 
     def separate_tensors(self, shape: ModelShape, devices: int) -> Sequence[ParameterShape]:
@@ -79,7 +81,7 @@ class DensePlan(Generic[OptionsT]):
         return 0
 
     def dense_share(self, steps: int) -> float:
-        """Return 0: no method's steps change their kind."""
+        """Return 0: all steps train the same parameters."""
         return 0.0
 
     def update_flops(self, shape: ModelShape) -> float:
@@ -101,7 +103,7 @@ class DensePlan(Generic[OptionsT]):
 
     @property
     def samples_like(self) -> str:
-        """Name of the method whose assumed samples hold: its own; of one from outside the baseline's."""
+        """Name of the method whose assumed samples, over dense training's, apply: its own, or from outside the baseline's."""
         return self.options.name if self.options.name in METHOD_NAMES else BASELINE
 
     def rank_shortfall(self, width: int, devices: int, rank_share: float) -> float:
@@ -113,11 +115,11 @@ class DensePlan(Generic[OptionsT]):
         return self.options
 
     def is_valid(self) -> bool:
-        """Return True: no two of the values tried exclude each other."""
+        """Whether these options go together: yes, as no two values of `axes` exclude each other."""
         return True
 
     def treatments(self) -> str:
-        """Return how parameters are trained together."""
+        """Return how devices keep their parameters together, in words."""
         return "gradients averaged at every step"
 
 
@@ -155,7 +157,7 @@ class AdapterPlan(DensePlan[AdapterOptionsT]):
         return AdapterLayout(options.rank, options.held_rank(devices), options.row_rank(devices))
 
     def evaluation_weights(self) -> WeightMaterialisation:
-        """Return that pairs are added to each weight: their product and its mean, or that and the sum."""
+        """Return that each weight is computed from its pairs: FOLD_TENSORS dense tensors at a time."""
         unpacked: Quantize = "none" if self.options.keeps_master else self.options.frozen_format
         return WeightMaterialisation(FOLD_TENSORS, unpacked)
 

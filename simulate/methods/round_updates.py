@@ -1,8 +1,8 @@
 """Changes of heads and devices since their last merge, one layer at a time, for simulate.training.diagnostics.
 
-A method yields what is here; `over` makes of that what all devices have, wherever they are. Factors of low-rank heads
-travel as they are held, and everyone has all of them then. Of dense ones only sums over devices travel, and of the
-heads that are compared one weight at a time, to those that hold another.
+A method yields the changes of local heads and devices; `over` extends them to all devices, which may be in other
+processes. Factors of low-rank heads are gathered, so that every process has all of them. Dense changes stay where they
+are: only sums over devices travel, and one weight at a time of the heads that are compared.
 
 Everything is in double precision, and no more than a few dense matrices of one layer exist at once. A convolution's
 weight counts as the matrix (O, C*Y*X) that it applies to patches.
@@ -33,11 +33,11 @@ RANK_TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class Rows:
-    """Whose the rows of tensors with a copies axis are, here and in other processes, and what connects these."""
+    """Owners of the rows of tensors with a copies axis, here and in other processes, and the link between these."""
 
     communicator: Communicator
     here: Sequence[int]
-    """The device of each local row; of several devices that share one, the first."""
+    """The device of each local row; the first, where several share a row."""
     everywhere: Sequence[int]
     """The devices of all rows, in global order."""
     weights_N: Tensor | None = None
@@ -50,17 +50,17 @@ class Rows:
 
     @property
     def own(self) -> dict[int, int]:
-        """The local row of each device that this process answers for: of a shared row, its first device's does."""
+        """The local row of each device that this process answers for; a shared row belongs to its first device."""
         return {d: row for row, d in enumerate(self.here) if d in self.communicator.local_devices}
 
 
 class LayerUpdates(ABC):
-    """One layer's change since its last merge, of every head and every device that the merge takes."""
+    """One layer's changes since its last merge: of every head and every device that the merge counts."""
 
     name: str
     rows: Rows
     is_matrix: bool
-    """Whether it is the matrix of a linear layer, which has a spectrum; else it only drifts."""
+    """Whether it is a linear layer's matrix, whose spectrum is reported; of other parameters only the distances."""
 
     @property
     @abstractmethod
@@ -70,7 +70,7 @@ class LayerUpdates(ABC):
     @property
     @abstractmethod
     def heads(self) -> int:
-        """How many heads these have."""
+        """Number of heads of these devices."""
 
     @abstractmethod
     def over(self, rows: Rows) -> LayerUpdates:
@@ -89,7 +89,7 @@ class LayerUpdates(ABC):
 
     @abstractmethod
     def mean(self) -> Tensor:
-        """Return the change that a merge makes of all of them: the (weighted) mean, the same bits for everyone."""
+        """Return the (weighted) mean of all changes, which a merge applies; bitwise equal in every process."""
 
     def distances(self, mean: Tensor) -> dict[int, float]:
         """Return |Δ_n − mean|² of each device n that this process answers for."""
@@ -274,7 +274,7 @@ class DenseUpdates(LayerUpdates):
         for index, head in enumerate(heads):
             is_last = index + 1 == len(heads)
             if is_last and not self._is_here(head):
-                break  # nobody needs it but its own process
+                break  # only its own process compares it, with itself
             change = self.change(head) if is_last else self._received(head)
             for other in range(index, len(heads)):
                 if self._is_here(heads[other]):

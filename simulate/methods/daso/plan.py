@@ -35,11 +35,11 @@ class DasoPlan(DensePlan[DasoOptions]):
         return tuple(parts)
 
     def extra_elements(self, shape: ModelShape, devices: int) -> int:
-        """Return the weights that are on their way."""
+        """Return the sums of weights that travel between nodes."""
         return shape.parameters if self.options.delay_steps and devices > self.options.devices_per_node else 0
 
     def exchange_phases(self, context: ExchangeContext) -> Iterable[Phase]:
-        """Yield the gradients' message, then sums of weights and theirs, and a mean to evaluate meanwhile."""
+        """Yield the phases of the gradients' message, of the weights' sums, and of an evaluation while these travel."""
         message = max(bucket_bytes(context.sizes))
         if self.options.devices_per_node > 1:
             yield with_gradients(context, message)

@@ -92,7 +92,7 @@ class Daso(Method):
             self._average(names)
 
     def _average(self, names: list[str]) -> None:
-        """Average what travels in one message; its sums are gone before the next ones are made."""
+        """Average the parameters of one message; its sums are freed before the next ones are made."""
         sums = {name: torch.empty_like(self.parameters[name][0]) for name in names}
         self._sum_up(names, sums)
         for name in names:
@@ -120,7 +120,7 @@ class Daso(Method):
     @torch.no_grad()
     def _mix(self) -> None:
         self.communicator.wait()
-        weight = 2.0 * self.options.delay_steps
+        weight = 2.0 * self.options.delay_steps  # x ← (2S·x + Σ_i x_i) / (2S + M)
         for name, parameter in self.parameters.items():
             parameter.mul_(weight).add_(self.arriving[name]).div_(weight + self.nodes.count)
         self._keep(self.arriving)

@@ -31,7 +31,7 @@ class DdpPlan(DensePlan[DdpOptions]):
         return residual_elements(shape.parameters, devices) if compressed else 0
 
     def exchange_phases(self, context: ExchangeContext) -> Iterable[Phase]:
-        """Yield a moment for each message: what is left of the gradients, and the means so far."""
+        """Yield a memory phase for each message: gradients not yet averaged, and the means so far."""
         if self.options.wire == "full" or context.devices == 1:
             yield from super().exchange_phases(context)
             return

@@ -30,13 +30,13 @@ class DilocoPlan(DensePlan[DilocoOptions]):
         return staggered(means, self.options.merge_every, self.options.merge_delay)
 
     def extra_elements(self, shape: ModelShape, devices: int) -> int:
-        """Return outer weights and momentum, error feedback, and what was sent and has not arrived, and is arriving."""
+        """Return outer weights and momentum, error feedback, and with a delay the snapshots and the arriving means."""
         compressed = self.options.wire != "full" and devices > 1
         residuals = residual_elements(shape.parameters, devices) if compressed else 0
         return 2 * shape.parameters + residuals + (2 * shape.parameters if self.options.merge_delay else 0)
 
     def exchange_phases(self, context: ExchangeContext) -> Iterable[Phase]:
-        """Yield the means of outer gradients, and the outer steps after them, fragment by fragment."""
+        """Yield the memory phases of the means of outer gradients and of the outer steps, fragment by fragment."""
         for index in range(self.options.fragments):
             sizes = [context.sizes[i] for i in fragment(len(context.sizes), self.options.fragments, index)]
             yield from averaging_phases(context, sizes, self.options.wire, outer=True)

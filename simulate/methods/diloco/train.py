@@ -37,6 +37,7 @@ class Diloco(LocalTraining):
         self.momentum = {name: torch.zeros_like(last) for name, last in self.averaging.last.items()}
 
     def _outer(self, name: str, last: Tensor, mean: Tensor) -> Tensor:
+        # Algorithm 1's outer gradient Δ, and its Nesterov step; `change` and `velocity` are Δ and v.
         change = last - mean
         velocity = self.momentum[name].mul_(self.options.outer_momentum).add_(change)
         change.add_(velocity, alpha=self.options.outer_momentum)

@@ -31,11 +31,11 @@ class LocalSgdPlan(DensePlan[LocalSgdOptions]):
         self._is_served = options.merge_transport == "server"
 
     def _keeps_last_average(self, devices: int) -> bool:
-        """Whether the method keeps the last merge's averages for its own sake: compressed and late merges do."""
+        """Whether training itself needs the last merge's averages: compressed and late merges do."""
         return bool(self.options.merge_delay) or (self.options.wire != "full" and devices > 1)
 
     def messages(self, shape: ModelShape, devices: int, element_bytes: int) -> tuple[PeriodicExchange, ...]:
-        """Return the weights' mean every T steps, or what those that take part push and pull."""
+        """Return the mean of all weights every T steps, or the pushes and pulls of the round's participants."""
         counts = [t.elements for t in shape.tensors] * self._tensors
         if self._is_served:
             active, sizes = (
@@ -49,7 +49,7 @@ class LocalSgdPlan(DensePlan[LocalSgdOptions]):
         return (merge_every(exchange, self.options.merge_every, self.options.merge_delay),)
 
     def extra_elements(self, shape: ModelShape, devices: int) -> int:
-        """Return the last averages, error feedback, and what was sent and has not arrived, and is arriving."""
+        """Return the last averages, error feedback, and with a delay the snapshots and the arriving means."""
         last = shape.parameters if self._keeps_last_average(devices) else 0
         compressed = self.options.wire != "full" and devices > 1
         residuals = residual_elements(shape.parameters, devices) if compressed else 0
@@ -64,7 +64,7 @@ class LocalSgdPlan(DensePlan[LocalSgdOptions]):
         return shape.tensors
 
     def separate_copies(self, devices: int) -> int:
-        """Return one copy a device that takes part."""
+        """Return the round's participants: each has a copy of its own."""
         return self.options.participants(devices)
 
     def last_merge_elements(self, shape: ModelShape, devices: int) -> int:

@@ -70,6 +70,7 @@ class LocalSgd(LocalTraining):
         active = self.active(step)
         if shards is None and len(active) == self.run.cluster.devices:
             return self.counted(None)
+        # w_n = m_n/Σ m over the round's participants (FedAvg, algorithm 1, with the erratum).
         sizes = torch.tensor(shards or [1.0] * self.run.cluster.devices, dtype=torch.float64)
         weights = torch.zeros_like(sizes)
         weights[active] = sizes[active]
@@ -77,7 +78,7 @@ class LocalSgd(LocalTraining):
         return self.counted((weights / weights.sum()).to(first))
 
     def _average_with_moments(self, weights_N: Tensor | None) -> None:
-        """Average parameters and both of Adam's moments, as if these were parameters, too."""
+        """Average parameters and both of Adam's moments in one merge, as if moments were parameters."""
         moments = [self.stepper.state[p][key] for key in MOMENTS for p in self.parameters.values()]
         tensors = [*self.parameters.values(), *moments]
         names = [str(index) for index in range(len(tensors))]

@@ -33,7 +33,7 @@ class Lora(GradientMethod):
     """One adapter, shared by all devices."""
 
     def spec(self) -> AdapterSpec:
-        """Return what the adapters are like; the one head is the same on all devices."""
+        """Return the adapters' form: one head, the same on all devices."""
         options = adapter_options(self)
         return AdapterSpec(
             rank=options.rank,

@@ -1,4 +1,7 @@
-"""How LTE's low-rank products become part of W: over factors that travel, or over dense sums.
+"""Merges of LTE's low-rank products into W, over gathered factors or over dense sums (arXiv 2402.16828, algorithm 1).
+
+Lte makes a LayerMerger for each fragment of layers, and calls it at merges. Exchanges may run in the background, so
+all that follows from their results is registered with `on_complete`.
 
 Legend: L local devices, H heads of all devices, R rank, I inputs, O outputs, X elements of a message.
 """
@@ -33,7 +36,7 @@ class LayerMerger:
         devices = communicator.num_devices
         held, transport = options.held_rank(devices), options.merge_transport
         self.keys = ("b",) if options.frozen_a else ("a", "b")
-        """The factors that travel: a frozen A can be drawn by everyone."""
+        """Factors that travel: every device can draw a frozen A by itself."""
         shapes = {x.name: LinearShape(x.name, *x.size, 1) for x in layers}
         reduced = {
             n for n, x in shapes.items() if layer_transport(x, held, devices, transport, options.frozen_a) == "reduce"
@@ -70,7 +73,7 @@ class LayerMerger:
                 self.means.append(CompressedMean(elements, options.wire, communicator, message[0].b))
 
     def merge(self, weights_N: Tensor | None = None) -> None:
-        """Make W of all layers the same on all devices, and let heads remember what of them is in it.
+        """Make W of all layers the same on all devices; without a reset, heads remember their product that is in it.
 
         `weights_N` are all devices' shares of 1; equal where not given.
         """
@@ -90,7 +93,7 @@ class LayerMerger:
 
     @torch.no_grad()
     def send(self) -> None:
-        """Let factors, as they are now, be merged behind the training: inside `background`."""
+        """Start the merge of the current factors behind the training; called inside `background`."""
         for layer in self.layers:
             for key in self.keys:
                 self.snapshots[f"{layer.name}.{key}"].copy_(getattr(layer, key))
@@ -99,7 +102,7 @@ class LayerMerger:
 
     @torch.no_grad()
     def apply_merged(self) -> None:
-        """Put the W that has arrived in its place; what heads learned since they sent stays their own difference."""
+        """Replace W by the merged one that has arrived; heads keep what they learned since they sent."""
         for layer in self.layers:
             layer.weight.copy_(self.arriving[layer.name])
             b_HOR = self.snapshots[f"{layer.name}.b"]
@@ -156,7 +159,7 @@ class LayerMerger:
             everyones = exchange([self._sent(layer, key) for layer in layers for key in self.keys])
             for layer in layers:
                 self._remember(layer)
-        if everyones is not None:  # here, not only at the server
+        if everyones is not None:  # None: only the server process has them
             self.communicator.on_complete(partial(self._add_up, layers, everyones, self._targets(layers)))
         if server:
             self.communicator.pull(self._pulled(layers))
@@ -175,17 +178,17 @@ class LayerMerger:
             layer.set_weight(merged_OI)
 
     def _sent(self, layer: LoraLinear, key: str) -> Tensor:
-        """Return what is merged of a layer's own factors: as they are, or as they were sent."""
+        """Return a local factor as it is merged: its snapshot while a merge travels, else its current value."""
         return self.snapshots[f"{layer.name}.{key}"] if self._travels else getattr(layer, key).detach()
 
     def _targets(self, layers: list[LoraLinear]) -> list[Tensor | None]:
-        """Return where merged W go; None where they are packed."""
+        """Return the tensors that merged W are written to; None for quantised W, which are packed afterwards."""
         if self._travels:
             return [self.arriving[layer.name] for layer in layers]
         return [None if layer.frozen else layer.weight for layer in layers]
 
     def _pulled(self, layers: list[LoraLinear]) -> list[Tensor]:
-        """Return what the server's content is written to: quantised W as they are packed."""
+        """Return the tensors that the server's weights are written to; quantised W arrive packed."""
         if self._travels:
             return [self.arriving[layer.name] for layer in layers]
         return [tensor for layer in layers for tensor in layer.frozen_tensors()]
@@ -197,7 +200,7 @@ class LayerMerger:
         return layer.draw_a(int(layer.drawn_after), heads)
 
     def _exchange_rounded(self, layers: list[LoraLinear], exchange: Exchange) -> list[Tensor] | None:
-        """Return everyone's factors as their messages have them; errors and remembered products follow."""
+        """Return all devices' factors as rounded for the wire; keep what rounding lost, and the products as sent."""
         wire, parts, shapes = self.options.wire, [], []
         for layer in layers:
             rounded = {}
@@ -281,7 +284,7 @@ class LayerMerger:
         return torch.stack(deltas_LOI).flatten(1).mul_(self.options.scale / self.options.heads_per_device)
 
     def _remember(self, layer: LoraLinear, rounded: Mapping[str, Tensor] | None = None) -> None:
-        """Keep what of a layer's heads is in merged W, as it is or was sent; while that travels, in the snapshot."""
+        """Without a reset, keep the factors whose product is in merged W; while a merge travels, in the snapshot."""
         if self.options.reset != "none":
             return
         if not self._travels:
@@ -292,13 +295,13 @@ class LayerMerger:
             self.snapshots[f"{layer.name}.{key}"].copy_(factor)
 
     def _base(self, layer: LoraLinear, own: bool = False) -> Tensor:
-        """Return what a merge adds to; of a quantised layer, with `own`, a new tensor."""
+        """Return the weights a merge adds to: W0 without a reset, else W; `own`: one that may be overwritten."""
         if layer.start_weight is None:
             return layer.merged_weight()
         return layer.start_weight.to(layer.b.device, copy=own)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what rounding lost, and what travels, by name."""
+        """Return errors of rounding and the tensors of a merge in flight, by name."""
         named = {f"error.{name}": tensor for name, tensor in self.errors.items()}
         named.update({f"snapshot.{name}": tensor for name, tensor in self.snapshots.items()})
         named.update({f"arriving.{name}": tensor for name, tensor in self.arriving.items()})

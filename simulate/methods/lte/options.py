@@ -46,8 +46,8 @@ class LteOptions(AdapterOptions, FragmentOptions):
     quantize: Quantize = "none"
     """Format of the frozen weights; products unpack a layer at a time."""
     master: Master = "host"
-    """Who keeps merged weights in full precision where frozen ones are quantised: every process in host memory, the
-    server alone, or nobody: then merges with a reset lose what rounding swallows."""
+    """Place of the full-precision merged weights, where frozen ones are quantised: host: each process's memory; server:
+    the server alone; none: nowhere, so that merges with a reset lose what rounding swallows."""
 
     @property
     def frozen_format(self) -> Quantize:

@@ -1,4 +1,4 @@
-"""Forecast of LTE: factors or deltas of the heads travel every T steps, and means of what is trained beside them.
+"""Forecast of LTE: factors or deltas of the heads travel every T steps, and means of the parameters beside them.
 
 The buffers follow simulate.methods.lte.merge in the order in which it makes and drops tensors. Torch-free.
 
@@ -85,7 +85,7 @@ class LtePlan(AdapterPlan[LteOptions]):
         return late or (self.options.wire != "full" and devices > 1 and not self._is_served)
 
     def extra_elements(self, shape: ModelShape, devices: int) -> int:
-        """Return the last averages, error feedback, and what was sent and has not arrived, and is arriving."""
+        """Return the last averages, error feedback, and with a delay the snapshots and the arriving weights."""
         options = self.options
         factors = shape.factors(options.held_rank(devices), options.frozen_a)
         kept = shape.replicated_parameters if self._keeps_last_average(devices) else 0
@@ -100,16 +100,16 @@ class LtePlan(AdapterPlan[LteOptions]):
         return kept + adapted + others
 
     def evaluation_weights(self) -> WeightMaterialisation:
-        """Return that quantised weights are fetched from the master, or unpacked where that is not at hand."""
+        """Return that quantised weights are fetched from the master, or unpacked where the master is elsewhere."""
         unpacked = "none" if self.options.master == "host" else self.options.quantize
         return WeightMaterialisation(int(self.options.quantize != "none"), unpacked)
 
     def separate_tensors(self, shape: ModelShape, devices: int) -> Sequence[ParameterShape]:
-        """Return what is averaged at merges."""
+        """Return the parameters that merges average."""
         return _averaged(shape, self.options.norms, self.options.biases)
 
     def last_merge_elements(self, shape: ModelShape, devices: int) -> int:
-        """Return what is averaged at merges, where the method does not keep it itself."""
+        """Return the elements that merges average, where the method does not keep their last means itself."""
         tensors = () if self._keeps_last_average(devices) else self.separate_tensors(shape, devices)
         return sum(tensor.elements for tensor in tensors)
 
@@ -128,7 +128,7 @@ class LtePlan(AdapterPlan[LteOptions]):
         return 2.0 * shape.adapted_parameters
 
     def rank_shortfall(self, width: int, devices: int, rank_share: float) -> float:
-        """Return how many times too small all heads' ranks are together for the width, times one's for its share."""
+        """Return the width over all heads' ranks, times the rank that a head needs over its own; each at least 1."""
         total = self.options.held_rank(devices) * devices
         return max(1.0, width / total) * max(1.0, width * rank_share / self.options.rank)
 
@@ -144,7 +144,7 @@ class LtePlan(AdapterPlan[LteOptions]):
         return "averaged at merges, unless said"
 
     def exchange_phases(self, context: ExchangeContext) -> Iterable[Phase]:
-        """Return the highest moment of a merge."""
+        """Return the memory phase at a merge's peak."""
         return (max(self._merge_phases(context), key=lambda phase: phase.total),)
 
     def _merge_phases(self, context: ExchangeContext) -> Iterator[Phase]:
@@ -190,7 +190,7 @@ class LtePlan(AdapterPlan[LteOptions]):
         return heads * of_head * (DRAW_BYTES + (element_bytes if element_bytes < LONG_BYTES else 0))
 
     def _factors_bytes(self, context: ExchangeContext, members: Sequence[LinearShape]) -> int:
-        """Return the bytes at the height of one message of factors: everyone's, and one layer's B for the product."""
+        """Return the bytes at the peak of one message: all devices' factors, and one layer's B for the product."""
         options, devices, element_bytes = self.options, context.devices, context.element_bytes
         held_rank, messages = options.held_rank(devices), int(devices > 1)
         factors = [x.factors(held_rank, options.frozen_a) for x in members]
@@ -228,7 +228,7 @@ class LtePlan(AdapterPlan[LteOptions]):
         return max(weights * element_bytes, unpacked)
 
     def _delta_bytes(self, context: ExchangeContext, sizes: Sequence[int]) -> Iterator[int]:
-        """Yield what dense sums take, by message: they and the message, or one change and its compressed form."""
+        """Yield the bytes of each message of dense sums: sums and message, or one change and its compressed form."""
         for group in bucket(sizes):
             message, largest = sum(sizes[i] for i in group), max(sizes[i] for i in group)
             if self.options.wire == "full" or context.devices == 1:
@@ -273,7 +273,7 @@ def _exchanges(
 
 
 def _spread(sizes_bytes: Sequence[int], devices: int, transport: str) -> Iterator[Transfer]:
-    """Yield the messages by which all devices take over what the first one has."""
+    """Yield the messages that copy the first device's parameters to all others."""
     for size in sizes_bytes:
         if transport == "server":
             yield Transfer("push", size, 1)

@@ -15,12 +15,12 @@ With `draws` = "joint" rows of A are orthogonal between heads, too, of as many a
 
 and merges look in every direction alike (as in orthogonal random features; Yu et al. 2016, arXiv 1610.09072).
 
-With `merge_delay` d what heads have at step kT, A' and B', is merged behind the next d steps; after step kT + d
+With `merge_delay` d the factors of step kT, A' and B', are merged while the next d steps run; after step kT + d
 
     reset-less:                W ← W0 + (s/H)·Σ_h B'_h·A'_h,   then A0_h, B0_h ← A'_h, B'_h
     frozen A with reset = "b": W ← W + (s/H)·Σ_h B'_h·A_h,     then B_h ← B_h − B'_h
 
-so that a head's effective weight keeps what it learned since. Other resets would drop that.
+so that a head keeps what it learned in these steps. Other resets would drop that.
 
 With `pace = "deadline"` device n counts w_n in place of 1/N (simulate.methods.paced):
 
@@ -62,7 +62,7 @@ from simulate.methods.stepper import ParameterGroup, clear_rows, clip_per_device
 from simulate.optim.moments import forget_moments, prune_moments
 
 PRUNED_SHARE = 0.9
-"""Of the adapters' optimizer state, where a merge prunes it (as in ReLoRA, arXiv 2307.05695)."""
+"""Share of the adapters' optimizer state that a pruning merge zeroes (as in ReLoRA, arXiv 2307.05695)."""
 
 
 class Lte(Paced):
@@ -117,7 +117,7 @@ class Lte(Paced):
         return convert(model, devices, treatment)
 
     def _in_order(self, adapters: set[int]) -> dict[str, Tensor]:
-        """Return everything but factors of matrices that merges average, in the order of the network."""
+        """Return the parameters that merges average, vectors with a low-rank pair included, in the network's order."""
         averaged: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             owner = name.rpartition(".")[0]
@@ -135,7 +135,7 @@ class Lte(Paced):
         losses_H = self.loss.group_losses(inputs, targets, self.local_devices * heads)
         # The sum over heads gives each adapter the gradient of its own head's mean loss, whatever H is.
         self.loss.backward(losses_H)
-        if heads > 1:  # what a device's heads share gets the device's mean
+        if heads > 1:  # parameters that a device's heads share get the mean of their gradients
             torch._foreach_div_(gradients_of(self.replicated_parameters), float(heads))
         for norm in self.first_device_norms:  # trained on the first device, for all
             first = 1 if self.communicator.local_devices.start == 0 else 0
@@ -209,7 +209,7 @@ class Lte(Paced):
         self.averaging.keep_last()
 
     def updates(self, step: int) -> Iterator[LayerUpdates]:
-        """Yield the heads' updates, and the devices' of what is averaged; not of norms that one trains for all."""
+        """Yield changes of heads, and of parameters that merges average; not of norms that device 0 trains for all."""
         for layer in lora_layers(self.model):
             yield LowRankUpdates.of(layer)
         for name, vector in self.vectors.items():
@@ -241,7 +241,7 @@ class Lte(Paced):
     def init_lost_device(
         self, shared: Mapping[str, Tensor], donor: Mapping[str, Tensor], device: int
     ) -> dict[str, Tensor]:
-        """Return a device's start with new adapters: A as it would draw it, B and the product at zero."""
+        """Return a lost device's start with new adapters: its own draw of A; B and the remembered product zero."""
         own = super().init_lost_device(shared, donor, device)
         devices, heads = self.run.cluster.devices, self.options.heads_per_device
         for name, module in self.model.named_modules():
@@ -260,7 +260,7 @@ class Lte(Paced):
 
     @torch.no_grad()
     def after_lost_devices_init(self) -> None:
-        """Let W0 take over what lost devices had added to W: from now on their products start at zero."""
+        """Move lost devices' products from W into W0, since their adapters start again at zero."""
         share = self.options.scale / (self.communicator.num_devices * self.options.heads_per_device)
         sent_after = int(self.sent_after)
         travels = [] if sent_after == NOTHING else self.fragments_due(sent_after)

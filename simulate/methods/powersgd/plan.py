@@ -38,7 +38,7 @@ class PowerSgdPlan(DensePlan[PowerSgdOptions]):
         return sum(t.elements + self.options.rank * t.shape[1] for t in matrices)
 
     def exchange_phases(self, context: ExchangeContext) -> Iterable[Phase]:
-        """Yield the one moment: factors of all matrices, and the largest message of the rest."""
+        """Yield the one memory phase: factors of all matrices, and the largest message of the other gradients."""
         tensors, rank = context.shape.tensors, self.options.rank
         factors = sum(rank * sum(t.shape) for t in tensors if self.options.is_compressible(t.shape))
         rest = [t.elements * context.element_bytes for t in tensors if not self.options.is_compressible(t.shape)]

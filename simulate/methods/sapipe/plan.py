@@ -14,7 +14,7 @@ from simulate.rules.method_plan import ExchangeContext, PeriodicExchange
 from simulate.rules.phases import Phase
 
 PREDICTION_TENSORS = 5
-"""Of a parameter's size, at the height of the prediction: both moments, their ratio, the decay, the sum."""
+"""Tensors of a parameter's size at the peak of the prediction: both moments, their ratio, the decay, the sum."""
 
 
 class SapipePlan(DensePlan[SapipeOptions]):
@@ -25,15 +25,15 @@ class SapipePlan(DensePlan[SapipeOptions]):
     steps_until_alike = 3
 
     def messages(self, shape: ModelShape, devices: int, element_bytes: int) -> tuple[PeriodicExchange, ...]:
-        """Return the mean of all gradients, which a step hides."""
+        """Return the mean of all gradients, which travels behind the next step's compute."""
         return (PeriodicExchange(dense_reduction(shape, devices, element_bytes), hidden_steps=1),)
 
     def extra_elements(self, shape: ModelShape, devices: int) -> int:
-        """Return the stale gradients, and the weights that are predicted or compared with."""
+        """Return the stale gradients, and the predicted weights or (for delay compensation) the previous ones."""
         return shape.parameters * (1 if self.options.compensation == "none" else 2)
 
     def exchange_phases(self, context: ExchangeContext) -> Iterable[Phase]:
-        """Yield the one moment: a device's own gradients stay until its step ends, beside stale ones or the message."""
+        """Yield the one memory phase: own gradients stay until the step ends, beside stale ones or the message."""
         message = max(bucket_bytes(context.sizes)) if context.devices > 1 else 0
         temporary = max(context.gradients + optimizer_bytes(self, context), message)
         if self.options.compensation == "prediction":

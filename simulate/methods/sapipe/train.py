@@ -68,11 +68,12 @@ class Sapipe(GradientMethod):
         return losses_L.detach()
 
     def average_gradients(self) -> None:
-        """Correct the averages that have arrived for what has changed since, and hand them to the optimizer."""
+        """Give the optimizer the averages that have arrived, corrected for the weights' change since then."""
         for name, parameter in self.parameters.items():
             gradient = self.stale[name] / self.communicator.num_devices
             if self.previous:
                 change = parameter.detach() - self.previous[name]
+                # λ·G⊙G⊙(w_t − w_{t−1}): delay compensation, arXiv 1609.08326.
                 gradient.addcmul_(gradient * gradient, change, value=self.options.delay_factor)
                 self.previous[name].copy_(parameter)
             parameter.grad = gradient

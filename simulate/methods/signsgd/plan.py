@@ -27,7 +27,7 @@ class SignsgdPlan(DensePlan[SignsgdOptions]):
         return shape.parameters
 
     def exchange_phases(self, context: ExchangeContext) -> Iterable[Phase]:
-        """Return the moments of taking signs, and of averaging everyone's."""
+        """Return the memory phases of taking signs, and of averaging all devices' signs."""
         elements, element_bytes = [t.elements for t in context.shape.tensors], context.element_bytes
         sent = [-(-x // 8) + element_bytes for x in elements]
         held = [(element_bytes + 1) * x for x in elements]  # the signs, and the magnitude with each

@@ -30,7 +30,7 @@ class TopkPlan(DensePlan[TopkOptions]):
         return shape.parameters
 
     def exchange_phases(self, context: ExchangeContext) -> Iterable[Phase]:
-        """Return the moments of selecting entries, and of averaging everyone's."""
+        """Return the memory phases of selecting entries, and of averaging all devices' entries."""
         element_bytes, entries = (
             context.element_bytes,
             [self.options.entries(t.elements) for t in context.shape.tensors],

@@ -1,4 +1,4 @@
-"""What becomes of norms and biases under LTE: against slow twins, and two devices' vectors by hand."""
+"""Norms and biases under LTE: against slow twins, and two devices' vectors by hand."""
 
 from __future__ import annotations
 

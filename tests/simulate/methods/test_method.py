@@ -1,4 +1,4 @@
-"""What all methods share: the schedule, clipping and losses."""
+"""The parts that all methods share: schedule, clipping and losses."""
 
 from __future__ import annotations
 

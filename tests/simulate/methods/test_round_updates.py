@@ -1,4 +1,4 @@
-"""What heads and devices changed: the mean of it is what a merge adds, for every way to merge plainly."""
+"""Changes of heads and devices: their mean is what a merge adds, for every plain way to merge."""
 
 from __future__ import annotations
 
