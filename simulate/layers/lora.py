@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from simulate.common.seeding import address, generator
 from simulate.layers.dtypes import product_dtype
+from simulate.layers.folding import folded_products
 from simulate.layers.formats import Draws, Quantize
 from simulate.layers.lazy_weight import LazyWeight
 from simulate.layers.quantized import QuantizedWeight, mapped_copy
@@ -137,38 +138,21 @@ class _Product:
 
     def add(self, out_HMX: Tensor, in_HMY: Tensor, small_HMR: Tensor, to_inputs: bool, beta: int) -> None:
         """Write beta·out + in·W + the heads' products; small is s times the rows times the first new factor."""
-        folds_old = self._folds_old(in_HMY.shape[1])
-        folds_new = self._folds_new(in_HMY, folds_old)
-        if folds_old or folds_new:
+        folds = folded_products(in_HMY.shape[1], in_HMY.shape[2], out_HMX.shape[2], self.a0_HRI is not None)
+        if folds.any:
             half = (len(out_HMX) + 1) // 2  # of the heads, so that half of their weights take room at once
             for heads in (slice(half), slice(half, None)):
-                weight_HOI = self._folded(heads, folds_old, folds_new)
+                weight_HOI = self._folded(heads, folds.old, folds.new)
                 out_HMX[heads].baddbmm_(in_HMY[heads], weight_HOI if to_inputs else weight_HOI.mT, beta=beta)
                 del weight_HOI
         else:
             weight_YX = self.weight_OI if to_inputs else self.weight_OI.t()
             out_HMX.flatten(0, 1).addmm_(in_HMY.flatten(0, 1), weight_YX, beta=beta)
-        if not folds_new:
+        if not folds.new:
             out_HMX.baddbmm_(small_HMR, self.a_HRI if to_inputs else self.b_HOR.mT)
-        if self.a0_HRI is not None and self.b0_HOR is not None and not folds_old:
+        if self.a0_HRI is not None and self.b0_HOR is not None and not folds.old:
             first, second = (self.b0_HOR, self.a0_HRI) if to_inputs else (self.a0_HRI.mT, self.b0_HOR.mT)
             out_HMX.baddbmm_(torch.bmm(in_HMY, first), second, alpha=-self.scale)
-
-    def _folds_old(self, rows: int) -> bool:
-        """Whether a head's old product takes half the operations in its weight, O·I·R, or fewer, than M·(I + O)·R.
-
-        The rule also bounds what the folded weights take: a quarter of the activations that come in and go out.
-        """
-        outputs, inputs = self.weight_OI.shape
-        return self.a0_HRI is not None and 2 * outputs * inputs < rows * (outputs + inputs)
-
-    def _folds_new(self, in_HMY: Tensor, folded: bool) -> bool:
-        """Whether a head's new product costs less in its weight, Y·X·R, than from its small rows, M·X·R.
-
-        Half the operations are asked for where all heads could share W instead.
-        """
-        rows, width = in_HMY.shape[1:]
-        return width < rows if folded else 2 * width <= rows
 
     def _folded(self, heads: slice, old: bool, new: bool) -> Tensor:
         """Return the weights of some heads with their products, (heads, O, I): all heads' at once share one pass."""
