@@ -94,7 +94,8 @@ def _explain(error: ValidationError, schema: type[BaseModel], where: str, text: 
     path = [part for part in first["loc"] if not (isinstance(part, str) and part in no_keys)]
     key = _dotted(path)
     rule, value = first["msg"], first["input"]
-    place = place_of(path, where, text, assigned)
+    line = _line_of(text, path)
+    place = "command line" if {key, f"{key}.name"} & set(assigned) else f"{where}:{line}" if line else where
     more = error.error_count() - 1
     rest = f" (and {more} more)" if more else ""
     if first["type"] == "extra_forbidden":
@@ -118,14 +119,6 @@ def _explain(error: ValidationError, schema: type[BaseModel], where: str, text: 
         return f"{place}: {key + ': ' if key else ''}{rule}{rest}"
     rule = rule[0].lower() + rule[1:]
     return f"{place}: {key} = {_short(value)}: {rule}; correct this value{rest}"
-
-
-def place_of(path: list[Any], where: str, text: str, assigned: Collection[str]) -> str:
-    """Return where a key was given, for an error: the command line, or the file and the line that the key stands on."""
-    key, line = _dotted(path), _line_of(text, path)
-    if {key, f"{key}.name"} & set(assigned):
-        return "command line"
-    return f"{where}:{line}" if line else where
 
 
 def table_of(text: str) -> Table:

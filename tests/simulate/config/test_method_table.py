@@ -120,7 +120,7 @@ def test_keys_and_values_of_a_method_from_outside_are_checked(
 def test_an_unknown_method_is_shown_where_it_was_given(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text('[method]\nmerge_every = 4\nname = "lted"\n')
-    with pytest.raises(InputError, match=r"run\.toml:3: method\.name = 'lted'"):
+    with pytest.raises(InputError, match=r"run\.toml: method\.name = 'lted'"):
         load_run(path)
     with pytest.raises(InputError, match=r"command line: method\.name = 'ltee'"):
         load_run(path, ["method.name=ltee"])
