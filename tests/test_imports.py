@@ -1,11 +1,17 @@
-"""Which module imports which, and that the light half of the program never pays for torch."""
+"""One rule of imports: no circles, no folder imports one below it, and whole folders are free of torch.
+
+All imports count for the first two, also those in functions and those for types alone: who reads a module has to know
+what it imports, whenever that happens. Torch counts where it is imported together with the module, since planning must
+start without it.
+"""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,47 +19,122 @@ import pytest
 from tests.ltecli.command import write_run
 
 ROOT = Path(__file__).parents[1]
+FOLDERS = (
+    "common", "layers", "comm", "models", "config", "data", "rules", "costs", "optim", "methods", "timeline",
+    "training", "measure", "probe", "launch", "planning",
+)  # fmt: skip
+"""Folders of simulate/; each may import those before it. After them comes ltecli, and before them profiles."""
+OURS = ("profiles", "simulate", "ltecli")
+NOT_SHIPPED = ("tests", "bench")
+"""Packages of this repository that the product may not import."""
 TORCH_FREE = (
-    "profiles",
-    "simulate.common.errors",
-    "simulate.common.toml_io",
-    "simulate.config.run",
-    "simulate.config.hardware",
-    "simulate.training.simulated_clock",
-    "simulate.common.events",
-    "simulate.training.checkpoints",
-    "simulate.launch.preflight.preflight",
-    "simulate.costs.activations",
-    "simulate.costs.diagnostics_bytes",
-    "simulate.costs.flops",
-    "simulate.costs.kernel_time",
-    "simulate.costs.memory",
-    "simulate.costs.samples",
-    "simulate.costs.step_time",
-    "simulate.comm.transfers",
-    "simulate.timeline.engine",
-    "simulate.models.families",
-    "simulate.models.schema",
-    "simulate.models.shapes",
-    "simulate.models.sizes",
-    "simulate.data.load",
-    "simulate.methods.registry",
-    "simulate.probe.schema",
-    "simulate.probe.recommend",
-    "ltecli.app",
-    "ltecli.runs.run_folder",
-    "simulate.planning.planner",
-    "simulate.planning.probe_ranks",
-    "ltecli.commands.export",
-    "ltecli.commands.measure",
-    "ltecli.commands.plan",
-    "ltecli.commands.probe",
-    "ltecli.commands.profile",
-    "ltecli.commands.report",
-    "ltecli.commands.train",
-)
-ALLOWED = {"ltecli": {"ltecli", "simulate", "profiles"}, "simulate": {"simulate", "profiles"}, "profiles": {"profiles"}}
+    "profiles/*.py", "simulate/common/*.py", "simulate/config/*.py", "simulate/rules/*.py", "simulate/costs/*.py",
+    "simulate/timeline/*.py", "simulate/planning/*.py", "simulate/launch/preflight/*.py",
+    "simulate/methods/*/options.py", "simulate/methods/*/plan.py", "ltecli/**/*.py",
+)  # fmt: skip
 CHECK = "import sys; sys.exit('torch was imported' if 'torch' in sys.modules else code)"
+Graph = Mapping[str, Collection[str]]
+"""By name of a module: the modules of ours that it imports anywhere."""
+
+
+def module_name(path: Path, root: Path = ROOT) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def read_graph(root: Path = ROOT) -> Graph:
+    """Return what all modules of the product import."""
+    sources = {module_name(path, root): path for name in OURS for path in (root / name).rglob("*.py")}
+    return {name: imported_modules(path.read_text(encoding="utf-8"), sources) for name, path in sources.items()}
+
+
+def imported_modules(source: str, known: Collection[str]) -> set[str]:
+    """Return the modules that a source imports anywhere, and of ours those that its names are modules of."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module and not node.level, "imports are written with their full names"
+            names = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {full if full in known else node.module for full in names.values()}
+    return {name for name in found if name.partition(".")[0] in (*OURS, *NOT_SHIPPED)}
+
+
+def circle(graph: Graph) -> list[str]:
+    """Return the modules of one circle of imports, the first one once more at the end; nothing where there is none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def height(module: str) -> int:
+    """Return how far down in the order a module stands."""
+    package, _, rest = module.partition(".")
+    if package == "simulate":
+        return FOLDERS.index(rest.partition(".")[0]) if rest else -1
+    return {"profiles": -1, "ltecli": len(FOLDERS)}.get(package, len(FOLDERS) + 1)
+
+
+def imports_downwards(graph: Graph) -> Iterator[str]:
+    """Yield the imports of folders that stand further down."""
+    for module, imported in graph.items():
+        yield from (f"{module} imports {name}" for name in sorted(imported) if height(name) > height(module))
+
+
+def test_every_folder_has_its_place_in_the_order() -> None:
+    assert sorted(FOLDERS) == sorted(path.parent.name for path in (ROOT / "simulate").glob("*/__init__.py"))
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    graph = read_graph()
+    assert len(graph) > 150
+    assert not circle(graph)
+
+
+def test_no_folder_imports_one_below_it() -> None:
+    assert not list(imports_downwards(read_graph()))
+
+
+IN_A_FUNCTION = "def f():\n    from simulate.planning.planner import Plan\n"
+FOR_A_TYPE = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from simulate.planning import planner\n"
+
+
+@pytest.mark.parametrize("source", [IN_A_FUNCTION, FOR_A_TYPE, "import simulate.planning.planner as p\n"])
+def test_a_made_up_import_is_noticed(source: str) -> None:
+    """Of a module that imports nothing so far, by one that costs have use for, and by a product that imports tests."""
+    graph = dict(read_graph())
+    graph["simulate.costs.state"] = {*graph["simulate.costs.state"], *imported_modules(source, graph)}
+    assert list(imports_downwards(graph)) == ["simulate.costs.state imports simulate.planning.planner"]
+    graph["simulate.costs.state"] = {"simulate.rules.phases"}
+    graph["ltecli.app"] = imported_modules("import tests.tiny", graph)
+    assert list(imports_downwards(graph)) == ["ltecli.app imports tests.tiny"]
+    graph["ltecli.app"] = set()
+    graph["profiles"] = imported_modules("from simulate.common import toml_io", graph)
+    assert list(imports_downwards(graph)) == ["profiles imports simulate.common.toml_io"]
+
+
+@pytest.mark.parametrize("source", ["from simulate.costs import memory\n", IN_A_FUNCTION, FOR_A_TYPE])
+def test_a_made_up_circle_is_noticed(source: str) -> None:
+    """In a chain of three, whose last module imports the first one."""
+    graph: dict[str, set[str]] = {
+        "simulate.planning.planner": {"simulate.costs.memory"},
+        "simulate.costs.memory": {"simulate.costs.state"},
+        "simulate.costs.state": set(),
+    }
+    assert not circle(graph)
+    graph["simulate.costs.state"] = imported_modules(source, graph)
+    found = circle(graph)
+    assert found[0] == found[-1]
+    assert "simulate.costs.state" in found
+
+
+def torch_free_modules() -> list[str]:
+    names = [[module_name(path) for path in ROOT.glob(pattern)] for pattern in TORCH_FREE]
+    assert all(names), "each pattern has modules"
+    return sorted({name for some in names for name in some if not name.endswith("__main__")})
 
 
 def run_python(code: str, folder: Path, arguments: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
@@ -96,44 +177,15 @@ def test_a_refusal_does_not_wait_for_torch(arguments: str, tmp_path: Path) -> No
     assert done.returncode == 2, done.stderr
 
 
-def test_the_light_half_imports_without_torch(tmp_path: Path) -> None:
-    done = run_python(f"import {', '.join(TORCH_FREE)}\ncode = 0", tmp_path)
+def test_whole_folders_import_without_torch(tmp_path: Path) -> None:
+    done = run_python(f"import {', '.join(torch_free_modules())}\ncode = 0", tmp_path)
     assert done.returncode == 0, done.stderr
 
 
-def test_an_import_of_torch_is_noticed(tmp_path: Path) -> None:
-    (tmp_path / "heavy.py").write_text("import torch\n")
+@pytest.mark.parametrize("source", ["import torch\n", "import simulate.layers.lora\n"])
+def test_an_import_of_torch_is_noticed(source: str, tmp_path: Path) -> None:
+    """Also by way of another module."""
+    (tmp_path / "heavy.py").write_text(source)
     done = run_python("import sys; sys.path.insert(0, '.'); import heavy; code = 0", tmp_path)
     assert done.returncode == 1
     assert "torch was imported" in done.stderr
-
-
-def imported_packages(source: str) -> set[str]:
-    """Return the top-level names that a module imports anywhere, in function bodies too."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-    return {name.partition(".")[0] for name in names}
-
-
-def wrong_directions(package: str, source: str) -> set[str]:
-    """Return packages of ours that a module of `package` may not import but does."""
-    ours = set(ALLOWED) | {"tests", "bench"}
-    return imported_packages(source) & (ours - ALLOWED[package])
-
-
-@pytest.mark.parametrize("package", sorted(ALLOWED))
-def test_imports_go_one_way(package: str) -> None:
-    modules = list((ROOT / package).rglob("*.py"))
-    assert modules
-    wrong = {str(module): wrong_directions(package, module.read_text(encoding="utf-8")) for module in modules}
-    assert not {module: names for module, names in wrong.items() if names}
-
-
-def test_an_import_the_wrong_way_is_noticed() -> None:
-    assert wrong_directions("simulate", "def f():\n    from ltecli.console import Output\n") == {"ltecli"}
-    assert wrong_directions("profiles", "import simulate.common.toml_io") == {"simulate"}
-    assert wrong_directions("ltecli", "import tests.tiny") == {"tests"}

@@ -1,13 +1,13 @@
-"""Find a method by its name: ours through one table of dotted names, others as package.module:Name. Torch-free.
+"""Finds a method by its name in run.toml: ours through one table of folders, others as package.module:Name.
 
-A method is an object with three parts: `options` (a subclass of MethodOptions: its keys of [method]), `plan` (built
-from the options; simulate.rules.method_plan) and `train` (the algorithm, built by simulate.methods.registry).
-Ours name each part as module:class, so that asking for one part imports neither the others nor torch.
+A method has three parts: `options` (a subclass of MethodOptions: its keys of [method]), `plan` (built from the options;
+simulate.rules.method_plan) and `train` (the algorithm; simulate.methods.registry builds it). Ours lie in a module each,
+options.py, plan.py and train.py of the method's folder, and only the module that is asked for is imported: planning
+never imports torch for them. The schema of run.toml, the costs and the registry ask here. Torch-free.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from typing import Any, Protocol, cast
@@ -17,7 +17,7 @@ from simulate.common.user_code import import_named
 from simulate.config.method_options import MethodOptions
 
 DEFAULT_METHOD, BASELINE = "lte", "ddp"
-"""The method of a run that names none, and the one that all others are compared with."""
+"""The method of a run that names none, and the method that plans and reports compare all others with."""
 _ROOMS = {
     "lte": ("lte", "Lte"),
     "ddp": ("ddp", "Ddp"),
@@ -33,49 +33,40 @@ _ROOMS = {
     "topk": ("topk", "Topk"),
     "signsgd": ("signsgd", "Signsgd"),
 }
-"""Folder in simulate/methods and first part of the classes' names, by name in run.toml."""
+"""By name in run.toml: the folder in simulate/methods, and the prefix of the names of its classes."""
 METHOD_NAMES = tuple(_ROOMS)
 PARTS = ("options", "plan", "train")
 OUTSIDE = ":"
-"""Is in every name of a method from outside: package.module:Name."""
+"""Character that only names of methods from outside have, between module and object: package.module:Name."""
 
 
 class OutsideMethod(Protocol):
-    """The object that a name package.module:Name leads to."""
+    """Object behind a name package.module:Name; a class or a module with these three attributes will do."""
 
     options: type[MethodOptions]
     plan: Any
     train: Any
 
 
-@dataclass(frozen=True)
-class _Room:
-    """One of our methods, whose parts are imported when they are asked for."""
-
-    folder: str
-    prefix: str
-
-    def part(self, part: str) -> Any:
-        suffix = "" if part == "train" else part.title()
-        return getattr(import_module(f"simulate.methods.{self.folder}.{part}"), self.prefix + suffix)
-
-
 def method_part(name: str, part: str) -> Any:
     """Return the options, plan or train class of a method; raises InputError where there is none of that name."""
     if name in _ROOMS:
-        return _Room(*_ROOMS[name]).part(part)
+        folder, prefix = _ROOMS[name]
+        suffix = "" if part == "train" else part.title()  # diloco/train.py has Diloco, diloco/plan.py has DilocoPlan
+        return getattr(import_module(f"simulate.methods.{folder}.{part}"), prefix + suffix)
     if OUTSIDE not in name:
-        raise InputError(f"method.name = {name!r} is not a method; {near_match(name, METHOD_NAMES)}")
+        raise InputError(
+            f"method.name = {name!r} is not a method; {near_match(name, METHOD_NAMES)}; or name one of yours as "
+            "package.module:Name"
+        )
     return getattr(_outside(name), part)
 
 
-@lru_cache(maxsize=64)
 def method_options(name: Any) -> type[MethodOptions]:
-    """Return the class of a method's options; raises ValueError where there is none of that name."""
-    try:
-        return cast(type[MethodOptions], method_part(str(name), "options"))
-    except InputError as error:
-        raise ValueError(str(error)) from None
+    """Return the class of a method's options; raises InputError where there is none of that name."""
+    if not isinstance(name, str):  # as a file may have it
+        raise InputError(f"method.name = {name!r} is not text; give it one of {', '.join(METHOD_NAMES)}")
+    return cast(type[MethodOptions], method_part(name, "options"))
 
 
 def default_options(name: str) -> MethodOptions:
@@ -85,9 +76,14 @@ def default_options(name: str) -> MethodOptions:
 
 @lru_cache(maxsize=16)
 def _outside(name: str) -> OutsideMethod:
+    """Import a method from outside, and check that it has all parts before anything asks for one of them."""
     method = import_named("method.name", name)
     missing = [part for part in PARTS if not hasattr(method, part)]
-    if missing or not issubclass(method.options, MethodOptions):
-        lack = missing[0] if missing else "options that subclass MethodOptions"
-        raise InputError(f"method.name = {name!r} has no {lack}; give it {', '.join(PARTS)}")
+    if missing:
+        raise InputError(f"method.name = {name!r} has no {' and no '.join(missing)}; give it {', '.join(PARTS)}")
+    if not (isinstance(method.options, type) and issubclass(method.options, MethodOptions)):
+        raise InputError(
+            f"method.name = {name!r} has options = {method.options!r}, which is no subclass of MethodOptions "
+            "(simulate.config.method_options); derive it from that class, or from RoundOptions or AdapterOptions"
+        )
     return cast(OutsideMethod, method)

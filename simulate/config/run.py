@@ -54,7 +54,11 @@ class Run(toml_io.Schema):
         """Read a table by the options of the method that it names, where the schema leaves the method open."""
         if cls.model_fields["method"].annotation is not MethodOptions or not isinstance(given, dict):
             return given
-        return method_options(given.get("name", DEFAULT_METHOD)).model_validate(given)
+        try:
+            options = method_options(given.get("name", DEFAULT_METHOD))
+        except InputError as error:  # pydantic collects ValueErrors only
+            raise ValueError(str(error)) from None
+        return options.model_validate(given)
 
     @model_validator(mode="after")
     def _consistent(self) -> Run:
@@ -113,12 +117,12 @@ def build_run(table: toml_io.Table, where: str = "run", text: str = "", assigned
     for name in table:
         if name in Run.model_fields and not isinstance(table[name], dict):
             raise InputError(f"{where}: {name} = {table[name]!r} is not a table; write [{name}] and its keys below it")
-    name = table.get("method", {}).get("name", DEFAULT_METHOD)
     try:
-        schema = _schema(method_options(name))
-    except ValueError as error:
-        raise InputError(f"{where}: {error}") from None
-    return toml_io.validate(schema, table, where, text, assigned)
+        options = method_options(table.get("method", {}).get("name", DEFAULT_METHOD))
+    except InputError as error:
+        place = "command line" if "method.name" in assigned else where
+        raise InputError(f"{place}: {error}") from None
+    return toml_io.validate(_schema(options), table, where, text, assigned)
 
 
 def load_run(path: Path, assignments: list[str] | None = None) -> Run:

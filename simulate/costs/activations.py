@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from simulate.layers.folding import folded_products
 from simulate.layers.formats import LOSS_CHUNK_ELEMENTS
 from simulate.models.shapes import LinearShape, ModelShape
 from simulate.rules.phases import AS_THEY_ARE, Phase, WeightMaterialisation
@@ -164,11 +165,11 @@ class _Step:
         return before + self.made.height(linear.weights, self.element_bytes, outputs)
 
     def _folded(self, linear: LinearShape, rows: int) -> int:
-        """Bytes of the weights into which half of the heads fold their products, if they do, for the inputs' sake."""
-        outputs, inputs = linear.out_features, linear.in_features
-        folds_old = self.subtracts and 2 * outputs * inputs < rows * (outputs + inputs)
-        folds_new = outputs < rows if folds_old else 2 * outputs <= rows
-        return -(-self.heads // 2) * linear.weights * self.product_bytes if folds_old or folds_new else 0
+        """Bytes of the copies of the weight that a backward pass to the inputs folds products into, half the heads at
+        a time; 0 where it folds none.
+        """
+        folds = folded_products(rows, linear.out_features, linear.in_features, self.subtracts)
+        return -(-self.heads // 2) * linear.weights * self.product_bytes if folds.any else 0
 
     @property
     def replicated(self) -> int:

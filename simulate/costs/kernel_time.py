@@ -18,6 +18,7 @@ from typing import Any
 
 from simulate.config.hardware import Device, Dtype, Points
 from simulate.config.run import Run
+from simulate.layers.folding import folded_products
 from simulate.layers.formats import ELEMENT_BYTES
 from simulate.models.shapes import LinearShape, ModelShape
 from simulate.rules.method_plan import plan_of
@@ -229,25 +230,25 @@ def _adapted_products(
 
 
 def _through_layer(
-    linear: LinearShape, m: float, rank: int, reset_less: bool, heads: int, times: int, forward: bool
+    linear: LinearShape, rows: float, rank: int, reset_less: bool, heads: int, times: int, forward: bool
 ) -> Iterator[Product]:
     """Yield the products of rows with every head's weight, as simulate.layers.lora makes them."""
     y, x = linear.in_features, linear.out_features
-    folds_old = reset_less and 2 * y * x < m * (x + y)
-    y, x = (y, x) if forward else (x, y)
-    folds_new = y < m if folds_old else 2 * y <= m
+    if not forward:
+        y, x = x, y
+    folds = folded_products(rows, y, x, reset_less)
     count = heads * linear.count * times
-    if folds_old or folds_new:
-        yield Product(m, y, x, count)
-    else:
-        yield Product(m * heads, y, x, linear.count * times)
-    yield Product(m, y, rank, count)
-    yield Folded(y, rank, x, count) if folds_new else Product(m, rank, x, count)
-    if folds_old:
+    if folds.any:
+        yield Product(rows, y, x, count)
+    else:  # all heads share W, so their rows go through it in one product
+        yield Product(rows * heads, y, x, linear.count * times)
+    yield Product(rows, y, rank, count)
+    yield Folded(y, rank, x, count) if folds.new else Product(rows, rank, x, count)
+    if folds.old:
         yield Folded(y, rank, x, count)
     elif reset_less:
-        yield Product(m, y, rank, count)
-        yield Product(m, rank, x, count)
+        yield Product(rows, y, rank, count)
+        yield Product(rows, rank, x, count)
 
 
 def sum_of_products(run: Run, shape: ModelShape) -> tuple[Product, ...]:

@@ -1,23 +1,40 @@
-"""Rule of when a head's low-rank product is cheaper folded into its weight than computed row by row; torch-free.
+"""The rule by which adapters' products are folded into copies of the weight, instead of being applied row by row.
 
-simulate.layers.lora computes by this rule, and whoever forecasts its operations or memory must apply the same one.
-Counts are operations up to a common factor of the rank and of 2.
+A folded product B·A is computed once and added to a head's own copy of W; unfolded, every row passes through A and B.
+Many rows make folding cheaper, at the price of memory for the copies. The layer (simulate.layers.lora) and the forecast
+of its seconds and bytes (simulate.costs) must decide alike, so the rule stands here once. Torch-free.
+
+Letters: M rows of one head, I inputs and O outputs of the layer, Y width of the rows that enter a product (I forward, O
+on the way back), X width of those that leave it, R rank.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
 
-def folds_old_product(rows: int, outputs: int, inputs: int) -> bool:
-    """Whether a head's old product takes at most half the operations in its weight, O·I, of those in M rows, M·(I + O).
 
-    The rule also bounds the memory of folded weights, by a quarter of the activations that come in and go out.
+class Folds(NamedTuple):
+    """Which of a head's products are folded into its copy of the weight."""
+
+    old: bool
+    """The subtracted product of the last merge."""
+    new: bool
+    """The product that is trained."""
+
+    @property
+    def any(self) -> bool:
+        """Whether heads need copies of the weight at all."""
+        return self.old or self.new
+
+
+def folded_products(rows: float, entering: int, leaving: int, subtracts: bool) -> Folds:
+    """Return what is folded where M rows of width `entering` leave a layer with width `leaving`.
+
+    The old product is folded where that takes half the operations or fewer: O·I·R against M·(I + O)·R. That also bounds
+    the memory of the copies: a quarter of the activations that come in and go out.
     """
-    return 2 * outputs * inputs < rows * (outputs + inputs)
-
-
-def folds_new_product(rows: int, width: int, folds_old: bool) -> bool:
-    """Whether a head's new product costs less in its weight, Y·X, than from its small rows, M·X; `width` is Y.
-
-    If the old product is not folded, all heads could share W in one product, so the saving must be half.
-    """
-    return width < rows if folds_old else 2 * width <= rows
+    old = subtracts and 2 * entering * leaving < rows * (entering + leaving)
+    # The new one costs Y·X·R folded and M·X·R from its small rows, which exist anyway. Folding it alone must halve
+    # that, since heads without copies of their own share one product with W.
+    new = entering < rows if old else 2 * entering <= rows
+    return Folds(old, new)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from simulate.common.seeding import address, generator
 from simulate.layers.dtypes import product_dtype
-from simulate.layers.folding import folds_new_product, folds_old_product
+from simulate.layers.folding import folded_products
 from simulate.layers.formats import Draws, Quantize
 from simulate.layers.lazy_weight import LazyWeight
 from simulate.layers.quantized import QuantizedWeight, mapped_copy
@@ -138,22 +138,19 @@ class _Product:
 
     def add(self, out_HMX: Tensor, in_HMY: Tensor, small_HMR: Tensor, to_inputs: bool, beta: int) -> None:
         """Set out to beta·out + in·W + the heads' low-rank products; `small` is s·in·(first of the new factors)."""
-        outputs, inputs = self.weight_OI.shape
-        rows, width = in_HMY.shape[1:]
-        folds_old = self.a0_HRI is not None and folds_old_product(rows, outputs, inputs)
-        folds_new = folds_new_product(rows, width, folds_old)
-        if folds_old or folds_new:
+        folds = folded_products(in_HMY.shape[1], in_HMY.shape[2], out_HMX.shape[2], self.a0_HRI is not None)
+        if folds.any:
             half = (len(out_HMX) + 1) // 2  # half of the heads at a time, to hold only half of their weights
             for heads in (slice(half), slice(half, None)):
-                weight_HOI = self._folded(heads, folds_old, folds_new)
+                weight_HOI = self._folded(heads, folds.old, folds.new)
                 out_HMX[heads].baddbmm_(in_HMY[heads], weight_HOI if to_inputs else weight_HOI.mT, beta=beta)
                 del weight_HOI
         else:
             weight_YX = self.weight_OI if to_inputs else self.weight_OI.t()
             out_HMX.flatten(0, 1).addmm_(in_HMY.flatten(0, 1), weight_YX, beta=beta)
-        if not folds_new:
+        if not folds.new:
             out_HMX.baddbmm_(small_HMR, self.a_HRI if to_inputs else self.b_HOR.mT)
-        if self.a0_HRI is not None and self.b0_HOR is not None and not folds_old:
+        if self.a0_HRI is not None and self.b0_HOR is not None and not folds.old:
             first, second = (self.b0_HOR, self.a0_HRI) if to_inputs else (self.a0_HRI.mT, self.b0_HOR.mT)
             out_HMX.baddbmm_(torch.bmm(in_HMY, first), second, alpha=-self.scale)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 from simulate.config.hardware import Device, Profile
 from simulate.config.method_options import MethodOptions
@@ -21,7 +20,6 @@ from simulate.layers.formats import ELEMENT_BYTES
 from simulate.models.shapes import ModelShape
 from simulate.planning.margins import Margins
 from simulate.planning.objective import SelectionCriteria
-from simulate.planning.time_ranges import range_keys
 from simulate.rules.method_plan import plan_of
 
 LINK_DOMINATES = 0.5
@@ -152,51 +150,6 @@ class Candidate:
     def trained_share(self) -> float:
         """Share of the steps that lockstep would have devices take."""
         return self.time.device_steps / (self.time.steps * self.run.cluster.devices)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the candidate as the plan's JSON has it."""
-        method = self.run.method
-        return {
-            "method": method.name,
-            "rank": getattr(method, "rank", None),
-            "heads": self.run.heads or None,
-            "heads_per_device": getattr(method, "heads_per_device", None),
-            "quantize": method.frozen_format,
-            "merge_every": getattr(method, "merge_every", None),
-            "merge_transport": getattr(method, "merge_transport", None),
-            "reset": getattr(method, "reset", None),
-            "wire": getattr(method, "wire", "full"),
-            "fragments": getattr(method, "fragments", 1),
-            "micro_batch": self.run.train.micro_batch,
-            "activation_checkpointing": self.run.train.activation_checkpointing,
-            "autocast": self.run.train.autocast,
-            "optimizer_state": self.run.train.optimizer_state,
-            "steps": self.run.train.steps,
-            "memory_bytes": {"total": self.memory.total, **self.memory.parts()},
-            "memory_by_phase": self.memory_by_phase,
-            "host_memory_bytes": self.host_memory_bytes,
-            "host_memory_by_part": self.host_memory_by_part,
-            "sent_bytes_per_round": self.sent_bytes_per_round,
-            "sent_bytes_per_step": self.sent_bytes_per_round / self.time.steps,
-            "received_bytes_per_step": self.received_bytes_per_round / self.time.steps,
-            "sent_bytes": self.sent_bytes_per_round * num_rounds(self.run),
-            "compute_s": self.time.compute_s,
-            "exchange_s": self.time.exchange_s,
-            "step_s": self.step_s,
-            "round_s": self.time.round_s,
-            "samples_per_s": self.samples_per_s,
-            "wall_s": self.wall_s,
-            "training_s": self.training_s,
-            "evaluations": self.pauses.evaluations,
-            "evaluation_s": self.pauses.evaluation_s,
-            "checkpoints": self.pauses.saves,
-            "checkpoint_bytes": self.pauses.save_bytes,
-            "checkpoint_s": self.pauses.save_s,
-            "assumed_samples_factor": self.samples_factor,
-            "equivalent_wall_s": self.equivalent_wall_s,
-            **range_keys(self),
-            "warnings": list(self.warnings),
-        }
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 from simulate.common.errors import InputError
 from simulate.config.hardware import Profile
 from simulate.planning.candidate import LINK_DOMINATES, Candidate, Rejected, candidate_of, describe, needs_library
-from simulate.planning.objective import value_of
 from simulate.planning.planner import Plan, make_plan
+from simulate.planning.ranking import value_of
 
 AXES = ("rank", "heads_per_device", "merge_every", "merge_transport", "quantize")
 """Keys of [method] whose neighbours are looked at; batch and checkpointing come to them."""

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 from simulate.common.errors import InputError, near_match
-from simulate.config.hardware import Profile
 from simulate.costs.samples import Efficiency
 
 if TYPE_CHECKING:
-    from simulate.planning.candidate import Candidate
     from simulate.planning.probe_ranks import PlanProbe
 
 Objective = Literal["time", "bytes", "memory", "cost"]
@@ -55,28 +52,3 @@ def parse_duration_s(text: str) -> float:
     if seconds <= 0:
         raise InputError(f"--within {text}: must be a time above 0 with its unit, for example 90s, 30min, 8h or 3d")
     return seconds
-
-
-def hourly_price(profile: Profile, devices: int) -> float | None:
-    """Return what an hour of all devices and the server costs; None where a device has no price."""
-    prices = [device.price_per_hour for device in profile.devices(devices)]
-    known = [price for price in prices if price is not None]
-    server = profile.server.price_per_hour if profile.server else None
-    return sum(known) + (server or 0.0) if len(known) == len(prices) else None
-
-
-def value_of(objective: Objective, profile: Profile, devices: int) -> Callable[[Candidate], float]:
-    """Return the function that is minimised; raises InputError for cost without prices."""
-    if objective == "cost":
-        price = hourly_price(profile, devices)
-        if price is None:
-            raise InputError(
-                f"--objective cost needs price_per_hour in every [[device]] of profile {profile.name}; add it to a "
-                f"copy (lte profile show {profile.name} > mine.toml), or choose another objective"
-            )
-        return lambda candidate: price * candidate.equivalent_wall_s / 3600
-    if objective == "bytes":
-        return lambda candidate: candidate.equivalent_sent_bytes
-    if objective == "memory":
-        return lambda candidate: float(candidate.memory.total)
-    return lambda candidate: candidate.equivalent_wall_s

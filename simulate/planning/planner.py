@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,9 @@ from simulate.costs.step_time import distinct, round_time
 from simulate.planning.candidate import Candidate, PlanContext, Rejected, candidate_of, needs_library
 from simulate.planning.notes import plan_notes
 from simulate.planning.number_formats import check_formats
-from simulate.planning.objective import SelectionCriteria, hourly_price, value_of
+from simulate.planning.objective import SelectionCriteria
+from simulate.planning.plan_json import candidate_json
+from simulate.planning.ranking import best, hourly_price, rank_by, value_of
 from simulate.planning.search_space import Pins, grid
 from simulate.rules.cadence import Cadence
 
@@ -60,12 +62,13 @@ class Plan:
                 "parameters": shape.parameters,
                 "adapted_parameters": shape.adapted_parameters,
             },
-            "chosen": self.chosen and self.chosen.to_dict(),
-            "dense": dense and {**dense.to_dict(), "fits": not isinstance(self.dense, Rejected)},
-            "candidates": [candidate.to_dict() for candidate in self.candidates],
-            "rejected": [{"candidate": r.candidate.to_dict(), "reason": r.reason} for r in self.rejected],
+            "chosen": self.chosen and candidate_json(self.chosen),
+            "dense": dense and {**candidate_json(dense), "fits": not isinstance(self.dense, Rejected)},
+            "candidates": [candidate_json(candidate) for candidate in self.candidates],
+            "rejected": [{"candidate": candidate_json(r.candidate), "reason": r.reason} for r in self.rejected],
             "rivals": [
-                {**candidate_of(rival).to_dict(), "fits": not isinstance(rival, Rejected)} for rival in self.rivals
+                {**candidate_json(candidate_of(rival)), "fits": not isinstance(rival, Rejected)}
+                for rival in self.rivals
             ],
             "notes": list(self.notes),
             "objective": self.choice.objective,
@@ -184,7 +187,7 @@ def make_plan(
     check_formats(base, profile)
     setting = PlanContext.of(base, profile, tokens, choice, "recover_every" not in base.cluster.model_fields_set)
     shape, devices = setting.shape, setting.devices
-    rank = _rank_by(value_of(choice.objective, profile, len(devices)))
+    rank = rank_by(value_of(choice.objective, profile, len(devices)))
     methods = (pins.method,) if pins.method else CHOSEN_FROM
 
     def results_of(names: Sequence[str]) -> list[Candidate | Rejected]:
@@ -202,7 +205,7 @@ def make_plan(
     plain = (candidate for candidate in fitting if not needs_library(candidate.run))
     chosen = next(plain, None) or next(iter(fitting), None)
     others = METHOD_NAMES if choice.with_rivals and not pins.method else ()
-    rivals = [_best(results_of((name,)), rank) for name in others if name not in methods]
+    rivals = [best(results_of((name,)), rank) for name in others if name not in methods]
     rival = min((rival for rival in rivals if isinstance(rival, Candidate)), key=rank, default=None)
     first = next(iter(fitting), None)
     return Plan(
@@ -212,26 +215,10 @@ def make_plan(
         candidates=tuple(fitting),
         rejected=rejected,
         chosen=chosen,
-        dense=_best([r for r in results if candidate_of(r).run.method.name == BASELINE], rank)
-        or _best(results_of(("ddp",)), rank),
+        dense=best([r for r in results if candidate_of(r).run.method.name == BASELINE], rank)
+        or best(results_of(("ddp",)), rank),
         notes=(*notes, *plan_notes(setting, base, chosen, first, rival, lambda run: _evaluate(run, setting))),
         rivals=tuple(rival for rival in rivals if rival is not None),
         pins=pins,
         choice=choice,
     )
-
-
-Rank = Callable[[Candidate], tuple[float, ...]]
-
-
-def _rank_by(value: Callable[[Candidate], float]) -> Rank:
-    """Return the key to sort by; at an equal value less time and the smaller footprint win, never the grid's order."""
-    return lambda c: (value(c), c.equivalent_wall_s, c.memory.total, c.sent_bytes_per_round)
-
-
-def _best(results: Sequence[Candidate | Rejected], rank: Rank) -> Candidate | Rejected | None:
-    """Return the first of those that fit, or else the nearest miss."""
-    fitting = [r for r in results if isinstance(r, Candidate)]
-    misses = [r for r in results if isinstance(r, Rejected)]
-    nearest = min(misses, key=lambda r: r.missing, default=None)
-    return min(fitting, key=rank, default=None) or nearest

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from simulate.costs.samples import samples_factor
-
-if TYPE_CHECKING:
-    from simulate.planning.candidate import Candidate
+from simulate.planning.candidate import Candidate
 
 
 def time_range(candidate: Candidate, compute_s: float, exchange_s: float) -> tuple[float, float]:

@@ -9,6 +9,7 @@ import pytest
 from ltecli.plan_request import PlanArgs, plan_request
 from simulate.common import toml_io
 from simulate.config.profiles import load_profile
+from simulate.planning.plan_json import candidate_json
 from simulate.rules.cadence import Cadence
 
 
@@ -53,14 +54,14 @@ def test_a_disk_that_is_not_known_is_said(tmp_path: Path) -> None:
     plan = plan_request(PlanArgs(profile=slow_disk(tmp_path, disk_write_bytes_per_s=None), model="gpt2"))
     assert plan.chosen is not None
     assert plan.chosen.run.cluster.recover_every == 1
-    assert plan.chosen.to_dict()["checkpoint_s"] is None
+    assert candidate_json(plan.chosen)["checkpoint_s"] is None
     assert any("no device.disk_write_bytes_per_s: checkpoints are planned to take no time" in n for n in plan.notes)
 
 
 def test_a_whole_run_is_its_rounds_and_its_pauses() -> None:
     plan = plan_request(PlanArgs(profile="gtx1080ti_x8", model="gpt2"))
     assert plan.chosen is not None
-    figures = plan.chosen.to_dict()
+    figures = candidate_json(plan.chosen)
     pauses_s = figures["evaluations"] * figures["evaluation_s"] + figures["checkpoints"] * figures["checkpoint_s"]
     assert figures["wall_s"] == pytest.approx(figures["training_s"] + pauses_s)
     rounds_s = figures["round_s"] * figures["steps"] / figures["merge_every"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from simulate.config import hardware
+from simulate.config import profiles
 from simulate.config.profiles import load_profile
 from simulate.costs.flops import pass_flops, update_flops
 from simulate.costs.step_time import device_step_s
@@ -54,13 +54,13 @@ def test_the_note_keeps_its_word(lte: Lte) -> None:
 
 
 def test_a_processor_tells_whether_it_multiplies_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    info, read = tmp_path / "cpuinfo", hardware.processor_flags
+    info, read = tmp_path / "cpuinfo", profiles.processor_flags
     cases = (("flags\t\t: fpu avx2 amx_bf16", True), ("Features\t: fp asimd bf16", True), ("flags: avx2", False))
     for line, has_bf16 in cases:
         info.write_text(f"processor\t: 0\n{line}\n")
         flags = read(info)
-        monkeypatch.setattr(hardware, "processor_flags", lambda flags=flags: flags)
-        rates = hardware.detect_local().device[0].flop_per_s
+        monkeypatch.setattr(profiles, "processor_flags", lambda flags=flags: flags)
+        rates = profiles.detect_local().device[0].flop_per_s
         assert rates.bf16 == (2 * rates.fp32 if has_bf16 else None)
     assert read(tmp_path / "missing") == set()
 

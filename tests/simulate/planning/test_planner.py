@@ -17,6 +17,7 @@ from simulate.costs import cache as remember
 from simulate.costs import step_time as time
 from simulate.models.shapes import ModelShape
 from simulate.planning.candidate import candidate_of
+from simulate.planning.plan_json import candidate_json
 from simulate.planning.planner import Plan, evaluate
 
 FEW = ("model.layers=2", "train.micro_batch=4")
@@ -53,7 +54,7 @@ def first_that_differs(plan: Plan) -> Run | None:
     for result in (*plan.candidates, *plan.rejected, *plan.rivals):
         planned = candidate_of(result)
         forget()
-        if candidate_of(evaluate(planned.run, plan.profile, plan.tokens)).to_dict() != planned.to_dict():
+        if candidate_json(candidate_of(evaluate(planned.run, plan.profile, plan.tokens))) != candidate_json(planned):
             return planned.run
     return None
 
