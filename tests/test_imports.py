@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from tests.harness import Outcome, run
 from tests.ltecli.command import write_run
 
 ROOT = Path(__file__).parents[1]
@@ -56,13 +56,12 @@ ALLOWED = {"ltecli": {"ltecli", "simulate", "profiles"}, "simulate": {"simulate"
 CHECK = "import sys; sys.exit('torch was imported' if 'torch' in sys.modules else code)"
 
 
-def run_python(code: str, folder: Path, arguments: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+def run_python(code: str, folder: Path, arguments: Sequence[str] = ()) -> Outcome:
     """Run code in an interpreter of its own that fails if torch is imported when it ends."""
-    command = [sys.executable, "-c", f"{code}\n{CHECK}", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return run([sys.executable, "-c", f"{code}\n{CHECK}", *arguments], cwd=folder)
 
 
-def run_lte(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_lte(folder: Path, *arguments: str) -> Outcome:
     return run_python("import sys; from ltecli.app import main; code = main(sys.argv[1:])", folder, arguments)
 
 
@@ -84,7 +83,7 @@ def run_lte(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 )
 def test_light_commands_never_import_torch(arguments: str, tmp_path: Path) -> None:
     done = run_lte(tmp_path, *arguments.split())
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -93,18 +92,18 @@ def test_light_commands_never_import_torch(arguments: str, tmp_path: Path) -> No
 def test_a_refusal_does_not_wait_for_torch(arguments: str, tmp_path: Path) -> None:
     write_run(tmp_path / "run.toml")
     done = run_lte(tmp_path, *arguments.split())
-    assert done.returncode == 2, done.stderr
+    assert done.code == 2, done.stderr
 
 
 def test_the_light_half_imports_without_torch(tmp_path: Path) -> None:
     done = run_python(f"import {', '.join(TORCH_FREE)}\ncode = 0", tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.stderr
 
 
 def test_an_import_of_torch_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "heavy.py").write_text("import torch\n")
     done = run_python("import sys; sys.path.insert(0, '.'); import heavy; code = 0", tmp_path)
-    assert done.returncode == 1
+    assert done.code == 1
     assert "torch was imported" in done.stderr
 
 

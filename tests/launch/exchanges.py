@@ -47,7 +47,7 @@ EXCHANGES: dict[str, Callable[[TorchCommunicator], object]] = {
     "broadcast": lambda c: c.broadcast([torch.zeros(LARGE)]),
     "push": lambda c: c.push([per_device(100)]),
     "pull": lambda c: c.pull([torch.zeros(LARGE)]),
-    "share": lambda c: c.share(per_device(2)),
+    "share": lambda c: c.all_gather_scalars(per_device(2)),
     "reduce over nodes": lambda c: c.reduce_over_nodes([torch.zeros(LARGE)], Nodes(1, 2)),
     "all-reduce, behind": behind(lambda c: c.all_reduce([torch.zeros(LARGE)])),
     "broadcast, behind": behind(lambda c: c.broadcast([torch.zeros(LARGE)])),

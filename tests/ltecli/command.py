@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from simulate.common import toml_io
 from simulate.common.events import Event, read_events
+from tests.harness import Child, Outcome
 
 Lte = Callable[..., "Outcome"]
 Refused = Callable[..., str]
@@ -25,19 +23,6 @@ TINY: dict[str, dict[str, Any]] = {
     "train": {"steps": 8, "micro_batch": 2, "evaluate_every": 4, "evaluate_samples": 4, "checkpoint_every": 3},
     "cluster": {"profile": PROFILE, "devices": 2},
 }
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a command left: its exit code and what it said."""
-
-    code: int
-    stdout: str
-    stderr: str
-
-    def json(self) -> Any:
-        """Return the JSON document that is all of stdout."""
-        return json.loads(self.stdout)
 
 
 def write_prose(path: Path) -> Path:
@@ -57,22 +42,10 @@ def write_run(path: Path, **tables: dict[str, Any]) -> Path:
     return path
 
 
-def environment() -> dict[str, str]:
-    """Return an environment for child processes: one thread, no terminal."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
-
-
-def lte_process(*arguments: str | Path, cwd: Path, **options: Any) -> subprocess.Popen[str]:
+def lte_process(*arguments: str | Path, cwd: Path, **options: Any) -> Child:
     """Start `lte` in a process of its own."""
-    command = [sys.executable, "-m", "ltecli", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    return subprocess.Popen(command, cwd=cwd, env=environment(), text=True, **pipes)
-
-
-def finish(process: subprocess.Popen[str]) -> Outcome:
-    """Wait for a process to end."""
-    stdout, stderr = process.communicate(timeout=120)
-    return Outcome(process.returncode, stdout, stderr)
+    return Child([sys.executable, "-m", "ltecli", *arguments], cwd=cwd, **pipes)
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from ltecli.app import main
-from tests.ltecli.command import Lte, Outcome, Refused, assert_one_line, tree, write_run
+from simulate.config.run import load_run, run_fingerprint
+from tests.harness import Outcome
+from tests.ltecli.command import Lte, Refused, assert_one_line, tree, write_run
 
 
 @pytest.fixture
@@ -51,8 +54,24 @@ def run_toml(here: Path) -> Path:
     return write_run(here / "tiny.toml")
 
 
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the tiny run, its data and its finished run folder `done`; tests get copies of it."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert main(["train", str(write_run(folder / "tiny.toml")), "--out", str(folder / "done"), "--quiet"]) == 0
+    return folder
+
+
 @pytest.fixture
-def trained(lte: Lte, here: Path, run_toml: Path) -> Path:
-    """The run folder of the tiny run, finished."""
-    assert lte("train", run_toml, "--out", "done", "--quiet").code == 0
-    return here / "done"
+def trained(trained_once: Path, here: Path, run_toml: Path) -> Path:
+    """The run folder of the tiny run, finished, as if it had been trained here."""
+    copied = shutil.copytree(trained_once / "done", here / "done")
+    was = run_fingerprint(load_run(copied / "run.toml"))
+    for name in ("run.toml", "events.jsonl"):  # both have the data's path
+        text = (copied / name).read_text(encoding="utf-8")
+        (copied / name).write_text(text.replace(str(trained_once), str(here)), encoding="utf-8")
+    for meta in copied.glob("checkpoints/*/*.json"):
+        text = meta.read_text(encoding="utf-8")
+        assert was in text
+        meta.write_text(text.replace(was, run_fingerprint(load_run(copied / "run.toml"))), encoding="utf-8")
+    return copied

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from simulate.common.cpu import usable_cores
+from tests.harness import ROOT, run_python
 
 ONE_CORE = """
 import os
@@ -19,9 +17,7 @@ print(usable_cores())
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system holds no process to cores")
 def test_cores_are_those_that_the_process_is_held_to() -> None:
-    root = Path(__file__).parents[3]
-    done = subprocess.run([sys.executable, "-c", ONE_CORE], cwd=root, capture_output=True, text=True, check=True)
-    assert done.stdout == "1\n"
+    assert run_python(ONE_CORE, cwd=ROOT) == "1\n"
 
 
 def test_a_system_that_does_not_tell_them_has_all(monkeypatch: pytest.MonkeyPatch) -> None:

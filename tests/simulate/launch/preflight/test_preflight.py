@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import os
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -28,6 +26,7 @@ from simulate.launch.preflight.link_tests import LinkPlan
 from simulate.launch.preflight.node_info import NodeFacts
 from simulate.launch.preflight.preflight import Preflight
 from simulate.launch.preflight.settings import Settings
+from tests.harness import environment, run
 from tests.simulate.launch.preflight.nodes import (
     QUICK,
     SECRET,
@@ -489,14 +488,8 @@ def test_two_processes() -> None:
     hub = crew(2, join_timeout_s=20)[0]
     hub.after = lambda preflight: preflight.broadcast({"port": 5}, 10)
     with started(hub):
-        done = subprocess.run(
-            [sys.executable, "-c", JOIN_SCRIPT, str(hub.settings.join)],
-            env={**os.environ, "LTE_SECRET": SECRET_TEXT},
-            capture_output=True,
-            text=True,
-            timeout=30,
-        )
-    assert done.returncode == 0, done.stderr
+        done = run([sys.executable, "-c", JOIN_SCRIPT, hub.settings.join], 30, env=environment(LTE_SECRET=SECRET_TEXT))
+    assert done.code == 0, done.stderr
     assert hub.result is not None
     assert json.loads(done.stdout) == [hub.result.to_json(), {"port": 5}]
     assert SECRET_TEXT not in done.stdout + done.stderr + hub.output
