@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,38 +62,62 @@ def run_python(code: str, folder: Path, arguments: Sequence[str] = ()) -> Outcom
     return run([sys.executable, "-c", f"{code}\n{CHECK}", *arguments], cwd=folder)
 
 
-def run_lte(folder: Path, *arguments: str) -> Outcome:
-    return run_python("import sys; from ltecli.app import main; code = main(sys.argv[1:])", folder, arguments)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        "--help",
-        "--version",
-        "plan",
-        "plan --model gpt2 --json",
-        "plan --why --timeline --rounds 3 --timeline-svg picture.svg",
-        "plan --model vit_s16",
-        "plan --model llama_1b",
-        "plan --model mixer_s16",
-        "profile list",
-        "profile show local",
-        "train --help",
-    ],
+LIGHT = (
+    "--help",
+    "--version",
+    "plan",
+    "plan --model gpt2 --json",
+    "plan --why --timeline --rounds 3 --timeline-svg picture.svg",
+    "plan --model vit_s16",
+    "plan --model llama_1b",
+    "plan --model mixer_s16",
+    "profile list",
+    "profile show local",
+    "train --help",
 )
-def test_light_commands_never_import_torch(arguments: str, tmp_path: Path) -> None:
-    done = run_lte(tmp_path, *arguments.split())
+REFUSED = ("train nowhere.toml", "train run.toml --out .", "train . --resume", "report .", "export .")
+RUN_ALL = """
+import json, sys
+from ltecli.app import main
+found = {}
+for arguments in sys.argv[2:]:
+    found[arguments] = main(arguments.split()), "torch" in sys.modules
+    sys.modules.pop("torch", None)
+with open(sys.argv[1], "w") as file:
+    json.dump(found, file)
+"""
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, bool]]:
+    """The exit code of each command, and whether it imported torch; all run in one interpreter, which starts once."""
+    folder = tmp_path_factory.mktemp("light")
+    write_run(folder / "run.toml")
+    done = run([sys.executable, "-c", RUN_ALL, folder / "ended.json", *LIGHT, *REFUSED], cwd=folder)
     assert done.code == 0, done.stderr
+    return dict(json.loads((folder / "ended.json").read_text()))
 
 
-@pytest.mark.parametrize(
-    "arguments", ["train nowhere.toml", "train run.toml --out .", "train . --resume", "report .", "export ."]
-)
-def test_a_refusal_does_not_wait_for_torch(arguments: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("arguments", LIGHT)
+def test_light_commands_never_import_torch(arguments: str, ended: dict[str, tuple[int, bool]]) -> None:
+    code, with_torch = ended[arguments]
+    assert (code, with_torch) == (0, False)
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_a_refusal_does_not_wait_for_torch(arguments: str, ended: dict[str, tuple[int, bool]]) -> None:
+    code, with_torch = ended[arguments]
+    assert (code, with_torch) == (2, False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arguments", "code"), [*((light, 0) for light in LIGHT), *((other, 2) for other in REFUSED)])
+def test_a_command_alone_never_imports_torch(arguments: str, code: int, tmp_path: Path) -> None:
+    """In one interpreter, a module that imports torch is noticed at the first command alone that needs it."""
     write_run(tmp_path / "run.toml")
-    done = run_lte(tmp_path, *arguments.split())
-    assert done.code == 2, done.stderr
+    program = "import sys; from ltecli.app import main; code = main(sys.argv[1:])"
+    done = run_python(program, tmp_path, arguments.split())
+    assert done.code == code, done.stderr
 
 
 def test_the_light_half_imports_without_torch(tmp_path: Path) -> None:

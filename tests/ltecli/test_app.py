@@ -10,6 +10,7 @@ import pytest
 from simulate.common.version import version
 from tests.harness import environment, run
 from tests.ltecli.command import Lte, Refused, assert_one_line, lte_process
+from tests.selection import others_slow
 
 
 def test_version_is_the_installed_one(lte: Lte) -> None:
@@ -69,14 +70,16 @@ def test_a_fault_of_ours_keeps_its_traceback(lte: Lte, monkeypatch: pytest.Monke
         lte("profile", "list")
 
 
-@pytest.mark.parametrize("command", ["plan", "profile list", "profile show h200"])
+@pytest.mark.parametrize("command", others_slow(["plan", "profile list", "profile show h200"], ["profile list"]))
 def test_no_colour_codes_outside_a_terminal(command: str, tmp_path: Path) -> None:
     outcome = lte_process(*command.split(), cwd=tmp_path).outcome()
     assert outcome.code == 0
     assert "\x1b" not in outcome.stdout + outcome.stderr
 
 
-@pytest.mark.parametrize("command", ["plan --json", "plan", "profile list", "profile show h200 --json"])
+@pytest.mark.parametrize(
+    "command", others_slow(["plan --json", "plan", "profile list", "profile show h200 --json"], ["plan --json"])
+)
 def test_a_reader_that_leaves_early_causes_no_traceback(command: str, tmp_path: Path) -> None:
     script = f"{sys.executable} -m ltecli {command} | head -c 1; exit ${{PIPESTATUS[0]}}"
     done = run(["bash", "-c", script], cwd=tmp_path)

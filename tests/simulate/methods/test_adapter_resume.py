@@ -37,7 +37,7 @@ def test_a_restored_method_continues_bit_for_bit(name: str, steps_before: int) -
     ],
 )
 def test_what_a_method_keeps_is_missed(monkeypatch: pytest.MonkeyPatch, name: str, owner: type) -> None:
-    monkeypatch.setattr(owner, "state", lambda keeper: {})
+    monkeypatch.setattr(owner, "state_dict", lambda keeper: {})
     with pytest.raises(AssertionError):
         tiny.assert_resumes(name, 6, devices=2)
 

@@ -36,7 +36,7 @@ def test_a_restored_method_continues_bit_for_bit(name: str, steps_before: int) -
     ],
 )
 def test_what_a_method_keeps_is_missed(monkeypatch: pytest.MonkeyPatch, name: str, owner: type) -> None:
-    monkeypatch.setattr(owner, "kept", lambda method: {})
+    monkeypatch.setattr(owner, "extra_state", lambda method: {})
     with pytest.raises(AssertionError):
         tiny.assert_resumes(name, 5)
 
