@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 from simulate.common import toml_io
 from simulate.common.events import Event, read_events
+from simulate.config.run import load_run, run_fingerprint
 from tests.harness import Child, Outcome
 
 Lte = Callable[..., "Outcome"]
@@ -40,6 +42,21 @@ def write_run(path: Path, **tables: dict[str, Any]) -> Path:
         table[name] = keys if replaced else {**table[name], **keys}
     path.write_text(toml_io.dump(table), encoding="utf-8")
     return path
+
+
+def copy_run(folder: Path, here: Path) -> Path:
+    """Copy a run folder and let it say that it was trained on the data here; a run is trained once for many tests."""
+    copied = shutil.copytree(folder, here / folder.name)
+    was = run_fingerprint(load_run(copied / "run.toml"))
+    for name in ("run.toml", "events.jsonl"):  # both have the data's path
+        text = (copied / name).read_text(encoding="utf-8")
+        (copied / name).write_text(text.replace(str(folder.parent), str(here)), encoding="utf-8")
+    now = run_fingerprint(load_run(copied / "run.toml"))
+    for meta in copied.glob("checkpoints/*/*.json"):
+        text = meta.read_text(encoding="utf-8")
+        assert was in text
+        meta.write_text(text.replace(was, now), encoding="utf-8")
+    return copied
 
 
 def lte_process(*arguments: str | Path, cwd: Path, **options: Any) -> Child:

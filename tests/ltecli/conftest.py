@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 
 from ltecli.app import main
-from simulate.config.run import load_run, run_fingerprint
 from tests.harness import Outcome
-from tests.ltecli.command import Lte, Refused, assert_one_line, tree, write_run
+from tests.ltecli.command import Lte, Refused, assert_one_line, copy_run, tree, write_run
 
 
 @pytest.fixture
@@ -65,13 +63,4 @@ def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def trained(trained_once: Path, here: Path, run_toml: Path) -> Path:
     """The run folder of the tiny run, finished, as if it had been trained here."""
-    copied = shutil.copytree(trained_once / "done", here / "done")
-    was = run_fingerprint(load_run(copied / "run.toml"))
-    for name in ("run.toml", "events.jsonl"):  # both have the data's path
-        text = (copied / name).read_text(encoding="utf-8")
-        (copied / name).write_text(text.replace(str(trained_once), str(here)), encoding="utf-8")
-    for meta in copied.glob("checkpoints/*/*.json"):
-        text = meta.read_text(encoding="utf-8")
-        assert was in text
-        meta.write_text(text.replace(was, run_fingerprint(load_run(copied / "run.toml"))), encoding="utf-8")
-    return copied
+    return copy_run(trained_once / "done", here)
