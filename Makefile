@@ -28,10 +28,10 @@ lint: $(READY)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest --numprocesses 2
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 test-all: lint test-processors
-	$(BIN)/pytest --numprocesses 2 -m ''
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m ''
 	$(BIN)/python tests/mutants.py
 
 mutants: $(READY)

@@ -23,8 +23,13 @@ THREADS_VARIABLE = "LTE_TEST_THREADS"
 # One thread a test process, unless others are asked for: tensors are tiny, and pytest-xdist already fills the cores.
 torch.set_num_threads(int(os.environ.get(THREADS_VARIABLE, "1")))
 # The same examples on every machine, and no deadline: slow cores must not make a rule look broken.
-settings.register_profile("steady", derandomize=True, deadline=None, max_examples=25)
-settings.load_profile("steady")
+settings.register_profile("quick", derandomize=True, deadline=None, max_examples=10)
+settings.register_profile("thorough", derandomize=True, deadline=None, max_examples=50)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Try few examples of each rule in `make test`, and many where the slow tests run, too."""
+    settings.load_profile("quick" if config.option.markexpr == "not slow" else "thorough")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -6,8 +6,6 @@ python -m tests.processes FOLDER PROCESS PROCESSES DTYPE STEPS VARIANT...    (st
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +19,7 @@ from simulate.comm.process_group import TorchCommunicator
 from simulate.methods.paced import Paced
 from simulate.methods.registry import build_method
 from tests import tiny
+from tests.harness import run_together
 
 DEVICES, TIMEOUT_S = 4, 60
 
@@ -32,17 +31,8 @@ def variant_table(steps: int, dtype: str) -> dict[str, Any]:
 
 def run_processes(module: str, folder: Path, processes: int, arguments: list[str]) -> None:
     """Run a module in processes that can meet, each with FOLDER PROCESS PROCESSES and the arguments, to their ends."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, folder, str(p), str(processes), *arguments],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for p in range(processes)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=300)[0] for process in started]
-    failed = [output for process, output in zip(started, outputs, strict=True) if process.returncode]
-    assert not failed, "\n".join(failed)
+    command = [sys.executable, "-m", module, folder]
+    run_together(([*command, process, processes, *arguments] for process in range(processes)), 300)
 
 
 def train_in_processes(

@@ -103,7 +103,7 @@ class DensePlan(Generic[OptionsT]):
 
     @property
     def samples_like(self) -> str:
-        """Name of the method whose assumed samples, over dense training's, apply: its own, or from outside the baseline's."""
+        """Name of the method whose assumed samples apply: its own; to one from outside the baseline's."""
         return self.options.name if self.options.name in METHOD_NAMES else BASELINE
 
     def rank_shortfall(self, width: int, devices: int, rank_share: float) -> float:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -17,10 +16,10 @@ from typing import Any
 import psutil
 
 from simulate.common.events import Event
-from tests.ltecli.command import environment, write_run
+from tests.harness import LIMIT_S, Child, environment, marked, wait_until
+from tests.ltecli.command import write_run
 from tests.network.lab import Lab
 
-DEADLINE_S = 180.0
 SECRET = "correct-horse-battery-staple"
 LOSS_TOLERANCE = 0.05
 
@@ -30,10 +29,12 @@ class Launched:
     """A launched run: one agent a node, each with its run folder and what it said."""
 
     folder: Path
-    agents: list[subprocess.Popen[Any]] = field(default_factory=list)
+    agents: list[Child] = field(default_factory=list)
     nodes: int = 1
     folders: dict[int, Path] = field(default_factory=dict)
-    """Run folders of the nodes that have one of their own, below `folder`."""
+    """Of nodes that have theirs elsewhere, below `folder`."""
+    marks: dict[int, set[str]] = field(default_factory=dict)
+    """Of each node's agents, also of those that have ended."""
 
     def node_folder(self, node: int = 0) -> Path:
         """Return a node's run folder."""
@@ -54,39 +55,33 @@ class Launched:
         """Return the last evaluation's loss."""
         return float(self.events("evaluate")[-1]["val_loss"])
 
-    def wait_for(self, condition: Callable[[], object], seconds: float = DEADLINE_S) -> None:
+    def wait_for(self, condition: Callable[[], object], seconds: float = LIMIT_S) -> None:
         """Wait until something is so; fails with everything that was said."""
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, self.all_said()
-            time.sleep(0.05)
+        wait_until(condition, seconds, self.all_said)
 
     def wait_for_step(self, step: int) -> None:
         """Wait until that step was told of, this time or before."""
         self.wait_for(lambda: any(event["step"] >= step for event in self.events("step")))
 
-    def end(self, seconds: float = DEADLINE_S) -> list[int]:
+    def end(self, seconds: float = LIMIT_S) -> list[int]:
         """Wait until every agent has ended; returns their exit codes. No process may be left."""
         self.wait_for(lambda: all(agent.poll() is not None for agent in self.agents), seconds)
         self.wait_for(lambda: not self.processes(), 10.0)
         return [int(agent.returncode) for agent in self.agents]
 
     def processes(self, node: int | None = None) -> list[psutil.Process]:
-        """Return the live processes of the run, which all name its folder; of one node, or all."""
-        wanted = str(self.folder if node is None else self.node_folder(node))
-        found = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                line = process.cmdline()
-                named = any(word == wanted or (node is None and word.startswith(f"{wanted}/")) for word in line)
-                if named and "ip" not in line[:1] and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+        """Return the live processes of the run; of one node, or all."""
+        nodes = self.marks if node is None else [node]
+        return marked({mark for number in nodes for mark in self.marks.get(number, ())})
 
     def workers(self, node: int = 0) -> list[psutil.Process]:
         """Return a node's worker processes, by their numbers."""
-        found = [process for process in self.processes(node) if "simulate.launch.worker" in process.cmdline()]
-        return sorted(found, key=lambda process: int(process.environ()["RANK"]))
+        found = {}
+        for process in self.processes(node):
+            with suppress(psutil.Error):
+                if "simulate.launch.worker" in process.cmdline():
+                    found[int(process.environ()["RANK"])] = process
+        return [found[rank] for rank in sorted(found)]
 
     def all_said(self) -> str:
         """Return what all nodes said, for a test that fails."""
@@ -104,9 +99,7 @@ class Launched:
             with suppress(psutil.Error):
                 process.kill()
         for agent in self.agents:
-            with suppress(ProcessLookupError):
-                agent.kill()
-            agent.wait()
+            agent.end_family()
 
 
 def start_node(
@@ -124,9 +117,10 @@ def start_node(
     options: dict[str, Any] = {
         "stdout": said,
         "stderr": subprocess.STDOUT,
-        "env": {**environment(), "LTE_SECRET": SECRET},
+        "env": environment(LTE_SECRET=SECRET),
     }
-    agent = subprocess.Popen(command, **options) if lab is None else lab[node].popen(command, **options)
+    agent = Child(command, **options) if lab is None else lab[node].popen(command, **options)
+    launched.marks.setdefault(node, set()).add(agent.mark)
     said.close()
     if node < len(launched.agents):
         launched.agents[node] = agent
@@ -167,8 +161,10 @@ def tiny_run(folder: Path, steps: int = 60, diagnostics_every: int | None = None
 def simulated_loss(run: Path, folder: Path) -> float:
     """Return the last validation loss of the run undisturbed, in one process."""
     command = [sys.executable, "-m", "ltecli", "train", str(run), "--out", str(folder), "--json", "--device", "cpu"]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
-    return float(json.loads(done.stdout)["val_loss"])
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    done = Child(command, **pipes).outcome()
+    assert done.code == 0, done.stderr
+    return float(done.json()["val_loss"])
 
 
 def interrupt(process: subprocess.Popen[Any] | psutil.Process, number: signal.Signals = signal.SIGINT) -> None:

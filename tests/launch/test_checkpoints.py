@@ -18,8 +18,8 @@ from safetensors.torch import load, save
 
 from simulate.config.run import load_run
 from simulate.training.checkpoints import list_checkpoints, load_checkpoint
+from tests.harness import Child
 from tests.launch.runs import LOSS_TOLERANCE, interrupt, launched_run, simulated_loss, start_node, tiny_run
-from tests.ltecli.command import environment
 
 SAVER = """
 import sys
@@ -52,9 +52,7 @@ def test_a_save_that_is_killed_a_hundred_times_always_leaves_a_whole_checkpoint(
     folder.mkdir()
     run, step, unfinished = load_run(run_file), 0, 0
     command = [sys.executable, "-c", SAVER, str(folder), str(run_file)]
-    saver = subprocess.Popen(
-        command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-    )
+    saver = Child(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=1)
     assert saver.stdin is not None and saver.stdout is not None
     for _ in range(100):
         print(step, file=saver.stdin, flush=True)
@@ -72,7 +70,7 @@ def test_a_save_that_is_killed_a_hundred_times_always_leaves_a_whole_checkpoint(
             bool((tensor == step).all()) for tensor in (state.shared["w"], *(d["a"] for d in state.of_devices.values()))
         )
         unfinished += len(list(folder.glob("step-*"))) > len(list_checkpoints(folder, 4))
-    saver.communicate()
+    assert saver.outcome().code == 0
     assert unfinished, "no kill hit a save"
 
 

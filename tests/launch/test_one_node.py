@@ -35,6 +35,7 @@ def test_a_killed_worker_is_started_again_and_the_run_is_the_same(tmp_path: Path
     assert launched.val_loss() == pytest.approx(simulated_loss(run, tmp_path / "alone"), rel=SAME)
 
 
+@pytest.mark.slow
 def test_an_undisturbed_run_saves_when_its_plan_says_and_its_clock_agrees(tmp_path: Path) -> None:
     run = tiny_run(tmp_path, steps=37, recover_every=2)
     with launched_run(tmp_path / "run", run) as launched:
@@ -52,6 +53,7 @@ def test_an_undisturbed_run_saves_when_its_plan_says_and_its_clock_agrees(tmp_pa
     assert saved[-1]["simulated_s"] == pytest.approx(planned["wall_s"], rel=1e-9)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_in_other_processes_and_is_the_same(tmp_path: Path) -> None:
     run = tiny_run(tmp_path, steps=400, diagnostics_every=50)
     with launched_run(tmp_path / "run", run, processes=2) as launched:

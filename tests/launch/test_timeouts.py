@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from simulate.launch.heartbeat import Beat, describe_missing
+from tests.harness import run_together
 from tests.launch.exchanges import AWAY_S, EXCHANGES, TIMEOUT_S
 
 TITLES = ["process 0 on node 0 (device 0)", "process 1 on node 1 (device 1)", "process 2 on node 2 (device 2)"]
@@ -18,11 +17,8 @@ TITLES = ["process 0 on node 0 (device 0)", "process 1 on node 1 (device 1)", "p
 
 @pytest.mark.slow
 def test_every_exchange_with_a_process_that_stays_away_ends_in_time(tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-m", "tests.launch.exchanges", str(tmp_path)]
-    processes = [subprocess.Popen([*command, str(process)], env=environment) for process in range(2)]
-    for process in processes:
-        process.wait(180)
+    command = [sys.executable, "-m", "tests.launch.exchanges", tmp_path]
+    run_together([*command, process] for process in range(2))
     found = json.loads((tmp_path / "found.json").read_text())
     assert found.keys() == EXCHANGES.keys()
     for name, (error, seconds) in found.items():

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.harness import Child
 from tests.launch.runs import Launched, interrupt, launched_run, simulated_loss, start_node
-from tests.ltecli.command import environment, events_of, write_run
+from tests.ltecli.command import events_of, write_run
 
 STEPS = 600
 METHODS: dict[str, dict[str, Any]] = {
@@ -24,13 +24,13 @@ def simulate_until(folder: Path, step: int | None, *arguments: str) -> None:
     """Train in one process, interrupted after a step, or to the end."""
     command = [sys.executable, "-m", "ltecli", "train", *arguments, "--device", "cpu"]
     with (folder.parent / "simulated.txt").open("a") as said:
-        process = subprocess.Popen(command, env=environment(), stdout=said, stderr=said)
+        process = Child(command, stdout=said, stderr=said)
     launched = Launched(folder.parent, [process], folders={0: folder})
     (folder.parent / "said0.txt").touch()
     if step is not None:
         launched.wait_for_step(step)
         interrupt(process)
-    assert process.wait(180) == (0 if step is None else 130)
+    assert process.outcome().code == (0 if step is None else 130)
 
 
 @pytest.mark.slow

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from simulate.common import toml_io
 from simulate.common.events import Event, read_events
+from simulate.config.run import load_run, run_fingerprint
+from tests.harness import Child, Outcome
 
 Lte = Callable[..., "Outcome"]
 Refused = Callable[..., str]
@@ -25,19 +25,6 @@ TINY: dict[str, dict[str, Any]] = {
     "train": {"steps": 8, "micro_batch": 2, "evaluate_every": 4, "evaluate_samples": 4, "checkpoint_every": 3},
     "cluster": {"profile": PROFILE, "devices": 2},
 }
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Exit code and output of a finished command."""
-
-    code: int
-    stdout: str
-    stderr: str
-
-    def json(self) -> Any:
-        """Return the JSON document that is all of stdout."""
-        return json.loads(self.stdout)
 
 
 def write_prose(path: Path) -> Path:
@@ -57,22 +44,25 @@ def write_run(path: Path, **tables: dict[str, Any]) -> Path:
     return path
 
 
-def environment() -> dict[str, str]:
-    """Return an environment for child processes: one thread, no terminal."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+def copy_run(folder: Path, here: Path) -> Path:
+    """Copy a run folder and let it say that it was trained on the data here; a run is trained once for many tests."""
+    copied = shutil.copytree(folder, here / folder.name)
+    was = run_fingerprint(load_run(copied / "run.toml"))
+    for name in ("run.toml", "events.jsonl"):  # both have the data's path
+        text = (copied / name).read_text(encoding="utf-8")
+        (copied / name).write_text(text.replace(str(folder.parent), str(here)), encoding="utf-8")
+    now = run_fingerprint(load_run(copied / "run.toml"))
+    for meta in copied.glob("checkpoints/*/*.json"):
+        text = meta.read_text(encoding="utf-8")
+        assert was in text
+        meta.write_text(text.replace(was, now), encoding="utf-8")
+    return copied
 
 
-def lte_process(*arguments: str | Path, cwd: Path, **options: Any) -> subprocess.Popen[str]:
+def lte_process(*arguments: str | Path, cwd: Path, **options: Any) -> Child:
     """Start `lte` in a process of its own."""
-    command = [sys.executable, "-m", "ltecli", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    return subprocess.Popen(command, cwd=cwd, env=environment(), text=True, **pipes)
-
-
-def finish(process: subprocess.Popen[str]) -> Outcome:
-    """Wait for a process to end."""
-    stdout, stderr = process.communicate(timeout=120)
-    return Outcome(process.returncode, stdout, stderr)
+    return Child([sys.executable, "-m", "ltecli", *arguments], cwd=cwd, **pipes)
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:

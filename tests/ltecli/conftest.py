@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from ltecli.app import main
-from tests.ltecli.command import Lte, Outcome, Refused, assert_one_line, tree, write_run
+from tests.harness import Outcome
+from tests.ltecli.command import Lte, Refused, assert_one_line, copy_run, tree, write_run
 
 
 @pytest.fixture
@@ -51,8 +52,15 @@ def run_toml(here: Path) -> Path:
     return write_run(here / "tiny.toml")
 
 
+@pytest.fixture(scope="session")
+def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the tiny run, its data and its finished run folder `done`; tests get copies of it."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert main(["train", str(write_run(folder / "tiny.toml")), "--out", str(folder / "done"), "--quiet"]) == 0
+    return folder
+
+
 @pytest.fixture
-def trained(lte: Lte, here: Path, run_toml: Path) -> Path:
-    """The run folder of the tiny run, finished."""
-    assert lte("train", run_toml, "--out", "done", "--quiet").code == 0
-    return here / "done"
+def trained(trained_once: Path, here: Path, run_toml: Path) -> Path:
+    """The run folder of the tiny run, finished, as if it had been trained here."""
+    return copy_run(trained_once / "done", here)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from simulate.common.version import version
-from tests.ltecli.command import Lte, Refused, assert_one_line, environment, finish, lte_process
+from tests.harness import environment, run
+from tests.ltecli.command import Lte, Refused, assert_one_line, lte_process
+from tests.selection import others_slow
 
 
 def test_version_is_the_installed_one(lte: Lte) -> None:
@@ -57,9 +58,7 @@ def test_a_line_break_in_a_value_stays_on_the_line(refused: Refused) -> None:
 
 def test_debugging_shows_the_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ltecli", "profile", "show", "nowhere"]
-    debug = {**environment(), "LTE_DEBUG": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=debug, capture_output=True, text=True, check=False)
-    assert "Traceback" in done.stderr
+    assert "Traceback" in run(command, cwd=tmp_path, env=environment(LTE_DEBUG="1")).stderr
 
 
 def test_a_fault_of_ours_keeps_its_traceback(lte: Lte, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,28 +70,29 @@ def test_a_fault_of_ours_keeps_its_traceback(lte: Lte, monkeypatch: pytest.Monke
         lte("profile", "list")
 
 
-@pytest.mark.parametrize("command", ["plan", "profile list", "profile show h200"])
+@pytest.mark.parametrize("command", others_slow(["plan", "profile list", "profile show h200"], ["profile list"]))
 def test_no_colour_codes_outside_a_terminal(command: str, tmp_path: Path) -> None:
-    outcome = finish(lte_process(*command.split(), cwd=tmp_path))
+    outcome = lte_process(*command.split(), cwd=tmp_path).outcome()
     assert outcome.code == 0
     assert "\x1b" not in outcome.stdout + outcome.stderr
 
 
-@pytest.mark.parametrize("command", ["plan --json", "plan", "profile list", "profile show h200 --json"])
+@pytest.mark.parametrize(
+    "command", others_slow(["plan --json", "plan", "profile list", "profile show h200 --json"], ["plan --json"])
+)
 def test_a_reader_that_leaves_early_causes_no_traceback(command: str, tmp_path: Path) -> None:
     script = f"{sys.executable} -m ltecli {command} | head -c 1; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0
+    done = run(["bash", "-c", script], cwd=tmp_path)
+    assert done.code == 0
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr
 
 
 def test_a_bare_locale_can_print_everything(tmp_path: Path) -> None:
-    plain = {**environment(), "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    command = [sys.executable, "-m", "ltecli", "profile", "show", "größe"]
-    done = subprocess.run(command, cwd=tmp_path, env=plain, capture_output=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith(b"lte: profile = ")
+    plain = environment(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    done = run([sys.executable, "-m", "ltecli", "profile", "show", "größe"], cwd=tmp_path, env=plain)
+    assert done.code == 2
+    assert done.stderr.startswith("lte: profile = ")
 
 
 def test_an_interrupt_before_the_first_step_is_one_line(lte: Lte, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,14 +12,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
+from tests.harness import ROOT, Child
 from tests.network.lab import Node
 
 ETH_P_ALL = 0x0003
 FRAME_BYTES = 65535
 BUFFER_BYTES = 64 << 20
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -36,14 +35,14 @@ def capture(node: Node, pattern: str) -> Iterator[Seen]:
     argv = [sys.executable, "-m", __name__, node.port, pattern]
     seen = Seen()
     command = ["ip", "netns", "exec", node.switch, *argv]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as watcher:
+    with Child(command, cwd=ROOT, stdout=subprocess.PIPE) as watcher:
         assert watcher.stdout is not None
         assert watcher.stdout.readline() == "watching\n"
         try:
             yield seen
         finally:
             watcher.send_signal(signal.SIGINT)
-            printed, _ = watcher.communicate(timeout=60)
+            printed = watcher.outcome(60).stdout
     seen.frames, seen.with_pattern = map(int, printed.split())
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from datetime import timedelta
-from pathlib import Path
 
+from tests.harness import ROOT, environment
 from tests.network.lab import Lab
 
 PATTERN = "lte-lte-lte-lte-"
 NUM_BYTES = 2_000_000
 WAIT_S = 120.0
-ROOT = Path(__file__).parents[2]
 
 
 def run_ranks(lab: Lab, interfaces: tuple[str, ...], addresses: tuple[str, ...], port: int = 29500) -> None:
@@ -23,10 +21,10 @@ def run_ranks(lab: Lab, interfaces: tuple[str, ...], addresses: tuple[str, ...],
         set_up = {"MASTER_ADDR": addresses[0], "MASTER_PORT": str(port), "WORLD_SIZE": str(len(lab))}
         set_up |= {"RANK": str(node.index), "GLOO_SOCKET_IFNAME": interface, "TORCH_CPP_LOG_LEVEL": "ERROR"}
         argv = [sys.executable, "-m", __name__]
-        ranks.append(node.popen(argv, cwd=ROOT, env={**os.environ, **set_up}, stderr=subprocess.PIPE, text=True))
-    messages = [rank.communicate(timeout=WAIT_S)[1] for rank in ranks]
-    if any(rank.returncode for rank in ranks):
-        raise RuntimeError("\n".join(messages))
+        ranks.append(node.popen(argv, cwd=ROOT, env=environment(**set_up), stderr=subprocess.PIPE))
+    outcomes = [rank.outcome(WAIT_S) for rank in ranks]
+    if any(outcome.code for outcome in outcomes):
+        raise RuntimeError("\n".join(outcome.stderr for outcome in outcomes))
 
 
 def main() -> None:

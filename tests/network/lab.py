@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from tests.harness import Child
 from tests.network import namespaces
 from tests.network.namespaces import KILL_WAIT_S, run_tool
 from tests.network.relay import Relay
@@ -78,15 +79,15 @@ class Node:
     port: str
     """The switch's end of the cable."""
     interface: str = "eth0"
-    started: list[subprocess.Popen[Any]] = field(default_factory=list)
+    started: list[Child] = field(default_factory=list)
 
     def command(self, argv: Sequence[str]) -> list[str]:
         """Return the command line that runs `argv` in this node."""
         return ["ip", "netns", "exec", self.namespace, *argv]
 
-    def popen(self, argv: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
+    def popen(self, argv: Sequence[str], **options: Any) -> Child:
         """Start `argv` in this node; options are Popen's. The lab ends what is still running when it is left."""
-        process = subprocess.Popen(self.command(argv), **options)
+        process = Child(self.command(argv), **options)
         self.started.append(process)
         return process
 

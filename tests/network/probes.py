@@ -13,21 +13,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
+from tests.harness import ROOT, Child
 from tests.network.lab import Node
 
 CHUNK_BYTES = 1 << 16
 WAIT_S = 10.0
 ECHO_WAIT_S = 0.5
 PORT = 5000
-ROOT = Path(__file__).parents[2]
 
 
-def start(node: Node, *words: object) -> subprocess.Popen[str]:
+def start(node: Node, *words: object) -> Child:
     """Run one end of a probe in a node."""
     argv = [sys.executable, "-m", __name__, *map(str, words)]
-    return node.popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    return node.popen(argv, cwd=ROOT, stdout=subprocess.PIPE)
 
 
 def transfer(source: Node, target: Node, num_bytes: int, timeout_s: float = 60.0) -> float:
@@ -39,11 +38,10 @@ def transfers(pairs: Sequence[tuple[Node, Node]], num_bytes: int, timeout_s: flo
     """Send bytes between several pairs at once; return each one's bytes a second."""
     receivers = [start(target, "receive", PORT + i) for i, (_, target) in enumerate(pairs)]
     senders = [start(source, "send", target.address, PORT + i, num_bytes) for i, (source, target) in enumerate(pairs)]
-    printed = [receiver.communicate(timeout=timeout_s)[0].split() for receiver in receivers]
-    for sender in senders:
-        sender.communicate(timeout=timeout_s)
-    if any(process.returncode for process in senders + receivers):
+    outcomes = [process.outcome(timeout_s) for process in receivers + senders]
+    if any(outcome.code for outcome in outcomes):
         raise RuntimeError("a transfer failed")
+    printed = [outcome.stdout.split() for outcome in outcomes[: len(receivers)]]
     assert all(int(arrived) == num_bytes for arrived, _ in printed)
     return [num_bytes / float(seconds) for _, seconds in printed]
 
@@ -53,7 +51,7 @@ def round_trips_s(source: Node, target: Node, count: int = 20) -> list[float]:
     with start(target, "echo", PORT) as echo:
         try:
             asker = start(source, "ask", target.address, PORT, count)
-            return [float(word) for word in asker.communicate(timeout=60.0)[0].split()]
+            return [float(word) for word in asker.outcome(60).stdout.split()]
         finally:
             echo.kill()
 

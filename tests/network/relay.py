@@ -22,8 +22,8 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 
+from tests.harness import ROOT, Child
 from tests.network.namespaces import join
 
 TUNSETIFF = 0x400454CA
@@ -31,7 +31,6 @@ IFF_TAP, IFF_NO_PI = 0x0002, 0x1000
 FRAME_BYTES = 65535
 START_WAIT_S = 20.0
 DROPPED = (errno.EAGAIN, errno.EIO, errno.ENOBUFS)
-ROOT = Path(__file__).parents[2]
 
 
 class Relay:
@@ -42,11 +41,11 @@ class Relay:
         words = f"--ports {ports} --delay-s {delay_s} --loss {loss} --seed {seed}".split()
         self._command = ["ip", "netns", "exec", namespace, sys.executable, "-m", __name__, *words]
         self._namespace = namespace
-        self.process: subprocess.Popen[str] | None = None
+        self.process: Child | None = None
 
     def start(self, ports: Sequence[str]) -> None:
         """Start it, wait for its TAP devices, and bridge each to its port."""
-        self.process = subprocess.Popen(self._command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        self.process = Child(self._command, cwd=ROOT, stdout=subprocess.PIPE)
         assert self.process.stdout is not None
         if not select.select([self.process.stdout], [], [], START_WAIT_S)[0] or not self.process.stdout.readline():
             raise RuntimeError(f"the relay did not start: {' '.join(self._command)}")

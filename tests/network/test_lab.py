@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness import ROOT, Child, run
 from tests.network import namespaces
 from tests.network.lab import Lab, Process, why_not
 from tests.network.probes import PORT, round_trips_s, start, transfer
 
-ROOT = Path(__file__).parents[2]
 TRIES = 4
 """A busy machine may keep a transfer from its link's rate; no machine lets it exceed that."""
 HEADER_SHARE = 66 / 1448
@@ -148,7 +148,7 @@ def test_the_fixture_fails_a_test_that_leaves_a_process(open_lab: OpenLab, tmp_p
     del open_lab
     (tmp_path / "test_it.py").write_text(LEAVES_A_PROCESS)
     argv = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", f"{tmp_path}/test_it.py"]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run(argv, cwd=ROOT)
     assert "1 passed, 1 error" in done.stdout
     assert re.search("left running in the lab.*sleep 1234", done.stdout)
 
@@ -167,7 +167,7 @@ with Lab(2, delay_s=0.001) as lab:
 
 def test_labs_of_killed_owners_are_swept(open_lab: OpenLab) -> None:
     mine = open_lab(1)
-    with subprocess.Popen([sys.executable, "-c", OWNER], cwd=ROOT, stdout=subprocess.PIPE, text=True) as owner:
+    with Child([sys.executable, "-c", OWNER], cwd=ROOT, stdout=subprocess.PIPE) as owner:
         assert owner.stdout is not None
         stale = owner.stdout.readline().split()
         assert not set(namespaces.sweep()) & set(stale)  # its owner lives

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness import environment, run
 from tests.launch.runs import SECRET, simulated_loss, tiny_run
-from tests.ltecli.command import environment, events_of
+from tests.ltecli.command import events_of
 from tests.network.capture import capture
 from tests.network.gloo_rank import NUM_BYTES, PATTERN, run_ranks
 from tests.network.lab import Lab, Node
@@ -68,21 +69,21 @@ def test_in_a_tunnel_gloo_works_and_nothing_is_readable_outside(
 def test_a_run_is_launched_through_a_tunnel(open_lab: OpenLab, tmp_path: Path) -> None:
     if reason := missing((*WIREGUARD_TOOLS, "ping")):
         pytest.skip(reason)
-    run, lab = tiny_run(tmp_path, steps=40), open_lab(2, bytes_per_s=12.5e6)
-    launch = [sys.executable, "-m", "ltecli", "train", str(run), "--launch", "--nodes", "2", "--processes", "1"]
+    run_file, lab = tiny_run(tmp_path, steps=40), open_lab(2, bytes_per_s=12.5e6)
+    launch = [sys.executable, "-m", "ltecli", "train", str(run_file), "--launch", "--nodes", "2", "--processes", "1"]
     with wireguard_mesh(lab, tmp_path) as tunnel:
         launch += ["--join", f"{tunnel.addresses[0]}:29500", "--device", "cpu", "--quiet"]
         agents = [
             node.popen(
                 [*launch, "--interface", tunnel.interfaces[k], "--node", str(k), "--out", str(tmp_path / f"node{k}")],
-                env={**environment(), "LTE_SECRET": SECRET}, stderr=subprocess.PIPE, text=True,
+                env=environment(LTE_SECRET=SECRET), stderr=subprocess.PIPE,
             )
             for k, node in enumerate(lab)
         ]  # fmt: skip
-        said = [agent.communicate(timeout=120)[1] for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], said
+        outcomes = [agent.outcome(120) for agent in agents]
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
     evaluation = events_of(tmp_path / "node0", "evaluate")[-1]
-    assert evaluation["val_loss"] == pytest.approx(simulated_loss(run, tmp_path / "alone"), rel=1e-9)
+    assert evaluation["val_loss"] == pytest.approx(simulated_loss(run_file, tmp_path / "alone"), rel=1e-9)
 
 
 def test_the_firewall_of_the_document_shuts_the_join_port_outside(open_lab: OpenLab, tmp_path: Path) -> None:
@@ -108,4 +109,4 @@ def reaches(node: Node, address: str, tries: int = 3) -> bool:
     """Whether the join port of an address answers."""
     connect = f"import socket; socket.create_connection(('{address}', 29500), timeout=1)"
     argv = node.command([sys.executable, "-c", connect])
-    return any(subprocess.run(argv, capture_output=True, check=False).returncode == 0 for _ in range(tries))
+    return any(run(argv).code == 0 for _ in range(tries))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.harness import Child
 from tests.network.lab import Lab, Node
 from tests.network.namespaces import run_tool
 
@@ -171,6 +172,6 @@ def _wait(ready: Callable[[], bool], what: str) -> None:
         time.sleep(0.05)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: Child) -> None:
     process.terminate()
     process.wait(WAIT_S)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from simulate.config.run import load_run
-from tests.ltecli.command import Lte, Refused, events_of, finish, lte_process, write_run
+from tests.ltecli.command import Lte, Refused, events_of, lte_process, write_run
 from tests.simulate.data.pictures import files_of, write_folder
 
 MODEL = {"layers": 1, "width": 16, "attention_heads": 2, "context": 8, "vocab": 300}
@@ -133,13 +133,14 @@ def test_a_model_of_images_is_trained_scored_and_reported(lte: Lte, here: Path) 
     assert list((here / "a" / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_images_are_trained_alike_in_one_process_and_in_several(lte: Lte, here: Path) -> None:
     pytest.importorskip("sklearn")
     data = {"name": "digits", "augment": ["crop", "flip"], "mixup": 0.2, "skew": 0.5}
     train = {"dtype": "fp64", "evaluate_samples": 50}
     run = write_run(here / "vit.toml", model=VIT, data=data, train=train)
     assert lte("train", run, "--out", "a", "--device", "cpu", "--quiet").code == 0
-    launched = finish(lte_process("train", run, "--out", "b", "--device", "cpu", "--launch", cwd=here))
+    launched = lte_process("train", run, "--out", "b", "--device", "cpu", "--launch", cwd=here).outcome()
     assert launched.code == 0, launched.stderr
     assert "top-1 accuracy" in launched.stdout
     for kind, key in (("step", "train_loss"), ("evaluate", "val_loss"), ("evaluate", "val_accuracy")):

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from ltecli.app import main
 from simulate.config.run import load_run
-from tests.ltecli.command import Lte, Refused, assert_one_line, events_of, write_run
+from tests.ltecli.command import Lte, Refused, assert_one_line, copy_run, events_of, write_run
 
 ROWS = (
     "cosine between heads", "Grassmann distance between heads", "effective rank of the merge",
@@ -16,11 +17,18 @@ ROWS = (
 )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def diagnosed_once(trained_once: Path) -> Path:
+    """The folder of the run below, for copies."""
+    out = trained_once / "looked"
+    assert main(["train", str(trained_once / "tiny.toml"), "--out", str(out), "--diagnostics", "--quiet"]) == 0
+    return out
+
+
 @pytest.fixture
-def diagnosed(lte: Lte, run_toml: Path, here: Path) -> Path:
+def diagnosed(diagnosed_once: Path, run_toml: Path, here: Path) -> Path:
     """The tiny run, with diagnostics at each of its evaluations but the last, which comes early."""
-    assert lte("train", run_toml, "--out", "looked", "--diagnostics", "--quiet").code == 0
-    return here / "looked"
+    return copy_run(diagnosed_once, here)
 
 
 def test_diagnostics_come_at_the_first_merge_from_there_on(diagnosed: Path) -> None:

@@ -66,7 +66,14 @@ def test_a_checkpoint_inside_a_round_is_merged_first(lte: Lte, here: Path) -> No
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("model", [GPT, BLOCKS, HF], ids=["gpt", "llama", "hf"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(GPT, id="gpt", marks=pytest.mark.slow),
+        pytest.param(BLOCKS, id="llama"),
+        pytest.param(HF, id="hf", marks=pytest.mark.slow),
+    ],
+)
 def test_transformers_loads_the_export_and_generates(lte: Lte, here: Path, model: dict[str, Any]) -> None:
     transformers = pytest.importorskip("transformers", reason=NO_LIBRARY)
     run = write(here / "run.toml", model, METHODS["lte"])

@@ -12,6 +12,7 @@ from simulate.common import toml_io
 from simulate.config.method_table import METHOD_NAMES
 from simulate.config.run import build_run, load_run
 from tests.ltecli.command import PROFILE, Lte, Refused, write_prose
+from tests.selection import others_slow
 
 TINY_PLAN = (
     "--profile", PROFILE, "--devices", "4", "--data", "prose.txt", "--set", "train.steps=13",
@@ -23,13 +24,13 @@ TINY_PLAN = (
 LATE = {"lte": "2", "local-sgd": "3", "diloco": "1"}
 
 
-@pytest.mark.parametrize("name", METHOD_NAMES)
+@pytest.mark.parametrize("name", others_slow(METHOD_NAMES, ("lte", "ddp", "diloco", "relora", "sapipe", "topk")))
 def test_a_method_is_planned_trained_counted_and_reported(lte: Lte, here: Path, name: str) -> None:
     # Experts that a short measurement never draws have no optimizer state yet: one is drawn always.
     assert_planned_is_what_comes(lte, here, name, ("--set", "method.experts=1") if name == "adamix" else ())
 
 
-@pytest.mark.parametrize("name", LATE)
+@pytest.mark.parametrize("name", others_slow(LATE, ["lte"]))
 def test_late_merges_are_planned_trained_counted_and_reported(lte: Lte, here: Path, name: str) -> None:
     delay = ("--set", f"method.merge_delay={LATE[name]}", "--set", "method.merge_every=5")
     assert_planned_is_what_comes(lte, here, name, delay)

@@ -11,7 +11,7 @@ from simulate.config.method_options import DEFAULT_SCALE
 from simulate.config.profiles import load_profile
 from simulate.config.run import load_run
 from simulate.methods.lte.options import LteOptions
-from tests.ltecli.command import PROFILE, Lte, Refused, assert_one_line, finish, lte_process, write_prose
+from tests.ltecli.command import PROFILE, Lte, Refused, assert_one_line, lte_process, write_prose
 
 TOP_KEYS = {"version", "profile", "model", "chosen", "candidates", "rejected", "notes"}
 CANDIDATE_KEYS = {
@@ -75,7 +75,7 @@ def test_gpt2_has_its_published_size(gpt2: Any) -> None:
 
 def test_equal_requests_give_equal_plans(lte: Lte, tmp_path: Path) -> None:
     command = (*SMALL, "--json")
-    other_process = finish(lte_process(*command, cwd=tmp_path))
+    other_process = lte_process(*command, cwd=tmp_path).outcome()
     assert lte(*command).stdout == lte(*command).stdout == other_process.stdout
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from simulate.common.processor import machine_facts
+from tests.harness import run
 from tests.ltecli.command import Lte, Refused, write_run
 
 KEYS = {
@@ -155,8 +155,8 @@ def test_what_is_no_run_is_refused(refused: Refused, run_toml: Path) -> None:
 
 def test_a_reader_that_leaves_early_is_no_failure(trained: Path) -> None:
     script = f"{sys.executable} -m ltecli report . --json | true; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", script], cwd=trained, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    done = run(["bash", "-c", script], cwd=trained)
+    assert (done.code, done.stderr) == (0, "")
 
 
 def test_start_weights_in_host_memory_are_no_part_of_the_devices(lte: Lte, here: Path) -> None:

@@ -14,7 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.ltecli.command import Lte, Outcome, Refused, events_of, finish, lte_process, write_run
+from tests.harness import Outcome
+from tests.ltecli.command import Lte, Refused, events_of, lte_process, write_run
+from tests.selection import others_slow
 
 STEPS = 160
 METHODS: dict[str, dict[str, Any]] = {
@@ -41,7 +43,7 @@ def stop_in_the_middle(run: Path, folder: Path, number: int) -> Outcome:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(number)
-    return finish(process)
+    return process.outcome()
 
 
 def figures(folder: Path) -> dict[str, list[tuple[Any, ...]]]:
@@ -67,14 +69,17 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize(
     ("method", "number"),
-    [
-        ("lte", signal.SIGINT),
-        ("lte-reset-b", signal.SIGINT),
-        ("ddp", signal.SIGINT),
-        ("lte-reset-ab", signal.SIGTERM),
-        ("lte", signal.SIGKILL),
-        ("ddp", signal.SIGKILL),
-    ],
+    others_slow(
+        [
+            ("lte", signal.SIGINT),
+            ("lte-reset-b", signal.SIGINT),
+            ("ddp", signal.SIGINT),
+            ("lte-reset-ab", signal.SIGTERM),
+            ("lte", signal.SIGKILL),
+            ("ddp", signal.SIGKILL),
+        ],
+        [("lte-reset-ab", signal.SIGTERM), ("lte", signal.SIGKILL)],
+    ),
 )
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(lte: Lte, here: Path, method: str, number: int) -> None:
     run = long_run(here, method)

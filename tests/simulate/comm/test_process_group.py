@@ -11,8 +11,10 @@ import torch
 from simulate.comm.process_group import devices_of
 from tests import tiny
 from tests.processes import DEVICES, train_in_processes, variant_table
+from tests.selection import selected
 
-STEPS = 40
+STEPS, FEW_STEPS = 40, 14
+"""Few are three rounds, the last of them shorter, or two restarts, or a warm start and a restart."""
 ONE_OF_EACH = [
     "ddp, int8", "relora, warm start", "mhlora", "adamix", "local-sgd, moments", "fedavg", "diloco, streaming", "daso",
     "sapipe", "powersgd", "topk", "signsgd", "lte", "lte, streaming int8", "lte, reduced int4", "lte, served bf16",
@@ -20,42 +22,62 @@ ONE_OF_EACH = [
 ]  # fmt: skip
 
 
+QUICK = selected("processes")
+
+
 @cache
-def simulated(name: str) -> tuple[tiny.History, dict[str, int]]:
-    """Return the history and counted bytes of a variant's run in one process."""
-    method = tiny.build(tiny.variant_run(name, DEVICES, train=variant_table(STEPS, "fp64")))
+def simulated(name: str, steps: int) -> tuple[tiny.History, dict[str, int]]:
+    """Return what the run leaves behind in one process, and its bytes."""
+    method = tiny.build(tiny.variant_run(name, DEVICES, train=variant_table(steps, "fp64")))
     history, counter = tiny.train(method), method.communicator.counter
     return history, {"sent": counter.sent_bytes, "received": counter.received_bytes, "messages": counter.messages}
 
 
-def assert_same(launched: dict[str, tuple[tiny.History, dict[str, int]]]) -> None:
-    """Compare losses, merged weights and counted bytes of every variant with the simulation's."""
+def assert_same(launched: dict[str, tuple[tiny.History, dict[str, int]]], steps: int = STEPS) -> None:
+    """Hold losses, merged weights and counted bytes of every variant against the simulation's."""
     for name, (history, counted) in launched.items():
-        expected, expected_bytes = simulated(name)
+        expected, expected_bytes = simulated(name, steps)
         tiny.assert_parity(history, expected)
         assert counted == expected_bytes, name
 
 
-def test_four_processes_train_as_the_simulation_does(tmp_path: Path) -> None:
-    assert_same(train_in_processes(tmp_path, list(tiny.VARIANTS), 4, STEPS))
+@pytest.mark.parametrize(
+    ("variants", "steps"),
+    [
+        pytest.param(QUICK[::2], FEW_STEPS, id="selected"),
+        pytest.param(list(tiny.VARIANTS), STEPS, id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_four_processes_train_as_the_simulation_does(tmp_path: Path, variants: list[str], steps: int) -> None:
+    assert_same(train_in_processes(tmp_path, variants, 4, steps), steps)
 
 
-def test_two_processes_of_two_devices_train_as_the_simulation_does(tmp_path: Path) -> None:
-    assert_same(train_in_processes(tmp_path, ONE_OF_EACH, 2, STEPS))
+@pytest.mark.parametrize(
+    ("variants", "steps"),
+    [
+        pytest.param(QUICK[1::2], FEW_STEPS, id="selected"),
+        pytest.param(ONE_OF_EACH, STEPS, id="one of each", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_of_two_devices_train_as_the_simulation_does(
+    tmp_path: Path, variants: list[str], steps: int
+) -> None:
+    assert_same(train_in_processes(tmp_path, variants, 2, steps), steps)
 
 
+@pytest.mark.slow
 def test_unequal_shares_train_as_the_simulation_does(tmp_path: Path) -> None:
     variants = [name for name in ONE_OF_EACH if not name.startswith("daso")]
     assert_same(train_in_processes(tmp_path, variants, 3, STEPS))
 
 
 def test_a_device_that_draws_other_batches_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    launched = train_in_processes(tmp_path, ["lte"], 2, STEPS)
-    assert_same(launched)
+    launched = train_in_processes(tmp_path, ["lte"], 3, FEW_STEPS)  # of unequal shares
+    assert_same(launched, FEW_STEPS)
     history, counted = launched["lte"]
     worse = tiny.History(history.losses * (1 + 1e-8), history.weights)
     with pytest.raises(AssertionError):
-        assert_same({"lte": (worse, counted)})
+        assert_same({"lte": (worse, counted)}, FEW_STEPS)
 
 
 @pytest.mark.parametrize(("devices", "processes"), [(4, 4), (4, 3), (7, 2), (32, 4), (3, 1)])

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from simulate.common.cpu import usable_cores
+from tests.harness import ROOT, run_python
 
 ONE_CORE = """
 import os
@@ -19,9 +17,7 @@ print(usable_cores())
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity masks")
 def test_only_cores_in_the_affinity_mask_count() -> None:
-    root = Path(__file__).parents[3]
-    done = subprocess.run([sys.executable, "-c", ONE_CORE], cwd=root, capture_output=True, text=True, check=True)
-    assert done.stdout == "1\n"
+    assert run_python(ONE_CORE, cwd=ROOT) == "1\n"
 
 
 def test_without_an_affinity_call_all_cores_count(monkeypatch: pytest.MonkeyPatch) -> None:

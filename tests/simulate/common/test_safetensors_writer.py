@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,7 @@ from simulate.layers.lazy_weight import LazyWeight
 from simulate.methods.state import State
 from simulate.training.checkpoints import Progress, load_checkpoint, save_checkpoint
 from tests import tiny
+from tests.harness import run_python
 
 PROGRESS = Progress(3, 0.0, 0.0, 0, 0, 0, 0.0, None)
 
@@ -82,9 +80,7 @@ def test_a_save_takes_far_less_memory_than_what_it_saves(tmp_path: Path) -> None
     from simulate.config.run import dump_run
 
     (tmp_path / "run.toml").write_text(dump_run(tiny.lte_run()), encoding="utf-8")
-    command = [sys.executable, "-c", SAVER, str(tmp_path / "checkpoints"), str(tmp_path / "run.toml")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ})
-    assert int(done.stdout) < 192 * 1024 // 8
+    assert int(run_python(SAVER, tmp_path / "checkpoints", tmp_path / "run.toml")) < 192 * 1024 // 8
 
 
 def test_a_full_disk_raises_and_leaves_no_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from simulate.models.fake_batch import example_batch
 from simulate.models.peak_memory import cpu_peak_bytes
 from simulate.training.diagnostics import Diagnostics
 from tests import tiny
+from tests.selection import others_slow
 from tests.simulate.costs.test_memory import (
     ONE_MEMORY,
     SMALL,
@@ -48,10 +50,13 @@ def diagnosed(name: str, model: dict[str, Any], micro_batch: int, dtype: str = "
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "ddp", "lora, nf4", "lte", "lte, nf4", "lte, forgetful", "lte, frozen a, muon", "lte, late",
-        "local-sgd", "local-sgd, reset", "diloco", "daso",
-    ],
+    others_slow(
+        [
+            "ddp", "lora, nf4", "lte", "lte, nf4", "lte, forgetful", "lte, frozen a, muon", "lte, late",
+            "local-sgd", "local-sgd, reset", "diloco", "daso",
+        ],
+        ["ddp", "lte, frozen a, muon", "local-sgd, reset"],
+    ),
 )  # fmt: skip
 def test_diagnosed_runs_are_planned(name: str) -> None:
     run = diagnosed(name, WIDE, 4)
@@ -67,9 +72,16 @@ def test_diagnostics_can_be_the_peak(name: str) -> None:
     assert not {"round_figures", "gradient_figures"} & memory_by_phase(without, run.model.shape(), ONE_MEMORY).keys()
 
 
-@pytest.mark.parametrize("device", [ONE_MEMORY, TWO_MEMORIES], ids=["one memory", "two memories"])
-@pytest.mark.parametrize("family", ["gpt", "llama", "vit", "mixer"])
-@pytest.mark.parametrize("name", ["ddp", "lora, nf4"])
+@pytest.mark.parametrize(
+    "device", [ONE_MEMORY, pytest.param(TWO_MEMORIES, marks=pytest.mark.slow)], ids=["one memory", "two memories"]
+)
+@pytest.mark.parametrize(
+    ("name", "family"),
+    others_slow(
+        itertools.product(["ddp", "lora, nf4"], ["gpt", "llama", "vit", "mixer"]),
+        [("ddp", "llama"), ("lora, nf4", "mixer")],
+    ),
+)
 def test_gradients_of_every_family_are_planned(name: str, family: str, device: Device) -> None:
     """Their sums lie in a file of the host's."""
     model = {"gpt": {"name": "gpt", **SMALL}, "llama": SMALL_LLAMA, "vit": SMALL_VIT, "mixer": SMALL_MIXER}[family]

@@ -14,6 +14,7 @@ from simulate.costs.message_schedule import num_rounds
 from simulate.costs.step_time import round_time
 from simulate.rules.cadence import Cadence
 from tests import tiny
+from tests.selection import variants
 
 LEVEL: Points = [[1.0, 1e9]]
 
@@ -30,7 +31,7 @@ def run_of(name: str = "lte", **train: object) -> Run:
     return tiny.variant_run(name, train={"evaluate_samples": 30, "micro_batch": 4, **train})
 
 
-@pytest.mark.parametrize("name", sorted(tiny.VARIANTS))
+@pytest.mark.parametrize("name", variants("checkpoint bytes", sorted(tiny.VARIANTS)))
 def test_planned_bytes_of_a_checkpoint_are_those_that_are_saved(name: str) -> None:
     run = tiny.variant_run(name)
     method, batches = tiny.build(run), tiny.batches(run)

@@ -15,6 +15,7 @@ from simulate.costs.memory import host_memory_bytes, memory_by_phase, peak_memor
 from simulate.measure.fake_tensors import tracked_memory
 from simulate.measure.one_device import measure_memory_bytes
 from tests import tiny
+from tests.selection import others_slow, selected
 
 TOLERANCE = 0.03
 ONE_MEMORY = load_profile("raspberry_x8").device[0]
@@ -48,14 +49,19 @@ def planned_bytes(run: Run, device: Device = ONE_MEMORY) -> int:
     return memory.total - memory.reserved
 
 
-@pytest.mark.parametrize("name", HELD_OUT)
+@pytest.mark.parametrize(
+    "name", others_slow(HELD_OUT, ["lte server, two heads", "lte checkpointing, reset ab", "ddp large vocabulary"])
+)
 def test_planned_memory_is_what_the_allocator_gives(name: str) -> None:
     run = HELD_OUT[name]
     assert planned_bytes(run) == pytest.approx(measure_memory_bytes(run, torch.device("cpu")), rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", list(tiny.VARIANTS))
-@pytest.mark.parametrize("size", ["long samples", "short samples"])
+SIZES = ("long samples", "short samples")
+ONE_SIZE_EACH = [(SIZES[index % 2], name) for index, name in enumerate(selected("memory"))]
+
+
+@pytest.mark.parametrize(("size", "name"), others_slow(itertools.product(SIZES, tiny.VARIANTS), ONE_SIZE_EACH))
 def test_every_methods_memory_is_planned(name: str, size: str) -> None:
     """With long samples activations peak, with short ones what travels."""
     context, micro_batch = (64, 4) if size == "long samples" else (8, 2)
@@ -64,7 +70,11 @@ def test_every_methods_memory_is_planned(name: str, size: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "run", [tiny.ddp_run(1, WIDE, train(2)), tiny.lte_run(1, WIDE, train(1), merge_transport="reduce")]
+    "run",
+    [
+        pytest.param(tiny.ddp_run(1, WIDE, train(2)), id="ddp", marks=pytest.mark.slow),
+        pytest.param(tiny.lte_run(1, WIDE, train(1), merge_transport="reduce"), id="lte"),
+    ],
 )
 def test_a_device_alone_needs_no_room_for_messages(run: Run) -> None:
     assert planned_bytes(run) == pytest.approx(measure_memory_bytes(run, torch.device("cpu")), rel=TOLERANCE)
@@ -113,15 +123,22 @@ def check_evaluation(run: Run) -> None:
     assert -0.01 <= (planned.total - planned.reserved) / tracked - 1 <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", MADE)
-@pytest.mark.parametrize("samples", [1, 8])
+@pytest.mark.parametrize(
+    ("samples", "name"),
+    others_slow(itertools.product([1, 8], MADE), [(1, "lora"), (8, "adamix"), (1, "lte, nf4-double, reduced")]),
+)
 def test_evaluations_are_planned(name: str, samples: int) -> None:
     """With one sample a layer's weight counts, with eight the activations."""
     check_evaluation(tiny.variant_run(name, 2, WIDE, train(samples)))
 
 
-@pytest.mark.parametrize("name", ["lora", "lte, int8, served"])
-@pytest.mark.parametrize("family", ["llama", "vit", "mixer"])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    others_slow(
+        itertools.product(["llama", "vit", "mixer"], ["lora", "lte, int8, served"]),
+        [("llama", "lte, int8, served"), ("mixer", "lora")],
+    ),
+)
 def test_evaluations_of_every_family_are_planned(name: str, family: str) -> None:
     model = {"llama": SMALL_LLAMA, "vit": SMALL_VIT, "mixer": SMALL_MIXER}[family]
     check_evaluation(family_run(model, train(2), **{"rank": 6, **tiny.VARIANTS[name]}))
@@ -171,14 +188,20 @@ OTHER_FAMILIES: dict[str, Run] = {
 }
 
 
-@pytest.mark.parametrize("name", OTHER_FAMILIES)
+@pytest.mark.parametrize(
+    "name", others_slow(OTHER_FAMILIES, ["llama, lte server", "vit, ddp checkpointing", "mixer, lte checkpointing"])
+)
 def test_memory_of_every_family_is_what_the_allocator_gives(name: str) -> None:
     run = OTHER_FAMILIES[name]
     assert planned_bytes(run) == pytest.approx(measure_memory_bytes(run, torch.device("cpu")), rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("family", ["gpt", "llama", "vit", "mixer"])
-@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize(
+    ("quantize", "family"),
+    others_slow(
+        itertools.product(["none", "nf4"], ["gpt", "llama", "vit", "mixer"]), [("nf4", "gpt"), ("none", "vit")]
+    ),
+)
 def test_forward_passes_that_keep_little_are_planned(family: str, quantize: str) -> None:
     """Though the recomputing backward pass is the peak."""
     model = {"gpt": {"name": "gpt", **SMALL}, "llama": SMALL_LLAMA, "vit": SMALL_VIT, "mixer": SMALL_MIXER}[family]
@@ -189,7 +212,7 @@ def test_forward_passes_that_keep_little_are_planned(family: str, quantize: str)
 
 
 AUTOCAST = {**HELD_OUT, **OTHER_FAMILIES}
-QUICK = ("lte gather", "ddp", "ddp large vocabulary", "vit, lte", "vit, ddp", "mixer, lte", "llama, lte")
+QUICK = ("ddp large vocabulary", "llama, lte")
 """The others are slow where a CPU emulates bf16."""
 
 
@@ -197,9 +220,7 @@ def cast(run: Run) -> Run:
     return run.model_copy(update={"train": run.train.model_copy(update={"autocast": "bf16"})})
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in AUTOCAST]
-)
+@pytest.mark.parametrize("name", others_slow(AUTOCAST, QUICK))
 def test_memory_under_autocast_is_what_the_allocator_gives(name: str) -> None:
     run = cast(AUTOCAST[name])
     assert planned_bytes(run) == pytest.approx(measure_memory_bytes(run, torch.device("cpu")), rel=TOLERANCE)
@@ -223,8 +244,10 @@ FEW_TOKENS: dict[str, dict[str, Any]] = {
 """Few enough for an unpacked layer to count beside activations."""
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", FEW_TOKENS)
+@pytest.mark.parametrize(
+    ("family", "checkpointing"),
+    others_slow(itertools.product(FEW_TOKENS, [False, True]), [("gpt", True), ("vit", False)]),
+)
 def test_the_last_layers_pass_can_be_the_peak_where_no_inputs_are_kept(family: str, checkpointing: bool) -> None:
     model = {"name": family, "width": 128, **FEW_TOKENS[family]}
     run = family_run(model, train(2, checkpointing), name="lte", rank=8, quantize="nf4")

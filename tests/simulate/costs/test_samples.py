@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,8 +14,8 @@ from simulate.config.method_table import METHOD_NAMES
 from simulate.config.run import Run
 from simulate.costs.samples import SHIPPED, Efficiency, load_efficiency, samples_factor, shipped
 from tests import tiny
+from tests.harness import ROOT, run
 
-ROOT = Path(__file__).parents[3]
 WIDE = {"width": 16, "context": 8}
 """Largest layer dimension: 16. Two devices with two samples of eight tokens make steps of 32 tokens."""
 
@@ -74,14 +73,9 @@ def test_the_ends_of_the_range_enclose_the_figure(name: str) -> None:
 
 
 def test_the_shipped_model_is_what_the_script_makes_of_the_results() -> None:
-    made = subprocess.run(
-        [sys.executable, ROOT / "bench/studies/samples.py"],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT / "bench/studies",
-    ).stdout
-    assert toml_io.validate(Efficiency, toml_io.parse(made, SHIPPED), SHIPPED) == shipped()
+    made = run([sys.executable, ROOT / "bench/studies/samples.py"], cwd=ROOT / "bench/studies")
+    assert made.code == 0, made.stderr
+    assert toml_io.validate(Efficiency, toml_io.parse(made.stdout, SHIPPED), SHIPPED) == shipped()
 
 
 def test_the_shipped_model_is_near_what_was_published() -> None:

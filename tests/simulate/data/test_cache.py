@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from safetensors.numpy import load_file
 from simulate.common.errors import InputError
 from simulate.data import cache
 from simulate.data.cache import CachedArrays, Draft, cache_folder, cached, open_arrays
+from tests.harness import run_together
 
 
 @pytest.fixture(autouse=True)
@@ -148,8 +148,5 @@ cached("test", {}, make)
 
 
 def test_of_two_processes_one_makes_and_the_other_waits() -> None:
-    command = [sys.executable, "-c", MAKE_SLOWLY]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [process.communicate(timeout=60)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert sorted(outputs) == ["", "made\n"]
+    outcomes = run_together([[sys.executable, "-c", MAKE_SLOWLY]] * 2, 60)
+    assert sorted(outcome.stdout for outcome in outcomes) == ["", "made\n"]

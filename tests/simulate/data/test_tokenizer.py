@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from simulate.data.text import Text, load_text, tokenized
 from simulate.data.tokenizer import declared_size, encode
 from simulate.models.schema import GptModel
 from tests import tiny
+from tests.harness import ROOT, run_python
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -144,14 +144,4 @@ def test_a_missing_library_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_training_is_the_same_in_every_process() -> None:
     code = "from simulate.data.tokenizer import _train; print(_train('bpe:600', open('README.md').read()).to_str())"
-    command = [sys.executable, "-c", code]
-    learned = {
-        subprocess.run(
-            command,
-            cwd=Path(__file__).parents[3],
-            capture_output=True,
-            check=True,
-        ).stdout
-        for _ in range(3)
-    }
-    assert len(learned) == 1
+    assert len({run_python(code, cwd=ROOT) for _ in range(2)}) == 1

@@ -10,16 +10,20 @@ from simulate.layers.lora import lora_layers
 from simulate.methods.averaging import Averaging
 from simulate.methods.lte.merge import LayerMerger
 from tests import tiny
+from tests.selection import others_slow, selected
 
 ADAPTERS = [name for name, table in tiny.VARIANTS.items() if issubclass(method_options(table["name"]), AdapterOptions)]
 # LTE's T is 4 and its fragments merge 2 apart: in mid-round, between two of them. ReLoRA restarts after 7; or it begins
 # after 5 and restarts after 11.
 AWKWARD = [(name, 6) for name in ADAPTERS]
+QUICK = [(name, 6) for name in selected("resume", ADAPTERS)]
 RIGHT_AFTER = [("lte", 4), ("lte, forgetful", 8), ("lte, streaming int8", 8), ("lte, reduced int4", 8)]
 RELORA = [("relora", 7), ("relora, warm start", 3), ("relora, warm start", 5), ("relora, warm start", 11)]
 
 
-@pytest.mark.parametrize(("name", "steps_before"), [*AWKWARD, *RIGHT_AFTER, *RELORA])
+@pytest.mark.parametrize(
+    ("name", "steps_before"), others_slow([*AWKWARD, *RIGHT_AFTER, *RELORA], [*QUICK, *RIGHT_AFTER[:2], *RELORA[:2]])
+)
 def test_a_restored_method_continues_bit_for_bit(name: str, steps_before: int) -> None:
     tiny.assert_resumes(name, steps_before, devices=2)
 

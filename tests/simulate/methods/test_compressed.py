@@ -22,6 +22,7 @@ from simulate.methods.signsgd.train import Signsgd
 from simulate.methods.topk.train import Topk
 from tests import tiny
 from tests.reference.compressed import PowerSgdTwin, RoundedDdpTwin, SignsgdTwin, TopkTwin
+from tests.selection import others_slow
 from tests.simulate.methods.parity import (
     TwinClass,
     assert_trains_like,
@@ -42,7 +43,7 @@ RUNS: dict[str, tuple[TwinClass, Run]] = {
 }
 
 
-@pytest.mark.parametrize("name", list(RUNS))
+@pytest.mark.parametrize("name", others_slow(RUNS, ["ddp, int4", "ddp, bf16", "powersgd", "topk"]))
 def test_every_compression_trains_like_the_twin(name: str) -> None:
     assert_trains_like(*RUNS[name])
 

@@ -12,15 +12,16 @@ from simulate.methods.gathered_gradients import GatheredGradients
 from simulate.methods.powersgd.train import PowerSgd
 from simulate.methods.sapipe.train import Sapipe
 from tests import tiny
+from tests.selection import variants
 
 DENSE = [name for name, table in tiny.VARIANTS.items() if not issubclass(method_options(table["name"]), AdapterOptions)]
 TRAIN = {"steps": 14}
 # With T = 4 and a delay of 2: one step into the second round, on its way; and right after the second merge.
-AWKWARD = [pytest.param(5, id="in mid-round"), pytest.param(8, id="after a merge")]
+AWKWARD = [pytest.param(5, id="in mid-round"), pytest.param(8, id="after a merge", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("steps_before", AWKWARD)
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", variants("resume", DENSE))
 def test_a_restored_method_continues_bit_for_bit(name: str, steps_before: int) -> None:
     tiny.assert_resumes(name, steps_before)
 

@@ -16,6 +16,7 @@ from simulate.methods.local_sgd import train as local_sgd
 from simulate.methods.local_sgd.train import LocalSgd, participants
 from tests import tiny
 from tests.reference.local_sgd import LocalSgdTwin
+from tests.selection import others_slow
 from tests.simulate.methods.parity import assert_trains_like, hand_run, of_linear, parity_run, set_copies, twin_of
 
 EVERY: dict[str, Any] = {"merge_every": 10}
@@ -33,7 +34,7 @@ RUNS: dict[str, Run] = {
 }
 
 
-@pytest.mark.parametrize("name", list(RUNS))
+@pytest.mark.parametrize("name", others_slow(RUNS, ["shards", "moments", "reset", "int4, shards", "fedavg, shards"]))
 def test_every_merge_trains_like_the_twin(name: str) -> None:
     assert_trains_like(LocalSgdTwin, RUNS[name])
 

@@ -29,12 +29,17 @@ INT8: dict[str, Any] = {**EVERY_TEN, "wire": "int8"}
     ("twin_class", "method"),
     [
         pytest.param(LteTwin, {"merge_optimizer": "reset", "reset": "ab"}, id="forgotten moments"),
-        pytest.param(LteTwin, {"fragments": 2}, id="two fragments"),
+        pytest.param(LteTwin, {"fragments": 2}, id="two fragments", marks=pytest.mark.slow),
         pytest.param(LteTwin, {"fragments": 2, "heads_per_device": 2}, id="two fragments of two heads a device"),
-        pytest.param(LteTwin, {"merge_transport": "auto", "rank": 6}, id="transport by layer"),
-        pytest.param(LteWireTwin, {"wire": "int8"}, id="factors in int8"),
+        pytest.param(LteTwin, {"merge_transport": "auto", "rank": 6}, id="transport by layer", marks=pytest.mark.slow),
+        pytest.param(LteWireTwin, {"wire": "int8"}, id="factors in int8", marks=pytest.mark.slow),
         pytest.param(LteWireTwin, {"wire": "int4", "merge_transport": "reduce"}, id="deltas in int4"),
-        pytest.param(LteWireTwin, {"wire": "bf16", "merge_transport": "server", "reset": "b"}, id="pushed in bf16"),
+        pytest.param(
+            LteWireTwin,
+            {"wire": "bf16", "merge_transport": "server", "reset": "b"},
+            id="pushed in bf16",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(LteWireTwin, {"wire": "int8", "fragments": 2, "reset": "ab"}, id="fragments in int8"),
     ],
 )

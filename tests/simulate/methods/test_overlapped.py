@@ -31,6 +31,7 @@ from simulate.methods.registry import build_method
 from simulate.training.simulated_clock import SimulatedClock
 from tests import tiny
 from tests.reference.late import LateDilocoTwin, LateLocalSgdTwin, LateLteFrozenATwin, LateLteTwin
+from tests.selection import others_slow
 from tests.simulate.methods import adapter_parity, parity
 from tests.simulate.methods.parity import hand_run, of_linear, set_copies
 
@@ -61,12 +62,12 @@ LTE: dict[str, tuple[Any, Run]] = {
 }
 
 
-@pytest.mark.parametrize("name", list(DENSE))
+@pytest.mark.parametrize("name", others_slow(DENSE, ["shards", "served, reset", "diloco, streaming int8"]))
 def test_every_dense_method_trains_like_the_twin(name: str) -> None:
     parity.assert_trains_like(*DENSE[name])
 
 
-@pytest.mark.parametrize("name", list(LTE))
+@pytest.mark.parametrize("name", others_slow(LTE, ["served", "streaming, two heads", "frozen a"]))
 def test_lte_trains_like_the_twin(name: str) -> None:
     adapter_parity.assert_trains_like(*LTE[name])
 
@@ -89,8 +90,8 @@ def remember_now(merger: LayerMerger) -> None:
 @pytest.mark.parametrize(
     ("owner", "attribute", "broken", "case"),
     [
-        pytest.param(Averaging, "take_over", take_over_all, DENSE["local sgd"], id="progress is lost"),
-        pytest.param(LayerMerger, "take_over", remember_now, LTE["gathered"], id="what was not sent is remembered"),
+        pytest.param(Averaging, "apply_merged", take_over_all, DENSE["local sgd"], id="progress is lost"),
+        pytest.param(LayerMerger, "apply_merged", remember_now, LTE["gathered"], id="what was not sent is remembered"),
         pytest.param(Delayed, "delay", 3, DENSE["local sgd"], id="a step too late"),
     ],
 )

@@ -26,6 +26,7 @@ from simulate.training.simulated_clock import SimulatedClock
 from tests import tiny
 from tests.processes import DEVICES, paced_by_turned_clocks
 from tests.reference.paced import PacedDilocoTwin, PacedLocalSgdTwin, PacedLteFrozenATwin, PacedLteTwin
+from tests.selection import others_slow
 from tests.simulate.methods import adapter_parity, parity
 from tests.simulate.methods.parity import hand_run, of_linear, set_copies
 
@@ -51,12 +52,12 @@ LTE: dict[str, tuple[Any, Run]] = {
 }
 
 
-@pytest.mark.parametrize("name", list(DENSE))
+@pytest.mark.parametrize("name", others_slow(DENSE, ["served", "int8", "diloco"]))
 def test_every_dense_method_trains_like_the_twin(name: str) -> None:
     parity.assert_trains_like(*DENSE[name])
 
 
-@pytest.mark.parametrize("name", list(LTE))
+@pytest.mark.parametrize("name", others_slow(LTE, ["two heads, redrawn", "frozen a, served"]))
 def test_lte_trains_like_the_twin(name: str) -> None:
     adapter_parity.assert_trains_like(*LTE[name])
 
@@ -240,7 +241,7 @@ def test_a_device_stops_when_the_deadline_has_passed_and_takes_one_step_at_least
     assert int(state["step"]) == 12
 
 
-@pytest.mark.parametrize("name", ["local-sgd, paced", "lte, paced"])
+@pytest.mark.parametrize("name", others_slow(["local-sgd, paced", "lte, paced"], ["lte, paced"]))
 def test_a_launched_run_is_replayed_from_its_counts(name: str, tmp_path: Path) -> None:
     run = tiny.variant_run(name, DEVICES)
     options = {**run.method.model_dump(), "steps_taken": None}

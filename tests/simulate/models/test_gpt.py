@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -109,7 +109,6 @@ def sizes_of_tensors(model: nn.Module) -> tuple[int, ...]:
     return tuple(parameter.numel() for parameter in model.parameters())
 
 
-@settings(max_examples=15)
 @given(
     layers=st.integers(1, 4),
     attention_heads=st.integers(1, 3),

@@ -28,6 +28,7 @@ from simulate.optim.loss_scale import AUTOCAST_DTYPES, LossScale, check_autocast
 from tests import tiny
 from tests.reference.local_sgd import LocalSgdTwin
 from tests.reference.lte import LteTwin
+from tests.selection import others_slow, selected
 from tests.simulate.methods.adapter_parity import engine_draw
 
 pytestmark = pytest.mark.numeric
@@ -64,7 +65,11 @@ FP16_TOO = ("lte", "ddp", "daso", "sapipe", "topk", "adamix")
 
 
 @pytest.mark.parametrize(
-    ("name", "autocast"), [*((name, "bf16") for name in tiny.VARIANTS), *((name, "fp16") for name in FP16_TOO)]
+    ("name", "autocast"),
+    others_slow(
+        [*((name, "bf16") for name in tiny.VARIANTS), *((name, "fp16") for name in FP16_TOO)],
+        [*((name, "bf16") for name in selected("autocast")), ("lte", "fp16"), ("daso", "fp16")],
+    ),
 )
 def test_every_product_is_made_in_the_lower_format_and_every_gradient_in_the_weights(name: str, autocast: str) -> None:
     method = tiny.build(tiny.variant_run(name, train={**LOW, "autocast": autocast}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from simulate.timeline.shared_link import shared_ends
@@ -38,7 +38,6 @@ def test_almost_at_once_is_almost_the_closed_form() -> None:
 
 
 @given(st.lists(st.floats(0, 4), min_size=1, max_size=6), st.floats(1, 5), st.floats(1, 8))
-@settings(max_examples=25, deadline=None)
 def test_slices_of_time_say_the_same(starts: list[float], own: float, whole: float) -> None:
     ends = sliced_ends(starts, 3.0, own, whole, 2e-3)
     assert shared_ends(np.array(starts), 3.0, own, whole) == pytest.approx(np.array(ends), abs=2e-2)

@@ -72,6 +72,7 @@ def test_a_figure_that_is_off_is_noticed(in_pairs: tuple[Path, dict[str, list[Ev
             assert_same(worse, launched)
 
 
+@pytest.mark.slow
 def test_four_processes_tell_what_one_tells(tmp_path: Path) -> None:
     for name, launched in launched_events(tmp_path / "launched", ALONE, DEVICES).items():
         assert_same(launched, simulated_events(tmp_path / name, name))

@@ -240,7 +240,7 @@ class FakeHub(threading.Thread):
 )
 def test_something_else_in_node_0s_place_is_named(say: bytes, wait_s: float, kind: type, line: str) -> None:
     with FakeHub(say, wait_s) as fake:
-        _, joiner = crew(2, join=f"127.0.0.1:{fake.listener.getsockname()[1]}", join_timeout_s=0.9)
+        _, joiner = crew(2, join=f"127.0.0.1:{fake.listener.getsockname()[1]}", join_timeout_s=0.45)
         joiner.settings = dataclasses.replace(joiner.settings, handshake_timeout_s=0.3)
         begin = time.monotonic()
         joiner.run()

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import os
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -28,6 +26,7 @@ from simulate.launch.preflight.link_tests import LinkPlan
 from simulate.launch.preflight.node_info import NodeFacts
 from simulate.launch.preflight.preflight import Preflight
 from simulate.launch.preflight.settings import Settings
+from tests.harness import environment, run
 from tests.simulate.launch.preflight.nodes import (
     QUICK,
     SECRET,
@@ -152,10 +151,10 @@ def test_a_payload_and_a_barrier_reach_everybody() -> None:
 
     def after(preflight: Preflight) -> Any:
         if preflight.settings.node == 2:
-            time.sleep(0.3)
+            time.sleep(0.1)
         payload = preflight.broadcast({"ports": [1, 2]} if preflight.settings.node == 0 else None, 5)
         if preflight.settings.node == 1:
-            time.sleep(0.3)
+            time.sleep(0.1)
         preflight.barrier("start", 5)
         passed.append(time.monotonic())
         return payload
@@ -187,7 +186,7 @@ def test_a_node_that_does_not_reach_the_barrier_is_named_to_all() -> None:
     nodes = crew(3)
     nodes[0].after = nodes[2].after = lambda preflight: preflight.barrier("start", 0.3)
     nodes[2].after = lambda preflight: preflight.barrier("start", 5)
-    nodes[1].after = lambda preflight: time.sleep(0.8)
+    nodes[1].after = lambda preflight: time.sleep(0.5)
     run_all(nodes)
     line = "node 1 (127.0.0.1) did not answer within 0.3 s while node 0 waited for it at 'start'; see its output"
     assert (str(nodes[0].error), str(nodes[2].error)) == (line, line)
@@ -203,7 +202,7 @@ def test_another_barrier_is_no_barrier() -> None:
 
 def test_a_payload_that_never_comes_is_given_up() -> None:
     nodes = crew(2)
-    nodes[0].after = lambda preflight: time.sleep(0.6)
+    nodes[0].after = lambda preflight: time.sleep(0.4)
     nodes[1].after = lambda preflight: preflight.broadcast(None, 0.2)
     run_all(nodes)
     assert "did not answer within 0.2 s before this node had its payload" in str(nodes[1].error)
@@ -314,11 +313,11 @@ def test_a_link_that_breaks_while_it_is_measured_is_named(where: int, monkeypatc
 
 
 def test_a_missing_node_is_named_after_the_time_to_join() -> None:
-    nodes = crew(3, join_timeout_s=0.8)
+    nodes = crew(3, join_timeout_s=0.5)
     begin = time.monotonic()
     line = failing(nodes[:2], RunFailedError)
     assert line == (
-        f"node 2 did not join within 0.8 s; is its line started, and can it reach {nodes[0].settings.join}?"
+        f"node 2 did not join within 0.5 s; is its line started, and can it reach {nodes[0].settings.join}?"
     )
     assert time.monotonic() - begin < 3
 
@@ -329,12 +328,12 @@ def test_several_missing_nodes_are_named() -> None:
 
 
 def test_node_0_that_is_not_there_is_named() -> None:
-    nodes = crew(2, join_timeout_s=0.7)
+    nodes = crew(2, join_timeout_s=0.3)
     begin = time.monotonic()
     line = failing(nodes[1:], RunFailedError)
     assert time.monotonic() - begin < 2
     assert line == (
-        f"cannot reach {nodes[1].settings.join} within 0.7 s: connection refused; is node 0 started, is the port open? "
+        f"cannot reach {nodes[1].settings.join} within 0.3 s: connection refused; is node 0 started, is the port open? "
         "(this node calls from 127.0.0.1, lo)"
     )
 
@@ -489,14 +488,8 @@ def test_two_processes() -> None:
     hub = crew(2, join_timeout_s=20)[0]
     hub.after = lambda preflight: preflight.broadcast({"port": 5}, 10)
     with started(hub):
-        done = subprocess.run(
-            [sys.executable, "-c", JOIN_SCRIPT, str(hub.settings.join)],
-            env={**os.environ, "LTE_SECRET": SECRET_TEXT},
-            capture_output=True,
-            text=True,
-            timeout=30,
-        )
-    assert done.returncode == 0, done.stderr
+        done = run([sys.executable, "-c", JOIN_SCRIPT, hub.settings.join], 30, env=environment(LTE_SECRET=SECRET_TEXT))
+    assert done.code == 0, done.stderr
     assert hub.result is not None
     assert json.loads(done.stdout) == [hub.result.to_json(), {"port": 5}]
     assert SECRET_TEXT not in done.stdout + done.stderr + hub.output

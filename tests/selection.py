@@ -1,0 +1,56 @@
+"""Which variants a property is tested on in `make test`: a covering selection; `make test-all` tests all of them.
+
+A property takes the variants whose turn it is, and others until every method and every setting of an option was seen.
+So each property sees all that is to be seen, each variant is seen by at least two properties, and what is selected
+changes with nothing but the list of variants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pytest
+
+from tests.tiny import VARIANTS
+
+PROPERTIES = ("sent bytes", "memory", "checkpoint bytes", "autocast", "resume", "processes", "timeline")
+TURNS = 2
+"""Properties that test a variant, whatever its settings."""
+
+
+def settings_of(name: str) -> set[tuple[str, str]]:
+    """Return a variant's method and options, each with its value."""
+    settings = {(key, str(value)) for key, value in VARIANTS[name].items()}
+    return settings | ({("optimizer", "muon")} if name.endswith("muon") else set())
+
+
+def selected(property_: str, names: Iterable[str] = VARIANTS) -> list[str]:
+    """Return the variants among `names` on which a property is tested in `make test`, in their order."""
+    names, turn = list(names), PROPERTIES.index(property_)
+    its_turn = {(turn + later) % len(PROPERTIES) for later in range(TURNS)}
+    chosen = {name for index, name in enumerate(names) if index % len(PROPERTIES) in its_turn}
+    missing = set().union(*map(settings_of, names)) - set().union(*map(settings_of, chosen))
+    while missing:  # the first of those that bring most
+        best = max(names, key=lambda name: len(settings_of(name) & missing))
+        chosen.add(best)
+        missing -= settings_of(best)
+    return [name for name in names if name in chosen]
+
+
+def variants(property_: str, names: Iterable[str] = VARIANTS) -> list[Any]:
+    """Return variants as parameters of a test; those that are not selected are slow."""
+    names = list(names)
+    return others_slow(names, selected(property_, names))
+
+
+def others_slow(values: Iterable[Any], quick: Sequence[Any]) -> list[Any]:
+    """Return values (tuples of them for several arguments) as parameters of a test; all but the quick ones are slow."""
+    values = list(values)
+    assert all(value in values for value in quick), quick
+    return [value if value in quick else _slow(value) for value in values]
+
+
+def _slow(value: Any) -> Any:
+    arguments = value if isinstance(value, tuple) else (value,)
+    return pytest.param(*arguments, marks=pytest.mark.slow)
