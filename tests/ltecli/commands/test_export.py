@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from simulate.methods.lte.options import LteOptions
 from tests.ltecli.command import Lte, Refused, events_of, write_run
 from tests.ltecli.commands.test_models import BLOCKS, ENCODER, METHODS, write
 from tests.reference.common import mean_loss
+from tests.selection import others_slow
 
 GPT = {"name": "gpt", "layers": 1, "width": 16, "attention_heads": 2, "context": 8}
 HF = {"name": "hf:gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "context": 8, "vocab": 256}
@@ -35,12 +37,16 @@ def validation_loss(folder: Path, weights: dict[str, torch.Tensor]) -> float:
     return float(loss)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("model", [GPT, BLOCKS, ENCODER], ids=["gpt", "llama", "factory"])
-def test_exported_weights_have_the_loss_that_the_run_ended_with(
-    lte: Lte, here: Path, model: dict[str, Any], method: str
-) -> None:
-    assert lte("train", write(here / "run.toml", model, METHODS[method], steps=9), "--out", "done", "-q").code == 0
+MODELS = {"gpt": GPT, "llama": BLOCKS, "factory": ENCODER}
+
+
+@pytest.mark.parametrize(
+    ("model", "method"),
+    others_slow(itertools.product(MODELS, METHODS), [("gpt", "lte"), ("llama", "diloco"), ("factory", "ddp")]),
+)
+def test_exported_weights_have_the_loss_that_the_run_ended_with(lte: Lte, here: Path, model: str, method: str) -> None:
+    run = write(here / "run.toml", MODELS[model], METHODS[method], steps=9)
+    assert lte("train", run, "--out", "done", "-q").code == 0
     outcome = lte("export", "done", "--json")
     assert outcome.json()["step"] == 9 and outcome.json()["files"] == ["model.safetensors", "run.toml"]
     loss = validation_loss(here / "done", load_file(here / "done" / "export" / "model.safetensors"))

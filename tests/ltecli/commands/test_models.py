@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from simulate.common import toml_io
 from simulate.models.sizes import MODEL_NAMES
 from tests.ltecli.command import TINY, Lte, Refused, events_of, write_prose
+from tests.selection import others_slow
 
 BLOCKS = {"name": "llama", "layers": 1, "width": 16, "attention_heads": 2, "mlp_width": 24, "context": 8}
 ENCODER = {"name": "tests.networks:Encoder", "context": 8, "width": 16}
@@ -58,10 +60,15 @@ def test_without_a_count_a_patch_counts_like_a_token(lte: Lte) -> None:
     assert plan["tokens"] == 20 * 22_050_664 // 197
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("model", [BLOCKS, ENCODER], ids=["llama", "factory"])
-def test_training_lowers_the_loss(lte: Lte, here: Path, model: dict[str, Any], method: str) -> None:
-    outcome = lte("train", write(here / "run.toml", model, METHODS[method]), "--out", "done", "-q")
+TEXT = {"llama": BLOCKS, "factory": ENCODER}
+
+
+@pytest.mark.parametrize(
+    ("model", "method"),
+    others_slow(itertools.product(TEXT, METHODS), [("llama", "diloco"), ("factory", "lte"), ("factory", "ddp")]),
+)
+def test_training_lowers_the_loss(lte: Lte, here: Path, model: str, method: str) -> None:
+    outcome = lte("train", write(here / "run.toml", TEXT[model], METHODS[method]), "--out", "done", "-q")
     assert outcome.code == 0, outcome
     losses = [event["train_loss"] for event in events_of(here / "done", "step")]
     (*_, evaluated) = [event["val_loss"] for event in events_of(here / "done", "evaluate")]
@@ -115,23 +122,24 @@ def test_a_rank_beyond_a_traced_layer_names_it(refused: Refused, here: Path) -> 
     refused("train", run, words=("method.rank = 17 exceeds the 16 inputs of encoder.layers.0.self_attn.in_proj",))
 
 
+IMAGES: dict[str, dict[str, Any]] = {
+    "vit": {"name": "vit", "layers": 1, "width": 32, "attention_heads": 2, "image": 8, "patch": 2, "colours": 1},
+    "mixer": {
+        "name": "mixer_s16", "layers": 1, "width": 16, "tokens_width": 8, "channels_width": 24, "image": 8,
+        "patch": 2, "colours": 1, "classes": 10,
+    },
+    "factory": {"name": "tests.networks:Convolutional", "image": 8, "colours": 1, "classes": 10, "width": 16},
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "model",
-    [
-        {"name": "vit", "layers": 1, "width": 32, "attention_heads": 2, "image": 8, "patch": 2, "colours": 1},
-        {
-            "name": "mixer_s16", "layers": 1, "width": 16, "tokens_width": 8, "channels_width": 24, "image": 8,
-            "patch": 2, "colours": 1, "classes": 10,
-        },
-        {"name": "tests.networks:Convolutional", "image": 8, "colours": 1, "classes": 10, "width": 16},
-    ],
-    ids=["vit", "mixer", "factory"],
-)  # fmt: skip
-@pytest.mark.parametrize("method", METHODS)
-def test_models_of_images_learn(lte: Lte, here: Path, model: dict[str, Any], method: str) -> None:
+    ("method", "model"),
+    others_slow(itertools.product(METHODS, IMAGES), [("lte", "vit"), ("diloco", "mixer"), ("ddp", "factory")]),
+)
+def test_models_of_images_learn(lte: Lte, here: Path, model: str, method: str) -> None:
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
     table = {
-        "model": model,
+        "model": IMAGES[model],
         "data": {"name": "digits"},
         "method": METHODS[method],
         "train": {**TRAIN, "steps": 100, "micro_batch": 16, "learning_rate": 1e-2, "checkpoint_every": 100},

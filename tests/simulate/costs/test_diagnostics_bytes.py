@@ -11,6 +11,7 @@ from simulate.costs.diagnostics_bytes import diagnostics_exchange
 from simulate.models.shapes import LinearShape, ModelShape, ParameterShape
 from simulate.training.diagnostics import Diagnostics
 from tests import tiny
+from tests.selection import others_slow
 
 
 def small(run: Run) -> ModelShape:
@@ -58,10 +59,19 @@ def test_bytes_of_an_event_by_hand(variant: str, devices: int, merged_before: bo
 
 @pytest.mark.parametrize(
     ("variant", "model"),
-    [
-        *((variant, None) for variant in ROUNDS),
-        *((variant, tiny.LLAMA) for variant in ("lte, frozen a", "diloco", "lte, norms of one")),
-    ],
+    others_slow(
+        [
+            *((variant, None) for variant in ROUNDS),
+            *((variant, tiny.LLAMA) for variant in ("lte, frozen a", "diloco", "lte, norms of one")),
+        ],
+        [
+            *(
+                (variant, None)
+                for variant in ("lte, streaming int8", "lte, vector norms", "fedavg", "daso", "powersgd")
+            ),
+            ("lte, frozen a", tiny.LLAMA),
+        ],
+    ),
 )
 def test_an_event_sends_what_was_planned(variant: str, model: tiny.Table | None) -> None:
     run = tiny.variant_run(variant, model=model, train={"steps": 8, "dtype": "fp32"})

@@ -79,7 +79,7 @@ def test_diagnostics_can_be_the_peak(name: str) -> None:
     ("name", "family"),
     others_slow(
         itertools.product(["ddp", "lora, nf4"], ["gpt", "llama", "vit", "mixer"]),
-        [("ddp", "llama"), ("lora, nf4", "mixer")],
+        [("lora, nf4", "llama")],
     ),
 )
 def test_gradients_of_every_family_are_planned(name: str, family: str, device: Device) -> None:

@@ -19,6 +19,7 @@ from simulate.optim.adamw8bit import CODES, MOMENTS, SCALES, AdamW8bit, check_in
 from simulate.optim.moments import prune_moments
 from simulate.rules.optimizer import BLOCK_ELEMENTS, CPU_CHUNK_ELEMENTS
 from tests import tiny
+from tests.selection import others_slow
 from tests.simulate.costs.test_memory import ONE_MEMORY, TOLERANCE, WIDE, planned_bytes
 
 pytestmark = [
@@ -114,7 +115,7 @@ def test_pruning_zeroes_the_smallest_of_each_row() -> None:
     assert not moment_of(state, "exp_avg")[moment_of(state, "exp_avg_sq") == 0].any()
 
 
-@pytest.mark.parametrize("name", ["local-sgd", "lte", "ddp"])
+@pytest.mark.parametrize("name", others_slow(["local-sgd", "lte", "ddp"], ["lte"]))
 def test_a_run_learns_like_one_with_full_moments(name: str) -> None:
     histories = []
     for state in ("fp32", "8bit"):
@@ -153,17 +154,25 @@ def wide(run: Any) -> Any:
     return run.model_copy(update={"method": run.method.model_copy(update={"rank": 48})})
 
 
-@pytest.mark.parametrize("name", ["ddp", "local-sgd, reset", "lte, pruned", "lte, forgetful", "relora", "daso"])
+@pytest.mark.parametrize(
+    "name",
+    others_slow(
+        ["ddp", "local-sgd, reset", "lte, pruned", "lte, forgetful", "relora", "daso"], ["lte, pruned", "daso"]
+    ),
+)
 def test_a_run_with_8_bits_resumes_bit_for_bit(name: str) -> None:
     tiny.assert_resumes(name, 5, train_keys=EIGHT, model=LARGE)
 
 
 @pytest.mark.parametrize(
     ("name", "context", "micro_batch"),
-    [
-        ("ddp", 64, 4), ("ddp", 8, 2), ("lte", 64, 4), ("lte", 8, 2), ("lora", 8, 2), ("daso", 8, 2),
-        ("sapipe, none", 8, 2), ("lte, pruned", 8, 2),
-    ],
+    others_slow(
+        [
+            ("ddp", 64, 4), ("ddp", 8, 2), ("lte", 64, 4), ("lte", 8, 2), ("lora", 8, 2), ("daso", 8, 2),
+            ("sapipe, none", 8, 2), ("lte, pruned", 8, 2),
+        ],
+        [("ddp", 64, 4), ("lte, pruned", 8, 2)],
+    ),
 )  # fmt: skip
 def test_memory_with_8_bits_is_planned(name: str, context: int, micro_batch: int) -> None:
     """With long samples activations set the peak, with short ones messages or the step."""

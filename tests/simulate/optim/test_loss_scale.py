@@ -145,7 +145,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("autocast", AUTOCAST_DTYPES)
-@pytest.mark.parametrize("method", ["lte", "ddp", "local-sgd"])
+@pytest.mark.parametrize("method", others_slow(["lte", "ddp", "local-sgd"], ["lte"]))
 @pytest.mark.parametrize("network", NETWORKS)
 def test_networks_without_a_name_train_under_autocast(network: str, method: str, autocast: str) -> None:
     """The networks have masks, layers that run copy by copy, and convolutions as products over patches."""
@@ -340,7 +340,7 @@ def test_a_device_goes_the_same_way_alone_and_beside_others(name: str, monkeypat
             assert alone.loss_scale is not None and alone.loss_scale.scale_C.item() == scales[step][device].item()
 
 
-@pytest.mark.parametrize("name", ["lte", "ddp", "topk", "daso", "relora, warm start"])
+@pytest.mark.parametrize("name", others_slow(["lte", "ddp", "topk", "daso", "relora, warm start"], ["lte", "daso"]))
 def test_a_run_with_a_loss_scale_resumes_bit_for_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "START_SCALE", 2.0**20)
     monkeypatch.setattr(precision, "GROWTH_STEPS", 3)

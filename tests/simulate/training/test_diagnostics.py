@@ -33,6 +33,7 @@ from simulate.training.diagnostics import (
     stable_rank,
 )
 from tests import tiny
+from tests.selection import others_slow
 
 PAIRS = {"cosine", "grassmann_rad", "grassmann_limit_rad"}
 MERGE = {"effective_rank", "stable_rank", "first_directions_share"}
@@ -254,7 +255,12 @@ def train_with_diagnostics(method: Method) -> tuple[tiny.History, list[Figures]]
     return tiny.History(torch.stack(losses), method.merged_state()), events
 
 
-@pytest.mark.parametrize("variant", TRAINED)
+@pytest.mark.parametrize(
+    "variant",
+    others_slow(
+        TRAINED, ["ddp", "relora, warm start", "fedavg", "daso", "lte, streaming int8", "lte, vector norms, reset"]
+    ),
+)
 def test_diagnostics_leave_no_trace_in_training(variant: str) -> None:
     run = tiny.variant_run(variant, train={"steps": 10})
     plain = tiny.train(tiny.build(run))
