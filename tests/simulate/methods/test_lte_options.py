@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from simulate.comm.compression import CompressedMean, round_trip
+from simulate.comm.compression import CompressedMean
 from simulate.config.run import Run, build_run
 from simulate.layers.lora import lora_layers
 from simulate.methods.lte import merge as merging
@@ -19,6 +19,7 @@ from tests import tiny
 from tests.reference.lte import LteTwin
 from tests.reference.lte_wire import LteWireTwin
 from tests.reference.quantiser import as_received
+from tests.simulate.comm.test_compression import round_trip
 from tests.simulate.methods.adapter_parity import TwinClass, assert_trains_like, parity_run
 
 EVERY_TEN: dict[str, Any] = {"merge_every": 10}  # six merges of each part in 55 steps
