@@ -1,7 +1,7 @@
 """Merges that arrive late, so that training need not wait: sent after step kT, applied after kT + d.
 
-A merge sends a snapshot of each device's weights, which travels behind the next d steps. The merged weights then replace
-the snapshot, and a device keeps what it learned meanwhile, so that nothing is lost and nothing counts twice:
+A merge sends a snapshot of each device's weights, which travels behind the next d steps. The merged weights then
+replace the snapshot, and a device keeps what it learned meanwhile, so that nothing is lost and nothing counts twice:
 
     averaged parameters:  θ_n ← merge(σ) + (θ_n − σ_n)      with the snapshots σ
 
