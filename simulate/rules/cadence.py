@@ -1,4 +1,7 @@
-"""When the devices of a launched run hear of each other, evaluate and save: after merges, or every tenth step."""
+"""The steps after which the devices of a launched run meet, evaluate and save: after merges, or every tenth step.
+
+Training asks it step by step; plans and the simulated clock count with it, so that both agree to the step.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,15 @@ from functools import cached_property, lru_cache
 from simulate.config.run import Run
 
 MEETING_STEPS = 10
-"""Steps between the meetings, and between recovery points, of processes whose method exchanges at every step."""
+"""Steps from one meeting to the next where the method exchanges at every step and has no merges to meet at."""
 
 
 @dataclass(frozen=True)
 class Cadence:
-    """The meetings of a run's devices; steps are counted as done, from 1."""
+    """The steps after which a run's devices meet, evaluate and save, counted from 1."""
 
     steps: int
-    """Of the whole run; after the last all meet."""
+    """Steps of the whole run; all devices meet after the last one."""
     apart: int
     """Steps from one meeting to the next."""
     late: int
@@ -28,16 +31,16 @@ class Cadence:
 
     @classmethod
     def of(cls, run: Run) -> Cadence:
-        """Return the calendar of a launched run, whose recovery points lie at meetings."""
+        """Return the cadence of a launched run, which saves its recovery points at meetings."""
         train, cluster, apart = run.train, run.cluster, run.method.steps_apart
         apart = MEETING_STEPS if apart == 1 else apart
-        return _calendar(
+        return _cadence(
             train.steps, apart, run.method.late_steps, train.evaluate_every, train.checkpoint_every,
             apart * cluster.recover_every,
         )  # fmt: skip
 
     def meets(self, step: int) -> bool:
-        """Whether devices hear of each other after a step."""
+        """Whether the devices meet after a step."""
         return step == self.steps or (step % self.apart == self.late % self.apart and step > self.late)
 
     def is_due(self, step: int, every: int) -> bool:
@@ -84,8 +87,8 @@ class Cadence:
 
 
 @lru_cache(maxsize=256)
-def _calendar(*figures: int) -> Cadence:
-    """Return one calendar for all runs alike, which counts once."""
+def _cadence(*figures: int) -> Cadence:
+    """Return one object for all runs of the same figures, whose counts are then worked out once."""
     return Cadence(*figures)
 
 
