@@ -14,10 +14,10 @@ import pytest
 
 from tests.tiny import VARIANTS
 
-TURNING = ("sent bytes", "checkpoint bytes", "autocast", "resume", "timeline")
+TURNING = ("sent bytes", "checkpoint bytes", "autocast")
 TURNS = 2
 """Of these properties, so many test a variant whatever its settings."""
-DEAR = ("memory", "processes")
+DEAR = ("memory", "resume", "processes")
 """A variant takes them half a second and more: nobody has a turn."""
 PROPERTIES = TURNING + DEAR
 

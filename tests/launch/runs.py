@@ -15,9 +15,10 @@ from typing import Any
 
 import psutil
 
+from ltecli.app import main
 from simulate.common.events import Event
 from tests.harness import LIMIT_S, Child, environment, marked, wait_until
-from tests.ltecli.command import write_run
+from tests.ltecli.command import events_of, write_run
 from tests.network.lab import Lab
 
 SECRET = "correct-horse-battery-staple"
@@ -159,12 +160,9 @@ def tiny_run(folder: Path, steps: int = 60, diagnostics_every: int | None = None
 
 
 def simulated_loss(run: Path, folder: Path) -> float:
-    """Return the last validation loss of the run undisturbed, in one process."""
-    command = [sys.executable, "-m", "ltecli", "train", str(run), "--out", str(folder), "--json", "--device", "cpu"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    done = Child(command, **pipes).outcome()
-    assert done.code == 0, done.stderr
-    return float(done.json()["val_loss"])
+    """Return the last validation loss of the run undisturbed, in this process."""
+    assert main(["train", str(run), "--out", str(folder), "--device", "cpu", "--quiet"]) == 0
+    return float(events_of(folder, "evaluate")[-1]["val_loss"])
 
 
 def interrupt(process: subprocess.Popen[Any] | psutil.Process, number: signal.Signals = signal.SIGINT) -> None:

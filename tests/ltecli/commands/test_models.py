@@ -134,7 +134,7 @@ IMAGES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     ("method", "model"),
-    others_slow(itertools.product(METHODS, IMAGES), [("lte", "vit"), ("diloco", "mixer"), ("ddp", "factory")]),
+    others_slow(itertools.product(METHODS, IMAGES), [("lte", "mixer"), ("ddp", "factory")]),
 )
 def test_models_of_images_learn(lte: Lte, here: Path, model: str, method: str) -> None:
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn")

@@ -17,6 +17,7 @@ from simulate.methods.lte.train import Lte
 from simulate.methods.registry import build_method
 from tests import tiny
 from tests.reference.lte_layers import LteLayerTwin, VectorPair, parameter_names
+from tests.selection import others_slow
 from tests.simulate.methods.adapter_parity import TRAIN, assert_trains_like, twin_of
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -42,7 +43,12 @@ def engine_of(run: Run) -> Lte:
     return engine
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "everything trained"])
+@pytest.mark.parametrize(
+    "name",
+    others_slow(
+        [name for name in OPTIONS if name != "everything trained"], ["norms of one", "vectors, reset", "frozen biases"]
+    ),
+)
 def test_every_option_trains_like_its_twin(name: str) -> None:
     assert_trains_like(LteLayerTwin, run_of(name))
 

@@ -241,7 +241,8 @@ def test_a_device_stops_when_the_deadline_has_passed_and_takes_one_step_at_least
     assert int(state["step"]) == 12
 
 
-@pytest.mark.parametrize("name", others_slow(["local-sgd, paced", "lte, paced"], ["lte, paced"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["local-sgd, paced", "lte, paced"])
 def test_a_launched_run_is_replayed_from_its_counts(name: str, tmp_path: Path) -> None:
     run = tiny.variant_run(name, DEVICES)
     options = {**run.method.model_dump(), "steps_taken": None}
