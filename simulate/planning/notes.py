@@ -164,12 +164,13 @@ def _deadlines(chosen: Candidate) -> Iterator[str]:
 
 
 def diagnostics_notes(run: Run, shape: ModelShape) -> Iterator[str]:
-    """Say what a run's diagnostics send beside its method, if it has any."""
+    """Say what diagnostics send beside the method, and that their memory is a bound, where a run has any."""
     if run.train.diagnostics_every is not None:
         sent_bytes = diagnostics_exchange(run, shape).sent_bytes / run.cluster.devices
         yield (
             f"diagnostics every {run.train.diagnostics_every:,} steps: devices in processes of their own send another "
-            f"{bytes_text(sent_bytes)} each for them, every time, which is in no other figure"
+            f"{bytes_text(sent_bytes)} each for them, every time, which is in no other figure; their memory is "
+            "planned as an upper bound, up to a quarter above what a device then holds"
         )
 
 

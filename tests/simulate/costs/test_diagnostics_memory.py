@@ -40,6 +40,13 @@ from tests.simulate.costs.test_memory import (
 )
 
 CPU = torch.device("cpu")
+LOOSEST = 1.25
+"""Times what is measured that the bound of a diagnosed run may be."""
+
+
+def assert_bounds(planned: int, measured: int) -> None:
+    """Hold a bound of bytes against a measurement: never below it, and at most a quarter above."""
+    assert measured <= planned <= LOOSEST * measured, f"{planned / measured:.3f} times what is measured"
 
 
 def diagnosed(name: str, model: dict[str, Any], micro_batch: int, dtype: str = "fp32") -> Run:
@@ -60,7 +67,19 @@ def diagnosed(name: str, model: dict[str, Any], micro_batch: int, dtype: str = "
 )  # fmt: skip
 def test_diagnosed_runs_are_planned(name: str) -> None:
     run = diagnosed(name, WIDE, 4)
-    assert planned_bytes(run) == pytest.approx(measure_memory_bytes(run, CPU), rel=TOLERANCE)
+    phases = memory_by_phase(run, run.model.shape(), ONE_MEMORY)
+    highest = max(phases, key=lambda name: phases[name].total)
+    measured = measure_memory_bytes(run, CPU)
+    if highest in ("round_figures", "gradient_figures"):
+        assert_bounds(planned_bytes(run), measured)
+    else:  # the peak is another phase's, which is planned exactly, but for a few scalars
+        assert planned_bytes(run) == pytest.approx(measured, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("factor", [0.999, 1.251])
+def test_a_bound_that_is_too_low_or_too_loose_is_noticed(factor: float) -> None:
+    with pytest.raises(AssertionError, match="times what is measured"):
+        assert_bounds(round(factor * 10**6), 10**6)
 
 
 @pytest.mark.parametrize("name", ["lte, forgetful", "lte, nf4", "lora"])
@@ -90,7 +109,7 @@ def test_gradients_of_every_family_are_planned(name: str, family: str, device: D
         run = family_run(model, settings, **tiny.VARIANTS[name], **({"rank": 6} if "lora" in name else {}))
         planned = memory_by_phase(run, run.model.shape(), device)["gradient_figures"]
         tracked = tracked_memory(run, with_host=device is ONE_MEMORY).by_phase["gradient_figures"]
-        assert -0.01 <= (planned.total - planned.reserved) / tracked - 1 <= TOLERANCE
+        assert_bounds(planned.total - planned.reserved, tracked)
     assert host_memory_by_part(run, run.model.shape(), device)["diagnostics"] == 4 * run.model.shape().parameters
 
 
@@ -102,7 +121,7 @@ def test_a_tied_tables_gradients_are_planned(name: str, samples: int) -> None:
     run = tiny.variant_run(name, 2, WORDY, {**train(samples), "diagnostics_every": 4})
     planned = memory_by_phase(run, run.model.shape(), ONE_MEMORY)["gradient_figures"]
     tracked = tracked_memory(run, with_host=True).by_phase["gradient_figures"]
-    assert (planned.total - planned.reserved) / tracked - 1 == pytest.approx(0, abs=TOLERANCE)
+    assert_bounds(planned.total - planned.reserved, tracked)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +172,10 @@ def test_the_figures_of_a_round_are_planned(name: str, dtype: str, model: dict[s
     measured = cpu_peak_bytes(lambda: diagnostics.of_round(run.train.steps - 1))
     directions = sum(tensor.nbytes for tensor in diagnostics.state_dict().values())
     assert directions > 0
-    assert round_bytes(run, shape) + directions == pytest.approx(measured, rel=0.1)
+    # Beside what the device holds anyway, of which the directions are a part from here on.
+    high = heights(run, shape, ONE_MEMORY)
+    held = high.weights + high.adapters + high.optimizer - directions
+    assert_bounds(held + directions + round_bytes(run, shape), held + measured)
 
 
 @pytest.mark.parametrize(
