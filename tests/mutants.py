@@ -135,7 +135,7 @@ MUTANTS = (
     ),
     Mutant(
         name="a resumed run drops a moment of Adam",
-        file="simulate/methods/state.py",
+        file="simulate/methods/method_state.py",
         before="{k: v.to(parameter.device).clone() for k, v in moments.items()}",
         after='{k: v.to(parameter.device) * (k != "exp_avg") for k, v in moments.items()}',
         tests=("tests/simulate/methods/test_adapter_resume.py::test_a_restored_method_continues_bit_for_bit[lte-6]",),
@@ -189,7 +189,7 @@ MUTANTS = (
     Mutant(
         name="a node with another run.toml takes part",
         file="simulate/launch/preflight/consistency.py",
-        before="if same_program and node.run_fingerprint != hub.run_fingerprint:",
+        before="if same_program and node.run_fingerprint != node_0.run_fingerprint:",
         after="if same_program and node.run.keys() != hub.run.keys():",
         tests=("tests/simulate/launch/preflight/test_consistency.py::test_a_differing_run_names_key_and_values",),
     ),
@@ -217,8 +217,8 @@ MUTANTS = (
     Mutant(
         name="a refused command leaves a folder behind",
         file="ltecli/runs/run_folder.py",
-        before="        shutil.rmtree(path, ignore_errors=True)\n        raise _unwritable(path, error) from None\n",
-        after="        raise _unwritable(path, error) from None\n",
+        before="        shutil.rmtree(path, ignore_errors=True)\n        raise unwritable(path, error) from None\n",
+        after="        raise unwritable(path, error) from None\n",
         tests=("tests/ltecli/commands/test_train.py::test_a_folder_that_cannot_be_filled_is_taken_away",),
     ),
     Mutant(

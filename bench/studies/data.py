@@ -32,7 +32,8 @@ from simulate.data.text import load_text
 from simulate.methods.base import Method
 from simulate.methods.registry import build_method
 from simulate.models.schema import VitModel
-from simulate.models.vit import VIT_SIZES, Vit
+from simulate.models.sizes import VIT_SIZES
+from simulate.models.vit import Vit
 
 DEVICES, MICRO_BATCH = 4, 8
 ROWS = 4096

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar, Literal, Protocol, cast
 
 from simulate.comm.transfers import Exchange
@@ -221,11 +220,17 @@ class MethodPlan(Protocol):
         """Return how parameters beside adapters are trained together, in words."""
 
 
-@lru_cache(maxsize=64)
-def _plan_class(name: str) -> type[MethodPlan]:
-    return cast(type[MethodPlan], method_part(name, "plan"))
+MOST_PLANS = 4096
+_PLANS: dict[int, tuple[MethodOptions, MethodPlan]] = {}
+"""Plans by the identity of their options, which a plan of thousands of candidates asks for ten times each; the options
+beside a plan keep that identity from becoming another's."""
 
 
 def plan_of(options: MethodOptions) -> MethodPlan:
     """Return the plan of a method's options; raises InputError where its name leads nowhere."""
-    return _plan_class(options.name)(options)
+    found = _PLANS.get(id(options))
+    if found is None:
+        if len(_PLANS) >= MOST_PLANS:
+            _PLANS.clear()
+        found = _PLANS[id(options)] = options, cast(MethodPlan, method_part(options.name, "plan")(options))
+    return found[1]

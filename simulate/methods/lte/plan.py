@@ -57,10 +57,17 @@ class LtePlan(AdapterPlan[LteOptions]):
         self.drops_moments = "adapters" if options.merge_optimizer == "reset" else "none"
         self.drops_at_once = not options.merge_delay and options.fragments == 1
         self._is_served = options.merge_transport == "server"
+        self._layout: AdapterLayout | None = None
+        self._layout_of = 0
         self.quantizes_merges = not self._is_served  # a server sends weights that are packed
 
     def adapters(self, devices: int) -> AdapterLayout | None:
         """Return one device's heads, each of which sees its own part of the batch."""
+        if self._layout_of != devices:  # costs ask ten times a candidate
+            self._layout, self._layout_of = self._adapter_layout(devices), devices
+        return self._layout
+
+    def _adapter_layout(self, devices: int) -> AdapterLayout:
         options = self.options
         frozen = (("norm", options.norms == "none"), ("bias", options.biases == "frozen"))
         return AdapterLayout(
@@ -152,8 +159,9 @@ class LtePlan(AdapterPlan[LteOptions]):
         held_rank = options.held_rank(context.devices)
         for k in range(options.fragments):
             part = [layers[i] for i in fragment(len(layers), options.fragments, k)]
-            reduced = [x for x in part if self._is_reduced(x, context.devices)]
-            gathered = [x for x in part if not self._is_reduced(x, context.devices)]
+            gathered, reduced = _by_transport(
+                part, held_rank, context.devices, options.merge_transport, options.frozen_a
+            )
             sizes = factor_buffer_bytes(
                 gathered, context.devices, held_rank, options.merge_transport, element_bytes, options.frozen_a
             )
@@ -171,13 +179,6 @@ class LtePlan(AdapterPlan[LteOptions]):
         firsts = [t.elements * element_bytes for t in _trained_by_the_first(context.shape, options.norms)]
         if firsts:
             yield at_merge(2 * max(bucket_bytes(firsts)))
-
-    def _is_reduced(self, x: LinearShape, devices: int) -> bool:
-        options = self.options
-        return (
-            layer_transport(x, options.held_rank(devices), devices, options.merge_transport, options.frozen_a)
-            == "reduce"
-        )
 
     def _drawing_bytes(self, context: ExchangeContext, inputs: int, heads: int) -> int:
         """Return the bytes while the A of some heads of one layer is drawn and converted.
@@ -248,6 +249,17 @@ def _trained_by_the_first(shape: ModelShape, norms: str) -> list[ParameterShape]
     return [tensor for tensor in shape.replicated if tensor.kind == "norm" and norms == "one"]
 
 
+def _by_transport(
+    layers: Sequence[LinearShape], held_rank: int, devices: int, transport: str, frozen_a: bool
+) -> tuple[list[LinearShape], list[LinearShape]]:
+    """Return the layers whose factors travel, gathered or by a server, and those whose dense deltas are reduced."""
+    by_factors, reduced = list[LinearShape](), list[LinearShape]()
+    for x in layers:
+        how = layer_transport(x, held_rank, devices, transport, frozen_a)
+        (reduced if how == "reduce" else by_factors).append(x)
+    return by_factors, reduced
+
+
 @lru_cache(maxsize=8192)
 def _exchanges(
     shape: ModelShape, devices: int, held_rank: int, quantize: str, transport: str, wire: str, fragments: int,
@@ -287,8 +299,7 @@ def factor_transfers(
     element_bytes: int, frozen_a: bool = False,
 ) -> tuple[Transfer, ...]:  # fmt: skip
     """Return the messages that merge some adapted layers: first by factors, then by dense sums."""
-    reduced = [x for x in layers if layer_transport(x, held_rank, devices, transport, frozen_a) == "reduce"]
-    by_factors = [x for x in layers if layer_transport(x, held_rank, devices, transport, frozen_a) != "reduce"]
+    by_factors, reduced = _by_transport(layers, held_rank, devices, transport, frozen_a)
     transfers: list[Transfer] = []
     for group in bucket(factor_buffer_bytes(by_factors, devices, held_rank, transport, element_bytes, frozen_a)):
         members = [by_factors[i] for i in group]

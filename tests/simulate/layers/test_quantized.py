@@ -229,7 +229,7 @@ def test_what_does_not_go_together_is_refused(method: dict[str, Any], words: tup
 
 
 def quantised(run: Run) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tiny.build(run).state_dict().items() if ".frozen." in name}
+    return {name: tensor for name, tensor in tiny.build(run).state.state_dict().items() if ".frozen." in name}
 
 
 def test_the_same_start_packs_to_the_same_bits() -> None:

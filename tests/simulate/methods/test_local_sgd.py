@@ -80,13 +80,13 @@ def without_mean_errors(compressed: CompressedMean, x_LX: Tensor) -> Tensor:
     ("name", "owner", "attribute", "broken"),
     [
         pytest.param("plain", Averaging, "merge", lambda averaging, index, weights: None, id="never averaged"),
-        pytest.param("shards", LocalSgd, "_weights", equal_shares, id="shards count alike"),
+        pytest.param("shards", LocalSgd, "merge_weights", equal_shares, id="shards count alike"),
         pytest.param("moments", LocalSgd, "_average_with_moments", without_moments, id="moments not averaged"),
         pytest.param("reset", local_sgd, "forget_moments", lambda *_: None, id="moments kept"),
         pytest.param("int4", CompressedMean, "mean", without_sent_errors, id="what was not sent is forgotten"),
         pytest.param("int4", CompressedMean, "mean", without_mean_errors, id="the mean's error is forgotten"),
         pytest.param("fedavg", local_sgd, "participants", lambda run, k, _: list(range(k)), id="always the same"),
-        pytest.param("fedavg, shards", LocalSgd, "_weights", shares_of_all_shards, id="before the erratum"),
+        pytest.param("fedavg, shards", LocalSgd, "merge_weights", shares_of_all_shards, id="before the erratum"),
     ],
 )
 def test_parity_detects_a_broken_merge(
@@ -146,4 +146,5 @@ def test_who_does_not_take_part_changes_nothing() -> None:
         second.step(inputs, targets, step)
     for method in (first, second):
         method.merge(3)
-    assert all(torch.equal(tensor, second.state_dict()[name]) for name, tensor in first.state_dict().items())
+    other = second.state.state_dict()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in first.state.state_dict().items())

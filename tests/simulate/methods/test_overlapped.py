@@ -262,7 +262,7 @@ class SlowChannel:
 def test_steps_go_on_while_a_merge_travels(name: str) -> None:
     run = tiny.variant_run(name, train={"steps": 12})
     communicator = TorchCommunicator(4, tiny.CPU, 60.0)
-    slow = communicator._behind = SlowChannel(communicator._behind)  # type: ignore[assignment]
+    slow = communicator._background_channel = SlowChannel(communicator._background_channel)  # type: ignore[assignment]
     method, data = build_method(run, communicator, tiny.CPU), tiny.batches(run)
     assert isinstance(method, Delayed) and isinstance(slow, SlowChannel)
 
@@ -275,7 +275,7 @@ def test_steps_go_on_while_a_merge_travels(name: str) -> None:
     assert slow.entered.wait(60)
     for number in range(4, 3 + method.delay):
         step(number)
-    travelling = [future.done() for future in communicator._travelling]
+    travelling = [future.done() for future in communicator._in_flight]
     assert not any(travelling) and travelling
     arrived: list[Sequence[Tensor]] = []
     last = threading.Thread(target=lambda: arrived.append([step(3 + method.delay)]))  # type: ignore[list-item, func-returns-value]
@@ -284,7 +284,7 @@ def test_steps_go_on_while_a_merge_travels(name: str) -> None:
     assert not arrived  # it waits for what it needs
     slow.released.set()
     last.join(60)
-    assert arrived and not communicator._travelling
+    assert arrived and not communicator._in_flight
     for number in range(4 + method.delay, 12):
         step(number)
         if method.merge_due(number):
