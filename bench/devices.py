@@ -1,4 +1,4 @@
-"""What simulating N devices costs over simulating one, at the same total batch; paired steps, medians of ratios.
+"""Cost of simulating N devices over simulating one, at the same total batch; paired steps, medians of ratios.
 
 python bench/devices.py --pairs 12
 """

@@ -1,4 +1,4 @@
-"""What a training step costs beside the plain dense one: paired steps, medians of ratios; peaks of memory; the merge.
+"""Cost of a training step beside the plain dense one: paired steps, medians of ratios; peaks of memory; the merge.
 
 python bench/step.py --model vit_s16 --json
 
@@ -131,7 +131,7 @@ def step_of(method: Method, batch: Batch) -> Step:
 
 @dataclass(frozen=True)
 class Seconds:
-    """What one call took."""
+    """Seconds of one call."""
 
     wall: float
     processor: float

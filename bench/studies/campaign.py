@@ -1,4 +1,4 @@
-"""What campaigns of training runs have in common: do what is missing, keep each result as a line of JSON."""
+"""Campaigns of training runs: run what is missing, and keep each result as a line of JSON."""
 
 from __future__ import annotations
 

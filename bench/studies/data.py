@@ -1,4 +1,4 @@
-"""What assembling a batch costs beside the step that it feeds; medians over interleaved repetitions.
+"""Cost of assembling a batch beside the step that it feeds; medians over interleaved repetitions.
 
     python bench/studies/data.py --repetitions 10
     python bench/studies/data.py --archive cifar10.zip        # also: listing, decoding and mapping an archive of images

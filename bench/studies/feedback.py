@@ -1,4 +1,4 @@
-"""What small merges leave in NF4 weights without a full-precision master, by what keeps the rest.
+"""Changes that small merges leave in NF4 weights without a full-precision master, by what keeps the rest.
 
 python bench/studies/feedback.py
 """

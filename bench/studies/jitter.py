@@ -1,4 +1,4 @@
-"""What uneven steps make of a launched run: measured beside the closed form and the timeline that draws them.
+"""Launched runs with uneven steps: measured beside the closed form and the timeline that draws them.
 
     python -m bench.studies.jitter                                   # needs root, `ip` and `tc`
 

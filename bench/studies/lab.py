@@ -1,4 +1,4 @@
-"""What the network laboratory's links do beside what they were set to: rates, round trips, and the relay's limit.
+"""Links of the network laboratory beside their settings: rates, round trips, and the relay's limit.
 
 python -m bench.studies.lab      # needs root, `ip` and `tc`; about two minutes
 """

@@ -62,7 +62,7 @@ MEASURED_ROUNDS, MEASURED_STEPS = 3, 4
 
 @dataclass(frozen=True)
 class LinkSetting:
-    """What all cases share."""
+    """Settings that all cases share."""
 
     nodes: int
     delay_s: float

@@ -1,4 +1,4 @@
-"""What other estimators say of dense AdamW training, beside the plan and the followed peak; those that are installed.
+"""Other installed estimators' figures for dense AdamW training, beside the plan and the followed peak.
 
 python bench/studies/peers.py --models gpt2 gpt2_medium
 

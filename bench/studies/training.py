@@ -1,4 +1,4 @@
-"""What the benches that train have in common: a whole simulated run from its table, in this process."""
+"""A whole simulated run from its table in this process, for the studies that train."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run left behind."""
+    """Results of a run."""
 
     val_loss: float | None
     """None for a run that diverged."""

@@ -1,4 +1,4 @@
-"""What gloo's collectives cost on shaped links, beside what simulate/costs plans for them: seconds and wire bytes.
+"""Cost of gloo's collectives on shaped links, beside the plan's: seconds and wire bytes.
 
 python -m bench.studies.wire --nodes 4 --bytes-per-s 12.5e6      # 100 Mbit/s; needs root, `ip` and `tc`
 python -m bench.studies.wire --delay-s 0.02 --sizes 10000        # how often an operation waits for the delay

@@ -46,7 +46,7 @@ Points = list[list[float]]
 
 
 class Kernels(toml_io.Schema):
-    """What training's kernels were measured to reach in fp32, by size; they take the place of `efficiency`."""
+    """Measured rates of training's kernels in fp32, by size; they take the place of `efficiency`."""
 
     products: Points
     """[FLOP per element of a matrix product's three matrices, FLOP/s]: thin products and small ones have few."""

@@ -1,4 +1,4 @@
-"""What a step's activations and gradients take at the moments that can be its peak, family by family.
+"""Bytes of activations and gradients at the moments that can be a step's peak, family by family.
 
 Letters: u one activation tensor between blocks (tokens x width), V outputs (vocabulary or classes), L blocks. The
 constants follow the order in which torch's autograd frees and allocates; tests hold the result against the allocator's
@@ -97,7 +97,7 @@ class _Step:
 
     @property
     def scratch(self) -> int:
-        """Of the loss: exponentials, and where logits are in half precision some of them in the weights'."""
+        """Bytes that the loss works with: exponentials, and half-precision logits copied to the weights' format."""
         rows = min(self.samples * self.shape.predictions, max(1, LOSS_CHUNK_ELEMENTS // self.shape.outputs))
         return rows * self.shape.outputs * self.element_bytes * (2 if self.is_cast else 1)
 
@@ -393,7 +393,7 @@ def _image_ends(step: _Step) -> int:
 
 
 def _of_images(step: _Step, block: int, working: int, stream: int) -> tuple[Phase, ...]:
-    """Of blocks that keep `block` and hand on `stream`, and work with `working` at their height on the way back."""
+    """Return the phases of blocks that keep `block`, hand on `stream` and need `working` in their backward pass."""
     layers, all_gradients, ends = step.shape.layers, step.all_gradients, _image_ends(step)
     first_norm = stream if stream == step.u else 0  # reads what a checkpoint keeps
     kept, recomputed = (stream, block - first_norm) if step.checkpointing else (block, 0)

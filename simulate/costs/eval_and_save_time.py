@@ -1,4 +1,4 @@
-"""What a launched run stops training for: evaluations, and checkpoints on its disks."""
+"""Seconds of evaluations and of checkpoints, for which a launched run stops training."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class EvalAndSaveTime:
 
     @property
     def total_s(self) -> float:
-        """Of everything but training."""
+        """Return the seconds of everything but training."""
         times = self.calendar  # looked up at once, for thousands of candidates
         return times.num_evaluations * self.evaluation_s + times.num_saves * (self.save_s or 0.0)
 

@@ -56,7 +56,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class KernelRates:
-    """What a device's kernels reach in a run's number formats."""
+    """Rates of a device's kernels in a run's number formats."""
 
     products: Curve
     attention: Curve

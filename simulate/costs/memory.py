@@ -61,7 +61,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class PeakProfile:
-    """What one device keeps all the time, and the moments that can be its peak on top of that."""
+    """Bytes that one device keeps all the time, and the moments that can be its peak on top of them."""
 
     weights: int
     adapters: int
@@ -127,7 +127,7 @@ def heights(run: Run, shape: ModelShape, device: Device) -> PeakProfile:
 
 @dataclass(frozen=True)
 class _Lasting:
-    """What neither batch nor recomputation changes."""
+    """Figures of a run that neither its batch nor recomputation changes."""
 
     weights: int
     adapters: int

@@ -109,7 +109,7 @@ def distinct(devices: Sequence[Device]) -> list[Device]:
 
 @dataclass(frozen=True, eq=False)
 class _Rates:
-    """What a device sustains in a run's formats; one object for each, so that merges are remembered by it."""
+    """Sustained rates of a device in a run's formats; one object a device, the key of remembered merge times."""
 
     flop_per_s: float
     """Of operations on weights."""

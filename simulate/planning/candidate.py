@@ -28,7 +28,7 @@ LINK_DOMINATES = 0.5
 
 @dataclass(frozen=True, eq=False)
 class PlanContext:
-    """What a plan's candidates share."""
+    """Facts that all candidates of one plan share."""
 
     profile: Profile
     shape: ModelShape
@@ -95,7 +95,7 @@ class Candidate:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What speaks against it."""
+        """Drawbacks, one sentence each."""
         probe = self.setting.choice.probe
         return (*_warnings(self.run, self.setting, self.time), *(probe.marks(self.run) if probe else ()))
 

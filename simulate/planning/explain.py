@@ -21,7 +21,7 @@ GIGABYTE = 10**9
 
 @dataclass(frozen=True)
 class Change:
-    """What other hardware would make of the plan."""
+    """Plan of the same run on other hardware, beside the chosen one."""
 
     what: str
     chosen: Candidate | None
@@ -33,7 +33,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """What differs from the choice in one key, and why it was not chosen."""
+    """Candidate that differs from the choice in one key, and the reason that it was not chosen."""
 
     key: str
     value: str

@@ -1,4 +1,4 @@
-"""What a plan says of its choice beside the figures: what is assumed, what to try, what to know."""
+"""Notes of a plan beside its figures: assumptions, advice and warnings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan minimises, and the time that it may take."""
+"""The quantity that a plan minimises, and the time that the run may take."""
 
 from __future__ import annotations
 

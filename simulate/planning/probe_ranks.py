@@ -1,4 +1,4 @@
-"""What a plan takes from a probe: ranks to try, marks on candidates, notes; pure arithmetic."""
+"""Ranks to try, marks on candidates and notes that a plan takes from a probe; pure arithmetic."""
 
 from __future__ import annotations
 

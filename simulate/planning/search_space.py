@@ -20,7 +20,7 @@ MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class Pins:
-    """What the user fixed; None leaves the planner free."""
+    """Settings that the user fixed; None leaves the planner free."""
 
     method: str | None = None
     keys: frozenset[str] = frozenset()

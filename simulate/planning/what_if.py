@@ -49,7 +49,7 @@ class Upgrade:
 
 @dataclass(frozen=True)
 class Churn:
-    """What it costs that devices leave; both factors are times of the run without."""
+    """Cost of devices that leave; both factors are of the time of a run that none leaves."""
 
     leave_per_hour: float
     join_s: float
