@@ -26,7 +26,7 @@ class _Console(Console):
 
 
 class Output:
-    """Output of one command."""
+    """Output of one command; with --json the JSON document alone is printed: text, headings and tables are skipped."""
 
     def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json, self.quiet = as_json, quiet
@@ -72,7 +72,7 @@ class Output:
 
 
 def plain_table(*columns: str) -> Table:
-    """Return a table with right-aligned columns after the first; cells too wide for a terminal are wrapped."""
+    """Return a table with right-aligned columns after the first; on a narrow terminal all but the first wrap."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", no_wrap=index == 0, overflow="fold")

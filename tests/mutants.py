@@ -190,7 +190,7 @@ MUTANTS = (
         name="a node with another run.toml takes part",
         file="simulate/launch/preflight/consistency.py",
         before="if same_program and node.run_fingerprint != node_0.run_fingerprint:",
-        after="if same_program and node.run.keys() != hub.run.keys():",
+        after="if same_program and node.run.keys() != node_0.run.keys():",
         tests=("tests/simulate/launch/preflight/test_consistency.py::test_a_differing_run_names_key_and_values",),
     ),
     Mutant(

@@ -50,7 +50,7 @@ def disturb(seed: int) -> None:
 @contextmanager
 def neighbours(cores: list[int]) -> Iterator[None]:
     """Keep a neighbour on every core."""
-    command = [sys.executable, "-m", "bench.jitter", "--disturb"]
+    command = [sys.executable, "-m", "bench.studies.jitter", "--disturb"]
     started = [
         subprocess.Popen(["taskset", "-c", str(core), *command, str(index)], cwd=Path(__file__).parents[2])
         for index, core in enumerate(cores)

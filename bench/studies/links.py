@@ -209,7 +209,7 @@ def _yardstick(lab: Lab, steps: int, setting: LinkSetting) -> float:
     task = json.dumps(run_table(YARDSTICK, "gtx1080ti_x8", steps, setting))
     ranks = [
         node.popen(
-            [*_on_its_core(node), sys.executable, "-m", "bench.links_rank", task],
+            [*_on_its_core(node), sys.executable, "-m", "bench.studies.links_rank", task],
             cwd=root, stdout=subprocess.PIPE, text=True, env={**os.environ, **shared, "RANK": str(node.index)},
         )
         for node in lab

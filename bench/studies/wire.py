@@ -63,7 +63,7 @@ def run_ranks(lab: Lab, tunnel: Tunnel, tasks: list[Task]) -> list[list[Row]]:
     root = Path(__file__).parents[2]
     shared = {"MASTER_ADDR": tunnel.addresses[0], "MASTER_PORT": str(PORT), "WORLD_SIZE": str(len(lab))}
     shared["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # or every rank warns that its address has no name
-    argv = [sys.executable, "-m", "bench.wire_rank", json.dumps(tasks)]
+    argv = [sys.executable, "-m", "bench.studies.wire_rank", json.dumps(tasks)]
     ranks = [
         node.popen(
             argv,

@@ -79,7 +79,7 @@ def nearest_miss_text(plan: Plan) -> str:
         )
     model, places = plan.base.model, {"device": miss.short_bytes, "host": miss.host_short_bytes}
     more = " and ".join(f"{bytes_text(size)} more on each {place}" for place, size in places.items() if size)
-    keys = [model.larger_with] if miss.short_bytes else []  # activations grow with it, host memory does not
+    keys = [model.larger_with] if miss.short_bytes else []  # a smaller value shrinks activations, not host memory
     layers = getattr(model, "layers", None)
     keys += [] if layers is None else [f"model.layers (now {layers})"]
     return (
@@ -196,7 +196,7 @@ def _verify_choice(plan: Plan) -> Tracked:
 def _show_verified(chosen: Candidate, verified: Tracked, output: Output) -> None:
     """Compare planned with traced bytes, part by part; then print what an allocator and the system add.
 
-    Figures of a round depend on values, which fake tensors do not have: they are planned only.
+    A round's diagnostics (phase round_figures) depend on values, which fake tensors lack: they are planned only.
     """
     followed = replace(chosen.heights, phases=tuple(x for x in chosen.heights.phases if x.name != "round_figures"))
     memory = followed.peak()

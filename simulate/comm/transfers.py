@@ -1,8 +1,8 @@
 """Payload bytes and messages of collectives, in closed form; torch-free.
 
-The planner prices messages that nobody has sent yet: simulate.costs.message_schedule lists those of a method from these
-functions, and communicators report each one that they send as a Transfer. Bytes are summed over all devices, so that
-they are whole numbers; divide by N for one device.
+The planner prices messages that nobody has sent yet: the methods' plan.py and simulate.costs.message_schedule list them
+with these functions, and communicators report each one that they send as a Transfer. Sent and received bytes are summed
+over all devices, so that they are whole numbers; payload_bytes are one device's.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def chunk_elements(elements: int, devices: int) -> int:
 
 
 def residual_elements(elements: int, devices: int) -> int:
-    """Return the error feedback of a compressed mean on one device: of what it sends, and of the part it averages."""
+    """Return the elements of error feedback that one device keeps: N chunks that it sends, one that it averages."""
     return (devices + 1) * chunk_elements(elements, devices)
 
 

@@ -3,7 +3,7 @@
 Decoding images and encoding text take minutes, and every process of every run needs the result. It is kept as one
 safetensors file of arrays, memory-mapped, so that processes of one machine share its memory. The file holds its own
 digest, over its header and every byte of its arrays; a truncated or damaged file counts as missing and is made anew.
-The readers of text and images call `cached`; simulate.data.huggingface keeps its Arrow files with `cached_file`.
+simulate.data.tokenizer, images and huggingface call `cached`; huggingface keeps its Arrow files with `cached_file`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from simulate.common.safetensors_writer import DTYPES, header
 
 CACHE_VARIABLE = "LTE_CACHE"
 CACHE_VERSION = 1
-"""Part of every key: raise it where equal keys would mean other arrays."""
+"""Part of every key: raise it when changed code makes other arrays for the same key."""
 _NO_DIGEST = "0" * 64
 _READ_BYTES = 1 << 24
 _NUMPY_NAMES = {format_name: name for name, (format_name, _) in DTYPES.items()}
@@ -131,8 +131,8 @@ def cached_file(
 ) -> Opened:
     """Return what `read` makes of the file for `key`; `write` makes the file where it is missing or `read` gives None.
 
-    Raises InputError where the cache folder cannot be written. Of several processes that ask for the same key at once,
-    one makes the file and the others wait.
+    Raises InputError for any OSError of `read` and `write`, reported as a cache folder that cannot be used. Of several
+    processes that ask for the same key at once, one makes the file and the others wait.
     """
     folder = cache_folder()
     name = f"{kind}-{_key_digest(key)}.{suffix}"
@@ -212,7 +212,7 @@ def _read_header(file: BinaryIO) -> bytes:
 def _digest(file: BinaryIO) -> str:
     """Return the digest of an open file, with zeros in the place of the digest in its header."""
     entries = json.loads(_read_header(file))
-    # Checkpoints hold this digest: the metadata stays last, in whichever place the file has it.
+    # Checkpoints hold this digest, so it must not change: metadata is digested last, wherever the header has it.
     metadata = entries.pop("__metadata__")
     entries["__metadata__"] = {**metadata, "sha256": _NO_DIGEST}
     total = hashlib.sha256(json.dumps(entries).encode())

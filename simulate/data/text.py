@@ -1,4 +1,4 @@
-"""Text as tokens: from UTF-8 files, a data set of the hub, or the embedded default; torch-free: a plan can check it.
+"""Text as tokens, from UTF-8 files, the Hugging Face hub or, by default, Python's own source; plans check it, no torch.
 
 A text is one array of bytes or of a tokenizer's tokens, its last tenth held out. simulate.data.load calls `load_text`
 for a run and `read_bytes` for a plan; simulate.data.batches cuts windows out of a device's part (`shard_bounds`).
@@ -23,7 +23,7 @@ from simulate.data.tokenizer import Vocabulary, check_vocabulary, encode
 from simulate.models.interfaces import ReadsText
 
 STDLIB_BYTES = 2_000_000
-"""Bytes of the embedded default at most: the standard library's top-level modules, sorted by name."""
+"""Most bytes of the default text: source of the installed standard library's top-level modules, sorted by name."""
 VALIDATION_SHARE = 0.1
 SAMPLED_BYTES = 1 << 20
 """Bytes at the start of the hub's rows that are searched for anything but blanks."""
@@ -58,7 +58,7 @@ class Text:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tokens."""
+        """Bytes of the token array in memory, not of the text it came from."""
         return int(self.tokens.nbytes)
 
     def describe(self) -> str:
@@ -122,7 +122,7 @@ def tokenized(text: Text, tokenizer: str) -> Text:
     content, split = bytes(text.tokens), _split_of(len(text.tokens))
     while split < len(content) and content[split] & 0xC0 == 0x80:  # a UTF-8 character goes on here: do not cut it
         split += 1
-    # Files were checked to be UTF-8; the embedded text may end within a character.
+    # Files were checked to be UTF-8; the default text is cut at STDLIB_BYTES, perhaps within a character.
     train, held_out = (part.decode("utf-8", errors="replace") for part in (content[:split], content[split:]))
     encoded = encode(train, held_out, tokenizer)
     return Text(encoded.tokens, text.source, encoded.vocabulary, encoded.held_out_from)

@@ -2,7 +2,8 @@
 
 torch's own keeps the log-probabilities and makes two gradients of the logits' size; for GPT-2's vocabulary these three
 tensors would fill most of a small device's memory. Here the logits are kept, and the backward pass overwrites them with
-their own gradient. Logits of half precision are converted to float32 some rows at a time; their losses are float32.
+their own gradient. Logits of half precision are converted to float32, for class-index targets some rows at a time and
+for soft targets all at once; their losses are float32.
 
 Legend: M rows (tokens, images), V vocabulary or classes.
 """
@@ -68,7 +69,7 @@ class _SoftLosses(torch.autograd.Function):
 
 
 def soft_losses(logits_MV: Tensor, shares_MV: Tensor) -> Tensor:
-    """Return each row's cross-entropy with soft targets, (M, V), as (M,); the backward pass overwrites the logits."""
+    """Return each row's cross-entropy with soft targets, (M, V), as (M,); backward may overwrite the logits."""
     losses: Tensor = _SoftLosses.apply(logits_MV, shares_MV)
     return losses
 
@@ -76,7 +77,7 @@ def soft_losses(logits_MV: Tensor, shares_MV: Tensor) -> Tensor:
 def row_losses(outputs: Tensor, targets: Tensor) -> Tensor:
     """Return the loss of every token or sample of outputs (..., V), in order, (M,).
 
-    Targets are class indices (...), or shares of classes (..., V).
+    Targets are class indices (...), or shares of classes (..., V). The backward pass may overwrite the outputs.
     """
     logits_MV = outputs.flatten(0, -2)
     if targets.is_floating_point():

@@ -3,6 +3,7 @@
 LoRA layers with `method.quantize` hold their W in this form: it is dequantized for each product and quantized at
 merges.
 
+    bf16        two bytes a weight, no scales
     int8        one byte, and an fp32 scale for each row of W
     nf4         half a byte, and an fp32 scale for each block of 64
     nf4-double  as nf4, with scales of one byte, and an fp32 second-level scale ("top") for each 256 of them
@@ -55,7 +56,7 @@ class QuantizedWeight(nn.Module):
         return self.values.device
 
     def tensors(self) -> list[Tensor]:
-        """Return the buffers, which a device that did not quantize the weight itself receives instead."""
+        """Return the buffers, which can be sent to a device so that it need not quantize the weight itself."""
         return list(self.buffers())
 
     @torch.no_grad()
@@ -159,8 +160,8 @@ def _not_zero(scales: Tensor) -> Tensor:
 def _unpacked_nf4(values: Tensor, scales_B: Tensor, shape: torch.Size) -> Tensor:
     """Return the weight in fp32: each product of a level and its block's scale, rounded once.
 
-    The library gets rows of one block each, padded where the last is cut: with AVX-512 it takes the scales of a wider
-    row i from i · (width // 64), as if every row began with a block of its own.
+    The library gets rows of one block each, the last one padded: with AVX-512 it assumes that every row begins a new
+    block, and would use wrong scales where W's width is not a multiple of 64.
     """
     library, rows = nf4_library(), torch.Size((len(scales_B), NF4_BLOCK))
     missing = -len(values) % NF4_BLOCK_BYTES

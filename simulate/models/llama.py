@@ -15,7 +15,7 @@ from simulate.models.schema import LlamaModel
 INIT_STD = 0.02
 NORM_EPSILON = 1e-6
 ROTARY_BASE = 10_000.0
-"""Ratio of the longest to the shortest wavelength, 2π (Su et al. 2021, arXiv 2104.09864, section 3.2.2)."""
+"""Pair p turns by base^(−2p/E) radians a token (Su et al. 2021, arXiv 2104.09864, section 3.2.2)."""
 
 
 class RotaryAttention(nn.Module):

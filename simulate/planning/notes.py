@@ -130,7 +130,7 @@ def _checkpoints(chosen: Candidate) -> Iterator[str]:
         lost = min(steps, run.train.checkpoint_every, run.train.steps)
         yield (
             f"with cluster.recover_every = {every} checkpoints of {bytes_text(stops.save_bytes)} a device take "
-            f"{share:.1%} of the time; who is lost costs everybody up to {lost:,} steps, "
+            f"{share:.1%} of the time; if a device is lost, all devices repeat up to {lost:,} steps, "
             f"{seconds_text(lost * chosen.step_s)} of work"
         )
     elif every < affordable:

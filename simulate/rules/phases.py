@@ -28,7 +28,7 @@ class Phase:
     """What the forward pass has left for the backward pass."""
     temporary: int
     dropped: int = 0
-    """Of what is held else, moments that the merge before dropped."""
+    """Optimizer bytes that the preceding merge already freed."""
 
     @cached_property
     def total(self) -> int:

@@ -2,13 +2,16 @@
 
     W ← W + s·B·A,   A ← a new draw,   B ← 0            (all devices alike: a merge sends nothing)
 
+T is `merge_every`, s the adapters' `scale`.
+
 A restart zeroes the smallest `prune_share` of each of Adam's moments of the adapters, and the first moment wherever the
 second is gone (in the authors' code a rate near zero keeps such steps from blowing up). Then the learning rate climbs
 back: with c(t) the run's schedule and k steps since the restart at step q,
 
     rate(q + k) = (k+1)/(w+1)·c(q + w) for k < w = rewarm_steps,   c(t) from there on.
 
-`warm_start_steps` dense steps can go before; then weights stay, the optimizer starts anew.
+`warm_start_steps` dense steps can go before: the adapters then start from the trained weights, with a new optimizer and
+the same climb of the rate.
 
 With `quantize` W is kept in fewer bytes, and a full-precision copy in host memory is what restarts add to.
 """
@@ -75,7 +78,7 @@ class Relora(Lora):
     def _begin_adapters(self) -> None:
         weights = merged_state(self.model)
         device = next(iter(weights.values())).device
-        self.stepper.state.clear()  # makes room for the second network
+        self.stepper.state.clear()  # frees Adam's moments before the network with adapters is built
         network = build_model(self.run) if self.plain is None else self.plain
         network.load_state_dict(weights)
         self.dense = False
