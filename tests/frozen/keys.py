@@ -114,8 +114,9 @@ def _paths(value: Any, where: str = "") -> Iterator[str]:
 
 
 def _schema_with(tables: set[str]) -> type[BaseModel]:
-    """Return the one schema that has all of these tables; commands have imported it."""
-    found = {schema for schema in _below(BaseModel) if tables <= schema.model_fields.keys()}
+    """Return the one schema that has all of these tables and inherits them from no other; commands have imported it."""
+    having = {schema for schema in _below(BaseModel) if tables <= schema.model_fields.keys()}
+    found = {schema for schema in having if not having & set(schema.__mro__[1:])}
     assert len(found) == 1, f"schemas with {sorted(tables)}: {found or 'none'}"
     return found.pop()
 
@@ -138,7 +139,9 @@ def _tables(schema: type[BaseModel], place: str) -> Iterator[tuple[str, list[str
 
 
 def _schemas_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Yield the schemas that a field can take: those it names, and those that inherit from them, as methods do."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
+        yield from _below(annotation)
     for argument in get_args(annotation):
         yield from _schemas_in(argument)
