@@ -51,10 +51,10 @@ class Method(ABC):
         self.parameters = self.trained_parameters()
         # One device's overflow must not reach a mean of gradients, so it is zeroed before; else its row skips the step.
         zeroes = self.keeps_gradients_apart and not self.is_trained_per_device
-        self.loss = Loss(self.model, train, self.loss_scale, zeroes)
         matrices = muon_matrices(self.model, self.parameters)
         scale = None if zeroes else self.loss_scale
         self.stepper = Stepper(self.parameters, self.parameter_groups(), matrices, train, scale)
+        self.loss = Loss(self.model, train, self.loss_scale, zeroes, self.stepper.allocate_state)
 
     # What is trained, and how a step goes.
 
