@@ -120,8 +120,8 @@ def build_run(table: toml_io.Table, where: str = "run", text: str = "", assigned
     try:
         options = method_options(table.get("method", {}).get("name", DEFAULT_METHOD))
     except InputError as error:
-        place = "command line" if "method.name" in assigned else where
-        raise InputError(f"{place}: {error}") from None
+        source = "command line" if "method.name" in assigned else where
+        raise InputError(f"{source}: {error}") from None
     return toml_io.validate(_schema(options), table, where, text, assigned)
 
 
