@@ -108,7 +108,7 @@ class RoundOptions(MethodOptions):
     merge_delay: int = Field(default=0, ge=0)
     """Steps that go on while a merge travels; 0 waits for it."""
     pace: Pace = "lockstep"
-    """deadline: a slow device takes fewer steps of a round, at least one, and its merge weight is its share of samples."""
+    """deadline: a slow device takes fewer steps of a round, at least one, and has less weight in its merge."""
     round_deadline_s: float | None = Field(default=None, gt=0)
     """Seconds of a round with pace = "deadline"; not set: the time that the fastest device needs for T steps."""
     steps_taken: Steps | None = None

@@ -128,8 +128,8 @@ class Cluster(toml_io.Schema):
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Library that moves tensors of a launched run; auto: nccl between CUDA GPUs, gloo else."""
     min_devices: int | None = Field(default=None, gt=0)
-    """Devices that a launched run needs to continue without lost nodes, whose data moves to the others. Not set: all, so
-    the run waits for lost nodes to return."""
+    """Devices that a launched run needs to continue without lost nodes, whose data moves to the others. Not set: all,
+    so the run waits for lost nodes to return."""
     timeout_s: float = Field(default=600.0, gt=0)
     """Longest wait for one exchange; must exceed the lag of the slowest device at a merge."""
     join_timeout_s: float = Field(default=300.0, gt=0)
