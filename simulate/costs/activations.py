@@ -60,7 +60,7 @@ class _Step:
     """Pairs that divide the rows between them."""
     subtracts: bool = False
     """Whether the product of the last merge is subtracted in every pass."""
-    made: WeightMaterialisation = AS_THEY_ARE
+    materialisation: WeightMaterialisation = AS_THEY_ARE
     """What evaluations compute with."""
     plain: bool = False
     """Whether it is the plain network, for diagnostics, whose gradients go as they come: a tied table's when both are
@@ -132,7 +132,7 @@ class _Step:
         cast, gradient = linear.weights * self.product_bytes, linear.weights * self.element_bytes
         if not self.is_cast:
             rows = self.samples * linear.rows * linear.in_features * self.element_bytes  # whose gradients come after W
-            made = self.made.height(linear.weights, self.element_bytes, rows) - rows
+            made = self.materialisation.height(linear.weights, self.element_bytes, rows) - rows
             return self.unpacked if self.rank else max(gradient, made)
         kept = self.samples * linear.rows * max(linear.in_features, linear.out_features) * self.product_bytes
         return cast + self.unpacked if self.rank else max(cast, gradient - kept)
@@ -162,7 +162,7 @@ class _Step:
         Its weight is made, if it is not there, and stays while the outputs come.
         """
         linear = next(x for x in self.shape.adapted if x.name.endswith(name))
-        return before + self.made.height(linear.weights, self.element_bytes, outputs)
+        return before + self.materialisation.height(linear.weights, self.element_bytes, outputs)
 
     def _folded(self, linear: LinearShape, rows: int) -> int:
         """Bytes of the copies of the weight that a backward pass to the inputs folds products into, half the heads at
@@ -189,13 +189,13 @@ class _Step:
 def step_phases(
     shape: ModelShape, samples: int, rank: int, block_gradient_bytes: int, checkpointing: bool, element_bytes: int,
     product_bytes: int, unpacked_bytes: int = 0, heads: int = 1, subtracts: bool = False,
-    made: WeightMaterialisation = AS_THEY_ARE, plain: bool = False, keeps_inputs: bool = True,
+    materialisation: WeightMaterialisation = AS_THEY_ARE, plain: bool = False, keeps_inputs: bool = True,
 ) -> tuple[Phase, ...]:  # fmt: skip
     """Return the phases of one step and of an evaluation that can be its peak, over what is held all the time."""
     return _step_phases(
         _Step(
             shape, samples, rank, block_gradient_bytes, checkpointing, element_bytes, product_bytes, unpacked_bytes,
-            heads, subtracts, made, plain, keeps_inputs,
+            heads, subtracts, materialisation, plain, keeps_inputs,
         )
     )  # fmt: skip
 
@@ -427,7 +427,7 @@ def _traced(step: _Step) -> Found:
     return (
         Phase("backward_start", 0, measured + further_ranks, 0),
         Phase("backward_end", step.all_gradients, 0, largest),
-    ), max(step.made.height(x.weights, step.element_bytes, 0) for x in step.shape.adapted)
+    ), max(step.materialisation.height(x.weights, step.element_bytes, 0) for x in step.shape.adapted)
 
 
 Found = tuple[tuple[Phase, ...], int]

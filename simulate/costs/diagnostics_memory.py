@@ -33,11 +33,12 @@ activations; parts of gradients that sums of squares copy in double precision.""
 
 
 def diagnosing_phases(
-    run: Run, shape: ModelShape, made: WeightMaterialisation, shared_memory: bool, dropped_bytes: int
+    run: Run, shape: ModelShape, materialisation: WeightMaterialisation, shared_memory: bool, dropped_bytes: int
 ) -> tuple[Phase, ...]:
     """Return the moments of an event that can be a device's peak, over what is held all the time.
 
-    `made` says how the dense weights come about; `dropped_bytes` are the moments that the merge before has freed.
+    `materialisation` says how the dense weights are computed; `dropped_bytes` are moments that the preceding merge
+    already freed.
     """
     element_bytes, train = ELEMENT_BYTES[run.train.dtype], run.train
     batch_bytes = train.micro_batch * shape.inputs * element_bytes  # of images, held until the next batch comes
@@ -46,7 +47,7 @@ def diagnosing_phases(
         shape, train.micro_batch, 0, 0, train.activation_checkpointing, element_bytes, element_bytes
     )  # fmt: skip
     passes = round(MARGIN * max(phase.activations + phase.temporary for phase in dense_step))
-    making = made.height(max(linear.weights for linear in shape.adapted), element_bytes, 0)
+    making = materialisation.height(max(linear.weights for linear in shape.adapted), element_bytes, 0)
     message = max(largest, min(MESSAGE_BYTES, shape.parameters * element_bytes)) if run.cluster.devices > 1 else 0
     # The sum of gradients lies with the host: on a device with memory of its own there is a copy, and a packed one.
     adding = round(MARGIN * message * (1 if shared_memory else 2))

@@ -27,7 +27,7 @@ PARTS = 2
 class EvalAndSaveTime:
     """How often a run evaluates and saves, and the seconds of each time; the slowest device's."""
 
-    calendar: Cadence
+    cadence: Cadence
     evaluation_s: float
     save_bytes: int
     """What one device's process writes each time: its own part, and what all share."""
@@ -37,27 +37,27 @@ class EvalAndSaveTime:
     @property
     def evaluations(self) -> int:
         """How many there are."""
-        return self.calendar.num_evaluations
+        return self.cadence.num_evaluations
 
     @property
     def saves(self) -> int:
         """How many checkpoints there are."""
-        return self.calendar.num_saves
+        return self.cadence.num_saves
 
     @property
     def total_s(self) -> float:
         """Return the seconds of everything but training."""
-        times = self.calendar  # looked up at once, for thousands of candidates
+        times = self.cadence  # looked up at once, for thousands of candidates
         return times.num_evaluations * self.evaluation_s + times.num_saves * (self.save_s or 0.0)
 
     def affordable_recovery(self, step_s: float) -> int:
         """Return the fewest merges between recovery points that leave these no more than their share of the time."""
-        meetings = -(-self.calendar.steps // self.calendar.apart)
-        share = (self.save_s or 0.0) / (AFFORDABLE_SHARE * self.calendar.apart * step_s)
+        meetings = -(-self.cadence.steps // self.cadence.apart)
+        share = (self.save_s or 0.0) / (AFFORDABLE_SHARE * self.cadence.apart * step_s)
         return max(1, math.ceil(min(share, meetings)))
 
 
-def pauses(run: Run, shape: ModelShape, kinds: Sequence[Device]) -> EvalAndSaveTime:
+def eval_and_save_time(run: Run, shape: ModelShape, kinds: Sequence[Device]) -> EvalAndSaveTime:
     """Return the pauses of a run on these kinds of devices."""
     save_bytes, evaluating_s, saving_s, known = checkpoint_bytes(run, shape, 1), 0.0, 0.0, True
     for device in kinds:

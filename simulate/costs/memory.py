@@ -20,7 +20,7 @@ from simulate.costs.buffers import exchange_phases
 from simulate.costs.cache import by_method
 from simulate.costs.diagnostics_memory import diagnosing_phases, kept_bytes
 from simulate.costs.moments import moment_bytes, moment_bytes_beside_adapters
-from simulate.costs.state import frozen_bytes, holding
+from simulate.costs.state import frozen_bytes, persistent_state
 from simulate.layers.formats import ELEMENT_BYTES, PRODUCT_BYTES, packing_bytes, unpacking_bytes
 from simulate.models.shapes import ModelShape
 from simulate.rules.method_plan import plan_of
@@ -106,22 +106,22 @@ _total = attrgetter("total")
 
 def peak_memory(run: Run, shape: ModelShape, device: Device) -> Memory:
     """Return the peak of one device of the run."""
-    return heights(run, shape, device).peak()
+    return peak_profile(run, shape, device).peak()
 
 
 def memory_by_phase(run: Run, shape: ModelShape, device: Device) -> dict[PhaseName, Memory]:
     """Return the height of each phase that the run goes through, in the order of PHASES."""
-    high = heights(run, shape, device)
+    high = peak_profile(run, shape, device)
     return {name: high.memory(phase) for name, phase in high.highest().items()}
 
 
-def heights(run: Run, shape: ModelShape, device: Device) -> PeakProfile:
+def peak_profile(run: Run, shape: ModelShape, device: Device) -> PeakProfile:
     """Return what a device of the run keeps, and its phases."""
     shared_memory = device.host_memory_bytes == 0
     lasting = _lasting(run, shape, shared_memory)
     phases = _phases(run, shape, lasting)
     if run.train.diagnostics_every is not None:
-        phases += diagnosing_phases(run, shape, lasting.made, shared_memory, _dropped_bytes(run, shape))
+        phases += diagnosing_phases(run, shape, lasting.materialisation, shared_memory, _dropped_bytes(run, shape))
     return PeakProfile(lasting.weights, lasting.adapters, lasting.optimizer, device.reserved_bytes, phases)
 
 
@@ -141,14 +141,14 @@ class _Lasting:
     block_gradient_bytes: int
     unpacked_bytes: int
     subtracts: bool
-    made: WeightMaterialisation
+    materialisation: WeightMaterialisation
     keeps_inputs: bool
 
 
 @by_method
 def _lasting(run: Run, shape: ModelShape, shared_memory: bool) -> _Lasting:
     element_bytes, devices = ELEMENT_BYTES[run.train.dtype], run.cluster.devices
-    plan, held = plan_of(run.method), holding(run, shape)
+    plan, held = plan_of(run.method), persistent_state(run, shape)
     layout = None if plan.starts_dense else plan.adapters(devices)
     weights, adapters = _weight_bytes(run, shape, shared_memory), held.adapters * element_bytes
     optimizer = moment_bytes(run, shape) + held.extra * element_bytes + kept_bytes(run, shape)
@@ -169,7 +169,7 @@ def _lasting(run: Run, shape: ModelShape, shared_memory: bool) -> _Lasting:
         block_gradient_bytes=block_trained * element_bytes,
         unpacked_bytes=_unpacked_bytes(run.method, shape, element_bytes),
         subtracts=layout is not None and layout.subtracts,
-        made=plan.evaluation_weights(),
+        materialisation=plan.evaluation_weights(),
         keeps_inputs=layout is None or not layout.frozen_a,
     )
 
@@ -179,7 +179,7 @@ def _phases(run: Run, shape: ModelShape, lasting: _Lasting) -> tuple[Phase, ...]
     step = step_phases(
         shape, train.micro_batch, lasting.rank, lasting.block_gradient_bytes, train.activation_checkpointing,
         element_bytes, PRODUCT_BYTES.get(train.autocast, element_bytes), lasting.unpacked_bytes, lasting.heads,
-        lasting.subtracts, lasting.made, keeps_inputs=lasting.keeps_inputs,
+        lasting.subtracts, lasting.materialisation, keeps_inputs=lasting.keeps_inputs,
     )  # fmt: skip
     # The batch is held until the next one comes; tokens are too few to count.
     batch_bytes = train.micro_batch * shape.inputs * element_bytes
@@ -250,7 +250,7 @@ def checkpoint_bytes(run: Run, shape: ModelShape, devices: int, in_a_round: bool
     After a merge, which may have dropped moments, or `in_a_round`.
     Of a run with a dense warm start, before its first adapter, where it holds most.
     """
-    plan, held, element_bytes = plan_of(run.method), holding(run, shape), ELEMENT_BYTES[run.train.dtype]
+    plan, held, element_bytes = plan_of(run.method), persistent_state(run, shape), ELEMENT_BYTES[run.train.dtype]
     frozen_bytes_kept, weights = 0, shape.parameters
     if plan.adapters(run.cluster.devices) is not None:
         frozen_bytes_kept = frozen_bytes(shape, run.method.frozen_format, element_bytes)

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from simulate.config.method_options import MethodOptions
 from simulate.config.run import Run
-from simulate.costs.state import holding
+from simulate.costs.state import persistent_state
 from simulate.layers.formats import ELEMENT_BYTES
 from simulate.models.shapes import ModelShape
 from simulate.rules.method_plan import plan_of
@@ -18,7 +18,7 @@ def moment_bytes(run: Run, shape: ModelShape) -> int:
     """Return the bytes of all moments of one device."""
     element_bytes = ELEMENT_BYTES[run.train.dtype]
     if run.train.optimizer_state == "fp32":
-        return holding(run, shape).moments * element_bytes
+        return persistent_state(run, shape).moments * element_bytes
     return _eight_bit_bytes(run.method, shape, run.cluster.devices, run.train.optimizer == "muon", element_bytes)
 
 

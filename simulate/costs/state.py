@@ -32,7 +32,7 @@ class PersistentState:
 
 
 @by_method
-def holding(run: Run, shape: ModelShape) -> PersistentState:
+def persistent_state(run: Run, shape: ModelShape) -> PersistentState:
     """Return what a device of the run keeps; with a dense warm start that of the dense steps, which hold most."""
     plan, devices, muon = plan_of(run.method), run.cluster.devices, run.train.optimizer == "muon"
     layout = None if plan.starts_dense else plan.adapters(devices)

@@ -14,7 +14,7 @@ from simulate.costs.flops import merge_flops, pass_flops, update_flops
 from simulate.costs.kernel_time import KernelRates, layers_s, pass_s, products_s, sum_of_products
 from simulate.costs.message_schedule import num_rounds, schedule
 from simulate.costs.message_time import link_of, transfer_s
-from simulate.costs.state import frozen_bytes, holding
+from simulate.costs.state import frozen_bytes, persistent_state
 from simulate.layers.formats import ELEMENT_BYTES, PRODUCT_BYTES
 from simulate.models.shapes import ModelShape
 from simulate.rules.method_plan import plan_of
@@ -171,7 +171,7 @@ class _Moved:
 @by_method
 def _moved(run: Run, shape: ModelShape) -> _Moved:
     element_bytes, method = ELEMENT_BYTES[run.train.dtype], run.method
-    trained = holding(run, shape).trained
+    trained = persistent_state(run, shape).trained
     moment_bytes = element_bytes if run.train.optimizer_state == "fp32" else 1
     unpacked, others = 0, _cast_bytes(run, shape)
     if plan_of(method).compresses_gradients:
@@ -200,7 +200,7 @@ def _cast_bytes(run: Run, shape: ModelShape) -> int:
 @by_method
 def merge_compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
     """Seconds of a round's merges: products, and the weights read and written once (with momentum: twice)."""
-    moved = plan_of(run.method).merge_elements_moved(shape, holding(run, shape).extra)
+    moved = plan_of(run.method).merge_elements_moved(shape, persistent_state(run, shape).extra)
     moved_bytes = moved * ELEMENT_BYTES[run.train.dtype]
     moved_s = moved_bytes / rates.memory_bytes_per_s + _packed_s(run, shape, rates.kernels)
     flops = merge_flops(run, shape)

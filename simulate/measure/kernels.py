@@ -33,7 +33,7 @@ from simulate.costs.kernel_time import (
     outer_product,
     products_s,
 )
-from simulate.costs.state import holding
+from simulate.costs.state import persistent_state
 from simulate.costs.step_time import ADAM_ELEMENTS_MOVED, ADAM_MOMENTS_MOVED, CLIP_ELEMENTS_MOVED
 from simulate.layers.quantized import NF4_LIBRARY, QuantizedWeight
 from simulate.measure.timer import Stopwatch
@@ -214,7 +214,7 @@ def _elementwise(watch: Stopwatch, rates: KernelRates, run: Run) -> list[float]:
     """Return [bytes of an activation, bytes/s] of a dense step's work beside products, attention and AdamW."""
     shape = run.model.shape()
     taken_s = step_s(watch, run)
-    moved = holding(run, shape).trained * FLOAT_BYTES
+    moved = persistent_state(run, shape).trained * FLOAT_BYTES
     adam, clip = (ADAM_ELEMENTS_MOVED + ADAM_MOMENTS_MOVED) * moved, CLIP_ELEMENTS_MOVED * moved
     known_s = products_s((*block_products(run, shape, False), outer_product(shape, run.train.micro_batch)), rates)
     known_s += attention_s(run, shape, rates) + rates.optimizer.seconds(adam, adam + clip)

@@ -118,7 +118,7 @@ class DensePlan(Generic[OptionsT]):
         """Whether these options go together: yes, as no two values of `axes` exclude each other."""
         return True
 
-    def treatments(self) -> str:
+    def describe_unadapted(self) -> str:
         """Return how devices keep their parameters together, in words."""
         return "gradients averaged at every step"
 

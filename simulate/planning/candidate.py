@@ -49,7 +49,7 @@ class PlanContext:
     def of(
         cls, run: Run, profile: Profile, tokens: int, choice: SelectionCriteria, spaces_recovery: bool
     ) -> PlanContext:
-        """Return the setting of a run, and of all others of its model and as many devices."""
+        """Return the context of a run, and of all others of its model and as many devices."""
         devices, keeps = profile.devices(run.cluster.devices), "checkpoint_every" in run.train.model_fields_set
         return cls(profile, run.model.shape(), devices, tokens, choice, Margins.of(profile), spaces_recovery, keeps)
 
@@ -65,15 +65,15 @@ class Candidate:
     """One way to train, with what it costs on the profile; figures are for one device unless they say otherwise."""
 
     run: Run
-    setting: PlanContext
+    context: PlanContext
     memory: Memory
     """At its peak: the highest phase."""
-    heights: PeakProfile
+    peak_profile: PeakProfile
     """Of all phases."""
     host_memory_by_part: dict[str, int]
     sent_bytes_per_round: float
     time: RoundTime
-    pauses: EvalAndSaveTime
+    eval_and_save: EvalAndSaveTime
     wall_s: float
     """Of the whole run: training, evaluations and checkpoints."""
     samples_factor: float
@@ -81,28 +81,28 @@ class Candidate:
     @property
     def tokens(self) -> int:
         """Asked for; steps round them up."""
-        return self.setting.tokens
+        return self.context.tokens
 
     @property
     def margins(self) -> Margins:
         """How far times may be off."""
-        return self.setting.margins
+        return self.context.margins
 
     @property
     def efficiency(self) -> Efficiency | None:
         """The samples model; None: the shipped one."""
-        return self.setting.choice.efficiency
+        return self.context.choice.efficiency
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """Drawbacks, one sentence each."""
-        probe = self.setting.choice.probe
-        return (*_warnings(self.run, self.setting, self.time), *(probe.marks(self.run) if probe else ()))
+        probe = self.context.choice.probe
+        return (*_warnings(self.run, self.context, self.time), *(probe.marks(self.run) if probe else ()))
 
     @property
     def received_bytes_per_round(self) -> float:
         """Bytes that a device receives in a round, the mean over the run's."""
-        received = received_bytes(self.run, self.setting.shape, self.run.train.steps)
+        received = received_bytes(self.run, self.context.shape, self.run.train.steps)
         return received / self.rounds / self.run.cluster.devices
 
     @cached_property
@@ -114,7 +114,7 @@ class Candidate:
     @property
     def memory_by_phase(self) -> dict[str, int]:
         """Bytes of all parts at the height of each phase."""
-        return self.heights.totals()
+        return self.peak_profile.totals()
 
     @property
     def rounds(self) -> int:
@@ -134,7 +134,7 @@ class Candidate:
     @property
     def training_s(self) -> float:
         """Seconds of the whole run's rounds."""
-        return self.wall_s - self.pauses.total_s
+        return self.wall_s - self.eval_and_save.total_s
 
     @property
     def step_s(self) -> float:
@@ -176,8 +176,8 @@ def candidate_of(result: Candidate | Rejected) -> Candidate:
     return result.candidate if isinstance(result, Rejected) else result
 
 
-def _warnings(run: Run, setting: PlanContext, time: RoundTime) -> Iterator[str]:
-    profile, shape = setting.profile, setting.shape
+def _warnings(run: Run, context: PlanContext, time: RoundTime) -> Iterator[str]:
+    profile, shape = context.profile, context.shape
     share = time.exchange_s / time.round_s
     if share > LINK_DOMINATES:
         yield f"the link dominates: {share:.0%} of the time"

@@ -27,7 +27,7 @@ PACE_MATTERS = 1.1
 
 
 def plan_notes(
-    setting: PlanContext,
+    context: PlanContext,
     base: Run,
     chosen: Candidate | None,
     first: Candidate | None,
@@ -39,27 +39,27 @@ def plan_notes(
     `first` ranks first, whether or not it is the choice; `rival` is the best of the methods that were not chosen from;
     `evaluate` works out another run.
     """
-    choice, shape = setting.choice, setting.shape
-    yield from _assumptions(setting, chosen, first)
+    choice, shape = context.choice, context.shape
+    yield from _assumptions(context, chosen, first)
     if choice.probe:
         yield from choice.probe.notes(base, chosen.run if chosen else None)
     if chosen:
-        yield from _treatments(chosen, shape)
+        yield from _unadapted(chosen, shape)
     yield from shape.notes
     if chosen:
         yield from _worth_trying(chosen)
-        yield from format_notes(chosen, setting.profile, evaluate)
+        yield from format_notes(chosen, context.profile, evaluate)
         yield from _checkpoints(chosen)
         yield from _deadlines(chosen)
         yield from diagnostics_notes(chosen.run, shape)
         yield from _faster_rival(chosen, rival)
 
 
-def _assumptions(setting: PlanContext, chosen: Candidate | None, first: Candidate | None) -> Iterator[str]:
-    profile, choice = setting.profile, setting.choice
+def _assumptions(context: PlanContext, chosen: Candidate | None, first: Candidate | None) -> Iterator[str]:
+    profile, choice = context.profile, context.choice
     sources = {device.source for device in profile.device} | {profile.link.source}
     yield f"figures of profile {profile.name} are {' and '.join(sorted(sources))}: times are estimates, bytes are exact"
-    if not setting.margins.is_point:
+    if not context.margins.is_point:
         yield RULE
     model = choice.efficiency or shipped()
     lte = model.methods["lte"]
@@ -86,7 +86,7 @@ def _quantized(chosen: Candidate) -> Iterator[str]:
         )
 
 
-def _treatments(chosen: Candidate, shape: ModelShape) -> Iterator[str]:
+def _unadapted(chosen: Candidate, shape: ModelShape) -> Iterator[str]:
     """Say what the choice does with parameters that no low-rank pair serves."""
     method, elements = chosen.run.method, Counter[str]()
     plan = plan_of(method)
@@ -96,7 +96,7 @@ def _treatments(chosen: Candidate, shape: ModelShape) -> Iterator[str]:
         elements[tensor.kind] += tensor.elements
     become = {"norm": getattr(method, "norms", "average"), "bias": getattr(method, "biases", "average")}
     parts = (f"{PLURALS[kind]} {count:,} ({become.get(kind, 'average')})" for kind, count in elements.items())
-    yield f"not adapted, every device trains its own copy, {plan.treatments()}: {', '.join(parts)}"
+    yield f"not adapted, every device trains its own copy, {plan.describe_unadapted()}: {', '.join(parts)}"
 
 
 def _worth_trying(chosen: Candidate) -> Iterator[str]:
@@ -118,32 +118,32 @@ def _worth_trying(chosen: Candidate) -> Iterator[str]:
 
 def _checkpoints(chosen: Candidate) -> Iterator[str]:
     """Say what checkpoints take where that is much, or not known."""
-    setting, stops, run = chosen.setting, chosen.pauses, chosen.run
-    if stops.save_s is None:
-        name = setting.profile.name
+    context, eval_and_save, run = chosen.context, chosen.eval_and_save, chosen.run
+    if eval_and_save.save_s is None:
+        name = context.profile.name
         yield f"profile {name} has no device.disk_write_bytes_per_s: checkpoints are planned to take no time"
         return
-    every, affordable = run.cluster.recover_every, stops.affordable_recovery(chosen.step_s)
-    steps = stops.calendar.recover_steps
-    if setting.spaces_recovery and every > 1:
-        share = stops.saves * stops.save_s / chosen.wall_s
+    every, affordable = run.cluster.recover_every, eval_and_save.affordable_recovery(chosen.step_s)
+    steps = eval_and_save.cadence.recover_steps
+    if context.spaces_recovery and every > 1:
+        share = eval_and_save.saves * eval_and_save.save_s / chosen.wall_s
         lost = min(steps, run.train.checkpoint_every, run.train.steps)
         yield (
-            f"with cluster.recover_every = {every} checkpoints of {bytes_text(stops.save_bytes)} a device take "
+            f"with cluster.recover_every = {every} checkpoints of {bytes_text(eval_and_save.save_bytes)} a device take "
             f"{share:.1%} of the time; if a device is lost, all devices repeat up to {lost:,} steps, "
             f"{seconds_text(lost * chosen.step_s)} of work"
         )
     elif every < affordable:
         yield (
-            f"a recovery point after every {steps} steps takes {stops.save_s / (steps * chosen.step_s):.0%} of their "
-            f"time; --set cluster.recover_every={affordable} makes that {AFFORDABLE_SHARE:.0%}"
+            f"a recovery point after every {steps} steps takes {eval_and_save.save_s / (steps * chosen.step_s):.0%} of "
+            f"their time; --set cluster.recover_every={affordable} makes that {AFFORDABLE_SHARE:.0%}"
         )
 
 
 def _deadlines(chosen: Candidate) -> Iterator[str]:
     """Say what a deadline would do where all wait for slow devices, if the method knows deadlines."""
-    method, setting = chosen.run.method, chosen.setting
-    shape, devices, profile = setting.shape, setting.devices, setting.profile
+    method, context = chosen.run.method, chosen.context
+    shape, devices, profile = context.shape, context.devices, context.profile
     if "pace" not in type(method).model_fields or method.is_paced:
         return
     step_s = device_step_s(chosen.run, shape, devices)

@@ -19,15 +19,15 @@ FORMATS: tuple[Format, ...] = ("bf16", "fp16")
 
 def check_formats(run: Run, profile: Profile) -> None:
     """Raise InputError where the run asks for a format that a device of the profile does not multiply in."""
-    wanted = run.train.autocast
-    if wanted == "none":
+    autocast = run.train.autocast
+    if autocast == "none":
         return
-    lacking = next((device for device in profile.device if not _has(device, wanted)), None)
+    lacking = next((device for device in profile.device if not _has(device, autocast)), None)
     if lacking is not None:
         common = common_formats(profile)
         other = f"train.autocast={common[0]}" if common else "train.autocast=none, it multiplies in fp32 only"
         raise InputError(
-            f"train.autocast = {wanted!r}: profile {profile.name} gives {lacking.kind} no {wanted} rate; "
+            f"train.autocast = {autocast!r}: profile {profile.name} gives {lacking.kind} no {autocast} rate; "
             f"try --set {other}"
         )
 

@@ -11,8 +11,8 @@ from simulate.common.gc_paused import collector_paused
 from simulate.config.hardware import Device, Profile
 from simulate.config.method_table import BASELINE, METHOD_NAMES
 from simulate.config.run import Run
-from simulate.costs.eval_and_save_time import pauses
-from simulate.costs.memory import Memory, heights, host_memory_by_part, peak_memory
+from simulate.costs.eval_and_save_time import eval_and_save_time
+from simulate.costs.memory import Memory, host_memory_by_part, peak_memory, peak_profile
 from simulate.costs.message_schedule import num_rounds, sent_bytes
 from simulate.costs.samples import samples_factor
 from simulate.costs.step_time import distinct, round_time
@@ -97,31 +97,31 @@ def evaluate(run: Run, profile: Profile, tokens: int, spaces_recovery: bool = Fa
     return _evaluate(run, PlanContext.of(run, profile, tokens, SelectionCriteria(), spaces_recovery))
 
 
-def _evaluate(run: Run, setting: PlanContext) -> Candidate | Rejected:
-    shape, devices, choice = setting.shape, setting.devices, setting.choice
+def _evaluate(run: Run, context: PlanContext) -> Candidate | Rejected:
+    shape, devices, choice = context.shape, context.devices, context.choice
     kinds = distinct(devices)
-    fullest = [(device, heights(run, shape, device)) for device in kinds]
+    fullest = [(device, peak_profile(run, shape, device)) for device in kinds]
     peaks = [(device, high, high.peak()) for device, high in fullest]
     device, high, memory = min(peaks, key=lambda peak: peak[0].memory_bytes - peak[2].total)
     host_parts = host_memory_by_part(run, shape, device)
-    time, rounds = round_time(run, shape, devices, setting.profile.link), num_rounds(run)
-    stops = pauses(run, shape, kinds)
-    if setting.spaces_recovery and (
-        (every := stops.affordable_recovery(time.round_s / time.steps)) != run.cluster.recover_every
+    time, rounds = round_time(run, shape, devices, context.profile.link), num_rounds(run)
+    eval_and_save = eval_and_save_time(run, shape, kinds)
+    if context.spaces_recovery and (
+        (every := eval_and_save.affordable_recovery(time.round_s / time.steps)) != run.cluster.recover_every
     ):
-        run = _with_recovery(run, setting, every, stops.calendar.apart)
-        stops = replace(stops, calendar=Cadence.of(run))
+        run = _with_recovery(run, context, every, eval_and_save.cadence.apart)
+        eval_and_save = replace(eval_and_save, cadence=Cadence.of(run))
     candidate = Candidate(
         run=run,
-        setting=setting,
+        context=context,
         memory=memory,
-        heights=high,
+        peak_profile=high,
         host_memory_by_part=host_parts,
         sent_bytes_per_round=sent_bytes(run, shape, run.train.steps) / rounds / run.cluster.devices,
         time=time,
-        pauses=stops,
-        wall_s=run.train.steps * time.compute_s + rounds * (time.merge_s + time.exchange_s) + stops.total_s,
-        samples_factor=samples_factor(run, shape, setting.tokens, choice.efficiency),
+        eval_and_save=eval_and_save,
+        wall_s=run.train.steps * time.compute_s + rounds * (time.merge_s + time.exchange_s) + eval_and_save.total_s,
+        samples_factor=samples_factor(run, shape, context.tokens, choice.efficiency),
     )
     short_bytes = max(0, memory.total - device.memory_bytes)
     # Of one memory, what is left.
@@ -139,10 +139,10 @@ def _evaluate(run: Run, setting: PlanContext) -> Candidate | Rejected:
     return candidate
 
 
-def _with_recovery(run: Run, setting: PlanContext, every: int, apart: int) -> Run:
+def _with_recovery(run: Run, context: PlanContext, every: int, apart: int) -> Run:
     """Return a run that saves after so many meetings, and between these points only where it was asked to."""
-    update: dict[str, Any] = {"cluster": setting.recovering(run.cluster, every)}
-    if not setting.keeps_checkpoints:
+    update: dict[str, Any] = {"cluster": context.recovering(run.cluster, every)}
+    if not context.keeps_checkpoints:
         points = -(-run.train.checkpoint_every // (every * apart))
         saves_every = min(points * every * apart, run.train.steps)
         update["train"] = run.train.model_copy(update={"checkpoint_every": saves_every})
@@ -185,14 +185,14 @@ def make_plan(
     choice = choice or SelectionCriteria()
     pins = replace(pins, ranks=choice.probe.ranks(base)) if choice.probe else pins
     check_formats(base, profile)
-    setting = PlanContext.of(base, profile, tokens, choice, "recover_every" not in base.cluster.model_fields_set)
-    shape, devices = setting.shape, setting.devices
+    context = PlanContext.of(base, profile, tokens, choice, "recover_every" not in base.cluster.model_fields_set)
+    shape, devices = context.shape, context.devices
     rank = rank_by(value_of(choice.objective, profile, len(devices)))
     methods = (pins.method,) if pins.method else CHOSEN_FROM
 
     def results_of(names: Sequence[str]) -> list[Candidate | Rejected]:
         runs = grid(base, shape, names, pins, tokens)
-        return [_evaluate(run, setting) for run in runs]
+        return [_evaluate(run, context) for run in runs]
 
     results = results_of(methods)
     if not results:
@@ -217,7 +217,7 @@ def make_plan(
         chosen=chosen,
         dense=best([r for r in results if candidate_of(r).run.method.name == BASELINE], rank)
         or best(results_of(("ddp",)), rank),
-        notes=(*notes, *plan_notes(setting, base, chosen, first, rival, lambda run: _evaluate(run, setting))),
+        notes=(*notes, *plan_notes(context, base, chosen, first, rival, lambda run: _evaluate(run, context))),
         rivals=tuple(rival for rival in rivals if rival is not None),
         pins=pins,
         choice=choice,

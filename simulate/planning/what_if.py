@@ -107,7 +107,7 @@ def look_ahead(plan: Plan, chosen: Candidate, rounds: int) -> Outlook:
     return Outlook(
         timeline=timeline,
         planned_s=_closed_form_s(steps, devices, profile.link),
-        run_wall_s=timeline.wall_s * run.train.steps / timeline.steps + chosen.pauses.total_s,
+        run_wall_s=timeline.wall_s * run.train.steps / timeline.steps + chosen.eval_and_save.total_s,
         doublings=doublings,
         worth_devices=max(worth, default=len(devices)),
         upgrades=tuple(sorted(_upgrades(run, devices, profile.link), key=lambda upgrade: -upgrade.speedup)),

@@ -1,4 +1,6 @@
-"""How many of a round's steps each device takes, where devices are not equally fast.
+"""Count the steps of a round that each device takes, where devices are not equally fast.
+
+The training loop, the simulated clock and the planned times call this, so that all three count alike.
 
 Letters: N devices, T steps of a round, c_n steps of device n.
 """
@@ -11,14 +13,14 @@ from collections.abc import Sequence
 from simulate.config.method_options import MethodOptions
 
 ROUNDING = 1e-9
-"""A step that fits but for rounding fits."""
+"""Share of a step that division may round away: a step that fits exactly must not be lost to it."""
 
 
 def round_counts(method: MethodOptions, step_s: Sequence[float], round_index: int = 0) -> tuple[int, ...]:
-    """Return c_n for devices that need `step_s` seconds a step: T in lockstep, else as many as the deadline leaves.
+    """Return c_n for devices that need `step_s` seconds a step: T in lockstep, else as many as the deadline allows.
 
-    c_n = max(1, min(T, ⌊deadline / step_s_n⌋)); not given, the deadline is what the fastest device needs for T steps.
-    Steps that are given, round by round, start again where they end.
+    c_n = max(1, min(T, ⌊deadline / step_s_n⌋)). Without a deadline, it is the time that the fastest device needs for T
+    steps. A list of given steps repeats from its start.
     """
     every = method.round_steps
     if not method.is_paced:
@@ -31,9 +33,9 @@ def round_counts(method: MethodOptions, step_s: Sequence[float], round_index: in
 
 
 def round_compute_s(method: MethodOptions, step_s: Sequence[float]) -> tuple[float, float]:
-    """Return the seconds of a round's steps, until the last device is done, and how many steps all devices take.
+    """Return the seconds until a round's last device is done, and the steps of all devices together.
 
-    Both are the mean over rounds where the steps are given.
+    Where the steps are given round by round, both are means over the given rounds.
     """
     if not method.is_paced:
         return method.round_steps * max(step_s), float(method.round_steps * len(step_s))

@@ -146,7 +146,7 @@ class LtePlan(AdapterPlan[LteOptions]):
             return options.master == "host"
         return not options.merge_delay and (options.master != "server" or self._is_served)
 
-    def treatments(self) -> str:
+    def describe_unadapted(self) -> str:
         """Return how parameters beside adapters are trained together."""
         return "averaged at merges, unless said"
 
