@@ -14,6 +14,7 @@ from functools import lru_cache
 from simulate.layers.folding import folded_products
 from simulate.layers.formats import LOSS_CHUNK_ELEMENTS
 from simulate.models.shapes import LinearShape, ModelShape
+from simulate.rules.cadence import evaluation_batch
 from simulate.rules.phases import AS_THEY_ARE, Phase, WeightMaterialisation
 
 BLOCK_TENSORS = 16
@@ -202,11 +203,14 @@ def step_phases(
 
 def _step_phases(step: _Step) -> tuple[Phase, ...]:
     phases, forward = _FAMILIES[step.shape.family](step)
-    if step.is_cast:  # evaluations are not
-        step = replace(step, product_bytes=step.element_bytes)
+    samples = evaluation_batch(step.samples, step.is_cast)
+    waiting = _images(step)  # the step's own batch, of which an evaluation takes a part
+    if step.is_cast or samples != step.samples:  # evaluations are not cast
+        step = replace(step, product_bytes=step.element_bytes, samples=samples)
         _, forward = _FAMILIES[step.shape.family](step)
+    waiting -= _images(step)
     evaluation = max(forward, step.logits + 2 * step.u, step.logits + step.scratch)
-    return (*phases, Phase("evaluation", 0, 0, evaluation))
+    return (*phases, Phase("evaluation", 0, 0, waiting + evaluation))
 
 
 def _attention_statistics(step: _Step) -> int:

@@ -75,7 +75,7 @@ def save_s(num_bytes: int, device: Device) -> float | None:
 
 def evaluation_s(run: Run, shape: ModelShape, device: Device) -> float:
     """Return the seconds of one evaluation: the devices take turns with its batches, on plain layers."""
-    samples = evaluation_batch(run.train.micro_batch)
+    samples = evaluation_batch(run.train.micro_batch, run.train.autocast != "none")
     turns = -(-run.train.evaluate_samples // (samples * run.cluster.devices))
     return turns * _batch_s(shape, samples, run.method.frozen_format, run.train.dtype, device)
 
