@@ -1,4 +1,4 @@
-"""Bytes that one event of diagnostics makes devices exchange, beside those of their method.
+"""Count the bytes that one diagnostics event exchanges, on top of those of the method.
 
 Over devices in processes of their own, layer by layer, as simulate.methods.round_updates and
 simulate.training.diagnostics exchange them:
@@ -9,8 +9,8 @@ simulate.training.diagnostics exchange them:
                     broadcast each, and an all-reduce of K left singular vectors a device and of S x S inner products
     gradients       all-reduce of their sum
 
-A few numbers a device travel as well; nobody counts these. Of a network without a name a matrix that no linear layer
-or convolution owns is taken for one that has pairs, so that its bytes are an upper bound.
+A few numbers a device travel as well and are not counted. In a user network, a matrix that no linear layer or
+convolution owns is counted as one with pairs, so that the bytes are an upper bound.
 
 Letters: N devices, O outputs, I inputs, S sampled devices, K directions.
 """
@@ -38,7 +38,7 @@ def diagnostics_exchange(run: Run, shape: ModelShape, merged_before: bool = True
 
 
 def _round(run: Run, shape: ModelShape, merged_before: bool) -> Iterator[Transfer]:
-    """Yield the messages about a round; none where devices agree at every step."""
+    """Yield the messages about a round; none where devices agree after every step."""
     plan, devices = plan_of(run.method), run.cluster.devices
     layout = plan.adapters(devices) if plan.has_separate_heads else None
     if layout is not None:

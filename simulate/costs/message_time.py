@@ -1,9 +1,10 @@
-"""Seconds of one message: bytes over the slowest link that they cross, plus the delays that wait for each other.
+"""Seconds of one message: bytes over the slowest link that they cross, plus the delays that follow one another.
 
-How it travels is the communicator's: NCCL's collectives, whose hops take a delay each, or what
-simulate.comm.process_group does with gloo. Gloo sends a buffer when the other end has asked for it, so a hop takes two
-delays, the request's and the buffer's (2.0 to 2.9 were measured: bench/README.md). Its rings are left to large buffers;
-all else goes in pairs, all at once (simulate.comm.pairwise).
+These formulas state how each library moves a message: NCCL's collectives, whose hops take a delay each, or what
+simulate.comm.process_group does with gloo. Gloo sends a buffer when the other end has requested it, so a hop takes two
+delays, the request's and the buffer's (2.0 to 2.9 were measured: bench/README.md). Large buffers travel in gloo's
+rings, all others between all pairs at once (simulate.comm.pairwise). simulate.costs.step_time adds up transfer_s for
+plans and the simulated clock; the timeline reads the server's rates and delays.
 """
 
 from __future__ import annotations
@@ -26,15 +27,19 @@ def _used_by(link: Link, backend: Collectives) -> Link:
 
 
 def transfer_s(transfer: Transfer, link: Link) -> float:
-    """Seconds of one message.
+    """Return the seconds of one message.
 
-    Several teams are nodes, whose devices are joined by the node's own links. A server on a star has one link of its
-    own for all devices; on a ring it is reached through two neighbours, which carry half the devices each.
+    Several teams are nodes, whose devices use the node's own links. A server on a star has one link for all devices; on
+    a ring two neighbours connect it, each of which carries the traffic of half the devices.
     """
     if transfer.devices == 1:
         return 0.0
+    payload = transfer.payload_bytes
     if transfer.operation in ("push", "pull"):
-        return _server_s(transfer, transfer.devices, link)
+        device_bytes_per_s, server_bytes_per_s = server_rates(transfer.operation == "push", transfer.devices, link)
+        # The slower of one device's own link and the server's, which carries all devices' bytes.
+        device_s, server_s = payload / device_bytes_per_s, transfer.devices * payload / server_bytes_per_s
+        return server_latency_s(transfer.devices, link) + max(device_s, server_s)
     wire = _Wire.of(transfer, link)
     return _by_gloo_s(transfer, wire) if link.collectives == "gloo" else _by_nccl_s(transfer, wire)
 
@@ -48,9 +53,9 @@ class _Wire:
     down_bytes_per_s: float
     latency_s: float
     hop_s: float
-    """Delay of a hop of a ring, or of a message that was asked for."""
+    """Delay of a hop of a ring, or of a requested message."""
     shared_bytes_per_s: float | None
-    """Of all of them together."""
+    """Rate of the uplink that all devices share; None where each has its own."""
 
     @classmethod
     def of(cls, transfer: Transfer, link: Link) -> _Wire:
@@ -68,11 +73,11 @@ class _Wire:
 
 
 def _by_nccl_s(transfer: Transfer, wire: _Wire) -> float:
-    """Seconds of hops that take a delay each.
+    """Return the seconds of a collective whose hops take a delay each.
 
     Ring algorithms (Patarasuk & Yuan 2009): all-reduce takes 2(N−1) hops of 1/N of the buffer, all-gather N−1 hops of
     one contribution. On a mesh every pair has a link, so both need one or two hops. An all-to-all sends its N−1 parts
-    one after the other; on a ring neighbours pass on what is not theirs. A broadcast goes down a tree of halves.
+    one after the other; on a ring neighbours forward the parts of others. A broadcast goes down a binary tree.
     """
     devices, mesh = transfer.devices, wire.topology == "mesh"
     to_all_share = 0.5 if wire.topology == "ring" else 1 / devices
@@ -91,9 +96,9 @@ def _by_nccl_s(transfer: Transfer, wire: _Wire) -> float:
 
 
 def _shared_s(transfer: Transfer, shared_bytes_per_s: float, share: float, hops: int) -> float:
-    """Seconds of the bytes of all hops through the one uplink that all devices share.
+    """Return the seconds of the bytes of all hops through the one uplink that all devices share.
 
-    A hop of a ring has all devices send, one of a mesh has them send to everyone; a broadcast sends N−1 copies.
+    In a hop of a ring each device sends to one other, on a mesh to all others; a broadcast sends N−1 copies.
     """
     devices = transfer.devices
     if transfer.operation == "broadcast":
@@ -105,9 +110,9 @@ def _shared_s(transfer: Transfer, shared_bytes_per_s: float, share: float, hops:
 
 
 def _by_gloo_s(transfer: Transfer, wire: _Wire) -> float:
-    """Seconds of what simulate.comm.process_group makes of a collective with gloo.
+    """Return the seconds of a collective as simulate.comm.process_group runs it with gloo.
 
-    A reduction by pairs swaps parts twice: to their sums, and back. Rings go round whatever the topology.
+    A reduction by pairs swaps parts twice: to sum them, and to return the sums. Rings ignore the topology.
     """
     devices, payload = transfer.devices, transfer.payload_bytes
     if transfer.operation == "broadcast":
@@ -128,9 +133,9 @@ def _ring_s(hops: int, part_bytes: float, transfer: Transfer, wire: _Wire) -> fl
 
 
 def _swap_s(part_bytes: float, transfer: Transfer, wire: _Wire) -> float:
-    """Seconds in which everyone sends a part to each other one, all at once.
+    """Return the seconds in which each device sends a part to each other one, all at once.
 
-    On a mesh each part has a link of its own. On a ring neighbours pass on what is not theirs, up to N−1 times.
+    On a mesh each part has a link of its own. On a ring neighbours forward the parts of others, up to N−1 times.
     """
     others = transfer.devices - 1
     crossed, reach = {"mesh": (1.0, 1), "ring": (others * transfer.devices / 2, others)}.get(
@@ -141,7 +146,7 @@ def _swap_s(part_bytes: float, transfer: Transfer, wire: _Wire) -> float:
 
 
 def _carried_s(own_bytes: float, all_bytes: float, transfer: Transfer, wire: _Wire) -> float:
-    """Seconds of what crosses one device's link, and of what all devices of a team send through a shared uplink."""
+    """Return the longer of a device's bytes over its own link, and all devices' bytes over a shared uplink."""
     seconds = own_bytes / wire.bytes_per_s
     if wire.shared_bytes_per_s is None:
         return seconds
@@ -149,10 +154,10 @@ def _carried_s(own_bytes: float, all_bytes: float, transfer: Transfer, wire: _Wi
 
 
 def _tree_s(transfer: Transfer, wire: _Wire) -> float:
-    """Seconds of a binomial tree: who has a copy sends it to all its children at once, over one uplink.
+    """Return the seconds of a binomial tree: a device with a copy sends it to all its children at once.
 
-    Device v's children are v + 2^i, for every i from the number of v's binary digits on. All have asked for their copy
-    from the start, so that only the first hop waits for it.
+    Device v's children are v + 2^i, for every i from the number of v's binary digits on. All devices request their copy
+    at the start, so that only the first hop waits for a request.
     """
     devices, payload = transfer.devices, transfer.payload_bytes
     arrived_s = [0.0] * devices
@@ -184,15 +189,9 @@ def server_rates(push: bool, devices: int, link: Link) -> tuple[float, float]:
 
 
 def server_latency_s(devices: int, link: Link) -> float:
-    """Return the delay of a message to or from the server: on a ring, half of the devices pass it on.
+    """Return the delay of a message to or from the server: on a ring, up to half of the devices forward it.
 
-    Gloo's is asked for first, like every message between a pair.
+    Gloo requests it first, as every message between a pair.
     """
     delays = link.delays_of_a_hop if link.collectives == "gloo" else 1.0
     return delays * (-(-devices // 2) if link.topology == "ring" else 1) * link.latency_s
-
-
-def _server_s(transfer: Transfer, devices: int, link: Link) -> float:
-    device_bytes_per_s, server_bytes_per_s = server_rates(transfer.operation == "push", devices, link)
-    payload = transfer.payload_bytes
-    return server_latency_s(devices, link) + max(payload / device_bytes_per_s, devices * payload / server_bytes_per_s)

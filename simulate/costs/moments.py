@@ -1,4 +1,7 @@
-"""Bytes of the optimizer's moments on one device; torch-free."""
+"""Count the bytes of the optimizer's moments on one device; torch-free.
+
+The same rules (simulate.rules.optimizer) decide in simulate.optim which parameters get 8-bit moments.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ def moment_bytes(run: Run, shape: ModelShape) -> int:
 
 
 def moment_bytes_beside_adapters(run: Run, shape: ModelShape) -> int:
-    """Return the bytes of the moments of what is trained beside adapters, which AdamW steps."""
+    """Return the bytes of moments of trained parameters without adapters, which AdamW updates."""
     layout = plan_of(run.method).adapters(run.cluster.devices)
     element_bytes, kinds = ELEMENT_BYTES[run.train.dtype], layout.frozen_kinds if layout else frozenset()
     trained = [tensor.elements for tensor in shape.replicated if tensor.kind not in kinds]
@@ -33,7 +36,7 @@ def moment_bytes_beside_adapters(run: Run, shape: ModelShape) -> int:
 
 
 def largest_step_bytes(run: Run, shape: ModelShape) -> int:
-    """Return the working memory of a step with 8 bits, on a CPU."""
+    """Return the working bytes of a step with 8-bit moments on a CPU."""
     if run.train.optimizer_state == "fp32":
         return 0
     muon = run.train.optimizer == "muon"
@@ -49,16 +52,16 @@ def _eight_bit_bytes(method: MethodOptions, shape: ModelShape, devices: int, muo
 
 
 def _eight_bit_pair(elements: int, has_one: bool, element_bytes: int) -> int:
-    """Return the bytes of a parameter's moments where large ones are kept in 8 bits; Muon's one is not."""
+    """Return the bytes of a parameter's moments: large ones in 8 bits, except Muon's one (`has_one`)."""
     if has_one:
         return elements * element_bytes
-    if is_eight_bit(elements):
+    if is_eight_bit(elements):  # a byte an element, and a float32 scale a block
         return 2 * (elements + -(-elements // BLOCK_ELEMENTS) * 4)
     return 2 * elements * element_bytes
 
 
 def _trained(method: MethodOptions, shape: ModelShape, devices: int, muon: bool) -> Iterator[tuple[int, int, bool]]:
-    """Yield (rows, elements of one, whether Muon steps it) of every parameter that one device trains."""
+    """Yield (rows, elements of a row, whether Muon updates it) of each parameter that one device trains."""
     plan = plan_of(method)
     layout = None if plan.starts_dense else plan.adapters(devices)
     if layout is None:

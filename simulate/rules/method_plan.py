@@ -146,7 +146,7 @@ class MethodPlan(Protocol):
         """Return the pairs of each adapted layer; None where every weight is trained."""
 
     def extra_elements(self, shape: ModelShape, devices: int) -> int:
-        """Return the elements of the method's own state: error feedback, outer momentum, older weights and gradients."""
+        """Return the elements of the method's own state: error feedback, outer momentum, old weights and gradients."""
 
     full_copies: int
     """Full-precision copies of the adapted weights that merges need beside the frozen ones."""

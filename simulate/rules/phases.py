@@ -46,7 +46,7 @@ class WeightMaterialisation:
     """Format that the frozen weights are unpacked from, which happens last."""
 
     def height(self, weights: int, element_bytes: int, outputs: int) -> int:
-        """Return the peak bytes of computing a weight and then using it, with `outputs` bytes of its layer's outputs."""
+        """Return the peak bytes of computing a weight and using it; `outputs` are the bytes of its layer's outputs."""
         if not self.tensors:
             return outputs
         whole = weights * element_bytes

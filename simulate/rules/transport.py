@@ -34,7 +34,7 @@ def is_averaged(tensor: ParameterShape, norms: str, biases: str) -> bool:
 def factor_buffer_bytes(
     layers: Iterable[LinearShape], devices: int, held_rank: int, transport: str, element_bytes: int, frozen_a: bool
 ) -> list[int]:
-    """Return one device's buffer bytes for each layer: all devices' factors; with a server, its own and the new weights."""
+    """Return one device's buffer bytes by layer: all devices' factors; with a server, its own and the new weights."""
     return [
         x.factors(held_rank, frozen_a) * element_bytes * (1 if transport == "server" else devices)
         + (x.weights * element_bytes if transport == "server" else 0)
