@@ -63,7 +63,6 @@ def figures(record: RunRecord) -> dict[str, Any]:
     step, evaluation, memory = record.last("step"), record.last("evaluate"), record.last("memory")
     steps, clocks = step["step"] if step else 0, record.clocks(step)
     share = steps / run.train.steps
-    reserved = chosen["memory_bytes"]["reserved"]
     return {
         "version": REPORT_VERSION,
         "run": str(record.path),
@@ -75,10 +74,10 @@ def figures(record: RunRecord) -> dict[str, Any]:
         "tokens": step["tokens"] if step else 0,
         "unit": run.model.unit,
         "memory_bytes": {
-            # The program cannot allocate what the device's system reserves, so it is left out here.
-            "planned": chosen["memory_bytes"]["total"] - reserved,
+            # Measured are the program's tensors, without what the allocator and the system hold beside them.
+            "planned": _tensor_bytes(chosen),
             "measured": memory and memory["measured_bytes"],
-            "reserved": reserved,
+            "reserved": chosen["memory_bytes"]["reserved"],
         },
         "sent_bytes_per_device": {
             "planned": sent_bytes(run, run.model.shape(), steps) / run.cluster.devices,
@@ -109,6 +108,12 @@ def figures(record: RunRecord) -> dict[str, Any]:
     }
 
 
+def _tensor_bytes(candidate: dict[str, Any]) -> int:
+    """Return the bytes of a planned candidate's tensors; plans of older versions knew no allocator."""
+    memory = candidate["memory_bytes"]
+    return memory["total"] - memory["reserved"] - memory.get("allocator", 0)
+
+
 def _restarts(record: RunRecord) -> dict[str, Any]:
     """Return the number of restarts, the steps and seconds that they cost, and the newest reasons."""
     events = [event for event in record.events if event["kind"] == "restart"]
@@ -134,7 +139,7 @@ def _dense(record: RunRecord, share: float) -> dict[str, Any] | None:
     if dense is None:
         return None
     return {
-        "memory_bytes": dense["memory_bytes"]["total"] - dense["memory_bytes"]["reserved"],
+        "memory_bytes": _tensor_bytes(dense),
         "sent_bytes_per_device": dense["sent_bytes"] * share,
         "wall_s": dense["wall_s"] * share,
         "step_s": dense["wall_s"] / record.run.train.steps,

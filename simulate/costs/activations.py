@@ -269,6 +269,21 @@ def _transformer_forward(step: _Step) -> int:
     return max(before + 8 * u, *ups)
 
 
+def _output_layer_backward(step: _Step, outputs: int, gradient: int) -> tuple[Phase, ...]:
+    """Return the moments of the output layer's backward pass; `gradient` bytes of its weights' stay as a gradient.
+
+    The logits are overwritten by their gradient, and the layer adds those of its weights and inputs. Of a cast product
+    both are cast; they become the weights' format when the logits are gone.
+    """
+    waiting = step.head_table - gradient
+    if not step.is_cast:
+        return (Phase("backward_start", gradient, outputs, waiting + step.u),)
+    return (
+        Phase("backward_start", 0, outputs, step.cast_table + step.v),
+        Phase("backward_start", gradient, outputs - step.logits, waiting + step.cast_table + step.u + step.v),
+    )
+
+
 def _gpt(step: _Step) -> Found:
     u, tokens, element_bytes, layers = step.u, step.tokens, step.element_bytes, step.shape.layers
     block = _transformer_block(step)
@@ -280,9 +295,7 @@ def _gpt(step: _Step) -> Found:
     outputs = layers * kept + ends + u + step.v + step.cast_table + step.logits
     return (
         Phase("forward", 0, outputs, step.scratch),
-        # The logits are overwritten by their gradient; the output layer adds those of its weights and inputs. The tied
-        # table's gradient is held until the embedding adds its own.
-        Phase("backward_start", 0, outputs, table + u + step.cast_table),
+        *_output_layer_backward(step, outputs, 0),  # a tied table's gradient waits until the embedding adds its own
         Phase("backward_start", 0, layers * kept + ends, table + recomputed + working),
         Phase("backward_end", all_gradients - step.block_gradients, kept + ends, recomputed + working),
         # The two gradients of the tied table; a plain network holds their sum as well.
@@ -316,7 +329,7 @@ def _llama(step: _Step) -> Found:
     gated = step.passing("mlp.up", before + inner, inner), step.passing("mlp.down", before + inner, u)
     return (
         Phase("forward", 0, outputs, step.scratch),
-        Phase("backward_start", table, outputs, u + step.cast_table),
+        *_output_layer_backward(step, outputs, table),
         Phase("backward_start", step.head_gradient, layers * kept + ends, recomputed + working),
         Phase("backward_end", inner_gradients, kept + ends, recomputed + working),
         Phase("backward_end", all_gradients, ends, u),
