@@ -28,7 +28,7 @@ LONG_BYTES, FLOAT_BYTES = 8, 4
 OUTER_TENSORS = 2
 """Tensors of a parameter's size in an outer step: the outer gradient and the new weights."""
 NEWTON_SCHULZ_TENSORS = 3
-"""Tensors of a matrix's size in Muon's iterations: the gradient, the old and new iterate.."""
+"""Tensors of a matrix's size in Muon's iterations: the gradient, the old and the new iterate."""
 GRAM_TENSORS = 5
 """Gram matrices where Muon iterates on them alone: old, new, the product between, their factor, the product of all."""
 FOLD_TENSORS = 2
@@ -72,7 +72,7 @@ def _iterates(rows: int, columns: int) -> int:
         # Either the iterations peak, or the products with the matrix before and after them.
         iterating = (NEWTON_SCHULZ_TENSORS - 1) * matrix + GRAM_TENSORS * gram
         return max(iterating, NEWTON_SCHULZ_TENSORS * matrix + gram)
-    return NEWTON_SCHULZ_TENSORS * matrix + 2 * gram
+    return NEWTON_SCHULZ_TENSORS * matrix + 2 * gram  # the Gram matrix and its square
 
 
 def _muon_matrices(plan: MethodPlan, context: ExchangeContext) -> Iterator[tuple[int, int, int]]:

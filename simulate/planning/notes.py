@@ -1,4 +1,8 @@
-"""Notes of a plan beside its figures: assumptions, advice and warnings."""
+"""Write the notes that a plan prints below its figures: assumptions, advice and warnings.
+
+Figures alone look more certain than they are, and a better key is easily overlooked; each note is one sentence with the
+key to set. The planner calls plan_notes; `lte train` calls diagnostics_notes and mended_notes.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ from simulate.training.checkpoints import numerics_of
 
 PLURALS = {"norm": "norms", "bias": "biases", "embedding": "embeddings", "other": "other modules"}
 PACE_MATTERS = 1.1
-"""Times that the slowest device needs longer than the fastest from which the plan speaks of deadlines."""
+"""Smallest ratio of the slowest device's step to the fastest's at which the plan suggests deadlines."""
 
 
 def plan_notes(
@@ -36,8 +40,8 @@ def plan_notes(
 ) -> Iterator[str]:
     """Yield a plan's notes in the order in which they are printed.
 
-    `first` ranks first, whether or not it is the choice; `rival` is the best of the methods that were not chosen from;
-    `evaluate` works out another run.
+    `first` ranks first, even if it is not the choice; `rival` is the best candidate of methods that the plan does not
+    choose from; `evaluate` computes the costs of another run.
     """
     choice, shape = context.choice, context.shape
     yield from _assumptions(context, chosen, first)
@@ -87,7 +91,7 @@ def _quantized(chosen: Candidate) -> Iterator[str]:
 
 
 def _unadapted(chosen: Candidate, shape: ModelShape) -> Iterator[str]:
-    """Say what the choice does with parameters that no low-rank pair serves."""
+    """Report how the choice trains parameters without adapters."""
     method, elements = chosen.run.method, Counter[str]()
     plan = plan_of(method)
     if plan.adapters(chosen.run.cluster.devices) is None:
@@ -100,7 +104,7 @@ def _unadapted(chosen: Candidate, shape: ModelShape) -> Iterator[str]:
 
 
 def _worth_trying(chosen: Candidate) -> Iterator[str]:
-    """Name the optimizer and the format of messages that trained best where it was measured, unless they are taken."""
+    """Suggest the optimizer and the message format that trained best in docs/results.md, unless they are chosen."""
     run = chosen.run
     if not plan_of(run.method).has_separate_heads:
         return
@@ -117,7 +121,7 @@ def _worth_trying(chosen: Candidate) -> Iterator[str]:
 
 
 def _checkpoints(chosen: Candidate) -> Iterator[str]:
-    """Say what checkpoints take where that is much, or not known."""
+    """Report the time of checkpoints where it is unknown, spaces recovery points, or is above the affordable share."""
     context, eval_and_save, run = chosen.context, chosen.eval_and_save, chosen.run
     if eval_and_save.save_s is None:
         name = context.profile.name
@@ -141,12 +145,13 @@ def _checkpoints(chosen: Candidate) -> Iterator[str]:
 
 
 def _deadlines(chosen: Candidate) -> Iterator[str]:
-    """Say what a deadline would do where all wait for slow devices, if the method knows deadlines."""
+    """Suggest a deadline where all devices wait for slow ones, if the method has deadlines."""
     method, context = chosen.run.method, chosen.context
     shape, devices, profile = context.shape, context.devices, context.profile
     if "pace" not in type(method).model_fields or method.is_paced:
         return
     step_s = device_step_s(chosen.run, shape, devices)
+    # The keys that a deadline excludes (RoundOptions and LteOptions refuse them) must change with it.
     needs: dict[str, Any] = {"pace": "deadline"}
     if getattr(method, "reset", "") == "none":
         needs |= {"reset": "b", "frozen_a": False}
@@ -164,7 +169,7 @@ def _deadlines(chosen: Candidate) -> Iterator[str]:
 
 
 def diagnostics_notes(run: Run, shape: ModelShape) -> Iterator[str]:
-    """Say what diagnostics send beside the method, and that their memory is a bound, where a run has any."""
+    """Report the bytes of diagnostics on top of the method's, and that their memory is a bound."""
     if run.train.diagnostics_every is not None:
         sent_bytes = diagnostics_exchange(run, shape).sent_bytes / run.cluster.devices
         yield (
@@ -175,9 +180,10 @@ def diagnostics_notes(run: Run, shape: ModelShape) -> Iterator[str]:
 
 
 def mended_notes(run: Run, shape: ModelShape, checkpoint: Path) -> Iterator[str]:
-    """Say where a checkpoint comes from a version of lte that computed something else from it."""
+    """Warn where a version of lte that computed other weights from a checkpoint wrote it."""
     if not run.method.frozen_format.startswith("nf4") or numerics_of(checkpoint) > 1:
         return
+    # The faulty kernel handled rows that are a multiple of 16 but not of a block of 64.
     touched = [x for x in shape.adapted if x.in_features % 64 and x.in_features % 16 == 0]
     if touched := [x for x in touched if x.out_features > 1 and x.weights > 64]:
         first = f"{touched[0].name}, {touched[0].in_features} wide" + (", and others" if len(touched) > 1 else "")
@@ -188,7 +194,7 @@ def mended_notes(run: Run, shape: ModelShape, checkpoint: Path) -> Iterator[str]
 
 
 def _faster_rival(chosen: Candidate, rival: Candidate | None) -> Iterator[str]:
-    """Say which method would be faster still, by its assumed samples: a guess that the user should know of."""
+    """Report a method that would be faster by its assumed samples; a guess, so it is not chosen."""
     if rival and rival.equivalent_wall_s < chosen.equivalent_wall_s:
         share = rival.equivalent_wall_s / chosen.equivalent_wall_s
         yield (

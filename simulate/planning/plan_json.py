@@ -1,4 +1,4 @@
-"""A plan's JSON: one candidate with all of its figures, as `lte plan --json` prints it and run folders keep it.
+"""Write the JSON of one candidate with all of its figures, as `lte plan --json` prints it and run folders keep it.
 
 The keys are a contract: scripts and older run folders read them, so a key is added, but never renamed or dropped.
 """
@@ -12,7 +12,7 @@ from simulate.planning.time_ranges import range_keys
 
 
 def candidate_json(candidate: Candidate) -> dict[str, Any]:
-    """Return a candidate's keys and figures; a key that its method does not have is None, or what it amounts to."""
+    """Return a candidate's keys and figures; a key that its method lacks is None or its neutral value."""
     run, method, time = candidate.run, candidate.run.method, candidate.time
     return {
         "method": method.name,

@@ -1,4 +1,9 @@
-"""From (run, profile, pins) to candidates, verdicts and a choice; pure arithmetic, no torch, nothing written."""
+"""Make a plan: evaluate every candidate of the search space on a profile, reject those that do not fit, choose one.
+
+Users want to know before a run what fits and how long it takes, so this is arithmetic alone: no torch, nothing
+written, thousands of candidates in seconds. `lte plan` calls make_plan, explain calls it again for other hardware;
+`lte train` calls evaluate for the run that it is given.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +33,12 @@ from simulate.rules.cadence import Cadence
 PLAN_VERSION = 1
 FREE, BY_TIME = Pins(), SelectionCriteria()
 CHOSEN_FROM = ("lte", "ddp")
-"""The methods to choose from unless one is asked for; the best of each other is shown beside."""
+"""Methods to choose from unless the user names one; the best of each other method is shown for comparison."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Candidates ranked by time to equal loss, the choice, and dense training on the same hardware."""
+    """Ranked candidates, the choice, and dense training on the same hardware."""
 
     profile: Profile
     base: Run
@@ -44,7 +49,7 @@ class Plan:
     dense: Candidate | Rejected | None
     notes: tuple[str, ...]
     rivals: tuple[Candidate | Rejected, ...] = ()
-    """The best of each method that was not chosen from, or its nearest miss."""
+    """The best candidate, or nearest miss, of each method that is not in CHOSEN_FROM."""
     pins: Pins = FREE
     choice: SelectionCriteria = BY_TIME
 
@@ -76,7 +81,7 @@ class Plan:
         }
 
     def tightest_device(self) -> Device:
-        """Return the device that the choice leaves the least room on."""
+        """Return the device on which the choice leaves the least memory free."""
         assert self.chosen is not None
         run, shape = self.chosen.run, self.base.model.shape()
         return min(
@@ -85,14 +90,14 @@ class Plan:
         )
 
     def nearest_miss(self) -> Rejected | None:
-        """Return the rejected candidate that lacks the least memory, or of those that lack none the least late."""
+        """Return the rejected candidate that lacks the least memory; among those that fit, the least late one."""
         return min(self.rejected, key=lambda rejected: rejected.missing, default=None)
 
 
 def evaluate(run: Run, profile: Profile, tokens: int, spaces_recovery: bool = False) -> Candidate | Rejected:
-    """Work out one run on a profile: its costs, and whether every device can hold it.
+    """Compute the costs of one run on a profile, and whether it fits every device.
 
-    With `spaces_recovery`, one whose recovery points are as rare as they have to be; else exactly this one.
+    With `spaces_recovery` its recovery points are spaced so that they stay affordable; else the run is not changed.
     """
     return _evaluate(run, PlanContext.of(run, profile, tokens, SelectionCriteria(), spaces_recovery))
 
@@ -100,9 +105,9 @@ def evaluate(run: Run, profile: Profile, tokens: int, spaces_recovery: bool = Fa
 def _evaluate(run: Run, context: PlanContext) -> Candidate | Rejected:
     shape, devices, choice = context.shape, context.devices, context.choice
     kinds = distinct(devices)
-    fullest = [(device, peak_profile(run, shape, device)) for device in kinds]
-    peaks = [(device, high, high.peak()) for device, high in fullest]
-    device, high, memory = min(peaks, key=lambda peak: peak[0].usable_bytes - peak[2].total)
+    peaks = [(device, (profile := peak_profile(run, shape, device)), profile.peak()) for device in kinds]
+    # All devices must fit, so the fullest one decides.
+    device, profile, memory = min(peaks, key=lambda peak: peak[0].usable_bytes - peak[2].total)
     host_parts = host_memory_by_part(run, shape, device)
     time, rounds = round_time(run, shape, devices, context.profile.link), num_rounds(run)
     eval_and_save = eval_and_save_time(run, shape, kinds)
@@ -115,7 +120,7 @@ def _evaluate(run: Run, context: PlanContext) -> Candidate | Rejected:
         run=run,
         context=context,
         memory=memory,
-        peak_profile=high,
+        peak_profile=profile,
         host_memory_by_part=host_parts,
         sent_bytes_per_round=sent_bytes(run, shape, run.train.steps) / rounds / run.cluster.devices,
         time=time,
@@ -124,7 +129,7 @@ def _evaluate(run: Run, context: PlanContext) -> Candidate | Rejected:
         samples_factor=samples_factor(run, shape, context.tokens, choice.efficiency),
     )
     short_bytes = max(0, memory.total - device.usable_bytes)
-    # Of one memory, what is left.
+    # On one shared memory the host gets the bytes that the device leaves.
     host_room_bytes = device.host_memory_bytes or max(0, device.usable_bytes - memory.total)
     host_short_bytes = max(0, sum(host_parts.values()) - host_room_bytes)
     if short_bytes or host_short_bytes:
@@ -140,7 +145,7 @@ def _evaluate(run: Run, context: PlanContext) -> Candidate | Rejected:
 
 
 def _with_recovery(run: Run, context: PlanContext, every: int, apart: int) -> Run:
-    """Return a run that saves after so many meetings, and between these points only where it was asked to."""
+    """Return the run with recovery points after so many meetings, and its own checkpoints moved onto such points."""
     update: dict[str, Any] = {"cluster": context.recovering(run.cluster, every)}
     if not context.keeps_checkpoints:
         points = -(-run.train.checkpoint_every // (every * apart))
@@ -183,7 +188,7 @@ def make_plan(
     notes: Sequence[str] = (),
     choice: SelectionCriteria | None = None,
 ) -> Plan:
-    """Lay out the grid around `base`, evaluate it, and choose; `base` carries every key that no pin or grid varies."""
+    """Evaluate the grid around `base` and choose; keys that neither pins nor the grid vary are those of `base`."""
     choice = choice or SelectionCriteria()
     pins = replace(pins, ranks=choice.probe.ranks(base)) if choice.probe else pins
     check_formats(base, profile)
@@ -204,6 +209,7 @@ def make_plan(
         )
     fitting = sorted((r for r in results if isinstance(r, Candidate)), key=rank)
     rejected = tuple(r for r in results if isinstance(r, Rejected))
+    # Prefer what runs as installed: nf4 needs the extra lte[quantize].
     plain = (candidate for candidate in fitting if not needs_library(candidate.run))
     chosen = next(plain, None) or next(iter(fitting), None)
     others = METHOD_NAMES if choice.with_rivals and not pins.method else ()

@@ -1,4 +1,4 @@
-"""How far planned times may be off: from what the profile's figures are, and the samples model's own range."""
+"""Compute the ranges of planned times, from the profile's margins and the range of the samples model."""
 
 from __future__ import annotations
 
