@@ -6,10 +6,11 @@ training, the other methods' best, and notes. `lte train` takes nearest_miss_tex
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ltecli.commands.verify import Verified, too_large_text, verify_choice
 from ltecli.console import Output, plain_table
 from ltecli.output_paths import check_file, write_file
 from ltecli.plan_request import PlanArgs, plan_request
@@ -22,7 +23,6 @@ from simulate.planning.time_ranges import equivalent_range, time_range, wall_ran
 
 if TYPE_CHECKING:
     from ltecli.commands.explain import ExplainArgs
-    from simulate.measure.fake_tensors import Tracked
 
 COLUMNS = ("memory/device", "sent/round", "sent/step", "step", "round", "wall", "x samples", "to equal loss")
 SECONDARY = ("sent/round", "step", "round", "x samples")
@@ -35,7 +35,8 @@ def plan_command(
 ) -> int:  # fmt: skip
     """Plan, show, and write the choice where `out` asks for it; raises NothingFeasibleError where nothing fits.
 
-    With `verify`, trace the choice's training on fake tensors, and compare its memory with the plan.
+    With `verify`, trace the choice's training on fake tensors, and compare its memory with the plan; raises
+    NothingFeasibleError, and writes nothing, where the device cannot hold what was traced.
     """
     if out is not None:
         check_file(out, force, "run.toml")
@@ -48,10 +49,10 @@ def plan_command(
         from ltecli.commands.explain import explain_plan, show_explained
 
         explained = explain_plan(plan, extras)
-    verified = _verify_choice(plan) if verify and plan.chosen is not None else None
+    verified = verify_choice(plan) if verify and plan.chosen is not None else None
     if as_json:  # building the JSON of thousands of candidates takes time
         added = explained.to_dict() if explained else {"why": None, "timeline": None}
-        output.json({**plan.to_dict(), **added, **({"verify": asdict(verified)} if verified else {})})
+        output.json({**plan.to_dict(), **added, **({"verify": verified.to_dict()} if verified else {})})
     _show(plan, output, top)
     if explained is not None and extras is not None:
         show_explained(plan, explained, extras, output)
@@ -59,6 +60,8 @@ def plan_command(
         _show_verified(plan.chosen, verified, output)
     if plan.chosen is None:
         raise NothingFeasibleError(nearest_miss_text(plan))
+    if verified and not verified.fits:
+        raise NothingFeasibleError(too_large_text(plan, verified))
     if out is not None:
         write_file(out, dump_run(plan.chosen.run))
         output.hint(f"wrote {out}; next: lte train {out}")
@@ -184,17 +187,8 @@ def _phase(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _verify_choice(plan: Plan) -> Tracked:
-    """Return the memory of the chosen run, traced on fake tensors; raises InputError where it cannot be traced."""
-    assert plan.chosen is not None
-    run = plan.chosen.run
-    from simulate.measure.fake_tensors import tracked_memory
-
-    return tracked_memory(run, with_host=plan.tightest_device().host_memory_bytes == 0)
-
-
-def _show_verified(chosen: Candidate, verified: Tracked, output: Output) -> None:
-    """Compare planned with traced bytes, part by part; then print what an allocator and the system add.
+def _show_verified(chosen: Candidate, verified: Verified, output: Output) -> None:
+    """Compare planned with traced bytes, part by part; then print what else the device holds, and whether it fits.
 
     A round's diagnostics (phase round_figures) depend on values, which fake tensors lack: they are planned only.
     """
@@ -205,12 +199,12 @@ def _show_verified(chosen: Candidate, verified: Tracked, output: Output) -> None
     output.text("")
     table = plain_table("memory of the choice, per device", "planned", "tracked", "difference")
     planned = memory.parts()
-    reserved = planned.pop("reserved")
+    reserved = planned.pop("reserved") + planned.pop("allocator")
+    tracked = verified.tracked
     for part, size in planned.items():
-        table.add_row(part, bytes_text(size), bytes_text(verified.by_part[part]), "")
-    total = memory.total - reserved
-    share = f"{total / verified.tracked_bytes - 1:+.2%}"
-    table.add_row("peak", bytes_text(total), bytes_text(verified.tracked_bytes), share)
+        table.add_row(part, bytes_text(size), bytes_text(tracked.by_part[part]), "")
+    share = f"{memory.tensors / tracked.tracked_bytes - 1:+.2%}"
+    table.add_row("peak", bytes_text(memory.tensors), bytes_text(tracked.tracked_bytes), share)
     output.table(table)
     if len(followed.phases) < len(chosen.peak_profile.phases):
         height = chosen.memory_by_phase["round_figures"] - reserved
@@ -218,10 +212,7 @@ def _show_verified(chosen: Candidate, verified: Tracked, output: Output) -> None
             f"not traced, since they depend on values: figures of a round, {bytes_text(height)} as planned, and the "
             "directions that they keep, which the planned optimizer state includes"
         )
-    output.text(
-        f"with the CUDA allocator's rounding and segments {bytes_text(verified.allocator_bytes)}; the system and its "
-        f"context reserve {bytes_text(reserved)} more"
-    )
+    output.text(verified.text())
 
 
 def _figures(candidate: Candidate) -> dict[str, str]:
