@@ -92,6 +92,7 @@ class Kernels(toml_io.Schema):
 def _checked(points: Points, owner: str = "") -> Points:
     if not points or any(len(point) != 2 or min(point) <= 0 for point in points):
         raise ValueError(f"points{owner} are [size, rate] pairs of positive numbers, at least one; correct them")
+    # Interpolation searches the sizes by bisection.
     sizes = [size for size, _ in points]
     if any(after <= before for before, after in pairwise(sizes)):
         raise ValueError(f"sizes of points{owner} must grow, and are {sizes}; sort them and drop repetitions")
@@ -176,7 +177,7 @@ class Device(toml_io.Schema):
 
     @model_validator(mode="after")
     def _reserved_fits(self) -> Device:
-        if self.reserved_bytes >= self.memory_bytes:
+        if self.reserved_bytes >= self.memory_bytes:  # a plan would only reject every candidate
             raise ValueError(
                 f"reserved_bytes = {self.reserved_bytes} leaves nothing of memory_bytes = {self.memory_bytes}; lower it"
             )
@@ -184,6 +185,7 @@ class Device(toml_io.Schema):
 
     @model_validator(mode="after")
     def _below_the_peak(self) -> Device:
+        # A rate above the peak is a wrong unit or a wrong peak; either would make every plan too fast.
         for name in ("products", "attention", "full_attention") if self.kernels else ():
             fastest = max((rate for _, rate in getattr(self.kernels, name) or ()), default=0.0)
             if fastest > self.flop_per_s.fp32:

@@ -181,6 +181,7 @@ class FragmentOptions(RoundOptions):
 
     def check(self, model: ModelOptions, train: Train, cluster: Cluster) -> None:
         super().check(model, train, cluster)
+        # Groups are made of whole blocks; a user network has layers only.
         shape = model.shape()
         layers = len(shape.in_order()) if isinstance(model, FactoryModel) else shape.layers
         if self.fragments > layers or self.merge_every % self.fragments:

@@ -78,6 +78,7 @@ def default_options(name: str) -> MethodOptions:
 def _outside(name: str) -> OutsideMethod:
     """Import a method from outside, and check that it has all parts before anything asks for one of them."""
     method = import_named("method.name", name)
+    # Checked here, so that a missing part is an error of the user's line, not one of a later attribute.
     missing = [part for part in PARTS if not hasattr(method, part)]
     if missing:
         raise InputError(f"method.name = {name!r} has no {' and no '.join(missing)}; give it {', '.join(PARTS)}")

@@ -146,6 +146,7 @@ def local_gpu_profile() -> Profile | None:
             **{key: cpu.device[0].sources[key] for key in ("disk_write_bytes_per_s", "disk_flush_s")},
         },
     )
+    # The link is a guess about the network, which torch knows nothing of.
     link = cpu.link.model_copy(
         update={"collectives": "nccl", "sources": {**cpu.link.sources, "collectives": BETWEEN_GPUS}}
     )

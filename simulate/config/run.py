@@ -65,6 +65,7 @@ class Run(toml_io.Schema):
     def _consistent(self) -> Run:
         method, devices = self.method, self.cluster.devices
         method.check(self.model, self.train, self.cluster)
+        # Every rule names both keys and a way out, since either may be the mistake.
         if self.train.optimizer_state == "8bit" and self.train.dtype == "fp64":
             raise ValueError(
                 "train.optimizer_state = '8bit' steps weights in fp32, not in train.dtype = 'fp64'; "
@@ -124,6 +125,7 @@ def build_run(table: toml_io.Table, where: str = "run", text: str = "", assigned
     except InputError as error:
         source = "command line" if "method.name" in assigned else where
         raise InputError(f"{source}: {error}") from None
+    # The schema with the method's own options: a Run with the abstract ones would name no key in its errors.
     return toml_io.validate(_schema(options), table, where, text, assigned)
 
 

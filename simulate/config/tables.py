@@ -64,6 +64,7 @@ class Data(toml_io.Schema):
             raise ValueError(f"name = {self.name!r} is not known; {near_match(self.name, (*DATA_NAMES, HUB + 'NAME'))}")
         if self.format is not None and self.path is None:
             raise ValueError(f"format = {self.format!r} says what lies at a path, and there is none; remove it")
+        # Refused, since a key that has no effect hides a mistake.
         for key in ("subset", "column", "rows"):
             if getattr(self, key) is not None and not self.from_hub:
                 raise ValueError(f"{key} = {getattr(self, key)!r} belongs to a name that starts with {HUB}; remove it")
@@ -72,7 +73,7 @@ class Data(toml_io.Schema):
     @field_validator("tokenizer")
     @classmethod
     def _tokenizer_known(cls, given: str) -> str:
-        size = given.removeprefix(BPE)
+        size = given.removeprefix(BPE)  # BPE starts from the 256 bytes and adds tokens to them
         if given.startswith(BPE) and (not size.isdecimal() or int(size) < BYTE_VALUES):
             raise ValueError(
                 f"tokenizer = {given!r}: after {BPE} comes a number of tokens, at least the {BYTE_VALUES} bytes; "

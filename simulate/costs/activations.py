@@ -110,7 +110,7 @@ class _Step:
     @property
     def cast_block(self) -> int:
         """Bytes of the casts of a block's trained weights, kept since backward passes need them again."""
-        if self.rank or not self.is_cast:
+        if self.rank or not self.is_cast:  # frozen weights are cast again, not kept
             return 0
         return sum(x.weights for x in self.shape.adapted) * self.product_bytes
 
@@ -204,6 +204,7 @@ def step_phases(
         step = replace(step, product_bytes=element_bytes, samples=evaluated)  # evaluations run without autocast
         _, forward = _FAMILIES[shape.family](step)
     waiting -= _images(step)
+    # An evaluation peaks inside a block, at the output layer, or in the loss.
     evaluation = max(forward, step.logits + 2 * step.u, step.logits + step.scratch)
     return (*phases, Phase("evaluation", 0, 0, waiting + evaluation))
 
@@ -224,6 +225,7 @@ def _transformer_block(step: _Step) -> int:
 
 def _transformer_backward(step: _Step) -> int:
     """Return the peak bytes of a block's backward pass."""
+    # The last linear of the MLP is first on the way back, while the block still keeps everything.
     inner = (BLOCK_BACKWARD - 1) * step.v
     return step.stream_gradient + max(inner + step.beside("mlp.down"), _unkept(step, "mlp.down", inner))
 
@@ -265,6 +267,7 @@ def _transformer_forward(step: _Step) -> int:
     """
     u = step.u
     before = BLOCK_INPUTS * u
+    # The GELU reads 4u and writes 4u; around it the two linears compute their weights, if they must.
     ups = step.passing("mlp.up", before, 4 * u), step.passing("mlp.down", before + 4 * u, u)
     return max(before + 8 * u, *ups)
 
@@ -287,6 +290,7 @@ def _output_layer_backward(step: _Step, outputs: int, gradient: int) -> tuple[Ph
 def _gpt(step: _Step) -> Found:
     u, tokens, element_bytes, layers = step.u, step.tokens, step.element_bytes, step.shape.layers
     block = _transformer_block(step)
+    # A recomputed block keeps its input only; its backward pass then brings back the rest.
     kept, recomputed = (u, block - u) if step.checkpointing else (block, 0)
     # The last LayerNorm's two numbers a row; indices of tokens, positions and targets.
     ends = 2 * tokens * element_bytes + 3 * tokens * INDEX_BYTES
@@ -296,7 +300,9 @@ def _gpt(step: _Step) -> Found:
     return (
         Phase("forward", 0, outputs, step.scratch),
         *_output_layer_backward(step, outputs, 0),  # a tied table's gradient waits until the embedding adds its own
+        # The last block's backward pass, when every block still keeps its activations.
         Phase("backward_start", 0, layers * kept + ends, table + recomputed + working),
+        # The first block's, when all other gradients are there.
         Phase("backward_end", all_gradients - step.block_gradients, kept + ends, recomputed + working),
         # The two gradients of the tied table; a plain network holds their sum as well.
         Phase("backward_end", all_gradients, ends, (3 if step.plain else 2) * table + u),
@@ -313,11 +319,13 @@ def _llama(step: _Step) -> Found:
     u, tokens, element_bytes, layers = step.u, step.tokens, step.element_bytes, step.shape.layers
     inner = tokens * step.shape.mlp_width * step.product_bytes
     inputs_of_products = (5 if step.is_cast else 2) * step.v + inner
+    # q, k, v and attention's output; gate, up and activation of the gated MLP.
     products = 4 * step.v + 3 * inner + (inputs_of_products if step.keeps_inputs else 0)
     others = products + step.adapters + step.cast_block
     normalised = u if step.plain else 0  # of one norm
     block = BLOCK_NORMS * (u + normalised) + others + _attention_statistics(step) + 2 * tokens * element_bytes
     kept, recomputed = (u, block - u) if step.checkpointing else (block, 0)
+    # The last RMS norm's number a row; indices of tokens and targets.
     ends = tokens * element_bytes + 2 * tokens * INDEX_BYTES
     # The gradients of both factors of the gated product; its own gradient reuses the product's memory.
     factors = max(2 * inner + step.largest_weight, 0 if step.keeps_inputs else 3 * inner)
@@ -428,6 +436,7 @@ def _traced_table(step: _Step) -> int:
     """
     tensors = step.shape.replicated
     tied = not any(x.kind != "embedding" and x.shape[0] == step.shape.outputs for x in step.shape.tensors)
+    # Both gradients of a tied table are complete before they are added up.
     sizes = ((3 if tied and x.kind == "embedding" else 1) * x.elements for x in tensors)
     return max(sizes, default=0) * step.element_bytes
 
@@ -438,6 +447,7 @@ def _traced(step: _Step) -> Found:
     trace = of_adapters if step.rank else step.shape.dense_trace
     largest = max(step.largest_weight, _traced_table(step)) if step.plain else step.largest_weight
     assert trace is not None
+    # The trace counts fp32 bytes.
     measured = (trace.fixed_bytes + trace.sample_bytes * step.samples) * step.element_bytes // FLOAT_BYTES
     further_ranks = step.adapters // step.rank * (step.rank - 1) if step.rank else 0
     return (

@@ -130,6 +130,7 @@ def averaging_phases(
 
     Delayed merges hold less, but the merge at the run's end is never delayed.
     """
+    # Messages are averaged one after the other, so each has a peak of its own.
     for group in bucket(sizes):
         members = [sizes[i] for i in group]
         message, largest = sum(members), max(members)
@@ -158,6 +159,7 @@ def compressed_mean(context: ExchangeContext, elements: int, wire: str) -> Compr
     It encodes, exchanges, decodes and averages; then encodes the means, gathers and decodes them.
     """
     chunk = chunk_elements(elements, context.devices)
+    # Every device averages one chunk, so the message is padded to whole chunks.
     padded, mean = chunk * context.devices, chunk * context.element_bytes
     message = wire_bytes(padded, wire, context.element_bytes)
     decoded = padded * context.element_bytes

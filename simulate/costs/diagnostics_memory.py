@@ -46,6 +46,7 @@ def diagnosing_phases(
     dense_step = step_phases(
         shape, train.micro_batch, 0, 0, train.activation_checkpointing, element_bytes, element_bytes
     )  # fmt: skip
+    # The plain network holds no adapters and no optimizer, so its passes are those of rank 0.
     passes = round(MARGIN * max(phase.activations + phase.temporary for phase in dense_step))
     making = materialisation.height(max(linear.weights for linear in shape.adapted), element_bytes, 0)
     message = max(largest, min(MESSAGE_BYTES, shape.parameters * element_bytes)) if run.cluster.devices > 1 else 0

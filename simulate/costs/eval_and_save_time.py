@@ -55,6 +55,7 @@ class EvalAndSaveTime:
 
     def affordable_recovery(self, step_s: float) -> int:
         """Return the fewest merges between recovery points at which these take no more than AFFORDABLE_SHARE."""
+        # Where even one recovery point is too dear, one at the run's end remains.
         meetings = -(-self.cadence.steps // self.cadence.apart)
         share = (self.save_s or 0.0) / (AFFORDABLE_SHARE * self.cadence.apart * step_s)
         return max(1, math.ceil(min(share, meetings)))
@@ -79,6 +80,7 @@ def save_s(num_bytes: int, device: Device) -> float | None:
 def evaluation_s(run: Run, shape: ModelShape, device: Device) -> float:
     """Return the seconds of one evaluation: devices share its batches, and compute on plain layers."""
     samples = evaluation_batch(run.train.micro_batch, run.train.autocast != "none")
+    # Devices take turns with whole batches, so that the last turn may leave some of them idle.
     turns = -(-run.train.evaluate_samples // (samples * run.cluster.devices))
     return turns * _batch_s(shape, samples, run.method.frozen_format, run.train.dtype, device)
 
@@ -86,7 +88,7 @@ def evaluation_s(run: Run, shape: ModelShape, device: Device) -> float:
 @lru_cache(maxsize=256)
 def _batch_s(shape: ModelShape, samples: int, frozen: str, dtype: Dtype, device: Device) -> float:
     rates, element_bytes, unpacked_s = KernelRates.of(dtype, device), ELEMENT_BYTES[dtype], 0.0
-    if frozen != "none":
+    if frozen != "none":  # each weight is unpacked once in a forward pass
         measured_s = layers_s(shape, frozen, rates.unpack) if rates else None
         moved = frozen_bytes(shape, frozen, element_bytes) + 2 * shape.adapted_parameters * element_bytes
         unpacked_s = moved / device.memory_bytes_per_s if measured_s is None else measured_s

@@ -44,6 +44,7 @@ def update_flops(run: Run, shape: ModelShape) -> float:
     total = plan.update_flops(shape)
     if run.train.optimizer != "muon":
         return total
+    # Muon orthogonalises the updates of matrices only; AdamW's operations are too few to count.
     dense = sum(_orthogonalising(x.out_features, x.in_features) * x.count for x in shape.adapted)
     layout = plan.adapters(run.cluster.devices)
     if layout is None:
@@ -65,7 +66,7 @@ def _orthogonalising(rows: int, columns: int) -> float:
 
 
 def _orthogonalising_factors(layout: AdapterLayout, shape: ModelShape) -> float:
-    pairs, total = layout.held_rank / layout.rank, 0.0
+    pairs, total = layout.held_rank / layout.rank, 0.0  # each pair is orthogonalised by itself
     for linear in shape.adapted:
         sides = (linear.out_features,) if layout.frozen_a else (linear.out_features, linear.in_features)
         total += sum(pairs * linear.count * _orthogonalising(side, layout.rank) for side in sides)
@@ -77,6 +78,7 @@ def _dense_sample_flops(shape: ModelShape, checkpointing: bool) -> float:
     """Return the operations of a sample, 6P a row: forward 2P, gradient of the input 2P, gradient of the weights 2P
     (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
     """
+    # Recomputing a block repeats its forward pass.
     blocks = float(shape.adapted_flops + shape.mixing_flops)
     return 3 * blocks + shape.outer_flops + (blocks if checkpointing else 0)
 

@@ -49,6 +49,7 @@ class Curve:
         if index == 0 or index == len(self.sizes):
             return self.rates[min(index, len(self.sizes) - 1)]
         low, high = self.sizes[index - 1 : index + 1]
+        # Rates grow as powers of the size over a limited range, which are straight lines on logarithmic axes.
         share = math.log(size / low) / math.log(high / low)
         return self.rates[index - 1] ** (1 - share) * self.rates[index] ** share
 
@@ -139,6 +140,7 @@ def pass_s(run: Run, shape: ModelShape, rates: KernelRates) -> float:
 
 def _pass_s(run: Run, shape: ModelShape, rates: KernelRates, adapted: bool) -> float:
     layers = sum(linear.count for linear in shape.adapted)
+    # A network of many small layers is bound by starting kernels, not by the kernels themselves.
     starting_s = rates.step_s + layers * (rates.layer_s + (rates.adapter_s if adapted else 0))
     products = block_products(run, shape, adapted)
     seconds = products_s((*products, outer_product(shape, run.train.micro_batch)), rates)
@@ -161,6 +163,7 @@ def attention_s(run: Run, shape: ModelShape, rates: KernelRates) -> float:
 
 def _attention_s(shape: ModelShape, samples: int, passes: int, rates: KernelRates) -> float:
     head_width = shape.width / max(1, shape.attention_heads)
+    # Rates of attention were measured by the size of one head's Q·K product.
     size = Product(shape.tokens, head_width, shape.tokens).intensity
     curve = rates.full_attention if shape.family == "vit" and rates.full_attention else rates.attention
     return curve.seconds(size, passes * samples * shape.mixing_flops)
@@ -169,6 +172,7 @@ def _attention_s(shape: ModelShape, samples: int, passes: int, rates: KernelRate
 def elementwise_s(run: Run, shape: ModelShape, rates: KernelRates, products: Sequence[Product] = ()) -> float:
     """Return the seconds of all elementwise kernels: norms, GELUs, sums, the loss; and copies of folded weights."""
     moves = ACTIVATION_MOVES + (FORWARD_MOVES if run.train.activation_checkpointing else 0)
+    # Folding reads the weight and writes a copy.
     folded = sum(2 * product.count * product.m * product.n for product in products if isinstance(product, Folded))
     return _elementwise_s(
         shape, run.train.micro_batch, moves, ACTIVATION_MOVES, ELEMENT_BYTES[run.train.dtype], rates, folded
@@ -180,6 +184,7 @@ def _elementwise_s(
     others: float = 0.0,
 ) -> float:  # fmt: skip
     """Return the seconds of moving activations so many times inside and outside blocks, and `others` elements."""
+    # Elementwise kernels read and write what layers read and write; the loss does so with the logits.
     inside = sum(x.rows * (x.in_features + x.out_features) * x.count for x in shape.adapted)
     elements = samples * (moves * inside + outer_moves * shape.predictions * shape.outputs) + others
     curve = dict(rates.elementwise_of).get(shape.family, rates.elementwise)
@@ -197,6 +202,7 @@ def outer_product(shape: ModelShape, samples: int) -> Product:
     if shape.inputs:
         rows, k, n = shape.tokens, max(1, shape.inputs // shape.tokens), shape.width
     rows *= samples
+    # The count makes the operations those of all layers outside blocks, which the shape counts exactly.
     return Product(rows, k, n, samples * shape.outer_flops / (2 * rows * k * n))
 
 
@@ -223,6 +229,7 @@ def _adapted_products(
 ) -> tuple[Product, ...]:
     products: list[Product] = []
     for linear in shape.adapted:
+        # Each head gets an equal part of the rows.
         m, i, o = samples * linear.rows / heads, linear.in_features, linear.out_features
         count = heads * linear.count
         times = 2 if checkpointing else 1
@@ -238,7 +245,7 @@ def _through_layer(
     linear: LinearShape, rows: float, rank: int, reset_less: bool, heads: int, times: int, forward: bool
 ) -> Iterator[Product]:
     """Yield the products of rows with each head's weight, as simulate.layers.lora computes them."""
-    y, x = linear.in_features, linear.out_features
+    y, x = linear.in_features, linear.out_features  # the backward pass goes from outputs to inputs
     if not forward:
         y, x = x, y
     folds = folded_products(rows, y, x, reset_less)

@@ -167,12 +167,14 @@ class _Lasting:
 def _lasting(run: Run, shape: ModelShape, shared_memory: bool) -> _Lasting:
     element_bytes, devices = ELEMENT_BYTES[run.train.dtype], run.cluster.devices
     plan, held = plan_of(run.method), persistent_state(run, shape)
+    # Dense steps hold more than those that follow, so a warm start is planned as a dense run.
     layout = None if plan.starts_dense else plan.adapters(devices)
     weights, adapters = _weight_bytes(run, shape, shared_memory), held.adapters * element_bytes
     optimizer = moment_bytes(run, shape) + held.extra * element_bytes + kept_bytes(run, shape)
     kept = weights + adapters + optimizer
     # A host with memory of its own packs the weights before they move to the device.
     start = (Phase("forward", 0, 0, _packing_start_bytes(run, shape) - kept),) if shared_memory else ()
+    # Pairs that a step skips have moments, but no gradients.
     idle, block_trained = 0, sum(linear.weights for linear in shape.adapted)
     if layout is not None:
         idle = shape.factors(layout.idle_rank) if layout.idle_rank else 0
@@ -310,7 +312,7 @@ def checkpoint_bytes(run: Run, shape: ModelShape, devices: int, in_a_round: bool
         frozen_bytes_kept = frozen_bytes(shape, run.method.frozen_format, element_bytes)
         frozen_bytes_kept += plan.full_copies * shape.adapted_parameters * element_bytes
         weights = (0 if plan.starts_dense else held.adapters) + shape.replicated_parameters
-    copies = 1 if held.shared else devices
+    copies = 1 if held.shared else devices  # equal state is written once
     moments = moment_bytes(run, shape) if in_a_round else _merged_moment_bytes(run, shape)
     elements = copies * weights + devices * held.extra
     return frozen_bytes_kept + elements * element_bytes + copies * moments + kept_bytes(run, shape)

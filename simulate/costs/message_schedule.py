@@ -54,6 +54,7 @@ def dense_reduction(shape: ModelShape, devices: int, element_bytes: int, wire: s
 def adapter_reduction(shape: ModelShape, rank: int, devices: int, element_bytes: int) -> Exchange:
     """Return the messages that average the gradients of a pair of the given rank in each layer, and all others."""
     counts: list[int] = []
+    # In the order in which the network holds its parameters, since that decides how they share messages.
     layers = iter(shape.in_order())
     for tensor in shape.tensors:
         if tensor.kind == "adapted":

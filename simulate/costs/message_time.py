@@ -60,6 +60,7 @@ class _Wire:
     @classmethod
     def of(cls, transfer: Transfer, link: Link) -> _Wire:
         if transfer.teams > 1 and link.node_bytes_per_s is not None:
+            # A node's own link connects its devices like a switch, without a shared uplink.
             rate, latency_s = link.node_bytes_per_s, link.node_latency_s or 0.0
             return cls("star", rate, rate, latency_s, latency_s * link.delays_of_a_hop, None)
         return cls(
@@ -87,6 +88,7 @@ def _by_nccl_s(transfer: Transfer, wire: _Wire) -> float:
         "all_to_all": (1 if mesh else devices - 1, to_all_share),
         "broadcast": (1 if mesh else (devices - 1).bit_length(), 1.0),
     }[transfer.operation]
+    # Only rings of NCCL wait for a neighbour's buffer in each hop; all else takes one plain delay a hop.
     in_ring = transfer.operation in ("all_reduce", "all_gather") and not mesh
     latency_s = wire.hop_s if in_ring else wire.latency_s
     seconds = hops * (latency_s + share * transfer.payload_bytes / wire.bytes_per_s)
@@ -104,6 +106,7 @@ def _shared_s(transfer: Transfer, shared_bytes_per_s: float, share: float, hops:
     if transfer.operation == "broadcast":
         sent_bytes = float((devices - 1) * transfer.payload_bytes)
     else:
+        # A reduction sends each part twice: to its sum, and the sum back.
         one_to_one = max(hops, devices - 1) if transfer.operation != "all_reduce" else 2 * (devices - 1)
         sent_bytes = devices * one_to_one * share * transfer.payload_bytes
     return transfer.teams * sent_bytes / shared_bytes_per_s
@@ -123,6 +126,7 @@ def _by_gloo_s(transfer: Transfer, wire: _Wire) -> float:
         if gathers_by_pairs(payload, devices):
             return _swap_s(payload, transfer, wire)
         return _ring_s(devices - 1, payload, transfer, wire)
+    # What is left is an all-reduce: by pairs for small parts, in a ring of 2(N−1) hops for large ones.
     if sums_by_pairs(payload / devices):
         return 2 * _swap_s(payload / devices, transfer, wire)
     return _ring_s(2 * (devices - 1), payload / devices, transfer, wire)
@@ -137,6 +141,7 @@ def _swap_s(part_bytes: float, transfer: Transfer, wire: _Wire) -> float:
 
     On a mesh each part has a link of its own. On a ring neighbours forward the parts of others, up to N−1 times.
     """
+    # `crossed`: parts that cross one device's link; `reach`: hops until the last part arrives.
     others = transfer.devices - 1
     crossed, reach = {"mesh": (1.0, 1), "ring": (others * transfer.devices / 2, others)}.get(
         wire.topology, (float(others), 1)
@@ -165,6 +170,7 @@ def _tree_s(transfer: Transfer, wire: _Wire) -> float:
     for parent in range(devices):
         digits = range(parent.bit_length(), (devices - 1).bit_length())
         children = [parent + 2**i for i in digits if parent + 2**i < devices]
+        # On a mesh each child has a link of its own; else all copies leave over one uplink.
         copies = 1 if wire.topology == "mesh" else len(children)
         sent_s = max(copies * payload / wire.up_bytes_per_s, payload / wire.down_bytes_per_s)
         for child in children:
@@ -183,6 +189,7 @@ def server_rates(push: bool, devices: int, link: Link) -> tuple[float, float]:
     if server_bytes_per_s is None:  # as fast as a device's; a ring and a mesh reach it over 2 or N such links
         links = {"star": 1, "ring": min(2, devices), "mesh": devices}[link.topology]
         server_bytes_per_s = links * (link.down_bytes_per_s if push else link.up_bytes_per_s)
+    # A shared uplink limits what all devices together push; what they pull does not cross it.
     if push and link.shared_bytes_per_s is not None:
         server_bytes_per_s = min(server_bytes_per_s, link.shared_bytes_per_s)
     return device_bytes_per_s, server_bytes_per_s

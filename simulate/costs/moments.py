@@ -40,6 +40,7 @@ def largest_step_bytes(run: Run, shape: ModelShape) -> int:
     if run.train.optimizer_state == "fp32":
         return 0
     muon = run.train.optimizer == "muon"
+    # One parameter at a time is updated, in chunks; Muon's one moment is not in 8 bits.
     sizes = (rows * elements for rows, elements, has_one in _trained(run.method, shape, run.cluster.devices, muon)
              if is_eight_bit(elements) and not has_one)  # fmt: skip
     return min(max(sizes, default=0), CPU_CHUNK_ELEMENTS) * CPU_CHUNK_BYTES
@@ -64,7 +65,7 @@ def _trained(method: MethodOptions, shape: ModelShape, devices: int, muon: bool)
     """Yield (rows, elements of a row, whether Muon updates it) of each parameter that one device trains."""
     plan = plan_of(method)
     layout = None if plan.starts_dense else plan.adapters(devices)
-    if layout is None:
+    if layout is None:  # Muon updates the matrices of linear layers, AdamW the rest
         for tensor in shape.tensors:
             yield 1, tensor.elements, muon and tensor.kind == "adapted"
         return

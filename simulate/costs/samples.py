@@ -93,6 +93,7 @@ def samples_factor(
         return of.value if end == "value" else of.low if end == "low" else of.high
 
     plan = plan_of(run.method)
+    # The product in this module's docstring: batch and method, merges, rank.
     factor = (1 + run.tokens_per_step * figure(model.minimum_steps) / tokens) * figure(model.methods[plan.samples_like])
     factor *= max(1.0, run.method.round_steps / model.merge_every) ** figure(model.merge_exponent)
     shortfall = plan.rank_shortfall(shape.largest_dimension, run.cluster.devices, model.lte_rank_share)

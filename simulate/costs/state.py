@@ -39,6 +39,7 @@ def persistent_state(run: Run, shape: ModelShape) -> PersistentState:
     adapters, matrices, others = 0, shape.adapted_parameters, shape.replicated_parameters
     if layout is not None:
         adapters = shape.factors(layout.held_rank) * (2 if layout.subtracts else 1)
+        # Frozen A are held but not trained.
         matrices = shape.factors(layout.held_rank, layout.frozen_a)
         others = _elements_without(shape, layout.frozen_kinds)
     return PersistentState(

@@ -63,6 +63,7 @@ def round_time(run: Run, shape: ModelShape, devices: Sequence[Device], link: Lin
     In lockstep all devices wait for the slowest. With a deadline nobody waits, unless one step of a device takes longer
     than that.
     """
+    # Devices of one kind take equal time, so each kind is computed once.
     kinds = [_rates(run, device) for device in distinct(devices)]
     if run.method.is_paced:
         steps_s, device_steps = round_compute_s(run.method, device_step_s(run, shape, devices))
@@ -103,6 +104,7 @@ def _of_each(devices: Sequence[Device], seconds_of: Callable[[Device], float]) -
     kinds = distinct(devices)
     if len(kinds) == 1:
         return (seconds_of(kinds[0]),) * len(devices)
+    # By id(): hashing thousands of devices costs more than their few kinds.
     by_kind = {id(device): seconds_of(device) for device in kinds}
     return tuple(by_kind[id(device)] for device in devices)
 
@@ -149,7 +151,7 @@ def compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
     if rates.kernels is None:
         moved_bytes += moved.optimizer
         passes_s = pass_flops(run, shape) / rates.pass_flop_per_s
-    else:
+    else:  # measured rates already contain the efficiency of passes and optimizer
         moved_s = rates.kernels.optimizer.seconds(moved.optimizer, moved.optimizer + moved.clipped)
         passes_s = pass_s(run, shape, rates.kernels) + moved_s + (unpacked_s or 0.0)
     return passes_s + update_flops(run, shape) / rates.flop_per_s + moved_bytes / rates.memory_bytes_per_s
@@ -181,6 +183,7 @@ class _Moved:
 def _moved(run: Run, shape: ModelShape) -> _Moved:
     element_bytes, method = ELEMENT_BYTES[run.train.dtype], run.method
     trained = persistent_state(run, shape).trained
+    # 8-bit moments move a byte each; their scales, one for 256 elements, are too small to count.
     moment_bytes = element_bytes if run.train.optimizer_state == "fp32" else 1
     unpacked, others = 0, _cast_bytes(run, shape)
     if plan_of(method).compresses_gradients:

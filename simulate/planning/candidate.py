@@ -60,7 +60,7 @@ class PlanContext:
 
     def recovering(self, cluster: Cluster, every: int) -> Cluster:
         """Return the cluster with recovery points so many merges apart, the same object every time."""
-        if every not in self.clusters:
+        if every not in self.clusters:  # thousands of candidates share a few copies
             self.clusters[every] = cluster.model_copy(update={"recover_every": every})
         return self.clusters[every]
 

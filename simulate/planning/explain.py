@@ -86,6 +86,7 @@ def explain(plan: Plan, chosen: Candidate) -> Why:
 
 def _limit(plan: Plan, chosen: Candidate, value: Callable[[Candidate], float]) -> tuple[str, str]:
     """Return whether link, memory or compute keeps the choice from being better, and the reason in words."""
+    # Memory is the limit where a run that does not fit would be better than the choice.
     unfit = [r for r in plan.rejected if r.missing[0]]
     better = min(unfit, key=lambda r: value(r.candidate), default=None)
     share = chosen.time.exchange_s / chosen.time.round_s
@@ -117,6 +118,7 @@ def _change(plan: Plan, chosen: Candidate, what: str, profile: Profile, devices:
     base = plan.base.model_copy(update={"cluster": cluster})
     # Shards and given steps list one number a device, so they fix the number of devices.
     fixed = base.data.shards is not None or base.method.given_steps is not None
+    # Without a time limit and rivals: only the choice is compared.
     choice, new = replace(plan.choice, with_rivals=False, within_s=None), None
     if devices == plan.base.cluster.devices or not fixed:
         with suppress(InputError):  # a run may be invalid on other hardware
@@ -148,7 +150,7 @@ def _neighbours(plan: Plan, chosen: Candidate, value: Callable[[Candidate], floa
     for result in results:
         keys = _keys(candidate_of(result))
         different = [key for key in keys if keys[key] != ours[key]]
-        if len(different) == 1:
+        if len(different) == 1:  # one key apart, so that its cause is clear
             by_key.setdefault(different[0], []).append(result)
     for key in ours:
         for result in _nearest(by_key.get(key, []), key, ours[key]):
@@ -186,6 +188,7 @@ def _against(result: Candidate | Rejected, chosen: Candidate, value: Callable[[C
 def _parts(other: Candidate, chosen: Candidate) -> Iterator[str]:
     """Yield the figures that differ from the choice's, as ratios; seconds and bytes are per sample."""
 
+    # Candidates differ in batch and round length, so that only figures per sample compare.
     def per_sample(candidate: Candidate, amount: float) -> float:
         return amount / (candidate.samples_per_s * candidate.time.round_s)
 

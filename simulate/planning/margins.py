@@ -25,6 +25,7 @@ class Margins:
     @classmethod
     def of(cls, profile: Profile) -> Margins:
         """Return the margins of a profile: of its least certain device, and of its link."""
+        # The slowest device sets the pace and may be any, so that the least certain one decides.
         return cls(max(MARGINS[device.source] for device in profile.device), MARGINS[profile.link.source])
 
     @property

@@ -61,6 +61,7 @@ def plan_notes(
 
 def _assumptions(context: PlanContext, chosen: Candidate | None, first: Candidate | None) -> Iterator[str]:
     profile, choice = context.profile, context.choice
+    # Certainty first: the reader should know how far to trust what follows.
     sources = {device.source for device in profile.device} | {profile.link.source}
     yield f"figures of profile {profile.name} are {' and '.join(sorted(sources))}: times are estimates, bytes are exact"
     if not context.margins.is_point:
@@ -82,6 +83,7 @@ def _quantized(chosen: Candidate) -> Iterator[str]:
     method = chosen.run.method
     if method.frozen_format.startswith("nf4"):
         yield f"method.quantize = {method.frozen_format} needs bitsandbytes: pip install 'lte[quantize]'"
+    # Rounding to few bits swallows updates smaller than half a step, merge after merge.
     if getattr(method, "master", "host") == "none" and getattr(method, "reset", "none") != "none":
         yield (
             "method.master = none with method.reset = "
@@ -157,7 +159,7 @@ def _deadlines(chosen: Candidate) -> Iterator[str]:
         needs |= {"reset": "b", "frozen_a": False}
     without = {"merge_delay": 0, "fragments": 1}
     needs |= {key: value for key, value in without.items() if getattr(method, key, value) != value}
-    paced = method.model_copy(update=needs)
+    paced = method.model_copy(update=needs)  # compared by samples a second: a deadline trains on fewer samples
     time = round_time(chosen.run.model_copy(update={"method": paced}), shape, devices, profile.link)
     gain = time.device_steps / time.round_s / (chosen.time.device_steps / chosen.time.round_s)
     if max(step_s) > PACE_MATTERS * min(step_s) and gain > 1:

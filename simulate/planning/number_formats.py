@@ -46,6 +46,7 @@ def format_notes(
 ) -> Iterator[str]:
     """Report the time and memory of the choice in the best lower format that all devices have."""
     formats = common_formats(profile)
+    # Autocast lowers fp32 only, and a run that has it needs no advice.
     if chosen is None or not formats or chosen.run.train.autocast != "none" or chosen.run.train.dtype == "fp64":
         return
     train = chosen.run.train.model_copy(update={"autocast": formats[0]})

@@ -48,6 +48,7 @@ def parse_objective(text: str) -> Objective:
 def parse_duration_s(text: str) -> float:
     """Return the seconds of `90s`, `30min`, `8h` or `3d`; raises InputError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h|d)", text.strip())
+    # Without a unit 8 could mean hours or seconds, a factor of 3600, so one is required.
     seconds = float(match[1]) * UNITS_S[match[2]] if match else 0.0
     if seconds <= 0:
         raise InputError(f"--within {text}: must be a time above 0 with its unit, for example 90s, 30min, 8h or 3d")

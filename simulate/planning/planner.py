@@ -128,6 +128,7 @@ def _evaluate(run: Run, context: PlanContext) -> Candidate | Rejected:
         wall_s=run.train.steps * time.compute_s + rounds * (time.merge_s + time.exchange_s) + eval_and_save.total_s,
         samples_factor=samples_factor(run, shape, context.tokens, choice.efficiency),
     )
+    # Memory first: time does not matter for a run that cannot start.
     short_bytes = max(0, memory.total - device.usable_bytes)
     # On one shared memory the host gets the bytes that the device leaves.
     host_room_bytes = device.host_memory_bytes or max(0, device.usable_bytes - memory.total)
@@ -148,6 +149,7 @@ def _with_recovery(run: Run, context: PlanContext, every: int, apart: int) -> Ru
     """Return the run with recovery points after so many meetings, and its own checkpoints moved onto such points."""
     update: dict[str, Any] = {"cluster": context.recovering(run.cluster, every)}
     if not context.keeps_checkpoints:
+        # Rounded up to a whole number of recovery points, so that no checkpoint is written beside them.
         points = -(-run.train.checkpoint_every // (every * apart))
         saves_every = min(points * every * apart, run.train.steps)
         update["train"] = run.train.model_copy(update={"checkpoint_every": saves_every})
@@ -169,6 +171,7 @@ def _host_reason(parts: dict[str, int], room_bytes: int, device: Device) -> str:
 
 
 def _memory_reason(memory: Memory, device: Device) -> str:
+    # Name the largest part that a key can change; nothing in a run changes what the system reserves.
     parts = {name: size for name, size in memory.parts().items() if name != "reserved"}
     largest = max(parts, key=lambda name: parts[name])
     headroom = device.memory_bytes - device.usable_bytes
@@ -191,7 +194,7 @@ def make_plan(
     """Evaluate the grid around `base` and choose; keys that neither pins nor the grid vary are those of `base`."""
     choice = choice or SelectionCriteria()
     pins = replace(pins, ranks=choice.probe.ranks(base)) if choice.probe else pins
-    check_formats(base, profile)
+    check_formats(base, profile)  # before thousands of candidates are planned at a rate that is not known
     context = PlanContext.of(base, profile, tokens, choice, "recover_every" not in base.cluster.model_fields_set)
     shape, devices = context.shape, context.devices
     rank = rank_by(value_of(choice.objective, profile, len(devices)))

@@ -22,6 +22,7 @@ class PlanProbe:
         self.path = path
         self.probe: Probe = load_probe(path)
         check_model(self.probe, shape, path)
+        # A probe describes rounds up to the length it measured, and, by an estimate, all longer ones.
         self._needs = {every: Needs.of(self.probe, every) for every in (1, LARGEST_INTEGER)}
 
     def needs(self, merge_every: int) -> Needs:
@@ -72,7 +73,7 @@ class PlanProbe:
 
     def _tried(self, base: Run) -> list[Needs]:
         """Return the needs of the rounds that the plan tries, shorter ones first."""
-        rounds: Sequence[int] = MERGE_EVERY
+        rounds: Sequence[int] = MERGE_EVERY  # the values of the search space, unless the user set one
         if _separate_heads(base) is not None and "merge_every" in base.method.model_fields_set:
             rounds = (base.method.round_steps,)
         return list(dict.fromkeys(self.needs(every) for every in rounds))

@@ -16,6 +16,7 @@ Rank = Callable[[Candidate], tuple[float, ...]]
 def hourly_price(profile: Profile, devices: int) -> float | None:
     """Return the price of an hour of all devices and the server; None where a device has no price."""
     prices = [device.price_per_hour for device in profile.devices(devices)]
+    # One unknown price makes the sum unknown; a server without one is taken for free.
     known = [price for price in prices if price is not None]
     server = profile.server.price_per_hour if profile.server else None
     return sum(known) + (server or 0.0) if len(known) == len(prices) else None

@@ -57,6 +57,7 @@ def grid(base: Run, shape: ModelShape, methods: Sequence[str], pins: Pins, token
 def _options(base: Run, shape: ModelShape, name: str, pins: Pins) -> Iterator[MethodOptions]:
     """Yield a method's options with every combination of values that the user left open."""
     ours = base.method.name == name
+    # The base run's method keeps the user's keys; every other one starts from its defaults.
     start = plan_of(base.method if ours else default_options(name)).fitted(base.cluster.devices)
     plan = plan_of(start)
     axes = {key: values for key, values in plan.axes.items() if not (ours and key in pins.keys)}
@@ -73,6 +74,7 @@ def _options(base: Run, shape: ModelShape, name: str, pins: Pins) -> Iterator[Me
         if "rank" in update and scales_alpha:  # the same scale alpha / rank at every rank
             update["alpha"] = DEFAULT_SCALE * update["rank"]
         method = start.model_copy(update=update)
+        # Copies skip validation, so combinations that a run would refuse are dropped here.
         if method.round_steps % method.merges_per_round == 0 and plan_of(method).is_valid():
             yield method
 

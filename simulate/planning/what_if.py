@@ -126,6 +126,7 @@ def look_ahead(plan: Plan, chosen: Candidate, rounds: int) -> Outlook:
 
 def representatives(devices: Sequence[Device]) -> list[int]:
     """Return a few devices to draw: the first of each kind, then others evenly spread."""
+    # Reversed, so that the first device of a kind is the last one written.
     firsts = list({device.kind: index for index, device in reversed(list(enumerate(devices)))}.values())
     count = min(DRAWN_DEVICES, len(devices))
     spread = [index * len(devices) // count for index in range(count)]
@@ -140,6 +141,7 @@ def _equivalent_s(chosen: Candidate, devices: Sequence[Device], link: Link) -> f
     train = train_for(run, run.train.micro_batch, run.train.activation_checkpointing, chosen.tokens)
     run = run.model_copy(update={"train": train})
     timeline = simulate(run, devices, link, COMPARED_ROUNDS)
+    # Devices that skip or repeat steps train on fewer samples; the time grows by what is missing.
     trained = timeline.device_steps / len(devices) * run.tokens_per_step
     samples = samples_factor(run, run.model.shape(), chosen.tokens, chosen.efficiency)
     return timeline.wall_s * samples * chosen.tokens / trained
@@ -162,12 +164,14 @@ def _upgrades(run: Run, devices: Sequence[Device], link: Link) -> Iterator[Upgra
     before_s = simulate(run, devices, link, COMPARED_ROUNDS).wall_s
     rates = [key for key, rate in link if key.endswith("bytes_per_s") and rate is not None]
     changes: dict[str, dict[str, float]] = {f"link.{key} x 2": {key: 2 * getattr(link, key)} for key in rates}
+    # Either direction alone is often no upgrade: both carry a merge.
     both = ("up_bytes_per_s", "down_bytes_per_s")
     changes["link.up_bytes_per_s and down_bytes_per_s x 2"] = {key: 2 * getattr(link, key) for key in both}
     changes["link.latency_s / 2"] = {"latency_s": link.latency_s / 2}
     for what, update in changes.items():
         after_s = simulate(run, devices, link.model_copy(update=update), COMPARED_ROUNDS).wall_s
         yield Upgrade(what, before_s / after_s)
+    # One copy a kind, since costs group devices by id().
     kinds = {id(device): device.model_copy(update=_twice_as_fast(device)) for device in devices}
     faster = [kinds[id(device)] for device in devices]
     yield Upgrade("devices twice as fast", before_s / simulate(run, faster, link, COMPARED_ROUNDS).wall_s)

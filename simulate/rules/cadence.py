@@ -42,6 +42,7 @@ class Cadence:
 
     def meets(self, step: int) -> bool:
         """Whether the devices meet after a step."""
+        # A delayed merge arrives `late` steps after its multiple of `apart`, so none does in the first `late` steps.
         return step == self.steps or (step % self.apart == self.late % self.apart and step > self.late)
 
     def is_due(self, step: int, every: int) -> bool:
@@ -70,6 +71,7 @@ class Cadence:
     @cached_property
     def num_evaluations(self) -> int:
         """Evaluations of the whole run."""
+        # At most one evaluation a meeting, and at most one for each multiple of evaluate_every.
         last = (self.steps - 1 - self.late) // self.apart * self.apart + self.late  # before the end
         before = 0 if last <= 0 else min((last - self.late) // self.apart, last // self.evaluate_every)
         return before + 1
@@ -79,6 +81,7 @@ class Cadence:
         """Checkpoints of the whole run."""
         if self.checkpoint_every <= self.apart:  # every meeting has one
             return max(0, (self.steps - 1 - self.late) // self.apart) + 1
+        # Between two checkpoints that were asked for, recovery points follow the first of them at equal distances.
         multiples = range(0, self.steps, self.checkpoint_every)
         asked = sorted({meeting for step in multiples if (meeting := self._meeting_of(step)) < self.steps})
         saves = len(asked)  # `asked` has the start, which saves nothing, and lacks the end, which does

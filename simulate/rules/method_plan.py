@@ -68,7 +68,7 @@ def merge_every(exchange: Exchange, every: int, hidden_steps: int = 0) -> Period
 
 def staggered(exchanges: Sequence[Exchange], every: int, hidden_steps: int) -> tuple[PeriodicExchange, ...]:
     """Return the fragments' exchanges: each every T steps, T / fragments after the one before, all at the run's end."""
-    apart = every // len(exchanges)
+    apart = every // len(exchanges)  # divides evenly: FragmentOptions checks it
     return tuple(
         PeriodicExchange(exchange, first=apart * (index + 1), every=every, at_end=True, hidden_steps=hidden_steps)
         for index, exchange in enumerate(exchanges)

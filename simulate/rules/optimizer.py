@@ -14,6 +14,7 @@ CPU_CHUNK_BYTES = 20
 
 def through_gram(rows: int, columns: int) -> bool:
     """Whether Muon iterates on a matrix's Gram matrix alone, which takes fewer operations for long matrices."""
+    # A Gram matrix costs small^2 x large once instead of in each iteration; simulate.costs.flops has both counts.
     small, large = sorted((rows, columns))
     return large >= 2 * small
 

@@ -28,6 +28,7 @@ def round_counts(method: MethodOptions, step_s: Sequence[float], round_index: in
     given = method.given_steps
     if given is not None:
         return given[round_index % len(given)]
+    # At least one step, or a device that is too slow would never train.
     deadline_s = method.deadline_s or every * min(step_s)
     return tuple(max(1, min(every, math.floor(deadline_s / seconds + ROUNDING))) for seconds in step_s)
 
@@ -40,6 +41,7 @@ def round_compute_s(method: MethodOptions, step_s: Sequence[float]) -> tuple[flo
     if not method.is_paced:
         return method.round_steps * max(step_s), float(method.round_steps * len(step_s))
     given = method.given_steps
+    # One round stands for all where steps are not given, since step times do not change.
     rounds = [round_counts(method, step_s, index) for index in range(len(given or (None,)))]
     seconds = [max(count * s for count, s in zip(counts, step_s, strict=True)) for counts in rounds]
     return sum(seconds) / len(rounds), sum(map(sum, rounds)) / len(rounds)

@@ -10,6 +10,7 @@ from simulate.models.shapes import LinearShape, ParameterShape
 
 def gather_groups(sizes_bytes: Sequence[int], devices: int) -> list[range]:
     """Group gathered items into messages, by the size that all devices' parts have together."""
+    # A gathered message holds all devices' parts at once, so the limit on messages applies to their sum.
     return bucket([size * devices for size in sizes_bytes])
 
 
@@ -26,7 +27,7 @@ def layer_transport(linear: LinearShape, held_rank: int, devices: int, transport
 
 def is_averaged(tensor: ParameterShape, norms: str, biases: str) -> bool:
     """Whether every device trains its own copy of a parameter without adapters, so that merges average it."""
-    if tensor.kind == "norm":
+    if tensor.kind == "norm":  # the keys method.norms and method.biases decide for their kinds
         return norms in ("average", "vector-lora")
     return tensor.kind != "bias" or biases == "average"
 
