@@ -10,7 +10,7 @@ Legend: L local devices, N devices, K heads of a device, S samples, T tokens.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +102,10 @@ class Method(ABC):
         """Whether this is the run's last step."""
         return step + 1 == self.run.train.steps
 
+    def fragments_in_flight(self) -> list[int]:
+        """Return the groups of layers whose merge was sent and has not arrived: none, but with `merge_delay`."""
+        return []
+
     def fragments_due(self, step: int) -> list[int]:
         """Return the groups of layers that merge after this step: one after the other, all at the run's end."""
         options = self.run.method
@@ -169,9 +173,12 @@ class Method(ABC):
         """Return the steps that each device took in the last round, where they may differ."""
         return None
 
-    def round_shares(self) -> Tensor | None:
-        """Return all devices' shares of the round's merge, (N,), by the steps that each took; None: all are equal."""
-        return None
+    def shares(self, sizes: Sequence[float] | None = None) -> Tensor | None:
+        """Return w_n, (N,): all devices' shares of the round's merge, in proportion to `sizes`; None: all are equal."""
+        if sizes is None:
+            return self.counted(None)
+        sizes_N = torch.tensor(sizes, dtype=torch.float64)
+        return self.counted((sizes_N / sizes_N.sum()).to(next(iter(self.parameters.values()))))
 
     def samples_done(self, step: int) -> int:
         """Return the samples that all devices together have trained on after this step of the last round."""
@@ -191,7 +198,7 @@ class Method(ABC):
 
     def rows(self) -> Rows:
         """Return which device owns each row, here and elsewhere, and its merge weight."""
-        return Rows(self.communicator, self.row_devices(), self.all_row_devices(), self.round_shares())
+        return Rows(self.communicator, self.row_devices(), self.all_row_devices(), self.shares())
 
     def row_devices(self) -> list[int]:
         """Return the devices, in global order, to which the rows of tensors with a copies axis belong here."""

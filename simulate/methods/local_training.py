@@ -1,17 +1,22 @@
-"""Local training: every device steps its own copy of the network; local SGD and DiLoCo average the copies at merges."""
+"""Local training: every device steps its own copy of the network; local SGD and DiLoCo average the copies at merges.
+
+With `merge_delay` the registry puts simulate.methods.overlapped in front, which calls `send_fragment` and
+`apply_merged_fragment` in place of `merge`; with `pace`, simulate.methods.paced, which changes the shares.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from simulate.layers.convert import convert, merged_state
 from simulate.methods.averaging import Averaging
+from simulate.methods.base import Method
 from simulate.methods.loss import gradients_of
-from simulate.methods.paced import Paced
 from simulate.methods.stepper import ParameterGroup, clip_per_device, decay_groups
 
 
-class LocalTraining(Paced):
+class LocalTraining(Method):
     """A full copy of the network and of its optimizer for every local device; subclasses merge with `averaging`."""
 
     can_exclude_devices = True
@@ -24,22 +29,27 @@ class LocalTraining(Paced):
         train = self.run.train
         return decay_groups(self.parameters.values(), train.learning_rate, train.weight_decay)
 
-    def train_step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
+    def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         losses_L = self.loss.group_losses(inputs, targets, self.local_devices)
         self.loss.backward(losses_L)
         clip_per_device(gradients_of(self.parameters.values()), self.local_devices, self.run.train.clip_norm)
         self.stepper.step(self.rate_factor(step))
-        self.arrive_if_due(step)
         return losses_L.detach()
 
     def merge_weights(self, step: int) -> Tensor | None:
         """Return all devices' shares w_n of the mean, (N,), or None where they are equal."""
         return self.shares()
 
+    @torch.no_grad()
+    def merge(self, step: int) -> None:
+        for index in self.fragments_due(step):
+            self.averaging.merge(index, self.merge_weights(step))
+        self.healthy_N = None
+
     def send_fragment(self, index: int, step: int) -> None:
         self.averaging.send(index, self.merge_weights(step))
 
-    def apply_merged_fragment(self, index: int, step: int) -> None:
+    def apply_merged_fragment(self, index: int) -> None:
         self.averaging.apply_merged(index)
 
     def exclude_devices(self, healthy_N: Tensor) -> None:

@@ -32,7 +32,7 @@ class Diloco(LocalTraining):
         super().__init__(run, communicator, device, network)
         self.averaging = Averaging(
             self.parameters, communicator, wire=self.options.wire, fragments=self.options.fragments, outer=self._outer,
-            delayed=self.delay > 0,
+            delayed=self.options.merge_delay > 0,
         )  # fmt: skip
         self.momentum = {name: torch.zeros_like(last) for name, last in self.averaging.last.items()}
 
@@ -42,9 +42,6 @@ class Diloco(LocalTraining):
         velocity = self.momentum[name].mul_(self.options.outer_momentum).add_(change)
         change.add_(velocity, alpha=self.options.outer_momentum)
         return torch.sub(last, change, alpha=self.options.outer_learning_rate)
-
-    def merge_fragment(self, index: int, step: int) -> None:
-        self.averaging.merge(index, self.merge_weights(step))
 
     def updates(self, step: int) -> Iterator[LayerUpdates]:
         return dense_updates(self.model, self.parameters, self.averaging.last, self.merge_weights(step))

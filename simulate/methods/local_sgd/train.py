@@ -38,44 +38,36 @@ class LocalSgd(LocalTraining):
         self.options = run.method
         super().__init__(run, communicator, device, network)
         server = self.options.merge_transport == "server"
-        delayed = self.delay > 0
+        delayed = self.options.merge_delay > 0
         self.averaging = Averaging(self.parameters, communicator, server, self.options.wire, delayed=delayed)
 
     def active(self, step: int) -> list[int]:
-        if self.is_paced:
-            return super().active(step)
         count = self.options.participants(self.run.cluster.devices)
         return participants(self.run, count, step // self.options.merge_every)
 
-    def merge_fragment(self, index: int, step: int) -> None:
-        weights_N = self.merge_weights(step)
+    def merge(self, step: int) -> None:
         if self.options.merge_optimizer == "average":
-            self._average_with_moments(weights_N)
+            self._average_with_moments(self.merge_weights(step))
+            self.healthy_N = None
         else:
-            self.averaging.merge(index, weights_N)
-        self._treat_moments()
+            super().merge(step)
+        self._forget_moments()
 
-    def apply_merged_fragment(self, index: int, step: int) -> None:
-        super().apply_merged_fragment(index, step)
-        self._treat_moments()
+    def apply_merged_fragment(self, index: int) -> None:
+        super().apply_merged_fragment(index)
+        self._forget_moments()
 
-    def _treat_moments(self) -> None:
+    def _forget_moments(self) -> None:
         if self.options.merge_optimizer == "reset":
             forget_moments(self.stepper.state, self.parameters.values())
 
     def merge_weights(self, step: int) -> Tensor | None:
-        shards = self.run.data.shards
-        if self.is_paced:
+        shards, devices = self.run.data.shards, self.run.cluster.devices
+        if self.options.participants(devices) == devices:
             return self.shares(shards)
-        active = self.active(step)
-        if shards is None and len(active) == self.run.cluster.devices:
-            return self.counted(None)
         # w_n = m_n/Σ m over the round's participants (FedAvg, algorithm 1, with the erratum).
-        sizes = torch.tensor(shards or [1.0] * self.run.cluster.devices, dtype=torch.float64)
-        weights = torch.zeros_like(sizes)
-        weights[active] = sizes[active]
-        first = next(iter(self.parameters.values()))
-        return self.counted((weights / weights.sum()).to(first))
+        active = self.active(step)
+        return self.shares([size if n in active else 0.0 for n, size in enumerate(shards or [1.0] * devices)])
 
     def _average_with_moments(self, weights_N: Tensor | None) -> None:
         """Average parameters and both of Adam's moments in one merge, as if moments were parameters."""
