@@ -76,10 +76,10 @@ class ImageBatches:
     def rows(self, device: int, step: int) -> np.ndarray:
         """Return the images of one device's batch, (B,): the next ones of its shard in the order of the epoch."""
         shard = self.shards[device]
-        places = np.arange(step * self.micro_batch, (step + 1) * self.micro_batch)
-        epochs, places = places // len(shard), places % len(shard)
+        indices = np.arange(step * self.micro_batch, (step + 1) * self.micro_batch)
+        epochs, indices = indices // len(shard), indices % len(shard)
         orders = {int(epoch): self._order(device, int(epoch)) for epoch in np.unique(epochs)}
-        return shard[[orders[epoch][place] for epoch, place in zip(epochs.tolist(), places.tolist(), strict=True)]]
+        return shard[[orders[epoch][index] for epoch, index in zip(epochs.tolist(), indices.tolist(), strict=True)]]
 
     def _order(self, device: int, epoch: int) -> np.ndarray:
         if (device, epoch) not in self._orders:

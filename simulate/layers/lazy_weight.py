@@ -48,8 +48,8 @@ class LazyWeight(Tensor):
         if func in VIEWS:
             weight, *view = args
             return cls(lambda: func(weight.make(), *view), func(weight.form, *view), weight.device)
-        made, named = tree_map_only(cls, lambda weight: weight.make(), (args, kwargs or {}))
-        return func(*made, **named)
+        computed, named = tree_map_only(cls, lambda weight: weight.make(), (args, kwargs or {}))
+        return func(*computed, **named)
 
 
 _ATEN = torch.ops.aten

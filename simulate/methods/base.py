@@ -40,7 +40,7 @@ class Method(ABC):
         self.local_devices = len(communicator.local_devices)
         self.healthy_N: Tensor | None = None
         """Devices that the next merge counts, bool; None: all."""
-        check_autocast(run.train, device)
+        check_autocast(run.train, device)  # before the network is built, which takes longer
         self.loss_scale = LossScale(self.gradient_rows, device) if run.train.autocast == "fp16" else None
         self.install(build_model(run) if network is None else network, device)
 
@@ -52,6 +52,7 @@ class Method(ABC):
         # One device's overflow must not reach a mean of gradients, so it is zeroed before; else its row skips the step.
         zeroes = self.keeps_gradients_apart and not self.is_trained_per_device
         self.loss = Loss(self.model, train, self.loss_scale, zeroes)
+        # Converted layers tell matrices inside the network from those at its ends, so Muon's are found here.
         matrices = muon_matrices(self.model, self.parameters)
         scale = None if zeroes else self.loss_scale
         self.stepper = Stepper(self.parameters, self.parameter_groups(), matrices, train, scale)
@@ -129,6 +130,7 @@ class Method(ABC):
 
     def healthy(self) -> Tensor:
         """Return which local devices' weights are finite, (L,), bool."""
+        # One sum a device: a mask of all elements would take a quarter of the weights' memory.
         sums = [p.detach().view(self.local_devices, -1).sum(1, dtype=torch.float64) for p in self.parameters.values()]
         return torch.stack(sums).isfinite().all(0)
 
@@ -141,7 +143,7 @@ class Method(ABC):
         self.healthy_N = healthy_N
         for state in self.stepper.state.values():
             for tensor in state.values():
-                if tensor.ndim > 0:
+                if tensor.ndim > 0:  # step counters are no rows
                     clear_rows(tensor, self.healthy_L)
 
     @property
@@ -157,7 +159,7 @@ class Method(ABC):
             return weights_N
         first = next(iter(self.parameters.values()))
         weights = torch.ones(len(self.healthy_N)).to(first) if weights_N is None else weights_N
-        weights = weights * self.healthy_N.to(weights)
+        weights = weights * self.healthy_N.to(weights)  # and the others' shares add up to 1 again
         return weights / weights.sum()
 
     # Rounds in which devices take unequal numbers of steps.
@@ -236,6 +238,7 @@ class Method(ABC):
 
         What is trained starts like another device's, since all were equal then; moments and errors start at zero.
         """
+        # Another device's moments belong to gradients of other data.
         new = {name for name in donor if name.startswith("optimizer.") or "error" in name}
         return {name: torch.zeros_like(t) if name in new else t.clone() for name, t in donor.items()}
 

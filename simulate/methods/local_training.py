@@ -30,6 +30,7 @@ class LocalTraining(Method):
         return decay_groups(self.parameters.values(), train.learning_rate, train.weight_decay)
 
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
+        # Each device has parameters of its own, so the gradients of the sum of losses are each device's own.
         losses_L = self.loss.group_losses(inputs, targets, self.local_devices)
         self.loss.backward(losses_L)
         clip_per_device(gradients_of(self.parameters.values()), self.local_devices, self.run.train.clip_norm)

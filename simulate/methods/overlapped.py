@@ -58,7 +58,7 @@ class Delayed(Method):
             for index in self.fragments_due(step):
                 self.send_fragment(index, step)
         self.sent_after.fill_(step)
-        self.healthy_N = None
+        self.healthy_N = None  # the shares of the merge that was sent are settled
 
     def fragments_in_flight(self) -> list[int]:
         sent_after = int(self.sent_after)
@@ -75,7 +75,7 @@ class Delayed(Method):
         self.sent_after.fill_(NOTHING)
 
     def merged_weights_ready(self, step: int) -> bool:
-        sent_after = step - self.delay
+        sent_after = step - self.delay  # from when what arrives now was sent
         return self.is_last(step) or (sent_after >= 0 and self.merge_due(sent_after))
 
     def exclude_devices(self, healthy_N: Tensor) -> None:

@@ -57,17 +57,18 @@ class Paced(Method):
 
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         """Step the local devices that are not done with the round; for the others return their last losses."""
-        done = step % self.run.method.round_steps
+        done = step % self.run.method.round_steps  # steps of the round before this one
         if done == 0:
             self._begin_round(step)
         self._stop_by_clock(done)
         counts_L = self.counts_N[self._local].tolist()
         if all(count <= done for count in counts_L):
-            self.skipped += 1
+            self.skipped += 1  # Adam's counters catch up when the round ends
             return self.last_losses_L.clone()
         for device, count in enumerate(counts_L):
             if count <= done and device not in self._aside:
                 self._set_aside(device)
+        # All local devices step, the stopped ones in vain: leaving rows out of the tensor program would cost more.
         losses_L = super().step(inputs, targets, step)  # type: ignore[safe-super]
         for device, count in enumerate(counts_L):
             if count > done:
@@ -80,7 +81,7 @@ class Paced(Method):
             self.trained += self.counts_N.sum()
         step_s = self.step_s or (1.0,) * len(self.counts_N)
         counts = (every,) * len(step_s) if self.goes_by_clock else round_counts(method, step_s, step // every)
-        steps_left = self.run.train.steps - step
+        steps_left = self.run.train.steps - step  # the run's last round may be short
         self.counts_N.copy_(torch.tensor(counts).clamp(max=steps_left))
         self._started_s = self._stopped_s = self._time()
 
@@ -119,6 +120,7 @@ class Paced(Method):
         """Put back the rows of stopped devices, and exchange how many steps each took; needed before a merge."""
         self._put_back(self.stepper.tensors())
         self._aside.clear()
+        # Bias correction goes by the run's step on every device, or equal gradients would step differently.
         for state in self.stepper.state.values():
             if "step" in state:
                 state["step"] += int(self.skipped)
@@ -129,13 +131,13 @@ class Paced(Method):
     def _share_counts(self, step: int) -> None:
         """Exchange how many steps each device took in this round, and the seconds of one."""
         steps = step % self.run.method.round_steps + 1
-        self.counts_N.clamp_(max=steps)
+        self.counts_N.clamp_(max=steps)  # a round that the run's end cuts short
         own_L = self.counts_N[self._local].double()
         if int(own_L.min()) == steps:  # the deadline has not stopped the round
             self._stopped_s = self._time()
         seconds_L = (self._stopped_s - self._started_s) / own_L
         counts_N, seconds_N = self.communicator.all_gather_scalars(torch.stack([own_L, seconds_L], 1)).unbind(1)
-        self.counts_N.copy_(counts_N.round())
+        self.counts_N.copy_(counts_N.round())  # they travelled as floats
         self._measured_s = float(seconds_N.min()) * self.run.method.round_steps
 
     def merge(self, step: int) -> None:
@@ -143,6 +145,7 @@ class Paced(Method):
         super().merge(step)  # type: ignore[safe-super]
 
     def shares(self, sizes: Sequence[float] | None = None) -> Tensor | None:
+        # w_n = c_n / Σ_m c_m, times the shards' sizes where these differ.
         weights = self.counts_N.double() * torch.tensor(sizes or 1.0, dtype=torch.float64)
         if bool((weights == weights[0]).all()):
             return self.counted(None)
@@ -163,6 +166,7 @@ class Paced(Method):
 
     def before_saving(self, state: dict[str, Tensor]) -> None:
         """Save devices that have stopped as they were then; those in use go on with steps that count for nothing."""
+        # Clones, since the tensors in use must not get the rows put back.
         for name in next(iter(self._aside.values()), {}):
             state[name] = state[name].clone()
         self._put_back(state)

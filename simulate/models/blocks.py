@@ -27,7 +27,7 @@ class BlockStyle:
 
 
 class Attention(nn.Module):
-    """Self-attention, causal unless told otherwise (Radford et al. 2019)."""
+    """Self-attention, causal by default (Radford et al. 2019)."""
 
     def __init__(self, width: int, heads: int, causal: bool = True) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
 """Conversion of our networks' weights to the names and layouts of the transformers library, for `lte export`.
 
-Other programs then load an export without our code. `hf:` models are the library's own and need no conversion.
+Other programs then load an export without our code. `hf:` models are the library's own and need no conversion. `lte
+export --format hf` (ltecli.commands.export) calls `to_transformers`.
 """
 
 from __future__ import annotations

@@ -216,7 +216,7 @@ class MethodPlan(Protocol):
     transport: str | None
     """How merged factors travel, where a method has the choice."""
 
-    def treatments(self) -> str:
+    def synchronisation(self) -> str:
         """Return how parameters beside adapters are trained together, in words."""
 
 

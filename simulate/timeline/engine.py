@@ -308,9 +308,9 @@ class _Simulation:
         if len(self.round_ends_s) >= self.drawn_rounds:
             return
         for device in self.drawn:
-            place = int(np.searchsorted(devices, device))
-            if place < len(devices) and devices[place] == device:
-                start_s, end_s = (float(np.broadcast_to(x, len(devices))[place]) for x in (starts, ends))
+            index = int(np.searchsorted(devices, device))
+            if index < len(devices) and devices[index] == device:
+                start_s, end_s = (float(np.broadcast_to(x, len(devices))[index]) for x in (starts, ends))
                 self._draw(Span(device, kind, start_s, end_s))
 
     def _draw(self, span: Span) -> None:

@@ -37,11 +37,10 @@ class Diloco(LocalTraining):
         self.momentum = {name: torch.zeros_like(last) for name, last in self.averaging.last.items()}
 
     def _outer(self, name: str, last: Tensor, mean: Tensor) -> Tensor:
-        # Algorithm 1's outer gradient Δ, and its Nesterov step; `change` and `velocity` are Δ and v.
-        change = last - mean
-        velocity = self.momentum[name].mul_(self.options.outer_momentum).add_(change)
-        change.add_(velocity, alpha=self.options.outer_momentum)
-        return torch.sub(last, change, alpha=self.options.outer_learning_rate)
+        change = last - mean  # Δ: algorithm 1's outer gradient
+        velocity = self.momentum[name].mul_(self.options.outer_momentum).add_(change)  # v ← μ·v + Δ
+        change.add_(velocity, alpha=self.options.outer_momentum)  # Δ + μ·v: Nesterov, as torch.optim.SGD has it
+        return torch.sub(last, change, alpha=self.options.outer_learning_rate)  # θ − η·(Δ + μ·v)
 
     def updates(self, step: int) -> Iterator[LayerUpdates]:
         return dense_updates(self.model, self.parameters, self.averaging.last, self.merge_weights(step))

@@ -6,7 +6,7 @@
 
 With `participation` below 1, max(1, round(share·N)) devices drawn for each round train in it; devices are stateless
 clients then: they start from the server's weights with a new optimizer. In a simulation the others compute along, but
-count for nothing.
+count for nothing. simulate.methods.registry builds the class; its steps are simulate.methods.local_training's.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ class LocalSgd(LocalTraining):
 
     def _average_with_moments(self, weights_N: Tensor | None) -> None:
         """Average parameters and both of Adam's moments in one merge, as if moments were parameters."""
+        # In one merge, so that they share messages; no delay, wire or fragments go with averaged moments.
         moments = [self.stepper.state[p][key] for key in MOMENTS for p in self.parameters.values()]
         tensors = [*self.parameters.values(), *moments]
         names = [str(index) for index in range(len(tensors))]
@@ -88,7 +89,7 @@ class LocalSgd(LocalTraining):
 
 def participants(run: Run, count: int, round_index: int) -> list[int]:
     """Return the devices that train in a round, in global order: all, or a draw addressed by the round."""
-    devices = run.cluster.devices
+    devices = run.cluster.devices  # FedAvg's S_t: a random set of max(C·K, 1) clients (algorithm 1)
     if count == devices:
         return list(range(devices))
     draw = generator(run.train.seed, "participants", round_index)

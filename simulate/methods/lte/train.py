@@ -76,6 +76,7 @@ class Lte(Method):
         options = self.options
         layers = lora_layers(self.model)
         self.vectors = {n: m for n, m in self.model.named_modules() if isinstance(m, VectorLora)}
+        # Vectors' pairs are adapters to the optimizer, but a device's heads share them, like replicated parameters.
         adapters = {id(p) for p in adapter_parameters(self.model)}
         of_heads = {id(p) for layer in layers for p in layer.factors()}
         self.replicated_parameters = [p for p in self.parameters.values() if id(p) not in of_heads]
@@ -91,6 +92,7 @@ class Lte(Method):
 
     def prepare(self, model: nn.Module) -> nn.Module:
         options, devices = self.options, self.local_devices
+        # Where the server merges, only its process needs W0 and the full-precision W.
         merges_here = options.master != "server" or self.communicator.process == 0
         spec = AdapterSpec(
             rank=options.rank,
@@ -155,6 +157,7 @@ class Lte(Method):
         weights_N = self.shares()
         # Where all count alike, a device that is left out adds nothing to a mean over all heads.
         merger.merge(weights_N if self.options.is_paced else None)
+        # The averaging below takes means of effective vectors, not of factors.
         for vector in self.vectors.values():
             vector.merged.copy_(vector())
         self.averaging.merge(index, weights_N)
@@ -193,7 +196,7 @@ class Lte(Method):
                 clear_rows(factor, self.healthy_L)
                 if old is not None:
                     clear_rows(old, self.healthy_L)
-            vector.a[~self.healthy_L.to(vector.a.device)] = 1.0
+            vector.a[~self.healthy_L.to(vector.a.device)] = 1.0  # its start: b = 0 makes it add nothing
         self.averaging.exclude_devices(self.healthy_L)
 
     def _start_round(self, layer: LoraLinear, step: int) -> None:
@@ -270,6 +273,7 @@ class Lte(Method):
         for index, merger in enumerate(self.mergers):
             for layer in merger.layers:
                 if self.options.reset == "none":
+                    # W0 ← W − (s/H)·Σ_h B0_h·A0_h over the heads that are still there; lost ones' products are zero.
                     weight_OI, a_HRI, b_HOR = merger.merged(layer, travels=index in travels)
                     sums = [sum_of_products(a_HRI, b_HOR)]
                     self.communicator.all_reduce(sums)
