@@ -210,6 +210,7 @@ def _fill(draft: Draft, source: ImageSource, frame: Frame, skip_corrupt: bool) -
                 "--set data.skip_corrupt=true"
             )
         labels[index] = LEFT_OUT
+    # A class that lost all images of a split would be trained on, or judged by, nothing.
     _check_remaining(source, labels)
     used = np.flatnonzero(~source.held_out & (labels != LEFT_OUT))
     mean, std = colour_figures(slots["pixels"].open(), used)

@@ -42,7 +42,7 @@ def _blocks(state: State, names: dict[str, str], prefix: str, change: Callable[[
     """Yield the blocks' tensors under the library's names, each passed through `change`."""
     for name, tensor in state.items():
         if name.startswith("blocks."):
-            _, index, rest = name.split(".", 2)
+            _, index, rest = name.split(".", 2)  # blocks.3.attention.qkv.weight
             layer, _, key = rest.rpartition(".")
             yield f"{prefix}.{index}.{names[layer]}.{key}", change(tensor)
 

@@ -233,8 +233,8 @@ def _read_part(path: Path, part: str, run: Run, data_fingerprint: str) -> tuple[
         raise InputError(f"{file} is truncated: it {size}; {retry}")
     if digest != meta["tensors_sha256"]:
         raise InputError(f"{file} is damaged: its digest is not the one that was saved; {retry}")
-    # Another version of lte, with further keys or another order, may write the same run differently; the run.toml in the
-    # run's folder is the one that the checkpoint was saved with.
+    # Another version of lte, with further keys or another order, may write the same run differently; the run's own
+    # run.toml is the one that the checkpoint was saved with.
     if meta["run"] not in (run_fingerprint(run), _digest_of(path.parent.parent / RUN_FILE)[1]):
         raise InputError(
             f"{path} is a checkpoint of another run: run.toml differs, or another version of lte wrote it; "
