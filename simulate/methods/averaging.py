@@ -6,8 +6,7 @@ With a delay, copies σ_n of the parameters travel while training goes on:
 
     σ_n ← θ_n;   ... d steps ...;   θ ← θ_last + outer(Σ_n w_n·σ_n − θ_last),   θ_n ← θ + (θ_n − σ_n)
 
-A method has one Averaging for its whole parameters, and calls `merge`, or `send` and later `apply_merged`. Transport,
-wire format and fragments are chosen here, so that methods need not know them.
+A method calls `merge`, or `send` and later `apply_merged`; transport, wire format and fragments are settled here.
 
 Legend: L local devices, N devices, X elements.
 """
@@ -75,12 +74,6 @@ class Averaging:
         for name, parameter in self.parameters.items():
             if name not in self.last:
                 self.last[name] = parameter[0].detach().clone()
-
-    @torch.no_grad()
-    def remember(self) -> None:
-        """Copy the parameters, equal on all devices, to `last`, where that is kept."""
-        for name, last in self.last.items():
-            last.copy_(self.parameters[name][0])
 
     @torch.no_grad()
     def merge(self, index: int, weights_N: Tensor | None = None) -> None:
@@ -219,14 +212,8 @@ class Averaging:
 
     def state_dict(self) -> Mapping[str, Tensor]:
         """Return the tensors that the next merges depend on, by name."""
-        errors = {
-            f"{key}.{message[0]}": tensor
-            for message, mean in self.means.items()
-            for key, tensor in mean.state_dict().items()
-        }
-        travels = {
-            f"{key}.{name}": tensor
-            for key, tensors in (("snapshot", self.snapshots), ("arriving", self.arriving))
-            for name, tensor in tensors.items()
-        }
-        return {**{f"last.{name}": tensor for name, tensor in self.last.items()}, **errors, **travels}
+        groups = {"last": self.last, "snapshot": self.snapshots, "arriving": self.arriving}
+        named = {f"{key}.{name}": tensor for key, tensors in groups.items() for name, tensor in tensors.items()}
+        for message, mean in self.means.items():
+            named.update({f"{key}.{message[0]}": tensor for key, tensor in mean.state_dict().items()})
+        return named

@@ -21,7 +21,14 @@ from simulate.methods.build_network import build_model
 from simulate.methods.loss import Loss
 from simulate.methods.method_state import MethodState
 from simulate.methods.round_updates import LayerUpdates, Rows
-from simulate.methods.stepper import ParameterGroup, Stepper, clear_rows, learning_rate_factor, muon_matrices
+from simulate.methods.stepper import (
+    ParameterGroup,
+    Stepper,
+    clear_rows,
+    decay_groups,
+    learning_rate_factor,
+    muon_matrices,
+)
 from simulate.optim.loss_scale import LossScale, check_autocast
 
 
@@ -67,9 +74,10 @@ class Method(ABC):
         """Return the parameters that the optimizer steps, with a leading axis of copies, by the network's names."""
         return dict(self.model.named_parameters())
 
-    @abstractmethod
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Return the optimizer's groups."""
+        """Return the optimizer's groups: unless a method says otherwise, all parameters at the run's rate."""
+        train = self.run.train
+        return decay_groups(self.parameters.values(), train.learning_rate, train.weight_decay)
 
     @property
     def keeps_gradients_apart(self) -> bool:

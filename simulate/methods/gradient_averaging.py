@@ -19,7 +19,7 @@ from simulate.comm.transfers import bucket
 from simulate.layers.convert import convert, merged_state
 from simulate.methods.base import Method
 from simulate.methods.loss import gradients_of
-from simulate.methods.stepper import ParameterGroup, clip_per_device, decay_groups
+from simulate.methods.stepper import clip_per_device
 
 
 class GradientMethod(Method):
@@ -46,10 +46,6 @@ class GradientMethod(Method):
         if self.per_device:
             self.leaves = dict(expand_parameters(self.model, self.local_devices).named_parameters())
         return shared
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        train = self.run.train
-        return decay_groups(self.parameters.values(), train.learning_rate, train.weight_decay)
 
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         losses_L = self.loss.group_losses(inputs, targets, self.local_devices)

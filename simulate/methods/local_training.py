@@ -6,6 +6,8 @@ With `merge_delay` the registry puts simulate.methods.overlapped in front, which
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +15,8 @@ from simulate.layers.convert import convert, merged_state
 from simulate.methods.averaging import Averaging
 from simulate.methods.base import Method
 from simulate.methods.loss import gradients_of
-from simulate.methods.stepper import ParameterGroup, clip_per_device, decay_groups
+from simulate.methods.round_updates import LayerUpdates, dense_updates
+from simulate.methods.stepper import clip_per_device
 
 
 class LocalTraining(Method):
@@ -24,10 +27,6 @@ class LocalTraining(Method):
 
     def prepare(self, model: nn.Module) -> nn.Module:
         return convert(model, self.local_devices)
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        train = self.run.train
-        return decay_groups(self.parameters.values(), train.learning_rate, train.weight_decay)
 
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         # Each device has parameters of its own, so the gradients of the sum of losses are each device's own.
@@ -60,6 +59,12 @@ class LocalTraining(Method):
     def merged_state(self) -> dict[str, Tensor]:
         """Return the weights of the last merge: between merges that are late or of fragments no device has them all."""
         return merged_state(self.model, {id(self.parameters[name]): t for name, t in self.averaging.last.items()})
+
+    def keep_merged(self) -> None:
+        self.averaging.keep_last()
+
+    def updates(self, step: int) -> Iterator[LayerUpdates]:
+        return dense_updates(self.model, self.parameters, self.averaging.last, self.merge_weights(step))
 
     def extra_state(self) -> dict[str, Tensor]:
         return {**super().extra_state(), **self.averaging.state_dict()}

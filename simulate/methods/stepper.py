@@ -102,7 +102,7 @@ class Stepper:
         elif not finite_C.any():
             self._count_step()
         else:
-            before = {name: rows_of(tensor, ~finite_C).clone() for name, tensor in self.tensors().items()}
+            before = {name: tensor.view(len(finite_C), -1)[~finite_C] for name, tensor in self.tensors().items()}
             for gradient in gradients:
                 clear_rows(gradient, finite_C)  # also so that moments which begin with this step begin at zero
             self._step_all()
@@ -173,11 +173,6 @@ def split_groups(
         part = [{**g, "params": [p for p in g["params"] if chosen(p) is is_chosen]} for g in groups]  # type: ignore[attr-defined]
         parts.append([group for group in part if group["params"]])
     return parts[0], parts[1]
-
-
-def rows_of(tensor: Tensor, chosen_C: Tensor) -> Tensor:
-    """Return the chosen rows of a tensor with a leading axis over C rows of copies, or over their heads."""
-    return tensor.view(len(chosen_C), -1)[chosen_C]
 
 
 def clear_rows(tensor: Tensor, healthy_L: Tensor) -> None:

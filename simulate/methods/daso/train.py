@@ -26,7 +26,7 @@ from simulate.methods.daso.options import DasoOptions
 from simulate.methods.gradient_averaging import packed_parameters
 from simulate.methods.overlapped import NOTHING
 from simulate.methods.round_updates import LayerUpdates, dense_updates
-from simulate.methods.stepper import ParameterGroup, clip_per_device, decay_groups
+from simulate.methods.stepper import clip_per_device
 
 
 class Daso(Method):
@@ -57,10 +57,6 @@ class Daso(Method):
         size, local = self.nodes.size, self.local_devices
         assert local % size == 0 or size % local == 0, "a process holds whole nodes, or an equal part of one"
         return max(1, local // size)
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        train = self.run.train
-        return decay_groups(self.parameters.values(), train.learning_rate, train.weight_decay)
 
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         losses_L = self.loss.group_losses(inputs, targets, self.local_devices)

@@ -8,8 +8,6 @@ compressed `wire`, Δ travels with error feedback.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +16,6 @@ from simulate.config.run import Run
 from simulate.methods.averaging import Averaging
 from simulate.methods.diloco.options import DilocoOptions
 from simulate.methods.local_training import LocalTraining
-from simulate.methods.round_updates import LayerUpdates, dense_updates
 
 
 class Diloco(LocalTraining):
@@ -41,9 +38,6 @@ class Diloco(LocalTraining):
         velocity = self.momentum[name].mul_(self.options.outer_momentum).add_(change)  # v ← μ·v + Δ
         change.add_(velocity, alpha=self.options.outer_momentum)  # Δ + μ·v: Nesterov, as torch.optim.SGD has it
         return torch.sub(last, change, alpha=self.options.outer_learning_rate)  # θ − η·(Δ + μ·v)
-
-    def updates(self, step: int) -> Iterator[LayerUpdates]:
-        return dense_updates(self.model, self.parameters, self.averaging.last, self.merge_weights(step))
 
     def extra_state(self) -> dict[str, Tensor]:
         momentum = {f"momentum.{name}": tensor for name, tensor in self.momentum.items()}

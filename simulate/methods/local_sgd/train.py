@@ -11,8 +11,6 @@ count for nothing. simulate.methods.registry builds the class; its steps are sim
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +20,6 @@ from simulate.config.run import Run
 from simulate.methods.averaging import Averaging
 from simulate.methods.local_sgd.options import LocalSgdOptions
 from simulate.methods.local_training import LocalTraining
-from simulate.methods.round_updates import LayerUpdates, dense_updates
 from simulate.optim.moments import forget_moments
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -69,6 +66,7 @@ class LocalSgd(LocalTraining):
         active = self.active(step)
         return self.shares([size if n in active else 0.0 for n, size in enumerate(shards or [1.0] * devices)])
 
+    @torch.no_grad()
     def _average_with_moments(self, weights_N: Tensor | None) -> None:
         """Average parameters and both of Adam's moments in one merge, as if moments were parameters."""
         # In one merge, so that they share messages; no delay, wire or fragments go with averaged moments.
@@ -78,13 +76,8 @@ class LocalSgd(LocalTraining):
         everything = dict(zip(names, tensors, strict=True))
         server = self.options.merge_transport == "server"
         Averaging(everything, self.communicator, server).merge(0, weights_N)
-        self.averaging.remember()
-
-    def keep_merged(self) -> None:
-        self.averaging.keep_last()
-
-    def updates(self, step: int) -> Iterator[LayerUpdates]:
-        return dense_updates(self.model, self.parameters, self.averaging.last, self.merge_weights(step))
+        for name, last in self.averaging.last.items():  # kept for diagnostics alone
+            last.copy_(self.parameters[name][0])
 
 
 def participants(run: Run, count: int, round_index: int) -> list[int]:

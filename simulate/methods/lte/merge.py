@@ -242,10 +242,7 @@ class LayerMerger:
 
         def add_up() -> None:
             for layer, sum_OI, target_OI in zip(layers, sums, targets, strict=True):
-                into_OI = sum_OI if target_OI is None else target_OI
-                torch.add(self._base(layer), sum_OI, alpha=self._share, out=into_OI)
-                if target_OI is None:
-                    layer.set_weight(into_OI)
+                _store_sum(layer, self._base(layer), sum_OI, self._share, target_OI)
 
         self.communicator.on_complete(add_up)
         for layer in layers:
@@ -261,11 +258,7 @@ class LayerMerger:
         def add_up() -> None:
             parts = mean.pop().split([math.prod(layer.size) for layer in layers])
             for layer, part, target_OI in zip(layers, parts, targets, strict=True):
-                change_OI = part.view(layer.size)
-                into_OI = change_OI if target_OI is None else target_OI
-                torch.add(layer.merged_weight(), change_OI, out=into_OI)
-                if target_OI is None:
-                    layer.set_weight(into_OI)
+                _store_sum(layer, layer.merged_weight(), part.view(layer.size), 1.0, target_OI)
 
         self.communicator.on_complete(add_up)
         for layer in layers:
@@ -310,6 +303,14 @@ class LayerMerger:
         for message, mean in zip(self.dense_messages, self.means, strict=False):
             named.update({f"{key}.{message[0].name}": tensor for key, tensor in mean.state_dict().items()})
         return named
+
+
+def _store_sum(layer: LoraLinear, base_OI: Tensor, change_OI: Tensor, share: float, target_OI: Tensor | None) -> None:
+    """Write base + share·change to `target_OI`, or, where that is None, pack it as the layer's W."""
+    into_OI = change_OI if target_OI is None else target_OI
+    torch.add(base_OI, change_OI, alpha=share, out=into_OI)
+    if target_OI is None:
+        layer.set_weight(into_OI)
 
 
 def add_products(base_OI: Tensor, a_HRI: Tensor, b_HOR: Tensor, share: float, out: Tensor) -> None:
