@@ -45,6 +45,7 @@ class DasoPlan(DensePlan[DasoOptions]):
             yield with_gradients(context, message)
         if context.devices > self.options.devices_per_node:
             yield at_merge(2 * message)
+            # An evaluation divides the sums that travel into means of its own.
             yield Phase("evaluation", 0, 0, sum(context.sizes) if self.options.delay_steps else 0)
 
     @property
