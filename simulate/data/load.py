@@ -42,7 +42,7 @@ def load_data(run: Run, tokenizer: Path | None = None) -> Dataset:
     anew.
     """
     data, devices = run.data, run.cluster.devices
-    if tokenizer is not None:
+    if tokenizer is not None:  # a given file's path takes the place of "bpe:N"
         data = data.model_copy(update={"tokenizer": str(tokenizer)})
     pixels, colours, classes = image_sizes(run.model)
     source = image_source(data)

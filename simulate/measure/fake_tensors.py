@@ -208,7 +208,7 @@ class _Follower(TorchDispatchMode):
 
 
 class _ForgetfulConverter(FakeTensorConverter):
-    """A converter without weak references to fake tensors, with which modules could not convert their parameters."""
+    """Converter that keeps no weak references to fake tensors: a module could not convert parameters that have one."""
 
     def set_tensor_memo(self, t: Tensor, v: FakeTensor) -> None:
         pass

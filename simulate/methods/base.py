@@ -1,8 +1,10 @@
 """The base class of all methods: a network on L local devices, its training steps and its merges.
 
 A method says which parameters it trains, what a step does, and when and how devices become one model. The rest has
-modules of its own: simulate.methods.loss (losses and gradients), simulate.methods.stepper (the optimizers) and
-simulate.methods.state (checkpoints). The training loop, the measurements and the launcher's recovery call it.
+modules of its own: simulate.methods.loss (losses and gradients), simulate.methods.stepper (the optimizers),
+simulate.methods.method_state (what checkpoints hold), and simulate.methods.paced and overlapped, which the registry
+puts in front of a method with `pace` or `merge_delay`. The training loop, the measurements and the launcher's recovery
+call it.
 
 Legend: L local devices, N devices, K heads of a device, S samples, T tokens.
 """

@@ -1,4 +1,4 @@
-"""The tensors that a method goes on from, by name: collected, divided among devices, and restored.
+"""The tensors from which a method continues, by name: collected, divided among devices, and restored.
 
 Checkpoints and recovery points keep each device's tensors apart, so that other processes, with other devices in each,
 can go on from them. The training loop, the launcher's recovery and `lte export` call it.

@@ -40,7 +40,7 @@ def learning_rate_factor(train: Train, step: int) -> float:
 
 
 class Stepper:
-    """The optimizers of some parameters, (C, ...) each, with one state by parameter and one step."""
+    """Several optimizers over parameters (C, ...) behind one `step` and one `state`."""
 
     def __init__(
         self,

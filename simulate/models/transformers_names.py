@@ -65,7 +65,7 @@ def _gpt_config(model: GptModel) -> dict[str, Any]:
         "n_embd": model.width,
         "n_layer": model.layers,
         "n_head": model.attention_heads,
-        "activation_function": "gelu_new",
+        "activation_function": "gelu_new",  # the library's name of the tanh approximation
         "layer_norm_epsilon": GPT_STYLE.norm_epsilon,
         "attn_pdrop": 0.0,
         "embd_pdrop": 0.0,

@@ -29,6 +29,7 @@ class DasoPlan(DensePlan[DasoOptions]):
         if size > 1:
             parts.append(PeriodicExchange(Exchange(tuple(Transfer("all_reduce", b, size, nodes) for b in sizes))))
         if nodes > 1:
+            # One device of each node sums with the others', and broadcasts inside its node.
             between = [(Transfer("all_reduce", b, nodes), Transfer("broadcast", b, size, nodes)) for b in sizes]
             messages = tuple(t for pair in between for t in (pair if size > 1 else pair[:1]))
             parts.append(merge_every(Exchange(messages), self.options.merge_every, self.options.delay_steps))
