@@ -134,9 +134,7 @@ def peak_profile(run: Run, shape: ModelShape, device: Device) -> PeakProfile:
     if device.is_cuda:
         tensors = lasting.weights + lasting.adapters + lasting.optimizer + max(map(attrgetter("total"), phases))
         allocator = _allocator_bytes(run, shape, lasting, tensors)
-    return PeakProfile(
-        lasting.weights, lasting.adapters, lasting.optimizer, allocator, device.reserved_bytes, phases
-    )
+    return PeakProfile(lasting.weights, lasting.adapters, lasting.optimizer, allocator, device.reserved_bytes, phases)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from simulate.costs.allocator import ROUNDING, SMALL_BLOCK, rounded, segment_bytes
 
+
 @dataclass
 class _Block:
     """A part of a segment, with its neighbours in it."""
@@ -64,6 +65,7 @@ class _Pool:
 
     def give_back(self, block: _Block) -> None:
         """Free a block, and join it with its free neighbours."""
+        # The neighbour behind first, then the one before, which may join a block that has just grown.
         for first, second in ((block, block.after), (block.before, block)):
             if first is None or second is None or not (first.free or first is block):
                 continue
@@ -84,6 +86,7 @@ class _Pool:
 
 def reserved_bytes(entries: Iterable[tuple[int, int]]) -> int:
     """Return the bytes of all segments after a sequence of (key, bytes): allocations, and frees with negative bytes."""
+    # Blocks of small segments are cut where 512 bytes are left, those of large ones where more than 1 MiB is.
     small, large = _Pool(ROUNDING), _Pool(SMALL_BLOCK + 1)
     held: dict[int, tuple[_Pool, _Block]] = {}
     reserved = 0

@@ -102,7 +102,7 @@ def _unadapted(chosen: Candidate, shape: ModelShape) -> Iterator[str]:
         elements[tensor.kind] += tensor.elements
     become = {"norm": getattr(method, "norms", "average"), "bias": getattr(method, "biases", "average")}
     parts = (f"{PLURALS[kind]} {count:,} ({become.get(kind, 'average')})" for kind, count in elements.items())
-    yield f"not adapted, every device trains its own copy, {plan.describe_unadapted()}: {', '.join(parts)}"
+    yield f"not adapted, every device trains its own copy, {plan.synchronisation()}: {', '.join(parts)}"
 
 
 def _worth_trying(chosen: Candidate) -> Iterator[str]:

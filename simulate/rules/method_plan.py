@@ -219,8 +219,8 @@ class MethodPlan(Protocol):
     transport: str | None
     """How merged factors travel; None where a method has no choice."""
 
-    def describe_unadapted(self) -> str:
-        """Describe in words how devices keep parameters without adapters in step."""
+    def synchronisation(self) -> str:
+        """Return how parameters beside adapters are trained together, in words."""
 
 
 MOST_PLANS = 4096

@@ -70,6 +70,7 @@ class SimulatedClock:
 
     def charge_transfer(self, transfer: Transfer, background: bool) -> None:
         """Charge one message; a communicator calls it for each, as its listener."""
+        # One exchange at a time: it begins when the link is free, and not before the program has got here.
         self.link_free_s = max(self.link_free_s, self.now_s) + transfer_s(transfer, self._link)
         if not background:
             self.wait()
