@@ -7,6 +7,7 @@ writes measured ones. Every field is in SI units and says in its docstring what 
 
 from __future__ import annotations
 
+from functools import cached_property
 from itertools import pairwise
 from typing import Literal
 
@@ -23,7 +24,7 @@ DELAYS_OF_A_HOP: dict[Collectives, float] = {"gloo": 2.0, "nccl": 1.0}
 BETWEEN_CPUS = "what launched runs use between CPUs"
 LOCAL = "local"
 CUDA_HEADROOM_SHARE = 0.05
-"""By so much the closed form of what CUDA's allocator holds was at most below its replay (simulate/costs/allocator.py)."""
+"""Most by which the closed form of what CUDA's allocator holds was below its replay (simulate/costs/allocator.py)."""
 MOST_BYTES = 10**15
 """Largest memory of a device, in bytes, and rate of a link, in bytes/s: more than a petabyte is a typing error."""
 
@@ -158,12 +159,12 @@ class Device(toml_io.Schema):
     sources: dict[str, str] = Field(default_factory=dict)
     """Origin of each figure, by its key."""
 
-    @property
+    @cached_property
     def is_cuda(self) -> bool:
         """Whether CUDA's caching allocator holds its memory."""
         return self.device_type == "cuda" or (self.device_type is None and self.host_memory_bytes > 0)
 
-    @property
+    @cached_property
     def usable_bytes(self) -> int:
         """Memory that a plan may fill, reserved_bytes included: all but the headroom."""
         headroom = self.headroom_share

@@ -9,11 +9,7 @@ tensors.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
-from functools import lru_cache
-
-from simulate.models.shapes import ModelShape
+from collections.abc import Mapping
 
 ROUNDING = 512
 SMALL_BLOCK, SMALL_SEGMENT = 2**20, 2 * 2**20
@@ -36,16 +32,20 @@ def segment_bytes(block: int) -> int:
     return -(-block // SEGMENT_ROUNDING) * SEGMENT_ROUNDING
 
 
-def packed_bytes(sizes: Iterable[int]) -> int:
-    """Return the bytes of the segments that hold tensors which all stay, each size by itself."""
-    counts = Counter(map(rounded, sizes))
-    small = sum(block * count for block, count in counts.items() if block <= SMALL_BLOCK)
+def packed_bytes(counts: Mapping[int, int]) -> int:
+    """Return the bytes of the segments that hold tensors which all stay; `counts` by a tensor's bytes."""
+    small = sum(rounded(size) * count for size, count in counts.items() if size <= SMALL_BLOCK)
     total = -(-small // SMALL_SEGMENT) * SMALL_SEGMENT
-    for block, count in counts.items():
-        if block > SMALL_BLOCK:
-            segment = segment_bytes(block)
-            total += -(-count // (segment // block)) * segment
+    for size, count in counts.items():
+        if size > SMALL_BLOCK:  # tensors of one size share segments
+            segment = segment_bytes(rounded(size))
+            total += -(-count // (segment // rounded(size))) * segment
     return total
+
+
+def unfilled_share(counts: Mapping[int, int]) -> float:
+    """Return the room that segments have beside tensors that all stay, as a share of the tensors."""
+    return packed_bytes(counts) / sum(size * count for size, count in counts.items()) - 1
 
 
 WORKSPACE_BYTES = MEDIUM_SEGMENT
@@ -56,15 +56,11 @@ USED_AGAIN = 0.5
 MISFIT = 0.75
 """Blocks that do not fit the room of others, in tensors of the largest size but logits."""
 FRAGMENTS = 0.02
-"""What else is torn, as a share of all tensors. These three were fitted to the replays of 33 runs (GPT-2, ViT-B/16,
-Mixer-B/16, Llama 1B; LTE, DDP, DiLoCo, PowerSGD; fp32, fp16, NF4), with an error of -5 to +9 percent; bench/allocator.py
-fits them again."""
+"""What else is torn, as a share of all tensors.
 
-
-@lru_cache(maxsize=1024)
-def unfilled_share(sizes: tuple[int, ...]) -> float:
-    """Return the room that segments have beside tensors of these sizes that all stay, as a share of the tensors."""
-    return packed_bytes(sizes) / sum(sizes) - 1
+These three were fitted to replays of 33 runs: GPT-2, ViT-B/16, Mixer-B/16 and Llama 1B with LTE, DDP, DiLoCo and
+PowerSGD, in fp32, fp16 and NF4. The form is -5 to +6 percent off, and +18 for DDP in fp16 (python bench/allocator.py).
+"""
 
 
 def held_beside_tensors(tensor_bytes: int, unfilled_bytes: float, largest_bytes: int, torn_logits_bytes: int) -> int:

@@ -8,6 +8,7 @@ disk has room; `lte validate` compares peak_memory with measurements.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import attrgetter
@@ -201,24 +202,28 @@ def _unfilled_bytes(run: Run, shape: ModelShape, weights: int, trained: int) -> 
     plan, element_bytes = plan_of(run.method), ELEMENT_BYTES[run.train.dtype]
     layout = None if plan.starts_dense else plan.adapters(run.cluster.devices)
     if layout is None:
-        return unfilled_share(_tensor_bytes(shape, "none", element_bytes)) * (weights + trained)
-    factors = tuple(
-        layout.held_rank * features * element_bytes
-        for linear in shape.adapted for features in (linear.in_features, linear.out_features) for _ in range(linear.count)
-    )  # fmt: skip
-    replicated = tuple(tensor.elements * element_bytes for tensor in shape.replicated)
-    frozen = _tensor_bytes(shape, run.method.frozen_format, element_bytes)
-    return unfilled_share(frozen) * weights + unfilled_share(factors + replicated) * trained
+        return _unfilled_by_weights(shape, "none", element_bytes) * (weights + trained)
+    by_weights = _unfilled_by_weights(shape, run.method.frozen_format, element_bytes) * weights
+    return by_weights + _unfilled_by_factors(shape, layout.held_rank, element_bytes) * trained
+
+
+@lru_cache(maxsize=64)
+def _unfilled_by_weights(shape: ModelShape, quantize: str, element_bytes: int) -> float:
+    """Return the share of unfilled room beside all parameters, those of adapted layers in their frozen format."""
+    counts = Counter(tensor.elements * element_bytes for tensor in shape.replicated)
+    for linear in shape.adapted:
+        counts[quantized_bytes(linear.weights, linear.in_features, quantize, element_bytes)] += linear.count
+    return unfilled_share(counts)
 
 
 @lru_cache(maxsize=256)
-def _tensor_bytes(shape: ModelShape, quantize: str, element_bytes: int) -> tuple[int, ...]:
-    """Return the bytes of all parameters, those of adapted layers in their frozen format."""
-    adapted = (
-        quantized_bytes(linear.weights, linear.in_features, quantize, element_bytes)
-        for linear in shape.adapted for _ in range(linear.count)
-    )  # fmt: skip
-    return (*adapted, *(tensor.elements * element_bytes for tensor in shape.replicated))
+def _unfilled_by_factors(shape: ModelShape, rank: int, element_bytes: int) -> float:
+    """Return the share of unfilled room beside A and B of this rank and all parameters without adapters."""
+    counts = Counter(tensor.elements * element_bytes for tensor in shape.replicated)
+    for linear in shape.adapted:
+        counts[rank * linear.in_features * element_bytes] += linear.count
+        counts[rank * linear.out_features * element_bytes] += linear.count
+    return unfilled_share(counts)
 
 
 def _allocator_bytes(run: Run, shape: ModelShape, lasting: _Lasting, tensors: int) -> int:
