@@ -35,7 +35,7 @@ WARM_UP_STEPS = 2
 MERGES = 5
 CPU = torch.device("cpu")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Of glibc's mallopt(3)."""
+"""Parameters of glibc's mallopt(3)."""
 
 Table = dict[str, Any]
 Step = Callable[[], object]
@@ -135,7 +135,7 @@ class Seconds:
 
     wall: float
     processor: float
-    """Of all threads together: what others do to the machine's cores hardly counts, waiting for each other may."""
+    """Sum over all threads: other programs on the cores hardly lengthen it, threads that wait for each other may."""
 
 
 def seconds(step: Step) -> Seconds:

@@ -70,8 +70,8 @@ Tokens = Annotated[int | None, typer.Option("--tokens", help="Tokens to train on
 Samples = Annotated[int | None, typer.Option("--samples", help="Images to train on, for models of images.")]
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(given: bool) -> None:
+    if given:
         typer.echo(f"lte {lte_version()}")
         raise typer.Exit
 
@@ -121,7 +121,10 @@ def plan(
     ] = False,
     as_json: Json = False,
 ) -> int:
-    """Find what fits the hardware and what it costs, and choose; writes nothing without -o."""
+    """Find what fits the hardware, what it costs, and choose.
+
+    Nothing is written without -o.
+    """
     with collector_paused():
         from ltecli.commands.plan import plan_command
         from ltecli.plan_request import PlanArgs
@@ -148,12 +151,12 @@ def plan(
         probe=probe,
         link_from=link_from,
     )
-    extras = None
+    to_explain = None
     if why or timeline or rounds is not None or timeline_svg is not None:
         from ltecli.commands.explain import ExplainArgs  # it loads numpy, for the simulation of rounds
 
-        extras = ExplainArgs(why, timeline, rounds, timeline_svg, force)
-    return plan_command(request, out, force, top, as_json, extras, verify)
+        to_explain = ExplainArgs(why, timeline, rounds, timeline_svg, force)
+    return plan_command(request, out, force, top, as_json, to_explain, verify)
 
 
 @app.command("probe")
@@ -170,7 +173,10 @@ def probe_a_run(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> int:
-    """Estimate rank, heads and batch from a few gradients and a short dense warm-up."""
+    """Estimate rank, heads and batch from a few gradients.
+
+    They are taken at the start, and again after a short dense warm-up.
+    """
     from ltecli.commands.probe import ProbeArgs, probe_command
 
     options = ProbeArgs(batches, warmup, tuple(assignments or ()))
@@ -195,11 +201,14 @@ def validate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> int:
-    """Compare predictions of memory, bytes and time with measurements on this machine."""
+    """Compare predictions with measurements on this machine.
+
+    The predictions are planned memory, bytes and time.
+    """
     from ltecli.commands.validate import ValidateArgs, validate_command
 
-    asked = ValidateArgs(quick, shapes, seed, family, autocast)
-    return validate_command(only, asked, out, as_json, quiet, profile)
+    sample = ValidateArgs(quick, shapes, seed, family, autocast)
+    return validate_command(only, sample, out, as_json, quiet, profile)
 
 
 @app.command()
@@ -233,14 +242,17 @@ def train(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> int:
-    """Simulate the run's devices in this process, or launch them for real; Ctrl-C saves and stops."""
+    """Train a run, with its devices simulated or launched for real.
+
+    Simulated devices share this process. Ctrl-C saves and stops.
+    """
     from ltecli.commands.launch import LaunchArgs
     from ltecli.commands.train import TrainArgs, train_command
 
-    changes = TrainArgs(data, tuple(assignments or ()), diagnostics)
+    args = TrainArgs(data, tuple(assignments or ()), diagnostics)
     options = LaunchArgs(processes, nodes, node, join, interface, secret_file, trust_network)
     options.check(launch)
-    return train_command(run, out, resume, device.value, changes, options if launch else None, as_json, quiet)
+    return train_command(run, out, resume, device.value, args, options if launch else None, as_json, quiet)
 
 
 @app.command()

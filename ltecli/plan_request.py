@@ -15,8 +15,8 @@ from typing import Any
 from simulate.common import toml_io
 from simulate.common.errors import InputError
 from simulate.config.hardware import LOCAL, Profile
-from simulate.config.method_options import AdapterOptions
-from simulate.config.method_table import DEFAULT_METHOD, METHOD_NAMES, method_options
+from simulate.config.method_options import AdapterOptions, MethodOptions
+from simulate.config.method_table import BASELINE, DEFAULT_METHOD, METHOD_NAMES, method_options
 from simulate.config.profiles import load_profile
 from simulate.config.run import Run, build_run
 from simulate.config.tables import BYTE_VALUES, BYTES, Train
@@ -141,7 +141,7 @@ def _pins(table: toml_io.Table) -> Pins:
     """Return what the planner must not vary."""
     method, train = table["method"], table["train"]
     return Pins(
-        method=method.get("name") or ("lte" if method else None),
+        method=method.get("name") or (DEFAULT_METHOD if method else None),
         keys=frozenset(method),
         micro_batch=train.get("micro_batch"),
         activation_checkpointing=train.get("activation_checkpointing"),
@@ -167,11 +167,13 @@ def _base_run(table: toml_io.Table, profile: Profile) -> tuple[Run, list[str]]:
     if embedded and not sees_images(table["model"]):
         table["data"]["name"] = "stdlib"
     table["cluster"].setdefault("devices", profile.count)
-    if table["method"].get("name", "lte") == "lte" and "micro_batch" not in table["train"]:
-        # Each head of LTE trains on samples of its own, so a device needs at least one for each.
+    options = _named_options(table)
+    if options is not None and options.heads_split_batch and "micro_batch" not in table["train"]:
+        # A device needs at least one sample for each of its heads.
         heads = table["method"].get("heads_per_device", 1)
         table["train"]["micro_batch"] = heads if isinstance(heads, int) and heads > 0 else 1
-    _limit_default_rank(table)
+    if options is not None and issubclass(options, AdapterOptions):
+        _limit_default_rank(table, options)
     run = _build(table)
     if embedded and run.model.unit == "samples":
         notes.append(
@@ -186,17 +188,20 @@ def _base_run(table: toml_io.Table, profile: Profile) -> tuple[Run, list[str]]:
     return run, notes
 
 
-def _limit_default_rank(table: toml_io.Table) -> None:
-    """Lower the method's default rank to the smallest adapted layer's size; a given rank stays."""
+def _named_options(table: toml_io.Table) -> type[MethodOptions] | None:
+    """Return the options class of the table's method; None for a name that `_build` refuses or imports."""
     name = table["method"].get("name", DEFAULT_METHOD)
-    if name not in METHOD_NAMES or "rank" in table["method"]:
+    return method_options(name) if name in METHOD_NAMES else None
+
+
+def _limit_default_rank(table: toml_io.Table, options: type[AdapterOptions]) -> None:
+    """Lower the method's default rank to the smallest adapted layer's size; a given rank stays."""
+    if "rank" in table["method"]:
         return
-    kind = method_options(name)
-    if not issubclass(kind, AdapterOptions):
-        return
-    shape = _build({**table, "method": {"name": "ddp"}}).model.shape()  # ddp has no rank that could be too large
+    # The baseline stands in, as it has no rank that could be too large.
+    shape = _build({**table, "method": {"name": BASELINE}}).model.shape()
     limit = min(min(linear.out_features, linear.in_features) for linear in shape.adapted)
-    if limit < kind.model_fields["rank"].default:
+    if limit < options.model_fields["rank"].default:
         table["method"]["rank"] = limit
 
 

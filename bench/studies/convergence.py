@@ -152,10 +152,10 @@ class Results:
 
     def rates(self, batch: str, method: str) -> tuple[dict[float, float], float | None]:
         """Return the losses by learning rate, and the rate to try next, None once the best lies between others."""
-        wanted = (LOW_RATES if method == "signsgd" else RATES)[batch]
+        rates_to_try = (LOW_RATES if method == "signsgd" else RATES)[batch]
         known: dict[float, float] = {}
         while True:
-            for rate in wanted:
+            for rate in rates_to_try:
                 loss = self.loss(Job(batch, method, rate))
                 if loss is None:
                     return known, rate
@@ -164,7 +164,7 @@ class Results:
             outside = best / 2 if best == min(known) else best * 2 if best == max(known) else None
             if outside is None or len(known) >= MOST_RATES:
                 return known, None
-            wanted = (outside,)
+            rates_to_try = (outside,)
 
     def best_rate(self, batch: str, method: str) -> float | None:
         """Return the learning rate of the lowest loss, once all were tried."""

@@ -82,7 +82,7 @@ class Paced:
     sent_bytes_per_step: float
     """Counted payload of one device."""
     wire_bytes_per_step: float
-    """What crossed a node's interface, the mean of nodes."""
+    """Bytes that crossed a node's interface, the mean of nodes."""
     tokens_per_step: int
 
     @property
@@ -181,13 +181,13 @@ def pace(case: str, mbit: float | None, profile: Profile, path: Path, setting: L
             simulated = planned_step_s(run, profile)
         else:
             events = launch(lab, Path(folder), run_table(case, path, steps, setting), setting)
-            told = [event for event in events if event["kind"] == "step"]
-            ends = [event for event in told if event["step"] % round_steps == 0]
+            logged = [event for event in events if event["kind"] == "step"]
+            ends = [event for event in logged if event["step"] % round_steps == 0]
             seconds = statistics.median(
                 (later["wall_s"] - earlier["wall_s"]) / (later["step"] - earlier["step"])
                 for earlier, later in pairwise(ends)
             )
-            sent, simulated = told[-1]["sent_bytes"] / setting.nodes / steps, told[-1]["simulated_s"] / steps
+            sent, simulated = logged[-1]["sent_bytes"] / setting.nodes / steps, logged[-1]["simulated_s"] / steps
             crossed = next(event["sent_bytes_by_node"] for event in events if event["kind"] == "wire")
     return Paced(
         case, mbit or 0.0, seconds, planned_step_s(run, profile), simulated, sent, statistics.mean(crossed) / steps,
@@ -271,8 +271,8 @@ def _whole_line(case: str, mbit: float, profile: Profile, path: Path, steps: int
     ):
         events = launch(lab, Path(folder), table, setting)
     measured_s = next(event["wall_s"] for event in events if event["kind"] == "end")
-    told = {event["step"]: event["wall_s"] for event in events if event["kind"] == "step"}
-    stopped_s = sum(event["wall_s"] - told[event["step"]] for event in events if event["kind"] == "checkpoint")
+    step_wall_s = {event["step"]: event["wall_s"] for event in events if event["kind"] == "step"}
+    stopped_s = sum(event["wall_s"] - step_wall_s[event["step"]] for event in events if event["kind"] == "checkpoint")
     stops = planned.pauses
     return (
         f"| {mbit:g} Mbit/s | {case} | {steps} | {measured_s:.1f} s | {planned.wall_s:.1f} s | "
@@ -282,7 +282,7 @@ def _whole_line(case: str, mbit: float, profile: Profile, path: Path, steps: int
 
 
 def setting_of(arguments: argparse.Namespace) -> LinkSetting:
-    """Return what was asked for."""
+    """Return the settings that the options name."""
     return LinkSetting(arguments.nodes, arguments.delay_s, arguments.data)
 
 

@@ -25,7 +25,7 @@ from simulate.methods.base import Method
 from simulate.methods.registry import build_method
 
 SIDE, SAMPLES, STEPS, RATE = 64, 128, 600, 0.02
-"""Of the least squares: W* is 64 x 64; 128 samples a step over all devices."""
+"""Settings of the least squares: W* is 64 x 64; 128 samples a step over all devices."""
 RANK = 4
 TOTAL_BATCH, TEXT_STEPS, TEXT_RATE, ADAPTED_WIDTH = 32, 200, 6e-3, 128
 

@@ -43,9 +43,9 @@ GUESSES = {
     "mhlora": 1.2, "relora": 1.4, "lora": 1.4, "adamix": 1.4,
 }  # fmt: skip
 LTE = ("lte, frozen A", "lte")
-"""What bench/studies/convergence.py calls LTE with AdamW: our default, and the paper's."""
+"""Names in bench/studies/convergence.py of LTE with AdamW: our default, and the paper's."""
 MEASURED_AS = {name: f"{name}, rank 128" for name in ("lora", "relora", "adamix")}
-"""Methods that it calls otherwise: with as many directions as the network is wide, like LTE's four heads of rank 32."""
+"""Methods that have another name there: with as many directions as the network is wide, like LTE's four heads of rank 32."""
 ORDER = ("ddp", "lte", *GUESSES)
 Table = dict[str, object]
 
@@ -136,8 +136,8 @@ def fit(results: Results) -> Table:
     )
     for name, guess in GUESSES.items():
         if name in ratios:
-            said = ", ".join(f"{x:.2f}" for x in ratios[name])
-            methods[name] = figure([guess, *ratios[name]], f"guess ({guess:g}); docs/convergence.jsonl ({said})")
+            listed = ", ".join(f"{x:.2f}" for x in ratios[name])
+            methods[name] = figure([guess, *ratios[name]], f"guess ({guess:g}); docs/convergence.jsonl ({listed})")
         else:
             span = (1 + (guess - 1) / 2, 1 + 2 * (guess - 1))
             methods[name] = figure([guess], "guess, half to twice the excess", span)

@@ -22,7 +22,7 @@ from simulate.training.loop import Session, train
 from simulate.training.simulated_clock import SimulatedClock
 
 PROFILE = "gtx1080ti_x8"
-"""Whose clock is charged; no bench shows it."""
+"""Profile of the simulated clock; no bench prints its seconds."""
 CPU = torch.device("cpu")
 
 
@@ -38,7 +38,7 @@ class Trained:
     simulated_s: float = 0.0
     samples: int = 0
     val_accuracy: float | None = None
-    """Of images."""
+    """Share of images that were classified right; None for text."""
     diagnostics: list[dict[str, Any]] = field(default_factory=list)
     """Events of a run with train.diagnostics_every, oldest first."""
 

@@ -28,9 +28,9 @@ from simulate.config.method_options import DEFAULT_SCALE
 
 SEEDS = (0, 1, 2)
 MUON_FACTOR = 3.0
-"""By which adapters learn faster with Muon where no rate is given (simulate.methods.lora.train)."""
+"""Factor by which adapters learn faster with Muon where no rate is given (simulate.methods.lora.train)."""
 MORE_SAMPLES = 1.4
-"""What LTE needs over dense training, as the paper has it (arXiv 2402.16828)."""
+"""Samples that LTE needs over dense training, as the paper has it (arXiv 2402.16828)."""
 DEVICES, MICRO_BATCH, MERGE_EVERY = 8, 8, 10
 DENSE, LTE, DENSE_MUON = "dense", "lte, frozen A, muon", "dense, muon"
 METHODS: dict[str, dict[str, Any]] = {
@@ -40,7 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """LTE has one head on each of 8 devices, and the settings that trained best on text (docs/results.md)."""
 ADAPTER_GAIN = 4.0
-"""Times the default rate of adapters: what a head learns in directions of its own is divided by 8 at a merge."""
+"""Multiple of the adapters' default rate: what a head learns in directions of its own is divided by 8 at a merge."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Task:
     data: dict[str, Any]
     networks: dict[str, dict[str, Any]]
     ranks: dict[str, int]
-    """Of a head, by network; no layer's smallest side may be smaller."""
+    """Rank of a head, by network; no layer's smallest side may be smaller."""
     rates: dict[str, tuple[float, ...]]
     """Learning rates to choose from, by method."""
     tried_samples: int
-    """To choose a learning rate on."""
+    """Samples of the runs that choose a learning rate."""
     samples: int
     evaluated: int
 
@@ -248,14 +248,14 @@ def write_document(path: Path, lines: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Parse, run what is asked for, and tell."""
+    """Parse the options, run what is missing, and print the tables."""
     docs = Path(__file__).parents[2] / "docs"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=("run", "table"))
     parser.add_argument("--data", default="digits", choices=list(TASKS))
     parser.add_argument("--path", help="where CIFAR-10 lies: a zip of class folders, or batches for Python")
     parser.add_argument("--results", type=Path, default=docs / "vision.jsonl", help="JSON lines, appended to")
-    parser.add_argument("--document", type=Path, help="whose tables are made; docs/vision.md with its own results")
+    parser.add_argument("--document", type=Path, help="file whose tables are written anew; docs/vision.md with its own results")
     parser.add_argument("--networks", nargs="+", default=["vit", "mixer"], choices=["vit", "mixer"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--rates", nargs="+", type=float, help="only try these of a method's rates, on few samples")

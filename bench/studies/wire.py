@@ -28,7 +28,7 @@ from tests.network.lab import Lab, why_not
 from tests.network.tunnels import Tunnel, ssh_star, wireguard_mesh, wireguard_star
 
 PAYLOAD_SHARE = 1448 / 1514
-"""Of a full Ethernet frame with TCP and time stamps."""
+"""Share of payload in a full Ethernet frame with TCP and time stamps."""
 OPERATIONS: dict[str, Operation] = {
     "all_reduce": "all_reduce",
     "all_reduce by pairs": "all_reduce",
@@ -40,7 +40,7 @@ OPERATIONS: dict[str, Operation] = {
     "push": "push",
     "pull": "pull",
 }
-"""What is measured, and as what it is planned."""
+"""Measured operations, and the operation that prices each in the plan."""
 PORT = 29500
 LAB_LATENCY_S = 30e-6
 TIMEOUT_S = 600.0

@@ -1,4 +1,4 @@
-"""Extras of lte plan: --why explains the choice, --timeline simulates its rounds, --timeline-svg draws them.
+"""Explanations of lte plan: --why explains the choice, --timeline simulates its rounds, --timeline-svg draws them.
 
 `lte plan` imports this module only where one of them is asked for, since the simulation loads numpy.
 """
@@ -34,7 +34,7 @@ SVG_OPTION = "--timeline-svg"
 
 @dataclass(frozen=True)
 class ExplainArgs:
-    """Options of the extras."""
+    """Options of the explanations."""
 
     why: bool = False
     timeline: bool = False
@@ -57,43 +57,43 @@ class ExplainArgs:
 
 @dataclass(frozen=True)
 class Explained:
-    """Results of the extras; None where one was not asked for, or the plan has no choice."""
+    """The explanations; None where one was not asked for, or the plan has no choice."""
 
     why: Why | None = None
     outlook: Outlook | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the extras' keys in the plan's JSON."""
+        """Return the explanations' keys in the plan's JSON."""
         return {
             "why": self.why and self.why.to_dict(),
             "timeline": self.outlook and self.outlook.to_dict(),
         }
 
 
-def explain_plan(plan: Plan, extras: ExplainArgs) -> Explained:
-    """Return the results of the extras that were asked for."""
+def explain_plan(plan: Plan, args: ExplainArgs) -> Explained:
+    """Return the explanations that were asked for."""
     if plan.chosen is None:
         return Explained()
-    why = explain(plan, plan.chosen) if extras.why else None
-    outlook = look_ahead(plan, plan.chosen, extras.rounds or ROUNDS) if extras.wants_timeline else None
+    why = explain(plan, plan.chosen) if args.why else None
+    outlook = look_ahead(plan, plan.chosen, args.rounds or ROUNDS) if args.wants_timeline else None
     return Explained(why, outlook)
 
 
-def show_explained(plan: Plan, explained: Explained, extras: ExplainArgs, output: Output) -> None:
-    """Print the results, and write the SVG file; raises InputError where it cannot be written."""
+def show_explained(plan: Plan, explained: Explained, args: ExplainArgs, output: Output) -> None:
+    """Print the explanations, and write the SVG file; raises InputError where it cannot be written."""
     if plan.chosen is None:
         return
     if explained.why is not None:
         _show_why(explained.why, output)
     if explained.outlook is not None:
         _show_outlook(plan.chosen, explained.outlook, output)
-        if extras.svg is not None:
+        if args.svg is not None:
             timeline = explained.outlook.timeline
             kinds = [device.kind for device in plan.profile.devices(plan.chosen.run.cluster.devices)]
             names = {span.device: f"{span.device}: {kinds[span.device]}"[:30] for span in timeline.spans}
             title = f"{describe(plan.chosen.run)} on {len(kinds):,} x {plan.profile.name}"
-            write_file(extras.svg, svg(timeline, title, names), SVG_OPTION)
-            output.hint(f"wrote {extras.svg}")
+            write_file(args.svg, svg(timeline, title, names), SVG_OPTION)
+            output.hint(f"wrote {args.svg}")
 
 
 def _show_why(why: Why, output: Output) -> None:

@@ -31,7 +31,7 @@ from ltecli.runs.summary import (
 from simulate.common.cpu import usable_cores
 from simulate.common.errors import InputError, RunFailedError
 from simulate.common.events import Emit, Event, EventFile
-from simulate.common.run_files import CHECKPOINTS, LOGS
+from simulate.common.run_files import CHECKPOINTS, LOGS, RUN_FILE
 from simulate.launch.agent import Launch, Node
 from simulate.launch.heartbeat import is_node_alive
 from simulate.launch.keys import LINKS, START
@@ -137,7 +137,7 @@ def launch_run(folder: RunFolder, device: torch.device, options: LaunchArgs, out
     if folder.is_finished and options.nodes == 1:
         report_finished(folder, output)
         return 0
-    with ExitStack() as stack, stop_on_signal() as asked:
+    with ExitStack() as stack, stop_on_signal() as stops:
         preflight = stack.enter_context(_preflight(folder, processes, options, output))
         result = preflight.run()
         nodes = result.nodes
@@ -162,7 +162,7 @@ def launch_run(folder: RunFolder, device: torch.device, options: LaunchArgs, out
         if number == 0:  # the others have no events
             _store_facts(launch, folder, device, result.links)
             on_event = stack.enter_context(event_loggers(folder.path, run, output, _newest_step(folder)))
-        outcome = run_supervised(launch, on_event, folder.events, asked)
+        outcome = run_supervised(launch, on_event, folder.events, stops)
     if launch.wire_sent_bytes is not None and options.nodes > 1 and "step" in outcome:
         with closing(EventFile(folder.events)) as events:
             events({"kind": "wire", "step": outcome["step"], "sent_bytes_by_node": launch.wire_sent_bytes})
@@ -229,7 +229,7 @@ def secret_command(path: Path) -> int:
 def print_lines(run_file: Path | None, options: LaunchArgs, output: Output) -> int:
     """Print the command to paste on each node; returns the exit code."""
     address = address_to_join(options.interface)
-    name = run_file or "run.toml"
+    name = run_file or RUN_FILE
     output.text(f"Copy {name} and its data to every machine, and give all the same secret, made once:")
     output.text("  lte secret lte.secret           # then copy the file; only you can read it")
     for number in range(options.nodes):

@@ -134,7 +134,7 @@ def _show(probe: Probe, output: Output, with_layers: bool) -> None:
 
 def _estimate_cells(figure: Estimate | None) -> tuple[str, str]:
     if figure is None:
-        return "-", "cannot be told"
+        return "-", "too noisy to estimate"
     return f"{figure.estimate:.0f}", f"{figure.low:.0f} to {figure.high:.0f}"
 
 
@@ -164,7 +164,7 @@ def _spread_text(ranks: Sequence[float]) -> str:
 
 
 def _scale_text(scale: float | None) -> str:
-    return "cannot be told" if scale is None else f"{scale:.1f}"
+    return "too noisy" if scale is None else f"{scale:.1f}"
 
 
 def _layers_table(probe: Probe) -> Any:

@@ -14,6 +14,7 @@ from ltecli.console import Output, plain_table, scores_text
 from ltecli.runs.figures import RunRecord, figures, read_run
 from simulate.common.processor import machine_text
 from simulate.common.units import bytes_text, seconds_text
+from simulate.config.method_table import BASELINE
 from simulate.planning.candidate import describe
 
 
@@ -58,7 +59,7 @@ def _show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None
         cells = (values.get(k) for k in ("planned", "simulated", "counted", "measured"))
         table.add_row(label, *(text(v) for v in cells), text(dense))
     output.table(table)
-    for line in (*_savings(figure), *_explanations(figure, record.is_launched), *_machines(figure)):
+    for line in (*_savings(figure), *_explanations(figure, record.is_launched)):
         output.text(line)
     if figure["diagnostics"]:
         output.text("")
@@ -81,7 +82,7 @@ def _restarts_text(count: int, restarts: dict[str, Any]) -> str:
 def _savings(figure: dict[str, Any]) -> list[str]:
     """Return a line that compares planned figures with those of dense training; none for dense training itself."""
     dense = figure["dense"]
-    if dense is None or figure["method"] == "ddp" or not figure["steps"]:
+    if dense is None or figure["method"] == BASELINE or not figure["steps"]:
         return []
     ratios = []
     for key, words in (
@@ -97,18 +98,15 @@ def _savings(figure: dict[str, Any]) -> list[str]:
 
 
 def _explanations(figure: dict[str, Any], is_launched: bool) -> list[str]:
-    """Return lines that say what the table's memory and time include."""
+    """Return lines on what the table's memory and time include, and on the machines that trained."""
     here = "the launched processes' time" if is_launched else "this machine's time for simulating all devices"
     return [
         f"memory: without the {bytes_text(figure['memory_bytes']['reserved'])} that the device's system reserves; "
         "measured is the allocator's peak of one device's program, run alone",
         "time: with evaluations and a launched run's checkpoints; simulated is the time of the profile's hardware; "
         f"measured is {here}",
+        *(f"trained on: {machine_text(machine)}" for machine in figure["machines"]),
     ]
-
-
-def _machines(figure: dict[str, Any]) -> list[str]:
-    return [f"trained on: {machine_text(machine)}" for machine in figure["machines"]]
 
 
 def _show_several(records: list[RunRecord], documents: list[dict[str, Any]], output: Output) -> None:

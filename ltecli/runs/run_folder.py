@@ -191,16 +191,16 @@ def _check_disk(path: Path, run: Run) -> None:
 @contextmanager
 def stop_on_signal() -> Iterator[list[bool]]:
     """Turn the first Ctrl-C or SIGTERM into an entry of the yielded list; the second one interrupts at once."""
-    asked: list[bool] = []
+    stops: list[bool] = []
 
     def handle(signum: int, frame: object) -> None:
-        asked.append(True)
-        if len(asked) == 2:  # a third one must not interrupt the clean-up
+        stops.append(True)
+        if len(stops) == 2:  # a third one must not interrupt the clean-up
             raise KeyboardInterrupt
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        yield stops
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

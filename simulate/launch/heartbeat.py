@@ -1,7 +1,7 @@
 """Signs of life of a launched run: who has fallen silent, who is alive but behind, which nodes still take part.
 
 Each process and each node's supervisor counts beats in the run's key-value store. Two looks at a counter, MISSED_BEATS
-beats apart, tell a dead sender from a slow one. A process looks when an exchange fails, to name the culprit
+beats apart, distinguish a dead sender from a slow one. A process looks when an exchange fails, to name the culprit
 (TorchCommunicator.missing). Node 0 looks before it gives a node's number to a machine that comes back (ltecli launch).
 The preflight runs before there is a store: it asks a node over their own connection, and waits ANSWER_S.
 """

@@ -144,15 +144,15 @@ def _exchange(
         source = next(process for process, (shared, _) in enumerate(holders) if shared)
         shared = communicator.send_state(source, state.shared)
         state.shared.update(shared)
-    wanted = [set(json.loads(text)) for text in communicator.share_texts(json.dumps(session.method.row_devices()))]
-    lacking = {d for process, needs in enumerate(wanted) for d in needs if d not in holders[process][1]}
+    needed_by_process = [set(json.loads(text)) for text in communicator.share_texts(json.dumps(session.method.row_devices()))]
+    lacking = {d for process, needed in enumerate(needed_by_process) for d in needed if d not in holders[process][1]}
     for device in sorted(lacking):
         sources = [process for process, (_, devices) in enumerate(holders) if device in devices]
         if sources:
             # Every process takes part in a broadcast; those that do not need the device drop what they receive.
             own = _of_device(session, device) if communicator.process == sources[0] else {}
             received = communicator.send_state(sources[0], own)
-            if device in wanted[communicator.process]:
+            if device in needed_by_process[communicator.process]:
                 state.of_devices[device] = received
     return known, state
 

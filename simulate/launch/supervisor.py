@@ -24,13 +24,13 @@ END_S = 5.0
 """Seconds to wait for threads whose call to the store may never return."""
 
 
-def run_supervised(launch: Launch, on_event: Emit, events: Path, asked: list[bool]) -> dict[str, Any]:
+def run_supervised(launch: Launch, on_event: Emit, events: Path, stops: list[bool]) -> dict[str, Any]:
     """Run the agent to its end; returns the run's outcome. Raises RunFailedError, and KeyboardInterrupt for a stop.
 
-    On node 0, `on_event` gets each event that rank 0 appends to the file `events`. `asked` is not empty once the user
+    On node 0, `on_event` gets each event that rank 0 appends to the file `events`. `stops` is not empty once the user
     has asked to stop.
     """
-    agent, listener = _AgentThread(launch), _Listener(launch, asked)
+    agent, listener = _AgentThread(launch), _Listener(launch, stops)
     tail = _EventTail(events, on_event) if launch.node.number == 0 else None
     agent.start()
     listener.start()
@@ -93,8 +93,8 @@ class _AgentThread(threading.Thread):
 class _Listener:
     """The store's client: prints the message log, passes on the user's wish to stop, and beats for this node."""
 
-    def __init__(self, launch: Launch, asked: list[bool]) -> None:
-        self.launch, self.asked = launch, asked
+    def __init__(self, launch: Launch, stops: list[bool]) -> None:
+        self.launch, self._stops = launch, stops
         self.heard_s = time.monotonic()
         """Time of the store's last answer."""
         self.lost = False
@@ -124,7 +124,7 @@ class _Listener:
 
     def _poll(self) -> None:
         store = self.launch.store
-        if self.asked:
+        if self._stops:
             store.set(STOP, "1")
         for index in range(self._printed + 1, store.add(REPORTED, 0) + 1):
             if not store.check([f"{REPORTED}/{index}"]):

@@ -96,22 +96,22 @@ def main() -> int:
     """Train as one process of the run until its end; returns the exit code."""
     folder, device_name, host, port, node = sys.argv[1:]
     exit_with_the_agent()
-    place = RankInfo.here(int(node))
+    rank = RankInfo.here(int(node))
     store = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=60))
     try:
-        _train(Path(folder), _device(device_name, place), place, store)
+        _train(Path(folder), _device(device_name, rank), rank, store)
     except LostPeerError as error:
-        log(store, f"{place.title}: {error}")
+        log(store, f"{rank.title}: {error}")
         return REPORTED_EXIT
     except (InputError, RunFailedError) as error:
         return _end_the_run(store, str(error), isinstance(error, InputError))
     except OSError as error:
         if error.errno in DISK_ERRORS:
-            return _end_the_run(store, f"{place.title}: {disk_text(error, Path(folder))}", False)
-        return _report_failure(store, f"{place.title}: {error}")
+            return _end_the_run(store, f"{rank.title}: {disk_text(error, Path(folder))}", False)
+        return _report_failure(store, f"{rank.title}: {error}")
     except (RuntimeError, MemoryError) as error:
         what = "ran out of memory" if is_lack_of_memory(error) else type(error).__name__
-        return _report_failure(store, f"{place.title}: {what}: {first_line(error)}")
+        return _report_failure(store, f"{rank.title}: {what}: {first_line(error)}")
     return 0
 
 
@@ -153,21 +153,21 @@ def exit_with_the_agent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _device(name: str, place: RankInfo) -> torch.device:
+def _device(name: str, rank: RankInfo) -> torch.device:
     """Return this process's device; processes of a node take turns over its GPUs."""
     if name == "cuda":
-        torch.cuda.set_device(place.local_process % torch.cuda.device_count())
+        torch.cuda.set_device(rank.local_process % torch.cuda.device_count())
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
-def join_processes(run: Run, device: torch.device, place: RankInfo, store: dist.Store) -> None:
+def join_processes(run: Run, device: torch.device, rank: RankInfo, store: dist.Store) -> None:
     """Join the default process group. Raises LostPeerError."""
     backend = {"auto": "nccl" if device.type == "cuda" else "gloo"}.get(run.cluster.backend, run.cluster.backend)
     timeout = timedelta(seconds=run.cluster.timeout_s)
     try:
         dist.init_process_group(
-            backend, store=dist.PrefixStore(_group_prefix(), store), rank=place.process, world_size=place.processes,
+            backend, store=dist.PrefixStore(_group_prefix(), store), rank=rank.process, world_size=rank.processes,
             timeout=timeout,
         )  # fmt: skip
     except RuntimeError as error:
@@ -179,24 +179,24 @@ def _group_prefix() -> str:
     return f"group/{os.environ['MASTER_ADDR']}/{os.environ['MASTER_PORT']}"
 
 
-def _train(folder: Path, device: torch.device, place: RankInfo, store: dist.Store) -> None:
+def _train(folder: Path, device: torch.device, rank: RankInfo, store: dist.Store) -> None:
     _, _, host, port, _ = sys.argv[1:]
     run, profile = load_run(folder / RUN_FILE), load_profile(str(folder / PROFILE_FILE))
     data = load_data(run, kept_tokenizer(folder))
-    join_processes(run, device, place, store)
+    join_processes(run, device, rank, store)
     clock = SimulatedClock(run, profile.devices(run.cluster.devices), profile.link)
     communicator = TorchCommunicator(
         run.cluster.devices, device, run.cluster.timeout_s, clock.charge_transfer, clock.wait
     )
-    leads = place.process == 0
+    leads = rank.process == 0
     with ExitStack() as stack:
         stack.callback(communicator.close)
         own = communicator.local_devices
         named = f"devices {own[0]} to {own[-1]}" if len(own) > 1 else f"device {own[0]}"
-        titles = communicator.share_texts(f"{place.title} ({named})")
+        titles = communicator.share_texts(f"{rank.title} ({named})")
         machines = distinct(json.loads(text) for text in communicator.share_texts(json.dumps(machine_facts())))
         heartbeat = ProcessHeartbeat(
-            host, int(port), _group_prefix(), place.process, titles,
+            host, int(port), _group_prefix(), rank.process, titles,
             lambda: (communicator.exchanges, communicator.current_phase),
         )  # fmt: skip
         stack.callback(heartbeat.close)
@@ -211,8 +211,8 @@ def _train(folder: Path, device: torch.device, place: RankInfo, store: dist.Stor
             checkpoints=folder / CHECKPOINTS,
             device=device,
             stop=(lambda: store.check([STOP])) if leads else lambda: False,  # the loop shares rank 0's answer
-            writes_shared=place.local_process == 0,
-            folder_devices=place.node_devices(run.cluster.devices),
+            writes_shared=rank.local_process == 0,
+            folder_devices=rank.node_devices(run.cluster.devices),
             recovers=True,
         )
         found = recover(session)

@@ -1,4 +1,4 @@
-"""Addresses: parse HOST:PORT, tell private networks from public ones, and choose the address that this node binds to.
+"""Addresses: parse HOST:PORT, distinguish private networks from public ones, and choose the address that this node binds to.
 
 A node binds every socket to one address of one interface, so that nothing of a run listens on another network. The
 preflight and `lte profile measure --link` call choose_bind_address before they open anything.

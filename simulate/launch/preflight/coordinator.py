@@ -166,7 +166,7 @@ class Coordinator:
         for answer in answers.values():
             reach.unreached.extend(str(line) for line in answer.get("unreached", []))
             reach.uncalled.extend(str(line) for line in answer.get("uncalled", []))
-        # Every unanswered call has a node that was not called: the caller's line tells more.
+        # Each failed call is reported by both of its ends. The caller's line names the cause, so prefer it.
         self._fail_on(reach.unreached or reach.uncalled)
         return self._measure() if plan.measure else []
 

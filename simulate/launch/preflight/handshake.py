@@ -90,7 +90,7 @@ def answer(sock: socket.socket, me: Identity, deadline: Deadline) -> Channel:
     try:
         _check_opening(opening)
     except VersionError:
-        # The version is no secret, and tells an honest caller what to install.
+        # Send the version, which is no secret, so that an honest caller learns what to install.
         send_all(sock, _OPENING.pack(_MAGIC, PROTOCOL), deadline)
         raise
     hello = receive_exactly(sock, _HELLO.size, deadline)

@@ -56,7 +56,7 @@ class Membership:
         return facts.model_copy(update={"clock_offset_s": offset_s})
 
     def admit(self, channel: Channel, facts: NodeFacts, also: Callable[[NodeFacts], str] = lambda facts: "") -> None:
-        """Welcome an authenticated caller as the node that it claims to be, or tell it why not and hang up.
+        """Welcome an authenticated caller as the node that it claims to be, or send it the reason why not and hang up.
 
         `also` returns a further objection, or "".
         """
