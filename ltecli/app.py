@@ -23,6 +23,7 @@ app = typer.Typer(
     name="lte",
     help="Plan, train and report LoRA-the-Explorer pre-training on small, old or far-apart GPUs.",
     rich_markup_mode=None,
+    # What is not a user's mistake keeps Python's own traceback, which a report of a bug needs.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -125,6 +126,7 @@ def plan(
 
     Nothing is written without -o.
     """
+    # Imports make many objects that all stay, as planning does.
     with collector_paused():
         from ltecli.commands.plan import plan_command
         from ltecli.plan_request import PlanArgs
@@ -162,7 +164,7 @@ def plan(
 @app.command("probe")
 @guarded
 def probe_a_run(
-    run: Annotated[Path, typer.Argument(help="run.toml.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run.toml.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the findings as probe.json.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Let -o replace an existing file.")] = False,
     batches: Annotated[int, typer.Option(min=1, help="Steps that give gradients, before and after the warm-up.")] = 8,
@@ -214,7 +216,9 @@ def validate(
 @app.command()
 @guarded
 def train(
-    run: Annotated[Path | None, typer.Argument(help="run.toml, or a run folder; default: plan one now.")] = None,
+    run: Annotated[
+        Path | None, typer.Argument(metavar="RUN", help="run.toml, or a run folder; default: plan one now.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default: runs/NAME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
     data: DataPath = None,
@@ -258,7 +262,7 @@ def train(
 @app.command()
 @guarded
 def secret(
-    path: Annotated[Path, typer.Argument(help="File to write; it must not exist.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="File to write; it must not exist.")],
 ) -> int:
     """Make the secret that the nodes of a launched run share."""
     from ltecli.commands.launch import secret_command
@@ -269,7 +273,7 @@ def secret(
 @app.command()
 @guarded
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared side by side.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders; several are compared side by side.")],
     as_json: Json = False,
 ) -> None:
     """Show planned, simulated and measured figures side by side."""
@@ -281,7 +285,7 @@ def report(
 @app.command()
 @guarded
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     form: Annotated[
         ExportFormat,
         typer.Option("--format", help="safetensors with lte's names, or what transformers loads."),
@@ -307,7 +311,7 @@ def profile_list(as_json: Json = False) -> None:
 @profile_app.command("show")
 @guarded
 def profile_show(
-    name: Annotated[str, typer.Argument(help="A shipped profile, `local`, or a path to profile.toml.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped profile, `local`, or a path to profile.toml.")],
     as_json: Json = False,
 ) -> None:
     """Print a profile as TOML, with the source of every figure."""
@@ -368,11 +372,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
+        # Without standalone mode typer raises mistakes to us, where it would print them in its own form and exit.
         code = int(app(given or ["--help"], prog_name="lte", standalone_mode=False) or 0)
         exit_if_stuck(code)
         return code
     except USAGE_ERROR as error:
         message = one_line(error.format_message())  # type: ignore[attr-defined]
+        # Only mistakes within a command know which one it was.
         context = getattr(error, "ctx", None)
         sys.stderr.write(f"lte: {message.rstrip('.')}; see {context.command_path if context else 'lte'} --help\n")
         return BAD_INPUT

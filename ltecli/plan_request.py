@@ -81,11 +81,13 @@ def plan_request(request: PlanArgs, to_train: bool = True) -> Plan:
     if request.link_from is not None:
         profile, note = _with_measured_link(request.link_from, profile)
         link_notes.append(note)
+    # Asked before _base_run fills in the default data.
     names_data = bool(table["data"])
     base, notes = _base_run(table, profile)
     notes += link_notes
     # Default images (digits) fit every model; of default data, only text can be too short.
     if (names_data or base.model.unit == "tokens") and not _embedded_text_suffices(base):
+        # Imported only here: most plans are sure of their data without reading it.
         from simulate.data.load import check_data
 
         try:
@@ -107,6 +109,7 @@ def _given_keys(request: PlanArgs) -> toml_io.Table:
     table: toml_io.Table = {"model": {}, "data": {}, "method": {}, "train": {}, "cluster": {}}
     for assignment in request.assignments:
         toml_io.set_key(table, assignment)
+    # --set was applied first, so that a key given both ways shows here.
     _put(table, "model", "name", request.model)
     _put(table, "data", "path", request.data)
     _put(table, "cluster", "profile", request.profile)
@@ -211,6 +214,7 @@ def _build(table: toml_io.Table) -> Run:
     if "steps" in train or not isinstance(warmup, int):
         return build_run(table, _WHERE)
     run = build_run({**table, "train": {**train, "steps": warmup + 1}}, _WHERE)
+    # Only given keys count as set, so that the planner replaces the steps that stood in.
     given = Train.model_construct(_fields_set=set(train), **dict(run.train))
     return run.model_copy(update={"train": given})
 
@@ -238,6 +242,7 @@ def _tokens(request: PlanArgs, base: Run, table: toml_io.Table) -> int:
     if request.model is None and not table["model"]:
         return DEMO_TOKENS
     shape = base.model.shape()
+    # Of images, a sample counts as many tokens as the network makes of it.
     tokens = TOKENS_PER_PARAMETER * shape.parameters
     return tokens if base.model.unit == "tokens" else max(1, tokens // shape.tokens)
 

@@ -139,17 +139,9 @@ def launch(lab: Lab, folder: Path, table: Table, setting: LinkSetting) -> list[T
     environment = {**os.environ, "LTE_SECRET": "a secret of the laboratory", "PYTHONPATH": str(root)}
     environment["OMP_NUM_THREADS"] = "1"
     command = [
-        sys.executable,
-        "-m",
-        "ltecli",
-        "train",
-        str(run_file),
-        "--launch",
-        "--quiet",
-        "--nodes",
-        str(setting.nodes),
-    ]
-    command += ["--processes", "1", "--join", f"{lab[0].address}:{PORT}"]
+        sys.executable, "-m", "ltecli", "train", str(run_file), "--launch", "--quiet", "--nodes", str(setting.nodes),
+        "--processes", "1", "--join", f"{lab[0].address}:{PORT}",
+    ]  # fmt: skip
     started = [
         node.popen(
             [*_on_its_core(node), *command, "--node", str(node.index), "--out", str(folder / f"node{node.index}")],

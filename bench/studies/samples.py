@@ -45,7 +45,7 @@ GUESSES = {
 LTE = ("lte, frozen A", "lte")
 """Names in bench/studies/convergence.py of LTE with AdamW: our default, and the paper's."""
 MEASURED_AS = {name: f"{name}, rank 128" for name in ("lora", "relora", "adamix")}
-"""Methods that have another name there: with as many directions as the network is wide, like LTE's four heads of rank 32."""
+"""Methods of another name there: with as many directions as the network is wide, like LTE's four heads of rank 32."""
 ORDER = ("ddp", "lte", *GUESSES)
 Table = dict[str, object]
 

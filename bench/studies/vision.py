@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("--data", default="digits", choices=list(TASKS))
     parser.add_argument("--path", help="where CIFAR-10 lies: a zip of class folders, or batches for Python")
     parser.add_argument("--results", type=Path, default=docs / "vision.jsonl", help="JSON lines, appended to")
-    parser.add_argument("--document", type=Path, help="file whose tables are written anew; docs/vision.md with its own results")
+    parser.add_argument("--document", type=Path, help="file to write tables into; docs/vision.md with its own results")
     parser.add_argument("--networks", nargs="+", default=["vit", "mixer"], choices=["vit", "mixer"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--rates", nargs="+", type=float, help="only try these of a method's rates, on few samples")

@@ -34,6 +34,7 @@ def _bar(spans: Sequence[Span], end_s: float, width: int) -> Text:
         for span in spans:
             shares[span.kind] += max(0.0, min(span.end_s, stop_s) - max(span.start_s, start_s))
         kind = max(shares, key=lambda name: shares[name])
+        # No span touches the slot: the device was away.
         kind = kind if shares[kind] else "away"
         text.append(MARKS[kind], style=STYLES[kind])
     return text

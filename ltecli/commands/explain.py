@@ -89,6 +89,7 @@ def show_explained(plan: Plan, explained: Explained, args: ExplainArgs, output: 
         _show_outlook(plan.chosen, explained.outlook, output)
         if args.svg is not None:
             timeline = explained.outlook.timeline
+            # Device numbers mean little in a picture; 30 characters of their kind fit left of the bars.
             kinds = [device.kind for device in plan.profile.devices(plan.chosen.run.cluster.devices)]
             names = {span.device: f"{span.device}: {kinds[span.device]}"[:30] for span in timeline.spans}
             title = f"{describe(plan.chosen.run)} on {len(kinds):,} x {plan.profile.name}"
@@ -157,6 +158,7 @@ def _worth_text(outlook: Outlook) -> str:
 def _upgrade_text(outlook: Outlook) -> str:
     """Return a line about the link to upgrade first."""
     links = [upgrade for upgrade in outlook.upgrades if upgrade.what.startswith("link")]
+    # Printed beside the links: where faster devices gain more, no link is worth its money.
     devices = next(upgrade for upgrade in outlook.upgrades if not upgrade.what.startswith("link"))
     best = links[0]
     beside = f"devices twice as fast: {devices.speedup:.2f}x"

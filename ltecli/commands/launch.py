@@ -30,7 +30,7 @@ from ltecli.runs.summary import (
 )
 from simulate.common.cpu import usable_cores
 from simulate.common.errors import InputError, RunFailedError
-from simulate.common.events import Emit, Event, EventFile
+from simulate.common.events import Emit, EventFile
 from simulate.common.run_files import CHECKPOINTS, LOGS, RUN_FILE
 from simulate.launch.agent import Launch, Node
 from simulate.launch.heartbeat import is_node_alive
@@ -124,6 +124,7 @@ def default_processes(run: Run, device: torch.device, nodes: int) -> int:
     """Return the number of processes of a node: one for each device, at most one for each GPU, or each CPU core."""
     import torch
 
+    # More processes than cores would only take turns; devices in one process share its tensor program.
     here = -(-run.cluster.devices // nodes)  # rounded up
     slots = torch.cuda.device_count() if device.type == "cuda" else usable_cores()
     return max(1, min(here, slots))
@@ -151,6 +152,7 @@ def launch_run(folder: RunFolder, device: torch.device, options: LaunchArgs, out
         launch = Launch(folder.path, run, node, output.warning, threads)
         launch.allow_clocks_apart(max(abs(other.clock_offset_s) for other in nodes))
         _open_store(launch, preflight, run.cluster.join_timeout_s)
+        # Frees the port of --join, which accept_rejoins listens at.
         preflight.close()
         stack.enter_context(
             preflight.accept_rejoins(lambda: launch.store.port, lambda number: is_node_alive(launch.store, number))
@@ -158,11 +160,12 @@ def launch_run(folder: RunFolder, device: torch.device, options: LaunchArgs, out
         output.hint(
             f"  launched: {processes} processes on {node.address} ({node.interface}), logs in {folder.path / LOGS}"
         )
-        on_event: Emit = _ignore
+        on_event: Emit | None = None
         if number == 0:  # the others have no events
             _store_facts(launch, folder, device, result.links)
             on_event = stack.enter_context(event_loggers(folder.path, run, output, _newest_step(folder)))
         outcome = run_supervised(launch, on_event, folder.events, stops)
+    # Rank 0's process has ended, so this process may append to its event file. A failure has no step.
     if launch.wire_sent_bytes is not None and options.nodes > 1 and "step" in outcome:
         with closing(EventFile(folder.events)) as events:
             events({"kind": "wire", "step": outcome["step"], "sent_bytes_by_node": launch.wire_sent_bytes})
@@ -206,6 +209,7 @@ def _open_store(launch: Launch, preflight: Preflight, timeout_s: float) -> None:
     """Open the agents' store on node 0, connect the other nodes to it, and wait for all of them."""
     if launch.node.number == 0:
         launch.open_store()
+    # The system picked the port when node 0 opened the store, so the others learn it here.
     port = preflight.broadcast(launch.store.port if launch.node.number == 0 else None, timeout_s)
     if launch.node.number > 0:
         launch.connect_store(int(port))
@@ -261,10 +265,6 @@ def loopback_interface() -> str:
         if any(str(address) == "127.0.0.1" for address in found.addresses):
             return found.name
     raise InputError("this machine has no loopback interface; bring it up, as in ip link set lo up")
-
-
-def _ignore(event: Event) -> None:
-    """Drop an event."""
 
 
 def _newest_step(folder: RunFolder) -> int:

@@ -43,6 +43,7 @@ def measure_command(request: MeasureArgs, out: Path | None, force: bool, as_json
         if out.suffix != ".toml":  # a profile's name is its file's name without .toml
             raise InputError(f"--out {out}: a profile's file ends in .toml; name it {out.name}.toml")
         check_file(out, force, PROFILE_FILE)
+    # The link comes first: a peer that does not answer should not cost a minute of measuring.
     link = _link(request, output)
     from simulate.measure.machine import MeasurementScope, measure_profile
 
@@ -62,6 +63,7 @@ def measure_command(request: MeasureArgs, out: Path | None, force: bool, as_json
 
 def _link(request: MeasureArgs, output: Output) -> Link:
     """Return the measured link to a peer or between a run's nodes, else a guess; raises InputError."""
+    # Nothing in this machine shows how fast its links are, so without a measurement they stay a guess.
     guess = detect_local().link
     if request.link is not None and request.link_from is not None:
         raise InputError("--link and --link-from both say where the link's figures come from; keep one")

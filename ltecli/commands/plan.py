@@ -41,6 +41,7 @@ def plan_command(
     if out is not None:
         check_file(out, force, RUN_FILE)
     if to_explain is not None:
+        # Refuse wrong options before seconds are spent on the plan.
         to_explain.check()
     plan = plan_request(request, to_train=out is not None)
     output = Output(as_json)

@@ -91,6 +91,7 @@ def _savings(figure: dict[str, Any]) -> list[str]:
         ("wall_s", f"less time for the same {figure['unit']}"),
     ):
         ours = figure[key]["planned"]
+        # A run on one device sends nothing, and has no ratio.
         if ours:
             ratios.append(f"{dense[key] / ours:.2f}x {words}")
     unfit = "" if dense["fits"] else " (dense does not fit this hardware)"

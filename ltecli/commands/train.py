@@ -117,11 +117,14 @@ def _simulate(folder: RunFolder, device: torch.device, output: Output) -> int:
     from simulate.common.events import EventFile
     from simulate.training.loop import restore, train
 
+    # Measured before the session exists, whose tensors would count as the device's. A resumed run keeps its figure.
     measured_bytes = None if folder.resume_from else measured_memory_bytes(folder, device)
+    # From here on Ctrl-C saves first; before, there is nothing to save.
     with stop_on_signal() as stops:
         session = _session(folder, device, stops)
         if folder.resume_from:
             restore(session, folder.resume_from)
+        # A run that begins anew drops all events, as of an attempt that saved nothing.
         prepare_events(folder, session.step if folder.resume_from else -1)
         with (
             closing(EventFile(folder.events)) as file,
@@ -205,6 +208,7 @@ def _run(given: Path | None, args: TrainArgs) -> Run:
     if given is not None:
         run = _with_data(load_run(given, list(args.assignments)), args.data)
     else:
+        # The plan's run.toml is resumed from any folder, so its path must not depend on this one.
         data = args.data and str(Path(args.data).absolute())
         plan = plan_request(PlanArgs(data=data, assignments=tuple(args.assignments)))
         if plan.chosen is None:

@@ -17,7 +17,8 @@ from simulate.common.errors import InputError, near_match
 from simulate.common.processor import machine_facts, machine_text
 from simulate.common.units import bytes_text, seconds_text
 from simulate.config.profiles import load_profile
-from simulate.measure.random_runs import AUTOCASTS, FAMILIES, Sample
+from simulate.measure.random_runs import AUTOCASTS, Sample
+from simulate.models.sizes import FAMILIES
 
 if TYPE_CHECKING:
     from simulate.measure.accuracy import Errors, Row
@@ -116,6 +117,7 @@ def validate_command(
     output, results = Output(as_json, quiet), {}
     for name in [only] if only else sections:
         output.hint(f"{name}: {sections[name].about}")
+        # Each section prints as soon as it is there, since they take minutes.
         results[name] = rows = sections[name].collect(args)
         _show(output, name, rows, errors_of(rows))
     machine = machine_facts()

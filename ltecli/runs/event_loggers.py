@@ -44,9 +44,11 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self._path, self._warn, self._failed = path, warn, False
+        # TensorBoard writes in a thread of its own, whose errors reach nobody but this hook.
         self._before, threading.excepthook = threading.excepthook, self._on_thread_error
         self._writer: SummaryWriter | None = None
         with self._stopping_on_disk_errors():
+            # Steps after the checkpoint are trained and written again: TensorBoard is to hide their first points.
             self._writer = SummaryWriter(str(path), purge_step=step + 1 if step else None)
 
     def __enter__(self) -> TensorBoard:

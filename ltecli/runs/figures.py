@@ -81,11 +81,13 @@ def figures(record: RunRecord) -> dict[str, Any]:
             "reserved": reserved,
         },
         "sent_bytes_per_device": {
+            # Asked for the steps done, not as a share of the whole: merges do not fall evenly.
             "planned": sent_bytes(run, run.model.shape(), steps) / run.cluster.devices,
             "counted": step["sent_bytes"] / run.cluster.devices if step else None,
             "wire": _wire_bytes(record),
         },
         "wall_s": {
+            # Of an unfinished run, the same share of the whole run's seconds.
             "planned": chosen["wall_s"] * share,
             "simulated": clocks and clocks["simulated_s"],
             "measured": clocks and clocks["wall_s"],

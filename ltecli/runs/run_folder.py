@@ -85,6 +85,7 @@ def new_folder(path: Path, run: Run, device_name: str = "cpu") -> RunFolder:
     data = load_data(run)
     _check_disk(path, run)
     profile = load_profile(run.cluster.profile)
+    # `local` describes the processor. Training on a GPU needs the plan of that GPU.
     if profile.name == LOCAL and device_name != "cpu":
         profile = local_gpu_profile() or profile
     plan = plan_of(run, profile)
@@ -100,6 +101,7 @@ def new_folder(path: Path, run: Run, device_name: str = "cpu") -> RunFolder:
         (path / CHECKPOINTS).mkdir()
         if isinstance(data, Text) and data.vocabulary is not None:
             (path / TOKENIZER_FILE).write_text(data.vocabulary.json, encoding="utf-8")
+        # run.toml comes last: with it the folder is whole.
         toml_io.write_atomically(path / RUN_FILE, dump_run(run).encode())
     except OSError as error:
         shutil.rmtree(path, ignore_errors=True)
@@ -165,6 +167,7 @@ def _difference(given: Run, saved: Run) -> str:
 def plan_of(run: Run, profile: Profile) -> dict[str, Any]:
     """Return the plan of this very run, and of dense training with the same batch, as plan.json has it."""
     tokens = run.train.steps * run.tokens_per_step
+    # Dense training stands beside the run in reports. It gets recovery points of its own, as it saves more bytes.
     dense = evaluate(run.model_copy(update={"method": default_options(BASELINE)}), profile, tokens, spaces_recovery=True)
     result = evaluate(run, profile, tokens)
     chosen = result.candidate if isinstance(result, Rejected) else result
@@ -176,6 +179,7 @@ def plan_of(run: Run, profile: Profile) -> dict[str, Any]:
 
 def _check_disk(path: Path, run: Run) -> None:
     """Raise InputError where a run folder's disk is not writable, or too small for its checkpoints."""
+    # The folder itself does not exist yet; its nearest existing parent names the disk.
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"--out {path}: {parent} is not a writable folder; choose another")
@@ -198,6 +202,7 @@ def stop_on_signal() -> Iterator[list[bool]]:
         if len(stops) == 2:  # a third one must not interrupt the clean-up
             raise KeyboardInterrupt
 
+    # Handlers are put back, so that a plan or report in the same process is interrupted at once again.
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stops
@@ -211,6 +216,7 @@ def lock_folder(path: Path) -> Iterator[None]:
     """Lock a run folder for this process; raises InputError where another process has locked it."""
     import fcntl
 
+    # The lock lies on the folder itself and goes with the process, so that a killed run leaves no stale lock file.
     handle = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

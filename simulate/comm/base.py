@@ -163,6 +163,7 @@ class Communicator(ABC):
     @contextmanager
     def uncounted(self, counter: ByteCounter) -> Iterator[None]:
         """Count messages made inside in `counter`, outside the method's bytes and time: diagnostics use this."""
+        # Diagnostics must not change the figures that they are shown beside.
         kept = self.counter, self.on_transfer
         self.counter, self.on_transfer = counter, None
         try:

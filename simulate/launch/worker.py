@@ -109,6 +109,7 @@ def main() -> int:
         if error.errno in DISK_ERRORS:
             return _end_the_run(store, f"{rank.title}: {disk_text(error, Path(folder))}", False)
         return _report_failure(store, f"{rank.title}: {error}")
+    # The cause may be gone after a restart: memory of another program, a broken connection.
     except (RuntimeError, MemoryError) as error:
         what = "ran out of memory" if is_lack_of_memory(error) else type(error).__name__
         return _report_failure(store, f"{rank.title}: {what}: {first_line(error)}")
@@ -141,6 +142,7 @@ def disk_text(error: OSError, folder: Path) -> str:
 
 def exit_with_the_agent() -> None:
     """Ignore Ctrl-C and SIGTERM, which the agent handles, and exit when the agent is gone."""
+    # A terminal sends Ctrl-C to the whole group, and a worker that died of it could not save.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     agent = os.getppid()
@@ -148,6 +150,7 @@ def exit_with_the_agent() -> None:
     def watch() -> None:
         while os.getppid() == agent:
             time.sleep(ORPHAN_CHECK_S)
+        # Not sys.exit, which ends this thread alone; the main thread may hang in an exchange.
         os._exit(FAILED_EXIT)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -163,6 +166,7 @@ def _device(name: str, rank: RankInfo) -> torch.device:
 
 def join_processes(run: Run, device: torch.device, rank: RankInfo, store: dist.Store) -> None:
     """Join the default process group. Raises LostPeerError."""
+    # NCCL needs GPUs of its own; gloo carries CPU tensors.
     backend = {"auto": "nccl" if device.type == "cuda" else "gloo"}.get(run.cluster.backend, run.cluster.backend)
     timeout = timedelta(seconds=run.cluster.timeout_s)
     try:
@@ -207,7 +211,7 @@ def _train(folder: Path, device: torch.device, rank: RankInfo, store: dist.Store
             batches=build_batches(run, data, device),
             communicator=communicator,
             clock=clock,
-            emit=_ignore,
+            emit=lambda event: None,  # only rank 0 emits: _report_beginning opens its file
             checkpoints=folder / CHECKPOINTS,
             device=device,
             stop=(lambda: store.check([STOP])) if leads else lambda: False,  # the loop shares rank 0's answer
@@ -215,6 +219,7 @@ def _train(folder: Path, device: torch.device, rank: RankInfo, store: dist.Store
             folder_devices=rank.node_devices(run.cluster.devices),
             recovers=True,
         )
+        # Before the event file is opened: it is cut back to the step that recovery finds.
         found = recover(session)
         if leads:
             if found is not None and found.lost:
@@ -229,16 +234,13 @@ def _train(folder: Path, device: torch.device, rank: RankInfo, store: dist.Store
     dist.destroy_process_group()
 
 
-def _ignore(event: Event) -> None:
-    """Drop events: only rank 0 emits them."""
-
-
 def _report_beginning(
     session: Session, folder: Path, stack: ExitStack, store: dist.Store, machines: list[dict[str, Any]]
 ) -> None:
     """Open the event file on rank 0, cut it back to the recovered step, and emit how this session begins."""
     path, communicator = folder / EVENTS_FILE, session.communicator
     fresh, restart = session.step == 0, None
+    # The store lives as long as the launch, so a count above one means that processes began again.
     if store.add(BEGUN, 1) > 1:
         restart = {"reasons": _reasons(store), **_repeated(path, session.step)}
     if path.exists():

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from simulate.config.run import Run, build_run
+from simulate.models.sizes import FAMILIES
 
 Table = dict[str, Any]
-FAMILIES = ("gpt", "llama", "vit", "mixer")
 AUTOCASTS = ("none", "bf16", "fp16")
 METHODS = (
     "lte", "ddp", "diloco", "lora", "lte", "local-sgd", "topk", "lte", "relora", "powersgd", "lte", "mhlora", "daso",
@@ -53,7 +53,7 @@ class Sample:
         """Return one random run; a hundred of them hold every method, reset, transport, wire and optimizer."""
         draw = random.Random(f"held-out {self.seed} {index}")
         devices, heads = draw.choice((2, 3, 4, 8)), draw.choice((1, 1, 2, 4))
-        model = _model(draw, self.family or FAMILIES[index % len(FAMILIES)], index, self.small)
+        model = _model(draw, self.family or list(FAMILIES)[index % len(FAMILIES)], index, self.small)
         method = _method(draw, METHODS[index % len(METHODS)], heads, devices, model, self.small)
         batch = draw.choice((1, 2, 3, 4, 8)) * (heads if "heads_per_device" in method else 1)
         recomputes, double = draw.random() < 0.4, draw.random() < 0.1

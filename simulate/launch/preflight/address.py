@@ -1,4 +1,4 @@
-"""Addresses: parse HOST:PORT, distinguish private networks from public ones, and choose the address that this node binds to.
+"""Addresses: parse HOST:PORT, distinguish private networks from public ones, and choose the address to bind to.
 
 A node binds every socket to one address of one interface, so that nothing of a run listens on another network. The
 preflight and `lte profile measure --link` call choose_bind_address before they open anything.
@@ -95,6 +95,7 @@ def resolve(endpoint: Endpoint) -> list[IpAddress]:
 
 def is_private(address: IpAddress) -> bool:
     """Whether packets to an address stay on this machine, this site or an overlay network."""
+    # ::ffff:8.8.8.8 is the public IPv4 address 8.8.8.8 in IPv6 clothes.
     mapped = getattr(address, "ipv4_mapped", None)
     return any((mapped or address) in network for network in _PRIVATE)
 

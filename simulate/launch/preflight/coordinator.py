@@ -110,6 +110,7 @@ class Coordinator:
         try:
             yield
         except BaseException as error:
+            # The other nodes get an unknown error's type alone: its text is about this machine.
             known = isinstance(error, InputError | RunFailedError)
             lines = self._lines or [str(error) if known else f"node 0 stopped ({type(error).__name__})"]
             message = {"kind": "abort", "lines": list(lines), "mendable": isinstance(error, InputError)}
@@ -177,6 +178,7 @@ class Coordinator:
         with _naming_link(self._members.facts[0].title):
             self._link_tester.measure_alone()
         for node in sorted(self._members.channels):
+            # One after the other: two measurements at once would share links.
             self._send(node, {"kind": "alone"})
             self._answer(node, "measured", Deadline(answer_s))
         self._send_all({"kind": "loaded"})

@@ -117,6 +117,7 @@ def _check_opening(opening: bytes) -> None:
 
 def _channel(sock: socket.socket, peer: int, secret: Secret, transcript: bytes, *, calls: bool) -> Channel:
     """Return the connection's channel, with one key for each direction."""
+    # A key of this very transcript: its nonces make it new for each connection.
     session = secret.derived("session", transcript)
     keys = session.derived("from caller", b""), session.derived("from answerer", b"")
     send_key, receive_key = keys if calls else keys[::-1]

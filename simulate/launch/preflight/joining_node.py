@@ -144,6 +144,7 @@ class JoiningNode:
     def _call_node_0(self, deadline: Deadline) -> tuple[Channel | str, str]:
         """Return the channel, or why there is none yet and a hint; raises InputError where calling again is useless."""
         sock = None
+        # One silent attempt must not use up the whole time to join.
         attempt = deadline.within(self._settings.handshake_timeout_s)
         try:
             sock = dial(self._bind.address, self._bind.coordinator_address, self._endpoint.port, attempt)

@@ -77,6 +77,7 @@ def measured_link(links: Sequence[LinkFigures], planned: Link) -> Link:
     """
     if not links:
         raise ValueError("no link was measured")
+    # In a collective all edges are busy at once, so loaded rates count.
     slowest = min(links, key=lambda link: link.loaded_bytes_per_s)
     farthest = max(links, key=lambda link: link.latency_s)
     rate = f"TCP, all ring edges busy; the slowest: node {slowest.sender} to node {slowest.receiver}"

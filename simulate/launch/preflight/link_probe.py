@@ -70,6 +70,7 @@ def measure_latency_s(channel: Channel, limits: Limits, deadline: Deadline) -> f
 
 def measure_rate(channel: Channel, limits: Limits, deadline: Deadline, first_bytes: int = FIRST_CHUNK_BYTES) -> Rate:
     """Send chunks, growing until one takes its share of the time; returns the later ones' rate. Raises PeerError."""
+    # Random, since a VPN that compresses would show the rate of zeros.
     piece = memoryview(os.urandom(_PIECE_BYTES))
     begin_s, size, sent_bytes, rates = time.perf_counter(), first_bytes, 0, list[float]()
     share_s, largest = limits.aim_s / CHUNKS, max(limits.largest_chunk_bytes, first_bytes)

@@ -89,6 +89,7 @@ class LinkTester:
         assert self._listener is not None
         self._handshakes = HandshakeListener(self._listener, me, plan.reach_s)
         others = [node for node in nodes if node.node != self._node]
+        # Calls run at once, since one firewalled node would hold up all others for its whole time-out.
         with ThreadPoolExecutor(max_workers=min(32, len(others))) as pool:
             outcomes = list(pool.map(lambda other: self._reach(other, me, deadline), others))
         callers = self._receive_callers({node.node for node in others}, deadline)
@@ -199,6 +200,7 @@ def dial(own_address: str, address: str, port: int, deadline: Deadline) -> socke
     """Connect from own_address; raises OSError."""
     sock = socket.socket(family_of(address), socket.SOCK_STREAM)
     try:
+        # Binding chooses the interface: the route alone could leave by another one.
         sock.bind(sockaddr(own_address, 0))
         sock.settimeout(deadline.left_s or 1e-6)
         sock.connect(sockaddr(address, port))

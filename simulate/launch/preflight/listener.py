@@ -57,6 +57,8 @@ def listen(address: str, port: int, label: str) -> socket.socket:
     except OSError as error:
         raise InputError(f"{label}: cannot listen ({reason(error)}); choose another address") from None
     try:
+        # A port that a run has just left stays reserved for minutes otherwise, and the same line could not be given
+        # again.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(sockaddr(address, port))
         listener.listen(_BACKLOG)
@@ -105,6 +107,7 @@ class HandshakeListener:
         self._accepting.join()
         self._listener.close()
         with self._lock:
+            # Callers remove themselves, so join them on a copy and without the lock.
             callers = dict(self._callers)
         for sock in callers.values():
             hang_up(sock)

@@ -60,6 +60,7 @@ class Membership:
 
         `also` returns a further objection, or "".
         """
+        # Our own rules come first: `also` may take seconds to look for signs of life.
         objection = self._objection(channel, facts) or also(facts)
         reply: Message = {"kind": "refused", "why": objection} if objection else {"kind": "welcome"}
         try:
