@@ -2,7 +2,9 @@
 
 python bench/step.py --model vit_s16 --json
 
-The reference is torch alone: nn.Linear layers, F.cross_entropy, fused AdamW, the same images, in the same process.
+The reference is torch alone: nn.Linear layers, F.cross_entropy, fused AdamW, the same images, in the same process. The
+tool promises that N devices in one process cost little more than one, so `make bench` holds it to that; bench/README.md
+has the figures.
 """
 
 from __future__ import annotations
@@ -148,12 +150,14 @@ def seconds(step: Step) -> Seconds:
 def paired_seconds(step: Step, reference: Step, pairs: int) -> list[tuple[Seconds, Seconds]]:
     """Time both in turns, so that whatever else the machine does hits both alike."""
     for _ in range(WARM_UP_STEPS):
+        # The first steps allocate the optimizers' states.
         step(), reference()
     return [(seconds(step), seconds(reference)) for _ in range(pairs)]
 
 
 def median_and_quartiles(ratios: list[float]) -> tuple[float, list[float]]:
     """Return the median, and the quartiles around it."""
+    # Medians, since other programs lengthen single steps; quartiles show by how much.
     ordered = sorted(ratios)
     return statistics.median(ordered), [ordered[len(ordered) // 4], ordered[-1 - len(ordered) // 4]]
 

@@ -3,7 +3,8 @@
     python bench/studies/data.py --repetitions 10
     python bench/studies/data.py --archive cifar10.zip        # also: listing, decoding and mapping an archive of images
 
-A share well below 1 on the CPU means that nothing is won by assembling ahead in a thread of its own.
+A share well below 1 on the CPU means that nothing is won by assembling ahead in a thread of its own. It is
+why the loop assembles batches itself.
 """
 
 from __future__ import annotations
@@ -114,6 +115,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for case in cases(Path(folder)):
+            # The first repetition allocates and maps the files, and is left out.
             pairs = [case.seconds(step) for step in range(arguments.repetitions + 1)][1:]
             batch_s = statistics.median(batch for batch, _ in pairs)
             share = statistics.median(batch / step for batch, step in pairs)

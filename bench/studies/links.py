@@ -9,7 +9,8 @@ link is the shaped rate: from these two figures comes every planned one. With `-
 profile measure` found instead, one of it on each core at once, as the nodes will compute. `whole` launches runs
 with evaluations and recovery points, and sets all of their seconds beside the plan's. `losses` trains the cases in one
 process, which gives the launched runs' losses, to say how many steps each needs to a loss: seconds to it are those
-steps at the measured pace.
+steps at the measured pace. docs/accuracy.md and bench/README.md have the figures; jitter.py
+launches its runs by this module.
 """
 
 from __future__ import annotations
@@ -118,6 +119,7 @@ def write_profile(path: Path, device: Table, mbit: float | None, setting: LinkSe
     profile = load_profile("gtx1080ti_x8").model_dump(exclude_none=True)
     link = profile["link"]
     profile["device"] = [{**device, "count": setting.nodes}]
+    # Without a limit the links take hardly any time beside the compute that is calibrated.
     rate = 1e10 if mbit is None else mbit * 1e6 / 8 * PAYLOAD_SHARE
     link.update(topology="star", up_bytes_per_s=rate, down_bytes_per_s=rate, latency_s=LAB_LATENCY_S + setting.delay_s)
     link.update(collectives="gloo", source="measured")
@@ -137,6 +139,7 @@ def launch(lab: Lab, folder: Path, table: Table, setting: LinkSetting) -> list[T
     run_file.write_text(dump_run(build_run(table)), encoding="utf-8")
     root = Path(__file__).parents[2]
     environment = {**os.environ, "LTE_SECRET": "a secret of the laboratory", "PYTHONPATH": str(root)}
+    # One thread a node, held to one core, so that nodes disturb each other as little as machines would.
     environment["OMP_NUM_THREADS"] = "1"
     command = [
         sys.executable, "-m", "ltecli", "train", str(run_file), "--launch", "--quiet", "--nodes", str(setting.nodes),
@@ -220,6 +223,7 @@ def calibrate(folder: Path, setting: LinkSetting) -> Table:
     measured = pace(case, None, profile, path, setting)
     run = build_run(run_table(case, path, 100, setting))
     planned = round_time(run, run.model.shape(), profile.devices(run.cluster.devices), profile.link)
+    # Exchange and merge take their planned seconds; what is left of the measured step is compute.
     rest_s = planned.round_s - planned.steps * planned.compute_s
     flop_per_s = guess * planned.steps * planned.compute_s / (planned.steps * measured.step_s - rest_s)
     print(f"a node: {flop_per_s / 1e9:.1f} Gflop/s", file=sys.stderr, flush=True)

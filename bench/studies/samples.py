@@ -6,7 +6,8 @@
 Measured are the runs of convergence.py. A method's ratio is that of its stretched schedule where that reached
 dense's loss; else what dense's curve says (all samples over those after which dense had the method's loss) times
 what the stretched schedule makes of that elsewhere. A figure is the geometric mean of all its sources, published,
-measured or guessed; its range reaches from the smallest to the largest of them.
+measured or guessed; its range reaches from the smallest to the largest of them. Plans rank by this file, so each of its
+figures must be traceable.
 """
 
 from __future__ import annotations

@@ -62,6 +62,7 @@ def train_table(table: dict[str, Any], profile: Profile | None = None) -> Traine
         )
         try:
             train(session)
+        # Weights that are not finite end a run; in a study that is a result.
         except RunFailedError:
             session.val_loss = None
     curve = [(event["tokens"], round(event["val_loss"], 4)) for event in events if event["kind"] == "evaluate"]

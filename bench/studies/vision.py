@@ -6,7 +6,7 @@
 
 `run` does what is still missing and can be stopped at any time: every method at each learning rate on few samples, its
 best rate with three seeds, and LTE with 1.4 times the samples. Then it writes the tables of docs/vision.md anew, as
-`table` does without running anything.
+`table` does without running anything. The paper trains image networks, so text alone would not test its claim.
 """
 
 from __future__ import annotations
@@ -194,6 +194,7 @@ def missing(
         if rates is None or rate in rates
     ]
     yield from (job for job in tries if results.accuracy(job) is None)
+    # Seeds are the outer loop: every method is run once before one is run twice.
     for seed in SEEDS if rates is None else ():
         for network, method in pairs:
             rate = results.best_rate(data, network, method)
@@ -242,6 +243,7 @@ BEGIN, END = "<!-- tables of bench/studies/vision.py -->", "<!-- end of the tabl
 
 def write_document(path: Path, lines: Sequence[str]) -> None:
     """Put the tables between their marks."""
+    # The text around the marks is written by hand and stays.
     before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     path.write_text(before + "\n".join([BEGIN, *lines, "", END]) + after, encoding="utf-8")

@@ -158,6 +158,7 @@ def _cells(candidate: Candidate) -> list[str]:
 def _rival_table(plan: Plan) -> Any:
     """Return the table of the other methods' best candidates: those that fit first, then by time to equal loss."""
     table = _choices_table("method")
+    # Two stable sorts: by time, then those that fit before those that do not.
     ranked = sorted(plan.rivals, key=lambda rival: candidate_of(rival).equivalent_wall_s)
     for rival in sorted(ranked, key=lambda rival: isinstance(rival, Rejected)):
         unfit = " (does not fit)" if isinstance(rival, Rejected) else ""
@@ -212,6 +213,7 @@ def _show_verified(chosen: Candidate, verified: Tracked, output: Output) -> None
     output.text("")
     table = plain_table("memory of the choice, per device", "planned", "tracked", "difference")
     planned = memory.parts()
+    # The tracer follows the program alone, not what the system holds.
     reserved = planned.pop("reserved")
     for part, size in planned.items():
         table.add_row(part, bytes_text(size), bytes_text(verified.by_part[part]), "")

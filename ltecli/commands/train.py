@@ -222,6 +222,7 @@ def _run(given: Path | None, args: TrainArgs) -> Run:
 
 def _with_data(run: Run, path: str | None) -> Run:
     """Return the run with --data's path, and with absolute paths, so that it can be resumed from any folder."""
+    # A run folder may be resumed from any folder, where relative paths would lead elsewhere.
     table = run.data.model_dump(exclude_none=True)
     if path is not None:
         table = {key: value for key, value in table.items() if key not in WHAT_DATA} | {"path": path}

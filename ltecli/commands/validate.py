@@ -104,6 +104,7 @@ def validate_command(
     if only is not None and only not in SECTIONS:
         raise InputError(f"--only {only!r} is no section; {near_match(only, SECTIONS)}")
     args.check()
+    # A measured profile is compared on given networks, which no option changes.
     if profile is not None and args != ValidateArgs(quick=args.quick):
         raise InputError(
             "--profile times steps of given networks, and --shapes, --seed, --family and --autocast choose random "

@@ -145,6 +145,7 @@ class ProgressBar:
     def _tokens_per_s(self, event: Event) -> float:
         """Return the rate since the last event; since the start for the first one."""
         before, self._last = self._last, (event["wall_s"], event["tokens"])
+        # A restart sets the clock back.
         if before is None or event["wall_s"] <= before[0]:
             return event["tokens"] / max(event["wall_s"], 1e-9)
         return (event["tokens"] - before[1]) / (event["wall_s"] - before[0])

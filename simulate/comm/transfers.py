@@ -132,6 +132,7 @@ def mean_transfers(elements: int, devices: int, wire: str, element_bytes: int) -
 
 def averages(tensors: Iterable[int], devices: int, wire: str, element_bytes: int) -> tuple[Transfer, ...]:
     """Return the messages that average tensors of the given element counts over all devices."""
+    # Methods average bucket by bucket, so bytes are planned in the same buckets.
     counts = list(tensors)
     groups = bucket([count * element_bytes for count in counts])
     sums = (sum(counts[i] for i in group) for group in groups)

@@ -74,6 +74,7 @@ def _run_differs(node_0: NodeFacts, node: NodeFacts) -> str:
 
 
 def _data_differs(node_0: NodeFacts, node: NodeFacts) -> str:
+    # The embedded text comes with Python and cannot be copied.
     fix = "copy node 0's data to it"
     if node_0.run.get("data.name") == "stdlib":
         fix = "their Python versions differ, so give all nodes one text (--data PATH)"

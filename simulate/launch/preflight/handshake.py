@@ -71,6 +71,7 @@ def call(sock: socket.socket, me: Identity, answerer: int, deadline: Deadline) -
     try:
         opening = receive_exactly(sock, _OPENING.size, deadline)
     except PeerGoneError as error:
+        # Unlike a refused proof this may pass: node 0 may only be starting.
         raise NoChallengeError(str(error)) from None
     _check_opening(opening)
     transcript = hello + opening + receive_exactly(sock, _NONCE_BYTES, deadline)

@@ -177,6 +177,7 @@ class JoiningNode:
             raise RunFailedError(f"node 0 {error}") from None
         meeting = self._secret.derived("meeting", str(command.get("meeting")).encode())
         reach = self._link_tester.connect(nodes, meeting, plan)
+        # Sent also where calls failed: node 0 must hear of all failures to name the cause.
         self._send({"kind": "connected", "unreached": reach.unreached, "uncalled": reach.uncalled})
         return nodes, plan
 

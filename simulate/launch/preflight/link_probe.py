@@ -59,6 +59,7 @@ def measure_latency_s(channel: Channel, limits: Limits, deadline: Deadline) -> f
     begin_s, round_trips_s = time.perf_counter(), list[float]()
     while len(round_trips_s) < MAX_ECHOES:
         sent_s = time.perf_counter()
+        # A slow link gets fewer echoes, never too few for a median.
         if len(round_trips_s) >= MIN_ECHOES and sent_s - begin_s > limits.aim_s:
             break
         send_all(channel.sock, _MORE, deadline)

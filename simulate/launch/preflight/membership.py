@@ -76,6 +76,7 @@ class Membership:
         self.channels[facts.node], self.facts[facts.node] = channel, facts
         rest = f"waiting for {nodes_text(self.missing)}" if self.missing else "all have joined"
         self._log(f"{facts.title} comes back" if self.is_running else f"{facts.title} joined; {rest}")
+        # The preflight works through a NAT, but workers also connect in the other direction.
         if ipaddress.ip_address(host) != ipaddress.ip_address(facts.address):
             self.warnings.append(f"{facts.title} calls from {host}, through a NAT; workers need direct connections")
 
