@@ -27,9 +27,8 @@ from simulate.comm.virtual import VirtualCommunicator
 from simulate.config.run import build_run
 from simulate.methods.base import Method
 from simulate.methods.registry import build_method
+from simulate.models.families.vit import VitModel
 from simulate.models.peak_memory import cpu_peak_bytes
-from simulate.models.schema import VitModel
-from simulate.models.sizes import VIT_SIZES
 from simulate.models.vit import Vit
 
 WARM_UP_STEPS = 2
@@ -214,7 +213,7 @@ def line(result: Table) -> str:
 def main() -> None:
     """Measure each case; one line a case, or all as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="vit_s16", choices=list(VIT_SIZES))
+    parser.add_argument("--model", default="vit_s16", choices=list(VitModel.sizes))
     parser.add_argument("--batch", type=int, default=32, help="samples of all devices together")
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)

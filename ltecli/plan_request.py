@@ -21,7 +21,8 @@ from simulate.config.profiles import load_profile
 from simulate.config.run import Run, build_run
 from simulate.config.tables import BYTE_VALUES, BYTES, Train
 from simulate.costs.samples import load_efficiency
-from simulate.models.schema import sees_images, text_sizes
+from simulate.models.families.table import sees_images
+from simulate.models.schema import text_sizes
 from simulate.planning.objective import SelectionCriteria, parse_duration_s, parse_objective
 from simulate.planning.planner import Plan, make_plan
 from simulate.planning.search_space import Pins

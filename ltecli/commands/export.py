@@ -19,7 +19,9 @@ from simulate.common.errors import InputError
 from simulate.common.run_files import CHECKPOINTS, RUN_FILE
 from simulate.common.units import bytes_text
 from simulate.config.run import Run, dump_run, load_run
-from simulate.models.schema import GptModel, HuggingfaceModel, LlamaModel
+from simulate.models.families.gpt import GptModel
+from simulate.models.families.llama import LlamaModel
+from simulate.models.schema import HuggingfaceModel
 from simulate.training.checkpoints import has_shared, list_checkpoints, saved_devices
 
 if TYPE_CHECKING:

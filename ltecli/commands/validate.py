@@ -18,7 +18,7 @@ from simulate.common.processor import machine_facts, machine_text
 from simulate.common.units import bytes_text, seconds_text
 from simulate.config.profiles import load_profile
 from simulate.measure.random_runs import AUTOCASTS, Sample
-from simulate.models.sizes import FAMILIES
+from simulate.models.families.table import FAMILIES
 
 if TYPE_CHECKING:
     from simulate.measure.accuracy import Errors, Row

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from simulate.config.run import Run, build_run
-from simulate.models.sizes import FAMILIES
+from simulate.models.families.table import FAMILIES
 
 Table = dict[str, Any]
 AUTOCASTS = ("none", "bf16", "fp16")
