@@ -74,6 +74,7 @@ def explain_plan(plan: Plan, args: ExplainArgs) -> Explained:
     """Return the explanations that were asked for."""
     if plan.chosen is None:
         return Explained()
+    # Each explanation takes seconds, so only what was asked for is computed.
     why = explain(plan, plan.chosen) if args.why else None
     outlook = look_ahead(plan, plan.chosen, args.rounds or ROUNDS) if args.wants_timeline else None
     return Explained(why, outlook)
@@ -128,6 +129,7 @@ def _show_outlook(chosen: Candidate, outlook: Outlook, output: Output) -> None:
     )
     shares = {kind: seconds / timeline.wall_s for kind, seconds in timeline.seconds.items()}
     output.text("a device's time: " + ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items()))
+    # A bar of many rounds would show nothing but noise.
     drawn = min(DRAWN_ROUNDS, timeline.rounds)
     table = plain_table("device", f"{drawn} round{'s' if drawn > 1 else ''} ({legend()})")
     table.columns[1].justify = "left"
@@ -171,6 +173,7 @@ def _upgrade_text(outlook: Outlook) -> str:
 def _churn_text(churn: Churn, devices: int) -> str:
     """Return a line about the time that devices cost which leave and come back."""
     share = churn.elastic_factor - 1
+    # A launched run repeats the whole round after a loss; with losses faster than rounds it gets nowhere.
     redo = "would never end" if churn.redo_factor is None else f"takes {churn.redo_factor - 1:.1%} longer"
     return (
         f"churn: {CHURN_PER_HOUR:.0%} of {devices:,} devices leaving an hour, back after {seconds_text(churn.join_s)}, "

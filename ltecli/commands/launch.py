@@ -90,6 +90,7 @@ class LaunchArgs:
             "--interface": self.interface,
             "--secret-file": self.secret_file,
         }
+        # Only what differs from the defaults, so that the printed line stays short.
         words = [f" {name} {value}" for name, value in given.items() if value is not None]
         return "".join([" --launch", *words, *([" --trust-network"] if self.trust_network else [])])
 
@@ -136,6 +137,7 @@ def launch_run(folder: RunFolder, device: torch.device, options: LaunchArgs, out
     processes = options.processes or default_processes(run, device, options.nodes)
     report_derived(folder, output)
     if folder.is_finished and options.nodes == 1:
+        # Of several nodes, others may still lack their last checkpoint, so those meet all the same.
         report_finished(folder, output)
         return 0
     with ExitStack() as stack, stop_on_signal() as stops:
@@ -236,6 +238,7 @@ def print_lines(run_file: Path | None, options: LaunchArgs, output: Output) -> i
     name = run_file or RUN_FILE
     output.text(f"Copy {name} and its data to every machine, and give all the same secret, made once:")
     output.text("  lte secret lte.secret           # then copy the file; only you can read it")
+    # Complete lines to paste: a --node that is typed by hand is easily given twice.
     for number in range(options.nodes):
         output.text(
             f"  lte train {name} --launch --nodes {options.nodes} --node {number} --join {address}:{DEFAULT_PORT} "
@@ -288,6 +291,7 @@ def _store_facts(launch: Launch, folder: RunFolder, device: torch.device, links:
 def _report_outcome(folder: RunFolder, outcome: dict[str, Any], output: Output, options: LaunchArgs) -> int:
     """Print how the run ended; returns the exit code, or raises the failure that a process recorded."""
     if outcome["kind"] == "failure":
+        # Rank 0 or another process failed in its own process; here the failure gets its exit code.
         raise (InputError if outcome["input"] else RunFailedError)(outcome["text"])
     if outcome["kind"] == "interrupt":
         output.hint(

@@ -105,10 +105,12 @@ def _show(plan: Plan, output: Output, top: int) -> None:
     if plan.candidates:
         output.table(_candidate_table(plan, top), secondary=SECONDARY)
     if plan.rejected:
+        # One example shows what is short; thousands are rejected for the same reason.
         nearest = min(plan.rejected, key=lambda rejected: rejected.missing)
         output.text(f"rejected, for example: {describe(nearest.candidate.run)} {nearest.reason}")
     if plan.chosen is not None:
         _show_choice(plan, plan.chosen, output)
+    # Methods that the planner does not choose by itself stand apart, each with its best candidate.
     if plan.rivals:
         output.text("")
         output.heading("other methods, each at its best here; plan one with --method NAME")

@@ -22,6 +22,7 @@ def report_command(paths: list[Path], as_json: bool) -> None:
     """Print the figures of run folders; --json gives an object for one run and {runs: [...]} for several."""
     output = Output(as_json)
     records = [read_run(path) for path in paths]
+    # People and scripts get the same figures: what is printed is read from what --json gives.
     documents = [figures(record) for record in records]
     if len(records) == 1:
         output.json(documents[0])
@@ -38,6 +39,7 @@ def _show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None
         f"{run.model.name} with {run.model.shape().parameters:,} parameters"
     )
     done, planned = figure["steps"], figure["planned_steps"]
+    # A run folder does not show whether its process still runs.
     state = "finished" if done == planned else f"stopped or running, of {planned:,}"
     tokens = "" if figure["unit"] == "samples" else f", {figure['tokens']:,} tokens"
     output.text(f"{done:,} steps ({state}), {figure['samples']:,} samples{tokens}")
@@ -100,6 +102,7 @@ def _savings(figure: dict[str, Any]) -> list[str]:
 
 def _explanations(figure: dict[str, Any], is_launched: bool) -> list[str]:
     """Return lines on what the table's memory and time include, and on the machines that trained."""
+    # The same column means two things, so the line under the table says which.
     here = "the launched processes' time" if is_launched else "this machine's time for simulating all devices"
     return [
         f"memory: without the {bytes_text(figure['memory_bytes']['reserved'])} that the device's system reserves; "
@@ -132,6 +135,7 @@ def _show_several(records: list[RunRecord], documents: list[dict[str, Any]], out
         ("step, simulated", lambda r, f: seconds_text(f["step_s"]["simulated"])),
         ("step, measured", lambda r, f: seconds_text(f["step_s"]["measured"])),
     ]
+    # One row a figure and one column a run, since people compare along rows.
     for label, cell in rows:
         table.add_row(label, *(cell(r, f) for r, f in zip(records, documents, strict=True)))
     for label, cells in last_rows([figure["diagnostics"] for figure in documents]):

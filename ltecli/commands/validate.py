@@ -112,6 +112,7 @@ def validate_command(
         )
     if out is not None:
         check_file(out, force=True, example="validation.md")  # tables are made anew, so they may be replaced
+    # A measured profile replaces the guessed rates of `local`, and with them the rows.
     sections = SECTIONS if profile is None else {**SECTIONS, "time": _on_profile(profile)}
     from simulate.measure.accuracy import errors_of
 

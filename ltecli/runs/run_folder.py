@@ -129,11 +129,13 @@ def resumed_folder(path: Path, given: Run | None) -> RunFolder:
     if not (path / RUN_FILE).is_file():
         raise InputError(f"--resume: {path} is no run folder (it has no {RUN_FILE}); start it without --resume")
     run = load_run(path / RUN_FILE)
+    # Another run under the same name would go on from this one's weights.
     if given is not None and given != run:
         raise InputError(
             f"--resume: the run given differs from {path / RUN_FILE} in {_difference(given, run)}; "
             f"resume with lte train {path} --resume, or start anew with another --out"
         )
+    # Found now, not at the first checkpoint hours later.
     if not os.access(path, os.W_OK):
         raise InputError(f"--resume: {path} is read-only; make it writable")
     checkpoints = list_checkpoints(path / CHECKPOINTS, run.cluster.devices)

@@ -154,6 +154,7 @@ class Communicator(ABC):
 
         An exchange inside may return an empty list, filled on arrival; use it in a callback of `on_complete`.
         """
+        # A flag and not an argument, so that a method's exchange code is the same in both cases.
         self._background = True
         try:
             yield

@@ -79,6 +79,7 @@ def _init_lost_devices(
     lost: list[int],
 ) -> None:
     """Initialise the lost devices' parts after the pattern of the first device that is not lost."""
+    # Any device's part shows which tensors there are; the lost device's start anew.
     source = next(process for process, (_, devices) in enumerate(holders) if devices)
     donor = min(holders[source][1])
     received = communicator.send_state(source, _of_device(session, donor) if communicator.process == source else {})

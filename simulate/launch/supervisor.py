@@ -59,6 +59,7 @@ def _give_up_if_hopeless(launch: Launch, listener: _Listener) -> None:
         raise KeyboardInterrupt("stopped while waiting for other nodes")
     if number == 0:
         return
+    # Two limits: short where the store's connection broke, long where it only is silent.
     silent_s = time.monotonic() - listener.heard_s
     if listener.lost and silent_s > GONE_S:
         raise RunFailedError(f"node {number}: node 0 is gone, and the run with it")

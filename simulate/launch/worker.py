@@ -88,6 +88,7 @@ class RankInfo:
     def node_devices(self, devices: int) -> range:
         """Return the devices of all processes of this node; their numbers are consecutive."""
         first = self.process - self.local_process
+        # Ranks are sorted by node, so a node's processes and devices are consecutive.
         last = first + self.local_processes - 1
         return range(devices_of(first, self.processes, devices).start, devices_of(last, self.processes, devices).stop)
 
@@ -215,6 +216,7 @@ def _train(folder: Path, device: torch.device, rank: RankInfo, store: dist.Store
             checkpoints=folder / CHECKPOINTS,
             device=device,
             stop=(lambda: store.check([STOP])) if leads else lambda: False,  # the loop shares rank 0's answer
+            # The shared part is the same in all processes; one a node writes it into the node's own folder.
             writes_shared=rank.local_process == 0,
             folder_devices=rank.node_devices(run.cluster.devices),
             recovers=True,

@@ -85,6 +85,7 @@ def reason(error: OSError) -> str:
     """Return the system's reason in lower case: "connection refused"."""
     if isinstance(error, TimeoutError):
         return "no answer"
+    # Some errors have a number and no text, some neither.
     text = error.strerror or str(error) or type(error).__name__
     return text[0].lower() + text[1:]
 
@@ -138,6 +139,7 @@ class Channel:
         expected = self._receive_key.mac("frame", _NUMBER.pack(self._received) + body)
         if not hmac.compare_digest(mac, expected):
             raise BadFrameError("sent a message that does not verify (forged, repeated or out of order)")
+        # Counted only once verified: a forged frame ends the connection anyway.
         self._received += 1
         return _parse(body)
 

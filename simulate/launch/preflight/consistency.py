@@ -61,6 +61,7 @@ def _versions(node_0: NodeFacts, node: NodeFacts, verdict: Verdict) -> bool:
 
 
 def _run_differs(node_0: NodeFacts, node: NodeFacts) -> str:
+    # Both nodes' keys, in the order of run.toml, since either may have more.
     keys = [key for key in {**node_0.run, **node.run} if node_0.run.get(key, _MISSING) != node.run.get(key, _MISSING)]
     pairs = [
         f"{key} = {_value(node_0.run, key)} on node 0, {_value(node.run, key)} on node {node.node}"

@@ -86,6 +86,7 @@ class Coordinator:
                 if (message["kind"], message.get("name")) != ("barrier", name):
                     title = self._members.facts[node].title
                     raise RunFailedError(f"{title} is not at {name!r} but at {message.get('name')!r}")
+            # Only once all have arrived: no node may run ahead.
             self._send_all({"kind": "released", "name": name})
 
     def accept_rejoins(self, payload: Callable[[], Any], is_alive: Callable[[int], bool]) -> RejoinServer:
@@ -157,6 +158,7 @@ class Coordinator:
     def _links(self) -> list[LinkFigures]:
         """Have every node call every other, then measure the ring's edges one by one, then all at once."""
         assert self._link_tester is not None
+        # Node 0's plan holds on all nodes, so that their deadlines agree.
         plan, nonce = self._settings.links, secrets.token_hex(32)
         nodes = [node.model_dump() for node in self._members.nodes]
         self._send_all({"kind": "connect", "nodes": nodes, "meeting": nonce, "plan": plan.to_json()})

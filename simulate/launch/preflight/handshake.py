@@ -65,6 +65,7 @@ class Identity:
 
 def call(sock: socket.socket, me: Identity, answerer: int, deadline: Deadline) -> Channel:
     """Prove ourselves to node `answerer` and check its proof; raises PeerError and does not close sock."""
+    # A nonce from each end, so that neither can be made to repeat an old session.
     nonce = secrets.token_bytes(_NONCE_BYTES)
     hello = _OPENING.pack(_MAGIC, PROTOCOL) + _HELLO.pack(me.purpose, me.node, answerer, nonce)
     send_all(sock, hello, deadline)

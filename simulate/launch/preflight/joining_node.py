@@ -111,6 +111,7 @@ class JoiningNode:
 
     def _come_late(self, message: Message) -> Result:
         """Rejoin a running run: node 0 has compared this node already, and links are not measured again."""
+        # The run goes on already, so there will be no broadcast and no barrier.
         self._late = message
         self._log("the run has already begun; this node rejoins it")
         try:
@@ -131,6 +132,7 @@ class JoiningNode:
             why, hint = self._call_node_0(deadline)
             if isinstance(why, Channel):
                 return why
+            # No time is left for another call.
             if deadline.left_s <= _RETRY_S:
                 raise RunFailedError(
                     f"cannot reach {self._endpoint} within {deadline.seconds:.3g} s: {why}; {hint} "

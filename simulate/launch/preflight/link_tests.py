@@ -105,6 +105,7 @@ class LinkTester:
 
     def _keep_ring(self, called: list[Channel], callers: dict[int, Channel], count: int) -> None:
         """Keep the connections to the successor and from the predecessor, and serve the latter; close all others."""
+        # Connections that called successfully are kept for measuring, since each handshake costs round trips.
         channels = {channel.peer: channel for channel in called}
         self._to_successor = channels.pop((self._node + 1) % count, None)
         self._from_predecessor = callers.get((self._node - 1) % count)
@@ -115,6 +116,7 @@ class LinkTester:
                 caller.close()
         self._close_listener()
         if self._from_predecessor is not None:
+            # Served in a thread, because this node measures its own link meanwhile.
             arguments = (self._from_predecessor, Deadline(self._plan.timeout_s * (count + 2)))
             self._serving = threading.Thread(target=self._serve, args=arguments, name="preflight-links", daemon=True)
             self._serving.start()

@@ -90,6 +90,7 @@ class HandshakeListener:
         self._lock = threading.Lock()
         self._callers: dict[threading.Thread, socket.socket] = {}
         self._unproven: dict[threading.Thread, socket.socket] = {}
+        # Daemon threads, so that a process which fails elsewhere can still end.
         self._accepting = threading.Thread(target=self._accept, name="preflight-listener", daemon=True)
         self._accepting.start()
 
