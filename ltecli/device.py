@@ -16,5 +16,4 @@ def torch_device(name: str) -> torch.device:
 
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this PyTorch sees no CUDA GPU; use --device cpu, or install a CUDA build")
-    # No index: launched processes choose their GPU by their rank.
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")

@@ -1,7 +1,7 @@
 """Reads TOML, validates it against pydantic schemas, and writes it; errors name file, line and key.
 
-run.toml, hardware profiles and probe files all pass through here, so that a mistake in any of them is reported in the
-same form: place, key, value, rule, next move. simulate.config, simulate.models.schema and the command line call this.
+run.toml, hardware profiles and probe files all pass through here, so that a mistake in any of them is told in the same
+form: place, key, value, rule, next move. simulate.config, simulate.models.schema and the command line call this.
 """
 
 from __future__ import annotations
