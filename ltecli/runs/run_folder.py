@@ -218,7 +218,6 @@ def lock_folder(path: Path) -> Iterator[None]:
     """Lock a run folder for this process; raises InputError where another process has locked it."""
     import fcntl
 
-    # The lock lies on the folder itself and goes with the process, so that a killed run leaves no stale lock file.
     handle = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

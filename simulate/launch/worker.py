@@ -167,7 +167,6 @@ def _device(name: str, rank: RankInfo) -> torch.device:
 
 def join_processes(run: Run, device: torch.device, rank: RankInfo, store: dist.Store) -> None:
     """Join the default process group. Raises LostPeerError."""
-    # NCCL needs GPUs of its own; gloo carries CPU tensors.
     backend = {"auto": "nccl" if device.type == "cuda" else "gloo"}.get(run.cluster.backend, run.cluster.backend)
     timeout = timedelta(seconds=run.cluster.timeout_s)
     try:
