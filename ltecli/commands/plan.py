@@ -15,6 +15,7 @@ from ltecli.console import Output, plain_table
 from ltecli.output_paths import check_file, write_file
 from ltecli.plan_request import PlanArgs, plan_request
 from simulate.common.errors import NothingFeasibleError
+from simulate.common.run_files import RUN_FILE
 from simulate.common.units import bytes_text, range_text, seconds_text
 from simulate.config.run import dump_run
 from simulate.planning.candidate import Candidate, Rejected, candidate_of, describe
@@ -30,8 +31,8 @@ SECONDARY = ("sent/round", "step", "round", "x samples")
 
 
 def plan_command(
-    request: PlanArgs, out: Path | None, force: bool, top: int, as_json: bool, extras: ExplainArgs | None = None,
-    verify: bool = False,
+    request: PlanArgs, out: Path | None, force: bool, top: int, as_json: bool,
+    to_explain: ExplainArgs | None = None, verify: bool = False,
 ) -> int:  # fmt: skip
     """Plan, show, and write the choice where `out` asks for it; raises NothingFeasibleError where nothing fits.
 
@@ -39,23 +40,24 @@ def plan_command(
     NothingFeasibleError, and writes nothing, where the device cannot hold what was traced.
     """
     if out is not None:
-        check_file(out, force, "run.toml")
-    if extras is not None:
-        extras.check()
+        check_file(out, force, RUN_FILE)
+    if to_explain is not None:
+        # Refuse wrong options before seconds are spent on the plan.
+        to_explain.check()
     plan = plan_request(request, to_train=out is not None)
     output = Output(as_json)
     explained = None
-    if extras is not None:
+    if to_explain is not None:
         from ltecli.commands.explain import explain_plan, show_explained
 
-        explained = explain_plan(plan, extras)
+        explained = explain_plan(plan, to_explain)
     verified = verify_choice(plan) if verify and plan.chosen is not None else None
     if as_json:  # building the JSON of thousands of candidates takes time
         added = explained.to_dict() if explained else {"why": None, "timeline": None}
         output.json({**plan.to_dict(), **added, **({"verify": verified.to_dict()} if verified else {})})
     _show(plan, output, top)
-    if explained is not None and extras is not None:
-        show_explained(plan, explained, extras, output)
+    if explained is not None and to_explain is not None:
+        show_explained(plan, explained, to_explain, output)
     if verified and plan.chosen:
         _show_verified(plan.chosen, verified, output)
     if plan.chosen is None:
@@ -80,8 +82,8 @@ def nearest_miss_text(plan: Plan) -> str:
             f"{describe(miss.candidate.run)}, which needs {seconds_text(miss.candidate.equivalent_wall_s)}; allow more "
             "--within, train on fewer tokens, or add devices"
         )
-    model, places = plan.base.model, {"device": miss.short_bytes, "host": miss.host_short_bytes}
-    more = " and ".join(f"{bytes_text(size)} more on each {place}" for place, size in places.items() if size)
+    model, short_bytes = plan.base.model, {"device": miss.short_bytes, "host": miss.host_short_bytes}
+    more = " and ".join(f"{bytes_text(size)} more on each {memory}" for memory, size in short_bytes.items() if size)
     keys = [model.larger_with] if miss.short_bytes else []  # a smaller value shrinks activations, not host memory
     layers = getattr(model, "layers", None)
     keys += [] if layers is None else [f"model.layers (now {layers})"]
@@ -106,10 +108,12 @@ def _show(plan: Plan, output: Output, top: int) -> None:
     if plan.candidates:
         output.table(_candidate_table(plan, top), secondary=SECONDARY)
     if plan.rejected:
+        # One example shows what is short; thousands are rejected for the same reason.
         nearest = min(plan.rejected, key=lambda rejected: rejected.missing)
         output.text(f"rejected, for example: {describe(nearest.candidate.run)} {nearest.reason}")
     if plan.chosen is not None:
         _show_choice(plan, plan.chosen, output)
+    # Methods that the planner does not choose by itself stand apart, each with its best candidate.
     if plan.rivals:
         output.text("")
         output.heading("other methods, each at its best here; plan one with --method NAME")
@@ -118,10 +122,18 @@ def _show(plan: Plan, output: Output, top: int) -> None:
         output.text(f"note: {note}")
 
 
+def _choices_table(*first: str) -> Any:
+    """Return an empty table of candidates; on a narrow terminal the method wraps, and no figure does."""
+    table = plain_table(*first, *COLUMNS)
+    for column in table.columns:
+        column.no_wrap = column.header != "method"
+    table.columns[len(first) - 1].justify = "left"
+    return table
+
+
 def _candidate_table(plan: Plan, top: int) -> Any:
     """Return the table of the `top` best candidates, and of the choice at any rank."""
-    table = plain_table("#", "method", *COLUMNS)
-    table.columns[1].justify = "left"
+    table = _choices_table("#", "method")
     for index, candidate in enumerate(plan.candidates, 1):
         if index > top and candidate is not plan.chosen:
             continue
@@ -150,8 +162,8 @@ def _cells(candidate: Candidate) -> list[str]:
 
 def _rival_table(plan: Plan) -> Any:
     """Return the table of the other methods' best candidates: those that fit first, then by time to equal loss."""
-    table = plain_table("method", *COLUMNS)
-    table.columns[0].justify = "left"
+    table = _choices_table("method")
+    # Two stable sorts: by time, then those that fit before those that do not.
     ranked = sorted(plan.rivals, key=lambda rival: candidate_of(rival).equivalent_wall_s)
     for rival in sorted(ranked, key=lambda rival: isinstance(rival, Rejected)):
         unfit = " (does not fit)" if isinstance(rival, Rejected) else ""
@@ -199,6 +211,7 @@ def _show_verified(chosen: Candidate, verified: Verified, output: Output) -> Non
     output.text("")
     table = plain_table("memory of the choice, per device", "planned", "tracked", "difference")
     planned = memory.parts()
+    # The tracer follows the program alone, not what the allocator and the system hold.
     reserved = planned.pop("reserved") + planned.pop("allocator")
     tracked = verified.tracked
     for part, size in planned.items():
