@@ -28,9 +28,9 @@ from ltecli.runs.summary import (
     report_result,
     start_facts,
 )
-from simulate.common.cpu import usable_cores
 from simulate.common.errors import InputError, RunFailedError
 from simulate.common.events import Emit, Event, EventFile
+from simulate.common.limits import usable_cores
 from simulate.common.run_files import CHECKPOINTS, LOGS
 from simulate.launch.agent import Launch, Node
 from simulate.launch.heartbeat import is_node_alive

@@ -16,6 +16,7 @@ from ltecli.console import Output, plain_table
 from ltecli.device import torch_device
 from ltecli.output_paths import check_file, write_file
 from simulate.common.errors import InputError
+from simulate.common.limits import usable_memory
 from simulate.common.units import bytes_text
 from simulate.config.method_table import BASELINE, default_options
 from simulate.config.profiles import detect_local
@@ -92,18 +93,16 @@ def needed_bytes(run: Run) -> int:
 
 def _check_memory(need: int, device_name: str, output: Output) -> None:
     """Raise InputError for more memory than this machine has; warn of more than is free."""
-    import psutil
-
     if device_name == "cuda":
         return  # the GPU's allocator raises by itself
-    memory = psutil.virtual_memory()
-    if need > memory.total:
+    total, free = usable_memory()
+    if need > total:
         raise InputError(
             f"the probe needs about {bytes_text(need)}: one dense model with gradients, moments and activations, and "
-            f"this machine has {bytes_text(memory.total)}; try a lower --set train.micro_batch, or a smaller model"
+            f"this machine has {bytes_text(total)}; try a lower --set train.micro_batch, or a smaller model"
         )
-    if need > memory.available:
-        output.warning(f"the probe needs about {bytes_text(need)}, and {bytes_text(memory.available)} are free")
+    if need > free:
+        output.warning(f"the probe needs about {bytes_text(need)}, and {bytes_text(free)} are free")
 
 
 def _show(probe: Probe, output: Output, with_layers: bool) -> None:

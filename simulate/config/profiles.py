@@ -7,6 +7,7 @@ from pathlib import Path
 import profiles
 from simulate.common import toml_io
 from simulate.common.errors import InputError, near_match
+from simulate.common.limits import usable_cores, usable_memory
 from simulate.config.hardware import BETWEEN_CPUS, LOCAL, Device, FlopPerSecond, Link, Profile
 
 CORES_PER_MULTIPROCESSOR = {(6, 0): 64, (7, 0): 64, (7, 2): 64, (7, 5): 64, (8, 0): 64}
@@ -96,22 +97,22 @@ def processor_flags(path: Path = Path("/proc/cpuinfo")) -> set[str]:
 
 
 def detect_local() -> Profile:
-    """Describe this machine as one device, from psutil alone; rates are guesses from cores and clock, and say so."""
+    """Describe this machine as one device, by psutil and a container's limits; rates are guesses, and say so."""
     import psutil
 
-    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    cores = min(psutil.cpu_count(logical=False) or psutil.cpu_count() or 1, usable_cores())
     frequency = psutil.cpu_freq()
     clock_hz, clock_source = (frequency.max or frequency.current) * 1e6 if frequency else 0.0, "psutil"
     if not clock_hz:
         clock_hz, clock_source = 2e9, "guess: the system does not tell the clock"
-    memory = psutil.virtual_memory()
+    memory_bytes, free_bytes = usable_memory()
     gain = CPU_BF16_GAIN if BF16_FLAGS & processor_flags() else None
     fp32 = cores * clock_hz * 32  # two 8-wide fused multiply-adds a cycle, as AVX2 cores have
     device = Device(
         count=4,
         kind=f"this machine ({cores} cores)",
-        memory_bytes=memory.total,
-        reserved_bytes=min(memory.total - memory.available, memory.total - 1),
+        memory_bytes=memory_bytes,
+        reserved_bytes=min(memory_bytes - free_bytes, memory_bytes - 1),
         host_memory_bytes=0,
         memory_bytes_per_s=20e9,
         flop_per_s=FlopPerSecond(fp32=fp32, fp64=fp32 / 2, bf16=fp32 * gain if gain else None),
@@ -121,7 +122,7 @@ def detect_local() -> Profile:
         source="guess",
         sources={
             "count": "virtual devices, each as strong as this whole machine",
-            "memory_bytes": "psutil: total memory",
+            "memory_bytes": "psutil: total memory, or a container's limit",
             "reserved_bytes": "psutil: memory in use now",
             "host_memory_bytes": "a CPU device has one memory",
             "memory_bytes_per_s": "guess: dual-channel DDR4",
