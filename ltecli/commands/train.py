@@ -96,7 +96,8 @@ def train_command(
         check_launch(run, device, launched)
     folder = folder or new_folder(path, run, device_name)
     try:
-        with lock_folder(path), _removed_if_refused(folder, resume):
+        # The lock is released before the folder is removed: Windows removes no open file.
+        with _removed_if_refused(folder, resume), lock_folder(path):
             if launched is not None:
                 return launch_run(folder, device, launched, output)
             return _simulate(folder, device, output)

@@ -60,12 +60,10 @@ def _groups(root: Path) -> Iterator[Path]:
     for line in _lines(root / "proc/self/mountinfo"):
         mount, _, kind = line.partition(" - ")
         fields, (kind, *_, options) = mount.split(), kind.split() or ("", "")
-        if kind not in ("cgroup", "cgroup2") or len(fields) < 5:
+        if kind not in ("cgroup", "cgroup2"):
             continue
-        names = "" if kind == "cgroup2" else options
-        path = next((own[name] for name in names.split(",") if name in own), None)
-        if path is None:
-            continue
+        names = [""] if kind == "cgroup2" else options.split(",")
+        path = next((own[name] for name in names if name in own), "/")
         shown, top = fields[3], root / fields[4].lstrip("/")
         # A container without a namespace of its own reads its group's path on the host; the mount shows a part of it.
         below = Path(path).relative_to(shown) if Path(path).is_relative_to(shown) else Path()

@@ -8,12 +8,10 @@ simulate.data.tokenizer, images and huggingface call `cached`; huggingface keeps
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -134,11 +132,13 @@ def cached_file(
     Raises InputError for any OSError of `read` and `write`, reported as a cache folder that cannot be used. Of several
     processes that ask for the same key at once, one makes the file and the others wait.
     """
+    from filelock import FileLock  # imported late: light commands import this module and lock nothing
+
     folder = cache_folder()
     name = f"{kind}-{_key_digest(key)}.{suffix}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f".{name}.lock"):
+        with FileLock(folder / f".{name}.lock"):  # the system releases it when this process dies
             found = read(folder / name)
             if found is None:
                 _write_whole(folder / name, write)
@@ -157,21 +157,11 @@ def _key_digest(key: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
 def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
     scratch = path.with_name(f".{path.name}.partial")
     try:
         write(scratch)
-        with scratch.open("rb") as file:
+        with scratch.open("r+b") as file:  # Windows flushes no file that is open for reading only
             os.fsync(file.fileno())  # a crash must not leave the final name on a file whose bytes were lost
         scratch.replace(path)
     finally:

@@ -144,7 +144,7 @@ def _write_whole(path: Path, parts: Iterable[memoryview]) -> tuple[int, str]:
                     digest.update(part)
                     num_bytes += part.nbytes
         _flush(scratch)
-        scratch.rename(path)
+        scratch.replace(path)
         _flush(path.parent)
     except BaseException:
         scratch.unlink(missing_ok=True)
@@ -153,7 +153,10 @@ def _write_whole(path: Path, parts: Iterable[memoryview]) -> tuple[int, str]:
 
 
 def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    is_folder = path.is_dir()
+    if is_folder and not hasattr(os, "O_DIRECTORY"):  # Windows opens no folder, and flushes no file opened for reading
+        return
+    handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:
