@@ -90,22 +90,25 @@ def compiled_architectures(kind: str = "cuda") -> list[str]:
     return list(_api(kind).get_arch_list()) if hasattr(_api(kind), "get_arch_list") else []
 
 
-def runs_on(capability: tuple[int, int], compiled: list[str]) -> bool:
-    """Whether code compiled for these architectures runs on a CUDA GPU of this compute capability.
+def has_kernels(card: Card, compiled: list[str]) -> bool:
+    """Whether code compiled for these architectures runs on an accelerator; true where torch does not name its own.
 
-    Code for sm_XY runs on X.Z with Z ≥ Y, that for sm_XYa and sm_XYf not on all of these; compute_XY is compiled for
-    any later GPU when it is loaded (docs.nvidia.com/cuda/cuda-programming-guide/01-introduction/cuda-platform.html).
+    Of CUDA's, sm_XY runs on X.Z with Z ≥ Y, and sm_XYa and sm_XYf surely on X.Y alone; compute_XY is compiled when it
+    is loaded, for any later GPU (docs.nvidia.com/cuda/cuda-programming-guide/01-introduction/cuda-platform.html).
     """
+    if card.architecture is None or card.architecture in compiled:
+        return True
+    if card.capability is None:
+        return False
     for name in compiled:
         kind, _, number = name.partition("_")
         if not number.isdigit():
-            if kind == "sm" and number[:-1] == f"{capability[0]}{capability[1]}":
+            if kind == "sm" and f"sm_{number[:-1]}" == card.architecture:
                 return True
             continue
         built_for = (int(number[:-1]), int(number[-1]))
-        if kind == "compute" and built_for <= capability:
-            return True
-        if kind == "sm" and built_for[0] == capability[0] and built_for[1] <= capability[1]:
+        same_major = card.capability[0] == built_for[0]
+        if built_for <= card.capability and (kind == "compute" or same_major):
             return True
     return False
 
@@ -115,16 +118,23 @@ def refusal(device: torch.device) -> str | None:
     if current() != device.type:
         return f"this PyTorch ({torch.__version__}) sees no {device.type} device; {INSTALL}"
     card, compiled = describe(device), compiled_architectures(device.type)
-    if card.capability is not None and compiled and not runs_on(card.capability, compiled):
+    if not has_kernels(card, compiled):
         return (
             f"this PyTorch ({torch.__version__}) has no kernels for {card.name}, {card.architecture}: it was built for "
             f"{', '.join(compiled)}; {INSTALL}, an older one for an older GPU"
         )
+    if not has_fp64(device):
+        return f"{card.name} has no fp64, in which losses are summed and weights checked"
+    return None
+
+
+def has_fp64(device: torch.device) -> bool:
+    """Whether an accelerator holds fp64 numbers; Apple's do not. Starts a context on it."""
     try:
         torch.zeros(1, dtype=torch.float64, device=device)
     except (TypeError, RuntimeError):  # MPS raises TypeError
-        return f"{device.type} has no fp64, in which losses are summed and weights checked"
-    return None
+        return False
+    return True
 
 
 def choose(name: str, option: str = "--device") -> torch.device:
@@ -144,8 +154,11 @@ def choose(name: str, option: str = "--device") -> torch.device:
 
 def has_bf16(device: torch.device) -> bool:
     """Whether an accelerator multiplies bf16 itself; torch would emulate it, slower than fp32."""
-    asked = getattr(_api(device.type), "is_bf16_supported", None)
-    return asked is not None and bool(asked(False))
+    asked: Any = getattr(_api(device.type), "is_bf16_supported", lambda with_emulation: False)  # MPS does not tell
+    try:
+        return bool(asked(False))
+    except TypeError:  # torch 2.6 asks an XPU without that choice
+        return bool(asked())
 
 
 def memory_bytes(device: torch.device) -> tuple[int, int]:
