@@ -38,6 +38,8 @@ class DeviceName(str, enum.Enum):
     AUTO = "auto"
     CPU = "cpu"
     CUDA = "cuda"
+    XPU = "xpu"
+    MPS = "mps"
 
 
 class ExportFormat(str, enum.Enum):

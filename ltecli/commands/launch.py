@@ -96,6 +96,8 @@ class LaunchArgs:
 
 def check_launch(run: Run, device: torch.device, options: LaunchArgs) -> None:
     """Raise InputError for a run that cannot be launched with these options."""
+    from simulate.layers import accelerator
+
     if run.cluster.backend == "nccl" and device.type != "cuda":
         raise InputError("cluster.backend = 'nccl' needs CUDA GPUs, and this run is on the CPU; use gloo, or auto")
     for key in ("timeout_s", "join_timeout_s", "rejoin_s"):
@@ -104,7 +106,19 @@ def check_launch(run: Run, device: torch.device, options: LaunchArgs) -> None:
                 f"cluster.{key} = {getattr(run.cluster, key):g} is below {SHORTEST_WAIT_S:g} s, less than processes "
                 "need to answer; raise it"
             )
+    if run.cluster.backend == "gloo" and device.type != "cpu":
+        raise InputError(
+            f"cluster.backend = 'gloo' sends tensors of CPUs only, and this run is on {device.type}; use auto, or "
+            "--device cpu"
+        )
     processes = options.processes or default_processes(run, device, options.nodes)
+    gpus = None if device.type == "cpu" else accelerator.count(device.type)
+    if gpus is not None and processes > gpus:
+        # docs.nvidia.com/deeplearning/nccl/user-guide/docs/usage/communicators.html: it "may lead to hangs".
+        raise InputError(
+            f"--processes {processes} are more than the GPUs of this node, {gpus}, and NCCL takes one process a GPU; "
+            "lower it: a process trains all devices that are its share"
+        )
     if processes * options.nodes > run.cluster.devices and options.nodes > 1:
         processes = 1  # other nodes may start fewer; the preflight checks the sum
     if rule := processes_rule(run, processes * options.nodes, f"--processes {processes}"):
@@ -122,10 +136,10 @@ def processes_rule(run: Run, total: int, given: str) -> str | None:
 
 def default_processes(run: Run, device: torch.device, nodes: int) -> int:
     """Return the number of processes of a node: one for each device, at most one for each GPU, or each CPU core."""
-    import torch
+    from simulate.layers import accelerator
 
     here = -(-run.cluster.devices // nodes)  # rounded up
-    slots = torch.cuda.device_count() if device.type == "cuda" else usable_cores()
+    slots = usable_cores() if device.type == "cpu" else accelerator.count(device.type)
     return max(1, min(here, slots))
 
 

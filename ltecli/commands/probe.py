@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ltecli.console import Output, plain_table
-from ltecli.device import torch_device
 from ltecli.output_paths import check_file, write_file
 from simulate.common.errors import InputError
 from simulate.common.limits import usable_memory
@@ -60,9 +59,10 @@ def probe_command(
     _check_memory(need, device_name, output)
     data = load_data(run)
     from simulate.data.batches import build_batches
+    from simulate.layers.accelerator import choose
     from simulate.probe.spectra import probe_run
 
-    device = torch_device(device_name)
+    device = choose(device_name)
     batches = build_batches(run, data, device)
     probe = probe_run(run, batches, device, data.source, options.batches, options.warmup_steps, output.hint)
     output.json(probe.model_dump())

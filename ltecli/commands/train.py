@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from ltecli.commands.launch import LaunchArgs, check_launch, launch_run, print_lines
 from ltecli.commands.plan import nearest_miss_text
 from ltecli.console import Output
-from ltecli.device import torch_device
 from ltecli.errors import INTERRUPTED
 from ltecli.plan_request import PlanArgs, plan_request
 from ltecli.runs.event_loggers import event_loggers
@@ -90,7 +89,9 @@ def train_command(
     path, run = (folder.path, folder.run) if folder else (out or RUNS / _name(given), _run(given, changes))
     if folder is None:
         check_new(path)  # before torch is imported, which takes seconds
-    device = torch_device(device_name)
+    from simulate.layers import accelerator
+
+    device = accelerator.choose(device_name)
     launched = launch or (LaunchArgs() if _has_several_gpus(run, device) else None)
     if launched is not None:
         check_launch(run, device, launched)
@@ -177,11 +178,9 @@ def _session(folder: RunFolder, device: torch.device, asked: list[bool]) -> Sess
 
 def _has_several_gpus(run: Run, device: torch.device) -> bool:
     """Whether this machine has several GPUs for the run's devices: they are then launched, to use all GPUs."""
-    if device.type != "cuda":
-        return False
-    import torch
+    from simulate.layers import accelerator
 
-    return torch.cuda.device_count() > 1 and run.cluster.devices > 1
+    return run.cluster.devices > 1 and device.type != "cpu" and accelerator.count(device.type) > 1
 
 
 @contextmanager

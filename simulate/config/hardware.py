@@ -99,7 +99,8 @@ class Measurement(toml_io.Schema):
     host: str
     torch: str
     """Its version."""
-    device: Literal["cpu", "cuda"]
+    device: str = Field(min_length=1)
+    """Type of its torch.device."""
     threads: int = Field(ge=1)
     quick: bool
     clock: str
