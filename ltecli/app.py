@@ -247,6 +247,21 @@ def train(
 
 @app.command()
 @guarded
+def doctor(
+    run: Annotated[Path | None, typer.Argument(help="run.toml, whose formats and devices count, too.")] = None,
+    launch: Annotated[bool, typer.Option("--launch", help="Count what stops a launched run, too.")] = False,
+    device: Annotated[DeviceName, typer.Option(help="Where to train; cpu leaves GPUs out.")] = DeviceName.AUTO,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where run folders shall lie.")] = Path("runs"),
+    as_json: Json = False,
+) -> int:
+    """Look for what would stop or spoil a run on this machine, and say what mends it."""
+    from ltecli.commands.doctor import doctor_command
+
+    return doctor_command(run, device.value, launch, out, as_json)
+
+
+@app.command()
+@guarded
 def secret(
     path: Annotated[Path, typer.Argument(help="File to write; it must not exist.")],
 ) -> int:

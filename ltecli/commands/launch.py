@@ -143,8 +143,10 @@ def default_processes(run: Run, device: torch.device, nodes: int) -> int:
     return max(1, min(here, slots))
 
 
-def launch_run(folder: RunFolder, device: torch.device, options: LaunchArgs, output: Output) -> int:
-    """Train the folder's run in processes of this node; returns the exit code."""
+def launch_run(
+    folder: RunFolder, device: torch.device, options: LaunchArgs, output: Output, warnings: Sequence[str]
+) -> int:
+    """Train the folder's run in processes of this node; returns the exit code. `warnings` are about this machine."""
     run, number = folder.run, options.node or 0
     processes = options.processes or default_processes(run, device, options.nodes)
     report_derived(folder, output)
@@ -152,7 +154,7 @@ def launch_run(folder: RunFolder, device: torch.device, options: LaunchArgs, out
         report_finished(folder, output)
         return 0
     with ExitStack() as stack, stop_on_signal() as asked:
-        preflight = stack.enter_context(_preflight(folder, processes, options, output))
+        preflight = stack.enter_context(_preflight(folder, processes, options, output, warnings))
         result = preflight.run()
         nodes = result.nodes
         if options.nodes == 1:
@@ -183,7 +185,9 @@ def launch_run(folder: RunFolder, device: torch.device, options: LaunchArgs, out
     return _report_outcome(folder, outcome, output, options)
 
 
-def _preflight(folder: RunFolder, processes: int, options: LaunchArgs, output: Output) -> Preflight:
+def _preflight(
+    folder: RunFolder, processes: int, options: LaunchArgs, output: Output, warnings: Sequence[str]
+) -> Preflight:
     """Return this node's preflight, with the rule that all nodes' processes together must fit the run."""
     import torch
 
@@ -205,6 +209,7 @@ def _preflight(folder: RunFolder, processes: int, options: LaunchArgs, output: O
         data_fingerprint=folder.data.fingerprint,
         data_bytes=folder.data.num_bytes,
         processes=processes,
+        warnings=warnings,
     )
 
     def too_many(nodes: Sequence[NodeFacts]) -> list[str]:
