@@ -58,15 +58,14 @@ def check_machine(run: Run, device_name: str, launch: LaunchArgs | None) -> list
     """Return warnings about this machine, a line each; raises InputError for the first finding that stops the run."""
     machine = examine({"TMPDIR": temporary_folder()})
     # As lte train decides: several GPUs are used by a launch, and auto is the first GPU where torch can use it.
-    on_gpu = device_name not in ("auto", "cpu") or (
-        device_name == "auto" and any(g.has_kernels for g in machine.gpus[:1])
-    )
+    is_named = device_name not in ("auto", "cpu")
+    on_gpu = is_named or (device_name == "auto" and any(gpu.has_kernels for gpu in machine.gpus[:1]))
     launched = launch is not None or (on_gpu and len(machine.gpus) > 1 and run.cluster.devices > 1)
     processes, nodes = (launch.processes, launch.nodes) if launch is not None else (None, 1)
     purpose = _purpose(run, device_name, launched, processes, nodes)
     warnings = []
     for finding in diagnose(machine, purpose):
-        needs_gpu = device_name not in ("auto", "cpu") or (launched and on_gpu)
+        needs_gpu = is_named or (launched and on_gpu)
         if finding.stops == "run" or (finding.stops == "launch" and launched) or (finding.stops == "gpu" and needs_gpu):
             raise InputError(str(finding))
         if finding.stops == "gpu" and not on_gpu:
@@ -89,9 +88,7 @@ def _facts_table(machine: Machine) -> Table:
     if torch is not None:
         built = f"CUDA or ROCm {torch.cuda}, kernels for {' '.join(torch.architectures)}" if torch.cuda else "for CPUs"
         table.add_row("torch", f"{torch.version}, {built}")
-        table.add_row(
-            "torch.distributed", ", ".join(torch.backends) or ("no backend" if torch.has_distributed else "-")
-        )
+        table.add_row("torch.distributed", ", ".join(torch.backends) or "none")
     for index, gpu in enumerate(machine.gpus):
         formats = f"bf16 {'yes' if gpu.has_bf16 else 'no'}"
         table.add_row(f"GPU {index}", f"{gpu.name}, {gpu.architecture}, {bytes_text(gpu.total_bytes)}, {formats}")
@@ -101,10 +98,9 @@ def _facts_table(machine: Machine) -> Table:
         table.add_row("NVIDIA driver", machine.nvidia.driver)
     quota = f", quota {limits.cpus:.3g}" if limits.cpus else ""
     table.add_row("cores", f"{machine.cores}{quota}; torch uses {torch.threads if torch else '-'} threads")
-    limit = f", limit {bytes_text(limits.memory_bytes)}" if limits.memory_bytes else ""
-    table.add_row(
-        "memory", f"{bytes_text(machine.memory_free_bytes)} of {bytes_text(machine.memory_bytes)} free{limit}"
-    )
+    limit = ", a container's limit" if limits.memory_bytes == machine.memory_bytes else ""
+    free = f"{bytes_text(machine.memory_free_bytes)} of {bytes_text(machine.memory_bytes)} free"
+    table.add_row("memory", free + limit)
     if limits.processes is not None:
         table.add_row("processes", f"{limits.processes_free} of {limits.processes} free")
     for folder in machine.folders:

@@ -97,10 +97,10 @@ def train_command(
     launched = launch or (LaunchArgs() if _has_several_gpus(run, device) else None)
     if launched is not None:
         check_launch(run, device, launched)
+    folder = folder or new_folder(path, run, device_name)
     if launch is None or launch.nodes == 1:  # the nodes of a launch tell each other in the preflight
         for warning in warnings:
             output.warning(warning)
-    folder = folder or new_folder(path, run, device_name)
     try:
         # The lock is released before the folder is removed: Windows removes no open file.
         with _removed_if_refused(folder, resume), lock_folder(path):

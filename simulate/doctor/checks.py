@@ -92,10 +92,8 @@ def gpu_without_kernels(machine: Machine, purpose: Purpose) -> Iterator[Finding]
         remedy = f"{_install(gpu.capability, machine)}, or --device cpu"
         if usable:
             remedy += f", or leave it out: export CUDA_VISIBLE_DEVICES={','.join(usable)}"
-        built = " ".join(machine.torch.architectures) or "nothing"
-        text = (
-            f"GPU {index} ({gpu.name}, {gpu.architecture}): torch {machine.torch.version} has kernels for {built} only"
-        )
+        built = f"torch {machine.torch.version} has kernels only for {' '.join(machine.torch.architectures)}"
+        text = f"GPU {index} ({gpu.name}, {gpu.architecture}): {built}"
         yield Finding("no-kernels", "gpu", text, remedy)
 
 
@@ -121,9 +119,7 @@ def gpu_unseen(machine: Machine, purpose: Purpose) -> Iterator[Finding]:
         yield Finding("old-driver", "gpu", text, remedy)
     else:
         text = f"torch {torch.version} sees no GPU, although the driver {nvidia.driver or 'of a Jetson'} is there"
-        remedy = (
-            "nvidia-smi says why (580 is the last driver branch for GTX 900 and 10, P100 and V100), or --device cpu"
-        )
+        remedy = "nvidia-smi says why (GTX 900 and 10, P100 and V100 need driver 580 or older), or --device cpu"
         yield Finding("gpu-unseen", "gpu", text, remedy)
 
 
@@ -171,9 +167,7 @@ def sockets(machine: Machine, purpose: Purpose) -> Iterator[Finding]:
         yield Finding("no-loopback", "launch", text, "sudo ip link set lo up")
     if machine.used_port is not None:
         text = f"port {machine.used_port}, which node 0 of a launch over several machines listens at, is in use"
-        yield Finding(
-            "port-in-use", "nothing", text, f"give all nodes another one: --join HOST:{machine.used_port + 1}"
-        )
+        yield Finding("port-in-use", "nothing", text, f"give all nodes another: --join HOST:{machine.used_port + 1}")
 
 
 def disks(machine: Machine, purpose: Purpose) -> Iterator[Finding]:
@@ -203,10 +197,10 @@ def memory(machine: Machine, purpose: Purpose) -> Iterator[Finding]:
         remedy = "docker run --memory 8g, or MemoryMax= of the service" if limit else "end other programs"
         yield Finding("memory", "nothing", text, remedy + (", or a lower --processes" if purpose.processes > 1 else ""))
     shared = machine.shared_memory_bytes
-    if purpose.launch and purpose.device != "cpu" and len(machine.gpus) > 1 and shared is not None:
-        if shared < LEAST_SHARED_BYTES:
-            text = f"/dev/shm has {bytes_text(shared)}, which NCCL can use up between {len(machine.gpus)} GPUs"
-            yield Finding("shared-memory", "nothing", text, "docker run --shm-size=1g, or --ipc=host")
+    uses_nccl = purpose.launch and purpose.device != "cpu" and len(machine.gpus) > 1
+    if uses_nccl and shared is not None and shared < LEAST_SHARED_BYTES:
+        text = f"/dev/shm has {bytes_text(shared)}, which NCCL can use up between {len(machine.gpus)} GPUs"
+        yield Finding("shared-memory", "nothing", text, "docker run --shm-size=1g, or --ipc=host")
 
 
 def processes(machine: Machine, purpose: Purpose) -> Iterator[Finding]:
@@ -214,7 +208,7 @@ def processes(machine: Machine, purpose: Purpose) -> Iterator[Finding]:
     free = machine.limits.processes_free
     needed = COMMAND_THREADS + machine.cores + (WORKER_THREADS * purpose.processes if purpose.launch else 0)
     if free is not None and free < needed:
-        text = f"{free} more processes and threads may start, of {machine.limits.processes}, and a run takes about {needed}"
+        text = f"{free} of {machine.limits.processes} processes and threads are left, and a run takes about {needed}"
         yield Finding("process-limit", "nothing", text, "docker run --pids-limit 4096, or TasksMax= of the service")
 
 
@@ -229,7 +223,8 @@ def cores(machine: Machine, purpose: Purpose) -> Iterator[Finding]:
 
 
 CHECKS: tuple[Callable[[Machine, Purpose], Iterator[Finding]], ...] = (
-    torch_is_broken, gpu_without_kernels, gpu_unseen, slow_format, cannot_launch, sockets, disks, memory, processes, cores,
+    torch_is_broken, gpu_without_kernels, gpu_unseen, slow_format, cannot_launch, sockets, disks, memory, processes,
+    cores,
 )  # fmt: skip
 
 

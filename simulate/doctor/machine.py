@@ -1,8 +1,7 @@
 """Facts of this machine that decide whether a run can start: torch, GPUs, driver, limits, disks and sockets.
 
-`lte doctor` shows them, and `simulate.doctor.checks` judges them; nothing is judged here. `examine` asks torch through
-simulate.layers.accelerator, and Linux by files of /proc, /sys and /dev below `root`, where tests put made-up ones. torch
-is imported late: whoever only wants to name a Machine does not need it.
+`lte doctor` shows them, and simulate.doctor.checks judges them; nothing is judged here. `examine` asks torch through
+simulate.layers.accelerator, and Linux by files of /proc, /sys and /dev below `root`, where tests put made-up ones.
 """
 
 from __future__ import annotations
@@ -17,6 +16,8 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 from simulate.common.errors import first_line
 from simulate.common.limits import Limits, control_group_limits, usable_cores, usable_memory
@@ -136,7 +137,7 @@ def examine(folders: Mapping[str, Path], port: int | None = None, root: Path = P
         memory_bytes=total,
         memory_free_bytes=free,
         folders=tuple(_folder(option, path) for option, path in folders.items()),
-        shared_memory_bytes=shutil.disk_usage(root / "dev/shm").total if (root / "dev/shm").is_dir() else None,
+        shared_memory_bytes=_total_bytes(root / "dev/shm"),
         loopback_error=_listening_error(LOOPBACK, 0),
         used_port=port if port is not None and _listening_error(LOOPBACK, port) else None,
     )
@@ -221,6 +222,10 @@ def _folder(option: str, path: Path) -> Folder:
     except OSError:
         is_writable = False
     return Folder(option, there, is_writable, shutil.disk_usage(there).free)
+
+
+def _total_bytes(folder: Path) -> int | None:
+    return psutil.disk_usage(str(folder)).total if folder.is_dir() else None
 
 
 def _listening_error(address: str, port: int) -> str:
