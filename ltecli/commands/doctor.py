@@ -86,8 +86,9 @@ def _facts_table(machine: Machine) -> Table:
     table.columns[1].justify, table.show_header = "left", False
     torch, limits = machine.torch, machine.limits
     if torch is not None:
-        built = f"CUDA or ROCm {torch.cuda}, kernels for {' '.join(torch.architectures)}" if torch.cuda else "for CPUs"
-        table.add_row("torch", f"{torch.version}, {built}")
+        built = f"for CUDA or ROCm {torch.cuda}" if torch.cuda else "for CPUs"
+        kernels = f", kernels for {' '.join(torch.architectures)}" if torch.architectures else ""
+        table.add_row("torch", f"{torch.version}, built {built}{kernels}")
         table.add_row("torch.distributed", ", ".join(torch.backends) or "none")
     for index, gpu in enumerate(machine.gpus):
         formats = f"bf16 {'yes' if gpu.has_bf16 else 'no'}"

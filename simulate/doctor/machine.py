@@ -40,7 +40,7 @@ class Torch:
     cuda: str | None
     """Version of CUDA, or of ROCm, that it was built for; None for CPUs alone."""
     architectures: tuple[str, ...]
-    """What it has kernels for: sm_75, compute_90, gfx90a."""
+    """What it has kernels for: sm_75, compute_90, gfx90a; empty where it sees no GPU."""
     threads: int
     has_distributed: bool
     backends: tuple[str, ...]
@@ -151,15 +151,14 @@ def _torch() -> tuple[Torch | None, str]:
         from simulate.layers import accelerator
     except (ImportError, OSError) as error:  # a missing library of CUDA is an OSError
         return None, f"{type(error).__name__}: {first_line(error)}"
-    cuda = torch.version.cuda or torch.version.hip
     backends: tuple[str, ...] = ()
     if dist.is_available():
         has = {"gloo": dist.is_gloo_available, "nccl": dist.is_nccl_available, "mpi": dist.is_mpi_available}
         backends = tuple(name for name, is_there in has.items() if is_there())
     return Torch(
         version=str(torch.__version__),
-        cuda=cuda,
-        architectures=tuple(accelerator.compiled_architectures()) if cuda else (),
+        cuda=torch.version.cuda or torch.version.hip,
+        architectures=tuple(accelerator.compiled_architectures(accelerator.current() or "cuda")),
         threads=torch.get_num_threads(),
         has_distributed=dist.is_available(),
         backends=backends,
