@@ -370,7 +370,7 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 
 def _unflatten(flat: Tensor, tensors: Sequence[Tensor]) -> None:
     """Copy a message buffer back into its tensors, unless it is the tensor itself."""
-    if len(tensors) == 1 and tensors[0].data_ptr() == flat.data_ptr():
+    if len(tensors) == 1 and tensors[0].is_contiguous():
         return
     for tensor, content in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.detach().copy_(content.view_as(tensor))
