@@ -24,7 +24,10 @@ OLD_INDEX, OLDEST, NEW_INDEX, NEW = "cu126", (5, 0), "cu130", (7, 5)
 OLDEST_ARM = (8, 0)
 """The first capability in wheels for arm64, of either index."""
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
-"""First driver branch by CUDA's major version (docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html)."""
+"""First driver branch by CUDA's major version.
+
+Source: docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html, table 1.
+"""
 HALF_CAPABILITIES = ((5, 3), (6, 0), (6, 2))
 """Below 7.0, those that multiply in fp16 faster than in fp32 (CUDA C++ programming guide, arithmetic throughput)."""
 TORCH_BYTES = 230_000_000

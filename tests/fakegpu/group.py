@@ -131,5 +131,3 @@ def as_torch_distributed(rank: int, world_size: int, patch: pytest.MonkeyPatch) 
     for module in (pairwise, process_group):
         patch.setattr(module, "dist", distributed)
     return distributed
-
-
