@@ -86,7 +86,7 @@ def _facts_table(machine: Machine) -> Table:
     table.columns[1].justify, table.show_header = "left", False
     torch, limits = machine.torch, machine.limits
     if torch is not None:
-        built = f"for CUDA or ROCm {torch.cuda}" if torch.cuda else "for CPUs"
+        built = f"for CUDA or ROCm {torch.cuda_version}" if torch.cuda_version else "for CPUs"
         kernels = f", kernels for {' '.join(torch.architectures)}" if torch.architectures else ""
         table.add_row("torch", f"{torch.version}, built {built}{kernels}")
         table.add_row("torch.distributed", ", ".join(torch.backends) or "none")

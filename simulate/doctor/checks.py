@@ -113,11 +113,11 @@ def gpu_unseen(machine: Machine, purpose: Purpose) -> Iterator[Finding]:
     elif nvidia.driver and not nvidia.has_device_files:
         remedy = "start it with docker run --gpus all (docs/docker.md), or sudo nvidia-modprobe -c 0 outside of one"
         yield Finding("no-device-files", "gpu", "the host has an NVIDIA GPU, and this container got none", remedy)
-    elif torch.cuda is None:
+    elif torch.cuda_version is None:
         text = f"the NVIDIA GPU here stays idle, since torch {torch.version} is a build for CPUs"
         yield Finding("cpu-build", "gpu", text, f"{_install(nvidia.capability, machine)}, or --device cpu")
-    elif nvidia.driver and _branch(nvidia.driver) < (needed := _oldest_driver(torch.cuda)):
-        text = f"NVIDIA's driver {nvidia.driver} is older than CUDA {torch.cuda} of this torch needs ({needed})"
+    elif nvidia.driver and _branch(nvidia.driver) < (needed := _oldest_driver(torch.cuda_version)):
+        text = f"NVIDIA's driver {nvidia.driver} is older than CUDA {torch.cuda_version} of this torch needs ({needed})"
         remedy = f"update the driver, or pip install --force-reinstall {TORCH} --index-url {WHEELS}/{OLD_INDEX}"
         yield Finding("old-driver", "gpu", text, remedy)
     else:
@@ -157,7 +157,7 @@ def cannot_launch(machine: Machine, purpose: Purpose) -> Iterator[Finding]:
         text = f"torch.distributed of torch {torch.version} has no gloo, which launched runs meet by"
         remedy = f"pip install --force-reinstall {TORCH} (built with USE_GLOO=1), or leave --launch away"
         yield Finding("no-gloo", "launch", text, remedy)
-    if purpose.device != "cpu" and torch.cuda and machine.gpus and "nccl" not in torch.backends:
+    if purpose.device != "cpu" and torch.cuda_version and machine.gpus and "nccl" not in torch.backends:
         text = f"torch.distributed of torch {torch.version} has no NCCL, which launched runs on CUDA GPUs use"
         remedy = "leave --launch away, and export CUDA_VISIBLE_DEVICES=0, or --device cpu"
         yield Finding("no-nccl", "launch", text, remedy)

@@ -37,7 +37,7 @@ class Torch:
     """The installed build of torch."""
 
     version: str
-    cuda: str | None
+    cuda_version: str | None
     """Version of CUDA, or of ROCm, that it was built for; None for CPUs alone."""
     architectures: tuple[str, ...]
     """What it has kernels for: sm_75, compute_90, gfx90a; empty where it sees no GPU."""
@@ -157,7 +157,7 @@ def _torch() -> tuple[Torch | None, str]:
         backends = tuple(name for name, is_there in has.items() if is_there())
     return Torch(
         version=str(torch.__version__),
-        cuda=torch.version.cuda or torch.version.hip,
+        cuda_version=torch.version.cuda or torch.version.hip,
         architectures=tuple(accelerator.compiled_architectures(accelerator.current() or "cuda")),
         threads=torch.get_num_threads(),
         has_distributed=dist.is_available(),

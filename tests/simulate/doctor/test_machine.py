@@ -88,7 +88,7 @@ def test_this_build_of_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     found = examine({}, root=tmp_path)
     assert found.torch is not None
     assert found.torch.version == torch.__version__
-    assert found.torch.cuda == torch.version.cuda
+    assert found.torch.cuda_version == torch.version.cuda
     assert found.torch.has_distributed and "gloo" in found.torch.backends
     assert found.torch.threads == torch.get_num_threads()
     assert 0 < found.memory_free_bytes <= found.memory_bytes
