@@ -21,6 +21,8 @@ TORCH = "'torch<2.15'"
 """The last release with kernels for capabilities below 7.5 is 2.14 (pytorch issue 190385)."""
 OLD_INDEX, OLDEST, NEW_INDEX, NEW = "cu126", (5, 0), "cu130", (7, 5)
 """CUDA 12.6 wheels have kernels from 5.0, CUDA 13.0 ones from 7.5 (pytorch pull requests 182849 and 187075)."""
+NEWEST_OF_OLD_INDEX = (10, 0)
+"""The first capability that CUDA 12.6 wheels have no kernels for."""
 OLDEST_ARM = (8, 0)
 """The first capability in wheels for arm64, of either index."""
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
@@ -118,7 +120,10 @@ def gpu_unseen(machine: Machine, purpose: Purpose) -> Iterator[Finding]:
         yield Finding("cpu-build", "gpu", text, f"{_install(nvidia.capability, machine)}, or --device cpu")
     elif nvidia.driver and _branch(nvidia.driver) < (needed := _oldest_driver(torch.cuda_version)):
         text = f"NVIDIA's driver {nvidia.driver} is older than CUDA {torch.cuda_version} of this torch needs ({needed})"
-        remedy = f"update the driver, or pip install --force-reinstall {TORCH} --index-url {WHEELS}/{OLD_INDEX}"
+        remedy = f"update NVIDIA's driver to {needed} or newer"
+        # The older build does with an older driver, but knows no newer card.
+        if _branch(nvidia.driver) >= OLDEST_DRIVER[12] and (nvidia.capability or NEW) < NEWEST_OF_OLD_INDEX:
+            remedy += f", or pip install --force-reinstall {TORCH} --index-url {WHEELS}/{OLD_INDEX}"
         yield Finding("old-driver", "gpu", text, remedy)
     else:
         text = f"torch {torch.version} sees no GPU, although the driver {nvidia.driver or 'of a Jetson'} is there"
