@@ -63,7 +63,7 @@ CASES: list[tuple[str, dict[str, Any], Purpose, bool, str]] = [
     ("cpu-build", {"nvidia": CARD}, Purpose(), True, r"cu130 \(RTX 20 and newer; GTX 900 and 10, P100, V100: cu126\)"),
     ("cpu-build", {"nvidia": Nvidia(is_jetson=True)}, Purpose(), True, "install NVIDIA's wheel for this JetPack"),
     ("old-driver", {"torch": CUDA13, "nvidia": replace(CARD, driver="535.183.01")}, Purpose(), True,
-     rf"driver 535.183.01 is older than CUDA 13.0 of this torch needs \(580\): update .* to 580 or newer, or {OLD_WHEEL}$"),
+     rf"driver 535.183.01 is older than CUDA 13.0 .* needs \(580\): update .* to 580 or newer, or {OLD_WHEEL}$"),
     ("old-driver", {"torch": CUDA13, "nvidia": replace(CARD, driver="470.82.01")}, Purpose(), True, "580 or newer$"),
     ("old-driver", {"torch": CUDA13, "nvidia": replace(CARD, driver="570.1", capability=(12, 0))}, Purpose(), True,
      "580 or newer$"),
