@@ -40,7 +40,7 @@ class Torch:
     cuda_version: str | None
     """Version of CUDA, or of ROCm, that it was built for; None for CPUs alone."""
     architectures: tuple[str, ...]
-    """What it has kernels for: sm_75, compute_90, gfx90a; empty where it sees no GPU."""
+    """What it has kernels for: sm_75, compute_90, gfx90a; nothing in a build for CPUs."""
     threads: int
     has_distributed: bool
     backends: tuple[str, ...]
