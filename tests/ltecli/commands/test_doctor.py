@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 
 from ltecli.commands import doctor
+from simulate.common.errors import InputError
 from simulate.doctor.machine import Folder, Machine
 from simulate.launch.preflight.consistency import compare
+from simulate.launch.preflight.node_info import Facts
+from simulate.launch.preflight.settings import Settings
 from tests.gpus import CURRENT, LEGACY, DeviceModule, no_gpu, stand_in
 from tests.harness import ROOT, environment, run
 from tests.ltecli.command import Lte, Refused, assert_one_line, write_run
@@ -150,3 +153,18 @@ def test_nodes_tell_each_other_what_they_found() -> None:
     warning = compare([first, second]).warnings
     assert warning == [f"{second.title}: /tmp has 1 MB free: make room?[31m"]
     assert not compare([first, node(1)]).warnings
+
+
+def test_a_node_brings_its_warnings_to_the_preflight(lte: Lte, run_toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are printed there, with the node's name, and not twice."""
+    brought = []
+
+    def preflight(settings: Settings, facts: Facts, **options: object) -> None:
+        brought.extend(facts.warnings)
+        raise InputError("far enough")
+
+    here_is(monkeypatch, replace(HEALTHY, **HALF_FULL))  # type: ignore[arg-type]
+    monkeypatch.setattr("ltecli.commands.launch.Preflight", preflight)
+    options = ("--launch", "--device", "cpu", "--quiet", "--nodes", 2, "--node", 1, "--join", "127.0.0.1:1")
+    assert_one_line(lte("train", run_toml, "--out", "a", *options), 2, ("far enough",))
+    assert len(brought) == 1 and "make room" in brought[0]
