@@ -40,6 +40,7 @@ class RunRecord:
 
     def clocks(self, step: Event | None) -> Event | None:
         """Return the newest event with both clocks: the checkpoint right after a step, else the step."""
+        # A checkpoint's event is written after its save, so its clocks include it.
         saved = self.last("checkpoint")
         after = step and saved and saved["step"] == step["step"] and "wall_s" in saved
         return saved if after else step
@@ -81,11 +82,13 @@ def figures(record: RunRecord) -> dict[str, Any]:
             "reserved": reserved,
         },
         "sent_bytes_per_device": {
+            # Asked for the steps done, not as a share of the whole: merges do not fall evenly.
             "planned": sent_bytes(run, run.model.shape(), steps) / run.cluster.devices,
             "counted": step["sent_bytes"] / run.cluster.devices if step else None,
             "wire": _wire_bytes(record),
         },
         "wall_s": {
+            # Of an unfinished run, the same share of the whole run's seconds.
             "planned": chosen["wall_s"] * share,
             "simulated": clocks and clocks["simulated_s"],
             "measured": clocks and clocks["wall_s"],
@@ -96,6 +99,7 @@ def figures(record: RunRecord) -> dict[str, Any]:
             "measured": clocks and clocks["wall_s"] / steps,
         },
         "restarts": _restarts(record),
+        # A resumed run may have moved to another machine.
         "machines": distinct(machine for event in record.events for machine in event.get("machines", ())),
         "train_loss": step and step["train_loss"],
         "val_loss": evaluation and evaluation["val_loss"],

@@ -1,4 +1,9 @@
-"""The `local` profile on a machine with a GPU: asked of torch, and so only when training."""
+"""Find a hardware profile: a shipped one by name, a TOML file by path, or `local`, which describes this machine.
+
+A plan of this machine needs figures that nobody has measured yet; the `local` profile takes them from psutil, or from
+torch where training has imported it anyway, and marks them as guesses. `lte plan`, `lte train` and the measurements
+call load_profile; training on a GPU calls local_gpu_profile.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +19,103 @@ CORES_PER_MULTIPROCESSOR = {(6, 0): 64, (7, 0): 64, (7, 2): 64, (7, 5): 64, (8, 
 """fp32 cores by compute capability (NVIDIA, CUDA C++ programming guide, arithmetic throughput); 128 in all others.
 AMD's GPUs have none, and 64 cores in a compute unit."""
 TENSOR_CORE_GAIN = 4
-"""Guess: half precision over fp32 with tensor cores, between 2 on GeForce cards and 16 on data centre cards."""
+"""Guess: rate of half precision over fp32 with tensor cores; 2 on GeForce cards, up to 16 on data centre cards."""
 GUESSED_CLOCK_KHZ = 1_500_000
 GUESSED_MEMORY_BYTES_PER_S = 250e9
 GUESSED_FP32_FLOP_PER_S = 10e12
 """Where torch tells neither cores nor clock."""
 BETWEEN_GPUS = "what launched runs use between GPUs"
+BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+"""Names that Linux gives to processor instructions for products in bf16, on x86 and Arm."""
+CPU_BF16_GAIN = 2
+"""Guess: rate of bf16 over fp32 on a CPU that has such instructions."""
+
+
+def load_profile(name: str) -> Profile:
+    """Load a profile by shipped name, `local` (detected now), or path to a TOML file; raises InputError."""
+    if name == LOCAL:
+        return detect_local()
+    shipped = profiles.names()
+    if name in shipped:
+        text, where = profiles.read_text(name), f"profiles/{name}.toml"
+    elif name.endswith(".toml") or "/" in name:
+        text, where = toml_io.read(Path(name)), name
+    else:
+        raise InputError(
+            f"profile = {name!r} is neither a shipped profile nor a path to a .toml file; "
+            f"{near_match(name, [*shipped, LOCAL])}"
+        )
+    table = toml_io.parse(text, where)
+    table.setdefault("name", Path(name).stem)
+    return toml_io.validate(Profile, table, where, text)
+
+
+def processor_flags(path: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """Return the processor's feature flags as Linux lists them; an empty set on other systems."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return set()
+    named = (line.partition(":") for line in lines)
+    return next((set(flags.split()) for key, _, flags in named if key.strip() in ("flags", "Features")), set())
+
+
+def detect_local() -> Profile:
+    """Return this machine as four virtual devices, from psutil and a container's limits; rates are guesses."""
+    import psutil
+
+    cores = min(psutil.cpu_count(logical=False) or psutil.cpu_count() or 1, usable_cores())
+    frequency = psutil.cpu_freq()
+    clock_hz, clock_source = (frequency.max or frequency.current) * 1e6 if frequency else 0.0, "psutil"
+    if not clock_hz:
+        clock_hz, clock_source = 2e9, "guess: the system does not report the clock"
+    memory_bytes, free_bytes = usable_memory()
+    gain = CPU_BF16_GAIN if BF16_FLAGS & processor_flags() else None
+    fp32 = cores * clock_hz * 32  # AVX2: two fused multiply-adds of 8 floats a cycle, 2 operations each
+    device = Device(
+        count=4,
+        kind=f"this machine ({cores} cores)",
+        memory_bytes=memory_bytes,
+        # At least a byte must be left, or the profile would not validate on a machine that is full.
+        reserved_bytes=min(memory_bytes - free_bytes, memory_bytes - 1),
+        host_memory_bytes=0,
+        memory_bytes_per_s=20e9,
+        flop_per_s=FlopPerSecond(fp32=fp32, fp64=fp32 / 2, bf16=fp32 * gain if gain else None),
+        efficiency=0.3,
+        disk_write_bytes_per_s=200e6,
+        disk_flush_s=0.02,
+        source="guess",
+        sources={
+            "count": "virtual devices, each as strong as this whole machine",
+            "memory_bytes": "psutil: total memory, or a container's limit",
+            "reserved_bytes": "psutil: memory in use now",
+            "host_memory_bytes": "a CPU device has one memory",
+            "memory_bytes_per_s": "guess: dual-channel DDR4",
+            "flop_per_s": f"{cores} cores (psutil) x {clock_hz / 1e9:.2f} GHz ({clock_source}) x 32 a cycle (AVX2)"
+            + ("; bf16 guessed" if gain else ""),
+            "efficiency": "guess: small matrices",
+            "disk_write_bytes_per_s": "guess: a SATA SSD",
+            "disk_flush_s": "guess: a SATA SSD",
+        },
+    )
+    link = Link(
+        topology="star",
+        up_bytes_per_s=117.5e6,
+        down_bytes_per_s=117.5e6,
+        latency_s=0.2e-3,
+        collectives="gloo",
+        source="guess",
+        sources={
+            **dict.fromkeys(("topology", "up_bytes_per_s", "down_bytes_per_s", "latency_s"), "guess: gigabit LAN"),
+            "collectives": BETWEEN_CPUS,
+        },
+    )
+    return Profile(name=LOCAL, description="This machine, as four virtual devices", device=[device], link=link)
 
 
 def local_gpu_profile() -> Profile | None:
-    """Return this machine's first GPU as virtual devices; None where torch sees none. Rates are guesses and say so."""
-    import torch
+    """Return this machine's first GPU as virtual devices; None where torch sees none; rates are guesses."""
+    import torch  # here, since plans load this module and must not import torch
 
     from simulate.layers import accelerator
 
@@ -64,94 +155,8 @@ def local_gpu_profile() -> Profile | None:
             **{key: cpu.device[0].sources[key] for key in ("disk_write_bytes_per_s", "disk_flush_s")},
         },
     )
+    # The link is a guess about the network, which torch knows nothing of.
     link = cpu.link.model_copy(
         update={"collectives": "nccl", "sources": {**cpu.link.sources, "collectives": BETWEEN_GPUS}}
     )
     return Profile(name=LOCAL, description="This machine's GPU, as virtual devices", device=[device], link=link)
-
-
-BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-"""As Linux calls processors' instructions for products in bf16, on x86 and Arm."""
-CPU_BF16_GAIN = 2
-"""Guess: bf16 over fp32 where there are such instructions."""
-
-
-def load_profile(name: str) -> Profile:
-    """Load a profile by shipped name, `local` (detected now), or path to a TOML file; raises InputError."""
-    if name == LOCAL:
-        return detect_local()
-    shipped = profiles.names()
-    if name in shipped:
-        text, where = profiles.read_text(name), f"profiles/{name}.toml"
-    elif name.endswith(".toml") or "/" in name:
-        text, where = toml_io.read(Path(name)), name
-    else:
-        raise InputError(
-            f"profile = {name!r} is neither a shipped profile nor a path to a .toml file; "
-            f"{near_match(name, [*shipped, LOCAL])}"
-        )
-    table = toml_io.parse(text, where)
-    table.setdefault("name", Path(name).stem)
-    return toml_io.validate(Profile, table, where, text)
-
-
-def processor_flags(path: Path = Path("/proc/cpuinfo")) -> set[str]:
-    """Return what Linux says the processor can do; nothing elsewhere."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return set()
-    named = (line.partition(":") for line in lines)
-    return next((set(flags.split()) for key, _, flags in named if key.strip() in ("flags", "Features")), set())
-
-
-def detect_local() -> Profile:
-    """Describe this machine as one device, by psutil and a container's limits; rates are guesses, and say so."""
-    import psutil
-
-    cores = min(psutil.cpu_count(logical=False) or psutil.cpu_count() or 1, usable_cores())
-    frequency = psutil.cpu_freq()
-    clock_hz, clock_source = (frequency.max or frequency.current) * 1e6 if frequency else 0.0, "psutil"
-    if not clock_hz:
-        clock_hz, clock_source = 2e9, "guess: the system does not tell the clock"
-    memory_bytes, free_bytes = usable_memory()
-    gain = CPU_BF16_GAIN if BF16_FLAGS & processor_flags() else None
-    fp32 = cores * clock_hz * 32  # two 8-wide fused multiply-adds a cycle, as AVX2 cores have
-    device = Device(
-        count=4,
-        kind=f"this machine ({cores} cores)",
-        memory_bytes=memory_bytes,
-        reserved_bytes=min(memory_bytes - free_bytes, memory_bytes - 1),
-        host_memory_bytes=0,
-        memory_bytes_per_s=20e9,
-        flop_per_s=FlopPerSecond(fp32=fp32, fp64=fp32 / 2, bf16=fp32 * gain if gain else None),
-        efficiency=0.3,
-        disk_write_bytes_per_s=200e6,
-        disk_flush_s=0.02,
-        source="guess",
-        sources={
-            "count": "virtual devices, each as strong as this whole machine",
-            "memory_bytes": "psutil: total memory, or a container's limit",
-            "reserved_bytes": "psutil: memory in use now",
-            "host_memory_bytes": "a CPU device has one memory",
-            "memory_bytes_per_s": "guess: dual-channel DDR4",
-            "flop_per_s": f"{cores} cores (psutil) x {clock_hz / 1e9:.2f} GHz ({clock_source}) x 32 a cycle (AVX2)"
-            + ("; bf16 guessed" if gain else ""),
-            "efficiency": "guess: small matrices",
-            "disk_write_bytes_per_s": "guess: a SATA SSD",
-            "disk_flush_s": "guess: a SATA SSD",
-        },
-    )
-    link = Link(
-        topology="star",
-        up_bytes_per_s=117.5e6,
-        down_bytes_per_s=117.5e6,
-        latency_s=0.2e-3,
-        collectives="gloo",
-        source="guess",
-        sources={
-            **dict.fromkeys(("topology", "up_bytes_per_s", "down_bytes_per_s", "latency_s"), "guess: gigabit LAN"),
-            "collectives": BETWEEN_CPUS,
-        },
-    )
-    return Profile(name=LOCAL, description="This machine, as four virtual devices", device=[device], link=link)

@@ -71,9 +71,10 @@ def train_alone(run: Run, device: torch.device, watch: Watch = unwatched) -> Met
 
     if plan.routes_randomly:
         _draw_all_experts(method, steps)
-    for count in _steps_of_rounds(run):
+    # A method without rounds repeats steps until one allocates what the last one did.
+    for count in STEPS_OF_ROUNDS if run.method.round_steps > 1 else (plan.steps_until_alike,):
         steps(count)
-        if late:
+        if late:  # the peak may be while a merge travels, or while an evaluation waits for it
             watch("merge", method, ())
             method.merge(sent := run.method.steps_apart - 1)
             if method.merged_weights_ready(sent):
@@ -94,12 +95,6 @@ def train_alone(run: Run, device: torch.device, watch: Watch = unwatched) -> Met
     watch("evaluation", method, ())
     evaluate_batch(method, empty, inputs, targets)
     return method
-
-
-def _steps_of_rounds(run: Run) -> tuple[int, ...]:
-    if run.method.round_steps > 1:
-        return STEPS_OF_ROUNDS
-    return (plan_of(run.method).steps_until_alike,)
 
 
 def _draw_all_experts(method: Method, steps: Callable[[int, int], None]) -> None:
