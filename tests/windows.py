@@ -13,6 +13,7 @@ import platform
 import shutil
 import signal
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,7 @@ def become_windows() -> None:
     for name in SIGNALS:
         delattr(signal, name)
     platform.system = lambda: "Windows"
+    tempfile.TemporaryFile = tempfile.NamedTemporaryFile  # as Python has it there
     os.open = _refusing_folders(os.open)
     os.fsync = _refusing_readers(os.fsync)
     for name in ("unlink", "remove", "replace", "rename"):
