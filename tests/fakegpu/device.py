@@ -1,9 +1,9 @@
 """An accelerator made of Python: tensors on it have shapes and a device, and no numbers.
 
 torch lets Python register a device, and FakeTensorMode works out what operations on it return. So every line that
-trains on a GPU runs on a machine without one, and where a tensor of the CPU meets one of the device, torch raises as a
-GPU does. Tensors of the CPU stay real: what is copied from the device is full of ones, and a number that is read from it
-is one, too.
+trains on a GPU runs on a machine without one, and where a tensor of the CPU meets one of the device, torch raises as it
+does on a GPU. Tensors of the CPU stay real: what is copied from the device is full of ones, and a number that is read
+from it is one, too.
 
 A process that has registered the device sees an accelerator from then on, and has to do so before its first backward
 pass. So tests.fakegpu.rounds, the program of test_rounds, has a process of its own.

@@ -2,8 +2,8 @@
 
 python -m tests.fakegpu.rounds CASE...    prints a line of JSON for each: its name, and the traceback where it failed
 
-A case is WORLD/VARIANT/OPTIONS. Worlds are a simulation and the first or the last of two processes between which NCCL
-has a stand-in; variants are those of tests.tiny; options, joined by +, are those of OPTIONS.
+A case is WORLD/VARIANT/OPTIONS. Worlds are a simulation, the first or the last of two processes between which NCCL has
+a stand-in, and those of ALONE; variants are those of tests.tiny; options, joined by +, are those of OPTIONS.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from ltecli.commands.export import _merged
+from simulate.comm import process_group
 from simulate.comm.base import Communicator
 from simulate.comm.process_group import TorchCommunicator
 from simulate.comm.virtual import VirtualCommunicator
@@ -29,16 +30,22 @@ from simulate.config.profiles import load_profile
 from simulate.config.run import Run
 from simulate.data.batches import build_batches
 from simulate.launch.recovery import recover
+from simulate.layers.lora import LoraLinear
+from simulate.measure.kernels import Sizes, measure_kernels, step_s
 from simulate.measure.one_device import measure_memory_bytes
+from simulate.measure.timer import Stopwatch
 from simulate.methods.build_network import empty_model
 from simulate.methods.registry import build_method
 from simulate.models.schema import VitModel
 from simulate.optim.loss_scale import LossScale
+from simulate.probe.spectra import probe_run
+from simulate.rules import cadence
+from simulate.training import diagnostics
 from simulate.training.checkpoints import checkpoint_path
 from simulate.training.loop import Session, restore, train
 from simulate.training.simulated_clock import SimulatedClock
 from tests import tiny
-from tests.fakegpu.device import NAME, OnTheDevice, register
+from tests.fakegpu.device import NAME, OnTheDevice, Stream, register
 from tests.fakegpu.group import as_torch_distributed
 from tests.simulate.data.pictures import images
 
@@ -49,7 +56,7 @@ RANKS = {"first": 0, "last": PROCESSES - 1}
 WORLDS = ("simulated", *RANKS)
 STEPS = 8
 STOP = {"simulated": 5, "first": 4, "last": 4}
-"""Steps after which the run is stopped and resumed: within the second of two rounds, or, in processes, where they meet."""
+"""Steps after which a run is stopped and resumed: within the second of two rounds, or where processes meet."""
 VIT = VitModel(layers=1, width=16, attention_heads=2, patch=4, image=8, classes=3, colours=3)
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "diagnosed": {"train": {"diagnostics_every": 4}},
@@ -61,7 +68,10 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "recompute": {"train": {"activation_checkpointing": True}},
     "sick": {},  # a device's weights are not finite at the first merge
     "overflow": {"train": {"autocast": "fp16"}},  # so are gradients at each step
-    "memory": {},  # one device's program, as measured before a run
+    "clock": {},  # a process stops its devices by its own clock
+    "adrift": {},  # broken: merged weights stay on the CPU
+    "astray": {},  # broken: messages are made on the CPU
+    "hasty": {},  # broken: a message is not waited for
 }
 
 
@@ -76,8 +86,10 @@ def run_of(variant: str, options: list[str]) -> Run:
         model |= OPTIONS[option].get("model", {})
         train_table |= OPTIONS[option].get("train", {})
     run = tiny.variant_run(variant, DEVICES, model, train_table)
+    if "clock" in options:
+        run = run.model_copy(update={"method": run.method.model_copy(update={"steps_taken": None, "deadline_s": 1e-9})})
     if "vit" in options:
-        data = run.data.model_copy(update={"augment": ["crop", "flip", "colour"], "mixup": 0.2})
+        data = run.data.model_copy(update={"augment": ("crop", "flip"), "mixup": 0.2})
         run = run.model_copy(update={"model": VIT, "data": data})
     return run
 
@@ -144,6 +156,83 @@ def with_overflow(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(LossScale, "lets_all_step", lambda scale, finite_C: False)
 
 
+def weights_adrift(patch: pytest.MonkeyPatch) -> None:
+    """Leave merged weights on the CPU."""
+    merged_weight = LoraLinear.merged_weight
+    patch.setattr(LoraLinear, "merged_weight", lambda layer: merged_weight(layer).cpu())
+
+
+def messages_astray(patch: pytest.MonkeyPatch) -> None:
+    """Make messages on the CPU."""
+    to_bytes = process_group._to_bytes
+    patch.setattr(process_group, "_to_bytes", lambda tensors: to_bytes(tensors).cpu())
+
+
+def hasty_messages(patch: pytest.MonkeyPatch) -> None:
+    """Go on before messages to the server have arrived."""
+
+    def to_server(channel: process_group._Channel, parts: list[torch.Tensor]) -> None:
+        for process, part in enumerate(parts):
+            if process != process_group.SERVER:
+                process_group.dist.irecv(part, process, group=channel.group)
+
+    patch.setattr(process_group._Channel, "to_server", to_server)
+
+
+BREAKS = {"adrift": weights_adrift, "astray": messages_astray, "hasty": hasty_messages}
+
+
+def measured_memory(run: Run) -> None:
+    """Measure the memory of one device's program, as before each run."""
+    assert measure_memory_bytes(run, HERE) == MODULE.peak - MODULE.held
+
+
+def probed(run: Run) -> None:
+    """Probe gradients and a warm-up."""
+    probe = probe_run(run, tiny.batches(run), HERE, "prose", 2, 2, lambda text: None)
+    assert probe.layers
+
+
+def measured_machine(run: Run) -> None:
+    """Time kernels, and steps of the run."""
+    watch = Stopwatch(HERE, 0.0)
+    sizes = Sizes(
+        products=[(16, 8, 8)], attention=[(16, 8)], optimizer=[256], steps=[(1, 32, 1)], packing=[8],
+        family_steps=[(1, 32, 1)],
+    )  # fmt: skip
+    assert measure_kernels(watch, sizes, lambda what: None).products
+    assert step_s(watch, run, 1) > 0
+
+
+def streamed(run: Run) -> None:
+    """Hold the order of streams in background exchanges: what each waits for, and when."""
+    with pytest.MonkeyPatch.context() as patch:
+        as_torch_distributed(0, PROCESSES, patch)
+        communicator = TorchCommunicator(DEVICES, HERE, 60.0)
+        training = MODULE.streams[-1]
+        training.waited.clear()
+        seen: list[Stream] = []
+        numbers = torch.zeros(8, device=HERE)
+        with communicator.background():
+            communicator.all_reduce([numbers])
+            communicator.on_complete(lambda: seen.append(MODULE.streams[-1]))
+        (side,) = seen
+        assert side is not training
+        assert side.waited == [training, training]  # before each
+        assert not training.waited
+        communicator.all_reduce([numbers])
+        assert training.waited == [side]  # one group at a time
+        communicator.finish()
+        assert training.waited == [side, side]
+        communicator.all_reduce([numbers])
+        assert training.waited == [side, side]  # nothing is on its way any more
+
+
+ALONE: dict[str, Callable[[Run], None]] = {
+    "memory": measured_memory, "probe": probed, "machine": measured_machine, "streams": streamed,
+}  # fmt: skip
+
+
 def run_case(case: str, folder: Path) -> None:
     """Run one."""
     world, variant, chosen = case.split("/")
@@ -154,14 +243,20 @@ def run_case(case: str, folder: Path) -> None:
             with_a_sick_device(patch)
         if "overflow" in options:
             with_overflow(patch)
-        if "memory" in options:
-            with OnTheDevice():
-                assert measure_memory_bytes(run, HERE) == MODULE.peak - MODULE.held
+        for option in set(BREAKS) & set(options):
+            BREAKS[option](patch)
+        if world in ALONE:
+            with OnTheDevice() as mode:
+                ALONE[world](run)
+            assert mode.operations
+            return
+        patch.setattr(diagnostics, "NOISE_BATCHES", 1)
         events = launched(run, RANKS[world], folder, patch) if world in RANKS else simulated(run, folder)
     kinds = {event["kind"] for event in events}
     expected = {"step", "evaluate", "checkpoint"}
     expected |= {"diagnostics"} if "diagnosed" in options else set()
     expected |= {"left-out"} if "sick" in options else set()
+    expected |= {"round"} if "clock" in options else set()
     assert kinds >= expected, kinds
 
 
@@ -173,6 +268,7 @@ def simulated(run: Run, folder: Path) -> list[Event]:
 def launched(run: Run, rank: int, folder: Path, patch: pytest.MonkeyPatch) -> list[Event]:
     """Run the devices of one process of several."""
     distributed = as_torch_distributed(rank, PROCESSES, patch)
+    patch.setattr(cadence, "MEETING_STEPS", STOP["first"])  # of methods without merges, which meet after more steps
     events = whole_run(run, lambda: TorchCommunicator(DEVICES, HERE, 60.0), folder, STOP["first"])
     assert distributed.messages > STEPS
     distributed.assert_all_arrived()
