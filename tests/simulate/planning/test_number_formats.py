@@ -32,25 +32,44 @@ def test_a_format_that_a_device_lacks_is_refused(
     refused(*SMALL, "--profile", profile, "--set", f"train.autocast={wanted}", words=words)
 
 
-def test_the_plan_says_what_the_devices_could_do(lte: Lte) -> None:
-    plan = lte(*SMALL, "--profile", PROFILE, "--json").json()
+@pytest.mark.parametrize(
+    ("profile", "picked"),
+    [
+        ("rtx3060_x4_home", "bf16"),
+        ("t4_x4", "fp16"),
+        ("v100_x8", "fp16"),
+        ("jetson_orin_nano_x8_wifi", "bf16"),
+        ("gtx1080ti_x8", "none"),
+        ("mixed_gtx1080ti_rtx2060_rtx3090", "none"),
+        ("laptop_cpu", "none"),
+    ],
+)
+def test_the_plan_picks_the_format_in_which_all_gpus_are_faster(lte: Lte, profile: str, picked: str) -> None:
+    plan = lte(*SMALL, "--profile", profile, "--json").json()
+    assert {candidate["autocast"] for candidate in plan["candidates"]} == {picked}
+    notes = [note for note in plan["notes"] if note.startswith(f"train.autocast = {picked}, in which")]
+    assert len(notes) == (picked != "none")
+
+
+def test_a_given_format_stays_and_the_plan_says_what_the_devices_could_do(lte: Lte) -> None:
+    plan = lte(*SMALL, "--profile", PROFILE, "--set", "train.autocast=none", "--json").json()
     (note,) = [note for note in plan["notes"] if "train.autocast" in note]
     assert "bf16 and fp16, bf16 at 2x the fp32 rate" in note
     assert plan["chosen"]["autocast"] == "none"
-    notes = lte(*SMALL, "--profile", "laptop_cpu", "--json").json()["notes"]
-    assert not any("autocast" in note for note in notes)
 
 
-def test_the_note_keeps_its_word(lte: Lte) -> None:
-    pins = ("--method", "ddp", "--profile", PROFILE)
-    plain = lte(*SMALL, *pins, "--json").json()
-    low = lte(*SMALL, *pins, "--set", "train.autocast=bf16", "--json").json()
-    time, memory = (low["chosen"][key] / plain["chosen"][key] for key in ("wall_s", "sent_bytes_per_step"))
-    assert memory == 1  # autocast is a local matter
-    peak = low["chosen"]["memory_bytes"]["total"] / plain["chosen"]["memory_bytes"]["total"]
-    (note,) = [note for note in plain["notes"] if "train.autocast" in note]
+@pytest.mark.parametrize("given", ["none", "bf16"])
+def test_the_note_keeps_its_word(lte: Lte, given: str) -> None:
+    pins = ("--method", "ddp", "--profile", PROFILE, "--model", "gpt2", "--set", "train.micro_batch=2")
+    command = ("plan", "--tokens", "100000", "--set", "train.activation_checkpointing=false", *pins, "--json")
+    picks = lte(*command).json() if given == "bf16" else lte(*command, "--set", "train.autocast=none").json()
+    other = lte(*command, "--set", f"train.autocast={'none' if given == 'bf16' else 'bf16'}").json()
+    assert picks["chosen"]["autocast"] == given
+    time, sent = (other["chosen"][key] / picks["chosen"][key] for key in ("wall_s", "sent_bytes_per_step"))
+    assert sent == 1  # autocast is a local matter
+    peak = other["chosen"]["memory_bytes"]["total"] / picks["chosen"]["memory_bytes"]["total"]
+    (note,) = [note for note in picks["notes"] if "train.autocast" in note]
     assert f"{time:.2f}x the time and {peak:.2f}x the memory" in note
-    assert not any("train.autocast" in note for note in low["notes"])
 
 
 def test_a_processor_tells_whether_it_multiplies_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
