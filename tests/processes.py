@@ -136,4 +136,6 @@ def train_variants(folder: Path, process: int, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    import bitsandbytes  # noqa: F401  # by quantised variants, once rather than in every process
+
     fork_and_meet(train_variants, sys.argv[1:])
