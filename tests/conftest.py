@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -37,6 +38,16 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None:
         reporter.write_line(f"on {machine_text(machine_facts())}, {torch.get_num_threads()} threads")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_old_to_collect() -> None:
+    """Keep what earlier tests and imports left from the collector, which each measurement of memory calls.
+
+    A hundred thousands of objects of modules otherwise take it longer than most of what is measured.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
