@@ -17,7 +17,7 @@ from tests.reference.ddp import DdpTwin
 from tests.reference.dense import DenseTwin
 from tests.reference.diloco import DilocoTwin
 from tests.reference.joint_draw import joint_draw
-from tests.reference.late import LateDilocoTwin, LateLocalSgdTwin, LateLteTwin
+from tests.reference.late import LateDilocoTwin, LateLocalSgdTwin, LateLteFrozenATwin, LateLteTwin
 from tests.reference.local_sgd import LocalSgdTwin
 from tests.reference.lora import LoraTwin
 from tests.reference.lte import LteTwin
@@ -60,14 +60,15 @@ FAMILIES: dict[type, tuple[str, ...]] = {
     LteWireTwin: ("lte, int8", "lte, reduced int4", "lte, served bf16", "lte, streaming int8"),
     QuantisedTwin: ("lte, nf4", "lte, int8, served", "lte, nf4-double, reduced"),
     LateLteTwin: ("lte, late", "lte, late, reduced"),
+    LateLteFrozenATwin: ("lte, late, frozen a",),
     PacedLteTwin: ("lte, paced", "lte, paced, reduced"),
     LteFrozenATwin: ("lte, frozen a", "lte, joint"),
     LteMuonTwin: ("lte, muon",),
 }
 TWINS: dict[str, type] = {name: twin_class for twin_class, names in FAMILIES.items() for name in names}
 COMBINED = {
-    "lte, late, streaming int8", "lte, late, reduced int8", "lte, late, served", "lte, late, frozen a",
-    "lte, late, frozen a, int8", "lte, paced, redrawn", "lte, paced, reduced int4", "lte, paced, served, muon",
+    "lte, late, streaming int8", "lte, late, reduced int8", "lte, late, served", "lte, late, frozen a, int8",
+    "lte, paced, redrawn", "lte, paced, reduced int4", "lte, paced, served, muon",
     "lte, vector norms, reset", "lte, frozen a, redrawn", "lte, frozen a, muon", "diloco, muon",
 }  # fmt: skip
 """Variants of options that have a twin each, but none together."""
