@@ -273,7 +273,7 @@ def _whole_line(case: str, mbit: float, profile: Profile, path: Path, steps: int
     measured_s = next(event["wall_s"] for event in events if event["kind"] == "end")
     told = {event["step"]: event["wall_s"] for event in events if event["kind"] == "step"}
     stopped_s = sum(event["wall_s"] - told[event["step"]] for event in events if event["kind"] == "checkpoint")
-    stops = planned.pauses
+    stops = planned.eval_and_save
     return (
         f"| {mbit:g} Mbit/s | {case} | {steps} | {measured_s:.1f} s | {planned.wall_s:.1f} s | "
         f"{measured_s / planned.wall_s:.2f} | {stopped_s:.1f} s | {stops.evaluations} x {stops.evaluation_s:.2f} s | "

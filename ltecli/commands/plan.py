@@ -198,7 +198,9 @@ def _show_verified(chosen: Candidate, verified: Tracked, output: Output) -> None
 
     A round's diagnostics (phase round_figures) depend on values, which fake tensors lack: they are planned only.
     """
-    followed = replace(chosen.heights, phases=tuple(x for x in chosen.heights.phases if x.name != "round_figures"))
+    followed = replace(
+        chosen.peak_profile, phases=tuple(x for x in chosen.peak_profile.phases if x.name != "round_figures")
+    )
     memory = followed.peak()
     output.text("")
     table = plain_table("memory of the choice, per device", "planned", "tracked", "difference")
@@ -210,7 +212,7 @@ def _show_verified(chosen: Candidate, verified: Tracked, output: Output) -> None
     share = f"{total / verified.tracked_bytes - 1:+.2%}"
     table.add_row("peak", bytes_text(total), bytes_text(verified.tracked_bytes), share)
     output.table(table)
-    if len(followed.phases) < len(chosen.heights.phases):
+    if len(followed.phases) < len(chosen.peak_profile.phases):
         height = chosen.memory_by_phase["round_figures"] - reserved
         output.text(
             f"not traced, since they depend on values: figures of a round, {bytes_text(height)} as planned, and the "
@@ -224,7 +226,7 @@ def _show_verified(chosen: Candidate, verified: Tracked, output: Output) -> None
 
 def _figures(candidate: Candidate) -> dict[str, str]:
     """Return the planned figures of one device, by label."""
-    steps, stops = candidate.time.steps, candidate.pauses
+    steps, eval_and_save = candidate.time.steps, candidate.eval_and_save
     return {
         "memory at peak": bytes_text(candidate.memory.total),
         **{f"  {part}": bytes_text(size) for part, size in candidate.memory.parts().items()},
@@ -232,8 +234,8 @@ def _figures(candidate: Candidate) -> dict[str, str]:
         "sent per step": bytes_text(candidate.sent_bytes_per_round / steps),
         "compute per step": range_text(*time_range(candidate, candidate.time.compute_s, 0.0)),
         "exchange per round": range_text(*time_range(candidate, 0.0, candidate.time.exchange_s)),
-        "evaluations": f"{stops.evaluations:,} x {seconds_text(stops.evaluation_s)}",
-        "checkpoints": f"{stops.saves:,} x {seconds_text(stops.save_s)}",
+        "evaluations": f"{eval_and_save.evaluations:,} x {seconds_text(eval_and_save.evaluation_s)}",
+        "checkpoints": f"{eval_and_save.saves:,} x {seconds_text(eval_and_save.save_s)}",
         f"wall-clock for the {candidate.run.model.unit}": range_text(*wall_range(candidate)),
         "assumed to equal loss": range_text(*equivalent_range(candidate)),
     }

@@ -1,4 +1,9 @@
-"""The `local` profile on a machine with a CUDA GPU: asked of torch, and so only when training."""
+"""Find a hardware profile: a shipped one by name, a TOML file by path, or `local`, which describes this machine.
+
+A plan of this machine needs figures that nobody has measured yet; the `local` profile takes them from psutil, or from
+torch where training has imported it anyway, and marks them as guesses. `lte plan`, `lte train` and the measurements
+call load_profile; training on a GPU calls local_gpu_profile.
+"""
 
 from __future__ import annotations
 
@@ -12,58 +17,14 @@ from simulate.config.hardware import BETWEEN_CPUS, LOCAL, Device, FlopPerSecond,
 CORES_PER_MULTIPROCESSOR = {(6, 0): 64, (7, 0): 64, (7, 2): 64, (7, 5): 64, (8, 0): 64}
 """fp32 cores by compute capability (NVIDIA, CUDA C++ programming guide, arithmetic throughput); 128 in all others."""
 TENSOR_CORE_GAIN = 4
-"""Guess: half precision over fp32 with tensor cores, between 2 on GeForce cards and 16 on data centre cards."""
+"""Guess: rate of half precision over fp32 with tensor cores; 2 on GeForce cards, up to 16 on data centre cards."""
 GUESSED_CLOCK_KHZ = 1_500_000
 GUESSED_MEMORY_BYTES_PER_S = 250e9
 BETWEEN_GPUS = "what launched runs use between CUDA GPUs"
-
-
-def local_gpu_profile() -> Profile | None:
-    """Return this machine's first GPU as virtual devices; None where torch sees none. Rates are guesses and say so."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    properties = torch.cuda.get_device_properties(0)
-    free_bytes, total_bytes = torch.cuda.mem_get_info(0)
-    clock_khz = getattr(properties, "clock_rate", None)
-    clock_source = "torch" if clock_khz else "guess"
-    cores = properties.multi_processor_count * CORES_PER_MULTIPROCESSOR.get((properties.major, properties.minor), 128)
-    cpu = detect_local()
-    fp32 = 2.0 * cores * (clock_khz or GUESSED_CLOCK_KHZ) * 1e3
-    half = fp32 * (TENSOR_CORE_GAIN if properties.major >= 7 else 1)
-    device = Device(
-        count=cpu.count,
-        kind=f"this machine's {properties.name}",
-        memory_bytes=total_bytes,
-        reserved_bytes=total_bytes - free_bytes,
-        host_memory_bytes=cpu.device[0].memory_bytes,
-        memory_bytes_per_s=GUESSED_MEMORY_BYTES_PER_S,
-        flop_per_s=FlopPerSecond(fp32=fp32, fp16=half, bf16=half if properties.major >= 8 else None),
-        efficiency=0.4,
-        disk_write_bytes_per_s=cpu.device[0].disk_write_bytes_per_s,
-        disk_flush_s=cpu.device[0].disk_flush_s,
-        source="guess",
-        sources={
-            "memory_bytes": "torch: total memory",
-            "reserved_bytes": "torch: memory in use now",
-            "host_memory_bytes": "psutil: total memory",
-            "memory_bytes_per_s": "guess: a mid-range card",
-            "flop_per_s": f"{cores} fp32 cores (torch) x clock ({clock_source}) x 2; half precision guessed",
-            "efficiency": "guess: matrices of medium size",
-            **{key: cpu.device[0].sources[key] for key in ("disk_write_bytes_per_s", "disk_flush_s")},
-        },
-    )
-    link = cpu.link.model_copy(
-        update={"collectives": "nccl", "sources": {**cpu.link.sources, "collectives": BETWEEN_GPUS}}
-    )
-    return Profile(name=LOCAL, description="This machine's GPU, as virtual devices", device=[device], link=link)
-
-
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-"""As Linux calls processors' instructions for products in bf16, on x86 and Arm."""
+"""Names that Linux gives to processor instructions for products in bf16, on x86 and Arm."""
 CPU_BF16_GAIN = 2
-"""Guess: bf16 over fp32 where there are such instructions."""
+"""Guess: rate of bf16 over fp32 on a CPU that has such instructions."""
 
 
 def load_profile(name: str) -> Profile:
@@ -86,7 +47,7 @@ def load_profile(name: str) -> Profile:
 
 
 def processor_flags(path: Path = Path("/proc/cpuinfo")) -> set[str]:
-    """Return what Linux says the processor can do; nothing elsewhere."""
+    """Return the processor's feature flags as Linux lists them; an empty set on other systems."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -96,21 +57,22 @@ def processor_flags(path: Path = Path("/proc/cpuinfo")) -> set[str]:
 
 
 def detect_local() -> Profile:
-    """Describe this machine as one device, from psutil alone; rates are guesses from cores and clock, and say so."""
+    """Return this machine as four virtual devices, from psutil alone; rates are guesses from cores and clock."""
     import psutil
 
     cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
     frequency = psutil.cpu_freq()
     clock_hz, clock_source = (frequency.max or frequency.current) * 1e6 if frequency else 0.0, "psutil"
     if not clock_hz:
-        clock_hz, clock_source = 2e9, "guess: the system does not tell the clock"
+        clock_hz, clock_source = 2e9, "guess: the system does not report the clock"
     memory = psutil.virtual_memory()
     gain = CPU_BF16_GAIN if BF16_FLAGS & processor_flags() else None
-    fp32 = cores * clock_hz * 32  # two 8-wide fused multiply-adds a cycle, as AVX2 cores have
+    fp32 = cores * clock_hz * 32  # AVX2: two fused multiply-adds of 8 floats a cycle, 2 operations each
     device = Device(
         count=4,
         kind=f"this machine ({cores} cores)",
         memory_bytes=memory.total,
+        # At least a byte must be left, or the profile would not validate on a machine that is full.
         reserved_bytes=min(memory.total - memory.available, memory.total - 1),
         host_memory_bytes=0,
         memory_bytes_per_s=20e9,
@@ -145,3 +107,46 @@ def detect_local() -> Profile:
         },
     )
     return Profile(name=LOCAL, description="This machine, as four virtual devices", device=[device], link=link)
+
+
+def local_gpu_profile() -> Profile | None:
+    """Return this machine's first GPU as virtual devices, None where torch sees none; rates are guesses."""
+    import torch  # here, since plans load this module and must not import torch
+
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    free_bytes, total_bytes = torch.cuda.mem_get_info(0)
+    clock_khz = getattr(properties, "clock_rate", None)
+    clock_source = "torch" if clock_khz else "guess"
+    cores = properties.multi_processor_count * CORES_PER_MULTIPROCESSOR.get((properties.major, properties.minor), 128)
+    cpu = detect_local()
+    fp32 = 2.0 * cores * (clock_khz or GUESSED_CLOCK_KHZ) * 1e3  # a fused multiply-add a cycle: 2 operations
+    half = fp32 * (TENSOR_CORE_GAIN if properties.major >= 7 else 1)  # tensor cores came with compute capability 7
+    device = Device(
+        count=cpu.count,
+        kind=f"this machine's {properties.name}",
+        memory_bytes=total_bytes,
+        reserved_bytes=total_bytes - free_bytes,
+        host_memory_bytes=cpu.device[0].memory_bytes,
+        memory_bytes_per_s=GUESSED_MEMORY_BYTES_PER_S,
+        flop_per_s=FlopPerSecond(fp32=fp32, fp16=half, bf16=half if properties.major >= 8 else None),
+        efficiency=0.4,
+        disk_write_bytes_per_s=cpu.device[0].disk_write_bytes_per_s,
+        disk_flush_s=cpu.device[0].disk_flush_s,
+        source="guess",
+        sources={
+            "memory_bytes": "torch: total memory",
+            "reserved_bytes": "torch: memory in use now",
+            "host_memory_bytes": "psutil: total memory",
+            "memory_bytes_per_s": "guess: a mid-range card",
+            "flop_per_s": f"{cores} fp32 cores (torch) x clock ({clock_source}) x 2; half precision guessed",
+            "efficiency": "guess: matrices of medium size",
+            **{key: cpu.device[0].sources[key] for key in ("disk_write_bytes_per_s", "disk_flush_s")},
+        },
+    )
+    # The link is a guess about the network, which torch knows nothing of.
+    link = cpu.link.model_copy(
+        update={"collectives": "nccl", "sources": {**cpu.link.sources, "collectives": BETWEEN_GPUS}}
+    )
+    return Profile(name=LOCAL, description="This machine's GPU, as virtual devices", device=[device], link=link)

@@ -68,6 +68,7 @@ class _Pool:
 
     def give_back(self, block: _Block) -> None:
         """Free a block, and join it with its free neighbours."""
+        # The neighbour behind first, then the one before, which may join a block that has just grown.
         for first, second in ((block, block.after), (block.before, block)):
             if first is None or second is None or not (first.free or first is block):
                 continue
@@ -88,6 +89,7 @@ class _Pool:
 
 def reserved_bytes(entries: Iterable[tuple[int, int]]) -> int:
     """Return the bytes of all segments after a sequence of (key, bytes): allocations, and frees with negative bytes."""
+    # Blocks of small segments are cut where 512 bytes are left, those of large ones where more than 1 MiB is.
     small, large = _Pool(ROUNDING), _Pool(SMALL_BLOCK + 1)
     held: dict[int, tuple[_Pool, _Block]] = {}
     reserved = 0

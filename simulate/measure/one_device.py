@@ -70,9 +70,10 @@ def train_alone(run: Run, device: torch.device, watch: Watch = unwatched) -> Met
 
     if plan.routes_randomly:
         _draw_all_experts(method, steps)
-    for count in _steps_of_rounds(run):
+    # A method without rounds repeats steps until one allocates what the last one did.
+    for count in STEPS_OF_ROUNDS if run.method.round_steps > 1 else (plan.steps_until_alike,):
         steps(count)
-        if late:
+        if late:  # the peak may be while a merge travels, or while an evaluation waits for it
             watch("merge", method, ())
             method.merge(sent := run.method.steps_apart - 1)
             if method.merged_weights_ready(sent):
@@ -93,12 +94,6 @@ def train_alone(run: Run, device: torch.device, watch: Watch = unwatched) -> Met
     watch("evaluation", method, ())
     evaluate_batch(method, empty, inputs, targets)
     return method
-
-
-def _steps_of_rounds(run: Run) -> tuple[int, ...]:
-    if run.method.round_steps > 1:
-        return STEPS_OF_ROUNDS
-    return (plan_of(run.method).steps_until_alike,)
 
 
 def _draw_all_experts(method: Method, steps: Callable[[int, int], None]) -> None:
@@ -142,7 +137,7 @@ def evaluate_batch(method: Method, model: nn.Module, inputs: Tensor, targets: Te
 
 
 def _cuda_peak_bytes(program: Callable[[], None], device: torch.device) -> int:
-    torch.cuda.synchronize(device)
+    torch.cuda.synchronize(device)  # earlier work may still free memory
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     program()

@@ -51,6 +51,7 @@ class Sample:
 
     def run(self, index: int) -> Run:
         """Return one random run; a hundred of them hold every method, reset, transport, wire and optimizer."""
+        # A generator a run: runs before it, and draws that are added to them later, leave it as it is.
         draw = random.Random(f"held-out {self.seed} {index}")
         devices, heads = draw.choice((2, 3, 4, 8)), draw.choice((1, 1, 2, 4))
         model = _model(draw, self.family or FAMILIES[index % len(FAMILIES)], index, self.small)
@@ -73,7 +74,7 @@ class Sample:
 
 
 def _model(draw: random.Random, family: str, index: int, small: bool) -> Table:
-    deep = index % MANY_EVERY == MANY_EVERY - 1 and not small
+    deep = index % MANY_EVERY == MANY_EVERY - 1 and not small  # too slow to train
     layers = draw.choice(SMALL["layers"] if small else MANY_LAYERS if deep else LAYERS)
     width = draw.choice(SMALL["widths"] if small else WIDTHS)
     sizes: Table = {"layers": layers, "width": width}
@@ -116,6 +117,7 @@ def _lte(draw: random.Random, rank: int, heads: int, devices: int, model: Table)
         "merge_optimizer": draw.choice(("keep", "keep", "prune", "reset")),
         "frozen_a": reset != "none" and draw.random() < 0.4,
     }
+    # The options refuse late merges that would drop what heads learn meanwhile, and with pairs on norms.
     if late and options["norms"] != "vector-lora" and (reset == "none" or (reset == "b" and options["frozen_a"])):
         options |= {"merge_delay": 1}
     elif paced and reset != "none":
@@ -168,7 +170,6 @@ _OPTIONS: dict[str, Callable[[random.Random, int, int, int, Table], Table]] = {
 
 
 def _optimizer(draw: random.Random, method: Table) -> str:
-    cannot = method.get("compensation") == "prediction" or (
-        method["name"] == "local-sgd" and method["merge_optimizer"] == "average"
-    )
-    return "muon" if draw.random() < 0.2 and not cannot else "adamw"
+    # Both read Adam's moments, which Muon has not; the options refuse them together.
+    needs_adam = method.get("compensation") == "prediction" or method.get("merge_optimizer") == "average"
+    return "muon" if draw.random() < 0.2 and not needs_adam else "adamw"

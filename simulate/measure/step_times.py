@@ -112,6 +112,7 @@ def held_out_times(
     if profile.measurement is not None:
         torch.set_num_threads(profile.measurement.threads)
     chosen = cases if cases is not None else QUICK_CASES if quick else CASES
+    # The profile's rates hold for its number of threads only; the caller's is restored.
     try:
         return [_compare(case, profile, watch) for case in chosen]
     finally:
@@ -125,10 +126,10 @@ def _compare(case: Case, profile: Profile, watch: Stopwatch) -> tuple[str, float
 
 
 def _device(profile: Profile) -> torch.device:
-    wanted = "cpu" if profile.measurement is None else profile.measurement.device
-    if wanted == "cuda" and not torch.cuda.is_available():
+    measured_on = "cpu" if profile.measurement is None else profile.measurement.device
+    if measured_on == "cuda" and not torch.cuda.is_available():
         raise InputError(
             f"profile {profile.name!r} was measured on a GPU and torch sees none here; measure this machine: "
             "lte profile measure -o mine.toml"
         )
-    return torch.device(wanted)
+    return torch.device(measured_on)

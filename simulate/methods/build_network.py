@@ -30,6 +30,7 @@ def build_model(run: Run) -> nn.Module:
     if active_fake_mode() is not None and not isinstance(run.model, FactoryModel):
         return _fake_network(run)
     with torch.random.fork_rng(devices=[]):
+        # In fp32 for every dtype, so that an fp64 run starts from the same numbers.
         torch.manual_seed(address(run.train.seed, "weights"))
         model = _network(run)
     return model.to(DTYPES[run.train.dtype])

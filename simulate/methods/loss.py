@@ -33,6 +33,7 @@ class Loss:
         if self.loss_scale is None:
             losses.sum().backward()
             return
+        # fp16 gradients would vanish unscaled; each row has a scale of its own.
         self.loss_scale.scaled(losses).sum().backward()
         gradients = gradients_of(self.model.parameters())
         self.loss_scale.unscale(gradients)

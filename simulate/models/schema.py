@@ -198,7 +198,7 @@ class FactoryModel(ModelOptions):
     name: str
 
     @model_validator(mode="after")
-    def _extras_are_plain(self) -> FactoryModel:
+    def _extra_keys_are_plain(self) -> FactoryModel:
         for key, value in (self.model_extra or {}).items():
             if not isinstance(value, int | float | str | bool):
                 raise ValueError(

@@ -20,7 +20,7 @@ STYLE = BlockStyle(causal=False, gelu="none", norm_epsilon=1e-6)
 class Vit(nn.Module):
     """Network: images (S, C, image, image) in, logits (S, classes) out."""
 
-    trained_whole = ("patch", "head")
+    trained_whole = ("patch", "head")  # both ends get no adapters: simulate.models.families counts them so
 
     def __init__(self, size: VitModel, activation_checkpointing: bool = False) -> None:
         super().__init__()

@@ -1,4 +1,9 @@
-"""Keys of [method] for LoRA-the-Explorer; torch-free."""
+"""Keys of [method] for LoRA-the-Explorer, and the combinations of them that are refused; torch-free.
+
+Many keys change what a merge means, so that not every pair of them goes together; each refusal says what would be lost
+and which key to change. simulate.config.run validates the table with this class; plan.py and train.py beside it read
+its properties.
+"""
 
 from __future__ import annotations
 
@@ -70,6 +75,7 @@ class LteOptions(AdapterOptions, FragmentOptions):
     @model_validator(mode="before")
     @classmethod
     def _reset_less_trains_a(cls, given: Any) -> Any:
+        # The old product A0, B0 is subtracted to train A on; with a frozen A, reset = "b" does the same for less.
         reset_less = isinstance(given, dict) and given.get("reset") == "none" and "frozen_a" not in given
         return {**given, "frozen_a": False} if reset_less else given
 

@@ -11,7 +11,7 @@ import torch
 from simulate.config.hardware import Device
 from simulate.config.profiles import load_profile
 from simulate.config.run import Run, build_run
-from simulate.costs.memory import host_memory_bytes, memory_by_phase, peak_memory
+from simulate.costs.memory import host_memory_by_part, memory_by_phase, peak_memory
 from simulate.measure.fake_tensors import tracked_memory
 from simulate.measure.one_device import measure_memory_bytes
 from tests import tiny
@@ -98,11 +98,11 @@ def test_start_weights_are_kept_by_the_host_where_it_has_memory() -> None:
     run = HELD_OUT["lte gather"]
     shape = run.model.shape()
     start = shape.adapted_parameters * 4
-    assert host_memory_bytes(run, shape, TWO_MEMORIES) == start
-    assert host_memory_bytes(run, shape, ONE_MEMORY) == 0
+    assert host_memory_by_part(run, shape, TWO_MEMORIES)["start_weights"] == start
+    assert host_memory_by_part(run, shape, ONE_MEMORY)["start_weights"] == 0
     assert planned_bytes(run, ONE_MEMORY) - planned_bytes(run, TWO_MEMORIES) == start
     for name in ("lte reduce, reset b", "ddp"):
-        assert host_memory_bytes(HELD_OUT[name], HELD_OUT[name].model.shape(), TWO_MEMORIES) == 0
+        assert host_memory_by_part(HELD_OUT[name], HELD_OUT[name].model.shape(), TWO_MEMORIES)["start_weights"] == 0
 
 
 def test_memory_grows_with_batch_and_context_and_shrinks_with_checkpointing() -> None:

@@ -180,7 +180,7 @@ def test_a_module_with_several_inputs_runs_copy_by_copy() -> None:
     ("model", "words"),
     [
         ({"name": "tests.networks:Encode"}, ("has no 'Encode'", "did you mean 'Encoder'?")),
-        ({"name": "tests.nowhere:Encoder"}, ("No module named 'tests.nowhere'", "package.module:factory")),
+        ({"name": "tests.nowhere:Encoder"}, ("No module named 'tests.nowhere'", "package.module:Name")),
         ({"name": "tests.networks:not_callable"}, ("no function or class",)),
         ({"name": "tests.networks:broken"}, ("the factory raised RuntimeError: no weights today",)),
         ({"name": "tests.networks:no_network"}, ("returned a int", "torch.nn.Module")),
