@@ -41,10 +41,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def nothing_old_to_collect() -> None:
-    """Keep what earlier tests and imports left from the collector, which each measurement of memory calls.
+def freeze_old_objects() -> None:
+    """Freeze what imports and earlier files left, so that the garbage collector looks only at a file's own objects.
 
-    A hundred thousands of objects of modules otherwise take it longer than most of what is measured.
+    Every measurement of memory collects garbage first; over all objects, that takes longer than most measurements.
     """
     gc.collect()
     gc.freeze()
