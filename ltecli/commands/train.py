@@ -75,7 +75,7 @@ def train_command(
     out: Path | None,
     resume: bool,
     device_name: str,
-    changes: TrainArgs,
+    args: TrainArgs,
     launch: LaunchArgs | None,
     as_json: bool,
     quiet: bool,
@@ -86,8 +86,8 @@ def train_command(
         return print_lines(given, launch, output)
     if given is not None and given.is_dir() and not resume:
         raise InputError(f"{given} is a run folder; add --resume to continue it, or name a run.toml")
-    folder = _resumed(given, out, changes) if resume else None
-    path, run = (folder.path, folder.run) if folder else (out or RUNS / _name(given), _run(given, changes))
+    folder = _resumed(given, out, args) if resume else None
+    path, run = (folder.path, folder.run) if folder else (out or RUNS / _name(given), _run(given, args))
     if folder is None:
         check_new(path)  # before torch is imported, which takes seconds
     device = torch_device(device_name)
@@ -117,11 +117,14 @@ def _simulate(folder: RunFolder, device: torch.device, output: Output) -> int:
     from simulate.common.events import EventFile
     from simulate.training.loop import restore, train
 
+    # Measured before the session exists, whose tensors would count as the device's. A resumed run keeps its figure.
     measured_bytes = None if folder.resume_from else measured_memory_bytes(folder, device)
-    with stop_on_signal() as asked:
-        session = _session(folder, device, asked)
+    # From here on Ctrl-C saves first; before, there is nothing to save.
+    with stop_on_signal() as stops:
+        session = _session(folder, device, stops)
         if folder.resume_from:
             restore(session, folder.resume_from)
+        # A run that begins anew drops all events, as of an attempt that saved nothing.
         prepare_events(folder, session.step if folder.resume_from else -1)
         with (
             closing(EventFile(folder.events)) as file,
@@ -150,8 +153,8 @@ def _simulate(folder: RunFolder, device: torch.device, output: Output) -> int:
     return 0
 
 
-def _session(folder: RunFolder, device: torch.device, asked: list[bool]) -> Session:
-    """Return a session of all devices, at step 0, whose events are dropped; it stops once `asked` is not empty."""
+def _session(folder: RunFolder, device: torch.device, stops: list[bool]) -> Session:
+    """Return a session of all devices, at step 0, whose events are dropped; it stops once `stops` is not empty."""
     from simulate.comm.virtual import VirtualCommunicator
     from simulate.data.batches import build_batches
     from simulate.methods.registry import build_method
@@ -170,7 +173,7 @@ def _session(folder: RunFolder, device: torch.device, asked: list[bool]) -> Sess
         emit=lambda event: None,
         checkpoints=folder.path / CHECKPOINTS,
         device=device,
-        stop=lambda: bool(asked),
+        stop=lambda: bool(stops),
     )
 
 
@@ -200,17 +203,18 @@ def _name(given: Path | None) -> str:
     return DEMO_NAME if given is None else given.parent.resolve().name if given.stem == "run" else given.stem
 
 
-def _run(given: Path | None, changes: TrainArgs) -> Run:
-    """Return the run of a run.toml, or else of a plan made now, with the command line's changes."""
+def _run(given: Path | None, args: TrainArgs) -> Run:
+    """Return the run of a run.toml, or else of a plan made now, with the command line's args."""
     if given is not None:
-        run = _with_data(load_run(given, list(changes.assignments)), changes.data)
+        run = _with_data(load_run(given, list(args.assignments)), args.data)
     else:
-        data = changes.data and str(Path(changes.data).absolute())
-        plan = plan_request(PlanArgs(data=data, assignments=tuple(changes.assignments)))
+        # The plan's run.toml is resumed from any folder, so its path must not depend on this one.
+        data = args.data and str(Path(args.data).absolute())
+        plan = plan_request(PlanArgs(data=data, assignments=tuple(args.assignments)))
         if plan.chosen is None:
             raise NothingFeasibleError(nearest_miss_text(plan))
         run = plan.chosen.run
-    if not changes.diagnostics or run.train.diagnostics_every is not None:
+    if not args.diagnostics or run.train.diagnostics_every is not None:
         return run
     train = {**run.train.model_dump(), "diagnostics_every": run.train.evaluate_every}
     return build_run({**run.model_dump(exclude_none=True), "train": train}, "command line")
@@ -218,6 +222,7 @@ def _run(given: Path | None, changes: TrainArgs) -> Run:
 
 def _with_data(run: Run, path: str | None) -> Run:
     """Return the run with --data's path, and with absolute paths, so that it can be resumed from any folder."""
+    # A run folder may be resumed from any folder, where relative paths would lead elsewhere.
     table = run.data.model_dump(exclude_none=True)
     if path is not None:
         table = {key: value for key, value in table.items() if key not in WHAT_DATA} | {"path": path}
@@ -230,15 +235,15 @@ def _with_data(run: Run, path: str | None) -> Run:
     return build_run({**run.model_dump(exclude_none=True), "data": table}, "command line")
 
 
-def _resumed(given: Path | None, out: Path | None, changes: TrainArgs) -> RunFolder:
+def _resumed(given: Path | None, out: Path | None, args: TrainArgs) -> RunFolder:
     """Open the folder to resume: the one given, or that of the given run.toml, which must be unchanged."""
     if given is not None and given.is_dir():
-        if out is not None or changes:
+        if out is not None or args:
             raise InputError(
                 f"--resume continues {given} as it is; leave --out, --data and --set away, and --diagnostics"
             )
         return resumed_folder(given, None)
-    run = None if given is None else _run(given, changes)
+    run = None if given is None else _run(given, args)
     return resumed_folder(out or RUNS / _name(given), run)
 
 

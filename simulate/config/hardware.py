@@ -7,6 +7,7 @@ writes measured ones. Every field is in SI units and says in its docstring what 
 
 from __future__ import annotations
 
+from functools import cached_property
 from itertools import pairwise
 from typing import Literal
 
@@ -22,6 +23,8 @@ DELAYS_OF_A_HOP: dict[Collectives, float] = {"gloo": 2.0, "nccl": 1.0}
 """One-way delays in one hop. Gloo sends a buffer only on request; 2.0 to 2.9 were measured (bench/README.md)."""
 BETWEEN_CPUS = "what launched runs use between CPUs"
 LOCAL = "local"
+CUDA_HEADROOM_SHARE = 0.05
+"""Most by which the closed form of what CUDA's allocator holds was below its replay (simulate/costs/allocator.py)."""
 MOST_BYTES = 10**15
 """Largest memory of a device, in bytes, and rate of a link, in bytes/s: more than a petabyte is a typing error."""
 
@@ -129,6 +132,11 @@ class Device(toml_io.Schema):
     """Bytes that the system, the driver's context and the display keep for themselves."""
     host_memory_bytes: int = Field(ge=0, le=MOST_BYTES)
     """Memory of the host beside the device, per device; 0 where device and host share one memory."""
+    device_type: Literal["cpu", "cuda"] | None = None
+    """torch's name for it, which decides whose allocator holds its memory; not set: cuda with a memory of its own, cpu
+    without."""
+    headroom_share: float | None = Field(default=None, ge=0, lt=1)
+    """Share of memory_bytes that a plan leaves free; not set: CUDA_HEADROOM_SHARE on CUDA, else 0."""
     memory_bytes_per_s: float = Field(gt=0, le=MOST_BYTES)
     flop_per_s: FlopPerSecond
     efficiency: float = Field(gt=0, le=1)
@@ -150,6 +158,19 @@ class Device(toml_io.Schema):
     source: Source
     sources: dict[str, str] = Field(default_factory=dict)
     """Origin of each figure, by its key."""
+
+    @cached_property
+    def is_cuda(self) -> bool:
+        """Whether CUDA's caching allocator holds its memory."""
+        return self.device_type == "cuda" or (self.device_type is None and self.host_memory_bytes > 0)
+
+    @cached_property
+    def usable_bytes(self) -> int:
+        """Memory that a plan may fill, reserved_bytes included: all but the headroom."""
+        headroom = self.headroom_share
+        if headroom is None:
+            headroom = CUDA_HEADROOM_SHARE if self.is_cuda else 0.0
+        return int(self.memory_bytes * (1 - headroom))
 
     def __hash__(self) -> int:
         # Written out because `sources` is a dict, which has no hash; costs cache rates by device.

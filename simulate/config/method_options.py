@@ -9,7 +9,7 @@ Letters: N devices, T steps of a round, r rank, s = alpha / r.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -36,6 +36,8 @@ Steps = Annotated[tuple[tuple[int, ...], ...], BeforeValidator(_as_tuples), Fiel
 class MethodOptions(toml_io.Schema):
     """The keys and questions of every method."""
 
+    heads_split_batch: ClassVar[bool] = False
+    """Whether each head of a device trains on its own part of the batch, so that `heads_per_device` divides it."""
     name: str
 
     @property

@@ -125,6 +125,7 @@ def local_gpu_profile() -> Profile | None:
     half = fp32 * (TENSOR_CORE_GAIN if properties.major >= 7 else 1)  # tensor cores came with compute capability 7
     device = Device(
         count=cpu.count,
+        device_type="cuda",
         kind=f"this machine's {properties.name}",
         memory_bytes=total_bytes,
         reserved_bytes=total_bytes - free_bytes,

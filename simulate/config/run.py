@@ -20,7 +20,9 @@ from simulate.common.errors import InputError
 from simulate.config.method_options import MethodOptions
 from simulate.config.method_table import DEFAULT_METHOD, default_options, method_options
 from simulate.config.tables import Cluster, Data, Train
-from simulate.models.schema import FactoryModel, GptModel, Model, check_name, sees_images
+from simulate.models.families.gpt import GptModel
+from simulate.models.families.table import Model, check_name, sees_images
+from simulate.models.schema import FactoryModel
 
 
 def _with_default_data(given: Any) -> Any:

@@ -18,6 +18,7 @@ from functools import lru_cache
 from simulate.layers.folding import folded_products
 from simulate.layers.formats import LOSS_CHUNK_ELEMENTS
 from simulate.models.shapes import LinearShape, ModelShape
+from simulate.rules.cadence import evaluation_batch
 from simulate.rules.phases import AS_THEY_ARE, Phase, WeightMaterialisation
 
 BLOCK_TENSORS = 16
@@ -197,12 +198,15 @@ def step_phases(
         heads, subtracts, materialisation, plain, keeps_inputs,
     )  # fmt: skip
     phases, forward = _FAMILIES[shape.family](step)
-    if step.is_cast:  # evaluations run without autocast
-        step = replace(step, product_bytes=element_bytes)
+    evaluated = evaluation_batch(samples, step.is_cast)
+    waiting = _images(step)  # the step's own batch stays, and an evaluation takes a part of it
+    if step.is_cast or evaluated != samples:
+        step = replace(step, product_bytes=element_bytes, samples=evaluated)  # evaluations run without autocast
         _, forward = _FAMILIES[shape.family](step)
+    waiting -= _images(step)
     # An evaluation peaks inside a block, at the output layer, or in the loss.
     evaluation = max(forward, step.logits + 2 * step.u, step.logits + step.scratch)
-    return (*phases, Phase("evaluation", 0, 0, evaluation))
+    return (*phases, Phase("evaluation", 0, 0, waiting + evaluation))
 
 
 def _attention_statistics(step: _Step) -> int:
@@ -268,6 +272,21 @@ def _transformer_forward(step: _Step) -> int:
     return max(before + 8 * u, *ups)
 
 
+def _output_layer_backward(step: _Step, outputs: int, gradient: int) -> tuple[Phase, ...]:
+    """Return the moments of the output layer's backward pass; `gradient` bytes of its weights' stay as a gradient.
+
+    The logits are overwritten by their gradient, and the layer adds those of its weights and inputs. Of a cast product
+    both are cast; they become the weights' format when the logits are gone.
+    """
+    waiting = step.head_table - gradient
+    if not step.is_cast:
+        return (Phase("backward_start", gradient, outputs, waiting + step.u),)
+    return (
+        Phase("backward_start", 0, outputs, step.cast_table + step.v),
+        Phase("backward_start", gradient, outputs - step.logits, waiting + step.cast_table + step.u + step.v),
+    )
+
+
 def _gpt(step: _Step) -> Found:
     u, tokens, element_bytes, layers = step.u, step.tokens, step.element_bytes, step.shape.layers
     block = _transformer_block(step)
@@ -280,9 +299,7 @@ def _gpt(step: _Step) -> Found:
     outputs = layers * kept + ends + u + step.v + step.cast_table + step.logits
     return (
         Phase("forward", 0, outputs, step.scratch),
-        # The logits are overwritten by their gradient; the output layer adds those of its weights and inputs. The tied
-        # table's gradient is held until the embedding adds its own.
-        Phase("backward_start", 0, outputs, table + u + step.cast_table),
+        *_output_layer_backward(step, outputs, 0),  # a tied table's gradient waits until the embedding adds its own
         # The last block's backward pass, when every block still keeps its activations.
         Phase("backward_start", 0, layers * kept + ends, table + recomputed + working),
         # The first block's, when all other gradients are there.
@@ -320,7 +337,7 @@ def _llama(step: _Step) -> Found:
     gated = step.passing("mlp.up", before + inner, inner), step.passing("mlp.down", before + inner, u)
     return (
         Phase("forward", 0, outputs, step.scratch),
-        Phase("backward_start", table, outputs, u + step.cast_table),
+        *_output_layer_backward(step, outputs, table),
         Phase("backward_start", step.head_gradient, layers * kept + ends, recomputed + working),
         Phase("backward_end", inner_gradients, kept + ends, recomputed + working),
         Phase("backward_end", all_gradients, ends, u),

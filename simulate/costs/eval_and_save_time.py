@@ -79,7 +79,7 @@ def save_s(num_bytes: int, device: Device) -> float | None:
 
 def evaluation_s(run: Run, shape: ModelShape, device: Device) -> float:
     """Return the seconds of one evaluation: devices share its batches, and compute on plain layers."""
-    samples = evaluation_batch(run.train.micro_batch)
+    samples = evaluation_batch(run.train.micro_batch, run.train.autocast != "none")
     # Devices take turns with whole batches, so that the last turn may leave some of them idle.
     turns = -(-run.train.evaluate_samples // (samples * run.cluster.devices))
     return turns * _batch_s(shape, samples, run.method.frozen_format, run.train.dtype, device)

@@ -8,6 +8,7 @@ disk has room; `lte validate` compares peak_memory with measurements.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import attrgetter
@@ -18,12 +19,13 @@ from simulate.config.method_options import MethodOptions
 from simulate.config.run import Run
 from simulate.config.tables import BYTES
 from simulate.costs.activations import step_phases
+from simulate.costs.allocator import held_beside_tensors, unfilled_share
 from simulate.costs.buffers import exchange_phases
 from simulate.costs.cache import by_method
 from simulate.costs.diagnostics_memory import diagnosing_phases, kept_bytes
 from simulate.costs.moments import moment_bytes, moment_bytes_beside_adapters
 from simulate.costs.state import frozen_bytes, persistent_state
-from simulate.layers.formats import ELEMENT_BYTES, PRODUCT_BYTES, packing_bytes, unpacking_bytes
+from simulate.layers.formats import ELEMENT_BYTES, PRODUCT_BYTES, packing_bytes, quantized_bytes, unpacking_bytes
 from simulate.models.shapes import ModelShape
 from simulate.rules.method_plan import plan_of
 from simulate.rules.phases import PHASES, Phase, PhaseName, WeightMaterialisation
@@ -46,15 +48,19 @@ class Memory:
     activations: int
     temporary: int
     """Buffers of the peak phase: logits, working tensors, messages."""
+    allocator: int
+    """What CUDA's allocator and libraries hold beside tensors; 0 on other devices."""
     reserved: int
+
+    @property
+    def tensors(self) -> int:
+        """Sum of the parts that are the program's own tensors."""
+        return self.weights + self.adapters + self.gradients + self.optimizer + self.activations + self.temporary
 
     @property
     def total(self) -> int:
         """Sum of all parts."""
-        return (
-            self.weights + self.adapters + self.gradients + self.optimizer + self.activations + self.temporary
-            + self.reserved
-        )  # fmt: skip
+        return self.tensors + self.allocator + self.reserved
 
     def parts(self) -> dict[str, int]:
         """Return bytes by part."""
@@ -68,6 +74,7 @@ class PeakProfile:
     weights: int
     adapters: int
     optimizer: int
+    allocator: int
     reserved: int
     phases: tuple[Phase, ...]
 
@@ -80,6 +87,7 @@ class PeakProfile:
             optimizer=self.optimizer - phase.dropped,
             activations=phase.activations,
             temporary=phase.temporary,
+            allocator=self.allocator,
             reserved=self.reserved,
         )
 
@@ -99,7 +107,7 @@ class PeakProfile:
 
     def totals(self) -> dict[str, int]:
         """Return the sum of all parts in each phase."""
-        kept = self.weights + self.adapters + self.optimizer + self.reserved
+        kept = self.weights + self.adapters + self.optimizer + self.allocator + self.reserved
         return {str(name): kept + phase.total for name, phase in self.highest().items()}
 
 
@@ -123,7 +131,11 @@ def peak_profile(run: Run, shape: ModelShape, device: Device) -> PeakProfile:
         # Diagnostics follow a merge, so that moments which it freed leave room for them.
         freed = moment_bytes(run, shape) - _merged_moment_bytes(run, shape) if plan_of(run.method).drops_at_once else 0
         phases += diagnosing_phases(run, shape, lasting.materialisation, shared_memory, freed)
-    return PeakProfile(lasting.weights, lasting.adapters, lasting.optimizer, device.reserved_bytes, phases)
+    allocator = 0
+    if device.is_cuda:
+        tensors = lasting.weights + lasting.adapters + lasting.optimizer + max(map(attrgetter("total"), phases))
+        allocator = _allocator_bytes(run, shape, lasting, tensors)
+    return PeakProfile(lasting.weights, lasting.adapters, lasting.optimizer, allocator, device.reserved_bytes, phases)
 
 
 @dataclass(frozen=True)
@@ -144,6 +156,10 @@ class _Lasting:
     subtracts: bool
     materialisation: WeightMaterialisation
     keeps_inputs: bool
+    unfilled_bytes: float
+    """Room beside tensors that stay, and beside gradients, in the segments of CUDA's allocator."""
+    largest_tensor: int
+    """Bytes of the network's largest parameter."""
 
 
 @by_method
@@ -162,12 +178,13 @@ def _lasting(run: Run, shape: ModelShape, shared_memory: bool) -> _Lasting:
     if layout is not None:
         idle = shape.factors(layout.idle_rank) if layout.idle_rank else 0
         block_trained = (shape.factors(layout.held_rank, layout.frozen_a) - idle) // shape.layers
+    gradients = (held.trained - idle) * element_bytes
     return _Lasting(
         weights=weights,
         adapters=adapters,
         optimizer=optimizer,
         start=start,
-        exchange=exchange_phases(run, shape, (held.trained - idle) * element_bytes),
+        exchange=exchange_phases(run, shape, gradients),
         rank=layout.row_rank if layout else 0,
         heads=layout.heads if layout else 1,
         block_gradient_bytes=block_trained * element_bytes,
@@ -175,7 +192,53 @@ def _lasting(run: Run, shape: ModelShape, shared_memory: bool) -> _Lasting:
         subtracts=layout is not None and layout.subtracts,
         materialisation=plan.evaluation_weights(),
         keeps_inputs=layout is None or not layout.frozen_a,
+        unfilled_bytes=_unfilled_bytes(run, shape, weights, adapters + optimizer + gradients),
+        largest_tensor=_largest_elements(shape) * element_bytes,
     )
+
+
+def _unfilled_bytes(run: Run, shape: ModelShape, weights: int, trained: int) -> float:
+    """Return the room that segments have beside the weights, and beside what trains them, of `trained` bytes."""
+    plan, element_bytes = plan_of(run.method), ELEMENT_BYTES[run.train.dtype]
+    layout = None if plan.starts_dense else plan.adapters(run.cluster.devices)
+    if layout is None:
+        return _unfilled_by_weights(shape, "none", element_bytes) * (weights + trained)
+    by_weights = _unfilled_by_weights(shape, run.method.frozen_format, element_bytes) * weights
+    return by_weights + _unfilled_by_factors(shape, layout.held_rank, element_bytes) * trained
+
+
+@lru_cache(maxsize=64)
+def _unfilled_by_weights(shape: ModelShape, quantize: str, element_bytes: int) -> float:
+    """Return the share of unfilled room beside all parameters, those of adapted layers in their frozen format."""
+    counts = Counter(tensor.elements * element_bytes for tensor in shape.replicated)
+    for linear in shape.adapted:
+        counts[quantized_bytes(linear.weights, linear.in_features, quantize, element_bytes)] += linear.count
+    return unfilled_share(counts)
+
+
+@lru_cache(maxsize=256)
+def _unfilled_by_factors(shape: ModelShape, rank: int, element_bytes: int) -> float:
+    """Return the share of unfilled room beside A and B of this rank and all parameters without adapters."""
+    counts = Counter(tensor.elements * element_bytes for tensor in shape.replicated)
+    for linear in shape.adapted:
+        counts[rank * linear.in_features * element_bytes] += linear.count
+        counts[rank * linear.out_features * element_bytes] += linear.count
+    return unfilled_share(counts)
+
+
+def _allocator_bytes(run: Run, shape: ModelShape, lasting: _Lasting, tensors: int) -> int:
+    """Return the bytes that CUDA's allocator and libraries hold beside a peak of `tensors` bytes."""
+    train = run.train
+    product_bytes = PRODUCT_BYTES.get(train.autocast, ELEMENT_BYTES[train.dtype])
+    largest = max(lasting.largest_tensor, train.micro_batch * _widest_rows(shape) * product_bytes)
+    logits = train.micro_batch * shape.predictions * shape.outputs * product_bytes
+    return held_beside_tensors(tensors, lasting.unfilled_bytes, largest, logits if train.autocast != "none" else 0)
+
+
+@lru_cache(maxsize=64)
+def _widest_rows(shape: ModelShape) -> int:
+    """Return the elements of the largest input or output of an adapted layer, of one sample."""
+    return max(linear.rows * max(linear.in_features, linear.out_features) for linear in shape.adapted)
 
 
 def _phases(run: Run, shape: ModelShape, lasting: _Lasting) -> tuple[Phase, ...]:

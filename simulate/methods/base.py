@@ -60,11 +60,11 @@ class Method(ABC):
         self.parameters = self.trained_parameters()
         # One device's overflow must not reach a mean of gradients, so it is zeroed before; else its row skips the step.
         zeroes = self.keeps_gradients_apart and not self.is_trained_per_device
-        self.loss = Loss(self.model, train, self.loss_scale, zeroes)
         # Converted layers tell matrices inside the network from those at its ends, so Muon's are found here.
         matrices = muon_matrices(self.model, self.parameters)
         scale = None if zeroes else self.loss_scale
         self.stepper = Stepper(self.parameters, self.parameter_groups(), matrices, train, scale)
+        self.loss = Loss(self.model, train, self.loss_scale, zeroes, self.stepper.allocate_state)
 
     # What is trained, and how a step goes.
 

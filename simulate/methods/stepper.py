@@ -22,6 +22,7 @@ from simulate.methods.loss import gradients_of
 from simulate.optim.adamw8bit import AdamW8bit
 from simulate.optim.loss_scale import LossScale
 from simulate.optim.muon import Muon
+from simulate.optim.per_parameter import PerParameterOptimizer
 from simulate.rules.optimizer import is_eight_bit
 
 ParameterGroup = dict[str, object]
@@ -77,6 +78,25 @@ class Stepper:
             optimizer.state = self.state
         self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         self.peak_rates = [group["lr"] for group in self.groups]
+
+    @torch.no_grad()
+    def allocate_state(self) -> None:
+        """Give every parameter that has none its state: moments at zero, as the first step would.
+
+        Called before a forward pass. Moments that come after it would lie in the room that the first pass's logits
+        have left; CUDA's caching allocator then has to take that room anew from the driver, up to a fourth of all.
+        """
+        for group in self.adam.param_groups:
+            for parameter in group["params"]:
+                if parameter not in self.state:
+                    self.state[parameter] = {
+                        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+        for optimizer in self.optimizers[1:]:
+            assert isinstance(optimizer, PerParameterOptimizer)
+            optimizer.allocate_state()
 
     def step(self, rate_factor: float) -> None:
         """Take the optimizer step at `rate_factor` times the peak rates, and free the gradients."""

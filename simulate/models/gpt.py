@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from simulate.models.blocks import Block, BlockStyle, init_normal, run_blocks
-from simulate.models.schema import GptModel
+from simulate.models.families.gpt import GptModel
 
 INIT_STD = 0.02
 STYLE = BlockStyle(causal=True, gelu="tanh", norm_epsilon=1e-5)

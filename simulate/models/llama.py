@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simulate.models.blocks import init_normal, run_blocks
-from simulate.models.schema import LlamaModel
+from simulate.models.families.llama import LlamaModel
 
 INIT_STD = 0.02
 NORM_EPSILON = 1e-6

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from simulate.models.blocks import Mlp, run_blocks
-from simulate.models.schema import MixerModel
+from simulate.models.families.mixer import MixerModel
 from simulate.models.vit import init_truncated_normal, patches_of
 
 NORM_EPSILON = 1e-6

@@ -12,9 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from simulate.common.errors import InputError
+from simulate.models.families.gpt import GptModel
+from simulate.models.families.llama import LlamaModel
 from simulate.models.gpt import STYLE as GPT_STYLE
 from simulate.models.llama import NORM_EPSILON, ROTARY_BASE
-from simulate.models.schema import GptModel, LlamaModel, ModelOptions
+from simulate.models.schema import ModelOptions
 
 State = dict[str, Tensor]
 Named = Iterator[tuple[str, Tensor]]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from simulate.models.blocks import Block, BlockStyle, run_blocks
-from simulate.models.schema import VitModel
+from simulate.models.families.vit import VitModel
 
 INIT_STD = 0.02
 # Exact GELU and epsilon 1e-6, as in the published checkpoints.

@@ -86,7 +86,7 @@ class Plan:
         run, shape = self.chosen.run, self.base.model.shape()
         return min(
             self.profile.devices(run.cluster.devices),
-            key=lambda device: device.memory_bytes - peak_memory(run, shape, device).total,
+            key=lambda device: device.usable_bytes - peak_memory(run, shape, device).total,
         )
 
     def nearest_miss(self) -> Rejected | None:
@@ -107,7 +107,7 @@ def _evaluate(run: Run, context: PlanContext) -> Candidate | Rejected:
     kinds = distinct(devices)
     peaks = [(device, (profile := peak_profile(run, shape, device)), profile.peak()) for device in kinds]
     # All devices must fit, so the fullest one decides.
-    device, profile, memory = min(peaks, key=lambda peak: peak[0].memory_bytes - peak[2].total)
+    device, profile, memory = min(peaks, key=lambda peak: peak[0].usable_bytes - peak[2].total)
     host_parts = host_memory_by_part(run, shape, device)
     time, rounds = round_time(run, shape, devices, context.profile.link), num_rounds(run)
     eval_and_save = eval_and_save_time(run, shape, kinds)
@@ -129,9 +129,9 @@ def _evaluate(run: Run, context: PlanContext) -> Candidate | Rejected:
         samples_factor=samples_factor(run, shape, context.tokens, choice.efficiency),
     )
     # Memory first: time does not matter for a run that cannot start.
-    short_bytes = max(0, memory.total - device.memory_bytes)
+    short_bytes = max(0, memory.total - device.usable_bytes)
     # On one shared memory the host gets the bytes that the device leaves.
-    host_room_bytes = device.host_memory_bytes or max(0, device.memory_bytes - memory.total)
+    host_room_bytes = device.host_memory_bytes or max(0, device.usable_bytes - memory.total)
     host_short_bytes = max(0, sum(host_parts.values()) - host_room_bytes)
     if short_bytes or host_short_bytes:
         reasons = [_memory_reason(memory, device)] if short_bytes else []
@@ -174,8 +174,10 @@ def _memory_reason(memory: Memory, device: Device) -> str:
     # Name the largest part that a key can change; nothing in a run changes what the system reserves.
     parts = {name: size for name, size in memory.parts().items() if name != "reserved"}
     largest = max(parts, key=lambda name: parts[name])
+    headroom = device.memory_bytes - device.usable_bytes
+    kept_free = f" less {headroom / 1e9:.2f} GB of headroom" if headroom else ""
     return (
-        f"needs {memory.total / 1e9:.2f} GB, {device.kind} has {device.memory_bytes / 1e9:.2f} GB; "
+        f"needs {memory.total / 1e9:.2f} GB, {device.kind} has {device.memory_bytes / 1e9:.2f} GB{kept_free}; "
         f"most goes to {largest} ({parts[largest] / 1e9:.2f} GB)"
     )
 

@@ -100,6 +100,11 @@ EVALUATION_BATCH = 16
 """Most samples in one forward pass of an evaluation."""
 
 
-def evaluation_batch(micro_batch: int) -> int:
-    """Return the samples of one forward pass; no more than a step's, since a batch that trains also fits here."""
-    return micro_batch if micro_batch < EVALUATION_BATCH else EVALUATION_BATCH
+def evaluation_batch(micro_batch: int, is_cast: bool) -> int:
+    """Return the samples of one forward pass of an evaluation: what fits a step fits here.
+
+    Evaluations run without autocast, so their logits take twice the room of those of a step that is cast to half
+    precision. Half the samples fit that room; more would have an allocator take new room beside it.
+    """
+    samples = min(micro_batch, EVALUATION_BATCH)
+    return max(1, samples // 2) if is_cast else samples

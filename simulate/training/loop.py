@@ -262,7 +262,8 @@ def _evaluate(session: Session) -> None:
     """
     model, weights = empty_model(session.run, session.device), session.method.weights_in_use()
     communicator, settings = session.communicator, session.run.train
-    batches = session.batches.validation(settings.evaluate_samples, evaluation_batch(settings.micro_batch))
+    samples = evaluation_batch(settings.micro_batch, settings.autocast != "none")
+    batches = session.batches.validation(settings.evaluate_samples, samples)
     names = ("val_loss", *session.batches.score_names)
     sums_LX = torch.zeros(len(communicator.local_devices), 1 + len(names), dtype=torch.float64)
     for inputs, targets in islice(batches, communicator.process, None, communicator.processes):

@@ -87,5 +87,6 @@ def flat_table(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat |= flat_table(value, f"{prefix}{key}.")
         elif value is not None:
+            # As a peer's facts arrive: JSON has no tuples, and a comparison with one would fail.
             flat[f"{prefix}{key}"] = json.loads(json.dumps(value))
     return flat

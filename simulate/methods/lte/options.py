@@ -7,7 +7,7 @@ its properties.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,7 @@ Master = Literal["host", "server", "none"]
 class LteOptions(AdapterOptions, FragmentOptions):
     """LoRA-the-Explorer (arXiv 2402.16828, algorithm 1)."""
 
+    heads_split_batch: ClassVar[bool] = True
     name: Literal["lte"] = "lte"
     heads_per_device: int = Field(default=1, gt=0)
     """Each head of a device trains on its own part of the device's batch."""
