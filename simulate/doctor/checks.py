@@ -132,8 +132,12 @@ def gpu_unseen(machine: Machine, purpose: Purpose) -> Iterator[Finding]:
 
 
 def slow_format(machine: Machine, purpose: Purpose) -> Iterator[Finding]:
-    """Find GPUs that have no arithmetic for the run's train.autocast."""
-    if purpose.device == "cpu":
+    """Find processors and GPUs that have no arithmetic for the run's train.autocast."""
+    lower = purpose.autocast
+    if purpose.device == "cpu" or not machine.gpus:
+        if lower != "none" and lower not in machine.formats:
+            text = f"this processor has no products in {lower}, and train.autocast emulates them, many times slower"
+            yield Finding("slow-format", "nothing", text, "--set train.autocast=none, for a simulation")
         return
     for index, gpu in enumerate(machine.gpus):
         has_half = gpu.capability is None or gpu.capability >= (7, 0) or gpu.capability in HALF_CAPABILITIES

@@ -21,6 +21,7 @@ import psutil
 
 from simulate.common.errors import first_line
 from simulate.common.limits import Limits, control_group_limits, usable_cores, usable_memory
+from simulate.common.processor import multiplied_formats
 
 LOOPBACK = "127.0.0.1"
 NVIDIA_VENDOR, DISPLAY_CLASS = "0x10de", "0x03"
@@ -94,6 +95,8 @@ class Machine:
 
     system: str = "Linux"
     processor: str = "x86_64"
+    formats: frozenset[str] = frozenset({"bf16", "fp16"})
+    """Lower formats that the processor multiplies itself."""
     torch: Torch | None = None
     torch_error: str = ""
     gpus: tuple[Gpu, ...] = ()
@@ -128,6 +131,7 @@ def examine(folders: Mapping[str, Path], port: int | None = None, root: Path = P
     return Machine(
         system=platform.system(),
         processor=platform.machine(),
+        formats=multiplied_formats(),
         torch=torch,
         torch_error=torch_error,
         gpus=gpus,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from simulate.config import profiles
-from simulate.config.profiles import load_profile
+from simulate.common import processor
+from simulate.config.profiles import detect_local, load_profile
 from simulate.costs.flops import pass_flops, update_flops
 from simulate.costs.step_time import device_step_s
 from tests import tiny
@@ -72,16 +72,27 @@ def test_the_note_keeps_its_word(lte: Lte, given: str) -> None:
     assert f"{time:.2f}x the time and {peak:.2f}x the memory" in note
 
 
-def test_a_processor_tells_whether_it_multiplies_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    info, read = tmp_path / "cpuinfo", profiles.processor_flags
-    cases = (("flags\t\t: fpu avx2 amx_bf16", True), ("Features\t: fp asimd bf16", True), ("flags: avx2", False))
-    for line, has_bf16 in cases:
-        info.write_text(f"processor\t: 0\n{line}\n")
-        flags = read(info)
-        monkeypatch.setattr(profiles, "processor_flags", lambda flags=flags: flags)
-        rates = profiles.detect_local().device[0].flop_per_s
-        assert rates.bf16 == (2 * rates.fp32 if has_bf16 else None)
-    assert read(tmp_path / "missing") == set()
+@pytest.mark.parametrize(
+    ("line", "formats"),
+    [
+        ("flags\t\t: fpu avx2 amx_bf16", {"bf16"}),
+        ("Features\t: fp asimd asimdhp bf16", {"bf16", "fp16"}),
+        ("flags: avx2", set()),
+    ],
+)
+def test_a_processor_tells_in_which_formats_it_multiplies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, formats: set[str]
+) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text(f"processor\t: 0\n{line}\n")
+    monkeypatch.setattr(processor, "CPUINFO", info)
+    processor.machine_facts.cache_clear()
+    try:
+        assert processor.multiplied_formats() == formats
+        rates = detect_local().device[0].flop_per_s
+        assert rates.bf16 == (2 * rates.fp32 if "bf16" in formats else None)
+    finally:
+        processor.machine_facts.cache_clear()
 
 
 def test_passes_go_at_the_lower_formats_rate_and_updates_at_the_weights() -> None:
