@@ -49,7 +49,7 @@ class Memory:
     temporary: int
     """Buffers of the peak phase: logits, working tensors, messages."""
     allocator: int
-    """What CUDA's allocator and libraries hold beside tensors; 0 on other devices."""
+    """Bytes that CUDA's allocator and libraries hold beside tensors; 0 on other devices."""
     reserved: int
 
     @property
