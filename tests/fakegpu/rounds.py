@@ -25,6 +25,7 @@ from simulate.comm import process_group
 from simulate.comm.base import Communicator
 from simulate.comm.process_group import TorchCommunicator
 from simulate.comm.virtual import VirtualCommunicator
+from simulate.common.errors import InputError
 from simulate.common.events import Event
 from simulate.config.profiles import load_profile
 from simulate.config.run import Run
@@ -125,6 +126,10 @@ def whole_run(run: Run, communicate: Callable[[], Communicator], folder: Path, s
         assert train(session)
         assert_on_the_device(session)
     assert mode.operations > 500
+    if getattr(run.method, "master", None) == "server" and session.communicator.process:
+        with pytest.raises(InputError, match="lacks the weights in full precision"):
+            _merged(run, checkpoint_path(folder, STEPS))
+        return events
     step, weights, _ = _merged(run, checkpoint_path(folder, STEPS))
     assert step == STEPS
     assert {name: w.shape for name, w in weights.items()} == {
