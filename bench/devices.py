@@ -57,11 +57,13 @@ def main() -> None:
     for name in ("lte", "ddp"):
         parts = {devices: prepare(name, devices, arguments.rank) for devices in DEVICES}
         seconds: dict[int, list[float]] = {devices: [] for devices in DEVICES}
+        # The first two steps allocate the optimizers' states and are not counted.
         for step in range(arguments.pairs + 2):
             for devices, (method, batches) in parts.items():
                 seconds[devices].append(step_s(method, batches, step))
         for devices in DEVICES[1:]:
             ratios = [n / one for n, one in zip(seconds[devices][2:], seconds[1][2:], strict=True)]
+            # The median hides merges, which take one step in ten, so the mean is printed too.
             mean = sum(seconds[devices][2:]) / sum(seconds[1][2:])
             print(
                 f"{name}: {devices} devices over 1, total batch {TOTAL_BATCH}: "

@@ -39,6 +39,7 @@ class Command:
     def run(self) -> bytes:
         """Run it; return what it printed."""
         environment = {**os.environ, "PYTHONPATH": str(self.tree), "PYTHONPYCACHEPREFIX": self.compiled}
+        # With it, each start would compile all modules anew, which an installed lte does not.
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
         return subprocess.run(self.argv, check=True, capture_output=True, env=environment, cwd=self.compiled).stdout
 
@@ -78,6 +79,7 @@ def main() -> None:
             commands.append(Command(name, [*lte, *PLAN], tree, compiled))
         for command in commands:
             command.run()
+        # In turns, so that other programs disturb all commands alike.
         for _ in range(arguments.repeats):
             for command in commands:
                 command.time()

@@ -2,7 +2,9 @@
 
 python bench/step.py --model vit_s16 --json
 
-The reference is torch alone: nn.Linear layers, F.cross_entropy, fused AdamW, the same images, in the same process.
+The reference is torch alone: nn.Linear layers, F.cross_entropy, fused AdamW, the same images, in the same process. The
+tool promises that N devices in one process cost little more than one, so `make bench` holds it to that; bench/README.md
+has the figures.
 """
 
 from __future__ import annotations
@@ -25,9 +27,8 @@ from simulate.comm.virtual import VirtualCommunicator
 from simulate.config.run import build_run
 from simulate.methods.base import Method
 from simulate.methods.registry import build_method
+from simulate.models.families.vit import VitModel
 from simulate.models.peak_memory import cpu_peak_bytes
-from simulate.models.schema import VitModel
-from simulate.models.sizes import VIT_SIZES
 from simulate.models.vit import Vit
 
 WARM_UP_STEPS = 2
@@ -35,7 +36,7 @@ WARM_UP_STEPS = 2
 MERGES = 5
 CPU = torch.device("cpu")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Of glibc's mallopt(3)."""
+"""Parameters of glibc's mallopt(3)."""
 
 Table = dict[str, Any]
 Step = Callable[[], object]
@@ -135,7 +136,7 @@ class Seconds:
 
     wall: float
     processor: float
-    """Of all threads together: what others do to the machine's cores hardly counts, waiting for each other may."""
+    """Sum over all threads: other programs on the cores hardly lengthen it, threads that wait for each other may."""
 
 
 def seconds(step: Step) -> Seconds:
@@ -148,12 +149,14 @@ def seconds(step: Step) -> Seconds:
 def paired_seconds(step: Step, reference: Step, pairs: int) -> list[tuple[Seconds, Seconds]]:
     """Time both in turns, so that whatever else the machine does hits both alike."""
     for _ in range(WARM_UP_STEPS):
+        # The first steps allocate the optimizers' states.
         step(), reference()
     return [(seconds(step), seconds(reference)) for _ in range(pairs)]
 
 
 def median_and_quartiles(ratios: list[float]) -> tuple[float, list[float]]:
     """Return the median, and the quartiles around it."""
+    # Medians, since other programs lengthen single steps; quartiles show by how much.
     ordered = sorted(ratios)
     return statistics.median(ordered), [ordered[len(ordered) // 4], ordered[-1 - len(ordered) // 4]]
 
@@ -210,7 +213,7 @@ def line(result: Table) -> str:
 def main() -> None:
     """Measure each case; one line a case, or all as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="vit_s16", choices=list(VIT_SIZES))
+    parser.add_argument("--model", default="vit_s16", choices=list(VitModel.sizes))
     parser.add_argument("--batch", type=int, default=32, help="samples of all devices together")
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)

@@ -23,6 +23,7 @@ app = typer.Typer(
     name="lte",
     help="Plan, train and report LoRA-the-Explorer pre-training on small, old or far-apart GPUs.",
     rich_markup_mode=None,
+    # What is not a user's mistake keeps Python's own traceback, which a report of a bug needs.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -72,8 +73,8 @@ Tokens = Annotated[int | None, typer.Option("--tokens", help="Tokens to train on
 Samples = Annotated[int | None, typer.Option("--samples", help="Images to train on, for models of images.")]
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(given: bool) -> None:
+    if given:
         typer.echo(f"lte {lte_version()}")
         raise typer.Exit
 
@@ -123,7 +124,11 @@ def plan(
     ] = False,
     as_json: Json = False,
 ) -> int:
-    """Find what fits the hardware and what it costs, and choose; writes nothing without -o."""
+    """Find what fits the hardware, what it costs, and choose.
+
+    Nothing is written without -o.
+    """
+    # Imports make many objects that all stay, as planning does.
     with collector_paused():
         from ltecli.commands.plan import plan_command
         from ltecli.plan_request import PlanArgs
@@ -150,18 +155,18 @@ def plan(
         probe=probe,
         link_from=link_from,
     )
-    extras = None
+    to_explain = None
     if why or timeline or rounds is not None or timeline_svg is not None:
         from ltecli.commands.explain import ExplainArgs  # it loads numpy, for the simulation of rounds
 
-        extras = ExplainArgs(why, timeline, rounds, timeline_svg, force)
-    return plan_command(request, out, force, top, as_json, extras, verify)
+        to_explain = ExplainArgs(why, timeline, rounds, timeline_svg, force)
+    return plan_command(request, out, force, top, as_json, to_explain, verify)
 
 
 @app.command("probe")
 @guarded
 def probe_a_run(
-    run: Annotated[Path, typer.Argument(help="run.toml.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run.toml.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the findings as probe.json.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Let -o replace an existing file.")] = False,
     batches: Annotated[int, typer.Option(min=1, help="Steps that give gradients, before and after the warm-up.")] = 8,
@@ -172,7 +177,10 @@ def probe_a_run(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> int:
-    """Estimate rank, heads and batch from a few gradients and a short dense warm-up."""
+    """Estimate rank, heads and batch from a few gradients.
+
+    They are taken at the start, and again after a short dense warm-up.
+    """
     from ltecli.commands.probe import ProbeArgs, probe_command
 
     options = ProbeArgs(batches, warmup, tuple(assignments or ()))
@@ -197,17 +205,22 @@ def validate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> int:
-    """Compare predictions of memory, bytes and time with measurements on this machine."""
+    """Compare predictions with measurements on this machine.
+
+    The predictions are planned memory, bytes and time.
+    """
     from ltecli.commands.validate import ValidateArgs, validate_command
 
-    asked = ValidateArgs(quick, shapes, seed, family, autocast)
-    return validate_command(only, asked, out, as_json, quiet, profile)
+    sample = ValidateArgs(quick, shapes, seed, family, autocast)
+    return validate_command(only, sample, out, as_json, quiet, profile)
 
 
 @app.command()
 @guarded
 def train(
-    run: Annotated[Path | None, typer.Argument(help="run.toml, or a run folder; default: plan one now.")] = None,
+    run: Annotated[
+        Path | None, typer.Argument(metavar="RUN", help="run.toml, or a run folder; default: plan one now.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default: runs/NAME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
     data: DataPath = None,
@@ -235,20 +248,38 @@ def train(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> int:
-    """Simulate the run's devices in this process, or launch them for real; Ctrl-C saves and stops."""
+    """Train a run, with its devices simulated or launched for real.
+
+    Simulated devices share this process. Ctrl-C saves and stops.
+    """
     from ltecli.commands.launch import LaunchArgs
     from ltecli.commands.train import TrainArgs, train_command
 
-    changes = TrainArgs(data, tuple(assignments or ()), diagnostics)
+    args = TrainArgs(data, tuple(assignments or ()), diagnostics)
     options = LaunchArgs(processes, nodes, node, join, interface, secret_file, trust_network)
     options.check(launch)
-    return train_command(run, out, resume, device.value, changes, options if launch else None, as_json, quiet)
+    return train_command(run, out, resume, device.value, args, options if launch else None, as_json, quiet)
+
+
+@app.command()
+@guarded
+def doctor(
+    run: Annotated[Path | None, typer.Argument(help="run.toml, whose formats and devices count, too.")] = None,
+    launch: Annotated[bool, typer.Option("--launch", help="Count what stops a launched run, too.")] = False,
+    device: Annotated[DeviceName, typer.Option(help="Where to train; cpu leaves GPUs out.")] = DeviceName.AUTO,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where run folders shall lie.")] = Path("runs"),
+    as_json: Json = False,
+) -> int:
+    """Look for what would stop or spoil a run on this machine, and say what mends it."""
+    from ltecli.commands.doctor import doctor_command
+
+    return doctor_command(run, device.value, launch, out, as_json)
 
 
 @app.command()
 @guarded
 def secret(
-    path: Annotated[Path, typer.Argument(help="File to write; it must not exist.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="File to write; it must not exist.")],
 ) -> int:
     """Make the secret that the nodes of a launched run share."""
     from ltecli.commands.launch import secret_command
@@ -259,7 +290,7 @@ def secret(
 @app.command()
 @guarded
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared side by side.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders; several are compared side by side.")],
     as_json: Json = False,
 ) -> None:
     """Show planned, simulated and measured figures side by side."""
@@ -271,7 +302,7 @@ def report(
 @app.command()
 @guarded
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     form: Annotated[
         ExportFormat,
         typer.Option("--format", help="safetensors with lte's names, or what transformers loads."),
@@ -297,7 +328,7 @@ def profile_list(as_json: Json = False) -> None:
 @profile_app.command("show")
 @guarded
 def profile_show(
-    name: Annotated[str, typer.Argument(help="A shipped profile, `local`, or a path to profile.toml.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped profile, `local`, or a path to profile.toml.")],
     as_json: Json = False,
 ) -> None:
     """Print a profile as TOML, with the source of every figure."""
@@ -358,11 +389,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
+        # Without standalone mode typer raises mistakes to us, where it would print them in its own form and exit.
         code = int(app(given or ["--help"], prog_name="lte", standalone_mode=False) or 0)
         exit_if_stuck(code)
         return code
     except USAGE_ERROR as error:
         message = one_line(error.format_message())  # type: ignore[attr-defined]
+        # Only mistakes within a command know which one it was.
         context = getattr(error, "ctx", None)
         sys.stderr.write(f"lte: {message.rstrip('.')}; see {context.command_path if context else 'lte'} --help\n")
         return BAD_INPUT

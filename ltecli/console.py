@@ -30,6 +30,7 @@ class Output:
 
     def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json, self.quiet = as_json, quiet
+        # In a pipe a line of text stays one line, so that grep and diff can work on it.
         self.console = _Console(soft_wrap=not sys.stdout.isatty())
         self.hints = _Console(stderr=True, quiet=quiet, soft_wrap=not sys.stderr.isatty())
 
@@ -51,6 +52,7 @@ class Output:
         if self.as_json:
             return
         console = _Console(width=None if self.console.is_terminal else WIDE)
+        # Measured without the terminal's limit: within it cells would wrap, and any table would seem to fit.
         if console.measure(table, options=console.options.update(width=WIDE)).maximum > console.width:
             table.columns = [column for column in table.columns if column.header not in secondary]
         console.print(table)
@@ -58,6 +60,7 @@ class Output:
     def json(self, document: Any) -> None:
         """Print the result for scripts, if --json is given."""
         if self.as_json:
+            # Past rich, which would wrap the document at the terminal's width.
             sys.stdout.write(json.dumps(document, allow_nan=False) + "\n")
             sys.stdout.flush()
 
@@ -67,6 +70,7 @@ class Output:
 
     def warning(self, text: str) -> None:
         """Print a problem that does not end the command, also when quiet."""
+        # Past the console of hints, which is mute when quiet.
         sys.stderr.write(f"lte: {text}\n")
         sys.stderr.flush()
 

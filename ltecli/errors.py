@@ -12,6 +12,7 @@ from typing import ParamSpec
 from simulate.common.errors import InputError, NothingFeasibleError, RunFailedError
 from simulate.launch.keys import AGENT_THREAD, LISTENER_THREAD
 
+# Scripts rely on these numbers; 130 is the shell's own for Ctrl-C.
 DONE, FAILED, BAD_INPUT, NOTHING_FEASIBLE, INTERRUPTED = 0, 1, 2, 3, 130
 EXIT_CODES: dict[type[BaseException], int] = {
     InputError: BAD_INPUT,

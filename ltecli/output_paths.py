@@ -25,6 +25,7 @@ def check_file(path: Path, force: bool, example: str, option: str = "--out") -> 
 
 def check_absent(path: Path, option: str = "--out", instead: str = "remove it, or choose another name") -> None:
     """Raise InputError where something, a broken link included, has the name of a file or folder to make."""
+    # `exists` follows links and would miss a broken one, which the name belongs to all the same.
     if os.path.lexists(path):
         raise InputError(f"{option} {path} exists; {instead}")
 

@@ -15,13 +15,14 @@ from typing import Any
 from simulate.common import toml_io
 from simulate.common.errors import InputError
 from simulate.config.hardware import LOCAL, Profile
-from simulate.config.method_options import AdapterOptions
-from simulate.config.method_table import DEFAULT_METHOD, METHOD_NAMES, method_options
+from simulate.config.method_options import AdapterOptions, MethodOptions
+from simulate.config.method_table import BASELINE, DEFAULT_METHOD, METHOD_NAMES, method_options
 from simulate.config.profiles import load_profile
 from simulate.config.run import Run, build_run
 from simulate.config.tables import BYTE_VALUES, BYTES, Train
 from simulate.costs.samples import load_efficiency
-from simulate.models.schema import sees_images, text_sizes
+from simulate.models.families.table import sees_images
+from simulate.models.schema import text_sizes
 from simulate.planning.objective import SelectionCriteria, parse_duration_s, parse_objective
 from simulate.planning.planner import Plan, make_plan
 from simulate.planning.search_space import Pins
@@ -81,11 +82,13 @@ def plan_request(request: PlanArgs, to_train: bool = True) -> Plan:
     if request.link_from is not None:
         profile, note = _with_measured_link(request.link_from, profile)
         link_notes.append(note)
+    # Asked before _base_run fills in the default data.
     names_data = bool(table["data"])
     base, notes = _base_run(table, profile)
     notes += link_notes
     # Default images (digits) fit every model; of default data, only text can be too short.
     if (names_data or base.model.unit == "tokens") and not _embedded_text_suffices(base):
+        # Imported only here: most plans are sure of their data without reading it.
         from simulate.data.load import check_data
 
         try:
@@ -107,6 +110,7 @@ def _given_keys(request: PlanArgs) -> toml_io.Table:
     table: toml_io.Table = {"model": {}, "data": {}, "method": {}, "train": {}, "cluster": {}}
     for assignment in request.assignments:
         toml_io.set_key(table, assignment)
+    # --set was applied first, so that a key given both ways shows here.
     _put(table, "model", "name", request.model)
     _put(table, "data", "path", request.data)
     _put(table, "cluster", "profile", request.profile)
@@ -141,7 +145,7 @@ def _pins(table: toml_io.Table) -> Pins:
     """Return what the planner must not vary."""
     method, train = table["method"], table["train"]
     return Pins(
-        method=method.get("name") or ("lte" if method else None),
+        method=method.get("name") or (DEFAULT_METHOD if method else None),
         keys=frozenset(method),
         micro_batch=train.get("micro_batch"),
         activation_checkpointing=train.get("activation_checkpointing"),
@@ -167,11 +171,13 @@ def _base_run(table: toml_io.Table, profile: Profile) -> tuple[Run, list[str]]:
     if embedded and not sees_images(table["model"]):
         table["data"]["name"] = "stdlib"
     table["cluster"].setdefault("devices", profile.count)
-    if table["method"].get("name", "lte") == "lte" and "micro_batch" not in table["train"]:
-        # Each head of LTE trains on samples of its own, so a device needs at least one for each.
+    options = _named_options(table)
+    if options is not None and options.heads_split_batch and "micro_batch" not in table["train"]:
+        # A device needs at least one sample for each of its heads.
         heads = table["method"].get("heads_per_device", 1)
         table["train"]["micro_batch"] = heads if isinstance(heads, int) and heads > 0 else 1
-    _limit_default_rank(table)
+    if options is not None and issubclass(options, AdapterOptions):
+        _limit_default_rank(table, options)
     run = _build(table)
     if embedded and run.model.unit == "samples":
         notes.append(
@@ -186,17 +192,20 @@ def _base_run(table: toml_io.Table, profile: Profile) -> tuple[Run, list[str]]:
     return run, notes
 
 
-def _limit_default_rank(table: toml_io.Table) -> None:
-    """Lower the method's default rank to the smallest adapted layer's size; a given rank stays."""
+def _named_options(table: toml_io.Table) -> type[MethodOptions] | None:
+    """Return the options class of the table's method; None for a name that `_build` refuses or imports."""
     name = table["method"].get("name", DEFAULT_METHOD)
-    if name not in METHOD_NAMES or "rank" in table["method"]:
+    return method_options(name) if name in METHOD_NAMES else None
+
+
+def _limit_default_rank(table: toml_io.Table, options: type[AdapterOptions]) -> None:
+    """Lower the method's default rank to the smallest adapted layer's size; a given rank stays."""
+    if "rank" in table["method"]:
         return
-    kind = method_options(name)
-    if not issubclass(kind, AdapterOptions):
-        return
-    shape = _build({**table, "method": {"name": "ddp"}}).model.shape()  # ddp has no rank that could be too large
+    # The baseline stands in, as it has no rank that could be too large.
+    shape = _build({**table, "method": {"name": BASELINE}}).model.shape()
     limit = min(min(linear.out_features, linear.in_features) for linear in shape.adapted)
-    if limit < kind.model_fields["rank"].default:
+    if limit < options.model_fields["rank"].default:
         table["method"]["rank"] = limit
 
 
@@ -206,6 +215,7 @@ def _build(table: toml_io.Table) -> Run:
     if "steps" in train or not isinstance(warmup, int):
         return build_run(table, _WHERE)
     run = build_run({**table, "train": {**train, "steps": warmup + 1}}, _WHERE)
+    # Only given keys count as set, so that the planner replaces the steps that stood in.
     given = Train.model_construct(_fields_set=set(train), **dict(run.train))
     return run.model_copy(update={"train": given})
 
@@ -233,6 +243,7 @@ def _tokens(request: PlanArgs, base: Run, table: toml_io.Table) -> int:
     if request.model is None and not table["model"]:
         return DEMO_TOKENS
     shape = base.model.shape()
+    # Of images, a sample counts as many tokens as the network makes of it.
     tokens = TOKENS_PER_PARAMETER * shape.parameters
     return tokens if base.model.unit == "tokens" else max(1, tokens // shape.tokens)
 

@@ -22,6 +22,7 @@ def run_missing(
     `waiting` reads what is there already, so that later jobs may depend on earlier ones. A job runs in a process of one
     thread; its row is appended to `results` as it comes.
     """
+    # Set before the pool starts, since torch reads it once in each process, at its import.
     os.environ["OMP_NUM_THREADS"] = "1"
     running: dict[Job, Any] = {}
     deadline = time.monotonic() + minutes * 60
@@ -35,6 +36,7 @@ def run_missing(
             if not running:
                 return
             time.sleep(0.2)
+            # Appended at once, so that a stopped campaign loses only what was running.
             for job in [job for job, result in running.items() if result.ready()]:
                 row = running.pop(job).get()
                 with results.open("a", encoding="utf-8") as file:

@@ -9,6 +9,9 @@ rate with seed 0 (and beyond them, where the first or the last is the best), its
 with more samples than dense training had, until its validation loss is as low as dense's. `table` prints what there is
 as Markdown, `curves.py` draws it. `noise` trains dense and LTE once more, at their best rates, and prints the gradient
 noise scale along the way.
+
+Plans rank methods by time to equal loss, so they need each method's samples: samples.py fits its model to these
+results, and docs/results.md shows them.
 """
 
 from __future__ import annotations
@@ -148,23 +151,25 @@ class Results:
     def loss(self, job: Job) -> float | None:
         """Return a job's loss; infinite where it diverged, None where it was not run."""
         row = self.by_job.get(job)
+        # A diverged run is worse than any other, so its rate is never the best.
         return None if row is None else math.inf if row["val_loss"] is None else row["val_loss"]
 
     def rates(self, batch: str, method: str) -> tuple[dict[float, float], float | None]:
         """Return the losses by learning rate, and the rate to try next, None once the best lies between others."""
-        wanted = (LOW_RATES if method == "signsgd" else RATES)[batch]
+        rates_to_try = (LOW_RATES if method == "signsgd" else RATES)[batch]
         known: dict[float, float] = {}
         while True:
-            for rate in wanted:
+            for rate in rates_to_try:
                 loss = self.loss(Job(batch, method, rate))
                 if loss is None:
                     return known, rate
                 known[rate] = loss
             best = min(known, key=lambda rate: known[rate])
+            # The best rate must lie between two others, or a better one may lie outside.
             outside = best / 2 if best == min(known) else best * 2 if best == max(known) else None
             if outside is None or len(known) >= MOST_RATES:
                 return known, None
-            wanted = (outside,)
+            rates_to_try = (outside,)
 
     def best_rate(self, batch: str, method: str) -> float | None:
         """Return the learning rate of the lowest loss, once all were tried."""
@@ -218,6 +223,7 @@ def _stage(stage: str, results: Results, batch: str, method: str) -> Iterator[Jo
         goal = results.seeds(batch, DENSE)
         for factor, before in zip(FACTORS, (1.0, *FACTORS), strict=False):
             loss = results.loss(Job(batch, method, rate, 0, before))
+            # More samples are tried only while fewer do not suffice.
             if not goal or loss is None or loss <= goal[0]:
                 return
             yield Job(batch, method, rate, 0, factor)

@@ -3,7 +3,8 @@
     python bench/studies/data.py --repetitions 10
     python bench/studies/data.py --archive cifar10.zip        # also: listing, decoding and mapping an archive of images
 
-A share well below 1 on the CPU means that nothing is won by assembling ahead in a thread of its own.
+A share well below 1 on the CPU means that nothing is won by assembling ahead in a thread of its own. It is
+why the loop assembles batches itself.
 """
 
 from __future__ import annotations
@@ -31,8 +32,7 @@ from simulate.data.load import image_source
 from simulate.data.text import load_text
 from simulate.methods.base import Method
 from simulate.methods.registry import build_method
-from simulate.models.schema import VitModel
-from simulate.models.sizes import VIT_SIZES
+from simulate.models.families.vit import VitModel
 from simulate.models.vit import Vit
 
 DEVICES, MICRO_BATCH = 4, 8
@@ -76,7 +76,7 @@ def cases(folder: Path) -> list[Case]:
     communicator = VirtualCommunicator(DEVICES)
     cpu = torch.device("cpu")
     found = [Case("text, gpt", TextBatches.of(run, load_text(run.data)), build_method(run, communicator, cpu))]
-    for name, size in (("32 px, vit of 6 x 192", SMALL), ("224 px, vit_s16", VIT_SIZES["vit_s16"])):
+    for name, size in (("32 px, vit of 6 x 192", SMALL), ("224 px, vit_s16", VitModel.sizes["vit_s16"])):
         images = made_up(folder, size.image, size.classes)
         method = build_method(run, communicator, cpu, Vit(size))
         plain = ImageBatches(images, MICRO_BATCH, DEVICES, 0)
@@ -114,6 +114,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for case in cases(Path(folder)):
+            # The first repetition allocates and maps the files, and is left out.
             pairs = [case.seconds(step) for step in range(arguments.repetitions + 1)][1:]
             batch_s = statistics.median(batch for batch, _ in pairs)
             share = statistics.median(batch / step for batch, step in pairs)

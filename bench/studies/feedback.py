@@ -59,9 +59,10 @@ def with_residual(start_OI: Tensor, residual: Callable[[Tensor], Tensor]) -> Ten
     packed = QuantizedWeight(start_OI, "nf4")
     rest_OI = residual(start_OI - packed.dense())
     for _ in range(CHANGES):
-        wanted_OI = packed.dense() + rest_OI + CHANGE
-        packed.quantize(wanted_OI)
-        rest_OI = residual(wanted_OI - packed.dense())
+        # Error feedback: the change goes onto weights and residual together; the residual keeps what NF4 rounds away.
+        exact_OI = packed.dense() + rest_OI + CHANGE
+        packed.quantize(exact_OI)
+        rest_OI = residual(exact_OI - packed.dense())
     return packed.dense() + rest_OI
 
 

@@ -5,7 +5,7 @@
 Two nodes, a core each, and on each core a neighbour that computes in bursts. How long steps take there, and how much
 they differ, is read off runs of one device alone; then both nodes train together, with PowerSGD, which exchanges a
 little at every step, so that both wait for whoever was disturbed. The closed form knows the mean step; the timeline
-draws each device's.
+draws each device's. It shows when a plan needs `--timeline`; bench/README.md has the figures.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def disturb(seed: int) -> None:
     draws = random.Random(seed)
     while True:
         until = time.monotonic() + draws.expovariate(1 / BURST_S)
+        # It spins, since a neighbour that sleeps would leave its core to the run.
         while time.monotonic() < until:
             pass
         time.sleep(draws.expovariate(1 / CALM_S))
@@ -88,6 +89,7 @@ def alone(folder: Path, table: dict[str, Any], cores: list[int]) -> list[float]:
 def step_seconds(events: list[dict[str, Any]]) -> list[float]:
     """Return what each step took, but for the first."""
     ends = [event["wall_s"] for event in events if event["kind"] == "step"]
+    # The first steps still load kernels and allocate.
     return [after - before for before, after in pairwise(ends[SKIPPED:])]
 
 

@@ -9,7 +9,8 @@ link is the shaped rate: from these two figures comes every planned one. With `-
 profile measure` found instead, one of it on each core at once, as the nodes will compute. `whole` launches runs
 with evaluations and recovery points, and sets all of their seconds beside the plan's. `losses` trains the cases in one
 process, which gives the launched runs' losses, to say how many steps each needs to a loss: seconds to it are those
-steps at the measured pace.
+steps at the measured pace. docs/accuracy.md and bench/README.md have the figures; jitter.py
+launches its runs by this module.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class Paced:
     sent_bytes_per_step: float
     """Counted payload of one device."""
     wire_bytes_per_step: float
-    """What crossed a node's interface, the mean of nodes."""
+    """Bytes that crossed a node's interface, the mean of nodes."""
     tokens_per_step: int
 
     @property
@@ -118,6 +119,7 @@ def write_profile(path: Path, device: Table, mbit: float | None, setting: LinkSe
     profile = load_profile("gtx1080ti_x8").model_dump(exclude_none=True)
     link = profile["link"]
     profile["device"] = [{**device, "count": setting.nodes}]
+    # Without a limit the links take hardly any time beside the compute that is calibrated.
     rate = 1e10 if mbit is None else mbit * 1e6 / 8 * PAYLOAD_SHARE
     link.update(topology="star", up_bytes_per_s=rate, down_bytes_per_s=rate, latency_s=LAB_LATENCY_S + setting.delay_s)
     link.update(collectives="gloo", source="measured")
@@ -137,19 +139,12 @@ def launch(lab: Lab, folder: Path, table: Table, setting: LinkSetting) -> list[T
     run_file.write_text(dump_run(build_run(table)), encoding="utf-8")
     root = Path(__file__).parents[2]
     environment = {**os.environ, "LTE_SECRET": "a secret of the laboratory", "PYTHONPATH": str(root)}
+    # One thread a node, held to one core, so that nodes disturb each other as little as machines would.
     environment["OMP_NUM_THREADS"] = "1"
     command = [
-        sys.executable,
-        "-m",
-        "ltecli",
-        "train",
-        str(run_file),
-        "--launch",
-        "--quiet",
-        "--nodes",
-        str(setting.nodes),
-    ]
-    command += ["--processes", "1", "--join", f"{lab[0].address}:{PORT}"]
+        sys.executable, "-m", "ltecli", "train", str(run_file), "--launch", "--quiet", "--nodes", str(setting.nodes),
+        "--processes", "1", "--join", f"{lab[0].address}:{PORT}",
+    ]  # fmt: skip
     started = [
         node.popen(
             [*_on_its_core(node), *command, "--node", str(node.index), "--out", str(folder / f"node{node.index}")],
@@ -181,13 +176,13 @@ def pace(case: str, mbit: float | None, profile: Profile, path: Path, setting: L
             simulated = planned_step_s(run, profile)
         else:
             events = launch(lab, Path(folder), run_table(case, path, steps, setting), setting)
-            told = [event for event in events if event["kind"] == "step"]
-            ends = [event for event in told if event["step"] % round_steps == 0]
+            logged = [event for event in events if event["kind"] == "step"]
+            ends = [event for event in logged if event["step"] % round_steps == 0]
             seconds = statistics.median(
                 (later["wall_s"] - earlier["wall_s"]) / (later["step"] - earlier["step"])
                 for earlier, later in pairwise(ends)
             )
-            sent, simulated = told[-1]["sent_bytes"] / setting.nodes / steps, told[-1]["simulated_s"] / steps
+            sent, simulated = logged[-1]["sent_bytes"] / setting.nodes / steps, logged[-1]["simulated_s"] / steps
             crossed = next(event["sent_bytes_by_node"] for event in events if event["kind"] == "wire")
     return Paced(
         case, mbit or 0.0, seconds, planned_step_s(run, profile), simulated, sent, statistics.mean(crossed) / steps,
@@ -228,6 +223,7 @@ def calibrate(folder: Path, setting: LinkSetting) -> Table:
     measured = pace(case, None, profile, path, setting)
     run = build_run(run_table(case, path, 100, setting))
     planned = round_time(run, run.model.shape(), profile.devices(run.cluster.devices), profile.link)
+    # Exchange and merge take their planned seconds; what is left of the measured step is compute.
     rest_s = planned.round_s - planned.steps * planned.compute_s
     flop_per_s = guess * planned.steps * planned.compute_s / (planned.steps * measured.step_s - rest_s)
     print(f"a node: {flop_per_s / 1e9:.1f} Gflop/s", file=sys.stderr, flush=True)
@@ -271,9 +267,9 @@ def _whole_line(case: str, mbit: float, profile: Profile, path: Path, steps: int
     ):
         events = launch(lab, Path(folder), table, setting)
     measured_s = next(event["wall_s"] for event in events if event["kind"] == "end")
-    told = {event["step"]: event["wall_s"] for event in events if event["kind"] == "step"}
-    stopped_s = sum(event["wall_s"] - told[event["step"]] for event in events if event["kind"] == "checkpoint")
-    stops = planned.pauses
+    step_wall_s = {event["step"]: event["wall_s"] for event in events if event["kind"] == "step"}
+    stopped_s = sum(event["wall_s"] - step_wall_s[event["step"]] for event in events if event["kind"] == "checkpoint")
+    stops = planned.eval_and_save
     return (
         f"| {mbit:g} Mbit/s | {case} | {steps} | {measured_s:.1f} s | {planned.wall_s:.1f} s | "
         f"{measured_s / planned.wall_s:.2f} | {stopped_s:.1f} s | {stops.evaluations} x {stops.evaluation_s:.2f} s | "
@@ -282,7 +278,7 @@ def _whole_line(case: str, mbit: float, profile: Profile, path: Path, steps: int
 
 
 def setting_of(arguments: argparse.Namespace) -> LinkSetting:
-    """Return what was asked for."""
+    """Return the settings that the options name."""
     return LinkSetting(arguments.nodes, arguments.delay_s, arguments.data)
 
 

@@ -1,4 +1,7 @@
-"""One rank of the yardstick of links.py, which starts it: torch alone, DistributedDataParallel over gloo."""
+"""One rank of the run that bench/studies/links.py compares ours with: torch's DistributedDataParallel over gloo.
+
+links.py starts one in each namespace, with run.toml's tables as JSON in the first argument.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
 
 A small GPT on the standard library's source. Lockstep takes `--steps` steps; the others take as many as the simulated
 clock gives them in the same seconds. Each is trained at three learning rates, its schedule over its own steps, and
-shown at the best, for each of `--seeds` seeds.
+shown at the best, for each of `--seeds` seeds. docs/methods.md advises on `pace` by it.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ def seconds_of(run: Run, profile: Profile) -> float:
 def best_of(devices: int, method: dict[str, Any], steps: int, profile: Profile, seed: int) -> Trained:
     """Return the run at the rate that ends best."""
     runs = [train_table(table_of(devices, method, steps, rate, seed), profile) for rate in RATES]
+    # A diverged run counts as the worst.
     return min(runs, key=lambda run: run.val_loss or float("inf"))
 
 
@@ -86,6 +87,7 @@ def main() -> None:
             for way, (devices, keys) in WAYS.items()
         }
         for way, (devices, keys) in WAYS.items():
+            # Equal simulated seconds for all, so a faster round gives more of them.
             rounds = round(arguments.steps / 10 * rounds_s["lockstep"] / rounds_s[way])
             runs = [best_of(devices, {**method, **keys}, rounds * 10, profile, seed) for seed in range(arguments.seeds)]
             losses = [run.val_loss for run in runs if run.val_loss is not None]

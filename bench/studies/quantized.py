@@ -32,7 +32,7 @@ MODELS = {"vit_l16": 32, "gpt2_xl": 32, "llama_7b": 64}
 STEP_MODEL = {"layers": 4, "width": 256, "attention_heads": 4, "context": 128}
 LOSS_MODEL = {"layers": 4, "width": 128, "attention_heads": 4, "context": 64}
 GPU_GIBIBYTES, RESERVED_BYTES = (8, 11, 24), 700_000_000
-"""Of common GPUs, and what the system and its context take of them (a guess, as in the profiles)."""
+"""Memory of common GPUs, and the part that the system and its context take (a guess, as in the profiles)."""
 RANKS = (8, 16, 32, 64, 128, 256)
 SEPARATE = ROOMY.model_copy(update={"host_memory_bytes": 10**12})
 """A device beside a host, which keeps full-precision weights."""

@@ -6,7 +6,8 @@
 Measured are the runs of convergence.py. A method's ratio is that of its stretched schedule where that reached
 dense's loss; else what dense's curve says (all samples over those after which dense had the method's loss) times
 what the stretched schedule makes of that elsewhere. A figure is the geometric mean of all its sources, published,
-measured or guessed; its range reaches from the smallest to the largest of them.
+measured or guessed; its range reaches from the smallest to the largest of them. Plans rank by this file, so each of its
+figures must be traceable.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ GUESSES = {
     "mhlora": 1.2, "relora": 1.4, "lora": 1.4, "adamix": 1.4,
 }  # fmt: skip
 LTE = ("lte, frozen A", "lte")
-"""What bench/studies/convergence.py calls LTE with AdamW: our default, and the paper's."""
+"""Names in bench/studies/convergence.py of LTE with AdamW: our default, and the paper's."""
 MEASURED_AS = {name: f"{name}, rank 128" for name in ("lora", "relora", "adamix")}
-"""Methods that it calls otherwise: with as many directions as the network is wide, like LTE's four heads of rank 32."""
+"""Methods of another name there: with as many directions as the network is wide, like LTE's four heads of rank 32."""
 ORDER = ("ddp", "lte", *GUESSES)
 Table = dict[str, object]
 
@@ -136,8 +137,8 @@ def fit(results: Results) -> Table:
     )
     for name, guess in GUESSES.items():
         if name in ratios:
-            said = ", ".join(f"{x:.2f}" for x in ratios[name])
-            methods[name] = figure([guess, *ratios[name]], f"guess ({guess:g}); docs/convergence.jsonl ({said})")
+            listed = ", ".join(f"{x:.2f}" for x in ratios[name])
+            methods[name] = figure([guess, *ratios[name]], f"guess ({guess:g}); docs/convergence.jsonl ({listed})")
         else:
             span = (1 + (guess - 1) / 2, 1 + 2 * (guess - 1))
             methods[name] = figure([guess], "guess, half to twice the excess", span)

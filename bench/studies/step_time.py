@@ -28,8 +28,8 @@ def main() -> None:
     if arguments.profile:
         profile = load_profile(arguments.profile)
     else:
-        wanted = MeasurementScope(quick=arguments.quick, threads=arguments.threads)
-        profile = measure_profile(wanted, detect_local().link, lambda what: print(what, file=sys.stderr))
+        scope = MeasurementScope(quick=arguments.quick, threads=arguments.threads)
+        profile = measure_profile(scope, detect_local().link, lambda what: print(what, file=sys.stderr))
     rows = held_out_times(profile, arguments.quick, quantized_cases() if arguments.quantized else None)
     print("| step | planned | measured | error |\n|---|---|---|---|")
     errors = [planned / measured - 1 for _, planned, measured in rows]

@@ -5,7 +5,8 @@
 
 Each round, every device computes for a time of its own, pushes to a server whose link all share, and waits for all.
 SimPy gets a process for each device and one for the link, which goes from event to event as ours does. All are timed
-by processor time, and must agree on every moment.
+by processor time, and must agree on every moment. It is why simulate.timeline has queues of its own and no library;
+docs/planning.md has the figures.
 """
 
 from __future__ import annotations
@@ -131,6 +132,7 @@ def main() -> None:
         started_s = time.process_time()
         ends = simulate(arguments.devices, arguments.rounds)
         seconds = (time.process_time() - started_s) / arguments.rounds
+        # The first way is ours, and the others must agree with it.
         reference = reference or ends
         apart = max(abs(a - b) / a for a, b in zip(reference, ends, strict=True))
         print(f"{name}: {seconds * 1e3:.1f} ms of processor time a round; ends of rounds apart by {apart:.1e}")

@@ -22,7 +22,7 @@ from simulate.training.loop import Session, train
 from simulate.training.simulated_clock import SimulatedClock
 
 PROFILE = "gtx1080ti_x8"
-"""Whose clock is charged; no bench shows it."""
+"""Profile of the simulated clock; no bench prints its seconds."""
 CPU = torch.device("cpu")
 
 
@@ -38,7 +38,7 @@ class Trained:
     simulated_s: float = 0.0
     samples: int = 0
     val_accuracy: float | None = None
-    """Of images."""
+    """Share of images that were classified right; None for text."""
     diagnostics: list[dict[str, Any]] = field(default_factory=list)
     """Events of a run with train.diagnostics_every, oldest first."""
 
@@ -62,6 +62,7 @@ def train_table(table: dict[str, Any], profile: Profile | None = None) -> Traine
         )
         try:
             train(session)
+        # Weights that are not finite end a run; in a study that is a result.
         except RunFailedError:
             session.val_loss = None
     curve = [(event["tokens"], round(event["val_loss"], 4)) for event in events if event["kind"] == "evaluate"]

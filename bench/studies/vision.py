@@ -6,7 +6,7 @@
 
 `run` does what is still missing and can be stopped at any time: every method at each learning rate on few samples, its
 best rate with three seeds, and LTE with 1.4 times the samples. Then it writes the tables of docs/vision.md anew, as
-`table` does without running anything.
+`table` does without running anything. The paper trains image networks, so text alone would not test its claim.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from simulate.config.method_options import DEFAULT_SCALE
 
 SEEDS = (0, 1, 2)
 MUON_FACTOR = 3.0
-"""By which adapters learn faster with Muon where no rate is given (simulate.methods.lora.train)."""
+"""Factor by which adapters learn faster with Muon where no rate is given (simulate.methods.lora.train)."""
 MORE_SAMPLES = 1.4
-"""What LTE needs over dense training, as the paper has it (arXiv 2402.16828)."""
+"""Samples that LTE needs over dense training, as the paper has it (arXiv 2402.16828)."""
 DEVICES, MICRO_BATCH, MERGE_EVERY = 8, 8, 10
 DENSE, LTE, DENSE_MUON = "dense", "lte, frozen A, muon", "dense, muon"
 METHODS: dict[str, dict[str, Any]] = {
@@ -40,7 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """LTE has one head on each of 8 devices, and the settings that trained best on text (docs/results.md)."""
 ADAPTER_GAIN = 4.0
-"""Times the default rate of adapters: what a head learns in directions of its own is divided by 8 at a merge."""
+"""Multiple of the adapters' default rate: what a head learns in directions of its own is divided by 8 at a merge."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Task:
     data: dict[str, Any]
     networks: dict[str, dict[str, Any]]
     ranks: dict[str, int]
-    """Of a head, by network; no layer's smallest side may be smaller."""
+    """Rank of a head, by network; no layer's smallest side may be smaller."""
     rates: dict[str, tuple[float, ...]]
     """Learning rates to choose from, by method."""
     tried_samples: int
-    """To choose a learning rate on."""
+    """Samples of the runs that choose a learning rate."""
     samples: int
     evaluated: int
 
@@ -194,6 +194,7 @@ def missing(
         if rates is None or rate in rates
     ]
     yield from (job for job in tries if results.accuracy(job) is None)
+    # Seeds are the outer loop: every method is run once before one is run twice.
     for seed in SEEDS if rates is None else ():
         for network, method in pairs:
             rate = results.best_rate(data, network, method)
@@ -242,20 +243,21 @@ BEGIN, END = "<!-- tables of bench/studies/vision.py -->", "<!-- end of the tabl
 
 def write_document(path: Path, lines: Sequence[str]) -> None:
     """Put the tables between their marks."""
+    # The text around the marks is written by hand and stays.
     before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     path.write_text(before + "\n".join([BEGIN, *lines, "", END]) + after, encoding="utf-8")
 
 
 def main() -> None:
-    """Parse, run what is asked for, and tell."""
+    """Parse the options, run what is missing, and print the tables."""
     docs = Path(__file__).parents[2] / "docs"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=("run", "table"))
     parser.add_argument("--data", default="digits", choices=list(TASKS))
     parser.add_argument("--path", help="where CIFAR-10 lies: a zip of class folders, or batches for Python")
     parser.add_argument("--results", type=Path, default=docs / "vision.jsonl", help="JSON lines, appended to")
-    parser.add_argument("--document", type=Path, help="whose tables are made; docs/vision.md with its own results")
+    parser.add_argument("--document", type=Path, help="file to write tables into; docs/vision.md with its own results")
     parser.add_argument("--networks", nargs="+", default=["vit", "mixer"], choices=["vit", "mixer"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--rates", nargs="+", type=float, help="only try these of a method's rates, on few samples")

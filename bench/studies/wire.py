@@ -5,6 +5,7 @@ python -m bench.studies.wire --delay-s 0.02 --sizes 10000        # how often an 
 
 Every node is a network namespace (tests/network/lab.py). Planned seconds know the link's payload rate and delay, and
 are of the way that the tool takes with gloo: small parts by pairs, large ones by rings.
+By its figures simulate.comm.pairwise chooses between the two; bench/README.md and docs/networking.md have them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from tests.network.lab import Lab, why_not
 from tests.network.tunnels import Tunnel, ssh_star, wireguard_mesh, wireguard_star
 
 PAYLOAD_SHARE = 1448 / 1514
-"""Of a full Ethernet frame with TCP and time stamps."""
+"""Share of payload in a full Ethernet frame with TCP and time stamps."""
 OPERATIONS: dict[str, Operation] = {
     "all_reduce": "all_reduce",
     "all_reduce by pairs": "all_reduce",
@@ -40,7 +41,7 @@ OPERATIONS: dict[str, Operation] = {
     "push": "push",
     "pull": "pull",
 }
-"""What is measured, and as what it is planned."""
+"""Measured operations, and the operation that prices each in the plan."""
 PORT = 29500
 LAB_LATENCY_S = 30e-6
 TIMEOUT_S = 600.0
@@ -90,7 +91,9 @@ def summarise(task: Task, ranks: list[Row], idle: list[Row], link: Link) -> Row:
     """Join what the ranks measured of one task; the bytes of the barriers alone, `idle`, are taken off."""
     operation, num_bytes, _ = task
     planned = Transfer(OPERATIONS[operation], num_bytes, len(ranks))
+    # A collective has ended when its last rank has.
     seconds = statistics.median(max(once) for once in zip(*(rank["seconds"] for rank in ranks), strict=True))
+    # Barriers separate the repeats, and their bytes are not the operation's.
     sent = [rank["sent_bytes"] - barrier["sent_bytes"] for rank, barrier in zip(ranks, idle, strict=True)]
     payload = max(planned.sent_bytes, planned.received_bytes) / len(ranks)
     return {

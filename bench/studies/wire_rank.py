@@ -1,4 +1,7 @@
-"""One rank of bench/studies/wire.py, which starts it: times gloo's collectives and reads what crossed its interface."""
+"""One rank of bench/studies/wire.py, which starts it: times gloo's collectives and reads what crossed its interface.
+
+A process for each rank, since gloo has one rank a process; each prints a JSON line a task, which wire.py joins.
+"""
 
 from __future__ import annotations
 
@@ -16,25 +19,25 @@ import torch.distributed as dist
 from simulate.comm.pairwise import exchange_parts, sum_by_parts
 
 SETTLE_S = 0.1
-"""Until the last acknowledgements are counted."""
+"""Seconds until the last acknowledgements are counted."""
 Call = Callable[[int], Callable[[], object]]
 
 
 def all_reduce(num_bytes: int) -> Callable[[], object]:
-    """`num_bytes` is the buffer."""
+    """Return an all-reduce; `num_bytes` is the buffer."""
     buffer = torch.ones(num_bytes // 4)
     return lambda: dist.all_reduce(buffer)
 
 
 def all_gather(num_bytes: int) -> Callable[[], object]:
-    """`num_bytes` is one contribution."""
+    """Return an all-gather; `num_bytes` is one contribution."""
     part = torch.ones(num_bytes, dtype=torch.uint8)
     parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
     return lambda: dist.all_gather(parts, part)
 
 
 def all_to_all(num_bytes: int) -> Callable[[], object]:
-    """`num_bytes` is what one rank has for all ranks together, itself included."""
+    """Return an all-to-all; `num_bytes` is what one rank has for all ranks together, itself included."""
     nodes = dist.get_world_size()
     parts = torch.ones(num_bytes // nodes * nodes, dtype=torch.uint8)
     received = torch.empty_like(parts)
@@ -42,19 +45,19 @@ def all_to_all(num_bytes: int) -> Callable[[], object]:
 
 
 def broadcast(num_bytes: int) -> Callable[[], object]:
-    """`num_bytes` is the buffer, which rank 0 has."""
+    """Return a broadcast; `num_bytes` is the buffer, which rank 0 has."""
     buffer = torch.ones(num_bytes, dtype=torch.uint8)
     return lambda: dist.broadcast(buffer, src=0)
 
 
 def all_reduce_by_pairs(num_bytes: int) -> Callable[[], object]:
-    """As `all_reduce`, as the tool does it."""
+    """Return an all-reduce by point-to-point messages, as the tool does it with small buffers."""
     buffer = torch.ones(num_bytes // 4)
     return lambda: sum_by_parts(buffer, None)
 
 
 def all_to_all_by_pairs(num_bytes: int) -> Callable[[], object]:
-    """As `all_to_all`, of point-to-point messages."""
+    """Return an all-to-all by point-to-point messages."""
     nodes = dist.get_world_size()
     parts = [torch.ones(num_bytes // nodes, dtype=torch.uint8) for _ in range(nodes)]
     received = [torch.empty_like(part) for part in parts]
@@ -62,14 +65,14 @@ def all_to_all_by_pairs(num_bytes: int) -> Callable[[], object]:
 
 
 def all_gather_by_pairs(num_bytes: int) -> Callable[[], object]:
-    """As `all_gather`, of point-to-point messages: everyone sends its contribution to each other one."""
+    """Return an all-gather by point-to-point messages: each rank sends its contribution to every other."""
     part = torch.ones(num_bytes, dtype=torch.uint8)
     received = [torch.empty_like(part) for _ in range(dist.get_world_size())]
     return lambda: exchange_parts(received, [part] * len(received), None)
 
 
 def push(num_bytes: int) -> Callable[[], object]:
-    """`num_bytes` is what each rank but the server, rank 0, sends to it."""
+    """Return a push; `num_bytes` is what each rank but the server, rank 0, sends to it."""
     part = torch.ones(num_bytes, dtype=torch.uint8)
     arriving = [torch.empty_like(part) for _ in range(1, dist.get_world_size())]
 
@@ -82,7 +85,7 @@ def push(num_bytes: int) -> Callable[[], object]:
 
 
 def pull(num_bytes: int) -> Callable[[], object]:
-    """`num_bytes` is what each rank but the server, rank 0, gets from it."""
+    """Return a pull; `num_bytes` is what each rank but the server, rank 0, gets from it."""
     part = torch.ones(num_bytes, dtype=torch.uint8)
 
     def serve() -> None:
@@ -107,7 +110,7 @@ CALLS: dict[str, Call] = {
 
 
 def counted_bytes() -> tuple[int, int]:
-    """Bytes sent and received by this node's interface to the switch, frames with their headers."""
+    """Return the bytes sent and received by this node's interface to the switch, frames with their headers."""
     folder = Path("/sys/class/net") / os.environ["WIRE_INTERFACE"] / "statistics"
     sent, received = (int((folder / name).read_text()) for name in ("tx_bytes", "rx_bytes"))
     return sent, received
@@ -122,6 +125,7 @@ def measure(call: Callable[[], object], repeats: int) -> dict[str, float | list[
     seconds = []
     for _ in range(repeats):
         dist.barrier()
+        # All start together, behind the barrier: else a late rank's delay would count as the others' exchange.
         start_s = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - start_s)

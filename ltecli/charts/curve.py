@@ -16,7 +16,9 @@ def draw_curve(points: Sequence[tuple[int, float]], width: int = WIDTH, height: 
         return []
     columns = _columns(points, width)
     low, high = min(columns), max(columns)
+    # A flat curve must not divide by zero.
     span = (high - low) or 1.0
+    # The lowest value still gets one eighth, or its column would look empty.
     eighths = [1 + round((value - low) / span * (height * 8 - 1)) for value in columns]
     lines = []
     for row in reversed(range(height)):

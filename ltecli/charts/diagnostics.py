@@ -49,6 +49,7 @@ def diagnostics_table(points: Sequence[dict[str, Any]]) -> Table:
 
 def last_rows(runs: Sequence[Sequence[dict[str, Any]]]) -> list[tuple[str, list[str]]]:
     """Return rows that compare several runs' newest diagnostics; none where no run was diagnosed."""
+    # A run without diagnoses keeps its column, with dashes.
     newest = [points[-1] if points else {} for points in runs]
     return [
         (f"last {label.strip()}", [number(point.get(key)) for point in newest])

@@ -28,12 +28,13 @@ def bars(timeline: Timeline, width: int = BAR) -> dict[int, Text]:
 
 def _bar(spans: Sequence[Span], end_s: float, width: int) -> Text:
     text, slot_s = Text(), end_s / width
-    for place in range(width):
-        start_s, stop_s = place * slot_s, (place + 1) * slot_s
+    for slot in range(width):
+        start_s, stop_s = slot * slot_s, (slot + 1) * slot_s
         shares = dict.fromkeys(KINDS, 0.0)
         for span in spans:
             shares[span.kind] += max(0.0, min(span.end_s, stop_s) - max(span.start_s, start_s))
         kind = max(shares, key=lambda name: shares[name])
+        # No span touches the slot: the device was away.
         kind = kind if shares[kind] else "away"
         text.append(MARKS[kind], style=STYLES[kind])
     return text
@@ -66,8 +67,8 @@ def svg(timeline: Timeline, title: str, names: dict[int, str]) -> str:
 
 def _key() -> list[str]:
     lines = []
-    for place, kind in enumerate(KINDS):
-        left = LEFT + 110 * place
+    for column, kind in enumerate(KINDS):
+        left = LEFT + 110 * column
         lines.append(f'<rect x="{left}" y="30" width="12" height="12" fill="{COLOURS[kind]}"/>')
         lines.append(f'<text x="{left + 17}" y="41">{kind}</text>')
     return lines
@@ -75,10 +76,10 @@ def _key() -> list[str]:
 
 def _block(span: Span, top: int, end_s: float) -> str:
     left, breadth = LEFT + BREADTH * span.start_s / end_s, BREADTH * (span.end_s - span.start_s) / end_s
-    said = f"{span.kind}, {seconds_text(span.end_s - span.start_s)}"
+    label = f"{span.kind}, {seconds_text(span.end_s - span.start_s)}"
     return (
         f'<rect x="{left:.2f}" y="{top}" width="{breadth:.2f}" height="{ROW - 6}" fill="{COLOURS[span.kind]}">'
-        f"<title>{escape(said)}</title></rect>"
+        f"<title>{escape(label)}</title></rect>"
     )
 
 
@@ -89,6 +90,6 @@ def _axis(top: int, end_s: float) -> list[str]:
         lines.append(
             f'<line x1="{left:.1f}" y1="{HEAD}" x2="{left:.1f}" y2="{top}" stroke="#868e96" stroke-width="0.5"/>'
         )
-        said = seconds_text(end_s * part / 4) if part else "0"
-        lines.append(f'<text x="{left:.1f}" y="{top + 18}" text-anchor="middle">{escape(said)}</text>')
+        label = seconds_text(end_s * part / 4) if part else "0"
+        lines.append(f'<text x="{left:.1f}" y="{top + 18}" text-anchor="middle">{escape(label)}</text>')
     return lines

@@ -1,4 +1,4 @@
-"""Extras of lte plan: --why explains the choice, --timeline simulates its rounds, --timeline-svg draws them.
+"""Explanations of lte plan: --why explains the choice, --timeline simulates its rounds, --timeline-svg draws them.
 
 `lte plan` imports this module only where one of them is asked for, since the simulation loads numpy.
 """
@@ -34,7 +34,7 @@ SVG_OPTION = "--timeline-svg"
 
 @dataclass(frozen=True)
 class ExplainArgs:
-    """Options of the extras."""
+    """Options of the explanations."""
 
     why: bool = False
     timeline: bool = False
@@ -57,43 +57,45 @@ class ExplainArgs:
 
 @dataclass(frozen=True)
 class Explained:
-    """Results of the extras; None where one was not asked for, or the plan has no choice."""
+    """The explanations; None where one was not asked for, or the plan has no choice."""
 
     why: Why | None = None
     outlook: Outlook | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the extras' keys in the plan's JSON."""
+        """Return the explanations' keys in the plan's JSON."""
         return {
             "why": self.why and self.why.to_dict(),
             "timeline": self.outlook and self.outlook.to_dict(),
         }
 
 
-def explain_plan(plan: Plan, extras: ExplainArgs) -> Explained:
-    """Return the results of the extras that were asked for."""
+def explain_plan(plan: Plan, args: ExplainArgs) -> Explained:
+    """Return the explanations that were asked for."""
     if plan.chosen is None:
         return Explained()
-    why = explain(plan, plan.chosen) if extras.why else None
-    outlook = look_ahead(plan, plan.chosen, extras.rounds or ROUNDS) if extras.wants_timeline else None
+    # Each explanation takes seconds, so only what was asked for is computed.
+    why = explain(plan, plan.chosen) if args.why else None
+    outlook = look_ahead(plan, plan.chosen, args.rounds or ROUNDS) if args.wants_timeline else None
     return Explained(why, outlook)
 
 
-def show_explained(plan: Plan, explained: Explained, extras: ExplainArgs, output: Output) -> None:
-    """Print the results, and write the SVG file; raises InputError where it cannot be written."""
+def show_explained(plan: Plan, explained: Explained, args: ExplainArgs, output: Output) -> None:
+    """Print the explanations, and write the SVG file; raises InputError where it cannot be written."""
     if plan.chosen is None:
         return
     if explained.why is not None:
         _show_why(explained.why, output)
     if explained.outlook is not None:
         _show_outlook(plan.chosen, explained.outlook, output)
-        if extras.svg is not None:
+        if args.svg is not None:
             timeline = explained.outlook.timeline
+            # Device numbers mean little in a picture; 30 characters of their kind fit left of the bars.
             kinds = [device.kind for device in plan.profile.devices(plan.chosen.run.cluster.devices)]
             names = {span.device: f"{span.device}: {kinds[span.device]}"[:30] for span in timeline.spans}
             title = f"{describe(plan.chosen.run)} on {len(kinds):,} x {plan.profile.name}"
-            write_file(extras.svg, svg(timeline, title, names), SVG_OPTION)
-            output.hint(f"wrote {extras.svg}")
+            write_file(args.svg, svg(timeline, title, names), SVG_OPTION)
+            output.hint(f"wrote {args.svg}")
 
 
 def _show_why(why: Why, output: Output) -> None:
@@ -127,6 +129,7 @@ def _show_outlook(chosen: Candidate, outlook: Outlook, output: Output) -> None:
     )
     shares = {kind: seconds / timeline.wall_s for kind, seconds in timeline.seconds.items()}
     output.text("a device's time: " + ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items()))
+    # A bar of many rounds would show nothing but noise.
     drawn = min(DRAWN_ROUNDS, timeline.rounds)
     table = plain_table("device", f"{drawn} round{'s' if drawn > 1 else ''} ({legend()})")
     table.columns[1].justify = "left"
@@ -157,6 +160,7 @@ def _worth_text(outlook: Outlook) -> str:
 def _upgrade_text(outlook: Outlook) -> str:
     """Return a line about the link to upgrade first."""
     links = [upgrade for upgrade in outlook.upgrades if upgrade.what.startswith("link")]
+    # Printed beside the links: where faster devices gain more, no link is worth its money.
     devices = next(upgrade for upgrade in outlook.upgrades if not upgrade.what.startswith("link"))
     best = links[0]
     beside = f"devices twice as fast: {devices.speedup:.2f}x"
@@ -169,6 +173,7 @@ def _upgrade_text(outlook: Outlook) -> str:
 def _churn_text(churn: Churn, devices: int) -> str:
     """Return a line about the time that devices cost which leave and come back."""
     share = churn.elastic_factor - 1
+    # A launched run repeats the whole round after a loss; with losses faster than rounds it gets nowhere.
     redo = "would never end" if churn.redo_factor is None else f"takes {churn.redo_factor - 1:.1%} longer"
     return (
         f"churn: {CHURN_PER_HOUR:.0%} of {devices:,} devices leaving an hour, back after {seconds_text(churn.join_s)}, "

@@ -19,7 +19,9 @@ from simulate.common.errors import InputError
 from simulate.common.run_files import CHECKPOINTS, RUN_FILE
 from simulate.common.units import bytes_text
 from simulate.config.run import Run, dump_run, load_run
-from simulate.models.schema import GptModel, HuggingfaceModel, LlamaModel
+from simulate.models.families.gpt import GptModel
+from simulate.models.families.llama import LlamaModel
+from simulate.models.schema import HuggingfaceModel
 from simulate.training.checkpoints import has_shared, list_checkpoints, saved_devices
 
 if TYPE_CHECKING:
@@ -84,6 +86,7 @@ def _merged(run: Run, checkpoint: Path) -> tuple[int, dict[str, Tensor], bool]:
         state.of_devices[device] = state.of_devices[min(state.of_devices)]
     method = build_method(run, VirtualCommunicator(run.cluster.devices), torch.device("cpu"))
     method.state.load_sharded(state)
+    # Inside a round devices differ; a merge makes them one model.
     inside = _is_inside_round(run, progress.step)
     if inside:
         method.merge(run.train.steps - 1)  # the last step's merge covers all groups of layers
@@ -95,6 +98,7 @@ def _written(run: Run, state: dict[str, Tensor], form: str, target: Path, step: 
     scratch = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the target, since only a rename within one file system is atomic.
         scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
         scratch.chmod(0o755)  # mkdtemp makes it private
         if form == "safetensors":

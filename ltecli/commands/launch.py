@@ -28,10 +28,10 @@ from ltecli.runs.summary import (
     report_result,
     start_facts,
 )
-from simulate.common.cpu import usable_cores
 from simulate.common.errors import InputError, RunFailedError
-from simulate.common.events import Emit, Event, EventFile
-from simulate.common.run_files import CHECKPOINTS, LOGS
+from simulate.common.events import Emit, EventFile
+from simulate.common.limits import usable_cores
+from simulate.common.run_files import CHECKPOINTS, LOGS, RUN_FILE
 from simulate.launch.agent import Launch, Node
 from simulate.launch.heartbeat import is_node_alive
 from simulate.launch.keys import LINKS, START
@@ -90,6 +90,7 @@ class LaunchArgs:
             "--interface": self.interface,
             "--secret-file": self.secret_file,
         }
+        # Only what differs from the defaults, so that the printed line stays short.
         words = [f" {name} {value}" for name, value in given.items() if value is not None]
         return "".join([" --launch", *words, *([" --trust-network"] if self.trust_network else [])])
 
@@ -138,21 +139,25 @@ def default_processes(run: Run, device: torch.device, nodes: int) -> int:
     """Return the number of processes of a node: one for each device, at most one for each GPU, or each CPU core."""
     from simulate.layers import accelerator
 
+    # More processes than cores would only take turns; devices in one process share its tensor program.
     here = -(-run.cluster.devices // nodes)  # rounded up
     slots = usable_cores() if device.type == "cpu" else accelerator.count(device.type)
     return max(1, min(here, slots))
 
 
-def launch_run(folder: RunFolder, device: torch.device, options: LaunchArgs, output: Output) -> int:
-    """Train the folder's run in processes of this node; returns the exit code."""
+def launch_run(
+    folder: RunFolder, device: torch.device, options: LaunchArgs, output: Output, warnings: Sequence[str]
+) -> int:
+    """Train the folder's run in processes of this node; returns the exit code. `warnings` are about this machine."""
     run, number = folder.run, options.node or 0
     processes = options.processes or default_processes(run, device, options.nodes)
     report_derived(folder, output)
     if folder.is_finished and options.nodes == 1:
+        # Of several nodes, others may still lack their last checkpoint, so those meet all the same.
         report_finished(folder, output)
         return 0
-    with ExitStack() as stack, stop_on_signal() as asked:
-        preflight = stack.enter_context(_preflight(folder, processes, options, output))
+    with ExitStack() as stack, stop_on_signal() as stops:
+        preflight = stack.enter_context(_preflight(folder, processes, options, output, warnings))
         result = preflight.run()
         nodes = result.nodes
         if options.nodes == 1:
@@ -165,6 +170,7 @@ def launch_run(folder: RunFolder, device: torch.device, options: LaunchArgs, out
         launch = Launch(folder.path, run, node, output.warning, threads)
         launch.allow_clocks_apart(max(abs(other.clock_offset_s) for other in nodes))
         _open_store(launch, preflight, run.cluster.join_timeout_s)
+        # Frees the port of --join, which accept_rejoins listens at.
         preflight.close()
         stack.enter_context(
             preflight.accept_rejoins(lambda: launch.store.port, lambda number: is_node_alive(launch.store, number))
@@ -172,18 +178,21 @@ def launch_run(folder: RunFolder, device: torch.device, options: LaunchArgs, out
         output.hint(
             f"  launched: {processes} processes on {node.address} ({node.interface}), logs in {folder.path / LOGS}"
         )
-        on_event: Emit = _ignore
+        on_event: Emit | None = None
         if number == 0:  # the others have no events
             _store_facts(launch, folder, device, result.links)
             on_event = stack.enter_context(event_loggers(folder.path, run, output, _newest_step(folder)))
-        outcome = run_supervised(launch, on_event, folder.events, asked)
+        outcome = run_supervised(launch, on_event, folder.events, stops)
+    # Rank 0's process has ended, so this process may append to its event file. A failure has no step.
     if launch.wire_sent_bytes is not None and options.nodes > 1 and "step" in outcome:
         with closing(EventFile(folder.events)) as events:
             events({"kind": "wire", "step": outcome["step"], "sent_bytes_by_node": launch.wire_sent_bytes})
     return _report_outcome(folder, outcome, output, options)
 
 
-def _preflight(folder: RunFolder, processes: int, options: LaunchArgs, output: Output) -> Preflight:
+def _preflight(
+    folder: RunFolder, processes: int, options: LaunchArgs, output: Output, warnings: Sequence[str]
+) -> Preflight:
     """Return this node's preflight, with the rule that all nodes' processes together must fit the run."""
     import torch
 
@@ -205,6 +214,7 @@ def _preflight(folder: RunFolder, processes: int, options: LaunchArgs, output: O
         data_fingerprint=folder.data.fingerprint,
         data_bytes=folder.data.num_bytes,
         processes=processes,
+        warnings=warnings,
     )
 
     def too_many(nodes: Sequence[NodeFacts]) -> list[str]:
@@ -220,6 +230,7 @@ def _open_store(launch: Launch, preflight: Preflight, timeout_s: float) -> None:
     """Open the agents' store on node 0, connect the other nodes to it, and wait for all of them."""
     if launch.node.number == 0:
         launch.open_store()
+    # The system picked the port when node 0 opened the store, so the others learn it here.
     port = preflight.broadcast(launch.store.port if launch.node.number == 0 else None, timeout_s)
     if launch.node.number > 0:
         launch.connect_store(int(port))
@@ -243,9 +254,10 @@ def secret_command(path: Path) -> int:
 def print_lines(run_file: Path | None, options: LaunchArgs, output: Output) -> int:
     """Print the command to paste on each node; returns the exit code."""
     address = address_to_join(options.interface)
-    name = run_file or "run.toml"
+    name = run_file or RUN_FILE
     output.text(f"Copy {name} and its data to every machine, and give all the same secret, made once:")
     output.text("  lte secret lte.secret           # then copy the file; only you can read it")
+    # Complete lines to paste: a --node that is typed by hand is easily given twice.
     for number in range(options.nodes):
         output.text(
             f"  lte train {name} --launch --nodes {options.nodes} --node {number} --join {address}:{DEFAULT_PORT} "
@@ -277,10 +289,6 @@ def loopback_interface() -> str:
     raise InputError("this machine has no loopback interface; bring it up, as in ip link set lo up")
 
 
-def _ignore(event: Event) -> None:
-    """Drop an event."""
-
-
 def _newest_step(folder: RunFolder) -> int:
     """Return the newest checkpoint's step, 0 without one.
 
@@ -302,6 +310,7 @@ def _store_facts(launch: Launch, folder: RunFolder, device: torch.device, links:
 def _report_outcome(folder: RunFolder, outcome: dict[str, Any], output: Output, options: LaunchArgs) -> int:
     """Print how the run ended; returns the exit code, or raises the failure that a process recorded."""
     if outcome["kind"] == "failure":
+        # Rank 0 or another process failed in its own process; here the failure gets its exit code.
         raise (InputError if outcome["input"] else RunFailedError)(outcome["text"])
     if outcome["kind"] == "interrupt":
         output.hint(

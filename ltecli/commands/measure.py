@@ -12,6 +12,7 @@ from ltecli.console import Output, plain_table
 from ltecli.output_paths import check_file, write_file
 from simulate.common import toml_io
 from simulate.common.errors import InputError
+from simulate.common.run_files import PROFILE_FILE
 from simulate.common.units import bytes_text
 from simulate.config.hardware import Link, Profile
 from simulate.config.profiles import detect_local
@@ -41,12 +42,13 @@ def measure_command(request: MeasureArgs, out: Path | None, force: bool, as_json
     if out is not None:
         if out.suffix != ".toml":  # a profile's name is its file's name without .toml
             raise InputError(f"--out {out}: a profile's file ends in .toml; name it {out.name}.toml")
-        check_file(out, force, "profile.toml")
+        check_file(out, force, PROFILE_FILE)
+    # The link comes first: a peer that does not answer should not cost a minute of measuring.
     link = _link(request, output)
     from simulate.measure.machine import MeasurementScope, measure_profile
 
-    wanted = MeasurementScope(request.quick, request.devices, request.threads, request.device)
-    profile = measure_profile(wanted, link, lambda what: output.hint(f"measuring {what}"))
+    scope = MeasurementScope(request.quick, request.devices, request.threads, request.device)
+    profile = measure_profile(scope, link, lambda what: output.hint(f"measuring {what}"))
     document = profile.model_dump(exclude_none=True)
     if out is not None:
         profile = profile.model_copy(update={"name": out.stem})
@@ -61,6 +63,7 @@ def measure_command(request: MeasureArgs, out: Path | None, force: bool, as_json
 
 def _link(request: MeasureArgs, output: Output) -> Link:
     """Return the measured link to a peer or between a run's nodes, else a guess; raises InputError."""
+    # Nothing in this machine shows how fast its links are, so without a measurement they stay a guess.
     guess = detect_local().link
     if request.link is not None and request.link_from is not None:
         raise InputError("--link and --link-from both say where the link's figures come from; keep one")

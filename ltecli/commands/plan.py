@@ -6,14 +6,16 @@ training, the other methods' best, and notes. `lte train` takes nearest_miss_tex
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ltecli.commands.verify import Verified, too_large_text, verify_choice
 from ltecli.console import Output, plain_table
 from ltecli.output_paths import check_file, write_file
 from ltecli.plan_request import PlanArgs, plan_request
 from simulate.common.errors import NothingFeasibleError
+from simulate.common.run_files import RUN_FILE
 from simulate.common.units import bytes_text, range_text, seconds_text
 from simulate.config.run import dump_run
 from simulate.planning.candidate import Candidate, Rejected, candidate_of, describe
@@ -22,7 +24,6 @@ from simulate.planning.time_ranges import equivalent_range, time_range, wall_ran
 
 if TYPE_CHECKING:
     from ltecli.commands.explain import ExplainArgs
-    from simulate.measure.fake_tensors import Tracked
 
 COLUMNS = ("memory/device", "sent/round", "sent/step", "step", "round", "wall", "x samples", "to equal loss")
 SECONDARY = ("sent/round", "step", "round", "x samples")
@@ -30,35 +31,39 @@ SECONDARY = ("sent/round", "step", "round", "x samples")
 
 
 def plan_command(
-    request: PlanArgs, out: Path | None, force: bool, top: int, as_json: bool, extras: ExplainArgs | None = None,
-    verify: bool = False,
+    request: PlanArgs, out: Path | None, force: bool, top: int, as_json: bool,
+    to_explain: ExplainArgs | None = None, verify: bool = False,
 ) -> int:  # fmt: skip
     """Plan, show, and write the choice where `out` asks for it; raises NothingFeasibleError where nothing fits.
 
-    With `verify`, trace the choice's training on fake tensors, and compare its memory with the plan.
+    With `verify`, trace the choice's training on fake tensors, and compare its memory with the plan; raises
+    NothingFeasibleError, and writes nothing, where the device cannot hold what was traced.
     """
     if out is not None:
-        check_file(out, force, "run.toml")
-    if extras is not None:
-        extras.check()
+        check_file(out, force, RUN_FILE)
+    if to_explain is not None:
+        # Refuse wrong options before seconds are spent on the plan.
+        to_explain.check()
     plan = plan_request(request, to_train=out is not None)
     output = Output(as_json)
     explained = None
-    if extras is not None:
+    if to_explain is not None:
         from ltecli.commands.explain import explain_plan, show_explained
 
-        explained = explain_plan(plan, extras)
-    verified = _verify_choice(plan) if verify and plan.chosen is not None else None
+        explained = explain_plan(plan, to_explain)
+    verified = verify_choice(plan) if verify and plan.chosen is not None else None
     if as_json:  # building the JSON of thousands of candidates takes time
         added = explained.to_dict() if explained else {"why": None, "timeline": None}
-        output.json({**plan.to_dict(), **added, **({"verify": asdict(verified)} if verified else {})})
+        output.json({**plan.to_dict(), **added, **({"verify": verified.to_dict()} if verified else {})})
     _show(plan, output, top)
-    if explained is not None and extras is not None:
-        show_explained(plan, explained, extras, output)
+    if explained is not None and to_explain is not None:
+        show_explained(plan, explained, to_explain, output)
     if verified and plan.chosen:
         _show_verified(plan.chosen, verified, output)
     if plan.chosen is None:
         raise NothingFeasibleError(nearest_miss_text(plan))
+    if verified and not verified.fits:
+        raise NothingFeasibleError(too_large_text(plan, verified))
     if out is not None:
         write_file(out, dump_run(plan.chosen.run))
         output.hint(f"wrote {out}; next: lte train {out}")
@@ -77,8 +82,8 @@ def nearest_miss_text(plan: Plan) -> str:
             f"{describe(miss.candidate.run)}, which needs {seconds_text(miss.candidate.equivalent_wall_s)}; allow more "
             "--within, train on fewer tokens, or add devices"
         )
-    model, places = plan.base.model, {"device": miss.short_bytes, "host": miss.host_short_bytes}
-    more = " and ".join(f"{bytes_text(size)} more on each {place}" for place, size in places.items() if size)
+    model, short_bytes = plan.base.model, {"device": miss.short_bytes, "host": miss.host_short_bytes}
+    more = " and ".join(f"{bytes_text(size)} more on each {memory}" for memory, size in short_bytes.items() if size)
     keys = [model.larger_with] if miss.short_bytes else []  # a smaller value shrinks activations, not host memory
     layers = getattr(model, "layers", None)
     keys += [] if layers is None else [f"model.layers (now {layers})"]
@@ -103,10 +108,12 @@ def _show(plan: Plan, output: Output, top: int) -> None:
     if plan.candidates:
         output.table(_candidate_table(plan, top), secondary=SECONDARY)
     if plan.rejected:
+        # One example shows what is short; thousands are rejected for the same reason.
         nearest = min(plan.rejected, key=lambda rejected: rejected.missing)
         output.text(f"rejected, for example: {describe(nearest.candidate.run)} {nearest.reason}")
     if plan.chosen is not None:
         _show_choice(plan, plan.chosen, output)
+    # Methods that the planner does not choose by itself stand apart, each with its best candidate.
     if plan.rivals:
         output.text("")
         output.heading("other methods, each at its best here; plan one with --method NAME")
@@ -115,10 +122,18 @@ def _show(plan: Plan, output: Output, top: int) -> None:
         output.text(f"note: {note}")
 
 
+def _choices_table(*first: str) -> Any:
+    """Return an empty table of candidates; on a narrow terminal the method wraps, and no figure does."""
+    table = plain_table(*first, *COLUMNS)
+    for column in table.columns:
+        column.no_wrap = column.header != "method"
+    table.columns[len(first) - 1].justify = "left"
+    return table
+
+
 def _candidate_table(plan: Plan, top: int) -> Any:
     """Return the table of the `top` best candidates, and of the choice at any rank."""
-    table = plain_table("#", "method", *COLUMNS)
-    table.columns[1].justify = "left"
+    table = _choices_table("#", "method")
     for index, candidate in enumerate(plan.candidates, 1):
         if index > top and candidate is not plan.chosen:
             continue
@@ -147,8 +162,8 @@ def _cells(candidate: Candidate) -> list[str]:
 
 def _rival_table(plan: Plan) -> Any:
     """Return the table of the other methods' best candidates: those that fit first, then by time to equal loss."""
-    table = plain_table("method", *COLUMNS)
-    table.columns[0].justify = "left"
+    table = _choices_table("method")
+    # Two stable sorts: by time, then those that fit before those that do not.
     ranked = sorted(plan.rivals, key=lambda rival: candidate_of(rival).equivalent_wall_s)
     for rival in sorted(ranked, key=lambda rival: isinstance(rival, Rejected)):
         unfit = " (does not fit)" if isinstance(rival, Rejected) else ""
@@ -184,47 +199,38 @@ def _phase(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _verify_choice(plan: Plan) -> Tracked:
-    """Return the memory of the chosen run, traced on fake tensors; raises InputError where it cannot be traced."""
-    assert plan.chosen is not None
-    run = plan.chosen.run
-    from simulate.measure.fake_tensors import tracked_memory
-
-    return tracked_memory(run, with_host=plan.tightest_device().host_memory_bytes == 0)
-
-
-def _show_verified(chosen: Candidate, verified: Tracked, output: Output) -> None:
-    """Compare planned with traced bytes, part by part; then print what an allocator and the system add.
+def _show_verified(chosen: Candidate, verified: Verified, output: Output) -> None:
+    """Compare planned with traced bytes, part by part; then print what else the device holds, and whether it fits.
 
     A round's diagnostics (phase round_figures) depend on values, which fake tensors lack: they are planned only.
     """
-    followed = replace(chosen.heights, phases=tuple(x for x in chosen.heights.phases if x.name != "round_figures"))
+    followed = replace(
+        chosen.peak_profile, phases=tuple(x for x in chosen.peak_profile.phases if x.name != "round_figures")
+    )
     memory = followed.peak()
     output.text("")
     table = plain_table("memory of the choice, per device", "planned", "tracked", "difference")
     planned = memory.parts()
-    reserved = planned.pop("reserved")
+    # The tracer follows the program alone, not what the allocator and the system hold.
+    reserved = planned.pop("reserved") + planned.pop("allocator")
+    tracked = verified.tracked
     for part, size in planned.items():
-        table.add_row(part, bytes_text(size), bytes_text(verified.by_part[part]), "")
-    total = memory.total - reserved
-    share = f"{total / verified.tracked_bytes - 1:+.2%}"
-    table.add_row("peak", bytes_text(total), bytes_text(verified.tracked_bytes), share)
+        table.add_row(part, bytes_text(size), bytes_text(tracked.by_part[part]), "")
+    share = f"{memory.tensors / tracked.tracked_bytes - 1:+.2%}"
+    table.add_row("peak", bytes_text(memory.tensors), bytes_text(tracked.tracked_bytes), share)
     output.table(table)
-    if len(followed.phases) < len(chosen.heights.phases):
+    if len(followed.phases) < len(chosen.peak_profile.phases):
         height = chosen.memory_by_phase["round_figures"] - reserved
         output.text(
             f"not traced, since they depend on values: figures of a round, {bytes_text(height)} as planned, and the "
             "directions that they keep, which the planned optimizer state includes"
         )
-    output.text(
-        f"with the CUDA allocator's rounding and segments {bytes_text(verified.allocator_bytes)}; the system and its "
-        f"context reserve {bytes_text(reserved)} more"
-    )
+    output.text(verified.text())
 
 
 def _figures(candidate: Candidate) -> dict[str, str]:
     """Return the planned figures of one device, by label."""
-    steps, stops = candidate.time.steps, candidate.pauses
+    steps, eval_and_save = candidate.time.steps, candidate.eval_and_save
     return {
         "memory at peak": bytes_text(candidate.memory.total),
         **{f"  {part}": bytes_text(size) for part, size in candidate.memory.parts().items()},
@@ -232,8 +238,8 @@ def _figures(candidate: Candidate) -> dict[str, str]:
         "sent per step": bytes_text(candidate.sent_bytes_per_round / steps),
         "compute per step": range_text(*time_range(candidate, candidate.time.compute_s, 0.0)),
         "exchange per round": range_text(*time_range(candidate, 0.0, candidate.time.exchange_s)),
-        "evaluations": f"{stops.evaluations:,} x {seconds_text(stops.evaluation_s)}",
-        "checkpoints": f"{stops.saves:,} x {seconds_text(stops.save_s)}",
+        "evaluations": f"{eval_and_save.evaluations:,} x {seconds_text(eval_and_save.evaluation_s)}",
+        "checkpoints": f"{eval_and_save.saves:,} x {seconds_text(eval_and_save.save_s)}",
         f"wall-clock for the {candidate.run.model.unit}": range_text(*wall_range(candidate)),
         "assumed to equal loss": range_text(*equivalent_range(candidate)),
     }

@@ -15,6 +15,7 @@ from typing import Any
 from ltecli.console import Output, plain_table
 from ltecli.output_paths import check_file, write_file
 from simulate.common.errors import InputError
+from simulate.common.limits import usable_memory
 from simulate.common.units import bytes_text
 from simulate.config.method_table import BASELINE, default_options
 from simulate.config.profiles import detect_local
@@ -55,6 +56,7 @@ def probe_command(
         f"derived: {options.batches} x {run.samples_per_step} samples of gradients twice, {options.warmup_steps} dense "
         f"steps of {run.samples_per_step} samples, up to about {bytes_text(need)} of memory"
     )
+    # Data take seconds to load, torch to import: refuse before.
     _check_memory(need, device_name, output)
     data = load_data(run)
     from simulate.data.batches import build_batches
@@ -77,6 +79,7 @@ def probe_command(
 def needed_bytes(run: Run) -> int:
     """Return the bytes of a probe: a dense step on all devices' samples, sums of gradients, two snapshots."""
     shape, element_bytes, devices = run.model.shape(), ELEMENT_BYTES[run.train.dtype], run.cluster.devices
+    # One dense device on all devices' samples: the planner's formula of its memory is the probe's, too.
     dense = run.model_copy(
         update={
             "method": default_options(BASELINE),
@@ -84,6 +87,7 @@ def needed_bytes(run: Run) -> int:
             "cluster": run.cluster.model_copy(update={"devices": 1}),
         }
     )
+    # What other programs hold is not the probe's; _check_memory compares with what is free.
     one = detect_local().device[0].model_copy(update={"reserved_bytes": 0})
     decomposed = DECOMPOSED * DOUBLE_BYTES * max(linear.weights for linear in shape.adapted)
     kept = (shape.parameters + 2 * shape.adapted_parameters) * element_bytes
@@ -92,18 +96,16 @@ def needed_bytes(run: Run) -> int:
 
 def _check_memory(need: int, device_name: str, output: Output) -> None:
     """Raise InputError for more memory than this machine has; warn of more than is free."""
-    import psutil
-
     if device_name == "cuda":
         return  # the GPU's allocator raises by itself
-    memory = psutil.virtual_memory()
-    if need > memory.total:
+    total, free = usable_memory()
+    if need > total:
         raise InputError(
             f"the probe needs about {bytes_text(need)}: one dense model with gradients, moments and activations, and "
-            f"this machine has {bytes_text(memory.total)}; try a lower --set train.micro_batch, or a smaller model"
+            f"this machine has {bytes_text(total)}; try a lower --set train.micro_batch, or a smaller model"
         )
-    if need > memory.available:
-        output.warning(f"the probe needs about {bytes_text(need)}, and {bytes_text(memory.available)} are free")
+    if need > free:
+        output.warning(f"the probe needs about {bytes_text(need)}, and {bytes_text(free)} are free")
 
 
 def _show(probe: Probe, output: Output, with_layers: bool) -> None:
@@ -134,7 +136,7 @@ def _show(probe: Probe, output: Output, with_layers: bool) -> None:
 
 def _estimate_cells(figure: Estimate | None) -> tuple[str, str]:
     if figure is None:
-        return "-", "cannot be told"
+        return "-", "too noisy to estimate"
     return f"{figure.estimate:.0f}", f"{figure.low:.0f} to {figure.high:.0f}"
 
 
@@ -164,7 +166,7 @@ def _spread_text(ranks: Sequence[float]) -> str:
 
 
 def _scale_text(scale: float | None) -> str:
-    return "cannot be told" if scale is None else f"{scale:.1f}"
+    return "too noisy" if scale is None else f"{scale:.1f}"
 
 
 def _layers_table(probe: Probe) -> Any:

@@ -17,6 +17,7 @@ def list_command(as_json: bool) -> None:
     table = plain_table("profile", "devices", "memory", "up / down", "description")
     table.columns[-1].justify = "left"
     for profile in loaded:
+        # Each size once, in the order of the devices.
         memory = "/".join(dict.fromkeys(bytes_text(device.memory_bytes) for device in profile.device))
         link = f"{bytes_text(profile.link.up_bytes_per_s)}/s / {bytes_text(profile.link.down_bytes_per_s)}/s"
         table.add_row(profile.name, str(profile.count), memory, link, profile.description)

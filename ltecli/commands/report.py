@@ -14,6 +14,7 @@ from ltecli.console import Output, plain_table, scores_text
 from ltecli.runs.figures import RunRecord, figures, read_run
 from simulate.common.processor import machine_text
 from simulate.common.units import bytes_text, seconds_text
+from simulate.config.method_table import BASELINE
 from simulate.planning.candidate import describe
 
 
@@ -21,6 +22,7 @@ def report_command(paths: list[Path], as_json: bool) -> None:
     """Print the figures of run folders; --json gives an object for one run and {runs: [...]} for several."""
     output = Output(as_json)
     records = [read_run(path) for path in paths]
+    # People and scripts get the same figures: what is printed is read from what --json gives.
     documents = [figures(record) for record in records]
     if len(records) == 1:
         output.json(documents[0])
@@ -37,6 +39,7 @@ def _show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None
         f"{run.model.name} with {run.model.shape().parameters:,} parameters"
     )
     done, planned = figure["steps"], figure["planned_steps"]
+    # A run folder does not show whether its process still runs.
     state = "finished" if done == planned else f"stopped or running, of {planned:,}"
     tokens = "" if figure["unit"] == "samples" else f", {figure['tokens']:,} tokens"
     output.text(f"{done:,} steps ({state}), {figure['samples']:,} samples{tokens}")
@@ -58,7 +61,7 @@ def _show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None
         cells = (values.get(k) for k in ("planned", "simulated", "counted", "measured"))
         table.add_row(label, *(text(v) for v in cells), text(dense))
     output.table(table)
-    for line in (*_savings(figure), *_explanations(figure, record.is_launched), *_machines(figure)):
+    for line in (*_savings(figure), *_explanations(figure, record.is_launched)):
         output.text(line)
     if figure["diagnostics"]:
         output.text("")
@@ -81,7 +84,7 @@ def _restarts_text(count: int, restarts: dict[str, Any]) -> str:
 def _savings(figure: dict[str, Any]) -> list[str]:
     """Return a line that compares planned figures with those of dense training; none for dense training itself."""
     dense = figure["dense"]
-    if dense is None or figure["method"] == "ddp" or not figure["steps"]:
+    if dense is None or figure["method"] == BASELINE or not figure["steps"]:
         return []
     ratios = []
     for key, words in (
@@ -90,6 +93,7 @@ def _savings(figure: dict[str, Any]) -> list[str]:
         ("wall_s", f"less time for the same {figure['unit']}"),
     ):
         ours = figure[key]["planned"]
+        # A run on one device sends nothing, and has no ratio.
         if ours:
             ratios.append(f"{dense[key] / ours:.2f}x {words}")
     unfit = "" if dense["fits"] else " (dense does not fit this hardware)"
@@ -97,18 +101,16 @@ def _savings(figure: dict[str, Any]) -> list[str]:
 
 
 def _explanations(figure: dict[str, Any], is_launched: bool) -> list[str]:
-    """Return lines that say what the table's memory and time include."""
+    """Return lines on what the table's memory and time include, and on the machines that trained."""
+    # The same column means two things, so the line under the table says which.
     here = "the launched processes' time" if is_launched else "this machine's time for simulating all devices"
     return [
         f"memory: without the {bytes_text(figure['memory_bytes']['reserved'])} that the device's system reserves; "
         "measured is the allocator's peak of one device's program, run alone",
         "time: with evaluations and a launched run's checkpoints; simulated is the time of the profile's hardware; "
         f"measured is {here}",
+        *(f"trained on: {machine_text(machine)}" for machine in figure["machines"]),
     ]
-
-
-def _machines(figure: dict[str, Any]) -> list[str]:
-    return [f"trained on: {machine_text(machine)}" for machine in figure["machines"]]
 
 
 def _show_several(records: list[RunRecord], documents: list[dict[str, Any]], output: Output) -> None:
@@ -133,6 +135,7 @@ def _show_several(records: list[RunRecord], documents: list[dict[str, Any]], out
         ("step, simulated", lambda r, f: seconds_text(f["step_s"]["simulated"])),
         ("step, measured", lambda r, f: seconds_text(f["step_s"]["measured"])),
     ]
+    # One row a figure and one column a run, since people compare along rows.
     for label, cell in rows:
         table.add_row(label, *(cell(r, f) for r, f in zip(records, documents, strict=True)))
     for label, cells in last_rows([figure["diagnostics"] for figure in documents]):

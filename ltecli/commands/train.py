@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ltecli.commands.doctor import check_machine
 from ltecli.commands.launch import LaunchArgs, check_launch, launch_run, print_lines
 from ltecli.commands.plan import nearest_miss_text
 from ltecli.console import Output
@@ -74,7 +75,7 @@ def train_command(
     out: Path | None,
     resume: bool,
     device_name: str,
-    changes: TrainArgs,
+    args: TrainArgs,
     launch: LaunchArgs | None,
     as_json: bool,
     quiet: bool,
@@ -85,10 +86,11 @@ def train_command(
         return print_lines(given, launch, output)
     if given is not None and given.is_dir() and not resume:
         raise InputError(f"{given} is a run folder; add --resume to continue it, or name a run.toml")
-    folder = _resumed(given, out, changes) if resume else None
-    path, run = (folder.path, folder.run) if folder else (out or RUNS / _name(given), _run(given, changes))
+    folder = _resumed(given, out, args) if resume else None
+    path, run = (folder.path, folder.run) if folder else (out or RUNS / _name(given), _run(given, args))
     if folder is None:
         check_new(path)  # before torch is imported, which takes seconds
+    warnings = check_machine(run, device_name, launch)
     from simulate.layers import accelerator
 
     device = accelerator.choose(device_name)
@@ -96,10 +98,14 @@ def train_command(
     if launched is not None:
         check_launch(run, device, launched)
     folder = folder or new_folder(path, run, device_name)
+    if launch is None or launch.nodes == 1:  # the nodes of a launch tell each other in the preflight
+        for warning in warnings:
+            output.warning(warning)
     try:
-        with lock_folder(path), _removed_if_refused(folder, resume):
+        # The lock is released before the folder is removed: Windows removes no open file.
+        with _removed_if_refused(folder, resume), lock_folder(path):
             if launched is not None:
-                return launch_run(folder, device, launched, output)
+                return launch_run(folder, device, launched, output, warnings)
             return _simulate(folder, device, output)
     except OSError as error:
         raise RunFailedError(f"{error.strerror}: {error.filename or path}; {_next_move(folder, launch)}") from error
@@ -118,11 +124,14 @@ def _simulate(folder: RunFolder, device: torch.device, output: Output) -> int:
     from simulate.common.events import EventFile
     from simulate.training.loop import restore, train
 
+    # Measured before the session exists, whose tensors would count as the device's. A resumed run keeps its figure.
     measured_bytes = None if folder.resume_from else measured_memory_bytes(folder, device)
-    with stop_on_signal() as asked:
-        session = _session(folder, device, asked)
+    # From here on Ctrl-C saves first; before, there is nothing to save.
+    with stop_on_signal() as stops:
+        session = _session(folder, device, stops)
         if folder.resume_from:
             restore(session, folder.resume_from)
+        # A run that begins anew drops all events, as of an attempt that saved nothing.
         prepare_events(folder, session.step if folder.resume_from else -1)
         with (
             closing(EventFile(folder.events)) as file,
@@ -151,8 +160,8 @@ def _simulate(folder: RunFolder, device: torch.device, output: Output) -> int:
     return 0
 
 
-def _session(folder: RunFolder, device: torch.device, asked: list[bool]) -> Session:
-    """Return a session of all devices, at step 0, whose events are dropped; it stops once `asked` is not empty."""
+def _session(folder: RunFolder, device: torch.device, stops: list[bool]) -> Session:
+    """Return a session of all devices, at step 0, whose events are dropped; it stops once `stops` is not empty."""
     from simulate.comm.virtual import VirtualCommunicator
     from simulate.data.batches import build_batches
     from simulate.methods.registry import build_method
@@ -171,7 +180,7 @@ def _session(folder: RunFolder, device: torch.device, asked: list[bool]) -> Sess
         emit=lambda event: None,
         checkpoints=folder.path / CHECKPOINTS,
         device=device,
-        stop=lambda: bool(asked),
+        stop=lambda: bool(stops),
     )
 
 
@@ -199,17 +208,18 @@ def _name(given: Path | None) -> str:
     return DEMO_NAME if given is None else given.parent.resolve().name if given.stem == "run" else given.stem
 
 
-def _run(given: Path | None, changes: TrainArgs) -> Run:
-    """Return the run of a run.toml, or else of a plan made now, with the command line's changes."""
+def _run(given: Path | None, args: TrainArgs) -> Run:
+    """Return the run of a run.toml, or else of a plan made now, with the command line's args."""
     if given is not None:
-        run = _with_data(load_run(given, list(changes.assignments)), changes.data)
+        run = _with_data(load_run(given, list(args.assignments)), args.data)
     else:
-        data = changes.data and str(Path(changes.data).absolute())
-        plan = plan_request(PlanArgs(data=data, assignments=tuple(changes.assignments)))
+        # The plan's run.toml is resumed from any folder, so its path must not depend on this one.
+        data = args.data and str(Path(args.data).absolute())
+        plan = plan_request(PlanArgs(data=data, assignments=tuple(args.assignments)))
         if plan.chosen is None:
             raise NothingFeasibleError(nearest_miss_text(plan))
         run = plan.chosen.run
-    if not changes.diagnostics or run.train.diagnostics_every is not None:
+    if not args.diagnostics or run.train.diagnostics_every is not None:
         return run
     train = {**run.train.model_dump(), "diagnostics_every": run.train.evaluate_every}
     return build_run({**run.model_dump(exclude_none=True), "train": train}, "command line")
@@ -217,6 +227,7 @@ def _run(given: Path | None, changes: TrainArgs) -> Run:
 
 def _with_data(run: Run, path: str | None) -> Run:
     """Return the run with --data's path, and with absolute paths, so that it can be resumed from any folder."""
+    # A run folder may be resumed from any folder, where relative paths would lead elsewhere.
     table = run.data.model_dump(exclude_none=True)
     if path is not None:
         table = {key: value for key, value in table.items() if key not in WHAT_DATA} | {"path": path}
@@ -229,15 +240,15 @@ def _with_data(run: Run, path: str | None) -> Run:
     return build_run({**run.model_dump(exclude_none=True), "data": table}, "command line")
 
 
-def _resumed(given: Path | None, out: Path | None, changes: TrainArgs) -> RunFolder:
+def _resumed(given: Path | None, out: Path | None, args: TrainArgs) -> RunFolder:
     """Open the folder to resume: the one given, or that of the given run.toml, which must be unchanged."""
     if given is not None and given.is_dir():
-        if out is not None or changes:
+        if out is not None or args:
             raise InputError(
                 f"--resume continues {given} as it is; leave --out, --data and --set away, and --diagnostics"
             )
         return resumed_folder(given, None)
-    run = None if given is None else _run(given, changes)
+    run = None if given is None else _run(given, args)
     return resumed_folder(out or RUNS / _name(given), run)
 
 

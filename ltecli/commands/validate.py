@@ -17,7 +17,8 @@ from simulate.common.errors import InputError, near_match
 from simulate.common.processor import machine_facts, machine_text
 from simulate.common.units import bytes_text, seconds_text
 from simulate.config.profiles import load_profile
-from simulate.measure.random_runs import AUTOCASTS, FAMILIES, Sample
+from simulate.measure.random_runs import AUTOCASTS, Sample
+from simulate.models.families.table import FAMILIES
 
 if TYPE_CHECKING:
     from simulate.measure.accuracy import Errors, Row
@@ -44,8 +45,8 @@ class ValidateArgs:
 
     def sample(self, count: int, quick_count: int) -> Sample:
         """Return the choice of random runs: `count` of them, or `quick_count`, unless --shapes gives a number."""
-        wanted = self.shapes or (quick_count if self.quick else count)
-        return Sample(wanted, self.seed, self.family, self.autocast, small=self.quick)
+        number = self.shapes or (quick_count if self.quick else count)
+        return Sample(number, self.seed, self.family, self.autocast, small=self.quick)
 
 
 @dataclass(frozen=True)
@@ -57,22 +58,22 @@ class Section:
     figure: Callable[[float], str]
 
 
-def _memory(asked: ValidateArgs) -> list[Row]:
+def _memory(args: ValidateArgs) -> list[Row]:
     from simulate.measure.accuracy import allocated_rows, tracked_rows
 
-    return [*tracked_rows(asked.sample(68, 8)), *allocated_rows(asked.sample(17, 4))]
+    return [*tracked_rows(args.sample(68, 8)), *allocated_rows(args.sample(17, 4))]
 
 
-def _bytes(asked: ValidateArgs) -> list[Row]:
+def _bytes(args: ValidateArgs) -> list[Row]:
     from simulate.measure.accuracy import byte_rows
 
-    return list(byte_rows(asked.sample(34, 6)))
+    return list(byte_rows(args.sample(34, 6)))
 
 
-def _time(asked: ValidateArgs) -> list[Row]:
+def _time(args: ValidateArgs) -> list[Row]:
     from simulate.measure.accuracy import time_rows
 
-    return list(time_rows(asked.sample(12, 4)))
+    return list(time_rows(args.sample(12, 4)))
 
 
 SECTIONS: dict[str, Section] = {
@@ -87,43 +88,46 @@ def _on_profile(name: str) -> Section:
     """Return the section of times on a measured profile, over networks that its measurement did not use."""
     profile = load_profile(name)
 
-    def collect(asked: ValidateArgs) -> list[Row]:
+    def collect(args: ValidateArgs) -> list[Row]:
         from simulate.measure.accuracy import Row
         from simulate.measure.step_times import held_out_times
 
-        return [Row(case, "steps", planned, took) for case, planned, took in held_out_times(profile, asked.quick)]
+        return [Row(case, "steps", planned, took) for case, planned, took in held_out_times(profile, args.quick)]
 
     return Section(f"planned seconds of a step on {profile.name}", collect, seconds_text)
 
 
 def validate_command(
-    only: str | None, asked: ValidateArgs, out: Path | None, as_json: bool, quiet: bool, profile: str | None = None
+    only: str | None, args: ValidateArgs, out: Path | None, as_json: bool, quiet: bool, profile: str | None = None
 ) -> int:
     """Print each section's rows and errors, and write them to `out`; returns the exit code."""
     if only is not None and only not in SECTIONS:
         raise InputError(f"--only {only!r} is no section; {near_match(only, SECTIONS)}")
-    asked.check()
-    if profile is not None and asked != ValidateArgs(quick=asked.quick):
+    args.check()
+    # A measured profile is compared on given networks, which no option changes.
+    if profile is not None and args != ValidateArgs(quick=args.quick):
         raise InputError(
             "--profile times steps of given networks, and --shapes, --seed, --family and --autocast choose random "
             "ones; leave one or the other away"
         )
     if out is not None:
         check_file(out, force=True, example="validation.md")  # tables are made anew, so they may be replaced
+    # A measured profile replaces the guessed rates of `local`, and with them the rows.
     sections = SECTIONS if profile is None else {**SECTIONS, "time": _on_profile(profile)}
     from simulate.measure.accuracy import errors_of
 
     output, results = Output(as_json, quiet), {}
     for name in [only] if only else sections:
         output.hint(f"{name}: {sections[name].about}")
-        results[name] = rows = sections[name].collect(asked)
+        # Each section prints as soon as it is there, since they take minutes.
+        results[name] = rows = sections[name].collect(args)
         _show(output, name, rows, errors_of(rows))
     machine = machine_facts()
     output.text(f"on: {machine_text(machine)}")
     output.json(
         {
             "version": VALIDATION_VERSION,
-            **asdict(asked),
+            **asdict(args),
             "machine": machine,
             **{
                 name: {

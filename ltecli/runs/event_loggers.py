@@ -44,9 +44,11 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self._path, self._warn, self._failed = path, warn, False
+        # TensorBoard writes in a thread of its own, whose errors reach nobody but this hook.
         self._before, threading.excepthook = threading.excepthook, self._on_thread_error
         self._writer: SummaryWriter | None = None
         with self._stopping_on_disk_errors():
+            # Steps after the checkpoint are trained and written again: TensorBoard is to hide their first points.
             self._writer = SummaryWriter(str(path), purge_step=step + 1 if step else None)
 
     def __enter__(self) -> TensorBoard:
@@ -143,6 +145,7 @@ class ProgressBar:
     def _tokens_per_s(self, event: Event) -> float:
         """Return the rate since the last event; since the start for the first one."""
         before, self._last = self._last, (event["wall_s"], event["tokens"])
+        # A restart sets the clock back.
         if before is None or event["wall_s"] <= before[0]:
             return event["tokens"] / max(event["wall_s"], 1e-9)
         return (event["tokens"] - before[1]) / (event["wall_s"] - before[0])

@@ -40,6 +40,7 @@ class RunRecord:
 
     def clocks(self, step: Event | None) -> Event | None:
         """Return the newest event with both clocks: the checkpoint right after a step, else the step."""
+        # A checkpoint's event is written after its save, so its clocks include it.
         saved = self.last("checkpoint")
         after = step and saved and saved["step"] == step["step"] and "wall_s" in saved
         return saved if after else step
@@ -63,7 +64,6 @@ def figures(record: RunRecord) -> dict[str, Any]:
     step, evaluation, memory = record.last("step"), record.last("evaluate"), record.last("memory")
     steps, clocks = step["step"] if step else 0, record.clocks(step)
     share = steps / run.train.steps
-    reserved = chosen["memory_bytes"]["reserved"]
     return {
         "version": REPORT_VERSION,
         "run": str(record.path),
@@ -75,17 +75,19 @@ def figures(record: RunRecord) -> dict[str, Any]:
         "tokens": step["tokens"] if step else 0,
         "unit": run.model.unit,
         "memory_bytes": {
-            # The program cannot allocate what the device's system reserves, so it is left out here.
-            "planned": chosen["memory_bytes"]["total"] - reserved,
+            # Measured are the program's tensors, without what the allocator and the system hold beside them.
+            "planned": _tensor_bytes(chosen),
             "measured": memory and memory["measured_bytes"],
-            "reserved": reserved,
+            "reserved": chosen["memory_bytes"]["reserved"],
         },
         "sent_bytes_per_device": {
+            # Asked for the steps done, not as a share of the whole: merges do not fall evenly.
             "planned": sent_bytes(run, run.model.shape(), steps) / run.cluster.devices,
             "counted": step["sent_bytes"] / run.cluster.devices if step else None,
             "wire": _wire_bytes(record),
         },
         "wall_s": {
+            # Of an unfinished run, the same share of the whole run's seconds.
             "planned": chosen["wall_s"] * share,
             "simulated": clocks and clocks["simulated_s"],
             "measured": clocks and clocks["wall_s"],
@@ -96,6 +98,7 @@ def figures(record: RunRecord) -> dict[str, Any]:
             "measured": clocks and clocks["wall_s"] / steps,
         },
         "restarts": _restarts(record),
+        # A resumed run may have moved to another machine.
         "machines": distinct(machine for event in record.events for machine in event.get("machines", ())),
         "train_loss": step and step["train_loss"],
         "val_loss": evaluation and evaluation["val_loss"],
@@ -107,6 +110,12 @@ def figures(record: RunRecord) -> dict[str, Any]:
             if event["kind"] == "diagnostics"
         ],
     }
+
+
+def _tensor_bytes(candidate: dict[str, Any]) -> int:
+    """Return the bytes of a planned candidate's tensors; plans of older versions knew no allocator."""
+    memory = candidate["memory_bytes"]
+    return memory["total"] - memory["reserved"] - memory.get("allocator", 0)
 
 
 def _restarts(record: RunRecord) -> dict[str, Any]:
@@ -134,7 +143,7 @@ def _dense(record: RunRecord, share: float) -> dict[str, Any] | None:
     if dense is None:
         return None
     return {
-        "memory_bytes": dense["memory_bytes"]["total"] - dense["memory_bytes"]["reserved"],
+        "memory_bytes": _tensor_bytes(dense),
         "sent_bytes_per_device": dense["sent_bytes"] * share,
         "wall_s": dense["wall_s"] * share,
         "step_s": dense["wall_s"] / record.run.train.steps,

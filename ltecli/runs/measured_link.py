@@ -24,6 +24,7 @@ def link_text(link: Link) -> str:
 
 def _ring_links(record: RunRecord) -> list[LinkFigures]:
     """Return the ring's links as the newest launch measured them; raises InputError."""
+    # Every launch on several nodes measures anew; the newest figures count.
     event = record.last("links")
     if event is None:
         started = record.last("start")

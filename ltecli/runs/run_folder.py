@@ -30,7 +30,7 @@ from simulate.config.run import Run, dump_run, load_run
 from simulate.costs.memory import checkpoint_bytes
 from simulate.data.load import TOKENIZER_FILE, Dataset, kept_tokenizer, load_data
 from simulate.data.text import Text
-from simulate.common.run_files import CHECKPOINTS, EVENTS_FILE, PLAN_FILE, PROFILE_FILE, RUN_FILE
+from simulate.common.run_files import CHECKPOINTS, EVENTS_FILE, LOCK_FILE, PLAN_FILE, PROFILE_FILE, RUN_FILE
 from simulate.planning.candidate import Rejected
 from simulate.planning.planner import Plan, evaluate
 from simulate.training.checkpoints import list_checkpoints
@@ -85,6 +85,7 @@ def new_folder(path: Path, run: Run, device_name: str = "cpu") -> RunFolder:
     data = load_data(run)
     _check_disk(path, run)
     profile = load_profile(run.cluster.profile)
+    # `local` describes the processor. Training on a GPU needs the plan of that GPU.
     if profile.name == LOCAL and device_name != "cpu":
         profile = local_gpu_profile() or profile
     plan = plan_of(run, profile)
@@ -100,6 +101,7 @@ def new_folder(path: Path, run: Run, device_name: str = "cpu") -> RunFolder:
         (path / CHECKPOINTS).mkdir()
         if isinstance(data, Text) and data.vocabulary is not None:
             (path / TOKENIZER_FILE).write_text(data.vocabulary.json, encoding="utf-8")
+        # run.toml comes last: with it the folder is whole.
         toml_io.write_atomically(path / RUN_FILE, dump_run(run).encode())
     except OSError as error:
         shutil.rmtree(path, ignore_errors=True)
@@ -127,11 +129,13 @@ def resumed_folder(path: Path, given: Run | None) -> RunFolder:
     if not (path / RUN_FILE).is_file():
         raise InputError(f"--resume: {path} is no run folder (it has no {RUN_FILE}); start it without --resume")
     run = load_run(path / RUN_FILE)
+    # Another run under the same name would go on from this one's weights.
     if given is not None and given != run:
         raise InputError(
             f"--resume: the run given differs from {path / RUN_FILE} in {_difference(given, run)}; "
             f"resume with lte train {path} --resume, or start anew with another --out"
         )
+    # Found now, not at the first checkpoint hours later.
     if not os.access(path, os.W_OK):
         raise InputError(f"--resume: {path} is read-only; make it writable")
     checkpoints = list_checkpoints(path / CHECKPOINTS, run.cluster.devices)
@@ -165,6 +169,7 @@ def _difference(given: Run, saved: Run) -> str:
 def plan_of(run: Run, profile: Profile) -> dict[str, Any]:
     """Return the plan of this very run, and of dense training with the same batch, as plan.json has it."""
     tokens = run.train.steps * run.tokens_per_step
+    # Dense training stands beside the run in reports. It gets recovery points of its own, as it saves more bytes.
     dense = evaluate(run.model_copy(update={"method": default_options(BASELINE)}), profile, tokens, spaces_recovery=True)
     result = evaluate(run, profile, tokens)
     chosen = result.candidate if isinstance(result, Rejected) else result
@@ -176,6 +181,7 @@ def plan_of(run: Run, profile: Profile) -> dict[str, Any]:
 
 def _check_disk(path: Path, run: Run) -> None:
     """Raise InputError where a run folder's disk is not writable, or too small for its checkpoints."""
+    # The folder itself does not exist yet; its nearest existing parent names the disk.
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"--out {path}: {parent} is not a writable folder; choose another")
@@ -191,16 +197,17 @@ def _check_disk(path: Path, run: Run) -> None:
 @contextmanager
 def stop_on_signal() -> Iterator[list[bool]]:
     """Turn the first Ctrl-C or SIGTERM into an entry of the yielded list; the second one interrupts at once."""
-    asked: list[bool] = []
+    stops: list[bool] = []
 
     def handle(signum: int, frame: object) -> None:
-        asked.append(True)
-        if len(asked) == 2:  # a third one must not interrupt the clean-up
+        stops.append(True)
+        if len(stops) == 2:  # a third one must not interrupt the clean-up
             raise KeyboardInterrupt
 
+    # Handlers are put back, so that a plan or report in the same process is interrupted at once again.
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        yield stops
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -209,16 +216,17 @@ def stop_on_signal() -> Iterator[list[bool]]:
 @contextmanager
 def lock_folder(path: Path) -> Iterator[None]:
     """Lock a run folder for this process; raises InputError where another process has locked it."""
-    import fcntl
+    from filelock import FileLock, Timeout
 
-    handle = os.open(path, os.O_RDONLY)
+    lock = FileLock(path / LOCK_FILE)  # the system releases it when this process dies
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
+        lock.acquire(timeout=0)
+    except Timeout:
         raise InputError(f"{path} is being trained by another process; wait for it, or choose another --out") from None
+    try:
+        yield
     finally:
-        os.close(handle)
+        lock.release()
 
 
 def prepare_events(folder: RunFolder, step: int) -> None:

@@ -110,6 +110,7 @@ def report_finished(folder: RunFolder, output: Output) -> None:
     figure = figures(read_run(folder.path))
     sent, wall = figure["sent_bytes_per_device"]["counted"], figure["wall_s"]
     scores = figure["val_loss"], figure["val_accuracy"]
+    # The same document as at the run's end, so that a script may give its command twice.
     _print_json(folder, output, RunResult(figure["steps"], *scores, sent, wall["simulated"], wall["measured"]))
     output.hint(f"{folder.path} is finished; next: lte report {folder.path}")
 

@@ -154,6 +154,7 @@ class Communicator(ABC):
 
         An exchange inside may return an empty list, filled on arrival; use it in a callback of `on_complete`.
         """
+        # A flag and not an argument, so that a method's exchange code is the same in both cases.
         self._background = True
         try:
             yield
@@ -163,6 +164,7 @@ class Communicator(ABC):
     @contextmanager
     def uncounted(self, counter: ByteCounter) -> Iterator[None]:
         """Count messages made inside in `counter`, outside the method's bytes and time: diagnostics use this."""
+        # Diagnostics must not change the figures that they are shown beside.
         kept = self.counter, self.on_transfer
         self.counter, self.on_transfer = counter, None
         try:

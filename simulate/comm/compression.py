@@ -60,12 +60,14 @@ def decode(message: Sequence[Tensor], elements: int, wire: str, dtype: torch.dty
 
 def _pack_int4(q_LX: Tensor) -> Tensor:
     """Return numbers from −8 to 7 as two's complements of 4 bits, the first of two in a byte's lower half."""
+    # An odd count gets a zero, so that every byte holds two.
     nibbles = F.pad(q_LX, (0, q_LX.shape[1] % 2)).to(torch.uint8) & 0xF
     return nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
 
 
 def _unpack_int4(packed: Tensor, elements: int) -> Tensor:
     nibbles = torch.stack((packed & 0xF, packed >> 4), dim=2).view(len(packed), -1)[:, :elements].to(torch.int8)
+    # Two's complement of 4 bits: 8 to 15 stand for −8 to −1.
     return torch.where(nibbles > 7, nibbles - 16, nibbles)
 
 
@@ -133,6 +135,7 @@ class CompressedMean:
             self.sent_error_LX[:, first : first + flat_LX.shape[1]] += flat_LX
             first += flat_LX.shape[1]
         x_NC = self.sent_error_LX.view(-1, self.chunk)
+        # The error holds vector plus old error by now: send its rounded value, keep the rest.
         message = encode(x_NC, self.wire)
         x_NC.sub_(decode(message, self.chunk, self.wire, x_NC.dtype))
         return message

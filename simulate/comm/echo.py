@@ -25,6 +25,7 @@ class EchoCommunicator(Communicator):
     def _all_gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         if self.num_devices == 1:
             return list(tensors)
+        # The device's own part stands for every peer's: only sizes matter here.
         return [tensor.repeat(self.num_devices, *(1,) * (tensor.ndim - 1)) for tensor in tensors]
 
     def _all_to_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:

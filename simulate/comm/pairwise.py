@@ -56,6 +56,7 @@ def sum_by_parts(flat: Tensor, group: dist.ProcessGroup | None) -> None:
     own = parts[members.index(dist.get_rank())]
     arrived = [torch.empty_like(own) for _ in members]
     exchange_parts(arrived, parts, group)
+    # In the order of members, so that every run adds alike, to the last bit.
     for addend in arrived[1:]:
         arrived[0].add_(addend)
     exchange_parts(parts, [arrived[0]] * len(members), group)

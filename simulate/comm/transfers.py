@@ -101,6 +101,7 @@ def wire_bytes(elements: int, wire: str, element_bytes: int) -> int:
         return elements * element_bytes
     if wire in ("fp16", "bf16"):
         return 2 * elements
+    # One fp32 scale a block, the last one rounded up.
     scales = 4 * -(-elements // WIRE_BLOCK)
     return scales + (elements if wire == "int8" else (elements + 1) // 2)
 
@@ -124,12 +125,14 @@ def mean_transfers(elements: int, devices: int, wire: str, element_bytes: int) -
     """
     if wire == "full":
         return (Transfer("all_reduce", elements * element_bytes, devices),)
+    # Each chunk is compressed by itself, so scales are counted per chunk.
     part_bytes = wire_bytes(chunk_elements(elements, devices), wire, element_bytes)
     return (Transfer("all_to_all", devices * part_bytes, devices), Transfer("all_gather", part_bytes, devices))
 
 
 def averages(tensors: Iterable[int], devices: int, wire: str, element_bytes: int) -> tuple[Transfer, ...]:
     """Return the messages that average tensors of the given element counts over all devices."""
+    # Methods average bucket by bucket, so bytes are planned in the same buckets.
     counts = list(tensors)
     groups = bucket([count * element_bytes for count in counts])
     sums = (sum(counts[i] for i in group) for group in groups)

@@ -31,6 +31,7 @@ class VirtualCommunicator(Communicator):
         return list(tensors)
 
     def _all_to_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        # Sender and receiver swap places: part [i, j] is what device i has for device j.
         return [tensor.transpose(0, 1) for tensor in tensors]
 
     def _broadcast(self, tensors: Sequence[Tensor], source: int) -> None:

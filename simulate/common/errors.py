@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 
 class InputError(Exception):
-    """User's mistake, told in one line that names the field, the value, the rule and the next move."""
+    """User's mistake, reported in one line that names the field, the value, the rule and the next move."""
 
 
 class RunFailedError(Exception):

@@ -26,7 +26,7 @@ class EventFile:
 
     def __call__(self, event: Event) -> None:
         self._file.write(json.dumps({"version": EVENTS_VERSION, **event}) + "\n")
-        self._file.flush()
+        self._file.flush()  # to the system: a killed process loses nothing, a power cut perhaps the last lines
 
     def close(self) -> None:
         """Close the file; a later event would raise."""
@@ -61,6 +61,7 @@ def truncate_events(path: Path, step: int) -> None:
     for event in read_events(path):
         if event["kind"] == "restart":
             event["step"] = max(0, min(event["step"], step))
+        # The run goes on, so that it has neither ended nor been interrupted.
         elif event["step"] > step or event["kind"] in ("interrupt", "end"):
             continue
         kept.append(json.dumps(event))

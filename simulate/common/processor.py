@@ -43,6 +43,7 @@ def parse_cpuinfo(text: str) -> tuple[str | None, list[str]]:
     fields: dict[str, str] = {}
     for line in text.splitlines():
         key, _, value = line.partition(":")
+        # The first core's; on chips of unequal cores the others may differ.
         fields.setdefault(key.strip(), value.strip())
     had = set(fields.get("flags", fields.get("Features", "")).split())
     return fields.get("model name") or None, [name for name in INSTRUCTION_SETS if name in had]

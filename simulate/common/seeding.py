@@ -11,7 +11,7 @@ import numpy as np
 
 
 def address(seed: int, purpose: str, *where: int | str) -> int:
-    """Return a 63-bit seed for one purpose and place, for example address(0, "batch", device, step)."""
+    """Return a 63-bit seed for one purpose and address, for example address(0, "batch", device, step)."""
     # The separator keeps ("a", 12) apart from ("a1", 2).
     text = "\x1f".join(str(part) for part in (seed, purpose, *where))
     # torch's generators take signed 64-bit seeds, so the top bit is dropped.

@@ -1,7 +1,8 @@
 """Reads TOML, validates it against pydantic schemas, and writes it; errors name file, line and key.
 
-run.toml, hardware profiles and probe files all pass through here, so that a mistake in any of them is told in the same
-form: place, key, value, rule, next move. simulate.config, simulate.models.schema and the command line call this.
+run.toml, hardware profiles and probe files all pass through here, so that a mistake in any of them is reported
+in the same form: file and line, key, value, rule, next move. simulate.config, simulate.models.schema and the command
+line call this.
 """
 
 from __future__ import annotations
@@ -104,30 +105,30 @@ def _explain(error: ValidationError, schema: type[BaseModel], where: str, text: 
     key = _dotted(path)
     rule, value = first["msg"], first["input"]
     line = _line_of(text, path)
-    place = "command line" if {key, f"{key}.name"} & set(assigned) else f"{where}:{line}" if line else where
+    source = "command line" if {key, f"{key}.name"} & set(assigned) else f"{where}:{line}" if line else where
     more = error.error_count() - 1
     rest = f" (and {more} more)" if more else ""
     if first["type"] == "extra_forbidden":
         known = _keys_beside(schema, loc)
         tag = loc[1] if len(path) < len(loc) else _name_of(schema, path)
         owner = f" of {path[0]} {tag}" if tag else ""
-        return f"{place}: {key} is not a known key{owner}; {near_match(str(path[-1]), known)}{rest}"
+        return f"{source}: {key} is not a known key{owner}; {near_match(str(path[-1]), known)}{rest}"
     if first["type"] == "missing":
-        return f"{place}: {key} is missing; add it{rest}"
+        return f"{source}: {key} is missing; add it{rest}"
     if first["type"] == "union_tag_invalid":
         context = first["ctx"]
         tags = [tag.strip(" '") for tag in str(context["expected_tags"]).split(",")]
-        return f"{place}: {key}.name = {context['tag']!r} is not known; {near_match(str(context['tag']), tags)}{rest}"
+        return f"{source}: {key}.name = {context['tag']!r} is not known; {near_match(str(context['tag']), tags)}{rest}"
     if first["type"] == "union_tag_not_found":
-        return f"{place}: {key}.name is missing; add it{rest}"
+        return f"{source}: {key}.name is missing; add it{rest}"
     if first["type"] == "literal_error":
         known = [choice.strip(" '") for choice in re.split(r",| or ", first["ctx"]["expected"])]
-        return f"{place}: {key} = {value!r} is not known; {near_match(str(value), known)}{rest}"
+        return f"{source}: {key} = {value!r} is not known; {near_match(str(value), known)}{rest}"
     if first["type"] == "value_error":
         rule = str(first["ctx"]["error"])
-        return f"{place}: {key + ': ' if key else ''}{rule}{rest}"
+        return f"{source}: {key + ': ' if key else ''}{rule}{rest}"
     rule = rule[0].lower() + rule[1:]
-    return f"{place}: {key} = {_short(value)}: {rule}; correct this value{rest}"
+    return f"{source}: {key} = {_short(value)}: {rule}; correct this value{rest}"
 
 
 def table_of(text: str) -> Table:

@@ -1,7 +1,13 @@
-"""The schema of profile.toml: which devices there are, what they can hold and do, and the links between them."""
+"""The schema of profile.toml: which devices there are, what they can hold and do, and the links between them.
+
+Plans, simulations and launched runs all read rates, sizes and prices from one Profile, so each figure is checked here
+and nowhere else. simulate.config.profiles builds profiles, costs and the timeline read them, simulate.measure.machine
+writes measured ones. Every field is in SI units and says in its docstring what holds when it is not set.
+"""
 
 from __future__ import annotations
 
+from functools import cached_property
 from itertools import pairwise
 from typing import Literal
 
@@ -14,17 +20,19 @@ Source = Literal["datasheet", "measured", "guess"]
 Dtype = Literal["fp64", "fp32", "fp16", "bf16"]
 Collectives = Literal["gloo", "nccl"]
 DELAYS_OF_A_HOP: dict[Collectives, float] = {"gloo": 2.0, "nccl": 1.0}
-"""Gloo asks for every buffer before it is sent; 2.0 to 2.9 were measured (bench/README.md)."""
+"""One-way delays in one hop. Gloo sends a buffer only on request; 2.0 to 2.9 were measured (bench/README.md)."""
 BETWEEN_CPUS = "what launched runs use between CPUs"
 LOCAL = "local"
+CUDA_HEADROOM_SHARE = 0.05
+"""Most by which the closed form of what CUDA's allocator holds was below its replay (simulate/costs/allocator.py)."""
 MOST_BYTES = 10**15
-"""A petabyte: more memory of one device, or more bytes a second of one link, is a slip of the keyboard."""
+"""Largest memory of a device, in bytes, and rate of a link, in bytes/s: more than a petabyte is a typing error."""
 
 
 class FlopPerSecond(toml_io.Schema):
-    """Peak dense multiply-add rate by number format, in FLOP/s; fp16 and bf16 that are not set are not planned with.
+    """Peak rate of dense matrix products by number format, in FLOP/s.
 
-    Where something runs in a format that is not set, its clock goes by the fp32 rate.
+    Plans avoid fp16 and bf16 where they are not set. A run that uses an unset format is timed at the fp32 rate.
     """
 
     fp32: float = Field(gt=0)
@@ -38,15 +46,15 @@ class FlopPerSecond(toml_io.Schema):
 
 
 PackedFormat = Literal["bf16", "int8", "nf4", "nf4-double"]
-"""Of frozen weights."""
+"""Formats of frozen weights that unpacking and packing are measured for."""
 OtherFamily = Literal["llama", "vit", "mixer"]
-"""Of networks, beside GPT."""
+"""Families of networks that have elementwise rates of their own; all others use GPT's."""
 Points = list[list[float]]
-"""[[size, rate], ...] by growing size; between points the rate is interpolated, beyond them it stays."""
+"""[[size, rate], ...] by growing size; rates between two points are interpolated, beyond the ends constant."""
 
 
 class Kernels(toml_io.Schema):
-    """Measured rates of training's kernels in fp32, by size; they take the place of `efficiency`."""
+    """Measured rates of training's kernels in fp32, by size; they replace `efficiency`."""
 
     products: Points
     """[FLOP per element of a matrix product's three matrices, FLOP/s]: thin products and small ones have few."""
@@ -55,21 +63,21 @@ class Kernels(toml_io.Schema):
     full_attention: Points | None = None
     """The same where every token sees all others, as in ViT; not set: as causal."""
     elementwise: Points
-    """[bytes of one activation tensor between blocks, bytes/s] of all that GPT's blocks do beside products."""
+    """[bytes of one activation tensor between blocks, bytes/s] of all elementwise kernels in GPT's blocks."""
     elementwise_of: dict[OtherFamily, Points] = Field(default_factory=dict)
-    """The same of other families, which have other activations and norms; not set: as GPT's."""
+    """Elementwise rates of other families, which have other activations and norms; not set: as GPT's."""
     optimizer: Points
-    """[bytes moved, bytes/s] of AdamW's step."""
+    """[bytes moved, bytes/s] of an AdamW step."""
     step_s: float = Field(ge=0)
-    """Of a step of a network too small to take any time itself, but for its layers."""
+    """Fixed seconds of a step, without the seconds of its layers: kernel launches, measured on a tiny network."""
     layer_s: float = Field(ge=0)
-    """Of a linear layer in blocks and what goes with it, in a step of such a network."""
+    """Fixed seconds that each linear layer in a block adds to a step, with the norms and activations around it."""
     adapter_s: float = Field(ge=0)
-    """What an adapter adds to that."""
+    """Fixed seconds that an adapter adds to its layer."""
     unpack: dict[PackedFormat, Points] = Field(default_factory=dict)
-    """[weights of a layer, weights/s] of unpacking a frozen one, by format; not set: by memory traffic."""
+    """[weights of a layer, weights/s] of unpacking a frozen layer, by format; not set: timed by memory traffic."""
     pack: dict[PackedFormat, Points] = Field(default_factory=dict)
-    """The same of packing a merged one; not set: not counted."""
+    """[weights of a layer, weights/s] of packing a merged layer, by format; not set: not counted."""
 
     @field_validator("products", "attention", "full_attention", "elementwise", "optimizer")
     @classmethod
@@ -82,35 +90,36 @@ class Kernels(toml_io.Schema):
         return {name: _checked(of_name, f" of {name}") for name, of_name in points.items()}
 
 
-def _checked(points: Points, whose: str = "") -> Points:
+def _checked(points: Points, owner: str = "") -> Points:
     if not points or any(len(point) != 2 or min(point) <= 0 for point in points):
-        raise ValueError(f"points{whose} are [size, rate] pairs of positive numbers, at least one; correct them")
+        raise ValueError(f"points{owner} are [size, rate] pairs of positive numbers, at least one; correct them")
+    # Interpolation searches the sizes by bisection.
     sizes = [size for size, _ in points]
     if any(after <= before for before, after in pairwise(sizes)):
-        raise ValueError(f"sizes of points{whose} must grow, and are {sizes}; sort them and drop repetitions")
+        raise ValueError(f"sizes of points{owner} must grow, and are {sizes}; sort them and drop repetitions")
     return points
 
 
 class Measurement(toml_io.Schema):
-    """How a measured profile came about."""
+    """How and when a measured profile was measured."""
 
     date: str
     """UTC, ISO 8601."""
     host: str
     torch: str
-    """Its version."""
+    """Version of torch."""
     device: str = Field(min_length=1)
     """Type of its torch.device."""
     threads: int = Field(ge=1)
     quick: bool
     clock: str
-    """What seconds were read from."""
+    """Clock that seconds were read from."""
     seconds: float = Field(ge=0)
-    """That all of it took."""
+    """Seconds that the whole measurement took."""
     disk_write_bytes_per_s: float = Field(gt=0)
-    """Of a checkpoint's part, in the folder where this was measured."""
+    """Write rate of one part of a checkpoint, in the folder where this was measured."""
     median_s: dict[str, float]
-    """Of one repetition, by what was timed."""
+    """Seconds of one repetition, by the name of the measurement."""
     p90_s: dict[str, float]
 
 
@@ -121,9 +130,14 @@ class Device(toml_io.Schema):
     kind: str
     memory_bytes: int = Field(gt=0, le=MOST_BYTES)
     reserved_bytes: int = Field(ge=0)
-    """What the system, the driver's context and the display keep for themselves."""
+    """Bytes that the system, the driver's context and the display keep for themselves."""
     host_memory_bytes: int = Field(ge=0, le=MOST_BYTES)
     """Memory of the host beside the device, per device; 0 where device and host share one memory."""
+    device_type: Literal["cpu", "cuda"] | None = None
+    """torch's name for it, which decides whose allocator holds its memory; not set: cuda with a memory of its own, cpu
+    without."""
+    headroom_share: float | None = Field(default=None, ge=0, lt=1)
+    """Share of memory_bytes that a plan leaves free; not set: CUDA_HEADROOM_SHARE on CUDA, else 0."""
     memory_bytes_per_s: float = Field(gt=0, le=MOST_BYTES)
     flop_per_s: FlopPerSecond
     efficiency: float = Field(gt=0, le=1)
@@ -133,26 +147,39 @@ class Device(toml_io.Schema):
     disk_write_bytes_per_s: float | None = Field(default=None, ge=1, le=MOST_BYTES)
     """Rate at which a checkpoint is digested and written; not set: checkpoints' time is not planned."""
     disk_flush_s: float = Field(default=0.0, ge=0, le=3600)
-    """What each part of a checkpoint takes beside its bytes until it is safely on disk."""
+    """Fixed seconds until a part of a checkpoint is safely on disk, added to the seconds of its bytes."""
     step_jitter: float = Field(default=0.0, ge=0, le=1)
     """Standard deviation of a step's seconds over their mean, of a gamma distribution (simulate/timeline/jitter.py)."""
     leave_per_hour: float = Field(default=0.0, ge=0, le=1)
     """Chance that the device leaves within an hour."""
     join_s: float = Field(default=0.0, ge=0)
-    """Seconds until it, or another in its place, is back; it takes part again from the next round on."""
+    """Seconds until a lost device, or its replacement, is back; it joins at the next round."""
     price_per_hour: float | None = Field(default=None, ge=0)
-    """What an hour of the device costs, in whatever money; not set: not known."""
+    """Price of an hour of the device, in any currency; not set: not known."""
     source: Source
     sources: dict[str, str] = Field(default_factory=dict)
-    """Where each figure comes from, by its key."""
+    """Origin of each figure, by its key."""
+
+    @cached_property
+    def is_cuda(self) -> bool:
+        """Whether CUDA's caching allocator holds its memory."""
+        return self.device_type == "cuda" or (self.device_type is None and self.host_memory_bytes > 0)
+
+    @cached_property
+    def usable_bytes(self) -> int:
+        """Memory that a plan may fill, reserved_bytes included: all but the headroom."""
+        headroom = self.headroom_share
+        if headroom is None:
+            headroom = CUDA_HEADROOM_SHARE if self.is_cuda else 0.0
+        return int(self.memory_bytes * (1 - headroom))
 
     def __hash__(self) -> int:
-        # Written out because `sources` is a dict; rates are remembered by device.
+        # Written out because `sources` is a dict, which has no hash; costs cache rates by device.
         return hash((self.kind, self.memory_bytes, self.memory_bytes_per_s, self.efficiency))
 
     @model_validator(mode="after")
     def _reserved_fits(self) -> Device:
-        if self.reserved_bytes >= self.memory_bytes:
+        if self.reserved_bytes >= self.memory_bytes:  # a plan would only reject every candidate
             raise ValueError(
                 f"reserved_bytes = {self.reserved_bytes} leaves nothing of memory_bytes = {self.memory_bytes}; lower it"
             )
@@ -160,6 +187,7 @@ class Device(toml_io.Schema):
 
     @model_validator(mode="after")
     def _below_the_peak(self) -> Device:
+        # A rate above the peak is a wrong unit or a wrong peak; either would make every plan too fast.
         for name in ("products", "attention", "full_attention") if self.kernels else ():
             fastest = max((rate for _, rate in getattr(self.kernels, name) or ()), default=0.0)
             if fastest > self.flop_per_s.fp32:
@@ -180,17 +208,17 @@ class Link(toml_io.Schema):
     latency_s: float = Field(ge=0)
     """One-way delay of a message from device to device."""
     collectives: Collectives = "nccl"
-    """What moves messages between devices: nccl for CUDA GPUs, gloo for CPUs; a run's cluster.backend overrides it."""
+    """Library that moves messages: nccl between CUDA GPUs, gloo between CPUs; a run's cluster.backend overrides it."""
     hop_delays: float | None = Field(default=None, ge=1, le=100)
-    """One-way delays that a hop of a ring takes, and with gloo every message between a pair; not set: 2 with gloo, 1
+    """One-way delays in a hop of a ring, and with gloo in every message between two devices; not set: 2 with gloo, 1
     with nccl."""
     shared_bytes_per_s: float | None = Field(default=None, gt=0, le=MOST_BYTES)
-    """What all devices together can send, where they share one uplink; not set: each has its own."""
+    """Bytes/s that all devices together can send, where they share one uplink; not set: each has its own."""
     server_up_bytes_per_s: float | None = Field(default=None, gt=0, le=MOST_BYTES)
-    """The parameter server's own link; not set: as fast as a device's. [server] is the better place for both."""
+    """Rate of the parameter server's own link; not set: a device's rate. Better set in [server]."""
     server_down_bytes_per_s: float | None = Field(default=None, gt=0, le=MOST_BYTES)
     node_bytes_per_s: float | None = Field(default=None, gt=0)
-    """Between the devices of one node, for methods that know nodes; not set: they use the link like all others."""
+    """Rate between devices of one node, for methods that know nodes; not set: they use the link like all others."""
     node_latency_s: float | None = Field(default=None, ge=0)
     source: Source
     sources: dict[str, str] = Field(default_factory=dict)
@@ -201,7 +229,7 @@ class Link(toml_io.Schema):
         return self.hop_delays or DELAYS_OF_A_HOP[self.collectives]
 
     def __hash__(self) -> int:
-        # Written out because `sources` is a dict; link times are remembered by link.
+        # Written out because `sources` is a dict, which has no hash; costs cache message times by link.
         return hash(
             (self.topology, self.up_bytes_per_s, self.down_bytes_per_s, self.latency_s, self.shared_bytes_per_s)
         )
@@ -214,7 +242,7 @@ class Server(toml_io.Schema):
     """Rate at which it sends to all devices together; not set: link.server_up_bytes_per_s, or a device's rate."""
     down_bytes_per_s: float | None = Field(default=None, gt=0, le=MOST_BYTES)
     price_per_hour: float | None = Field(default=None, ge=0)
-    """What an hour of it costs, in the devices' money; not set: nothing."""
+    """Price of an hour of it, in the devices' currency; not set: 0."""
     sources: dict[str, str] = Field(default_factory=dict)
 
 
@@ -227,7 +255,7 @@ class Profile(toml_io.Schema):
     link: Link
     measurement: Measurement | None = None
     server: Server | None = None
-    """Its rates are the link's server_up_bytes_per_s and server_down_bytes_per_s, too."""
+    """Its rates are copied to the link's server_up_bytes_per_s and server_down_bytes_per_s."""
 
     @model_validator(mode="after")
     def _server_joins_link(self) -> Profile:
@@ -244,7 +272,7 @@ class Profile(toml_io.Schema):
                 )
             if given:
                 update[key] = given
-        if update:
+        if update:  # the schema is frozen; a validator still has to set what the rest of the program reads
             object.__setattr__(self, "link", self.link.model_copy(update=update))
         return self
 

@@ -9,7 +9,7 @@ Letters: N devices, T steps of a round, r rank, s = alpha / r.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -19,22 +19,25 @@ from simulate.layers.formats import Quantize
 from simulate.models.schema import FactoryModel, ModelOptions
 
 Pace = Literal["lockstep", "deadline"]
-"""Whether all devices take all steps of a round, or each as many as fit into the round's time."""
-DEFAULT_SCALE = 64.0  # alpha / rank of the paper's best run: alpha = 4096 at rank 64
+"""lockstep: every device takes all steps of a round; deadline: each takes as many as fit into the round's time."""
+DEFAULT_SCALE = 64.0
+"""alpha / rank of the LTE paper's best run (arXiv 2402.16828): alpha = 4096 at rank 64."""
 
 
 def _as_tuples(value: Any) -> Any:
-    """Turn TOML's lists into tuples, which frozen options can be hashed with."""
+    """Turn TOML's nested lists into tuples: frozen options are hashed as the key of cached results."""
     return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 Steps = Annotated[tuple[tuple[int, ...], ...], BeforeValidator(_as_tuples), Field(min_length=1)]
-"""Steps of each device, round by round; they start again where they end."""
+"""Steps of each device, round by round; after the last entry the first one follows."""
 
 
 class MethodOptions(toml_io.Schema):
     """The keys and questions of every method."""
 
+    heads_split_batch: ClassVar[bool] = False
+    """Whether each head of a device trains on its own part of the batch, so that `heads_per_device` divides it."""
     name: str
 
     @property
@@ -49,7 +52,7 @@ class MethodOptions(toml_io.Schema):
 
     @property
     def steps_apart(self) -> int:
-        """Steps from one merge to the next, of whichever group of layers."""
+        """Steps from one merge to the next, over all groups of layers."""
         return self.round_steps // self.merges_per_round
 
     @property
@@ -64,17 +67,17 @@ class MethodOptions(toml_io.Schema):
 
     @property
     def is_paced(self) -> bool:
-        """Whether a slow device takes fewer steps of a round while nobody waits for it."""
+        """Whether a slow device takes fewer steps of a round, so that no other device waits."""
         return False
 
     @property
     def deadline_s(self) -> float | None:
-        """Seconds of a paced round, if they are given."""
+        """Seconds of a paced round; None where the run does not set them."""
         return None
 
     @property
     def given_steps(self) -> Steps | None:
-        """Steps of each device in each paced round, if they are given."""
+        """Steps of each device in each paced round; None where the run does not set them."""
         return None
 
     def num_heads(self, devices: int) -> int:
@@ -86,7 +89,7 @@ class MethodOptions(toml_io.Schema):
         return devices
 
     def check(self, model: ModelOptions, train: Train, cluster: Cluster) -> None:
-        """Raise ValueError where the keys do not go with a run's other tables."""
+        """Raise ValueError where the keys contradict a run's other tables."""
         wrong = next((len(counts) for counts in self.given_steps or () if len(counts) != cluster.devices), None)
         if wrong is not None:
             raise ValueError(
@@ -107,11 +110,11 @@ class RoundOptions(MethodOptions):
     merge_delay: int = Field(default=0, ge=0)
     """Steps that go on while a merge travels; 0 waits for it."""
     pace: Pace = "lockstep"
-    """deadline: a slow device takes fewer steps of a round, at least one, and counts for what it trained on."""
+    """deadline: a slow device takes fewer steps of a round, at least one, and has less weight in its merge."""
     round_deadline_s: float | None = Field(default=None, gt=0)
-    """Seconds of a round with pace = "deadline"; not set: what the fastest device needs for T steps."""
+    """Seconds of a round with pace = "deadline"; not set: the time that the fastest device needs for T steps."""
     steps_taken: Steps | None = None
-    """Steps of each device, round by round, in place of a deadline, and again from the start: [[10, 3], [10, 4]]."""
+    """Steps of each device, round by round, instead of a deadline, repeated from the start: [[10, 3], [10, 4]]."""
 
     @property
     def round_steps(self) -> int:
@@ -155,6 +158,7 @@ class RoundOptions(MethodOptions):
                         f"{key} is for pace = 'deadline'; try --set method.pace=deadline, or leave it away"
                     )
             return
+        # Merge weights count the steps of one whole round, which delayed or staggered merges cut apart.
         for key, value in (("merge_delay", self.late_steps), ("fragments", self.merges_per_round - 1)):
             if value:
                 raise ValueError(
@@ -179,6 +183,7 @@ class FragmentOptions(RoundOptions):
 
     def check(self, model: ModelOptions, train: Train, cluster: Cluster) -> None:
         super().check(model, train, cluster)
+        # Groups are made of whole blocks; a user network has layers only.
         shape = model.shape()
         layers = len(shape.in_order()) if isinstance(model, FactoryModel) else shape.layers
         if self.fragments > layers or self.merge_every % self.fragments:
@@ -201,6 +206,7 @@ class AdapterOptions(MethodOptions):
     @model_validator(mode="before")
     @classmethod
     def _fill_alpha(cls, given: Any) -> Any:
+        # Before validation, since no constant can be the default: it grows with the rank.
         if isinstance(given, dict) and "alpha" not in given and isinstance(rank := given.get("rank", 32), int):
             return {**given, "alpha": DEFAULT_SCALE * max(rank, 1)}
         return given
@@ -233,6 +239,7 @@ class AdapterOptions(MethodOptions):
 
     def check(self, model: ModelOptions, train: Train, cluster: Cluster) -> None:
         for linear in model.shape().adapted:
+            # B·A has no more than min(I, O) directions, so that a higher rank would only cost memory.
             side, limit = min((linear.in_features, "inputs"), (linear.out_features, "outputs"))[::-1]
             if self.rank > limit:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""Finds a method by its name in run.toml: ours through one table of folders, others as package.module:Name.
+"""Find a method by its name in run.toml: ours through one table of folders, others as package.module:Name.
 
 A method has three parts: `options` (a subclass of MethodOptions: its keys of [method]), `plan` (built from the options;
 simulate.rules.method_plan) and `train` (the algorithm; simulate.methods.registry builds it). Ours lie in a module each,
@@ -17,8 +17,8 @@ from simulate.common.user_code import import_named
 from simulate.config.method_options import MethodOptions
 
 DEFAULT_METHOD, BASELINE = "lte", "ddp"
-"""The method of a run that names none, and the method that plans and reports compare all others with."""
-_ROOMS = {
+"""Method of a run that names none, and the method that plans and reports compare all others with."""
+_FOLDERS = {
     "lte": ("lte", "Lte"),
     "ddp": ("ddp", "Ddp"),
     "lora": ("lora", "Lora"),
@@ -34,7 +34,7 @@ _ROOMS = {
     "signsgd": ("signsgd", "Signsgd"),
 }
 """By name in run.toml: the folder in simulate/methods, and the prefix of the names of its classes."""
-METHOD_NAMES = tuple(_ROOMS)
+METHOD_NAMES = tuple(_FOLDERS)
 PARTS = ("options", "plan", "train")
 OUTSIDE = ":"
 """Character that only names of methods from outside have, between module and object: package.module:Name."""
@@ -50,8 +50,8 @@ class OutsideMethod(Protocol):
 
 def method_part(name: str, part: str) -> Any:
     """Return the options, plan or train class of a method; raises InputError where there is none of that name."""
-    if name in _ROOMS:
-        folder, prefix = _ROOMS[name]
+    if name in _FOLDERS:
+        folder, prefix = _FOLDERS[name]
         suffix = "" if part == "train" else part.title()  # diloco/train.py has Diloco, diloco/plan.py has DilocoPlan
         return getattr(import_module(f"simulate.methods.{folder}.{part}"), prefix + suffix)
     if OUTSIDE not in name:
@@ -78,6 +78,7 @@ def default_options(name: str) -> MethodOptions:
 def _outside(name: str) -> OutsideMethod:
     """Import a method from outside, and check that it has all parts before anything asks for one of them."""
     method = import_named("method.name", name)
+    # Checked here, so that a missing part is an error of the user's line, not one of a later attribute.
     missing = [part for part in PARTS if not hasattr(method, part)]
     if missing:
         raise InputError(f"method.name = {name!r} has no {' and no '.join(missing)}; give it {', '.join(PARTS)}")

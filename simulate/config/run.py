@@ -1,7 +1,8 @@
 """The schema of run.toml: one run, complete, typed and frozen, validated once where it is built.
 
-The [method] table is checked by the options of the method that it names, which may come from outside this package, so
-the schema of a whole run depends on that name.
+Every command starts from a Run, so a run that loads is one that can be planned and trained. The [method] table is
+checked by the options of the method that it names, which may come from outside this package, so the schema of a whole
+run depends on that name. `lte` calls load_run and build_run; planning copies runs with other values.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from simulate.common.errors import InputError
 from simulate.config.method_options import MethodOptions
 from simulate.config.method_table import DEFAULT_METHOD, default_options, method_options
 from simulate.config.tables import Cluster, Data, Train
-from simulate.models.schema import FactoryModel, GptModel, Model, check_name, sees_images
+from simulate.models.families.gpt import GptModel
+from simulate.models.families.table import Model, check_name, sees_images
+from simulate.models.schema import FactoryModel
 
 
 def _with_default_data(given: Any) -> Any:
-    """Give a model of images the embedded digits where no data is named: the default of text is no use to it."""
+    """Give an image model the embedded digits where no data is named: it cannot train on the default text."""
     if not isinstance(given, dict) or not isinstance(model := given.get("model"), dict):
         return given
     data = given.get("data") or {}
@@ -51,7 +54,7 @@ class Run(toml_io.Schema):
     @field_validator("method", mode="before")
     @classmethod
     def _as_its_options(cls, given: Any) -> Any:
-        """Read a table by the options of the method that it names, where the schema leaves the method open."""
+        """Parse the table with the options class of the method that it names, unless the schema fixes that class."""
         if cls.model_fields["method"].annotation is not MethodOptions or not isinstance(given, dict):
             return given
         try:
@@ -64,11 +67,13 @@ class Run(toml_io.Schema):
     def _consistent(self) -> Run:
         method, devices = self.method, self.cluster.devices
         method.check(self.model, self.train, self.cluster)
+        # Every rule names both keys and a way out, since either may be the mistake.
         if self.train.optimizer_state == "8bit" and self.train.dtype == "fp64":
             raise ValueError(
                 "train.optimizer_state = '8bit' steps weights in fp32, not in train.dtype = 'fp64'; "
                 "try --set train.optimizer_state=fp32"
             )
+        # Torch's autocast leaves fp64 tensors alone, so the key would have no effect.
         if self.train.autocast != "none" and self.train.dtype == "fp64":
             raise ValueError(
                 f"train.autocast = {self.train.autocast!r} lowers the precision of fp32, not of train.dtype = 'fp64'; "
@@ -102,26 +107,27 @@ class Run(toml_io.Schema):
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens (of images: samples) that all devices together train on in one optimizer step."""
+        """Tokens (for images, samples) that all devices together train on in one optimizer step."""
         return self.samples_per_step * self.model.units_per_sample
 
 
 @lru_cache(maxsize=64)
 def _schema(options: type[MethodOptions]) -> type[Run]:
-    """Return the schema of runs of one method, whose errors name the method's own keys."""
+    """Return the schema of runs of one method, so that errors name that method's own keys."""
     return create_model("Run", __base__=Run, method=(options, Field(default_factory=options)))
 
 
 def build_run(table: toml_io.Table, where: str = "run", text: str = "", assigned: Collection[str] = ()) -> Run:
-    """Validate a parsed run table, of which keys in `assigned` are the command line's; raises InputError."""
+    """Validate a parsed run table; errors in keys of `assigned` name the command line. Raises InputError."""
     for name in table:
         if name in Run.model_fields and not isinstance(table[name], dict):
             raise InputError(f"{where}: {name} = {table[name]!r} is not a table; write [{name}] and its keys below it")
     try:
         options = method_options(table.get("method", {}).get("name", DEFAULT_METHOD))
     except InputError as error:
-        place = "command line" if "method.name" in assigned else where
-        raise InputError(f"{place}: {error}") from None
+        source = "command line" if "method.name" in assigned else where
+        raise InputError(f"{source}: {error}") from None
+    # The schema with the method's own options: a Run with the abstract ones would name no key in its errors.
     return toml_io.validate(_schema(options), table, where, text, assigned)
 
 
@@ -139,5 +145,5 @@ def dump_run(run: Run) -> str:
 
 
 def run_fingerprint(run: Run) -> str:
-    """Return a digest of everything that run.toml says."""
+    """Return a digest of all keys of run.toml, to detect that a resumed run was changed."""
     return hashlib.sha256(dump_run(run).encode()).hexdigest()

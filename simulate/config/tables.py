@@ -1,4 +1,8 @@
-"""The [data], [train] and [cluster] tables of run.toml, typed and frozen; torch-free."""
+"""The [data], [train] and [cluster] tables of run.toml, typed and frozen; torch-free.
+
+These are the keys that mean the same for every model and method. simulate.config.run joins them with [model] and
+[method] to one run; docs/run.md explains each key to users.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ Share = Annotated[float, Field(gt=0)]
 
 
 def _as_tuple(value: Any) -> Any:
-    """TOML has lists; a frozen run, which others remember results by, needs a tuple."""
+    """Turn TOML's list into a tuple: a frozen run is hashed as the key of cached results."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -30,27 +34,27 @@ class Data(toml_io.Schema):
     Hugging Face hub, or a folder that its library can load."""
     path: str | None = Field(default=None, min_length=1)
     format: DataFormat | None = None
-    """What lies at the path; not set: recognised."""
+    """Format of the files at the path; not set: recognised from the files."""
     subset: str | None = None
-    """Of hf: the configuration of a data set that has several."""
+    """Configuration of a data set from hf: that has several."""
     column: str | None = None
-    """Of hf: the column of texts or images; not set: the only one."""
+    """Column of texts or images of a data set from hf:; not set: the only such column."""
     rows: int | None = Field(default=None, gt=0)
-    """Of hf: at most so many rows, from the first on; not set: all."""
+    """Most rows to read of a data set from hf:, from the first on; not set: all."""
     tokenizer: str = Field(default=BYTES, min_length=1)
-    """Of text: bytes, bpe:VOCAB (trained on the training split), or the path to a tokenizer.json."""
+    """Tokenizer of text: bytes, bpe:VOCAB (trained on the training split), or the path to a tokenizer.json."""
     skip_corrupt: bool = False
     """Leave images out that cannot be decoded, and count them, instead of refusing the data set."""
     upscale: bool = False
     """Enlarge images that have fewer pixels than the model reads, instead of refusing them."""
     augment: Annotated[tuple[Literal["crop", "flip"], ...], BeforeValidator(_as_tuple)] = ()
-    """Of training images: crop after padding by an eighth of the side; flip left and right half of the time."""
+    """Changes to training images: crop after padding by an eighth of the side; flip left and right half of the time."""
     mixup: float = Field(default=0.0, ge=0)
-    """Mix images of a batch, and their classes, in shares drawn from Beta(mixup, mixup); 0: not."""
+    """Mix images of a batch, and their classes, in shares drawn from Beta(mixup, mixup); 0 mixes nothing."""
     shards: Annotated[tuple[Share, ...] | None, BeforeValidator(_as_tuple)] = None
     """Relative sizes of the devices' shards, one a device; not set: equal."""
     skew: float | None = Field(default=None, gt=0)
-    """Of images: alpha of the Dirichlet distribution that deals classes to devices; not set: dealt alike."""
+    """Alpha of the Dirichlet distribution that deals classes of images to devices; not set: all get equal shares."""
 
     @model_validator(mode="after")
     def _one_of(self) -> Data:
@@ -60,6 +64,7 @@ class Data(toml_io.Schema):
             raise ValueError(f"name = {self.name!r} is not known; {near_match(self.name, (*DATA_NAMES, HUB + 'NAME'))}")
         if self.format is not None and self.path is None:
             raise ValueError(f"format = {self.format!r} says what lies at a path, and there is none; remove it")
+        # Refused, since a key that has no effect hides a mistake.
         for key in ("subset", "column", "rows"):
             if getattr(self, key) is not None and not self.from_hub:
                 raise ValueError(f"{key} = {getattr(self, key)!r} belongs to a name that starts with {HUB}; remove it")
@@ -68,7 +73,7 @@ class Data(toml_io.Schema):
     @field_validator("tokenizer")
     @classmethod
     def _tokenizer_known(cls, given: str) -> str:
-        size = given.removeprefix(BPE)
+        size = given.removeprefix(BPE)  # BPE starts from the 256 bytes and adds tokens to them
         if given.startswith(BPE) and (not size.isdecimal() or int(size) < BYTE_VALUES):
             raise ValueError(
                 f"tokenizer = {given!r}: after {BPE} comes a number of tokens, at least the {BYTE_VALUES} bytes; "
@@ -98,18 +103,18 @@ class Train(toml_io.Schema):
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: orthogonalised momentum for the matrices of linear layers and for adapters' factors, AdamW for the rest."""
     optimizer_state: Literal["fp32", "8bit"] = "fp32"
-    """Of AdamW's moments: as the weights, or 8 bits an element and a scale for 256; Muon's stays as the weights."""
+    """Format of AdamW's moments: as the weights, or 8 bits an element and a scale for 256; Muon's is as the weights."""
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)
     clip_norm: float = Field(default=1.0, gt=0)
     """Largest gradient norm of one device (ddp: of the averaged gradient)."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     dtype: Literal["fp32", "fp64"] = "fp32"
     autocast: Literal["none", "bf16", "fp16"] = "none"
-    """Format of matrix products and of what is kept for their backward passes; all else stays in dtype."""
+    """Format of matrix products and of the inputs kept for their backward passes; all else stays in dtype."""
     evaluate_every: int = Field(default=100, gt=0)
-    """Steps; takes place at the first merge from there on, since only merged weights are one model."""
+    """Steps between evaluations; each waits for the next merge, since only merged weights are one model."""
     diagnostics_every: int | None = Field(default=None, gt=0)
-    """Steps; takes place at the first merge from there on. Not set: never."""
+    """Steps between diagnostics; each waits for the next merge. Not set: never."""
     evaluate_samples: int = Field(default=64, gt=0)
     log_every: int = Field(default=1, gt=0)
     checkpoint_every: int = Field(default=500, gt=0)
@@ -122,20 +127,20 @@ class Cluster(toml_io.Schema):
     profile: str = Field(default="local", min_length=1)
     devices: int = Field(default=4, gt=0)
     backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """What moves tensors of a launched run; auto: nccl between CUDA GPUs, gloo else."""
+    """Library that moves tensors of a launched run; auto: nccl between CUDA GPUs, gloo else."""
     min_devices: int | None = Field(default=None, gt=0)
-    """Devices that a launched run needs to go on when nodes are lost: their share moves to those that are left. Not
-    set: all, so it waits for lost nodes to return."""
+    """Devices that a launched run needs to continue without lost nodes, whose data moves to the others. Not set: all,
+    so the run waits for lost nodes to return."""
     timeout_s: float = Field(default=600.0, gt=0)
-    """Longest wait for one exchange; longer than the slowest device is behind at a merge."""
+    """Longest wait for one exchange; must exceed the lag of the slowest device at a merge."""
     join_timeout_s: float = Field(default=300.0, gt=0)
     """Longest wait for nodes to join, or to return."""
     rejoin_s: float = Field(default=10.0, gt=0)
-    """After a loss: how long lost nodes may take to return before the run goes on without them, if it may."""
+    """Time that lost nodes have to return before the run continues without them, where min_devices allows it."""
     max_restarts: int = Field(default=3, ge=0)
     """Restarts without a checkpoint between them before a launched run gives up."""
     recover_every: int = Field(default=1, gt=0)
-    """Merges (of methods that exchange at every step: 10 steps) between the recovery points of a launched run."""
+    """Merges between recovery points of a launched run; where devices exchange at every step, 10 steps count as one."""
 
     @model_validator(mode="after")
     def _min_devices_fit(self) -> Cluster:

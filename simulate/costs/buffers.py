@@ -1,7 +1,8 @@
-"""Bytes that a device holds beside its state while it exchanges, steps its optimizer or merges.
+"""Bytes of working memory while a device exchanges, steps its optimizer or merges, on top of its state.
 
-A method's plan lists these moments in the order in which its code makes and drops tensors, since what is held at once
-is what counts; here are the parts that several plans share. simulate.costs.memory asks for all of them.
+The peak depends on which tensors exist at the same time, so a method's plan lists these phases in the order in which
+its code allocates and frees tensors. This file has the parts that several plans share. simulate.costs.memory calls
+exchange_phases; plans in simulate/methods call the rest.
 
 Letters: N devices, X elements of a message, C elements of the chunk that a device averages, e bytes of an element.
 """
@@ -25,21 +26,20 @@ from simulate.rules.transport import gather_groups
 
 LONG_BYTES, FLOAT_BYTES = 8, 4
 OUTER_TENSORS = 2
-"""Of a parameter's size, in an outer step: the outer gradient, and the weights that it leads to."""
+"""Tensors of a parameter's size in an outer step: the outer gradient and the new weights."""
 NEWTON_SCHULZ_TENSORS = 3
-"""Of a matrix's size, in Muon's iterations: the update's gradient, an iterate before and after; two Gram matrices
-beside."""
+"""Tensors of a matrix's size in Muon's iterations: the gradient, the old and the new iterate."""
 GRAM_TENSORS = 5
-"""Where Gram matrices alone are iterated on: one before and after, the product between, their factor and the product
-of all."""
+"""Gram matrices where Muon iterates on them alone: old, new, the product between, their factor, the product of all."""
 FOLD_TENSORS = 2
-"""Of a weight's size, while adapters are added to it: their product and its mean over heads, or that and the sum."""
+"""Tensors of a weight's size while adapters are added to it: their product and its mean over heads, or the mean and the
+sum."""
 
 
 def exchange_phases(run: Run, shape: ModelShape, gradient_bytes: int) -> tuple[Phase, ...]:
     """Return the phases of a run's optimizer step, gradient exchange and merge that can be its peak."""
     method = run.method
-    if "merge_every" in type(method).model_fields:  # plays no part, and many candidates differ in nothing else
+    if "merge_every" in type(method).model_fields:  # no buffer depends on it, so that more candidates share a result
         method = method.model_copy(update={"merge_every": 1})
     context = ExchangeContext(
         shape, run.cluster.devices, gradient_bytes, ELEMENT_BYTES[run.train.dtype], run.train.optimizer == "muon",
@@ -55,9 +55,9 @@ def _exchange_phases(method: MethodOptions, context: ExchangeContext) -> tuple[P
 
 
 def optimizer_bytes(plan: MethodPlan, context: ExchangeContext) -> int:
-    """Return the bytes at the height of the optimizer's own work.
+    """Return the peak bytes of the optimizer's own work.
 
-    AdamW's fused step holds nothing but with 8 bits; Muon holds the iterates of one matrix at a time.
+    AdamW's fused step needs none, except with 8-bit moments; Muon holds the iterates of one matrix at a time.
     """
     if not context.muon:
         return context.eight_bit_step
@@ -66,16 +66,17 @@ def optimizer_bytes(plan: MethodPlan, context: ExchangeContext) -> int:
 
 
 def _iterates(rows: int, columns: int) -> int:
-    """Return the elements that Muon holds at the height of its iterations on a matrix."""
+    """Return the elements that Muon holds at the peak of its iterations on a matrix."""
     matrix, gram = rows * columns, min(rows, columns) ** 2
     if through_gram(rows, columns):
+        # Either the iterations peak, or the products with the matrix before and after them.
         iterating = (NEWTON_SCHULZ_TENSORS - 1) * matrix + GRAM_TENSORS * gram
         return max(iterating, NEWTON_SCHULZ_TENSORS * matrix + gram)
-    return NEWTON_SCHULZ_TENSORS * matrix + 2 * gram
+    return NEWTON_SCHULZ_TENSORS * matrix + 2 * gram  # the Gram matrix and its square
 
 
 def _muon_matrices(plan: MethodPlan, context: ExchangeContext) -> Iterator[tuple[int, int, int]]:
-    """Yield (how many, rows, columns) of each kind of matrix that Muon steps at once."""
+    """Yield (count, rows, columns) of each stack of matrices that Muon steps at once."""
     layout = None if plan.starts_dense else plan.adapters(context.devices)
     for linear in context.shape.adapted:
         if layout is None:
@@ -87,30 +88,31 @@ def _muon_matrices(plan: MethodPlan, context: ExchangeContext) -> Iterator[tuple
 
 
 def with_gradients(context: ExchangeContext, num_bytes: int) -> Phase:
-    """Return a moment of the optimizer's step at which all gradients are held, and so many bytes beside them."""
+    """Return a phase of the optimizer's step that holds all gradients and so many bytes more."""
     return Phase("optimizer_step", context.gradients, 0, num_bytes)
 
 
 def at_merge(num_bytes: int) -> Phase:
-    """Return a moment of a merge at which so many bytes are held."""
+    """Return a phase of a merge that holds so many bytes."""
     return Phase("merge", 0, 0, num_bytes)
 
 
 def reduced_gradients(context: ExchangeContext, sizes: Sequence[int]) -> tuple[Phase, ...]:
-    """Return the moment at which one gradient for all travels: beside the gradients, its largest message."""
+    """Return the phase in which gradients are averaged: all of them, and the largest message."""
     return (with_gradients(context, max(bucket_bytes(list(sizes)))),) if context.devices > 1 else ()
 
 
 def gathered_gradients(
     context: ExchangeContext, sent: Sequence[int], compressing: Sequence[int], averaging: Sequence[int]
 ) -> tuple[Phase, ...]:
-    """Return the highest moment of gradients that are compressed, gathered and averaged.
+    """Return the peak phase of gradients that are compressed, gathered and averaged.
 
-    They are compressed one by one and freed, all messages are kept, and means take their place one by one.
+    Gradients are compressed and freed one by one, all messages are kept, and then means are computed one by one.
     """
     phases, left, messages, done = [], context.gradients, 0, 0
     for size, part, working in zip(context.sizes, sent, compressing, strict=True):
         left -= size
+        # with_gradients adds all gradients; only `left` of them still exist.
         phases.append(with_gradients(context, left + messages + working - context.gradients))
         messages += part
     for group in gather_groups(sent, context.devices):
@@ -126,8 +128,9 @@ def averaging_phases(
 ) -> Iterator[Phase]:
     """Yield the phases of simulate.methods.averaging.Averaging, over tensors of given bytes.
 
-    Merges that are late hold less, but that at the run's end waits.
+    Delayed merges hold less, but the merge at the run's end is never delayed.
     """
+    # Messages are averaged one after the other, so each has a peak of its own.
     for group in bucket(sizes):
         members = [sizes[i] for i in group]
         message, largest = sum(members), max(members)
@@ -142,25 +145,26 @@ def averaging_phases(
 
 @dataclass(frozen=True)
 class CompressedMean:
-    """Bytes of a compressed mean of one message, beside its errors."""
+    """Bytes of a compressed mean of one message, without its error feedback."""
 
     held: int
-    """At its height."""
+    """Bytes at the peak."""
     last: int
-    """Of the mean that it ends with."""
+    """Bytes of the resulting mean."""
 
 
 def compressed_mean(context: ExchangeContext, elements: int, wire: str) -> CompressedMean:
-    """Return the bytes of a mean of so many elements, as simulate.comm.compression works it out.
+    """Return the bytes of a mean of so many elements, as simulate.comm.compression computes it.
 
-    It encodes, exchanges, decodes and averages; then encodes means, gathers and decodes them.
+    It encodes, exchanges, decodes and averages; then encodes the means, gathers and decodes them.
     """
     chunk = chunk_elements(elements, context.devices)
+    # Every device averages one chunk, so the message is padded to whole chunks.
     padded, mean = chunk * context.devices, chunk * context.element_bytes
     message = wire_bytes(padded, wire, context.element_bytes)
     decoded = padded * context.element_bytes
     scales = 0 if wire in ("fp16", "bf16") else 2 * FLOAT_BYTES * padded // WIRE_BLOCK
-    # Rounded numbers, as whole ones in a byte each; two in a byte take three passes over them.
+    # The rounded floats, then integers of a byte each; packing two into a byte takes three such tensors.
     encoding = {"int8": decoded + padded + scales, "int4": decoded + 3 * padded + scales}.get(wire, message)
     unpacked = padded if wire == "int4" else 0
     sent = message + decoded + unpacked

@@ -1,4 +1,8 @@
-"""Figures that a run's method and number formats decide alone: a plan's thousands of candidates share a few hundred."""
+"""Cache figures that depend only on a run's method and number formats.
+
+A plan has thousands of candidates, but only a few hundred methods, so most figures are computed once for many of them.
+Functions in simulate.costs are decorated with by_method.
+"""
 
 from __future__ import annotations
 
@@ -12,42 +16,41 @@ from simulate.models.shapes import ModelShape
 P = ParamSpec("P")
 T = TypeVar("T")
 MOST = 16384
-"""Figures that are kept of one kind; beyond that all are forgotten, and worked out again."""
+"""Most results that one function's cache holds; a full cache is emptied."""
 _CACHES: list[dict[Any, Any]] = []
 
 
 def by_method(
     figure: Callable[Concatenate[Run, ModelShape, P], T],
 ) -> Callable[Concatenate[Run, ModelShape, P], T]:
-    """Remember a figure of a run that depends on neither its batch nor its steps, recomputation or data.
+    """Cache a figure of a run that does not depend on its batch, steps, recomputation or data.
 
-    Methods and shapes are frozen and told apart by identity, which candidates share; a method's two dozen keys would
-    take longer to hash than many a figure to work out. Further arguments are hashable. What is not
-    remembered is `__wrapped__`.
+    Methods are frozen and compared by id(), since candidates share them: hashing a method's two dozen keys would often
+    take longer than computing the figure. Further arguments must be hashable. `__wrapped__` is the uncached function.
     """
-    remembered: dict[Any, tuple[T, Any]] = {}
-    _CACHES.append(remembered)
+    cached: dict[Any, tuple[T, Any]] = {}
+    _CACHES.append(cached)
 
     @wraps(figure)
-    def recall(run: Run, shape: ModelShape, *others: P.args, **named: P.kwargs) -> T:
+    def cached_figure(run: Run, shape: ModelShape, *others: P.args, **named: P.kwargs) -> T:
         train = run.train
         key = (
             id(run.method), shape, run.cluster.devices, train.dtype, train.autocast, train.optimizer,
             train.optimizer_state, train.diagnostics_every is None, others, *named.items(),
         )  # fmt: skip
         try:
-            return remembered[key][0]
+            return cached[key][0]
         except KeyError:
-            if len(remembered) >= MOST:
-                remembered.clear()
+            if len(cached) >= MOST:
+                cached.clear()
             found = figure(run, shape, *others, **named)
-            remembered[key] = found, run.method  # which keeps its identity from being another's
+            cached[key] = found, run.method  # held, so that no other method can get the same id
             return found
 
-    return recall
+    return cached_figure
 
 
 def forget() -> None:
-    """Forget everything that by_method remembers."""
-    for remembered in _CACHES:
-        remembered.clear()
+    """Empty all caches of by_method."""
+    for cached in _CACHES:
+        cached.clear()

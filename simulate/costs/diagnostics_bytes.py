@@ -1,4 +1,4 @@
-"""Bytes that one event of diagnostics makes devices exchange, beside those of their method.
+"""Count the bytes that one diagnostics event exchanges, on top of those of the method.
 
 Over devices in processes of their own, layer by layer, as simulate.methods.round_updates and
 simulate.training.diagnostics exchange them:
@@ -9,8 +9,8 @@ simulate.training.diagnostics exchange them:
                     broadcast each, and an all-reduce of K left singular vectors a device and of S x S inner products
     gradients       all-reduce of their sum
 
-A few numbers a device travel as well; nobody counts these. Of a network without a name a matrix that no linear layer
-or convolution owns is taken for one that has pairs, so that its bytes are an upper bound.
+A few numbers a device travel as well and are not counted. In a user network, a matrix that no linear layer or
+convolution owns is counted as one with pairs, so that the bytes are an upper bound.
 
 Letters: N devices, O outputs, I inputs, S sampled devices, K directions.
 """
@@ -32,15 +32,16 @@ FIGURE_BYTES = ELEMENT_BYTES["fp64"]
 
 def diagnostics_exchange(run: Run, shape: ModelShape, merged_before: bool = True) -> Exchange:
     """Return the messages of one event; the first merge of reset-less LTE has nothing to subtract yet."""
+    # Each device's share of one gradient of all weights, in the weights' format.
     counts = [tensor.elements for tensor in shape.tensors]
     gradients = averages(counts, run.cluster.devices, "full", ELEMENT_BYTES[run.train.dtype])
     return Exchange((*_round(run, shape, merged_before), *gradients))
 
 
 def _round(run: Run, shape: ModelShape, merged_before: bool) -> Iterator[Transfer]:
-    """Yield the messages about a round; none where devices agree at every step."""
+    """Yield the messages about a round; none where devices agree after every step."""
     plan, devices = plan_of(run.method), run.cluster.devices
-    layout = plan.adapters(devices) if plan.has_separate_heads else None
+    layout = plan.adapters(devices) if plan.has_separate_heads else None  # else all devices hold equal pairs
     if layout is not None:
         sets = 2 if layout.subtracts and merged_before else 1
         for linear in shape.in_order():
@@ -53,7 +54,7 @@ def _dense(run: Run, tensors: Iterable[ParameterShape], heads: int) -> Iterator[
     devices, sampled = run.cluster.devices, min(heads, SAMPLED_HEADS)
     for tensor in tensors:
         yield Transfer("all_reduce", tensor.elements * FIGURE_BYTES, devices)
-        if sampled > 1 and tensor.is_matrix:
+        if sampled > 1 and tensor.is_matrix:  # a vector has no subspaces to compare
             weights = tensor.elements * ELEMENT_BYTES[run.train.dtype]
             yield from (Transfer("broadcast", weights, devices) for _ in range(sampled - 1))
             outputs, inputs = tensor.shape[0], math.prod(tensor.shape[1:])

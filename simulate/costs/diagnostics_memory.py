@@ -1,13 +1,13 @@
-"""Upper bounds of the memory and disk that diagnostics take beside the run that they look at.
+"""Bound the memory and disk that diagnostics take, on top of the run that they look at.
 
-Diagnostics run seldom, so their memory need not be planned to the byte: a bound of a few lines stands for the order of
-their allocations, never below what is measured and at most a quarter above it (of all that a device then holds). Only
-what they keep from one event to the next is exact, since checkpoints have it. simulate.costs.memory adds both to the
-plan of a diagnosed run.
+Diagnostics run seldom, so their memory need not be planned to the byte: a bound of a few lines replaces the exact order
+of allocations. It is never below the measured peak and at most a quarter above it (of all that a device then holds).
+Only the state kept from one event to the next is exact, since checkpoints contain it. simulate.costs.memory adds both
+to the plan of a diagnosed run.
 
-A round's figures are worked out layer by layer, in double precision, right before the merge
-(simulate.methods.round_updates). Gradients are a dense network's; each leaves for a mapped file of the host's as soon
-as it is there.
+A round's figures are computed layer by layer, in double precision, right before the merge
+(simulate.methods.round_updates). Gradients are a dense network's; each is moved to a mapped file of the host as soon
+as it is complete.
 
 Letters: N devices, O outputs, I inputs, K directions.
 """
@@ -28,16 +28,17 @@ from simulate.rules.method_plan import plan_of
 from simulate.rules.phases import Phase, WeightMaterialisation
 
 MARGIN = 1.125
-"""For what is held beside what is counted: scalars; outputs that plain RMS norms keep, at most an eighth of a block's
+"""Factor for tensors that are not counted: scalars; outputs that plain RMS norms keep, at most an eighth of a block's
 activations; parts of gradients that sums of squares copy in double precision."""
 
 
 def diagnosing_phases(
-    run: Run, shape: ModelShape, made: WeightMaterialisation, shared_memory: bool, dropped_bytes: int
+    run: Run, shape: ModelShape, materialisation: WeightMaterialisation, shared_memory: bool, dropped_bytes: int
 ) -> tuple[Phase, ...]:
-    """Return the moments of an event that can be a device's peak, over what is held all the time.
+    """Return the phases of an event that can be a device's peak, on top of what is held all the time.
 
-    `made` says how the dense weights come about; `dropped_bytes` are the moments that the merge before has freed.
+    `materialisation` says how the dense weights are computed; `dropped_bytes` are moments that the preceding merge
+    already freed.
     """
     element_bytes, train = ELEMENT_BYTES[run.train.dtype], run.train
     batch_bytes = train.micro_batch * shape.inputs * element_bytes  # of images, held until the next batch comes
@@ -45,10 +46,11 @@ def diagnosing_phases(
     dense_step = step_phases(
         shape, train.micro_batch, 0, 0, train.activation_checkpointing, element_bytes, element_bytes
     )  # fmt: skip
+    # The plain network holds no adapters and no optimizer, so its passes are those of rank 0.
     passes = round(MARGIN * max(phase.activations + phase.temporary for phase in dense_step))
-    making = made.height(max(linear.weights for linear in shape.adapted), element_bytes, 0)
+    making = materialisation.height(max(linear.weights for linear in shape.adapted), element_bytes, 0)
     message = max(largest, min(MESSAGE_BYTES, shape.parameters * element_bytes)) if run.cluster.devices > 1 else 0
-    # The sum of gradients lies with the host: on a device with memory of its own there is a copy, and a packed one.
+    # The host holds the sum of gradients; a device with memory of its own also holds a copy, and one in a message.
     adding = round(MARGIN * message * (1 if shared_memory else 2))
     return (
         Phase("round_figures", 0, batch_bytes, round_bytes(run, shape)),
@@ -59,8 +61,9 @@ def diagnosing_phases(
 
 @by_method
 def kept_bytes(run: Run, shape: ModelShape) -> int:
-    """Return what a device keeps from one event to the next, if its run has any: the last merge, and each matrix's
-    leading directions of the first event. A checkpoint has both.
+    """Return the bytes that a device keeps from one event to the next, 0 in a run without diagnostics.
+
+    They are the last merge, and each matrix's leading directions at the first event; a checkpoint contains both.
     """
     if run.train.diagnostics_every is None:
         return 0
@@ -79,13 +82,13 @@ def _sides(tensor: ParameterShape) -> tuple[int, int]:
 
 @by_method
 def round_bytes(run: Run, shape: ModelShape) -> int:
-    """Return a bound of the bytes at the height of a round's figures: of its largest layer."""
+    """Return a bound of the peak bytes of a round's figures, which its largest layer reaches."""
     plan, devices = plan_of(run.method), run.cluster.devices
-    # A device's own change comes from two weights, which fp64 has in double precision already.
+    # A device's own change is the difference of two weights; fp64 needs no copy of it in double precision.
     parts = 2 if run.train.dtype == "fp64" else 3
     layers = []
     for tensor in plan.separate_tensors(shape, devices):
-        # The mean change, and beside it a device's with the weights that it comes from.
+        # The mean change, a device's change, and the weights that it comes from.
         num_elements = (1 + parts) * tensor.elements
         if tensor.is_matrix:  # devices' changes are compared in pairs, and the mean one is decomposed
             squares = min(_sides(tensor)) ** 2
@@ -94,7 +97,7 @@ def round_bytes(run: Run, shape: ModelShape) -> int:
         layers.append(num_elements)
     layout = plan.adapters(devices) if plan.has_separate_heads else None
     if layout is not None:
-        sets = 2 if layout.subtracts else 1  # the factors of the last merge come to the present ones
+        sets = 2 if layout.subtracts else 1  # the present factors, and those of the last merge
         for linear in shape.in_order():
             left, weight = sets * devices * layout.held_rank * linear.out_features, linear.weights
             factors = left + sets * devices * layout.held_rank * linear.in_features

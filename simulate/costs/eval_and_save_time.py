@@ -1,4 +1,8 @@
-"""Seconds of evaluations and of checkpoints, for which a launched run stops training."""
+"""Seconds of evaluations and checkpoints, for which a launched run pauses its training.
+
+The planner adds them to a run's time and spaces recovery points so that they stay affordable; the simulated clock
+advances by them.
+"""
 
 from __future__ import annotations
 
@@ -18,47 +22,47 @@ from simulate.models.shapes import ModelShape
 from simulate.rules.cadence import Cadence, evaluation_batch
 
 AFFORDABLE_SHARE = 0.05
-"""Of a run's time, for recovery points."""
+"""Share of a run's time that recovery points may take."""
 PARTS = 2
-"""Of a checkpoint that one device's process writes: its own, and what all share."""
+"""Parts of a checkpoint that one device's process writes: its own state, and the shared state."""
 
 
 @dataclass(frozen=True)
 class EvalAndSaveTime:
-    """How often a run evaluates and saves, and the seconds of each time; the slowest device's."""
+    """How often a run evaluates and saves, and the seconds of each on the slowest device."""
 
-    calendar: Cadence
+    cadence: Cadence
     evaluation_s: float
     save_bytes: int
-    """What one device's process writes each time: its own part, and what all share."""
+    """Bytes that one device's process writes each time: its own part and the shared one."""
     save_s: float | None
-    """None: a device's disk is not known."""
+    """Seconds of a checkpoint; None where a device's disk is not known."""
 
     @property
     def evaluations(self) -> int:
-        """How many there are."""
-        return self.calendar.num_evaluations
+        """Number of evaluations in the whole run."""
+        return self.cadence.num_evaluations
 
     @property
     def saves(self) -> int:
-        """How many checkpoints there are."""
-        return self.calendar.num_saves
+        """Number of checkpoints in the whole run."""
+        return self.cadence.num_saves
 
     @property
     def total_s(self) -> float:
-        """Return the seconds of everything but training."""
-        times = self.calendar  # looked up at once, for thousands of candidates
-        return times.num_evaluations * self.evaluation_s + times.num_saves * (self.save_s or 0.0)
+        """Seconds of all evaluations and checkpoints."""
+        return self.cadence.num_evaluations * self.evaluation_s + self.cadence.num_saves * (self.save_s or 0.0)
 
     def affordable_recovery(self, step_s: float) -> int:
-        """Return the fewest merges between recovery points that leave these no more than their share of the time."""
-        meetings = -(-self.calendar.steps // self.calendar.apart)
-        share = (self.save_s or 0.0) / (AFFORDABLE_SHARE * self.calendar.apart * step_s)
+        """Return the fewest merges between recovery points at which these take no more than AFFORDABLE_SHARE."""
+        # Where even one recovery point is too dear, one at the run's end remains.
+        meetings = -(-self.cadence.steps // self.cadence.apart)
+        share = (self.save_s or 0.0) / (AFFORDABLE_SHARE * self.cadence.apart * step_s)
         return max(1, math.ceil(min(share, meetings)))
 
 
-def pauses(run: Run, shape: ModelShape, kinds: Sequence[Device]) -> EvalAndSaveTime:
-    """Return the pauses of a run on these kinds of devices."""
+def eval_and_save_time(run: Run, shape: ModelShape, kinds: Sequence[Device]) -> EvalAndSaveTime:
+    """Return the time of evaluations and checkpoints of a run on these kinds of devices."""
     save_bytes, evaluating_s, saving_s, known = checkpoint_bytes(run, shape, 1), 0.0, 0.0, True
     for device in kinds:
         evaluating_s = max(evaluating_s, evaluation_s(run, shape, device))
@@ -74,8 +78,9 @@ def save_s(num_bytes: int, device: Device) -> float | None:
 
 
 def evaluation_s(run: Run, shape: ModelShape, device: Device) -> float:
-    """Return the seconds of one evaluation: the devices take turns with its batches, on plain layers."""
-    samples = evaluation_batch(run.train.micro_batch)
+    """Return the seconds of one evaluation: devices share its batches, and compute on plain layers."""
+    samples = evaluation_batch(run.train.micro_batch, run.train.autocast != "none")
+    # Devices take turns with whole batches, so that the last turn may leave some of them idle.
     turns = -(-run.train.evaluate_samples // (samples * run.cluster.devices))
     return turns * _batch_s(shape, samples, run.method.frozen_format, run.train.dtype, device)
 
@@ -83,7 +88,7 @@ def evaluation_s(run: Run, shape: ModelShape, device: Device) -> float:
 @lru_cache(maxsize=256)
 def _batch_s(shape: ModelShape, samples: int, frozen: str, dtype: Dtype, device: Device) -> float:
     rates, element_bytes, unpacked_s = KernelRates.of(dtype, device), ELEMENT_BYTES[dtype], 0.0
-    if frozen != "none":
+    if frozen != "none":  # each weight is unpacked once in a forward pass
         measured_s = layers_s(shape, frozen, rates.unpack) if rates else None
         moved = frozen_bytes(shape, frozen, element_bytes) + 2 * shape.adapted_parameters * element_bytes
         unpacked_s = moved / device.memory_bytes_per_s if measured_s is None else measured_s

@@ -14,19 +14,14 @@ from simulate.rules.method_plan import AdapterLayout, plan_of
 from simulate.rules.optimizer import through_gram
 
 ITERATIONS = 5
-"""Of Muon's Newton-Schulz polynomial."""
-
-
-def step_flops(run: Run, shape: ModelShape) -> float:
-    """Return the operations of one optimizer step: forward and backward passes, the optimizer's and of compression.
-
-    A dense warm start counts with its share of the run.
-    """
-    return pass_flops(run, shape) + update_flops(run, shape)
+"""Iterations of Muon's Newton-Schulz polynomial."""
 
 
 def pass_flops(run: Run, shape: ModelShape) -> float:
-    """Return the operations of forward and backward passes, which autocast makes in another format."""
+    """Return the operations of a step's forward and backward passes, which autocast runs in another format.
+
+    A dense warm start counts with its share of the run.
+    """
     plan, samples, checkpointing = plan_of(run.method), run.train.micro_batch, run.train.activation_checkpointing
     dense = samples * _dense_sample_flops(shape, checkpointing)
     layout = plan.adapters(run.cluster.devices)
@@ -39,15 +34,17 @@ def pass_flops(run: Run, shape: ModelShape) -> float:
 
 def forward_flops(shape: ModelShape, samples: int) -> float:
     """Return the operations of a forward pass of plain layers."""
+    # Layers outside blocks count three passes in outer_flops.
     return samples * (float(shape.adapted_flops + shape.mixing_flops) + shape.outer_flops / 3)
 
 
 def update_flops(run: Run, shape: ModelShape) -> float:
-    """Return the operations on gradients: Muon's, and products of compression."""
+    """Return a step's operations on gradients: compression's products and Muon's, which autocast leaves alone."""
     plan = plan_of(run.method)
     total = plan.update_flops(shape)
     if run.train.optimizer != "muon":
         return total
+    # Muon orthogonalises the updates of matrices only; AdamW's operations are too few to count.
     dense = sum(_orthogonalising(x.out_features, x.in_features) * x.count for x in shape.adapted)
     layout = plan.adapters(run.cluster.devices)
     if layout is None:
@@ -57,9 +54,10 @@ def update_flops(run: Run, shape: ModelShape) -> float:
 
 
 def _orthogonalising(rows: int, columns: int) -> float:
-    """Muon's iterations on one matrix: a Gram matrix, its square and a product with the matrix, each time.
+    """Return the operations of Muon's iterations on one matrix.
 
-    Through the Gram matrix: it and one product with the matrix; a square each time, and three products between two.
+    Each iteration takes a Gram matrix, its square and a product with the matrix. Long matrices iterate on the Gram
+    matrix alone: that one and a product with the matrix once, a square in each iteration, three products between two.
     """
     small, large = sorted((rows, columns))
     if through_gram(rows, columns):
@@ -68,7 +66,7 @@ def _orthogonalising(rows: int, columns: int) -> float:
 
 
 def _orthogonalising_factors(layout: AdapterLayout, shape: ModelShape) -> float:
-    pairs, total = layout.held_rank / layout.rank, 0.0
+    pairs, total = layout.held_rank / layout.rank, 0.0  # each pair is orthogonalised by itself
     for linear in shape.adapted:
         sides = (linear.out_features,) if layout.frozen_a else (linear.out_features, linear.in_features)
         total += sum(pairs * linear.count * _orthogonalising(side, layout.rank) for side in sides)
@@ -77,14 +75,19 @@ def _orthogonalising_factors(layout: AdapterLayout, shape: ModelShape) -> float:
 
 @lru_cache(maxsize=64)
 def _dense_sample_flops(shape: ModelShape, checkpointing: bool) -> float:
-    """6P a row: forward 2P, gradient to the input 2P, gradient of the weights 2P (Kaplan et al. 2020, section 2.1)."""
+    """Return the operations of a sample, 6P a row: forward 2P, gradient of the input 2P, gradient of the weights 2P
+    (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
+    """
+    # Recomputing a block repeats its forward pass.
     blocks = float(shape.adapted_flops + shape.mixing_flops)
     return 3 * blocks + shape.outer_flops + (blocks if checkpointing else 0)
 
 
 @lru_cache(maxsize=1024)
 def _lte_sample_flops(shape: ModelShape, rank: int, reset_less: bool, frozen_a: bool, checkpointing: bool) -> float:
-    """4P + 6F a row: frozen weights need no gradient; the subtracted old product adds 4F (forward and to the input)."""
+    """Return the operations of a sample, 4P + 6F a row: frozen weights need no gradient. The subtracted product of the
+    last merge adds 4F (forward, gradient of the input).
+    """
     factors = float(shape.factor_flops(rank))
     forward = shape.adapted_flops + factors * (2 if reset_less else 1)
     step = 2 * shape.adapted_flops + (4 if reset_less else 2) * factors + shape.factor_flops(rank, frozen_a)

@@ -1,11 +1,14 @@
-"""Peak memory of one device, by part, as the largest of a step's and a merge's phases (never their sum).
+"""Peak memory of one device by part: the highest of a run's phases, never their sum.
 
-What activations take is in simulate.costs.activations; here are weights, what the optimizer and the method keep, and
-messages. Tests hold the result against the allocator's trace.
+A plan rejects runs that do not fit, so this must be what the allocator reaches; tests compare it with the allocator's
+trace. Weights and state are counted here, activations in simulate.costs.activations, working memory of exchanges in
+simulate.costs.buffers. The planner calls peak_profile for each candidate; run folders ask checkpoint_bytes whether a
+disk has room; `lte validate` compares peak_memory with measurements.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import attrgetter
@@ -16,12 +19,13 @@ from simulate.config.method_options import MethodOptions
 from simulate.config.run import Run
 from simulate.config.tables import BYTES
 from simulate.costs.activations import step_phases
+from simulate.costs.allocator import held_beside_tensors, unfilled_share
 from simulate.costs.buffers import exchange_phases
 from simulate.costs.cache import by_method
 from simulate.costs.diagnostics_memory import diagnosing_phases, kept_bytes
 from simulate.costs.moments import moment_bytes, moment_bytes_beside_adapters
-from simulate.costs.state import frozen_bytes, holding
-from simulate.layers.formats import ELEMENT_BYTES, PRODUCT_BYTES, packing_bytes, unpacking_bytes
+from simulate.costs.state import frozen_bytes, persistent_state
+from simulate.layers.formats import ELEMENT_BYTES, PRODUCT_BYTES, packing_bytes, quantized_bytes, unpacking_bytes
 from simulate.models.shapes import ModelShape
 from simulate.rules.method_plan import plan_of
 from simulate.rules.phases import PHASES, Phase, PhaseName, WeightMaterialisation
@@ -35,24 +39,28 @@ class Memory:
     """Bytes of one device at its peak."""
 
     weights: int
-    """Frozen or dense weights, and what is replicated."""
+    """Frozen or dense weights, and all parameters without adapters."""
     adapters: int
     """A and B, and in reset-less mode their values at the last merge."""
     gradients: int
     optimizer: int
-    """Adam's moments, and what the method keeps beside them: error feedback, outer momentum, weights of other steps."""
+    """Optimizer moments, and the method's own state: error feedback, outer momentum, weights of other steps."""
     activations: int
     temporary: int
-    """Buffers of the phase that peaks: logits, working tensors, messages."""
+    """Buffers of the peak phase: logits, working tensors, messages."""
+    allocator: int
+    """What CUDA's allocator and libraries hold beside tensors; 0 on other devices."""
     reserved: int
+
+    @property
+    def tensors(self) -> int:
+        """Sum of the parts that are the program's own tensors."""
+        return self.weights + self.adapters + self.gradients + self.optimizer + self.activations + self.temporary
 
     @property
     def total(self) -> int:
         """Sum of all parts."""
-        return (
-            self.weights + self.adapters + self.gradients + self.optimizer + self.activations + self.temporary
-            + self.reserved
-        )  # fmt: skip
+        return self.tensors + self.allocator + self.reserved
 
     def parts(self) -> dict[str, int]:
         """Return bytes by part."""
@@ -61,16 +69,17 @@ class Memory:
 
 @dataclass(frozen=True)
 class PeakProfile:
-    """Bytes that one device keeps all the time, and the moments that can be its peak on top of them."""
+    """Bytes that one device holds all the time, and the phases that can be its peak on top of them."""
 
     weights: int
     adapters: int
     optimizer: int
+    allocator: int
     reserved: int
     phases: tuple[Phase, ...]
 
     def memory(self, phase: Phase) -> Memory:
-        """Return all parts at the height of a phase."""
+        """Return all parts in a phase."""
         return Memory(
             weights=self.weights,
             adapters=self.adapters,
@@ -78,17 +87,18 @@ class PeakProfile:
             optimizer=self.optimizer - phase.dropped,
             activations=phase.activations,
             temporary=phase.temporary,
+            allocator=self.allocator,
             reserved=self.reserved,
         )
 
     def peak(self) -> Memory:
-        """Return all parts at the highest phase; of equal ones at the first in the order of PHASES."""
-        highest = max(map(_total, self.phases))
+        """Return all parts in the highest phase; among equal ones, in the first in the order of PHASES."""
+        highest = max(map(attrgetter("total"), self.phases))  # no call a phase, for thousands of candidates
         equal = [phase for phase in self.phases if phase.total == highest]
         return self.memory(equal[0] if len(equal) == 1 else min(equal, key=lambda phase: PHASES.index(phase.name)))
 
     def highest(self) -> dict[PhaseName, Phase]:
-        """Return the highest moment of each phase, in the order of PHASES."""
+        """Return the highest Phase of each name, in the order of PHASES."""
         found: dict[PhaseName, Phase] = {}
         for phase in self.phases:
             if phase.name not in found or phase.total > found[phase.name].total:
@@ -96,82 +106,139 @@ class PeakProfile:
         return {name: found[name] for name in PHASES if name in found}
 
     def totals(self) -> dict[str, int]:
-        """Return the bytes of all parts at the height of each phase."""
-        kept = self.weights + self.adapters + self.optimizer + self.reserved
+        """Return the sum of all parts in each phase."""
+        kept = self.weights + self.adapters + self.optimizer + self.allocator + self.reserved
         return {str(name): kept + phase.total for name, phase in self.highest().items()}
-
-
-_total = attrgetter("total")
 
 
 def peak_memory(run: Run, shape: ModelShape, device: Device) -> Memory:
     """Return the peak of one device of the run."""
-    return heights(run, shape, device).peak()
+    return peak_profile(run, shape, device).peak()
 
 
 def memory_by_phase(run: Run, shape: ModelShape, device: Device) -> dict[PhaseName, Memory]:
-    """Return the height of each phase that the run goes through, in the order of PHASES."""
-    high = heights(run, shape, device)
-    return {name: high.memory(phase) for name, phase in high.highest().items()}
+    """Return one device's memory in each phase of the run, in the order of PHASES."""
+    profile = peak_profile(run, shape, device)
+    return {name: profile.memory(phase) for name, phase in profile.highest().items()}
 
 
-def heights(run: Run, shape: ModelShape, device: Device) -> PeakProfile:
-    """Return what a device of the run keeps, and its phases."""
+def peak_profile(run: Run, shape: ModelShape, device: Device) -> PeakProfile:
+    """Return the bytes that a device of the run holds all the time, and its phases."""
     shared_memory = device.host_memory_bytes == 0
     lasting = _lasting(run, shape, shared_memory)
     phases = _phases(run, shape, lasting)
     if run.train.diagnostics_every is not None:
-        phases += diagnosing_phases(run, shape, lasting.made, shared_memory, _dropped_bytes(run, shape))
-    return PeakProfile(lasting.weights, lasting.adapters, lasting.optimizer, device.reserved_bytes, phases)
+        # Diagnostics follow a merge, so that moments which it freed leave room for them.
+        freed = moment_bytes(run, shape) - _merged_moment_bytes(run, shape) if plan_of(run.method).drops_at_once else 0
+        phases += diagnosing_phases(run, shape, lasting.materialisation, shared_memory, freed)
+    allocator = 0
+    if device.is_cuda:
+        tensors = lasting.weights + lasting.adapters + lasting.optimizer + max(map(attrgetter("total"), phases))
+        allocator = _allocator_bytes(run, shape, lasting, tensors)
+    return PeakProfile(lasting.weights, lasting.adapters, lasting.optimizer, allocator, device.reserved_bytes, phases)
 
 
 @dataclass(frozen=True)
 class _Lasting:
-    """Figures of a run that neither its batch nor recomputation changes."""
+    """Figures of a run that do not depend on its batch or recomputation, so that candidates share them."""
 
     weights: int
     adapters: int
     optimizer: int
     start: tuple[Phase, ...]
     exchange: tuple[Phase, ...]
-    """Of the optimizer's step and of merges, without the batch."""
+    """Phases of the optimizer's step and of merges, without the batch."""
     rank: int
-    """That one row passes through; 0 where every weight is trained."""
+    """Rank that one row passes through; 0 where every weight is trained."""
     heads: int
     block_gradient_bytes: int
     unpacked_bytes: int
     subtracts: bool
-    made: WeightMaterialisation
+    materialisation: WeightMaterialisation
     keeps_inputs: bool
+    unfilled_bytes: float
+    """Room beside tensors that stay, and beside gradients, in the segments of CUDA's allocator."""
+    largest_tensor: int
+    """Bytes of the network's largest parameter."""
 
 
 @by_method
 def _lasting(run: Run, shape: ModelShape, shared_memory: bool) -> _Lasting:
     element_bytes, devices = ELEMENT_BYTES[run.train.dtype], run.cluster.devices
-    plan, held = plan_of(run.method), holding(run, shape)
+    plan, held = plan_of(run.method), persistent_state(run, shape)
+    # Dense steps hold more than those that follow, so a warm start is planned as a dense run.
     layout = None if plan.starts_dense else plan.adapters(devices)
     weights, adapters = _weight_bytes(run, shape, shared_memory), held.adapters * element_bytes
     optimizer = moment_bytes(run, shape) + held.extra * element_bytes + kept_bytes(run, shape)
     kept = weights + adapters + optimizer
+    # A host with memory of its own packs the weights before they move to the device.
     start = (Phase("forward", 0, 0, _packing_start_bytes(run, shape) - kept),) if shared_memory else ()
+    # Pairs that a step skips have moments, but no gradients.
     idle, block_trained = 0, sum(linear.weights for linear in shape.adapted)
     if layout is not None:
         idle = shape.factors(layout.idle_rank) if layout.idle_rank else 0
         block_trained = (shape.factors(layout.held_rank, layout.frozen_a) - idle) // shape.layers
+    gradients = (held.trained - idle) * element_bytes
     return _Lasting(
         weights=weights,
         adapters=adapters,
         optimizer=optimizer,
         start=start,
-        exchange=exchange_phases(run, shape, (held.trained - idle) * element_bytes),
+        exchange=exchange_phases(run, shape, gradients),
         rank=layout.row_rank if layout else 0,
         heads=layout.heads if layout else 1,
         block_gradient_bytes=block_trained * element_bytes,
         unpacked_bytes=_unpacked_bytes(run.method, shape, element_bytes),
         subtracts=layout is not None and layout.subtracts,
-        made=plan.evaluation_weights(),
+        materialisation=plan.evaluation_weights(),
         keeps_inputs=layout is None or not layout.frozen_a,
+        unfilled_bytes=_unfilled_bytes(run, shape, weights, adapters + optimizer + gradients),
+        largest_tensor=_largest_elements(shape) * element_bytes,
     )
+
+
+def _unfilled_bytes(run: Run, shape: ModelShape, weights: int, trained: int) -> float:
+    """Return the room that segments have beside the weights, and beside what trains them, of `trained` bytes."""
+    plan, element_bytes = plan_of(run.method), ELEMENT_BYTES[run.train.dtype]
+    layout = None if plan.starts_dense else plan.adapters(run.cluster.devices)
+    if layout is None:
+        return _unfilled_by_weights(shape, "none", element_bytes) * (weights + trained)
+    by_weights = _unfilled_by_weights(shape, run.method.frozen_format, element_bytes) * weights
+    return by_weights + _unfilled_by_factors(shape, layout.held_rank, element_bytes) * trained
+
+
+@lru_cache(maxsize=64)
+def _unfilled_by_weights(shape: ModelShape, quantize: str, element_bytes: int) -> float:
+    """Return the share of unfilled room beside all parameters, those of adapted layers in their frozen format."""
+    counts = Counter(tensor.elements * element_bytes for tensor in shape.replicated)
+    for linear in shape.adapted:
+        counts[quantized_bytes(linear.weights, linear.in_features, quantize, element_bytes)] += linear.count
+    return unfilled_share(counts)
+
+
+@lru_cache(maxsize=256)
+def _unfilled_by_factors(shape: ModelShape, rank: int, element_bytes: int) -> float:
+    """Return the share of unfilled room beside A and B of this rank and all parameters without adapters."""
+    counts = Counter(tensor.elements * element_bytes for tensor in shape.replicated)
+    for linear in shape.adapted:
+        counts[rank * linear.in_features * element_bytes] += linear.count
+        counts[rank * linear.out_features * element_bytes] += linear.count
+    return unfilled_share(counts)
+
+
+def _allocator_bytes(run: Run, shape: ModelShape, lasting: _Lasting, tensors: int) -> int:
+    """Return the bytes that CUDA's allocator and libraries hold beside a peak of `tensors` bytes."""
+    train = run.train
+    product_bytes = PRODUCT_BYTES.get(train.autocast, ELEMENT_BYTES[train.dtype])
+    largest = max(lasting.largest_tensor, train.micro_batch * _widest_rows(shape) * product_bytes)
+    logits = train.micro_batch * shape.predictions * shape.outputs * product_bytes
+    return held_beside_tensors(tensors, lasting.unfilled_bytes, largest, logits if train.autocast != "none" else 0)
+
+
+@lru_cache(maxsize=64)
+def _widest_rows(shape: ModelShape) -> int:
+    """Return the elements of the largest input or output of an adapted layer, of one sample."""
+    return max(linear.rows * max(linear.in_features, linear.out_features) for linear in shape.adapted)
 
 
 def _phases(run: Run, shape: ModelShape, lasting: _Lasting) -> tuple[Phase, ...]:
@@ -179,9 +246,9 @@ def _phases(run: Run, shape: ModelShape, lasting: _Lasting) -> tuple[Phase, ...]
     step = step_phases(
         shape, train.micro_batch, lasting.rank, lasting.block_gradient_bytes, train.activation_checkpointing,
         element_bytes, PRODUCT_BYTES.get(train.autocast, element_bytes), lasting.unpacked_bytes, lasting.heads,
-        lasting.subtracts, lasting.made, keeps_inputs=lasting.keeps_inputs,
+        lasting.subtracts, lasting.materialisation, keeps_inputs=lasting.keeps_inputs,
     )  # fmt: skip
-    # The batch is held until the next one comes; tokens are too few to count.
+    # The batch is held until the next one comes; token indices are too small to count.
     batch_bytes = train.micro_batch * shape.inputs * element_bytes
     others = (*lasting.exchange, SAVING)
     if batch_bytes:
@@ -194,34 +261,26 @@ def _weight_bytes(run: Run, shape: ModelShape, shared_memory: bool) -> int:
     if plan.starts_dense or plan.adapters(run.cluster.devices) is None:
         return shape.parameters * element_bytes
     frozen = frozen_bytes(shape, run.method.frozen_format, element_bytes)
+    # The weights that merges start from lie in the host's memory or in mapped files, except plain ones on one memory.
     in_files = run.method.frozen_format != "none" or not shared_memory
     start = 0 if in_files else plan.full_copies * shape.adapted_parameters * element_bytes
     return frozen + start + shape.replicated_parameters * element_bytes
 
 
-def host_memory_bytes(run: Run, shape: ModelShape, device: Device) -> int:
-    """Bytes of the host's own memory that one device needs: the weights that merges start from and add to.
-
-    Where both share a memory, those of plain weights are part of the device's; those of quantised ones lie in
-    mapped files, which no allocator sees, and stay apart.
-    """
-    if device.host_memory_bytes == 0 and run.method.frozen_format == "none":
-        return 0
-    return plan_of(run.method).full_copies * shape.adapted_parameters * ELEMENT_BYTES[run.train.dtype]
-
-
 def host_memory_by_part(run: Run, shape: ModelShape, device: Device) -> dict[str, int]:
-    """Bytes of the host's own memory that one device needs; of one shared memory only what lies in mapped files.
+    """Return the bytes of the host's own memory that one device needs, by part.
 
-    `start_weights`: what merges start from, also the high-precision copy of quantised weights; `diagnostics`: sums of
-    gradients, in a mapped file, which no allocator sees, so that they count apart on one memory, too;
-    `checkpoint_save`: the largest tensor on its way to the disk; `data`: text that is held as it was read (all else is
-    memory-mapped).
+    Where device and host share one memory, only mapped files count here: no allocator sees them, so they are not part
+    of the device's memory. `start_weights`: the full-precision weights that merges start from and add to (plain ones on
+    one shared memory are part of the device's); `diagnostics`: sums of gradients, in a mapped file;
+    `checkpoint_save`: the largest tensor on its way to the disk; `data`: text that is held in memory as it was read
+    (other data is memory-mapped).
     """
     own, element_bytes = device.host_memory_bytes > 0, ELEMENT_BYTES[run.train.dtype]
     largest = _largest_elements(shape) * element_bytes
+    copies = plan_of(run.method).full_copies if own or run.method.frozen_format != "none" else 0
     return {
-        "start_weights": host_memory_bytes(run, shape, device),
+        "start_weights": copies * shape.adapted_parameters * element_bytes,
         "diagnostics": shape.parameters * element_bytes if run.train.diagnostics_every is not None else 0,
         "checkpoint_save": largest if own else 0,
         "data": _text_bytes(run.data.path, run.data.tokenizer) if own and run.model.unit == "tokens" else 0,
@@ -235,7 +294,7 @@ def _largest_elements(shape: ModelShape) -> int:
 
 @lru_cache(maxsize=64)
 def _text_bytes(path: str | None, tokenizer: str) -> int:
-    """Bytes of the files of a text that is read as bytes; 0 where tokens are memory-mapped, or nothing is there yet."""
+    """Return the size of text files that are read as bytes; 0 where tokens are memory-mapped, or no file exists yet."""
     if path is None or tokenizer != BYTES:
         return 0
     root = Path(path)
@@ -245,42 +304,35 @@ def _text_bytes(path: str | None, tokenizer: str) -> int:
 
 @by_method
 def checkpoint_bytes(run: Run, shape: ModelShape, devices: int, in_a_round: bool = False) -> int:
-    """Bytes of a checkpoint of so many devices: what they share once, what is theirs each time, and moments.
+    """Return the bytes of a checkpoint of so many devices: shared state once, each device's own state, and moments.
 
-    After a merge, which may have dropped moments, or `in_a_round`.
-    Of a run with a dense warm start, before its first adapter, where it holds most.
+    The checkpoint follows a merge, which may have dropped moments, unless `in_a_round`. A run with a dense warm start
+    is counted before its first adapter, where it holds most.
     """
-    plan, held, element_bytes = plan_of(run.method), holding(run, shape), ELEMENT_BYTES[run.train.dtype]
+    plan, held, element_bytes = plan_of(run.method), persistent_state(run, shape), ELEMENT_BYTES[run.train.dtype]
     frozen_bytes_kept, weights = 0, shape.parameters
     if plan.adapters(run.cluster.devices) is not None:
         frozen_bytes_kept = frozen_bytes(shape, run.method.frozen_format, element_bytes)
         frozen_bytes_kept += plan.full_copies * shape.adapted_parameters * element_bytes
         weights = (0 if plan.starts_dense else held.adapters) + shape.replicated_parameters
-    copies = 1 if held.shared else devices
+    copies = 1 if held.shared else devices  # equal state is written once
     moments = moment_bytes(run, shape) if in_a_round else _merged_moment_bytes(run, shape)
     elements = copies * weights + devices * held.extra
     return frozen_bytes_kept + elements * element_bytes + copies * moments + kept_bytes(run, shape)
 
 
 def _merged_moment_bytes(run: Run, shape: ModelShape) -> int:
-    """Bytes of moments after a merge, which may have dropped them all, or those of adapters."""
+    """Return the bytes of moments that a merge leaves: all, those of other parameters than adapters, or none."""
     drops = plan_of(run.method).drops_moments
     if drops == "all":
         return 0
     return moment_bytes_beside_adapters(run, shape) if drops == "adapters" else moment_bytes(run, shape)
 
 
-def _dropped_bytes(run: Run, shape: ModelShape) -> int:
-    """Bytes of moments that every merge drops right away."""
-    if not plan_of(run.method).drops_at_once:
-        return 0
-    return moment_bytes(run, shape) - _merged_moment_bytes(run, shape)
-
-
 def _packing_start_bytes(run: Run, shape: ModelShape) -> int:
-    """Bytes of the start, where it happens on the device: the network as it is drawn, and a first layer's packing.
+    """Return the bytes while a run starts on the device: the network as it was drawn, and the first layer being packed.
 
-    Each layer's own weights are let go when it is packed.
+    Each layer's plain weights are freed when it is packed, so that the first layer is the peak.
     """
     method, element_bytes = run.method, ELEMENT_BYTES[run.train.dtype]
     if method.frozen_format == "none" or plan_of(method).starts_dense:
@@ -291,7 +343,7 @@ def _packing_start_bytes(run: Run, shape: ModelShape) -> int:
 
 
 def _unpacked_bytes(method: MethodOptions, shape: ModelShape, element_bytes: int) -> int:
-    """Bytes of the largest quantised layer while a product uses it."""
+    """Return the extra bytes of the largest quantised layer while a product unpacks it."""
     if method.frozen_format == "none" or plan_of(method).starts_dense:
         return 0
     return max(unpacking_bytes(x.weights, method.frozen_format, element_bytes) for x in shape.adapted)

@@ -1,4 +1,7 @@
-"""The messages of a run, and after which steps they are made; a method's plan names them.
+"""List the messages of a run and the steps after which they are sent, as its method's plan states them.
+
+Planned bytes come from here; tests hold them equal, to the byte, to those that a communicator counts. Methods' plans
+build their exchanges from the functions at the end.
 
 Letters: N devices, T steps of a round.
 """
@@ -19,7 +22,7 @@ from simulate.rules.transport import gather_groups
 
 @by_method
 def schedule(run: Run, shape: ModelShape) -> tuple[PeriodicExchange, ...]:
-    """Return everything that a run's devices exchange; one device alone exchanges nothing."""
+    """Return all exchanges of a run's devices; one device alone exchanges nothing."""
     devices = run.cluster.devices
     if devices == 1:
         return ()
@@ -27,23 +30,17 @@ def schedule(run: Run, shape: ModelShape) -> tuple[PeriodicExchange, ...]:
 
 
 def sent_bytes(run: Run, shape: ModelShape, steps: int) -> int:
-    """Bytes that all devices together send in the first `steps` steps."""
+    """Return the bytes that all devices together send in the first `steps` steps."""
     return sum(part.exchange.sent_bytes * part.times(steps, run.train.steps) for part in schedule(run, shape))
 
 
 def received_bytes(run: Run, shape: ModelShape, steps: int) -> int:
-    """Bytes that all devices together receive in the first `steps` steps."""
+    """Return the bytes that all devices together receive in the first `steps` steps."""
     return sum(part.exchange.received_bytes * part.times(steps, run.train.steps) for part in schedule(run, shape))
 
 
-def transfers_of_step(run: Run, shape: ModelShape, step: int) -> tuple[Transfer, ...]:
-    """Return the messages of one step, counted from 1, in the order in which they are made."""
-    parts = (part for part in schedule(run, shape) if part.happens(step, run.train.steps))
-    return tuple(transfer for part in parts for transfer in part.exchange.transfers)
-
-
 def num_rounds(run: Run) -> int:
-    """Return the rounds of a whole run; the last may be shorter, its merge is still made."""
+    """Return the rounds of a whole run; a last one that is shorter also ends with a merge."""
     return -(-run.train.steps // run.method.round_steps)
 
 
@@ -55,8 +52,9 @@ def dense_reduction(shape: ModelShape, devices: int, element_bytes: int, wire: s
 
 @lru_cache(maxsize=1024)
 def adapter_reduction(shape: ModelShape, rank: int, devices: int, element_bytes: int) -> Exchange:
-    """Return the messages that average the gradients of one pair a layer of the given rank, and of all else."""
+    """Return the messages that average the gradients of a pair of the given rank in each layer, and all others."""
     counts: list[int] = []
+    # In the order in which the network holds its parameters, since that decides how they share messages.
     layers = iter(shape.in_order())
     for tensor in shape.tensors:
         if tensor.kind == "adapted":
@@ -68,6 +66,6 @@ def adapter_reduction(shape: ModelShape, rank: int, devices: int, element_bytes:
 
 
 def gathered(sizes_bytes: Sequence[int], devices: int) -> Exchange:
-    """Return the messages by which all devices get every device's parts of the given bytes."""
+    """Return the messages that gather every device's parts, of the given bytes, on all devices."""
     groups = gather_groups(sizes_bytes, devices)
     return Exchange(tuple(Transfer("all_gather", sum(sizes_bytes[i] for i in group), devices) for group in groups))

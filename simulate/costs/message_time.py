@@ -1,9 +1,10 @@
-"""Seconds of one message: bytes over the slowest link that they cross, plus the delays that wait for each other.
+"""Seconds of one message: bytes over the slowest link that they cross, plus the delays that follow one another.
 
-How it travels is the communicator's: NCCL's collectives, whose hops take a delay each, or what
-simulate.comm.process_group does with gloo. Gloo sends a buffer when the other end has asked for it, so a hop takes two
-delays, the request's and the buffer's (2.0 to 2.9 were measured: bench/README.md). Its rings are left to large buffers;
-all else goes in pairs, all at once (simulate.comm.pairwise).
+These formulas state how each library moves a message: NCCL's collectives, whose hops take a delay each, or what
+simulate.comm.process_group does with gloo. Gloo sends a buffer when the other end has requested it, so a hop takes two
+delays, the request's and the buffer's (2.0 to 2.9 were measured: bench/README.md). Large buffers travel in gloo's
+rings, all others between all pairs at once (simulate.comm.pairwise). simulate.costs.step_time adds up transfer_s for
+plans and the simulated clock; the timeline reads the server's rates and delays.
 """
 
 from __future__ import annotations
@@ -26,15 +27,19 @@ def _used_by(link: Link, backend: Collectives) -> Link:
 
 
 def transfer_s(transfer: Transfer, link: Link) -> float:
-    """Seconds of one message.
+    """Return the seconds of one message.
 
-    Several teams are nodes, whose devices are joined by the node's own links. A server on a star has one link of its
-    own for all devices; on a ring it is reached through two neighbours, which carry half the devices each.
+    Several teams are nodes, whose devices use the node's own links. A server on a star has one link for all devices; on
+    a ring two neighbours connect it, each of which carries the traffic of half the devices.
     """
     if transfer.devices == 1:
         return 0.0
+    payload = transfer.payload_bytes
     if transfer.operation in ("push", "pull"):
-        return _server_s(transfer, transfer.devices, link)
+        device_bytes_per_s, server_bytes_per_s = server_rates(transfer.operation == "push", transfer.devices, link)
+        # The slower of one device's own link and the server's, which carries all devices' bytes.
+        device_s, server_s = payload / device_bytes_per_s, transfer.devices * payload / server_bytes_per_s
+        return server_latency_s(transfer.devices, link) + max(device_s, server_s)
     wire = _Wire.of(transfer, link)
     return _by_gloo_s(transfer, wire) if link.collectives == "gloo" else _by_nccl_s(transfer, wire)
 
@@ -48,13 +53,14 @@ class _Wire:
     down_bytes_per_s: float
     latency_s: float
     hop_s: float
-    """Delay of a hop of a ring, or of a message that was asked for."""
+    """Delay of a hop of a ring, or of a requested message."""
     shared_bytes_per_s: float | None
-    """Of all of them together."""
+    """Rate of the uplink that all devices share; None where each has its own."""
 
     @classmethod
     def of(cls, transfer: Transfer, link: Link) -> _Wire:
         if transfer.teams > 1 and link.node_bytes_per_s is not None:
+            # A node's own link connects its devices like a switch, without a shared uplink.
             rate, latency_s = link.node_bytes_per_s, link.node_latency_s or 0.0
             return cls("star", rate, rate, latency_s, latency_s * link.delays_of_a_hop, None)
         return cls(
@@ -68,11 +74,11 @@ class _Wire:
 
 
 def _by_nccl_s(transfer: Transfer, wire: _Wire) -> float:
-    """Seconds of hops that take a delay each.
+    """Return the seconds of a collective whose hops take a delay each.
 
     Ring algorithms (Patarasuk & Yuan 2009): all-reduce takes 2(N−1) hops of 1/N of the buffer, all-gather N−1 hops of
     one contribution. On a mesh every pair has a link, so both need one or two hops. An all-to-all sends its N−1 parts
-    one after the other; on a ring neighbours pass on what is not theirs. A broadcast goes down a tree of halves.
+    one after the other; on a ring neighbours forward the parts of others. A broadcast goes down a binary tree.
     """
     devices, mesh = transfer.devices, wire.topology == "mesh"
     to_all_share = 0.5 if wire.topology == "ring" else 1 / devices
@@ -82,6 +88,7 @@ def _by_nccl_s(transfer: Transfer, wire: _Wire) -> float:
         "all_to_all": (1 if mesh else devices - 1, to_all_share),
         "broadcast": (1 if mesh else (devices - 1).bit_length(), 1.0),
     }[transfer.operation]
+    # Only rings of NCCL wait for a neighbour's buffer in each hop; all else takes one plain delay a hop.
     in_ring = transfer.operation in ("all_reduce", "all_gather") and not mesh
     latency_s = wire.hop_s if in_ring else wire.latency_s
     seconds = hops * (latency_s + share * transfer.payload_bytes / wire.bytes_per_s)
@@ -91,23 +98,24 @@ def _by_nccl_s(transfer: Transfer, wire: _Wire) -> float:
 
 
 def _shared_s(transfer: Transfer, shared_bytes_per_s: float, share: float, hops: int) -> float:
-    """Seconds of the bytes of all hops through the one uplink that all devices share.
+    """Return the seconds of the bytes of all hops through the one uplink that all devices share.
 
-    A hop of a ring has all devices send, one of a mesh has them send to everyone; a broadcast sends N−1 copies.
+    In a hop of a ring each device sends to one other, on a mesh to all others; a broadcast sends N−1 copies.
     """
     devices = transfer.devices
     if transfer.operation == "broadcast":
         sent_bytes = float((devices - 1) * transfer.payload_bytes)
     else:
+        # A reduction sends each part twice: to its sum, and the sum back.
         one_to_one = max(hops, devices - 1) if transfer.operation != "all_reduce" else 2 * (devices - 1)
         sent_bytes = devices * one_to_one * share * transfer.payload_bytes
     return transfer.teams * sent_bytes / shared_bytes_per_s
 
 
 def _by_gloo_s(transfer: Transfer, wire: _Wire) -> float:
-    """Seconds of what simulate.comm.process_group makes of a collective with gloo.
+    """Return the seconds of a collective as simulate.comm.process_group runs it with gloo.
 
-    A reduction by pairs swaps parts twice: to their sums, and back. Rings go round whatever the topology.
+    A reduction by pairs swaps parts twice: to sum them, and to return the sums. Rings ignore the topology.
     """
     devices, payload = transfer.devices, transfer.payload_bytes
     if transfer.operation == "broadcast":
@@ -118,6 +126,7 @@ def _by_gloo_s(transfer: Transfer, wire: _Wire) -> float:
         if gathers_by_pairs(payload, devices):
             return _swap_s(payload, transfer, wire)
         return _ring_s(devices - 1, payload, transfer, wire)
+    # What is left is an all-reduce: by pairs for small parts, in a ring of 2(N−1) hops for large ones.
     if sums_by_pairs(payload / devices):
         return 2 * _swap_s(payload / devices, transfer, wire)
     return _ring_s(2 * (devices - 1), payload / devices, transfer, wire)
@@ -128,10 +137,11 @@ def _ring_s(hops: int, part_bytes: float, transfer: Transfer, wire: _Wire) -> fl
 
 
 def _swap_s(part_bytes: float, transfer: Transfer, wire: _Wire) -> float:
-    """Seconds in which everyone sends a part to each other one, all at once.
+    """Return the seconds in which each device sends a part to each other one, all at once.
 
-    On a mesh each part has a link of its own. On a ring neighbours pass on what is not theirs, up to N−1 times.
+    On a mesh each part has a link of its own. On a ring neighbours forward the parts of others, up to N−1 times.
     """
+    # `crossed`: parts that cross one device's link; `reach`: hops until the last part arrives.
     others = transfer.devices - 1
     crossed, reach = {"mesh": (1.0, 1), "ring": (others * transfer.devices / 2, others)}.get(
         wire.topology, (float(others), 1)
@@ -141,7 +151,7 @@ def _swap_s(part_bytes: float, transfer: Transfer, wire: _Wire) -> float:
 
 
 def _carried_s(own_bytes: float, all_bytes: float, transfer: Transfer, wire: _Wire) -> float:
-    """Seconds of what crosses one device's link, and of what all devices of a team send through a shared uplink."""
+    """Return the longer of a device's bytes over its own link, and all devices' bytes over a shared uplink."""
     seconds = own_bytes / wire.bytes_per_s
     if wire.shared_bytes_per_s is None:
         return seconds
@@ -149,10 +159,10 @@ def _carried_s(own_bytes: float, all_bytes: float, transfer: Transfer, wire: _Wi
 
 
 def _tree_s(transfer: Transfer, wire: _Wire) -> float:
-    """Seconds of a binomial tree: who has a copy sends it to all its children at once, over one uplink.
+    """Return the seconds of a binomial tree: a device with a copy sends it to all its children at once.
 
-    Device v's children are v + 2^i, for every i from the number of v's binary digits on. All have asked for their copy
-    from the start, so that only the first hop waits for it.
+    Device v's children are v + 2^i, for every i from the number of v's binary digits on. All devices request their copy
+    at the start, so that only the first hop waits for a request.
     """
     devices, payload = transfer.devices, transfer.payload_bytes
     arrived_s = [0.0] * devices
@@ -160,6 +170,7 @@ def _tree_s(transfer: Transfer, wire: _Wire) -> float:
     for parent in range(devices):
         digits = range(parent.bit_length(), (devices - 1).bit_length())
         children = [parent + 2**i for i in digits if parent + 2**i < devices]
+        # On a mesh each child has a link of its own; else all copies leave over one uplink.
         copies = 1 if wire.topology == "mesh" else len(children)
         sent_s = max(copies * payload / wire.up_bytes_per_s, payload / wire.down_bytes_per_s)
         for child in children:
@@ -178,21 +189,16 @@ def server_rates(push: bool, devices: int, link: Link) -> tuple[float, float]:
     if server_bytes_per_s is None:  # as fast as a device's; a ring and a mesh reach it over 2 or N such links
         links = {"star": 1, "ring": min(2, devices), "mesh": devices}[link.topology]
         server_bytes_per_s = links * (link.down_bytes_per_s if push else link.up_bytes_per_s)
+    # A shared uplink limits what all devices together push; what they pull does not cross it.
     if push and link.shared_bytes_per_s is not None:
         server_bytes_per_s = min(server_bytes_per_s, link.shared_bytes_per_s)
     return device_bytes_per_s, server_bytes_per_s
 
 
 def server_latency_s(devices: int, link: Link) -> float:
-    """Return the delay of a message to or from the server: on a ring, half of the devices pass it on.
+    """Return the delay of a message to or from the server: on a ring, up to half of the devices forward it.
 
-    Gloo's is asked for first, like every message between a pair.
+    Gloo requests it first, as every message between a pair.
     """
     delays = link.delays_of_a_hop if link.collectives == "gloo" else 1.0
     return delays * (-(-devices // 2) if link.topology == "ring" else 1) * link.latency_s
-
-
-def _server_s(transfer: Transfer, devices: int, link: Link) -> float:
-    device_bytes_per_s, server_bytes_per_s = server_rates(transfer.operation == "push", devices, link)
-    payload = transfer.payload_bytes
-    return server_latency_s(devices, link) + max(payload / device_bytes_per_s, devices * payload / server_bytes_per_s)

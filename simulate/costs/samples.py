@@ -1,7 +1,7 @@
-"""How many more samples a method needs than dense training: an assumption, not a measurement of your run.
+"""Assume how many more samples a method needs than dense training; this is no measurement of your run.
 
-Time per step alone would always favour the smallest rank and the rarest merge. So candidates are ranked by time to
-dense-equivalent loss. The numbers are in samples.toml, each with a range and where it comes from;
+Time per step alone would always favour the smallest rank and the rarest merge, so candidates are ranked by the time to
+the loss that dense training reaches. The numbers are in samples.toml, each with a range and where it comes from;
 bench/studies/samples.py fits them, and `lte plan --efficiency FILE` takes others.
 
     samples over dense's  =  method  ·  batch  ·  merges  ·  rank
@@ -47,16 +47,16 @@ class Figure(toml_io.Schema):
 
 
 class Efficiency(toml_io.Schema):
-    """The whole model: every method's factor at its best settings, and what departs from these costs."""
+    """The whole model: each method's factor at its best settings, and the cost of other settings."""
 
     description: str = ""
     minimum_steps: Figure
-    """A batch of this part of all tokens needs twice the samples."""
+    """Optimizer steps at which a run needs twice the samples of a long one."""
     merge_every: int = Field(gt=0)
-    """Steps T of a round at which the methods' factors hold."""
+    """Most steps T of a round at which the methods' factors hold."""
     merge_exponent: Figure
     lte_rank_share: float = Field(gt=0, le=1)
-    """Share of the width that the rank of one of LTE's heads needs."""
+    """Rank that one of LTE's heads needs, as a share of the width."""
     rank_exponent: Figure
     methods: dict[str, Figure]
 
@@ -86,13 +86,14 @@ def load_efficiency(path: Path) -> Efficiency:
 def samples_factor(
     run: Run, shape: ModelShape, tokens: float, efficiency: Efficiency | None = None, end: End = "value"
 ) -> float:
-    """Return the assumed multiple of dense small-batch training's samples for equal loss; or an end of its range."""
+    """Return the assumed samples to equal loss over those of dense small-batch training, or an end of their range."""
     model = efficiency or shipped()
 
     def figure(of: Figure) -> float:
         return of.value if end == "value" else of.low if end == "low" else of.high
 
     plan = plan_of(run.method)
+    # The product in this module's docstring: batch and method, merges, rank.
     factor = (1 + run.tokens_per_step * figure(model.minimum_steps) / tokens) * figure(model.methods[plan.samples_like])
     factor *= max(1.0, run.method.round_steps / model.merge_every) ** figure(model.merge_exponent)
     shortfall = plan.rank_shortfall(shape.largest_dimension, run.cluster.devices, model.lte_rank_share)

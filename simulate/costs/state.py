@@ -1,6 +1,6 @@
-"""Elements that one device keeps from step to step, and which of them a simulation of all devices keeps once.
+"""Count the elements that one device keeps from step to step, and say which of them a simulation stores once.
 
-simulate.costs.memory turns them into bytes; simulate.costs.step_time into memory traffic.
+simulate.costs.memory turns them into bytes, simulate.costs.step_time into memory traffic.
 """
 
 from __future__ import annotations
@@ -17,28 +17,29 @@ from simulate.rules.method_plan import plan_of
 
 @dataclass(frozen=True)
 class PersistentState:
-    """Elements of one device, beside frozen weights and activations."""
+    """Elements that one device keeps, without frozen weights and activations."""
 
     adapters: int
     """A and B, and their values at the last merge."""
     trained: int
-    """What the optimizer steps."""
+    """Elements that the optimizer updates."""
     moments: int
-    """AdamW's two for each trained element; Muon's one for each of a matrix."""
+    """AdamW keeps two for each trained element; Muon one for each element of a matrix."""
     extra: int
-    """Error feedback, outer momentum, weights and gradients of other steps."""
+    """The method's own state: error feedback, outer momentum, weights and gradients of other steps."""
     shared: bool
-    """Whether all devices hold the same, so that a simulation keeps it once (but for `extra`)."""
+    """Whether all devices hold equal state (except `extra`), so that a simulation stores it once."""
 
 
 @by_method
-def holding(run: Run, shape: ModelShape) -> PersistentState:
-    """Return what a device of the run keeps; with a dense warm start that of the dense steps, which hold most."""
+def persistent_state(run: Run, shape: ModelShape) -> PersistentState:
+    """Return a device's state; with a dense warm start, that of the dense steps, which hold most."""
     plan, devices, muon = plan_of(run.method), run.cluster.devices, run.train.optimizer == "muon"
     layout = None if plan.starts_dense else plan.adapters(devices)
     adapters, matrices, others = 0, shape.adapted_parameters, shape.replicated_parameters
     if layout is not None:
         adapters = shape.factors(layout.held_rank) * (2 if layout.subtracts else 1)
+        # Frozen A are held but not trained.
         matrices = shape.factors(layout.held_rank, layout.frozen_a)
         others = _elements_without(shape, layout.frozen_kinds)
     return PersistentState(
@@ -57,5 +58,5 @@ def _elements_without(shape: ModelShape, frozen: frozenset[str]) -> int:
 
 @lru_cache(maxsize=256)
 def frozen_bytes(shape: ModelShape, quantize: str, element_bytes: int) -> int:
-    """Bytes of all adapted weights in their frozen format."""
+    """Return the bytes of all adapted weights in their frozen format."""
     return sum(quantized_bytes(x.weights, x.in_features, quantize, element_bytes) * x.count for x in shape.adapted)

@@ -1,4 +1,9 @@
-"""Seconds of the profile's hardware: compute from rates and bandwidth, exchanges from bytes, links and latency."""
+"""Seconds of a step, a merge and a round on a profile's hardware.
+
+Compute comes from the device's rates and memory bandwidth, exchanges from bytes, links and delays. The planner, the
+simulated clock and the timeline all take their seconds from here, so that their times differ only in what they
+simulate on top. Measured kernel rates (simulate.costs.kernel_time) are used where the profile has them.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +19,22 @@ from simulate.costs.flops import merge_flops, pass_flops, update_flops
 from simulate.costs.kernel_time import KernelRates, layers_s, pass_s, products_s, sum_of_products
 from simulate.costs.message_schedule import num_rounds, schedule
 from simulate.costs.message_time import link_of, transfer_s
-from simulate.costs.state import frozen_bytes, holding
+from simulate.costs.state import frozen_bytes, persistent_state
 from simulate.layers.formats import ELEMENT_BYTES, PRODUCT_BYTES
 from simulate.models.shapes import ModelShape
 from simulate.rules.method_plan import plan_of
 from simulate.rules.pace import round_compute_s
 
 ADAM_ELEMENTS_MOVED = 3
-"""A fused AdamW step reads weight and gradient and writes the weight."""
+"""Elements that a fused AdamW step moves for each weight: it reads weight and gradient and writes the weight."""
 ADAM_MOMENTS_MOVED = 4
-"""And it reads and writes two moments."""
+"""Moments that it moves for each weight: it reads and writes two."""
 CLIP_ELEMENTS_MOVED = 3
-"""Clipping reads gradients for their norm, and reads and writes them to scale them; counted with measured rates."""
+"""Elements that clipping moves for each weight: it reads gradients for their norm, then reads and
+writes them to scale them. Counted with measured rates only."""
 COMPRESSION_ELEMENTS_MOVED = 8
-"""Estimate: compressing reads gradient and residual, writes the message and the residual, and reads what arrives."""
+"""Estimate of the elements that compression moves for each gradient: it reads gradient and residual, writes message and
+residual, and reads the messages that arrive."""
 
 
 @dataclass(frozen=True)
@@ -36,25 +43,27 @@ class RoundTime:
 
     steps: int
     compute_s: float
-    """Of one step: of the slowest device, or with a deadline a T-th of what the round gives everybody."""
+    """Seconds of one step of the slowest device; with a deadline, a T-th of the round's."""
     merge_s: float
-    """Of the arithmetic of a round's merges."""
+    """Seconds of the arithmetic of a round's merges."""
     exchange_s: float
-    """Of a round's messages, as far as no compute hides them; the mean over the run's rounds."""
+    """Seconds of a round's messages that no compute overlaps; the mean over the run's rounds."""
     device_steps: float
     """Optimizer steps of all devices together in a round."""
 
     @property
     def round_s(self) -> float:
-        """The whole round."""
+        """Seconds of the whole round."""
         return self.steps * self.compute_s + self.merge_s + self.exchange_s
 
 
 def round_time(run: Run, shape: ModelShape, devices: Sequence[Device], link: Link) -> RoundTime:
-    """Return a round's time; in lockstep everybody waits for the slowest device, with a deadline for nobody.
+    """Return the seconds of a round.
 
-    Unless a device's single step takes longer than that.
+    In lockstep all devices wait for the slowest. With a deadline nobody waits, unless one step of a device takes longer
+    than that.
     """
+    # Devices of one kind take equal time, so each kind is computed once.
     kinds = [_rates(run, device) for device in distinct(devices)]
     if run.method.is_paced:
         steps_s, device_steps = round_compute_s(run.method, device_step_s(run, shape, devices))
@@ -65,7 +74,7 @@ def round_time(run: Run, shape: ModelShape, devices: Sequence[Device], link: Lin
     merge_s = max(merge_compute_s(run, shape, kind) for kind in kinds)
     parts = schedule(run, shape)
     link = link_of(link, run.cluster.backend)
-    # What is sent at a merge travels behind the arithmetic there, too.
+    # A delayed message also overlaps the arithmetic of the merge at which it is sent.
     own_s = merge_s / run.method.merges_per_round
     total_s = sum(
         times * max(0.0, exchange_s(part.exchange, link) - (steps * step_s + own_s if steps else 0.0))
@@ -82,12 +91,12 @@ def round_time(run: Run, shape: ModelShape, devices: Sequence[Device], link: Lin
 
 
 def device_step_s(run: Run, shape: ModelShape, devices: Sequence[Device]) -> tuple[float, ...]:
-    """Return the seconds that each device needs for a step."""
+    """Return the seconds of a step on each device."""
     return _of_each(devices, lambda device: compute_s(run, shape, _rates(run, device)))
 
 
 def device_merge_s(run: Run, shape: ModelShape, devices: Sequence[Device]) -> tuple[float, ...]:
-    """Return the seconds that each device needs for the arithmetic of a round's merges."""
+    """Return the seconds of the arithmetic of a round's merges on each device."""
     return _of_each(devices, lambda device: merge_compute_s(run, shape, _rates(run, device)))
 
 
@@ -95,13 +104,14 @@ def _of_each(devices: Sequence[Device], seconds_of: Callable[[Device], float]) -
     kinds = distinct(devices)
     if len(kinds) == 1:
         return (seconds_of(kinds[0]),) * len(devices)
+    # By id(): hashing thousands of devices costs more than their few kinds.
     by_kind = {id(device): seconds_of(device) for device in kinds}
     return tuple(by_kind[id(device)] for device in devices)
 
 
 def distinct(devices: Sequence[Device]) -> list[Device]:
-    """Return each kind of device once, in order; thousands of one kind are told in one pass."""
-    first = devices[0]
+    """Return each kind of device once, in order."""
+    first = devices[0]  # thousands of devices of one kind take one pass
     if devices.count(first) == len(devices):
         return [first]
     return list({id(device): device for device in devices}.values())
@@ -109,15 +119,15 @@ def distinct(devices: Sequence[Device]) -> list[Device]:
 
 @dataclass(frozen=True, eq=False)
 class _Rates:
-    """Sustained rates of a device in a run's formats; one object a device, the key of remembered merge times."""
+    """Sustained rates of a device in a run's formats; one object a device, since it is a key of cached merge times."""
 
     flop_per_s: float
-    """Of operations on weights."""
+    """Rate of merges and optimizer steps, which run in the weights' format."""
     pass_flop_per_s: float
-    """Of forward and backward passes."""
+    """Rate of forward and backward passes, which autocast runs in another format."""
     memory_bytes_per_s: float
     kernels: KernelRates | None = None
-    """By size, where they were measured."""
+    """Rates by size; None where kernels were not measured."""
 
 
 def _rates(run: Run, device: Device) -> _Rates:
@@ -132,52 +142,54 @@ def _rates_of(dtype: Dtype, passes: Dtype, device: Device) -> _Rates:
 
 
 def compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
-    """Seconds of one optimizer step: arithmetic, the optimizer's memory traffic, unpacking of quantised weights."""
+    """Return the seconds of one optimizer step: passes, the optimizer's memory traffic, unpacking of frozen weights."""
     moved = _moved(run, shape)
     moved_bytes, passes_s = moved.others, 0.0
     unpacked_s = _unpacked_s(run, shape, rates.kernels)
-    if unpacked_s is None:
+    if unpacked_s is None:  # not measured: timed by memory traffic
         moved_bytes += moved.unpacked
     if rates.kernels is None:
         moved_bytes += moved.optimizer
         passes_s = pass_flops(run, shape) / rates.pass_flop_per_s
-    else:
+    else:  # measured rates already contain the efficiency of passes and optimizer
         moved_s = rates.kernels.optimizer.seconds(moved.optimizer, moved.optimizer + moved.clipped)
         passes_s = pass_s(run, shape, rates.kernels) + moved_s + (unpacked_s or 0.0)
     return passes_s + update_flops(run, shape) / rates.flop_per_s + moved_bytes / rates.memory_bytes_per_s
 
 
 def _unpacked_s(run: Run, shape: ModelShape, kernels: KernelRates | None) -> float | None:
-    """Seconds of unpacking frozen weights at measured rates: forward, backward, and once more to recompute."""
+    """Return the seconds of unpacking frozen weights in a step; None where that was not measured."""
     method = run.method
     if kernels is None or method.frozen_format == "none":
         return None
+    # Forward, backward, and once more to recompute.
     once_s = layers_s(shape, method.frozen_format, kernels.unpack)
     return None if once_s is None else (3 if run.train.activation_checkpointing else 2) * once_s
 
 
 @dataclass(frozen=True)
 class _Moved:
-    """Bytes that a step moves beside its passes."""
+    """Bytes that a step moves outside its passes."""
 
     optimizer: int
     clipped: int
     unpacked: int
-    """Of frozen weights, by memory traffic."""
+    """Bytes of unpacking frozen weights."""
     others: int
-    """Of compression and casts."""
+    """Bytes of compression and casts."""
 
 
 @by_method
 def _moved(run: Run, shape: ModelShape) -> _Moved:
     element_bytes, method = ELEMENT_BYTES[run.train.dtype], run.method
-    trained = holding(run, shape).trained
+    trained = persistent_state(run, shape).trained
+    # 8-bit moments move a byte each; their scales, one for 256 elements, are too small to count.
     moment_bytes = element_bytes if run.train.optimizer_state == "fp32" else 1
     unpacked, others = 0, _cast_bytes(run, shape)
     if plan_of(method).compresses_gradients:
         others += COMPRESSION_ELEMENTS_MOVED * shape.parameters * element_bytes
     if method.frozen_format != "none":
-        # Forward and backward each read the packed form, write and read the plain one.
+        # Forward and backward pass each read the packed form, then write and read the plain one.
         packed = frozen_bytes(shape, method.frozen_format, element_bytes)
         unpacked = 2 * (packed + 2 * shape.adapted_parameters * element_bytes)
     return _Moved(
@@ -189,7 +201,7 @@ def _moved(run: Run, shape: ModelShape) -> _Moved:
 
 
 def _cast_bytes(run: Run, shape: ModelShape) -> int:
-    """Bytes that autocast reads and writes of weights: frozen ones are cast again in the backward pass."""
+    """Return the bytes that autocast moves to cast weights; frozen ones are cast again in the backward pass."""
     if run.train.autocast == "none":
         return 0
     element_bytes = ELEMENT_BYTES[run.train.dtype] + PRODUCT_BYTES[run.train.autocast]
@@ -199,26 +211,22 @@ def _cast_bytes(run: Run, shape: ModelShape) -> int:
 
 @by_method
 def merge_compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
-    """Seconds of a round's merges: products, and the weights read and written once (with momentum: twice)."""
-    moved = plan_of(run.method).merge_elements_moved(shape, holding(run, shape).extra)
+    """Return the seconds of a round's merges: products, and weights and the method's state read and written."""
+    moved = plan_of(run.method).merge_elements_moved(shape, persistent_state(run, shape).extra)
     moved_bytes = moved * ELEMENT_BYTES[run.train.dtype]
-    moved_s = moved_bytes / rates.memory_bytes_per_s + _packed_s(run, shape, rates.kernels)
+    moved_s = moved_bytes / rates.memory_bytes_per_s
+    # Each device packs what was merged, unless a server sends weights that are packed.
+    if rates.kernels is not None and plan_of(run.method).quantizes_merges:
+        moved_s += layers_s(shape, run.method.frozen_format, rates.kernels.pack) or 0.0
     flops = merge_flops(run, shape)
     if rates.kernels is None or not flops:
         return flops / rates.flop_per_s + moved_s
     products = sum_of_products(run, shape)
-    # What the layers' products together reach, over the operations that the merge makes of them.
+    # The merge's operations at the mean rate of the layers' products B·A.
     return flops * products_s(products, rates.kernels) / sum(product.flops for product in products) + moved_s
-
-
-def _packed_s(run: Run, shape: ModelShape, kernels: KernelRates | None) -> float:
-    """Seconds of packing what a round merged, where that was measured; a server sends weights that are packed."""
-    if kernels is None or not plan_of(run.method).quantizes_merges:
-        return 0.0
-    return layers_s(shape, run.method.frozen_format, kernels.pack) or 0.0
 
 
 @lru_cache(maxsize=4096)
 def exchange_s(exchange: Exchange, link: Link) -> float:
-    """Seconds of messages that are made one after the other."""
+    """Return the seconds of messages that are sent one after the other."""
     return sum(transfer_s(transfer, link) for transfer in exchange.transfers)

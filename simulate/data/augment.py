@@ -30,7 +30,7 @@ class Draws:
 
     @classmethod
     def of(cls, random: np.random.Generator, samples: int, pixels: int, augment: Sequence[str]) -> Draws:
-        """Draw for a batch of `samples`; `augment` names the wanted ones of "crop" and "flip"."""
+        """Draw for a batch of `samples`; `augment` names those of "crop" and "flip" to apply."""
         pad = pixels // PADDING_PART
         # Always draw both, so that switching one off leaves the other's draws, and mixup's, as they were.
         shifts = random.integers(-pad, pad + 1, (2, samples))

@@ -101,11 +101,13 @@ class TextBatches:
 
     def batch(self, step: int, local_devices: range) -> tuple[Tensor, Tensor]:
         """Return inputs and targets (L*B, T), int64, of the local devices in device order."""
+        # Device by device, each from its own address: who holds the device makes no difference.
         starts_LB = np.stack([self._starts(device, step) for device in local_devices])
         return self._windows(self.text.train, starts_LB.flatten())
 
     def _windows(self, tokens: np.ndarray, starts: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return the windows at some starts as inputs, and as targets the same windows one token later."""
+        # One token more than the context, since a window and its targets overlap in all but one.
         windows = torch.from_numpy(tokens[starts[:, None] + np.arange(self.context + 1)].astype(np.int64))
         return windows[:, :-1], windows[:, 1:]
 

@@ -4,16 +4,17 @@ Decoding images and encoding text take minutes, and every process of every run n
 safetensors file of arrays, memory-mapped, so that processes of one machine share its memory. The file holds its own
 digest, over its header and every byte of its arrays; a truncated or damaged file counts as missing and is made anew.
 simulate.data.tokenizer, images and huggingface call `cached`; huggingface keeps its Arrow files with `cached_file`.
+
+The safetensors library reads these files, too, but copies each array into memory of the process (200 MB of pixels took
+195 MB more), so the header is read here and numpy maps the arrays.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -83,6 +84,7 @@ class Draft:
         """Write the digest into the header."""
         with self.path.open("r+b") as file:
             content, digest = _read_header(file), _digest(file)
+            # Over the zeros that `allocate` wrote; the digest counts them, so that writing it leaves it true.
             file.seek(8 + content.rindex(_NO_DIGEST.encode()))
             file.write(digest.encode())
 
@@ -134,11 +136,16 @@ def cached_file(
     Raises InputError for any OSError of `read` and `write`, reported as a cache folder that cannot be used. Of several
     processes that ask for the same key at once, one makes the file and the others wait.
     """
+    from filelock import FileLock  # imported late: light commands import this module and lock nothing
+
     folder = cache_folder()
-    name = f"{kind}-{_key_digest(key)}.{suffix}"
+    text = json.dumps({"version": CACHE_VERSION, **key}, sort_keys=True)
+    name = f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.{suffix}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f".{name}.lock"):
+        # The lock is beside the file, which appears under its name only once it is whole. The system releases it when
+        # this process dies.
+        with FileLock(folder / f".{name}.lock"):
             found = read(folder / name)
             if found is None:
                 _write_whole(folder / name, write)
@@ -152,26 +159,11 @@ def cached_file(
     return found
 
 
-def _key_digest(key: Mapping[str, Any]) -> str:
-    text = json.dumps({"version": CACHE_VERSION, **key}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
 def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
     scratch = path.with_name(f".{path.name}.partial")
     try:
         write(scratch)
-        with scratch.open("rb") as file:
+        with scratch.open("r+b") as file:  # Windows flushes no file that is open for reading only
             os.fsync(file.fileno())  # a crash must not leave the final name on a file whose bytes were lost
         scratch.replace(path)
     finally:
@@ -204,6 +196,7 @@ def _mapped(path: Path, start: int, entry: dict[str, Any]) -> np.ndarray:
 def _read_header(file: BinaryIO) -> bytes:
     file.seek(0)
     size = int.from_bytes(file.read(8), "little")
+    # A damaged length must not make us read, or allocate, beyond the file.
     if not 0 < size <= os.fstat(file.fileno()).st_size - 8:
         raise ValueError("no header")
     return file.read(size)

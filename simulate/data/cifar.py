@@ -69,6 +69,7 @@ def cifar_source(path: Path) -> ImageSource:
     test = [_batch(folder / name, layout.labels_key, len(names)) for name in layout.test]
     pixels, labels = (np.concatenate(parts) for parts in zip(*train, *test, strict=True))
     held_out = np.arange(len(labels)) >= sum(len(part_labels) for _, part_labels in train)
+    # Names, sizes and times of all files: a changed one makes the cache decode anew.
     files = [folder / name for name in (*layout.train, *layout.test, layout.meta)]
     return array_source(str(path), stamp_of(files), pixels, labels, names, held_out)
 
@@ -116,6 +117,7 @@ class ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Return a constructor that arrays need; raises UnpicklingError for any other name."""
+        # Anything else that a pickle names could be a function to call, such as os.system.
         found = _HARMLESS.get((module, name))
         if found is None:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is no array")
@@ -124,6 +126,7 @@ class ArraysOnly(pickle.Unpickler):
 
 def _empty_array(kind: type, shape: tuple[int, ...], dtype: bytes) -> np.ndarray:
     """Stand in for numpy's private function: an empty array, whose state follows in the pickle."""
+    # A subclass could run code of its own when its state is set.
     if kind is not np.ndarray:
         raise pickle.UnpicklingError("it makes an array of a class of its own")
     return np.ndarray(shape, dtype.decode() if isinstance(dtype, bytes) else dtype)

@@ -55,6 +55,7 @@ def hub_text(data: Data) -> np.ndarray | None:
         return (b"".join(batch[CONTENT]) for batch in rows.iter(_BATCH_ROWS))
 
     def fill(draft: Draft) -> None:
+        # Two passes over the rows: the first counts, since room in the file is reserved before it is filled.
         size, end = sum(map(len, batches())), 0
         text = draft.allocate({CONTENT: ("u1", (size,))}, {})[CONTENT].open()
         for batch in batches():
@@ -121,6 +122,7 @@ class _Stream:
             raise InputError(
                 f"data.name = {self.name!r} has no split {TRAIN!r} (but {', '.join(self.splits)}); choose another"
             )
+        # The first row tells texts from images: a stream may come without a description of its columns.
         first = next(self._rows(TRAIN), None)
         if first is None:
             raise InputError(f"data.name = {self.name!r} has no rows; choose another")
@@ -173,6 +175,7 @@ class _Stream:
 
     def _texts(self) -> Iterator[dict[str, Any]]:
         for number, row in enumerate(self._rows(TRAIN)):
+            # A newline before all but the first, as between the files of a folder.
             yield {CONTENT: (b"\n" if number else b"") + str(row[self.column] or "").encode()}
 
     def _labelled_images(self) -> Iterator[dict[str, Any]]:

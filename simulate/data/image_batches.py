@@ -46,6 +46,7 @@ class ImageBatches:
         self.images, self.micro_batch, self.devices, self.seed = images, micro_batch, devices, seed
         self.classes = len(images.classes) if classes is None else classes
         self.augment, self.mixup, self.dtype, self.device = augment, mixup, dtype, device or torch.device("cpu")
+        # Held-out and undecodable images are in no shard.
         labels = images.labels[images.train]
         parts = (
             even_shards(len(labels), devices, shards, seed)
@@ -76,15 +77,17 @@ class ImageBatches:
     def rows(self, device: int, step: int) -> np.ndarray:
         """Return the images of one device's batch, (B,): the next ones of its shard in the order of the epoch."""
         shard = self.shards[device]
-        places = np.arange(step * self.micro_batch, (step + 1) * self.micro_batch)
-        epochs, places = places // len(shard), places % len(shard)
+        # A shard is read as one endless list of shuffled epochs, of which a batch may span two or more.
+        indices = np.arange(step * self.micro_batch, (step + 1) * self.micro_batch)
+        epochs, indices = indices // len(shard), indices % len(shard)
         orders = {int(epoch): self._order(device, int(epoch)) for epoch in np.unique(epochs)}
-        return shard[[orders[epoch][place] for epoch, place in zip(epochs.tolist(), places.tolist(), strict=True)]]
+        return shard[[orders[epoch][index] for epoch, index in zip(epochs.tolist(), indices.tolist(), strict=True)]]
 
     def _order(self, device: int, epoch: int) -> np.ndarray:
         if (device, epoch) not in self._orders:
             random = generator(self.seed, "epoch", device, epoch)
             self._orders[device, epoch] = random.permutation(len(self.shards[device]))
+            # The oldest goes first: steps only go forward.
             while len(self._orders) > REMEMBERED_EPOCHS * self.devices:
                 self._orders.popitem(last=False)
         return self._orders[device, epoch]

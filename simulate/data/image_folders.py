@@ -143,6 +143,7 @@ def _splits(paths: Sequence[str], wrapper: str, source: str) -> dict[str, bool |
     others = [name for name in firsts if name.lower() in HELD_OUT_NAMES]
     if not train or not others:  # "train" alone may be a class, beside "bus"
         return None
+    # Training on train/ alone and dropping other folders without a word would lose data.
     if strange := [name for name in firsts if name not in (*train, *others)]:
         raise InputError(
             f"data: {source} has {train[0]}/ and beside it {strange[0]}/, which is no split "

@@ -187,7 +187,7 @@ def load_images(source: ImageSource, frame: Frame, skip_corrupt: bool = False) -
 
 def _fill(draft: Draft, source: ImageSource, frame: Frame, skip_corrupt: bool) -> None:
     samples = len(source.labels)
-    places = draft.allocate(
+    slots = draft.allocate(
         {
             "labels": ("i8", (samples,)),
             "mean": ("f8", (frame.colours,)),
@@ -198,7 +198,7 @@ def _fill(draft: Draft, source: ImageSource, frame: Frame, skip_corrupt: bool) -
         {"classes": source.classes},
     )
     labels = source.labels.copy()
-    for index, error in source.fill(frame, places["pixels"]).items():
+    for index, error in source.fill(frame, slots["pixels"]).items():
         if isinstance(error, SmallImageError):  # sound, so that skipping it as corrupt would hide a wrong setting
             raise InputError(
                 f"data: {source.image_name(index)} {error}, the pixels of the model; "
@@ -210,11 +210,12 @@ def _fill(draft: Draft, source: ImageSource, frame: Frame, skip_corrupt: bool) -
                 "--set data.skip_corrupt=true"
             )
         labels[index] = LEFT_OUT
+    # A class that lost all images of a split would be trained on, or judged by, nothing.
     _check_remaining(source, labels)
     used = np.flatnonzero(~source.held_out & (labels != LEFT_OUT))
-    mean, std = colour_figures(places["pixels"].open(), used)
+    mean, std = colour_figures(slots["pixels"].open(), used)
     for name, values in {"labels": labels, "mean": mean, "std": std, "held_out": source.held_out}.items():
-        places[name].open()[:] = values
+        slots[name].open()[:] = values
 
 
 def _check_remaining(source: ImageSource, labels: np.ndarray) -> None:

@@ -42,7 +42,7 @@ def load_data(run: Run, tokenizer: Path | None = None) -> Dataset:
     anew.
     """
     data, devices = run.data, run.cluster.devices
-    if tokenizer is not None:
+    if tokenizer is not None:  # a given file's path takes the place of "bpe:N"
         data = data.model_copy(update={"tokenizer": str(tokenizer)})
     pixels, colours, classes = image_sizes(run.model)
     source = image_source(data)
@@ -95,11 +95,11 @@ def image_sizes(model: Model) -> tuple[int | None, int | None, int | None]:
 def _check_kind(run: Run, images: bool) -> None:
     data, reads_images = run.data, image_sizes(run.model)[0] is not None
     if images != reads_images:
-        found, wanted = ("images", "text") if images else ("text", "images")
+        found, needed = ("images", "text") if images else ("text", "images")
         field = "path" if data.name is None else "name"
         raise InputError(
             f"data.{field} = {data.path or data.name!r} is {found}, and model.name = {run.model.name!r} "
-            f"reads {wanted}; choose a model of {found}, or other data"
+            f"reads {needed}; choose a model of {found}, or other data"
         )
 
 

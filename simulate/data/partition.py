@@ -78,8 +78,8 @@ def fit_table(shares_NK: np.ndarray, sizes_N: np.ndarray, counts_K: np.ndarray) 
     return _deal_rest(whole, table - whole, sizes_N - whole.sum(1), counts_K - whole.sum(0))
 
 
-def _ratio(wanted: np.ndarray, got: np.ndarray) -> np.ndarray:
-    return np.divide(wanted, got, out=np.zeros(len(wanted)), where=got > 0)
+def _ratio(target: np.ndarray, current: np.ndarray) -> np.ndarray:
+    return np.divide(target, current, out=np.zeros(len(target)), where=current > 0)
 
 
 def _deal_rest(whole: np.ndarray, fraction: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:

@@ -104,6 +104,7 @@ def shard_bounds(tokens: int, devices: int, shards: Sequence[float] | None) -> l
     if shards is None:
         size = tokens // devices
         return [(device * size, (device + 1) * size) for device in range(devices)]
+    # Rounded edges, not sizes, so that the parts neither overlap nor leave tokens between them.
     edges = [0, *(int(tokens * share / sum(shards)) for share in accumulate(shards))]
     return list(pairwise(edges))
 
@@ -148,7 +149,7 @@ def read_bytes(data: Data) -> Text:
         raise InputError(f"data.path = {data.path!r} cannot be read ({error.strerror}); check it") from None
     if not files:
         raise InputError(f"data.path = {data.path!r} is a folder without files; put UTF-8 text files in it")
-    parts = [_read(file) for file in files]
+    parts = [_read(file) for file in files]  # each checked by itself, so that an error names the file
     content = b"\n".join(parts)
     if not content.strip():
         raise InputError(f"data.path = {data.path!r} is empty; give a text file with content")
@@ -159,14 +160,10 @@ def _files(path: Path) -> list[Path]:
     if not path.exists():
         raise InputError(f"data.path = {str(path)!r} does not exist; give a UTF-8 text file or a folder of them")
     if path.is_dir():
-        return sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p, path))
+        return sorted(p for p in path.rglob("*") if p.is_file() and "/." not in f"/{p.relative_to(path).as_posix()}")
     if not path.is_file():
         raise InputError(f"data.path = {str(path)!r} is neither a file nor a folder; save its text to a file first")
     return [path]
-
-
-def _hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def _read(path: Path) -> bytes:
@@ -188,6 +185,7 @@ def _read(path: Path) -> bytes:
 def _stdlib() -> Text:
     folder = Path(sysconfig.get_path("stdlib"))
     content = bytearray()
+    # Sorted, so that machines with the same Python train on the same text.
     for path in sorted(folder.glob("*.py")):
         content += path.read_bytes()
         if len(content) >= STDLIB_BYTES:

@@ -69,6 +69,7 @@ def encode(train: str, held_out: str, tokenizer: str) -> Encoded:
     """Return both splits of a text in tokens, encoded once and cached; raises InputError."""
     trained = tokenizer.startswith(BPE)
     definition = tokenizer if trained else _read(Path(tokenizer))
+    # By content, not by name: an edited tokenizer.json, or other text, is encoded anew.
     parts = [hashlib.sha256(part.encode()).hexdigest() for part in (train, held_out, definition)]
     found = cached("tokens", {"text": parts}, lambda draft: _fill(draft, train, held_out, tokenizer))
     vocabulary = Vocabulary(tokenizer, found.facts["size"], found.facts["json"])
@@ -101,6 +102,7 @@ def _chunks(text: str) -> Iterator[str]:
 
 def _train(tokenizer: str, text: str) -> Tokenizer:
     library = _library()
+    # All 256 bytes are tokens from the start, so that nothing is unknown.
     alphabet = library.pre_tokenizers.ByteLevel.alphabet()
     trained = library.Tokenizer(library.models.BPE())
     trained.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)

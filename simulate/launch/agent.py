@@ -63,6 +63,7 @@ class Launch:
     """One node's agent and its connection to the store; `log` gets a line for each failure, as it happens."""
 
     def __init__(self, folder: Path, run: Run, node: Node, log: Log, threads: int) -> None:
+        # The kernel counts its kills and names nobody: that the count grew is all that can be said.
         self._oom_kills_before = oom_kills()
         self.folder, self.run, self.node, self.log, self.threads = folder, run, node, log, threads
         self._store: TCPStore | None = None
@@ -111,10 +112,12 @@ class Launch:
         from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousTimeoutError
 
         node = self.node
+        # The workers inherit the environment of this process.
         os.environ.update(self._environment())
         os.environ.pop(SECRET_VARIABLE, None)  # workers do not need it, so they do not get it
         # torchrun's own log lines are replaced by self.log's.
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+        # Counted since the system started, so only the difference is this run's.
         sent_before = self._interface_sent_bytes()
         agent, handler = self._agent()
         self._running_agent = agent
@@ -185,7 +188,9 @@ class Launch:
         )
 
         cluster, node, run_id = self.run.cluster, self.node, run_fingerprint(self.run)[:16]
+        # cluster.min_devices counts devices, rendezvous counts nodes.
         least = math.ceil((cluster.min_devices or cluster.devices) * node.count / cluster.devices)
+        # The run's fingerprint names the rendezvous, so that nodes of two runs never meet.
         handler = DynamicRendezvousHandler.from_backend(
             run_id,
             self.store,
@@ -231,8 +236,11 @@ class Launch:
                 out_of_memory = oom_kills() > self._oom_kills_before
                 hint = ", since the system ran out of memory" if out_of_memory else ", by hand or for lack of memory"
             return f"process {rank} on node {self.node.number} was killed by {name}{hint}"
-        logs = sorted((self.folder / LOGS).glob(f"node{self.node.number}/*/attempt_*/{failure.local_rank}/stderr.log"))
-        lines = [line for line in logs[-1].read_text(errors="replace").splitlines() if line.strip()] if logs else []
+        # Attempts start at 0 again with the refilled budget, so the newest log is found by its time, not by its name.
+        logs = (self.folder / LOGS).glob(f"node{self.node.number}/*/attempt_*/{failure.local_rank}/stderr.log")
+        newest = max(logs, key=lambda path: path.stat().st_mtime_ns, default=None)
+        text = "" if newest is None else newest.read_text(errors="replace")
+        lines = [line for line in text.splitlines() if line.strip()]
         last = f": {lines[-1].strip()}" if lines else ""
         without_memory = any("MemoryError" in line or "allocate memory" in line for line in lines)
         why = "ran out of memory and " if without_memory else ""
@@ -300,6 +308,7 @@ def _agent_class() -> Any:
             result = super()._monitor_workers(worker_group)
             if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
                 step, may_restart = self._launch.on_failures(result.failures)
+                # torchrun's own budget is for the whole run, and a run of weeks would use it up.
                 if step > self._restarted_at:  # the run has made progress since: refill the budget
                     self._restarted_at, self._remaining_restarts = step, worker_group.spec.max_restarts
                 if not may_restart:

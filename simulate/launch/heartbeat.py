@@ -1,7 +1,7 @@
 """Signs of life of a launched run: who has fallen silent, who is alive but behind, which nodes still take part.
 
 Each process and each node's supervisor counts beats in the run's key-value store. Two looks at a counter, MISSED_BEATS
-beats apart, tell a dead sender from a slow one. A process looks when an exchange fails, to name the culprit
+beats apart, distinguish a dead sender from a slow one. A process looks when an exchange fails, to name the culprit
 (TorchCommunicator.missing). Node 0 looks before it gives a node's number to a machine that comes back (ltecli launch).
 The preflight runs before there is a store: it asks a node over their own connection, and waits ANSWER_S.
 """
@@ -71,6 +71,7 @@ class NodeHeartbeat:
 
 def is_node_alive(store: Store, node: int) -> bool:
     """Whether a node still takes part in the run; takes MISSED_BEATS beats to find out."""
+    # One look cannot distinguish an old beat from a new one: clocks of nodes differ, so counts are compared.
     before = read_beat(store, f"node{node}")
     time.sleep(MISSED_BEATS * NODE_BEAT_S)
     return not is_silent(before, read_beat(store, f"node{node}"))
@@ -116,6 +117,7 @@ class ProcessHeartbeat:
         count = 0
         try:
             store = self._store()
+            # The first beat goes out at once, so that a process is never taken for silent at its start.
             while not self._done.wait(PROCESS_BEAT_S if count else 0.0):
                 count += 1
                 write_beat(store, str(self._process), Beat(count, *self._now()))

@@ -79,6 +79,7 @@ def _init_lost_devices(
     lost: list[int],
 ) -> None:
     """Initialise the lost devices' parts after the pattern of the first device that is not lost."""
+    # Any device's part shows which tensors there are; the lost device's start anew.
     source = next(process for process, (_, devices) in enumerate(holders) if devices)
     donor = min(holders[source][1])
     received = communicator.send_state(source, _of_device(session, donor) if communicator.process == source else {})
@@ -92,6 +93,7 @@ def choose(everyones: list[Held], devices: int) -> int | None:
     Only steps count whose shared part some process has. None without any.
     """
     best: tuple[int, int] | None = None
+    # A step that covers more devices beats a newer one: lost adapters cost more than repeated steps.
     for step in {step for held in everyones for step in held}:
         holders = [held[step] for held in everyones if step in held]
         if any(shared for shared, _ in holders):
@@ -139,20 +141,23 @@ def _exchange(
 ) -> tuple[Progress, State]:
     """Send every process the parts that it lacks; nothing is sent where none lacks any."""
     texts = communicator.share_texts(json.dumps(None if progress is None else asdict(progress)))
+    # Everyone's parts are of one step, so any shared part has the run's progress.
     known = next(Progress(**json.loads(text)) for text in texts if text != "null")
     if not all(shared for shared, _ in holders):
         source = next(process for process, (shared, _) in enumerate(holders) if shared)
         shared = communicator.send_state(source, state.shared)
         state.shared.update(shared)
-    wanted = [set(json.loads(text)) for text in communicator.share_texts(json.dumps(session.method.row_devices()))]
-    lacking = {d for process, needs in enumerate(wanted) for d in needs if d not in holders[process][1]}
+    rows = json.dumps(session.method.row_devices())
+    needed_by_process = [set(json.loads(text)) for text in communicator.share_texts(rows)]
+    lacking = {d for process, needed in enumerate(needed_by_process) for d in needed if d not in holders[process][1]}
     for device in sorted(lacking):
         sources = [process for process, (_, devices) in enumerate(holders) if device in devices]
         if sources:
             # Every process takes part in a broadcast; those that do not need the device drop what they receive.
+            # All processes know all holders, so they agree on the sender without asking.
             own = _of_device(session, device) if communicator.process == sources[0] else {}
             received = communicator.send_state(sources[0], own)
-            if device in wanted[communicator.process]:
+            if device in needed_by_process[communicator.process]:
                 state.of_devices[device] = received
     return known, state
 

@@ -24,14 +24,14 @@ END_S = 5.0
 """Seconds to wait for threads whose call to the store may never return."""
 
 
-def run_supervised(launch: Launch, on_event: Emit, events: Path, asked: list[bool]) -> dict[str, Any]:
+def run_supervised(launch: Launch, on_event: Emit | None, events: Path, stops: list[bool]) -> dict[str, Any]:
     """Run the agent to its end; returns the run's outcome. Raises RunFailedError, and KeyboardInterrupt for a stop.
 
-    On node 0, `on_event` gets each event that rank 0 appends to the file `events`. `asked` is not empty once the user
-    has asked to stop.
+    `on_event` gets each event that rank 0 appends to the file `events`; node 0 alone has one. `stops` is not
+    empty once the user has asked to stop.
     """
-    agent, listener = _AgentThread(launch), _Listener(launch, asked)
-    tail = _EventTail(events, on_event) if launch.node.number == 0 else None
+    agent, listener = _AgentThread(launch), _Listener(launch, stops)
+    tail = None if on_event is None else _EventTail(events, on_event)
     agent.start()
     listener.start()
     try:
@@ -39,12 +39,14 @@ def run_supervised(launch: Launch, on_event: Emit, events: Path, asked: list[boo
             agent.join(POLL_S)
             if tail is not None:
                 tail.look()
+            # torchrun's agent alone would wait on, for nodes that are lost or a store that is gone.
             _give_up_if_hopeless(launch, listener)
         listener.end()
         if tail is not None:
             tail.look()
         return agent.result()
     finally:
+        # Whatever ended the loop, no worker may outlive it.
         launch.abandon()
         listener.end()
         agent.join(END_S)
@@ -57,6 +59,7 @@ def _give_up_if_hopeless(launch: Launch, listener: _Listener) -> None:
         raise KeyboardInterrupt("stopped while waiting for other nodes")
     if number == 0:
         return
+    # Two limits: short where the store's connection broke, long where it only is silent.
     silent_s = time.monotonic() - listener.heard_s
     if listener.lost and silent_s > GONE_S:
         raise RunFailedError(f"node {number}: node 0 is gone, and the run with it")
@@ -80,6 +83,7 @@ class _AgentThread(threading.Thread):
     def run(self) -> None:
         try:
             self._outcome = self._launch.run_agent()
+        # Kept for the main thread, in which the command's exit code is decided.
         except BaseException as error:
             self._error = error
 
@@ -93,8 +97,8 @@ class _AgentThread(threading.Thread):
 class _Listener:
     """The store's client: prints the message log, passes on the user's wish to stop, and beats for this node."""
 
-    def __init__(self, launch: Launch, asked: list[bool]) -> None:
-        self.launch, self.asked = launch, asked
+    def __init__(self, launch: Launch, stops: list[bool]) -> None:
+        self.launch, self._stops = launch, stops
         self.heard_s = time.monotonic()
         """Time of the store's last answer."""
         self.lost = False
@@ -124,7 +128,7 @@ class _Listener:
 
     def _poll(self) -> None:
         store = self.launch.store
-        if self.asked:
+        if self._stops:
             store.set(STOP, "1")
         for index in range(self._printed + 1, store.add(REPORTED, 0) + 1):
             if not store.check([f"{REPORTED}/{index}"]):
@@ -152,6 +156,7 @@ class _EventTail:
             file_number = self._path.stat().st_ino
         except FileNotFoundError:
             return
+        # Another file under the same name: rank 0 cut it back to the recovered step.
         if file_number != self._file:
             self._file, self._offset = file_number, self._session_offset()
         with self._path.open("rb") as file:

@@ -89,6 +89,7 @@ class RankInfo:
     def node_devices(self, devices: int) -> range:
         """Return the devices of all processes of this node; their numbers are consecutive."""
         first = self.process - self.local_process
+        # Ranks are sorted by node, so a node's processes and devices are consecutive.
         last = first + self.local_processes - 1
         return range(devices_of(first, self.processes, devices).start, devices_of(last, self.processes, devices).stop)
 
@@ -97,22 +98,23 @@ def main() -> int:
     """Train as one process of the run until its end; returns the exit code."""
     folder, device_name, host, port, node = sys.argv[1:]
     exit_with_the_agent()
-    place = RankInfo.here(int(node))
+    rank = RankInfo.here(int(node))
     store = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=60))
     try:
-        _train(Path(folder), choose_gpu(device_name, place), place, store)
+        _train(Path(folder), choose_gpu(device_name, rank), rank, store)
     except LostPeerError as error:
-        log(store, f"{place.title}: {error}")
+        log(store, f"{rank.title}: {error}")
         return REPORTED_EXIT
     except (InputError, RunFailedError) as error:
         return _end_the_run(store, str(error), isinstance(error, InputError))
     except OSError as error:
         if error.errno in DISK_ERRORS:
-            return _end_the_run(store, f"{place.title}: {disk_text(error, Path(folder))}", False)
-        return _report_failure(store, f"{place.title}: {error}")
+            return _end_the_run(store, f"{rank.title}: {disk_text(error, Path(folder))}", False)
+        return _report_failure(store, f"{rank.title}: {error}")
+    # The cause may be gone after a restart: memory of another program, a broken connection.
     except (RuntimeError, MemoryError) as error:
         what = "ran out of memory" if is_lack_of_memory(error) else type(error).__name__
-        return _report_failure(store, f"{place.title}: {what}: {first_line(error)}")
+        return _report_failure(store, f"{rank.title}: {what}: {first_line(error)}")
     return 0
 
 
@@ -142,6 +144,7 @@ def disk_text(error: OSError, folder: Path) -> str:
 
 def exit_with_the_agent() -> None:
     """Ignore Ctrl-C and SIGTERM, which the agent handles, and exit when the agent is gone."""
+    # A terminal sends Ctrl-C to the whole group, and a worker that died of it could not save.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     agent = os.getppid()
@@ -149,12 +152,13 @@ def exit_with_the_agent() -> None:
     def watch() -> None:
         while os.getppid() == agent:
             time.sleep(ORPHAN_CHECK_S)
+        # Not sys.exit, which ends this thread alone; the main thread may hang in an exchange.
         os._exit(FAILED_EXIT)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def choose_gpu(name: str, place: RankInfo) -> torch.device:
+def choose_gpu(name: str, rank: RankInfo) -> torch.device:
     """Return this process's device; processes of a node take turns over its GPUs. Raises InputError for a lack of one.
 
     The GPU is made current before NCCL starts, which takes the current one, and before the first context: or else each
@@ -163,21 +167,21 @@ def choose_gpu(name: str, place: RankInfo) -> torch.device:
     if name == "cpu":
         return torch.device(name)
     gpus = accelerator.count(name)
-    device = torch.device(name, place.local_process % gpus if gpus else 0)
+    device = torch.device(name, rank.local_process % gpus if gpus else 0)
     if gpus:
         accelerator.set_current(device)
     if reason := accelerator.refusal(device):
-        raise InputError(f"{place.title}: {reason}")
+        raise InputError(f"{rank.title}: {reason}")
     return device
 
 
-def join_processes(run: Run, device: torch.device, place: RankInfo, store: dist.Store) -> None:
+def join_processes(run: Run, device: torch.device, rank: RankInfo, store: dist.Store) -> None:
     """Join the default process group. Raises LostPeerError."""
     backend = accelerator.BACKENDS[device.type] if run.cluster.backend == "auto" else run.cluster.backend
     timeout = timedelta(seconds=run.cluster.timeout_s)
     try:
         dist.init_process_group(
-            backend, store=dist.PrefixStore(_group_prefix(), store), rank=place.process, world_size=place.processes,
+            backend, store=dist.PrefixStore(_group_prefix(), store), rank=rank.process, world_size=rank.processes,
             timeout=timeout,
             # NCCL then connects here, where a failure is reported as one of joining, and makes subgroups by splitting
             # (docs.pytorch.org/docs/stable/distributed.html, init_process_group: device_id).
@@ -192,24 +196,24 @@ def _group_prefix() -> str:
     return f"group/{os.environ['MASTER_ADDR']}/{os.environ['MASTER_PORT']}"
 
 
-def _train(folder: Path, device: torch.device, place: RankInfo, store: dist.Store) -> None:
+def _train(folder: Path, device: torch.device, rank: RankInfo, store: dist.Store) -> None:
     _, _, host, port, _ = sys.argv[1:]
     run, profile = load_run(folder / RUN_FILE), load_profile(str(folder / PROFILE_FILE))
     data = load_data(run, kept_tokenizer(folder))
-    join_processes(run, device, place, store)
+    join_processes(run, device, rank, store)
     clock = SimulatedClock(run, profile.devices(run.cluster.devices), profile.link)
     communicator = TorchCommunicator(
         run.cluster.devices, device, run.cluster.timeout_s, clock.charge_transfer, clock.wait
     )
-    leads = place.process == 0
+    leads = rank.process == 0
     with ExitStack() as stack:
         stack.callback(communicator.close)
         own = communicator.local_devices
         named = f"devices {own[0]} to {own[-1]}" if len(own) > 1 else f"device {own[0]}"
-        titles = communicator.share_texts(f"{place.title} ({named})")
+        titles = communicator.share_texts(f"{rank.title} ({named})")
         machines = distinct(json.loads(text) for text in communicator.share_texts(json.dumps(machine_facts())))
         heartbeat = ProcessHeartbeat(
-            host, int(port), _group_prefix(), place.process, titles,
+            host, int(port), _group_prefix(), rank.process, titles,
             lambda: (communicator.exchanges, communicator.current_phase),
         )  # fmt: skip
         stack.callback(heartbeat.close)
@@ -220,14 +224,16 @@ def _train(folder: Path, device: torch.device, place: RankInfo, store: dist.Stor
             batches=build_batches(run, data, device),
             communicator=communicator,
             clock=clock,
-            emit=_ignore,
+            emit=lambda event: None,  # only rank 0 emits: _report_beginning opens its file
             checkpoints=folder / CHECKPOINTS,
             device=device,
             stop=(lambda: store.check([STOP])) if leads else lambda: False,  # the loop shares rank 0's answer
-            writes_shared=place.local_process == 0,
-            folder_devices=place.node_devices(run.cluster.devices),
+            # The shared part is the same in all processes; one a node writes it into the node's own folder.
+            writes_shared=rank.local_process == 0,
+            folder_devices=rank.node_devices(run.cluster.devices),
             recovers=True,
         )
+        # Before the event file is opened: it is cut back to the step that recovery finds.
         found = recover(session)
         if leads:
             if found is not None and found.lost:
@@ -242,16 +248,13 @@ def _train(folder: Path, device: torch.device, place: RankInfo, store: dist.Stor
     dist.destroy_process_group()
 
 
-def _ignore(event: Event) -> None:
-    """Drop events: only rank 0 emits them."""
-
-
 def _report_beginning(
     session: Session, folder: Path, stack: ExitStack, store: dist.Store, machines: list[dict[str, Any]]
 ) -> None:
     """Open the event file on rank 0, cut it back to the recovered step, and emit how this session begins."""
     path, communicator = folder / EVENTS_FILE, session.communicator
     fresh, restart = session.step == 0, None
+    # The store lives as long as the launch, so a count above one means that processes began again.
     if store.add(BEGUN, 1) > 1:
         restart = {"reasons": _reasons(store), **_repeated(path, session.step)}
     if path.exists():

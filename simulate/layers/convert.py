@@ -214,7 +214,7 @@ class _Converter:
         return self.replicas[id(parameter)]
 
     def _affine(self, vector: Tensor) -> Tensor | VectorLora:
-        if self.spec.norms == "none":
+        if self.spec.norms == "none":  # a tensor that is no parameter becomes a buffer, and is not trained
             return vector.detach().unsqueeze(0)
         if self.spec.norms == "vector-lora" and self.spec.make_vector is not None:
             return self.spec.make_vector(vector)
@@ -262,6 +262,7 @@ def merged_state(
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, PerDeviceAttention):
             renamed.update(module.plain_names(name))
+        # Adapted weights are computed, all other tensors taken as they are.
         if isinstance(module, LoraLinear):
             state[f"{name}.weight"] = module.plain_weight_in_use(fold) if in_use else module.plain_weight(fold)
         if isinstance(module, Replicated | ReplicatedModule | LoraLinear):

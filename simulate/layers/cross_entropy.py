@@ -28,6 +28,7 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_MV: Tensor, targets_M: Tensor) -> Tensor:
+        # Some rows at a time, so that converting half precision takes a few megabytes, whatever the batch.
         ctx.rows = max(1, LOSS_CHUNK_ELEMENTS // logits_MV.shape[1])
         log_sum_M = torch.cat([torch.logsumexp(_exact(chunk), dim=1) for chunk in logits_MV.split(ctx.rows)])
         ctx.save_for_backward(logits_MV, targets_M, log_sum_M)
@@ -39,6 +40,7 @@ class _TokenLosses(torch.autograd.Function):
         parts = (tensor.unsqueeze(1).split(ctx.rows) for tensor in (log_sum_M, targets_M, grads[0]))
         for chunk_MV, log_sum_M1, target_M1, grad_M1 in zip(logits_MV.split(ctx.rows), *parts, strict=True):
             gradient_MV = _exact(chunk_MV)
+            # In the logits' memory: (exp(z − log Σ exp z) − [v = target])·g
             gradient_MV.sub_(log_sum_M1).exp_().mul_(grad_M1).scatter_add_(1, target_M1, -grad_M1)
             if gradient_MV is not chunk_MV:  # half precision was converted, so the gradient is a copy
                 chunk_MV.copy_(gradient_MV)

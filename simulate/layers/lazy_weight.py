@@ -45,11 +45,12 @@ class LazyWeight(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[Any, Any] | None = None
     ) -> Any:
+        # A transpose for a product, or a saved reference, must not compute the weight and keep it.
         if func in VIEWS:
             weight, *view = args
             return cls(lambda: func(weight.make(), *view), func(weight.form, *view), weight.device)
-        made, named = tree_map_only(cls, lambda weight: weight.make(), (args, kwargs or {}))
-        return func(*made, **named)
+        computed, named = tree_map_only(cls, lambda weight: weight.make(), (args, kwargs or {}))
+        return func(*computed, **named)
 
 
 _ATEN = torch.ops.aten

@@ -81,6 +81,7 @@ class _LoraLinear(torch.autograd.Function):
         x_HMI = x.to(product_dtype(x)).contiguous().view(heads, -1, inputs)
         rows = x_HMI.shape[1]
         product = _Product(x_HMI.dtype, _dense(frozen_OI), a_HRI, b_HOR, a0_HRI, b0_HOR, scale)
+        # baddbmm with beta = 0 applies the scale within the product, instead of in a pass of its own.
         us_HMR = x_HMI.new_empty(heads, rows, rank).baddbmm_(x_HMI, product.a_HRI.mT, beta=0, alpha=scale)
         y_HMO = x_HMI.new_empty(heads, rows, outputs)
         if bias_LO is not None:  # written first, so that the product adds to it without a separate pass
@@ -151,6 +152,7 @@ class _Product:
         if not folds.new:
             out_HMX.baddbmm_(small_HMR, self.a_HRI if to_inputs else self.b_HOR.mT)
         if self.a0_HRI is not None and self.b0_HOR is not None and not folds.old:
+            # Reset-less: what the last merge put into W is taken out of this head's product again.
             first, second = (self.b0_HOR, self.a0_HRI) if to_inputs else (self.a0_HRI.mT, self.b0_HOR.mT)
             out_HMX.baddbmm_(torch.bmm(in_HMY, first), second, alpha=-self.scale)
 
@@ -248,6 +250,10 @@ class LoraLinear(nn.Module):
         q_HIR *= r_HRR.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)
         return (q_HIR.transpose(1, 2) * math.sqrt(inputs / rank)).reshape(-1, *self.a.shape[1:]).to(self.a)
 
+    def frozen_a(self, heads: int) -> Tensor:
+        """Return the frozen A of the local heads, or of all `heads` heads of all devices, drawn again."""
+        return self.a if heads == len(self.a) else self.draw_a(int(self.drawn_after), heads)
+
     def _draw_jointly(self, heads: range, steps_done: int) -> Tensor:
         """Return A of some heads: each takes r rows of a random orthogonal matrix, (I, I), that I/r heads share.
 
@@ -258,10 +264,10 @@ class LoraLinear(nn.Module):
         rank, inputs = self.spec.rank, self.a.shape[2]
         drawn_HRI = self.a.new_empty(len(heads), rank, inputs)
         for index, head in enumerate(heads):
-            group, place = divmod(head, inputs // rank)
+            group, position = divmod(head, inputs // rank)
             random = generator(self.spec.seed, "joint adapters", self.name, group, steps_done)
-            rows_R = torch.from_numpy(random.permutation(inputs)[place * rank : (place + 1) * rank])
-            q_RI = F.one_hot(rows_R, inputs).double()
+            rows_R = torch.from_numpy(random.permutation(inputs)[position * rank : (position + 1) * rank])
+            q_RI = F.one_hot(rows_R, inputs).double()  # rows of Π; the loop multiplies C·D to them three times
             for _ in range(3):
                 signs_I = torch.from_numpy(random.integers(0, 2, inputs) * 2.0 - 1.0)
                 q_RI = hartley(q_RI).mul_(signs_I)
@@ -303,6 +309,7 @@ class LoraLinear(nn.Module):
 
     def folded_weight(self) -> Tensor:
         """Return W + s·mean_h(B_h·A_h), (O, I): the mean of all heads' effective weights."""
+        # The mean of products; the product of the factors' means would be another matrix.
         product_HOI = self.b.detach() @ self.a.detach()
         mean_OI = product_HOI.mean(0)
         del product_HOI  # H times a weight's size, freed before W is made

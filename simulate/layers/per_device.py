@@ -75,7 +75,7 @@ class VectorLora(nn.Module):
     b0: Tensor | None
 
     def forward(self) -> Tensor:
-        change_LD = self.b * self.a
+        change_LD = self.b * self.a  # a vector's low-rank pair: (D, 1)·(1, 1)
         if self.a0 is not None and self.b0 is not None:
             change_LD = change_LD - self.b0 * self.a0
         return self.value + self.scale * change_LD
@@ -111,7 +111,7 @@ class ReplicatedLinear(Replicated):
         if copies == 1:  # a view's gradient is written in place, that of an index is copied
             bias = None if self.bias is None else self.bias.view(outputs)
             return F.linear(x, self.weight.view(outputs, inputs), bias)
-        x_CMI = x.reshape(copies, -1, inputs)
+        x_CMI = x.reshape(copies, -1, inputs)  # dimension 0 is device by device, so that this is a view
         w_CIO = self.weight.transpose(1, 2)
         y = torch.bmm(x_CMI, w_CIO) if self.bias is None else torch.baddbmm(self.bias.unsqueeze(1), x_CMI, w_CIO)
         return y.view(*x.shape[:-1], outputs)
@@ -173,6 +173,7 @@ class ReplicatedConv2d(Replicated):
     def forward(self, x: Tensor) -> Tensor:
         copies, outputs = self.weight.shape[:2]
         samples = x.shape[0] // copies
+        # Samples of all devices side by side in the channels: one grouped convolution is one kernel.
         x_SCYX = x.view(copies, samples, *x.shape[1:]).transpose(0, 1).reshape(samples, -1, *x.shape[2:])
         bias = None if self.bias is None else self.bias.expand(copies, outputs).reshape(-1)
         y = F.conv2d(

@@ -62,6 +62,7 @@ class QuantizedWeight(nn.Module):
     @torch.no_grad()
     def quantize(self, weight_OI: Tensor) -> None:
         """Replace the weight; equal weights give equal bits on every device."""
+        # Into the same buffers, as a pull from the server writes into them, too.
         for name, tensor in self._quantized(weight_OI).items():
             getattr(self, name).copy_(tensor)
 
@@ -85,6 +86,7 @@ class QuantizedWeight(nn.Module):
         if self.format == "int8":
             return _int8(weight_OI)
         scales_B, kept = _block_scales(weight_OI), dict[str, Tensor]()
+        # The codes must be relative to the scales as they will be decoded, not as they were.
         if self.format == "nf4-double":
             bytes_B, tops_G = _compressed(scales_B)
             kept, scales_B = {"scales": bytes_B, "tops": tops_G}, _expanded(bytes_B, tops_G)

@@ -115,7 +115,7 @@ def _counted_bytes(run: Run) -> int:
     communicator = VirtualCommunicator(run.cluster.devices)
     method = build_method(run, communicator, CPU)
     inputs, targets = made_up_batch(run, run.train.micro_batch * run.cluster.devices, CPU)
-    for step in range(run.train.steps):
+    for step in range(run.train.steps):  # the same batch each time: bytes do not depend on numbers
         method.step(inputs, targets, step)
         if method.merge_due(step):
             method.merge(step)
@@ -143,7 +143,7 @@ def _step_s(run: Run) -> float:
         started_s = time.perf_counter()
         method.step(inputs, targets, step)
         seconds.append(time.perf_counter() - started_s)
-    return median(seconds[UNTIMED_STEPS:])
+    return median(seconds[UNTIMED_STEPS:])  # the first steps allocate optimizer state and warm caches
 
 
 def describe(run: Run) -> str:

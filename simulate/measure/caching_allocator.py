@@ -14,10 +14,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-ROUNDING = 512
-SMALL_BLOCK, SMALL_SEGMENT = 2**20, 2 * 2**20
-MEDIUM_BLOCK, MEDIUM_SEGMENT = 10 * 2**20, 20 * 2**20
-SEGMENT_ROUNDING = 2 * 2**20
+from simulate.costs.allocator import ROUNDING, SMALL_BLOCK, rounded, segment_bytes
 
 
 @dataclass
@@ -68,6 +65,7 @@ class _Pool:
 
     def give_back(self, block: _Block) -> None:
         """Free a block, and join it with its free neighbours."""
+        # The neighbour behind first, then the one before, which may join a block that has just grown.
         for first, second in ((block, block.after), (block.before, block)):
             if first is None or second is None or not (first.free or first is block):
                 continue
@@ -88,6 +86,7 @@ class _Pool:
 
 def reserved_bytes(entries: Iterable[tuple[int, int]]) -> int:
     """Return the bytes of all segments after a sequence of (key, bytes): allocations, and frees with negative bytes."""
+    # Blocks of small segments are cut where 512 bytes are left, those of large ones where more than 1 MiB is.
     small, large = _Pool(ROUNDING), _Pool(SMALL_BLOCK + 1)
     held: dict[int, tuple[_Pool, _Block]] = {}
     reserved = 0
@@ -96,21 +95,13 @@ def reserved_bytes(entries: Iterable[tuple[int, int]]) -> int:
             pool, block = held.pop(key)
             pool.give_back(block)
             continue
-        size = -(-num_bytes // ROUNDING) * ROUNDING
+        size = rounded(num_bytes)
         pool = small if size <= SMALL_BLOCK else large
         found = pool.take(size)
         # A segment is never returned to the driver, so that the sum is also the peak.
         if found is None:
-            segment = _segment_bytes(size)
+            segment = segment_bytes(size)
             found = pool.add(_Block(segment, reserved), size)
             reserved += segment
         held[key] = pool, found
     return reserved
-
-
-def _segment_bytes(size: int) -> int:
-    if size <= SMALL_BLOCK:
-        return SMALL_SEGMENT
-    if size < MEDIUM_BLOCK:
-        return MEDIUM_SEGMENT
-    return -(-size // SEGMENT_ROUNDING) * SEGMENT_ROUNDING

@@ -116,6 +116,7 @@ class _Follower(TorchDispatchMode):
             return NotImplemented  # it materialises the weight, and calls again with a plain tensor
         kwargs = kwargs or {}
         self._follow_backward()
+        # Counters and shares are real, since the program branches on their numbers.
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if given and not any(isinstance(x, FakeTensor) for x in given):
             with unset_fake_temporarily():
@@ -141,7 +142,7 @@ class _Follower(TorchDispatchMode):
         self.phase, self.method = phase, method
 
     def _follow_backward(self) -> None:
-        in_backward = torch._C._current_graph_task_id() != -1
+        in_backward = torch._C._current_graph_task_id() != -1  # -1 outside of autograd's backward pass
         if in_backward and not self._in_backward:
             # Of what is held now, all that is not named as state later was kept by the forward pass.
             for storage in self._known.values():
@@ -207,7 +208,7 @@ class _Follower(TorchDispatchMode):
 
 
 class _ForgetfulConverter(FakeTensorConverter):
-    """A converter without weak references to fake tensors, with which modules could not convert their parameters."""
+    """Converter that keeps no weak references to fake tensors: a module could not convert parameters that have one."""
 
     def set_tensor_memo(self, t: Tensor, v: FakeTensor) -> None:
         pass
@@ -218,13 +219,9 @@ def _log_sum_exp_scratch(x: Tensor, dims: list[int], *_: object) -> int:
     return (x.numel() + 2 * x.numel() // x.shape[dims[0]]) * x.element_size()
 
 
-def _eight_bit_scratch(kind: str, gradient: Tensor, *_: object) -> int:
-    return gradient.numel() * CPU_CHUNK_BYTES
-
-
 _SCRATCH: Mapping[str, Callable[..., int]] = {
     "aten::logsumexp": _log_sum_exp_scratch,
-    "bitsandbytes::optimizer_update_8bit_blockwise": _eight_bit_scratch,
+    "bitsandbytes::optimizer_update_8bit_blockwise": lambda kind, gradient, *_: gradient.numel() * CPU_CHUNK_BYTES,
 }
 """Operation → bytes that its kernel allocates and frees inside, which no dispatcher sees."""
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from simulate.comm.echo import EchoCommunicator
 from simulate.config.hardware import Kernels, OtherFamily, PackedFormat, Points
+from simulate.config.method_table import BASELINE, DEFAULT_METHOD
 from simulate.config.run import Run, build_run
 from simulate.costs.kernel_time import (
     Curve,
@@ -33,7 +34,7 @@ from simulate.costs.kernel_time import (
     outer_product,
     products_s,
 )
-from simulate.costs.state import holding
+from simulate.costs.state import persistent_state
 from simulate.costs.step_time import ADAM_ELEMENTS_MOVED, ADAM_MOMENTS_MOVED, CLIP_ELEMENTS_MOVED
 from simulate.layers.quantized import NF4_LIBRARY, QuantizedWeight
 from simulate.measure.timer import Stopwatch
@@ -90,6 +91,9 @@ QUICK = Sizes(
 )
 TINY_WIDTH, TINY_LAYERS = 16, (1, 5)
 """Width and layers of the networks whose steps are nothing but the starting of kernels."""
+DENSE: dict[str, Any] = {"name": BASELINE}
+ADAPTED: dict[str, Any] = {"name": DEFAULT_METHOD, "rank": 4, "reset": "b", "frozen_a": False}
+"""Methods of the timed steps: without adapters, and with a pair on each layer that trains both factors."""
 
 
 def measure_kernels(watch: Stopwatch, sizes: Sizes, log: Log) -> Kernels:
@@ -200,12 +204,13 @@ def _adam_s(watch: Stopwatch, elements: int) -> float:
 
 def _starting(watch: Stopwatch) -> tuple[float, float, float]:
     """Return the seconds of starting a step, a layer and an adapter, from two depths of the smallest network."""
-    # At this size the seconds are step + layer · layers: two depths give both; LTE's layers have an adapter on top.
+    # At this size the seconds are step + layer · layers: two depths give both; adapted layers have a pair on top.
     figures = []
-    for name in ("ddp", "lte"):
-        few_s, many_s = (step_s(watch, text_run(layers, TINY_WIDTH, 1, name, context=8)) for layers in TINY_LAYERS)
+    for method in (DENSE, ADAPTED):
+        few_s, many_s = (step_s(watch, text_run(layers, TINY_WIDTH, 1, method, context=8)) for layers in TINY_LAYERS)
         layer_s = max(0.0, (many_s - few_s) / (4 * (TINY_LAYERS[1] - TINY_LAYERS[0])))
         figures.append((max(0.0, few_s - 4 * TINY_LAYERS[0] * layer_s), layer_s))
+    # Each of GPT's layers has four linear ones, by which the seconds are divided above.
     (dense_step_s, dense_s), (_, adapted_s) = figures
     return dense_step_s, dense_s, max(0.0, adapted_s - dense_s)
 
@@ -214,7 +219,7 @@ def _elementwise(watch: Stopwatch, rates: KernelRates, run: Run) -> list[float]:
     """Return [bytes of an activation, bytes/s] of a dense step's work beside products, attention and AdamW."""
     shape = run.model.shape()
     taken_s = step_s(watch, run)
-    moved = holding(run, shape).trained * FLOAT_BYTES
+    moved = persistent_state(run, shape).trained * FLOAT_BYTES
     adam, clip = (ADAM_ELEMENTS_MOVED + ADAM_MOMENTS_MOVED) * moved, CLIP_ELEMENTS_MOVED * moved
     known_s = products_s((*block_products(run, shape, False), outer_product(shape, run.train.micro_batch)), rates)
     known_s += attention_s(run, shape, rates) + rates.optimizer.seconds(adam, adam + clip)
@@ -235,15 +240,14 @@ def family_run(family: OtherFamily, layers: int, width: int, samples: int) -> Ru
         inner = {"tokens_width": width // 2, "channels_width": 4 * width}
         sizes |= {"attention_heads": width // 32} if family == "vit" else inner
     name = {"llama": "llama", "vit": "vit", "mixer": "mixer_s16"}[family]
-    return timed_run({"name": name, **sizes}, {"name": "ddp"}, samples)
+    return timed_run({"name": name, **sizes}, DENSE, samples)
 
 
-def text_run(layers: int, width: int, samples: int, method: str = "ddp", context: int = 64, **keys: Any) -> Run:
+def text_run(layers: int, width: int, samples: int, method: dict[str, Any] = DENSE, context: int = 64) -> Run:
     """Return a run of a small GPT on one device."""
     heads = max(1, width // 32)
     model = {"name": "gpt", "layers": layers, "width": width, "attention_heads": heads, "context": context, "vocab": 64}
-    adapters = {"rank": 4, "reset": "b", "frozen_a": False} if method == "lte" else {}
-    return timed_run(model, {"name": method, **adapters, **keys}, samples)
+    return timed_run(model, method, samples)
 
 
 def timed_run(model: dict[str, Any], method: dict[str, Any], samples: int, devices: int = 1) -> Run:

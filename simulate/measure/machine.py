@@ -48,25 +48,25 @@ class MeasurementScope:
     """auto, cpu or a kind of accelerator."""
 
 
-def measure_profile(wanted: MeasurementScope, link: Link, log: Log, sizes: Sizes | None = None) -> Profile:
+def measure_profile(scope: MeasurementScope, link: Link, log: Log, sizes: Sizes | None = None) -> Profile:
     """Measure this machine and return its profile; `link` is taken over, since one machine cannot measure it."""
     started = time.monotonic()
     threads = torch.get_num_threads()
-    if wanted.threads:
-        torch.set_num_threads(wanted.threads)
+    if scope.threads:
+        torch.set_num_threads(scope.threads)
     try:
-        chosen = choose(wanted.device)
-        watch = Stopwatch(chosen, QUICK_S if wanted.quick else FULL_S)
+        chosen = choose(scope.device)
+        watch = Stopwatch(chosen, QUICK_S if scope.quick else FULL_S)
         log("disk")
         disk = measure_disk(DISK_BYTES)
         log("memory bandwidth and peaks")
         memory_bytes_per_s = _copy_bytes_per_s(watch, COPY_BYTES)
         peaks = _peaks(watch)
-        kernels = measure_kernels(watch, sizes or (QUICK if wanted.quick else FULL), log)
-        measurement = _measurement(watch, wanted, started, disk)
+        kernels = measure_kernels(watch, sizes or (QUICK if scope.quick else FULL), log)
+        measurement = _measurement(watch, scope, started, disk)
     finally:
         torch.set_num_threads(threads)
-    device = _device(wanted, chosen.type != "cpu", memory_bytes_per_s, peaks, kernels, disk)
+    device = _device(scope, chosen.type != "cpu", memory_bytes_per_s, peaks, kernels, disk)
     sources = {**link.sources, "collectives": BETWEEN_CPUS if chosen.type == "cpu" else BETWEEN_GPUS}
     link = link.model_copy(update={"collectives": "gloo" if chosen.type == "cpu" else "nccl", "sources": sources})
     return Profile(
@@ -76,24 +76,25 @@ def measure_profile(wanted: MeasurementScope, link: Link, log: Log, sizes: Sizes
 
 
 def _device(
-    wanted: MeasurementScope, on_gpu: bool, memory_bytes_per_s: float, peaks: dict[str, float], kernels: Kernels,
+    scope: MeasurementScope, on_gpu: bool, memory_bytes_per_s: float, peaks: dict[str, float], kernels: Kernels,
     disk: Disk,
 ) -> Device:  # fmt: skip
     detected = (local_gpu_profile() if on_gpu else None) or detect_local()
     own = detected.device[0]
     fastest = max(rate for _, rate in (*kernels.products, *kernels.attention, *(kernels.full_attention or ())))
     peaks = {**peaks, "fp32": max(peaks["fp32"], fastest)}  # no kernel may be above the peak
+    # The median product stands for all, where a plan has no rates of single kernels.
     middle = sorted(rate for _, rate in kernels.products)[len(kernels.products) // 2]
-    asked = {key: own.sources[key] for key in ("memory_bytes", "reserved_bytes", "host_memory_bytes")}
+    own_sources = {key: own.sources[key] for key in ("memory_bytes", "reserved_bytes", "host_memory_bytes")}
     return own.model_copy(
         update={
-            "count": wanted.devices, "kind": own.kind.replace("this machine's ", "").replace("this ", ""),
+            "count": scope.devices, "kind": own.kind.replace("this machine's ", "").replace("this ", ""),
             "memory_bytes_per_s": memory_bytes_per_s, "flop_per_s": FlopPerSecond(**peaks),
             "efficiency": min(1.0, middle / peaks["fp32"]), "kernels": kernels, "source": "measured",
             "disk_write_bytes_per_s": disk.write_bytes_per_s, "disk_flush_s": disk.flush_s,
             "sources": {
                 "count": "as requested, all equal",
-                **asked,
+                **own_sources,
                 "memory_bytes_per_s": f"measured: a copy of {COPY_BYTES // 2**20} MiB, read and written",
                 "flop_per_s": f"measured: products of {PEAK_SIZE} x {PEAK_SIZE} matrices, the fastest product of all",
                 "efficiency": "measured: the median product's share; kernels' own rates take its place",
@@ -144,14 +145,14 @@ def _probe(device: torch.device, name: str) -> Callable[[], object]:
     return lambda: x @ x
 
 
-def _measurement(watch: Stopwatch, wanted: MeasurementScope, started: float, disk: Disk) -> Measurement:
+def _measurement(watch: Stopwatch, scope: MeasurementScope, started: float, disk: Disk) -> Measurement:
     return Measurement(
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         host=f"{platform.system()} {platform.machine()}",
         torch=torch.__version__,
         device=watch.device.type,
         threads=torch.get_num_threads(),
-        quick=wanted.quick,
+        quick=scope.quick,
         clock=watch.clock,
         disk_write_bytes_per_s=disk.write_bytes_per_s,
         seconds=time.monotonic() - started,

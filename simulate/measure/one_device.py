@@ -27,6 +27,7 @@ from simulate.methods.registry import build_method
 from simulate.models.fake_batch import example_batch
 from simulate.models.peak_memory import cpu_peak_bytes
 from simulate.optim.adamw8bit import moment_values
+from simulate.rules.cadence import evaluation_batch
 from simulate.rules.method_plan import plan_of
 from simulate.training.diagnostics import Diagnostics, GradientSums
 
@@ -58,6 +59,8 @@ def train_alone(run: Run, device: torch.device, watch: Watch = unwatched) -> Met
     """
     method = build_method(run, EchoCommunicator(run.cluster.devices), device)
     inputs, targets = made_up_batch(run, run.train.micro_batch, device)
+    samples = evaluation_batch(run.train.micro_batch, run.train.autocast != "none")
+    evaluated = inputs[:samples], targets[:samples]
     last = run.train.steps - 1
     plan = plan_of(run.method)
     late = plan.measured_delay_steps
@@ -71,14 +74,15 @@ def train_alone(run: Run, device: torch.device, watch: Watch = unwatched) -> Met
 
     if plan.routes_randomly:
         _draw_all_experts(method, steps)
-    for count in _steps_of_rounds(run):
+    # A method without rounds repeats steps until one allocates what the last one did.
+    for count in STEPS_OF_ROUNDS if run.method.round_steps > 1 else (plan.steps_until_alike,):
         steps(count)
-        if late:
+        if late:  # the peak may be while a merge travels, or while an evaluation waits for it
             watch("merge", method, ())
             method.merge(sent := run.method.steps_apart - 1)
             if method.merged_weights_ready(sent):
                 watch("evaluation", method, ())
-                evaluate_batch(method, empty, inputs, targets)
+                evaluate_batch(method, empty, *evaluated)
             steps(late + 1, sent + 1)  # one more, since applying the merge may drop optimizer state
         if diagnostics is not None and active_fake_mode() is None:
             watch("round_figures", method, ())
@@ -92,14 +96,8 @@ def train_alone(run: Run, device: torch.device, watch: Watch = unwatched) -> Met
         sums.square_of_sum(method.communicator)
         del sums
     watch("evaluation", method, ())
-    evaluate_batch(method, empty, inputs, targets)
+    evaluate_batch(method, empty, *evaluated)
     return method
-
-
-def _steps_of_rounds(run: Run) -> tuple[int, ...]:
-    if run.method.round_steps > 1:
-        return STEPS_OF_ROUNDS
-    return (plan_of(run.method).steps_until_alike,)
 
 
 def _draw_all_experts(method: Method, steps: Callable[[int, int], None]) -> None:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from simulate.config.run import Run, build_run
+from simulate.models.families.table import FAMILIES
 
 Table = dict[str, Any]
-FAMILIES = ("gpt", "llama", "vit", "mixer")
 AUTOCASTS = ("none", "bf16", "fp16")
 METHODS = (
     "lte", "ddp", "diloco", "lora", "lte", "local-sgd", "topk", "lte", "relora", "powersgd", "lte", "mhlora", "daso",
@@ -51,9 +51,10 @@ class Sample:
 
     def run(self, index: int) -> Run:
         """Return one random run; a hundred of them hold every method, reset, transport, wire and optimizer."""
+        # A generator a run: runs before it, and draws that are added to them later, leave it as it is.
         draw = random.Random(f"held-out {self.seed} {index}")
         devices, heads = draw.choice((2, 3, 4, 8)), draw.choice((1, 1, 2, 4))
-        model = _model(draw, self.family or FAMILIES[index % len(FAMILIES)], index, self.small)
+        model = _model(draw, self.family or list(FAMILIES)[index % len(FAMILIES)], index, self.small)
         method = _method(draw, METHODS[index % len(METHODS)], heads, devices, model, self.small)
         batch = draw.choice((1, 2, 3, 4, 8)) * (heads if "heads_per_device" in method else 1)
         recomputes, double = draw.random() < 0.4, draw.random() < 0.1
@@ -73,24 +74,25 @@ class Sample:
 
 
 def _model(draw: random.Random, family: str, index: int, small: bool) -> Table:
-    deep = index % MANY_EVERY == MANY_EVERY - 1 and not small
+    deep = index % MANY_EVERY == MANY_EVERY - 1 and not small  # too slow to train
     layers = draw.choice(SMALL["layers"] if small else MANY_LAYERS if deep else LAYERS)
     width = draw.choice(SMALL["widths"] if small else WIDTHS)
     sizes: Table = {"layers": layers, "width": width}
-    if family != "mixer":
+    keys = FAMILIES[family].model_fields
+    if "attention_heads" in keys:
         sizes["attention_heads"] = draw.choice([heads for heads in (2, 4, 8, 16) if width // heads >= 16])
-    if family in ("gpt", "llama"):
+    if "context" in keys:
         vocab = draw.choice((256, 300) if small else (256, 1000, 5000, 32000))
         sizes |= {"context": draw.choice(SMALL["contexts"] if small else CONTEXTS), "vocab": vocab}
     else:
         patch = draw.choice((4, 8) if small else (4, 8, 16))
         sizes |= {"patch": patch, "image": patch * draw.choice((4, 6) if small else (4, 6, 8, 14))}
         sizes["classes"] = draw.choice((10, 100, 1000))
-    if family == "llama":
+    if "mlp_width" in keys:
         sizes["mlp_width"] = width * draw.choice((2, 3)) + draw.choice((0, 8))
-    if family == "mixer":
+    if "tokens_width" in keys:
         sizes |= {"tokens_width": draw.choice((32, 64, 128, 256)), "channels_width": width * draw.choice((2, 4))}
-    return {"name": "mixer_s16" if family == "mixer" else family, **sizes}
+    return {"name": keys["name"].default, **sizes}
 
 
 def _method(draw: random.Random, name: str, heads: int, devices: int, model: Table, small: bool) -> Table:
@@ -116,6 +118,7 @@ def _lte(draw: random.Random, rank: int, heads: int, devices: int, model: Table)
         "merge_optimizer": draw.choice(("keep", "keep", "prune", "reset")),
         "frozen_a": reset != "none" and draw.random() < 0.4,
     }
+    # The options refuse late merges that would drop what heads learn meanwhile, and with pairs on norms.
     if late and options["norms"] != "vector-lora" and (reset == "none" or (reset == "b" and options["frozen_a"])):
         options |= {"merge_delay": 1}
     elif paced and reset != "none":
@@ -168,7 +171,6 @@ _OPTIONS: dict[str, Callable[[random.Random, int, int, int, Table], Table]] = {
 
 
 def _optimizer(draw: random.Random, method: Table) -> str:
-    cannot = method.get("compensation") == "prediction" or (
-        method["name"] == "local-sgd" and method["merge_optimizer"] == "average"
-    )
-    return "muon" if draw.random() < 0.2 and not cannot else "adamw"
+    # Both read Adam's moments, which Muon has not; the options refuse them together.
+    needs_adam = method.get("compensation") == "prediction" or method.get("merge_optimizer") == "average"
+    return "muon" if draw.random() < 0.2 and not needs_adam else "adamw"

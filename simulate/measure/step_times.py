@@ -113,6 +113,7 @@ def held_out_times(
     if profile.measurement is not None:
         torch.set_num_threads(profile.measurement.threads)
     chosen = cases if cases is not None else QUICK_CASES if quick else CASES
+    # The profile's rates hold for its number of threads only; the caller's is restored.
     try:
         return [_compare(case, profile, watch) for case in chosen]
     finally:
@@ -126,9 +127,9 @@ def _compare(case: Case, profile: Profile, watch: Stopwatch) -> tuple[str, float
 
 
 def _device(profile: Profile) -> torch.device:
-    wanted = "cpu" if profile.measurement is None else profile.measurement.device
-    device = torch.device(wanted)
-    if wanted != "cpu" and (reason := refusal(device)):
+    measured_on = "cpu" if profile.measurement is None else profile.measurement.device
+    device = torch.device(measured_on)
+    if measured_on != "cpu" and (reason := refusal(device)):
         raise InputError(
             f"profile {profile.name!r} was measured on a GPU, and {reason}; or measure this machine: "
             "lte profile measure -o mine.toml"

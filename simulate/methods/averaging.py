@@ -6,6 +6,8 @@ With a delay, copies σ_n of the parameters travel while training goes on:
 
     σ_n ← θ_n;   ... d steps ...;   θ ← θ_last + outer(Σ_n w_n·σ_n − θ_last),   θ_n ← θ + (θ_n − σ_n)
 
+A method calls `merge`, or `send` and later `apply_merged`; transport, wire format and fragments are settled here.
+
 Legend: L local devices, N devices, X elements.
 """
 
@@ -47,11 +49,13 @@ class Averaging:
         self.first_only = first_only
         self.parameters, self.communicator, self.server, self.outer = parameters, communicator, server, outer
         self._local = slice(communicator.local_devices.start, communicator.local_devices.stop)
+        # Messages are cut within a fragment: each travels at a step of its own.
         names = list(parameters)
         parts = ([names[i] for i in fragment(len(names), fragments, index)] for index in range(fragments))
         self.messages = [packed_parameters({name: parameters[name] for name in part}) for part in parts]
         compressed = not first_only and wire != "full" and not server and communicator.num_devices > 1
         self.last: dict[str, Tensor] = {}
+        # θ_last: changes are taken against it, and between staggered or late merges evaluation reads it.
         if compressed or fragments > 1 or outer is not None or delayed:
             self.last = {name: p[0].detach().clone() for name, p in parameters.items()}
         self.snapshots = {name: p.detach().clone() for name, p in parameters.items() if delayed}
@@ -70,12 +74,6 @@ class Averaging:
         for name, parameter in self.parameters.items():
             if name not in self.last:
                 self.last[name] = parameter[0].detach().clone()
-
-    @torch.no_grad()
-    def remember(self) -> None:
-        """Copy the parameters, equal on all devices, to `last`, where that is kept."""
-        for name, last in self.last.items():
-            last.copy_(self.parameters[name][0])
 
     @torch.no_grad()
     def merge(self, index: int, weights_N: Tensor | None = None) -> None:
@@ -100,6 +98,7 @@ class Averaging:
             for name in message:
                 self.snapshots[name].copy_(self.parameters[name])
             means = self._means(message, self.snapshots, weights_N, into=self.arriving)
+            # Means that travelled in buffers of their own exist only once the exchange is done.
             self.communicator.on_complete(partial(self._keep_arriving, message, means))
 
     def _keep_arriving(self, message: list[str], means: list[Tensor]) -> None:
@@ -117,6 +116,7 @@ class Averaging:
 
     def _merged(self, name: str, mean: Tensor) -> Tensor:
         """Return the outer optimizer's weights for a mean, and keep them in `last`, where that is kept."""
+        # θ_last + outer(mean − θ_last); without an outer optimizer that is the mean.
         merged = mean if self.outer is None else self.outer(name, self.last[name], mean)
         if self.last:
             self.last[name].copy_(merged)
@@ -152,6 +152,7 @@ class Averaging:
             return self._compressed(tuple(message), copies, weights_L)
         sums = []
         for name, copy in zip(message, copies, strict=True):
+            # Local devices are summed before anything is sent: one copy travels for all of them.
             own = copy.sum(0) if weights_L is None else torch.tensordot(weights_L, copy, dims=1)
             sums.append(own if into is None else into[name].copy_(own))
         self.communicator.all_reduce(sums)
@@ -163,6 +164,7 @@ class Averaging:
         """Return the first device's parameters, which replace all others'."""
         firsts = [copy[0].clone() for copy in copies]
         if self.server:
+            # Only the process that holds device 0 has something to push; the others push no rows.
             held = 1 if self.communicator.local_devices.start == 0 else 0
             self.communicator.push([copy[:held] for copy in copies], active=[0])
             self.communicator.pull(firsts)
@@ -173,6 +175,7 @@ class Averaging:
     def _through_server(self, copies: list[Tensor], weights_N: Tensor | None) -> list[Tensor]:
         active = None
         if weights_N is not None and not bool((weights_N > 0).all()):
+            # Devices of weight 0 neither push nor pull; so FedAvg's idle clients cost no bytes.
             active = torch.nonzero(weights_N > 0).flatten().tolist()
             here = torch.nonzero(weights_N[self._local] > 0).flatten()
             copies = [copy[here] for copy in copies]
@@ -197,6 +200,7 @@ class Averaging:
         if weights_L is not None:  # the mean is over all devices: Σ w_n·x_n = mean_n(N·w_n·x_n)
             weight_L1 = (weights_L * self.communicator.num_devices).unsqueeze(1)
             changes = (change.flatten(1) * weight_L1 for change in changes)
+        # The mean of changes is small, so that a coarse grid loses less of it than of weights.
         mean, sizes, means = self.means[message].mean(changes), [copy[0].numel() for copy in copies], []
 
         def add_up() -> None:
@@ -208,14 +212,8 @@ class Averaging:
 
     def state_dict(self) -> Mapping[str, Tensor]:
         """Return the tensors that the next merges depend on, by name."""
-        errors = {
-            f"{key}.{message[0]}": tensor
-            for message, mean in self.means.items()
-            for key, tensor in mean.state_dict().items()
-        }
-        travels = {
-            f"{key}.{name}": tensor
-            for key, tensors in (("snapshot", self.snapshots), ("arriving", self.arriving))
-            for name, tensor in tensors.items()
-        }
-        return {**{f"last.{name}": tensor for name, tensor in self.last.items()}, **errors, **travels}
+        groups = {"last": self.last, "snapshot": self.snapshots, "arriving": self.arriving}
+        named = {f"{key}.{name}": tensor for key, tensors in groups.items() for name, tensor in tensors.items()}
+        for message, mean in self.means.items():
+            named.update({f"{key}.{message[0]}": tensor for key, tensor in mean.state_dict().items()})
+        return named

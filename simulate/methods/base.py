@@ -1,8 +1,10 @@
 """The base class of all methods: a network on L local devices, its training steps and its merges.
 
 A method says which parameters it trains, what a step does, and when and how devices become one model. The rest has
-modules of its own: simulate.methods.loss (losses and gradients), simulate.methods.stepper (the optimizers) and
-simulate.methods.state (checkpoints). The training loop, the measurements and the launcher's recovery call it.
+modules of its own: simulate.methods.loss (losses and gradients), simulate.methods.stepper (the optimizers),
+simulate.methods.method_state (what checkpoints hold), and simulate.methods.paced and overlapped, which the registry
+puts in front of a method with `pace` or `merge_delay`. The training loop, the measurements and the launcher's recovery
+call it.
 
 Legend: L local devices, N devices, K heads of a device, S samples, T tokens.
 """
@@ -10,7 +12,7 @@ Legend: L local devices, N devices, K heads of a device, S samples, T tokens.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,14 @@ from simulate.methods.build_network import build_model
 from simulate.methods.loss import Loss
 from simulate.methods.method_state import MethodState
 from simulate.methods.round_updates import LayerUpdates, Rows
-from simulate.methods.stepper import ParameterGroup, Stepper, clear_rows, learning_rate_factor, muon_matrices
+from simulate.methods.stepper import (
+    ParameterGroup,
+    Stepper,
+    clear_rows,
+    decay_groups,
+    learning_rate_factor,
+    muon_matrices,
+)
 from simulate.optim.loss_scale import LossScale, check_autocast
 
 
@@ -40,7 +49,7 @@ class Method(ABC):
         self.local_devices = len(communicator.local_devices)
         self.healthy_N: Tensor | None = None
         """Devices that the next merge counts, bool; None: all."""
-        check_autocast(run.train, device)
+        check_autocast(run.train, device)  # before the network is built, which takes longer
         self.loss_scale = LossScale(self.gradient_rows, device) if run.train.autocast == "fp16" else None
         self.install(build_model(run) if network is None else network, device)
 
@@ -51,10 +60,11 @@ class Method(ABC):
         self.parameters = self.trained_parameters()
         # One device's overflow must not reach a mean of gradients, so it is zeroed before; else its row skips the step.
         zeroes = self.keeps_gradients_apart and not self.is_trained_per_device
-        self.loss = Loss(self.model, train, self.loss_scale, zeroes)
+        # Converted layers tell matrices inside the network from those at its ends, so Muon's are found here.
         matrices = muon_matrices(self.model, self.parameters)
         scale = None if zeroes else self.loss_scale
         self.stepper = Stepper(self.parameters, self.parameter_groups(), matrices, train, scale)
+        self.loss = Loss(self.model, train, self.loss_scale, zeroes, self.stepper.allocate_state)
 
     # What is trained, and how a step goes.
 
@@ -66,9 +76,10 @@ class Method(ABC):
         """Return the parameters that the optimizer steps, with a leading axis of copies, by the network's names."""
         return dict(self.model.named_parameters())
 
-    @abstractmethod
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Return the optimizer's groups."""
+        """Return the optimizer's groups: unless a method says otherwise, all parameters at the run's rate."""
+        train = self.run.train
+        return decay_groups(self.parameters.values(), train.learning_rate, train.weight_decay)
 
     @property
     def keeps_gradients_apart(self) -> bool:
@@ -102,6 +113,10 @@ class Method(ABC):
         """Whether this is the run's last step."""
         return step + 1 == self.run.train.steps
 
+    def fragments_in_flight(self) -> list[int]:
+        """Return the groups of layers whose merge was sent and has not arrived: none, but with `merge_delay`."""
+        return []
+
     def fragments_due(self, step: int) -> list[int]:
         """Return the groups of layers that merge after this step: one after the other, all at the run's end."""
         options = self.run.method
@@ -125,6 +140,7 @@ class Method(ABC):
 
     def healthy(self) -> Tensor:
         """Return which local devices' weights are finite, (L,), bool."""
+        # One sum a device: a mask of all elements would take a quarter of the weights' memory.
         sums = [p.detach().view(self.local_devices, -1).sum(1, dtype=torch.float64) for p in self.parameters.values()]
         return torch.stack(sums).isfinite().all(0)
 
@@ -137,7 +153,7 @@ class Method(ABC):
         self.healthy_N = healthy_N
         for state in self.stepper.state.values():
             for tensor in state.values():
-                if tensor.ndim > 0:
+                if tensor.ndim > 0:  # step counters are no rows
                     clear_rows(tensor, self.healthy_L)
 
     @property
@@ -153,7 +169,7 @@ class Method(ABC):
             return weights_N
         first = next(iter(self.parameters.values()))
         weights = torch.ones(len(self.healthy_N)).to(first) if weights_N is None else weights_N
-        weights = weights * self.healthy_N.to(weights)
+        weights = weights * self.healthy_N.to(weights)  # and the others' shares add up to 1 again
         return weights / weights.sum()
 
     # Rounds in which devices take unequal numbers of steps.
@@ -169,9 +185,12 @@ class Method(ABC):
         """Return the steps that each device took in the last round, where they may differ."""
         return None
 
-    def round_shares(self) -> Tensor | None:
-        """Return all devices' shares of the round's merge, (N,), by the steps that each took; None: all are equal."""
-        return None
+    def shares(self, sizes: Sequence[float] | None = None) -> Tensor | None:
+        """Return w_n, (N,): all devices' shares of the round's merge, in proportion to `sizes`; None: all are equal."""
+        if sizes is None:
+            return self.counted(None)
+        sizes_N = torch.tensor(sizes, dtype=torch.float64)
+        return self.counted((sizes_N / sizes_N.sum()).to(next(iter(self.parameters.values()))))
 
     def samples_done(self, step: int) -> int:
         """Return the samples that all devices together have trained on after this step of the last round."""
@@ -191,7 +210,7 @@ class Method(ABC):
 
     def rows(self) -> Rows:
         """Return which device owns each row, here and elsewhere, and its merge weight."""
-        return Rows(self.communicator, self.row_devices(), self.all_row_devices(), self.round_shares())
+        return Rows(self.communicator, self.row_devices(), self.all_row_devices(), self.shares())
 
     def row_devices(self) -> list[int]:
         """Return the devices, in global order, to which the rows of tensors with a copies axis belong here."""
@@ -229,6 +248,7 @@ class Method(ABC):
 
         What is trained starts like another device's, since all were equal then; moments and errors start at zero.
         """
+        # Another device's moments belong to gradients of other data.
         new = {name for name in donor if name.startswith("optimizer.") or "error" in name}
         return {name: torch.zeros_like(t) if name in new else t.clone() for name, t in donor.items()}
 

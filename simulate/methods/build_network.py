@@ -14,13 +14,6 @@ from simulate.config.run import Run
 from simulate.layers.dtypes import CPU, DTYPES
 from simulate.models.schema import FactoryModel
 
-_CLASSES = {
-    "gpt": "simulate.models.gpt:Gpt",
-    "llama": "simulate.models.llama:Llama",
-    "vit": "simulate.models.vit:Vit",
-    "mixer": "simulate.models.mixer:Mixer",
-}
-
 
 def build_model(run: Run) -> nn.Module:
     """Return the plain network with its start weights, drawn in float32 from (seed, "weights"), in the run's dtype.
@@ -30,6 +23,7 @@ def build_model(run: Run) -> nn.Module:
     if active_fake_mode() is not None and not isinstance(run.model, FactoryModel):
         return _fake_network(run)
     with torch.random.fork_rng(devices=[]):
+        # In fp32 for every dtype, so that an fp64 run starts from the same numbers.
         torch.manual_seed(address(run.train.seed, "weights"))
         model = _network(run)
     return model.to(DTYPES[run.train.dtype])
@@ -62,6 +56,7 @@ def _network(run: Run) -> nn.Module:
         from simulate.models.tracing import build_traced
 
         return build_traced(run.model)
-    module, _, name = _CLASSES[run.model.family].partition(":")
-    network: nn.Module = getattr(import_module(module), name)(run.model, run.train.activation_checkpointing)
+    family = run.model.family  # "gpt" is the class Gpt of simulate/models/gpt.py
+    network_class = getattr(import_module(f"simulate.models.{family}"), family.title())
+    network: nn.Module = network_class(run.model, run.train.activation_checkpointing)
     return network

@@ -36,9 +36,11 @@ class GatheredGradients(GradientMethod):
         """Return the mean, (X,), of all devices' messages, (N, ...) each."""
 
     def average_gradients(self) -> None:
+        # p_n = g_n + e_n is formed in the errors' own memory; `compress` leaves p_n − C(p_n) there.
         gradients = take_gradients(self.leaves)
         sent = {name: self.compress(e.add_(gradients.pop(name).flatten(1))) for name, e in self.errors.items()}
         names = list(sent)
+        # Messages hold all devices' parts, so they are cut by the bytes that arrive, not by those that are sent.
         sizes = [sum(t[0].numel() * t.element_size() for t in sent[name]) for name in names]
         for group in gather_groups(sizes, self.communicator.num_devices):
             members = [names[i] for i in group]
@@ -59,6 +61,6 @@ def pack_bits(bits_LX: Tensor) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, elements: int) -> Tensor:
-    """Return the first `elements` booleans of each row of what `pack_bits` made."""
-    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return ((packed.unsqueeze(2) >> places) & 1).view(len(packed), -1)[:, :elements].bool()
+    """Return the first `elements` booleans of each row of the packed bits of `pack_bits`."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(2) >> shifts) & 1).view(len(packed), -1)[:, :elements].bool()

@@ -1,6 +1,7 @@
 """Base of methods whose devices hold equal weights and step with one gradient, agreed on at every step.
 
-Data parallelism and its compressed and stale forms subclass it, and so do the adapters that all devices share.
+Data parallelism and its compressed and stale forms subclass it, and so do the adapters that all devices share. They say
+how gradients are averaged; the step around that is the same for all and stands here. The functions below are theirs.
 
 Legend: L local devices, C copies (1).
 """
@@ -18,7 +19,7 @@ from simulate.comm.transfers import bucket
 from simulate.layers.convert import convert, merged_state
 from simulate.methods.base import Method
 from simulate.methods.loss import gradients_of
-from simulate.methods.stepper import ParameterGroup, clip_per_device, decay_groups
+from simulate.methods.stepper import clip_per_device
 
 
 class GradientMethod(Method):
@@ -41,19 +42,17 @@ class GradientMethod(Method):
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         shared = dict(self.model.named_parameters())
+        # The optimizer steps `shared`; the network computes with views of it, which collect each device's gradient.
         if self.per_device:
             self.leaves = dict(expand_parameters(self.model, self.local_devices).named_parameters())
         return shared
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        train = self.run.train
-        return decay_groups(self.parameters.values(), train.learning_rate, train.weight_decay)
 
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         losses_L = self.loss.group_losses(inputs, targets, self.local_devices)
         self.loss.backward(losses_L)
         with torch.no_grad():
             self.average_gradients()
+        # After the mean: all devices clip the one gradient that they agree on.
         clip_per_device(gradients_of(self.parameters.values()), 1, self.run.train.clip_norm)
         self.stepper.step(self.rate_factor(step))
         return losses_L.detach()
@@ -83,7 +82,7 @@ def _replace_parameters(model: nn.Module, change: Callable[[nn.Parameter], Tenso
     replaced: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            if id(parameter) not in replaced:
+            if id(parameter) not in replaced:  # tied parameters stay tied
                 replaced[id(parameter)] = nn.Parameter(change(parameter))
             setattr(module, name, replaced[id(parameter)])
     return model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
@@ -14,11 +14,16 @@ from simulate.optim.loss_scale import LossScale, lower_precision
 class Loss:
     """Mean losses of equal parts of a batch, and their backward pass, scaled where fp16 needs it."""
 
-    def __init__(self, model: nn.Module, train: Train, loss_scale: LossScale | None, zeroes_overflow: bool) -> None:
+    def __init__(
+        self, model: nn.Module, train: Train, loss_scale: LossScale | None, zeroes_overflow: bool,
+        before_forward: Callable[[], None],
+    ) -> None:  # fmt: skip
         self.model, self.train, self.loss_scale, self.zeroes_overflow = model, train, loss_scale, zeroes_overflow
+        self.before_forward = before_forward
 
     def group_losses(self, inputs: Tensor, targets: Tensor, groups: int) -> Tensor:
         """Return the mean loss of each of `groups` equal parts of the batch, (groups,); no mean mixes parts."""
+        self.before_forward()
         self.model.train()
         with lower_precision(self.train, inputs.device):
             outputs = self.model(inputs)
@@ -33,6 +38,7 @@ class Loss:
         if self.loss_scale is None:
             losses.sum().backward()
             return
+        # fp16 gradients would vanish unscaled; each row has a scale of its own.
         self.loss_scale.scaled(losses).sum().backward()
         gradients = gradients_of(self.model.parameters())
         self.loss_scale.unscale(gradients)

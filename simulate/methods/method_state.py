@@ -1,4 +1,4 @@
-"""The tensors that a method goes on from, by name: collected, divided among devices, and restored.
+"""The tensors from which a method continues, by name: collected, divided among devices, and restored.
 
 Checkpoints and recovery points keep each device's tensors apart, so that other processes, with other devices in each,
 can go on from them. The training loop, the launcher's recovery and `lte export` call it.
@@ -73,14 +73,14 @@ class MethodState:
         for name, parameter in method.parameters.items():
             prefix = f"optimizer.{name}."
             moments = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            method.stepper.state.pop(parameter, None)
+            method.stepper.state.pop(parameter, None)  # a state without moments starts the optimizer anew
             if moments:
                 # A fused optimizer keeps its step counter on the device, too.
                 method.stepper.state[parameter] = {k: v.to(parameter.device).clone() for k, v in moments.items()}
 
     def sharded(self) -> State:
         """Return the state divided into what all devices share and what each local device has alone."""
-        self.method.communicator.finish()
+        self.method.communicator.finish()  # tensors of a merge in flight must be complete
         owners, own = self.method.row_devices(), set(self.method.communicator.local_devices)
         divided = State(of_devices={device: {} for device in own})
         for name, tensor in self.state_dict().items():
@@ -95,6 +95,7 @@ class MethodState:
 
     def load_sharded(self, divided: State) -> None:
         """Restore the states of all devices that have rows here, from `sharded` of any processes."""
+        # Names come from the state, not from this process: its own moments may not exist yet.
         joined, owners = dict(divided.shared), self.method.row_devices()
         for name in divided.of_devices[owners[0]]:
             joined[name] = torch.cat([divided.of_devices[device][name] for device in owners])

@@ -8,12 +8,12 @@ replace the snapshot, and a device keeps what it learned meanwhile, so that noth
 LTE treats its products likewise (simulate.methods.lte.train). After the run's last step a merge in flight is applied,
 and then everything is merged at once, so that the run ends with one model. Between merges no device trains with the
 merged weights, so they are kept apart. Streaming DiLoCo (arXiv 2501.18512) overlaps likewise, but mixes the merged
-weights with all of a device's own.
+weights with all of a device's own. simulate.methods.registry puts this class in front of a method with `merge_delay`.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,7 +24,12 @@ NOTHING = -1
 
 
 class Delayed(Method):
-    """A method whose merges may arrive late; subclasses merge a fragment at once, or send it and apply it later."""
+    """A method whose merges arrive late; the method behind it says how a fragment is sent, and applied later."""
+
+    send_fragment: Callable[[int, int], None]
+    """(group, step): start the merge of a group of layers, with their current weights; called inside `background`."""
+    apply_merged_fragment: Callable[[int], None]
+    """(group): put the merge of a group of layers that has arrived into every device's weights."""
 
     def __init__(self, *arguments: object) -> None:
         super().__init__(*arguments)  # type: ignore[arg-type]
@@ -36,39 +41,41 @@ class Delayed(Method):
         """Steps d that go on while a merge travels."""
         return self.run.method.late_steps
 
+    def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
+        losses_L = super().step(inputs, targets, step)  # type: ignore[safe-super]
+        # After step kT + d has changed the weights, as the formula above has it.
+        if int(self.sent_after) != NOTHING and step >= int(self.sent_after) + self.delay:
+            self.arrive()
+        return losses_L
+
     @torch.no_grad()
     def merge(self, step: int) -> None:
-        self.arrive()
-        if self.delay and not self.is_last(step):
-            with self.communicator.background():
-                for index in self.fragments_due(step):
-                    self.send_fragment(index, step)
-            self.sent_after.fill_(step)
-        else:
+        self.arrive()  # one merge travels at a time
+        if self.is_last(step):
+            super().merge(step)  # type: ignore[safe-super]
+            return
+        with self.communicator.background():
             for index in self.fragments_due(step):
-                self.merge_fragment(index, step)
-        self.healthy_N = None
+                self.send_fragment(index, step)
+        self.sent_after.fill_(step)
+        self.healthy_N = None  # the shares of the merge that was sent are settled
 
-    def arrive_if_due(self, step: int) -> None:
-        """Apply the merge that was sent d steps ago; called after a step has changed the weights."""
-        if self.delay and int(self.sent_after) != NOTHING and step >= int(self.sent_after) + self.delay:
-            self.arrive()
+    def fragments_in_flight(self) -> list[int]:
+        sent_after = int(self.sent_after)
+        return [] if sent_after == NOTHING else self.fragments_due(sent_after)
 
     @torch.no_grad()
     def arrive(self) -> None:
         """Wait for the merge in flight, if there is one, and apply it."""
-        sent_after = int(self.sent_after)
-        if sent_after == NOTHING:
+        if int(self.sent_after) == NOTHING:
             return
         self.communicator.wait()
-        for index in self.fragments_due(sent_after):
-            self.apply_merged_fragment(index, sent_after)
+        for index in self.fragments_in_flight():
+            self.apply_merged_fragment(index)
         self.sent_after.fill_(NOTHING)
 
     def merged_weights_ready(self, step: int) -> bool:
-        if not self.delay:
-            return self.merge_due(step)
-        sent_after = step - self.delay
+        sent_after = step - self.delay  # from when what arrives now was sent
         return self.is_last(step) or (sent_after >= 0 and self.merge_due(sent_after))
 
     def exclude_devices(self, healthy_N: Tensor) -> None:
@@ -76,16 +83,4 @@ class Delayed(Method):
         super().exclude_devices(healthy_N)
 
     def extra_state(self) -> dict[str, Tensor]:
-        return {"sent_after": self.sent_after} if self.delay else {}
-
-    @abstractmethod
-    def merge_fragment(self, index: int, step: int) -> None:
-        """Make a group of layers equal on all devices, at once."""
-
-    @abstractmethod
-    def send_fragment(self, index: int, step: int) -> None:
-        """Start the merge of a group of layers, with their current weights; called inside `background`."""
-
-    @abstractmethod
-    def apply_merged_fragment(self, index: int, step: int) -> None:
-        """Put the merge that was sent after `step` into every device's weights."""
+        return {**super().extra_state(), "sent_after": self.sent_after}

@@ -15,30 +15,29 @@ worlds take the same.
 
 All local devices share one tensor program, so a device that has stopped is computed along with the others. Its rows of
 parameters and moments are set aside when it stops and put back before the merge, which undoes these steps and costs the
-others nothing. Once all local devices have stopped, nothing is computed.
+others nothing. Once all local devices have stopped, nothing is computed. simulate.methods.registry puts this class in
+front of a method with `pace = "deadline"`; the training loop gives it the devices' seconds or makes it go by the clock.
 """
 
 from __future__ import annotations
 
 import time
-from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from simulate.layers.accelerator import synchronize
-from simulate.methods.overlapped import Delayed
+from simulate.methods.base import Method
 from simulate.rules.pace import round_counts
 
 
-class Paced(Delayed):
-    """A method in which devices may take fewer steps than a round has; subclasses train and merge."""
+class Paced(Method):
+    """A method in which devices may take fewer steps than a round has; the method behind it trains and merges."""
 
     def __init__(self, *arguments: object) -> None:
-        super().__init__(*arguments)
+        super().__init__(*arguments)  # type: ignore[arg-type]
         devices, local = self.run.cluster.devices, self.local_devices
-        self.is_paced = self.run.method.is_paced
         self.step_s: Sequence[float] | None = None
         """Seconds of a step of each device, from which a simulation gets its counts; None: all are equally fast."""
         self.goes_by_clock = False
@@ -57,26 +56,21 @@ class Paced(Delayed):
         self._measured_s: float | None = None
         """Seconds that the fastest device needs for a round, as measured in the last one."""
 
-    @abstractmethod
-    def train_step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
-        """Take one optimizer step of all local devices; return their mean losses before it, (L,)."""
-
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         """Step the local devices that are not done with the round; for the others return their last losses."""
-        if not self.is_paced:
-            return self.train_step(inputs, targets, step)
-        done = step % self.run.method.round_steps
+        done = step % self.run.method.round_steps  # steps of the round before this one
         if done == 0:
             self._begin_round(step)
         self._stop_by_clock(done)
         counts_L = self.counts_N[self._local].tolist()
         if all(count <= done for count in counts_L):
-            self.skipped += 1
+            self.skipped += 1  # Adam's counters catch up when the round ends
             return self.last_losses_L.clone()
         for device, count in enumerate(counts_L):
             if count <= done and device not in self._aside:
                 self._set_aside(device)
-        losses_L = self.train_step(inputs, targets, step)
+        # All local devices step, the stopped ones in vain: leaving rows out of the tensor program would cost more.
+        losses_L = super().step(inputs, targets, step)  # type: ignore[safe-super]
         for device, count in enumerate(counts_L):
             if count > done:
                 self.last_losses_L[device] = losses_L[device]
@@ -88,7 +82,7 @@ class Paced(Delayed):
             self.trained += self.counts_N.sum()
         step_s = self.step_s or (1.0,) * len(self.counts_N)
         counts = (every,) * len(step_s) if self.goes_by_clock else round_counts(method, step_s, step // every)
-        steps_left = self.run.train.steps - step
+        steps_left = self.run.train.steps - step  # the run's last round may be short
         self.counts_N.copy_(torch.tensor(counts).clamp(max=steps_left))
         self._started_s = self._stopped_s = self._time()
 
@@ -124,10 +118,9 @@ class Paced(Delayed):
     @torch.no_grad()
     def close_round(self, step: int) -> None:
         """Put back the rows of stopped devices, and exchange how many steps each took; needed before a merge."""
-        if not self.is_paced:
-            return
         self._put_back(self.stepper.tensors())
         self._aside.clear()
+        # Bias correction goes by the run's step on every device, or equal gradients would step differently.
         for state in self.stepper.state.values():
             if "step" in state:
                 state["step"] += int(self.skipped)
@@ -138,47 +131,42 @@ class Paced(Delayed):
     def _share_counts(self, step: int) -> None:
         """Exchange how many steps each device took in this round, and the seconds of one."""
         steps = step % self.run.method.round_steps + 1
-        self.counts_N.clamp_(max=steps)
+        self.counts_N.clamp_(max=steps)  # a round that the run's end cuts short
         own_L = self.counts_N[self._local].double()
         if int(own_L.min()) == steps:  # the deadline has not stopped the round
             self._stopped_s = self._time()
         seconds_L = (self._stopped_s - self._started_s) / own_L
         counts_N, seconds_N = self.communicator.all_gather_scalars(torch.stack([own_L, seconds_L], 1)).unbind(1)
-        self.counts_N.copy_(counts_N.round())
+        self.counts_N.copy_(counts_N.round())  # they travelled as floats
         self._measured_s = float(seconds_N.min()) * self.run.method.round_steps
 
     def merge(self, step: int) -> None:
         self.close_round(step)
-        super().merge(step)
+        super().merge(step)  # type: ignore[safe-super]
 
     def shares(self, sizes: Sequence[float] | None = None) -> Tensor | None:
-        """Return w_n, (N,): all devices' shares of a merge, or None where they are equal; `sizes` multiply c_n."""
+        # w_n = c_n / Σ_m c_m, times the shards' sizes where these differ.
         weights = self.counts_N.double() * torch.tensor(sizes or 1.0, dtype=torch.float64)
-        if not self.is_paced or bool((weights == weights[0]).all()):
+        if bool((weights == weights[0]).all()):
             return self.counted(None)
         return self.counted((weights / weights.sum()).to(next(iter(self.parameters.values()))))
 
     def active(self, step: int) -> list[int]:
         """Return the devices that train in a step of the current or last round, in global order."""
-        if not self.is_paced:
-            return super().active(step)
         done = step % self.run.method.round_steps
         return [device for device, count in enumerate(self.counts_N.tolist()) if count > done]
 
     def samples_done(self, step: int) -> int:
-        if not self.is_paced:
-            return super().samples_done(step)
         done = step % self.run.method.round_steps + 1
         return int(self.trained + self.counts_N.clamp(max=done).sum()) * self.run.train.micro_batch
 
     def steps_done(self) -> list[int] | None:
-        return self.counts_N.tolist() if self.is_paced else None
-
-    def round_shares(self) -> Tensor | None:
-        return self.shares() if self.is_paced else None
+        counts: list[int] = self.counts_N.tolist()
+        return counts
 
     def before_saving(self, state: dict[str, Tensor]) -> None:
         """Save devices that have stopped as they were then; those in use go on with steps that count for nothing."""
+        # Clones, since the tensors in use must not get the rows put back.
         for name in next(iter(self._aside.values()), {}):
             state[name] = state[name].clone()
         self._put_back(state)
@@ -188,8 +176,6 @@ class Paced(Delayed):
         self._aside.clear()  # the next step sets aside what was loaded
 
     def extra_state(self) -> dict[str, Tensor]:
-        if not self.is_paced:
-            return super().extra_state()
         pace = {"counts": self.counts_N, "trained": self.trained, "skipped": self.skipped}
         paced = {f"pace.{name}": tensor for name, tensor in pace.items()}
         return {**super().extra_state(), **paced, "pace.losses": self.last_losses_L}

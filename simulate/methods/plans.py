@@ -118,7 +118,7 @@ class DensePlan(Generic[OptionsT]):
         """Whether these options go together: yes, as no two values of `axes` exclude each other."""
         return True
 
-    def treatments(self) -> str:
+    def synchronisation(self) -> str:
         """Return how devices keep their parameters together, in words."""
         return "gradients averaged at every step"
 
@@ -144,7 +144,7 @@ class AdapterPlan(DensePlan[AdapterOptionsT]):
         """Return the one moment of each step: the message beside the gradients."""
         rank, layers, counts = self.options.row_rank(context.devices), iter(context.shape.in_order()), list[int]()
         for tensor in context.shape.tensors:
-            if tensor.kind == "adapted":
+            if tensor.kind == "adapted":  # A and B take the place of the frozen W's gradient
                 layer = next(layers)
                 counts += [rank * layer.in_features, rank * layer.out_features]
             else:

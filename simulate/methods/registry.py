@@ -1,4 +1,8 @@
-"""Build the method that a run names: ours, or one from outside this package. Torch waits until a method is built."""
+"""Build the method that a run names: ours, or one from outside this package. Torch waits until a method is built.
+
+`method.merge_delay` changes when any method merges, and `method.pace` which devices step. Each has a class of its own,
+put in front of the method's class here, so that methods are written, and read, without them.
+"""
 
 from __future__ import annotations
 
@@ -20,4 +24,12 @@ def build_method(
 ) -> Method:
     """Return the method that run.toml names, on `device`, for the run's own network or for another plain one."""
     train = method_part(run.method.name, "train")
+    if run.method.late_steps:
+        from simulate.methods.overlapped import Delayed
+
+        train = type(f"Delayed{train.__name__}", (Delayed, train), {})
+    if run.method.is_paced:
+        from simulate.methods.paced import Paced
+
+        train = type(f"Paced{train.__name__}", (Paced, train), {})
     return cast("Method", train(run, communicator, device, network))

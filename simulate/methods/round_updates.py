@@ -84,8 +84,8 @@ class LayerUpdates(ABC):
         """Return the change of the effective weight, (O, I), of a head that is here."""
 
     @abstractmethod
-    def device_change(self, place: int) -> Tensor:
-        """Return the change of the `place`-th of `devices`, which is here: the mean of its heads'."""
+    def device_change(self, index: int) -> Tensor:
+        """Return the change of the `index`-th of `devices`, which is here: the mean of its heads'."""
 
     @abstractmethod
     def mean(self) -> Tensor:
@@ -94,8 +94,8 @@ class LayerUpdates(ABC):
     def distances(self, mean: Tensor) -> dict[int, float]:
         """Return |Δ_n − mean|² of each device n that this process answers for."""
         own = self.rows.own
-        places = [(place, device) for place, device in enumerate(self.devices) if device in own]
-        return {device: square_norm(self.device_change(place) - mean) for place, device in places}
+        indices = [(index, device) for index, device in enumerate(self.devices) if device in own]
+        return {device: square_norm(self.device_change(index) - mean) for index, device in indices}
 
     def compare(self, heads: Sequence[int], most: int) -> tuple[Tensor, list[Tensor]]:
         """Return the inner products of some heads' changes, (H, H), and `left_directions` of each."""
@@ -147,8 +147,9 @@ class LowRankUpdates(LayerUpdates):
             gathered = rows.communicator.all_gather(list(factors.values()))
             factors = dict(zip(factors, gathered, strict=True))
         if "a" not in factors:
-            factors["a"] = _frozen_a(layer, len(factors["b"]))
+            factors["a"] = layer.frozen_a(len(factors["b"]))
         a, b = factors["a"].double(), factors["b"].double()
+        # B·A − B0·A0 is one product of twice the rank.
         if "a0" in factors:
             a, b = torch.cat([a, factors["a0"].double()], dim=1), torch.cat([b, -factors["b0"].double()], dim=2)
         return cls(layer.name, b * layer.spec.scale, a, layer.spec.heads_per_device, rows, layer)
@@ -162,8 +163,8 @@ class LowRankUpdates(LayerUpdates):
     def change(self, head: int) -> Tensor:
         return self.left_HOR[head] @ self.right_HRI[head]
 
-    def device_change(self, place: int) -> Tensor:
-        heads = slice(place * self.heads_per_device, (place + 1) * self.heads_per_device)
+    def device_change(self, index: int) -> Tensor:
+        heads = slice(index * self.heads_per_device, (index + 1) * self.heads_per_device)
         return _mean(self.left_HOR[heads], self.right_HRI[heads])
 
     def mean(self) -> Tensor:
@@ -178,6 +179,7 @@ class LowRankUpdates(LayerUpdates):
         return float(((left[head].T @ left[other]) * (right[head] @ right[other].T)).sum())
 
     def left_directions(self, head: int, most: int) -> Tensor:
+        # Two thin QRs and a small SVD: the singular vectors of left·right without the dense matrix.
         q_OR, left_RR = torch.linalg.qr(self.left_HOR[head])
         _, right_RR = torch.linalg.qr(self.right_HRI[head].T)
         u_RR, values, _ = torch.linalg.svd(left_RR @ right_RR.T)
@@ -196,11 +198,6 @@ def _own_factors(layer: LoraLinear) -> dict[str, Tensor]:
     if layer.a0 is not None and layer.b0 is not None:
         keys += ["a0", "b0"]
     return {key: getattr(layer, key).detach() for key in keys}
-
-
-def _frozen_a(layer: LoraLinear, heads: int) -> Tensor:
-    """Return the A of the local heads, or of all of them."""
-    return layer.a if heads == len(layer.a) else layer.draw_a(int(layer.drawn_after), heads)
 
 
 class DenseUpdates(LayerUpdates):
@@ -244,10 +241,11 @@ class DenseUpdates(LayerUpdates):
     def change(self, head: int) -> Tensor:
         return self.now_L[self.rows.own[self.devices[head]]].double() - self.last.double()
 
-    def device_change(self, place: int) -> Tensor:
-        return self.change(place)
+    def device_change(self, index: int) -> Tensor:
+        return self.change(index)
 
     def mean(self) -> Tensor:
+        # In the order of devices here, and summed over processes: bitwise equal in each of them.
         total = torch.zeros_like(self.last, dtype=torch.float64)
         for head, share in enumerate(self._shares.values()):
             if self._is_here(head):
@@ -257,6 +255,7 @@ class DenseUpdates(LayerUpdates):
 
     def compare(self, heads: Sequence[int], most: int) -> tuple[Tensor, list[Tensor]]:
         """Return products and directions, each worked out where a head is, and summed with others' zeros."""
+        # All have this many columns, so that they can be summed; columns of zeros are dropped again below.
         directions = min(most, *self.last.shape)
         bases_HOK = self.last.new_zeros(len(heads), len(self.last), directions, dtype=torch.float64)
         for index, head in enumerate(heads):
@@ -286,6 +285,7 @@ class DenseUpdates(LayerUpdates):
     def _received(self, head: int) -> Tensor:
         """Return a head's change, wherever it is: its weights travel, as they are."""
         device = self.devices[head]
+        # Every process must take part, also the sender and those that hold none of the heads.
         now = self.now_L[self.rows.own[device]] if self._is_here(head) else torch.empty_like(self.last)
         self.rows.communicator.broadcast([now], device)
         return now.double() - self.last.double()
@@ -320,10 +320,12 @@ def decompose(x_OI: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     outputs, inputs = x_OI.shape
     x_SX = x_OI if outputs <= inputs else x_OI.T  # S: the smaller side
+    # eigh sorts in rising order, hence the flips.
     squares, vectors = torch.linalg.eigh(x_SX @ x_SX.T)
     values = squares.flip(0).clamp(min=0).sqrt()
     values = values[: _rank(values, len(values))]
     short = vectors.flip(1)[:, : min(most, len(values))]
+    # v_i = xᵀ·u_i/σ_i
     long = x_SX.T @ short / values[: short.shape[1]]
     return (values, short, long) if outputs <= inputs else (values, long, short)
 

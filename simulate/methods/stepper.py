@@ -22,6 +22,7 @@ from simulate.methods.loss import gradients_of
 from simulate.optim.adamw8bit import AdamW8bit
 from simulate.optim.loss_scale import LossScale
 from simulate.optim.muon import Muon
+from simulate.optim.per_parameter import PerParameterOptimizer
 from simulate.rules.optimizer import is_eight_bit
 
 ParameterGroup = dict[str, object]
@@ -40,7 +41,7 @@ def learning_rate_factor(train: Train, step: int) -> float:
 
 
 class Stepper:
-    """The optimizers of some parameters, (C, ...) each, with one state by parameter and one step."""
+    """Several optimizers over parameters (C, ...) behind one `step` and one `state`."""
 
     def __init__(
         self,
@@ -72,10 +73,30 @@ class Stepper:
             self.optimizers.append(self.muon)
         self.state = self.adam.state
         """Moments and step counters of all optimizers, by parameter."""
+        # One dictionary for all, so that checkpoints and merges need not know which optimizer has a parameter.
         for optimizer in self.optimizers[1:]:
             optimizer.state = self.state
         self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         self.peak_rates = [group["lr"] for group in self.groups]
+
+    @torch.no_grad()
+    def allocate_state(self) -> None:
+        """Give every parameter that has none its state: moments at zero, as the first step would.
+
+        Called before a forward pass. Moments that come after it would lie in the room that the first pass's logits
+        have left; CUDA's caching allocator then has to take that room anew from the driver, up to a fourth of all.
+        """
+        for group in self.adam.param_groups:
+            for parameter in group["params"]:
+                if parameter not in self.state:
+                    self.state[parameter] = {
+                        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+        for optimizer in self.optimizers[1:]:
+            assert isinstance(optimizer, PerParameterOptimizer)
+            optimizer.allocate_state()
 
     def step(self, rate_factor: float) -> None:
         """Take the optimizer step at `rate_factor` times the peak rates, and free the gradients."""
@@ -86,7 +107,7 @@ class Stepper:
         else:
             self._step_finite_rows(self.loss_scale)
         for parameter in self.parameters.values():
-            parameter.grad = None
+            parameter.grad = None  # freed, not zeroed: the merge that may follow needs the room
 
     def _step_all(self) -> None:
         for optimizer in self.optimizers:
@@ -101,7 +122,7 @@ class Stepper:
         elif not finite_C.any():
             self._count_step()
         else:
-            before = {name: rows_of(tensor, ~finite_C).clone() for name, tensor in self.tensors().items()}
+            before = {name: tensor.view(len(finite_C), -1)[~finite_C] for name, tensor in self.tensors().items()}
             for gradient in gradients:
                 clear_rows(gradient, finite_C)  # also so that moments which begin with this step begin at zero
             self._step_all()
@@ -113,7 +134,7 @@ class Stepper:
     def _count_step(self) -> None:
         """Step without a change, and without room for copies: counters go on, and new moments begin at zero."""
         for group in self.groups:
-            group["lr"] = 0.0
+            group["lr"] = 0.0  # decoupled weight decay is scaled by it, too
         for parameter in self.parameters.values():
             if parameter.grad is not None and (state := self.state.get(parameter)):
                 parameter.grad = None
@@ -148,6 +169,7 @@ def muon_matrices(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> s
             names |= {f"{name}.{key}" for key, _ in module.named_parameters() if key != "bias"}
         elif isinstance(module, ReplicatedEmbedding):
             embeddings.add(id(module.weight))
+    # By id: named_parameters lists a shared weight once, under whichever name comes first.
     shared = {n for n, p in model.named_parameters() if id(p) in embeddings}
     return {id(parameters[name]) for name in names - shared if name in parameters}
 
@@ -167,15 +189,10 @@ def split_groups(
 ) -> tuple[list[ParameterGroup], list[ParameterGroup]]:
     """Return the optimizer's groups in two: of the chosen parameters, and of the others."""
     parts: list[list[ParameterGroup]] = []
-    for wanted in (True, False):
-        part = [{**g, "params": [p for p in g["params"] if chosen(p) is wanted]} for g in groups]  # type: ignore[attr-defined]
+    for is_chosen in (True, False):
+        part = [{**g, "params": [p for p in g["params"] if chosen(p) is is_chosen]} for g in groups]  # type: ignore[attr-defined]
         parts.append([group for group in part if group["params"]])
     return parts[0], parts[1]
-
-
-def rows_of(tensor: Tensor, chosen_C: Tensor) -> Tensor:
-    """Return the chosen rows of a tensor with a leading axis over C rows of copies, or over their heads."""
-    return tensor.view(len(chosen_C), -1)[chosen_C]
 
 
 def clear_rows(tensor: Tensor, healthy_L: Tensor) -> None:
@@ -189,6 +206,7 @@ def clip_per_device(gradients: list[Tensor], devices: int, clip_norm: float) -> 
     Every gradient has a leading axis of `devices`, or of devices * K heads in device order.
     """
     norms = torch.stack([torch.linalg.vector_norm(g.view(devices, -1), dim=1) for g in gradients])
+    # The norm of norms is the norm of all gradients of a device; 1e-6 as in torch.nn.utils.clip_grad_norm_.
     factor_L = (clip_norm / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp_(max=1.0)
     for gradient in gradients:
         flat = gradient.view(devices, -1)

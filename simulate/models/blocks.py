@@ -27,7 +27,7 @@ class BlockStyle:
 
 
 class Attention(nn.Module):
-    """Self-attention, causal unless told otherwise (Radford et al. 2019)."""
+    """Self-attention, causal by default (Radford et al. 2019)."""
 
     def __init__(self, width: int, heads: int, causal: bool = True) -> None:
         super().__init__()
@@ -38,6 +38,7 @@ class Attention(nn.Module):
     def forward(self, x_STD: Tensor) -> Tensor:
         samples, tokens, width = x_STD.shape
         qkv = self.qkv(x_STD).view(samples, tokens, 3, self.heads, width // self.heads)
+        # One product for all three, then (3, S, A, T, E).
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.project(y.transpose(1, 2).reshape(samples, tokens, width))

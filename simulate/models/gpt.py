@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from simulate.models.blocks import Block, BlockStyle, init_normal, run_blocks
-from simulate.models.schema import GptModel
+from simulate.models.families.gpt import GptModel
 
 INIT_STD = 0.02
 STYLE = BlockStyle(causal=True, gelu="tanh", norm_epsilon=1e-5)
@@ -25,7 +25,7 @@ class Gpt(nn.Module):
         self.blocks = nn.ModuleList(Block(size.width, size.attention_heads, STYLE) for _ in range(size.layers))
         self.norm = nn.LayerNorm(size.width)
         self.head = nn.Linear(size.width, size.vocab, bias=False)
-        self.head.weight = self.token.weight
+        self.head.weight = self.token.weight  # tied (Radford et al. 2019), so that `convert` gives it no adapter
         self.activation_checkpointing = activation_checkpointing
         init_normal(self, size.layers, INIT_STD)
 

@@ -1,5 +1,7 @@
 """A Llama shaped decoder in plain PyTorch (Touvron et al. 2023, arXiv 2302.13971): RMSNorm, rotary positions, SwiGLU.
 
+simulate.methods.build_network builds it for the family "llama"; simulate.models.families counts the same layers.
+
 Legend: S samples, T tokens of a sample, D width, A heads, E numbers of a head, P = E / 2 pairs that are rotated.
 """
 
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simulate.models.blocks import init_normal, run_blocks
-from simulate.models.schema import LlamaModel
+from simulate.models.families.llama import LlamaModel
 
 INIT_STD = 0.02
 NORM_EPSILON = 1e-6
@@ -87,7 +89,7 @@ class LlamaBlock(nn.Module):
 class Llama(nn.Module):
     """Network: tokens (S, T) int64 in, logits (S, T, vocab) out."""
 
-    trained_whole = ("head",)  # unlike GPT-2's, its head is not tied, so `convert` must be told
+    trained_whole = ("head",)  # unlike GPT-2's, its head is not tied, so that `convert` needs this mark
 
     def __init__(self, size: LlamaModel, activation_checkpointing: bool = False) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from simulate.models.blocks import Mlp, run_blocks
-from simulate.models.schema import MixerModel
+from simulate.models.families.mixer import MixerModel
 from simulate.models.vit import init_truncated_normal, patches_of
 
 NORM_EPSILON = 1e-6
@@ -26,6 +26,7 @@ class MixerBlock(nn.Module):
         self.over_channels = Mlp(size.width, "none", size.channels_width)
 
     def forward(self, x_SPD: Tensor) -> Tensor:
+        # Transposed, so that the linear layers mix patches; a row is then a channel.
         x_SPD = x_SPD + self.over_tokens(self.norm1(x_SPD).transpose(1, 2)).transpose(1, 2)
         return x_SPD + self.over_channels(self.norm2(x_SPD))
 
@@ -48,4 +49,4 @@ class Mixer(nn.Module):
     def forward(self, images_SCYX: Tensor) -> Tensor:
         x_SPD = self.patch(patches_of(images_SCYX, self.patch_side))
         x_SPD = run_blocks(self.blocks, x_SPD, recompute=self.activation_checkpointing and self.training)
-        return self.head(self.norm(x_SPD).mean(1))
+        return self.head(self.norm(x_SPD).mean(1))  # no class token: the mean over patches

@@ -69,7 +69,7 @@ class ModelShape:
 
     name: str
     family: str
-    """Closed form of its activations: a key of simulate.models.sizes.FAMILIES, or "traced" for none."""
+    """Closed form of its activations: a key of simulate.models.families.table.FAMILIES, or "traced" for none."""
     adapted: tuple[LinearShape, ...]
     """Linear layers that get low-rank pairs, of one block."""
     tensors: tuple[ParameterShape, ...]

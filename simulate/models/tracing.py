@@ -155,6 +155,7 @@ def _output_layer(options: UserNetworkOptions, network: nn.Module) -> tuple[str,
 
 def _shared_indices(options: UserNetworkOptions, network: nn.Module) -> tuple[str, ...]:
     """Return the embeddings whose index has equally many rows for two and three samples."""
+    # Two counts tell an index that grows with the batch from one that does not.
     two, three = (_embedding_rows(options, network, samples) for samples in (2, 3))
     return tuple(name for name, count in two.items() if three.get(name) == count)
 

@@ -1,6 +1,7 @@
 """Conversion of our networks' weights to the names and layouts of the transformers library, for `lte export`.
 
-Other programs then load an export without our code. `hf:` models are the library's own and need no conversion.
+Other programs then load an export without our code. `hf:` models are the library's own and need no conversion. `lte
+export --format hf` (ltecli.commands.export) calls `to_transformers`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from simulate.common.errors import InputError
+from simulate.models.families.gpt import GptModel
+from simulate.models.families.llama import LlamaModel
 from simulate.models.gpt import STYLE as GPT_STYLE
 from simulate.models.llama import NORM_EPSILON, ROTARY_BASE
-from simulate.models.schema import GptModel, LlamaModel, ModelOptions
+from simulate.models.schema import ModelOptions
 
 State = dict[str, Tensor]
 Named = Iterator[tuple[str, Tensor]]
@@ -41,7 +44,7 @@ def _blocks(state: State, names: dict[str, str], prefix: str, change: Callable[[
     """Yield the blocks' tensors under the library's names, each passed through `change`."""
     for name, tensor in state.items():
         if name.startswith("blocks."):
-            _, index, rest = name.split(".", 2)
+            _, index, rest = name.split(".", 2)  # blocks.3.attention.qkv.weight
             layer, _, key = rest.rpartition(".")
             yield f"{prefix}.{index}.{names[layer]}.{key}", change(tensor)
 
@@ -64,7 +67,7 @@ def _gpt_config(model: GptModel) -> dict[str, Any]:
         "n_embd": model.width,
         "n_layer": model.layers,
         "n_head": model.attention_heads,
-        "activation_function": "gelu_new",
+        "activation_function": "gelu_new",  # the library's name of the tanh approximation
         "layer_norm_epsilon": GPT_STYLE.norm_epsilon,
         "attn_pdrop": 0.0,
         "embd_pdrop": 0.0,

@@ -7,17 +7,14 @@ traceback from inside our layers. simulate.models.tracing calls this.
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
-from importlib import import_module
-from pathlib import Path
-from types import ModuleType
 from typing import Any, cast
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from simulate.common.errors import InputError, near_match
+from simulate.common.user_code import import_named
 from simulate.layers.convert import refuse_batch_norm
 from simulate.models.interfaces import HUGGINGFACE, HuggingfaceOptions, UserNetworkOptions
 
@@ -58,33 +55,10 @@ def call_factory(options: UserNetworkOptions) -> nn.Module:
 
 
 def _factory(name: str) -> Callable[..., Any]:
-    module_name, _, attribute = name.partition(":")
-    module = _import(module_name, name)
-    factory = getattr(module, attribute, None)
-    if factory is None:
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise InputError(f"model.name = {name!r}: {module_name} has no {attribute!r}; {near_match(attribute, known)}")
+    factory = import_named("model.name", name)
     if not callable(factory):
-        raise InputError(f"model.name = {name!r}: {attribute} is no function or class; name what returns the network")
-    return factory
-
-
-def _import(module_name: str, name: str) -> ModuleType:
-    # Modules in the current folder are found too, as with `python -m`.
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    try:
-        return import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"model.name = {name!r}: {error}; the form is package.module:factory, and modules are found in the current "
-            "folder and where Python is installed"
-        ) from None
-    except Exception as error:
-        raise InputError(
-            f"model.name = {name!r}: importing {module_name} raised {type(error).__name__}: {error}; correct it first"
-        ) from error
+        raise InputError(f"model.name = {name!r}: it is no function or class; name what returns the network")
+    return cast(Callable[..., Any], factory)
 
 
 def _keywords(options: UserNetworkOptions, factory: Callable[..., Any]) -> dict[str, Any]:
@@ -94,8 +68,8 @@ def _keywords(options: UserNetworkOptions, factory: Callable[..., Any]) -> dict[
     except (TypeError, ValueError):  # some callables of C have no signature
         return {}
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    extras = options.model_extra or {}
-    for key in extras:
+    extra_keys = options.model_extra or {}
+    for key in extra_keys:
         if key not in parameters and not takes_all:
             raise InputError(f"model.{key} is no parameter of {options.name}; {near_match(key, parameters)}")
-    return {key: value for key, value in options.keywords().items() if key in parameters or key in extras}
+    return {key: value for key, value in options.keywords().items() if key in parameters or key in extra_keys}

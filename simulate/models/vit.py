@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from simulate.models.blocks import Block, BlockStyle, run_blocks
-from simulate.models.schema import VitModel
+from simulate.models.families.vit import VitModel
 
 INIT_STD = 0.02
 # Exact GELU and epsilon 1e-6, as in the published checkpoints.
@@ -20,7 +20,7 @@ STYLE = BlockStyle(causal=False, gelu="none", norm_epsilon=1e-6)
 class Vit(nn.Module):
     """Network: images (S, C, image, image) in, logits (S, classes) out."""
 
-    trained_whole = ("patch", "head")
+    trained_whole = ("patch", "head")  # both ends get no adapters: simulate.models.families counts them so
 
     def __init__(self, size: VitModel, activation_checkpointing: bool = False) -> None:
         super().__init__()

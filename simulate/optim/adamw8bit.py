@@ -69,8 +69,6 @@ class AdamW8bit(PerParameterOptimizer):
 
     def update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
-        if not state:
-            self._begin(parameter, state)
         # On the host, also after a checkpoint has put it on a GPU, since reading it below would wait for the GPU.
         state["step"] = state["step"].cpu() + 1
         tensors = [parameter.grad, parameter, *(state[m + CODES] for m in MOMENTS)]
@@ -85,12 +83,13 @@ class AdamW8bit(PerParameterOptimizer):
             if isinstance(parameter, FakeTensor):  # the memory of one part stands for all of them
                 break
 
-    def _begin(self, parameter: Tensor, state: dict[str, Any]) -> None:
-        state["step"] = torch.tensor(0.0)
+    def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
         blocks = -(-parameter[0].numel() // BLOCK_ELEMENTS)
+        state = {"step": torch.tensor(0.0)}
         for moment in MOMENTS:
             state[moment + CODES] = torch.zeros_like(parameter, dtype=torch.uint8)
             state[moment + SCALES] = parameter.new_zeros(len(parameter), blocks)
+        return state
 
 
 def _parts(tensors: list[Tensor], scales: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:

@@ -23,6 +23,7 @@ def prune_moments(state: OptimizerState, parameters: Iterable[nn.Parameter], sha
     """
     for parameter in parameters:
         moments = state[parameter]
+        # Moments have the parameter's shape, in numbers or in codes; step counters and scales have not.
         names = [k.removesuffix(CODES) for k, t in moments.items() if t.shape == parameter.shape and SCALES not in k]
         for name in names:
             magnitudes_CX = _values(moments, name).abs()

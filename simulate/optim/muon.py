@@ -68,11 +68,11 @@ class Muon(PerParameterOptimizer):
     def __init__(self, params: Any, lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
+    def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        return {"momentum": torch.zeros_like(parameter)}
+
     def update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(parameter)
-        momentum, share, gradient = state["momentum"], group["momentum"], parameter.grad
+        momentum, share, gradient = self.state[parameter]["momentum"], group["momentum"], parameter.grad
         assert gradient is not None
         momentum.lerp_(gradient, 1 - share)
         update = orthogonalise(gradient.lerp(momentum, share))  # Nesterov: momentum once more, with the new gradient

@@ -19,7 +19,20 @@ class PerParameterOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
+                    if parameter not in self.state:
+                        self.state[parameter] = self.new_state(parameter)
                     self.update(parameter, group)
+
+    def allocate_state(self) -> None:
+        """Give every parameter that has none its state, at zero."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter not in self.state:
+                    self.state[parameter] = self.new_state(parameter)
+
+    @abstractmethod
+    def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Return a parameter's state before its first step."""
 
     @abstractmethod
     def update(self, parameter: Tensor, group: dict[str, Any]) -> None:

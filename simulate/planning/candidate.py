@@ -1,4 +1,9 @@
-"""One way to train, with what it costs on a profile; pure arithmetic, no torch."""
+"""Define the candidates of a plan: one way to train each, with its memory, bytes and seconds on a profile.
+
+A plan compares thousands of them, so what they share (PlanContext) is computed once, and figures that only a printed
+candidate needs are properties. The planner builds candidates; ranking, notes, explain, what_if and the commands of
+`lte` read them. No torch.
+"""
 
 from __future__ import annotations
 
@@ -23,98 +28,99 @@ from simulate.planning.objective import SelectionCriteria
 from simulate.rules.method_plan import plan_of
 
 LINK_DOMINATES = 0.5
-"""Share of a round spent on the link from which the plan warns."""
+"""Share of a round that exchanges take, above which the plan warns."""
 
 
 @dataclass(frozen=True, eq=False)
 class PlanContext:
-    """Facts that all candidates of one plan share."""
+    """The facts that all candidates of one plan share."""
 
     profile: Profile
     shape: ModelShape
     devices: tuple[Device, ...]
     tokens: int
-    """Asked for; steps round them up."""
+    """Tokens to train on, as asked for; whole steps round them up."""
     choice: SelectionCriteria
     margins: Margins
-    """How far times may be off."""
+    """Uncertainty of times."""
     spaces_recovery: bool
-    """Whether recovery points may be as rare as they have to be; else they are where the run has them."""
+    """Whether the planner may space recovery points so that they stay affordable; else it keeps the run's."""
     keeps_checkpoints: bool
-    """Whether train.checkpoint_every stays as it is; else it becomes a multiple of the steps between these points."""
+    """Whether train.checkpoint_every stays as set; else it becomes a multiple of the steps between recovery points."""
     clusters: dict[int, Cluster] = field(default_factory=dict)
-    """By merges between recovery points."""
+    """Copies of the run's cluster, by merges between recovery points."""
 
     @classmethod
     def of(
         cls, run: Run, profile: Profile, tokens: int, choice: SelectionCriteria, spaces_recovery: bool
     ) -> PlanContext:
-        """Return the setting of a run, and of all others of its model and as many devices."""
+        """Return the context of a run and of all variants with the same model and number of devices."""
         devices, keeps = profile.devices(run.cluster.devices), "checkpoint_every" in run.train.model_fields_set
         return cls(profile, run.model.shape(), devices, tokens, choice, Margins.of(profile), spaces_recovery, keeps)
 
     def recovering(self, cluster: Cluster, every: int) -> Cluster:
-        """Return the candidates' cluster with recovery points so many merges apart, the same object every time."""
-        if every not in self.clusters:
+        """Return the cluster with recovery points so many merges apart, the same object every time."""
+        if every not in self.clusters:  # thousands of candidates share a few copies
             self.clusters[every] = cluster.model_copy(update={"recover_every": every})
         return self.clusters[every]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to train, with what it costs on the profile; figures are for one device unless they say otherwise."""
+    """One way to train, with its costs on the profile; figures are for one device unless they say otherwise."""
 
     run: Run
-    setting: PlanContext
+    context: PlanContext
     memory: Memory
-    """At its peak: the highest phase."""
-    heights: PeakProfile
-    """Of all phases."""
+    """Memory in the highest phase."""
+    peak_profile: PeakProfile
+    """Memory in all phases."""
     host_memory_by_part: dict[str, int]
     sent_bytes_per_round: float
     time: RoundTime
-    pauses: EvalAndSaveTime
+    eval_and_save: EvalAndSaveTime
     wall_s: float
-    """Of the whole run: training, evaluations and checkpoints."""
+    """Seconds of the whole run: training, evaluations and checkpoints."""
     samples_factor: float
 
     @property
     def tokens(self) -> int:
-        """Asked for; steps round them up."""
-        return self.setting.tokens
+        """Tokens to train on, as asked for; whole steps round them up."""
+        return self.context.tokens
 
     @property
     def margins(self) -> Margins:
-        """How far times may be off."""
-        return self.setting.margins
+        """Uncertainty of times."""
+        return self.context.margins
 
     @property
     def efficiency(self) -> Efficiency | None:
         """The samples model; None: the shipped one."""
-        return self.setting.choice.efficiency
+        return self.context.choice.efficiency
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """Drawbacks, one sentence each."""
-        probe = self.setting.choice.probe
-        return (*_warnings(self.run, self.setting, self.time), *(probe.marks(self.run) if probe else ()))
+        probe = self.context.choice.probe
+        return (*_warnings(self.run, self.context, self.time), *(probe.marks(self.run) if probe else ()))
 
     @property
     def received_bytes_per_round(self) -> float:
         """Bytes that a device receives in a round, the mean over the run's."""
-        received = received_bytes(self.run, self.setting.shape, self.run.train.steps)
+        received = received_bytes(self.run, self.context.shape, self.run.train.steps)
         return received / self.rounds / self.run.cluster.devices
 
     @cached_property
     def equivalent_wall_s(self) -> float:
-        """Seconds to the loss that dense small-batch training has after the asked tokens; what candidates rank by."""
+        """Seconds to the loss that dense small-batch training reaches with `tokens`; candidates rank by it."""
+        # Devices that skip steps train on fewer samples than the run's steps suggest.
         trained = self.run.train.steps * self.run.tokens_per_step * self.trained_share
         return self.wall_s * self.samples_factor * self.tokens / trained
 
     @property
     def memory_by_phase(self) -> dict[str, int]:
-        """Bytes of all parts at the height of each phase."""
-        return self.heights.totals()
+        """Sum of all parts in each phase."""
+        return self.peak_profile.totals()
 
     @property
     def rounds(self) -> int:
@@ -123,7 +129,7 @@ class Candidate:
 
     @property
     def equivalent_sent_bytes(self) -> float:
-        """Bytes that a device sends until that loss is reached."""
+        """Bytes that a device sends until it reaches that loss."""
         return self.sent_bytes_per_round * self.rounds * self.equivalent_wall_s / self.wall_s
 
     @property
@@ -134,11 +140,11 @@ class Candidate:
     @property
     def training_s(self) -> float:
         """Seconds of the whole run's rounds."""
-        return self.wall_s - self.pauses.total_s
+        return self.wall_s - self.eval_and_save.total_s
 
     @property
     def step_s(self) -> float:
-        """Seconds of one step with its share of the exchange."""
+        """Seconds of one step with its share of merges and exchanges."""
         return self.time.round_s / self.time.steps
 
     @property
@@ -148,7 +154,7 @@ class Candidate:
 
     @property
     def trained_share(self) -> float:
-        """Share of the steps that lockstep would have devices take."""
+        """Steps that devices take, as a share of those in lockstep."""
         return self.time.device_steps / (self.time.steps * self.run.cluster.devices)
 
 
@@ -159,25 +165,25 @@ class Rejected:
     candidate: Candidate
     reason: str
     short_bytes: int = 0
-    """What a device lacks."""
+    """Bytes that a device lacks."""
     host_short_bytes: int = 0
-    """What a device's host lacks; where both share one memory, what is missing beside the device's own bytes."""
+    """Bytes that a device's host lacks; on one shared memory, on top of `short_bytes`."""
     late_s: float = 0.0
-    """How much too long it takes."""
+    """Seconds above the allowed time."""
 
     @property
     def missing(self) -> tuple[int, float]:
-        """Bytes of both, then seconds: what the nearest miss has least of."""
+        """Key to sort by, least first: missing bytes, then seconds above the allowed time."""
         return self.short_bytes + self.host_short_bytes, self.late_s
 
 
 def candidate_of(result: Candidate | Rejected) -> Candidate:
-    """Return what was evaluated, whether it fits or not."""
+    """Return the candidate of a result, whether it fits or not."""
     return result.candidate if isinstance(result, Rejected) else result
 
 
-def _warnings(run: Run, setting: PlanContext, time: RoundTime) -> Iterator[str]:
-    profile, shape = setting.profile, setting.shape
+def _warnings(run: Run, context: PlanContext, time: RoundTime) -> Iterator[str]:
+    profile, shape = context.profile, context.shape
     share = time.exchange_s / time.round_s
     if share > LINK_DOMINATES:
         yield f"the link dominates: {share:.0%} of the time"
@@ -189,6 +195,7 @@ def _warnings(run: Run, setting: PlanContext, time: RoundTime) -> Iterator[str]:
     lower = run.train.autocast
     if lower != "none" and any(getattr(d.flop_per_s, lower) is None for d in profile.device):
         yield f"the profile has no {lower} rate; planned at the fp32 rate, and a CPU that emulates it is far slower"
+    # The rest concerns heads that train apart: their joint rank, and the transport of their merges.
     plan = plan_of(run.method)
     layout = plan.adapters(run.cluster.devices)
     if layout is None or not plan.has_separate_heads:
@@ -211,12 +218,9 @@ def describe(run: Run) -> str:
         details.append(run.train.autocast)
     if run.train.optimizer_state == "8bit":
         details.append("8-bit moments")
-    return f"{method.name}{_format(method)} {', '.join(details)}"
-
-
-def _format(method: MethodOptions) -> str:
     quantize, wire = method.frozen_format, getattr(method, "wire", "full")
-    return ("" if quantize == "none" else f" {quantize}") + ("" if wire == "full" else f" over {wire}")
+    formats = ("" if quantize == "none" else f" {quantize}") + ("" if wire == "full" else f" over {wire}")
+    return f"{method.name}{formats} {', '.join(details)}"
 
 
 def _details(run: Run, method: MethodOptions) -> Iterator[str]:

@@ -1,8 +1,13 @@
-"""Why a plan chooses as it does: what limits, what other hardware would change, what is wrong with each neighbour."""
+"""Explain a plan's choice: what limits it, what other hardware would change, why each neighbour was not chosen.
+
+A ranking alone does not show users which purchase or key would help. So this plans the same run again on better
+hardware, and compares the choice with the candidates that differ in one key. `lte plan --why` calls explain.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,27 +18,27 @@ from simulate.planning.planner import Plan, make_plan
 from simulate.planning.ranking import value_of
 
 AXES = ("rank", "heads_per_device", "merge_every", "merge_transport", "quantize")
-"""Keys of [method] whose neighbours are looked at; batch and checkpointing come to them."""
+"""Keys of [method] that neighbours may differ in, in addition to batch and checkpointing."""
 REPORTED = 1.02
-"""A part that changes by less is no reason."""
+"""Smallest ratio of two figures that is reported as a reason."""
 GIGABYTE = 10**9
 
 
 @dataclass(frozen=True)
 class Change:
-    """Plan of the same run on other hardware, beside the chosen one."""
+    """The plan of the same run on other hardware, compared with the original choice."""
 
     what: str
     chosen: Candidate | None
     gain: float | None
-    """Times that the objective is smaller; None where it cannot be planned."""
+    """The original objective over the new one; None where the run cannot be planned there."""
     same: bool
-    """Whether the choice stays."""
+    """Whether the new choice has the same keys."""
 
 
 @dataclass(frozen=True)
 class Neighbour:
-    """Candidate that differs from the choice in one key, and the reason that it was not chosen."""
+    """A candidate that differs from the choice in one key, and the reason that it was not chosen."""
 
     key: str
     value: str
@@ -52,7 +57,7 @@ class Why:
     neighbours: tuple[Neighbour, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as the plan's JSON has it."""
+        """Return the explanation as the plan's JSON has it."""
         return {
             "limit": self.limit,
             "reason": self.reason,
@@ -80,13 +85,15 @@ def explain(plan: Plan, chosen: Candidate) -> Why:
 
 
 def _limit(plan: Plan, chosen: Candidate, value: Callable[[Candidate], float]) -> tuple[str, str]:
-    """Return what stands between the choice and a better one: the link, memory, or nothing but compute."""
+    """Return whether link, memory or compute keeps the choice from being better, and the reason in words."""
+    # Memory is the limit where a run that does not fit would be better than the choice.
     unfit = [r for r in plan.rejected if r.missing[0]]
     better = min(unfit, key=lambda r: value(r.candidate), default=None)
     share = chosen.time.exchange_s / chosen.time.round_s
     reason = f"{share:.0%} of a round is exchange that no compute hides, {1 - share:.0%} compute"
     limit = "link" if share > LINK_DOMINATES else "compute"
     if better is not None and value(better.candidate) < value(chosen):
+        # More memory would give a better choice; a dominant link would limit that one as well.
         limit = "memory" if limit == "compute" else limit
         times = value(better.candidate) / value(chosen)
         what = plan.choice.objective
@@ -95,32 +102,27 @@ def _limit(plan: Plan, chosen: Candidate, value: Callable[[Candidate], float]) -
 
 
 def _changed(plan: Plan) -> Iterator[tuple[str, Profile, int]]:
-    """Yield other hardware: what, the profile, and how many devices."""
+    """Yield other hardware: its description, the profile, and the number of devices."""
     profile, count = plan.profile, plan.base.cluster.devices
     memory = [d.model_copy(update={"memory_bytes": d.memory_bytes + GIGABYTE}) for d in profile.device]
     yield "1 GB more on each device", profile.model_copy(update={"device": memory}), count
-    yield "ten times the bandwidth", faster_link(profile, 10), count
+    rates = {key: 10 * rate for key, rate in profile.link if key.endswith("bytes_per_s") and rate is not None}
+    link = profile.link.model_copy(update=rates)
+    yield "ten times the bandwidth", profile.model_copy(update={"link": link}), count
     doubled = [d.model_copy(update={"count": 2 * d.count}) for d in profile.device]
     yield "twice the devices", profile.model_copy(update={"device": doubled}), 2 * count
-
-
-def faster_link(profile: Profile, times: float) -> Profile:
-    """Return a profile whose links all carry so many times the bytes."""
-    rates = {key: rate * times for key, rate in profile.link if key.endswith("bytes_per_s") and rate is not None}
-    return profile.model_copy(update={"link": profile.link.model_copy(update=rates)})
 
 
 def _change(plan: Plan, chosen: Candidate, what: str, profile: Profile, devices: int) -> Change:
     cluster = plan.base.cluster.model_copy(update={"devices": devices})
     base = plan.base.model_copy(update={"cluster": cluster})
+    # Shards and given steps list one number a device, so they fix the number of devices.
     fixed = base.data.shards is not None or base.method.given_steps is not None
-    if devices != plan.base.cluster.devices and fixed:
-        return Change(what, None, None, False)
-    choice = replace(plan.choice, with_rivals=False, within_s=None)
-    try:
-        new = make_plan(base, profile, plan.tokens, plan.pins, choice=choice).chosen
-    except InputError:
-        return Change(what, None, None, False)
+    # Without a time limit and rivals: only the choice is compared.
+    choice, new = replace(plan.choice, with_rivals=False, within_s=None), None
+    if devices == plan.base.cluster.devices or not fixed:
+        with suppress(InputError):  # a run may be invalid on other hardware
+            new = make_plan(base, profile, plan.tokens, plan.pins, choice=choice).chosen
     if new is None:
         return Change(what, None, None, False)
     before = value_of(choice.objective, plan.profile, plan.base.cluster.devices)(chosen)
@@ -130,7 +132,7 @@ def _change(plan: Plan, chosen: Candidate, what: str, profile: Profile, devices:
 
 
 def _keys(candidate: Candidate) -> dict[str, Any]:
-    """Return what makes a candidate what it is, key by key."""
+    """Return the keys that distinguish candidates."""
     run = candidate.run
     return {
         "method": run.method.name,
@@ -141,14 +143,14 @@ def _keys(candidate: Candidate) -> dict[str, Any]:
 
 
 def _neighbours(plan: Plan, chosen: Candidate, value: Callable[[Candidate], float]) -> Iterator[Neighbour]:
-    """Yield the nearest candidates on either side of every key, and the other method at its best."""
+    """Yield the nearest candidates on either side of each key, and the best dense one."""
     ours = _keys(chosen)
     by_key: dict[str, list[Candidate | Rejected]] = {}
     results: list[Candidate | Rejected] = [*plan.candidates, *plan.rejected]
     for result in results:
         keys = _keys(candidate_of(result))
         different = [key for key in keys if keys[key] != ours[key]]
-        if len(different) == 1:
+        if len(different) == 1:  # one key apart, so that its cause is clear
             by_key.setdefault(different[0], []).append(result)
     for key in ours:
         for result in _nearest(by_key.get(key, []), key, ours[key]):
@@ -160,7 +162,7 @@ def _neighbours(plan: Plan, chosen: Candidate, value: Callable[[Candidate], floa
 
 
 def _nearest(results: list[Candidate | Rejected], key: str, ours: Any) -> list[Candidate | Rejected]:
-    """Return the next smaller and the next larger of numbers, and all of anything else."""
+    """Return the results with the next smaller and next larger number; all results for keys that are no numbers."""
     if isinstance(ours, bool) or not isinstance(ours, int):
         return results
     by_value = {_keys(candidate_of(result))[key]: result for result in results}
@@ -170,7 +172,7 @@ def _nearest(results: list[Candidate | Rejected], key: str, ours: Any) -> list[C
 
 
 def _against(result: Candidate | Rejected, chosen: Candidate, value: Callable[[Candidate], float], plan: Plan) -> str:
-    """Say in a line why a neighbour was not chosen."""
+    """Return in a line why a neighbour was not chosen."""
     if isinstance(result, Rejected):
         return result.reason
     ratio = value(result) / value(chosen) if value(chosen) else 1.0
@@ -178,14 +180,15 @@ def _against(result: Candidate | Rejected, chosen: Candidate, value: Callable[[C
     said = f"{ratio:.2f}x the {plan.choice.objective}" + (f": {parts}" if parts else "")
     if ratio < 1 and needs_library(result.run):
         return f"{said}; needs the extra lte[quantize]: plan it with --quantize"
-    if ratio < 1:  # within the grid the choice is the best, so this one is from outside of it
+    if ratio < 1:  # no candidate of the grid is better than the choice, so this one is not of the grid
         return f"{said}; plan it with --method {result.run.method.name}"
     return said
 
 
 def _parts(other: Candidate, chosen: Candidate) -> Iterator[str]:
-    """Yield what is more and what is less than the choice's, for each sample where it is time."""
+    """Yield the figures that differ from the choice's, as ratios; seconds and bytes are per sample."""
 
+    # Candidates differ in batch and round length, so that only figures per sample compare.
     def per_sample(candidate: Candidate, amount: float) -> float:
         return amount / (candidate.samples_per_s * candidate.time.round_s)
 

@@ -1,4 +1,4 @@
-"""How far planned times may be off, by where the profile's figures come from."""
+"""Estimate the uncertainty of planned times from the sources of the profile's figures."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from simulate.config.hardware import Profile
 
 MARGINS = {"measured": 1.0, "datasheet": 1.25, "guess": 1.5}
-"""Times from figures of a source may be this many times shorter or longer: a rule of thumb, said with every plan. Real
-efficiencies of one card differ by about so much between networks (profiles/*.toml say 0.3 to 0.5 where they guess)."""
+"""Factor by which times may be shorter or longer, by source: a rule of thumb that every plan prints. Real efficiencies
+of one card differ by about as much between networks (profiles/*.toml guess 0.3 to 0.5)."""
 RULE = (
     "ranges of times: x 1/1.25 to 1.25 where figures are a datasheet's, x 1/1.5 to 1.5 where they are guesses, none "
     "where measured; compute by the devices' source, exchanges by the link's"
@@ -17,7 +17,7 @@ RULE = (
 
 @dataclass(frozen=True)
 class Margins:
-    """Factors that compute and exchanges may be off by, either way."""
+    """Factors by which compute and exchanges may be shorter or longer than planned."""
 
     compute: float = 1.0
     exchange: float = 1.0
@@ -25,6 +25,7 @@ class Margins:
     @classmethod
     def of(cls, profile: Profile) -> Margins:
         """Return the margins of a profile: of its least certain device, and of its link."""
+        # The slowest device sets the pace and may be any, so that the least certain one decides.
         return cls(max(MARGINS[device.source] for device in profile.device), MARGINS[profile.link.source])
 
     @property

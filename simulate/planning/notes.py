@@ -1,4 +1,8 @@
-"""Notes of a plan beside its figures: assumptions, advice and warnings."""
+"""Write the notes that a plan prints below its figures: assumptions, advice and warnings.
+
+Figures alone look more certain than they are, and a better key is easily overlooked; each note is one sentence with the
+key to set. The planner calls plan_notes; `lte train` calls diagnostics_notes and mended_notes.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +27,11 @@ from simulate.training.checkpoints import numerics_of
 
 PLURALS = {"norm": "norms", "bias": "biases", "embedding": "embeddings", "other": "other modules"}
 PACE_MATTERS = 1.1
-"""Times that the slowest device needs longer than the fastest from which the plan speaks of deadlines."""
+"""Smallest ratio of the slowest device's step to the fastest's at which the plan suggests deadlines."""
 
 
 def plan_notes(
-    setting: PlanContext,
+    context: PlanContext,
     base: Run,
     chosen: Candidate | None,
     first: Candidate | None,
@@ -36,30 +40,31 @@ def plan_notes(
 ) -> Iterator[str]:
     """Yield a plan's notes in the order in which they are printed.
 
-    `first` ranks first, whether or not it is the choice; `rival` is the best of the methods that were not chosen from;
-    `evaluate` works out another run.
+    `first` ranks first, even if it is not the choice; `rival` is the best candidate of methods that the plan does not
+    choose from; `evaluate` computes the costs of another run.
     """
-    choice, shape = setting.choice, setting.shape
-    yield from _assumptions(setting, chosen, first)
+    choice, shape = context.choice, context.shape
+    yield from _assumptions(context, chosen, first)
     if choice.probe:
         yield from choice.probe.notes(base, chosen.run if chosen else None)
     if chosen:
-        yield from _treatments(chosen, shape)
+        yield from _unadapted(chosen, shape)
     yield from shape.notes
     if chosen:
         yield from _worth_trying(chosen)
-        yield from format_notes(chosen, setting.profile, evaluate)
+        yield from format_notes(chosen, context.profile, evaluate)
         yield from _checkpoints(chosen)
         yield from _deadlines(chosen)
         yield from diagnostics_notes(chosen.run, shape)
         yield from _faster_rival(chosen, rival)
 
 
-def _assumptions(setting: PlanContext, chosen: Candidate | None, first: Candidate | None) -> Iterator[str]:
-    profile, choice = setting.profile, setting.choice
+def _assumptions(context: PlanContext, chosen: Candidate | None, first: Candidate | None) -> Iterator[str]:
+    profile, choice = context.profile, context.choice
+    # Certainty first: the reader should know how far to trust what follows.
     sources = {device.source for device in profile.device} | {profile.link.source}
     yield f"figures of profile {profile.name} are {' and '.join(sorted(sources))}: times are estimates, bytes are exact"
-    if not setting.margins.is_point:
+    if not context.margins.is_point:
         yield RULE
     model = choice.efficiency or shipped()
     lte = model.methods["lte"]
@@ -78,6 +83,7 @@ def _quantized(chosen: Candidate) -> Iterator[str]:
     method = chosen.run.method
     if method.frozen_format.startswith("nf4"):
         yield f"method.quantize = {method.frozen_format} needs bitsandbytes: pip install 'lte[quantize]'"
+    # Rounding to few bits swallows updates smaller than half a step, merge after merge.
     if getattr(method, "master", "host") == "none" and getattr(method, "reset", "none") != "none":
         yield (
             "method.master = none with method.reset = "
@@ -86,8 +92,8 @@ def _quantized(chosen: Candidate) -> Iterator[str]:
         )
 
 
-def _treatments(chosen: Candidate, shape: ModelShape) -> Iterator[str]:
-    """Say what the choice does with parameters that no low-rank pair serves."""
+def _unadapted(chosen: Candidate, shape: ModelShape) -> Iterator[str]:
+    """Report how the choice trains parameters without adapters."""
     method, elements = chosen.run.method, Counter[str]()
     plan = plan_of(method)
     if plan.adapters(chosen.run.cluster.devices) is None:
@@ -96,11 +102,11 @@ def _treatments(chosen: Candidate, shape: ModelShape) -> Iterator[str]:
         elements[tensor.kind] += tensor.elements
     become = {"norm": getattr(method, "norms", "average"), "bias": getattr(method, "biases", "average")}
     parts = (f"{PLURALS[kind]} {count:,} ({become.get(kind, 'average')})" for kind, count in elements.items())
-    yield f"not adapted, every device trains its own copy, {plan.treatments()}: {', '.join(parts)}"
+    yield f"not adapted, every device trains its own copy, {plan.synchronisation()}: {', '.join(parts)}"
 
 
 def _worth_trying(chosen: Candidate) -> Iterator[str]:
-    """Name the optimizer and the format of messages that trained best where it was measured, unless they are taken."""
+    """Suggest the optimizer and the message format that trained best in docs/results.md, unless they are chosen."""
     run = chosen.run
     if not plan_of(run.method).has_separate_heads:
         return
@@ -117,42 +123,43 @@ def _worth_trying(chosen: Candidate) -> Iterator[str]:
 
 
 def _checkpoints(chosen: Candidate) -> Iterator[str]:
-    """Say what checkpoints take where that is much, or not known."""
-    setting, stops, run = chosen.setting, chosen.pauses, chosen.run
-    if stops.save_s is None:
-        name = setting.profile.name
+    """Report the time of checkpoints where it is unknown, spaces recovery points, or is above the affordable share."""
+    context, eval_and_save, run = chosen.context, chosen.eval_and_save, chosen.run
+    if eval_and_save.save_s is None:
+        name = context.profile.name
         yield f"profile {name} has no device.disk_write_bytes_per_s: checkpoints are planned to take no time"
         return
-    every, affordable = run.cluster.recover_every, stops.affordable_recovery(chosen.step_s)
-    steps = stops.calendar.recover_steps
-    if setting.spaces_recovery and every > 1:
-        share = stops.saves * stops.save_s / chosen.wall_s
+    every, affordable = run.cluster.recover_every, eval_and_save.affordable_recovery(chosen.step_s)
+    steps = eval_and_save.cadence.recover_steps
+    if context.spaces_recovery and every > 1:
+        share = eval_and_save.saves * eval_and_save.save_s / chosen.wall_s
         lost = min(steps, run.train.checkpoint_every, run.train.steps)
         yield (
-            f"with cluster.recover_every = {every} checkpoints of {bytes_text(stops.save_bytes)} a device take "
+            f"with cluster.recover_every = {every} checkpoints of {bytes_text(eval_and_save.save_bytes)} a device take "
             f"{share:.1%} of the time; if a device is lost, all devices repeat up to {lost:,} steps, "
             f"{seconds_text(lost * chosen.step_s)} of work"
         )
     elif every < affordable:
         yield (
-            f"a recovery point after every {steps} steps takes {stops.save_s / (steps * chosen.step_s):.0%} of their "
-            f"time; --set cluster.recover_every={affordable} makes that {AFFORDABLE_SHARE:.0%}"
+            f"a recovery point after every {steps} steps takes {eval_and_save.save_s / (steps * chosen.step_s):.0%} of "
+            f"their time; --set cluster.recover_every={affordable} makes that {AFFORDABLE_SHARE:.0%}"
         )
 
 
 def _deadlines(chosen: Candidate) -> Iterator[str]:
-    """Say what a deadline would do where all wait for slow devices, if the method knows deadlines."""
-    method, setting = chosen.run.method, chosen.setting
-    shape, devices, profile = setting.shape, setting.devices, setting.profile
+    """Suggest a deadline where all devices wait for slow ones, if the method has deadlines."""
+    method, context = chosen.run.method, chosen.context
+    shape, devices, profile = context.shape, context.devices, context.profile
     if "pace" not in type(method).model_fields or method.is_paced:
         return
     step_s = device_step_s(chosen.run, shape, devices)
+    # The keys that a deadline excludes (RoundOptions and LteOptions refuse them) must change with it.
     needs: dict[str, Any] = {"pace": "deadline"}
     if getattr(method, "reset", "") == "none":
         needs |= {"reset": "b", "frozen_a": False}
     without = {"merge_delay": 0, "fragments": 1}
     needs |= {key: value for key, value in without.items() if getattr(method, key, value) != value}
-    paced = method.model_copy(update=needs)
+    paced = method.model_copy(update=needs)  # compared by samples a second: a deadline trains on fewer samples
     time = round_time(chosen.run.model_copy(update={"method": paced}), shape, devices, profile.link)
     gain = time.device_steps / time.round_s / (chosen.time.device_steps / chosen.time.round_s)
     if max(step_s) > PACE_MATTERS * min(step_s) and gain > 1:
@@ -164,7 +171,7 @@ def _deadlines(chosen: Candidate) -> Iterator[str]:
 
 
 def diagnostics_notes(run: Run, shape: ModelShape) -> Iterator[str]:
-    """Say what diagnostics send beside the method, and that their memory is a bound, where a run has any."""
+    """Report the bytes of diagnostics on top of the method's, and that their memory is a bound."""
     if run.train.diagnostics_every is not None:
         sent_bytes = diagnostics_exchange(run, shape).sent_bytes / run.cluster.devices
         yield (
@@ -175,9 +182,10 @@ def diagnostics_notes(run: Run, shape: ModelShape) -> Iterator[str]:
 
 
 def mended_notes(run: Run, shape: ModelShape, checkpoint: Path) -> Iterator[str]:
-    """Say where a checkpoint comes from a version of lte that computed something else from it."""
+    """Warn where a version of lte that computed other weights from a checkpoint wrote it."""
     if not run.method.frozen_format.startswith("nf4") or numerics_of(checkpoint) > 1:
         return
+    # The faulty kernel handled rows that are a multiple of 16 but not of a block of 64.
     touched = [x for x in shape.adapted if x.in_features % 64 and x.in_features % 16 == 0]
     if touched := [x for x in touched if x.out_features > 1 and x.weights > 64]:
         first = f"{touched[0].name}, {touched[0].in_features} wide" + (", and others" if len(touched) > 1 else "")
@@ -188,7 +196,7 @@ def mended_notes(run: Run, shape: ModelShape, checkpoint: Path) -> Iterator[str]
 
 
 def _faster_rival(chosen: Candidate, rival: Candidate | None) -> Iterator[str]:
-    """Say which method would be faster still, by its assumed samples: a guess that the user should know of."""
+    """Report a method that would be faster by its assumed samples; a guess, so it is not chosen."""
     if rival and rival.equivalent_wall_s < chosen.equivalent_wall_s:
         share = rival.equivalent_wall_s / chosen.equivalent_wall_s
         yield (

@@ -1,4 +1,4 @@
-"""Which number formats a profile's devices multiply in: what is refused, and what a plan tells of them; torch-free."""
+"""Check a run's autocast format against its profile, and suggest a lower format that all devices have; torch-free."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ if TYPE_CHECKING:
 
 Format = Literal["bf16", "fp16"]
 FORMATS: tuple[Format, ...] = ("bf16", "fp16")
-"""The better one first: bf16 has the range of fp32 and needs no loss scale."""
+"""Lower formats, the better one first: bf16 has the range of fp32 and needs no loss scale."""
 
 
 def check_formats(run: Run, profile: Profile) -> None:
-    """Raise InputError where the run asks for a format that a device of the profile does not multiply in."""
-    wanted = run.train.autocast
-    if wanted == "none":
+    """Raise InputError where a device of the profile has no rate for the run's autocast format."""
+    autocast = run.train.autocast
+    if autocast == "none":
         return
-    lacking = next((device for device in profile.device if not _has(device, wanted)), None)
+    lacking = next((device for device in profile.device if not _has(device, autocast)), None)
     if lacking is not None:
         common = common_formats(profile)
         other = f"train.autocast={common[0]}" if common else "train.autocast=none, it multiplies in fp32 only"
         raise InputError(
-            f"train.autocast = {wanted!r}: profile {profile.name} gives {lacking.kind} no {wanted} rate; "
+            f"train.autocast = {autocast!r}: profile {profile.name} gives {lacking.kind} no {autocast} rate; "
             f"try --set {other}"
         )
 
 
 def common_formats(profile: Profile) -> list[Format]:
-    """Return the lower formats that all devices of a profile multiply in."""
+    """Return the lower formats that all devices of a profile have a rate for."""
     return [name for name in FORMATS if all(_has(device, name) for device in profile.device)]
 
 
@@ -44,8 +44,9 @@ def _has(device: Device, name: Format) -> bool:
 def format_notes(
     chosen: Candidate | None, profile: Profile, evaluate: Callable[[Run], Candidate | Rejected]
 ) -> Iterator[str]:
-    """Say what the choice would take in the best lower format that all devices have."""
+    """Report the time and memory of the choice in the best lower format that all devices have."""
     formats = common_formats(profile)
+    # Autocast lowers fp32 only, and a run that has it needs no advice.
     if chosen is None or not formats or chosen.run.train.autocast != "none" or chosen.run.train.dtype == "fp64":
         return
     train = chosen.run.train.model_copy(update={"autocast": formats[0]})

@@ -1,4 +1,4 @@
-"""A plan's JSON: one candidate with all of its figures, as `lte plan --json` prints it and run folders keep it.
+"""Write the JSON of one candidate with all of its figures, as `lte plan --json` prints it and run folders keep it.
 
 The keys are a contract: scripts and older run folders read them, so a key is added, but never renamed or dropped.
 """
@@ -12,7 +12,7 @@ from simulate.planning.time_ranges import range_keys
 
 
 def candidate_json(candidate: Candidate) -> dict[str, Any]:
-    """Return a candidate's keys and figures; a key that its method does not have is None, or what it amounts to."""
+    """Return a candidate's keys and figures; a key that its method lacks is None or its neutral value."""
     run, method, time = candidate.run, candidate.run.method, candidate.time
     return {
         "method": method.name,
@@ -45,11 +45,11 @@ def candidate_json(candidate: Candidate) -> dict[str, Any]:
         "samples_per_s": candidate.samples_per_s,
         "wall_s": candidate.wall_s,
         "training_s": candidate.training_s,
-        "evaluations": candidate.pauses.evaluations,
-        "evaluation_s": candidate.pauses.evaluation_s,
-        "checkpoints": candidate.pauses.saves,
-        "checkpoint_bytes": candidate.pauses.save_bytes,
-        "checkpoint_s": candidate.pauses.save_s,
+        "evaluations": candidate.eval_and_save.evaluations,
+        "evaluation_s": candidate.eval_and_save.evaluation_s,
+        "checkpoints": candidate.eval_and_save.saves,
+        "checkpoint_bytes": candidate.eval_and_save.save_bytes,
+        "checkpoint_s": candidate.eval_and_save.save_s,
         "assumed_samples_factor": candidate.samples_factor,
         "equivalent_wall_s": candidate.equivalent_wall_s,
         **range_keys(candidate),

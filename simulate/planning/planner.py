@@ -1,4 +1,9 @@
-"""From (run, profile, pins) to candidates, verdicts and a choice; pure arithmetic, no torch, nothing written."""
+"""Make a plan: evaluate every candidate of the search space on a profile, reject those that do not fit, choose one.
+
+Users want to know before a run what fits and how long it takes, so this is arithmetic alone: no torch, nothing
+written, thousands of candidates in seconds. `lte plan` calls make_plan, explain calls it again for other hardware;
+`lte train` calls evaluate for the run that it is given.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +16,8 @@ from simulate.common.gc_paused import collector_paused
 from simulate.config.hardware import Device, Profile
 from simulate.config.method_table import BASELINE, METHOD_NAMES
 from simulate.config.run import Run
-from simulate.costs.eval_and_save_time import pauses
-from simulate.costs.memory import Memory, heights, host_memory_by_part, peak_memory
+from simulate.costs.eval_and_save_time import eval_and_save_time
+from simulate.costs.memory import Memory, host_memory_by_part, peak_memory, peak_profile
 from simulate.costs.message_schedule import num_rounds, sent_bytes
 from simulate.costs.samples import samples_factor
 from simulate.costs.step_time import distinct, round_time
@@ -28,12 +33,12 @@ from simulate.rules.cadence import Cadence
 PLAN_VERSION = 1
 FREE, BY_TIME = Pins(), SelectionCriteria()
 CHOSEN_FROM = ("lte", "ddp")
-"""The methods to choose from unless one is asked for; the best of each other is shown beside."""
+"""Methods to choose from unless the user names one; the best of each other method is shown for comparison."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Candidates ranked by time to equal loss, the choice, and dense training on the same hardware."""
+    """Ranked candidates, the choice, and dense training on the same hardware."""
 
     profile: Profile
     base: Run
@@ -44,7 +49,7 @@ class Plan:
     dense: Candidate | Rejected | None
     notes: tuple[str, ...]
     rivals: tuple[Candidate | Rejected, ...] = ()
-    """The best of each method that was not chosen from, or its nearest miss."""
+    """The best candidate, or nearest miss, of each method that is not in CHOSEN_FROM."""
     pins: Pins = FREE
     choice: SelectionCriteria = BY_TIME
 
@@ -76,56 +81,57 @@ class Plan:
         }
 
     def tightest_device(self) -> Device:
-        """Return the device that the choice leaves the least room on."""
+        """Return the device on which the choice leaves the least memory free."""
         assert self.chosen is not None
         run, shape = self.chosen.run, self.base.model.shape()
         return min(
             self.profile.devices(run.cluster.devices),
-            key=lambda device: device.memory_bytes - peak_memory(run, shape, device).total,
+            key=lambda device: device.usable_bytes - peak_memory(run, shape, device).total,
         )
 
     def nearest_miss(self) -> Rejected | None:
-        """Return the rejected candidate that lacks the least memory, or of those that lack none the least late."""
+        """Return the rejected candidate that lacks the least memory; among those that fit, the least late one."""
         return min(self.rejected, key=lambda rejected: rejected.missing, default=None)
 
 
 def evaluate(run: Run, profile: Profile, tokens: int, spaces_recovery: bool = False) -> Candidate | Rejected:
-    """Work out one run on a profile: its costs, and whether every device can hold it.
+    """Compute the costs of one run on a profile, and whether it fits every device.
 
-    With `spaces_recovery`, one whose recovery points are as rare as they have to be; else exactly this one.
+    With `spaces_recovery` its recovery points are spaced so that they stay affordable; else the run is not changed.
     """
     return _evaluate(run, PlanContext.of(run, profile, tokens, SelectionCriteria(), spaces_recovery))
 
 
-def _evaluate(run: Run, setting: PlanContext) -> Candidate | Rejected:
-    shape, devices, choice = setting.shape, setting.devices, setting.choice
+def _evaluate(run: Run, context: PlanContext) -> Candidate | Rejected:
+    shape, devices, choice = context.shape, context.devices, context.choice
     kinds = distinct(devices)
-    fullest = [(device, heights(run, shape, device)) for device in kinds]
-    peaks = [(device, high, high.peak()) for device, high in fullest]
-    device, high, memory = min(peaks, key=lambda peak: peak[0].memory_bytes - peak[2].total)
+    peaks = [(device, (profile := peak_profile(run, shape, device)), profile.peak()) for device in kinds]
+    # All devices must fit, so the fullest one decides.
+    device, profile, memory = min(peaks, key=lambda peak: peak[0].usable_bytes - peak[2].total)
     host_parts = host_memory_by_part(run, shape, device)
-    time, rounds = round_time(run, shape, devices, setting.profile.link), num_rounds(run)
-    stops = pauses(run, shape, kinds)
-    if setting.spaces_recovery and (
-        (every := stops.affordable_recovery(time.round_s / time.steps)) != run.cluster.recover_every
+    time, rounds = round_time(run, shape, devices, context.profile.link), num_rounds(run)
+    eval_and_save = eval_and_save_time(run, shape, kinds)
+    if context.spaces_recovery and (
+        (every := eval_and_save.affordable_recovery(time.round_s / time.steps)) != run.cluster.recover_every
     ):
-        run = _with_recovery(run, setting, every, stops.calendar.apart)
-        stops = replace(stops, calendar=Cadence.of(run))
+        run = _with_recovery(run, context, every, eval_and_save.cadence.apart)
+        eval_and_save = replace(eval_and_save, cadence=Cadence.of(run))
     candidate = Candidate(
         run=run,
-        setting=setting,
+        context=context,
         memory=memory,
-        heights=high,
+        peak_profile=profile,
         host_memory_by_part=host_parts,
         sent_bytes_per_round=sent_bytes(run, shape, run.train.steps) / rounds / run.cluster.devices,
         time=time,
-        pauses=stops,
-        wall_s=run.train.steps * time.compute_s + rounds * (time.merge_s + time.exchange_s) + stops.total_s,
-        samples_factor=samples_factor(run, shape, setting.tokens, choice.efficiency),
+        eval_and_save=eval_and_save,
+        wall_s=run.train.steps * time.compute_s + rounds * (time.merge_s + time.exchange_s) + eval_and_save.total_s,
+        samples_factor=samples_factor(run, shape, context.tokens, choice.efficiency),
     )
-    short_bytes = max(0, memory.total - device.memory_bytes)
-    # Of one memory, what is left.
-    host_room_bytes = device.host_memory_bytes or max(0, device.memory_bytes - memory.total)
+    # Memory first: time does not matter for a run that cannot start.
+    short_bytes = max(0, memory.total - device.usable_bytes)
+    # On one shared memory the host gets the bytes that the device leaves.
+    host_room_bytes = device.host_memory_bytes or max(0, device.usable_bytes - memory.total)
     host_short_bytes = max(0, sum(host_parts.values()) - host_room_bytes)
     if short_bytes or host_short_bytes:
         reasons = [_memory_reason(memory, device)] if short_bytes else []
@@ -139,10 +145,11 @@ def _evaluate(run: Run, setting: PlanContext) -> Candidate | Rejected:
     return candidate
 
 
-def _with_recovery(run: Run, setting: PlanContext, every: int, apart: int) -> Run:
-    """Return a run that saves after so many meetings, and between these points only where it was asked to."""
-    update: dict[str, Any] = {"cluster": setting.recovering(run.cluster, every)}
-    if not setting.keeps_checkpoints:
+def _with_recovery(run: Run, context: PlanContext, every: int, apart: int) -> Run:
+    """Return the run with recovery points after so many meetings, and its own checkpoints moved onto such points."""
+    update: dict[str, Any] = {"cluster": context.recovering(run.cluster, every)}
+    if not context.keeps_checkpoints:
+        # Rounded up to a whole number of recovery points, so that no checkpoint is written beside them.
         points = -(-run.train.checkpoint_every // (every * apart))
         saves_every = min(points * every * apart, run.train.steps)
         update["train"] = run.train.model_copy(update={"checkpoint_every": saves_every})
@@ -164,10 +171,13 @@ def _host_reason(parts: dict[str, int], room_bytes: int, device: Device) -> str:
 
 
 def _memory_reason(memory: Memory, device: Device) -> str:
+    # Name the largest part that a key can change; nothing in a run changes what the system reserves.
     parts = {name: size for name, size in memory.parts().items() if name != "reserved"}
     largest = max(parts, key=lambda name: parts[name])
+    headroom = device.memory_bytes - device.usable_bytes
+    kept_free = f" less {headroom / 1e9:.2f} GB of headroom" if headroom else ""
     return (
-        f"needs {memory.total / 1e9:.2f} GB, {device.kind} has {device.memory_bytes / 1e9:.2f} GB; "
+        f"needs {memory.total / 1e9:.2f} GB, {device.kind} has {device.memory_bytes / 1e9:.2f} GB{kept_free}; "
         f"most goes to {largest} ({parts[largest] / 1e9:.2f} GB)"
     )
 
@@ -181,18 +191,18 @@ def make_plan(
     notes: Sequence[str] = (),
     choice: SelectionCriteria | None = None,
 ) -> Plan:
-    """Lay out the grid around `base`, evaluate it, and choose; `base` carries every key that no pin or grid varies."""
+    """Evaluate the grid around `base` and choose; keys that neither pins nor the grid vary are those of `base`."""
     choice = choice or SelectionCriteria()
     pins = replace(pins, ranks=choice.probe.ranks(base)) if choice.probe else pins
-    check_formats(base, profile)
-    setting = PlanContext.of(base, profile, tokens, choice, "recover_every" not in base.cluster.model_fields_set)
-    shape, devices = setting.shape, setting.devices
+    check_formats(base, profile)  # before thousands of candidates are planned at a rate that is not known
+    context = PlanContext.of(base, profile, tokens, choice, "recover_every" not in base.cluster.model_fields_set)
+    shape, devices = context.shape, context.devices
     rank = rank_by(value_of(choice.objective, profile, len(devices)))
     methods = (pins.method,) if pins.method else CHOSEN_FROM
 
     def results_of(names: Sequence[str]) -> list[Candidate | Rejected]:
         runs = grid(base, shape, names, pins, tokens)
-        return [_evaluate(run, setting) for run in runs]
+        return [_evaluate(run, context) for run in runs]
 
     results = results_of(methods)
     if not results:
@@ -202,6 +212,7 @@ def make_plan(
         )
     fitting = sorted((r for r in results if isinstance(r, Candidate)), key=rank)
     rejected = tuple(r for r in results if isinstance(r, Rejected))
+    # Prefer what runs as installed: nf4 needs the extra lte[quantize].
     plain = (candidate for candidate in fitting if not needs_library(candidate.run))
     chosen = next(plain, None) or next(iter(fitting), None)
     others = METHOD_NAMES if choice.with_rivals and not pins.method else ()
@@ -217,7 +228,7 @@ def make_plan(
         chosen=chosen,
         dense=best([r for r in results if candidate_of(r).run.method.name == BASELINE], rank)
         or best(results_of(("ddp",)), rank),
-        notes=(*notes, *plan_notes(setting, base, chosen, first, rival, lambda run: _evaluate(run, setting))),
+        notes=(*notes, *plan_notes(context, base, chosen, first, rival, lambda run: _evaluate(run, context))),
         rivals=tuple(rival for rival in rivals if rival is not None),
         pins=pins,
         choice=choice,

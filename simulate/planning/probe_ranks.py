@@ -1,4 +1,4 @@
-"""Ranks to try, marks on candidates and notes that a plan takes from a probe; pure arithmetic."""
+"""Take from a probe of the network the ranks to try, marks on candidates and notes; pure arithmetic."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ class PlanProbe:
         self.path = path
         self.probe: Probe = load_probe(path)
         check_model(self.probe, shape, path)
+        # A probe describes rounds up to the length it measured, and, by an estimate, all longer ones.
         self._needs = {every: Needs.of(self.probe, every) for every in (1, LARGEST_INTEGER)}
 
     def needs(self, merge_every: int) -> Needs:
-        """Return what rounds of so many steps need, as far as the probe went."""
+        """Return the needs of rounds of so many steps; the probe distinguishes short and long rounds."""
         return self._needs[1 if merge_every <= self.probe.settings.round_steps else LARGEST_INTEGER]
 
     def ranks(self, base: Run) -> tuple[int, ...]:
@@ -33,13 +34,13 @@ class PlanProbe:
         return tuple(sorted({needs.rank(heads) for needs in self._tried(base) for heads in self._heads(base)}))
 
     def marks(self, run: Run) -> Iterator[str]:
-        """Say where a candidate's rank lies below or above what the probe found."""
+        """Yield a mark where a candidate's rank lies below or above the probe's recommendation."""
         layout = _separate_heads(run)
         if layout is not None:
             yield from self.needs(run.method.round_steps).marks(layout.rank, run.heads)
 
     def notes(self, base: Run, chosen: Run | None) -> Iterator[str]:
-        """Say what the probe recommends for the plan's devices, and where the choice stands."""
+        """Yield the probe's recommendations for the plan's devices, and how the choice compares with them."""
         probe, devices = self.probe, base.cluster.devices
         settings = probe.settings
         for needs in self._tried(base):
@@ -72,7 +73,7 @@ class PlanProbe:
 
     def _tried(self, base: Run) -> list[Needs]:
         """Return the needs of the rounds that the plan tries, shorter ones first."""
-        rounds: Sequence[int] = MERGE_EVERY
+        rounds: Sequence[int] = MERGE_EVERY  # the values of the search space, unless the user set one
         if _separate_heads(base) is not None and "merge_every" in base.method.model_fields_set:
             rounds = (base.method.round_steps,)
         return list(dict.fromkeys(self.needs(every) for every in rounds))

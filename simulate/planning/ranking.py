@@ -1,4 +1,4 @@
-"""The order of a plan's candidates: what the objective makes of each, and which comes first."""
+"""Order a plan's candidates by its objective."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ Rank = Callable[[Candidate], tuple[float, ...]]
 
 
 def hourly_price(profile: Profile, devices: int) -> float | None:
-    """Return what an hour of all devices and the server costs; None where a device has no price."""
+    """Return the price of an hour of all devices and the server; None where a device has no price."""
     prices = [device.price_per_hour for device in profile.devices(devices)]
+    # One unknown price makes the sum unknown; a server without one is taken for free.
     known = [price for price in prices if price is not None]
     server = profile.server.price_per_hour if profile.server else None
     return sum(known) + (server or 0.0) if len(known) == len(prices) else None
@@ -39,12 +40,12 @@ def value_of(objective: Objective, profile: Profile, devices: int) -> Callable[[
 
 
 def rank_by(value: Callable[[Candidate], float]) -> Rank:
-    """Return the key to sort by; at an equal value less time and the smaller footprint win, never the grid's order."""
+    """Return the key to sort by; ties go to less time, then memory, then bytes, so the grid's order never decides."""
     return lambda c: (value(c), c.equivalent_wall_s, c.memory.total, c.sent_bytes_per_round)
 
 
 def best(results: Sequence[Candidate | Rejected], rank: Rank) -> Candidate | Rejected | None:
-    """Return the first of those that fit, or else the nearest miss."""
+    """Return the best candidate that fits, or else the nearest miss."""
     fitting = [r for r in results if isinstance(r, Candidate)]
     misses = [r for r in results if isinstance(r, Rejected)]
     nearest = min(misses, key=lambda r: r.missing, default=None)

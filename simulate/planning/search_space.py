@@ -1,4 +1,8 @@
-"""The candidates of a plan: every method with the values of its keys that are worth trying."""
+"""Generate the runs that a plan compares: every method with the values of its keys that are worth trying.
+
+Methods list these values themselves (`axes` of their plans), so a new method needs no change here. The planner calls
+grid; what_if calls train_for to give other numbers of devices the same tokens.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from simulate.config.method_options import DEFAULT_SCALE, AdapterOptions, MethodOptions
+from simulate.config.method_options import DEFAULT_SCALE, MethodOptions
 from simulate.config.method_table import default_options
 from simulate.config.run import Run
 from simulate.config.tables import Train
@@ -20,28 +24,29 @@ MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class Pins:
-    """Settings that the user fixed; None leaves the planner free."""
+    """Settings that the user fixed; the planner varies those that are None."""
 
     method: str | None = None
     keys: frozenset[str] = frozenset()
-    """Keys of [method] that were given; their values are the base run's."""
+    """Keys of [method] that the user set; their values are in the base run."""
     micro_batch: int | None = None
     activation_checkpointing: bool | None = None
     ranks: tuple[int, ...] = ()
-    """Ranks of lte to try beside the grid's."""
+    """Ranks that a probe recommends, tried with those of the method's axes."""
 
 
 def grid(base: Run, shape: ModelShape, methods: Sequence[str], pins: Pins, tokens: int) -> Iterator[Run]:
-    """Yield the runs of some methods around `base`, which carries every key that no pin or axis varies."""
+    """Yield the runs of `methods` to compare; keys that neither pins nor axes vary are those of `base`."""
     checkpointing = (False, True) if pins.activation_checkpointing is None else (pins.activation_checkpointing,)
-    if isinstance(base.model, FactoryModel):
+    if isinstance(base.model, FactoryModel):  # recomputation needs blocks that we know
         checkpointing = (False,)
+    # Heads share a batch equally, so a pinned number of heads must divide every batch.
     unit = getattr(base.method, "heads_per_device", 1) if "heads_per_device" in pins.keys else 1
     micro_batches = (pins.micro_batch,) if pins.micro_batch else [unit * size for size in MICRO_BATCHES]
     options = [option for name in methods for option in _options(base, shape, name, pins)]
     for micro_batch, recompute in itertools.product(micro_batches, checkpointing):
         train = train_for(base, micro_batch, recompute, tokens)
-        if train.warmup_steps >= train.steps:
+        if train.warmup_steps >= train.steps:  # as Run refuses it; copies skip its validation
             continue
         for method in options:
             if micro_batch % getattr(method, "heads_per_device", 1):
@@ -50,32 +55,37 @@ def grid(base: Run, shape: ModelShape, methods: Sequence[str], pins: Pins, token
 
 
 def _options(base: Run, shape: ModelShape, name: str, pins: Pins) -> Iterator[MethodOptions]:
-    """Vary what is not pinned; ranks reach up to the smallest layer dimension."""
+    """Yield a method's options with every combination of values that the user left open."""
     ours = base.method.name == name
+    # The base run's method keeps the user's keys; every other one starts from its defaults.
     start = plan_of(base.method if ours else default_options(name)).fitted(base.cluster.devices)
     plan = plan_of(start)
     axes = {key: values for key, values in plan.axes.items() if not (ours and key in pins.keys)}
-    if "rank" in axes and isinstance(start, AdapterOptions):
+    if "rank" in axes and plan.adapters(base.cluster.devices) is not None:
+        # A pair has no more directions than its layer's smaller side; try that side where all ranks exceed it.
         limit = min(min(linear.in_features, linear.out_features) for linear in shape.adapted)
         tried = sorted({*axes["rank"], *pins.ranks}) if plan.has_separate_heads else axes["rank"]
         axes["rank"] = [rank for rank in tried if rank <= limit] or [limit]
-    if base.cluster.devices == 1 and "merge_transport" in axes:
+    if base.cluster.devices == 1 and "merge_transport" in axes:  # nothing travels, so all transports cost the same
         axes["merge_transport"] = axes["merge_transport"][:1]
+    scales_alpha = "alpha" in type(start).model_fields and not (ours and "alpha" in pins.keys)
     for values in itertools.product(*axes.values()):
         update = dict(zip(axes, values, strict=True))
-        if "rank" in update and isinstance(start, AdapterOptions) and not (ours and "alpha" in pins.keys):
+        if "rank" in update and scales_alpha:  # the same scale alpha / rank at every rank
             update["alpha"] = DEFAULT_SCALE * update["rank"]
         method = start.model_copy(update=update)
+        # Copies skip validation, so combinations that a run would refuse are dropped here.
         if method.round_steps % method.merges_per_round == 0 and plan_of(method).is_valid():
             yield method
 
 
 def train_for(base: Run, micro_batch: int, recompute: bool, tokens: int) -> Train:
-    """Return base.train with a batch, the steps that train on `tokens` with it, and what follows from the steps."""
+    """Return base.train with another batch, the steps that train on `tokens`, and the keys that depend on the steps."""
     tokens_per_step = base.tokens_per_step // base.train.micro_batch * micro_batch
     steps = max(1, math.ceil(tokens / tokens_per_step))
     every = max(1, steps // 10)
     given = base.train.model_fields_set
+    # A warm-up of 5 %, ten evaluations and five checkpoints, unless the user set these keys.
     derived = {
         "steps": steps,
         "warmup_steps": min(steps // 20, 2000),

@@ -1,4 +1,4 @@
-"""How far planned times may be off: from what the profile's figures are, and the samples model's own range."""
+"""Compute the ranges of planned times, from the profile's margins and the range of the samples model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from simulate.planning.candidate import Candidate
 def time_range(candidate: Candidate, compute_s: float, exchange_s: float) -> tuple[float, float]:
     """Return the shortest and the longest that compute and an exchange may take together."""
     margins = candidate.margins
+    # Compute and links are measured apart, so each has a margin of its own.
     low_s = compute_s / margins.compute + exchange_s / margins.exchange
     return low_s, compute_s * margins.compute + exchange_s * margins.exchange
 
@@ -34,6 +35,7 @@ def equivalent_range(candidate: Candidate) -> tuple[float, float]:
 def _equivalent_range(
     candidate: Candidate, wall_s: tuple[float, float], samples: tuple[float, float]
 ) -> tuple[float, float]:
+    # Skipped steps, and tokens that whole steps round up, change the time by a factor without uncertainty.
     share = candidate.equivalent_wall_s / (candidate.wall_s * candidate.samples_factor)
     return wall_s[0] * samples[0] * share, wall_s[1] * samples[1] * share
 

@@ -1,4 +1,9 @@
-"""The choice on a timeline: how rounds go, how many devices are worth it, which link to upgrade, what churn costs."""
+"""Simulate a plan's choice on a timeline, and answer what other hardware would change.
+
+The closed forms of a plan assume equal, steady devices. Here rounds are simulated with each device's jitter and
+absences, and again with more devices, better links and faster devices, to show which purchase pays. `lte plan
+--timeline` calls look_ahead.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +23,24 @@ from simulate.timeline.churn import away_share, redo_factor
 from simulate.timeline.engine import Timeline, simulate
 
 ROUNDS = 100
-"""Rounds to simulate, unless others are asked for."""
+"""Rounds to simulate unless the user asks for another number."""
 COMPARED_ROUNDS = 20
 """Rounds to simulate of each alternative."""
 WORTH_GAIN = 1.1
-"""Doubling the devices is worth it while it makes the run this many times as fast."""
+"""Smallest speedup at which doubling the devices is worth it."""
 MOST_DEVICES = 2**17
+"""Most devices that doublings reach."""
 UPGRADE_MATTERS = 1.01
+"""Smallest speedup of an upgrade that is reported."""
 CHURN_PER_HOUR, JOIN_S = 0.02, 60.0
-"""What churn is priced at, and how long a device takes to come back where the profile says nothing."""
+"""Assumed chance that a device leaves within an hour, and seconds until it is back where the profile has none."""
 DRAWN_DEVICES, DRAWN_ROUNDS = 6, 3
+"""Most devices and rounds that the chart shows."""
 
 
 @dataclass(frozen=True)
 class Doubling:
-    """The same method on twice the devices of the row before."""
+    """The same method on twice the devices of the previous row."""
 
     devices: int
     equivalent_wall_s: float
@@ -41,7 +49,7 @@ class Doubling:
 
 @dataclass(frozen=True)
 class Upgrade:
-    """One figure of the profile, twice as good."""
+    """One figure of the profile, doubled (a latency: halved), and the run's speedup."""
 
     what: str
     speedup: float
@@ -49,32 +57,32 @@ class Upgrade:
 
 @dataclass(frozen=True)
 class Churn:
-    """Cost of devices that leave; both factors are of the time of a run that none leaves."""
+    """Cost of devices that leave; both factors multiply the time of a run that no device leaves."""
 
     leave_per_hour: float
     join_s: float
     elastic_factor: float
-    """Where the others go on."""
+    """Factor where the other devices continue without the lost one."""
     redo_factor: float | None
-    """Where a round in which somebody leaves is done again, as launched runs do; None: it never ends."""
+    """Factor where a round with a loss is repeated, as launched runs do; None where the run would never end."""
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """All that --timeline answers."""
+    """All answers of --timeline."""
 
     timeline: Timeline
     planned_s: float
-    """The closed form's seconds of the same rounds: equal devices, no jitter, nobody leaves."""
+    """Seconds of the same rounds by the closed form: no jitter, and no device leaves."""
     run_wall_s: float
-    """The whole run: rounds at the simulated pace, evaluations and checkpoints."""
+    """Seconds of the whole run: rounds at the simulated pace, evaluations and checkpoints."""
     doublings: tuple[Doubling, ...]
     worth_devices: int
     upgrades: tuple[Upgrade, ...]
     churn: Churn
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as the plan's JSON has it."""
+        """Return the answers as the plan's JSON has them."""
         timeline = self.timeline
         return {
             "devices": timeline.devices,
@@ -96,18 +104,19 @@ class Outlook:
 
 
 def look_ahead(plan: Plan, chosen: Candidate, rounds: int) -> Outlook:
-    """Simulate the choice's first rounds, and its alternatives."""
+    """Simulate the choice's first rounds, and those of its alternatives."""
     run, profile = chosen.run, plan.profile
     devices = profile.devices(run.cluster.devices)
     drawn = representatives(devices)
     timeline = simulate(run, devices, profile.link, rounds, drawn, DRAWN_ROUNDS)
     steps = run.model_copy(update={"train": run.train.model_copy(update={"steps": timeline.steps})})
+    time = round_time(steps, run.model.shape(), devices, profile.link)
     doublings = tuple(_doublings(chosen, profile, devices))
     worth = [doubling.devices for doubling in doublings if doubling.gain >= WORTH_GAIN]
     return Outlook(
         timeline=timeline,
-        planned_s=_closed_form_s(steps, devices, profile.link),
-        run_wall_s=timeline.wall_s * run.train.steps / timeline.steps + chosen.pauses.total_s,
+        planned_s=timeline.steps * time.compute_s + num_rounds(steps) * (time.merge_s + time.exchange_s),
+        run_wall_s=timeline.wall_s * run.train.steps / timeline.steps + chosen.eval_and_save.total_s,
         doublings=doublings,
         worth_devices=max(worth, default=len(devices)),
         upgrades=tuple(sorted(_upgrades(run, devices, profile.link), key=lambda upgrade: -upgrade.speedup)),
@@ -117,6 +126,7 @@ def look_ahead(plan: Plan, chosen: Candidate, rounds: int) -> Outlook:
 
 def representatives(devices: Sequence[Device]) -> list[int]:
     """Return a few devices to draw: the first of each kind, then others evenly spread."""
+    # Reversed, so that the first device of a kind is the last one written.
     firsts = list({device.kind: index for index, device in reversed(list(enumerate(devices)))}.values())
     count = min(DRAWN_DEVICES, len(devices))
     spread = [index * len(devices) // count for index in range(count)]
@@ -124,26 +134,23 @@ def representatives(devices: Sequence[Device]) -> list[int]:
     return sorted(chosen)
 
 
-def _closed_form_s(run: Run, devices: Sequence[Device], link: Link) -> float:
-    time = round_time(run, run.model.shape(), devices, link)
-    return run.train.steps * time.compute_s + num_rounds(run) * (time.merge_s + time.exchange_s)
-
-
 def _equivalent_s(chosen: Candidate, devices: Sequence[Device], link: Link) -> float:
-    """Seconds to equal loss of the choice's method on other devices; the batch grows with them, the tokens do not."""
+    """Return the seconds to equal loss on other devices, with a batch that grows with them and the same tokens."""
     cluster = chosen.run.cluster.model_copy(update={"devices": len(devices)})
     run = chosen.run.model_copy(update={"cluster": cluster})
     train = train_for(run, run.train.micro_batch, run.train.activation_checkpointing, chosen.tokens)
     run = run.model_copy(update={"train": train})
     timeline = simulate(run, devices, link, COMPARED_ROUNDS)
+    # Devices that skip or repeat steps train on fewer samples; the time grows by what is missing.
     trained = timeline.device_steps / len(devices) * run.tokens_per_step
     samples = samples_factor(run, run.model.shape(), chosen.tokens, chosen.efficiency)
     return timeline.wall_s * samples * chosen.tokens / trained
 
 
 def _doublings(chosen: Candidate, profile: Profile, devices: tuple[Device, ...]) -> Iterator[Doubling]:
-    """Yield twice as many devices, and again, until that is worth less than it has to be."""
+    """Yield twice as many devices, and again, until a doubling is not worth it."""
     before_s, gain = _equivalent_s(chosen, devices, profile.link), WORTH_GAIN
+    # Shards and given steps list one number a device, so they fix the number of devices.
     fixed = chosen.run.data.shards is not None or chosen.run.method.given_steps is not None
     while not fixed and gain >= WORTH_GAIN and 2 * len(devices) <= MOST_DEVICES:
         devices = devices * 2
@@ -153,16 +160,18 @@ def _doublings(chosen: Candidate, profile: Profile, devices: tuple[Device, ...])
 
 
 def _upgrades(run: Run, devices: Sequence[Device], link: Link) -> Iterator[Upgrade]:
-    """Yield every figure that could be twice as good, with what that does for the run."""
+    """Yield each figure of links and devices with the speedup of doubling it."""
     before_s = simulate(run, devices, link, COMPARED_ROUNDS).wall_s
     rates = [key for key, rate in link if key.endswith("bytes_per_s") and rate is not None]
     changes: dict[str, dict[str, float]] = {f"link.{key} x 2": {key: 2 * getattr(link, key)} for key in rates}
+    # Either direction alone is often no upgrade: both carry a merge.
     both = ("up_bytes_per_s", "down_bytes_per_s")
     changes["link.up_bytes_per_s and down_bytes_per_s x 2"] = {key: 2 * getattr(link, key) for key in both}
     changes["link.latency_s / 2"] = {"latency_s": link.latency_s / 2}
     for what, update in changes.items():
         after_s = simulate(run, devices, link.model_copy(update=update), COMPARED_ROUNDS).wall_s
         yield Upgrade(what, before_s / after_s)
+    # One copy a kind, since costs group devices by id().
     kinds = {id(device): device.model_copy(update=_twice_as_fast(device)) for device in devices}
     faster = [kinds[id(device)] for device in devices]
     yield Upgrade("devices twice as fast", before_s / simulate(run, faster, link, COMPARED_ROUNDS).wall_s)
@@ -177,7 +186,7 @@ def _twice_as_fast(device: Device) -> dict[str, Any]:
 
 
 def _churn(devices: Sequence[Device], timeline: Timeline) -> Churn:
-    """Price churn for the run's rounds as they are simulated, by expectation (simulate/timeline/churn.py)."""
+    """Return the expected cost of churn for rounds of the simulated length (simulate/timeline/churn.py)."""
     join_s = max(device.join_s for device in devices) or JOIN_S
     redo = redo_factor(CHURN_PER_HOUR, join_s, timeline.round_s, len(devices))
     elastic = 1 / (1 - away_share(CHURN_PER_HOUR, join_s, timeline.round_s))

@@ -56,6 +56,7 @@ class Needs:
         A network that the warm-up did not change needs one direction.
         """
         settings = probe.settings
+        # A round longer than the measured one needs more directions: the whole warm-up is the nearest figure.
         longer = merge_every is not None and merge_every > settings.round_steps
         updates = [layer.update for layer in probe.layers if layer.update] if longer else round_updates(probe)
         return cls(
@@ -81,7 +82,7 @@ class Needs:
 
     def rank(self, heads: int) -> int:
         """Return the recommended rank of one of so many heads."""
-        needed = max(self.together(heads), self.most)
+        needed = max(self.together(heads), self.most)  # k_99 together, and k_90 alone
         return min(self.limit, math.ceil(needed / ROUNDED_TO) * ROUNDED_TO)
 
     def marks(self, rank: int, heads: int) -> Iterator[str]:

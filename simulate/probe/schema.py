@@ -166,6 +166,7 @@ class Probe(toml_io.Schema):
 
 def shapes_fingerprint(shape: ModelShape) -> str:
     """Return a hex digest of a network's tensors and adapted layers: equal for equal shapes under any name."""
+    # Without the network's name: a factory may build the shapes of a network of ours.
     tensors = [(tensor.kind, tensor.shape) for tensor in shape.tensors]
     adapted = [(linear.name, linear.out_features, linear.in_features, linear.count) for linear in shape.adapted]
     return hashlib.sha256(repr((tensors, adapted)).encode()).hexdigest()

@@ -118,7 +118,7 @@ def probe_run(run: Run, batches: Batches, device: torch.device, source: str, num
     start = trained.snapshot()
     initial = _gradients(run, trained.weights(), adapted, _parts(run, batches, device, 0, num_batches), 0)
     log(f"{warmup_steps} dense steps")
-    trained.take(range(warmup_steps - steps))
+    trained.take(range(warmup_steps - steps))  # up to the last round
     round_start = trained.snapshot() if steps < warmup_steps else start
     trained.take(range(warmup_steps - steps, warmup_steps))
     log(f"gradients of {num_batches} batches after them")
@@ -200,6 +200,7 @@ class _Trained:
     def __init__(
         self, run: Run, batches: Batches, device: torch.device, network: nn.Module, adapted: Sequence[AdaptedWeight]
     ) -> None:
+        # The method's own options do not matter: gradients and updates of full weights are measured.
         dense = run.model_copy(update={"method": default_options(BASELINE)})
         self.batches, self.device, self.adapted = batches, device, adapted
         self.devices = range(run.cluster.devices)
@@ -266,6 +267,7 @@ class Spread:
         figures = noise_figures(squares / count, total / count**2, samples, samples * count, 1)
         if not figures:
             raise RunFailedError("gradients are not finite; try a lower --set train.learning_rate")
+        # |S|²/n²: the squared norm of the mean gradient, of which |G|² is the signal.
         measured_square, scale = total / count**2, figures.get("noise_scale_samples")
         low, high = (None, None) if scale is None else self._range(scale, samples)
         share = figures["gradient_square"] / measured_square if measured_square > 0 else 0.0
@@ -283,12 +285,14 @@ class Spread:
         count, squares, total = len(self.squares), math.fsum(self.squares), math.fsum(self.products)
         logarithms, left = [], count - 1
         for square, product in zip(self.squares, self.products, strict=True):
+            # Without gradient i: Σ|g|² − |g_i|², and |S − g_i|² = |S|² − 2·S·g_i + |g_i|².
             small, big = (squares - square) / left, (total - 2 * product + square) / left**2
             other = noise_figures(small, big, samples, samples * left, 1).get("noise_scale_samples")
             if not other:
                 return None, None
             logarithms.append(math.log(other))
         mean = math.fsum(logarithms) / count
+        # se² = (n − 1)/n·Σ_i (ln B_i − mean)² (Tukey 1958)
         error = math.sqrt(left / count * math.fsum((x - mean) ** 2 for x in logarithms))
         factor = math.exp(min(700.0, STANDARD_ERRORS * error))  # exp overflows from 710 on
         return scale / factor, scale * factor

@@ -1,6 +1,7 @@
-"""The steps after which the devices of a launched run meet, evaluate and save: after merges, or every tenth step.
+"""Decide after which steps the devices of a launched run meet, evaluate and save.
 
-Training asks it step by step; plans and the simulated clock count with it, so that both agree to the step.
+Devices agree on one model only at a merge, so they evaluate and save there; methods without merges meet every tenth
+step. The training loop asks step by step; plans and the simulated clock count with it, so that all agree to the step.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from functools import cached_property, lru_cache
 from simulate.config.run import Run
 
 MEETING_STEPS = 10
-"""Steps from one meeting to the next where the method exchanges at every step and has no merges to meet at."""
+"""Steps from one meeting to the next for methods that exchange at every step and have no merges."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Cadence:
     apart: int
     """Steps from one meeting to the next."""
     late: int
-    """Steps that a meeting is behind its multiple of `apart`."""
+    """Steps of a meeting after its multiple of `apart`: a delayed merge arrives so much later."""
     evaluate_every: int
     checkpoint_every: int
     recover_steps: int
@@ -41,24 +42,25 @@ class Cadence:
 
     def meets(self, step: int) -> bool:
         """Whether the devices meet after a step."""
+        # A delayed merge arrives `late` steps after its multiple of `apart`, so none does in the first `late` steps.
         return step == self.steps or (step % self.apart == self.late % self.apart and step > self.late)
 
     def is_due(self, step: int, every: int) -> bool:
-        """Whether a multiple of `every` has gone by since the meeting before a step."""
+        """Whether a multiple of `every` has passed since the meeting before a step."""
         before = max(0, (step - 1 - self.late) // self.apart * self.apart + self.late)
         return step // every > before // every
 
     def evaluates(self, step: int) -> bool:
-        """Whether there is an evaluation after a step."""
+        """Whether an evaluation follows a step."""
         return step == self.steps or (self.meets(step) and self.is_due(step, self.evaluate_every))
 
     def saves(self, step: int) -> bool:
-        """Whether a checkpoint is saved after a step: as often as the run says, and to recover from."""
+        """Whether a checkpoint follows a step: as often as the run says, and at recovery points in between."""
         if step == self.steps:
             return True
         if not self.meets(step):
             return False
-        # At a meeting, no later than this one.
+        # The last checkpoint that train.checkpoint_every asks for; recovery points are counted from there on.
         asked = self._meeting_of(step // self.checkpoint_every * self.checkpoint_every)
         return (step - max(asked, self.late)) % self.recover_steps == 0
 
@@ -69,6 +71,7 @@ class Cadence:
     @cached_property
     def num_evaluations(self) -> int:
         """Evaluations of the whole run."""
+        # At most one evaluation a meeting, and at most one for each multiple of evaluate_every.
         last = (self.steps - 1 - self.late) // self.apart * self.apart + self.late  # before the end
         before = 0 if last <= 0 else min((last - self.late) // self.apart, last // self.evaluate_every)
         return before + 1
@@ -76,11 +79,12 @@ class Cadence:
     @cached_property
     def num_saves(self) -> int:
         """Checkpoints of the whole run."""
-        if self.checkpoint_every <= self.apart:  # at every meeting
+        if self.checkpoint_every <= self.apart:  # every meeting has one
             return max(0, (self.steps - 1 - self.late) // self.apart) + 1
+        # Between two checkpoints that were asked for, recovery points follow the first of them at equal distances.
         multiples = range(0, self.steps, self.checkpoint_every)
         asked = sorted({meeting for step in multiples if (meeting := self._meeting_of(step)) < self.steps})
-        saves = len(asked)  # the start is none, the end is one
+        saves = len(asked)  # `asked` has the start, which saves nothing, and lacks the end, which does
         for start, end in zip(asked, [*asked[1:], self.steps], strict=True):
             saves += max(0, -(-(end - max(start, self.late)) // self.recover_steps) - 1)
         return saves
@@ -88,14 +92,19 @@ class Cadence:
 
 @lru_cache(maxsize=256)
 def _cadence(*figures: int) -> Cadence:
-    """Return one object for all runs of the same figures, whose counts are then worked out once."""
+    """Return one object for all runs of the same figures, so that its cached counts are computed once."""
     return Cadence(*figures)
 
 
 EVALUATION_BATCH = 16
-"""Samples in one forward pass of an evaluation, at most."""
+"""Most samples in one forward pass of an evaluation."""
 
 
-def evaluation_batch(micro_batch: int) -> int:
-    """Return the samples of one forward pass, no more than a step's: what fits a step fits here."""
-    return micro_batch if micro_batch < EVALUATION_BATCH else EVALUATION_BATCH
+def evaluation_batch(micro_batch: int, is_cast: bool) -> int:
+    """Return the samples of one forward pass of an evaluation: what fits a step fits here.
+
+    Evaluations run without autocast, so their logits take twice the room of those of a step that is cast to half
+    precision. Half the samples fit that room; more would have an allocator take new room beside it.
+    """
+    samples = min(micro_batch, EVALUATION_BATCH)
+    return max(1, samples // 2) if is_cast else samples

@@ -1,10 +1,10 @@
-"""How much of a run diagnostics look at."""
+"""Limits of what diagnostics look at; the program and the forecast of its memory and bytes share them."""
 
 from __future__ import annotations
 
 DIRECTIONS = 8
-"""Leading singular vectors that subspaces are made of."""
+"""Leading singular vectors of the subspaces that are compared."""
 SAMPLED_HEADS = 8
-"""Heads of which all pairs are compared."""
+"""Most heads that are compared; all pairs of them are."""
 NOISE_BATCHES = 4
-"""Batches behind one estimate of the gradient noise scale."""
+"""Batches for one estimate of the gradient noise scale."""

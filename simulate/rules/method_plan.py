@@ -1,7 +1,8 @@
-"""The forecast of a method, as costs and planning ask for it; each method answers in simulate/methods/NAME/plan.py.
+"""The Protocol that every method's plan fulfils: all questions that costs and planning ask about a method.
 
-Costs work with these answers alone and import no method. `plan_of` finds the plan of a run's method, also of one from
-outside this package. Torch-free.
+Costs use these answers alone and import no method, so a new method needs no change in them. Each method answers in
+simulate/methods/NAME/plan.py; `plan_of` finds the plan of a run's method, also of one from outside this package.
+Torch-free.
 
 Letters: N devices, T steps of a round, R rank, e bytes of an element.
 """
@@ -28,29 +29,31 @@ class PeriodicExchange:
     every: int = 1
     until: int | None = None
     at_end: bool = False
-    """Also after the run's last step."""
+    """Whether it also happens after the run's last step."""
     hidden_steps: int = 0
-    """Steps of compute that go on while it travels; after the run's last step there are none."""
+    """Steps of compute that overlap it; none overlap an exchange after the run's last step."""
 
     def happens(self, step: int, last_step: int) -> bool:
-        """Whether it takes place after `step` of a run of `last_step`."""
+        """Whether it happens after `step` of a run of `last_step` steps."""
         if self.at_end and step == last_step:
             return True
         return self.first <= step <= (self.until or step) and (step - self.first) % self.every == 0
 
     def times(self, steps: int, last_step: int) -> int:
-        """Return how often it takes place in the first `steps` of a run of `last_step` steps."""
+        """Return how often it happens in the first `steps` of a run of `last_step` steps."""
         reached = min(steps, self.until or steps)
         regular = max(0, (reached - self.first) // self.every + 1)
+        # The end counts once more only where no regular exchange falls on it.
         extra = self.at_end and steps == last_step and (steps < self.first or (steps - self.first) % self.every != 0)
         return regular + extra
 
     def hidden(self, last_step: int) -> Iterator[tuple[int, int]]:
-        """Yield how often it takes place in a run, and the steps of compute that go on while it travels then."""
+        """Yield pairs: a number of exchanges in a run, and the steps of compute that overlap each of them."""
         if not self.hidden_steps:
             yield self.times(last_step, last_step), 0
             return
-        # An exchange that nobody waits for at the run's end, like a last stale gradient, is as hidden as all others.
+        # Close to the run's end fewer steps are left to overlap. Without `at_end` nobody waits there for what is still
+        # under way, such as the last stale gradient, so that all exchanges are hidden alike.
         late = range(max(1, last_step - self.hidden_steps + 1) if self.at_end else last_step + 1, last_step + 1)
         cut = [last_step - step for step in late if self.happens(step, last_step)]
         yield self.times(last_step, last_step) - len(cut), self.hidden_steps
@@ -64,8 +67,8 @@ def merge_every(exchange: Exchange, every: int, hidden_steps: int = 0) -> Period
 
 
 def staggered(exchanges: Sequence[Exchange], every: int, hidden_steps: int) -> tuple[PeriodicExchange, ...]:
-    """Return one fragment's exchange after the other, each every T steps, T / fragments apart; all after the last."""
-    apart = every // len(exchanges)
+    """Return the fragments' exchanges: each every T steps, T / fragments after the one before, all at the run's end."""
+    apart = every // len(exchanges)  # divides evenly: FragmentOptions checks it
     return tuple(
         PeriodicExchange(exchange, first=apart * (index + 1), every=every, at_end=True, hidden_steps=hidden_steps)
         for index, exchange in enumerate(exchanges)
@@ -77,30 +80,30 @@ class AdapterLayout:
     """The low-rank pairs that one device holds of each adapted layer."""
 
     rank: int
-    """Of one head."""
+    """Rank of one head."""
     held_rank: int
-    """Of all pairs that the device holds and trains."""
+    """Sum of the ranks of all pairs that the device holds and trains."""
     row_rank: int
-    """That one row of activations passes through."""
+    """Rank that one row of activations passes through."""
     heads: int = 1
-    """Parts of the batch that pass through pairs of their own."""
+    """Parts of the batch, each of which passes through its own pair."""
     stacked: int = 1
-    """Pairs that lie side by side in one parameter, each with moments of its own."""
+    """Pairs stacked in one parameter, each with its own moments."""
     frozen_a: bool = False
     """Whether B alone is trained."""
     subtracts: bool = False
     """Whether the product at the last merge is kept and subtracted in every pass."""
     idle_rank: int = 0
-    """Rank of the pairs that a step leaves out, which then have no gradient."""
+    """Sum of the ranks of pairs that a step skips, which therefore have no gradient."""
     frozen_kinds: frozenset[str] = frozenset()
-    """Kinds of parameters beside adapters that nobody trains."""
+    """Kinds of parameters without adapters that are not trained."""
     draws_jointly: bool = False
-    """Whether the A of all heads come from one draw."""
+    """Whether the A of all heads come from one joint draw."""
 
 
 @dataclass(frozen=True)
 class ExchangeContext:
-    """One device's part of an exchange, as its buffers depend on it."""
+    """The figures that one device's buffers depend on while it exchanges."""
 
     shape: ModelShape
     devices: int
@@ -109,7 +112,7 @@ class ExchangeContext:
     element_bytes: int
     muon: bool
     eight_bit_step: int
-    """Bytes of working memory of an optimizer step whose moments have 8 bits."""
+    """Bytes of working memory of an optimizer step with 8-bit moments; 0 where moments are kept in full."""
 
     @property
     def sizes(self) -> list[int]:
@@ -118,10 +121,10 @@ class ExchangeContext:
 
 
 class MethodPlan(Protocol):
-    """The answers of one method's plan; simulate.methods.plans has defaults for most of them."""
+    """The plan of one method; simulate.methods.plans has default answers for most questions."""
 
     axes: ClassVar[Mapping[str, Sequence[Any]]]
-    """Values worth trying of the keys that the user left open."""
+    """Values worth trying, by key of [method] that the user left open."""
 
     def __init__(self, options: Any) -> None: ...
 
@@ -130,11 +133,11 @@ class MethodPlan(Protocol):
         """Return everything that N > 1 devices exchange."""
 
     def exchange_phases(self, context: ExchangeContext) -> Iterable[Phase]:
-        """Yield the moments of gradient exchanges and merges that can be a device's peak."""
+        """Yield the phases of gradient exchanges and merges in which a device's memory can peak."""
 
     # What a device holds.
     shares_state: bool
-    """Whether all devices hold equal weights and moments, so that a simulation keeps them once."""
+    """Whether all devices hold equal weights and moments, so that a simulation stores them once."""
 
     starts_dense: bool
     """Whether the run begins with dense steps, which hold more than those that follow."""
@@ -143,87 +146,87 @@ class MethodPlan(Protocol):
         """Return the pairs of each adapted layer; None where every weight is trained."""
 
     def extra_elements(self, shape: ModelShape, devices: int) -> int:
-        """Return the elements of error feedback, outer momentum, weights and gradients of other steps."""
+        """Return the elements of the method's own state: error feedback, outer momentum, old weights and gradients."""
 
     full_copies: int
     """Full-precision copies of the adapted weights that merges need beside the frozen ones."""
 
     drops_moments: Literal["none", "adapters", "all"]
-    """The moments that a merge zeroes."""
+    """Optimizer moments that a merge zeroes."""
 
     drops_at_once: bool
-    """Whether a merge that drops moments does so right away, of all layers."""
+    """Whether a merge frees the moments of all layers at once, not one layer after the other."""
 
     def evaluation_weights(self) -> WeightMaterialisation:
-        """Return how an evaluation comes to weights."""
+        """Return how an evaluation computes the weights of adapted layers."""
 
     # What diagnostics see.
     def separate_tensors(self, shape: ModelShape, devices: int) -> Sequence[ParameterShape]:
-        """Return the parameters that devices train whole, and apart from one another between merges."""
+        """Return the parameters without adapters that differ between devices until a merge."""
 
     has_separate_heads: bool
-    """Whether each device's pairs train apart from all others' between merges, as LTE's heads do."""
+    """Whether each device trains pairs of its own between merges, as LTE's heads do."""
 
     def separate_copies(self, devices: int) -> int:
-        """Return how many different copies of such parameters there are before a merge."""
+        """Return how many different copies of these parameters exist before a merge."""
 
     def last_merge_elements(self, shape: ModelShape, devices: int) -> int:
-        """Return the elements of the last merge that diagnostics keep for themselves."""
+        """Return the elements of the last merge that diagnostics store to compare the next one with."""
 
     # What it computes.
     def dense_share(self, steps: int) -> float:
-        """Return the share of a run's steps that train all weights although others train adapters."""
+        """Return the share of a run's steps that train all weights, as a warm start before adapters does."""
 
     def update_flops(self, shape: ModelShape) -> float:
-        """Return the operations that compression makes of one step's gradients."""
+        """Return the operations of compressing one step's gradients."""
 
     def merge_flops(self, shape: ModelShape, devices: int) -> float:
         """Return one device's operations in a round's merges."""
 
     compresses_gradients: bool
-    """Whether a step compresses gradients one element at a time."""
+    """Whether a step compresses gradients element by element, which costs memory traffic instead of products."""
 
     def merge_elements_moved(self, shape: ModelShape, extra: int) -> float:
-        """Return the elements that a round's merges read and write, given those of `extra_elements`."""
+        """Return the elements that a round's merges read and write; `extra` is what extra_elements returned."""
 
     quantizes_merges: bool
-    """Whether each device quantises the merged weights itself."""
+    """Whether each device quantises the merged weights itself; a server sends them quantised."""
 
     @property
     def measured_delay_steps(self) -> int:
-        """Steps from a merge until its result has arrived, for who measures a device alone."""
+        """Steps from a merge until its result has arrived, for measurements of one device alone."""
 
     steps_until_alike: int
-    """Steps without a round after which all further ones hold the same memory."""
+    """Steps of a method without rounds until its memory stays the same."""
 
     routes_randomly: bool
-    """Whether a step trains pairs that are drawn, so that moments come bit by bit."""
+    """Whether each step draws the pairs that it trains, so that moments are allocated over many steps."""
 
     # What is assumed and tried.
     @property
     def samples_like(self) -> str:
-        """Name of the method whose assumed samples over dense's hold for this one."""
+        """Name of the method whose assumed samples over dense's this one shares."""
 
     def rank_shortfall(self, width: int, devices: int, rank_share: float) -> float:
         """Return how many times too small the rank is for a network of this width; at least 1."""
 
     def fitted(self, devices: int) -> MethodOptions:
-        """Return the options, changed where they cannot go with so many devices."""
+        """Return the options, with keys changed that so many devices exclude."""
 
     def is_valid(self) -> bool:
-        """Whether options that were copied with other values, which are not validated, would be accepted in a run."""
+        """Whether a run would accept the options; copies with other values skip validation, so the planner asks."""
 
     transport: str | None
-    """How merged factors travel, where a method has the choice."""
+    """How merged factors travel; None where a method has no choice."""
 
-    def treatments(self) -> str:
+    def synchronisation(self) -> str:
         """Return how parameters beside adapters are trained together, in words."""
 
 
 MOST_PLANS = 4096
 _PLANS: dict[int, tuple[MethodOptions, MethodPlan]] = {}
-"""Plans by the identity of their options, which a plan of thousands of candidates asks for ten times each; the options
-beside a plan keep that identity from becoming another's."""
+"""Plans by id() of their options: thousands of candidates ask ten times each, and an id is faster than a hash. The
+options are stored, too, so that no other object can get the same id."""
 
 
 def plan_of(options: MethodOptions) -> MethodPlan:

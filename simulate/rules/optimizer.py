@@ -1,19 +1,20 @@
-"""Which form of an optimizer's step a parameter gets; the program and its forecast decide it alike."""
+"""Choose the form of an optimizer's step for each parameter; simulate.optim and costs share these decisions."""
 
 from __future__ import annotations
 
 BLOCK_ELEMENTS = 256
-"""Moments in 8 bits share a scale in float32 with so many neighbours."""
+"""Elements of 8-bit moments that share one float32 scale, as in bitsandbytes."""
 SMALLEST_ELEMENTS = 4096
-"""Of one copy or head; smaller parameters keep their moments in full, as bitsandbytes has it."""
+"""Smallest copy or head whose moments are kept in 8 bits; bitsandbytes has the same limit."""
 CPU_CHUNK_ELEMENTS = 2**16
-"""That a step with 8 bits works on at once where its kernel needs room, on a CPU; a multiple of a block."""
+"""Elements that an 8-bit step on a CPU works on at once, to bound its working memory; a multiple of a block."""
 CPU_CHUNK_BYTES = 20
-"""An element of that chunk: both moments, a denominator and its root, and what is written."""
+"""Working bytes for each element of that chunk, five floats: two moments, a denominator, its root, the result."""
 
 
 def through_gram(rows: int, columns: int) -> bool:
-    """Whether Muon iterates on a matrix's Gram matrix alone: fewer operations where it is long enough."""
+    """Whether Muon iterates on a matrix's Gram matrix alone, which takes fewer operations for long matrices."""
+    # A Gram matrix costs small^2 x large once instead of in each iteration; simulate.costs.flops has both counts.
     small, large = sorted((rows, columns))
     return large >= 2 * small
 

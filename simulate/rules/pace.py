@@ -1,4 +1,6 @@
-"""How many of a round's steps each device takes, where devices are not equally fast.
+"""Count the steps of a round that each device takes, where devices are not equally fast.
+
+The training loop, the simulated clock and the planned times call this, so that all three count alike.
 
 Letters: N devices, T steps of a round, c_n steps of device n.
 """
@@ -11,14 +13,14 @@ from collections.abc import Sequence
 from simulate.config.method_options import MethodOptions
 
 ROUNDING = 1e-9
-"""A step that fits but for rounding fits."""
+"""Share of a step that division may round away: a step that fits exactly must not be lost to it."""
 
 
 def round_counts(method: MethodOptions, step_s: Sequence[float], round_index: int = 0) -> tuple[int, ...]:
-    """Return c_n for devices that need `step_s` seconds a step: T in lockstep, else as many as the deadline leaves.
+    """Return c_n for devices that need `step_s` seconds a step: T in lockstep, else as many as the deadline allows.
 
-    c_n = max(1, min(T, ⌊deadline / step_s_n⌋)); not given, the deadline is what the fastest device needs for T steps.
-    Steps that are given, round by round, start again where they end.
+    c_n = max(1, min(T, ⌊deadline / step_s_n⌋)). Without a deadline, it is the time that the fastest device needs for T
+    steps. A list of given steps repeats from its start.
     """
     every = method.round_steps
     if not method.is_paced:
@@ -26,18 +28,20 @@ def round_counts(method: MethodOptions, step_s: Sequence[float], round_index: in
     given = method.given_steps
     if given is not None:
         return given[round_index % len(given)]
+    # At least one step, or a device that is too slow would never train.
     deadline_s = method.deadline_s or every * min(step_s)
     return tuple(max(1, min(every, math.floor(deadline_s / seconds + ROUNDING))) for seconds in step_s)
 
 
 def round_compute_s(method: MethodOptions, step_s: Sequence[float]) -> tuple[float, float]:
-    """Return the seconds of a round's steps, until the last device is done, and how many steps all devices take.
+    """Return the seconds until a round's last device is done, and the steps of all devices together.
 
-    Both are the mean over rounds where the steps are given.
+    Where the steps are given round by round, both are means over the given rounds.
     """
     if not method.is_paced:
         return method.round_steps * max(step_s), float(method.round_steps * len(step_s))
     given = method.given_steps
+    # One round stands for all where steps are not given, since step times do not change.
     rounds = [round_counts(method, step_s, index) for index in range(len(given or (None,)))]
     seconds = [max(count * s for count, s in zip(counts, step_s, strict=True)) for counts in rounds]
     return sum(seconds) / len(rounds), sum(map(sum, rounds)) / len(rounds)

@@ -1,4 +1,4 @@
-"""The moments of a step, a merge or an evaluation at which a device can hold most."""
+"""The phases of a step, a merge or an evaluation in which a device's memory can peak."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ PHASES: tuple[PhaseName, ...] = (
 
 @dataclass(frozen=True)
 class Phase:
-    """Bytes beside what is held all the time, at one moment."""
+    """Bytes at one moment, on top of the state that is held all the time."""
 
     name: PhaseName
     gradients: int
     activations: int
-    """What the forward pass has left for the backward pass."""
+    """Bytes that the forward pass has kept for the backward pass."""
     temporary: int
     dropped: int = 0
     """Optimizer bytes that the preceding merge already freed."""
@@ -38,21 +38,22 @@ class Phase:
 
 @dataclass(frozen=True)
 class WeightMaterialisation:
-    """How an evaluation comes to the weights of adapted layers, one at a time."""
+    """How an evaluation computes the weights of adapted layers, one layer at a time."""
 
     tensors: int = 0
-    """Of a weight's size, at the height of making it; 0: they are there."""
+    """Tensors of a weight's size at the peak of computing it; 0 where weights are stored ready to use."""
     quantize: str = "none"
-    """Format that they are unpacked from, last of all."""
+    """Format that the frozen weights are unpacked from, which happens last."""
 
     def height(self, weights: int, element_bytes: int, outputs: int) -> int:
-        """Bytes at the height of making and using a weight, with the outputs that it leads to."""
+        """Return the peak bytes of computing a weight and using it; `outputs` are the bytes of its layer's outputs."""
         if not self.tensors:
             return outputs
         whole = weights * element_bytes
+        # Three moments compete: all tensors in full, the last one while it is unpacked, and the pass itself.
         unpacking = (self.tensors - 1) * whole + unpacking_bytes(weights, self.quantize, element_bytes)
         return max(self.tensors * whole, unpacking, whole + outputs)
 
 
 AS_THEY_ARE = WeightMaterialisation()
-"""Weights that are there."""
+"""Weights that are stored ready to use."""

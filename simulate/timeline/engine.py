@@ -203,6 +203,7 @@ class _Simulation:
 
     def _end_round(self, step: int) -> None:
         every, last = self.run.method.round_steps, self.run.train.steps
+        # What a device that left had done is lost, so that only those present count.
         steps_N = self._steps_of_round(step - 1)
         self.device_steps += float(np.minimum(steps_N[self.here], step - (step - 1) // every * every).sum())
         self.round_ends_s.append(float(self.now_N[self.here].max()))
@@ -227,6 +228,7 @@ class _Simulation:
         steps_M = np.full(len(here), float(step - done))
         if self.run.method.is_paced:
             steps_M = np.minimum(steps_M, self._steps_of_round(step - 1)[here])
+        # One draw for all steps since the last stop: their sum has the distribution of single draws.
         factor_M = slowness(self.run.train.seed, here, step, steps_M, self.jitter_N[here])
         self._spend("compute", here, self.now_N[here], self.now_N[here] + steps_M * self.step_s_N[here] * factor_M)
 
@@ -308,9 +310,9 @@ class _Simulation:
         if len(self.round_ends_s) >= self.drawn_rounds:
             return
         for device in self.drawn:
-            place = int(np.searchsorted(devices, device))
-            if place < len(devices) and devices[place] == device:
-                start_s, end_s = (float(np.broadcast_to(x, len(devices))[place]) for x in (starts, ends))
+            index = int(np.searchsorted(devices, device))
+            if index < len(devices) and devices[index] == device:
+                start_s, end_s = (float(np.broadcast_to(x, len(devices))[index]) for x in (starts, ends))
                 self._draw(Span(device, kind, start_s, end_s))
 
     def _draw(self, span: Span) -> None:

@@ -45,6 +45,7 @@ def _in_order(starts: list[float], payload: float, own_bytes_per_s: float, all_b
         active = arrived - through
         rate = min(own_bytes_per_s, all_bytes_per_s / active) if active else 0.0
         end_s = now_s + (goals[through] - served) / rate if active else float("inf")
+        # The next event: a transfer starts, which slows all, or the one that has waited longest ends.
         if arrived < count and starts[arrived] <= end_s:
             served += rate * (starts[arrived] - now_s)
             now_s = starts[arrived]

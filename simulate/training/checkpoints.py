@@ -90,6 +90,7 @@ def save_checkpoint(
         parts[name] = {f"{device}/{key}": t for device, own in state.of_devices.items() for key, t in own.items()}
     if with_shared:
         parts[SHARED] = state.shared
+    # Shared tensors last: while their part is missing, no reader takes the checkpoint for a whole one.
     try:
         for name, tensors in parts.items():
             write_part(target, name, tensors, about)
@@ -143,8 +144,9 @@ def _write_whole(path: Path, parts: Iterable[memoryview]) -> tuple[int, str]:
                     file.write(part)
                     digest.update(part)
                     num_bytes += part.nbytes
+        # Content before name, and then the folder's entry: after a power cut the name never stands for half a file.
         _flush(scratch)
-        scratch.rename(path)
+        scratch.replace(path)
         _flush(path.parent)
     except BaseException:
         scratch.unlink(missing_ok=True)
@@ -153,7 +155,10 @@ def _write_whole(path: Path, parts: Iterable[memoryview]) -> tuple[int, str]:
 
 
 def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    is_folder = path.is_dir()
+    if is_folder and not hasattr(os, "O_DIRECTORY"):  # Windows opens no folder, and flushes no file opened for reading
+        return
+    handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:
@@ -225,12 +230,15 @@ def _read_part(path: Path, part: str, run: Run, data_fingerprint: str) -> tuple[
     meta, file = _read_meta(path, part), path / f"{part}.safetensors"
     num_bytes, digest = _digest_of(file)
     retry = f"remove {path} to resume from the checkpoint before it"
+    # Size before digest: a truncated file is the usual damage, and its message names how much is missing.
     if num_bytes != meta["tensors_bytes"]:
         size = f"has {num_bytes:,} of {meta['tensors_bytes']:,} bytes"
         raise InputError(f"{file} is truncated: it {size}; {retry}")
     if digest != meta["tensors_sha256"]:
         raise InputError(f"{file} is damaged: its digest is not the one that was saved; {retry}")
-    if meta["run"] not in (run_fingerprint(run), _written_fingerprint(path)):
+    # Another version of lte, with further keys or another order, may write the same run differently; the run's own
+    # run.toml is the one that the checkpoint was saved with.
+    if meta["run"] not in (run_fingerprint(run), _digest_of(path.parent.parent / RUN_FILE)[1]):
         raise InputError(
             f"{path} is a checkpoint of another run: run.toml differs, or another version of lte wrote it; "
             "restore it, or start anew in --out"
@@ -238,15 +246,6 @@ def _read_part(path: Path, part: str, run: Run, data_fingerprint: str) -> tuple[
     if meta["data"] != data_fingerprint:
         raise InputError(f"{path} was trained on other data: it has changed since; restore it, or start anew")
     return Progress(**meta["progress"]), load_file(file)
-
-
-def _written_fingerprint(path: Path) -> str:
-    """Return the fingerprint of run.toml as it lies in the run's folder.
-
-    Another version of lte, with further keys or another order, may write the same run differently; the file beside the
-    checkpoint is the one that it was saved with.
-    """
-    return _digest_of(path.parent.parent / RUN_FILE)[1]
 
 
 def _digest_of(path: Path) -> tuple[int, str]:

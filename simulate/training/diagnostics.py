@@ -86,7 +86,7 @@ class Diagnostics:
         """Return the figures of the round that ends with `step`; right before its merge. All processes take part."""
         method = self.method
         with method.communicator.uncounted(self.traffic):
-            rows = method.rows()
+            rows = method.rows()  # once for all layers: owners and shares are the round's
             drift, layers = _Drift(method.communicator), _Means()
             for local in method.updates(step):
                 if not self._add_layer(local.over(rows), step, drift, layers):
@@ -185,6 +185,7 @@ class _Drift:
         """Exchange the devices' distances, and return mean and largest drift of all; nothing for a single device."""
         if len(self._devices) < 2 or not self._mean:
             return {}
+        # A node of several devices has its row at the first of them; the others add zero.
         own_L1 = [[self._own.get(device, 0.0)] for device in self._communicator.local_devices]
         gathered_N1 = self._communicator.all_gather_scalars(torch.tensor(own_L1, dtype=torch.float64))
         distances_N = gathered_N1.flatten().tolist()
@@ -274,7 +275,7 @@ class GradientSums:
         parts = zip(leaves.items(), self.flat.split(sizes), strict=True)
         self.sums = {name: part.view(leaf.shape) for (name, leaf), part in parts}
         self._device = next(iter(leaves.values())).device
-        self._squares: list[Tensor] = []
+        self._squares: list[Tensor] = []  # on the device: reading each would wait for it
         self.count = 0
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
@@ -352,6 +353,7 @@ def pair_figures(updates: LayerUpdates, heads: Sequence[int]) -> Figures:
 
 def grassmann_distance(basis_OK: Tensor, other_OK: Tensor) -> float:
     """Return the root of the sum of squared principal angles between two spans, given by orthonormal columns."""
+    # Björck and Golub 1973: cosines from the overlap, sines from what the overlap leaves of the other span.
     overlap_KK = basis_OK.T @ other_OK
     cosines = torch.linalg.svdvals(overlap_KK).clamp(max=1)
     sines = torch.linalg.svdvals(other_OK - basis_OK @ overlap_KK).flip(0).clamp(max=1)
@@ -381,6 +383,7 @@ def noise_figures(small_square: float, big_square: float, small: int, big: int, 
 
     With the noise scale, where |G|² is above 0.
     """
+    # McCandlish et al. 2018, appendix A.1: |G|² ≈ (B·|g_B|² − b·|g_b|²)/(B − b), tr Σ ≈ (|g_b|² − |g_B|²)/(1/b − 1/B).
     square = (big * big_square - small * small_square) / (big - small)
     variance = (small_square - big_square) / (1 / small - 1 / big)
     if not math.isfinite(square + variance):

@@ -72,13 +72,14 @@ class Session:
     """Diagnostics of merges since the last meeting."""
     diagnostics: Diagnostics | None = field(init=False)
     cadence: Cadence = field(init=False)
-    """When devices meet; within one process they do after every merge at least, and exchange losses at every step."""
+    """Steps after which devices meet; in one process after every merge at least, and losses are there at every step."""
 
     def __post_init__(self) -> None:
         cadence = Cadence.of(self.run)
         is_whole = self.communicator.is_whole
         self.cadence = replace(cadence, apart=self.run.method.steps_apart) if is_whole else cadence
         self.diagnostics = Diagnostics(self.method) if self.run.train.diagnostics_every else None
+        # A simulation counts steps by the profile's seconds; only launched processes go by their clocks.
         if isinstance(self.method, Paced):
             self.method.step_s = self.clock.device_step_s
             self.method.goes_by_clock = self.communicator.processes > 1 and self.run.method.given_steps is None
@@ -122,6 +123,7 @@ def train(session: Session) -> bool:
         if not (is_last or session.meets()):
             continue  # a process learns of the others at meetings alone: other steps cost no message
         stopping = _emit_steps(session) and not is_last
+        # Charged where a launched run would evaluate, even where this process does so more often.
         session.clock.charge_evaluation(session.step)
         if session.evaluates():
             _evaluate(session)
@@ -149,6 +151,7 @@ def _end_round(session: Session, step: int) -> None:
         _merge(session, step)
         return
     session.communicator.current_phase = f"the diagnostics of the round after step {step + 1}"
+    # Before the merge, which overwrites the heads' changes; gradients after it, at the weights that all share.
     event = {"kind": "diagnostics", "step": step + 1, **diagnostics.of_round(step)}
     _merge(session, step)
     session.communicator.current_phase = f"the diagnostics of gradients after step {step + 1}"
@@ -233,6 +236,7 @@ def _emit_step(session: Session, losses: list[float], figures: Event) -> None:
             f"the loss of device {device} is {losses[device]} at step {step}; try a lower train.learning_rate"
         )
     trained = session.method.active(step - 1)
+    # The mean is over devices that trained in this step: idle ones repeat their last loss, excluded ones have none.
     active = [losses[device] for device in trained if finite[device]]
     samples = session.method.samples_done(step - 1)
     if session.method.steps_done() is not None:  # a device that has taken its steps of the round has no loss
@@ -258,13 +262,15 @@ def _evaluate(session: Session) -> None:
     """
     model, weights = empty_model(session.run, session.device), session.method.weights_in_use()
     communicator, settings = session.communicator, session.run.train
-    batches = session.batches.validation(settings.evaluate_samples, evaluation_batch(settings.micro_batch))
+    samples = evaluation_batch(settings.micro_batch, settings.autocast != "none")
+    batches = session.batches.validation(settings.evaluate_samples, samples)
     names = ("val_loss", *session.batches.score_names)
     sums_LX = torch.zeros(len(communicator.local_devices), 1 + len(names), dtype=torch.float64)
     for inputs, targets in islice(batches, communicator.process, None, communicator.processes):
         targets = targets.to(session.device)
         outputs = functional_call(model, weights, (inputs.to(session.device),), tie_weights=False)
         scores = [row_losses(outputs, targets), *session.batches.scores(outputs, targets)]
+        # In the first local device's row: the exchange has one row a device, and a process sums its own batches.
         sums_LX[0] += torch.tensor([scores[0].numel(), *(float(score_M.double().sum()) for score_M in scores)])
     count, *totals = communicator.all_gather_scalars(sums_LX).sum(0).tolist()
     session.scores = {name: total / count for name, total in zip(names, totals, strict=True)}
@@ -337,6 +343,7 @@ def continue_from(session: Session, progress: Progress, state: State) -> None:
         session.diagnostics.load_state_dict(state.shared)
     session.step, session.val_loss, session.wall_s = progress.step, progress.val_loss, progress.wall_s
     session.saved_at = progress.step
+    # Clock and counters go on, so that a resumed run reports the figures of one that was never interrupted.
     session.clock.compute_s, session.clock.exchange_s = progress.compute_s, progress.exchange_s
     session.clock.link_free_s, session.clock.pause_s = progress.link_free_s, progress.pause_s
     counter = session.communicator.counter

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from simulate.comm.transfers import Transfer
 from simulate.config.hardware import Device, Link
 from simulate.config.run import Run
-from simulate.costs.eval_and_save_time import pauses
+from simulate.costs.eval_and_save_time import eval_and_save_time
 from simulate.costs.message_time import link_of, transfer_s
 from simulate.costs.step_time import device_step_s, distinct, round_time
 from simulate.rules.cadence import Cadence
@@ -32,7 +32,10 @@ class SimulatedClock:
         # A round with fragments merges several times, each a part of the layers.
         self._merge_s = self._time.merge_s / run.method.merges_per_round
         self._link = link_of(link, run.cluster.backend)
-        self._cadence, self._pauses = Cadence.of(run), pauses(run, run.model.shape(), distinct(devices))
+        self._cadence, self._eval_and_save = (
+            Cadence.of(run),
+            eval_and_save_time(run, run.model.shape(), distinct(devices)),
+        )
         self.compute_s = 0.0
         self.exchange_s = 0.0
         self.pause_s = 0.0
@@ -58,15 +61,16 @@ class SimulatedClock:
     def charge_evaluation(self, step: int) -> None:
         """Charge the evaluation after a step, if a launched run makes one there."""
         if self._cadence.evaluates(step):
-            self.pause_s += self._pauses.evaluation_s
+            self.pause_s += self._eval_and_save.evaluation_s
 
     def charge_checkpoint(self, step: int) -> None:
         """Charge the checkpoint after a step, if a launched run saves one there."""
         if self._cadence.saves(step):
-            self.pause_s += self._pauses.save_s or 0.0
+            self.pause_s += self._eval_and_save.save_s or 0.0
 
     def charge_transfer(self, transfer: Transfer, background: bool) -> None:
         """Charge one message; a communicator calls it for each, as its listener."""
+        # One exchange at a time: it begins when the link is free, and not before the program has got here.
         self.link_free_s = max(self.link_free_s, self.now_s) + transfer_s(transfer, self._link)
         if not background:
             self.wait()

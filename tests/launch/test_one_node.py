@@ -43,8 +43,8 @@ def test_an_undisturbed_run_saves_when_its_plan_says_and_its_clock_agrees(tmp_pa
     (start,) = launched.events("start")
     (machine,) = start["machines"]  # of all processes, which share one
     assert (machine["processor"], machine["limits"]["OMP_NUM_THREADS"]) == (machine_facts()["processor"], "1")
-    calendar, saved = Cadence.of(load_run(run)), launched.events("checkpoint")
-    assert [event["step"] for event in saved] == [step for step in range(1, 38) if calendar.saves(step)]
+    cadence, saved = Cadence.of(load_run(run)), launched.events("checkpoint")
+    assert [event["step"] for event in saved] == [step for step in range(1, 38) if cadence.saves(step)]
     assert [event["step"] for event in saved] == [10, 20, 30, 37]
     simulated_loss(run, tmp_path / "alone")
     alone = events_of(tmp_path / "alone", "checkpoint")[-1]

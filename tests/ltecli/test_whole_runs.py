@@ -25,12 +25,12 @@ def slow_disk(here: Path, **figures: object) -> str:
 def test_recovery_points_are_spaced_to_a_share_of_the_time(tmp_path: Path) -> None:
     plan = plan_request(PlanArgs(profile=slow_disk(tmp_path), model="gpt2", pins={"name": "lte", "merge_every": 10}))
     assert plan.chosen is not None
-    run, stops = plan.chosen.run, plan.chosen.pauses
+    run, eval_and_save = plan.chosen.run, plan.chosen.eval_and_save
     assert run.cluster.recover_every > 1
     assert run.train.checkpoint_every % (10 * run.cluster.recover_every) == 0
-    assert stops.calendar == Cadence.of(run)
-    assert stops.save_s is not None
-    assert 0.02 < stops.saves * stops.save_s / plan.chosen.wall_s <= 0.05
+    assert eval_and_save.cadence == Cadence.of(run)
+    assert eval_and_save.save_s is not None
+    assert 0.02 < eval_and_save.saves * eval_and_save.save_s / plan.chosen.wall_s <= 0.05
     (note,) = [note for note in plan.notes if "cluster.recover_every" in note]
     assert f"with cluster.recover_every = {run.cluster.recover_every} checkpoints of" in note
     assert f"up to {10 * run.cluster.recover_every:,} steps" in note
@@ -43,11 +43,11 @@ def test_recovery_points_that_are_asked_for_stay(tmp_path: Path) -> None:
     )  # fmt: skip
     plan = plan_request(request)
     assert plan.chosen is not None
-    run, stops = plan.chosen.run, plan.chosen.pauses
+    run, eval_and_save = plan.chosen.run, plan.chosen.eval_and_save
     assert (run.cluster.recover_every, run.train.checkpoint_every) == (1, 700)
-    assert stops.saves == -(-run.train.steps // 10)
+    assert eval_and_save.saves == -(-run.train.steps // 10)
     (note,) = [note for note in plan.notes if "recovery point after every 10 steps takes" in note]
-    assert f"--set cluster.recover_every={stops.affordable_recovery(plan.chosen.step_s)}" in note
+    assert f"--set cluster.recover_every={eval_and_save.affordable_recovery(plan.chosen.step_s)}" in note
 
 
 def test_a_disk_that_is_not_known_is_said(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_a_disk_that_is_not_known_is_said(tmp_path: Path) -> None:
     assert any("no device.disk_write_bytes_per_s: checkpoints are planned to take no time" in n for n in plan.notes)
 
 
-def test_a_whole_run_is_its_rounds_and_its_pauses() -> None:
+def test_a_whole_run_is_its_rounds_evaluations_and_checkpoints() -> None:
     plan = plan_request(PlanArgs(profile="gtx1080ti_x8", model="gpt2"))
     assert plan.chosen is not None
     figures = candidate_json(plan.chosen)

@@ -1,4 +1,4 @@
-"""Addresses: parse HOST:PORT, tell private networks from public ones, and choose the address that this node binds to.
+"""Addresses: parse HOST:PORT, distinguish private networks from public ones, and choose the address to bind to.
 
 A node binds every socket to one address of one interface, so that nothing of a run listens on another network. The
 preflight and `lte profile measure --link` call choose_bind_address before they open anything.
@@ -95,6 +95,7 @@ def resolve(endpoint: Endpoint) -> list[IpAddress]:
 
 def is_private(address: IpAddress) -> bool:
     """Whether packets to an address stay on this machine, this site or an overlay network."""
+    # ::ffff:8.8.8.8 is the public IPv4 address 8.8.8.8 in IPv6 clothes.
     mapped = getattr(address, "ipv4_mapped", None)
     return any((mapped or address) in network for network in _PRIVATE)
 
@@ -210,6 +211,7 @@ def _address_on(chosen: Interface, node_0: IpAddress) -> IpAddress:
             f"--interface {chosen.name} has no IPv{node_0.version} address to call {node_0} from "
             f"({_listed(chosen.addresses) or 'none at all'}); choose another one"
         )
+    # An address in node 0's own network needs no router on the way.
     own = next((network.ip for network in fitting if node_0 in network.network), fitting[0].ip)
     if own.is_loopback:
         raise InputError(f"--interface {chosen.name} is loopback and does not lead to {node_0}; choose another one")
@@ -238,6 +240,7 @@ def _routed_from(endpoint: Endpoint, node_0: IpAddress) -> IpAddress:
 
 def _holder(address: IpAddress, known: Sequence[Interface]) -> str:
     """Return the name of the interface that holds an address; raises InputError."""
+    # An interface that has the very address wins over one whose network contains it.
     exact = [interface.name for interface in known if address in interface.addresses]
     # All of 127/8 is loopback, though the interface lists one address.
     network = [interface.name for interface in known if any(address in n.network for n in interface.networks)]

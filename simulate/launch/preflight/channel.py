@@ -85,6 +85,7 @@ def reason(error: OSError) -> str:
     """Return the system's reason in lower case: "connection refused"."""
     if isinstance(error, TimeoutError):
         return "no answer"
+    # Some errors have a number and no text, some neither.
     text = error.strerror or str(error) or type(error).__name__
     return text[0].lower() + text[1:]
 
@@ -123,12 +124,14 @@ class Channel:
         body = json.dumps(message, separators=(",", ":")).encode()
         if len(body) > MAX_FRAME_BYTES:
             raise ValueError(f"a message has {len(body):,} bytes, the limit is {MAX_FRAME_BYTES:,}")
+        # The frame's number goes into the MAC without being sent, so that no frame can be repeated or left out.
         mac = self._send_key.mac("frame", _NUMBER.pack(self._sent) + body)
         self._sent += 1
         send_all(self.sock, _HEADER.pack(len(body), mac) + body, deadline)
 
     def receive(self, deadline: Deadline) -> Message:
         """Receive one message. Raises PeerError."""
+        # The length is not authenticated yet, so it must not make this end allocate more than the limit.
         size, mac = _HEADER.unpack(receive_exactly(self.sock, _HEADER.size, deadline))
         if size > MAX_FRAME_BYTES:
             raise BadFrameError(f"announced a message of {size:,} bytes, over the limit of {MAX_FRAME_BYTES:,}")
@@ -136,6 +139,7 @@ class Channel:
         expected = self._receive_key.mac("frame", _NUMBER.pack(self._received) + body)
         if not hmac.compare_digest(mac, expected):
             raise BadFrameError("sent a message that does not verify (forged, repeated or out of order)")
+        # Counted only once verified: a forged frame ends the connection anyway.
         self._received += 1
         return _parse(body)
 

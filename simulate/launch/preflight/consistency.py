@@ -41,6 +41,7 @@ def compare(nodes: Sequence[NodeFacts]) -> Verdict:
         if (node.data_fingerprint, node.data_bytes) != (node_0.data_fingerprint, node_0.data_bytes):
             verdict.errors.append(_data_differs(node_0, node))
         _clock(node, verdict)
+    verdict.warnings += [f"{node.title}: {_shown(line)}" for node in nodes for line in node.warnings]
     return verdict
 
 
@@ -61,6 +62,7 @@ def _versions(node_0: NodeFacts, node: NodeFacts, verdict: Verdict) -> bool:
 
 
 def _run_differs(node_0: NodeFacts, node: NodeFacts) -> str:
+    # Both nodes' keys, in the order of run.toml, since either may have more.
     keys = [key for key in {**node_0.run, **node.run} if node_0.run.get(key, _MISSING) != node.run.get(key, _MISSING)]
     pairs = [
         f"{key} = {_value(node_0.run, key)} on node 0, {_value(node.run, key)} on node {node.node}"
@@ -74,6 +76,7 @@ def _run_differs(node_0: NodeFacts, node: NodeFacts) -> str:
 
 
 def _data_differs(node_0: NodeFacts, node: NodeFacts) -> str:
+    # The embedded text comes with Python and cannot be copied.
     fix = "copy node 0's data to it"
     if node_0.run.get("data.name") == "stdlib":
         fix = "their Python versions differ, so give all nodes one text (--data PATH)"

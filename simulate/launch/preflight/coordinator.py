@@ -86,6 +86,7 @@ class Coordinator:
                 if (message["kind"], message.get("name")) != ("barrier", name):
                     title = self._members.facts[node].title
                     raise RunFailedError(f"{title} is not at {name!r} but at {message.get('name')!r}")
+            # Only once all have arrived: no node may run ahead.
             self._send_all({"kind": "released", "name": name})
 
     def accept_rejoins(self, payload: Callable[[], Any], is_alive: Callable[[int], bool]) -> RejoinServer:
@@ -110,6 +111,7 @@ class Coordinator:
         try:
             yield
         except BaseException as error:
+            # The other nodes get an unknown error's type alone: its text is about this machine.
             known = isinstance(error, InputError | RunFailedError)
             lines = self._lines or [str(error) if known else f"node 0 stopped ({type(error).__name__})"]
             message = {"kind": "abort", "lines": list(lines), "mendable": isinstance(error, InputError)}
@@ -156,6 +158,7 @@ class Coordinator:
     def _links(self) -> list[LinkFigures]:
         """Have every node call every other, then measure the ring's edges one by one, then all at once."""
         assert self._link_tester is not None
+        # Node 0's plan holds on all nodes, so that their deadlines agree.
         plan, nonce = self._settings.links, secrets.token_hex(32)
         nodes = [node.model_dump() for node in self._members.nodes]
         self._send_all({"kind": "connect", "nodes": nodes, "meeting": nonce, "plan": plan.to_json()})
@@ -166,7 +169,7 @@ class Coordinator:
         for answer in answers.values():
             reach.unreached.extend(str(line) for line in answer.get("unreached", []))
             reach.uncalled.extend(str(line) for line in answer.get("uncalled", []))
-        # Every unanswered call has a node that was not called: the caller's line tells more.
+        # Each failed call is reported by both of its ends. The caller's line names the cause, so prefer it.
         self._fail_on(reach.unreached or reach.uncalled)
         return self._measure() if plan.measure else []
 
@@ -177,6 +180,7 @@ class Coordinator:
         with _naming_link(self._members.facts[0].title):
             self._link_tester.measure_alone()
         for node in sorted(self._members.channels):
+            # One after the other: two measurements at once would share links.
             self._send(node, {"kind": "alone"})
             self._answer(node, "measured", Deadline(answer_s))
         self._send_all({"kind": "loaded"})

@@ -23,7 +23,7 @@ from simulate.launch.preflight.channel import Channel, PeerError, PeerGoneError,
 from simulate.launch.preflight.deadline import Deadline
 from simulate.launch.preflight.secret import Secret
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the preflight's messages; nodes of different versions refuse each other."""
 _MAGIC = b"LTEp"
 _OPENING = struct.Struct("!4sH")
@@ -65,12 +65,14 @@ class Identity:
 
 def call(sock: socket.socket, me: Identity, answerer: int, deadline: Deadline) -> Channel:
     """Prove ourselves to node `answerer` and check its proof; raises PeerError and does not close sock."""
+    # A nonce from each end, so that neither can be made to repeat an old session.
     nonce = secrets.token_bytes(_NONCE_BYTES)
     hello = _OPENING.pack(_MAGIC, PROTOCOL) + _HELLO.pack(me.purpose, me.node, answerer, nonce)
     send_all(sock, hello, deadline)
     try:
         opening = receive_exactly(sock, _OPENING.size, deadline)
     except PeerGoneError as error:
+        # Unlike a refused proof this may pass: node 0 may only be starting.
         raise NoChallengeError(str(error)) from None
     _check_opening(opening)
     transcript = hello + opening + receive_exactly(sock, _NONCE_BYTES, deadline)
@@ -90,7 +92,7 @@ def answer(sock: socket.socket, me: Identity, deadline: Deadline) -> Channel:
     try:
         _check_opening(opening)
     except VersionError:
-        # The version is no secret, and tells an honest caller what to install.
+        # Send the version, which is no secret, so that an honest caller learns what to install.
         send_all(sock, _OPENING.pack(_MAGIC, PROTOCOL), deadline)
         raise
     hello = receive_exactly(sock, _HELLO.size, deadline)
@@ -117,6 +119,7 @@ def _check_opening(opening: bytes) -> None:
 
 def _channel(sock: socket.socket, peer: int, secret: Secret, transcript: bytes, *, calls: bool) -> Channel:
     """Return the connection's channel, with one key for each direction."""
+    # A key of this very transcript: its nonces make it new for each connection.
     session = secret.derived("session", transcript)
     keys = session.derived("from caller", b""), session.derived("from answerer", b"")
     send_key, receive_key = keys if calls else keys[::-1]

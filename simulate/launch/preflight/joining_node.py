@@ -111,6 +111,7 @@ class JoiningNode:
 
     def _come_late(self, message: Message) -> Result:
         """Rejoin a running run: node 0 has compared this node already, and links are not measured again."""
+        # The run goes on already, so there will be no broadcast and no barrier.
         self._late = message
         self._log("the run has already begun; this node rejoins it")
         try:
@@ -131,6 +132,7 @@ class JoiningNode:
             why, hint = self._call_node_0(deadline)
             if isinstance(why, Channel):
                 return why
+            # No time is left for another call.
             if deadline.left_s <= _RETRY_S:
                 raise RunFailedError(
                     f"cannot reach {self._endpoint} within {deadline.seconds:.3g} s: {why}; {hint} "
@@ -144,6 +146,7 @@ class JoiningNode:
     def _call_node_0(self, deadline: Deadline) -> tuple[Channel | str, str]:
         """Return the channel, or why there is none yet and a hint; raises InputError where calling again is useless."""
         sock = None
+        # One silent attempt must not use up the whole time to join.
         attempt = deadline.within(self._settings.handshake_timeout_s)
         try:
             sock = dial(self._bind.address, self._bind.coordinator_address, self._endpoint.port, attempt)
@@ -176,6 +179,7 @@ class JoiningNode:
             raise RunFailedError(f"node 0 {error}") from None
         meeting = self._secret.derived("meeting", str(command.get("meeting")).encode())
         reach = self._link_tester.connect(nodes, meeting, plan)
+        # Sent also where calls failed: node 0 must hear of all failures to name the cause.
         self._send({"kind": "connected", "unreached": reach.unreached, "uncalled": reach.uncalled})
         return nodes, plan
 

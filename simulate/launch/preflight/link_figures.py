@@ -77,6 +77,7 @@ def measured_link(links: Sequence[LinkFigures], planned: Link) -> Link:
     """
     if not links:
         raise ValueError("no link was measured")
+    # In a collective all edges are busy at once, so loaded rates count.
     slowest = min(links, key=lambda link: link.loaded_bytes_per_s)
     farthest = max(links, key=lambda link: link.latency_s)
     rate = f"TCP, all ring edges busy; the slowest: node {slowest.sender} to node {slowest.receiver}"
@@ -109,6 +110,7 @@ def slow_links(links: Sequence[LinkFigures], planned: Link) -> list[str]:
                 f"{planned_rate / link.loaded_bytes_per_s:,.0f} times less than the {rate_text(planned_rate)} planned "
                 f"({planned.source}); plan again with what this run measured, by lte plan --link-from RUN"
             )
+        # On a fast link the measuring program's own share alone would exceed the factor.
         if link.latency_s >= max(SLOW_FACTOR * planned.latency_s, planned.latency_s + _NOTICEABLE_S):
             warnings.append(
                 f"{way} has a latency of {link.latency_s * 1e3:.3g} ms, planned were "

@@ -82,6 +82,7 @@ def serve_pairs(interface: str, port: int, secret: Secret | None, log: Log, call
         choose_bind_address(Endpoint(address, port), is_coordinator=True, interface=interface, trust_network=False)
     except InputError as error:
         raise InputError(str(error).replace("--join", "--interface")) from None
+    # Before the port is open, so that nobody can call without a secret being there.
     key = _key(secret, f"--interface {interface}", address)
     listener = listen(address, port, f"--interface {interface}")
     here = address_text(address, port)

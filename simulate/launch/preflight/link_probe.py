@@ -59,6 +59,7 @@ def measure_latency_s(channel: Channel, limits: Limits, deadline: Deadline) -> f
     begin_s, round_trips_s = time.perf_counter(), list[float]()
     while len(round_trips_s) < MAX_ECHOES:
         sent_s = time.perf_counter()
+        # A slow link gets fewer echoes, never too few for a median.
         if len(round_trips_s) >= MIN_ECHOES and sent_s - begin_s > limits.aim_s:
             break
         send_all(channel.sock, _MORE, deadline)
@@ -70,6 +71,7 @@ def measure_latency_s(channel: Channel, limits: Limits, deadline: Deadline) -> f
 
 def measure_rate(channel: Channel, limits: Limits, deadline: Deadline, first_bytes: int = FIRST_CHUNK_BYTES) -> Rate:
     """Send chunks, growing until one takes its share of the time; returns the later ones' rate. Raises PeerError."""
+    # Random, since a VPN that compresses would show the rate of zeros.
     piece = memoryview(os.urandom(_PIECE_BYTES))
     begin_s, size, sent_bytes, rates = time.perf_counter(), first_bytes, 0, list[float]()
     share_s, largest = limits.aim_s / CHUNKS, max(limits.largest_chunk_bytes, first_bytes)

@@ -89,6 +89,7 @@ class LinkTester:
         assert self._listener is not None
         self._handshakes = HandshakeListener(self._listener, me, plan.reach_s)
         others = [node for node in nodes if node.node != self._node]
+        # Calls run at once, since one firewalled node would hold up all others for its whole time-out.
         with ThreadPoolExecutor(max_workers=min(32, len(others))) as pool:
             outcomes = list(pool.map(lambda other: self._reach(other, me, deadline), others))
         callers = self._receive_callers({node.node for node in others}, deadline)
@@ -104,6 +105,7 @@ class LinkTester:
 
     def _keep_ring(self, called: list[Channel], callers: dict[int, Channel], count: int) -> None:
         """Keep the connections to the successor and from the predecessor, and serve the latter; close all others."""
+        # Connections that called successfully are kept for measuring, since each handshake costs round trips.
         channels = {channel.peer: channel for channel in called}
         self._to_successor = channels.pop((self._node + 1) % count, None)
         self._from_predecessor = callers.get((self._node - 1) % count)
@@ -114,6 +116,7 @@ class LinkTester:
                 caller.close()
         self._close_listener()
         if self._from_predecessor is not None:
+            # Served in a thread, because this node measures its own link meanwhile.
             arguments = (self._from_predecessor, Deadline(self._plan.timeout_s * (count + 2)))
             self._serving = threading.Thread(target=self._serve, args=arguments, name="preflight-links", daemon=True)
             self._serving.start()
@@ -199,6 +202,7 @@ def dial(own_address: str, address: str, port: int, deadline: Deadline) -> socke
     """Connect from own_address; raises OSError."""
     sock = socket.socket(family_of(address), socket.SOCK_STREAM)
     try:
+        # Binding chooses the interface: the route alone could leave by another one.
         sock.bind(sockaddr(own_address, 0))
         sock.settimeout(deadline.left_s or 1e-6)
         sock.connect(sockaddr(address, port))

@@ -57,6 +57,8 @@ def listen(address: str, port: int, label: str) -> socket.socket:
     except OSError as error:
         raise InputError(f"{label}: cannot listen ({reason(error)}); choose another address") from None
     try:
+        # A port that a run has just left stays reserved for minutes otherwise, and the same line could not be given
+        # again.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(sockaddr(address, port))
         listener.listen(_BACKLOG)
@@ -88,6 +90,7 @@ class HandshakeListener:
         self._lock = threading.Lock()
         self._callers: dict[threading.Thread, socket.socket] = {}
         self._unproven: dict[threading.Thread, socket.socket] = {}
+        # Daemon threads, so that a process which fails elsewhere can still end.
         self._accepting = threading.Thread(target=self._accept, name="preflight-listener", daemon=True)
         self._accepting.start()
 
@@ -105,6 +108,7 @@ class HandshakeListener:
         self._accepting.join()
         self._listener.close()
         with self._lock:
+            # Callers remove themselves, so join them on a copy and without the lock.
             callers = dict(self._callers)
         for sock in callers.values():
             hang_up(sock)

@@ -56,10 +56,11 @@ class Membership:
         return facts.model_copy(update={"clock_offset_s": offset_s})
 
     def admit(self, channel: Channel, facts: NodeFacts, also: Callable[[NodeFacts], str] = lambda facts: "") -> None:
-        """Welcome an authenticated caller as the node that it claims to be, or tell it why not and hang up.
+        """Welcome an authenticated caller as the node that it claims to be, or send it the reason why not and hang up.
 
         `also` returns a further objection, or "".
         """
+        # Our own rules come first: `also` may take seconds to look for signs of life.
         objection = self._objection(channel, facts) or also(facts)
         reply: Message = {"kind": "refused", "why": objection} if objection else {"kind": "welcome"}
         try:
@@ -75,6 +76,7 @@ class Membership:
         self.channels[facts.node], self.facts[facts.node] = channel, facts
         rest = f"waiting for {nodes_text(self.missing)}" if self.missing else "all have joined"
         self._log(f"{facts.title} comes back" if self.is_running else f"{facts.title} joined; {rest}")
+        # The preflight works through a NAT, but workers also connect in the other direction.
         if ipaddress.ip_address(host) != ipaddress.ip_address(facts.address):
             self.warnings.append(f"{facts.title} calls from {host}, through a NAT; workers need direct connections")
 

@@ -120,6 +120,7 @@ def _role(
     bind = choose_bind_address(
         endpoint, is_coordinator=settings.node == 0, interface=settings.interface, trust_network=settings.trust_network
     )
+    # Only loopback does without a secret: other machines cannot call it.
     secret = settings.key(loopback=ipaddress.ip_address(bind.coordinator_address).is_loopback)
 
     def own(link_port: int) -> NodeFacts:

@@ -43,6 +43,7 @@ class RejoinServer:
     ) -> None:
         self._settings, self._nodes, self._payload, self._is_alive = settings, list(nodes), payload, is_alive
         self._members = Membership(settings, endpoint, log, time.time)
+        # Nodes that join now come back, and are logged as such.
         self._members.is_running = True
         self._members.facts[0] = self._nodes[0]
         listener = listen(address, endpoint.port, f"--join {endpoint}")
@@ -75,6 +76,7 @@ class RejoinServer:
         self._members.admit(channel, facts, self._objection)
         if self._members.channels.get(facts.node) is not channel:
             return
+        # A node may come back with another address.
         self._nodes[facts.node] = facts
         nodes = [node.model_dump() for node in self._nodes]
         try:

@@ -70,6 +70,7 @@ def read_secret(path: Path | None, environ: Mapping[str, str] | None = None) -> 
     """
     if path is not None:
         return Secret(_read_private(path).strip())
+    # Never an option of the command line, since arguments show in the list of processes.
     given = (os.environ if environ is None else environ).get(VARIABLE)
     return None if given is None else Secret(given.strip().encode())
 

@@ -45,6 +45,7 @@ class Settings:
     """How links are measured; only node 0's is used."""
 
     def __post_init__(self) -> None:
+        # Checked where they are built, so that a mistake shows before anything is opened.
         if not 1 <= self.nodes <= MAX_NODES:
             raise InputError(f"--nodes {self.nodes} is not from 1 to {MAX_NODES}; count the machines of the run")
         if not 0 <= self.node < self.nodes:

@@ -28,7 +28,7 @@ class MixtureLinear(LoraLinear):
 
     def __init__(self, weight_OI: Tensor, bias_LO: Tensor | None, name: str, spec: AdapterSpec, experts: int) -> None:
         super().__init__(weight_OI, bias_LO, name, spec, devices=1)
-        a, b = self.a.detach(), self.b.detach()
+        a, b = self.a.detach(), self.b.detach()  # one draw for all experts, so that any B fits any A
         del self.a, self.b
         self.all_a = nn.ParameterList([nn.Parameter(a.clone()) for _ in range(experts)])
         self.all_b = nn.ParameterList([nn.Parameter(b.clone()) for _ in range(experts)])
@@ -36,6 +36,7 @@ class MixtureLinear(LoraLinear):
 
     def route(self, step: int) -> None:
         """Draw this step's pair."""
+        # Addressed by layer and step alone: all devices must choose the same pair, or their gradients would not meet.
         draw = generator(self.spec.seed, "routing", self.name, step)
         first, second = draw.integers(0, len(self.all_a), 2)
         self.chosen = int(first), int(second)
@@ -49,6 +50,7 @@ class MixtureLinear(LoraLinear):
         return lora_function(x, self.weight, self.bias, a, b, None, None, self.spec.scale)
 
     def folded_weight(self) -> Tensor:
+        # A mean of factors, unlike LTE's merge: section 3.3 averages each side.
         a_RI = torch.stack([a.detach()[0] for a in self.all_a]).mean(0)
         b_OR = torch.stack([b.detach()[0] for b in self.all_b]).mean(0)
         return torch.addmm(self.weight, b_OR, a_RI, alpha=self.spec.scale)

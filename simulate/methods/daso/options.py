@@ -43,6 +43,7 @@ class DasoOptions(MethodOptions):
             )
 
     def processes_rule(self, devices: int, processes: int) -> str | None:
+        # A node's devices share one copy of the weights: a process holds whole nodes, or an equal part of one.
         size = self.devices_per_node
         if devices % processes or ((devices // processes) % size and size % (devices // processes)):
             return (

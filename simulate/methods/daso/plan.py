@@ -29,6 +29,7 @@ class DasoPlan(DensePlan[DasoOptions]):
         if size > 1:
             parts.append(PeriodicExchange(Exchange(tuple(Transfer("all_reduce", b, size, nodes) for b in sizes))))
         if nodes > 1:
+            # One device of each node sums with the others', and broadcasts inside its node.
             between = [(Transfer("all_reduce", b, nodes), Transfer("broadcast", b, size, nodes)) for b in sizes]
             messages = tuple(t for pair in between for t in (pair if size > 1 else pair[:1]))
             parts.append(merge_every(Exchange(messages), self.options.merge_every, self.options.delay_steps))
@@ -45,6 +46,7 @@ class DasoPlan(DensePlan[DasoOptions]):
             yield with_gradients(context, message)
         if context.devices > self.options.devices_per_node:
             yield at_merge(2 * message)
+            # An evaluation divides the sums that travel into means of its own.
             yield Phase("evaluation", 0, 0, sum(context.sizes) if self.options.delay_steps else 0)
 
     @property

@@ -5,7 +5,8 @@ to the others and trains on; S steps later what has arrived is mixed into the we
 
     x ← (2S·x + Σ_i x_i) / (2S + M);        with S = 0, and after the run's last step: x ← (1/M)·Σ_i x_i, waited for
 
-Without the phases of blocking averages that the authors put at both ends of an epoch.
+Without the phases of blocking averages that the authors put at both ends of an epoch. simulate.methods.registry builds
+the class; the training loop calls `step` and `merge`.
 
 Legend: M nodes, C local nodes; the devices of a node share one copy of the weights.
 """
@@ -23,10 +24,9 @@ from simulate.layers.convert import convert, merged_state
 from simulate.methods.base import Method
 from simulate.methods.daso.options import DasoOptions
 from simulate.methods.gradient_averaging import packed_parameters
+from simulate.methods.overlapped import NOTHING
 from simulate.methods.round_updates import LayerUpdates, dense_updates
-from simulate.methods.stepper import ParameterGroup, clip_per_device, decay_groups
-
-NOTHING = -1
+from simulate.methods.stepper import clip_per_device
 
 
 class Daso(Method):
@@ -58,16 +58,14 @@ class Daso(Method):
         assert local % size == 0 or size % local == 0, "a process holds whole nodes, or an equal part of one"
         return max(1, local // size)
 
-    def parameter_groups(self) -> list[ParameterGroup]:
-        train = self.run.train
-        return decay_groups(self.parameters.values(), train.learning_rate, train.weight_decay)
-
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         losses_L = self.loss.group_losses(inputs, targets, self.local_devices)
         self.loss.backward(losses_L)
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        # Every step: the mean gradient of the node's devices.
         for names in self.messages if self.nodes.size > 1 else ():
             self.communicator.reduce_in_nodes([gradients[name] for name in names], self.nodes)
+        # The loss sums over a node's devices, so that their mean needs one division.
         torch._foreach_div_(list(gradients.values()), float(self.nodes.size))
         clip_per_device(list(gradients.values()), self.local_nodes, self.run.train.clip_norm)
         self.stepper.step(self.rate_factor(step))
@@ -100,7 +98,7 @@ class Daso(Method):
         self._keep(sums)
 
     def _keep(self, sums: dict[str, Tensor]) -> None:
-        for name in self.last.keys() & sums.keys():
+        for name in self.last.keys() & sums.keys():  # diagnostics alone keep the last means
             torch.div(sums[name], self.nodes.count, out=self.last[name])
 
     def keep_merged(self) -> None:
@@ -113,6 +111,7 @@ class Daso(Method):
     def _sum_up(self, names: list[str], sums: dict[str, Tensor]) -> None:
         """Write the sum over all nodes of a message's parameters into `sums`, in place, so that it may arrive later."""
         message = [torch.sum(self.parameters[name].detach(), 0, out=sums[name]) for name in names]
+        # One device of each node exchanges, and broadcasts to the others: links between nodes carry each weight once.
         self.communicator.reduce_over_nodes(message, self.nodes)
         if self.nodes.size > 1:
             self.communicator.broadcast_in_nodes(message, self.nodes)
@@ -130,7 +129,7 @@ class Daso(Method):
         """Return the average that the nodes sent last, or the weights where nothing travels."""
         if int(self.sent_after) == NOTHING:
             return merged_state(self.model)
-        self.communicator.finish()
+        self.communicator.finish()  # an evaluation may come while they travel
         means = {name: sums / self.nodes.count for name, sums in self.arriving.items()}
         return merged_state(self.model, {id(self.parameters[name]): mean for name, mean in means.items()})
 

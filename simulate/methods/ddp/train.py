@@ -42,6 +42,7 @@ class Ddp(GradientMethod):
             mean_over_devices(gradients_of(self.parameters.values()), self.communicator)
             return
         own = take_gradients(self.leaves)
+        # pop: a message's gradients are freed before the next one is compressed.
         for names, compressed in zip(self.messages, self.means, strict=True):
             (mean_X,) = compressed.mean(own.pop(name) for name in names)
             parts = mean_X.split([self.parameters[name].numel() for name in names])

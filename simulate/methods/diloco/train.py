@@ -8,8 +8,6 @@ compressed `wire`, Δ travels with error feedback.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +16,6 @@ from simulate.config.run import Run
 from simulate.methods.averaging import Averaging
 from simulate.methods.diloco.options import DilocoOptions
 from simulate.methods.local_training import LocalTraining
-from simulate.methods.round_updates import LayerUpdates, dense_updates
 
 
 class Diloco(LocalTraining):
@@ -32,22 +29,15 @@ class Diloco(LocalTraining):
         super().__init__(run, communicator, device, network)
         self.averaging = Averaging(
             self.parameters, communicator, wire=self.options.wire, fragments=self.options.fragments, outer=self._outer,
-            delayed=self.delay > 0,
+            delayed=self.options.merge_delay > 0,
         )  # fmt: skip
         self.momentum = {name: torch.zeros_like(last) for name, last in self.averaging.last.items()}
 
     def _outer(self, name: str, last: Tensor, mean: Tensor) -> Tensor:
-        # Algorithm 1's outer gradient Δ, and its Nesterov step; `change` and `velocity` are Δ and v.
-        change = last - mean
-        velocity = self.momentum[name].mul_(self.options.outer_momentum).add_(change)
-        change.add_(velocity, alpha=self.options.outer_momentum)
-        return torch.sub(last, change, alpha=self.options.outer_learning_rate)
-
-    def merge_fragment(self, index: int, step: int) -> None:
-        self.averaging.merge(index, self.merge_weights(step))
-
-    def updates(self, step: int) -> Iterator[LayerUpdates]:
-        return dense_updates(self.model, self.parameters, self.averaging.last, self.merge_weights(step))
+        change = last - mean  # Δ: algorithm 1's outer gradient
+        velocity = self.momentum[name].mul_(self.options.outer_momentum).add_(change)  # v ← μ·v + Δ
+        change.add_(velocity, alpha=self.options.outer_momentum)  # Δ + μ·v: Nesterov, as torch.optim.SGD has it
+        return torch.sub(last, change, alpha=self.options.outer_learning_rate)  # θ − η·(Δ + μ·v)
 
     def extra_state(self) -> dict[str, Tensor]:
         momentum = {f"momentum.{name}": tensor for name, tensor in self.momentum.items()}

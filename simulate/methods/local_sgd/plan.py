@@ -26,7 +26,7 @@ class LocalSgdPlan(DensePlan[LocalSgdOptions]):
     def __init__(self, options: LocalSgdOptions) -> None:
         super().__init__(options)
         self.drops_moments = "all" if options.merge_optimizer == "reset" else "none"
-        self.drops_at_once = not options.merge_delay
+        self.drops_at_once = not options.merge_delay  # a late merge drops them when it is applied
         self._tensors = MOMENTS_TOO if options.merge_optimizer == "average" else 1
         self._is_served = options.merge_transport == "server"
 
@@ -36,12 +36,12 @@ class LocalSgdPlan(DensePlan[LocalSgdOptions]):
 
     def messages(self, shape: ModelShape, devices: int, element_bytes: int) -> tuple[PeriodicExchange, ...]:
         """Return the mean of all weights every T steps, or the pushes and pulls of the round's participants."""
+        # Moments are as large as weights, and travel in messages with them.
         counts = [t.elements for t in shape.tensors] * self._tensors
         if self._is_served:
-            active, sizes = (
-                self.options.participants(devices),
-                bucket_bytes([count * element_bytes for count in counts]),
-            )
+            # Idle devices neither push nor pull.
+            active = self.options.participants(devices)
+            sizes = bucket_bytes([count * element_bytes for count in counts])
             operations: tuple[Operation, ...] = ("push", "pull")
             exchange = Exchange(tuple(Transfer(operation, size, active) for size in sizes for operation in operations))
         else:

@@ -6,12 +6,10 @@
 
 With `participation` below 1, max(1, round(share·N)) devices drawn for each round train in it; devices are stateless
 clients then: they start from the server's weights with a new optimizer. In a simulation the others compute along, but
-count for nothing.
+count for nothing. simulate.methods.registry builds the class; its steps are simulate.methods.local_training's.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +20,6 @@ from simulate.config.run import Run
 from simulate.methods.averaging import Averaging
 from simulate.methods.local_sgd.options import LocalSgdOptions
 from simulate.methods.local_training import LocalTraining
-from simulate.methods.round_updates import LayerUpdates, dense_updates
 from simulate.optim.moments import forget_moments
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -38,65 +35,54 @@ class LocalSgd(LocalTraining):
         self.options = run.method
         super().__init__(run, communicator, device, network)
         server = self.options.merge_transport == "server"
-        delayed = self.delay > 0
+        delayed = self.options.merge_delay > 0
         self.averaging = Averaging(self.parameters, communicator, server, self.options.wire, delayed=delayed)
 
     def active(self, step: int) -> list[int]:
-        if self.is_paced:
-            return super().active(step)
         count = self.options.participants(self.run.cluster.devices)
         return participants(self.run, count, step // self.options.merge_every)
 
-    def merge_fragment(self, index: int, step: int) -> None:
-        weights_N = self.merge_weights(step)
+    def merge(self, step: int) -> None:
         if self.options.merge_optimizer == "average":
-            self._average_with_moments(weights_N)
+            self._average_with_moments(self.merge_weights(step))
+            self.healthy_N = None
         else:
-            self.averaging.merge(index, weights_N)
-        self._treat_moments()
+            super().merge(step)
+        self._forget_moments()
 
-    def apply_merged_fragment(self, index: int, step: int) -> None:
-        super().apply_merged_fragment(index, step)
-        self._treat_moments()
+    def apply_merged_fragment(self, index: int) -> None:
+        super().apply_merged_fragment(index)
+        self._forget_moments()
 
-    def _treat_moments(self) -> None:
+    def _forget_moments(self) -> None:
         if self.options.merge_optimizer == "reset":
             forget_moments(self.stepper.state, self.parameters.values())
 
     def merge_weights(self, step: int) -> Tensor | None:
-        shards = self.run.data.shards
-        if self.is_paced:
+        shards, devices = self.run.data.shards, self.run.cluster.devices
+        if self.options.participants(devices) == devices:
             return self.shares(shards)
-        active = self.active(step)
-        if shards is None and len(active) == self.run.cluster.devices:
-            return self.counted(None)
         # w_n = m_n/Σ m over the round's participants (FedAvg, algorithm 1, with the erratum).
-        sizes = torch.tensor(shards or [1.0] * self.run.cluster.devices, dtype=torch.float64)
-        weights = torch.zeros_like(sizes)
-        weights[active] = sizes[active]
-        first = next(iter(self.parameters.values()))
-        return self.counted((weights / weights.sum()).to(first))
+        active = self.active(step)
+        return self.shares([size if n in active else 0.0 for n, size in enumerate(shards or [1.0] * devices)])
 
+    @torch.no_grad()
     def _average_with_moments(self, weights_N: Tensor | None) -> None:
         """Average parameters and both of Adam's moments in one merge, as if moments were parameters."""
+        # In one merge, so that they share messages; no delay, wire or fragments go with averaged moments.
         moments = [self.stepper.state[p][key] for key in MOMENTS for p in self.parameters.values()]
         tensors = [*self.parameters.values(), *moments]
         names = [str(index) for index in range(len(tensors))]
         everything = dict(zip(names, tensors, strict=True))
         server = self.options.merge_transport == "server"
         Averaging(everything, self.communicator, server).merge(0, weights_N)
-        self.averaging.remember()
-
-    def keep_merged(self) -> None:
-        self.averaging.keep_last()
-
-    def updates(self, step: int) -> Iterator[LayerUpdates]:
-        return dense_updates(self.model, self.parameters, self.averaging.last, self.merge_weights(step))
+        for name, last in self.averaging.last.items():  # kept for diagnostics alone
+            last.copy_(self.parameters[name][0])
 
 
 def participants(run: Run, count: int, round_index: int) -> list[int]:
     """Return the devices that train in a round, in global order: all, or a draw addressed by the round."""
-    devices = run.cluster.devices
+    devices = run.cluster.devices  # FedAvg's S_t: a random set of max(C·K, 1) clients (algorithm 1)
     if count == devices:
         return list(range(devices))
     draw = generator(run.train.seed, "participants", round_index)

@@ -5,6 +5,8 @@
 From scratch, W + s·B·A stays within rank r of the start weights: what the others are measured against. With `quantize`
 W is packed once, at the start, and unpacked for each product (QLoRA; Dettmers et al. 2023, arXiv 2305.14314).
 
+mhlora, relora and adamix subclass it. LTE uses its optimizer groups; so an adapter has one learning rate everywhere.
+
 Legend: L local devices.
 """
 
@@ -81,6 +83,7 @@ def adapter_groups(method: Method, options: AdapterOptions) -> list[ParameterGro
     """Return the optimizer's groups: adapters at their own learning rate, everything else at the run's."""
     train = method.run.train
     rate, decay = train.learning_rate, train.weight_decay
+    # s·B·A moves W s times as far as B moves, so that its rate is divided by s.
     matched = rate / options.scale * (muon_factor(options.rank) if train.optimizer == "muon" else 1.0)
     adapter_rate = options.adapter_learning_rate or matched
     adapters = {id(p) for p in adapter_parameters(method.model)}

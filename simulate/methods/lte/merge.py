@@ -37,6 +37,7 @@ class LayerMerger:
         held, transport = options.held_rank(devices), options.merge_transport
         self.keys = ("b",) if options.frozen_a else ("a", "b")
         """Factors that travel: every device can draw a frozen A by itself."""
+        # The plan's own rule (simulate.rules.transport) decides, so that planned and sent bytes agree.
         shapes = {x.name: LinearShape(x.name, *x.size, 1) for x in layers}
         reduced = {
             n for n, x in shapes.items() if layer_transport(x, held, devices, transport, options.frozen_a) == "reduce"
@@ -51,6 +52,7 @@ class LayerMerger:
         self.dense_messages = [
             [dense[i] for i in group] for group in bucket([math.prod(x.size) * element_bytes for x in dense])
         ]
+        # Only late merges need them: a merge at once reads the factors, and writes W, in place.
         delayed_layers = layers if options.merge_delay else ()
         self.snapshots = {
             f"{layer.name}.{key}": getattr(layer, key).detach().clone() for layer in delayed_layers for key in self.keys
@@ -106,6 +108,7 @@ class LayerMerger:
         for layer in self.layers:
             layer.weight.copy_(self.arriving[layer.name])
             b_HOR = self.snapshots[f"{layer.name}.b"]
+            # What was merged counts in W now: B0·A0 or the subtraction takes it out of the head's own product.
             if self.options.reset == "none":
                 layer.remember_product(self.snapshots[f"{layer.name}.a"], b_HOR)
             else:
@@ -138,6 +141,7 @@ class LayerMerger:
             if layer.a0 is not None and layer.b0 is not None:
                 layer.a[sick_H], layer.b[sick_H] = layer.a0[sick_H], layer.b0[sick_H]
                 continue
+            # With a reset the last merge left B = 0 and A as drawn.
             if isinstance(layer.a, nn.Parameter):
                 drawn = layer.draw_a(int(layer.drawn_after))
                 layer.a[sick_H] = drawn[sick_H]
@@ -161,14 +165,15 @@ class LayerMerger:
                 self._remember(layer)
         if everyones is not None:  # None: only the server process has them
             self.communicator.on_complete(partial(self._add_up, layers, everyones, self._targets(layers)))
-        if server:
+        if server:  # after the server has added up, as messages are served in order
             self.communicator.pull(self._pulled(layers))
 
     def _add_up(self, layers: list[LoraLinear], everyones: list[Tensor], targets: list[Tensor | None]) -> None:
-        factors = iter(everyones)
+        factors, heads = iter(everyones), self.communicator.num_devices * self.options.heads_per_device
         for layer, target_OI in zip(layers, targets, strict=True):
-            a_HRI = self._everyones_draw(layer) if self.options.frozen_a else next(factors)
+            a_HRI = layer.frozen_a(heads) if self.options.frozen_a else next(factors)
             b_HOR = weighted(next(factors), self._weights_H)
+            # Algorithm 1's merge: Ŵ = W + (s/H)·Σ_h B_h·A_h, from W0 where the last products are taken back.
             if target_OI is not None:
                 add_products(self._base(layer), a_HRI, b_HOR, self._share, out=target_OI)
                 continue
@@ -193,12 +198,6 @@ class LayerMerger:
             return [self.arriving[layer.name] for layer in layers]
         return [tensor for layer in layers for tensor in layer.frozen_tensors()]
 
-    def _everyones_draw(self, layer: LoraLinear) -> Tensor:
-        heads = self.communicator.num_devices * self.options.heads_per_device
-        if heads == layer.a.shape[0]:
-            return layer.a
-        return layer.draw_a(int(layer.drawn_after), heads)
-
     def _exchange_rounded(self, layers: list[LoraLinear], exchange: Exchange) -> list[Tensor] | None:
         """Return all devices' factors as rounded for the wire; keep what rounding lost, and the products as sent."""
         wire, parts, shapes = self.options.wire, [], []
@@ -206,6 +205,7 @@ class LayerMerger:
             rounded = {}
             for key in self.keys:
                 factor = self._sent(layer, key)
+                # Error feedback: what the last message lost goes into this one (arXiv 1901.09847).
                 error_LX = self.errors[f"{layer.name}.{key}"]
                 corrected_LX = error_LX.add_(factor.view(self.local, -1))
                 message = encode(corrected_LX, wire)
@@ -235,16 +235,14 @@ class LayerMerger:
 
     def _merge_sums(self, layers: list[LoraLinear]) -> None:
         weights_H = self._own_weights_H
+        # Local heads are summed here, and the sums over the wire: dense, but of one size for any number of heads.
         sums = [sum_of_products(self._sent_a(layer), weighted(self._sent(layer, "b"), weights_H)) for layer in layers]
         self.communicator.all_reduce(sums)
         targets = self._targets(layers)
 
         def add_up() -> None:
             for layer, sum_OI, target_OI in zip(layers, sums, targets, strict=True):
-                into_OI = sum_OI if target_OI is None else target_OI
-                torch.add(self._base(layer), sum_OI, alpha=self._share, out=into_OI)
-                if target_OI is None:
-                    layer.set_weight(into_OI)
+                _store_sum(layer, self._base(layer), sum_OI, self._share, target_OI)
 
         self.communicator.on_complete(add_up)
         for layer in layers:
@@ -260,11 +258,7 @@ class LayerMerger:
         def add_up() -> None:
             parts = mean.pop().split([math.prod(layer.size) for layer in layers])
             for layer, part, target_OI in zip(layers, parts, targets, strict=True):
-                change_OI = part.view(layer.size)
-                into_OI = change_OI if target_OI is None else target_OI
-                torch.add(layer.merged_weight(), change_OI, out=into_OI)
-                if target_OI is None:
-                    layer.set_weight(into_OI)
+                _store_sum(layer, layer.merged_weight(), part.view(layer.size), 1.0, target_OI)
 
         self.communicator.on_complete(add_up)
         for layer in layers:
@@ -272,6 +266,7 @@ class LayerMerger:
 
     def _deltas(self, layer: LoraLinear) -> Tensor:
         """Return each local device's change of W since the last merge, (L, O*I)."""
+        # Device by device, since each has an error of its own to feed back.
         per_device = layer.a.shape[0] // self.local
         deltas_LOI = []
         for first in range(0, layer.a.shape[0], per_device):
@@ -308,6 +303,14 @@ class LayerMerger:
         for message, mean in zip(self.dense_messages, self.means, strict=False):
             named.update({f"{key}.{message[0].name}": tensor for key, tensor in mean.state_dict().items()})
         return named
+
+
+def _store_sum(layer: LoraLinear, base_OI: Tensor, change_OI: Tensor, share: float, target_OI: Tensor | None) -> None:
+    """Write base + share·change to `target_OI`, or, where that is None, pack it as the layer's W."""
+    into_OI = change_OI if target_OI is None else target_OI
+    torch.add(base_OI, change_OI, alpha=share, out=into_OI)
+    if target_OI is None:
+        layer.set_weight(into_OI)
 
 
 def add_products(base_OI: Tensor, a_HRI: Tensor, b_HOR: Tensor, share: float, out: Tensor) -> None:

@@ -1,8 +1,13 @@
-"""Keys of [method] for LoRA-the-Explorer; torch-free."""
+"""Keys of [method] for LoRA-the-Explorer, and the combinations of them that are refused; torch-free.
+
+Many keys change what a merge means, so that not every pair of them goes together; each refusal says what would be lost
+and which key to change. simulate.config.run validates the table with this class; plan.py and train.py beside it read
+its properties.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,6 +23,7 @@ Master = Literal["host", "server", "none"]
 class LteOptions(AdapterOptions, FragmentOptions):
     """LoRA-the-Explorer (arXiv 2402.16828, algorithm 1)."""
 
+    heads_split_batch: ClassVar[bool] = True
     name: Literal["lte"] = "lte"
     heads_per_device: int = Field(default=1, gt=0)
     """Each head of a device trains on its own part of the device's batch."""
@@ -70,6 +76,7 @@ class LteOptions(AdapterOptions, FragmentOptions):
     @model_validator(mode="before")
     @classmethod
     def _reset_less_trains_a(cls, given: Any) -> Any:
+        # The old product A0, B0 is subtracted to train A on; with a frozen A, reset = "b" does the same for less.
         reset_less = isinstance(given, dict) and given.get("reset") == "none" and "frozen_a" not in given
         return {**given, "frozen_a": False} if reset_less else given
 

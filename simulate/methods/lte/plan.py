@@ -53,6 +53,7 @@ class LtePlan(AdapterPlan[LteOptions]):
     def __init__(self, options: LteOptions) -> None:
         super().__init__(options)
         self.transport = options.merge_transport
+        # Beside the full-precision W of quantised weights, which AdapterPlan counts.
         self.full_copies += options.reset == "none"  # the start weights, to which reset-less merges return
         self.drops_moments = "adapters" if options.merge_optimizer == "reset" else "none"
         self.drops_at_once = not options.merge_delay and options.fragments == 1
@@ -88,6 +89,7 @@ class LtePlan(AdapterPlan[LteOptions]):
 
     def _keeps_last_average(self, devices: int) -> bool:
         """Whether the method keeps the last merge's averages itself: compressed, late and staggered merges do."""
+        # Between such merges no device has all of the merged weights, so an evaluation needs them apart.
         late = bool(self.options.merge_delay) or self.options.fragments > 1
         return late or (self.options.wire != "full" and devices > 1 and not self._is_served)
 
@@ -126,6 +128,7 @@ class LtePlan(AdapterPlan[LteOptions]):
             return 0.0
         rank, total = self.options.held_rank(devices), 0.0
         for linear in shape.adapted:
+            # Gathered factors: everyone multiplies all heads'; reduced ones: each its own.
             how = layer_transport(linear, rank, devices, self.options.merge_transport, self.options.frozen_a)
             total += 2.0 * linear.weights * linear.count * rank * (devices if how == "gather" else 1)
         return total
@@ -146,7 +149,7 @@ class LtePlan(AdapterPlan[LteOptions]):
             return options.master == "host"
         return not options.merge_delay and (options.master != "server" or self._is_served)
 
-    def treatments(self) -> str:
+    def synchronisation(self) -> str:
         """Return how parameters beside adapters are trained together."""
         return "averaged at merges, unless said"
 
@@ -204,7 +207,7 @@ class LtePlan(AdapterPlan[LteOptions]):
             pulled = sum(quantized_bytes(x.weights, x.in_features, options.quantize, element_bytes) for x in members)
             return (packed if compressed else 0) + messages * max(packed, pulled)
         stacked = max(devices * x.out_features * held_rank for x in members) * element_bytes
-        stacked *= 2 if options.is_paced else 1
+        stacked *= 2 if options.is_paced else 1  # B times the heads' weights is another B
         drawing = drawn = 0
         if options.frozen_a and messages:
             heads = devices * options.heads_per_device

@@ -51,12 +51,11 @@ from simulate.layers.convert import ConversionSpec, convert, lora, merged_state,
 from simulate.layers.lora import AdapterSpec, LoraLinear, lora_layers
 from simulate.layers.per_device import VectorLora
 from simulate.methods.averaging import Averaging
+from simulate.methods.base import Method
 from simulate.methods.lora.train import adapter_groups, adapter_parameters, masters
 from simulate.methods.loss import gradients_of
 from simulate.methods.lte.merge import LayerMerger, sum_of_products
 from simulate.methods.lte.options import LteOptions
-from simulate.methods.overlapped import NOTHING
-from simulate.methods.paced import Paced
 from simulate.methods.round_updates import DenseUpdates, LayerUpdates, LowRankUpdates, dense_updates
 from simulate.methods.stepper import ParameterGroup, clear_rows, clip_per_device
 from simulate.optim.moments import forget_moments, prune_moments
@@ -65,7 +64,7 @@ PRUNED_SHARE = 0.9
 """Share of the adapters' optimizer state that a pruning merge zeroes (as in ReLoRA, arXiv 2307.05695)."""
 
 
-class Lte(Paced):
+class Lte(Method):
     """LTE with or without reset, over any transport."""
 
     def __init__(
@@ -77,6 +76,7 @@ class Lte(Paced):
         options = self.options
         layers = lora_layers(self.model)
         self.vectors = {n: m for n, m in self.model.named_modules() if isinstance(m, VectorLora)}
+        # Vectors' pairs are adapters to the optimizer, but a device's heads share them, like replicated parameters.
         adapters = {id(p) for p in adapter_parameters(self.model)}
         of_heads = {id(p) for layer in layers for p in layer.factors()}
         self.replicated_parameters = [p for p in self.parameters.values() if id(p) not in of_heads]
@@ -84,7 +84,7 @@ class Lte(Paced):
         self.first_device_norms = list(norms.values())
         averaged = {name: t for name, t in self._in_order(adapters).items() if name not in norms}
         server = options.merge_transport == "server"
-        delayed, parts_of = self.delay > 0, options.fragments
+        delayed, parts_of = options.merge_delay > 0, options.fragments
         self.averaging = Averaging(averaged, communicator, server, options.wire, parts_of, delayed=delayed)
         self.spreading = Averaging(norms, communicator, server, fragments=parts_of, first_only=True, delayed=delayed)
         parts = [fragment(len(layers), options.fragments, index) for index in range(options.fragments)]
@@ -92,6 +92,7 @@ class Lte(Paced):
 
     def prepare(self, model: nn.Module) -> nn.Module:
         options, devices = self.options, self.local_devices
+        # Where the server merges, only its process needs W0 and the full-precision W.
         merges_here = options.master != "server" or self.communicator.process == 0
         spec = AdapterSpec(
             rank=options.rank,
@@ -107,14 +108,14 @@ class Lte(Paced):
             keeps_master=options.keeps_master and merges_here,
             shows_master=options.master == "host",
         )
-        treatment = ConversionSpec(
+        layers = ConversionSpec(
             make_adapter=lora(spec, devices),
             make_vector=lambda vector: VectorLora(vector, devices, options.scale, options.reset == "none"),
             norms=options.norms,
             biases=options.biases,
             convolutions=options.convolutions,
         )
-        return convert(model, devices, treatment)
+        return convert(model, devices, layers)
 
     def _in_order(self, adapters: set[int]) -> dict[str, Tensor]:
         """Return the parameters that merges average, vectors with a low-rank pair included, in the network's order."""
@@ -130,7 +131,7 @@ class Lte(Paced):
     def parameter_groups(self) -> list[ParameterGroup]:
         return adapter_groups(self, self.options)
 
-    def train_step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
+    def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         heads = self.options.heads_per_device
         losses_H = self.loss.group_losses(inputs, targets, self.local_devices * heads)
         # The sum over heads gives each adapter the gradient of its own head's mean loss, whatever H is.
@@ -143,14 +144,20 @@ class Lte(Paced):
                 norm.grad[first:] = 0.0
         clip_per_device(gradients_of(self.model.parameters()), self.local_devices, self.run.train.clip_norm)
         self.stepper.step(self.rate_factor(step))
-        self.arrive_if_due(step)
         return losses_H.detach().view(self.local_devices, heads).mean(1)
 
-    def merge_fragment(self, index: int, step: int) -> None:
+    @torch.no_grad()
+    def merge(self, step: int) -> None:
+        for index in self.fragments_due(step):
+            self._merge_fragment(index, step)
+        self.healthy_N = None
+
+    def _merge_fragment(self, index: int, step: int) -> None:
         merger = self.mergers[index]
         weights_N = self.shares()
         # Where all count alike, a device that is left out adds nothing to a mean over all heads.
-        merger.merge(weights_N if self.is_paced else None)
+        merger.merge(weights_N if self.options.is_paced else None)
+        # The averaging below takes means of effective vectors, not of factors.
         for vector in self.vectors.values():
             vector.merged.copy_(vector())
         self.averaging.merge(index, weights_N)
@@ -160,20 +167,20 @@ class Lte(Paced):
         for name in (name for message in self.averaging.messages[index] for name in message):
             if name in self.vectors:
                 self.vectors[name].start_round()
-                self._treat_moments(self.vectors[name].factors())
+                self._drop_moments(self.vectors[name].factors())
 
     def send_fragment(self, index: int, step: int) -> None:
         self.mergers[index].send()
         self.averaging.send(index, self.counted(None))
         self.spreading.send(index)
 
-    def apply_merged_fragment(self, index: int, step: int) -> None:
+    def apply_merged_fragment(self, index: int) -> None:
         merger = self.mergers[index]
         merger.apply_merged()
         self.averaging.apply_merged(index)
         self.spreading.apply_merged(index)
         for layer in merger.layers:
-            self._treat_moments(layer.factors())
+            self._drop_moments(layer.factors())
 
     can_exclude_devices = True
 
@@ -189,7 +196,7 @@ class Lte(Paced):
                 clear_rows(factor, self.healthy_L)
                 if old is not None:
                     clear_rows(old, self.healthy_L)
-            vector.a[~self.healthy_L.to(vector.a.device)] = 1.0
+            vector.a[~self.healthy_L.to(vector.a.device)] = 1.0  # its start: b = 0 makes it add nothing
         self.averaging.exclude_devices(self.healthy_L)
 
     def _start_round(self, layer: LoraLinear, step: int) -> None:
@@ -197,9 +204,9 @@ class Lte(Paced):
             layer.b.zero_()
         if self.options.reset == "ab":
             layer.redraw_a(step + 1)
-        self._treat_moments(layer.factors())
+        self._drop_moments(layer.factors())
 
-    def _treat_moments(self, factors: Iterable[nn.Parameter]) -> None:
+    def _drop_moments(self, factors: Iterable[nn.Parameter]) -> None:
         if self.options.merge_optimizer == "prune":
             prune_moments(self.stepper.state, factors, PRUNED_SHARE)
         elif self.options.merge_optimizer == "reset":
@@ -262,11 +269,11 @@ class Lte(Paced):
     def after_lost_devices_init(self) -> None:
         """Move lost devices' products from W into W0, since their adapters start again at zero."""
         share = self.options.scale / (self.communicator.num_devices * self.options.heads_per_device)
-        sent_after = int(self.sent_after)
-        travels = [] if sent_after == NOTHING else self.fragments_due(sent_after)
+        travels = self.fragments_in_flight()
         for index, merger in enumerate(self.mergers):
             for layer in merger.layers:
                 if self.options.reset == "none":
+                    # W0 ← W − (s/H)·Σ_h B0_h·A0_h over the heads that are still there; lost ones' products are zero.
                     weight_OI, a_HRI, b_HOR = merger.merged(layer, travels=index in travels)
                     sums = [sum_of_products(a_HRI, b_HOR)]
                     self.communicator.all_reduce(sums)

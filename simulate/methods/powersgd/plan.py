@@ -25,7 +25,7 @@ class PowerSgdPlan(DensePlan[PowerSgdOptions]):
         for tensor in shape.tensors:
             if self.options.is_compressible(tensor.shape):
                 outputs, inputs = tensor.shape
-                p.append(outputs * self.options.rank)
+                p.append(outputs * self.options.rank)  # P is (O, r), Q is (I, r)
                 q.append(inputs * self.options.rank)
             else:
                 dense.append(tensor.elements)

@@ -48,15 +48,19 @@ class PowerSgd(GradientMethod):
 
     def average_gradients(self) -> None:
         gradients = take_gradients(self.leaves)
+        # M_n = G_n + E_n in the errors' own memory.
         for name, error_LOI in self.errors.items():
             error_LOI.add_(gradients.pop(name))
+        # P = orthonormal(Σ_n M_n·Q): the sum will do where the mean is meant, since QR takes the scale out.
         p = {name: (m_LOI @ self.factors[name]).sum(0) for name, m_LOI in self.errors.items()}
         all_reduce_packed(list(p.values()), self.communicator)
         p = {name: torch.linalg.qr(p_OR).Q for name, p_OR in p.items()}
+        # Q = mean_n(M_nᵀ·P), which also starts the next step's power iteration.
         q = {name: (m_LOI.transpose(1, 2) @ p[name]).sum(0) for name, m_LOI in self.errors.items()}
         mean_over_devices(list(q.values()), self.communicator)
         for name, m_LOI in self.errors.items():
             self.factors[name].copy_(q[name])
+            # Ĝ = P·Qᵀ
             mean_OI = p[name] @ q[name].t()
             m_LOI.sub_(mean_OI)  # M − Ĝ: the next step's error
             self.parameters[name].grad = mean_OI.unsqueeze(0)

@@ -31,6 +31,7 @@ class ReloraPlan(AdapterPlan[ReloraOptions]):
 
     def exchange_phases(self, context: ExchangeContext) -> Iterable[Phase]:
         """Yield the gradients' message, and the merge of one layer, which is packed where it is quantised."""
+        # With a warm start the dense steps' messages are the larger ones.
         if self.starts_dense:
             yield from reduced_gradients(context, context.sizes)
         else:

@@ -50,12 +50,13 @@ class Relora(Lora):
         return convert(model, 1) if self.dense else super().prepare(model)
 
     def rate_factor(self, step: int) -> float:
-        since = step - self.options.warm_start_steps
+        since = step - self.options.warm_start_steps  # negative during the dense warm start
         last_restart = since // self.options.merge_every * self.options.merge_every
         steps_after, rewarm = since - last_restart, self.options.rewarm_steps
         started_over = last_restart > 0 or (last_restart == 0 and self.options.warm_start_steps > 0)
         if not started_over or steps_after >= rewarm:
             return learning_rate_factor(self.run.train, step)
+        # rate(q + k) = (k+1)/(w+1)·c(q + w): the climb ends where the schedule then is.
         return (steps_after + 1) / (rewarm + 1) * learning_rate_factor(self.run.train, step - steps_after + rewarm)
 
     @torch.no_grad()
@@ -71,6 +72,7 @@ class Relora(Lora):
             prune_moments(self.stepper.state, adapter_parameters(self.model), self.options.prune_share)
 
     def _restart(self, layer: LoraLinear, steps_done: int) -> None:
+        # W ← W + s·B·A, A ← a new draw, B ← 0: what the layer computes stays the same.
         layer.set_weight(layer.folded_weight())
         layer.redraw_a(steps_done)
         layer.b.zero_()
@@ -85,6 +87,7 @@ class Relora(Lora):
         self.install(network, device)
 
     def before_loading(self, state: dict[str, Tensor]) -> None:
+        # A checkpoint from after the warm start needs a network with adapters to be loaded into.
         adapted = any(name.startswith("model.") and name.endswith(".a") for name in state)
         if self.dense and adapted:
             self._begin_adapters()

@@ -8,7 +8,8 @@ What staleness costs is won back by one of
     prediction:  ŵ_{t+1} = AdamW'(w_{t+1}, g_t): a step with the device's own gradient, whose moments are not kept
     delay:       ŵ = w and G_{t−1} ← G_{t−1} + λ·G_{t−1}⊙G_{t−1}⊙(w_t − w_{t−1})   (Zheng et al. 2017, arXiv 1609.08326)
     none:        ŵ = w
-The gradient of the last step is never applied. Clipping is of G, and in the prediction of g.
+The gradient of the last step is never applied. Clipping is of G, and in the prediction of g. simulate.methods.registry
+builds the class; the training loop calls `step`.
 
 Legend: L local devices.
 """
@@ -56,11 +57,12 @@ class Sapipe(GradientMethod):
         losses_L = self.loss.group_losses(inputs, targets, self.local_devices)
         self.loss.backward(losses_L)
         own = take_gradients(self.leaves)
-        self.communicator.wait()
+        self.communicator.wait()  # for the all-reduce that the last step started
         if step > 0:
             self._step_with_stale(step)
         for name, gradient in own.items():
             self.stale[name].copy_(gradient.sum(0, keepdim=True) if self.predicts else gradient)
+        # Behind the next step's compute; it is applied there, one step late.
         with self.communicator.background():
             all_reduce_packed(list(self.stale.values()), self.communicator)
         if self.predicts:
@@ -88,6 +90,7 @@ class Sapipe(GradientMethod):
     def _predict(self, own: dict[str, Tensor], step: int) -> None:
         """Set every device's weights to where its own gradient would take the shared ones in the next step."""
         clip_per_device(list(own.values()), self.local_devices, self.run.train.clip_norm)
+        # The last step of a run predicts with its own rate: there is no next one.
         factor = self.rate_factor(min(step + 1, self.run.train.steps - 1))
         names = {id(p): name for name, p in self.parameters.items()}
         for group, peak in zip(self.stepper.groups, self.stepper.peak_rates, strict=True):
@@ -103,6 +106,7 @@ class Sapipe(GradientMethod):
         """
         beta1, beta2 = self.run.train.adam_beta1, self.run.train.adam_beta2
         state = self.stepper.state.get(parameter)
+        # Adam's two moments and their bias corrections (Kingma and Ba 2015, algorithm 1), out of place.
         first, second = (state["exp_avg"], state["exp_avg_sq"]) if state else (0, 0)
         first = beta1 * first + (1 - beta1) * gradient
         second = beta2 * second + (1 - beta2) * gradient * gradient

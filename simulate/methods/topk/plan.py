@@ -31,10 +31,8 @@ class TopkPlan(DensePlan[TopkOptions]):
 
     def exchange_phases(self, context: ExchangeContext) -> Iterable[Phase]:
         """Return the memory phases of selecting entries, and of averaging all devices' entries."""
-        element_bytes, entries = (
-            context.element_bytes,
-            [self.options.entries(t.elements) for t in context.shape.tensors],
-        )
+        element_bytes = context.element_bytes
+        entries = [self.options.entries(t.elements) for t in context.shape.tensors]
         sent = [k * (element_bytes + INDEX_BYTES) for k in entries]
         held = [size + k * (element_bytes + LONG_BYTES) for size, k in zip(context.sizes, entries, strict=True)]
         # A device's sum and mean of one parameter, and one device's positions.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from simulate.common import toml_io
-from simulate.models.sizes import MODEL_NAMES
+from simulate.models.families.table import MODEL_NAMES
 from tests.ltecli.command import TINY, Lte, Refused, events_of, write_prose
 from tests.selection import others_slow
 

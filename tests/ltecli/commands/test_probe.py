@@ -11,7 +11,7 @@ import pytest
 from ltecli.commands.probe import needed_bytes
 from simulate.common.errors import InputError
 from simulate.config.run import load_run
-from simulate.models.families import gpt_shape
+from simulate.models.families.gpt import gpt_shape
 from simulate.probe.schema import dump_probe, load_probe, shapes_fingerprint
 from tests.ltecli.command import PROFILE, TINY, Lte, Refused
 from tests.simulate.probe.figures import DROWNED, probe_of

@@ -13,7 +13,7 @@ from simulate.comm.virtual import VirtualCommunicator
 from simulate.config.hardware import Device
 from simulate.config.run import Run
 from simulate.costs.diagnostics_memory import kept_bytes, round_bytes
-from simulate.costs.memory import checkpoint_bytes, heights, host_memory_by_part, memory_by_phase, peak_memory
+from simulate.costs.memory import checkpoint_bytes, host_memory_by_part, memory_by_phase, peak_memory, peak_profile
 from simulate.costs.moments import moment_bytes
 from simulate.measure.fake_tensors import tracked_memory
 from simulate.measure.one_device import measure_memory_bytes
@@ -109,7 +109,7 @@ def test_gradients_of_every_family_are_planned(name: str, family: str, device: D
         run = family_run(model, settings, **tiny.VARIANTS[name], **({"rank": 6} if "lora" in name else {}))
         planned = memory_by_phase(run, run.model.shape(), device)["gradient_figures"]
         tracked = tracked_memory(run, with_host=device is ONE_MEMORY).by_phase["gradient_figures"]
-        assert_bounds(planned.total - planned.reserved, tracked)
+        assert_bounds(planned.tensors, tracked)
     assert host_memory_by_part(run, run.model.shape(), device)["diagnostics"] == 4 * run.model.shape().parameters
 
 
@@ -121,7 +121,7 @@ def test_a_tied_tables_gradients_are_planned(name: str, samples: int) -> None:
     run = tiny.variant_run(name, 2, WORDY, {**train(samples), "diagnostics_every": 4})
     planned = memory_by_phase(run, run.model.shape(), ONE_MEMORY)["gradient_figures"]
     tracked = tracked_memory(run, with_host=True).by_phase["gradient_figures"]
-    assert_bounds(planned.total - planned.reserved, tracked)
+    assert_bounds(planned.tensors, tracked)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_moments_are_dropped_where_the_merge_before_did(method: dict[str, Any], 
     settings = {**train(2), "steps": 24, "diagnostics_every": 4}
     run = family_run({"name": "gpt", **WIDE}, settings, name="local-sgd", merge_every=4, **method)
     shape = run.model.shape()
-    phases = [x for x in heights(run, shape, ONE_MEMORY).phases if x.name == "gradient_figures"]
+    phases = [x for x in peak_profile(run, shape, ONE_MEMORY).phases if x.name == "gradient_figures"]
     assert {phase.dropped for phase in phases} == {dropped_share * moment_bytes(run, shape)}
 
 
@@ -150,7 +150,9 @@ def test_what_lte_drops_are_the_moments_of_its_adapters(optimizer_state: str) ->
     built.step(inputs, targets, 0)
     held = _moments(built)
     built.merge(run.train.steps - 1)
-    (dropped,) = {x.dropped for x in heights(run, run.model.shape(), ONE_MEMORY).phases if x.name == "gradient_figures"}
+    (dropped,) = {
+        x.dropped for x in peak_profile(run, run.model.shape(), ONE_MEMORY).phases if x.name == "gradient_figures"
+    }
     assert dropped == pytest.approx(held - _moments(built), rel=0.02)
     assert dropped > 0
 
@@ -173,7 +175,7 @@ def test_the_figures_of_a_round_are_planned(name: str, dtype: str, model: dict[s
     directions = sum(tensor.nbytes for tensor in diagnostics.state_dict().values())
     assert directions > 0
     # Beside what the device holds anyway, of which the directions are a part from here on.
-    high = heights(run, shape, ONE_MEMORY)
+    high = peak_profile(run, shape, ONE_MEMORY)
     held = high.weights + high.adapters + high.optimizer - directions
     assert_bounds(held + directions + round_bytes(run, shape), held + measured)
 
@@ -199,7 +201,7 @@ def test_what_diagnostics_keep_is_planned_and_saved(name: str) -> None:
     shape = run.model.shape()
     assert kept_bytes(run, shape) == pytest.approx(sizes[0] - sizes[1], rel=0.01, abs=1)
     assert checkpoint_bytes(run, shape, 1) - checkpoint_bytes(without, shape, 1) == kept_bytes(run, shape)
-    kept, kept_without = (heights(each, shape, ONE_MEMORY).optimizer for each in (run, without))
+    kept, kept_without = (peak_profile(each, shape, ONE_MEMORY).optimizer for each in (run, without))
     assert kept - kept_without == kept_bytes(run, shape)
 
 

@@ -7,7 +7,7 @@ import pytest
 from simulate.config.hardware import Device, Points
 from simulate.config.profiles import load_profile
 from simulate.config.run import Run
-from simulate.costs.eval_and_save_time import PARTS, evaluation_s, pauses
+from simulate.costs.eval_and_save_time import PARTS, eval_and_save_time, evaluation_s
 from simulate.costs.flops import forward_flops, pass_flops
 from simulate.costs.memory import checkpoint_bytes
 from simulate.costs.message_schedule import num_rounds
@@ -77,18 +77,18 @@ def test_packed_weights_are_unpacked_for_every_batch() -> None:
 
 def test_a_checkpoint_takes_its_bytes_and_its_flushes() -> None:
     run = run_of()
-    stops = pauses(run, run.model.shape(), [device()])
-    assert stops.save_s == pytest.approx(PARTS * 0.5 + stops.save_bytes / 1e6)
-    assert stops.total_s == pytest.approx(
-        Cadence.of(run).num_evaluations * stops.evaluation_s + Cadence.of(run).num_saves * stops.save_s
+    eval_and_save = eval_and_save_time(run, run.model.shape(), [device()])
+    assert eval_and_save.save_s == pytest.approx(PARTS * 0.5 + eval_and_save.save_bytes / 1e6)
+    assert eval_and_save.total_s == pytest.approx(
+        Cadence.of(run).num_evaluations * eval_and_save.evaluation_s + Cadence.of(run).num_saves * eval_and_save.save_s
     )
 
 
 def test_an_unknown_disk_takes_no_time() -> None:
     run = run_of()
-    stops = pauses(run, run.model.shape(), [device(), device(disk_write_bytes_per_s=None)])
-    assert stops.save_s is None
-    assert stops.total_s == stops.evaluations * stops.evaluation_s
+    eval_and_save = eval_and_save_time(run, run.model.shape(), [device(), device(disk_write_bytes_per_s=None)])
+    assert eval_and_save.save_s is None
+    assert eval_and_save.total_s == eval_and_save.evaluations * eval_and_save.evaluation_s
 
 
 def test_recovery_points_are_as_rare_as_they_have_to_be() -> None:
@@ -96,8 +96,8 @@ def test_recovery_points_are_as_rare_as_they_have_to_be() -> None:
     shape = run.model.shape()
     for disk in (1e3, 1e5, 1e7, 1e12):
         kind = device(disk_write_bytes_per_s=disk, disk_flush_s=0.0)
-        stops, time = pauses(run, shape, [kind]), round_time(run, shape, [kind] * 4, link)
-        every = stops.affordable_recovery(time.round_s / time.steps)
-        assert stops.save_s is not None
-        assert stops.save_s / (every * time.round_s) <= 0.05 or every == num_rounds(run)
-        assert every == 1 or stops.save_s / ((every - 1) * time.round_s) > 0.05
+        eval_and_save, time = eval_and_save_time(run, shape, [kind]), round_time(run, shape, [kind] * 4, link)
+        every = eval_and_save.affordable_recovery(time.round_s / time.steps)
+        assert eval_and_save.save_s is not None
+        assert eval_and_save.save_s / (every * time.round_s) <= 0.05 or every == num_rounds(run)
+        assert every == 1 or eval_and_save.save_s / ((every - 1) * time.round_s) > 0.05

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from simulate.config.run import Run, build_run
-from simulate.costs.flops import merge_flops, step_flops
+from simulate.costs.flops import merge_flops, pass_flops, update_flops
 from tests import tiny
 
 SIZES = {"layers": 1, "width": 4, "attention_heads": 2, "context": 3, "vocab": 5}
@@ -18,7 +18,7 @@ ATTENTION, HEAD = 2 * 3 * 4, 2 * 5 * 4
 
 
 def flops(run: Run) -> float:
-    return step_flops(run, run.model.shape())
+    return pass_flops(run, run.model.shape()) + update_flops(run, run.model.shape())
 
 
 def train(checkpointing: bool) -> dict[str, object]:

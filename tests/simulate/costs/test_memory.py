@@ -11,7 +11,7 @@ import torch
 from simulate.config.hardware import Device
 from simulate.config.profiles import load_profile
 from simulate.config.run import Run, build_run
-from simulate.costs.memory import host_memory_bytes, memory_by_phase, peak_memory
+from simulate.costs.memory import host_memory_by_part, memory_by_phase, peak_memory
 from simulate.measure.fake_tensors import tracked_memory
 from simulate.measure.one_device import measure_memory_bytes
 from tests import tiny
@@ -46,7 +46,7 @@ HELD_OUT: dict[str, Run] = {
 
 def planned_bytes(run: Run, device: Device = ONE_MEMORY) -> int:
     memory = peak_memory(run, run.model.shape(), device)
-    return memory.total - memory.reserved
+    return memory.tensors
 
 
 @pytest.mark.parametrize(
@@ -98,11 +98,11 @@ def test_start_weights_are_kept_by_the_host_where_it_has_memory() -> None:
     run = HELD_OUT["lte gather"]
     shape = run.model.shape()
     start = shape.adapted_parameters * 4
-    assert host_memory_bytes(run, shape, TWO_MEMORIES) == start
-    assert host_memory_bytes(run, shape, ONE_MEMORY) == 0
+    assert host_memory_by_part(run, shape, TWO_MEMORIES)["start_weights"] == start
+    assert host_memory_by_part(run, shape, ONE_MEMORY)["start_weights"] == 0
     assert planned_bytes(run, ONE_MEMORY) - planned_bytes(run, TWO_MEMORIES) == start
     for name in ("lte reduce, reset b", "ddp"):
-        assert host_memory_bytes(HELD_OUT[name], HELD_OUT[name].model.shape(), TWO_MEMORIES) == 0
+        assert host_memory_by_part(HELD_OUT[name], HELD_OUT[name].model.shape(), TWO_MEMORIES)["start_weights"] == 0
 
 
 def test_memory_grows_with_batch_and_context_and_shrinks_with_checkpointing() -> None:
@@ -120,7 +120,7 @@ def check_evaluation(run: Run) -> None:
     """Hold the planned height of an evaluation against the one that is followed, whether or not it is the peak."""
     planned = memory_by_phase(run, run.model.shape(), ONE_MEMORY)["evaluation"]
     tracked = tracked_memory(run, with_host=True).by_phase["evaluation"]
-    assert -0.01 <= (planned.total - planned.reserved) / tracked - 1 <= TOLERANCE
+    assert -0.01 <= planned.tensors / tracked - 1 <= TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_forward_passes_that_keep_little_are_planned(family: str, quantize: str)
     run = family_run(model, train(6, True), **LTE, quantize=quantize)
     planned = memory_by_phase(run, run.model.shape(), ONE_MEMORY)["forward"]
     tracked = tracked_memory(run, with_host=True).by_phase["forward"]
-    assert (planned.total - planned.reserved) / tracked - 1 == pytest.approx(0, abs=TOLERANCE)
+    assert planned.tensors / tracked - 1 == pytest.approx(0, abs=TOLERANCE)
 
 
 AUTOCAST = {**HELD_OUT, **OTHER_FAMILIES}

@@ -14,7 +14,7 @@ from simulate.common.errors import InputError
 from simulate.config.tables import Data
 from simulate.data import text as module
 from simulate.data.text import STDLIB_BYTES, Text, load_text
-from simulate.models.schema import GptModel
+from simulate.models.families.gpt import GptModel
 
 
 def refusal(path: Path) -> str:

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from simulate.common.errors import InputError
 from simulate.config.run import Run
-from simulate.costs.flops import step_flops
+from simulate.costs.flops import pass_flops
 from simulate.costs.message_schedule import sent_bytes
 from simulate.layers.lora import LoraLinear, lora_layers
-from simulate.methods.lte.merge import LayerMerger
 from simulate.methods.lte.train import Lte
 from tests import tiny
 from tests.reference.lte_frozen_a import LteFrozenATwin
@@ -100,8 +99,7 @@ def test_one_device_can_draw_what_all_have(steps_done: int, heads_per_device: in
         assert len(of_one.a) == heads_per_device
         of_one.redraw_a(steps_done)
         of_all.redraw_a(steps_done)
-        drawn = LayerMerger._everyones_draw(alone.mergers[0], of_one)
-        assert torch.equal(drawn, of_all.a)
+        assert torch.equal(of_one.frozen_a(heads), of_all.a)
 
 
 def others_b(engine: Lte, everyones: dict[str, Tensor]) -> None:
@@ -205,8 +203,8 @@ def test_planned_operations_by_hand() -> None:
     attention, head = 2 * 3 * 4, 2 * 5 * 4
     a_token = sum(layer_flops(*sides) for sides in layers) + 3 * (attention + head)
     run = tiny.lte_run(model=sizes, train={"micro_batch": 2}, frozen_a=True, reset="b")
-    assert step_flops(run, run.model.shape()) == 2 * 3 * a_token
+    assert pass_flops(run, run.model.shape()) == 2 * 3 * a_token
     # Training A as well costs its gradient more: 2·2·I a layer and token.
     both = tiny.lte_run(model=sizes, train={"micro_batch": 2}, reset="b")
     extra = 2 * 3 * sum(4 * inputs for _, inputs in layers)
-    assert step_flops(both, both.model.shape()) - step_flops(run, run.model.shape()) == extra
+    assert pass_flops(both, both.model.shape()) - pass_flops(run, run.model.shape()) == extra

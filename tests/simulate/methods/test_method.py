@@ -7,7 +7,10 @@ import math
 import pytest
 import torch
 
+from simulate.config.method_table import method_part
 from simulate.config.tables import Train
+from simulate.methods.overlapped import Delayed
+from simulate.methods.paced import Paced
 from simulate.methods.stepper import clip_per_device, learning_rate_factor
 from tests import tiny
 
@@ -59,6 +62,20 @@ def test_each_groups_loss_is_its_own_mean() -> None:
     halves = method.loss.group_losses(inputs, targets, 8)
     torch.testing.assert_close(halves.view(4, 2).mean(1), joint, rtol=1e-12, atol=0)
     assert len(set(joint.tolist())) == 4
+
+
+@pytest.mark.parametrize(
+    ("variant", "delayed", "paced"),
+    [("diloco", False, False), ("diloco, late", True, False), ("lte", False, False), ("lte, paced", False, True)],
+)
+def test_pace_and_late_merges_stand_in_front_only_of_runs_that_ask_for_them(
+    variant: str, delayed: bool, paced: bool
+) -> None:
+    method = tiny.build(tiny.variant_run(variant))
+    assert (isinstance(method, Delayed), isinstance(method, Paced)) == (delayed, paced)
+    assert isinstance(method, method_part(method.run.method.name, "train"))
+    # What a checkpoint holds of them follows.
+    assert ("sent_after" in method.extra_state(), "pace.counts" in method.extra_state()) == (delayed, paced)
 
 
 def test_a_fresh_model_guesses_evenly() -> None:

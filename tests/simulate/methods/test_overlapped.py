@@ -307,9 +307,10 @@ def test_a_device_that_is_replaced_leaves_what_it_had_added(name: str) -> None:
     restored.state.load_sharded(state)
     restored.after_lost_devices_init()
     assert isinstance(method, Lte) and isinstance(restored, Lte)
-    assert (int(restored.sent_after) == NOTHING) == (name == "lte")
+    assert bool(restored.fragments_in_flight()) == (name != "lte")
     for either in (method, restored):
-        either.arrive()
+        if isinstance(either, Delayed):
+            either.arrive()
     for before, merger in zip(method.mergers, restored.mergers, strict=True):
         for layer, same in zip(merger.layers, before.layers, strict=True):
             assert torch.equal(layer.weight, same.weight)

@@ -17,7 +17,6 @@ from simulate.config.profiles import load_profile
 from simulate.config.run import Run
 from simulate.costs.step_time import device_step_s, round_time
 from simulate.methods.local_sgd.options import LocalSgdOptions
-from simulate.methods.local_training import LocalTraining
 from simulate.methods.paced import Paced
 from simulate.methods.registry import build_method
 from simulate.rules.pace import round_compute_s, round_counts
@@ -229,7 +228,7 @@ def test_a_device_stops_when_the_deadline_has_passed_and_takes_one_step_at_least
         1, None, {"steps": 12}, {"name": "local-sgd", "merge_every": 6, "pace": "deadline", "round_deadline_s": 3.0}
     )
     method, data = tiny.build(run), tiny.batches(run)
-    assert isinstance(method, LocalTraining)
+    assert isinstance(method, Paced)
     method.goes_by_clock, method.now_s = True, (clock := TurnedClock())
     for step, seconds in enumerate((1.0, 1.0, 0.9, 0.2, 1.0, 1.0, 7.0, 1.0, 1.0, 1.0, 1.0, 1.0)):
         method.step(*data.batch(step, range(1)), step)

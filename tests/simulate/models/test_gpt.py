@@ -15,8 +15,8 @@ from simulate.layers.lora import lora_layers
 from simulate.methods.build_network import build_model, empty_model
 from simulate.methods.lte.train import Lte
 from simulate.models.blocks import Attention
+from simulate.models.families.gpt import GptModel
 from simulate.models.gpt import Gpt
-from simulate.models.schema import GptModel
 from tests import tiny
 
 

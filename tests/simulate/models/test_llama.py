@@ -14,8 +14,8 @@ from simulate.config.run import Run
 from simulate.layers.lora import lora_layers
 from simulate.methods.build_network import build_model
 from simulate.methods.lte.train import Lte
+from simulate.models.families.llama import LlamaModel
 from simulate.models.llama import GatedMlp, Llama, RotaryAttention, rotary_angles, rotate_pairs
-from simulate.models.schema import LlamaModel
 from tests import tiny
 from tests.reference.ddp import DdpTwin
 from tests.reference.diloco import DilocoTwin

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from simulate.layers.convert import ConversionSpec, convert, lora, merged_state
 from simulate.layers.lora import AdapterSpec, lora_layers
+from simulate.models.families.mixer import MixerModel
 from simulate.models.mixer import NORM_EPSILON, Mixer, MixerBlock
-from simulate.models.schema import MixerModel
 
 SMALL = MixerModel(layers=2, width=6, tokens_width=5, channels_width=8, image=8, patch=4, colours=3, classes=7)
 ADAPTERS = ConversionSpec(lora(AdapterSpec(2, 1.5, 1, False, 0, 0), 3))

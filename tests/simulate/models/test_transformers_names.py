@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from simulate.layers.convert import ConversionSpec, convert, lora, merged_state
 from simulate.layers.lora import AdapterSpec, LoraLinear
 from simulate.layers.per_device import ReplicatedConv1d, ReplicatedModule, ReplicatedRmsNorm
+from simulate.models.families.gpt import GptModel
+from simulate.models.families.llama import LlamaModel
+from simulate.models.families.vit import VitModel
 from simulate.models.gpt import Gpt
 from simulate.models.llama import Llama
-from simulate.models.schema import GptModel, LlamaModel, VitModel
 from simulate.models.transformers_names import to_transformers
 from simulate.models.vit import Vit
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from simulate.layers.convert import ConversionSpec, convert, lora, merged_state
 from simulate.layers.lora import AdapterSpec, lora_layers
-from simulate.models.schema import VitModel
+from simulate.models.families.vit import VitModel
 from simulate.models.vit import Vit, patches_of
 
 SMALL = VitModel(layers=2, width=12, attention_heads=3, patch=4, image=8, classes=5)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from simulate.common.errors import InputError
-from simulate.models.families import gpt_shape
+from simulate.models.families.gpt import gpt_shape
 from simulate.probe.recommend import recommend
 from simulate.probe.schema import check_model, dump_probe, load_probe, shapes_fingerprint
 from tests.simulate.probe.figures import probe_of

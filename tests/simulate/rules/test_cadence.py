@@ -23,40 +23,40 @@ def calendars(draw: st.DrawFn) -> Cadence:
     )
 
 
-def walk(calendar: Cadence) -> tuple[list[int], list[int]]:
+def walk(cadence: Cadence) -> tuple[list[int], list[int]]:
     """Return the steps of evaluations and of checkpoints of processes that go from meeting to meeting."""
     evaluated, saved, before = [], [0], 0
-    for step in range(1, calendar.steps + 1):
-        last = step == calendar.steps
-        if not last and (step <= calendar.late or (step - calendar.late) % calendar.apart):
+    for step in range(1, cadence.steps + 1):
+        last = step == cadence.steps
+        if not last and (step <= cadence.late or (step - cadence.late) % cadence.apart):
             continue
-        if last or step // calendar.evaluate_every > before // calendar.evaluate_every:
+        if last or step // cadence.evaluate_every > before // cadence.evaluate_every:
             evaluated.append(step)
-        asked = step // calendar.checkpoint_every > before // calendar.checkpoint_every
-        if last or asked or step - saved[-1] >= calendar.recover_steps:
+        asked = step // cadence.checkpoint_every > before // cadence.checkpoint_every
+        if last or asked or step - saved[-1] >= cadence.recover_steps:
             saved.append(step)
         before = step
     return evaluated, saved[1:]
 
 
 @given(calendars())
-def test_a_calendar_is_a_walk_from_meeting_to_meeting(calendar: Cadence) -> None:
-    evaluated, saved = walk(calendar)
-    steps = range(1, calendar.steps + 1)
-    assert [step for step in steps if calendar.evaluates(step)] == evaluated
-    assert [step for step in steps if calendar.saves(step)] == saved
-    assert (calendar.num_evaluations, calendar.num_saves) == (len(evaluated), len(saved))
+def test_a_cadence_is_a_walk_from_meeting_to_meeting(cadence: Cadence) -> None:
+    evaluated, saved = walk(cadence)
+    steps = range(1, cadence.steps + 1)
+    assert [step for step in steps if cadence.evaluates(step)] == evaluated
+    assert [step for step in steps if cadence.saves(step)] == saved
+    assert (cadence.num_evaluations, cadence.num_saves) == (len(evaluated), len(saved))
 
 
 def test_merges_are_meetings() -> None:
     run = tiny.variant_run("lte, late", train={"steps": 30, "evaluate_every": 10, "checkpoint_every": 15})
-    calendar = Cadence.of(run)
-    assert [step for step in range(1, 31) if calendar.meets(step)] == [6, 10, 14, 18, 22, 26, 30]
-    assert [step for step in range(1, 31) if calendar.evaluates(step)] == [10, 22, 30]
-    assert calendar.num_saves == 7, "a recovery point at every merge"
+    cadence = Cadence.of(run)
+    assert [step for step in range(1, 31) if cadence.meets(step)] == [6, 10, 14, 18, 22, 26, 30]
+    assert [step for step in range(1, 31) if cadence.evaluates(step)] == [10, 22, 30]
+    assert cadence.num_saves == 7, "a recovery point at every merge"
 
 
 @pytest.mark.parametrize("name", ["ddp", "powersgd"])
 def test_a_method_that_exchanges_at_every_step_meets_at_every_tenth(name: str) -> None:
-    calendar = Cadence.of(tiny.variant_run(name, train={"steps": 35}))
-    assert [step for step in range(1, 36) if calendar.meets(step)] == [10, 20, 30, 35]
+    cadence = Cadence.of(tiny.variant_run(name, train={"steps": 35}))
+    assert [step for step in range(1, 36) if cadence.meets(step)] == [10, 20, 30, 35]

@@ -146,7 +146,7 @@ class Rounds(Method):
     def __init__(self, *rounds: Sequence[LayerUpdates]) -> None:
         devices = len(rounds[0][0].devices)
         self.run, self.rounds = tiny.lte_run(devices=devices), rounds
-        self.communicator = VirtualCommunicator(devices)
+        self.communicator, self.healthy_N = VirtualCommunicator(devices), None
 
     def updates(self, step: int):  # type: ignore[no-untyped-def]
         return iter(self.rounds[step])

@@ -18,7 +18,7 @@ from simulate.data.batches import build_batches
 from simulate.data.digits import digits_source
 from simulate.data.images import Images, load_images
 from simulate.methods.registry import build_method
-from simulate.models.schema import VitModel
+from simulate.models.families.vit import VitModel
 from simulate.models.vit import Vit
 from simulate.training.loop import Session, restore, train
 from simulate.training.simulated_clock import SimulatedClock
