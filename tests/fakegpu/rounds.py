@@ -37,7 +37,7 @@ from simulate.measure.one_device import measure_memory_bytes
 from simulate.measure.timer import Stopwatch
 from simulate.methods.build_network import empty_model
 from simulate.methods.registry import build_method
-from simulate.models.schema import VitModel
+from simulate.models.families.vit import VitModel
 from simulate.optim.loss_scale import LossScale
 from simulate.probe.spectra import probe_run
 from simulate.rules import cadence

@@ -62,7 +62,7 @@ def chosen() -> Iterator[tuple[str, tuple[bool, ...]]]:
         new = {
             choice: len(pairs_of(methods[variant], choice) & missing)
             for choice in choices
-            if fits(variant, ["", "8bit"][choice[3]])
+            if fits(variant, "8bit" if choice[3] else "")
         }
         choice = max(new, key=lambda c: new[c])
         missing -= pairs_of(methods[variant], choice)
