@@ -70,6 +70,7 @@ def chosen() -> Iterator[tuple[str, tuple[bool, ...]]]:
         yield variant, choice
 
 
+@cache
 def fits(variant: str, options: str) -> bool:
     """Whether a variant can be run so: some have no use for moments of 8 bits."""
     try:
