@@ -15,7 +15,15 @@ from typing import Annotated
 
 import typer
 
-from ltecli.errors import BAD_INPUT, exit_if_stuck, guarded, one_line
+from ltecli.errors import (
+    BAD_INPUT,
+    StdoutError,
+    exit_if_stuck,
+    guarded,
+    one_line,
+    report_stdout_error,
+    stdout_checked,
+)
 from simulate.common.gc_paused import collector_paused
 from simulate.common.version import version as lte_version
 
@@ -393,12 +401,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         # Without standalone mode typer raises mistakes to us, where it would print them in its own form and exit.
-        code = int(app(given or ["--help"], prog_name="lte", standalone_mode=False) or 0)
-        exit_if_stuck(code)
-        return code
+        with stdout_checked():
+            code = int(app(given or ["--help"], prog_name="lte", standalone_mode=False) or 0)
+    except StdoutError as error:
+        code = report_stdout_error(error)
     except USAGE_ERROR as error:
         message = one_line(error.format_message())  # type: ignore[attr-defined]
         # Only mistakes within a command know which one it was.
         context = getattr(error, "ctx", None)
         sys.stderr.write(f"lte: {message.rstrip('.')}; see {context.command_path if context else 'lte'} --help\n")
         return BAD_INPUT
+    exit_if_stuck(code)
+    return code

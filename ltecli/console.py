@@ -20,10 +20,6 @@ class _Console(Console):
     def __init__(self, **options: Any) -> None:
         super().__init__(highlight=False, markup=False, emoji=False, **options)
 
-    def on_broken_pipe(self) -> None:
-        """Raise BrokenPipeError, which ltecli.errors handles, where rich would exit."""
-        raise BrokenPipeError
-
 
 class Output:
     """Output of one command; with --json the JSON document alone is printed: text, headings and tables are skipped."""

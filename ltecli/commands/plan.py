@@ -56,11 +56,16 @@ def plan_command(
     output = Output(as_json)
     explained = None
     if to_explain is not None:
-        from ltecli.commands.explain import explain_plan, show_explained
+        from ltecli.commands.explain import explain_plan, show_explained, write_picture
 
         explained = explain_plan(plan, to_explain)
     verified = verify_choice(plan) if verify and plan.chosen is not None else None
     verdict = verdict_of(plan)
+    # Files come before what is printed: whoever reads that may leave early, as head does.
+    if out is not None and plan.chosen is not None and not (verified and not verified.fits):
+        write_file(out, dump_run(plan.chosen.run))
+    if explained is not None and to_explain is not None:
+        write_picture(plan, explained, to_explain)
     if as_json:  # building the JSON of thousands of candidates takes time
         added = explained.to_dict() if explained else {"why": None, "timeline": None}
         output.json(
@@ -84,7 +89,6 @@ def plan_command(
     if verified and not verified.fits:
         raise NothingFeasibleError(too_large_text(plan, verified))
     if out is not None:
-        write_file(out, dump_run(plan.chosen.run))
         output.hint(f"wrote {out}; next: lte train {out}")
     else:
         output.hint("next  lte plan ... -o run.toml        more  --all  --why  --timeline  --verify")

@@ -66,10 +66,11 @@ def probe_command(
     device = choose(device_name)
     batches = build_batches(run, data, device)
     probe = probe_run(run, batches, device, data.source, options.batches, options.warmup_steps, output.hint)
+    if out is not None:  # before it is printed: a reader may leave early, as head does
+        write_file(out, dump_probe(probe))
     output.json(probe.model_dump())
     _show(probe, output, with_layers)
     if out is not None:
-        write_file(out, dump_probe(probe))
         output.hint(f"wrote {out}; next: lte plan --probe {out}")
     else:
         output.hint("next: lte probe ... -o probe.json, then lte plan --probe probe.json")
