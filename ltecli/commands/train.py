@@ -23,6 +23,7 @@ from ltecli.runs.event_loggers import event_loggers
 from ltecli.runs.run_folder import (
     RunFolder,
     check_new,
+    interrupted_by_sigterm,
     lock_folder,
     new_folder,
     prepare_events,
@@ -83,7 +84,20 @@ def train_command(
     quiet: bool,
 ) -> int:
     """Train a run to its end, in this process or launched; returns the exit code."""
-    output = Output(as_json, quiet or as_json)
+    # From the first moment: a folder may be made and nothing trained when the signal comes.
+    with interrupted_by_sigterm():
+        return _train(given, out, resume, device_name, args, launch, Output(as_json, quiet or as_json))
+
+
+def _train(
+    given: Path | None,
+    out: Path | None,
+    resume: bool,
+    device_name: str,
+    args: TrainArgs,
+    launch: LaunchArgs | None,
+    output: Output,
+) -> int:
     if launch is not None and launch.nodes > 1 and launch.node is None:
         return print_lines(given, launch, output)
     if given is not None and given.is_dir() and not resume:
@@ -99,13 +113,13 @@ def train_command(
     launched = launch or (LaunchArgs() if _has_several_gpus(run, device) else None)
     if launched is not None:
         check_launch(run, device, launched)
-    folder = folder or new_folder(path, run, device_name)
     if launch is None or launch.nodes == 1:  # the nodes of a launch tell each other in the preflight
         for warning in warnings:
             output.warning(warning)
+    folder = folder or new_folder(path, run, device_name)
     try:
         # The lock is released before the folder is removed: Windows removes no open file.
-        with _removed_if_refused(folder, resume), lock_folder(path):
+        with _removed_unless_begun(folder, resume), lock_folder(path):
             if launched is not None:
                 return launch_run(folder, device, launched, output, warnings)
             return _simulate(folder, device, output)
@@ -194,11 +208,11 @@ def _has_several_gpus(run: Run, device: torch.device) -> bool:
 
 
 @contextmanager
-def _removed_if_refused(folder: RunFolder, resume: bool) -> Iterator[None]:
-    """Remove a new folder where its run is refused before it begins, so that the same command can be given again."""
+def _removed_unless_begun(folder: RunFolder, resume: bool) -> Iterator[None]:
+    """Remove a new folder whose run is refused or stopped before it begins: the same command can be given again."""
     try:
         yield
-    except (InputError, RunFailedError):
+    except (InputError, RunFailedError, KeyboardInterrupt):
         begun = folder.events.exists() or any((folder.path / CHECKPOINTS).iterdir()) or (folder.path / LOGS).exists()
         if not resume and not begun:
             shutil.rmtree(folder.path, ignore_errors=True)

@@ -103,9 +103,11 @@ def new_folder(path: Path, run: Run, device_name: str = "cpu") -> RunFolder:
             (path / TOKENIZER_FILE).write_text(data.vocabulary.json, encoding="utf-8")
         # run.toml comes last: with it the folder is whole.
         toml_io.write_atomically(path / RUN_FILE, dump_run(run).encode())
-    except OSError as error:
+    except BaseException as error:  # an interrupt, too
         shutil.rmtree(path, ignore_errors=True)
-        raise unwritable(path, error) from None
+        if isinstance(error, OSError):
+            raise unwritable(path, error) from None
+        raise
     return RunFolder(path, run, profile, data, plan, None)
 
 
@@ -192,6 +194,16 @@ def _check_disk(path: Path, run: Run) -> None:
             f"--out {path}: checkpoints need about {bytes_text(needed)} and {parent} has {bytes_text(free)} free; "
             "make room, or choose another folder"
         )
+
+
+@contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM interrupt as Ctrl-C does, so that a run which is told to end cleans up."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 @contextmanager
