@@ -18,7 +18,7 @@ from ltecli.errors import BAD_INPUT, DONE
 from simulate.common.errors import InputError
 from simulate.common.limits import usable_cores
 from simulate.common.units import bytes_text
-from simulate.config.run import Run, load_run
+from simulate.config.run import Run, load_given_run
 from simulate.data.cache import CACHE_VARIABLE, cache_folder
 from simulate.doctor.checks import Purpose, diagnose, stops
 from simulate.doctor.machine import Machine, examine, temporary_folder
@@ -30,7 +30,7 @@ TITLES = {"run": "stops runs", "gpu": "keeps runs off the GPU", "launch": "stops
 def doctor_command(run: Path | None, device_name: str, launch: bool, out: Path, as_json: bool) -> int:
     """Print the facts and the findings of this machine; returns the exit code."""
     output = Output(as_json)
-    purpose = _purpose(None if run is None else load_run(run), device_name, launch, None, 1)
+    purpose = _purpose(None if run is None else load_given_run(run), device_name, launch, None, 1)
     machine = examine({"--out": out, "TMPDIR": temporary_folder(), CACHE_VARIABLE: cache_folder()}, DEFAULT_PORT)
     findings = diagnose(machine, purpose)
     stopped = any(stops(finding, purpose) for finding in findings)

@@ -41,8 +41,7 @@ from ltecli.runs.summary import (
 from simulate.common.errors import InputError, NothingFeasibleError, RunFailedError
 from simulate.common.processor import machine_facts
 from simulate.common.run_files import CHECKPOINTS, LOGS
-from simulate.config.run import Run, build_run, load_run
-from simulate.config.tables import BPE, BYTES, HUB
+from simulate.config.run import Run, build_run, load_given_run, with_absolute_paths
 from simulate.training.checkpoints import list_checkpoints, saved_devices
 
 if TYPE_CHECKING:
@@ -212,8 +211,10 @@ def _removed_unless_begun(folder: RunFolder, resume: bool) -> Iterator[None]:
     """Remove a new folder whose run is refused or stopped before it begins: the same command can be given again."""
     try:
         yield
-    except (InputError, RunFailedError, KeyboardInterrupt):
-        begun = folder.events.exists() or any((folder.path / CHECKPOINTS).iterdir()) or (folder.path / LOGS).exists()
+    except (InputError, RunFailedError, KeyboardInterrupt) as error:
+        begun = folder.events.exists() or any((folder.path / CHECKPOINTS).iterdir())
+        if not isinstance(error, KeyboardInterrupt):  # logs show why processes failed, not why somebody stopped them
+            begun = begun or (folder.path / LOGS).exists()
         if not resume and not begun:
             shutil.rmtree(folder.path, ignore_errors=True)
         raise
@@ -227,7 +228,7 @@ def _name(given: Path | None) -> str:
 def _run(given: Path | None, args: TrainArgs) -> Run:
     """Return the run of a run.toml, or else of a plan made now, with the command line's args."""
     if given is not None:
-        run = _with_data(load_run(given, list(args.assignments)), args.data)
+        run = _with_data(load_given_run(given, args.assignments), args.data)
     else:
         # The plan's run.toml is resumed from any folder, so its path must not depend on this one.
         data = args.data and str(Path(args.data).absolute())
@@ -245,17 +246,11 @@ def _run(given: Path | None, args: TrainArgs) -> Run:
 
 def _with_data(run: Run, path: str | None) -> Run:
     """Return the run with --data's path, and with absolute paths, so that it can be resumed from any folder."""
-    # A run folder may be resumed from any folder, where relative paths would lead elsewhere.
-    table = run.data.model_dump(exclude_none=True)
     if path is not None:
-        table = {key: value for key, value in table.items() if key not in WHAT_DATA} | {"path": path}
-    if "path" in table:
-        table["path"] = str(Path(table["path"]).absolute())
-    if table["tokenizer"] != BYTES and not table["tokenizer"].startswith(BPE):
-        table["tokenizer"] = str(Path(table["tokenizer"]).absolute())
-    if (folder := Path(table.get("name", "").removeprefix(HUB))) != Path() and folder.is_dir():
-        table["name"] = f"{HUB}{folder.absolute()}"
-    return build_run({**run.model_dump(exclude_none=True), "data": table}, "command line")
+        table = run.data.model_dump(exclude_none=True)
+        data = {key: value for key, value in table.items() if key not in WHAT_DATA} | {"path": path}
+        run = build_run({**run.model_dump(exclude_none=True), "data": data}, "command line")
+    return with_absolute_paths(run)
 
 
 def _resumed(given: Path | None, out: Path | None, args: TrainArgs) -> RunFolder:

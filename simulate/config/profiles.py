@@ -30,6 +30,11 @@ CPU_BF16_GAIN = 2
 """Guess: rate of bf16 over fp32 on a CPU that has such instructions."""
 
 
+def is_profile_path(name: str) -> bool:
+    """Whether a profile's name is the path to a TOML file."""
+    return name.endswith(".toml") or "/" in name
+
+
 def load_profile(name: str) -> Profile:
     """Load a profile by shipped name, `local` (detected now), or path to a TOML file; raises InputError."""
     if name == LOCAL:
@@ -37,7 +42,7 @@ def load_profile(name: str) -> Profile:
     shipped = profiles.names()
     if name in shipped:
         text, where = profiles.read_text(name), f"profiles/{name}.toml"
-    elif name.endswith(".toml") or "/" in name:
+    elif is_profile_path(name):
         text, where = toml_io.read(Path(name)), name
     else:
         raise InputError(

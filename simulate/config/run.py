@@ -8,7 +8,7 @@ run depends on that name. `lte` calls load_run and build_run; planning copies ru
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ from simulate.common import toml_io
 from simulate.common.errors import InputError
 from simulate.config.method_options import MethodOptions
 from simulate.config.method_table import DEFAULT_METHOD, default_options, method_options
-from simulate.config.tables import Cluster, Data, Train
+from simulate.config.profiles import is_profile_path
+from simulate.config.tables import BPE, BYTES, HUB, KEYS_OF_NAME, Cluster, Data, Train
 from simulate.models.families.gpt import GptModel
 from simulate.models.families.table import Model, check_name, sees_images
+from simulate.models.interfaces import HUGGINGFACE
 from simulate.models.schema import FactoryModel
 
 
@@ -131,12 +133,66 @@ def build_run(table: toml_io.Table, where: str = "run", text: str = "", assigned
     return toml_io.validate(_schema(options), table, where, text, assigned)
 
 
-def load_run(path: Path, assignments: list[str] | None = None) -> Run:
-    """Read run.toml and apply `--set` assignments; raises InputError with file, line and key."""
+def load_run(path: Path) -> Run:
+    """Read the run.toml of a run folder, whose paths are absolute; raises InputError with file, line and key."""
+    text = toml_io.read(path)
+    return build_run(toml_io.parse(text, str(path)), str(path), text)
+
+
+def load_given_run(path: Path, assignments: Sequence[str] = ()) -> Run:
+    """Read a run.toml of the user's, and apply `--set` assignments; raises InputError with file, line and key.
+
+    Paths in the file are relative to the file, those of assignments to the current folder.
+    """
     text = toml_io.read(path)
     table = toml_io.parse(text, str(path))
-    assigned = [toml_io.set_key(table, assignment) for assignment in assignments or []]
+    if not any(table.values()):
+        # A thousand steps of all defaults are nobody's wish.
+        missing = ", ".join(f"[{name}]" for name in Run.model_fields)
+        raise InputError(f"{path}: has no keys: {missing} are missing; lte plan -o {path} --force writes them")
+    _take_from_folder(table, path.parent)
+    assigned = [toml_io.set_key(table, assignment) for assignment in assignments]
+    _replace_data(table, assigned)
     return build_run(table, str(path), text, assigned)
+
+
+def with_absolute_paths(run: Run) -> Run:
+    """Return the run with absolute paths, which mean the same wherever its file lies."""
+    table = run.model_dump(exclude_none=True)
+    _take_from_folder(table, Path.cwd())
+    return build_run(table)
+
+
+def _take_from_folder(table: toml_io.Table, folder: Path) -> None:
+    """Let the relative paths of a table start in a folder."""
+    rules: tuple[tuple[str, str, str, Callable[[str], bool]], ...] = (
+        ("data", "path", "", lambda path: True),
+        ("data", "tokenizer", "", lambda path: path != BYTES and not path.startswith(BPE)),
+        ("data", "name", HUB, lambda path: (folder / path).is_dir()),
+        ("model", "name", f"{HUGGINGFACE}:", lambda path: path.endswith(".json")),
+        ("cluster", "profile", "", is_profile_path),
+    )
+    for section, key, prefix, is_path in rules:
+        keys = table.get(section)
+        value = keys.get(key) if isinstance(keys, dict) else None
+        if isinstance(keys, dict) and isinstance(value, str) and value.startswith(prefix):
+            path = value.removeprefix(prefix)
+            if path and is_path(path):
+                keys[key] = prefix + str(folder / path)  # joined to a folder, an absolute path stays
+
+
+def _replace_data(table: toml_io.Table, assigned: Collection[str]) -> None:
+    """Let --set data.path replace the file's data.name, and what belongs to it; and the other way round."""
+    data = table.get("data", {})
+    if "data.path" in assigned and "data.name" not in assigned:
+        dropped: tuple[str, ...] = ("name", *KEYS_OF_NAME)
+    elif "data.name" in assigned and "data.path" not in assigned:
+        dropped = ("path", "format")
+    else:
+        return
+    for key in dropped:
+        if f"data.{key}" not in assigned:
+            data.pop(key, None)
 
 
 def dump_run(run: Run) -> str:
