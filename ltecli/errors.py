@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
+from pathlib import Path
 from typing import Any, ParamSpec, TextIO, cast
 
 from simulate.common.errors import InputError, NothingFeasibleError, RunFailedError
@@ -56,11 +57,11 @@ class _Stdout:
 @contextmanager
 def stdout_checked() -> Iterator[None]:
     """Let a stdout that cannot be written raise StdoutError, flushed at the end; where it is closed, at once."""
-    if sys.stderr is None:  # type: ignore[unreachable]
-        sys.stderr = open(os.devnull, "w")  # type: ignore[unreachable]  # noqa: SIM115
-    if sys.stdout is None:  # type: ignore[unreachable]
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+    if sys.stdout is None:
         # Not replaced by the null device: a file that is opened next would get descriptor 1, and what libraries print.
-        raise StdoutError from OSError(errno.EBADF, os.strerror(errno.EBADF))  # type: ignore[unreachable]
+        raise StdoutError from OSError(errno.EBADF, os.strerror(errno.EBADF))
     with redirect_stdout(cast(TextIO, _Stdout(sys.stdout))):
         yield
         sys.stdout.flush()
@@ -106,7 +107,8 @@ def guarded(command: Callable[P, int | None]) -> Callable[P, int]:
         except tuple(EXIT_CODES) as error:
             if os.environ.get("LTE_DEBUG") == "1":
                 raise
-            sys.stderr.write(f"lte: {one_line(str(error)) or 'interrupted'}\n")
+            for line in error.lines if isinstance(error, InputError) else (str(error),):
+                sys.stderr.write(f"lte: {one_line(line) or 'interrupted'}\n")
             return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
 
     return run

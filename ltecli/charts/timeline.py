@@ -19,7 +19,7 @@ BAR = 60
 LEFT, RIGHT, ROW, HEAD, FOOT, BREADTH = 190, 20, 26, 56, 60, 760
 """Sizes of the picture's parts, in pixels; LEFT grows with the longest label, BREADTH with the title."""
 CHARACTER, TITLE_CHARACTER = 7.5, 8.5
-"""Pixels of a character of a label and of the title, as most sans-serif fonts of their sizes need at most on average."""
+"""Pixels of a character of a label and of the title, with room to spare in most sans-serif fonts."""
 
 
 def bars(timeline: Timeline, width: int = BAR) -> dict[int, Text]:

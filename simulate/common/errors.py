@@ -8,7 +8,14 @@ from collections.abc import Iterable
 
 
 class InputError(Exception):
-    """User's mistake, reported in one line that names the field, the value, the rule and the next move."""
+    """User's mistake, reported in one line that names the field, the value, the rule and the next move.
+
+    Several mistakes of one kind, as keys that are missing, are a line each.
+    """
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__("; ".join(lines))
+        self.lines = lines
 
 
 class RunFailedError(Exception):
@@ -51,14 +58,19 @@ OTHER_NAMES = {
 """Names of other tools for keys of ours: of peft, transformers, nanoGPT, timm, DiLoCo and the LTE paper."""
 
 
+def ours_for(given: str) -> list[str]:
+    """Return our names for what other tools call so."""
+    return [ours for ours, others in OTHER_NAMES.items() if given.lower() in others]
+
+
 def near_match(given: str, known: Iterable[str]) -> str:
     """Return a hint for an unknown name: the closest known one, if any is close, and the list of known ones."""
     names = sorted(known)
     close = difflib.get_close_matches(given, names, n=1, cutoff=0.6)
     # A typo in a short name changes half of its letters: accept that if the first letter is right.
     close = close or difflib.get_close_matches(given, [x for x in names if x[:1] == given[:1]], n=1, cutoff=0.5)
-    # A name of another tool may look like a wrong one of ours: lr like layers.
-    close = [ours for ours, others in OTHER_NAMES.items() if given.lower() in others and ours in names] or close
+    # Before the letters: a name of another tool may look like a wrong one of ours.
+    close = [name for name in ours_for(given) if name in names] or close
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}known: {', '.join(names)}"
 

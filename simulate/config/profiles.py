@@ -16,6 +16,8 @@ from simulate.common.limits import usable_cores, usable_memory
 from simulate.common.processor import multiplied_formats
 from simulate.config.hardware import BETWEEN_CPUS, LOCAL, Device, FlopPerSecond, Link, Profile
 
+EXAMPLE = "rtx3060_x4_home"
+"""Shipped profile whose values are examples."""
 CORES_PER_MULTIPROCESSOR = {(6, 0): 64, (7, 0): 64, (7, 2): 64, (7, 5): 64, (8, 0): 64, None: 64}
 """fp32 cores by compute capability (NVIDIA, CUDA C++ programming guide, arithmetic throughput); 128 in all others.
 AMD's GPUs have none, and 64 cores in a compute unit."""
@@ -51,7 +53,12 @@ def load_profile(name: str) -> Profile:
         )
     table = toml_io.parse(text, where)
     table.setdefault("name", Path(name).stem)
-    return toml_io.validate(Profile, table, where, text)
+    return toml_io.validate(Profile, table, where, text, example=_example)
+
+
+def _example() -> toml_io.Table:
+    """Return a shipped profile, for values of keys that are missing in another."""
+    return toml_io.parse(profiles.read_text(EXAMPLE), EXAMPLE)
 
 
 def detect_local() -> Profile:

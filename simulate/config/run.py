@@ -22,9 +22,9 @@ from simulate.config.method_table import DEFAULT_METHOD, default_options, method
 from simulate.config.profiles import is_profile_path
 from simulate.config.tables import BPE, BYTES, HUB, KEYS_OF_NAME, Cluster, Data, Train
 from simulate.models.families.gpt import GptModel
-from simulate.models.families.table import Model, check_name, sees_images
+from simulate.models.families.table import Model, check_name, family_of, sees_images
 from simulate.models.interfaces import HUGGINGFACE
-from simulate.models.schema import FactoryModel
+from simulate.models.schema import IMAGES_HINT, FactoryModel
 
 
 def _with_default_data(given: Any) -> Any:
@@ -35,6 +35,13 @@ def _with_default_data(given: Any) -> Any:
     if not isinstance(data, dict) or data.keys() & {"name", "path"} or not sees_images(model):
         return given
     return {**given, "data": {"name": "digits", "upscale": True, **data}}
+
+
+def _refuse_images_for_text(model: dict[str, Any], data: dict[str, Any]) -> None:
+    """Raise ValueError where the user's network would get tokens, and the data are surely images."""
+    are_images = data.get("name") == "digits" or data.get("format", "text") != "text"
+    if are_images and family_of(model.get("name", "gpt")) == FactoryModel.family and not sees_images(model):
+        raise ValueError(f"model.name = {model['name']!r} would get tokens, and the data are images; {IMAGES_HINT}")
 
 
 class Run(toml_io.Schema):
@@ -51,6 +58,8 @@ class Run(toml_io.Schema):
     def _names_known(cls, given: Any) -> Any:
         if isinstance(given, dict) and isinstance(model := given.get("model"), dict):
             check_name(model.get("name", "gpt"))
+            data = given.get("data")
+            _refuse_images_for_text(model, data if isinstance(data, dict) else {})
         return _with_default_data(given)
 
     @field_validator("method", mode="before")

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from simulate.common.errors import InputError
+from simulate.common.errors import InputError, first_line
 from simulate.layers.convert import ConversionSpec, convert, lora, merged_state
 from simulate.layers.cross_entropy import token_losses
 from simulate.layers.lora import AdapterSpec, LoraLinear, lora_layers
@@ -36,6 +36,7 @@ from simulate.layers.per_device import (
 from simulate.models.fake_batch import example_batch
 from simulate.models.interfaces import HUGGINGFACE, ReadsText, SeesImages, UserNetworkOptions
 from simulate.models.peak_memory import cpu_peak_bytes
+from simulate.models.schema import IMAGES_HINT
 from simulate.models.shapes import ActivationTrace, Kind, LinearShape, ModelShape, ParameterShape
 from simulate.models.user_network import call_factory
 
@@ -90,9 +91,14 @@ def _run(options: UserNetworkOptions, network: nn.Module, samples: int, what: st
         with torch.no_grad():
             outputs = network(inputs)
     except Exception as error:
+        given = f"inputs {tuple(inputs.shape)}"
+        hint = ""
+        if options.unit == "tokens":
+            given = f"tokens {tuple(inputs.shape)}"
+            hint = f"; {IMAGES_HINT}"
         raise InputError(
-            f"model.name = {options.name!r}: {what} raised {type(error).__name__} on inputs {tuple(inputs.shape)}: "
-            f"{error}"
+            f"model.name = {options.name!r}: {what} raised {type(error).__name__} on {given}: "
+            f"{first_line(error).rstrip('.')}{hint}"
         ) from error
     expected = _output_shape(options, samples)
     if not isinstance(outputs, Tensor) or tuple(outputs.shape) != expected:

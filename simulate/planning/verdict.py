@@ -18,6 +18,7 @@ from simulate.config.tables import BYTE_VALUES, BYTES
 from simulate.costs.memory import text_bytes
 from simulate.models.schema import text_sizes
 from simulate.planning.candidate import LINK_DOMINATES, Candidate, Rejected, candidate_of, describe
+from simulate.planning.notes import stretched
 from simulate.planning.planner import Plan, evaluate
 from simulate.planning.time_ranges import equivalent_range
 from simulate.rules.method_plan import plan_of
@@ -188,6 +189,8 @@ def _settings(run: Run) -> Iterator[str]:
 def _warnings(plan: Plan, chosen: Candidate) -> Iterator[str]:
     """Yield caveats with their remedies: of the data first, then of the choice, then of the figures."""
     base = plan.base
+    for text in stretched(plan.profile, base.cluster.devices):
+        yield f"{text[0].upper()}{text[1:]}"
     passes = _passes(plan)
     if passes is not None and passes > MOST_PASSES:
         times = _passes_text(passes).replace("passes", "times")

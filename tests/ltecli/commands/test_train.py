@@ -118,7 +118,7 @@ def test_a_mistake_of_the_file_is_named_with_its_line_whatever_the_command_line_
 
 
 def test_nf4_names_the_package_that_it_lacks(refused: Refused, run_toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ltecli.runs.run_folder.is_nf4_installed", lambda: False)
+    monkeypatch.setattr("ltecli.runs.run_folder.is_library_installed", lambda: False)
     words = ("method.quantize = 'nf4'", "pip install 'lte[quantize]'", "method.quantize=int8")
     refused("train", run_toml, "--set", "method.quantize=nf4", words=words)
 
