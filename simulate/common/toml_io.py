@@ -137,13 +137,18 @@ def _addition(path: Sequence[int | str], example: Any) -> str:
             example = example.get(part) if isinstance(example, dict) else None
     if example is None:
         return "add it"
-    # A table is too long for a line.
-    text = (
-        "{...}"
-        if isinstance(example, dict | list)
-        else tomli_w.dumps({"value": example}).strip().removeprefix("value = ")
-    )
-    return f"add it, for example {path[-1]} = {text}"
+    if isinstance(example, list):
+        return f"add a table [[{path[-1]}]]"
+    if isinstance(example, dict) and any(isinstance(value, dict) for value in example.values()):
+        return f"add the table [{path[-1]}]"
+    return f"add it, for example {path[-1]} = {_inline(example)}"
+
+
+def _inline(value: Any) -> str:
+    """Return a value as TOML on one line."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_inline(item)}" for key, item in value.items()) + " }"
+    return tomli_w.dumps({"v": value}).strip().removeprefix("v = ")
 
 
 def _explain_one(

@@ -91,13 +91,9 @@ def _run(options: UserNetworkOptions, network: nn.Module, samples: int, what: st
         with torch.no_grad():
             outputs = network(inputs)
     except Exception as error:
-        given = f"inputs {tuple(inputs.shape)}"
-        hint = ""
-        if options.unit == "tokens":
-            given = f"tokens {tuple(inputs.shape)}"
-            hint = f"; {IMAGES_HINT}"
+        kind, hint = ("tokens", f"; {IMAGES_HINT}") if options.unit == "tokens" else ("images", "")
         raise InputError(
-            f"model.name = {options.name!r}: {what} raised {type(error).__name__} on {given}: "
+            f"model.name = {options.name!r}: {what} raised {type(error).__name__} on {kind} {tuple(inputs.shape)}: "
             f"{first_line(error).rstrip('.')}{hint}"
         ) from error
     expected = _output_shape(options, samples)

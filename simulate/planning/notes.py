@@ -86,10 +86,8 @@ def _assumptions(context: PlanContext, chosen: Candidate | None, first: Candidat
 def stretched(profile: Profile, devices: int) -> Iterator[str]:
     """Say so where a plan is for more devices than its profile has; `local` has virtual ones, as many as one likes."""
     if devices > profile.count and profile.name != LOCAL:
-        yield (
-            f"profile {profile.name} has {profile.count} device{'s' if profile.count > 1 else ''}: the plan stretches it "
-            f"to {devices:,}, all alike and on the same links"
-        )
+        has = f"{profile.count} device{'s' if profile.count > 1 else ''}"
+        yield f"profile {profile.name} has {has}: the plan stretches it to {devices:,}, all alike and on the same links"
 
 
 def _quantized(chosen: Candidate) -> Iterator[str]:
