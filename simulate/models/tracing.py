@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from simulate.common.errors import InputError, first_line
 from simulate.layers.convert import ConversionSpec, convert, lora, merged_state
-from simulate.layers.cross_entropy import token_losses
+from simulate.layers.cross_entropy import row_losses, token_losses
 from simulate.layers.lora import AdapterSpec, LoraLinear, lora_layers
 from simulate.layers.per_device import (
     ReplicatedConv2d,
@@ -225,6 +225,7 @@ def traced_shape(options: UserNetworkOptions) -> ModelShape:
             dense_trace=_activations(options, convert(copy.deepcopy(plain), 1)),
             adapted_trace=_activations(options, adapted),
             frozen_a_trace=_activations(options, convert(copy.deepcopy(plain), 1, ConversionSpec(lora(_ONE_B, 1)))),
+            forward_trace=_activations(options, plain, backward=False),
         )
 
 
@@ -285,21 +286,25 @@ def _tensors(plain: nn.Module, adapted: nn.Module) -> Iterator[ParameterShape]:
         yield ParameterShape(kinds.get(name, "other"), tuple(parameter.shape))
 
 
-def _activations(options: UserNetworkOptions, network: nn.Module) -> ActivationTrace:
+def _activations(options: UserNetworkOptions, network: nn.Module, backward: bool = True) -> ActivationTrace:
     """Return the straight line through the peaks of memory at two batch sizes."""
     few, many = TRACED_SAMPLES
     # Peaks grow linearly with the batch; the intercept is the part that does not grow, such as gradients.
-    low, high = (_peak_bytes(options, network.train(), samples) for samples in TRACED_SAMPLES)
+    low, high = (_peak_bytes(options, network.train(), samples, backward) for samples in TRACED_SAMPLES)
     sample_bytes = max(0, high - low) // (many - few)
     return ActivationTrace(max(0, low - few * sample_bytes), sample_bytes)
 
 
-def _peak_bytes(options: UserNetworkOptions, network: nn.Module, samples: int) -> int:
+def _peak_bytes(options: UserNetworkOptions, network: nn.Module, samples: int, backward: bool) -> int:
     inputs, targets = example_batch(options, samples)
 
     def program() -> None:
         # In one expression: a local variable would keep its tensor longer than training does.
-        token_losses(network(inputs.clone()).flatten(0, -2), targets.reshape(-1)).mean().backward()
+        if backward:
+            token_losses(network(inputs.clone()).flatten(0, -2), targets.reshape(-1)).mean().backward()
+        else:
+            with torch.no_grad():
+                row_losses(network(inputs.clone()), targets)
 
     peak = cpu_peak_bytes(program)
     network.zero_grad()
