@@ -17,7 +17,7 @@ from tests.tiny import VARIANTS
 TURNING = ("sent bytes", "checkpoint bytes", "autocast")
 TURNS = 2
 """Of these properties, so many test a variant whatever its settings."""
-DEAR = ("memory", "resume", "processes")
+DEAR = ("memory", "resume", "processes", "accumulate")
 """A variant takes them half a second and more: nobody has a turn."""
 PROPERTIES = TURNING + DEAR
 

@@ -93,7 +93,7 @@ class Method(ABC):
 
     @abstractmethod
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
-        """Take one optimizer step on (L*B, T) tokens; return the devices' mean losses before it, (L,)."""
+        """Take one optimizer step on (L*B, T) tokens, B = train.device_batch; return the devices' mean losses before it, (L,)."""
 
     def rate_factor(self, step: int) -> float:
         """Return the share of the peak learning rate at a step, counted from 0."""
