@@ -57,7 +57,7 @@ def train_alone(run: Run, device: torch.device, watch: Watch = unwatched) -> Met
     The figures of a round depend on numbers, so fake tensors skip them and take only those of gradients.
     """
     method = build_method(run, EchoCommunicator(run.cluster.devices), device)
-    inputs, targets = made_up_batch(run, run.train.micro_batch, device)
+    inputs, targets = made_up_batch(run, run.train.device_batch, device)
     samples = evaluation_batch(run.train.micro_batch, run.train.autocast != "none")
     evaluated = inputs[:samples], targets[:samples]
     last = run.train.steps - 1
@@ -91,7 +91,7 @@ def train_alone(run: Run, device: torch.device, watch: Watch = unwatched) -> Met
     if diagnostics is not None:
         sums = GradientSums(run, method.weights_in_use())
         watch("gradient_figures", method, [sums.flat])
-        sums.add(inputs, targets)
+        sums.add(inputs[: run.train.micro_batch], targets[: run.train.micro_batch])
         sums.square_of_sum(method.communicator)
         del sums
     watch("evaluation", method, ())

@@ -150,7 +150,7 @@ class Candidate:
     @property
     def samples_per_s(self) -> float:
         """Samples a second over all devices."""
-        return self.time.device_steps * self.run.train.micro_batch / self.time.round_s
+        return self.time.device_steps * self.run.train.device_batch / self.time.round_s
 
     @property
     def trained_share(self) -> float:
@@ -211,7 +211,8 @@ def _warnings(run: Run, context: PlanContext, time: RoundTime) -> Iterator[str]:
 def describe(run: Run) -> str:
     """Return a run's method in a few words."""
     method = run.method
-    details = [*_details(run, method), f"batch {run.train.micro_batch}"]
+    parts = f" x {run.train.accumulate}" if run.train.accumulate > 1 else ""
+    details = [*_details(run, method), f"batch {run.train.micro_batch}{parts}"]
     if run.train.activation_checkpointing:
         details.append("checkpointing")
     if run.train.autocast != "none":
