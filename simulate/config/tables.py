@@ -98,7 +98,7 @@ class Train(toml_io.Schema):
     learning_rate: float = Field(default=3e-3, gt=0)
     """Peak rate, reached after the warm-up."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """Course of the rate after the warm-up; wsd: constant, then linearly down over the last decay_share of the steps."""
+    """Course of the rate after the warm-up; wsd: constant, then linearly down over the last decay_share of steps."""
     final_share: float = Field(default=0.1, ge=0, le=1)
     """Share of the peak rate at the end of a run; a constant rate stays at its peak."""
     decay_share: float = Field(default=0.2, gt=0, le=1)

@@ -431,7 +431,9 @@ def _of_images(step: _Step, block: int, working: int, stream: int) -> tuple[Phas
     kept, recomputed = (stream, block - first_norm) if step.checkpointing else (block, 0)
     return (
         Phase("forward", 0, layers * kept + ends + stream + step.logits, stream),
-        Phase("backward_start", step.head_table, layers * kept + ends + stream + step.logits, step.added(step.head_table)),
+        Phase(
+            "backward_start", step.head_table, layers * kept + ends + stream + step.logits, step.added(step.head_table)
+        ),
         Phase("backward_start", step.head_gradient, layers * kept + ends, recomputed + working),
         Phase("backward_end", all_gradients - step.block_gradients, kept + ends, recomputed + working),
         Phase("backward_end", all_gradients, ends, step.u),
