@@ -144,7 +144,7 @@ def _rates_of(dtype: Dtype, passes: Dtype, device: Device) -> _Rates:
 
 
 def compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
-    """Return the seconds of one optimizer step: its passes, which unpack frozen weights, and the optimizer's traffic."""
+    """Return the seconds of an optimizer step: its passes, which unpack frozen weights, and the optimizer's traffic."""
     moved, passes = _moved(run, shape), run.train.accumulate
     moved_bytes, passes_s = moved.compressed + passes * moved.cast + (passes - 1) * moved.accumulated, 0.0
     unpacked_s = _unpacked_s(run, shape, rates.kernels)
@@ -208,7 +208,7 @@ def _moved(run: Run, shape: ModelShape) -> _Moved:
 
 
 def _cast_bytes(run: Run, shape: ModelShape) -> int:
-    """Return the bytes that autocast moves in a pass to cast weights; frozen ones are cast again in the backward pass."""
+    """Return the bytes that autocast moves in a pass to cast weights; the backward pass casts frozen ones again."""
     if run.train.autocast == "none":
         return 0
     element_bytes = ELEMENT_BYTES[run.train.dtype] + PRODUCT_BYTES[run.train.autocast]

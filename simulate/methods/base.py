@@ -6,7 +6,7 @@ simulate.methods.method_state (what checkpoints hold), and simulate.methods.pace
 puts in front of a method with `pace` or `merge_delay`. The training loop, the measurements and the launcher's recovery
 call it.
 
-Legend: L local devices, N devices, K heads of a device, S samples, T tokens.
+Legend: L local devices, N devices, K heads of a device, B samples of a device's step, S samples, T tokens.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Method(ABC):
 
     @abstractmethod
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
-        """Take one optimizer step on (L*B, T) tokens, B = train.device_batch; return the devices' mean losses before it, (L,)."""
+        """Take one optimizer step on (L*B, T) tokens; return the devices' mean losses before it, (L,)."""
 
     def rate_factor(self, step: int) -> float:
         """Return the share of the peak learning rate at a step, counted from 0."""

@@ -1,8 +1,8 @@
 """Losses of the rows of a batch, and the gradients that they leave in a network.
 
-A method's step hands its whole batch to `Loss.backpropagate`. With `train.accumulate` above 1 the batch goes through the
-network in parts, and their gradients add up, so that activations of one part are held at a time: the step is that of
-the whole batch (but for what a user's network mixes between samples, as batch norm does, or draws, as dropout does).
+A method's step hands its whole batch to `Loss.backpropagate`. With `train.accumulate` above 1 the batch goes through
+the network in parts, and their gradients add up, so that activations of one part are held at a time. The step is that
+of the whole batch: networks that mix samples (batch norm) or draw (dropout) are refused.
 
 Legend: G groups of equal size (devices or heads) in the order of the batch's rows, P parts, M rows.
 """

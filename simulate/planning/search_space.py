@@ -30,8 +30,8 @@ LEAST_IMAGES = 32
 """The same for images: "a good default" (Bengio 2012, arXiv 1206.5533, section 3.1.1), and the largest batch of those
 that trained best (Masters and Luschi 2018, arXiv 1804.07612)."""
 NEAR = 0.02
-"""Largest distance from --batch-tokens or --batch-samples, as a share, if none is nearer: odd batches have few divisors,
-and small passes are slow."""
+"""Largest distance from --batch-tokens or --batch-samples, as a share, that is as good as the nearest one: odd batches
+have few divisors, and small passes are slow."""
 WARMUP_SHARE, MOST_WARMUP_STEPS = 0.05, 2000
 
 
@@ -119,7 +119,7 @@ def train_for(base: Run, micro_batch: int, accumulate: int, recompute: bool, tok
     every = max(1, steps // 10)
     given = base.train.model_fields_set
     # A warm-up of 5 %, ten evaluations and five checkpoints, unless the user set these keys.
-    derived = {"steps": steps, "evaluate_every": every, "checkpoint_every": min(every * 2, 1000)}
+    derived: dict[str, float] = {"steps": steps, "evaluate_every": every, "checkpoint_every": min(every * 2, 1000)}
     if "warmup_steps" not in given:  # a share, so that the run still loads with other steps
         derived["warmup_share"] = min(WARMUP_SHARE, MOST_WARMUP_STEPS / steps)
     update = {key: value for key, value in derived.items() if key not in given}
