@@ -95,12 +95,12 @@ def _batch(chosen: Candidate, pins: Pins) -> str:
     if pins.micro_batch or pins.accumulate:
         return f"{text}, as given"
     least = f"{LEAST_TOKENS} {unit}" if unit == "tokens" else f"{LEAST_IMAGES} {unit}"
-    text += f"; it is what ranks first of up to {MICRO_BATCHES[-1]} samples a pass, and no step has fewer than {least}"
+    text += f": the best of 1 to {MICRO_BATCHES[-1]} samples a pass, and no step has fewer than {least}"
     if unit == "samples":
         return f"{text} (docs/planning.md); --batch-samples sets it"
     return (
-        f"{text}; DeepSeek's power law has the best batch for this compute at about {best_batch(chosen):,} (docs/"
-        "planning.md): --batch-tokens sets it"
+        f"{text}; by DeepSeek's power law about {best_batch(chosen):,} would train best at this compute "
+        "(docs/planning.md): --batch-tokens sets it"
     )
 
 
