@@ -39,6 +39,8 @@ class DeviceName(str, enum.Enum):
     AUTO = "auto"
     CPU = "cpu"
     CUDA = "cuda"
+    XPU = "xpu"
+    MPS = "mps"
 
 
 class ExportFormat(str, enum.Enum):
@@ -109,7 +111,10 @@ def plan(
     assignments: Set = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the choice as run.toml.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Let -o replace an existing file.")] = False,
-    top: Annotated[int, typer.Option(min=1, help="Candidates to show.")] = 8,
+    show_all: Annotated[
+        bool, typer.Option("--all", help="Show all figures and notes, and the best candidates.")
+    ] = False,
+    top: Annotated[int | None, typer.Option(min=1, help="With --all: candidates to show; default: 8.")] = None,
     probe: Annotated[Path | None, typer.Option(help="A probe.json of lte probe: ranks to try and to mark.")] = None,
     link_from: LinkFrom = None,
     objective: Annotated[str, typer.Option(help="What to minimise: time, bytes, memory or cost.")] = "time",
@@ -164,7 +169,7 @@ def plan(
         from ltecli.commands.explain import ExplainArgs  # it loads numpy, for the simulation of rounds
 
         to_explain = ExplainArgs(why, timeline, rounds, timeline_svg, force)
-    return plan_command(request, out, force, top, as_json, to_explain, verify)
+    return plan_command(request, out, force, top, as_json, to_explain, verify, show_all)
 
 
 @app.command("probe")
@@ -263,6 +268,21 @@ def train(
     options = LaunchArgs(processes, nodes, node, join, interface, secret_file, trust_network)
     options.check(launch)
     return train_command(run, out, resume, device.value, args, options if launch else None, as_json, quiet)
+
+
+@app.command()
+@guarded
+def doctor(
+    run: Annotated[Path | None, typer.Argument(help="run.toml, whose formats and devices count, too.")] = None,
+    launch: Annotated[bool, typer.Option("--launch", help="Count what stops a launched run, too.")] = False,
+    device: Annotated[DeviceName, typer.Option(help="Where to train; cpu leaves GPUs out.")] = DeviceName.AUTO,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where run folders shall lie.")] = Path("runs"),
+    as_json: Json = False,
+) -> int:
+    """Look for what would stop or spoil a run on this machine, and say what mends it."""
+    from ltecli.commands.doctor import doctor_command
+
+    return doctor_command(run, device.value, launch, out, as_json)
 
 
 @app.command()
