@@ -103,7 +103,8 @@ class Run(toml_io.Schema):
     @property
     def samples_per_step(self) -> int:
         """Samples that all devices together train on in one optimizer step."""
-        return self.method.participants(self.cluster.devices) * self.train.device_batch
+        train = self.train  # not by device_batch: a plan asks for thousands of candidates
+        return self.method.participants(self.cluster.devices) * train.micro_batch * train.accumulate
 
     @property
     def tokens_per_step(self) -> int:

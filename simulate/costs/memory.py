@@ -251,7 +251,7 @@ def _phases(run: Run, shape: ModelShape, lasting: _Lasting) -> tuple[Phase, ...]
         lasting.subtracts, lasting.materialisation, keeps_inputs=lasting.keeps_inputs, accumulates=train.accumulate > 1,
     )  # fmt: skip
     # The batch is held until the next one comes; token indices are too small to count.
-    batch_bytes = train.device_batch * shape.inputs * element_bytes
+    batch_bytes = train.micro_batch * train.accumulate * shape.inputs * element_bytes
     if batch_bytes and train.accumulate > 1:
         # A pass counts its own images, which are a part of the step's, or a copy where each head gives a part.
         own_bytes = 0 if lasting.heads > 1 else train.micro_batch * shape.inputs * element_bytes
