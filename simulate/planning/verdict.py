@@ -13,6 +13,7 @@ from typing import Any
 from simulate.common.units import bytes_text, range_text
 from simulate.config.hardware import Profile
 from simulate.config.method_table import BASELINE
+from simulate.config.profile_slips import slips
 from simulate.config.run import Run
 from simulate.config.tables import BYTE_VALUES, BYTES
 from simulate.costs.memory import text_bytes
@@ -186,7 +187,9 @@ def _settings(run: Run) -> Iterator[str]:
 
 
 def _warnings(plan: Plan, chosen: Candidate) -> Iterator[str]:
-    """Yield caveats with their remedies: of the data first, then of the choice, then of the figures."""
+    """Yield caveats with their remedies: of the profile, of the data, of the choice, of the figures."""
+    for slip in slips(plan.profile):
+        yield f"{slip} (lte profile check {plan.base.cluster.profile})"
     base = plan.base
     passes = _passes(plan)
     if passes is not None and passes > MOST_PASSES:
