@@ -184,6 +184,31 @@ def plan(
     return plan_command(request, out, force, top, as_json, to_explain, verify, show_all)
 
 
+@app.command()
+@guarded
+def init(
+    gpu: Annotated[
+        list[str] | None, typer.Option(metavar="'N x GPU'", help="Devices, like '8 x GTX 1080 Ti'; repeat.")
+    ] = None,
+    link: Annotated[
+        list[str] | None, typer.Option(help="'1 GbE', '50/10 DSL', '100 Mbit/s', 'wifi'; one a place.")
+    ] = None,
+    model: Model = None,
+    data: DataPath = None,
+    tokens: Tokens = None,
+    name: Annotated[str, typer.Option(help="Name of the profile.")] = "home",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the profile and run.toml.")] = Path(),
+    force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
+) -> int:
+    """Write a profile and a run.toml from a few answers.
+
+    What no option answers is asked in a terminal.
+    """
+    from ltecli.commands.init import InitArgs, init_command
+
+    return init_command(InitArgs(gpu or (), link or (), model, data, tokens, name), out, force)
+
+
 @app.command("probe")
 @guarded
 def probe_a_run(

@@ -74,7 +74,7 @@ def plan_command(
     if show_all or top is not None:
         _show(plan, output, top or SHOWN_CANDIDATES)
     else:
-        _show_verdict(verdict, output)
+        show_verdict(verdict, output)
     if explained is not None and to_explain is not None:
         show_explained(plan, explained, to_explain, output)
     if verified and plan.chosen:
@@ -91,7 +91,7 @@ def plan_command(
     return 0
 
 
-def _show_verdict(verdict: Verdict, output: Output) -> None:
+def show_verdict(verdict: Verdict, output: Output) -> None:
     """Print the answers, and the caveats that matter most, in lines of at most 80 characters."""
     for line in textwrap.wrap(verdict.title, LINE):
         output.heading(line)
