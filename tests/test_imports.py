@@ -21,7 +21,7 @@ from tests.ltecli.command import write_run
 ROOT = Path(__file__).parents[1]
 FOLDERS = (
     "common", "layers", "comm", "models", "config", "data", "rules", "costs", "optim", "methods", "timeline",
-    "training", "measure", "probe", "launch", "planning",
+    "training", "measure", "probe", "doctor", "launch", "planning",
 )  # fmt: skip
 """Folders of simulate/; each may import those before it. After them comes ltecli, and before them profiles."""
 OURS = ("profiles", "simulate", "ltecli")
@@ -29,7 +29,7 @@ NOT_SHIPPED = ("tests", "bench")
 """Packages of this repository that the product may not import."""
 TORCH_FREE = (
     "profiles/*.py", "simulate/common/*.py", "simulate/config/*.py", "simulate/rules/*.py", "simulate/costs/*.py",
-    "simulate/timeline/*.py", "simulate/planning/*.py", "simulate/launch/preflight/*.py",
+    "simulate/timeline/*.py", "simulate/planning/*.py", "simulate/doctor/*.py", "simulate/launch/preflight/*.py",
     "simulate/methods/*/options.py", "simulate/methods/*/plan.py", "ltecli/**/*.py",
 )  # fmt: skip
 CHECK = "import sys; sys.exit('torch was imported' if 'torch' in sys.modules else code)"
