@@ -14,8 +14,8 @@ from statistics import mean, median
 
 from simulate.comm.echo import EchoCommunicator
 from simulate.comm.virtual import VirtualCommunicator
-from simulate.config.hardware import Device, FlopPerSecond
-from simulate.config.profiles import detect_local
+from simulate.config.hardware import LOCAL, Device, FlopPerSecond
+from simulate.config.profiles import load_profile
 from simulate.config.run import Run
 from simulate.costs.memory import peak_memory
 from simulate.costs.message_schedule import sent_bytes
@@ -84,8 +84,8 @@ def errors_of(rows: Sequence[Row]) -> Errors:
 
 
 def planned_bytes(run: Run) -> int:
-    """Return the planned peak of one device that has one memory."""
-    return peak_memory(run, run.model.shape(), ROOMY).total
+    """Return the planned peak of one device that has one memory, without what libraries hold, which nothing tracks."""
+    return peak_memory(run, run.model.shape(), ROOMY).tensors
 
 
 def tracked_rows(sample: Sample) -> Iterator[Row]:
@@ -123,8 +123,8 @@ def _counted_bytes(run: Run) -> int:
 
 
 def time_rows(sample: Sample) -> Iterator[Row]:
-    """Yield planned seconds of small runs' steps on the profile `local`, a guess, beside measured ones."""
-    profile = detect_local()
+    """Yield planned seconds of small runs' steps on the profile `local`, guessed or calibrated, beside measured ones."""
+    profile = load_profile(LOCAL)
     device = profile.device[0]
     runs = (sample.shrunk().run(index) for index in itertools.count())
     # With a deadline, planned compute is a part of a round, and not comparable with a step.
