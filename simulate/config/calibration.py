@@ -48,7 +48,7 @@ class Calibration(toml_io.Schema):
 
 
 def this_machine() -> str:
-    """Return what rates depend on, as text: processor, instruction sets, cores, torch, and variables that limit them."""
+    """Return what rates depend on: processor, instruction sets, cores, torch, and variables that limit them."""
     facts = machine_facts()
     versions = {"torch": facts["versions"].get("torch", "none")}  # others change no rate by much
     return f"{usable_cores()} cores of {machine_text({**facts, 'versions': versions})}"

@@ -123,7 +123,7 @@ def _counted_bytes(run: Run) -> int:
 
 
 def time_rows(sample: Sample) -> Iterator[Row]:
-    """Yield planned seconds of small runs' steps on the profile `local`, guessed or calibrated, beside measured ones."""
+    """Yield planned seconds of small runs' steps on `local`, guessed or calibrated, beside measured ones."""
     profile = load_profile(LOCAL)
     device = profile.device[0]
     runs = (sample.shrunk().run(index) for index in itertools.count())
