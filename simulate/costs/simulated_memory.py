@@ -31,8 +31,8 @@ MAPPED_BYTES = 32 * 2**20
 """From this size on glibc gives a freed tensor back at once; smaller ones leave holes (M_MMAP_THRESHOLD's maximum)."""
 SMALL_HOLES, LARGE_HOLES = 1.0, 0.12
 """Memory that a process holds beside tensors which come and go, as a share of them: where those between blocks are
-smaller than MAPPED_BYTES, and where they are larger. Fitted to the resident memory of eight runs of `lte train`: gpt with
-LTE, DDP and DiLoCo, 2 to 16 devices, 2 to 1,574 MB of tensors (docs/accuracy.md)."""
+smaller than MAPPED_BYTES, and where they are larger. Fitted to the resident memory of eight runs of `lte train`: gpt
+with LTE, DDP and DiLoCo, 2 to 16 devices, 2 to 1,574 MB of tensors (docs/accuracy.md)."""
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ FORMATS = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16,
 DISK_BYTES, SHORT_DISK_BYTES, DISK_REPEATS = 2**26, 2**23, 5
 QUICK_S, FULL_S, SHORT_S = 0.15, 0.8, 0.06
 """Seconds for the repetitions of one program."""
-CALIBRATION_S = 9.5
-"""Time after which a calibration times nothing any more, so that it takes at most 10 s."""
+CALIBRATION_S = 8.0
+"""Time after which a calibration times nothing any more; with what is under way then it takes at most about 10 s."""
 
 
 @dataclass(frozen=True)
