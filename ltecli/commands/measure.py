@@ -50,14 +50,11 @@ def measure_command(request: MeasureArgs, out: Path | None, force: bool, as_json
 
     scope = MeasurementScope(request.quick, request.devices, request.threads, request.device)
     profile = measure_profile(scope, link, lambda what: output.hint(f"measuring {what}"))
-    assert profile.measurement is not None
+    measured = profile.measurement
     # A choice of threads, or a GPU, is not what `local` describes.
-    if (
-        profile.measurement.device == "cpu"
-        and request.threads is None
-        and (problem := keep(profile.device[0], profile.measurement))
-    ):
-        output.hint(problem)
+    if measured is not None and measured.device == "cpu" and request.threads is None:
+        if problem := keep(profile.device[0], measured):
+            output.hint(problem)
     document = profile.model_dump(exclude_none=True)
     if out is not None:
         profile = profile.model_copy(update={"name": out.stem})

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from simulate.config.hardware import Device
 from simulate.config.run import Run
-from simulate.costs.memory import PeakProfile, peak_profile
+from simulate.costs.memory import CPU_LIBRARY_BYTES, PeakProfile, peak_profile
 from simulate.costs.moments import moment_bytes
 from simulate.costs.state import persistent_state
 from simulate.layers.formats import ELEMENT_BYTES
@@ -44,7 +44,7 @@ class SimulatedMemory:
     passing: int
     """Tensors that come and go, at the peak."""
     holes: int
-    """What the heap holds beside them."""
+    """What the heap, and libraries of products in half precision, hold beside them on a processor."""
 
     @property
     def tensors(self) -> int:
@@ -64,7 +64,8 @@ def simulated_memory(run: Run, shape: ModelShape, device: Device) -> SimulatedMe
     train = run.train
     between_blocks = run.cluster.devices * train.micro_batch * shape.tokens * shape.width * ELEMENT_BYTES[train.dtype]
     share = SMALL_HOLES if between_blocks < MAPPED_BYTES else LARGE_HOLES
-    return SimulatedMemory(state, passing, int(share * max(0, passing)))
+    libraries = CPU_LIBRARY_BYTES.get(train.autocast, 0)
+    return SimulatedMemory(state, passing, int(share * max(0, passing)) + libraries)
 
 
 def passing_bytes(run: Run, shape: ModelShape, device: Device) -> Iterator[tuple[PhaseName, int]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,24 @@ def test_a_gpus_memory_and_its_hosts_both_count(monkeypatch: pytest.MonkeyPatch)
     give(monkeypatch, host=10**7, GPU=10**12)
     with pytest.raises(InputError, match="of host memory, and 10 MB are free"):
         check_simulation_fits(run, GPU, True)
+
+
+PEAK = (
+    "import resource, sys; from ltecli.app import main; code = main(sys.argv[1:]); "
+    "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024); sys.exit(code)"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is counted in other units, and by another heap")
+def test_a_whole_process_holds_what_is_asked_for(here: Path) -> None:
+    sizes = {"layers": 4, "width": 256, "attention_heads": 8, "context": 128}
+    train = {"steps": 4, "micro_batch": 8, "evaluate_samples": 8}
+    path = write_run(here / "run.toml", model=sizes, train=train, cluster={"devices": 4})
+    command = [sys.executable, "-c", PEAK, "train", str(path), "--out", "a", "--device", "cpu", "--quiet"]
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+    share = needed_bytes(load_run(path)) / int(done.stdout.split()[-1])
+    assert 0.95 <= share <= 1.25
 
 
 def test_only_numbers_of_devices_that_the_method_allows_are_suggested(monkeypatch: pytest.MonkeyPatch) -> None:
