@@ -52,9 +52,9 @@ def measure_command(request: MeasureArgs, out: Path | None, force: bool, as_json
     profile = measure_profile(scope, link, lambda what: output.hint(f"measuring {what}"))
     measured = profile.measurement
     # A choice of threads, or a GPU, is not what `local` describes.
-    if measured is not None and measured.device == "cpu" and request.threads is None:
-        if problem := keep(profile.device[0], measured):
-            output.hint(problem)
+    describes_local = measured is not None and measured.device == "cpu" and request.threads is None
+    if measured is not None and describes_local and (problem := keep(profile.device[0], measured)):
+        output.hint(problem)
     document = profile.model_dump(exclude_none=True)
     if out is not None:
         profile = profile.model_copy(update={"name": out.stem})
