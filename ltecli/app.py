@@ -107,7 +107,10 @@ def plan(
     assignments: Set = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the choice as run.toml.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Let -o replace an existing file.")] = False,
-    top: Annotated[int, typer.Option(min=1, help="Candidates to show.")] = 8,
+    show_all: Annotated[
+        bool, typer.Option("--all", help="Show all figures and notes, and the best candidates.")
+    ] = False,
+    top: Annotated[int | None, typer.Option(min=1, help="With --all: candidates to show; default: 8.")] = None,
     probe: Annotated[Path | None, typer.Option(help="A probe.json of lte probe: ranks to try and to mark.")] = None,
     link_from: LinkFrom = None,
     objective: Annotated[str, typer.Option(help="What to minimise: time, bytes, memory or cost.")] = "time",
@@ -160,7 +163,7 @@ def plan(
         from ltecli.commands.explain import ExplainArgs  # it loads numpy, for the simulation of rounds
 
         to_explain = ExplainArgs(why, timeline, rounds, timeline_svg, force)
-    return plan_command(request, out, force, top, as_json, to_explain, verify)
+    return plan_command(request, out, force, top, as_json, to_explain, verify, show_all)
 
 
 @app.command("probe")

@@ -14,6 +14,7 @@ import profiles
 from simulate.common import toml_io
 from simulate.common.errors import InputError, near_match
 from simulate.common.limits import usable_cores, usable_memory
+from simulate.common.processor import multiplied_formats
 from simulate.config.calibration import calibrated
 from simulate.config.hardware import BETWEEN_CPUS, LOCAL, Device, FlopPerSecond, Link, Profile
 
@@ -27,8 +28,6 @@ GUESSED_MEMORY_BYTES_PER_S = 250e9
 GUESSED_FP32_FLOP_PER_S = 10e12
 """Where torch tells neither cores nor clock."""
 BETWEEN_GPUS = "what launched runs use between GPUs"
-BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-"""Names that Linux gives to processor instructions for products in bf16, on x86 and Arm."""
 CPU_BF16_GAIN = 2
 """Guess: rate of bf16 over fp32 on a CPU that has such instructions."""
 
@@ -53,16 +52,6 @@ def load_profile(name: str) -> Profile:
     return toml_io.validate(Profile, table, where, text)
 
 
-def processor_flags(path: Path = Path("/proc/cpuinfo")) -> set[str]:
-    """Return the processor's feature flags as Linux lists them; an empty set on other systems."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return set()
-    named = (line.partition(":") for line in lines)
-    return next((set(flags.split()) for key, _, flags in named if key.strip() in ("flags", "Features")), set())
-
-
 def detect_local() -> Profile:
     """Return this machine as four virtual devices, from psutil and a container's limits; rates are guesses."""
     import psutil
@@ -73,7 +62,7 @@ def detect_local() -> Profile:
     if not clock_hz:
         clock_hz, clock_source = 2e9, "guess: the system does not report the clock"
     memory_bytes, free_bytes = usable_memory()
-    gain = CPU_BF16_GAIN if BF16_FLAGS & processor_flags() else None
+    gain = CPU_BF16_GAIN if "bf16" in multiplied_formats() else None
     fp32 = cores * clock_hz * 32  # AVX2: two fused multiply-adds of 8 floats a cycle, 2 operations each
     device = Device(
         count=4,
@@ -138,7 +127,7 @@ def local_gpu_profile() -> Profile | None:
     half = fp32 * (1 if card.capability and card.capability < (7, 0) else TENSOR_CORE_GAIN)
     device = Device(
         count=cpu.count,
-        device_type="cuda",  # whatever kind: its allocator keeps freed blocks, too
+        device_type="cuda" if kind == "cuda" else None,  # XPU and MPS have caching allocators, too
         kind=f"this machine's {card.name}",
         memory_bytes=total_bytes,
         reserved_bytes=total_bytes - free_bytes,

@@ -19,7 +19,7 @@ from simulate.config.method_options import MethodOptions
 from simulate.config.run import Run
 from simulate.config.tables import BYTES
 from simulate.costs.activations import step_phases
-from simulate.costs.allocator import held_beside_tensors, unfilled_share
+from simulate.costs.allocator import cast_bytes, held_beside_tensors, unfilled_share
 from simulate.costs.buffers import exchange_phases
 from simulate.costs.cache import by_method
 from simulate.costs.diagnostics_memory import diagnosing_phases, kept_bytes
@@ -235,8 +235,10 @@ def _allocator_bytes(run: Run, shape: ModelShape, lasting: _Lasting, tensors: in
     train = run.train
     product_bytes = PRODUCT_BYTES.get(train.autocast, ELEMENT_BYTES[train.dtype])
     largest = max(lasting.largest_tensor, train.micro_batch * _widest_rows(shape) * product_bytes)
+    if train.autocast == "none":
+        return held_beside_tensors(tensors, lasting.unfilled_bytes, largest, 0)
     logits = train.micro_batch * shape.predictions * shape.outputs * product_bytes
-    return held_beside_tensors(tensors, lasting.unfilled_bytes, largest, logits if train.autocast != "none" else 0)
+    return held_beside_tensors(tensors, lasting.unfilled_bytes, largest, cast_bytes(logits, lasting.largest_tensor))
 
 
 @lru_cache(maxsize=64)
@@ -287,7 +289,7 @@ def host_memory_by_part(run: Run, shape: ModelShape, device: Device) -> dict[str
         "start_weights": copies * shape.adapted_parameters * element_bytes,
         "diagnostics": shape.parameters * element_bytes if run.train.diagnostics_every is not None else 0,
         "checkpoint_save": largest if own else 0,
-        "data": _text_bytes(run.data.path, run.data.tokenizer) if own and run.model.unit == "tokens" else 0,
+        "data": text_bytes(run.data.path, run.data.tokenizer) if own and run.model.unit == "tokens" else 0,
     }
 
 
@@ -297,7 +299,7 @@ def _largest_elements(shape: ModelShape) -> int:
 
 
 @lru_cache(maxsize=64)
-def _text_bytes(path: str | None, tokenizer: str) -> int:
+def text_bytes(path: str | None, tokenizer: str) -> int:
     """Return the size of text files that are read as bytes; 0 where tokens are memory-mapped, or no file exists yet."""
     if path is None or tokenizer != BYTES:
         return 0

@@ -15,7 +15,7 @@ from simulate.common.units import bytes_text
 from simulate.doctor.machine import Machine
 
 Stops = Literal["run", "gpu", "launch", "nothing"]
-"""What a finding stops: any run, one on the GPU, a launched one, or nothing: a run starts, and is slow or may fail."""
+"""Reach of a finding: any run, one on the GPU, a launched one, or nothing: a run starts, and is slow or may fail."""
 WHEELS = "https://download.pytorch.org/whl"
 TORCH = "'torch<2.15'"
 """The last release with kernels for capabilities below 7.5 is 2.14 (pytorch issue 190385)."""
@@ -57,7 +57,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Purpose:
-    """What the machine shall do."""
+    """Use that the machine is meant for."""
 
     device: str = "auto"
     """Value of --device."""
@@ -132,8 +132,12 @@ def gpu_unseen(machine: Machine, purpose: Purpose) -> Iterator[Finding]:
 
 
 def slow_format(machine: Machine, purpose: Purpose) -> Iterator[Finding]:
-    """Find GPUs that have no arithmetic for the run's train.autocast."""
-    if purpose.device == "cpu":
+    """Find processors and GPUs that have no arithmetic for the run's train.autocast."""
+    lower = purpose.autocast
+    if purpose.device == "cpu" or not machine.gpus:
+        if lower != "none" and lower not in machine.formats:
+            text = f"this processor has no products in {lower}, and train.autocast emulates them, many times slower"
+            yield Finding("slow-format", "nothing", text, "--set train.autocast=none, for a simulation")
         return
     for index, gpu in enumerate(machine.gpus):
         has_half = gpu.capability is None or gpu.capability >= (7, 0) or gpu.capability in HALF_CAPABILITIES

@@ -21,6 +21,7 @@ import psutil
 
 from simulate.common.errors import first_line
 from simulate.common.limits import Limits, control_group_limits, usable_cores, usable_memory
+from simulate.common.processor import multiplied_formats
 
 LOOPBACK = "127.0.0.1"
 NVIDIA_VENDOR, DISPLAY_CLASS = "0x10de", "0x03"
@@ -40,7 +41,7 @@ class Torch:
     cuda_version: str | None
     """Version of CUDA, or of ROCm, that it was built for; None for CPUs alone."""
     architectures: tuple[str, ...]
-    """What it has kernels for: sm_75, compute_90, gfx90a; nothing in a build for CPUs."""
+    """Architectures that it has kernels for: sm_75, compute_90, gfx90a; nothing in a build for CPUs."""
     threads: int
     has_distributed: bool
     backends: tuple[str, ...]
@@ -62,7 +63,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Nvidia:
-    """What the system has of NVIDIA, found without torch."""
+    """NVIDIA cards and driver of the system, found without torch."""
 
     cards: int = 0
     """Cards on the PCI bus; a Jetson's GPU is on none."""
@@ -82,7 +83,7 @@ class Folder:
     """A folder that runs write into."""
 
     option: str
-    """What the user sets to have another one: --out, TMPDIR, LTE_CACHE."""
+    """Option or variable that names another one: --out, TMPDIR, LTE_CACHE."""
     path: Path
     is_writable: bool
     free_bytes: int
@@ -94,6 +95,8 @@ class Machine:
 
     system: str = "Linux"
     processor: str = "x86_64"
+    formats: frozenset[str] = frozenset({"bf16", "fp16"})
+    """Lower formats that the processor multiplies itself."""
     torch: Torch | None = None
     torch_error: str = ""
     gpus: tuple[Gpu, ...] = ()
@@ -128,6 +131,7 @@ def examine(folders: Mapping[str, Path], port: int | None = None, root: Path = P
     return Machine(
         system=platform.system(),
         processor=platform.machine(),
+        formats=multiplied_formats(),
         torch=torch,
         torch_error=torch_error,
         gpus=gpus,

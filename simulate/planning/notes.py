@@ -21,9 +21,9 @@ from simulate.costs.step_time import device_step_s, round_time
 from simulate.models.shapes import ModelShape
 from simulate.planning.candidate import Candidate, PlanContext, Rejected, describe
 from simulate.planning.margins import RULE
-from simulate.planning.number_formats import format_notes
+from simulate.planning.number_formats import Format, format_notes
 from simulate.planning.objective import MEANINGS
-from simulate.planning.time_ranges import time_text
+from simulate.planning.time_ranges import simulated_here_text
 from simulate.rules.method_plan import plan_of
 from simulate.training.checkpoints import numerics_of
 
@@ -38,12 +38,14 @@ def plan_notes(
     chosen: Candidate | None,
     first: Candidate | None,
     rival: Candidate | None,
+    picked: Format | None,
     evaluate: Callable[[Run], Candidate | Rejected],
 ) -> Iterator[str]:
     """Yield a plan's notes in the order in which they are printed.
 
     `first` ranks first, even if it is not the choice; `rival` is the best candidate of methods that the plan does not
-    choose from; `evaluate` computes the costs of another run.
+    choose from; `picked` is the autocast format that the plan took by itself; `evaluate` computes the costs of other
+    runs.
     """
     choice, shape = context.choice, context.shape
     yield from _assumptions(context, chosen, first)
@@ -54,7 +56,7 @@ def plan_notes(
     yield from shape.notes
     if chosen:
         yield from _worth_trying(chosen)
-        yield from format_notes(chosen, context.profile, evaluate)
+        yield from format_notes(chosen, context.profile, evaluate, picked)
         yield from _checkpoints(chosen)
         yield from _deadlines(chosen)
         yield from diagnostics_notes(chosen.run, shape)
@@ -91,21 +93,12 @@ def _this_machine(context: PlanContext, chosen: Candidate | None) -> Iterator[st
             "-o mine.toml or the first lte train here measures it for later plans"
         )
     if chosen:
-        seconds = _simulated_here_s(chosen)
         devices = len(context.devices)
         yield (
             f"local is {devices} imaginary machine{'s' if devices > 1 else ''}, each as strong as this one; lte train "
-            f"simulates all of them here, which takes {time_text(chosen, (seconds, seconds))} (their compute, one "
+            f"simulates all of them here, which takes {simulated_here_text(chosen)} (their compute, one "
             "after the other)"
         )
-
-
-def _simulated_here_s(chosen: Candidate) -> float:
-    """Return the seconds of simulating a run on one of its devices: all devices' compute, evaluations and saves."""
-    # This machine evaluates and saves once, as every device of a launched run does at the same time.
-    time, devices = chosen.time, len(chosen.context.devices)
-    compute_s = (time.device_steps * time.compute_s + devices * time.merge_s) * chosen.rounds
-    return compute_s + chosen.eval_and_save.total_s
 
 
 def _quantized(chosen: Candidate) -> Iterator[str]:

@@ -71,6 +71,7 @@ CASES: list[tuple[str, dict[str, Any], Purpose, bool, str]] = [
     ("no-bf16", {"torch": CUDA12, "gpus": (OLD_GTX,)}, Purpose(autocast="bf16"), True, "--set train.autocast=none"),
     ("no-bf16", {"torch": CUDA12, "gpus": (V100,)}, Purpose(autocast="bf16"), True, "--set train.autocast=fp16"),
     ("slow-fp16", {"torch": CUDA12, "gpus": (OLD_GTX,)}, Purpose(autocast="fp16"), False, "slower in fp16.*=none"),
+    ("slow-format", {"formats": frozenset({"bf16"})}, Purpose(autocast="fp16"), False, "no products in fp16.*=none"),
     ("windows", {"system": "Windows"}, LAUNCH, True, "not made for Windows .*: wsl --install"),
     ("no-distributed", {"torch": replace(CPU, has_distributed=False, backends=())}, LAUNCH, True,
      "built without torch.distributed, as wheels for Jetson often are: leave --launch away"),
