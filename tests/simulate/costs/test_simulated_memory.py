@@ -7,7 +7,6 @@ import itertools
 import pytest
 
 from simulate.config.run import Run
-from simulate.costs import simulated_memory as form
 from simulate.costs.simulated_memory import MAPPED_BYTES, PROCESS_BYTES, SimulatedMemory, simulated_memory
 from simulate.measure.accuracy import ROOMY, describe
 from simulate.measure.fake_tensors import BUILD, track
@@ -44,11 +43,9 @@ def test_the_form_is_near_what_a_simulation_holds(name: str) -> None:
     assert 1 - FURTHEST_UNDER <= share <= 1 + FURTHEST_OVER
 
 
-def test_a_form_without_the_devices_copies_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = RUNS["lte on 32"]
-    followed = followed_bytes(run)
-    monkeypatch.setattr(form, "PASSES", frozenset())  # one batch in place of everybody's
-    assert planned_bytes(run) < (1 - FURTHEST_UNDER) * followed
+def test_a_form_for_fewer_devices_is_noticed() -> None:
+    fewer = tiny.lte_run(28, WIDE, {"micro_batch": 2, "dtype": "fp32"}, rank=4)
+    assert planned_bytes(fewer) < (1 - FURTHEST_UNDER) * followed_bytes(RUNS["lte on 32"])
 
 
 def test_what_devices_share_counts_once() -> None:
