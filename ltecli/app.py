@@ -274,6 +274,10 @@ def train(
     diagnostics: Annotated[
         bool, typer.Option("--diagnostics", help="Diagnose heads and gradients at every evaluation.")
     ] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Try the run with a small network and few steps.")] = False,
+    ignore_memory: Annotated[
+        bool, typer.Option("--ignore-memory", help="Simulate even if this machine seems too small for all devices.")
+    ] = False,
     launch: Annotated[
         bool, typer.Option("--launch", help="Train for real: a process for each device, here or on several machines.")
     ] = False,
@@ -301,10 +305,12 @@ def train(
     from ltecli.commands.launch import LaunchArgs
     from ltecli.commands.train import TrainArgs, train_command
 
-    args = TrainArgs(data, tuple(assignments or ()), diagnostics)
+    args = TrainArgs(data, tuple(assignments or ()), diagnostics, tiny)
     options = LaunchArgs(processes, nodes, node, join, interface, secret_file, trust_network)
     options.check(launch)
-    return train_command(run, out, resume, device.value, args, options if launch else None, as_json, quiet)
+    return train_command(
+        run, out, resume, device.value, args, options if launch else None, as_json, quiet, ignore_memory
+    )
 
 
 @app.command()
