@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo demo-vision test test-all test-processors mutants frozen frozen-record lint bench clean
+.PHONY: setup demo demo-vision test test-all test-processors mutants frozen frozen-record lint bench gpu clean
 
 setup: $(READY)
 
@@ -62,6 +62,14 @@ bench: $(READY)
 	$(BIN)/python bench/devices.py
 	for family in gpt llama vit mixer; do $(BIN)/lte validate --only memory --quick --shapes 12 --family $$family; done
 	$(BIN)/python bench/step.py --model vit_s16
+
+# On a machine with a GPU, from the checkout and by its own Python: installs nothing (docs/gpu.md).
+PART ?= all
+DEVICE ?= cuda
+SIZE ?= full
+gpu:
+	$(PYTHON) -m bench.gpu --part $(PART) --device $(DEVICE) --size $(SIZE) $(if $(FRESH),--fresh) \
+		$(if $(RESULTS),--results $(RESULTS))
 
 clean:
 	rm -rf .venv build *.egg-info runs run.toml
