@@ -32,7 +32,7 @@ OPERATIONS: dict[str, Callable[[torch.Tensor], object]] = {
     "all_gather": lambda x: dist.all_gather([torch.empty_like(x) for _ in range(RANKS)], x),
     "broadcast": lambda x: dist.broadcast(x, 0),
     "all_to_all": lambda x: dist.all_to_all_single(torch.empty_like(x), x),
-    "send": lambda x: dist.send(x, 1) if dist.get_rank() == 0 else dist.recv(x, 0),
+    "send and receive": lambda x: dist.send(x, 1) if dist.get_rank() == 0 else dist.recv(x, 0),
 }
 
 
@@ -62,7 +62,7 @@ def _pair(backend: str, device: torch.device) -> Table:
     if not lines:
         words = said[0][1].strip().splitlines()
         raise RuntimeError(f"rank 0 ended with {ranks[0].returncode}: {words[-1] if words else 'it said nothing'}")
-    return dict(json.loads(lines[-1]))
+    return {"outcome": "; ".join(f"{name} {what}" for name, what in json.loads(lines[-1]).items())}
 
 
 def main() -> None:

@@ -127,7 +127,7 @@ def figure_text(key: str, value: Any) -> str:
             return f"{value:,.0f}"
         if key.endswith("_s"):
             return seconds_text(value)
-        if key.endswith("_error"):
+        if key.endswith("error"):
             return f"{value:+.2%}"
         return f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
     return str(value).replace("|", "\\|")

@@ -26,7 +26,7 @@ from simulate.methods.registry import build_method
 Table = dict[str, Any]
 SAMPLES, VALIDATION, ROUND = 32, 64, 10
 MODEL = {"name": "gpt2", "vocab": 256, "context": 256}
-TINY = {"name": "gpt", "layers": 1, "width": 32, "attention_heads": 2, "context": 32}
+TINY = {"name": "gpt", "layers": 1, "width": 64, "attention_heads": 2, "context": 32}
 METHODS: dict[str, tuple[int, Table]] = {
     "dense": (1, {"name": "ddp"}),
     "lte, 8 x rank 64": (8, {"name": "lte", "rank": 64, "merge_every": ROUND}),
