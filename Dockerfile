@@ -2,7 +2,8 @@
 #
 #   docker build -t lte:cpu .                                       CPU, amd64 and arm64
 #   docker build -t lte:cuda   --build-arg TORCH_BUILD=cu130 .      Turing and newer
-#   docker build -t lte:legacy --build-arg TORCH_BUILD=cu126 .      Maxwell, Pascal, Volta (amd64)
+#   docker build -t lte:legacy --build-arg TORCH_BUILD=cu126 --build-arg TORCH_VERSION='2.14.*' .
+#                                                                   Maxwell, Pascal, Volta (amd64)
 #
 # TORCH_BUILD names one of PyTorch's own wheel indexes. Why these two CUDA builds: the architecture table in PyTorch's
 # RELEASE.md (pytorch/pytorch, pull requests 182849 and 187075) gives torch 2.12 and 2.13 kernels for
@@ -10,7 +11,7 @@
 #   cu130  amd64 7.5 8.0 8.6 9.0 10.0 12.0          arm64 8.0 9.0 10.0 11.0 12.0
 # A kernel for 6.0 also runs on 6.1 (GTX 10 series), one for 5.0 on 5.2. CUDA 13 cannot compile for anything below 7.5;
 # the cu128 wheels lost 5.0 and 6.0 in torch 2.8 and 7.0 in 2.11 (issues 157517 and 172352). cu126 goes on until torch
-# 2.14 and ends with 2.15 (issue 190385): whoever raises TORCH_VERSION past 2.14 loses the old GPUs here.
+# 2.14, the last release for the old GPUs, and ends with 2.15 (issue 190385), which pyproject.toml refuses.
 # Jetson and other builds of torch: set TORCH_INDEX, TORCH_VERSION and BASE; see docs/docker.md.
 
 ARG BASE=python:3.11-slim-bookworm

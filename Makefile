@@ -2,14 +2,23 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# The torch of .venv: the release that most was tried with, of those that pyproject.toml allows. On Linux PyPI has CUDA
+# builds, of gigabytes. A small one without CUDA:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup TORCH='torch==2.13.0+cpu'
+TORCH ?= torch>=2.6,<2.14
+# For make test-torch: the first and the last release that pyproject.toml allows, and what is run with each of them.
+TORCHES ?= 2.6.0 2.14.1
+TORCH_TESTS ?= tests/simulate/layers tests/simulate/optim tests/simulate/comm tests/simulate/methods \
+	tests/simulate/training tests/simulate/measure tests/simulate/doctor tests/launch \
+	tests/ltecli/commands/test_train.py tests/ltecli/commands/test_resume.py tests/ltecli/commands/test_doctor.py
 
-.PHONY: setup demo demo-vision test test-all test-processors mutants frozen frozen-record lint bench gpu clean
+.PHONY: setup demo demo-vision test test-all test-processors test-torch mutants frozen frozen-record lint bench gpu clean
 
 setup: $(READY)
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check '$(TORCH)' --editable '.[dev]'
 	touch $@
 
 demo: $(READY)
@@ -27,11 +36,15 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+# A file's tests share what it makes, so they stay together; in the order of their names, since the files with the fewest
+# tests, which come last otherwise, take longest: they start processes.
+PYTEST = $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test-all: lint test-processors
-	$(BIN)/pytest --numprocesses 2 --dist loadfile -m ''
+test: lint
+	$(PYTEST)
+
+test-all: lint test-processors test-torch
+	$(PYTEST) -m ''
 	$(BIN)/python tests/mutants.py
 
 mutants: $(READY)
@@ -57,6 +70,19 @@ with_kernels = LTE_TEST_THREADS=$(1) OMP_NUM_THREADS=$(1) OMP_WAIT_POLICY=passiv
 	$(if $(3),ONEDNN_MAX_CPU_ISA=$(3)) $(if $(4),MKL_ENABLE_INSTRUCTIONS=$(4)) \
 	$(BIN)/pytest --numprocesses 2 -m 'numeric and not slow'
 
+# With other releases of torch, each in an environment of its own beside .venv.
+test-torch: $(TORCHES:%=test-torch-%)
+
+test-torch-%: .venv-torch-%/.ready
+	.venv-torch-$*/bin/python -c "import torch; print('torch', torch.__version__)"
+	.venv-torch-$*/bin/pytest --numprocesses 2 --dist loadfile $(TORCH_TESTS)
+
+.PRECIOUS: .venv-torch-%/.ready
+.venv-torch-%/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-torch-$*
+	.venv-torch-$*/bin/pip install --quiet --disable-pip-version-check 'torch==$*' --editable '.[dev]'
+	touch $@
+
 bench: $(READY)
 	$(BIN)/python bench/startup.py
 	$(BIN)/python bench/devices.py
@@ -72,4 +98,4 @@ gpu:
 		$(if $(RESULTS),--results $(RESULTS))
 
 clean:
-	rm -rf .venv build *.egg-info runs run.toml
+	rm -rf .venv .venv-torch-* build *.egg-info runs run.toml

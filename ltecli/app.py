@@ -39,6 +39,8 @@ class DeviceName(str, enum.Enum):
     AUTO = "auto"
     CPU = "cpu"
     CUDA = "cuda"
+    XPU = "xpu"
+    MPS = "mps"
 
 
 class ExportFormat(str, enum.Enum):
@@ -257,6 +259,21 @@ def train(
     options = LaunchArgs(processes, nodes, node, join, interface, secret_file, trust_network)
     options.check(launch)
     return train_command(run, out, resume, device.value, args, options if launch else None, as_json, quiet)
+
+
+@app.command()
+@guarded
+def doctor(
+    run: Annotated[Path | None, typer.Argument(help="run.toml, whose formats and devices count, too.")] = None,
+    launch: Annotated[bool, typer.Option("--launch", help="Count what stops a launched run, too.")] = False,
+    device: Annotated[DeviceName, typer.Option(help="Where to train; cpu leaves GPUs out.")] = DeviceName.AUTO,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where run folders shall lie.")] = Path("runs"),
+    as_json: Json = False,
+) -> int:
+    """Look for what would stop or spoil a run on this machine, and say what mends it."""
+    from ltecli.commands.doctor import doctor_command
+
+    return doctor_command(run, device.value, launch, out, as_json)
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """Whole sessions of tiny diagnosed runs, in one process or in several that gloo joins over loopback.
 
-python -m tests.diagnosed FOLDER PROCESS PROCESSES NAME...    (started by `launched_events`)
+python -m tests.diagnosed FOLDER PROCESSES NAME...    (started by `launched_events`)
 
 A name is a variant of tests.tiny; after "plain: " without diagnostics, after "sick: " with a device that gets weights
 that are not finite, after the first diagnostics.
@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from simulate.comm.base import Communicator
 from simulate.comm.process_group import TorchCommunicator
@@ -27,7 +26,7 @@ from simulate.training.checkpoints import list_checkpoints
 from simulate.training.loop import Session, restore, train
 from simulate.training.simulated_clock import SimulatedClock
 from tests import tiny
-from tests.processes import DEVICES, TIMEOUT_S, meet, run_processes
+from tests.processes import DEVICES, TIMEOUT_S, fork_and_meet, run_processes
 
 STEPS, EVERY, SICK = 12, 3, 3
 PLAIN, WITH_SICK = "plain: ", "sick: "
@@ -95,19 +94,15 @@ def checkpoints_of(folder: Path, name: str) -> Path:
     return folder / f"{name} checkpoints"
 
 
-def main() -> None:
+def run_sessions(folder: Path, process: int, names: list[str]) -> None:
     """Be one process."""
-    folder, process, processes, *names = sys.argv[1:]
-    meet(folder, int(process), int(processes))
     for name in names:
         communicator = TorchCommunicator(DEVICES, tiny.CPU, TIMEOUT_S)
-        run, checkpoints = diagnosed_run(name), checkpoints_of(Path(folder), name)
-        events = session_of(run, communicator, checkpoints, name.startswith(WITH_SICK))
+        events = session_of(diagnosed_run(name), communicator, checkpoints_of(folder, name), name.startswith(WITH_SICK))
         communicator.close()
-        if process == "0":
-            events_file(Path(folder), name).write_text(json.dumps(events))
-    dist.destroy_process_group()
+        if process == 0:
+            events_file(folder, name).write_text(json.dumps(events))
 
 
 if __name__ == "__main__":
-    main()
+    fork_and_meet(run_sessions, sys.argv[1:])

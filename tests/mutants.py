@@ -203,7 +203,7 @@ MUTANTS = (
     Mutant(
         name="a plan takes memory that the device's system reserves",
         file="simulate/planning/planner.py",
-        before="short_bytes = max(0, memory.total - device.memory_bytes)",
+        before="short_bytes = max(0, memory.total - device.usable_bytes)",
         after="short_bytes = max(0, memory.tensors - device.memory_bytes)",
         tests=("tests/ltecli/commands/test_plan.py::test_candidates_fit_and_the_rejected_say_why_they_do_not",),
     ),

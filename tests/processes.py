@@ -1,25 +1,28 @@
 """The tiny runs of tests.tiny on devices in real processes, which gloo joins over loopback.
 
-python -m tests.processes FOLDER PROCESS PROCESSES DTYPE STEPS VARIANT...    (started by `train_in_processes`)
+python -m tests.processes FOLDER PROCESSES DTYPE STEPS VARIANT...    (started by `train_in_processes`)
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # the first optimizer would import it, in every process by itself
 import torch.distributed as dist
+import torch.multiprocessing
 from safetensors.torch import load_file, save_file
 
 from simulate.comm.process_group import TorchCommunicator
 from simulate.methods.paced import Paced
 from simulate.methods.registry import build_method
 from tests import tiny
-from tests.harness import run_together
+from tests.harness import run
 
 DEVICES, TIMEOUT_S = 4, 60
 
@@ -30,9 +33,30 @@ def variant_table(steps: int, dtype: str) -> dict[str, Any]:
 
 
 def run_processes(module: str, folder: Path, processes: int, arguments: list[str]) -> None:
-    """Run a module in processes that can meet, each with FOLDER PROCESS PROCESSES and the arguments, to their ends."""
-    command = [sys.executable, "-m", module, folder]
-    run_together(([*command, process, processes, *arguments] for process in range(processes)), 300)
+    """Run a module that forks into processes, with FOLDER PROCESSES and the arguments, to their ends."""
+    outcome = run([sys.executable, "-m", module, folder, processes, *arguments], 300)
+    assert outcome.code == 0, outcome.stdout + outcome.stderr
+
+
+def fork_and_meet(task: Callable[..., None], arguments: list[str]) -> None:
+    """Fork into processes that meet by gloo, each of which calls `task(folder, process, arguments)`.
+
+    `arguments` begin with FOLDER PROCESSES. Forks have all imports, which take longer than most tasks.
+    """
+    folder, processes, *others = arguments
+    torch.multiprocessing.start_processes(
+        _be_one, (task, Path(folder), int(processes), others), int(processes), start_method="fork"
+    )
+
+
+def _be_one(process: int, task: Callable[..., None], folder: Path, processes: int, arguments: list[str]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=process, world_size=processes,
+        timeout=timedelta(seconds=TIMEOUT_S),
+    )  # fmt: skip
+    task(folder, process, arguments)
+    dist.destroy_process_group()
 
 
 def train_in_processes(
@@ -99,28 +123,19 @@ def _train(name: str, steps: int, dtype: str) -> tuple[tiny.History, dict[str, i
     return tiny.History(everyones, {k: w.contiguous() for k, w in method.merged_state().items()}), counted
 
 
-def meet(folder: str, process: int, processes: int) -> None:
-    """Join the processes that `run_processes` started."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=process, world_size=processes,
-        timeout=timedelta(seconds=TIMEOUT_S),
-    )  # fmt: skip
-
-
-def main() -> None:
+def train_variants(folder: Path, process: int, arguments: list[str]) -> None:
     """Be one process."""
-    folder, process, processes, dtype, steps, *variants = sys.argv[1:]
-    meet(folder, int(process), int(processes))
+    dtype, steps, *variants = arguments
     for index, name in enumerate(variants):
         by_clock = name == TURNED
-        history, counted = _train_by_turned_clocks(Path(folder)) if by_clock else _train(name, int(steps), dtype)
-        if process == "0":
+        history, counted = _train_by_turned_clocks(folder) if by_clock else _train(name, int(steps), dtype)
+        if process == 0:
             tensors = {**{k: w.clone() for k, w in history.weights.items()}, "losses": history.losses.contiguous()}
-            save_file(tensors, Path(folder) / f"{index}.safetensors")
-            (Path(folder) / f"{index}.json").write_text(json.dumps(counted))
-    dist.destroy_process_group()
+            save_file(tensors, folder / f"{index}.safetensors")
+            (folder / f"{index}.json").write_text(json.dumps(counted))
 
 
 if __name__ == "__main__":
-    main()
+    import bitsandbytes  # noqa: F401  # by quantised variants, once rather than in every process
+
+    fork_and_meet(train_variants, sys.argv[1:])

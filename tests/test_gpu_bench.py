@@ -128,7 +128,7 @@ def test_names_to_install_are_told() -> None:
 
 def test_a_machine_without_the_device_is_told_the_next_move(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
-        patch.setattr(gpu, "PROGRAM", ["-c", "print('@@ {\"error\": \"sees no cuda device\"}')"])
+        patch.setattr(gpu, "PROGRAM", ["-c", 'print(\'@@ {"error": "sees no cuda device"}\')'])
         gpu.facts_of("cuda")
     assert ended.value.code == 2
     assert "sees no cuda device; try: make gpu DEVICE=cpu SIZE=tiny" in capsys.readouterr().err

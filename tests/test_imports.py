@@ -21,7 +21,7 @@ from tests.ltecli.command import write_run
 ROOT = Path(__file__).parents[1]
 FOLDERS = (
     "common", "layers", "comm", "models", "config", "data", "rules", "costs", "optim", "methods", "timeline",
-    "training", "measure", "probe", "launch", "planning",
+    "training", "measure", "probe", "doctor", "launch", "planning",
 )  # fmt: skip
 """Folders of simulate/; each may import those before it. After them comes ltecli, and before them profiles."""
 OURS = ("profiles", "simulate", "ltecli")
@@ -29,7 +29,7 @@ NOT_SHIPPED = ("tests", "bench")
 """Packages of this repository that the product may not import."""
 TORCH_FREE = (
     "profiles/*.py", "simulate/common/*.py", "simulate/config/*.py", "simulate/rules/*.py", "simulate/costs/*.py",
-    "simulate/timeline/*.py", "simulate/planning/*.py", "simulate/launch/preflight/*.py",
+    "simulate/timeline/*.py", "simulate/planning/*.py", "simulate/doctor/*.py", "simulate/launch/preflight/*.py",
     "simulate/methods/*/options.py", "simulate/methods/*/plan.py", "ltecli/**/*.py",
 )  # fmt: skip
 CHECK = "import sys; sys.exit('torch was imported' if 'torch' in sys.modules else code)"
@@ -143,38 +143,36 @@ def run_python(code: str, folder: Path, arguments: Sequence[str] = ()) -> subpro
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
-def run_lte(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return run_python("import sys; from ltecli.app import main; code = main(sys.argv[1:])", folder, arguments)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        "--help",
-        "--version",
-        "plan",
-        "plan --model gpt2 --json",
-        "plan --why --timeline --rounds 3 --timeline-svg picture.svg",
-        "plan --model vit_s16",
-        "plan --model llama_1b",
-        "plan --model mixer_s16",
-        "profile list",
-        "profile show local",
-        "train --help",
-    ],
+LIGHT = (
+    "--help",
+    "--version",
+    "plan",
+    "plan --model gpt2 --json",
+    "plan --why --timeline --rounds 3 --timeline-svg picture.svg",
+    "plan --model vit_s16",
+    "plan --model llama_1b",
+    "plan --model mixer_s16",
+    "profile list",
+    "profile show local",
+    "train --help",
 )
-def test_light_commands_never_import_torch(arguments: str, tmp_path: Path) -> None:
-    done = run_lte(tmp_path, *arguments.split())
-    assert done.returncode == 0, done.stderr
+REFUSED = ("train nowhere.toml", "train run.toml --out .", "train . --resume", "report .", "export .")
+ONE_AFTER_THE_OTHER = """
+import sys
+from ltecli.app import main
+for line in sys.argv[2:]:
+    code = main(line.split())
+    if 'torch' in sys.modules or code != int(sys.argv[1]):
+        print(f'lte {line}', file=sys.stderr)
+        break
+"""
 
 
-@pytest.mark.parametrize(
-    "arguments", ["train nowhere.toml", "train run.toml --out .", "train . --resume", "report .", "export ."]
-)
-def test_a_refusal_does_not_wait_for_torch(arguments: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("code", "lines"), [(0, LIGHT), (2, REFUSED)], ids=["light commands", "refusals"])
+def test_torch_is_not_imported_by(code: int, lines: Sequence[str], tmp_path: Path) -> None:
     write_run(tmp_path / "run.toml")
-    done = run_lte(tmp_path, *arguments.split())
-    assert done.returncode == 2, done.stderr
+    done = run_python(ONE_AFTER_THE_OTHER, tmp_path, [str(code), *lines])
+    assert done.returncode == code, done.stderr
 
 
 def test_whole_folders_import_without_torch(tmp_path: Path) -> None:

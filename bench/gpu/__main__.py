@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
@@ -44,7 +45,7 @@ class Worker:
     """A worker process and its messages."""
 
     def __init__(self, *words: str) -> None:
-        self.errors: IO[bytes] = tempfile.TemporaryFile()
+        self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - `end` closes it
         self.process = subprocess.Popen(
             [sys.executable, *PROGRAM, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=self.errors,
             text=True, start_new_session=True,
@@ -75,10 +76,8 @@ class Worker:
 
     def end(self) -> None:
         """End the process and all that it started."""
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
         self._reader.join(timeout=10.0)  # a process that left the group may still hold the pipe
         self.errors.close()
@@ -161,8 +160,8 @@ class Parts:
         is_open = False
         for part in parts:
             rows = self.rows[part]
-            failed = [row for row in rows if (found := self.results.find(row)) and not self.results.is_done(row)]
             unrun = [row for row in self.waiting(part) if self.results.find(row) is None]
+            failed = [row for row in self.waiting(part) if row not in unrun]
             absent = {reason for row in rows if (reason := self.left_out.get(row))}
             counts = f"{sum(map(self.results.is_done, rows))} of {len(rows)} rows done, {len(failed)} failed"
             print(f"{part}: {counts}, {len(unrun)} not run yet" + "".join(f"; left out: {x}" for x in sorted(absent)))

@@ -1,4 +1,4 @@
-"""The device of a row: waiting for it, its precision, and its allocator."""
+"""Precision of a row's products, and the allocator of its device."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ from typing import Any
 
 import torch
 
+from simulate.layers.accelerator import synchronize
+
 AUTOCASTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until a device has done what was queued on it; a CPU queues nothing."""
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize()
 
 
 def use_precision(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Part c: one linear layer with the adapters of N devices over a plain one: products forward and backward, no optimizer.
+"""Part c: one linear layer with the adapters of N devices over a plain one, without an optimizer.
 
 It needs torch and numpy alone, so it tells what the kernels do on a machine without our other libraries.
 """
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.gpu.device import autocast, synchronize, use_precision
+from bench.gpu.device import autocast, use_precision
 from bench.gpu.timing import paired_ratio
+from simulate.layers.accelerator import synchronize
 from simulate.layers.lora import AdapterSpec, LoraLinear
 
 Table = dict[str, Any]

@@ -1,9 +1,9 @@
 """Part a: a method's losses on the device, beside those of the CPU in fp32.
 
 The reference is the same run by the same program on this machine's CPU, trained once for all precisions of a method and
-kept in the scratch folder. The bounds are relative, on the devices' mean loss at each of the steps, about ten times what
-a CPU shows at full size: fp32 is 3e-7 from fp64 with LTE and 1.2e-4 with signsgd, which sends signs of rounding; bf16 is
-1e-3 from fp32 with both. TF32 and fp16 keep 10 bits of a product's inputs, bf16 7.
+kept in the scratch folder. The bounds are relative, on the devices' mean loss at each of the steps, about ten times
+what a CPU shows at full size: fp32 is 3e-7 from fp64 with LTE and 1.2e-4 with signsgd, which sends signs of rounding;
+bf16 is 1e-3 from fp32 with both. TF32 and fp16 keep 10 bits of a product's inputs, bf16 7.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
-from bench.gpu.device import synchronize, use_precision
+from bench.gpu.device import use_precision
 from bench.gpu.results import digest
 from simulate.comm.virtual import VirtualCommunicator
 from simulate.config.run import Run, build_run
 from simulate.data.batches import TextBatches
 from simulate.data.text import load_text
+from simulate.layers.accelerator import synchronize
 from simulate.methods.registry import build_method
 
 Table = dict[str, Any]
@@ -46,10 +47,11 @@ def measure(given: Table, device: torch.device, folder: Path) -> Table:
 
 
 def _run(given: Table, autocast: str) -> Run:
-    train = {"steps": given["steps"], "micro_batch": SAMPLES, "learning_rate": 1e-3, "warmup_steps": 5, "autocast": autocast}
+    train = {"steps": given["steps"], "micro_batch": SAMPLES, "learning_rate": 1e-3, "warmup_steps": 5}
     return build_run(
         {
-            "model": given["model"], "method": given["method"], "train": {**train, **given["train"]},
+            "model": given["model"], "method": given["method"],
+            "train": {**train, "autocast": autocast, **given["train"]},
             "cluster": {"devices": DEVICES},
         }
     )  # fmt: skip

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu.device import forget, synchronize
+from bench.gpu.device import forget
 from simulate.costs.allocator import WORKSPACE_BYTES
+from simulate.layers.accelerator import synchronize
 from simulate.measure.caching_allocator import reserved_bytes
 
 Table = dict[str, Any]
@@ -66,9 +67,8 @@ def _run_figures(given: Table, device: torch.device) -> Table:
     run = _run(given)
     on_cpu = device.type == "cpu"
     # A device of CUDA's kind with a host beside it, so that masters and snapshots are the host's.
-    planned = peak_memory(
-        run, run.model.shape(), ROOMY if on_cpu else replaced(ROOMY, device_type="cuda", host_memory_bytes=10**15)
-    )
+    profiled = ROOMY if on_cpu else ROOMY.model_copy(update={"device_type": "cuda", "host_memory_bytes": 10**15})
+    planned = peak_memory(run, run.model.shape(), profiled)
     figures: Table = {"planned_tensors_bytes": planned.tensors}
     if on_cpu:
         allocated = measure_memory_bytes(run, device)
@@ -97,11 +97,6 @@ def _run_figures(given: Table, device: torch.device) -> Table:
     }  # fmt: skip
 
 
-def replaced(device: Any, **fields: Any) -> Any:
-    """Return a profile's device with other fields."""
-    return device.model_copy(update=fields)
-
-
 def _run(given: Table) -> Any:
     from simulate.config.run import build_run
 
@@ -110,7 +105,7 @@ def _run(given: Table) -> Any:
         model |= TINY[next(family for family in TINY if given["model"].startswith(family))]
         given = {**given, "method": {**given["method"], **({"rank": 4} if "rank" in given["method"] else {})}}
     text = given["model"].startswith(("gpt", "llama"))
-    run = build_run(
+    return build_run(
         {
             "model": model, "data": {"name": "stdlib" if text else "digits"}, "method": given["method"],
             "train": {
@@ -120,4 +115,3 @@ def _run(given: Table) -> Any:
             "cluster": {"devices": DEVICES},
         }
     )  # fmt: skip
-    return run

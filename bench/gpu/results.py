@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import os
 import statistics
 import subprocess
 from collections.abc import Sequence
@@ -111,7 +110,7 @@ class Results:
         # Replaced in one move: a stop while it is written loses nothing.
         written = self.path.with_suffix(".part")
         written.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-        os.replace(written, self.path)
+        written.replace(self.path)
 
 
 def figure_text(key: str, value: Any) -> str:

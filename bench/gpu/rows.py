@@ -166,10 +166,9 @@ def step_ratios(size: str) -> Iterator[Row]:
                 method = {"name": "lte", "rank": rank}
                 given = {"model": model, "method": method, "devices": devices, "over": "dense", "precision": precision}
                 given |= {"compiled": compiled, **shared}
-                yield Row(
-                    "c", f"{model} lte, {heads}, {precision}{how}", "step_ratios", given, ENGINE,
-                    f"{model} {heads}{how}" if size == "full" else f"steps{how}", limit_s=300, gpu_only=precision == "tf32",
-                )  # fmt: skip
+                name = f"{model} lte, {heads}, {precision}{how}"
+                group = f"{model} {heads}{how}" if size == "full" else f"steps{how}"
+                yield Row("c", name, "step_ratios", given, ENGINE, group, limit_s=300, gpu_only=precision == "tf32")
         if compiled:
             continue
         for model, name in product(("vit_s16", "gpt2"), ("lte", "ddp")):
@@ -178,9 +177,7 @@ def step_ratios(size: str) -> Iterator[Row]:
             given = {"model": model, "method": method, "devices": 32, "over": over, "precision": "bf16"}
             given |= {"compiled": False, **shared}
             title = "32 x rank 2 over 1 x rank 64" if name == "lte" else "32 devices over 1"
-            yield Row(
-                "c", f"{model} {name}, {title}, bf16", "step_ratios", given, ENGINE, "devices", limit_s=300
-            )
+            yield Row("c", f"{model} {name}, {title}, bf16", "step_ratios", given, ENGINE, "devices", limit_s=300)
 
 
 def held_out(size: str) -> Iterator[Row]:
@@ -198,9 +195,7 @@ def launched(size: str) -> Iterator[Row]:
     model = sizes if size == "full" else tiny
     for backend in ("nccl", "gloo"):
         name = f"torch alone, two ranks, {backend}"
-        yield Row(
-            "e", name, "launched", {"backend": backend, "alone": True}, LAYERS, name, gpu_only=backend == "nccl"
-        )
+        yield Row("e", name, "launched", {"backend": backend, "alone": True}, LAYERS, name, gpu_only=backend == "nccl")
     for backend, processes in (("nccl", 1), ("gloo", 1), ("nccl", 2), ("gloo", 2)):
         name = f"lte train --launch --processes {processes}, {backend}"
         given = {"backend": backend, "processes": processes, "model": model}

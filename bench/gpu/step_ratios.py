@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.gpu.device import autocast, synchronize, use_precision
+from bench.gpu.device import autocast, use_precision
 from bench.gpu.timing import paired_ratio
 from simulate.comm.virtual import VirtualCommunicator
 from simulate.config.run import Run, build_run
+from simulate.layers.accelerator import synchronize
 from simulate.methods.build_network import build_model
 from simulate.methods.registry import build_method
 from simulate.models.fake_batch import example_batch

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from bench.gpu.device import synchronize
 from bench.pairs import median_and_quartiles, paired_seconds
+from simulate.layers.accelerator import synchronize
 
 
 def paired_ratio(

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from bench.gpu.device import forget, synchronize
+from bench.gpu.device import forget
 from simulate.comm.virtual import VirtualCommunicator
 from simulate.config.run import Run, build_run
 from simulate.data.batches import TextBatches
 from simulate.data.text import load_text
+from simulate.layers.accelerator import has_bf16, synchronize
 from simulate.measure.one_device import evaluate_batch
 from simulate.methods.base import Method
 from simulate.methods.build_network import empty_model
@@ -62,13 +63,13 @@ def measure(given: Table, device: torch.device, folder: Path) -> Table:
 
 
 def _run(devices: int, options: Table, device: torch.device, is_tiny: bool) -> Run:
-    has_bf16 = device.type == "cpu" or torch.get_device_module(device).is_bf16_supported(False)
+    lower = "bf16" if device.type == "cpu" or has_bf16(device) else "fp16"
     return build_run(
         {
             "model": TINY if is_tiny else MODEL, "method": options,
             "train": {
                 "steps": 10**6, "micro_batch": SAMPLES // devices, "learning_rate": RATE,
-                "warmup_steps": WARM_UP_STEPS, "autocast": "bf16" if has_bf16 else "fp16",
+                "warmup_steps": WARM_UP_STEPS, "autocast": lower,
             },
             "cluster": {"devices": devices},
         }

@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.backends import cudnn
 
 from bench.gpu.rows import ROWS
-from simulate.common.errors import first_line
+from simulate.common.errors import InputError, first_line
 from simulate.common.processor import machine_facts
+from simulate.layers.accelerator import count, describe, refusal
 
 MARK = "@@ "
 """Begins the lines for the caller; libraries print others."""
@@ -38,19 +40,17 @@ def report(**message: Any) -> None:
 
 
 def facts(kind: str) -> dict[str, Any]:
-    """Return what a figure depends on: processor, GPU, driver, versions. Raises RuntimeError where there is no GPU."""
+    """Return what a figure depends on: processor, GPU, driver, versions. Raises InputError where it cannot train."""
     found: dict[str, Any] = {"processor": machine_facts()["processor"], "cores": os.cpu_count()}
     if kind != "cpu":
-        api = torch.get_device_module(kind)
-        if not api.is_available():
-            raise RuntimeError(f"this PyTorch ({torch.__version__}) sees no {kind} device")
-        if kind == "cuda":
-            properties = api.get_device_properties(0)
-            found |= {
-                "GPU": properties.name, "capability": f"{properties.major}.{properties.minor}",
-                "memory_bytes": properties.total_memory, "GPUs": api.device_count(), "driver": _driver(),
-                "CUDA": torch.version.cuda or torch.version.hip, "cuDNN": torch.backends.cudnn.version(),
-            }  # fmt: skip
+        device = torch.device(kind, 0)
+        if reason := refusal(device):
+            raise InputError(reason)
+        card = describe(device)
+        found |= {
+            "GPU": card.name, "architecture": card.architecture, "memory_bytes": card.total_bytes, "GPUs": count(kind),
+            "driver": _driver(), "CUDA": torch.version.cuda or torch.version.hip, "cuDNN": cudnn.version(),
+        }  # fmt: skip
     found |= {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("triton", "bitsandbytes", "numpy"):
         try:

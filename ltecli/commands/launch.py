@@ -28,9 +28,9 @@ from ltecli.runs.summary import (
     report_result,
     start_facts,
 )
-from simulate.common.cpu import usable_cores
 from simulate.common.errors import InputError, RunFailedError
 from simulate.common.events import Emit, EventFile
+from simulate.common.limits import usable_cores
 from simulate.common.run_files import CHECKPOINTS, LOGS, RUN_FILE
 from simulate.launch.agent import Launch, Node
 from simulate.launch.heartbeat import is_node_alive
@@ -97,6 +97,8 @@ class LaunchArgs:
 
 def check_launch(run: Run, device: torch.device, options: LaunchArgs) -> None:
     """Raise InputError for a run that cannot be launched with these options."""
+    from simulate.layers import accelerator
+
     if run.cluster.backend == "nccl" and device.type != "cuda":
         raise InputError("cluster.backend = 'nccl' needs CUDA GPUs, and this run is on the CPU; use gloo, or auto")
     for key in ("timeout_s", "join_timeout_s", "rejoin_s"):
@@ -105,7 +107,19 @@ def check_launch(run: Run, device: torch.device, options: LaunchArgs) -> None:
                 f"cluster.{key} = {getattr(run.cluster, key):g} is below {SHORTEST_WAIT_S:g} s, less than processes "
                 "need to answer; raise it"
             )
+    if run.cluster.backend == "gloo" and device.type != "cpu":
+        raise InputError(
+            f"cluster.backend = 'gloo' sends tensors of CPUs only, and this run is on {device.type}; use auto, or "
+            "--device cpu"
+        )
     processes = options.processes or default_processes(run, device, options.nodes)
+    gpus = None if device.type == "cpu" else accelerator.count(device.type)
+    if gpus is not None and processes > gpus:
+        # docs.nvidia.com/deeplearning/nccl/user-guide/docs/usage/communicators.html: it "may lead to hangs".
+        raise InputError(
+            f"--processes {processes} are more than the GPUs of this node, {gpus}, and NCCL takes one process a GPU; "
+            "lower it: a process trains all devices that are its share"
+        )
     if processes * options.nodes > run.cluster.devices and options.nodes > 1:
         processes = 1  # other nodes may start fewer; the preflight checks the sum
     if rule := processes_rule(run, processes * options.nodes, f"--processes {processes}"):
@@ -123,16 +137,18 @@ def processes_rule(run: Run, total: int, given: str) -> str | None:
 
 def default_processes(run: Run, device: torch.device, nodes: int) -> int:
     """Return the number of processes of a node: one for each device, at most one for each GPU, or each CPU core."""
-    import torch
+    from simulate.layers import accelerator
 
     # More processes than cores would only take turns; devices in one process share its tensor program.
     here = -(-run.cluster.devices // nodes)  # rounded up
-    slots = torch.cuda.device_count() if device.type == "cuda" else usable_cores()
+    slots = usable_cores() if device.type == "cpu" else accelerator.count(device.type)
     return max(1, min(here, slots))
 
 
-def launch_run(folder: RunFolder, device: torch.device, options: LaunchArgs, output: Output) -> int:
-    """Train the folder's run in processes of this node; returns the exit code."""
+def launch_run(
+    folder: RunFolder, device: torch.device, options: LaunchArgs, output: Output, warnings: Sequence[str]
+) -> int:
+    """Train the folder's run in processes of this node; returns the exit code. `warnings` are about this machine."""
     run, number = folder.run, options.node or 0
     processes = options.processes or default_processes(run, device, options.nodes)
     report_derived(folder, output)
@@ -141,7 +157,7 @@ def launch_run(folder: RunFolder, device: torch.device, options: LaunchArgs, out
         report_finished(folder, output)
         return 0
     with ExitStack() as stack, stop_on_signal() as stops:
-        preflight = stack.enter_context(_preflight(folder, processes, options, output))
+        preflight = stack.enter_context(_preflight(folder, processes, options, output, warnings))
         result = preflight.run()
         nodes = result.nodes
         if options.nodes == 1:
@@ -174,7 +190,9 @@ def launch_run(folder: RunFolder, device: torch.device, options: LaunchArgs, out
     return _report_outcome(folder, outcome, output, options)
 
 
-def _preflight(folder: RunFolder, processes: int, options: LaunchArgs, output: Output) -> Preflight:
+def _preflight(
+    folder: RunFolder, processes: int, options: LaunchArgs, output: Output, warnings: Sequence[str]
+) -> Preflight:
     """Return this node's preflight, with the rule that all nodes' processes together must fit the run."""
     import torch
 
@@ -196,6 +214,7 @@ def _preflight(folder: RunFolder, processes: int, options: LaunchArgs, output: O
         data_fingerprint=folder.data.fingerprint,
         data_bytes=folder.data.num_bytes,
         processes=processes,
+        warnings=warnings,
     )
 
     def too_many(nodes: Sequence[NodeFacts]) -> list[str]:

@@ -17,7 +17,9 @@ from ltecli.plan_request import PlanArgs, plan_request
 from simulate.common.errors import NothingFeasibleError
 from simulate.common.run_files import RUN_FILE
 from simulate.common.units import bytes_text, range_text, seconds_text
+from simulate.config.hardware import Device
 from simulate.config.run import dump_run
+from simulate.costs.memory import Memory
 from simulate.planning.candidate import Candidate, Rejected, candidate_of, describe
 from simulate.planning.planner import Plan
 from simulate.planning.time_ranges import equivalent_range, time_range, wall_range
@@ -186,6 +188,7 @@ def _show_choice(plan: Plan, chosen: Candidate, output: Output) -> None:
         output.text(f"dense does not fit: {plan.dense.reason}")
     elif dense and chosen is not dense:
         output.text(_comparison(chosen, dense))
+    output.text(_memory_line(plan.tightest_device(), chosen.memory))
     phases = (f"{_phase(name)} {bytes_text(size)}" for name, size in chosen.memory_by_phase.items())
     output.text(f"memory by phase: {', '.join(phases)}")
     if chosen.host_memory_bytes:
@@ -193,6 +196,18 @@ def _show_choice(plan: Plan, chosen: Candidate, output: Output) -> None:
         output.text(f"host memory: {bytes_text(chosen.host_memory_bytes)} ({', '.join(parts)})")
     for warning in chosen.warnings:
         output.text(f"warning: {warning}")
+
+
+def _memory_line(device: Device, memory: Memory) -> str:
+    """Return a line that says what of the device's memory is taken by whom, and how tight it is."""
+    allocator = f" + {bytes_text(memory.allocator)} allocator and libraries" if memory.allocator else ""
+    headroom = device.memory_bytes - device.usable_bytes
+    kept_free = f", {bytes_text(headroom)} of it are kept free" if headroom else ""
+    return (
+        f"memory: {bytes_text(memory.tensors)} tensors{allocator} + {bytes_text(memory.reserved)} system = "
+        f"{bytes_text(memory.total)}, {memory.total / device.memory_bytes:.0%} of {bytes_text(device.memory_bytes)}"
+        f"{kept_free}"
+    )
 
 
 def _phase(name: str) -> str:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ltecli.console import Output, plain_table
-from ltecli.device import torch_device
 from ltecli.output_paths import check_file, write_file
 from simulate.common.errors import InputError
+from simulate.common.limits import usable_memory
 from simulate.common.units import bytes_text
 from simulate.config.method_table import BASELINE, default_options
 from simulate.config.profiles import detect_local
@@ -60,9 +60,10 @@ def probe_command(
     _check_memory(need, device_name, output)
     data = load_data(run)
     from simulate.data.batches import build_batches
+    from simulate.layers.accelerator import choose
     from simulate.probe.spectra import probe_run
 
-    device = torch_device(device_name)
+    device = choose(device_name)
     batches = build_batches(run, data, device)
     probe = probe_run(run, batches, device, data.source, options.batches, options.warmup_steps, output.hint)
     output.json(probe.model_dump())
@@ -95,18 +96,16 @@ def needed_bytes(run: Run) -> int:
 
 def _check_memory(need: int, device_name: str, output: Output) -> None:
     """Raise InputError for more memory than this machine has; warn of more than is free."""
-    import psutil
-
     if device_name == "cuda":
         return  # the GPU's allocator raises by itself
-    memory = psutil.virtual_memory()
-    if need > memory.total:
+    total, free = usable_memory()
+    if need > total:
         raise InputError(
             f"the probe needs about {bytes_text(need)}: one dense model with gradients, moments and activations, and "
-            f"this machine has {bytes_text(memory.total)}; try a lower --set train.micro_batch, or a smaller model"
+            f"this machine has {bytes_text(total)}; try a lower --set train.micro_batch, or a smaller model"
         )
-    if need > memory.available:
-        output.warning(f"the probe needs about {bytes_text(need)}, and {bytes_text(memory.available)} are free")
+    if need > free:
+        output.warning(f"the probe needs about {bytes_text(need)}, and {bytes_text(free)} are free")
 
 
 def _show(probe: Probe, output: Output, with_layers: bool) -> None:

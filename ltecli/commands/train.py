@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ltecli.commands.doctor import check_machine
 from ltecli.commands.launch import LaunchArgs, check_launch, launch_run, print_lines
 from ltecli.commands.plan import nearest_miss_text
 from ltecli.console import Output
-from ltecli.device import torch_device
 from ltecli.errors import INTERRUPTED
 from ltecli.plan_request import PlanArgs, plan_request
 from ltecli.runs.event_loggers import event_loggers
@@ -90,15 +90,22 @@ def train_command(
     path, run = (folder.path, folder.run) if folder else (out or RUNS / _name(given), _run(given, args))
     if folder is None:
         check_new(path)  # before torch is imported, which takes seconds
-    device = torch_device(device_name)
+    warnings = check_machine(run, device_name, launch)
+    from simulate.layers import accelerator
+
+    device = accelerator.choose(device_name)
     launched = launch or (LaunchArgs() if _has_several_gpus(run, device) else None)
     if launched is not None:
         check_launch(run, device, launched)
     folder = folder or new_folder(path, run, device_name)
+    if launch is None or launch.nodes == 1:  # the nodes of a launch tell each other in the preflight
+        for warning in warnings:
+            output.warning(warning)
     try:
-        with lock_folder(path), _removed_if_refused(folder, resume):
+        # The lock is released before the folder is removed: Windows removes no open file.
+        with _removed_if_refused(folder, resume), lock_folder(path):
             if launched is not None:
-                return launch_run(folder, device, launched, output)
+                return launch_run(folder, device, launched, output, warnings)
             return _simulate(folder, device, output)
     except OSError as error:
         raise RunFailedError(f"{error.strerror}: {error.filename or path}; {_next_move(folder, launch)}") from error
@@ -179,11 +186,9 @@ def _session(folder: RunFolder, device: torch.device, stops: list[bool]) -> Sess
 
 def _has_several_gpus(run: Run, device: torch.device) -> bool:
     """Whether this machine has several GPUs for the run's devices: they are then launched, to use all GPUs."""
-    if device.type != "cuda":
-        return False
-    import torch
+    from simulate.layers import accelerator
 
-    return torch.cuda.device_count() > 1 and run.cluster.devices > 1
+    return run.cluster.devices > 1 and device.type != "cpu" and accelerator.count(device.type) > 1
 
 
 @contextmanager

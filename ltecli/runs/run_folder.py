@@ -30,7 +30,7 @@ from simulate.config.run import Run, dump_run, load_run
 from simulate.costs.memory import checkpoint_bytes
 from simulate.data.load import TOKENIZER_FILE, Dataset, kept_tokenizer, load_data
 from simulate.data.text import Text
-from simulate.common.run_files import CHECKPOINTS, EVENTS_FILE, PLAN_FILE, PROFILE_FILE, RUN_FILE
+from simulate.common.run_files import CHECKPOINTS, EVENTS_FILE, LOCK_FILE, PLAN_FILE, PROFILE_FILE, RUN_FILE
 from simulate.planning.candidate import Rejected
 from simulate.planning.planner import Plan, evaluate
 from simulate.training.checkpoints import list_checkpoints
@@ -216,16 +216,17 @@ def stop_on_signal() -> Iterator[list[bool]]:
 @contextmanager
 def lock_folder(path: Path) -> Iterator[None]:
     """Lock a run folder for this process; raises InputError where another process has locked it."""
-    import fcntl
+    from filelock import FileLock, Timeout
 
-    handle = os.open(path, os.O_RDONLY)
+    lock = FileLock(path / LOCK_FILE)  # the system releases it when this process dies
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
+        lock.acquire(timeout=0)
+    except Timeout:
         raise InputError(f"{path} is being trained by another process; wait for it, or choose another --out") from None
+    try:
+        yield
     finally:
-        os.close(handle)
+        lock.release()
 
 
 def prepare_events(folder: RunFolder, step: int) -> None:

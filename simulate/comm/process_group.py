@@ -24,6 +24,7 @@ from simulate.comm import pairwise
 from simulate.comm.base import Communicator, Nodes
 from simulate.comm.transfers import Transfer
 from simulate.common.errors import RunFailedError, first_line
+from simulate.layers import accelerator
 
 SERVER = 0
 """Rank of the process that serves pushes and pulls; it holds the first device."""
@@ -65,7 +66,7 @@ class TorchCommunicator(Communicator):
         # Collectives of one group must come in the same order in all processes, so the background has its own group.
         self._background_channel = _Channel(self, self.new_group(None))
         self._executor = ThreadPoolExecutor(1, "exchange") if device.type == "cpu" else None
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = None if device.type == "cpu" else accelerator.new_stream(device)
         self._in_flight: list[Future[None]] = []
         self.exchanges = 0
         """Number of exchanges begun so far."""
@@ -115,8 +116,8 @@ class TorchCommunicator(Communicator):
         for future in in_flight:
             future.result()  # raises what the exchange raised
         if self._stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._stream)
-            self._in_use.clear()
+            accelerator.current_stream(self.device).wait_stream(self._stream)
+            self._in_use.clear()  # no sooner: see `on_complete`
 
     def close(self) -> None:
         """End the background thread: drop queued exchanges and wait for the one under way."""
@@ -133,16 +134,23 @@ class TorchCommunicator(Communicator):
     def on_complete(self, compute: Callable[[], None]) -> None:
         """Call `compute` behind the exchanges so far: in the background, one thread (or GPU stream) keeps the order."""
         if not self._background:
+            if self._in_use:
+                # Two NCCL groups must not be at work at once, or processes could run their kernels in unlike orders and
+                # wait for each other (docs.pytorch.org/docs/stable/distributed.html, new_group: safe concurrent usage).
+                accelerator.current_stream(self.device).wait_stream(self._stream)
             compute()
         elif self._executor is not None:
             # Gradient recording is a setting of each thread, and on in new ones.
             self._in_flight.append(self._executor.submit(torch.no_grad()(compute)))
         else:
             assert self._stream is not None
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
-            # The allocator would reuse the tensors of `compute` for the training's stream once they are unreferenced.
+            # What `compute` reads is complete, and what it allocates takes the place of nothing that is still read.
+            self._stream.wait_stream(accelerator.current_stream(self.device))
+            # The allocator knows only the stream that a tensor was allocated on, and would reuse those of `compute` for
+            # the training once they are unreferenced. `record_stream` would tell it, and cost memory
+            # (docs.pytorch.org/docs/stable/generated/torch.Tensor.record_stream.html); so they live till `finish`.
             self._in_use.append(compute)
-            with torch.cuda.stream(self._stream):
+            with accelerator.on_stream(self._stream, self.device):
                 compute()
 
     def _guarded(self, name: str, exchange: Callable[[], object]) -> None:
@@ -362,7 +370,7 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 
 def _unflatten(flat: Tensor, tensors: Sequence[Tensor]) -> None:
     """Copy a message buffer back into its tensors, unless it is the tensor itself."""
-    if len(tensors) == 1 and tensors[0].data_ptr() == flat.data_ptr():
+    if len(tensors) == 1 and tensors[0].is_contiguous():
         return
     for tensor, content in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.detach().copy_(content.view_as(tensor))

@@ -21,6 +21,11 @@ INSTRUCTION_SETS = (
     "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2",
 )  # fmt: skip
 """Those that kernels are chosen by, of x86 and then of Arm, by Linux's names."""
+MULTIPLIES = {
+    "bf16": frozenset({"avx512_bf16", "amx_bf16", "bf16"}),
+    "fp16": frozenset({"avx512_fp16", "amx_fp16", "asimdhp"}),
+}
+"""Instruction sets with products in a format; other processors compute them by way of fp32, many times slower."""
 PACKAGES = ("torch", "numpy", "bitsandbytes")
 LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "OMP_NUM_THREADS")
 """Variables with which libraries choose other kernels."""
@@ -36,6 +41,12 @@ def machine_facts() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **dict(_versions())},
         "limits": {name: os.environ[name] for name in LIMITS if name in os.environ},
     }
+
+
+def multiplied_formats() -> frozenset[str]:
+    """Return which of bf16 and fp16 this processor multiplies itself."""
+    sets = machine_facts()["instruction_sets"]
+    return frozenset(name for name, having in MULTIPLIES.items() if having.intersection(sets))
 
 
 def parse_cpuinfo(text: str) -> tuple[str | None, list[str]]:

@@ -4,5 +4,7 @@ from __future__ import annotations
 
 RUN_FILE, PROFILE_FILE, PLAN_FILE, EVENTS_FILE = "run.toml", "profile.toml", "plan.json", "events.jsonl"
 """Files of a run folder."""
+LOCK_FILE = ".lock"
+"""Locked while a process trains in the folder; the file stays."""
 CHECKPOINTS, TENSORBOARD, LOGS = "checkpoints", "tensorboard", "logs"
 """Folders of a run folder."""

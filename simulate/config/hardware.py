@@ -108,7 +108,8 @@ class Measurement(toml_io.Schema):
     host: str
     torch: str
     """Version of torch."""
-    device: Literal["cpu", "cuda"]
+    device: str = Field(min_length=1)
+    """Type of its torch.device."""
     threads: int = Field(ge=1)
     quick: bool
     clock: str

@@ -12,17 +12,20 @@ from pathlib import Path
 import profiles
 from simulate.common import toml_io
 from simulate.common.errors import InputError, near_match
+from simulate.common.limits import usable_cores, usable_memory
+from simulate.common.processor import multiplied_formats
 from simulate.config.hardware import BETWEEN_CPUS, LOCAL, Device, FlopPerSecond, Link, Profile
 
-CORES_PER_MULTIPROCESSOR = {(6, 0): 64, (7, 0): 64, (7, 2): 64, (7, 5): 64, (8, 0): 64}
-"""fp32 cores by compute capability (NVIDIA, CUDA C++ programming guide, arithmetic throughput); 128 in all others."""
+CORES_PER_MULTIPROCESSOR = {(6, 0): 64, (7, 0): 64, (7, 2): 64, (7, 5): 64, (8, 0): 64, None: 64}
+"""fp32 cores by compute capability (NVIDIA, CUDA C++ programming guide, arithmetic throughput); 128 in all others.
+AMD's GPUs have none, and 64 cores in a compute unit."""
 TENSOR_CORE_GAIN = 4
 """Guess: rate of half precision over fp32 with tensor cores; 2 on GeForce cards, up to 16 on data centre cards."""
 GUESSED_CLOCK_KHZ = 1_500_000
 GUESSED_MEMORY_BYTES_PER_S = 250e9
-BETWEEN_GPUS = "what launched runs use between CUDA GPUs"
-BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-"""Names that Linux gives to processor instructions for products in bf16, on x86 and Arm."""
+GUESSED_FP32_FLOP_PER_S = 10e12
+"""Where torch tells neither cores nor clock."""
+BETWEEN_GPUS = "what launched runs use between GPUs"
 CPU_BF16_GAIN = 2
 """Guess: rate of bf16 over fp32 on a CPU that has such instructions."""
 
@@ -46,34 +49,24 @@ def load_profile(name: str) -> Profile:
     return toml_io.validate(Profile, table, where, text)
 
 
-def processor_flags(path: Path = Path("/proc/cpuinfo")) -> set[str]:
-    """Return the processor's feature flags as Linux lists them; an empty set on other systems."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return set()
-    named = (line.partition(":") for line in lines)
-    return next((set(flags.split()) for key, _, flags in named if key.strip() in ("flags", "Features")), set())
-
-
 def detect_local() -> Profile:
-    """Return this machine as four virtual devices, from psutil alone; rates are guesses from cores and clock."""
+    """Return this machine as four virtual devices, from psutil and a container's limits; rates are guesses."""
     import psutil
 
-    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    cores = min(psutil.cpu_count(logical=False) or psutil.cpu_count() or 1, usable_cores())
     frequency = psutil.cpu_freq()
     clock_hz, clock_source = (frequency.max or frequency.current) * 1e6 if frequency else 0.0, "psutil"
     if not clock_hz:
         clock_hz, clock_source = 2e9, "guess: the system does not report the clock"
-    memory = psutil.virtual_memory()
-    gain = CPU_BF16_GAIN if BF16_FLAGS & processor_flags() else None
+    memory_bytes, free_bytes = usable_memory()
+    gain = CPU_BF16_GAIN if "bf16" in multiplied_formats() else None
     fp32 = cores * clock_hz * 32  # AVX2: two fused multiply-adds of 8 floats a cycle, 2 operations each
     device = Device(
         count=4,
         kind=f"this machine ({cores} cores)",
-        memory_bytes=memory.total,
+        memory_bytes=memory_bytes,
         # At least a byte must be left, or the profile would not validate on a machine that is full.
-        reserved_bytes=min(memory.total - memory.available, memory.total - 1),
+        reserved_bytes=min(memory_bytes - free_bytes, memory_bytes - 1),
         host_memory_bytes=0,
         memory_bytes_per_s=20e9,
         flop_per_s=FlopPerSecond(fp32=fp32, fp64=fp32 / 2, bf16=fp32 * gain if gain else None),
@@ -83,7 +76,7 @@ def detect_local() -> Profile:
         source="guess",
         sources={
             "count": "virtual devices, each as strong as this whole machine",
-            "memory_bytes": "psutil: total memory",
+            "memory_bytes": "psutil: total memory, or a container's limit",
             "reserved_bytes": "psutil: memory in use now",
             "host_memory_bytes": "a CPU device has one memory",
             "memory_bytes_per_s": "guess: dual-channel DDR4",
@@ -110,28 +103,34 @@ def detect_local() -> Profile:
 
 
 def local_gpu_profile() -> Profile | None:
-    """Return this machine's first GPU as virtual devices, None where torch sees none; rates are guesses."""
+    """Return this machine's first GPU as virtual devices; None where torch sees none; rates are guesses."""
     import torch  # here, since plans load this module and must not import torch
 
-    if not torch.cuda.is_available():
+    from simulate.layers import accelerator
+
+    kind = accelerator.current()
+    if kind is None or accelerator.refusal(first := torch.device(kind, 0)):
         return None
-    properties = torch.cuda.get_device_properties(0)
-    free_bytes, total_bytes = torch.cuda.mem_get_info(0)
-    clock_khz = getattr(properties, "clock_rate", None)
-    clock_source = "torch" if clock_khz else "guess"
-    cores = properties.multi_processor_count * CORES_PER_MULTIPROCESSOR.get((properties.major, properties.minor), 128)
+    card = accelerator.describe(first)
+    free_bytes, total_bytes = accelerator.memory_bytes(first)
     cpu = detect_local()
-    fp32 = 2.0 * cores * (clock_khz or GUESSED_CLOCK_KHZ) * 1e3  # a fused multiply-add a cycle: 2 operations
-    half = fp32 * (TENSOR_CORE_GAIN if properties.major >= 7 else 1)  # tensor cores came with compute capability 7
+    if card.multiprocessors is None:
+        fp32, fp32_source = GUESSED_FP32_FLOP_PER_S, "guess: a mid-range card"
+    else:
+        cores = card.multiprocessors * CORES_PER_MULTIPROCESSOR.get(card.capability, 128)
+        fp32 = 2.0 * cores * (card.clock_khz or GUESSED_CLOCK_KHZ) * 1e3
+        clock_source = "torch" if card.clock_khz else "guess"
+        fp32_source = f"{cores} fp32 cores (torch) x clock ({clock_source}) x 2; half precision guessed"
+    half = fp32 * (1 if card.capability and card.capability < (7, 0) else TENSOR_CORE_GAIN)
     device = Device(
         count=cpu.count,
-        device_type="cuda",
-        kind=f"this machine's {properties.name}",
+        device_type="cuda" if kind == "cuda" else None,  # XPU and MPS have caching allocators, too
+        kind=f"this machine's {card.name}",
         memory_bytes=total_bytes,
         reserved_bytes=total_bytes - free_bytes,
         host_memory_bytes=cpu.device[0].memory_bytes,
         memory_bytes_per_s=GUESSED_MEMORY_BYTES_PER_S,
-        flop_per_s=FlopPerSecond(fp32=fp32, fp16=half, bf16=half if properties.major >= 8 else None),
+        flop_per_s=FlopPerSecond(fp32=fp32, fp16=half, bf16=half if accelerator.has_bf16(first) else None),
         efficiency=0.4,
         disk_write_bytes_per_s=cpu.device[0].disk_write_bytes_per_s,
         disk_flush_s=cpu.device[0].disk_flush_s,
@@ -141,7 +140,7 @@ def local_gpu_profile() -> Profile | None:
             "reserved_bytes": "torch: memory in use now",
             "host_memory_bytes": "psutil: total memory",
             "memory_bytes_per_s": "guess: a mid-range card",
-            "flop_per_s": f"{cores} fp32 cores (torch) x clock ({clock_source}) x 2; half precision guessed",
+            "flop_per_s": fp32_source,
             "efficiency": "guess: matrices of medium size",
             **{key: cpu.device[0].sources[key] for key in ("disk_write_bytes_per_s", "disk_flush_s")},
         },

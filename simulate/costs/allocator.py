@@ -56,18 +56,27 @@ USED_AGAIN = 0.5
 MISFIT = 0.75
 """Blocks that do not fit the room of others, in tensors of the largest size but logits."""
 FRAGMENTS = 0.02
-"""What else is torn, as a share of all tensors.
+"""Other torn room, as a share of all tensors.
 
 These three were fitted to replays of 33 runs: GPT-2, ViT-B/16, Mixer-B/16 and Llama 1B with LTE, DDP, DiLoCo and
-PowerSGD, in fp32, fp16 and NF4. The form is -5 to +6 percent off, and +18 for DDP in fp16 (python bench/allocator.py).
+PowerSGD, in fp32, fp16 and NF4 (python bench/allocator.py): -5 to +6 percent off, up to +24 in fp16.
 """
 
 
-def held_beside_tensors(tensor_bytes: int, unfilled_bytes: float, largest_bytes: int, torn_logits_bytes: int) -> int:
+def cast_bytes(logits_bytes: int, largest_parameter_bytes: int) -> int:
+    """Return the room that a step's casts tear, of logits and of the largest parameter (a table).
+
+    Tensors of half and of full size take turns, so that a block seldom fits the next one. Between none and all of the
+    logits' room was torn in replays; half of it, or two tables, is what the default headroom covers.
+    """
+    return max(logits_bytes // 2, 2 * largest_parameter_bytes)
+
+
+def held_beside_tensors(tensor_bytes: int, unfilled_bytes: float, largest_bytes: int, torn_bytes: int) -> int:
     """Return the bytes that the allocator and the libraries hold beside the tensors of a run at its peak.
 
     `unfilled_bytes`: room beside tensors that stay; `largest_bytes`: of the largest tensor that comes and goes, but for
-    logits; `torn_logits_bytes`: of a step's logits where evaluations have others, so that both need room.
+    logits; `torn_bytes`: of autocast.
     """
-    torn = USED_AGAIN * unfilled_bytes + MISFIT * largest_bytes + FRAGMENTS * tensor_bytes
-    return WORKSPACE_BYTES + torn_logits_bytes + int(torn)
+    beside = USED_AGAIN * unfilled_bytes + MISFIT * largest_bytes + FRAGMENTS * tensor_bytes
+    return WORKSPACE_BYTES + torn_bytes + int(beside)

@@ -19,7 +19,7 @@ from simulate.config.method_options import MethodOptions
 from simulate.config.run import Run
 from simulate.config.tables import BYTES
 from simulate.costs.activations import step_phases
-from simulate.costs.allocator import held_beside_tensors, unfilled_share
+from simulate.costs.allocator import cast_bytes, held_beside_tensors, unfilled_share
 from simulate.costs.buffers import exchange_phases
 from simulate.costs.cache import by_method
 from simulate.costs.diagnostics_memory import diagnosing_phases, kept_bytes
@@ -49,7 +49,7 @@ class Memory:
     temporary: int
     """Buffers of the peak phase: logits, working tensors, messages."""
     allocator: int
-    """What CUDA's allocator and libraries hold beside tensors; 0 on other devices."""
+    """Bytes that CUDA's allocator and libraries hold beside tensors; 0 on other devices."""
     reserved: int
 
     @property
@@ -231,8 +231,10 @@ def _allocator_bytes(run: Run, shape: ModelShape, lasting: _Lasting, tensors: in
     train = run.train
     product_bytes = PRODUCT_BYTES.get(train.autocast, ELEMENT_BYTES[train.dtype])
     largest = max(lasting.largest_tensor, train.micro_batch * _widest_rows(shape) * product_bytes)
+    if train.autocast == "none":
+        return held_beside_tensors(tensors, lasting.unfilled_bytes, largest, 0)
     logits = train.micro_batch * shape.predictions * shape.outputs * product_bytes
-    return held_beside_tensors(tensors, lasting.unfilled_bytes, largest, logits if train.autocast != "none" else 0)
+    return held_beside_tensors(tensors, lasting.unfilled_bytes, largest, cast_bytes(logits, lasting.largest_tensor))
 
 
 @lru_cache(maxsize=64)

@@ -11,12 +11,10 @@ The safetensors library reads these files, too, but copies each array into memor
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -138,13 +136,16 @@ def cached_file(
     Raises InputError for any OSError of `read` and `write`, reported as a cache folder that cannot be used. Of several
     processes that ask for the same key at once, one makes the file and the others wait.
     """
+    from filelock import FileLock  # imported late: light commands import this module and lock nothing
+
     folder = cache_folder()
     text = json.dumps({"version": CACHE_VERSION, **key}, sort_keys=True)
     name = f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.{suffix}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # The lock is beside the file, which appears under its name only once it is whole.
-        with _locked(folder / f".{name}.lock"):
+        # The lock is beside the file, which appears under its name only once it is whole. The system releases it when
+        # this process dies.
+        with FileLock(folder / f".{name}.lock"):
             found = read(folder / name)
             if found is None:
                 _write_whole(folder / name, write)
@@ -158,21 +159,11 @@ def cached_file(
     return found
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)  # which unlocks; a killed process unlocks likewise
-
-
 def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
     scratch = path.with_name(f".{path.name}.partial")
     try:
         write(scratch)
-        with scratch.open("rb") as file:
+        with scratch.open("r+b") as file:  # Windows flushes no file that is open for reading only
             os.fsync(file.fileno())  # a crash must not leave the final name on a file whose bytes were lost
         scratch.replace(path)
     finally:

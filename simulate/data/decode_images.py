@@ -23,7 +23,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from simulate.common.cpu import usable_cores
+from simulate.common.limits import usable_cores
 from simulate.data.cache import ArraySlot
 
 CHUNK_IMAGES = 500

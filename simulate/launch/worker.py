@@ -52,6 +52,7 @@ from simulate.launch.keys import (
     log,
 )
 from simulate.launch.recovery import recover
+from simulate.layers import accelerator
 from simulate.methods.registry import build_method
 from simulate.training.loop import Session, train
 from simulate.training.simulated_clock import SimulatedClock
@@ -100,7 +101,7 @@ def main() -> int:
     rank = RankInfo.here(int(node))
     store = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=60))
     try:
-        _train(Path(folder), _device(device_name, rank), rank, store)
+        _train(Path(folder), choose_gpu(device_name, rank), rank, store)
     except LostPeerError as error:
         log(store, f"{rank.title}: {error}")
         return REPORTED_EXIT
@@ -157,22 +158,34 @@ def exit_with_the_agent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _device(name: str, rank: RankInfo) -> torch.device:
-    """Return this process's device; processes of a node take turns over its GPUs."""
-    if name == "cuda":
-        torch.cuda.set_device(rank.local_process % torch.cuda.device_count())
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+def choose_gpu(name: str, rank: RankInfo) -> torch.device:
+    """Return this process's device; processes of a node take turns over its GPUs. Raises InputError for a lack of one.
+
+    The GPU is made current before NCCL starts, which takes the current one, and before the first context: or else each
+    process would have one on the first GPU, too (docs.pytorch.org/docs/stable/distributed.html, NCCL).
+    """
+    if name == "cpu":
+        return torch.device(name)
+    gpus = accelerator.count(name)
+    device = torch.device(name, rank.local_process % gpus if gpus else 0)
+    if gpus:
+        accelerator.set_current(device)
+    if reason := accelerator.refusal(device):
+        raise InputError(f"{rank.title}: {reason}")
+    return device
 
 
 def join_processes(run: Run, device: torch.device, rank: RankInfo, store: dist.Store) -> None:
     """Join the default process group. Raises LostPeerError."""
-    backend = {"auto": "nccl" if device.type == "cuda" else "gloo"}.get(run.cluster.backend, run.cluster.backend)
+    backend = accelerator.BACKENDS[device.type] if run.cluster.backend == "auto" else run.cluster.backend
     timeout = timedelta(seconds=run.cluster.timeout_s)
     try:
         dist.init_process_group(
             backend, store=dist.PrefixStore(_group_prefix(), store), rank=rank.process, world_size=rank.processes,
             timeout=timeout,
+            # NCCL then connects here, where a failure is reported as one of joining, and makes subgroups by splitting
+            # (docs.pytorch.org/docs/stable/distributed.html, init_process_group: device_id).
+            device_id=device if backend == "nccl" else None,
         )  # fmt: skip
     except RuntimeError as error:
         raise LostPeerError(f"processes could not be joined: {first_line(error)}") from error

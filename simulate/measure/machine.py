@@ -21,6 +21,7 @@ import torch
 from simulate.common.errors import InputError
 from simulate.config.hardware import BETWEEN_CPUS, Device, FlopPerSecond, Kernels, Link, Measurement, Profile
 from simulate.config.profiles import BETWEEN_GPUS, detect_local, local_gpu_profile
+from simulate.layers.accelerator import choose
 from simulate.measure.kernels import FULL, QUICK, Log, Sizes, measure_kernels
 from simulate.measure.timer import Stopwatch
 from simulate.training.checkpoints import write_part
@@ -44,7 +45,7 @@ class MeasurementScope:
     threads: int | None = None
     """Threads of the processor; None: torch's default."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """auto, cpu or a kind of accelerator."""
 
 
 def measure_profile(scope: MeasurementScope, link: Link, log: Log, sizes: Sizes | None = None) -> Profile:
@@ -54,10 +55,8 @@ def measure_profile(scope: MeasurementScope, link: Link, log: Log, sizes: Sizes 
     if scope.threads:
         torch.set_num_threads(scope.threads)
     try:
-        cuda = scope.device != "cpu" and torch.cuda.is_available()
-        if scope.device == "cuda" and not cuda:
-            raise InputError("--device cuda: torch sees no GPU here; use --device cpu")
-        watch = Stopwatch(torch.device("cuda" if cuda else "cpu"), QUICK_S if scope.quick else FULL_S)
+        chosen = choose(scope.device)
+        watch = Stopwatch(chosen, QUICK_S if scope.quick else FULL_S)
         log("disk")
         disk = measure_disk(DISK_BYTES)
         log("memory bandwidth and peaks")
@@ -67,9 +66,9 @@ def measure_profile(scope: MeasurementScope, link: Link, log: Log, sizes: Sizes 
         measurement = _measurement(watch, scope, started, disk)
     finally:
         torch.set_num_threads(threads)
-    device = _device(scope, cuda, memory_bytes_per_s, peaks, kernels, disk)
-    sources = {**link.sources, "collectives": BETWEEN_GPUS if cuda else BETWEEN_CPUS}
-    link = link.model_copy(update={"collectives": "nccl" if cuda else "gloo", "sources": sources})
+    device = _device(scope, chosen.type != "cpu", memory_bytes_per_s, peaks, kernels, disk)
+    sources = {**link.sources, "collectives": BETWEEN_CPUS if chosen.type == "cpu" else BETWEEN_GPUS}
+    link = link.model_copy(update={"collectives": "gloo" if chosen.type == "cpu" else "nccl", "sources": sources})
     return Profile(
         name="measured", description=f"{device.kind}, measured {measurement.date[:10]}", device=[device], link=link,
         measurement=measurement,
@@ -77,10 +76,10 @@ def measure_profile(scope: MeasurementScope, link: Link, log: Log, sizes: Sizes 
 
 
 def _device(
-    scope: MeasurementScope, cuda: bool, memory_bytes_per_s: float, peaks: dict[str, float], kernels: Kernels,
+    scope: MeasurementScope, on_gpu: bool, memory_bytes_per_s: float, peaks: dict[str, float], kernels: Kernels,
     disk: Disk,
 ) -> Device:  # fmt: skip
-    detected = (local_gpu_profile() if cuda else None) or detect_local()
+    detected = (local_gpu_profile() if on_gpu else None) or detect_local()
     own = detected.device[0]
     fastest = max(rate for _, rate in (*kernels.products, *kernels.attention, *(kernels.full_attention or ())))
     peaks = {**peaks, "fp32": max(peaks["fp32"], fastest)}  # no kernel may be above the peak
@@ -151,7 +150,7 @@ def _measurement(watch: Stopwatch, scope: MeasurementScope, started: float, disk
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         host=f"{platform.system()} {platform.machine()}",
         torch=torch.__version__,
-        device="cuda" if watch.device.type == "cuda" else "cpu",
+        device=watch.device.type,
         threads=torch.get_num_threads(),
         quick=scope.quick,
         clock=watch.clock,

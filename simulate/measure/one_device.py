@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from simulate.comm.echo import EchoCommunicator
 from simulate.config.run import Run
+from simulate.layers.accelerator import peak_bytes
 from simulate.layers.cross_entropy import row_losses
 from simulate.layers.dtypes import DTYPES
 from simulate.layers.quantized import QuantizedWeight
@@ -127,9 +128,7 @@ def measure_memory_bytes(run: Run, device: torch.device) -> int:
     def program() -> None:
         train_alone(run, device)
 
-    if device.type == "cuda":
-        return _cuda_peak_bytes(program, device)
-    return cpu_peak_bytes(program)
+    return cpu_peak_bytes(program) if device.type == "cpu" else peak_bytes(program, device)
 
 
 @torch.no_grad()
@@ -137,12 +136,3 @@ def evaluate_batch(method: Method, model: nn.Module, inputs: Tensor, targets: Te
     """Return the losses of a batch, (M,), with the merged weights in a plain network without storage of its own."""
     outputs = functional_call(model, method.weights_in_use(), (inputs,), tie_weights=False)
     return row_losses(outputs, targets)
-
-
-def _cuda_peak_bytes(program: Callable[[], None], device: torch.device) -> int:
-    torch.cuda.synchronize(device)  # earlier work may still free memory
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    program()
-    torch.cuda.synchronize(device)
-    return int(torch.cuda.max_memory_allocated(device)) - before

@@ -16,6 +16,7 @@ from simulate.common.errors import InputError
 from simulate.config.hardware import Profile
 from simulate.config.run import Run
 from simulate.costs.step_time import device_step_s
+from simulate.layers.accelerator import refusal
 from simulate.measure.kernels import packed_formats, step_s, timed_run
 from simulate.measure.timer import Stopwatch
 
@@ -127,9 +128,10 @@ def _compare(case: Case, profile: Profile, watch: Stopwatch) -> tuple[str, float
 
 def _device(profile: Profile) -> torch.device:
     measured_on = "cpu" if profile.measurement is None else profile.measurement.device
-    if measured_on == "cuda" and not torch.cuda.is_available():
+    device = torch.device(measured_on)
+    if measured_on != "cpu" and (reason := refusal(device)):
         raise InputError(
-            f"profile {profile.name!r} was measured on a GPU and torch sees none here; measure this machine: "
+            f"profile {profile.name!r} was measured on a GPU, and {reason}; or measure this machine: "
             "lte profile measure -o mine.toml"
         )
-    return torch.device(measured_on)
+    return device

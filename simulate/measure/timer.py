@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from simulate.layers.accelerator import synchronize
+
 WARM_UP = 2
 
 
@@ -51,13 +53,9 @@ class Stopwatch:
 
     def _once(self, program: Callable[[], object], calls: int) -> float:
         read = time.process_time if self._is_processor_time else time.perf_counter
-        self._wait()  # kernels of a GPU run behind the program that starts them
+        synchronize(self.device)  # kernels of a GPU run behind the program that starts them
         started = read()
         for _ in range(calls):
             program()
-        self._wait()
+        synchronize(self.device)
         return max((read() - started) / calls, 1e-9)
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)

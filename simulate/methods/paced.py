@@ -27,6 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from simulate.layers.accelerator import synchronize
 from simulate.methods.base import Method
 from simulate.rules.pace import round_counts
 
@@ -95,9 +96,8 @@ class Paced(Method):
             self.counts_N[self._local] = done
 
     def _time(self) -> float:
-        device = next(iter(self.parameters.values())).device
-        if self.goes_by_clock and device.type == "cuda":
-            torch.cuda.synchronize(device)  # the work of the last step counts
+        if self.goes_by_clock:
+            synchronize(next(iter(self.parameters.values())).device)  # the work of the last step counts
         return self.now_s()
 
     @property

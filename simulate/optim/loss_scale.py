@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from simulate.common.errors import InputError
 from simulate.config.tables import Train
+from simulate.layers import accelerator
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 START_SCALE = 2.0**16
@@ -42,9 +43,9 @@ def lower_precision(train: Train, device: torch.device) -> AbstractContextManage
 
 def check_autocast(train: Train, device: torch.device) -> None:
     """Raise InputError if a GPU has no bf16 arithmetic, which PyTorch would emulate, slower than fp32."""
-    if train.autocast == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+    if train.autocast == "bf16" and device.type != "cpu" and not accelerator.has_bf16(device):
         raise InputError(
-            f"train.autocast = 'bf16': {torch.cuda.get_device_name(device)} has no bf16 arithmetic; "
+            f"train.autocast = 'bf16': {accelerator.describe(device).name} has no bf16 arithmetic; "
             "try --set train.autocast=fp16, or none"
         )
 

@@ -20,7 +20,7 @@ from simulate.costs.step_time import device_step_s, round_time
 from simulate.models.shapes import ModelShape
 from simulate.planning.candidate import Candidate, PlanContext, Rejected, describe
 from simulate.planning.margins import RULE
-from simulate.planning.number_formats import format_notes
+from simulate.planning.number_formats import Format, format_notes
 from simulate.planning.objective import MEANINGS
 from simulate.rules.method_plan import plan_of
 from simulate.training.checkpoints import numerics_of
@@ -36,12 +36,14 @@ def plan_notes(
     chosen: Candidate | None,
     first: Candidate | None,
     rival: Candidate | None,
+    picked: Format | None,
     evaluate: Callable[[Run], Candidate | Rejected],
 ) -> Iterator[str]:
     """Yield a plan's notes in the order in which they are printed.
 
     `first` ranks first, even if it is not the choice; `rival` is the best candidate of methods that the plan does not
-    choose from; `evaluate` computes the costs of another run.
+    choose from; `picked` is the autocast format that the plan took by itself; `evaluate` computes the costs of other
+    runs.
     """
     choice, shape = context.choice, context.shape
     yield from _assumptions(context, chosen, first)
@@ -52,7 +54,7 @@ def plan_notes(
     yield from shape.notes
     if chosen:
         yield from _worth_trying(chosen)
-        yield from format_notes(chosen, context.profile, evaluate)
+        yield from format_notes(chosen, context.profile, evaluate, picked)
         yield from _checkpoints(chosen)
         yield from _deadlines(chosen)
         yield from diagnostics_notes(chosen.run, shape)

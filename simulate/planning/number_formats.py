@@ -1,4 +1,5 @@
-"""Check a run's autocast format against its profile, and suggest a lower format that all devices have; torch-free."""
+"""Check a run's autocast format against its profile, pick the one that is faster on all devices, and say what it is
+worth; torch-free. simulate.planning.planner asks before it evaluates candidates, and for the notes on its choice."""
 
 from __future__ import annotations
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 Format = Literal["bf16", "fp16"]
 FORMATS: tuple[Format, ...] = ("bf16", "fp16")
 """Lower formats, the better one first: bf16 has the range of fp32 and needs no loss scale."""
+LEAST_GAIN = 1.5
+"""Rate of a lower format over fp32 from which a plan picks it: tensor cores reach it, and Pascal has none."""
 
 
 def check_formats(run: Run, profile: Profile) -> None:
@@ -41,21 +44,49 @@ def _has(device: Device, name: Format) -> bool:
     return getattr(device.flop_per_s, name) is not None
 
 
-def format_notes(
-    chosen: Candidate | None, profile: Profile, evaluate: Callable[[Run], Candidate | Rejected]
-) -> Iterator[str]:
-    """Report the time and memory of the choice in the best lower format that all devices have."""
+def faster_format(run: Run, profile: Profile) -> Format | None:
+    """Return the format in which all GPUs multiply clearly faster than in fp32, where the run leaves it open.
+
+    CPUs multiply in fp32 unless asked: whether their lower formats are faster depends on the shapes.
+    """
+    if "autocast" in run.train.model_fields_set or run.train.dtype == "fp64":
+        return None
+    if not all(device.is_cuda for device in profile.device):
+        return None
     formats = common_formats(profile)
-    # Autocast lowers fp32 only, and a run that has it needs no advice.
-    if chosen is None or not formats or chosen.run.train.autocast != "none" or chosen.run.train.dtype == "fp64":
+    return formats[0] if formats and _gains(profile, formats[0])[0] >= LEAST_GAIN else None
+
+
+def _gains(profile: Profile, name: Format) -> tuple[float, float]:
+    """Return the smallest and the largest rate of a format over fp32 among the devices."""
+    gains = [getattr(device.flop_per_s, name) / device.flop_per_s.fp32 for device in profile.device]
+    return min(gains), max(gains)
+
+
+def format_notes(
+    chosen: Candidate | None, profile: Profile, evaluate: Callable[[Run], Candidate | Rejected], picked: Format | None
+) -> Iterator[str]:
+    """Report what the picked format is worth, or where fp32 was kept the best lower format that all devices have."""
+    formats = common_formats(profile)
+    # Autocast lowers fp32 only, and a run that was given a format needs no advice.
+    if chosen is None or not formats or chosen.run.train.dtype == "fp64":
         return
-    train = chosen.run.train.model_copy(update={"autocast": formats[0]})
+    if picked is None and chosen.run.train.autocast != "none":
+        return
+    train = chosen.run.train.model_copy(update={"autocast": "none" if picked else formats[0]})
     other: Any = evaluate(chosen.run.model_copy(update={"train": train}))
     other = getattr(other, "candidate", other)  # whether it fits or not
-    gains = {getattr(d.flop_per_s, formats[0]) / d.flop_per_s.fp32 for d in profile.device}
-    rates = " to ".join(f"{gain:.2g}" for gain in sorted({min(gains), max(gains)}))
+    rates = " to ".join(f"{gain:.2g}" for gain in sorted(set(_gains(profile, picked or formats[0]))))
+    time, memory = other.wall_s / chosen.wall_s, other.memory.total / chosen.memory.total
+    if picked is None:
+        yield (
+            f"devices of profile {profile.name} multiply in {' and '.join(formats)}, {formats[0]} at {rates}x the fp32 "
+            f"rate: train.autocast = {formats[0]} would take {time:.2f}x the time and {memory:.2f}x the memory, with "
+            "less exact products"
+        )
+        return
+    scaled = " with loss scaling (arXiv 1710.03740)" if picked == "fp16" else ""
     yield (
-        f"devices of profile {profile.name} multiply in {' and '.join(formats)}, {formats[0]} at {rates}x the fp32 "
-        f"rate: train.autocast = {formats[0]} would take {other.wall_s / chosen.wall_s:.2f}x the time and "
-        f"{other.memory.total / chosen.memory.total:.2f}x the memory, with less exact products"
+        f"train.autocast = {picked}, in which all devices multiply at {rates}x the fp32 rate; assumed to train as well "
+        f"as fp32{scaled}. fp32 would take {time:.2f}x the time and {memory:.2f}x the memory: --set train.autocast=none"
     )

@@ -23,7 +23,7 @@ from simulate.costs.samples import samples_factor
 from simulate.costs.step_time import distinct, round_time
 from simulate.planning.candidate import Candidate, PlanContext, Rejected, candidate_of, needs_library
 from simulate.planning.notes import plan_notes
-from simulate.planning.number_formats import check_formats
+from simulate.planning.number_formats import check_formats, faster_format
 from simulate.planning.objective import SelectionCriteria
 from simulate.planning.plan_json import candidate_json
 from simulate.planning.ranking import best, hourly_price, rank_by, value_of
@@ -194,6 +194,9 @@ def make_plan(
     """Evaluate the grid around `base` and choose; keys that neither pins nor the grid vary are those of `base`."""
     choice = choice or SelectionCriteria()
     pins = replace(pins, ranks=choice.probe.ranks(base)) if choice.probe else pins
+    picked = faster_format(base, profile)
+    if picked is not None:
+        base = base.model_copy(update={"train": base.train.model_copy(update={"autocast": picked})})
     check_formats(base, profile)  # before thousands of candidates are planned at a rate that is not known
     context = PlanContext.of(base, profile, tokens, choice, "recover_every" not in base.cluster.model_fields_set)
     shape, devices = context.shape, context.devices
@@ -228,7 +231,7 @@ def make_plan(
         chosen=chosen,
         dense=best([r for r in results if candidate_of(r).run.method.name == BASELINE], rank)
         or best(results_of(("ddp",)), rank),
-        notes=(*notes, *plan_notes(context, base, chosen, first, rival, lambda run: _evaluate(run, context))),
+        notes=(*notes, *plan_notes(context, base, chosen, first, rival, picked, lambda run: _evaluate(run, context))),
         rivals=tuple(rival for rival in rivals if rival is not None),
         pins=pins,
         choice=choice,

@@ -146,7 +146,7 @@ def _write_whole(path: Path, parts: Iterable[memoryview]) -> tuple[int, str]:
                     num_bytes += part.nbytes
         # Content before name, and then the folder's entry: after a power cut the name never stands for half a file.
         _flush(scratch)
-        scratch.rename(path)
+        scratch.replace(path)
         _flush(path.parent)
     except BaseException:
         scratch.unlink(missing_ok=True)
@@ -155,7 +155,10 @@ def _write_whole(path: Path, parts: Iterable[memoryview]) -> tuple[int, str]:
 
 
 def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    is_folder = path.is_dir()
+    if is_folder and not hasattr(os, "O_DIRECTORY"):  # Windows opens no folder, and flushes no file opened for reading
+        return
+    handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:

@@ -1,7 +1,7 @@
 """What a lab's links do: the rate of TCP transfers and the round trips of datagrams.
 
-python -m tests.network.probes receive 5000               # prints bytes and seconds, first byte to last
-python -m tests.network.probes send 10.77.0.2 5000 BYTES
+python -m tests.network.probes receive 5000               # prints bytes, and when the last one came
+python -m tests.network.probes send 10.77.0.2 5000 BYTES  # prints when it began to send
 python -m tests.network.probes echo 6000                  # until it is killed
 python -m tests.network.probes ask 10.77.0.2 6000 COUNT   # prints COUNT round trips in seconds
 """
@@ -35,15 +35,20 @@ def transfer(source: Node, target: Node, num_bytes: int, timeout_s: float = 60.0
 
 
 def transfers(pairs: Sequence[tuple[Node, Node]], num_bytes: int, timeout_s: float = 60.0) -> list[float]:
-    """Send bytes between several pairs at once; return each one's bytes a second."""
+    """Send bytes between several pairs at once; return each one's bytes a second, sending's begin to the last one.
+
+    Not from the first byte that the receiver sees: one that gets no core at that moment finds many, and the link too
+    fast. Both ends read one clock, since they are on one machine.
+    """
     receivers = [start(target, "receive", PORT + i) for i, (_, target) in enumerate(pairs)]
     senders = [start(source, "send", target.address, PORT + i, num_bytes) for i, (source, target) in enumerate(pairs)]
     outcomes = [process.outcome(timeout_s) for process in receivers + senders]
     if any(outcome.code for outcome in outcomes):
         raise RuntimeError("a transfer failed")
-    printed = [outcome.stdout.split() for outcome in outcomes[: len(receivers)]]
-    assert all(int(arrived) == num_bytes for arrived, _ in printed)
-    return [num_bytes / float(seconds) for _, seconds in printed]
+    printed = [[float(word) for word in outcome.stdout.split()] for outcome in outcomes]
+    ends, begins = printed[: len(pairs)], printed[len(pairs) :]
+    assert all(arrived == num_bytes for arrived, _ in ends)
+    return [num_bytes / (end_s - begin_s) for (_, end_s), (begin_s,) in zip(ends, begins, strict=True)]
 
 
 def round_trips_s(source: Node, target: Node, count: int = 20) -> list[float]:
@@ -57,21 +62,19 @@ def round_trips_s(source: Node, target: Node, count: int = 20) -> list[float]:
 
 
 def receive(port: int) -> tuple[int, float]:
-    """Take one connection; return how many bytes it brought, and the seconds from the first to the last."""
+    """Take one connection; return how many bytes it brought, and when it brought the last."""
     with socket.create_server(("", port)) as server:
         server.settimeout(WAIT_S)
         connection, _ = server.accept()
     with connection:
-        total_bytes = len(connection.recv(CHUNK_BYTES))
-        start_s = last_s = time.perf_counter()
+        total_bytes, last_s = 0, 0.0
         while chunk := connection.recv(CHUNK_BYTES):
-            total_bytes += len(chunk)
-            last_s = time.perf_counter()
-    return total_bytes, last_s - start_s
+            total_bytes, last_s = total_bytes + len(chunk), time.monotonic()
+    return total_bytes, last_s
 
 
-def send(address: str, port: int, num_bytes: int) -> None:
-    """Send zeros; tries until somebody listens."""
+def send(address: str, port: int, num_bytes: int) -> float:
+    """Send zeros, once somebody listens; return when that began."""
     give_up_s = time.monotonic() + WAIT_S
     while True:
         try:
@@ -83,7 +86,9 @@ def send(address: str, port: int, num_bytes: int) -> None:
             time.sleep(0.02)
     with connection:
         connection.settimeout(None)
-        connection.sendall(bytes(num_bytes))
+        zeros, begin_s = bytes(num_bytes), time.monotonic()
+        connection.sendall(zeros)
+    return begin_s
 
 
 def echo(port: int) -> None:
@@ -117,7 +122,7 @@ def main(words: list[str]) -> None:
     if what == "receive":
         print(*receive(int(rest[0])))
     elif what == "send":
-        send(rest[0], int(rest[1]), int(rest[2]))
+        print(send(rest[0], int(rest[1]), int(rest[2])))
     elif what == "echo":
         echo(int(rest[0]))
     else:

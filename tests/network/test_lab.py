@@ -18,7 +18,7 @@ from tests.network import namespaces
 from tests.network.lab import Lab, Process, why_not
 from tests.network.probes import PORT, round_trips_s, start, transfer
 
-TRIES = 4
+TRIES = 10
 """A busy machine may keep a transfer from its link's rate; no machine lets it exceed that."""
 HEADER_SHARE = 66 / 1448
 """Ethernet, IPv4 and TCP with time stamps, in front of a full segment."""

@@ -145,7 +145,7 @@ class LteTwin:
             head.remember(name, a, b)
         if self.options.reset == "ab":
             a.copy_(self.draw(name, head.index, steps_done))
-        for factor in (a, b):
+        for factor in (factor for factor in (a, b) if factor.requires_grad):
             if self.options.merge_optimizer == "prune":
                 prune_smallest(device.optimizer, factor, 0.9)
             elif self.options.merge_optimizer == "reset":

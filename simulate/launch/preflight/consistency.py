@@ -41,6 +41,7 @@ def compare(nodes: Sequence[NodeFacts]) -> Verdict:
         if (node.data_fingerprint, node.data_bytes) != (node_0.data_fingerprint, node_0.data_bytes):
             verdict.errors.append(_data_differs(node_0, node))
         _clock(node, verdict)
+    verdict.warnings += [f"{node.title}: {_shown(line)}" for node in nodes for line in node.warnings]
     return verdict
 
 

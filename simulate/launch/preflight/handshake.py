@@ -23,7 +23,7 @@ from simulate.launch.preflight.channel import Channel, PeerError, PeerGoneError,
 from simulate.launch.preflight.deadline import Deadline
 from simulate.launch.preflight.secret import Secret
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the preflight's messages; nodes of different versions refuse each other."""
 _MAGIC = b"LTEp"
 _OPENING = struct.Struct("!4sH")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator
 
@@ -12,6 +13,9 @@ from simulate.common import toml_io
 from simulate.config.run import Run, run_fingerprint
 from simulate.launch.preflight.channel import BadFrameError
 from simulate.launch.preflight.handshake import PROTOCOL
+
+MAX_WARNINGS, MAX_WARNING = 32, 600
+"""Most warnings of a node, and most characters of one."""
 
 
 class Facts(toml_io.Schema):
@@ -28,9 +32,14 @@ class Facts(toml_io.Schema):
     data_bytes: int = Field(ge=0)
     processes: int = Field(gt=0, le=1024)
     """Worker processes that the node starts."""
+    warnings: list[Annotated[str, Field(max_length=MAX_WARNING)]] = Field(default=[], max_length=MAX_WARNINGS)
+    """Findings of the node's doctor, a line each; all nodes show it."""
 
     @classmethod
-    def of(cls, run: Run, *, lte: str, torch: str, data_fingerprint: str, data_bytes: int, processes: int) -> Facts:
+    def of(
+        cls, run: Run, *, lte: str, torch: str, data_fingerprint: str, data_bytes: int, processes: int,
+        warnings: Sequence[str] = (),
+    ) -> Facts:  # fmt: skip
         """Return the facts of a run on this machine; `lte` and `torch` are versions."""
         return cls(
             lte=lte,
@@ -40,6 +49,7 @@ class Facts(toml_io.Schema):
             data_fingerprint=data_fingerprint,
             data_bytes=data_bytes,
             processes=processes,
+            warnings=[line[:MAX_WARNING] for line in warnings[:MAX_WARNINGS]],
         )
 
 

@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from ltecli.commands.launch import LaunchArgs, check_launch, default_processes
+from simulate.config.run import build_run
+from tests.gpus import DeviceModule, stand_in
 from tests.ltecli.command import Lte, Refused, assert_one_line, write_run
 
 DASO = {"name": "daso", "devices_per_node": 2}
@@ -30,6 +34,30 @@ def test_a_launch_that_cannot_work(
 ) -> None:
     run = write_run(here / "tiny.toml", **tables)
     refused("train", run, "--out", "new", "--quiet", "--launch", "--device", "cpu", *options, words=words)
+
+
+@pytest.mark.parametrize(
+    ("tables", "options", "words"),
+    [
+        ({}, ["--processes", "2"], ("--processes 2", "the GPUs of this node, 1", "lower it")),
+        ({"cluster": {"backend": "gloo"}}, [], ("cluster.backend = 'gloo'", "cuda", "--device cpu")),
+    ],
+)
+def test_a_launch_that_cannot_work_on_gpus(
+    refused: Refused, here: Path, monkeypatch: pytest.MonkeyPatch, tables: dict[str, Any], options: list[str],
+    words: tuple[str, ...],
+) -> None:  # fmt: skip
+    stand_in(monkeypatch)
+    run = write_run(here / "tiny.toml", **tables)
+    refused("train", run, "--out", "new", "--quiet", "--launch", "--device", "cuda", *options, words=words)
+
+
+def test_a_node_starts_a_process_for_each_of_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, DeviceModule(gpus=3))
+    run = build_run({"cluster": {"devices": 8}})
+    assert default_processes(run, torch.device("cuda"), nodes=1) == 3
+    assert default_processes(run, torch.device("cuda"), nodes=4) == 2
+    check_launch(run, torch.device("cuda"), LaunchArgs())
 
 
 def test_a_port_in_use(lte: Lte, here: Path) -> None:

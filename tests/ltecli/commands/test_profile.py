@@ -8,6 +8,7 @@ import pytest
 
 import profiles
 from simulate.config.profiles import load_profile
+from tests.gpus import no_gpu
 from tests.ltecli.command import Lte, Refused
 
 PROFILE = """
@@ -168,10 +169,8 @@ def test_measure_refuses_before_it_measures(
 
 
 def test_a_gpu_that_is_not_there_is_not_measured(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    refused("profile", "measure", "--device", "cuda", "-q", words=("--device cuda", "no GPU"))
+    no_gpu(monkeypatch)
+    refused("profile", "measure", "--device", "cuda", "-q", words=("--device cuda", "sees no cuda device"))
 
 
 def test_a_profile_that_is_not_text_is_refused(refused: Refused, here: Path) -> None:

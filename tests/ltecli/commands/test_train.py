@@ -14,9 +14,10 @@ from tensorboard.summary.writer import event_file_writer
 
 from simulate.config.run import load_run
 from simulate.training import checkpoints
+from tests.gpus import no_gpu
 from tests.ltecli.command import Lte, Refused, assert_one_line, events_of, tree, write_run
 
-RUN_FILES = {"run.toml", "profile.toml", "plan.json", "events.jsonl", "tensorboard", "checkpoints"}
+RUN_FILES = {"run.toml", "profile.toml", "plan.json", "events.jsonl", "tensorboard", "checkpoints", ".lock"}
 
 
 def test_a_run_folder_keeps_its_contract(trained: Path, run_toml: Path) -> None:
@@ -93,7 +94,7 @@ def test_a_run_that_does_not_fit_its_profile_is_simulated_with_a_warning(lte: Lt
 
 
 def test_no_gpu_no_cuda_and_no_folder(refused: Refused, run_toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    no_gpu(monkeypatch)
     refused("train", run_toml, "--device", "cuda", words=("--device cuda", "--device cpu"))
 
 

@@ -21,6 +21,7 @@ from simulate.measure.machine import MeasurementScope, measure_disk, measure_pro
 from simulate.measure.step_times import QUICK_CASES, Case, held_out_times
 from simulate.measure.timer import Stopwatch
 from tests import tiny
+from tests.gpus import no_gpu
 
 TINY = Sizes(
     products=[(16, 8, 8), (32, 32, 32), (32, 2, 32)], attention=[(16, 8)], optimizer=[256], steps=[(1, 32, 1)],
@@ -143,3 +144,13 @@ def test_the_peak_is_above_every_kernel(profile: Profile) -> None:
     device = machine._device(MeasurementScope(), False, 1e9, {"fp32": 1e9}, fast, machine.Disk(1e8, 0.01))
     assert device.flop_per_s.fp32 == 1e15
     assert Profile(device=[Device.model_validate(device.model_dump())], link=profile.link)
+
+
+def test_a_profile_of_a_gpu_that_is_not_here_is_not_validated(
+    profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert profile.measurement is not None
+    of_gpu = profile.measurement.model_copy(update={"device": "cuda"})
+    no_gpu(monkeypatch)
+    with pytest.raises(InputError, match=r"'measured' was measured on a GPU, and this PyTorch .* sees no cuda device"):
+        held_out_times(profile.model_copy(update={"measurement": of_gpu}))

@@ -55,6 +55,23 @@ def on_network(run: Run, network: nn.Module) -> Method:
     return build_method(run, VirtualCommunicator(run.cluster.devices), tiny.CPU, network)
 
 
+class Bigram(nn.Sequential):
+    """The next token from the last one, without attention: the gradient of a bias of keys is zero but for rounding,
+    as softmax does not see it, and signs of rounding are nobody's."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Embedding(256, 16), nn.Linear(16, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 16), nn.Linear(16, 256)
+        )
+
+
+def bigram() -> nn.Module:
+    """Return one, the same each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Bigram().double()
+
+
 def hand_run(name: str, devices: int = 2, **method: Any) -> Run:
     """Return a run whose numbers a person follows: the rate stays at 0.5, nothing decays, nothing is clipped."""
     run = parity_run(name, devices, **method)

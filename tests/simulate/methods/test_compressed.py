@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from simulate.comm.compression import CompressedMean
 from simulate.config.run import Run
@@ -26,6 +26,7 @@ from tests.selection import others_slow
 from tests.simulate.methods.parity import (
     TwinClass,
     assert_trains_like,
+    bigram,
     hand_run,
     of_linear,
     on_network,
@@ -46,22 +47,6 @@ RUNS: dict[str, tuple[TwinClass, Run]] = {
 @pytest.mark.parametrize("name", others_slow(RUNS, ["ddp, int4", "ddp, bf16", "powersgd", "topk"]))
 def test_every_compression_trains_like_the_twin(name: str) -> None:
     assert_trains_like(*RUNS[name])
-
-
-class Bigram(nn.Sequential):
-    """The next token from the last one, without attention: the gradient of a bias of keys is zero but for rounding,
-    as softmax does not see it, and signs of rounding are nobody's."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            nn.Embedding(256, 16), nn.Linear(16, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 16), nn.Linear(16, 256)
-        )
-
-
-def bigram() -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Bigram().double()
 
 
 @cache

@@ -26,6 +26,7 @@ from simulate.models.peak_memory import cpu_peak_bytes
 from simulate.optim import loss_scale as precision
 from simulate.optim.loss_scale import AUTOCAST_DTYPES, LossScale, check_autocast
 from tests import tiny
+from tests.gpus import DeviceModule, Properties, stand_in
 from tests.reference.local_sgd import LocalSgdTwin
 from tests.reference.lte import LteTwin
 from tests.selection import others_slow, selected
@@ -353,9 +354,10 @@ def test_fp64_and_autocast_exclude_each_other() -> None:
 
 
 def test_a_gpu_without_bf16_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: False)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    gpu = stand_in(monkeypatch, DeviceModule(Properties("Tesla T4", 7, 5)))
     train = build_run({"train": {"autocast": "bf16"}}).train
     with pytest.raises(InputError, match=r"Tesla T4 has no bf16 arithmetic; try --set train\.autocast=fp16"):
         check_autocast(train, torch.device("cuda"))
     check_autocast(train, tiny.CPU)
+    gpu.bf16 = True
+    check_autocast(train, torch.device("cuda"))

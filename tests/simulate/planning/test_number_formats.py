@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from simulate.config import profiles
-from simulate.config.profiles import load_profile
+from simulate.common import processor
+from simulate.config.profiles import detect_local, load_profile
 from simulate.costs.flops import pass_flops, update_flops
 from simulate.costs.step_time import device_step_s
 from tests import tiny
@@ -32,37 +32,67 @@ def test_a_format_that_a_device_lacks_is_refused(
     refused(*SMALL, "--profile", profile, "--set", f"train.autocast={wanted}", words=words)
 
 
-def test_the_plan_says_what_the_devices_could_do(lte: Lte) -> None:
-    plan = lte(*SMALL, "--profile", PROFILE, "--json").json()
+@pytest.mark.parametrize(
+    ("profile", "picked"),
+    [
+        ("rtx3060_x4_home", "bf16"),
+        ("t4_x4", "fp16"),
+        ("v100_x8", "fp16"),
+        ("jetson_orin_nano_x8_wifi", "bf16"),
+        ("gtx1080ti_x8", "none"),
+        ("mixed_gtx1080ti_rtx2060_rtx3090", "none"),
+        ("laptop_cpu", "none"),
+    ],
+)
+def test_the_plan_picks_the_format_in_which_all_gpus_are_faster(lte: Lte, profile: str, picked: str) -> None:
+    plan = lte(*SMALL, "--profile", profile, "--json").json()
+    assert {candidate["autocast"] for candidate in plan["candidates"]} == {picked}
+    notes = [note for note in plan["notes"] if note.startswith(f"train.autocast = {picked}, in which")]
+    assert len(notes) == (picked != "none")
+
+
+def test_a_given_format_stays_and_the_plan_says_what_the_devices_could_do(lte: Lte) -> None:
+    plan = lte(*SMALL, "--profile", PROFILE, "--set", "train.autocast=none", "--json").json()
     (note,) = [note for note in plan["notes"] if "train.autocast" in note]
     assert "bf16 and fp16, bf16 at 2x the fp32 rate" in note
     assert plan["chosen"]["autocast"] == "none"
-    notes = lte(*SMALL, "--profile", "laptop_cpu", "--json").json()["notes"]
-    assert not any("autocast" in note for note in notes)
 
 
-def test_the_note_keeps_its_word(lte: Lte) -> None:
-    pins = ("--method", "ddp", "--profile", PROFILE)
-    plain = lte(*SMALL, *pins, "--json").json()
-    low = lte(*SMALL, *pins, "--set", "train.autocast=bf16", "--json").json()
-    time, memory = (low["chosen"][key] / plain["chosen"][key] for key in ("wall_s", "sent_bytes_per_step"))
-    assert memory == 1  # autocast is a local matter
-    peak = low["chosen"]["memory_bytes"]["total"] / plain["chosen"]["memory_bytes"]["total"]
-    (note,) = [note for note in plain["notes"] if "train.autocast" in note]
+@pytest.mark.parametrize("given", ["none", "bf16"])
+def test_the_note_keeps_its_word(lte: Lte, given: str) -> None:
+    pins = ("--method", "ddp", "--profile", PROFILE, "--model", "gpt2", "--set", "train.micro_batch=2")
+    command = ("plan", "--tokens", "100000", "--set", "train.activation_checkpointing=false", *pins, "--json")
+    picks = lte(*command).json() if given == "bf16" else lte(*command, "--set", "train.autocast=none").json()
+    other = lte(*command, "--set", f"train.autocast={'none' if given == 'bf16' else 'bf16'}").json()
+    assert picks["chosen"]["autocast"] == given
+    time, sent = (other["chosen"][key] / picks["chosen"][key] for key in ("wall_s", "sent_bytes_per_step"))
+    assert sent == 1  # autocast is a local matter
+    peak = other["chosen"]["memory_bytes"]["total"] / picks["chosen"]["memory_bytes"]["total"]
+    (note,) = [note for note in picks["notes"] if "train.autocast" in note]
     assert f"{time:.2f}x the time and {peak:.2f}x the memory" in note
-    assert not any("train.autocast" in note for note in low["notes"])
 
 
-def test_a_processor_tells_whether_it_multiplies_in_bf16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    info, read = tmp_path / "cpuinfo", profiles.processor_flags
-    cases = (("flags\t\t: fpu avx2 amx_bf16", True), ("Features\t: fp asimd bf16", True), ("flags: avx2", False))
-    for line, has_bf16 in cases:
-        info.write_text(f"processor\t: 0\n{line}\n")
-        flags = read(info)
-        monkeypatch.setattr(profiles, "processor_flags", lambda flags=flags: flags)
-        rates = profiles.detect_local().device[0].flop_per_s
-        assert rates.bf16 == (2 * rates.fp32 if has_bf16 else None)
-    assert read(tmp_path / "missing") == set()
+@pytest.mark.parametrize(
+    ("line", "formats"),
+    [
+        ("flags\t\t: fpu avx2 amx_bf16", {"bf16"}),
+        ("Features\t: fp asimd asimdhp bf16", {"bf16", "fp16"}),
+        ("flags: avx2", set()),
+    ],
+)
+def test_a_processor_tells_in_which_formats_it_multiplies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, formats: set[str]
+) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text(f"processor\t: 0\n{line}\n")
+    monkeypatch.setattr(processor, "CPUINFO", info)
+    processor.machine_facts.cache_clear()
+    try:
+        assert processor.multiplied_formats() == formats
+        rates = detect_local().device[0].flop_per_s
+        assert rates.bf16 == (2 * rates.fp32 if "bf16" in formats else None)
+    finally:
+        processor.machine_facts.cache_clear()
 
 
 def test_passes_go_at_the_lower_formats_rate_and_updates_at_the_weights() -> None:

@@ -93,7 +93,7 @@ def test_another_secret_is_refused_by_the_answerer() -> None:
 def test_an_answerer_without_the_secret_is_refused_by_the_caller() -> None:
     def impostor(sock: socket.socket) -> Channel:
         receive_exactly(sock, HELLO_BYTES, Deadline(1))
-        sock.sendall(b"LTEp\0\1" + bytes(32))
+        sock.sendall(b"LTEp\0\2" + bytes(32))
         proof = receive_exactly(sock, PROOF_BYTES, Deadline(1))
         sock.sendall(proof)  # turned back: the best that it has
         raise NotOursError("done")
@@ -106,7 +106,7 @@ def test_the_answerer_proves_nothing_to_a_caller_that_has_not() -> None:
     one, other = tcp_pair()
     thread = threading.Thread(target=both_closed, args=(other,))
     thread.start()
-    one.sendall(b"LTEp\0\1\1" + bytes(4) + bytes(4) + bytes(32))
+    one.sendall(b"LTEp\0\2\1" + bytes(4) + bytes(4) + bytes(32))
     receive_exactly(one, CHALLENGE_BYTES, Deadline(1))
     one.sendall(bytes(PROOF_BYTES))
     with pytest.raises(PeerGoneError):

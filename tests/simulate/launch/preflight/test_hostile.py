@@ -75,7 +75,7 @@ def test_a_stranger_hears_a_challenge_and_a_close_and_nothing_else() -> None:
     hub, joiner = crew(2)
     with started(hub):
         with connect(hub) as sock:
-            sock.sendall(b"LTEp\0\1\1" + bytes(3) + b"\1" + bytes(4) + bytes(32) + bytes(32))
+            sock.sendall(b"LTEp\0\2\1" + bytes(3) + b"\1" + bytes(4) + bytes(32) + bytes(32))
             heard = b""
             while piece := sock.recv(1000):
                 heard += piece
@@ -233,7 +233,7 @@ class FakeHub(threading.Thread):
             InputError,
             "something else than an lte node does; is that node 0's",
         ),
-        (b"LTEp\0\2" + bytes(40), 9, InputError, "speaks preflight protocol 2, this lte speaks 1; install the same"),
+        (b"LTEp\0\3" + bytes(40), 9, InputError, "speaks preflight protocol 3, this lte speaks 2; install the same"),
         (b"", 9, RunFailedError, "it did not answer within"),
         (b"", 0, RunFailedError, "is that node 0 of this run, or another program?"),
     ],

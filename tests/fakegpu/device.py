@@ -1,0 +1,257 @@
+"""An accelerator made of Python: tensors on it have shapes and a device, and no numbers.
+
+torch lets Python register a device, and FakeTensorMode works out what operations on it return. So every line that
+trains on a GPU runs on a machine without one, and where a tensor of the CPU meets one of the device, torch raises as it
+does on a GPU. Tensors of the CPU stay real: what is copied from the device is full of ones, and a number that is read
+from it is one, too.
+
+A process that has registered the device sees an accelerator from then on, and has to do so before its first backward
+pass. So tests.fakegpu.rounds, the program of test_rounds, has a process of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+NAME = "fakegpu"
+NEEDS = "torch cannot register a device from Python: it lacks _setup_privateuseone_for_python_backend"
+aten = torch.ops.aten
+
+
+def can_register() -> bool:
+    """Whether this torch has what `register` needs."""
+    import torch.utils.backend_registration as registration
+
+    return hasattr(registration, "_setup_privateuseone_for_python_backend")
+
+
+class Stream:
+    """A stream, which keeps the streams that it waited for."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.waited: list[Stream] = []
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waited.append(other)
+
+
+class DeviceModule:
+    """Answers as torch.cuda does, for four devices with bf16."""
+
+    def __init__(self) -> None:
+        self.streams = [Stream()]
+        """The streams in use, the current one last."""
+
+    def is_available(self) -> bool:
+        return True
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def manual_seed_all(self, seed: int) -> None:
+        pass
+
+    def device_count(self) -> int:
+        return 4
+
+    def current_device(self) -> int:
+        return 0
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    def is_bf16_supported(self, including_emulation: bool = True) -> bool:
+        return True
+
+    def mem_get_info(self, index: int) -> tuple[int, int]:
+        return 10**10, 10**10
+
+    def synchronize(self, device: torch.device) -> None:
+        assert device.type == NAME
+
+    held, peak = 10, 110
+
+    def memory_allocated(self, device: torch.device) -> int:
+        return self.held
+
+    def reset_peak_memory_stats(self, device: torch.device) -> None:
+        assert device.type == NAME
+
+    def max_memory_allocated(self, device: torch.device) -> int:
+        return self.peak
+
+    Stream = Stream
+
+    def current_stream(self, device: torch.device) -> Stream:
+        return self.streams[-1]
+
+    @contextlib.contextmanager
+    def stream(self, stream: Stream) -> Iterator[None]:
+        self.streams.append(stream)
+        yield
+        self.streams.pop()
+
+
+def register() -> DeviceModule:
+    """Register the device in this process; returns its module."""
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+    module = DeviceModule()
+    _setup_privateuseone_for_python_backend(NAME, backend_module=module)
+    _register_autocast()
+    torch.tensor = _tensor
+    nn.Module.to = _to_keeping_ties  # type: ignore[method-assign]
+    return module
+
+
+LOWER = (
+    "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "conv2d", "convolution", "prelu", "einsum",
+    "scaled_dot_product_attention",
+)  # fmt: skip
+HIGHER = ("layer_norm", "native_layer_norm", "rsqrt", "exp", "log", "pow", "softmax", "log_softmax", "nll_loss", "sum")
+"""Operations that autocast on CUDA runs in the lower format and in fp32 (docs.pytorch.org/docs/stable/amp.html), those
+of them that networks here can use."""
+_libraries: list[torch.library.Library] = []
+"""Registrations last as long as these objects."""
+
+
+def _register_autocast() -> None:
+    """Make autocast on the device choose formats as it does on CUDA."""
+    library = torch.library.Library("_", "IMPL")
+    library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    casts = torch.library.Library("aten", "IMPL", "AutocastPrivateUse1")
+    _libraries.extend((library, casts))
+    for names, lowers in ((LOWER, True), (HIGHER, False)):
+        for packet in (getattr(aten, name) for name in names):
+            for overload in packet.overloads():
+                if "out" not in overload and "_" not in overload[:1] and overload != "str":
+                    casts.impl(getattr(packet, overload), _with_casts(getattr(packet, overload), lowers))
+
+
+def _with_casts(func: Any, lowers: bool) -> Any:
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        dtype = torch.get_autocast_dtype(NAME) if lowers else torch.float32
+
+        def cast(value: Any) -> Any:
+            castable = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+            return value.to(dtype) if castable and value.device.type == NAME else value
+
+        with torch._C._ExcludeDispatchKeyGuard(key):
+            return func(*tree_map(cast, args), **tree_map(cast, kwargs))
+
+    return call
+
+
+_to, _make = nn.Module.to, torch.tensor
+
+
+def _tensor(data: Any, *, device: Any = None, **keywords: Any) -> Tensor:
+    """Make a tensor of numbers as torch does, which allocates on the device where no mode sees it."""
+    made = _make(data, **keywords)
+    return made if device is None else made.to(device)
+
+
+def _to_keeping_ties(module: nn.Module, *arguments: Any, **keywords: Any) -> nn.Module:
+    """Move a module as torch does; layers go on sharing parameters, which a real device keeps as the same objects."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            places.setdefault(id(parameter), []).append((part, name))
+    _to(module, *arguments, **keywords)
+    for (first, key), *others in places.values():
+        for part, name in others:
+            setattr(part, name, getattr(first, key))
+    return module
+
+
+class OnTheDevice(TorchDispatchMode):
+    """Makes tensors on the device fake and leaves all others real."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and torch's wrapper against it would double the time
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.operations = 0
+        """Number of operations on the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        target = kwargs.get("device")
+        here = FakeTensor in types or (target is not None and is_on_device(target))
+        if not here and not any(isinstance(x, FakeTensor) for x in tree_leaves((args, kwargs))):
+            return func(*args, **kwargs)
+        self.operations += 1
+        if func is aten._local_scalar_dense.default:
+            return one_of(args[0].dtype)
+        if func is aten.equal.default:
+            assert_on_device(args)
+            return True
+        if func is aten.nonzero.default:
+            return self._all_places(args[0])
+        if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default):
+            args = (args[0], self._without_masks(args[0], args[1]), *args[2:])
+        if func is aten.copy_.default and not isinstance(args[0], FakeTensor):
+            return args[0].fill_(1)
+        with self.fake:
+            args, kwargs = tree_map(self._without_numbers, (args, kwargs))
+            result = func(*args, **kwargs)
+        return tree_map(self._real_on_cpu, result)
+
+    def _without_numbers(self, value: Any) -> Any:
+        # The mode would compute with a small tensor's numbers, on a device that has none.
+        if isinstance(value, Tensor) and not isinstance(value, FakeTensor):
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        return value
+
+    def _real_on_cpu(self, value: Any) -> Any:
+        if isinstance(value, FakeTensor) and value.device.type == "cpu":
+            return torch.ones(value.shape, dtype=value.dtype)
+        return value
+
+    def _all_places(self, mask: Tensor) -> Tensor:
+        with self.fake:
+            return torch.zeros(mask.numel(), mask.ndim, dtype=torch.int64, device=mask.device)
+
+    def _without_masks(self, indexed: Tensor, indices: list[Tensor | None]) -> list[Tensor | None]:
+        """Replace masks, which select numbers of rows that nobody knows, by indices of all."""
+        found: list[Tensor | None] = []
+        for index in indices:
+            if index is None or index.dtype not in (torch.bool, torch.uint8):
+                found.append(index)
+            else:
+                # As on a GPU: a mask may come from the CPU, one of another device may not.
+                found += self._all_places(index.to(indexed.device)).unbind(1)
+        return found
+
+
+def is_on_device(device: Any) -> bool:
+    """Whether a device, or its name, is the one made of Python."""
+    return torch.device(device).type == NAME
+
+
+def assert_on_device(tensors: Any) -> None:
+    """Raise where tensors are on several devices, for operations that the fake mode does not check."""
+    places = {t.device for t in tree_leaves(tensors) if isinstance(t, Tensor)}
+    if len(places) > 1:
+        raise RuntimeError(f"tensors are on several devices: {sorted(map(str, places))}")
+
+
+def one_of(dtype: torch.dtype) -> float | int | bool:
+    """Return one as a number that a tensor of this dtype holds."""
+    return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
