@@ -15,6 +15,7 @@ from bench.gpu import __main__ as gpu
 from bench.gpu import rows as rows_of_gpu
 from bench.gpu.results import Results, Stamp, markdown
 from bench.gpu.rows import PARTS, ROWS, Row
+from tests.fakegpu.device import NEEDS, can_register
 from tests.harness import ROOT, Child, environment
 
 STAMP = Stamp("code", "0123abc", "machine", "cpu", "tiny")
@@ -195,6 +196,14 @@ def test_a_row_needs_no_more_than_it_says(modules: list[str]) -> None:
     words = [sys.executable, "-W", "ignore", "-c", BLOCKED, needed, "worker", *modules]
     ended = Child(words, cwd=ROOT, stdout=-1, stderr=-1).outcome()
     assert ended.code == 0, ended.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_register(), reason=NEEDS)
+def test_rows_stay_on_an_accelerator() -> None:
+    ended = Child([sys.executable, "-m", "tests.fakegpu.gpu_rows"], cwd=ROOT, stdout=-1, stderr=-1).outcome()
+    assert ended.code == 0, ended.stdout + ended.stderr
+    assert ended.stdout.split() == ["a", "b", "b", "c", "c", "f"]
 
 
 @pytest.mark.slow

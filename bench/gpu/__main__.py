@@ -46,9 +46,10 @@ class Worker:
 
     def __init__(self, *words: str) -> None:
         self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - `end` closes it
+        # One GPU unless the caller names several: `lte train` would launch a run over all that it sees.
         self.process = subprocess.Popen(
             [sys.executable, *PROGRAM, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=self.errors,
-            text=True, start_new_session=True,
+            text=True, start_new_session=True, env={"CUDA_VISIBLE_DEVICES": "0", **os.environ},
         )  # fmt: skip
         self.messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)

@@ -30,5 +30,5 @@ def forget(device: torch.device) -> Any:
     api = torch.get_device_module(device)
     synchronize(device)
     api.empty_cache()
-    api.reset_peak_memory_stats()
+    api.reset_peak_memory_stats(device)
     return api

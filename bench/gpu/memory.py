@@ -41,7 +41,7 @@ def _rules(requests: int, device: torch.device) -> Table:
     drawn, held, entries = random.Random(0), dict[int, Tensor](), list[tuple[int, int]]()
     sizes: dict[int, int] = {}
     api = forget(device)
-    before = api.memory_reserved()
+    before = api.memory_reserved(device)
     for key in range(requests):
         # Magnitudes, so that every size class is met; about 40 are held at a time.
         sizes[key] = int(10 ** drawn.uniform(1, 7.7))
@@ -52,7 +52,7 @@ def _rules(requests: int, device: torch.device) -> Table:
             del held[gone]
             entries.append((gone, -sizes[gone]))
     synchronize(device)
-    planned, taken = reserved_bytes(entries), api.max_memory_reserved() - before
+    planned, taken = reserved_bytes(entries), api.max_memory_reserved(device) - before
     return {"followed_bytes": planned, "reserved_bytes": taken, "followed_error": planned / taken - 1,
             "within": planned == taken}  # fmt: skip
 
@@ -81,9 +81,9 @@ def _run_figures(given: Table, device: torch.device) -> Table:
     api = forget(device)
     method = train_alone(run, device)
     synchronize(device)
-    allocated, reserved = api.max_memory_allocated(), api.max_memory_reserved()
-    free, total = api.mem_get_info()
-    beside = total - free - api.memory_reserved()  # the context, and whatever other programs hold
+    allocated, reserved = api.max_memory_allocated(device), api.max_memory_reserved(device)
+    free, total = api.mem_get_info(device)
+    beside = total - free - api.memory_reserved(device)  # the context, and whatever other programs hold
     del method
     tracked = tracked_memory(run, with_host=False)
     planned_bytes = planned.tensors + planned.allocator

@@ -54,7 +54,7 @@ def measure(given: Table, device: torch.device, folder: Path) -> Table:
         if not math.isfinite(mean):
             raise RuntimeError(f"the loss is {mean} at step {step}")
     tokens_per_s = (step - ROUND) * SAMPLES * batches.context / spent_s
-    peak = {} if api is None else {"allocated_bytes": api.max_memory_allocated()}
+    peak = {} if api is None else {"allocated_bytes": api.max_memory_allocated(device)}
     return {
         "precision": run.train.autocast, "steps": step, "tokens": losses[-1][0], "tokens_per_s": tokens_per_s,
         "train_loss": losses[-1][1], "val_loss": _validation_loss(run, method, batches, device), **peak,

@@ -28,7 +28,7 @@ from torch.backends import cudnn
 from bench.gpu.rows import ROWS
 from simulate.common.errors import InputError, first_line
 from simulate.common.processor import machine_facts
-from simulate.layers.accelerator import count, describe, refusal
+from simulate.layers.accelerator import describe, refusal
 
 MARK = "@@ "
 """Begins the lines for the caller; libraries print others."""
@@ -48,7 +48,7 @@ def facts(kind: str) -> dict[str, Any]:
             raise InputError(reason)
         card = describe(device)
         found |= {
-            "GPU": card.name, "architecture": card.architecture, "memory_bytes": card.total_bytes, "GPUs": count(kind),
+            "GPU": card.name, "architecture": card.architecture, "memory_bytes": card.total_bytes,
             "driver": _driver(), "CUDA": torch.version.cuda or torch.version.hip, "cuDNN": cudnn.version(),
         }  # fmt: skip
     found |= {"python": platform.python_version(), "torch": torch.__version__}
