@@ -209,7 +209,19 @@ def test_rows_stay_on_an_accelerator() -> None:
 @pytest.mark.slow
 def test_all_parts_run_on_a_cpu(tmp_path: Path) -> None:
     results = tmp_path / "gpu.json"
-    words = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--size", "tiny", "--results", results]
+    words = [
+        sys.executable,
+        "-m",
+        "bench.gpu",
+        "--device",
+        "cpu",
+        "--size",
+        "tiny",
+        "--results",
+        results,
+        "--limit-s",
+        1400,
+    ]
     ended = Child(words, environment(), cwd=ROOT, stdout=-1, stderr=-1).outcome(1500.0)
     assert ended.code == 0, ended.stdout + ended.stderr
     rows = json.loads(results.read_text())["rows"]
