@@ -76,7 +76,6 @@ def _train(run: Run, device: torch.device) -> tuple[list[float], float]:
     for step in range(run.train.steps):
         inputs, targets = batches.batch(step, range(DEVICES))
         losses.append(method.step(inputs.to(device), targets.to(device), step).mean())
-        method.close_round(step)
         if method.merge_due(step):
             method.merge(step)
         if step == 0:  # it allocates, and loads kernels
