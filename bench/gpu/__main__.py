@@ -173,7 +173,7 @@ class Parts:
             )
             is_open |= bool(failed or unrun)
             if unrun:
-                print(f"   the part's time was up; go on: make gpu PART={part}")
+                print(f"   to go on: make gpu PART={part}")
         print(f"wrote {self.results.path} and {path}")
         return int(is_open)
 
