@@ -40,6 +40,8 @@ def read_quantity(given: Any, units: Mapping[str, float], example: str) -> Any:
     number, unit = match.groups()
     if unit is not None and unit not in units:
         raise ValueError(f"{given!r} has an unknown unit {unit!r}; write it like {example!r}, in {_list(units)}")
+    if re.fullmatch(r"[+-]?\d[\d_]*", number) and (unit is None or isinstance(units[unit], int)):
+        return int(number) * int(units[unit] if unit else 1)  # whole numbers stay exact, however large
     value = float(number) * (units[unit] if unit else 1)
     return int(value) if value.is_integer() else value
 

@@ -31,7 +31,7 @@ from simulate.rules.method_plan import plan_of
 from simulate.rules.phases import PHASES, Phase, PhaseName, WeightMaterialisation
 
 CPU_LIBRARY_BYTES = {"bf16": 18_000_000, "fp16": 2_000_000}
-"""What torch's libraries hold for good on a CPU under autocast: code and reordered operands of products.
+"""Bytes that torch's libraries hold for good on a CPU under autocast: code and reordered operands of products.
 
 Measured, beside a step in fp32 (docs/accuracy.md): 15, 15 and 21 MB with bf16, 2 MB with fp16, whatever the network."""
 SAVING = Phase("checkpoint_save", 0, 0, 0)
@@ -53,7 +53,7 @@ class Memory:
     temporary: int
     """Buffers of the peak phase: logits, working tensors, messages."""
     allocator: int
-    """What CUDA's allocator and libraries, or a CPU's libraries of products in half precision, hold beside tensors."""
+    """Bytes that CUDA's allocator and libraries, or a CPU's libraries of products in half precision, hold beside tensors."""
     reserved: int
 
     @property

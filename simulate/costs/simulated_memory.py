@@ -44,7 +44,7 @@ class SimulatedMemory:
     passing: int
     """Tensors that come and go, at the peak."""
     holes: int
-    """What the heap, and libraries of products in half precision, hold beside them on a processor."""
+    """Bytes that the heap, and libraries of products in half precision, hold beside them on a processor."""
 
     @property
     def tensors(self) -> int:
