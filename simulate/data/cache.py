@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
+from simulate.common.disk import reserve
 from simulate.common.errors import InputError
 from simulate.common.safetensors_writer import DTYPES, header
 
@@ -77,7 +78,8 @@ class Draft:
         with self.path.open("wb") as file:
             file.write(content)
             file.flush()
-            _reserve(file.fileno(), len(content) + sum(sizes))
+            # A sparse file on a full disk would kill the process that writes into its mapping.
+            reserve(file.fileno(), len(content) + sum(sizes))
         return slots
 
     def seal(self) -> None:
@@ -89,19 +91,18 @@ class Draft:
             file.write(digest.encode())
 
 
-def _reserve(handle: int, size: int) -> None:
-    # A sparse file on a full disk would kill the process that writes into its mapping.
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(handle, 0, size)
-    else:
-        os.truncate(handle, size)
-
-
 def cache_folder() -> Path:
-    """Return the folder of cache files: LTE_CACHE, or `lte` in the user's cache directory."""
+    """Return the folder of cache files: LTE_CACHE, or `lte` in the user's cache directory; raises InputError."""
     if given := os.environ.get(CACHE_VARIABLE):
         return Path(given).absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lte"
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given) / "lte"
+    try:
+        return Path.home() / ".cache" / "lte"
+    except RuntimeError:  # a container's --user that its list of users lacks, and no HOME
+        raise InputError(
+            f"{CACHE_VARIABLE}: this user has no home folder for the cache of data; export {CACHE_VARIABLE}=FOLDER"
+        ) from None
 
 
 def stamp_of(files: Sequence[Path]) -> str:

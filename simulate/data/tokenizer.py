@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from simulate.common.encodings import read_text
 from simulate.common.errors import InputError
 from simulate.config.tables import BPE
 from simulate.data.cache import Draft, cached
@@ -22,6 +23,8 @@ from simulate.data.cache import Draft, cached
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+ENCODING = 2
+"""Part of every key of tokens: raise it when changed code makes other tokens of the same text."""
 CHUNK_CHARACTERS = 1 << 16
 """Characters of the pieces in which text is encoded, about; each ends with a line."""
 
@@ -62,7 +65,12 @@ def declared_size(tokenizer: str) -> int:
     """Return the vocabulary's size, at most, without training the tokenizer; raises InputError."""
     if tokenizer.startswith(BPE):
         return int(tokenizer.removeprefix(BPE))
-    return int(_load(Path(tokenizer)).get_vocab_size())
+    return _size(_load(Path(tokenizer)))
+
+
+def _size(tokenizer: Tokenizer) -> int:
+    """Return the number of tokens up to the largest, which exceeds their count where their numbers have gaps."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def encode(train: str, held_out: str, tokenizer: str) -> Encoded:
@@ -71,14 +79,16 @@ def encode(train: str, held_out: str, tokenizer: str) -> Encoded:
     definition = tokenizer if trained else _read(Path(tokenizer))
     # By content, not by name: an edited tokenizer.json, or other text, is encoded anew.
     parts = [hashlib.sha256(part.encode()).hexdigest() for part in (train, held_out, definition)]
-    found = cached("tokens", {"text": parts}, lambda draft: _fill(draft, train, held_out, tokenizer))
+    found = cached(
+        "tokens", {"text": parts, "encoding": ENCODING}, lambda draft: _fill(draft, train, held_out, tokenizer)
+    )
     vocabulary = Vocabulary(tokenizer, found.facts["size"], found.facts["json"])
     return Encoded(found.arrays["tokens"], found.facts["held_out_from"], vocabulary)
 
 
 def _fill(draft: Draft, train: str, held_out: str, tokenizer: str) -> None:
     used = _train(tokenizer, train) if tokenizer.startswith(BPE) else _load(Path(tokenizer))
-    size = used.get_vocab_size()
+    size = _size(used)
     dtype = "u2" if size <= 1 << 16 else "u4"  # the narrower one halves file and page cache
     parts = [_tokens_of(used, text, dtype) for text in (train, held_out)]
     tokens = np.concatenate(parts)
@@ -117,7 +127,11 @@ def _train(tokenizer: str, text: str) -> Tokenizer:
 def _load(path: Path) -> Tokenizer:
     content = _read(path)
     try:
-        return _library().Tokenizer.from_str(content)
+        tokenizer = _library().Tokenizer.from_str(content)
+        # Both are for batches of short texts: a piece of ours would lose its end, or get padding that is no text.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
     except InputError:  # the library is missing
         raise
     except Exception as error:  # the library raises no narrower class
@@ -129,7 +143,7 @@ def _load(path: Path) -> Tokenizer:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise InputError(
