@@ -32,18 +32,29 @@ def doctor_command(run: Path | None, device_name: str, launch: bool, out: Path, 
     """Print the facts and the findings of this machine; returns the exit code."""
     output = Output(as_json)
     purpose = _purpose(None if run is None else load_run(run), device_name, launch, None, 1)
-    machine = examine({"--out": out, "TMPDIR": temporary_folder(), CACHE_VARIABLE: cache_folder()}, DEFAULT_PORT)
+    folders, homeless = {"--out": out, "TMPDIR": temporary_folder()}, ""
+    try:
+        folders[CACHE_VARIABLE] = cache_folder()
+    except InputError as error:  # runs that prepare no data do without
+        homeless = str(error)
+    machine = examine(folders, DEFAULT_PORT)
     findings = diagnose(machine, purpose)
     stopped = any(stops(finding, purpose) for finding in findings)
     output.table(_facts_table(machine))
     output.text("")
     for finding in findings:
         output.text(f"{TITLES[finding.stops]}: {finding}")
-    if not findings:
+    if homeless:
+        output.text(f"{TITLES['nothing']}: {homeless}")
+    if not findings and not homeless:
         output.text("all well")
     elif not stopped:
         output.text(f"nothing stops a {'launched ' if launch else ''}run")
-    facts = {**asdict(machine), "folders": [{**asdict(f), "path": str(f.path)} for f in machine.folders]}
+    facts = {
+        **asdict(machine),
+        "formats": sorted(machine.formats),
+        "folders": [{**asdict(f), "path": str(f.path)} for f in machine.folders],
+    }
     output.json(
         {
             "version": VERSION,

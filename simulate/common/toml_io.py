@@ -128,6 +128,8 @@ def _explain(error: ValidationError, schema: type[BaseModel], where: str, text: 
     if first["type"] == "value_error":
         rule = str(first["ctx"]["error"])
         return f"{source}: {key + ': ' if key else ''}{rule}{rest}"
+    if first["type"] == "string_unicode":  # an argument of the command line, whose bytes are no text here
+        rule = "not text in this system's encoding (export LC_ALL=C.UTF-8, or rename the file)"
     rule = rule[0].lower() + rule[1:]
     return f"{source}: {key} = {_short(value)}: {rule}; correct this value{rest}"
 

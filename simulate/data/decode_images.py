@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from simulate.common.limits import usable_workers
 from simulate.data.cache import ArraySlot
@@ -127,6 +127,8 @@ def decode(content: bytes, frame: Frame) -> np.ndarray:
             image.draft("L" if frame.colours == 1 else "RGB", (frame.pixels, frame.pixels))
             # Cameras store pixels as the sensor lies, and how to turn them upright beside them.
             return fit(ImageOps.exif_transpose(image), frame)
+    except UnidentifiedImageError:  # its message names an object in memory
+        raise UnfitImageError("cannot be decoded (Pillow knows no such format)") from None
     except DAMAGE as error:
         raise UnfitImageError(f"cannot be decoded ({error or type(error).__name__})") from None
 
@@ -135,7 +137,7 @@ def _check_depth(image: Image.Image) -> None:
     """Raise UnfitImageError for more than 8 bits a colour: their range is unknown, and Pillow would cut them to 8."""
     depth = f"mode {image.mode}" if image.mode not in EIGHT_BIT_MODES else None
     # Of colours in 16 bits Pillow tells the mode RGB; how the file keeps them stands among its decoder's arguments.
-    for _, _, _, arguments in image.tile:
+    for _, _, _, arguments in getattr(image, "tile", []):
         stored = arguments if isinstance(arguments, tuple) else (arguments,)
         layouts = [text for text in stored if isinstance(text, str) and re.search(r";(16|12|32)", text)]
         if layouts:
@@ -143,7 +145,7 @@ def _check_depth(image: Image.Image) -> None:
         elif image.format == "PPM" and len(stored) > 1 and stored[1] > 255:
             depth = f"values up to {stored[1]}"
     if depth is not None:
-        raise UnfitImageError(f"has {depth}, which is not 8 bits a colour; convert it")
+        raise UnfitImageError(f"has {depth}, which is not 8 bits a colour")
 
 
 def _check_size(image: Image.Image, frame: Frame) -> None:

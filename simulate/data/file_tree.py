@@ -12,6 +12,7 @@ import os
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 from simulate.common.errors import InputError
@@ -25,6 +26,8 @@ IMAGE_MARKS = (
 """First bytes of JPEG, PNG, GIF, TIFF and JPEG 2000; those of WebP, AVIF, HEIC and BMP are not all at the start."""
 IMAGE_BRANDS = frozenset({b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1"})
 SNIFFED_BYTES = 16
+ENCRYPTED = 1
+"""The bit of a zip archive's member that is set where it needs a password."""
 SYSTEM_NAMES = frozenset(
     {"__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "@eadir", "system volume information"}
 )
@@ -58,7 +61,8 @@ def _ends_like_image(path: str) -> bool:
 
 def is_hidden(path: str) -> bool:
     """Whether a path, with slashes, leads through what users do not see: hidden files and those that systems add."""
-    return any(part.startswith(".") or part.lower() in SYSTEM_NAMES for part in path.split("/"))
+    parts = path.split("/")  # those of an archive may lead upwards
+    return any(part.lower() in SYSTEM_NAMES or (part.startswith(".") and part not in (".", "..")) for part in parts)
 
 
 def looks_like_image(start: bytes) -> bool:
@@ -114,6 +118,8 @@ def read_zip(path: Path) -> Tree:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {name: member for name, member in zip_members(archive).items() if not is_hidden(name.rstrip("/"))}
+            if any(member.flag_bits & ENCRYPTED for member in members.values()):
+                raise InputError(f"data.path = {str(path)!r} is encrypted; unpack it and name the folder")
             files = {name: (m.file_size, m.CRC) for name, m in members.items() if not name.endswith("/")}
             images = {n for n in files if not _ends_like_image(n) and _member_looks_like_image(archive, members[n])}
     except (zipfile.BadZipFile, EOFError):
@@ -122,7 +128,7 @@ def read_zip(path: Path) -> Tree:
     in_order = sorted(members)
     bare = {
         name.rstrip("/")
-        for name, after in zip(in_order, [*in_order[1:], ""], strict=True)
+        for name, after in pairwise([*in_order, ""])
         if name.endswith("/") and not after.startswith(name)
     }
     return Tree(files, frozenset(bare), frozenset(images))

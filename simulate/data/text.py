@@ -123,7 +123,7 @@ def load_text(data: Data) -> Text:
 
 def tokenized(text: Text, tokenizer: str) -> Text:
     """Return a text of bytes in a tokenizer's tokens; the same last tenth is held out. Raises InputError."""
-    content, split = memoryview(text.tokens), _split_of(len(text.tokens))  # without a copy of the bytes
+    content, split = text.tokens.data, _split_of(len(text.tokens))  # without a copy of the bytes
     while split < len(content) and content[split] & 0xC0 == 0x80:  # a UTF-8 character goes on here: do not cut it
         split += 1
     # Files were checked to be UTF-8; the default text is cut at STDLIB_BYTES, perhaps within a character.

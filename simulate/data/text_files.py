@@ -57,8 +57,9 @@ def is_packed(path: Path) -> bool:
 
 def refuse_archive(path: Path) -> None:
     """Raise InputError for an archive of files, compressed or not; reads its first bytes alone."""
-    with _opened(path) as file:
-        _check_start(file.read(SNIFFED_BYTES), path)
+    if not _is_parquet(path):
+        with _opened(path) as file:
+            _check_start(file.read(SNIFFED_BYTES), path)
 
 
 def read_text_files(files: Sequence[Path], field: str | None) -> bytearray:
@@ -210,7 +211,7 @@ def _parquet_texts(path: Path, field: str | None) -> Iterator[bytes]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
-            strings = [f.name for f in schema if arrow.types.is_string(f.type) or arrow.types.is_large_string(f.type)]
+            strings = [column.name for column in schema if _holds_text(arrow, column.type)]
             if field is None:
                 field = _text_field(schema.names, strings, path)
             if field not in schema.names:
@@ -222,6 +223,12 @@ def _parquet_texts(path: Path, field: str | None) -> Iterator[bytes]:
     except arrow.ArrowInvalid as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"data: {path} is a damaged Parquet file ({reason}); fetch it again") from None
+
+
+def _holds_text(arrow: Any, kind: Any) -> bool:
+    """Whether a column's type is text, also where each text is stored once and numbered."""
+    stored = kind.value_type if arrow.types.is_dictionary(kind) else kind
+    return str(stored) in ("string", "large_string", "string_view")
 
 
 def _text_field(fields: Sequence[str], texts: Sequence[str], path: Path) -> str:

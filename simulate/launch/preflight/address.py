@@ -136,11 +136,12 @@ def address_to_join(interface: str | None) -> str:
         (found, address)
         for found in shown
         for address in found.addresses
-        if not (address.is_loopback or (address.version == 6 and address.is_link_local))
+        if not (address.version == 6 and address.is_link_local) and (interface is not None or not address.is_loopback)
     ]
+    if not usable and interface is not None:
+        raise InputError(f"--interface {interface} has no address that others can call; there are {_choices(known)}")
     if not usable:
-        where = f"--interface {interface}" if interface is not None else "this machine"
-        raise InputError(f"{where} has no address but loopback; connect it, or name one with --join HOST:PORT")
+        raise InputError("this machine has no address but loopback; connect it, or name one with --join HOST:PORT")
     routed = _routed_address()
 
     def rank(candidate: tuple[Interface, IpAddress]) -> tuple[Any, ...]:

@@ -158,6 +158,21 @@ def test_an_archive_of_windows_reads_as_its_folder_does(tmp_path: Path) -> None:
     assert np.array_equal(load_images(archived, frame).pixels, load_images(folder, frame).pixels)
 
 
+def test_archives_with_odd_names_or_a_password(tmp_path: Path) -> None:
+    for wrapper in ("../", "/home/me/", "./"):
+        path = write_zip(tmp_path / "d.zip", {f"{wrapper}{name}": content for name, content in FILES.items()})
+        assert load_images(source(path), Frame(8, 3)).classes == ("cat", "dog")
+    assert read_zip(write_zip(tmp_path / "none.zip", {})).files == {}
+    content = bytearray(path.read_bytes())
+    for mark, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        at = -1
+        while (at := content.find(mark, at + 1)) >= 0:
+            content[at + offset] |= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"d\.zip' is encrypted; unpack it"):
+        read_zip(path)
+
+
 def test_a_link_that_leads_back_is_named(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "d", FILES)
     (root / "cat" / "again").symlink_to(root, target_is_directory=True)

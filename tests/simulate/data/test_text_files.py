@@ -17,6 +17,7 @@ import pytest
 from simulate.common.errors import InputError
 from simulate.config.tables import Data
 from simulate.data import text_files
+from simulate.data.load import image_source
 from simulate.data.text import held_bytes, load_text, read_bytes
 
 WORDS = "über 😀\r\nzwei\n"
@@ -143,6 +144,11 @@ def test_parquet_gives_its_texts(tmp_path: Path) -> None:
     assert read(tmp_path / "a.parquet") == "one\nzwei 😀".encode()
     assert read(tmp_path) == "one\nzwei 😀\none".encode()
     assert held_bytes(Data(path=str(tmp_path))) == len("one\nzwei 😀\none".encode())
+    assert image_source(Data(path=str(tmp_path / "b"))) is None
+    stored_once = arrow.table({"text": arrow.array(["one", "two", "one"]).dictionary_encode()})
+    parquet.write_table(stored_once, tmp_path / "c.parquet")
+    assert read(tmp_path / "c.parquet") == b"one\ntwo\none"
+    (tmp_path / "c.parquet").unlink()
     assert "has no field 'txt' (but n, text)" in refusal(tmp_path / "b", field="txt")
     assert "holds int in the field 'n'" in refusal(tmp_path / "b", field="n")
     written(tmp_path / "b", (tmp_path / "b").read_bytes()[:-20])

@@ -181,3 +181,17 @@ def test_a_tokenizer_that_notepad_saved_is_read(tmp_path: Path) -> None:
     own_tokenizer(path, {"a": 0, "b": 1})
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert declared_size(str(path)) == 2
+
+
+def test_text_that_a_tokenizer_would_drop_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0, "b": 1, "c": 2}, merges=[]))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    library.save(str(path))
+    assert encode("ab a\nb " * 20_000, "c", str(path)).tokens[:5].tolist() == [0, 1, 0, 1, 0]
+    with pytest.raises(InputError, match=r"has no token for 'xé', and none for the unknown"):
+        encode("ab a\nb " * 20_000 + "axé b", "c", str(path))
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="u")).save(str(path))
+    with pytest.raises(InputError, match=r"cannot encode the text \(WordLevel error") as caught:
+        encode("b", "a", str(path))
+    assert "\n" not in str(caught.value)
