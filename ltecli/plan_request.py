@@ -14,6 +14,7 @@ from typing import Any
 
 from simulate.common import toml_io
 from simulate.common.errors import InputError
+from simulate.config.calibration import find_calibration
 from simulate.config.hardware import LOCAL, Profile
 from simulate.config.method_options import AdapterOptions, MethodOptions
 from simulate.config.method_table import BASELINE, DEFAULT_METHOD, METHOD_NAMES, method_options
@@ -31,8 +32,6 @@ EMBEDDED_BYTES = 500_000
 """Lower bound of the embedded text's size, which differs from one Python version to the next."""
 TOKENS_PER_PARAMETER = 20
 """Hoffmann et al. 2022 (arXiv 2203.15556): compute-optimal training takes about 20 tokens a parameter."""
-DEMO_TOKENS = 400_000
-"""Tokens of a request without a model: about a minute of training on two cores."""
 REFERENCE_WIDTH, REFERENCE_RATE = 128, 3e-3
 """The learning rate falls with the width (Yang et al. 2022, arXiv 2203.03466); 3e-3 at 128 was measured to do well."""
 _WHERE = "command line"
@@ -78,7 +77,8 @@ def plan_request(request: PlanArgs, to_train: bool = True) -> Plan:
     table = _given_keys(request)
     pins = _pins(table)
     profile = load_profile(str(table["cluster"].setdefault("profile", LOCAL)))
-    link_notes = []
+    _, ignored = find_calibration() if profile.name == LOCAL else (None, "")
+    link_notes = [ignored] if ignored else []
     if request.link_from is not None:
         profile, note = _with_measured_link(request.link_from, profile)
         link_notes.append(note)
@@ -240,8 +240,6 @@ def _tokens(request: PlanArgs, base: Run, table: toml_io.Table) -> int:
         return given
     if "steps" in table["train"]:
         return base.train.steps * base.tokens_per_step
-    if request.model is None and not table["model"]:
-        return DEMO_TOKENS
     shape = base.model.shape()
     # Of images, a sample counts as many tokens as the network makes of it.
     tokens = TOKENS_PER_PARAMETER * shape.parameters

@@ -21,11 +21,11 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
+from simulate.common.cache_folder import CACHE_VARIABLE, cache_folder
 from simulate.common.disk import reserve
 from simulate.common.errors import InputError
 from simulate.common.safetensors_writer import DTYPES, header
 
-CACHE_VARIABLE = "LTE_CACHE"
 CACHE_VERSION = 1
 """Part of every key: raise it when changed code makes other arrays for the same key."""
 _NO_DIGEST = "0" * 64
@@ -89,20 +89,6 @@ class Draft:
             # Over the zeros that `allocate` wrote; the digest counts them, so that writing it leaves it true.
             file.seek(8 + content.rindex(_NO_DIGEST.encode()))
             file.write(digest.encode())
-
-
-def cache_folder() -> Path:
-    """Return the folder of cache files: LTE_CACHE, or `lte` in the user's cache directory; raises InputError."""
-    if given := os.environ.get(CACHE_VARIABLE):
-        return Path(given).absolute()
-    if given := os.environ.get("XDG_CACHE_HOME"):
-        return Path(given) / "lte"
-    try:
-        return Path.home() / ".cache" / "lte"
-    except RuntimeError:  # a container's --user that its list of users lacks, and no HOME
-        raise InputError(
-            f"{CACHE_VARIABLE}: this user has no home folder for the cache of data; export {CACHE_VARIABLE}=FOLDER"
-        ) from None
 
 
 def stamp_of(files: Sequence[Path]) -> str:
