@@ -368,6 +368,38 @@ def export(
     return export_command(run, form.value, out, as_json)
 
 
+@app.command()
+@guarded
+def sample(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to go on from.")],
+    length: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token each time.")] = 0.8,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
+    as_json: Json = False,
+) -> int:
+    """Let a run's newest weights go on with a text."""
+    from ltecli.commands.use import sample_command
+
+    return sample_command(run, prompt, length, temperature, seed, as_json)
+
+
+@app.command("eval")
+@guarded
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    data: Annotated[str, typer.Option("--data", "-d", help="Text or images: a file, a folder or a .zip.")],
+    as_json: Json = False,
+) -> int:
+    """Score a run's newest weights on other data.
+
+    All of a text counts; of images the held-out ones.
+    """
+    from ltecli.commands.use import eval_command
+
+    return eval_command(run, data, as_json)
+
+
 @profile_app.command("list")
 @guarded
 def profile_list(as_json: Json = False) -> None:
