@@ -479,8 +479,16 @@ def profile_serve(
     serve_command(interface, port, secret_file)
 
 
+def _open_closed_streams() -> None:
+    """Put nothing in place of streams that whoever started this process has closed, as services do."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the `lte` command; returns the exit code."""
+    _open_closed_streams()
     # Tables and curves use characters beyond ASCII, which the locale of a bare container refuses.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -493,6 +501,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Threads that spin while they wait are tens of times slower beside other work on the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        Path.cwd()
+    except FileNotFoundError:  # libraries would end the process with words about themselves
+        sys.stderr.write("lte: the current folder was removed; cd to one that exists\n")
+        return BAD_INPUT
     try:
         # Without standalone mode typer raises mistakes to us, where it would print them in its own form and exit.
         code = int(app(given or ["--help"], prog_name="lte", standalone_mode=False) or 0)

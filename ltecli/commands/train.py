@@ -56,8 +56,6 @@ RUNS = Path("runs")
 DEMO_NAME = "demo"
 DEMO_TOKENS = 400_000
 """Tokens of a run without a run.toml: about a minute of training on two cores."""
-WHAT_DATA = ("name", "path", "format", "subset", "column", "rows")
-"""Keys of [data] that say which data it is; the others say how to use it."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +227,7 @@ def _name(given: Path | None, args: TrainArgs) -> str:
 def _run(given: Path | None, args: TrainArgs) -> Run:
     """Return the run of a run.toml, or else of a plan made now, with the command line's args."""
     if given is not None:
-        run = _with_data(load_run(given, list(args.assignments)), args.data)
+        run = _with_absolute_paths(load_run(given, list(args.assignments), args.data))
     else:
         # The plan's run.toml is resumed from any folder, so its path must not depend on this one.
         data = args.data and str(Path(args.data).absolute())
@@ -245,12 +243,9 @@ def _run(given: Path | None, args: TrainArgs) -> Run:
     return build_run({**run.model_dump(exclude_none=True), "train": train}, "command line")
 
 
-def _with_data(run: Run, path: str | None) -> Run:
-    """Return the run with --data's path, and with absolute paths, so that it can be resumed from any folder."""
-    # A run folder may be resumed from any folder, where relative paths would lead elsewhere.
+def _with_absolute_paths(run: Run) -> Run:
+    """Return the run with absolute paths: its folder may be resumed from where relative ones would lead elsewhere."""
     table = run.data.model_dump(exclude_none=True)
-    if path is not None:
-        table = {key: value for key, value in table.items() if key not in WHAT_DATA} | {"path": path}
     if "path" in table:
         table["path"] = str(Path(table["path"]).absolute())
     if table["tokenizer"] != BYTES and not table["tokenizer"].startswith(BPE):

@@ -54,15 +54,19 @@ def this_machine() -> str:
     return f"{usable_cores()} cores of {machine_text({**facts, 'versions': versions})}"
 
 
-def calibration_file() -> Path:
-    """Return the path of this machine's file, whether or not it exists."""
-    return cache_folder() / f"calibration-{hashlib.sha256(this_machine().encode()).hexdigest()[:16]}.toml"
+def calibration_file() -> Path | None:
+    """Return the path of this machine's file, whether or not it exists; None where the user has no cache folder."""
+    try:
+        folder = cache_folder()
+    except InputError:  # a container's user without a home: plans go on guessing, as where nothing was measured
+        return None
+    return folder / f"calibration-{hashlib.sha256(this_machine().encode()).hexdigest()[:16]}.toml"
 
 
 def find_calibration() -> tuple[Calibration | None, str]:
     """Return this machine's rates, None where there are none; and why a file that exists is ignored, else ""."""
     path = calibration_file()
-    if not path.is_file():
+    if path is None or not path.is_file():
         return None, ""
     try:
         text = path.read_text(encoding="utf-8")
@@ -93,6 +97,8 @@ def keep(device: Device, measurement: Measurement) -> str:
         "measurement": measurement.model_dump(exclude_none=True),
     }
     path = calibration_file()
+    if path is None:
+        return "this user has no home folder to keep rates in; export LTE_CACHE=FOLDER"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         toml_io.write_atomically(path, toml_io.dump(table).encode())
@@ -103,4 +109,4 @@ def keep(device: Device, measurement: Measurement) -> str:
 
 def is_wanted() -> bool:
     """Whether this machine should be measured now: its rates are missing, and nobody has said not to."""
-    return os.environ.get(SWITCH) != "0" and find_calibration()[0] is None
+    return os.environ.get(SWITCH) != "0" and calibration_file() is not None and find_calibration()[0] is None

@@ -26,13 +26,14 @@ from simulate.models.schema import FactoryModel
 
 
 def _with_default_data(given: Any) -> Any:
-    """Give an image model the embedded digits where no data is named: it cannot train on the default text."""
-    if not isinstance(given, dict) or not isinstance(model := given.get("model"), dict):
+    """Name the embedded data where none is named: text, or digits for a model of images; other keys stay."""
+    if not isinstance(given, dict) or not isinstance(model := given.get("model", {}), dict):
         return given
     data = given.get("data") or {}
-    if not isinstance(data, dict) or data.keys() & {"name", "path"} or not sees_images(model):
+    if not isinstance(data, dict) or data.keys() & {"name", "path"}:
         return given
-    return {**given, "data": {"name": "digits", "upscale": True, **data}}
+    embedded = {"name": "digits", "upscale": True} if sees_images(model) else {"name": "stdlib"}
+    return {**given, "data": {**embedded, **data}}
 
 
 class Run(toml_io.Schema):
@@ -132,10 +133,19 @@ def build_run(table: toml_io.Table, where: str = "run", text: str = "", assigned
     return toml_io.validate(_schema(options), table, where, text, assigned)
 
 
-def load_run(path: Path, assignments: list[str] | None = None) -> Run:
-    """Read run.toml and apply `--set` assignments; raises InputError with file, line and key."""
+WHAT_DATA = frozenset({"name", "path", "format", "field", "subset", "column", "rows"})
+"""Keys of [data] that belong to one data set: another path does without them."""
+
+
+def load_run(path: Path, assignments: list[str] | None = None, data_path: str | None = None) -> Run:
+    """Read run.toml, put other data in place of its own, and apply `--set` assignments.
+
+    Raises InputError with file, line and key.
+    """
     text = toml_io.read(path)
     table = toml_io.parse(text, str(path))
+    if data_path is not None and isinstance(data := table.get("data", {}), dict):
+        table["data"] = {key: value for key, value in data.items() if key not in WHAT_DATA} | {"path": data_path}
     assigned = [toml_io.set_key(table, assignment) for assignment in assignments or []]
     return build_run(table, str(path), text, assigned)
 

@@ -35,6 +35,8 @@ class Data(toml_io.Schema):
     path: str | None = Field(default=None, min_length=1)
     format: DataFormat | None = None
     """Format of the files at the path; not set: recognised from the files."""
+    field: str | None = Field(default=None, min_length=1)
+    """Field of records (.jsonl, Parquet) at the path that holds the text; not set: the only field of text."""
     subset: str | None = None
     """Configuration of a data set from hf: that has several."""
     column: str | None = None
@@ -64,6 +66,8 @@ class Data(toml_io.Schema):
             raise ValueError(f"name = {self.name!r} is not known; {near_match(self.name, (*DATA_NAMES, HUB + 'NAME'))}")
         if self.format is not None and self.path is None:
             raise ValueError(f"format = {self.format!r} says what lies at a path, and there is none; remove it")
+        if self.field is not None and self.path is None:
+            raise ValueError(f"field = {self.field!r} is of records at a path, and there is none; remove it")
         # Refused, since a key that has no effect hides a mistake.
         for key in ("subset", "column", "rows"):
             if getattr(self, key) is not None and not self.from_hub:

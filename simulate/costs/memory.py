@@ -12,12 +12,11 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import attrgetter
-from pathlib import Path
 
 from simulate.config.hardware import Device
 from simulate.config.method_options import MethodOptions
 from simulate.config.run import Run
-from simulate.config.tables import BYTES
+from simulate.config.tables import Data
 from simulate.costs.activations import step_phases
 from simulate.costs.allocator import cast_bytes, held_beside_tensors, unfilled_share
 from simulate.costs.buffers import exchange_phases
@@ -293,8 +292,16 @@ def host_memory_by_part(run: Run, shape: ModelShape, device: Device) -> dict[str
         "start_weights": copies * shape.adapted_parameters * element_bytes,
         "diagnostics": shape.parameters * element_bytes if run.train.diagnostics_every is not None else 0,
         "checkpoint_save": largest if own else 0,
-        "data": text_bytes(run.data.path, run.data.tokenizer) if own and run.model.unit == "tokens" else 0,
+        "data": text_bytes(run.data) if own and run.model.unit == "tokens" else 0,
     }
+
+
+def mapped_file_bytes(run: Run, shape: ModelShape) -> int:
+    """Return the bytes of a process's files in TMPDIR: full-precision weights beside packed ones, gradients' sums."""
+    element_bytes = ELEMENT_BYTES[run.train.dtype]
+    copies = plan_of(run.method).full_copies if run.method.frozen_format != "none" else 0
+    sums = shape.parameters if run.train.diagnostics_every is not None else 0
+    return (copies * shape.adapted_parameters + sums) * element_bytes
 
 
 @lru_cache(maxsize=64)
@@ -303,13 +310,11 @@ def _largest_elements(shape: ModelShape) -> int:
 
 
 @lru_cache(maxsize=64)
-def text_bytes(path: str | None, tokenizer: str) -> int:
-    """Return the size of text files that are read as bytes; 0 where tokens are memory-mapped, or no file exists yet."""
-    if path is None or tokenizer != BYTES:
-        return 0
-    root = Path(path)
-    files = root.rglob("*") if root.is_dir() else [root]
-    return sum(file.stat().st_size for file in files if file.is_file())
+def text_bytes(data: Data) -> int:
+    """Return the memory that text at a path takes; 0 where it is memory-mapped, or no file exists yet."""
+    from simulate.data.text import held_bytes  # only plans of text at a path need the readers of data
+
+    return held_bytes(data)
 
 
 @by_method

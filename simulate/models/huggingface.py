@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simulate.common.encodings import read_text
 from simulate.common.errors import InputError, near_match
 from simulate.models.interfaces import HUGGINGFACE, HuggingfaceOptions
 
@@ -98,7 +99,7 @@ def _configuration(name: str) -> Any:
 
 def _table(path: Path, name: str) -> dict[str, Any]:
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(read_text(path))
     except OSError as error:
         raise InputError(f"model.name = {name!r}: {path} cannot be read ({error.strerror}); check the path") from None
     except ValueError:

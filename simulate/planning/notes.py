@@ -17,6 +17,7 @@ from simulate.config.hardware import LOCAL
 from simulate.config.run import Run
 from simulate.costs.diagnostics_bytes import diagnostics_exchange
 from simulate.costs.eval_and_save_time import AFFORDABLE_SHARE
+from simulate.costs.memory import mapped_file_bytes
 from simulate.costs.samples import shipped
 from simulate.costs.step_time import device_step_s, round_time
 from simulate.models.shapes import ModelShape
@@ -62,6 +63,7 @@ def plan_notes(
         yield from _worth_trying(chosen)
         yield from format_notes(chosen, context.profile, evaluate, picked)
         yield from _checkpoints(chosen)
+        yield from _temporary_files(chosen, shape)
         yield from _deadlines(chosen)
         yield from diagnostics_notes(chosen.run, shape)
         yield from _faster_rival(chosen, rival)
@@ -175,6 +177,15 @@ def _worth_trying(chosen: Candidate) -> Iterator[str]:
         yield (
             "method.wire = int8 sends about a quarter of the bytes, and trained as well as full messages on a small "
             "text model (docs/results.md); try it with --set, and a higher rank for a part of what that saves"
+        )
+
+
+def _temporary_files(chosen: Candidate, shape: ModelShape) -> Iterator[str]:
+    """Report what a process keeps in mapped files: their folder may be small, or memory of its own."""
+    if size := mapped_file_bytes(chosen.run, shape):
+        yield (
+            f"every process keeps {bytes_text(size)} in temporary files, weights in full precision and sums of "
+            "gradients: export TMPDIR=FOLDER on a disk with room for them"
         )
 
 

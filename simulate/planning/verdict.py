@@ -93,7 +93,7 @@ def _passes(plan: Plan) -> float | None:
     data = plan.base.data
     if plan.base.model.unit != "tokens" or data.tokenizer != BYTES:
         return None
-    size = STDLIB_BYTES if data.name == "stdlib" else TRAINED_SHARE * text_bytes(data.path, data.tokenizer)
+    size = STDLIB_BYTES if data.name == "stdlib" else TRAINED_SHARE * text_bytes(data)
     return plan.tokens / size if size else None
 
 

@@ -80,6 +80,20 @@ def test_data_on_the_command_line_replaces_what_the_file_names(lte: Lte, here: P
     assert lte("train", "tiny.toml", "--data", "prose.txt", "--out", "a", "--quiet").code == 0
 
 
+def test_a_key_of_data_may_stand_without_the_table(lte: Lte, here: Path) -> None:
+    write_run(here / "tiny.toml")
+    text = (here / "tiny.toml").read_text()
+    begin = text.index("[data]")
+    (here / "tiny.toml").write_text(text[:begin] + text[text.index("[", begin + 1) :])
+    (here / "records.jsonl").write_text(json.dumps({"title": "a", "body": (here / "prose.txt").read_text()}))
+    assert load_run(here / "tiny.toml", ["data.shards=[3.0, 1.0]"]).data.name == "stdlib"
+    given = ("--data", "records.jsonl", "--set", "data.field=body", "--set", "data.shards=[3.0, 1.0]")
+    outcome = lte("train", "tiny.toml", "--out", "b", "--quiet", *given)
+    assert outcome.code == 0, outcome.stderr
+    kept = load_run(here / "b" / "run.toml").data
+    assert kept.field == "body" and kept.shards == (3.0, 1.0) and kept.path == str(here / "records.jsonl")
+
+
 @pytest.mark.parametrize("verb", ["train", "plan"])
 def test_images_need_a_model_of_images(refused: Refused, here: Path, run_toml: Path, verb: str) -> None:
     pictures = write_folder(here / "pictures", files_of({"cat": 3, "dog": 3}))

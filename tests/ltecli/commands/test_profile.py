@@ -174,5 +174,5 @@ def test_a_gpu_that_is_not_there_is_not_measured(refused: Refused, monkeypatch: 
 
 
 def test_a_profile_that_is_not_text_is_refused(refused: Refused, here: Path) -> None:
-    (here / "p.toml").write_bytes(b"\xff\xfe")
+    (here / "p.toml").write_bytes(b"caf\xe9")
     refused("profile", "show", "p.toml", words=("p.toml", "not UTF-8"))

@@ -102,3 +102,14 @@ def test_a_folder_that_takes_no_files_is_a_line(folder: Path) -> None:
 def test_a_switch_keeps_runs_from_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SWITCH, "0")
     assert not is_wanted()
+
+
+def test_a_user_without_a_home_is_neither_measured_nor_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("LTE_CACHE", "XDG_CACHE_HOME", SWITCH):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert calibration_file() is None and find_calibration() == (None, "")
+    assert not is_wanted()
