@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 ALLOCATOR_SHARE = 0.1
-"""Share that a GPU's allocator holds beside a simulation's tensors: LARGE_HOLES was seen on a CPU's, and none on a GPU's."""
+"""Guess: share that a GPU's allocator holds beside a simulation's tensors; LARGE_HOLES was seen on a CPU."""
 TINY = {"layers": 2, "width": 64, "attention_heads": 2, "mlp_width": 128, "tokens_width": 32, "channels_width": 128,
         "context": 64}  # fmt: skip
 """Largest sizes of a tiny network."""

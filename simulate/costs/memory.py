@@ -52,7 +52,7 @@ class Memory:
     temporary: int
     """Buffers of the peak phase: logits, working tensors, messages."""
     allocator: int
-    """Bytes that CUDA's allocator and libraries, or a CPU's libraries of products in half precision, hold beside tensors."""
+    """Bytes that CUDA's allocator and libraries, or a CPU's half-precision libraries, hold beside tensors."""
     reserved: int
 
     @property
