@@ -32,6 +32,8 @@ that trained best (Masters and Luschi 2018, arXiv 1804.07612)."""
 NEAR = 0.02
 """Largest distance from --batch-tokens or --batch-samples, as a share, that is as good as the nearest one: odd batches
 have few divisors, and small passes are slow."""
+FEWER_EXCHANGES = (2, 4, 8)
+"""Times the passes of a step that methods which exchange at every step are tried with, beside once."""
 WARMUP_SHARE, MOST_WARMUP_STEPS = 0.05, 2000
 
 
@@ -57,11 +59,15 @@ def grid(base: Run, shape: ModelShape, methods: Sequence[str], pins: Pins, token
     if isinstance(base.model, FactoryModel):  # recomputation needs blocks that we know
         checkpointing = (False,)
     options = [option for name in methods for option in _options(base, shape, name, pins)]
-    for (micro_batch, accumulate), recompute in itertools.product(_batches(base, pins), checkpointing):
-        train = train_for(base, micro_batch, accumulate, recompute, tokens)
+    # Methods that exchange at every step would else be judged at the batch that fits, and pay the link for it.
+    at_every_step = [method for method in options if method.round_steps == 1 and base.cluster.devices > 1]
+    is_open = pins.micro_batch is None and pins.accumulate is None and pins.batch is None
+    times = (1, *FEWER_EXCHANGES) if is_open else (1,)
+    for (micro_batch, accumulate), recompute, more in itertools.product(_batches(base, pins), checkpointing, times):
+        train = train_for(base, micro_batch, accumulate * more, recompute, tokens)
         if train.num_warmup_steps >= train.steps:  # as Run refuses it; copies skip its validation
             continue
-        for method in options:
+        for method in options if more == 1 else at_every_step:
             if micro_batch % getattr(method, "heads_per_device", 1):
                 continue
             yield base.model_copy(update={"method": method, "train": train})
