@@ -68,6 +68,18 @@ class Adamix(Lora):
 
         return convert(model, 1, ConversionSpec(make, convolutions="average"))
 
+    def parameters_in_use(self) -> Iterator[nn.Parameter]:
+        """Yield all parameters but those of experts that this step does not route through."""
+        idle = {
+            id(factor)
+            for module in self.model.modules()
+            if isinstance(module, MixtureLinear)
+            for factors, chosen in zip((module.all_a, module.all_b), module.chosen, strict=True)
+            for index, factor in enumerate(factors)
+            if index != chosen
+        }
+        return (parameter for parameter in self.model.parameters() if id(parameter) not in idle)
+
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         for module in self.model.modules():
             if isinstance(module, MixtureLinear):
