@@ -49,6 +49,8 @@ TOLERANCE = 1e-3
 """Largest error of an output, in float32, relative to the largest output."""
 PASSED_SAMPLES = 8
 """Samples of the passes that find out what is random, kept or unused."""
+PASSES = 16
+"""Most passes until a parameter without a gradient counts as unused."""
 TRACED_SAMPLES = (2, 6)
 """Batch sizes at which peak memory is measured."""
 _ONE_PAIR = AdapterSpec(1, 1.0, heads_per_device=1, reset_less=False, first_device=0, seed=0)
@@ -145,13 +147,17 @@ def _findings(options: UserNetworkOptions) -> _Findings:
 
 
 def _unused_parameters(options: UserNetworkOptions, network: nn.Module) -> tuple[str, ...]:
-    """Return the parameters that get no gradient from a training pass over random samples."""
-    inputs, targets = example_batch(options, PASSED_SAMPLES)
-    inputs = torch.randint_like(inputs, int(inputs.max()) + 1) if inputs.dtype == torch.int64 else inputs
-    with _named_errors(options, "its backward pass"):
-        token_losses(network.train()(inputs).flatten(0, -2), targets.reshape(-1)).mean().backward()
+    """Return the parameters that get no gradient from training passes over random samples."""
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    unused = tuple(name for name, parameter in trained.items() if parameter.grad is None)
+    unused = tuple(trained)
+    for _ in range(PASSES):  # further ones for parts that only some samples pass through
+        inputs, targets = example_batch(options, PASSED_SAMPLES)
+        random = torch.randint_like(inputs, int(inputs.max()) + 1) if options.unit == "tokens" else torch.randn_like(inputs)
+        with _named_errors(options, "its backward pass"):
+            token_losses(network.train()(random).flatten(0, -2), targets.reshape(-1)).mean().backward()
+        unused = tuple(name for name, parameter in trained.items() if parameter.grad is None)
+        if not unused:
+            break
     network.zero_grad()
     if len(unused) == len(trained):
         raise InputError(
