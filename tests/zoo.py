@@ -322,7 +322,8 @@ TRAINED: dict[str, Callable[[], nn.Module]] = {
         nn.LayerNorm(WIDTH), nn.LeakyReLU(inplace=True), nn.RMSNorm(WIDTH), nn.LeakyReLU(inplace=True)
     ),
     "convolution": lambda: Apply(
-        lambda x, conv: torch.relu_(conv(x.mT.unsqueeze(3))).squeeze(3).mT, nn.Conv2d(WIDTH, WIDTH, (3, 1), padding=(1, 0))
+        lambda x, conv: torch.relu_(conv(x.mT.unsqueeze(3))).squeeze(3).mT,
+        nn.Conv2d(WIDTH, WIDTH, (3, 1), padding=(1, 0)),
     ),
     "one-dimensional convolution": lambda: Apply(lambda x, conv: conv(x.mT).mT, nn.Conv1d(WIDTH, WIDTH, 3, padding=1)),
     "gru": lambda: First(nn.GRU(WIDTH, WIDTH, batch_first=True)),
@@ -363,7 +364,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "float64": (lambda: as_cast(torch.float64), "is float64; build the network in float32"),
     "complex": (lambda: as_cast(torch.complex64), "is complex64; build the network in float32"),
     "unseeded": (
-        lambda: drawn_by(lambda: np.random.default_rng().normal(0, 0.3, (WIDTH, WIDTH))), "other start weights whenever",
+        lambda: drawn_by(lambda: np.random.default_rng().normal(0, 0.3, (WIDTH, WIDTH))),
+        "other start weights whenever",
     ),
     "gathered experts": (Experts, "must keep samples apart"),
     "mixing": (lambda: Apply(lambda x: x - x.mean(0)), "must keep samples apart"),

@@ -117,9 +117,9 @@ def convert(model: nn.Module, copies: int, spec: ConversionSpec = EVERYTHING_TRA
 
     The spec's `make_adapter`, if there is one, replaces every nn.Linear, nn.Conv2d, Conv1D of transformers and
     projection of nn.MultiheadAttention, except those whose weight is tied to another module and those that the network
-    names in `trained_whole`. A module of unknown kind with parameters runs copy by copy. `unbatched` of the network maps
-    names of modules to the places of arguments that all samples share. Parameters with requires_grad = False stay what
-    they are, as buffers of one copy. Raises InputError for batch normalisation, and for a network that owns parameters
+    names in `trained_whole`. A module of unknown kind with parameters runs copy by copy. Its `unbatched` maps names of
+    modules to the places of arguments that all samples share. Parameters with requires_grad = False stay what they
+    are, as buffers of one copy. Raises InputError for batch normalisation, and for a network that owns parameters
     without a module around them.
     """
     refuse_batch_norm(model)

@@ -352,7 +352,9 @@ class ReplicatedModule(nn.Module):
         parts = []
         for copy in range(copies):
             own = {name: tensor[min(copy, len(tensor) - 1)] for name, tensor in tensors.items()}
-            cut = [leaf.chunk(copies)[copy] if count == samples else leaf for leaf, count in zip(leaves, rows, strict=True)]
+            cut = [
+                leaf.chunk(copies)[copy] if count == samples else leaf for leaf, count in zip(leaves, rows, strict=True)
+            ]
             args, kwargs = tree_unflatten(cut, structure)
             parts.append(functional_call(self.plain[0], own, args, kwargs))
         return tree_map(lambda *same: torch.cat(same) if isinstance(same[0], Tensor) else same[0], *parts)

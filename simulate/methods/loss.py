@@ -58,7 +58,6 @@ class Loss:
                 gradient[~finite_L] = 0
             self.loss_scale.update(finite_L)
 
-
     def _complete_gradients(self) -> None:
         """Give parameters that this pass did not use a gradient of zero, as others' passes may have used them.
 

@@ -67,7 +67,7 @@ def check_passes(name: str, network: nn.Module, forward: Callable[[], Tensor]) -
     for mode in ("training", "evaluation"):
         network.train(mode == "training")
         before = {key: buffer.clone() for key, buffer in network.named_buffers()}
-        states = random.getstate(), np.random.get_state()[1].tobytes()
+        states = _states()
         outputs = []
         for extreme in (0.0, JUST_BELOW_ONE):
             with _Draws(extreme):
@@ -80,12 +80,18 @@ def check_passes(name: str, network: nn.Module, forward: Callable[[], Tensor]) -
                     "parameters, so that devices would disagree on it; compute it anew from the samples in each pass"
                 )
         alike = all(_close(outputs[0], other) for other in outputs[1:])
-        if not alike or states != (random.getstate(), np.random.get_state()[1].tobytes()):
+        if not alike or states != _states():
             raise InputError(
                 f"model.name = {name!r}: passes of {mode} over the same samples give different outputs: the network "
                 "draws at random (dropout, drop path, noise) or counts its passes, outside of the run's seed, so that "
                 "no run could be repeated or resumed; build it with these set to 0"
             )
+
+
+def _states() -> str:
+    """Return the states of Python's and numpy's generators."""
+    name, keys, *rest = np.random.get_state()
+    return repr((random.getstate(), name, list(keys), rest))
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

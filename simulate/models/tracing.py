@@ -152,7 +152,9 @@ def _unused_parameters(options: UserNetworkOptions, network: nn.Module) -> tuple
     unused = tuple(trained)
     for _ in range(PASSES):  # further ones for parts that only some samples pass through
         inputs, targets = example_batch(options, PASSED_SAMPLES)
-        random = torch.randint_like(inputs, int(inputs.max()) + 1) if options.unit == "tokens" else torch.randn_like(inputs)
+        random = (
+            torch.randint_like(inputs, int(inputs.max()) + 1) if options.unit == "tokens" else torch.randn_like(inputs)
+        )
         with _named_errors(options, "its backward pass"):
             token_losses(network.train()(random).flatten(0, -2), targets.reshape(-1)).mean().backward()
         unused = tuple(name for name, parameter in trained.items() if parameter.grad is None)
@@ -298,8 +300,7 @@ def _notes(options: UserNetworkOptions, plain: nn.Module, adapted: nn.Module) ->
         yield f"{options.name} is built without dropout"
     frozen = [name for name, p in plain.named_parameters() if not p.requires_grad]
     if frozen:
-        more = f" and {len(frozen) - 3} more" if len(frozen) > 3 else ""
-        yield f"not trained (frozen, or nothing depends on it): {', '.join(frozen[:3])}{more}"
+        yield f"not trained (frozen, or the loss does not depend on it): {_first_names(frozen)}"
     plain_kinds = {name: type(module).__name__ for name, module in plain.named_modules()}
     kinds: dict[str, list[str]] = defaultdict(list)
     for name, module in adapted.named_modules():
@@ -309,9 +310,12 @@ def _notes(options: UserNetworkOptions, plain: nn.Module, adapted: nn.Module) ->
         elif isinstance(module, ReplicatedLinear | ReplicatedConv2d):
             kinds[kind].append(name)
     if kinds:
-        more = {kind: f" and {len(names) - 3} more" if len(names) > 3 else "" for kind, names in kinds.items()}
-        parts = (f"{', '.join(names[:3])}{more[kind]} ({kind})" for kind, names in kinds.items())
+        parts = (f"{_first_names(names)} ({kind})" for kind, names in kinds.items())
         yield f"trained whole, without adapters: {', '.join(parts)}"
+
+
+def _first_names(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _rows(options: UserNetworkOptions, adapted: nn.Module, layers: list[LoraLinear]) -> list[int]:

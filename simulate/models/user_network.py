@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
 from simulate.common.errors import InputError, first_line, near_match
 from simulate.common.user_code import import_named
@@ -67,10 +67,10 @@ def _refuse_wrapped(network_name: str, network: nn.Module) -> None:
         compiled = getattr(module, "_compiled_call_impl", None) is not None
         if compiled or isinstance(module, torch.jit.ScriptModule) or kind in _WRAPPERS:
             raise InputError(
-                f"model.name = {network_name!r}: {where} is scripted, compiled or wrapped, so that its layers cannot be "
-                "given copies for devices; return the plain module"
+                f"model.name = {network_name!r}: {where} is scripted, compiled or wrapped, so that its layers "
+                "cannot be given copies for devices; return the plain module"
             )
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
             raise InputError(
                 f"model.name = {network_name!r}: {where} has no weights before its first samples; name its sizes, or "
                 "pass it samples in the factory"
@@ -89,8 +89,8 @@ def _refuse_parameter(network_name: str, name: str, parameter: nn.Parameter) -> 
         )
     if parameter.is_complex() or (parameter.is_floating_point() and parameter.dtype != torch.float32):
         raise InputError(
-            f"model.name = {network_name!r}: {name} is {str(parameter.dtype).removeprefix('torch.')}; build the network "
-            "in float32, and let train.dtype and train.autocast choose the format"
+            f"model.name = {network_name!r}: {name} is {str(parameter.dtype).removeprefix('torch.')}; build the "
+            "network in float32, and let train.dtype and train.autocast choose the format"
         )
 
 

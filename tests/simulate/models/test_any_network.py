@@ -33,7 +33,9 @@ from tests.zoo import REFUSED, TRAINED, Net
 STEPS, CONTEXT, TOLERANCE = 4, 6, 1e-9
 METHODS = [*METHOD_NAMES, "ddp, int8"]
 ADAPTERS = ("lte", "lora", "relora", "mhlora", "adamix")
-MIXED = "frozen weight,unused,experts,table,weight norm without bias,in place after norms,own parameters,tied,convolution"
+MIXED = (
+    "frozen weight,unused,experts,table,weight norm without bias,in place after norms,own parameters,tied,convolution"
+)
 """Parts of one network, for what is tried with every method."""
 QUICK = [MIXED, "subclass", "hooked", "frozen bias", "masked", "encoder", "numpy's draws"]
 
@@ -65,7 +67,7 @@ def plain_network(run: Run) -> nn.Module:
 
 
 def plain_losses(run: Run, network: nn.Module, device: int = 0) -> Tensor:
-    """Return the losses of a loop of plain PyTorch over one device's batches, (steps,), and leave the network trained."""
+    """Return the losses of a plain loop over one device's batches, (steps,), and leave the network trained."""
     trained = [p for p in network.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": run.train.weight_decay},
@@ -114,7 +116,7 @@ def assert_same_weights(given: dict[str, Tensor], network: nn.Module) -> None:
     expected = network.state_dict()
     assert given.keys() == expected.keys()
     for name, tensor in expected.items():
-        torch.testing.assert_close(given[name], tensor, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda text: f"{name}: {text}")
+        assert torch.allclose(given[name], tensor, rtol=TOLERANCE, atol=TOLERANCE), name
 
 
 def assert_trains_like_plain_pytorch(parts: str) -> None:
