@@ -22,7 +22,7 @@ $(READY): pyproject.toml
 	touch $@
 
 demo: $(READY)
-	$(BIN)/lte plan --out run.toml --force
+	$(BIN)/lte plan --tokens 400_000 --out run.toml --force
 	rm -rf runs/demo
 	$(BIN)/lte train run.toml --out runs/demo
 	$(BIN)/lte report runs/demo

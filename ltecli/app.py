@@ -17,6 +17,7 @@ import typer
 
 from ltecli.errors import BAD_INPUT, exit_if_stuck, guarded, one_line
 from simulate.common.gc_paused import collector_paused
+from simulate.common.quantities import read_count
 from simulate.common.version import version as lte_version
 
 app = typer.Typer(
@@ -69,8 +70,25 @@ LinkFrom = Annotated[
     Path | None, typer.Option(metavar="RUN", help="Take the link that the nodes of a launched run measured.")
 ]
 Devices = Annotated[int | None, typer.Option("--devices", "-n", help="Devices to use; default: all of the profile.")]
-Tokens = Annotated[int | None, typer.Option("--tokens", help="Tokens to train on; default: 20 a parameter.")]
-Samples = Annotated[int | None, typer.Option("--samples", help="Images to train on, for models of images.")]
+
+
+def _count(text: str) -> int:
+    try:
+        return read_count(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+Tokens = Annotated[
+    int | None,
+    typer.Option(
+        "--tokens", parser=_count, metavar="COUNT", help="Tokens to train on, 2.5B say; default: 20 a parameter."
+    ),
+]
+Samples = Annotated[
+    int | None,
+    typer.Option("--samples", parser=_count, metavar="COUNT", help="Images to train on, for models of images."),
+]
 
 
 def _print_version(given: bool) -> None:
@@ -107,7 +125,10 @@ def plan(
     assignments: Set = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the choice as run.toml.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Let -o replace an existing file.")] = False,
-    top: Annotated[int, typer.Option(min=1, help="Candidates to show.")] = 8,
+    show_all: Annotated[
+        bool, typer.Option("--all", help="Show all figures and notes, and the best candidates.")
+    ] = False,
+    top: Annotated[int | None, typer.Option(min=1, help="With --all: candidates to show; default: 8.")] = None,
     probe: Annotated[Path | None, typer.Option(help="A probe.json of lte probe: ranks to try and to mark.")] = None,
     link_from: LinkFrom = None,
     objective: Annotated[str, typer.Option(help="What to minimise: time, bytes, memory or cost.")] = "time",
@@ -160,7 +181,32 @@ def plan(
         from ltecli.commands.explain import ExplainArgs  # it loads numpy, for the simulation of rounds
 
         to_explain = ExplainArgs(why, timeline, rounds, timeline_svg, force)
-    return plan_command(request, out, force, top, as_json, to_explain, verify)
+    return plan_command(request, out, force, top, as_json, to_explain, verify, show_all)
+
+
+@app.command()
+@guarded
+def init(
+    gpu: Annotated[
+        list[str] | None, typer.Option(metavar="'N x GPU'", help="Devices, like '8 x GTX 1080 Ti'; repeat.")
+    ] = None,
+    link: Annotated[
+        list[str] | None, typer.Option(help="'1 GbE', '50/10 DSL', '100 Mbit/s', 'wifi'; one a place.")
+    ] = None,
+    model: Model = None,
+    data: DataPath = None,
+    tokens: Tokens = None,
+    name: Annotated[str, typer.Option(help="Name of the profile.")] = "home",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the profile and run.toml.")] = Path(),
+    force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
+) -> int:
+    """Write a profile and a run.toml from a few answers.
+
+    What no option answers is asked in a terminal.
+    """
+    from ltecli.commands.init import InitArgs, init_command
+
+    return init_command(InitArgs(gpu or (), link or (), model, data, tokens, name), out, force)
 
 
 @app.command("probe")
@@ -335,6 +381,18 @@ def profile_show(
     from ltecli.commands.profile import show_command
 
     show_command(name, as_json)
+
+
+@profile_app.command("check")
+@guarded
+def profile_check(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A profile.toml, or a shipped one.")],
+    as_json: Json = False,
+) -> int:
+    """Print a profile in plain units, and point at slips."""
+    from ltecli.commands.profile import check_command
+
+    return check_command(name, as_json)
 
 
 @profile_app.command("measure")

@@ -31,8 +31,6 @@ EMBEDDED_BYTES = 500_000
 """Lower bound of the embedded text's size, which differs from one Python version to the next."""
 TOKENS_PER_PARAMETER = 20
 """Hoffmann et al. 2022 (arXiv 2203.15556): compute-optimal training takes about 20 tokens a parameter."""
-DEMO_TOKENS = 400_000
-"""Tokens of a request without a model: about a minute of training on two cores."""
 REFERENCE_WIDTH, REFERENCE_RATE = 128, 3e-3
 """The learning rate falls with the width (Yang et al. 2022, arXiv 2203.03466); 3e-3 at 128 was measured to do well."""
 _WHERE = "command line"
@@ -240,8 +238,6 @@ def _tokens(request: PlanArgs, base: Run, table: toml_io.Table) -> int:
         return given
     if "steps" in table["train"]:
         return base.train.steps * base.tokens_per_step
-    if request.model is None and not table["model"]:
-        return DEMO_TOKENS
     shape = base.model.shape()
     # Of images, a sample counts as many tokens as the network makes of it.
     tokens = TOKENS_PER_PARAMETER * shape.parameters

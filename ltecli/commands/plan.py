@@ -6,6 +6,7 @@ training, the other methods' best, and notes. `lte train` takes nearest_miss_tex
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,23 +24,28 @@ from simulate.costs.memory import Memory
 from simulate.planning.candidate import Candidate, Rejected, candidate_of, describe
 from simulate.planning.planner import Plan
 from simulate.planning.time_ranges import equivalent_range, time_range, wall_range
+from simulate.planning.verdict import Verdict, verdict_of
 
 if TYPE_CHECKING:
     from ltecli.commands.explain import ExplainArgs
 
+SHOWN_CANDIDATES = 8
+LINE, SHOWN_WARNINGS = 80, 3
+"""Characters of a line of the verdict, and its most warnings: what one looks at in one glance."""
 COLUMNS = ("memory/device", "sent/round", "sent/step", "step", "round", "wall", "x samples", "to equal loss")
 SECONDARY = ("sent/round", "step", "round", "x samples")
 """Columns that a narrow terminal leaves out."""
 
 
 def plan_command(
-    request: PlanArgs, out: Path | None, force: bool, top: int, as_json: bool,
-    to_explain: ExplainArgs | None = None, verify: bool = False,
+    request: PlanArgs, out: Path | None, force: bool, top: int | None, as_json: bool,
+    to_explain: ExplainArgs | None = None, verify: bool = False, show_all: bool = False,
 ) -> int:  # fmt: skip
     """Plan, show, and write the choice where `out` asks for it; raises NothingFeasibleError where nothing fits.
 
-    With `verify`, trace the choice's training on fake tensors, and compare its memory with the plan; raises
-    NothingFeasibleError, and writes nothing, where the device cannot hold what was traced.
+    The verdict is shown, or with `show_all` every figure and note. With `verify`, trace the choice's training on fake
+    tensors, and compare its memory with the plan; raises NothingFeasibleError, and writes nothing, where the device
+    cannot hold what was traced.
     """
     if out is not None:
         check_file(out, force, RUN_FILE)
@@ -54,10 +60,21 @@ def plan_command(
 
         explained = explain_plan(plan, to_explain)
     verified = verify_choice(plan) if verify and plan.chosen is not None else None
+    verdict = verdict_of(plan)
     if as_json:  # building the JSON of thousands of candidates takes time
         added = explained.to_dict() if explained else {"why": None, "timeline": None}
-        output.json({**plan.to_dict(), **added, **({"verify": verified.to_dict()} if verified else {})})
-    _show(plan, output, top)
+        output.json(
+            {
+                **plan.to_dict(top),
+                "verdict": verdict.to_dict(),
+                **added,
+                **({"verify": verified.to_dict()} if verified else {}),
+            }
+        )
+    if show_all or top is not None:
+        _show(plan, output, top or SHOWN_CANDIDATES)
+    else:
+        show_verdict(verdict, output)
     if explained is not None and to_explain is not None:
         show_explained(plan, explained, to_explain, output)
     if verified and plan.chosen:
@@ -70,8 +87,28 @@ def plan_command(
         write_file(out, dump_run(plan.chosen.run))
         output.hint(f"wrote {out}; next: lte train {out}")
     else:
-        output.hint("next: lte plan ... -o run.toml, then lte train run.toml")
+        output.hint("next  lte plan ... -o run.toml        more  --all  --why  --timeline  --verify")
     return 0
+
+
+def show_verdict(verdict: Verdict, output: Output) -> None:
+    """Print the answers, and the caveats that matter most, in lines of at most 80 characters."""
+    for line in textwrap.wrap(verdict.title, LINE):
+        output.heading(line)
+    output.text("")
+    answers = max(len(answer.answer) for answer in verdict.answers if answer.because)
+    for answer in verdict.answers:
+        start = f"  {answer.question:<11}"
+        text = f"{answer.answer:<{answers}}  {answer.because}" if answer.because else answer.answer
+        indent = " " * (len(start) + (answers + 2 if answer.because else 0))
+        # Two blanks between an answer and its reason stay, so only the reason is wrapped.
+        for line in textwrap.wrap(start + text, LINE, subsequent_indent=indent, replace_whitespace=False):
+            output.text(line)
+    if verdict.warnings:
+        output.text("")
+    for warning in verdict.warnings[:SHOWN_WARNINGS]:
+        for line in textwrap.wrap(f"! {warning}", LINE, subsequent_indent="  "):
+            output.text(line)
 
 
 def nearest_miss_text(plan: Plan) -> str:
@@ -168,7 +205,8 @@ def _rival_table(plan: Plan) -> Any:
     # Two stable sorts: by time, then those that fit before those that do not.
     ranked = sorted(plan.rivals, key=lambda rival: candidate_of(rival).equivalent_wall_s)
     for rival in sorted(ranked, key=lambda rival: isinstance(rival, Rejected)):
-        unfit = " (does not fit)" if isinstance(rival, Rejected) else ""
+        # Of what is rejected, some would fit and is slower than --within allows.
+        unfit = "" if not isinstance(rival, Rejected) else " (too slow)" if rival.late_s else " (does not fit)"
         table.add_row(describe(candidate_of(rival).run) + unfit, *_cells(candidate_of(rival)))
     return table
 
@@ -265,5 +303,6 @@ def _comparison(chosen: Candidate, dense: Candidate) -> str:
     ratio = dense.equivalent_wall_s / chosen.equivalent_wall_s
     sent = dense.sent_bytes_per_round / dense.time.steps, chosen.sent_bytes_per_round / chosen.time.steps
     wires = f"{sent[0] / sent[1]:.1f}x fewer bytes a step" if sent[1] else "no bytes either way"
-    memory = dense.memory.total / chosen.memory.total
-    return f"beside dense: {ratio:.2f}x as fast to equal loss (assumed samples), {wires}, {memory:.2f}x less memory"
+    memory = chosen.memory.total / dense.memory.total - 1
+    saved = f"{abs(memory):.0%} {'more' if memory > 0 else 'less'} memory"
+    return f"beside dense: {ratio:.2f}x as fast to equal loss (assumed samples), {wires}, {saved}"

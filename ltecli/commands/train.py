@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 
 RUNS = Path("runs")
 DEMO_NAME = "demo"
+DEMO_TOKENS = 400_000
+"""Tokens of a run without a run.toml: about a minute of training on two cores."""
 WHAT_DATA = ("name", "path", "format", "subset", "column", "rows")
 """Keys of [data] that say which data it is; the others say how to use it."""
 
@@ -215,7 +217,9 @@ def _run(given: Path | None, args: TrainArgs) -> Run:
     else:
         # The plan's run.toml is resumed from any folder, so its path must not depend on this one.
         data = args.data and str(Path(args.data).absolute())
-        plan = plan_request(PlanArgs(data=data, assignments=tuple(args.assignments)))
+        steps = any(assignment.replace(" ", "").startswith("train.steps=") for assignment in args.assignments)
+        tokens = None if steps else DEMO_TOKENS
+        plan = plan_request(PlanArgs(data=data, tokens=tokens, assignments=tuple(args.assignments)))
         if plan.chosen is None:
             raise NothingFeasibleError(nearest_miss_text(plan))
         run = plan.chosen.run

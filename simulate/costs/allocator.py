@@ -56,10 +56,10 @@ USED_AGAIN = 0.5
 MISFIT = 0.75
 """Blocks that do not fit the room of others, in tensors of the largest size but logits."""
 FRAGMENTS = 0.02
-"""What else is torn, as a share of all tensors.
+"""Other torn room, as a share of all tensors.
 
-These three were fitted to replays of 33 runs: GPT-2, ViT-B/16, Mixer-B/16 and Llama 1B with LTE, DDP, DiLoCo and
-PowerSGD, in fp32, fp16 and NF4 (python bench/allocator.py): -5 to +6 percent off, up to +24 in fp16.
+These three were fitted to replays of GPT-2, ViT-B/16, Mixer-B/16 and Llama 1B with LTE, DDP, DiLoCo and PowerSGD, in
+fp32, fp16 and NF4 (python bench/allocator.py): -5 to +11 percent off, up to +24 in fp16 with few blocks.
 """
 
 

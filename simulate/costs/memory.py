@@ -49,7 +49,7 @@ class Memory:
     temporary: int
     """Buffers of the peak phase: logits, working tensors, messages."""
     allocator: int
-    """What CUDA's allocator and libraries hold beside tensors; 0 on other devices."""
+    """Bytes that CUDA's allocator and libraries hold beside tensors; 0 on other devices."""
     reserved: int
 
     @property
@@ -285,7 +285,7 @@ def host_memory_by_part(run: Run, shape: ModelShape, device: Device) -> dict[str
         "start_weights": copies * shape.adapted_parameters * element_bytes,
         "diagnostics": shape.parameters * element_bytes if run.train.diagnostics_every is not None else 0,
         "checkpoint_save": largest if own else 0,
-        "data": _text_bytes(run.data.path, run.data.tokenizer) if own and run.model.unit == "tokens" else 0,
+        "data": text_bytes(run.data.path, run.data.tokenizer) if own and run.model.unit == "tokens" else 0,
     }
 
 
@@ -295,7 +295,7 @@ def _largest_elements(shape: ModelShape) -> int:
 
 
 @lru_cache(maxsize=64)
-def _text_bytes(path: str | None, tokenizer: str) -> int:
+def text_bytes(path: str | None, tokenizer: str) -> int:
     """Return the size of text files that are read as bytes; 0 where tokens are memory-mapped, or no file exists yet."""
     if path is None or tokenizer != BYTES:
         return 0

@@ -15,7 +15,7 @@ from simulate.common.units import bytes_text
 from simulate.doctor.machine import Machine
 
 Stops = Literal["run", "gpu", "launch", "nothing"]
-"""What a finding stops: any run, one on the GPU, a launched one, or nothing: a run starts, and is slow or may fail."""
+"""Reach of a finding: any run, one on the GPU, a launched one, or nothing: a run starts, and is slow or may fail."""
 WHEELS = "https://download.pytorch.org/whl"
 TORCH = "'torch<2.15'"
 """The last release with kernels for capabilities below 7.5 is 2.14 (pytorch issue 190385)."""
@@ -57,7 +57,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Purpose:
-    """What the machine shall do."""
+    """Use that the machine is meant for."""
 
     device: str = "auto"
     """Value of --device."""

@@ -41,7 +41,7 @@ class Torch:
     cuda_version: str | None
     """Version of CUDA, or of ROCm, that it was built for; None for CPUs alone."""
     architectures: tuple[str, ...]
-    """What it has kernels for: sm_75, compute_90, gfx90a; nothing in a build for CPUs."""
+    """Architectures that it has kernels for: sm_75, compute_90, gfx90a; nothing in a build for CPUs."""
     threads: int
     has_distributed: bool
     backends: tuple[str, ...]
@@ -63,7 +63,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Nvidia:
-    """What the system has of NVIDIA, found without torch."""
+    """NVIDIA cards and driver of the system, found without torch."""
 
     cards: int = 0
     """Cards on the PCI bus; a Jetson's GPU is on none."""
@@ -83,7 +83,7 @@ class Folder:
     """A folder that runs write into."""
 
     option: str
-    """What the user sets to have another one: --out, TMPDIR, LTE_CACHE."""
+    """Option or variable that names another one: --out, TMPDIR, LTE_CACHE."""
     path: Path
     is_writable: bool
     free_bytes: int

@@ -23,7 +23,7 @@ from simulate.common.errors import InputError
 
 CPU_NAME, AUTO = "cpu", "auto"
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
-"""What moves tensors between processes, by kind of device (torch.distributed's table of backends,
+"""Backend that moves tensors between processes, by kind of device (torch.distributed's table of backends,
 docs.pytorch.org/docs/stable/distributed.html): gloo sends and gathers no tensors of GPUs."""
 INSTALL = "install the build of torch for it (pytorch.org/get-started/locally)"
 

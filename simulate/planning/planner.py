@@ -53,8 +53,8 @@ class Plan:
     pins: Pins = FREE
     choice: SelectionCriteria = BY_TIME
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the plan as `lte plan --json` prints it and as runs keep it in plan.json."""
+    def to_dict(self, top: int | None = None) -> dict[str, Any]:
+        """Return the plan as `lte plan --json` prints it and runs keep it in plan.json; with `top`, the best ones."""
         shape = self.base.model.shape()
         dense = self.dense and candidate_of(self.dense)
         return {
@@ -69,8 +69,8 @@ class Plan:
             },
             "chosen": self.chosen and candidate_json(self.chosen),
             "dense": dense and {**candidate_json(dense), "fits": not isinstance(self.dense, Rejected)},
-            "candidates": [candidate_json(candidate) for candidate in self.candidates],
-            "rejected": [{"candidate": candidate_json(r.candidate), "reason": r.reason} for r in self.rejected],
+            "candidates": [candidate_json(candidate) for candidate in self.candidates[:top]],
+            "rejected": [{"candidate": candidate_json(r.candidate), "reason": r.reason} for r in self.rejected[:top]],
             "rivals": [
                 {**candidate_json(candidate_of(rival)), "fits": not isinstance(rival, Rejected)}
                 for rival in self.rivals

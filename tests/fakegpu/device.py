@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 NAME = "fakegpu"
 NEEDS = "torch cannot register a device from Python: it lacks _setup_privateuseone_for_python_backend"
 aten = torch.ops.aten
+INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 
 
 def can_register() -> bool:
@@ -193,8 +194,7 @@ class OnTheDevice(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         target = kwargs.get("device")
-        here = FakeTensor in types or (target is not None and is_on_device(target))
-        if not here and not any(isinstance(x, FakeTensor) for x in tree_leaves((args, kwargs))):
+        if FakeTensor not in types and not (target is not None and is_on_device(target)):
             return func(*args, **kwargs)
         self.operations += 1
         if func is aten._local_scalar_dense.default:
@@ -204,24 +204,23 @@ class OnTheDevice(TorchDispatchMode):
             return True
         if func is aten.nonzero.default:
             return self._all_places(args[0])
-        if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default):
+        if func in INDEXED:
             args = (args[0], self._without_masks(args[0], args[1]), *args[2:])
         if func is aten.copy_.default and not isinstance(args[0], FakeTensor):
             return args[0].fill_(1)
-        with self.fake:
+        if any(map(_has_numbers, args)) or any(map(_has_numbers, kwargs.values())):
             args, kwargs = tree_map(self._without_numbers, (args, kwargs))
-            result = func(*args, **kwargs)
-        return tree_map(self._real_on_cpu, result)
+        # What its __torch_dispatch__ does, without entering and leaving the mode.
+        result = self.fake.dispatch(func, types, args, kwargs)
+        if isinstance(result, FakeTensor):
+            return result if result.device.type == NAME else _real(result)
+        return tree_map(_real, result)
 
     def _without_numbers(self, value: Any) -> Any:
         # The mode would compute with a small tensor's numbers, on a device that has none.
-        if isinstance(value, Tensor) and not isinstance(value, FakeTensor):
-            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-        return value
-
-    def _real_on_cpu(self, value: Any) -> Any:
-        if isinstance(value, FakeTensor) and value.device.type == "cpu":
-            return torch.ones(value.shape, dtype=value.dtype)
+        if _has_numbers(value):
+            with self.fake:
+                return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
         return value
 
     def _all_places(self, mask: Tensor) -> Tensor:
@@ -238,6 +237,20 @@ class OnTheDevice(TorchDispatchMode):
                 # As on a GPU: a mask may come from the CPU, one of another device may not.
                 found += self._all_places(index.to(indexed.device)).unbind(1)
         return found
+
+
+def _has_numbers(value: Any) -> bool:
+    """Whether a value is, or holds, a tensor that is not fake."""
+    if isinstance(value, list | tuple):
+        return any(map(_has_numbers, value))
+    return isinstance(value, Tensor) and not isinstance(value, FakeTensor)
+
+
+def _real(value: Any) -> Any:
+    """Return a fake tensor of the CPU as a real one, and all else as it is."""
+    if isinstance(value, FakeTensor) and value.device.type == "cpu":
+        return torch.ones(value.shape, dtype=value.dtype)
+    return value
 
 
 def is_on_device(device: Any) -> bool:

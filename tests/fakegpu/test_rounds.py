@@ -10,29 +10,29 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import combinations, product
 
 import pytest
 
+from simulate.common.errors import InputError
 from tests import harness
 from tests.fakegpu.device import NEEDS, can_register
 from tests.selection import others_slow, selected
-from tests.tiny import VARIANTS
+from tests.tiny import VARIANTS, variant_run
 
 pytestmark = pytest.mark.skipif(not can_register(), reason=NEEDS)
 
 FACTORS = (
-    ("simulated", "first", "last"),
-    ("", "llama", "vit"),
-    ("", "bf16", "overflow"),
-    ("", "8bit"),
-    ("", "recompute"),
-    ("", "diagnosed"),
+    (("simulated",), ("first", "last")),
+    (("",), ("llama", "vit")),
+    (("",), ("bf16", "overflow")),
+    (("",), ("8bit",)),
+    (("",), ("recompute",)),
+    (("",), ("diagnosed",)),
 )
-"""The world of a run, its model, autocast, moments, activations and diagnostics."""
-Choice = tuple[str, ...]
+"""The world of a run, its model, autocast, moments, activations and diagnostics: by default, or in a turn of others."""
 ALONE = ["streams/lte/", "probe/lte/", *(f"memory/{name}/" for name in ("ddp", "lte, late", "lte, nf4"))]
 OTHERS = ["first/lte/sick", "last/local-sgd, late/sick", "last/local-sgd, paced/clock", "simulated/lte/fp16"]
 BROKEN = {
@@ -43,35 +43,62 @@ BROKEN = {
 """Cases with a fault that is put in on purpose, and what tells of it."""
 
 
-def pairs_of(choice: Choice) -> set[tuple[int, str, int, str]]:
-    return {(i, choice[i], j, choice[j]) for i, j in combinations(range(len(choice)), 2)}
+Pair = tuple[int, str | bool, int, str | bool]
+
+
+def pairs_of(method: str, choice: Sequence[bool]) -> set[Pair]:
+    """Return what meets in a run of a method: two of its method and whether it takes each factor's default."""
+    values = (method, *choice)
+    return {(i, values[i], j, values[j]) for i, j in combinations(range(len(values)), 2)}
+
+
+def chosen() -> Iterator[tuple[str, tuple[bool, ...]]]:
+    """Yield variants, each with the choices that bring most pairs that none has brought, until all are there."""
+    methods = {variant: VARIANTS[variant]["name"] for variant in selected("processes")}
+    choices = list(product((False, True), repeat=len(FACTORS)))
+    missing = {pair for method in methods.values() for choice in choices for pair in pairs_of(method, choice)}
+    turns = list(methods)
+    while turns or missing:
+        variant = turns.pop(0) if turns else next(v for v, name in methods.items() if name == min(missing)[1])
+        new = {
+            choice: len(pairs_of(methods[variant], choice) & missing)
+            for choice in choices
+            if fits(variant, "8bit" if choice[3] else "")
+        }
+        choice = max(new, key=lambda c: new[c])
+        missing -= pairs_of(methods[variant], choice)
+        yield variant, choice
+
+
+@cache
+def fits(variant: str, options: str) -> bool:
+    """Whether a variant can be run so: some have no use for moments of 8 bits."""
+    try:
+        variant_run(variant, train={"dtype": "fp32", "optimizer_state": "8bit" if "8bit" in options else "fp32"})
+    except InputError:
+        return False
+    return True
 
 
 def sample() -> Iterator[str]:
-    """Yield variants, each with the choices that bring the most pairs that none has brought, until all are there."""
-    methods = {name: VARIANTS[name]["name"] for name in selected("processes")}
-    all_choices = list(product(*FACTORS))
-    missing = {pair for name in methods.values() for choice in all_choices for pair in pairs_of((name, *choice))}
-    turns, used = list(methods), Counter[str]()
-    while turns or missing:
-        variant = turns.pop(0) if turns else _variant_of(methods, min(missing))
-        new = {choice: len(pairs_of((methods[variant], *choice)) & missing) for choice in all_choices}
-        choice = max(all_choices, key=lambda c: (new[c], -sum(used[x] for x in c)))
-        missing -= pairs_of((methods[variant], *choice))
-        used.update(choice)
-        yield f"{choice[0]}/{variant}/{'+'.join(filter(None, choice[1:]))}"
-
-
-def _variant_of(methods: dict[str, str], pair: tuple[int, str, int, str]) -> str:
-    return next(variant for variant, name in methods.items() if name == pair[1] or pair[0] > 0)
+    """Yield the cases of what is chosen; where a factor is no default, the others take turns."""
+    counts = Counter[int]()
+    for variant, choice in chosen():
+        taken = []
+        for i, (is_other, (default, others)) in enumerate(zip(choice, FACTORS, strict=True)):
+            # Each factor's others take turns at a pace of their own, so that they meet the others of other factors.
+            taken.append(others[counts[i] // (i + 1) % len(others)] if is_other else default[0])
+            counts[i] += is_other
+        yield f"{taken[0]}/{variant}/{'+'.join(filter(None, taken[1:]))}"
 
 
 QUICK = [*sample(), *ALONE, *OTHERS]
+TURNS = ("", "diagnosed+sick", "bf16+8bit+llama+recompute")
 GRID = [
-    f"{world}/{variant}/{options}"
-    for world in FACTORS[0]
-    for variant in VARIANTS
-    for options in ("", "diagnosed+sick", "bf16+8bit+llama+recompute")
+    f"{world}/{variant}/{TURNS[(i + j) % len(TURNS)]}"
+    for i, variant in enumerate(VARIANTS)
+    for j, world in enumerate(("simulated", "first", "last"))
+    if fits(variant, TURNS[(i + j) % len(TURNS)])
 ]
 ALL = list(dict.fromkeys([*QUICK, *GRID, *(f"memory/{variant}/" for variant in VARIANTS), "machine/lte/"]))
 
@@ -97,12 +124,11 @@ def test_a_fault_is_noticed(case: str) -> None:
     assert BROKEN[case] in (results(True)[case] or "")
 
 
-def test_the_sample_has_every_pair_of_choices() -> None:
-    seen: set[tuple[int, str, int, str]] = set()
-    for case in sample():
-        world, variant, options = case.split("/")
-        choice = [next((o for o in options.split("+") if o in factor and o), "") for factor in FACTORS[1:]]
-        seen |= pairs_of((VARIANTS[variant]["name"], world, *choice))
-    assert len(seen) == sum(
-        len(one) * len(other) for one, other in combinations(({v["name"] for v in VARIANTS.values()}, *FACTORS), 2)
-    )
+def test_in_the_sample_each_choice_meets_every_other() -> None:
+    seen: set[Pair] = set()
+    for variant, choice in chosen():
+        seen |= pairs_of(VARIANTS[variant]["name"], choice)
+    methods, factors = len({v["name"] for v in VARIANTS.values()}), len(FACTORS)
+    assert len(seen) == 2 * methods * factors + 4 * factors * (factors - 1) // 2
+    cases = list(sample())
+    assert all(any(value in case for case in cases) for factor in FACTORS for kind in factor for value in kind)

@@ -33,7 +33,7 @@ class Facts(toml_io.Schema):
     processes: int = Field(gt=0, le=1024)
     """Worker processes that the node starts."""
     warnings: list[Annotated[str, Field(max_length=MAX_WARNING)]] = Field(default=[], max_length=MAX_WARNINGS)
-    """What the node's doctor found, a line each; all nodes show it."""
+    """Findings of the node's doctor, a line each; all nodes show it."""
 
     @classmethod
     def of(

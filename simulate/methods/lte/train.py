@@ -45,7 +45,7 @@ from torch import Tensor, nn
 
 from simulate.comm.base import Communicator
 from simulate.comm.transfers import fragment
-from simulate.common.errors import RunFailedError
+from simulate.common.errors import InputError, RunFailedError
 from simulate.config.run import Run
 from simulate.layers.convert import ConversionSpec, convert, lora, merged_state, norm_parameters
 from simulate.layers.lora import AdapterSpec, LoraLinear, lora_layers
@@ -281,7 +281,14 @@ class Lte(Method):
                         layer.start_weight.copy_(torch.sub(weight_OI, sums[0], alpha=share))
 
     def before_loading(self, state: dict[str, Tensor]) -> None:
+        """Make room for the products of old factors; raises InputError where the server's weights are elsewhere."""
         super().before_loading(state)
+        lacking = {f"kept.{name}" for name in self.extra_state()} - state.keys()
+        if any(name.endswith((".start_weight", ".master")) for name in lacking):
+            raise InputError(
+                "method.master = 'server': this checkpoint lacks the weights in full precision, which the first "
+                "process alone keeps; take the one in its node's folder"
+            )
         for name, module in self.model.named_modules():
             if isinstance(module, LoraLinear) and f"model.{name}.a0" in state:
                 # Makes room for what is copied in next.

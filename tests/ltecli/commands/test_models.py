@@ -49,7 +49,7 @@ def test_every_named_model_can_be_planned(lte: Lte, here: Path, name: str) -> No
 
 
 def test_models_of_images_are_counted_in_samples(lte: Lte) -> None:
-    outcome = lte("plan", "--model", "vit", "--samples", "50000", "--profile", "rtx3060_x4_home")
+    outcome = lte("plan", "--model", "vit", "--samples", "50000", "--profile", "rtx3060_x4_home", "--all")
     assert "50,000 samples on 4 x rtx3060_x4_home" in outcome.stdout
     assert "wall-clock for the samples" in outcome.stdout
     assert "tokens" not in outcome.stdout.partition("note:")[0]

@@ -1,0 +1,220 @@
+"""Answer the questions of somebody with a plan in hand: can it, how long, is it worth it, what limits it.
+
+A plan has dozens of figures; most readers want five answers and the most important caveats, each with its remedy. `lte
+plan` prints a Verdict by default, and everything else with --all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from simulate.common.units import bytes_text, range_text
+from simulate.config.hardware import Profile
+from simulate.config.method_table import BASELINE
+from simulate.config.profile_slips import slips
+from simulate.config.run import Run
+from simulate.config.tables import BYTE_VALUES, BYTES
+from simulate.costs.memory import text_bytes
+from simulate.models.schema import text_sizes
+from simulate.planning.candidate import LINK_DOMINATES, Candidate, Rejected, candidate_of, describe
+from simulate.planning.planner import Plan, evaluate
+from simulate.planning.time_ranges import equivalent_range
+from simulate.rules.method_plan import plan_of
+
+MOST_PASSES = 4
+"""Passes over a text up to which repeated tokens teach nearly as much as new ones (Muennighoff et al. 2023, arXiv
+2305.16264)."""
+STDLIB_BYTES = 1_800_000
+"""Training bytes of the embedded text: nine tenths of simulate.data.text.STDLIB_BYTES."""
+TRAINED_SHARE = 0.9
+"""Share of a text that is trained on; the rest is held out."""
+FASTER_LINK = 10
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question, its answer in a word or a figure, and what stands behind it."""
+
+    question: str
+    answer: str
+    because: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All that a plan's reader wants first."""
+
+    title: str
+    answers: tuple[Answer, ...]
+    warnings: tuple[str, ...]
+    """Caveats with their remedies, the most important ones first."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the verdict as the plan's JSON has it."""
+        answers = {answer.question: [answer.answer, answer.because] for answer in self.answers}
+        return {"title": self.title, "answers": answers, "warnings": list(self.warnings)}
+
+
+def verdict_of(plan: Plan) -> Verdict:
+    """Return the answers of a plan, also of one in which nothing fits."""
+    if plan.chosen is None:
+        return Verdict(_title(plan), (Answer("Can it?", "no", _why_not(plan)),), ())
+    return Verdict(_title(plan), tuple(_answers(plan, plan.chosen)), tuple(_warnings(plan, plan.chosen)))
+
+
+def _title(plan: Plan) -> str:
+    shape, base = plan.base.model.shape(), plan.base
+    kinds = [device.kind.removeprefix("NVIDIA ").removeprefix("GeForce ") for device in plan.profile.device]
+    devices = f"{base.cluster.devices} x {kinds[0]}" if len(kinds) == 1 else f"{base.cluster.devices} mixed devices"
+    parts = [f"{shape.name} ({_count_text(shape.parameters)}) on {devices}"]
+    if base.cluster.devices > 1:
+        parts.append(f"links of {bytes_text(plan.profile.link.up_bytes_per_s)}/s")
+    passes = _passes(plan)
+    tokens = f"{_count_text(plan.tokens)} {base.model.unit}"
+    parts.append(tokens if passes is None else f"{tokens}, {_passes_text(passes)} over the text")
+    return "; ".join(parts)
+
+
+def _count_text(count: float) -> str:
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= limit:
+            return f"{count / limit:.3g}{unit}"
+    return str(int(count))
+
+
+def _passes_text(passes: float) -> str:
+    return f"{passes:,.0f} passes" if passes >= 10 else f"{passes:.2g} passes"
+
+
+def _passes(plan: Plan) -> float | None:
+    """Return how often the text is read; None where its size in tokens is not known without reading it."""
+    data = plan.base.data
+    if plan.base.model.unit != "tokens" or data.tokenizer != BYTES:
+        return None
+    size = STDLIB_BYTES if data.name == "stdlib" else TRAINED_SHARE * text_bytes(data.path, data.tokenizer)
+    return plan.tokens / size if size else None
+
+
+def _why_not(plan: Plan) -> str:
+    miss = plan.nearest_miss()
+    return "" if miss is None else f"nearest is {describe(miss.candidate.run)}, which {miss.reason}"
+
+
+def _answers(plan: Plan, chosen: Candidate) -> Iterator[Answer]:
+    memory, device = chosen.memory, plan.tightest_device()
+    with_allocator = ", allocator included" if memory.allocator else ""
+    room = f"{bytes_text(memory.total)} of {bytes_text(device.memory_bytes)} a device{with_allocator}"
+    yield Answer("Can it?", "yes", room)
+    dense = plan.dense
+    is_dense = chosen.run.method.name == BASELINE
+    beside = "" if is_dense or dense is None else f" (dense here: {_dense_text(dense)})"
+    reached = "for the tokens" if is_dense else f"to dense's loss{beside}"
+    yield Answer("How long?", range_text(*equivalent_range(chosen)), reached.replace("tokens", plan.base.model.unit))
+    yield _worth(plan, chosen, dense)
+    yield Answer("Bottleneck", *_bottleneck(plan, chosen))
+    yield Answer("Settings", ", ".join(_settings(chosen.run)), "")
+
+
+def _dense_text(dense: Candidate | Rejected) -> str:
+    if isinstance(dense, Rejected):
+        return "does not fit" if dense.short_bytes or dense.host_short_bytes else "too slow for --within"
+    return range_text(*equivalent_range(dense))
+
+
+def _worth(plan: Plan, chosen: Candidate, dense: Candidate | Rejected | None) -> Answer:
+    """Return whether the choice is worth it: yes where the ranges lie apart, probably where its middle is lower."""
+    if chosen.run.method.name == BASELINE:
+        return Answer("Worth it?", "no: use dense", _why_dense(plan, chosen))
+    if dense is None or isinstance(dense, Rejected):
+        return Answer("Worth it?", "yes", "dense training does not fit these devices")
+    sent = dense.sent_bytes_per_round / dense.time.steps, chosen.sent_bytes_per_round / chosen.time.steps
+    fewer = f"; {sent[0] / sent[1]:.0f}x fewer bytes a step" if sent[1] and sent[0] > sent[1] else ""
+    ours, theirs = equivalent_range(chosen), equivalent_range(dense)
+    if ours[1] < theirs[0]:
+        return Answer("Worth it?", "yes", f"{dense.equivalent_wall_s / chosen.equivalent_wall_s:.2g}x as fast{fewer}")
+    if chosen.equivalent_wall_s < dense.equivalent_wall_s:
+        return Answer("Worth it?", "probably", f"the ranges overlap{fewer}")
+    return Answer("Worth it?", "no", f"dense takes {chosen.equivalent_wall_s / dense.equivalent_wall_s:.2g}x less time")
+
+
+def _why_dense(plan: Plan, chosen: Candidate) -> str:
+    """Return why dense training ranks first: what the best other method would take."""
+    other = next((c for c in plan.candidates if c.run.method.name != BASELINE), None)
+    if plan.pins.method == BASELINE or other is None:
+        return "no other method was asked for, or fits"
+    share = chosen.time.exchange_s / chosen.time.round_s
+    times = other.equivalent_wall_s / chosen.equivalent_wall_s
+    return f"{other.run.method.name} takes {times:.2g}x as long; exchange is {share:.0%} of dense's"
+
+
+def _bottleneck(plan: Plan, chosen: Candidate) -> tuple[str, str]:
+    """Return what limits the choice, and what a link of ten times the bandwidth would gain it."""
+    if plan.base.cluster.devices == 1:
+        return "compute", "one device sends nothing"
+    share = chosen.time.exchange_s / chosen.time.round_s
+    faster = candidate_of(evaluate(chosen.run, _with_faster_link(plan.profile), plan.tokens))
+    gain = chosen.wall_s / faster.wall_s
+    of_time = f"{share:.0%} is exchange; {FASTER_LINK}x the bandwidth gains {gain:.2g}x"
+    return ("the link" if share > LINK_DOMINATES else "compute"), of_time
+
+
+def _with_faster_link(profile: Profile) -> Profile:
+    rates = {key: FASTER_LINK * rate for key, rate in profile.link if key.endswith("bytes_per_s") and rate is not None}
+    return profile.model_copy(update={"link": profile.link.model_copy(update=rates)})
+
+
+def _settings(run: Run) -> Iterator[str]:
+    method, train = run.method, run.train
+    yield method.name.upper() if len(method.name) <= len("ddp") else method.name
+    if (rank := getattr(method, "rank", None)) is not None:
+        yield f"rank {rank}"
+    if plan_of(method).has_separate_heads:
+        heads = getattr(method, "heads_per_device", 1)
+        yield f"{heads} head{'s' if heads > 1 else ''} a device"
+    if (merge_every := getattr(method, "merge_every", None)) is not None:
+        yield f"merge every {merge_every} steps"
+    if method.frozen_format != "none":
+        yield f"{method.frozen_format} weights"
+    if (wire := getattr(method, "wire", "full")) != "full":
+        yield f"{wire} messages"
+    yield f"batch {train.micro_batch}"
+    if train.activation_checkpointing:
+        yield "checkpointing"
+    if train.autocast != "none":
+        yield train.autocast
+
+
+def _warnings(plan: Plan, chosen: Candidate) -> Iterator[str]:
+    """Yield caveats with their remedies: of the profile, of the data, of the choice, of the figures."""
+    for slip in slips(plan.profile):
+        yield f"{slip} (lte profile check {plan.base.cluster.profile})"
+    base = plan.base
+    passes = _passes(plan)
+    if passes is not None and passes > MOST_PASSES:
+        times = _passes_text(passes).replace("passes", "times")
+        yield f"Text is read {times}; beyond {MOST_PASSES} it teaches little: --data, fewer --tokens"
+    if base.model.unit == "tokens" and base.data.tokenizer == BYTES:
+        vocab = text_sizes(base.model).vocab
+        if vocab > BYTE_VALUES:
+            yield f"Text is bytes: {BYTE_VALUES} of {vocab:,} tokens used; --set data.tokenizer=bpe:{vocab}"
+    if base.model.unit == "samples" and base.data.name == "digits":
+        yield "Small images of digits stand in for yours: name them by --data"
+    yield from _faster_rival(plan, chosen)
+    if chosen.time.exchange_s / chosen.time.round_s > LINK_DOMINATES:
+        yield "Exchange takes most time: --set method.wire=int8, or a higher --merge-every"
+    for warning in chosen.warnings:
+        if not warning.startswith("the link dominates"):
+            yield f"{warning[0].upper()}{warning[1:]}"
+    if not chosen.context.margins.is_point:
+        yield "Times are estimates: run lte profile measure on such a device"
+
+
+def _faster_rival(plan: Plan, chosen: Candidate) -> Iterator[str]:
+    """Warn of the best method that the plan does not choose from, where it may be as fast."""
+    fitting = [rival for rival in plan.rivals if isinstance(rival, Candidate)]
+    rival = min(fitting, key=lambda candidate: candidate.equivalent_wall_s, default=None)
+    if rival is not None and rival.equivalent_wall_s < chosen.equivalent_wall_s:
+        name, times = rival.run.method.name, range_text(*equivalent_range(rival))
+        yield f"{name} may be faster ({times}, less tried): lte plan --method {name}"

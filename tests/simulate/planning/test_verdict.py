@@ -1,0 +1,91 @@
+"""The verdict of a plan: five answers and the most important caveats, in one screen of 80 columns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ltecli.plan_request import PlanArgs, plan_request
+from profiles import names
+from simulate.planning.planner import Plan
+from simulate.planning.time_ranges import equivalent_range
+from simulate.planning.verdict import Verdict, verdict_of
+from tests.ltecli.command import Lte
+
+SCREEN_LINES, SCREEN_COLUMNS = 16, 80
+QUESTIONS = ["Can it?", "How long?", "Worth it?", "Bottleneck", "Settings"]
+
+
+def verdict(**request: Any) -> tuple[Plan, Verdict]:
+    plan = plan_request(PlanArgs(**request), to_train=False)
+    return plan, verdict_of(plan)
+
+
+def answer(verdict: Verdict, question: str) -> tuple[str, str]:
+    return next((a.answer, a.because) for a in verdict.answers if a.question == question)
+
+
+@pytest.mark.parametrize("model", ["gpt2", "vit_b16"])
+@pytest.mark.parametrize("profile", names())
+def test_a_plan_is_one_screen(lte: Lte, profile: str, model: str) -> None:
+    printed = lte("plan", "--profile", profile, "--model", model)
+    lines = printed.stdout.splitlines()
+    assert len(lines) + 1 <= SCREEN_LINES  # and the line that names what to do next
+    assert max(map(len, lines)) <= SCREEN_COLUMNS
+    assert next(line.split("  ")[1].strip() for line in lines if line.startswith("  ") and line[2] != " ") == "Can it?"
+
+
+def test_all_figures_are_there_with_all(lte: Lte) -> None:
+    command = ("plan", "--profile", "rtx3060_x4_home", "--model", "gpt2")
+    shown = lte(*command, "--all").stdout
+    assert "chosen: " in shown and "note: " in shown and "other methods" in shown
+    assert lte(*command, "--top", "1").stdout.count("\n2 ") == 0
+    assert len(lte(*command, "--top", "2", "--json").json()["candidates"]) == 2
+
+
+def test_a_choice_whose_range_overlaps_denses_is_probably_worth_it() -> None:
+    plan, found = verdict(profile="gtx1080ti_x8", model="gpt2")
+    assert [a.question for a in found.answers] == QUESTIONS
+    assert plan.chosen is not None and plan.dense is not None
+    assert answer(found, "Worth it?")[0] == "probably"
+    ours, theirs = equivalent_range(plan.chosen), equivalent_range(plan.dense)  # type: ignore[arg-type]
+    assert ours[1] >= theirs[0] and plan.chosen.equivalent_wall_s < plan.dense.equivalent_wall_s  # type: ignore[union-attr]
+    assert "1,383 passes" in found.title
+    assert found.warnings[0].startswith("Text is read 1,383 times; beyond 4")
+    assert "256 of 50,257 tokens" in found.warnings[1]
+
+
+def test_where_ranges_lie_apart_it_is_worth_it() -> None:
+    _, found = verdict(profile="rtx3060_x4_home", model="vit_s16")
+    assert answer(found, "Worth it?")[0] == "yes" and "x as fast" in answer(found, "Worth it?")[1]
+    assert answer(found, "Bottleneck")[0] == "the link"
+
+
+def test_where_dense_wins_it_says_so_and_why() -> None:
+    plan, found = verdict(profile="v100_x8", model="gpt2")
+    assert plan.chosen is not None and plan.chosen.run.method.name == "ddp"
+    assert answer(found, "Worth it?")[0] == "no: use dense"
+    assert "lte takes" in answer(found, "Worth it?")[1]
+
+
+def test_where_nothing_fits_it_says_what_is_nearest(lte: Lte) -> None:
+    _, found = verdict(profile="raspberry_x8", model="llama_7b")
+    assert [a.question for a in found.answers] == ["Can it?"]
+    assert answer(found, "Can it?")[0] == "no" and "nearest is" in answer(found, "Can it?")[1]
+    assert lte("plan", "--profile", "raspberry_x8", "--model", "llama_7b").code == 3
+
+
+def test_passes_over_a_text_of_ones_own_are_counted(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("a" * 1_000_000, encoding="utf-8")
+    _, found = verdict(profile="laptop_cpu", data=str(text), tokens=1_800_000)
+    assert found.title.endswith("2 passes over the text")
+    assert not any("is read" in warning for warning in found.warnings)
+    _, found = verdict(profile="laptop_cpu", data=str(text), tokens=4_500_000)
+    assert found.warnings[0].startswith("Text is read 5 times")
+
+
+def test_a_plan_without_a_model_trains_as_long_as_one_of_the_default_model() -> None:
+    assert verdict(profile="laptop_cpu")[0].tokens == verdict(profile="laptop_cpu", model="gpt")[0].tokens
