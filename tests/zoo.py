@@ -6,6 +6,7 @@ Each part maps activations (S, T, D) to activations. `TRAINED` train in plain Py
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from typing import NamedTuple
@@ -370,4 +371,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "gathered experts": (Experts, "must keep samples apart"),
     "mixing": (lambda: Apply(lambda x: x - x.mean(0)), "must keep samples apart"),
 }  # fmt: skip
-PARTS: dict[str, Callable[[], nn.Module]] = {**TRAINED, **{name: make for name, (make, _) in REFUSED.items()}}
+REFUSED_IN_LAUNCHES: dict[str, Callable[[], nn.Module]] = {
+    "drawn by rank": lambda: drawn_by(lambda: np.full((WIDTH, WIDTH), 0.1 * (1 + int(os.environ.get("RANK", "0"))))),
+}
+PARTS = {**TRAINED, **REFUSED_IN_LAUNCHES, **{name: make for name, (make, _) in REFUSED.items()}}

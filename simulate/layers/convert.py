@@ -264,7 +264,14 @@ def _as_linear(weight_OI: Tensor, bias_O: Tensor | None = None) -> nn.Linear:
     return linear
 
 
+_LINEAR_TOO = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
+"""Subclasses of nn.Linear whose own forward computes the same (x·Wᵀ, rounded before the bias is added)."""
+
+
 def _is_linear(module: nn.Module) -> bool:
+    kind = type(module)
+    if f"{kind.__module__}.{kind.__name__}" in _LINEAR_TOO:
+        return computes_as(module, kind)
     return computes_as(module, nn.Linear) or computes_as(module, nn.Conv2d) or is_conv1d(module)
 
 
