@@ -80,6 +80,18 @@ class Positions(nn.Module):
         return self.table(torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]))
 
 
+class Places(nn.Module):
+    """Trained positions of a kind of its own, which all samples share."""
+
+    def __init__(self, leading: bool) -> None:
+        super().__init__()
+        self.table, self.leading = nn.Parameter(torch.randn(16, WIDTH)), leading
+
+    def forward(self, length: int) -> Tensor:
+        table = self.table[:length]
+        return table.unsqueeze(0) if self.leading else table
+
+
 class Table(nn.Module):
     """A constant table of positions."""
 
@@ -297,6 +309,8 @@ TRAINED: dict[str, Callable[[], nn.Module]] = {
     "subclass": lambda: Scaled(WIDTH, WIDTH),
     "constructor": Grown,
     "positions": Positions,
+    "places": lambda: Apply(lambda x, places: x * places(x.shape[1]), Places(leading=False)),
+    "places of one row": lambda: Apply(lambda x, places: x * places(x.shape[1]), Places(leading=True)),
     "hooked": hooked,
     "hooked before": hooked_before,
     "weight norm": lambda: nn.utils.parametrizations.weight_norm(linear()),

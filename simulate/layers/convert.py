@@ -118,9 +118,9 @@ def convert(model: nn.Module, copies: int, spec: ConversionSpec = EVERYTHING_TRA
     The spec's `make_adapter`, if there is one, replaces every nn.Linear, nn.Conv2d, Conv1D of transformers and
     projection of nn.MultiheadAttention, except those whose weight is tied to another module and those that the network
     names in `trained_whole`. A module of unknown kind with parameters runs copy by copy. Its `unbatched` maps names of
-    modules to the places of arguments that all samples share. Parameters with requires_grad = False stay what they
-    are, as buffers of one copy. Raises InputError for batch normalisation, and for a network that owns parameters
-    without a module around them.
+    modules to the places of arguments, and of results as −1 − k, that all samples share. Parameters with
+    requires_grad = False stay what they are, as buffers of one copy. Raises InputError for batch normalisation, and for
+    a network that owns parameters without a module around them.
     """
     refuse_batch_norm(model)
     model.plain_buffers = _persistent_buffers(model)  # type: ignore[assignment]
@@ -207,7 +207,7 @@ class _Converter:
             if isinstance(module, nn.MultiheadAttention) and is_plain_attention(module):
                 return self._attention(name, module)
         tensors = {key: self._replica(parameter) for key, parameter in module.named_parameters()}
-        return ReplicatedModule(module, tensors, self.unbatched.get(name, ()))
+        return ReplicatedModule(module, tensors, self.unbatched.get(name, ()), self.batch)
 
     def _attention(self, name: str, module: nn.MultiheadAttention) -> nn.Module:
         assert module.in_proj_weight is not None

@@ -11,7 +11,7 @@ Activations keep the plain layout (samples of device 0, samples of device 1, ...
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from simulate.common.errors import InputError
 
@@ -305,13 +305,20 @@ class ReplicatedModule(nn.Module):
 
     `tensors` are the module's parameters by name, with a copies axis; frozen ones have one copy for all. Tensor
     arguments with as many rows as the first one are divided between copies; all other arguments go to every copy, and
-    so do those whose place among the call's arguments is in `unbatched`. Buffers are shared, so the module must not
-    write to them in training.
+    so do those whose place among the call's arguments is in `unbatched`. Results that all samples share, whose place k
+    is there as −1 − k, are repeated for each sample of `batch`. Buffers are shared, so the module must not write to
+    them in training.
     """
 
-    def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor], unbatched: Collection[int] = ()) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        tensors: Mapping[str, Tensor],
+        unbatched: Collection[int] = (),
+        batch: Batch | None = None,
+    ) -> None:
         super().__init__()
-        self.unbatched = unbatched
+        self.unbatched, self.batch = unbatched, batch
         # Checkpoints name trained ones by their number.
         self.stacked = nn.ParameterList(t for t in tensors.values() if isinstance(t, nn.Parameter))
         trained, self.places = iter(range(len(self.stacked))), dict[str, int | str]()
@@ -344,7 +351,7 @@ class ReplicatedModule(nn.Module):
             for index, leaf in enumerate(leaves)
         ]
         samples = next((count for count in rows if count is not None), None)
-        if samples is None:
+        if samples is None and all(place >= 0 for place in self.unbatched):
             raise InputError(
                 f"{type(self.plain[0]).__name__} gets no tensor with a row for each sample, so that it cannot give "
                 "each device's samples its own parameters' result; pass it what depends on the samples"
@@ -353,11 +360,24 @@ class ReplicatedModule(nn.Module):
         for copy in range(copies):
             own = {name: tensor[min(copy, len(tensor) - 1)] for name, tensor in tensors.items()}
             cut = [
-                leaf.chunk(copies)[copy] if count == samples else leaf for leaf, count in zip(leaves, rows, strict=True)
+                leaf.chunk(copies)[copy] if count is not None and count == samples else leaf
+                for leaf, count in zip(leaves, rows, strict=True)
             ]
             args, kwargs = tree_unflatten(cut, structure)
             parts.append(functional_call(self.plain[0], own, args, kwargs))
-        return tree_map(lambda *same: torch.cat(same) if isinstance(same[0], Tensor) else same[0], *parts)
+        _, structure = tree_flatten(parts[0])
+        results = zip(*(tree_leaves(part) for part in parts), strict=True)
+        return tree_unflatten([self._joined(place, same) for place, same in enumerate(results)], structure)
+
+    def _joined(self, place: int, same: Sequence[Any]) -> Any:
+        """Return the copies' results at one place as one."""
+        if not isinstance(same[0], Tensor):
+            return same[0]
+        if -1 - place not in self.unbatched:
+            return torch.cat(list(same))
+        assert self.batch is not None
+        ones = [result if result.ndim > 1 and len(result) == 1 else result.unsqueeze(0) for result in same]
+        return torch.cat([one.expand(self.batch.samples // len(ones), *one.shape[1:]) for one in ones])
 
     def plain_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the plain module's parameters, each with its copies axis; a tied one under each of its names."""

@@ -64,7 +64,8 @@ class _Findings:
     trained_whole: tuple[str, ...]
     """Names of linear layers whose result is the network's output."""
     unbatched: dict[str, set[int]] = field(default_factory=dict)
-    """Places of the arguments that all samples share, by a module's name: a mask, an index of positions."""
+    """Places of the arguments, and of the results as −1 − k, that all samples share, by a module's name: a mask, an
+    index of positions, a table."""
     unused: tuple[str, ...] = ()
     """Names of parameters that the loss does not depend on."""
 
@@ -199,7 +200,7 @@ def _output_layer(options: UserNetworkOptions, network: nn.Module) -> tuple[str,
 
 
 def _shared_arguments(options: UserNetworkOptions, network: nn.Module) -> dict[str, set[int]]:
-    """Return the places of tensor arguments with equally many rows for two and three samples, by module."""
+    """Return the places of tensor arguments and results with equal rows for two and three samples, by module."""
     # Two counts tell an argument that grows with the batch from one that does not.
     two, three = (_argument_rows(options, network, samples) for samples in (2, 3))
     shared: dict[str, set[int]] = defaultdict(set)
@@ -212,11 +213,12 @@ def _shared_arguments(options: UserNetworkOptions, network: nn.Module) -> dict[s
 def _argument_rows(
     options: UserNetworkOptions, network: nn.Module, samples: int
 ) -> dict[tuple[str, int], list[int | None]]:
-    """Return the rows of modules' arguments, by name and place among the arguments, of every call."""
+    """Return the rows of modules' arguments and results, by name and place, of every call."""
     rows: dict[tuple[str, int], list[int | None]] = defaultdict(list)
 
     def note(name: str, arguments: Any, output: Any) -> None:
-        for place, leaf in enumerate(tree_leaves(arguments)):
+        places = [*enumerate(tree_leaves(arguments)), *((-1 - k, leaf) for k, leaf in enumerate(tree_leaves(output)))]
+        for place, leaf in places:
             if isinstance(leaf, Tensor):
                 rows[name, place].append(len(leaf) if leaf.ndim else None)
 
@@ -329,8 +331,15 @@ def _rows(options: UserNetworkOptions, adapted: nn.Module, layers: list[LoraLine
 def _forward_flops(options: UserNetworkOptions, plain: nn.Module) -> int:
     """Return the operations of one sample's forward pass; attention is counted in full, without regard to its mask."""
     # The counter cannot look into fused attention, nor into torch's fused encoder layer, which training mode avoids.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        _run(options, plain.train(), 1)
+    # It also fails, without gradients, on a module that returns its own parameter, unless that is frozen.
+    trained = [parameter for parameter in plain.parameters() if parameter.requires_grad]
+    try:
+        plain.requires_grad_(False)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            _run(options, plain.train(), 1)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_()
     return int(counter.get_total_flops())
 
 

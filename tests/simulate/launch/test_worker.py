@@ -67,9 +67,10 @@ class OtherProcess:
 
 
 def test_processes_start_from_the_same_weights_but_for_rounding() -> None:
-    run, name = build_run(
-        {"model": {"name": "tests.zoo:Net", "parts": "linear", "context": 4}, "method": {"name": "ddp"}}
-    ), "inner.weight"
+    run, name = (
+        build_run({"model": {"name": "tests.zoo:Net", "parts": "linear", "context": 4}, "method": {"name": "ddp"}}),
+        "inner.weight",
+    )
     _check_start(run, OtherProcess(name, 1e-6), PLACE)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"process 5 on node 1 too starts with other weights of inner\.weight"):
         _check_start(run, OtherProcess(name, 1e-2), PLACE)  # type: ignore[arg-type]

@@ -149,7 +149,9 @@ def test_what_is_composed_of_them_is_trained_alike_or_refused(chosen: list[str])
         assert_trains_like_plain_pytorch(parts)
 
 
-@pytest.mark.parametrize("part", others_slow([MIXED, *TRAINED], [MIXED, "masked", "encoder"]))
+@pytest.mark.parametrize(
+    "part", others_slow([MIXED, *TRAINED], [MIXED, "masked", "encoder", "places", "places of one row"])
+)
 def test_devices_by_themselves_train_like_plain_loops(part: str) -> None:
     """As many samples as tokens: what is no sample must not be divided among devices."""
     run = run_of(part, "local-sgd", devices=2, micro_batch=3)
