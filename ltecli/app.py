@@ -274,6 +274,10 @@ def train(
     diagnostics: Annotated[
         bool, typer.Option("--diagnostics", help="Diagnose heads and gradients at every evaluation.")
     ] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Try the run with a small network and few steps.")] = False,
+    ignore_memory: Annotated[
+        bool, typer.Option("--ignore-memory", help="Simulate even if this machine seems too small for all devices.")
+    ] = False,
     launch: Annotated[
         bool, typer.Option("--launch", help="Train for real: a process for each device, here or on several machines.")
     ] = False,
@@ -301,10 +305,12 @@ def train(
     from ltecli.commands.launch import LaunchArgs
     from ltecli.commands.train import TrainArgs, train_command
 
-    args = TrainArgs(data, tuple(assignments or ()), diagnostics)
+    args = TrainArgs(data, tuple(assignments or ()), diagnostics, tiny)
     options = LaunchArgs(processes, nodes, node, join, interface, secret_file, trust_network)
     options.check(launch)
-    return train_command(run, out, resume, device.value, args, options if launch else None, as_json, quiet)
+    return train_command(
+        run, out, resume, device.value, args, options if launch else None, as_json, quiet, ignore_memory
+    )
 
 
 @app.command()
@@ -360,6 +366,38 @@ def export(
     from ltecli.commands.export import export_command
 
     return export_command(run, form.value, out, as_json)
+
+
+@app.command()
+@guarded
+def sample(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to go on from.")],
+    length: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token each time.")] = 0.8,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
+    as_json: Json = False,
+) -> int:
+    """Let a run's newest weights go on with a text."""
+    from ltecli.commands.use import sample_command
+
+    return sample_command(run, prompt, length, temperature, seed, as_json)
+
+
+@app.command("eval")
+@guarded
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    data: Annotated[str, typer.Option("--data", "-d", help="Text or images: a file, a folder or a .zip.")],
+    as_json: Json = False,
+) -> int:
+    """Score a run's newest weights on other data.
+
+    All of a text counts; of images the held-out ones.
+    """
+    from ltecli.commands.use import eval_command
+
+    return eval_command(run, data, as_json)
 
 
 @profile_app.command("list")

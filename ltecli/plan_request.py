@@ -14,6 +14,7 @@ from typing import Any
 
 from simulate.common import toml_io
 from simulate.common.errors import InputError
+from simulate.config.calibration import find_calibration
 from simulate.config.hardware import LOCAL, Profile
 from simulate.config.method_options import AdapterOptions, MethodOptions
 from simulate.config.method_table import BASELINE, DEFAULT_METHOD, METHOD_NAMES, method_options
@@ -76,7 +77,8 @@ def plan_request(request: PlanArgs, to_train: bool = True) -> Plan:
     table = _given_keys(request)
     pins = _pins(table)
     profile = load_profile(str(table["cluster"].setdefault("profile", LOCAL)))
-    link_notes = []
+    _, ignored = find_calibration() if profile.name == LOCAL else (None, "")
+    link_notes = [ignored] if ignored else []
     if request.link_from is not None:
         profile, note = _with_measured_link(request.link_from, profile)
         link_notes.append(note)

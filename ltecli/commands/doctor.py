@@ -15,11 +15,11 @@ from rich.table import Table
 from ltecli.commands.launch import DEFAULT_PORT, LaunchArgs
 from ltecli.console import Output, plain_table
 from ltecli.errors import BAD_INPUT, DONE
+from simulate.common.cache_folder import CACHE_VARIABLE, cache_folder
 from simulate.common.errors import InputError
 from simulate.common.limits import usable_cores
 from simulate.common.units import bytes_text
 from simulate.config.run import Run, load_run
-from simulate.data.cache import CACHE_VARIABLE, cache_folder
 from simulate.doctor.checks import Purpose, diagnose, stops
 from simulate.doctor.machine import Machine, examine, temporary_folder
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from ltecli.console import Output, scores_text
 from ltecli.runs.run_folder import RunFolder
-from simulate.common.units import bytes_text, seconds_text
+from simulate.common.units import bytes_text, order_text, seconds_text
 from simulate.planning.candidate import describe
+from simulate.planning.margins import Margins
 from simulate.planning.notes import diagnostics_notes, mended_notes
 from simulate.common.processor import machine_facts
 from simulate.common.run_files import CHECKPOINTS
@@ -74,9 +75,11 @@ def report_derived(folder: RunFolder, output: Output) -> None:
         f"  derived: {run.tokens_per_step:,} {run.model.unit} per step, {run.train.steps:,} steps, "
         f"{run.train.steps * run.tokens_per_step:,} {run.model.unit}"
     )
+    is_order = Margins.of(folder.profile).is_order
+    wall = order_text(chosen["wall_s"]) if is_order else seconds_text(chosen["wall_s"])
     output.hint(
         f"  planned per device: {bytes_text(chosen['memory_bytes']['total'])} memory, "
-        f"{bytes_text(chosen['sent_bytes_per_round'])} sent per merge, {seconds_text(chosen['wall_s'])} on "
+        f"{bytes_text(chosen['sent_bytes_per_round'])} sent per merge, {wall} on "
         f"{run.cluster.devices} x {folder.profile.name}"
     )
     for text in diagnostics_notes(run, shape):

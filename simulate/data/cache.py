@@ -21,10 +21,10 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
+from simulate.common.cache_folder import CACHE_VARIABLE, cache_folder
 from simulate.common.errors import InputError
 from simulate.common.safetensors_writer import DTYPES, header
 
-CACHE_VARIABLE = "LTE_CACHE"
 CACHE_VERSION = 1
 """Part of every key: raise it when changed code makes other arrays for the same key."""
 _NO_DIGEST = "0" * 64
@@ -95,13 +95,6 @@ def _reserve(handle: int, size: int) -> None:
         os.posix_fallocate(handle, 0, size)
     else:
         os.truncate(handle, size)
-
-
-def cache_folder() -> Path:
-    """Return the folder of cache files: LTE_CACHE, or `lte` in the user's cache directory."""
-    if given := os.environ.get(CACHE_VARIABLE):
-        return Path(given).absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lte"
 
 
 def stamp_of(files: Sequence[Path]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from simulate.common.units import bytes_text, seconds_text
+from simulate.config.hardware import LOCAL
 from simulate.config.run import Run
 from simulate.costs.diagnostics_bytes import diagnostics_exchange
 from simulate.costs.eval_and_save_time import AFFORDABLE_SHARE
@@ -22,6 +23,7 @@ from simulate.planning.candidate import Candidate, PlanContext, Rejected, descri
 from simulate.planning.margins import RULE
 from simulate.planning.number_formats import Format, format_notes
 from simulate.planning.objective import MEANINGS
+from simulate.planning.time_ranges import simulated_here_text
 from simulate.rules.method_plan import plan_of
 from simulate.training.checkpoints import numerics_of
 
@@ -66,8 +68,10 @@ def _assumptions(context: PlanContext, chosen: Candidate | None, first: Candidat
     # Certainty first: the reader should know how far to trust what follows.
     sources = {device.source for device in profile.device} | {profile.link.source}
     yield f"figures of profile {profile.name} are {' and '.join(sorted(sources))}: times are estimates, bytes are exact"
-    if not context.margins.is_point:
+    if not (context.margins.is_point or context.margins.is_order):
         yield RULE
+    if profile.name == LOCAL:
+        yield from _this_machine(context, chosen)
     model = choice.efficiency or shipped()
     lte = model.methods["lte"]
     yield (
@@ -79,6 +83,22 @@ def _assumptions(context: PlanContext, chosen: Candidate | None, first: Candidat
         yield f"{describe(first.run)} would rank first, with lte[quantize] installed: pin it with --quantize"
     if chosen and chosen.run.method.frozen_format != "none":
         yield from _quantized(chosen)
+
+
+def _this_machine(context: PlanContext, chosen: Candidate | None) -> Iterator[str]:
+    """Report that local's devices are imaginary, how long simulating the run takes here, and how to measure."""
+    if context.margins.is_order:
+        yield (
+            "nobody has measured this machine, so times on local are orders of magnitude; lte profile measure --quick "
+            "-o mine.toml or the first lte train here measures it for later plans"
+        )
+    if chosen:
+        devices = len(context.devices)
+        yield (
+            f"local is {devices} imaginary machine{'s' if devices > 1 else ''}, each as strong as this one; lte train "
+            f"simulates all of them here, which takes {simulated_here_text(chosen)} (their compute, one "
+            "after the other)"
+        )
 
 
 def _quantized(chosen: Candidate) -> Iterator[str]:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from simulate.common.cache_folder import cache_folder
 from simulate.common.errors import InputError
 from simulate.data import cache
-from simulate.data.cache import CachedArrays, Draft, cache_folder, cached, open_arrays
+from simulate.data.cache import CachedArrays, Draft, cached, open_arrays
 from tests.harness import run_together
 
 
