@@ -115,6 +115,13 @@ def plan(
     devices: Devices = None,
     tokens: Tokens = None,
     samples: Samples = None,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(parser=_count, metavar="COUNT", help="Tokens of a step over all devices to come near to, 500k."),
+    ] = None,
+    batch_samples: Annotated[
+        int | None, typer.Option(parser=_count, metavar="COUNT", help="The same in images, for models of images.")
+    ] = None,
     method: Annotated[str | None, typer.Option(help="Pin the method, any of docs/methods.md.")] = None,
     rank: Annotated[int | None, typer.Option(help="Pin the rank of one head.")] = None,
     heads_per_device: Annotated[int | None, typer.Option(help="Pin the heads of one device.")] = None,
@@ -168,6 +175,8 @@ def plan(
         devices=devices,
         tokens=tokens,
         samples=samples,
+        batch_tokens=batch_tokens,
+        batch_samples=batch_samples,
         objective=objective,
         within=within,
         efficiency=efficiency,

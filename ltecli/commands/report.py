@@ -48,6 +48,8 @@ def _show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None
     output.text(
         f"train loss {_number(figure['train_loss'])}, {scores_text(figure['val_loss'], figure['val_accuracy'])}"
     )
+    if figure["worse_than_guessing"]:
+        output.text(figure["worse_than_guessing"])
     table = plain_table("", "planned", "simulated", "counted", "measured", "dense, planned")
     rows = [
         ("memory per device", "memory_bytes", bytes_text),

@@ -96,12 +96,15 @@ def report_derived(folder: RunFolder, output: Output) -> None:
 
 def report_result(folder: RunFolder, output: Output, result: RunResult) -> None:
     """Print the result of a run that has just finished."""
-    _print_json(folder, output, result)
+    from ltecli.runs.figures import figures, read_run
+
+    worse = figures(read_run(folder.path))["worse_than_guessing"]
+    _print_json(folder, output, result, worse)
     output.text(
         f"done: {folder.path}, {scores_text(result.val_loss, result.val_accuracy)}, "
         f"{bytes_text(result.sent_bytes_per_device)} sent per device (counted), "
         f"{seconds_text(result.simulated_s)} on {folder.profile.name} (simulated), "
-        f"{seconds_text(result.measured_s)} here (measured)"
+        f"{seconds_text(result.measured_s)} here (measured)" + (f"; {worse}" if worse else "")
     )
     output.hint(f"next: lte report {folder.path}")
 
@@ -114,9 +117,11 @@ def report_finished(folder: RunFolder, output: Output) -> None:
     sent, wall = figure["sent_bytes_per_device"]["counted"], figure["wall_s"]
     scores = figure["val_loss"], figure["val_accuracy"]
     # The same document as at the run's end, so that a script may give its command twice.
-    _print_json(folder, output, RunResult(figure["steps"], *scores, sent, wall["simulated"], wall["measured"]))
+    result = RunResult(figure["steps"], *scores, sent, wall["simulated"], wall["measured"])
+    _print_json(folder, output, result, figure["worse_than_guessing"])
     output.hint(f"{folder.path} is finished; next: lte report {folder.path}")
 
 
-def _print_json(folder: RunFolder, output: Output, result: RunResult) -> None:
-    output.json({"version": 1, "run": str(folder.path), **asdict(result)})
+def _print_json(folder: RunFolder, output: Output, result: RunResult, worse_than_guessing: str | None) -> None:
+    document = {"version": 1, "run": str(folder.path), **asdict(result)}
+    output.json({**document, "worse_than_guessing": worse_than_guessing})

@@ -88,10 +88,10 @@ class Run(toml_io.Schema):
             raise ValueError(
                 f"data.shards has {len(self.data.shards)} sizes for cluster.devices = {devices}; give one a device"
             )
-        if self.train.warmup_steps >= self.train.steps:
+        if self.train.num_warmup_steps >= self.train.steps:
             raise ValueError(
                 f"train.warmup_steps = {self.train.warmup_steps} is not below train.steps = {self.train.steps}; "
-                "lower it"
+                "lower it, or give train.warmup_share instead, which fits any number of steps"
             )
         return self
 
@@ -103,7 +103,8 @@ class Run(toml_io.Schema):
     @property
     def samples_per_step(self) -> int:
         """Samples that all devices together train on in one optimizer step."""
-        return self.method.participants(self.cluster.devices) * self.train.micro_batch
+        train = self.train  # not by device_batch: a plan asks for thousands of candidates
+        return self.method.participants(self.cluster.devices) * train.micro_batch * train.accumulate
 
     @property
     def tokens_per_step(self) -> int:

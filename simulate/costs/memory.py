@@ -252,10 +252,14 @@ def _phases(run: Run, shape: ModelShape, lasting: _Lasting) -> tuple[Phase, ...]
     step = step_phases(
         shape, train.micro_batch, lasting.rank, lasting.block_gradient_bytes, train.activation_checkpointing,
         element_bytes, PRODUCT_BYTES.get(train.autocast, element_bytes), lasting.unpacked_bytes, lasting.heads,
-        lasting.subtracts, lasting.materialisation, keeps_inputs=lasting.keeps_inputs,
+        lasting.subtracts, lasting.materialisation, keeps_inputs=lasting.keeps_inputs, accumulates=train.accumulate > 1,
     )  # fmt: skip
     # The batch is held until the next one comes; token indices are too small to count.
-    batch_bytes = train.micro_batch * shape.inputs * element_bytes
+    batch_bytes = train.micro_batch * train.accumulate * shape.inputs * element_bytes
+    if batch_bytes and train.accumulate > 1:
+        # A pass counts its own images, which are a part of the step's, or a copy where each head gives a part.
+        own_bytes = 0 if lasting.heads > 1 else train.micro_batch * shape.inputs * element_bytes
+        step = tuple(replace(phase, activations=phase.activations + batch_bytes - own_bytes) for phase in step)
     others = (*lasting.exchange, SAVING)
     if batch_bytes:
         others = tuple(replace(phase, activations=phase.activations + batch_bytes) for phase in others)

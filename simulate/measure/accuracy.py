@@ -114,7 +114,7 @@ def byte_rows(sample: Sample, steps: int = 9) -> Iterator[Row]:
 def _counted_bytes(run: Run) -> int:
     communicator = VirtualCommunicator(run.cluster.devices)
     method = build_method(run, communicator, CPU)
-    inputs, targets = made_up_batch(run, run.train.micro_batch * run.cluster.devices, CPU)
+    inputs, targets = made_up_batch(run, run.train.device_batch * run.cluster.devices, CPU)
     for step in range(run.train.steps):  # the same batch each time: bytes do not depend on numbers
         method.step(inputs, targets, step)
         if method.merge_due(step):
@@ -137,7 +137,7 @@ def time_rows(sample: Sample) -> Iterator[Row]:
 def _step_s(run: Run) -> float:
     """Return the median seconds of one device's step, after a warm-up that allocates optimizer state."""
     method = build_method(run, EchoCommunicator(run.cluster.devices), CPU)
-    inputs, targets = made_up_batch(run, run.train.micro_batch, CPU)
+    inputs, targets = made_up_batch(run, run.train.device_batch, CPU)
     return Stopwatch(CPU, 0.0).seconds("step", lambda: method.step(inputs, targets, 0), TIMED_STEPS)
 
 

@@ -69,7 +69,7 @@ def train_together(run: Run, device: torch.device, watch: Watch = unwatched) -> 
 
 def _train(run: Run, communicator: Communicator, device: torch.device, watch: Watch) -> Method:
     method = build_method(run, communicator, device)
-    inputs, targets = made_up_batch(run, run.train.micro_batch * len(communicator.local_devices), device)
+    inputs, targets = made_up_batch(run, run.train.device_batch * len(communicator.local_devices), device)
     samples = evaluation_batch(run.train.micro_batch, run.train.autocast != "none")
     evaluated = inputs[:samples], targets[:samples]
     last = run.train.steps - 1
@@ -103,7 +103,7 @@ def _train(run: Run, communicator: Communicator, device: torch.device, watch: Wa
     if diagnostics is not None:
         sums = GradientSums(run, method.weights_in_use())
         watch("gradient_figures", method, [sums.flat])
-        sums.add(inputs, targets)
+        sums.add(inputs[: run.train.micro_batch], targets[: run.train.micro_batch])
         sums.square_of_sum(method.communicator)
         del sums
     watch("evaluation", method, ())

@@ -6,7 +6,7 @@ simulate.methods.method_state (what checkpoints hold), and simulate.methods.pace
 puts in front of a method with `pace` or `merge_delay`. The training loop, the measurements and the launcher's recovery
 call it.
 
-Legend: L local devices, N devices, K heads of a device, S samples, T tokens.
+Legend: L local devices, N devices, K heads of a device, B samples of a device's step, S samples, T tokens.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ key to set. The planner calls plan_notes; `lte train` calls diagnostics_notes an
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from simulate.planning.candidate import Candidate, PlanContext, Rejected, descri
 from simulate.planning.margins import RULE
 from simulate.planning.number_formats import Format, format_notes
 from simulate.planning.objective import MEANINGS
+from simulate.planning.search_space import LEAST_IMAGES, LEAST_TOKENS, MICRO_BATCHES, Pins
 from simulate.planning.time_ranges import simulated_here_text
 from simulate.rules.method_plan import plan_of
 from simulate.training.checkpoints import numerics_of
@@ -40,12 +42,13 @@ def plan_notes(
     rival: Candidate | None,
     picked: Format | None,
     evaluate: Callable[[Run], Candidate | Rejected],
+    pins: Pins,
 ) -> Iterator[str]:
     """Yield a plan's notes in the order in which they are printed.
 
     `first` ranks first, even if it is not the choice; `rival` is the best candidate of methods that the plan does not
     choose from; `picked` is the autocast format that the plan took by itself; `evaluate` computes the costs of other
-    runs.
+    runs; `pins` are what the user fixed.
     """
     choice, shape = context.choice, context.shape
     yield from _assumptions(context, chosen, first)
@@ -55,6 +58,7 @@ def plan_notes(
         yield from _unadapted(chosen, shape)
     yield from shape.notes
     if chosen:
+        yield _batch(chosen, pins)
         yield from _worth_trying(chosen)
         yield from format_notes(chosen, context.profile, evaluate, picked)
         yield from _checkpoints(chosen)
@@ -83,6 +87,36 @@ def _assumptions(context: PlanContext, chosen: Candidate | None, first: Candidat
         yield f"{describe(first.run)} would rank first, with lte[quantize] installed: pin it with --quantize"
     if chosen and chosen.run.method.frozen_format != "none":
         yield from _quantized(chosen)
+
+
+def _batch(chosen: Candidate, pins: Pins) -> str:
+    """Report the batch of the choice, how it comes about, and the one that a power law has for this compute."""
+    run, unit = chosen.run, chosen.run.model.unit
+    train, participants = run.train, run.method.participants(run.cluster.devices)
+    passes = f"micro_batch {train.micro_batch} x accumulate {train.accumulate} x devices {participants}"
+    text = f"a step has {run.tokens_per_step:,} {unit} ({passes})"
+    if pins.batch is not None:
+        exact = run.tokens_per_step == pins.batch
+        return text + (", as asked" if exact else f", in whole passes near the {pins.batch:,} asked for")
+    if pins.micro_batch or pins.accumulate:
+        return f"{text}, as given"
+    least = f"{LEAST_TOKENS} {unit}" if unit == "tokens" else f"{LEAST_IMAGES} {unit}"
+    text += f": the best of 1 to {MICRO_BATCHES[-1]} samples a pass, and no step has fewer than {least}"
+    if unit == "samples":
+        return f"{text} (docs/planning.md); --batch-samples sets it"
+    return (
+        f"{text}; by DeepSeek's power law about {best_batch(chosen):,} would train best at this compute "
+        "(docs/planning.md): --batch-tokens sets it"
+    )
+
+
+def best_batch(candidate: Candidate) -> int:
+    """Return the tokens of a step that train best by B = 0.2920·C^0.3271, to two digits; C = 6·parameters·tokens.
+
+    (DeepSeek-AI 2024, arXiv 2401.02954, equation 1, fitted from 1e17 to 2e19 operations; outside it extrapolates.)
+    """
+    batch = 0.2920 * (6.0 * candidate.context.shape.parameters * candidate.tokens) ** 0.3271
+    return int(round(batch, 1 - math.floor(math.log10(batch))))
 
 
 def _this_machine(context: PlanContext, chosen: Candidate | None) -> Iterator[str]:

@@ -18,7 +18,7 @@ from simulate.config.run import Run
 from simulate.config.tables import BYTE_VALUES, BYTES
 from simulate.costs.memory import text_bytes
 from simulate.models.schema import text_sizes
-from simulate.planning.candidate import LINK_DOMINATES, Candidate, Rejected, candidate_of, describe
+from simulate.planning.candidate import LINK_DOMINATES, Candidate, Rejected, batch_text, candidate_of, describe
 from simulate.planning.planner import Plan, evaluate
 from simulate.planning.time_ranges import equivalent_range, simulated_here_text, time_text
 from simulate.rules.method_plan import plan_of
@@ -181,7 +181,7 @@ def _settings(run: Run) -> Iterator[str]:
         yield f"{method.frozen_format} weights"
     if (wire := getattr(method, "wire", "full")) != "full":
         yield f"{wire} messages"
-    yield f"batch {train.micro_batch}"
+    yield batch_text(run)
     if train.activation_checkpointing:
         yield "checkpointing"
     if train.autocast != "none":
