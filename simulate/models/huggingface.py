@@ -78,7 +78,25 @@ def build_huggingface(options: HuggingfaceOptions) -> nn.Module:
             if key in ("bos_token_id", "eos_token_id", "pad_token_id") and _reaches(value, options.vocab):
                 given[key] = None
         model = transformers.AutoModelForCausalLM.from_config(kind(**given), dtype=torch.float32)
-    return CausalLanguageModel(model)
+    network = CausalLanguageModel(model)
+    network.takes_positions = network.takes_positions and _counts_from_zero(network, options.context)
+    return network
+
+
+@torch.no_grad()
+def _counts_from_zero(network: CausalLanguageModel, context: int) -> bool:
+    """Whether positions 0, 1, ... are those that the library takes by itself: RoBERTa's begin behind its padding."""
+    tokens, was_training = torch.zeros(1, min(context, 4), dtype=torch.int64), network.training
+    results = []
+    try:
+        for network.takes_positions in (True, False):
+            results.append(network.eval()(tokens))
+    except Exception:  # the network is run, and its errors are told, when it is traced
+        return True
+    finally:
+        network.train(was_training)
+    given, own = results
+    return torch.allclose(given, own, rtol=1e-4, atol=1e-5)
 
 
 def _reaches(tokens: Any, vocab: int) -> bool:
