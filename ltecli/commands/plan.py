@@ -135,7 +135,7 @@ def nearest_miss_text(plan: Plan) -> str:
 def _show(plan: Plan, output: Output, top: int) -> None:
     shape, base = plan.base.model.shape(), plan.base
     output.heading(
-        f"{shape.name}: {shape.parameters:,} parameters ({shape.adapted_parameters:,} adapted), "
+        f"{shape.name}: {shape.all_parameters:,} parameters ({shape.adapted_parameters:,} adapted), "
         f"{plan.tokens:,} {base.model.unit} on {base.cluster.devices} x {plan.profile.name}"
     )
     link = plan.profile.link

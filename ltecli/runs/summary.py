@@ -69,7 +69,7 @@ def report_derived(folder: RunFolder, output: Output) -> None:
     run, chosen = folder.run, folder.plan["chosen"]
     shape = run.model.shape()
     action = f"resuming {folder.path} from {folder.resume_from.name}" if folder.resume_from else f"run {folder.path}"
-    output.hint(f"{action}: {describe(run)} per device; {shape.name}, {shape.parameters:,} parameters")
+    output.hint(f"{action}: {describe(run)} per device; {shape.name}, {shape.all_parameters:,} parameters")
     output.hint(f"  data: {folder.data.describe()}")
     output.hint(
         f"  derived: {run.tokens_per_step:,} {run.model.unit} per step, {run.train.steps:,} steps, "

@@ -268,12 +268,12 @@ def _phases(run: Run, shape: ModelShape, lasting: _Lasting) -> tuple[Phase, ...]
 def _weight_bytes(run: Run, shape: ModelShape, shared_memory: bool) -> int:
     plan, element_bytes = plan_of(run.method), ELEMENT_BYTES[run.train.dtype]
     if plan.starts_dense or plan.adapters(run.cluster.devices) is None:
-        return shape.parameters * element_bytes
+        return shape.all_parameters * element_bytes
     frozen = frozen_bytes(shape, run.method.frozen_format, element_bytes)
     # The weights that merges start from lie in the host's memory or in mapped files, except plain ones on one memory.
     in_files = run.method.frozen_format != "none" or not shared_memory
     start = 0 if in_files else plan.full_copies * shape.adapted_parameters * element_bytes
-    return frozen + start + shape.replicated_parameters * element_bytes
+    return frozen + start + (shape.replicated_parameters + shape.fixed_parameters) * element_bytes
 
 
 def host_memory_by_part(run: Run, shape: ModelShape, device: Device) -> dict[str, int]:
@@ -333,6 +333,7 @@ def checkpoint_bytes(run: Run, shape: ModelShape, devices: int, in_a_round: bool
     copies = 1 if held.shared else devices  # equal state is written once
     moments = moment_bytes(run, shape) if in_a_round else _merged_moment_bytes(run, shape)
     elements = copies * weights + devices * held.extra
+    elements += shape.fixed_parameters
     return frozen_bytes_kept + elements * element_bytes + copies * moments + kept_bytes(run, shape)
 
 
@@ -354,7 +355,7 @@ def _packing_start_bytes(run: Run, shape: ModelShape) -> int:
         return 0
     first = shape.in_order()[0]
     packing = packing_bytes(first.weights, first.in_features, method.frozen_format, element_bytes)
-    return (shape.parameters - first.weights) * element_bytes + packing
+    return (shape.all_parameters - first.weights) * element_bytes + packing
 
 
 def _unpacked_bytes(method: MethodOptions, shape: ModelShape, element_bytes: int) -> int:

@@ -9,11 +9,12 @@ Legend: G groups of equal size (devices or heads) in the order of the batch's ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from simulate.common.errors import InputError
 from simulate.config.tables import Train
 from simulate.layers.cross_entropy import row_losses
 from simulate.optim.loss_scale import LossScale, lower_precision
@@ -24,10 +25,16 @@ class Loss:
 
     def __init__(
         self, model: nn.Module, train: Train, loss_scale: LossScale | None, zeroes_overflow: bool,
-        before_forward: Callable[[], None],
+        before_forward: Callable[[], None], stepped: Callable[[], Iterable[nn.Parameter]], unused: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
+        """Compute losses of a converted network; each step leaves a gradient in all that `stepped` returns.
+
+        `unused` are tensors of the network, by name, that no pass may have a gradient for.
+        """
         self.model, self.train, self.loss_scale, self.zeroes_overflow = model, train, loss_scale, zeroes_overflow
-        self.before_forward = before_forward
+        self.before_forward, self.stepped, self.unused = before_forward, stepped, unused
+        for tensor in unused.values():
+            tensor.requires_grad_()  # to see whether there is one
 
     def backpropagate(self, inputs: Tensor, targets: Tensor, groups: int) -> Tensor:
         """Leave the gradients of the sum of the groups' mean losses in the network's parameters; return them, (G,)."""
@@ -40,6 +47,7 @@ class Loss:
             if self.loss_scale is not None:  # fp16 gradients would vanish unscaled; each row has a scale of its own
                 losses_G = self.loss_scale.scaled(losses_G)
             losses_G.sum().backward()
+        self._complete_gradients()
         if self.loss_scale is not None:
             self._unscale(self.loss_scale)
         return torch.stack(losses_PG).sum(0)
@@ -55,6 +63,22 @@ class Loss:
     def row_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of every sample or token, (M,), in order: cross-entropy with logits."""
         return row_losses(outputs, targets)
+
+    def _complete_gradients(self) -> None:
+        """Give parameters that this step did not use a gradient of zero, as others may have used them.
+
+        Messages then hold the same parameters in all processes, and a device steps alike whoever else shares its
+        process. Raises InputError where it used what the plan was made without.
+        """
+        for name, tensor in self.unused.items():
+            if tensor.grad is not None:
+                raise InputError(
+                    f"model: {name} got a gradient, but none from the random samples that the network was traced with, "
+                    "so that it was planned as unused; let every pass use it (add 0 times its result), or freeze it"
+                )
+        for parameter in self.stepped():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def _unscale(self, loss_scale: LossScale) -> None:
         """Take the scale out of gradients that are complete: in parts, a later one would be scaled twice."""

@@ -64,7 +64,7 @@ class Plan:
             "tokens": self.tokens,
             "model": {
                 "name": shape.name,
-                "parameters": shape.parameters,
+                "parameters": shape.all_parameters,
                 "adapted_parameters": shape.adapted_parameters,
             },
             "chosen": self.chosen and candidate_json(self.chosen),

@@ -68,7 +68,7 @@ def _title(plan: Plan) -> str:
     shape, base = plan.base.model.shape(), plan.base
     kinds = [device.kind.removeprefix("NVIDIA ").removeprefix("GeForce ") for device in plan.profile.device]
     devices = f"{base.cluster.devices} x {kinds[0]}" if len(kinds) == 1 else f"{base.cluster.devices} mixed devices"
-    parts = [f"{shape.name} ({_count_text(shape.parameters)}) on {devices}"]
+    parts = [f"{shape.name} ({_count_text(shape.all_parameters)}) on {devices}"]
     if base.cluster.devices > 1:
         parts.append(f"links of {bytes_text(plan.profile.link.up_bytes_per_s)}/s")
     passes = _passes(plan)
