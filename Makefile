@@ -12,7 +12,7 @@ TORCH_TESTS ?= tests/simulate/layers tests/simulate/optim tests/simulate/comm te
 	tests/simulate/training tests/simulate/measure tests/simulate/doctor tests/launch \
 	tests/ltecli/commands/test_train.py tests/ltecli/commands/test_resume.py tests/ltecli/commands/test_doctor.py
 
-.PHONY: setup demo demo-vision test test-all test-processors test-torch mutants frozen frozen-record lint bench clean
+.PHONY: setup demo demo-vision test test-all test-processors test-torch mutants frozen frozen-record lint bench gpu clean
 
 setup: $(READY)
 
@@ -88,6 +88,14 @@ bench: $(READY)
 	$(BIN)/python bench/devices.py
 	for family in gpt llama vit mixer; do $(BIN)/lte validate --only memory --quick --shapes 12 --family $$family; done
 	$(BIN)/python bench/step.py --model vit_s16
+
+# On a machine with a GPU, from the checkout and by its own Python: installs nothing (docs/gpu.md).
+PART ?= all
+DEVICE ?= cuda
+SIZE ?= full
+gpu:
+	$(PYTHON) -m bench.gpu --part $(PART) --device $(DEVICE) --size $(SIZE) $(if $(FRESH),--fresh) \
+		$(if $(RESULTS),--results $(RESULTS))
 
 clean:
 	rm -rf .venv .venv-torch-* build *.egg-info runs run.toml

@@ -14,13 +14,12 @@ import ctypes
 import json
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pairs import Step, median_and_quartiles, paired_seconds, seconds
 from torch import Tensor
 
 from simulate.comm.virtual import VirtualCommunicator
@@ -31,15 +30,12 @@ from simulate.models.families.vit import VitModel
 from simulate.models.peak_memory import cpu_peak_bytes
 from simulate.models.vit import Vit
 
-WARM_UP_STEPS = 2
-"""The first step allocates the optimizer's state."""
 MERGES = 5
 CPU = torch.device("cpu")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Parameters of glibc's mallopt(3)."""
 
 Table = dict[str, Any]
-Step = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -128,37 +124,6 @@ def prepare(method: Table, devices: int, batch: Batch, optimizer: str = "adamw")
 def step_of(method: Method, batch: Batch) -> Step:
     """Return one step of a method; step 1 stands for all, which differ in the learning rate alone."""
     return lambda: method.step(batch.images, batch.classes, 1)
-
-
-@dataclass(frozen=True)
-class Seconds:
-    """Seconds of one call."""
-
-    wall: float
-    processor: float
-    """Sum over all threads: other programs on the cores hardly lengthen it, threads that wait for each other may."""
-
-
-def seconds(step: Step) -> Seconds:
-    """Time one call."""
-    wall, processor = time.perf_counter(), time.process_time()
-    step()
-    return Seconds(time.perf_counter() - wall, time.process_time() - processor)
-
-
-def paired_seconds(step: Step, reference: Step, pairs: int) -> list[tuple[Seconds, Seconds]]:
-    """Time both in turns, so that whatever else the machine does hits both alike."""
-    for _ in range(WARM_UP_STEPS):
-        # The first steps allocate the optimizers' states.
-        step(), reference()
-    return [(seconds(step), seconds(reference)) for _ in range(pairs)]
-
-
-def median_and_quartiles(ratios: list[float]) -> tuple[float, list[float]]:
-    """Return the median, and the quartiles around it."""
-    # Medians, since other programs lengthen single steps; quartiles show by how much.
-    ordered = sorted(ratios)
-    return statistics.median(ordered), [ordered[len(ordered) // 4], ordered[-1 - len(ordered) // 4]]
 
 
 def measure(name: str, case: Case, batch: Batch, pairs: int) -> Table:

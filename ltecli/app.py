@@ -26,6 +26,7 @@ from ltecli.errors import (
     stdout_checked,
 )
 from simulate.common.gc_paused import collector_paused
+from simulate.common.quantities import read_count
 from simulate.common.version import version as lte_version
 
 app = typer.Typer(
@@ -91,8 +92,25 @@ LinkFrom = Annotated[
     Path | None, typer.Option(metavar="RUN", help="Take the link that the nodes of a launched run measured.")
 ]
 Devices = Annotated[int | None, typer.Option("--devices", "-n", help="Devices to use; default: all of the profile.")]
-Tokens = Annotated[int | None, typer.Option("--tokens", help="Tokens to train on; default: 20 a parameter.")]
-Samples = Annotated[int | None, typer.Option("--samples", help="Images to train on, for models of images.")]
+
+
+def _count(text: str) -> int:
+    try:
+        return read_count(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+Tokens = Annotated[
+    int | None,
+    typer.Option(
+        "--tokens", parser=_count, metavar="COUNT", help="Tokens to train on, 2.5B say; default: 20 a parameter."
+    ),
+]
+Samples = Annotated[
+    int | None,
+    typer.Option("--samples", parser=_count, metavar="COUNT", help="Images to train on, for models of images."),
+]
 
 
 def _print_version(given: bool) -> None:
@@ -119,6 +137,13 @@ def plan(
     devices: Devices = None,
     tokens: Tokens = None,
     samples: Samples = None,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(parser=_count, metavar="COUNT", help="Tokens of a step over all devices to come near to, 500k."),
+    ] = None,
+    batch_samples: Annotated[
+        int | None, typer.Option(parser=_count, metavar="COUNT", help="The same in images, for models of images.")
+    ] = None,
     method: Annotated[str | None, typer.Option(help="Pin the method, any of docs/methods.md.")] = None,
     rank: Annotated[int | None, typer.Option(help="Pin the rank of one head.")] = None,
     heads_per_device: Annotated[int | None, typer.Option(help="Pin the heads of one device.")] = None,
@@ -172,6 +197,8 @@ def plan(
         devices=devices,
         tokens=tokens,
         samples=samples,
+        batch_tokens=batch_tokens,
+        batch_samples=batch_samples,
         objective=objective,
         within=within,
         efficiency=efficiency,
@@ -186,6 +213,31 @@ def plan(
 
         to_explain = ExplainArgs(why, timeline, rounds, timeline_svg, force)
     return plan_command(request, out, force, top, as_json, to_explain, verify, show_all)
+
+
+@app.command(cls=OnceCommand)
+@guarded
+def init(
+    gpu: Annotated[
+        list[str] | None, typer.Option(metavar="'N x GPU'", help="Devices, like '8 x GTX 1080 Ti'; repeat.")
+    ] = None,
+    link: Annotated[
+        list[str] | None, typer.Option(help="'1 GbE', '50/10 DSL', '100 Mbit/s', 'wifi'; one a place.")
+    ] = None,
+    model: Model = None,
+    data: DataPath = None,
+    tokens: Tokens = None,
+    name: Annotated[str, typer.Option(help="Name of the profile.")] = "home",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the profile and run.toml.")] = Path(),
+    force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
+) -> int:
+    """Write a profile and a run.toml from a few answers.
+
+    What no option answers is asked in a terminal.
+    """
+    from ltecli.commands.init import InitArgs, init_command
+
+    return init_command(InitArgs(gpu or (), link or (), model, data, tokens, name), out, force)
 
 
 @app.command("probe", cls=OnceCommand)
@@ -253,6 +305,10 @@ def train(
     diagnostics: Annotated[
         bool, typer.Option("--diagnostics", help="Diagnose heads and gradients at every evaluation.")
     ] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Try the run with a small network and few steps.")] = False,
+    ignore_memory: Annotated[
+        bool, typer.Option("--ignore-memory", help="Simulate even if this machine seems too small for all devices.")
+    ] = False,
     launch: Annotated[
         bool, typer.Option("--launch", help="Train for real: a process for each device, here or on several machines.")
     ] = False,
@@ -280,10 +336,12 @@ def train(
     from ltecli.commands.launch import LaunchArgs
     from ltecli.commands.train import TrainArgs, train_command
 
-    args = TrainArgs(data, tuple(assignments or ()), diagnostics)
+    args = TrainArgs(data, tuple(assignments or ()), diagnostics, tiny)
     options = LaunchArgs(processes, nodes, node, join, interface, secret_file, trust_network)
     options.check(launch)
-    return train_command(run, out, resume, device.value, args, options if launch else None, as_json, quiet)
+    return train_command(
+        run, out, resume, device.value, args, options if launch else None, as_json, quiet, ignore_memory
+    )
 
 
 @app.command(cls=OnceCommand)
@@ -341,6 +399,38 @@ def export(
     return export_command(run, form.value, out, as_json)
 
 
+@app.command(cls=OnceCommand)
+@guarded
+def sample(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to go on from.")],
+    length: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token each time.")] = 0.8,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
+    as_json: Json = False,
+) -> int:
+    """Let a run's newest weights go on with a text."""
+    from ltecli.commands.use import sample_command
+
+    return sample_command(run, prompt, length, temperature, seed, as_json)
+
+
+@app.command("eval", cls=OnceCommand)
+@guarded
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    data: Annotated[str, typer.Option("--data", "-d", help="Text or images: a file, a folder or a .zip.")],
+    as_json: Json = False,
+) -> int:
+    """Score a run's newest weights on other data.
+
+    All of a text counts; of images the held-out ones.
+    """
+    from ltecli.commands.use import eval_command
+
+    return eval_command(run, data, as_json)
+
+
 @profile_app.command("list", cls=OnceCommand)
 @guarded
 def profile_list(as_json: Json = False) -> None:
@@ -360,6 +450,18 @@ def profile_show(
     from ltecli.commands.profile import show_command
 
     show_command(name, as_json)
+
+
+@profile_app.command("check", cls=OnceCommand)
+@guarded
+def profile_check(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A profile.toml, or a shipped one.")],
+    as_json: Json = False,
+) -> int:
+    """Print a profile in plain units, and point at slips."""
+    from ltecli.commands.profile import check_command
+
+    return check_command(name, as_json)
 
 
 @profile_app.command("measure", cls=OnceCommand)
@@ -399,8 +501,16 @@ def profile_serve(
     serve_command(interface, port, secret_file)
 
 
+def _open_closed_streams() -> None:
+    """Put nothing in place of streams that whoever started this process has closed, as services do."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the `lte` command; returns the exit code."""
+    _open_closed_streams()
     # Tables and curves use characters beyond ASCII, which the locale of a bare container refuses.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -413,6 +523,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Threads that spin while they wait are tens of times slower beside other work on the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        Path.cwd()
+    except FileNotFoundError:  # libraries would end the process with words about themselves
+        sys.stderr.write("lte: the current folder was removed; cd to one that exists\n")
+        return BAD_INPUT
     try:
         # Without standalone mode typer raises mistakes to us, where it would print them in its own form and exit.
         with stdout_checked():

@@ -14,6 +14,7 @@ from typing import Any
 
 from simulate.common import toml_io
 from simulate.common.errors import InputError
+from simulate.config.calibration import find_calibration
 from simulate.config.hardware import LOCAL, Profile
 from simulate.config.method_options import AdapterOptions, MethodOptions
 from simulate.config.method_table import BASELINE, DEFAULT_METHOD, METHOD_NAMES, method_options
@@ -48,6 +49,10 @@ class PlanArgs:
     """Tokens to train on, for models of text."""
     samples: int | None = None
     """Images to train on, for models of images."""
+    batch_tokens: int | None = None
+    """Tokens of a step over all devices, to come near to, for models of text."""
+    batch_samples: int | None = None
+    """Images of a step over all devices, to come near to, for models of images."""
     pins: Mapping[str, Any] = field(default_factory=dict)
     """Keys of [method] that have options of their own."""
     assignments: tuple[str, ...] = ()
@@ -76,7 +81,8 @@ def plan_request(request: PlanArgs, to_train: bool = True) -> Plan:
     table = _given_keys(request)
     pins = _pins(table)
     profile = load_profile(str(table["cluster"].setdefault("profile", LOCAL)))
-    link_notes = []
+    _, ignored = find_calibration() if profile.name == LOCAL else (None, "")
+    link_notes = [ignored] if ignored else []
     if request.link_from is not None:
         profile, note = _with_measured_link(request.link_from, profile)
         link_notes.append(note)
@@ -95,7 +101,15 @@ def plan_request(request: PlanArgs, to_train: bool = True) -> Plan:
             if names_data or to_train:
                 raise
             notes.append(f"to train, name your own data by --data; {error}")
-    tokens = _tokens(request, base, table)
+    batch = _by_unit("batch-", request.batch_tokens, request.batch_samples, base.model.unit)
+    if batch is not None:
+        pins = replace(pins, batch=batch)
+        if pins.micro_batch and pins.accumulate:
+            raise InputError(
+                f"--batch-{base.model.unit} and train.micro_batch x train.accumulate both say how large a step is; "
+                "leave one of the three away"
+            )
+    tokens = _tokens(request, base, table, batch)
     if request.probe is not None:
         from simulate.planning.probe_ranks import PlanProbe
 
@@ -146,6 +160,7 @@ def _pins(table: toml_io.Table) -> Pins:
         method=method.get("name") or (DEFAULT_METHOD if method else None),
         keys=frozenset(method),
         micro_batch=train.get("micro_batch"),
+        accumulate=train.get("accumulate"),
         activation_checkpointing=train.get("activation_checkpointing"),
     )
 
@@ -229,31 +244,30 @@ def _embedded_text_suffices(run: Run) -> bool:
     return sizes.vocab >= BYTE_VALUES and windows * (sizes.context + 1) <= EMBEDDED_BYTES
 
 
-def _tokens(request: PlanArgs, base: Run, table: toml_io.Table) -> int:
+def _tokens(request: PlanArgs, base: Run, table: toml_io.Table, batch: int | None) -> int:
     """Return how long to train, in tokens or images; raises InputError where two options say so."""
-    given = _given_tokens(request, base.model.unit)
+    given = _by_unit("", request.tokens, request.samples, base.model.unit)
     if given is not None:
         if "steps" in table["train"]:
             raise InputError(f"--{base.model.unit} and train.steps both say how long to train; keep one")
         return given
     if "steps" in table["train"]:
-        return base.train.steps * base.tokens_per_step
+        return base.train.steps * (batch or base.tokens_per_step)
     shape = base.model.shape()
     # Of images, a sample counts as many tokens as the network makes of it.
     tokens = TOKENS_PER_PARAMETER * shape.parameters
     return tokens if base.model.unit == "tokens" else max(1, tokens // shape.tokens)
 
 
-def _given_tokens(request: PlanArgs, unit: str) -> int | None:
-    """Return the value of --tokens or --samples, whichever fits the model; raises InputError for the other."""
-    given, other = (request.tokens, request.samples) if unit == "tokens" else (request.samples, request.tokens)
+def _by_unit(prefix: str, tokens: int | None, samples: int | None, unit: str) -> int | None:
+    """Return the value of --PREFIXtokens or --PREFIXsamples, whichever fits the model; raises InputError otherwise."""
+    given, other = (tokens, samples) if unit == "tokens" else (samples, tokens)
     if other is not None:
         wrong = "samples" if unit == "tokens" else "tokens"
-        raise InputError(f"--{wrong} {other}: this model is trained on {unit}; use --{unit}")
-    if given is None:
-        return None
-    if given <= 0:
-        raise InputError(f"--{unit} {given}: must be greater than 0; leave it out for 20 tokens a parameter")
-    if given > toml_io.LARGEST_INTEGER:
-        raise InputError(f"--{unit}: must fit in 64 bits; leave it out for 20 tokens a parameter")
+        raise InputError(f"--{prefix}{wrong} {other}: this model is trained on {unit}; use --{prefix}{unit}")
+    default = "a batch that the plan chooses" if prefix else "20 tokens a parameter"
+    if given is not None and given <= 0:
+        raise InputError(f"--{prefix}{unit} {given}: must be greater than 0; leave it out for {default}")
+    if given is not None and given > toml_io.LARGEST_INTEGER:
+        raise InputError(f"--{prefix}{unit}: must fit in 64 bits; leave it out for {default}")
     return given

@@ -12,8 +12,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+from simulate.common.cache_folder import CACHE_VARIABLE
 from simulate.common.processor import machine_facts, machine_text
-from simulate.data.cache import CACHE_VARIABLE
+from simulate.config.calibration import SWITCH
 from simulate.data.text import Text
 from tests import tiny
 from tests.network.fixtures import open_lab
@@ -55,6 +56,7 @@ def cache() -> Iterator[None]:
     """A cache folder that nobody else reads or fills; processes that tests start use it, too."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv(CACHE_VARIABLE, str(Path(folder) / "cache"))
+        patch.setenv(SWITCH, "0")  # else each first run would take seconds more, and later plans be of other figures
         yield
 
 

@@ -12,20 +12,19 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import VARIANTS
+from tests.tiny import VARIANTS, train_keys
 
 TURNING = ("sent bytes", "checkpoint bytes", "autocast")
 TURNS = 2
 """Of these properties, so many test a variant whatever its settings."""
-DEAR = ("memory", "resume", "processes")
+DEAR = ("memory", "resume", "processes", "accumulate")
 """A variant takes them half a second and more: nobody has a turn."""
 PROPERTIES = TURNING + DEAR
 
 
 def settings_of(name: str) -> set[tuple[str, str]]:
     """Return a variant's method and options, each with its value."""
-    settings = {(key, str(value)) for key, value in VARIANTS[name].items()}
-    return settings | ({("optimizer", "muon")} if name.endswith("muon") else set())
+    return {(key, str(value)) for key, value in {**VARIANTS[name], **train_keys(name)}.items()}
 
 
 def selected(property_: str, names: Iterable[str] = VARIANTS) -> list[str]:

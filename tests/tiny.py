@@ -164,8 +164,16 @@ VARIANTS: dict[str, Table] = {
         "name": "lte", "merge_every": 4, "frozen_a": True, "reset": "ab", "draws": "joint", "rank": 6,
     },
     "lte, forgetful": {"name": "lte", "merge_every": 4, "merge_optimizer": "reset", "reset": "ab"},
+    "lte, in parts": {"name": "lte", "merge_every": 4, "heads_per_device": 2},
 }  # fmt: skip
 """Every method, and every option that changes what is computed or sent; rank 2 and scale 2 where there are adapters."""
+TRAIN_KEYS: dict[str, Table] = {"muon": {"optimizer": "muon"}, "in parts": {"accumulate": 2}}
+"""Keys of [train] of the variants whose names end so."""
+
+
+def train_keys(name: str) -> Table:
+    """Return the keys of [train] that a variant sets."""
+    return next((keys for end, keys in TRAIN_KEYS.items() if name.endswith(end)), {})
 
 
 def variant_run(name: str, devices: int = 4, model: Table | None = None, train: Table | None = None) -> Run:
@@ -174,8 +182,7 @@ def variant_run(name: str, devices: int = 4, model: Table | None = None, train: 
     if "steps_taken" in method:
         method["steps_taken"] = [[row[i % len(row)] for i in range(devices)] for row in method["steps_taken"]]
     adapters = {"rank": 2, "alpha": 4.0} if method["name"] in ("lte", "lora", "relora", "mhlora", "adamix") else {}
-    optimizer = {"optimizer": "muon"} if name.endswith("muon") else {}
-    return _run(devices, model, {**optimizer, **(train or {})}, {**adapters, **method})
+    return _run(devices, model, {**train_keys(name), **(train or {})}, {**adapters, **method})
 
 
 def _run(devices: int, model: Table | None, train: Table | None, method: Table) -> Run:

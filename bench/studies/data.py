@@ -22,10 +22,10 @@ import numpy as np
 import torch
 
 from simulate.comm.virtual import VirtualCommunicator
+from simulate.common.cache_folder import CACHE_VARIABLE
 from simulate.config.run import build_run
 from simulate.config.tables import Data
 from simulate.data.batches import Batches, TextBatches
-from simulate.data.cache import CACHE_VARIABLE
 from simulate.data.image_batches import ImageBatches
 from simulate.data.images import Images, load_images
 from simulate.data.load import image_source

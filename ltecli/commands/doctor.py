@@ -15,13 +15,14 @@ from rich.table import Table
 from ltecli.commands.launch import DEFAULT_PORT, LaunchArgs
 from ltecli.console import Output, plain_table
 from ltecli.errors import BAD_INPUT, DONE
+from simulate.common.cache_folder import CACHE_VARIABLE, cache_folder
+from simulate.common.disk import temporary_folder
 from simulate.common.errors import InputError
 from simulate.common.limits import usable_cores
 from simulate.common.units import bytes_text
 from simulate.config.run import Run, load_given_run
-from simulate.data.cache import CACHE_VARIABLE, cache_folder
 from simulate.doctor.checks import Purpose, diagnose, stops
-from simulate.doctor.machine import Machine, examine, temporary_folder
+from simulate.doctor.machine import Machine, examine
 
 VERSION = 1
 TITLES = {"run": "stops runs", "gpu": "keeps runs off the GPU", "launch": "stops --launch", "nothing": "warning"}
@@ -31,18 +32,29 @@ def doctor_command(run: Path | None, device_name: str, launch: bool, out: Path, 
     """Print the facts and the findings of this machine; returns the exit code."""
     output = Output(as_json)
     purpose = _purpose(None if run is None else load_given_run(run), device_name, launch, None, 1)
-    machine = examine({"--out": out, "TMPDIR": temporary_folder(), CACHE_VARIABLE: cache_folder()}, DEFAULT_PORT)
+    folders, homeless = {"--out": out, "TMPDIR": temporary_folder()}, ""
+    try:
+        folders[CACHE_VARIABLE] = cache_folder()
+    except InputError as error:  # runs that prepare no data do without
+        homeless = str(error)
+    machine = examine(folders, DEFAULT_PORT)
     findings = diagnose(machine, purpose)
     stopped = any(stops(finding, purpose) for finding in findings)
     output.table(_facts_table(machine))
     output.text("")
     for finding in findings:
         output.text(f"{TITLES[finding.stops]}: {finding}")
-    if not findings:
+    if homeless:
+        output.text(f"{TITLES['nothing']}: {homeless}")
+    if not findings and not homeless:
         output.text("all well")
     elif not stopped:
         output.text(f"nothing stops a {'launched ' if launch else ''}run")
-    facts = {**asdict(machine), "folders": [{**asdict(f), "path": str(f.path)} for f in machine.folders]}
+    facts = {
+        **asdict(machine),
+        "formats": sorted(machine.formats),
+        "folders": [{**asdict(f), "path": str(f.path)} for f in machine.folders],
+    }
     output.json(
         {
             "version": VERSION,

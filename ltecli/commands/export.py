@@ -19,6 +19,7 @@ from simulate.common.errors import InputError
 from simulate.common.run_files import CHECKPOINTS, RUN_FILE
 from simulate.common.units import bytes_text
 from simulate.config.run import Run, dump_run, load_run
+from simulate.data.load import TOKENIZER_FILE, kept_tokenizer
 from simulate.models.families.gpt import GptModel
 from simulate.models.families.llama import LlamaModel
 from simulate.models.schema import HuggingfaceModel
@@ -33,7 +34,7 @@ EXPORT, TENSORS, CONFIG = "export", "model.safetensors", "config.json"
 def export_command(path: Path, form: str, out: Path | None, as_json: bool) -> int:
     """Write the merged model of a run's newest checkpoint; returns the exit code."""
     output = Output(as_json)
-    run, checkpoint = _run_and_checkpoint(path)
+    run, checkpoint = newest_checkpoint(path)
     if form == "hf" and not isinstance(run.model, GptModel | LlamaModel | HuggingfaceModel):
         raise InputError(
             f"--format hf has no form for {run.model.name}, only for gpt, llama and hf: models; "
@@ -41,8 +42,8 @@ def export_command(path: Path, form: str, out: Path | None, as_json: bool) -> in
         )
     target = out or path / EXPORT
     check_absent(target)
-    step, state, merged_now = _merged(run, checkpoint)
-    files = _written(run, state, form, target, step)
+    step, state, merged_now = merged_weights(run, checkpoint)
+    files = _written(run, state, form, target, step, kept_tokenizer(path))
     if merged_now:
         output.hint(f"step {step} is inside a round: its devices were merged for this export")
     size = sum((target / name).stat().st_size for name in files)
@@ -51,7 +52,7 @@ def export_command(path: Path, form: str, out: Path | None, as_json: bool) -> in
     return 0
 
 
-def _run_and_checkpoint(path: Path) -> tuple[Run, Path]:
+def newest_checkpoint(path: Path) -> tuple[Run, Path]:
     """Return a run and its newest usable checkpoint; raises InputError where there is none."""
     check_run_folder(path)
     run = load_run(path / RUN_FILE)
@@ -70,7 +71,7 @@ def _is_inside_round(run: Run, step: int) -> bool:
     return step != run.train.steps and (staggered or step % run.method.round_steps != 0)
 
 
-def _merged(run: Run, checkpoint: Path) -> tuple[int, dict[str, Tensor], bool]:
+def merged_weights(run: Run, checkpoint: Path) -> tuple[int, dict[str, Tensor], bool]:
     """Return the steps done, the merged model's weights, and whether devices had to be merged for them."""
     import torch
 
@@ -93,7 +94,9 @@ def _merged(run: Run, checkpoint: Path) -> tuple[int, dict[str, Tensor], bool]:
     return progress.step, method.weights_in_use(), inside
 
 
-def _written(run: Run, state: dict[str, Tensor], form: str, target: Path, step: int) -> list[str]:
+def _written(
+    run: Run, state: dict[str, Tensor], form: str, target: Path, step: int, tokenizer: Path | None
+) -> list[str]:
     """Write the folder whole or not at all; returns the names of its files."""
     scratch = None
     try:
@@ -106,6 +109,8 @@ def _written(run: Run, state: dict[str, Tensor], form: str, target: Path, step: 
             (scratch / RUN_FILE).write_text(dump_run(run), encoding="utf-8")
         else:
             _write_transformers(run, state, scratch, step)
+        if tokenizer is not None:  # without it the tokens mean nothing to another program
+            shutil.copyfile(tokenizer, scratch / TOKENIZER_FILE)
         scratch.rename(target)
     except OSError as error:
         raise unwritable(target, error) from None

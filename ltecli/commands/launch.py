@@ -35,7 +35,7 @@ from simulate.common.run_files import CHECKPOINTS, LOGS, RUN_FILE
 from simulate.launch.agent import Launch, Node
 from simulate.launch.heartbeat import is_node_alive
 from simulate.launch.keys import LINKS, START
-from simulate.launch.preflight.address import interfaces
+from simulate.launch.preflight.address import address_text, address_to_join, interfaces
 from simulate.launch.preflight.link_figures import LinkFigures
 from simulate.launch.preflight.node_info import Facts, NodeFacts
 from simulate.launch.preflight.preflight import Preflight
@@ -254,31 +254,18 @@ def secret_command(path: Path) -> int:
 def print_lines(run_file: Path | None, options: LaunchArgs, output: Output) -> int:
     """Print the command to paste on each node; returns the exit code."""
     address = address_to_join(options.interface)
+    endpoint = address_text(address, DEFAULT_PORT)
     name = run_file or RUN_FILE
     output.text(f"Copy {name} and its data to every machine, and give all the same secret, made once:")
     output.text("  lte secret lte.secret           # then copy the file; only you can read it")
     # Complete lines to paste: a --node that is typed by hand is easily given twice.
     for number in range(options.nodes):
         output.text(
-            f"  lte train {name} --launch --nodes {options.nodes} --node {number} --join {address}:{DEFAULT_PORT} "
+            f"  lte train {name} --launch --nodes {options.nodes} --node {number} --join {endpoint} "
             "--secret-file lte.secret"
         )
     output.hint(f"in these lines node 0 is this machine, {address}; messages are not encrypted: docs/networking.md")
     return 0
-
-
-def address_to_join(interface: str | None) -> str:
-    """Return this machine's IPv4 address on an interface, by default on the first but loopback. Raises InputError."""
-    known = {found.name: [a for a in found.addresses if a.version == 4] for found in interfaces()}
-    if interface is not None:
-        if not known.get(interface):
-            names = ", ".join(sorted(name for name, found in known.items() if found))
-            raise InputError(f"--interface {interface} has no IPv4 address here; those that have: {names}")
-        return str(known[interface][0])
-    others = [address for _, found in sorted(known.items()) for address in found if not address.is_loopback]
-    if not others:
-        raise InputError("this machine has no address but loopback; connect it, or name one with --join HOST:PORT")
-    return str(others[0])
 
 
 def loopback_interface() -> str:

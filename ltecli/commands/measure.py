@@ -14,6 +14,7 @@ from simulate.common import toml_io
 from simulate.common.errors import InputError
 from simulate.common.run_files import PROFILE_FILE
 from simulate.common.units import bytes_text
+from simulate.config.calibration import keep
 from simulate.config.hardware import Link, Profile
 from simulate.config.profiles import detect_local
 
@@ -49,6 +50,11 @@ def measure_command(request: MeasureArgs, out: Path | None, force: bool, as_json
 
     scope = MeasurementScope(request.quick, request.devices, request.threads, request.device)
     profile = measure_profile(scope, link, lambda what: output.hint(f"measuring {what}"))
+    measured = profile.measurement
+    # A choice of threads, or a GPU, is not what `local` describes.
+    describes_local = measured is not None and measured.device == "cpu" and request.threads is None
+    if measured is not None and describes_local and (problem := keep(profile.device[0], measured)):
+        output.hint(problem)
     document = profile.model_dump(exclude_none=True)
     if out is not None:
         profile = profile.model_copy(update={"name": out.stem})

@@ -17,13 +17,13 @@ from ltecli.output_paths import check_file, write_file
 from ltecli.plan_request import PlanArgs, plan_request
 from simulate.common.errors import NothingFeasibleError
 from simulate.common.run_files import RUN_FILE
-from simulate.common.units import bytes_text, range_text, seconds_text
+from simulate.common.units import bytes_text, seconds_text
 from simulate.config.hardware import Device
 from simulate.config.run import dump_run, with_absolute_paths
 from simulate.costs.memory import Memory
 from simulate.planning.candidate import Candidate, Rejected, candidate_of, describe
 from simulate.planning.planner import Plan
-from simulate.planning.time_ranges import equivalent_range, time_range, wall_range
+from simulate.planning.time_ranges import equivalent_range, time_range, time_text, wall_range
 from simulate.planning.verdict import Verdict, verdict_of
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def plan_command(
     if show_all or top is not None:
         _show(plan, output, top or SHOWN_CANDIDATES)
     else:
-        _show_verdict(verdict, output)
+        show_verdict(verdict, output)
     if explained is not None and to_explain is not None:
         show_explained(plan, explained, to_explain, output)
     if verified and plan.chosen:
@@ -97,7 +97,7 @@ def plan_command(
     return 0
 
 
-def _show_verdict(verdict: Verdict, output: Output) -> None:
+def show_verdict(verdict: Verdict, output: Output) -> None:
     """Print the answers, and the caveats that matter most, in lines of at most 80 characters."""
     for line in textwrap.wrap(verdict.title, LINE):
         output.heading(line)
@@ -141,7 +141,7 @@ def nearest_miss_text(plan: Plan) -> str:
 def _show(plan: Plan, output: Output, top: int) -> None:
     shape, base = plan.base.model.shape(), plan.base
     output.heading(
-        f"{shape.name}: {shape.parameters:,} parameters ({shape.adapted_parameters:,} adapted), "
+        f"{shape.name}: {shape.all_parameters:,} parameters ({shape.adapted_parameters:,} adapted), "
         f"{plan.tokens:,} {base.model.unit} on {base.cluster.devices} x {plan.profile.name}"
     )
     link = plan.profile.link
@@ -197,11 +197,11 @@ def _cells(candidate: Candidate) -> list[str]:
         bytes_text(candidate.memory.total),
         bytes_text(candidate.sent_bytes_per_round),
         bytes_text(candidate.sent_bytes_per_round / candidate.time.steps),
-        seconds_text(candidate.step_s),
-        seconds_text(candidate.time.round_s),
-        range_text(*wall_range(candidate)),
+        time_text(candidate, (candidate.step_s,) * 2),
+        time_text(candidate, (candidate.time.round_s,) * 2),
+        time_text(candidate, wall_range(candidate)),
         f"{candidate.samples_factor:.2f}",
-        range_text(*equivalent_range(candidate)),
+        time_text(candidate, equivalent_range(candidate)),
     ]
 
 
@@ -295,13 +295,17 @@ def _figures(candidate: Candidate) -> dict[str, str]:
         **{f"  {part}": bytes_text(size) for part, size in candidate.memory.parts().items()},
         "sent per round": f"{bytes_text(candidate.sent_bytes_per_round)} / {steps} step{'s' if steps > 1 else ''}",
         "sent per step": bytes_text(candidate.sent_bytes_per_round / steps),
-        "compute per step": range_text(*time_range(candidate, candidate.time.compute_s, 0.0)),
-        "exchange per round": range_text(*time_range(candidate, 0.0, candidate.time.exchange_s)),
-        "evaluations": f"{eval_and_save.evaluations:,} x {seconds_text(eval_and_save.evaluation_s)}",
-        "checkpoints": f"{eval_and_save.saves:,} x {seconds_text(eval_and_save.save_s)}",
-        f"wall-clock for the {candidate.run.model.unit}": range_text(*wall_range(candidate)),
-        "assumed to equal loss": range_text(*equivalent_range(candidate)),
+        "compute per step": time_text(candidate, time_range(candidate, candidate.time.compute_s, 0.0)),
+        "exchange per round": time_text(candidate, time_range(candidate, 0.0, candidate.time.exchange_s)),
+        "evaluations": f"{eval_and_save.evaluations:,} x {_seconds(candidate, eval_and_save.evaluation_s)}",
+        "checkpoints": f"{eval_and_save.saves:,} x {_seconds(candidate, eval_and_save.save_s)}",
+        f"wall-clock for the {candidate.run.model.unit}": time_text(candidate, wall_range(candidate)),
+        "assumed to equal loss": time_text(candidate, equivalent_range(candidate)),
     }
+
+
+def _seconds(candidate: Candidate, seconds: float | None) -> str:
+    return seconds_text(None) if seconds is None else time_text(candidate, (seconds, seconds))
 
 
 def _comparison(chosen: Candidate, dense: Candidate) -> str:

@@ -1,12 +1,14 @@
-"""lte profile: list and show hardware profiles."""
+"""lte profile: list, show and check hardware profiles."""
 
 from __future__ import annotations
 
 import profiles
 from ltecli.console import Output, plain_table
+from ltecli.errors import BAD_INPUT
 from simulate.common import toml_io
-from simulate.common.units import bytes_text
+from simulate.common.units import bytes_text, seconds_text
 from simulate.config.hardware import LOCAL, Profile
+from simulate.config.profile_slips import rate_text, slips
 from simulate.config.profiles import load_profile
 
 
@@ -31,6 +33,34 @@ def show_command(name: str, as_json: bool) -> None:
     document = load_profile(name).model_dump(exclude_none=True)
     output.text(toml_io.dump(document).rstrip())
     output.json(document)
+
+
+def check_command(name: str, as_json: bool) -> int:
+    """Print a profile in the units that people use, and its slips; returns 2 where there are any."""
+    output, profile = Output(as_json), load_profile(name)
+    found = list(slips(profile))
+    output.heading(f"{profile.name}: {profile.description}" if profile.description else profile.name)
+    table = plain_table("device", "memory", "free of system", "host memory", "fp32", "memory rate", "disk")
+    for device in profile.device:
+        table.add_row(
+            f"{device.count} x {device.kind}",
+            bytes_text(device.memory_bytes),
+            bytes_text(device.usable_bytes - device.reserved_bytes),
+            bytes_text(device.host_memory_bytes) if device.host_memory_bytes else "shared",
+            f"{device.flop_per_s.fp32 / 1e12:.3g} TFLOP/s",
+            f"{bytes_text(device.memory_bytes_per_s)}/s",
+            f"{bytes_text(device.disk_write_bytes_per_s)}/s" if device.disk_write_bytes_per_s else "-",
+        )
+    output.table(table)
+    link = profile.link
+    output.text(
+        f"link: {link.topology}, up {rate_text(link.up_bytes_per_s)}, down {rate_text(link.down_bytes_per_s)}, "
+        f"{seconds_text(link.latency_s)} latency"
+    )
+    for slip in found:
+        output.text(f"! {slip}")
+    output.json({"profile": profile.model_dump(exclude_none=True), "slips": found})
+    return BAD_INPUT if found else 0
 
 
 def _summary(profile: Profile) -> dict[str, object]:

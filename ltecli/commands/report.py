@@ -39,7 +39,7 @@ def _show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None
     run = record.run
     output.heading(
         f"{record.path}: {describe(run)} on {run.cluster.devices} x {record.plan['profile']}, "
-        f"{run.model.name} with {run.model.shape().parameters:,} parameters"
+        f"{run.model.name} with {run.model.shape().all_parameters:,} parameters"
     )
     done, planned = figure["steps"], figure["planned_steps"]
     # A run folder does not show whether its process still runs.
@@ -51,6 +51,8 @@ def _show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None
     output.text(
         f"train loss {_number(figure['train_loss'])}, {scores_text(figure['val_loss'], figure['val_accuracy'])}"
     )
+    if figure["worse_than_guessing"]:
+        output.text(figure["worse_than_guessing"])
     table = plain_table("", "planned", "simulated", "counted", "measured", "dense, planned")
     rows = [
         ("memory per device", "memory_bytes", bytes_text),

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 from ltecli.commands.doctor import check_machine
 from ltecli.commands.launch import LaunchArgs, check_launch, launch_run, print_lines
 from ltecli.commands.plan import nearest_miss_text
+from ltecli.commands.simulation_fits import check_simulation_fits, tiny_run
 from ltecli.console import Output
-from ltecli.errors import INTERRUPTED
+from ltecli.errors import DONE, INTERRUPTED
 from ltecli.plan_request import PlanArgs, plan_request
+from ltecli.runs.calibrating import calibrate_here
 from ltecli.runs.event_loggers import event_loggers
 from ltecli.runs.run_folder import (
     RunFolder,
@@ -54,8 +56,6 @@ RUNS = Path("runs")
 DEMO_NAME = "demo"
 DEMO_TOKENS = 400_000
 """Tokens of a run without a run.toml: about a minute of training on two cores."""
-WHAT_DATA = ("name", "path", "format", "subset", "column", "rows")
-"""Keys of [data] that say which data it is; the others say how to use it."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,11 @@ class TrainArgs:
     """Keys, as table.key=value."""
     diagnostics: bool = False
     """Whether to diagnose at every evaluation, where the run has no interval of its own."""
+    tiny: bool = False
+    """Whether to try the run with a small network and few steps."""
 
     def __bool__(self) -> bool:
-        return self.data is not None or bool(self.assignments) or self.diagnostics
+        return self.data is not None or bool(self.assignments) or self.diagnostics or self.tiny
 
 
 def train_command(
@@ -81,11 +83,13 @@ def train_command(
     launch: LaunchArgs | None,
     as_json: bool,
     quiet: bool,
+    ignores_memory: bool = False,
 ) -> int:
     """Train a run to its end, in this process or launched; returns the exit code."""
     # From the first moment: a folder may be made and nothing trained when the signal comes.
     with interrupted_by_sigterm():
-        return _train(given, out, resume, device_name, args, launch, Output(as_json, quiet or as_json))
+        output = Output(as_json, quiet or as_json)
+        return _train(given, out, resume, device_name, args, launch, output, ignores_memory)
 
 
 def _train(
@@ -96,13 +100,17 @@ def _train(
     args: TrainArgs,
     launch: LaunchArgs | None,
     output: Output,
+    ignores_memory: bool,
 ) -> int:
     if launch is not None and launch.nodes > 1 and launch.node is None:
         return print_lines(given, launch, output)
     if given is not None and given.is_dir() and not resume:
         raise InputError(f"{given} is a run folder; add --resume to continue it, or name a run.toml")
     folder = _resumed(given, out, args) if resume else None
-    path, run = (folder.path, folder.run) if folder else (out or RUNS / _name(given), _run(given, args))
+    path, run = (folder.path, folder.run) if folder else (out or RUNS / _name(given, args), _run(given, args))
+    replaced: list[str] = []
+    if args.tiny:
+        run, replaced = tiny_run(run)
     if folder is None:
         check_new(path)  # before torch is imported, which takes seconds
     warnings = check_machine(run, device_name, launch)
@@ -112,6 +120,10 @@ def _train(
     launched = launch or (LaunchArgs() if _has_several_gpus(run, device) else None)
     if launched is not None:
         check_launch(run, device, launched)
+    elif not ignores_memory:
+        check_simulation_fits(run, device, args.tiny)
+    if replaced:
+        output.hint(f"--tiny: {', '.join(replaced)}; all else is the run's")
     if launch is None or launch.nodes == 1:  # the nodes of a launch tell each other in the preflight
         for warning in warnings:
             output.warning(warning)
@@ -121,7 +133,10 @@ def _train(
         with _removed_unless_begun(folder, resume), lock_folder(path):
             if launched is not None:
                 return launch_run(folder, device, launched, output, warnings)
-            return _simulate(folder, device, output)
+            code = _simulate(folder, device, output)
+        if device.type == "cpu" and code == DONE:
+            calibrate_here(output)
+        return code
     except OSError as error:
         raise RunFailedError(f"{error.strerror}: {error.filename or path}; {_next_move(folder, launch)}") from error
     except RunFailedError as error:
@@ -220,15 +235,16 @@ def _removed_unless_begun(folder: RunFolder, resume: bool) -> Iterator[None]:
         raise
 
 
-def _name(given: Path | None) -> str:
+def _name(given: Path | None, args: TrainArgs) -> str:
     """Return the run folder's default name: the run.toml's own name, or its folder's where it is called run.toml."""
-    return DEMO_NAME if given is None else given.parent.resolve().name if given.stem == "run" else given.stem
+    name = DEMO_NAME if given is None else given.parent.resolve().name if given.stem == "run" else given.stem
+    return f"{name}-tiny" if args.tiny else name
 
 
 def _run(given: Path | None, args: TrainArgs) -> Run:
     """Return the run of a run.toml, or else of a plan made now, with the command line's args."""
     if given is not None:
-        run = _with_data(load_given_run(given, args.assignments), args.data)
+        run = with_absolute_paths(load_given_run(given, args.assignments, args.data))
     else:
         # The plan's run.toml is resumed from any folder, so its path must not depend on this one.
         data = args.data and str(Path(args.data).absolute())
@@ -244,25 +260,16 @@ def _run(given: Path | None, args: TrainArgs) -> Run:
     return build_run({**run.model_dump(exclude_none=True), "train": train}, "command line")
 
 
-def _with_data(run: Run, path: str | None) -> Run:
-    """Return the run with --data's path, and with absolute paths, so that it can be resumed from any folder."""
-    if path is not None:
-        table = run.data.model_dump(exclude_none=True)
-        data = {key: value for key, value in table.items() if key not in WHAT_DATA} | {"path": path}
-        run = build_run({**run.model_dump(exclude_none=True), "data": data}, "command line")
-    return with_absolute_paths(run)
-
-
 def _resumed(given: Path | None, out: Path | None, args: TrainArgs) -> RunFolder:
     """Open the folder to resume: the one given, or that of the given run.toml, which must be unchanged."""
     if given is not None and given.is_dir():
         if out is not None or args:
             raise InputError(
-                f"--resume continues {given} as it is; leave --out, --data and --set away, and --diagnostics"
+                f"--resume continues {given} as it is; leave --out, --data and --set away, and --diagnostics and --tiny"
             )
         return resumed_folder(given, None)
     run = None if given is None else _run(given, args)
-    return resumed_folder(out or RUNS / _name(given), run)
+    return resumed_folder(out or RUNS / _name(given, args), run)
 
 
 def _next_move(folder: RunFolder, launch: LaunchArgs | None) -> str:

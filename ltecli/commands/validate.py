@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ltecli.console import Output, plain_table
 from ltecli.output_paths import check_file, write_file
+from ltecli.runs.calibrating import calibrate_here
 from simulate.common.errors import InputError, near_match
 from simulate.common.processor import machine_facts, machine_text
 from simulate.common.units import bytes_text, seconds_text
@@ -79,7 +80,7 @@ def _time(args: ValidateArgs) -> list[Row]:
 SECTIONS: dict[str, Section] = {
     "memory": Section("planned peak of one device, in bytes", _memory, bytes_text),
     "bytes": Section("planned bytes that all devices send", _bytes, bytes_text),
-    "time": Section("planned seconds of a step on `local`, whose rates are guesses", _time, seconds_text),
+    "time": Section("planned seconds of a step on `local`, as measured here before, else guessed", _time, seconds_text),
 }
 """Kinds of predictions by their names, which --only takes."""
 
@@ -143,6 +144,7 @@ def validate_command(
     )
     if out is not None:
         output.hint(f"wrote {out}")
+    calibrate_here(output)
     return 0
 
 

@@ -13,6 +13,7 @@ from simulate.common.units import bytes_text
 from simulate.config.hardware import Device
 from simulate.config.run import Run
 from simulate.costs.allocator import WORKSPACE_BYTES
+from simulate.costs.memory import CPU_LIBRARY_BYTES
 from simulate.planning.planner import Plan
 
 if TYPE_CHECKING:
@@ -25,13 +26,15 @@ class Verified:
 
     device: Device
     tracked: Tracked
+    libraries_bytes: int
+    """Bytes that a CPU's libraries of products hold for good."""
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the program on the device: what the allocator and libraries hold, or the tensors alone on a CPU."""
+        """Bytes of the program on the device: what allocator and libraries hold, or tensors and libraries on a CPU."""
         if self.device.is_cuda:
             return self.tracked.allocator_bytes + WORKSPACE_BYTES
-        return self.tracked.tracked_bytes
+        return self.tracked.tracked_bytes + self.libraries_bytes
 
     @property
     def limit_bytes(self) -> int:
@@ -50,6 +53,7 @@ class Verified:
     def text(self) -> str:
         """Return a line with what tensors take, what the device holds for them, and how tight it is."""
         with_allocator = "with CUDA's allocator and libraries " if self.device.is_cuda else ""
+        with_allocator = "with libraries " if self.libraries_bytes else with_allocator
         total = self.held_bytes + self.device.reserved_bytes
         return (
             f"tensors {bytes_text(self.tracked.tracked_bytes)}, {with_allocator}{bytes_text(self.held_bytes)}, with "
@@ -71,7 +75,8 @@ def verify_choice(plan: Plan) -> Verified:
 def _verify(run: Run, device: Device) -> Verified:
     from simulate.measure.fake_tensors import tracked_memory  # imports torch
 
-    return Verified(device, tracked_memory(run, with_host=device.host_memory_bytes == 0))
+    libraries_bytes = 0 if device.is_cuda else CPU_LIBRARY_BYTES.get(run.train.autocast, 0)
+    return Verified(device, tracked_memory(run, with_host=device.host_memory_bytes == 0), libraries_bytes)
 
 
 def too_large_text(plan: Plan, verified: Verified) -> str:

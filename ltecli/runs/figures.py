@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,7 @@ def figures(record: RunRecord) -> dict[str, Any]:
         "train_loss": step and step["train_loss"],
         "val_loss": evaluation and evaluation["val_loss"],
         "val_accuracy": evaluation and evaluation.get("val_accuracy"),
+        "worse_than_guessing": _worse_than_guessing(record, step, evaluation),
         "dense": _dense(record, share),
         "diagnostics": [
             {key: value for key, value in event.items() if key not in ("version", "kind")}
@@ -116,6 +118,24 @@ def figures(record: RunRecord) -> dict[str, Any]:
             if event["kind"] == "diagnostics"
         ],
     }
+
+
+def _worse_than_guessing(record: RunRecord, step: Event | None, evaluation: Event | None) -> str | None:
+    """Return a sentence where a finished run ended with a loss above that of equal chances for all outputs."""
+    run = record.run
+    if step is None or step["step"] < run.train.steps:  # a network starts above it
+        return None
+    outputs = run.model.shape().outputs
+    guessing = math.log(outputs)
+    losses = {"validation": evaluation and evaluation["val_loss"], "training": step["train_loss"]}
+    worse = [f"{name} loss {loss:.4f}" for name, loss in losses.items() if loss is not None and loss > guessing]
+    if not worse:
+        return None
+    return (
+        f"worse than guessing: {' and '.join(worse)} above {guessing:.4f}, which equal chances for all {outputs:,} "
+        f"{'tokens' if run.model.unit == 'tokens' else 'classes'} have; try a lower train.learning_rate (here "
+        f"{run.train.learning_rate:g}), or more train.steps"
+    )
 
 
 def _tensor_bytes(candidate: dict[str, Any]) -> int:

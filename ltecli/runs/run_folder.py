@@ -19,6 +19,7 @@ from typing import Any
 
 from ltecli.output_paths import check_absent, unwritable
 from simulate.common import toml_io
+from simulate.common.disk import TEMPORARY_VARIABLE, temporary_folder
 from simulate.common.errors import InputError
 from simulate.common.events import truncate_events
 from simulate.common.units import bytes_text
@@ -26,7 +27,7 @@ from simulate.config.hardware import LOCAL, Profile
 from simulate.config.profiles import load_profile, local_gpu_profile
 from simulate.config.method_table import BASELINE, default_options
 from simulate.config.run import Run, dump_run, load_run
-from simulate.costs.memory import checkpoint_bytes
+from simulate.costs.memory import checkpoint_bytes, mapped_file_bytes
 from simulate.data.load import TOKENIZER_FILE, Dataset, kept_tokenizer, load_data
 from simulate.data.text import Text
 from simulate.common.run_files import CHECKPOINTS, EVENTS_FILE, LOCK_FILE, PLAN_FILE, PROFILE_FILE, RUN_FILE
@@ -176,7 +177,7 @@ def plan_of(run: Run, profile: Profile) -> dict[str, Any]:
 
 
 def _check_disk(path: Path, run: Run) -> None:
-    """Raise InputError where a run folder's disk is not writable, or too small for its checkpoints."""
+    """Raise InputError where a run folder's disk is not writable or too small for its checkpoints, or TMPDIR's is."""
     # The folder itself does not exist yet; its nearest existing parent names the disk.
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -187,6 +188,13 @@ def _check_disk(path: Path, run: Run) -> None:
         raise InputError(
             f"--out {path}: checkpoints need about {bytes_text(needed)} and {parent} has {bytes_text(free)} free; "
             "make room, or choose another folder"
+        )
+    # A launch has more processes on this machine; each asks for its own room when it starts.
+    needed, folder = mapped_file_bytes(run, run.model.shape()), temporary_folder()
+    if needed and folder.is_dir() and needed > (free := shutil.disk_usage(folder).free):
+        raise InputError(
+            f"{TEMPORARY_VARIABLE}: temporary files need {bytes_text(needed)} and {folder} has {bytes_text(free)} free; "
+            f"make room, or export {TEMPORARY_VARIABLE}=FOLDER"
         )
 
 

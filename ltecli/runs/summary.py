@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from ltecli.console import Output, scores_text
 from ltecli.runs.run_folder import RunFolder
-from simulate.common.units import bytes_text, seconds_text
+from simulate.common.units import bytes_text, order_text, seconds_text
 from simulate.planning.candidate import describe
+from simulate.planning.margins import Margins
 from simulate.planning.notes import diagnostics_notes, mended_notes
 from simulate.common.processor import machine_facts
 from simulate.common.run_files import CHECKPOINTS
@@ -68,15 +69,17 @@ def report_derived(folder: RunFolder, output: Output) -> None:
     run, chosen = folder.run, folder.plan["chosen"]
     shape = run.model.shape()
     action = f"resuming {folder.path} from {folder.resume_from.name}" if folder.resume_from else f"run {folder.path}"
-    output.hint(f"{action}: {describe(run)} per device; {shape.name}, {shape.parameters:,} parameters")
+    output.hint(f"{action}: {describe(run)} per device; {shape.name}, {shape.all_parameters:,} parameters")
     output.hint(f"  data: {folder.data.describe()}")
     output.hint(
         f"  derived: {run.tokens_per_step:,} {run.model.unit} per step, {run.train.steps:,} steps, "
         f"{run.train.steps * run.tokens_per_step:,} {run.model.unit}"
     )
+    is_order = Margins.of(folder.profile).is_order
+    wall = order_text(chosen["wall_s"]) if is_order else seconds_text(chosen["wall_s"])
     output.hint(
         f"  planned per device: {bytes_text(chosen['memory_bytes']['total'])} memory, "
-        f"{bytes_text(chosen['sent_bytes_per_round'])} sent per merge, {seconds_text(chosen['wall_s'])} on "
+        f"{bytes_text(chosen['sent_bytes_per_round'])} sent per merge, {wall} on "
         f"{run.cluster.devices} x {folder.profile.name}"
     )
     for text in diagnostics_notes(run, shape):
@@ -93,12 +96,15 @@ def report_derived(folder: RunFolder, output: Output) -> None:
 
 def report_result(folder: RunFolder, output: Output, result: RunResult) -> None:
     """Print the result of a run that has just finished."""
-    _print_json(folder, output, result)
+    from ltecli.runs.figures import figures, read_run
+
+    worse = figures(read_run(folder.path))["worse_than_guessing"]
+    _print_json(folder, output, result, worse)
     output.text(
         f"done: {folder.path}, {scores_text(result.val_loss, result.val_accuracy)}, "
         f"{bytes_text(result.sent_bytes_per_device)} sent per device (counted), "
         f"{seconds_text(result.simulated_s)} on {folder.profile.name} (simulated), "
-        f"{seconds_text(result.measured_s)} here (measured)"
+        f"{seconds_text(result.measured_s)} here (measured)" + (f"; {worse}" if worse else "")
     )
     output.hint(f"next: lte report {folder.path}")
 
@@ -111,9 +117,11 @@ def report_finished(folder: RunFolder, output: Output) -> None:
     sent, wall = figure["sent_bytes_per_device"]["counted"], figure["wall_s"]
     scores = figure["val_loss"], figure["val_accuracy"]
     # The same document as at the run's end, so that a script may give its command twice.
-    _print_json(folder, output, RunResult(figure["steps"], *scores, sent, wall["simulated"], wall["measured"]))
+    result = RunResult(figure["steps"], *scores, sent, wall["simulated"], wall["measured"])
+    _print_json(folder, output, result, figure["worse_than_guessing"])
     output.hint(f"{folder.path} is finished; next: lte report {folder.path}")
 
 
-def _print_json(folder: RunFolder, output: Output, result: RunResult) -> None:
-    output.json({"version": 1, "run": str(folder.path), **asdict(result)})
+def _print_json(folder: RunFolder, output: Output, result: RunResult, worse_than_guessing: str | None) -> None:
+    document = {"version": 1, "run": str(folder.path), **asdict(result)}
+    output.json({**document, "worse_than_guessing": worse_than_guessing})

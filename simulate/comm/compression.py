@@ -131,7 +131,7 @@ class CompressedMean:
         # The vector is added to the error part by part, so that no second buffer of its length is needed.
         first = 0
         for part in parts:
-            flat_LX = part.flatten(1)
+            flat_LX = part.reshape(len(part), -1)  # of a scalar, too
             self.sent_error_LX[:, first : first + flat_LX.shape[1]] += flat_LX
             first += flat_LX.shape[1]
         x_NC = self.sent_error_LX.view(-1, self.chunk)

@@ -57,6 +57,8 @@ def _groups(root: Path) -> Iterator[Path]:
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         own |= dict.fromkeys(controllers.split(","), path)
+    # Sandboxes show a container's own limits there, whatever they call what is mounted.
+    yield root / "sys/fs/cgroup"
     for line in _lines(root / "proc/self/mountinfo"):
         mount, _, kind = line.partition(" - ")
         fields, (kind, *_, options) = mount.split(), kind.split() or ("", "")
@@ -116,6 +118,15 @@ def usable_cores() -> int:
     quota = control_group_limits().cpus
     # One core and a half is used up by two threads, not by one.
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def usable_workers(tasks: int) -> int:
+    """Return how many processes are worth starting for so many tasks: at most one a core, and as a limit leaves room.
+
+    Each starts as many threads as there are cores, since libraries do so when they are imported, and limits count them.
+    """
+    cores, free = usable_cores(), control_group_limits().processes_free
+    return min(tasks, cores) if free is None else min(tasks, cores, free // (cores + 1))
 
 
 def usable_memory() -> tuple[int, int]:

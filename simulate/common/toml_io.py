@@ -18,6 +18,7 @@ from typing import Any, TypeVar, get_args
 import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from simulate.common.encodings import read_text
 from simulate.common.errors import InputError, near_match, ours_for
 
 if sys.version_info >= (3, 11):
@@ -52,9 +53,12 @@ def parse(text: str, where: str) -> Table:
 
 
 def read(path: Path, errors: str = "strict") -> str:
-    """Read a UTF-8 file; raises InputError when it is missing, a folder, unreadable or, if strict, not text."""
+    """Read a file in UTF-8, or what its byte order mark says; with another `errors` in UTF-8, whatever its bytes.
+
+    Raises InputError when it is missing, a folder or not text.
+    """
     try:
-        return path.read_text(encoding="utf-8", errors=errors)
+        return read_text(path) if errors == "strict" else path.read_text(encoding="utf-8", errors=errors)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; check the path") from None
     except IsADirectoryError:
@@ -177,6 +181,8 @@ def _explain_one(
     if first["type"] == "value_error":
         rule = str(first["ctx"]["error"])
         return f"{source}: {key + ': ' if key else ''}{rule}{rest}"
+    if first["type"] == "string_unicode":  # an argument of the command line, whose bytes are no text here
+        rule = "not text in this system's encoding (export LC_ALL=C.UTF-8, or rename the file)"
     rule = rule[0].lower() + rule[1:]
     return f"{source}: {key} = {_short(value)}: {rule}; correct this value{rest}"
 

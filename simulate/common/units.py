@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 def bytes_text(num_bytes: float | None) -> str:
     """Return a number of bytes in the decimal unit that fits (1 MB is 10^6 bytes), or "-" for None."""
@@ -27,6 +29,19 @@ def seconds_text(seconds: float | None) -> str:
         if seconds < limit:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds / 86400:,.3g} days" if seconds < 864e5 else f"{seconds / 86400:,.0f} days"
+
+
+ORDERS = (
+    (1e-3, "1 ms"), (1e-2, "10 ms"), (0.1, "0.1 s"), (1, "a second"), (10, "10 s"), (60, "a minute"), (600, "10 min"),
+    (3600, "an hour"), (36000, "10 h"), (86400, "a day"), (864000, "10 days"), (8.64e6, "100 days"),
+)  # fmt: skip
+
+
+def order_text(seconds: float) -> str:
+    """Return the order of magnitude of seconds that are hardly known: about a minute."""
+    nearest = min(ORDERS, key=lambda order: abs(math.log(max(seconds, 1e-9) / order[0])))
+    beyond = "under" if seconds < ORDERS[0][0] / 3 else "over" if seconds > 3 * ORDERS[-1][0] else "about"
+    return f"{beyond} {nearest[1]}"
 
 
 def range_text(low_s: float, high_s: float) -> str:

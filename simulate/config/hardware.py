@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from simulate.common import toml_io
 from simulate.common.errors import InputError
+from simulate.common.quantities import Bytes, BytesPerSecond, FlopRate, Seconds
 
 Source = Literal["datasheet", "measured", "guess"]
 Dtype = Literal["fp64", "fp32", "fp16", "bf16"]
@@ -35,10 +36,10 @@ class FlopPerSecond(toml_io.Schema):
     Plans avoid fp16 and bf16 where they are not set. A run that uses an unset format is timed at the fp32 rate.
     """
 
-    fp32: float = Field(gt=0)
-    fp64: float | None = Field(default=None, gt=0)
-    fp16: float | None = Field(default=None, gt=0)
-    bf16: float | None = Field(default=None, gt=0)
+    fp32: FlopRate = Field(gt=0)
+    fp64: FlopRate | None = Field(default=None, gt=0)
+    fp16: FlopRate | None = Field(default=None, gt=0)
+    bf16: FlopRate | None = Field(default=None, gt=0)
 
     def of(self, dtype: Dtype) -> float:
         """Return the rate for `dtype` in FLOP/s."""
@@ -116,7 +117,7 @@ class Measurement(toml_io.Schema):
     """Clock that seconds were read from."""
     seconds: float = Field(ge=0)
     """Seconds that the whole measurement took."""
-    disk_write_bytes_per_s: float = Field(gt=0)
+    disk_write_bytes_per_s: BytesPerSecond = Field(gt=0)
     """Write rate of one part of a checkpoint, in the folder where this was measured."""
     median_s: dict[str, float]
     """Seconds of one repetition, by the name of the measurement."""
@@ -128,31 +129,31 @@ class Device(toml_io.Schema):
 
     count: int = Field(default=1, ge=1)
     kind: str
-    memory_bytes: int = Field(gt=0, le=MOST_BYTES)
-    reserved_bytes: int = Field(ge=0)
+    memory_bytes: Bytes = Field(gt=0, le=MOST_BYTES)
+    reserved_bytes: Bytes = Field(ge=0)
     """Bytes that the system, the driver's context and the display keep for themselves."""
-    host_memory_bytes: int = Field(ge=0, le=MOST_BYTES)
+    host_memory_bytes: Bytes = Field(ge=0, le=MOST_BYTES)
     """Memory of the host beside the device, per device; 0 where device and host share one memory."""
     device_type: Literal["cpu", "cuda"] | None = None
     """torch's name for it, which decides whose allocator holds its memory; not set: cuda with a memory of its own, cpu
     without."""
     headroom_share: float | None = Field(default=None, ge=0, lt=1)
     """Share of memory_bytes that a plan leaves free; not set: CUDA_HEADROOM_SHARE on CUDA, else 0."""
-    memory_bytes_per_s: float = Field(gt=0, le=MOST_BYTES)
+    memory_bytes_per_s: BytesPerSecond = Field(gt=0, le=MOST_BYTES)
     flop_per_s: FlopPerSecond
     efficiency: float = Field(gt=0, le=1)
     """Share of the peak rate that training reaches."""
     kernels: Kernels | None = None
     """Measured rates by size; not set: every product reaches `efficiency` of the peak."""
-    disk_write_bytes_per_s: float | None = Field(default=None, ge=1, le=MOST_BYTES)
+    disk_write_bytes_per_s: BytesPerSecond | None = Field(default=None, ge=1, le=MOST_BYTES)
     """Rate at which a checkpoint is digested and written; not set: checkpoints' time is not planned."""
-    disk_flush_s: float = Field(default=0.0, ge=0, le=3600)
+    disk_flush_s: Seconds = Field(default=0.0, ge=0, le=3600)
     """Fixed seconds until a part of a checkpoint is safely on disk, added to the seconds of its bytes."""
     step_jitter: float = Field(default=0.0, ge=0, le=1)
     """Standard deviation of a step's seconds over their mean, of a gamma distribution (simulate/timeline/jitter.py)."""
     leave_per_hour: float = Field(default=0.0, ge=0, le=1)
     """Chance that the device leaves within an hour."""
-    join_s: float = Field(default=0.0, ge=0)
+    join_s: Seconds = Field(default=0.0, ge=0)
     """Seconds until a lost device, or its replacement, is back; it joins at the next round."""
     price_per_hour: float | None = Field(default=None, ge=0)
     """Price of an hour of the device, in any currency; not set: not known."""
@@ -203,23 +204,23 @@ class Link(toml_io.Schema):
 
     topology: Literal["star", "ring", "mesh"]
     """star: each device on its own up/down link to a hub; ring: to two neighbours; mesh: one link for each pair."""
-    up_bytes_per_s: float = Field(gt=0, le=MOST_BYTES)
-    down_bytes_per_s: float = Field(gt=0, le=MOST_BYTES)
-    latency_s: float = Field(ge=0)
+    up_bytes_per_s: BytesPerSecond = Field(gt=0, le=MOST_BYTES)
+    down_bytes_per_s: BytesPerSecond = Field(gt=0, le=MOST_BYTES)
+    latency_s: Seconds = Field(ge=0)
     """One-way delay of a message from device to device."""
     collectives: Collectives = "nccl"
     """Library that moves messages: nccl between CUDA GPUs, gloo between CPUs; a run's cluster.backend overrides it."""
     hop_delays: float | None = Field(default=None, ge=1, le=100)
     """One-way delays in a hop of a ring, and with gloo in every message between two devices; not set: 2 with gloo, 1
     with nccl."""
-    shared_bytes_per_s: float | None = Field(default=None, gt=0, le=MOST_BYTES)
+    shared_bytes_per_s: BytesPerSecond | None = Field(default=None, gt=0, le=MOST_BYTES)
     """Bytes/s that all devices together can send, where they share one uplink; not set: each has its own."""
-    server_up_bytes_per_s: float | None = Field(default=None, gt=0, le=MOST_BYTES)
+    server_up_bytes_per_s: BytesPerSecond | None = Field(default=None, gt=0, le=MOST_BYTES)
     """Rate of the parameter server's own link; not set: a device's rate. Better set in [server]."""
-    server_down_bytes_per_s: float | None = Field(default=None, gt=0, le=MOST_BYTES)
-    node_bytes_per_s: float | None = Field(default=None, gt=0)
+    server_down_bytes_per_s: BytesPerSecond | None = Field(default=None, gt=0, le=MOST_BYTES)
+    node_bytes_per_s: BytesPerSecond | None = Field(default=None, gt=0)
     """Rate between devices of one node, for methods that know nodes; not set: they use the link like all others."""
-    node_latency_s: float | None = Field(default=None, ge=0)
+    node_latency_s: Seconds | None = Field(default=None, ge=0)
     source: Source
     sources: dict[str, str] = Field(default_factory=dict)
 
@@ -238,9 +239,9 @@ class Link(toml_io.Schema):
 class Server(toml_io.Schema):
     """The parameter server that devices push to and pull from."""
 
-    up_bytes_per_s: float | None = Field(default=None, gt=0, le=MOST_BYTES)
+    up_bytes_per_s: BytesPerSecond | None = Field(default=None, gt=0, le=MOST_BYTES)
     """Rate at which it sends to all devices together; not set: link.server_up_bytes_per_s, or a device's rate."""
-    down_bytes_per_s: float | None = Field(default=None, gt=0, le=MOST_BYTES)
+    down_bytes_per_s: BytesPerSecond | None = Field(default=None, gt=0, le=MOST_BYTES)
     price_per_hour: float | None = Field(default=None, ge=0)
     """Price of an hour of it, in the devices' currency; not set: 0."""
     sources: dict[str, str] = Field(default_factory=dict)

@@ -1,7 +1,8 @@
 """Find a hardware profile: a shipped one by name, a TOML file by path, or `local`, which describes this machine.
 
 A plan of this machine needs figures that nobody has measured yet; the `local` profile takes them from psutil, or from
-torch where training has imported it anyway, and marks them as guesses. `lte plan`, `lte train` and the measurements
+torch where training has imported it anyway, and marks them as guesses, until simulate.config.calibration has measured
+ones. `lte plan`, `lte train` and the measurements
 call load_profile; training on a GPU calls local_gpu_profile.
 """
 
@@ -14,6 +15,7 @@ from simulate.common import toml_io
 from simulate.common.errors import InputError, near_match
 from simulate.common.limits import usable_cores, usable_memory
 from simulate.common.processor import multiplied_formats
+from simulate.config.calibration import calibrated
 from simulate.config.hardware import BETWEEN_CPUS, LOCAL, Device, FlopPerSecond, Link, Profile
 
 EXAMPLE = "rtx3060_x4_home"
@@ -40,7 +42,8 @@ def is_profile_path(name: str) -> bool:
 def load_profile(name: str) -> Profile:
     """Load a profile by shipped name, `local` (detected now), or path to a TOML file; raises InputError."""
     if name == LOCAL:
-        return detect_local()
+        guess = detect_local()
+        return guess.model_copy(update={"device": [calibrated(device) for device in guess.device]})
     shipped = profiles.names()
     if name in shipped:
         text, where = profiles.read_text(name), f"profiles/{name}.toml"

@@ -20,7 +20,7 @@ from simulate.common.errors import InputError
 from simulate.config.method_options import MethodOptions
 from simulate.config.method_table import DEFAULT_METHOD, default_options, method_options
 from simulate.config.profiles import is_profile_path
-from simulate.config.tables import BPE, BYTES, HUB, KEYS_OF_NAME, Cluster, Data, Train
+from simulate.config.tables import BPE, BYTES, HUB, Cluster, Data, Train
 from simulate.models.families.gpt import GptModel
 from simulate.models.families.table import Model, check_name, family_of, sees_images
 from simulate.models.interfaces import HUGGINGFACE
@@ -28,13 +28,14 @@ from simulate.models.schema import IMAGES_HINT, FactoryModel
 
 
 def _with_default_data(given: Any) -> Any:
-    """Give an image model the embedded digits where no data is named: it cannot train on the default text."""
-    if not isinstance(given, dict) or not isinstance(model := given.get("model"), dict):
+    """Name the embedded data where none is named: text, or digits for a model of images; other keys stay."""
+    if not isinstance(given, dict) or not isinstance(model := given.get("model", {}), dict):
         return given
     data = given.get("data") or {}
-    if not isinstance(data, dict) or data.keys() & {"name", "path"} or not sees_images(model):
+    if not isinstance(data, dict) or data.keys() & {"name", "path"}:
         return given
-    return {**given, "data": {"name": "digits", "upscale": True, **data}}
+    embedded = {"name": "digits", "upscale": True} if sees_images(model) else {"name": "stdlib"}
+    return {**given, "data": {**embedded, **data}}
 
 
 def _refuse_images_for_text(model: dict[str, Any], data: dict[str, Any]) -> None:
@@ -99,10 +100,10 @@ class Run(toml_io.Schema):
             raise ValueError(
                 f"data.shards has {len(self.data.shards)} sizes for cluster.devices = {devices}; give one a device"
             )
-        if self.train.warmup_steps >= self.train.steps:
+        if self.train.num_warmup_steps >= self.train.steps:
             raise ValueError(
                 f"train.warmup_steps = {self.train.warmup_steps} is not below train.steps = {self.train.steps}; "
-                "lower it"
+                "lower it, or give train.warmup_share instead, which fits any number of steps"
             )
         return self
 
@@ -114,7 +115,8 @@ class Run(toml_io.Schema):
     @property
     def samples_per_step(self) -> int:
         """Samples that all devices together train on in one optimizer step."""
-        return self.method.participants(self.cluster.devices) * self.train.micro_batch
+        train = self.train  # not by device_batch: a plan asks for thousands of candidates
+        return self.method.participants(self.cluster.devices) * train.micro_batch * train.accumulate
 
     @property
     def tokens_per_step(self) -> int:
@@ -142,16 +144,20 @@ def build_run(table: toml_io.Table, where: str = "run", text: str = "", assigned
     return toml_io.validate(_schema(options), table, where, text, assigned)
 
 
+WHAT_DATA = frozenset({"name", "path", "format", "field", "subset", "column", "rows"})
+"""Keys of [data] that belong to one data set: another path does without them."""
+
+
 def load_run(path: Path) -> Run:
     """Read the run.toml of a run folder, whose paths are absolute; raises InputError with file, line and key."""
     text = toml_io.read(path)
     return build_run(toml_io.parse(text, str(path)), str(path), text)
 
 
-def load_given_run(path: Path, assignments: Sequence[str] = ()) -> Run:
-    """Read a run.toml of the user's, and apply `--set` assignments; raises InputError with file, line and key.
+def load_given_run(path: Path, assignments: Sequence[str] = (), data_path: str | None = None) -> Run:
+    """Read a run.toml of the user's, put other data in place of its own, and apply `--set` assignments.
 
-    Paths in the file are relative to the file, those of assignments to the current folder.
+    Paths in the file are relative to it, all others to the current folder. Raises InputError with file, line and key.
     """
     text = toml_io.read(path)
     table = toml_io.parse(text, str(path))
@@ -160,6 +166,8 @@ def load_given_run(path: Path, assignments: Sequence[str] = ()) -> Run:
         missing = ", ".join(f"[{name}]" for name in Run.model_fields)
         raise InputError(f"{path}: has no keys: {missing} are missing; lte plan -o {path} --force writes them")
     _take_from_folder(table, path.parent)
+    if data_path is not None and isinstance(data := table.get("data", {}), dict):
+        table["data"] = {key: value for key, value in data.items() if key not in WHAT_DATA} | {"path": data_path}
     assigned = [toml_io.set_key(table, assignment) for assignment in assignments]
     _replace_data(table, assigned)
     return build_run(table, str(path), text, assigned)
@@ -191,17 +199,12 @@ def _take_from_folder(table: toml_io.Table, folder: Path) -> None:
 
 
 def _replace_data(table: toml_io.Table, assigned: Collection[str]) -> None:
-    """Let --set data.path replace the file's data.name, and what belongs to it; and the other way round."""
+    """Let --set data.path or data.name replace the file's data, with all that belongs to it."""
     data = table.get("data", {})
-    if "data.path" in assigned and "data.name" not in assigned:
-        dropped: tuple[str, ...] = ("name", *KEYS_OF_NAME)
-    elif "data.name" in assigned and "data.path" not in assigned:
-        dropped = ("path", "format")
-    else:
-        return
-    for key in dropped:
-        if f"data.{key}" not in assigned:
-            data.pop(key, None)
+    if {"data.path", "data.name"} & set(assigned) and isinstance(data, dict):
+        for key in WHAT_DATA:
+            if f"data.{key}" not in assigned:
+                data.pop(key, None)
 
 
 def dump_run(run: Run) -> str:

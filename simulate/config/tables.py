@@ -37,6 +37,8 @@ class Data(toml_io.Schema):
     path: str | None = Field(default=None, min_length=1)
     format: DataFormat | None = None
     """Format of the files at the path; not set: recognised from the files."""
+    field: str | None = Field(default=None, min_length=1)
+    """Field of records (.jsonl, Parquet) at the path that holds the text; not set: the only field of text."""
     subset: str | None = None
     """Configuration of a data set from hf: that has several."""
     column: str | None = None
@@ -66,6 +68,8 @@ class Data(toml_io.Schema):
             raise ValueError(f"name = {self.name!r} is not known; {near_match(self.name, (*DATA_NAMES, HUB + 'NAME'))}")
         if self.format is not None and self.path is None:
             raise ValueError(f"format = {self.format!r} says what lies at a path, and there is none; remove it")
+        if self.field is not None and self.path is None:
+            raise ValueError(f"field = {self.field!r} is of records at a path, and there is none; remove it")
         # Refused, since a key that has no effect hides a mistake.
         for key in KEYS_OF_NAME:
             if getattr(self, key) is not None and not self.from_hub:
@@ -94,10 +98,21 @@ class Train(toml_io.Schema):
 
     steps: int = Field(default=1000, gt=0)
     micro_batch: int = Field(default=8, gt=0)
-    """Samples of one device in one step."""
+    """Samples of one device in one forward and backward pass."""
+    accumulate: int = Field(default=1, gt=0)
+    """Passes whose gradients add up to one optimizer step: a device's step has micro_batch x accumulate samples."""
     learning_rate: float = Field(default=3e-3, gt=0)
-    """Peak rate, reached after the warm-up; decays on a cosine to a tenth."""
-    warmup_steps: int = Field(default=0, ge=0)
+    """Peak rate, reached after the warm-up."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Course of the rate after the warm-up; wsd: constant, then linearly down over the last decay_share of steps."""
+    final_share: float = Field(default=0.1, ge=0, le=1)
+    """Share of the peak rate at the end of a run; a constant rate stays at its peak."""
+    decay_share: float = Field(default=0.2, gt=0, le=1)
+    """Share of the steps over which wsd's rate decays."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Steps of linear warm-up; not set: warmup_share says it, or there is none."""
+    warmup_share: float | None = Field(default=None, ge=0, lt=1)
+    """Share of the steps that are warm-up, rounded down to whole steps, so that it fits any number of steps."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's decoupled decay, on matrices only."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -121,6 +136,37 @@ class Train(toml_io.Schema):
     log_every: int = Field(default=1, gt=0)
     checkpoint_every: int = Field(default=500, gt=0)
     activation_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Train:
+        if self.warmup_steps is not None and self.warmup_share is not None:
+            raise ValueError(
+                f"warmup_steps = {self.warmup_steps} and warmup_share = {self.warmup_share:g} both say how long the "
+                "warm-up is; keep one, or change the one that is written: --set train.warmup_share=0.05"
+            )
+        return self
+
+    @property
+    def device_batch(self) -> int:
+        """Samples of one device in one optimizer step, over all its passes."""
+        return self.micro_batch * self.accumulate
+
+    @property
+    def num_warmup_steps(self) -> int:
+        """Steps of linear warm-up."""
+        if self.warmup_share is None:
+            return self.warmup_steps or 0
+        return whole_steps(self.warmup_share * self.steps)
+
+    @property
+    def num_decay_steps(self) -> int:
+        """Steps at the run's end over which wsd's rate decays: one at least, and none of the warm-up's."""
+        return max(1, min(whole_steps(self.decay_share * self.steps), self.steps - self.num_warmup_steps))
+
+
+def whole_steps(steps: float) -> int:
+    """Return the steps of a share of a run, rounded down; a product just below a whole number counts as it."""
+    return int(steps + 1e-6)
 
 
 class Cluster(toml_io.Schema):

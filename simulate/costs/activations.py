@@ -72,6 +72,8 @@ class _Step:
     table when both its parts are there), and whose RMS norms also keep their normalised inputs."""
     keeps_inputs: bool = True
     """Whether adapted layers keep their inputs: gradients of weights and of A need them, that of B alone does not."""
+    accumulates: bool = False
+    """Whether gradients of earlier passes lie beside those of this one, which are added to them one by one."""
 
     @property
     def tokens(self) -> int:
@@ -180,6 +182,10 @@ class _Step:
             return 0
         return self.shape.layers * self.block_gradients + self.shape.replicated_parameters * self.element_bytes
 
+    def added(self, gradient: int) -> int:
+        """Return the bytes of a gradient that was just computed, beside the sum that it is about to be added to."""
+        return gradient if self.accumulates else 0
+
     @property
     def head_gradient(self) -> int:
         """Bytes of the output layer's gradient, held while others are computed."""
@@ -191,13 +197,16 @@ def step_phases(
     shape: ModelShape, samples: int, rank: int, block_gradient_bytes: int, checkpointing: bool, element_bytes: int,
     product_bytes: int, unpacked_bytes: int = 0, heads: int = 1, subtracts: bool = False,
     materialisation: WeightMaterialisation = AS_THEY_ARE, plain: bool = False, keeps_inputs: bool = True,
+    accumulates: bool = False,
 ) -> tuple[Phase, ...]:  # fmt: skip
     """Return the phases of one step and of an evaluation that can be its peak, on top of what is held all the time."""
     step = _Step(
         shape, samples, rank, block_gradient_bytes, checkpointing, element_bytes, product_bytes, unpacked_bytes,
-        heads, subtracts, materialisation, plain, keeps_inputs,
+        heads, subtracts, materialisation, plain, keeps_inputs, accumulates,
     )  # fmt: skip
     phases, forward = _FAMILIES[shape.family](step)
+    if accumulates:  # from the second pass on, the sums of all gradients are there throughout
+        phases = tuple(replace(phase, gradients=step.all_gradients) for phase in phases)
     evaluated = evaluation_batch(samples, step.is_cast)
     waiting = _images(step)  # the step's own batch stays, and an evaluation takes a part of it
     if step.is_cast or evaluated != samples:
@@ -278,7 +287,7 @@ def _output_layer_backward(step: _Step, outputs: int, gradient: int) -> tuple[Ph
     The logits are overwritten by their gradient, and the layer adds those of its weights and inputs. Of a cast product
     both are cast; they become the weights' format when the logits are gone.
     """
-    waiting = step.head_table - gradient
+    waiting = step.head_table - gradient + step.added(gradient)
     if not step.is_cast:
         return (Phase("backward_start", gradient, outputs, waiting + step.u),)
     return (
@@ -305,7 +314,7 @@ def _gpt(step: _Step) -> Found:
         # The first block's, when all other gradients are there.
         Phase("backward_end", all_gradients - step.block_gradients, kept + ends, recomputed + working),
         # The two gradients of the tied table; a plain network holds their sum as well.
-        Phase("backward_end", all_gradients, ends, (3 if step.plain else 2) * table + u),
+        Phase("backward_end", all_gradients, ends, (3 if step.plain else 2) * table + step.added(table) + u),
         *_last_forward(step, layers * kept + ends, "mlp.down", (BLOCK_BACKWARD - 1) * step.v),
     ), _transformer_forward(step)
 
@@ -340,7 +349,7 @@ def _llama(step: _Step) -> Found:
         *_output_layer_backward(step, outputs, table),
         Phase("backward_start", step.head_gradient, layers * kept + ends, recomputed + working),
         Phase("backward_end", inner_gradients, kept + ends, recomputed + working),
-        Phase("backward_end", all_gradients, ends, u),
+        Phase("backward_end", all_gradients, ends, step.added(table) + u),
         *_last_forward(step, layers * kept + ends, "mlp.down", inner, 3 * inner),
     ), max(before + 3 * inner, *gated)
 
@@ -422,7 +431,9 @@ def _of_images(step: _Step, block: int, working: int, stream: int) -> tuple[Phas
     kept, recomputed = (stream, block - first_norm) if step.checkpointing else (block, 0)
     return (
         Phase("forward", 0, layers * kept + ends + stream + step.logits, stream),
-        Phase("backward_start", step.head_table, layers * kept + ends + stream + step.logits, 0),
+        Phase(
+            "backward_start", step.head_table, layers * kept + ends + stream + step.logits, step.added(step.head_table)
+        ),
         Phase("backward_start", step.head_gradient, layers * kept + ends, recomputed + working),
         Phase("backward_end", all_gradients - step.block_gradients, kept + ends, recomputed + working),
         Phase("backward_end", all_gradients, ends, step.u),
@@ -448,7 +459,7 @@ def _traced(step: _Step) -> Found:
     """
     of_adapters = step.shape.adapted_trace if step.keeps_inputs else step.shape.frozen_a_trace
     trace = of_adapters if step.rank else step.shape.dense_trace
-    largest = max(step.largest_weight, _traced_table(step)) if step.plain else step.largest_weight
+    largest = max(step.largest_weight, _traced_table(step) if step.plain or step.accumulates else 0)
     assert trace is not None
     # The trace counts fp32 bytes.
     measured = (trace.fixed_bytes + trace.sample_bytes * step.samples) * step.element_bytes // FLOAT_BYTES

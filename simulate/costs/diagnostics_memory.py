@@ -41,13 +41,15 @@ def diagnosing_phases(
     already freed.
     """
     element_bytes, train = ELEMENT_BYTES[run.train.dtype], run.train
-    batch_bytes = train.micro_batch * shape.inputs * element_bytes  # of images, held until the next batch comes
+    batch_bytes = train.device_batch * shape.inputs * element_bytes  # of images, held until the next batch comes
     largest = max(tensor.elements for tensor in shape.tensors) * element_bytes
     dense_step = step_phases(
         shape, train.micro_batch, 0, 0, train.activation_checkpointing, element_bytes, element_bytes
     )  # fmt: skip
     # The plain network holds no adapters and no optimizer, so its passes are those of rank 0.
     passes = round(MARGIN * max(phase.activations + phase.temporary for phase in dense_step))
+    # A pass counts its own images; those of the step's further passes wait beside them.
+    passes += batch_bytes - train.micro_batch * shape.inputs * element_bytes
     making = materialisation.height(max(linear.weights for linear in shape.adapted), element_bytes, 0)
     message = max(largest, min(MESSAGE_BYTES, shape.parameters * element_bytes)) if run.cluster.devices > 1 else 0
     # The host holds the sum of gradients; a device with memory of its own also holds a copy, and one in a message.

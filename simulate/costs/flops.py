@@ -22,7 +22,8 @@ def pass_flops(run: Run, shape: ModelShape) -> float:
 
     A dense warm start counts with its share of the run.
     """
-    plan, samples, checkpointing = plan_of(run.method), run.train.micro_batch, run.train.activation_checkpointing
+    plan, train = plan_of(run.method), run.train
+    samples, checkpointing = train.micro_batch * train.accumulate, train.activation_checkpointing
     dense = samples * _dense_sample_flops(shape, checkpointing)
     layout = plan.adapters(run.cluster.devices)
     if layout is None:

@@ -132,7 +132,7 @@ def products_s(products: Sequence[Product], rates: KernelRates) -> float:
 
 
 def pass_s(run: Run, shape: ModelShape, rates: KernelRates) -> float:
-    """Return the seconds of a step's forward and backward passes, and of starting its kernels."""
+    """Return the seconds of one forward and backward pass, and of starting its kernels; a step has train.accumulate."""
     plan = plan_of(run.method)  # a dense warm start counts with its share of the steps
     share = 1.0 if plan.adapters(run.cluster.devices) is None else plan.dense_share(run.train.steps)
     return share * _pass_s(run, shape, rates, False) + (1 - share) * _pass_s(run, shape, rates, True)

@@ -12,12 +12,11 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import attrgetter
-from pathlib import Path
 
 from simulate.config.hardware import Device
 from simulate.config.method_options import MethodOptions
 from simulate.config.run import Run
-from simulate.config.tables import BYTES
+from simulate.config.tables import Data
 from simulate.costs.activations import step_phases
 from simulate.costs.allocator import cast_bytes, held_beside_tensors, unfilled_share
 from simulate.costs.buffers import exchange_phases
@@ -30,6 +29,10 @@ from simulate.models.shapes import ModelShape
 from simulate.rules.method_plan import plan_of
 from simulate.rules.phases import PHASES, Phase, PhaseName, WeightMaterialisation
 
+CPU_LIBRARY_BYTES = {"bf16": 18_000_000, "fp16": 2_000_000}
+"""Bytes that torch's libraries hold for good on a CPU under autocast: code and reordered operands of products.
+
+Measured, beside a step in fp32 (docs/accuracy.md): 15, 15 and 21 MB with bf16, 2 MB with fp16, whatever the network."""
 SAVING = Phase("checkpoint_save", 0, 0, 0)
 """Tensors are written one by one, as they lie in memory."""
 
@@ -49,7 +52,7 @@ class Memory:
     temporary: int
     """Buffers of the peak phase: logits, working tensors, messages."""
     allocator: int
-    """Bytes that CUDA's allocator and libraries hold beside tensors; 0 on other devices."""
+    """Bytes that CUDA's allocator and libraries, or a CPU's half-precision libraries, hold beside tensors."""
     reserved: int
 
     @property
@@ -131,7 +134,7 @@ def peak_profile(run: Run, shape: ModelShape, device: Device) -> PeakProfile:
         # Diagnostics follow a merge, so that moments which it freed leave room for them.
         freed = moment_bytes(run, shape) - _merged_moment_bytes(run, shape) if plan_of(run.method).drops_at_once else 0
         phases += diagnosing_phases(run, shape, lasting.materialisation, shared_memory, freed)
-    allocator = 0
+    allocator = CPU_LIBRARY_BYTES.get(run.train.autocast, 0)
     if device.is_cuda:
         tensors = lasting.weights + lasting.adapters + lasting.optimizer + max(map(attrgetter("total"), phases))
         allocator = _allocator_bytes(run, shape, lasting, tensors)
@@ -248,10 +251,14 @@ def _phases(run: Run, shape: ModelShape, lasting: _Lasting) -> tuple[Phase, ...]
     step = step_phases(
         shape, train.micro_batch, lasting.rank, lasting.block_gradient_bytes, train.activation_checkpointing,
         element_bytes, PRODUCT_BYTES.get(train.autocast, element_bytes), lasting.unpacked_bytes, lasting.heads,
-        lasting.subtracts, lasting.materialisation, keeps_inputs=lasting.keeps_inputs,
+        lasting.subtracts, lasting.materialisation, keeps_inputs=lasting.keeps_inputs, accumulates=train.accumulate > 1,
     )  # fmt: skip
     # The batch is held until the next one comes; token indices are too small to count.
-    batch_bytes = train.micro_batch * shape.inputs * element_bytes
+    batch_bytes = train.micro_batch * train.accumulate * shape.inputs * element_bytes
+    if batch_bytes and train.accumulate > 1:
+        # A pass counts its own images, which are a part of the step's, or a copy where each head gives a part.
+        own_bytes = 0 if lasting.heads > 1 else train.micro_batch * shape.inputs * element_bytes
+        step = tuple(replace(phase, activations=phase.activations + batch_bytes - own_bytes) for phase in step)
     others = (*lasting.exchange, SAVING)
     if batch_bytes:
         others = tuple(replace(phase, activations=phase.activations + batch_bytes) for phase in others)
@@ -261,12 +268,12 @@ def _phases(run: Run, shape: ModelShape, lasting: _Lasting) -> tuple[Phase, ...]
 def _weight_bytes(run: Run, shape: ModelShape, shared_memory: bool) -> int:
     plan, element_bytes = plan_of(run.method), ELEMENT_BYTES[run.train.dtype]
     if plan.starts_dense or plan.adapters(run.cluster.devices) is None:
-        return shape.parameters * element_bytes
+        return shape.all_parameters * element_bytes
     frozen = frozen_bytes(shape, run.method.frozen_format, element_bytes)
     # The weights that merges start from lie in the host's memory or in mapped files, except plain ones on one memory.
     in_files = run.method.frozen_format != "none" or not shared_memory
     start = 0 if in_files else plan.full_copies * shape.adapted_parameters * element_bytes
-    return frozen + start + shape.replicated_parameters * element_bytes
+    return frozen + start + (shape.replicated_parameters + shape.fixed_parameters) * element_bytes
 
 
 def host_memory_by_part(run: Run, shape: ModelShape, device: Device) -> dict[str, int]:
@@ -285,8 +292,16 @@ def host_memory_by_part(run: Run, shape: ModelShape, device: Device) -> dict[str
         "start_weights": copies * shape.adapted_parameters * element_bytes,
         "diagnostics": shape.parameters * element_bytes if run.train.diagnostics_every is not None else 0,
         "checkpoint_save": largest if own else 0,
-        "data": text_bytes(run.data.path, run.data.tokenizer) if own and run.model.unit == "tokens" else 0,
+        "data": text_bytes(run.data) if own and run.model.unit == "tokens" else 0,
     }
+
+
+def mapped_file_bytes(run: Run, shape: ModelShape) -> int:
+    """Return the bytes of a process's files in TMPDIR: full-precision weights beside packed ones, gradients' sums."""
+    element_bytes = ELEMENT_BYTES[run.train.dtype]
+    copies = plan_of(run.method).full_copies if run.method.frozen_format != "none" else 0
+    sums = shape.parameters if run.train.diagnostics_every is not None else 0
+    return (copies * shape.adapted_parameters + sums) * element_bytes
 
 
 @lru_cache(maxsize=64)
@@ -295,13 +310,11 @@ def _largest_elements(shape: ModelShape) -> int:
 
 
 @lru_cache(maxsize=64)
-def text_bytes(path: str | None, tokenizer: str) -> int:
-    """Return the size of text files that are read as bytes; 0 where tokens are memory-mapped, or no file exists yet."""
-    if path is None or tokenizer != BYTES:
-        return 0
-    root = Path(path)
-    files = root.rglob("*") if root.is_dir() else [root]
-    return sum(file.stat().st_size for file in files if file.is_file())
+def text_bytes(data: Data) -> int:
+    """Return the memory that text at a path takes; 0 where it is memory-mapped, or no file exists yet."""
+    from simulate.data.text import held_bytes  # only plans of text at a path need the readers of data
+
+    return held_bytes(data)
 
 
 @by_method
@@ -320,6 +333,7 @@ def checkpoint_bytes(run: Run, shape: ModelShape, devices: int, in_a_round: bool
     copies = 1 if held.shared else devices  # equal state is written once
     moments = moment_bytes(run, shape) if in_a_round else _merged_moment_bytes(run, shape)
     elements = copies * weights + devices * held.extra
+    elements += shape.fixed_parameters
     return frozen_bytes_kept + elements * element_bytes + copies * moments + kept_bytes(run, shape)
 
 
@@ -341,7 +355,7 @@ def _packing_start_bytes(run: Run, shape: ModelShape) -> int:
         return 0
     first = shape.in_order()[0]
     packing = packing_bytes(first.weights, first.in_features, method.frozen_format, element_bytes)
-    return (shape.parameters - first.weights) * element_bytes + packing
+    return (shape.all_parameters - first.weights) * element_bytes + packing
 
 
 def _unpacked_bytes(method: MethodOptions, shape: ModelShape, element_bytes: int) -> int:

@@ -32,6 +32,8 @@ ADAM_MOMENTS_MOVED = 4
 CLIP_ELEMENTS_MOVED = 3
 """Elements that clipping moves for each weight: it reads gradients for their norm, then reads and
 writes them to scale them. Counted with measured rates only."""
+ACCUMULATION_ELEMENTS_MOVED = 3
+"""Elements that adding a pass's gradients to those of earlier passes moves for each weight: two reads, one write."""
 COMPRESSION_ELEMENTS_MOVED = 8
 """Estimate of the elements that compression moves for each gradient: it reads gradient and residual, writes message and
 residual, and reads the messages that arrive."""
@@ -142,23 +144,23 @@ def _rates_of(dtype: Dtype, passes: Dtype, device: Device) -> _Rates:
 
 
 def compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
-    """Return the seconds of one optimizer step: passes, the optimizer's memory traffic, unpacking of frozen weights."""
-    moved = _moved(run, shape)
-    moved_bytes, passes_s = moved.others, 0.0
+    """Return the seconds of an optimizer step: its passes, which unpack frozen weights, and the optimizer's traffic."""
+    moved, passes = _moved(run, shape), run.train.accumulate
+    moved_bytes, passes_s = moved.compressed + passes * moved.cast + (passes - 1) * moved.accumulated, 0.0
     unpacked_s = _unpacked_s(run, shape, rates.kernels)
     if unpacked_s is None:  # not measured: timed by memory traffic
-        moved_bytes += moved.unpacked
+        moved_bytes += passes * moved.unpacked
     if rates.kernels is None:
         moved_bytes += moved.optimizer
         passes_s = pass_flops(run, shape) / rates.pass_flop_per_s
     else:  # measured rates already contain the efficiency of passes and optimizer
         moved_s = rates.kernels.optimizer.seconds(moved.optimizer, moved.optimizer + moved.clipped)
-        passes_s = pass_s(run, shape, rates.kernels) + moved_s + (unpacked_s or 0.0)
+        passes_s = passes * (pass_s(run, shape, rates.kernels) + (unpacked_s or 0.0)) + moved_s
     return passes_s + update_flops(run, shape) / rates.flop_per_s + moved_bytes / rates.memory_bytes_per_s
 
 
 def _unpacked_s(run: Run, shape: ModelShape, kernels: KernelRates | None) -> float | None:
-    """Return the seconds of unpacking frozen weights in a step; None where that was not measured."""
+    """Return the seconds of unpacking frozen weights in one pass and back; None where that was not measured."""
     method = run.method
     if kernels is None or method.frozen_format == "none":
         return None
@@ -169,14 +171,17 @@ def _unpacked_s(run: Run, shape: ModelShape, kernels: KernelRates | None) -> flo
 
 @dataclass(frozen=True)
 class _Moved:
-    """Bytes that a step moves outside its passes."""
+    """Bytes that a step moves beside its passes' products, some of them once a pass."""
 
     optimizer: int
     clipped: int
+    compressed: int
     unpacked: int
-    """Bytes of unpacking frozen weights."""
-    others: int
-    """Bytes of compression and casts."""
+    """Bytes of unpacking frozen weights, for a pass."""
+    cast: int
+    """Bytes of casting weights, for a pass."""
+    accumulated: int
+    """Bytes of adding gradients, for each pass after the first."""
 
 
 @by_method
@@ -185,9 +190,9 @@ def _moved(run: Run, shape: ModelShape) -> _Moved:
     trained = persistent_state(run, shape).trained
     # 8-bit moments move a byte each; their scales, one for 256 elements, are too small to count.
     moment_bytes = element_bytes if run.train.optimizer_state == "fp32" else 1
-    unpacked, others = 0, _cast_bytes(run, shape)
+    unpacked, compressed = 0, 0
     if plan_of(method).compresses_gradients:
-        others += COMPRESSION_ELEMENTS_MOVED * shape.parameters * element_bytes
+        compressed = COMPRESSION_ELEMENTS_MOVED * shape.parameters * element_bytes
     if method.frozen_format != "none":
         # Forward and backward pass each read the packed form, then write and read the plain one.
         packed = frozen_bytes(shape, method.frozen_format, element_bytes)
@@ -195,13 +200,15 @@ def _moved(run: Run, shape: ModelShape) -> _Moved:
     return _Moved(
         optimizer=trained * (ADAM_ELEMENTS_MOVED * element_bytes + ADAM_MOMENTS_MOVED * moment_bytes),
         clipped=CLIP_ELEMENTS_MOVED * trained * element_bytes,
+        compressed=compressed,
         unpacked=unpacked,
-        others=others,
+        cast=_cast_bytes(run, shape),
+        accumulated=ACCUMULATION_ELEMENTS_MOVED * trained * element_bytes,
     )
 
 
 def _cast_bytes(run: Run, shape: ModelShape) -> int:
-    """Return the bytes that autocast moves to cast weights; frozen ones are cast again in the backward pass."""
+    """Return the bytes that autocast moves in a pass to cast weights; the backward pass casts frozen ones again."""
     if run.train.autocast == "none":
         return 0
     element_bytes = ELEMENT_BYTES[run.train.dtype] + PRODUCT_BYTES[run.train.autocast]

@@ -3,7 +3,7 @@
 Because of the address, a device's batch is the same in one process or many, and after a resume. The training loop and
 probes use the protocol `Batches`; `build_batches` returns TextBatches or simulate.data.image_batches.ImageBatches.
 
-Legend: L local devices, B samples of a device, T tokens of a sample.
+Legend: L local devices, B samples of a device in a step (all its passes), T tokens of a sample.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def build_batches(run: Run, dataset: Dataset, device: torch.device | None = None
     data, train = run.data, run.train
     return ImageBatches(
         dataset,
-        train.micro_batch,
+        train.device_batch,
         run.cluster.devices,
         train.seed,
         classes=image_sizes(run.model)[2],
@@ -78,12 +78,12 @@ class TextBatches:
         self,
         text: Text,
         context: int,
-        micro_batch: int,
+        samples: int,
         devices: int,
         seed: int,
         shards: Sequence[float] | None = None,
     ) -> None:
-        self.text, self.context, self.micro_batch, self.devices, self.seed = text, context, micro_batch, devices, seed
+        self.text, self.context, self.samples, self.devices, self.seed = text, context, samples, devices, seed
         self.bounds = shard_bounds(len(text.train), devices, shards)
 
     @classmethod
@@ -91,7 +91,7 @@ class TextBatches:
         """Return the batches of a run over its text."""
         train = run.train
         return cls(
-            text, text_sizes(run.model).context, train.micro_batch, run.cluster.devices, train.seed, run.data.shards
+            text, text_sizes(run.model).context, train.device_batch, run.cluster.devices, train.seed, run.data.shards
         )
 
     @property
@@ -114,7 +114,7 @@ class TextBatches:
     def _starts(self, device: int, step: int) -> np.ndarray:
         random = generator(self.seed, "batch", device, step)
         first, last = self.bounds[device]
-        return first + random.integers(0, last - first - self.context, self.micro_batch)
+        return first + random.integers(0, last - first - self.context, self.samples)
 
     def validation(self, num_samples: int, num_at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield fixed windows spread evenly over the validation split, at most `num_at_once` (S, T) at a time."""

@@ -21,10 +21,11 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
+from simulate.common.cache_folder import CACHE_VARIABLE, cache_folder
+from simulate.common.disk import reserve
 from simulate.common.errors import InputError
 from simulate.common.safetensors_writer import DTYPES, header
 
-CACHE_VARIABLE = "LTE_CACHE"
 CACHE_VERSION = 1
 """Part of every key: raise it when changed code makes other arrays for the same key."""
 _NO_DIGEST = "0" * 64
@@ -77,7 +78,8 @@ class Draft:
         with self.path.open("wb") as file:
             file.write(content)
             file.flush()
-            _reserve(file.fileno(), len(content) + sum(sizes))
+            # A sparse file on a full disk would kill the process that writes into its mapping.
+            reserve(file.fileno(), len(content) + sum(sizes))
         return slots
 
     def seal(self) -> None:
@@ -87,21 +89,6 @@ class Draft:
             # Over the zeros that `allocate` wrote; the digest counts them, so that writing it leaves it true.
             file.seek(8 + content.rindex(_NO_DIGEST.encode()))
             file.write(digest.encode())
-
-
-def _reserve(handle: int, size: int) -> None:
-    # A sparse file on a full disk would kill the process that writes into its mapping.
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(handle, 0, size)
-    else:
-        os.truncate(handle, size)
-
-
-def cache_folder() -> Path:
-    """Return the folder of cache files: LTE_CACHE, or `lte` in the user's cache directory."""
-    if given := os.environ.get(CACHE_VARIABLE):
-        return Path(given).absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lte"
 
 
 def stamp_of(files: Sequence[Path]) -> str:

@@ -9,11 +9,15 @@ Legend: C colours, P pixels a side.
 from __future__ import annotations
 
 import io
+import re
 import signal
+import struct
+import warnings
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import current_process, get_context
@@ -21,9 +25,9 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from simulate.common.limits import usable_cores
+from simulate.common.limits import usable_workers
 from simulate.data.cache import ArraySlot
 
 CHUNK_IMAGES = 500
@@ -33,7 +37,7 @@ POOL_FROM_IMAGES = 3000
 EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "La", "CMYK", "YCbCr", "LAB", "HSV"}
 DAMAGE = (
     OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError, MemoryError, NotImplementedError,
-    RuntimeError, KeyError, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError,
+    RuntimeError, KeyError, TypeError, struct.error, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError,
 )  # fmt: skip
 """The exceptions that Pillow and zipfile raise for damaged content."""
 
@@ -88,28 +92,60 @@ class ZipReader:
 
     def read(self, name: str) -> bytes:
         # The time of change is part of the cache's key, so that a new archive of that name is opened anew.
-        return _archive(self.path, self.path.stat().st_mtime_ns).read(name)
+        archive, members = _archive(self.path, self.path.stat().st_mtime_ns)
+        return archive.read(members[name])
 
 
 @lru_cache(maxsize=1)
-def _archive(path: Path, changed_ns: int) -> zipfile.ZipFile:
+def _archive(path: Path, changed_ns: int) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
     """Open an archive once in each process: its table of contents may take longer to read than a chunk of images."""
-    return zipfile.ZipFile(path)
+    archive = zipfile.ZipFile(path)
+    return archive, zip_members(archive)
+
+
+def zip_members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """Return an archive's members by their names with slashes, which archives of Windows may lack."""
+    return {member.filename.replace("\\", "/"): member for member in archive.infolist()}
+
+
+@contextmanager
+def opened(content: bytes) -> Iterator[Image.Image]:
+    """Open an encoded image, without Pillow's warnings of what it stores beside its pixels; raises one of DAMAGE."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(content)) as image:
+            yield image
 
 
 def decode(content: bytes, frame: Frame) -> np.ndarray:
     """Return an encoded image as (C, P, P), uint8; raises UnfitImageError."""
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            # Pillow would clip 16 bits or floats to 8 without a word.
-            if image.mode not in EIGHT_BIT_MODES:
-                raise UnfitImageError(f"has mode {image.mode}, which is not 8 bits a colour")
+        with opened(content) as image:
+            _check_depth(image)
             _check_size(image, frame)
             # Only for a JPEG, and much faster: it is decoded at its smallest scale that is large enough.
             image.draft("L" if frame.colours == 1 else "RGB", (frame.pixels, frame.pixels))
-            return fit(image, frame)
+            # Cameras store pixels as the sensor lies, and how to turn them upright beside them.
+            return fit(ImageOps.exif_transpose(image), frame)
+    except UnidentifiedImageError:  # its message names an object in memory
+        raise UnfitImageError("cannot be decoded (Pillow knows no such format)") from None
     except DAMAGE as error:
         raise UnfitImageError(f"cannot be decoded ({error or type(error).__name__})") from None
+
+
+def _check_depth(image: Image.Image) -> None:
+    """Raise UnfitImageError for more than 8 bits a colour: their range is unknown, and Pillow would cut them to 8."""
+    depth = f"mode {image.mode}" if image.mode not in EIGHT_BIT_MODES else None
+    # Of colours in 16 bits Pillow tells the mode RGB; how the file keeps them stands among its decoder's arguments.
+    for _, _, _, arguments in getattr(image, "tile", []):
+        stored = arguments if isinstance(arguments, tuple) else (arguments,)
+        layouts = [text for text in stored if isinstance(text, str) and re.search(r";(16|12|32)", text)]
+        if layouts:
+            depth = f"pixels stored as {layouts[0]}"
+        elif image.format == "PPM" and len(stored) > 1 and stored[1] > 255:
+            depth = f"values up to {stored[1]}"
+    if depth is not None:
+        raise UnfitImageError(f"has {depth}, which is not 8 bits a colour")
 
 
 def _check_size(image: Image.Image, frame: Frame) -> None:
@@ -148,7 +184,7 @@ def decode_all(reader: Reader, names: Sequence[str], frame: Frame, target: Array
     """Decode all images into rows of `target`, (S, C, P, P), in parallel where there are many; returns the unfit."""
     starts = range(0, len(names), CHUNK_IMAGES)
     tasks = [(reader, names[first : first + CHUNK_IMAGES], first, frame, target) for first in starts]
-    workers = min(len(tasks), usable_cores())
+    workers = usable_workers(len(tasks))
     # A daemon, as the workers of a multiprocessing.Pool are, may start no processes of its own.
     if len(names) < POOL_FROM_IMAGES or workers < 2 or current_process().daemon:
         parts = [_decode_chunk(*task) for task in tasks]

@@ -20,7 +20,8 @@ from simulate.common.errors import InputError
 from simulate.config.tables import HUB, Data
 from simulate.data.cache import ArraySlot, Draft, cached, cached_file, stamp_of
 from simulate.data.decode_images import Frame, Unfit, decode_all
-from simulate.data.image_folders import HELD_OUT_NAMES, first_size, read_folder
+from simulate.data.file_tree import read_folder
+from simulate.data.image_folders import HELD_OUT_NAMES, first_size
 from simulate.data.images import ImageSource, hold_out
 
 TRAIN = "train"
@@ -84,6 +85,7 @@ def hub_images(data: Data) -> ImageSource | None:
         classes=tuple(classes),
         labels=labels,
         held_out=held_out if held_out.any() else hold_out(labels, classes, name),
+        has_split=bool(held_out.any()),
         colours=colours,
         pixels=pixels,
         stamp=_stamp(rows),

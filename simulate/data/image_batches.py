@@ -31,7 +31,7 @@ class ImageBatches:
     def __init__(
         self,
         images: Images,
-        micro_batch: int,
+        samples: int,
         devices: int,
         seed: int,
         *,
@@ -43,7 +43,7 @@ class ImageBatches:
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> None:
-        self.images, self.micro_batch, self.devices, self.seed = images, micro_batch, devices, seed
+        self.images, self.samples, self.devices, self.seed = images, samples, devices, seed
         self.classes = len(images.classes) if classes is None else classes
         self.augment, self.mixup, self.dtype, self.device = augment, mixup, dtype, device or torch.device("cpu")
         # Held-out and undecodable images are in no shard.
@@ -68,7 +68,7 @@ class ImageBatches:
         pixels, labels = self._read(rows)
         # One generator a device: a device's draws are the same whichever process holds it.
         randoms = [generator(self.seed, "augment", device, step) for device in local_devices]
-        draws = [Draws.of(random, self.micro_batch, pixels.shape[-1], self.augment) for random in randoms]
+        draws = [Draws.of(random, self.samples, pixels.shape[-1], self.augment) for random in randoms]
         if self.augment:
             pixels = crop_and_flip(pixels, draws)
         inputs = normalise(pixels, self.images.mean, self.images.std, self.dtype)
@@ -78,7 +78,7 @@ class ImageBatches:
         """Return the images of one device's batch, (B,): the next ones of its shard in the order of the epoch."""
         shard = self.shards[device]
         # A shard is read as one endless list of shuffled epochs, of which a batch may span two or more.
-        indices = np.arange(step * self.micro_batch, (step + 1) * self.micro_batch)
+        indices = np.arange(step * self.samples, (step + 1) * self.samples)
         epochs, indices = indices // len(shard), indices % len(shard)
         orders = {int(epoch): self._order(device, int(epoch)) for epoch in np.unique(epochs)}
         return shard[[orders[epoch][index] for epoch, index in zip(epochs.tolist(), indices.tolist(), strict=True)]]
@@ -98,14 +98,14 @@ class ImageBatches:
         return pixels, torch.from_numpy(self.images.labels[rows]).to(self.device)
 
     def _mixed(self, inputs: Tensor, labels: Tensor, randoms: Sequence[np.random.Generator]) -> tuple[Tensor, Tensor]:
-        draws = [(random.beta(self.mixup, self.mixup), random.permutation(self.micro_batch)) for random in randoms]
+        draws = [(random.beta(self.mixup, self.mixup), random.permutation(self.samples)) for random in randoms]
         shares_L = torch.tensor([share for share, _ in draws], dtype=self.dtype, device=self.device)
         partners_LB = torch.from_numpy(np.stack([partners for _, partners in draws])).to(self.device)
         devices = len(randoms)
         targets = F.one_hot(labels, self.classes).to(self.dtype)
         mixed, targets_LBK = mix(
-            inputs.view(devices, self.micro_batch, -1),
-            targets.view(devices, self.micro_batch, -1),
+            inputs.view(devices, self.samples, -1),
+            targets.view(devices, self.samples, -1),
             shares_L,
             partners_LB,
         )

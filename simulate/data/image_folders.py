@@ -2,96 +2,29 @@
 
 A class is the topmost folder that holds images itself; its name is its path, so that nested ones stay apart
 ("a/abbey"). Splits are folders around the classes: train beside val or test; `val` is preferred to `test`.
-simulate.data.load lists a path (`read_folder`, `read_zip`) and hands the list to `folder_source`.
+simulate.data.load lists a path (simulate.data.file_tree) and hands the list to `folder_source`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import os
-import zipfile
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from simulate.common.errors import InputError
 from simulate.data.cache import ArraySlot
-from simulate.data.decode_images import DAMAGE, FolderReader, Frame, Reader, Unfit, ZipReader, decode_all
+from simulate.data.decode_images import DAMAGE, FolderReader, Frame, Reader, Unfit, ZipReader, decode_all, opened
+from simulate.data.file_tree import Tree
 from simulate.data.images import ImageSource, hold_out
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
 TRAIN_NAMES = ("train", "training")
 HELD_OUT_NAMES = ("val", "valid", "validation", "test")
 """Names of a split to evaluate on, the preferred one first."""
 NAMED_CLASSES = 5
 """Classes that an error lists at most."""
-
-
-@dataclass(frozen=True)
-class Tree:
-    """The files of a folder or an archive."""
-
-    files: dict[str, tuple[int, int]]
-    """Path below the root, with slashes → its bytes, and the time of its last change (in an archive: its checksum)."""
-    bare_folders: frozenset[str]
-    """Empty folders."""
-
-    @property
-    def images(self) -> list[str]:
-        """Paths of images, sorted."""
-        return sorted(path for path in self.files if PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES)
-
-    def stamp(self) -> str:
-        """Return a digest of all names, sizes and times of change."""
-        return hashlib.sha256(repr(sorted(self.files.items())).encode()).hexdigest()
-
-
-def read_folder(root: Path) -> Tree:
-    """List the files below a folder, without hidden ones; raises OSError."""
-    files: dict[str, tuple[int, int]] = {}
-    bare = set()
-    for folder, entries in _walk(root):
-        prefix = "" if folder == root else f"{folder.relative_to(root).as_posix()}/"
-        if not entries and prefix:
-            bare.add(prefix.rstrip("/"))
-        for entry in entries:
-            if entry.is_file():
-                status = entry.stat()
-                files[prefix + entry.name] = (status.st_size, status.st_mtime_ns)
-    return Tree(files, frozenset(bare))
-
-
-def _walk(folder: Path) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
-    with os.scandir(folder) as found:
-        entries = [entry for entry in found if not entry.name.startswith(".")]
-    yield folder, entries
-    for entry in entries:
-        if entry.is_dir():
-            yield from _walk(Path(entry.path))
-
-
-def read_zip(path: Path) -> Tree:
-    """List the files of a zip archive; raises InputError where it is truncated or no archive."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, EOFError):
-        raise InputError(f"data.path = {str(path)!r} is a truncated or damaged zip archive; fetch it again") from None
-    # Hidden files, and those that macOS adds, are no images.
-    shown = [m for m in members if "/." not in f"/{m.filename}" and not m.filename.startswith("__MACOSX/")]
-    files = {m.filename: (m.file_size, m.CRC) for m in shown if not m.is_dir()}
-    # In sorted order, a folder's content comes right after the folder: without any, it is empty.
-    in_order = sorted(m.filename for m in shown)
-    bare = {
-        name.rstrip("/")
-        for name, after in zip(in_order, [*in_order[1:], ""], strict=True)
-        if name.endswith("/") and not after.startswith(name)
-    }
-    return Tree(files, frozenset(bare))
 
 
 @dataclass(frozen=True)
@@ -114,6 +47,7 @@ def arrange(tree: Tree, source: str) -> Arrangement:
     roots = [wrapper if split_of is None else f"{wrapper}{_first_part(path, wrapper)}/" for path in kept]
     names = _class_names(kept, roots, source)
     held_out = None if split_of is None else np.array([split_of[_first_part(path, wrapper)] for path in kept], bool)
+    _check_unreadable(tree, kept, set(roots), source)
     _check_classes(tree, names, held_out, source)
     classes = tuple(sorted(set(names)))
     number = {name: k for k, name in enumerate(classes)}
@@ -165,8 +99,30 @@ def _class_names(paths: Sequence[str], roots: Sequence[str], source: str) -> lis
                 f"data: {source} has images outside of class folders ({path}); put each into its class's folder"
             )
         depths = range(1, len(parts) + 1)
-        names.append("/".join(next(parts[:d] for d in depths if root + "/".join(parts[:d]) in holding)))
+        name = "/".join(next(parts[:d] for d in depths if root + "/".join(parts[:d]) in holding))
+        # macOS takes letters apart from their accents, other systems do not: to a person it is one name.
+        names.append(unicodedata.normalize("NFC", name))
     return names
+
+
+def _check_unreadable(tree: Tree, images: Sequence[str], roots: set[str], source: str) -> None:
+    """Raise InputError for a folder beside the classes that has files, and no image: a class would get lost."""
+    direct = {path.rpartition("/")[0] for path in images}
+    holding = {folder for path in images for folder in _folders_above(path)}
+    for path in sorted(tree.files):
+        folders = [folder for folder in _folders_above(path) if any(folder.startswith(root) for root in roots)]
+        # Beside images, above them or below them, a folder may hold anything else.
+        if folders and folders[-1] not in holding and not direct.intersection(folders):
+            raise InputError(
+                f"data: the folder {folders[-1]} of {source} has no image that can be read (but {path}); put images "
+                "into it, or move it away"
+            )
+
+
+def _folders_above(path: str) -> list[str]:
+    """Return the folders around a file, from the topmost on."""
+    parts = path.split("/")[:-1]
+    return ["/".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
 
 
 def _check_classes(tree: Tree, names: Sequence[str], held_out: np.ndarray | None, source: str) -> None:
@@ -207,6 +163,7 @@ def folder_source(path: Path, tree: Tree) -> ImageSource:
         classes=arrangement.classes,
         labels=labels,
         held_out=held_out,
+        has_split=arrangement.held_out is not None,
         colours=colours,
         pixels=pixels,
         stamp=f"{path.resolve()} {tree.stamp()}",
@@ -219,7 +176,7 @@ def first_size(reader: Reader, paths: Sequence[str]) -> tuple[int, int]:
     """Return colours and the shorter side's pixels of the first image that opens; raises InputError if none does."""
     for path in paths:
         try:
-            with Image.open(io.BytesIO(reader.read(path))) as image:
+            with opened(reader.read(path)) as image:
                 return (1 if image.mode in ("1", "L", "LA") else 3), min(image.size)
         except DAMAGE:  # decoding reports it with its name
             continue

@@ -25,6 +25,8 @@ HELD_OUT_SHARE = 0.1
 """Share of every class that is held out where a data set comes without a split."""
 LEFT_OUT = -1
 """The label of an image that is not used, since it could not be decoded."""
+DECODING = 2
+"""Part of every key of decoded images: raise it when changed code makes other pixels of the same files."""
 _SUM_IMAGES = 1024
 """Images whose pixels are summed at a time, which bounds the memory for it."""
 
@@ -44,6 +46,8 @@ class ImageSource:
     """Colours of the first image, 1 or 3."""
     pixels: int
     """Pixels of the shorter side of the first image."""
+    has_split: bool
+    """Whether the split came with the data set; else a tenth of every class that can be read is held out."""
     stamp: str
     """Text that differs where any of the files does: the cache's key of the pixels."""
     fill: Callable[[Frame, ArraySlot], Unfit] = field(repr=False)
@@ -143,8 +147,9 @@ def hold_out(labels: np.ndarray, classes: Sequence[str], name: str) -> np.ndarra
     mask = np.zeros(len(labels), bool)
     for number, members in enumerate(members_of(labels, len(classes))):
         if len(members) < 2:
+            images = "1 image" if len(members) else "no image that can be read"
             raise InputError(
-                f"data: class {classes[number]!r} of {name} has {len(members)} image; one to train on and one to hold "
+                f"data: class {classes[number]!r} of {name} has {images}; one to train on and one to hold "
                 "out are needed: add images, or a split of your own in train/ and val/"
             )
         # Addressed by no run's seed: runs with other seeds must evaluate on the same images to be compared.
@@ -170,6 +175,7 @@ def load_images(source: ImageSource, frame: Frame, skip_corrupt: bool = False) -
         "stamp": source.stamp,
         "frame": [frame.pixels, frame.colours, frame.upscale],
         "skip_corrupt": skip_corrupt,
+        "decoding": DECODING,
     }
     kept = cached("images", key, lambda draft: _fill(draft, source, frame, skip_corrupt))
     arrays = kept.arrays
@@ -210,11 +216,15 @@ def _fill(draft: Draft, source: ImageSource, frame: Frame, skip_corrupt: bool) -
                 "--set data.skip_corrupt=true"
             )
         labels[index] = LEFT_OUT
-    # A class that lost all images of a split would be trained on, or judged by, nothing.
-    _check_remaining(source, labels)
-    used = np.flatnonzero(~source.held_out & (labels != LEFT_OUT))
+    held_out = source.held_out
+    if source.has_split or (labels != LEFT_OUT).all():
+        # A class that lost all images of a split would be trained on, or judged by, nothing.
+        _check_remaining(source, labels)
+    else:  # of a class with ten images, the one that is held out may be damaged
+        held_out = hold_out(labels, source.classes, source.name)
+    used = np.flatnonzero(~held_out & (labels != LEFT_OUT))
     mean, std = colour_figures(slots["pixels"].open(), used)
-    for name, values in {"labels": labels, "mean": mean, "std": std, "held_out": source.held_out}.items():
+    for name, values in {"labels": labels, "mean": mean, "std": std, "held_out": held_out}.items():
         slots[name].open()[:] = values
 
 
@@ -274,6 +284,7 @@ def array_source(
         classes=tuple(classes),
         labels=labels,
         held_out=hold_out(labels, classes, name) if held_out is None else held_out,
+        has_split=held_out is not None,
         colours=pixels_SCYX.shape[1],
         pixels=min(pixels_SCYX.shape[2:]),
         stamp=stamp,

@@ -10,16 +10,19 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from simulate.common.encodings import encoding_of
 from simulate.common.errors import InputError
 from simulate.config.run import Model, Run
 from simulate.config.tables import BYTES, Data
 from simulate.data.cifar import cifar_source, find_cifar
 from simulate.data.digits import DIGITS, digits_source
+from simulate.data.file_tree import IMAGE_SUFFIXES, Tree, read_folder, read_zip
 from simulate.data.huggingface import hub_images
-from simulate.data.image_folders import IMAGE_SUFFIXES, Tree, folder_source, read_folder, read_zip
+from simulate.data.image_folders import folder_source
 from simulate.data.images import Images, ImageSource, load_images
 from simulate.data.stl10 import find_stl10, stl10_source
 from simulate.data.text import Text, load_text, read_bytes
+from simulate.data.text_files import is_packed, refuse_archive
 from simulate.data.tokenizer import check_vocabulary, declared_size
 from simulate.models.schema import text_sizes
 
@@ -27,10 +30,10 @@ Dataset = Text | Images
 TOKENIZER_FILE = "tokenizer.json"
 """The file in a run's folder that holds its tokenizer, unless its tokens are bytes."""
 SUPPORTED = (
-    "UTF-8 text (a file or a folder), images in class folders (a folder or a .zip), CIFAR-10 or CIFAR-100 batches for "
+    "UTF-8 text, JSON lines or Parquet (a file or a folder, compressed or not), "
+    "images in class folders (a folder or a .zip), CIFAR-10 or CIFAR-100 batches for "
     "Python, STL-10 binary"
 )
-ARCHIVE_SUFFIXES = frozenset({".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"})
 SNIFFED_BYTES = 4096
 """Bytes at a file's start that are searched for a NUL, which text has not."""
 
@@ -138,17 +141,16 @@ def _recognised(path: Path) -> ImageSource | None:
 def _recognised_file(path: Path) -> ImageSource | None:
     if not path.is_file():
         return None  # reading it as text raises the error
-    if path.suffix.lower() in ARCHIVE_SUFFIXES:
-        raise InputError(
-            f"data.path = {str(path)!r} is an archive that cannot be read in place; unpack it and name the folder; "
-            f"supported: {SUPPORTED}"
-        )
-    return _images(path) if path.suffix.lower() == ".zip" or zipfile.is_zipfile(path) else None
+    if path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
+        return _images(path)
+    refuse_archive(path)
+    return None
 
 
 def _may_be_text(path: Path) -> bool:
     with path.open("rb") as file:
-        return b"\x00" not in file.read(SNIFFED_BYTES)
+        start = file.read(SNIFFED_BYTES)
+    return b"\x00" not in start or encoding_of(start) != "utf-8" or is_packed(path)
 
 
 def _images(path: Path) -> ImageSource:
@@ -156,8 +158,9 @@ def _images(path: Path) -> ImageSource:
         raise InputError(f"data.path = {str(path)!r} does not exist; give a folder of class folders, or a .zip of one")
     tree: Tree = read_folder(path) if path.is_dir() else read_zip(path)
     if not tree.images:
-        suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-        raise InputError(f"data.path = {str(path)!r} holds no image ({suffixes}); supported: {SUPPORTED}")
+        raise InputError(
+            f"data.path = {str(path)!r} holds no image ({' '.join(sorted(IMAGE_SUFFIXES))}); supported: {SUPPORTED}"
+        )
     return folder_source(path, tree)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from simulate.common.encodings import read_text
 from simulate.common.errors import InputError
 from simulate.data.cache import stamp_of
 from simulate.data.images import ImageSource, array_source
@@ -56,5 +57,5 @@ def _split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 def _classes(folder: Path) -> tuple[str, ...]:
     path = folder / NAMES_FILE
     # Where the file is missing or damaged, the published names stand in.
-    named = tuple(path.read_text(encoding="utf-8").split()) if path.is_file() else CLASSES
+    named = tuple(read_text(path).split()) if path.is_file() else CLASSES
     return named if len(named) == len(CLASSES) else CLASSES

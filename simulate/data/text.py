@@ -10,7 +10,7 @@ import hashlib
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -18,7 +18,10 @@ import numpy as np
 
 from simulate.common.errors import InputError
 from simulate.config.tables import BYTE_VALUES, BYTES, Data
+from simulate.data.cache import stamp_of
+from simulate.data.file_tree import read_folder
 from simulate.data.huggingface import hub_text
+from simulate.data.text_files import is_packed, read_text_files
 from simulate.data.tokenizer import Vocabulary, check_vocabulary, encode
 from simulate.models.interfaces import ReadsText
 
@@ -120,11 +123,11 @@ def load_text(data: Data) -> Text:
 
 def tokenized(text: Text, tokenizer: str) -> Text:
     """Return a text of bytes in a tokenizer's tokens; the same last tenth is held out. Raises InputError."""
-    content, split = bytes(text.tokens), _split_of(len(text.tokens))
+    content, split = text.tokens.data, _split_of(len(text.tokens))  # without a copy of the bytes
     while split < len(content) and content[split] & 0xC0 == 0x80:  # a UTF-8 character goes on here: do not cut it
         split += 1
     # Files were checked to be UTF-8; the default text is cut at STDLIB_BYTES, perhaps within a character.
-    train, held_out = (part.decode("utf-8", errors="replace") for part in (content[:split], content[split:]))
+    train, held_out = (str(part, "utf-8", errors="replace") for part in (content[:split], content[split:]))
     encoded = encode(train, held_out, tokenizer)
     return Text(encoded.tokens, text.source, encoded.vocabulary, encoded.held_out_from)
 
@@ -145,41 +148,48 @@ def read_bytes(data: Data) -> Text:
     path = Path(data.path)
     try:
         files = _files(path)
+        stamp = stamp_of(files)
     except OSError as error:
         raise InputError(f"data.path = {data.path!r} cannot be read ({error.strerror}); check it") from None
     if not files:
         raise InputError(f"data.path = {data.path!r} is a folder without files; put UTF-8 text files in it")
-    parts = [_read(file) for file in files]  # each checked by itself, so that an error names the file
-    content = b"\n".join(parts)
+    # Bytes are kept as long as they are trained on; those that become tokens are needed no longer.
+    read = _read_once if data.tokenizer == BYTES else _read_once.__wrapped__
+    return read(data.path, tuple(files), data.field, stamp)
+
+
+@lru_cache(maxsize=1)
+def _read_once(name: str, files: tuple[Path, ...], field: str | None, stamp: str) -> Text:
+    """Read files that may be large: a plan checks them, counts them, and its run trains on them."""
+    content = read_text_files(files, field)
     if not content.strip():
-        raise InputError(f"data.path = {data.path!r} is empty; give a text file with content")
-    return Text(np.frombuffer(content, dtype=np.uint8), data.path)
+        raise InputError(f"data.path = {name!r} is empty; give a text file with content")
+    return Text(_frozen(content), name)
+
+
+def held_bytes(data: Data) -> int:
+    """Return the memory that text at a path takes; 0 where it is memory-mapped, or no file exists yet."""
+    if data.path is None or data.tokenizer != BYTES or not Path(data.path).exists():
+        return 0
+    files = _files(Path(data.path))
+    # Only what is packed has to be read to know its size.
+    return read_bytes(data).num_bytes if any(map(is_packed, files)) else sum(file.stat().st_size for file in files)
+
+
+def _frozen(content: bytes | bytearray) -> np.ndarray:
+    tokens = np.frombuffer(content, dtype=np.uint8)
+    tokens.flags.writeable = False
+    return tokens
 
 
 def _files(path: Path) -> list[Path]:
     if not path.exists():
         raise InputError(f"data.path = {str(path)!r} does not exist; give a UTF-8 text file or a folder of them")
     if path.is_dir():
-        return sorted(p for p in path.rglob("*") if p.is_file() and "/." not in f"/{p.relative_to(path).as_posix()}")
+        return sorted(path / name for name in read_folder(path).files)
     if not path.is_file():
         raise InputError(f"data.path = {str(path)!r} is neither a file nor a folder; save its text to a file first")
     return [path]
-
-
-def _read(path: Path) -> bytes:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"data: {path} cannot be read ({error.strerror}); check its permissions") from None
-    try:
-        content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"data: {path} is not UTF-8 text (byte {error.start}); convert it, or leave it out of the folder"
-        ) from None
-    if b"\x00" in content:
-        raise InputError(f"data: {path} is binary (it holds a NUL byte); give UTF-8 text")
-    return content
 
 
 def _stdlib() -> Text:
@@ -194,4 +204,4 @@ def _stdlib() -> Text:
         raise InputError(
             f"data.name = 'stdlib': {folder} holds no Python source (a stripped installation?); use --data PATH"
         )
-    return Text(np.frombuffer(bytes(content[:STDLIB_BYTES]), dtype=np.uint8), "the Python standard library's source")
+    return Text(_frozen(content[:STDLIB_BYTES]), "the Python standard library's source")

@@ -8,13 +8,15 @@ kept in the cache. simulate.data.text calls `encode`; a plan needs `declared_siz
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from simulate.common.encodings import read_text
 from simulate.common.errors import InputError
 from simulate.config.tables import BPE
 from simulate.data.cache import Draft, cached
@@ -22,6 +24,10 @@ from simulate.data.cache import Draft, cached
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+ENCODING = 2
+"""Part of every key of tokens: raise it when changed code makes other tokens of the same text."""
+SHOWN_CHARACTERS = 20
+"""Characters without a token that an error shows at most."""
 CHUNK_CHARACTERS = 1 << 16
 """Characters of the pieces in which text is encoded, about; each ends with a line."""
 
@@ -62,7 +68,12 @@ def declared_size(tokenizer: str) -> int:
     """Return the vocabulary's size, at most, without training the tokenizer; raises InputError."""
     if tokenizer.startswith(BPE):
         return int(tokenizer.removeprefix(BPE))
-    return int(_load(Path(tokenizer)).get_vocab_size())
+    return _size(_load(Path(tokenizer)))
+
+
+def _size(tokenizer: Tokenizer) -> int:
+    """Return the number of tokens up to the largest, which exceeds their count where their numbers have gaps."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0) + 1
 
 
 def encode(train: str, held_out: str, tokenizer: str) -> Encoded:
@@ -71,24 +82,57 @@ def encode(train: str, held_out: str, tokenizer: str) -> Encoded:
     definition = tokenizer if trained else _read(Path(tokenizer))
     # By content, not by name: an edited tokenizer.json, or other text, is encoded anew.
     parts = [hashlib.sha256(part.encode()).hexdigest() for part in (train, held_out, definition)]
-    found = cached("tokens", {"text": parts}, lambda draft: _fill(draft, train, held_out, tokenizer))
+    found = cached(
+        "tokens", {"text": parts, "encoding": ENCODING}, lambda draft: _fill(draft, train, held_out, tokenizer)
+    )
     vocabulary = Vocabulary(tokenizer, found.facts["size"], found.facts["json"])
     return Encoded(found.arrays["tokens"], found.facts["held_out_from"], vocabulary)
 
 
 def _fill(draft: Draft, train: str, held_out: str, tokenizer: str) -> None:
     used = _train(tokenizer, train) if tokenizer.startswith(BPE) else _load(Path(tokenizer))
-    size = used.get_vocab_size()
+    size = _size(used)
     dtype = "u2" if size <= 1 << 16 else "u4"  # the narrower one halves file and page cache
-    parts = [_tokens_of(used, text, dtype) for text in (train, held_out)]
+    parts = [_tokens_of(used, tokenizer, text, dtype) for text in (train, held_out)]
     tokens = np.concatenate(parts)
     facts = {"size": size, "json": used.to_str(), "held_out_from": len(parts[0])}
     draft.allocate({"tokens": (dtype, tokens.shape)}, facts)["tokens"].open()[:] = tokens
 
 
-def _tokens_of(tokenizer: Tokenizer, text: str, dtype: str) -> np.ndarray:
-    parts = [np.array(e.ids, dtype) for e in tokenizer.encode_batch(list(_chunks(text)), add_special_tokens=False)]
-    return np.concatenate([np.empty(0, dtype), *parts])
+def _tokens_of(tokenizer: Tokenizer, name: str, text: str, dtype: str) -> np.ndarray:
+    chunks = list(_chunks(text))
+    try:
+        encoded = tokenizer.encode_batch(chunks, add_special_tokens=False)
+    except Exception as error:  # the library raises no narrower class
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"data.tokenizer = {name!r} cannot encode the text ({reason}); name another, or bpe:VOCAB"
+        ) from None
+    if _drops_unknown(tokenizer):
+        for chunk, part in zip(chunks, encoded, strict=True):
+            _check_covered(chunk, part.offsets, name)
+    return np.concatenate([np.empty(0, dtype), *(np.array(part.ids, dtype) for part in encoded)])
+
+
+def _drops_unknown(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer leaves out what it does not know, without a token in its place."""
+    definition = json.loads(tokenizer.to_str())
+    model, steps = definition["model"], json.dumps([definition.get("pre_tokenizer"), definition.get("normalizer")])
+    # Where all bytes are tokens, nothing is unknown.
+    whole = model.get("unk_token") or model.get("byte_fallback") or "ByteLevel" in steps
+    return model["type"] == "BPE" and not whole
+
+
+def _check_covered(text: str, offsets: Sequence[tuple[int, int]], name: str) -> None:
+    """Raise InputError for characters that no token stands for; blanks may be lost between words."""
+    end = 0
+    for begin, after in (*offsets, (len(text), len(text))):
+        if lost := text[end:begin].strip():
+            raise InputError(
+                f"data.tokenizer = {name!r} has no token for {lost[:SHOWN_CHARACTERS]!r}, and none for the unknown: it "
+                "would leave out a part of the text; name another, or bpe:VOCAB"
+            )
+        end = max(end, after)
 
 
 def _chunks(text: str) -> Iterator[str]:
@@ -117,7 +161,11 @@ def _train(tokenizer: str, text: str) -> Tokenizer:
 def _load(path: Path) -> Tokenizer:
     content = _read(path)
     try:
-        return _library().Tokenizer.from_str(content)
+        tokenizer = _library().Tokenizer.from_str(content)
+        # Both are for batches of short texts: a piece of ours would lose its end, or get padding that is no text.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
     except InputError:  # the library is missing
         raise
     except Exception as error:  # the library raises no narrower class
@@ -129,7 +177,7 @@ def _load(path: Path) -> Tokenizer:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise InputError(

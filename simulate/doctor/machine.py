@@ -114,14 +114,6 @@ class Machine:
     """The asked port, where another program listens at it."""
 
 
-def temporary_folder() -> Path:
-    """Return the folder of temporary files; where none can be written to, the one that should be."""
-    try:
-        return Path(tempfile.gettempdir())
-    except FileNotFoundError:
-        return Path(os.environ.get("TMPDIR", "/tmp"))
-
-
 def examine(folders: Mapping[str, Path], port: int | None = None, root: Path = Path("/")) -> Machine:
     """Look at this machine; `folders` are those that runs write into, by the option that names another one."""
     torch, torch_error = _torch()

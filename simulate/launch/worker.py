@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import signal
 import sys
@@ -53,11 +54,14 @@ from simulate.launch.keys import (
 )
 from simulate.launch.recovery import recover
 from simulate.layers import accelerator
+from simulate.methods.build_network import start_figures
 from simulate.methods.registry import build_method
 from simulate.training.loop import Session, train
 from simulate.training.simulated_clock import SimulatedClock
 
 ORPHAN_CHECK_S = 0.5
+START_TOLERANCE = 1e-3
+"""Share of a start weight's figure by which processors may differ (simulate.methods.build_network)."""
 RESTARTED = "going on from step"
 """First words of the message that reports a restart."""
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE}
@@ -218,6 +222,7 @@ def _train(folder: Path, device: torch.device, rank: RankInfo, store: dist.Store
         )  # fmt: skip
         stack.callback(heartbeat.close)
         communicator.missing = heartbeat.missing
+        _check_start(run, communicator, rank)
         session = Session(
             run=run,
             method=build_method(run, communicator, device),
@@ -246,6 +251,20 @@ def _train(folder: Path, device: torch.device, rank: RankInfo, store: dist.Store
         if leads:
             store.compare_set(OUTCOME, "", json.dumps(_outcome(session, finished)))
     dist.destroy_process_group()
+
+
+def _check_start(run: Run, communicator: TorchCommunicator, rank: RankInfo) -> None:
+    """Raise InputError where a user's factory builds other start weights on another process."""
+    own = json.dumps([rank.title, start_figures(run)])
+    (first, expected), *others = (json.loads(text) for text in communicator.share_texts(own))
+    for title, figures in others:
+        for name in expected.keys() | figures.keys():
+            (here, size), (there, _) = expected.get(name, (0.0, 0.0)), figures.get(name, (math.inf, 0.0))
+            if abs(here - there) > START_TOLERANCE * size:
+                raise InputError(
+                    f"model.name = {run.model.name!r}: {title} starts with other weights of {name} than {first}; give "
+                    "all nodes the same module, and the same files that it reads"
+                )
 
 
 def _report_beginning(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from simulate.common.errors import InputError
 from simulate.layers.attention import PerDeviceAttention, is_plain_attention
@@ -64,17 +65,37 @@ def lora(spec: AdapterSpec, devices: int) -> MakeAdapter:
     return make
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is of a kind and computes just what that kind does, so that another may stand in for it.
+
+    A subclass with a forward of its own, a hook and a parametrized weight each compute something else.
+    """
+    return (
+        isinstance(module, kind)
+        # What nn.Conv2d computes stands in a function beside its forward.
+        and all(getattr(type(module), name, None) is getattr(kind, name, None) for name in ("forward", "_conv_forward"))
+        and "forward" not in vars(module)
+        and not is_parametrized(module)
+        and not any(getattr(module, hooks) for hooks in _HOOKS)
+    )
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is transformers' Conv1D, the linear layer of its GPT-2, whose weight is transposed."""
     library = sys.modules.get("transformers.pytorch_utils")  # an import would cost seconds, and prove nothing
-    return library is not None and isinstance(module, library.Conv1D)
+    return library is not None and computes_as(module, library.Conv1D)
 
 
 def is_rms_norm(module: nn.Module) -> bool:
     """Whether a module computes what nn.RMSNorm does: torch's own, or a copy of Llama's in transformers."""
     if isinstance(module, nn.RMSNorm):
-        return len(module.normalized_shape) == 1
+        return computes_as(module, nn.RMSNorm) and len(module.normalized_shape) == 1
     kind = type(module)
+    if not computes_as(module, kind):  # a hook on it
+        return False
     if not (kind.__module__.startswith("transformers.models.") and kind.__name__.endswith("RMSNorm")):
         return False
     # Gemma's multiplies by 1 + weight; its epsilon has another name, which keeps it out.
@@ -96,12 +117,14 @@ def convert(model: nn.Module, copies: int, spec: ConversionSpec = EVERYTHING_TRA
 
     The spec's `make_adapter`, if there is one, replaces every nn.Linear, nn.Conv2d, Conv1D of transformers and
     projection of nn.MultiheadAttention, except those whose weight is tied to another module and those that the network
-    names in `trained_whole`. A module of unknown kind with parameters runs copy by copy. Embeddings that the network
-    names in `unbatched` have an index that all samples share. Raises InputError for batch normalisation, and for a
-    network that owns parameters without a module around them.
+    names in `trained_whole`. A module of unknown kind with parameters runs copy by copy. Its `unbatched` maps names of
+    modules to the places of arguments, and of results as −1 − k, that all samples share. Parameters with
+    requires_grad = False stay what they are, as buffers of one copy. Raises InputError for batch normalisation, and for
+    a network that owns parameters without a module around them.
     """
     refuse_batch_norm(model)
-    if next(model.parameters(recurse=False), None) is not None:
+    model.plain_buffers = _persistent_buffers(model)  # type: ignore[assignment]
+    if next(model.parameters(recurse=False), None) is not None or is_parametrized(model):
         raise InputError(f"model: {type(model).__name__} owns parameters itself; move them into a module inside of it")
     converter = _Converter(model, copies, spec)
     if converter.unbatched:
@@ -113,13 +136,24 @@ def convert(model: nn.Module, copies: int, spec: ConversionSpec = EVERYTHING_TRA
     return model
 
 
+def _persistent_buffers(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the buffers that a network's state_dict has."""
+    return tuple(
+        f"{name}.{key}" if name else key
+        for name, module in model.named_modules(remove_duplicate=False)
+        for key, _ in module.named_buffers(recurse=False, remove_duplicate=False)
+        if key not in module._non_persistent_buffers_set
+    )
+
+
 def _parametric(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules that own parameters, under each of their names, without modules inside of them."""
     for name, child in model._modules.items():  # named_children would yield a shared child only once
         path = f"{prefix}{name}"
         if child is None:
             continue
-        if next(child.parameters(recurse=False), None) is not None:
+        # A parametrized module's weight is computed from parameters of its children.
+        if next(child.parameters(recurse=False), None) is not None or is_parametrized(child):
             yield path, child
         else:
             yield from _parametric(child, f"{path}.")
@@ -132,14 +166,14 @@ class _Converter:
     model: nn.Module
     copies: int
     spec: ConversionSpec
-    replicas: dict[int, nn.Parameter] = field(default_factory=dict)
+    replicas: dict[int, Tensor] = field(default_factory=dict)
     """Replicated parameters, by the id of the plain one."""
     layers: dict[int, nn.Module] = field(default_factory=dict)
     """Replacements, by the id of the plain module."""
 
     def __post_init__(self) -> None:
         self.trained_whole: tuple[str, ...] = getattr(self.model, "trained_whole", ())
-        self.unbatched: tuple[str, ...] = getattr(self.model, "unbatched", ())
+        self.unbatched: dict[str, set[int]] = getattr(self.model, "unbatched", {})
         self.batch = Batch()
         # Counted before anything is replaced: a weight with several owners is tied, and gets no adapter.
         self.owners: dict[int, int] = {}
@@ -159,10 +193,10 @@ class _Converter:
 
     def _replacement(self, name: str, module: nn.Module) -> nn.Module:
         if _is_supported(module):
-            if isinstance(module, nn.Linear | nn.Conv2d) or is_conv1d(module):
+            if _is_linear(module):
                 return self._linear(name, module)
             if isinstance(module, nn.Embedding):
-                batch = self.batch if name in self.unbatched else None
+                batch = self.batch if 0 in self.unbatched.get(name, ()) else None
                 return ReplicatedEmbedding(self._replica(module.weight), batch)
             if isinstance(module, nn.LayerNorm):
                 bias = None if module.bias is None else self._affine(module.bias)
@@ -172,7 +206,8 @@ class _Converter:
                 return ReplicatedRmsNorm(epsilon, self._affine(module.weight))  # type: ignore[arg-type]
             if isinstance(module, nn.MultiheadAttention) and is_plain_attention(module):
                 return self._attention(name, module)
-        return ReplicatedModule(module, [self._replica(parameter) for parameter in module.parameters()])
+        tensors = {key: self._replica(parameter) for key, parameter in module.named_parameters()}
+        return ReplicatedModule(module, tensors, self.unbatched.get(name, ()), self.batch)
 
     def _attention(self, name: str, module: nn.MultiheadAttention) -> nn.Module:
         assert module.in_proj_weight is not None
@@ -208,7 +243,7 @@ class _Converter:
         # Groups have separate weights, and one pair of factors over all of them would mix their channels.
         return self.spec.convolutions == "lora" and module.groups == 1 and not isinstance(module.padding, str)
 
-    def _replica(self, parameter: Tensor) -> nn.Parameter:
+    def _replica(self, parameter: Tensor) -> Tensor:
         if id(parameter) not in self.replicas:
             self.replicas[id(parameter)] = replicate(parameter, self.copies)
         return self.replicas[id(parameter)]
@@ -229,13 +264,42 @@ def _as_linear(weight_OI: Tensor, bias_O: Tensor | None = None) -> nn.Linear:
     return linear
 
 
+_LINEAR_TOO = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
+"""Subclasses of nn.Linear whose own forward computes the same (x·Wᵀ, rounded before the bias is added)."""
+
+
+def _is_linear(module: nn.Module) -> bool:
+    kind = type(module)
+    if f"{kind.__module__}.{kind.__name__}" in _LINEAR_TOO:
+        return computes_as(module, kind)
+    return computes_as(module, nn.Linear) or computes_as(module, nn.Conv2d) or is_conv1d(module)
+
+
 def _is_supported(module: nn.Module) -> bool:
     """Whether the replacement written for this kind of module supports all its settings."""
+    plain = any(computes_as(module, kind) for kind in (nn.Embedding, nn.LayerNorm, nn.MultiheadAttention))
+    if not (plain or _is_linear(module) or is_rms_norm(module)):
+        return False
+    # Copies of trained parameters beside a single frozen one: only biases of linear layers may be that.
+    if not all(p.requires_grad for key, p in module.named_parameters() if key != "bias" or not _is_linear(module)):
+        return False
     if isinstance(module, nn.Conv2d):
         return module.padding_mode == "zeros"
     if isinstance(module, nn.Embedding):
         return module.padding_idx is None and module.max_norm is None and not module.scale_grad_by_freq
     return not isinstance(module, nn.LayerNorm) or len(module.normalized_shape) == 1
+
+
+def unused_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a converted network that its mark `unused` names."""
+    unused: tuple[str, ...] = getattr(model, "unused", ())
+    return {
+        f"{name}.{key}": tensor
+        for name, module in model.named_modules()
+        if isinstance(module, ReplicatedModule)
+        for key, tensor in module.plain_tensors()
+        if f"{name}.{key}" in unused
+    }
 
 
 def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -251,7 +315,7 @@ def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def merged_state(
     model: nn.Module, instead: dict[int, Tensor] | None = None, fold: bool = False, copy: int = 0, in_use: bool = False
 ) -> dict[str, Tensor]:
-    """Return one plain model's weights under the plain network's names.
+    """Return one plain model's weights and persistent buffers under the plain network's names.
 
     Replicated parameters are taken from copy `copy`; all copies are equal after a merge. `instead` gives other values,
     (...) without a copies axis, by the parameter's id. `fold` adds adapters that are never merged. With `in_use`,
@@ -268,4 +332,15 @@ def merged_state(
         if isinstance(module, Replicated | ReplicatedModule | LoraLinear):
             for key, tensor in module.plain_tensors():
                 state[f"{name}.{key}"] = other.get(id(tensor), tensor[min(copy, len(tensor) - 1)].detach())
-    return {renamed.get(name, name): tensor for name, tensor in state.items()}
+    named = {renamed.get(name, name): tensor for name, tensor in state.items()}
+    return {**named, **{name: _plain_buffer(model, name) for name in getattr(model, "plain_buffers", ())}}
+
+
+def _plain_buffer(model: nn.Module, name: str) -> Tensor:
+    """Return a buffer of the plain network by its name there."""
+    *path, key = name.split(".")
+    for part in path:
+        child = getattr(model, part)
+        model = child.plain[0] if isinstance(child, ReplicatedModule) else child
+    buffer: Tensor = getattr(model, key)
+    return buffer

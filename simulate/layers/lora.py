@@ -83,7 +83,8 @@ class _LoraLinear(torch.autograd.Function):
         product = _Product(x_HMI.dtype, _dense(frozen_OI), a_HRI, b_HOR, a0_HRI, b0_HOR, scale)
         # baddbmm with beta = 0 applies the scale within the product, instead of in a pass of its own.
         us_HMR = x_HMI.new_empty(heads, rows, rank).baddbmm_(x_HMI, product.a_HRI.mT, beta=0, alpha=scale)
-        y_HMO = x_HMI.new_empty(heads, rows, outputs)
+        y = x_HMI.new_empty(*x.shape[:-1], outputs)  # no view is returned, or nobody could write to it in place
+        y_HMO = y.view(heads, rows, outputs)
         if bias_LO is not None:  # written first, so that the product adds to it without a separate pass
             y_HMO.view(bias_LO.shape[0], -1, outputs).copy_(bias_LO.unsqueeze(1))
         product.add(y_HMO, x_HMI, us_HMR, to_inputs=False, beta=0 if bias_LO is None else 1)
@@ -95,7 +96,7 @@ class _LoraLinear(torch.autograd.Function):
         # A module cannot be saved as a tensor. Only merges change it, and these happen between steps.
         ctx.quantized_OI = frozen_OI if plain_OI is None else None
         ctx.scale, ctx.num_bias, ctx.x_dtype = scale, 0 if bias_LO is None else bias_LO.shape[0], x.dtype
-        return y_HMO.view(*x.shape[:-1], outputs)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -11,7 +11,7 @@ Activations keep the plain layout (samples of device 0, samples of device 1, ...
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from simulate.common.errors import InputError
 
 
-def replicate(parameter: Tensor, copies: int) -> nn.Parameter:
-    """Return a parameter with a leading axis of equal copies; a single copy shares the parameter's memory."""
+def replicate(parameter: Tensor, copies: int) -> Tensor:
+    """Return a parameter with a leading axis of equal copies; a single copy shares the parameter's memory.
+
+    A frozen one stays a single copy, and is no parameter, so that nothing counts, sends or steps it.
+    """
     one = parameter.detach().unsqueeze(0)
+    if not parameter.requires_grad:
+        return one
     return nn.Parameter(one if copies == 1 else one.repeat(copies, *(1,) * parameter.ndim))
 
 
@@ -98,7 +106,7 @@ class VectorLora(nn.Module):
 class ReplicatedLinear(Replicated):
     """Linear layer of which every device trains its own copy (C = L), or all devices share one (C = 1)."""
 
-    def __init__(self, weight_COI: nn.Parameter, bias_CO: Tensor | None) -> None:
+    def __init__(self, weight_COI: Tensor, bias_CO: Tensor | None) -> None:
         super().__init__()
         self.hold("weight", weight_COI)
         self.hold("bias", bias_CO)
@@ -142,9 +150,12 @@ class ReplicatedEmbedding(Replicated):
     repeated for each sample, since devices have different tables.
     """
 
-    def __init__(self, weight_CVD: nn.Parameter, batch: Batch | None = None) -> None:
+    def __init__(self, weight_CVD: Tensor, batch: Batch | None = None) -> None:
         super().__init__()
-        self.weight, self.batch = weight_CVD, batch
+        self.hold("weight", weight_CVD)
+        self.batch = batch
+
+    weight: Tensor
 
     def forward(self, index: Tensor) -> Tensor:
         copies, vocab, width = self.weight.shape
@@ -161,7 +172,7 @@ class ReplicatedEmbedding(Replicated):
 class ReplicatedConv2d(Replicated):
     """Convolution of each device; the copies run as groups of one convolution over their channels side by side."""
 
-    def __init__(self, conv: nn.Conv2d, weight_COIYX: nn.Parameter, bias_CO: Tensor | None) -> None:
+    def __init__(self, conv: nn.Conv2d, weight_COIYX: Tensor, bias_CO: Tensor | None) -> None:
         super().__init__()
         self.stride, self.padding, self.dilation, self.groups = conv.stride, conv.padding, conv.dilation, conv.groups
         self.hold("weight", weight_COIYX)
@@ -251,7 +262,9 @@ class _ReplicatedRmsNorm(torch.autograd.Function):
         square_CM = torch.linalg.vector_norm(x_CMD, dim=-1).square_() / width
         inverse_CM1 = (square_CM + epsilon).rsqrt_().unsqueeze(2)
         ctx.save_for_backward(x_CMD, inverse_CM1, weight_CD)
-        return (x_CMD * inverse_CM1).mul_(weight_CD.unsqueeze(1)).view(x.shape)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)  # no view, or nobody could write to it in place
+        torch.mul(x_CMD, inverse_CM1, out=y.view(x_CMD.shape)).mul_(weight_CD.unsqueeze(1))
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -287,60 +300,89 @@ class ReplicatedRmsNorm(Replicated):
         return y
 
 
-def _slice_of_copy(value: Any, copy: int, copies: int, samples: int) -> Any:
-    """Return one copy's samples of every tensor in a module's argument, which may nest dicts, tuples and lists."""
-    if isinstance(value, Tensor):
-        return value.chunk(copies)[copy] if value.ndim and len(value) == samples else value
-    if isinstance(value, dict):
-        return {key: _slice_of_copy(item, copy, copies, samples) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_slice_of_copy(item, copy, copies, samples) for item in value)
-    return value
-
-
-def _concatenated(parts: Sequence[Any]) -> Any:
-    """Return the copies' results as one, concatenated along the samples inside the same nesting."""
-    if isinstance(parts[0], Tensor):
-        return torch.cat(list(parts))
-    if isinstance(parts[0], dict):
-        return {key: _concatenated([part[key] for part in parts]) for key in parts[0]}
-    if type(parts[0]) in (tuple, list):
-        return type(parts[0])(_concatenated(items) for items in zip(*parts, strict=True))
-    return parts[0]
-
-
 class ReplicatedModule(nn.Module):
     """Module of any other kind: each device's samples go through its own copy of the parameters, device by device.
 
-    `stacked` are the module's parameters, in its order, with a copies axis. Tensor arguments with as many samples as
-    the first one are divided between copies; all other arguments go to every copy. Buffers are shared, so the module
-    must not write to them in training.
+    `tensors` are the module's parameters by name, with a copies axis; frozen ones have one copy for all. Tensor
+    arguments with as many rows as the first one are divided between copies; all other arguments go to every copy, and
+    so do those whose place among the call's arguments is in `unbatched`. Results that all samples share, whose place k
+    is there as −1 − k, are repeated for each sample of `batch`. Buffers are shared, so the module must not write to
+    them in training.
     """
 
-    def __init__(self, module: nn.Module, stacked: Sequence[nn.Parameter]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        tensors: Mapping[str, Tensor],
+        unbatched: Collection[int] = (),
+        batch: Batch | None = None,
+    ) -> None:
         super().__init__()
-        self.names = [name for name, _ in module.named_parameters()]
-        positions = {id(parameter): i for i, parameter in enumerate(module.parameters())}
+        self.unbatched, self.batch = unbatched, batch
+        # Checkpoints name trained ones by their number.
+        self.stacked = nn.ParameterList(t for t in tensors.values() if isinstance(t, nn.Parameter))
+        trained, self.places = iter(range(len(self.stacked))), dict[str, int | str]()
+        for index, (name, tensor) in enumerate(tensors.items()):
+            if isinstance(tensor, nn.Parameter):
+                self.places[name] = next(trained)
+            else:
+                self.places[name] = f"frozen{index}"
+                self.register_buffer(f"frozen{index}", tensor)
+        positions = {id(parameter): name for name, parameter in module.named_parameters()}
         self.all_names = {n: positions[id(p)] for n, p in module.named_parameters(remove_duplicate=False)}
-        self.stacked = nn.ParameterList(stacked)
         # In a list, so that the plain module's own parameters are not registered and trained.
         self.plain = [module]
 
+    def _tensor(self, name: str) -> Tensor:
+        place = self.places[name]
+        tensor: Tensor = self.stacked[place] if isinstance(place, int) else getattr(self, place)
+        return tensor
+
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         self.plain[0].train(self.training)
-        copies = self.stacked[0].shape[0]
-        first = next(x for x in (*arguments, *keywords.values()) if isinstance(x, Tensor))
+        tensors = {name: self._tensor(name) for name in self.places}
+        copies = max(len(tensor) for tensor in tensors.values())
+        if copies == 1:
+            own = {name: tensor[0] for name, tensor in tensors.items()}
+            return functional_call(self.plain[0], own, arguments, keywords)
+        leaves, structure = tree_flatten((arguments, keywords))
+        rows = [
+            len(leaf) if isinstance(leaf, Tensor) and leaf.ndim and index not in self.unbatched else None
+            for index, leaf in enumerate(leaves)
+        ]
+        samples = next((count for count in rows if count is not None), None)
+        if samples is None and all(place >= 0 for place in self.unbatched):
+            raise InputError(
+                f"{type(self.plain[0]).__name__} gets no tensor with a row for each sample, so that it cannot give "
+                "each device's samples its own parameters' result; pass it what depends on the samples"
+            )
         parts = []
         for copy in range(copies):
-            own = {name: stacked[copy] for name, stacked in zip(self.names, self.stacked, strict=True)}
-            args, kwargs = (_slice_of_copy(x, copy, copies, len(first)) for x in (arguments, keywords))
+            own = {name: tensor[min(copy, len(tensor) - 1)] for name, tensor in tensors.items()}
+            cut = [
+                leaf.chunk(copies)[copy] if count is not None and count == samples else leaf
+                for leaf, count in zip(leaves, rows, strict=True)
+            ]
+            args, kwargs = tree_unflatten(cut, structure)
             parts.append(functional_call(self.plain[0], own, args, kwargs))
-        return _concatenated(parts)
+        _, structure = tree_flatten(parts[0])
+        results = zip(*(tree_leaves(part) for part in parts), strict=True)
+        return tree_unflatten([self._joined(place, same) for place, same in enumerate(results)], structure)
+
+    def _joined(self, place: int, same: Sequence[Any]) -> Any:
+        """Return the copies' results at one place as one."""
+        if not isinstance(same[0], Tensor):
+            return same[0]
+        if -1 - place not in self.unbatched:
+            return torch.cat(list(same))
+        assert self.batch is not None
+        ones = [result if result.ndim > 1 and len(result) == 1 else result.unsqueeze(0) for result in same]
+        return torch.cat([one.expand(self.batch.samples // len(ones), *one.shape[1:]) for one in ones])
 
     def plain_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the plain module's parameters, each with its copies axis; a tied one under each of its names."""
-        for name, position in self.all_names.items():
-            yield name, self.stacked[position]
+        for name, first in self.all_names.items():
+            yield name, self._tensor(first)
 
     def _apply(self, change: Callable[[Tensor], Tensor], recurse: bool = True) -> ReplicatedModule:
         """Move the plain module's buffers along with this module; it is not registered, so torch would leave them."""

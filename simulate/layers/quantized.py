@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 
+from simulate.common.disk import TEMPORARY_VARIABLE, reserve, temporary_folder
 from simulate.common.errors import InputError
 from simulate.layers.formats import NF4_BLOCK, NF4_GROUP, PACK_CHUNK_ELEMENTS, Quantize
 
@@ -217,6 +218,14 @@ def mapped_zeros(count: int, dtype: torch.dtype) -> Tensor:
     """Return zeros, (count,), mapped to a file in TMPDIR that has no name, so that it vanishes with the process."""
     if active_fake_mode() is not None:
         return torch.zeros(count, dtype=dtype)
-    # The mapping keeps the file's content alive after the file is closed.
-    with tempfile.TemporaryFile(prefix="lte-") as file:
-        return torch.from_numpy(np.memmap(file, torch.empty(0, dtype=dtype).numpy().dtype, "w+", shape=(count,)))
+    try:
+        with tempfile.TemporaryFile(prefix="lte-") as file:
+            reserve(file.fileno(), count * dtype.itemsize)
+            # The mapping keeps the file's content alive after the file is closed.
+            return torch.from_numpy(np.memmap(file, torch.empty(0, dtype=dtype).numpy().dtype, "r+", shape=(count,)))
+    except OSError as error:
+        raise InputError(
+            f"{TEMPORARY_VARIABLE}: {temporary_folder()}, the place of temporary files, takes no "
+            f"{count * dtype.itemsize:,} bytes more ({error.strerror or error}); make room there, or export "
+            f"{TEMPORARY_VARIABLE}=FOLDER"
+        ) from None

@@ -7,15 +7,14 @@ Closed forms were fitted to none of these runs (simulate.measure.random_runs), s
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from statistics import mean, median
+from statistics import mean
 
 from simulate.comm.echo import EchoCommunicator
 from simulate.comm.virtual import VirtualCommunicator
-from simulate.config.hardware import Device, FlopPerSecond
-from simulate.config.profiles import detect_local
+from simulate.config.hardware import LOCAL, Device, FlopPerSecond
+from simulate.config.profiles import load_profile
 from simulate.config.run import Run
 from simulate.costs.memory import peak_memory
 from simulate.costs.message_schedule import sent_bytes
@@ -24,6 +23,7 @@ from simulate.layers.dtypes import CPU
 from simulate.measure.fake_tensors import tracked_memory
 from simulate.measure.one_device import made_up_batch, measure_memory_bytes
 from simulate.measure.random_runs import Sample
+from simulate.measure.timer import Stopwatch
 from simulate.methods.registry import build_method
 
 ROOMY = Device(
@@ -37,7 +37,7 @@ ROOMY = Device(
     source="guess",
 )
 """A device without host memory, so that a plan counts everything that a program holds."""
-TIMED_STEPS, UNTIMED_STEPS = 5, 2
+TIMED_STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def errors_of(rows: Sequence[Row]) -> Errors:
 
 
 def planned_bytes(run: Run) -> int:
-    """Return the planned peak of one device that has one memory."""
-    return peak_memory(run, run.model.shape(), ROOMY).total
+    """Return the planned peak of one device that has one memory, without what libraries hold, which nothing tracks."""
+    return peak_memory(run, run.model.shape(), ROOMY).tensors
 
 
 def tracked_rows(sample: Sample) -> Iterator[Row]:
@@ -114,7 +114,7 @@ def byte_rows(sample: Sample, steps: int = 9) -> Iterator[Row]:
 def _counted_bytes(run: Run) -> int:
     communicator = VirtualCommunicator(run.cluster.devices)
     method = build_method(run, communicator, CPU)
-    inputs, targets = made_up_batch(run, run.train.micro_batch * run.cluster.devices, CPU)
+    inputs, targets = made_up_batch(run, run.train.device_batch * run.cluster.devices, CPU)
     for step in range(run.train.steps):  # the same batch each time: bytes do not depend on numbers
         method.step(inputs, targets, step)
         if method.merge_due(step):
@@ -123,8 +123,8 @@ def _counted_bytes(run: Run) -> int:
 
 
 def time_rows(sample: Sample) -> Iterator[Row]:
-    """Yield planned seconds of small runs' steps on the profile `local`, a guess, beside measured ones."""
-    profile = detect_local()
+    """Yield planned seconds of small runs' steps on `local`, guessed or calibrated, beside measured ones."""
+    profile = load_profile(LOCAL)
     device = profile.device[0]
     runs = (sample.shrunk().run(index) for index in itertools.count())
     # With a deadline, planned compute is a part of a round, and not comparable with a step.
@@ -135,15 +135,10 @@ def time_rows(sample: Sample) -> Iterator[Row]:
 
 
 def _step_s(run: Run) -> float:
-    """Return the median seconds of one device's step, by the wall clock."""
+    """Return the median seconds of one device's step, after a warm-up that allocates optimizer state."""
     method = build_method(run, EchoCommunicator(run.cluster.devices), CPU)
-    inputs, targets = made_up_batch(run, run.train.micro_batch, CPU)
-    seconds = []
-    for step in range(UNTIMED_STEPS + TIMED_STEPS):
-        started_s = time.perf_counter()
-        method.step(inputs, targets, step)
-        seconds.append(time.perf_counter() - started_s)
-    return median(seconds[UNTIMED_STEPS:])  # the first steps allocate optimizer state and warm caches
+    inputs, targets = made_up_batch(run, run.train.device_batch, CPU)
+    return Stopwatch(CPU, 0.0).seconds("step", lambda: method.step(inputs, targets, 0), TIMED_STEPS)
 
 
 def describe(run: Run) -> str:

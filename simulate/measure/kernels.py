@@ -89,6 +89,17 @@ QUICK = Sizes(
     family_steps=[(2, 64, 4), (2, 192, 8)],
     packing=[96, 512],
 )
+CALIBRATION = Sizes(
+    products=[
+        *((rows, width, width) for rows in (64, 1024) for width in (32, 96, 384)),
+        *((rows, 128, rank) for rows in (256, 2048) for rank in (4, 16)),
+    ],
+    attention=[(64, 32)],
+    optimizer=[2**15, 2**21],
+    steps=[(2, 64, 4), (2, 192, 8)],
+    family_steps=[(2, 96, 6)],
+)
+"""Sizes of a measurement of a few seconds, which must not be noticed beside a training run."""
 TINY_WIDTH, TINY_LAYERS = 16, (1, 5)
 """Width and layers of the networks whose steps are nothing but the starting of kernels."""
 DENSE: dict[str, Any] = {"name": BASELINE}
@@ -117,9 +128,12 @@ def measure_kernels(watch: Stopwatch, sizes: Sizes, log: Log) -> Kernels:
     )  # fmt: skip
     elementwise = merged(_elementwise(watch, rates, text_run(*size)) for size in sizes.steps)
     elementwise_of: dict[OtherFamily, Points] = {}
-    for family in get_args(OtherFamily) if sizes.family_steps else ():
-        runs = (family_run(family, *size) for size in sizes.family_steps)
-        elementwise_of[family] = merged(_elementwise(watch, rates, run) for run in runs)
+    try:
+        for family in get_args(OtherFamily) if sizes.family_steps else ():
+            runs = (family_run(family, *size) for size in sizes.family_steps)
+            elementwise_of[family] = merged(_elementwise(watch, rates, run) for run in runs)
+    except TimeoutError:  # families without points of their own use GPT's
+        pass
     log("packed weights")
     unpack, pack = measure_packing(watch, sizes.packing)
     return Kernels(

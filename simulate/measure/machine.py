@@ -19,19 +19,22 @@ from pathlib import Path
 import torch
 
 from simulate.common.errors import InputError
+from simulate.config.calibration import keep
 from simulate.config.hardware import BETWEEN_CPUS, Device, FlopPerSecond, Kernels, Link, Measurement, Profile
 from simulate.config.profiles import BETWEEN_GPUS, detect_local, local_gpu_profile
 from simulate.layers.accelerator import choose
-from simulate.measure.kernels import FULL, QUICK, Log, Sizes, measure_kernels
+from simulate.measure.kernels import CALIBRATION, FULL, QUICK, Log, Sizes, measure_kernels
 from simulate.measure.timer import Stopwatch
 from simulate.training.checkpoints import write_part
 
 COPY_BYTES = 2**27
 PEAK_SIZE, PROBE_SIZE = 1024, 128
 FORMATS = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
-DISK_BYTES, DISK_REPEATS = 2**26, 5
-QUICK_S, FULL_S = 0.15, 0.8
+DISK_BYTES, SHORT_DISK_BYTES, DISK_REPEATS = 2**26, 2**23, 5
+QUICK_S, FULL_S, SHORT_S = 0.15, 0.8, 0.06
 """Seconds for the repetitions of one program."""
+CALIBRATION_S = 8.0
+"""Time after which a calibration times nothing any more; with what is under way then it takes at most about 10 s."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class MeasurementScope:
     """Threads of the processor; None: torch's default."""
     device: str = "auto"
     """auto, cpu or a kind of accelerator."""
+    short: bool = False
+    """Whether to stop after CALIBRATION_S, with few repetitions of each program."""
 
 
 def measure_profile(scope: MeasurementScope, link: Link, log: Log, sizes: Sizes | None = None) -> Profile:
@@ -56,9 +61,10 @@ def measure_profile(scope: MeasurementScope, link: Link, log: Log, sizes: Sizes 
         torch.set_num_threads(scope.threads)
     try:
         chosen = choose(scope.device)
-        watch = Stopwatch(chosen, QUICK_S if scope.quick else FULL_S)
+        budget_s = SHORT_S if scope.short else QUICK_S if scope.quick else FULL_S
+        watch = Stopwatch(chosen, budget_s, started + CALIBRATION_S if scope.short else None)
         log("disk")
-        disk = measure_disk(DISK_BYTES)
+        disk = measure_disk(SHORT_DISK_BYTES if scope.short else DISK_BYTES)
         log("memory bandwidth and peaks")
         memory_bytes_per_s = _copy_bytes_per_s(watch, COPY_BYTES)
         peaks = _peaks(watch)
@@ -73,6 +79,22 @@ def measure_profile(scope: MeasurementScope, link: Link, log: Log, sizes: Sizes 
         name="measured", description=f"{device.kind}, measured {measurement.date[:10]}", device=[device], link=link,
         measurement=measurement,
     )  # fmt: skip
+
+
+def calibrate(log: Log) -> str:
+    """Measure this machine's processor in a few seconds and keep its rates for plans on `local`.
+
+    Returns a line about what prevented that, else "".
+    """
+    scope = MeasurementScope(quick=True, device="cpu", short=True)
+    try:
+        profile = measure_profile(scope, detect_local().link, log, CALIBRATION)
+    except InputError as error:  # the current folder is read-only
+        return str(error)
+    except TimeoutError:
+        return "this machine is too busy to be measured within 10 s, so times on `local` stay guesses"
+    assert profile.measurement is not None
+    return keep(profile.device[0], profile.measurement)
 
 
 def _device(

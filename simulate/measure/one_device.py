@@ -1,4 +1,4 @@
-"""Run the program of one device of a run alone, for a few steps and a merge, and measure its memory.
+"""Run the program of one device of a run alone, or of all of them, for a few steps and a merge, and measure its memory.
 
 A simulation holds all devices in one process and shares tensors between them, so its own memory says little about one
 device's. Here one device runs by itself: its batch, its adapters, all devices' factors at the merge. `lte train` and
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch._guards import active_fake_mode
 from torch.func import functional_call
 
+from simulate.comm.base import Communicator
 from simulate.comm.echo import EchoCommunicator
+from simulate.comm.virtual import VirtualCommunicator
 from simulate.config.run import Run
 from simulate.layers.accelerator import peak_bytes
 from simulate.layers.cross_entropy import row_losses
@@ -57,8 +59,17 @@ def train_alone(run: Run, device: torch.device, watch: Watch = unwatched) -> Met
 
     The figures of a round depend on numbers, so fake tensors skip them and take only those of gradients.
     """
-    method = build_method(run, EchoCommunicator(run.cluster.devices), device)
-    inputs, targets = made_up_batch(run, run.train.micro_batch, device)
+    return _train(run, EchoCommunicator(run.cluster.devices), device, watch)
+
+
+def train_together(run: Run, device: torch.device, watch: Watch = unwatched) -> Method:
+    """Train all devices of a run in this process as a simulation does, likewise."""
+    return _train(run, VirtualCommunicator(run.cluster.devices), device, watch)
+
+
+def _train(run: Run, communicator: Communicator, device: torch.device, watch: Watch) -> Method:
+    method = build_method(run, communicator, device)
+    inputs, targets = made_up_batch(run, run.train.device_batch * len(communicator.local_devices), device)
     samples = evaluation_batch(run.train.micro_batch, run.train.autocast != "none")
     evaluated = inputs[:samples], targets[:samples]
     last = run.train.steps - 1
@@ -92,7 +103,7 @@ def train_alone(run: Run, device: torch.device, watch: Watch = unwatched) -> Met
     if diagnostics is not None:
         sums = GradientSums(run, method.weights_in_use())
         watch("gradient_figures", method, [sums.flat])
-        sums.add(inputs, targets)
+        sums.add(inputs[: run.train.micro_batch], targets[: run.train.micro_batch])
         sums.square_of_sum(method.communicator)
         del sums
     watch("evaluation", method, ())

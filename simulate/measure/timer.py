@@ -16,6 +16,7 @@ import torch
 from simulate.layers.accelerator import synchronize
 
 WARM_UP = 2
+LEAST_IN_A_HURRY = 3
 
 
 @dataclass
@@ -25,6 +26,8 @@ class Stopwatch:
     device: torch.device
     budget_s: float
     """Seconds for the repetitions of one program; the least number of repetitions may take more."""
+    ends_s: float | None = None
+    """Reading of time.monotonic after which nothing is timed any more; where it is set, programs are repeated less."""
     median_s: dict[str, float] = field(default_factory=dict)
     p90_s: dict[str, float] = field(default_factory=dict)
 
@@ -38,7 +41,12 @@ class Stopwatch:
         return self.device.type == "cpu" and torch.get_num_threads() == 1
 
     def seconds(self, name: str, program: Callable[[], object], least: int = 5, most: int = 50) -> float:
-        """Return the median of `least` to `most` repetitions after a warm-up, and keep it with the 90th percentile."""
+        """Return the median of `least` to `most` repetitions after a warm-up, and keep it with the 90th percentile.
+
+        Raises TimeoutError once the time for all programs is over.
+        """
+        if self.ends_s is not None:
+            least = min(least, LEAST_IN_A_HURRY)
         for _ in range(WARM_UP):
             self._once(program, 1)
         # Short programs run several times between two readings, so that the clock's resolution does not count.
@@ -52,6 +60,8 @@ class Stopwatch:
         return self.median_s[name]
 
     def _once(self, program: Callable[[], object], calls: int) -> float:
+        if self.ends_s is not None and time.monotonic() > self.ends_s:
+            raise TimeoutError
         read = time.process_time if self._is_processor_time else time.perf_counter
         synchronize(self.device)  # kernels of a GPU run behind the program that starts them
         started = read()

@@ -199,7 +199,7 @@ class Averaging:
         changes = (copy - self.last[name] for name, copy in zip(message, copies, strict=True))
         if weights_L is not None:  # the mean is over all devices: Σ w_n·x_n = mean_n(N·w_n·x_n)
             weight_L1 = (weights_L * self.communicator.num_devices).unsqueeze(1)
-            changes = (change.flatten(1) * weight_L1 for change in changes)
+            changes = (change.reshape(len(change), -1) * weight_L1 for change in changes)
         # The mean of changes is small, so that a coarse grid loses less of it than of weights.
         mean, sizes, means = self.means[message].mean(changes), [copy[0].numel() for copy in copies], []
 

@@ -6,7 +6,7 @@ simulate.methods.method_state (what checkpoints hold), and simulate.methods.pace
 puts in front of a method with `pace` or `merge_delay`. The training loop, the measurements and the launcher's recovery
 call it.
 
-Legend: L local devices, N devices, K heads of a device, S samples, T tokens.
+Legend: L local devices, N devices, K heads of a device, B samples of a device's step, S samples, T tokens.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from simulate.comm.base import Communicator
 from simulate.config.run import Run
+from simulate.layers.convert import unused_tensors
 from simulate.methods.build_network import build_model
 from simulate.methods.loss import Loss
 from simulate.methods.method_state import MethodState
@@ -64,7 +65,10 @@ class Method(ABC):
         matrices = muon_matrices(self.model, self.parameters)
         scale = None if zeroes else self.loss_scale
         self.stepper = Stepper(self.parameters, self.parameter_groups(), matrices, train, scale)
-        self.loss = Loss(self.model, train, self.loss_scale, zeroes, self.stepper.allocate_state)
+        self.loss = Loss(
+            self.model, train, self.loss_scale, zeroes, self.stepper.allocate_state, self.parameters_in_use,
+            unused_tensors(self.model),
+        )  # fmt: skip
 
     # What is trained, and how a step goes.
 
@@ -75,6 +79,10 @@ class Method(ABC):
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that the optimizer steps, with a leading axis of copies, by the network's names."""
         return dict(self.model.named_parameters())
+
+    def parameters_in_use(self) -> Iterator[nn.Parameter]:
+        """Yield the network's parameters that the current step trains."""
+        return self.model.parameters()
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Return the optimizer's groups: unless a method says otherwise, all parameters at the run's rate."""

@@ -38,7 +38,7 @@ class GatheredGradients(GradientMethod):
     def average_gradients(self) -> None:
         # p_n = g_n + e_n is formed in the errors' own memory; `compress` leaves p_n − C(p_n) there.
         gradients = take_gradients(self.leaves)
-        sent = {name: self.compress(e.add_(gradients.pop(name).flatten(1))) for name, e in self.errors.items()}
+        sent = {name: self.compress(e.add_(gradients.pop(name).view_as(e))) for name, e in self.errors.items()}
         names = list(sent)
         # Messages hold all devices' parts, so they are cut by the bytes that arrive, not by those that are sent.
         sizes = [sum(t[0].numel() * t.element_size() for t in sent[name]) for name in names]

@@ -48,14 +48,13 @@ class GradientMethod(Method):
         return shared
 
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
-        losses_L = self.loss.group_losses(inputs, targets, self.local_devices)
-        self.loss.backward(losses_L)
+        losses_L = self.loss.backpropagate(inputs, targets, self.local_devices)
         with torch.no_grad():
             self.average_gradients()
         # After the mean: all devices clip the one gradient that they agree on.
         clip_per_device(gradients_of(self.parameters.values()), 1, self.run.train.clip_norm)
         self.stepper.step(self.rate_factor(step))
-        return losses_L.detach()
+        return losses_L
 
     @abstractmethod
     def average_gradients(self) -> None:

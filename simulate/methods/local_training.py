@@ -30,11 +30,10 @@ class LocalTraining(Method):
 
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         # Each device has parameters of its own, so the gradients of the sum of losses are each device's own.
-        losses_L = self.loss.group_losses(inputs, targets, self.local_devices)
-        self.loss.backward(losses_L)
+        losses_L = self.loss.backpropagate(inputs, targets, self.local_devices)
         clip_per_device(gradients_of(self.parameters.values()), self.local_devices, self.run.train.clip_norm)
         self.stepper.step(self.rate_factor(step))
-        return losses_L.detach()
+        return losses_L
 
     def merge_weights(self, step: int) -> Tensor | None:
         """Return all devices' shares w_n of the mean, (N,), or None where they are equal."""

@@ -158,7 +158,7 @@ class Paced(Method):
 
     def samples_done(self, step: int) -> int:
         done = step % self.run.method.round_steps + 1
-        return int(self.trained + self.counts_N.clamp(max=done).sum()) * self.run.train.micro_batch
+        return int(self.trained + self.counts_N.clamp(max=done).sum()) * self.run.train.device_batch
 
     def steps_done(self) -> list[int] | None:
         counts: list[int] = self.counts_N.tolist()

@@ -64,6 +64,14 @@ class DensePlan(Generic[OptionsT]):
         """Return 0: nothing is kept beside weights and moments."""
         return 0
 
+    def shared_elements(self, shape: ModelShape, devices: int) -> int:
+        """Return 0: each device keeps state of its own."""
+        return 0
+
+    def simulated_copies(self, devices: int) -> int:
+        """Return one copy for all devices, or one each."""
+        return 1 if self.shares_state else devices
+
     def evaluation_weights(self) -> WeightMaterialisation:
         """Return that no weights must be computed before an evaluation."""
         return WeightMaterialisation()

@@ -28,16 +28,29 @@ from simulate.rules.optimizer import is_eight_bit
 ParameterGroup = dict[str, object]
 """Parameters with their peak learning rate and weight decay, as torch.optim takes them."""
 
-COSINE_FLOOR = 0.1
-"""Share of the peak learning rate at the end of a run."""
-
 
 def learning_rate_factor(train: Train, step: int) -> float:
-    """Return the share of the peak rate at a step, from 0: linear warm-up, then a cosine down to COSINE_FLOOR."""
-    if step < train.warmup_steps:
-        return (step + 1) / train.warmup_steps
-    progress = min(1.0, (step - train.warmup_steps) / max(1, train.steps - train.warmup_steps))
-    return COSINE_FLOOR + (1 - COSINE_FLOOR) * 0.5 * (1 + math.cos(math.pi * progress))
+    """Return the share of the peak rate at a step, from 0: linear warm-up, then `train.schedule` down to its floor.
+
+    wsd is warm-up, stable, decay: the rate stays at its peak until the last `decay_share` of the steps (Hu et al. 2024,
+    arXiv 2404.06395, section 4; Hägele et al. 2024, arXiv 2405.18392, whose linear decay over a fifth this is).
+    """
+    warmup = train.num_warmup_steps
+    if step < warmup:
+        return (step + 1) / warmup
+    decay = train.num_decay_steps if train.schedule == "wsd" else train.steps - warmup
+    # Of the decay's steps: 0 at its first one, so that the last step is one above the floor.
+    progress = min(1.0, max(0, step - (train.steps - decay)) / max(1, decay))
+    return train.final_share + (1 - train.final_share) * _SHAPES[train.schedule](progress)
+
+
+_SHAPES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "linear": lambda progress: 1 - progress,
+    "wsd": lambda progress: 1 - progress,
+    "constant": lambda progress: 1.0,
+}
+"""Shares of the way from the peak rate to the final one that are left, by schedule."""
 
 
 class Stepper:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simulate.common.errors import InputError, near_match
+from simulate.common.encodings import read_text
+from simulate.common.errors import InputError, first_line, near_match
 from simulate.models.interfaces import HUGGINGFACE, HuggingfaceOptions
 
 
@@ -27,10 +30,13 @@ class CausalLanguageModel(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        parameters = inspect.signature(model.forward).parameters
+        self.takes_positions = "position_ids" in parameters
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        self.keywords = {"use_cache": False} if takes_all or "use_cache" in parameters else {}
 
     def forward(self, tokens_ST: Tensor) -> Tensor:
-        keywords: dict[str, Any] = {"use_cache": False}
+        keywords: dict[str, Any] = dict(self.keywords)
         # The library would make one row of positions for all samples, but each device has its own embeddings.
         if self.takes_positions:
             positions = torch.arange(tokens_ST.shape[1], device=tokens_ST.device)
@@ -41,64 +47,107 @@ class CausalLanguageModel(nn.Module):
 
 def configured_vocab(name: str) -> int:
     """Return the vocabulary size of a configuration; raises InputError if it has none."""
-    vocab = getattr(_configuration(name), "vocab_size", None)
+    _, table = _kind_and_table(name)
+    with _library_errors(name):
+        vocab = getattr(_configuration_class(name)(**table), "vocab_size", None)
     if not isinstance(vocab, int):
         raise InputError(f"model.name = {name!r}: the configuration has no vocab_size; set model.vocab")
     return vocab
 
 
 def build_huggingface(options: HuggingfaceOptions) -> nn.Module:
-    """Return the network of a [model] table, with start weights drawn by the library."""
-    transformers = _library(options.name)
-    # A copy, since `_configuration` caches the object and the keys below are written to it.
-    config = _configuration(options.name).__class__.from_dict(_configuration(options.name).to_dict())
+    """Return the network of a [model] table, with start weights in float32, drawn by the library."""
+    transformers, name = _library(options.name), options.name
+    kind, (_, table) = _configuration_class(name), _kind_and_table(name)
+    with _library_errors(name):
+        default = kind()
+    given = dict(table)
     for key, value in {"vocab_size": options.vocab, **(options.model_extra or {})}.items():
-        if not hasattr(config, key):
-            known = [k for k in config.to_dict() if not k.startswith("_")]
-            raise InputError(f"model.{key} is no key of {options.name}'s configuration; {near_match(key, known)}")
-        setattr(config, key, value)
-    # Our text has no special tokens, and their default indices lie beyond a small vocabulary.
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if (getattr(config, key, None) or 0) >= options.vocab:
-            setattr(config, key, None)
-    # Dropout would be drawn outside of the run's seed, so that no run could be repeated.
-    for key, value in config.to_dict().items():
-        if key.endswith(("pdrop", "dropout")) and isinstance(value, float):
-            setattr(config, key, 0.0)
+        if not hasattr(default, key):
+            known = [k for k in default.to_dict() if not k.startswith("_")]
+            raise InputError(f"model.{key} is no key of {name}'s configuration; {near_match(key, known)}")
+        given.pop(key, None)
+        given[kind.attribute_map.get(key, key)] = value
+    with _library_errors(name):
+        # All keys at once: sizes of heads, kinds of layers and the like follow from others in the constructor.
+        wanted = kind(**given).to_dict()
+        for key, value in wanted.items():
+            # Dropout would be drawn outside of the run's seed, so that no run could be repeated.
+            if "drop" in key and isinstance(value, float):
+                given[key] = 0.0
+            # Our text has no special tokens, and their default indices lie beyond a small vocabulary.
+            if key in ("bos_token_id", "eos_token_id", "pad_token_id") and _reaches(value, options.vocab):
+                given[key] = None
+        model = transformers.AutoModelForCausalLM.from_config(kind(**given), dtype=torch.float32)
+    network = CausalLanguageModel(model)
+    network.takes_positions = network.takes_positions and _counts_from_zero(network, options.context)
+    return network
+
+
+@torch.no_grad()
+def _counts_from_zero(network: CausalLanguageModel, context: int) -> bool:
+    """Whether positions 0, 1, ... are those that the library takes by itself: RoBERTa's begin behind its padding."""
+    tokens, was_training = torch.zeros(1, min(context, 4), dtype=torch.int64), network.training
+    results = []
     try:
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        for network.takes_positions in (True, False):
+            results.append(network.eval()(tokens))
+    except Exception:  # the network is run, and its errors are told, when it is traced
+        return True
+    finally:
+        network.train(was_training)
+    given, own = results
+    return torch.allclose(given, own, rtol=1e-4, atol=1e-5)
+
+
+def _reaches(tokens: Any, vocab: int) -> bool:
+    return any(isinstance(x, int) and not 0 <= x < vocab for x in (tokens if isinstance(tokens, list) else [tokens]))
+
+
+@contextmanager
+def _library_errors(name: str) -> Iterator[None]:
+    """Turn what the library raises into an InputError of one line."""
+    try:
+        yield
     except Exception as error:
         raise InputError(
-            f"model.name = {options.name!r}: transformers refuses the configuration: {type(error).__name__}: {error}"
+            f"model.name = {name!r}: transformers refuses the configuration: {type(error).__name__}: "
+            f"{first_line(error)}; change the keys that it names"
         ) from error
-    return CausalLanguageModel(model)
+
+
+_NOT_SHAPES = ("model_type", "dtype", "torch_dtype", "auto_map", "quantization_config", "transformers_version")
+"""Keys of a config.json that tell how published weights are stored and loaded: fresh ones are in train.dtype."""
 
 
 @lru_cache(maxsize=16)
-def _configuration(name: str) -> Any:
-    """Return the configuration object of a network's name: of a config.json, else the defaults of a kind of model."""
+def _kind_and_table(name: str) -> tuple[str, dict[str, Any]]:
+    """Return the kind of model that a network's name leads to, and the keys of its config.json, if it is one."""
     given = name.removeprefix(f"{HUGGINGFACE}:")
     if not given:
         raise InputError(f"model.name = {name!r}: name a kind of model (hf:gpt2) or the path of a config.json")
     path = Path(given)
-    table: dict[str, Any] = {}
-    if path.suffix == ".json" or path.exists():
-        table = _table(path / "config.json" if path.is_dir() else path, name)
-    kind = table.get("model_type", "") if table else given
-    transformers = _library(name)
-    known = transformers.CONFIG_MAPPING
+    if path.suffix != ".json" and not path.exists():
+        return given, {}
+    table = _table(path / "config.json" if path.is_dir() else path, name)
+    return str(table.get("model_type", "")), {key: value for key, value in table.items() if key not in _NOT_SHAPES}
+
+
+def _configuration_class(name: str) -> Any:
+    """Return the library's class of a network's configuration."""
+    (kind, _), known = _kind_and_table(name), _library(name).CONFIG_MAPPING
     if kind not in known:
-        hint = near_match(str(kind), known.keys()).partition("known:")[0]  # the library knows hundreds
+        hint = near_match(kind, known.keys()).partition("known:")[0]  # the library knows hundreds
         raise InputError(
             f"model.name = {name!r}: transformers has no model_type {kind!r}; {hint}a kind such as gpt2, llama, "
             "mistral or qwen2, or the path of a config.json"
         )
-    return known[kind](**{key: value for key, value in table.items() if key != "model_type"})
+    return known[kind]
 
 
 def _table(path: Path, name: str) -> dict[str, Any]:
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(read_text(path))
     except OSError as error:
         raise InputError(f"model.name = {name!r}: {path} cannot be read ({error.strerror}); check the path") from None
     except ValueError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable
 
 from torch.profiler import ProfilerActivity, profile
@@ -11,6 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 def cpu_peak_bytes(program: Callable[[], object]) -> int:
     """Return the peak of bytes that a program allocates on the CPU, above those allocated before it."""
     gc.collect()  # garbage from before, if freed while the program runs, would lower its count
+    # Kineto prints lines of its own at every start and stop, at level 5, whatever else is silenced.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         program()
     current = peak = 0

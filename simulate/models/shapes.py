@@ -96,6 +96,9 @@ class ModelShape:
     """Remarks on the network for a plan's reader."""
     inputs: int = 0
     """Numbers of one sample's input; 0 for token indices."""
+    fixed_parameters: int = 0
+    """Numbers in parameters that stay as they are: frozen by the user, or unused by the loss. All devices share them,
+    and `tensors` leaves them out."""
     dense_trace: ActivationTrace | None = None
     """Measured activations of a network without a closed form, with every weight trained."""
     adapted_trace: ActivationTrace | None = None
@@ -122,8 +125,13 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters of the dense model."""
+        """Number of parameters that dense training changes."""
         return self.adapted_parameters + self.replicated_parameters
+
+    @property
+    def all_parameters(self) -> int:
+        """Number of parameters of the plain network."""
+        return self.parameters + self.fixed_parameters
 
     def factors(self, rank: int, frozen_a: bool = False) -> int:
         """Return the elements of one head's trained factors over all adapted layers."""

@@ -11,7 +11,7 @@ import copy
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from simulate.common.errors import InputError, first_line
@@ -36,6 +37,7 @@ from simulate.layers.per_device import (
 from simulate.models.fake_batch import example_batch
 from simulate.models.interfaces import HUGGINGFACE, ReadsText, SeesImages, UserNetworkOptions
 from simulate.models.peak_memory import cpu_peak_bytes
+from simulate.models.repeatable import check_passes, check_start_weights, seeded
 from simulate.models.schema import IMAGES_HINT
 from simulate.models.shapes import ActivationTrace, Kind, LinearShape, ModelShape, ParameterShape
 from simulate.models.user_network import call_factory
@@ -46,6 +48,10 @@ PERTURBATION = 0.1
 """Standard deviation of the noise that makes the copies' parameters differ."""
 TOLERANCE = 1e-3
 """Largest error of an output, in float32, relative to the largest output."""
+PASSED_SAMPLES = 8
+"""Samples of the passes that find out what is random, kept or unused."""
+PASSES = 16
+"""Most passes until a parameter without a gradient counts as unused."""
 TRACED_SAMPLES = (2, 6)
 """Batch sizes at which peak memory is measured."""
 _ONE_PAIR = AdapterSpec(1, 1.0, heads_per_device=1, reset_less=False, first_device=0, seed=0)
@@ -58,22 +64,30 @@ class _Findings:
 
     trained_whole: tuple[str, ...]
     """Names of linear layers whose result is the network's output."""
-    unbatched: tuple[str, ...]
-    """Names of embeddings whose index all samples share."""
+    unbatched: dict[str, set[int]] = field(default_factory=dict)
+    """Places of the arguments, and of the results as −1 − k, that all samples share, by a module's name: a mask, an
+    index of positions, a table."""
+    unused: tuple[str, ...] = ()
+    """Names of parameters that the loss does not depend on."""
+
+    def mark(self, network: nn.Module) -> nn.Module:
+        """Return the network with the marks; what nothing depends on is frozen, as plain training leaves it, too."""
+        network.trained_whole, network.unbatched = self.trained_whole, self.unbatched  # type: ignore[assignment]
+        network.unused = self.unused  # type: ignore[assignment]
+        for name in self.unused:
+            network.get_parameter(name).requires_grad_(False)
+        return network
 
 
 def build_traced(options: UserNetworkOptions) -> nn.Module:
     """Return the plain network with the marks that `convert` reads."""
     network = call_factory(options)
-    findings = _findings(options)
-    network.trained_whole = findings.trained_whole  # type: ignore[assignment]
-    network.unbatched = findings.unbatched  # type: ignore[assignment]
-    return network
+    return _findings(options).mark(network)
 
 
 def empty_traced(options: UserNetworkOptions, device: torch.device) -> nn.Module:
     """Return the plain network with its buffers, and without storage for parameters."""
-    with torch.random.fork_rng(devices=[]):  # the factory draws start weights, which must not advance the run's draws
+    with seeded(0):  # the factory draws start weights, which must not advance the run's draws
         network = call_factory(options).to(device)
     plain = list(network.parameters())
     # By id, so that tied parameters stay tied.
@@ -84,18 +98,29 @@ def empty_traced(options: UserNetworkOptions, device: torch.device) -> nn.Module
     return network
 
 
+@contextmanager
+def _named_errors(options: UserNetworkOptions, what: str, advice: str = "") -> Iterator[None]:
+    """Turn what the user's code raises into an InputError of one line."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"model.name = {options.name!r}: {what}: {error}") from error
+    except Exception as error:
+        raise InputError(
+            f"model.name = {options.name!r}: {what} raised {type(error).__name__}: {first_line(error)}{advice}"
+        ) from error
+
+
 def _run(options: UserNetworkOptions, network: nn.Module, samples: int, what: str = "the network") -> Tensor:
     """Return the outputs for synthetic samples; raises InputError if the network fails or gives another shape."""
     inputs, _ = example_batch(options, samples)
-    try:
-        with torch.no_grad():
-            outputs = network(inputs)
-    except Exception as error:
-        kind, hint = ("tokens", f"; {IMAGES_HINT}") if options.unit == "tokens" else ("images", "")
-        raise InputError(
-            f"model.name = {options.name!r}: {what} raised {type(error).__name__} on {kind} {tuple(inputs.shape)}: "
-            f"{first_line(error).rstrip('.')}{hint}"
-        ) from error
+    kind, advice = "images", ""
+    if options.unit == "tokens":
+        kind, advice = "tokens", f"; {IMAGES_HINT}"
+    if what != "the network":
+        advice = "; call layers instead of reading their weights"
+    with _named_errors(options, f"{what}, on {kind} {tuple(inputs.shape)},", advice), torch.no_grad():
+        outputs = network(inputs)
     expected = _output_shape(options, samples)
     if not isinstance(outputs, Tensor) or tuple(outputs.shape) != expected:
         given = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
@@ -117,28 +142,52 @@ def _output_shape(options: UserNetworkOptions, samples: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=16)
 def _findings(options: UserNetworkOptions) -> _Findings:
-    with torch.random.fork_rng(devices=[]):  # a fixed seed, so that the check of copies never depends on luck
-        torch.manual_seed(0)
+    check_start_weights(options.name, lambda: call_factory(options))
+    with seeded(0):  # a fixed seed, so that the check of copies never depends on luck
         network = call_factory(options).eval()
-        findings = _Findings(_output_layer(options, network), _shared_indices(options, network))
-        network.trained_whole, network.unbatched = findings.trained_whole, findings.unbatched  # type: ignore[assignment]
-        _check_copies(options, network)
+        findings = _Findings(_output_layer(options, network), _shared_arguments(options, network))
+        check_passes(options.name, network, lambda: _run(options, network, PASSED_SAMPLES))
+        findings = replace(findings, unused=_unused_parameters(options, network))
+        _check_copies(options, findings.mark(network.eval()))
     return findings
 
 
+def _unused_parameters(options: UserNetworkOptions, network: nn.Module) -> tuple[str, ...]:
+    """Return the parameters that get no gradient from training passes over random samples."""
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    unused = tuple(trained)
+    for _ in range(PASSES):  # further ones for parts that only some samples pass through
+        inputs, targets = example_batch(options, PASSED_SAMPLES)
+        random = (
+            torch.randint_like(inputs, int(inputs.max()) + 1) if options.unit == "tokens" else torch.randn_like(inputs)
+        )
+        with _named_errors(options, "its backward pass"):
+            token_losses(network.train()(random).flatten(0, -2), targets.reshape(-1)).mean().backward()
+        unused = tuple(name for name, parameter in trained.items() if parameter.grad is None)
+        if not unused:
+            break
+    network.zero_grad()
+    if len(unused) == len(trained):
+        raise InputError(
+            f"model.name = {options.name!r}: no parameter that the loss depends on has requires_grad = True, so that "
+            "nothing would be trained; unfreeze some"
+        )
+    return unused
+
+
 OnCall = Callable[[str, Any, Any], None]
-"""Callback of (name of a module, its arguments, its output)."""
+"""Callback of (name of a module, its positional and keyword arguments, its output)."""
 
 
 @contextmanager
 def _watch_calls(network: nn.Module, kind: type[nn.Module], on_call: OnCall) -> Iterator[None]:
     """Report every call of a kind of module to `on_call`."""
 
-    def hook(name: str, module: nn.Module, arguments: Any, output: Any) -> None:
-        on_call(name, arguments, output)
+    def hook(name: str, module: nn.Module, arguments: Any, keywords: Any, output: Any) -> None:
+        on_call(name, (arguments, keywords), output)
 
     modules = [(name, module) for name, module in network.named_modules() if isinstance(module, kind)]
-    hooks = [module.register_forward_hook(partial(hook, name)) for name, module in modules]
+    hooks = [module.register_forward_hook(partial(hook, name), with_kwargs=True) for name, module in modules]
     try:
         yield
     finally:
@@ -155,23 +204,37 @@ def _output_layer(options: UserNetworkOptions, network: nn.Module) -> tuple[str,
     return tuple(name for name, output in results if output is outputs)
 
 
-def _shared_indices(options: UserNetworkOptions, network: nn.Module) -> tuple[str, ...]:
-    """Return the embeddings whose index has equally many rows for two and three samples."""
-    # Two counts tell an index that grows with the batch from one that does not.
-    two, three = (_embedding_rows(options, network, samples) for samples in (2, 3))
-    return tuple(name for name, count in two.items() if three.get(name) == count)
+def _shared_arguments(options: UserNetworkOptions, network: nn.Module) -> dict[str, set[int]]:
+    """Return the places of tensor arguments and results with equal rows for two and three samples, by module."""
+    # Two counts tell an argument that grows with the batch from one that does not.
+    two, three = (_argument_rows(options, network, samples) for samples in (2, 3))
+    shared: dict[str, set[int]] = defaultdict(set)
+    for (name, place), counts in two.items():
+        if three.get((name, place)) == counts:
+            shared[name].add(place)
+    return dict(shared)
 
 
-def _embedding_rows(options: UserNetworkOptions, network: nn.Module, samples: int) -> dict[str, int]:
-    rows: dict[str, int] = {}
-    with _watch_calls(network, nn.Embedding, lambda name, arguments, _: rows.update({name: len(arguments[0])})):
+def _argument_rows(
+    options: UserNetworkOptions, network: nn.Module, samples: int
+) -> dict[tuple[str, int], list[int | None]]:
+    """Return the rows of modules' arguments and results, by name and place, of every call."""
+    rows: dict[tuple[str, int], list[int | None]] = defaultdict(list)
+
+    def note(name: str, arguments: Any, output: Any) -> None:
+        places = [*enumerate(tree_leaves(arguments)), *((-1 - k, leaf) for k, leaf in enumerate(tree_leaves(output)))]
+        for place, leaf in places:
+            if isinstance(leaf, Tensor):
+                rows[name, place].append(len(leaf) if leaf.ndim else None)
+
+    with _watch_calls(network, nn.Module, note):
         _run(options, network, samples)
     return rows
 
 
 def _check_copies(options: UserNetworkOptions, network: nn.Module) -> None:
     """Raise InputError if copies of the network side by side compute something else than each copy alone."""
-    converted = convert(copy.deepcopy(network), COPIES).eval()
+    converted = convert(_copied(options, network), COPIES).eval()
     with torch.no_grad():
         # Equal copies would hide samples that reach another device's copy.
         for parameter in converted.parameters():
@@ -180,7 +243,8 @@ def _check_copies(options: UserNetworkOptions, network: nn.Module) -> None:
         inputs, _ = example_batch(options, COPIES * SAMPLES_OF_COPY)
         for index, (part, output) in enumerate(zip(inputs.chunk(COPIES), together.chunk(COPIES), strict=True)):
             own = merged_state(converted, copy=index)
-            alone = functional_call(network, own, (part,), tie_weights=False)
+            with _named_errors(options, "the network with other weights"):
+                alone = functional_call(network, own, (part,), tie_weights=False)
             if not torch.allclose(output, alone, rtol=TOLERANCE, atol=TOLERANCE * float(alone.abs().max())):
                 raise InputError(
                     f"model.name = {options.name!r}: with a copy of its parameters for each device the network "
@@ -189,11 +253,19 @@ def _check_copies(options: UserNetworkOptions, network: nn.Module) -> None:
                 )
 
 
+def _copied(options: UserNetworkOptions, network: nn.Module) -> nn.Module:
+    with _named_errors(
+        options, "a deep copy of it",
+        "; keep computed tensors out of attributes (torch.nn.utils.parametrizations has norms of weights that can be "
+        "copied)",
+    ):  # fmt: skip
+        return copy.deepcopy(network)
+
+
 @lru_cache(maxsize=16)
 def traced_shape(options: UserNetworkOptions) -> ModelShape:
     """Return a network's counts and measured activations. Equal options give the same object."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with seeded(0):
         plain = build_traced(options)
         adapted = convert(copy.deepcopy(plain), 1, ConversionSpec(lora(_ONE_PAIR, 1)))
         layers = lora_layers(adapted)
@@ -222,6 +294,7 @@ def traced_shape(options: UserNetworkOptions) -> ModelShape:
             outer_flops=0,
             inputs=0 if options.unit == "tokens" else example_batch(options, 1)[0].numel(),
             notes=tuple(_notes(options, plain, adapted)),
+            fixed_parameters=sum(p.numel() for p in plain.parameters() if not p.requires_grad),
             dense_trace=_activations(options, convert(copy.deepcopy(plain), 1)),
             adapted_trace=_activations(options, adapted),
             frozen_a_trace=_activations(options, convert(copy.deepcopy(plain), 1, ConversionSpec(lora(_ONE_B, 1)))),
@@ -233,6 +306,9 @@ def _notes(options: UserNetworkOptions, plain: nn.Module, adapted: nn.Module) ->
     yield f"{options.name} was imported and run to plan this; its activations are measured on this machine's CPU"
     if options.family == HUGGINGFACE:
         yield f"{options.name} is built without dropout"
+    frozen = [name for name, p in plain.named_parameters() if not p.requires_grad]
+    if frozen:
+        yield f"not trained (frozen, or the loss does not depend on it): {_first_names(frozen)}"
     plain_kinds = {name: type(module).__name__ for name, module in plain.named_modules()}
     kinds: dict[str, list[str]] = defaultdict(list)
     for name, module in adapted.named_modules():
@@ -242,9 +318,12 @@ def _notes(options: UserNetworkOptions, plain: nn.Module, adapted: nn.Module) ->
         elif isinstance(module, ReplicatedLinear | ReplicatedConv2d):
             kinds[kind].append(name)
     if kinds:
-        more = {kind: f" and {len(names) - 3} more" if len(names) > 3 else "" for kind, names in kinds.items()}
-        parts = (f"{', '.join(names[:3])}{more[kind]} ({kind})" for kind, names in kinds.items())
+        parts = (f"{_first_names(names)} ({kind})" for kind, names in kinds.items())
         yield f"trained whole, without adapters: {', '.join(parts)}"
+
+
+def _first_names(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _rows(options: UserNetworkOptions, adapted: nn.Module, layers: list[LoraLinear]) -> list[int]:
@@ -258,13 +337,20 @@ def _rows(options: UserNetworkOptions, adapted: nn.Module, layers: list[LoraLine
 def _forward_flops(options: UserNetworkOptions, plain: nn.Module) -> int:
     """Return the operations of one sample's forward pass; attention is counted in full, without regard to its mask."""
     # The counter cannot look into fused attention, nor into torch's fused encoder layer, which training mode avoids.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        _run(options, plain.train(), 1)
+    # It also fails, without gradients, on a module that returns its own parameter, unless that is frozen.
+    trained = [parameter for parameter in plain.parameters() if parameter.requires_grad]
+    try:
+        plain.requires_grad_(False)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            _run(options, plain.train(), 1)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_()
     return int(counter.get_total_flops())
 
 
 def _tensors(plain: nn.Module, adapted: nn.Module) -> Iterator[ParameterShape]:
-    """Yield the plain network's parameters in its order, each with its kind in the adapted network."""
+    """Yield the plain network's trained parameters in its order, each with its kind in the adapted network."""
     kinds: dict[str, Kind] = {}
     for name, module in adapted.named_modules():
         if isinstance(module, LoraLinear):
@@ -283,7 +369,8 @@ def _tensors(plain: nn.Module, adapted: nn.Module) -> Iterator[ParameterShape]:
             module_kinds: dict[str, Kind] = {f"{name}.in_proj.weight": "adapted", f"{name}.in_proj.bias": "bias"}
             kinds.update({renamed[key]: kind for key, kind in module_kinds.items()})
     for name, parameter in plain.named_parameters():
-        yield ParameterShape(kinds.get(name, "other"), tuple(parameter.shape))
+        if parameter.requires_grad:
+            yield ParameterShape(kinds.get(name, "other"), tuple(parameter.shape))
 
 
 def _activations(options: UserNetworkOptions, network: nn.Module, backward: bool = True) -> ActivationTrace:
@@ -306,6 +393,7 @@ def _peak_bytes(options: UserNetworkOptions, network: nn.Module, samples: int, b
             with torch.no_grad():
                 row_losses(network(inputs.clone()), targets)
 
-    peak = cpu_peak_bytes(program)
+    with _named_errors(options, "the backward pass with layers of devices' own"):
+        peak = cpu_peak_bytes(program)
     network.zero_grad()
     return peak

@@ -1,7 +1,7 @@
 """Builds networks that users bring: imports module:factory, calls it, and checks the result.
 
 Every way to plan or train such a network begins here, so that a user's mistake is one line that names it, rather than a
-traceback from inside our layers. simulate.models.tracing calls this.
+traceback from inside our layers. simulate.models.tracing calls this, and checks what only running it can tell.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
 
-from simulate.common.errors import InputError, near_match
+from simulate.common.errors import InputError, first_line, near_match
 from simulate.common.user_code import import_named
 from simulate.layers.convert import refuse_batch_norm
 from simulate.models.interfaces import HUGGINGFACE, HuggingfaceOptions, UserNetworkOptions
@@ -33,7 +35,7 @@ def call_factory(options: UserNetworkOptions) -> nn.Module:
             if isinstance(error, InputError):
                 raise
             raise InputError(
-                f"model.name = {options.name!r}: the factory raised {type(error).__name__}: {error}; "
+                f"model.name = {options.name!r}: the factory raised {type(error).__name__}: {first_line(error)}; "
                 "call it by itself to see where, or set its keywords in [model]"
             ) from error
     if not isinstance(network, nn.Module):
@@ -42,6 +44,9 @@ def call_factory(options: UserNetworkOptions) -> nn.Module:
             "is needed; return the network"
         )
     refuse_batch_norm(network)
+    _refuse_wrapped(options.name, network)
+    for name, parameter in network.named_parameters():
+        _refuse_parameter(options.name, name, parameter)
     for name, module in network.named_modules():
         # Attention and recurrent layers have a probability named dropout.
         probability = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0.0)
@@ -52,6 +57,41 @@ def call_factory(options: UserNetworkOptions) -> nn.Module:
                 "dropout 0"
             )
     return network
+
+
+def _refuse_wrapped(network_name: str, network: nn.Module) -> None:
+    """Raise InputError for modules whose layers cannot be replaced, or have no weights yet."""
+    for name, module in network.named_modules():
+        kind = type(module).__name__
+        where = f"{name} ({kind})" if name else f"the network ({kind})"
+        compiled = getattr(module, "_compiled_call_impl", None) is not None
+        if compiled or isinstance(module, torch.jit.ScriptModule) or kind in _WRAPPERS:
+            raise InputError(
+                f"model.name = {network_name!r}: {where} is scripted, compiled or wrapped, so that its layers "
+                "cannot be given copies for devices; return the plain module"
+            )
+        if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
+            raise InputError(
+                f"model.name = {network_name!r}: {where} has no weights before its first samples; name its sizes, or "
+                "pass it samples in the factory"
+            )
+
+
+_WRAPPERS = {"OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
+
+
+def _refuse_parameter(network_name: str, name: str, parameter: nn.Parameter) -> None:
+    """Raise InputError for a parameter that would not be trained as it is."""
+    if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+        raise InputError(
+            f"model.name = {network_name!r}: {name} has a hook on its gradient, which devices' own copies would not "
+            "have; compute it in forward, or set requires_grad = False to freeze the parameter"
+        )
+    if parameter.is_complex() or (parameter.is_floating_point() and parameter.dtype != torch.float32):
+        raise InputError(
+            f"model.name = {network_name!r}: {name} is {str(parameter.dtype).removeprefix('torch.')}; build the "
+            "network in float32, and let train.dtype and train.autocast choose the format"
+        )
 
 
 def _factory(name: str) -> Callable[..., Any]:

@@ -151,7 +151,7 @@ class Candidate:
     @property
     def samples_per_s(self) -> float:
         """Samples a second over all devices."""
-        return self.time.device_steps * self.run.train.micro_batch / self.time.round_s
+        return self.time.device_steps * self.run.train.device_batch / self.time.round_s
 
     @property
     def trained_share(self) -> float:
@@ -212,7 +212,7 @@ def _warnings(run: Run, context: PlanContext, time: RoundTime) -> Iterator[str]:
 def describe(run: Run) -> str:
     """Return a run's method in a few words."""
     method = run.method
-    details = [*_details(run, method), f"batch {run.train.micro_batch}"]
+    details = [*_details(run, method), batch_text(run)]
     if run.train.activation_checkpointing:
         details.append("checkpointing")
     if run.train.autocast != "none":
@@ -222,6 +222,12 @@ def describe(run: Run) -> str:
     quantize, wire = method.frozen_format, getattr(method, "wire", "full")
     formats = ("" if quantize == "none" else f" {quantize}") + ("" if wire == "full" else f" over {wire}")
     return f"{method.name}{formats} {', '.join(details)}"
+
+
+def batch_text(run: Run) -> str:
+    """Return a device's samples of a step in words, with its passes where there are several: batch 8 x 4."""
+    passes = f" x {run.train.accumulate}" if run.train.accumulate > 1 else ""
+    return f"batch {run.train.micro_batch}{passes}"
 
 
 def _details(run: Run, method: MethodOptions) -> Iterator[str]:

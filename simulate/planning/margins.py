@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from simulate.config.hardware import Profile
+from simulate.config.hardware import LOCAL, Profile
 
 MARGINS = {"measured": 1.0, "datasheet": 1.25, "guess": 1.5}
 """Factor by which times may be shorter or longer, by source: a rule of thumb that every plan prints. Real efficiencies
@@ -21,12 +21,15 @@ class Margins:
 
     compute: float = 1.0
     exchange: float = 1.0
+    is_order: bool = False
+    """Whether times are known by their order of magnitude alone: this machine's, which nobody has measured."""
 
     @classmethod
     def of(cls, profile: Profile) -> Margins:
         """Return the margins of a profile: of its least certain device, and of its link."""
         # The slowest device sets the pace and may be any, so that the least certain one decides.
-        return cls(max(MARGINS[device.source] for device in profile.device), MARGINS[profile.link.source])
+        unmeasured = profile.name == LOCAL and any(device.source == "guess" for device in profile.device)
+        return cls(max(MARGINS[device.source] for device in profile.device), MARGINS[profile.link.source], unmeasured)
 
     @property
     def is_point(self) -> bool:

@@ -6,6 +6,7 @@ key to set. The planner calls plan_notes; `lte train` calls diagnostics_notes an
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from simulate.config.hardware import LOCAL, Profile
 from simulate.config.run import Run
 from simulate.costs.diagnostics_bytes import diagnostics_exchange
 from simulate.costs.eval_and_save_time import AFFORDABLE_SHARE
+from simulate.costs.memory import mapped_file_bytes
 from simulate.costs.samples import shipped
 from simulate.costs.step_time import device_step_s, round_time
 from simulate.models.shapes import ModelShape
@@ -23,6 +25,8 @@ from simulate.planning.candidate import Candidate, PlanContext, Rejected, descri
 from simulate.planning.margins import RULE
 from simulate.planning.number_formats import Format, format_notes
 from simulate.planning.objective import MEANINGS
+from simulate.planning.search_space import LEAST_IMAGES, LEAST_TOKENS, MICRO_BATCHES, Pins
+from simulate.planning.time_ranges import simulated_here_text
 from simulate.rules.method_plan import plan_of
 from simulate.training.checkpoints import numerics_of
 
@@ -39,12 +43,13 @@ def plan_notes(
     rival: Candidate | None,
     picked: Format | None,
     evaluate: Callable[[Run], Candidate | Rejected],
+    pins: Pins,
 ) -> Iterator[str]:
     """Yield a plan's notes in the order in which they are printed.
 
     `first` ranks first, even if it is not the choice; `rival` is the best candidate of methods that the plan does not
     choose from; `picked` is the autocast format that the plan took by itself; `evaluate` computes the costs of other
-    runs.
+    runs; `pins` are what the user fixed.
     """
     choice, shape = context.choice, context.shape
     yield from _assumptions(context, chosen, first)
@@ -54,9 +59,11 @@ def plan_notes(
         yield from _unadapted(chosen, shape)
     yield from shape.notes
     if chosen:
+        yield _batch(chosen, pins)
         yield from _worth_trying(chosen)
         yield from format_notes(chosen, context.profile, evaluate, picked)
         yield from _checkpoints(chosen)
+        yield from _temporary_files(chosen, shape)
         yield from _deadlines(chosen)
         yield from diagnostics_notes(chosen.run, shape)
         yield from _faster_rival(chosen, rival)
@@ -67,9 +74,11 @@ def _assumptions(context: PlanContext, chosen: Candidate | None, first: Candidat
     # Certainty first: the reader should know how far to trust what follows.
     sources = {device.source for device in profile.device} | {profile.link.source}
     yield f"figures of profile {profile.name} are {' and '.join(sorted(sources))}: times are estimates, bytes are exact"
-    if not context.margins.is_point:
+    if not (context.margins.is_point or context.margins.is_order):
         yield RULE
     yield from stretched(profile, len(context.devices))
+    if profile.name == LOCAL:
+        yield from _this_machine(context, chosen)
     model = choice.efficiency or shipped()
     lte = model.methods["lte"]
     yield (
@@ -88,6 +97,52 @@ def stretched(profile: Profile, devices: int) -> Iterator[str]:
     if devices > profile.count and profile.name != LOCAL:
         has = f"{profile.count} device{'s' if profile.count > 1 else ''}"
         yield f"profile {profile.name} has {has}: the plan stretches it to {devices:,}, all alike and on the same links"
+
+
+def _batch(chosen: Candidate, pins: Pins) -> str:
+    """Report the batch of the choice, how it comes about, and the one that a power law has for this compute."""
+    run, unit = chosen.run, chosen.run.model.unit
+    train, participants = run.train, run.method.participants(run.cluster.devices)
+    passes = f"micro_batch {train.micro_batch} x accumulate {train.accumulate} x devices {participants}"
+    text = f"a step has {run.tokens_per_step:,} {unit} ({passes})"
+    if pins.batch is not None:
+        exact = run.tokens_per_step == pins.batch
+        return text + (", as asked" if exact else f", in whole passes near the {pins.batch:,} asked for")
+    if pins.micro_batch or pins.accumulate:
+        return f"{text}, as given"
+    least = f"{LEAST_TOKENS} {unit}" if unit == "tokens" else f"{LEAST_IMAGES} {unit}"
+    text += f": the best of 1 to {MICRO_BATCHES[-1]} samples a pass, and no step has fewer than {least}"
+    if unit == "samples":
+        return f"{text} (docs/planning.md); --batch-samples sets it"
+    return (
+        f"{text}; by DeepSeek's power law about {best_batch(chosen):,} would train best at this compute "
+        "(docs/planning.md): --batch-tokens sets it"
+    )
+
+
+def best_batch(candidate: Candidate) -> int:
+    """Return the tokens of a step that train best by B = 0.2920·C^0.3271, to two digits; C = 6·parameters·tokens.
+
+    (DeepSeek-AI 2024, arXiv 2401.02954, equation 1, fitted from 1e17 to 2e19 operations; outside it extrapolates.)
+    """
+    batch = 0.2920 * (6.0 * candidate.context.shape.parameters * candidate.tokens) ** 0.3271
+    return int(round(batch, 1 - math.floor(math.log10(batch))))
+
+
+def _this_machine(context: PlanContext, chosen: Candidate | None) -> Iterator[str]:
+    """Report that local's devices are imaginary, how long simulating the run takes here, and how to measure."""
+    if context.margins.is_order:
+        yield (
+            "nobody has measured this machine, so times on local are orders of magnitude; lte profile measure --quick "
+            "-o mine.toml or the first lte train here measures it for later plans"
+        )
+    if chosen:
+        devices = len(context.devices)
+        yield (
+            f"local is {devices} imaginary machine{'s' if devices > 1 else ''}, each as strong as this one; lte train "
+            f"simulates all of them here, which takes {simulated_here_text(chosen)} (their compute, one "
+            "after the other)"
+        )
 
 
 def _quantized(chosen: Candidate) -> Iterator[str]:
@@ -130,6 +185,15 @@ def _worth_trying(chosen: Candidate) -> Iterator[str]:
         yield (
             "method.wire = int8 sends about a quarter of the bytes, and trained as well as full messages on a small "
             "text model (docs/results.md); try it with --set, and a higher rank for a part of what that saves"
+        )
+
+
+def _temporary_files(chosen: Candidate, shape: ModelShape) -> Iterator[str]:
+    """Report what a process keeps in mapped files: their folder may be small, or memory of its own."""
+    if size := mapped_file_bytes(chosen.run, shape):
+        yield (
+            f"every process keeps {bytes_text(size)} in temporary files, weights in full precision and sums of "
+            "gradients: export TMPDIR=FOLDER on a disk with room for them"
         )
 
 

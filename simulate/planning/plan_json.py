@@ -26,6 +26,7 @@ def candidate_json(candidate: Candidate) -> dict[str, Any]:
         "wire": getattr(method, "wire", "full"),
         "fragments": getattr(method, "fragments", 1),
         "micro_batch": run.train.micro_batch,
+        "accumulate": run.train.accumulate,
         "activation_checkpointing": run.train.activation_checkpointing,
         "autocast": run.train.autocast,
         "optimizer_state": run.train.optimizer_state,

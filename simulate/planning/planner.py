@@ -64,7 +64,7 @@ class Plan:
             "tokens": self.tokens,
             "model": {
                 "name": shape.name,
-                "parameters": shape.parameters,
+                "parameters": shape.all_parameters,
                 "adapted_parameters": shape.adapted_parameters,
             },
             "chosen": self.chosen and candidate_json(self.chosen),
@@ -231,7 +231,10 @@ def make_plan(
         chosen=chosen,
         dense=best([r for r in results if candidate_of(r).run.method.name == BASELINE], rank)
         or best(results_of(("ddp",)), rank),
-        notes=(*notes, *plan_notes(context, base, chosen, first, rival, picked, lambda run: _evaluate(run, context))),
+        notes=(
+            *notes,
+            *plan_notes(context, base, chosen, first, rival, picked, lambda run: _evaluate(run, context), pins),
+        ),
         rivals=tuple(rival for rival in rivals if rival is not None),
         pins=pins,
         choice=choice,

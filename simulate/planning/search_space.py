@@ -20,6 +20,21 @@ from simulate.models.shapes import ModelShape
 from simulate.rules.method_plan import plan_of
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+"""Samples of a device's pass that are tried. Their steps are small beside the batches that power laws of training find
+best (docs/planning.md), so what ranks them is the time of a step and the samples model's critical batch."""
+LEAST_TOKENS = 512
+"""Tokens of a step, over all devices, below which passes are accumulated. It is far below the critical batch even of
+the first step, below which no batch costs samples: B = 2e8 / loss^(1/0.21) tokens is 2,400 at the loss of guessing one
+of 50,257 tokens, and grows as the loss falls (Kaplan et al. 2020, arXiv 2001.08361, equation 1.4)."""
+LEAST_IMAGES = 32
+"""The same for images: "a good default" (Bengio 2012, arXiv 1206.5533, section 3.1.1), and the largest batch of those
+that trained best (Masters and Luschi 2018, arXiv 1804.07612)."""
+NEAR = 0.02
+"""Largest distance from --batch-tokens or --batch-samples, as a share, that is as good as the nearest one: odd batches
+have few divisors, and small passes are slow."""
+FEWER_EXCHANGES = (2, 4, 8)
+"""Times the passes of a step that methods which exchange at every step are tried with, beside once."""
+WARMUP_SHARE, MOST_WARMUP_STEPS = 0.05, 2000
 
 
 @dataclass(frozen=True)
@@ -30,6 +45,9 @@ class Pins:
     keys: frozenset[str] = frozenset()
     """Keys of [method] that the user set; their values are in the base run."""
     micro_batch: int | None = None
+    accumulate: int | None = None
+    batch: int | None = None
+    """Tokens, of images samples, of a step over all devices, to come near to."""
     activation_checkpointing: bool | None = None
     ranks: tuple[int, ...] = ()
     """Ranks that a probe recommends, tried with those of the method's axes."""
@@ -40,18 +58,39 @@ def grid(base: Run, shape: ModelShape, methods: Sequence[str], pins: Pins, token
     checkpointing = (False, True) if pins.activation_checkpointing is None else (pins.activation_checkpointing,)
     if isinstance(base.model, FactoryModel):  # recomputation needs blocks that we know
         checkpointing = (False,)
-    # Heads share a batch equally, so a pinned number of heads must divide every batch.
-    unit = getattr(base.method, "heads_per_device", 1) if "heads_per_device" in pins.keys else 1
-    micro_batches = (pins.micro_batch,) if pins.micro_batch else [unit * size for size in MICRO_BATCHES]
     options = [option for name in methods for option in _options(base, shape, name, pins)]
-    for micro_batch, recompute in itertools.product(micro_batches, checkpointing):
-        train = train_for(base, micro_batch, recompute, tokens)
-        if train.warmup_steps >= train.steps:  # as Run refuses it; copies skip its validation
+    # Methods that exchange at every step would else be judged at the batch that fits, and pay the link for it.
+    at_every_step = [method for method in options if method.round_steps == 1 and base.cluster.devices > 1]
+    is_open = pins.micro_batch is None and pins.accumulate is None and pins.batch is None
+    times = (1, *FEWER_EXCHANGES) if is_open else (1,)
+    for (micro_batch, accumulate), recompute, more in itertools.product(_batches(base, pins), checkpointing, times):
+        train = train_for(base, micro_batch, accumulate * more, recompute, tokens)
+        if train.num_warmup_steps >= train.steps:  # as Run refuses it; copies skip its validation
             continue
-        for method in options:
+        for method in options if more == 1 else at_every_step:
             if micro_batch % getattr(method, "heads_per_device", 1):
                 continue
             yield base.model_copy(update={"method": method, "train": train})
+
+
+def _batches(base: Run, pins: Pins) -> list[tuple[int, int]]:
+    """Return the pairs of micro_batch and accumulate to try: one for each micro_batch, so that the grid stays small."""
+    # Heads share a batch equally, so a pinned number of heads must divide every batch.
+    unit = getattr(base.method, "heads_per_device", 1) if "heads_per_device" in pins.keys else 1
+    sizes = [pins.micro_batch] if pins.micro_batch else [unit * size for size in MICRO_BATCHES]
+    one = base.tokens_per_step // base.train.device_batch  # of a sample on every device
+    least = LEAST_TOKENS if base.model.unit == "tokens" else LEAST_IMAGES
+    if pins.accumulate:
+        pairs = [(size, pins.accumulate) for size in sizes]
+    elif pins.batch:
+        pairs = [(size, max(1, round(pins.batch / (one * size)))) for size in sizes]
+    else:  # a batch that the user gives stays as it is
+        pairs = [(size, 1 if pins.micro_batch else max(1, math.ceil(least / (one * size)))) for size in sizes]
+    if pins.batch is None:
+        return pairs
+    distances = [abs(size * accumulate * one - pins.batch) for size, accumulate in pairs]
+    most = max(min(distances), NEAR * pins.batch)
+    return [pair for pair, distance in zip(pairs, distances, strict=True) if distance <= most]
 
 
 def _options(base: Run, shape: ModelShape, name: str, pins: Pins) -> Iterator[MethodOptions]:
@@ -79,18 +118,16 @@ def _options(base: Run, shape: ModelShape, name: str, pins: Pins) -> Iterator[Me
             yield method
 
 
-def train_for(base: Run, micro_batch: int, recompute: bool, tokens: int) -> Train:
+def train_for(base: Run, micro_batch: int, accumulate: int, recompute: bool, tokens: int) -> Train:
     """Return base.train with another batch, the steps that train on `tokens`, and the keys that depend on the steps."""
-    tokens_per_step = base.tokens_per_step // base.train.micro_batch * micro_batch
+    tokens_per_step = base.tokens_per_step // base.train.device_batch * micro_batch * accumulate
     steps = max(1, math.ceil(tokens / tokens_per_step))
     every = max(1, steps // 10)
     given = base.train.model_fields_set
     # A warm-up of 5 %, ten evaluations and five checkpoints, unless the user set these keys.
-    derived = {
-        "steps": steps,
-        "warmup_steps": min(steps // 20, 2000),
-        "evaluate_every": every,
-        "checkpoint_every": min(every * 2, 1000),
-    }
+    derived: dict[str, float] = {"steps": steps, "evaluate_every": every, "checkpoint_every": min(every * 2, 1000)}
+    if "warmup_steps" not in given:  # a share, so that the run still loads with other steps
+        derived["warmup_share"] = min(WARMUP_SHARE, MOST_WARMUP_STEPS / steps)
     update = {key: value for key, value in derived.items() if key not in given}
-    return base.train.model_copy(update={**update, "micro_batch": micro_batch, "activation_checkpointing": recompute})
+    update |= {"micro_batch": micro_batch, "accumulate": accumulate, "activation_checkpointing": recompute}
+    return base.train.model_copy(update=update)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+from simulate.common.units import order_text, range_text
 from simulate.costs.samples import samples_factor
 from simulate.planning.candidate import Candidate
 
@@ -12,6 +15,22 @@ def time_range(candidate: Candidate, compute_s: float, exchange_s: float) -> tup
     # Compute and links are measured apart, so each has a margin of its own.
     low_s = compute_s / margins.compute + exchange_s / margins.exchange
     return low_s, compute_s * margins.compute + exchange_s * margins.exchange
+
+
+def time_text(candidate: Candidate, seconds: tuple[float, float]) -> str:
+    """Return a range of seconds as text; their order of magnitude where no more is known."""
+    if candidate.margins.is_order:
+        return order_text(math.sqrt(max(seconds[0], 1e-9) * max(seconds[1], 1e-9)))
+    return range_text(*seconds)
+
+
+def simulated_here_text(candidate: Candidate) -> str:
+    """Return the time of simulating a run on one of its devices: all devices' compute, evaluations and saves."""
+    # One machine evaluates and saves once, as every device of a launched run does at the same time.
+    time, devices = candidate.time, len(candidate.context.devices)
+    compute_s = (time.device_steps * time.compute_s + devices * time.merge_s) * candidate.rounds
+    seconds = compute_s + candidate.eval_and_save.total_s
+    return time_text(candidate, time_range(candidate, seconds, 0.0))
 
 
 def wall_range(candidate: Candidate) -> tuple[float, float]:

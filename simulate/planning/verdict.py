@@ -10,17 +10,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from simulate.common.units import bytes_text, range_text
-from simulate.config.hardware import Profile
+from simulate.common.units import bytes_text
+from simulate.config.hardware import LOCAL, Profile
 from simulate.config.method_table import BASELINE
+from simulate.config.profile_slips import slips
 from simulate.config.run import Run
 from simulate.config.tables import BYTE_VALUES, BYTES
 from simulate.costs.memory import text_bytes
 from simulate.models.schema import text_sizes
-from simulate.planning.candidate import LINK_DOMINATES, Candidate, Rejected, candidate_of, describe
+from simulate.planning.candidate import LINK_DOMINATES, Candidate, Rejected, batch_text, candidate_of, describe
 from simulate.planning.notes import stretched
 from simulate.planning.planner import Plan, evaluate
-from simulate.planning.time_ranges import equivalent_range
+from simulate.planning.time_ranges import equivalent_range, simulated_here_text, time_text
 from simulate.rules.method_plan import plan_of
 
 MOST_PASSES = 4
@@ -68,7 +69,7 @@ def _title(plan: Plan) -> str:
     shape, base = plan.base.model.shape(), plan.base
     kinds = [device.kind.removeprefix("NVIDIA ").removeprefix("GeForce ") for device in plan.profile.device]
     devices = f"{base.cluster.devices} x {kinds[0]}" if len(kinds) == 1 else f"{base.cluster.devices} mixed devices"
-    parts = [f"{shape.name} ({_count_text(shape.parameters)}) on {devices}"]
+    parts = [f"{shape.name} ({_count_text(shape.all_parameters)}) on {devices}"]
     if base.cluster.devices > 1:
         parts.append(f"links of {bytes_text(plan.profile.link.up_bytes_per_s)}/s")
     passes = _passes(plan)
@@ -93,7 +94,7 @@ def _passes(plan: Plan) -> float | None:
     data = plan.base.data
     if plan.base.model.unit != "tokens" or data.tokenizer != BYTES:
         return None
-    size = STDLIB_BYTES if data.name == "stdlib" else TRAINED_SHARE * text_bytes(data.path, data.tokenizer)
+    size = STDLIB_BYTES if data.name == "stdlib" else TRAINED_SHARE * text_bytes(data)
     return plan.tokens / size if size else None
 
 
@@ -111,7 +112,9 @@ def _answers(plan: Plan, chosen: Candidate) -> Iterator[Answer]:
     is_dense = chosen.run.method.name == BASELINE
     beside = "" if is_dense or dense is None else f" (dense here: {_dense_text(dense)})"
     reached = "for the tokens" if is_dense else f"to dense's loss{beside}"
-    yield Answer("How long?", range_text(*equivalent_range(chosen)), reached.replace("tokens", plan.base.model.unit))
+    yield Answer(
+        "How long?", time_text(chosen, equivalent_range(chosen)), reached.replace("tokens", plan.base.model.unit)
+    )
     yield _worth(plan, chosen, dense)
     yield Answer("Bottleneck", *_bottleneck(plan, chosen))
     yield Answer("Settings", ", ".join(_settings(chosen.run)), "")
@@ -120,7 +123,7 @@ def _answers(plan: Plan, chosen: Candidate) -> Iterator[Answer]:
 def _dense_text(dense: Candidate | Rejected) -> str:
     if isinstance(dense, Rejected):
         return "does not fit" if dense.short_bytes or dense.host_short_bytes else "too slow for --within"
-    return range_text(*equivalent_range(dense))
+    return time_text(dense, equivalent_range(dense))
 
 
 def _worth(plan: Plan, chosen: Candidate, dense: Candidate | Rejected | None) -> Answer:
@@ -179,7 +182,7 @@ def _settings(run: Run) -> Iterator[str]:
         yield f"{method.frozen_format} weights"
     if (wire := getattr(method, "wire", "full")) != "full":
         yield f"{wire} messages"
-    yield f"batch {train.micro_batch}"
+    yield batch_text(run)
     if train.activation_checkpointing:
         yield "checkpointing"
     if train.autocast != "none":
@@ -187,7 +190,9 @@ def _settings(run: Run) -> Iterator[str]:
 
 
 def _warnings(plan: Plan, chosen: Candidate) -> Iterator[str]:
-    """Yield caveats with their remedies: of the data first, then of the choice, then of the figures."""
+    """Yield caveats with their remedies: of the profile, of the data, of the choice, of the figures."""
+    for slip in slips(plan.profile):
+        yield f"{slip} (lte profile check {plan.base.cluster.profile})"
     base = plan.base
     for text in stretched(plan.profile, base.cluster.devices):
         yield f"{text[0].upper()}{text[1:]}"
@@ -207,7 +212,11 @@ def _warnings(plan: Plan, chosen: Candidate) -> Iterator[str]:
     for warning in chosen.warnings:
         if not warning.startswith("the link dominates"):
             yield f"{warning[0].upper()}{warning[1:]}"
-    if not chosen.context.margins.is_point:
+    if plan.profile.name == LOCAL:
+        yield f"Devices are imaginary; lte train simulates them here: {simulated_here_text(chosen)}"
+    if chosen.context.margins.is_order:
+        yield "Times are orders of magnitude: lte profile measure --quick, or train once"
+    elif not chosen.context.margins.is_point:
         yield "Times are estimates: run lte profile measure on such a device"
 
 
@@ -216,5 +225,5 @@ def _faster_rival(plan: Plan, chosen: Candidate) -> Iterator[str]:
     fitting = [rival for rival in plan.rivals if isinstance(rival, Candidate)]
     rival = min(fitting, key=lambda candidate: candidate.equivalent_wall_s, default=None)
     if rival is not None and rival.equivalent_wall_s < chosen.equivalent_wall_s:
-        name, times = rival.run.method.name, range_text(*equivalent_range(rival))
+        name, times = rival.run.method.name, time_text(rival, equivalent_range(rival))
         yield f"{name} may be faster ({times}, less tried): lte plan --method {name}"

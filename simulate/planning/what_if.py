@@ -138,7 +138,9 @@ def _equivalent_s(chosen: Candidate, devices: Sequence[Device], link: Link) -> f
     """Return the seconds to equal loss on other devices, with a batch that grows with them and the same tokens."""
     cluster = chosen.run.cluster.model_copy(update={"devices": len(devices)})
     run = chosen.run.model_copy(update={"cluster": cluster})
-    train = train_for(run, run.train.micro_batch, run.train.activation_checkpointing, chosen.tokens)
+    train = train_for(
+        run, run.train.micro_batch, run.train.accumulate, run.train.activation_checkpointing, chosen.tokens
+    )
     run = run.model_copy(update={"train": train})
     timeline = simulate(run, devices, link, COMPARED_ROUNDS)
     # Devices that skip or repeat steps train on fewer samples; the time grows by what is missing.

@@ -119,7 +119,7 @@ class Settings(toml_io.Schema):
     heads: int = Field(gt=0)
     """Heads of the run, on all devices, for which `recommendation` holds."""
     micro_batch: int = Field(gt=0)
-    """Samples of one device in one step; the smaller of the two batch sizes behind the noise scale."""
+    """Samples of one device in one step."""
     tokens_per_sample: int = Field(gt=0)
     batches: int = Field(gt=0)
     """Steps whose batches, of all devices, gave gradients."""

@@ -186,7 +186,7 @@ def _settings(run: Run, num_batches: int, warmup_steps: int, steps: int) -> Sett
         learning_rate=train.learning_rate,
         devices=run.cluster.devices,
         heads=run.heads if plan_of(run.method).has_separate_heads else run.cluster.devices,
-        micro_batch=train.micro_batch,
+        micro_batch=train.device_batch,
         tokens_per_sample=run.model.units_per_sample,
         batches=num_batches,
         warmup_steps=warmup_steps,

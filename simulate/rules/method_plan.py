@@ -148,6 +148,12 @@ class MethodPlan(Protocol):
     def extra_elements(self, shape: ModelShape, devices: int) -> int:
         """Return the elements of the method's own state: error feedback, outer momentum, old weights and gradients."""
 
+    def shared_elements(self, shape: ModelShape, devices: int) -> int:
+        """Return how many of extra_elements are equal on all devices, so that a simulation stores them once."""
+
+    def simulated_copies(self, devices: int) -> int:
+        """Return how many copies of what devices train, and of its moments, a simulation stores."""
+
     full_copies: int
     """Full-precision copies of the adapted weights that merges need beside the frozen ones."""
 

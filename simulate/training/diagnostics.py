@@ -120,7 +120,7 @@ class Diagnostics:
     def of_gradients(self, batches: Batches, step: int, device: torch.device) -> Figures:
         """Return the gradient noise scale at the merged weights, right after a merge; `step` is the next one.
 
-        Each process takes the gradients of its own devices' batches.
+        Each process takes the gradients of its own devices' batches, one pass's samples at a time.
         """
         gradients, size = GradientSums(self.run, self.method.weights_in_use()), self.run.train.micro_batch
         for coming in range(step, step + NOISE_BATCHES):
@@ -129,7 +129,7 @@ class Diagnostics:
                 gradients.add(*(tensor.to(device) for tensor in pair))
         with self.method.communicator.uncounted(self.traffic):
             small_square, big_square = gradients.squares(self.method.communicator)
-        samples = size * NOISE_BATCHES * self.run.cluster.devices
+        samples = self.run.train.device_batch * NOISE_BATCHES * self.run.cluster.devices
         return noise_figures(small_square, big_square, size, samples, self.run.model.units_per_sample)
 
     def take_sent_bytes(self) -> int:

@@ -77,7 +77,7 @@ def scratch_folder() -> Iterator[Path]:
 def workers() -> Iterator[ProcessPoolExecutor]:
     """Start processes that import this tree, use one thread each, and share a cache of their own."""
     with tempfile.TemporaryDirectory(prefix="frozen-cache-") as cache:
-        wanted = {**ENVIRONMENT, "PYTHONPATH": str(ROOT), "LTE_CACHE": cache}
+        wanted = {**ENVIRONMENT, "PYTHONPATH": str(ROOT), "LTE_CACHE": cache, "LTE_CALIBRATE": "0"}
         before = {key: os.environ.get(key) for key in wanted}
         os.environ.update(wanted)
         try:

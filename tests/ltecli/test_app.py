@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -101,3 +103,15 @@ def test_an_interrupt_before_the_first_step_is_one_line(lte: Lte, monkeypatch: p
 
     monkeypatch.setattr("ltecli.commands.profile.list_command", interrupted)
     assert_one_line(lte("profile", "list"), 130, ["interrupted"])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows removes no folder that a process is in")
+def test_a_removed_folder_and_closed_streams_are_no_traceback(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = f"cd {gone} && rmdir {gone} && exec {sys.executable} -m ltecli plan"
+    outcome = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment(), check=False)
+    assert outcome.returncode == 2
+    assert outcome.stderr == "lte: the current folder was removed; cd to one that exists\n"
+    command = f"exec {sys.executable} -m ltecli profile show h200 >&- 2>&-"
+    assert subprocess.run(["bash", "-c", command], env=environment(), check=False).returncode == 0

@@ -18,9 +18,10 @@ def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 def scheduled_rate(train: Train, peak: float, step: int) -> float:
     """Return the learning rate of a step: linear warm-up, then a cosine from the peak to a tenth of it."""
-    if step < train.warmup_steps:
-        return peak * (step + 1) / train.warmup_steps
-    progress = min(1.0, (step - train.warmup_steps) / (train.steps - train.warmup_steps))
+    warmup = train.warmup_steps or 0
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / (train.steps - warmup))
     return peak * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 

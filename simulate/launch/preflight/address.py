@@ -9,7 +9,9 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from simulate.common.errors import InputError
@@ -26,6 +28,11 @@ _PRIVATE = tuple(
         "100.64.0.0/10",  # carrier-grade NAT, RFC 6598: overlay networks between homes use it
     )
 )
+VIRTUAL_NAMES = (
+    "br-", "cni", "docker", "lxc", "lxd", "podman", "tailscale", "tap", "tun", "utun", "vbox", "veth", "virbr", "vmnet",
+    "wg", "zt",
+)  # fmt: skip
+"""How names begin that programs give to bridges and tunnels."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,47 @@ def _network(address: str, mask: str | None) -> ipaddress.IPv4Interface | ipaddr
     return ipaddress.ip_interface(address if length is None else f"{address}/{length}")
 
 
+def address_to_join(interface: str | None) -> str:
+    """Return the address of this machine that others should call: on `interface`, else the likeliest one.
+
+    Raises InputError where there is none.
+    """
+    known = interfaces()
+    shown = [_named(interface, known)] if interface is not None else [found for found in known if found.is_up]
+    # Link-local ones differ from machine to machine.
+    usable = [
+        (found, address)
+        for found in shown
+        for address in found.addresses
+        if not (address.version == 6 and address.is_link_local) and (interface is not None or not address.is_loopback)
+    ]
+    if not usable and interface is not None:
+        raise InputError(f"--interface {interface} has no address that others can call; there are {_choices(known)}")
+    if not usable:
+        raise InputError("this machine has no address but loopback; connect it, or name one with --join HOST:PORT")
+    routed = _routed_address()
+
+    def rank(candidate: tuple[Interface, IpAddress]) -> tuple[Any, ...]:
+        found, address = candidate
+        # A public address is refused without --trust-network. Bridges and tunnels lead to containers and elsewhere.
+        return not is_private(address), address.version, _is_virtual(found.name), address != routed, found.name
+
+    return str(min(usable, key=rank)[1])
+
+
+def _routed_address() -> IpAddress | None:
+    """Return the address that this machine calls the rest of the world from; None without a way there."""
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # UDP: only looks up the route
+        return ipaddress.ip_address(probe.getsockname()[0])
+    return None
+
+
+def _is_virtual(name: str, root: Path = Path("/sys/class/net")) -> bool:
+    """Whether an interface is a bridge or a tunnel, by its name or by what Linux says of it."""
+    return name.startswith(VIRTUAL_NAMES) or any((root / name / kind).exists() for kind in ("bridge", "tun_flags"))
+
+
 def choose_bind_address(
     endpoint: Endpoint, *, is_coordinator: bool, interface: str | None, trust_network: bool
 ) -> BindAddress:
@@ -146,7 +194,7 @@ def _check_private(endpoint: Endpoint, address: IpAddress, trust_network: bool) 
     if address.version == 6 and address.is_link_local:
         raise InputError(
             f"--join {endpoint}: {address} is an IPv6 link-local address, which differs from machine to machine; "
-            "give an IPv4 address, or a unique local one (fd...)"
+            "give an IPv4 address, or a unique local one (fd...): ip -6 address add fd00::1/64 dev NAME"
         )
     if not trust_network and not is_private(address):
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import hmac
 import os
@@ -69,7 +70,8 @@ def read_secret(path: Path | None, environ: Mapping[str, str] | None = None) -> 
     Raises InputError for a file that is missing, not plain, readable by others or too short; never quotes its content.
     """
     if path is not None:
-        return Secret(_read_private(path).strip())
+        # Editors of Windows put a mark before text, which is no part of the secret.
+        return Secret(_read_private(path).removeprefix(codecs.BOM_UTF8).strip())
     # Never an option of the command line, since arguments show in the list of processes.
     given = (os.environ if environ is None else environ).get(VARIABLE)
     return None if given is None else Secret(given.strip().encode())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from simulate.common.seeding import generator
 from simulate.layers.convert import ConversionSpec, convert
-from simulate.layers.lora import AdapterSpec, LoraLinear, lora_function
+from simulate.layers.lora import AdapterSpec, LoraConv2d, LoraLinear, lora_function
 from simulate.methods.adamix.options import AdamixOptions
 from simulate.methods.lora.train import Lora
 
@@ -56,6 +56,10 @@ class MixtureLinear(LoraLinear):
         return torch.addmm(self.weight, b_OR, a_RI, alpha=self.spec.scale)
 
 
+class MixtureConv2d(LoraConv2d, MixtureLinear):
+    """A convolution with M pairs: patches of LoraConv2d, through the pair that MixtureLinear chooses."""
+
+
 class Adamix(Lora):
     """Random routing among M adapters."""
 
@@ -64,9 +68,23 @@ class Adamix(Lora):
         spec, experts = self.spec(), self.run.method.experts
 
         def make(layer: nn.Linear | nn.Conv2d, name: str, bias_LO: Tensor | None) -> nn.Module:
+            if isinstance(layer, nn.Conv2d):
+                return MixtureConv2d(layer, bias_LO, name, spec, experts)
             return MixtureLinear(layer.weight, bias_LO, name, spec, experts)
 
-        return convert(model, 1, ConversionSpec(make, convolutions="average"))
+        return convert(model, 1, ConversionSpec(make))
+
+    def parameters_in_use(self) -> Iterator[nn.Parameter]:
+        """Yield all parameters but those of experts that this step does not route through."""
+        idle = {
+            id(factor)
+            for module in self.model.modules()
+            if isinstance(module, MixtureLinear)
+            for factors, chosen in zip((module.all_a, module.all_b), module.chosen, strict=True)
+            for index, factor in enumerate(factors)
+            if index != chosen
+        }
+        return (parameter for parameter in self.model.parameters() if id(parameter) not in idle)
 
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         for module in self.model.modules():

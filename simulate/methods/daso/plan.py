@@ -39,6 +39,14 @@ class DasoPlan(DensePlan[DasoOptions]):
         """Return the sums of weights that travel between nodes."""
         return shape.parameters if self.options.delay_steps and devices > self.options.devices_per_node else 0
 
+    def shared_elements(self, shape: ModelShape, devices: int) -> int:
+        """Return the sums of weights that travel."""
+        return self.extra_elements(shape, devices)
+
+    def simulated_copies(self, devices: int) -> int:
+        """Return one copy a node."""
+        return devices // self.options.devices_per_node
+
     def exchange_phases(self, context: ExchangeContext) -> Iterable[Phase]:
         """Yield the phases of the gradients' message, of the weights' sums, and of an evaluation while these travel."""
         message = max(bucket_bytes(context.sizes))

@@ -59,8 +59,7 @@ class Daso(Method):
         return max(1, local // size)
 
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
-        losses_L = self.loss.group_losses(inputs, targets, self.local_devices)
-        self.loss.backward(losses_L)
+        losses_L = self.loss.backpropagate(inputs, targets, self.local_devices)
         gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         # Every step: the mean gradient of the node's devices.
         for names in self.messages if self.nodes.size > 1 else ():
@@ -71,7 +70,7 @@ class Daso(Method):
         self.stepper.step(self.rate_factor(step))
         if int(self.sent_after) != NOTHING and step == int(self.sent_after) + self.options.delay_steps:
             self._mix()
-        return losses_L.detach()
+        return losses_L
 
     @torch.no_grad()
     def merge(self, step: int) -> None:

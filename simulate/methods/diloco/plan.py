@@ -35,6 +35,10 @@ class DilocoPlan(DensePlan[DilocoOptions]):
         residuals = residual_elements(shape.parameters, devices) if compressed else 0
         return 2 * shape.parameters + residuals + (2 * shape.parameters if self.options.merge_delay else 0)
 
+    def shared_elements(self, shape: ModelShape, devices: int) -> int:
+        """Return outer weights and momentum, and with a delay the arriving means."""
+        return shape.parameters * (3 if self.options.merge_delay else 2)
+
     def exchange_phases(self, context: ExchangeContext) -> Iterable[Phase]:
         """Yield the memory phases of the means of outer gradients and of the outer steps, fragment by fragment."""
         for index in range(self.options.fragments):

@@ -55,6 +55,10 @@ class LocalSgdPlan(DensePlan[LocalSgdOptions]):
         residuals = residual_elements(shape.parameters, devices) if compressed else 0
         return last + residuals + (2 * shape.parameters if self.options.merge_delay else 0)
 
+    def shared_elements(self, shape: ModelShape, devices: int) -> int:
+        """Return the last averages, and with a delay the arriving means."""
+        return shape.parameters * (self._keeps_last_average(devices) + bool(self.options.merge_delay))
+
     def exchange_phases(self, context: ExchangeContext) -> Iterable[Phase]:
         """Return the means of full copies, message by message."""
         return averaging_phases(context, context.sizes * self._tensors, self.options.wire, self._is_served)

@@ -108,6 +108,14 @@ class LtePlan(AdapterPlan[LteOptions]):
         others = 0 if self._is_served else residual_elements(shape.replicated_parameters, devices)
         return kept + adapted + others
 
+    def shared_elements(self, shape: ModelShape, devices: int) -> int:
+        """Return the last averages, and with a delay all that arrives."""
+        shared = shape.replicated_parameters if self._keeps_last_average(devices) else 0
+        if self.options.merge_delay:
+            averaged = sum(tensor.elements for tensor in self.separate_tensors(shape, devices))
+            shared += averaged + shape.adapted_parameters
+        return shared
+
     def evaluation_weights(self) -> WeightMaterialisation:
         """Return that quantised weights are fetched from the master, or unpacked where the master is elsewhere."""
         unpacked = "none" if self.options.master == "host" else self.options.quantize

@@ -133,9 +133,8 @@ class Lte(Method):
 
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         heads = self.options.heads_per_device
-        losses_H = self.loss.group_losses(inputs, targets, self.local_devices * heads)
         # The sum over heads gives each adapter the gradient of its own head's mean loss, whatever H is.
-        self.loss.backward(losses_H)
+        losses_H = self.loss.backpropagate(inputs, targets, self.local_devices * heads)
         if heads > 1:  # parameters that a device's heads share get the mean of their gradients
             torch._foreach_div_(gradients_of(self.replicated_parameters), float(heads))
         for norm in self.first_device_norms:  # trained on the first device, for all
@@ -144,7 +143,7 @@ class Lte(Method):
                 norm.grad[first:] = 0.0
         clip_per_device(gradients_of(self.model.parameters()), self.local_devices, self.run.train.clip_norm)
         self.stepper.step(self.rate_factor(step))
-        return losses_H.detach().view(self.local_devices, heads).mean(1)
+        return losses_H.view(self.local_devices, heads).mean(1)
 
     @torch.no_grad()
     def merge(self, step: int) -> None:

@@ -32,6 +32,10 @@ class SapipePlan(DensePlan[SapipeOptions]):
         """Return the stale gradients, and the predicted weights or (for delay compensation) the previous ones."""
         return shape.parameters * (1 if self.options.compensation == "none" else 2)
 
+    def shared_elements(self, shape: ModelShape, devices: int) -> int:
+        """Return the stale gradients and the previous weights; predicted weights are each device's own."""
+        return shape.parameters * (2 if self.options.compensation == "delay" else 1)
+
     def exchange_phases(self, context: ExchangeContext) -> Iterable[Phase]:
         """Yield the one memory phase: own gradients stay until the step ends, beside stale ones or the message."""
         message = max(bucket_bytes(context.sizes)) if context.devices > 1 else 0

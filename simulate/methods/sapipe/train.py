@@ -54,8 +54,7 @@ class Sapipe(GradientMethod):
         return shared
 
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
-        losses_L = self.loss.group_losses(inputs, targets, self.local_devices)
-        self.loss.backward(losses_L)
+        losses_L = self.loss.backpropagate(inputs, targets, self.local_devices)
         own = take_gradients(self.leaves)
         self.communicator.wait()  # for the all-reduce that the last step started
         if step > 0:
@@ -67,7 +66,7 @@ class Sapipe(GradientMethod):
             all_reduce_packed(list(self.stale.values()), self.communicator)
         if self.predicts:
             self._predict(own, step)
-        return losses_L.detach()
+        return losses_L
 
     def average_gradients(self) -> None:
         """Give the optimizer the averages that have arrived, corrected for the weights' change since then."""

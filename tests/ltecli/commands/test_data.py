@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from simulate.config.run import load_run
+from simulate.config.run import load_given_run, load_run
 from tests.ltecli.command import Lte, Refused, events_of, lte_process, write_run
 from tests.simulate.data.pictures import files_of, write_folder
 
@@ -78,6 +78,20 @@ def test_paths_become_absolute_and_other_keys_stay(lte: Lte, here: Path) -> None
 def test_data_on_the_command_line_replaces_what_the_file_names(lte: Lte, here: Path) -> None:
     write_run(here / "tiny.toml", data={"name": "hf:nobody/nothing", "rows": 3})
     assert lte("train", "tiny.toml", "--data", "prose.txt", "--out", "a", "--quiet").code == 0
+
+
+def test_a_key_of_data_may_stand_without_the_table(lte: Lte, here: Path) -> None:
+    write_run(here / "tiny.toml")
+    text = (here / "tiny.toml").read_text()
+    begin = text.index("[data]")
+    (here / "tiny.toml").write_text(text[:begin] + text[text.index("[", begin + 1) :])
+    (here / "records.jsonl").write_text(json.dumps({"title": "a", "body": (here / "prose.txt").read_text()}))
+    assert load_given_run(here / "tiny.toml", ["data.shards=[3.0, 1.0]"]).data.name == "stdlib"
+    given = ("--data", "records.jsonl", "--set", "data.field=body", "--set", "data.shards=[3.0, 1.0]")
+    outcome = lte("train", "tiny.toml", "--out", "b", "--quiet", *given)
+    assert outcome.code == 0, outcome.stderr
+    kept = load_run(here / "b" / "run.toml").data
+    assert kept.field == "body" and kept.shards == (3.0, 1.0) and kept.path == str(here / "records.jsonl")
 
 
 @pytest.mark.parametrize("verb", ["train", "plan"])

@@ -47,6 +47,18 @@ def test_all_well(lte: Lte, here: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert document["machine"]["torch"]["backends"] == ["gloo"]
 
 
+def test_a_user_without_a_home_gets_a_warning(lte: Lte, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here_is(monkeypatch, HEALTHY)
+
+    def nowhere() -> Path:
+        raise InputError("LTE_CACHE: this user has no home folder; export LTE_CACHE=FOLDER")
+
+    monkeypatch.setattr(doctor, "cache_folder", nowhere)
+    outcome = lte("doctor")
+    assert outcome.code == 0 and "warning: LTE_CACHE: this user has no home" in outcome.stdout
+    assert "all well" not in outcome.stdout
+
+
 def test_this_very_machine(lte: Lte, here: Path) -> None:
     """Whatever is found here, the answer is whole, and its exit code follows from the findings."""
     outcome = lte("doctor", "--json", "--device", "cpu")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from simulate.config.method_options import DEFAULT_SCALE
 from simulate.config.profiles import load_profile
-from simulate.config.run import load_run
+from simulate.config.run import load_given_run, load_run
 from simulate.methods.lte.options import LteOptions
+from simulate.planning.notes import best_batch
 from tests.ltecli.command import PROFILE, Lte, Refused, assert_one_line, lte_process, write_prose
 
 TOP_KEYS = {"version", "profile", "model", "chosen", "candidates", "rejected", "notes"}
@@ -264,6 +266,14 @@ def test_data_is_read_from_files_and_folders_of_any_depth(lte: Lte, here: Path) 
         ("--method ddp --rank 8", ("--rank is for lte, lora", "the method is ddp")),
         ("--rank 8 --set method.rank=16", ("method.rank is given twice", "keep one")),
         ("--tokens 1000 --set train.steps=5", ("--tokens and train.steps", "keep one")),
+        ("--batch-tokens 0", ("--batch-tokens 0", "greater than 0")),
+        ("--batch-samples 64", ("--batch-samples 64", "trained on tokens", "--batch-tokens")),
+        ("-m vit --batch-tokens 64", ("--batch-tokens 64", "trained on samples", "--batch-samples")),
+        (
+            "--batch-tokens 64 --set train.micro_batch=2 --set train.accumulate=2",
+            ("--batch-tokens", "train.micro_batch x train.accumulate", "leave one"),
+        ),
+        ("--set train.accumulate=0", ("train.accumulate = 0", "greater than 0")),
         ("--set train.steps=5 --set train.warmup_steps=5", ("train.warmup_steps = 5", "train.steps = 5")),
         ("--set train.steps=abc", ("train.steps = 'abc'", "integer")),
         ("--set train.steps=1.5", ("train.steps = 1.5", "integer")),
@@ -346,3 +356,81 @@ def test_hints_go_to_stderr_and_results_to_stdout(lte: Lte) -> None:
     assert text.stderr.startswith("next  lte plan ... -o run.toml") and text.stderr.count("\n") == 1
     assert "Can it?" in text.stdout
     assert json.json()["version"] == 1
+
+
+def batches_of(plan: Any) -> set[tuple[int, int]]:
+    return {(c["micro_batch"], c["accumulate"]) for c in every_candidate(plan)}
+
+
+@pytest.mark.parametrize(
+    ("asked", "batches", "note"),
+    [
+        # Four devices and 128 tokens a sample: 512 tokens for one sample of each device.
+        ("16384", {(1, 32), (2, 16), (4, 8), (8, 4), (16, 2), (32, 1)}, "as asked"),
+        ("5000", {(1, 10), (2, 5)}, "near the 5,000 asked for"),  # 5,120; 4 x 2 would be 4,096
+        # 85 samples of each device; 2 x 42 and 4 x 21 are 1.2 % away, 8 x 11 and 16 x 5 more than 2 %.
+        ("43520", {(1, 85), (2, 42), (4, 21)}, "asked"),
+        ("100", {(1, 1)}, "near the 100 asked for"),
+    ],
+)
+def test_a_step_comes_near_to_the_tokens_asked_for(
+    lte: Lte, asked: str, batches: set[tuple[int, int]], note: str
+) -> None:
+    plan = lte(*HOME, "--tokens", "100000", "--method", "lte", "--batch-tokens", asked, "--json").json()
+    assert batches_of({**plan, "dense": None}) == batches
+    chosen = plan["chosen"]
+    tokens = chosen["micro_batch"] * chosen["accumulate"] * 4 * 128
+    assert chosen["steps"] == -(-100_000 // tokens)
+    assert any(f"a step has {tokens:,} tokens" in text and note in text for text in plan["notes"])
+
+
+def test_a_pinned_half_of_the_batch_leaves_the_other_free(lte: Lte) -> None:
+    command = (*HOME, "--tokens", "100000", "--batch-tokens", "16384", "--json", "--set")
+    assert batches_of(lte(*command, "train.micro_batch=4").json()) == {(4, 8)}
+    assert batches_of(lte(*command, "train.accumulate=4").json()) == {(8, 4)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "least", "smallest"),
+    [
+        (("--model", "vit", "--samples", "50000"), 32, {(1, 8), (2, 4), (4, 2), (8, 1)}),
+        (("--set", "model.context=16", "--tokens", "100000"), 512, {(1, 8), (2, 4), (4, 2), (8, 1)}),
+        (("--tokens", "100000"), 512, {(1, 1)}),
+    ],
+)
+def test_no_step_is_smaller_than_the_rule_of_the_default_batch(
+    lte: Lte, arguments: tuple[str, ...], least: int, smallest: set[tuple[int, int]]
+) -> None:
+    plan = lte(*HOME, *arguments, "--json").json()
+    unit = 1 if least == 32 else 16 if "model.context=16" in arguments else 128
+    sizes = {batch: batch[0] * batch[1] * 4 * unit for batch in batches_of(plan)}
+    assert min(sizes.values()) == least
+    assert {batch for batch, size in sizes.items() if size == least} == smallest
+    assert {batch[0] for batch in sizes} == {1, 2, 4, 8, 16, 32}  # one a micro_batch: the grid does not grow
+    assert any(f"no step has fewer than {least}" in note for note in plan["notes"])
+
+
+def test_a_batch_that_is_given_stays_as_it_is(lte: Lte) -> None:
+    command = (*HOME, "--model", "vit", "--samples", "50000", "--set", "train.micro_batch=1")
+    plan = lte(*command, "--json").json()
+    assert batches_of(plan) == {(1, 1)} and any("samples" in n and "as given" in n for n in plan["notes"])
+
+
+def test_the_power_laws_batch_is_the_published_one() -> None:
+    """At 1e18 operations, 0.2920 x 1e18^0.3271 = 225,519 tokens, in two digits."""
+    shape = SimpleNamespace(parameters=10**8)
+    candidate = SimpleNamespace(context=SimpleNamespace(shape=shape), tokens=10**10 / 6)
+    assert best_batch(candidate) == 230_000  # type: ignore[arg-type]
+
+
+def test_a_written_plan_also_runs_with_few_steps(lte: Lte, here: Path) -> None:
+    assert lte(*SMALL, "-o", "run.toml").code == 0
+    planned, short = load_run(here / "run.toml"), load_given_run(here / "run.toml", ["train.steps=10"])
+    assert planned.train.warmup_share == 0.05 and planned.train.warmup_steps is None
+    assert planned.train.num_warmup_steps == planned.train.steps // 20 > 0
+    assert short.train.num_warmup_steps == 0
+
+
+def test_a_long_warm_up_is_cut_at_2000_steps(lte: Lte, here: Path) -> None:
+    lte(*HOME, "--set", "train.steps=123457", "--set", "train.micro_batch=4", "-o", "run.toml")
+    assert load_run(here / "run.toml").train.num_warmup_steps == 2000

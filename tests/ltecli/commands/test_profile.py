@@ -80,7 +80,7 @@ def test_an_unknown_profile_is_refused(refused: Refused, name: str, words: tuple
         (DEVICE, ("p.toml: link is missing",)),
         (PROFILE.replace("1e6", "-1e6"), ("p.toml:14: link.up_bytes_per_s = -1000000.0", "greater than 0")),
         (PROFILE.replace("2e6", "nan"), ("p.toml:15: link.down_bytes_per_s", "finite")),
-        (PROFILE.replace("0.01", '"fast"'), ("p.toml:16: link.latency_s = 'fast'", "number")),
+        (PROFILE.replace("0.01", '"fast"'), ("p.toml:16: link.latency_s: 'fast'", "number")),
         (PROFILE.replace("8_000_000_000", "500_000_000"), ("p.toml:2", "reserved_bytes = 500000000 leaves nothing")),
         (PROFILE.replace("8_000_000_000", "0"), ("p.toml:4: device[0].memory_bytes = 0", "greater than 0")),
         (PROFILE.replace("8_000_000_000", "9" * 30), ("device[0].memory_bytes", "64 bits")),
@@ -174,5 +174,5 @@ def test_a_gpu_that_is_not_there_is_not_measured(refused: Refused, monkeypatch: 
 
 
 def test_a_profile_that_is_not_text_is_refused(refused: Refused, here: Path) -> None:
-    (here / "p.toml").write_bytes(b"\xff\xfe")
+    (here / "p.toml").write_bytes(b"caf\xe9")
     refused("profile", "show", "p.toml", words=("p.toml", "not UTF-8"))

@@ -257,7 +257,10 @@ def test_a_loss_that_is_not_finite_ends_the_run(lte: Lte, run_toml: Path) -> Non
         ('name = "lte"', 'name = "lt"', ("method.name = 'lt'", "did you mean 'lte'?")),
         ('name = "lte"', 'name = "ddp"', ("method.rank", "not a known key")),
         ("merge_every = 3", 'reset = "c"', ("method.reset = 'c'", "known: ab, b, none")),
-        ("steps = 8", "steps = 8\nwarmup_steps = 8", ("train.warmup_steps = 8", "train.steps = 8")),
+        ("steps = 8", "steps = 8\nwarmup_steps = 8", ("train.warmup_steps = 8", "train.steps = 8", "warmup_share")),
+        ("steps = 8", "steps = 8\nwarmup_steps = 2\nwarmup_share = 0.1", ("both say how long", "--set train.warmup")),
+        ("steps = 8", 'steps = 8\nschedule = "cosin"', ("train.schedule = 'cosin'", "cosine")),
+        ("steps = 8", "steps = 8\naccumulate = 0", ("train.accumulate = 0", "greater than 0")),
         ("devices = 2", "devices = 0", ("cluster.devices = 0", "greater than 0")),
         ("rtx3060_x4_home", "rtx3060", ("profile = 'rtx3060'", "known:")),
         ("[data]", "[date]", ("date is not a known key", "did you mean 'data'?")),
@@ -315,3 +318,41 @@ def test_a_step_that_nobody_takes_has_no_loss_to_show(lte: Lte, here: Path) -> N
     losses = [event["train_loss"] for event in events_of(here / "a", "step")]
     assert losses[2] is None and losses[3] is not None
     assert lte("report", "a").code == 0
+
+
+def test_a_run_that_ends_worse_than_guessing_says_so(lte: Lte, run_toml: Path) -> None:
+    """Of 256 bytes, equal chances have a loss of ln 256 = 5.5452."""
+    spoiled = lte("train", run_toml, "--out", "a", "--set", "train.learning_rate=3.0", "--set", "train.steps=30")
+    assert spoiled.code == 0
+    (line,) = [text for text in spoiled.stdout.splitlines() if text.startswith("done: ")]
+    words = ("worse than guessing: ", "above 5.5452", "256 tokens", "lower train.learning_rate (here 3)")
+    assert all(word in line for word in words), line
+    assert "worse than guessing: " in lte("report", "a").stdout
+    losses = [lte(*command, "--json").json() for command in (("report", "a"), ("train", "a", "--resume"))]
+    assert losses[0]["worse_than_guessing"] == losses[1]["worse_than_guessing"] in line
+    assert "training loss" in line or "validation loss" in losses[0]["worse_than_guessing"]
+    learned = lte("train", run_toml, "--out", "b", "--set", "train.steps=30")
+    assert learned.code == 0 and "guessing" not in learned.stdout + lte("report", "b").stdout
+
+
+def test_a_run_that_has_not_ended_is_not_judged(lte: Lte, run_toml: Path, here: Path) -> None:
+    """Every network starts near the loss of guessing, often above it."""
+    lte("train", run_toml, "--out", "a", "--set", "train.learning_rate=3.0", "--set", "train.steps=30", "--quiet")
+    text = (here / "a" / "run.toml").read_text()
+    (here / "a" / "run.toml").write_text(text.replace("steps = 30", "steps = 60", 1))
+    assert lte("report", "a", "--json").json()["worse_than_guessing"] is None
+
+
+def test_accumulated_steps_are_counted_whole(lte: Lte, run_toml: Path) -> None:
+    for out, keys in (("parts", ("micro_batch=1", "accumulate=4")), ("whole", ("micro_batch=4",))):
+        assert (
+            lte("train", run_toml, "--out", out, "--quiet", *(w for k in keys for w in ("--set", f"train.{k}"))).code
+            == 0
+        )
+    parts, whole = (lte("report", out, "--json").json() for out in ("parts", "whole"))
+    for key in ("steps", "samples", "tokens", "sent_bytes_per_device"):
+        assert parts[key] == whole[key], key
+    assert parts["samples"] == 8 * 2 * 4
+    assert parts["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-5)
+    assert parts["memory_bytes"]["planned"] == pytest.approx(parts["memory_bytes"]["measured"], rel=0.03)
+    assert "batch 1 x 4" in lte("report", "parts").stdout

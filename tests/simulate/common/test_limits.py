@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from simulate.common import limits
-from simulate.common.limits import Limits, control_group_limits, usable_cores, usable_memory
+from simulate.common.limits import Limits, control_group_limits, usable_cores, usable_memory, usable_workers
 from simulate.config.profiles import detect_local
 from tests.harness import ROOT, run_python
 
@@ -138,3 +138,17 @@ def test_the_local_profile_keeps_to_a_containers_limits(monkeypatch: pytest.Monk
     assert device.kind == "this machine (1 cores)"
     limit(monkeypatch, memory_bytes=32 * GIB, memory_free_bytes=20 * GIB)
     assert usable_memory() == (16 * GIB, 10 * GIB)
+
+
+def test_limits_are_read_where_nothing_says_what_is_mounted(tmp_path: Path) -> None:
+    files = {"memory.max": str(GIB), "memory.current": "0", "pids.max": "64", "pids.current": "60"}
+    found = control_group_limits(system(tmp_path, "0::/", "25 1 0:22 / /sys/fs/cgroup rw - tmpfs tmpfs rw", files))
+    assert (found.memory_bytes, found.memory_free_bytes, found.processes_free) == (GIB, GIB, 4)
+
+
+def test_workers_fit_into_what_a_limit_of_processes_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "usable_cores", lambda: 4)
+    for free, expected in ((None, 4), (100, 4), (14, 2), (4, 0)):
+        monkeypatch.setattr(limits, "control_group_limits", lambda free=free: Limits(processes_free=free))
+        assert usable_workers(9) == expected
+    assert usable_workers(0) == 0

@@ -253,3 +253,30 @@ def test_the_last_layers_pass_can_be_the_peak_where_no_inputs_are_kept(family: s
     run = family_run(model, train(2, checkpointing), name="lte", rank=8, quantize="nf4")
     tracked = tracked_memory(run, with_host=False).tracked_bytes
     assert -0.005 <= planned_bytes(run, TWO_MEMORIES) / tracked - 1 <= TOLERANCE
+
+
+IN_PARTS: dict[str, Run] = {**HELD_OUT, **OTHER_FAMILIES}
+
+
+def in_parts(run: Run, parts: int = 3) -> Run:
+    return run.model_copy(update={"train": run.train.model_copy(update={"accumulate": parts})})
+
+
+@pytest.mark.parametrize("name", others_slow(IN_PARTS, ["ddp large vocabulary", "mixer, lte checkpointing"]))
+def test_memory_of_accumulated_steps_is_what_the_allocator_gives(name: str) -> None:
+    run = in_parts(IN_PARTS[name])
+    assert planned_bytes(run) == pytest.approx(measure_memory_bytes(run, torch.device("cpu")), rel=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tiny.VARIANTS)
+def test_every_methods_memory_is_planned_in_parts(name: str) -> None:
+    run = in_parts(tiny.variant_run(name, 4, {**WIDE, "context": 24}, {**train(2), "steps": 12}), 2)
+    assert planned_bytes(run) == pytest.approx(measure_memory_bytes(run, torch.device("cpu")), rel=TOLERANCE)
+
+
+def test_a_plan_without_the_gradients_of_earlier_passes_would_be_noticed() -> None:
+    """They are a tenth of the peak, and the plan has them."""
+    run = HELD_OUT["ddp"]
+    assert planned_bytes(in_parts(run)) > 1.05 * planned_bytes(run)
+    assert planned_bytes(in_parts(run)) == planned_bytes(in_parts(run, 7))

@@ -12,6 +12,7 @@ from simulate.config.profiles import load_profile
 from simulate.config.run import Run
 from simulate.costs.message_schedule import schedule
 from simulate.costs.message_time import link_of, transfer_s
+from simulate.costs.state import persistent_state
 from simulate.costs.step_time import exchange_s, round_time
 from tests import tiny
 
@@ -172,3 +173,36 @@ def test_one_device_exchanges_nothing() -> None:
     run = tiny.lte_run(devices=1)
     assert schedule(run, run.model.shape()) == ()
     assert round_time(run, run.model.shape(), load_profile("gtx1080ti_x8").devices(1), link("star")).exchange_s == 0
+
+
+def split(run: Run, micro_batch: int, accumulate: int) -> Run:
+    """Return the run with its batch in so many passes."""
+    train = {"micro_batch": micro_batch, "accumulate": accumulate}
+    return run.model_copy(update={"train": run.train.model_copy(update=train)})
+
+
+@pytest.mark.parametrize("run", [tiny.ddp_run(), tiny.lte_run(merge_every=4)], ids=["ddp", "lte"])
+def test_passes_share_one_optimizer_step_and_one_exchange(run: Run) -> None:
+    """Beside the whole batch's step there are two sums of gradients, of three elements moved for each trained one."""
+    profile, shape = load_profile("gtx1080ti_x8"), run.model.shape()
+    parts, whole = (
+        round_time(split(run, *batch), shape, profile.devices(2), profile.link) for batch in ((2, 3), (6, 1))
+    )
+    trained = persistent_state(run, shape).trained
+    summed_s = 2 * 3 * trained * 8 / profile.device[0].memory_bytes_per_s
+    assert parts.compute_s == pytest.approx(whole.compute_s + summed_s, rel=1e-9)
+    assert (parts.exchange_s, parts.merge_s) == (whole.exchange_s, whole.merge_s)
+
+
+def test_every_pass_unpacks_and_casts_the_weights_again() -> None:
+    profile = load_profile("gtx1080ti_x8")
+    run = tiny.lte_run(train={"dtype": "fp32", "autocast": "fp16"}, quantize="int8", reset="b", frozen_a=True)
+    shape = run.model.shape()
+    one, two, three = (
+        round_time(split(run, 2, passes), shape, profile.devices(2), profile.link).compute_s for passes in (1, 2, 3)
+    )
+    summed_s = 3 * persistent_state(run, shape).trained * 4 / profile.device[0].memory_bytes_per_s
+    assert three - two == pytest.approx(two - one)
+    weights = shape.adapted_parameters
+    # Each pass reads int8 with its scales twice, writes and reads fp32 twice, and casts fp32 to fp16 twice.
+    assert two - one - summed_s > weights * (2 * (1 + 4 + 4) + 2 * (4 + 2)) / profile.device[0].memory_bytes_per_s

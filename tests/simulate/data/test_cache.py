@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from simulate.common.cache_folder import cache_folder
 from simulate.common.errors import InputError
 from simulate.data import cache
-from simulate.data.cache import CachedArrays, Draft, cache_folder, cached, open_arrays
+from simulate.data.cache import CachedArrays, Draft, cached, open_arrays
 from tests.harness import run_together
 
 
@@ -115,7 +116,7 @@ def test_a_full_disk_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(cache, "_reserve", full)
+    monkeypatch.setattr(cache, "reserve", full)
     with pytest.raises(InputError, match=r"No space left on device.*set LTE_CACHE to another folder") as caught:
         cached("test", {}, Maker())
     assert "\n" not in str(caught.value)
@@ -124,6 +125,17 @@ def test_a_full_disk_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_folder_that_cannot_be_made_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LTE_CACHE", "/dev/null/cache")
     with pytest.raises(InputError, match="/dev/null/cache cannot be used"):
+        cached("test", {}, Maker())
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("LTE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    with pytest.raises(InputError, match=r"this user has no home folder.*export LTE_CACHE=FOLDER"):
         cached("test", {}, Maker())
 
 

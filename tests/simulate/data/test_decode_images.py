@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import struct
+import zlib
 from multiprocessing import current_process
 from pathlib import Path
 
@@ -82,6 +85,46 @@ def test_damage_is_told(content: bytes) -> None:
         decode(content, Frame(8, 3))
 
 
+@pytest.mark.parametrize("colours", [1, 3])
+def test_cameras_pictures_stand_upright(colours: int) -> None:
+    upright = np.zeros((16, 16, 3), np.uint8)
+    upright[:8] = 255  # white above, black below
+    turned = Image.fromarray(upright).transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x112] = 6  # "turn me by 90 degrees clockwise"
+    buffer = io.BytesIO()
+    turned.save(buffer, "JPEG", quality=95, exif=exif)
+    for size in (16, 8):  # at full and at a smaller scale
+        seen = decode(buffer.getvalue(), Frame(size, colours))
+        assert seen[:, : size // 2 - 1].min() > 240 and seen[:, size // 2 + 1 :].max() < 15
+
+
+def test_a_broken_exif_block_is_no_traceback() -> None:
+    picture = Image.fromarray(pixels(1, 16, 16))
+    for block in (
+        b"Exif\0\0MM\0*\0\0\0\x08\xff\xff",
+        b"Exif\0\0garbage",
+        b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x07\0",
+    ):
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", exif=block)
+        with contextlib.suppress(UnfitImageError):
+            assert decode(buffer.getvalue(), Frame(16, 3)).shape == (3, 16, 16)
+
+
+def test_colours_of_sixteen_bits_are_refused_though_their_mode_says_eight() -> None:
+    # Pillow writes no such files: a PNG and a PPM of one pixel, by hand.
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header, row = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0), zlib.compress(b"\0" + b"\1\2" * 3)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", row) + chunk(b"IEND", b"")
+    for content in (png, b"P6\n1 1\n65535\n" + b"\1\2" * 3):
+        with pytest.raises(UnfitImageError, match="not 8 bits a colour"):
+            decode(content, Frame(1, 3))
+    assert decode(b"P6\n1 1\n255\n\1\2\3", Frame(1, 3)).ravel().tolist() == [1, 2, 3]
+
+
 def test_arrays_are_fitted_like_files() -> None:
     picture = pixels(0, 12, 20)
     assert np.array_equal(fit_array(picture.transpose(2, 0, 1), Frame(6, 1)), decode(encoded(picture), Frame(6, 1)))
@@ -103,7 +146,7 @@ def test_a_pool_does_what_one_process_does(tmp_path: Path, monkeypatch: pytest.M
     for pool_from in (10**9, 0):
         monkeypatch.setattr(module, "POOL_FROM_IMAGES", pool_from)
         monkeypatch.setattr(module, "CHUNK_IMAGES", 9)
-        monkeypatch.setattr(module, "usable_cores", lambda: 2)
+        monkeypatch.setattr(module, "usable_workers", lambda tasks: 2)
         place = Draft(tmp_path / f"out {pool_from}").allocate({"x": ("u1", (30, 3, 8, 8))}, {})["x"]
         unfit = decode_all(reader, names, Frame(8, 3), place)
         assert {index: type(error) for index, error in unfit.items()} == {7: UnfitImageError, 21: SmallImageError}
@@ -116,7 +159,7 @@ def test_a_pool_does_what_one_process_does(tmp_path: Path, monkeypatch: pytest.M
 def test_a_worker_of_a_pool_decodes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "POOL_FROM_IMAGES", 0)
     monkeypatch.setattr(module, "CHUNK_IMAGES", 1)
-    monkeypatch.setattr(module, "usable_cores", lambda: 2)
+    monkeypatch.setattr(module, "usable_workers", lambda tasks: 2)
     monkeypatch.setitem(current_process()._config, "daemon", True)  # type: ignore[attr-defined]
     files = files_of({"a": 2})
     place = Draft(tmp_path / "out").allocate({"x": ("u1", (2, 3, 8, 8))}, {})["x"]

@@ -100,7 +100,7 @@ def test_images_are_read_by_other_processes(tmp_path: Path, monkeypatch: pytest.
     """A pool of processes opens the file of rows by its path."""
     monkeypatch.setattr("simulate.data.decode_images.POOL_FROM_IMAGES", 4)
     monkeypatch.setattr("simulate.data.decode_images.CHUNK_IMAGES", 6)
-    monkeypatch.setattr("simulate.data.decode_images.usable_cores", lambda: 2)
+    monkeypatch.setattr("simulate.data.decode_images.usable_workers", lambda tasks: 2)
     source = image_source(Data(name=write_pictures(tmp_path / "set", "train", 12)))
     assert source is not None
     loaded = load_images(source, source.frame(None, None, False))

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from simulate.common.errors import InputError
 from simulate.config.tables import Data
-from simulate.data.image_folders import Tree, arrange, read_folder, read_zip
-from simulate.data.images import ImageSource
+from simulate.data.decode_images import Frame
+from simulate.data.file_tree import Tree, read_folder, read_zip
+from simulate.data.image_folders import arrange
+from simulate.data.images import ImageSource, load_images
 from simulate.data.load import image_source
-from tests.simulate.data.pictures import files_of, write_folder, write_zip
+from tests.simulate.data.pictures import encoded, files_of, pixels, write_folder, write_zip
 
 
 def tree_of(*paths: str, bare: tuple[str, ...] = ()) -> Tree:
@@ -98,6 +102,24 @@ def test_what_makes_no_sense_is_refused(tree: Tree, words: str) -> None:
     assert words in refusal(tree)
 
 
+def test_a_folder_beside_the_classes_without_an_image_is_named() -> None:
+    for path in ("cow/1.npy", "cow/deep/1.npy"):
+        message = refusal(tree_of("cat/1.jpg", "dog/1.jpg", path))
+        assert f"the folder {path.rpartition('/')[0]} of there has no image that can be read (but {path})" in message
+    assert "train/cow" in refusal(tree_of("train/cat/1.jpg", "train/dog/1.jpg", "train/cow/1.npy", "val/cat/1.jpg"))
+    # Within a class, around classes and beside splits, other files mean nothing.
+    around = ("train/cat/more/1.npy", "labels/1.npy", "train/README", "README")
+    assert len(arranged(*(f"{s}/{c}/1.jpg" for s in ("train", "val") for c in ("cat", "dog")), *around)) == 4
+
+
+def test_names_that_a_person_reads_alike_are_one_class() -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    found = arranged(f"train/{composed}/1.jpg", "train/b/1.jpg", f"val/{decomposed}/1.jpg", "val/b/1.jpg")
+    assert found[f"val/{decomposed}/1.jpg"] == (composed, True)
+    # Letters, for one, are data sets of classes that differ by case alone.
+    assert {name for name, _ in arranged("a/1.jpg", "A/1.jpg").values()} == {"a", "A"}
+
+
 FILES: Mapping[str, bytes] = files_of({"cat": 3, "dog": 2})
 
 
@@ -107,6 +129,66 @@ def test_a_folder_and_an_archive_list_the_same(tmp_path: Path) -> None:
     archive = read_zip(write_zip(tmp_path / "pictures.zip", {**hidden, "__MACOSX/cat/0.png": b""}, ("cat", "dog")))
     assert folder.images == archive.images == sorted(FILES)
     assert folder.bare_folders == archive.bare_folders == frozenset()
+
+
+def test_systems_leave_files_that_are_not_seen(tmp_path: Path) -> None:
+    added = ("__MACOSX/cat/._0.png", "cat/Thumbs.db", "dog/@eaDir/0.jpg", "dog/._0.png", "desktop.ini")
+    files = {**FILES, **dict.fromkeys(added, b"\0\5\x16\7")}
+    assert set(read_folder(write_folder(tmp_path / "pictures", files)).files) == set(FILES)
+    assert set(read_zip(write_zip(tmp_path / "pictures.zip", files)).files) == set(FILES)
+
+
+def test_images_are_told_by_their_content(tmp_path: Path) -> None:
+    kinds = {"PNG": "png_", "JPEG": "jfif", "GIF": "", "BMP": "image", "WEBP": "txt", "TIFF": "scan", "JPEG2000": "j"}
+    shown = {f"cat/{k}.{end}": encoded(pixels(k), kind) for k, (kind, end) in enumerate(kinds.items())}
+    files = {**shown, "cat/notes.txt": b"BMW and GIF are words", "cat/label.npy": b"\x93NUMPY"}
+    for tree in (read_folder(write_folder(tmp_path / "d", files)), read_zip(write_zip(tmp_path / "d.zip", files))):
+        assert tree.images == sorted(shown)
+
+
+def test_an_archive_of_windows_reads_as_its_folder_does(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "d.zip", "w") as archive:
+        for name, content in FILES.items():
+            entry = zipfile.ZipInfo()
+            entry.filename = name.replace("/", "\\")
+            archive.writestr(entry, content)
+    folder, archived = source(write_folder(tmp_path / "d", FILES)), source(tmp_path / "d.zip")
+    assert archived.classes == folder.classes == ("cat", "dog")
+    frame = Frame(8, 3)
+    assert np.array_equal(load_images(archived, frame).pixels, load_images(folder, frame).pixels)
+
+
+def test_archives_with_odd_names_or_a_password(tmp_path: Path) -> None:
+    for wrapper in ("../", "/home/me/", "./"):
+        path = write_zip(tmp_path / "d.zip", {f"{wrapper}{name}": content for name, content in FILES.items()})
+        assert load_images(source(path), Frame(8, 3)).classes == ("cat", "dog")
+    assert read_zip(write_zip(tmp_path / "none.zip", {})).files == {}
+    content = bytearray(path.read_bytes())
+    for mark, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        at = -1
+        while (at := content.find(mark, at + 1)) >= 0:
+            content[at + offset] |= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"d\.zip' is encrypted; unpack it"):
+        read_zip(path)
+
+
+def test_a_link_that_leads_back_is_named(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "d", FILES)
+    (root / "cat" / "again").symlink_to(root, target_is_directory=True)
+    with pytest.raises(InputError, match="leads back to a folder around it"):
+        read_folder(root)
+
+
+def test_what_is_held_out_can_be_read(tmp_path: Path) -> None:
+    files = files_of({"cat": 10, "dog": 10})
+    held_out = np.flatnonzero(source(write_folder(tmp_path / "d", files)).held_out)
+    names = sorted(files)
+    for row in held_out:
+        files[names[row]] = b"damaged"
+    found = load_images(source(write_folder(tmp_path / "d", files)), Frame(8, 3), skip_corrupt=True)
+    assert found.left_out == 2 and len(found.validation) == 2 and len(found.train) == 16
+    assert not set(found.validation) & set(held_out)
 
 
 def test_empty_folders_are_seen_in_both(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,7 +67,8 @@ def test_what_is_not_recognised_lists_what_is(tmp_path: Path, files: Any, data: 
 
 
 def test_archives_that_are_not_read_in_place_are_named(tmp_path: Path) -> None:
-    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"\x1f\x8b")
+    with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("data_batch_1"))
     assert "unpack it and name the folder" in refusal(path=str(tmp_path / "cifar-10-python.tar.gz"))
     write_zip(tmp_path / "prose.zip", {"a.txt": b"prose"})
     assert "holds no image" in refusal(path=str(tmp_path / "prose.zip"))

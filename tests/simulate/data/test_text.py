@@ -85,11 +85,11 @@ def test_one_bad_file_in_a_folder_is_named(tmp_path: Path) -> None:
 
 def test_an_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Patched, since root may read everything whatever the mode says.
-    def refuse(path: Path) -> bytes:
+    def refuse(path: Path, mode: str) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
     (tmp_path / "secret.txt").write_text("secret")
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     for path in (tmp_path, tmp_path / "secret.txt"):
         message = refusal(path)
         assert "secret.txt" in message and "Permission denied" in message
@@ -102,11 +102,11 @@ def test_a_path_longer_than_the_system_allows_is_refused(tmp_path: Path) -> None
     assert "xxx" in refusal(tmp_path / TOO_LONG)
 
 
-@pytest.mark.parametrize("looked_up", ["exists", "is_file"], ids=["closed parent", "folder that may only be listed"])
+@pytest.mark.parametrize("looked_up", ["exists", "stat"], ids=["closed parent", "folder that may only be listed"])
 def test_a_folder_that_may_not_be_entered_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looked_up: str
 ) -> None:
-    def refuse(path: Path) -> bool:
+    def refuse(path: Path, **options: bool) -> bool:
         raise PermissionError(13, "Permission denied", str(path))
 
     (tmp_path / "closed").mkdir()

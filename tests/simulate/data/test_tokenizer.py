@@ -145,3 +145,53 @@ def test_a_missing_library_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_training_is_the_same_in_every_process() -> None:
     code = "from simulate.data.tokenizer import _train; print(_train('bpe:600', open('README.md').read()).to_str())"
     assert len({run_python(code, cwd=ROOT) for _ in range(2)}) == 1
+
+
+def own_tokenizer(path: Path, vocabulary: dict[str, int]) -> Any:
+    """Return a tokenizer of whole words."""
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="a"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    library.save(str(path))
+    return library
+
+
+def test_a_tokenizers_truncation_padding_and_template_leave_the_text_alone(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    library = own_tokenizer(path, {"a": 0, "b": 1, "[S]": 2})
+    text = "a b b\n" * 40_000  # several pieces, of unequal lengths
+    plain = encode(text, "b a", str(path)).tokens
+    assert plain.tolist() == [0, 1, 1] * 40_000 + [1, 0]
+    library.post_processor = tokenizers.processors.TemplateProcessing(single="[S] $A", special_tokens=[("[S]", 2)])
+    for change in (lambda: library.enable_truncation(8), lambda: library.enable_padding(pad_id=2, pad_token="[S]")):
+        change()
+        library.save(str(path))
+        assert np.array_equal(encode(text, "b a", str(path)).tokens, plain)
+
+
+def test_a_vocabulary_with_gaps_reaches_to_its_largest_token(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    own_tokenizer(path, {"a": 0, "b": 70_000})
+    assert declared_size(str(path)) == 70_001
+    encoded = encode("a b", "b", str(path))
+    assert encoded.vocabulary.size == 70_001 and encoded.tokens.tolist() == [0, 70_000, 70_000]
+
+
+def test_a_tokenizer_that_notepad_saved_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    own_tokenizer(path, {"a": 0, "b": 1})
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert declared_size(str(path)) == 2
+
+
+def test_text_that_a_tokenizer_would_drop_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0, "b": 1, "c": 2}, merges=[]))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    library.save(str(path))
+    assert encode("ab a\nb " * 20_000, "c", str(path)).tokens[:5].tolist() == [0, 1, 0, 1, 0]
+    with pytest.raises(InputError, match=r"has no token for 'xé', and none for the unknown"):
+        encode("ab a\nb " * 20_000 + "axé b", "c", str(path))
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="u")).save(str(path))
+    with pytest.raises(InputError, match=r"cannot encode the text \(WordLevel error") as caught:
+        encode("b", "a", str(path))
+    assert "\n" not in str(caught.value)

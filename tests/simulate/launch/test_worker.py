@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from simulate.common.errors import InputError
 from simulate.config.run import build_run
-from simulate.launch.worker import RankInfo, choose_gpu, join_processes
+from simulate.launch.worker import RankInfo, _check_start, choose_gpu, join_processes
+from simulate.methods.build_network import start_figures
 from tests.gpus import CURRENT, DeviceModule, no_gpu, stand_in
 
 PLACE = RankInfo(process=5, processes=8, local_process=1, local_processes=4, node=1)
@@ -49,3 +52,26 @@ def test_nccl_is_bound_to_the_gpu_of_the_process(
     monkeypatch.setattr(dist, "init_process_group", lambda name, **keys: seen.update(keys, backend=name))
     join_processes(build_run({"cluster": {"backend": backend}}), torch.device(device), PLACE, dist.HashStore())
     assert (seen["backend"], seen["device_id"]) == (used, torch.device(device) if bound else None)
+
+
+class OtherProcess:
+    """Communicator beside a process whose start weights are a little or far from this one's."""
+
+    def __init__(self, name: str, change: float) -> None:
+        self.name, self.change = name, change
+
+    def share_texts(self, text: str) -> list[str]:
+        title, figures = json.loads(text)
+        figures[self.name][0] += self.change * figures[self.name][1]
+        return [text, json.dumps([f"{title} too", figures])]
+
+
+def test_processes_start_from_the_same_weights_but_for_rounding() -> None:
+    run, name = (
+        build_run({"model": {"name": "tests.zoo:Net", "parts": "linear", "context": 4}, "method": {"name": "ddp"}}),
+        "inner.weight",
+    )
+    _check_start(run, OtherProcess(name, 1e-6), PLACE)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"process 5 on node 1 too starts with other weights of inner\.weight"):
+        _check_start(run, OtherProcess(name, 1e-2), PLACE)  # type: ignore[arg-type]
+    assert start_figures(build_run({"model": {"name": "gpt"}})) == {}  # the seed alone decides

@@ -168,7 +168,7 @@ def test_each_copy_of_an_unknown_module_is_a_plain_one(
     torch.manual_seed(0)
     plain = make().double()
     stacked = stacked_of(plain, copies)
-    fast = ReplicatedModule(plain, list(stacked.values()))
+    fast = ReplicatedModule(plain, stacked)
     assert_copies_are_plain(fast, plain, stacked, drawn(*shape))
     assert dict(fast.named_parameters()).keys() == {f"stacked.{i}" for i in range(len(stacked))}
     assert [name for name, _ in fast.plain_tensors()] == list(stacked)
@@ -176,7 +176,7 @@ def test_each_copy_of_an_unknown_module_is_a_plain_one(
 
 def test_an_unknown_module_trains_and_rests_with_the_network() -> None:
     plain = nn.Sequential(nn.Linear(2, 2), nn.Dropout(1.0))
-    fast = ReplicatedModule(plain, [replicate(p, 2) for p in plain.parameters()])
+    fast = ReplicatedModule(plain, {n: replicate(p, 2) for n, p in plain.named_parameters()})
     x = torch.ones(2, 2)
     assert not fast.train()(x).any()
     assert torch.equal(fast.eval()(x), plain[0](x))
@@ -184,7 +184,7 @@ def test_an_unknown_module_trains_and_rests_with_the_network() -> None:
 
 def test_buffers_of_an_unknown_module_follow_the_network() -> None:
     plain = Shifted()
-    fast = ReplicatedModule(plain, [replicate(p, 2) for p in plain.parameters()]).double()
+    fast = ReplicatedModule(plain, {n: replicate(p, 2) for n, p in plain.named_parameters()}).double()
     assert plain.factor.dtype == torch.float64
     assert fast(drawn(2, 4)).dtype == torch.float64
 
@@ -193,7 +193,7 @@ def test_a_parameter_that_an_unknown_module_has_twice_stays_one_and_keeps_both_n
     plain = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)).double()
     plain[1].weight = plain[0].weight
     stacked = nn.Parameter(drawn(2, 2, 2))
-    fast, x = ReplicatedModule(plain, [stacked]), drawn(2, 2)
+    fast, x = ReplicatedModule(plain, {"0.weight": stacked}), drawn(2, 2)
     expected = torch.cat([x[c : c + 1] @ stacked[c].T @ stacked[c].T for c in range(2)])
     assert_equal(fast(x), expected)
     assert [name for name, _ in fast.plain_tensors()] == ["0.weight", "1.weight"]

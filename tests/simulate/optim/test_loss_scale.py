@@ -56,9 +56,7 @@ class Products(TorchDispatchMode):
 def passes(method: Method) -> Products:
     """Run one forward and backward pass, as a step does."""
     with Products() as products:
-        method.loss.backward(
-            method.loss.group_losses(*tiny.batches(method.run).batch(0, range(4)), method.gradient_rows)
-        )
+        method.loss.backpropagate(*tiny.batches(method.run).batch(0, range(4)), method.gradient_rows)
     return products
 
 
@@ -160,9 +158,8 @@ def test_networks_without_a_name_train_under_autocast(network: str, method: str,
         if trained.loss_scale is not None:
             trained.loss_scale.scale_C.fill_(256.0)
         torch.manual_seed(0)
-        losses = trained.loss.group_losses(*example_batch(run.model, 4), trained.gradient_rows)
-        trained.loss.backward(losses)
-        results.append((losses.detach(), [p.grad for p in trained.model.parameters() if p.grad is not None]))
+        losses = trained.loss.backpropagate(*example_batch(run.model, 4), trained.gradient_rows)
+        results.append((losses, [p.grad for p in trained.model.parameters() if p.grad is not None]))
     (exact, gradients), (low, rounded) = results
     assert torch.allclose(low, exact, rtol=0.02) and not torch.equal(low, exact)
     assert {gradient.dtype for gradient in rounded} == {torch.float32}
@@ -273,7 +270,7 @@ def test_a_step_that_is_left_out_changes_nothing_of_its_device(eight_bit: str) -
         if at_step:
             tiny.train(method, 0, 1)
         before = {key: tensor.clone() for key, tensor in method.stepper.tensors().items()}
-        method.loss.backward(method.loss.group_losses(*tiny.batches(method.run).batch(at_step, range(4)), 4))
+        method.loss.backpropagate(*tiny.batches(method.run).batch(at_step, range(4)), 4)
         next(p.grad for p in method.model.parameters() if p.grad is not None)[2] = torch.nan
         method.stepper.step(method.rate_factor(at_step))
         for key, tensor in method.stepper.tensors().items():
@@ -290,7 +287,7 @@ def test_a_step_that_all_leave_out_needs_no_copies() -> None:
     tiny.train(method, 0, 1)
     before = {key: tensor.clone() for key, tensor in method.stepper.tensors().items()}
     counts = [state["step"].clone() for state in method.stepper.state.values()]
-    method.loss.backward(method.loss.group_losses(*tiny.batches(method.run).batch(1, range(1)), 1))
+    method.loss.backpropagate(*tiny.batches(method.run).batch(1, range(1)), 1)
     next(p.grad for p in method.model.parameters() if p.grad is not None).fill_(torch.nan)
     assert (
         cpu_peak_bytes(lambda: method.stepper.step(method.rate_factor(1)))

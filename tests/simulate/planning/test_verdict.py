@@ -9,7 +9,9 @@ import pytest
 
 from ltecli.plan_request import PlanArgs, plan_request
 from profiles import names
-from simulate.planning.planner import Plan
+from simulate.planning.candidate import candidate_of
+from simulate.planning.planner import Plan, evaluate
+from simulate.planning.search_space import train_for
 from simulate.planning.time_ranges import equivalent_range
 from simulate.planning.verdict import Verdict, verdict_of
 from tests.ltecli.command import Lte
@@ -89,3 +91,14 @@ def test_passes_over_a_text_of_ones_own_are_counted(tmp_path: Path) -> None:
 
 def test_a_plan_without_a_model_trains_as_long_as_one_of_the_default_model() -> None:
     assert verdict(profile="laptop_cpu")[0].tokens == verdict(profile="laptop_cpu", model="gpt")[0].tokens
+
+
+def test_dense_training_is_compared_at_its_best_with_rare_exchanges() -> None:
+    plan, _ = verdict(profile="gtx1080ti_x8", model="gpt2")
+    best = candidate_of(plan.dense)
+    assert best.run.train.accumulate > 1
+    once = best.run.model_copy(update={"train": train_for(best.run, best.run.train.micro_batch, 1, False, plan.tokens)})
+    assert candidate_of(evaluate(once, plan.profile, plan.tokens)).equivalent_wall_s > best.equivalent_wall_s
+    # A batch that was given stays.
+    given = verdict(profile="gtx1080ti_x8", model="gpt2", assignments=("train.micro_batch=4",))[0]
+    assert {candidate_of(result).run.train.accumulate for result in (*given.candidates, *given.rejected)} == {1}

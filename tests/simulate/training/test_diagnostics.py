@@ -214,9 +214,10 @@ def test_estimates_from_gradients_of_known_covariance_are_unbiased() -> None:
     assert any("noise_scale_samples" not in f for f in figures)
 
 
-@pytest.mark.parametrize("devices", [1, 3])
-def test_the_noise_scale_is_that_of_the_merged_weights_on_the_coming_batches(devices: int) -> None:
-    run = tiny.lte_run(devices=devices, merge_every=4)
+@pytest.mark.parametrize(("devices", "passes"), [(1, 1), (3, 1), (2, 3)])
+def test_the_noise_scale_is_that_of_the_merged_weights_on_the_coming_batches(devices: int, passes: int) -> None:
+    """The small batch is that of a pass, so that it fits the memory."""
+    run = tiny.lte_run(devices=devices, merge_every=4, train={"accumulate": passes})
     method, data = tiny.build(run), tiny.batches(run)
     diagnostics = Diagnostics(method)
     tiny.train(method, num_steps=4)
@@ -226,13 +227,14 @@ def test_the_noise_scale_is_that_of_the_merged_weights_on_the_coming_batches(dev
     gradients = []
     for step in range(4, 4 + NOISE_BATCHES):
         inputs, targets = data.batch(step, range(devices))
-        for own_inputs, own_targets in zip(inputs.chunk(devices), targets.chunk(devices), strict=True):
+        chunks = devices * passes
+        for own_inputs, own_targets in zip(inputs.chunk(chunks), targets.chunk(chunks), strict=True):
             model.zero_grad()
             token_losses(model(own_inputs).flatten(0, 1), own_targets.reshape(-1)).mean().backward()
             gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     small = sum(float(g.square().sum()) for g in gradients) / len(gradients)
     big = float(torch.stack(gradients).mean(0).square().sum())
-    expected = noise_figures(small, big, 2, 2 * devices * NOISE_BATCHES, run.model.context)
+    expected = noise_figures(small, big, 2, 2 * passes * devices * NOISE_BATCHES, run.model.context)
     assert figures == pytest.approx(expected, rel=1e-9)
 
 

@@ -13,6 +13,7 @@ from simulate.launch.preflight.address import (
     BindAddress,
     Endpoint,
     Interface,
+    address_to_join,
     choose_bind_address,
     interfaces,
     is_private,
@@ -196,6 +197,35 @@ def test_an_unknown_name_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
         place("no-such-box")
     with pytest.raises(InputError, match="is not known here"):
         place("a" * 300)
+
+
+def lines_join(
+    monkeypatch: pytest.MonkeyPatch, *known: Interface, routed: str = "0.0.0.0", name: str | None = None
+) -> str:
+    monkeypatch.setattr(address_module, "interfaces", lambda: list(known))
+    monkeypatch.setattr(address_module, "_routed_address", lambda: ipaddress.ip_address(routed))
+    return address_to_join(name)
+
+
+def test_others_are_told_the_address_that_is_routed_and_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, docker = interface("lo", "127.0.0.1/8", "::1/128"), interface("docker0", "172.17.0.1/16")
+    wired, wireless = interface("enp3s0", "10.0.0.4/24", "fd00::4/64"), interface("wlan0", "192.168.1.7/24")
+    tunnel = interface("wg0", "10.99.0.1/24")
+    for known in ((docker, loop, wireless, tunnel, wired), (wired, tunnel, wireless, loop, docker)):
+        assert lines_join(monkeypatch, *known, routed="192.168.1.7") == "192.168.1.7"
+        assert lines_join(monkeypatch, *known, routed="10.99.0.1") == "10.0.0.4"  # all traffic goes through a tunnel
+        assert lines_join(monkeypatch, *known, name="wg0") == "10.99.0.1"
+    pulled = interface("eth0", "10.0.0.3/24", up=False)
+    assert lines_join(monkeypatch, pulled, docker, routed="10.0.0.3") == "172.17.0.1"
+    public = interface("eth0", "8.8.8.8/24")
+    assert lines_join(monkeypatch, public, wired, routed="8.8.8.8") == "10.0.0.4"
+    with pytest.raises(InputError, match="no address but loopback"):
+        lines_join(monkeypatch, loop, interface("eth1", "fe80::1%eth1/64"))
+
+
+def test_machines_of_ipv6_alone_are_told_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    only = interface("eth0", "fe80::1%eth0/64", "fd00::4/64")
+    assert lines_join(monkeypatch, only) == lines_join(monkeypatch, only, name="eth0") == "fd00::4"
 
 
 def test_ipv4_is_preferred(machine: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,185 @@
+"""lte init: a profile and a run.toml from a few answers: which devices, what links, which network, whose data.
+
+A profile has thirty figures, and few people know theirs. The devices of the shipped profiles are known cards with
+sources; links are named as they are sold. Options answer, or in a terminal questions do.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import typer
+
+import profiles
+from ltecli.commands.plan import nearest_miss_text, show_verdict
+from ltecli.console import Output
+from ltecli.output_paths import check_file, write_file
+from ltecli.plan_request import PlanArgs, plan_request
+from simulate.common import toml_io
+from simulate.common.errors import InputError, NothingFeasibleError, near_match
+from simulate.common.quantities import RATES, read_quantity
+from simulate.config.hardware import LOCAL, Device, Link, Profile
+from simulate.config.profile_slips import rate_text
+from simulate.config.profiles import detect_local, load_profile
+from simulate.config.run import dump_run
+from simulate.planning.verdict import verdict_of
+
+PAYLOAD_SHARE = 0.94
+"""Share of a line's rate that TCP keeps of frames of 1500 bytes."""
+MEGABIT = 125_000.0
+HOME_LATENCY_S, ROOM_LATENCY_S, WIFI_LATENCY_S = 20e-3, 0.2e-3, 3e-3
+"""Guesses of the shipped profiles: two access lines and a backbone; a switch; an access point between stations."""
+ROOM = {"1 GbE": 1000.0, "2.5 GbE": 2500.0, "10 GbE": 10_000.0, "100 Mbit Ethernet": 100.0}
+"""Mbit/s of links in one room, by name."""
+WIFI_BYTES_PER_S = 4e6
+"""Rate of each of eight stations at one access point, as profiles/jetson_orin_nano_x8_wifi.toml guesses it."""
+LINK_EXAMPLES = "'1 GbE', '50/10 DSL' (Mbit/s down/up), '100 Mbit/s', 'wifi'"
+
+
+@dataclass(frozen=True)
+class InitArgs:
+    """Answers that the command line gives; what is missing is asked for in a terminal."""
+
+    gpus: Sequence[str] = ()
+    links: Sequence[str] = ()
+    """One for each place, or one for all."""
+    model: str | None = None
+    data: str | None = None
+    tokens: int | None = None
+    name: str = "home"
+
+
+def init_command(args: InitArgs, folder: Path, force: bool) -> int:
+    """Write NAME.toml, a profile, and run.toml into a folder; a wrong answer raises InputError and writes nothing."""
+    profile_path, run_path = folder / f"{args.name}.toml", folder / "run.toml"
+    for path in (profile_path, run_path):
+        check_file(path, force, path.name, "--out")
+    args = _asked(args)
+    output = Output()
+    link, notes = _slowest([parse_link(text) for text in args.links])
+    devices = [parse_device(text) for text in args.gpus]
+    profile = Profile(name=args.name, description=", ".join(args.gpus), device=devices, link=link)
+    # The plan reads the profile by its path, as lte train will.
+    before = profile_path.read_text(encoding="utf-8") if profile_path.exists() else None
+    write_file(profile_path, toml_io.dump(profile.model_dump(exclude_none=True)))
+    request = PlanArgs(profile=str(profile_path), model=args.model, data=args.data, tokens=args.tokens)
+    try:
+        plan = plan_request(request)
+    except InputError:
+        if before is None:
+            profile_path.unlink()
+        else:
+            write_file(profile_path, before)
+        raise
+    for note in notes:
+        output.text(note)
+    show_verdict(verdict_of(plan), output)
+    if plan.chosen is None:
+        raise NothingFeasibleError(f"{nearest_miss_text(plan)}; {profile_path} is written, to be edited")
+    write_file(run_path, dump_run(plan.chosen.run))
+    output.hint(f"wrote {profile_path} and {run_path}; next: lte profile check {profile_path}, lte train {run_path}")
+    return 0
+
+
+def _asked(args: InitArgs) -> InitArgs:
+    """Return the answers with those that were missing asked for; raises InputError where nobody can answer."""
+    missing = [option for option, given in (("--gpu", args.gpus), ("--link", args.links)) if not given]
+    if missing and not sys.stdin.isatty():
+        raise InputError(
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; for example "
+            "lte init --gpu '8 x GTX 1080 Ti' --link '1 GbE' --model gpt2 --data texts/"
+        )
+    if not args.gpus:
+        args = replace(args, gpus=[_ask("Devices, like 8 x GTX 1080 Ti (or local)", parse_device)])
+    if not args.links:
+        args = replace(args, links=[_ask(f"Link between them, like {LINK_EXAMPLES}", parse_link)])
+    if missing and args.model is None:
+        args = replace(args, model=typer.prompt("Network", default="gpt2", err=True))
+    if missing and args.data is None:
+        data = typer.prompt("Text or images (a path; empty: the embedded text)", default="", err=True)
+        args = replace(args, data=data or None)
+    return args
+
+
+def _ask(question: str, parse: Callable[[str], Any]) -> str:
+    """Return an answer that can be read, asking until there is one."""
+    while True:
+        answer: str = typer.prompt(question, err=True)
+        try:
+            parse(answer)
+        except InputError as error:
+            typer.echo(str(error), err=True)
+        else:
+            return answer
+
+
+def known_devices() -> dict[str, Device]:
+    """Return the devices of the shipped profiles by kind, and this machine as `local`."""
+    shipped = [device for name in profiles.names() for device in load_profile(name).device]
+    return {**{device.kind: device for device in shipped}, LOCAL: detect_local().device[0]}
+
+
+def parse_device(text: str) -> Device:
+    """Return a device of `8 x GTX 1080 Ti`, so many of a known kind; raises InputError."""
+    match = re.fullmatch(r"\s*(?:(\d+)\s*[xX*]\s*)?(.+?)\s*", text)
+    assert match is not None
+    count, words, known = int(match[1] or 1), match[2], known_devices()
+    found = [kind for kind in known if _plain(words) in _plain(kind)]
+    if count < 1 or not found:
+        raise InputError(f"--gpu {text!r}: is not known; {near_match(words, known)}; or edit lte profile show NAME")
+    # The shortest name is the plainest card of those that contain the words.
+    return known[min(found, key=len)].model_copy(update={"count": count})
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", text.lower())
+
+
+def parse_link(text: str) -> Link:
+    """Return a link as it is sold; raises InputError."""
+    line = re.fullmatch(r"\s*([\d.]+)\s*/\s*([\d.]+)(?:\s*Mbit/s)?(?:\s+[A-Za-z]+)?\s*", text)
+    named = next((rate for name, rate in ROOM.items() if _plain(name) == _plain(text)), None)
+    if line is not None:
+        down, up, latency_s = float(line[1]) * MEGABIT, float(line[2]) * MEGABIT, HOME_LATENCY_S
+    elif named is not None:
+        down = up = named * MEGABIT
+        latency_s = ROOM_LATENCY_S
+    elif _plain(text) == "wifi":
+        down = up = WIFI_BYTES_PER_S / PAYLOAD_SHARE
+        latency_s = WIFI_LATENCY_S
+    else:
+        try:
+            down = up = float(read_quantity(text, RATES, "100 Mbit/s"))
+        except ValueError as error:
+            raise InputError(f"--link {text!r}: {error}; or {LINK_EXAMPLES}") from None
+        latency_s = HOME_LATENCY_S
+    if min(down, up) <= 0:
+        raise InputError(f"--link {text!r}: must be faster than 0; write it like {LINK_EXAMPLES}")
+    said = f"guess: {text}, x {PAYLOAD_SHARE} for TCP"
+    return Link(
+        topology="star",
+        up_bytes_per_s=up * PAYLOAD_SHARE,
+        down_bytes_per_s=down * PAYLOAD_SHARE,
+        latency_s=latency_s,
+        source="guess",
+        sources={"up_bytes_per_s": said, "down_bytes_per_s": said, "latency_s": "guess, of links of this kind"},
+    )
+
+
+def _slowest(links: Sequence[Link]) -> tuple[Link, list[str]]:
+    """Return one link for all, since a profile has one, and a note where places differ."""
+    up, down = min(link.up_bytes_per_s for link in links), min(link.down_bytes_per_s for link in links)
+    latency_s = max(link.latency_s for link in links)
+    update = {"up_bytes_per_s": up, "down_bytes_per_s": down, "latency_s": latency_s}
+    slowest = links[0].model_copy(update=update)
+    if len(links) == 1:
+        return slowest, []
+    return slowest, [
+        f"all places are planned with the slowest link: up {rate_text(up)}, down {rate_text(down)}; devices wait for "
+        "it at merges"
+    ]

@@ -1,0 +1,114 @@
+"""Bytes that a simulation of all devices holds in one process, in closed form; torch-free.
+
+A simulation computes all devices in one tensor program: frozen weights, and what devices keep equal, exist once; what
+differs between devices exists N times, and so do the activations of their batches. `lte train` asks whether that fits
+this machine before it starts. Built on the phases of one device (simulate.costs.memory), whose closed forms are exact;
+buffers of exchanges are bounded. A test holds the form to the program, followed with fake tensors.
+
+Letter: N devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from simulate.config.hardware import Device
+from simulate.config.run import Run
+from simulate.costs.memory import CPU_LIBRARY_BYTES, PeakProfile, peak_profile
+from simulate.costs.moments import moment_bytes
+from simulate.costs.state import persistent_state
+from simulate.layers.formats import ELEMENT_BYTES
+from simulate.models.shapes import ModelShape
+from simulate.rules.method_plan import plan_of
+from simulate.rules.phases import PhaseName
+
+PASSES: frozenset[PhaseName] = frozenset({"forward", "backward_start", "backward_end"})
+MERGES: frozenset[PhaseName] = frozenset({"merge", "outer_step"})
+PROCESS_BYTES = 390_000_000
+"""Python, torch and their libraries in a process that trains a tiny run (measured: 386 MB, torch 2.13 for CPUs)."""
+MAPPED_BYTES = 32 * 2**20
+"""From this size on glibc gives a freed tensor back at once; smaller ones leave holes (M_MMAP_THRESHOLD's maximum)."""
+SMALL_HOLES, LARGE_HOLES = 1.0, 0.12
+"""Memory that a process holds beside tensors which come and go, as a share of them: where those between blocks are
+smaller than MAPPED_BYTES, and where they are larger. Fitted to the resident memory of eight runs of `lte train`: gpt
+with LTE, DDP and DiLoCo, 2 to 16 devices, 2 to 1,574 MB of tensors (docs/accuracy.md)."""
+
+
+@dataclass(frozen=True)
+class SimulatedMemory:
+    """Bytes of a simulation's process."""
+
+    state: int
+    """Tensors that stay from step to step."""
+    passing: int
+    """Tensors that come and go, at the peak."""
+    holes: int
+    """Bytes that the heap, and libraries of products in half precision, hold beside them on a processor."""
+
+    @property
+    def tensors(self) -> int:
+        """Bytes of all tensors at the peak."""
+        return self.state + self.passing
+
+    @property
+    def process(self) -> int:
+        """Bytes of a process that simulates on the processor."""
+        return PROCESS_BYTES + self.tensors + self.holes
+
+
+def simulated_memory(run: Run, shape: ModelShape, device: Device) -> SimulatedMemory:
+    """Return a simulation's memory at its peak; `device` is one of those simulated, in its own memory or the host's."""
+    state = _state_bytes(run, shape, peak_profile(run, shape, device))
+    passing = max(size for _, size in passing_bytes(run, shape, device))
+    train = run.train
+    between_blocks = run.cluster.devices * train.micro_batch * shape.tokens * shape.width * ELEMENT_BYTES[train.dtype]
+    share = SMALL_HOLES if between_blocks < MAPPED_BYTES else LARGE_HOLES
+    libraries = CPU_LIBRARY_BYTES.get(train.autocast, 0)
+    return SimulatedMemory(state, passing, int(share * max(0, passing)) + libraries)
+
+
+def passing_bytes(run: Run, shape: ModelShape, device: Device) -> Iterator[tuple[PhaseName, int]]:
+    """Yield the bytes on top of the state, in each phase that can be a simulation's peak."""
+    plan, held, devices = plan_of(run.method), persistent_state(run, shape), run.cluster.devices
+    copies, shared = plan.simulated_copies(devices), plan.shared_elements(shape, devices)
+    # Error feedback and predictions need each device's gradient apart, even where devices share their weights.
+    own = devices if held.extra > shared or plan.compresses_gradients else copies
+    for phase in peak_profile(run, shape, device).phases:
+        batches = devices * (phase.activations + phase.temporary)
+        if phase.name in PASSES:
+            # The output layer's gradient leaves the copies' product transposed and is copied once; where the layer is
+            # tied to a table, as in models of text, the phase has two such gradients anyway.
+            at_output = phase.name == "backward_start" and not phase.temporary and shape.inputs and copies > 1
+            yield phase.name, own * phase.gradients + batches + (copies * phase.gradients if at_output else 0)
+        elif phase.name == "evaluation":  # of the merged weights, on one device's number of samples
+            yield phase.name, phase.total
+        elif phase.name not in ("optimizer_step", "checkpoint_save"):  # merges and diagnostics
+            # Sums over devices come first, and what is gathered counts N times in one device's memory already.
+            yield phase.name, devices * phase.activations + phase.temporary - copies * phase.dropped
+    # Each device holds what it compresses or iterates on; what it receives from N others exists once for all. So such
+    # buffers are those of one of two devices, N times.
+    pair = run.model_copy(update={"cluster": run.cluster.model_copy(update={"devices": min(devices, 2)})})
+    compressed = getattr(run.method, "wire", "full") != "full"
+    for phase in peak_profile(pair, shape, device).phases:
+        if phase.name == "optimizer_step":
+            yield phase.name, own * (phase.gradients + phase.temporary) + devices * phase.activations
+        elif phase.name in MERGES and compressed:
+            yield phase.name, devices * (phase.activations + phase.temporary)
+
+
+def _state_bytes(run: Run, shape: ModelShape, profile: PeakProfile) -> int:
+    """Return the bytes that stay from step to step."""
+    plan, devices, element_bytes = plan_of(run.method), run.cluster.devices, ELEMENT_BYTES[run.train.dtype]
+    is_dense = plan.starts_dense or plan.adapters(devices) is None
+    trained = (shape.parameters if is_dense else shape.replicated_parameters) * element_bytes
+    copies, once = plan.simulated_copies(devices), plan.shared_elements(shape, devices) * element_bytes
+    frozen, moments = profile.weights - trained, moment_bytes(run, shape)
+    extra = profile.optimizer - moments
+    of_copy = trained + profile.adapters + moments
+    # Devices that stop before a round's end are kept as they were, while the tensor program goes on with all rows.
+    stopped = 0
+    if run.method.is_paced:
+        rounds = run.method.given_steps
+        stopped = max(sum(n < max(taken) for n in taken) for taken in rounds) if rounds else copies - 1
+    return frozen + copies * of_copy + once + devices * (extra - once) + stopped * of_copy

@@ -1,0 +1,270 @@
+"""Read the forms in which text is kept as UTF-8: plain, compressed, JSON lines, Parquet; torch-free.
+
+Data sets come as .jsonl.gz, .jsonl.zst or Parquet more often than as plain text. Content, not names, tells how a file
+is packed, since names go wrong; a name says only that lines are JSON, which text may look like, too. Files are read in
+blocks, so that memory holds the text once. simulate.data.text calls `read_text_files`, simulate.data.load `is_packed`.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO, cast
+
+from simulate.common.encodings import MARK_BYTES, encoding_of
+from simulate.common.errors import InputError
+
+BLOCK_BYTES = 1 << 22
+SNIFFED_BYTES = 512
+"""Bytes at a file's start that tell its form; a tar archive's mark ends at 262."""
+PARQUET, TAR = b"PAR1", (257, b"ustar")
+RECORD_SUFFIXES = frozenset({".jsonl", ".ndjson"})
+"""Endings of files that hold one JSON object a line, before the ending of a compressed file."""
+PACKED_SUFFIXES = frozenset({".gz", ".bz2", ".xz", ".zst"})
+ARCHIVES = {b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!": "rar", b"PK\x03\x04": "zip", b"\x1f\x9d": "compress"}
+"""First bytes of archives that nothing here reads."""
+NAMED_FIELDS = 8
+"""Fields that an error lists at most."""
+UNFINISHED = (EOFError, zlib.error, lzma.LZMAError)
+"""The exceptions of decompression, beside OSErrors without a number."""
+
+
+def _zstd(file: BinaryIO) -> BinaryIO:
+    return cast(BinaryIO, _pyarrow(".zst").CompressedInputStream(file, "zstd"))
+
+
+UNPACKERS: dict[bytes, Callable[[BinaryIO], BinaryIO]] = {
+    b"\x1f\x8b": lambda file: cast(BinaryIO, gzip.GzipFile(fileobj=file)),
+    b"BZh": lambda file: cast(BinaryIO, bz2.BZ2File(file)),
+    b"\xfd7zXZ\x00": lambda file: cast(BinaryIO, lzma.LZMAFile(file)),  # noqa: SIM115
+    b"\x28\xb5\x2f\xfd": _zstd,
+}
+"""First bytes of a compressed file → what reads it, in the order in which it was written."""
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a file is compressed, or Parquet: text that does not look like text. Raises OSError."""
+    with path.open("rb") as file:
+        return file.read(SNIFFED_BYTES).startswith((PARQUET, *UNPACKERS))
+
+
+def refuse_archive(path: Path) -> None:
+    """Raise InputError for an archive of files, compressed or not; reads its first bytes alone."""
+    if not _is_parquet(path):
+        with _opened(path) as file:
+            _check_start(file.read(SNIFFED_BYTES), path)
+
+
+def read_text_files(files: Sequence[Path], field: str | None) -> bytearray:
+    """Return the texts of files as UTF-8, a newline between two; `field` names the records' field that holds text.
+
+    Raises InputError for a file that is damaged, binary, in another encoding, or without such a field.
+    """
+    kinds = {_is_records(file): file for file in reversed(files)}
+    if len(kinds) == 2:  # else a README would be trained on, or lines of JSON as they are
+        raise InputError(
+            f"data: {kinds[True]} holds records and {kinds[False]} plain text; keep them in folders of their own"
+        )
+    if field is not None and True not in kinds:
+        raise InputError(
+            f"data.field = {field!r} is for records (.jsonl, Parquet), and {files[0]} holds plain text; remove the key"
+        )
+    content = bytearray()
+    for number, file in enumerate(files):
+        if number:
+            content += b"\n"
+        _append(content, file, field)
+    return content
+
+
+def _append(content: bytearray, path: Path, field: str | None) -> None:
+    with _opened(path) as file:
+        if not _is_records(path):
+            for block in _utf8(file, path):
+                content += block
+            return
+        texts = _parquet_texts(path, field) if _is_parquet(path) else _json_texts(_utf8(file, path), path, field)
+        for number, text in enumerate(texts):
+            content += (b"\n" if number else b"") + text
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a file, to be read as what it was before it was compressed; raises InputError where that fails."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(SNIFFED_BYTES)
+            file.seek(0)
+            yield next((unpack(file) for mark, unpack in UNPACKERS.items() if start.startswith(mark)), file)
+    except UNFINISHED as error:
+        raise InputError(f"data: {path} is a damaged or truncated compressed file ({error}); fetch it again") from None
+    except OSError as error:
+        if error.errno is None:  # of decompression
+            raise InputError(
+                f"data: {path} is a damaged or truncated compressed file ({error}); fetch it again"
+            ) from None
+        raise InputError(f"data: {path} cannot be read ({error.strerror}); check its permissions") from None
+
+
+def _is_records(path: Path) -> bool:
+    """Whether a file holds records, each with fields, of which one is text."""
+    name = PurePath(path.name.lower())
+    if (name.with_suffix("") if name.suffix in PACKED_SUFFIXES else name).suffix in RECORD_SUFFIXES:
+        return True
+    return _is_parquet(path)
+
+
+def _is_parquet(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(PARQUET)) == PARQUET
+    except OSError:  # reading it all names the error
+        return False
+
+
+def _utf8(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """Yield a text's blocks in UTF-8, without a byte order mark; raises InputError where it is no text."""
+    block = start = file.read(SNIFFED_BYTES)
+    _check_start(start, path)
+    encoding, read_bytes = encoding_of(start[:MARK_BYTES]), 0
+    decoder = codecs.getincrementaldecoder(encoding)()
+    try:
+        while block:
+            read_bytes += len(block)
+            yield _without_nul(decoder.decode(block), path).encode()
+            block = file.read(BLOCK_BYTES)
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        # The decoder counts from the start of what it holds, whose end is the last byte that was read.
+        place = read_bytes - len(error.object) + error.start
+        if encoding != "utf-8":
+            raise InputError(
+                f"data: {path} begins as {encoding.removesuffix('-sig').upper()}, and is not from byte {place} on; "
+                "write it anew, or leave it out of the folder"
+            ) from None
+        raise InputError(
+            f"data: {path} is not UTF-8 text (byte {place}); convert it, for example by iconv -f LATIN1 -t UTF-8, or "
+            "leave it out of the folder"
+        ) from None
+
+
+def _check_start(start: bytes, path: Path) -> None:
+    offset, mark = TAR
+    kind = (
+        "tar" if start[offset:].startswith(mark) else next((n for m, n in ARCHIVES.items() if start.startswith(m)), "")
+    )
+    if kind:
+        raise InputError(f"data: {path} is a {kind} archive; unpack it and name the folder")
+    if start.startswith((PARQUET, *UNPACKERS)):  # in a file that was unpacked already
+        raise InputError(f"data: {path} is compressed twice; unpack it once")
+
+
+def _without_nul(text: str, path: Path) -> str:
+    if "\x00" in text:
+        raise InputError(
+            f"data: {path} is binary (it holds a NUL byte), or UTF-16 without a byte order mark; give UTF-8 text"
+        )
+    return text
+
+
+def _json_texts(blocks: Iterator[bytes], path: Path, field: str | None) -> Iterator[bytes]:
+    for number, line in enumerate(_lines(blocks), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"data: {path}:{number} is not JSON ({error}); mend the line, or remove it") from None
+        if not isinstance(record, dict):
+            raise InputError(f'data: {path}:{number} is no JSON object; each line needs one, such as {{"text": "…"}}')
+        if field is None:
+            field = _text_field(list(record), [key for key, value in record.items() if isinstance(value, str)], path)
+        if field not in record:
+            raise _no_field(f"{path}:{number}", field, list(record))
+        if record[field] is not None:  # a record without text adds none
+            yield _text_bytes(record[field], f"{path}:{number}", field)
+
+
+def _lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield lines without their ends; JSON escapes line ends within a text."""
+    pieces: list[bytes] = []
+    for block in blocks:
+        first, *rest = block.split(b"\n")
+        pieces.append(first)
+        for line in rest:
+            yield b"".join(pieces)
+            pieces = [line]
+    yield b"".join(pieces)
+
+
+def _parquet_texts(path: Path, field: str | None) -> Iterator[bytes]:
+    arrow = _pyarrow("Parquet")
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            strings = [column.name for column in schema if _holds_text(arrow, column.type)]
+            if field is None:
+                field = _text_field(schema.names, strings, path)
+            if field not in schema.names:
+                raise _no_field(str(path), field, schema.names)
+            for batch in file.iter_batches(columns=[field]):
+                for text in batch.column(0).to_pylist():
+                    if text is not None:
+                        yield _text_bytes(text, str(path), field)
+    except arrow.ArrowInvalid as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"data: {path} is a damaged Parquet file ({reason}); fetch it again") from None
+
+
+def _holds_text(arrow: Any, kind: Any) -> bool:
+    """Whether a column's type is text, also where each text is stored once and numbered."""
+    stored = kind.value_type if arrow.types.is_dictionary(kind) else kind
+    return str(stored) in ("string", "large_string", "string_view")
+
+
+def _text_field(fields: Sequence[str], texts: Sequence[str], path: Path) -> str:
+    """Return the only field of text; raises InputError where several, or none, are text."""
+    if len(texts) != 1:
+        raise InputError(
+            f"data: {path} has the fields {_listed(fields)}, of which {_listed(texts) or 'none'} hold text; "
+            "name one with --set data.field=NAME"
+        )
+    return texts[0]
+
+
+def _no_field(place: str, field: str, fields: Sequence[str]) -> InputError:
+    return InputError(f"data: {place} has no field {field!r} (but {_listed(fields)}); name another: data.field")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED_FIELDS]) + (", …" if len(names) > NAMED_FIELDS else "")
+
+
+def _text_bytes(text: Any, place: str, field: str) -> bytes:
+    if not isinstance(text, str):
+        raise InputError(
+            f"data: {place} holds {type(text).__name__} in the field {field!r}; text is needed: data.field"
+        )
+    try:
+        return text.encode()
+    except UnicodeEncodeError:  # JSON can escape one half of a pair
+        raise InputError(f"data: {place}: the field {field!r} holds half of a character (a lone surrogate)") from None
+
+
+def _pyarrow(form: str) -> Any:
+    try:
+        import pyarrow
+    except ImportError:
+        raise InputError(
+            f"data: {form} files need the pyarrow library; pip install 'lte[text]', or unpack them"
+        ) from None
+    return pyarrow

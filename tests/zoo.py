@@ -1,0 +1,391 @@
+"""Small networks as users write them, composed of parts: `--model tests.zoo:Net --set model.parts=linear,frozen`.
+
+Each part maps activations (S, T, D) to activations. `TRAINED` train in plain PyTorch and here to the same numbers;
+`REFUSED` are turned away in a line that has the given words.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WIDTH = 8
+
+
+class Net(nn.Module):
+    """Tokens in, logits out, with the named parts in between."""
+
+    def __init__(self, context: int = 6, vocab: int = 256, parts: str = "linear") -> None:
+        super().__init__()
+        self.token, self.position = nn.Embedding(vocab, WIDTH), nn.Embedding(context, WIDTH)
+        self.parts = nn.ModuleList(PARTS[name]() for name in parts.split(","))
+        self.inner = nn.Linear(WIDTH, WIDTH)  # a plan needs one layer that adapters can serve
+        self.head = nn.Linear(WIDTH, vocab)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.token(tokens) + self.position(places.expand_as(tokens))
+        for part in self.parts:
+            x = x + part(x)
+        return self.head(x + torch.tanh(self.inner(x)))
+
+
+class Scaled(nn.Linear):
+    """A linear layer whose forward says more than a linear layer's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 0.5
+
+
+class Grown(nn.Linear):
+    """A linear layer that only its constructor tells apart."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH, WIDTH)
+
+
+class Shifted(nn.Embedding):
+    """Positions that count from another place."""
+
+    def forward(self, index: Tensor) -> Tensor:
+        return super().forward((index + 1) % self.num_embeddings)
+
+
+class Apply(nn.Module):
+    """Layers and a function of them."""
+
+    def __init__(self, function: Callable[..., Tensor], *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers, self.function = nn.ModuleList(layers), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, *self.layers)
+
+
+class Positions(nn.Module):
+    """An embedding of a kind of its own, by place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = Shifted(16, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.table(torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]))
+
+
+class Places(nn.Module):
+    """Trained positions of a kind of its own, which all samples share."""
+
+    def __init__(self, leading: bool) -> None:
+        super().__init__()
+        self.table, self.leading = nn.Parameter(torch.randn(16, WIDTH)), leading
+
+    def forward(self, length: int) -> Tensor:
+        table = self.table[:length]
+        return table.unsqueeze(0) if self.leading else table
+
+
+class Table(nn.Module):
+    """A constant table of positions."""
+
+    def __init__(self, persistent: bool) -> None:
+        super().__init__()
+        places, rates = torch.arange(16.0)[:, None], torch.exp(-torch.arange(WIDTH) / WIDTH)
+        self.register_buffer("table", torch.sin(places * rates), persistent=persistent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.table[: x.shape[1]]
+
+
+class RunningScale(nn.Module):
+    """A scale that training keeps up to date."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.scale.mul_(0.9).add_(0.1 * x.std())
+        return x / self.scale
+
+
+class DropPath(nn.Module):
+    """Leaves whole samples out."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.probability
+        return x * kept / (1 - self.probability)
+
+
+class Counting(nn.Module):
+    """Warms up over its passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += self.training
+        return x * min(1.0, self.passes / 100)
+
+
+class Experts(nn.Module):
+    """Each sample goes to the expert that its first number chooses; a step may leave some of them without any."""
+
+    def __init__(self, count: int = 5) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen, y = (x[:, 0, 0].detach() * 10).long() % len(self.experts), torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            rows = (chosen == index).nonzero()[:, 0]
+            if len(rows):
+                y = y.index_add(0, rows, expert(x[rows]))
+        return y
+
+
+class OwnExperts(Experts):
+    """The same with a parameter of its own, so that each device's samples pass through the whole of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.gain
+
+
+class Gain(nn.Module):
+    """Parameters of its own, of no, one and two dimensions, and one of integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.vector = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.ones(WIDTH))
+        self.matrix = nn.Parameter(torch.eye(WIDTH) * 0.1)
+        self.order = nn.Parameter(torch.randperm(WIDTH), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x[..., self.order] * self.scale * self.vector) @ self.matrix
+
+
+class Pair(NamedTuple):
+    """Two results."""
+
+    first: Tensor
+    second: Tensor
+
+
+class TwoResults(nn.Linear):
+    """Returns a named tuple."""
+
+    def forward(self, x: Tensor) -> Pair:  # type: ignore[override]
+        return Pair(super().forward(x), x)
+
+
+class Masked(nn.Module):
+    """A layer of a kind of its own with an argument that all samples share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = Mix()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(x, torch.ones(x.shape[1], x.shape[1], dtype=x.dtype, device=x.device).tril())
+
+
+class Mix(nn.Module):
+    """Weighs earlier tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.gain * (mask @ x)
+
+
+class First(nn.Module):
+    """The first result of a recurrent layer or of attention."""
+
+    def __init__(self, layer: nn.Module, times: int = 1) -> None:
+        super().__init__()
+        self.layer, self.times = layer, times
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.layer(*[x] * self.times)[0]
+        return result
+
+
+def linear(bias: bool = True) -> nn.Linear:
+    """Return a square layer."""
+    return nn.Linear(WIDTH, WIDTH, bias=bias)
+
+
+def hooked() -> nn.Module:
+    """Return a layer with a hook on its result."""
+    layer = linear()
+    layer.register_forward_hook(lambda module, arguments, output: output * 0.5)
+    return layer
+
+
+def hooked_before() -> nn.Module:
+    """Return a layer with a hook on its input."""
+    layer = nn.LayerNorm(WIDTH)
+    layer.register_forward_pre_hook(lambda module, arguments: (arguments[0] * 0.5,))
+    return layer
+
+
+def patched() -> nn.Module:
+    """Return a layer whose forward was replaced on the object."""
+    layer = linear()
+    layer.forward = lambda x: F.linear(x, layer.weight) * 0.5  # type: ignore[method-assign]
+    return layer
+
+
+def frozen(layer: nn.Module, *names: str) -> nn.Module:
+    """Return a layer with all or the named parameters frozen."""
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(bool(names) and name not in names)
+    return layer
+
+
+def tied() -> nn.Module:
+    """Return two layers with one weight."""
+    one, other = linear(), linear()
+    other.weight = one.weight
+    return Apply(lambda x, one, other: torch.tanh(one(x)) + other(x), one, other)
+
+
+def doubled() -> nn.Module:
+    """Return a layer under two names."""
+    layer = linear()
+    return nn.Sequential(layer, nn.Tanh(), layer)
+
+
+def drawn_by(generator: Callable[[], np.ndarray]) -> nn.Module:
+    """Return a layer with start weights from another generator than torch's."""
+    layer = linear()
+    layer.weight.data = torch.from_numpy(generator()).float()
+    return layer
+
+
+def with_gradient_hook() -> nn.Module:
+    """Return a layer that masks its gradient."""
+    layer = linear()
+    layer.weight.register_hook(lambda gradient: gradient * 0)
+    return layer
+
+
+def own_generator() -> nn.Module:
+    """Return noise from a generator that no seed reaches."""
+    generator = torch.Generator().manual_seed(0)
+    return Apply(lambda x: x + torch.randn(x.shape, generator=generator).to(x))
+
+
+def as_cast(dtype: torch.dtype) -> nn.Module:
+    """Return a layer in another format."""
+    layer = linear().to(dtype)
+    return Apply(lambda x, layer: layer(x.to(dtype)).real.to(x), layer)
+
+
+TRAINED: dict[str, Callable[[], nn.Module]] = {
+    "linear": linear,
+    "subclass": lambda: Scaled(WIDTH, WIDTH),
+    "constructor": Grown,
+    "positions": Positions,
+    "places": lambda: Apply(lambda x, places: x * places(x.shape[1]), Places(leading=False)),
+    "places of one row": lambda: Apply(lambda x, places: x * places(x.shape[1]), Places(leading=True)),
+    "hooked": hooked,
+    "hooked before": hooked_before,
+    "weight norm": lambda: nn.utils.parametrizations.weight_norm(linear()),
+    "weight norm without bias": lambda: nn.utils.parametrizations.weight_norm(linear(bias=False)),
+    "orthogonal": lambda: nn.utils.parametrizations.orthogonal(linear(), orthogonal_map="cayley"),
+    "table": lambda: Table(persistent=True),
+    "table of its own": lambda: Table(persistent=False),
+    "drop path of 0": lambda: DropPath(0.0),
+    "dropout of 0": lambda: Apply(lambda x: F.dropout(x, 0.0)),
+    "frozen": lambda: frozen(linear()),
+    "frozen weight": lambda: frozen(linear(), "weight"),
+    "frozen bias": lambda: frozen(linear(), "bias"),
+    "frozen norm": lambda: frozen(nn.LayerNorm(WIDTH)),
+    "frozen shift": lambda: frozen(nn.LayerNorm(WIDTH), "bias"),
+    "frozen attention": lambda: First(frozen(nn.MultiheadAttention(WIDTH, 2, batch_first=True), "in_proj_weight"), 3),
+    "unused": lambda: Apply(lambda x, layer: x, linear()),
+    "detached": lambda: Apply(lambda x, layer: x + layer(x).detach() * 0.1, linear()),
+    "experts": OwnExperts,
+    "twice": lambda: Apply(lambda x, layer: layer(torch.tanh(layer(x))), linear()),
+    "doubled": doubled,
+    "tied": tied,
+    "in place": lambda: nn.Sequential(linear(), nn.ReLU(inplace=True)),
+    "in place after norms": lambda: nn.Sequential(
+        nn.LayerNorm(WIDTH), nn.LeakyReLU(inplace=True), nn.RMSNorm(WIDTH), nn.LeakyReLU(inplace=True)
+    ),
+    "convolution": lambda: Apply(
+        lambda x, conv: torch.relu_(conv(x.mT.unsqueeze(3))).squeeze(3).mT,
+        nn.Conv2d(WIDTH, WIDTH, (3, 1), padding=(1, 0)),
+    ),
+    "one-dimensional convolution": lambda: Apply(lambda x, conv: conv(x.mT).mT, nn.Conv1d(WIDTH, WIDTH, 3, padding=1)),
+    "gru": lambda: First(nn.GRU(WIDTH, WIDTH, batch_first=True)),
+    "attention": lambda: First(nn.MultiheadAttention(WIDTH, 2, batch_first=True), 3),
+    "encoder": lambda: nn.TransformerEncoderLayer(WIDTH, 2, WIDTH, dropout=0.0, batch_first=True),
+    "bilinear": lambda: Apply(lambda x, layer: layer(x, x) * 0.1, nn.Bilinear(WIDTH, WIDTH, WIDTH)),
+    "own parameters": Gain,
+    "named tuple": lambda: Apply(lambda x, layer: layer(x).first + layer(x).second, TwoResults(WIDTH, WIDTH)),
+    "masked": Masked,
+    "norm without affine": lambda: nn.LayerNorm(WIDTH, elementwise_affine=False),
+    "norm without bias": lambda: nn.LayerNorm(WIDTH, bias=False),
+    "numpy's draws": lambda: drawn_by(lambda: np.random.normal(0, 0.3, (WIDTH, WIDTH))),
+    "python's draws": lambda: drawn_by(lambda: np.array([[random.gauss(0, 0.3)] * WIDTH for _ in range(WIDTH)])),
+}  # fmt: skip
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "patched": (patched, "computes something else"),
+    "weights read": (
+        lambda: Apply(lambda x, layer: F.linear(x, layer.weight), linear()), "call layers instead of reading",
+    ),
+    "spectral norm": (lambda: nn.utils.parametrizations.spectral_norm(linear()), "writes to the buffer"),
+    "old weight norm": (lambda: nn.utils.weight_norm(linear()), "torch.nn.utils.parametrizations has norms"),
+    "lazy": (lambda: nn.LazyLinear(WIDTH), "has no weights before its first samples"),
+    "scripted": (lambda: torch.jit.script(linear()), "is scripted, compiled or wrapped"),
+    "compiled": (lambda: torch.compile(linear()), "is scripted, compiled or wrapped"),
+    "dropout": (lambda: nn.Dropout(0.1), "drops activations with probability 0.1"),
+    "functional dropout": (lambda: Apply(lambda x: F.dropout(x, 0.001)), "passes of training"),
+    "drop path": (lambda: DropPath(0.01), "passes of training"),
+    "bernoulli": (lambda: Apply(lambda x: x * torch.empty_like(x).bernoulli_(0.999)), "passes of training"),
+    "noise": (lambda: Apply(lambda x: x + torch.randn_like(x) * 1e-3), "passes of training"),
+    "python's noise": (lambda: Apply(lambda x: x * random.uniform(0.9, 1.1)), "passes of training"),
+    "numpy's noise": (lambda: Apply(lambda x: x * float(np.random.uniform(0.9, 1.1))), "passes of training"),
+    "noise of its own": (own_generator, "passes of training"),
+    "counting": (Counting, "passes of training"),
+    "running scale": (RunningScale, "training writes to the buffer"),
+    "batch norm": (lambda: Apply(lambda x, norm: norm(x.mT).mT, nn.BatchNorm1d(WIDTH)), "use LayerNorm"),
+    "gradient hook": (with_gradient_hook, "has a hook on its gradient"),
+    "bfloat16": (lambda: as_cast(torch.bfloat16), "is bfloat16; build the network in float32"),
+    "float64": (lambda: as_cast(torch.float64), "is float64; build the network in float32"),
+    "complex": (lambda: as_cast(torch.complex64), "is complex64; build the network in float32"),
+    "unseeded": (
+        lambda: drawn_by(lambda: np.random.default_rng().normal(0, 0.3, (WIDTH, WIDTH))),
+        "other start weights whenever",
+    ),
+    "gathered experts": (Experts, "must keep samples apart"),
+    "mixing": (lambda: Apply(lambda x: x - x.mean(0)), "must keep samples apart"),
+}  # fmt: skip
+REFUSED_IN_LAUNCHES: dict[str, Callable[[], nn.Module]] = {
+    "drawn by rank": lambda: drawn_by(lambda: np.full((WIDTH, WIDTH), 0.1 * (1 + int(os.environ.get("RANK", "0"))))),
+}
+PARTS = {**TRAINED, **REFUSED_IN_LAUNCHES, **{name: make for name, (make, _) in REFUSED.items()}}
