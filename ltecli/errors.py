@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
-from pathlib import Path
 from typing import Any, ParamSpec, TextIO, cast
 
 from simulate.common.errors import InputError, NothingFeasibleError, RunFailedError
@@ -56,12 +54,7 @@ class _Stdout:
 
 @contextmanager
 def stdout_checked() -> Iterator[None]:
-    """Let a stdout that cannot be written raise StdoutError, flushed at the end; where it is closed, at once."""
-    if sys.stderr is None:
-        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
-    if sys.stdout is None:
-        # Not replaced by the null device: a file that is opened next would get descriptor 1, and what libraries print.
-        raise StdoutError from OSError(errno.EBADF, os.strerror(errno.EBADF))
+    """Let a stdout that cannot be written raise StdoutError, also for what is flushed at the end."""
     with redirect_stdout(cast(TextIO, _Stdout(sys.stdout))):
         yield
         sys.stdout.flush()

@@ -124,13 +124,13 @@ def _train(
         check_simulation_fits(run, device, args.tiny)
     if replaced:
         output.hint(f"--tiny: {', '.join(replaced)}; all else is the run's")
-    if launch is None or launch.nodes == 1:  # the nodes of a launch tell each other in the preflight
-        for warning in warnings:
-            output.warning(warning)
     folder = folder or new_folder(path, run, device_name)
     try:
         # The lock is released before the folder is removed: Windows removes no open file.
         with _removed_unless_begun(folder, resume), lock_folder(path):
+            if launch is None or launch.nodes == 1:  # the nodes of a launch tell each other in the preflight
+                for warning in warnings:
+                    output.warning(warning)
             if launched is not None:
                 return launch_run(folder, device, launched, output, warnings)
             code = _simulate(folder, device, output)

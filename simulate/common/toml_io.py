@@ -71,12 +71,12 @@ def read(path: Path, errors: str = "strict") -> str:
 
 def validate(
     schema: type[SchemaT], table: Table, where: str, text: str = "", assigned: Collection[str] = (),
-    example: Callable[[], Table] = dict,
+    example: Callable[[], Table] | None = None,
 ) -> SchemaT:  # fmt: skip
     """Build `schema` from a parsed table; raises InputError naming file, line (when `text` has it), key and rule.
 
-    Keys in `assigned` came from the command line, so their errors name that instead of the file. `example` returns a
-    whole table, whose values are named where keys are missing.
+    Keys in `assigned` came from the command line, so their errors name that instead of the file. `example`, for files
+    that people write, has all missing keys told, a line each, with the values of the table that it returns.
     """
     for path, value in _integers(table):
         if abs(value) > LARGEST_INTEGER:
@@ -101,13 +101,13 @@ KEY_OF_DICT = "[key]"
 
 def _explain(
     error: ValidationError, schema: type[BaseModel], where: str, text: str, assigned: Collection[str],
-    example: Callable[[], Table],
+    example: Callable[[], Table] | None,
 ) -> list[str]:  # fmt: skip
     """Return a line about the first mistake; of keys that are missing, a line about each."""
     errors = error.errors(include_url=False)
     # A misspelt required key makes two errors, unknown and missing; the unknown one shows the typo.
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    if first["type"] == "missing":
+    if first["type"] == "missing" and example is not None:
         whole = example()
         missing = [_path_of(e["loc"], text) for e in errors if e["type"] == "missing"]
         lines = [
@@ -169,6 +169,8 @@ def _explain_one(
         tag = loc[1] if len(path) < len(loc) else _name_of(schema, path)
         owner = f" of {path[0]} {tag}" if tag else ""
         return f"{source}: {key} is not a known key{owner}; {near_match(str(path[-1]), known)}{rest}"
+    if first["type"] == "missing":
+        return f"{source}: {key} is missing; add it{rest}"
     if first["type"] == "union_tag_invalid":
         context = first["ctx"]
         tags = [tag.strip(" '") for tag in str(context["expected_tags"]).split(",")]

@@ -23,8 +23,8 @@ from simulate.config.profiles import is_profile_path
 from simulate.config.tables import BPE, BYTES, HUB, Cluster, Data, Train
 from simulate.models.families.gpt import GptModel
 from simulate.models.families.table import Model, check_name, family_of, sees_images
-from simulate.models.interfaces import HUGGINGFACE
-from simulate.models.schema import IMAGES_HINT, FactoryModel
+from simulate.models.interfaces import HUGGINGFACE, IMAGES_HINT
+from simulate.models.schema import FactoryModel
 
 
 def _with_default_data(given: Any) -> Any:
@@ -141,7 +141,7 @@ def build_run(table: toml_io.Table, where: str = "run", text: str = "", assigned
         source = "command line" if "method.name" in assigned else where
         raise InputError(f"{source}: {error}") from None
     # The schema with the method's own options: a Run with the abstract ones would name no key in its errors.
-    return toml_io.validate(_schema(options), table, where, text, assigned)
+    return toml_io.validate(_schema(options), table, where, text, assigned, example=dict)
 
 
 WHAT_DATA = frozenset({"name", "path", "format", "field", "subset", "column", "rows"})

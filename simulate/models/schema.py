@@ -172,12 +172,6 @@ class FactoryTextModel(FactoryModel, Reads):
     vocab: int = Field(default=256, gt=0)
 
 
-IMAGES_HINT = (
-    "a network of images says so by its sizes: --set model.classes=10 --set model.image=32 --set model.colours=3"
-)
-"""Advice where a user's network of images, which has no sizes of images in [model], would get tokens."""
-
-
 class FactoryImageModel(FactoryModel, Frames):
     """Options of a user's network from images (S, colours, image, image) to logits (S, classes)."""
 

@@ -35,10 +35,9 @@ from simulate.layers.per_device import (
     ReplicatedRmsNorm,
 )
 from simulate.models.fake_batch import example_batch
-from simulate.models.interfaces import HUGGINGFACE, ReadsText, SeesImages, UserNetworkOptions
+from simulate.models.interfaces import HUGGINGFACE, IMAGES_HINT, ReadsText, SeesImages, UserNetworkOptions
 from simulate.models.peak_memory import cpu_peak_bytes
 from simulate.models.repeatable import check_passes, check_start_weights, seeded
-from simulate.models.schema import IMAGES_HINT
 from simulate.models.shapes import ActivationTrace, Kind, LinearShape, ModelShape, ParameterShape
 from simulate.models.user_network import call_factory
 

@@ -23,10 +23,9 @@ from tests.ltecli.command import PROFILE, Lte, Refused, assert_one_line, lte_pro
 HOME = ("plan", "--profile", PROFILE)
 
 
-@pytest.mark.parametrize("stream", [">/dev/full", ">&-"])
 @pytest.mark.parametrize("command", ["--help", "profile list --json"])
-def test_a_stdout_that_cannot_be_written_is_one_line(command: str, stream: str, tmp_path: Path) -> None:
-    done = run(["bash", "-c", f"{sys.executable} -m ltecli {command} {stream}"], cwd=tmp_path)
+def test_a_stdout_that_cannot_be_written_is_one_line(command: str, tmp_path: Path) -> None:
+    done = run(["bash", "-c", f"{sys.executable} -m ltecli {command} >/dev/full"], cwd=tmp_path)
     assert_one_line(done, 1, ["stdout cannot be written"])
 
 

@@ -232,8 +232,9 @@ def test_an_interrupt_before_the_first_step_says_how_to_go_on(
 
     with monkeypatch.context() as patch:
         patch.setattr("simulate.measure.one_device.measure_memory_bytes", interrupted)
-        assert_one_line(lte("train", run_toml, "--out", "a", "--quiet"), 130, ("interrupted", "lte train a --resume"))
-    assert lte("train", "a", "--resume", "--quiet").code == 0
+        outcome = lte("train", run_toml, "--out", "a", "--quiet")
+        assert_one_line(outcome, 130, ("interrupted", "nothing was started; give the same line again"))
+    assert lte("train", run_toml, "--out", "a", "--quiet").code == 0
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(lte: Lte, run_toml: Path) -> None:
