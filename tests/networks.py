@@ -39,6 +39,19 @@ class Convolutional(nn.Module):
         return self.head(self.two(x).relu().mean((2, 3)))
 
 
+class Wide(nn.Module):
+    """Images in, logits out, with most weights in a hidden layer on all pixels."""
+
+    def __init__(self, image: int, colours: int, classes: int) -> None:
+        super().__init__()
+        first, hidden = nn.Conv2d(colours, 8, 3, padding=1), nn.Linear(8 * image**2, 64)
+        self.layers = nn.Sequential(first, nn.ReLU(), nn.Flatten(), hidden, nn.ReLU(), nn.Linear(64, classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.layers(images)
+        return logits
+
+
 class Mixing(nn.Module):
     """Samples see each other's mean."""
 

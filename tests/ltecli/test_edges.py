@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from ltecli.commands.measure import _show as show_measured
 from ltecli.commands.report import change_text
 from ltecli.console import Output, plain_table
 from ltecli.runs.run_folder import is_locked, lock_folder
 from simulate.common.errors import near_match
 from simulate.common.user_code import module_form
+from simulate.config.hardware import Kernels, Measurement
+from simulate.config.profiles import load_profile
 from simulate.config.run import load_run
 from tests.harness import run, wait_until
 from tests.ltecli.command import PROFILE, Lte, Refused, assert_one_line, lte_process, write_prose, write_run
@@ -178,3 +181,36 @@ def test_figures_stay_whole_in_a_narrow_terminal(
     text = capsys.readouterr().out
     for figure in ("predicted", "123 MB", "120 MB", "+2.49%", "tracked tensors"):
         assert figure in text
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_noisy_measurement_advises_what_was_not_done(threads: int, capsys: pytest.CaptureFixture[str]) -> None:
+    measured = Measurement.model_construct(
+        threads=threads, clock="wall", disk_write_bytes_per_s=1e9, median_s={"product": 1.0}, p90_s={"product": 9.0}
+    )
+    points = [[1.0, 1e9]]
+    kernels = Kernels.model_construct(
+        products=points,
+        attention=points,
+        full_attention=points,
+        elementwise=points,
+        optimizer=points,
+        step_s=0,
+        layer_s=0,
+        adapter_s=0,
+    )
+    profile = load_profile(PROFILE)
+    device = profile.device[0].model_copy(update={"kernels": kernels})
+    show_measured(profile.model_copy(update={"device": [device], "measurement": measured}), Output())
+    said = capsys.readouterr().err
+    assert "measure it idle" in said
+    assert ("--threads 1" in said) == (threads > 1)
+
+
+def test_why_knows_whether_the_extra_is_there(lte: Lte, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = []
+    for installed in (True, False):
+        monkeypatch.setattr("simulate.planning.explain.is_library_installed", lambda known=installed: known)
+        said.append(lte(*HOME, "--model", "gpt2", "--method", "lte", "--why", "--json").stdout)
+    assert "installed here" in said[0] and "missing here" not in said[0]
+    assert "missing here" in said[1] and "installed here" not in said[1]

@@ -91,6 +91,15 @@ def test_memory_is_planned_from_what_was_measured(model: dict[str, Any], method:
     assert memory.tensors == pytest.approx(measured, rel=0.05)
 
 
+def test_gradients_of_factors_are_planned_at_their_rank() -> None:
+    # Where there are few activations, what a trace at rank 1 lacks weighs more.
+    wide = {"name": "tests.networks:Wide", "image": 8, "colours": 1, "classes": 10}
+    run = run_of(wide, {"name": "lte", "rank": 8, "reset": "none"}, micro_batch=8)
+    memory = peak_memory(run, run.model.shape(), load_profile("raspberry_x8").device[0])
+    measured = measure_memory_bytes(run, torch.device("cpu"))
+    assert memory.tensors == pytest.approx(measured, rel=0.02)
+
+
 @pytest.mark.parametrize("frozen_a", [True, False])
 def test_what_a_frozen_a_does_not_keep_is_measured_apart(frozen_a: bool) -> None:
     run = run_of(ENCODER, {"name": "lte", "rank": 4, "frozen_a": frozen_a}, micro_batch=8)
