@@ -14,8 +14,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+import typer.core
 
-from ltecli.errors import BAD_INPUT, exit_if_stuck, guarded, one_line
+from ltecli.errors import (
+    BAD_INPUT,
+    StdoutError,
+    exit_if_stuck,
+    guarded,
+    one_line,
+    report_stdout_error,
+    stdout_checked,
+)
 from simulate.common.gc_paused import collector_paused
 from simulate.common.quantities import read_count
 from simulate.common.version import version as lte_version
@@ -32,6 +41,19 @@ profile_app = typer.Typer(help="Look at hardware profiles, or measure one.", ric
 USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 """Base class of all mistakes in options; older versions of typer take it from click, newer ones have their own."""
 app.add_typer(profile_app, name="profile")
+
+
+class OnceCommand(typer.core.TyperCommand):
+    """A command whose options are given once: of two values the parser would take the last, without a word."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """Parse the arguments; raises a usage error for an option that has two values."""
+        given = self.make_parser(ctx).parse_args(args=list(args))[2]
+        for parameter in given:
+            is_value = isinstance(parameter, typer.core.TyperOption) and not parameter.is_flag
+            if is_value and not parameter.multiple and given.count(parameter) > 1:
+                ctx.fail(f"{parameter.opts[0]} is given {given.count(parameter)} times; keep one")
+        return super().parse_args(ctx, args)
 
 
 class DeviceName(str, enum.Enum):
@@ -106,7 +128,7 @@ def options(
     """Plan, train and report LoRA-the-Explorer pre-training on small, old or far-apart GPUs."""
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 @guarded
 def plan(
     profile: ProfileName = None,
@@ -193,7 +215,7 @@ def plan(
     return plan_command(request, out, force, top, as_json, to_explain, verify, show_all)
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 @guarded
 def init(
     gpu: Annotated[
@@ -218,7 +240,7 @@ def init(
     return init_command(InitArgs(gpu or (), link or (), model, data, tokens, name), out, force)
 
 
-@app.command("probe")
+@app.command("probe", cls=OnceCommand)
 @guarded
 def probe_a_run(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="run.toml.")],
@@ -242,7 +264,7 @@ def probe_a_run(
     return probe_command(run, options, out, force, layers, device.value, as_json, quiet)
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 @guarded
 def validate(
     only: Annotated[str | None, typer.Option(help="One section: memory, bytes or time.")] = None,
@@ -270,7 +292,7 @@ def validate(
     return validate_command(only, sample, out, as_json, quiet, profile)
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 @guarded
 def train(
     run: Annotated[
@@ -322,7 +344,7 @@ def train(
     )
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 @guarded
 def doctor(
     run: Annotated[Path | None, typer.Argument(help="run.toml, whose formats and devices count, too.")] = None,
@@ -337,7 +359,7 @@ def doctor(
     return doctor_command(run, device.value, launch, out, as_json)
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 @guarded
 def secret(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="File to write; it must not exist.")],
@@ -348,7 +370,7 @@ def secret(
     return secret_command(path)
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 @guarded
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders; several are compared side by side.")],
@@ -360,7 +382,7 @@ def report(
     report_command(runs, as_json)
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 @guarded
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
@@ -377,7 +399,7 @@ def export(
     return export_command(run, form.value, out, as_json)
 
 
-@app.command()
+@app.command(cls=OnceCommand)
 @guarded
 def sample(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
@@ -393,7 +415,7 @@ def sample(
     return sample_command(run, prompt, length, temperature, seed, as_json)
 
 
-@app.command("eval")
+@app.command("eval", cls=OnceCommand)
 @guarded
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
@@ -409,7 +431,7 @@ def evaluate(
     return eval_command(run, data, as_json)
 
 
-@profile_app.command("list")
+@profile_app.command("list", cls=OnceCommand)
 @guarded
 def profile_list(as_json: Json = False) -> None:
     """List the shipped profiles, and `local`: this machine."""
@@ -418,7 +440,7 @@ def profile_list(as_json: Json = False) -> None:
     list_command(as_json)
 
 
-@profile_app.command("show")
+@profile_app.command("show", cls=OnceCommand)
 @guarded
 def profile_show(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped profile, `local`, or a path to profile.toml.")],
@@ -430,7 +452,7 @@ def profile_show(
     show_command(name, as_json)
 
 
-@profile_app.command("check")
+@profile_app.command("check", cls=OnceCommand)
 @guarded
 def profile_check(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A profile.toml, or a shipped one.")],
@@ -442,7 +464,7 @@ def profile_check(
     return check_command(name, as_json)
 
 
-@profile_app.command("measure")
+@profile_app.command("measure", cls=OnceCommand)
 @guarded
 def profile_measure(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write it to a .toml; default: print it.")] = None,
@@ -466,7 +488,7 @@ def profile_measure(
     measure_command(request, out, force, as_json, quiet)
 
 
-@profile_app.command("serve")
+@profile_app.command("serve", cls=OnceCommand)
 @guarded
 def profile_serve(
     interface: Annotated[str, typer.Option(help="The only interface to listen on: eth0, wlan0, lo.")],
@@ -508,12 +530,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     try:
         # Without standalone mode typer raises mistakes to us, where it would print them in its own form and exit.
-        code = int(app(given or ["--help"], prog_name="lte", standalone_mode=False) or 0)
-        exit_if_stuck(code)
-        return code
+        with stdout_checked():
+            code = int(app(given or ["--help"], prog_name="lte", standalone_mode=False) or 0)
+    except StdoutError as error:
+        code = report_stdout_error(error)
     except USAGE_ERROR as error:
         message = one_line(error.format_message())  # type: ignore[attr-defined]
         # Only mistakes within a command know which one it was.
         context = getattr(error, "ctx", None)
         sys.stderr.write(f"lte: {message.rstrip('.')}; see {context.command_path if context else 'lte'} --help\n")
         return BAD_INPUT
+    exit_if_stuck(code)
+    return code

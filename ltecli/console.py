@@ -7,9 +7,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
+FIGURE = 15
+"""Characters up to which a column holds figures or a word, which no terminal needs to cut."""
 WIDE = 400
 """Width of tables outside a terminal, in characters: no cell is cut."""
 
@@ -19,10 +22,6 @@ class _Console(Console):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(highlight=False, markup=False, emoji=False, **options)
-
-    def on_broken_pipe(self) -> None:
-        """Raise BrokenPipeError, which ltecli.errors handles, where rich would exit."""
-        raise BrokenPipeError
 
 
 class Output:
@@ -53,8 +52,11 @@ class Output:
             return
         console = _Console(width=None if self.console.is_terminal else WIDE)
         # Measured without the terminal's limit: within it cells would wrap, and any table would seem to fit.
-        if console.measure(table, options=console.options.update(width=WIDE)).maximum > console.width:
+        options = console.options.update(width=WIDE)
+        if console.measure(table, options=options).maximum > console.width:
             table.columns = [column for column in table.columns if column.header not in secondary]
+        if console.measure(table, options=options).maximum > console.width:
+            _wrap_texts(table, console.width)
         console.print(table)
 
     def json(self, document: Any) -> None:
@@ -73,6 +75,15 @@ class Output:
         # Past the console of hints, which is mute when quiet.
         sys.stderr.write(f"lte: {text}\n")
         sys.stderr.flush()
+
+
+def _wrap_texts(table: Table, width: int) -> None:
+    """Let a table's wide columns wrap, and keep figures whole, where the terminal has room for them."""
+    widths = [max(cell_len(str(cell)) for cell in (column.header, *column.cells)) for column in table.columns]
+    if sum(min(size + 2, FIGURE + 2) for size in widths) > width:
+        return  # as the table was made
+    for column, size in zip(table.columns, widths, strict=True):
+        column.no_wrap = size <= FIGURE
 
 
 def plain_table(*columns: str) -> Table:

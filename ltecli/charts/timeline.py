@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
@@ -15,8 +16,10 @@ STYLES = {"compute": "green", "exchange": "blue", "wait": "yellow", "away": "dim
 COLOURS = {"compute": "#2f9e44", "exchange": "#1c7ed6", "wait": "#f08c00", "away": "#dee2e6"}
 BAR = 60
 """Width of a bar, in characters."""
-LEFT, RIGHT, ROW, HEAD, FOOT, BREADTH = 190, 20, 26, 56, 40, 760
-"""Sizes of the picture's parts, in pixels."""
+LEFT, RIGHT, ROW, HEAD, FOOT, BREADTH = 190, 20, 26, 56, 60, 760
+"""Sizes of the picture's parts, in pixels; LEFT grows with the longest label, BREADTH with the title."""
+CHARACTER, TITLE_CHARACTER = 7.5, 8.5
+"""Pixels of a character of a label and of the title, with room to spare in most sans-serif fonts."""
 
 
 def bars(timeline: Timeline, width: int = BAR) -> dict[int, Text]:
@@ -45,37 +48,53 @@ def legend() -> str:
     return ", ".join(f"{MARKS[kind]} {kind}" for kind in KINDS if kind != "away") + ", blank: away"
 
 
+def devices_text(timeline: Timeline) -> str:
+    """Return a line that says which devices are not drawn; empty where all are."""
+    drawn = sorted({span.device for span in timeline.spans})
+    if len(drawn) == timeline.devices:
+        return ""
+    return f"drawn are {len(drawn)} of {timeline.devices:,} devices: {', '.join(map(str, drawn))}"
+
+
 def svg(timeline: Timeline, title: str, names: dict[int, str]) -> str:
     """Return an SVG document with one row for each drawn device."""
     devices = sorted({span.device for span in timeline.spans})
+    labels = [names.get(device, f"device {device}") for device in devices]
+    left = max(LEFT, math.ceil(20 + CHARACTER * max(map(len, labels), default=0)))
+    # What follows takes the breadth as it is, so the title widens it.
+    breadth = max(BREADTH, math.ceil(TITLE_CHARACTER * len(title)) - left)
     end_s = max((span.end_s for span in timeline.spans), default=0.0) or 1.0
     height = HEAD + ROW * len(devices) + FOOT
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + BREADTH + RIGHT}" height="{height}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + breadth + RIGHT}" height="{height}" '
         'font-family="sans-serif" font-size="12">',
         f"<title>{escape(title)}</title>",
         '<rect width="100%" height="100%" fill="white"/>',
         f'<text x="10" y="20" font-size="14">{escape(title)}</text>',
-        *_key(),
+        *_key(left),
     ]
-    for row, device in enumerate(devices):
+    pixels_per_s = breadth / end_s
+    for row, (device, text) in enumerate(zip(devices, labels, strict=True)):
         top = HEAD + row * ROW
-        lines.append(f'<text x="10" y="{top + 15}">{escape(names.get(device, f"device {device}"))}</text>')
-        lines += [_block(span, top, end_s) for span in timeline.spans if span.device == device]
-    return "\n".join([*lines, *_axis(HEAD + ROW * len(devices), end_s), "</svg>", ""])
+        lines.append(f'<text x="10" y="{top + 15}">{escape(text)}</text>')
+        lines += [_block(span, left, top, pixels_per_s) for span in timeline.spans if span.device == device]
+    lines += _axis(left, HEAD + ROW * len(devices), breadth, end_s)
+    if left_out := devices_text(timeline):
+        lines.append(f'<text x="10" y="{height - 10}">{escape(left_out)}</text>')
+    return "\n".join([*lines, "</svg>", ""])
 
 
-def _key() -> list[str]:
+def _key(left: int) -> list[str]:
     lines = []
     for column, kind in enumerate(KINDS):
-        left = LEFT + 110 * column
-        lines.append(f'<rect x="{left}" y="30" width="12" height="12" fill="{COLOURS[kind]}"/>')
-        lines.append(f'<text x="{left + 17}" y="41">{kind}</text>')
+        start = left + 110 * column
+        lines.append(f'<rect x="{start}" y="30" width="12" height="12" fill="{COLOURS[kind]}"/>')
+        lines.append(f'<text x="{start + 17}" y="41">{kind}</text>')
     return lines
 
 
-def _block(span: Span, top: int, end_s: float) -> str:
-    left, breadth = LEFT + BREADTH * span.start_s / end_s, BREADTH * (span.end_s - span.start_s) / end_s
+def _block(span: Span, start: int, top: int, pixels_per_s: float) -> str:
+    left, breadth = start + pixels_per_s * span.start_s, pixels_per_s * (span.end_s - span.start_s)
     label = f"{span.kind}, {seconds_text(span.end_s - span.start_s)}"
     return (
         f'<rect x="{left:.2f}" y="{top}" width="{breadth:.2f}" height="{ROW - 6}" fill="{COLOURS[span.kind]}">'
@@ -83,10 +102,10 @@ def _block(span: Span, top: int, end_s: float) -> str:
     )
 
 
-def _axis(top: int, end_s: float) -> list[str]:
+def _axis(start: int, top: int, breadth: int, end_s: float) -> list[str]:
     lines = []
     for part in range(5):
-        left = LEFT + BREADTH * part / 4
+        left = start + breadth * part / 4
         lines.append(
             f'<line x1="{left:.1f}" y1="{HEAD}" x2="{left:.1f}" y2="{top}" stroke="#868e96" stroke-width="0.5"/>'
         )

@@ -20,7 +20,7 @@ from simulate.common.disk import temporary_folder
 from simulate.common.errors import InputError
 from simulate.common.limits import usable_cores
 from simulate.common.units import bytes_text
-from simulate.config.run import Run, load_run
+from simulate.config.run import Run, load_given_run
 from simulate.doctor.checks import Purpose, diagnose, stops
 from simulate.doctor.machine import Machine, examine
 
@@ -31,7 +31,7 @@ TITLES = {"run": "stops runs", "gpu": "keeps runs off the GPU", "launch": "stops
 def doctor_command(run: Path | None, device_name: str, launch: bool, out: Path, as_json: bool) -> int:
     """Print the facts and the findings of this machine; returns the exit code."""
     output = Output(as_json)
-    purpose = _purpose(None if run is None else load_run(run), device_name, launch, None, 1)
+    purpose = _purpose(None if run is None else load_given_run(run), device_name, launch, None, 1)
     folders, homeless = {"--out": out, "TMPDIR": temporary_folder()}, ""
     try:
         folders[CACHE_VARIABLE] = cache_folder()

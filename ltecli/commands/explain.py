@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltecli.charts.timeline import bars, legend, svg
+from ltecli.charts.timeline import bars, devices_text, legend, svg
 from ltecli.console import Output, plain_table
 from ltecli.output_paths import check_file, write_file
 from simulate.common.errors import InputError
@@ -45,13 +45,17 @@ class ExplainArgs:
     @property
     def wants_timeline(self) -> bool:
         """Whether rounds must be simulated."""
-        return self.timeline or self.rounds is not None or self.svg is not None
+        return self.timeline or self.svg is not None
 
     def check(self) -> None:
         """Raise InputError for options that cannot be met; called before anything is planned."""
         if self.rounds is not None and not 1 <= self.rounds <= MOST_ROUNDS:
             raise InputError(f"--rounds {self.rounds}: must be from 1 to {MOST_ROUNDS:,}")
+        if self.rounds is not None and not self.timeline and self.svg is None:
+            raise InputError(f"--rounds {self.rounds} counts the rounds of --timeline; add it, or leave --rounds away")
         if self.svg is not None:
+            if self.svg.suffix.lower() != ".svg":
+                raise InputError(f"{SVG_OPTION} {self.svg}: the drawing is an SVG; name it {self.svg.stem}.svg")
             check_file(self.svg, self.force, "timeline.svg", SVG_OPTION)
 
 
@@ -81,7 +85,7 @@ def explain_plan(plan: Plan, args: ExplainArgs) -> Explained:
 
 
 def show_explained(plan: Plan, explained: Explained, args: ExplainArgs, output: Output) -> None:
-    """Print the explanations, and write the SVG file; raises InputError where it cannot be written."""
+    """Print the explanations."""
     if plan.chosen is None:
         return
     if explained.why is not None:
@@ -89,13 +93,19 @@ def show_explained(plan: Plan, explained: Explained, args: ExplainArgs, output: 
     if explained.outlook is not None:
         _show_outlook(plan.chosen, explained.outlook, output)
         if args.svg is not None:
-            timeline = explained.outlook.timeline
-            # Device numbers mean little in a picture; 30 characters of their kind fit left of the bars.
-            kinds = [device.kind for device in plan.profile.devices(plan.chosen.run.cluster.devices)]
-            names = {span.device: f"{span.device}: {kinds[span.device]}"[:30] for span in timeline.spans}
-            title = f"{describe(plan.chosen.run)} on {len(kinds):,} x {plan.profile.name}"
-            write_file(args.svg, svg(timeline, title, names), SVG_OPTION)
             output.hint(f"wrote {args.svg}")
+
+
+def write_picture(plan: Plan, explained: Explained, args: ExplainArgs) -> None:
+    """Write the SVG file, where one is asked for; raises InputError where it cannot be written."""
+    if plan.chosen is None or explained.outlook is None or args.svg is None:
+        return
+    timeline = explained.outlook.timeline
+    # Device numbers mean little in a picture.
+    kinds = [device.kind for device in plan.profile.devices(plan.chosen.run.cluster.devices)]
+    names = {span.device: f"{span.device}: {kinds[span.device]}" for span in timeline.spans}
+    title = f"{describe(plan.chosen.run)} on {len(kinds):,} x {plan.profile.name}"
+    write_file(args.svg, svg(timeline, title, names), SVG_OPTION)
 
 
 def _show_why(why: Why, output: Output) -> None:
@@ -131,6 +141,8 @@ def _show_outlook(chosen: Candidate, outlook: Outlook, output: Output) -> None:
     output.text("a device's time: " + ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items()))
     # A bar of many rounds would show nothing but noise.
     drawn = min(DRAWN_ROUNDS, timeline.rounds)
+    if left_out := devices_text(timeline):
+        output.text(left_out)
     table = plain_table("device", f"{drawn} round{'s' if drawn > 1 else ''} ({legend()})")
     table.columns[1].justify = "left"
     for device, bar in bars(timeline).items():

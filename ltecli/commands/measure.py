@@ -60,7 +60,7 @@ def measure_command(request: MeasureArgs, out: Path | None, force: bool, as_json
         profile = profile.model_copy(update={"name": out.stem})
         document = profile.model_dump(exclude_none=True)
         write_file(out, toml_io.dump(document))
-        _show(profile, output)
+        _show(profile, output, request.threads)
         output.hint(f"next: lte plan --profile {out}")
     else:
         output.text(toml_io.dump(document).rstrip())
@@ -89,8 +89,8 @@ def _link(request: MeasureArgs, output: Output) -> Link:
     return link
 
 
-def _show(profile: Profile, output: Output) -> None:
-    """Print the measured figures, and a warning where they vary much."""
+def _show(profile: Profile, output: Output, threads: int | None) -> None:
+    """Print the measured figures, and a warning where they vary much; `threads` is --threads."""
     device, measurement = profile.device[0], profile.measurement
     assert device.kernels is not None
     assert measurement is not None
@@ -111,9 +111,10 @@ def _show(profile: Profile, output: Output) -> None:
     slowest = max(measurement.p90_s, key=lambda name: measurement.p90_s[name] / measurement.median_s[name])
     spread = measurement.p90_s[slowest] / measurement.median_s[slowest]
     if spread > NOISY:
+        instead = "" if threads == 1 else ", or with --threads 1, which counts processor time"
         output.warning(
-            f"{slowest}: one time in ten took {spread:.1f} times the median; this machine is busy: measure it idle, "
-            "or with --threads 1, which counts processor time"
+            f"{slowest}: one time in ten took {spread:.1f} times the median; this machine is busy: measure it idle"
+            + instead
         )
 
 

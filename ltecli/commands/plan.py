@@ -19,7 +19,7 @@ from simulate.common.errors import NothingFeasibleError
 from simulate.common.run_files import RUN_FILE
 from simulate.common.units import bytes_text, seconds_text
 from simulate.config.hardware import Device
-from simulate.config.run import dump_run
+from simulate.config.run import dump_run, with_absolute_paths
 from simulate.costs.memory import Memory
 from simulate.planning.candidate import Candidate, Rejected, candidate_of, describe
 from simulate.planning.planner import Plan
@@ -56,11 +56,18 @@ def plan_command(
     output = Output(as_json)
     explained = None
     if to_explain is not None:
-        from ltecli.commands.explain import explain_plan, show_explained
+        from ltecli.commands.explain import explain_plan, show_explained, write_picture
 
         explained = explain_plan(plan, to_explain)
     verified = verify_choice(plan) if verify and plan.chosen is not None else None
     verdict = verdict_of(plan)
+    # Files come before what is printed: whoever reads that may leave early, as head does.
+    if out is not None and plan.chosen is not None and not (verified and not verified.fits):
+        # Paths in a run.toml are relative to it, those of the command line to the current folder.
+        is_here = out.parent.resolve() == Path.cwd().resolve()
+        write_file(out, dump_run(plan.chosen.run if is_here else with_absolute_paths(plan.chosen.run)))
+    if explained is not None and to_explain is not None:
+        write_picture(plan, explained, to_explain)
     if as_json:  # building the JSON of thousands of candidates takes time
         added = explained.to_dict() if explained else {"why": None, "timeline": None}
         output.json(
@@ -84,7 +91,6 @@ def plan_command(
     if verified and not verified.fits:
         raise NothingFeasibleError(too_large_text(plan, verified))
     if out is not None:
-        write_file(out, dump_run(plan.chosen.run))
         output.hint(f"wrote {out}; next: lte train {out}")
     else:
         output.hint("next  lte plan ... -o run.toml        more  --all  --why  --timeline  --verify")

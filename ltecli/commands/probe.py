@@ -19,7 +19,7 @@ from simulate.common.limits import usable_memory
 from simulate.common.units import bytes_text
 from simulate.config.method_table import BASELINE, default_options
 from simulate.config.profiles import detect_local
-from simulate.config.run import Run, load_run
+from simulate.config.run import Run, load_given_run
 from simulate.costs.memory import peak_memory
 from simulate.data.load import load_data
 from simulate.layers.formats import ELEMENT_BYTES
@@ -50,7 +50,7 @@ def probe_command(
     output = Output(as_json, quiet or as_json)
     if out is not None:
         check_file(out, force, "probe.json")
-    run = load_run(given, list(options.assignments))
+    run = load_given_run(given, options.assignments)
     need = needed_bytes(run)
     output.hint(
         f"derived: {options.batches} x {run.samples_per_step} samples of gradients twice, {options.warmup_steps} dense "
@@ -66,10 +66,11 @@ def probe_command(
     device = choose(device_name)
     batches = build_batches(run, data, device)
     probe = probe_run(run, batches, device, data.source, options.batches, options.warmup_steps, output.hint)
+    if out is not None:  # before it is printed: a reader may leave early, as head does
+        write_file(out, dump_probe(probe))
     output.json(probe.model_dump())
     _show(probe, output, with_layers)
     if out is not None:
-        write_file(out, dump_probe(probe))
         output.hint(f"wrote {out}; next: lte plan --probe {out}")
     else:
         output.hint("next: lte probe ... -o probe.json, then lte plan --probe probe.json")

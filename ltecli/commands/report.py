@@ -17,11 +17,14 @@ from simulate.common.units import bytes_text, seconds_text
 from simulate.config.method_table import BASELINE
 from simulate.planning.candidate import describe
 
+TIMES = 2.0
+"""Ratio from which a change is told as a multiple, not in per cent."""
+
 
 def report_command(paths: list[Path], as_json: bool) -> None:
     """Print the figures of run folders; --json gives an object for one run and {runs: [...]} for several."""
     output = Output(as_json)
-    records = [read_run(path) for path in paths]
+    records = [read_run(path, output.warning) for path in paths]
     # People and scripts get the same figures: what is printed is read from what --json gives.
     documents = [figures(record) for record in records]
     if len(records) == 1:
@@ -88,18 +91,25 @@ def _savings(figure: dict[str, Any]) -> list[str]:
     dense = figure["dense"]
     if dense is None or figure["method"] == BASELINE or not figure["steps"]:
         return []
-    ratios = []
-    for key, words in (
-        ("memory_bytes", "less memory"),
-        ("sent_bytes_per_device", "fewer bytes sent"),
-        ("wall_s", f"less time for the same {figure['unit']}"),
+    parts = []
+    for key, less, what in (
+        ("memory_bytes", "less", "memory"),
+        ("sent_bytes_per_device", "fewer", "bytes sent"),
+        ("wall_s", "less", f"time for the same {figure['unit']}"),
     ):
         ours = figure[key]["planned"]
         # A run on one device sends nothing, and has no ratio.
-        if ours:
-            ratios.append(f"{dense[key] / ours:.2f}x {words}")
+        if ours and dense[key]:
+            parts.append(f"{change_text(ours / dense[key], less)} {what}")
     unfit = "" if dense["fits"] else " (dense does not fit this hardware)"
-    return [f"beside dense, planned: {', '.join(ratios)}{unfit}; below 1x is more, not less"]
+    return [f"beside dense, planned: {', '.join(parts)}{unfit}"]
+
+
+def change_text(ratio: float, less: str) -> str:
+    """Return a ratio to dense in words: 12 % more, 4.2 times fewer."""
+    if not 1 / TIMES < ratio < TIMES:
+        return f"{max(ratio, 1 / ratio):.3g} times {'more' if ratio > 1 else less}"
+    return "the same" if round(ratio, 2) == 1 else f"{abs(ratio - 1):.0%} {'more' if ratio > 1 else less}"
 
 
 def _explanations(figure: dict[str, Any], is_launched: bool) -> list[str]:

@@ -25,6 +25,7 @@ from ltecli.runs.event_loggers import event_loggers
 from ltecli.runs.run_folder import (
     RunFolder,
     check_new,
+    interrupted_by_sigterm,
     lock_folder,
     new_folder,
     prepare_events,
@@ -42,8 +43,7 @@ from ltecli.runs.summary import (
 from simulate.common.errors import InputError, NothingFeasibleError, RunFailedError
 from simulate.common.processor import machine_facts
 from simulate.common.run_files import CHECKPOINTS, LOGS
-from simulate.config.run import Run, build_run, load_run
-from simulate.config.tables import BPE, BYTES, HUB
+from simulate.config.run import Run, build_run, load_given_run, with_absolute_paths
 from simulate.training.checkpoints import list_checkpoints, saved_devices
 
 if TYPE_CHECKING:
@@ -86,7 +86,22 @@ def train_command(
     ignores_memory: bool = False,
 ) -> int:
     """Train a run to its end, in this process or launched; returns the exit code."""
-    output = Output(as_json, quiet or as_json)
+    # From the first moment: a folder may be made and nothing trained when the signal comes.
+    with interrupted_by_sigterm():
+        output = Output(as_json, quiet or as_json)
+        return _train(given, out, resume, device_name, args, launch, output, ignores_memory)
+
+
+def _train(
+    given: Path | None,
+    out: Path | None,
+    resume: bool,
+    device_name: str,
+    args: TrainArgs,
+    launch: LaunchArgs | None,
+    output: Output,
+    ignores_memory: bool,
+) -> int:
     if launch is not None and launch.nodes > 1 and launch.node is None:
         return print_lines(given, launch, output)
     if given is not None and given.is_dir() and not resume:
@@ -110,12 +125,12 @@ def train_command(
     if replaced:
         output.hint(f"--tiny: {', '.join(replaced)}; all else is the run's")
     folder = folder or new_folder(path, run, device_name)
-    if launch is None or launch.nodes == 1:  # the nodes of a launch tell each other in the preflight
-        for warning in warnings:
-            output.warning(warning)
     try:
         # The lock is released before the folder is removed: Windows removes no open file.
-        with _removed_if_refused(folder, resume), lock_folder(path):
+        with _removed_unless_begun(folder, resume), lock_folder(path):
+            if launch is None or launch.nodes == 1:  # the nodes of a launch tell each other in the preflight
+                for warning in warnings:
+                    output.warning(warning)
             if launched is not None:
                 return launch_run(folder, device, launched, output, warnings)
             code = _simulate(folder, device, output)
@@ -207,12 +222,14 @@ def _has_several_gpus(run: Run, device: torch.device) -> bool:
 
 
 @contextmanager
-def _removed_if_refused(folder: RunFolder, resume: bool) -> Iterator[None]:
-    """Remove a new folder where its run is refused before it begins, so that the same command can be given again."""
+def _removed_unless_begun(folder: RunFolder, resume: bool) -> Iterator[None]:
+    """Remove a new folder whose run is refused or stopped before it begins: the same command can be given again."""
     try:
         yield
-    except (InputError, RunFailedError):
-        begun = folder.events.exists() or any((folder.path / CHECKPOINTS).iterdir()) or (folder.path / LOGS).exists()
+    except (InputError, RunFailedError, KeyboardInterrupt) as error:
+        begun = folder.events.exists() or any((folder.path / CHECKPOINTS).iterdir())
+        if not isinstance(error, KeyboardInterrupt):  # logs show why processes failed, not why somebody stopped them
+            begun = begun or (folder.path / LOGS).exists()
         if not resume and not begun:
             shutil.rmtree(folder.path, ignore_errors=True)
         raise
@@ -227,7 +244,7 @@ def _name(given: Path | None, args: TrainArgs) -> str:
 def _run(given: Path | None, args: TrainArgs) -> Run:
     """Return the run of a run.toml, or else of a plan made now, with the command line's args."""
     if given is not None:
-        run = _with_absolute_paths(load_run(given, list(args.assignments), args.data))
+        run = with_absolute_paths(load_given_run(given, args.assignments, args.data))
     else:
         # The plan's run.toml is resumed from any folder, so its path must not depend on this one.
         data = args.data and str(Path(args.data).absolute())
@@ -241,18 +258,6 @@ def _run(given: Path | None, args: TrainArgs) -> Run:
         return run
     train = {**run.train.model_dump(), "diagnostics_every": run.train.evaluate_every}
     return build_run({**run.model_dump(exclude_none=True), "train": train}, "command line")
-
-
-def _with_absolute_paths(run: Run) -> Run:
-    """Return the run with absolute paths: its folder may be resumed from where relative ones would lead elsewhere."""
-    table = run.data.model_dump(exclude_none=True)
-    if "path" in table:
-        table["path"] = str(Path(table["path"]).absolute())
-    if table["tokenizer"] != BYTES and not table["tokenizer"].startswith(BPE):
-        table["tokenizer"] = str(Path(table["tokenizer"]).absolute())
-    if (folder := Path(table.get("name", "").removeprefix(HUB))) != Path() and folder.is_dir():
-        table["name"] = f"{HUB}{folder.absolute()}"
-    return build_run({**run.model_dump(exclude_none=True), "data": table}, "command line")
 
 
 def _resumed(given: Path | None, out: Path | None, args: TrainArgs) -> RunFolder:

@@ -118,12 +118,15 @@ def validate_command(
     from simulate.measure.accuracy import errors_of
 
     output, results = Output(as_json, quiet), {}
+    machine = machine_facts()
     for name in [only] if only else sections:
         output.hint(f"{name}: {sections[name].about}")
         # Each section prints as soon as it is there, since they take minutes.
         results[name] = rows = sections[name].collect(args)
+        if out is not None:  # before it is printed: a reader may leave early, as head does
+            parts = (_markdown(key, sections[key].about, found, errors_of(found)) for key, found in results.items())
+            write_file(out, "\n".join([*parts, f"On {machine_text(machine)}.\n"]))
         _show(output, name, rows, errors_of(rows))
-    machine = machine_facts()
     output.text(f"on: {machine_text(machine)}")
     output.json(
         {
@@ -140,8 +143,6 @@ def validate_command(
         }
     )
     if out is not None:
-        parts = (_markdown(name, sections[name].about, rows, errors_of(rows)) for name, rows in results.items())
-        write_file(out, "\n".join([*parts, f"On {machine_text(machine)}.\n"]))
         output.hint(f"wrote {out}")
     calibrate_here(output)
     return 0

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltecli.runs.run_folder import check_run_folder, read_plan
+from ltecli.runs.run_folder import check_run_folder, is_locked, read_plan
 from simulate.common.errors import InputError
 from simulate.common.events import Event, read_events
 from simulate.common.processor import distinct
@@ -51,12 +52,17 @@ class RunRecord:
         return [(event["step"], event[key]) for event in self.events if event.get(key) is not None]
 
 
-def read_run(path: Path) -> RunRecord:
+def read_run(path: Path, on_skip: Callable[[str], None] | None = None) -> RunRecord:
     """Read a run folder; raises InputError for a path that is none, or a run without a step."""
     check_run_folder(path)
     if not (path / EVENTS_FILE).is_file():
-        raise InputError(f"{path} has no {EVENTS_FILE}: it never took a step; start it with lte train")
-    return RunRecord(path, load_run(path / RUN_FILE), read_plan(path), tuple(read_events(path / EVENTS_FILE)))
+        if is_locked(path):
+            raise InputError(f"{path} has no {EVENTS_FILE} yet: its training starts; ask again in a moment")
+        raise InputError(
+            f"{path} has no {EVENTS_FILE}: it never took a step; start it with lte train {path} --resume"
+        )
+    events = tuple(read_events(path / EVENTS_FILE, on_skip))
+    return RunRecord(path, load_run(path / RUN_FILE), read_plan(path), events)
 
 
 def figures(record: RunRecord) -> dict[str, Any]:

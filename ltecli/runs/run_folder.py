@@ -7,7 +7,6 @@ is written, and run.toml comes last, so that a folder with a run.toml is whole.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -32,7 +31,7 @@ from simulate.costs.memory import checkpoint_bytes, mapped_file_bytes
 from simulate.data.load import TOKENIZER_FILE, Dataset, kept_tokenizer, load_data
 from simulate.data.text import Text
 from simulate.common.run_files import CHECKPOINTS, EVENTS_FILE, LOCK_FILE, PLAN_FILE, PROFILE_FILE, RUN_FILE
-from simulate.planning.candidate import Rejected
+from simulate.planning.candidate import Rejected, is_library_installed
 from simulate.planning.planner import Plan, evaluate
 from simulate.training.checkpoints import list_checkpoints
 
@@ -67,16 +66,11 @@ class RunFolder:
 def check_trainable(run: Run) -> None:
     """Raise InputError where a package is missing that the run needs."""
     frozen = run.method.frozen_format
-    if frozen.startswith("nf4") and not is_nf4_installed():
+    if frozen.startswith("nf4") and not is_library_installed():
         raise InputError(
             f"method.quantize = {frozen!r} needs bitsandbytes: pip install 'lte[quantize]', or try "
             "--set method.quantize=int8"
         )
-
-
-def is_nf4_installed() -> bool:
-    """Whether bitsandbytes, which unpacks NF4, is installed; its import would take seconds."""
-    return importlib.util.find_spec("bitsandbytes") is not None
 
 
 def new_folder(path: Path, run: Run, device_name: str = "cpu") -> RunFolder:
@@ -104,9 +98,11 @@ def new_folder(path: Path, run: Run, device_name: str = "cpu") -> RunFolder:
             (path / TOKENIZER_FILE).write_text(data.vocabulary.json, encoding="utf-8")
         # run.toml comes last: with it the folder is whole.
         toml_io.write_atomically(path / RUN_FILE, dump_run(run).encode())
-    except OSError as error:
+    except BaseException as error:  # an interrupt, too
         shutil.rmtree(path, ignore_errors=True)
-        raise unwritable(path, error) from None
+        if isinstance(error, OSError):
+            raise unwritable(path, error) from None
+        raise
     return RunFolder(path, run, profile, data, plan, None)
 
 
@@ -203,6 +199,16 @@ def _check_disk(path: Path, run: Run) -> None:
 
 
 @contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM interrupt as Ctrl-C does, so that a run which is told to end cleans up."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
 def stop_on_signal() -> Iterator[list[bool]]:
     """Turn the first Ctrl-C or SIGTERM into an entry of the yielded list; the second one interrupts at once."""
     stops: list[bool] = []
@@ -235,6 +241,17 @@ def lock_folder(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process trains in a run folder."""
+    if not (path / LOCK_FILE).exists():  # a lock would make the file
+        return False
+    try:
+        with lock_folder(path):
+            return False
+    except (InputError, OSError):  # read-only: who trains here may be another user
+        return True
 
 
 def prepare_events(folder: RunFolder, step: int) -> None:

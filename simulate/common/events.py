@@ -33,16 +33,23 @@ class EventFile:
         self._file.close()
 
 
-def read_events(path: Path) -> Iterator[Event]:
-    """Yield the events of a file, without a last line that a kill cut short; a broken line before it: InputError."""
-    lines = toml_io.read(path).split("\n")
+def read_events(path: Path, on_skip: Callable[[str], None] | None = None) -> Iterator[Event]:
+    """Yield the events of a file; a broken line before the last one: InputError.
+
+    A last line that is broken is what a crash leaves: it is skipped, and `on_skip` gets a line that says so.
+    """
+    # A crash of the system may leave bytes that are no text.
+    lines = toml_io.read(path, errors="replace").split("\n")
+    last = max((number for number, line in enumerate(lines, 1) if line), default=0)
     for number, line in enumerate(lines, 1):
         if not line:
             continue
         try:
             event = json.loads(line)
         except json.JSONDecodeError:
-            if number == len(lines):
+            if number == last:
+                if on_skip is not None:
+                    on_skip(f"{path}:{number}: the last line is no whole event, as after a crash; it is left out")
                 return
             raise InputError(f"{path}:{number}: not a JSON event; the file was damaged, restore it") from None
         if not isinstance(event, dict) or not {"kind", "step"} <= event.keys():

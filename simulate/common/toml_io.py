@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -19,7 +19,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from simulate.common.encodings import read_text
-from simulate.common.errors import InputError, near_match
+from simulate.common.errors import InputError, near_match, ours_for
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -52,10 +52,13 @@ def parse(text: str, where: str) -> Table:
         raise InputError(f"{where}: not valid TOML: {error}; correct that line and try again") from None
 
 
-def read(path: Path) -> str:
-    """Read a file in UTF-8, or what its byte order mark says; raises InputError when missing, a folder or not text."""
+def read(path: Path, errors: str = "strict") -> str:
+    """Read a file in UTF-8, or what its byte order mark says; with another `errors` in UTF-8, whatever its bytes.
+
+    Raises InputError when it is missing, a folder or not text.
+    """
     try:
-        return read_text(path)
+        return read_text(path) if errors == "strict" else path.read_text(encoding="utf-8", errors=errors)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; check the path") from None
     except IsADirectoryError:
@@ -67,11 +70,13 @@ def read(path: Path) -> str:
 
 
 def validate(
-    schema: type[SchemaT], table: Table, where: str, text: str = "", assigned: Collection[str] = ()
-) -> SchemaT:
+    schema: type[SchemaT], table: Table, where: str, text: str = "", assigned: Collection[str] = (),
+    example: Callable[[], Table] | None = None,
+) -> SchemaT:  # fmt: skip
     """Build `schema` from a parsed table; raises InputError naming file, line (when `text` has it), key and rule.
 
-    Keys in `assigned` came from the command line, so their errors name that instead of the file.
+    Keys in `assigned` came from the command line, so their errors name that instead of the file. `example`, for files
+    that people write, has all missing keys told, a line each, with the values of the table that it returns.
     """
     for path, value in _integers(table):
         if abs(value) > LARGEST_INTEGER:
@@ -79,7 +84,7 @@ def validate(
     try:
         return schema.model_validate(table)
     except ValidationError as error:
-        raise InputError(_explain(error, schema, where, text, assigned)) from None
+        raise InputError(*_explain(error, schema, where, text, assigned, example)) from None
 
 
 def _integers(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], int]]:
@@ -94,20 +99,70 @@ KEY_OF_DICT = "[key]"
 """Marker that pydantic appends to the location of a dictionary key that is itself invalid."""
 
 
-def _explain(error: ValidationError, schema: type[BaseModel], where: str, text: str, assigned: Collection[str]) -> str:
+def _explain(
+    error: ValidationError, schema: type[BaseModel], where: str, text: str, assigned: Collection[str],
+    example: Callable[[], Table] | None,
+) -> list[str]:  # fmt: skip
+    """Return a line about the first mistake; of keys that are missing, a line about each."""
     errors = error.errors(include_url=False)
     # A misspelt required key makes two errors, unknown and missing; the unknown one shows the typo.
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    loc, no_keys = first["loc"], {KEY_OF_DICT}
+    if first["type"] == "missing" and example is not None:
+        whole = example()
+        missing = [_path_of(e["loc"], text) for e in errors if e["type"] == "missing"]
+        lines = [
+            f"{_source(path, where, text)}: {_dotted(path)} is missing; {_addition(path, whole)}" for path in missing
+        ]
+        others = len(errors) - len(missing)
+        return [*lines[:-1], lines[-1] + (f" (and {others} more)" if others else "")]
+    return [_explain_one(first, error.error_count() - 1, schema, where, text, assigned)]
+
+
+def _path_of(loc: tuple[int | str, ...], text: str) -> list[int | str]:
+    """Return the path of keys in the file for the place of an error."""
+    no_keys = {KEY_OF_DICT}
     # pydantic puts a union's tag ("gpt") behind the field ("model"), where the file has no key.
-    if len(loc) > 1 and loc[0] in UNIONS and loc[1] not in table_of(text).get(loc[0], {}):
+    if len(loc) > 1 and loc[0] in UNIONS and loc[1] not in table_of(text).get(str(loc[0]), {}):
         no_keys.add(str(loc[1]))
-    path = [part for part in loc if not (isinstance(part, str) and part in no_keys)]
+    return [part for part in loc if not (isinstance(part, str) and part in no_keys)]
+
+
+def _source(path: list[int | str], where: str, text: str) -> str:
+    line = _line_of(text, path)
+    return f"{where}:{line}" if line else where
+
+
+def _addition(path: Sequence[int | str], example: Any) -> str:
+    """Return how to add a missing key, with its value in an example that has it."""
+    for part in path:
+        if isinstance(part, int) and isinstance(example, list) and example:
+            example = example[min(part, len(example) - 1)]
+        else:
+            example = example.get(part) if isinstance(example, dict) else None
+    if example is None:
+        return "add it"
+    if isinstance(example, list):
+        return f"add a table [[{path[-1]}]]"
+    if isinstance(example, dict) and any(isinstance(value, dict) for value in example.values()):
+        return f"add the table [{path[-1]}]"
+    return f"add it, for example {path[-1]} = {_inline(example)}"
+
+
+def _inline(value: Any) -> str:
+    """Return a value as TOML on one line."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_inline(item)}" for key, item in value.items()) + " }"
+    return tomli_w.dumps({"v": value}).strip().removeprefix("v = ")
+
+
+def _explain_one(
+    first: Any, more: int, schema: type[BaseModel], where: str, text: str, assigned: Collection[str]
+) -> str:
+    loc = first["loc"]
+    path = _path_of(loc, text)
     key = _dotted(path)
     rule, value = first["msg"], first["input"]
-    line = _line_of(text, path)
-    source = "command line" if {key, f"{key}.name"} & set(assigned) else f"{where}:{line}" if line else where
-    more = error.error_count() - 1
+    source = "command line" if {key, f"{key}.name"} & set(assigned) else _source(path, where, text)
     rest = f" (and {more} more)" if more else ""
     if first["type"] == "extra_forbidden":
         known = _keys_beside(schema, loc)
@@ -246,7 +301,9 @@ def set_key(table: Table, assignment: str) -> str:
     key, sep, value_text = assignment.partition("=")
     parts = key.strip().split(".")
     if not sep or len(parts) != 2 or not all(parts):
-        raise InputError(f"--set {assignment}: the form is table.key=value, for example --set method.rank=16")
+        ours = ours_for(key.strip())
+        named = f"; what others call {key.strip()} is {' or '.join(ours)} here" if ours else ""
+        raise InputError(f"--set {assignment}: the form is table.key=value, for example --set method.rank=16{named}")
     try:
         value = tomllib.loads(f"value = {value_text.strip()}")["value"]
     except tomllib.TOMLDecodeError:  # a string without quotes, as shells pass it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +17,8 @@ def import_named(field: str, name: str) -> Any:
 
     Raises InputError where the module cannot be imported or has no such name.
     """
+    if form := module_form(name):
+        raise InputError(f"{field} = {name!r} is the path to a file; name the module and what it has: {form!r}")
     module_name, _, attribute = name.partition(":")
     module = _import_module(field, name, module_name)
     found = getattr(module, attribute, None)
@@ -23,6 +26,25 @@ def import_named(field: str, name: str) -> Any:
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise InputError(f"{field} = {name!r}: {module_name} has no {attribute!r}; {near_match(attribute, known)}")
     return found
+
+
+def module_form(name: str) -> str | None:
+    """Return package.module:Name for the path to a Python file, None for what is no such path."""
+    path, _, attribute = name.partition(":")
+    if not path.endswith(".py"):
+        return None
+    if not attribute:
+        attribute = next(iter(_classes(Path(path))), "Name")
+    return ".".join(Path(path).with_suffix("").parts) + f":{attribute}"
+
+
+def _classes(path: Path) -> list[str]:
+    """Return the names of a file's classes; nothing is imported."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError):
+        return []
+    return [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
 
 
 def _import_module(field: str, name: str, module_name: str) -> ModuleType:

@@ -18,6 +18,8 @@ from simulate.common.processor import multiplied_formats
 from simulate.config.calibration import calibrated
 from simulate.config.hardware import BETWEEN_CPUS, LOCAL, Device, FlopPerSecond, Link, Profile
 
+EXAMPLE = "rtx3060_x4_home"
+"""Shipped profile whose values are examples."""
 CORES_PER_MULTIPROCESSOR = {(6, 0): 64, (7, 0): 64, (7, 2): 64, (7, 5): 64, (8, 0): 64, None: 64}
 """fp32 cores by compute capability (NVIDIA, CUDA C++ programming guide, arithmetic throughput); 128 in all others.
 AMD's GPUs have none, and 64 cores in a compute unit."""
@@ -32,6 +34,11 @@ CPU_BF16_GAIN = 2
 """Guess: rate of bf16 over fp32 on a CPU that has such instructions."""
 
 
+def is_profile_path(name: str) -> bool:
+    """Whether a profile's name is the path to a TOML file."""
+    return name.endswith(".toml") or "/" in name
+
+
 def load_profile(name: str) -> Profile:
     """Load a profile by shipped name, `local` (detected now), or path to a TOML file; raises InputError."""
     if name == LOCAL:
@@ -40,7 +47,7 @@ def load_profile(name: str) -> Profile:
     shipped = profiles.names()
     if name in shipped:
         text, where = profiles.read_text(name), f"profiles/{name}.toml"
-    elif name.endswith(".toml") or "/" in name:
+    elif is_profile_path(name):
         text, where = toml_io.read(Path(name)), name
     else:
         raise InputError(
@@ -49,7 +56,12 @@ def load_profile(name: str) -> Profile:
         )
     table = toml_io.parse(text, where)
     table.setdefault("name", Path(name).stem)
-    return toml_io.validate(Profile, table, where, text)
+    return toml_io.validate(Profile, table, where, text, example=_example)
+
+
+def _example() -> toml_io.Table:
+    """Return a shipped profile, for values of keys that are missing in another."""
+    return toml_io.parse(profiles.read_text(EXAMPLE), EXAMPLE)
 
 
 def detect_local() -> Profile:

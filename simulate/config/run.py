@@ -8,7 +8,7 @@ run depends on that name. `lte` calls load_run and build_run; planning copies ru
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,11 @@ from simulate.common import toml_io
 from simulate.common.errors import InputError
 from simulate.config.method_options import MethodOptions
 from simulate.config.method_table import DEFAULT_METHOD, default_options, method_options
-from simulate.config.tables import Cluster, Data, Train
+from simulate.config.profiles import is_profile_path
+from simulate.config.tables import BPE, BYTES, HUB, Cluster, Data, Train
 from simulate.models.families.gpt import GptModel
-from simulate.models.families.table import Model, check_name, sees_images
+from simulate.models.families.table import Model, check_name, family_of, sees_images
+from simulate.models.interfaces import HUGGINGFACE, IMAGES_HINT
 from simulate.models.schema import FactoryModel
 
 
@@ -34,6 +36,13 @@ def _with_default_data(given: Any) -> Any:
         return given
     embedded = {"name": "digits", "upscale": True} if sees_images(model) else {"name": "stdlib"}
     return {**given, "data": {**embedded, **data}}
+
+
+def _refuse_images_for_text(model: dict[str, Any], data: dict[str, Any]) -> None:
+    """Raise ValueError where the user's network would get tokens, and the data are surely images."""
+    are_images = data.get("name") == "digits" or data.get("format", "text") != "text"
+    if are_images and family_of(model.get("name", "gpt")) == FactoryModel.family and not sees_images(model):
+        raise ValueError(f"model.name = {model['name']!r} would get tokens, and the data are images; {IMAGES_HINT}")
 
 
 class Run(toml_io.Schema):
@@ -50,6 +59,8 @@ class Run(toml_io.Schema):
     def _names_known(cls, given: Any) -> Any:
         if isinstance(given, dict) and isinstance(model := given.get("model"), dict):
             check_name(model.get("name", "gpt"))
+            data = given.get("data")
+            _refuse_images_for_text(model, data if isinstance(data, dict) else {})
         return _with_default_data(given)
 
     @field_validator("method", mode="before")
@@ -130,24 +141,70 @@ def build_run(table: toml_io.Table, where: str = "run", text: str = "", assigned
         source = "command line" if "method.name" in assigned else where
         raise InputError(f"{source}: {error}") from None
     # The schema with the method's own options: a Run with the abstract ones would name no key in its errors.
-    return toml_io.validate(_schema(options), table, where, text, assigned)
+    return toml_io.validate(_schema(options), table, where, text, assigned, example=dict)
 
 
 WHAT_DATA = frozenset({"name", "path", "format", "field", "subset", "column", "rows"})
 """Keys of [data] that belong to one data set: another path does without them."""
 
 
-def load_run(path: Path, assignments: list[str] | None = None, data_path: str | None = None) -> Run:
-    """Read run.toml, put other data in place of its own, and apply `--set` assignments.
+def load_run(path: Path) -> Run:
+    """Read the run.toml of a run folder, whose paths are absolute; raises InputError with file, line and key."""
+    text = toml_io.read(path)
+    return build_run(toml_io.parse(text, str(path)), str(path), text)
 
-    Raises InputError with file, line and key.
+
+def load_given_run(path: Path, assignments: Sequence[str] = (), data_path: str | None = None) -> Run:
+    """Read a run.toml of the user's, put other data in place of its own, and apply `--set` assignments.
+
+    Paths in the file are relative to it, all others to the current folder. Raises InputError with file, line and key.
     """
     text = toml_io.read(path)
     table = toml_io.parse(text, str(path))
+    if not any(table.values()):
+        # A thousand steps of all defaults are nobody's wish.
+        missing = ", ".join(f"[{name}]" for name in Run.model_fields)
+        raise InputError(f"{path}: has no keys: {missing} are missing; lte plan -o {path} --force writes them")
+    _take_from_folder(table, path.parent)
     if data_path is not None and isinstance(data := table.get("data", {}), dict):
         table["data"] = {key: value for key, value in data.items() if key not in WHAT_DATA} | {"path": data_path}
-    assigned = [toml_io.set_key(table, assignment) for assignment in assignments or []]
+    assigned = [toml_io.set_key(table, assignment) for assignment in assignments]
+    _replace_data(table, assigned)
     return build_run(table, str(path), text, assigned)
+
+
+def with_absolute_paths(run: Run) -> Run:
+    """Return the run with absolute paths, which mean the same wherever its file lies."""
+    table = run.model_dump(exclude_none=True)
+    _take_from_folder(table, Path.cwd())
+    return build_run(table)
+
+
+def _take_from_folder(table: toml_io.Table, folder: Path) -> None:
+    """Let the relative paths of a table start in a folder."""
+    rules: tuple[tuple[str, str, str, Callable[[str], bool]], ...] = (
+        ("data", "path", "", lambda path: True),
+        ("data", "tokenizer", "", lambda path: path != BYTES and not path.startswith(BPE)),
+        ("data", "name", HUB, lambda path: (folder / path).is_dir()),
+        ("model", "name", f"{HUGGINGFACE}:", lambda path: path.endswith(".json")),
+        ("cluster", "profile", "", is_profile_path),
+    )
+    for section, key, prefix, is_path in rules:
+        keys = table.get(section)
+        value = keys.get(key) if isinstance(keys, dict) else None
+        if isinstance(keys, dict) and isinstance(value, str) and value.startswith(prefix):
+            path = value.removeprefix(prefix)
+            if path and is_path(path):
+                keys[key] = prefix + str(folder / path)  # joined to a folder, an absolute path stays
+
+
+def _replace_data(table: toml_io.Table, assigned: Collection[str]) -> None:
+    """Let --set data.path or data.name replace the file's data, with all that belongs to it."""
+    data = table.get("data", {})
+    if {"data.path", "data.name"} & set(assigned) and isinstance(data, dict):
+        for key in WHAT_DATA:
+            if f"data.{key}" not in assigned:
+                data.pop(key, None)
 
 
 def dump_run(run: Run) -> str:

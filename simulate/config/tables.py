@@ -17,6 +17,8 @@ DATA_NAMES = ("stdlib", "digits")
 HUB = "hf:"
 BYTES, BPE = "bytes", "bpe:"
 BYTE_VALUES = 256
+KEYS_OF_NAME = ("subset", "column", "rows")
+"""Keys of [data] that go with a name only, one that starts with HUB."""
 DataFormat = Literal["text", "images", "cifar", "stl10"]
 Share = Annotated[float, Field(gt=0)]
 
@@ -69,7 +71,7 @@ class Data(toml_io.Schema):
         if self.field is not None and self.path is None:
             raise ValueError(f"field = {self.field!r} is of records at a path, and there is none; remove it")
         # Refused, since a key that has no effect hides a mistake.
-        for key in ("subset", "column", "rows"):
+        for key in KEYS_OF_NAME:
             if getattr(self, key) is not None and not self.from_hub:
                 raise ValueError(f"{key} = {getattr(self, key)!r} belongs to a name that starts with {HUB}; remove it")
         return self

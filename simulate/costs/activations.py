@@ -453,18 +453,31 @@ def _traced_table(step: _Step) -> int:
 
 
 def _traced(step: _Step) -> Found:
-    """Return a user network's phases as traced on the network itself at rank 1; higher ranks keep more of every row."""
+    """Return a user network's phases as traced on the network itself at rank 1.
+
+    Higher ranks keep more of every row, and have larger gradients of the factors, which may all be there at the peak.
+    """
     of_adapters = step.shape.adapted_trace if step.keeps_inputs else step.shape.frozen_a_trace
     trace = of_adapters if step.rank else step.shape.dense_trace
     largest = max(step.largest_weight, _traced_table(step) if step.plain or step.accumulates else 0)
     assert trace is not None
     # The trace counts fp32 bytes.
     measured = (trace.fixed_bytes + trace.sample_bytes * step.samples) * step.element_bytes // FLOAT_BYTES
-    further_ranks = step.adapters // step.rank * (step.rank - 1) if step.rank else 0
+    factors = sum(x.out_features + (x.in_features if step.keeps_inputs else 0) for x in step.shape.adapted)
+    gradients = factors * (step.rank * step.heads - 1) * step.element_bytes if step.rank else 0
+    further_ranks = step.adapters // step.rank * (step.rank - 1) + gradients if step.rank else 0
+    # The trace is not cast, which bounds the activations, but has no casts of weights. Frozen ones are cast one by one.
+    frozen = sum(x.weights for x in step.shape.adapted) - max(x.weights for x in step.shape.adapted) if step.rank else 0
+    casts = step.shape.parameters - frozen + (factors * step.rank * step.heads if step.rank else 0)
+    cast_bytes = casts * step.product_bytes if step.is_cast else 0
+    passed = step.shape.forward_trace
+    assert passed is not None
+    forward = (passed.fixed_bytes + passed.sample_bytes * step.samples) * step.element_bytes // FLOAT_BYTES
+    heights = (step.materialisation.height(x.weights, step.element_bytes, 0) for x in step.shape.adapted)
     return (
-        Phase("backward_start", 0, measured + further_ranks, 0),
+        Phase("backward_start", 0, measured + further_ranks + cast_bytes, 0),
         Phase("backward_end", step.all_gradients, 0, largest),
-    ), max(step.materialisation.height(x.weights, step.element_bytes, 0) for x in step.shape.adapted)
+    ), forward + max(heights)
 
 
 Found = tuple[tuple[Phase, ...], int]

@@ -31,6 +31,7 @@ def run_supervised(launch: Launch, on_event: Emit | None, events: Path, stops: l
     empty once the user has asked to stop.
     """
     agent, listener = _AgentThread(launch), _Listener(launch, stops)
+    before = _version_of(events)
     tail = None if on_event is None else _EventTail(events, on_event)
     agent.start()
     listener.start()
@@ -41,6 +42,10 @@ def run_supervised(launch: Launch, on_event: Emit | None, events: Path, stops: l
                 tail.look()
             # torchrun's agent alone would wait on, for nodes that are lost or a store that is gone.
             _give_up_if_hopeless(launch, listener)
+            # Processes that still start have nothing to save, and would take a minute to hear of the stop. Of several
+            # nodes, the others must hear of it, too.
+            if stops and launch.node.count == 1 and _version_of(events) == before:
+                raise KeyboardInterrupt("stopped before the first step")
         listener.end()
         if tail is not None:
             tail.look()
@@ -50,6 +55,15 @@ def run_supervised(launch: Launch, on_event: Emit | None, events: Path, stops: l
         launch.abandon()
         listener.end()
         agent.join(END_S)
+
+
+def _version_of(file: Path) -> tuple[int, int] | None:
+    """Return what changes when a session begins to write a file; None for a file that does not exist."""
+    try:
+        stat = file.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_ino, stat.st_size
 
 
 def _give_up_if_hopeless(launch: Launch, listener: _Listener) -> None:

@@ -20,9 +20,12 @@ Legend: O outputs, I inputs, B blocks, G groups of blocks.
 
 from __future__ import annotations
 
+import logging
 import tempfile
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -185,13 +188,22 @@ def nf4_levels() -> Tensor:
 def nf4_library() -> Any:
     """Return bitsandbytes' functions, which dequantize NF4. Raises InputError if they are not installed."""
     try:
-        import bitsandbytes.functional as library
+        return import_bitsandbytes()
     except ImportError as error:
         raise InputError(
             f"method.quantize in nf4 needs {NF4_LIBRARY}: pip install 'lte[quantize]', or try "
             "--set method.quantize=int8"
         ) from error
-    return library
+
+
+@lru_cache(maxsize=1)
+def import_bitsandbytes() -> Any:
+    """Import bitsandbytes' functions at their first use, which takes seconds; raises ImportError."""
+    # Its imports warn of optional kernels that are missing, which no run here calls.
+    logging.getLogger(NF4_LIBRARY).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return import_module(f"{NF4_LIBRARY}.functional")
 
 
 def mapped_copy(weight_OI: Tensor) -> Tensor:

@@ -13,6 +13,12 @@ HUGGINGFACE = "hf"
 """Family of transformers' networks, and with a colon the prefix of their names."""
 
 
+IMAGES_HINT = (
+    "a network of images says so by its sizes: --set model.classes=10 --set model.image=32 --set model.colours=3"
+)
+"""Advice where a user's network of images, which has no sizes of images in [model], would get tokens."""
+
+
 class ReadsText(Protocol):
     """Options of a network of text, as far as its data depends on them."""
 

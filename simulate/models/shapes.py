@@ -105,6 +105,8 @@ class ModelShape:
     """The same with pairs of rank 1."""
     frozen_a_trace: ActivationTrace | None = None
     """The same with pairs of rank 1 whose A is frozen."""
+    forward_trace: ActivationTrace | None = None
+    """The same of an evaluation: a forward pass and the losses, without gradients."""
 
     @cached_property
     def replicated(self) -> tuple[ParameterShape, ...]:

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from simulate.common.errors import InputError, first_line
 from simulate.layers.convert import ConversionSpec, convert, lora, merged_state
-from simulate.layers.cross_entropy import token_losses
+from simulate.layers.cross_entropy import row_losses, token_losses
 from simulate.layers.lora import AdapterSpec, LoraLinear, lora_layers
 from simulate.layers.per_device import (
     ReplicatedConv2d,
@@ -35,7 +35,7 @@ from simulate.layers.per_device import (
     ReplicatedRmsNorm,
 )
 from simulate.models.fake_batch import example_batch
-from simulate.models.interfaces import HUGGINGFACE, ReadsText, SeesImages, UserNetworkOptions
+from simulate.models.interfaces import HUGGINGFACE, IMAGES_HINT, ReadsText, SeesImages, UserNetworkOptions
 from simulate.models.peak_memory import cpu_peak_bytes
 from simulate.models.repeatable import check_passes, check_start_weights, seeded
 from simulate.models.shapes import ActivationTrace, Kind, LinearShape, ModelShape, ParameterShape
@@ -113,8 +113,12 @@ def _named_errors(options: UserNetworkOptions, what: str, advice: str = "") -> I
 def _run(options: UserNetworkOptions, network: nn.Module, samples: int, what: str = "the network") -> Tensor:
     """Return the outputs for synthetic samples; raises InputError if the network fails or gives another shape."""
     inputs, _ = example_batch(options, samples)
-    advice = "" if what == "the network" else "; call layers instead of reading their weights"
-    with _named_errors(options, f"{what}, on inputs {tuple(inputs.shape)},", advice), torch.no_grad():
+    kind, advice = "images", ""
+    if options.unit == "tokens":
+        kind, advice = "tokens", f"; {IMAGES_HINT}"
+    if what != "the network":
+        advice = "; call layers instead of reading their weights"
+    with _named_errors(options, f"{what}, on {kind} {tuple(inputs.shape)},", advice), torch.no_grad():
         outputs = network(inputs)
     expected = _output_shape(options, samples)
     if not isinstance(outputs, Tensor) or tuple(outputs.shape) != expected:
@@ -293,6 +297,7 @@ def traced_shape(options: UserNetworkOptions) -> ModelShape:
             dense_trace=_activations(options, convert(copy.deepcopy(plain), 1)),
             adapted_trace=_activations(options, adapted),
             frozen_a_trace=_activations(options, convert(copy.deepcopy(plain), 1, ConversionSpec(lora(_ONE_B, 1)))),
+            forward_trace=_activations(options, plain, backward=False),
         )
 
 
@@ -367,21 +372,25 @@ def _tensors(plain: nn.Module, adapted: nn.Module) -> Iterator[ParameterShape]:
             yield ParameterShape(kinds.get(name, "other"), tuple(parameter.shape))
 
 
-def _activations(options: UserNetworkOptions, network: nn.Module) -> ActivationTrace:
+def _activations(options: UserNetworkOptions, network: nn.Module, backward: bool = True) -> ActivationTrace:
     """Return the straight line through the peaks of memory at two batch sizes."""
     few, many = TRACED_SAMPLES
     # Peaks grow linearly with the batch; the intercept is the part that does not grow, such as gradients.
-    low, high = (_peak_bytes(options, network.train(), samples) for samples in TRACED_SAMPLES)
+    low, high = (_peak_bytes(options, network.train(), samples, backward) for samples in TRACED_SAMPLES)
     sample_bytes = max(0, high - low) // (many - few)
     return ActivationTrace(max(0, low - few * sample_bytes), sample_bytes)
 
 
-def _peak_bytes(options: UserNetworkOptions, network: nn.Module, samples: int) -> int:
+def _peak_bytes(options: UserNetworkOptions, network: nn.Module, samples: int, backward: bool) -> int:
     inputs, targets = example_batch(options, samples)
 
     def program() -> None:
         # In one expression: a local variable would keep its tensor longer than training does.
-        token_losses(network(inputs.clone()).flatten(0, -2), targets.reshape(-1)).mean().backward()
+        if backward:
+            token_losses(network(inputs.clone()).flatten(0, -2), targets.reshape(-1)).mean().backward()
+        else:
+            with torch.no_grad():
+                row_losses(network(inputs.clone()), targets)
 
     with _named_errors(options, "the backward pass with layers of devices' own"):
         peak = cpu_peak_bytes(program)

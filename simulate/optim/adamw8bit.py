@@ -10,10 +10,8 @@ Legend: C copies or heads, X elements of one, B blocks of one.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from functools import cache
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,6 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from simulate.common.errors import InputError
+from simulate.layers.quantized import import_bitsandbytes
 from simulate.optim.per_parameter import PerParameterOptimizer
 from simulate.rules.optimizer import BLOCK_ELEMENTS, CPU_CHUNK_ELEMENTS
 
@@ -43,9 +42,7 @@ def check_installed() -> None:
 def _library() -> Any:
     """Import the kernels at their first use, because that takes seconds."""
     check_installed()
-    with warnings.catch_warnings():  # its imports warn of missing optional kernels
-        warnings.simplefilter("ignore")
-        return import_module("bitsandbytes.functional")
+    return import_bitsandbytes()
 
 
 @cache

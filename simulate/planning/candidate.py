@@ -7,6 +7,7 @@ candidate needs are properties. The planner builds candidates; ranking, notes, e
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -243,3 +244,8 @@ def _details(run: Run, method: MethodOptions) -> Iterator[str]:
 def needs_library(run: Run) -> bool:
     """Whether a run needs a package that is not installed with the tool."""
     return run.method.frozen_format.startswith("nf4")
+
+
+def is_library_installed() -> bool:
+    """Whether bitsandbytes, which unpacks NF4, is installed; its import would take seconds."""
+    return importlib.util.find_spec("bitsandbytes") is not None

@@ -13,7 +13,15 @@ from typing import Any
 
 from simulate.common.errors import InputError
 from simulate.config.hardware import Profile
-from simulate.planning.candidate import LINK_DOMINATES, Candidate, Rejected, candidate_of, describe, needs_library
+from simulate.planning.candidate import (
+    LINK_DOMINATES,
+    Candidate,
+    Rejected,
+    candidate_of,
+    describe,
+    is_library_installed,
+    needs_library,
+)
 from simulate.planning.planner import Plan, make_plan
 from simulate.planning.ranking import value_of
 
@@ -179,7 +187,9 @@ def _against(result: Candidate | Rejected, chosen: Candidate, value: Callable[[C
     parts = ", ".join(_parts(result, chosen))
     said = f"{ratio:.2f}x the {plan.choice.objective}" + (f": {parts}" if parts else "")
     if ratio < 1 and needs_library(result.run):
-        return f"{said}; needs the extra lte[quantize]: plan it with --quantize"
+        # Never chosen by itself, so that a choice does not depend on what the planning machine has.
+        lacks = "an extra that is installed here" if is_library_installed() else "missing here"
+        return f"{said}; needs lte[quantize], {lacks}: plan it with --quantize"
     if ratio < 1:  # no candidate of the grid is better than the choice, so this one is not of the grid
         return f"{said}; plan it with --method {result.run.method.name}"
     return said

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from simulate.common.units import bytes_text, seconds_text
-from simulate.config.hardware import LOCAL
+from simulate.config.hardware import LOCAL, Profile
 from simulate.config.run import Run
 from simulate.costs.diagnostics_bytes import diagnostics_exchange
 from simulate.costs.eval_and_save_time import AFFORDABLE_SHARE
@@ -21,7 +21,7 @@ from simulate.costs.memory import mapped_file_bytes
 from simulate.costs.samples import shipped
 from simulate.costs.step_time import device_step_s, round_time
 from simulate.models.shapes import ModelShape
-from simulate.planning.candidate import Candidate, PlanContext, Rejected, describe
+from simulate.planning.candidate import Candidate, PlanContext, Rejected, describe, is_library_installed
 from simulate.planning.margins import RULE
 from simulate.planning.number_formats import Format, format_notes
 from simulate.planning.objective import MEANINGS
@@ -76,6 +76,7 @@ def _assumptions(context: PlanContext, chosen: Candidate | None, first: Candidat
     yield f"figures of profile {profile.name} are {' and '.join(sorted(sources))}: times are estimates, bytes are exact"
     if not (context.margins.is_point or context.margins.is_order):
         yield RULE
+    yield from stretched(profile, len(context.devices))
     if profile.name == LOCAL:
         yield from _this_machine(context, chosen)
     model = choice.efficiency or shipped()
@@ -86,9 +87,16 @@ def _assumptions(context: PlanContext, chosen: Candidate | None, first: Candidat
         "lower rank, rarer merges or larger batches (docs/planning.md; --efficiency replaces it)"
     )
     if chosen and first and first is not chosen:
-        yield f"{describe(first.run)} would rank first, with lte[quantize] installed: pin it with --quantize"
+        yield f"{describe(first.run)} would rank first; it needs lte[quantize], so pin it with --quantize"
     if chosen and chosen.run.method.frozen_format != "none":
         yield from _quantized(chosen)
+
+
+def stretched(profile: Profile, devices: int) -> Iterator[str]:
+    """Say so where a plan is for more devices than its profile has; `local` has virtual ones, as many as one likes."""
+    if devices > profile.count and profile.name != LOCAL:
+        has = f"{profile.count} device{'s' if profile.count > 1 else ''}"
+        yield f"profile {profile.name} has {has}: the plan stretches it to {devices:,}, all alike and on the same links"
 
 
 def _batch(chosen: Candidate, pins: Pins) -> str:
@@ -139,7 +147,7 @@ def _this_machine(context: PlanContext, chosen: Candidate | None) -> Iterator[st
 
 def _quantized(chosen: Candidate) -> Iterator[str]:
     method = chosen.run.method
-    if method.frozen_format.startswith("nf4"):
+    if method.frozen_format.startswith("nf4") and not is_library_installed():
         yield f"method.quantize = {method.frozen_format} needs bitsandbytes: pip install 'lte[quantize]'"
     # Rounding to few bits swallows updates smaller than half a step, merge after merge.
     if getattr(method, "master", "host") == "none" and getattr(method, "reset", "none") != "none":

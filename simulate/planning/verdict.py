@@ -19,6 +19,7 @@ from simulate.config.tables import BYTE_VALUES, BYTES
 from simulate.costs.memory import text_bytes
 from simulate.models.schema import text_sizes
 from simulate.planning.candidate import LINK_DOMINATES, Candidate, Rejected, batch_text, candidate_of, describe
+from simulate.planning.notes import stretched
 from simulate.planning.planner import Plan, evaluate
 from simulate.planning.time_ranges import equivalent_range, simulated_here_text, time_text
 from simulate.rules.method_plan import plan_of
@@ -193,6 +194,8 @@ def _warnings(plan: Plan, chosen: Candidate) -> Iterator[str]:
     for slip in slips(plan.profile):
         yield f"{slip} (lte profile check {plan.base.cluster.profile})"
     base = plan.base
+    for text in stretched(plan.profile, base.cluster.devices):
+        yield f"{text[0].upper()}{text[1:]}"
     passes = _passes(plan)
     if passes is not None and passes > MOST_PASSES:
         times = _passes_text(passes).replace("passes", "times")

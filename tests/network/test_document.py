@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.harness import ROOT
 from tests.network.tunnels import document_block, mesh_config, star_config
 
 KEYS = [(f"PRIVATE_KEY_{i}", f"PUBLIC_KEY_{i}") for i in range(3)]
@@ -17,3 +18,15 @@ def test_the_firewall_lets_in_what_the_tunnel_needs() -> None:
     rules = document_block("table inet lte")
     assert "policy drop" in rules
     assert "udp dport 51820 accept" in rules
+
+
+def test_the_lines_that_start_nodes_are_whole() -> None:
+    lines = [
+        line
+        for name in ("networking", "launch", "docker", "reliability", "preflight")
+        for line in (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8").splitlines()
+        if "--launch" in line and "--node " in line and line.lstrip().startswith("lte train")
+    ]
+    assert lines
+    for line in lines:
+        assert {"--nodes", "--node", "--join", "--secret-file"} <= set(line.split()), line

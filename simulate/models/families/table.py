@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Discriminator, Tag
 
 from simulate.common.errors import near_match
+from simulate.common.user_code import module_form
 from simulate.models.families.gpt import GptModel
 from simulate.models.families.llama import LlamaModel
 from simulate.models.families.mixer import MixerModel
@@ -43,6 +44,8 @@ def check_name(name: Any) -> None:
     """Raise ValueError for a name that belongs to no family."""
     if not isinstance(name, str):
         raise ValueError(f"model.name = {name!r}: should be a string; known: {', '.join(MODEL_NAMES)}")
+    if form := module_form(name):
+        raise ValueError(f"model.name = {name!r} is the path to a file; name the module and its class: {form!r}")
     if family_of(name) is None:
         raise ValueError(f"model.name = {name!r} is not a model; {near_match(name, MODEL_NAMES)}")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from simulate.config.run import load_run
+from simulate.config.run import load_given_run, load_run
 from tests.ltecli.command import Lte, Refused, events_of, lte_process, write_run
 from tests.simulate.data.pictures import files_of, write_folder
 
@@ -86,7 +86,7 @@ def test_a_key_of_data_may_stand_without_the_table(lte: Lte, here: Path) -> None
     begin = text.index("[data]")
     (here / "tiny.toml").write_text(text[:begin] + text[text.index("[", begin + 1) :])
     (here / "records.jsonl").write_text(json.dumps({"title": "a", "body": (here / "prose.txt").read_text()}))
-    assert load_run(here / "tiny.toml", ["data.shards=[3.0, 1.0]"]).data.name == "stdlib"
+    assert load_given_run(here / "tiny.toml", ["data.shards=[3.0, 1.0]"]).data.name == "stdlib"
     given = ("--data", "records.jsonl", "--set", "data.field=body", "--set", "data.shards=[3.0, 1.0]")
     outcome = lte("train", "tiny.toml", "--out", "b", "--quiet", *given)
     assert outcome.code == 0, outcome.stderr

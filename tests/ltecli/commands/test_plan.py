@@ -10,7 +10,7 @@ import pytest
 
 from simulate.config.method_options import DEFAULT_SCALE
 from simulate.config.profiles import load_profile
-from simulate.config.run import load_run
+from simulate.config.run import load_given_run, load_run
 from simulate.methods.lte.options import LteOptions
 from simulate.planning.notes import best_batch
 from tests.ltecli.command import PROFILE, Lte, Refused, assert_one_line, lte_process, write_prose
@@ -425,7 +425,7 @@ def test_the_power_laws_batch_is_the_published_one() -> None:
 
 def test_a_written_plan_also_runs_with_few_steps(lte: Lte, here: Path) -> None:
     assert lte(*SMALL, "-o", "run.toml").code == 0
-    planned, short = load_run(here / "run.toml"), load_run(here / "run.toml", ["train.steps=10"])
+    planned, short = load_run(here / "run.toml"), load_given_run(here / "run.toml", ["train.steps=10"])
     assert planned.train.warmup_share == 0.05 and planned.train.warmup_steps is None
     assert planned.train.num_warmup_steps == planned.train.steps // 20 > 0
     assert short.train.num_warmup_steps == 0

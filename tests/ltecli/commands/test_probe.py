@@ -10,7 +10,7 @@ import pytest
 
 from ltecli.commands.probe import needed_bytes
 from simulate.common.errors import InputError
-from simulate.config.run import load_run
+from simulate.config.run import load_given_run, load_run
 from simulate.models.families.gpt import gpt_shape
 from simulate.probe.schema import dump_probe, load_probe, shapes_fingerprint
 from tests.ltecli.command import PROFILE, TINY, Lte, Refused
@@ -144,7 +144,7 @@ def test_the_memory_is_that_of_a_dense_model_in_training(run_toml: Path) -> None
     shape = run.model.shape()
     dense = 4 * shape.parameters * 4  # weights, gradients, two moments
     assert needed_bytes(run) > dense + 4 * (shape.parameters + 2 * shape.adapted_parameters)
-    larger = load_run(run_toml, ["train.micro_batch=64"])
+    larger = load_given_run(run_toml, ["train.micro_batch=64"])
     assert needed_bytes(larger) > needed_bytes(run)
     with pytest.raises(InputError):
-        load_run(run_toml, ["train.micro_batch=0"])
+        load_given_run(run_toml, ["train.micro_batch=0"])

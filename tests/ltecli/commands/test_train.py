@@ -118,7 +118,7 @@ def test_a_mistake_of_the_file_is_named_with_its_line_whatever_the_command_line_
 
 
 def test_nf4_names_the_package_that_it_lacks(refused: Refused, run_toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ltecli.runs.run_folder.is_nf4_installed", lambda: False)
+    monkeypatch.setattr("ltecli.runs.run_folder.is_library_installed", lambda: False)
     words = ("method.quantize = 'nf4'", "pip install 'lte[quantize]'", "method.quantize=int8")
     refused("train", run_toml, "--set", "method.quantize=nf4", words=words)
 
@@ -232,8 +232,9 @@ def test_an_interrupt_before_the_first_step_says_how_to_go_on(
 
     with monkeypatch.context() as patch:
         patch.setattr("simulate.measure.one_device.measure_memory_bytes", interrupted)
-        assert_one_line(lte("train", run_toml, "--out", "a", "--quiet"), 130, ("interrupted", "lte train a --resume"))
-    assert lte("train", "a", "--resume", "--quiet").code == 0
+        outcome = lte("train", run_toml, "--out", "a", "--quiet")
+        assert_one_line(outcome, 130, ("interrupted", "nothing was started; give the same line again"))
+    assert lte("train", run_toml, "--out", "a", "--quiet").code == 0
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(lte: Lte, run_toml: Path) -> None:

@@ -12,7 +12,7 @@ from simulate.common import toml_io
 from simulate.common.errors import InputError
 from simulate.config.method_options import MethodOptions, RoundOptions
 from simulate.config.method_table import METHOD_NAMES, PARTS, default_options, method_options, method_part
-from simulate.config.run import Run, build_run, load_run
+from simulate.config.run import Run, build_run, load_given_run, load_run
 from simulate.rules.method_plan import plan_of
 
 MODULE = "brought_by_the_user"
@@ -123,7 +123,7 @@ def test_an_unknown_method_is_shown_where_it_was_given(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"run\.toml: method\.name = 'lted'"):
         load_run(path)
     with pytest.raises(InputError, match=r"command line: method\.name = 'ltee'"):
-        load_run(path, ["method.name=ltee"])
+        load_given_run(path, ["method.name=ltee"])
 
 
 def test_the_options_of_every_method_are_those_of_its_name() -> None:
