@@ -69,4 +69,5 @@ def test_the_closed_form_is_near_the_replay(network: str, method: str, batch: in
     memory = peak_memory(run, run.model.shape(), device)
     held = tracked_memory(run, with_host=False).allocator_bytes + WORKSPACE_BYTES
     share = 1 - device.usable_bytes / device.memory_bytes
-    assert (1 - share) * held <= memory.tensors + memory.allocator <= 1.3 * held
+    most = 1.3 if autocast == "none" else 1.6  # autocast tears between none and all of the logits' room
+    assert (1 - share) * held <= memory.tensors + memory.allocator <= most * held

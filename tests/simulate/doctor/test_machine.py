@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from simulate.common.disk import temporary_folder
 from simulate.doctor import machine
-from simulate.doctor.machine import Nvidia, examine, temporary_folder
+from simulate.doctor.machine import Nvidia, examine
 from tests.gpus import CURRENT, LEGACY, DeviceModule, Properties, no_gpu, stand_in
 from tests.harness import ROOT, run_python
 

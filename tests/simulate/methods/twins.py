@@ -70,6 +70,7 @@ COMBINED = {
     "lte, late, streaming int8", "lte, late, reduced int8", "lte, late, served", "lte, late, frozen a, int8",
     "lte, paced, redrawn", "lte, paced, reduced int4", "lte, paced, served, muon",
     "lte, vector norms, reset", "lte, frozen a, redrawn", "lte, frozen a, muon", "diloco, muon",
+    "lte, in parts",
 }  # fmt: skip
 """Variants of options that have a twin each, but none together."""
 ON_BIGRAMS = (SignsgdTwin, SignMomentumTwin)
