@@ -184,7 +184,7 @@ def test_a_mistake_is_named(refused: Refused, arguments: str, words: tuple[str, 
     [
         ("up_bytes_per_s = 4.7e6", "up_bytes_per_s = -1.0", ("link.up_bytes_per_s = -1.0", "greater than 0")),
         ("up_bytes_per_s = 4.7e6", "up_bytes_per_s = 1e18", ("link.up_bytes_per_s", "1000000000000000")),
-        ("memory_bytes = 12_884_901_888", f"memory_bytes = {10**18}", ("memory_bytes", "1000000000000000")),
+        ("memory_bytes = 12_616_466_432", f"memory_bytes = {10**18}", ("memory_bytes", "1000000000000000")),
         ("efficiency = 0.4", "efficiency = 1.5", ("efficiency = 1.5", "less than or equal to 1")),
         ("efficiency = 0.4", "efficiency = 0.4\nstep_jitter = -0.1", ("step_jitter = -0.1", "greater than or equal")),
         ("efficiency = 0.4", "efficiency = 0.4\nleave_per_hour = 1.1", ("leave_per_hour = 1.1", "less than or equal")),
