@@ -1,4 +1,8 @@
-"""Drawings of a timeline: bars of characters for a terminal, and an SVG file."""
+"""Drawings of a timeline: bars of characters for a terminal, and an SVG file.
+
+Waiting shows at one glance in a picture, and hides in a table. `lte plan --timeline` prints the bars, and
+--timeline-svg writes the file.
+"""
 
 from __future__ import annotations
 

@@ -124,7 +124,8 @@ def tiny_run(run: Run) -> tuple[Run, list[str]]:
         "micro_batch": min(run.train.micro_batch, heads * TINY_BATCH),
         "evaluate_samples": min(run.train.evaluate_samples, TINY_BATCH),
     }
-    small["warmup_steps"] = min(run.train.warmup_steps, small["steps"] // 2)
+    small["warmup_steps"] = min(run.train.num_warmup_steps, small["steps"] // 2)
+    train.pop("warmup_share", None)  # both together are refused
     rank = {"rank": min(method["rank"], TINY_RANK)} if "rank" in method else {}
     tables = {"model": (model, shrunk), "train": (train, train | small), "method": (method, method | rank)}
     replaced = [

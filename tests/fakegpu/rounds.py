@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from ltecli.commands.export import _merged
+from ltecli.commands.export import merged_weights
 from simulate.comm import process_group
 from simulate.comm.base import Communicator
 from simulate.comm.process_group import TorchCommunicator
@@ -129,9 +129,9 @@ def whole_run(run: Run, communicate: Callable[[], Communicator], folder: Path, s
     assert mode.operations > 500
     if getattr(run.method, "master", None) == "server" and session.communicator.process:
         with pytest.raises(InputError, match="lacks the weights in full precision"):
-            _merged(run, checkpoint_path(folder, STEPS))
+            merged_weights(run, checkpoint_path(folder, STEPS))
         return events
-    step, weights, _ = _merged(run, checkpoint_path(folder, STEPS))
+    step, weights, _ = merged_weights(run, checkpoint_path(folder, STEPS))
     assert step == STEPS
     assert {name: w.shape for name, w in weights.items()} == {
         name: w.shape for name, w in empty_model(run).state_dict().items()

@@ -134,14 +134,19 @@ def test_zeros_have_no_directions() -> None:
     assert LowRankUpdates("w", torch.zeros(1, 3, 1), torch.ones(1, 1, 2)).left_directions(0, 2).shape == (3, 0)
 
 
+def trained(*shape: int) -> Tensor:
+    return replicate(nn.Parameter(torch.zeros(shape)), 2)
+
+
 class Mixed(nn.Module):
-    """A linear layer and a convolution of their own, and a linear layer that shares its weight with an embedding."""
+    """A linear layer and a convolution of their own, a frozen one, and a linear layer that shares its weight with an embedding."""
 
     def __init__(self) -> None:
         super().__init__()
-        shared = replicate(torch.zeros(5, 3), 2)
-        self.own = ReplicatedLinear(replicate(torch.zeros(4, 3), 2), replicate(torch.zeros(4), 2))
-        self.conv = ReplicatedConv2d(nn.Conv2d(3, 4, 2), replicate(torch.zeros(4, 3, 2, 2), 2), None)
+        shared = trained(5, 3)
+        self.own = ReplicatedLinear(trained(4, 3), trained(4))
+        self.conv = ReplicatedConv2d(nn.Conv2d(3, 4, 2), trained(4, 3, 2, 2), None)
+        self.frozen = ReplicatedLinear(replicate(torch.zeros(4, 3), 2), None)
         self.table, self.head = ReplicatedEmbedding(shared), ReplicatedLinear(shared, None)
 
 
