@@ -310,9 +310,8 @@ def _linear_weights(model: nn.Module) -> set[int]:
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     linears = {id(m.weight) for m in model.modules() if isinstance(m, ReplicatedLinear | ReplicatedConv2d)}
-    return {
-        weight for weight in linears if owners.get(weight) == 1
-    }  # frozen weights are buffers, and nobody adapts them
+    # Frozen weights are buffers without an owner, and nobody adapts them.
+    return {weight for weight in linears if owners.get(weight) == 1}
 
 
 def decompose(x_OI: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:

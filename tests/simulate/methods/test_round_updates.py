@@ -139,7 +139,7 @@ def trained(*shape: int) -> Tensor:
 
 
 class Mixed(nn.Module):
-    """A linear layer and a convolution of their own, a frozen one, and a linear layer that shares its weight with an embedding."""
+    """A linear layer and a convolution of their own, a frozen one, and one that shares an embedding's weight."""
 
     def __init__(self) -> None:
         super().__init__()
