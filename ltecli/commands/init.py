@@ -38,6 +38,8 @@ ROOM = {"1 GbE": 1000.0, "2.5 GbE": 2500.0, "10 GbE": 10_000.0, "100 Mbit Ethern
 """Mbit/s of links in one room, by name."""
 WIFI_BYTES_PER_S = 4e6
 """Rate of each of eight stations at one access point, as profiles/jetson_orin_nano_x8_wifi.toml guesses it."""
+VARIANTS = frozenset({"ti", "super", "laptop", "mobile"})
+"""Words of a card's name that stand for another card."""
 LINK_EXAMPLES = "'1 GbE', '50/10 DSL' (Mbit/s down/up), '100 Mbit/s', 'wifi'"
 
 
@@ -56,7 +58,10 @@ class InitArgs:
 
 def init_command(args: InitArgs, folder: Path, force: bool) -> int:
     """Write NAME.toml, a profile, and run.toml into a folder; a wrong answer raises InputError and writes nothing."""
-    profile_path, run_path = folder / f"{args.name}.toml", folder / "run.toml"
+    if not re.fullmatch(r"[\w-]+", args.name):
+        raise InputError(f"--name {args.name!r}: must be letters, digits, - and _, as it names a file; try home")
+    # Absolute, since run.toml names the profile and is used from any folder.
+    profile_path, run_path = folder.resolve() / f"{args.name}.toml", folder.resolve() / "run.toml"
     for path in (profile_path, run_path):
         check_file(path, force, path.name, "--out")
     args = _asked(args)
@@ -129,11 +134,18 @@ def parse_device(text: str) -> Device:
     match = re.fullmatch(r"\s*(?:(\d+)\s*[xX*]\s*)?(.+?)\s*", text)
     assert match is not None
     count, words, known = int(match[1] or 1), match[2], known_devices()
-    found = [kind for kind in known if _plain(words) in _plain(kind)]
-    if count < 1 or not found:
+    if count < 1:
+        raise InputError(f"--gpu {text!r}: must be at least one device; write it like '8 x GTX 1080 Ti'")
+    # A GTX 1080 is no GTX 1080 Ti: words that tell variants apart must be given.
+    found = [kind for kind in known if _plain(words) in _plain(kind) and _variant(words) == _variant(kind)]
+    if not found:
         raise InputError(f"--gpu {text!r}: is not known; {near_match(words, known)}; or edit lte profile show NAME")
     # The shortest name is the plainest card of those that contain the words.
     return known[min(found, key=len)].model_copy(update={"count": count})
+
+
+def _variant(text: str) -> frozenset[str]:
+    return VARIANTS.intersection(re.findall(r"[a-z]+", text.lower()))
 
 
 def _plain(text: str) -> str:

@@ -58,7 +58,9 @@ def test_answers_become_a_profile_and_a_run(lte: Lte, here: Path) -> None:
     ("answers", "words"),
     [
         (("--gpu", "4 x gtx 1080 tj", "--link", "1 GbE"), ("--gpu '4 x gtx 1080 tj'", "known: ")),
-        (("--gpu", "0 x t4", "--link", "1 GbE"), ("--gpu '0 x t4'",)),
+        (("--gpu", "0 x t4", "--link", "1 GbE"), ("--gpu '0 x t4'", "at least one")),
+        (("--gpu", "gtx 1080", "--link", "1 GbE"), ("--gpu 'gtx 1080'", "is not known")),
+        (("--gpu", "t4", "--link", "1 GbE", "--name", "../evil"), ("--name '../evil'",)),
         (("--gpu", "t4", "--link", "fast"), ("--link 'fast'", "50/10 DSL")),
         (("--gpu", "t4", "--link", "0/0"), ("faster than 0",)),
         (("--gpu", "t4"), ("--link is missing", "for example lte init")),
@@ -71,6 +73,12 @@ def test_wrong_answers_write_nothing(
 ) -> None:
     refused("init", *answers, words=words)
     assert list(here.iterdir()) == []
+
+
+def test_a_run_of_another_folder_finds_its_profile(lte: Lte, here: Path) -> None:
+    (here / "there").mkdir()
+    assert lte("init", *ANSWERS, "--out", "there").code == 0
+    assert lte("train", "there/run.toml", "--tiny", "--set", "train.steps=2", "-q", "--out", "done").code == 0
 
 
 def test_a_forced_init_with_a_wrong_answer_keeps_what_was_there(lte: Lte, here: Path) -> None:
