@@ -165,8 +165,8 @@ def _host_reason(parts: dict[str, int], room_bytes: int, device: Device) -> str:
     }
     largest = meanings[max(parts, key=lambda name: parts[name])]
     return (
-        f"needs {sum(parts.values()) / 1e9:.2f} GB of host memory, most of it for {largest}, {device.kind} has "
-        f"{room_bytes / 1e9:.2f} GB"
+        f"needs {sum(parts.values()) / 1e9:.2f} GB of host memory, most of it for {largest}, and beside {device.kind} "
+        f"are {room_bytes / 1e9:.2f} GB"
     )
 
 
