@@ -86,6 +86,7 @@ test-torch-%: .venv-torch-%/.ready
 bench: $(READY)
 	$(BIN)/python bench/startup.py
 	$(BIN)/python bench/devices.py
+	$(BIN)/python bench/allocator.py
 	for family in gpt llama vit mixer; do $(BIN)/lte validate --only memory --quick --shapes 12 --family $$family; done
 	$(BIN)/python bench/step.py --model vit_s16
 

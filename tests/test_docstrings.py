@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(path for folder in ("simulate", "ltecli") for path in (ROOT / folder).rglob("*.py"))
+FILES = sorted(path for folder in ("simulate", "ltecli", "bench") for path in (ROOT / folder).rglob("*.py"))
 RIDDLE = re.compile(r"(What|Of|Who|Whose|That)\b")
 """First words of a clause that leaves the reader to find its sentence."""
 LONG = 100

@@ -30,7 +30,7 @@ TABLED_LISTS = "losses"
 
 @dataclass(frozen=True)
 class Stamp:
-    """What a row's result depends on beside the row."""
+    """Facts beside the row that its result depends on."""
 
     code: str
     commit: str | None

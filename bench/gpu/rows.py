@@ -16,7 +16,7 @@ from typing import Any
 
 Table = dict[str, Any]
 LAYERS = ("numpy",)
-"""What simulate.layers and simulate.comm import beside torch."""
+"""Packages that simulate.layers and simulate.comm import beside torch."""
 ENGINE = (*LAYERS, "pydantic", "tomli_w", *(() if sys.version_info >= (3, 11) else ("tomli",)))
 DATA, MACHINE = (*ENGINE, "PIL"), (*ENGINE, "psutil")
 COMMAND = (*DATA, "psutil", "rich", "safetensors", "tensorboard", "typer")

@@ -7,7 +7,7 @@ system without a word. simulate.costs.simulated_memory says what it needs; its f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 from simulate.common.errors import InputError
@@ -30,7 +30,7 @@ ALLOCATOR_SHARE = 0.1
 TINY = {"layers": 2, "width": 64, "attention_heads": 2, "mlp_width": 128, "tokens_width": 32, "channels_width": 128,
         "context": 64}  # fmt: skip
 """Largest sizes of a tiny network."""
-TINY_IMAGE, TINY_PATCH, TINY_STEPS, TINY_BATCH, TINY_RANK = 32, 8, 20, 2, 8
+TINY_IMAGE, TINY_PATCH, TINY_STEPS, TINY_BATCH, TINY_RANK, TINY_DEVICES = 32, 8, 20, 2, 8, 8
 
 
 def check_simulation_fits(run: Run, device: torch.device, is_tiny: bool) -> None:
@@ -112,9 +112,13 @@ def _is_allowed(run: Run, devices: int) -> bool:
     return True
 
 
-def tiny_run(run: Run) -> tuple[Run, list[str]]:
-    """Return the same run with a small network and few steps, and what was replaced, a phrase each."""
-    model, train, method = (getattr(run, name).model_dump(exclude_none=True) for name in ("model", "train", "method"))
+def tiny_run(run: Run, given: Collection[str] = ()) -> tuple[Run, list[str]]:
+    """Return the same run with a small network, few steps and devices, and what was replaced, a phrase each.
+
+    `given` are keys, as table.key, whose values the user asked for beside --tiny: they stay.
+    """
+    names = ("model", "train", "method", "cluster")
+    model, train, method, cluster = (getattr(run, name).model_dump(exclude_none=True) for name in names)
     shrunk = _tiny_model(run)
     heads = method.get("heads_per_device", 1)
     round_steps = run.method.round_steps
@@ -124,10 +128,15 @@ def tiny_run(run: Run) -> tuple[Run, list[str]]:
         "micro_batch": min(run.train.micro_batch, heads * TINY_BATCH),
         "evaluate_samples": min(run.train.evaluate_samples, TINY_BATCH),
     }
-    small["warmup_steps"] = min(run.train.num_warmup_steps, small["steps"] // 2)
-    train.pop("warmup_share", None)  # both together are refused
+    if "train.steps" not in given:  # a warm-up belongs to its steps
+        small["warmup_steps"] = min(run.train.num_warmup_steps, small["steps"] // 2)
+        train.pop("warmup_share", None)  # both together are refused
     rank = {"rank": min(method["rank"], TINY_RANK)} if "rank" in method else {}
-    tables = {"model": (model, shrunk), "train": (train, train | small), "method": (method, method | rank)}
+    few = {"devices": TINY_DEVICES} if run.cluster.devices > TINY_DEVICES and _is_allowed(run, TINY_DEVICES) else {}
+    changes = {"train": (train, small), "method": (method, rank), "cluster": (cluster, few)}
+    tables = {"model": (model, shrunk)}
+    for name, (old, update) in changes.items():
+        tables[name] = old, old | {key: value for key, value in update.items() if f"{name}.{key}" not in given}
     replaced = [
         f"{name}.{key} = {new[key]} (was {old.get(key, 'not set')})"
         for name, (old, new) in tables.items()

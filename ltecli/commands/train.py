@@ -110,7 +110,7 @@ def _train(
     path, run = (folder.path, folder.run) if folder else (out or RUNS / _name(given, args), _run(given, args))
     replaced: list[str] = []
     if args.tiny:
-        run, replaced = tiny_run(run)
+        run, replaced = tiny_run(run, [assignment.partition("=")[0].strip() for assignment in args.assignments])
     if folder is None:
         check_new(path)  # before torch is imported, which takes seconds
     warnings = check_machine(run, device_name, launch)

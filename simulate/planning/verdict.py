@@ -32,6 +32,8 @@ STDLIB_BYTES = 1_800_000
 TRAINED_SHARE = 0.9
 """Share of a text that is trained on; the rest is held out."""
 FASTER_LINK = 10
+LEAST_GAIN = 1.1
+"""Speedup below which a faster link would change nothing that anybody notices."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,8 @@ def _bottleneck(plan: Plan, chosen: Candidate) -> tuple[str, str]:
     faster = candidate_of(evaluate(chosen.run, _with_faster_link(plan.profile), plan.tokens))
     gain = chosen.wall_s / faster.wall_s
     of_time = f"{share:.0%} is exchange; {FASTER_LINK}x the bandwidth gains {gain:.2g}x"
+    if share > LINK_DOMINATES and gain < LEAST_GAIN:
+        of_time = f"{share:.0%} is exchange, which waits for delays, not for bandwidth"
     return ("the link" if share > LINK_DOMINATES else "compute"), of_time
 
 

@@ -112,6 +112,14 @@ def test_a_tiny_run_keeps_everything_but_sizes(model: str) -> None:
     assert not [text for text in replaced if text.startswith(("method.merge", "cluster", "data"))]
 
 
+def test_a_tiny_run_has_few_devices_and_keeps_what_was_asked_for_beside_it() -> None:
+    run = build_run({"cluster": {"devices": 5000}, "train": {"steps": 300, "warmup_share": 0.1}})
+    tiny, replaced = tiny_run(run)
+    assert tiny.cluster.devices == 8 and "cluster.devices = 8 (was 5000)" in replaced
+    kept, _ = tiny_run(run, ["train.steps", "cluster.devices"])
+    assert (kept.train.steps, kept.train.num_warmup_steps, kept.cluster.devices) == (300, 30, 5000)
+
+
 def test_tiny_says_what_it_replaced_and_trains(lte: Lte, here: Path) -> None:
     write_run(here / "mine.toml", model={"layers": 6, "width": 96, "attention_heads": 3, "context": 8})
     outcome = lte("train", "mine.toml", "--tiny", "--device", "cpu")

@@ -102,3 +102,9 @@ def test_dense_training_is_compared_at_its_best_with_rare_exchanges() -> None:
     # A batch that was given stays.
     given = verdict(profile="gtx1080ti_x8", model="gpt2", assignments=("train.micro_batch=4",))[0]
     assert {candidate_of(result).run.train.accumulate for result in (*given.candidates, *given.rejected)} == {1}
+
+
+def test_a_link_that_waits_for_delays_is_not_said_to_want_bandwidth() -> None:
+    _, found = verdict(profile="t4_x4", model="gpt2", devices=5000)
+    assert answer(found, "Bottleneck")[0] == "the link"
+    assert "waits for delays, not for bandwidth" in answer(found, "Bottleneck")[1]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulate.rules.cadence import Cadence
+from simulate.rules.cadence import Cadence, evaluation_batch
 from tests import tiny
 
 
@@ -60,3 +60,11 @@ def test_merges_are_meetings() -> None:
 def test_a_method_that_exchanges_at_every_step_meets_at_every_tenth(name: str) -> None:
     cadence = Cadence.of(tiny.variant_run(name, train={"steps": 35}))
     assert [step for step in range(1, 36) if cadence.meets(step)] == [10, 20, 30, 35]
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "is_cast", "samples"), [(8, False, 8), (64, False, 16), (8, True, 4), (64, True, 8), (1, True, 1)]
+)
+def test_an_evaluation_has_the_room_of_a_step(micro_batch: int, is_cast: bool, samples: int) -> None:
+    """Logits of half a batch in fp32 are as large as those of a whole one in half precision."""
+    assert evaluation_batch(micro_batch, is_cast) == samples
