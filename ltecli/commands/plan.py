@@ -93,7 +93,11 @@ def plan_command(
     if out is not None:
         output.hint(f"wrote {out}; next: lte train {out}")
     else:
-        output.hint("next  lte plan ... -o run.toml        more  --all  --why  --timeline  --verify")
+        asked = {"--all": show_all or top is not None, "--verify": verify}
+        if to_explain is not None:
+            asked |= {"--why": to_explain.why, "--timeline": to_explain.wants_timeline}
+        more = "  ".join(flag for flag in ("--all", "--why", "--timeline", "--verify") if not asked.get(flag))
+        output.hint(f"next  lte plan ... -o run.toml        more  {more}" if more else "next  lte plan ... -o run.toml")
     return 0
 
 
