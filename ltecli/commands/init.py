@@ -86,8 +86,11 @@ def init_command(args: InitArgs, folder: Path, force: bool) -> int:
     show_verdict(verdict_of(plan), output)
     if plan.chosen is None:
         raise NothingFeasibleError(f"{nearest_miss_text(plan)}; {profile_path} is written, to be edited")
-    write_file(run_path, dump_run(plan.chosen.run))
-    output.hint(f"wrote {profile_path} and {run_path}; next: lte profile check {profile_path}, lte train {run_path}")
+    write_file(run_path, dump_run(plan.chosen.run, plan.profile))
+    output.hint(
+        f"wrote {profile_path} and {run_path}, which has that profile, too; next: lte profile check {profile_path}, "
+        f"lte train {run_path}"
+    )
     return 0
 
 

@@ -65,7 +65,8 @@ def plan_command(
     if out is not None and plan.chosen is not None and not (verified and not verified.fits):
         # Paths in a run.toml are relative to it, those of the command line to the current folder.
         is_here = out.parent.resolve() == Path.cwd().resolve()
-        write_file(out, dump_run(plan.chosen.run if is_here else with_absolute_paths(plan.chosen.run)))
+        run = plan.chosen.run if is_here else with_absolute_paths(plan.chosen.run)
+        write_file(out, dump_run(run, plan.profile))
     if explained is not None and to_explain is not None:
         write_picture(plan, explained, to_explain)
     if as_json:  # building the JSON of thousands of candidates takes time
