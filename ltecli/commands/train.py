@@ -22,6 +22,7 @@ from ltecli.errors import DONE, INTERRUPTED
 from ltecli.plan_request import PlanArgs, plan_request
 from ltecli.runs.calibrating import calibrate_here
 from ltecli.runs.event_loggers import event_loggers
+from ltecli.runs.external_loggers import check_loggers
 from ltecli.runs.run_folder import (
     RunFolder,
     check_new,
@@ -111,6 +112,8 @@ def _train(
     replaced: list[str] = []
     if args.tiny:
         run, replaced = tiny_run(run, [assignment.partition("=")[0].strip() for assignment in args.assignments])
+    if launch is None or not launch.node:  # node 0 has the events
+        check_loggers(run)
     if folder is None:
         check_new(path)  # before torch is imported, which takes seconds
     warnings = check_machine(run, device_name, launch)
@@ -164,8 +167,9 @@ def _simulate(folder: RunFolder, device: torch.device, output: Output) -> int:
         # A run that begins anew drops all events, as of an attempt that saved nothing.
         prepare_events(folder, session.step if folder.resume_from else -1)
         with (
-            closing(EventFile(folder.events)) as file,
+            # Loggers first: one that cannot be opened refuses a new run, whose folder then goes, as it has no events.
             event_loggers(folder.path, folder.run, output, session.step) as loggers,
+            closing(EventFile(folder.events)) as file,
         ):
 
             def emit(event: Event) -> None:
