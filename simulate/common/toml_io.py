@@ -145,13 +145,13 @@ def _addition(path: Sequence[int | str], example: Any) -> str:
         return f"add a table [[{path[-1]}]]"
     if isinstance(example, dict) and any(isinstance(value, dict) for value in example.values()):
         return f"add the table [{path[-1]}]"
-    return f"add it, for example {path[-1]} = {_inline(example)}"
+    return f"add it, for example {path[-1]} = {inline(example)}"
 
 
-def _inline(value: Any) -> str:
+def inline(value: Any) -> str:
     """Return a value as TOML on one line."""
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {_inline(item)}" for key, item in value.items()) + " }"
+        return "{ " + ", ".join(f"{key} = {inline(item)}" for key, item in value.items()) + " }"
     return tomli_w.dumps({"v": value}).strip().removeprefix("v = ")
 
 
