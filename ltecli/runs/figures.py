@@ -83,9 +83,10 @@ def figures(record: RunRecord) -> dict[str, Any]:
         "unit": run.model.unit,
         "memory_bytes": {
             # Measured are the program's tensors, without what the allocator and the system hold beside them.
-            "planned": _tensor_bytes(chosen),
+            "planned": tensor_bytes(chosen),
             "measured": memory and memory["measured_bytes"],
             "reserved": chosen["memory_bytes"]["reserved"],
+            "allocator": chosen["memory_bytes"].get("allocator", 0),
         },
         "sent_bytes_per_device": {
             # Asked for the steps done, not as a share of the whole: merges do not fall evenly.
@@ -138,7 +139,7 @@ def _worse_than_guessing(record: RunRecord, step: Event | None, evaluation: Even
     )
 
 
-def _tensor_bytes(candidate: dict[str, Any]) -> int:
+def tensor_bytes(candidate: dict[str, Any]) -> int:
     """Return the bytes of a planned candidate's tensors; plans of older versions knew no allocator."""
     memory = candidate["memory_bytes"]
     return memory["total"] - memory["reserved"] - memory.get("allocator", 0)
@@ -169,7 +170,7 @@ def _dense(record: RunRecord, share: float) -> dict[str, Any] | None:
     if dense is None:
         return None
     return {
-        "memory_bytes": _tensor_bytes(dense),
+        "memory_bytes": tensor_bytes(dense),
         "sent_bytes_per_device": dense["sent_bytes"] * share,
         "wall_s": dense["wall_s"] * share,
         "step_s": dense["wall_s"] / record.run.train.steps,

@@ -158,3 +158,15 @@ def test_a_shape_is_what_was_stored() -> None:
     model = FactoryTextModel.model_validate({"name": "tests.networks:Encoder", "context": 8})
     shape = model.shape()
     assert shape_table(shape_of_table(json.loads(json.dumps(shape_table(shape))))) == shape_table(shape)
+
+
+def test_a_plan_makes_the_folder_of_its_run(lte: Lte, here: Path) -> None:
+    assert lte("plan", "-p", PROFILE, "-m", "gpt", "--tokens", "1M", "-o", "new/deep/run.toml").code == 0
+    assert load_given_run(here / "new/deep/run.toml").cluster.profile == PROFILE
+
+
+def test_a_key_set_beside_a_file_without_its_table(lte: Lte, refused: Refused, here: Path) -> None:
+    (here / "run.toml").write_text("[train]\nsteps = 4\n")
+    run = load_given_run(here / "run.toml", ["data.tokenizer=bpe:300", "model.vocab=300"])
+    assert (run.data.name, run.data.tokenizer) == ("stdlib", "bpe:300")
+    refused("train", "run.toml", "--set", "data.rows=5", words=("command line: data: rows = 5",))
