@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import typer.core
@@ -26,6 +26,7 @@ from ltecli.errors import (
     report_stdout_error,
     stdout_checked,
 )
+from ltecli.help_pages import write_example, write_options
 from simulate.common.gc_paused import collector_paused
 from simulate.common.quantities import read_count
 from simulate.common.version import version as lte_version
@@ -55,6 +56,14 @@ class OnceCommand(typer.core.TyperCommand):
             if is_value and not parameter.multiple and given.count(parameter) > 1:
                 ctx.fail(f"{parameter.opts[0]} is given {given.count(parameter)} times; keep one")
         return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
+        """Write the options under headings."""
+        write_options(self.get_params(ctx), ctx, formatter)
+
+    def format_epilog(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
+        """Write an example."""
+        write_example(ctx.command_path, formatter)
 
 
 class DeviceName(str, enum.Enum):
@@ -380,14 +389,19 @@ def train(
 def doctor(
     run: Annotated[
         Path | None,
-        typer.Argument(help="run.toml, whose formats and devices count, too.", autocompletion=completion.runs),
+        typer.Argument(
+            metavar="RUN", help="run.toml, whose formats and devices count, too.", autocompletion=completion.runs
+        ),
     ] = None,
     launch: Annotated[bool, typer.Option("--launch", help="Count what stops a launched run, too.")] = False,
     device: Annotated[DeviceName, typer.Option(help="Where to train; cpu leaves GPUs out.")] = DeviceName.AUTO,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where run folders shall lie.")] = Path("runs"),
     as_json: Json = False,
 ) -> int:
-    """Look for what would stop or spoil a run on this machine, and say what mends it."""
+    """Find what would stop or spoil a run on this machine.
+
+    Each finding says what mends it.
+    """
     from ltecli.commands.doctor import doctor_command
 
     return doctor_command(run, device.value, launch, out, as_json)

@@ -183,12 +183,12 @@ class Device(toml_io.Schema):
 
     @model_validator(mode="after")
     def _reserved_fits(self) -> Device:
-        if self.memory_bytes < LEAST_BYTES:  # before the next rule, which would blame the other figure
-            raise ValueError(
-                f"memory_bytes = {self.memory_bytes} is {bytes_text(self.memory_bytes)}, less than any device has; "
-                'write it with its unit, like memory_bytes = "11 GB"'
-            )
         if self.reserved_bytes >= self.memory_bytes:  # a plan would only reject every candidate
+            if self.memory_bytes < LEAST_BYTES:  # the other figure is not the mistake
+                raise ValueError(
+                    f"memory_bytes = {self.memory_bytes} is {bytes_text(self.memory_bytes)}, less than any device has; "
+                    'write it with its unit, like memory_bytes = "11 GB"'
+                )
             raise ValueError(
                 f"reserved_bytes = {self.reserved_bytes} leaves nothing of memory_bytes = {self.memory_bytes}; lower it"
             )
