@@ -170,3 +170,12 @@ def test_a_key_set_beside_a_file_without_its_table(lte: Lte, refused: Refused, h
     run = load_given_run(here / "run.toml", ["data.tokenizer=bpe:300", "model.vocab=300"])
     assert (run.data.name, run.data.tokenizer) == ("stdlib", "bpe:300")
     refused("train", "run.toml", "--set", "data.rows=5", words=("command line: data: rows = 5",))
+
+
+def test_what_other_machines_need_is_told(lte: Lte, here: Path, planned: Path) -> None:
+    launch = ("--launch", "--nodes", "2", "--interface", "lo")
+    assert f"Copy {planned} and its data to every machine" in lte("train", planned, *launch).stdout
+    write_profile(here / "mine.toml")
+    run = write_run(here / "tiny.toml", cluster={"profile": "mine.toml"})
+    text = lte("train", run, *launch).stdout
+    assert f"Copy {run}, its profile {here / 'mine.toml'} and its data to every machine" in text
