@@ -64,7 +64,7 @@ def method_names(incomplete: str) -> list[str]:
 
 def run_folders(incomplete: str) -> list[str]:
     """Return the run folders here, below, and below what is typed."""
-    return _starting((folder for folder in _folders(incomplete)), incomplete)
+    return _starting(_folders(incomplete), incomplete)
 
 
 def runs(incomplete: str) -> list[str]:
@@ -101,6 +101,7 @@ def set_keys(ctx: typer.Context, incomplete: str) -> list[str]:
 
 def _fields(ctx: typer.Context) -> dict[str, Any]:
     """Return the fields of run.toml by their dotted keys: of all methods and families, unless one is chosen."""
+    from simulate.common.toml_io import Schema
     from simulate.config.method_table import METHOD_NAMES, method_options
     from simulate.config.tables import Cluster, Data, Train
     from simulate.models.families.table import FAMILIES, family_of
@@ -110,7 +111,7 @@ def _fields(ctx: typer.Context) -> dict[str, Any]:
     family = family_of(str(ctx.params.get("model") or given.get("model.name") or ""))
     methods = [method] if method in METHOD_NAMES else METHOD_NAMES
     families = [FAMILIES[family]] if family in FAMILIES else list(FAMILIES.values())
-    schemas = [("model", schema) for schema in families]
+    schemas: list[tuple[str, type[Schema]]] = [("model", schema) for schema in families]
     schemas += [("data", Data), ("train", Train), ("cluster", Cluster)]
     schemas += [("method", method_options(name)) for name in methods]
     return {f"{table}.{key}": field for table, schema in schemas for key, field in schema.model_fields.items()}
