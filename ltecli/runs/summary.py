@@ -79,9 +79,9 @@ def report_derived(folder: RunFolder, output: Output) -> None:
     is_order = Margins.of(folder.profile).is_order
     memory = chosen["memory_bytes"]
     wall = order_text(chosen["wall_s"]) if is_order else seconds_text(chosen["wall_s"])
-    parts = memory_text(tensor_bytes(chosen), memory.get("allocator", 0), memory["reserved"])
+    planned = memory_text(tensor_bytes(chosen), memory.get("allocator", 0), memory["reserved"])
     output.hint(
-        f"  planned per device: memory {parts}; {bytes_text(chosen['sent_bytes_per_round'])} sent per merge, {wall} on "
+        f"  planned per device: memory {planned}; {bytes_text(chosen['sent_bytes_per_round'])} sent per merge, {wall} on "
         f"{run.cluster.devices} x {folder.profile.name}"
     )
     for text in diagnostics_notes(run, shape):
