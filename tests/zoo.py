@@ -542,6 +542,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "kept elsewhere": (KeptElsewhere, "be kept under their own names"),
     "same memory": (same_memory, "lie in the same memory"),
     "without values": (lambda: nn.Linear(WIDTH, WIDTH, device="meta"), "is on the device meta"),
+    "inference": (torch.inference_mode()(linear), "was made in torch.inference_mode"),
     "not a number": (lambda: drawn_by(lambda: np.full((WIDTH, WIDTH), np.nan)), "are not numbers (NaN)"),
     "wide numbers": (lambda: with_buffer(torch.ones(3, dtype=torch.complex128)), "which no checkpoint can hold"),
     "dropout of 1": (lambda: nn.Dropout(1), "drops activations with probability 1"),

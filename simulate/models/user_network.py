@@ -54,6 +54,11 @@ def call_factory(options: UserNetworkOptions) -> nn.Module:
                 f"model.name = {options.name!r}: {name} is on the device {tensor.device}; build the network on the "
                 "CPU, with its start weights: the run moves it"
             )
+        if tensor.is_inference():
+            raise InputError(
+                f"model.name = {options.name!r}: {name} was made in torch.inference_mode, so that it cannot be trained; "
+                "build the network outside of it"
+            )
         if (dtype := str(tensor.dtype).removeprefix("torch.")) not in DTYPES:
             raise InputError(
                 f"model.name = {options.name!r}: {name} is {dtype}, which no checkpoint can hold; supported: "
