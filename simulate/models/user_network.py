@@ -56,7 +56,7 @@ def call_factory(options: UserNetworkOptions) -> nn.Module:
             )
         if tensor.is_inference():
             raise InputError(
-                f"model.name = {options.name!r}: {name} was made in torch.inference_mode, so that it cannot be trained; "
+                f"model.name = {options.name!r}: {name} was made in torch.inference_mode, where nothing is trained; "
                 "build the network outside of it"
             )
         if (dtype := str(tensor.dtype).removeprefix("torch.")) not in DTYPES:
