@@ -5,8 +5,8 @@ why, which no reader of the rendered page sees:
 
     <!-- not run: needs three machines -->
 
-tests/ltecli/docs/test_lines.py runs the others in a folder that has what they name (`write_user_folder`), and holds the options
-of all of them against the program's.
+test_lines.py beside this file runs the others in a folder that has what they name (`write_user_folder`), and holds the
+options of all of them against the program's.
 """
 
 from __future__ import annotations
