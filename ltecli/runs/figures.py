@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltecli.runs.run_folder import check_run_folder, is_locked, read_plan
+from ltecli.runs.lock import is_locked
+from ltecli.runs.run_folder import check_run_folder, read_plan
 from simulate.common.errors import InputError
 from simulate.common.events import Event, read_events
 from simulate.common.processor import distinct

@@ -11,7 +11,9 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+import socket
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +32,7 @@ from simulate.config.run import Run, dump_run, load_run
 from simulate.costs.memory import checkpoint_bytes, mapped_file_bytes
 from simulate.data.load import TOKENIZER_FILE, Dataset, kept_tokenizer, load_data
 from simulate.data.text import Text
-from simulate.common.run_files import CHECKPOINTS, EVENTS_FILE, LOCK_FILE, PLAN_FILE, PROFILE_FILE, RUN_FILE
+from simulate.common.run_files import CHECKPOINTS, EVENTS_FILE, PLAN_FILE, PROFILE_FILE, RUN_FILE
 from simulate.planning.candidate import Rejected, is_library_installed
 from simulate.planning.planner import Plan, evaluate
 from simulate.training.checkpoints import list_checkpoints
@@ -56,6 +58,15 @@ class RunFolder:
         """Whether the newest checkpoint is the last step's."""
         last = f"-{self.run.train.steps:08d}"
         return self.resume_from is not None and self.resume_from.name.endswith(last)
+
+    @property
+    def newest_step(self) -> int:
+        """Step of the newest checkpoint, 0 without one.
+
+        The folder of one of several nodes has no whole checkpoint. The run continues from this step or an earlier one.
+        """
+        saved = sorted(self.path.glob(f"{CHECKPOINTS}/step-*"))
+        return int(saved[-1].name.rpartition("-")[2]) if saved else 0
 
     @property
     def events(self) -> Path:
@@ -209,8 +220,12 @@ def interrupted_by_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[list[bool]]:
-    """Turn the first Ctrl-C or SIGTERM into an entry of the yielded list; the second one interrupts at once."""
+def stop_on_signal(answer: Callable[[], None]) -> Iterator[list[bool]]:
+    """Turn the first Ctrl-C or SIGTERM into an entry of the yielded list; the second one interrupts at once.
+
+    `answer` is called at the first signal, in another thread: Python runs handlers between its own instructions, and a
+    large step is minutes in one of them.
+    """
     stops: list[bool] = []
 
     def handle(signum: int, frame: object) -> None:
@@ -220,38 +235,30 @@ def stop_on_signal() -> Iterator[list[bool]]:
 
     # Handlers are put back, so that a plan or report in the same process is interrupted at once again.
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    # The system's own handler writes each signal's number here at once (docs.python.org, signal.set_wakeup_fd).
+    heard, told = socket.socketpair()
+    told.setblocking(False)
+    before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    listener = threading.Thread(target=_answer_signal, args=(heard, answer), name="signals", daemon=True)
+    listener.start()
     try:
         yield stops
     finally:
+        signal.set_wakeup_fd(before)
+        told.close()
+        listener.join()
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-@contextmanager
-def lock_folder(path: Path) -> Iterator[None]:
-    """Lock a run folder for this process; raises InputError where another process has locked it."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(path / LOCK_FILE)  # the system releases it when this process dies
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(f"{path} is being trained by another process; wait for it, or choose another --out") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a process trains in a run folder."""
-    if not (path / LOCK_FILE).exists():  # a lock would make the file
-        return False
-    try:
-        with lock_folder(path):
-            return False
-    except (InputError, OSError):  # read-only: who trains here may be another user
-        return True
+def _answer_signal(heard: socket.socket, answer: Callable[[], None]) -> None:
+    """Answer the first signal, then read the others until the other end is closed."""
+    with heard:
+        answered = False
+        while number := heard.recv(1):
+            if not answered and number[0] in (signal.SIGINT, signal.SIGTERM):
+                answered = True
+                answer()
 
 
 def prepare_events(folder: RunFolder, step: int) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from ltecli.runs.run_folder import lock_folder, plan_of
+from ltecli.runs.lock import lock_folder
+from ltecli.runs.run_folder import plan_of
 from simulate.config.run import load_run
 from simulate.rules.cadence import Cadence
 from simulate.costs.memory import checkpoint_bytes
