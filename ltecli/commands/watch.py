@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.live import Live
+from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
@@ -76,11 +77,9 @@ def _print_changes(watcher: Watcher, output: Output) -> None:
         steps = document.get("steps")
         # Without rounds every step would be a change: each hundredth of the run is one.
         part = document.get("round") or (steps and document["step"] * 100 // steps)
-        change = [
-            document["state"],
-            part,
-            *(document.get(key) for key in ("phase", "val_step", "restarts", "stopping")),
-        ]
+        phase = document["phase"] if document["state"] == "running" else None
+        others = (document.get(key) for key in ("val_step", "restarts", "stopping"))
+        change = [document["state"], part, phase, *others]
         if change != printed:
             printed = change
             output.json(document)
@@ -131,8 +130,8 @@ class Watcher:
         if (path / RUN_FILE).is_file():
             if not is_locked(path):
                 raise InputError(
-                    f"{path} has no {STATUS_FILE} and no process trains in it; start it with lte train {path} --resume, "
-                    f"or see what it has done with lte report {path}"
+                    f"{path} has no {STATUS_FILE} and no process trains in it; start it with lte train {path} "
+                    f"--resume, or see what it has done with lte report {path}"
                 )
         # A folder that is being made gets its profile first.
         elif path.exists() and not (path.is_dir() and ((path / PROFILE_FILE).exists() or not any(path.iterdir()))):
@@ -178,7 +177,7 @@ def panel_of(document: dict[str, Any]) -> RenderableType:
     if document["state"] == WAITING:
         return first
     bar = ProgressBar(total=document["steps"], completed=document["step"], width=40)
-    return Group(first, bar, *others)
+    return Group(first, Padding(bar, 0), *others)  # the bar alone would not end its line
 
 
 def _headline(document: dict[str, Any]) -> str:
@@ -224,11 +223,13 @@ def _end(document: dict[str, Any]) -> str:
 
 
 def _sent(document: dict[str, Any]) -> str:
-    if document["sent_bytes_per_device"] is None:
-        return f"{document['devices']} devices"
     processes, rate = document["processes"], document["sent_bytes_per_s_per_device"]
-    how = f"in {processes} processes" if processes else "simulated in one process"
-    text = f"{document['devices']} devices {how}; each sent {bytes_text(document['sent_bytes_per_device'])}"
+    if document["device"] is None:  # nothing has begun
+        return f"{document['devices']} devices"
+    text = f"{document['devices']} devices {f'in {processes} processes' if processes else 'simulated in one process'}"
+    if document["sent_bytes_per_device"] is None:
+        return text
+    text += f"; each sent {bytes_text(document['sent_bytes_per_device'])}"
     return text if rate is None else f"{text}, {bytes_text(rate)}/s{'' if processes else ' on the simulated links'}"
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 STATUS_VERSION = 1
 WRITE_S = 1.0
 """Seconds from one write to the next."""
+BEFORE_TRAINING = "stopping before the first step"
 FAILURES = 3
 """Failed writes in a row after which the user is told: on Windows a single one fails while somebody reads."""
 KEPT = ("step", "train_loss", "val_loss", "val_accuracy", "val_step", "sent_bytes_per_device", "links")
@@ -120,11 +121,11 @@ class StatusFile:
     def answer_stop(self, hint: Callable[[str], None]) -> None:
         """Say what is done before the run stops, and how long it takes."""
         self._note_stop()
-        hint(f"{self.document['stopping']}; Ctrl-C again: stop now")
+        hint(f"{self._stopping() or BEFORE_TRAINING}; Ctrl-C again: stop now")
 
     def _note_stop(self) -> None:
         if self.document["stopping"] is None:
-            self.document["stopping"] = self._stopping() or "stopping before the first step"
+            self.document["stopping"] = f"told to stop at {time.strftime('%X')}: {self._stopping() or BEFORE_TRAINING}"
 
     def __call__(self, event: Event) -> None:
         """Note an event of the run."""

@@ -184,7 +184,7 @@ def describe_missing(
 
 
 class Watcher:
-    """Reader of all processes' beats, for a node's supervisor, which looks once a second. It costs the run no exchange."""
+    """Reader of all processes' beats, for a node's supervisor, which looks once a second; it costs no exchange."""
 
     def __init__(self) -> None:
         self._attempt = ""

@@ -15,7 +15,7 @@ Phase = Literal[
     "starting", "loading data", "measuring", "joining", "building the network", "looking for checkpoints",
     "training", "exchanging", "diagnosing", "evaluating", "saving",
 ]  # fmt: skip
-RECENT = 8
+RECENT = 32
 """Measurements of a kind that are kept: a slow start is forgotten after so many."""
 PAUSES: tuple[Phase, ...] = ("evaluating", "saving")
 """Phases between two rounds."""
@@ -70,13 +70,13 @@ class Activity:
         unknown = [part for part, seconds in parts.items() if seconds is None]
         *first, last = parts
         what = f"finishing {', '.join(first)} and {last}"
-        if parts[name] is None:
-            return f"{what}; none was measured yet"
+        if not measured:
+            return f"{what}; how long this takes is not known yet"
         # Until one round is complete, the steps so far are all that is known.
         bound = "at most" if self.longest_s("round") is not None else "about"
         # Whole seconds, rounded up.
         text = f"{what}, {bound} {seconds_text(float(max(1, -int(-sum(measured) // 1))))}"
-        return text + (f" without {' and '.join(unknown)}, not measured yet" if unknown else "")
+        return text + (f"; how long {' and '.join(unknown)} takes is not known yet" if unknown else "")
 
     def _round_left_s(self, meeting: int, delay_s: float) -> float | None:
         """Return the seconds until a wish to stop made now is obeyed; None while nothing was measured."""

@@ -117,7 +117,7 @@ class Session:
         done, is_whole = activity.step, self.communicator.is_whole
         meeting = next((step for step in range(done + 1, steps) if is_whole or self.cadence.meets(step)), steps)
         is_evaluated = meeting == steps or self.cadence.is_due(meeting, self.run.train.evaluate_every)
-        name = f"step {meeting:,}" if is_whole else "the round"
+        name = "this step" if is_whole else "the round"
         return activity.stopping_text(meeting, is_evaluated, 0.0 if is_whole else STOP_DELAY_S, name)
 
 
