@@ -162,7 +162,7 @@ def launch_run(
         # Of several nodes, others may still lack their last checkpoint, so those meet all the same.
         report_finished(folder, output)
         return 0
-    with ExitStack() as stack, stop_on_signal(lambda: status.answer_stop(output.hint)) as stops:
+    with ExitStack() as stack, stop_on_signal(lambda: status.answer_stop(output.hint), status.leave) as stops:
         if options.nodes > 1:
             status.begin("meeting the other nodes")
         preflight = stack.enter_context(_preflight(folder, processes, options, output, warnings))

@@ -128,12 +128,11 @@ def _train(
     folder = folder or new_folder(path, run, device_name)
     try:
         # The lock is released before the folder is removed: Windows removes no open file.
-        words = launched.words() if launched else ""
-        with (
-            _removed_unless_begun(folder, resume),
-            lock_folder(path),
-            StatusFile(path, folder.run, folder.newest_step, output.warning, words) as status,
-        ):
+        status = StatusFile(
+            path, folder.run, folder.newest_step, output.warning, launch.words() if launch else "",
+            lambda: _next_move(folder, launch),
+        )  # fmt: skip
+        with _removed_unless_begun(folder, resume), lock_folder(path), status:
             if launch is None or launch.nodes == 1:  # the nodes of a launch tell each other in the preflight
                 for warning in warnings:
                     output.warning(warning)
@@ -164,7 +163,7 @@ def _simulate(folder: RunFolder, device: torch.device, output: Output, status: S
     # Measured before the session exists, whose tensors would count as the device's. A resumed run keeps its figure.
     measured_bytes = None if folder.resume_from else measured_memory_bytes(folder, device)
     # From here on Ctrl-C saves first; before, there is nothing to save.
-    with stop_on_signal(lambda: status.answer_stop(output.hint)) as stops:
+    with stop_on_signal(lambda: status.answer_stop(output.hint), status.leave) as stops:
         status.begin("building the network")
         session = _session(folder, device, stops)
         status.follow(session.activity, session.stopping_text)

@@ -37,6 +37,8 @@ from simulate.planning.candidate import Rejected, is_library_installed
 from simulate.planning.planner import Plan, evaluate
 from simulate.training.checkpoints import list_checkpoints
 
+STUCK_S = 1.0
+"""Seconds after which a second Ctrl-C ends a process that is inside a long operation."""
 CHECKPOINTS_AT_ONCE = 3
 """Checkpoints on the disk at the same time: two are kept while a third is written."""
 
@@ -220,17 +222,20 @@ def interrupted_by_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def stop_on_signal(answer: Callable[[], None]) -> Iterator[list[bool]]:
+def stop_on_signal(answer: Callable[[], None], leave: Callable[[], None]) -> Iterator[list[bool]]:
     """Turn the first Ctrl-C or SIGTERM into an entry of the yielded list; the second one interrupts at once.
 
     `answer` is called at the first signal, in another thread: Python runs handlers between its own instructions, and a
-    large step is minutes in one of them.
+    large step is minutes in one of them. `leave` is called there at the second one where such a step goes on, and is
+    to end the process.
     """
     stops: list[bool] = []
+    interrupted = threading.Event()
 
     def handle(signum: int, frame: object) -> None:
         stops.append(True)
         if len(stops) == 2:  # a third one must not interrupt the clean-up
+            interrupted.set()
             raise KeyboardInterrupt
 
     # Handlers are put back, so that a plan or report in the same process is interrupted at once again.
@@ -239,7 +244,9 @@ def stop_on_signal(answer: Callable[[], None]) -> Iterator[list[bool]]:
     heard, told = socket.socketpair()
     told.setblocking(False)
     before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
-    listener = threading.Thread(target=_answer_signal, args=(heard, answer), name="signals", daemon=True)
+    listener = threading.Thread(
+        target=_answer_signals, args=(heard, answer, leave, interrupted), name="signals", daemon=True
+    )
     listener.start()
     try:
         yield stops
@@ -251,14 +258,18 @@ def stop_on_signal(answer: Callable[[], None]) -> Iterator[list[bool]]:
             signal.signal(number, handler)
 
 
-def _answer_signal(heard: socket.socket, answer: Callable[[], None]) -> None:
-    """Answer the first signal, then read the others until the other end is closed."""
+def _answer_signals(
+    heard: socket.socket, answer: Callable[[], None], leave: Callable[[], None], interrupted: threading.Event
+) -> None:
+    """Answer the first signal, and leave at the second where it interrupts nothing, until the other end is closed."""
+    signals = 0
     with heard:
-        answered = False
         while number := heard.recv(1):
-            if not answered and number[0] in (signal.SIGINT, signal.SIGTERM):
-                answered = True
+            signals += number[0] in (signal.SIGINT, signal.SIGTERM)
+            if signals == 1:
                 answer()
+            elif signals == 2 and not interrupted.wait(STUCK_S):
+                leave()
 
 
 def prepare_events(folder: RunFolder, step: int) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from ltecli.errors import INTERRUPTED
 from simulate.common.errors import first_line
 from simulate.common.events import Event
 from simulate.common.run_files import STATUS_FILE
@@ -39,13 +40,21 @@ KEPT = ("step", "train_loss", "val_loss", "val_accuracy", "val_step", "sent_byte
 class StatusFile:
     """Writer of a folder's status file, with a thread of its own; the run goes on where the file cannot be written.
 
-    `resume_words` are the options that `lte train RUN --resume` needs to continue the run.
+    `resume_words` are the options that `lte train RUN --resume` needs to continue the run, `next_move` says what was
+    saved and what continues it.
     """
 
     def __init__(
-        self, folder: Path, run: Run, step: int, warn: Callable[[str], None], resume_words: str = ""
+        self,
+        folder: Path,
+        run: Run,
+        step: int,
+        warn: Callable[[str], None],
+        resume_words: str,
+        next_move: Callable[[], str],
     ) -> None:
         self._path, self._warn, self._failures = folder / STATUS_FILE, warn, 0
+        self._next_move = next_move
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._write_often, name="status", daemon=True)
         self._activity: Activity | None = None
@@ -89,14 +98,17 @@ class StatusFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            self._end("interrupted")
+        elif error is not None:
+            self._end("failed", first_line(error))
+        else:  # without an event there was nothing left to do
+            self._end("finished" if self.document["state"] == "running" else self.document["state"])
+
+    def _end(self, state: str, error: str | None = None) -> None:
         self._done.set()
         self._thread.join()
-        if isinstance(error, KeyboardInterrupt):
-            self.document["state"] = "interrupted"
-        elif error is not None:
-            self.document |= {"state": "failed", "error": first_line(error)}
-        elif self.document["state"] == "running":
-            self.document["state"] = "finished"  # it was before, and nothing was left to do
+        self.document |= {"state": state, "error": error}
         self._write()
 
     def begin(self, phase: str) -> None:
@@ -122,6 +134,12 @@ class StatusFile:
         """Say what is done before the run stops, and how long it takes."""
         self._note_stop()
         hint(f"{self._stopping() or BEFORE_TRAINING}; Ctrl-C again: stop now")
+
+    def leave(self) -> None:
+        """End the process at once: its main thread is inside a long operation. What was saved is whole."""
+        self._end("interrupted")
+        self._warn(f"interrupted; {self._next_move()}")
+        os._exit(INTERRUPTED)
 
     def _note_stop(self) -> None:
         if self.document["stopping"] is None:
