@@ -130,8 +130,8 @@ class Watcher:
         if (path / RUN_FILE).is_file():
             if not is_locked(path):
                 raise InputError(
-                    f"{path} has no {STATUS_FILE} and no process trains in it; start it with lte train {path} "
-                    f"--resume, or see what it has done with lte report {path}"
+                    f"{path} has no {STATUS_FILE} that can be read, and no process trains in it; start it with "
+                    f"lte train {path} --resume, or see what it has done with lte report {path}"
                 )
         # A folder that is being made gets its profile first.
         elif path.exists() and not (path.is_dir() and ((path / PROFILE_FILE).exists() or not any(path.iterdir()))):
