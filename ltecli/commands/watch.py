@@ -42,7 +42,7 @@ def watch_command(path: Path, once: bool, as_json: bool) -> int:
         document = watcher.look()
         if document["state"] == WAITING:
             raise InputError(
-                f"{path} has no {STATUS_FILE} yet: no training has begun there; ask again, or without --once"
+                f"{path} has no {STATUS_FILE} yet; leave --once away to wait for it, or see lte report {path}"
             )
         output.json(document)
         for line in lines_of(document):
@@ -127,14 +127,10 @@ class Watcher:
     def _check_possible(self) -> None:
         """Raise InputError for a path without a status at which none will appear."""
         path = self.path
-        if (path / RUN_FILE).is_file():
-            if not is_locked(path):
-                raise InputError(
-                    f"{path} has no {STATUS_FILE} that can be read, and no process trains in it; start it with "
-                    f"lte train {path} --resume, or see what it has done with lte report {path}"
-                )
+        if not path.exists() or (path / RUN_FILE).is_file():
+            return
         # A folder that is being made gets its profile first.
-        elif path.exists() and not (path.is_dir() and ((path / PROFILE_FILE).exists() or not any(path.iterdir()))):
+        if not (path.is_dir() and ((path / PROFILE_FILE).exists() or not any(path.iterdir()))):
             raise InputError(f"{path} is no run folder (it has no {RUN_FILE}); name one of lte train, as in runs/demo")
 
 
@@ -154,7 +150,7 @@ def _derived(document: dict[str, Any]) -> dict[str, Any]:
 def lines_of(document: dict[str, Any]) -> list[str]:
     """Return a state for people: what the run does and how far it is, its losses, its end, then bytes and devices."""
     if document["state"] == WAITING:
-        return [f"{document['run']} is not there yet; lte train makes it once its data is loaded; waiting"]
+        return [_waiting(Path(document["run"]))]
     lines = [f"{document['run']}: {_headline(document)}", _losses(document)]
     if document["state"] == "running":
         lines.append(_end(document))
@@ -178,6 +174,15 @@ def panel_of(document: dict[str, Any]) -> RenderableType:
         return first
     bar = ProgressBar(total=document["steps"], completed=document["step"], width=40)
     return Group(first, Padding(bar, 0), *others)  # the bar alone would not end its line
+
+
+def _waiting(path: Path) -> str:
+    if not path.exists():
+        return f"{path} is not there yet; lte train makes it once its data is loaded; waiting"
+    # Also a folder of an earlier version, which had no such file.
+    return (
+        f"{path} has no {STATUS_FILE} yet; waiting for lte train {path} --resume (what it has done: lte report {path})"
+    )
 
 
 def _headline(document: dict[str, Any]) -> str:

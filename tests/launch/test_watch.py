@@ -22,7 +22,9 @@ def test_a_launched_run_is_watched(tmp_path: Path) -> None:
     )  # fmt: skip
     with launched_run(tmp_path / "run", run) as launched:
         folder = launched.node_folder()
-        watch = lte_process("watch", folder, cwd=tmp_path)
+        watched = tmp_path / "watched.txt"
+        with watched.open("w") as file:
+            watch = lte_process("watch", folder, cwd=tmp_path, stdout=file)
 
         def status() -> dict[str, Any]:
             return read_status(folder) or {"step": 0, "workers": [], "stopping": None}
@@ -43,10 +45,11 @@ def test_a_launched_run_is_watched(tmp_path: Path) -> None:
         assert launched.end() == [130], launched.all_said()
         print(f"answered and stopped within {time.monotonic() - asked_s:.1f} s")
         assert status()["state"] == "interrupted"
+        launched.wait_for(lambda: ": interrupted, " in watched.read_text(), 10.0)
         interrupt(watch)  # which waits for the run to be continued
         outcome = watch.outcome()
     assert outcome.code == 0, outcome
-    heads = [line.partition(": ")[2].partition(",")[0] for line in outcome.stdout.splitlines()]
+    heads = [line.partition(": ")[2].partition(",")[0] for line in watched.read_text().splitlines()]
     assert "round 1 of 1" in heads
     assert heads[-1] == "interrupted"
     assert len(heads) < 20, "a change is a line, a step is none"

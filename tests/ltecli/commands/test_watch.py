@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -199,12 +198,20 @@ def test_a_terminal_gets_a_panel_of_its_width(here: Path) -> None:
     assert lines[2].startswith("train loss")
 
 
-def test_what_can_be_no_run_is_refused(refused: Refused, here: Path, trained: Path) -> None:
+def test_what_can_be_no_run_is_refused(refused: Refused, here: Path) -> None:
     (here / "src").mkdir()
     (here / "src" / "main.c").write_text("")
     refused("watch", "src", words=("src is no run folder", "run.toml"))
+    (here / "prose.txt").write_text("")
     refused("watch", "prose.txt", words=("prose.txt is no run folder",))
-    refused("watch", "later", "--once", words=("no status.json yet", "or without --once"))
-    (trained / "status.json").unlink()  # a run of an earlier version
-    shutil.rmtree(trained / "checkpoints")
-    refused("watch", trained, words=("no status.json", "lte report"))
+    refused("watch", "later", "--once", words=("no status.json yet", "leave --once away"))
+
+
+def test_a_run_of_an_earlier_version_is_waited_for(
+    lte: Lte, trained: Path, moments: Callable[[Sequence[Callable[[], object]]], None]
+) -> None:
+    (trained / "status.json").unlink()
+    moments([])
+    outcome = lte("watch", trained)
+    assert outcome.code == 0
+    assert f"has no status.json yet; waiting for lte train {trained} --resume" in outcome.stdout
