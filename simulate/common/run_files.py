@@ -5,7 +5,7 @@ from __future__ import annotations
 RUN_FILE, PROFILE_FILE, PLAN_FILE, EVENTS_FILE = "run.toml", "profile.toml", "plan.json", "events.jsonl"
 """Files of a run folder."""
 STATUS_FILE = "status.json"
-"""What the run does now, for `lte watch`; written while it trains."""
+"""The run's present state, for `lte watch`; written while it trains."""
 LOCK_FILE = ".lock"
 """Locked while a process trains in the folder; the file stays."""
 CHECKPOINTS, TENSORBOARD, LOGS = "checkpoints", "tensorboard", "logs"
