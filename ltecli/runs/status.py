@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ltecli.errors import INTERRUPTED
-from simulate.common.errors import first_line
+from simulate.common.errors import InputError, first_line
 from simulate.common.events import Event
 from simulate.common.run_files import STATUS_FILE
 from simulate.config.run import Run
@@ -55,6 +55,8 @@ class StatusFile:
     ) -> None:
         self._path, self._warn, self._failures = folder / STATUS_FILE, warn, 0
         self._next_move = next_move
+        self._before = self._path.read_bytes() if self._path.is_file() else None
+        self._has_begun = False
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._write_often, name="status", daemon=True)
         self._activity: Activity | None = None
@@ -98,7 +100,9 @@ class StatusFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if isinstance(error, KeyboardInterrupt):
+        if isinstance(error, InputError) and not self._has_begun:
+            self._restore()
+        elif isinstance(error, KeyboardInterrupt):
             self._end("interrupted")
         elif error is not None:
             self._end("failed", first_line(error))
@@ -110,6 +114,15 @@ class StatusFile:
         self._thread.join()
         self.document |= {"state": state, "error": error}
         self._write()
+
+    def _restore(self) -> None:
+        """Leave the folder as it was: a run that is refused writes nothing."""
+        self._done.set()
+        self._thread.join()
+        if self._before is None:
+            self._path.unlink(missing_ok=True)
+        else:
+            self._path.write_bytes(self._before)
 
     def begin(self, phase: str) -> None:
         """Note the phase, until a training loop or heartbeats tell it."""
@@ -147,7 +160,7 @@ class StatusFile:
 
     def __call__(self, event: Event) -> None:
         """Note an event of the run."""
-        document, kind = self.document, event["kind"]
+        document, kind, self._has_begun = self.document, event["kind"], True
         if kind in ("start", "resume", "restart"):
             document["processes"] = event.get("processes")
             document["device"] = event.get("device", event.get("simulated_on"))

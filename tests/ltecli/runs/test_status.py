@@ -9,7 +9,7 @@ import pytest
 
 from ltecli.runs import status as module
 from ltecli.runs.status import StatusFile, read_status
-from simulate.common.errors import RunFailedError
+from simulate.common.errors import InputError, RunFailedError
 from simulate.config.run import load_run
 from simulate.launch.heartbeat import LaunchProgress, ProcessState
 from simulate.training.activity import Activity
@@ -111,6 +111,22 @@ def test_the_end_is_told(folder: Folder, error: BaseException | None, state: str
     except (KeyboardInterrupt, RunFailedError):
         pass
     assert (folder.read()["state"], folder.read()["error"]) == (state, text)
+
+
+def test_a_run_that_is_refused_leaves_the_status_as_it_was(folder: Folder) -> None:
+    with pytest.raises(InputError), folder.status():
+        raise InputError("damaged")
+    assert not (folder.path / "status.json").exists()
+    with folder.status(step=8):
+        pass
+    before = (folder.path / "status.json").read_bytes()
+    with pytest.raises(InputError), folder.status(step=8):
+        raise InputError("damaged")
+    assert (folder.path / "status.json").read_bytes() == before
+    with pytest.raises(InputError), folder.status(step=8) as status:
+        status({"kind": "resume", "step": 8})
+        raise InputError("a process found other weights")
+    assert folder.read()["state"] == "failed"
 
 
 def test_the_phase_and_the_pace_come_from_the_training_loop(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
