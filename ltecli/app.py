@@ -439,6 +439,22 @@ def report(
 
 @app.command(cls=OnceCommand)
 @guarded
+def watch(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that trains, or will.")],
+    once: Annotated[bool, typer.Option("--once", help="Print the present state and end.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Show what a run does now, live, from another terminal.
+
+    In a pipe, each change is a line.
+    """
+    from ltecli.commands.watch import watch_command
+
+    return watch_command(run, once, as_json)
+
+
+@app.command(cls=OnceCommand)
+@guarded
 def export(
     run: RunFolder,
     form: Annotated[
