@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,6 +92,9 @@ SecretFile = Annotated[
 LinkFrom = Annotated[
     Path | None, typer.Option(metavar="RUN", help="Take the link that the nodes of a launched run measured.")
 ]
+Html = Annotated[
+    Path | None, typer.Option("--html", metavar="FILE", help="Write a page of figures; it needs no network.")
+]
 Devices = Annotated[int | None, typer.Option("--devices", "-n", help="Devices to use; default: all of the profile.")]
 
 
@@ -111,6 +115,11 @@ Samples = Annotated[
     int | None,
     typer.Option("--samples", parser=_count, metavar="COUNT", help="Images to train on, for models of images."),
 ]
+
+
+def _command_line(ctx: typer.Context) -> str:
+    """Return the command line as given, which `main` leaves in the context, for whoever wants to repeat it."""
+    return shlex.join(["lte", *ctx.obj])
 
 
 def _print_version(given: bool) -> None:
@@ -373,13 +382,19 @@ def secret(
 @app.command(cls=OnceCommand)
 @guarded
 def report(
+    ctx: typer.Context,
     runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders; several are compared side by side.")],
+    html: Html = None,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write all evaluations as CSV; - for stdout.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Let --html and --csv replace existing files.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show planned, simulated and measured figures side by side."""
-    from ltecli.commands.report import report_command
+    from ltecli.commands.report import ReportFiles, report_command
 
-    report_command(runs, as_json)
+    report_command(runs, as_json, ReportFiles(html, csv, force, _command_line(ctx)))
 
 
 @app.command(cls=OnceCommand)
@@ -531,7 +546,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         # Without standalone mode typer raises mistakes to us, where it would print them in its own form and exit.
         with stdout_checked():
-            code = int(app(given or ["--help"], prog_name="lte", standalone_mode=False) or 0)
+            code = int(app(given or ["--help"], prog_name="lte", standalone_mode=False, obj=given) or 0)
     except StdoutError as error:
         code = report_stdout_error(error)
     except USAGE_ERROR as error:

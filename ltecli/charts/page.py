@@ -51,8 +51,15 @@ class View:
     y_title: str
     x_log: bool = False
     y_log: bool = False
-    x_unit: str = ""
-    y_unit: str = ""
+    x_kind: str = ""
+    """bytes or seconds, whose points are told in the unit that fits each."""
+    x_scale: float = 1.0
+    """Bytes or seconds of one unit of the axis."""
+    y_kind: str = ""
+    y_scale: float = 1.0
+    x_ticks: Sequence[tuple[float, str]] = ()
+    """Ticks of a logarithmic axis, in units of the axis; none: as the library sets them."""
+    y_ticks: Sequence[tuple[float, str]] = ()
     x_limit: tuple[float, str] | None = None
     """A line across the figure, and its words."""
 
@@ -242,7 +249,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], words: bool = Fa
     """Return a table as HTML; columns after the first are right-aligned, unless they hold `words`."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     body = "".join(
-        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
+        f'<tr><th scope="row"><span>{escape(first)}</span></th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
         for first, *rest in rows
     )
     kind = " words" if words else ""
@@ -259,3 +266,8 @@ def answers(rows: Sequence[tuple[str, str, str]]) -> str:
 def listing(lines: Sequence[str]) -> str:
     """Return lines of text as an HTML list; nothing without lines."""
     return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>" if lines else ""
+
+
+def folded(summary: str, html: str) -> str:
+    """Return HTML that a click on the summary unfolds."""
+    return f"<details><summary>{escape(summary)}</summary>{html}</details>"

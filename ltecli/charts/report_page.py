@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ltecli.charts.diagnostics import LABELS
-from ltecli.charts.page import Figure, Page, Section, Trace, View, listing, table
-from ltecli.charts.scales import byte_scale, second_scale
+from ltecli.charts.page import Figure, Page, Section, Trace, View, folded, listing, table
+from ltecli.charts.scales import byte_scale, log_ticks, second_scale
 from ltecli.charts.thinning import thinned
 from ltecli.output_paths import check_file, write_file
 from ltecli.runs.comparison import (
@@ -150,7 +150,7 @@ def _curves(runs: Sequence[Shown], key: str, title: str, y_title: str, command: 
     if not any(column[key] for column in columns):
         return None if key == "val_accuracy" else Section(title, "No run has been evaluated yet.")
     figure = _course(runs, columns, key, y_title, key.replace("_", "-"), "line")
-    lead = "Scores of the merged weights on held-out data, at every evaluation; drag to zoom, double-click to return."
+    lead = "Scores of the merged weights on held-out data. Drag to zoom, double-click to return."
     return Section(title, lead, figure, command=command)
 
 
@@ -192,17 +192,22 @@ def _course(
     # The same clock means two things, so the axis says which.
     by = " of the launched processes" if launched == {True} else ", simulated on one machine" if not any(launched) else ""
 
-    def view(label: str, x: str, x_title: str, unit: str) -> View:
+    def view(label: str, x: str, x_title: str, kind: str = "", scale: float = 1.0, unit: str = "") -> View:
         ends = [column[x][-1] for column in columns if column[x] and column[x][-1]]
         points = [value for column in columns for value in column[x] if value is not None]
-        is_wide = bool(ends) and min(points) > 0 and max(ends) > WIDE_RANGE * min(ends)
-        return View(label, x, key, f"{x_title} ({unit})" if unit else x_title, y_title, is_wide, False, unit)
+        if kind and ends and min(points) > 0 and max(ends) > WIDE_RANGE * min(ends):
+            ticks = log_ticks(kind, scale * min(points), scale * max(points))
+            return View(
+                label, x, key, f"{x_title}, logarithmic", y_title, True, x_kind=kind, x_scale=scale,
+                x_ticks=[(value / scale, text) for value, text in ticks],
+            )  # fmt: skip
+        return View(label, x, key, f"{x_title} ({unit})" if unit else x_title, y_title, x_kind=kind, x_scale=scale)
 
     views = [
-        view("samples", "samples", "samples trained on", ""),
-        view("bytes sent", "sent", "sent by a device", sent_unit),
-        view("simulated time", "simulated", "simulated time, on the profile's hardware", simulated_unit),
-        view("measured time", "measured", f"measured time{by}", measured_unit),
+        view("samples", "samples", "samples trained on"),
+        view("bytes sent", "sent", "sent by a device", "bytes", sent, sent_unit),
+        view("simulated time", "simulated", "simulated time, on the profile's hardware", "seconds", simulated, simulated_unit),
+        view("measured time", "measured", f"measured time{by}", "seconds", measured, measured_unit),
     ]
     traces = [
         Trace(run.label, run.colour, column, kind, run=number, label=run.label if len(runs) > 1 else "")
@@ -220,10 +225,10 @@ def _figures_table(runs: Sequence[Shown], comparable: bool, command: str) -> Sec
         return Section("Planned and measured", html=table(header, rows) + listing(notes), command=command)
     loss = common_loss([evaluations(run.record) for run in runs]) if comparable else None
     cells = overview([run.record for run in runs], [run.figure for run in runs], loss)
-    header = ["run", *(label for label, _ in cells)]
-    # A row a run, since a phone has no room for a column a run.
+    # Words are in the section of the runs; a row a run, since a phone has no room for a column a run.
+    cells = [cell for cell in cells if cell[0] not in ("method", "profile", "trained on")]
     rows = [[run.label, *(values[number] for _, values in cells)] for number, run in enumerate(runs)]
-    return Section("Figures", html=table(header, rows), command=command)
+    return Section("Figures", html=table(["run", *(label for label, _ in cells)], rows), command=command)
 
 
 def _memory(runs: Sequence[Shown], command: str) -> Section:
@@ -249,12 +254,12 @@ def _memory(runs: Sequence[Shown], command: str) -> Section:
     notes, rows = [], []
     for i, (total, size) in enumerate(zip(totals, measured, strict=True)):
         notes.append((total / scale, 3.0 * i, bytes_text(total)))
-        more = "not measured yet" if size is None else f"{bytes_text(size)} ({size / total - 1:+.1%})"
+        more = "not measured yet" if size is None else f"{bytes_text(size)}, {_beside_plan(size / total - 1)}"
         notes.append(((size or 0) / scale, 3.0 * i + 1, more))
         rows += ["planned", "measured", ""]
     figure = Figure(
         "memory",
-        [View("", "bytes", "row", f"memory of a device's tensors ({unit})", "", x_unit=unit)],
+        [View("", "bytes", "row", f"memory of a device's tensors ({unit})", "")],
         traces,
         "Bars of memory: " + "; ".join(f"{r.label} planned {bytes_text(t)}, measured {bytes_text(m)}" for r, t, m in zip(runs, totals, measured, strict=True)),
         rows[:-1],
@@ -268,6 +273,10 @@ def _memory(runs: Sequence[Shown], command: str) -> Section:
         "the allocator and the device's system hold beside tensors is not drawn."
     )
     return Section("Memory, planned against measured", lead, figure, command=command)
+
+
+def _beside_plan(more: float) -> str:
+    return "as planned" if abs(more) < 5e-4 else f"{more:+.1%}"
 
 
 def _time(runs: Sequence[Shown], command: str) -> Section | None:
@@ -312,8 +321,8 @@ def _time(runs: Sequence[Shown], command: str) -> Section | None:
             ]
             traces.append(Trace(part, colour, columns, "bar", words))
     views = [
-        View("time", "seconds", "row", f"time of the steps done ({unit})", "", x_unit=unit),
-        View("shares", "share", "row", "share of the time (%)", "", x_unit="%"),
+        View("time", "seconds", "row", f"time of the steps done ({unit})", ""),
+        View("shares", "share", "row", "share of the time (%)", ""),
     ]
     if max(totals) > WIDE_RANGE * min(totals):
         views.reverse()
@@ -389,15 +398,20 @@ def _differences(runs: Sequence[Shown]) -> Section | None:
         for run in runs
     ]
     keys = dict.fromkeys(key for setting in settings for key in setting)
-    rows = []
+    shared, own = [], []
     for key in keys:
         values = [_value_text(setting[key]) if key in setting else "-" for setting in settings]
         if len(set(values)) > 1:
-            rows.append([key, *values])
-    if not rows:
+            (shared if all(key in setting for setting in settings) else own).append([key, *values])
+    header = ["key", *(run.label for run in runs)]
+    if not shared:
         return Section("Settings", "The runs have equal run.tomls.")
-    lead = f"Keys of run.toml with different values; the other {len(keys) - len(rows)} are equal or not set."
-    return Section("Settings that differ", lead, html=table(["key", *(run.label for run in runs)], rows, words=True))
+    more = f"Keys that only some of the methods have ({len(own)})"
+    return Section(
+        "Settings that differ",
+        f"Keys of run.toml with different values; {len(keys) - len(shared) - len(own)} others are equal.",
+        html=table(header, shared, words=True) + (folded(more, table(header, own, words=True)) if own else ""),
+    )
 
 
 def _value_text(value: Any) -> str:
@@ -413,9 +427,10 @@ def _origins(runs: Sequence[Shown]) -> Section:
             run.label,
             str(run.record.path),
             describe(run.record.run),
+            f"{run.figure['devices']} x {run.record.plan['profile']}",
             ", ".join(machine["processor"] for machine in run.figure["machines"]) or "-",
-            shlex.join(["lte", "train", str(run.record.path / "run.toml"), "--out", "AGAIN"]),
+            shlex.join(["lte", "train", str(run.record.path / "run.toml"), "--out", f"{run.record.path}-again"]),
         ]
         for run in runs
     ]
-    return Section("The runs", html=table(["run", "folder", "method", "trained on", "to repeat it"], rows, words=True))
+    return Section("The runs", html=table(["run", "folder", "method", "planned for", "trained on", "to repeat it"], rows, words=True))

@@ -233,6 +233,19 @@ def overview(
         ("train loss", lambda r, f: loss_text(f["train_loss"])),
         ("validation loss", lambda r, f: loss_text(f["val_loss"])),
         ("top-1 accuracy", lambda r, f: "-" if f["val_accuracy"] is None else f"{f['val_accuracy']:.2%}"),
+    ]
+    if loss is not None:
+        rows += [
+            (
+                f"to loss {loss:.3f}, simulated",
+                lambda r, f: seconds_text(reached_at(evaluations(r), loss, lambda row: row.simulated_s)),
+            ),
+            (
+                f"to loss {loss:.3f}, sent per device",
+                lambda r, f: bytes_text(reached_at(evaluations(r), loss, lambda row: row.sent_bytes)),
+            ),
+        ]
+    rows += [
         ("memory per device, planned", lambda r, f: bytes_text(f["memory_bytes"]["planned"])),
         ("memory per device, measured", lambda r, f: bytes_text(f["memory_bytes"]["measured"])),
         ("sent per device, planned", lambda r, f: bytes_text(f["sent_bytes_per_device"]["planned"])),
@@ -243,12 +256,6 @@ def overview(
         ("step, simulated", lambda r, f: seconds_text(f["step_s"]["simulated"])),
         ("step, measured", lambda r, f: seconds_text(f["step_s"]["measured"])),
     ]
-    if loss is not None:
-        simulated, sent = (
-            lambda r, f: seconds_text(reached_at(evaluations(r), loss, lambda row: row.simulated_s)),
-            lambda r, f: bytes_text(reached_at(evaluations(r), loss, lambda row: row.sent_bytes)),
-        )
-        rows += [(f"to loss {loss:.3f}, simulated", simulated), (f"to loss {loss:.3f}, sent per device", sent)]
     cells = [(label, [cell(r, f) for r, f in zip(records, documents, strict=True)]) for label, cell in rows]
     return [(label, values) for label, values in cells if set(values) != {"-"}]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ltecli.commands.measure import _show as show_measured
-from ltecli.commands.report import change_text
+from ltecli.runs.comparison import change_text
 from ltecli.console import Output, plain_table
 from ltecli.runs.run_folder import is_locked, lock_folder
 from simulate.common.errors import near_match

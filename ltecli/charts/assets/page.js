@@ -8,6 +8,13 @@ const chosenView = {};
 
 const colour = name => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 const number = value => value === null ? "-" : Number(value.toPrecision(4)).toLocaleString("en-US", {maximumSignificantDigits: 4});
+function inUnit(value, kind) {
+  if (value === null || !kind) return number(value);
+  const units = kind === "bytes" ? [[1e3, 1, "B"], [1e6, 1e3, "kB"], [1e9, 1e6, "MB"], [1e12, 1e9, "GB"], [Infinity, 1e12, "TB"]]
+    : [[1e-3, 1e-6, "us"], [1, 1e-3, "ms"], [120, 1, "s"], [7200, 60, "min"], [172800, 3600, "h"], [Infinity, 86400, "days"]];
+  const [, size, unit] = units.find(([limit]) => value < limit);
+  return `${Number((value / size).toPrecision(3)).toLocaleString("en-US")} ${unit}`;
+}
 const isNarrow = () => window.innerWidth < NARROW;
 
 // A point's words: its value, and where it lies on every axis.
@@ -19,7 +26,7 @@ function words(figure, trace, view, index) {
     const column = trace.columns[other.x];
     if (seen.has(other.x) || !column) continue;
     seen.add(other.x);
-    if (column[index] !== null) lines.push(`${other.x === "step" ? "step" : other.label} ${number(column[index])} ${other.x_unit || ""}`);
+    if (column[index] !== null) lines.push(`${other.x === "step" ? "step" : other.label} ${inUnit(column[index] * (other.x_scale || 1), other.x_kind)}`);
   }
   if (!seen.has("step") && trace.columns.step) lines.splice(1, 0, `step ${number(trace.columns.step[index])}`);
   return lines.join("<br>");
@@ -49,11 +56,12 @@ function drawn(figure, trace, view, index) {
 
 const title = text => ({text: text, standoff: 10, font: {size: 12.5}});
 
-function axis(text, isLog) {
+function axis(text, isLog, ticks) {
+  const marks = ticks ? {tickmode: "array", tickvals: ticks.map(tick => tick[0]), ticktext: ticks.map(tick => tick[1])}
+    : {nticks: isNarrow() ? 5 : 9, tickformat: "~s"};
   return {
     title: title(text), type: isLog ? "log" : "linear", gridcolor: colour("grid"), linecolor: colour("line"), zeroline: false,
-    tickfont: {size: 11.5}, automargin: true, tickformat: isLog ? "~s" : "~g", nticks: isNarrow() ? 5 : 9,
-    exponentformat: "SI", ...(isLog ? {dtick: undefined, minor: {showgrid: false}} : {}),
+    tickfont: {size: 11.5}, automargin: true, ...marks,
   };
 }
 
@@ -67,9 +75,11 @@ function layout(figure, view) {
     // A finger that scrolls the page must not zoom the figure.
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
     margin: {l: 8, r: hasLabels && !narrow ? labelSpace(figure) : 16, t: 14, b: 8},
-    xaxis: axis(view.x_title, view.x_log), yaxis: axis(view.y_title, view.y_log), shapes: [], annotations: [], showlegend: false,
+    xaxis: axis(view.x_title, view.x_log, view.x_ticks), yaxis: axis(view.y_title, view.y_log, view.y_ticks), shapes: [], annotations: [], showlegend: false,
+    modebar: {bgcolor: "rgba(0,0,0,0)", color: colour("front"), activecolor: colour("ink")},
   };
-  if (!view.x_log) { shared.xaxis.tickformat = view.x_unit ? "~g" : "~s"; }
+  if (!view.x_log && view.x_kind) shared.xaxis.tickformat = "~g";
+  if (!view.y_log) shared.yaxis.tickformat = "~g";
   if (isBars) bars(figure, view, shared);
   if (view.x_limit) limit(view, shared);
   return shared;
@@ -83,8 +93,8 @@ function labelSpace(figure) {
 function bars(figure, view, shared) {
   shared.barmode = "stack";
   const rows = figure.rows, largest = Math.max(...(figure.notes || []).map(note => note[0][view.x]));
-  const width = document.getElementById("figures").parentElement.clientWidth;
-  Object.assign(shared.xaxis, {range: [0, largest * (isNarrow() ? 1.55 : 1.2)], rangemode: "tozero", fixedrange: true, nticks: 5});
+  Object.assign(shared.xaxis, {range: [0, largest * 1.01], fixedrange: true, nticks: 5, tickformat: "~g"});
+  shared.margin.r = 14 + 6.8 * Math.max(...figure.notes.map(note => note[2].length));
   Object.assign(shared.yaxis, {
     range: [rows.length - 0.4, figure.groups ? -1.3 : -0.7], showgrid: false, fixedrange: true, tickmode: "array",
     tickvals: rows.map((_, at) => at).filter(at => rows[at]), ticktext: rows.filter(Boolean), title: undefined, tickformat: undefined,
@@ -133,7 +143,9 @@ function draw(name) {
   const figure = FIGURES[name], index = chosenView[name] || 0, view = figure.views[index], plot = document.getElementById(name);
   const traces = figure.traces.map(trace => drawn(figure, trace, view, index));
   const config = {responsive: true, displaylogo: false, displayModeBar: figure.rows ? false : "hover",
-                  modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"], doubleClick: "reset"};
+                  // Named one by one: by default there is a button that sends the figure to a server.
+                  modeBarButtons: [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]], plotlyServerURL: "",
+                  doubleClick: "reset"};
   return Plotly.react(plot, traces, layout(figure, view), config).then(() => label(plot, figure, view)).then(() => {
     if (plot.dataset.listens) return;
     plot.dataset.listens = "yes";
