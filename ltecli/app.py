@@ -140,6 +140,7 @@ def options(
 @app.command(cls=OnceCommand)
 @guarded
 def plan(
+    ctx: typer.Context,
     profile: ProfileName = None,
     model: Model = None,
     data: DataPath = None,
@@ -162,7 +163,7 @@ def plan(
     merge_every: Annotated[int | None, typer.Option(help="Pin the steps between merges.")] = None,
     assignments: Set = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the choice as run.toml.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Let -o replace an existing file.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Let written files replace existing ones.")] = False,
     show_all: Annotated[
         bool, typer.Option("--all", help="Show all figures and notes, and the best candidates.")
     ] = False,
@@ -178,6 +179,10 @@ def plan(
     ] = False,
     rounds: Annotated[int | None, typer.Option(help="With --timeline: rounds to simulate; default: 100.")] = None,
     timeline_svg: Annotated[Path | None, typer.Option(help="Draw the timeline into this file.")] = None,
+    html: Html = None,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write all candidates as CSV; - for stdout.")
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Trace the choice's training on fake tensors, to check its memory.")
     ] = False,
@@ -217,11 +222,13 @@ def plan(
         link_from=link_from,
     )
     to_explain = None
-    if why or timeline or rounds is not None or timeline_svg is not None:
+    if why or timeline or rounds is not None or timeline_svg is not None or html is not None:
         from ltecli.commands.explain import ExplainArgs  # it loads numpy, for the simulation of rounds
 
-        to_explain = ExplainArgs(why, timeline, rounds, timeline_svg, force)
-    return plan_command(request, out, force, top, as_json, to_explain, verify, show_all)
+        to_explain = ExplainArgs(why, timeline, rounds, timeline_svg, force, html)
+    return plan_command(
+        request, out, force, top, as_json, to_explain, verify, show_all, csv, _command_line(ctx)
+    )
 
 
 @app.command(cls=OnceCommand)

@@ -74,7 +74,12 @@ class Tab:
     def requests(self) -> list[str]:
         """Return the addresses that pages asked for since the last call, but for data within them."""
         messages = [json.loads(e["message"])["message"] for e in _request(f"{self.session}/se/log", {"type": "performance"})]
-        sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+        sent = [
+            m["params"]["request"]["url"]
+            for m in messages
+            # The browser's own start page sends some, too.
+            if m["method"] == "Network.requestWillBeSent" and not m["params"]["documentURL"].startswith("chrome:")
+        ]
         return [url for url in sent if not url.startswith(("data:", "blob:"))]
 
     def screenshot(self, path: Path) -> None:

@@ -12,9 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
+from ltecli.output_paths import check_file
+from simulate.common.errors import InputError
+
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+HTML_OPTION = "--html"
 SIGNIFICANT = 6
 """Digits of a drawn number: more than a screen shows."""
 
@@ -29,7 +34,7 @@ class Trace:
     columns: dict[str, list[float | None]]
     """Coordinates by name; a view takes two of them."""
     kind: str = "line"
-    """line (with its points), course (a line alone), dots, ring, bar, or front (a frontier)."""
+    """line (with its points), course (a line alone), dots, diamonds, ring, bar, or front (a frontier)."""
     text: list[str] = field(default_factory=list)
     """Words of each point, shown when it is hovered over."""
     run: int | None = None
@@ -246,14 +251,19 @@ def _figure_html(figure: Figure) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], words: bool = False) -> str:
-    """Return a table as HTML; columns after the first are right-aligned, unless they hold `words`."""
+    """Return a table as HTML; columns after the first are right-aligned, unless they hold `words`.
+
+    On a phone a table of words becomes a list, which needs each cell's heading beside it.
+    """
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
-    body = "".join(
-        f'<tr><th scope="row"><span>{escape(first)}</span></th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
-        for first, *rest in rows
-    )
-    kind = " words" if words else ""
-    return f'<div class="scroll"><table class="grid{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    body = ""
+    for first, *rest in rows:
+        cells = "".join(
+            f'<td data-label="{escape(name)}">{escape(cell)}</td>' for name, cell in zip(header[1:], rest, strict=True)
+        )
+        body += f'<tr><th scope="row"><span>{escape(first)}</span></th>{cells}</tr>'
+    kind = "grid words" if words else "grid"
+    return f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def answers(rows: Sequence[tuple[str, str, str]]) -> str:
@@ -271,3 +281,10 @@ def listing(lines: Sequence[str]) -> str:
 def folded(summary: str, html: str) -> str:
     """Return HTML that a click on the summary unfolds."""
     return f"<details><summary>{escape(summary)}</summary>{html}</details>"
+
+
+def check_html(out: Path, force: bool) -> None:
+    """Raise InputError where a page cannot be written to a path, or would be named for something else."""
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"{HTML_OPTION} {out}: the page is HTML; name it {out.stem or 'page'}.html")
+    check_file(out, force, "page.html", HTML_OPTION)

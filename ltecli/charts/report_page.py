@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ltecli.charts.diagnostics import LABELS
-from ltecli.charts.page import Figure, Page, Section, Trace, View, folded, listing, table
+from ltecli.charts.page import HTML_OPTION, Figure, Page, Section, Trace, View, check_html, folded, listing, table
 from ltecli.charts.scales import byte_scale, log_ticks, second_scale
 from ltecli.charts.thinning import thinned
-from ltecli.output_paths import check_file, write_file
+from ltecli.output_paths import write_file
 from ltecli.runs.comparison import (
     common_loss,
     explanations,
@@ -34,7 +34,6 @@ from simulate.common.version import version
 from simulate.costs.message_schedule import num_rounds
 from simulate.planning.candidate import describe
 
-HTML_OPTION = "--html"
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "temporary")
 """Parts of planned memory that are the program's own tensors, which is what is measured."""
 COLOURS = 8
@@ -71,11 +70,6 @@ def report_page(
     records = [read_run(folder, on_skip) for folder in folders]
     command = command or shlex.join(["lte", "report", *map(str, folders), HTML_OPTION, str(out)])
     write_file(out, report_html(records, [figures(record) for record in records], command, title), HTML_OPTION)
-
-
-def check_html(out: Path, force: bool) -> None:
-    """Raise InputError where a page cannot be written to a path."""
-    check_file(out, force, "page.html", HTML_OPTION)
 
 
 def report_html(

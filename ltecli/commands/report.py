@@ -14,7 +14,8 @@ from rich.text import Text
 
 from ltecli.charts.curve import COLOURS, MARKS, draw_curve, draw_overlay
 from ltecli.charts.diagnostics import diagnostics_table, last_rows
-from ltecli.charts.report_page import HTML_OPTION, check_html, report_html
+from ltecli.charts.page import HTML_OPTION, check_html
+from ltecli.charts.report_page import report_html
 from ltecli.console import Output, plain_table, scores_text
 from ltecli.output_paths import CsvTarget, check_distinct, write_file
 from ltecli.runs.comparison import (

@@ -19,7 +19,7 @@ const isNarrow = () => window.innerWidth < NARROW;
 
 // A point's words: its value, and where it lies on every axis.
 function words(figure, trace, view, index) {
-  if (trace.text) return trace.text[index];
+  if (trace.text) return trace.text[index].replaceAll("\n", "<br>");
   const seen = new Set([view.y]);
   const lines = [`${view.y_title} <b>${number(trace.columns[view.y][index])}</b>`];
   for (const other of figure.views) {
@@ -48,7 +48,8 @@ function drawn(figure, trace, view, index) {
     line: {mode: "lines+markers", line: line, marker: {color: ink, size: y.length > 80 ? 3 : 5}},
     course: {mode: "lines", line: line},
     front: {mode: "lines", line: {...line, width: 1.2, dash: "dot"}, hoverinfo: "skip"},
-    dots: {mode: "markers", marker: {color: ink, size: 6, opacity: 0.55}},
+    dots: {mode: "markers", marker: {color: ink, size: 5.5, opacity: 0.5}},
+    diamonds: {mode: "markers", marker: {color: ink, size: 9, symbol: "diamond", opacity: 0.9}},
     ring: {mode: "markers", marker: {color: ink, size: 13, symbol: "circle-open", line: {width: 2}}},
   };
   return {...common, type: "scatter", connectgaps: true, ...marks[trace.kind]};
@@ -91,10 +92,14 @@ function labelSpace(figure) {
 }
 
 function bars(figure, view, shared) {
-  shared.barmode = "stack";
-  const rows = figure.rows, largest = Math.max(...(figure.notes || []).map(note => note[0][view.x]));
-  Object.assign(shared.xaxis, {range: [0, largest * 1.01], fixedrange: true, nticks: 5, tickformat: "~g"});
-  shared.margin.r = 14 + 6.8 * Math.max(...figure.notes.map(note => note[2].length));
+  const rows = figure.rows, notes = figure.notes || [];
+  shared.barmode = notes.length ? "stack" : "overlay";
+  Object.assign(shared.xaxis, {fixedrange: true, nticks: 5, tickformat: "~g", rangemode: "tozero"});
+  if (notes.length) {
+    // Words at the ends of bars stand in the margin, so that the axis ends where the bars do.
+    shared.xaxis.range = [0, 1.01 * Math.max(...notes.map(note => note[0][view.x]))];
+    shared.margin.r = 14 + 6.8 * Math.max(...notes.map(note => note[2].length));
+  }
   Object.assign(shared.yaxis, {
     range: [rows.length - 0.4, figure.groups ? -1.3 : -0.7], showgrid: false, fixedrange: true, tickmode: "array",
     tickvals: rows.map((_, at) => at).filter(at => rows[at]), ticktext: rows.filter(Boolean), title: undefined, tickformat: undefined,
@@ -102,7 +107,7 @@ function bars(figure, view, shared) {
   for (const [y, text] of figure.groups || []) {
     shared.annotations.push({x: 0, y: y, xref: "paper", xanchor: "left", text: `<b>${text}</b>`, showarrow: false, font: {color: colour("ink"), size: 12.5}});
   }
-  for (const [x, y, text] of figure.notes || []) {
+  for (const [x, y, text] of notes) {
     shared.annotations.push({x: x[view.x], y: y, xanchor: "left", xshift: 4, text: text, showarrow: false, font: {color: colour("ink"), size: 12}});
   }
 }
@@ -110,7 +115,7 @@ function bars(figure, view, shared) {
 function limit(view, shared) {
   const [x, text] = view.x_limit;
   shared.shapes.push({type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper", line: {color: colour("alarm"), width: 1.2, dash: "dash"}});
-  shared.annotations.push({x: view.x_log ? Math.log10(x) : x, y: 1, yref: "paper", xanchor: "right", yanchor: "top", xshift: -5, text: text, showarrow: false, font: {color: colour("alarm"), size: 11.5}});
+  shared.annotations.push({x: view.x_log ? Math.log10(x) : x, y: 0, yref: "paper", xanchor: "right", yanchor: "bottom", xshift: -5, bgcolor: colour("paper"), text: text, showarrow: false, font: {color: colour("alarm"), size: 11.5}});
 }
 
 // Names beside the last points, pushed apart where they would cover each other.
@@ -135,6 +140,8 @@ function directLabels(plot, figure, view) {
   }
   return fixed.concat(placed.map(({trace, top, left}) => ({
     text: trace.label, showarrow: false, font: {color: colour(trace.colour), size: 12.5}, xref: "paper", yref: "paper", xanchor: "left",
+    // Among dots a name is read only on a ground of its own.
+    ...(trace.kind === "ring" ? {bgcolor: colour("paper"), opacity: 0.85, borderpad: 1} : {}),
     x: Math.min(1, left / x._length), xshift: 8, y: 1 - top / height,
   })));
 }
