@@ -226,9 +226,7 @@ def plan(
         from ltecli.commands.explain import ExplainArgs  # it loads numpy, for the simulation of rounds
 
         to_explain = ExplainArgs(why, timeline, rounds, timeline_svg, force, html)
-    return plan_command(
-        request, out, force, top, as_json, to_explain, verify, show_all, csv, _command_line(ctx)
-    )
+    return plan_command(request, out, force, top, as_json, to_explain, verify, show_all, csv, _command_line(ctx))
 
 
 @app.command(cls=OnceCommand)

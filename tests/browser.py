@@ -1,7 +1,7 @@
-"""A headless Chromium for tests of pages, by the WebDriver protocol: no package is needed, only Debian's chromium-driver.
+"""A headless Chromium for tests of pages, by the WebDriver protocol: it needs no package but Debian's chromium-driver.
 
-`opened` yields a Tab with a page of a file. It can run JavaScript, take screenshots, choose a width and a colour scheme,
-and says what the page logged and which requests it sent.
+`opened` yields a Tab, which opens a page at a width and under a colour scheme, runs JavaScript, takes screenshots, and
+says what the page logged and which requests it sent.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ import pytest
 from tests.harness import Child, wait_until
 
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--force-device-scale-factor=1",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+    "--force-device-scale-factor=1",
 )  # fmt: skip
 PHONE, DESKTOP = 390, 1280
 
@@ -73,7 +74,9 @@ class Tab:
 
     def requests(self) -> list[str]:
         """Return the addresses that pages asked for since the last call, but for data within them."""
-        messages = [json.loads(e["message"])["message"] for e in _request(f"{self.session}/se/log", {"type": "performance"})]
+        messages = [
+            json.loads(e["message"])["message"] for e in _request(f"{self.session}/se/log", {"type": "performance"})
+        ]
         sent = [
             m["params"]["request"]["url"]
             for m in messages

@@ -97,7 +97,9 @@ class Figure:
             "views": [_filled(vars(view)) for view in self.views],
             "traces": [
                 {
-                    **_filled({**vars(trace), "columns": None, "text": [escape(text, quote=False) for text in trace.text]}),
+                    **_filled(
+                        {**vars(trace), "columns": None, "text": [escape(text, quote=False) for text in trace.text]}
+                    ),
                     # Plotly reads tags in texts, so that names must not have any.
                     "name": escape(trace.name, quote=False),
                     "label": escape(trace.label, quote=False),
@@ -184,7 +186,7 @@ class Page:
 <p class="verdict">{escape(self.verdict)}</p>
 {alarm}
 </header>
-<noscript><p class="alarm">The figures need JavaScript, which this browser does not run; texts and tables are complete.</p></noscript>
+<noscript><p class="alarm">The figures need JavaScript; texts and tables are complete without it.</p></noscript>
 {self._key()}
 {"".join(_section_html(section) for section in self.sections)}
 <footer>
@@ -241,10 +243,13 @@ def _figure_html(figure: Figure) -> str:
             f"<span>{escape(view.label)}</span></label>"
             for number, view in enumerate(figure.views)
         )
-        switch = f'<fieldset class="switch" data-figure="{figure.name}"><legend>{escape(figure.switch)}</legend>{choices}</fieldset>'
+        switch = (
+            f'<fieldset class="switch" data-figure="{figure.name}"><legend>{escape(figure.switch)}</legend>'
+            f"{choices}</fieldset>"
+        )
     key = "".join(f"<li>{_swatch(colour)}{escape(text)}</li>" for colour, text in figure.key)
     return (
-        f'<figure>{switch}{f"<ul class=legend>{key}</ul>" if key else ""}'
+        f"<figure>{switch}{f'<ul class=legend>{key}</ul>' if key else ''}"
         f'<div class="plot" id="{figure.name}" style="height:{figure.height}px" role="img" '
         f'aria-label="{escape(figure.about)}"></div></figure>'
     )
@@ -263,14 +268,20 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], words: bool = Fa
         )
         body += f'<tr><th scope="row"><span>{escape(first)}</span></th>{cells}</tr>'
     kind = "grid words" if words else "grid"
-    return f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return (
+        f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def answers(rows: Sequence[tuple[str, str, str]]) -> str:
     """Return questions with their answers and reasons as HTML."""
-    return "<dl>" + "".join(
-        f"<div><dt>{escape(q)}</dt><dd><strong>{escape(a)}</strong> {escape(why)}</dd></div>" for q, a, why in rows
-    ) + "</dl>"
+    return (
+        "<dl>"
+        + "".join(
+            f"<div><dt>{escape(q)}</dt><dd><strong>{escape(a)}</strong> {escape(why)}</dd></div>" for q, a, why in rows
+        )
+        + "</dl>"
+    )
 
 
 def listing(lines: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""The page of `lte plan --html`: the answers, all candidates by time, memory and bytes, the choice explained, a timeline.
+"""The page of `lte plan --html`: the answers, all candidates by time, memory and bytes, the choice, a timeline.
 
 A list of the best candidates hides how steep the way to the next best is, and what memory buys. `lte plan` writes it.
 """
@@ -41,7 +41,11 @@ TITLES = {
     "memory": "memory of a device",
     "sent": "sent by a device to dense's loss",
 }
-VIEWS = (("time and memory", "memory", "time"), ("time and bytes", "sent", "time"), ("bytes and memory", "memory", "sent"))
+VIEWS = (
+    ("time and memory", "memory", "time"),
+    ("time and bytes", "sent", "time"),
+    ("bytes and memory", "memory", "sent"),
+)
 
 
 def plan_html(plan: Plan, why: Why | None, outlook: Outlook | None, told: Sequence[str], command: str) -> str:
@@ -136,8 +140,8 @@ def _frontier(plan: Plan, why: Why | None, command: str) -> Section:
     views = [_view(label, x, y, drawn, scales, smallest) for label, x, y in VIEWS]
     left_out = len(everyone) - len(drawn)
     lead = (
-        f"{len(plan.candidates):,} ways to train that fit, {len(plan.rejected):,} do not. Hover for settings; lower and "
-        "further left is better." + (f" The {left_out:,} worst are not drawn." if left_out else "")
+        f"{len(plan.candidates):,} ways to train that fit, {len(plan.rejected):,} do not. Hover for settings; lower "
+        "and further left is better." + (f" The {left_out:,} worst are not drawn." if left_out else "")
     )
     about = f"{len(drawn)} candidates by time, memory and bytes"
     figure = Figure("candidates", views, traces, about, key=key, height=500, switch="show")
@@ -189,7 +193,11 @@ def _explained(plan: Plan, why: Why, command: str) -> Section:
         [
             change.what,
             "-" if change.gain is None else f"{change.gain:.2f}x",
-            "cannot be planned" if change.chosen is None else "the same" if change.same else describe(change.chosen.run),
+            "cannot be planned"
+            if change.chosen is None
+            else "the same"
+            if change.same
+            else describe(change.chosen.run),
         ]
         for change in why.changes
     ]
@@ -219,7 +227,9 @@ def _rivals(plan: Plan, command: str) -> Section | None:
                 bytes_text(candidate.equivalent_sent_bytes),
             ]
         )
-    lead = "The best candidate of each method that the plan does not choose from by itself; plan one with --method NAME."
+    lead = (
+        "The best candidate of each method that the plan does not choose from by itself; plan one with --method NAME."
+    )
     shown = table(["method", "to dense's loss", "memory", "sent"], rows)
     return Section("Other methods", lead, html=shown, command=command)
 

@@ -27,7 +27,7 @@ from ltecli.runs.comparison import (
     run_labels,
     verdict,
 )
-from ltecli.runs.evaluations import evaluations
+from ltecli.runs.evaluations import finite_evaluations
 from ltecli.runs.figures import RunRecord, figures, read_run
 from simulate.common.units import bytes_text, seconds_text
 from simulate.common.version import version
@@ -63,8 +63,8 @@ def report_page(
     """Write the page that compares run folders, in the order given, or shows one, to the file `out`.
 
     Runs may be finished, stopped or still in progress. `title` is the page's heading (default: the runs' names), and
-    `command` the line that made it (default: the `lte report` that does). `on_skip` gets a line where a run's last event
-    is broken off. Raises InputError, and writes nothing, where a folder is no run or the file may not be written.
+    `command` the line that made it (default: the `lte report` that does). `on_skip` gets a line where a run's last
+    event is broken off. Raises InputError, and writes nothing, where a folder is no run or the file may not be written.
     """
     check_html(out, force)
     records = [read_run(folder, on_skip) for folder in folders]
@@ -126,9 +126,9 @@ def _most_points(runs: Sequence[Shown]) -> int:
 def _curves(runs: Sequence[Shown], key: str, title: str, y_title: str, command: str) -> Section | None:
     """Return the section with a curve of evaluations for each run; None where no run has the score."""
     percent = 100.0 if key == "val_accuracy" else 1.0
-    columns = []
+    columns: list[dict[str, list[Any]]] = []
     for run in runs:
-        rows = [row for row in evaluations(run.record) if getattr(row, key) is not None]
+        rows = [row for row in finite_evaluations(run.record) if getattr(row, key) is not None]
         values = [percent * getattr(row, key) for row in rows]
         kept = thinned(values, _most_points(runs))
         columns.append(
@@ -150,7 +150,7 @@ def _curves(runs: Sequence[Shown], key: str, title: str, y_title: str, command: 
 
 def _training_loss(runs: Sequence[Shown], command: str) -> Section | None:
     """Return the section with the training loss of every logged step, thinned; None before the first step."""
-    columns = []
+    columns: list[dict[str, list[Any]]] = []
     for run in runs:
         steps = [e for e in run.record.events if e["kind"] == "step" and e["train_loss"] is not None]
         steps = [steps[i] for i in thinned([step["train_loss"] for step in steps], _most_points(runs))]
@@ -184,7 +184,13 @@ def _course(
             column[axis] = [None if value is None else value / scale for value in column[axis]]
     launched = {run.record.is_launched for run in runs}
     # The same clock means two things, so the axis says which.
-    by = " of the launched processes" if launched == {True} else ", simulated on one machine" if not any(launched) else ""
+    by = (
+        " of the launched processes"
+        if launched == {True}
+        else ", simulated on one machine"
+        if not any(launched)
+        else ""
+    )
 
     def view(label: str, x: str, x_title: str, kind: str = "", scale: float = 1.0, unit: str = "") -> View:
         ends = [column[x][-1] for column in columns if column[x] and column[x][-1]]
@@ -200,7 +206,14 @@ def _course(
     views = [
         view("samples", "samples", "samples trained on"),
         view("bytes sent", "sent", "sent by a device", "bytes", sent, sent_unit),
-        view("simulated time", "simulated", "simulated time, on the profile's hardware", "seconds", simulated, simulated_unit),
+        view(
+            "simulated time",
+            "simulated",
+            "simulated time, on the profile's hardware",
+            "seconds",
+            simulated,
+            simulated_unit,
+        ),
         view("measured time", "measured", f"measured time{by}", "seconds", measured, measured_unit),
     ]
     traces = [
@@ -217,7 +230,7 @@ def _figures_table(runs: Sequence[Shown], comparable: bool, command: str) -> Sec
         header, rows = planned_and_measured(runs[0].figure)
         notes = explanations(runs[0].record, runs[0].figure)
         return Section("Planned and measured", html=table(header, rows) + listing(notes), command=command)
-    loss = common_loss([evaluations(run.record) for run in runs]) if comparable else None
+    loss = common_loss([finite_evaluations(run.record) for run in runs]) if comparable else None
     cells = overview([run.record for run in runs], [run.figure for run in runs], loss)
     # Words are in the section of the runs; a row a run, since a phone has no room for a column a run.
     cells = [cell for cell in cells if cell[0] not in ("method", "profile", "trained on")]
@@ -235,7 +248,8 @@ def _memory(runs: Sequence[Shown], command: str) -> Section:
         Trace(
             part, f"part{number}",
             {"bytes": [parts[part] / scale for parts in planned], "row": [3.0 * i for i in range(len(runs))]},
-            "bar", [f"{run.label}, planned: {part} {bytes_text(parts[part])}" for run, parts in zip(runs, planned, strict=True)],
+            "bar",
+            [f"{run.label}, planned: {part} {bytes_text(p[part])}" for run, p in zip(runs, planned, strict=True)],
         )
         for number, part in enumerate(PARTS)
         if any(parts[part] for parts in planned)
@@ -245,7 +259,8 @@ def _memory(runs: Sequence[Shown], command: str) -> Section:
         columns = {"bytes": [size / scale for _, size in found], "row": [3.0 * i + 1 for i, _ in found]}
         words = [f"{runs[i].label}, measured: {bytes_text(size)}" for i, size in found]
         traces.append(Trace("measured", "measured", columns, "bar", words))
-    notes, rows = [], []
+    notes: list[tuple[float, float, str]] = []
+    rows: list[str] = []
     for i, (total, size) in enumerate(zip(totals, measured, strict=True)):
         notes.append((total / scale, 3.0 * i, bytes_text(total)))
         more = "not measured yet" if size is None else f"{bytes_text(size)}, {_beside_plan(size / total - 1)}"
@@ -255,7 +270,11 @@ def _memory(runs: Sequence[Shown], command: str) -> Section:
         "memory",
         [View("", "bytes", "row", f"memory of a device's tensors ({unit})", "")],
         traces,
-        "Bars of memory: " + "; ".join(f"{r.label} planned {bytes_text(t)}, measured {bytes_text(m)}" for r, t, m in zip(runs, totals, measured, strict=True)),
+        "Bars of memory: "
+        + "; ".join(
+            f"{r.label} planned {bytes_text(t)}, measured {bytes_text(m)}"
+            for r, t, m in zip(runs, totals, measured, strict=True)
+        ),
         rows[:-1],
         [(3.0 * i - 0.8, run.label) for i, run in enumerate(runs)] if len(runs) > 1 else [],
         [({"bytes": x}, y, text) for x, y, text in notes],
@@ -287,7 +306,10 @@ def _time(runs: Sequence[Shown], command: str) -> Section | None:
         return None
     totals = [sum(parts.values()) for _, _, parts in bars]
     scale, unit = second_scale(totals)
-    places, rows, groups, place = [], [], [], -1.0
+    places: list[float] = []
+    rows: list[str] = []
+    groups: list[tuple[float, str]] = []
+    place = -1.0
     for at, (number, name, _) in enumerate(bars):
         is_new = at == 0 or bars[at - 1][0] != number
         place += (2.0 if at else 1.0) if is_new else 1.0
@@ -320,9 +342,10 @@ def _time(runs: Sequence[Shown], command: str) -> Section | None:
     ]
     if max(totals) > WIDE_RANGE * min(totals):
         views.reverse()
+    about = [f"{runs[n].label} {name} {seconds_text(t)}" for (n, name, _), t in zip(bars, totals, strict=True)]
     figure = Figure(
         "time", views, traces,
-        "Bars of time: " + "; ".join(f"{runs[n].label} {name} {seconds_text(t)}" for (n, name, _), t in zip(bars, totals, strict=True)),
+        f"Bars of time: {'; '.join(about)}",
         rows, groups,
         [({"seconds": t / scale, "share": 100.0}, y, seconds_text(t)) for t, y in zip(totals, places, strict=True)],
         [(trace.colour, trace.name) for trace in traces],
@@ -373,7 +396,7 @@ def _diagnostics(runs: Sequence[Shown], command: str) -> Section | None:
         if points:
             # Evenly, since one thinning cannot keep the extremes of every figure.
             every = -(-len(points) // most)
-            points = points[:: every or 1]
+            points = [*points[:-1:every], points[-1]]
             columns = {key: [point.get(key) for point in points] for key in ("step", *keys)}
             label = run.label if len(runs) > 1 else ""
             traces.append(Trace(run.label, run.colour, columns, "line", run=number, label=label))
@@ -392,7 +415,8 @@ def _differences(runs: Sequence[Shown]) -> Section | None:
         for run in runs
     ]
     keys = dict.fromkeys(key for setting in settings for key in setting)
-    shared, own = [], []
+    shared: list[list[str]] = []
+    own: list[list[str]] = []
     for key in keys:
         values = [_value_text(setting[key]) if key in setting else "-" for setting in settings]
         if len(set(values)) > 1:
@@ -427,4 +451,7 @@ def _origins(runs: Sequence[Shown]) -> Section:
         ]
         for run in runs
     ]
-    return Section("The runs", html=table(["run", "folder", "method", "planned for", "trained on", "to repeat it"], rows, words=True))
+    return Section(
+        "The runs",
+        html=table(["run", "folder", "method", "planned for", "trained on", "to repeat it"], rows, words=True),
+    )

@@ -10,7 +10,8 @@ SECONDS = ((120.0, 1.0, "s"), (7200.0, 60.0, "min"), (172_800.0, 3600.0, "h"))
 BYTES = ((1e3, 1.0, "B"), (1e6, 1e3, "kB"), (1e9, 1e6, "MB"), (1e12, 1e9, "GB"))
 BYTE_TICKS = tuple(10.0**power for power in range(16))
 SECOND_TICKS = (
-    *(10.0**power for power in range(-6, 2)), 60.0, 600.0, 3600.0, 36_000.0, *(86_400.0 * 10**power for power in range(6)),
+    *(10.0**power for power in range(-6, 2)), 60.0, 600.0, 3600.0, 36_000.0,
+    *(86_400.0 * 10**power for power in range(6)),
 )  # fmt: skip
 ENOUGH_TICKS = 4
 """Ticks from which an axis is not divided further."""

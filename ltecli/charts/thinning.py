@@ -1,4 +1,4 @@
-"""Thin curves to the points that a chart can show: the ends stay, and the lowest and the highest point of each stretch."""
+"""Thin curves to the points that a chart can show: the ends stay, and the extremes of each stretch."""
 
 from __future__ import annotations
 

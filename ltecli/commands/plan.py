@@ -51,9 +51,7 @@ def plan_command(
     `command` the command line for a page's foot.
     """
     table = CsvTarget.of(csv, force, as_json)
-    check_distinct(
-        {"-o": out, "--csv": table.path, **(to_explain.files if to_explain else {})}
-    )
+    check_distinct({"-o": out, "--csv": table.path, **(to_explain.files if to_explain else {})})
     if out is not None:
         check_file(out, force, RUN_FILE)
     if to_explain is not None:

@@ -6,6 +6,7 @@ counted and measured ones beside each other, and writes what --html and --csv as
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,16 @@ from ltecli.runs.comparison import (
     savings,
     verdict,
 )
-from ltecli.runs.evaluations import evaluations, evaluations_csv
+from ltecli.runs.evaluations import evaluations_csv, finite_evaluations
 from ltecli.runs.figures import RunRecord, figures, read_run
 from simulate.common.units import seconds_text
 from simulate.planning.candidate import describe
 
 CURVE_WIDTH = 100
 """Most columns of a curve: a wider one shows no more."""
+MOST_COLUMNS = 4
+"""Most runs with a column each; of more, each has a row with the figures that matter most."""
+SHORT_FIGURES = ("steps", "validation loss", "top-1", "to loss", "memory per device, measured", "wall-clock, simulated")
 AXIS_WIDTH = 10
 """Columns left of a curve."""
 
@@ -107,13 +111,20 @@ def _show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None
     if figure["diagnostics"]:
         output.text("")
         output.table(diagnostics_table(figure["diagnostics"]))
-    curves = {"training loss": "train_loss", "validation loss": "val_loss", "validation accuracy, top-1": "val_accuracy"}
+    curves = {
+        "training loss": "train_loss",
+        "validation loss": "val_loss",
+        "validation accuracy, top-1": "val_accuracy",
+    }
     for title, key in curves.items():
-        points = record.curve(key)
+        points = [point for point in record.curve(key) if math.isfinite(point[1])]
         # One point is no curve, but of a run's only loss one wants to see that it is there.
         if len(points) > 1 or (points and key == "train_loss"):
             output.text(f"\n{title}")
-            for line in draw_curve(points, _curve_width(output)):
+            width = _curve_width(output)
+            # A few evaluations are as wide as many steps.
+            wide = [points[column * len(points) // width] for column in range(width)]
+            for line in draw_curve(wide if len(points) < width else points, width):
                 output.text(line)
 
 
@@ -131,14 +142,20 @@ def _restarts_text(count: int, restarts: dict[str, Any]) -> str:
 
 def _show_several(records: list[RunRecord], documents: list[dict[str, Any]], output: Output) -> None:
     output.text(verdict(records, documents))
-    rows = [evaluations(record) for record in records]
+    rows = [finite_evaluations(record) for record in records]
     is_comparable = incomparable(records) is None
     cells = overview(records, documents, common_loss(rows) if is_comparable else None)
     cells += last_rows([figure["diagnostics"] for figure in documents])
-    table = plain_table("", *(str(record.path) for record in records))
-    # One row a figure and one column a run, since people compare along rows.
-    for label, values in cells:
-        table.add_row(label, *values)
+    if len(records) <= MOST_COLUMNS:
+        table = plain_table("", *(str(record.path) for record in records))
+        # One row a figure and one column a run, since people compare along rows.
+        for label, values in cells:
+            table.add_row(label, *values)
+    else:
+        cells = [cell for cell in cells if cell[0].startswith(SHORT_FIGURES)]
+        table = plain_table("run", *(label for label, _ in cells))
+        for number, record in enumerate(records):
+            table.add_row(str(record.path), *(values[number] for _, values in cells))
     output.text("")
     output.table(table)
     curve = draw_overlay(

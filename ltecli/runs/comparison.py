@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ltecli.runs.evaluations import Evaluation, evaluations
+from ltecli.runs.evaluations import Evaluation, finite_evaluations
 from ltecli.runs.figures import RunRecord
 from simulate.common.processor import machine_text
 from simulate.common.units import bytes_text, seconds_text
@@ -24,6 +24,8 @@ TIMES = 2.0
 """Ratio from which a change is told as a multiple, not in per cent."""
 NAMED = 4
 """Most runs that a sentence names one by one."""
+DIGEST = 12
+"""Characters of a digest that tell data apart."""
 
 
 def run_labels(paths: Sequence[Path]) -> list[str]:
@@ -45,18 +47,19 @@ def incomparable(records: Sequence[RunRecord]) -> str | None:
     """Return a sentence on why the runs' losses cannot be compared; None where they can."""
     runs = [record.run for record in records]
     starts = [record.first("start") or {} for record in records]
-    sources = [
+    sources: list[str] = [
         start.get("data") or run.data.path or run.data.name or "-" for run, start in zip(runs, starts, strict=True)
     ]
     facts: dict[str, list[str]] = {"kind of data": ["text" if r.model.unit == "tokens" else "images" for r in runs]}
     if set(facts["kind of data"]) == {"text"}:
         facts["tokenizer"] = [run.data.tokenizer for run in runs]
         facts["vocabulary"] = [f"{text_sizes(run.model).vocab:,} tokens" for run in runs]
-    digests = [start.get("data_sha256") for start in starts]
+    digests = [str(start.get("data_sha256") or "")[:DIGEST] for start in starts]
     # A digest is of tokens: one text has two under two tokenizers. Runs of old versions have none.
     if all(digests) and len(set(facts.get("tokenizer", ()))) <= 1:
         # The same data may lie at two paths, and other data at the same path.
-        facts["data"] = [f"{a}, {b[:8]}" if len(set(digests)) > 1 else "" for a, b in zip(sources, digests, strict=True)]
+        if len(set(digests)) > 1:
+            facts["data"] = [f"{source}, {digest}" for source, digest in zip(sources, digests, strict=True)]
     else:
         facts["data"] = sources
     labels = run_labels([record.path for record in records])
@@ -99,7 +102,7 @@ def verdict(records: Sequence[RunRecord], documents: Sequence[dict[str, Any]]) -
     labels = run_labels([record.path for record in records])
     if (reason := incomparable(records)) is not None:
         return reason
-    evaluated = {label: rows for label, record in zip(labels, records, strict=True) if (rows := evaluations(record))}
+    evaluated = {label: rows for label, record in zip(labels, records, strict=True) if (rows := finite_evaluations(record))}
     missing = [label for label in labels if label not in evaluated]
     unseen = f" Not evaluated yet: {', '.join(missing)}." if missing else ""
     if len(evaluated) < 2:
@@ -147,7 +150,7 @@ def _verdict_of_one(record: RunRecord, figure: dict[str, Any]) -> str:
     state = f"has finished its {steps:,} steps" if is_done else f"is at step {steps:,} of {planned:,}"
     if not is_done and (record.last("interrupt") or {}).get("step") == steps:
         state = f"was interrupted at step {steps:,} of {planned:,}"
-    rows = evaluations(record)
+    rows = finite_evaluations(record)
     if not rows:
         scores = f"it has not been evaluated yet, its training loss is {loss_text(figure['train_loss'])}"
     else:
@@ -238,11 +241,11 @@ def overview(
         rows += [
             (
                 f"to loss {loss:.3f}, simulated",
-                lambda r, f: seconds_text(reached_at(evaluations(r), loss, lambda row: row.simulated_s)),
+                lambda r, f: seconds_text(reached_at(finite_evaluations(r), loss, lambda row: row.simulated_s)),
             ),
             (
                 f"to loss {loss:.3f}, sent per device",
-                lambda r, f: bytes_text(reached_at(evaluations(r), loss, lambda row: row.sent_bytes)),
+                lambda r, f: bytes_text(reached_at(finite_evaluations(r), loss, lambda row: row.sent_bytes)),
             ),
         ]
     rows += [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -49,6 +50,11 @@ def evaluations(record: RunRecord) -> list[Evaluation]:
             )
         )
     return rows
+
+
+def finite_evaluations(record: RunRecord) -> list[Evaluation]:
+    """Return the evaluations that a curve can show and a comparison can use: a run that diverges has others."""
+    return [row for row in evaluations(record) if math.isfinite(row.val_loss)]
 
 
 def evaluations_csv(records: Sequence[RunRecord]) -> str:

@@ -73,7 +73,9 @@ def test_a_run_is_hidden_by_its_key_and_named_beside_its_curve(tab: Tab, page: P
 
 def test_no_button_sends_a_figure_away(tab: Tab, page: Path) -> None:
     tab.open(page)
-    buttons = tab.run("return [...document.querySelectorAll('.modebar-btn')].map(b => b.dataset.title || b.dataset.attr)")
+    buttons = tab.run(
+        "return [...document.querySelectorAll('.modebar-btn')].map(b => b.dataset.title || b.dataset.attr)"
+    )
     assert len(set(buttons)) == 6
     assert not [button for button in buttons if "cloud" in button.lower() or "share" in button.lower()]
 
