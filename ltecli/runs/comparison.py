@@ -105,9 +105,10 @@ def verdict(records: Sequence[RunRecord], documents: Sequence[dict[str, Any]]) -
     evaluated = {label: rows for label, record in zip(labels, records, strict=True) if (rows := finite_evaluations(record))}
     missing = [label for label in labels if label not in evaluated]
     unseen = f" Not evaluated yet: {', '.join(missing)}." if missing else ""
+    all_done = all(figure["steps"] == figure["planned_steps"] for figure in documents)
     if len(evaluated) < 2:
         return f"There is nothing to compare yet: evaluations of two runs are needed.{unseen}"
-    return f"{_first_to_loss(evaluated)}{_lowest(evaluated)}{unseen}"
+    return f"{_first_to_loss(evaluated)}{_lowest(evaluated, all_done)}{unseen}"
 
 
 def _first_to_loss(runs: dict[str, list[Evaluation]]) -> str:
@@ -119,26 +120,27 @@ def _first_to_loss(runs: dict[str, list[Evaluation]]) -> str:
     named = others if len(others) < NAMED else [*others[: NAMED - 2], others[-1]]
     left_out = f" ({len(others) - len(named)} runs between them are in the table)" if len(named) < len(others) else ""
     rest = ", ".join(
-        f"{label} takes {_ratio_text(seconds[label], seconds[first])}{seconds_text(seconds[label])} and "
-        f"{bytes_text(sent[label])}"
+        f"{label} takes {_ratio_text(seconds[label], seconds[first])} ({seconds_text(seconds[label])}, "
+        f"{bytes_text(sent[label])})"
         for label in named
     )
     both = "both runs" if len(runs) == 2 else f"all {len(runs)} runs"
     return (
         f"{first} is first to a validation loss of {loss:.3f}, which {both} reached: {seconds_text(seconds[first])} "
-        f"simulated, {bytes_text(sent[first])} sent a device. For the same loss {rest}{left_out}."
+        f"simulated, {bytes_text(sent[first])} sent a device; {rest}{left_out}."
     )
 
 
 def _ratio_text(ours: float, first: float) -> str:
-    return f"{ours / first:,.3g} times as long, " if first and ours / first >= 1.005 else ""
+    return "as long" if not first or ours / first < 1.005 else f"{ours / first:,.3g} times as long"
 
 
-def _lowest(runs: dict[str, list[Evaluation]]) -> str:
+def _lowest(runs: dict[str, list[Evaluation]], all_done: bool) -> str:
     ends = {label: rows[-1].val_loss for label, rows in runs.items()}
     best, *others = sorted(ends, key=lambda label: ends[label])
     rest = f" ({', '.join(f'{label} {ends[label]:.3f}' for label in others)})" if len(ends) <= NAMED else ""
-    return f" Lowest so far: {best}, {ends[best]:.3f}{rest}."
+    when = "at the end" if all_done else "so far"
+    return f" Lowest {when}: {best}, {ends[best]:.3f}{rest}."
 
 
 def _verdict_of_one(record: RunRecord, figure: dict[str, Any]) -> str:
