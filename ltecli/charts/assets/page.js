@@ -139,7 +139,7 @@ function directLabels(plot, figure, view) {
     for (let at = placed.length - 1, most = height; at >= 0; at--, most -= LABEL_GAP) placed[at].top = Math.min(placed[at].top, most);
   }
   return fixed.concat(placed.map(({trace, top, left}) => ({
-    text: trace.label, showarrow: false, font: {color: colour(trace.colour), size: 12.5}, xref: "paper", yref: "paper", xanchor: "left",
+    text: trace.label, showarrow: false, font: {color: colour(trace.colour), size: 12.5}, xref: "paper", yref: "paper", xanchor: "left", yanchor: "middle",
     // Among dots a name is read only on a ground of its own.
     ...(trace.kind === "ring" ? {bgcolor: colour("paper"), opacity: 0.85, borderpad: 1} : {}),
     x: Math.min(1, left / x._length), xshift: 8, y: 1 - top / height,
