@@ -38,6 +38,8 @@ PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "tempor
 """Parts of planned memory that are the program's own tensors, which is what is measured."""
 COLOURS = 8
 """Colours of runs in page.css; more runs share them."""
+CONSTANT = ("grassmann_limit_rad", "own_sent_bytes")
+"""Diagnostics that hardly change over a run, so that a curve shows nothing."""
 DRAWN, DRAWN_OF_ALL, LEAST_DRAWN = 400, 12_000, 20
 """Most points of a curve, of all runs' curves in a figure together, and of a curve among very many."""
 WIDE_RANGE = 10.0
@@ -388,7 +390,7 @@ def _diagnostics(runs: Sequence[Shown], command: str) -> Section | None:
     found = {key for run in runs for point in run.figure["diagnostics"] for key in point if key in LABELS}
     if not found:
         return None
-    keys = [key for key in LABELS if key in found]
+    keys = [key for key in LABELS if key in found and key not in CONSTANT]
     most = max(LEAST_DRAWN, _most_points(runs) // len(keys))
     traces = []
     for number, run in enumerate(runs):
@@ -452,6 +454,6 @@ def _origins(runs: Sequence[Shown]) -> Section:
         for run in runs
     ]
     return Section(
-        "The runs",
+        "The run" if len(runs) == 1 else "The runs",
         html=table(["run", "folder", "method", "planned for", "trained on", "to repeat it"], rows, words=True),
     )
