@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from ltecli.console import Output
 from ltecli.runs.external_loggers import EXTERNAL, scalars
 from simulate.common.events import PROGRESS, Emit, Event
+from simulate.common.run_files import TENSORBOARD
 from simulate.common.units import bytes_text, seconds_text
 from simulate.config.run import Run
-from simulate.common.run_files import TENSORBOARD
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -36,6 +36,10 @@ class RunRecord:
         """Return the newest event of a kind."""
         return next((event for event in reversed(self.events) if event["kind"] == kind), None)
 
+    def first(self, kind: str) -> Event | None:
+        """Return the oldest event of a kind."""
+        return next((event for event in self.events if event["kind"] == kind), None)
+
     @property
     def is_launched(self) -> bool:
         """Whether the run was trained by launched processes, at least in part."""

@@ -24,15 +24,15 @@ from simulate.common import toml_io
 from simulate.common.disk import TEMPORARY_VARIABLE, temporary_folder
 from simulate.common.errors import InputError
 from simulate.common.events import truncate_events
+from simulate.common.run_files import CHECKPOINTS, EVENTS_FILE, EXTENDED_FILE, PLAN_FILE, PROFILE_FILE, RUN_FILE
 from simulate.common.units import bytes_text
 from simulate.config.hardware import LOCAL, Profile
-from simulate.config.profiles import is_profile_path, load_profile, local_gpu_profile
 from simulate.config.method_table import BASELINE, default_options
+from simulate.config.profiles import is_profile_path, load_profile, local_gpu_profile
 from simulate.config.run import Run, build_run, dump_run, load_run, with_profile_name
 from simulate.costs.memory import checkpoint_bytes, mapped_file_bytes
 from simulate.data.load import TOKENIZER_FILE, Dataset, kept_tokenizer, load_data
 from simulate.data.text import Text
-from simulate.common.run_files import CHECKPOINTS, EVENTS_FILE, EXTENDED_FILE, PLAN_FILE, PROFILE_FILE, RUN_FILE
 from simulate.models.schema import FactoryModel
 from simulate.models.shapes import ModelShape, shape_of_table, shape_table
 from simulate.planning.candidate import Rejected, is_library_installed

@@ -234,6 +234,7 @@ def _step_figures(session: Session) -> Event:
         "received_bytes": counter.received_bytes,
         "simulated_s": session.clock.now_s,
         "simulated_exchange_s": session.clock.exchange_s,
+        "simulated_pause_s": session.clock.pause_s,
         "wall_s": session.elapsed_s(),
     }
 
@@ -308,6 +309,7 @@ def _evaluate(session: Session) -> None:
             "tokens": session.method.samples_done(session.step - 1) * session.run.model.units_per_sample,
             "simulated_s": session.clock.now_s,
             "sent_bytes": communicator.counter.sent_bytes,
+            "wall_s": session.elapsed_s(),
         }
     )
 

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from ltecli.runs.lock import lock_folder
 from ltecli.runs import run_folder
+from ltecli.runs.lock import lock_folder
 from ltecli.runs.run_folder import plan_of, stop_on_signal
-from simulate.config.run import load_run
-from simulate.rules.cadence import Cadence
-from simulate.costs.memory import checkpoint_bytes
 from simulate.common.errors import InputError
 from simulate.config.profiles import load_profile
+from simulate.config.run import load_run
+from simulate.costs.memory import checkpoint_bytes
+from simulate.rules.cadence import Cadence
 from tests.harness import wait_until
 from tests.ltecli.command import Lte, write_run
 
