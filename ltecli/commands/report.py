@@ -12,7 +12,11 @@ from ltecli.charts.curve import draw_curve
 from ltecli.charts.diagnostics import diagnostics_table, last_rows
 from ltecli.console import Output, plain_table, scores_text
 from ltecli.runs.figures import RunRecord, figures, read_run
-from simulate.common.processor import machine_text
+from ltecli.runs.run_table import Group, differences, group_runs, run_table, table_notes
+from ltecli.runs.sweep_folder import is_sweep
+from ltecli.runs.sweep_report import report_sweep
+from simulate.common.errors import InputError
+from simulate.common.processor import distinct, machine_text
 from simulate.common.units import bytes_text, seconds_text
 from simulate.config.method_table import BASELINE
 from simulate.planning.candidate import describe
@@ -24,6 +28,11 @@ TIMES = 2.0
 def report_command(paths: list[Path], as_json: bool) -> None:
     """Print the figures of run folders; --json gives an object for one run and {runs: [...]} for several."""
     output = Output(as_json)
+    if sweeps := [path for path in paths if is_sweep(path)]:
+        if len(paths) > 1:
+            raise InputError(f"{sweeps[0]} is a sweep, which is reported alone; name its run folders to compare runs")
+        report_sweep(sweeps[0], output)
+        return
     records = [read_run(path, output.warning) for path in paths]
     # People and scripts get the same figures: what is printed is read from what --json gives.
     documents = [figures(record) for record in records]
@@ -31,8 +40,15 @@ def report_command(paths: list[Path], as_json: bool) -> None:
         output.json(documents[0])
         _show_one(records[0], documents[0], output)
     else:
-        output.json({"version": documents[0]["version"], "runs": documents})
-        _show_several(records, documents, output)
+        groups = group_runs(differences([record.run for record in records]), records, documents)
+        output.json(
+            {
+                "version": documents[0]["version"],
+                "runs": documents,
+                "groups": [group.to_dict() for group in groups],
+            }
+        )
+        _show_several(groups, output)
 
 
 def _show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None:
@@ -125,34 +141,20 @@ def _explanations(figure: dict[str, Any], is_launched: bool) -> list[str]:
     ]
 
 
-def _show_several(records: list[RunRecord], documents: list[dict[str, Any]], output: Output) -> None:
-    table = plain_table("", *(str(record.path) for record in records))
-    rows: list[tuple[str, Any]] = [
-        ("method", lambda r, f: describe(r.run)),
-        ("profile", lambda r, f: f"{f['devices']} x {r.plan['profile']}"),
-        ("trained on", lambda r, f: ", ".join(m["processor"] for m in f["machines"]) or "-"),
-        ("steps", lambda r, f: f"{f['steps']:,} of {f['planned_steps']:,}"),
-        ("tokens", lambda r, f: f"{f['tokens']:,}" if f["unit"] == "tokens" else "-"),
-        ("samples", lambda r, f: f"{f['samples']:,}"),
-        ("train loss", lambda r, f: _number(f["train_loss"])),
-        ("validation loss", lambda r, f: _number(f["val_loss"])),
-        ("top-1 accuracy", lambda r, f: "-" if f["val_accuracy"] is None else f"{f['val_accuracy']:.2%}"),
-        ("memory per device, planned", lambda r, f: bytes_text(f["memory_bytes"]["planned"])),
-        ("memory per device, measured", lambda r, f: bytes_text(f["memory_bytes"]["measured"])),
-        ("sent per device, planned", lambda r, f: bytes_text(f["sent_bytes_per_device"]["planned"])),
-        ("sent per device, counted", lambda r, f: bytes_text(f["sent_bytes_per_device"]["counted"])),
-        ("wall-clock, planned", lambda r, f: seconds_text(f["wall_s"]["planned"])),
-        ("wall-clock, simulated", lambda r, f: seconds_text(f["wall_s"]["simulated"])),
-        ("wall-clock, measured", lambda r, f: seconds_text(f["wall_s"]["measured"])),
-        ("step, simulated", lambda r, f: seconds_text(f["step_s"]["simulated"])),
-        ("step, measured", lambda r, f: seconds_text(f["step_s"]["measured"])),
-    ]
+def _show_several(groups: list[Group], output: Output) -> None:
+    output.table(*run_table(groups, named=True))
+    for line in table_notes(groups):
+        output.text(line)
+    figures_of = [figure for group in groups for figure in group.figures]
+    for machine in distinct(machine for figure in figures_of for machine in figure["machines"]):
+        output.text(f"trained on: {machine_text(machine)}")
     # One row a figure and one column a run, since people compare along rows.
-    for label, cell in rows:
-        table.add_row(label, *(cell(r, f) for r, f in zip(records, documents, strict=True)))
-    for label, cells in last_rows([figure["diagnostics"] for figure in documents]):
-        table.add_row(label, *cells)
-    output.table(table)
+    if rows := last_rows([figure["diagnostics"] for figure in figures_of]):
+        table = plain_table("", *(figure["run"] for figure in figures_of))
+        for label, cells in rows:
+            table.add_row(label, *cells)
+        output.text("")
+        output.table(table)
 
 
 def _number(value: float | None) -> str:

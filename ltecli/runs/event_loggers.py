@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from ltecli.console import Output
 from simulate.common.events import Emit, Event
+from simulate.common.run_files import TENSORBOARD
 from simulate.common.units import bytes_text, seconds_text
 from simulate.config.run import Run
-from simulate.common.run_files import TENSORBOARD
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

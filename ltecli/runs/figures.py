@@ -58,9 +58,7 @@ def read_run(path: Path, on_skip: Callable[[str], None] | None = None) -> RunRec
     if not (path / EVENTS_FILE).is_file():
         if is_locked(path):
             raise InputError(f"{path} has no {EVENTS_FILE} yet: its training starts; ask again in a moment")
-        raise InputError(
-            f"{path} has no {EVENTS_FILE}: it never took a step; start it with lte train {path} --resume"
-        )
+        raise InputError(f"{path} has no {EVENTS_FILE}: it never took a step; start it with lte train {path} --resume")
     events = tuple(read_events(path / EVENTS_FILE, on_skip))
     return RunRecord(path, load_run(path / RUN_FILE), read_plan(path), events)
 
@@ -156,7 +154,7 @@ def _restarts(record: RunRecord) -> dict[str, Any]:
 
 
 def _wire_bytes(record: RunRecord) -> float | None:
-    """Return the bytes that nodes' interfaces sent, per device; None where the run was not launched on several nodes."""
+    """Return the bytes that nodes' interfaces sent, per device; None for a run that several nodes did not launch."""
     sessions = [event["sent_bytes_by_node"] for event in record.events if event["kind"] == "wire"]
     if not sessions:
         return None

@@ -22,19 +22,21 @@ from simulate.common import toml_io
 from simulate.common.disk import TEMPORARY_VARIABLE, temporary_folder
 from simulate.common.errors import InputError
 from simulate.common.events import truncate_events
+from simulate.common.run_files import CHECKPOINTS, EVENTS_FILE, LOCK_FILE, PLAN_FILE, PROFILE_FILE, RUN_FILE
 from simulate.common.units import bytes_text
 from simulate.config.hardware import LOCAL, Profile
-from simulate.config.profiles import load_profile, local_gpu_profile
 from simulate.config.method_table import BASELINE, default_options
+from simulate.config.profiles import load_profile, local_gpu_profile
 from simulate.config.run import Run, dump_run, load_run
 from simulate.costs.memory import checkpoint_bytes, mapped_file_bytes
 from simulate.data.load import TOKENIZER_FILE, Dataset, kept_tokenizer, load_data
 from simulate.data.text import Text
-from simulate.common.run_files import CHECKPOINTS, EVENTS_FILE, LOCK_FILE, PLAN_FILE, PROFILE_FILE, RUN_FILE
 from simulate.planning.candidate import Rejected, is_library_installed
 from simulate.planning.planner import Plan, evaluate
 from simulate.training.checkpoints import list_checkpoints
 
+RUNS = Path("runs")
+"""Folder in which run folders and sweeps lie, unless --out names another."""
 CHECKPOINTS_AT_ONCE = 3
 """Checkpoints on the disk at the same time: two are kept while a third is written."""
 
@@ -61,6 +63,11 @@ class RunFolder:
     def events(self) -> Path:
         """The run's event file."""
         return self.path / EVENTS_FILE
+
+
+def run_name(given: Path) -> str:
+    """Return the name of a run.toml: its file's name, or its folder's where the file is called run.toml."""
+    return given.parent.resolve().name if given.stem == "run" else given.stem
 
 
 def check_trainable(run: Run) -> None:
@@ -167,7 +174,9 @@ def plan_of(run: Run, profile: Profile) -> dict[str, Any]:
     """Return the plan of this very run, and of dense training with the same batch, as plan.json has it."""
     tokens = run.train.steps * run.tokens_per_step
     # Dense training stands beside the run in reports. It gets recovery points of its own, as it saves more bytes.
-    dense = evaluate(run.model_copy(update={"method": default_options(BASELINE)}), profile, tokens, spaces_recovery=True)
+    dense = evaluate(
+        run.model_copy(update={"method": default_options(BASELINE)}), profile, tokens, spaces_recovery=True
+    )
     result = evaluate(run, profile, tokens)
     chosen = result.candidate if isinstance(result, Rejected) else result
     notes = [f"does not fit profile {profile.name}: {result.reason}"] if isinstance(result, Rejected) else []

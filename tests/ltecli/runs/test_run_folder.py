@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from ltecli.runs.run_folder import lock_folder, plan_of
-from simulate.config.run import load_run
-from simulate.rules.cadence import Cadence
-from simulate.costs.memory import checkpoint_bytes
 from simulate.common.errors import InputError
 from simulate.config.profiles import load_profile
+from simulate.config.run import load_run
+from simulate.costs.memory import checkpoint_bytes
+from simulate.rules.cadence import Cadence
 from tests.ltecli.command import Lte, write_run
 
 
