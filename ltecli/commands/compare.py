@@ -71,7 +71,7 @@ def compare_command(
         for name in names:
             rival = choose_keys(base, name)
             output.hint(rival.text(lists_of[name]))
-            more = expand(_builder(base, rival), lists_of[name], args.seeds, check, {METHOD: name})
+            more = expand(rival_builder(base, rival), lists_of[name], args.seeds, check, {METHOD: name})
             variants, refused = [*variants, *more[0]], [*refused, *more[1]]
         if untuned := [name for name in names if RATE not in lists_of[name]]:
             output.hint(
@@ -131,7 +131,7 @@ def choose_keys(base: Run, name: str) -> Rival:
     return Rival(plan.chosen.run.method, f"as lte plan chooses on {profile.name}")
 
 
-def _builder(base: Run, rival: Rival) -> Callable[[Sequence[str]], Run]:
+def rival_builder(base: Run, rival: Rival) -> Callable[[Sequence[str]], Run]:
     """Return the function that makes the rival's runs: the base run with another method, on as many samples."""
 
     def build(assignments: Sequence[str]) -> Run:

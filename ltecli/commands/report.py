@@ -142,8 +142,16 @@ def _explanations(figure: dict[str, Any], is_launched: bool) -> list[str]:
 
 
 def _show_several(groups: list[Group], output: Output) -> None:
+    records = [record for group in groups for record in group.records]
+    facts = {
+        "method": {describe(record.run) for record in records},
+        "network": {f"{r.run.model.name} with {r.run.model.shape().all_parameters:,} parameters" for r in records},
+        "hardware": {f"{record.run.cluster.devices} x {record.plan['profile']}" for record in records},
+    }
+    if shared := [next(iter(texts)) for texts in facts.values() if len(texts) == 1]:
+        output.heading(f"all {len(records)} runs: {'; '.join(shared)}")
     output.table(*run_table(groups, named=True))
-    for line in table_notes(groups):
+    for line in table_notes(groups, named=True):
         output.text(line)
     figures_of = [figure for group in groups for figure in group.figures]
     for machine in distinct(machine for figure in figures_of for machine in figure["machines"]):

@@ -133,7 +133,7 @@ def train_all(work: Work, device_name: str, output: Output) -> Outcome:
     """
     outcome, waiting = Outcome(), [v for v in work.variants if v.name in work.left]
     running: dict[str, subprocess.Popen[bytes]] = {}
-    started_s, done_s, stopping = time.monotonic(), 0.0, False
+    started_s, done_s, stopping, told = time.monotonic(), 0.0, False, False
     with stop_on_signal() as stops:
         try:
             while waiting or running:
@@ -146,6 +146,9 @@ def train_all(work: Work, device_name: str, output: Output) -> Outcome:
                     # A run whose sweep was killed may still be trained; others go first.
                     variant = next((v for v in waiting if not is_locked(work.path / v.name)), None)
                     if variant is None:
+                        if not (running or told):
+                            output.hint(f"waiting for {waiting[0].name}, which an earlier process still trains")
+                        told = told or not running
                         break
                     waiting.remove(variant)
                     try:

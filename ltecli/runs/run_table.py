@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -23,8 +24,12 @@ from simulate.config.run import Run
 
 Figures = dict[str, Any]
 Text = Callable[[float], str]
-SMALL = 5e-4
-"""Standard deviation, as a share of the mean, below which three digits of a figure do not show it."""
+SMALL, SMALL_SHARE = 5e-6, 5e-3
+"""Standard deviation, as a share of the mean, below which four decimals of a loss, and whole per cents, do not show it."""
+MOST_CHARACTERS = 20
+"""Longest path of a run that stands in the table; longer ones stand below it."""
+MOST_KEYS = 5
+"""Differing keys that get a column each."""
 DATA_KEYS = ("data.", "model.vocab", "model.classes", "train.evaluate_samples")
 """Beginnings of keys that change what a loss is measured on."""
 
@@ -47,9 +52,12 @@ class Spread:
         return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
 
     def text(self, text: Text) -> str:
-        """Return mean ± standard deviation; the mean alone for one run, and where the deviation would not show."""
-        if self.std is None or self.std <= SMALL * abs(self.mean):
+        """Return mean ± standard deviation, in per cent for bytes and seconds; the mean alone where it would not show."""
+        relative = text in (bytes_text, seconds_text)
+        if self.std is None or self.std <= (SMALL_SHARE if relative else SMALL) * abs(self.mean):
             return text(self.mean)
+        if relative:  # "± 16.3 kB" would make the widest column of a table
+            return f"{text(self.mean)} ± {self.std / self.mean:.0%}"
         return f"{text(self.mean)} ± {text(self.std)}"
 
     def overlaps(self, other: Spread) -> bool:
@@ -151,11 +159,12 @@ def run_table(groups: Sequence[Group], named: bool) -> tuple[Table, list[str]]:
 
     With `named` its first column has the runs' paths.
     """
-    told = short_keys(list(dict.fromkeys(key for group in groups for key in group.settings)))
+    labels = _labels(groups)
+    told = short_keys(_keys(groups)[:MOST_KEYS])
     unfinished = any(f["steps"] < f["planned_steps"] for group in groups for f in group.figures)
     columns: list[tuple[str, Callable[[Group], str]]] = []
     if named:
-        columns.append(("run", _runs_text))
+        columns.append(("run", lambda g: labels[g.records[0].path]))
     columns += [(name, partial(_setting_text, key)) for key, name in told.items()]
     if any(len(group.records) > 1 for group in groups):
         columns.append(("seeds", lambda g: str(len(g.records))))
@@ -165,7 +174,7 @@ def run_table(groups: Sequence[Group], named: bool) -> tuple[Table, list[str]]:
     if any(group.spread("val_accuracy") for group in groups):
         columns.append(("top-1 accuracy", lambda g: cell(g.spread("val_accuracy"), accuracy_text)))
     columns += [
-        ("sent per device", lambda g: cell(g.spread("sent_bytes_per_device", "counted"), bytes_text)),
+        ("sent", lambda g: cell(g.spread("sent_bytes_per_device", "counted"), bytes_text)),
         ("simulated", lambda g: cell(g.spread("wall_s", "simulated"), seconds_text)),
         ("memory", lambda g: cell(g.spread("memory_bytes", "measured"), bytes_text)),
     ]
@@ -179,27 +188,42 @@ def run_table(groups: Sequence[Group], named: bool) -> tuple[Table, list[str]]:
     return table, [header for header, _ in secondary]
 
 
+def _keys(groups: Sequence[Group]) -> list[str]:
+    return list(dict.fromkeys(key for group in groups for key in group.settings))
+
+
 def _setting_text(key: str, group: Group) -> str:
     return group.settings.get(key, "-")
 
 
-def _runs_text(group: Group) -> str:
-    first = str(group.records[0].path)
-    return first if len(group.records) == 1 else f"{first} and {len(group.records) - 1} more"
+def _labels(groups: Sequence[Group]) -> dict[Path, str]:
+    """Return what each group's first run is called: its path, or a number where a path is too long for a column."""
+    paths = [group.records[0].path for group in groups]
+    if all(len(str(path)) <= MOST_CHARACTERS for path in paths):
+        return {path: str(path) for path in paths}
+    return {path: f"#{number}" for number, path in enumerate(paths, 1)}
 
 
 LEGEND = (
-    "best validation loss first; sent: counted; simulated: the time of the profile's hardware; memory: of one device, "
-    "measured"
+    "best validation loss first; sent: by a device, counted; simulated: the time of the profile's hardware; memory: of "
+    "a device, measured"
 )
 """Line under the table."""
 
 
-def table_notes(groups: Sequence[Group]) -> list[str]:
-    """Return lines on the table: its columns, its ±, and losses that cannot be compared."""
+def table_notes(groups: Sequence[Group], named: bool = False) -> list[str]:
+    """Return lines on the table: its columns, its ±, and losses that cannot be compared; with `named` its runs, too."""
     most = max(len(group.records) for group in groups)
     lines = [LEGEND + ("; ±: standard deviation over seeds" if most > 1 else "")]
-    differing = {key for group in groups for key in group.settings if key.startswith(DATA_KEYS)}
+    labels = _labels(groups)
+    for group in groups if named else ():
+        path, *others = (str(record.path) for record in group.records)
+        if others or labels[group.records[0].path] != path:
+            lines.append(f"{labels[group.records[0].path]}: {', '.join([path, *others])}")
+    keys = _keys(groups)
+    if more := keys[MOST_KEYS:]:
+        lines.append(f"different, too: {', '.join(more)}")
+    differing = {key for key in keys if key.startswith(DATA_KEYS)}
     records = [record for group in groups for record in group.records]
     texts = {event["data_sha256"] for r in records if (event := r.last("start")) and "data_sha256" in event}
     if not differing and len(texts) > 1:

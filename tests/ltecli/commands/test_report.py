@@ -97,9 +97,25 @@ def test_several_runs_stand_side_by_side(lte: Lte, trained: Path, run_toml: Path
     assert lte("train", run_toml, "--out", "other", "--set", "method.rank=4", "--quiet").code == 0
     document = lte("report", trained, "other", "--json").json()
     assert [run["run"] for run in document["runs"]] == [str(trained), "other"]
-    text = lte("report", trained, "other").stdout
-    assert "lte rank 2 x 2 heads" in text
-    assert "lte rank 4 x 2 heads" in text
+    settings = {group["runs"][0]: group["settings"]["method.rank"] for group in document["groups"]}
+    assert settings == {str(trained): "2", "other": "4"}
+    heading, header, *rows = lte("report", trained, "other").stdout.splitlines()
+    assert heading.startswith("all 2 runs: gpt with ")
+    assert header.split()[:3] == ["run", "rank", "alpha"]
+    numbers = {rank: number for number, rank in (row.split()[:2] for row in rows[:2])}
+    # A path that is too long for a column stands below the table.
+    assert f"{numbers['2']}: {trained}" in rows
+    assert f"{numbers['4']}: other" in rows
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_row(lte: Lte, trained: Path, run_toml: Path) -> None:
+    assert lte("train", run_toml, "--out", "other", "--set", "train.seed=1", "--quiet").code == 0
+    text = lte("report", "done", "other").stdout
+    assert text.startswith("all 2 runs: lte rank 2 x 2 heads")
+    assert "done: done, other" in text
+    assert "standard deviation over seeds" in text
+    (group,) = lte("report", trained, "other", "--json").json()["groups"]
+    assert (group["settings"], group["val_loss"]["count"]) == ({}, 2)
 
 
 def test_a_run_that_was_stopped_is_reported_so_far(lte: Lte, trained: Path) -> None:
