@@ -25,7 +25,7 @@ from simulate.config.run import Run
 Figures = dict[str, Any]
 Text = Callable[[float], str]
 SMALL, SMALL_SHARE = 5e-6, 5e-3
-"""Standard deviation, as a share of the mean, below which four decimals of a loss, and whole per cents, do not show it."""
+"""Standard deviation, as a share of the mean, below which four decimals of a loss, or whole per cents, hide it."""
 MOST_CHARACTERS = 20
 """Longest path of a run that stands in the table; longer ones stand below it."""
 MOST_KEYS = 5
@@ -52,7 +52,7 @@ class Spread:
         return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
 
     def text(self, text: Text) -> str:
-        """Return mean ± standard deviation, in per cent for bytes and seconds; the mean alone where it would not show."""
+        """Return mean ± standard deviation, of bytes and seconds in per cent; the mean alone where it is lost."""
         relative = text in (bytes_text, seconds_text)
         if self.std is None or self.std <= (SMALL_SHARE if relative else SMALL) * abs(self.mean):
             return text(self.mean)
