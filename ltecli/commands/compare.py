@@ -14,7 +14,7 @@ from typing import Any
 
 from ltecli.commands.sweep import SweepArgs, run_check, train_variants
 from ltecli.console import Output
-from ltecli.runs.comparison import METHOD
+from ltecli.runs.method_comparison import METHOD
 from ltecli.runs.run_folder import RUNS, interrupted_by_sigterm, run_name
 from ltecli.runs.variants import expand, read_lists
 from simulate.common import toml_io
