@@ -25,12 +25,12 @@ from ltecli.runs.sweep_folder import saved_steps
 from ltecli.runs.variants import Variant
 from simulate.common.errors import InputError
 from simulate.common.limits import usable_cores, usable_memory, usable_workers
-from simulate.common.run_files import RUN_FILE
+from simulate.common.run_files import CHECKPOINTS, RUN_FILE
 from simulate.common.units import bytes_text, order_text, range_text, seconds_text
 from simulate.config.calibration import SWITCH
 from simulate.config.hardware import LOCAL
 from simulate.config.profiles import load_profile, local_gpu_profile
-from simulate.config.run import Run
+from simulate.config.run import Run, load_run
 from simulate.planning.candidate import candidate_of
 from simulate.planning.margins import Margins
 from simulate.planning.planner import evaluate
@@ -126,6 +126,34 @@ def _parallel(needed: Sequence[int], on_gpu: bool, asked: int | None) -> int:
     return min(asked or at_once, len(needed))
 
 
+class _Pace:
+    """Seconds that are left, by what finished runs took over their estimates."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._begun_s: dict[str, float] = {}
+        self._taken_s, self._estimated_s = 0.0, 0.0
+
+    def begin(self, name: str) -> None:
+        """Count a run's seconds from now."""
+        self._begun_s[name] = time.monotonic()
+
+    def end(self, name: str) -> None:
+        """Count a run that has finished."""
+        self._taken_s += time.monotonic() - self._begun_s[name]
+        self._estimated_s += self._estimate_s(name)
+
+    def left_s(self, running: Sequence[str], waiting: Sequence[str]) -> float:
+        """Return the seconds until all runs are finished."""
+        factor, now_s = self._taken_s / self._estimated_s, time.monotonic()
+        ends_s = [max(0.0, factor * self._estimate_s(name) - (now_s - self._begun_s[name])) for name in running]
+        waiting_s = factor * sum(self._estimate_s(name) for name in waiting)
+        return max([(sum(ends_s) + waiting_s) / self._work.parallel, *ends_s])
+
+    def _estimate_s(self, name: str) -> float:
+        return self._work.left[name][1] + START_S
+
+
 def train_all(work: Work, device_name: str, output: Output) -> Outcome:
     """Train the runs that are left; those that fail are named, and the others go on.
 
@@ -133,7 +161,7 @@ def train_all(work: Work, device_name: str, output: Output) -> Outcome:
     """
     outcome, waiting = Outcome(), [v for v in work.variants if v.name in work.left]
     running: dict[str, subprocess.Popen[bytes]] = {}
-    started_s, done_s, stopping, told = time.monotonic(), 0.0, False, False
+    pace, stopping, told = _Pace(work), False, False
     with stop_on_signal() as stops:
         try:
             while waiting or running:
@@ -153,6 +181,7 @@ def train_all(work: Work, device_name: str, output: Output) -> Outcome:
                     waiting.remove(variant)
                     try:
                         running[variant.name] = _start(work, variant, device_name)
+                        pace.begin(variant.name)
                     except InputError as error:
                         outcome.failed[variant.name] = str(error)
                         output.warning(f"{variant.name} failed: {error}")
@@ -160,10 +189,10 @@ def train_all(work: Work, device_name: str, output: Output) -> Outcome:
                     if (code := process.poll()) is None:
                         continue
                     del running[name]
-                    done_s += work.left[name][1] + START_S
                     if code == DONE:
-                        factor = (time.monotonic() - started_s) / done_s
-                        _report_done(work, name, [*running, *(v.name for v in waiting)], factor, output)
+                        pace.end(name)
+                        rest = [v.name for v in waiting]
+                        _report_done(work, name, len(running) + len(rest), pace.left_s(list(running), rest), output)
                     elif not stopping:
                         outcome.failed[name] = reason = _reason(work.path / name, code)
                         output.warning(f"{name} failed: {reason}")
@@ -180,8 +209,11 @@ def _start(work: Work, variant: Variant, device_name: str) -> subprocess.Popen[b
     """Start a run's process, in a folder that is made where there is none; raises InputError."""
     folder = work.path / variant.name
     if not (folder / RUN_FILE).is_file():
-        shutil.rmtree(folder, ignore_errors=True)  # a kill may have left a part of it
+        if not any(folder.glob(f"{CHECKPOINTS}/*")):  # a kill may have left a part of a folder
+            shutil.rmtree(folder, ignore_errors=True)
         new_folder(folder, variant.run, device_name)
+    elif load_run(folder / RUN_FILE) != variant.run:
+        raise InputError(f"{folder / RUN_FILE} was changed; restore it, or remove {folder} to train it anew")
     # Room was asked for, for all runs together.
     words = ["train", str(folder), "--resume", "--device", device_name, "--ignore-memory", "--quiet"]
     threads = {name: str(work.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
@@ -202,14 +234,13 @@ def _interrupt(process: subprocess.Popen[bytes]) -> None:
             process.send_signal(signal.SIGINT)
 
 
-def _report_done(work: Work, name: str, rest: Sequence[str], factor: float, output: Output) -> None:
-    """Print a finished run, and how long the others take: `factor` times what was estimated, as those before."""
-    figure = figures(read_run(work.path / name))
-    left_s = factor * sum(work.left[other][1] + START_S for other in rest)
-    count = len(work.variants)
+def _report_done(work: Work, name: str, num_left: int, left_s: float, output: Output) -> None:
+    """Print a finished run, and how long the others take."""
+    figure, count = figures(read_run(work.path / name)), len(work.variants)
     output.hint(
-        f"[{count - len(rest)}/{count}] {name}: {scores_text(figure['val_loss'], figure['val_accuracy'])}, "
-        f"{seconds_text(figure['wall_s']['measured'])} here" + (f"; about {seconds_text(left_s)} left" if rest else "")
+        f"[{count - num_left}/{count}] {name}: {scores_text(figure['val_loss'], figure['val_accuracy'])}, "
+        f"{seconds_text(figure['wall_s']['measured'])} here"
+        + (f"; about {seconds_text(left_s)} left" if num_left else "")
     )
 
 

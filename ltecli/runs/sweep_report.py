@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ltecli.console import Output
-from ltecli.runs.method_comparison import compare_groups, comparison_table, verdict
 from ltecli.runs.figures import REPORT_VERSION, figures, read_run
+from ltecli.runs.method_comparison import compare_groups, comparison_table, verdict
 from ltecli.runs.run_table import group_runs, run_table, table_notes
 from ltecli.runs.sweep_folder import load_sweep
 from simulate.common.run_files import EVENTS_FILE

@@ -206,6 +206,32 @@ def test_one_stop_lets_all_runs_save_and_starts_no_more(here: Path, monkeypatch:
     assert sorted(path.name for path in here.glob("*-*")) == ["began-2", "began-4", "saved-2", "saved-4"]
 
 
+def test_a_run_whose_file_was_changed_is_not_gone_on_with(lte: Lte, swept_once: Path, swept: Path) -> None:
+    shutil.rmtree(swept / NAMES[0] / "checkpoints/step-00000004")
+    file = swept / NAMES[0] / "run.toml"
+    file.write_text(file.read_text().replace("learning_rate = 0.003", "learning_rate = 0.004"))
+    outcome = lte("sweep", swept_once / "tiny.toml", *SWEEP, "--out", swept, "--quiet")
+    assert outcome.code == 1
+    assert f"{NAMES[0]} failed: {file} was changed; restore it" in outcome.stderr
+
+
+def test_what_is_left_goes_by_what_runs_took(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Estimated at 10, 20 and 40 s with their start, two at a time; the first one takes twice its estimate."""
+    work = made_up_work(here, 2)
+    estimates = (10.0, 20.0, 40.0)
+    left = {v.name: (0.0, s - many_runs.START_S) for v, s in zip(work.variants, estimates, strict=True)}
+    work = Work(work.path, work.variants, left, work.is_order, 2, 1)
+    first, second, third = left
+    now = iter([0.0, 0.0, 20.0, 20.0])
+    monkeypatch.setattr(many_runs.time, "monotonic", lambda: next(now))
+    pace = many_runs._Pace(work)
+    pace.begin(first)
+    pace.begin(second)
+    pace.end(first)
+    # 40 s of the second run, of which 20 s are over, and 80 s of the third one.
+    assert pace.left_s([second], [third]) == pytest.approx((20 + 80) / 2)
+
+
 def test_memory_limits_how_many_runs_are_trained_at_a_time(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(here / "tiny.toml")
     variants, _ = expand(lambda a: load_given_run(run, a), {"method.rank": ["2", "4", "8"]}, 1, lambda run: None)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rich.table import Table
 
-from ltecli.runs.method_comparison import compare_groups, comparison_table, to_loss, verdict
 from ltecli.runs.figures import RunRecord
+from ltecli.runs.method_comparison import compare_groups, comparison_table, to_loss, verdict
 from ltecli.runs.run_table import Group, Spread, differences, group_runs, loss_text, run_table, table_notes
 from simulate.common.events import Event
 from simulate.common.units import bytes_text
