@@ -28,6 +28,8 @@ from simulate.planning.planner import make_plan
 from simulate.planning.search_space import Pins
 
 RATE = "train.learning_rate"
+LEAST_ROUNDS = 5
+"""Rounds of a run below which a rival would be judged by its first merges; a plan of a short run does not mind."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,13 @@ def choose_keys(base: Run, name: str) -> Rival:
     plan = make_plan(start, profile, tokens, pins, choice=SelectionCriteria(with_rivals=False))
     if plan.chosen is None:
         return Rival(start.method, f"defaults: none of its settings fits {profile.name}")
-    return Rival(plan.chosen.run.method, f"as lte plan chooses on {profile.name}")
+    source, methods = f"as lte plan chooses on {profile.name}", [candidate.run.method for candidate in plan.candidates]
+    if plan.chosen.run.method.round_steps * LEAST_ROUNDS <= train.steps:
+        return Rival(plan.chosen.run.method, source)
+    # Candidates come best first, so that among equally long rounds the best one is taken.
+    often = [method for method in methods if method.round_steps * LEAST_ROUNDS <= train.steps]
+    shortest = min(methods, key=lambda method: method.round_steps)
+    return Rival((often or [shortest])[0], f"{source} with {LEAST_ROUNDS} rounds or more, or as many as there can be")
 
 
 def rival_builder(base: Run, rival: Rival) -> Callable[[Sequence[str]], Run]:

@@ -168,16 +168,18 @@ def _reached_text(contender: Contender, axis: str, text: Text) -> str:
 def verdict(comparison: Comparison) -> str:
     """Return a sentence on which contender is best by what, and where the next one lies within the seeds' spread."""
     loss = f"{comparison.reference.label}'s loss"
-    parts = [
-        _best(comparison, "validation loss at equal samples", lambda c: c.group.spread("val_loss"), loss_text),
-        _best(comparison, f"samples to {loss}", lambda c: _of_all(c, "samples"), samples_text, is_reached=True),
-        _best(comparison, f"bytes to {loss}", lambda c: _of_all(c, "sent_bytes"), bytes_text, is_reached=True),
-        _best(comparison, f"simulated time to {loss}", lambda c: _of_all(c, "simulated_s"), seconds_text, True),
-        _best(comparison, "memory", lambda c: c.group.spread("memory_bytes", "measured"), bytes_text),
-    ]
+    parts = [_best(comparison, "validation loss at equal samples", lambda c: c.group.spread("val_loss"), loss_text)]
+    if any(_of_all(c, "samples") for c in comparison.contenders if c is not comparison.reference):
+        parts += [
+            _best(comparison, f"samples to {loss}", lambda c: _of_all(c, "samples"), samples_text, is_reached=True),
+            _best(comparison, f"bytes to {loss}", lambda c: _of_all(c, "sent_bytes"), bytes_text, is_reached=True),
+            _best(comparison, f"simulated time to {loss}", lambda c: _of_all(c, "simulated_s"), seconds_text, True),
+        ]
+    parts.append(_best(comparison, "memory", lambda c: c.group.spread("memory_bytes", "measured"), bytes_text))
+    alone = "" if len(parts) > 2 else f"; no other method reached {loss} with all its seeds"
     seeds = min(len(contender.group.records) for contender in comparison.contenders)
     caveat = "" if seeds > 1 else "; of one seed no spread is known, --seeds 3 shows it"
-    return f"best by {'; by '.join(part for part in parts if part)}{caveat}"
+    return f"best by {'; by '.join(part for part in parts if part)}{alone}{caveat}"
 
 
 def _of_all(contender: Contender, axis: str) -> Spread | None:

@@ -63,6 +63,15 @@ def test_a_rivals_keys_are_the_plans_choice_or_given(lte: Lte, here: Path, run_t
     assert "train.learning_rate = 0.003 is kept for powersgd and diloco" in outcome.stderr
 
 
+@pytest.mark.parametrize(("steps", "most"), [(20, 10), (100, 20), (1000, 200)])
+def test_a_rival_merges_five_times_at_least_where_it_can(here: Path, steps: int, most: int) -> None:
+    """The plan tries 10, 30 and 100 steps a round; of 20 steps, 10 are the fewest."""
+    base = load_given_run(write_run(here / "run.toml", train={"steps": steps}))
+    rival = choose_keys(base, "diloco")
+    assert rival.options.round_steps <= most
+    assert ("with 5 rounds or more" in rival.source) == (steps < 1000)
+
+
 def test_a_rival_that_fits_nowhere_gets_its_defaults(here: Path) -> None:
     run = load_given_run(
         write_run(here / "large.toml", model={"name": "llama_7b"}, cluster={"profile": "raspberry_x8", "devices": 2},

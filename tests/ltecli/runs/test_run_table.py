@@ -167,4 +167,6 @@ def test_one_seed_has_no_spread_and_a_loss_never_reached_is_said() -> None:
     assert verdict(comparison).endswith("; of one seed no spread is known, --seeds 3 shows it")
     rows = {row[0]: row for row in cells(comparison_table(comparison)[0])}
     assert rows["ddp"][2:5] == ["not reached", "-", "-"]
+    assert "; no other method reached lte's loss with all its seeds; " in verdict(comparison)
+    assert "samples to" not in verdict(comparison)
     assert compare_groups([group_of("ddp", [[4.0]])], "lte") is None
