@@ -28,6 +28,8 @@ from simulate.planning.planner import make_plan
 from simulate.planning.search_space import Pins
 
 RATE = "train.learning_rate"
+ALWAYS_TOLD = ("rank", "merge_every")
+"""Keys of [method] that are told also where they are defaults."""
 LEAST_ROUNDS = 5
 """Rounds of a run below which a rival would be judged by its first merges; a plan of a short run does not mind."""
 
@@ -40,12 +42,12 @@ class Rival:
     source: str
 
     def text(self, lists: Mapping[str, Sequence[str]]) -> str:
-        """Return a line on the method's keys that are not defaults, and on those that --set-for sets."""
+        """Return a line on the method's keys, without most defaults, and on those that --set-for sets."""
         name, default = self.options.name, default_options(self.options.name)
         changed = [
             f"{key} {value}"
             for key, value in self.options.model_dump(exclude_none=True).items()
-            if value != getattr(default, key) and f"method.{key}" not in lists
+            if (key in ALWAYS_TOLD or value != getattr(default, key)) and f"method.{key}" not in lists
         ]
         given = "".join(f"; by --set-for {key} {' and '.join(values)}" for key, values in lists.items())
         return f"{name}: {', '.join(changed) or 'its defaults'} ({self.source}){given}"
@@ -135,8 +137,9 @@ def choose_keys(base: Run, name: str) -> Rival:
         return Rival(plan.chosen.run.method, source)
     # Candidates come best first, so that among equally long rounds the best one is taken.
     often = [method for method in methods if method.round_steps * LEAST_ROUNDS <= train.steps]
-    shortest = min(methods, key=lambda method: method.round_steps)
-    return Rival((often or [shortest])[0], f"{source} with {LEAST_ROUNDS} rounds or more, or as many as there can be")
+    if often:
+        return Rival(often[0], f"{source} for {LEAST_ROUNDS} rounds or more")
+    return Rival(min(methods, key=lambda method: method.round_steps), f"{source} for as many rounds as there can be")
 
 
 def rival_builder(base: Run, rival: Rival) -> Callable[[Sequence[str]], Run]:

@@ -240,7 +240,7 @@ def _report_done(work: Work, name: str, num_left: int, left_s: float, output: Ou
     output.hint(
         f"[{count - num_left}/{count}] {name}: {scores_text(figure['val_loss'], figure['val_accuracy'])}, "
         f"{seconds_text(figure['wall_s']['measured'])} here"
-        + (f"; about {seconds_text(left_s)} left" if num_left else "")
+        + (f"; about {seconds_text(max(1.0, left_s))} left" if num_left else "")
     )
 
 

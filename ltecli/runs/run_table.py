@@ -45,8 +45,8 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float | None]) -> Spread | None:
-        """Return the spread of the values that there are; None where there is none."""
-        known = [float(value) for value in values if value is not None]
+        """Return the spread of the finite values; None where there is none."""
+        known = [float(value) for value in values if value is not None and math.isfinite(value)]
         if not known:
             return None
         return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
