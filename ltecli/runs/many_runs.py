@@ -25,12 +25,12 @@ from ltecli.runs.sweep_folder import saved_steps
 from ltecli.runs.variants import Variant
 from simulate.common.errors import InputError
 from simulate.common.limits import usable_cores, usable_memory, usable_workers
-from simulate.common.run_files import CHECKPOINTS, RUN_FILE
+from simulate.common.run_files import CHECKPOINTS, PROFILE_FILE, RUN_FILE
 from simulate.common.units import bytes_text, order_text, range_text, seconds_text
 from simulate.config.calibration import SWITCH
 from simulate.config.hardware import LOCAL
 from simulate.config.profiles import load_profile, local_gpu_profile
-from simulate.config.run import Run, load_run
+from simulate.config.run import Run, load_run, with_profile_name
 from simulate.planning.candidate import candidate_of
 from simulate.planning.margins import Margins
 from simulate.planning.planner import evaluate
@@ -212,7 +212,7 @@ def _start(work: Work, variant: Variant, device_name: str) -> subprocess.Popen[b
         if not any(folder.glob(f"{CHECKPOINTS}/*")):  # a kill may have left a part of a folder
             shutil.rmtree(folder, ignore_errors=True)
         new_folder(folder, variant.run, device_name)
-    elif load_run(folder / RUN_FILE) != variant.run:
+    elif load_run(folder / RUN_FILE) != with_profile_name(variant.run, load_profile(str(folder / PROFILE_FILE))):
         raise InputError(f"{folder / RUN_FILE} was changed; restore it, or remove {folder} to train it anew")
     # Room was asked for, for all runs together.
     words = ["train", str(folder), "--resume", "--device", device_name, "--ignore-memory", "--quiet"]
