@@ -12,15 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ltecli.charts.page import HTML_OPTION, check_html
+from ltecli.charts.report_page import report_html
 from ltecli.commands.doctor import check_machine
 from ltecli.commands.simulation_fits import check_simulation_fits, host_memory_bytes
 from ltecli.console import Output
 from ltecli.errors import DONE, FAILED, INTERRUPTED
+from ltecli.output_paths import write_file
 from ltecli.runs.calibrating import calibrate_here
+from ltecli.runs.lock import lock_folder
 from ltecli.runs.many_runs import Work, plan_work, train_all
-from ltecli.runs.run_folder import RUNS, check_trainable, interrupted_by_sigterm, lock_folder, run_name
+from ltecli.runs.run_folder import RUNS, check_trainable, interrupted_by_sigterm, run_name
 from ltecli.runs.sweep_folder import Sweep, check_sweep, is_sweep, make_sweep, write_sweep
-from ltecli.runs.sweep_report import report_sweep
+from ltecli.runs.sweep_report import read_sweep, report_sweep
 from ltecli.runs.variants import Refusal, Variant, expand, read_lists, refuse
 from simulate.config.run import Run, load_given_run, with_absolute_paths
 from simulate.data.load import check_data
@@ -47,12 +51,17 @@ class SweepArgs:
     """Whether to leave out combinations that are refused."""
     ignore_memory: bool = False
     dry_run: bool = False
+    html: Path | None = None
+    """Page to write at the end."""
+    force: bool = False
+    """Whether the page may replace an existing file."""
 
     def words(self) -> list[str]:
         """Return the options that tell a sweep from others, as words of a command line."""
         words = [word for assignment in self.assignments for word in ("--set", assignment)]
         words += ["--seeds", str(self.seeds)] if self.seeds > 1 else []
         words += ["--out", str(self.out)] if self.out is not None else []
+        words += ["--html", str(self.html)] if self.html is not None else []
         words += ["--device", self.device] if self.device != "auto" else []
         return words + ["--skip-refused"] * self.skip_refused + ["--ignore-memory"] * self.ignore_memory
 
@@ -95,6 +104,8 @@ def train_variants(
     output: Output,
 ) -> int:
     """Train the runs of a sweep or a comparison that are left, and print the table; returns the exit code."""
+    if args.html is not None:
+        check_html(args.html, args.force)
     if not (args.skip_refused and variants):
         refuse(refused, bool(variants))
     sweep = make_sweep(command, variants, reference)
@@ -110,10 +121,10 @@ def train_variants(
         return _report_plan(work, refused, output)
     for warning in warnings:
         output.warning(warning)
-    return _train(work, sweep, device, args.device, output)
+    return _train(work, sweep, device, args, output)
 
 
-def _train(work: Work, sweep: Sweep, device: torch.device, device_name: str, output: Output) -> int:
+def _train(work: Work, sweep: Sweep, device: torch.device, args: SweepArgs, output: Output) -> int:
     output.hint(work.text())
     is_new = not is_sweep(work.path)
     write_sweep(work.path, sweep)
@@ -121,13 +132,17 @@ def _train(work: Work, sweep: Sweep, device: torch.device, device_name: str, out
         with lock_folder(work.path):
             if is_new:
                 output.hint(f"Ctrl-C saves all and stops; the same command goes on: {sweep.command}")
-            outcome = train_all(work, device_name, output)
+            outcome = train_all(work, args.device, output)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; what was saved stays, to go on: {sweep.command}") from None
     if outcome.is_interrupted:
         output.hint(f"interrupted, all saved; to go on: {sweep.command}")
         return INTERRUPTED
-    report_sweep(work.path, output, outcome.failed)
+    runs = read_sweep(work.path, output.warning)
+    if args.html is not None and runs.records:
+        write_file(args.html, report_html(runs.records, runs.figures, sweep.command), HTML_OPTION)
+        output.hint(f"wrote {args.html}")
+    report_sweep(runs, output, outcome.failed)
     output.hint(f"next: lte report {work.path}")
     if outcome.failed:
         return FAILED

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltecli.runs.run_folder import check_run_folder, is_locked, read_plan, stored_shape
+from ltecli.runs.lock import is_locked
+from ltecli.runs.run_folder import check_run_folder, read_plan, stored_shape
 from simulate.common.errors import InputError
 from simulate.common.events import Event, read_events
 from simulate.common.processor import distinct
@@ -34,6 +35,10 @@ class RunRecord:
     def last(self, kind: str) -> Event | None:
         """Return the newest event of a kind."""
         return next((event for event in reversed(self.events) if event["kind"] == kind), None)
+
+    def first(self, kind: str) -> Event | None:
+        """Return the oldest event of a kind."""
+        return next((event for event in self.events if event["kind"] == kind), None)
 
     @property
     def is_launched(self) -> bool:

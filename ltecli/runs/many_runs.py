@@ -20,7 +20,8 @@ from pathlib import Path
 from ltecli.console import Output, scores_text
 from ltecli.errors import DONE
 from ltecli.runs.figures import figures, read_run
-from ltecli.runs.run_folder import is_locked, new_folder, stop_on_signal
+from ltecli.runs.lock import is_locked
+from ltecli.runs.run_folder import new_folder, stop_on_signal
 from ltecli.runs.sweep_folder import saved_steps
 from ltecli.runs.variants import Variant
 from simulate.common.errors import InputError
@@ -162,7 +163,8 @@ def train_all(work: Work, device_name: str, output: Output) -> Outcome:
     outcome, waiting = Outcome(), [v for v in work.variants if v.name in work.left]
     running: dict[str, subprocess.Popen[bytes]] = {}
     pace, stopping, told = _Pace(work), False, False
-    with stop_on_signal() as stops:
+    # The loop below looks at `stops` ten times a second, so that no other thread has to answer.
+    with stop_on_signal(lambda: None, lambda: None) as stops:
         try:
             while waiting or running:
                 if stops and not stopping:

@@ -13,8 +13,10 @@ from typing import Any
 from rich.table import Table
 
 from ltecli.console import plain_table
+from ltecli.runs.comparison import reached_at
+from ltecli.runs.evaluations import Evaluation, evaluations, finite_evaluations
 from ltecli.runs.figures import RunRecord
-from ltecli.runs.run_table import Group, Spread, Text, cell, loss_text
+from ltecli.runs.run_table import Group, Spread, Text, cell, loss_cell, loss_text
 from simulate.common.units import bytes_text, seconds_text
 
 METHOD = "method.name"
@@ -22,7 +24,11 @@ Point = tuple[float, ...]
 """Samples, bytes that a device sent, and simulated seconds, at a moment of a run."""
 Reached = tuple[Point, bool]
 """The moment at which a loss was reached, and whether it is only an upper bound."""
-AXES = ("samples", "sent_bytes", "simulated_s")
+AXES: dict[str, Callable[[Evaluation], float]] = {
+    "samples": lambda row: row.samples,
+    "sent_bytes": lambda row: row.sent_bytes,
+    "simulated_s": lambda row: row.simulated_s,
+}
 
 
 @dataclass(frozen=True)
@@ -94,42 +100,21 @@ def _label(group: Group) -> str:
     return ", ".join([group.settings[METHOD], *rest])
 
 
-def _curve(record: RunRecord) -> list[tuple[float, Point]]:
-    """Return each evaluation's loss, and the samples, a device's bytes and the simulated seconds until then."""
-    run = record.run
-    return [
-        (
-            event["val_loss"],
-            (
-                event["tokens"] / run.model.units_per_sample,
-                event["sent_bytes"] / run.cluster.devices,
-                event["simulated_s"],
-            ),
-        )
-        for event in record.events
-        if event["kind"] == "evaluate"
-    ]
-
-
 def end_of(record: RunRecord) -> Reached:
     """Return samples, bytes of a device and simulated seconds of a whole run."""
-    return _curve(record)[-1][1], False
+    last = evaluations(record)[-1]
+    return tuple(axis(last) for axis in AXES.values()), False
 
 
 def to_loss(record: RunRecord, loss: float) -> Reached | None:
     """Return samples, bytes and simulated seconds until a run's validation loss first was no higher; else None.
 
-    Between evaluations the loss falls linearly. Where the first evaluation is as low already, its figures are a bound.
+    Where the first evaluation is as low already, its figures are a bound.
     """
-    before: tuple[float, Point] | None = None
-    for after in _curve(record):
-        if after[0] <= loss:
-            if before is None:
-                return after[1], True
-            share = (before[0] - loss) / (before[0] - after[0])
-            return tuple(low + share * (high - low) for low, high in zip(before[1], after[1], strict=True)), False
-        before = after
-    return None
+    rows = finite_evaluations(record)
+    found = [reached_at(rows, loss, axis) for axis in AXES.values()]
+    point = tuple(value for value in found if value is not None)
+    return (point, rows[0].val_loss <= loss) if point else None
 
 
 def samples_text(value: float) -> str:
@@ -146,7 +131,7 @@ def comparison_table(comparison: Comparison) -> tuple[Table, list[str]]:
         group, reached = contender.group, contender.to_loss
         table.add_row(
             contender.label,
-            cell(group.spread("val_loss"), loss_text),
+            loss_cell(group),
             _reached_text(contender, "samples", samples_text),
             _reached_text(contender, "sent_bytes", bytes_text) if reached["samples"] else "-",
             _reached_text(contender, "simulated_s", seconds_text) if reached["samples"] else "-",

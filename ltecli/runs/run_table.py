@@ -30,8 +30,7 @@ MOST_CHARACTERS = 20
 """Longest path of a run that stands in the table; longer ones stand below it."""
 MOST_KEYS = 5
 """Differing keys that get a column each."""
-DATA_KEYS = ("data.", "model.vocab", "model.classes", "train.evaluate_samples")
-"""Beginnings of keys that change what a loss is measured on."""
+EVALUATED = "train.evaluate_samples"
 
 
 @dataclass(frozen=True)
@@ -121,6 +120,12 @@ def cell(spread: Spread | None, text: Text) -> str:
     return "-" if spread is None else spread.text(text)
 
 
+def loss_cell(group: Group) -> str:
+    """Return a group's validation loss for a table, and of how many runs where not all have a finite one."""
+    spread, runs = group.spread("val_loss"), len(group.records)
+    return cell(spread, loss_text) + (f" ({spread.count} of {runs})" if spread and spread.count < runs else "")
+
+
 def differences(runs: Sequence[Run]) -> list[dict[str, str]]:
     """Return the keys in which runs differ, with each one's values; without the seed, and without what is not set.
 
@@ -154,7 +159,7 @@ def group_runs(
     return sorted(groups, key=loss)
 
 
-def run_table(groups: Sequence[Group], named: bool) -> tuple[Table, list[str]]:
+def run_table(groups: Sequence[Group], named: bool = False) -> tuple[Table, list[str]]:
     """Return the table of groups, and the headers of columns that a narrow terminal leaves out.
 
     With `named` its first column has the runs' paths.
@@ -167,10 +172,10 @@ def run_table(groups: Sequence[Group], named: bool) -> tuple[Table, list[str]]:
         columns.append(("run", lambda g: labels[g.records[0].path]))
     columns += [(name, partial(_setting_text, key)) for key, name in told.items()]
     if any(len(group.records) > 1 for group in groups):
-        columns.append(("seeds", lambda g: str(len(g.records))))
-    if unfinished or len({group.figures[0]["steps"] for group in groups}) > 1:
+        columns.append(("runs" if named else "seeds", lambda g: str(len(g.records))))
+    if unfinished or ("train.steps" not in _keys(groups) and len({g.figures[0]["steps"] for g in groups}) > 1):
         columns.append(("steps", lambda g: f"{g.figures[0]['steps']:,} of {g.figures[0]['planned_steps']:,}"))
-    columns.append(("validation loss", lambda g: cell(g.spread("val_loss"), loss_text)))
+    columns.append(("validation loss", loss_cell))
     if any(group.spread("val_accuracy") for group in groups):
         columns.append(("top-1 accuracy", lambda g: cell(g.spread("val_accuracy"), accuracy_text)))
     columns += [
@@ -212,9 +217,9 @@ LEGEND = (
 
 
 def table_notes(groups: Sequence[Group], named: bool = False) -> list[str]:
-    """Return lines on the table: its columns, its ±, and losses that cannot be compared; with `named` its runs, too."""
+    """Return lines on the table: its columns, its ±, and the keys without a column; with `named` its runs, too."""
     most = max(len(group.records) for group in groups)
-    lines = [LEGEND + ("; ±: standard deviation over seeds" if most > 1 else "")]
+    lines = [LEGEND + (f"; ±: standard deviation over {'runs' if named else 'seeds'}" if most > 1 else "")]
     labels = _labels(groups)
     for group in groups if named else ():
         path, *others = (str(record.path) for record in group.records)
@@ -223,11 +228,6 @@ def table_notes(groups: Sequence[Group], named: bool = False) -> list[str]:
     keys = _keys(groups)
     if more := keys[MOST_KEYS:]:
         lines.append(f"different, too: {', '.join(more)}")
-    differing = {key for key in keys if key.startswith(DATA_KEYS)}
-    records = [record for group in groups for record in group.records]
-    texts = {event["data_sha256"] for r in records if (event := r.last("start")) and "data_sha256" in event}
-    if not differing and len(texts) > 1:
-        differing = {"the data's content"}
-    if differing:
-        lines.append(f"losses are not comparable: {', '.join(sorted(differing))} differs between these runs")
+    if EVALUATED in keys:
+        lines.append(f"losses are of different {EVALUATED}: less samples, more noise")
     return lines

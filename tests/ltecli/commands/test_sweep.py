@@ -89,6 +89,19 @@ def test_a_run_that_was_cut_short_is_resumed_alone(lte: Lte, swept_once: Path, s
     assert set(losses) <= {line.partition('"train_loss"')[2].partition(",")[0] for line in now}
 
 
+def test_a_sweep_writes_a_page_of_its_runs(lte: Lte, refused: Refused, swept_once: Path, swept: Path) -> None:
+    outcome = lte("sweep", swept_once / "tiny.toml", *SWEEP, "--out", "done", "--html", "page.html")
+    assert outcome.code == 0
+    assert "wrote page.html" in outcome.stderr
+    page = Path("page.html").read_text()
+    assert all(name in page for name in NAMES)
+    assert "lte sweep" in page
+    refused("sweep", swept_once / "tiny.toml", *SWEEP, "--out", "done", "--html", "page.html", words=("--force",))
+    assert lte("report", swept, "--html", "again.html", "--csv", "all.csv").code == 0
+    assert len(Path("all.csv").read_text().splitlines()) == 1 + 4 * 2
+    assert all(name in Path("again.html").read_text() for name in NAMES)
+
+
 def test_an_unfinished_sweep_says_which_runs_are_left(lte: Lte, swept: Path) -> None:
     shutil.rmtree(swept / NAMES[2])
     outcome = lte("report", swept)

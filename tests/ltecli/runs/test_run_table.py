@@ -108,13 +108,22 @@ def test_many_differences_are_told_below_the_table() -> None:
     assert "different, too: method.k5, method.k6" in table_notes(groups)
 
 
-def test_losses_on_other_data_are_not_comparable() -> None:
+def test_losses_of_different_samples_are_told() -> None:
     records = [record("lte", [5.0]) for _ in range(2)]
-    settings = [{"data.tokenizer": "bytes"}, {"data.tokenizer": "bpe:300"}]
+    settings = [{"train.evaluate_samples": "8"}, {"train.evaluate_samples": "64"}]
     groups = group_runs(settings, records, [figure(records[0], 3.0), figure(records[1], 2.0)])
-    assert "losses are not comparable: data.tokenizer differs between these runs" in table_notes(groups)
+    assert any(note.startswith("losses are of different train.evaluate_samples") for note in table_notes(groups))
     groups = group_runs([{"method.rank": "2"}, {"method.rank": "4"}], records, [figure(r, 3.0) for r in records])
     assert len(table_notes(groups)) == 1
+
+
+def test_a_loss_that_is_not_finite_is_left_out_and_told() -> None:
+    records = [record("lte", [5.0]) for _ in range(3)]
+    (group,) = group_runs(
+        [{}] * 3, records, [figure(r, loss) for r, loss in zip(records, (2.0, math.nan, 3.0), strict=True)]
+    )
+    table, _ = run_table([group])
+    assert f"2.5000 ± {math.sqrt(0.5):.4f} (2 of 3)" in cells(table)[0]
 
 
 def test_a_loss_is_reached_between_two_evaluations() -> None:
