@@ -440,7 +440,7 @@ def report(
         list[Path],
         typer.Argument(
             metavar="RUN",
-            help="Run folders; several are compared side by side.",
+            help="Run folders, or a sweep's; several are compared.",
             autocompletion=completion.run_folders,
         ),
     ],
@@ -471,6 +471,92 @@ def watch(
     from ltecli.commands.watch import watch_command
 
     return watch_command(run, once, as_json)
+
+
+SetMany = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUES", help="Values to try of a run.toml key: method.rank=8,16; repeat."),
+]
+Seeds = Annotated[int, typer.Option(min=1, help="Runs of each, with seeds counted up from the run's.")]
+Parallel = Annotated[
+    int | None, typer.Option(min=1, help="Runs at a time; default: one a core and as memory has room, one on a GPU.")
+]
+SweepOut = Annotated[Path | None, typer.Option("--out", "-o", help="Folder; default: runs/NAME-sweep or -compare.")]
+SkipRefused = Annotated[bool, typer.Option("--skip-refused", help="Leave out what run.toml's rules refuse.")]
+IgnoreMemory = Annotated[
+    bool, typer.Option("--ignore-memory", help="Simulate even if this machine seems too small for all devices.")
+]
+PageForce = Annotated[bool, typer.Option("--force", help="Let --html replace an existing file.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say which runs, and how long they take; train nothing.")]
+
+
+@app.command(
+    cls=OnceCommand, epilog="Example: lte sweep run.toml --set method.rank=8,16 --set method.merge_every=5,10 --seeds 3"
+)
+@guarded
+def sweep(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run.toml.")],
+    assignments: SetMany = None,
+    seeds: Seeds = 1,
+    out: SweepOut = None,
+    parallel: Parallel = None,
+    device: Annotated[DeviceName, typer.Option(help="Where to simulate.")] = DeviceName.AUTO,
+    skip_refused: SkipRefused = False,
+    ignore_memory: IgnoreMemory = False,
+    dry_run: DryRun = False,
+    html: Html = None,
+    force: PageForce = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Train every combination of values, with several seeds, and print one table.
+
+    The same command goes on where it stopped. Commas within brackets, braces and quotes separate no values.
+    """
+    from ltecli.commands.sweep import SweepArgs, sweep_command
+
+    args = SweepArgs(
+        tuple(assignments or ()), seeds, out, parallel, device.value, skip_refused, ignore_memory, dry_run, html, force
+    )
+    return sweep_command(run, args, as_json, quiet)
+
+
+@app.command(
+    cls=OnceCommand,
+    epilog="Example: lte compare run.toml --with ddp,diloco --seeds 3 --set-for diloco:train.learning_rate=0.001,0.003",
+)
+@guarded
+def compare(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run.toml, whose method is the reference.")],
+    others: Annotated[str, typer.Option("--with", metavar="METHODS", help="Methods, as ddp,diloco: docs/methods.md.")],
+    set_for: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METHOD:KEY=VALUES", help="Set keys of one method: diloco:method.merge_every=20; repeat."),
+    ] = None,
+    assignments: Set = None,
+    seeds: Seeds = 1,
+    out: SweepOut = None,
+    parallel: Parallel = None,
+    device: Annotated[DeviceName, typer.Option(help="Where to simulate.")] = DeviceName.AUTO,
+    skip_refused: SkipRefused = False,
+    ignore_memory: IgnoreMemory = False,
+    dry_run: DryRun = False,
+    html: Html = None,
+    force: PageForce = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Train a run's method and others on the same network, data and samples, and say who is best by what.
+
+    A rival's keys are those that the planner chooses at the run's batch. The same command goes on where it stopped.
+    """
+    from ltecli.commands.compare import compare_command
+    from ltecli.commands.sweep import SweepArgs
+
+    args = SweepArgs(
+        tuple(assignments or ()), seeds, out, parallel, device.value, skip_refused, ignore_memory, dry_run, html, force
+    )
+    return compare_command(run, others, set_for or (), args, as_json, quiet)
 
 
 @app.command(cls=OnceCommand)

@@ -52,6 +52,11 @@ def check_simulation_fits(run: Run, device: torch.device, is_tiny: bool) -> None
     )
 
 
+def host_memory_bytes(run: Run, device: torch.device) -> int:
+    """Return the bytes of the host's memory that a process needs which simulates all devices of a run."""
+    return dict(_needed(run, run.model.shape(), device.type != "cpu"))["host"]
+
+
 def _rooms(device: torch.device) -> dict[str, int]:
     """Return the bytes that this process may hold in the host's memory, and in the GPU's where it trains there."""
     import psutil

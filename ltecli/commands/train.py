@@ -25,6 +25,7 @@ from ltecli.runs.event_loggers import event_loggers
 from ltecli.runs.external_loggers import check_loggers
 from ltecli.runs.lock import lock_folder
 from ltecli.runs.run_folder import (
+    RUNS,
     RunFolder,
     check_new,
     extended_folder,
@@ -33,6 +34,7 @@ from ltecli.runs.run_folder import (
     new_folder,
     prepare_events,
     resumed_folder,
+    run_name,
     stop_on_signal,
 )
 from ltecli.runs.status import StatusFile
@@ -56,7 +58,6 @@ if TYPE_CHECKING:
     from simulate.common.events import Event
     from simulate.training.loop import Session
 
-RUNS = Path("runs")
 DEMO_NAME = "demo"
 DEMO_TOKENS = 400_000
 """Tokens of a run without a run.toml: about a minute of training on two cores."""
@@ -254,7 +255,7 @@ def _removed_unless_begun(folder: RunFolder, resume: bool) -> Iterator[None]:
 
 def _name(given: Path | None, args: TrainArgs) -> str:
     """Return the run folder's default name: the run.toml's own name, or its folder's where it is called run.toml."""
-    name = DEMO_NAME if given is None else given.parent.resolve().name if given.stem == "run" else given.stem
+    name = DEMO_NAME if given is None else run_name(given)
     return f"{name}-tiny" if args.tiny else name
 
 

@@ -160,7 +160,7 @@ def _restarts(record: RunRecord) -> dict[str, Any]:
 
 
 def _wire_bytes(record: RunRecord) -> float | None:
-    """Return the bytes that nodes' interfaces sent, per device; None where the run was not launched on several nodes."""
+    """Return the bytes that nodes' interfaces sent, per device; None for a run that several nodes did not launch."""
     sessions = [event["sent_bytes_by_node"] for event in record.events if event["kind"] == "wire"]
     if not sessions:
         return None

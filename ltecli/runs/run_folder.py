@@ -1,8 +1,8 @@
 """Run folders: made from a run.toml, opened again to resume, and locked while a process trains in them.
 
 A run folder keeps everything that its run needs: run.toml, the profile, the plan, a trained tokenizer, events and
-checkpoints. `lte train` makes and opens it; report, export and --link-from read it. All is checked before the first byte
-is written, and run.toml comes last, so that a folder with a run.toml is whole.
+checkpoints. `lte train` makes and opens it; report, export and --link-from read it. All is checked before the first
+byte is written, and run.toml comes last, so that a folder with a run.toml is whole.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ from simulate.training.checkpoints import accepted_runs, list_checkpoints
 
 STUCK_S = 1.0
 """Seconds after which a second Ctrl-C ends a process that is inside a long operation."""
+RUNS = Path("runs")
+"""Folder in which run folders and sweeps lie, unless --out names another."""
 CHECKPOINTS_AT_ONCE = 3
 """Checkpoints on the disk at the same time: two are kept while a third is written."""
 
@@ -76,6 +78,11 @@ class RunFolder:
     def events(self) -> Path:
         """The run's event file."""
         return self.path / EVENTS_FILE
+
+
+def run_name(given: Path) -> str:
+    """Return the name of a run.toml: its file's name, or its folder's where the file is called run.toml."""
+    return given.parent.resolve().name if given.stem == "run" else given.stem
 
 
 def check_trainable(run: Run) -> None:
@@ -139,7 +146,7 @@ def check_run_folder(path: Path) -> None:
 
 
 def resumed_folder(path: Path, given: Run | None) -> RunFolder:
-    """Open a run folder to resume it; a run.toml named beside --resume is `given`, and must be equal. Raises InputError."""
+    """Open a run folder to resume it; `given`, a run.toml beside --resume, must be equal. Raises InputError."""
     if not os.path.isfile(path / RUN_FILE):  # noqa: PTH113
         raise InputError(f"--resume: {path} is no run folder (it has no {RUN_FILE}); start it without --resume")
     run = load_run(path / RUN_FILE)
@@ -174,8 +181,8 @@ def extended_folder(path: Path, assignment: str) -> RunFolder:
         raise InputError(f"{rule}; name more")
     if run.train.schedule != "constant":
         raise InputError(
-            f"{rule}, over which train.schedule = {run.train.schedule!r} spreads its rates: with more they would all have "
-            f"been others; {anew}, with train.schedule=constant if more steps may follow"
+            f"{rule}, over which train.schedule = {run.train.schedule!r} spreads its rates: with more they would all "
+            f"have been others; {anew}, with train.schedule=constant if more steps may follow"
         )
     if run.train.warmup_share is not None:
         raise InputError(f"{rule}, of which train.warmup_share is a share: the warm-up would have been longer; {anew}")
@@ -275,8 +282,8 @@ def _check_disk(path: Path, run: Run) -> None:
     needed, folder = mapped_file_bytes(run, run.model.shape()), temporary_folder()
     if needed and folder.is_dir() and needed > (free := shutil.disk_usage(folder).free):
         raise InputError(
-            f"{TEMPORARY_VARIABLE}: temporary files need {bytes_text(needed)} and {folder} has {bytes_text(free)} free; "
-            f"make room, or export {TEMPORARY_VARIABLE}=FOLDER"
+            f"{TEMPORARY_VARIABLE}: temporary files need {bytes_text(needed)} and {folder} has {bytes_text(free)} "
+            f"free; make room, or export {TEMPORARY_VARIABLE}=FOLDER"
         )
 
 

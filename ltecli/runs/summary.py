@@ -81,8 +81,8 @@ def report_derived(folder: RunFolder, output: Output) -> None:
     wall = order_text(chosen["wall_s"]) if is_order else seconds_text(chosen["wall_s"])
     planned = memory_text(tensor_bytes(chosen), memory.get("allocator", 0), memory["reserved"])
     output.hint(
-        f"  planned per device: memory {planned}; {bytes_text(chosen['sent_bytes_per_round'])} sent per merge, {wall} on "
-        f"{run.cluster.devices} x {folder.profile.name}"
+        f"  planned per device: memory {planned}; {bytes_text(chosen['sent_bytes_per_round'])} sent per merge, {wall} "
+        f"on {run.cluster.devices} x {folder.profile.name}"
     )
     for text in diagnostics_notes(run, shape):
         output.hint(f"  {text}")
