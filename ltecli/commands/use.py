@@ -56,11 +56,12 @@ def eval_command(path: Path, data: str, as_json: bool) -> int:
     """Print loss, and perplexity or accuracy, on other data; raises InputError where it does not fit the network."""
     import torch
 
-    from simulate.layers.cross_entropy import row_losses
+    from simulate.models.losses import row_losses_of
 
     run, checkpoint = newest_checkpoint(path)
     batches, samples = _scored_batches(run, data, kept_tokenizer(path), data_of(checkpoint))
     step, network = _network(run, checkpoint)
+    row_losses = row_losses_of(run.model)
     names, sums, count = ("loss", *batches.score_names), [0.0] * (1 + len(batches.score_names)), 0
     with torch.no_grad():
         for inputs, targets in batches.validation(samples, SAMPLES_AT_ONCE):
