@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ltecli.console import Output
 from ltecli.errors import INTERRUPTED
 from ltecli.output_paths import check_absent, unwritable
-from ltecli.runs.event_loggers import event_loggers
+from ltecli.runs.event_loggers import Callback, event_loggers
 from ltecli.runs.run_folder import RunFolder, stop_on_signal
 from ltecli.runs.summary import (
     RunResult,
@@ -112,6 +112,12 @@ def check_launch(run: Run, device: torch.device, options: LaunchArgs) -> None:
             f"cluster.backend = 'gloo' sends tensors of CPUs only, and this run is on {device.type}; use auto, or "
             "--device cpu"
         )
+    if live := run.live_keys:
+        key, name = next(iter(live.items()))
+        raise InputError(
+            f"{key} = {name!r} is an object of this Python process, and a launch starts others; name module:factory "
+            "(module:function for a loss, a path for data), or simulate the run"
+        )
     processes = options.processes or default_processes(run, device, options.nodes)
     gpus = None if device.type == "cpu" else accelerator.count(device.type)
     if gpus is not None and processes > gpus:
@@ -146,8 +152,9 @@ def default_processes(run: Run, device: torch.device, nodes: int) -> int:
 
 
 def launch_run(
-    folder: RunFolder, device: torch.device, options: LaunchArgs, output: Output, warnings: Sequence[str]
-) -> int:
+    folder: RunFolder, device: torch.device, options: LaunchArgs, output: Output, warnings: Sequence[str],
+    callback: Callback,
+) -> int:  # fmt: skip
     """Train the folder's run in processes of this node; returns the exit code. `warnings` are about this machine."""
     run, number = folder.run, options.node or 0
     processes = options.processes or default_processes(run, device, options.nodes)
@@ -156,7 +163,7 @@ def launch_run(
         # Of several nodes, others may still lack their last checkpoint, so those meet all the same.
         report_finished(folder, output)
         return 0
-    with ExitStack() as stack, stop_on_signal() as stops:
+    with ExitStack() as stack, stop_on_signal(callback.stops):
         preflight = stack.enter_context(_preflight(folder, processes, options, output, warnings))
         result = preflight.run()
         nodes = result.nodes
@@ -181,8 +188,8 @@ def launch_run(
         on_event: Emit | None = None
         if number == 0:  # the others have no events
             _store_facts(launch, folder, device, result.links)
-            on_event = stack.enter_context(event_loggers(folder.path, run, output, _newest_step(folder)))
-        outcome = run_supervised(launch, on_event, folder.events, stops)
+            on_event = stack.enter_context(event_loggers(folder.path, run, output, _newest_step(folder), callback))
+        outcome = run_supervised(launch, on_event, folder.events, callback.stops)
     # Rank 0's process has ended, so this process may append to its event file. A failure has no step.
     if launch.wire_sent_bytes is not None and options.nodes > 1 and "step" in outcome:
         with closing(EventFile(folder.events)) as events:

@@ -29,13 +29,14 @@ def report_command(paths: list[Path], as_json: bool) -> None:
     documents = [figures(record) for record in records]
     if len(records) == 1:
         output.json(documents[0])
-        _show_one(records[0], documents[0], output)
+        show_one(records[0], documents[0], output)
     else:
         output.json({"version": documents[0]["version"], "runs": documents})
         _show_several(records, documents, output)
 
 
-def _show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None:
+def show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None:
+    """Print the figures of one run."""
     run = record.run
     output.heading(
         f"{record.path}: {describe(run)} on {run.cluster.devices} x {record.plan['profile']}, "

@@ -86,6 +86,11 @@ def _scored_batches(run: Run, data: str, tokenizer: Path | None, fingerprint: st
     """
     from simulate.data.batches import TextBatches, build_batches
 
+    if "data.name" in run.live_keys:
+        raise InputError(
+            f"{run.model.name} was trained on {run.data.name} of Python; score it there, with the "
+            "weights of run.state_dict()"
+        )
     # One device and no shards, since the data is not divided to be scored.
     table = run.model_dump(exclude_none=True)
     keys = {"path": data, "tokenizer": run.data.tokenizer} if run.model.unit == "tokens" else {"path": data}
@@ -97,6 +102,7 @@ def _scored_batches(run: Run, data: str, tokenizer: Path | None, fingerprint: st
         return TextBatches(whole, context, SAMPLES_AT_ONCE, 1, run.train.seed), len(whole.tokens) // (context + 1)
     trained = load_data(run)
     assert isinstance(trained, Images)
+    assert isinstance(dataset, Images)
     if trained.fingerprint != fingerprint:
         raise InputError(
             f"{run.data.path or run.data.name} is not what it was in training, and the network knows pixels as its own "

@@ -1,6 +1,6 @@
-"""Loggers of a run's events beside events.jsonl: TensorBoard, and a progress bar for people.
+"""Loggers of a run's events beside events.jsonl: TensorBoard, a progress bar for people, and a function of the user's.
 
-`lte train` opens both with event_loggers, for simulated runs and on node 0 of launched ones.
+`lte train` opens them with event_loggers, for simulated runs and on node 0 of launched ones.
 """
 
 from __future__ import annotations
@@ -21,14 +21,34 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
+class Callback:
+    """A function of the user's that gets each event; one that raises ends the run, with a checkpoint, after the step."""
+
+    def __init__(self, function: Emit | None = None) -> None:
+        self._function = function
+        self.failure: Exception | None = None
+        self.stops: list[bool] = []
+        """Has an entry once the run was asked to stop, by a signal or by a failure of the function."""
+
+    def __call__(self, event: Event) -> None:
+        if self._function is None or self.failure is not None:
+            return
+        try:
+            self._function(dict(event))  # a copy: what it does to the event must not reach other loggers
+        except Exception as error:
+            self.failure = error
+            self.stops.append(True)
+
+
 @contextmanager
-def event_loggers(path: Path, run: Run, output: Output, step: int) -> Iterator[Emit]:
-    """Open both loggers for a run folder at `step`; yields a function that passes them an event."""
+def event_loggers(path: Path, run: Run, output: Output, step: int, callback: Callback) -> Iterator[Emit]:
+    """Open the loggers for a run folder at `step`; yields a function that passes them an event, the callback last."""
     with TensorBoard(path / TENSORBOARD, step, output.warning) as board, ProgressBar(run, output, step) as bar:
 
         def emit(event: Event) -> None:
             board(event)
             bar(event)
+            callback(event)
 
         yield emit
 

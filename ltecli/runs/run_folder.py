@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -200,7 +201,10 @@ def _check_disk(path: Path, run: Run) -> None:
 
 @contextmanager
 def interrupted_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM interrupt as Ctrl-C does, so that a run which is told to end cleans up."""
+    """Let SIGTERM interrupt as Ctrl-C does, so that a run which is told to end cleans up; in the main thread alone."""
+    if not _handles_signals():
+        yield
+        return
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -209,22 +213,34 @@ def interrupted_by_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[list[bool]]:
-    """Turn the first Ctrl-C or SIGTERM into an entry of the yielded list; the second one interrupts at once."""
-    stops: list[bool] = []
+def stop_on_signal(stops: list[bool]) -> Iterator[None]:
+    """Turn the first Ctrl-C or SIGTERM into an entry of `stops`; the second one interrupts at once.
+
+    Outside the main thread nothing is handled: Python passes signals to that thread alone.
+    """
+    if not _handles_signals():
+        yield
+        return
+    signals = 0
 
     def handle(signum: int, frame: object) -> None:
+        nonlocal signals
+        signals += 1
         stops.append(True)
-        if len(stops) == 2:  # a third one must not interrupt the clean-up
+        if signals == 2:  # a third one must not interrupt the clean-up
             raise KeyboardInterrupt
 
     # Handlers are put back, so that a plan or report in the same process is interrupted at once again.
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stops
+        yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _handles_signals() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 @contextmanager

@@ -183,9 +183,8 @@ def load_given_run(path: Path, assignments: Sequence[str] = (), data_path: str |
         raise InputError(f"{path}: has no keys: {missing} are missing; lte plan -o {path} --force writes them")
     _take_from_folder(table, path.parent)
     if data_path is not None and isinstance(data := table.get("data", {}), dict):
-        table["data"] = {key: value for key, value in data.items() if key not in WHAT_DATA} | {
-            data_key(data_path): data_path
-        }
+        kept = {key: value for key, value in data.items() if key not in WHAT_DATA}
+        table["data"] = kept | {data_key(data_path): data_path}
     assigned = [toml_io.set_key(table, assignment) for assignment in assignments]
     _replace_data(table, assigned)
     return build_run(table, str(path), text, assigned)

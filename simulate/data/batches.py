@@ -174,7 +174,7 @@ class SampleBatches:
 
     @property
     def score_names(self) -> tuple[str, ...]:
-        """Name of the score beside the loss, where targets are classes and the loss is ours: the share of right ones."""
+        """Name of the score beside the loss: the share of right classes, if targets are some and the loss is ours."""
         return ("val_accuracy",) if self._has_accuracy else ()
 
     def scores(self, outputs: Tensor, targets: Tensor) -> list[Tensor]:

@@ -1,8 +1,8 @@
 """A data set that somebody holds in Python, read once into memory, so that a run's samples are fixed; torch-free.
 
 Taken are: a map-style data set or a list of samples (input, target); a pair of tensors or arrays (inputs, targets); a
-DataLoader; any other iterable of samples, or of batches with `batched`. All of it is read, since a run must find the same
-samples again whenever a step is repeated: what draws at random, or holds more than MOST_BYTES, is refused in a line.
+DataLoader; any other iterable of samples, or of batches with `batched`. All of it is read, since a run must find the
+same samples again whenever a step is repeated: what draws at random, or has more than MOST_BYTES, is refused in a line.
 ltecli.api calls read_samples; simulate.data.batches draws from the result.
 
 Legend: S samples.
@@ -80,22 +80,22 @@ class Samples:
     def check(self, run: Run) -> None:
         """Raise InputError where samples do not fit the model, or a device's shard would be empty."""
         model, shape = run.model, run.model.shape()
-        expected = None
+        expected: tuple[int, ...] | None = None
         if (image := getattr(model, "image", None)) is not None:
             expected = (model.colours, image, image)  # type: ignore[attr-defined]
         elif (context := getattr(model, "context", None)) is not None:
             expected = (context,)
         if expected not in (None, self.inputs.shape[1:]):
             raise InputError(
-                f"data: the inputs of {self.source} are {_shape_text(self.inputs)}, and model.name = {model.name!r} reads "
-                f"{' x '.join(map(str, expected or ()))}; change the model's sizes, or the data"
+                f"data: the inputs of {self.source} are {_shape_text(self.inputs)}, and model.name = {model.name!r} "
+                f"reads {' x '.join(map(str, expected or ()))}; change the model's sizes, or the data"
             )
         if getattr(model, "loss", None) is None and self.targets.dtype.kind in "iu":
             low, high = int(self.targets.min()), int(self.targets.max())
             if low < 0 or high >= shape.outputs:
                 raise InputError(
-                    f"data: targets of {self.source} go from {low} to {high}, and cross-entropy of {shape.outputs} outputs "
-                    f"takes classes from 0 to {shape.outputs - 1}; change them, or give a loss of your own"
+                    f"data: targets of {self.source} go from {low} to {high}, and cross-entropy of {shape.outputs} "
+                    f"outputs takes classes from 0 to {shape.outputs - 1}; change them, or give a loss of your own"
                 )
         if 0 in (sizes := shard_sizes(len(self.train), run.cluster.devices, run.data.shards)):
             raise InputError(
@@ -159,10 +159,10 @@ def _items(data: Sequence[Any], field: str) -> Iterator[Any]:
         sample = data[number]
         if number < TRIED_TWICE and isinstance(sample, tuple | list):
             for one, other in zip(sample, data[number], strict=True):
-                if not np.array_equal(np.asarray(_plain(one)), np.asarray(_plain(other)), equal_nan=False):
+                if np.asarray(_plain(one)).tobytes() != np.asarray(_plain(other)).tobytes():
                     raise InputError(
-                        f"{field}: sample {number} is another one whenever it is read, so that no run could be repeated; "
-                        "leave what draws at random out of the data set"
+                        f"{field}: sample {number} is another one whenever it is read, so that no run could be "
+                        "repeated; leave what draws at random out of the data set"
                     )
         yield sample
 
@@ -180,8 +180,8 @@ def _joined(items: Iterable[Any], field: str, is_batches: bool) -> tuple[np.ndar
             )
         pair = [_array(part, what) for part in item]
         for kind, part, parts in zip(("input", "target"), pair, (inputs, targets), strict=True):
-            if is_batches and (not part.ndim or len(part) != len(pair[0])):
-                raise InputError(f"{what} has {len(pair[0])} inputs and other targets; give a target for each input")
+            if is_batches and part.shape[:1] != (pair[0].shape[:1] or (None,)):
+                raise InputError(f"{what}: its {kind} is {part.shape}, without a row for each sample; stack them")
             first = parts[0] if parts else part
             own, others = (x.shape[1:] if is_batches else x.shape for x in (part, first))
             if own != others or part.dtype != first.dtype:

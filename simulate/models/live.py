@@ -22,6 +22,10 @@ PLAIN = (bool, int, float, str, bytes, type(None))
 """Types of settings that look the same in every process."""
 
 
+NOT_HASHED = ("torch", "builtins", "typing", "abc")
+"""Packages whose code is told by its version, which a run's events have."""
+
+
 class LiveNetwork:
     """A network as it was when it was given; a call returns a copy on the CPU."""
 
@@ -48,8 +52,8 @@ def register_network(network: nn.Module) -> tuple[str, LiveNetwork]:
         copied = copy.deepcopy(network).to("cpu")
     except Exception as error:
         raise InputError(
-            f"model = {type(network).__name__}: it cannot be copied ({type(error).__name__}: {first_line(error)}); keep "
-            "computed tensors out of attributes, or name module:factory"
+            f"model = {type(network).__name__}: it cannot be copied ({type(error).__name__}: {first_line(error)}); "
+            "keep computed tensors out of attributes, or name module:factory"
         ) from error
     copied.zero_grad(set_to_none=True)
     live = LiveNetwork(copied)
@@ -70,10 +74,7 @@ def _parts_of_network(network: nn.Module) -> Iterator[bytes | str]:
     classes: dict[type, None] = {}
     for name, module in network.named_modules():
         yield f"{name} {type(module).__module__}.{type(module).__qualname__}"
-        # PyTorch's own code is told by its version, which a run's events have.
-        classes |= dict.fromkeys(
-            x for x in type(module).__mro__ if not f"{x.__module__}.".startswith(("torch.", "builtins."))
-        )
+        classes |= dict.fromkeys(x for x in type(module).__mro__ if x.__module__.partition(".")[0] not in NOT_HASHED)
         settings = {key: value for key, value in vars(module).items() if key != "training" and not key.startswith("_")}
         yield from (f"{key}={_plain_text(value)}" for key, value in sorted(settings.items()))
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):

@@ -96,10 +96,11 @@ def check_loss(options: NetworkOptions, outputs: Tensor, targets: Tensor) -> Non
         raise InputError(
             f"model.loss = {name!r} has no gradient with respect to the outputs; compute it with torch, undetached"
         )
-    batch, parts = float(whole.mean()), sum(float(half.mean()) for half in halves) / 2
-    if not abs(batch - parts) <= TOLERANCE * max(abs(batch), abs(parts), TOLERANCE):
+    batch, *parts = (float(loss.detach().mean()) for loss in (whole, *halves))
+    mean = sum(parts) / 2
+    if not abs(batch - mean) <= TOLERANCE * max(abs(batch), abs(mean), TOLERANCE):
         raise InputError(
-            f"model.loss = {name!r} is {batch:.6g} for {samples} samples and {parts:.6g} as the mean of their halves', "
+            f"model.loss = {name!r} is {batch:.6g} for {samples} samples and {mean:.6g} as the mean of their halves', "
             "so it would depend on how a batch is divided among heads and passes; return the mean over samples, or a "
             "loss for each (reduction='none')"
         )

@@ -155,8 +155,8 @@ def _checked_outputs(options: UserNetworkOptions, outputs: Any, targets: Tensor)
     if not (fits or has_own_loss(options)):
         raise InputError(
             f"model.name = {options.name!r}: outputs {tuple(outputs.shape)} and {_type_text(targets)} targets "
-            f"{tuple(targets.shape)} do not fit cross-entropy, which takes classes as integers of the shape without the "
-            "last axis, or shares of classes; give a loss of your own by loss="
+            f"{tuple(targets.shape)} do not fit cross-entropy, which takes classes as integers of the shape without "
+            "the last axis, or shares of classes; give a loss of your own by loss="
         )
     return outputs
 
