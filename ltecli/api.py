@@ -9,9 +9,9 @@ RunFailedError; nothing is written to stdout. torch is imported by what needs it
 from __future__ import annotations
 
 import html
+import io
 import logging
 import re
-import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -350,13 +350,18 @@ class Run:
         try:
             from matplotlib.figure import Figure
         except ImportError:
-            raise InputError(
-                "run.plot() draws with matplotlib, which is not installed: pip install matplotlib"
-            ) from None
-        if "IPython" in sys.modules:  # notebooks show figures once pyplot was imported
-            import matplotlib.pyplot  # noqa: F401
+            raise InputError("run.plot() needs matplotlib, which is not installed: pip install matplotlib") from None
+
+        class Picture(Figure):
+            """A figure that notebooks show without pyplot, whose state other threads would share."""
+
+            def _repr_png_(self) -> bytes:
+                picture = io.BytesIO()
+                self.savefig(picture, format="png")
+                return picture.getvalue()
+
         record = self._record()
-        figure = Figure(figsize=(7, 4), layout="constrained")
+        figure = Picture(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
         for key, label in (("train_loss", "training"), ("val_loss", "validation")):
             points = record.curve(key)
@@ -473,11 +478,12 @@ def _assignments(keys: Mapping[str, Any] | None, train: Mapping[str, Any]) -> li
 
 def _assignment(key: str, value: Any) -> str:
     try:
-        return f"{key}={toml_io.dump({'value': value}).partition('=')[2].strip()}"
+        text = "" if isinstance(value, Mapping) else toml_io.dump({"value": value}).partition("=")[2].strip()
     except TypeError:
-        raise InputError(
-            f"{key} = {value!r}: numbers, texts, booleans and lists of them can be in a run.toml"
-        ) from None
+        text = ""
+    if not text:
+        raise InputError(f"{key} = {value!r}: a run.toml holds numbers, texts, booleans and lists of them")
+    return f"{key}={text}"
 
 
 def _count(name: str, value: int | str | None) -> int | None:

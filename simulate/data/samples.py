@@ -90,17 +90,23 @@ class Samples:
                 f"data: the inputs of {self.source} are {_shape_text(self.inputs)}, and model.name = {model.name!r} "
                 f"reads {' x '.join(map(str, expected or ()))}; change the model's sizes, or the data"
             )
-        if getattr(model, "loss", None) is None and self.targets.dtype.kind in "iu":
-            low, high = int(self.targets.min()), int(self.targets.max())
-            if low < 0 or high >= shape.outputs:
-                raise InputError(
-                    f"data: targets of {self.source} go from {low} to {high}, and cross-entropy of {shape.outputs} "
-                    f"outputs takes classes from 0 to {shape.outputs - 1}; change them, or give a loss of your own"
-                )
+        if getattr(model, "loss", None) is None:
+            self.check_classes(shape.outputs)
         if 0 in (sizes := shard_sizes(len(self.train), run.cluster.devices, run.data.shards)):
             raise InputError(
                 f"data: {self.source} has {len(self.train):,} training samples for cluster.devices = "
                 f"{run.cluster.devices}, and device {sizes.index(0)} gets none; give more, or use fewer devices"
+            )
+
+    def check_classes(self, outputs: int) -> None:
+        """Raise InputError for integers as targets that are no classes of a network with so many outputs."""
+        if self.targets.dtype.kind not in "iu":
+            return
+        low, high = int(self.targets.min()), int(self.targets.max())
+        if low < 0 or high >= outputs:
+            raise InputError(
+                f"data: targets of {self.source} go from {low} to {high}, and cross-entropy of {outputs} outputs takes "
+                f"classes from 0 to {outputs - 1}; change them, or give a loss of your own"
             )
 
 
@@ -159,7 +165,7 @@ def _items(data: Sequence[Any], field: str) -> Iterator[Any]:
         sample = data[number]
         if number < TRIED_TWICE and isinstance(sample, tuple | list):
             for one, other in zip(sample, data[number], strict=True):
-                if np.asarray(_plain(one)).tobytes() != np.asarray(_plain(other)).tobytes():
+                if _array(one, field).tobytes() != _array(other, field).tobytes():
                     raise InputError(
                         f"{field}: sample {number} is another one whenever it is read, so that no run could be "
                         "repeated; leave what draws at random out of the data set"

@@ -62,6 +62,9 @@ class LiveSamples(Protocol):
     def targets(self) -> np.ndarray:
         """Targets of all samples, one a row."""
 
+    def check_classes(self, outputs: int) -> None:
+        """Raise InputError for integers as targets that are no classes of a network with so many outputs."""
+
 
 class TakesSamples(Protocol):
     """Options of a network on the samples of a data set that is an object."""

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from simulate.common.errors import InputError, first_line
-from simulate.common.live_objects import is_live
+from simulate.common.live_objects import find, is_live
 from simulate.layers.convert import ConversionSpec, convert, lora, merged_state
 from simulate.layers.lora import AdapterSpec, LoraLinear, lora_layers
 from simulate.layers.per_device import (
@@ -40,8 +40,10 @@ from simulate.models.interfaces import (
     HUGGINGFACE,
     IMAGES_HINT,
     OF_SAMPLES,
+    LiveSamples,
     ReadsText,
     SeesImages,
+    TakesSamples,
     UserNetworkOptions,
 )
 from simulate.models.losses import check_loss, has_own_loss, row_losses_of
@@ -158,6 +160,9 @@ def _checked_outputs(options: UserNetworkOptions, outputs: Any, targets: Tensor)
             f"{tuple(targets.shape)} do not fit cross-entropy, which takes classes as integers of the shape without "
             "the last axis, or shares of classes; give a loss of your own by loss="
         )
+    if not has_own_loss(options):
+        data: LiveSamples = find("model.samples", cast(TakesSamples, options).samples)
+        data.check_classes(outputs.shape[-1])
     return outputs
 
 
