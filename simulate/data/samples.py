@@ -145,17 +145,17 @@ def _read(data: Any, field: str, batched: bool) -> tuple[np.ndarray, np.ndarray]
         if len(pair[0]) != len(pair[1]):
             raise InputError(f"{field}: {len(pair[0])} inputs and {len(pair[1])} targets; give one target an input")
         items, is_batches = iter([pair]), True
-    elif isinstance(data, str | bytes | dict) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+    elif isinstance(data, str | bytes | dict) or not (hasattr(data, "__iter__") or hasattr(data, "__len__")):
         raise InputError(
             f"{field} = {type(data).__name__}: a path, a data set of samples (input, target), a pair of tensors, or an "
             "iterable is needed"
         )
     elif hasattr(data, "batch_sampler"):  # a DataLoader, which says itself whether it makes batches
         items, is_batches = iter(data), data.batch_sampler is not None
-    elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        items, is_batches = _items(data, field), batched
-    else:
+    elif hasattr(data, "__iter__"):  # before numbers, which torch's IterableDataset inherits without having any
         items, is_batches = iter(data), batched
+    else:
+        items, is_batches = _items(data, field), batched
     return _joined(items, field, is_batches)
 
 
