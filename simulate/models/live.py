@@ -66,7 +66,7 @@ def register_loss(loss: Callable[[Tensor, Tensor], Tensor]) -> tuple[str, LiveLo
         raise InputError(f"loss = {loss!r}: a function of (outputs, targets) is needed")
     if isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):
         raise InputError(
-            f"loss = {type(loss).__name__}: it has parameters, which would not be trained; make them part of the network"
+            f"loss = {type(loss).__name__}: it has parameters, which would not be trained; move them into the network"
         )
     live = LiveLoss(loss)
     kind = "".join(x for x in getattr(loss, "__name__", type(loss).__name__) if x.isalnum() or x == "_")

@@ -180,13 +180,26 @@ def test_a_plan_in_which_nothing_fits_trains_nothing(here: Path) -> None:
         (lambda: ltecli.plan(set={"train.seed": {}}), "a run.toml holds numbers, texts"),
         (lambda: ltecli.plan(model=Net), "a torch.nn.Module, or a name from docs/models.md"),
         (lambda: ltecli.plan(loss=huber), "loss is for networks of your own"),
+        (lambda: ltecli.plan(model=Net(), loss=nn.Bilinear(2, 2, 1)), "it has parameters, which would not be trained"),
         (lambda: ltecli.plan(model=Net(), data=3), "data = int: a path, a data set of samples"),
         (lambda: ltecli.plan(validation=[(1, 2)]), "belong to data that is an object"),
         (lambda: ltecli.open("nowhere"), "nowhere is no run folder"),
         (lambda: ltecli.train("nowhere.toml"), "nowhere.toml"),
         (lambda: ltecli.train(processes=2), "need --launch"),
     ],
-    ids=["keyword", "count", "value", "class", "loss", "data", "validation", "folder", "file", "processes"],
+    ids=[
+        "keyword",
+        "count",
+        "value",
+        "class",
+        "loss",
+        "trained loss",
+        "data",
+        "validation",
+        "folder",
+        "file",
+        "processes",
+    ],
 )
 def test_mistakes_are_exceptions_of_one_line(call: Any, words: str, here: Path) -> None:
     with pytest.raises(ltecli.InputError) as caught:
