@@ -109,14 +109,15 @@ def new_folder(path: Path, run: Run, device_name: str = "cpu") -> RunFolder:
 
 def check_new(path: Path) -> None:
     """Raise InputError where a run folder, or anything else, has the path of a new one."""
-    if (path / RUN_FILE).is_file():
+    # Path.is_file raises an OSError for a name that is too long.
+    if os.path.isfile(path / RUN_FILE):  # noqa: PTH113
         check_absent(path, instead="add --resume to continue it, or choose another --out")
     check_absent(path, instead="it is no run folder; choose another --out")
 
 
 def check_run_folder(path: Path) -> None:
     """Raise InputError where a path is no run folder."""
-    if not (path / RUN_FILE).is_file():
+    if not os.path.isfile(path / RUN_FILE):  # noqa: PTH113
         raise InputError(
             f"{path} is no run folder (it has no {RUN_FILE}); name one that lte train made, as in runs/demo"
         )
@@ -124,7 +125,7 @@ def check_run_folder(path: Path) -> None:
 
 def resumed_folder(path: Path, given: Run | None) -> RunFolder:
     """Open a run folder to resume it; a run.toml named beside --resume is `given`, and must be equal. Raises InputError."""
-    if not (path / RUN_FILE).is_file():
+    if not os.path.isfile(path / RUN_FILE):  # noqa: PTH113
         raise InputError(f"--resume: {path} is no run folder (it has no {RUN_FILE}); start it without --resume")
     run = load_run(path / RUN_FILE)
     # Another run under the same name would go on from this one's weights.
