@@ -29,7 +29,7 @@ from ltecli.environment import set_defaults_of_libraries
 from ltecli.errors import INTERRUPTED
 from ltecli.plan_request import PlanArgs, plan_request
 from ltecli.runs.figures import RunRecord, figures, metrics, read_run
-from ltecli.runs.run_folder import check_run_folder
+from ltecli.runs.run_folder import check_run_folder, stored_shape
 from simulate.common import toml_io
 from simulate.common.errors import InputError, NothingFeasibleError, RunFailedError, near_match
 from simulate.common.events import Emit, Event
@@ -47,6 +47,7 @@ from simulate.planning.verdict import Verdict, verdict_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.text import Text
     from torch import Tensor, nn
 
     Loss = Callable[[Tensor, Tensor], Tensor]
@@ -244,7 +245,7 @@ class Plan:
         """Return the choice as the run.toml that `lte plan -o run.toml` writes; raises NothingFeasibleError."""
         if self.chosen is None:
             raise NothingFeasibleError(nearest_miss_text(self.planned))
-        return dump_run(self.chosen.run)
+        return dump_run(self.chosen.run, self.planned.profile)
 
     def train(
         self,
@@ -317,7 +318,7 @@ class Run:
     @property
     def config(self) -> RunConfig:
         """The run.toml, validated."""
-        return load_run(self.path / RUN_FILE)
+        return load_run(self.path / RUN_FILE, stored_shape(self.path))
 
     @property
     def events(self) -> list[Event]:
@@ -413,7 +414,7 @@ class _ApiOutput(Output):
     def __init__(self, quiet: bool) -> None:
         super().__init__(quiet=quiet)
 
-    def text(self, text: str) -> None:
+    def text(self, text: str | Text) -> None:
         """Print nothing: the caller gets the result."""
 
     def warning(self, text: str) -> None:

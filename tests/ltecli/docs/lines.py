@@ -66,7 +66,7 @@ def block_lines(page: Path) -> Iterator[Line]:
     pending: str | None = None
     for number, text in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
         if found := _MARK.fullmatch(text.strip()):
-            pending = found[1]
+            pending, was_block = found[1], False
             continue
         is_fence = text.lstrip().startswith("```")
         is_fenced ^= is_fence
