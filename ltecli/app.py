@@ -18,6 +18,7 @@ import typer
 import typer.core
 
 from ltecli import completion
+from ltecli.environment import set_defaults_of_libraries
 from ltecli.errors import (
     BAD_INPUT,
     StdoutError,
@@ -704,13 +705,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    # Set before anything imports torch, as a plan of a user's own network does, too. Kineto logs every trace.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # Pydantic's search for plugins reads the metadata of every installed package.
-    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    # Threads that spin while they wait are tens of times slower beside other work on the same cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    set_defaults_of_libraries()
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         Path.cwd()

@@ -86,7 +86,7 @@ def report_command(paths: list[Path], as_json: bool, to_write: ReportFiles = Rep
         report_sweep(sweep, output)
     elif len(records) == 1:
         output.json(documents[0])
-        _show_one(records[0], documents[0], output)
+        show_one(records[0], documents[0], output)
     else:
         groups = group_runs(differences([record.run for record in records]), records, documents)
         output.json(
@@ -102,7 +102,8 @@ def report_command(paths: list[Path], as_json: bool, to_write: ReportFiles = Rep
             output.hint(f"wrote {path}")
 
 
-def _show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None:
+def show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None:
+    """Print the figures of one run."""
     run = record.run
     output.heading(
         f"{record.path}: {describe(run)} on {run.cluster.devices} x {record.plan['profile']}, "

@@ -56,11 +56,12 @@ def eval_command(path: Path, data: str, as_json: bool) -> int:
     """Print loss, and perplexity or accuracy, on other data; raises InputError where it does not fit the network."""
     import torch
 
-    from simulate.layers.cross_entropy import row_losses
+    from simulate.models.losses import row_losses_of
 
     run, checkpoint = newest_checkpoint(path)
     batches, samples = _scored_batches(run, data, kept_tokenizer(path), data_of(checkpoint))
     step, network = _network(run, checkpoint)
+    row_losses = row_losses_of(run.model)
     names, sums, count = ("loss", *batches.score_names), [0.0] * (1 + len(batches.score_names)), 0
     with torch.no_grad():
         for inputs, targets in batches.validation(samples, SAMPLES_AT_ONCE):
@@ -85,6 +86,11 @@ def _scored_batches(run: Run, data: str, tokenizer: Path | None, fingerprint: st
     """
     from simulate.data.batches import TextBatches, build_batches
 
+    if "data.name" in run.live_keys:
+        raise InputError(
+            f"{run.model.name} was trained on {run.data.name} of Python; score it there, with the "
+            "weights of run.state_dict()"
+        )
     # One device and no shards, since the data is not divided to be scored.
     table = run.model_dump(exclude_none=True)
     keys = {"path": data, "tokenizer": run.data.tokenizer} if run.model.unit == "tokens" else {"path": data}
@@ -96,6 +102,7 @@ def _scored_batches(run: Run, data: str, tokenizer: Path | None, fingerprint: st
         return TextBatches(whole, context, SAMPLES_AT_ONCE, 1, run.train.seed), len(whole.tokens) // (context + 1)
     trained = load_data(run)
     assert isinstance(trained, Images)
+    assert isinstance(dataset, Images)
     if trained.fingerprint != fingerprint:
         raise InputError(
             f"{run.data.path or run.data.name} is not what it was in training, and the network knows pixels as its own "

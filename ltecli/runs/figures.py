@@ -21,6 +21,8 @@ from simulate.config.run import Run, load_run
 from simulate.costs.message_schedule import sent_bytes
 
 REPORT_VERSION = 1
+METRICS = ("step", "train_loss", "learning_rate", "samples", "tokens", "sent_bytes", "simulated_s", "wall_s")
+"""Figures of a step event that are a row of a run's metrics."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,20 @@ def read_run(path: Path, on_skip: Callable[[str], None] | None = None) -> RunRec
         raise InputError(f"{path} has no {EVENTS_FILE}: it never took a step; start it with lte train {path} --resume")
     events = tuple(read_events(path / EVENTS_FILE, on_skip))
     return RunRecord(path, load_run(path / RUN_FILE, stored_shape(path)), read_plan(path), events)
+
+
+def metrics(record: RunRecord) -> list[dict[str, Any]]:
+    """Return a row for each logged step: its figures, and those of an evaluation after it, else None."""
+    evaluations = {event["step"]: event for event in record.events if event["kind"] == "evaluate"}
+    scores = sorted({key for event in evaluations.values() for key in event if key.startswith("val_")})
+    return [
+        {
+            **{key: event[key] for key in METRICS},
+            **{score: evaluations.get(event["step"], {}).get(score) for score in scores},
+        }
+        for event in record.events
+        if event["kind"] == "step"
+    ]
 
 
 def figures(record: RunRecord) -> dict[str, Any]:
@@ -128,6 +144,8 @@ def _worse_than_guessing(record: RunRecord, step: Event | None, evaluation: Even
     """Return a sentence where a finished run ended with a loss above that of equal chances for all outputs."""
     run = record.run
     if step is None or step["step"] < run.train.steps:  # a network starts above it
+        return None
+    if getattr(run.model, "loss", None) is not None:  # guessing has no known value of a user's loss
         return None
     outputs = run.model.shape().outputs
     guessing = math.log(outputs)

@@ -289,7 +289,10 @@ def _check_disk(path: Path, run: Run) -> None:
 
 @contextmanager
 def interrupted_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM interrupt as Ctrl-C does, so that a run which is told to end cleans up."""
+    """Let SIGTERM interrupt as Ctrl-C does, so that a run which is told to end cleans up; in the main thread alone."""
+    if not _handles_signals():
+        yield
+        return
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -298,19 +301,24 @@ def interrupted_by_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def stop_on_signal(answer: Callable[[], None], leave: Callable[[], None]) -> Iterator[list[bool]]:
-    """Turn the first Ctrl-C or SIGTERM into an entry of the yielded list; the second one interrupts at once.
+def stop_on_signal(answer: Callable[[], None], leave: Callable[[], None], stops: list[bool]) -> Iterator[list[bool]]:
+    """Turn the first Ctrl-C or SIGTERM into an entry of `stops`, which is yielded; the second one interrupts at once.
 
     `answer` is called at the first signal, in another thread: Python runs handlers between its own instructions, and a
     large step is minutes in one of them. `leave` is called there at the second one where such a step goes on, and is
-    to end the process.
+    to end the process. Outside the main thread nothing is handled: Python passes signals to that thread alone.
     """
-    stops: list[bool] = []
+    if not _handles_signals():
+        yield stops
+        return
+    signals = 0
     interrupted = threading.Event()
 
     def handle(signum: int, frame: object) -> None:
+        nonlocal signals
+        signals += 1
         stops.append(True)
-        if len(stops) == 2:  # a third one must not interrupt the clean-up
+        if signals == 2:  # a third one must not interrupt the clean-up
             interrupted.set()
             raise KeyboardInterrupt
 
@@ -332,6 +340,10 @@ def stop_on_signal(answer: Callable[[], None], leave: Callable[[], None]) -> Ite
         listener.join()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _handles_signals() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _answer_signals(

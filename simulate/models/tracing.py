@@ -8,6 +8,7 @@ memory are observed. The same runs check that copies of its parameters keep devi
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,8 +23,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from simulate.common.errors import InputError, first_line
+from simulate.common.live_objects import find, is_live
 from simulate.layers.convert import ConversionSpec, convert, lora, merged_state
-from simulate.layers.cross_entropy import row_losses, token_losses
 from simulate.layers.lora import AdapterSpec, LoraLinear, lora_layers
 from simulate.layers.per_device import (
     ReplicatedConv2d,
@@ -34,7 +35,17 @@ from simulate.layers.per_device import (
     ReplicatedRmsNorm,
 )
 from simulate.models.fake_batch import example_batch
-from simulate.models.interfaces import HUGGINGFACE, IMAGES_HINT, ReadsText, SeesImages, UserNetworkOptions
+from simulate.models.interfaces import (
+    HUGGINGFACE,
+    IMAGES_HINT,
+    OF_SAMPLES,
+    LiveSamples,
+    ReadsText,
+    SeesImages,
+    TakesSamples,
+    UserNetworkOptions,
+)
+from simulate.models.losses import check_loss, has_own_loss, row_losses_of
 from simulate.models.peak_memory import cpu_peak_bytes
 from simulate.models.repeatable import PERTURBATION, check_history, check_passes, check_start_weights, seeded
 from simulate.models.shapes import ActivationTrace, Kind, LinearShape, ModelShape, ParameterShape
@@ -109,8 +120,8 @@ def _named_errors(options: UserNetworkOptions, what: str, advice: str = "") -> I
 
 def _run(options: UserNetworkOptions, network: nn.Module, samples: int, what: str = "the network") -> Tensor:
     """Return the outputs for synthetic samples; raises InputError if the network fails or gives another shape."""
-    inputs, _ = example_batch(options, samples)
-    kind = "tokens" if options.unit == "tokens" else "images"
+    inputs, targets = example_batch(options, samples)
+    kind = "samples" if options.family == OF_SAMPLES else "tokens" if options.unit == "tokens" else "images"
     advice = f"; its forward gets {kind} alone, and returns logits"
     if options.family == HUGGINGFACE:
         advice = "; change model.context, or the keys of the configuration that do not fit together"
@@ -120,6 +131,8 @@ def _run(options: UserNetworkOptions, network: nn.Module, samples: int, what: st
         advice = COPIES_ADVICE
     with _named_errors(options, f"{what}, on {kind} {tuple(inputs.shape)},", advice), torch.no_grad():
         outputs = network(inputs)
+    if options.family == OF_SAMPLES:
+        return _checked_outputs(options, outputs, targets)
     expected = _output_shape(options, samples)
     if not isinstance(outputs, Tensor):
         raise InputError(
@@ -134,6 +147,31 @@ def _run(options: UserNetworkOptions, network: nn.Module, samples: int, what: st
             + ("" if options.unit == "samples" else ", or model.classes for a network of images")
         )
     return outputs
+
+
+def _checked_outputs(options: UserNetworkOptions, outputs: Any, targets: Tensor) -> Tensor:
+    """Return the outputs for samples of any shape; raises InputError where they or the targets do not fit the loss."""
+    if not isinstance(outputs, Tensor) or not outputs.ndim or len(outputs) != len(targets):
+        given = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise InputError(
+            f"model.name = {options.name!r}: {len(targets)} samples gave {given} where one tensor with a row for each "
+            "is needed; return that from forward"
+        )
+    fits = tuple(targets.shape) == tuple(outputs.shape if targets.is_floating_point() else outputs.shape[:-1])
+    if not (fits or has_own_loss(options)):
+        raise InputError(
+            f"model.name = {options.name!r}: outputs {tuple(outputs.shape)} and {_type_text(targets)} targets "
+            f"{tuple(targets.shape)} do not fit cross-entropy, which takes classes as integers of the shape without "
+            "the last axis, or shares of classes; give a loss of your own by loss="
+        )
+    if not has_own_loss(options):
+        data: LiveSamples = find("model.samples", cast(TakesSamples, options).samples)
+        data.check_classes(outputs.shape[-1])
+    return outputs
+
+
+def _type_text(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def check_double_precision(options: UserNetworkOptions, network: nn.Module) -> None:
@@ -163,6 +201,10 @@ def _findings(options: UserNetworkOptions) -> _Findings:
         network = call_factory(options).eval()
         findings = _Findings(_output_layer(options, network), _shared_arguments(options, network))
         check_passes(options.name, network, lambda: _run(options, network, PASSED_SAMPLES))
+        if has_own_loss(options):
+            inputs, targets = example_batch(options, PASSED_SAMPLES)
+            with _named_errors(options, "the network"):
+                check_loss(options, network.train()(inputs), targets)
         with seeded(0):
             fresh = call_factory(options)
         check_history(options.name, network, fresh, lambda one: _run(options, one, PASSED_SAMPLES))
@@ -176,13 +218,14 @@ def _unused_parameters(options: UserNetworkOptions, network: nn.Module) -> tuple
     """Return the parameters that get no gradient from training passes over random samples."""
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
     unused = tuple(trained)
-    for _ in range(PASSES):  # further ones for parts that only some samples pass through
-        inputs, targets = example_batch(options, PASSED_SAMPLES)
-        random = (
-            torch.randint_like(inputs, int(inputs.max()) + 1) if options.unit == "tokens" else torch.randn_like(inputs)
-        )
+    for number in range(PASSES):  # further ones for parts that only some samples pass through
+        inputs, targets = example_batch(options, PASSED_SAMPLES, number * PASSED_SAMPLES)
+        if options.unit == "tokens":
+            inputs = torch.randint_like(inputs, int(inputs.max()) + 1)
+        elif options.family != OF_SAMPLES:  # whose batches differ by themselves
+            inputs = torch.randn_like(inputs)
         with _named_errors(options, "its backward pass"):
-            token_losses(network.train()(random).flatten(0, -2), targets.reshape(-1)).mean().backward()
+            row_losses_of(options)(network.train()(inputs), targets).mean().backward()
         unused = tuple(name for name, parameter in trained.items() if parameter.grad is None)
         if not unused:
             break
@@ -309,6 +352,7 @@ def traced_shape(options: UserNetworkOptions) -> ModelShape:
             LinearShape(layer.name, layer.weight.shape[0], layer.weight.shape[1], 1, rows)
             for layer, rows in zip(layers, _rows(options, adapted, layers), strict=True)
         )
+        sample, outputs = example_batch(options, 1)[0], _outputs_of_sample(options, plain)
         forward_flops = _forward_flops(options, plain)
         adapted_flops = sum(2 * x.weights * x.rows for x in linears)
         return ModelShape(
@@ -320,11 +364,11 @@ def traced_shape(options: UserNetworkOptions) -> ModelShape:
             tokens=options.units_per_sample,
             # A user's network has no one width; the largest input of an adapted layer stands for it.
             width=max(x.in_features for x in linears),
-            outputs=_output_shape(options, 1)[-1],
-            predictions=options.units_per_sample,
+            outputs=outputs[-1],
+            predictions=math.prod(outputs[:-1]),
             mixing_flops=max(0, forward_flops - adapted_flops),
             outer_flops=0,
-            inputs=0 if options.unit == "tokens" else example_batch(options, 1)[0].numel(),
+            inputs=sample.numel() if sample.is_floating_point() else 0,
             notes=tuple(_notes(options, plain, adapted)),
             fixed_parameters=sum(p.numel() for p in plain.parameters() if not p.requires_grad),
             dense_trace=_activations(options, convert(copy.deepcopy(plain), 1)),
@@ -334,8 +378,21 @@ def traced_shape(options: UserNetworkOptions) -> ModelShape:
         )
 
 
+def _outputs_of_sample(options: UserNetworkOptions, plain: nn.Module) -> tuple[int, ...]:
+    """Return the shape of one sample's outputs, (predictions ..., classes)."""
+    if options.family == OF_SAMPLES:
+        return tuple(_run(options, plain.eval(), 1).shape[1:]) or (1,)
+    return _output_shape(options, 1)[1:]
+
+
 def _notes(options: UserNetworkOptions, plain: nn.Module, adapted: nn.Module) -> Iterator[str]:
-    yield f"{options.name} was imported and run to plan this; its activations are measured on this machine's CPU"
+    if is_live(options.name):
+        yield (
+            f"{options.name}: the run starts from the weights that the network had when it was given, whatever "
+            "train.seed is; the seed draws shards, batches and adapters. The network itself stays as it is"
+        )
+    found = "run" if is_live(options.name) else "imported and run"
+    yield f"{options.name} was {found} to plan this; its activations are measured on this machine's CPU"
     if options.family == HUGGINGFACE:
         yield f"{options.name} is built without dropout"
     frozen = [name for name, p in plain.named_parameters() if not p.requires_grad]
@@ -416,14 +473,15 @@ def _activations(options: UserNetworkOptions, network: nn.Module, backward: bool
 
 def _peak_bytes(options: UserNetworkOptions, network: nn.Module, samples: int, backward: bool) -> int:
     inputs, targets = example_batch(options, samples)
+    losses = row_losses_of(options)
 
     def program() -> None:
         # In one expression: a local variable would keep its tensor longer than training does.
         if backward:
-            token_losses(network(inputs.clone()).flatten(0, -2), targets.reshape(-1)).mean().backward()
+            losses(network(inputs.clone()), targets).mean().backward()
         else:
             with torch.no_grad():
-                row_losses(network(inputs.clone()), targets)
+                losses(network(inputs.clone()), targets)
 
     with _named_errors(options, "the backward pass with layers of devices' own"):
         peak = cpu_peak_bytes(program)
