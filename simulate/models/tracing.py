@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from simulate.common.errors import InputError, first_line
-from simulate.layers.convert import ConversionSpec, convert, lora, merged_state
+from simulate.layers.convert import ConversionSpec, convert, lora, merged_state, runs_whole
 from simulate.layers.cross_entropy import row_losses, token_losses
 from simulate.layers.lora import AdapterSpec, LoraLinear, lora_layers
 from simulate.layers.per_device import (
@@ -68,11 +68,13 @@ class _Findings:
     index of positions, a table."""
     unused: tuple[str, ...] = ()
     """Names of parameters that the loss does not depend on."""
+    whole: str | None = None
+    """Why all of the network runs copy by copy; None where only modules of other kinds do."""
 
     def mark(self, network: nn.Module) -> nn.Module:
         """Return the network with the marks; what nothing depends on is frozen, as plain training leaves it, too."""
         network.trained_whole, network.unbatched = self.trained_whole, self.unbatched  # type: ignore[assignment]
-        network.unused = self.unused  # type: ignore[assignment]
+        network.unused, network.whole = self.unused, self.whole is not None  # type: ignore[assignment]
         for name in self.unused:
             network.get_parameter(name).requires_grad_(False)
         return network
@@ -115,7 +117,7 @@ def _run(options: UserNetworkOptions, network: nn.Module, samples: int, what: st
     inputs, _ = example_batch(options, samples)
     kind, advice = "images", ""
     if options.unit == "tokens":
-        kind, advice = "tokens", f"; {IMAGES_HINT}"
+        kind, advice = "tokens", "" if options.family == HUGGINGFACE else f"; {IMAGES_HINT}"
     if what != "the network":
         advice = "; call layers instead of reading their weights"
     with _named_errors(options, f"{what}, on {kind} {tuple(inputs.shape)},", advice), torch.no_grad():
@@ -147,8 +149,28 @@ def _findings(options: UserNetworkOptions) -> _Findings:
         findings = _Findings(_output_layer(options, network), _shared_arguments(options, network))
         check_passes(options.name, network, lambda: _run(options, network, PASSED_SAMPLES))
         findings = replace(findings, unused=_unused_parameters(options, network))
-        _check_copies(options, findings.mark(network.eval()))
+        plain = _copied(options, findings.mark(network.eval()))
+        try:
+            _check_copies(options, plain, network)
+        except InputError as error:
+            # It reads layers' weights, calls other functions of theirs than forward, or sorts samples: one copy after
+            # the other it may still compute what each copy alone does.
+            findings = replace(findings, whole=str(error))
+            try:
+                _check_samples(options, network)
+                _check_copies(options, findings.mark(_copied(options, network)), network)
+            except InputError:
+                raise error from None
     return findings
+
+
+def _check_samples(options: UserNetworkOptions, network: nn.Module) -> None:
+    """Raise InputError if a sample's outputs depend on the samples beside it."""
+    inputs, _ = example_batch(options, COPIES * SAMPLES_OF_COPY)
+    with _named_errors(options, "single samples"), torch.no_grad():
+        together, alone = network(inputs), torch.cat([network(sample) for sample in inputs.split(1)])
+    if not torch.allclose(together, alone, rtol=TOLERANCE, atol=TOLERANCE * float(alone.abs().max())):
+        raise InputError(f"model.name = {options.name!r}: samples mix")
 
 
 def _unused_parameters(options: UserNetworkOptions, network: nn.Module) -> tuple[str, ...]:
@@ -231,9 +253,9 @@ def _argument_rows(
     return rows
 
 
-def _check_copies(options: UserNetworkOptions, network: nn.Module) -> None:
+def _check_copies(options: UserNetworkOptions, plain: nn.Module, network: nn.Module) -> None:
     """Raise InputError if copies of the network side by side compute something else than each copy alone."""
-    converted = convert(_copied(options, network), COPIES).eval()
+    converted = convert(plain, COPIES).eval()
     with torch.no_grad():
         # Equal copies would hide samples that reach another device's copy.
         for parameter in converted.parameters():
@@ -270,7 +292,8 @@ def traced_shape(options: UserNetworkOptions) -> ModelShape:
         layers = lora_layers(adapted)
         if not layers:
             raise InputError(
-                f"model.name = {options.name!r}: the network has no linear layer that adapters could serve"
+                f"model.name = {options.name!r}: the network has no linear layer that adapters could serve, without which "
+                "methods cannot be compared; build one of its products from an nn.Linear before the output layer"
             )
         linears = tuple(
             LinearShape(layer.name, layer.weight.shape[0], layer.weight.shape[1], 1, rows)
@@ -305,6 +328,11 @@ def _notes(options: UserNetworkOptions, plain: nn.Module, adapted: nn.Module) ->
     yield f"{options.name} was imported and run to plan this; its activations are measured on this machine's CPU"
     if options.family == HUGGINGFACE:
         yield f"{options.name} is built without dropout"
+    if runs_whole(plain):
+        reason = _findings(options).whole
+        yield "all of the network runs copy by copy, which takes longer where devices are simulated: " + (
+            "it owns parameters itself" if reason is None else f"otherwise, {reason.partition(': ')[2]}"
+        )
     frozen = [name for name, p in plain.named_parameters() if not p.requires_grad]
     if frozen:
         yield f"not trained (frozen, or the loss does not depend on it): {_first_names(frozen)}"
@@ -313,7 +341,9 @@ def _notes(options: UserNetworkOptions, plain: nn.Module, adapted: nn.Module) ->
     for name, module in adapted.named_modules():
         kind = plain_kinds.get(name, "projection of attention")  # the one kind that the plain network has no module for
         if isinstance(module, ReplicatedModule):
-            kinds[f"{kind}, copy by copy"].append(name)
+            kinds[f"{kind}, copy by copy" + (", but for its linear layers" if module.adapters else "")].append(
+                name or "the network"
+            )
         elif isinstance(module, ReplicatedLinear | ReplicatedConv2d):
             kinds[kind].append(name)
     if kinds:

@@ -28,7 +28,7 @@ from simulate.methods.stepper import learning_rate_factor
 from simulate.models.repeatable import seeded
 from tests import tiny
 from tests.selection import others_slow
-from tests.zoo import REFUSED, TRAINED, Net
+from tests.zoo import AT_THE_ROOT, REFUSED, TRAINED, Net
 
 STEPS, CONTEXT, TOLERANCE = 4, 6, 1e-9
 METHODS = [*METHOD_NAMES, "ddp, int8"]
@@ -37,7 +37,7 @@ MIXED = (
     "frozen weight,unused,experts,table,weight norm without bias,in place after norms,own parameters,tied,convolution"
 )
 """Parts of one network, for what is tried with every method."""
-QUICK = [MIXED, "subclass", "hooked", "frozen bias", "masked", "encoder", "numpy's draws"]
+QUICK = [MIXED, "subclass", "hooked", "frozen bias", "masked", "encoder", "numpy's draws", "block", AT_THE_ROOT]
 
 
 def run_of(parts: str, method: str = "ddp", devices: int = 1, **train: Any) -> Run:

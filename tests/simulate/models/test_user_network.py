@@ -201,7 +201,6 @@ def test_a_module_with_several_inputs_runs_copy_by_copy() -> None:
         ({"name": "tests.networks:normalised_by_batch", **IMAGES}, ("1 is a BatchNorm2d", "use LayerNorm")),
         ({"name": "tests.networks:forgetful", **IMAGES}, ("1 (Dropout) drops activations", "dropout 0")),
         ({"name": "tests.networks:Mixing", **IMAGES}, ("something else than each copy alone", "dimension 0")),
-        ({"name": "tests.networks:Bare", **IMAGES}, ("Bare owns parameters itself",)),
         ({"name": "tests.networks:without_layers", **IMAGES}, ("no linear layer that adapters could serve",)),
         ({"name": "tests.networks:Encoder", "vocab": 256, "context": 16, "width": [3]}, ("width = [3]", "numbers")),
     ],
