@@ -143,7 +143,7 @@ def nearest_miss_text(plan: Plan) -> str:
 
 
 def _show(plan: Plan, output: Output, top: int) -> None:
-    shape, base = plan.base.model.shape(), plan.base
+    shape, base = plan.base.shape(), plan.base
     output.heading(
         f"{shape.name}: {shape.all_parameters:,} parameters ({shape.adapted_parameters:,} adapted), "
         f"{plan.tokens:,} {base.model.unit} on {base.cluster.devices} x {plan.profile.name}"

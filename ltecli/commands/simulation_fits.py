@@ -37,7 +37,7 @@ def check_simulation_fits(run: Run, device: torch.device, is_tiny: bool) -> None
     """Raise InputError where this machine cannot hold all devices of a run in one process."""
     on_gpu = device.type != "cpu"
     room = _rooms(device)
-    shape = run.model.shape()
+    shape = run.shape()
     short = _short(run, shape, room)
     if short is None:
         return

@@ -182,7 +182,7 @@ def _check_disk(path: Path, run: Run) -> None:
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"--out {path}: {parent} is not a writable folder; choose another")
-    needed = CHECKPOINTS_AT_ONCE * checkpoint_bytes(run, run.model.shape(), run.cluster.devices, in_a_round=True)
+    needed = CHECKPOINTS_AT_ONCE * checkpoint_bytes(run, run.shape(), run.cluster.devices, in_a_round=True)
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise InputError(
@@ -190,7 +190,7 @@ def _check_disk(path: Path, run: Run) -> None:
             "make room, or choose another folder"
         )
     # A launch has more processes on this machine; each asks for its own room when it starts.
-    needed, folder = mapped_file_bytes(run, run.model.shape()), temporary_folder()
+    needed, folder = mapped_file_bytes(run, run.shape()), temporary_folder()
     if needed and folder.is_dir() and needed > (free := shutil.disk_usage(folder).free):
         raise InputError(
             f"{TEMPORARY_VARIABLE}: temporary files need {bytes_text(needed)} and {folder} has {bytes_text(free)} free; "

@@ -25,6 +25,7 @@ from simulate.models.families.gpt import GptModel
 from simulate.models.families.table import Model, check_name, family_of, sees_images
 from simulate.models.interfaces import HUGGINGFACE, IMAGES_HINT
 from simulate.models.schema import FactoryModel
+from simulate.models.shapes import ModelShape
 
 
 def _with_default_data(given: Any) -> Any:
@@ -111,6 +112,10 @@ class Run(toml_io.Schema):
     def heads(self) -> int:
         """Low-rank pairs of a layer over all devices, each counted once (0 for dense methods)."""
         return self.method.num_heads(self.cluster.devices)
+
+    def shape(self) -> ModelShape:
+        """Return the network's counts, with the layers that the method adapts."""
+        return self.method.shape_of(self.model)
 
     @property
     def samples_per_step(self) -> int:

@@ -205,6 +205,11 @@ class _Converter:
         for module in self.model.modules():
             for parameter in module.parameters(recurse=False):
                 self.owners[id(parameter)] = self.owners.get(id(parameter), 0) + 1
+        # By id, since a layer may be part of a module that runs copy by copy, too.
+        linear = (
+            [module for module in self.model.modules() if is_linear(module)] if self.spec.biases == "frozen" else []
+        )
+        self.frozen_biases = {id(module.bias) for module in linear}
         # One that modules share of which some run copy by copy counts as tied: these have biases of their own.
         units: dict[int, set[int]] = {}
         for _, unit in [("", self.model)] if runs_whole(self.model) else _parametric(self.model):
@@ -225,7 +230,7 @@ class _Converter:
 
     def _replacement(self, name: str, module: nn.Module) -> nn.Module:
         if _is_supported(module):
-            if _is_linear(module):
+            if is_linear(module):
                 return self._linear(name, module)
             if isinstance(module, nn.Embedding):
                 batch = self.batch if 0 in self.unbatched.get(name, ()) else None
@@ -246,7 +251,7 @@ class _Converter:
         inside = list(module.named_modules(remove_duplicate=False))[1:] if self.spec.make_adapter else []
         for path, layer in inside:
             # A ReplicatedModule has its own parameters in "stacked".
-            if _is_linear(layer) and _is_supported(layer) and path.partition(".")[0] != "stacked":
+            if is_linear(layer) and _is_supported(layer) and path.partition(".")[0] != "stacked":
                 key, full_name = id(layer), _join(name, path)
                 if key not in self.layers and full_name not in self.trained_whole and self._adapts(layer):
                     self.layers[key] = self._adapter(full_name, layer, None)
@@ -258,8 +263,6 @@ class _Converter:
                 parent, _, attribute = path.rpartition(".")
                 setattr(module.get_submodule(parent), attribute, stand_ins[id(layer)])
         tensors = {key: self._replica(parameter) for key, parameter in module.named_parameters()}
-        if self.spec.biases == "frozen":
-            tensors |= {key: tensors[key].detach()[:1] for key in (f"{p}.bias" for p in adapters) if key in tensors}
         return ReplicatedModule(module, tensors, self.unbatched.get(name, ()), self.batch, adapters)
 
     def _attention(self, name: str, module: nn.MultiheadAttention) -> nn.Module:
@@ -302,7 +305,8 @@ class _Converter:
 
     def _replica(self, parameter: Tensor) -> Tensor:
         if id(parameter) not in self.replicas:
-            self.replicas[id(parameter)] = replicate(parameter, self.copies)
+            frozen = id(parameter) in self.frozen_biases
+            self.replicas[id(parameter)] = parameter.detach()[None] if frozen else replicate(parameter, self.copies)
         return self.replicas[id(parameter)]
 
     def _affine(self, vector: Tensor) -> Tensor | VectorLora:
@@ -325,7 +329,8 @@ _LINEAR_TOO = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
 """Subclasses of nn.Linear whose own forward computes the same (x·Wᵀ, rounded before the bias is added)."""
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module computes what a linear layer, a convolution or transformers' Conv1D does."""
     kind = type(module)
     if f"{kind.__module__}.{kind.__name__}" in _LINEAR_TOO:
         return computes_as(module, kind)
@@ -335,10 +340,10 @@ def _is_linear(module: nn.Module) -> bool:
 def _is_supported(module: nn.Module) -> bool:
     """Whether the replacement written for this kind of module supports all its settings."""
     plain = any(computes_as(module, kind) for kind in (nn.Embedding, nn.LayerNorm, nn.MultiheadAttention))
-    if not (plain or _is_linear(module) or is_rms_norm(module)):
+    if not (plain or is_linear(module) or is_rms_norm(module)):
         return False
     # Copies of trained parameters beside a single frozen one: only biases of linear layers may be that.
-    if not all(p.requires_grad for key, p in module.named_parameters() if key != "bias" or not _is_linear(module)):
+    if not all(p.requires_grad for key, p in module.named_parameters() if key != "bias" or not is_linear(module)):
         return False
     if isinstance(module, nn.Conv2d):
         return module.padding_mode == "zeros"

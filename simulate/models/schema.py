@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, cast
 from pydantic import ConfigDict, Field, model_validator
 
 from simulate.common import toml_io
+from simulate.layers.formats import Convolutions
 from simulate.models.interfaces import HUGGINGFACE, ReadsText, Unit
 from simulate.models.shapes import ModelShape
 
@@ -157,10 +158,10 @@ class FactoryModel(ModelOptions):
         """Return everything that may be passed to the factory."""
         return {key: value for key, value in self.model_dump().items() if key != "name"}
 
-    def shape(self) -> ModelShape:
+    def shape(self, convolutions: Convolutions = "lora") -> ModelShape:
         from simulate.models.tracing import traced_shape  # imports torch, and later the user's module
 
-        return traced_shape(self)
+        return traced_shape(self, convolutions)
 
 
 class FactoryTextModel(FactoryModel, Reads):

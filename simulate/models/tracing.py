@@ -23,8 +23,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from simulate.common.errors import InputError, first_line
-from simulate.layers.convert import ConversionSpec, convert, lora, merged_state, runs_whole
+from simulate.layers.convert import ConversionSpec, convert, is_linear, lora, merged_state, runs_whole
 from simulate.layers.cross_entropy import row_losses, token_losses
+from simulate.layers.formats import Convolutions
 from simulate.layers.lora import AdapterSpec, LoraLinear, lora_layers
 from simulate.layers.per_device import (
     ReplicatedConv2d,
@@ -284,16 +285,25 @@ def _copied(options: UserNetworkOptions, network: nn.Module) -> nn.Module:
 
 
 @lru_cache(maxsize=16)
-def traced_shape(options: UserNetworkOptions) -> ModelShape:
+def traced_shape(options: UserNetworkOptions, convolutions: Convolutions = "lora") -> ModelShape:
     """Return a network's counts and measured activations. Equal options give the same object."""
     with seeded(0):
         plain = build_traced(options)
-        adapted = convert(copy.deepcopy(plain), 1, ConversionSpec(lora(_ONE_PAIR, 1)))
+
+        def with_pairs(spec: AdapterSpec, convolutions: Convolutions = convolutions) -> nn.Module:
+            return convert(copy.deepcopy(plain), 1, ConversionSpec(lora(spec, 1), convolutions=convolutions))
+
+        adapted = with_pairs(_ONE_PAIR)
         layers = lora_layers(adapted)
+        if not layers and convolutions == "average" and lora_layers(with_pairs(_ONE_PAIR, "lora")):
+            raise InputError(
+                f"method.convolutions = 'average' leaves {options.name} without a layer that adapters could serve; "
+                "try --set method.convolutions=lora"
+            )
         if not layers:
             raise InputError(
-                f"model.name = {options.name!r}: the network has no linear layer that adapters could serve, without which "
-                "methods cannot be compared; build one of its products from an nn.Linear before the output layer"
+                f"model.name = {options.name!r}: the network has no linear layer that adapters could serve, without "
+                "which methods cannot be compared; build one of its products from an nn.Linear before the output layer"
             )
         linears = tuple(
             LinearShape(layer.name, layer.weight.shape[0], layer.weight.shape[1], 1, rows)
@@ -319,7 +329,7 @@ def traced_shape(options: UserNetworkOptions) -> ModelShape:
             fixed_parameters=sum(p.numel() for p in plain.parameters() if not p.requires_grad),
             dense_trace=_activations(options, convert(copy.deepcopy(plain), 1)),
             adapted_trace=_activations(options, adapted),
-            frozen_a_trace=_activations(options, convert(copy.deepcopy(plain), 1, ConversionSpec(lora(_ONE_B, 1)))),
+            frozen_a_trace=_activations(options, with_pairs(_ONE_B)),
             forward_trace=_activations(options, plain, backward=False),
         )
 
@@ -380,17 +390,14 @@ def _forward_flops(options: UserNetworkOptions, plain: nn.Module) -> int:
 
 def _tensors(plain: nn.Module, adapted: nn.Module) -> Iterator[ParameterShape]:
     """Yield the plain network's trained parameters in its order, each with its kind in the adapted network."""
-    kinds: dict[str, Kind] = {}
+    kinds: dict[str, Kind] = {f"{name}.bias": "bias" for name, module in plain.named_modules() if is_linear(module)}
     for name, module in adapted.named_modules():
         if isinstance(module, LoraLinear):
             kinds[f"{name}.weight"] = "adapted"
-            kinds[f"{name}.bias"] = "bias"
         elif isinstance(module, ReplicatedEmbedding):
             kinds[f"{name}.weight"] = "embedding"
         elif isinstance(module, ReplicatedLayerNorm | ReplicatedRmsNorm):
             kinds[f"{name}.weight"] = kinds[f"{name}.bias"] = "norm"
-        elif isinstance(module, ReplicatedLinear | ReplicatedConv2d):
-            kinds[f"{name}.bias"] = "bias"
         # Attention's input projection is a layer of its own here, and two parameters of the module in the plain
         # network.
         if hasattr(module, "plain_names"):

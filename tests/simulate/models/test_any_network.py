@@ -31,7 +31,7 @@ from tests.selection import others_slow
 from tests.zoo import AT_THE_ROOT, REFUSED, TRAINED, Net
 
 STEPS, CONTEXT, TOLERANCE = 4, 6, 1e-9
-METHODS = [*METHOD_NAMES, "ddp, int8"]
+METHODS = [*METHOD_NAMES, "ddp, int8", "lte, convolutions averaged", "lte, convolutions averaged, frozen biases"]
 ADAPTERS = ("lte", "lora", "relora", "mhlora", "adamix")
 MIXED = (
     "frozen weight,unused,experts,table,weight norm without bias,in place after norms,own parameters,tied,convolution"
@@ -41,10 +41,13 @@ QUICK = [MIXED, "subclass", "hooked", "frozen bias", "masked", "encoder", "numpy
 
 
 def run_of(parts: str, method: str = "ddp", devices: int = 1, **train: Any) -> Run:
-    keys = {key: value for key, value in tiny.VARIANTS[method].items() if key != "merge_every"}
-    if method in ADAPTERS:
+    keys = {**tiny.VARIANTS[method.partition(", conv")[0]]}
+    if "averaged" in method:
+        keys |= {"convolutions": "average", "biases": "frozen" if "frozen" in method else "average"}
+        keys["fragments"] = 2 if "block" in parts else 1  # which has several adapted layers
+    if keys["name"] in ADAPTERS:
         keys["rank"] = 2
-    if "merge_every" in tiny.VARIANTS[method]:
+    if "merge_every" in keys:
         keys["merge_every"] = 2
     if method == "daso":
         keys = {"name": "daso", "merge_every": 2, "delay_steps": 1, "devices_per_node": 1}
@@ -176,7 +179,7 @@ def test_every_method_counts_what_was_planned_exports_what_it_reports_and_resume
     start = plain_network(run).state_dict()
     history = tiny.train(engine)
     assert history.losses.isfinite().all()
-    assert engine.communicator.counter.sent_bytes == sent_bytes(run, run.model.shape(), STEPS)
+    assert engine.communicator.counter.sent_bytes == sent_bytes(run, run.shape(), STEPS)
     # Exported weights fit the plain network, and do there what the devices' network does with them.
     network = plain_network(run).eval()
     network.load_state_dict(history.weights)
@@ -187,7 +190,7 @@ def test_every_method_counts_what_was_planned_exports_what_it_reports_and_resume
     if method not in ("adamix", "sapipe", "daso"):  # routed by pairs; predicted weights; averages that still travel
         with torch.no_grad():
             torch.testing.assert_close(engine.model.eval()(inputs), network(inputs), rtol=1e-7, atol=1e-9)
-    assert len(lora_layers(engine.model)) == (len(run.model.shape().adapted) if method in ADAPTERS else 0)
+    assert len(lora_layers(engine.model)) == (len(run.shape().adapted) if run.method.name in ADAPTERS else 0)
     assert_resumes(run)
 
 
