@@ -37,8 +37,8 @@ TORCH_BYTES = 230_000_000
 COMMAND_THREADS, WORKER_THREADS = 9, 12
 """Threads of `lte train --launch` itself and of each of its processes (measured: gloo, two processes of one thread)."""
 COMMAND_FILES, FILES_OF_PROCESS = 16, 5
-"""Open files and sockets of `lte train --launch`, and how many more for each process (measured: 23, 31 and 49 for two, four
-and eight processes; each of these has fewer)."""
+"""Open files and sockets of `lte train --launch`, and how many more for each process (measured: 23, 31 and 49 for two,
+four and eight processes; each of these has fewer)."""
 LEAST_FREE_BYTES = 1_000_000_000
 """Free bytes below which a disk is worth a word; that checkpoints fit is checked for each run by itself."""
 LEAST_SHARED_BYTES = 1_000_000_000

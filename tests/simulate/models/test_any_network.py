@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -142,9 +142,24 @@ def test_the_others_are_refused_in_one_line(part: str) -> None:
     assert REFUSED[part][1] in str(refusal(part))
 
 
+COMPOSED = given(st.lists(st.sampled_from(sorted(TRAINED) * 2 + sorted(REFUSED)), min_size=2, max_size=4))
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@given(st.lists(st.sampled_from(sorted(TRAINED) * 2 + sorted(REFUSED)), min_size=2, max_size=4))
+@COMPOSED
 def test_what_is_composed_of_them_is_trained_alike_or_refused(chosen: list[str]) -> None:
+    assert_trained_alike_or_refused(chosen)
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=3)
+@COMPOSED
+def test_a_few_of_what_is_composed_of_them(chosen: list[str]) -> None:
+    assert_trained_alike_or_refused(chosen)
+
+
+def assert_trained_alike_or_refused(chosen: list[str]) -> None:
     parts = ",".join(chosen)
     if any(part in REFUSED for part in chosen):
         assert refusal(parts) is not None
