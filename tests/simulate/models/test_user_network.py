@@ -90,7 +90,9 @@ def test_the_engine_holds_what_the_shape_says(model: dict[str, Any], biases: str
 
 
 @pytest.mark.parametrize("method", [{"name": "ddp"}, {"name": "lte", "rank": 4}], ids=["ddp", "lte"])
-@pytest.mark.parametrize("model", [ENCODER, {**CONVOLUTIONAL, "image": 16}], ids=["encoder", "convolutional"])
+@pytest.mark.parametrize(
+    "model", [ENCODER, {**CONVOLUTIONAL, "image": 16}, BLOCKS], ids=["encoder", "convolutional", "blocks"]
+)
 def test_memory_is_planned_from_what_was_measured(model: dict[str, Any], method: dict[str, Any]) -> None:
     run = run_of(model, method, micro_batch=8)
     memory = peak_memory(run, run.model.shape(), load_profile("raspberry_x8").device[0])
