@@ -598,6 +598,9 @@ def sample(
 def evaluate(
     run: RunFolder,
     data: Annotated[str, typer.Option("--data", "-d", help="Text or images: a file, a folder or a .zip.")],
+    field: Annotated[
+        str | None, typer.Option(help="Field of .jsonl or Parquet that holds the text; default: the run's.")
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """Score a run's newest weights on other data.
@@ -606,7 +609,7 @@ def evaluate(
     """
     from ltecli.commands.use import eval_command
 
-    return eval_command(run, data, as_json)
+    return eval_command(run, data, field, as_json)
 
 
 @profile_app.command("list", cls=OnceCommand)

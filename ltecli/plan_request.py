@@ -113,7 +113,7 @@ def plan_request(request: PlanArgs, to_train: bool = True) -> Plan:
     if request.probe is not None:
         from simulate.planning.probe_ranks import PlanProbe
 
-        criteria = replace(criteria, probe=PlanProbe(request.probe, base.model.shape()))
+        criteria = replace(criteria, probe=PlanProbe(request.probe, base.shape()))
     return make_plan(base, profile, tokens, pins, notes, criteria)
 
 
@@ -198,7 +198,7 @@ def _base_run(table: toml_io.Table, profile: Profile) -> tuple[Run, list[str]]:
             "data.name = 'digits', enlarged to the model's pixels, stands in for your images: name them by --data"
         )
     if "learning_rate" not in table["train"]:
-        width = run.model.shape().width
+        width = run.shape().width
         rate = min(REFERENCE_RATE, REFERENCE_RATE * REFERENCE_WIDTH / width)
         table["train"]["learning_rate"] = rate
         notes.append(f"train.learning_rate = {rate:.2g} is a rule of thumb for width {width}; try two beside it")
@@ -270,7 +270,7 @@ def _tokens(request: PlanArgs, base: Run, table: toml_io.Table, batch: int | Non
         return given
     if "steps" in table["train"]:
         return base.train.steps * (batch or base.tokens_per_step)
-    shape = base.model.shape()
+    shape = base.shape()
     # Of images, a sample counts as many tokens as the network makes of it.
     tokens = TOKENS_PER_PARAMETER * shape.parameters
     return tokens if base.model.unit == "tokens" else max(1, tokens // shape.tokens)

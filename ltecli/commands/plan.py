@@ -161,7 +161,7 @@ def nearest_miss_text(plan: Plan) -> str:
 
 def show_details(plan: Plan, output: Output, top: int = SHOWN_CANDIDATES) -> None:
     """Print all figures and notes, and the `top` best candidates."""
-    shape, base = plan.base.model.shape(), plan.base
+    shape, base = plan.base.shape(), plan.base
     output.heading(
         f"{shape.name}: {shape.all_parameters:,} parameters ({shape.adapted_parameters:,} adapted), "
         f"{plan.tokens:,} {base.model.unit} on {base.cluster.devices} x {plan.profile.name}"

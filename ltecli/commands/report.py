@@ -107,7 +107,7 @@ def show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None:
     run = record.run
     output.heading(
         f"{record.path}: {describe(run)} on {run.cluster.devices} x {record.plan['profile']}, "
-        f"{run.model.name} with {run.model.shape().all_parameters:,} parameters"
+        f"{run.model.name} with {run.shape().all_parameters:,} parameters"
     )
     done, planned = figure["steps"], figure["planned_steps"]
     # A run folder does not show whether its process still runs.

@@ -109,7 +109,7 @@ def figures(record: RunRecord) -> dict[str, Any]:
         },
         "sent_bytes_per_device": {
             # Asked for the steps done, not as a share of the whole: merges do not fall evenly.
-            "planned": sent_bytes(run, run.model.shape(), steps) / run.cluster.devices,
+            "planned": sent_bytes(run, run.shape(), steps) / run.cluster.devices,
             "counted": step["sent_bytes"] / run.cluster.devices if step else None,
             "wire": _wire_bytes(record),
         },
@@ -147,7 +147,7 @@ def _worse_than_guessing(record: RunRecord, step: Event | None, evaluation: Even
         return None
     if getattr(run.model, "loss", None) is not None:  # guessing has no known value of a user's loss
         return None
-    outputs = run.model.shape().outputs
+    outputs = run.shape().outputs
     guessing = math.log(outputs)
     losses = {"validation": evaluation and evaluation["val_loss"], "training": step["train_loss"]}
     worse = [f"{name} loss {loss:.4f}" for name, loss in losses.items() if loss is not None and loss > guessing]

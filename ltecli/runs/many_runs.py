@@ -164,7 +164,7 @@ def train_all(work: Work, device_name: str, output: Output) -> Outcome:
     running: dict[str, subprocess.Popen[bytes]] = {}
     pace, stopping, told = _Pace(work), False, False
     # The loop below looks at `stops` ten times a second, so that no other thread has to answer.
-    with stop_on_signal(lambda: None, lambda: None) as stops:
+    with stop_on_signal(lambda: None, lambda: None, []) as stops:
         try:
             while waiting or running:
                 if stops and not stopping:

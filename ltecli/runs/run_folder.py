@@ -207,7 +207,7 @@ def keep_extension(folder: RunFolder) -> None:
 def _plan_with_shape(run: Run, profile: Profile) -> dict[str, Any]:
     plan = plan_of(run, profile)
     if isinstance(run.model, FactoryModel):  # a report needs no import of the network
-        plan["shape"] = shape_table(run.model.shape())
+        plan["shape"] = shape_table(run.shape())
     return plan
 
 
@@ -271,7 +271,7 @@ def _check_disk(path: Path, run: Run) -> None:
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"--out {path}: {parent} is not a writable folder; choose another")
-    needed = CHECKPOINTS_AT_ONCE * checkpoint_bytes(run, run.model.shape(), run.cluster.devices, in_a_round=True)
+    needed = CHECKPOINTS_AT_ONCE * checkpoint_bytes(run, run.shape(), run.cluster.devices, in_a_round=True)
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise InputError(
@@ -279,7 +279,7 @@ def _check_disk(path: Path, run: Run) -> None:
             "make room, or choose another folder"
         )
     # A launch has more processes on this machine; each asks for its own room when it starts.
-    needed, folder = mapped_file_bytes(run, run.model.shape()), temporary_folder()
+    needed, folder = mapped_file_bytes(run, run.shape()), temporary_folder()
     if needed and folder.is_dir() and needed > (free := shutil.disk_usage(folder).free):
         raise InputError(
             f"{TEMPORARY_VARIABLE}: temporary files need {bytes_text(needed)} and {folder} has {bytes_text(free)} "

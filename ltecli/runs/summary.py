@@ -68,7 +68,7 @@ def measured_memory_bytes(folder: RunFolder, device: torch.device) -> int:
 def report_derived(folder: RunFolder, output: Output) -> None:
     """Print what was derived before any time is spent: model, data, steps, and planned memory, bytes and time."""
     run, chosen = folder.run, folder.plan["chosen"]
-    shape = run.model.shape()
+    shape = run.shape()
     action = f"resuming {folder.path} from {folder.resume_from.name}" if folder.resume_from else f"run {folder.path}"
     output.hint(f"{action}: {describe(run)} per device; {shape.name}, {shape.all_parameters:,} parameters")
     output.hint(f"  data: {folder.data.describe()}")

@@ -130,6 +130,10 @@ class Run(toml_io.Schema):
         """Low-rank pairs of a layer over all devices, each counted once (0 for dense methods)."""
         return self.method.num_heads(self.cluster.devices)
 
+    def shape(self) -> ModelShape:
+        """Return the network's counts, with the layers that the method adapts."""
+        return self.method.shape_of(self.model)
+
     @property
     def samples_per_step(self) -> int:
         """Samples that all devices together train on in one optimizer step."""

@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, cast
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 from simulate.common import toml_io
+from simulate.layers.formats import Convolutions
 from simulate.models.interfaces import HUGGINGFACE, OF_SAMPLES, ReadsText, Unit
 from simulate.models.shapes import ModelShape
 
@@ -181,12 +182,12 @@ class FactoryModel(ModelOptions):
 
     _stored_shape: ModelShape | None = PrivateAttr(default_factory=lambda: _SHAPE_LOADED.get())
 
-    def shape(self) -> ModelShape:
+    def shape(self, convolutions: Convolutions = "lora") -> ModelShape:
         if self._stored_shape is not None:
             return self._stored_shape
         from simulate.models.tracing import traced_shape  # imports torch, and later the user's module
 
-        return traced_shape(self)
+        return traced_shape(self, convolutions)
 
 
 class FactoryTextModel(FactoryModel, Reads):

@@ -24,7 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from simulate.common.errors import InputError, first_line
 from simulate.common.live_objects import find, is_live
-from simulate.layers.convert import ConversionSpec, convert, lora, merged_state
+from simulate.layers.convert import ConversionSpec, convert, is_linear, lora, merged_state, runs_whole
+from simulate.layers.formats import Convolutions
 from simulate.layers.lora import AdapterSpec, LoraLinear, lora_layers
 from simulate.layers.per_device import (
     ReplicatedConv2d,
@@ -76,11 +77,13 @@ class _Findings:
     index of positions, a table."""
     unused: tuple[str, ...] = ()
     """Names of parameters that the loss does not depend on."""
+    whole: str | None = None
+    """Why all of the network runs copy by copy; None where only modules of other kinds do."""
 
     def mark(self, network: nn.Module) -> nn.Module:
         """Return the network with the marks; what nothing depends on is frozen, as plain training leaves it, too."""
         network.trained_whole, network.unbatched = self.trained_whole, self.unbatched  # type: ignore[assignment]
-        network.unused = self.unused  # type: ignore[assignment]
+        network.unused, network.whole = self.unused, self.whole is not None  # type: ignore[assignment]
         for name in self.unused:
             network.get_parameter(name).requires_grad_(False)
         return network
@@ -210,8 +213,28 @@ def _findings(options: UserNetworkOptions) -> _Findings:
         check_history(options.name, network, fresh, lambda one: _run(options, one, PASSED_SAMPLES))
         del fresh
         findings = replace(findings, unused=_unused_parameters(options, network))
-        _check_copies(options, findings.mark(network.eval()))
+        plain = _copied(options, findings.mark(network.eval()))
+        try:
+            _check_copies(options, plain, network)
+        except InputError as error:
+            # It reads layers' weights, calls other functions of theirs than forward, or sorts samples: one copy after
+            # the other it may still compute what each copy alone does.
+            findings = replace(findings, whole=str(error))
+            try:
+                _check_samples(options, network)
+                _check_copies(options, findings.mark(_copied(options, network)), network)
+            except InputError:
+                raise error from None
     return findings
+
+
+def _check_samples(options: UserNetworkOptions, network: nn.Module) -> None:
+    """Raise InputError if a sample's outputs depend on the samples beside it."""
+    inputs, _ = example_batch(options, COPIES * SAMPLES_OF_COPY)
+    with _named_errors(options, "single samples"), torch.no_grad():
+        together, alone = network(inputs), torch.cat([network(sample) for sample in inputs.split(1)])
+    if not torch.allclose(together, alone, rtol=TOLERANCE, atol=TOLERANCE * float(alone.abs().max())):
+        raise InputError(f"model.name = {options.name!r}: samples mix")
 
 
 def _unused_parameters(options: UserNetworkOptions, network: nn.Module) -> tuple[str, ...]:
@@ -300,9 +323,9 @@ def _argument_rows(
     return rows
 
 
-def _check_copies(options: UserNetworkOptions, network: nn.Module) -> None:
+def _check_copies(options: UserNetworkOptions, plain: nn.Module, network: nn.Module) -> None:
     """Raise InputError if copies of the network side by side compute something else than each copy alone."""
-    converted = convert(_copied(options, network), COPIES)
+    converted = convert(plain, COPIES)
     with _named_errors(options, "train() of the network with two copies of its parameters,", COPIES_ADVICE):
         converted.train().eval()
     with torch.no_grad():
@@ -337,12 +360,21 @@ def _copied(options: UserNetworkOptions, network: nn.Module) -> nn.Module:
 
 
 @lru_cache(maxsize=16)
-def traced_shape(options: UserNetworkOptions) -> ModelShape:
+def traced_shape(options: UserNetworkOptions, convolutions: Convolutions = "lora") -> ModelShape:
     """Return a network's counts and measured activations. Equal options give the same object."""
     with seeded(0):
         plain = build_traced(options)
-        adapted = convert(copy.deepcopy(plain), 1, ConversionSpec(lora(_ONE_PAIR, 1)))
+
+        def with_pairs(spec: AdapterSpec, convolutions: Convolutions = convolutions) -> nn.Module:
+            return convert(copy.deepcopy(plain), 1, ConversionSpec(lora(spec, 1), convolutions=convolutions))
+
+        adapted = with_pairs(_ONE_PAIR)
         layers = lora_layers(adapted)
+        if not layers and convolutions == "average" and lora_layers(with_pairs(_ONE_PAIR, "lora")):
+            raise InputError(
+                f"method.convolutions = 'average' leaves {options.name} without a layer that adapters could serve; "
+                "try --set method.convolutions=lora"
+            )
         if not layers:
             raise InputError(
                 f"model.name = {options.name!r}: the network has no linear layer that adapters could serve; give it an "
@@ -373,7 +405,7 @@ def traced_shape(options: UserNetworkOptions) -> ModelShape:
             fixed_parameters=sum(p.numel() for p in plain.parameters() if not p.requires_grad),
             dense_trace=_activations(options, convert(copy.deepcopy(plain), 1)),
             adapted_trace=_activations(options, adapted),
-            frozen_a_trace=_activations(options, convert(copy.deepcopy(plain), 1, ConversionSpec(lora(_ONE_B, 1)))),
+            frozen_a_trace=_activations(options, with_pairs(_ONE_B)),
             forward_trace=_activations(options, plain, backward=False),
         )
 
@@ -395,6 +427,11 @@ def _notes(options: UserNetworkOptions, plain: nn.Module, adapted: nn.Module) ->
     yield f"{options.name} was {found} to plan this; its activations are measured on this machine's CPU"
     if options.family == HUGGINGFACE:
         yield f"{options.name} is built without dropout"
+    if runs_whole(plain):
+        reason = _findings(options).whole
+        yield "all of the network runs copy by copy, which takes longer where devices are simulated: " + (
+            "it owns parameters itself" if reason is None else f"otherwise, {reason.partition(': ')[2]}"
+        )
     frozen = [name for name, p in plain.named_parameters() if not p.requires_grad]
     if frozen:
         yield f"not trained (frozen, or the loss does not depend on it): {_first_names(frozen)}"
@@ -403,7 +440,9 @@ def _notes(options: UserNetworkOptions, plain: nn.Module, adapted: nn.Module) ->
     for name, module in adapted.named_modules():
         kind = plain_kinds.get(name, "projection of attention")  # the one kind that the plain network has no module for
         if isinstance(module, ReplicatedModule):
-            kinds[f"{kind}, copy by copy"].append(name)
+            kinds[f"{kind}, copy by copy" + (", but for its linear layers" if module.adapters else "")].append(
+                name or "the network"
+            )
         elif isinstance(module, ReplicatedLinear | ReplicatedConv2d):
             kinds[kind].append(name)
     if kinds:
@@ -440,17 +479,14 @@ def _forward_flops(options: UserNetworkOptions, plain: nn.Module) -> int:
 
 def _tensors(plain: nn.Module, adapted: nn.Module) -> Iterator[ParameterShape]:
     """Yield the plain network's trained parameters in its order, each with its kind in the adapted network."""
-    kinds: dict[str, Kind] = {}
+    kinds: dict[str, Kind] = {f"{name}.bias": "bias" for name, module in plain.named_modules() if is_linear(module)}
     for name, module in adapted.named_modules():
         if isinstance(module, LoraLinear):
             kinds[f"{name}.weight"] = "adapted"
-            kinds[f"{name}.bias"] = "bias"
         elif isinstance(module, ReplicatedEmbedding):
             kinds[f"{name}.weight"] = "embedding"
         elif isinstance(module, ReplicatedLayerNorm | ReplicatedRmsNorm):
             kinds[f"{name}.weight"] = kinds[f"{name}.bias"] = "norm"
-        elif isinstance(module, ReplicatedLinear | ReplicatedConv2d):
-            kinds[f"{name}.bias"] = "bias"
         # Attention's input projection is a layer of its own here, and two parameters of the module in the plain
         # network.
         if hasattr(module, "plain_names"):

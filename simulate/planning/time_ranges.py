@@ -46,7 +46,7 @@ def wall_range(candidate: Candidate) -> tuple[float, float]:
 
 def samples_range(candidate: Candidate) -> tuple[float, float]:
     """Return the range of the assumed samples over dense's."""
-    run, shape = candidate.run, candidate.run.model.shape()
+    run, shape = candidate.run, candidate.run.shape()
     low, high = (samples_factor(run, shape, candidate.tokens, candidate.efficiency, end) for end in ("low", "high"))
     return low, high
 
