@@ -182,9 +182,12 @@ MUTANTS = (
     Mutant(
         name="a secret is in the log of an error",
         file="simulate/launch/preflight/secret.py",
-        before='return "Secret(hidden)"',
-        after='return f"Secret(hidden) {self._key.hex()}"',
-        tests=("tests/simulate/launch/preflight/test_hostile.py::test_no_secret_is_in_anything_said_or_sent",),
+        before='f"{name} holds no certificate with its key, which',
+        after='f"{name} holds no certificate with its key in {text!r}, which',
+        tests=(
+            "tests/simulate/launch/preflight/test_secret.py::"
+            "test_text_that_is_no_such_secret_is_refused_by_name_and_not_quoted",
+        ),
     ),
     Mutant(
         name="a node with another run.toml takes part",
@@ -194,11 +197,31 @@ MUTANTS = (
         tests=("tests/simulate/launch/preflight/test_consistency.py::test_a_differing_run_names_key_and_values",),
     ),
     Mutant(
-        name="a stranger without the secret is let in",
+        name="a stranger without a certificate gets as far as the greeting",
+        file="simulate/launch/preflight/secret.py",
+        before="context.verify_mode = ssl.CERT_REQUIRED",
+        after="context.verify_mode = ssl.CERT_NONE",
+        tests=("tests/simulate/launch/preflight/test_handshake.py::test_a_caller_without_a_certificate_is_refused",),
+    ),
+    Mutant(
+        name="a stranger whose certificate the run's key has signed is let in",
         file="simulate/launch/preflight/handshake.py",
-        before='if not hmac.compare_digest(proof, me.secret.mac("caller", transcript)):',
-        after="if len(proof) != _PROOF_BYTES:",
-        tests=("tests/simulate/launch/preflight/test_handshake.py::test_another_secret_is_refused_by_the_answerer",),
+        before="if sock.getpeercert(binary_form=True) != me.secret.certificate:",
+        after="if not sock.getpeercert(binary_form=True):",
+        tests=(
+            "tests/simulate/launch/preflight/test_handshake.py::"
+            "test_a_certificate_that_the_key_has_signed_is_not_the_certificate",
+        ),
+    ),
+    Mutant(
+        name="a node speaks an older TLS",
+        file="simulate/launch/preflight/secret.py",
+        before="context.minimum_version = ssl.TLSVersion.TLSv1_3",
+        after="context.minimum_version = ssl.TLSVersion.TLSv1_2",
+        tests=(
+            "tests/simulate/launch/preflight/test_handshake.py::"
+            "test_tls_1_2_is_refused_by_both_ends_with_the_right_certificate",
+        ),
     ),
     Mutant(
         name="a plan takes memory that the device's system reserves",

@@ -35,6 +35,7 @@ from simulate.config.hardware import Profile
 from simulate.config.profiles import load_profile
 from simulate.config.run import build_run, dump_run
 from simulate.costs.step_time import round_time
+from simulate.launch.preflight.secret import make_secret
 from simulate.planning.candidate import candidate_of
 from simulate.planning.planner import evaluate
 from tests.network.lab import Lab, Node, why_not
@@ -138,7 +139,7 @@ def launch(lab: Lab, folder: Path, table: Table, setting: LinkSetting) -> list[T
     run_file = folder / "run.toml"
     run_file.write_text(dump_run(build_run(table)), encoding="utf-8")
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "LTE_SECRET": "a secret of the laboratory", "PYTHONPATH": str(root)}
+    environment = {**os.environ, "LTE_SECRET": make_secret(), "PYTHONPATH": str(root)}
     # One thread a node, held to one core, so that nodes disturb each other as little as machines would.
     environment["OMP_NUM_THREADS"] = "1"
     command = [

@@ -17,11 +17,12 @@ import psutil
 
 from ltecli.app import main
 from simulate.common.events import Event
+from simulate.launch.preflight.secret import make_secret
 from tests.harness import LIMIT_S, Child, environment, marked, wait_until
 from tests.ltecli.command import events_of, write_run
 from tests.network.lab import Lab
 
-SECRET = "correct-horse-battery-staple"
+SECRET = make_secret()
 LOSS_TOLERANCE = 0.05
 
 

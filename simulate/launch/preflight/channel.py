@@ -1,28 +1,28 @@
-"""A connection that sends JSON messages, each authenticated, numbered and limited in length.
+"""A connection that carries JSON messages, a line each, over TLS 1.3; and the raw bytes that measure a link.
 
-Frame: length (4 bytes, big endian), HMAC-SHA256 (32 bytes) of the frame's number in its direction and the body, body
-(UTF-8 JSON). Both ends count frames, as TLS does, so a frame that is repeated, left out or sent back does not verify.
-Content is not encrypted. Every call has a deadline, since a peer may be slow on purpose. All messages of a preflight go
-through a Channel, which handshake.py makes.
+TLS encrypts, authenticates and orders what is sent, so that a message that is forged, repeated or left out ends the
+connection; handshake.py makes a Channel once both ends have proved themselves. Ours are the limits: lines have a
+longest length, and every call a deadline, since a peer may be slow on purpose.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hmac
 import json
-import select
 import socket
-import struct
+import ssl
 from collections.abc import Iterator
 from typing import Any
 
 from simulate.launch.preflight.deadline import Deadline
-from simulate.launch.preflight.secret import Secret
 
-MAX_FRAME_BYTES = 1 << 20
-_HEADER = struct.Struct("!I32s")
-_NUMBER = struct.Struct("!Q")
+MAX_MESSAGE_BYTES = 1 << 20
+_RECORD_BYTES = 1 << 14
+"""Most that TLS carries in one record."""
+_CERTIFICATE_ALERTS = (
+    "ALERT_UNKNOWN_CA", "ALERT_BAD_CERTIFICATE", "ALERT_CERTIFICATE_UNKNOWN", "ALERT_DECRYPT_ERROR",
+)  # fmt: skip
+"""How OpenSSL's reasons end where the peer has refused this end's certificate."""
 Message = dict[str, Any]
 """A JSON object whose `kind` is a string."""
 
@@ -43,40 +43,26 @@ class BadFrameError(PeerError):
     """The peer sent bytes that an authenticated peer of the protocol does not send."""
 
 
-def receive_into(sock: socket.socket, view: memoryview, deadline: Deadline) -> int:
-    """Receive at least one byte into view; returns the number of bytes. Raises PeerError."""
-    with _peer_errors(sock, deadline, "did not answer"):
-        count = sock.recv_into(view)
-    if count == 0:
-        raise PeerGoneError("closed the connection")
-    return count
-
-
-def receive_exactly(sock: socket.socket, size: int, deadline: Deadline) -> bytes:
-    """Receive `size` bytes; the deadline holds for all of them together. Raises PeerError."""
-    content = bytearray(size)
-    view, got = memoryview(content), 0
-    while got < size:
-        got += receive_into(sock, view[got:], deadline)
-    return bytes(content)
-
-
-def send_all(sock: socket.socket, content: bytes | memoryview, deadline: Deadline) -> None:
-    """Send all bytes before the deadline. Raises PeerError."""
-    with _peer_errors(sock, deadline, "took nothing"):
-        sock.sendall(content)
+class WrongSecretError(PeerError):
+    """The other end does not hold the same secret."""
 
 
 @contextlib.contextmanager
-def _peer_errors(sock: socket.socket, deadline: Deadline, silent: str) -> Iterator[None]:
+def peer_errors(sock: socket.socket, deadline: Deadline, silent: str = "did not answer") -> Iterator[None]:
     """Give the socket the time that is left, and turn its errors into PeerError; `silent` says what the peer failed."""
     if deadline.over:
         raise PeerSilentError(f"{silent} within {deadline.seconds:.3g} s")
-    sock.settimeout(deadline.left_s or 1e-6)  # 0 would mean non-blocking
     try:
+        sock.settimeout(deadline.left_s or 1e-6)  # 0 would mean non-blocking
         yield
     except TimeoutError:
         raise PeerSilentError(f"{silent} within {deadline.seconds:.3g} s") from None
+    except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+        raise PeerGoneError("closed the connection") from None
+    except ssl.SSLError as error:
+        if isinstance(error, ssl.SSLCertVerificationError) or str(error.reason).endswith(_CERTIFICATE_ALERTS):
+            raise WrongSecretError("has the wrong secret") from None
+        raise BadFrameError("sent what does not verify (forged, repeated or out of order)") from None
     except OSError as error:
         raise PeerGoneError(f"broke the connection ({reason(error)})") from None
 
@@ -93,7 +79,8 @@ def reason(error: OSError) -> str:
 def hang_up(sock: socket.socket) -> None:
     """Shut a connection down; a thread that reads it wakes up, and must still close it."""
     with contextlib.suppress(OSError):  # it was never connected, or is already closed
-        sock.shutdown(socket.SHUT_RDWR)
+        # Not SSLSocket's: that also takes TLS off, so that the other thread would go on in plain text.
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def close_socket(sock: socket.socket) -> None:
@@ -103,14 +90,13 @@ def close_socket(sock: socket.socket) -> None:
 
 
 class Channel:
-    """An authenticated connection with node `peer`; one thread at a time sends, one receives."""
+    """An encrypted connection with node `peer`, used by one thread at a time."""
 
-    def __init__(self, sock: socket.socket, peer: int, send_key: Secret, receive_key: Secret) -> None:
+    def __init__(self, sock: ssl.SSLSocket, peer: int = -1) -> None:
         self.sock = sock
         self.peer = peer
-        """The other end's authenticated node number."""
-        self._send_key, self._receive_key = send_key, receive_key
-        self._sent = self._received = 0
+        """The other end's node number, once its handshake is over."""
+        self._received = bytearray()
         # Messages are small: Nagle's algorithm would delay each by a round trip.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -120,52 +106,66 @@ class Channel:
         return str(self.sock.getpeername()[0])
 
     def send(self, message: Message, deadline: Deadline) -> None:
-        """Send one message. Raises PeerError; ValueError for one over MAX_FRAME_BYTES."""
-        body = json.dumps(message, separators=(",", ":")).encode()
-        if len(body) > MAX_FRAME_BYTES:
-            raise ValueError(f"a message has {len(body):,} bytes, the limit is {MAX_FRAME_BYTES:,}")
-        # The frame's number goes into the MAC without being sent, so that no frame can be repeated or left out.
-        mac = self._send_key.mac("frame", _NUMBER.pack(self._sent) + body)
-        self._sent += 1
-        send_all(self.sock, _HEADER.pack(len(body), mac) + body, deadline)
+        """Send one message. Raises PeerError; ValueError for one over MAX_MESSAGE_BYTES."""
+        # JSON escapes line breaks in strings, so that one ends a message.
+        line = json.dumps(message, separators=(",", ":")).encode() + b"\n"
+        if len(line) > MAX_MESSAGE_BYTES:
+            raise ValueError(f"a message has {len(line):,} bytes, the limit is {MAX_MESSAGE_BYTES:,}")
+        left = memoryview(line)
+        # Not sendall, which gives each record all the time anew.
+        while left:
+            with peer_errors(self.sock, deadline, "took nothing"):
+                left = left[self.sock.send(left) :]
 
     def receive(self, deadline: Deadline) -> Message:
         """Receive one message. Raises PeerError."""
-        # The length is not authenticated yet, so it must not make this end allocate more than the limit.
-        size, mac = _HEADER.unpack(receive_exactly(self.sock, _HEADER.size, deadline))
-        if size > MAX_FRAME_BYTES:
-            raise BadFrameError(f"announced a message of {size:,} bytes, over the limit of {MAX_FRAME_BYTES:,}")
-        body = receive_exactly(self.sock, size, deadline)
-        expected = self._receive_key.mac("frame", _NUMBER.pack(self._received) + body)
-        if not hmac.compare_digest(mac, expected):
-            raise BadFrameError("sent a message that does not verify (forged, repeated or out of order)")
-        # Counted only once verified: a forged frame ends the connection anyway.
-        self._received += 1
-        return _parse(body)
+        while (end := self._received.find(b"\n")) < 0:
+            if len(self._received) > MAX_MESSAGE_BYTES:
+                raise BadFrameError(f"sent a message over the limit of {MAX_MESSAGE_BYTES:,} bytes")
+            with peer_errors(self.sock, deadline):
+                piece = self.sock.recv(_RECORD_BYTES)
+            if not piece:
+                raise PeerGoneError("closed the connection")
+            self._received += piece
+        body = bytes(self._received[:end])
+        del self._received[: end + 1]
+        try:
+            message = json.loads(body)
+        except (ValueError, RecursionError):
+            raise BadFrameError("sent a message that is not JSON") from None
+        if not isinstance(message, dict) or not isinstance(message.get("kind"), str):
+            raise BadFrameError("sent a message that is no object with a kind")
+        return message
+
+    # Link measurements send random bytes, which are thrown away, beside TLS: encrypting takes Python four times as long
+    # as sending, and would hide the rate of a fast link. OpenSSL reads exactly one record at a time, so that raw bytes
+    # between two messages stay in the socket; one too many or too few, and the next record does not verify.
+
+    def send_raw(self, content: bytes | memoryview, deadline: Deadline) -> None:
+        """Send bytes of a measurement, as they are. Raises PeerError."""
+        with peer_errors(self.sock, deadline, "took nothing"):
+            socket.socket.sendall(self.sock, content)
+
+    def receive_raw(self, view: memoryview, deadline: Deadline) -> int:
+        """Receive at least one byte of a measurement into view; returns the number of bytes. Raises PeerError."""
+        with peer_errors(self.sock, deadline):
+            count = socket.socket.recv_into(self.sock, view)
+        if count == 0:
+            raise PeerGoneError("closed the connection")
+        return count
 
     @property
     def closed(self) -> bool:
         """Whether the other end has closed; bytes that it sent before stay unread."""
         try:
-            readable, _, _ = select.select([self.sock], [], [], 0)
-            return bool(readable) and self.sock.recv(1, socket.MSG_PEEK) == b""
-        except (OSError, ValueError):  # ValueError: closed at this end
+            self.sock.settimeout(0)
+            # Not SSLSocket's, which cannot look without taking.
+            return socket.socket.recv(self.sock, 1, socket.MSG_PEEK) == b""
+        except BlockingIOError:
+            return False
+        except OSError:  # broken, or closed at this end
             return True
-
-    def hang_up(self) -> None:
-        """Shut down a channel that another thread reads, and will close."""
-        hang_up(self.sock)
 
     def close(self) -> None:
         """Close the connection."""
         close_socket(self.sock)
-
-
-def _parse(body: bytes) -> Message:
-    try:
-        message = json.loads(body)
-    except (ValueError, RecursionError):
-        raise BadFrameError("sent a message that is not JSON") from None
-    if not isinstance(message, dict) or not isinstance(message.get("kind"), str):
-        raise BadFrameError("sent a message that is no object with a kind")
-    return message

@@ -159,12 +159,10 @@ class Coordinator:
         """Have every node call every other, then measure the ring's edges one by one, then all at once."""
         assert self._link_tester is not None
         # Node 0's plan holds on all nodes, so that their deadlines agree.
-        plan, nonce = self._settings.links, secrets.token_hex(32)
+        plan, meeting = self._settings.links, secrets.token_hex(32)
         nodes = [node.model_dump() for node in self._members.nodes]
-        self._send_all({"kind": "connect", "nodes": nodes, "meeting": nonce, "plan": plan.to_json()})
-        # A secret of this preflight alone: a recorded proof of another one is worthless here.
-        meeting = self._secret.derived("meeting", nonce.encode())
-        reach = self._link_tester.connect(self._members.nodes, meeting, plan)
+        self._send_all({"kind": "connect", "nodes": nodes, "meeting": meeting, "plan": plan.to_json()})
+        reach = self._link_tester.connect(self._members.nodes, self._secret, meeting, plan)
         answers = self._answers("connected", 2 * plan.reach_s + self._settings.answer_timeout_s)
         for answer in answers.values():
             reach.unreached.extend(str(line) for line in answer.get("unreached", []))

@@ -1,57 +1,51 @@
-"""Mutual challenge and response over a new connection: both ends prove that they hold the secret, neither sends it.
+"""Make a Channel of a new connection: TLS 1.3 with the run's one certificate at both ends, then a greeting.
 
-    caller → answerer   magic, version, purpose, caller's node, answerer's node, caller's nonce
-    answerer → caller   magic, version, answerer's nonce
-    caller → answerer   HMAC-SHA256(secret, "caller", all of the above)
-    answerer → caller   HMAC-SHA256(secret, "answerer", all of the above)
+    caller → answerer   hello: protocol, caller's node, answerer's node, purpose, preflight
+    answerer → caller   hello: protocol, and what it objects to
 
-The answerer proves itself only to a caller that has done so. Labels keep the two roles apart, so a proof sent back to
-its sender does not verify; nonces of 32 random bytes from both ends make every session key new. Nodes of a run call
-each other this way, and so do the peers of `lte profile measure --link`.
+TLS proves that both ends hold the certificate's key. It does not say which node calls which and what for: a connection
+for one node or purpose, carried to another by somebody between them, ends here. Nodes of a run call each other this
+way, and so do the peers of `lte profile measure --link`.
 """
 
 from __future__ import annotations
 
-import hmac
-import secrets
 import socket
-import struct
+import ssl
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import Enum
 
-from simulate.launch.preflight.channel import Channel, PeerError, PeerGoneError, receive_exactly, send_all
+from simulate.launch.preflight.address import family_of, sockaddr
+from simulate.launch.preflight.channel import (
+    BadFrameError,
+    Channel,
+    Message,
+    PeerError,
+    WrongSecretError,
+    close_socket,
+    peer_errors,
+)
 from simulate.launch.preflight.deadline import Deadline
 from simulate.launch.preflight.secret import Secret
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of the preflight's messages; nodes of different versions refuse each other."""
-_MAGIC = b"LTEp"
-_OPENING = struct.Struct("!4sH")
-_HELLO = struct.Struct("!BII32s")
-_NONCE_BYTES = _PROOF_BYTES = 32
 
 
-class Purpose(IntEnum):
-    """Purpose of a connection; a connection made for one purpose is refused for the other."""
+class Purpose(str, Enum):
+    """Purpose of a connection; a connection made for one purpose is refused for another."""
 
-    CONTROL = 1
-    LINK = 2
+    CONTROL = "control"
+    LINK = "link"
+    PAIR = "pair"
 
 
 class NotOursError(PeerError):
-    """The other end does not speak this protocol."""
+    """The other end does not speak this protocol, or means another node."""
 
 
 class VersionError(PeerError):
     """The other end speaks another version of this protocol."""
-
-
-class WrongSecretError(PeerError):
-    """The other end does not hold the same secret."""
-
-
-class NoChallengeError(PeerGoneError):
-    """The other end closed before it sent anything; it may be starting, or busy."""
 
 
 @dataclass(frozen=True)
@@ -61,66 +55,82 @@ class Identity:
     node: int
     purpose: Purpose
     secret: Secret
+    meeting: str = ""
+    """Random text of one preflight, so that nodes of another one with the same secret are told apart."""
+
+
+def dial(own_address: str, address: str, port: int, deadline: Deadline) -> socket.socket:
+    """Connect from own_address; raises OSError."""
+    sock = socket.socket(family_of(address), socket.SOCK_STREAM)
+    try:
+        # Binding chooses the interface: the route alone could leave by another one.
+        sock.bind(sockaddr(own_address, 0))
+        sock.settimeout(deadline.left_s or 1e-6)
+        sock.connect(sockaddr(address, port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def call(sock: socket.socket, me: Identity, answerer: int, deadline: Deadline) -> Channel:
-    """Prove ourselves to node `answerer` and check its proof; raises PeerError and does not close sock."""
-    # A nonce from each end, so that neither can be made to repeat an old session.
-    nonce = secrets.token_bytes(_NONCE_BYTES)
-    hello = _OPENING.pack(_MAGIC, PROTOCOL) + _HELLO.pack(me.purpose, me.node, answerer, nonce)
-    send_all(sock, hello, deadline)
+    """Greet node `answerer` over a new connection; where that fails, closes it and raises PeerError."""
+    tls = me.secret.client.wrap_socket(sock, do_handshake_on_connect=False)
     try:
-        opening = receive_exactly(sock, _OPENING.size, deadline)
-    except PeerGoneError as error:
-        # Unlike a refused proof this may pass: node 0 may only be starting.
-        raise NoChallengeError(str(error)) from None
-    _check_opening(opening)
-    transcript = hello + opening + receive_exactly(sock, _NONCE_BYTES, deadline)
-    try:
-        send_all(sock, me.secret.mac("caller", transcript), deadline)
-        proof = receive_exactly(sock, _PROOF_BYTES, deadline)
-    except PeerGoneError:
-        raise WrongSecretError("refused this node's proof: its secret is another one") from None
-    if not hmac.compare_digest(proof, me.secret.mac("answerer", transcript)):
-        raise WrongSecretError("did not prove that it holds the secret")
-    return _channel(sock, answerer, me.secret, transcript, calls=True)
-
-
-def answer(sock: socket.socket, me: Identity, deadline: Deadline) -> Channel:
-    """Check a caller's proof, then prove ourselves; raises PeerError and does not close sock."""
-    opening = receive_exactly(sock, _OPENING.size, deadline)
-    try:
-        _check_opening(opening)
-    except VersionError:
-        # Send the version, which is no secret, so that an honest caller learns what to install.
-        send_all(sock, _OPENING.pack(_MAGIC, PROTOCOL), deadline)
+        channel = _encrypted(tls, me, deadline)
+        channel.send(_hello(me) | {"node": me.node, "to": answerer}, deadline)
+        # Only now does this end hear whether its own proof was accepted.
+        reply = channel.receive(deadline)
+        _check_version(reply)
+        if reply.get("objection"):
+            raise NotOursError(f"refused this call: it {reply['objection']}")
+        channel.peer = answerer
+        return channel
+    except WrongSecretError:
+        close_socket(tls)
+        raise WrongSecretError("has not this node's secret: its secret is another one") from None
+    except BaseException:
+        close_socket(tls)
         raise
-    hello = receive_exactly(sock, _HELLO.size, deadline)
-    purpose, caller, answerer, _ = _HELLO.unpack(hello)
-    if (purpose, answerer) != (me.purpose, me.node):
-        raise NotOursError(f"calls node {answerer} for purpose {purpose}, not node {me.node} for {me.purpose:d}")
-    challenge = _OPENING.pack(_MAGIC, PROTOCOL) + secrets.token_bytes(_NONCE_BYTES)
-    send_all(sock, challenge, deadline)
-    transcript = opening + hello + challenge
-    proof = receive_exactly(sock, _PROOF_BYTES, deadline)
-    if not hmac.compare_digest(proof, me.secret.mac("caller", transcript)):
+
+
+def answer(sock: ssl.SSLSocket, me: Identity, deadline: Deadline) -> Channel:
+    """Greet a caller over a connection of Secret.server; raises PeerError and does not close sock."""
+    channel = _encrypted(sock, me, deadline)
+    hello = channel.receive(deadline)
+    objection, node = "", hello.get("node")
+    if {**hello, "node": 0} != _hello(me) | {"node": 0, "to": me.node}:
+        objection = f"calls node {hello.get('to')!r:.20} for {hello.get('purpose')!r:.20}, or in another preflight, "
+        objection += f"not node {me.node} for {me.purpose.value!r}"
+    elif not isinstance(node, int):
+        objection = "did not say its number"
+    # An honest caller of another version learns what to install, so it gets this before its own is checked.
+    channel.send({"kind": "hello", "protocol": PROTOCOL, "objection": objection}, deadline)
+    _check_version(hello)
+    if objection:
+        raise NotOursError(objection)
+    assert isinstance(node, int)
+    channel.peer = node
+    return channel
+
+
+def _hello(me: Identity) -> Message:
+    return {"kind": "hello", "protocol": PROTOCOL, "purpose": me.purpose.value, "meeting": me.meeting}
+
+
+def _encrypted(sock: ssl.SSLSocket, me: Identity, deadline: Deadline) -> Channel:
+    try:
+        with peer_errors(sock, deadline):
+            sock.do_handshake()
+    except BadFrameError:
+        raise NotOursError("sent something else than an lte node does") from None
+    # TLS has verified it already. Compared as well, since TLS also trusts certificates that this one's key has signed.
+    if sock.getpeercert(binary_form=True) != me.secret.certificate:
         raise WrongSecretError("has the wrong secret")
-    send_all(sock, me.secret.mac("answerer", transcript), deadline)
-    return _channel(sock, caller, me.secret, transcript, calls=False)
+    return Channel(sock)
 
 
-def _check_opening(opening: bytes) -> None:
-    magic, version = _OPENING.unpack(opening)
-    if magic != _MAGIC:
-        raise NotOursError("sent something else than an lte node does")
-    if version != PROTOCOL:
+def _check_version(hello: Message) -> None:
+    if hello.get("protocol") != PROTOCOL:
+        version = f"{hello.get('protocol')!r:.20}"
         raise VersionError(f"speaks preflight protocol {version}, this lte speaks {PROTOCOL}")
-
-
-def _channel(sock: socket.socket, peer: int, secret: Secret, transcript: bytes, *, calls: bool) -> Channel:
-    """Return the connection's channel, with one key for each direction."""
-    # A key of this very transcript: its nonces make it new for each connection.
-    session = secret.derived("session", transcript)
-    keys = session.derived("from caller", b""), session.derived("from answerer", b"")
-    send_key, receive_key = keys if calls else keys[::-1]
-    return Channel(sock, peer, send_key, receive_key)

@@ -14,19 +14,20 @@ from typing import Any
 
 from simulate.common.errors import InputError, RunFailedError
 from simulate.launch.preflight.address import BindAddress, Endpoint
-from simulate.launch.preflight.channel import Channel, Message, PeerError, PeerSilentError, close_socket, reason
+from simulate.launch.preflight.channel import (
+    Channel,
+    Message,
+    PeerError,
+    PeerGoneError,
+    PeerSilentError,
+    WrongSecretError,
+    reason,
+)
 from simulate.launch.preflight.clock_offset import Now, answer_clock
 from simulate.launch.preflight.deadline import Deadline
-from simulate.launch.preflight.handshake import (
-    Identity,
-    NoChallengeError,
-    Purpose,
-    VersionError,
-    WrongSecretError,
-    call,
-)
+from simulate.launch.preflight.handshake import Identity, Purpose, VersionError, call, dial
 from simulate.launch.preflight.link_figures import link_failed, parse_link
-from simulate.launch.preflight.link_tests import LinkPlan, LinkTester, dial
+from simulate.launch.preflight.link_tests import LinkPlan, LinkTester
 from simulate.launch.preflight.node_info import NodeFacts, parse_facts
 from simulate.launch.preflight.secret import VARIABLE, Secret
 from simulate.launch.preflight.settings import Log, Result, Settings, failure
@@ -145,29 +146,23 @@ class JoiningNode:
 
     def _call_node_0(self, deadline: Deadline) -> tuple[Channel | str, str]:
         """Return the channel, or why there is none yet and a hint; raises InputError where calling again is useless."""
-        sock = None
         # One silent attempt must not use up the whole time to join.
         attempt = deadline.within(self._settings.handshake_timeout_s)
         try:
             sock = dial(self._bind.address, self._bind.coordinator_address, self._endpoint.port, attempt)
             return call(sock, Identity(self._settings.node, Purpose.CONTROL, self._secret), 0, attempt), ""
         except OSError as error:
-            why, hint = reason(error), _hint(error)
-        except (NoChallengeError, PeerSilentError) as error:
-            why, hint = f"it {error}", "is that node 0 of this run, or another program?"
+            return reason(error), _hint(error)
+        except (PeerGoneError, PeerSilentError) as error:
+            # This may pass, unlike what follows: node 0 may only be starting, or busy.
+            return f"it {error}", "is that node 0 of this run, or another program?"
         except WrongSecretError as error:
-            raise self._refused(sock, error, f"give all nodes the same --secret-file or {VARIABLE}") from None
+            refusal, fix = str(error), f"give all nodes the same --secret-file or {VARIABLE}"
         except VersionError as error:
-            raise self._refused(sock, error, "install the same version of lte on all nodes") from None
+            refusal, fix = str(error), "install the same version of lte on all nodes"
         except PeerError as error:
-            raise self._refused(sock, error, "is that node 0's address and port?") from None
-        if sock is not None:
-            close_socket(sock)
-        return why, hint
-
-    def _refused(self, sock: Any, error: PeerError, fix: str) -> InputError:
-        close_socket(sock)
-        return InputError(f"{self._endpoint} {error}; {fix}")
+            refusal, fix = str(error), "is that node 0's address and port?"
+        raise InputError(f"{self._endpoint} {refusal}; {fix}")
 
     def _connect(self, command: Message) -> tuple[list[NodeFacts], LinkPlan]:
         """Call every other node, and report to node 0 which ones did not answer."""
@@ -177,8 +172,7 @@ class JoiningNode:
             plan = LinkPlan.from_json(command.get("plan"))
         except PeerError as error:
             raise RunFailedError(f"node 0 {error}") from None
-        meeting = self._secret.derived("meeting", str(command.get("meeting")).encode())
-        reach = self._link_tester.connect(nodes, meeting, plan)
+        reach = self._link_tester.connect(nodes, self._secret, str(command.get("meeting")), plan)
         # Sent also where calls failed: node 0 must hear of all failures to name the cause.
         self._send({"kind": "connected", "unreached": reach.unreached, "uncalled": reach.uncalled})
         return nodes, plan

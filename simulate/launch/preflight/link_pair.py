@@ -1,13 +1,13 @@
 """Measurement of the link between two machines without a run: one serves, the other measures both directions.
 
 `lte profile serve` answers callers (serve_pairs), `lte profile measure --link` calls (measure_pair), so that a profile
-can have measured figures before there is a run. Both prove that they share the secret, as the nodes of a preflight do,
-with a key of this purpose alone.
+can have measured figures before there is a run. Both prove that they share the secret, as the nodes of a preflight do.
 """
 
 from __future__ import annotations
 
 import math
+from contextlib import closing
 
 from simulate.common.errors import InputError
 from simulate.config.hardware import Link
@@ -18,12 +18,11 @@ from simulate.launch.preflight.address import (
     interfaces,
     parse_endpoint,
 )
-from simulate.launch.preflight.channel import BadFrameError, Channel, PeerError, close_socket, reason
+from simulate.launch.preflight.channel import BadFrameError, Channel, PeerError, reason
 from simulate.launch.preflight.deadline import Deadline
-from simulate.launch.preflight.handshake import Identity, Purpose, call
+from simulate.launch.preflight.handshake import Identity, Purpose, call, dial
 from simulate.launch.preflight.link_figures import rate_text
 from simulate.launch.preflight.link_probe import Limits, measure_latency_s, measure_rate, serve
-from simulate.launch.preflight.link_tests import dial
 from simulate.launch.preflight.listener import AcceptedPeer, HandshakeListener, listen
 from simulate.launch.preflight.secret import VARIABLE, Secret
 from simulate.launch.preflight.settings import Log
@@ -40,18 +39,17 @@ def measure_pair(where: str, secret: Secret | None) -> Link:
     except InputError as error:  # its message names the option of a launched run
         raise InputError(str(error).replace("--join", "--link").replace("node 0", "the peer")) from None
     title = f"--link {endpoint}"
-    me = Identity(CALLER, Purpose.LINK, _key(secret, title, bind.address))
+    me = Identity(CALLER, Purpose.PAIR, _key(secret, title, bind.address))
     try:
         sock = dial(bind.address, bind.coordinator_address, endpoint.port, Deadline(HANDSHAKE_S))
     except OSError as error:
         hint = "start lte profile serve --interface NAME there"
         raise InputError(f"{title} cannot be reached ({reason(error)}); {hint}") from None
     try:
-        return _figures(call(sock, me, SERVER, Deadline(HANDSHAKE_S)), str(endpoint))
+        with closing(call(sock, me, SERVER, Deadline(HANDSHAKE_S))) as channel:
+            return _figures(channel, str(endpoint))
     except PeerError as error:
         raise InputError(f"{title}: the peer {error}; start both with the same secret, and try again") from None
-    finally:
-        close_socket(sock)
 
 
 def _figures(channel: Channel, peer: str) -> Link:
@@ -87,7 +85,7 @@ def serve_pairs(interface: str, port: int, secret: Secret | None, log: Log, call
     listener = listen(address, port, f"--interface {interface}")
     here = address_text(address, port)
     log(f"serving on {here}; elsewhere: lte profile measure --link {here}")
-    handshakes = HandshakeListener(listener, Identity(SERVER, Purpose.LINK, key), HANDSHAKE_S)
+    handshakes = HandshakeListener(listener, Identity(SERVER, Purpose.PAIR, key), HANDSHAKE_S)
     answered = 0
     try:
         while callers is None or answered < callers:
@@ -120,7 +118,7 @@ def _key(secret: Secret | None, title: str, address: str) -> Secret:
     """Return the key of pairs; raises InputError where a network is used without a secret."""
     if secret is None and not address.startswith("127.") and address != "::1":
         raise InputError(f"{title}: peers on a network need a shared secret; give both --secret-file or {VARIABLE}")
-    return (secret or Secret.for_loopback()).derived("pair", b"")
+    return secret or Secret.for_loopback()
 
 
 def _address_of(interface: str) -> str:

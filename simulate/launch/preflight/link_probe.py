@@ -1,8 +1,9 @@
 """Measurement of one connection's latency and rate: small echoes, and chunks whose size adapts to the link's rate.
 
 The receiver times each chunk, from its announcement to its last byte, because the sender's clock would count bytes that
-only fill its own buffers. Chunks are random bytes, which a compressing VPN cannot shorten, and are thrown away;
-announcements and times are authenticated messages. LinkTester uses it within a run, link_pair.py without one.
+only fill its own buffers. Chunks are random bytes, which a compressing VPN cannot shorten, and are thrown away; they go
+beside TLS, as echoes do. Announcements and times are messages over it. LinkTester uses it within a
+run, link_pair.py without one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from simulate.launch.preflight.channel import BadFrameError, Channel, receive_exactly, receive_into, send_all
+from simulate.launch.preflight.channel import BadFrameError, Channel
 from simulate.launch.preflight.deadline import Deadline
 
 FIRST_CHUNK_BYTES = 64 << 10
@@ -56,16 +57,16 @@ class Rate:
 def measure_latency_s(channel: Channel, limits: Limits, deadline: Deadline) -> float:
     """Return the one-way latency: half the median time of an echo. Raises PeerError."""
     channel.send({"kind": "echo"}, deadline)
-    begin_s, round_trips_s = time.perf_counter(), list[float]()
+    begin_s, round_trips_s, reply = time.perf_counter(), list[float](), memoryview(bytearray(1))
     while len(round_trips_s) < MAX_ECHOES:
         sent_s = time.perf_counter()
         # A slow link gets fewer echoes, never too few for a median.
         if len(round_trips_s) >= MIN_ECHOES and sent_s - begin_s > limits.aim_s:
             break
-        send_all(channel.sock, _MORE, deadline)
-        receive_exactly(channel.sock, 1, deadline)
+        channel.send_raw(_MORE, deadline)
+        channel.receive_raw(reply, deadline)
         round_trips_s.append(time.perf_counter() - sent_s)
-    send_all(channel.sock, _END, deadline)
+    channel.send_raw(_END, deadline)
     return median(round_trips_s) / 2
 
 
@@ -96,7 +97,7 @@ def _send_chunk(channel: Channel, piece: memoryview, size: int, deadline: Deadli
     """Send a chunk; returns the seconds that the receiver needed for it."""
     channel.send({"kind": "chunk", "bytes": size}, deadline)
     for begin in range(0, size, len(piece)):
-        send_all(channel.sock, piece[: min(len(piece), size - begin)], deadline)
+        channel.send_raw(piece[: min(len(piece), size - begin)], deadline)
     answer = channel.receive(deadline)
     seconds = answer.get("seconds")
     if answer["kind"] != "chunk" or not isinstance(seconds, float) or not seconds >= 0:
@@ -117,8 +118,9 @@ def serve(channel: Channel, limits: Limits, deadline: Deadline) -> None:
 
 
 def _serve_echoes(channel: Channel, deadline: Deadline) -> None:
-    while (byte := receive_exactly(channel.sock, 1, deadline)) == _MORE:
-        send_all(channel.sock, byte, deadline)
+    byte = bytearray(1)
+    while channel.receive_raw(memoryview(byte), deadline) and byte == _MORE:
+        channel.send_raw(_MORE, deadline)
     if byte != _END:
         raise BadFrameError("sent something else than an echo")
 
@@ -133,5 +135,5 @@ def _chunk_bytes(message: dict[str, Any], limits: Limits) -> int:
 def _take_chunk(channel: Channel, size: int, buffer: memoryview, deadline: Deadline) -> None:
     begin_s, left = time.perf_counter(), size
     while left:
-        left -= receive_into(channel.sock, buffer[: min(len(buffer), left)], deadline)
+        left -= channel.receive_raw(buffer[: min(len(buffer), left)], deadline)
     channel.send({"kind": "chunk", "seconds": time.perf_counter() - begin_s}, deadline)

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from simulate.launch.preflight import link_probe as probe
-from simulate.launch.preflight.address import address_text, family_of, sockaddr
-from simulate.launch.preflight.channel import BadFrameError, Channel, PeerError, close_socket, reason
+from simulate.launch.preflight.address import address_text
+from simulate.launch.preflight.channel import BadFrameError, Channel, PeerError, hang_up, reason
 from simulate.launch.preflight.deadline import Deadline
-from simulate.launch.preflight.handshake import Identity, Purpose, call
+from simulate.launch.preflight.handshake import Identity, Purpose, call, dial
 from simulate.launch.preflight.link_figures import LinkFigures
 from simulate.launch.preflight.listener import AcceptedPeer, HandshakeListener, listen
 from simulate.launch.preflight.node_info import NodeFacts
@@ -78,14 +78,11 @@ class LinkTester:
         self._alone: probe.Rate | None = None
         self._latency_s = 0.0
 
-    def connect(self, nodes: Sequence[NodeFacts], meeting: Secret, plan: LinkPlan) -> Reach:
-        """Call every other node, and accept a call from each.
-
-        `meeting` is a secret of this preflight alone, `plan` is node 0's.
-        """
+    def connect(self, nodes: Sequence[NodeFacts], secret: Secret, meeting: str, plan: LinkPlan) -> Reach:
+        """Call every other node, and accept a call from each; `meeting` and `plan` are node 0's."""
         self._plan = plan
         deadline = Deadline(plan.reach_s)
-        me = Identity(self._node, Purpose.LINK, meeting)
+        me = Identity(self._node, Purpose.LINK, secret, meeting)
         assert self._listener is not None
         self._handshakes = HandshakeListener(self._listener, me, plan.reach_s)
         others = [node for node in nodes if node.node != self._node]
@@ -149,7 +146,7 @@ class LinkTester:
         if self._to_successor is not None:
             self._to_successor.close()
         if self._from_predecessor is not None:
-            self._from_predecessor.hang_up()
+            hang_up(self._from_predecessor.sock)
         if self._serving is not None:
             self._serving.join()
 
@@ -162,13 +159,9 @@ class LinkTester:
 
     def _reach(self, other: NodeFacts, me: Identity, deadline: Deadline) -> Channel | str:
         """Call a node; returns the channel, or a line that says why it failed."""
-        sock = None
         try:
-            sock = dial(self._address, other.address, other.link_port, deadline)
-            return call(sock, me, other.node, deadline)
+            return call(dial(self._address, other.address, other.link_port, deadline), me, other.node, deadline)
         except (PeerError, OSError) as error:
-            if sock is not None:
-                close_socket(sock)
             why = reason(error) if isinstance(error, OSError) else str(error)
             where = address_text(other.address, other.link_port)
             return (
@@ -196,17 +189,3 @@ class LinkTester:
             pass  # the sender sees the failure, too, and reports it to node 0
         finally:
             channel.close()
-
-
-def dial(own_address: str, address: str, port: int, deadline: Deadline) -> socket.socket:
-    """Connect from own_address; raises OSError."""
-    sock = socket.socket(family_of(address), socket.SOCK_STREAM)
-    try:
-        # Binding chooses the interface: the route alone could leave by another one.
-        sock.bind(sockaddr(own_address, 0))
-        sock.settimeout(deadline.left_s or 1e-6)
-        sock.connect(sockaddr(address, port))
-    except BaseException:
-        sock.close()
-        raise
-    return sock

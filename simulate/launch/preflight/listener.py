@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import queue
 import socket
+import ssl
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,12 +85,14 @@ class HandshakeListener:
         handshake_s: float,
         greet: Callable[[Channel], Any] = lambda channel: None,
     ) -> None:
-        self._listener, self._me, self._handshake_s, self._greet = listener, me, handshake_s, greet
+        # Callers that it accepts are wrapped, too; each does its handshake in its own thread.
+        self._listener = me.secret.server.wrap_socket(listener, server_side=True, do_handshake_on_connect=False)
+        self._me, self._handshake_s, self._greet = me, handshake_s, greet
         self._events: queue.Queue[AcceptedPeer | Refusal] = queue.Queue()
         self._closing = threading.Event()
         self._lock = threading.Lock()
-        self._callers: dict[threading.Thread, socket.socket] = {}
-        self._unproven: dict[threading.Thread, socket.socket] = {}
+        self._callers: dict[threading.Thread, ssl.SSLSocket] = {}
+        self._unproven: dict[threading.Thread, ssl.SSLSocket] = {}
         # Daemon threads, so that a process which fails elsewhere can still end.
         self._accepting = threading.Thread(target=self._accept, name="preflight-listener", daemon=True)
         self._accepting.start()
@@ -136,7 +139,7 @@ class HandshakeListener:
                 self._callers[thread] = self._unproven[thread] = sock
                 thread.start()
 
-    def _handle_caller(self, sock: socket.socket) -> None:
+    def _handle_caller(self, sock: ssl.SSLSocket) -> None:
         event = None
         try:
             event = self._authenticate(sock)
@@ -150,7 +153,7 @@ class HandshakeListener:
                     # Under the same lock as the removal: close() hangs up on all that are still callers.
                     self._events.put(event)
 
-    def _authenticate(self, sock: socket.socket) -> AcceptedPeer | Refusal:
+    def _authenticate(self, sock: ssl.SSLSocket) -> AcceptedPeer | Refusal:
         channel = None
         host = "somebody"
         try:

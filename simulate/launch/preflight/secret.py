@@ -1,80 +1,129 @@
-"""The secret that all nodes of a run share: read once, never printed, used only as a key of HMAC-SHA256."""
+"""The secret that all nodes of a run share: one certificate and its private key, made by `lte secret`.
+
+Every node shows this certificate over TLS 1.3, and accepts a peer that shows the very same one and proves to hold its
+key. All nodes hold one file, so that there is no authority to run and nothing to renew. The nodes of a preflight and
+both ends of `lte profile measure --link` read it here; only making one needs the package `cryptography`.
+"""
 
 from __future__ import annotations
 
+import base64
 import codecs
+import functools
 import hashlib
-import hmac
 import os
-import secrets
+import re
+import ssl
 import stat
+import tempfile
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import NoReturn
 
 from simulate.common.errors import InputError
 
 VARIABLE = "LTE_SECRET"
-MIN_BYTES = 16
-MAX_BYTES = 4096
-_HOW = f"lte reads it from --secret-file PATH or from the environment variable {VARIABLE}"
+MAX_BYTES = 16384
+_CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
 
 
 class Secret:
-    """A shared secret that authenticates messages; str, repr and pickle do not reveal it."""
+    """A run's certificate, with TLS contexts that show it and demand it; str, repr and pickle do not reveal its key."""
 
-    __slots__ = ("_key",)
+    __slots__ = ("certificate", "client", "server")
 
-    def __init__(self, secret: bytes) -> None:
-        if not MIN_BYTES <= len(secret) <= MAX_BYTES:
-            raise InputError(
-                f"the secret has {len(secret)} bytes; {MIN_BYTES} to {MAX_BYTES} are needed, and random ones: {_HOW}"
-            )
-        # Keep a digest: printing this object's parts must not show what the user typed.
-        self._key = hmac.digest(b"lte preflight secret", secret, "sha256")
+    def __init__(self, pem: bytes) -> None:
+        """Read a private key and its certificate; raises ValueError where they are not both there."""
+        found = _CERTIFICATE.search(pem)
+        if found is None:
+            raise ValueError("no certificate")
+        self.certificate = ssl.PEM_cert_to_DER_cert(found[0].decode())
+        # OpenSSL takes keys from files only. The folder is its owner's alone (0700), and gone a moment later.
+        with tempfile.TemporaryDirectory(prefix="lte-") as folder:
+            path = Path(folder) / "secret.pem"
+            path.write_bytes(pem)
+            self.client = self._context(ssl.PROTOCOL_TLS_CLIENT, path)
+            self.server = self._context(ssl.PROTOCOL_TLS_SERVER, path)
+        # Without session tickets every connection proves the key anew, and what a caller reads first is a message.
+        self.server.num_tickets = 0
+
+    def _context(self, protocol: int, path: Path) -> ssl.SSLContext:
+        context = ssl.SSLContext(protocol)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        # The certificate names no host: all nodes show the same one, and peers are compared with it byte by byte.
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_REQUIRED
+        try:
+            # An empty password, since OpenSSL would ask the terminal for one of an encrypted key.
+            context.load_cert_chain(path, password="")
+            context.load_verify_locations(cadata=self.certificate)
+        except ssl.SSLError as error:
+            raise ValueError(f"no key of this certificate ({error.reason})") from None
+        return context
 
     @classmethod
+    @functools.cache
     def for_loopback(cls) -> Secret:
-        """Return the publicly known key of runs without a secret; loopback only."""
-        return cls(hashlib.sha256(b"lte preflight without a secret").digest())
-
-    def mac(self, label: str, data: bytes) -> bytes:
-        """Return HMAC-SHA256 of data, 32 bytes; a MAC with one label does not verify with another."""
-        return hmac.digest(self._key, label.encode() + b"\0" + data, "sha256")
-
-    def derived(self, label: str, data: bytes) -> Secret:
-        """Return a secret for one purpose or one preflight only."""
-        return Secret(self.mac(f"derived {label}", data))
+        """Return the publicly known secret of runs without one; loopback only."""
+        return cls(_make_pem(hashlib.sha256(b"lte preflight without a secret").digest()))
 
     def __repr__(self) -> str:
         return "Secret(hidden)"
 
-    def __copy__(self) -> Secret:
-        return self
-
-    def __deepcopy__(self, memo: object) -> Secret:
-        return self
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a secret is not written anywhere")
-
 
 def make_secret() -> str:
-    """Return a new random secret of 256 bits, as text that survives a shell, a file and an environment variable."""
-    return secrets.token_urlsafe(32)
+    """Return a new private key and its certificate, as PEM text."""
+    return _make_pem(os.urandom(32)).decode()
+
+
+def _make_pem(key: bytes) -> bytes:
+    """Return an Ed25519 key of 32 bytes and its self-signed certificate; the same key gives the same text."""
+    # Imported here, since no other command needs it.
+    from cryptography import x509
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    private = Ed25519PrivateKey.from_private_bytes(key)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "lte")])
+    certificate = (
+        x509.CertificateBuilder(issuer_name=name, subject_name=name, public_key=private.public_key(), serial_number=1)
+        # Valid from the epoch on and without an end (RFC 5280, 4.1.2.5): a node whose clock is wrong must not fail
+        # here, in words about certificates; the preflight measures clocks and names them. A new file replaces an old
+        # one, so that nothing needs to expire.
+        .not_valid_before(datetime(1970, 1, 1, tzinfo=timezone.utc))
+        .not_valid_after(datetime(9999, 12, 31, 23, 59, 59, tzinfo=timezone.utc))
+        .sign(private, algorithm=None)
+    )
+    text = private.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    return text + certificate.public_bytes(serialization.Encoding.PEM)
 
 
 def read_secret(path: Path | None, environ: Mapping[str, str] | None = None) -> Secret | None:
-    """Return the secret in a file, else in LTE_SECRET, else None; white space around it is removed.
+    """Return the secret in a file, else in LTE_SECRET, else None; it is PEM text, or base64 of that on one line.
 
-    Raises InputError for a file that is missing, not plain, readable by others or too short; never quotes its content.
+    Raises InputError for a file that is missing, not plain or readable by others, and for text that is no such secret;
+    never quotes it.
     """
     if path is not None:
-        # Editors of Windows put a mark before text, which is no part of the secret.
-        return Secret(_read_private(path).removeprefix(codecs.BOM_UTF8).strip())
-    # Never an option of the command line, since arguments show in the list of processes.
-    given = (os.environ if environ is None else environ).get(VARIABLE)
-    return None if given is None else Secret(given.strip().encode())
+        name, text = f"--secret-file {path}", _read_private(path)
+    else:
+        # Never an option of the command line, since arguments show in the list of processes.
+        given = (os.environ if environ is None else environ).get(VARIABLE)
+        if given is None:
+            return None
+        name, text = VARIABLE, given.encode()
+    # Editors of Windows put a mark before text, which is no part of the secret.
+    text = text.removeprefix(codecs.BOM_UTF8).strip()
+    try:
+        pem = text if text.startswith(b"-----BEGIN") else base64.b64decode(b"".join(text.split()), validate=True)
+        return Secret(pem)
+    except ValueError:
+        raise InputError(
+            f"{name} holds no certificate with its key, which a secret is since lte encrypts (plain text was one "
+            f"before); make a new one with lte secret PATH and copy it to all nodes, or set {VARIABLE} to its base64"
+        ) from None
 
 
 def _read_private(path: Path) -> bytes:
@@ -93,6 +142,6 @@ def _read_private(path: Path) -> bytes:
         if os.name == "posix" and mode & 0o077:
             permissions = stat.S_IMODE(mode)
             raise InputError(f"--secret-file {path} is open to other users (mode {permissions:o}); chmod 600 {path}")
-        return os.read(handle, MAX_BYTES + 1024)
+        return os.read(handle, MAX_BYTES)
     finally:
         os.close(handle)

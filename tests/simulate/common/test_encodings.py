@@ -10,7 +10,7 @@ from simulate.common.encodings import read_text
 from simulate.common.errors import InputError
 from simulate.config.profiles import load_profile
 from simulate.config.run import load_run
-from simulate.launch.preflight.secret import read_secret
+from simulate.launch.preflight.secret import make_secret, read_secret
 from simulate.models.huggingface import _table
 from tests.harness import ROOT
 
@@ -43,9 +43,10 @@ def test_profiles_configurations_and_secrets_may_have_a_mark(tmp_path: Path) -> 
     assert load_profile(str(profile)).name == "h200"
     config.write_bytes(mark + b'{"model_type": "gpt2"}')
     assert _table(config, "hf:there") == {"model_type": "gpt2"}
-    secret.write_bytes(b"k" * 32 + b"\r\n")
+    text = make_secret().replace("\n", "\r\n").encode()
+    secret.write_bytes(text)
     secret.chmod(0o600)
     plain = read_secret(secret)
-    secret.write_bytes(mark + b"k" * 32 + b"\r\n")
+    secret.write_bytes(mark + text)
     marked = read_secret(secret)
-    assert plain is not None and marked is not None and plain.mac("x", b"y") == marked.mac("x", b"y")
+    assert plain is not None and marked is not None and plain.certificate == marked.certificate

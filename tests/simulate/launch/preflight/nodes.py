@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,16 +18,16 @@ from simulate.config.run import Run, build_run
 from simulate.launch.preflight.channel import Channel
 from simulate.launch.preflight.clock_offset import answer_clock
 from simulate.launch.preflight.deadline import Deadline
-from simulate.launch.preflight.handshake import Identity, Purpose, call
+from simulate.launch.preflight.handshake import Identity, Purpose, answer, call
 from simulate.launch.preflight.link_probe import Limits
 from simulate.launch.preflight.link_tests import LinkPlan
 from simulate.launch.preflight.node_info import Facts, NodeFacts
 from simulate.launch.preflight.preflight import Preflight
-from simulate.launch.preflight.secret import Secret
+from simulate.launch.preflight.secret import Secret, make_secret
 from simulate.launch.preflight.settings import Result, Settings
 
-SECRET_TEXT = "correct-horse-battery-staple"
-SECRET = Secret(SECRET_TEXT.encode())
+SECRET_TEXT, OTHER_TEXT = make_secret(), make_secret()
+SECRET, OTHER = Secret(SECRET_TEXT.encode()), Secret(OTHER_TEXT.encode())
 QUICK = LinkPlan(limits=Limits(aim_s=0.02, budget_bytes=1 << 20), reach_s=5, timeout_s=5)
 PAIR_S = 5.0
 
@@ -146,12 +148,23 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
 
 @contextmanager
 def channel_pair() -> Iterator[list[Channel]]:
-    """Give two channels that know each other's keys: the first one's sends are the second one's to receive."""
-    one, other = tcp_pair()
-    keys = SECRET.derived("one", b""), SECRET.derived("other", b"")
-    pair = [Channel(one, 1, *keys), Channel(other, 0, *keys[::-1])]
+    """Give both ends of an encrypted connection: node 1, the caller, and node 0."""
+    pair = shake_hands(*tcp_pair())
     try:
         yield pair
     finally:
         for channel in pair:
             channel.close()
+
+
+def shake_hands(one: socket.socket, other: socket.socket) -> list[Channel]:
+    """Return the channels of a connection, or of two that somebody joins."""
+    deadline = Deadline(PAIR_S)
+    with ThreadPoolExecutor(1) as pool:
+        answering = pool.submit(answer, answerer_end(other), Identity(0, Purpose.CONTROL, SECRET), deadline)
+        return [call(one, Identity(1, Purpose.CONTROL, SECRET), 0, deadline), answering.result()]
+
+
+def answerer_end(sock: socket.socket, secret: Secret = SECRET) -> ssl.SSLSocket:
+    """Return the answerer's end of a connection, as a listener accepts it."""
+    return secret.server.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)

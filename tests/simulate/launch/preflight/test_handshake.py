@@ -1,47 +1,56 @@
-"""Both ends prove the secret, and nothing else will do."""
+"""Both ends prove the secret over TLS 1.3, and nothing else will do."""
 
 from __future__ import annotations
 
-import hmac
+import os
 import socket
+import ssl
 import threading
 from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from simulate.launch.preflight import handshake
-from simulate.launch.preflight.channel import Channel, PeerError, PeerGoneError, PeerSilentError, receive_exactly
+from simulate.launch.preflight.channel import (
+    Channel,
+    PeerError,
+    PeerGoneError,
+    PeerSilentError,
+    WrongSecretError,
+    close_socket,
+)
 from simulate.launch.preflight.deadline import Deadline
 from simulate.launch.preflight.handshake import (
     PROTOCOL,
     Identity,
-    NoChallengeError,
     NotOursError,
     Purpose,
     VersionError,
-    WrongSecretError,
     answer,
     call,
 )
 from simulate.launch.preflight.secret import Secret
-from tests.simulate.launch.preflight.nodes import SECRET, tcp_pair
+from tests.simulate.launch.preflight.nodes import OTHER, SECRET, SECRET_TEXT, answerer_end, tcp_pair
 
-OTHER = Secret(b"another secret of some length")
-HELLO_BYTES, CHALLENGE_BYTES, PROOF_BYTES = 47, 38, 32
 Outcome = Channel | PeerError
+Role = Callable[[socket.socket], Channel]
 
 
-def both(caller: Callable[[socket.socket], Channel], answerer: Callable[[socket.socket], Channel]) -> list[Outcome]:
+def both(caller: Role, answerer: Role, socks: tuple[socket.socket, socket.socket] | None = None) -> list[Outcome]:
     """Run both ends of a connection; returns what came of each."""
     ends: list[Outcome | None] = [None, None]
-    socks = tcp_pair()
+    socks = socks or tcp_pair()
 
-    def run(index: int, role: Callable[[socket.socket], Channel]) -> None:
+    def run(index: int, role: Role) -> None:
         try:
             ends[index] = role(socks[index])
         except PeerError as error:
             ends[index] = error
-            socks[index].close()  # as the callers of call() and answer() do
+            socks[index].close()  # unless TLS has taken it over
 
     threads = [threading.Thread(target=run, args=pair) for pair in enumerate((caller, answerer))]
     for thread in threads:
@@ -52,12 +61,47 @@ def both(caller: Callable[[socket.socket], Channel], answerer: Callable[[socket.
     return [ends[0], ends[1]]
 
 
-def caller(node: int = 2, secret: Secret = SECRET, purpose: Purpose = Purpose.CONTROL, to: int = 0):  # type: ignore[no-untyped-def]
-    return lambda sock: call(sock, Identity(node, purpose, secret), to, Deadline(2))
+def caller(
+    node: int = 2, secret: Secret = SECRET, purpose: Purpose = Purpose.CONTROL, to: int = 0, meeting: str = ""
+) -> Role:
+    return lambda sock: call(sock, Identity(node, purpose, secret, meeting), to, Deadline(2))
 
 
-def answerer(secret: Secret = SECRET, node: int = 0):  # type: ignore[no-untyped-def]
-    return lambda sock: answer(sock, Identity(node, Purpose.CONTROL, secret), Deadline(2))
+def answerer(secret: Secret = SECRET, node: int = 0) -> Role:
+    def role(sock: socket.socket) -> Channel:
+        end = answerer_end(sock, secret)
+        try:
+            return answer(end, Identity(node, Purpose.CONTROL, secret), Deadline(2))
+        except PeerError:
+            close_socket(end)  # as a listener does
+            raise
+
+    return role
+
+
+def tls_caller(context: ssl.SSLContext, say: bytes = b"") -> Role:
+    """Return a caller that speaks TLS as `context` has it; its end is what became of its first read."""
+
+    def role(sock: socket.socket) -> Channel:
+        try:
+            with context.wrap_socket(sock) as tls:
+                tls.sendall(say)
+                heard = tls.recv(1000)
+        except OSError as error:
+            raise PeerGoneError(str(error)) from None
+        assert heard == b"", heard
+        raise PeerGoneError("closed")
+
+    return role
+
+
+def own_context(protocol: int, folder: Path, pem: str = SECRET_TEXT) -> ssl.SSLContext:
+    """Return a context that shows a certificate and checks nothing."""
+    (folder / "pem").write_text(pem)
+    context = ssl.SSLContext(protocol)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.load_cert_chain(folder / "pem")
+    return context
 
 
 def close_all(outcomes: list[Outcome]) -> None:
@@ -77,136 +121,184 @@ def test_two_that_share_the_secret_get_a_channel() -> None:
     close_all(outcomes)
 
 
-def test_every_session_has_other_keys_in_each_direction() -> None:
-    channels = [end for _ in range(2) for end in both(caller(), answerer())]
-    assert all(isinstance(end, Channel) for end in channels)
-    assert len({end._send_key._key for end in channels if isinstance(end, Channel)}) == 4
-    close_all(channels)
-
-
-def test_another_secret_is_refused_by_the_answerer() -> None:
+def test_another_secret_is_refused_by_both_ends() -> None:
+    # It has the same name and number, so that only its key tells it apart.
     at_caller, at_answerer = both(caller(secret=OTHER), answerer())
     assert isinstance(at_answerer, WrongSecretError) and "wrong secret" in str(at_answerer)
     assert isinstance(at_caller, WrongSecretError) and "its secret is another one" in str(at_caller)
 
 
-def test_an_answerer_without_the_secret_is_refused_by_the_caller() -> None:
-    def impostor(sock: socket.socket) -> Channel:
-        receive_exactly(sock, HELLO_BYTES, Deadline(1))
-        sock.sendall(b"LTEp\0\2" + bytes(32))
-        proof = receive_exactly(sock, PROOF_BYTES, Deadline(1))
-        sock.sendall(proof)  # turned back: the best that it has
-        raise NotOursError("done")
-
-    at_caller, _ = both(caller(), impostor)
-    assert isinstance(at_caller, WrongSecretError) and "did not prove" in str(at_caller)
-
-
-def test_the_answerer_proves_nothing_to_a_caller_that_has_not() -> None:
-    one, other = tcp_pair()
-    thread = threading.Thread(target=both_closed, args=(other,))
-    thread.start()
-    one.sendall(b"LTEp\0\2\1" + bytes(4) + bytes(4) + bytes(32))
-    receive_exactly(one, CHALLENGE_BYTES, Deadline(1))
-    one.sendall(bytes(PROOF_BYTES))
-    with pytest.raises(PeerGoneError):
-        receive_exactly(one, 1, Deadline(1))  # a close, and not one byte
-    thread.join(5)
-    one.close()
-
-
-def both_closed(sock: socket.socket) -> None:
-    with pytest.raises(WrongSecretError):
-        answerer()(sock)
-    sock.close()
-
-
-def test_a_recorded_handshake_is_worth_nothing_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[bytes] = []
-    real = handshake.send_all
-
-    def recording(sock: socket.socket, content: bytes, deadline: Deadline) -> None:
-        if threading.current_thread().name == "recorded":
-            said.append(bytes(content))
-        real(sock, content, deadline)
-
-    monkeypatch.setattr(handshake, "send_all", recording)
-
-    def recorded(sock: socket.socket) -> Channel:
-        threading.current_thread().name = "recorded"
-        return caller()(sock)
-
-    outcomes = both(recorded, answerer())
-    assert isinstance(outcomes[1], Channel)
-    close_all(outcomes)
-
-    def replaying(sock: socket.socket) -> Channel:
-        sock.sendall(b"".join(said))
-        receive_exactly(sock, CHALLENGE_BYTES + PROOF_BYTES, Deadline(1))
-        raise AssertionError("the answerer proved itself to a replay")
-
-    _, at_answerer = both(replaying, answerer())
-    assert len(b"".join(said)) == HELLO_BYTES + PROOF_BYTES
+def test_another_certificate_is_refused_by_an_answerer_whom_the_caller_trusts(tmp_path: Path) -> None:
+    context = own_context(ssl.PROTOCOL_TLS_CLIENT, tmp_path, OTHER_PEM)
+    _, at_answerer = both(tls_caller(context, b'{"kind":"hello"}\n'), answerer())
     assert isinstance(at_answerer, WrongSecretError)
 
 
-@pytest.mark.parametrize("what", ["node", "answerer", "purpose", "version"])
-def test_what_was_proved_is_bound_to_everything_said(what: str) -> None:
-    """Somebody in the middle changes one field of the hello, keeping the answerer content with it."""
-    position = {"version": 5, "purpose": 6, "node": 10, "answerer": 14}[what]
+def test_another_certificate_is_refused_by_a_caller_whom_the_answerer_trusts(tmp_path: Path) -> None:
+    context = own_context(ssl.PROTOCOL_TLS_SERVER, tmp_path, OTHER_PEM)
 
-    def changing(sock: socket.socket) -> Channel:
-        inner, outer = tcp_pair()
-        thread = threading.Thread(target=between, args=(outer, sock, position))
-        thread.start()
+    def impostor(sock: socket.socket) -> Channel:
+        with pytest.raises(ssl.SSLError, match="ALERT"), context.wrap_socket(sock, server_side=True) as tls:
+            tls.recv(1)
+        raise NotOursError("done")
+
+    at_caller, _ = both(caller(), impostor)
+    assert isinstance(at_caller, WrongSecretError)
+
+
+def test_a_caller_without_a_certificate_is_refused() -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    _, at_answerer = both(tls_caller(context), answerer())
+    # Within the handshake: TLS asks for a certificate and ends without one.
+    assert isinstance(at_answerer, NotOursError) and "something else" in str(at_answerer)
+
+
+def certificate(key: Ed25519PrivateKey, name: str, signer: Ed25519PrivateKey, issuer: str, authority: bool) -> str:
+    """Return a key and a certificate for it, signed by `signer`."""
+    names = [x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, text)]) for text in (name, issuer)]
+    start, end = datetime(1970, 1, 1, tzinfo=timezone.utc), datetime(9999, 1, 1, tzinfo=timezone.utc)
+    made = (
+        x509.CertificateBuilder(names[1], names[0], key.public_key(), 1, start, end)
+        .add_extension(x509.BasicConstraints(authority, None), critical=True)
+        .sign(signer, None)
+    )
+    encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    secret = key.private_bytes(encoding, form, serialization.NoEncryption())
+    return (secret + made.public_bytes(encoding)).decode()
+
+
+AUTHORITY = Ed25519PrivateKey.generate()
+AUTHORITY_PEM = certificate(AUTHORITY, "lte", AUTHORITY, "lte", authority=True)
+CHILD_PEM = certificate(Ed25519PrivateKey.generate(), "child", AUTHORITY, "lte", authority=False)
+OTHER_PEM = certificate(STRANGER := Ed25519PrivateKey.generate(), "lte", STRANGER, "lte", authority=False)
+
+
+def test_a_certificate_that_the_key_has_signed_is_not_the_certificate(tmp_path: Path) -> None:
+    pinned = Secret(AUTHORITY_PEM.encode())
+    context = own_context(ssl.PROTOCOL_TLS_CLIENT, tmp_path, CHILD_PEM)
+    _, at_answerer = both(tls_caller(context, b'{"kind":"hello"}\n'), answerer(pinned))
+    assert isinstance(at_answerer, WrongSecretError)
+
+
+def test_tls_1_2_is_refused_by_both_ends_with_the_right_certificate(tmp_path: Path) -> None:
+    older = own_context(ssl.PROTOCOL_TLS_CLIENT, tmp_path)
+    older.maximum_version = ssl.TLSVersion.TLSv1_2
+    _, at_answerer = both(tls_caller(older), answerer())
+    assert isinstance(at_answerer, NotOursError)
+
+    older = own_context(ssl.PROTOCOL_TLS_SERVER, tmp_path)
+    older.maximum_version = ssl.TLSVersion.TLSv1_2
+
+    def answering(sock: socket.socket) -> Channel:
+        with pytest.raises(ssl.SSLError, match=r"VERSION|PROTOCOL"):
+            older.wrap_socket(sock, server_side=True)
+        raise NotOursError("done")
+
+    at_caller, _ = both(caller(), answering)
+    assert isinstance(at_caller, NotOursError)
+
+
+class Tap:
+    """Somebody between two ends, who copies what each says to the other, and keeps it."""
+
+    def __init__(self) -> None:
+        (self.caller, near), (far, self.answerer) = tcp_pair(), tcp_pair()
+        self.said = {"caller": bytearray(), "answerer": bytearray()}
+        for name, source, target in (("caller", near, far), ("answerer", far, near)):
+            threading.Thread(target=self._copy, args=(source, target, self.said[name]), daemon=True).start()
+
+    def _copy(self, source: socket.socket, target: socket.socket, said: bytearray) -> None:
         try:
-            return caller()(inner)
+            while piece := source.recv(1 << 16):
+                said += piece
+                target.sendall(piece)
+        except OSError:
+            pass  # the other direction has ended
         finally:
-            thread.join(5)
-            inner.close()
-
-    at_caller, at_answerer = both(changing, answerer())
-    assert isinstance(at_caller, PeerError)
-    expected = {"node": WrongSecretError, "version": VersionError}.get(what, NotOursError)
-    assert isinstance(at_answerer, expected)
+            close_socket(target)
 
 
-def between(near: socket.socket, far: socket.socket, position: int) -> None:
-    hello = bytearray(receive_exactly(near, HELLO_BYTES, Deadline(1)))
-    hello[position] ^= 3
-    try:
-        far.sendall(hello)
-        near.sendall(receive_exactly(far, CHALLENGE_BYTES, Deadline(1)))
-        far.sendall(receive_exactly(near, PROOF_BYTES, Deadline(1)))
-        receive_exactly(far, PROOF_BYTES, Deadline(1))
-        raise AssertionError("the answerer accepted a changed hello")
-    except (PeerError, OSError):
-        pass
-    finally:
-        near.close()
-        far.close()
+def tapped() -> tuple[Tap, list[Outcome]]:
+    tap = Tap()
+    return tap, both(caller(), answerer(), (tap.caller, tap.answerer))
 
 
-def test_a_connection_for_another_purpose_or_node_is_refused() -> None:
-    for role in (caller(purpose=Purpose.LINK), caller(to=1)):
-        at_caller, at_answerer = both(role, answerer())
-        assert isinstance(at_answerer, NotOursError)
-        assert isinstance(at_caller, NoChallengeError)
+def test_nothing_that_is_said_can_be_read_on_the_way() -> None:
+    tap, outcomes = tapped()
+    one, other = outcomes
+    assert isinstance(one, Channel) and isinstance(other, Channel)
+    words = "learning_rate = 0.001 at 192.168.1.5"
+    for sender, receiver in ((one, other), (other, one)):
+        sender.send({"kind": "facts", "facts": words}, Deadline(1))
+        assert receiver.receive(Deadline(1))["facts"] == words
+    close_all(outcomes)
+    for said in tap.said.values():
+        assert said[:2] == b"\x16\x03" and len(said) > 500  # TLS, and all of it
+        for plain in (words.encode(), b"kind", b"hello", b"facts", b"purpose", SECRET.certificate):
+            assert plain not in said
+
+
+def test_a_recorded_handshake_is_worth_nothing_later() -> None:
+    tap, outcomes = tapped()
+    assert isinstance(outcomes[1], Channel)
+    close_all(outcomes)
+    recorded = bytes(tap.said["caller"])
+
+    def replaying(sock: socket.socket) -> Channel:
+        sock.sendall(recorded)
+        while sock.recv(1000):
+            pass
+        raise PeerGoneError("closed")
+
+    _, at_answerer = both(replaying, answerer())
+    assert isinstance(at_answerer, NotOursError | PeerGoneError)
+
+
+@pytest.mark.parametrize(
+    "role", [caller(purpose=Purpose.LINK), caller(to=1), caller(meeting="another")], ids=["purpose", "node", "meeting"]
+)
+def test_a_connection_for_something_else_is_refused_and_told(role: Role) -> None:
+    at_caller, at_answerer = both(role, answerer())
+    assert isinstance(at_answerer, NotOursError) and "calls node" in str(at_answerer)
+    assert isinstance(at_caller, NotOursError) and "not node 0 for 'control'" in str(at_caller)
+
+
+@pytest.mark.parametrize("node", [None, "2", [2]])
+def test_a_caller_without_a_number_is_refused(node: object) -> None:
+    at_caller, at_answerer = both(caller(node), answerer())  # type: ignore[arg-type]
+    assert isinstance(at_answerer, NotOursError) and "did not say its number" in str(at_answerer)
+    assert isinstance(at_caller, NotOursError)
 
 
 def test_another_version_is_named_on_both_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     def newer(sock: socket.socket) -> Channel:
-        sock.sendall(b"LTEp" + (PROTOCOL + 1).to_bytes(2, "big") + bytes(41))
-        handshake._check_opening(receive_exactly(sock, 6, Deadline(1)))
+        tls = SECRET.client.wrap_socket(sock)
+        channel = Channel(tls)
+        channel.send({"kind": "hello", "protocol": PROTOCOL + 1, "to": "somewhere"}, Deadline(1))
+        reply = channel.receive(Deadline(1))
+        assert reply["protocol"] == PROTOCOL
+        channel.close()
         raise VersionError("heard")
+
+    def newer_answerer(sock: socket.socket) -> Channel:
+        channel = Channel(SECRET.server.wrap_socket(sock, server_side=True))
+        channel.receive(Deadline(1))
+        channel.send({"kind": "hello", "protocol": PROTOCOL + 1}, Deadline(1))
+        return channel
 
     at_caller, at_answerer = both(newer, answerer())
     assert str(at_caller) == "heard"
     assert isinstance(at_answerer, VersionError)
     assert f"speaks preflight protocol {PROTOCOL + 1}, this lte speaks {PROTOCOL}" in str(at_answerer)
+    at_caller, other = both(caller(), newer_answerer)
+    assert isinstance(at_caller, VersionError) and f"protocol {PROTOCOL + 1}" in str(at_caller)
+    close_all([other])
 
 
-@pytest.mark.parametrize("garbage", [b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00", bytes(100)])
+@pytest.mark.parametrize(
+    "garbage", [b"GET / HTTP/1.1\r\n\r\n", b"LTEp\0\2" + bytes(41), bytes(100)], ids=["http", "lte before", "zeros"]
+)
 def test_garbage_is_told_from_a_wrong_secret(garbage: bytes) -> None:
     def other_program(sock: socket.socket) -> Channel:
         sock.sendall(garbage)
@@ -220,18 +312,34 @@ def test_garbage_is_told_from_a_wrong_secret(garbage: bytes) -> None:
 
 def test_silence_ends_at_the_deadline() -> None:
     one, other = tcp_pair()
-    with one, other, pytest.raises(PeerSilentError, match=r"within 0\.1 s"):
-        answer(other, Identity(0, Purpose.CONTROL, SECRET), Deadline(0.1))
+    with one, answerer_end(other) as end, pytest.raises(PeerSilentError, match=r"within 0\.1 s"):
+        answer(end, Identity(0, Purpose.CONTROL, SECRET), Deadline(0.1))
     one, other = tcp_pair()
-    with one, other, pytest.raises(PeerSilentError, match=r"within 0\.1 s"):
+    with other, pytest.raises(PeerSilentError, match=r"within 0\.1 s"):
         call(one, Identity(1, Purpose.CONTROL, SECRET), 0, Deadline(0.1))
 
 
-def test_compare_digest_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hmac, "compare_digest", lambda given, expected: True)
-    outcomes = both(caller(secret=OTHER), answerer())
-    assert all(isinstance(end, Channel) for end in outcomes)
-    close_all(outcomes)
-    monkeypatch.setattr(hmac, "compare_digest", lambda given, expected: False)
-    _, at_answerer = both(caller(), answerer())
-    assert isinstance(at_answerer, WrongSecretError)
+def test_a_handshake_that_drips_ends_at_the_deadline() -> None:
+    one, other = tcp_pair()
+    stop = threading.Event()
+
+    def drip() -> None:
+        one.sendall(b"\x16\x03\x01\x40\x00\x01\x00\x3f\xfc\x03\x03")  # the start of a long ClientHello
+        while not stop.wait(0.03):
+            one.send(os.urandom(1))
+
+    thread = threading.Thread(target=drip)
+    thread.start()
+    with answerer_end(other) as end, pytest.raises(PeerSilentError, match=r"within 0\.3 s"):
+        answer(end, Identity(0, Purpose.CONTROL, SECRET), Deadline(0.3))
+    stop.set()
+    thread.join()
+    one.close()
+
+
+def test_a_call_that_fails_leaves_no_connection() -> None:
+    one, other = tcp_pair()
+    other.close()
+    with pytest.raises(PeerError):
+        caller()(one)
+    assert one.fileno() == -1

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import json
 import os
 import socket
+import ssl
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from simulate.common.errors import InputError, RunFailedError
 from simulate.launch.preflight import channel as channel_module
-from simulate.launch.preflight import handshake as handshake_module
 from simulate.launch.preflight import listener as listener_module
 from simulate.launch.preflight import membership as membership_module
+from simulate.launch.preflight.channel import Channel
 from simulate.launch.preflight.deadline import Deadline
-from simulate.launch.preflight.handshake import Identity, Purpose, call
-from simulate.launch.preflight.secret import Secret
+from simulate.launch.preflight.handshake import PROTOCOL, Identity, Purpose, call
 from tests.simulate.launch.preflight.nodes import (
+    OTHER,
+    OTHER_TEXT,
     SECRET,
     SECRET_TEXT,
     Node,
@@ -30,8 +36,8 @@ from tests.simulate.launch.preflight.nodes import (
     wait_until,
 )
 
-WRONG_TEXT = "incorrect-horse-battery-staple"
-WRONG = Secret(WRONG_TEXT.encode())
+ALERT_BYTES = 7
+"""Bytes by which TLS ends a handshake, if it says anything."""
 
 
 def told(node: Node, part: str) -> bool:
@@ -40,7 +46,7 @@ def told(node: Node, part: str) -> bool:
 
 def test_a_wrong_secret_is_refused_and_the_right_one_still_awaited() -> None:
     hub, joiner = crew(2)
-    stranger = Node(dataclasses.replace(joiner.settings, secret=WRONG), facts())
+    stranger = Node(dataclasses.replace(joiner.settings, secret=OTHER), facts())
     with started(hub):
         stranger.run()
         joiner.run()
@@ -52,7 +58,7 @@ def test_a_wrong_secret_is_refused_and_the_right_one_still_awaited() -> None:
 
 def test_a_missing_node_is_named_with_who_was_refused() -> None:
     hub, joiner = crew(2, join_timeout_s=0.8)
-    stranger = Node(dataclasses.replace(joiner.settings, secret=WRONG), facts())
+    stranger = Node(dataclasses.replace(joiner.settings, secret=OTHER), facts())
     with started(hub):
         stranger.run()
     assert "(refused: 127.0.0.1: has the wrong secret)" in str(hub.error)
@@ -71,19 +77,20 @@ def test_garbage_is_refused_and_told_from_a_wrong_secret() -> None:
     assert (hub.error, joiner.error) == (None, None)
 
 
-def test_a_stranger_hears_a_challenge_and_a_close_and_nothing_else() -> None:
+def test_a_stranger_hears_tls_and_a_close_and_nothing_else() -> None:
     hub, joiner = crew(2)
+    strangers = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    strangers.check_hostname, strangers.verify_mode = False, ssl.CERT_NONE
     with started(hub):
+        with strangers.wrap_socket(connect(hub)) as tls, pytest.raises(ssl.SSLError, match="CERTIFICATE_REQUIRED"):
+            tls.recv(1000)
         with connect(hub) as sock:
-            sock.sendall(b"LTEp\0\2\1" + bytes(3) + b"\1" + bytes(4) + bytes(32) + bytes(32))
+            sock.sendall(b"hello?")
             heard = b""
             while piece := sock.recv(1000):
                 heard += piece
-        with connect(hub) as sock:
-            sock.sendall(b"hello?")
-            assert sock.recv(1000) == b""
         joiner.run()
-    assert len(heard) == 6 + 32  # version and nonce
+    assert len(heard) <= ALERT_BYTES
     assert joiner.error is None
 
 
@@ -91,7 +98,7 @@ def test_silent_callers_keep_nobody_waiting() -> None:
     hub, joiner = crew(2, handshake_timeout_s=30.0)
     with started(hub):
         silent = [connect(hub) for _ in range(10)]
-        silent[0].sendall(b"LTEp")  # a start that never goes on
+        silent[0].sendall(b"\x16\x03\x01")  # a start that never goes on
         begin = time.monotonic()
         joiner.run()
         assert time.monotonic() - begin < 5
@@ -139,17 +146,25 @@ def test_refusals_fill_neither_memory_nor_screen(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    "raw", [b"GET / HTTP/1.1\r\n" * 4, b"\xff" * 64, b"\0\0\0\x10" + bytes(48)], ids=["text", "long", "forged"]
+    ("raw", "why"),
+    [
+        (lambda sock: sock.sendall(b"GET / HTTP/1.1\r\n" * 4), "not JSON"),
+        (lambda sock: sock.sendall(bytes(channel_module.MAX_MESSAGE_BYTES + 1)), "over the limit"),
+        (lambda sock: socket.socket.sendall(sock, b"\x17\x03\x03\0\x20" + bytes(32)), "does not verify"),
+    ],
+    ids=["text", "long", "forged"],
 )
-def test_an_authenticated_caller_that_breaks_the_protocol_is_refused(raw: bytes) -> None:
+def test_an_authenticated_caller_that_breaks_the_protocol_is_refused(
+    raw: Callable[[ssl.SSLSocket], None], why: str
+) -> None:
     hub, joiner = crew(2)
     with started(hub):
         channel = call(connect(hub), Identity(1, Purpose.CONTROL, SECRET), 0, Deadline(2))
-        channel.sock.sendall(raw)
+        raw(channel.sock)
         wait_until(lambda: told(hub, "refused"))
         channel.close()
         joiner.run()
-    assert told(hub, "over the limit") or told(hub, "does not verify")
+    assert told(hub, why)
     assert joiner.error is None
 
 
@@ -233,7 +248,6 @@ class FakeHub(threading.Thread):
             InputError,
             "something else than an lte node does; is that node 0's",
         ),
-        (b"LTEp\0\3" + bytes(40), 9, InputError, "speaks preflight protocol 3, this lte speaks 2; install the same"),
         (b"", 9, RunFailedError, "it did not answer within"),
         (b"", 0, RunFailedError, "is that node 0 of this run, or another program?"),
     ],
@@ -249,18 +263,65 @@ def test_something_else_in_node_0s_place_is_named(say: bytes, wait_s: float, kin
     assert line in str(joiner.error)
 
 
+def test_another_version_in_node_0s_place_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        _, joiner = crew(2, join=f"127.0.0.1:{listener.getsockname()[1]}")
+        thread = threading.Thread(target=joiner.run)
+        thread.start()
+        channel = Channel(SECRET.server.wrap_socket(listener.accept()[0], server_side=True))
+        channel.receive(Deadline(2))
+        channel.send({"kind": "hello", "protocol": PROTOCOL + 1}, Deadline(2))
+        thread.join(5)
+        channel.close()
+    assert isinstance(joiner.error, InputError)
+    assert f"speaks preflight protocol {PROTOCOL + 1}, this lte speaks {PROTOCOL}; install the same" in str(
+        joiner.error
+    )
+
+
+def test_nothing_of_a_preflight_can_be_read_on_the_wire() -> None:
+    """A proxy stands between the nodes and keeps all bytes of their connection."""
+    hub, joiner = crew(2)
+    said, copying = bytearray(), list[threading.Thread]()
+
+    def copy(source: socket.socket, target: socket.socket) -> None:
+        while piece := source.recv(1 << 16):
+            said.extend(piece)
+            target.sendall(piece)
+        channel_module.hang_up(target)
+
+    with socket.create_server(("127.0.0.1", 0)) as proxy, started(hub):
+        endpoint = f"127.0.0.1:{proxy.getsockname()[1]}"
+        joiner.settings = dataclasses.replace(joiner.settings, join=endpoint)
+        thread = threading.Thread(target=joiner.run)
+        thread.start()
+        near, far = proxy.accept()[0], connect(hub)
+        copying = [threading.Thread(target=copy, args=ends) for ends in ((near, far), (far, near))]
+        for copier in copying:
+            copier.start()
+        for ended in (thread, *copying):
+            ended.join(10)
+        near.close()
+        far.close()
+    assert (hub.error, joiner.error) == (None, None)
+    known = {**joiner.facts.model_dump(), "kind": "facts"}
+    words = [key.encode() for key in known] + [b"method.rank", b"ab12ab12", b"2.13.0+cpu", b"welcome", b"meeting"]
+    assert all(word in json.dumps(known).encode() for word in words[:-2])  # they are what is said
+    assert len(said) > 3000
+    assert [word for word in words if word in said and len(word) > 4] == []
+
+
 def test_no_secret_is_in_anything_said_or_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     sent = bytearray()
-    real = channel_module.send_all
+    real = Channel.send
 
-    def recording(sock: socket.socket, content: bytes, deadline: Deadline) -> None:
-        sent.extend(content)
-        real(sock, content, deadline)
+    def recording(channel: Channel, message: dict[str, Any], deadline: Deadline) -> None:
+        sent.extend(json.dumps(message).encode())
+        real(channel, message, deadline)
 
-    monkeypatch.setattr(channel_module, "send_all", recording)
-    monkeypatch.setattr(handshake_module, "send_all", recording)
+    monkeypatch.setattr(Channel, "send", recording)
     hub, joiner = crew(2)
-    stranger = Node(dataclasses.replace(joiner.settings, secret=WRONG), facts())
+    stranger = Node(dataclasses.replace(joiner.settings, secret=OTHER), facts())
     odd = Node(dataclasses.replace(joiner.settings, nodes=3), facts())
     alone = Node(dataclasses.replace(joiner.settings, join="127.0.0.1:1", join_timeout_s=0.1), facts())
     with started(hub):
@@ -270,9 +331,10 @@ def test_no_secret_is_in_anything_said_or_sent(monkeypatch: pytest.MonkeyPatch) 
     output = "\n".join(node.output for node in (hub, joiner, stranger, odd, alone))
     assert "Secret(hidden)" in output and "Traceback" in output  # tracebacks with their local variables
     assert len(sent) > 1000
-    for text in (SECRET_TEXT, WRONG_TEXT):
-        for form in (text, text.encode().hex(), repr(text.encode())[2:-1]):
+    for text in (SECRET_TEXT, OTHER_TEXT):
+        line = text.splitlines()[1]
+        key = base64.b64decode(line)[-32:]
+        assert len(line) == 64
+        for form in (line, key.hex(), repr(key)[2:-1]):
             assert form not in output
-        assert text.encode() not in sent
-    for key in (SECRET._key, WRONG._key):
-        assert repr(key)[2:-1] not in output and key.hex() not in output and key not in sent
+            assert form.encode() not in sent

@@ -25,7 +25,7 @@ from simulate.launch.preflight.link_probe import (
     measure_rate,
     serve,
 )
-from tests.simulate.launch.preflight.nodes import SECRET, channel_pair, tcp_pair
+from tests.simulate.launch.preflight.nodes import channel_pair, shake_hands, tcp_pair
 
 PLANNED = Link(topology="star", up_bytes_per_s=100e6, down_bytes_per_s=80e6, latency_s=1e-3, source="datasheet")
 
@@ -104,14 +104,13 @@ def relay(
 
 def over_relay(delay: Callable[[int], float], slack_s: float, act: Callable[[Channel], float]) -> float:
     """Return what `act` measures on a channel that goes through relays with that delay, both ways."""
-    keys = SECRET.derived("one", b""), SECRET.derived("other", b"")
     (near, near_relay), (far_relay, far) = tcp_pair(), tcp_pair()
     for sock in (near, near_relay, far_relay, far):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32 << 10)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.settimeout(5)
-    one, other = Channel(near, 1, *keys), Channel(far, 0, *keys[::-1])
     threads = [relay(near_relay, far_relay, delay, slack_s), relay(far_relay, near_relay, delay, slack_s)]
+    one, other = shake_hands(near, far)
     server = threading.Thread(target=serve, args=(other, Limits(), Deadline(10)))
     server.start()
     try:
@@ -121,8 +120,10 @@ def over_relay(delay: Callable[[int], float], slack_s: float, act: Callable[[Cha
         assert not server.is_alive()
         return figure
     finally:
-        for sock in (near, near_relay, far_relay, far):
-            sock.close() if sock in (near, far) else _hang_up(sock)
+        for channel in (one, other):
+            channel.close()
+        for sock in (near_relay, far_relay):
+            _hang_up(sock)
         for thread in threads:
             thread.join(5)
 

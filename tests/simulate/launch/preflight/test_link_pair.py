@@ -12,7 +12,7 @@ from simulate.launch.preflight import link_pair as pair
 from simulate.launch.preflight.address import Endpoint
 from simulate.launch.preflight.link_probe import Limits
 from simulate.launch.preflight.secret import Secret
-from tests.simulate.launch.preflight.nodes import free_port
+from tests.simulate.launch.preflight.nodes import OTHER, SECRET, free_port
 
 
 def serving(monkeypatch: pytest.MonkeyPatch, secret: Secret | None) -> tuple[threading.Thread, Endpoint, list[str]]:
@@ -34,8 +34,8 @@ def serving(monkeypatch: pytest.MonkeyPatch, secret: Secret | None) -> tuple[thr
 
 
 def test_both_directions_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    thread, endpoint, told = serving(monkeypatch, Secret(b"k" * 16))
-    link = pair.measure_pair(str(endpoint), Secret(b"k" * 16))
+    thread, endpoint, told = serving(monkeypatch, SECRET)
+    link = pair.measure_pair(str(endpoint), SECRET)
     thread.join(10)
     assert not thread.is_alive()
     assert link.source == "measured"
@@ -45,9 +45,9 @@ def test_both_directions_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_another_secret_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    thread, endpoint, told = serving(monkeypatch, Secret(b"k" * 16))
+    thread, endpoint, told = serving(monkeypatch, SECRET)
     with pytest.raises(InputError, match="secret is another one"):
-        pair.measure_pair(str(endpoint), Secret(b"x" * 16))
+        pair.measure_pair(str(endpoint), OTHER)
     thread.join(10)
     assert "has the wrong secret" in told[-1]
 

@@ -37,3 +37,4 @@ def test_a_listener_that_closes_at_once_keeps_callers_that_were_handed_over(monk
         calling.send({"kind": "hello"}, Deadline(5.0))
         assert accepted.channel.receive(Deadline(5.0)) == {"kind": "hello"}
         accepted.channel.close()
+        calling.close()

@@ -10,8 +10,7 @@ import pytest
 
 from simulate.common.errors import InputError
 from simulate.launch.preflight.preflight import Preflight
-from simulate.launch.preflight.secret import Secret
-from tests.simulate.launch.preflight.nodes import Node, crew, facts, run_all, wait_until
+from tests.simulate.launch.preflight.nodes import OTHER, Node, crew, facts, run_all, wait_until
 
 PAYLOAD = 4242
 
@@ -87,9 +86,7 @@ def test_what_has_changed_meanwhile_is_refused(changes: dict[str, Any], words: s
 def test_without_the_secret_nobody_comes_back() -> None:
     with going_on(alive=set()) as nodes:
         back = again(nodes[1])
-        back.settings = crew(3, secret=Secret(b"another-secret-of-32-bytes-or-so"), join=nodes[1].settings.join)[
-            1
-        ].settings
+        back.settings = crew(3, secret=OTHER, join=nodes[1].settings.join)[1].settings
         back.run()
         assert isinstance(back.error, InputError) and "its secret is another one" in str(back.error)
 
