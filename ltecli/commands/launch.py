@@ -274,7 +274,7 @@ def secret_command(path: Path) -> int:
     except OSError as error:
         raise unwritable(path, error, option="PATH") from None
     with os.fdopen(handle, "w") as file:
-        file.write(make_secret() + "\n")
+        file.write(make_secret())
     Output().hint(f"wrote {path}; copy it to every machine of the run, and name it there with --secret-file")
     return 0
 
@@ -292,7 +292,7 @@ def print_lines(run_file: Path | None, options: LaunchArgs, output: Output) -> i
             f"  lte train {name} --launch --nodes {options.nodes} --node {number} --join {endpoint} "
             "--secret-file lte.secret"
         )
-    output.hint(f"in these lines node 0 is this machine, {address}; messages are not encrypted: docs/networking.md")
+    output.hint(f"in these lines node 0 is this machine, {address}; training is not encrypted: docs/networking.md")
     return 0
 
 
