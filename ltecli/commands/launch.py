@@ -40,9 +40,9 @@ from simulate.launch.keys import LINKS, START
 from simulate.launch.preflight.address import address_text, address_to_join, interfaces
 from simulate.launch.preflight.link_figures import LinkFigures
 from simulate.launch.preflight.node_info import Facts, NodeFacts
-from simulate.launch.preflight.preflight import Preflight
+from simulate.launch.preflight.preflight import open_preflight
 from simulate.launch.preflight.secret import make_secret, read_secret
-from simulate.launch.preflight.settings import Settings
+from simulate.launch.preflight.settings import Preflight, Settings
 from simulate.launch.supervisor import run_supervised
 
 if TYPE_CHECKING:
@@ -251,7 +251,7 @@ def _preflight(
         rule = processes_rule(folder.run, total, f"the nodes' processes ({each})")
         return [rule] if rule else []
 
-    return Preflight(settings, facts, log=output.hint, check=too_many, planned=folder.profile.link)
+    return open_preflight(settings, facts, log=output.hint, check=too_many, planned=folder.profile.link)
 
 
 def _open_store(launch: Launch, preflight: Preflight, timeout_s: float) -> None:
@@ -319,7 +319,7 @@ def _store_facts(launch: Launch, folder: RunFolder, device: torch.device, links:
         facts = {"measured_bytes": measured_memory_bytes(folder, device), "start": start_facts(folder, device)}
         launch.store.set(START, json.dumps(facts))
     if links:
-        launch.store.set(LINKS, json.dumps([link.to_json() for link in links]))
+        launch.store.set(LINKS, json.dumps([link.model_dump() for link in links]))
 
 
 def _report_outcome(folder: RunFolder, outcome: dict[str, Any], output: Output, options: LaunchArgs) -> int:

@@ -14,6 +14,9 @@ import ssl
 from collections.abc import Iterator
 from typing import Any
 
+from pydantic import ValidationError
+
+from simulate.common.toml_io import SchemaT
 from simulate.launch.preflight.deadline import Deadline
 
 MAX_MESSAGE_BYTES = 1 << 20
@@ -65,6 +68,16 @@ def peer_errors(sock: socket.socket, deadline: Deadline, silent: str = "did not 
         raise BadFrameError("sent what does not verify (forged, repeated or out of order)") from None
     except OSError as error:
         raise PeerGoneError(f"broke the connection ({reason(error)})") from None
+
+
+def parse(schema: type[SchemaT], given: Any, what: str) -> SchemaT:
+    """Validate a part of a message, since what a peer says is input, too; raises BadFrameError."""
+    try:
+        return schema.model_validate(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(str(part) for part in first["loc"]) or what
+        raise BadFrameError(f"sent {what} that cannot be read ({field}: {first['msg']})") from None
 
 
 def reason(error: OSError) -> str:

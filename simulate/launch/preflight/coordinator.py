@@ -1,84 +1,65 @@
 """Node 0's part of a preflight: wait for the others, compare them, have links measured, send all the same result.
 
 All nodes must start or fail together. So every error of node 0 is sent to all nodes before it is raised, and they raise
-the same. `Preflight` makes a Coordinator on node 0, and a JoiningNode elsewhere.
+the same. `open_preflight` makes a Coordinator on node 0, and a JoiningNode elsewhere.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from simulate.common.errors import InputError, RunFailedError
-from simulate.config.hardware import Link
 from simulate.launch import heartbeat
-from simulate.launch.preflight.address import BindAddress, Endpoint
 from simulate.launch.preflight.channel import BadFrameError, Message, PeerError
-from simulate.launch.preflight.clock_offset import Now
 from simulate.launch.preflight.consistency import compare
 from simulate.launch.preflight.deadline import Deadline
-from simulate.launch.preflight.handshake import Identity, Purpose
 from simulate.launch.preflight.link_figures import LinkFigures, link_failed, parse_link, slow_links
 from simulate.launch.preflight.link_tests import LinkTester
-from simulate.launch.preflight.listener import AcceptedPeer, HandshakeListener, Refusal, listen
+from simulate.launch.preflight.listener import HandshakeListener
 from simulate.launch.preflight.membership import Membership, nodes_text
-from simulate.launch.preflight.node_info import NodeFacts
-from simulate.launch.preflight.rejoin import RejoinServer
-from simulate.launch.preflight.secret import Secret
-from simulate.launch.preflight.settings import Check, Log, Result, Settings, failure
+from simulate.launch.preflight.rejoin import accepting_rejoins
+from simulate.launch.preflight.settings import Preflight, Result, failure
 
 _LOOK_EVERY_S = 0.5
 """Seconds between two checks for nodes that have left while others are awaited."""
 
 
-class Coordinator:
+@dataclass(eq=False)
+class Coordinator(Preflight):
     """Node 0 of a preflight of several nodes."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        own: Callable[[int], NodeFacts],
-        endpoint: Endpoint,
-        bind: BindAddress,
-        secret: Secret,
-        log: Log,
-        check: Check,
-        planned: Link | None,
-        now: Now,
-    ) -> None:
-        self._settings, self._endpoint, self._bind, self._secret = settings, endpoint, bind, secret
-        self._own, self._log, self._check, self._planned = own, log, check, planned
-        self._members = Membership(settings, endpoint, log, now)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._members = Membership(self, self.own_facts())
         self._lines: Sequence[str] = ()
         """All findings, where there are several; the exception names the first."""
         self._handshakes: HandshakeListener | None = None
         self._link_tester: LinkTester | None = None
 
     def run(self) -> Result:
-        """Return the result; raises InputError and RunFailedError on every node alike."""
         with self._errors_sent_to_all():
             self._open()
             self._gather()
             self._compare()
             links = self._links()
-            if self._planned is not None:
-                self._members.warnings += slow_links(links, self._planned)
+            if self.planned is not None:
+                self._members.warnings += slow_links(links, self.planned)
             warnings = self._members.warnings
-            self._send_all({"kind": "result", "links": [link.to_json() for link in links], "warnings": warnings})
+            self._send_all({"kind": "result", "links": [link.model_dump() for link in links], "warnings": warnings})
             for warning in warnings:
-                self._log(f"warning: {warning}")
+                self.log(f"warning: {warning}")
             return Result(self._members.nodes, links, warnings)
 
     def broadcast(self, payload: Any, timeout_s: float) -> Any:
-        """Send a JSON value to all nodes, and return it."""
         with self._errors_sent_to_all():
             self._send_all({"kind": "payload", "payload": payload}, timeout_s)
         return payload
 
     def barrier(self, name: str, timeout_s: float) -> None:
-        """Wait until all nodes have reached the barrier of that name."""
         with self._errors_sent_to_all():
             deadline = Deadline(timeout_s)
             for node in sorted(self._members.channels):
@@ -89,15 +70,12 @@ class Coordinator:
             # Only once all have arrived: no node may run ahead.
             self._send_all({"kind": "released", "name": name})
 
-    def accept_rejoins(self, payload: Callable[[], Any], is_alive: Callable[[int], bool]) -> RejoinServer:
-        """Return a server, a context manager, that accepts lost nodes again at the same address."""
-        return RejoinServer(
-            self._settings, self._endpoint, self._bind.address, self._secret, self._members.nodes, payload, is_alive,
-            self._log,
-        )  # fmt: skip
+    def accept_rejoins(
+        self, payload: Callable[[], Any], is_alive: Callable[[int], bool]
+    ) -> AbstractContextManager[object]:
+        return accepting_rejoins(self, self._members.nodes, payload, is_alive)
 
     def close(self) -> None:
-        """Hang up, and end all threads."""
         if self._handshakes is not None:
             self._handshakes.close()
         if self._link_tester is not None:
@@ -122,48 +100,42 @@ class Coordinator:
             raise
 
     def _open(self) -> None:
-        self._link_tester = LinkTester(0, self._bind.address)
-        self._members.facts[0] = self._own(self._link_tester.port)
-        listener = listen(self._bind.address, self._endpoint.port, f"--join {self._endpoint}")
-        me = Identity(0, Purpose.CONTROL, self._secret)
-        self._handshakes = HandshakeListener(listener, me, self._settings.handshake_timeout_s, self._members.greet)
+        self._link_tester = LinkTester(0, self.bind.address)
+        self._members.facts[0] = self.own_facts(self._link_tester.port)
+        self._handshakes = self._members.listen()
         waiting = f"waiting for {nodes_text(self._members.missing)}"
-        self._log(f"listening on {self._endpoint} ({self._bind.interface}); {waiting}")
+        self.log(f"listening on {self.endpoint} ({self.bind.interface}); {waiting}")
 
     def _gather(self) -> None:
         assert self._handshakes is not None
-        deadline = Deadline(self._settings.join_timeout_s)
+        deadline = Deadline(self.settings.join_timeout_s)
         while self._members.missing:
             if deadline.over:
                 raise RunFailedError(self._members.missing_text())
-            event = self._handshakes.next(deadline.within(_LOOK_EVERY_S))
-            if isinstance(event, Refusal):
-                self._members.log_refusal(event.host, event.why)
-            elif isinstance(event, AcceptedPeer):
-                self._members.admit(event.channel, event.greeting)
+            self._members.admit(self._handshakes.next(deadline.within(_LOOK_EVERY_S)))
             self._members.remove_disconnected()
         self._handshakes.close()  # all have joined
-        self._log(f"all {self._settings.nodes} nodes have joined")
+        self.log(f"all {self.settings.nodes} nodes have joined")
 
     def _compare(self) -> None:
         verdict = compare(self._members.nodes)
         self._members.warnings += verdict.warnings
-        self._fail_on([*verdict.errors, *self._check(self._members.nodes)])
+        self._fail_on([*verdict.errors, *self.check(self._members.nodes)])
 
     def _fail_on(self, lines: Sequence[str]) -> None:
         if lines:
             self._lines = lines
-            raise failure(lines, is_input=True, log=self._log)
+            raise failure(lines, is_input=True, log=self.log)
 
     def _links(self) -> list[LinkFigures]:
         """Have every node call every other, then measure the ring's edges one by one, then all at once."""
         assert self._link_tester is not None
         # Node 0's plan holds on all nodes, so that their deadlines agree.
-        plan, meeting = self._settings.links, secrets.token_hex(32)
+        plan, meeting = self.settings.links, secrets.token_hex(32)
         nodes = [node.model_dump() for node in self._members.nodes]
-        self._send_all({"kind": "connect", "nodes": nodes, "meeting": meeting, "plan": plan.to_json()})
-        reach = self._link_tester.connect(self._members.nodes, self._secret, meeting, plan)
-        answers = self._answers("connected", 2 * plan.reach_s + self._settings.answer_timeout_s)
+        self._send_all({"kind": "connect", "nodes": nodes, "meeting": meeting, "plan": plan.model_dump()})
+        reach = self._link_tester.connect(self._members.nodes, self.secret, meeting, plan)
+        answers = self._answers("connected", 2 * plan.reach_s + self.settings.answer_timeout_s)
         for answer in answers.values():
             reach.unreached.extend(str(line) for line in answer.get("unreached", []))
             reach.uncalled.extend(str(line) for line in answer.get("uncalled", []))
@@ -173,8 +145,8 @@ class Coordinator:
 
     def _measure(self) -> list[LinkFigures]:
         assert self._link_tester is not None
-        answer_s = self._settings.links.timeout_s + self._settings.answer_timeout_s
-        self._log(f"measuring {self._settings.nodes} links, one by one and all at once")
+        answer_s = self.settings.links.timeout_s + self.settings.answer_timeout_s
+        self.log(f"measuring {self.settings.nodes} links, one by one and all at once")
         with _naming_link(self._members.facts[0].title):
             self._link_tester.measure_alone()
         for node in sorted(self._members.channels):
@@ -190,7 +162,7 @@ class Coordinator:
             except BadFrameError as error:
                 raise RunFailedError(f"{self._members.facts[node].title} {error}") from None
         for link in links:
-            self._log(str(link))
+            self.log(str(link))
         return links
 
     def _answers(self, kind: str, seconds: float) -> dict[int, Message]:
@@ -219,7 +191,7 @@ class Coordinator:
             self._send(node, message, timeout_s)
 
     def _send(self, node: int, message: Message, timeout_s: float | None = None) -> None:
-        deadline = Deadline(self._settings.answer_timeout_s if timeout_s is None else timeout_s)
+        deadline = Deadline(self.settings.answer_timeout_s if timeout_s is None else timeout_s)
         try:
             self._members.channels[node].send(message, deadline)
         except PeerError as error:

@@ -6,13 +6,14 @@ The preflight measures them and warns of links slower than planned; `lte plan --
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
+from pydantic import Field
+
+from simulate.common import toml_io
 from simulate.config.hardware import MOST_BYTES, Link
-from simulate.launch.preflight.channel import BadFrameError, PeerError
+from simulate.launch.preflight.channel import PeerError, parse
 
 MOST_LATENCY_S = 3600.0
 """Largest latency that is believed; every deadline of a preflight is shorter."""
@@ -22,24 +23,19 @@ _NOTICEABLE_S = 1e-3
 """Seconds of extra latency below which the difference may be this program's own."""
 
 
-@dataclass(frozen=True)
-class LinkFigures:
+class LinkFigures(toml_io.Schema):
     """Link from a node to its successor in the ring of all-reduce and all-gather, measured over TCP."""
 
-    sender: int
-    receiver: int
-    latency_s: float
+    sender: int = Field(ge=0)
+    receiver: int = Field(ge=0)
+    latency_s: float = Field(gt=0, le=MOST_LATENCY_S)
     """One-way latency: half of an echo's median time, with this program's own share of about 20 µs."""
-    bytes_per_s: float
+    bytes_per_s: float = Field(gt=0, le=MOST_BYTES)
     """Rate while no other link is measured."""
-    loaded_bytes_per_s: float
+    loaded_bytes_per_s: float = Field(gt=0, le=MOST_BYTES)
     """Rate while every node sends to its successor and receives from its predecessor, as in collectives."""
-    sent_bytes: int
+    sent_bytes: int = Field(ge=0)
     """Bytes that the measurement sent."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as a JSON object."""
-        return asdict(self)
 
     def __str__(self) -> str:
         return (
@@ -49,24 +45,8 @@ class LinkFigures:
 
 
 def parse_link(given: Any) -> LinkFigures:
-    """Read figures as to_json wrote them; raises BadFrameError."""
-    try:
-        figures = LinkFigures(
-            sender=int(given["sender"]),
-            receiver=int(given["receiver"]),
-            latency_s=float(given["latency_s"]),
-            bytes_per_s=float(given["bytes_per_s"]),
-            loaded_bytes_per_s=float(given["loaded_bytes_per_s"]),
-            sent_bytes=int(given["sent_bytes"]),
-        )
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise BadFrameError("sent link figures that cannot be read") from None
-    measured = (figures.latency_s, figures.bytes_per_s, figures.loaded_bytes_per_s)
-    if not all(math.isfinite(value) and value > 0 for value in measured):
-        raise BadFrameError("sent link figures that are not positive")
-    if max(measured[1:]) > MOST_BYTES or figures.latency_s > MOST_LATENCY_S:
-        raise BadFrameError("sent link figures that no link has")
-    return figures
+    """Validate a link's figures on arrival, or from a run's events; raises BadFrameError."""
+    return parse(LinkFigures, given, "link figures")
 
 
 def measured_link(links: Sequence[LinkFigures], planned: Link) -> Link:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from simulate.common import toml_io
 from simulate.launch.preflight.channel import BadFrameError, Channel
 from simulate.launch.preflight.deadline import Deadline
 
@@ -27,8 +28,7 @@ _PIECE_BYTES = 1 << 20
 _MORE, _END = b"+", b"."
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(toml_io.Schema):
     """Time and bytes that one measurement may take."""
 
     aim_s: float = 1.0

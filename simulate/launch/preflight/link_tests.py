@@ -10,12 +10,12 @@ import socket
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
+from simulate.common import toml_io
 from simulate.launch.preflight import link_probe as probe
 from simulate.launch.preflight.address import address_text
-from simulate.launch.preflight.channel import BadFrameError, Channel, PeerError, hang_up, reason
+from simulate.launch.preflight.channel import Channel, PeerError, hang_up, reason
 from simulate.launch.preflight.deadline import Deadline
 from simulate.launch.preflight.handshake import Identity, Purpose, call, dial
 from simulate.launch.preflight.link_figures import LinkFigures
@@ -24,32 +24,16 @@ from simulate.launch.preflight.node_info import NodeFacts
 from simulate.launch.preflight.secret import Secret
 
 
-@dataclass(frozen=True)
-class LinkPlan:
+class LinkPlan(toml_io.Schema):
     """How links are measured; node 0's plan holds on all nodes."""
 
     measure: bool = True
     """Whether to measure; False only checks that every node reaches every other."""
-    limits: probe.Limits = field(default_factory=probe.Limits)
+    limits: probe.Limits = probe.Limits()
     reach_s: float = 20.0
     """Seconds for every node to call every other."""
     timeout_s: float = 60.0
     """Seconds for measuring one edge alone, and again for all at once."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as a JSON object."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, given: Any) -> LinkPlan:
-        """Parse a plan as to_json wrote it; raises BadFrameError."""
-        try:
-            limits = given["limits"]
-            aim_s, budget_bytes = float(limits["aim_s"]), int(limits["budget_bytes"])
-            times_s = float(given["reach_s"]), float(given["timeout_s"])
-            return cls(bool(given["measure"]), probe.Limits(aim_s, budget_bytes), *times_s)
-        except (KeyError, TypeError, ValueError, OverflowError):
-            raise BadFrameError("sent a plan for links that cannot be read") from None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Listener that authenticates callers, each in its own thread, so that a silent or hostile one delays no other.
 
-Coordinator, RejoinServer, LinkTester and `lte profile serve` take authenticated callers and refusals from its queue.
+Membership, LinkTester and `lte profile serve` take authenticated callers and refusals from its queue.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Membership on node 0: the nodes that have joined, those still awaited, and the callers that were refused.
 
-The coordinator admits nodes before a run, the rejoin server while it is going on. Both hand each authenticated caller
-to `admit`, which decides by one set of rules.
+The coordinator admits nodes before a run, rejoin.py while it is going on. Both hand each caller to `admit`, which
+decides by one set of rules.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import ipaddress
 from collections.abc import Callable, Sequence
 
 from simulate.launch import heartbeat
-from simulate.launch.preflight.address import Endpoint, is_private
+from simulate.launch.preflight.address import is_private
 from simulate.launch.preflight.channel import BadFrameError, Channel, Message, PeerError
-from simulate.launch.preflight.clock_offset import Now, measure_offset_s
+from simulate.launch.preflight.clock_offset import measure_offset_s
 from simulate.launch.preflight.deadline import Deadline
+from simulate.launch.preflight.handshake import Identity, Purpose
+from simulate.launch.preflight.listener import AcceptedPeer, HandshakeListener, Refusal, listen
 from simulate.launch.preflight.node_info import NodeFacts, parse_facts
-from simulate.launch.preflight.settings import Log, Settings
+from simulate.launch.preflight.settings import Preflight
 
 _MAX_REFUSED = 200
 """Distinct refusals that are kept and logged, so that a hostile caller fills neither memory nor screen."""
@@ -24,15 +26,15 @@ _MAX_REFUSED = 200
 class Membership:
     """Nodes of a run that have joined, node 0 among them."""
 
-    def __init__(self, settings: Settings, endpoint: Endpoint, log: Log, now: Now) -> None:
-        self._settings, self._endpoint, self._log, self._now = settings, endpoint, log, now
+    def __init__(self, node_0: Preflight, own: NodeFacts, *, is_running: bool = False) -> None:
+        """Begin with node 0 alone, whose facts are `own`; `is_running` says that the run has already begun."""
+        self._node_0, self._settings, self._log, self._now = node_0, node_0.settings, node_0.log, node_0.now
         self.channels: dict[int, Channel] = {}
         """Connections by node number, without node 0."""
-        self.facts: dict[int, NodeFacts] = {}
-        """Facts by node number; node 0 enters its own."""
+        self.facts: dict[int, NodeFacts] = {0: own}
+        """Facts by node number."""
         self.warnings: list[str] = []
-        self.is_running = False
-        """Whether the run has already begun."""
+        self._is_running = is_running
         self._refused: dict[tuple[str, str], None] = {}
 
     @property
@@ -45,7 +47,14 @@ class Membership:
         """Numbers of the nodes that have not joined."""
         return [node for node in range(self._settings.nodes) if node not in self.facts]
 
-    def greet(self, channel: Channel) -> NodeFacts:
+    def listen(self) -> HandshakeListener:
+        """Listen for callers at node 0's address and port; raises InputError."""
+        node_0 = self._node_0
+        listener = listen(node_0.bind.address, node_0.endpoint.port, f"--join {node_0.endpoint}")
+        me = Identity(0, Purpose.CONTROL, node_0.secret)
+        return HandshakeListener(listener, me, self._settings.handshake_timeout_s, self._greet)
+
+    def _greet(self, channel: Channel) -> NodeFacts:
         """Receive a caller's facts and measure its clock offset; runs in the caller's own thread."""
         deadline = Deadline(self._settings.answer_timeout_s)
         message = channel.receive(deadline)
@@ -55,11 +64,18 @@ class Membership:
         offset_s = measure_offset_s(channel, self._now, deadline)
         return facts.model_copy(update={"clock_offset_s": offset_s})
 
-    def admit(self, channel: Channel, facts: NodeFacts, also: Callable[[NodeFacts], str] = lambda facts: "") -> None:
-        """Welcome an authenticated caller as the node that it claims to be, or send it the reason why not and hang up.
+    def admit(
+        self, event: AcceptedPeer | Refusal | None, also: Callable[[NodeFacts], str] = lambda facts: ""
+    ) -> NodeFacts | None:
+        """Welcome an authenticated caller as the node that it claims to be, or tell it why not and hang up.
 
-        `also` returns a further objection, or "".
+        `also` returns a further objection, or "". Returns the facts of a node that has joined.
         """
+        if isinstance(event, Refusal):
+            self.log_refusal(event.host, event.why)
+        if not isinstance(event, AcceptedPeer):
+            return None
+        channel, facts = event.channel, event.greeting
         # Our own rules come first: `also` may take seconds to look for signs of life.
         objection = self._objection(channel, facts) or also(facts)
         reply: Message = {"kind": "refused", "why": objection} if objection else {"kind": "welcome"}
@@ -68,17 +84,18 @@ class Membership:
             channel.send(reply, Deadline(heartbeat.ANSWER_S))
         except (PeerError, OSError):
             channel.close()
-            return
+            return None
         if objection:
             channel.close()
             self.log_refusal(host, objection)
-            return
+            return None
         self.channels[facts.node], self.facts[facts.node] = channel, facts
         rest = f"waiting for {nodes_text(self.missing)}" if self.missing else "all have joined"
-        self._log(f"{facts.title} comes back" if self.is_running else f"{facts.title} joined; {rest}")
+        self._log(f"{facts.title} comes back" if self._is_running else f"{facts.title} joined; {rest}")
         # The preflight works through a NAT, but workers also connect in the other direction.
         if ipaddress.ip_address(host) != ipaddress.ip_address(facts.address):
             self.warnings.append(f"{facts.title} calls from {host}, through a NAT; workers need direct connections")
+        return facts
 
     def _objection(self, channel: Channel, facts: NodeFacts) -> str:
         """Return why a caller may not take its number, "" where it may."""
@@ -132,7 +149,7 @@ class Membership:
         refused = "; ".join(f"{host}: {why}" for host, why in list(self._refused)[-2:])
         return (
             f"{nodes_text(self.missing)} did not join within {self._settings.join_timeout_s:.3g} s; "
-            f"{started} reach {self._endpoint}?{f' (refused: {refused})' if refused else ''}"
+            f"{started} reach {self._node_0.endpoint}?{f' (refused: {refused})' if refused else ''}"
         )
 
 

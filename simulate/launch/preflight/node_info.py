@@ -7,11 +7,11 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from simulate.common import toml_io
 from simulate.config.run import Run, run_fingerprint
-from simulate.launch.preflight.channel import BadFrameError
+from simulate.launch.preflight.channel import parse
 from simulate.launch.preflight.handshake import PROTOCOL
 
 MAX_WARNINGS, MAX_WARNING = 32, 600
@@ -82,12 +82,7 @@ class NodeFacts(Facts):
 
 def parse_facts(given: Any) -> NodeFacts:
     """Validate a node's facts on arrival; raises BadFrameError."""
-    try:
-        return NodeFacts.model_validate(given)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(str(part) for part in first["loc"]) or "facts"
-        raise BadFrameError(f"sent facts that cannot be read ({field}: {first['msg']})") from None
+    return parse(NodeFacts, given, "facts")
 
 
 def flat_table(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -176,7 +176,7 @@ def test_a_node_brings_its_warnings_to_the_preflight(lte: Lte, run_toml: Path, m
         raise InputError("far enough")
 
     here_is(monkeypatch, replace(HEALTHY, **HALF_FULL))  # type: ignore[arg-type]
-    monkeypatch.setattr("ltecli.commands.launch.Preflight", preflight)
+    monkeypatch.setattr("ltecli.commands.launch.open_preflight", preflight)
     options = ("--launch", "--device", "cpu", "--quiet", "--nodes", 2, "--node", 1, "--join", "127.0.0.1:1")
     assert_one_line(lte("train", run_toml, "--out", "a", *options), 2, ("far enough",))
     assert len(brought) == 1 and "make room" in brought[0]

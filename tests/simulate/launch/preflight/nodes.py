@@ -22,9 +22,9 @@ from simulate.launch.preflight.handshake import Identity, Purpose, answer, call
 from simulate.launch.preflight.link_probe import Limits
 from simulate.launch.preflight.link_tests import LinkPlan
 from simulate.launch.preflight.node_info import Facts, NodeFacts
-from simulate.launch.preflight.preflight import Preflight
+from simulate.launch.preflight.preflight import open_preflight
 from simulate.launch.preflight.secret import Secret, make_secret
-from simulate.launch.preflight.settings import Result, Settings
+from simulate.launch.preflight.settings import Preflight, Result, Settings
 
 SECRET_TEXT, OTHER_TEXT = make_secret(), make_secret()
 SECRET, OTHER = Secret(SECRET_TEXT.encode()), Secret(OTHER_TEXT.encode())
@@ -63,8 +63,8 @@ class Node:
 
     def run(self) -> None:
         try:
-            with Preflight(
-                self.settings, self.facts, self.lines.append, self.check, planned=self.planned, now=self.now
+            with open_preflight(
+                self.settings, self.facts, log=self.lines.append, check=self.check, planned=self.planned, now=self.now
             ) as preflight:
                 self.result = preflight.run()
                 self.returned = self.after(preflight)

@@ -25,6 +25,7 @@ from simulate.launch.preflight.handshake import PROTOCOL, Identity, Purpose, cal
 from tests.simulate.launch.preflight.nodes import (
     OTHER,
     OTHER_TEXT,
+    QUICK,
     SECRET,
     SECRET_TEXT,
     Node,
@@ -195,7 +196,7 @@ def test_an_authenticated_caller_that_stalls_keeps_nobody_waiting() -> None:
 
 def test_a_node_that_stalls_after_joining_is_named_in_time() -> None:
     hub, _ = crew(2, answer_timeout_s=0.3)
-    hub.settings = dataclasses.replace(hub.settings, links=dataclasses.replace(hub.settings.links, reach_s=0.2))
+    hub.settings = dataclasses.replace(hub.settings, links=QUICK.model_copy(update={"reach_s": 0.2}))
     begin = time.monotonic()
     with started(hub):
         channel = join_by_hand(hub, 1)

@@ -181,13 +181,16 @@ def test_a_successor_that_goes_silent_ends_a_measurement_in_time() -> None:
 
 
 def figures(sender: int, receiver: int, loaded: float, latency_s: float = 1e-3) -> LinkFigures:
-    return LinkFigures(sender, receiver, latency_s, 2 * loaded, loaded, 1000)
+    return LinkFigures(
+        sender=sender, receiver=receiver, latency_s=latency_s, bytes_per_s=2 * loaded, loaded_bytes_per_s=loaded,
+        sent_bytes=1000,
+    )  # fmt: skip
 
 
 def test_figures_survive_json() -> None:
     link = figures(0, 1, 5e6)
-    assert parse_link(json.loads(json.dumps(link.to_json()))) == link
-    assert set(link.to_json()) == {
+    assert parse_link(json.loads(json.dumps(link.model_dump()))) == link
+    assert set(link.model_dump()) == {
         *("sender", "receiver", "latency_s", "bytes_per_s", "loaded_bytes_per_s", "sent_bytes")
     }
 
@@ -197,7 +200,7 @@ def test_figures_survive_json() -> None:
 )
 def test_figures_are_checked_as_they_arrive(changed: dict[str, object]) -> None:
     with pytest.raises(BadFrameError):
-        parse_link({**figures(0, 1, 5e6).to_json(), **changed})
+        parse_link({**figures(0, 1, 5e6).model_dump(), **changed})
     with pytest.raises(BadFrameError):
         parse_link(None)
 

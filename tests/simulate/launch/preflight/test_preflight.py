@@ -24,8 +24,8 @@ from simulate.launch.preflight import link_tests as link_tests_module
 from simulate.launch.preflight.channel import PeerGoneError
 from simulate.launch.preflight.link_tests import LinkPlan
 from simulate.launch.preflight.node_info import NodeFacts
-from simulate.launch.preflight.preflight import Preflight
-from simulate.launch.preflight.settings import Settings
+from simulate.launch.preflight.preflight import open_preflight
+from simulate.launch.preflight.settings import Preflight, Settings
 from tests.harness import environment, run
 from tests.simulate.launch.preflight.nodes import (
     QUICK,
@@ -108,7 +108,7 @@ def test_one_node_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a socket was opened")
 
     monkeypatch.setattr(socket, "socket", forbidden)
-    with Preflight(Settings(node=0, nodes=1), facts()) as preflight:
+    with open_preflight(Settings(node=0, nodes=1), facts()) as preflight:
         result = preflight.run()
         assert preflight.broadcast({"port": 1}, 1) == {"port": 1}
         preflight.barrier("start", 1)
@@ -274,7 +274,7 @@ def test_a_slow_link_is_warned_about_on_all_nodes() -> None:
 
 
 def test_links_need_not_be_measured() -> None:
-    nodes = crew(2, links=dataclasses.replace(QUICK, measure=False))
+    nodes = crew(2, links=QUICK.model_copy(update={"measure": False}))
     run_all(nodes)
     assert nodes[0].result and nodes[0].result == nodes[1].result
     assert nodes[0].result.links == []
@@ -288,7 +288,7 @@ def test_a_node_that_others_cannot_reach_is_named_to_all(monkeypatch: pytest.Mon
             raise TimeoutError
         return real(own, address, port, deadline)
 
-    nodes = crew(3, links=dataclasses.replace(QUICK, reach_s=0.5))
+    nodes = crew(3, links=QUICK.model_copy(update={"reach_s": 0.5}))
     blocked = [0]
     nodes[0].check = lambda nodes: blocked.__setitem__(0, nodes[2].link_port) or ()  # type: ignore[func-returns-value]
     monkeypatch.setattr(link_tests_module, "dial", firewalled)
@@ -472,13 +472,13 @@ import json, sys
 from pathlib import Path
 from simulate.config.run import build_run
 from simulate.launch.preflight.node_info import Facts
-from simulate.launch.preflight.preflight import Preflight
+from simulate.launch.preflight.preflight import open_preflight
 from simulate.launch.preflight.secret import read_secret
 from simulate.launch.preflight.settings import Settings
 facts = Facts.of(build_run({}), lte="0.1.0", torch="2.13.0+cpu", data_fingerprint="ab12" * 16, data_bytes=2_000_000,
                  processes=1)
 settings = Settings(node=1, nodes=2, join=sys.argv[1], secret=read_secret(None), join_timeout_s=20)
-with Preflight(settings, facts, log=lambda line: print(line, file=sys.stderr)) as preflight:
+with open_preflight(settings, facts, log=lambda line: print(line, file=sys.stderr)) as preflight:
     result = preflight.run()
     print(json.dumps([result.to_json(), preflight.broadcast(None, 10)]))
 """
@@ -497,5 +497,5 @@ def test_two_processes() -> None:
 
 def test_the_default_plan_is_the_one_described() -> None:
     plan = LinkPlan()
-    assert LinkPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    assert LinkPlan.model_validate(json.loads(json.dumps(plan.model_dump()))) == plan
     assert (plan.limits.aim_s, plan.limits.budget_bytes) == (1.0, 256 << 20)

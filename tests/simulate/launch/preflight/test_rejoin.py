@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
 
 from simulate.common.errors import InputError
-from simulate.launch.preflight.preflight import Preflight
-from tests.simulate.launch.preflight.nodes import OTHER, Node, crew, facts, run_all, wait_until
+from simulate.launch.preflight.settings import Preflight
+from tests.simulate.launch.preflight.nodes import OTHER, Node, crew, facts, run_all, started
 
 PAYLOAD = 4242
 
@@ -19,29 +19,18 @@ PAYLOAD = 4242
 def going_on(alive: set[int]) -> Iterator[list[Node]]:
     """Run a preflight of three nodes, then let node 0 accept nodes again that are not alive."""
     nodes = crew(3)
-    opened: list[Any] = []
+    opened = ExitStack()
 
     def after(preflight: Preflight) -> None:
         preflight.close()
-        server = preflight.accept_rejoins(lambda: PAYLOAD, lambda number: number in alive)
-        opened.append(server.__enter__())
+        opened.enter_context(preflight.accept_rejoins(lambda: PAYLOAD, lambda number: number in alive))
 
     nodes[0].after = after
-    run_to_the_rejoin_server(nodes)
-    wait_until(lambda: bool(opened))
-    try:
+    with opened:
+        with started(*nodes):
+            pass
+        assert all(node.error is None for node in nodes), [node.error for node in nodes]
         yield nodes
-    finally:
-        opened[0].__exit__(None, None, None)
-
-
-def run_to_the_rejoin_server(nodes: list[Node]) -> None:
-    """Run nodes; the rejoin server of node 0 stays."""
-    from tests.simulate.launch.preflight.nodes import started
-
-    with started(*nodes):
-        pass
-    assert all(node.error is None for node in nodes), [node.error for node in nodes]
 
 
 def again(node: Node, **changes: Any) -> Node:
