@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from pairs import Step, median_and_quartiles, paired_seconds, seconds
 from torch import Tensor
 
+from simulate.comm.echo import EchoCommunicator
 from simulate.comm.virtual import VirtualCommunicator
 from simulate.config.run import build_run
 from simulate.methods.base import Method
@@ -48,6 +49,8 @@ class Case:
     over: Table | None = None
     """The method on one device that it is compared with; None is the plain dense step."""
     optimizer: str = "adamw"
+    launched: bool = False
+    """Whether one of the devices is here, with the whole batch, as each process of a launched run has it."""
 
 
 CASES: dict[str, Case] = {
@@ -59,6 +62,7 @@ CASES: dict[str, Case] = {
     "lte frozen A, 32 x rank 32": Case({"name": "lte", "rank": 32}, 32, 0.84),
     "lte frozen A, muon, 8 x rank 64": Case({"name": "lte", "rank": 64}, 8, 0.92, optimizer="muon"),
     "lte frozen A, muon, 32 x rank 32": Case({"name": "lte", "rank": 32}, 32, 0.84, optimizer="muon"),
+    "lte frozen A, one of 8 x rank 64": Case({"name": "lte", "rank": 64}, 8, 0.92, launched=True),
     # Equal rank in all, so equally many parameters; and equal rank a head, so equally many operations a row.
     "lte reset b, 32 x rank 2 over 1 x rank 64": Case(
         {"name": "lte", "rank": 2, "frozen_a": False}, 32, 1.15, {"name": "lte", "rank": 64, "frozen_a": False}
@@ -101,9 +105,12 @@ def dense_step(batch: Batch) -> Step:
     return step
 
 
-def prepare(method: Table, devices: int, batch: Batch, optimizer: str = "adamw") -> Method:
-    """Return a method for the batch's model on N devices that share the batch."""
+def prepare(
+    method: Table, devices: int, batch: Batch, optimizer: str = "adamw", launched: bool = False
+) -> Method:
+    """Return a method for the batch's model: N devices share the batch; a launched one, of N, has it all."""
     size, samples = VitModel(name=batch.model), len(batch.images)
+    communicator = EchoCommunicator(devices) if launched else VirtualCommunicator(devices)
     run = build_run(
         {
             # Only the limits of the rank are taken from here: the network is the one that is passed in.
@@ -111,14 +118,14 @@ def prepare(method: Table, devices: int, batch: Batch, optimizer: str = "adamw")
             "method": dict(method),
             "train": {
                 "steps": 10**6,
-                "micro_batch": samples // devices,
+                "micro_batch": samples // len(communicator.local_devices),
                 "learning_rate": 1e-4,
                 "optimizer": optimizer,
             },
             "cluster": {"devices": devices},
         }
     )
-    return build_method(run, VirtualCommunicator(devices), CPU, Vit(size))
+    return build_method(run, communicator, CPU, Vit(size))
 
 
 def step_of(method: Method, batch: Batch) -> Step:
@@ -128,7 +135,7 @@ def step_of(method: Method, batch: Batch) -> Step:
 
 def measure(name: str, case: Case, batch: Batch, pairs: int) -> Table:
     """Return a case's ratio of time, its ratio of memory at the peak above the step's start, and its merge."""
-    method = prepare(case.method, case.devices, batch, case.optimizer)
+    method = prepare(case.method, case.devices, batch, case.optimizer, case.launched)
     step = step_of(method, batch)
     reference = dense_step(batch) if case.over is None else step_of(prepare(case.over, 1, batch), batch)
     method.merge(0)  # a run's rounds but the first also subtract, where there is no reset

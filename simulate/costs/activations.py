@@ -166,6 +166,8 @@ class _Step:
         # simulate.layers.lora folds products into copies of the weight, for half of the heads at a time.
         folds = folded_products(rows // self.heads, linear.out_features, linear.in_features, self.subtracts)
         folded = -(-self.heads // 2) * linear.weights * self.product_bytes if folds.any else 0
+        if folds.new and not self.keeps_inputs:  # only A's gradient would read them
+            small = 0
         return weights + small + max(folded, small * self.subtracts)
 
     def passing(self, name: str, before: int, outputs: int) -> int:

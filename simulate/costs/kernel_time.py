@@ -233,8 +233,8 @@ def _adapted_products(
         m, i, o = samples * linear.rows / heads, linear.in_features, linear.out_features
         count = heads * linear.count
         times = 2 if checkpointing else 1
-        products += _through_layer(linear, m, rank, reset_less, heads, times, forward=True)
-        products += _through_layer(linear, m, rank, reset_less, heads, 1, forward=False)
+        products += _through_layer(linear, m, rank, reset_less, heads, times, forward=True, reads_small=True)
+        products += _through_layer(linear, m, rank, reset_less, heads, 1, forward=False, reads_small=not frozen_a)
         products.append(Product(o, m, rank, count))  # the gradient of B, then that of A
         if not frozen_a:
             products.append(Product(rank, m, i, count))
@@ -242,9 +242,13 @@ def _adapted_products(
 
 
 def _through_layer(
-    linear: LinearShape, rows: float, rank: int, reset_less: bool, heads: int, times: int, forward: bool
-) -> Iterator[Product]:
-    """Yield the products of rows with each head's weight, as simulate.layers.lora computes them."""
+    linear: LinearShape, rows: float, rank: int, reset_less: bool, heads: int, times: int, forward: bool,
+    reads_small: bool,
+) -> Iterator[Product]:  # fmt: skip
+    """Yield the products of rows with each head's weight, as simulate.layers.lora computes them.
+
+    `reads_small`: whether a gradient reads the product of the rows and the first factor, even if that is folded.
+    """
     y, x = linear.in_features, linear.out_features  # the backward pass goes from outputs to inputs
     if not forward:
         y, x = x, y
@@ -254,7 +258,8 @@ def _through_layer(
         yield Product(rows, y, x, count)
     else:  # all heads share W, so their rows go through it in one product
         yield Product(rows * heads, y, x, linear.count * times)
-    yield Product(rows, y, rank, count)
+    if reads_small or not folds.new:
+        yield Product(rows, y, rank, count)
     yield Folded(y, rank, x, count) if folds.new else Product(rows, rank, x, count)
     if folds.old:
         yield Folded(y, rank, x, count)

@@ -103,8 +103,11 @@ class _LoraLinear(torch.autograd.Function):
         x_HMI, us_HMR, plain_OI, a_HRI, b_HOR, a0_HRI, b0_HOR = ctx.saved_tensors
         grad_y = grads[0].contiguous()  # copied once here, or else in each of the products
         g_HMO = grad_y.view(*us_HMR.shape[:2], -1)
-        vs_HMR = torch.empty_like(us_HMR).baddbmm_(g_HMO, b_HOR.to(g_HMO.dtype), beta=0, alpha=ctx.scale)
-        grad_x = None
+        folds = folded_products(g_HMO.shape[1], g_HMO.shape[2], a_HRI.shape[2], a0_HRI is not None)
+        vs_HMR = grad_x = None
+        # Only A's gradient and a product that is not folded read s·g·B.
+        if ctx.needs_input_grad[3] or (ctx.needs_input_grad[0] and not folds.new):
+            vs_HMR = torch.empty_like(us_HMR).baddbmm_(g_HMO, b_HOR.to(g_HMO.dtype), beta=0, alpha=ctx.scale)
         if ctx.needs_input_grad[0]:
             gx_HMI = us_HMR.new_empty(*us_HMR.shape[:2], a_HRI.shape[2])
             weight_OI = _dense(plain_OI if ctx.quantized_OI is None else ctx.quantized_OI)
@@ -114,7 +117,9 @@ class _LoraLinear(torch.autograd.Function):
             grad_x = gx_HMI.view(*grad_y.shape[:-1], -1).to(ctx.x_dtype)
         rows_of_bias = g_HMO.view(ctx.num_bias, -1, g_HMO.shape[2]) if ctx.needs_input_grad[2] else None
         grad_bias = None if rows_of_bias is None else rows_of_bias.sum(1).to(b_HOR.dtype)
-        grad_a = torch.bmm(vs_HMR.transpose(1, 2), x_HMI).to(a_HRI.dtype) if ctx.needs_input_grad[3] else None
+        grad_a = None
+        if ctx.needs_input_grad[3] and vs_HMR is not None:
+            grad_a = torch.bmm(vs_HMR.transpose(1, 2), x_HMI).to(a_HRI.dtype)
         grad_b = torch.bmm(g_HMO.transpose(1, 2), us_HMR).to(b_HOR.dtype)
         return grad_x, None, grad_bias, grad_a, grad_b, None, None, None
 
@@ -138,8 +143,11 @@ class _Product:
         self.a0_HRI, self.b0_HOR = (None if old is None else old.to(dtype) for old in (a0_HRI, b0_HOR))
         self.scale = scale
 
-    def add(self, out_HMX: Tensor, in_HMY: Tensor, small_HMR: Tensor, to_inputs: bool, beta: int) -> None:
-        """Set out to beta·out + in·W + the heads' low-rank products; `small` is s·in·(first of the new factors)."""
+    def add(self, out_HMX: Tensor, in_HMY: Tensor, small_HMR: Tensor | None, to_inputs: bool, beta: int) -> None:
+        """Set out to beta·out + in·W + the heads' low-rank products.
+
+        `small` is s·in·(first of the new factors); a folded new product does not read it.
+        """
         folds = folded_products(in_HMY.shape[1], in_HMY.shape[2], out_HMX.shape[2], self.a0_HRI is not None)
         if folds.any:
             half = (len(out_HMX) + 1) // 2  # half of the heads at a time, to hold only half of their weights
@@ -151,6 +159,7 @@ class _Product:
             weight_YX = self.weight_OI if to_inputs else self.weight_OI.t()
             out_HMX.flatten(0, 1).addmm_(in_HMY.flatten(0, 1), weight_YX, beta=beta)
         if not folds.new:
+            assert small_HMR is not None
             out_HMX.baddbmm_(small_HMR, self.a_HRI if to_inputs else self.b_HOR.mT)
         if self.a0_HRI is not None and self.b0_HOR is not None and not folds.old:
             # Reset-less: what the last merge put into W is taken out of this head's product again.

@@ -84,6 +84,21 @@ def test_heads_with_many_rows_take_their_products_in_the_weight() -> None:
     assert Folded(first.in_features, 2, first.out_features, first.count) in folded
 
 
+def test_a_frozen_a_saves_the_product_that_only_its_gradient_reads() -> None:
+    """Where the trained product is folded on the way back, s·g·B (64 rows, O to R) serves the gradient of A alone."""
+    train = {"micro_batch": 8}
+    frozen, both = (tiny.lte_run(reset="b", frozen_a=value, train=train) for value in (True, False))
+    shape = frozen.model.shape()
+    lists = [[*block_products(run, shape, True)] for run in (frozen, both)]
+    saved = 0.0
+    for x in shape.adapted:
+        saved += Product(2, 64, x.in_features, x.count).flops  # A's gradient itself
+        folds = 2 * x.out_features <= 64
+        saved += Product(64, x.out_features, 2, x.count).flops if folds else 0.0
+    assert sum(p.flops for p in lists[1]) - sum(p.flops for p in lists[0]) == pytest.approx(saved)
+    assert any(2 * x.out_features <= 64 for x in shape.adapted) and any(2 * x.out_features > 64 for x in shape.adapted)
+
+
 def test_a_step_adds_up_by_hand() -> None:
     run = tiny.ddp_run(train={"dtype": "fp32"})
     shape = run.model.shape()
