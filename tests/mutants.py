@@ -130,7 +130,7 @@ MUTANTS = (
         name="a quantised base loses small updates",
         file="simulate/layers/lora.py",
         before="            return self.master.to(self.b.device, copy=True)\n",
-        after="            return _dense(self.frozen or self.weight)\n",
+        after="            return dense(self.frozen or self.weight)\n",
         tests=("tests/simulate/layers/test_quantized.py::test_a_thousand_tiny_changes_arrive_with_a_master",),
     ),
     Mutant(
