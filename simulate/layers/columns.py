@@ -108,7 +108,7 @@ def _multiply(
     heads, rows = in_HMY.shape[:2]
     weight_OI, b_HOR = dense(frozen_OI).to(in_HMY.dtype), b_HOR.to(in_HMY.dtype)
     if writes_columns(rows, b_HOR.shape[2], weight_OI.shape[1]):
-        written = _written(weight_OI, weight_OI is not frozen_OI, columns_HR, b_HOR * scale)
+        written = _written(weight_OI, weight_OI is not frozen_OI, columns_HR, b_HOR, scale)
         for out_MX, in_MY, own_OI in zip(out_HMX, in_HMY, written, strict=True):
             out_MX.addmm_(in_MY, own_OI if picked_HMR is None else own_OI.t(), beta=beta)
         return
@@ -121,17 +121,19 @@ def _multiply(
     out_HMX.scatter_add_(2, columns_HR.unsqueeze(1).expand(vs_HMR.shape), vs_HMR)
 
 
-def _written(weight_OI: Tensor, is_copy: bool, columns_HR: Tensor, added_HOR: Tensor) -> Iterator[Tensor]:
-    """Yield each head's weight, W with what the head adds to its columns, in one tensor for all heads in turns.
+def _written(
+    weight_OI: Tensor, is_copy: bool, columns_HR: Tensor, b_HOR: Tensor, scale: float
+) -> Iterator[Tensor]:
+    """Yield each head's weight, W with scale·B added to its columns, in one tensor for all heads in turns.
 
     W itself is never written to, not even for the length of a product: a delayed merge may read it meanwhile. A lone
     head may have a W that `is_copy` already, unpacked or cast for this pass.
     """
     own_OI = weight_OI if is_copy and len(columns_HR) == 1 else torch.empty_like(weight_OI)
-    for columns_R, added_OR in zip(columns_HR, added_HOR, strict=True):
+    for columns_R, b_OR in zip(columns_HR, b_HOR, strict=True):
         if own_OI is not weight_OI:
             own_OI.copy_(weight_OI)
-        yield own_OI.scatter_add_(1, columns_R.expand(added_OR.shape), added_OR)
+        yield own_OI.scatter_add_(1, columns_R.expand(b_OR.shape), b_OR * scale)
 
 
 column_function = _ColumnLinear.apply

@@ -170,18 +170,24 @@ class LayerMerger:
             self.communicator.pull(self._pulled(layers))
 
     def _add_up(self, layers: list[LoraLinear], everyones: list[Tensor], targets: list[Tensor | None]) -> None:
-        factors, heads = iter(everyones), self.communicator.num_devices * self.options.heads_per_device
+        factors = iter(everyones)
         for layer, target_OI in zip(layers, targets, strict=True):
-            a_HRI = layer.frozen_a(heads) if self.options.frozen_a else next(factors)
-            b_HOR = weighted(next(factors), self._weights_H)
-            # Algorithm 1's merge: Ŵ = W + (s/H)·Σ_h B_h·A_h, from W0 where the last products are taken back.
-            if target_OI is not None:
-                add_products(self._base(layer), a_HRI, b_HOR, self._share, out=target_OI)
-                continue
-            # Unpacked for as long as it takes to pack it again, one layer at a time.
-            merged_OI = self._base(layer, own=True).to(b_HOR.device)
-            add_products(merged_OI, a_HRI, b_HOR, self._share)
-            layer.set_weight(merged_OI)
+            a_HRI = None if self.options.frozen_a else next(factors)
+            self._add_up_layer(layer, a_HRI, next(factors), target_OI)
+
+    def _add_up_layer(self, layer: LoraLinear, a_HRI: Tensor | None, b_HOR: Tensor, target_OI: Tensor | None) -> None:
+        # A call for each layer, so that nothing of one layer is held while A of the next is drawn.
+        heads = self.communicator.num_devices * self.options.heads_per_device
+        factor = layer.frozen_a(heads) if a_HRI is None else a_HRI
+        b_HOR = weighted(b_HOR, self._weights_H)
+        # Algorithm 1's merge: Ŵ = W + (s/H)·Σ_h B_h·A_h, from W0 where the last products are taken back.
+        if target_OI is not None:
+            add_products(self._base(layer), factor, b_HOR, self._share, out=target_OI)
+            return
+        # Unpacked for as long as it takes to pack it again, one layer at a time.
+        merged_OI = self._base(layer, own=True).to(b_HOR.device)
+        add_products(merged_OI, factor, b_HOR, self._share)
+        layer.set_weight(merged_OI)
 
     def _sent(self, layer: LoraLinear, key: str) -> Tensor:
         """Return a local factor as it is merged: its snapshot while a merge travels, else its current value."""
