@@ -63,6 +63,9 @@ CASES: dict[str, Case] = {
     "lte frozen A, muon, 8 x rank 64": Case({"name": "lte", "rank": 64}, 8, 0.92, optimizer="muon"),
     "lte frozen A, muon, 32 x rank 32": Case({"name": "lte", "rank": 32}, 32, 0.84, optimizer="muon"),
     "lte frozen A, one of 8 x rank 64": Case({"name": "lte", "rank": 64}, 8, 0.92, launched=True),
+    "lte columns, 8 x rank 64": Case({"name": "lte", "rank": 64, "draws": "columns"}, 8, 0.86),
+    "lte columns, 32 x rank 32": Case({"name": "lte", "rank": 32, "draws": "columns"}, 32, 0.84),
+    "lte columns, one of 8 x rank 64": Case({"name": "lte", "rank": 64, "draws": "columns"}, 8, 0.83, launched=True),
     # Equal rank in all, so equally many parameters; and equal rank a head, so equally many operations a row.
     "lte reset b, 32 x rank 2 over 1 x rank 64": Case(
         {"name": "lte", "rank": 2, "frozen_a": False}, 32, 1.15, {"name": "lte", "rank": 64, "frozen_a": False}
@@ -80,21 +83,22 @@ MEMORY_LIMIT, MERGE_STEPS_LIMIT = 1.05, 2.0
 class Batch:
     """Random images (S, C, Y, X) and classes (S,): the time of a step does not depend on what they show."""
 
-    model: str
+    size: VitModel
     images: Tensor
     classes: Tensor
 
 
-def random_batch(model: str, samples: int) -> Batch:
-    """Draw a batch of a model's own size."""
+def random_batch(model: str, samples: int, layers: int | None = None) -> Batch:
+    """Draw a batch of a model's own size; with `layers`, for a model of so many blocks."""
     size, draw = VitModel(name=model), torch.Generator().manual_seed(0)
+    size = size.model_copy(update={"layers": layers or size.layers})
     images = torch.randn(samples, size.colours, size.image, size.image, generator=draw)
-    return Batch(model, images, torch.randint(size.classes, (samples,), generator=draw))
+    return Batch(size, images, torch.randint(size.classes, (samples,), generator=draw))
 
 
 def dense_step(batch: Batch) -> Step:
     """Return one step of plain PyTorch."""
-    model = Vit(VitModel(name=batch.model))
+    model = Vit(batch.size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
@@ -109,7 +113,7 @@ def prepare(
     method: Table, devices: int, batch: Batch, optimizer: str = "adamw", launched: bool = False
 ) -> Method:
     """Return a method for the batch's model: N devices share the batch; a launched one, of N, has it all."""
-    size, samples = VitModel(name=batch.model), len(batch.images)
+    size, samples = batch.size, len(batch.images)
     communicator = EchoCommunicator(devices) if launched else VirtualCommunicator(devices)
     run = build_run(
         {
@@ -187,6 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_s16", choices=list(VitModel.sizes))
     parser.add_argument("--batch", type=int, default=32, help="samples of all devices together")
+    parser.add_argument("--layers", type=int, help="blocks of the network; not given: all of the model's")
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), metavar="CASE")
@@ -198,7 +203,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if not arguments.system_allocator:
         keep_freed_memory()
-    batch, results = random_batch(arguments.model, arguments.batch), []
+    batch, results = random_batch(arguments.model, arguments.batch, arguments.layers), []
     for name in arguments.cases:
         results.append(measure(name, CASES[name], batch, arguments.pairs))
         print(line(results[-1]), file=sys.stderr if arguments.json else sys.stdout, flush=True)

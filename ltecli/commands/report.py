@@ -16,6 +16,7 @@ from simulate.common.processor import machine_text
 from simulate.common.units import bytes_text, seconds_text
 from simulate.config.method_table import BASELINE
 from simulate.planning.candidate import describe
+from simulate.planning.notes import draws_notes
 
 TIMES = 2.0
 """Ratio from which a change is told as a multiple, not in per cent."""
@@ -66,7 +67,8 @@ def _show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None
         cells = (values.get(k) for k in ("planned", "simulated", "counted", "measured"))
         table.add_row(label, *(text(v) for v in cells), text(dense))
     output.table(table)
-    for line in (*_savings(figure), *_explanations(figure, record.is_launched)):
+    notes = draws_notes(run, run.model.shape())
+    for line in (*_savings(figure), *notes, *_explanations(figure, record.is_launched)):
         output.text(line)
     if figure["diagnostics"]:
         output.text("")
