@@ -12,7 +12,7 @@ TORCH_TESTS ?= tests/simulate/layers tests/simulate/optim tests/simulate/comm te
 	tests/simulate/training tests/simulate/measure tests/simulate/doctor tests/launch \
 	tests/ltecli/commands/test_train.py tests/ltecli/commands/test_resume.py tests/ltecli/commands/test_doctor.py
 
-.PHONY: setup demo demo-vision test test-all test-processors test-torch mutants frozen frozen-record lint bench gpu clean
+.PHONY: setup demo demo-vision test test-all test-processors test-torch mutants frozen frozen-record lint docs bench gpu clean
 
 setup: $(READY)
 
@@ -39,6 +39,10 @@ lint: $(READY)
 # A file's tests share what it makes, so they stay together; in the order of their names, since the files with the fewest
 # tests, which come last otherwise, take longest: they start processes.
 PYTEST = $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# The site, in site/. A link that leads nowhere is an error.
+docs: $(READY)
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs site
 
 test: lint
 	$(PYTEST)
@@ -99,4 +103,4 @@ gpu:
 		$(if $(RESULTS),--results $(RESULTS))
 
 clean:
-	rm -rf .venv .venv-torch-* build *.egg-info runs run.toml
+	rm -rf site .venv .venv-torch-* build *.egg-info runs run.toml

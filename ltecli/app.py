@@ -11,11 +11,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import typer.core
 
+from ltecli import completion
 from ltecli.errors import (
     BAD_INPUT,
     StdoutError,
@@ -25,6 +26,7 @@ from ltecli.errors import (
     report_stdout_error,
     stdout_checked,
 )
+from ltecli.help_pages import write_example, write_options
 from simulate.common.gc_paused import collector_paused
 from simulate.common.quantities import read_count
 from simulate.common.version import version as lte_version
@@ -55,6 +57,14 @@ class OnceCommand(typer.core.TyperCommand):
                 ctx.fail(f"{parameter.opts[0]} is given {given.count(parameter)} times; keep one")
         return super().parse_args(ctx, args)
 
+    def format_options(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
+        """Write the options under headings."""
+        write_options(self.get_params(ctx), ctx, formatter)
+
+    def format_epilog(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
+        """Write an example."""
+        write_example(ctx.command_path, formatter)
+
 
 class DeviceName(str, enum.Enum):
     """Values of --device."""
@@ -74,22 +84,46 @@ class ExportFormat(str, enum.Enum):
 
 
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any run.toml key: method.rank=16")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set any run.toml key: method.rank=16",
+        autocompletion=completion.set_keys,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no hints.")]
 ProfileName = Annotated[
-    str | None, typer.Option("--profile", "-p", help="A shipped profile, `local`, or a path to profile.toml.")
+    str | None,
+    typer.Option(
+        "--profile",
+        "-p",
+        help="A shipped profile, `local`, or a path to profile.toml.",
+        autocompletion=completion.profile_names,
+    ),
 ]
 Model = Annotated[
-    str | None, typer.Option("--model", "-m", help="gpt, gpt2, llama_60m, vit_s16, mixer_s16, ...: see docs/models.md.")
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="gpt, gpt2, llama_60m, vit_s16, mixer_s16, ...: see docs/models.md.",
+        autocompletion=completion.model_names,
+    ),
 ]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", autocompletion=completion.run_folders)]
 DataPath = Annotated[str | None, typer.Option("--data", "-d", help="Text or images: a file, a folder or a .zip.")]
 SecretFile = Annotated[
     Path | None, typer.Option(help="File with the secret that both ends share (else LTE_SECRET); not on loopback.")
 ]
 LinkFrom = Annotated[
-    Path | None, typer.Option(metavar="RUN", help="Take the link that the nodes of a launched run measured.")
+    Path | None,
+    typer.Option(
+        metavar="RUN",
+        help="Take the link that the nodes of a launched run measured.",
+        autocompletion=completion.run_folders,
+    ),
 ]
 Devices = Annotated[int | None, typer.Option("--devices", "-n", help="Devices to use; default: all of the profile.")]
 
@@ -144,7 +178,10 @@ def plan(
     batch_samples: Annotated[
         int | None, typer.Option(parser=_count, metavar="COUNT", help="The same in images, for models of images.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="Pin the method, any of docs/methods.md.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="Pin the method, any of docs/methods.md.", autocompletion=completion.method_names),
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="Pin the rank of one head.")] = None,
     heads_per_device: Annotated[int | None, typer.Option(help="Pin the heads of one device.")] = None,
     quantize: Annotated[
@@ -243,7 +280,7 @@ def init(
 @app.command("probe", cls=OnceCommand)
 @guarded
 def probe_a_run(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="run.toml.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run.toml.", autocompletion=completion.runs)],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the findings as probe.json.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Let -o replace an existing file.")] = False,
     batches: Annotated[int, typer.Option(min=1, help="Steps that give gradients, before and after the warm-up.")] = 8,
@@ -296,7 +333,10 @@ def validate(
 @guarded
 def train(
     run: Annotated[
-        Path | None, typer.Argument(metavar="RUN", help="run.toml, or a run folder; default: plan one now.")
+        Path | None,
+        typer.Argument(
+            metavar="RUN", help="run.toml, or a run folder; default: plan one now.", autocompletion=completion.runs
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default: runs/NAME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
@@ -347,13 +387,21 @@ def train(
 @app.command(cls=OnceCommand)
 @guarded
 def doctor(
-    run: Annotated[Path | None, typer.Argument(help="run.toml, whose formats and devices count, too.")] = None,
+    run: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="RUN", help="run.toml, whose formats and devices count, too.", autocompletion=completion.runs
+        ),
+    ] = None,
     launch: Annotated[bool, typer.Option("--launch", help="Count what stops a launched run, too.")] = False,
     device: Annotated[DeviceName, typer.Option(help="Where to train; cpu leaves GPUs out.")] = DeviceName.AUTO,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where run folders shall lie.")] = Path("runs"),
     as_json: Json = False,
 ) -> int:
-    """Look for what would stop or spoil a run on this machine, and say what mends it."""
+    """Find what would stop or spoil a run on this machine.
+
+    Each finding says what mends it.
+    """
     from ltecli.commands.doctor import doctor_command
 
     return doctor_command(run, device.value, launch, out, as_json)
@@ -373,7 +421,14 @@ def secret(
 @app.command(cls=OnceCommand)
 @guarded
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders; several are compared side by side.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN",
+            help="Run folders; several are compared side by side.",
+            autocompletion=completion.run_folders,
+        ),
+    ],
     as_json: Json = False,
 ) -> None:
     """Show planned, simulated and measured figures side by side."""
@@ -385,7 +440,7 @@ def report(
 @app.command(cls=OnceCommand)
 @guarded
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: RunFolder,
     form: Annotated[
         ExportFormat,
         typer.Option("--format", help="safetensors with lte's names, or what transformers loads."),
@@ -402,7 +457,7 @@ def export(
 @app.command(cls=OnceCommand)
 @guarded
 def sample(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: RunFolder,
     prompt: Annotated[str, typer.Option("--prompt", help="Text to go on from.")],
     length: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token each time.")] = 0.8,
@@ -418,7 +473,7 @@ def sample(
 @app.command("eval", cls=OnceCommand)
 @guarded
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: RunFolder,
     data: Annotated[str, typer.Option("--data", "-d", help="Text or images: a file, a folder or a .zip.")],
     as_json: Json = False,
 ) -> int:
@@ -443,7 +498,14 @@ def profile_list(as_json: Json = False) -> None:
 @profile_app.command("show", cls=OnceCommand)
 @guarded
 def profile_show(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped profile, `local`, or a path to profile.toml.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="A shipped profile, `local`, or a path to profile.toml.",
+            autocompletion=completion.profile_names,
+        ),
+    ],
     as_json: Json = False,
 ) -> None:
     """Print a profile as TOML, with the source of every figure."""
@@ -455,7 +517,12 @@ def profile_show(
 @profile_app.command("check", cls=OnceCommand)
 @guarded
 def profile_check(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A profile.toml, or a shipped one.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="A profile.toml, or a shipped one.", autocompletion=completion.profile_names
+        ),
+    ],
     as_json: Json = False,
 ) -> int:
     """Print a profile in plain units, and point at slips."""
@@ -529,6 +596,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write("lte: the current folder was removed; cd to one that exists\n")
         return BAD_INPUT
     try:
+        completion.join_words_of_bash()
         # Without standalone mode typer raises mistakes to us, where it would print them in its own form and exit.
         with stdout_checked():
             code = int(app(given or ["--help"], prog_name="lte", standalone_mode=False) or 0)

@@ -11,6 +11,8 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
+from simulate.common.units import bytes_text
+
 FIGURE = 15
 """Characters up to which a column holds figures or a word, which no terminal needs to cut."""
 WIDE = 400
@@ -92,6 +94,13 @@ def plain_table(*columns: str) -> Table:
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", no_wrap=index == 0, overflow="fold")
     return table
+
+
+def memory_text(tensors: int, allocator: int, reserved: int) -> str:
+    """Return a device's planned bytes by whom they are of, and their sum, the same wherever a run's memory is told."""
+    allocated = f" + {bytes_text(allocator)} allocator and libraries" if allocator else ""
+    total = bytes_text(tensors + allocator + reserved)
+    return f"{bytes_text(tensors)} tensors{allocated} + {bytes_text(reserved)} system = {total}"
 
 
 def scores_text(val_loss: float | None, val_accuracy: float | None = None) -> str:

@@ -19,8 +19,11 @@ def check_file(path: Path, force: bool, example: str, option: str = "--out") -> 
         raise InputError(f"{option} {path} is a folder; name a file in it, for example {path / example}")
     if path.exists() and not force:
         raise InputError(f"{option} {path} exists; add --force to replace it, or choose another name")
-    if not path.parent.is_dir():
-        raise InputError(f"{option} {path}: {path.parent} is no folder; create it first, or choose another")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise InputError(f"{option} {path}: {above} is no folder; choose another")
+    if not os.access(above, os.W_OK):
+        raise InputError(f"{option} {path}: {above} is not writable; choose another folder")
 
 
 def check_absent(path: Path, option: str = "--out", instead: str = "remove it, or choose another name") -> None:
@@ -31,8 +34,9 @@ def check_absent(path: Path, option: str = "--out", instead: str = "remove it, o
 
 
 def write_file(path: Path, text: str, option: str = "--out") -> None:
-    """Write a file whole or not at all; raises InputError where the disk or its permissions refuse it."""
+    """Write a file whole or not at all, and the folders above it; raises InputError where the system refuses."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         toml_io.write_atomically(path, text.encode())
     except OSError as error:
         raise unwritable(path, error, option) from None

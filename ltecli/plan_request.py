@@ -172,7 +172,7 @@ def _with_measured_link(run: Path, profile: Profile) -> tuple[Profile, str]:
     link = link_from(run, profile.link)
     note = (
         f"the link is what the nodes of {run} measured, {link_text(link)}, in place of profile {profile.name}'s; "
-        "training uses the profile: lte profile measure --link-from writes one with that link"
+        "-o run.toml keeps it for training, too"
     )
     return profile.model_copy(update={"link": link}), note
 

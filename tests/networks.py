@@ -106,3 +106,31 @@ not_callable = 3
 def small_talk(context: int = 16) -> nn.Module:
     """Return a network that knows 256 tokens, whatever it is asked for."""
     return Encoder(16)
+
+
+class WithLoss(nn.Module):
+    """Gives a loss of its own beside the logits."""
+
+    def __init__(self, context: int, vocab: int) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Embedding(vocab, 8), nn.Linear(8, vocab))
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        logits: Tensor = self.network(tokens)
+        return logits, logits.square().mean()
+
+
+with_loss = WithLoss
+
+
+def ends(context: int, vocab: int) -> nn.Module:
+    """End the program, as a script does that misses something."""
+    raise SystemExit("no GPU")
+
+
+def laid_out(context: int, vocab: int) -> nn.Module:
+    """Return a network with tensors that do not lie in memory row by row."""
+    layer = nn.Linear(8, 8)
+    layer.weight = nn.Parameter(torch.randn(8, 8).t())
+    layer.register_buffer("table", torch.ones(1).expand(4))
+    return nn.Sequential(nn.Embedding(vocab, 8), layer, nn.Linear(8, 8), nn.Linear(8, vocab))

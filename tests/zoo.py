@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import random
+import sys
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -304,6 +306,146 @@ def as_cast(dtype: torch.dtype) -> nn.Module:
     return Apply(lambda x, layer: layer(x.to(dtype)).real.to(x), layer)
 
 
+class Rotation(nn.Module):
+    """Turns pairs of numbers by their place, with factors that are complex."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        angles = torch.outer(torch.arange(16.0), torch.logspace(0, -3, WIDTH // 2))
+        self.register_buffer("factors", torch.polar(torch.ones_like(angles), angles), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * self.factors[: x.shape[1]]).flatten(2).to(x)
+
+
+class Scales(nn.Module):
+    """Reads its parameters from a list and a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = nn.ParameterList([torch.full((WIDTH,), 0.5)])
+        self.shifts = nn.ParameterDict({"all": torch.zeros(WIDTH)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scales[0] + self.shifts["all"]
+
+
+class IndexedPlaces(nn.Module):
+    """Positions whose embedding has a buffer of their numbers, and sizes that are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(16, WIDTH)
+        self.table.register_buffer("numbers", torch.arange(16).expand(1, -1))
+        self.scale = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = self.table(self.table.numbers[:1, : x.shape[1]]) / self.table.embedding_dim**0.5
+        return x + self.scale(places.expand_as(x)) / self.scale.out_features
+
+
+class Remembering(nn.Module):
+    """Keeps a mean of its weight beside its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.mean = linear(), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.layer.weight.detach().mean()
+        self.mean = weight if self.mean is None else 0.9 * self.mean + 0.1 * weight
+        return self.layer(x) * (1 + self.mean)
+
+
+class Renamed(nn.LayerNorm):
+    """Has something beside its tensors in its state_dict."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"steps": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state
+
+
+class Freezing(nn.Module):
+    """Freezes a layer whenever training begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = linear()
+
+    def train(self, mode: bool = True) -> Freezing:
+        super().train(mode)
+        self.layer.weight.requires_grad_(False)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class KeptElsewhere(nn.Module):
+    """Uses a weight from a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = linear()
+        self.weights = [self.layer.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weights[0])
+
+
+def transposed() -> nn.Module:
+    """Return a layer whose weight lies in memory by columns."""
+    layer = linear()
+    layer.weight = nn.Parameter(torch.randn(WIDTH, WIDTH).mul(0.3).t())
+    return layer
+
+
+def same_memory() -> nn.Module:
+    """Return two layers with two parameters over the same numbers."""
+    one, other = linear(), linear()
+    other.weight = nn.Parameter(one.weight.data)
+    return nn.Sequential(one, other)
+
+
+def without_outputs() -> nn.Module:
+    """Return a layer of no outputs, as a size that is computed may leave."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, that there is nothing to draw
+        return nn.Linear(WIDTH, 0)
+
+
+def norm_twice() -> nn.Module:
+    """Return a norm under two names."""
+    norm = nn.LayerNorm(WIDTH)
+    return nn.Sequential(norm, linear(), norm)
+
+
+def clipped(x: Tensor, layer: nn.Linear) -> Tensor:
+    """Return a layer's result after its weight was clipped, past what torch watches."""
+    layer.weight.data.clamp_(-0.1, 0.1)
+    return layer(x)
+
+
+def with_buffer(buffer: Tensor) -> nn.Module:
+    """Return a norm that a buffer was hung on."""
+    norm = nn.LayerNorm(WIDTH)
+    norm.register_buffer("kept", buffer)
+    return norm
+
+
+def routed(x: Tensor, first: nn.Module, second: nn.Module) -> Tensor:
+    """Return the results of two experts, each of which gets a list of several samples' tokens."""
+    rows = x.reshape(-1, WIDTH)
+    chosen = rows[:, 0] > 0
+    result = torch.zeros_like(rows)
+    for expert, mask in ((first, chosen), (second, ~chosen)):
+        result = result.index_add(0, mask.nonzero().squeeze(1), expert(rows[mask]))
+    return result.view_as(x)
+
+
 TRAINED: dict[str, Callable[[], nn.Module]] = {
     "linear": linear,
     "subclass": lambda: Scaled(WIDTH, WIDTH),
@@ -351,6 +493,12 @@ TRAINED: dict[str, Callable[[], nn.Module]] = {
     "norm without affine": lambda: nn.LayerNorm(WIDTH, elementwise_affine=False),
     "norm without bias": lambda: nn.LayerNorm(WIDTH, bias=False),
     "numpy's draws": lambda: drawn_by(lambda: np.random.normal(0, 0.3, (WIDTH, WIDTH))),
+    "complex factors": Rotation,
+    "parameters in lists": Scales,
+    "buffer on a layer": IndexedPlaces,
+    "halves": lambda: with_buffer(torch.ones(3, dtype=torch.float16)),
+    "by columns": transposed,
+    "norm twice": norm_twice,
     "python's draws": lambda: drawn_by(lambda: np.array([[random.gauss(0, 0.3)] * WIDTH for _ in range(WIDTH)])),
 }  # fmt: skip
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
@@ -383,6 +531,26 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "other start weights whenever",
     ),
     "gathered experts": (Experts, "must keep samples apart"),
+    "limited norms": (
+        lambda: Apply(lambda x, table: table(x[..., 0].gt(0).long()), nn.Embedding(2, WIDTH, max_norm=0.5)),
+        "passes write to the parameter",
+    ),
+    "clipped": (lambda: Apply(clipped, linear()), "passes write to the parameter"),
+    "remembering": (Remembering, "leaves something behind"),
+    "extra state": (lambda: Renamed(WIDTH), "neither a parameter nor a buffer"),
+    "freezing": (Freezing, "train() of the network with two copies"),
+    "kept elsewhere": (KeptElsewhere, "be kept under their own names"),
+    "same memory": (same_memory, "lie in the same memory"),
+    "without values": (lambda: nn.Linear(WIDTH, WIDTH, device="meta"), "is on the device meta"),
+    "inference": (torch.inference_mode()(linear), "was made in torch.inference_mode"),
+    "not a number": (lambda: drawn_by(lambda: np.full((WIDTH, WIDTH), np.nan)), "are not numbers (NaN)"),
+    "wide numbers": (lambda: with_buffer(torch.ones(3, dtype=torch.complex128)), "which no checkpoint can hold"),
+    "dropout of 1": (lambda: nn.Dropout(1), "drops activations with probability 1"),
+    "exit": (lambda: sys.exit("no GPU"), "raised SystemExit: no GPU"),
+    "routed": (lambda: Apply(routed, linear(), linear()), "routing: no lists of several samples' tokens"),
+    "no outputs": (
+        lambda: Apply(lambda x, layer: torch.cat([x, layer(x)], -1), without_outputs()), "has no elements",
+    ),
     "mixing": (lambda: Apply(lambda x: x - x.mean(0)), "must keep samples apart"),
 }  # fmt: skip
 REFUSED_IN_LAUNCHES: dict[str, Callable[[], nn.Module]] = {

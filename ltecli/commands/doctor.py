@@ -117,5 +117,7 @@ def _facts_table(machine: Machine) -> Table:
     if limits.processes is not None:
         table.add_row("processes", f"{limits.processes_free} of {limits.processes} free")
     for folder in machine.folders:
-        table.add_row(folder.option, f"{folder.path}, {bytes_text(folder.free_bytes)} free")
+        # Of the option alone nobody knows what it says.
+        label = "run folders (--out)" if folder.option == "--out" else folder.option
+        table.add_row(label, f"{folder.path}, {bytes_text(folder.free_bytes)} free")
     return table

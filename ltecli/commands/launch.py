@@ -32,6 +32,8 @@ from simulate.common.errors import InputError, RunFailedError
 from simulate.common.events import Emit, EventFile
 from simulate.common.limits import usable_cores
 from simulate.common.run_files import CHECKPOINTS, LOGS, RUN_FILE
+from simulate.config.profiles import is_profile_path
+from simulate.config.run import load_given_run
 from simulate.launch.agent import Launch, Node
 from simulate.launch.heartbeat import is_node_alive
 from simulate.launch.keys import LINKS, START
@@ -256,7 +258,7 @@ def print_lines(run_file: Path | None, options: LaunchArgs, output: Output) -> i
     address = address_to_join(options.interface)
     endpoint = address_text(address, DEFAULT_PORT)
     name = run_file or RUN_FILE
-    output.text(f"Copy {name} and its data to every machine, and give all the same secret, made once:")
+    output.text(f"Copy {_to_copy(name)} to every machine, and give all the same secret, made once:")
     output.text("  lte secret lte.secret           # then copy the file; only you can read it")
     # Complete lines to paste: a --node that is typed by hand is easily given twice.
     for number in range(options.nodes):
@@ -266,6 +268,15 @@ def print_lines(run_file: Path | None, options: LaunchArgs, output: Output) -> i
         )
     output.hint(f"in these lines node 0 is this machine, {address}; messages are not encrypted: docs/networking.md")
     return 0
+
+
+def _to_copy(run_file: Path | str) -> str:
+    """Return what another machine needs of a run, in words: also a profile's file that run.toml does not embed."""
+    if not Path(run_file).is_file():
+        return f"{run_file} and its data"
+    profile = load_given_run(Path(run_file)).cluster.profile
+    is_beside = is_profile_path(profile) and Path(profile).resolve() != Path(run_file).resolve()
+    return f"{run_file}, its profile {profile} and its data" if is_beside else f"{run_file} and its data"
 
 
 def loopback_interface() -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ltecli.commands.verify import Verified, too_large_text, verify_choice
-from ltecli.console import Output, plain_table
+from ltecli.console import Output, memory_text, plain_table
 from ltecli.output_paths import check_file, write_file
 from ltecli.plan_request import PlanArgs, plan_request
 from simulate.common.errors import NothingFeasibleError
@@ -63,9 +63,7 @@ def plan_command(
     verdict = verdict_of(plan)
     # Files come before what is printed: whoever reads that may leave early, as head does.
     if out is not None and plan.chosen is not None and not (verified and not verified.fits):
-        # Paths in a run.toml are relative to it, those of the command line to the current folder.
-        is_here = out.parent.resolve() == Path.cwd().resolve()
-        write_file(out, dump_run(plan.chosen.run if is_here else with_absolute_paths(plan.chosen.run)))
+        write_run(out, plan)
     if explained is not None and to_explain is not None:
         write_picture(plan, explained, to_explain)
     if as_json:  # building the JSON of thousands of candidates takes time
@@ -99,6 +97,15 @@ def plan_command(
         more = "  ".join(flag for flag in ("--all", "--why", "--timeline", "--verify") if not asked.get(flag))
         output.hint(f"next  lte plan ... -o run.toml        more  {more}" if more else "next  lte plan ... -o run.toml")
     return 0
+
+
+def write_run(path: Path, plan: Plan) -> None:
+    """Write a plan's choice as run.toml."""
+    assert plan.chosen is not None, "a plan without a choice has no run"
+    # Paths in a run.toml are relative to it, those of the command line to the current folder.
+    is_here = path.parent.resolve() == Path.cwd().resolve()
+    run = plan.chosen.run if is_here else with_absolute_paths(plan.chosen.run)
+    write_file(path, dump_run(run, plan.profile))
 
 
 def show_verdict(verdict: Verdict, output: Output) -> None:
@@ -248,12 +255,11 @@ def _show_choice(plan: Plan, chosen: Candidate, output: Output) -> None:
 
 def _memory_line(device: Device, memory: Memory) -> str:
     """Return a line that says what of the device's memory is taken by whom, and how tight it is."""
-    allocator = f" + {bytes_text(memory.allocator)} allocator and libraries" if memory.allocator else ""
     headroom = device.memory_bytes - device.usable_bytes
     kept_free = f", {bytes_text(headroom)} of it are kept free" if headroom else ""
     return (
-        f"memory: {bytes_text(memory.tensors)} tensors{allocator} + {bytes_text(memory.reserved)} system = "
-        f"{bytes_text(memory.total)}, {memory.total / device.memory_bytes:.0%} of {bytes_text(device.memory_bytes)}"
+        f"memory: {memory_text(memory.tensors, memory.allocator, memory.reserved)}, "
+        f"{memory.total / device.memory_bytes:.0%} of {bytes_text(device.memory_bytes)}"
         f"{kept_free}"
     )
 

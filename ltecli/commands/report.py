@@ -10,7 +10,7 @@ from typing import Any
 
 from ltecli.charts.curve import draw_curve
 from ltecli.charts.diagnostics import diagnostics_table, last_rows
-from ltecli.console import Output, plain_table, scores_text
+from ltecli.console import Output, memory_text, plain_table, scores_text
 from ltecli.runs.figures import RunRecord, figures, read_run
 from simulate.common.processor import machine_text
 from simulate.common.units import bytes_text, seconds_text
@@ -116,11 +116,12 @@ def change_text(ratio: float, less: str) -> str:
 
 def _explanations(figure: dict[str, Any], is_launched: bool) -> list[str]:
     """Return lines on what the table's memory and time include, and on the machines that trained."""
+    memory = figure["memory_bytes"]
     # The same column means two things, so the line under the table says which.
     here = "the launched processes' time" if is_launched else "this machine's time for simulating all devices"
     return [
-        f"memory: without the {bytes_text(figure['memory_bytes']['reserved'])} that the device's system reserves; "
-        "measured is the allocator's peak of one device's program, run alone",
+        f"memory: planned {memory_text(memory['planned'], memory['allocator'], memory['reserved'])}; the table has the "
+        "tensors, measured as the allocator's peak of one device's program, run alone",
         "time: with evaluations and a launched run's checkpoints; simulated is the time of the profile's hardware; "
         f"measured is {here}",
         *(f"trained on: {machine_text(machine)}" for machine in figure["machines"]),

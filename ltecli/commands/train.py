@@ -22,10 +22,13 @@ from ltecli.errors import DONE, INTERRUPTED
 from ltecli.plan_request import PlanArgs, plan_request
 from ltecli.runs.calibrating import calibrate_here
 from ltecli.runs.event_loggers import event_loggers
+from ltecli.runs.external_loggers import check_loggers
 from ltecli.runs.run_folder import (
     RunFolder,
     check_new,
+    extended_folder,
     interrupted_by_sigterm,
+    keep_extension,
     lock_folder,
     new_folder,
     prepare_events,
@@ -111,6 +114,8 @@ def _train(
     replaced: list[str] = []
     if args.tiny:
         run, replaced = tiny_run(run, [assignment.partition("=")[0].strip() for assignment in args.assignments])
+    if launch is None or not launch.node:  # node 0 has the events
+        check_loggers(run)
     if folder is None:
         check_new(path)  # before torch is imported, which takes seconds
     warnings = check_machine(run, device_name, launch)
@@ -128,6 +133,8 @@ def _train(
     try:
         # The lock is released before the folder is removed: Windows removes no open file.
         with _removed_unless_begun(folder, resume), lock_folder(path):
+            if resume and args.assignments and given == path:
+                keep_extension(folder)
             if launch is None or launch.nodes == 1:  # the nodes of a launch tell each other in the preflight
                 for warning in warnings:
                     output.warning(warning)
@@ -164,8 +171,9 @@ def _simulate(folder: RunFolder, device: torch.device, output: Output) -> int:
         # A run that begins anew drops all events, as of an attempt that saved nothing.
         prepare_events(folder, session.step if folder.resume_from else -1)
         with (
-            closing(EventFile(folder.events)) as file,
+            # Loggers first: one that cannot be opened refuses a new run, whose folder then goes, as it has no events.
             event_loggers(folder.path, folder.run, output, session.step) as loggers,
+            closing(EventFile(folder.events)) as file,
         ):
 
             def emit(event: Event) -> None:
@@ -260,12 +268,20 @@ def _run(given: Path | None, args: TrainArgs) -> Run:
     return build_run({**run.model_dump(exclude_none=True), "train": train}, "command line")
 
 
+def _only_steps(args: TrainArgs) -> bool:
+    """Whether train.steps is the one key to set."""
+    return [assignment.partition("=")[0].strip() for assignment in args.assignments] == ["train.steps"]
+
+
 def _resumed(given: Path | None, out: Path | None, args: TrainArgs) -> RunFolder:
     """Open the folder to resume: the one given, or that of the given run.toml, which must be unchanged."""
     if given is not None and given.is_dir():
+        if out is None and args == TrainArgs(assignments=args.assignments) and _only_steps(args):
+            return extended_folder(given, args.assignments[0])
         if out is not None or args:
             raise InputError(
-                f"--resume continues {given} as it is; leave --out, --data and --set away, and --diagnostics and --tiny"
+                f"--resume continues {given} as it is, or with more steps by --set train.steps=N alone; leave --out, "
+                "--data and --set away, and --diagnostics and --tiny"
             )
         return resumed_folder(given, None)
     run = None if given is None else _run(given, args)

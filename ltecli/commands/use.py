@@ -112,13 +112,12 @@ def _scored_batches(run: Run, data: str, tokenizer: Path | None, fingerprint: st
 
 def _network(run: Run, checkpoint: Path) -> tuple[int, Network]:
     """Return the steps done, and the plain network with the merged weights, in evaluation."""
-    from torch.func import functional_call
-
+    from simulate.layers.convert import call_with_weights
     from simulate.methods.build_network import empty_model
 
     step, weights, _ = merged_weights(run, checkpoint)
     model = empty_model(run)
-    return step, lambda inputs: functional_call(model, weights, (inputs,), tie_weights=False)
+    return step, lambda inputs: call_with_weights(model, weights, inputs)
 
 
 def _tokenizer(path: Path) -> tuple[Callable[[str], list[int]], Callable[[Sequence[int]], str]]:

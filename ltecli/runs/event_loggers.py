@@ -1,17 +1,18 @@
-"""Loggers of a run's events beside events.jsonl: TensorBoard, and a progress bar for people.
+"""Loggers of a run's events beside events.jsonl: those of `train.loggers`, and a progress bar for people.
 
-`lte train` opens both with event_loggers, for simulated runs and on node 0 of launched ones.
+`lte train` opens them with event_loggers, for simulated runs and on node 0 of launched ones.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ltecli.console import Output
+from ltecli.runs.external_loggers import EXTERNAL, scalars
 from simulate.common.events import Emit, Event
 from simulate.common.units import bytes_text, seconds_text
 from simulate.config.run import Run
@@ -23,12 +24,19 @@ if TYPE_CHECKING:
 
 @contextmanager
 def event_loggers(path: Path, run: Run, output: Output, step: int) -> Iterator[Emit]:
-    """Open both loggers for a run folder at `step`; yields a function that passes them an event."""
-    with TensorBoard(path / TENSORBOARD, step, output.warning) as board, ProgressBar(run, output, step) as bar:
+    """Open the loggers for a run folder at `step`; yields a function that passes them an event. Raises InputError."""
+    with ExitStack() as stack:
+        loggers: list[Emit] = []
+        for name in dict.fromkeys(run.train.loggers):
+            if name == "tensorboard":
+                loggers.append(stack.enter_context(TensorBoard(path / TENSORBOARD, step, output.warning)))
+            else:
+                loggers.append(stack.enter_context(EXTERNAL[name](path, run, output.warning)))
+        loggers.append(stack.enter_context(ProgressBar(run, output, step)))
 
         def emit(event: Event) -> None:
-            board(event)
-            bar(event)
+            for logger in loggers:
+                logger(event)
 
         yield emit
 
@@ -83,23 +91,8 @@ class TensorBoard:
             self._before(failure)
 
     def _add(self, event: Event, writer: SummaryWriter) -> None:
-        names = {
-            "train_loss": "loss/train",
-            "val_loss": "loss/validation",
-            "val_accuracy": "accuracy/validation",
-            "learning_rate": "train/learning_rate",
-            "tokens": "train/tokens",
-            "sent_bytes": "communication/sent_bytes",
-            "simulated_s": "time/simulated_s",
-            "wall_s": "time/measured_s",
-        }
-        if event["kind"] in ("step", "evaluate"):
-            for key, name in names.items():
-                if event.get(key) is not None:  # a step for which all devices had stopped has no loss
-                    writer.add_scalar(name, event[key], event["step"])
-        elif event["kind"] == "diagnostics":
-            for key in event.keys() - {"kind", "step"}:
-                writer.add_scalar(f"diagnostics/{key}", event[key], event["step"])
+        for name, value in scalars(event).items():
+            writer.add_scalar(name, value, event["step"])
 
 
 class ProgressBar:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltecli.runs.run_folder import check_run_folder, is_locked, read_plan
+from ltecli.runs.run_folder import check_run_folder, is_locked, read_plan, stored_shape
 from simulate.common.errors import InputError
 from simulate.common.events import Event, read_events
 from simulate.common.processor import distinct
@@ -63,7 +63,7 @@ def read_run(path: Path, on_skip: Callable[[str], None] | None = None) -> RunRec
             f"{path} has no {EVENTS_FILE}: it never took a step; start it with lte train {path} --resume"
         )
     events = tuple(read_events(path / EVENTS_FILE, on_skip))
-    return RunRecord(path, load_run(path / RUN_FILE), read_plan(path), events)
+    return RunRecord(path, load_run(path / RUN_FILE, stored_shape(path)), read_plan(path), events)
 
 
 def figures(record: RunRecord) -> dict[str, Any]:
@@ -84,9 +84,10 @@ def figures(record: RunRecord) -> dict[str, Any]:
         "unit": run.model.unit,
         "memory_bytes": {
             # Measured are the program's tensors, without what the allocator and the system hold beside them.
-            "planned": _tensor_bytes(chosen),
+            "planned": tensor_bytes(chosen),
             "measured": memory and memory["measured_bytes"],
             "reserved": chosen["memory_bytes"]["reserved"],
+            "allocator": chosen["memory_bytes"].get("allocator", 0),
         },
         "sent_bytes_per_device": {
             # Asked for the steps done, not as a share of the whole: merges do not fall evenly.
@@ -140,7 +141,7 @@ def _worse_than_guessing(record: RunRecord, step: Event | None, evaluation: Even
     )
 
 
-def _tensor_bytes(candidate: dict[str, Any]) -> int:
+def tensor_bytes(candidate: dict[str, Any]) -> int:
     """Return the bytes of a planned candidate's tensors; plans of older versions knew no allocator."""
     memory = candidate["memory_bytes"]
     return memory["total"] - memory["reserved"] - memory.get("allocator", 0)
@@ -171,7 +172,7 @@ def _dense(record: RunRecord, share: float) -> dict[str, Any] | None:
     if dense is None:
         return None
     return {
-        "memory_bytes": _tensor_bytes(dense),
+        "memory_bytes": tensor_bytes(dense),
         "sent_bytes_per_device": dense["sent_bytes"] * share,
         "wall_s": dense["wall_s"] * share,
         "step_s": dense["wall_s"] / record.run.train.steps,

@@ -13,7 +13,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,18 @@ from simulate.common.errors import InputError
 from simulate.common.events import truncate_events
 from simulate.common.units import bytes_text
 from simulate.config.hardware import LOCAL, Profile
-from simulate.config.profiles import load_profile, local_gpu_profile
+from simulate.config.profiles import is_profile_path, load_profile, local_gpu_profile
 from simulate.config.method_table import BASELINE, default_options
-from simulate.config.run import Run, dump_run, load_run
+from simulate.config.run import Run, build_run, dump_run, load_run, with_profile_name
 from simulate.costs.memory import checkpoint_bytes, mapped_file_bytes
 from simulate.data.load import TOKENIZER_FILE, Dataset, kept_tokenizer, load_data
 from simulate.data.text import Text
-from simulate.common.run_files import CHECKPOINTS, EVENTS_FILE, LOCK_FILE, PLAN_FILE, PROFILE_FILE, RUN_FILE
+from simulate.common.run_files import CHECKPOINTS, EVENTS_FILE, EXTENDED_FILE, LOCK_FILE, PLAN_FILE, PROFILE_FILE, RUN_FILE
+from simulate.models.schema import FactoryModel
+from simulate.models.shapes import ModelShape, shape_of_table, shape_table
 from simulate.planning.candidate import Rejected, is_library_installed
 from simulate.planning.planner import Plan, evaluate
-from simulate.training.checkpoints import list_checkpoints
+from simulate.training.checkpoints import accepted_runs, list_checkpoints
 
 CHECKPOINTS_AT_ONCE = 3
 """Checkpoints on the disk at the same time: two are kept while a third is written."""
@@ -83,7 +85,8 @@ def new_folder(path: Path, run: Run, device_name: str = "cpu") -> RunFolder:
     # `local` describes the processor. Training on a GPU needs the plan of that GPU.
     if profile.name == LOCAL and device_name != "cpu":
         profile = local_gpu_profile() or profile
-    plan = plan_of(run, profile)
+    plan = _plan_with_shape(run, profile)
+    run = with_profile_name(run, profile)
     try:
         path.mkdir(parents=True)
     except FileExistsError:  # another run has made it since the check
@@ -97,7 +100,7 @@ def new_folder(path: Path, run: Run, device_name: str = "cpu") -> RunFolder:
         if isinstance(data, Text) and data.vocabulary is not None:
             (path / TOKENIZER_FILE).write_text(data.vocabulary.json, encoding="utf-8")
         # run.toml comes last: with it the folder is whole.
-        toml_io.write_atomically(path / RUN_FILE, dump_run(run).encode())
+        toml_io.write_atomically(path / RUN_FILE, dump_run(run, profile).encode())
     except BaseException as error:  # an interrupt, too
         shutil.rmtree(path, ignore_errors=True)
         if isinstance(error, OSError):
@@ -108,14 +111,15 @@ def new_folder(path: Path, run: Run, device_name: str = "cpu") -> RunFolder:
 
 def check_new(path: Path) -> None:
     """Raise InputError where a run folder, or anything else, has the path of a new one."""
-    if (path / RUN_FILE).is_file():
+    # Path.is_file raises an OSError for a name that is too long.
+    if os.path.isfile(path / RUN_FILE):  # noqa: PTH113
         check_absent(path, instead="add --resume to continue it, or choose another --out")
     check_absent(path, instead="it is no run folder; choose another --out")
 
 
 def check_run_folder(path: Path) -> None:
     """Raise InputError where a path is no run folder."""
-    if not (path / RUN_FILE).is_file():
+    if not os.path.isfile(path / RUN_FILE):  # noqa: PTH113
         raise InputError(
             f"{path} is no run folder (it has no {RUN_FILE}); name one that lte train made, as in runs/demo"
         )
@@ -123,11 +127,12 @@ def check_run_folder(path: Path) -> None:
 
 def resumed_folder(path: Path, given: Run | None) -> RunFolder:
     """Open a run folder to resume it; a run.toml named beside --resume is `given`, and must be equal. Raises InputError."""
-    if not (path / RUN_FILE).is_file():
+    if not os.path.isfile(path / RUN_FILE):  # noqa: PTH113
         raise InputError(f"--resume: {path} is no run folder (it has no {RUN_FILE}); start it without --resume")
     run = load_run(path / RUN_FILE)
+    profile = load_profile(str(path / PROFILE_FILE))
     # Another run under the same name would go on from this one's weights.
-    if given is not None and given != run:
+    if given is not None and given != run and _by_profile_name(given, profile) != run:
         raise InputError(
             f"--resume: the run given differs from {path / RUN_FILE} in {_difference(given, run)}; "
             f"resume with lte train {path} --resume, or start anew with another --out"
@@ -137,8 +142,70 @@ def resumed_folder(path: Path, given: Run | None) -> RunFolder:
         raise InputError(f"--resume: {path} is read-only; make it writable")
     checkpoints = list_checkpoints(path / CHECKPOINTS, run.cluster.devices)
     data = load_data(run, kept_tokenizer(path))
-    profile = load_profile(str(path / PROFILE_FILE))
     return RunFolder(path, run, profile, data, read_plan(path), checkpoints[-1] if checkpoints else None)
+
+
+def extended_folder(path: Path, assignment: str) -> RunFolder:
+    """Open a run folder to resume it for more steps, as `--set train.steps=N` says; nothing is written.
+
+    Raises InputError where the run would not be the one that has so many steps from its start.
+    """
+    folder = resumed_folder(path, None)
+    run, steps = folder.run, folder.run.train.steps
+    table = with_profile_name(run, folder.profile).model_dump(exclude_none=True)
+    key = toml_io.set_key(table, assignment)
+    longer = build_run(table, "command line", assigned=[key])
+    more, anew = longer.train.steps, "train anew with another --out"
+    rule = f"--set {assignment}: {path} has {steps} steps"
+    if more <= steps:
+        raise InputError(f"{rule}; name more")
+    if run.train.schedule != "constant":
+        raise InputError(
+            f"{rule}, over which train.schedule = {run.train.schedule!r} spreads its rates: with more they would all have "
+            f"been others; {anew}, with train.schedule=constant if more steps may follow"
+        )
+    if run.train.warmup_share is not None:
+        raise InputError(f"{rule}, of which train.warmup_share is a share: the warm-up would have been longer; {anew}")
+    if not run.method.ends_plainly(steps):
+        raise InputError(
+            f"{rule}, and {run.method.name} treats a run's last step otherwise than the same step of a longer run "
+            f"(docs/run.md); {anew}"
+        )
+    return replace(folder, run=longer, plan=_plan_with_shape(longer, folder.profile))
+
+
+def keep_extension(folder: RunFolder) -> None:
+    """Write the run and the plan of `extended_folder`; the caller has locked the folder."""
+    path = folder.path
+    earlier = sorted(accepted_runs(load_run(path / RUN_FILE), path))
+    # run.toml comes last: before it, the folder is that of the shorter run.
+    toml_io.write_atomically(path / EXTENDED_FILE, json.dumps(earlier).encode())
+    toml_io.write_atomically(path / PLAN_FILE, json.dumps(folder.plan, indent=1).encode())
+    toml_io.write_atomically(path / RUN_FILE, dump_run(folder.run, folder.profile).encode())
+
+
+def _plan_with_shape(run: Run, profile: Profile) -> dict[str, Any]:
+    plan = plan_of(run, profile)
+    if isinstance(run.model, FactoryModel):  # a report needs no import of the network
+        plan["shape"] = shape_table(run.model.shape())
+    return plan
+
+
+def _by_profile_name(given: Run, profile: Profile) -> Run:
+    """Return the run with the profile's name for its path, if the path still leads to that profile."""
+    named = load_profile(given.cluster.profile) if is_profile_path(given.cluster.profile) else None
+    # `local` is another one at every moment, and on GPUs the run folder has the GPU's.
+    is_same = named is not None and named.name == profile.name and (named == profile or named.name == LOCAL)
+    return with_profile_name(given, profile) if is_same else given
+
+
+def stored_shape(path: Path) -> ModelShape | None:
+    """Return the counts of a user's network that a run folder's plan has; None for other networks and older plans."""
+    table = read_plan(path).get("shape")
+    try:
+        return None if table is None else shape_of_table(table)
+    except (KeyError, TypeError):
+        raise InputError(f"{path / PLAN_FILE}: its shape is no network's; the file was damaged, restore it") from None
 
 
 def read_plan(path: Path) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ltecli.console import Output, scores_text
+from ltecli.console import Output, memory_text, scores_text
+from ltecli.runs.figures import figures, read_run, tensor_bytes
 from ltecli.runs.run_folder import RunFolder
 from simulate.common.units import bytes_text, order_text, seconds_text
 from simulate.planning.candidate import describe
@@ -76,10 +77,11 @@ def report_derived(folder: RunFolder, output: Output) -> None:
         f"{run.train.steps * run.tokens_per_step:,} {run.model.unit}"
     )
     is_order = Margins.of(folder.profile).is_order
+    memory = chosen["memory_bytes"]
     wall = order_text(chosen["wall_s"]) if is_order else seconds_text(chosen["wall_s"])
+    planned = memory_text(tensor_bytes(chosen), memory.get("allocator", 0), memory["reserved"])
     output.hint(
-        f"  planned per device: {bytes_text(chosen['memory_bytes']['total'])} memory, "
-        f"{bytes_text(chosen['sent_bytes_per_round'])} sent per merge, {wall} on "
+        f"  planned per device: memory {planned}; {bytes_text(chosen['sent_bytes_per_round'])} sent per merge, {wall} on "
         f"{run.cluster.devices} x {folder.profile.name}"
     )
     for text in (*draws_notes(run, shape), *diagnostics_notes(run, shape)):
@@ -96,8 +98,6 @@ def report_derived(folder: RunFolder, output: Output) -> None:
 
 def report_result(folder: RunFolder, output: Output, result: RunResult) -> None:
     """Print the result of a run that has just finished."""
-    from ltecli.runs.figures import figures, read_run
-
     worse = figures(read_run(folder.path))["worse_than_guessing"]
     _print_json(folder, output, result, worse)
     output.text(
@@ -111,8 +111,6 @@ def report_result(folder: RunFolder, output: Output, result: RunResult) -> None:
 
 def report_finished(folder: RunFolder, output: Output) -> None:
     """Print the result of a run that had already finished."""
-    from ltecli.runs.figures import figures, read_run
-
     figure = figures(read_run(folder.path))
     sent, wall = figure["sent_bytes_per_device"]["counted"], figure["wall_s"]
     scores = figure["val_loss"], figure["val_accuracy"]

@@ -19,9 +19,9 @@ if TYPE_CHECKING:  # plans read the cache of data, and must not wait for torch
     from torch import Tensor
 
 DTYPES = {
-    "int64": ("I64", 8), "float64": ("F64", 8), "float32": ("F32", 4), "uint32": ("U32", 4), "int32": ("I32", 4),
-    "bfloat16": ("BF16", 2), "float16": ("F16", 2), "uint16": ("U16", 2), "int16": ("I16", 2), "int8": ("I8", 1),
-    "uint8": ("U8", 1), "bool": ("BOOL", 1),
+    "int64": ("I64", 8), "uint64": ("U64", 8), "float64": ("F64", 8), "complex64": ("C64", 8), "float32": ("F32", 4),
+    "uint32": ("U32", 4), "int32": ("I32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2), "uint16": ("U16", 2),
+    "int16": ("I16", 2), "int8": ("I8", 1), "uint8": ("U8", 1), "bool": ("BOOL", 1),
 }  # fmt: skip
 """Name of a dtype in torch and numpy → its name in the format, and bytes of an element, widest first."""
 ALIGNMENT = 8

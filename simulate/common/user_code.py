@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from simulate.common.errors import InputError, near_match
+from simulate.common.errors import InputError, first_line, near_match
 
 
 def import_named(field: str, name: str) -> Any:
@@ -58,7 +58,8 @@ def _import_module(field: str, name: str, module_name: str) -> ModuleType:
             f"{field} = {name!r}: {error}; the form is package.module:Name, and modules are found in the current "
             "folder and where Python is installed"
         ) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that reads its own command line ends the program
         raise InputError(
-            f"{field} = {name!r}: importing {module_name} raised {type(error).__name__}: {error}; mend it first"
+            f"{field} = {name!r}: importing {module_name} raised {type(error).__name__}: {first_line(error)}; mend it "
+            "first: an import should define the network, and nothing else"
         ) from error

@@ -80,6 +80,10 @@ class MethodOptions(toml_io.Schema):
         """Steps of each device in each paced round; None where the run does not set them."""
         return None
 
+    def ends_plainly(self, steps: int) -> bool:
+        """Whether the last of so many steps does what it would do in a longer run, so that more steps can follow."""
+        return steps % self.round_steps == 0 and self.merges_per_round == 1 and self.late_steps == 0
+
     def num_heads(self, devices: int) -> int:
         """Return the low-rank pairs of one layer over all N devices; 0 where there are none."""
         return 0

@@ -23,6 +23,11 @@ DataFormat = Literal["text", "images", "cifar", "stl10"]
 Share = Annotated[float, Field(gt=0)]
 
 
+def _as_names(value: Any) -> Any:
+    """Turn a list, or names with commas between them, as --set has them, into a tuple."""
+    return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else _as_tuple(value)
+
+
 def _as_tuple(value: Any) -> Any:
     """Turn TOML's list into a tuple: a frozen run is hashed as the key of cached results."""
     return tuple(value) if isinstance(value, list) else value
@@ -136,6 +141,10 @@ class Train(toml_io.Schema):
     log_every: int = Field(default=1, gt=0)
     checkpoint_every: int = Field(default=500, gt=0)
     activation_checkpointing: bool = False
+    loggers: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], BeforeValidator(_as_names)] = (
+        "tensorboard",
+    )
+    """Programs that get the run's curves, beside its events."""
 
     @model_validator(mode="after")
     def _one_warmup(self) -> Train:

@@ -28,6 +28,10 @@ IMAGE_BRANDS = frozenset({b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1"})
 SNIFFED_BYTES = 16
 ENCRYPTED = 1
 """The bit of a zip archive's member that is set where it needs a password."""
+COMPRESSIONS = (
+    zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA,
+    getattr(zipfile, "ZIP_ZSTANDARD", zipfile.ZIP_LZMA),  # from Python 3.14 on
+)  # fmt: skip
 SYSTEM_NAMES = frozenset(
     {"__macosx", "thumbs.db", "desktop.ini", "$recycle.bin", "@eadir", "system volume information"}
 )
@@ -83,6 +87,11 @@ def read_folder(root: Path) -> Tree:
             bare.add(prefix.rstrip("/"))
         for entry in entries:
             if not entry.is_file():
+                # What a version control of data has not fetched yet are such links.
+                if entry.is_symlink() and not entry.is_dir() and not Path(entry.path).exists():
+                    raise InputError(
+                        f"data: the link {entry.path} leads to nothing; fetch what it stands for, or remove it"
+                    )
                 continue
             status = entry.stat()
             files[prefix + entry.name] = (status.st_size, status.st_mtime_ns)
@@ -120,6 +129,13 @@ def read_zip(path: Path) -> Tree:
             members = {name: member for name, member in zip_members(archive).items() if not is_hidden(name.rstrip("/"))}
             if any(member.flag_bits & ENCRYPTED for member in members.values()):
                 raise InputError(f"data.path = {str(path)!r} is encrypted; unpack it and name the folder")
+            if packed := next((m for m in members.values() if m.compress_type not in COMPRESSIONS), None):
+                names: dict[int, str] = zipfile.compressor_names  # type: ignore[attr-defined]
+                kind = names.get(packed.compress_type, f"method {packed.compress_type}")
+                raise InputError(
+                    f"data.path = {str(path)!r} is compressed by {kind}, which Python does not read; unpack it and "
+                    "name the folder"
+                )
             files = {name: (m.file_size, m.CRC) for name, m in members.items() if not name.endswith("/")}
             images = {n for n in files if not _ends_like_image(n) and _member_looks_like_image(archive, members[n])}
     except (zipfile.BadZipFile, EOFError):

@@ -7,6 +7,7 @@ simulate.data.load lists a path (simulate.data.file_tree) and hands the list to 
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,6 +77,7 @@ def _splits(paths: Sequence[str], wrapper: str, source: str) -> dict[str, bool |
     train = [name for name in firsts if name.lower() in TRAIN_NAMES]
     others = [name for name in firsts if name.lower() in HELD_OUT_NAMES]
     if not train or not others:  # "train" alone may be a class, beside "bus"
+        _refuse_other_splits(paths, wrapper, firsts, source)
         return None
     # Training on train/ alone and dropping other folders without a word would lose data.
     if strange := [name for name in firsts if name not in (*train, *others)]:
@@ -85,6 +87,32 @@ def _splits(paths: Sequence[str], wrapper: str, source: str) -> dict[str, bool |
         )
     chosen = min(others, key=lambda name: HELD_OUT_NAMES.index(name.lower()))
     return {name: False if name in train else True if name == chosen else None for name in firsts}
+
+
+def _refuse_other_splits(paths: Sequence[str], wrapper: str, firsts: Sequence[str], source: str) -> None:
+    """Raise InputError where splits have other names, or stand within the classes: each would become a class."""
+    below: dict[str, set[str]] = {
+        first: {_first_part(path, f"{wrapper}{first}/") for path in paths if path.startswith(f"{wrapper}{first}/")}
+        for first in firsts
+    }
+    training = next((first for first in firsts if _words(first).intersection(TRAIN_NAMES)), None)
+    for first in firsts:
+        folders = {name for name in below[first] if any(p.startswith(f"{wrapper}{first}/{name}/") for p in paths)}
+        if training not in (None, first) and len(folders) > 1 and folders == below[training or ""]:
+            raise InputError(
+                f"data: {source} has {training}/ and {first}/ with the same folders in them; name splits train and one "
+                f"of {', '.join(HELD_OUT_NAMES)}"
+            )
+    inner = set.intersection(*below.values()) if len(firsts) > 1 else set()
+    if inner.intersection(TRAIN_NAMES) and inner.intersection(HELD_OUT_NAMES):
+        raise InputError(
+            f"data: {source} has splits within its classes ({firsts[0]}/train); put the splits around the classes: "
+            f"train/{firsts[0]}"
+        )
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[^a-z]+", name.lower()))
 
 
 def _class_names(paths: Sequence[str], roots: Sequence[str], source: str) -> list[str]:

@@ -131,6 +131,8 @@ def _recognised(path: Path) -> ImageSource | None:
     if 2 * len(tree.images) > len(tree.files):
         return folder_source(path, tree)
     if tree.files and not any(_may_be_text(path / name) for name in tree.files):
+        if archive := next((name for name in sorted(tree.files) if zipfile.is_zipfile(path / name)), None):
+            raise InputError(f"data.path = {str(path)!r} has the archive {archive} in it; unpack it, or name it itself")
         raise InputError(
             f"data.path = {str(path)!r}: nothing in it is recognised ({min(tree.files)} is binary: it holds a NUL "
             f"byte); supported: {SUPPORTED}"
@@ -158,8 +160,10 @@ def _images(path: Path) -> ImageSource:
         raise InputError(f"data.path = {str(path)!r} does not exist; give a folder of class folders, or a .zip of one")
     tree: Tree = read_folder(path) if path.is_dir() else read_zip(path)
     if not tree.images:
+        unpack = "" if path.is_dir() else "; text in an archive has to be unpacked"
         raise InputError(
-            f"data.path = {str(path)!r} holds no image ({' '.join(sorted(IMAGE_SUFFIXES))}); supported: {SUPPORTED}"
+            f"data.path = {str(path)!r} holds no image ({' '.join(sorted(IMAGE_SUFFIXES))}){unpack}; "
+            f"supported: {SUPPORTED}"
         )
     return folder_source(path, tree)
 

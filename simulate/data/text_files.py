@@ -179,7 +179,8 @@ def _json_texts(blocks: Iterator[bytes], path: Path, field: str | None) -> Itera
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            # Numbers are not used, and Python refuses whole ones of thousands of digits.
+            record = json.loads(line, parse_int=lambda digits: int(digits[:9]))
         except (ValueError, RecursionError) as error:
             raise InputError(f"data: {path}:{number} is not JSON ({error}); mend the line, or remove it") from None
         if not isinstance(record, dict):
@@ -233,9 +234,14 @@ def _holds_text(arrow: Any, kind: Any) -> bool:
 
 def _text_field(fields: Sequence[str], texts: Sequence[str], path: Path) -> str:
     """Return the only field of text; raises InputError where several, or none, are text."""
+    if not texts:
+        raise InputError(
+            f"data: {path} has the fields {_listed(fields)}, of which none holds text as a string; write the text into "
+            "a field of its own"
+        )
     if len(texts) != 1:
         raise InputError(
-            f"data: {path} has the fields {_listed(fields)}, of which {_listed(texts) or 'none'} hold text; "
+            f"data: {path} has the fields {_listed(fields)}, of which {_listed(texts)} hold text; "
             "name one with --set data.field=NAME"
         )
     return texts[0]
@@ -257,7 +263,10 @@ def _text_bytes(text: Any, place: str, field: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:  # JSON can escape one half of a pair
-        raise InputError(f"data: {place}: the field {field!r} holds half of a character (a lone surrogate)") from None
+        raise InputError(
+            f"data: {place}: the field {field!r} holds half of a character (a lone surrogate); mend the record, or "
+            "remove it"
+        ) from None
 
 
 def _pyarrow(form: str) -> Any:

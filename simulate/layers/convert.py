@@ -8,10 +8,12 @@ checkpoints and exports.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -66,13 +68,20 @@ def lora(spec: AdapterSpec, devices: int) -> MakeAdapter:
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_ATTENTIONS = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight", "bias_k", "bias_v")
+_OWN = frozenset({"weight", "bias", "out_proj", *_ATTENTIONS})
+"""Names of the parameters and modules that a layer with a replacement has; it has no buffers."""
+_LISTS = (nn.ParameterList, nn.ParameterDict)
+"""Modules that hold parameters for the module around them, which reads them."""
 
 
 def computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module is of a kind and computes just what that kind does, so that another may stand in for it.
 
-    A subclass with a forward of its own, a hook and a parametrized weight each compute something else.
+    A subclass with a forward of its own, a hook and a parametrized weight each compute something else; a buffer, or a
+    parameter more, that a user hung on a layer would get lost.
     """
+    held = {**module._parameters, **module._modules}
     return (
         isinstance(module, kind)
         # What nn.Conv2d computes stands in a function beside its forward.
@@ -80,6 +89,8 @@ def computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
         and "forward" not in vars(module)
         and not is_parametrized(module)
         and not any(getattr(module, hooks) for hooks in _HOOKS)
+        and _OWN.issuperset(key for key, value in held.items() if value is not None)
+        and all(buffer is None for buffer in module._buffers.values())
     )
 
 
@@ -124,7 +135,7 @@ def convert(model: nn.Module, copies: int, spec: ConversionSpec = EVERYTHING_TRA
     """
     refuse_batch_norm(model)
     model.plain_buffers = _persistent_buffers(model)  # type: ignore[assignment]
-    if next(model.parameters(recurse=False), None) is not None or is_parametrized(model):
+    if _owns_parameters(model):
         raise InputError(f"model: {type(model).__name__} owns parameters itself; move them into a module inside of it")
     converter = _Converter(model, copies, spec)
     if converter.unbatched:
@@ -152,11 +163,19 @@ def _parametric(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mo
         path = f"{prefix}{name}"
         if child is None:
             continue
-        # A parametrized module's weight is computed from parameters of its children.
-        if next(child.parameters(recurse=False), None) is not None or is_parametrized(child):
+        if _owns_parameters(child):
             yield path, child
         else:
             yield from _parametric(child, f"{path}.")
+
+
+def _owns_parameters(module: nn.Module) -> bool:
+    """Whether a module has parameters that no module inside of it uses."""
+    return (
+        next(module.parameters(recurse=False), None) is not None
+        or is_parametrized(module)  # its weight is computed from parameters of its children
+        or any(isinstance(child, _LISTS) and next(child.parameters(), None) is not None for child in module.children())
+    )
 
 
 @dataclass
@@ -188,7 +207,12 @@ class _Converter:
     def replacement(self, name: str, key: int) -> nn.Module:
         """Return the replacement of the module `name`, whose id was `key` before any replacement."""
         if key not in self.layers:
-            self.layers[key] = self._replacement(name, self.model.get_submodule(name))
+            plain = self.model.get_submodule(name)
+            self.layers[key] = new = self._replacement(name, plain)
+            # Networks read sizes of their layers: embedding_dim, out_features.
+            for attribute, value in vars(plain).items():
+                if isinstance(value, _SIZES) and not attribute.startswith("_") and not hasattr(new, attribute):
+                    setattr(new, attribute, value)
         return self.layers[key]
 
     def _replacement(self, name: str, module: nn.Module) -> nn.Module:
@@ -254,6 +278,10 @@ class _Converter:
         if self.spec.norms == "vector-lora" and self.spec.make_vector is not None:
             return self.spec.make_vector(vector)
         return self._replica(vector)
+
+
+_SIZES = (int, float, str, tuple, torch.dtype)
+"""Types of attributes that replacements take over."""
 
 
 def _as_linear(weight_OI: Tensor, bias_O: Tensor | None = None) -> nn.Linear:
@@ -334,6 +362,19 @@ def merged_state(
                 state[f"{name}.{key}"] = other.get(id(tensor), tensor[min(copy, len(tensor) - 1)].detach())
     named = {renamed.get(name, name): tensor for name, tensor in state.items()}
     return {**named, **{name: _plain_buffer(model, name) for name in getattr(model, "plain_buffers", ())}}
+
+
+def call_with_weights(network: nn.Module, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+    """Return a plain network's outputs with other weights and buffers than its own."""
+    # Of a module under two names, torch would leave the given weights behind: it swaps them in twice.
+    once = {
+        f"{name}.{key}" if name else key
+        for name, module in network.named_modules()
+        for key in (*module._parameters, *module._buffers)
+    }
+    given = {name: weight for name, weight in weights.items() if name in once}
+    outputs: Tensor = functional_call(network, given, (inputs,), tie_weights=False)
+    return outputs
 
 
 def _plain_buffer(model: nn.Module, name: str) -> Tensor:

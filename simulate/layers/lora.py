@@ -233,6 +233,11 @@ class LoraLinear(nn.Module):
     drawn_after: Tensor
     """Number of steps done when A was drawn."""
 
+    def __getattr__(self, name: str) -> Any:
+        """Return a quantized weight as a LazyWeight: networks read a layer's dtype and device from its weight."""
+        held = self.__dict__.get("_modules", {}).get("frozen") if name == "weight" else None
+        return super().__getattr__(name) if held is None else self.plain_weight_in_use(fold=False)
+
     def factors(self) -> Iterator[nn.Parameter]:
         """Yield the trained factors."""
         if not self.spec.frozen_a:

@@ -333,6 +333,13 @@ class ReplicatedModule(nn.Module):
         # In a list, so that the plain module's own parameters are not registered and trained.
         self.plain = [module]
 
+    def __getattr__(self, name: str) -> Any:
+        """Return a buffer of the plain module, which networks read, such as an embedding's indices of positions."""
+        plain = self.__dict__.get("plain")
+        if plain and name in plain[0]._buffers:
+            return plain[0]._buffers[name]
+        return super().__getattr__(name)
+
     def _tensor(self, name: str) -> Tensor:
         place = self.places[name]
         tensor: Tensor = self.stacked[place] if isinstance(place, int) else getattr(self, place)

@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from torch._guards import active_fake_mode
-from torch.func import functional_call
 
 from simulate.comm.base import Communicator
 from simulate.comm.echo import EchoCommunicator
 from simulate.comm.virtual import VirtualCommunicator
 from simulate.config.run import Run
 from simulate.layers.accelerator import peak_bytes
+from simulate.layers.convert import call_with_weights
 from simulate.layers.cross_entropy import row_losses
 from simulate.layers.dtypes import DTYPES
 from simulate.layers.quantized import QuantizedWeight
@@ -145,5 +145,5 @@ def measure_memory_bytes(run: Run, device: torch.device) -> int:
 @torch.no_grad()
 def evaluate_batch(method: Method, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """Return the losses of a batch, (M,), with the merged weights in a plain network without storage of its own."""
-    outputs = functional_call(model, method.weights_in_use(), (inputs,), tie_weights=False)
+    outputs = call_with_weights(model, method.weights_in_use(), inputs)
     return row_losses(outputs, targets)

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from simulate.common.seeding import address
 from simulate.config.run import Run
-from simulate.layers.dtypes import CPU, DTYPES
+from simulate.layers.dtypes import CPU
 from simulate.models.repeatable import seeded
 from simulate.models.schema import FactoryModel
 
@@ -25,8 +25,20 @@ def build_model(run: Run) -> nn.Module:
         return _fake_network(run)
     with seeded(address(run.train.seed, "weights")):
         # In fp32 for every dtype, so that an fp64 run starts from the same numbers.
-        model = _network(run)
-    return model.to(DTYPES[run.train.dtype])
+        model = _in_dtype(run, _network(run))
+    if isinstance(run.model, FactoryModel) and run.train.dtype == "fp64" and active_fake_mode() is None:
+        from simulate.models.tracing import check_double_precision
+
+        check_double_precision(run.model, model)
+    return model
+
+
+def _in_dtype(run: Run, model: nn.Module) -> nn.Module:
+    """Return a network in the run's dtype; networks are drawn in fp32.
+
+    Module.to would also turn complex buffers (rotary factors) into their real parts.
+    """
+    return model.double() if run.train.dtype == "fp64" else model
 
 
 def start_figures(run: Run) -> dict[str, tuple[float, float]]:
@@ -63,9 +75,9 @@ def empty_model(run: Run, device: torch.device = CPU) -> nn.Module:
     if isinstance(run.model, FactoryModel):
         from simulate.models.tracing import empty_traced
 
-        return empty_traced(run.model, device).to(DTYPES[run.train.dtype]).eval()
+        return _in_dtype(run, empty_traced(run.model, device)).eval()
     with torch.device("meta"):
-        return _network(run).to(DTYPES[run.train.dtype]).eval()
+        return _in_dtype(run, _network(run)).eval()
 
 
 def _network(run: Run) -> nn.Module:

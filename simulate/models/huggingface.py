@@ -73,7 +73,7 @@ def build_huggingface(options: HuggingfaceOptions) -> nn.Module:
         wanted = kind(**given).to_dict()
         for key, value in wanted.items():
             # Dropout would be drawn outside of the run's seed, so that no run could be repeated.
-            if "drop" in key and isinstance(value, float):
+            if "drop" in key and isinstance(value, int | float) and not isinstance(value, bool):
                 given[key] = 0.0
             # Our text has no special tokens, and their default indices lie beyond a small vocabulary.
             if key in ("bos_token_id", "eos_token_id", "pad_token_id") and _reaches(value, options.vocab):
@@ -109,6 +109,8 @@ def _library_errors(name: str) -> Iterator[None]:
     """Turn what the library raises into an InputError of one line."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(
             f"model.name = {name!r}: transformers refuses the configuration: {type(error).__name__}: "
@@ -116,8 +118,13 @@ def _library_errors(name: str) -> Iterator[None]:
         ) from error
 
 
-_NOT_SHAPES = ("model_type", "dtype", "torch_dtype", "auto_map", "quantization_config", "transformers_version")
-"""Keys of a config.json that tell how published weights are stored and loaded: fresh ones are in train.dtype."""
+_NOT_SHAPES = (
+    "model_type", "dtype", "torch_dtype", "auto_map", "quantization_config", "transformers_version",
+    "return_dict", "use_return_dict", "torchscript", "output_attentions", "output_hidden_states",
+    "output_router_logits",
+)  # fmt: skip
+"""Keys of a config.json that tell how published weights are stored and loaded, or in which form a call returns its
+results: fresh weights are in train.dtype, and calls return logits."""
 
 
 @lru_cache(maxsize=16)
@@ -138,9 +145,16 @@ def _configuration_class(name: str) -> Any:
     (kind, _), known = _kind_and_table(name), _library(name).CONFIG_MAPPING
     if kind not in known:
         hint = near_match(kind, known.keys()).partition("known:")[0]  # the library knows hundreds
+        if not kind:
+            raise InputError(f'model.name = {name!r}: the file has no model_type; add it, as in "model_type": "llama"')
         raise InputError(
             f"model.name = {name!r}: transformers has no model_type {kind!r}; {hint}a kind such as gpt2, llama, "
             "mistral or qwen2, or the path of a config.json"
+        )
+    if known[kind] not in _library(name).MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(
+            f"model.name = {name!r}: {kind} is no causal language model in transformers; name a kind such as gpt2, "
+            "llama, mistral or qwen2"
         )
     return known[kind]
 

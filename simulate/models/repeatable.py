@@ -21,6 +21,8 @@ from simulate.common.errors import InputError
 
 TOLERANCE = 1e-6
 """Largest difference of two equal passes, relative to the largest output: sums may be taken in another order."""
+PERTURBATION = 0.1
+"""Standard deviation of the noise that makes parameters differ from those that earlier passes had."""
 JUST_BELOW_ONE = 1 - 2**-24
 
 
@@ -42,7 +44,14 @@ def seeded(seed: int) -> Iterator[None]:
 def check_start_weights(name: str, build: Callable[[], nn.Module]) -> None:
     """Raise InputError if two builds from one seed differ: other processes, or a resumed run, would start elsewhere."""
     with seeded(0):
-        one = build().state_dict()
+        network = build()
+    one = network.state_dict()
+    named = dict(network.named_parameters(remove_duplicate=False))
+    if strange := next((key for key in one if key not in named and key not in dict(network.named_buffers())), None):
+        raise InputError(
+            f"model.name = {name!r}: its state_dict has {strange}, which is neither a parameter nor a buffer, so that "
+            "an export would lack it; leave state_dict as torch makes it, and keep constants in buffers"
+        )
     with seeded(0):
         other = build().state_dict()
     for key, tensor in one.items():
@@ -67,7 +76,7 @@ def check_passes(name: str, network: nn.Module, forward: Callable[[], Tensor]) -
     for mode in ("training", "evaluation"):
         network.train(mode == "training")
         before = {key: buffer.clone() for key, buffer in network.named_buffers()}
-        states = _states()
+        weights, states = _digests(network), _states()
         outputs = []
         for extreme in (0.0, JUST_BELOW_ONE):
             with _Draws(extreme):
@@ -79,6 +88,7 @@ def check_passes(name: str, network: nn.Module, forward: Callable[[], Tensor]) -
                     f"model.name = {name!r}: {mode} writes to the buffer {key}, which belongs to no device's "
                     "parameters, so that devices would disagree on it; compute it anew from the samples in each pass"
                 )
+        _check_written(name, network, weights)
         alike = all(_close(outputs[0], other) for other in outputs[1:])
         if not alike or states != _states():
             raise InputError(
@@ -88,6 +98,45 @@ def check_passes(name: str, network: nn.Module, forward: Callable[[], Tensor]) -
             )
 
 
+def check_history(name: str, used: nn.Module, fresh: nn.Module, forward: Callable[[nn.Module], Tensor]) -> None:
+    """Raise InputError if a network after passes computes something else than a fresh one with the same weights.
+
+    Both get other weights than the passes had: what was kept of those shows.
+    """
+    with torch.no_grad():
+        for key, parameter in used.named_parameters():
+            if parameter.is_floating_point():
+                parameter.add_(torch.randn_like(parameter), alpha=PERTURBATION)
+                fresh.get_parameter(key).copy_(parameter)
+    weights = _digests(used)
+    for mode in (True, False):
+        if not _close(forward(fresh.train(mode)), forward(used.train(mode))):
+            raise InputError(
+                f"model.name = {name!r}: a pass leaves something behind in the network (a mean of weights, a computed "
+                "weight that is kept) which later passes use and no checkpoint has; compute it anew in each pass"
+            )
+    _check_written(name, used, weights)
+
+
+def _digests(network: nn.Module) -> dict[str, tuple[int, float, float]]:
+    """Return what changes with a parameter's values: the number of writes that torch sees, and two sums."""
+    return {
+        key: (parameter._version, float(values.sum()), float(values.square().sum()))
+        for key, parameter in network.named_parameters()
+        for values in [parameter.detach().double()]
+    }
+
+
+def _check_written(name: str, network: nn.Module, before: dict[str, tuple[int, float, float]]) -> None:
+    after = _digests(network)
+    # A NaN differs from itself; its text does not.
+    if written := next((key for key in before if str(after[key]) != str(before[key])), None):
+        raise InputError(
+            f"model.name = {name!r}: passes write to the parameter {written} (an embedding's max_norm, a clipped "
+            "weight), which devices and exports would not have alike; compute the limited weight from it in each pass"
+        )
+
+
 def _states() -> str:
     """Return the states of Python's and numpy's generators."""
     name, keys, *rest = np.random.get_state()
@@ -95,7 +144,7 @@ def _states() -> str:
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
-    scale = float(one.abs().max()) if one.numel() else 0.0
+    scale = float(one.abs().nan_to_num(posinf=0.0).max()) if one.numel() else 0.0
     return torch.allclose(one, other, rtol=0.0, atol=TOLERANCE * scale, equal_nan=True)
 
 

@@ -8,9 +8,12 @@ imported inside functions only: they need torch, and take these options by simul
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Annotated, Any, ClassVar, cast
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 from simulate.common import toml_io
 from simulate.models.interfaces import HUGGINGFACE, ReadsText, Unit
@@ -135,6 +138,20 @@ class Sees(Frames):
         return self
 
 
+_SHAPE_LOADED: ContextVar[ModelShape | None] = ContextVar("_SHAPE_LOADED", default=None)
+
+
+@contextmanager
+def shape_loaded(shape: ModelShape | None) -> Iterator[None]:
+    """Give networks of users that are built inside the shape that a run folder has, so that none is imported."""
+    # A variable of the context, since rules ask for the shape while pydantic builds the options.
+    token = _SHAPE_LOADED.set(shape)
+    try:
+        yield
+    finally:
+        _SHAPE_LOADED.reset(token)
+
+
 class FactoryModel(ModelOptions):
     """Options of a network from the user's module:factory, which is called with the keys that it has parameters for.
 
@@ -157,7 +174,11 @@ class FactoryModel(ModelOptions):
         """Return everything that may be passed to the factory."""
         return {key: value for key, value in self.model_dump().items() if key != "name"}
 
+    _stored_shape: ModelShape | None = PrivateAttr(default_factory=lambda: _SHAPE_LOADED.get())
+
     def shape(self) -> ModelShape:
+        if self._stored_shape is not None:
+            return self._stored_shape
         from simulate.models.tracing import traced_shape  # imports torch, and later the user's module
 
         return traced_shape(self)

@@ -17,7 +17,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,14 +36,12 @@ from simulate.layers.per_device import (
 from simulate.models.fake_batch import example_batch
 from simulate.models.interfaces import HUGGINGFACE, IMAGES_HINT, ReadsText, SeesImages, UserNetworkOptions
 from simulate.models.peak_memory import cpu_peak_bytes
-from simulate.models.repeatable import check_passes, check_start_weights, seeded
+from simulate.models.repeatable import PERTURBATION, check_history, check_passes, check_start_weights, seeded
 from simulate.models.shapes import ActivationTrace, Kind, LinearShape, ModelShape, ParameterShape
 from simulate.models.user_network import call_factory
 
 COPIES, SAMPLES_OF_COPY = 2, 2
 """Copies and samples of each in the check that devices are kept apart."""
-PERTURBATION = 0.1
-"""Standard deviation of the noise that makes the copies' parameters differ."""
 TOLERANCE = 1e-3
 """Largest error of an output, in float32, relative to the largest output."""
 PASSED_SAMPLES = 8
@@ -113,16 +110,23 @@ def _named_errors(options: UserNetworkOptions, what: str, advice: str = "") -> I
 def _run(options: UserNetworkOptions, network: nn.Module, samples: int, what: str = "the network") -> Tensor:
     """Return the outputs for synthetic samples; raises InputError if the network fails or gives another shape."""
     inputs, _ = example_batch(options, samples)
-    kind, advice = "images", ""
-    if options.unit == "tokens":
-        kind, advice = "tokens", f"; {IMAGES_HINT}"
+    kind = "tokens" if options.unit == "tokens" else "images"
+    advice = f"; its forward gets {kind} alone, and returns logits"
+    if options.family == HUGGINGFACE:
+        advice = "; change model.context, or the keys of the configuration that do not fit together"
+    elif options.unit == "tokens":
+        advice += f"; {IMAGES_HINT}"
     if what != "the network":
-        advice = "; call layers instead of reading their weights"
+        advice = COPIES_ADVICE
     with _named_errors(options, f"{what}, on {kind} {tuple(inputs.shape)},", advice), torch.no_grad():
         outputs = network(inputs)
     expected = _output_shape(options, samples)
-    if not isinstance(outputs, Tensor) or tuple(outputs.shape) != expected:
-        given = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+    if not isinstance(outputs, Tensor):
+        raise InputError(
+            f"model.name = {options.name!r}: inputs {tuple(inputs.shape)} gave a {type(outputs).__name__} where logits "
+            f"{expected} are needed; return these alone (a loss of the network's own is not added to the run's)"
+        )
+    if (given := tuple(outputs.shape)) != expected:
         sizes = "context and vocab" if options.unit == "tokens" else "classes"
         raise InputError(
             f"model.name = {options.name!r}: inputs {tuple(inputs.shape)} gave {given} where logits {expected} are "
@@ -130,6 +134,19 @@ def _run(options: UserNetworkOptions, network: nn.Module, samples: int, what: st
             + ("" if options.unit == "samples" else ", or model.classes for a network of images")
         )
     return outputs
+
+
+def check_double_precision(options: UserNetworkOptions, network: nn.Module) -> None:
+    """Raise InputError for a network of float64 parameters that has operations without that format."""
+    inputs, _ = example_batch(options, 1)
+    with _named_errors(options, "the network in fp64", "; choose train.dtype = fp32"), torch.no_grad():
+        network(inputs.double() if inputs.is_floating_point() else inputs)
+
+
+COPIES_ADVICE = (
+    "; call layers instead of reading their weights, and keep samples apart, in dimension 0 of what layers get "
+    "(attention: batch_first=True; routing: no lists of several samples' tokens)"
+)
 
 
 def _output_shape(options: UserNetworkOptions, samples: int) -> tuple[int, ...]:
@@ -146,6 +163,10 @@ def _findings(options: UserNetworkOptions) -> _Findings:
         network = call_factory(options).eval()
         findings = _Findings(_output_layer(options, network), _shared_arguments(options, network))
         check_passes(options.name, network, lambda: _run(options, network, PASSED_SAMPLES))
+        with seeded(0):
+            fresh = call_factory(options)
+        check_history(options.name, network, fresh, lambda one: _run(options, one, PASSED_SAMPLES))
+        del fresh
         findings = replace(findings, unused=_unused_parameters(options, network))
         _check_copies(options, findings.mark(network.eval()))
     return findings
@@ -199,6 +220,11 @@ def _output_layer(options: UserNetworkOptions, network: nn.Module) -> tuple[str,
     results: list[tuple[str, Any]] = []
     with _watch_calls(network, nn.Linear, lambda name, arguments, output: results.append((name, output))):
         outputs = _run(options, network, 1)
+    if outputs.isnan().any():
+        raise InputError(
+            f"model.name = {options.name!r}: the network's outputs are not numbers (NaN) before any training; check "
+            "its start weights"
+        )
     # Identity, not equality: the layer's result must itself be the network's output.
     return tuple(name for name, output in results if output is outputs)
 
@@ -233,7 +259,9 @@ def _argument_rows(
 
 def _check_copies(options: UserNetworkOptions, network: nn.Module) -> None:
     """Raise InputError if copies of the network side by side compute something else than each copy alone."""
-    converted = convert(_copied(options, network), COPIES).eval()
+    converted = convert(_copied(options, network), COPIES)
+    with _named_errors(options, "train() of the network with two copies of its parameters,", COPIES_ADVICE):
+        converted.train().eval()
     with torch.no_grad():
         # Equal copies would hide samples that reach another device's copy.
         for parameter in converted.parameters():
@@ -242,13 +270,17 @@ def _check_copies(options: UserNetworkOptions, network: nn.Module) -> None:
         inputs, _ = example_batch(options, COPIES * SAMPLES_OF_COPY)
         for index, (part, output) in enumerate(zip(inputs.chunk(COPIES), together.chunk(COPIES), strict=True)):
             own = merged_state(converted, copy=index)
+            # Written in place: a weight that the network also keeps in a list shall be the same one there.
+            for key, parameter in network.named_parameters():
+                parameter.copy_(own[key])
             with _named_errors(options, "the network with other weights"):
-                alone = functional_call(network, own, (part,), tie_weights=False)
+                alone = network(part)
             if not torch.allclose(output, alone, rtol=TOLERANCE, atol=TOLERANCE * float(alone.abs().max())):
                 raise InputError(
                     f"model.name = {options.name!r}: with a copy of its parameters for each device the network "
                     "computes something else than each copy alone; layers must keep samples apart, in dimension 0 of "
-                    "what they get (attention: batch_first=True), and draw nothing at random in eval mode"
+                    "what they get (attention: batch_first=True; routing: no lists of several samples' tokens), be "
+                    "kept under their own names alone, and draw nothing at random in eval mode"
                 )
 
 
@@ -270,7 +302,8 @@ def traced_shape(options: UserNetworkOptions) -> ModelShape:
         layers = lora_layers(adapted)
         if not layers:
             raise InputError(
-                f"model.name = {options.name!r}: the network has no linear layer that adapters could serve"
+                f"model.name = {options.name!r}: the network has no linear layer that adapters could serve; give it an "
+                "nn.Linear beside the one that computes its outputs"
             )
         linears = tuple(
             LinearShape(layer.name, layer.weight.shape[0], layer.weight.shape[1], 1, rows)

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
 from simulate.common.errors import InputError, first_line, near_match
+from simulate.common.safetensors_writer import DTYPES
 from simulate.common.user_code import import_named
 from simulate.layers.convert import refuse_batch_norm
 from simulate.models.interfaces import HUGGINGFACE, HuggingfaceOptions, UserNetworkOptions
@@ -31,7 +32,7 @@ def call_factory(options: UserNetworkOptions) -> nn.Module:
         factory = _factory(options.name)
         try:
             network = factory(**_keywords(options, factory))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(
@@ -47,10 +48,30 @@ def call_factory(options: UserNetworkOptions) -> nn.Module:
     _refuse_wrapped(options.name, network)
     for name, parameter in network.named_parameters():
         _refuse_parameter(options.name, name, parameter)
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if tensor.device.type != "cpu":
+            raise InputError(
+                f"model.name = {options.name!r}: {name} is on the device {tensor.device}; build the network on the "
+                "CPU, with its start weights: the run moves it"
+            )
+        if tensor.is_inference():
+            raise InputError(
+                f"model.name = {options.name!r}: {name} was made in torch.inference_mode, where nothing is trained; "
+                "build the network outside of it"
+            )
+        if (dtype := str(tensor.dtype).removeprefix("torch.")) not in DTYPES:
+            raise InputError(
+                f"model.name = {options.name!r}: {name} is {dtype}, which no checkpoint can hold; supported: "
+                f"{', '.join(DTYPES)}"
+            )
+    _refuse_shared_memory(options.name, network)
+    for tensor in (*network.parameters(), *network.buffers()):
+        # Gradients and messages are seen as rows of numbers, and a checkpoint is read into each number's own memory.
+        tensor.data = tensor.data.contiguous()
     for name, module in network.named_modules():
         # Attention and recurrent layers have a probability named dropout.
         probability = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0.0)
-        if isinstance(probability, float) and probability > 0:
+        if isinstance(probability, int | float) and probability > 0:
             raise InputError(
                 f"model: {name} ({type(module).__name__}) drops activations with probability {probability:g}, drawn "
                 "outside of the run's seed, so that no run could be repeated or resumed; build the network with "
@@ -87,11 +108,42 @@ def _refuse_parameter(network_name: str, name: str, parameter: nn.Parameter) -> 
             f"model.name = {network_name!r}: {name} has a hook on its gradient, which devices' own copies would not "
             "have; compute it in forward, or set requires_grad = False to freeze the parameter"
         )
+    if parameter.requires_grad and parameter.numel() == 0:
+        raise InputError(
+            f"model.name = {network_name!r}: {name} has no elements; leave the layer out where its size is 0, or set "
+            "requires_grad = False"
+        )
     if parameter.is_complex() or (parameter.is_floating_point() and parameter.dtype != torch.float32):
         raise InputError(
             f"model.name = {network_name!r}: {name} is {str(parameter.dtype).removeprefix('torch.')}; build the "
             "network in float32, and let train.dtype and train.autocast choose the format"
         )
+
+
+def _refuse_shared_memory(network_name: str, network: nn.Module) -> None:
+    """Raise InputError for two parameters, or a parameter and a buffer, that partly lie in the same memory.
+
+    Plain training moves both with either one; copies for devices would part them without a word.
+    """
+    by_storage: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if tensor.numel() and not tensor.is_sparse:
+            by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append((name, tensor))
+    for tensors in by_storage.values():
+        if len(tensors) == 1 or not isinstance(tensors[0][1], nn.Parameter):  # parameters come first
+            continue
+        storage = tensors[0][1].untyped_storage()
+        owner = torch.zeros(storage.nbytes(), dtype=torch.int32)  # of each byte: the parameter's number, from 1 on
+        for number, (name, tensor) in enumerate(tensors, 1):
+            numbers = torch.arange(storage.nbytes() // tensor.element_size())
+            own = numbers.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()) * tensor.element_size()
+            if other := int(owner[own].max()):
+                raise InputError(
+                    f"model.name = {network_name!r}: {tensors[other - 1][0]} and {name} lie in the same memory, "
+                    "without being one parameter; give both modules the same nn.Parameter, or clone the tensor"
+                )
+            if isinstance(tensor, nn.Parameter):
+                owner[own] = number
 
 
 def _factory(name: str) -> Callable[..., Any]:

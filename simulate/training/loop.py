@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from simulate.comm.base import Communicator
 from simulate.common.errors import RunFailedError
 from simulate.common.events import Emit, Event
 from simulate.config.run import Run
 from simulate.data.batches import Batches
+from simulate.layers.convert import call_with_weights
 from simulate.layers.cross_entropy import row_losses
 from simulate.methods.base import Method
 from simulate.methods.build_network import empty_model
@@ -268,7 +268,7 @@ def _evaluate(session: Session) -> None:
     sums_LX = torch.zeros(len(communicator.local_devices), 1 + len(names), dtype=torch.float64)
     for inputs, targets in islice(batches, communicator.process, None, communicator.processes):
         targets = targets.to(session.device)
-        outputs = functional_call(model, weights, (inputs.to(session.device),), tie_weights=False)
+        outputs = call_with_weights(model, weights, inputs.to(session.device))
         scores = [row_losses(outputs, targets), *session.batches.scores(outputs, targets)]
         # In the first local device's row: the exchange has one row a device, and a process sums its own batches.
         sums_LX[0] += torch.tensor([scores[0].numel(), *(float(score_M.double().sum()) for score_M in scores)])

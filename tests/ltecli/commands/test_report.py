@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -203,3 +204,9 @@ def test_a_report_says_where_the_run_was_trained(lte: Lte, trained: Path) -> Non
     events.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert lte("report", trained, "--json").json()["machines"] == []
     assert "trained on:" not in lte("report", trained).stdout
+
+
+def test_training_and_report_tell_planned_memory_alike(lte: Lte, here: Path, run_toml: Path) -> None:
+    derived = lte("train", run_toml, "--out", "a").stderr
+    (sum_text,) = re.findall(r"memory (.* tensors .* system = [^;]*);", derived)
+    assert f"memory: planned {sum_text}; the table has the tensors" in lte("report", "a").stdout

@@ -96,6 +96,9 @@ def test_classes_that_differ_between_splits_are_named() -> None:
         (tree_of("1.jpg", "2.jpg"), "outside of class folders (1.jpg)"),
         (tree_of("cat/1.jpg", "cat/2.jpg"), "one class, 'cat'"),
         (tree_of("train/a/1.jpg", "val/a/1.jpg", "extra/a/1.jpg"), "beside it extra/, which is no split"),
+        (tree_of(*(f"{s}/{c}/1.jpg" for s in ("train", "dev") for c in "ab")), "train/ and dev/ with the same folders"),
+        (tree_of(*(f"{s}_set/{c}/1.jpg" for s in ("train", "val") for c in "ab")), "name splits train and one of val"),
+        (tree_of(*(f"{c}/{s}/1.jpg" for s in ("train", "val") for c in "ab")), "put the splits around the classes"),
     ],
 )
 def test_what_makes_no_sense_is_refused(tree: Tree, words: str) -> None:
@@ -170,6 +173,19 @@ def test_archives_with_odd_names_or_a_password(tmp_path: Path) -> None:
             content[at + offset] |= 1
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"d\.zip' is encrypted; unpack it"):
+        read_zip(path)
+
+
+@pytest.mark.parametrize(("method", "name"), [(9, "deflate64"), (200, "method 200")])
+def test_a_zip_of_a_compression_that_python_lacks_is_named(tmp_path: Path, method: int, name: str) -> None:
+    path = write_zip(tmp_path / "d.zip", FILES)
+    content = bytearray(path.read_bytes())
+    for mark, offset in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        at = -1
+        while (at := content.find(mark, at + 1)) >= 0:
+            content[at + offset] = method
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"is compressed by {name}, which Python does not read; unpack it"):
         read_zip(path)
 
 

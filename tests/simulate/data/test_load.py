@@ -58,6 +58,7 @@ def test_a_format_that_is_said_goes_before_what_is_seen(tmp_path: Path) -> None:
             {},
             "nothing in it is recognised (a.bin is binary: it holds a NUL byte); supported: UTF-8 text",
         ),
+        ({"a.zip": b"PK\x05\x06" + bytes(18)}, {}, "has the archive a.zip in it; unpack it, or name it itself"),
         ({"a.txt": b"prose"}, {"format": "images"}, "holds no image (.bmp .gif"),
         ({"a.txt": b"prose"}, {"format": "stl10"}, "holds no train_X.bin"),
     ],
@@ -71,7 +72,7 @@ def test_archives_that_are_not_read_in_place_are_named(tmp_path: Path) -> None:
         archive.addfile(tarfile.TarInfo("data_batch_1"))
     assert "unpack it and name the folder" in refusal(path=str(tmp_path / "cifar-10-python.tar.gz"))
     write_zip(tmp_path / "prose.zip", {"a.txt": b"prose"})
-    assert "holds no image" in refusal(path=str(tmp_path / "prose.zip"))
+    assert "text in an archive has to be unpacked" in refusal(path=str(tmp_path / "prose.zip"))
     assert "does not exist" in refusal(path=str(tmp_path / "nowhere"), format="images")
 
 

@@ -122,18 +122,28 @@ def test_lines_of_json_give_their_texts(tmp_path: Path, name: str) -> None:
     ("line", "keys", "words"),
     [
         (b'{"a": "x", "b": "y"}', {}, "has the fields a, b, of which a, b hold text; name one with --set data.field"),
-        (b'{"a": 1}', {}, "of which none hold text"),
+        (b'{"a": 1}', {}, "of which none holds text as a string"),
         (b'{"a": "x"}', {"field": "b"}, "a.jsonl:1 has no field 'b' (but a)"),
         (b'{"a": "x"}\n{"a": 3}', {}, "a.jsonl:2 holds int in the field 'a'"),
         (b'{"a": "x"}\n{"a": ', {}, "a.jsonl:2 is not JSON"),
         (b'{"a": "x"}\n[1]', {}, "a.jsonl:2 is no JSON object"),
         (b"[" * 9999, {}, "a.jsonl:1 is not JSON"),
-        (b'{"a": "\\ud800"}', {}, "half of a character"),
+        (b'{"a": "\\ud800"}', {}, "(a lone surrogate); mend the record"),
         (b'{"a": ""}', {}, "is empty"),
     ],
 )
 def test_records_without_text_are_named(tmp_path: Path, line: bytes, keys: Any, words: str) -> None:
     assert words in refusal(written(tmp_path / "a.jsonl", line), **keys)
+
+
+def test_numbers_beside_the_text_may_be_of_any_length(tmp_path: Path) -> None:
+    assert read(written(tmp_path / "a.jsonl", b'{"a": "x", "n": ' + b"9" * 5000 + b"}")) == b"x"
+
+
+def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    written(tmp_path / "a.txt", b"prose")
+    (tmp_path / "b.txt").symlink_to("not-fetched")
+    assert "b.txt leads to nothing; fetch what it stands for" in refusal(tmp_path)
 
 
 def test_parquet_gives_its_texts(tmp_path: Path) -> None:

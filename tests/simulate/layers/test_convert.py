@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from simulate.comm.virtual import VirtualCommunicator
 from simulate.common.errors import InputError
-from simulate.layers.convert import ConversionSpec, convert, lora, merged_state, norm_parameters
+from simulate.layers.convert import ConversionSpec, call_with_weights, convert, lora, merged_state, norm_parameters
 from simulate.layers.lora import AdapterSpec, LoraConv2d, LoraLinear
 from simulate.layers.per_device import (
     ReplicatedConv2d,
@@ -350,3 +351,23 @@ def test_an_unknown_modules_gradients_are_kept_apart_where_each_device_compresse
         nn.functional.cross_entropy(plain(part), target).backward()
         for stacked, parameter in zip(norm.stacked, plain.norm.parameters(), strict=True):
             torch.testing.assert_close(stacked.grad[device], parameter.grad)
+
+
+def test_a_module_under_two_names_is_called_with_given_weights_and_keeps_its_own() -> None:
+    norm = nn.LayerNorm(4)
+    network = nn.Sequential(norm, nn.Linear(4, 4), norm)
+    own = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    given = {name: tensor + 1 for name, tensor in own.items()}
+    inputs = torch.arange(8.0).view(2, 4)
+    first, again = (call_with_weights(network, given, inputs) for _ in range(2))
+    torch.testing.assert_close(first, again, rtol=0.0, atol=0.0)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, own[name])
+    network.load_state_dict(given)
+    torch.testing.assert_close(first, network(inputs))
+
+
+def test_a_quantized_layers_dtype_and_device_are_read_from_its_weight() -> None:
+    network = nn.Sequential(nn.Linear(64, 64))
+    layer = convert(network, DEVICES, ConversionSpec(lora(replace(SPEC, quantize="nf4"), DEVICES)))[0]  # type: ignore[index]
+    assert (layer.weight.dtype, layer.weight.device.type, layer.weight.shape) == (torch.float32, "cpu", (64, 64))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from simulate.measure.one_device import measure_memory_bytes
 from simulate.methods.build_network import build_model, empty_model
 from simulate.methods.lte.train import Lte
 from simulate.models.fake_batch import example_batch
+from simulate.models.user_network import call_factory
 from tests import tiny
 
 ENCODER: dict[str, Any] = {"name": "tests.networks:Encoder", "context": 16}
@@ -202,7 +204,12 @@ def test_a_module_with_several_inputs_runs_copy_by_copy() -> None:
         ({"name": "tests.networks:forgetful", **IMAGES}, ("1 (Dropout) drops activations", "dropout 0")),
         ({"name": "tests.networks:Mixing", **IMAGES}, ("something else than each copy alone", "dimension 0")),
         ({"name": "tests.networks:Bare", **IMAGES}, ("Bare owns parameters itself",)),
-        ({"name": "tests.networks:without_layers", **IMAGES}, ("no linear layer that adapters could serve",)),
+        ({"name": "tests.networks:without_layers", **IMAGES}, ("no linear layer that adapters could serve", "give it")),
+        (
+            {"name": "tests.networks:with_loss", "vocab": 256, "context": 16},
+            ("gave a tuple where logits", "return these"),
+        ),
+        ({"name": "tests.networks:ends", "vocab": 256, "context": 16}, ("the factory raised SystemExit: no GPU",)),
         ({"name": "tests.networks:Encoder", "vocab": 256, "context": 16, "width": [3]}, ("width = [3]", "numbers")),
     ],
 )
@@ -211,6 +218,19 @@ def test_a_network_that_cannot_be_trained_is_refused(model: dict[str, Any], word
         run_of(model).model.shape()
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_module_that_ends_the_program_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "script_with_arguments.py").write_text("import sys\nsys.exit('needs\\n--lr')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=r"raised SystemExit: needs --lr; mend it first"):
+        run_of({"name": "script_with_arguments:Net"}).model.shape()
+
+
+def test_tensors_of_a_network_lie_in_memory_of_their_own() -> None:
+    options = cast(Any, run_of({"name": "tests.networks:laid_out", "vocab": 256, "context": 16}).model)
+    for tensor in call_factory(options).state_dict().values():
+        assert tensor.is_contiguous()
 
 
 def test_wrong_output_sizes_are_named() -> None:
