@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,6 +126,9 @@ LinkFrom = Annotated[
         autocompletion=completion.run_folders,
     ),
 ]
+Html = Annotated[
+    Path | None, typer.Option("--html", metavar="FILE", help="Write a page of figures; it needs no network.")
+]
 Devices = Annotated[int | None, typer.Option("--devices", "-n", help="Devices to use; default: all of the profile.")]
 
 
@@ -147,6 +151,11 @@ Samples = Annotated[
 ]
 
 
+def _command_line(ctx: typer.Context) -> str:
+    """Return the command line as given, which `main` leaves in the context, for whoever wants to repeat it."""
+    return shlex.join(["lte", *ctx.obj])
+
+
 def _print_version(given: bool) -> None:
     if given:
         typer.echo(f"lte {lte_version()}")
@@ -165,6 +174,7 @@ def options(
 @app.command(cls=OnceCommand)
 @guarded
 def plan(
+    ctx: typer.Context,
     profile: ProfileName = None,
     model: Model = None,
     data: DataPath = None,
@@ -190,7 +200,7 @@ def plan(
     merge_every: Annotated[int | None, typer.Option(help="Pin the steps between merges.")] = None,
     assignments: Set = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the choice as run.toml.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Let -o replace an existing file.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Let written files replace existing ones.")] = False,
     show_all: Annotated[
         bool, typer.Option("--all", help="Show all figures and notes, and the best candidates.")
     ] = False,
@@ -206,6 +216,10 @@ def plan(
     ] = False,
     rounds: Annotated[int | None, typer.Option(help="With --timeline: rounds to simulate; default: 100.")] = None,
     timeline_svg: Annotated[Path | None, typer.Option(help="Draw the timeline into this file.")] = None,
+    html: Html = None,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write all candidates as CSV; - for stdout.")
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Trace the choice's training on fake tensors, to check its memory.")
     ] = False,
@@ -245,11 +259,11 @@ def plan(
         link_from=link_from,
     )
     to_explain = None
-    if why or timeline or rounds is not None or timeline_svg is not None:
+    if why or timeline or rounds is not None or timeline_svg is not None or html is not None:
         from ltecli.commands.explain import ExplainArgs  # it loads numpy, for the simulation of rounds
 
-        to_explain = ExplainArgs(why, timeline, rounds, timeline_svg, force)
-    return plan_command(request, out, force, top, as_json, to_explain, verify, show_all)
+        to_explain = ExplainArgs(why, timeline, rounds, timeline_svg, force, html)
+    return plan_command(request, out, force, top, as_json, to_explain, verify, show_all, csv, _command_line(ctx))
 
 
 @app.command(cls=OnceCommand)
@@ -421,6 +435,7 @@ def secret(
 @app.command(cls=OnceCommand)
 @guarded
 def report(
+    ctx: typer.Context,
     runs: Annotated[
         list[Path],
         typer.Argument(
@@ -429,12 +444,33 @@ def report(
             autocompletion=completion.run_folders,
         ),
     ],
+    html: Html = None,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write all evaluations as CSV; - for stdout.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Let --html and --csv replace existing files.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show planned, simulated and measured figures side by side."""
-    from ltecli.commands.report import report_command
+    from ltecli.commands.report import ReportFiles, report_command
 
-    report_command(runs, as_json)
+    report_command(runs, as_json, ReportFiles(html, csv, force, _command_line(ctx)))
+
+
+@app.command(cls=OnceCommand)
+@guarded
+def watch(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that trains, or will.")],
+    once: Annotated[bool, typer.Option("--once", help="Print the present state and end.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Show what a run does now, live, from another terminal.
+
+    In a pipe, each change is a line.
+    """
+    from ltecli.commands.watch import watch_command
+
+    return watch_command(run, once, as_json)
 
 
 @app.command(cls=OnceCommand)
@@ -599,7 +635,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         completion.join_words_of_bash()
         # Without standalone mode typer raises mistakes to us, where it would print them in its own form and exit.
         with stdout_checked():
-            code = int(app(given or ["--help"], prog_name="lte", standalone_mode=False) or 0)
+            code = int(app(given or ["--help"], prog_name="lte", standalone_mode=False, obj=given) or 0)
     except StdoutError as error:
         code = report_stdout_error(error)
     except USAGE_ERROR as error:

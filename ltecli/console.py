@@ -10,6 +10,7 @@ from typing import Any
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from simulate.common.units import bytes_text
 
@@ -27,22 +28,25 @@ class _Console(Console):
 
 
 class Output:
-    """Output of one command; with --json the JSON document alone is printed: text, headings and tables are skipped."""
+    """Output of one command; with --json the JSON document alone is printed: text, headings and tables are skipped.
 
-    def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
-        self.as_json, self.quiet = as_json, quiet
+    With `is_mute` the document is, too: the command prints something else to stdout.
+    """
+
+    def __init__(self, as_json: bool = False, quiet: bool = False, is_mute: bool = False) -> None:
+        self.as_json, self.quiet, self.is_mute = as_json, quiet, is_mute
         # In a pipe a line of text stays one line, so that grep and diff can work on it.
         self.console = _Console(soft_wrap=not sys.stdout.isatty())
         self.hints = _Console(stderr=True, quiet=quiet, soft_wrap=not sys.stderr.isatty())
 
-    def text(self, text: str) -> None:
+    def text(self, text: str | Text) -> None:
         """Print a line of the result."""
-        if not self.as_json:
+        if not (self.as_json or self.is_mute):
             self.console.print(text)
 
     def heading(self, text: str) -> None:
         """Print a heading of the result."""
-        if not self.as_json:
+        if not (self.as_json or self.is_mute):
             self.console.print(text, style="bold")
 
     def table(self, table: Table, secondary: Sequence[str] = ()) -> None:
@@ -50,7 +54,7 @@ class Output:
 
         Outside a terminal it is as wide as its cells.
         """
-        if self.as_json:
+        if self.as_json or self.is_mute:
             return
         console = _Console(width=None if self.console.is_terminal else WIDE)
         # Measured without the terminal's limit: within it cells would wrap, and any table would seem to fit.

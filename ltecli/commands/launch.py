@@ -29,13 +29,13 @@ from ltecli.runs.summary import (
     start_facts,
 )
 from simulate.common.errors import InputError, RunFailedError
-from simulate.common.events import Emit, EventFile
+from simulate.common.events import PROGRESS, Emit, Event, EventFile
 from simulate.common.limits import usable_cores
-from simulate.common.run_files import CHECKPOINTS, LOGS, RUN_FILE
+from simulate.common.run_files import LOGS, RUN_FILE
 from simulate.config.profiles import is_profile_path
 from simulate.config.run import load_given_run
 from simulate.launch.agent import Launch, Node
-from simulate.launch.heartbeat import is_node_alive
+from simulate.launch.heartbeat import LaunchProgress, is_node_alive
 from simulate.launch.keys import LINKS, START
 from simulate.launch.preflight.address import address_text, address_to_join, interfaces
 from simulate.launch.preflight.link_figures import LinkFigures
@@ -48,6 +48,7 @@ from simulate.launch.supervisor import run_supervised
 if TYPE_CHECKING:
     import torch
 
+    from ltecli.runs.status import StatusFile
     from simulate.config.run import Run
 
 
@@ -148,7 +149,12 @@ def default_processes(run: Run, device: torch.device, nodes: int) -> int:
 
 
 def launch_run(
-    folder: RunFolder, device: torch.device, options: LaunchArgs, output: Output, warnings: Sequence[str]
+    folder: RunFolder,
+    device: torch.device,
+    options: LaunchArgs,
+    output: Output,
+    warnings: Sequence[str],
+    status: StatusFile,
 ) -> int:
     """Train the folder's run in processes of this node; returns the exit code. `warnings` are about this machine."""
     run, number = folder.run, options.node or 0
@@ -158,7 +164,9 @@ def launch_run(
         # Of several nodes, others may still lack their last checkpoint, so those meet all the same.
         report_finished(folder, output)
         return 0
-    with ExitStack() as stack, stop_on_signal() as stops:
+    with ExitStack() as stack, stop_on_signal(lambda: status.answer_stop(output.hint), status.leave) as stops:
+        if options.nodes > 1:
+            status.begin("meeting the other nodes")
         preflight = stack.enter_context(_preflight(folder, processes, options, output, warnings))
         result = preflight.run()
         nodes = result.nodes
@@ -180,11 +188,26 @@ def launch_run(
         output.hint(
             f"  launched: {processes} processes on {node.address} ({node.interface}), logs in {folder.path / LOGS}"
         )
-        on_event: Emit | None = None
+        loggers: Emit | None = None
         if number == 0:  # the others have no events
+            status.begin("measuring")
             _store_facts(launch, folder, device, result.links)
-            on_event = stack.enter_context(event_loggers(folder.path, run, output, _newest_step(folder)))
-        outcome = run_supervised(launch, on_event, folder.events, stops)
+            loggers = stack.enter_context(event_loggers(folder.path, run, output, folder.newest_step))
+
+        def on_event(event: Event) -> None:
+            status(event)
+            if loggers is not None:
+                loggers(event)
+
+        def on_progress(progress: LaunchProgress) -> None:
+            status.progress(progress)
+            if loggers is not None:
+                loggers({"kind": PROGRESS, "step": progress.step})
+
+        status.begin("starting")
+        outcome = run_supervised(launch, on_event if number == 0 else None, on_progress, folder.events, stops)
+        if number and "step" in outcome:
+            status({"kind": outcome["kind"], "step": outcome["step"]})
     # Rank 0's process has ended, so this process may append to its event file. A failure has no step.
     if launch.wire_sent_bytes is not None and options.nodes > 1 and "step" in outcome:
         with closing(EventFile(folder.events)) as events:
@@ -285,15 +308,6 @@ def loopback_interface() -> str:
         if any(str(address) == "127.0.0.1" for address in found.addresses):
             return found.name
     raise InputError("this machine has no loopback interface; bring it up, as in ip link set lo up")
-
-
-def _newest_step(folder: RunFolder) -> int:
-    """Return the newest checkpoint's step, 0 without one.
-
-    The folder of one of several nodes has no whole checkpoint. The run continues from this step or from an earlier one.
-    """
-    saved = sorted(folder.path.glob(f"{CHECKPOINTS}/step-*"))
-    return int(saved[-1].name.rpartition("-")[2]) if saved else 0
 
 
 def _store_facts(launch: Launch, folder: RunFolder, device: torch.device, links: Sequence[LinkFigures]) -> None:

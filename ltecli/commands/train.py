@@ -23,18 +23,19 @@ from ltecli.plan_request import PlanArgs, plan_request
 from ltecli.runs.calibrating import calibrate_here
 from ltecli.runs.event_loggers import event_loggers
 from ltecli.runs.external_loggers import check_loggers
+from ltecli.runs.lock import lock_folder
 from ltecli.runs.run_folder import (
     RunFolder,
     check_new,
     extended_folder,
     interrupted_by_sigterm,
     keep_extension,
-    lock_folder,
     new_folder,
     prepare_events,
     resumed_folder,
     stop_on_signal,
 )
+from ltecli.runs.status import StatusFile
 from ltecli.runs.summary import (
     RunResult,
     measured_memory_bytes,
@@ -132,15 +133,19 @@ def _train(
     folder = folder or new_folder(path, run, device_name)
     try:
         # The lock is released before the folder is removed: Windows removes no open file.
-        with _removed_unless_begun(folder, resume), lock_folder(path):
+        status = StatusFile(
+            path, folder.run, folder.newest_step, output.warning, launch.words() if launch else "",
+            lambda: _next_move(folder, launch),
+        )  # fmt: skip
+        with _removed_unless_begun(folder, resume), lock_folder(path), status:
             if resume and args.assignments and given == path:
                 keep_extension(folder)
             if launch is None or launch.nodes == 1:  # the nodes of a launch tell each other in the preflight
                 for warning in warnings:
                     output.warning(warning)
             if launched is not None:
-                return launch_run(folder, device, launched, output, warnings)
-            code = _simulate(folder, device, output)
+                return launch_run(folder, device, launched, output, warnings, status)
+            code = _simulate(folder, device, output, status)
         if device.type == "cpu" and code == DONE:
             calibrate_here(output)
         return code
@@ -152,7 +157,7 @@ def _train(
         raise KeyboardInterrupt(f"interrupted; {_next_move(folder, launch)}") from None
 
 
-def _simulate(folder: RunFolder, device: torch.device, output: Output) -> int:
+def _simulate(folder: RunFolder, device: torch.device, output: Output, status: StatusFile) -> int:
     """Train all devices in this process; returns the exit code."""
     report_derived(folder, output)
     if folder.is_finished:
@@ -161,11 +166,14 @@ def _simulate(folder: RunFolder, device: torch.device, output: Output) -> int:
     from simulate.common.events import EventFile
     from simulate.training.loop import restore, train
 
+    status.begin("measuring")
     # Measured before the session exists, whose tensors would count as the device's. A resumed run keeps its figure.
     measured_bytes = None if folder.resume_from else measured_memory_bytes(folder, device)
     # From here on Ctrl-C saves first; before, there is nothing to save.
-    with stop_on_signal() as stops:
+    with stop_on_signal(lambda: status.answer_stop(output.hint), status.leave) as stops:
+        status.begin("building the network")
         session = _session(folder, device, stops)
+        status.follow(session.activity, session.stopping_text)
         if folder.resume_from:
             restore(session, folder.resume_from)
         # A run that begins anew drops all events, as of an attempt that saved nothing.
@@ -178,6 +186,7 @@ def _simulate(folder: RunFolder, device: torch.device, output: Output) -> int:
 
             def emit(event: Event) -> None:
                 file(event)
+                status(event)
                 loggers(event)
 
             session.emit = emit

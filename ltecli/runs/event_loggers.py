@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from ltecli.console import Output
 from ltecli.runs.external_loggers import EXTERNAL, scalars
-from simulate.common.events import Emit, Event
+from simulate.common.events import PROGRESS, Emit, Event
+from simulate.common.run_files import TENSORBOARD
 from simulate.common.units import bytes_text, seconds_text
 from simulate.config.run import Run
-from simulate.common.run_files import TENSORBOARD
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -107,6 +107,7 @@ class ProgressBar:
             BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn(),
             console=output.hints, disable=not self._live,
         )  # fmt: skip
+        self._step = step
         self._task = self._bar.add_task("steps", total=run.train.steps, completed=step, figures="")
         self._validation = ""
         self._last: tuple[float, int] | None = None
@@ -120,7 +121,14 @@ class ProgressBar:
         self._bar.stop()
 
     def __call__(self, event: Event) -> None:
-        if event["kind"] == "step":
+        if event["kind"] in ("start", "resume", "restart"):
+            self._step = event["step"]
+        elif event["kind"] in ("step", PROGRESS):
+            # Progress comes from heartbeats, which may be ahead of the events, or behind.
+            self._step = max(self._step, event["step"])
+        if event["kind"] == PROGRESS:
+            self._bar.update(self._task, completed=self._step)
+        elif event["kind"] == "step":
             sent = event["sent_bytes"] / self._run.cluster.devices
             if event["train_loss"] is not None:
                 self._loss = f"{event['train_loss']:.3f}"
@@ -128,7 +136,7 @@ class ProgressBar:
                 f"loss {self._loss}  {self._tokens_per_s(event):,.0f} {self._run.model.unit}/s  "
                 f"simulated {seconds_text(event['simulated_s'])}  sent/device {bytes_text(sent)}"
             )
-            self._bar.update(self._task, completed=event["step"], figures=self._figures + self._validation)
+            self._bar.update(self._task, completed=self._step, figures=self._figures + self._validation)
         elif event["kind"] == "evaluate":
             accuracy = f", {event['val_accuracy']:.2%} right" if "val_accuracy" in event else ""
             self._validation = f"  val {event['val_loss']:.3f}{accuracy}"

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltecli.runs.run_folder import check_run_folder, is_locked, read_plan, stored_shape
+from ltecli.runs.lock import is_locked
+from ltecli.runs.run_folder import check_run_folder, read_plan, stored_shape
 from simulate.common.errors import InputError
 from simulate.common.events import Event, read_events
 from simulate.common.processor import distinct
@@ -36,6 +37,10 @@ class RunRecord:
         """Return the newest event of a kind."""
         return next((event for event in reversed(self.events) if event["kind"] == kind), None)
 
+    def first(self, kind: str) -> Event | None:
+        """Return the oldest event of a kind."""
+        return next((event for event in self.events if event["kind"] == kind), None)
+
     @property
     def is_launched(self) -> bool:
         """Whether the run was trained by launched processes, at least in part."""
@@ -59,9 +64,7 @@ def read_run(path: Path, on_skip: Callable[[str], None] | None = None) -> RunRec
     if not (path / EVENTS_FILE).is_file():
         if is_locked(path):
             raise InputError(f"{path} has no {EVENTS_FILE} yet: its training starts; ask again in a moment")
-        raise InputError(
-            f"{path} has no {EVENTS_FILE}: it never took a step; start it with lte train {path} --resume"
-        )
+        raise InputError(f"{path} has no {EVENTS_FILE}: it never took a step; start it with lte train {path} --resume")
     events = tuple(read_events(path / EVENTS_FILE, on_skip))
     return RunRecord(path, load_run(path / RUN_FILE, stored_shape(path)), read_plan(path), events)
 

@@ -11,7 +11,9 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+import socket
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,21 +24,23 @@ from simulate.common import toml_io
 from simulate.common.disk import TEMPORARY_VARIABLE, temporary_folder
 from simulate.common.errors import InputError
 from simulate.common.events import truncate_events
+from simulate.common.run_files import CHECKPOINTS, EVENTS_FILE, EXTENDED_FILE, PLAN_FILE, PROFILE_FILE, RUN_FILE
 from simulate.common.units import bytes_text
 from simulate.config.hardware import LOCAL, Profile
-from simulate.config.profiles import is_profile_path, load_profile, local_gpu_profile
 from simulate.config.method_table import BASELINE, default_options
+from simulate.config.profiles import is_profile_path, load_profile, local_gpu_profile
 from simulate.config.run import Run, build_run, dump_run, load_run, with_profile_name
 from simulate.costs.memory import checkpoint_bytes, mapped_file_bytes
 from simulate.data.load import TOKENIZER_FILE, Dataset, kept_tokenizer, load_data
 from simulate.data.text import Text
-from simulate.common.run_files import CHECKPOINTS, EVENTS_FILE, EXTENDED_FILE, LOCK_FILE, PLAN_FILE, PROFILE_FILE, RUN_FILE
 from simulate.models.schema import FactoryModel
 from simulate.models.shapes import ModelShape, shape_of_table, shape_table
 from simulate.planning.candidate import Rejected, is_library_installed
 from simulate.planning.planner import Plan, evaluate
 from simulate.training.checkpoints import accepted_runs, list_checkpoints
 
+STUCK_S = 1.0
+"""Seconds after which a second Ctrl-C ends a process that is inside a long operation."""
 CHECKPOINTS_AT_ONCE = 3
 """Checkpoints on the disk at the same time: two are kept while a third is written."""
 
@@ -58,6 +62,15 @@ class RunFolder:
         """Whether the newest checkpoint is the last step's."""
         last = f"-{self.run.train.steps:08d}"
         return self.resume_from is not None and self.resume_from.name.endswith(last)
+
+    @property
+    def newest_step(self) -> int:
+        """Step of the newest checkpoint, 0 without one.
+
+        The folder of one of several nodes has no whole checkpoint. The run continues from this step or an earlier one.
+        """
+        saved = sorted(self.path.glob(f"{CHECKPOINTS}/step-*"))
+        return int(saved[-1].name.rpartition("-")[2]) if saved else 0
 
     @property
     def events(self) -> Path:
@@ -234,7 +247,9 @@ def plan_of(run: Run, profile: Profile) -> dict[str, Any]:
     """Return the plan of this very run, and of dense training with the same batch, as plan.json has it."""
     tokens = run.train.steps * run.tokens_per_step
     # Dense training stands beside the run in reports. It gets recovery points of its own, as it saves more bytes.
-    dense = evaluate(run.model_copy(update={"method": default_options(BASELINE)}), profile, tokens, spaces_recovery=True)
+    dense = evaluate(
+        run.model_copy(update={"method": default_options(BASELINE)}), profile, tokens, spaces_recovery=True
+    )
     result = evaluate(run, profile, tokens)
     chosen = result.candidate if isinstance(result, Rejected) else result
     notes = [f"does not fit profile {profile.name}: {result.reason}"] if isinstance(result, Rejected) else []
@@ -276,49 +291,54 @@ def interrupted_by_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[list[bool]]:
-    """Turn the first Ctrl-C or SIGTERM into an entry of the yielded list; the second one interrupts at once."""
+def stop_on_signal(answer: Callable[[], None], leave: Callable[[], None]) -> Iterator[list[bool]]:
+    """Turn the first Ctrl-C or SIGTERM into an entry of the yielded list; the second one interrupts at once.
+
+    `answer` is called at the first signal, in another thread: Python runs handlers between its own instructions, and a
+    large step is minutes in one of them. `leave` is called there at the second one where such a step goes on, and is
+    to end the process.
+    """
     stops: list[bool] = []
+    interrupted = threading.Event()
 
     def handle(signum: int, frame: object) -> None:
         stops.append(True)
         if len(stops) == 2:  # a third one must not interrupt the clean-up
+            interrupted.set()
             raise KeyboardInterrupt
 
     # Handlers are put back, so that a plan or report in the same process is interrupted at once again.
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    # The system's own handler writes each signal's number here at once (docs.python.org, signal.set_wakeup_fd).
+    heard, told = socket.socketpair()
+    told.setblocking(False)
+    before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    listener = threading.Thread(
+        target=_answer_signals, args=(heard, answer, leave, interrupted), name="signals", daemon=True
+    )
+    listener.start()
     try:
         yield stops
     finally:
+        signal.set_wakeup_fd(before)
+        told.close()
+        listener.join()
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-@contextmanager
-def lock_folder(path: Path) -> Iterator[None]:
-    """Lock a run folder for this process; raises InputError where another process has locked it."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(path / LOCK_FILE)  # the system releases it when this process dies
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(f"{path} is being trained by another process; wait for it, or choose another --out") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a process trains in a run folder."""
-    if not (path / LOCK_FILE).exists():  # a lock would make the file
-        return False
-    try:
-        with lock_folder(path):
-            return False
-    except (InputError, OSError):  # read-only: who trains here may be another user
-        return True
+def _answer_signals(
+    heard: socket.socket, answer: Callable[[], None], leave: Callable[[], None], interrupted: threading.Event
+) -> None:
+    """Answer the first signal, and leave at the second where it interrupts nothing, until the other end is closed."""
+    signals = 0
+    with heard:
+        while number := heard.recv(1):
+            signals += number[0] in (signal.SIGINT, signal.SIGTERM)
+            if signals == 1:
+                answer()
+            elif signals == 2 and not interrupted.wait(STUCK_S):
+                leave()
 
 
 def prepare_events(folder: RunFolder, step: int) -> None:

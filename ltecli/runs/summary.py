@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from ltecli.console import Output, memory_text, scores_text
 from ltecli.runs.figures import figures, read_run, tensor_bytes
 from ltecli.runs.run_folder import RunFolder
+from simulate.common.processor import machine_facts
+from simulate.common.run_files import CHECKPOINTS
 from simulate.common.units import bytes_text, order_text, seconds_text
 from simulate.planning.candidate import describe
 from simulate.planning.margins import Margins
 from simulate.planning.notes import diagnostics_notes, draws_notes, mended_notes
-from simulate.common.processor import machine_facts
-from simulate.common.run_files import CHECKPOINTS
 
 if TYPE_CHECKING:
     import torch
