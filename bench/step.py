@@ -109,9 +109,7 @@ def dense_step(batch: Batch) -> Step:
     return step
 
 
-def prepare(
-    method: Table, devices: int, batch: Batch, optimizer: str = "adamw", launched: bool = False
-) -> Method:
+def prepare(method: Table, devices: int, batch: Batch, optimizer: str = "adamw", launched: bool = False) -> Method:
     """Return a method for the batch's model: N devices share the batch; a launched one, of N, has it all."""
     size, samples = batch.size, len(batch.images)
     communicator = EchoCommunicator(devices) if launched else VirtualCommunicator(devices)

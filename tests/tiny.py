@@ -169,7 +169,8 @@ VARIANTS: dict[str, Table] = {
         "name": "lte", "merge_every": 4, "frozen_a": True, "reset": "ab", "draws": "columns", **COVERING,
     },
     "lte, columns, late": {
-        "name": "lte", "merge_every": 4, "frozen_a": True, "reset": "b", "draws": "columns", "merge_delay": 2, **COVERING,
+        "name": "lte", "merge_every": 4, "frozen_a": True, "reset": "b", "draws": "columns", "merge_delay": 2,
+        **COVERING,
     },
     "lte, columns, served nf4": {
         "name": "lte", "merge_every": 4, "frozen_a": True, "reset": "b", "draws": "columns", "quantize": "nf4",

@@ -1,8 +1,8 @@
 """Heads whose A picks columns: each row of A is sqrt(I/R) at one input and 0 elsewhere, so that no product needs it.
 
 x·Aᵀ is a gather of R columns of x, and B·A is B, written into R columns of a weight: a head trains a slice of each
-weight (Partial Parameter Updates, arXiv 2509.22418). Only the columns' numbers are kept. simulate.layers.lora draws them
-and calls `column_function` in the layers that have them; merges add by `Columns`.
+weight (Partial Parameter Updates, arXiv 2509.22418). Only the columns' numbers are kept. simulate.layers.lora draws
+them and calls `column_function` in the layers that have them; merges add by `Columns`.
 
 Legend: H heads, M rows of one head, R rank, I inputs, O outputs.
 """
@@ -83,7 +83,7 @@ class _ColumnLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         picked_HMR, plain_OI, columns_HR, b_HOR = ctx.saved_tensors
-        heads, rows, rank = picked_HMR.shape
+        heads, rows = picked_HMR.shape[:2]
         grad_y = grads[0].contiguous()  # copied once here, or else in each of the products
         g_HMO = grad_y.view(heads, rows, -1)
         grad_x = None
@@ -121,9 +121,7 @@ def _multiply(
     out_HMX.scatter_add_(2, columns_HR.unsqueeze(1).expand(vs_HMR.shape), vs_HMR)
 
 
-def _written(
-    weight_OI: Tensor, is_copy: bool, columns_HR: Tensor, b_HOR: Tensor, scale: float
-) -> Iterator[Tensor]:
+def _written(weight_OI: Tensor, is_copy: bool, columns_HR: Tensor, b_HOR: Tensor, scale: float) -> Iterator[Tensor]:
     """Yield each head's weight, W with scale·B added to its columns, in one tensor for all heads in turns.
 
     W itself is never written to, not even for the length of a product: a delayed merge may read it meanwhile. A lone

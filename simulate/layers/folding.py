@@ -42,7 +42,7 @@ def folded_products(rows: float, entering: int, leaving: int, subtracts: bool) -
 
 WRITTEN_WEIGHT_OPERATIONS = 20
 """Multiply-adds of a thin product that take as long as one weight does in a head's own copy: it is copied, and read for
-that head alone. Measured on one core of an AMD EPYC (Zen 5): 0.45 ns a weight over 0.021 ns (forward) to 0.030 ns (back);
+that head alone. Measured on a core of an AMD EPYC (Zen 5): 0.45 ns a weight over 0.021 ns (forward) to 0.030 ns (back);
 docs/performance.md."""
 
 

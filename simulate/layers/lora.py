@@ -46,7 +46,7 @@ class AdapterSpec:
     draws_per_head: int = 1
     """Number of independent draws of `rank` rows that make up one head's A."""
     draws: Draws = "own"
-    """How A is drawn: independently, orthogonal between heads, or picking columns where heads cover a layer's inputs."""
+    """How A is drawn: by each head itself, orthogonal between heads, or as columns where heads cover the inputs."""
     num_heads: int = 0
     """Heads of all devices, for draws that pick columns."""
     frozen_a: bool = False

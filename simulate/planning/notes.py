@@ -192,7 +192,9 @@ def draws_notes(run: Run, shape: ModelShape) -> Iterator[str]:
     covered = f"A picks columns in {picked}" if picked else "A picks columns in no layer"
     yield f"method.draws = columns: {covered}" + (
         f"; A is drawn jointly in {joint}, whose inputs are more than {heads} head{'s' if heads > 1 else ''} x rank "
-        f"{getattr(run.method, 'rank', 0)} cover" if joint else ""
+        f"{getattr(run.method, 'rank', 0)} cover"
+        if joint
+        else ""
     )
 
 

@@ -78,7 +78,11 @@ def test_plan_and_report_say_which_layers_pick_columns(lte: Lte, here: Path) -> 
     trained = lte("train", run, "--out", "a")
     told = lte("report", "a").stdout
     note = "method.draws = columns: A picks columns in "
-    assert note in trained.stderr and note in told and "; A is drawn jointly in blocks.*.mlp.down, whose inputs are more than 3 heads" in told
+    assert (
+        note in trained.stderr
+        and note in told
+        and "; A is drawn jointly in blocks.*.mlp.down, whose inputs are more than 3 heads" in told
+    )
     document = lte("report", "a", "--json").json()
     assert document["draws_by_layer"]["joint"] == ["blocks.*.mlp.down"]
     assert "blocks.*.mlp.up" in document["draws_by_layer"]["columns"]
