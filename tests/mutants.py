@@ -94,8 +94,8 @@ MUTANTS = (
     Mutant(
         name="a draw depends on which process makes it",
         file="simulate/layers/lora.py",
-        before='seed = address(self.spec.seed, "adapter", self.name, first + head, steps_done)',
-        after='seed = address(self.spec.seed, "adapter", self.name, head, steps_done)',
+        before='seed = address(self.spec.seed, "adapter", self.name, head, steps_done)',
+        after='seed = address(self.spec.seed, "adapter", self.name, index, steps_done)',
         tests=("tests/simulate/layers/test_lora.py::test_a_head_draws_the_same_whoever_else_is_local",),
     ),
     Mutant(
