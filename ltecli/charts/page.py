@@ -89,7 +89,7 @@ class Figure:
     """Colours and what they mean, listed above the figure."""
     height: int = 380
     switch: str = ""
-    """What the switch between views chooses."""
+    """Label of the switch between views."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figure as page.js reads it; empty parts are left out."""

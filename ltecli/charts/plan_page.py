@@ -54,7 +54,7 @@ def plan_html(plan: Plan, why: Why | None, outlook: Outlook | None, told: Sequen
     A plan in which nothing fits has neither, and says what would.
     """
     verdict = verdict_of(plan)
-    shape = plan.base.model.shape()
+    shape = plan.base.shape()
     first = verdict.answers[0]
     worth = next((a for a in verdict.answers if a.question.startswith("Worth")), None)
     fits = f"It fits: {first.because}." if plan.chosen else f"It does not fit: {first.because}."

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ltecli.console import Output
 from ltecli.errors import INTERRUPTED
 from ltecli.output_paths import check_absent, unwritable
-from ltecli.runs.event_loggers import event_loggers
+from ltecli.runs.event_loggers import Callback, event_loggers
 from ltecli.runs.run_folder import RunFolder, stop_on_signal
 from ltecli.runs.summary import (
     RunResult,
@@ -115,6 +115,12 @@ def check_launch(run: Run, device: torch.device, options: LaunchArgs) -> None:
             f"cluster.backend = 'gloo' sends tensors of CPUs only, and this run is on {device.type}; use auto, or "
             "--device cpu"
         )
+    if live := run.live_keys:
+        key, name = next(iter(live.items()))
+        raise InputError(
+            f"{key} = {name!r} is an object of this Python process, and a launch starts others; name module:factory "
+            "(module:function for a loss, a path for data), or simulate the run"
+        )
     processes = options.processes or default_processes(run, device, options.nodes)
     gpus = None if device.type == "cpu" else accelerator.count(device.type)
     if gpus is not None and processes > gpus:
@@ -149,13 +155,9 @@ def default_processes(run: Run, device: torch.device, nodes: int) -> int:
 
 
 def launch_run(
-    folder: RunFolder,
-    device: torch.device,
-    options: LaunchArgs,
-    output: Output,
-    warnings: Sequence[str],
-    status: StatusFile,
-) -> int:
+    folder: RunFolder, device: torch.device, options: LaunchArgs, output: Output, warnings: Sequence[str],
+    status: StatusFile, callback: Callback,
+) -> int:  # fmt: skip
     """Train the folder's run in processes of this node; returns the exit code. `warnings` are about this machine."""
     run, number = folder.run, options.node or 0
     processes = options.processes or default_processes(run, device, options.nodes)
@@ -164,7 +166,8 @@ def launch_run(
         # Of several nodes, others may still lack their last checkpoint, so those meet all the same.
         report_finished(folder, output)
         return 0
-    with ExitStack() as stack, stop_on_signal(lambda: status.answer_stop(output.hint), status.leave) as stops:
+    stopping = stop_on_signal(lambda: status.answer_stop(output.hint), status.leave, callback.stops)
+    with ExitStack() as stack, stopping as stops:
         if options.nodes > 1:
             status.begin("meeting the other nodes")
         preflight = stack.enter_context(_preflight(folder, processes, options, output, warnings))
@@ -192,7 +195,7 @@ def launch_run(
         if number == 0:  # the others have no events
             status.begin("measuring")
             _store_facts(launch, folder, device, result.links)
-            loggers = stack.enter_context(event_loggers(folder.path, run, output, folder.newest_step))
+            loggers = stack.enter_context(event_loggers(folder.path, run, output, folder.newest_step, callback))
 
         def on_event(event: Event) -> None:
             status(event)

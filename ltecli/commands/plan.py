@@ -85,7 +85,7 @@ def plan_command(
             }
         )
     if show_all or top is not None:
-        _show(plan, output, top or SHOWN_CANDIDATES)
+        show_details(plan, output, top or SHOWN_CANDIDATES)
     else:
         show_verdict(verdict, output)
     if explained is not None and to_explain is not None:
@@ -159,8 +159,9 @@ def nearest_miss_text(plan: Plan) -> str:
     )
 
 
-def _show(plan: Plan, output: Output, top: int) -> None:
-    shape, base = plan.base.model.shape(), plan.base
+def show_details(plan: Plan, output: Output, top: int = SHOWN_CANDIDATES) -> None:
+    """Print all figures and notes, and the `top` best candidates."""
+    shape, base = plan.base.shape(), plan.base
     output.heading(
         f"{shape.name}: {shape.all_parameters:,} parameters ({shape.adapted_parameters:,} adapted), "
         f"{plan.tokens:,} {base.model.unit} on {base.cluster.devices} x {plan.profile.name}"

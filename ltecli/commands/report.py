@@ -32,14 +32,18 @@ from ltecli.runs.comparison import (
 )
 from ltecli.runs.evaluations import evaluations_csv, finite_evaluations
 from ltecli.runs.figures import RunRecord, figures, read_run
+from ltecli.runs.run_table import Group, differences, group_runs, run_table, table_notes
+from ltecli.runs.sweep_folder import is_sweep
+from ltecli.runs.sweep_report import read_sweep, report_sweep
+from simulate.common.errors import InputError
+from simulate.common.processor import distinct, machine_text
 from simulate.common.units import seconds_text
 from simulate.planning.candidate import describe
 
 CURVE_WIDTH = 100
 """Most columns of a curve: a wider one shows no more."""
 MOST_COLUMNS = 4
-"""Most runs with a column each; of more, each has a row with the figures that matter most."""
-SHORT_FIGURES = ("steps", "validation loss", "top-1", "to loss", "memory per device, measured", "wall-clock, simulated")
+"""Most runs with a column each; of more, each setting has a row with the figures that matter most."""
 AXIS_WIDTH = 10
 """Columns left of a curve."""
 
@@ -64,30 +68,46 @@ def report_command(paths: list[Path], as_json: bool, to_write: ReportFiles = Rep
         check_html(to_write.html, to_write.force)
     check_distinct({"--html": to_write.html, "--csv": csv.path})
     output = Output(as_json, is_mute=csv.is_stdout)
-    records = [read_run(path, output.warning) for path in paths]
+    sweeps = [path for path in paths if is_sweep(path)]
+    if sweeps and len(paths) > 1:
+        raise InputError(f"{sweeps[0]} is a sweep, which is reported alone; name its run folders to compare runs")
+    sweep = read_sweep(sweeps[0], output.warning) if sweeps else None
+    if sweep and not sweep.records and (csv.is_wanted or to_write.html):
+        raise InputError(f"{sweep.path} has no finished run yet; to go on: {sweep.sweep.command}")
+    records = list(sweep.records) if sweep else [read_run(path, output.warning) for path in paths]
     # People and scripts get the same figures: what is printed is read from what --json gives.
-    documents = [figures(record) for record in records]
+    documents = list(sweep.figures) if sweep else [figures(record) for record in records]
     # Files come before what is printed: whoever reads that may leave early, as head does.
     if to_write.html is not None:
         write_file(to_write.html, report_html(records, documents, to_write.command), HTML_OPTION)
     if csv.is_wanted:
         csv.write(evaluations_csv(records))
-    if len(records) == 1:
+    if sweep:
+        report_sweep(sweep, output)
+    elif len(records) == 1:
         output.json(documents[0])
-        _show_one(records[0], documents[0], output)
+        show_one(records[0], documents[0], output)
     else:
-        output.json({"version": documents[0]["version"], "runs": documents})
-        _show_several(records, documents, output)
+        groups = group_runs(differences([record.run for record in records]), records, documents)
+        output.json(
+            {
+                "version": documents[0]["version"],
+                "runs": documents,
+                "groups": [group.to_dict() for group in groups],
+            }
+        )
+        _show_several(records, documents, groups, output)
     for path in (to_write.html, csv.path):
         if path is not None:
             output.hint(f"wrote {path}")
 
 
-def _show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None:
+def show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None:
+    """Print the figures of one run."""
     run = record.run
     output.heading(
         f"{record.path}: {describe(run)} on {run.cluster.devices} x {record.plan['profile']}, "
-        f"{run.model.name} with {run.model.shape().all_parameters:,} parameters"
+        f"{run.model.name} with {run.shape().all_parameters:,} parameters"
     )
     done, planned = figure["steps"], figure["planned_steps"]
     # A run folder does not show whether its process still runs.
@@ -140,24 +160,32 @@ def _restarts_text(count: int, restarts: dict[str, Any]) -> str:
     )
 
 
-def _show_several(records: list[RunRecord], documents: list[dict[str, Any]], output: Output) -> None:
+def _show_several(
+    records: list[RunRecord], documents: list[dict[str, Any]], groups: list[Group], output: Output
+) -> None:
     output.text(verdict(records, documents))
     rows = [finite_evaluations(record) for record in records]
     is_comparable = incomparable(records) is None
-    cells = overview(records, documents, common_loss(rows) if is_comparable else None)
-    cells += last_rows([figure["diagnostics"] for figure in documents])
-    if len(records) <= MOST_COLUMNS:
-        table = plain_table("", *(str(record.path) for record in records))
-        # One row a figure and one column a run, since people compare along rows.
-        for label, values in cells:
-            table.add_row(label, *values)
-    else:
-        cells = [cell for cell in cells if cell[0].startswith(SHORT_FIGURES)]
-        table = plain_table("run", *(label for label, _ in cells))
-        for number, record in enumerate(records):
-            table.add_row(str(record.path), *(values[number] for _, values in cells))
     output.text("")
-    output.table(table)
+    diagnoses = last_rows([figure["diagnostics"] for figure in documents])
+    if len(records) <= MOST_COLUMNS and len(groups) == len(records):
+        cells = overview(records, documents, common_loss(rows) if is_comparable else None)
+        _print_columns(records, [*cells, *diagnoses], output)
+    else:  # a row for each setting, over its seeds
+        facts = {
+            "method": {describe(record.run) for record in records},
+            "network": {f"{r.run.model.name} with {r.run.model.shape().all_parameters:,} parameters" for r in records},
+            "hardware": {f"{record.run.cluster.devices} x {record.plan['profile']}" for record in records},
+        }
+        if shared := [next(iter(texts)) for texts in facts.values() if len(texts) == 1]:
+            output.text(f"all {len(records)} runs: {'; '.join(shared)}")
+        output.table(*run_table(groups, named=True))
+        for note in table_notes(groups, named=True):
+            output.text(note)
+        for machine in distinct(machine for figure in documents for machine in figure["machines"]):
+            output.text(f"trained on: {machine_text(machine)}")
+        if diagnoses:
+            _print_columns(records, diagnoses, output)
     curve = draw_overlay(
         [[(row.samples, row.val_loss) for row in rows_of_run] for rows_of_run in rows], "samples", _curve_width(output)
     )
@@ -168,3 +196,11 @@ def _show_several(records: list[RunRecord], documents: list[dict[str, Any]], out
         for number, label in enumerate(run_labels([record.path for record in records])):
             mark = Text(f"{' ' * AXIS_WIDTH}{MARKS[number % len(MARKS)]} ", style=COLOURS[number % len(COLOURS)])
             output.text(mark.append(label, style="default"))
+
+
+def _print_columns(records: list[RunRecord], cells: list[tuple[str, list[str]]], output: Output) -> None:
+    """Print a row for each figure and a column for each run, since people compare along rows."""
+    table = plain_table("", *(str(record.path) for record in records))
+    for label, values in cells:
+        table.add_row(label, *values)
+    output.table(table)

@@ -1,4 +1,4 @@
-"""Evaluations of runs as tidy rows, one an evaluation: what curves are drawn from, and what `lte report --csv` writes."""
+"""Evaluations of runs as tidy rows, one an evaluation: curves and the CSV of `lte report` are made of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loggers of a run's events beside events.jsonl: those of `train.loggers`, and a progress bar for people.
+"""Loggers of a run's events beside events.jsonl: those of `train.loggers`, a progress bar, and a user's function.
 
 `lte train` opens them with event_loggers, for simulated runs and on node 0 of launched ones.
 """
@@ -22,8 +22,28 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
+class Callback:
+    """A function of the user's that gets each event; one that raises ends the run with a checkpoint."""
+
+    def __init__(self, function: Emit | None = None) -> None:
+        self._function = function
+        self.failure: Exception | None = None
+        self.stops: list[bool] = []
+        """Has an entry once the run was asked to stop, by a signal or by a failure of the function."""
+
+    def __call__(self, event: Event) -> None:
+        # Progress between steps is for people, and stands in no file.
+        if self._function is None or self.failure is not None or event["kind"] == PROGRESS:
+            return
+        try:
+            self._function(dict(event))  # a copy: what it does to the event must not reach other loggers
+        except Exception as error:
+            self.failure = error
+            self.stops.append(True)
+
+
 @contextmanager
-def event_loggers(path: Path, run: Run, output: Output, step: int) -> Iterator[Emit]:
+def event_loggers(path: Path, run: Run, output: Output, step: int, callback: Callback) -> Iterator[Emit]:
     """Open the loggers for a run folder at `step`; yields a function that passes them an event. Raises InputError."""
     with ExitStack() as stack:
         loggers: list[Emit] = []
@@ -33,6 +53,7 @@ def event_loggers(path: Path, run: Run, output: Output, step: int) -> Iterator[E
             else:
                 loggers.append(stack.enter_context(EXTERNAL[name](path, run, output.warning)))
         loggers.append(stack.enter_context(ProgressBar(run, output, step)))
+        loggers.append(callback)  # last: what it does must not keep the others from the event
 
         def emit(event: Event) -> None:
             for logger in loggers:

@@ -22,6 +22,8 @@ from simulate.costs.message_schedule import sent_bytes
 from simulate.planning.notes import draws_by_layer
 
 REPORT_VERSION = 1
+METRICS = ("step", "train_loss", "learning_rate", "samples", "tokens", "sent_bytes", "simulated_s", "wall_s")
+"""Figures of a step event that are a row of a run's metrics."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,20 @@ def read_run(path: Path, on_skip: Callable[[str], None] | None = None) -> RunRec
     return RunRecord(path, load_run(path / RUN_FILE, stored_shape(path)), read_plan(path), events)
 
 
+def metrics(record: RunRecord) -> list[dict[str, Any]]:
+    """Return a row for each logged step: its figures, and those of an evaluation after it, else None."""
+    evaluations = {event["step"]: event for event in record.events if event["kind"] == "evaluate"}
+    scores = sorted({key for event in evaluations.values() for key in event if key.startswith("val_")})
+    return [
+        {
+            **{key: event[key] for key in METRICS},
+            **{score: evaluations.get(event["step"], {}).get(score) for score in scores},
+        }
+        for event in record.events
+        if event["kind"] == "step"
+    ]
+
+
 def figures(record: RunRecord) -> dict[str, Any]:
     """Return the report's figures; those "per device" are of one device, null where there is none."""
     run, chosen = record.run, record.plan["chosen"]
@@ -94,7 +110,7 @@ def figures(record: RunRecord) -> dict[str, Any]:
         },
         "sent_bytes_per_device": {
             # Asked for the steps done, not as a share of the whole: merges do not fall evenly.
-            "planned": sent_bytes(run, run.model.shape(), steps) / run.cluster.devices,
+            "planned": sent_bytes(run, run.shape(), steps) / run.cluster.devices,
             "counted": step["sent_bytes"] / run.cluster.devices if step else None,
             "wire": _wire_bytes(record),
         },
@@ -131,7 +147,9 @@ def _worse_than_guessing(record: RunRecord, step: Event | None, evaluation: Even
     run = record.run
     if step is None or step["step"] < run.train.steps:  # a network starts above it
         return None
-    outputs = run.model.shape().outputs
+    if getattr(run.model, "loss", None) is not None:  # guessing has no known value of a user's loss
+        return None
+    outputs = run.shape().outputs
     guessing = math.log(outputs)
     losses = {"validation": evaluation and evaluation["val_loss"], "training": step["train_loss"]}
     worse = [f"{name} loss {loss:.4f}" for name, loss in losses.items() if loss is not None and loss > guessing]
@@ -162,7 +180,7 @@ def _restarts(record: RunRecord) -> dict[str, Any]:
 
 
 def _wire_bytes(record: RunRecord) -> float | None:
-    """Return the bytes that nodes' interfaces sent, per device; None where the run was not launched on several nodes."""
+    """Return the bytes that nodes' interfaces sent, per device; None for a run that several nodes did not launch."""
     sessions = [event["sent_bytes_by_node"] for event in record.events if event["kind"] == "wire"]
     if not sessions:
         return None

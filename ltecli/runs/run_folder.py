@@ -1,8 +1,8 @@
 """Run folders: made from a run.toml, opened again to resume, and locked while a process trains in them.
 
 A run folder keeps everything that its run needs: run.toml, the profile, the plan, a trained tokenizer, events and
-checkpoints. `lte train` makes and opens it; report, export and --link-from read it. All is checked before the first byte
-is written, and run.toml comes last, so that a folder with a run.toml is whole.
+checkpoints. `lte train` makes and opens it; report, export and --link-from read it. All is checked before the first
+byte is written, and run.toml comes last, so that a folder with a run.toml is whole.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ from simulate.training.checkpoints import accepted_runs, list_checkpoints
 
 STUCK_S = 1.0
 """Seconds after which a second Ctrl-C ends a process that is inside a long operation."""
+RUNS = Path("runs")
+"""Folder in which run folders and sweeps lie, unless --out names another."""
 CHECKPOINTS_AT_ONCE = 3
 """Checkpoints on the disk at the same time: two are kept while a third is written."""
 
@@ -76,6 +78,11 @@ class RunFolder:
     def events(self) -> Path:
         """The run's event file."""
         return self.path / EVENTS_FILE
+
+
+def run_name(given: Path) -> str:
+    """Return the name of a run.toml: its file's name, or its folder's where the file is called run.toml."""
+    return given.parent.resolve().name if given.stem == "run" else given.stem
 
 
 def check_trainable(run: Run) -> None:
@@ -139,7 +146,7 @@ def check_run_folder(path: Path) -> None:
 
 
 def resumed_folder(path: Path, given: Run | None) -> RunFolder:
-    """Open a run folder to resume it; a run.toml named beside --resume is `given`, and must be equal. Raises InputError."""
+    """Open a run folder to resume it; `given`, a run.toml beside --resume, must be equal. Raises InputError."""
     if not os.path.isfile(path / RUN_FILE):  # noqa: PTH113
         raise InputError(f"--resume: {path} is no run folder (it has no {RUN_FILE}); start it without --resume")
     run = load_run(path / RUN_FILE)
@@ -174,8 +181,8 @@ def extended_folder(path: Path, assignment: str) -> RunFolder:
         raise InputError(f"{rule}; name more")
     if run.train.schedule != "constant":
         raise InputError(
-            f"{rule}, over which train.schedule = {run.train.schedule!r} spreads its rates: with more they would all have "
-            f"been others; {anew}, with train.schedule=constant if more steps may follow"
+            f"{rule}, over which train.schedule = {run.train.schedule!r} spreads its rates: with more they would all "
+            f"have been others; {anew}, with train.schedule=constant if more steps may follow"
         )
     if run.train.warmup_share is not None:
         raise InputError(f"{rule}, of which train.warmup_share is a share: the warm-up would have been longer; {anew}")
@@ -200,7 +207,7 @@ def keep_extension(folder: RunFolder) -> None:
 def _plan_with_shape(run: Run, profile: Profile) -> dict[str, Any]:
     plan = plan_of(run, profile)
     if isinstance(run.model, FactoryModel):  # a report needs no import of the network
-        plan["shape"] = shape_table(run.model.shape())
+        plan["shape"] = shape_table(run.shape())
     return plan
 
 
@@ -264,7 +271,7 @@ def _check_disk(path: Path, run: Run) -> None:
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"--out {path}: {parent} is not a writable folder; choose another")
-    needed = CHECKPOINTS_AT_ONCE * checkpoint_bytes(run, run.model.shape(), run.cluster.devices, in_a_round=True)
+    needed = CHECKPOINTS_AT_ONCE * checkpoint_bytes(run, run.shape(), run.cluster.devices, in_a_round=True)
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise InputError(
@@ -272,17 +279,20 @@ def _check_disk(path: Path, run: Run) -> None:
             "make room, or choose another folder"
         )
     # A launch has more processes on this machine; each asks for its own room when it starts.
-    needed, folder = mapped_file_bytes(run, run.model.shape()), temporary_folder()
+    needed, folder = mapped_file_bytes(run, run.shape()), temporary_folder()
     if needed and folder.is_dir() and needed > (free := shutil.disk_usage(folder).free):
         raise InputError(
-            f"{TEMPORARY_VARIABLE}: temporary files need {bytes_text(needed)} and {folder} has {bytes_text(free)} free; "
-            f"make room, or export {TEMPORARY_VARIABLE}=FOLDER"
+            f"{TEMPORARY_VARIABLE}: temporary files need {bytes_text(needed)} and {folder} has {bytes_text(free)} "
+            f"free; make room, or export {TEMPORARY_VARIABLE}=FOLDER"
         )
 
 
 @contextmanager
 def interrupted_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM interrupt as Ctrl-C does, so that a run which is told to end cleans up."""
+    """Let SIGTERM interrupt as Ctrl-C does, so that a run which is told to end cleans up; in the main thread alone."""
+    if not _handles_signals():
+        yield
+        return
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -291,19 +301,24 @@ def interrupted_by_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def stop_on_signal(answer: Callable[[], None], leave: Callable[[], None]) -> Iterator[list[bool]]:
-    """Turn the first Ctrl-C or SIGTERM into an entry of the yielded list; the second one interrupts at once.
+def stop_on_signal(answer: Callable[[], None], leave: Callable[[], None], stops: list[bool]) -> Iterator[list[bool]]:
+    """Turn the first Ctrl-C or SIGTERM into an entry of `stops`, which is yielded; the second one interrupts at once.
 
     `answer` is called at the first signal, in another thread: Python runs handlers between its own instructions, and a
     large step is minutes in one of them. `leave` is called there at the second one where such a step goes on, and is
-    to end the process.
+    to end the process. Outside the main thread nothing is handled: Python passes signals to that thread alone.
     """
-    stops: list[bool] = []
+    if not _handles_signals():
+        yield stops
+        return
+    signals = 0
     interrupted = threading.Event()
 
     def handle(signum: int, frame: object) -> None:
+        nonlocal signals
+        signals += 1
         stops.append(True)
-        if len(stops) == 2:  # a third one must not interrupt the clean-up
+        if signals == 2:  # a third one must not interrupt the clean-up
             interrupted.set()
             raise KeyboardInterrupt
 
@@ -325,6 +340,10 @@ def stop_on_signal(answer: Callable[[], None], leave: Callable[[], None]) -> Ite
         listener.join()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _handles_signals() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _answer_signals(

@@ -215,7 +215,7 @@ class StatusFile:
         written = self._path.with_name(f".{STATUS_FILE}")
         try:
             written.write_text(json.dumps(document), encoding="utf-8")
-            os.replace(written, self._path)
+            Path(written).replace(self._path)
         except OSError as error:
             self._failures += 1
             if self._failures == FAILURES:

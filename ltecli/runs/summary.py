@@ -68,7 +68,7 @@ def measured_memory_bytes(folder: RunFolder, device: torch.device) -> int:
 def report_derived(folder: RunFolder, output: Output) -> None:
     """Print what was derived before any time is spent: model, data, steps, and planned memory, bytes and time."""
     run, chosen = folder.run, folder.plan["chosen"]
-    shape = run.model.shape()
+    shape = run.shape()
     action = f"resuming {folder.path} from {folder.resume_from.name}" if folder.resume_from else f"run {folder.path}"
     output.hint(f"{action}: {describe(run)} per device; {shape.name}, {shape.all_parameters:,} parameters")
     output.hint(f"  data: {folder.data.describe()}")
@@ -81,8 +81,8 @@ def report_derived(folder: RunFolder, output: Output) -> None:
     wall = order_text(chosen["wall_s"]) if is_order else seconds_text(chosen["wall_s"])
     planned = memory_text(tensor_bytes(chosen), memory.get("allocator", 0), memory["reserved"])
     output.hint(
-        f"  planned per device: memory {planned}; {bytes_text(chosen['sent_bytes_per_round'])} sent per merge, {wall} on "
-        f"{run.cluster.devices} x {folder.profile.name}"
+        f"  planned per device: memory {planned}; {bytes_text(chosen['sent_bytes_per_round'])} sent per merge, {wall} "
+        f"on {run.cluster.devices} x {folder.profile.name}"
     )
     for text in (*draws_notes(run, shape), *diagnostics_notes(run, shape)):
         output.hint(f"  {text}")

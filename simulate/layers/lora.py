@@ -178,9 +178,6 @@ class _Product:
         return weight_HOI
 
 
-lora_function = _LoraLinear.apply
-
-
 class LoraLinear(nn.Module):
     """Linear layer with frozen W (a buffer, shared by all local devices) and one LoRA pair a head.
 
@@ -226,6 +223,8 @@ class LoraLinear(nn.Module):
 
     transposed = False
     """Whether the plain layer holds its weight as (I, O)."""
+    head: int | None = None
+    """The one head that the next pass is of; None: each head gets its share of the samples."""
     a: Tensor
     """A, (H, R, I); layers whose A picks columns have `columns` instead."""
     columns: Tensor
@@ -293,9 +292,10 @@ class LoraLinear(nn.Module):
     def frozen_a(self, heads: int | None = None) -> Tensor | Columns:
         """Return the frozen A of the local heads, or of all `heads` heads of all devices, drawn again."""
         others = heads not in (None, len(self.b))
-        if self.draws == "columns":
-            return self.draw_columns(int(self.drawn_after), heads) if others else Columns(self.columns, self.size[1])
-        return self.draw_a(int(self.drawn_after), heads) if others else self.a
+        if not others:
+            return self.factors_in_use()[0]
+        draw = self.draw_columns if self.draws == "columns" else self.draw_a
+        return draw(int(self.drawn_after), heads)
 
     def _draw_jointly(self, heads: range, steps_done: int) -> Tensor:
         """Return A of some heads: each takes r rows of a random orthogonal matrix, (I, I), that I/r heads share.
@@ -361,11 +361,36 @@ class LoraLinear(nn.Module):
         # A quantized layer has made a new tensor, which may be overwritten.
         return torch.add(weight_OI, mean_OI, alpha=self.spec.scale, out=None if self.frozen is None else weight_OI)
 
+    def factors_in_use(self) -> tuple[Tensor | Columns, Tensor]:
+        """Return A and B of all heads."""
+        return Columns(self.columns, self.size[1]) if self.draws == "columns" else self.a, self.b
+
+    def _pairs(self) -> tuple[Tensor | Columns, Tensor, Tensor | None, Tensor | None]:
+        """Return A, B, A0 and B0 of the heads that the next pass is of."""
+        tensors = (*self.factors_in_use(), self.a0, self.b0)
+        if self.head is None:
+            return tensors
+        a, b, a0, b0 = tensors
+        of_head = slice(self.head, self.head + 1)
+        return a[of_head], b[of_head], None if a0 is None else a0[of_head], None if b0 is None else b0[of_head]
+
     def forward(self, x: Tensor) -> Tensor:
         held, scale = self.frozen or self.weight, self.spec.scale
-        if self.draws == "columns":
-            return column_function(x, held, self.bias, Columns(self.columns, self.size[1]), self.b, scale)
-        return lora_function(x, held, self.bias, self.a, self.b, self.a0, self.b0, scale)
+        a, b_HOR, *old = self._pairs()
+        if isinstance(a, Columns):
+            y: Tensor = column_function(x, held, self.bias, a, b_HOR, scale)
+        else:
+            y = _LoraLinear.apply(x, held, self.bias, a, b_HOR, *old, scale)
+        return y
+
+    def weight_of_head(self) -> Tensor:
+        """Return the effective weight of the only head, or of `head`, in the plain layer's form, with its gradient."""
+        a, b_HOR, a0_HRI, b0_HOR = self._pairs()
+        a_HRI = a.dense(b_HOR.detach()) if isinstance(a, Columns) else a
+        weight_OI = torch.add(dense(self.frozen or self.weight), b_HOR[0] @ a_HRI[0], alpha=self.spec.scale)
+        if a0_HRI is not None and b0_HOR is not None:
+            weight_OI = torch.sub(weight_OI, b0_HOR[0] @ a0_HRI[0], alpha=self.spec.scale)
+        return self._as_plain(weight_OI)
 
     def plain_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the plain layer's parameters other than its weight, with a copies axis."""

@@ -24,11 +24,11 @@ from simulate.common.events import Emit, Event
 from simulate.config.run import Run
 from simulate.data.batches import Batches
 from simulate.layers.convert import call_with_weights
-from simulate.layers.cross_entropy import row_losses
 from simulate.methods.base import Method
 from simulate.methods.build_network import empty_model
 from simulate.methods.paced import Paced
 from simulate.methods.state import State
+from simulate.models.losses import row_losses_of
 from simulate.rules.cadence import Cadence, evaluation_batch
 from simulate.training.activity import Activity
 from simulate.training.checkpoints import Progress, load_checkpoint, prune, save_checkpoint
@@ -290,7 +290,7 @@ def _evaluate(session: Session) -> None:
     communicator, settings = session.communicator, session.run.train
     samples = evaluation_batch(settings.micro_batch, settings.autocast != "none")
     batches = session.batches.validation(settings.evaluate_samples, samples)
-    names = ("val_loss", *session.batches.score_names)
+    names, row_losses = ("val_loss", *session.batches.score_names), row_losses_of(session.run.model)
     sums_LX = torch.zeros(len(communicator.local_devices), 1 + len(names), dtype=torch.float64)
     for inputs, targets in islice(batches, communicator.process, None, communicator.processes):
         targets = targets.to(session.device)

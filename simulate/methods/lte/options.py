@@ -15,7 +15,8 @@ from simulate.comm.transfers import Transport, Wire
 from simulate.config.method_options import AdapterOptions, FragmentOptions
 from simulate.config.tables import Cluster, Train
 from simulate.layers.formats import Biases, Convolutions, Draws, Norms, Quantize
-from simulate.models.schema import ModelOptions
+from simulate.models.schema import FactoryModel, ModelOptions
+from simulate.models.shapes import ModelShape
 
 Master = Literal["host", "server", "none"]
 
@@ -139,6 +140,10 @@ class LteOptions(AdapterOptions, FragmentOptions):
                 f"false does; try --set method.{move}, or --set method.draws=joint"
             )
         return self
+
+    def shape_of(self, model: ModelOptions) -> ModelShape:
+        # Named networks have convolutions at their ends only, which get no pairs.
+        return model.shape(self.convolutions) if isinstance(model, FactoryModel) else model.shape()
 
     def check(self, model: ModelOptions, train: Train, cluster: Cluster) -> None:
         super().check(model, train, cluster)

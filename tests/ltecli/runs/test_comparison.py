@@ -117,7 +117,9 @@ def test_losses_that_are_no_numbers_are_left_out(lte: Lte, trained: Path) -> Non
 
 def test_many_runs_have_a_row_each(lte: Lte, trained: Path) -> None:
     runs = [with_evaluations(trained, f"run{number}", 6 + number) for number in range(6)]
-    lines = lte("report", *runs).stdout.splitlines()
-    rows = [line.split() for line in lines if line.startswith("run") and line.split()[2] == "of"]
-    assert [row[0] for row in rows] == [str(path) for path in runs]
-    assert next(line for line in lines if "validation loss" in line and line.startswith("run"))
+    lines = [line.split() for line in lte("report", *runs).stdout.splitlines()]
+    header = next(number for number, line in enumerate(lines) if line[:4] == ["run", "steps", "validation", "loss"])
+    rows = lines[header + 1 : header + 7]
+    assert sorted(row[:2] for row in rows) == sorted([str(path), str(6 + n)] for n, path in enumerate(runs))
+    losses = [float(row[2]) for row in rows]
+    assert losses == sorted(losses)

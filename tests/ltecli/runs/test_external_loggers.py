@@ -1,6 +1,6 @@
 """Weights & Biases and MLflow get TensorBoard's curves, and a resumed run goes on in the same external run.
 
-Each test takes the real package where it is installed, without a network, and else a stand-in of the calls that are made.
+Each test takes the real package where it is installed, without a network, and else a stand-in of the calls made.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def test_the_first_signal_is_answered_and_the_second_interrupts() -> None:
     answers: list[int] = []
     with (
         pytest.raises(KeyboardInterrupt),
-        stop_on_signal(lambda: answers.append(1), lambda: answers.append(2)) as stops,
+        stop_on_signal(lambda: answers.append(1), lambda: answers.append(2), []) as stops,
     ):
         os.kill(os.getpid(), signal.SIGTERM)
         wait_until(lambda: answers == [1] and stops == [True], 10.0)

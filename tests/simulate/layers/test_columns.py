@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from simulate.layers import folding
 from simulate.layers.columns import Columns, column_function
-from simulate.layers.lora import AdapterSpec, LoraConv2d, LoraLinear, lora_function
+from simulate.layers.lora import AdapterSpec, LoraConv2d, LoraLinear, _LoraLinear
 from simulate.layers.quantized import QuantizedWeight, dense
 from tests.simulate.layers.test_lora import Calls, random
 
@@ -49,7 +49,7 @@ def test_values_and_gradients_are_those_of_a_dense_a(
     held = dense(weight).clone()
     leaves = [leaf for leaf in (x, bias, b) if leaf is not None]
     got = column_function(x, weight, bias, columns, b, SCALE)
-    expected = lora_function(x, weight, bias, columns.dense(b.detach()), b, None, None, SCALE)
+    expected = _LoraLinear.apply(x, weight, bias, columns.dense(b.detach()), b, None, None, SCALE)
     torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
     given = random(*got.shape).detach()
     pairs = zip(torch.autograd.grad(got, leaves, given), torch.autograd.grad(expected, leaves, given), strict=True)
@@ -156,3 +156,24 @@ def test_under_autocast_products_are_cast_and_w_and_b_are_not(
     assert x.grad is not None and x.grad.dtype == torch.float32
     assert (y.float() - exact).norm() < 0.02 * exact.norm()
     assert torch.equal(layer.weight, before)
+
+
+@pytest.mark.parametrize("kind", [LoraLinear, LoraConv2d])
+def test_a_pass_may_be_of_one_head(kind: Any) -> None:
+    """A module that a user wrote runs head by head, by the layer's pass or by its effective weight."""
+    if kind is LoraConv2d:
+        layer: LoraLinear = LoraConv2d(nn.Conv2d(2, 5, 2, bias=False).double(), None, "conv", spec(2, 8), 2)
+        x = random(2, 2, 4, 4)
+    else:
+        layer, x = LoraLinear(random(5, 8).detach(), None, "layer", spec(2, 4), 2), random(2, 8)
+    assert layer.draws == "columns"
+    with torch.no_grad():
+        layer.b.copy_(random(*layer.b.shape))
+    together = layer(x)
+    for head, part in enumerate(x.chunk(2)):
+        layer.head = head
+        weight = layer.weight_of_head()
+        by_weight = F.conv2d(part, weight) if kind is LoraConv2d else F.linear(part, weight)
+        torch.testing.assert_close(layer(part), together.chunk(2)[head], rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(by_weight, together.chunk(2)[head], rtol=1e-13, atol=1e-13)
+        layer.head = None
