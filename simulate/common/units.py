@@ -12,9 +12,15 @@ def bytes_text(num_bytes: float | None) -> str:
     value = float(num_bytes)
     for unit in ("B", "kB", "MB", "GB"):
         if abs(value) < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+            return f"{value:.0f} {unit}" if unit == "B" else f"{figure_text(value)} {unit}"
         value /= 1000
-    return f"{value:,.3g} TB" if value < 1000 else f"{value:,.0f} TB"
+    return f"{figure_text(value)} TB"
+
+
+def figure_text(value: float) -> str:
+    """Return three digits of a number, or all those before the point, and never an exponent: 1,283, not 1.28e+03."""
+    text = f"{value:.3g}"
+    return f"{value:,.0f}" if "e+" in text else text
 
 
 def seconds_text(seconds: float | None) -> str:
@@ -27,8 +33,19 @@ def seconds_text(seconds: float | None) -> str:
         return f"{seconds * 1e3:.3g} ms"
     for limit, size, unit in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
         if seconds < limit:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 86400:,.3g} days" if seconds < 864e5 else f"{seconds / 86400:,.0f} days"
+            return f"{figure_text(seconds / size)} {unit}"
+    return f"{figure_text(seconds / 86400)} days"
+
+
+TIMES = 2.0
+"""Ratio from which a change is told as a multiple, not in per cent."""
+
+
+def change_text(ratio: float, less: str = "less") -> str:
+    """Return a ratio in words: 12 % more, 4.2 times fewer."""
+    if not 1 / TIMES < ratio < TIMES:
+        return f"{figure_text(max(ratio, 1 / ratio))} times {'more' if ratio > 1 else less}"
+    return "the same" if round(ratio, 2) == 1 else f"{abs(ratio - 1):.0%} {'more' if ratio > 1 else less}"
 
 
 ORDERS = (
@@ -51,4 +68,4 @@ def range_text(low_s: float, high_s: float) -> str:
     high = seconds_text(high_s)
     number, _, unit = high.rpartition(" ")
     scale = high_s / float(number.replace(",", ""))
-    return f"{low_s / scale:,.3g}-{number} {unit}"
+    return f"{figure_text(low_s / scale)}-{number} {unit}"

@@ -15,6 +15,7 @@ from simulate.planning.search_space import train_for
 from simulate.planning.time_ranges import equivalent_range
 from simulate.planning.verdict import Verdict, verdict_of
 from tests.ltecli.command import Lte
+from tests.simulate.data.pictures import files_of, write_folder
 
 SCREEN_LINES, SCREEN_COLUMNS = 16, 80
 QUESTIONS = ["Can it?", "How long?", "Worth it?", "Bottleneck", "Settings"]
@@ -87,6 +88,13 @@ def test_passes_over_a_text_of_ones_own_are_counted(tmp_path: Path) -> None:
     assert not any("is read" in warning for warning in found.warnings)
     _, found = verdict(profile="laptop_cpu", data=str(text), tokens=4_500_000)
     assert found.warnings[0].startswith("Text is read 5 times")
+
+
+def test_passes_over_images_are_counted(tmp_path: Path) -> None:
+    write_folder(tmp_path / "pictures", files_of({"a": 20, "b": 20}))
+    _, found = verdict(profile="rtx3060_x4_home", model="vit", data=str(tmp_path / "pictures"), samples=3600)
+    assert "3.6k samples, 100 passes over the images" in found.title  # a tenth of each class is held out
+    assert not any("teaches little" in warning for warning in found.warnings)
 
 
 def test_a_plan_without_a_model_trains_as_long_as_one_of_the_default_model() -> None:
