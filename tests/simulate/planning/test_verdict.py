@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,19 @@ def test_all_figures_are_there_with_all(lte: Lte) -> None:
     assert "chosen: " in shown and "note: " in shown and "other methods" in shown
     assert lte(*command, "--top", "1").stdout.count("\n2 ") == 0
     assert len(lte(*command, "--top", "2", "--json").json()["candidates"]) == 2
+
+
+def test_the_best_candidates_are_different_ideas_in_one_unit_a_column(lte: Lte) -> None:
+    shown = lte("plan", "--profile", "gtx1080ti_x8", "--model", "gpt2", "--all").stdout
+    rows = [line for line in shown.splitlines() if re.match(r"\d+\*? ", line)]
+    ideas = [
+        re.sub(r"(nf4|int8) | x \d+ heads|gather, |reduce, |server, ", "", re.split(r"  +", row)[1]) for row in rows
+    ]
+    assert len(rows) == len(set(ideas)) == 8 and rows[0].startswith("1*")
+    assert "17 more" in rows[0]  # 3 formats x 3 transports x 2 counts of heads, but for itself
+    for table in (rows, shown[shown.index("other methods") :].splitlines()[2:12]):
+        units = [re.findall(r" ([A-Za-z]+)(?=  |$)", row.split("batch ")[1]) for row in table]
+        assert {tuple(names[-7:]) for names in units} == {tuple(units[0][-7:])}
 
 
 def test_a_choice_whose_range_overlaps_denses_is_probably_worth_it() -> None:
