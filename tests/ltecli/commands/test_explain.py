@@ -108,6 +108,11 @@ def test_the_drawing_is_a_picture_of_the_spans(lte: Lte, here: Path) -> None:
     blocks = [rect for rect in picture.iter("{http://www.w3.org/2000/svg}rect") if len(rect)]
     assert picture.tag == "{http://www.w3.org/2000/svg}svg"
     assert len(blocks) == len(timeline["spans"]) > 4
+    # No label of the axis is cut at the right: a character of its 12 pixels is about 6 wide.
+    behind = {"middle": 0.5, "end": 0.0, None: 1.0}
+    labels = [(text, text.text or "") for text in picture.iter("{http://www.w3.org/2000/svg}text")]
+    ends = [float(text.attrib["x"]) + 6 * len(said) * behind[text.get("text-anchor")] for text, said in labels]
+    assert max(ends) <= float(picture.attrib["width"])
 
 
 def test_the_terminal_draws_a_bar_for_each_device(lte: Lte) -> None:
