@@ -42,6 +42,7 @@ from ltecli.runs.summary import (
 )
 from simulate.common.errors import InputError, NothingFeasibleError, RunFailedError
 from simulate.common.processor import machine_facts
+from simulate.common.progress import reported_by
 from simulate.common.run_files import CHECKPOINTS, LOGS
 from simulate.config.run import Run, build_run, load_given_run, with_absolute_paths
 from simulate.training.checkpoints import list_checkpoints, saved_devices
@@ -89,7 +90,8 @@ def train_command(
     # From the first moment: a folder may be made and nothing trained when the signal comes.
     with interrupted_by_sigterm():
         output = Output(as_json, quiet or as_json)
-        return _train(given, out, resume, device_name, args, launch, output, ignores_memory)
+        with reported_by(output.progress):
+            return _train(given, out, resume, device_name, args, launch, output, ignores_memory)
 
 
 def _train(

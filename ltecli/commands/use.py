@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from ltecli.commands.export import merged_weights, newest_checkpoint
 from ltecli.console import Output
 from simulate.common.errors import InputError
+from simulate.common.progress import reported_by
 from simulate.config.run import Run, build_run
 from simulate.data.images import Images
 from simulate.data.load import kept_tokenizer, load_data
@@ -59,7 +60,9 @@ def eval_command(path: Path, data: str, as_json: bool) -> int:
     from simulate.layers.cross_entropy import row_losses
 
     run, checkpoint = newest_checkpoint(path)
-    batches, samples = _scored_batches(run, data, kept_tokenizer(path), data_of(checkpoint))
+    output = Output(as_json, as_json)
+    with reported_by(output.progress):
+        batches, samples = _scored_batches(run, data, kept_tokenizer(path), data_of(checkpoint))
     step, network = _network(run, checkpoint)
     names, sums, count = ("loss", *batches.score_names), [0.0] * (1 + len(batches.score_names)), 0
     with torch.no_grad():
@@ -71,7 +74,6 @@ def eval_command(path: Path, data: str, as_json: bool) -> int:
     figures = {name: total / count for name, total in zip(names, sums, strict=True)}
     if run.model.unit == "tokens":
         figures["perplexity"] = math.exp(min(figures["loss"], 700.0))  # e^710 is no float
-    output = Output(as_json)
     output.json({"version": 1, "run": str(path), "step": step, "data": data, "samples": samples, **figures})
     text = ", ".join(f"{name.removeprefix('val_')} {value:.4f}" for name, value in figures.items())
     output.text(f"{data}: {text} ({samples:,} samples, {path} after step {step:,})")

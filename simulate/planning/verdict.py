@@ -16,7 +16,6 @@ from simulate.config.method_table import BASELINE
 from simulate.config.profile_slips import slips
 from simulate.config.run import Run
 from simulate.config.tables import BYTE_VALUES, BYTES
-from simulate.costs.memory import text_bytes
 from simulate.models.schema import text_sizes
 from simulate.planning.candidate import LINK_DOMINATES, Candidate, Rejected, batch_text, candidate_of, describe
 from simulate.planning.notes import stretched
@@ -87,17 +86,24 @@ def _count_text(count: float) -> str:
     return str(int(count))
 
 
-def _passes_text(passes: float) -> str:
-    return f"{passes:,.0f} passes" if passes >= 10 else f"{passes:.2g} passes"
+def _passes_text(passes: tuple[float, str]) -> str:
+    number, about = passes
+    return f"{about}{number:,.0f} passes" if number >= 10 else f"{about}{number:.2g} passes"
 
 
-def _passes(plan: Plan) -> float | None:
-    """Return how often the text is read; None where its size in tokens is not known without reading it."""
+def _passes(plan: Plan) -> tuple[float, str] | None:
+    """Return how often the text is read, and "about " where its tokens are estimated; None where they are unknown."""
     data = plan.base.data
-    if plan.base.model.unit != "tokens" or data.tokenizer != BYTES:
+    if plan.base.model.unit != "tokens":
         return None
-    size = STDLIB_BYTES if data.name == "stdlib" else TRAINED_SHARE * text_bytes(data)
-    return plan.tokens / size if size else None
+    if data.name == "stdlib" and data.tokenizer == BYTES:
+        return plan.tokens / STDLIB_BYTES, ""
+    from simulate.data.text_size import count_tokens  # only plans of text that is named need the readers of data
+
+    count = count_tokens(data)
+    if count is None or count.count == 0:
+        return None
+    return plan.tokens / (TRAINED_SHARE * count.count), "about " if count.is_about else ""
 
 
 def _why_not(plan: Plan) -> str:
@@ -201,7 +207,7 @@ def _warnings(plan: Plan, chosen: Candidate) -> Iterator[str]:
     for text in stretched(plan.profile, base.cluster.devices):
         yield f"{text[0].upper()}{text[1:]}"
     passes = _passes(plan)
-    if passes is not None and passes > MOST_PASSES:
+    if passes is not None and passes[0] > MOST_PASSES:
         times = _passes_text(passes).replace("passes", "times")
         yield f"Text is read {times}; beyond {MOST_PASSES} it teaches little: --data, fewer --tokens"
     if base.model.unit == "tokens" and base.data.tokenizer == BYTES:
