@@ -21,8 +21,9 @@ from simulate.data.text import Text, files_of, is_large, read_bytes
 from simulate.data.text_files import is_plain, sample_text
 from simulate.data.tokenizer import tokens_per_byte
 
-SAMPLED_FILES, SAMPLED_BYTES = 4, 1 << 20
-"""Files of a large text, spread over all, that a plan looks into, and the text that it reads of them."""
+SAMPLED_FILES, SAMPLED_BYTES, TOKENIZED_BYTES = 4, 1 << 22, 1 << 20
+"""Files of a large text, spread over all, that a plan looks into, the text that it reads of them, and what of that it
+counts tokens in."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def sample_note(data: Data) -> list[str]:
     about = "about " if size.is_about else ""
     tokens = ""
     if data.tokenizer != BYTES and (count := count_tokens(data)) is not None:
-        tokens = f", about {count.count:,} tokens"
+        tokens = f", about {count.count / 1e6:.3g} million tokens"
         if data.tokenizer.startswith(BPE):
             tokens += f"; {data.tokenizer} is trained when training starts, and its vocabulary taken as named"
     return [
@@ -100,7 +101,7 @@ def count_tokens(data: Data) -> TokenCount | None:
     if data.tokenizer == BYTES:
         return TokenCount(size.num_bytes, size.is_about)
     try:
-        return TokenCount(round(size.num_bytes * _tokens_per_byte(size.sample[:SAMPLED_BYTES], data.tokenizer)), True)
+        return TokenCount(round(size.num_bytes * _tokens_per_byte(size.sample[:TOKENIZED_BYTES], data.tokenizer)), True)
     except InputError:  # a given tokenizer.json was refused before; without the library bpe:N is planned all the same
         return None
 
