@@ -79,7 +79,7 @@ class Output:
 
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator[Advance]:
-        """Show work that takes longer than a second: a bar on a terminal, elsewhere a line at times; none when quiet."""
+        """Show work that takes longer than a second: a bar on a terminal, elsewhere lines; nothing when quiet."""
         begin, done, bar, line_at = time.monotonic(), 0.0, None, SILENT_S
 
         def advance(units: float) -> None:

@@ -119,7 +119,7 @@ def _fill(draft: Draft, train: np.ndarray, held_out: np.ndarray, tokenizer: str)
     used = _train(tokenizer, train) if tokenizer.startswith(BPE) else _load(Path(tokenizer))
     size = _size(used)
     dtype = "u2" if size <= 1 << 16 else "u4"  # the narrower one halves file and page cache
-    facts = {"size": size, "json": used.to_str(), "held_out_from": 0}
+    facts: dict[str, Any] = {"size": size, "json": used.to_str(), "held_out_from": 0}
 
     def blocks() -> Iterator[np.ndarray]:
         with task(f"encoding text ({tokenizer})", len(train) + len(held_out)) as advance:

@@ -16,7 +16,7 @@ from simulate.config.tables import Data
 from simulate.data import tokenizer as module
 from simulate.data.load import check_data, load_data
 from simulate.data.text import Text, load_text, tokenized
-from simulate.data.tokenizer import Encoded, declared_size, tokens_per_byte
+from simulate.data.tokenizer import Encoded, declared_size
 from simulate.models.families.gpt import GptModel
 from tests import tiny
 from tests.harness import ROOT, run_python
