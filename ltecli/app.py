@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import enum
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import typer.core
 
+from ltecli import completion
+from ltecli.environment import set_defaults_of_libraries
 from ltecli.errors import (
     BAD_INPUT,
     StdoutError,
@@ -25,6 +28,7 @@ from ltecli.errors import (
     report_stdout_error,
     stdout_checked,
 )
+from ltecli.help_pages import write_example, write_options
 from simulate.common.gc_paused import collector_paused
 from simulate.common.quantities import read_count
 from simulate.common.version import version as lte_version
@@ -55,6 +59,14 @@ class OnceCommand(typer.core.TyperCommand):
                 ctx.fail(f"{parameter.opts[0]} is given {given.count(parameter)} times; keep one")
         return super().parse_args(ctx, args)
 
+    def format_options(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
+        """Write the options under headings."""
+        write_options(self.get_params(ctx), ctx, formatter)
+
+    def format_epilog(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
+        """Write an example."""
+        write_example(ctx.command_path, formatter)
+
 
 class DeviceName(str, enum.Enum):
     """Values of --device."""
@@ -74,22 +86,49 @@ class ExportFormat(str, enum.Enum):
 
 
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any run.toml key: method.rank=16")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set any run.toml key: method.rank=16",
+        autocompletion=completion.set_keys,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no hints.")]
 ProfileName = Annotated[
-    str | None, typer.Option("--profile", "-p", help="A shipped profile, `local`, or a path to profile.toml.")
+    str | None,
+    typer.Option(
+        "--profile",
+        "-p",
+        help="A shipped profile, `local`, or a path to profile.toml.",
+        autocompletion=completion.profile_names,
+    ),
 ]
 Model = Annotated[
-    str | None, typer.Option("--model", "-m", help="gpt, gpt2, llama_60m, vit_s16, mixer_s16, ...: see docs/models.md.")
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="gpt, gpt2, llama_60m, vit_s16, mixer_s16, ...: see docs/models.md.",
+        autocompletion=completion.model_names,
+    ),
 ]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", autocompletion=completion.run_folders)]
 DataPath = Annotated[str | None, typer.Option("--data", "-d", help="Text or images: a file, a folder or a .zip.")]
 SecretFile = Annotated[
     Path | None, typer.Option(help="File with the secret that both ends share (else LTE_SECRET); not on loopback.")
 ]
 LinkFrom = Annotated[
-    Path | None, typer.Option(metavar="RUN", help="Take the link that the nodes of a launched run measured.")
+    Path | None,
+    typer.Option(
+        metavar="RUN",
+        help="Take the link that the nodes of a launched run measured.",
+        autocompletion=completion.run_folders,
+    ),
+]
+Html = Annotated[
+    Path | None, typer.Option("--html", metavar="FILE", help="Write a page of figures; it needs no network.")
 ]
 Devices = Annotated[int | None, typer.Option("--devices", "-n", help="Devices to use; default: all of the profile.")]
 
@@ -113,6 +152,11 @@ Samples = Annotated[
 ]
 
 
+def _command_line(ctx: typer.Context) -> str:
+    """Return the command line as given, which `main` leaves in the context, for whoever wants to repeat it."""
+    return shlex.join(["lte", *ctx.obj])
+
+
 def _print_version(given: bool) -> None:
     if given:
         typer.echo(f"lte {lte_version()}")
@@ -131,6 +175,7 @@ def options(
 @app.command(cls=OnceCommand)
 @guarded
 def plan(
+    ctx: typer.Context,
     profile: ProfileName = None,
     model: Model = None,
     data: DataPath = None,
@@ -144,7 +189,10 @@ def plan(
     batch_samples: Annotated[
         int | None, typer.Option(parser=_count, metavar="COUNT", help="The same in images, for models of images.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="Pin the method, any of docs/methods.md.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="Pin the method, any of docs/methods.md.", autocompletion=completion.method_names),
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="Pin the rank of one head.")] = None,
     heads_per_device: Annotated[int | None, typer.Option(help="Pin the heads of one device.")] = None,
     quantize: Annotated[
@@ -153,7 +201,7 @@ def plan(
     merge_every: Annotated[int | None, typer.Option(help="Pin the steps between merges.")] = None,
     assignments: Set = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the choice as run.toml.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Let -o replace an existing file.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Let written files replace existing ones.")] = False,
     show_all: Annotated[
         bool, typer.Option("--all", help="Show all figures and notes, and the best candidates.")
     ] = False,
@@ -169,6 +217,10 @@ def plan(
     ] = False,
     rounds: Annotated[int | None, typer.Option(help="With --timeline: rounds to simulate; default: 100.")] = None,
     timeline_svg: Annotated[Path | None, typer.Option(help="Draw the timeline into this file.")] = None,
+    html: Html = None,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write all candidates as CSV; - for stdout.")
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Trace the choice's training on fake tensors, to check its memory.")
     ] = False,
@@ -208,11 +260,11 @@ def plan(
         link_from=link_from,
     )
     to_explain = None
-    if why or timeline or rounds is not None or timeline_svg is not None:
+    if why or timeline or rounds is not None or timeline_svg is not None or html is not None:
         from ltecli.commands.explain import ExplainArgs  # it loads numpy, for the simulation of rounds
 
-        to_explain = ExplainArgs(why, timeline, rounds, timeline_svg, force)
-    return plan_command(request, out, force, top, as_json, to_explain, verify, show_all)
+        to_explain = ExplainArgs(why, timeline, rounds, timeline_svg, force, html)
+    return plan_command(request, out, force, top, as_json, to_explain, verify, show_all, csv, _command_line(ctx))
 
 
 @app.command(cls=OnceCommand)
@@ -243,7 +295,7 @@ def init(
 @app.command("probe", cls=OnceCommand)
 @guarded
 def probe_a_run(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="run.toml.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run.toml.", autocompletion=completion.runs)],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the findings as probe.json.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Let -o replace an existing file.")] = False,
     batches: Annotated[int, typer.Option(min=1, help="Steps that give gradients, before and after the warm-up.")] = 8,
@@ -296,7 +348,10 @@ def validate(
 @guarded
 def train(
     run: Annotated[
-        Path | None, typer.Argument(metavar="RUN", help="run.toml, or a run folder; default: plan one now.")
+        Path | None,
+        typer.Argument(
+            metavar="RUN", help="run.toml, or a run folder; default: plan one now.", autocompletion=completion.runs
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default: runs/NAME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
@@ -347,13 +402,21 @@ def train(
 @app.command(cls=OnceCommand)
 @guarded
 def doctor(
-    run: Annotated[Path | None, typer.Argument(help="run.toml, whose formats and devices count, too.")] = None,
+    run: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="RUN", help="run.toml, whose formats and devices count, too.", autocompletion=completion.runs
+        ),
+    ] = None,
     launch: Annotated[bool, typer.Option("--launch", help="Count what stops a launched run, too.")] = False,
     device: Annotated[DeviceName, typer.Option(help="Where to train; cpu leaves GPUs out.")] = DeviceName.AUTO,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where run folders shall lie.")] = Path("runs"),
     as_json: Json = False,
 ) -> int:
-    """Look for what would stop or spoil a run on this machine, and say what mends it."""
+    """Find what would stop or spoil a run on this machine.
+
+    Each finding says what mends it.
+    """
     from ltecli.commands.doctor import doctor_command
 
     return doctor_command(run, device.value, launch, out, as_json)
@@ -373,19 +436,134 @@ def secret(
 @app.command(cls=OnceCommand)
 @guarded
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run folders; several are compared side by side.")],
+    ctx: typer.Context,
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN",
+            help="Run folders, or a sweep's; several are compared.",
+            autocompletion=completion.run_folders,
+        ),
+    ],
+    html: Html = None,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write all evaluations as CSV; - for stdout.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Let --html and --csv replace existing files.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show planned, simulated and measured figures side by side."""
-    from ltecli.commands.report import report_command
+    from ltecli.commands.report import ReportFiles, report_command
 
-    report_command(runs, as_json)
+    report_command(runs, as_json, ReportFiles(html, csv, force, _command_line(ctx)))
+
+
+@app.command(cls=OnceCommand)
+@guarded
+def watch(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that trains, or will.")],
+    once: Annotated[bool, typer.Option("--once", help="Print the present state and end.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Show what a run does now, live, from another terminal.
+
+    In a pipe, each change is a line.
+    """
+    from ltecli.commands.watch import watch_command
+
+    return watch_command(run, once, as_json)
+
+
+SetMany = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUES", help="Values to try of a run.toml key: method.rank=8,16; repeat."),
+]
+Seeds = Annotated[int, typer.Option(min=1, help="Runs of each, with seeds counted up from the run's.")]
+Parallel = Annotated[
+    int | None, typer.Option(min=1, help="Runs at a time; default: one a core and as memory has room, one on a GPU.")
+]
+SweepOut = Annotated[Path | None, typer.Option("--out", "-o", help="Folder; default: runs/NAME-sweep or -compare.")]
+SkipRefused = Annotated[bool, typer.Option("--skip-refused", help="Leave out what run.toml's rules refuse.")]
+IgnoreMemory = Annotated[
+    bool, typer.Option("--ignore-memory", help="Simulate even if this machine seems too small for all devices.")
+]
+PageForce = Annotated[bool, typer.Option("--force", help="Let --html replace an existing file.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say which runs, and how long they take; train nothing.")]
+
+
+@app.command(
+    cls=OnceCommand, epilog="Example: lte sweep run.toml --set method.rank=8,16 --set method.merge_every=5,10 --seeds 3"
+)
+@guarded
+def sweep(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run.toml.")],
+    assignments: SetMany = None,
+    seeds: Seeds = 1,
+    out: SweepOut = None,
+    parallel: Parallel = None,
+    device: Annotated[DeviceName, typer.Option(help="Where to simulate.")] = DeviceName.AUTO,
+    skip_refused: SkipRefused = False,
+    ignore_memory: IgnoreMemory = False,
+    dry_run: DryRun = False,
+    html: Html = None,
+    force: PageForce = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Train every combination of values, with several seeds, and print one table.
+
+    The same command goes on where it stopped. Commas within brackets, braces and quotes separate no values.
+    """
+    from ltecli.commands.sweep import SweepArgs, sweep_command
+
+    args = SweepArgs(
+        tuple(assignments or ()), seeds, out, parallel, device.value, skip_refused, ignore_memory, dry_run, html, force
+    )
+    return sweep_command(run, args, as_json, quiet)
+
+
+@app.command(
+    cls=OnceCommand,
+    epilog="Example: lte compare run.toml --with ddp,diloco --seeds 3 --set-for diloco:train.learning_rate=0.001,0.003",
+)
+@guarded
+def compare(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run.toml, whose method is the reference.")],
+    others: Annotated[str, typer.Option("--with", metavar="METHODS", help="Methods, as ddp,diloco: docs/methods.md.")],
+    set_for: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METHOD:KEY=VALUES", help="Set keys of one method: diloco:method.merge_every=20; repeat."),
+    ] = None,
+    assignments: Set = None,
+    seeds: Seeds = 1,
+    out: SweepOut = None,
+    parallel: Parallel = None,
+    device: Annotated[DeviceName, typer.Option(help="Where to simulate.")] = DeviceName.AUTO,
+    skip_refused: SkipRefused = False,
+    ignore_memory: IgnoreMemory = False,
+    dry_run: DryRun = False,
+    html: Html = None,
+    force: PageForce = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Train a run's method and others on the same network, data and samples, and say who is best by what.
+
+    A rival's keys are those that the planner chooses at the run's batch. The same command goes on where it stopped.
+    """
+    from ltecli.commands.compare import compare_command
+    from ltecli.commands.sweep import SweepArgs
+
+    args = SweepArgs(
+        tuple(assignments or ()), seeds, out, parallel, device.value, skip_refused, ignore_memory, dry_run, html, force
+    )
+    return compare_command(run, others, set_for or (), args, as_json, quiet)
 
 
 @app.command(cls=OnceCommand)
 @guarded
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: RunFolder,
     form: Annotated[
         ExportFormat,
         typer.Option("--format", help="safetensors with lte's names, or what transformers loads."),
@@ -402,7 +580,7 @@ def export(
 @app.command(cls=OnceCommand)
 @guarded
 def sample(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: RunFolder,
     prompt: Annotated[str, typer.Option("--prompt", help="Text to go on from.")],
     length: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token each time.")] = 0.8,
@@ -418,8 +596,11 @@ def sample(
 @app.command("eval", cls=OnceCommand)
 @guarded
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: RunFolder,
     data: Annotated[str, typer.Option("--data", "-d", help="Text or images: a file, a folder or a .zip.")],
+    field: Annotated[
+        str | None, typer.Option(help="Field of .jsonl or Parquet that holds the text; default: the run's.")
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """Score a run's newest weights on other data.
@@ -428,7 +609,7 @@ def evaluate(
     """
     from ltecli.commands.use import eval_command
 
-    return eval_command(run, data, as_json)
+    return eval_command(run, data, field, as_json)
 
 
 @profile_app.command("list", cls=OnceCommand)
@@ -443,7 +624,14 @@ def profile_list(as_json: Json = False) -> None:
 @profile_app.command("show", cls=OnceCommand)
 @guarded
 def profile_show(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped profile, `local`, or a path to profile.toml.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="A shipped profile, `local`, or a path to profile.toml.",
+            autocompletion=completion.profile_names,
+        ),
+    ],
     as_json: Json = False,
 ) -> None:
     """Print a profile as TOML, with the source of every figure."""
@@ -455,7 +643,12 @@ def profile_show(
 @profile_app.command("check", cls=OnceCommand)
 @guarded
 def profile_check(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A profile.toml, or a shipped one.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="A profile.toml, or a shipped one.", autocompletion=completion.profile_names
+        ),
+    ],
     as_json: Json = False,
 ) -> int:
     """Print a profile in plain units, and point at slips."""
@@ -515,13 +708,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    # Set before anything imports torch, as a plan of a user's own network does, too. Kineto logs every trace.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # Pydantic's search for plugins reads the metadata of every installed package.
-    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    # Threads that spin while they wait are tens of times slower beside other work on the same cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    set_defaults_of_libraries()
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         Path.cwd()
@@ -529,9 +716,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write("lte: the current folder was removed; cd to one that exists\n")
         return BAD_INPUT
     try:
+        completion.join_words_of_bash()
         # Without standalone mode typer raises mistakes to us, where it would print them in its own form and exit.
         with stdout_checked():
-            code = int(app(given or ["--help"], prog_name="lte", standalone_mode=False) or 0)
+            code = int(app(given or ["--help"], prog_name="lte", standalone_mode=False, obj=given) or 0)
     except StdoutError as error:
         code = report_stdout_error(error)
     except USAGE_ERROR as error:

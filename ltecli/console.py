@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from simulate.common.progress import Advance
+from simulate.common.units import bytes_text
 
 FIGURE = 15
 """Characters up to which a column holds figures or a word, which no terminal needs to cut."""
@@ -28,26 +31,34 @@ class _Console(Console):
     """A console that prints text unchanged: brackets and colons in a name are neither markup nor emoji."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(highlight=False, markup=False, emoji=False, **options)
+        # In a notebook rich would display what it is given, whatever the stream.
+        super().__init__(highlight=False, markup=False, emoji=False, force_jupyter=False, **options)
 
 
 class Output:
-    """Output of one command; with --json the JSON document alone is printed: text, headings and tables are skipped."""
+    """Output of one command; with --json the JSON document alone is printed: text, headings and tables are skipped.
 
-    def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
-        self.as_json, self.quiet = as_json, quiet
+    With `into`, the result goes there instead of stdout, as it would be printed into a file. With `is_mute` the
+    document is skipped, too: the command prints something else to stdout.
+    """
+
+    def __init__(
+        self, as_json: bool = False, quiet: bool = False, is_mute: bool = False, into: TextIO | None = None
+    ) -> None:
+        self.as_json, self.quiet, self.is_mute, self.into = as_json, quiet, is_mute, into
         # In a pipe a line of text stays one line, so that grep and diff can work on it.
-        self.console = _Console(soft_wrap=not sys.stdout.isatty())
+        is_terminal = into is None and sys.stdout.isatty()
+        self.console = _Console(soft_wrap=not is_terminal, file=into, force_terminal=None if into is None else False)
         self.hints = _Console(stderr=True, quiet=quiet, soft_wrap=not sys.stderr.isatty())
 
-    def text(self, text: str) -> None:
+    def text(self, text: str | Text) -> None:
         """Print a line of the result."""
-        if not self.as_json:
+        if not (self.as_json or self.is_mute):
             self.console.print(text)
 
     def heading(self, text: str) -> None:
         """Print a heading of the result."""
-        if not self.as_json:
+        if not (self.as_json or self.is_mute):
             self.console.print(text, style="bold")
 
     def table(self, table: Table, secondary: Sequence[str] = ()) -> None:
@@ -55,9 +66,10 @@ class Output:
 
         Outside a terminal it is as wide as its cells.
         """
-        if self.as_json:
+        if self.as_json or self.is_mute:
             return
-        console = _Console(width=None if self.console.is_terminal else WIDE)
+        is_terminal = self.console.is_terminal
+        console = _Console(width=None if is_terminal else WIDE, file=self.into, force_terminal=is_terminal)
         # Measured without the terminal's limit: within it cells would wrap, and any table would seem to fit.
         options = console.options.update(width=WIDE)
         if console.measure(table, options=options).maximum > console.width:
@@ -70,8 +82,9 @@ class Output:
         """Print the result for scripts, if --json is given."""
         if self.as_json:
             # Past rich, which would wrap the document at the terminal's width.
-            sys.stdout.write(json.dumps(document, allow_nan=False) + "\n")
-            sys.stdout.flush()
+            stream = self.into or sys.stdout
+            stream.write(json.dumps(document, allow_nan=False) + "\n")
+            stream.flush()
 
     def hint(self, text: str) -> None:
         """Print progress or advice, to stderr."""
@@ -114,6 +127,13 @@ class Output:
         sys.stderr.flush()
 
 
+def text_of(show: Callable[[Output], object]) -> str:
+    """Return what a function prints as its result, as it would be printed into a file, without the last newline."""
+    into = io.StringIO()
+    show(Output(into=into))
+    return into.getvalue().rstrip("\n")
+
+
 def _wrap_texts(table: Table, width: int) -> None:
     """Let a table's wide columns wrap, and keep figures whole, where the terminal has room for them."""
     widths = [max(cell_len(str(cell)) for cell in (column.header, *column.cells)) for column in table.columns]
@@ -129,6 +149,13 @@ def plain_table(*columns: str) -> Table:
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", no_wrap=index == 0, overflow="fold")
     return table
+
+
+def memory_text(tensors: int, allocator: int, reserved: int) -> str:
+    """Return a device's planned bytes by whom they are of, and their sum, the same wherever a run's memory is told."""
+    allocated = f" + {bytes_text(allocator)} allocator and libraries" if allocator else ""
+    total = bytes_text(tensors + allocator + reserved)
+    return f"{bytes_text(tensors)} tensors{allocated} + {bytes_text(reserved)} system = {total}"
 
 
 def scores_text(val_loss: float | None, val_accuracy: float | None = None) -> str:

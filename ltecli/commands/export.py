@@ -16,8 +16,10 @@ from ltecli.console import Output
 from ltecli.output_paths import check_absent, unwritable
 from ltecli.runs.run_folder import check_run_folder
 from simulate.common.errors import InputError
-from simulate.common.run_files import CHECKPOINTS, RUN_FILE
+from simulate.common.run_files import CHECKPOINTS, PROFILE_FILE, RUN_FILE
 from simulate.common.units import bytes_text
+from simulate.config.hardware import Profile
+from simulate.config.profiles import load_profile
 from simulate.config.run import Run, dump_run, load_run
 from simulate.data.load import TOKENIZER_FILE, kept_tokenizer
 from simulate.models.families.gpt import GptModel
@@ -43,7 +45,8 @@ def export_command(path: Path, form: str, out: Path | None, as_json: bool) -> in
     target = out or path / EXPORT
     check_absent(target)
     step, state, merged_now = merged_weights(run, checkpoint)
-    files = _written(run, state, form, target, step, kept_tokenizer(path))
+    profile = load_profile(str(path / PROFILE_FILE))
+    files = _written(run, profile, state, form, target, step, kept_tokenizer(path))
     if merged_now:
         output.hint(f"step {step} is inside a round: its devices were merged for this export")
     size = sum((target / name).stat().st_size for name in files)
@@ -95,7 +98,7 @@ def merged_weights(run: Run, checkpoint: Path) -> tuple[int, dict[str, Tensor], 
 
 
 def _written(
-    run: Run, state: dict[str, Tensor], form: str, target: Path, step: int, tokenizer: Path | None
+    run: Run, profile: Profile, state: dict[str, Tensor], form: str, target: Path, step: int, tokenizer: Path | None
 ) -> list[str]:
     """Write the folder whole or not at all; returns the names of its files."""
     scratch = None
@@ -106,7 +109,7 @@ def _written(
         scratch.chmod(0o755)  # mkdtemp makes it private
         if form == "safetensors":
             _save(state, scratch / TENSORS, {"step": str(step), "model": run.model.name})
-            (scratch / RUN_FILE).write_text(dump_run(run), encoding="utf-8")
+            (scratch / RUN_FILE).write_text(dump_run(run, profile), encoding="utf-8")
         else:
             _write_transformers(run, state, scratch, step)
         if tokenizer is not None:  # without it the tokens mean nothing to another program

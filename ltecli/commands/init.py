@@ -16,7 +16,7 @@ from typing import Any
 import typer
 
 import profiles
-from ltecli.commands.plan import nearest_miss_text, show_verdict
+from ltecli.commands.plan import nearest_miss_text, show_verdict, write_run
 from ltecli.console import Output
 from ltecli.output_paths import check_file, write_file
 from ltecli.plan_request import PlanArgs, plan_request
@@ -26,7 +26,6 @@ from simulate.common.quantities import RATES, read_quantity
 from simulate.config.hardware import LOCAL, Device, Link, Profile
 from simulate.config.profile_slips import rate_text
 from simulate.config.profiles import detect_local, load_profile
-from simulate.config.run import dump_run
 from simulate.planning.verdict import verdict_of
 
 PAYLOAD_SHARE = 0.94
@@ -70,6 +69,7 @@ def init_command(args: InitArgs, folder: Path, force: bool) -> int:
     devices = [parse_device(text) for text in args.gpus]
     profile = Profile(name=args.name, description=", ".join(args.gpus), device=devices, link=link)
     # The plan reads the profile by its path, as lte train will.
+    is_new = not folder.exists()
     before = profile_path.read_text(encoding="utf-8") if profile_path.exists() else None
     write_file(profile_path, toml_io.dump(profile.model_dump(exclude_none=True)))
     request = PlanArgs(profile=str(profile_path), model=args.model, data=args.data, tokens=args.tokens)
@@ -78,16 +78,21 @@ def init_command(args: InitArgs, folder: Path, force: bool) -> int:
     except InputError:
         if before is None:
             profile_path.unlink()
+            if is_new:
+                folder.rmdir()
         else:
             write_file(profile_path, before)
         raise
-    for note in notes:
+    for note in (*notes, *_payload_notes(args.links)):
         output.text(note)
     show_verdict(verdict_of(plan), output)
     if plan.chosen is None:
         raise NothingFeasibleError(f"{nearest_miss_text(plan)}; {profile_path} is written, to be edited")
-    write_file(run_path, dump_run(plan.chosen.run))
-    output.hint(f"wrote {profile_path} and {run_path}; next: lte profile check {profile_path}, lte train {run_path}")
+    write_run(run_path, plan)
+    output.hint(
+        f"wrote {profile_path} and {run_path}, which has that profile, too; next: lte profile check {profile_path}, "
+        f"lte train {run_path}"
+    )
     return 0
 
 
@@ -181,6 +186,15 @@ def parse_link(text: str) -> Link:
         source="guess",
         sources={"up_bytes_per_s": said, "down_bytes_per_s": said, "latency_s": "guess, of links of this kind"},
     )
+
+
+def _payload_notes(links: Sequence[str]) -> list[str]:
+    """Return a note on what TCP takes from lines' rates; Wi-Fi's guess already is what arrives."""
+    lines = [text for text in links if _plain(text) != "wifi"]
+    if not lines:
+        return []
+    said = f"{' and '.join(lines)} x {PAYLOAD_SHARE}, what TCP leaves for data"
+    return [f"the profile's link is {said}; edit it where you measured another rate"]
 
 
 def _slowest(links: Sequence[Link]) -> tuple[Link, list[str]]:

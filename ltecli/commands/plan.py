@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ltecli.commands.verify import Verified, too_large_text, verify_choice
-from ltecli.console import Output, plain_table
-from ltecli.output_paths import check_file, write_file
+from ltecli.console import Output, memory_text, plain_table
+from ltecli.output_paths import CsvTarget, check_distinct, check_file, write_file
 from ltecli.plan_request import PlanArgs, plan_request
 from simulate.common.errors import NothingFeasibleError
 from simulate.common.run_files import RUN_FILE
@@ -22,6 +22,7 @@ from simulate.config.hardware import Device
 from simulate.config.run import dump_run, with_absolute_paths
 from simulate.costs.memory import Memory
 from simulate.planning.candidate import Candidate, Rejected, candidate_of, describe
+from simulate.planning.plan_csv import candidates_csv
 from simulate.planning.planner import Plan
 from simulate.planning.time_ranges import equivalent_range, time_range, time_text, wall_range
 from simulate.planning.verdict import Verdict, verdict_of
@@ -39,35 +40,40 @@ SECONDARY = ("sent/round", "step", "round", "x samples")
 
 def plan_command(
     request: PlanArgs, out: Path | None, force: bool, top: int | None, as_json: bool,
-    to_explain: ExplainArgs | None = None, verify: bool = False, show_all: bool = False,
+    to_explain: ExplainArgs | None = None, verify: bool = False, show_all: bool = False, csv: Path | None = None,
+    command: str = "",
 ) -> int:  # fmt: skip
     """Plan, show, and write the choice where `out` asks for it; raises NothingFeasibleError where nothing fits.
 
     The verdict is shown, or with `show_all` every figure and note. With `verify`, trace the choice's training on fake
     tensors, and compare its memory with the plan; raises NothingFeasibleError, and writes nothing, where the device
-    cannot hold what was traced.
+    cannot hold what was traced. `csv` is a file for all candidates, "-" for stdout in the place of what is printed, and
+    `command` the command line for a page's foot.
     """
+    table = CsvTarget.of(csv, force, as_json)
+    check_distinct({"-o": out, "--csv": table.path, **(to_explain.files if to_explain else {})})
     if out is not None:
         check_file(out, force, RUN_FILE)
     if to_explain is not None:
         # Refuse wrong options before seconds are spent on the plan.
         to_explain.check()
     plan = plan_request(request, to_train=out is not None)
-    output = Output(as_json)
+    output = Output(as_json, is_mute=table.is_stdout)
     explained = None
     if to_explain is not None:
-        from ltecli.commands.explain import explain_plan, show_explained, write_picture
+        from ltecli.commands.explain import explain_plan, show_explained, write_page, write_picture
 
         explained = explain_plan(plan, to_explain)
     verified = verify_choice(plan) if verify and plan.chosen is not None else None
     verdict = verdict_of(plan)
     # Files come before what is printed: whoever reads that may leave early, as head does.
     if out is not None and plan.chosen is not None and not (verified and not verified.fits):
-        # Paths in a run.toml are relative to it, those of the command line to the current folder.
-        is_here = out.parent.resolve() == Path.cwd().resolve()
-        write_file(out, dump_run(plan.chosen.run if is_here else with_absolute_paths(plan.chosen.run)))
+        write_run(out, plan)
     if explained is not None and to_explain is not None:
         write_picture(plan, explained, to_explain)
+        write_page(plan, explained, to_explain, command)
+    if table.is_wanted:
+        table.write(candidates_csv(plan, top))
     if as_json:  # building the JSON of thousands of candidates takes time
         added = explained.to_dict() if explained else {"why": None, "timeline": None}
         output.json(
@@ -79,7 +85,7 @@ def plan_command(
             }
         )
     if show_all or top is not None:
-        _show(plan, output, top or SHOWN_CANDIDATES)
+        show_details(plan, output, top or SHOWN_CANDIDATES)
     else:
         show_verdict(verdict, output)
     if explained is not None and to_explain is not None:
@@ -90,6 +96,8 @@ def plan_command(
         raise NothingFeasibleError(nearest_miss_text(plan))
     if verified and not verified.fits:
         raise NothingFeasibleError(too_large_text(plan, verified))
+    if table.path is not None:
+        output.hint(f"wrote {table.path}")
     if out is not None:
         output.hint(f"wrote {out}; next: lte train {out}")
     else:
@@ -99,6 +107,15 @@ def plan_command(
         more = "  ".join(flag for flag in ("--all", "--why", "--timeline", "--verify") if not asked.get(flag))
         output.hint(f"next  lte plan ... -o run.toml        more  {more}" if more else "next  lte plan ... -o run.toml")
     return 0
+
+
+def write_run(path: Path, plan: Plan) -> None:
+    """Write a plan's choice as run.toml."""
+    assert plan.chosen is not None, "a plan without a choice has no run"
+    # Paths in a run.toml are relative to it, those of the command line to the current folder.
+    is_here = path.parent.resolve() == Path.cwd().resolve()
+    run = plan.chosen.run if is_here else with_absolute_paths(plan.chosen.run)
+    write_file(path, dump_run(run, plan.profile))
 
 
 def show_verdict(verdict: Verdict, output: Output) -> None:
@@ -142,8 +159,9 @@ def nearest_miss_text(plan: Plan) -> str:
     )
 
 
-def _show(plan: Plan, output: Output, top: int) -> None:
-    shape, base = plan.base.model.shape(), plan.base
+def show_details(plan: Plan, output: Output, top: int = SHOWN_CANDIDATES) -> None:
+    """Print all figures and notes, and the `top` best candidates."""
+    shape, base = plan.base.shape(), plan.base
     output.heading(
         f"{shape.name}: {shape.all_parameters:,} parameters ({shape.adapted_parameters:,} adapted), "
         f"{plan.tokens:,} {base.model.unit} on {base.cluster.devices} x {plan.profile.name}"
@@ -248,12 +266,11 @@ def _show_choice(plan: Plan, chosen: Candidate, output: Output) -> None:
 
 def _memory_line(device: Device, memory: Memory) -> str:
     """Return a line that says what of the device's memory is taken by whom, and how tight it is."""
-    allocator = f" + {bytes_text(memory.allocator)} allocator and libraries" if memory.allocator else ""
     headroom = device.memory_bytes - device.usable_bytes
     kept_free = f", {bytes_text(headroom)} of it are kept free" if headroom else ""
     return (
-        f"memory: {bytes_text(memory.tensors)} tensors{allocator} + {bytes_text(memory.reserved)} system = "
-        f"{bytes_text(memory.total)}, {memory.total / device.memory_bytes:.0%} of {bytes_text(device.memory_bytes)}"
+        f"memory: {memory_text(memory.tensors, memory.allocator, memory.reserved)}, "
+        f"{memory.total / device.memory_bytes:.0%} of {bytes_text(device.memory_bytes)}"
         f"{kept_free}"
     )
 

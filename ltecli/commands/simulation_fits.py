@@ -37,7 +37,7 @@ def check_simulation_fits(run: Run, device: torch.device, is_tiny: bool) -> None
     """Raise InputError where this machine cannot hold all devices of a run in one process."""
     on_gpu = device.type != "cpu"
     room = _rooms(device)
-    shape = run.model.shape()
+    shape = run.shape()
     short = _short(run, shape, room)
     if short is None:
         return
@@ -50,6 +50,11 @@ def check_simulation_fits(run: Run, device: torch.device, is_tiny: bool) -> None
         f"cluster.devices = {run.cluster.devices}: simulating them in one process needs about {bytes_text(needed)} of "
         f"{where} memory, and {bytes_text(free)} are free here; {', or '.join([*moves, '--ignore-memory starts it'])}"
     )
+
+
+def host_memory_bytes(run: Run, device: torch.device) -> int:
+    """Return the bytes of the host's memory that a process needs which simulates all devices of a run."""
+    return dict(_needed(run, run.shape(), device.type != "cpu"))["host"]
 
 
 def _rooms(device: torch.device) -> dict[str, int]:

@@ -8,14 +8,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ltecli.console import Output, scores_text
+from ltecli.console import Output, memory_text, scores_text
+from ltecli.runs.figures import figures, read_run, tensor_bytes
 from ltecli.runs.run_folder import RunFolder
+from simulate.common.processor import machine_facts
+from simulate.common.run_files import CHECKPOINTS
 from simulate.common.units import bytes_text, order_text, seconds_text
 from simulate.planning.candidate import describe
 from simulate.planning.margins import Margins
-from simulate.planning.notes import diagnostics_notes, mended_notes
-from simulate.common.processor import machine_facts
-from simulate.common.run_files import CHECKPOINTS
+from simulate.planning.notes import diagnostics_notes, draws_notes, mended_notes
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +68,7 @@ def measured_memory_bytes(folder: RunFolder, device: torch.device) -> int:
 def report_derived(folder: RunFolder, output: Output) -> None:
     """Print what was derived before any time is spent: model, data, steps, and planned memory, bytes and time."""
     run, chosen = folder.run, folder.plan["chosen"]
-    shape = run.model.shape()
+    shape = run.shape()
     action = f"resuming {folder.path} from {folder.resume_from.name}" if folder.resume_from else f"run {folder.path}"
     output.hint(f"{action}: {describe(run)} per device; {shape.name}, {shape.all_parameters:,} parameters")
     output.hint(f"  data: {folder.data.describe()}")
@@ -76,13 +77,14 @@ def report_derived(folder: RunFolder, output: Output) -> None:
         f"{run.train.steps * run.tokens_per_step:,} {run.model.unit}"
     )
     is_order = Margins.of(folder.profile).is_order
+    memory = chosen["memory_bytes"]
     wall = order_text(chosen["wall_s"]) if is_order else seconds_text(chosen["wall_s"])
+    planned = memory_text(tensor_bytes(chosen), memory.get("allocator", 0), memory["reserved"])
     output.hint(
-        f"  planned per device: {bytes_text(chosen['memory_bytes']['total'])} memory, "
-        f"{bytes_text(chosen['sent_bytes_per_round'])} sent per merge, {wall} on "
-        f"{run.cluster.devices} x {folder.profile.name}"
+        f"  planned per device: memory {planned}; {bytes_text(chosen['sent_bytes_per_round'])} sent per merge, {wall} "
+        f"on {run.cluster.devices} x {folder.profile.name}"
     )
-    for text in diagnostics_notes(run, shape):
+    for text in (*draws_notes(run, shape), *diagnostics_notes(run, shape)):
         output.hint(f"  {text}")
     for text in (*folder.plan["notes"], *chosen["warnings"]):
         output.hint(f"  warning: {text}")
@@ -96,8 +98,6 @@ def report_derived(folder: RunFolder, output: Output) -> None:
 
 def report_result(folder: RunFolder, output: Output, result: RunResult) -> None:
     """Print the result of a run that has just finished."""
-    from ltecli.runs.figures import figures, read_run
-
     worse = figures(read_run(folder.path))["worse_than_guessing"]
     _print_json(folder, output, result, worse)
     output.text(
@@ -111,8 +111,6 @@ def report_result(folder: RunFolder, output: Output, result: RunResult) -> None:
 
 def report_finished(folder: RunFolder, output: Output) -> None:
     """Print the result of a run that had already finished."""
-    from ltecli.runs.figures import figures, read_run
-
     figure = figures(read_run(folder.path))
     sent, wall = figure["sent_bytes_per_device"]["counted"], figure["wall_s"]
     scores = figure["val_loss"], figure["val_accuracy"]

@@ -39,15 +39,11 @@ def read_quantity(given: Any, units: Mapping[str, float], example: str) -> Any:
         raise ValueError(f"{given!r} is not a number with a unit; write it like {example!r}")
     number, unit = match.groups()
     if unit is not None and unit not in units:
-        raise ValueError(f"{given!r} has an unknown unit {unit!r}; write it like {example!r}, in {_list(units)}")
+        raise ValueError(f"{given!r} has an unknown unit {unit!r}; write it like {example!r}, in {', '.join(units)}")
     if re.fullmatch(r"[+-]?\d[\d_]*", number) and (unit is None or isinstance(units[unit], int)):
         return int(number) * int(units[unit] if unit else 1)  # whole numbers stay exact, however large
     value = float(number) * (units[unit] if unit else 1)
     return int(value) if value.is_integer() else value
-
-
-def _list(units: Mapping[str, float]) -> str:
-    return ", ".join(list(units)[:12])
 
 
 def _reader(units: Mapping[str, float], example: str) -> BeforeValidator:

@@ -145,13 +145,13 @@ def _addition(path: Sequence[int | str], example: Any) -> str:
         return f"add a table [[{path[-1]}]]"
     if isinstance(example, dict) and any(isinstance(value, dict) for value in example.values()):
         return f"add the table [{path[-1]}]"
-    return f"add it, for example {path[-1]} = {_inline(example)}"
+    return f"add it, for example {path[-1]} = {inline(example)}"
 
 
-def _inline(value: Any) -> str:
+def inline(value: Any) -> str:
     """Return a value as TOML on one line."""
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {_inline(item)}" for key, item in value.items()) + " }"
+        return "{ " + ", ".join(f"{key} = {inline(item)}" for key, item in value.items()) + " }"
     return tomli_w.dumps({"v": value}).strip().removeprefix("v = ")
 
 
@@ -182,6 +182,9 @@ def _explain_one(
         return f"{source}: {key} = {value!r} is not known; {near_match(str(value), known)}{rest}"
     if first["type"] == "value_error":
         rule = str(first["ctx"]["error"])
+        # A rule about a table names its keys; one that was set on the command line stands nowhere in the file.
+        if any(given == f"{key}.{word}" for given in assigned for word in rule.split()):
+            source = "command line"
         return f"{source}: {key + ': ' if key else ''}{rule}{rest}"
     if first["type"] == "string_unicode":  # an argument of the command line, whose bytes are no text here
         rule = "not text in this system's encoding (export LC_ALL=C.UTF-8, or rename the file)"

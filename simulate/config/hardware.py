@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from simulate.common import toml_io
 from simulate.common.errors import InputError
 from simulate.common.quantities import Bytes, BytesPerSecond, FlopRate, Seconds
+from simulate.common.units import bytes_text
 
 Source = Literal["datasheet", "measured", "guess"]
 Dtype = Literal["fp64", "fp32", "fp16", "bf16"]
@@ -26,6 +27,8 @@ BETWEEN_CPUS = "what launched runs use between CPUs"
 LOCAL = "local"
 CUDA_HEADROOM_SHARE = 0.05
 """Most by which the closed form of what CUDA's allocator holds was below its replay (simulate/costs/allocator.py)."""
+LEAST_BYTES = 10**6
+"""Smallest memory of a device: 12 is a unit that was left out."""
 MOST_BYTES = 10**15
 """Largest memory of a device, in bytes, and rate of a link, in bytes/s: more than a petabyte is a typing error."""
 
@@ -181,6 +184,11 @@ class Device(toml_io.Schema):
     @model_validator(mode="after")
     def _reserved_fits(self) -> Device:
         if self.reserved_bytes >= self.memory_bytes:  # a plan would only reject every candidate
+            if self.memory_bytes < LEAST_BYTES:  # the other figure is not the mistake
+                raise ValueError(
+                    f"memory_bytes = {self.memory_bytes} is {bytes_text(self.memory_bytes)}, less than any device has; "
+                    'write it with its unit, like memory_bytes = "11 GB"'
+                )
             raise ValueError(
                 f"reserved_bytes = {self.reserved_bytes} leaves nothing of memory_bytes = {self.memory_bytes}; lower it"
             )

@@ -8,6 +8,7 @@ call load_profile; training on a GPU calls local_gpu_profile.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import profiles
@@ -18,6 +19,8 @@ from simulate.common.processor import multiplied_formats
 from simulate.config.calibration import calibrated
 from simulate.config.hardware import BETWEEN_CPUS, LOCAL, Device, FlopPerSecond, Link, Profile
 
+EMBEDDED = "profile"
+"""Table of run.toml that has a profile, so that one file is a whole run."""
 EXAMPLE = "rtx3060_x4_home"
 """Shipped profile whose values are examples."""
 CORES_PER_MULTIPROCESSOR = {(6, 0): 64, (7, 0): 64, (7, 2): 64, (7, 5): 64, (8, 0): 64, None: 64}
@@ -36,11 +39,14 @@ CPU_BF16_GAIN = 2
 
 def is_profile_path(name: str) -> bool:
     """Whether a profile's name is the path to a TOML file."""
-    return name.endswith(".toml") or "/" in name
+    return name.endswith(".toml") or "/" in name or Path(name).is_absolute()
 
 
 def load_profile(name: str) -> Profile:
-    """Load a profile by shipped name, `local` (detected now), or path to a TOML file; raises InputError."""
+    """Load a profile by shipped name, `local` (detected now), or path to a TOML file; raises InputError.
+
+    The file may be a run.toml that embeds its profile.
+    """
     if name == LOCAL:
         guess = detect_local()
         return guess.model_copy(update={"device": [calibrated(device) for device in guess.device]})
@@ -55,8 +61,29 @@ def load_profile(name: str) -> Profile:
             f"{near_match(name, [*shipped, LOCAL])}"
         )
     table = toml_io.parse(text, where)
-    table.setdefault("name", Path(name).stem)
+    if isinstance(table.get(EMBEDDED), dict):
+        table, text = table[EMBEDDED], _embedded_text(text)
+    if not table.get("name"):  # run folders and run.toml call it by its name
+        table["name"] = Path(name).stem
     return toml_io.validate(Profile, table, where, text, example=_example)
+
+
+def _embedded_text(text: str) -> str:
+    """Return the text of run.toml as if its profile had a file of its own, on the same lines, which errors name."""
+    header = re.compile(rf"(\s*\[\[?\s*){EMBEDDED}(\.|(?=\s*\]))")
+    lines, inside = [], False
+    for line in text.splitlines():
+        if line.lstrip().startswith("["):
+            inside = header.match(line) is not None
+        own = header.sub(r"\1", line, count=1) if inside else ""
+        lines.append("" if own.strip() == "[]" else own)
+    return "\n".join(lines)
+
+
+def profile_to_embed(profile: Profile) -> Profile | None:
+    """Return the profile, if run.toml must have it whole; None for a shipped one, which every machine has."""
+    is_shipped = profile.name in profiles.names() and profile == load_profile(profile.name)
+    return None if is_shipped else profile
 
 
 def _example() -> toml_io.Table:

@@ -17,14 +17,17 @@ from pydantic import Field, SerializeAsAny, create_model, field_validator, model
 
 from simulate.common import toml_io
 from simulate.common.errors import InputError
+from simulate.common.live_objects import is_live
+from simulate.config.hardware import Profile
 from simulate.config.method_options import MethodOptions
 from simulate.config.method_table import DEFAULT_METHOD, default_options, method_options
-from simulate.config.profiles import is_profile_path
-from simulate.config.tables import BPE, BYTES, HUB, Cluster, Data, Train
+from simulate.config.profiles import EMBEDDED, is_profile_path, profile_to_embed
+from simulate.config.tables import BPE, BYTES, HUB, Cluster, Data, Train, data_key
 from simulate.models.families.gpt import GptModel
 from simulate.models.families.table import Model, check_name, family_of, sees_images
 from simulate.models.interfaces import HUGGINGFACE, IMAGES_HINT
-from simulate.models.schema import FactoryModel
+from simulate.models.schema import FactoryModel, FactorySampleModel, shape_loaded
+from simulate.models.shapes import ModelShape
 
 
 def _with_default_data(given: Any) -> Any:
@@ -100,6 +103,11 @@ class Run(toml_io.Schema):
             raise ValueError(
                 f"data.shards has {len(self.data.shards)} sizes for cluster.devices = {devices}; give one a device"
             )
+        if isinstance(self.model, FactorySampleModel) and self.model.samples != self.data.name:
+            raise ValueError(
+                f"model.samples = {self.model.samples!r} is the data set that the network is counted on, and "
+                f"data.name = {self.data.name!r} another; plan anew with the data that shall be trained on"
+            )
         if self.train.num_warmup_steps >= self.train.steps:
             raise ValueError(
                 f"train.warmup_steps = {self.train.warmup_steps} is not below train.steps = {self.train.steps}; "
@@ -108,9 +116,23 @@ class Run(toml_io.Schema):
         return self
 
     @property
+    def live_keys(self) -> dict[str, str]:
+        """Names of objects that only one Python process has, by key of run.toml."""
+        keys = {
+            "model.name": self.model.name,
+            "model.loss": getattr(self.model, "loss", None),
+            "data.name": self.data.name,
+        }
+        return {key: str(name) for key, name in keys.items() if is_live(name)}
+
+    @property
     def heads(self) -> int:
         """Low-rank pairs of a layer over all devices, each counted once (0 for dense methods)."""
         return self.method.num_heads(self.cluster.devices)
+
+    def shape(self) -> ModelShape:
+        """Return the network's counts, with the layers that the method adapts."""
+        return self.method.shape_of(self.model)
 
     @property
     def samples_per_step(self) -> int:
@@ -148,16 +170,23 @@ WHAT_DATA = frozenset({"name", "path", "format", "field", "subset", "column", "r
 """Keys of [data] that belong to one data set: another path does without them."""
 
 
-def load_run(path: Path) -> Run:
-    """Read the run.toml of a run folder, whose paths are absolute; raises InputError with file, line and key."""
+def load_run(path: Path, shape: ModelShape | None = None) -> Run:
+    """Read the run.toml of a run folder, whose paths are absolute; raises InputError with file, line and key.
+
+    With the `shape` that its plan has, a network of the user's is not imported to count it.
+    """
     text = toml_io.read(path)
-    return build_run(toml_io.parse(text, str(path)), str(path), text)
+    table = toml_io.parse(text, str(path))
+    table.pop(EMBEDDED, None)  # profile.toml beside it is the same
+    with shape_loaded(shape):
+        return build_run(table, str(path), text)
 
 
 def load_given_run(path: Path, assignments: Sequence[str] = (), data_path: str | None = None) -> Run:
     """Read a run.toml of the user's, put other data in place of its own, and apply `--set` assignments.
 
-    Paths in the file are relative to it, all others to the current folder. Raises InputError with file, line and key.
+    Paths in the file are relative to it, all others to the current folder. An embedded profile is found under the
+    file's own path. Raises InputError with file, line and key.
     """
     text = toml_io.read(path)
     table = toml_io.parse(text, str(path))
@@ -166,8 +195,10 @@ def load_given_run(path: Path, assignments: Sequence[str] = (), data_path: str |
         missing = ", ".join(f"[{name}]" for name in Run.model_fields)
         raise InputError(f"{path}: has no keys: {missing} are missing; lte plan -o {path} --force writes them")
     _take_from_folder(table, path.parent)
+    _name_embedded_profile(table, path)
     if data_path is not None and isinstance(data := table.get("data", {}), dict):
-        table["data"] = {key: value for key, value in data.items() if key not in WHAT_DATA} | {"path": data_path}
+        kept = {key: value for key, value in data.items() if key not in WHAT_DATA}
+        table["data"] = kept | {data_key(data_path): data_path}
     assigned = [toml_io.set_key(table, assignment) for assignment in assignments]
     _replace_data(table, assigned)
     return build_run(table, str(path), text, assigned)
@@ -198,6 +229,20 @@ def _take_from_folder(table: toml_io.Table, folder: Path) -> None:
                 keys[key] = prefix + str(folder / path)  # joined to a folder, an absolute path stays
 
 
+def _name_embedded_profile(table: toml_io.Table, path: Path) -> None:
+    """Let cluster.profile lead to the profile that a run.toml embeds; raises InputError where it names another."""
+    embedded, cluster = table.pop(EMBEDDED, None), table.setdefault("cluster", {})
+    if not isinstance(embedded, dict) or not isinstance(cluster, dict):
+        return
+    own = embedded.get("name", EMBEDDED)
+    if (named := cluster.get("profile", own)) != own:
+        raise InputError(
+            f"{path}: cluster.profile = {named!r}, and the table [{EMBEDDED}] is {own!r}; use --set "
+            f"cluster.profile={named}, or remove one of them"
+        )
+    cluster["profile"] = str(path.absolute())
+
+
 def _replace_data(table: toml_io.Table, assigned: Collection[str]) -> None:
     """Let --set data.path or data.name replace the file's data, with all that belongs to it."""
     data = table.get("data", {})
@@ -207,9 +252,20 @@ def _replace_data(table: toml_io.Table, assigned: Collection[str]) -> None:
                 data.pop(key, None)
 
 
-def dump_run(run: Run) -> str:
-    """Return the run as TOML text, every key written out."""
-    return toml_io.dump(run.model_dump())
+def dump_run(run: Run, profile: Profile | None = None) -> str:
+    """Return the run as TOML text, every key written out; with a profile that lte does not ship, its whole table."""
+    embedded = None if profile is None else profile_to_embed(profile)
+    if embedded is None:
+        return toml_io.dump(run.model_dump())
+    table = embedded.model_dump(exclude_none=True)
+    return toml_io.dump(with_profile_name(run, embedded).model_dump()) + "\n" + toml_io.dump({EMBEDDED: table})
+
+
+def with_profile_name(run: Run, profile: Profile) -> Run:
+    """Return the run with its profile's name in place of a path, which other machines do not have."""
+    if not is_profile_path(run.cluster.profile):
+        return run
+    return run.model_copy(update={"cluster": run.cluster.model_copy(update={"profile": profile.name})})
 
 
 def run_fingerprint(run: Run) -> str:

@@ -24,7 +24,7 @@ from simulate.config.tables import BYTE_VALUES, BYTES, Data
 from simulate.data.cache import LARGE_BYTES, Draft, cached, cached_facts, stamp_of
 from simulate.data.file_tree import read_folder
 from simulate.data.huggingface import hub_text
-from simulate.data.text_files import is_plain, text_blocks
+from simulate.data.text_files import holds_records, is_plain, text_blocks
 from simulate.data.tokenizer import Vocabulary, check_vocabulary, encode
 from simulate.models.interfaces import ReadsText
 
@@ -230,6 +230,11 @@ def _frozen(content: bytes | bytearray) -> np.ndarray:
     tokens = np.frombuffer(content, dtype=np.uint8)
     tokens.flags.writeable = False
     return tokens
+
+
+def has_fields(path: str) -> bool:
+    """Whether the text at a path is in records, whose `data.field` may be named; raises InputError."""
+    return holds_records(_files(Path(path)))
 
 
 def _files(path: Path) -> list[Path]:

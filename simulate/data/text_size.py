@@ -94,8 +94,8 @@ def sample_note(data: Data) -> list[str]:
 
 
 def count_tokens(data: Data) -> TokenCount | None:
-    """Return a text's tokens; None where they cannot be counted before training: of the hub, or without a library."""
-    if data.from_hub or (data.path is not None and not Path(data.path).exists()):
+    """Return a text's tokens; None where they are not known before training: of the hub, or without the library."""
+    if data.name not in (None, "stdlib") or (data.path is not None and not Path(data.path).exists()):
         return None
     size = text_size(data)
     if data.tokenizer == BYTES:

@@ -8,12 +8,16 @@ imported inside functions only: they need torch, and take these options by simul
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Annotated, Any, ClassVar, cast
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 from simulate.common import toml_io
-from simulate.models.interfaces import HUGGINGFACE, ReadsText, Unit
+from simulate.layers.formats import Convolutions
+from simulate.models.interfaces import HUGGINGFACE, OF_SAMPLES, ReadsText, Unit
 from simulate.models.shapes import ModelShape
 
 Size = Annotated[int, Field(gt=0)]
@@ -100,14 +104,8 @@ class Reads(ModelOptions):
         return f"model.context (now {self.context})"
 
 
-class Frames(ModelOptions):
-    """Keys of networks of images."""
-
-    image: Size = UNSET
-    """Pixels of an image's side."""
-    colours: Size = UNSET
-    """Channels of a pixel."""
-    classes: Size = UNSET
+class CountsSamples(ModelOptions):
+    """Base of networks whose progress counts samples, not tokens."""
 
     @property
     def unit(self) -> Unit:
@@ -116,6 +114,16 @@ class Frames(ModelOptions):
     @property
     def units_per_sample(self) -> int:
         return 1
+
+
+class Frames(CountsSamples):
+    """Keys of networks of images."""
+
+    image: Size = UNSET
+    """Pixels of an image's side."""
+    colours: Size = UNSET
+    """Channels of a pixel."""
+    classes: Size = UNSET
 
     @property
     def larger_with(self) -> str:
@@ -135,6 +143,22 @@ class Sees(Frames):
         return self
 
 
+OF_THE_RUN = ("name", "loss", "samples")
+"""Keys of a user's network that say how it is found and trained, and are none of the factory's."""
+_SHAPE_LOADED: ContextVar[ModelShape | None] = ContextVar("_SHAPE_LOADED", default=None)
+
+
+@contextmanager
+def shape_loaded(shape: ModelShape | None) -> Iterator[None]:
+    """Give networks of users that are built inside the shape that a run folder has, so that none is imported."""
+    # A variable of the context, since rules ask for the shape while pydantic builds the options.
+    token = _SHAPE_LOADED.set(shape)
+    try:
+        yield
+    finally:
+        _SHAPE_LOADED.reset(token)
+
+
 class FactoryModel(ModelOptions):
     """Options of a network from the user's module:factory, which is called with the keys that it has parameters for.
 
@@ -143,6 +167,9 @@ class FactoryModel(ModelOptions):
 
     family: ClassVar[str] = "module"
     name: str
+    loss: str | None = None
+    """package.module:function of (outputs, targets), the mean loss of a batch or a loss for each sample; not set:
+    cross-entropy."""
 
     @model_validator(mode="after")
     def _extra_keys_are_plain(self) -> FactoryModel:
@@ -155,12 +182,16 @@ class FactoryModel(ModelOptions):
 
     def keywords(self) -> dict[str, Any]:
         """Return everything that may be passed to the factory."""
-        return {key: value for key, value in self.model_dump().items() if key != "name"}
+        return {key: value for key, value in self.model_dump().items() if key not in OF_THE_RUN}
 
-    def shape(self) -> ModelShape:
+    _stored_shape: ModelShape | None = PrivateAttr(default_factory=lambda: _SHAPE_LOADED.get())
+
+    def shape(self, convolutions: Convolutions = "lora") -> ModelShape:
+        if self._stored_shape is not None:
+            return self._stored_shape
         from simulate.models.tracing import traced_shape  # imports torch, and later the user's module
 
-        return traced_shape(self)
+        return traced_shape(self, convolutions)
 
 
 class FactoryTextModel(FactoryModel, Reads):
@@ -181,6 +212,20 @@ class FactoryImageModel(FactoryModel, Frames):
     image: int = Field(default=32, gt=0)
     colours: int = Field(default=3, gt=0)
     classes: int = Field(gt=0)
+
+
+class FactorySampleModel(FactoryModel, CountsSamples):
+    """Options of a user's network on samples of any shape, those of a data set that is an object in Python."""
+
+    model_config = ConfigDict(extra="allow")
+
+    family: ClassVar[str] = OF_SAMPLES
+    samples: str
+    """Name of the data set; the network is counted on its samples."""
+
+    @property
+    def larger_with(self) -> str:
+        return f"model.samples (now {self.samples})"
 
 
 class HuggingfaceModel(FactoryModel, Reads):

@@ -7,9 +7,10 @@ forms (simulate.models.families) or tracing (simulate.models.tracing) make it; a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 Kind = Literal["adapted", "norm", "bias", "embedding", "other"]
 """Role of a parameter; methods treat each kind in its own way."""
@@ -172,3 +173,16 @@ class ModelShape:
     def adapted_rows(self) -> int:
         """Rows of one sample over all adapted layers of one block."""
         return sum(linear.rows for linear in self.adapted)
+
+
+def shape_table(shape: ModelShape) -> dict[str, Any]:
+    """Return a shape as JSON has it."""
+    return asdict(shape)
+
+
+def shape_of_table(table: Mapping[str, Any]) -> ModelShape:
+    """Return the shape of a table that `shape_table` made; raises TypeError or KeyError for another."""
+    traces = {key: value and ActivationTrace(**value) for key, value in table.items() if key.endswith("_trace")}
+    tensors = tuple(ParameterShape(tensor["kind"], tuple(tensor["shape"])) for tensor in table["tensors"])
+    adapted = tuple(LinearShape(**linear) for linear in table["adapted"])
+    return ModelShape(**{**table, **traces, "tensors": tensors, "adapted": adapted, "notes": tuple(table["notes"])})

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simulate.common.errors import InputError
-from simulate.common.run_files import RUN_FILE
+from simulate.common.run_files import EXTENDED_FILE, RUN_FILE
+from simulate.config.profiles import EMBEDDED
 from simulate.config.run import Run, run_fingerprint
 from simulate.methods.state import State
 
@@ -238,7 +239,7 @@ def _read_part(path: Path, part: str, run: Run, data_fingerprint: str) -> tuple[
         raise InputError(f"{file} is damaged: its digest is not the one that was saved; {retry}")
     # Another version of lte, with further keys or another order, may write the same run differently; the run's own
     # run.toml is the one that the checkpoint was saved with.
-    if meta["run"] not in (run_fingerprint(run), _digest_of(path.parent.parent / RUN_FILE)[1]):
+    if meta["run"] not in accepted_runs(run, path.parent.parent):
         raise InputError(
             f"{path} is a checkpoint of another run: run.toml differs, or another version of lte wrote it; "
             "restore it, or start anew in --out"
@@ -246,6 +247,19 @@ def _read_part(path: Path, part: str, run: Run, data_fingerprint: str) -> tuple[
     if meta["data"] != data_fingerprint:
         raise InputError(f"{path} was trained on other data: it has changed since; restore it, or start anew")
     return Progress(**meta["progress"]), load_file(file)
+
+
+def accepted_runs(run: Run, folder: Path) -> set[str]:
+    """Return the digests of run.toml that checkpoints of a run folder may have: its own, and those with fewer steps."""
+    earlier = folder / EXTENDED_FILE
+    known = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else []
+    return {run_fingerprint(run), _digest_of_run(folder / RUN_FILE), *known}
+
+
+def _digest_of_run(path: Path) -> str:
+    """Return the SHA-256 of a run.toml without the profile that it embeds, which fingerprints leave out."""
+    text = path.read_bytes() if path.is_file() else b""
+    return hashlib.sha256(text.partition(f"\n[{EMBEDDED}]\n".encode())[0]).hexdigest()
 
 
 def _digest_of(path: Path) -> tuple[int, str]:

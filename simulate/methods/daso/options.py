@@ -25,6 +25,9 @@ class DasoOptions(MethodOptions):
     def round_steps(self) -> int:
         return self.merge_every
 
+    def ends_plainly(self, steps: int) -> bool:
+        return super().ends_plainly(steps) and self.delay_steps == 0
+
     @model_validator(mode="after")
     def _delay_within_round(self) -> DasoOptions:
         if self.delay_steps >= self.merge_every:

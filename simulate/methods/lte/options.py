@@ -15,7 +15,8 @@ from simulate.comm.transfers import Transport, Wire
 from simulate.config.method_options import AdapterOptions, FragmentOptions
 from simulate.config.tables import Cluster, Train
 from simulate.layers.formats import Biases, Convolutions, Draws, Norms, Quantize
-from simulate.models.schema import ModelOptions
+from simulate.models.schema import FactoryModel, ModelOptions
+from simulate.models.shapes import ModelShape
 
 Master = Literal["host", "server", "none"]
 
@@ -41,7 +42,8 @@ class LteOptions(AdapterOptions, FragmentOptions):
     where not given with reset = "none", which trains A as the paper does."""
     draws: Draws = "own"
     """own: every head draws its A by itself; joint: rows of A are orthogonal also between heads, of as many as there is
-    room for in a layer's inputs, so that together heads look in all directions alike."""
+    room for in a layer's inputs, so that together heads look in all directions alike; columns: rows of A pick one input
+    each, no two heads the same, in the layers whose inputs all heads together cover, and joint draws in the others."""
     norms: Norms = "average"
     """Affine parameters of norms: average: each device trains its own, averaged at merges; one: the first device trains
     them for all; vector-lora: a low-rank pair for each; none: they stay as they start."""
@@ -128,6 +130,20 @@ class LteOptions(AdapterOptions, FragmentOptions):
                 "try --set method.reset=b, or --set method.frozen_a=false to train A, too"
             )
         return self
+
+    @model_validator(mode="after")
+    def _columns_are_not_trained(self) -> LteOptions:
+        if self.draws == "columns" and not self.frozen_a:
+            move = "reset=b --set method.frozen_a=true" if self.reset == "none" else "frozen_a=true"
+            raise ValueError(
+                f"draws = 'columns' picks columns, and has no A to train, as reset = {self.reset!r} with frozen_a = "
+                f"false does; try --set method.{move}, or --set method.draws=joint"
+            )
+        return self
+
+    def shape_of(self, model: ModelOptions) -> ModelShape:
+        # Named networks have convolutions at their ends only, which get no pairs.
+        return model.shape(self.convolutions) if isinstance(model, FactoryModel) else model.shape()
 
     def check(self, model: ModelOptions, train: Train, cluster: Cluster) -> None:
         super().check(model, train, cluster)

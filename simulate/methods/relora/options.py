@@ -22,6 +22,9 @@ class ReloraOptions(SharedAdapterOptions):
     warm_start_steps: int = Field(default=0, ge=0)
     """Dense steps before the first adapter."""
 
+    def ends_plainly(self, steps: int) -> bool:
+        return (steps - self.warm_start_steps) % self.merge_every != 0  # the last step is followed by no restart
+
     @property
     def keeps_master(self) -> bool:
         return self.quantize != "none"

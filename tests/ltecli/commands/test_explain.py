@@ -171,7 +171,7 @@ def test_another_samples_model_changes_the_choice(lte: Lte, here: Path) -> None:
         ("--within 8", ("--within 8", "8h")),
         ("--within -3h", ("--within", "above 0")),
         ("--rounds 0", ("--rounds 0", "from 1")),
-        ("--timeline-svg no/where.svg", ("no is no folder",)),
+        ("--timeline-svg /dev/null/where.svg", ("/dev/null is no folder",)),
         ("--efficiency nowhere.toml", ("nowhere.toml", "no such file")),
     ],
 )

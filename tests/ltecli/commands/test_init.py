@@ -10,8 +10,8 @@ import typer
 from ltecli.commands import init
 from ltecli.commands.init import parse_device, parse_link
 from simulate.config.profiles import load_profile
-from simulate.config.run import load_run
-from tests.ltecli.command import Lte, Refused
+from simulate.config.run import load_given_run, load_run
+from tests.ltecli.command import Lte, Refused, write_prose
 
 ANSWERS = ("--gpu", "4 x gtx 1080 ti", "--link", "50/10 DSL", "--model", "gpt", "--tokens", "1M")
 
@@ -95,3 +95,15 @@ def test_in_a_terminal_it_asks_until_it_can_read(monkeypatch: pytest.MonkeyPatch
     assert (list(asked.gpus), list(asked.links), asked.model, asked.data) == (
         ["8 x gtx 1080 ti"], ["50/10 DSL"], "gpt2", None,
     )  # fmt: skip
+
+
+def test_paths_mean_the_current_folder_wherever_the_files_go(lte: Lte, here: Path) -> None:
+    write_prose(here / "prose.txt")
+    outcome = lte("init", *ANSWERS, "--data", "prose.txt", "--out", "new/home")
+    assert outcome.code == 0, outcome
+    assert "the profile's link is 50/10 DSL x 0.94, what TCP leaves for data" in outcome.stdout
+    assert load_given_run(here / "new/home/run.toml").data.path == str(here / "prose.txt")
+
+
+def test_a_refusal_leaves_no_folder(refused: Refused) -> None:
+    refused("init", *ANSWERS, "--data", "nowhere.txt", "--out", "new", words=("nowhere.txt", "does not exist"))

@@ -156,7 +156,7 @@ def test_measure_prints_a_profile_for_scripts(lte: Lte, monkeypatch: pytest.Monk
     [
         (("--link", "127.0.0.1:9"), ("--link 127.0.0.1:9", "cannot be reached")),
         (("-o", "mine.txt"), ("--out mine.txt", ".toml")),
-        (("-o", "nowhere/mine.toml"), ("nowhere is no folder",)),
+        (("-o", "old.toml/mine.toml"), ("old.toml is no folder",)),
         (("-o", "old.toml"), ("exists", "--force")),
     ],
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from profiles import names, read_text
+from simulate.common.quantities import RATES
 from simulate.config.profile_slips import slips
 from simulate.config.profiles import load_profile
 from tests.ltecli.command import Lte, Refused
@@ -63,3 +64,16 @@ def test_a_unit_of_another_kind_is_refused(refused: Refused, tmp_path: Path) -> 
     memory = load_profile("rtx3060_x4_home").device[0].memory_bytes
     path = changed(tmp_path / "wrong.toml", (f"memory_bytes = {memory:_}", 'memory_bytes = "12 Gbit/s"'))
     refused("profile", "check", path, words=("memory_bytes", "12 Gbit/s", "11 GB"))
+
+
+def test_a_memory_without_its_unit_is_the_figure_that_is_blamed(refused: Refused, here: Path) -> None:
+    memory = f"memory_bytes = {load_profile('rtx3060_x4_home').device[0].memory_bytes:_}"
+    path = changed(here / "p.toml", (memory, "memory_bytes = 12"))
+    words = ("device[0]: memory_bytes = 12 is 12 B", 'like memory_bytes = "11 GB"')
+    assert "reserved_bytes" not in refused("profile", "check", path, words=words)
+
+
+def test_an_unknown_unit_is_told_all_known_ones(refused: Refused, here: Path) -> None:
+    line = next(line for line in read_text("rtx3060_x4_home").splitlines() if line.startswith("up_bytes_per_s"))
+    path = changed(here / "p.toml", (line, 'up_bytes_per_s = "50 Mbps/s"'))
+    assert all(unit in refused("profile", "check", path, words=("Mbps/s",)) for unit in RATES)

@@ -70,6 +70,31 @@ def test_planned_figures_are_met(lte: Lte, here: Path, method: dict[str, object]
     assert memory["measured"] == pytest.approx(memory["planned"], rel=0.03)
 
 
+def test_plan_and_report_say_which_layers_pick_columns(lte: Lte, here: Path) -> None:
+    """Three heads of rank 6 cover the 16 inputs of every layer but the MLP's second, which has 64."""
+    method = {"name": "lte", "rank": 6, "draws": "columns"}
+    run = write_run(here / "run.toml", method=method, cluster={"devices": 3, "profile": "jetson_orin_nano_x8_wifi"})
+    trained = lte("train", run, "--out", "a")
+    told = lte("report", "a").stdout
+    note = "method.draws = columns: A picks columns in "
+    assert (
+        note in trained.stderr
+        and note in told
+        and "; A is drawn jointly in blocks.*.mlp.down, whose inputs are more than 3 heads" in told
+    )
+    document = lte("report", "a", "--json").json()
+    assert document["draws_by_layer"]["joint"] == ["blocks.*.mlp.down"]
+    assert "blocks.*.mlp.up" in document["draws_by_layer"]["columns"]
+    memory, sent = document["memory_bytes"], document["sent_bytes_per_device"]
+    assert memory["measured"] == pytest.approx(memory["planned"], rel=0.03)
+    assert sent["planned"] == pytest.approx(sent["counted"], rel=1e-12)
+
+
+def test_a_run_without_columns_says_nothing_of_them(lte: Lte, trained: Path) -> None:
+    assert lte("report", trained, "--json").json()["draws_by_layer"] is None
+    assert "draws" not in lte("report", trained).stdout
+
+
 def test_a_single_device_sends_nothing(lte: Lte, here: Path) -> None:
     run = write_run(here / "run.toml", cluster={"devices": 1})
     lte("train", run, "--out", "a", "--quiet")
@@ -97,9 +122,21 @@ def test_several_runs_stand_side_by_side(lte: Lte, trained: Path, run_toml: Path
     assert lte("train", run_toml, "--out", "other", "--set", "method.rank=4", "--quiet").code == 0
     document = lte("report", trained, "other", "--json").json()
     assert [run["run"] for run in document["runs"]] == [str(trained), "other"]
+    settings = {group["runs"][0]: group["settings"]["method.rank"] for group in document["groups"]}
+    assert settings == {str(trained): "2", "other": "4"}
     text = lte("report", trained, "other").stdout
     assert "lte rank 2 x 2 heads" in text
     assert "lte rank 4 x 2 heads" in text
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_row(lte: Lte, trained: Path, run_toml: Path) -> None:
+    assert lte("train", run_toml, "--out", "other", "--set", "train.seed=1", "--quiet").code == 0
+    text = lte("report", "done", "other").stdout
+    assert "all 2 runs: lte rank 2 x 2 heads" in text
+    assert "done, other" in text
+    assert "standard deviation over runs" in text
+    (group,) = lte("report", trained, "other", "--json").json()["groups"]
+    assert (group["settings"], group["val_loss"]["count"]) == ({}, 2)
 
 
 def test_a_run_that_was_stopped_is_reported_so_far(lte: Lte, trained: Path) -> None:

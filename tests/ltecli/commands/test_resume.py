@@ -136,8 +136,74 @@ def test_the_run_file_may_be_named_again_if_it_is_the_same(
 ) -> None:
     other = ("train", run_toml, "--out", "done", "--resume", "--set", "train.seed=4")
     refused(*other, words=("differs", "train.seed (4, there 0)", "another --out"))
-    refused("train", stopped, "--resume", "--set", "train.seed=4", words=("leave --out, --data and --set away",))
+    refused(
+        "train",
+        stopped,
+        "--resume",
+        "--set",
+        "train.seed=4",
+        words=("leave --out, --data and --set away", "train.steps=N alone"),
+    )
     assert lte("train", run_toml, "--out", "done", "--resume", "--quiet").code == 0
+
+
+CONSTANT = {"schedule": "constant", "evaluate_every": 6, "checkpoint_every": 100}
+
+
+@pytest.mark.parametrize(
+    ("method", "steps"),
+    [
+        ({"name": "lte", "rank": 2, "merge_every": 3}, 6),
+        ({"name": "diloco", "merge_every": 3}, 6),
+        ({"name": "relora", "rank": 2, "merge_every": 4, "rewarm_steps": 2}, 6),
+        ({"name": "ddp"}, 5),
+        ({"name": "daso", "merge_every": 3, "delay_steps": 0}, 6),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else "",
+)
+def test_a_finished_run_gets_more_steps_exactly(lte: Lte, here: Path, method: dict[str, Any], steps: int) -> None:
+    for name, number in (("short", steps), ("whole", 2 * steps)):
+        run = write_run(here / f"{name}.toml", method=method, train={**CONSTANT, "steps": number})
+        assert lte("train", run, "--out", name, "--quiet").code == 0
+    assert lte("train", "short", "--resume", "--set", f"train.steps={2 * steps}", "--quiet").code == 0
+    keys = ("step", "train_loss", "device_losses", "learning_rate", "sent_bytes", "tokens")
+    short, whole = (
+        [tuple(event[key] for key in keys) for event in events_of(here / name, "step")] for name in ("short", "whole")
+    )
+    assert short == whole and len(short) == 2 * steps
+    last = f"checkpoints/step-{2 * steps:08d}"
+    for part in sorted(path.name for path in (here / "whole" / last).glob("*.safetensors")):
+        ours, theirs = (load_file(here / name / last / part) for name in ("short", "whole"))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    report = lte("report", "short", "--json").json()
+    assert (report["steps"], report["planned_steps"]) == (2 * steps, 2 * steps)
+    # The checkpoint from before the change still belongs to the run.
+    shutil.rmtree(here / "short" / last)
+    for path in (here / "short/checkpoints").iterdir():
+        if path.name > f"step-{steps:08d}":
+            shutil.rmtree(path)
+    assert lte("train", "short", "--resume", "--quiet").code == 0
+    assert events_of(here / "short", "resume")[-1]["step"] == steps
+
+
+@pytest.mark.parametrize(
+    ("train", "method", "steps", "words"),
+    [
+        ({"schedule": "cosine"}, {}, 12, ("train.schedule = 'cosine' spreads its rates", "--out")),
+        ({**CONSTANT, "warmup_share": 0.2}, {}, 12, ("train.warmup_share", "--out")),
+        (CONSTANT, {}, 8, ("has 8 steps; name more",)),
+        (CONSTANT, {}, 12, ("lte treats a run's last step otherwise",)),  # 8 steps are no whole rounds of 3
+        (CONSTANT, {"merge_every": 4, "merge_delay": 1}, 12, ("last step otherwise",)),
+        (CONSTANT, {}, -1, ("command line: train.steps = -1",)),
+    ],
+)
+def test_more_steps_that_make_another_run_are_refused(
+    lte: Lte, refused: Refused, here: Path, train: dict[str, Any], method: dict[str, Any], steps: int,
+    words: tuple[str, ...],
+) -> None:  # fmt: skip
+    run = write_run(here / "tiny.toml", train=train, method=method)
+    assert lte("train", run, "--out", "done", "--quiet").code == 0
+    refused("train", "done", "--resume", "--set", f"train.steps={steps}", words=words)
 
 
 def edit_json(change: Callable[[Any], Any]) -> Callable[[Path], object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -121,3 +122,16 @@ def test_the_default_plan_of_a_shipped_profile_passes(
     code = main(["plan", "--profile", profile, "--model", model, "--verify"])
     printed = capsys.readouterr()
     assert (code == 0 and printed.out.count("it fits") == 1) or (code == 3 and "nothing fits" in printed.err)
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_a_narrow_terminal_shows_all_figures(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(["validate", "--only", "bytes", "--quick", "--shapes", "1", "--quiet"]) == 0
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    assert lines[0].split() == ["bytes", "predicted", "measured", "difference", "by"]
+    rows = [line for line in lines if line.endswith("counted")]
+    assert rows and all(len(line) <= columns and line.split()[-2] == "+0.00%" for line in rows)

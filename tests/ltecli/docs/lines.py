@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[3]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _MARK = re.compile(r"<!-- not run: (.+) -->")
-_CALL = re.compile(r"^\s*(?:\$ )?(lte( .*)?)$")
+_CALL = re.compile(r"^\s*(?:\$ )?(lte( \S.*)?)$")  # a row of a table has more spaces
 _SPAN = re.compile(r"`(lte [^`]+)`")
 
 
@@ -66,7 +66,7 @@ def block_lines(page: Path) -> Iterator[Line]:
     pending: str | None = None
     for number, text in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
         if found := _MARK.fullmatch(text.strip()):
-            pending = found[1]
+            pending, was_block = found[1], False
             continue
         is_fence = text.lstrip().startswith("```")
         is_fenced ^= is_fence
