@@ -17,7 +17,6 @@ from simulate.config.method_table import BASELINE
 from simulate.config.profile_slips import slips
 from simulate.config.run import Run
 from simulate.config.tables import BYTE_VALUES, BYTES, Data
-from simulate.costs.memory import text_bytes
 from simulate.models.schema import text_sizes
 from simulate.planning.candidate import LINK_DOMINATES, Candidate, Rejected, batch_text, candidate_of, describe
 from simulate.planning.notes import stretched
@@ -70,7 +69,7 @@ def verdict_of(plan: Plan) -> Verdict:
     return Verdict(title, tuple(_answers(plan, plan.chosen)), tuple(_warnings(plan, plan.chosen, passes)))
 
 
-def _title(plan: Plan, passes: float | None) -> str:
+def _title(plan: Plan, passes: tuple[float, str] | None) -> str:
     shape, base = plan.base.shape(), plan.base
     kinds = [device.kind.removeprefix("NVIDIA ").removeprefix("GeForce ") for device in plan.profile.device]
     devices = f"{base.cluster.devices} x {kinds[0]}" if len(kinds) == 1 else f"{base.cluster.devices} mixed devices"
@@ -90,20 +89,27 @@ def _count_text(count: float) -> str:
     return str(int(count))
 
 
-def _passes_text(passes: float) -> str:
-    return f"{passes:,.0f} passes" if passes >= 10 else f"{passes:.2g} passes"
+def _passes_text(passes: tuple[float, str]) -> str:
+    number, about = passes
+    return f"{about}{number:,.0f} passes" if number >= 10 else f"{about}{number:.2g} passes"
 
 
-def _passes(plan: Plan) -> float | None:
-    """Return how often the data is read; None where its size is not known without reading it."""
+def _passes(plan: Plan) -> tuple[float, str] | None:
+    """Return how often the data is read, and "about " where its tokens are estimated; None where it is unknown."""
     data = plan.base.data
     if plan.base.model.unit == "samples":
         images = _training_images(data)
-        return plan.tokens / images if images else None
-    if data.tokenizer != BYTES:
+        return (plan.tokens / images, "") if images else None
+    if plan.base.model.unit != "tokens":
         return None
-    size = STDLIB_BYTES if data.name == "stdlib" else TRAINED_SHARE * text_bytes(data)
-    return plan.tokens / size if size else None
+    if data.name == "stdlib" and data.tokenizer == BYTES:
+        return plan.tokens / STDLIB_BYTES, ""
+    from simulate.data.text_size import count_tokens  # only plans of text that is named need the readers of data
+
+    count = count_tokens(data)
+    if count is None or count.count == 0:
+        return None
+    return plan.tokens / (TRAINED_SHARE * count.count), "about " if count.is_about else ""
 
 
 def _training_images(data: Data) -> int:
@@ -211,7 +217,7 @@ def _settings(run: Run) -> Iterator[str]:
         yield train.autocast
 
 
-def _warnings(plan: Plan, chosen: Candidate, passes: float | None) -> Iterator[str]:
+def _warnings(plan: Plan, chosen: Candidate, passes: tuple[float, str] | None) -> Iterator[str]:
     """Yield caveats with their remedies: of the profile, of the data, of the choice, of the figures."""
     for slip in slips(plan.profile):
         yield f"{slip} (lte profile check {plan.base.cluster.profile})"
@@ -219,7 +225,7 @@ def _warnings(plan: Plan, chosen: Candidate, passes: float | None) -> Iterator[s
     for text in stretched(plan.profile, base.cluster.devices):
         yield f"{text[0].upper()}{text[1:]}"
     # Images are drawn anew at every pass where data.augment says so, and are usually seen dozens of times.
-    if base.model.unit == "tokens" and passes is not None and passes > MOST_PASSES:
+    if base.model.unit == "tokens" and passes is not None and passes[0] > MOST_PASSES:
         times = _passes_text(passes).replace("passes", "times")
         yield f"Text is read {times}; beyond {MOST_PASSES} it teaches little: --data, fewer --tokens"
     if base.model.unit == "tokens" and base.data.tokenizer == BYTES:
