@@ -32,7 +32,11 @@ TORCH_FREE = (
     "simulate/timeline/*.py", "simulate/planning/*.py", "simulate/doctor/*.py", "simulate/launch/preflight/*.py",
     "simulate/methods/*/options.py", "simulate/methods/*/plan.py", "ltecli/**/*.py",
 )  # fmt: skip
-CHECK = "import sys; sys.exit('torch was imported' if 'torch' in sys.modules else code)"
+CHECK = """
+import sys
+heavy = [name for name in ('torch', 'cryptography') if name in sys.modules]
+sys.exit(f'{heavy[0]} was imported' if heavy else code)
+"""
 Graph = Mapping[str, Collection[str]]
 """By name of a module: the modules of ours that it imports anywhere."""
 
@@ -138,7 +142,7 @@ def torch_free_modules() -> list[str]:
 
 
 def run_python(code: str, folder: Path, arguments: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
-    """Run code in an interpreter of its own that fails if torch is imported when it ends."""
+    """Run code in an interpreter of its own that fails if torch or cryptography is imported when it ends."""
     command = [sys.executable, "-c", f"{code}\n{CHECK}", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
@@ -162,7 +166,7 @@ import sys
 from ltecli.app import main
 for line in sys.argv[2:]:
     code = main(line.split())
-    if 'torch' in sys.modules or code != int(sys.argv[1]):
+    if {'torch', 'cryptography'} & set(sys.modules) or code != int(sys.argv[1]):
         print(f'lte {line}', file=sys.stderr)
         break
 """
@@ -175,15 +179,21 @@ def test_torch_is_not_imported_by(code: int, lines: Sequence[str], tmp_path: Pat
     assert done.returncode == code, done.stderr
 
 
+LOOPBACK = "from simulate.launch.preflight.secret import Secret\nSecret.for_loopback()\n"
+
+
 def test_whole_folders_import_without_torch(tmp_path: Path) -> None:
     done = run_python(f"import {', '.join(torch_free_modules())}\ncode = 0", tmp_path)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("source", ["import torch\n", "import simulate.layers.lora\n"])
-def test_an_import_of_torch_is_noticed(source: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("import torch\n", "torch"), ("import simulate.layers.lora\n", "torch"), (LOOPBACK, "cryptography")],
+)
+def test_a_heavy_import_is_noticed(source: str, name: str, tmp_path: Path) -> None:
     """Also by way of another module."""
     (tmp_path / "heavy.py").write_text(source)
     done = run_python("import sys; sys.path.insert(0, '.'); import heavy; code = 0", tmp_path)
     assert done.returncode == 1
-    assert "torch was imported" in done.stderr
+    assert f"{name} was imported" in done.stderr

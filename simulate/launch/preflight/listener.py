@@ -48,7 +48,6 @@ class Refusal:
 
     host: str
     why: str
-    authenticated: bool
 
 
 def listen(address: str, port: int, label: str) -> socket.socket:
@@ -128,7 +127,9 @@ class HandshakeListener:
                 sock, _ = self._listener.accept()
             except TimeoutError:
                 continue
-            except OSError:  # the caller has left again, or this process has no file handles left
+            except (ConnectionError, ssl.SSLError):  # the caller has left again, which must not hold up the others
+                continue
+            except OSError:  # this process has no file handles left
                 self._closing.wait(_POLL_S)
                 continue
             thread = threading.Thread(target=self._handle_caller, args=(sock,), name="preflight-caller", daemon=True)
@@ -168,4 +169,4 @@ class HandshakeListener:
             why = str(error) if channel else f"{error} before it proved itself"
         except (PeerError, OSError) as error:
             why = str(error)
-        return Refusal(host, why, authenticated=channel is not None)
+        return Refusal(host, why)

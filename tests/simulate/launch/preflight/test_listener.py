@@ -1,9 +1,10 @@
-"""A caller that was handed over keeps its connection when the listener closes."""
+"""Callers that were handed over keep their connections when the listener closes; those that leave hold nobody up."""
 
 from __future__ import annotations
 
 import queue
 import socket
+import struct
 import time
 from typing import Any
 
@@ -38,3 +39,20 @@ def test_a_listener_that_closes_at_once_keeps_callers_that_were_handed_over(monk
         assert accepted.channel.receive(Deadline(5.0)) == {"kind": "hello"}
         accepted.channel.close()
         calling.close()
+
+
+def test_callers_that_reset_their_connections_hold_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener_module, "_POLL_S", 1.0)
+    listener = listen("127.0.0.1", 0, "a test")
+    address = listener.getsockname()
+    for _ in range(20):
+        sock = socket.create_connection(address)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, not an end
+        sock.sendall(b"hello")
+        sock.close()
+    handshakes = HandshakeListener(listener, Identity(0, Purpose.LINK, SECRET), handshake_s=5.0)
+    begin = time.monotonic()
+    calling = call(socket.create_connection(address), Identity(1, Purpose.LINK, SECRET), 0, Deadline(15.0))
+    assert time.monotonic() - begin < 5
+    calling.close()
+    handshakes.close()
