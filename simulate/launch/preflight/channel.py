@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from simulate.common.errors import RunFailedError
 from simulate.common.toml_io import SchemaT
 from simulate.launch.preflight.deadline import Deadline
 
@@ -68,6 +69,15 @@ def peer_errors(sock: socket.socket, deadline: Deadline, silent: str = "did not 
         raise BadFrameError("sent what does not verify (forged, repeated or out of order)") from None
     except OSError as error:
         raise PeerGoneError(f"broke the connection ({reason(error)})") from None
+
+
+@contextlib.contextmanager
+def naming(peer: str, rest: str = "") -> Iterator[None]:
+    """Turn a peer's failure into RunFailedError, which names it: "node 2 (10.0.0.7) closed the connection"."""
+    try:
+        yield
+    except PeerError as error:
+        raise RunFailedError(f"{peer} {error}{rest}") from None
 
 
 def parse(schema: type[SchemaT], given: Any, what: str) -> SchemaT:

@@ -14,7 +14,7 @@ from typing import Any
 
 from simulate.common.errors import InputError, RunFailedError
 from simulate.launch import heartbeat
-from simulate.launch.preflight.channel import BadFrameError, Message, PeerError
+from simulate.launch.preflight.channel import Message, PeerError, naming
 from simulate.launch.preflight.consistency import compare
 from simulate.launch.preflight.deadline import Deadline
 from simulate.launch.preflight.link_figures import LinkFigures, link_failed, parse_link, slow_links
@@ -147,20 +147,18 @@ class Coordinator(Preflight):
         assert self._link_tester is not None
         answer_s = self.settings.links.timeout_s + self.settings.answer_timeout_s
         self.log(f"measuring {self.settings.nodes} links, one by one and all at once")
-        with _naming_link(self._members.facts[0].title):
+        with naming(link_failed(self._members.facts[0].title)):
             self._link_tester.measure_alone()
         for node in sorted(self._members.channels):
             # One after the other: two measurements at once would share links.
             self._send(node, {"kind": "alone"})
             self._answer(node, "measured", Deadline(answer_s))
         self._send_all({"kind": "loaded"})
-        with _naming_link(self._members.facts[0].title):
+        with naming(link_failed(self._members.facts[0].title)):
             links = [self._link_tester.measure_loaded()]
         for node, answer in self._answers("figures", answer_s).items():
-            try:
+            with naming(self._members.facts[node].title):
                 links.append(parse_link(answer.get("link")))
-            except BadFrameError as error:
-                raise RunFailedError(f"{self._members.facts[node].title} {error}") from None
         for link in links:
             self.log(str(link))
         return links
@@ -179,12 +177,8 @@ class Coordinator(Preflight):
         return message
 
     def _receive(self, node: int, deadline: Deadline, meanwhile: str) -> Message:
-        try:
+        with naming(self._members.facts[node].title, f" while {meanwhile}; see its output"):
             return self._members.channels[node].receive(deadline)
-        except PeerError as error:
-            raise RunFailedError(
-                f"{self._members.facts[node].title} {error} while {meanwhile}; see its output"
-            ) from None
 
     def _send_all(self, message: Message, timeout_s: float | None = None) -> None:
         for node in sorted(self._members.channels):
@@ -192,16 +186,5 @@ class Coordinator(Preflight):
 
     def _send(self, node: int, message: Message, timeout_s: float | None = None) -> None:
         deadline = Deadline(self.settings.answer_timeout_s if timeout_s is None else timeout_s)
-        try:
+        with naming(self._members.facts[node].title, "; see its output"):
             self._members.channels[node].send(message, deadline)
-        except PeerError as error:
-            raise RunFailedError(f"{self._members.facts[node].title} {error}; see its output") from None
-
-
-@contextmanager
-def _naming_link(title: str) -> Iterator[None]:
-    """Turn a failure of node 0's own link into an error that names it."""
-    try:
-        yield
-    except PeerError as error:
-        raise RunFailedError(link_failed(title, error)) from None

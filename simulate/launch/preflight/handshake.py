@@ -88,7 +88,7 @@ def call(sock: socket.socket, me: Identity, answerer: int, deadline: Deadline) -
         return channel
     except WrongSecretError:
         close_socket(tls)
-        raise WrongSecretError("has not this node's secret: its secret is another one") from None
+        raise WrongSecretError("does not hold this node's certificate: its secret is another one") from None
     except BaseException:
         close_socket(tls)
         raise

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +19,7 @@ from simulate.launch.preflight.channel import (
     PeerGoneError,
     PeerSilentError,
     WrongSecretError,
+    naming,
     parse,
     reason,
 )
@@ -89,7 +88,7 @@ class JoiningNode(Preflight):
         if plan.measure:
             self._measure(plan)
         result = self._expect("result", plan.timeout_s + 2 * plan.reach_s + 2 * settings.answer_timeout_s)
-        with _naming_node_0():
+        with naming("node 0"):
             links = [parse_link(link) for link in result.get("links", [])]
         warnings = [str(warning) for warning in result.get("warnings", [])]
         for line in (*links, *(f"warning: {warning}" for warning in warnings)):
@@ -101,7 +100,7 @@ class JoiningNode(Preflight):
         # The run goes on already, so there will be no broadcast and no barrier.
         self._late = message
         self.log("the run has already begun; this node rejoins it")
-        with _naming_node_0():
+        with naming("node 0"):
             return Result([parse_facts(node) for node in message.get("nodes", [])], [], [])
 
     def _find_node_0(self) -> Channel:
@@ -145,7 +144,7 @@ class JoiningNode(Preflight):
     def _connect(self, command: Message) -> tuple[list[NodeFacts], LinkPlan]:
         """Call every other node, and report to node 0 which ones did not answer."""
         assert self._link_tester is not None
-        with _naming_node_0():
+        with naming("node 0"):
             nodes = [parse_facts(node) for node in command.get("nodes", [])]
             plan = parse(LinkPlan, command.get("plan"), "a plan for links")
         reach = self._link_tester.connect(nodes, self.secret, str(command.get("meeting")), plan)
@@ -166,21 +165,18 @@ class JoiningNode(Preflight):
             self._expect("loaded", turns_s, "turn to measure")
             self._send({"kind": "figures", "link": self._link_tester.measure_loaded().model_dump()})
         except PeerError as error:
-            self._send({"kind": "failed", "why": link_failed(me, error)})
+            self._send({"kind": "failed", "why": f"{link_failed(me)} {error}"})
 
     def _expect(self, kind: str, seconds: float, what: str = "", other: str = "") -> Message:
         """Return node 0's next message of these kinds, answering clock messages before it; raises for others."""
         assert self._node_0 is not None
         deadline = Deadline(seconds)
         while True:
-            try:
+            with naming(f"node 0 ({self.endpoint})", f" before this node had its {what or kind}; see its output"):
                 message = self._node_0.receive(deadline)
                 if message["kind"] == "clock":
                     answer_clock(self._node_0, self.now, deadline)
                     continue
-            except PeerError as error:
-                text = f"node 0 ({self.endpoint}) {error} before this node had its {what or kind}; see its output"
-                raise RunFailedError(text) from None
             if message["kind"] in (kind, other):
                 return message
             raise self._ended(message, kind)
@@ -196,19 +192,8 @@ class JoiningNode(Preflight):
 
     def _send(self, message: Message, timeout_s: float | None = None) -> None:
         assert self._node_0 is not None
-        try:
+        with naming(f"node 0 ({self.endpoint})", "; see its output"):
             self._node_0.send(message, Deadline(self.settings.answer_timeout_s if timeout_s is None else timeout_s))
-        except PeerError as error:
-            raise RunFailedError(f"node 0 ({self.endpoint}) {error}; see its output") from None
-
-
-@contextmanager
-def _naming_node_0() -> Iterator[None]:
-    """Turn a message of node 0 that cannot be read into an error that names it."""
-    try:
-        yield
-    except PeerError as error:
-        raise RunFailedError(f"node 0 {error}") from None
 
 
 def _hint(error: OSError) -> str:

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from simulate.common import toml_io
 from simulate.config.hardware import MOST_BYTES, Link
-from simulate.launch.preflight.channel import PeerError, parse
+from simulate.launch.preflight.channel import parse
 
 MOST_LATENCY_S = 3600.0
 """Largest latency that is believed; every deadline of a preflight is shorter."""
@@ -100,9 +100,9 @@ def slow_links(links: Sequence[LinkFigures], planned: Link) -> list[str]:
     return warnings
 
 
-def link_failed(title: str, error: PeerError) -> str:
-    """Return the error line for a link that broke while it was measured."""
-    return f"the link from {title} to the next node failed while it was measured: the next node {error}"
+def link_failed(title: str) -> str:
+    """Return how the error line begins for a link that broke while it was measured; what the next node did follows."""
+    return f"the link from {title} to the next node failed while it was measured: the next node"
 
 
 def rate_text(bytes_per_s: float) -> str:
