@@ -95,11 +95,13 @@ def _passes_text(passes: tuple[float, str]) -> str:
 
 
 def _passes(plan: Plan) -> tuple[float, str] | None:
-    """Return how often the data is read, and "about " where tokens are estimated; None where its size is not known."""
+    """Return how often the data is read, and "about " where its tokens are estimated; None where it is unknown."""
     data = plan.base.data
     if plan.base.model.unit == "samples":
         images = _training_images(data)
         return (plan.tokens / images, "") if images else None
+    if plan.base.model.unit != "tokens":
+        return None
     if data.name == "stdlib" and data.tokenizer == BYTES:
         return plan.tokens / STDLIB_BYTES, ""
     from simulate.data.text_size import count_tokens  # only plans of text that is named need the readers of data
