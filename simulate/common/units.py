@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 Unit = tuple[float, str]
-"""What one of a unit is in SI, and the unit's name."""
+"""Size of a unit in SI, and its name."""
 BYTES: tuple[Unit, ...] = ((1, "B"), (1e3, "kB"), (1e6, "MB"), (1e9, "GB"), (1e12, "TB"))
 SECONDS: tuple[tuple[float, Unit], ...] = (
     (1e-3, (1e-6, "us")), (1, (1e-3, "ms")), (120, (1, "s")), (7200, (60, "min")), (172800, (3600, "h")),

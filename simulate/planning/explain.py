@@ -68,7 +68,7 @@ class Why:
 
     @property
     def summary(self) -> str:
-        """What limits the choice, in words."""
+        """The limit of the choice, in words."""
         # Memory is named only where compute, not the link, takes most of a round.
         return f"{self.limit} limits the choice" + (", compute its speed" if self.limit == "memory" else "")
 
