@@ -121,8 +121,8 @@ def read_secret(path: Path | None, environ: Mapping[str, str] | None = None) -> 
         return Secret(pem)
     except ValueError:
         raise InputError(
-            f"{name} holds no certificate with its key, which is what lte secret makes (plain text of earlier versions is "
-            "no secret any more); make a new one with lte secret PATH and copy it to all nodes, or set "
+            f"{name} holds no certificate with its key, which is what lte secret makes (plain text of earlier versions "
+            "is no secret any more); make a new one with lte secret PATH and copy it to all nodes, or set "
             f"{VARIABLE} to its base64"
         ) from None
 
