@@ -94,8 +94,8 @@ MUTANTS = (
     Mutant(
         name="a draw depends on which process makes it",
         file="simulate/layers/lora.py",
-        before='seed = address(self.spec.seed, "adapter", self.name, first + head, steps_done)',
-        after='seed = address(self.spec.seed, "adapter", self.name, head, steps_done)',
+        before='seed = address(self.spec.seed, "adapter", self.name, head, steps_done)',
+        after='seed = address(self.spec.seed, "adapter", self.name, index, steps_done)',
         tests=("tests/simulate/layers/test_lora.py::test_a_head_draws_the_same_whoever_else_is_local",),
     ),
     Mutant(
@@ -130,7 +130,7 @@ MUTANTS = (
         name="a quantised base loses small updates",
         file="simulate/layers/lora.py",
         before="            return self.master.to(self.b.device, copy=True)\n",
-        after="            return _dense(self.frozen or self.weight)\n",
+        after="            return dense(self.frozen or self.weight)\n",
         tests=("tests/simulate/layers/test_quantized.py::test_a_thousand_tiny_changes_arrive_with_a_master",),
     ),
     Mutant(

@@ -16,13 +16,12 @@ from ltecli.console import memory_text
 from ltecli.runs.evaluations import Evaluation, finite_evaluations
 from ltecli.runs.figures import RunRecord
 from simulate.common.processor import machine_text
-from simulate.common.units import bytes_text, seconds_text
+from simulate.common.units import bytes_text, change_text, seconds_text
 from simulate.config.method_table import BASELINE
 from simulate.models.schema import text_sizes
 from simulate.planning.candidate import describe
+from simulate.planning.notes import draws_notes
 
-TIMES = 2.0
-"""Ratio from which a change is told as a multiple, not in per cent."""
 NAMED = 4
 """Most runs that a sentence names one by one."""
 DIGEST = 12
@@ -189,13 +188,6 @@ def savings(figure: dict[str, Any]) -> list[str]:
     return [f"beside dense, planned: {', '.join(parts)}{unfit}"]
 
 
-def change_text(ratio: float, less: str) -> str:
-    """Return a ratio to dense in words: 12 % more, 4.2 times fewer."""
-    if not 1 / TIMES < ratio < TIMES:
-        return f"{max(ratio, 1 / ratio):.3g} times {'more' if ratio > 1 else less}"
-    return "the same" if round(ratio, 2) == 1 else f"{abs(ratio - 1):.0%} {'more' if ratio > 1 else less}"
-
-
 def planned_and_measured(figure: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of the table of one run: each figure as planned, simulated, counted and measured."""
     rows = []
@@ -212,11 +204,12 @@ def planned_and_measured(figure: dict[str, Any]) -> tuple[list[str], list[list[s
 
 
 def explanations(record: RunRecord, figure: dict[str, Any]) -> list[str]:
-    """Return lines on what the table's memory and time include, and on the machines that trained."""
+    """Return lines on what the table's memory and time include, which layers pick columns, and who trained."""
     memory = figure["memory_bytes"]
     # The same column means two things, so the line under the table says which.
     by = "the launched processes' time" if record.is_launched else "this machine's time for simulating all devices"
     return [
+        *draws_notes(record.run, record.run.model.shape()),
         f"memory: planned {memory_text(memory['planned'], memory['allocator'], memory['reserved'])}; the table has the "
         "tensors, measured as the allocator's peak of one device's program, run alone",
         "time: with evaluations and a launched run's checkpoints; simulated is the time of the profile's hardware; "

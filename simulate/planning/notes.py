@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from simulate.common.units import bytes_text, seconds_text
+from simulate.common.units import bytes_text, change_text, seconds_text
 from simulate.config.hardware import LOCAL, Profile
 from simulate.config.run import Run
 from simulate.costs.diagnostics_bytes import diagnostics_exchange
@@ -57,6 +57,7 @@ def plan_notes(
         yield from choice.probe.notes(base, chosen.run if chosen else None)
     if chosen:
         yield from _unadapted(chosen, shape)
+        yield from draws_notes(chosen.run, shape)
     yield from shape.notes
     if chosen:
         yield _batch(chosen, pins)
@@ -171,6 +172,32 @@ def _unadapted(chosen: Candidate, shape: ModelShape) -> Iterator[str]:
     yield f"not adapted, every device trains its own copy, {plan.synchronisation()}: {', '.join(parts)}"
 
 
+def draws_by_layer(run: Run, shape: ModelShape) -> dict[str, list[str]] | None:
+    """Return the layers of each way to draw A where a run picks columns, which some layers are too wide for."""
+    layout = plan_of(run.method).adapters(run.cluster.devices)
+    if layout is None or not layout.column_heads:
+        return None
+    layers: dict[str, list[str]] = {"columns": [], "joint": []}
+    for linear in shape.adapted:
+        layers["columns" if layout.picks_columns(linear.in_features) else "joint"].append(linear.name)
+    return layers
+
+
+def draws_notes(run: Run, shape: ModelShape) -> Iterator[str]:
+    """Report which layers' A pick columns, and which are drawn jointly, and why."""
+    layers = draws_by_layer(run, shape)
+    if layers is None:
+        return
+    heads, picked, joint = run.heads, ", ".join(layers["columns"]), ", ".join(layers["joint"])
+    covered = f"A picks columns in {picked}" if picked else "A picks columns in no layer"
+    yield f"method.draws = columns: {covered}" + (
+        f"; A is drawn jointly in {joint}, whose inputs are more than {heads} head{'s' if heads > 1 else ''} x rank "
+        f"{getattr(run.method, 'rank', 0)} cover"
+        if joint
+        else ""
+    )
+
+
 def _worth_trying(chosen: Candidate) -> Iterator[str]:
     """Suggest the optimizer and the message format that trained best in docs/results.md, unless they are chosen."""
     run = chosen.run
@@ -275,6 +302,6 @@ def _faster_rival(chosen: Candidate, rival: Candidate | None) -> Iterator[str]:
     if rival and rival.equivalent_wall_s < chosen.equivalent_wall_s:
         share = rival.equivalent_wall_s / chosen.equivalent_wall_s
         yield (
-            f"{describe(rival.run)} would take {share:.2f}x the chosen time to equal loss, if "
+            f"{describe(rival.run)} would take {change_text(share)} time to equal loss, if "
             f"{rival.samples_factor:.2f}x dense's samples do; see --method {rival.run.method.name}"
         )
