@@ -234,7 +234,7 @@ MUTANTS = (
         name="a report shows planned memory as measured",
         file="ltecli/runs/figures.py",
         before='"measured": memory and memory["measured_bytes"],',
-        after='"measured": memory and _tensor_bytes(chosen),',
+        after='"measured": memory and tensor_bytes(chosen),',
         tests=("tests/ltecli/commands/test_report.py::test_each_figure_comes_from_where_its_label_says",),
     ),
     Mutant(

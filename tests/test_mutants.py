@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,15 @@ def test_there_are_thirty_one_that_apply() -> None:
     assert len({mutant.name for mutant in MUTANTS}) == 31
     for mutant in MUTANTS:
         assert mutated(mutant) != (ROOT / mutant.file).read_text(encoding="utf-8")
+
+
+def test_mutations_use_names_that_are_there(tmp_path: Path) -> None:
+    """An error of the mutation itself breaks fixtures, and proves nothing about the tests."""
+    for number, mutant in enumerate(MUTANTS):
+        (tmp_path / f"{number}.py").write_text(mutated(mutant), encoding="utf-8")
+    ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--select", "F821", str(tmp_path)]
+    done = subprocess.run(ruff, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_named_tests_exist() -> None:

@@ -64,6 +64,7 @@ class StatusFile:
         self._paced: tuple[float, int] | None = None
         """Time and step from which this session's pace is measured."""
         before = read_status(folder) or {}
+        self._was_finished = before.get("state") == "finished"
         kept = {key: before.get(key) for key in KEPT} if step else dict.fromkeys(KEPT)
         self.document: dict[str, Any] = {
             "version": STATUS_VERSION,
@@ -100,7 +101,9 @@ class StatusFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if isinstance(error, InputError) and not self._has_begun:
+        # A run that was finished before is left as it is, and so is one that is refused.
+        stays = error is None and self._was_finished
+        if not self._has_begun and (stays or isinstance(error, InputError)):
             self._restore()
         elif isinstance(error, KeyboardInterrupt):
             self._end("interrupted")
@@ -116,7 +119,7 @@ class StatusFile:
         self._write()
 
     def _restore(self) -> None:
-        """Leave the folder as it was: a run that is refused writes nothing."""
+        """Leave the folder as it was."""
         self._done.set()
         self._thread.join()
         if self._before is None:

@@ -17,7 +17,9 @@ from simulate.training import checkpoints
 from tests.gpus import no_gpu
 from tests.ltecli.command import Lte, Refused, assert_one_line, events_of, tree, write_run
 
-RUN_FILES = {"run.toml", "profile.toml", "plan.json", "events.jsonl", "tensorboard", "checkpoints", ".lock"}
+RUN_FILES = {
+    "run.toml", "profile.toml", "plan.json", "events.jsonl", "status.json", "tensorboard", "checkpoints", ".lock",
+}  # fmt: skip
 
 
 def test_a_run_folder_keeps_its_contract(trained: Path, run_toml: Path) -> None:
