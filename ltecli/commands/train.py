@@ -1,7 +1,7 @@
-"""lte train: make or open a run folder, then train in it, simulated in this process or launched on real devices.
+"""lte train: make or open a run folder, then train in it, simulated on this machine or launched on real devices.
 
-From here to backward(): `_simulate` calls simulate.training.loop.train, which calls the method's step. A launched run
-(commands/launch.py) has the same loop in each of its processes.
+From here to backward(): `_simulate` calls simulate.training.loop.train, which calls the method's step. Processes that
+share a simulation (simulate.launch.simulated), and those of a launched run (commands/launch.py), have the same loop.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from ltecli.runs.run_folder import (
     resumed_folder,
     stop_on_signal,
 )
+from ltecli.runs.simulation_split import check_processes, pick_split, split_facts, threads_of_torch
 from ltecli.runs.summary import (
     RunResult,
     measured_memory_bytes,
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
     import torch
 
     from simulate.common.events import Event
-    from simulate.training.loop import Session
 
 RUNS = Path("runs")
 DEMO_NAME = "demo"
@@ -84,15 +84,16 @@ def train_command(
     device_name: str,
     args: TrainArgs,
     launch: LaunchArgs | None,
+    processes: int | None,
     as_json: bool,
     quiet: bool,
     ignores_memory: bool = False,
 ) -> int:
-    """Train a run to its end, in this process or launched; returns the exit code."""
+    """Train a run to its end, simulated or launched; returns the exit code. `processes` are those of a simulation."""
     # From the first moment: a folder may be made and nothing trained when the signal comes.
     with interrupted_by_sigterm():
         output = Output(as_json, quiet or as_json)
-        return _train(given, out, resume, device_name, args, launch, output, ignores_memory)
+        return _train(given, out, resume, device_name, args, launch, processes, output, ignores_memory)
 
 
 def _train(
@@ -102,6 +103,7 @@ def _train(
     device_name: str,
     args: TrainArgs,
     launch: LaunchArgs | None,
+    processes: int | None,
     output: Output,
     ignores_memory: bool,
 ) -> int:
@@ -122,11 +124,13 @@ def _train(
     from simulate.layers import accelerator
 
     device = accelerator.choose(device_name)
-    launched = launch or (LaunchArgs() if _has_several_gpus(run, device) else None)
+    launched = launch or (LaunchArgs(processes) if _has_several_gpus(run, device) else None)
     if launched is not None:
         check_launch(run, device, launched)
-    elif not ignores_memory:
-        check_simulation_fits(run, device, args.tiny)
+    else:
+        check_processes(run, device, processes or 1)
+        if not ignores_memory:
+            check_simulation_fits(run, device, args.tiny, processes or 1)
     if replaced:
         output.hint(f"--tiny: {', '.join(replaced)}; all else is the run's")
     folder = folder or new_folder(path, run, device_name)
@@ -140,7 +144,7 @@ def _train(
                     output.warning(warning)
             if launched is not None:
                 return launch_run(folder, device, launched, output, warnings)
-            code = _simulate(folder, device, output)
+            code = _simulate(folder, device, processes, output)
         if device.type == "cpu" and code == DONE:
             calibrate_here(output)
         return code
@@ -152,42 +156,50 @@ def _train(
         raise KeyboardInterrupt(f"interrupted; {_next_move(folder, launch)}") from None
 
 
-def _simulate(folder: RunFolder, device: torch.device, output: Output) -> int:
-    """Train all devices in this process; returns the exit code."""
+def _simulate(folder: RunFolder, device: torch.device, processes: int | None, output: Output) -> int:
+    """Train all devices, in this process or with others that it starts; returns the exit code."""
     report_derived(folder, output)
     if folder.is_finished:
         report_finished(folder, output)
         return 0
     from simulate.common.events import EventFile
-    from simulate.training.loop import restore, train
+    from simulate.launch.simulated import Companions, begin, simulation_session
+    from simulate.training.loop import train
 
-    # Measured before the session exists, whose tensors would count as the device's. A resumed run keeps its figure.
-    measured_bytes = None if folder.resume_from else measured_memory_bytes(folder, device)
-    # From here on Ctrl-C saves first; before, there is nothing to save.
-    with stop_on_signal() as stops:
-        session = _session(folder, device, stops)
-        if folder.resume_from:
-            restore(session, folder.resume_from)
-        # A run that begins anew drops all events, as of an attempt that saved nothing.
-        prepare_events(folder, session.step if folder.resume_from else -1)
-        with (
-            # Loggers first: one that cannot be opened refuses a new run, whose folder then goes, as it has no events.
-            event_loggers(folder.path, folder.run, output, session.step) as loggers,
-            closing(EventFile(folder.events)) as file,
-        ):
+    split = pick_split(folder, device, processes, output)
+    companions = Companions(folder.path, folder.run, split.processes, split.threads)
+    with threads_of_torch(split.threads), companions.started(folder.resume_from):
+        # Measured before the session exists, whose tensors would count as the device's. A resumed run keeps its figure.
+        measured_bytes = None if folder.resume_from else measured_memory_bytes(folder, device)
+        # From here on Ctrl-C saves first; before, there is nothing to save.
+        with stop_on_signal() as stops, companions.joined():
+            session = simulation_session(
+                folder.run, folder.profile, folder.data, folder.path / CHECKPOINTS, device, split.processes,
+                stop=lambda: bool(stops),
+            )  # fmt: skip
+            begin(session, folder.resume_from)
+            # A run that begins anew drops all events, as of an attempt that saved nothing.
+            prepare_events(folder, session.step if folder.resume_from else -1)
+            with (
+                # Loggers first: one that cannot be opened refuses a new run, whose folder then goes, as it has no events.
+                event_loggers(folder.path, folder.run, output, session.step) as loggers,
+                closing(EventFile(folder.events)) as file,
+                closing(session.communicator),
+            ):
 
-            def emit(event: Event) -> None:
-                file(event)
-                loggers(event)
+                def emit(event: Event) -> None:
+                    file(event)
+                    loggers(event)
 
-            session.emit = emit
-            if folder.resume_from:
-                session.emit({"kind": "resume", "step": session.step, "machines": [machine_facts()]})
-            else:
-                session.emit({"kind": "start", "step": 0, **start_facts(folder, device)})
-                session.emit({"kind": "memory", "step": 0, "measured_bytes": measured_bytes})
-            kind = "end" if train(session) else "interrupt"
-            session.emit({"kind": kind, "step": session.step, "wall_s": session.elapsed_s()})
+                session.emit, facts = emit, split_facts(split)
+                if folder.resume_from:
+                    session.emit({"kind": "resume", "step": session.step, "machines": [machine_facts()], **facts})
+                else:
+                    session.emit({"kind": "start", "step": 0, **start_facts(folder, device), **facts})
+                    session.emit({"kind": "memory", "step": 0, "measured_bytes": measured_bytes})
+                kind = "end" if train(session) else "interrupt"
+                companions.wait_for_the_end()
+                session.emit({"kind": kind, "step": session.step, "wall_s": session.elapsed_s()})
     if kind == "interrupt":
         output.hint(f"interrupted at step {session.step}, saved; continue with lte train {folder.path} --resume")
         return INTERRUPTED
@@ -196,30 +208,6 @@ def _simulate(folder: RunFolder, device: torch.device, output: Output) -> int:
     result = RunResult(session.step, session.val_loss, accuracy, sent_bytes, now_s, session.elapsed_s())
     report_result(folder, output, result)
     return 0
-
-
-def _session(folder: RunFolder, device: torch.device, stops: list[bool]) -> Session:
-    """Return a session of all devices, at step 0, whose events are dropped; it stops once `stops` is not empty."""
-    from simulate.comm.virtual import VirtualCommunicator
-    from simulate.data.batches import build_batches
-    from simulate.methods.registry import build_method
-    from simulate.training.loop import Session
-    from simulate.training.simulated_clock import SimulatedClock
-
-    run = folder.run
-    clock = SimulatedClock(run, folder.profile.devices(run.cluster.devices), folder.profile.link)
-    communicator = VirtualCommunicator(run.cluster.devices, clock.charge_transfer, clock.wait)
-    return Session(
-        run=run,
-        method=build_method(run, communicator, device),
-        batches=build_batches(run, folder.data, device),
-        communicator=communicator,
-        clock=clock,
-        emit=lambda event: None,
-        checkpoints=folder.path / CHECKPOINTS,
-        device=device,
-        stop=lambda: bool(stops),
-    )
 
 
 def _has_several_gpus(run: Run, device: torch.device) -> bool:
