@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import typer
 import typer.core
 
 from ltecli import completion
+from ltecli.environment import set_defaults_of_libraries
 from ltecli.errors import (
     BAD_INPUT,
     StdoutError,
@@ -125,6 +127,9 @@ LinkFrom = Annotated[
         autocompletion=completion.run_folders,
     ),
 ]
+Html = Annotated[
+    Path | None, typer.Option("--html", metavar="FILE", help="Write a page of figures; it needs no network.")
+]
 Devices = Annotated[int | None, typer.Option("--devices", "-n", help="Devices to use; default: all of the profile.")]
 
 
@@ -147,6 +152,11 @@ Samples = Annotated[
 ]
 
 
+def _command_line(ctx: typer.Context) -> str:
+    """Return the command line as given, which `main` leaves in the context, for whoever wants to repeat it."""
+    return shlex.join(["lte", *ctx.obj])
+
+
 def _print_version(given: bool) -> None:
     if given:
         typer.echo(f"lte {lte_version()}")
@@ -165,6 +175,7 @@ def options(
 @app.command(cls=OnceCommand)
 @guarded
 def plan(
+    ctx: typer.Context,
     profile: ProfileName = None,
     model: Model = None,
     data: DataPath = None,
@@ -190,7 +201,7 @@ def plan(
     merge_every: Annotated[int | None, typer.Option(help="Pin the steps between merges.")] = None,
     assignments: Set = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the choice as run.toml.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Let -o replace an existing file.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Let written files replace existing ones.")] = False,
     show_all: Annotated[
         bool, typer.Option("--all", help="Show all figures and notes, and the best candidates.")
     ] = False,
@@ -206,6 +217,10 @@ def plan(
     ] = False,
     rounds: Annotated[int | None, typer.Option(help="With --timeline: rounds to simulate; default: 100.")] = None,
     timeline_svg: Annotated[Path | None, typer.Option(help="Draw the timeline into this file.")] = None,
+    html: Html = None,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write all candidates as CSV; - for stdout.")
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Trace the choice's training on fake tensors, to check its memory.")
     ] = False,
@@ -245,11 +260,11 @@ def plan(
         link_from=link_from,
     )
     to_explain = None
-    if why or timeline or rounds is not None or timeline_svg is not None:
+    if why or timeline or rounds is not None or timeline_svg is not None or html is not None:
         from ltecli.commands.explain import ExplainArgs  # it loads numpy, for the simulation of rounds
 
-        to_explain = ExplainArgs(why, timeline, rounds, timeline_svg, force)
-    return plan_command(request, out, force, top, as_json, to_explain, verify, show_all)
+        to_explain = ExplainArgs(why, timeline, rounds, timeline_svg, force, html)
+    return plan_command(request, out, force, top, as_json, to_explain, verify, show_all, csv, _command_line(ctx))
 
 
 @app.command(cls=OnceCommand)
@@ -422,20 +437,128 @@ def secret(
 @app.command(cls=OnceCommand)
 @guarded
 def report(
+    ctx: typer.Context,
     runs: Annotated[
         list[Path],
         typer.Argument(
             metavar="RUN",
-            help="Run folders; several are compared side by side.",
+            help="Run folders, or a sweep's; several are compared.",
             autocompletion=completion.run_folders,
         ),
     ],
+    html: Html = None,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write all evaluations as CSV; - for stdout.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Let --html and --csv replace existing files.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show planned, simulated and measured figures side by side."""
-    from ltecli.commands.report import report_command
+    from ltecli.commands.report import ReportFiles, report_command
 
-    report_command(runs, as_json)
+    report_command(runs, as_json, ReportFiles(html, csv, force, _command_line(ctx)))
+
+
+@app.command(cls=OnceCommand)
+@guarded
+def watch(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that trains, or will.")],
+    once: Annotated[bool, typer.Option("--once", help="Print the present state and end.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Show what a run does now, live, from another terminal.
+
+    In a pipe, each change is a line.
+    """
+    from ltecli.commands.watch import watch_command
+
+    return watch_command(run, once, as_json)
+
+
+SetMany = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUES", help="Values to try of a run.toml key: method.rank=8,16; repeat."),
+]
+Seeds = Annotated[int, typer.Option(min=1, help="Runs of each, with seeds counted up from the run's.")]
+Parallel = Annotated[
+    int | None, typer.Option(min=1, help="Runs at a time; default: one a core and as memory has room, one on a GPU.")
+]
+SweepOut = Annotated[Path | None, typer.Option("--out", "-o", help="Folder; default: runs/NAME-sweep or -compare.")]
+SkipRefused = Annotated[bool, typer.Option("--skip-refused", help="Leave out what run.toml's rules refuse.")]
+IgnoreMemory = Annotated[
+    bool, typer.Option("--ignore-memory", help="Simulate even if this machine seems too small for all devices.")
+]
+PageForce = Annotated[bool, typer.Option("--force", help="Let --html replace an existing file.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say which runs, and how long they take; train nothing.")]
+
+
+@app.command(
+    cls=OnceCommand, epilog="Example: lte sweep run.toml --set method.rank=8,16 --set method.merge_every=5,10 --seeds 3"
+)
+@guarded
+def sweep(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run.toml.")],
+    assignments: SetMany = None,
+    seeds: Seeds = 1,
+    out: SweepOut = None,
+    parallel: Parallel = None,
+    device: Annotated[DeviceName, typer.Option(help="Where to simulate.")] = DeviceName.AUTO,
+    skip_refused: SkipRefused = False,
+    ignore_memory: IgnoreMemory = False,
+    dry_run: DryRun = False,
+    html: Html = None,
+    force: PageForce = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Train every combination of values, with several seeds, and print one table.
+
+    The same command goes on where it stopped. Commas within brackets, braces and quotes separate no values.
+    """
+    from ltecli.commands.sweep import SweepArgs, sweep_command
+
+    args = SweepArgs(
+        tuple(assignments or ()), seeds, out, parallel, device.value, skip_refused, ignore_memory, dry_run, html, force
+    )
+    return sweep_command(run, args, as_json, quiet)
+
+
+@app.command(
+    cls=OnceCommand,
+    epilog="Example: lte compare run.toml --with ddp,diloco --seeds 3 --set-for diloco:train.learning_rate=0.001,0.003",
+)
+@guarded
+def compare(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run.toml, whose method is the reference.")],
+    others: Annotated[str, typer.Option("--with", metavar="METHODS", help="Methods, as ddp,diloco: docs/methods.md.")],
+    set_for: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METHOD:KEY=VALUES", help="Set keys of one method: diloco:method.merge_every=20; repeat."),
+    ] = None,
+    assignments: Set = None,
+    seeds: Seeds = 1,
+    out: SweepOut = None,
+    parallel: Parallel = None,
+    device: Annotated[DeviceName, typer.Option(help="Where to simulate.")] = DeviceName.AUTO,
+    skip_refused: SkipRefused = False,
+    ignore_memory: IgnoreMemory = False,
+    dry_run: DryRun = False,
+    html: Html = None,
+    force: PageForce = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Train a run's method and others on the same network, data and samples, and say who is best by what.
+
+    A rival's keys are those that the planner chooses at the run's batch. The same command goes on where it stopped.
+    """
+    from ltecli.commands.compare import compare_command
+    from ltecli.commands.sweep import SweepArgs
+
+    args = SweepArgs(
+        tuple(assignments or ()), seeds, out, parallel, device.value, skip_refused, ignore_memory, dry_run, html, force
+    )
+    return compare_command(run, others, set_for or (), args, as_json, quiet)
 
 
 @app.command(cls=OnceCommand)
@@ -476,6 +599,9 @@ def sample(
 def evaluate(
     run: RunFolder,
     data: Annotated[str, typer.Option("--data", "-d", help="Text or images: a file, a folder or a .zip.")],
+    field: Annotated[
+        str | None, typer.Option(help="Field of .jsonl or Parquet that holds the text; default: the run's.")
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """Score a run's newest weights on other data.
@@ -484,7 +610,7 @@ def evaluate(
     """
     from ltecli.commands.use import eval_command
 
-    return eval_command(run, data, as_json)
+    return eval_command(run, data, field, as_json)
 
 
 @profile_app.command("list", cls=OnceCommand)
@@ -583,13 +709,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    # Set before anything imports torch, as a plan of a user's own network does, too. Kineto logs every trace.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # Pydantic's search for plugins reads the metadata of every installed package.
-    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    # Threads that spin while they wait are tens of times slower beside other work on the same cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    set_defaults_of_libraries()
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         Path.cwd()
@@ -600,7 +720,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         completion.join_words_of_bash()
         # Without standalone mode typer raises mistakes to us, where it would print them in its own form and exit.
         with stdout_checked():
-            code = int(app(given or ["--help"], prog_name="lte", standalone_mode=False) or 0)
+            code = int(app(given or ["--help"], prog_name="lte", standalone_mode=False, obj=given) or 0)
     except StdoutError as error:
         code = report_stdout_error(error)
     except USAGE_ERROR as error:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from simulate.common.units import bytes_text
 
@@ -23,26 +25,34 @@ class _Console(Console):
     """A console that prints text unchanged: brackets and colons in a name are neither markup nor emoji."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(highlight=False, markup=False, emoji=False, **options)
+        # In a notebook rich would display what it is given, whatever the stream.
+        super().__init__(highlight=False, markup=False, emoji=False, force_jupyter=False, **options)
 
 
 class Output:
-    """Output of one command; with --json the JSON document alone is printed: text, headings and tables are skipped."""
+    """Output of one command; with --json the JSON document alone is printed: text, headings and tables are skipped.
 
-    def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
-        self.as_json, self.quiet = as_json, quiet
+    With `into`, the result goes there instead of stdout, as it would be printed into a file. With `is_mute` the
+    document is skipped, too: the command prints something else to stdout.
+    """
+
+    def __init__(
+        self, as_json: bool = False, quiet: bool = False, is_mute: bool = False, into: TextIO | None = None
+    ) -> None:
+        self.as_json, self.quiet, self.is_mute, self.into = as_json, quiet, is_mute, into
         # In a pipe a line of text stays one line, so that grep and diff can work on it.
-        self.console = _Console(soft_wrap=not sys.stdout.isatty())
+        is_terminal = into is None and sys.stdout.isatty()
+        self.console = _Console(soft_wrap=not is_terminal, file=into, force_terminal=None if into is None else False)
         self.hints = _Console(stderr=True, quiet=quiet, soft_wrap=not sys.stderr.isatty())
 
-    def text(self, text: str) -> None:
+    def text(self, text: str | Text) -> None:
         """Print a line of the result."""
-        if not self.as_json:
+        if not (self.as_json or self.is_mute):
             self.console.print(text)
 
     def heading(self, text: str) -> None:
         """Print a heading of the result."""
-        if not self.as_json:
+        if not (self.as_json or self.is_mute):
             self.console.print(text, style="bold")
 
     def table(self, table: Table, secondary: Sequence[str] = ()) -> None:
@@ -50,9 +60,10 @@ class Output:
 
         Outside a terminal it is as wide as its cells.
         """
-        if self.as_json:
+        if self.as_json or self.is_mute:
             return
-        console = _Console(width=None if self.console.is_terminal else WIDE)
+        is_terminal = self.console.is_terminal
+        console = _Console(width=None if is_terminal else WIDE, file=self.into, force_terminal=is_terminal)
         # Measured without the terminal's limit: within it cells would wrap, and any table would seem to fit.
         options = console.options.update(width=WIDE)
         if console.measure(table, options=options).maximum > console.width:
@@ -65,8 +76,9 @@ class Output:
         """Print the result for scripts, if --json is given."""
         if self.as_json:
             # Past rich, which would wrap the document at the terminal's width.
-            sys.stdout.write(json.dumps(document, allow_nan=False) + "\n")
-            sys.stdout.flush()
+            stream = self.into or sys.stdout
+            stream.write(json.dumps(document, allow_nan=False) + "\n")
+            stream.flush()
 
     def hint(self, text: str) -> None:
         """Print progress or advice, to stderr."""
@@ -77,6 +89,13 @@ class Output:
         # Past the console of hints, which is mute when quiet.
         sys.stderr.write(f"lte: {text}\n")
         sys.stderr.flush()
+
+
+def text_of(show: Callable[[Output], object]) -> str:
+    """Return what a function prints as its result, as it would be printed into a file, without the last newline."""
+    into = io.StringIO()
+    show(Output(into=into))
+    return into.getvalue().rstrip("\n")
 
 
 def _wrap_texts(table: Table, width: int) -> None:

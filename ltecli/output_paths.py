@@ -1,12 +1,15 @@
 """Output paths: may a command write the file or folder that an option names, and the one style of refusals.
 
-Commands check their targets before they start, so that an hour of work does not end in a refusal. lte plan, probe,
-validate, export, train, secret and profile measure write through here.
+Commands check their targets before they start, so that an hour of work does not end in a refusal. lte plan, report,
+probe, validate, export, train, secret and profile measure write through here.
 """
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from simulate.common import toml_io
@@ -45,3 +48,43 @@ def write_file(path: Path, text: str, option: str = "--out") -> None:
 def unwritable(path: Path, error: OSError, option: str = "--out") -> InputError:
     """Return the error for a path that the system refuses to write."""
     return InputError(f"{option} {path} cannot be written ({error.strerror}); choose another folder")
+
+
+def check_distinct(paths: Mapping[str, Path | None]) -> None:
+    """Raise InputError where two options name the same file; keys are the options."""
+    seen: dict[Path, str] = {}
+    for option, path in paths.items():
+        if path is not None and (other := seen.setdefault(path.resolve(), option)) != option:
+            raise InputError(f"{option} {path} is the file of {other}, too; name another")
+
+
+@dataclass(frozen=True)
+class CsvTarget:
+    """The place where --csv goes: nowhere, to a file, or to stdout, in the place of what a command prints."""
+
+    path: Path | None = None
+    is_stdout: bool = False
+
+    @classmethod
+    def of(cls, given: Path | None, force: bool, as_json: bool) -> CsvTarget:
+        """Return the place that --csv names, "-" for stdout; raises InputError where it cannot be written."""
+        if given is None:
+            return cls()
+        if str(given) == "-":
+            if as_json:
+                raise InputError("--csv - and --json both write to stdout; keep one, or name a file")
+            return cls(is_stdout=True)
+        check_file(given, force, "table.csv", "--csv")
+        return cls(given)
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether --csv was given."""
+        return self.is_stdout or self.path is not None
+
+    def write(self, text: str) -> None:
+        """Write the table."""
+        if self.path is not None:
+            write_file(self.path, text, "--csv")
+        else:
+            sys.stdout.write(text)

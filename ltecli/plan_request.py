@@ -20,10 +20,10 @@ from simulate.config.method_options import AdapterOptions, MethodOptions
 from simulate.config.method_table import BASELINE, DEFAULT_METHOD, METHOD_NAMES, method_options
 from simulate.config.profiles import load_profile
 from simulate.config.run import Run, build_run
-from simulate.config.tables import BYTE_VALUES, BYTES, Train
+from simulate.config.tables import BYTE_VALUES, BYTES, Data, Train, data_key
 from simulate.costs.samples import load_efficiency
-from simulate.models.families.table import sees_images
-from simulate.models.schema import text_sizes
+from simulate.models.families.table import family_of, sees_images
+from simulate.models.schema import FactoryModel, text_sizes
 from simulate.planning.objective import SelectionCriteria, parse_duration_s, parse_objective
 from simulate.planning.planner import Plan, make_plan
 from simulate.planning.search_space import Pins
@@ -113,7 +113,7 @@ def plan_request(request: PlanArgs, to_train: bool = True) -> Plan:
     if request.probe is not None:
         from simulate.planning.probe_ranks import PlanProbe
 
-        criteria = replace(criteria, probe=PlanProbe(request.probe, base.model.shape()))
+        criteria = replace(criteria, probe=PlanProbe(request.probe, base.shape()))
     return make_plan(base, profile, tokens, pins, notes, criteria)
 
 
@@ -124,7 +124,8 @@ def _given_keys(request: PlanArgs) -> toml_io.Table:
         toml_io.set_key(table, assignment)
     # --set was applied first, so that a key given both ways shows here.
     _put(table, "model", "name", request.model)
-    _put(table, "data", "path", request.data)
+    if request.data is not None:
+        _put(table, "data", data_key(request.data), request.data)
     _put(table, "cluster", "profile", request.profile)
     _put(table, "cluster", "devices", request.devices)
     for key, value in request.pins.items():
@@ -179,7 +180,7 @@ def _with_measured_link(run: Path, profile: Profile) -> tuple[Profile, str]:
 
 def _base_run(table: toml_io.Table, profile: Profile) -> tuple[Run, list[str]]:
     """Return the run of the given keys with defaults for the others, and notes on those; raises InputError."""
-    notes = []
+    notes = _take_image_sizes(table)
     embedded = not {"name", "path"} & table["data"].keys()
     if embedded and not sees_images(table["model"]):
         table["data"]["name"] = "stdlib"
@@ -197,12 +198,28 @@ def _base_run(table: toml_io.Table, profile: Profile) -> tuple[Run, list[str]]:
             "data.name = 'digits', enlarged to the model's pixels, stands in for your images: name them by --data"
         )
     if "learning_rate" not in table["train"]:
-        width = run.model.shape().width
+        width = run.shape().width
         rate = min(REFERENCE_RATE, REFERENCE_RATE * REFERENCE_WIDTH / width)
         table["train"]["learning_rate"] = rate
         notes.append(f"train.learning_rate = {rate:.2g} is a rule of thumb for width {width}; try two beside it")
         run = _build(table)
     return run, notes
+
+
+def _take_image_sizes(table: toml_io.Table) -> list[str]:
+    """Give a user's network without sizes those of the images at the data's path; return a note where it got some."""
+    model, data, name = table["model"], table["data"], table["model"].get("name")
+    has_sizes = {"image", "colours", "classes", "context", "vocab", "samples"} & model.keys()
+    if not isinstance(name, str) or family_of(name) != FactoryModel.family or has_sizes or "path" not in data:
+        return []
+    from simulate.data.load import image_source  # other plans are sure of their data without reading it
+
+    source = image_source(toml_io.validate(Data, data, _WHERE))
+    if source is None:
+        return []
+    model |= {"image": source.pixels, "colours": source.colours, "classes": len(source.classes)}
+    sizes = ", ".join(f"model.{key} = {model[key]}" for key in ("image", "colours", "classes"))
+    return [f"{sizes} are those of {data['path']}; --set others if the network wants them"]
 
 
 def _named_options(table: toml_io.Table) -> type[MethodOptions] | None:
@@ -253,7 +270,7 @@ def _tokens(request: PlanArgs, base: Run, table: toml_io.Table, batch: int | Non
         return given
     if "steps" in table["train"]:
         return base.train.steps * (batch or base.tokens_per_step)
-    shape = base.model.shape()
+    shape = base.shape()
     # Of images, a sample counts as many tokens as the network makes of it.
     tokens = TOKENS_PER_PARAMETER * shape.parameters
     return tokens if base.model.unit == "tokens" else max(1, tokens // shape.tokens)

@@ -156,7 +156,7 @@ LIGHT = (
     "profile show local",
     "train --help",
 )
-REFUSED = ("train nowhere.toml", "train run.toml --out .", "train . --resume", "report .", "export .")
+REFUSED = ("train nowhere.toml", "train run.toml --out .", "train . --resume", "report .", "watch . --once", "export .")
 ONE_AFTER_THE_OTHER = """
 import sys
 from ltecli.app import main

@@ -76,5 +76,8 @@ def test_the_wheel_plans_trains_and_reports(installed: Path, tmp_path: Path) -> 
     trained = succeed(lte, "train", "tiny.toml", "--out", "done", "--json", "--device", "cpu", cwd=tmp_path).json()
     reported = succeed(lte, "report", "done", "--json", cwd=tmp_path).json()
     assert reported["val_loss"] == trained["val_loss"] > 0
+    succeed(lte, "report", "done", "--html", "page.html", cwd=tmp_path)
+    assert "plotly.js" in (tmp_path / "page.html").read_text(encoding="utf-8")[:100_000]
+    assert list(installed.parent.glob("lib/python*/site-packages/ltecli/charts/assets/plotly-LICENSE.txt"))
     sent = reported["sent_bytes_per_device"]
     assert sent["counted"] == pytest.approx(sent["planned"], rel=1e-12) and sent["counted"] > 0

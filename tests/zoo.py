@@ -17,8 +17,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 WIDTH = 8
+AT_THE_ROOT = "parameter of the network's own"
 
 
 class Net(nn.Module):
@@ -30,10 +32,12 @@ class Net(nn.Module):
         self.parts = nn.ModuleList(PARTS[name]() for name in parts.split(","))
         self.inner = nn.Linear(WIDTH, WIDTH)  # a plan needs one layer that adapters can serve
         self.head = nn.Linear(WIDTH, vocab)
+        self.shift = nn.Parameter(torch.full((WIDTH,), 0.1)) if AT_THE_ROOT in parts.split(",") else None
 
     def forward(self, tokens: Tensor) -> Tensor:
         places = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.token(tokens) + self.position(places.expand_as(tokens))
+        x = x if self.shift is None else x + self.shift
         for part in self.parts:
             x = x + part(x)
         return self.head(x + torch.tanh(self.inner(x)))
@@ -232,6 +236,42 @@ class First(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.layer(*[x] * self.times)[0]
         return result
+
+
+class Block(nn.Module):
+    """A block as many write it: a gain of its own, layers that are called, one whose weight is read, one shared."""
+
+    def __init__(self, checkpointed: bool = False) -> None:
+        super().__init__()
+        self.gain, self.checkpointed = nn.Parameter(torch.full((WIDTH,), 0.5)), checkpointed
+        self.into, self.out = linear(), nn.Sequential(nn.Tanh(), linear(bias=False))
+        self.read, self.norm = linear(), nn.LayerNorm(WIDTH)
+        self.conv = nn.Conv2d(WIDTH, WIDTH, (3, 1), padding=(1, 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x) * self.gain
+        x = checkpoint(self.into, x, use_reentrant=False) if self.checkpointed else self.into(x)
+        x = F.linear(self.out(x), self.read.weight, self.read.bias) + self.into(x)
+        convolved: Tensor = self.conv(x.mT.unsqueeze(3)).squeeze(3).mT
+        return convolved
+
+
+class Pool(nn.Module):
+    """Keeps its caller's layers, and has another function than forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.layer = nn.Parameter(torch.tensor(0.5)), linear()
+
+    def map(self, x: Tensor) -> Tensor:
+        mapped: Tensor = self.layer(x) * self.gain
+        return mapped
+
+
+def shared_by_blocks() -> nn.Module:
+    """Return a plain layer that also is part of a block with parameters of its own."""
+    block = Block()
+    return nn.Sequential(block, nn.Tanh(), block.into)
 
 
 def linear(bias: bool = True) -> nn.Linear:
@@ -490,6 +530,13 @@ TRAINED: dict[str, Callable[[], nn.Module]] = {
     "own parameters": Gain,
     "named tuple": lambda: Apply(lambda x, layer: layer(x).first + layer(x).second, TwoResults(WIDTH, WIDTH)),
     "masked": Masked,
+    "block": Block,
+    "shared by blocks": shared_by_blocks,
+    "weights read": lambda: Apply(lambda x, layer: F.linear(x, layer.weight), linear()),
+    "other functions": lambda: Apply(lambda x, pool: pool.map(x), Pool()),
+    "gathered experts": Experts,
+    "routed": lambda: Apply(routed, linear(), linear()),
+    AT_THE_ROOT: lambda: Apply(torch.tanh),
     "norm without affine": lambda: nn.LayerNorm(WIDTH, elementwise_affine=False),
     "norm without bias": lambda: nn.LayerNorm(WIDTH, bias=False),
     "numpy's draws": lambda: drawn_by(lambda: np.random.normal(0, 0.3, (WIDTH, WIDTH))),
@@ -503,9 +550,7 @@ TRAINED: dict[str, Callable[[], nn.Module]] = {
 }  # fmt: skip
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "patched": (patched, "computes something else"),
-    "weights read": (
-        lambda: Apply(lambda x, layer: F.linear(x, layer.weight), linear()), "call layers instead of reading",
-    ),
+    "checkpointed": (lambda: Block(checkpointed=True), "backward pass"),
     "spectral norm": (lambda: nn.utils.parametrizations.spectral_norm(linear()), "writes to the buffer"),
     "old weight norm": (lambda: nn.utils.weight_norm(linear()), "torch.nn.utils.parametrizations has norms"),
     "lazy": (lambda: nn.LazyLinear(WIDTH), "has no weights before its first samples"),
@@ -530,7 +575,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: drawn_by(lambda: np.random.default_rng().normal(0, 0.3, (WIDTH, WIDTH))),
         "other start weights whenever",
     ),
-    "gathered experts": (Experts, "must keep samples apart"),
     "limited norms": (
         lambda: Apply(lambda x, table: table(x[..., 0].gt(0).long()), nn.Embedding(2, WIDTH, max_norm=0.5)),
         "passes write to the parameter",
@@ -538,7 +582,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "clipped": (lambda: Apply(clipped, linear()), "passes write to the parameter"),
     "remembering": (Remembering, "leaves something behind"),
     "extra state": (lambda: Renamed(WIDTH), "neither a parameter nor a buffer"),
-    "freezing": (Freezing, "train() of the network with two copies"),
+    "freezing": (Freezing, "you can only change"),
     "kept elsewhere": (KeptElsewhere, "be kept under their own names"),
     "same memory": (same_memory, "lie in the same memory"),
     "without values": (lambda: nn.Linear(WIDTH, WIDTH, device="meta"), "is on the device meta"),
@@ -547,7 +591,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "wide numbers": (lambda: with_buffer(torch.ones(3, dtype=torch.complex128)), "which no checkpoint can hold"),
     "dropout of 1": (lambda: nn.Dropout(1), "drops activations with probability 1"),
     "exit": (lambda: sys.exit("no GPU"), "raised SystemExit: no GPU"),
-    "routed": (lambda: Apply(routed, linear(), linear()), "routing: no lists of several samples' tokens"),
     "no outputs": (
         lambda: Apply(lambda x, layer: torch.cat([x, layer(x)], -1), without_outputs()), "has no elements",
     ),

@@ -116,6 +116,11 @@ def _facts_table(machine: Machine) -> Table:
     table.add_row("memory", free + limit)
     if limits.processes is not None:
         table.add_row("processes", f"{limits.processes_free} of {limits.processes} free")
+    user = machine.user_limits
+    if user.processes is not None:
+        table.add_row("processes of this user", f"{user.processes_free} of {user.processes} free")
+    if user.open_files is not None:
+        table.add_row("open files", f"at most {user.open_files} a process")
     for folder in machine.folders:
         # Of the option alone nobody knows what it says.
         label = "run folders (--out)" if folder.option == "--out" else folder.option

@@ -1,4 +1,5 @@
-"""Explanations of lte plan: --why explains the choice, --timeline simulates its rounds, --timeline-svg draws them.
+"""Explanations of lte plan: --why explains the choice, --timeline simulates its rounds, --timeline-svg draws them, and
+--html puts all on a page.
 
 `lte plan` imports this module only where one of them is asked for, since the simulation loads numpy.
 """
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ltecli.charts.page import HTML_OPTION, check_html
+from ltecli.charts.plan_page import plan_html
 from ltecli.charts.timeline import bars, devices_text, legend, svg
 from ltecli.console import Output, plain_table
 from ltecli.output_paths import check_file, write_file
@@ -41,22 +44,31 @@ class ExplainArgs:
     rounds: int | None = None
     svg: Path | None = None
     force: bool = False
+    html: Path | None = None
+    """A page, which has all explanations."""
 
     @property
     def wants_timeline(self) -> bool:
         """Whether rounds must be simulated."""
-        return self.timeline or self.svg is not None
+        return self.timeline or self.svg is not None or self.html is not None
+
+    @property
+    def files(self) -> dict[str, Path | None]:
+        """Files to write, by option."""
+        return {SVG_OPTION: self.svg, HTML_OPTION: self.html}
 
     def check(self) -> None:
         """Raise InputError for options that cannot be met; called before anything is planned."""
         if self.rounds is not None and not 1 <= self.rounds <= MOST_ROUNDS:
             raise InputError(f"--rounds {self.rounds}: must be from 1 to {MOST_ROUNDS:,}")
-        if self.rounds is not None and not self.timeline and self.svg is None:
+        if self.rounds is not None and not self.wants_timeline:
             raise InputError(f"--rounds {self.rounds} counts the rounds of --timeline; add it, or leave --rounds away")
         if self.svg is not None:
             if self.svg.suffix.lower() != ".svg":
                 raise InputError(f"{SVG_OPTION} {self.svg}: the drawing is an SVG; name it {self.svg.stem}.svg")
             check_file(self.svg, self.force, "timeline.svg", SVG_OPTION)
+        if self.html is not None:
+            check_html(self.html, self.force)
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,7 @@ def explain_plan(plan: Plan, args: ExplainArgs) -> Explained:
     if plan.chosen is None:
         return Explained()
     # Each explanation takes seconds, so only what was asked for is computed.
-    why = explain(plan, plan.chosen) if args.why else None
+    why = explain(plan, plan.chosen) if args.why or args.html is not None else None
     outlook = look_ahead(plan, plan.chosen, args.rounds or ROUNDS) if args.wants_timeline else None
     return Explained(why, outlook)
 
@@ -88,12 +100,23 @@ def show_explained(plan: Plan, explained: Explained, args: ExplainArgs, output: 
     """Print the explanations."""
     if plan.chosen is None:
         return
-    if explained.why is not None:
+    if explained.why is not None and args.why:
         _show_why(explained.why, output)
-    if explained.outlook is not None:
+    # The page has both; who asks for it alone sees the verdict.
+    if explained.outlook is not None and (args.timeline or args.svg is not None):
         _show_outlook(plan.chosen, explained.outlook, output)
-        if args.svg is not None:
-            output.hint(f"wrote {args.svg}")
+    for path in (args.svg, args.html):
+        if path is not None:
+            output.hint(f"wrote {path}")
+
+
+def write_page(plan: Plan, explained: Explained, args: ExplainArgs, command: str) -> None:
+    """Write the page, where one is asked for; raises InputError where it cannot be written."""
+    if args.html is None:
+        return
+    outlook = explained.outlook
+    told = [shares_text(outlook), *outlook_lines(outlook)] if outlook else []
+    write_file(args.html, plan_html(plan, explained.why, outlook, told, command), HTML_OPTION)
 
 
 def write_picture(plan: Plan, explained: Explained, args: ExplainArgs) -> None:
@@ -137,8 +160,7 @@ def _show_outlook(chosen: Candidate, outlook: Outlook, output: Output) -> None:
         f"timeline: {rounds} of {devices}: {seconds_text(timeline.wall_s)}, {timeline.wall_s / outlook.planned_s:.3f}x "
         f"the closed form; the whole run {seconds_text(outlook.run_wall_s)}"
     )
-    shares = {kind: seconds / timeline.wall_s for kind, seconds in timeline.seconds.items()}
-    output.text("a device's time: " + ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items()))
+    output.text(shares_text(outlook))
     # A bar of many rounds would show nothing but noise.
     drawn = min(DRAWN_ROUNDS, timeline.rounds)
     if left_out := devices_text(timeline):
@@ -148,14 +170,27 @@ def _show_outlook(chosen: Candidate, outlook: Outlook, output: Output) -> None:
     for device, bar in bars(timeline).items():
         table.add_row(str(device), bar)
     output.table(table)
-    output.text(_worth_text(outlook))
-    output.text(_upgrade_text(outlook))
-    output.text(_churn_text(outlook.churn, timeline.devices))
+    for line in outlook_lines(outlook):
+        output.text(line)
+
+
+def outlook_lines(outlook: Outlook) -> list[str]:
+    """Return in words what more devices, faster links and lost devices would change."""
+    timeline = outlook.timeline
+    lines = [_worth_text(outlook), _upgrade_text(outlook), _churn_text(outlook.churn, timeline.devices)]
     if timeline.leaves:
         whole = timeline.devices * timeline.steps
-        output.text(
+        lines.append(
             f"by the profile, devices left {timeline.leaves:,} times: {timeline.device_steps / whole:.1%} trained"
         )
+    return lines
+
+
+def shares_text(outlook: Outlook) -> str:
+    """Return a line with the shares of a device's time."""
+    timeline = outlook.timeline
+    shares = {kind: seconds / timeline.wall_s for kind, seconds in timeline.seconds.items()}
+    return "a device's time: " + ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items())
 
 
 def _worth_text(outlook: Outlook) -> str:

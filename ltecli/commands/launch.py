@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ltecli.console import Output
 from ltecli.errors import INTERRUPTED
 from ltecli.output_paths import check_absent, unwritable
-from ltecli.runs.event_loggers import event_loggers
+from ltecli.runs.event_loggers import Callback, event_loggers
 from ltecli.runs.run_folder import RunFolder, stop_on_signal
 from ltecli.runs.summary import (
     RunResult,
@@ -29,13 +29,13 @@ from ltecli.runs.summary import (
     start_facts,
 )
 from simulate.common.errors import InputError, RunFailedError
-from simulate.common.events import Emit, EventFile
+from simulate.common.events import PROGRESS, Emit, Event, EventFile
 from simulate.common.limits import usable_cores
-from simulate.common.run_files import CHECKPOINTS, LOGS, RUN_FILE
+from simulate.common.run_files import LOGS, RUN_FILE
 from simulate.config.profiles import is_profile_path
 from simulate.config.run import load_given_run
 from simulate.launch.agent import Launch, Node
-from simulate.launch.heartbeat import is_node_alive
+from simulate.launch.heartbeat import LaunchProgress, is_node_alive
 from simulate.launch.keys import LINKS, START
 from simulate.launch.preflight.address import address_text, address_to_join, loopback_interface
 from simulate.launch.preflight.link_figures import LinkFigures
@@ -48,6 +48,7 @@ from simulate.launch.supervisor import run_supervised
 if TYPE_CHECKING:
     import torch
 
+    from ltecli.runs.status import StatusFile
     from simulate.config.run import Run
 
 
@@ -114,6 +115,12 @@ def check_launch(run: Run, device: torch.device, options: LaunchArgs) -> None:
             f"cluster.backend = 'gloo' sends tensors of CPUs only, and this run is on {device.type}; use auto, or "
             "--device cpu"
         )
+    if live := run.live_keys:
+        key, name = next(iter(live.items()))
+        raise InputError(
+            f"{key} = {name!r} is an object of this Python process, and a launch starts others; name module:factory "
+            "(module:function for a loss, a path for data), or simulate the run"
+        )
     processes = options.processes or default_processes(run, device, options.nodes)
     gpus = None if device.type == "cpu" else accelerator.count(device.type)
     if gpus is not None and processes > gpus:
@@ -148,8 +155,9 @@ def default_processes(run: Run, device: torch.device, nodes: int) -> int:
 
 
 def launch_run(
-    folder: RunFolder, device: torch.device, options: LaunchArgs, output: Output, warnings: Sequence[str]
-) -> int:
+    folder: RunFolder, device: torch.device, options: LaunchArgs, output: Output, warnings: Sequence[str],
+    status: StatusFile, callback: Callback,
+) -> int:  # fmt: skip
     """Train the folder's run in processes of this node; returns the exit code. `warnings` are about this machine."""
     run, number = folder.run, options.node or 0
     processes = options.processes or default_processes(run, device, options.nodes)
@@ -158,7 +166,10 @@ def launch_run(
         # Of several nodes, others may still lack their last checkpoint, so those meet all the same.
         report_finished(folder, output)
         return 0
-    with ExitStack() as stack, stop_on_signal() as stops:
+    stopping = stop_on_signal(lambda: status.answer_stop(output.hint), status.leave, callback.stops)
+    with ExitStack() as stack, stopping as stops:
+        if options.nodes > 1:
+            status.begin("meeting the other nodes")
         preflight = stack.enter_context(_preflight(folder, processes, options, output, warnings))
         result = preflight.run()
         nodes = result.nodes
@@ -180,11 +191,26 @@ def launch_run(
         output.hint(
             f"  launched: {processes} processes on {node.address} ({node.interface}), logs in {folder.path / LOGS}"
         )
-        on_event: Emit | None = None
+        loggers: Emit | None = None
         if number == 0:  # the others have no events
+            status.begin("measuring")
             _store_facts(launch, folder, device, result.links)
-            on_event = stack.enter_context(event_loggers(folder.path, run, output, _newest_step(folder)))
-        outcome = run_supervised(launch, on_event, folder.events, stops)
+            loggers = stack.enter_context(event_loggers(folder.path, run, output, folder.newest_step, callback))
+
+        def on_event(event: Event) -> None:
+            status(event)
+            if loggers is not None:
+                loggers(event)
+
+        def on_progress(progress: LaunchProgress) -> None:
+            status.progress(progress)
+            if loggers is not None:
+                loggers({"kind": PROGRESS, "step": progress.step})
+
+        status.begin("starting")
+        outcome = run_supervised(launch, on_event if number == 0 else None, on_progress, folder.events, stops)
+        if number and "step" in outcome:
+            status({"kind": outcome["kind"], "step": outcome["step"]})
     # Rank 0's process has ended, so this process may append to its event file. A failure has no step.
     if launch.wire_sent_bytes is not None and options.nodes > 1 and "step" in outcome:
         with closing(EventFile(folder.events)) as events:
@@ -277,15 +303,6 @@ def _to_copy(run_file: Path | str) -> str:
     profile = load_given_run(Path(run_file)).cluster.profile
     is_beside = is_profile_path(profile) and Path(profile).resolve() != Path(run_file).resolve()
     return f"{run_file}, its profile {profile} and its data" if is_beside else f"{run_file} and its data"
-
-
-def _newest_step(folder: RunFolder) -> int:
-    """Return the newest checkpoint's step, 0 without one.
-
-    The folder of one of several nodes has no whole checkpoint. The run continues from this step or from an earlier one.
-    """
-    saved = sorted(folder.path.glob(f"{CHECKPOINTS}/step-*"))
-    return int(saved[-1].name.rpartition("-")[2]) if saved else 0
 
 
 def _store_facts(launch: Launch, folder: RunFolder, device: torch.device, links: Sequence[LinkFigures]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ltecli.commands.verify import Verified, too_large_text, verify_choice
 from ltecli.console import Output, memory_text, plain_table
-from ltecli.output_paths import check_file, write_file
+from ltecli.output_paths import CsvTarget, check_distinct, check_file, write_file
 from ltecli.plan_request import PlanArgs, plan_request
 from simulate.common.errors import NothingFeasibleError
 from simulate.common.run_files import RUN_FILE
@@ -22,6 +22,7 @@ from simulate.config.hardware import Device
 from simulate.config.run import dump_run, with_absolute_paths
 from simulate.costs.memory import Memory
 from simulate.planning.candidate import Candidate, Rejected, candidate_of, describe
+from simulate.planning.plan_csv import candidates_csv
 from simulate.planning.planner import Plan
 from simulate.planning.time_ranges import equivalent_range, time_range, time_text, wall_range
 from simulate.planning.verdict import Verdict, verdict_of
@@ -39,24 +40,28 @@ SECONDARY = ("sent/round", "step", "round", "x samples")
 
 def plan_command(
     request: PlanArgs, out: Path | None, force: bool, top: int | None, as_json: bool,
-    to_explain: ExplainArgs | None = None, verify: bool = False, show_all: bool = False,
+    to_explain: ExplainArgs | None = None, verify: bool = False, show_all: bool = False, csv: Path | None = None,
+    command: str = "",
 ) -> int:  # fmt: skip
     """Plan, show, and write the choice where `out` asks for it; raises NothingFeasibleError where nothing fits.
 
     The verdict is shown, or with `show_all` every figure and note. With `verify`, trace the choice's training on fake
     tensors, and compare its memory with the plan; raises NothingFeasibleError, and writes nothing, where the device
-    cannot hold what was traced.
+    cannot hold what was traced. `csv` is a file for all candidates, "-" for stdout in the place of what is printed, and
+    `command` the command line for a page's foot.
     """
+    table = CsvTarget.of(csv, force, as_json)
+    check_distinct({"-o": out, "--csv": table.path, **(to_explain.files if to_explain else {})})
     if out is not None:
         check_file(out, force, RUN_FILE)
     if to_explain is not None:
         # Refuse wrong options before seconds are spent on the plan.
         to_explain.check()
     plan = plan_request(request, to_train=out is not None)
-    output = Output(as_json)
+    output = Output(as_json, is_mute=table.is_stdout)
     explained = None
     if to_explain is not None:
-        from ltecli.commands.explain import explain_plan, show_explained, write_picture
+        from ltecli.commands.explain import explain_plan, show_explained, write_page, write_picture
 
         explained = explain_plan(plan, to_explain)
     verified = verify_choice(plan) if verify and plan.chosen is not None else None
@@ -66,6 +71,9 @@ def plan_command(
         write_run(out, plan)
     if explained is not None and to_explain is not None:
         write_picture(plan, explained, to_explain)
+        write_page(plan, explained, to_explain, command)
+    if table.is_wanted:
+        table.write(candidates_csv(plan, top))
     if as_json:  # building the JSON of thousands of candidates takes time
         added = explained.to_dict() if explained else {"why": None, "timeline": None}
         output.json(
@@ -77,7 +85,7 @@ def plan_command(
             }
         )
     if show_all or top is not None:
-        _show(plan, output, top or SHOWN_CANDIDATES)
+        show_details(plan, output, top or SHOWN_CANDIDATES)
     else:
         show_verdict(verdict, output)
     if explained is not None and to_explain is not None:
@@ -88,6 +96,8 @@ def plan_command(
         raise NothingFeasibleError(nearest_miss_text(plan))
     if verified and not verified.fits:
         raise NothingFeasibleError(too_large_text(plan, verified))
+    if table.path is not None:
+        output.hint(f"wrote {table.path}")
     if out is not None:
         output.hint(f"wrote {out}; next: lte train {out}")
     else:
@@ -149,8 +159,9 @@ def nearest_miss_text(plan: Plan) -> str:
     )
 
 
-def _show(plan: Plan, output: Output, top: int) -> None:
-    shape, base = plan.base.model.shape(), plan.base
+def show_details(plan: Plan, output: Output, top: int = SHOWN_CANDIDATES) -> None:
+    """Print all figures and notes, and the `top` best candidates."""
+    shape, base = plan.base.shape(), plan.base
     output.heading(
         f"{shape.name}: {shape.all_parameters:,} parameters ({shape.adapted_parameters:,} adapted), "
         f"{plan.tokens:,} {base.model.unit} on {base.cluster.devices} x {plan.profile.name}"

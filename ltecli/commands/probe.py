@@ -79,7 +79,7 @@ def probe_command(
 
 def needed_bytes(run: Run) -> int:
     """Return the bytes of a probe: a dense step on all devices' samples, sums of gradients, two snapshots."""
-    shape, element_bytes, devices = run.model.shape(), ELEMENT_BYTES[run.train.dtype], run.cluster.devices
+    shape, element_bytes, devices = run.shape(), ELEMENT_BYTES[run.train.dtype], run.cluster.devices
     # One dense device on all devices' samples: the planner's formula of its memory is the probe's, too.
     dense = run.model_copy(
         update={

@@ -1,45 +1,113 @@
-"""lte report: show one run in full, or compare several side by side.
+"""lte report: show one run in full, or compare several side by side, in the terminal, as a page or as a table of CSV.
 
-runs/figures.py reads the figures; this module prints planned, simulated, counted and measured ones beside each other.
+runs/figures.py reads the figures, runs/comparison.py compares them in words; this module prints planned, simulated,
+counted and measured ones beside each other, and writes what --html and --csv ask for.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltecli.charts.curve import draw_curve
+from rich.text import Text
+
+from ltecli.charts.curve import COLOURS, MARKS, draw_curve, draw_overlay
 from ltecli.charts.diagnostics import diagnostics_table, last_rows
-from ltecli.console import Output, memory_text, plain_table, scores_text
+from ltecli.charts.page import HTML_OPTION, check_html
+from ltecli.charts.report_page import report_html
+from ltecli.console import Output, plain_table, scores_text
+from ltecli.output_paths import CsvTarget, check_distinct, write_file
+from ltecli.runs.comparison import (
+    common_loss,
+    explanations,
+    incomparable,
+    loss_text,
+    overview,
+    planned_and_measured,
+    run_labels,
+    savings,
+    verdict,
+)
+from ltecli.runs.evaluations import evaluations_csv, finite_evaluations
 from ltecli.runs.figures import RunRecord, figures, read_run
-from simulate.common.processor import machine_text
-from simulate.common.units import bytes_text, seconds_text
-from simulate.config.method_table import BASELINE
+from ltecli.runs.run_table import Group, differences, group_runs, run_table, table_notes
+from ltecli.runs.sweep_folder import is_sweep
+from ltecli.runs.sweep_report import read_sweep, report_sweep
+from simulate.common.errors import InputError
+from simulate.common.processor import distinct, machine_text
+from simulate.common.units import seconds_text
 from simulate.planning.candidate import describe
 
-TIMES = 2.0
-"""Ratio from which a change is told as a multiple, not in per cent."""
+CURVE_WIDTH = 100
+"""Most columns of a curve: a wider one shows no more."""
+MOST_COLUMNS = 4
+"""Most runs with a column each; of more, each setting has a row with the figures that matter most."""
+AXIS_WIDTH = 10
+"""Columns left of a curve."""
 
 
-def report_command(paths: list[Path], as_json: bool) -> None:
-    """Print the figures of run folders; --json gives an object for one run and {runs: [...]} for several."""
-    output = Output(as_json)
-    records = [read_run(path, output.warning) for path in paths]
+@dataclass(frozen=True)
+class ReportFiles:
+    """Files that a report writes beside what it prints, and the command line for the page's foot."""
+
+    html: Path | None = None
+    csv: Path | None = None
+    force: bool = False
+    command: str = ""
+
+
+def report_command(paths: list[Path], as_json: bool, to_write: ReportFiles = ReportFiles()) -> None:
+    """Print the figures of run folders; --json gives an object for one run and {runs: [...]} for several.
+
+    --csv - prints the evaluations in the place of both.
+    """
+    csv = CsvTarget.of(to_write.csv, to_write.force, as_json)
+    if to_write.html is not None:
+        check_html(to_write.html, to_write.force)
+    check_distinct({"--html": to_write.html, "--csv": csv.path})
+    output = Output(as_json, is_mute=csv.is_stdout)
+    sweeps = [path for path in paths if is_sweep(path)]
+    if sweeps and len(paths) > 1:
+        raise InputError(f"{sweeps[0]} is a sweep, which is reported alone; name its run folders to compare runs")
+    sweep = read_sweep(sweeps[0], output.warning) if sweeps else None
+    if sweep and not sweep.records and (csv.is_wanted or to_write.html):
+        raise InputError(f"{sweep.path} has no finished run yet; to go on: {sweep.sweep.command}")
+    records = list(sweep.records) if sweep else [read_run(path, output.warning) for path in paths]
     # People and scripts get the same figures: what is printed is read from what --json gives.
-    documents = [figures(record) for record in records]
-    if len(records) == 1:
+    documents = list(sweep.figures) if sweep else [figures(record) for record in records]
+    # Files come before what is printed: whoever reads that may leave early, as head does.
+    if to_write.html is not None:
+        write_file(to_write.html, report_html(records, documents, to_write.command), HTML_OPTION)
+    if csv.is_wanted:
+        csv.write(evaluations_csv(records))
+    if sweep:
+        report_sweep(sweep, output)
+    elif len(records) == 1:
         output.json(documents[0])
-        _show_one(records[0], documents[0], output)
+        show_one(records[0], documents[0], output)
     else:
-        output.json({"version": documents[0]["version"], "runs": documents})
-        _show_several(records, documents, output)
+        groups = group_runs(differences([record.run for record in records]), records, documents)
+        output.json(
+            {
+                "version": documents[0]["version"],
+                "runs": documents,
+                "groups": [group.to_dict() for group in groups],
+            }
+        )
+        _show_several(records, documents, groups, output)
+    for path in (to_write.html, csv.path):
+        if path is not None:
+            output.hint(f"wrote {path}")
 
 
-def _show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None:
+def show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None:
+    """Print the figures of one run."""
     run = record.run
     output.heading(
         f"{record.path}: {describe(run)} on {run.cluster.devices} x {record.plan['profile']}, "
-        f"{run.model.name} with {run.model.shape().all_parameters:,} parameters"
+        f"{run.model.name} with {run.shape().all_parameters:,} parameters"
     )
     done, planned = figure["steps"], figure["planned_steps"]
     # A run folder does not show whether its process still runs.
@@ -49,33 +117,39 @@ def _show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None
     if restarts := figure["restarts"]["count"]:
         output.text(_restarts_text(restarts, figure["restarts"]))
     output.text(
-        f"train loss {_number(figure['train_loss'])}, {scores_text(figure['val_loss'], figure['val_accuracy'])}"
+        f"train loss {loss_text(figure['train_loss'])}, {scores_text(figure['val_loss'], figure['val_accuracy'])}"
     )
     if figure["worse_than_guessing"]:
         output.text(figure["worse_than_guessing"])
-    table = plain_table("", "planned", "simulated", "counted", "measured", "dense, planned")
-    rows = [
-        ("memory per device", "memory_bytes", bytes_text),
-        ("sent per device", "sent_bytes_per_device", bytes_text),
-        ("wall-clock", "wall_s", seconds_text),
-        ("per step", "step_s", seconds_text),
-    ]
-    for label, key, text in rows:
-        values = figure[key]
-        dense = figure["dense"] and figure["dense"][key]
-        cells = (values.get(k) for k in ("planned", "simulated", "counted", "measured"))
-        table.add_row(label, *(text(v) for v in cells), text(dense))
+    header, rows = planned_and_measured(figure)
+    table = plain_table(*header)
+    for row in rows:
+        table.add_row(*row)
     output.table(table)
-    for line in (*_savings(figure), *_explanations(figure, record.is_launched)):
+    for line in (*savings(figure), *explanations(record, figure)):
         output.text(line)
     if figure["diagnostics"]:
         output.text("")
         output.table(diagnostics_table(figure["diagnostics"]))
-    curve = draw_curve(record.curve("train_loss"))
-    if curve:
-        output.text("\ntraining loss")
-        for line in curve:
-            output.text(line)
+    curves = {
+        "training loss": "train_loss",
+        "validation loss": "val_loss",
+        "validation accuracy, top-1": "val_accuracy",
+    }
+    for title, key in curves.items():
+        points = [point for point in record.curve(key) if math.isfinite(point[1])]
+        # One point is no curve, but of a run's only loss one wants to see that it is there.
+        if len(points) > 1 or (points and key == "train_loss"):
+            output.text(f"\n{title}")
+            width = _curve_width(output)
+            # A few evaluations are as wide as many steps.
+            wide = [points[column * len(points) // width] for column in range(width)]
+            for line in draw_curve(wide if len(points) < width else points, width):
+                output.text(line)
+
+
+def _curve_width(output: Output) -> int:
+    return min(CURVE_WIDTH, output.console.width) - AXIS_WIDTH
 
 
 def _restarts_text(count: int, restarts: dict[str, Any]) -> str:
@@ -86,75 +160,47 @@ def _restarts_text(count: int, restarts: dict[str, Any]) -> str:
     )
 
 
-def _savings(figure: dict[str, Any]) -> list[str]:
-    """Return a line that compares planned figures with those of dense training; none for dense training itself."""
-    dense = figure["dense"]
-    if dense is None or figure["method"] == BASELINE or not figure["steps"]:
-        return []
-    parts = []
-    for key, less, what in (
-        ("memory_bytes", "less", "memory"),
-        ("sent_bytes_per_device", "fewer", "bytes sent"),
-        ("wall_s", "less", f"time for the same {figure['unit']}"),
-    ):
-        ours = figure[key]["planned"]
-        # A run on one device sends nothing, and has no ratio.
-        if ours and dense[key]:
-            parts.append(f"{change_text(ours / dense[key], less)} {what}")
-    unfit = "" if dense["fits"] else " (dense does not fit this hardware)"
-    return [f"beside dense, planned: {', '.join(parts)}{unfit}"]
+def _show_several(
+    records: list[RunRecord], documents: list[dict[str, Any]], groups: list[Group], output: Output
+) -> None:
+    output.text(verdict(records, documents))
+    rows = [finite_evaluations(record) for record in records]
+    is_comparable = incomparable(records) is None
+    output.text("")
+    diagnoses = last_rows([figure["diagnostics"] for figure in documents])
+    if len(records) <= MOST_COLUMNS and len(groups) == len(records):
+        cells = overview(records, documents, common_loss(rows) if is_comparable else None)
+        _print_columns(records, [*cells, *diagnoses], output)
+    else:  # a row for each setting, over its seeds
+        facts = {
+            "method": {describe(record.run) for record in records},
+            "network": {f"{r.run.model.name} with {r.run.model.shape().all_parameters:,} parameters" for r in records},
+            "hardware": {f"{record.run.cluster.devices} x {record.plan['profile']}" for record in records},
+        }
+        if shared := [next(iter(texts)) for texts in facts.values() if len(texts) == 1]:
+            output.text(f"all {len(records)} runs: {'; '.join(shared)}")
+        output.table(*run_table(groups, named=True))
+        for note in table_notes(groups, named=True):
+            output.text(note)
+        for machine in distinct(machine for figure in documents for machine in figure["machines"]):
+            output.text(f"trained on: {machine_text(machine)}")
+        if diagnoses:
+            _print_columns(records, diagnoses, output)
+    curve = draw_overlay(
+        [[(row.samples, row.val_loss) for row in rows_of_run] for rows_of_run in rows], "samples", _curve_width(output)
+    )
+    if curve and is_comparable:
+        output.text("\nvalidation loss")
+        for line in curve:
+            output.text(line)
+        for number, label in enumerate(run_labels([record.path for record in records])):
+            mark = Text(f"{' ' * AXIS_WIDTH}{MARKS[number % len(MARKS)]} ", style=COLOURS[number % len(COLOURS)])
+            output.text(mark.append(label, style="default"))
 
 
-def change_text(ratio: float, less: str) -> str:
-    """Return a ratio to dense in words: 12 % more, 4.2 times fewer."""
-    if not 1 / TIMES < ratio < TIMES:
-        return f"{max(ratio, 1 / ratio):.3g} times {'more' if ratio > 1 else less}"
-    return "the same" if round(ratio, 2) == 1 else f"{abs(ratio - 1):.0%} {'more' if ratio > 1 else less}"
-
-
-def _explanations(figure: dict[str, Any], is_launched: bool) -> list[str]:
-    """Return lines on what the table's memory and time include, and on the machines that trained."""
-    memory = figure["memory_bytes"]
-    # The same column means two things, so the line under the table says which.
-    here = "the launched processes' time" if is_launched else "this machine's time for simulating all devices"
-    return [
-        f"memory: planned {memory_text(memory['planned'], memory['allocator'], memory['reserved'])}; the table has the "
-        "tensors, measured as the allocator's peak of one device's program, run alone",
-        "time: with evaluations and a launched run's checkpoints; simulated is the time of the profile's hardware; "
-        f"measured is {here}",
-        *(f"trained on: {machine_text(machine)}" for machine in figure["machines"]),
-    ]
-
-
-def _show_several(records: list[RunRecord], documents: list[dict[str, Any]], output: Output) -> None:
+def _print_columns(records: list[RunRecord], cells: list[tuple[str, list[str]]], output: Output) -> None:
+    """Print a row for each figure and a column for each run, since people compare along rows."""
     table = plain_table("", *(str(record.path) for record in records))
-    rows: list[tuple[str, Any]] = [
-        ("method", lambda r, f: describe(r.run)),
-        ("profile", lambda r, f: f"{f['devices']} x {r.plan['profile']}"),
-        ("trained on", lambda r, f: ", ".join(m["processor"] for m in f["machines"]) or "-"),
-        ("steps", lambda r, f: f"{f['steps']:,} of {f['planned_steps']:,}"),
-        ("tokens", lambda r, f: f"{f['tokens']:,}" if f["unit"] == "tokens" else "-"),
-        ("samples", lambda r, f: f"{f['samples']:,}"),
-        ("train loss", lambda r, f: _number(f["train_loss"])),
-        ("validation loss", lambda r, f: _number(f["val_loss"])),
-        ("top-1 accuracy", lambda r, f: "-" if f["val_accuracy"] is None else f"{f['val_accuracy']:.2%}"),
-        ("memory per device, planned", lambda r, f: bytes_text(f["memory_bytes"]["planned"])),
-        ("memory per device, measured", lambda r, f: bytes_text(f["memory_bytes"]["measured"])),
-        ("sent per device, planned", lambda r, f: bytes_text(f["sent_bytes_per_device"]["planned"])),
-        ("sent per device, counted", lambda r, f: bytes_text(f["sent_bytes_per_device"]["counted"])),
-        ("wall-clock, planned", lambda r, f: seconds_text(f["wall_s"]["planned"])),
-        ("wall-clock, simulated", lambda r, f: seconds_text(f["wall_s"]["simulated"])),
-        ("wall-clock, measured", lambda r, f: seconds_text(f["wall_s"]["measured"])),
-        ("step, simulated", lambda r, f: seconds_text(f["step_s"]["simulated"])),
-        ("step, measured", lambda r, f: seconds_text(f["step_s"]["measured"])),
-    ]
-    # One row a figure and one column a run, since people compare along rows.
-    for label, cell in rows:
-        table.add_row(label, *(cell(r, f) for r, f in zip(records, documents, strict=True)))
-    for label, cells in last_rows([figure["diagnostics"] for figure in documents]):
-        table.add_row(label, *cells)
+    for label, values in cells:
+        table.add_row(label, *values)
     output.table(table)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

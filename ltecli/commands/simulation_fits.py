@@ -40,7 +40,7 @@ def check_simulation_fits(run: Run, device: torch.device, is_tiny: bool, process
     """Raise InputError where this machine cannot hold all devices of a run in so many processes."""
     on_gpu = device.type != "cpu"
     room = _rooms(device)
-    shape = run.model.shape()
+    shape = run.shape()
     short = _short(run, shape, room)
     if short is None:
         needed = processes_bytes(run, processes)
@@ -73,11 +73,16 @@ def fits_in_processes(run: Run, processes: int, data_bytes: int) -> bool:
 
 def processes_bytes(run: Run, processes: int) -> int:
     """Return the host's bytes that a simulation in several processes needs, an upper bound."""
-    shape, one = run.model.shape(), detect_local().device[0]
+    shape, one = run.shape(), detect_local().device[0]
     share = _with_devices(run, -(-run.cluster.devices // processes))
     # What devices exchange is in each process once more, as it leaves and as it arrives from all.
     arriving = 2 * sum(part.exchange.sent_bytes for part in schedule(run, shape))
     return processes * (simulated_memory(share, shape, one).process + (arriving if processes > 1 else 0))
+
+
+def host_memory_bytes(run: Run, device: torch.device) -> int:
+    """Return the bytes of the host's memory that a process needs which simulates all devices of a run."""
+    return dict(_needed(run, run.shape(), device.type != "cpu"))["host"]
 
 
 def _rooms(device: torch.device) -> dict[str, int]:

@@ -21,21 +21,24 @@ from ltecli.console import Output
 from ltecli.errors import DONE, INTERRUPTED
 from ltecli.plan_request import PlanArgs, plan_request
 from ltecli.runs.calibrating import calibrate_here
-from ltecli.runs.event_loggers import event_loggers
+from ltecli.runs.event_loggers import Callback, event_loggers
 from ltecli.runs.external_loggers import check_loggers
+from ltecli.runs.lock import lock_folder
 from ltecli.runs.run_folder import (
+    RUNS,
     RunFolder,
     check_new,
     extended_folder,
     interrupted_by_sigterm,
     keep_extension,
-    lock_folder,
     new_folder,
     prepare_events,
     resumed_folder,
+    run_name,
     stop_on_signal,
 )
 from ltecli.runs.simulation_split import check_processes, pick_split, split_facts, threads_of_torch
+from ltecli.runs.status import StatusFile
 from ltecli.runs.summary import (
     RunResult,
     measured_memory_bytes,
@@ -44,18 +47,22 @@ from ltecli.runs.summary import (
     report_result,
     start_facts,
 )
+from simulate.common import toml_io
 from simulate.common.errors import InputError, NothingFeasibleError, RunFailedError
 from simulate.common.processor import machine_facts
 from simulate.common.run_files import CHECKPOINTS, LOGS
 from simulate.config.run import Run, build_run, load_given_run, with_absolute_paths
+from simulate.config.tables import data_key
 from simulate.training.checkpoints import list_checkpoints, saved_devices
 
 if TYPE_CHECKING:
     import torch
 
-    from simulate.common.events import Event
+    from simulate.common.events import Emit, Event
+    from simulate.launch.simulated import Companions
+    from simulate.planning.simulation_split import Split
+    from simulate.training.loop import Session
 
-RUNS = Path("runs")
 DEMO_NAME = "demo"
 DEMO_TOKENS = 400_000
 """Tokens of a run without a run.toml: about a minute of training on two cores."""
@@ -90,26 +97,36 @@ def train_command(
     ignores_memory: bool = False,
 ) -> int:
     """Train a run to its end, simulated or launched; returns the exit code. `processes` are those of a simulation."""
+    output = Output(as_json, quiet or as_json)
+    if launch is not None and launch.nodes > 1 and launch.node is None:
+        return print_lines(given, launch, output)
+    return train_run(given, out, resume, device_name, args, launch, output, ignores_memory, processes=processes)[1]
+
+
+def train_run(
+    given: Path | Run | None, out: Path | None, resume: bool, device_name: str, args: TrainArgs,
+    launch: LaunchArgs | None, output: Output, ignores_memory: bool = False, on_event: Emit | None = None,
+    processes: int | None = None,
+) -> tuple[Path, int]:  # fmt: skip
+    """Train what is given to its end: a run.toml, a run, a run folder to resume, or without one a plan made now.
+
+    Returns the run folder and the exit code. `on_event` gets each event; what it raises ends the run with a checkpoint,
+    and is raised here. `lte train` and ltecli.api call it.
+    """
+    callback = Callback(on_event)
     # From the first moment: a folder may be made and nothing trained when the signal comes.
     with interrupted_by_sigterm():
-        output = Output(as_json, quiet or as_json)
-        return _train(given, out, resume, device_name, args, launch, processes, output, ignores_memory)
+        result = _train(given, out, resume, device_name, args, launch, output, ignores_memory, callback, processes)
+    if callback.failure is not None:
+        raise callback.failure
+    return result
 
 
 def _train(
-    given: Path | None,
-    out: Path | None,
-    resume: bool,
-    device_name: str,
-    args: TrainArgs,
-    launch: LaunchArgs | None,
-    processes: int | None,
-    output: Output,
-    ignores_memory: bool,
-) -> int:
-    if launch is not None and launch.nodes > 1 and launch.node is None:
-        return print_lines(given, launch, output)
-    if given is not None and given.is_dir() and not resume:
+    given: Path | Run | None, out: Path | None, resume: bool, device_name: str, args: TrainArgs,
+    launch: LaunchArgs | None, output: Output, ignores_memory: bool, callback: Callback, processes: int | None,
+) -> tuple[Path, int]:  # fmt: skip
+    if isinstance(given, Path) and given.is_dir() and not resume:
         raise InputError(f"{given} is a run folder; add --resume to continue it, or name a run.toml")
     folder = _resumed(given, out, args) if resume else None
     path, run = (folder.path, folder.run) if folder else (out or RUNS / _name(given, args), _run(given, args))
@@ -136,18 +153,22 @@ def _train(
     folder = folder or new_folder(path, run, device_name)
     try:
         # The lock is released before the folder is removed: Windows removes no open file.
-        with _removed_unless_begun(folder, resume), lock_folder(path):
+        status = StatusFile(
+            path, folder.run, folder.newest_step, output.warning, launch.words() if launch else "",
+            lambda: _next_move(folder, launch),
+        )  # fmt: skip
+        with _removed_unless_begun(folder, resume), lock_folder(path), status:
             if resume and args.assignments and given == path:
                 keep_extension(folder)
             if launch is None or launch.nodes == 1:  # the nodes of a launch tell each other in the preflight
                 for warning in warnings:
                     output.warning(warning)
             if launched is not None:
-                return launch_run(folder, device, launched, output, warnings)
-            code = _simulate(folder, device, processes, output)
+                return path, launch_run(folder, device, launched, output, warnings, status, callback)
+            code = _simulate(folder, device, processes, output, status, callback)
         if device.type == "cpu" and code == DONE:
             calibrate_here(output)
-        return code
+        return path, code
     except OSError as error:
         raise RunFailedError(f"{error.strerror}: {error.filename or path}; {_next_move(folder, launch)}") from error
     except RunFailedError as error:
@@ -156,50 +177,34 @@ def _train(
         raise KeyboardInterrupt(f"interrupted; {_next_move(folder, launch)}") from None
 
 
-def _simulate(folder: RunFolder, device: torch.device, processes: int | None, output: Output) -> int:
+def _simulate(
+    folder: RunFolder, device: torch.device, processes: int | None, output: Output, status: StatusFile,
+    callback: Callback,
+) -> int:  # fmt: skip
     """Train all devices, in this process or with others that it starts; returns the exit code."""
     report_derived(folder, output)
     if folder.is_finished:
         report_finished(folder, output)
         return 0
-    from simulate.common.events import EventFile
     from simulate.launch.simulated import Companions, begin, simulation_session
-    from simulate.training.loop import train
 
     split = pick_split(folder, device, processes, output)
     companions = Companions(folder.path, folder.run, split.processes, split.threads)
     with threads_of_torch(split.threads), companions.started(folder.resume_from):
+        status.begin("measuring")
         # Measured before the session exists, whose tensors would count as the device's. A resumed run keeps its figure.
         measured_bytes = None if folder.resume_from else measured_memory_bytes(folder, device)
         # From here on Ctrl-C saves first; before, there is nothing to save.
-        with stop_on_signal() as stops, companions.joined():
-            session = simulation_session(
-                folder.run, folder.profile, folder.data, folder.path / CHECKPOINTS, device, split.processes,
-                stop=lambda: bool(stops),
-            )  # fmt: skip
-            begin(session, folder.resume_from)
-            # A run that begins anew drops all events, as of an attempt that saved nothing.
-            prepare_events(folder, session.step if folder.resume_from else -1)
-            with (
-                # Loggers first: one that cannot be opened refuses a new run, whose folder then goes, as it has no events.
-                event_loggers(folder.path, folder.run, output, session.step) as loggers,
-                closing(EventFile(folder.events)) as file,
-                closing(session.communicator),
-            ):
-
-                def emit(event: Event) -> None:
-                    file(event)
-                    loggers(event)
-
-                session.emit, facts = emit, split_facts(split)
-                if folder.resume_from:
-                    session.emit({"kind": "resume", "step": session.step, "machines": [machine_facts()], **facts})
-                else:
-                    session.emit({"kind": "start", "step": 0, **start_facts(folder, device), **facts})
-                    session.emit({"kind": "memory", "step": 0, "measured_bytes": measured_bytes})
-                kind = "end" if train(session) else "interrupt"
-                companions.wait_for_the_end()
-                session.emit({"kind": kind, "step": session.step, "wall_s": session.elapsed_s()})
+        with stop_on_signal(lambda: status.answer_stop(output.hint), status.leave, callback.stops) as stops:
+            status.begin("building the network")
+            with companions.joined():
+                session = simulation_session(
+                    folder.run, folder.profile, folder.data, folder.path / CHECKPOINTS, device, split.processes,
+                    stop=lambda: bool(stops),
+                )  # fmt: skip
+                status.follow(session.activity, session.stopping_text)
+                begin(session, folder.resume_from)
+                kind = _trained(folder, device, session, split, measured_bytes, companions, output, status, callback)
     if kind == "interrupt":
         output.hint(f"interrupted at step {session.step}, saved; continue with lte train {folder.path} --resume")
         return INTERRUPTED
@@ -210,10 +215,46 @@ def _simulate(folder: RunFolder, device: torch.device, processes: int | None, ou
     return 0
 
 
+def _trained(
+    folder: RunFolder, device: torch.device, session: Session, split: Split, measured_bytes: int | None,
+    companions: Companions, output: Output, status: StatusFile, callback: Callback,
+) -> str:  # fmt: skip
+    """Train a session that has begun, whose events go into the folder and to all loggers; returns how it ended."""
+    from simulate.common.events import EventFile
+    from simulate.training.loop import train
+
+    # A run that begins anew drops all events, as of an attempt that saved nothing.
+    prepare_events(folder, session.step if folder.resume_from else -1)
+    with (
+        closing(session.communicator),
+        # Loggers first: one that cannot be opened refuses a new run, whose folder then goes, as it has no events.
+        event_loggers(folder.path, folder.run, output, session.step, callback) as loggers,
+        closing(EventFile(folder.events)) as file,
+    ):
+
+        def emit(event: Event) -> None:
+            file(event)
+            status(event)
+            loggers(event)
+
+        session.emit, facts = emit, split_facts(split)
+        if folder.resume_from:
+            session.emit({"kind": "resume", "step": session.step, "machines": [machine_facts()], **facts})
+        else:
+            session.emit({"kind": "start", "step": 0, **start_facts(folder, device), **facts})
+            session.emit({"kind": "memory", "step": 0, "measured_bytes": measured_bytes})
+        kind = "end" if train(session) else "interrupt"
+        companions.wait_for_the_end()  # by then all have saved
+        session.emit({"kind": kind, "step": session.step, "wall_s": session.elapsed_s()})
+    return kind
+
+
 def _has_several_gpus(run: Run, device: torch.device) -> bool:
     """Whether this machine has several GPUs for the run's devices: they are then launched, to use all GPUs."""
     from simulate.layers import accelerator
 
+    if run.live_keys:  # other processes do not have them
+        return False
     return run.cluster.devices > 1 and device.type != "cpu" and accelerator.count(device.type) > 1
 
 
@@ -231,19 +272,23 @@ def _removed_unless_begun(folder: RunFolder, resume: bool) -> Iterator[None]:
         raise
 
 
-def _name(given: Path | None, args: TrainArgs) -> str:
+def _name(given: Path | Run | None, args: TrainArgs) -> str:
     """Return the run folder's default name: the run.toml's own name, or its folder's where it is called run.toml."""
-    name = DEMO_NAME if given is None else given.parent.resolve().name if given.stem == "run" else given.stem
+    assert not isinstance(given, Run), "who gives a run names its folder"
+    name = DEMO_NAME if given is None else run_name(given)
     return f"{name}-tiny" if args.tiny else name
 
 
-def _run(given: Path | None, args: TrainArgs) -> Run:
-    """Return the run of a run.toml, or else of a plan made now, with the command line's args."""
-    if given is not None:
+def _run(given: Path | Run | None, args: TrainArgs) -> Run:
+    """Return a given run or that of a run.toml, or else of a plan made now, with the command line's args."""
+    if isinstance(given, Run):
+        table = with_absolute_paths(given).model_dump(exclude_none=True)
+        run = build_run(table, assigned=[toml_io.set_key(table, assignment) for assignment in args.assignments])
+    elif given is not None:
         run = with_absolute_paths(load_given_run(given, args.assignments, args.data))
     else:
         # The plan's run.toml is resumed from any folder, so its path must not depend on this one.
-        data = args.data and str(Path(args.data).absolute())
+        data = args.data and (args.data if data_key(args.data) == "name" else str(Path(args.data).absolute()))
         steps = any(assignment.replace(" ", "").startswith("train.steps=") for assignment in args.assignments)
         tokens = None if steps else DEMO_TOKENS
         plan = plan_request(PlanArgs(data=data, tokens=tokens, assignments=tuple(args.assignments)))
@@ -261,9 +306,9 @@ def _only_steps(args: TrainArgs) -> bool:
     return [assignment.partition("=")[0].strip() for assignment in args.assignments] == ["train.steps"]
 
 
-def _resumed(given: Path | None, out: Path | None, args: TrainArgs) -> RunFolder:
+def _resumed(given: Path | Run | None, out: Path | None, args: TrainArgs) -> RunFolder:
     """Open the folder to resume: the one given, or that of the given run.toml, which must be unchanged."""
-    if given is not None and given.is_dir():
+    if isinstance(given, Path) and given.is_dir():
         if out is None and args == TrainArgs(assignments=args.assignments) and _only_steps(args):
             return extended_folder(given, args.assignments[0])
         if out is not None or args:

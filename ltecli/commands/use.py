@@ -18,7 +18,7 @@ from simulate.common.errors import InputError
 from simulate.config.run import Run, build_run
 from simulate.data.images import Images
 from simulate.data.load import kept_tokenizer, load_data
-from simulate.data.text import Text
+from simulate.data.text import Text, has_fields
 from simulate.models.schema import text_sizes
 from simulate.training.checkpoints import data_of
 
@@ -52,15 +52,22 @@ def sample_command(path: Path, prompt: str, length: int, temperature: float, see
     return 0
 
 
-def eval_command(path: Path, data: str, as_json: bool) -> int:
+def eval_command(path: Path, data: str, field: str | None, as_json: bool) -> int:
     """Print loss, and perplexity or accuracy, on other data; raises InputError where it does not fit the network."""
     import torch
 
-    from simulate.layers.cross_entropy import row_losses
+    from simulate.models.losses import row_losses_of
 
     run, checkpoint = newest_checkpoint(path)
-    batches, samples = _scored_batches(run, data, kept_tokenizer(path), data_of(checkpoint))
+    keys = _data_keys(run, data, field)
+    try:
+        batches, samples = _scored_batches(run, keys, kept_tokenizer(path), data_of(checkpoint))
+    except InputError as error:
+        # The keys of run.toml are those of the run's own data; here an option names the field.
+        text = str(error).replace("--set data.field=", "--field ").replace("; remove the key", "; leave it out")
+        raise InputError(text.replace(f"data.field = {field!r}", f"--field {field}")) from None
     step, network = _network(run, checkpoint)
+    row_losses = row_losses_of(run.model)
     names, sums, count = ("loss", *batches.score_names), [0.0] * (1 + len(batches.score_names)), 0
     with torch.no_grad():
         for inputs, targets in batches.validation(samples, SAMPLES_AT_ONCE):
@@ -78,16 +85,31 @@ def eval_command(path: Path, data: str, as_json: bool) -> int:
     return 0
 
 
-def _scored_batches(run: Run, data: str, tokenizer: Path | None, fingerprint: str) -> tuple[Batches, int]:
+def _data_keys(run: Run, data: str, field: str | None) -> dict[str, str]:
+    """Return the [data] table of other data: records are read by the run's own field where none is given."""
+    if run.model.unit != "tokens":
+        if field is not None:
+            raise InputError(f"--field {field} is of records of text, and {run.model.name} reads images; leave it out")
+        return {"path": data}
+    if field is None and run.data.field is not None and has_fields(data):
+        field = run.data.field
+    return {"path": data, "tokenizer": run.data.tokenizer, **({} if field is None else {"field": field})}
+
+
+def _scored_batches(run: Run, keys: dict[str, str], tokenizer: Path | None, fingerprint: str) -> tuple[Batches, int]:
     """Return the batches of other data, and how many samples count: all of a text, of images the held-out ones.
 
     `fingerprint` is of the data that the run was trained on.
     """
     from simulate.data.batches import TextBatches, build_batches
 
+    if "data.name" in run.live_keys:
+        raise InputError(
+            f"{run.model.name} was trained on {run.data.name} of Python; score it there, with the "
+            "weights of run.state_dict()"
+        )
     # One device and no shards, since the data is not divided to be scored.
     table = run.model_dump(exclude_none=True)
-    keys = {"path": data, "tokenizer": run.data.tokenizer} if run.model.unit == "tokens" else {"path": data}
     other = build_run({**table, "data": keys, "cluster": {**table["cluster"], "devices": 1}})
     dataset = load_data(other, tokenizer)
     if isinstance(dataset, Text):  # nothing of it was trained on
@@ -96,6 +118,7 @@ def _scored_batches(run: Run, data: str, tokenizer: Path | None, fingerprint: st
         return TextBatches(whole, context, SAMPLES_AT_ONCE, 1, run.train.seed), len(whole.tokens) // (context + 1)
     trained = load_data(run)
     assert isinstance(trained, Images)
+    assert isinstance(dataset, Images)
     if trained.fingerprint != fingerprint:
         raise InputError(
             f"{run.data.path or run.data.name} is not what it was in training, and the network knows pixels as its own "
@@ -103,7 +126,7 @@ def _scored_batches(run: Run, data: str, tokenizer: Path | None, fingerprint: st
         )
     if dataset.classes != trained.classes:
         raise InputError(
-            f"--data {data} has the classes {', '.join(dataset.classes)}, and the network learned "
+            f"--data {keys['path']} has the classes {', '.join(dataset.classes)}, and the network learned "
             f"{', '.join(trained.classes)}; name images of the same classes"
         )
     alike = replace(dataset, mean=trained.mean, std=trained.std)

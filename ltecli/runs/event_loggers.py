@@ -1,4 +1,4 @@
-"""Loggers of a run's events beside events.jsonl: those of `train.loggers`, and a progress bar for people.
+"""Loggers of a run's events beside events.jsonl: those of `train.loggers`, a progress bar, and a user's function.
 
 `lte train` opens them with event_loggers, for simulated runs and on node 0 of launched ones.
 """
@@ -13,17 +13,37 @@ from typing import TYPE_CHECKING
 
 from ltecli.console import Output
 from ltecli.runs.external_loggers import EXTERNAL, scalars
-from simulate.common.events import Emit, Event
+from simulate.common.events import PROGRESS, Emit, Event
+from simulate.common.run_files import TENSORBOARD
 from simulate.common.units import bytes_text, seconds_text
 from simulate.config.run import Run
-from simulate.common.run_files import TENSORBOARD
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
+class Callback:
+    """A function of the user's that gets each event; one that raises ends the run with a checkpoint."""
+
+    def __init__(self, function: Emit | None = None) -> None:
+        self._function = function
+        self.failure: Exception | None = None
+        self.stops: list[bool] = []
+        """Has an entry once the run was asked to stop, by a signal or by a failure of the function."""
+
+    def __call__(self, event: Event) -> None:
+        # Progress between steps is for people, and stands in no file.
+        if self._function is None or self.failure is not None or event["kind"] == PROGRESS:
+            return
+        try:
+            self._function(dict(event))  # a copy: what it does to the event must not reach other loggers
+        except Exception as error:
+            self.failure = error
+            self.stops.append(True)
+
+
 @contextmanager
-def event_loggers(path: Path, run: Run, output: Output, step: int) -> Iterator[Emit]:
+def event_loggers(path: Path, run: Run, output: Output, step: int, callback: Callback) -> Iterator[Emit]:
     """Open the loggers for a run folder at `step`; yields a function that passes them an event. Raises InputError."""
     with ExitStack() as stack:
         loggers: list[Emit] = []
@@ -33,6 +53,7 @@ def event_loggers(path: Path, run: Run, output: Output, step: int) -> Iterator[E
             else:
                 loggers.append(stack.enter_context(EXTERNAL[name](path, run, output.warning)))
         loggers.append(stack.enter_context(ProgressBar(run, output, step)))
+        loggers.append(callback)  # last: what it does must not keep the others from the event
 
         def emit(event: Event) -> None:
             for logger in loggers:
@@ -107,6 +128,7 @@ class ProgressBar:
             BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"), TimeRemainingColumn(),
             console=output.hints, disable=not self._live,
         )  # fmt: skip
+        self._step = step
         self._task = self._bar.add_task("steps", total=run.train.steps, completed=step, figures="")
         self._validation = ""
         self._last: tuple[float, int] | None = None
@@ -120,7 +142,14 @@ class ProgressBar:
         self._bar.stop()
 
     def __call__(self, event: Event) -> None:
-        if event["kind"] == "step":
+        if event["kind"] in ("start", "resume", "restart"):
+            self._step = event["step"]
+        elif event["kind"] in ("step", PROGRESS):
+            # Progress comes from heartbeats, which may be ahead of the events, or behind.
+            self._step = max(self._step, event["step"])
+        if event["kind"] == PROGRESS:
+            self._bar.update(self._task, completed=self._step)
+        elif event["kind"] == "step":
             sent = event["sent_bytes"] / self._run.cluster.devices
             if event["train_loss"] is not None:
                 self._loss = f"{event['train_loss']:.3f}"
@@ -128,7 +157,7 @@ class ProgressBar:
                 f"loss {self._loss}  {self._tokens_per_s(event):,.0f} {self._run.model.unit}/s  "
                 f"simulated {seconds_text(event['simulated_s'])}  sent/device {bytes_text(sent)}"
             )
-            self._bar.update(self._task, completed=event["step"], figures=self._figures + self._validation)
+            self._bar.update(self._task, completed=self._step, figures=self._figures + self._validation)
         elif event["kind"] == "evaluate":
             accuracy = f", {event['val_accuracy']:.2%} right" if "val_accuracy" in event else ""
             self._validation = f"  val {event['val_loss']:.3f}{accuracy}"

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ltecli.runs.run_folder import check_run_folder, is_locked, read_plan, stored_shape
+from ltecli.runs.lock import is_locked
+from ltecli.runs.run_folder import check_run_folder, read_plan, stored_shape
 from simulate.common.errors import InputError
 from simulate.common.events import Event, read_events
 from simulate.common.processor import distinct
@@ -20,6 +21,8 @@ from simulate.config.run import Run, load_run
 from simulate.costs.message_schedule import sent_bytes
 
 REPORT_VERSION = 1
+METRICS = ("step", "train_loss", "learning_rate", "samples", "tokens", "sent_bytes", "simulated_s", "wall_s")
+"""Figures of a step event that are a row of a run's metrics."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,10 @@ class RunRecord:
     def last(self, kind: str) -> Event | None:
         """Return the newest event of a kind."""
         return next((event for event in reversed(self.events) if event["kind"] == kind), None)
+
+    def first(self, kind: str) -> Event | None:
+        """Return the oldest event of a kind."""
+        return next((event for event in self.events if event["kind"] == kind), None)
 
     @property
     def is_launched(self) -> bool:
@@ -58,11 +65,23 @@ def read_run(path: Path, on_skip: Callable[[str], None] | None = None) -> RunRec
     if not (path / EVENTS_FILE).is_file():
         if is_locked(path):
             raise InputError(f"{path} has no {EVENTS_FILE} yet: its training starts; ask again in a moment")
-        raise InputError(
-            f"{path} has no {EVENTS_FILE}: it never took a step; start it with lte train {path} --resume"
-        )
+        raise InputError(f"{path} has no {EVENTS_FILE}: it never took a step; start it with lte train {path} --resume")
     events = tuple(read_events(path / EVENTS_FILE, on_skip))
     return RunRecord(path, load_run(path / RUN_FILE, stored_shape(path)), read_plan(path), events)
+
+
+def metrics(record: RunRecord) -> list[dict[str, Any]]:
+    """Return a row for each logged step: its figures, and those of an evaluation after it, else None."""
+    evaluations = {event["step"]: event for event in record.events if event["kind"] == "evaluate"}
+    scores = sorted({key for event in evaluations.values() for key in event if key.startswith("val_")})
+    return [
+        {
+            **{key: event[key] for key in METRICS},
+            **{score: evaluations.get(event["step"], {}).get(score) for score in scores},
+        }
+        for event in record.events
+        if event["kind"] == "step"
+    ]
 
 
 def figures(record: RunRecord) -> dict[str, Any]:
@@ -90,7 +109,7 @@ def figures(record: RunRecord) -> dict[str, Any]:
         },
         "sent_bytes_per_device": {
             # Asked for the steps done, not as a share of the whole: merges do not fall evenly.
-            "planned": sent_bytes(run, run.model.shape(), steps) / run.cluster.devices,
+            "planned": sent_bytes(run, run.shape(), steps) / run.cluster.devices,
             "counted": step["sent_bytes"] / run.cluster.devices if step else None,
             "wire": _wire_bytes(record),
         },
@@ -126,7 +145,9 @@ def _worse_than_guessing(record: RunRecord, step: Event | None, evaluation: Even
     run = record.run
     if step is None or step["step"] < run.train.steps:  # a network starts above it
         return None
-    outputs = run.model.shape().outputs
+    if getattr(run.model, "loss", None) is not None:  # guessing has no known value of a user's loss
+        return None
+    outputs = run.shape().outputs
     guessing = math.log(outputs)
     losses = {"validation": evaluation and evaluation["val_loss"], "training": step["train_loss"]}
     worse = [f"{name} loss {loss:.4f}" for name, loss in losses.items() if loss is not None and loss > guessing]
@@ -157,7 +178,7 @@ def _restarts(record: RunRecord) -> dict[str, Any]:
 
 
 def _wire_bytes(record: RunRecord) -> float | None:
-    """Return the bytes that nodes' interfaces sent, per device; None where the run was not launched on several nodes."""
+    """Return the bytes that nodes' interfaces sent, per device; None for a run that several nodes did not launch."""
     sessions = [event["sent_bytes_by_node"] for event in record.events if event["kind"] == "wire"]
     if not sessions:
         return None

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from ltecli.runs.figures import RunRecord, read_run
 from simulate.common.errors import InputError
-from simulate.config.hardware import Link
 from simulate.common.run_files import EVENTS_FILE
+from simulate.config.hardware import Link
 from simulate.launch.preflight.channel import BadFrameError
 from simulate.launch.preflight.link_figures import LinkFigures, measured_link, parse_link, rate_text
 

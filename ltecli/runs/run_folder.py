@@ -1,8 +1,8 @@
 """Run folders: made from a run.toml, opened again to resume, and locked while a process trains in them.
 
 A run folder keeps everything that its run needs: run.toml, the profile, the plan, a trained tokenizer, events and
-checkpoints. `lte train` makes and opens it; report, export and --link-from read it. All is checked before the first byte
-is written, and run.toml comes last, so that a folder with a run.toml is whole.
+checkpoints. `lte train` makes and opens it; report, export and --link-from read it. All is checked before the first
+byte is written, and run.toml comes last, so that a folder with a run.toml is whole.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+import socket
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,21 +24,25 @@ from simulate.common import toml_io
 from simulate.common.disk import TEMPORARY_VARIABLE, temporary_folder
 from simulate.common.errors import InputError
 from simulate.common.events import truncate_events
+from simulate.common.run_files import CHECKPOINTS, EVENTS_FILE, EXTENDED_FILE, PLAN_FILE, PROFILE_FILE, RUN_FILE
 from simulate.common.units import bytes_text
 from simulate.config.hardware import LOCAL, Profile
-from simulate.config.profiles import is_profile_path, load_profile, local_gpu_profile
 from simulate.config.method_table import BASELINE, default_options
+from simulate.config.profiles import is_profile_path, load_profile, local_gpu_profile
 from simulate.config.run import Run, build_run, dump_run, load_run, with_profile_name
 from simulate.costs.memory import checkpoint_bytes, mapped_file_bytes
 from simulate.data.load import TOKENIZER_FILE, Dataset, kept_tokenizer, load_data
 from simulate.data.text import Text
-from simulate.common.run_files import CHECKPOINTS, EVENTS_FILE, EXTENDED_FILE, LOCK_FILE, PLAN_FILE, PROFILE_FILE, RUN_FILE
 from simulate.models.schema import FactoryModel
 from simulate.models.shapes import ModelShape, shape_of_table, shape_table
 from simulate.planning.candidate import Rejected, is_library_installed
 from simulate.planning.planner import Plan, evaluate
 from simulate.training.checkpoints import accepted_runs, list_checkpoints
 
+STUCK_S = 1.0
+"""Seconds after which a second Ctrl-C ends a process that is inside a long operation."""
+RUNS = Path("runs")
+"""Folder in which run folders and sweeps lie, unless --out names another."""
 CHECKPOINTS_AT_ONCE = 3
 """Checkpoints on the disk at the same time: two are kept while a third is written."""
 
@@ -60,9 +66,23 @@ class RunFolder:
         return self.resume_from is not None and self.resume_from.name.endswith(last)
 
     @property
+    def newest_step(self) -> int:
+        """Step of the newest checkpoint, 0 without one.
+
+        The folder of one of several nodes has no whole checkpoint. The run continues from this step or an earlier one.
+        """
+        saved = sorted(self.path.glob(f"{CHECKPOINTS}/step-*"))
+        return int(saved[-1].name.rpartition("-")[2]) if saved else 0
+
+    @property
     def events(self) -> Path:
         """The run's event file."""
         return self.path / EVENTS_FILE
+
+
+def run_name(given: Path) -> str:
+    """Return the name of a run.toml: its file's name, or its folder's where the file is called run.toml."""
+    return given.parent.resolve().name if given.stem == "run" else given.stem
 
 
 def check_trainable(run: Run) -> None:
@@ -126,7 +146,7 @@ def check_run_folder(path: Path) -> None:
 
 
 def resumed_folder(path: Path, given: Run | None) -> RunFolder:
-    """Open a run folder to resume it; a run.toml named beside --resume is `given`, and must be equal. Raises InputError."""
+    """Open a run folder to resume it; `given`, a run.toml beside --resume, must be equal. Raises InputError."""
     if not os.path.isfile(path / RUN_FILE):  # noqa: PTH113
         raise InputError(f"--resume: {path} is no run folder (it has no {RUN_FILE}); start it without --resume")
     run = load_run(path / RUN_FILE)
@@ -161,8 +181,8 @@ def extended_folder(path: Path, assignment: str) -> RunFolder:
         raise InputError(f"{rule}; name more")
     if run.train.schedule != "constant":
         raise InputError(
-            f"{rule}, over which train.schedule = {run.train.schedule!r} spreads its rates: with more they would all have "
-            f"been others; {anew}, with train.schedule=constant if more steps may follow"
+            f"{rule}, over which train.schedule = {run.train.schedule!r} spreads its rates: with more they would all "
+            f"have been others; {anew}, with train.schedule=constant if more steps may follow"
         )
     if run.train.warmup_share is not None:
         raise InputError(f"{rule}, of which train.warmup_share is a share: the warm-up would have been longer; {anew}")
@@ -187,7 +207,7 @@ def keep_extension(folder: RunFolder) -> None:
 def _plan_with_shape(run: Run, profile: Profile) -> dict[str, Any]:
     plan = plan_of(run, profile)
     if isinstance(run.model, FactoryModel):  # a report needs no import of the network
-        plan["shape"] = shape_table(run.model.shape())
+        plan["shape"] = shape_table(run.shape())
     return plan
 
 
@@ -234,7 +254,9 @@ def plan_of(run: Run, profile: Profile) -> dict[str, Any]:
     """Return the plan of this very run, and of dense training with the same batch, as plan.json has it."""
     tokens = run.train.steps * run.tokens_per_step
     # Dense training stands beside the run in reports. It gets recovery points of its own, as it saves more bytes.
-    dense = evaluate(run.model_copy(update={"method": default_options(BASELINE)}), profile, tokens, spaces_recovery=True)
+    dense = evaluate(
+        run.model_copy(update={"method": default_options(BASELINE)}), profile, tokens, spaces_recovery=True
+    )
     result = evaluate(run, profile, tokens)
     chosen = result.candidate if isinstance(result, Rejected) else result
     notes = [f"does not fit profile {profile.name}: {result.reason}"] if isinstance(result, Rejected) else []
@@ -249,7 +271,7 @@ def _check_disk(path: Path, run: Run) -> None:
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"--out {path}: {parent} is not a writable folder; choose another")
-    needed = CHECKPOINTS_AT_ONCE * checkpoint_bytes(run, run.model.shape(), run.cluster.devices, in_a_round=True)
+    needed = CHECKPOINTS_AT_ONCE * checkpoint_bytes(run, run.shape(), run.cluster.devices, in_a_round=True)
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise InputError(
@@ -257,17 +279,20 @@ def _check_disk(path: Path, run: Run) -> None:
             "make room, or choose another folder"
         )
     # A launch has more processes on this machine; each asks for its own room when it starts.
-    needed, folder = mapped_file_bytes(run, run.model.shape()), temporary_folder()
+    needed, folder = mapped_file_bytes(run, run.shape()), temporary_folder()
     if needed and folder.is_dir() and needed > (free := shutil.disk_usage(folder).free):
         raise InputError(
-            f"{TEMPORARY_VARIABLE}: temporary files need {bytes_text(needed)} and {folder} has {bytes_text(free)} free; "
-            f"make room, or export {TEMPORARY_VARIABLE}=FOLDER"
+            f"{TEMPORARY_VARIABLE}: temporary files need {bytes_text(needed)} and {folder} has {bytes_text(free)} "
+            f"free; make room, or export {TEMPORARY_VARIABLE}=FOLDER"
         )
 
 
 @contextmanager
 def interrupted_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM interrupt as Ctrl-C does, so that a run which is told to end cleans up."""
+    """Let SIGTERM interrupt as Ctrl-C does, so that a run which is told to end cleans up; in the main thread alone."""
+    if not _handles_signals():
+        yield
+        return
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -276,49 +301,63 @@ def interrupted_by_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[list[bool]]:
-    """Turn the first Ctrl-C or SIGTERM into an entry of the yielded list; the second one interrupts at once."""
-    stops: list[bool] = []
+def stop_on_signal(answer: Callable[[], None], leave: Callable[[], None], stops: list[bool]) -> Iterator[list[bool]]:
+    """Turn the first Ctrl-C or SIGTERM into an entry of `stops`, which is yielded; the second one interrupts at once.
+
+    `answer` is called at the first signal, in another thread: Python runs handlers between its own instructions, and a
+    large step is minutes in one of them. `leave` is called there at the second one where such a step goes on, and is
+    to end the process. Outside the main thread nothing is handled: Python passes signals to that thread alone.
+    """
+    if not _handles_signals():
+        yield stops
+        return
+    signals = 0
+    interrupted = threading.Event()
 
     def handle(signum: int, frame: object) -> None:
+        nonlocal signals
+        signals += 1
         stops.append(True)
-        if len(stops) == 2:  # a third one must not interrupt the clean-up
+        if signals == 2:  # a third one must not interrupt the clean-up
+            interrupted.set()
             raise KeyboardInterrupt
 
     # Handlers are put back, so that a plan or report in the same process is interrupted at once again.
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    # The system's own handler writes each signal's number here at once (docs.python.org, signal.set_wakeup_fd).
+    heard, told = socket.socketpair()
+    told.setblocking(False)
+    before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    listener = threading.Thread(
+        target=_answer_signals, args=(heard, answer, leave, interrupted), name="signals", daemon=True
+    )
+    listener.start()
     try:
         yield stops
     finally:
+        signal.set_wakeup_fd(before)
+        told.close()
+        listener.join()
         for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-@contextmanager
-def lock_folder(path: Path) -> Iterator[None]:
-    """Lock a run folder for this process; raises InputError where another process has locked it."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(path / LOCK_FILE)  # the system releases it when this process dies
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise InputError(f"{path} is being trained by another process; wait for it, or choose another --out") from None
-    try:
-        yield
-    finally:
-        lock.release()
+def _handles_signals() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
-def is_locked(path: Path) -> bool:
-    """Whether a process trains in a run folder."""
-    if not (path / LOCK_FILE).exists():  # a lock would make the file
-        return False
-    try:
-        with lock_folder(path):
-            return False
-    except (InputError, OSError):  # read-only: who trains here may be another user
-        return True
+def _answer_signals(
+    heard: socket.socket, answer: Callable[[], None], leave: Callable[[], None], interrupted: threading.Event
+) -> None:
+    """Answer the first signal, and leave at the second where it interrupts nothing, until the other end is closed."""
+    signals = 0
+    with heard:
+        while number := heard.recv(1):
+            signals += number[0] in (signal.SIGINT, signal.SIGTERM)
+            if signals == 1:
+                answer()
+            elif signals == 2 and not interrupted.wait(STUCK_S):
+                leave()
 
 
 def prepare_events(folder: RunFolder, step: int) -> None:

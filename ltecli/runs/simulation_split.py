@@ -20,10 +20,10 @@ from simulate.common.events import read_events
 from simulate.config.hardware import LOCAL
 from simulate.config.profiles import load_profile
 from simulate.config.run import Run
-from simulate.launch.preflight.address import loopback_interface
 from simulate.costs.message_schedule import schedule, sent_bytes
 from simulate.costs.step_time import device_step_s
-from simulate.models.schema import FactoryModel
+from simulate.launch.preflight.address import loopback_interface
+from simulate.models.families.table import FAMILIES
 from simulate.planning.simulation_split import Split, Work, choose_split, split_of
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ def check_processes(run: Run, device: torch.device, processes: int) -> None:
         return
     if device.type != "cpu":
         raise InputError(f"{given}: a simulation on {device.type} takes one process; --device cpu takes several")
+    if live := run.live_keys:
+        raise InputError(f"{given}: other processes do not have the objects of {', '.join(live)}; leave it away")
     if lack := _lack():
         raise InputError(f"{given}: {lack}; leave it away")
     if rule := processes_rule(run, processes, given):
@@ -100,14 +102,14 @@ def _can(folder: RunFolder, device: torch.device, split: Split) -> bool:
 def _best(folder: RunFolder, device: torch.device, cores: int) -> Split:
     run = folder.run
     # A user's own code may do something that must happen once; only --processes runs it in several processes.
-    alone = device.type != "cpu" or isinstance(run.model, FactoryModel) or min(cores, run.cluster.devices) == 1
-    if alone or _lack():
+    is_own_code = bool(run.live_keys) or run.model.family not in FAMILIES
+    if device.type != "cpu" or is_own_code or min(cores, run.cluster.devices) == 1 or _lack():
         return split_of(1, cores)
     return choose_split(_work(folder), cores, lambda processes: _is_possible(folder, processes))
 
 
 def _work(folder: RunFolder) -> Work:
-    run, shape = folder.run, folder.run.model.shape()
+    run, shape = folder.run, folder.run.shape()
     done = int(folder.resume_from.name.rpartition("-")[2]) if folder.resume_from else 0
     steps, devices = run.train.steps, run.cluster.devices
     (step_s,) = device_step_s(run, shape, load_profile(LOCAL).devices(1))

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from ltecli.console import Output, memory_text, scores_text
 from ltecli.runs.figures import figures, read_run, tensor_bytes
 from ltecli.runs.run_folder import RunFolder
+from simulate.common.processor import machine_facts
+from simulate.common.run_files import CHECKPOINTS
 from simulate.common.units import bytes_text, order_text, seconds_text
 from simulate.planning.candidate import describe
 from simulate.planning.margins import Margins
 from simulate.planning.notes import diagnostics_notes, mended_notes
-from simulate.common.processor import machine_facts
-from simulate.common.run_files import CHECKPOINTS
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +68,7 @@ def measured_memory_bytes(folder: RunFolder, device: torch.device) -> int:
 def report_derived(folder: RunFolder, output: Output) -> None:
     """Print what was derived before any time is spent: model, data, steps, and planned memory, bytes and time."""
     run, chosen = folder.run, folder.plan["chosen"]
-    shape = run.model.shape()
+    shape = run.shape()
     action = f"resuming {folder.path} from {folder.resume_from.name}" if folder.resume_from else f"run {folder.path}"
     output.hint(f"{action}: {describe(run)} per device; {shape.name}, {shape.all_parameters:,} parameters")
     output.hint(f"  data: {folder.data.describe()}")
@@ -81,8 +81,8 @@ def report_derived(folder: RunFolder, output: Output) -> None:
     wall = order_text(chosen["wall_s"]) if is_order else seconds_text(chosen["wall_s"])
     planned = memory_text(tensor_bytes(chosen), memory.get("allocator", 0), memory["reserved"])
     output.hint(
-        f"  planned per device: memory {planned}; {bytes_text(chosen['sent_bytes_per_round'])} sent per merge, {wall} on "
-        f"{run.cluster.devices} x {folder.profile.name}"
+        f"  planned per device: memory {planned}; {bytes_text(chosen['sent_bytes_per_round'])} sent per merge, {wall} "
+        f"on {run.cluster.devices} x {folder.profile.name}"
     )
     for text in diagnostics_notes(run, shape):
         output.hint(f"  {text}")

@@ -16,6 +16,8 @@ Emit = Callable[[Event], None]
 """Receiver of events. Every event has a kind and a step. Kinds: start, memory, step, round, evaluate, diagnostics,
 checkpoint, resume, interrupt, end; launched runs add restart (when, why, steps repeated), left-out (devices), links
 (each node's measured links) and wire."""
+PROGRESS = "progress"
+"""Kind of what loggers of a launched run get between its events: the steps done. No file has it."""
 
 
 class EventFile:

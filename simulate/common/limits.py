@@ -1,4 +1,4 @@
-"""Limits of this process on its machine: cores, memory and processes, as affinity masks and containers set them.
+"""Limits of this process on its machine: cores, memory, processes and files, as masks, containers and ulimit set them.
 
 Inside a container the system still reports the whole machine's cores and memory; the limits are those of control groups
 (cgroups, versions 1 and 2), where each ancestor of the process's own group limits it, too. Plans and probes ask for
@@ -15,6 +15,49 @@ from pathlib import Path
 
 UNLIMITED_BYTES = 1 << 62
 """Version 1 says "no limit" with the largest multiple of a page; nothing near it is meant as a limit."""
+
+
+EVERYBODY = ["0", "0", "4294967295"]
+"""Users that the machine's own namespace maps to themselves, as /proc/self/uid_map has it."""
+
+
+@dataclass(frozen=True)
+class UserLimits:
+    """Limits that `ulimit` sets; None where there is none."""
+
+    processes: int | None = None
+    """Processes and threads of this user on the whole machine."""
+    processes_free: int | None = None
+    open_files: int | None = None
+    """Files and sockets that one process may have open."""
+
+
+def user_limits(root: Path = Path("/")) -> UserLimits:
+    """Return the limits of this process's user; tests pass another file system as `root`."""
+    try:
+        import resource  # Windows has none
+    except ImportError:
+        return UserLimits()
+
+    def soft(name: int) -> int | None:
+        limit = resource.getrlimit(name)[0]
+        return None if limit == resource.RLIM_INFINITY else limit
+
+    processes, free = soft(resource.RLIMIT_NPROC), None
+    # Linux does not hold the machine's own root to it; root in a container of an ordinary user is that user.
+    if os.getuid() == 0 and [line.split() for line in _lines(root / "proc/self/uid_map")] == [EVERYBODY]:
+        processes = None
+    if processes is not None:
+        free = max(0, processes - sum(map(_threads, (root / "proc").glob("[0-9]*"))))
+    return UserLimits(processes, free, soft(resource.RLIMIT_NOFILE))
+
+
+def _threads(process: Path) -> int:
+    """Return the threads of one process in /proc, if it is this user's."""
+    try:
+        return len(list((process / "task").iterdir())) if process.stat().st_uid == os.getuid() else 0
+    except OSError:  # it has ended
+        return 0
 
 
 @dataclass(frozen=True)
@@ -125,8 +168,9 @@ def usable_workers(tasks: int) -> int:
 
     Each starts as many threads as there are cores, since libraries do so when they are imported, and limits count them.
     """
-    cores, free = usable_cores(), control_group_limits().processes_free
-    return min(tasks, cores) if free is None else min(tasks, cores, free // (cores + 1))
+    cores = usable_cores()
+    free = [f for f in (control_group_limits().processes_free, user_limits().processes_free) if f is not None]
+    return min(tasks, cores, *(f // (cores + 1) for f in free))
 
 
 def usable_memory() -> tuple[int, int]:

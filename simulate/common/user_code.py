@@ -10,13 +10,16 @@ from types import ModuleType
 from typing import Any
 
 from simulate.common.errors import InputError, first_line, near_match
+from simulate.common.live_objects import find, is_live
 
 
 def import_named(field: str, name: str) -> Any:
-    """Return the object that package.module:Name leads to; `field` is the key of run.toml that says so.
+    """Return the object that package.module:Name, or the name of a live object, leads to.
 
-    Raises InputError where the module cannot be imported or has no such name.
+    `field` is the key of run.toml that says so. Raises InputError where there is no such object.
     """
+    if is_live(name):
+        return find(field, name)
     if form := module_form(name):
         raise InputError(f"{field} = {name!r} is the path to a file; name the module and what it has: {form!r}")
     module_name, _, attribute = name.partition(":")

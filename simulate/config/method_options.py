@@ -17,6 +17,7 @@ from simulate.common import toml_io
 from simulate.config.tables import Cluster, Train
 from simulate.layers.formats import Quantize
 from simulate.models.schema import FactoryModel, ModelOptions
+from simulate.models.shapes import ModelShape
 
 Pace = Literal["lockstep", "deadline"]
 """lockstep: every device takes all steps of a round; deadline: each takes as many as fit into the round's time."""
@@ -91,6 +92,10 @@ class MethodOptions(toml_io.Schema):
     def participants(self, devices: int) -> int:
         """Return how many devices train in a step."""
         return devices
+
+    def shape_of(self, model: ModelOptions) -> ModelShape:
+        """Return a network's counts, with the layers that get pairs where the method has some."""
+        return model.shape()
 
     def check(self, model: ModelOptions, train: Train, cluster: Cluster) -> None:
         """Raise ValueError where the keys contradict a run's other tables."""
@@ -188,7 +193,7 @@ class FragmentOptions(RoundOptions):
     def check(self, model: ModelOptions, train: Train, cluster: Cluster) -> None:
         super().check(model, train, cluster)
         # Groups are made of whole blocks; a user network has layers only.
-        shape = model.shape()
+        shape = self.shape_of(model)
         layers = len(shape.in_order()) if isinstance(model, FactoryModel) else shape.layers
         if self.fragments > layers or self.merge_every % self.fragments:
             raise ValueError(
@@ -242,7 +247,7 @@ class AdapterOptions(MethodOptions):
         return False
 
     def check(self, model: ModelOptions, train: Train, cluster: Cluster) -> None:
-        for linear in model.shape().adapted:
+        for linear in self.shape_of(model).adapted:
             # B·A has no more than min(I, O) directions, so that a higher rank would only cost memory.
             side, limit = min((linear.in_features, "inputs"), (linear.out_features, "outputs"))[::-1]
             if self.rank > limit:

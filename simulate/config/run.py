@@ -17,15 +17,16 @@ from pydantic import Field, SerializeAsAny, create_model, field_validator, model
 
 from simulate.common import toml_io
 from simulate.common.errors import InputError
+from simulate.common.live_objects import is_live
 from simulate.config.hardware import Profile
 from simulate.config.method_options import MethodOptions
 from simulate.config.method_table import DEFAULT_METHOD, default_options, method_options
 from simulate.config.profiles import EMBEDDED, is_profile_path, profile_to_embed
-from simulate.config.tables import BPE, BYTES, HUB, Cluster, Data, Train
+from simulate.config.tables import BPE, BYTES, HUB, Cluster, Data, Train, data_key
 from simulate.models.families.gpt import GptModel
 from simulate.models.families.table import Model, check_name, family_of, sees_images
 from simulate.models.interfaces import HUGGINGFACE, IMAGES_HINT
-from simulate.models.schema import FactoryModel, shape_loaded
+from simulate.models.schema import FactoryModel, FactorySampleModel, shape_loaded
 from simulate.models.shapes import ModelShape
 
 
@@ -102,6 +103,11 @@ class Run(toml_io.Schema):
             raise ValueError(
                 f"data.shards has {len(self.data.shards)} sizes for cluster.devices = {devices}; give one a device"
             )
+        if isinstance(self.model, FactorySampleModel) and self.model.samples != self.data.name:
+            raise ValueError(
+                f"model.samples = {self.model.samples!r} is the data set that the network is counted on, and "
+                f"data.name = {self.data.name!r} another; plan anew with the data that shall be trained on"
+            )
         if self.train.num_warmup_steps >= self.train.steps:
             raise ValueError(
                 f"train.warmup_steps = {self.train.warmup_steps} is not below train.steps = {self.train.steps}; "
@@ -110,9 +116,23 @@ class Run(toml_io.Schema):
         return self
 
     @property
+    def live_keys(self) -> dict[str, str]:
+        """Names of objects that only one Python process has, by key of run.toml."""
+        keys = {
+            "model.name": self.model.name,
+            "model.loss": getattr(self.model, "loss", None),
+            "data.name": self.data.name,
+        }
+        return {key: str(name) for key, name in keys.items() if is_live(name)}
+
+    @property
     def heads(self) -> int:
         """Low-rank pairs of a layer over all devices, each counted once (0 for dense methods)."""
         return self.method.num_heads(self.cluster.devices)
+
+    def shape(self) -> ModelShape:
+        """Return the network's counts, with the layers that the method adapts."""
+        return self.method.shape_of(self.model)
 
     @property
     def samples_per_step(self) -> int:
@@ -177,7 +197,8 @@ def load_given_run(path: Path, assignments: Sequence[str] = (), data_path: str |
     _take_from_folder(table, path.parent)
     _name_embedded_profile(table, path)
     if data_path is not None and isinstance(data := table.get("data", {}), dict):
-        table["data"] = {key: value for key, value in data.items() if key not in WHAT_DATA} | {"path": data_path}
+        kept = {key: value for key, value in data.items() if key not in WHAT_DATA}
+        table["data"] = kept | {data_key(data_path): data_path}
     assigned = [toml_io.set_key(table, assignment) for assignment in assignments]
     _replace_data(table, assigned)
     return build_run(table, str(path), text, assigned)

@@ -6,12 +6,14 @@ These are the keys that mean the same for every model and method. simulate.confi
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from simulate.common import toml_io
 from simulate.common.errors import near_match
+from simulate.common.live_objects import is_live
 
 DATA_NAMES = ("stdlib", "digits")
 HUB = "hf:"
@@ -69,7 +71,9 @@ class Data(toml_io.Schema):
     def _one_of(self) -> Data:
         if (self.name is None) == (self.path is None):
             raise ValueError("needs exactly one of name (name = 'stdlib') and path; remove one or add one")
-        if self.name is not None and self.name not in DATA_NAMES and not self.from_hub:
+        if is_live(self.name):
+            self._refuse_keys_of_files()
+        elif self.name is not None and self.name not in DATA_NAMES and not self.from_hub:
             raise ValueError(f"name = {self.name!r} is not known; {near_match(self.name, (*DATA_NAMES, HUB + 'NAME'))}")
         if self.format is not None and self.path is None:
             raise ValueError(f"format = {self.format!r} says what lies at a path, and there is none; remove it")
@@ -80,6 +84,13 @@ class Data(toml_io.Schema):
             if getattr(self, key) is not None and not self.from_hub:
                 raise ValueError(f"{key} = {getattr(self, key)!r} belongs to a name that starts with {HUB}; remove it")
         return self
+
+    def _refuse_keys_of_files(self) -> None:
+        """Raise ValueError for keys that change what is read from files: a data set in Python is as it is."""
+        for key in ("tokenizer", "skip_corrupt", "upscale", "augment", "mixup", "skew"):
+            value = getattr(self, key)
+            if value != Data.model_fields[key].default:
+                raise ValueError(f"{key} = {value!r} has no effect on a data set that is an object; remove it")
 
     @field_validator("tokenizer")
     @classmethod
@@ -96,6 +107,12 @@ class Data(toml_io.Schema):
     def from_hub(self) -> bool:
         """Whether the datasets library loads it."""
         return self.name is not None and self.name.startswith(HUB) and self.name != HUB
+
+
+def data_key(given: str) -> Literal["name", "path"]:
+    """Return the key of [data] that --data gives: the name of an embedded, hub or live data set, else a path."""
+    is_name = given in DATA_NAMES or given.startswith(HUB) or is_live(given)
+    return "name" if is_name and not Path(given).exists() else "path"
 
 
 class Train(toml_io.Schema):

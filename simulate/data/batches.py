@@ -1,7 +1,8 @@
 """Batches for N devices: each device draws from its own shard, and every draw has the address (seed, device, step).
 
 Because of the address, a device's batch is the same in one process or many, and after a resume. The training loop and
-probes use the protocol `Batches`; `build_batches` returns TextBatches or simulate.data.image_batches.ImageBatches.
+probes use the protocol `Batches`; `build_batches` returns TextBatches, SampleBatches or
+simulate.data.image_batches.ImageBatches.
 
 Legend: L local devices, B samples of a device in a step (all its passes), T tokens of a sample.
 """
@@ -19,8 +20,11 @@ from simulate.common.seeding import generator
 from simulate.config.run import Run
 from simulate.data.image_batches import ImageBatches
 from simulate.data.load import Dataset, image_sizes
+from simulate.data.partition import EpochRows, even_shards
+from simulate.data.samples import Samples
 from simulate.data.text import Text, shard_bounds
 from simulate.layers.dtypes import DTYPES
+from simulate.models.losses import has_own_loss
 from simulate.models.schema import text_sizes
 
 
@@ -52,6 +56,8 @@ def build_batches(run: Run, dataset: Dataset, device: torch.device | None = None
     """Return the batches of a run over its data; images are augmented on `device`."""
     if isinstance(dataset, Text):
         return TextBatches.of(run, dataset)
+    if isinstance(dataset, Samples):
+        return SampleBatches(run, dataset)
     data, train = run.data, run.train
     return ImageBatches(
         dataset,
@@ -133,3 +139,44 @@ class TextBatches:
     def scores(self, outputs: Tensor, targets: Tensor) -> list[Tensor]:
         """Return no figures."""
         return []
+
+
+class SampleBatches:
+    """Samples of any shape; every device goes through its own shard in a new order each epoch, as it does of images."""
+
+    def __init__(self, run: Run, samples: Samples) -> None:
+        self.data, self.dtype = samples, DTYPES[run.train.dtype]
+        self._has_accuracy = samples.has_classes and not has_own_loss(run.model)
+        shards = even_shards(len(samples.train), run.cluster.devices, run.data.shards, run.train.seed)
+        self._epochs = EpochRows([samples.train[part] for part in shards], run.train.device_batch, run.train.seed)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of the data; a run resumes only on data with the digest in its checkpoint."""
+        return self.data.fingerprint
+
+    def batch(self, step: int, local_devices: range) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets (L*B, ...) of the local devices in device order."""
+        return self._read(np.concatenate([self._epochs.of(device, step) for device in local_devices]))
+
+    def _read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return the inputs and targets of some samples; floating-point numbers in the run's dtype."""
+        inputs, targets = (torch.from_numpy(array[rows]) for array in (self.data.inputs, self.data.targets))
+        inputs, targets = (t.to(self.dtype) if t.is_floating_point() else t for t in (inputs, targets))
+        return inputs, targets
+
+    def validation(self, num_samples: int, num_at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield held-out samples spread evenly over the split, at most `num_at_once` at a time."""
+        held_out = self.data.validation
+        chosen = np.unique(np.linspace(0, len(held_out) - 1, num=min(num_samples, len(held_out))).astype(np.int64))
+        for first in range(0, len(chosen), num_at_once):
+            yield self._read(held_out[chosen[first : first + num_at_once]])
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """Name of the score beside the loss: the share of right classes, if targets are some and the loss is ours."""
+        return ("val_accuracy",) if self._has_accuracy else ()
+
+    def scores(self, outputs: Tensor, targets: Tensor) -> list[Tensor]:
+        """Return 1 for each sample whose most likely class is right and 0 for others, (S,)."""
+        return [(outputs.argmax(-1) == targets).double()] if self._has_accuracy else []

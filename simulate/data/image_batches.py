@@ -8,7 +8,6 @@ Legend: L local devices, B samples of a device, S samples, C colours, P pixels a
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -19,10 +18,7 @@ from torch import Tensor
 from simulate.common.seeding import generator
 from simulate.data.augment import Draws, crop_and_flip, mix, normalise
 from simulate.data.images import Images
-from simulate.data.partition import even_shards, skewed_shards
-
-REMEMBERED_EPOCHS = 2
-"""Epochs of each device whose order is kept: a batch may end one epoch and begin the next."""
+from simulate.data.partition import EpochRows, even_shards, skewed_shards
 
 
 class ImageBatches:
@@ -55,7 +51,7 @@ class ImageBatches:
         )
         self.shards = [images.train[part] for part in parts]
         """Rows of each device's images in the data set."""
-        self._orders: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._epochs = EpochRows(self.shards, samples, seed)
 
     @property
     def fingerprint(self) -> str:
@@ -75,22 +71,8 @@ class ImageBatches:
         return self._mixed(inputs, labels, randoms) if self.mixup else (inputs, labels)
 
     def rows(self, device: int, step: int) -> np.ndarray:
-        """Return the images of one device's batch, (B,): the next ones of its shard in the order of the epoch."""
-        shard = self.shards[device]
-        # A shard is read as one endless list of shuffled epochs, of which a batch may span two or more.
-        indices = np.arange(step * self.samples, (step + 1) * self.samples)
-        epochs, indices = indices // len(shard), indices % len(shard)
-        orders = {int(epoch): self._order(device, int(epoch)) for epoch in np.unique(epochs)}
-        return shard[[orders[epoch][index] for epoch, index in zip(epochs.tolist(), indices.tolist(), strict=True)]]
-
-    def _order(self, device: int, epoch: int) -> np.ndarray:
-        if (device, epoch) not in self._orders:
-            random = generator(self.seed, "epoch", device, epoch)
-            self._orders[device, epoch] = random.permutation(len(self.shards[device]))
-            # The oldest goes first: steps only go forward.
-            while len(self._orders) > REMEMBERED_EPOCHS * self.devices:
-                self._orders.popitem(last=False)
-        return self._orders[device, epoch]
+        """Return the images of one device's batch, (B,)."""
+        return self._epochs.of(device, step)
 
     def _read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return the pixels of some images, as bytes, and their labels."""

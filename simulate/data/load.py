@@ -12,6 +12,7 @@ from pathlib import Path
 
 from simulate.common.encodings import encoding_of
 from simulate.common.errors import InputError
+from simulate.common.live_objects import find, is_live
 from simulate.config.run import Model, Run
 from simulate.config.tables import BYTES, Data
 from simulate.data.cifar import cifar_source, find_cifar
@@ -20,13 +21,14 @@ from simulate.data.file_tree import IMAGE_SUFFIXES, Tree, read_folder, read_zip
 from simulate.data.huggingface import hub_images
 from simulate.data.image_folders import folder_source
 from simulate.data.images import Images, ImageSource, load_images
+from simulate.data.samples import Samples
 from simulate.data.stl10 import find_stl10, stl10_source
 from simulate.data.text import Text, load_text, read_bytes
 from simulate.data.text_files import is_packed, refuse_archive
 from simulate.data.tokenizer import check_vocabulary, declared_size
 from simulate.models.schema import text_sizes
 
-Dataset = Text | Images
+Dataset = Text | Images | Samples
 TOKENIZER_FILE = "tokenizer.json"
 """The file in a run's folder that holds its tokenizer, unless its tokens are bytes."""
 SUPPORTED = (
@@ -45,6 +47,8 @@ def load_data(run: Run, tokenizer: Path | None = None) -> Dataset:
     anew.
     """
     data, devices = run.data, run.cluster.devices
+    if is_live(data.name):
+        return _live_samples(run)
     if tokenizer is not None:  # a given file's path takes the place of "bpe:N"
         data = data.model_copy(update={"tokenizer": str(tokenizer)})
     pixels, colours, classes = image_sizes(run.model)
@@ -68,6 +72,9 @@ def kept_tokenizer(folder: Path) -> Path | None:
 def check_data(run: Run) -> None:
     """Raise InputError for errors that show without decoding images or training a tokenizer."""
     devices, shards = run.cluster.devices, run.data.shards
+    if is_live(run.data.name):
+        _live_samples(run)
+        return
     if run.data.name == DIGITS:  # a plan does without scikit-learn, which brings them
         _check_kind(run, images=True)
         return
@@ -77,6 +84,13 @@ def check_data(run: Run) -> None:
         _check_text(run)
     else:
         source.check(image_sizes(run.model)[2], devices, shards)
+
+
+def _live_samples(run: Run) -> Samples:
+    """Return the samples of a data set that is an object of this process; raises InputError where they do not fit."""
+    samples: Samples = find("data.name", str(run.data.name))
+    samples.check(run)
+    return samples
 
 
 def _check_text(run: Run) -> None:

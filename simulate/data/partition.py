@@ -4,12 +4,13 @@ Equally distributed, or skewed by class as in Yurochkin et al. 2019 (arXiv 1905.
 shares p_k ~ Dirichlet_N(alpha). Here the devices' sizes are given as well, so the shares are brought to both margins by
 iterative proportional fitting (Deming and Stephan 1940), which keeps their odds ratios: each device's preferences.
 
-Legend: N devices, K classes.
+Legend: N devices, K classes, B samples of a device in a step.
 """
 
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
@@ -18,6 +19,8 @@ import numpy as np
 from simulate.common.seeding import generator
 
 FITTING_ROUNDS = 200
+REMEMBERED_EPOCHS = 2
+"""Epochs of each device whose order is kept: a batch may end one epoch and begin the next."""
 LEAST_SHARE = 1e-300
 """Lower bound of a drawn share: fitting needs positive numbers."""
 
@@ -53,6 +56,33 @@ def skewed_shards(
         for device, part in enumerate(np.split(members, np.cumsum(table_NK[:, k])[:-1])):
             parts[device].append(part)
     return [np.concatenate(part) for part in parts]
+
+
+class EpochRows:
+    """Each device's samples, in a new order each epoch, addressed by (seed, device, step)."""
+
+    def __init__(self, shards: Sequence[np.ndarray], samples: int, seed: int) -> None:
+        """Draw `samples` rows a step from each device's shard."""
+        self.shards, self.samples, self.seed = shards, samples, seed
+        self._orders: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+
+    def of(self, device: int, step: int) -> np.ndarray:
+        """Return the rows of one device's batch, (B,): the next ones of its shard in the order of the epoch."""
+        shard = self.shards[device]
+        # A shard is read as one endless list of shuffled epochs, of which a batch may span two or more.
+        indices = np.arange(step * self.samples, (step + 1) * self.samples)
+        epochs, indices = indices // len(shard), indices % len(shard)
+        orders = {int(epoch): self._order(device, int(epoch)) for epoch in np.unique(epochs)}
+        return shard[[orders[epoch][index] for epoch, index in zip(epochs.tolist(), indices.tolist(), strict=True)]]
+
+    def _order(self, device: int, epoch: int) -> np.ndarray:
+        if (device, epoch) not in self._orders:
+            random = generator(self.seed, "epoch", device, epoch)
+            self._orders[device, epoch] = random.permutation(len(self.shards[device]))
+            # The oldest goes first: steps only go forward.
+            while len(self._orders) > REMEMBERED_EPOCHS * len(self.shards):
+                self._orders.popitem(last=False)
+        return self._orders[device, epoch]
 
 
 def _shares(random: np.random.Generator, devices: int, alpha: float) -> np.ndarray:

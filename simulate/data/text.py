@@ -21,7 +21,7 @@ from simulate.config.tables import BYTE_VALUES, BYTES, Data
 from simulate.data.cache import stamp_of
 from simulate.data.file_tree import read_folder
 from simulate.data.huggingface import hub_text
-from simulate.data.text_files import is_packed, read_text_files
+from simulate.data.text_files import holds_records, is_packed, read_text_files
 from simulate.data.tokenizer import Vocabulary, check_vocabulary, encode
 from simulate.models.interfaces import ReadsText
 
@@ -180,6 +180,11 @@ def _frozen(content: bytes | bytearray) -> np.ndarray:
     tokens = np.frombuffer(content, dtype=np.uint8)
     tokens.flags.writeable = False
     return tokens
+
+
+def has_fields(path: str) -> bool:
+    """Whether the text at a path is in records, whose `data.field` may be named; raises InputError."""
+    return holds_records(_files(Path(path)))
 
 
 def _files(path: Path) -> list[Path]:

@@ -1,7 +1,8 @@
 """Read the forms in which text is kept as UTF-8: plain, compressed, JSON lines, Parquet; torch-free.
 
 Data sets come as .jsonl.gz, .jsonl.zst or Parquet more often than as plain text. Content, not names, tells how a file
-is packed, since names go wrong; a name says only that lines are JSON, which text may look like, too. Files are read in
+is packed, since names go wrong; a name that promises more than the content has is refused, since it may be a page that
+says why there is no file. A name alone says that lines are JSON, which text may look like, too. Files are read in
 blocks, so that memory holds the text once. simulate.data.text calls `read_text_files`, simulate.data.load `is_packed`.
 """
 
@@ -14,7 +15,7 @@ import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, cast
 
@@ -30,6 +31,8 @@ RECORD_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 PACKED_SUFFIXES = frozenset({".gz", ".bz2", ".xz", ".zst"})
 ARCHIVES = {b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!": "rar", b"PK\x03\x04": "zip", b"\x1f\x9d": "compress"}
 """First bytes of archives that nothing here reads."""
+SHOWN_BYTES = 24
+"""Bytes of a file that is not what its name says, in the error."""
 NAMED_FIELDS = 8
 """Fields that an error lists at most."""
 UNFINISHED = (EOFError, zlib.error, lzma.LZMAError)
@@ -67,6 +70,8 @@ def read_text_files(files: Sequence[Path], field: str | None) -> bytearray:
 
     Raises InputError for a file that is damaged, binary, in another encoding, or without such a field.
     """
+    for file in files:
+        _check_ending(file)
     kinds = {_is_records(file): file for file in reversed(files)}
     if len(kinds) == 2:  # else a README would be trained on, or lines of JSON as they are
         raise InputError(
@@ -111,6 +116,25 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
                 f"data: {path} is a damaged or truncated compressed file ({error}); fetch it again"
             ) from None
         raise InputError(f"data: {path} cannot be read ({error.strerror}); check its permissions") from None
+
+
+def _check_ending(path: Path) -> None:
+    """Raise InputError for a file whose name says that it is packed, and whose content is not."""
+    ending = path.suffix.lower()
+    if ending not in (*PACKED_SUFFIXES, ".parquet"):
+        return
+    with suppress(OSError), path.open("rb") as file:  # reading it all names the error
+        start = file.read(SNIFFED_BYTES)
+        if not start.startswith((PARQUET, *UNPACKERS, *ARCHIVES)):
+            raise InputError(
+                f"data: {path} ends in {ending}, and is no such file (it begins with {start[:SHOWN_BYTES]!r}); fetch "
+                "it again, or, if that is its text, rename it"
+            )
+
+
+def holds_records(files: Sequence[Path]) -> bool:
+    """Whether files have fields, of which one is to be named as the text."""
+    return any(map(_is_records, files))
 
 
 def _is_records(path: Path) -> bool:
@@ -248,7 +272,9 @@ def _text_field(fields: Sequence[str], texts: Sequence[str], path: Path) -> str:
 
 
 def _no_field(place: str, field: str, fields: Sequence[str]) -> InputError:
-    return InputError(f"data: {place} has no field {field!r} (but {_listed(fields)}); name another: data.field")
+    return InputError(
+        f"data: {place} has no field {field!r} (but {_listed(fields)}); name another with --set data.field=NAME"
+    )
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -258,7 +284,8 @@ def _listed(names: Sequence[str]) -> str:
 def _text_bytes(text: Any, place: str, field: str) -> bytes:
     if not isinstance(text, str):
         raise InputError(
-            f"data: {place} holds {type(text).__name__} in the field {field!r}; text is needed: data.field"
+            f"data: {place} holds {type(text).__name__} in the field {field!r}; name one of text with "
+            "--set data.field=NAME"
         )
     try:
         return text.encode()

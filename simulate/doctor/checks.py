@@ -36,6 +36,9 @@ TORCH_BYTES = 230_000_000
 """Memory of a process that has imported torch, before it trains (measured: 2.13 for CPUs)."""
 COMMAND_THREADS, WORKER_THREADS = 9, 12
 """Threads of `lte train --launch` itself and of each of its processes (measured: gloo, two processes of one thread)."""
+COMMAND_FILES, FILES_OF_PROCESS = 16, 5
+"""Open files and sockets of `lte train --launch`, and how many more for each process (measured: 23, 31 and 49 for two,
+four and eight processes; each of these has fewer)."""
 LEAST_FREE_BYTES = 1_000_000_000
 """Free bytes below which a disk is worth a word; that checkpoints fit is checked for each run by itself."""
 LEAST_SHARED_BYTES = 1_000_000_000
@@ -216,12 +219,20 @@ def memory(machine: Machine, purpose: Purpose) -> Iterator[Finding]:
 
 
 def processes(machine: Machine, purpose: Purpose) -> Iterator[Finding]:
-    """Find a limit of processes that a run would hit; it counts threads, too."""
-    free = machine.limits.processes_free
+    """Find a limit of processes that a run would hit, which counts threads, too, or one of open files."""
     needed = COMMAND_THREADS + machine.cores + (WORKER_THREADS * purpose.processes if purpose.launch else 0)
-    if free is not None and free < needed:
-        text = f"{free} of {machine.limits.processes} processes and threads are left, and a run takes about {needed}"
-        yield Finding("process-limit", "nothing", text, "docker run --pids-limit 4096, or TasksMax= of the service")
+    group, user = machine.limits, machine.user_limits
+    for free, limit, whose, remedy in (
+        (group.processes_free, group.processes, "", "docker run --pids-limit 4096, or TasksMax= of the service"),
+        (user.processes_free, user.processes, " of this user", "ulimit -u 4096, or LimitNPROC= of the service"),
+    ):
+        if free is not None and free < needed:
+            text = f"{free} of {limit} processes and threads{whose} are left, and a run takes about {needed}"
+            yield Finding("process-limit", "nothing", text, remedy)
+    files = COMMAND_FILES + FILES_OF_PROCESS * purpose.processes
+    if purpose.launch and user.open_files is not None and user.open_files < files:
+        text = f"a process may open {user.open_files} files and sockets, and a launch takes about {files}"
+        yield Finding("file-limit", "nothing", text, "ulimit -n 4096, or LimitNOFILE= of the service")
 
 
 def cores(machine: Machine, purpose: Purpose) -> Iterator[Finding]:

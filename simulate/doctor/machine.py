@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 
 from simulate.common.errors import first_line
-from simulate.common.limits import Limits, control_group_limits, usable_cores, usable_memory
+from simulate.common.limits import Limits, UserLimits, control_group_limits, usable_cores, usable_memory, user_limits
 from simulate.common.processor import multiplied_formats
 
 LOOPBACK = "127.0.0.1"
@@ -104,6 +104,7 @@ class Machine:
     cores: int = 1
     """Cores for threads, within all limits."""
     limits: Limits = field(default_factory=Limits)
+    user_limits: UserLimits = field(default_factory=UserLimits)
     memory_bytes: int = 0
     memory_free_bytes: int = 0
     folders: tuple[Folder, ...] = ()
@@ -130,6 +131,7 @@ def examine(folders: Mapping[str, Path], port: int | None = None, root: Path = P
         nvidia=_nvidia(root, ask=not gpus),
         cores=usable_cores(),
         limits=limits,
+        user_limits=user_limits(root),
         memory_bytes=total,
         memory_free_bytes=free,
         folders=tuple(_folder(option, path) for option, path in folders.items()),

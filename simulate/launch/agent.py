@@ -28,7 +28,7 @@ from simulate.common.errors import RunFailedError, first_line
 from simulate.common.run_files import LOGS
 from simulate.config.run import Run, run_fingerprint
 from simulate.launch.heartbeat import MISSED_BEATS
-from simulate.launch.keys import FATAL, FATAL_EXIT, OUTCOME, REPORTED_EXIT, STEP, log
+from simulate.launch.keys import ATTEMPT, FATAL, FATAL_EXIT, OUTCOME, REPORTED_EXIT, STEP, log
 from simulate.launch.preflight.listener import listen
 from simulate.launch.preflight.secret import VARIABLE as SECRET_VARIABLE
 from simulate.launch.preflight.settings import Log
@@ -224,6 +224,7 @@ class Launch:
         for rank, failure in sorted(failures.items()):
             if failure.exitcode not in (FATAL_EXIT, REPORTED_EXIT):  # those have logged the reason themselves
                 log(self.store, self._failure(rank, failure))
+        self.store.set(ATTEMPT, json.dumps({"activity": "restarting"}))
         saved_step = int(self.store.get(STEP)) if self.store.check([STEP]) else 0
         return saved_step, not self.store.check([FATAL])
 

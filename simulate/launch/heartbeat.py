@@ -3,7 +3,9 @@
 Each process and each node's supervisor counts beats in the run's key-value store. Two looks at a counter, MISSED_BEATS
 beats apart, distinguish a dead sender from a slow one. A process looks when an exchange fails, to name the culprit
 (TorchCommunicator.missing). Node 0 looks before it gives a node's number to a machine that comes back (ltecli launch).
-The preflight runs before there is a store: it asks a node over their own connection, and waits ANSWER_S.
+The preflight runs before there is a store: it asks a node over their own connection, and waits ANSWER_S. Each node's
+supervisor reads all beats once a second (Watcher), for progress between events, for the answer to Ctrl-C and for
+`lte watch`.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
+
+from simulate.launch.keys import ATTEMPT
 
 if TYPE_CHECKING:  # the preflight imports this module and stays free of torch
     from torch.distributed import Store
@@ -38,6 +42,40 @@ class Beat:
     """Exchanges that the process has begun."""
     current_phase: str = ""
     """Current phase of training, in words; "" before its first exchange."""
+    activity: str = "starting"
+    """Phase of the training loop, for whoever watches."""
+    step: int = 0
+    """Steps done."""
+    stopping: str = ""
+    """Answer to a wish to stop: what is done first, and for how long."""
+
+
+@dataclass(frozen=True)
+class ProcessState:
+    """Present activity of one process of the run."""
+
+    title: str
+    """The process, its node and its devices."""
+    activity: str
+    step: int
+    """Steps done."""
+    silent_s: float
+    """Seconds without a beat, 0 where it beats in time."""
+    waits_for: tuple[int, ...]
+    """Processes that have not begun the exchange which this one is in."""
+
+
+@dataclass(frozen=True)
+class LaunchProgress:
+    """Progress of a launched run between its events, read from the heartbeats."""
+
+    activity: str
+    """Phase of the first process."""
+    step: int = 0
+    stopping: str = ""
+    is_stopping: bool = False
+    """Whether somebody, on any node, asked to stop."""
+    processes: tuple[ProcessState, ...] = ()
 
 
 def write_beat(store: Store, sender: str, beat: Beat) -> None:
@@ -80,11 +118,11 @@ def is_node_alive(store: Store, node: int) -> bool:
 class ProcessHeartbeat:
     """Signs of life of this process, written by a thread, and a look at the others'.
 
-    `titles` names all processes of the run in messages; `now` returns this process's exchanges and current phase.
+    `titles` names all processes of the run in messages; `now` returns this process's beat, given its count.
     """
 
     def __init__(
-        self, host: str, port: int, prefix: str, process: int, titles: Sequence[str], now: Callable[[], tuple[int, str]]
+        self, host: str, port: int, prefix: str, process: int, titles: Sequence[str], now: Callable[[int], Beat]
     ) -> None:
         self._address, self._prefix, self._process, self._titles, self._now = (host, port), prefix, process, titles, now
         self._done = threading.Event()
@@ -120,7 +158,7 @@ class ProcessHeartbeat:
             # The first beat goes out at once, so that a process is never taken for silent at its start.
             while not self._done.wait(PROCESS_BEAT_S if count else 0.0):
                 count += 1
-                write_beat(store, str(self._process), Beat(count, *self._now()))
+                write_beat(store, str(self._process), self._now(count))
         except RuntimeError:  # the store went with the first node; the agent ends this process
             return
 
@@ -143,3 +181,52 @@ def describe_missing(
     parts = [f"silent: {', '.join(silent)}"] if silent else []
     parts += [f"not there yet: {', '.join(behind)}"] if behind else []
     return "; ".join(parts)
+
+
+class Watcher:
+    """Reader of all processes' beats, for a node's supervisor, which looks once a second; it costs no exchange."""
+
+    def __init__(self) -> None:
+        self._attempt = ""
+        self._changed: list[tuple[int, float]] = []
+        """Newest count of each process, and when it was new."""
+
+    def look(self, store: Store, is_stopping: bool) -> LaunchProgress:
+        """Return the run's progress; the first process names the attempt, and how far its start is."""
+        from torch.distributed import PrefixStore
+
+        text = store.get(ATTEMPT).decode() if store.check([ATTEMPT]) else '{"activity": "starting"}'
+        attempt = json.loads(text)
+        titles = attempt.get("titles", ())
+        keys = [f"beat/{process}" for process in range(len(titles))]
+        inner = PrefixStore(attempt.get("prefix", ""), store)
+        # Asked for only where all are there: `multi_get` waits for keys that are missing.
+        if not titles or not inner.check(keys):
+            return LaunchProgress(attempt.get("activity", "starting"), is_stopping=is_stopping)
+        beats = [Beat(*json.loads(beat)) for beat in inner.multi_get(keys)]
+        now_s = time.monotonic()
+        if text != self._attempt:
+            self._attempt, self._changed = text, [(-1, now_s)] * len(titles)
+        self._changed = [
+            before if before[0] == beat.count else (beat.count, now_s)
+            for before, beat in zip(self._changed, beats, strict=True)
+        ]
+        return progress_of(titles, beats, [now_s - since_s for _, since_s in self._changed], is_stopping)
+
+
+def progress_of(
+    titles: Sequence[str], beats: Sequence[Beat], silent_s: Sequence[float], is_stopping: bool
+) -> LaunchProgress:
+    """Return the progress that beats tell; `silent_s` are the seconds since each was new."""
+    states = []
+    for title, beat, seconds in zip(titles, beats, silent_s, strict=True):
+        behind = tuple(process for process, other in enumerate(beats) if other.exchanges < beat.exchanges)
+        states.append(
+            ProcessState(
+                title, beat.activity, beat.step,
+                seconds if seconds > MISSED_BEATS * PROCESS_BEAT_S else 0.0,
+                behind if beat.activity == "exchanging" else (),
+            )
+        )  # fmt: skip
+    first = beats[0]
+    return LaunchProgress(first.activity, first.step, first.stopping, is_stopping, tuple(states))

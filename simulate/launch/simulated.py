@@ -256,7 +256,7 @@ def _train(folder: Path, rendezvous: Path, process: int, processes: int, checkpo
 
 
 def begin(session: Session, resume_from: Path | None) -> None:
-    """Bring a process's session to where the run begins; raises InputError where start weights or a checkpoint differ."""
+    """Bring a process's session to where the run begins; raises InputError for other start weights or checkpoints."""
     from simulate.training.loop import restore
 
     if session.communicator.processes > 1:

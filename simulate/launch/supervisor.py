@@ -9,29 +9,38 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from simulate.common.errors import RunFailedError
 from simulate.common.events import Emit
 from simulate.launch.agent import POLL_S, Launch
-from simulate.launch.heartbeat import NodeHeartbeat
+from simulate.launch.heartbeat import LaunchProgress, NodeHeartbeat, Watcher
 from simulate.launch.keys import AGENT_THREAD, LISTENER_THREAD, REPORTED, STOP
 
 GONE_S = 10.0
 """Seconds that the agent has to end by itself once node 0 is gone, or once a stop was asked for while it waits."""
+LOOK_S = 1.0
+"""Seconds between two looks at the processes' heartbeats."""
 END_S = 5.0
 """Seconds to wait for threads whose call to the store may never return."""
 
 
-def run_supervised(launch: Launch, on_event: Emit | None, events: Path, stops: list[bool]) -> dict[str, Any]:
+def run_supervised(
+    launch: Launch,
+    on_event: Emit | None,
+    on_progress: Callable[[LaunchProgress], None],
+    events: Path,
+    stops: list[bool],
+) -> dict[str, Any]:
     """Run the agent to its end; returns the run's outcome. Raises RunFailedError, and KeyboardInterrupt for a stop.
 
-    `on_event` gets each event that rank 0 appends to the file `events`; node 0 alone has one. `stops` is not
-    empty once the user has asked to stop.
+    `on_event` gets each event that rank 0 appends to the file `events`; node 0 alone has one. `on_progress` gets what
+    the heartbeats tell, about once a second. `stops` is not empty once the user has asked to stop.
     """
     agent, listener = _AgentThread(launch), _Listener(launch, stops)
-    before = _version_of(events)
+    before, passed_on = _version_of(events), None
     tail = None if on_event is None else _EventTail(events, on_event)
     agent.start()
     listener.start()
@@ -40,6 +49,9 @@ def run_supervised(launch: Launch, on_event: Emit | None, events: Path, stops: l
             agent.join(POLL_S)
             if tail is not None:
                 tail.look()
+            if (progress := listener.progress) is not passed_on and progress is not None:
+                on_progress(progress)
+                passed_on = progress
             # torchrun's agent alone would wait on, for nodes that are lost or a store that is gone.
             _give_up_if_hopeless(launch, listener)
             # Processes that still start have nothing to save, and would take a minute to hear of the stop. Of several
@@ -119,6 +131,9 @@ class _Listener:
         """Whether the store is gone."""
         self.stopping_s: float | None = None
         """Time at which somebody, on any node, asked to stop."""
+        self.progress: LaunchProgress | None = None
+        """The processes' progress at the last look."""
+        self._watcher, self._looked_s = Watcher(), -LOOK_S
         self._heartbeat = NodeHeartbeat(launch.node.number)
         self._printed, self._done = 0, threading.Event()
         self._thread = threading.Thread(target=self._listen, name=LISTENER_THREAD, daemon=True)
@@ -151,6 +166,9 @@ class _Listener:
             self._printed = index
         if self.stopping_s is None and store.check([STOP]):
             self.stopping_s = time.monotonic()
+        if time.monotonic() - self._looked_s >= LOOK_S:
+            self._looked_s = time.monotonic()
+            self.progress = self._watcher.look(store, self.stopping_s is not None)
         self._heartbeat.beat_if_due(store)
         self.heard_s = time.monotonic()
 

@@ -36,9 +36,10 @@ from simulate.config.profiles import load_profile
 from simulate.config.run import Run, load_run
 from simulate.data.batches import build_batches
 from simulate.data.load import kept_tokenizer, load_data
-from simulate.launch.heartbeat import ProcessHeartbeat
+from simulate.launch.heartbeat import Beat, ProcessHeartbeat
 from simulate.launch.keys import (
     ANSWERED,
+    ATTEMPT,
     BEGUN,
     FAILED_EXIT,
     FATAL,
@@ -56,6 +57,7 @@ from simulate.launch.recovery import recover
 from simulate.layers import accelerator
 from simulate.methods.build_network import start_figures
 from simulate.methods.registry import build_method
+from simulate.training.activity import Activity
 from simulate.training.loop import Session, train
 from simulate.training.simulated_clock import SimulatedClock
 
@@ -203,13 +205,24 @@ def _group_prefix() -> str:
 def _train(folder: Path, device: torch.device, rank: RankInfo, store: dist.Store) -> None:
     _, _, host, port, _ = sys.argv[1:]
     run, profile = load_run(folder / RUN_FILE), load_profile(str(folder / PROFILE_FILE))
+    leads = rank.process == 0
+    if leads:
+        store.set(ATTEMPT, json.dumps({"activity": "loading data"}))
     data = load_data(run, kept_tokenizer(folder))
+    if leads:
+        store.set(ATTEMPT, json.dumps({"activity": "joining"}))
     join_processes(run, device, rank, store)
     clock = SimulatedClock(run, profile.devices(run.cluster.devices), profile.link)
     communicator = TorchCommunicator(
         run.cluster.devices, device, run.cluster.timeout_s, clock.charge_transfer, clock.wait
     )
-    leads = rank.process == 0
+    activity = Activity()
+    session: Session | None = None
+
+    def beat(count: int) -> Beat:
+        stopping = "" if session is None else session.stopping_text()
+        return Beat(count, communicator.exchanges, communicator.current_phase, activity.phase, activity.step, stopping)
+
     with ExitStack() as stack:
         stack.callback(communicator.close)
         own = communicator.local_devices
@@ -217,9 +230,11 @@ def _train(folder: Path, device: torch.device, rank: RankInfo, store: dist.Store
         titles = communicator.share_texts(f"{rank.title} ({named})")
         machines = distinct(json.loads(text) for text in communicator.share_texts(json.dumps(machine_facts())))
         heartbeat = ProcessHeartbeat(
-            host, int(port), _group_prefix(), rank.process, titles,
-            lambda: (communicator.exchanges, communicator.current_phase),
+            host, int(port), _group_prefix(), rank.process, titles, beat
         )  # fmt: skip
+        if leads:
+            store.set(ATTEMPT, json.dumps({"prefix": _group_prefix(), "titles": titles}))
+        activity.begin("building the network")
         stack.callback(heartbeat.close)
         communicator.missing = heartbeat.missing
         check_start(run, communicator, rank.title)
@@ -237,8 +252,10 @@ def _train(folder: Path, device: torch.device, rank: RankInfo, store: dist.Store
             writes_shared=rank.local_process == 0,
             folder_devices=rank.node_devices(run.cluster.devices),
             recovers=True,
+            activity=activity,
         )
         # Before the event file is opened: it is cut back to the step that recovery finds.
+        activity.begin("looking for checkpoints")
         found = recover(session)
         if leads:
             if found is not None and found.lost:

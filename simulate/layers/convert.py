@@ -23,6 +23,7 @@ from simulate.layers.formats import Biases, Convolutions, Norms
 from simulate.layers.lora import AdapterSpec, LoraConv2d, LoraLinear
 from simulate.layers.per_device import (
     Batch,
+    HeadOfLayer,
     Replicated,
     ReplicatedConv1d,
     ReplicatedConv2d,
@@ -33,6 +34,7 @@ from simulate.layers.per_device import (
     ReplicatedRmsNorm,
     VectorLora,
     replicate,
+    take_storage,
 )
 
 MakeAdapter = Callable[[nn.Linear | nn.Conv2d, str, Tensor | None], nn.Module]
@@ -128,29 +130,48 @@ def convert(model: nn.Module, copies: int, spec: ConversionSpec = EVERYTHING_TRA
 
     The spec's `make_adapter`, if there is one, replaces every nn.Linear, nn.Conv2d, Conv1D of transformers and
     projection of nn.MultiheadAttention, except those whose weight is tied to another module and those that the network
-    names in `trained_whole`. A module of unknown kind with parameters runs copy by copy. Its `unbatched` maps names of
-    modules to the places of arguments, and of results as −1 − k, that all samples share. Parameters with
-    requires_grad = False stay what they are, as buffers of one copy. Raises InputError for batch normalisation, and for
-    a network that owns parameters without a module around them.
+    names in `trained_whole`. A module of unknown kind with parameters runs copy by copy, and so does all of a network
+    that owns parameters itself, or is marked as `whole`. Its `unbatched` maps names of modules to the places of
+    arguments, and of results as −1 − k, that all samples share. Parameters with requires_grad = False stay what they
+    are, as buffers of one copy. Raises InputError for batch normalisation.
     """
     refuse_batch_norm(model)
-    model.plain_buffers = _persistent_buffers(model)  # type: ignore[assignment]
-    if _owns_parameters(model):
-        raise InputError(f"model: {type(model).__name__} owns parameters itself; move them into a module inside of it")
-    converter = _Converter(model, copies, spec)
+    converter, buffers = _Converter(model, copies, spec), _persistent_buffers(model)
+    if runs_whole(model):
+        root = converter.copy_by_copy("", model)
+        for mark in ("unused", "trained_whole"):
+            setattr(root, mark, getattr(model, mark, ()))
+        root.plain_buffers = buffers  # type: ignore[assignment]
+        take_storage(model)
+        return root
+    model.plain_buffers = buffers  # type: ignore[assignment]
     if converter.unbatched:
         model.register_forward_pre_hook(converter.count_samples)
     # The list holds ids, not modules: it would keep all plain weights in memory until the last layer is replaced.
     for name, key in [(name, id(module)) for name, module in _parametric(model)]:
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, converter.replacement(name, key))
+    for module in model.modules():
+        if isinstance(module, ReplicatedModule):
+            # Computing with what is no device's copy must fail, as it would where activations are recomputed in the
+            # backward pass. Only now, since a plain layer may be part of several modules.
+            take_storage(module.plain[0])
     return model
+
+
+def runs_whole(model: nn.Module) -> bool:
+    """Whether all of a network runs copy by copy: it is marked so, or owns parameters itself."""
+    return getattr(model, "whole", False) or _owns_parameters(model)
+
+
+def _join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
 
 
 def _persistent_buffers(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the buffers that a network's state_dict has."""
     return tuple(
-        f"{name}.{key}" if name else key
+        _join(name, key)
         for name, module in model.named_modules(remove_duplicate=False)
         for key, _ in module.named_buffers(recurse=False, remove_duplicate=False)
         if key not in module._non_persistent_buffers_set
@@ -199,6 +220,18 @@ class _Converter:
         for module in self.model.modules():
             for parameter in module.parameters(recurse=False):
                 self.owners[id(parameter)] = self.owners.get(id(parameter), 0) + 1
+        # By id, since a layer may be part of a module that runs copy by copy, too.
+        linear = (
+            [module for module in self.model.modules() if is_linear(module)] if self.spec.biases == "frozen" else []
+        )
+        self.frozen_biases = {id(module.bias) for module in linear}
+        # One that modules share of which some run copy by copy counts as tied: these have biases of their own.
+        units: dict[int, set[int]] = {}
+        for _, unit in [("", self.model)] if runs_whole(self.model) else _parametric(self.model):
+            for part in [unit] if _is_supported(unit) else unit.modules():
+                units.setdefault(id(part), set()).add(-1 if _is_supported(unit) else id(unit))
+                if len(units[id(part)]) > 1:
+                    self.owners.update({id(p): 2 for p in part.parameters(recurse=False)})
 
     def count_samples(self, model: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         """Record the batch size of each call, as a forward hook of the network."""
@@ -217,7 +250,7 @@ class _Converter:
 
     def _replacement(self, name: str, module: nn.Module) -> nn.Module:
         if _is_supported(module):
-            if _is_linear(module):
+            if is_linear(module):
                 return self._linear(name, module)
             if isinstance(module, nn.Embedding):
                 batch = self.batch if 0 in self.unbatched.get(name, ()) else None
@@ -230,8 +263,27 @@ class _Converter:
                 return ReplicatedRmsNorm(epsilon, self._affine(module.weight))  # type: ignore[arg-type]
             if isinstance(module, nn.MultiheadAttention) and is_plain_attention(module):
                 return self._attention(name, module)
+        return self.copy_by_copy(name, module)
+
+    def copy_by_copy(self, name: str, module: nn.Module) -> ReplicatedModule:
+        """Return the replacement of a module of any kind; linear layers inside of it get their adapters."""
+        adapters = dict[str, nn.Module]()
+        inside = list(module.named_modules(remove_duplicate=False))[1:] if self.spec.make_adapter else []
+        for path, layer in inside:
+            # A ReplicatedModule has its own parameters in "stacked".
+            if is_linear(layer) and _is_supported(layer) and path.partition(".")[0] != "stacked":
+                key, full_name = id(layer), _join(name, path)
+                if key not in self.layers and full_name not in self.trained_whole and self._adapts(layer):
+                    self.layers[key] = self._adapter(full_name, layer, None)
+                if key in self.layers:
+                    adapters[path] = self.layers[key]
+        stand_ins = {id(layer): HeadOfLayer(layer, adapters[path]) for path, layer in inside if path in adapters}
+        for path, layer in inside:
+            if path in adapters:
+                parent, _, attribute = path.rpartition(".")
+                setattr(module.get_submodule(parent), attribute, stand_ins[id(layer)])
         tensors = {key: self._replica(parameter) for key, parameter in module.named_parameters()}
-        return ReplicatedModule(module, tensors, self.unbatched.get(name, ()), self.batch)
+        return ReplicatedModule(module, tensors, self.unbatched.get(name, ()), self.batch, adapters)
 
     def _attention(self, name: str, module: nn.MultiheadAttention) -> nn.Module:
         assert module.in_proj_weight is not None
@@ -246,21 +298,25 @@ class _Converter:
         if isinstance(module.bias, Tensor):
             frozen = self.spec.biases == "frozen"
             bias = module.bias.detach().unsqueeze(0) if frozen else self._replica(module.bias)
-        make = self.spec.make_adapter
-        if make is not None and name not in self.trained_whole and self._adapts(module):
-            if is_conv1d(module):
-                adapter = make(_as_linear(module.weight.t().contiguous()), name, bias)
-                adapter.transposed = True  # type: ignore[assignment]
-                return adapter
-            assert isinstance(module, nn.Linear | nn.Conv2d)
-            return make(module, name, bias)
+        if name not in self.trained_whole and self._adapts(module):
+            return self._adapter(name, module, bias)
         weight = self._replica(module.weight)
         if isinstance(module, nn.Conv2d):
             return ReplicatedConv2d(module, weight, bias)
         return ReplicatedConv1d(weight, bias) if is_conv1d(module) else ReplicatedLinear(weight, bias)
 
+    def _adapter(self, name: str, module: nn.Module, bias: Tensor | None) -> nn.Module:
+        make = self.spec.make_adapter
+        assert make is not None and isinstance(module.weight, Tensor)
+        if is_conv1d(module):
+            adapter = make(_as_linear(module.weight.t().contiguous()), name, bias)
+            adapter.transposed = True  # type: ignore[assignment]
+            return adapter
+        assert isinstance(module, nn.Linear | nn.Conv2d)
+        return make(module, name, bias)
+
     def _adapts(self, module: nn.Module) -> bool:
-        if self.owners[id(module.weight)] > 1:
+        if self.spec.make_adapter is None or self.owners[id(module.weight)] > 1:
             return False
         if not isinstance(module, nn.Conv2d):
             return True
@@ -269,7 +325,8 @@ class _Converter:
 
     def _replica(self, parameter: Tensor) -> Tensor:
         if id(parameter) not in self.replicas:
-            self.replicas[id(parameter)] = replicate(parameter, self.copies)
+            frozen = id(parameter) in self.frozen_biases
+            self.replicas[id(parameter)] = parameter.detach()[None] if frozen else replicate(parameter, self.copies)
         return self.replicas[id(parameter)]
 
     def _affine(self, vector: Tensor) -> Tensor | VectorLora:
@@ -296,7 +353,8 @@ _LINEAR_TOO = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
 """Subclasses of nn.Linear whose own forward computes the same (x·Wᵀ, rounded before the bias is added)."""
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module computes what a linear layer, a convolution or transformers' Conv1D does."""
     kind = type(module)
     if f"{kind.__module__}.{kind.__name__}" in _LINEAR_TOO:
         return computes_as(module, kind)
@@ -306,10 +364,10 @@ def _is_linear(module: nn.Module) -> bool:
 def _is_supported(module: nn.Module) -> bool:
     """Whether the replacement written for this kind of module supports all its settings."""
     plain = any(computes_as(module, kind) for kind in (nn.Embedding, nn.LayerNorm, nn.MultiheadAttention))
-    if not (plain or _is_linear(module) or is_rms_norm(module)):
+    if not (plain or is_linear(module) or is_rms_norm(module)):
         return False
     # Copies of trained parameters beside a single frozen one: only biases of linear layers may be that.
-    if not all(p.requires_grad for key, p in module.named_parameters() if key != "bias" or not _is_linear(module)):
+    if not all(p.requires_grad for key, p in module.named_parameters() if key != "bias" or not is_linear(module)):
         return False
     if isinstance(module, nn.Conv2d):
         return module.padding_mode == "zeros"
@@ -322,11 +380,11 @@ def unused_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of a converted network that its mark `unused` names."""
     unused: tuple[str, ...] = getattr(model, "unused", ())
     return {
-        f"{name}.{key}": tensor
+        _join(name, key): tensor
         for name, module in model.named_modules()
         if isinstance(module, ReplicatedModule)
         for key, tensor in module.plain_tensors()
-        if f"{name}.{key}" in unused
+        if _join(name, key) in unused
     }
 
 
@@ -359,7 +417,7 @@ def merged_state(
             state[f"{name}.weight"] = module.plain_weight_in_use(fold) if in_use else module.plain_weight(fold)
         if isinstance(module, Replicated | ReplicatedModule | LoraLinear):
             for key, tensor in module.plain_tensors():
-                state[f"{name}.{key}"] = other.get(id(tensor), tensor[min(copy, len(tensor) - 1)].detach())
+                state[_join(name, key)] = other.get(id(tensor), tensor[min(copy, len(tensor) - 1)].detach())
     named = {renamed.get(name, name): tensor for name, tensor in state.items()}
     return {**named, **{name: _plain_buffer(model, name) for name in getattr(model, "plain_buffers", ())}}
 
@@ -380,8 +438,8 @@ def call_with_weights(network: nn.Module, weights: Mapping[str, Tensor], inputs:
 def _plain_buffer(model: nn.Module, name: str) -> Tensor:
     """Return a buffer of the plain network by its name there."""
     *path, key = name.split(".")
-    for part in path:
-        child = getattr(model, part)
+    for part in [None, *path]:
+        child = model if part is None else getattr(model, part)
         model = child.plain[0] if isinstance(child, ReplicatedModule) else child
     buffer: Tensor = getattr(model, key)
     return buffer

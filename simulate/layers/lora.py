@@ -169,9 +169,6 @@ class _Product:
         return weight_HOI
 
 
-lora_function = _LoraLinear.apply
-
-
 class LoraLinear(nn.Module):
     """Linear layer with frozen W (a buffer, shared by all local devices) and one LoRA pair a head.
 
@@ -215,6 +212,8 @@ class LoraLinear(nn.Module):
 
     transposed = False
     """Whether the plain layer holds its weight as (I, O)."""
+    head: int | None = None
+    """The one head that the next pass is of; None: each head gets its share of the samples."""
     a: Tensor
     drawn_after: Tensor
     """Number of steps done when A was drawn."""
@@ -323,10 +322,30 @@ class LoraLinear(nn.Module):
         # A quantized layer has made a new tensor, which may be overwritten.
         return torch.add(weight_OI, mean_OI, alpha=self.spec.scale, out=None if self.frozen is None else weight_OI)
 
+    def factors_in_use(self) -> tuple[Tensor, Tensor]:
+        """Return A and B of all heads."""
+        return self.a, self.b
+
+    def _pairs(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return A, B, A0 and B0 of the heads that the next pass is of."""
+        tensors = (*self.factors_in_use(), self.a0, self.b0)
+        if self.head is None:
+            return tensors
+        a, b, a0, b0 = (None if tensor is None else tensor[self.head : self.head + 1] for tensor in tensors)
+        assert a is not None and b is not None
+        return a, b, a0, b0
+
     def forward(self, x: Tensor) -> Tensor:
-        return lora_function(
-            x, self.frozen or self.weight, self.bias, self.a, self.b, self.a0, self.b0, self.spec.scale
-        )
+        y: Tensor = _LoraLinear.apply(x, self.frozen or self.weight, self.bias, *self._pairs(), self.spec.scale)
+        return y
+
+    def weight_of_head(self) -> Tensor:
+        """Return the effective weight of the only head, or of `head`, in the plain layer's form, with its gradient."""
+        a_HRI, b_HOR, a0_HRI, b0_HOR = self._pairs()
+        weight_OI = torch.add(_dense(self.frozen or self.weight), b_HOR[0] @ a_HRI[0], alpha=self.spec.scale)
+        if a0_HRI is not None and b0_HOR is not None:
+            weight_OI = torch.sub(weight_OI, b0_HOR[0] @ a0_HRI[0], alpha=self.spec.scale)
+        return self._as_plain(weight_OI)
 
     def plain_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the plain layer's parameters other than its weight, with a copies axis."""

@@ -12,6 +12,7 @@ Activations keep the plain layout (samples of device 0, samples of device 1, ...
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -300,14 +301,52 @@ class ReplicatedRmsNorm(Replicated):
         return y
 
 
+def take_storage(module: nn.Module) -> None:
+    """Replace a module's parameters by ones without storage; shared ones stay shared."""
+    empty = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()}
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            setattr(part, name, empty[id(parameter)])
+
+
+class HeadOfLayer(nn.Module):
+    """Stands in for a plain layer in a module that runs copy by copy: the layer that replaces it, for the head at work.
+
+    Its weight may be read, as modules do that hand it to a function of their own.
+    """
+
+    def __init__(self, plain: nn.Module, layer: nn.Module) -> None:
+        super().__init__()
+        self.bias = plain.bias  # among the module's own parameters: its adapted layer has none
+        # In lists: the layer is registered in the ReplicatedModule, and the plain one is asked for its sizes alone.
+        self.plain, self.layer = [plain], [layer]
+        take_storage(plain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer[0](x)
+        if not isinstance(self.bias, Tensor):
+            return y
+        return y + (self.bias[:, None, None] if isinstance(self.plain[0], nn.Conv2d) else self.bias)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            layer: Any = self.layer[0]
+            return layer.weight_of_head()
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(vars(self).get("plain", [None])[0], name)
+
+
 class ReplicatedModule(nn.Module):
     """Module of any other kind: each device's samples go through its own copy of the parameters, device by device.
 
-    `tensors` are the module's parameters by name, with a copies axis; frozen ones have one copy for all. Tensor
+    `tensors` are the module's own parameters by name, with a copies axis; frozen ones have one copy for all. Tensor
     arguments with as many rows as the first one are divided between copies; all other arguments go to every copy, and
     so do those whose place among the call's arguments is in `unbatched`. Results that all samples share, whose place k
     is there as −1 − k, are repeated for each sample of `batch`. Buffers are shared, so the module must not write to
-    them in training.
+    them in training. `adapters` are adapted layers by the names that their plain ones, now HeadOfLayer, have in the
+    module; where there are any, it runs head by head.
     """
 
     def __init__(
@@ -316,6 +355,7 @@ class ReplicatedModule(nn.Module):
         tensors: Mapping[str, Tensor],
         unbatched: Collection[int] = (),
         batch: Batch | None = None,
+        adapters: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.unbatched, self.batch = unbatched, batch
@@ -332,6 +372,13 @@ class ReplicatedModule(nn.Module):
         self.all_names = {n: positions[id(p)] for n, p in module.named_parameters(remove_duplicate=False)}
         # In a list, so that the plain module's own parameters are not registered and trained.
         self.plain = [module]
+        self.adapters: list[Any] = list(dict.fromkeys((adapters or {}).values()))
+        for name, layer in (adapters or {}).items():
+            *path, last = name.split(".")
+            parent: nn.Module = self
+            for step in path:  # so that it has the plain layer's name
+                parent = parent._modules.setdefault(step, nn.Module())  # type: ignore[assignment]
+            parent._modules[last] = layer
 
     def __getattr__(self, name: str) -> Any:
         """Return a buffer of the plain module, which networks read, such as an embedding's indices of positions."""
@@ -348,7 +395,8 @@ class ReplicatedModule(nn.Module):
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         self.plain[0].train(self.training)
         tensors = {name: self._tensor(name) for name in self.places}
-        copies = max(len(tensor) for tensor in tensors.values())
+        # A device's heads share its copy of what is not adapted.
+        copies = max([*map(len, tensors.values()), *(len(layer.factors_in_use()[0]) for layer in self.adapters)])
         if copies == 1:
             own = {name: tensor[0] for name, tensor in tensors.items()}
             return functional_call(self.plain[0], own, arguments, keywords)
@@ -365,16 +413,27 @@ class ReplicatedModule(nn.Module):
             )
         parts = []
         for copy in range(copies):
-            own = {name: tensor[min(copy, len(tensor) - 1)] for name, tensor in tensors.items()}
+            own = {name: tensor[copy * len(tensor) // copies] for name, tensor in tensors.items()}
             cut = [
                 leaf.chunk(copies)[copy] if count is not None and count == samples else leaf
                 for leaf, count in zip(leaves, rows, strict=True)
             ]
             args, kwargs = tree_unflatten(cut, structure)
-            parts.append(functional_call(self.plain[0], own, args, kwargs))
+            with self._at_head(copy):
+                parts.append(functional_call(self.plain[0], own, args, kwargs))
         _, structure = tree_flatten(parts[0])
         results = zip(*(tree_leaves(part) for part in parts), strict=True)
         return tree_unflatten([self._joined(place, same) for place, same in enumerate(results)], structure)
+
+    @contextmanager
+    def _at_head(self, head: int) -> Iterator[None]:
+        for layer in self.adapters:
+            layer.head = head
+        try:
+            yield
+        finally:
+            for layer in self.adapters:
+                layer.head = None
 
     def _joined(self, place: int, same: Sequence[Any]) -> Any:
         """Return the copies' results at one place as one."""

@@ -85,7 +85,7 @@ def errors_of(rows: Sequence[Row]) -> Errors:
 
 def planned_bytes(run: Run) -> int:
     """Return the planned peak of one device that has one memory, without what libraries hold, which nothing tracks."""
-    return peak_memory(run, run.model.shape(), ROOMY).tensors
+    return peak_memory(run, run.shape(), ROOMY).tensors
 
 
 def tracked_rows(sample: Sample) -> Iterator[Row]:
@@ -108,7 +108,7 @@ def byte_rows(sample: Sample, steps: int = 9) -> Iterator[Row]:
         run = run.model_copy(update={"train": train})
         counted = _counted_bytes(run)
         if counted:  # a relative error needs bytes to relate to
-            yield Row(describe(run), "counted", sent_bytes(run, run.model.shape(), steps), counted)
+            yield Row(describe(run), "counted", sent_bytes(run, run.shape(), steps), counted)
 
 
 def _counted_bytes(run: Run) -> int:
@@ -130,7 +130,7 @@ def time_rows(sample: Sample) -> Iterator[Row]:
     # With a deadline, planned compute is a part of a round, and not comparable with a step.
     in_lockstep = (run for run in runs if not run.method.is_paced)
     for run in itertools.islice(in_lockstep, sample.count):
-        planned = round_time(run, run.model.shape(), (device,) * run.cluster.devices, profile.link).compute_s
+        planned = round_time(run, run.shape(), (device,) * run.cluster.devices, profile.link).compute_s
         yield Row(describe(run), "timed", planned, _step_s(run))
 
 
@@ -143,7 +143,7 @@ def _step_s(run: Run) -> float:
 
 def describe(run: Run) -> str:
     """Return method, network and switches of a run as one line, with run.toml's words."""
-    shape, train = run.model.shape(), run.train
+    shape, train = run.shape(), run.train
     options = run.method.model_dump(exclude_defaults=True)
     keys = [f"{key} {value}" for key, value in options.items() if key not in ("name", "alpha", "steps_taken")]
     sizes = f"{shape.family} {shape.layers} x {shape.width}, {shape.tokens} tokens, {shape.outputs} outputs"

@@ -272,7 +272,7 @@ def tracked_memory(run: Run, with_host: bool) -> Tracked:
 def track(run: Run, program: Program = train_alone) -> Log:
     """Return the allocations of one device's program over steps, merges and an evaluation."""
     # These results are cached for the whole process: computed under fake tensors, they would have no numbers later.
-    run.model.shape()
+    run.shape()
     warm_up(run, CPU)
     gc.collect()  # tensors of earlier work that are freed later would be counted as the program's
     follower = _Follower()

@@ -231,7 +231,7 @@ def _starting(watch: Stopwatch) -> tuple[float, float, float]:
 
 def _elementwise(watch: Stopwatch, rates: KernelRates, run: Run) -> list[float]:
     """Return [bytes of an activation, bytes/s] of a dense step's work beside products, attention and AdamW."""
-    shape = run.model.shape()
+    shape = run.shape()
     taken_s = step_s(watch, run)
     moved = persistent_state(run, shape).trained * FLOAT_BYTES
     adam, clip = (ADAM_ELEMENTS_MOVED + ADAM_MOMENTS_MOVED) * moved, CLIP_ELEMENTS_MOVED * moved
@@ -279,7 +279,7 @@ def step_s(watch: Stopwatch, run: Run, least: int = 7) -> float:
     """Return the seconds of one device's step of a run, without exchanges."""
     method = build_method(run, EchoCommunicator(run.cluster.devices), watch.device)
     inputs, targets = (tensor.to(watch.device) for tensor in example_batch(run.model, run.train.micro_batch))
-    name = f"step of {run.model.name} {run.method.name} {run.model.shape().width} wide, batch {run.train.micro_batch}"
+    name = f"step of {run.model.name} {run.method.name} {run.shape().width} wide, batch {run.train.micro_batch}"
     return watch.seconds(name, lambda: method.step(inputs, targets, 0), least, most=40)
 
 

@@ -20,13 +20,13 @@ from simulate.comm.virtual import VirtualCommunicator
 from simulate.config.run import Run
 from simulate.layers.accelerator import peak_bytes
 from simulate.layers.convert import call_with_weights
-from simulate.layers.cross_entropy import row_losses
 from simulate.layers.dtypes import DTYPES
 from simulate.layers.quantized import QuantizedWeight
 from simulate.methods.base import Method
 from simulate.methods.build_network import empty_model
 from simulate.methods.registry import build_method
 from simulate.models.fake_batch import example_batch
+from simulate.models.losses import row_losses_of
 from simulate.models.peak_memory import cpu_peak_bytes
 from simulate.optim.adamw8bit import moment_values
 from simulate.rules.cadence import evaluation_batch
@@ -46,8 +46,9 @@ Program = Callable[[Run, torch.device, Watch], Method]
 
 def made_up_batch(run: Run, samples: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return inputs and targets of made-up samples, in the dtype that the run's data would have."""
-    inputs, targets = (tensor.to(device) for tensor in example_batch(run.model, samples))
-    return inputs.to(DTYPES[run.train.dtype]) if inputs.is_floating_point() else inputs, targets
+    batch, dtype = example_batch(run.model, samples), DTYPES[run.train.dtype]
+    inputs, targets = (t.to(device, dtype if t.is_floating_point() else None) for t in batch)
+    return inputs, targets
 
 
 def unwatched(phase: str, method: Method, host: Sequence[Tensor]) -> None:
@@ -146,4 +147,4 @@ def measure_memory_bytes(run: Run, device: torch.device) -> int:
 def evaluate_batch(method: Method, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """Return the losses of a batch, (M,), with the merged weights in a plain network without storage of its own."""
     outputs = call_with_weights(model, method.weights_in_use(), inputs)
-    return row_losses(outputs, targets)
+    return row_losses_of(method.run.model)(outputs, targets)

@@ -122,7 +122,7 @@ def held_out_times(
 
 def _compare(case: Case, profile: Profile, watch: Stopwatch) -> tuple[str, float, float]:
     run = case.run()
-    planned_s = device_step_s(run, run.model.shape(), profile.device[:1])[0]
+    planned_s = device_step_s(run, run.shape(), profile.device[:1])[0]
     return case.name, planned_s, step_s(watch, run, LEAST_STEPS)
 
 

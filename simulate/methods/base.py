@@ -32,6 +32,7 @@ from simulate.methods.stepper import (
     learning_rate_factor,
     muon_matrices,
 )
+from simulate.models.losses import group_means_of
 from simulate.optim.loss_scale import LossScale, check_autocast
 
 
@@ -67,7 +68,7 @@ class Method(ABC):
         self.stepper = Stepper(self.parameters, self.parameter_groups(), matrices, train, scale)
         self.loss = Loss(
             self.model, train, self.loss_scale, zeroes, self.stepper.allocate_state, self.parameters_in_use,
-            unused_tensors(self.model),
+            unused_tensors(self.model), group_means_of(self.run.model),
         )  # fmt: skip
 
     # What is trained, and how a step goes.

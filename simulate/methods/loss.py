@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from simulate.common.errors import InputError
 from simulate.config.tables import Train
-from simulate.layers.cross_entropy import row_losses
+from simulate.models.losses import GroupMeans
 from simulate.optim.loss_scale import LossScale, lower_precision
 
 
@@ -26,6 +26,7 @@ class Loss:
     def __init__(
         self, model: nn.Module, train: Train, loss_scale: LossScale | None, zeroes_overflow: bool,
         before_forward: Callable[[], None], stepped: Callable[[], Iterable[nn.Parameter]], unused: Mapping[str, Tensor],
+        group_means: GroupMeans,
     ) -> None:  # fmt: skip
         """Compute losses of a converted network; each step leaves a gradient in all that `stepped` returns.
 
@@ -33,6 +34,7 @@ class Loss:
         """
         self.model, self.train, self.loss_scale, self.zeroes_overflow = model, train, loss_scale, zeroes_overflow
         self.before_forward, self.stepped, self.unused = before_forward, stepped, unused
+        self.group_means = group_means
         for tensor in unused.values():
             tensor.requires_grad_()  # to see whether there is one
 
@@ -58,11 +60,7 @@ class Loss:
         self.model.train()
         with lower_precision(self.train, inputs.device):
             outputs = self.model(inputs)
-        return self.row_losses(outputs, targets).view(groups, -1).mean(1)
-
-    def row_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss of every sample or token, (M,), in order: cross-entropy with logits."""
-        return row_losses(outputs, targets)
+        return self.group_means(outputs, targets, groups)
 
     def _complete_gradients(self) -> None:
         """Give parameters that this step did not use a gradient of zero, as others may have used them.

@@ -55,30 +55,41 @@ def configured_vocab(name: str) -> int:
     return vocab
 
 
+def _no_language_model(name: str, config: Any) -> InputError:
+    """Return the refusal of a configuration without a vocabulary: that of several networks, or of another kind."""
+    inner = getattr(getattr(config, "text_config", None), "model_type", None)
+    advice = f"name the one of text alone: hf:{inner}" if inner else "choose a causal language model"
+    return InputError(f"model.name = {name!r}: the configuration has no vocab_size, as of several networks; {advice}")
+
+
 def build_huggingface(options: HuggingfaceOptions) -> nn.Module:
     """Return the network of a [model] table, with start weights in float32, drawn by the library."""
     transformers, name = _library(options.name), options.name
     kind, (_, table) = _configuration_class(name), _kind_and_table(name)
     with _library_errors(name):
         default = kind()
-    given = dict(table)
-    for key, value in {"vocab_size": options.vocab, **(options.model_extra or {})}.items():
-        if not hasattr(default, key):
+    given, keys = dict(table), {"vocab_size": options.vocab, **(options.model_extra or {})}
+    with _library_errors(name):  # some keys are of single layers, and asking for them is an error
+        unknown = [key for key in keys if not hasattr(default, key)]
+    if "vocab_size" in unknown:
+        raise _no_language_model(name, default)
+    for key, value in keys.items():
+        if key in unknown:
             known = [k for k in default.to_dict() if not k.startswith("_")]
             raise InputError(f"model.{key} is no key of {name}'s configuration; {near_match(key, known)}")
         given.pop(key, None)
         given[kind.attribute_map.get(key, key)] = value
     with _library_errors(name):
         # All keys at once: sizes of heads, kinds of layers and the like follow from others in the constructor.
-        wanted = kind(**given).to_dict()
+        wanted, tokens = kind(**given).to_dict(), list[str]()
         for key, value in wanted.items():
             # Dropout would be drawn outside of the run's seed, so that no run could be repeated.
             if "drop" in key and isinstance(value, int | float) and not isinstance(value, bool):
                 given[key] = 0.0
             # Our text has no special tokens, and their default indices lie beyond a small vocabulary.
             if key in ("bos_token_id", "eos_token_id", "pad_token_id") and _reaches(value, options.vocab):
-                given[key] = None
-        model = transformers.AutoModelForCausalLM.from_config(kind(**given), dtype=torch.float32)
+                tokens.append(key)
+        model = transformers.AutoModelForCausalLM.from_config(_constructed(kind, given, tokens), dtype=torch.float32)
     network = CausalLanguageModel(model)
     network.takes_positions = network.takes_positions and _counts_from_zero(network, options.context)
     return network
@@ -98,6 +109,14 @@ def _counts_from_zero(network: CausalLanguageModel, context: int) -> bool:
         network.train(was_training)
     given, own = results
     return torch.allclose(given, own, rtol=1e-4, atol=1e-5)
+
+
+def _constructed(kind: Any, given: dict[str, Any], tokens: list[str]) -> Any:
+    """Return a configuration without the named special tokens; 0 in their place where the kind insists on numbers."""
+    try:
+        return kind(**{**given, **dict.fromkeys(tokens)})
+    except Exception:  # a library's validation error, for whatever reason: the second attempt tells it
+        return kind(**{**given, **dict.fromkeys(tokens, 0)})
 
 
 def _reaches(tokens: Any, vocab: int) -> bool:

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from typing import Any, Literal, Protocol
 
+import numpy as np
+
 Unit = Literal["tokens", "samples"]
 HUGGINGFACE = "hf"
 """Family of transformers' networks, and with a colon the prefix of their names."""
+OF_SAMPLES = "module of samples"
+"""Family of users' networks on a data set that is an object."""
 
 
 IMAGES_HINT = (
@@ -45,6 +49,29 @@ class SeesImages(Protocol):
     @property
     def classes(self) -> int:
         """Number of classes."""
+
+
+class LiveSamples(Protocol):
+    """A data set that is an object of this process, as far as networks are counted on it."""
+
+    @property
+    def inputs(self) -> np.ndarray:
+        """Inputs of all samples, one a row."""
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Targets of all samples, one a row."""
+
+    def check_classes(self, outputs: int) -> None:
+        """Raise InputError for integers as targets that are no classes of a network with so many outputs."""
+
+
+class TakesSamples(Protocol):
+    """Options of a network on the samples of a data set that is an object."""
+
+    @property
+    def samples(self) -> str:
+        """Name of the data set."""
 
 
 class NetworkOptions(Protocol):

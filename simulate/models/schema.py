@@ -16,7 +16,8 @@ from typing import Annotated, Any, ClassVar, cast
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 from simulate.common import toml_io
-from simulate.models.interfaces import HUGGINGFACE, ReadsText, Unit
+from simulate.layers.formats import Convolutions
+from simulate.models.interfaces import HUGGINGFACE, OF_SAMPLES, ReadsText, Unit
 from simulate.models.shapes import ModelShape
 
 Size = Annotated[int, Field(gt=0)]
@@ -138,6 +139,8 @@ class Sees(Frames):
         return self
 
 
+OF_THE_RUN = ("name", "loss", "samples")
+"""Keys of a user's network that say how it is found and trained, and are none of the factory's."""
 _SHAPE_LOADED: ContextVar[ModelShape | None] = ContextVar("_SHAPE_LOADED", default=None)
 
 
@@ -160,6 +163,9 @@ class FactoryModel(ModelOptions):
 
     family: ClassVar[str] = "module"
     name: str
+    loss: str | None = None
+    """package.module:function of (outputs, targets), the mean loss of a batch or a loss for each sample; not set:
+    cross-entropy."""
 
     @model_validator(mode="after")
     def _extra_keys_are_plain(self) -> FactoryModel:
@@ -172,16 +178,16 @@ class FactoryModel(ModelOptions):
 
     def keywords(self) -> dict[str, Any]:
         """Return everything that may be passed to the factory."""
-        return {key: value for key, value in self.model_dump().items() if key != "name"}
+        return {key: value for key, value in self.model_dump().items() if key not in OF_THE_RUN}
 
     _stored_shape: ModelShape | None = PrivateAttr(default_factory=lambda: _SHAPE_LOADED.get())
 
-    def shape(self) -> ModelShape:
+    def shape(self, convolutions: Convolutions = "lora") -> ModelShape:
         if self._stored_shape is not None:
             return self._stored_shape
         from simulate.models.tracing import traced_shape  # imports torch, and later the user's module
 
-        return traced_shape(self)
+        return traced_shape(self, convolutions)
 
 
 class FactoryTextModel(FactoryModel, Reads):
@@ -202,6 +208,28 @@ class FactoryImageModel(FactoryModel, Frames):
     image: int = Field(default=32, gt=0)
     colours: int = Field(default=3, gt=0)
     classes: int = Field(gt=0)
+
+
+class FactorySampleModel(FactoryModel):
+    """Options of a user's network on samples of any shape, those of a data set that is an object in Python."""
+
+    model_config = ConfigDict(extra="allow")
+
+    family: ClassVar[str] = OF_SAMPLES
+    samples: str
+    """Name of the data set; the network is counted on its samples."""
+
+    @property
+    def unit(self) -> Unit:
+        return "samples"
+
+    @property
+    def units_per_sample(self) -> int:
+        return 1
+
+    @property
+    def larger_with(self) -> str:
+        return f"model.samples (now {self.samples})"
 
 
 class HuggingfaceModel(FactoryModel, Reads):

@@ -8,6 +8,7 @@ memory are observed. The same runs check that copies of its parameters keep devi
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,8 +23,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from simulate.common.errors import InputError, first_line
-from simulate.layers.convert import ConversionSpec, convert, lora, merged_state
-from simulate.layers.cross_entropy import row_losses, token_losses
+from simulate.common.live_objects import find, is_live
+from simulate.layers.convert import ConversionSpec, convert, is_linear, lora, merged_state, runs_whole
+from simulate.layers.formats import Convolutions
 from simulate.layers.lora import AdapterSpec, LoraLinear, lora_layers
 from simulate.layers.per_device import (
     ReplicatedConv2d,
@@ -34,7 +36,17 @@ from simulate.layers.per_device import (
     ReplicatedRmsNorm,
 )
 from simulate.models.fake_batch import example_batch
-from simulate.models.interfaces import HUGGINGFACE, IMAGES_HINT, ReadsText, SeesImages, UserNetworkOptions
+from simulate.models.interfaces import (
+    HUGGINGFACE,
+    IMAGES_HINT,
+    OF_SAMPLES,
+    LiveSamples,
+    ReadsText,
+    SeesImages,
+    TakesSamples,
+    UserNetworkOptions,
+)
+from simulate.models.losses import check_loss, has_own_loss, row_losses_of
 from simulate.models.peak_memory import cpu_peak_bytes
 from simulate.models.repeatable import PERTURBATION, check_history, check_passes, check_start_weights, seeded
 from simulate.models.shapes import ActivationTrace, Kind, LinearShape, ModelShape, ParameterShape
@@ -65,11 +77,13 @@ class _Findings:
     index of positions, a table."""
     unused: tuple[str, ...] = ()
     """Names of parameters that the loss does not depend on."""
+    whole: str | None = None
+    """Why all of the network runs copy by copy; None where only modules of other kinds do."""
 
     def mark(self, network: nn.Module) -> nn.Module:
         """Return the network with the marks; what nothing depends on is frozen, as plain training leaves it, too."""
         network.trained_whole, network.unbatched = self.trained_whole, self.unbatched  # type: ignore[assignment]
-        network.unused = self.unused  # type: ignore[assignment]
+        network.unused, network.whole = self.unused, self.whole is not None  # type: ignore[assignment]
         for name in self.unused:
             network.get_parameter(name).requires_grad_(False)
         return network
@@ -109,8 +123,8 @@ def _named_errors(options: UserNetworkOptions, what: str, advice: str = "") -> I
 
 def _run(options: UserNetworkOptions, network: nn.Module, samples: int, what: str = "the network") -> Tensor:
     """Return the outputs for synthetic samples; raises InputError if the network fails or gives another shape."""
-    inputs, _ = example_batch(options, samples)
-    kind = "tokens" if options.unit == "tokens" else "images"
+    inputs, targets = example_batch(options, samples)
+    kind = "samples" if options.family == OF_SAMPLES else "tokens" if options.unit == "tokens" else "images"
     advice = f"; its forward gets {kind} alone, and returns logits"
     if options.family == HUGGINGFACE:
         advice = "; change model.context, or the keys of the configuration that do not fit together"
@@ -120,6 +134,8 @@ def _run(options: UserNetworkOptions, network: nn.Module, samples: int, what: st
         advice = COPIES_ADVICE
     with _named_errors(options, f"{what}, on {kind} {tuple(inputs.shape)},", advice), torch.no_grad():
         outputs = network(inputs)
+    if options.family == OF_SAMPLES:
+        return _checked_outputs(options, outputs, targets)
     expected = _output_shape(options, samples)
     if not isinstance(outputs, Tensor):
         raise InputError(
@@ -134,6 +150,31 @@ def _run(options: UserNetworkOptions, network: nn.Module, samples: int, what: st
             + ("" if options.unit == "samples" else ", or model.classes for a network of images")
         )
     return outputs
+
+
+def _checked_outputs(options: UserNetworkOptions, outputs: Any, targets: Tensor) -> Tensor:
+    """Return the outputs for samples of any shape; raises InputError where they or the targets do not fit the loss."""
+    if not isinstance(outputs, Tensor) or not outputs.ndim or len(outputs) != len(targets):
+        given = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise InputError(
+            f"model.name = {options.name!r}: {len(targets)} samples gave {given} where one tensor with a row for each "
+            "is needed; return that from forward"
+        )
+    fits = tuple(targets.shape) == tuple(outputs.shape if targets.is_floating_point() else outputs.shape[:-1])
+    if not (fits or has_own_loss(options)):
+        raise InputError(
+            f"model.name = {options.name!r}: outputs {tuple(outputs.shape)} and {_type_text(targets)} targets "
+            f"{tuple(targets.shape)} do not fit cross-entropy, which takes classes as integers of the shape without "
+            "the last axis, or shares of classes; give a loss of your own by loss="
+        )
+    if not has_own_loss(options):
+        data: LiveSamples = find("model.samples", cast(TakesSamples, options).samples)
+        data.check_classes(outputs.shape[-1])
+    return outputs
+
+
+def _type_text(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def check_double_precision(options: UserNetworkOptions, network: nn.Module) -> None:
@@ -163,26 +204,51 @@ def _findings(options: UserNetworkOptions) -> _Findings:
         network = call_factory(options).eval()
         findings = _Findings(_output_layer(options, network), _shared_arguments(options, network))
         check_passes(options.name, network, lambda: _run(options, network, PASSED_SAMPLES))
+        if has_own_loss(options):
+            inputs, targets = example_batch(options, PASSED_SAMPLES)
+            with _named_errors(options, "the network"):
+                check_loss(options, network.train()(inputs), targets)
         with seeded(0):
             fresh = call_factory(options)
         check_history(options.name, network, fresh, lambda one: _run(options, one, PASSED_SAMPLES))
         del fresh
         findings = replace(findings, unused=_unused_parameters(options, network))
-        _check_copies(options, findings.mark(network.eval()))
+        plain = _copied(options, findings.mark(network.eval()))
+        try:
+            _check_copies(options, plain, network)
+        except InputError as error:
+            # It reads layers' weights, calls other functions of theirs than forward, or sorts samples: one copy after
+            # the other it may still compute what each copy alone does.
+            findings = replace(findings, whole=str(error))
+            try:
+                _check_samples(options, network)
+                _check_copies(options, findings.mark(_copied(options, network)), network)
+            except InputError:
+                raise error from None
     return findings
+
+
+def _check_samples(options: UserNetworkOptions, network: nn.Module) -> None:
+    """Raise InputError if a sample's outputs depend on the samples beside it."""
+    inputs, _ = example_batch(options, COPIES * SAMPLES_OF_COPY)
+    with _named_errors(options, "single samples"), torch.no_grad():
+        together, alone = network(inputs), torch.cat([network(sample) for sample in inputs.split(1)])
+    if not torch.allclose(together, alone, rtol=TOLERANCE, atol=TOLERANCE * float(alone.abs().max())):
+        raise InputError(f"model.name = {options.name!r}: samples mix")
 
 
 def _unused_parameters(options: UserNetworkOptions, network: nn.Module) -> tuple[str, ...]:
     """Return the parameters that get no gradient from training passes over random samples."""
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
     unused = tuple(trained)
-    for _ in range(PASSES):  # further ones for parts that only some samples pass through
-        inputs, targets = example_batch(options, PASSED_SAMPLES)
-        random = (
-            torch.randint_like(inputs, int(inputs.max()) + 1) if options.unit == "tokens" else torch.randn_like(inputs)
-        )
+    for number in range(PASSES):  # further ones for parts that only some samples pass through
+        inputs, targets = example_batch(options, PASSED_SAMPLES, number * PASSED_SAMPLES)
+        if options.unit == "tokens":
+            inputs = torch.randint_like(inputs, int(inputs.max()) + 1)
+        elif options.family != OF_SAMPLES:  # whose batches differ by themselves
+            inputs = torch.randn_like(inputs)
         with _named_errors(options, "its backward pass"):
-            token_losses(network.train()(random).flatten(0, -2), targets.reshape(-1)).mean().backward()
+            row_losses_of(options)(network.train()(inputs), targets).mean().backward()
         unused = tuple(name for name, parameter in trained.items() if parameter.grad is None)
         if not unused:
             break
@@ -257,9 +323,9 @@ def _argument_rows(
     return rows
 
 
-def _check_copies(options: UserNetworkOptions, network: nn.Module) -> None:
+def _check_copies(options: UserNetworkOptions, plain: nn.Module, network: nn.Module) -> None:
     """Raise InputError if copies of the network side by side compute something else than each copy alone."""
-    converted = convert(_copied(options, network), COPIES)
+    converted = convert(plain, COPIES)
     with _named_errors(options, "train() of the network with two copies of its parameters,", COPIES_ADVICE):
         converted.train().eval()
     with torch.no_grad():
@@ -294,12 +360,21 @@ def _copied(options: UserNetworkOptions, network: nn.Module) -> nn.Module:
 
 
 @lru_cache(maxsize=16)
-def traced_shape(options: UserNetworkOptions) -> ModelShape:
+def traced_shape(options: UserNetworkOptions, convolutions: Convolutions = "lora") -> ModelShape:
     """Return a network's counts and measured activations. Equal options give the same object."""
     with seeded(0):
         plain = build_traced(options)
-        adapted = convert(copy.deepcopy(plain), 1, ConversionSpec(lora(_ONE_PAIR, 1)))
+
+        def with_pairs(spec: AdapterSpec, convolutions: Convolutions = convolutions) -> nn.Module:
+            return convert(copy.deepcopy(plain), 1, ConversionSpec(lora(spec, 1), convolutions=convolutions))
+
+        adapted = with_pairs(_ONE_PAIR)
         layers = lora_layers(adapted)
+        if not layers and convolutions == "average" and lora_layers(with_pairs(_ONE_PAIR, "lora")):
+            raise InputError(
+                f"method.convolutions = 'average' leaves {options.name} without a layer that adapters could serve; "
+                "try --set method.convolutions=lora"
+            )
         if not layers:
             raise InputError(
                 f"model.name = {options.name!r}: the network has no linear layer that adapters could serve; give it an "
@@ -309,6 +384,7 @@ def traced_shape(options: UserNetworkOptions) -> ModelShape:
             LinearShape(layer.name, layer.weight.shape[0], layer.weight.shape[1], 1, rows)
             for layer, rows in zip(layers, _rows(options, adapted, layers), strict=True)
         )
+        sample, outputs = example_batch(options, 1)[0], _outputs_of_sample(options, plain)
         forward_flops = _forward_flops(options, plain)
         adapted_flops = sum(2 * x.weights * x.rows for x in linears)
         return ModelShape(
@@ -320,24 +396,42 @@ def traced_shape(options: UserNetworkOptions) -> ModelShape:
             tokens=options.units_per_sample,
             # A user's network has no one width; the largest input of an adapted layer stands for it.
             width=max(x.in_features for x in linears),
-            outputs=_output_shape(options, 1)[-1],
-            predictions=options.units_per_sample,
+            outputs=outputs[-1],
+            predictions=math.prod(outputs[:-1]),
             mixing_flops=max(0, forward_flops - adapted_flops),
             outer_flops=0,
-            inputs=0 if options.unit == "tokens" else example_batch(options, 1)[0].numel(),
+            inputs=sample.numel() if sample.is_floating_point() else 0,
             notes=tuple(_notes(options, plain, adapted)),
             fixed_parameters=sum(p.numel() for p in plain.parameters() if not p.requires_grad),
             dense_trace=_activations(options, convert(copy.deepcopy(plain), 1)),
             adapted_trace=_activations(options, adapted),
-            frozen_a_trace=_activations(options, convert(copy.deepcopy(plain), 1, ConversionSpec(lora(_ONE_B, 1)))),
+            frozen_a_trace=_activations(options, with_pairs(_ONE_B)),
             forward_trace=_activations(options, plain, backward=False),
         )
 
 
+def _outputs_of_sample(options: UserNetworkOptions, plain: nn.Module) -> tuple[int, ...]:
+    """Return the shape of one sample's outputs, (predictions ..., classes)."""
+    if options.family == OF_SAMPLES:
+        return tuple(_run(options, plain.eval(), 1).shape[1:]) or (1,)
+    return _output_shape(options, 1)[1:]
+
+
 def _notes(options: UserNetworkOptions, plain: nn.Module, adapted: nn.Module) -> Iterator[str]:
-    yield f"{options.name} was imported and run to plan this; its activations are measured on this machine's CPU"
+    if is_live(options.name):
+        yield (
+            f"{options.name}: the run starts from the weights that the network had when it was given, whatever "
+            "train.seed is; the seed draws shards, batches and adapters. The network itself stays as it is"
+        )
+    found = "run" if is_live(options.name) else "imported and run"
+    yield f"{options.name} was {found} to plan this; its activations are measured on this machine's CPU"
     if options.family == HUGGINGFACE:
         yield f"{options.name} is built without dropout"
+    if runs_whole(plain):
+        reason = _findings(options).whole
+        yield "all of the network runs copy by copy, which takes longer where devices are simulated: " + (
+            "it owns parameters itself" if reason is None else f"otherwise, {reason.partition(': ')[2]}"
+        )
     frozen = [name for name, p in plain.named_parameters() if not p.requires_grad]
     if frozen:
         yield f"not trained (frozen, or the loss does not depend on it): {_first_names(frozen)}"
@@ -346,7 +440,9 @@ def _notes(options: UserNetworkOptions, plain: nn.Module, adapted: nn.Module) ->
     for name, module in adapted.named_modules():
         kind = plain_kinds.get(name, "projection of attention")  # the one kind that the plain network has no module for
         if isinstance(module, ReplicatedModule):
-            kinds[f"{kind}, copy by copy"].append(name)
+            kinds[f"{kind}, copy by copy" + (", but for its linear layers" if module.adapters else "")].append(
+                name or "the network"
+            )
         elif isinstance(module, ReplicatedLinear | ReplicatedConv2d):
             kinds[kind].append(name)
     if kinds:
@@ -383,17 +479,14 @@ def _forward_flops(options: UserNetworkOptions, plain: nn.Module) -> int:
 
 def _tensors(plain: nn.Module, adapted: nn.Module) -> Iterator[ParameterShape]:
     """Yield the plain network's trained parameters in its order, each with its kind in the adapted network."""
-    kinds: dict[str, Kind] = {}
+    kinds: dict[str, Kind] = {f"{name}.bias": "bias" for name, module in plain.named_modules() if is_linear(module)}
     for name, module in adapted.named_modules():
         if isinstance(module, LoraLinear):
             kinds[f"{name}.weight"] = "adapted"
-            kinds[f"{name}.bias"] = "bias"
         elif isinstance(module, ReplicatedEmbedding):
             kinds[f"{name}.weight"] = "embedding"
         elif isinstance(module, ReplicatedLayerNorm | ReplicatedRmsNorm):
             kinds[f"{name}.weight"] = kinds[f"{name}.bias"] = "norm"
-        elif isinstance(module, ReplicatedLinear | ReplicatedConv2d):
-            kinds[f"{name}.bias"] = "bias"
         # Attention's input projection is a layer of its own here, and two parameters of the module in the plain
         # network.
         if hasattr(module, "plain_names"):
@@ -416,14 +509,15 @@ def _activations(options: UserNetworkOptions, network: nn.Module, backward: bool
 
 def _peak_bytes(options: UserNetworkOptions, network: nn.Module, samples: int, backward: bool) -> int:
     inputs, targets = example_batch(options, samples)
+    losses = row_losses_of(options)
 
     def program() -> None:
         # In one expression: a local variable would keep its tensor longer than training does.
         if backward:
-            token_losses(network(inputs.clone()).flatten(0, -2), targets.reshape(-1)).mean().backward()
+            losses(network(inputs.clone()), targets).mean().backward()
         else:
             with torch.no_grad():
-                row_losses(network(inputs.clone()), targets)
+                losses(network(inputs.clone()), targets)
 
     with _named_errors(options, "the backward pass with layers of devices' own"):
         peak = cpu_peak_bytes(program)

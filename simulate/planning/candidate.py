@@ -57,7 +57,7 @@ class PlanContext:
     ) -> PlanContext:
         """Return the context of a run and of all variants with the same model and number of devices."""
         devices, keeps = profile.devices(run.cluster.devices), "checkpoint_every" in run.train.model_fields_set
-        return cls(profile, run.model.shape(), devices, tokens, choice, Margins.of(profile), spaces_recovery, keeps)
+        return cls(profile, run.shape(), devices, tokens, choice, Margins.of(profile), spaces_recovery, keeps)
 
     def recovering(self, cluster: Cluster, every: int) -> Cluster:
         """Return the cluster with recovery points so many merges apart, the same object every time."""

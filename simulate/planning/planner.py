@@ -55,7 +55,7 @@ class Plan:
 
     def to_dict(self, top: int | None = None) -> dict[str, Any]:
         """Return the plan as `lte plan --json` prints it and runs keep it in plan.json; with `top`, the best ones."""
-        shape = self.base.model.shape()
+        shape = self.base.shape()
         dense = self.dense and candidate_of(self.dense)
         return {
             "version": PLAN_VERSION,
@@ -83,7 +83,7 @@ class Plan:
     def tightest_device(self) -> Device:
         """Return the device on which the choice leaves the least memory free."""
         assert self.chosen is not None
-        run, shape = self.chosen.run, self.base.model.shape()
+        run, shape = self.chosen.run, self.base.shape()
         return min(
             self.profile.devices(run.cluster.devices),
             key=lambda device: device.usable_bytes - peak_memory(run, shape, device).total,

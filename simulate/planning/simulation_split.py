@@ -76,8 +76,7 @@ def run_s(work: Work, cores: int, split: Split) -> float:
 
 def serial_share(step_s: float, cores: int) -> float:
     """Return the share of a step that threads do not shorten, from the seconds that it takes on all cores."""
-    small = SERIAL_SHARE * max(0.0, 1 - step_s * cores / LARGE_STEP_S)
-    return small
+    return SERIAL_SHARE * max(0.0, 1 - step_s * cores / LARGE_STEP_S)
 
 
 def _time_share(serial: float, threads: int) -> float:

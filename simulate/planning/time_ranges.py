@@ -25,12 +25,17 @@ def time_text(candidate: Candidate, seconds: tuple[float, float]) -> str:
 
 
 def simulated_here_text(candidate: Candidate) -> str:
+    """Return the time of simulating a run on one of its devices, as text."""
+    return time_text(candidate, simulated_here_range(candidate))
+
+
+def simulated_here_range(candidate: Candidate) -> tuple[float, float]:
     """Return the time of simulating a run on one of its devices: all devices' compute, evaluations and saves."""
     # One machine evaluates and saves once, as every device of a launched run does at the same time.
     time, devices = candidate.time, len(candidate.context.devices)
     compute_s = (time.device_steps * time.compute_s + devices * time.merge_s) * candidate.rounds
     seconds = compute_s + candidate.eval_and_save.total_s
-    return time_text(candidate, time_range(candidate, seconds, 0.0))
+    return time_range(candidate, seconds, 0.0)
 
 
 def wall_range(candidate: Candidate) -> tuple[float, float]:
@@ -41,7 +46,7 @@ def wall_range(candidate: Candidate) -> tuple[float, float]:
 
 def samples_range(candidate: Candidate) -> tuple[float, float]:
     """Return the range of the assumed samples over dense's."""
-    run, shape = candidate.run, candidate.run.model.shape()
+    run, shape = candidate.run, candidate.run.shape()
     low, high = (samples_factor(run, shape, candidate.tokens, candidate.efficiency, end) for end in ("low", "high"))
     return low, high
 

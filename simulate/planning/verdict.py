@@ -68,7 +68,7 @@ def verdict_of(plan: Plan) -> Verdict:
 
 
 def _title(plan: Plan) -> str:
-    shape, base = plan.base.model.shape(), plan.base
+    shape, base = plan.base.shape(), plan.base
     kinds = [device.kind.removeprefix("NVIDIA ").removeprefix("GeForce ") for device in plan.profile.device]
     devices = f"{base.cluster.devices} x {kinds[0]}" if len(kinds) == 1 else f"{base.cluster.devices} mixed devices"
     parts = [f"{shape.name} ({_count_text(shape.all_parameters)}) on {devices}"]

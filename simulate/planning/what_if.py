@@ -110,7 +110,7 @@ def look_ahead(plan: Plan, chosen: Candidate, rounds: int) -> Outlook:
     drawn = representatives(devices)
     timeline = simulate(run, devices, profile.link, rounds, drawn, DRAWN_ROUNDS)
     steps = run.model_copy(update={"train": run.train.model_copy(update={"steps": timeline.steps})})
-    time = round_time(steps, run.model.shape(), devices, profile.link)
+    time = round_time(steps, run.shape(), devices, profile.link)
     doublings = tuple(_doublings(chosen, profile, devices))
     worth = [doubling.devices for doubling in doublings if doubling.gain >= WORTH_GAIN]
     return Outlook(
@@ -145,7 +145,7 @@ def _equivalent_s(chosen: Candidate, devices: Sequence[Device], link: Link) -> f
     timeline = simulate(run, devices, link, COMPARED_ROUNDS)
     # Devices that skip or repeat steps train on fewer samples; the time grows by what is missing.
     trained = timeline.device_steps / len(devices) * run.tokens_per_step
-    samples = samples_factor(run, run.model.shape(), chosen.tokens, chosen.efficiency)
+    samples = samples_factor(run, run.shape(), chosen.tokens, chosen.efficiency)
     return timeline.wall_s * samples * chosen.tokens / trained
 
 

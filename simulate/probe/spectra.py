@@ -165,7 +165,7 @@ def round_steps(run: Run) -> int:
 
 
 def _model(run: Run) -> ProbedModel:
-    shape = run.model.shape()
+    shape = run.shape()
     return ProbedModel(
         name=shape.name,
         parameters=shape.parameters,

@@ -121,7 +121,7 @@ class _Simulation:
     """Seconds when the link is free again, and under True when the links within nodes are."""
 
     def __post_init__(self) -> None:
-        run, shape, count = self.run, self.run.model.shape(), len(self.devices)
+        run, shape, count = self.run, self.run.shape(), len(self.devices)
         self.link = link_of(self.link, run.cluster.backend)
         self.parts = schedule(run, shape)
         self.step_s = device_step_s(run, shape, self.devices)

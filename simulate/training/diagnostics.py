@@ -55,13 +55,13 @@ from simulate.common.errors import InputError
 from simulate.common.seeding import generator
 from simulate.config.run import Run
 from simulate.data.batches import Batches
-from simulate.layers.cross_entropy import row_losses
 from simulate.layers.dtypes import DTYPES
 from simulate.layers.lazy_weight import LazyWeight
 from simulate.layers.quantized import mapped_zeros
 from simulate.methods.base import Method
 from simulate.methods.build_network import empty_model
 from simulate.methods.round_updates import LayerUpdates, decompose, square_norm
+from simulate.models.losses import RowLosses, row_losses_of
 from simulate.models.schema import FactoryModel
 from simulate.rules.diagnostics import DIRECTIONS, NOISE_BATCHES, SAMPLED_HEADS
 
@@ -204,12 +204,12 @@ class _LossAndBack(nn.Module):
     the call was given.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, row_losses: RowLosses) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.row_losses = network, row_losses
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        loss = row_losses(self.network(inputs), targets).mean()
+        loss = self.row_losses(self.network(inputs), targets).mean()
         loss.backward()
         return loss.detach()
 
@@ -221,7 +221,7 @@ class LossGradient:
         network = empty_model(run, next(iter(weights.values())).device)
         if not isinstance(run.model, FactoryModel):
             network.train()  # ours have no dropout, and recompute their blocks in this mode alone
-        self._passes = _LossAndBack(network)
+        self._passes = _LossAndBack(network, row_losses_of(run.model))
         # named_parameters lists weights that layers share once: they get one gradient.
         used = {name: weights[name] for name, _ in network.named_parameters()}
         self.leaves = {

@@ -24,15 +24,19 @@ from simulate.common.events import Emit, Event
 from simulate.config.run import Run
 from simulate.data.batches import Batches
 from simulate.layers.convert import call_with_weights
-from simulate.layers.cross_entropy import row_losses
 from simulate.methods.base import Method
 from simulate.methods.build_network import empty_model
 from simulate.methods.paced import Paced
 from simulate.methods.state import State
+from simulate.models.losses import row_losses_of
 from simulate.rules.cadence import MEETING_STEPS, Cadence, evaluation_batch
+from simulate.training.activity import Activity
 from simulate.training.checkpoints import Progress, load_checkpoint, prune, save_checkpoint
 from simulate.training.diagnostics import Diagnostics
 from simulate.training.simulated_clock import SimulatedClock
+
+STOP_DELAY_S = 1.0
+"""Longest time that a wish to stop takes from a launched run's supervisor to its first process."""
 
 
 @dataclass
@@ -72,6 +76,8 @@ class Session:
     """Local devices' losses and the figures of steps since the last meeting."""
     pending_diagnostics: list[Event] = field(default_factory=list)
     """Diagnostics of merges since the last meeting."""
+    activity: Activity = field(default_factory=Activity)
+    """Phase of the run, for whoever watches it."""
     diagnostics: Diagnostics | None = field(init=False)
     cadence: Cadence = field(init=False)
     """Steps after which devices meet; in a simulation after every merge at least, for evaluations and checkpoints."""
@@ -94,17 +100,23 @@ class Session:
 
     def meets(self) -> bool:
         """Whether devices exchange losses now: within one process always, else when a merge has arrived."""
+        return bool(self.is_simulation and self.pending_diagnostics) or self._meets_after(self.step)
+
+    def _meets_after(self, step: int) -> bool:
         if self.communicator.is_whole or not self.is_simulation:
-            return self.communicator.is_whole or self.cadence.meets(self.step)
+            return self.communicator.is_whole or self.cadence.meets(step)
         # A message at every step would make each wait for the slowest. But what one process does after a step, several
         # must do after the same one; and a user who stops a long round, or looks on, waits for few steps.
-        asked = self.evaluates() or self.saves() or bool(self.pending_diagnostics)
-        return asked or self.step % MEETING_STEPS == 0 or self._launched_cadence.meets(self.step)
+        asked = self._evaluates_after(step) or step % self.run.train.checkpoint_every == 0
+        return asked or step % MEETING_STEPS == 0 or self._launched_cadence.meets(step)
 
     def evaluates(self) -> bool:
         """Whether it is time for an evaluation; it waits for the merged weights to be complete."""
-        is_due = self.step == self.run.train.steps or self.cadence.is_due(self.step, self.run.train.evaluate_every)
-        return is_due and self.method.merged_weights_ready(self.step - 1)
+        return self._evaluates_after(self.step)
+
+    def _evaluates_after(self, step: int) -> bool:
+        is_due = step == self.run.train.steps or self.cadence.is_due(step, self.run.train.evaluate_every)
+        return is_due and self.method.merged_weights_ready(step - 1)
 
     def saves(self) -> bool:
         """Whether it is time for a checkpoint: as often as the run says, of a launched one also to recover from."""
@@ -114,6 +126,16 @@ class Session:
         recovery = self.step - self.saved_at >= self.cadence.recover_steps
         return recovery or self.cadence.is_due(self.step, every)
 
+    def stopping_text(self) -> str:
+        """Return in words what follows a wish to stop, and how long it takes."""
+        activity, steps = self.activity, self.run.train.steps
+        done, is_whole = activity.step, self.communicator.is_whole
+        meeting = next((step for step in range(done + 1, steps) if self._meets_after(step)), steps)
+        is_evaluated = meeting == steps or self.cadence.is_due(meeting, self.run.train.evaluate_every)
+        name = "this step" if is_whole else "a few steps" if self.is_simulation else "the round"
+        delay_s = 0.0 if is_whole or self.is_simulation else STOP_DELAY_S
+        return activity.stopping_text(meeting, is_evaluated, delay_s, name)
+
 
 def train(session: Session) -> bool:
     """Run to the last step; returns False when `stop` asked to leave early, after a checkpoint was saved.
@@ -121,24 +143,31 @@ def train(session: Session) -> bool:
     Raises RunFailedError for losses that are not finite.
     """
     steps, log_every = session.run.train.steps, session.run.train.log_every
+    activity = session.activity
+    activity.step = session.step
     for step in range(session.step, steps):
+        activity.begin("training")
         losses_L = _local_step(session, step)
         if session.method.merge_due(step):
             _end_round(session, step)
-        session.step = step + 1
+        session.step = activity.step = step + 1
         is_last = session.step == steps
         if is_last or session.step % log_every == 0:
             session.pending_steps.append((losses_L, _step_figures(session)))
         if not (is_last or session.meets()):
             continue  # a process learns of the others at meetings alone: other steps cost no message
+        activity.begin("exchanging")
         stopping = _emit_steps(session) and not is_last
+        activity.end_round()
         # Charged where a launched run would evaluate, even where this process does so more often.
         session.clock.charge_evaluation(session.step)
         if session.evaluates():
+            activity.begin("evaluating")
             _evaluate(session)
         _emit_diagnostics(session)
         session.clock.charge_checkpoint(session.step)
         if is_last or stopping or session.saves():
+            activity.begin("saving")
             save(session)
         if stopping:
             return False
@@ -159,10 +188,12 @@ def _end_round(session: Session, step: int) -> None:
     if diagnostics is None:
         _merge(session, step)
         return
+    session.activity.begin("diagnosing")
     session.communicator.current_phase = f"the diagnostics of the round after step {step + 1}"
     # Before the merge, which overwrites the heads' changes; gradients after it, at the weights that all share.
     event = {"kind": "diagnostics", "step": step + 1, **diagnostics.of_round(step)}
     _merge(session, step)
+    session.activity.begin("diagnosing")
     session.communicator.current_phase = f"the diagnostics of gradients after step {step + 1}"
     event |= diagnostics.of_gradients(session.batches, step + 1, session.device)
     session.pending_diagnostics.append({**event, "own_sent_bytes": diagnostics.take_sent_bytes()})
@@ -185,6 +216,7 @@ def _diagnostics_due(session: Session, step: int) -> Diagnostics | None:
 def _merge(session: Session, step: int) -> None:
     """Merge the devices' updates, without devices whose weights are no longer finite; these take the merged weights."""
     method = session.method
+    session.activity.begin("exchanging")
     session.communicator.current_phase = f"the merge after step {step + 1}"
     steps_done = method.steps_done()
     if steps_done is not None:
@@ -225,6 +257,7 @@ def _step_figures(session: Session) -> Event:
         "received_bytes": counter.received_bytes,
         "simulated_s": session.clock.now_s,
         "simulated_exchange_s": session.clock.exchange_s,
+        "simulated_pause_s": session.clock.pause_s,
         "wall_s": session.elapsed_s(),
     }
 
@@ -280,7 +313,7 @@ def _evaluate(session: Session) -> None:
     communicator, settings = session.communicator, session.run.train
     samples = evaluation_batch(settings.micro_batch, settings.autocast != "none")
     batches = session.batches.validation(settings.evaluate_samples, samples)
-    names = ("val_loss", *session.batches.score_names)
+    names, row_losses = ("val_loss", *session.batches.score_names), row_losses_of(session.run.model)
     sums_LX = torch.zeros(len(communicator.local_devices), 1 + len(names), dtype=torch.float64)
     for inputs, targets in islice(batches, communicator.process, None, communicator.processes):
         targets = targets.to(session.device)
@@ -299,6 +332,7 @@ def _evaluate(session: Session) -> None:
             "tokens": session.method.samples_done(session.step - 1) * session.run.model.units_per_sample,
             "simulated_s": session.clock.now_s,
             "sent_bytes": communicator.counter.sent_bytes,
+            "wall_s": session.elapsed_s(),
         }
     )
 

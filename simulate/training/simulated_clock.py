@@ -26,15 +26,15 @@ class SimulatedClock:
     """
 
     def __init__(self, run: Run, devices: Sequence[Device], link: Link) -> None:
-        self._time = round_time(run, run.model.shape(), devices, link)
-        self.device_step_s = device_step_s(run, run.model.shape(), devices)
+        self._time = round_time(run, run.shape(), devices, link)
+        self.device_step_s = device_step_s(run, run.shape(), devices)
         """Seconds of one step of each device."""
         # A round with fragments merges several times, each a part of the layers.
         self._merge_s = self._time.merge_s / run.method.merges_per_round
         self._link = link_of(link, run.cluster.backend)
         self._cadence, self._eval_and_save = (
             Cadence.of(run),
-            eval_and_save_time(run, run.model.shape(), distinct(devices)),
+            eval_and_save_time(run, run.shape(), distinct(devices)),
         )
         self.compute_s = 0.0
         self.exchange_s = 0.0

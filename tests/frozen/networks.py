@@ -29,3 +29,15 @@ class Convolutional(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.norm(self.one(images)).relu()
         return self.head(self.two(x).relu().mean((2, 3)))
+
+
+class ConvolutionalAndLinear(Convolutional):
+    """The same with a linear layer inside, for what adapts linear layers alone."""
+
+    def __init__(self, image: int, colours: int, classes: int) -> None:
+        super().__init__(image, colours, classes)
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.norm(self.one(images)).relu()
+        return self.head(self.two(self.inner(x.mT).mT).relu().mean((2, 3)))

@@ -29,6 +29,7 @@ IMAGES = {"image": 8, "colours": 1, "classes": 10}
 VIT = {"name": "vit", "layers": 2, "width": 16, "attention_heads": 2, "patch": 4, **IMAGES}
 MIXER = {"name": "mixer_s16", "layers": 2, "width": 16, "tokens_width": 8, "channels_width": 32, "patch": 4, **IMAGES}
 CONVOLUTIONAL = {"name": "tests.frozen.networks:Convolutional", **IMAGES}
+LINEAR_TOO = {"name": "tests.frozen.networks:ConvolutionalAndLinear", **IMAGES}
 WIDE = {**GPT, "layers": 1, "width": 64}
 """Of quantised runs: all sides of frozen matrices are multiples of 64."""
 LTE = {"name": "lte", "rank": 2, "alpha": 4.0, "merge_every": 4}
@@ -79,7 +80,7 @@ RUNS: dict[str, Table] = {
     "lte mixer": run({**PAPER, "heads_per_device": 2}, MIXER),
     "lte llama": run(LTE, LLAMA, {"activation_checkpointing": True}),
     "lte convolutions": run(PAPER, CONVOLUTIONAL),
-    "lte convolutions averaged": run({**LTE, "convolutions": "average"}, CONVOLUTIONAL),
+    "lte convolutions averaged": run({**LTE, "convolutions": "average"}, LINEAR_TOO),
     "lte diagnostics": run({**LTE, "frozen_a": False}, train={"diagnostics_every": 8}),
     "lte fp32": run(LTE, train=SINGLE),
     "lte 8 bit": run(LTE, WIDE, {**SINGLE, "optimizer_state": "8bit"}),
@@ -138,7 +139,7 @@ def check(recorded: dict[str, Any], pool: Executor) -> list[str]:
             continue
         tolerance = 0.0 if here == there else tolerance_of(RUNS[name], here["draws"] == there["draws"])
         then = recorded["runs"][name]
-        if tolerance and RUNS[name]["model"] is CONVOLUTIONAL:
+        if tolerance and RUNS[name]["model"] in (CONVOLUTIONAL, LINEAR_TOO):
             then, now = _without_memory(then), _without_memory(now)
         found += [f"{name}: {line}" for line in run_differences(then, now, tolerance)]
     return found

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from ltecli.runs.status import read_status
 from simulate.common.processor import machine_facts
 from simulate.config.run import load_run
 from simulate.launch.preflight.secret import VARIABLE as SECRET_VARIABLE
@@ -33,6 +34,10 @@ def test_a_killed_worker_is_started_again_and_the_run_is_the_same(tmp_path: Path
         assert restart["repeated_steps"] <= 5
         assert "process 1 on node 0 was killed by SIGKILL" in launched.said()
         assert [event["step"] for event in launched.events("step")] == list(range(1, 201))
+        status = read_status(launched.node_folder())
+        assert status is not None
+        assert (status["state"], status["step"], status["restarts"]) == ("finished", 200, 1)
+        assert status["restart_reasons"] == restart["reasons"]
         assert [event["step"] for event in launched.events("diagnostics")] == list(range(20, 201, 20))
     print(figures_of(launched))
     assert launched.val_loss() == pytest.approx(simulated_loss(run, tmp_path / "alone"), rel=SAME)

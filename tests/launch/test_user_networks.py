@@ -10,6 +10,7 @@ import pytest
 from tests.launch.runs import launched_run, simulated_loss
 from tests.ltecli.command import write_run
 from tests.simulate.models.test_any_network import MIXED
+from tests.zoo import AT_THE_ROOT
 
 METHODS: list[dict[str, Any]] = [{"name": "ddp"}, {"name": "lte", "rank": 2, "merge_every": 5}]
 
@@ -25,9 +26,10 @@ def run_of(folder: Path, parts: str, method: dict[str, Any]) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("parts", [MIXED, f"block,{AT_THE_ROOT}"], ids=["mixed", "whole"])
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method["name"])
-def test_a_launched_run_is_the_simulated_one(tmp_path: Path, method: dict[str, Any]) -> None:
-    run = run_of(tmp_path, MIXED, method)
+def test_a_launched_run_is_the_simulated_one(tmp_path: Path, method: dict[str, Any], parts: str) -> None:
+    run = run_of(tmp_path, parts, method)
     with launched_run(tmp_path / "run", run) as launched:
         assert launched.end() == [0], launched.all_said()
     assert launched.val_loss() == pytest.approx(simulated_loss(run, tmp_path / "alone"), rel=1e-9)

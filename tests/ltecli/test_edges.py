@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from ltecli.commands.measure import _show as show_measured
-from ltecli.commands.report import change_text
 from ltecli.console import Output, plain_table
-from ltecli.runs.run_folder import is_locked, lock_folder
+from ltecli.runs.comparison import change_text
+from ltecli.runs.lock import is_locked, lock_folder
 from simulate.common.errors import near_match
 from simulate.common.user_code import module_form
 from simulate.config.hardware import Kernels, Measurement

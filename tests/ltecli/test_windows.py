@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ltecli.runs.run_folder import lock_folder
+from ltecli.runs.lock import lock_folder
 from tests.harness import ROOT, Child, environment, run
 from tests.ltecli.command import Lte, assert_one_line, write_run
 
@@ -36,7 +36,7 @@ import fcntl
 HOLD = """
 import sys, time
 from pathlib import Path
-from ltecli.runs.run_folder import lock_folder
+from ltecli.runs.lock import lock_folder
 with lock_folder(Path(sys.argv[1])):
     print("locked", flush=True)
     time.sleep(60)

@@ -89,15 +89,36 @@ def parse_endpoint(text: str) -> Endpoint:
     return Endpoint(host, int(port))
 
 
+def _is_link_local(address: IpAddress) -> bool:
+    """Whether an address means something on one interface of one machine only."""
+    return address.version == 6 and address.is_link_local
+
+
 def resolve(endpoint: Endpoint) -> list[IpAddress]:
-    """Return the addresses that HOST stands for, IPv4 first; raises InputError."""
+    """Return the addresses that HOST stands for, IPv4 first; raises InputError.
+
+    IPv6 link-local ones are left out: after the % is an interface's name, which other machines have not.
+    """
+    with suppress(ValueError):  # a name; and the system does not look up the zone of an interface that is elsewhere
+        _refuse_link_local(endpoint, ipaddress.ip_address(endpoint.host))
     try:
         found = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         why = f" ({reason(error)})" if isinstance(error, OSError) else ""
         raise InputError(f"--join {endpoint}: {endpoint.host!r} is not known here{why}; give its address") from None
-    addresses = {ipaddress.ip_address(entry[4][0]): None for entry in found}
-    return sorted(addresses, key=lambda address: address.version)
+    addresses = sorted({ipaddress.ip_address(entry[4][0]) for entry in found}, key=lambda address: address.version)
+    others = [address for address in addresses if not _is_link_local(address)]
+    if not others:
+        _refuse_link_local(endpoint, addresses[0])
+    return others
+
+
+def _refuse_link_local(endpoint: Endpoint, address: IpAddress) -> None:
+    if _is_link_local(address):
+        raise InputError(
+            f"--join {endpoint}: {address} is an IPv6 link-local address, which differs from machine to machine; "
+            "give an IPv4 address, or a unique local one (fd...): ip -6 address add fd00::1/64 dev NAME"
+        )
 
 
 def is_private(address: IpAddress) -> bool:
@@ -136,7 +157,7 @@ def address_to_join(interface: str | None) -> str:
         (found, address)
         for found in shown
         for address in found.addresses
-        if not (address.version == 6 and address.is_link_local) and (interface is not None or not address.is_loopback)
+        if not _is_link_local(address) and (interface is not None or not address.is_loopback)
     ]
     if not usable and interface is not None:
         raise InputError(f"--interface {interface} has no address that others can call; there are {_choices(known)}")
@@ -191,11 +212,6 @@ def choose_bind_address(
 def _check_private(endpoint: Endpoint, address: IpAddress, trust_network: bool) -> None:
     if address.is_unspecified or address.is_multicast:
         raise InputError(f"--join {endpoint}: {address} names no machine; give an address of node 0")
-    if address.version == 6 and address.is_link_local:
-        raise InputError(
-            f"--join {endpoint}: {address} is an IPv6 link-local address, which differs from machine to machine; "
-            "give an IPv4 address, or a unique local one (fd...): ip -6 address add fd00::1/64 dev NAME"
-        )
     if not trust_network and not is_private(address):
         raise InputError(
             f"--join {endpoint}: {address} is a public address, and what workers exchange is neither encrypted nor "
@@ -253,7 +269,7 @@ def _named(name: str, known: Sequence[Interface]) -> Interface:
 
 def _address_on(chosen: Interface, node_0: IpAddress) -> IpAddress:
     """Return the interface's address to call node 0 from, preferably in its network; raises InputError."""
-    fitting = [network for network in chosen.networks if network.version == node_0.version]
+    fitting = [n for n in chosen.networks if n.version == node_0.version and not _is_link_local(n.ip)]
     if not fitting:
         raise InputError(
             f"--interface {chosen.name} has no IPv{node_0.version} address to call {node_0} from "
@@ -303,8 +319,12 @@ def _listed(addresses: Sequence[IpAddress]) -> str:
 
 def _choices(known: Sequence[Interface]) -> str:
     """Return the usable interfaces with their addresses: "eth0 (10.0.0.4), lo (127.0.0.1)"."""
-    usable = [interface for interface in known if interface.is_up and interface.networks]
-    return ", ".join(f"{interface.name} ({_listed(interface.addresses)})" for interface in usable) or "none that is up"
+    usable = {
+        interface.name: [address for address in interface.addresses if not _is_link_local(address)]
+        for interface in known
+        if interface.is_up
+    }
+    return ", ".join(f"{name} ({_listed(found)})" for name, found in usable.items() if found) or "none that is up"
 
 
 def family_of(address: IpAddress | str) -> socket.AddressFamily:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from simulate.common.seeding import generator
 from simulate.layers.convert import ConversionSpec, convert
-from simulate.layers.lora import AdapterSpec, LoraConv2d, LoraLinear, lora_function
+from simulate.layers.lora import AdapterSpec, LoraConv2d, LoraLinear
 from simulate.methods.adamix.options import AdamixOptions
 from simulate.methods.lora.train import Lora
 
@@ -45,9 +45,8 @@ class MixtureLinear(LoraLinear):
         yield from self.all_a
         yield from self.all_b
 
-    def forward(self, x: Tensor) -> Tensor:
-        a, b = self.all_a[self.chosen[0]], self.all_b[self.chosen[1]]
-        return lora_function(x, self.weight, self.bias, a, b, None, None, self.spec.scale)
+    def factors_in_use(self) -> tuple[Tensor, Tensor]:
+        return self.all_a[self.chosen[0]], self.all_b[self.chosen[1]]
 
     def folded_weight(self) -> Tensor:
         # A mean of factors, unlike LTE's merge: section 3.3 averages each side.

@@ -15,7 +15,8 @@ from simulate.comm.transfers import Transport, Wire
 from simulate.config.method_options import AdapterOptions, FragmentOptions
 from simulate.config.tables import Cluster, Train
 from simulate.layers.formats import Biases, Convolutions, Draws, Norms, Quantize
-from simulate.models.schema import ModelOptions
+from simulate.models.schema import FactoryModel, ModelOptions
+from simulate.models.shapes import ModelShape
 
 Master = Literal["host", "server", "none"]
 
@@ -128,6 +129,10 @@ class LteOptions(AdapterOptions, FragmentOptions):
                 "try --set method.reset=b, or --set method.frozen_a=false to train A, too"
             )
         return self
+
+    def shape_of(self, model: ModelOptions) -> ModelShape:
+        # Named networks have convolutions at their ends only, which get no pairs.
+        return model.shape(self.convolutions) if isinstance(model, FactoryModel) else model.shape()
 
     def check(self, model: ModelOptions, train: Train, cluster: Cluster) -> None:
         super().check(model, train, cluster)

@@ -19,7 +19,14 @@ from simulate.models.families.llama import LlamaModel
 from simulate.models.families.mixer import MixerModel
 from simulate.models.families.vit import VitModel
 from simulate.models.interfaces import HUGGINGFACE
-from simulate.models.schema import FactoryImageModel, FactoryTextModel, Frames, HuggingfaceModel, ModelOptions
+from simulate.models.schema import (
+    FactoryImageModel,
+    FactorySampleModel,
+    FactoryTextModel,
+    Frames,
+    HuggingfaceModel,
+    ModelOptions,
+)
 
 FAMILIES: dict[str, type[ModelOptions]] = {
     schema.family: schema for schema in (GptModel, LlamaModel, VitModel, MixerModel)
@@ -27,7 +34,7 @@ FAMILIES: dict[str, type[ModelOptions]] = {
 MODEL_NAMES = tuple(name for schema in FAMILIES.values() for name in schema.sizes)
 _SCHEMAS = {
     **FAMILIES,
-    **{schema.family: schema for schema in (FactoryTextModel, FactoryImageModel, HuggingfaceModel)},
+    **{schema.family: schema for schema in (FactoryTextModel, FactoryImageModel, FactorySampleModel, HuggingfaceModel)},
 }
 
 
@@ -58,6 +65,8 @@ def _family_of_table(given: Any) -> str:
     name = table.get("name", GptModel.family)
     # An unknown name gets the schema of "gpt", which refuses it; in a run, check_name has refused it before.
     family = (family_of(name) if isinstance(name, str) else None) or GptModel.family
+    if family == FactoryTextModel.family and "samples" in table:
+        return FactorySampleModel.family
     if family == FactoryTextModel.family and {"image", "colours", "classes"} & table.keys():
         return FactoryImageModel.family
     return family

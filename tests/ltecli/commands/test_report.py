@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -98,9 +97,21 @@ def test_several_runs_stand_side_by_side(lte: Lte, trained: Path, run_toml: Path
     assert lte("train", run_toml, "--out", "other", "--set", "method.rank=4", "--quiet").code == 0
     document = lte("report", trained, "other", "--json").json()
     assert [run["run"] for run in document["runs"]] == [str(trained), "other"]
+    settings = {group["runs"][0]: group["settings"]["method.rank"] for group in document["groups"]}
+    assert settings == {str(trained): "2", "other": "4"}
     text = lte("report", trained, "other").stdout
     assert "lte rank 2 x 2 heads" in text
     assert "lte rank 4 x 2 heads" in text
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_row(lte: Lte, trained: Path, run_toml: Path) -> None:
+    assert lte("train", run_toml, "--out", "other", "--set", "train.seed=1", "--quiet").code == 0
+    text = lte("report", "done", "other").stdout
+    assert "all 2 runs: lte rank 2 x 2 heads" in text
+    assert "done, other" in text
+    assert "standard deviation over runs" in text
+    (group,) = lte("report", trained, "other", "--json").json()["groups"]
+    assert (group["settings"], group["val_loss"]["count"]) == ({}, 2)
 
 
 def test_a_run_that_was_stopped_is_reported_so_far(lte: Lte, trained: Path) -> None:
@@ -183,9 +194,3 @@ def test_a_report_says_where_the_run_was_trained(lte: Lte, trained: Path) -> Non
     events.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert lte("report", trained, "--json").json()["machines"] == []
     assert "trained on:" not in lte("report", trained).stdout
-
-
-def test_training_and_report_tell_planned_memory_alike(lte: Lte, here: Path, run_toml: Path) -> None:
-    derived = lte("train", run_toml, "--out", "a").stderr
-    (sum_text,) = re.findall(r"memory (.* tensors .* system = [^;]*);", derived)
-    assert f"memory: planned {sum_text}; the table has the tensors" in lte("report", "a").stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -79,6 +80,36 @@ def test_images_are_scored_as_the_run_saw_its_own(lte: Lte, here: Path) -> None:
     assert refused.code == 2 and "is not what it was in training" in refused.stderr
     refused = lte("sample", "done", "--prompt", "a")
     assert refused.code == 2 and "reads images" in refused.stderr
+
+
+def test_records_are_scored_by_the_runs_field_or_a_given_one(
+    lte: Lte, refused: Refused, trained: Path, tmp_path: Path
+) -> None:
+    records = [json.dumps({"body": "abcdefgh", "title": "hgfedcba", "n": 1})] * 40
+    (tmp_path / "a.jsonl").write_text("\n".join(records), encoding="utf-8")
+    (tmp_path / "body.txt").write_text("\n".join(["abcdefgh"] * 40), encoding="utf-8")
+    (tmp_path / "title.txt").write_text("\n".join(["hgfedcba"] * 40), encoding="utf-8")
+
+    def loss(run: Path, data: str, *options: str) -> float:
+        found: float = lte("eval", str(run), "--data", str(tmp_path / data), *options, "--json").json()["loss"]
+        return found
+
+    done = trained / "done"
+    assert loss(done, "a.jsonl", "--field", "body") == loss(done, "body.txt")
+    assert loss(done, "a.jsonl", "--field", "title") == loss(done, "title.txt") != loss(done, "body.txt")
+    refused("eval", str(done), "--data", str(tmp_path / "a.jsonl"), words=("body, title hold text", "--field NAME"))
+    refused(
+        "eval", str(done), "--data", str(tmp_path / "a.jsonl"), "--field", "x", words=("no field 'x'", "--field NAME")
+    )
+    refused(
+        "eval", str(done), "--data", str(tmp_path / "body.txt"), "--field", "x", words=("--field x is for records",)
+    )
+    data = {"path": str(tmp_path / "a.jsonl"), "field": "title"}
+    run = write_run(tmp_path / "run.toml", model=GPT, data=data, train={"steps": 2})
+    lte("train", str(run), "--out", str(tmp_path / "run"), "-q")
+    by_title = tmp_path / "run"
+    assert loss(by_title, "a.jsonl") == loss(by_title, "title.txt")
+    assert loss(by_title, "a.jsonl", "--field", "body") == loss(by_title, "body.txt")
 
 
 def write_image(path: Path, shade: int) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[3]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _MARK = re.compile(r"<!-- not run: (.+) -->")
-_CALL = re.compile(r"^\s*(?:\$ )?(lte( .*)?)$")
+_CALL = re.compile(r"^\s*(?:\$ )?(lte( \S.*)?)$")  # a row of a table has more spaces
 _SPAN = re.compile(r"`(lte [^`]+)`")
 
 

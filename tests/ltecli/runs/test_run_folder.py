@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import stat
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ltecli.runs.run_folder import lock_folder, plan_of
-from simulate.config.run import load_run
-from simulate.rules.cadence import Cadence
-from simulate.costs.memory import checkpoint_bytes
+from ltecli.runs import run_folder
+from ltecli.runs.lock import lock_folder
+from ltecli.runs.run_folder import plan_of, stop_on_signal
 from simulate.common.errors import InputError
 from simulate.config.profiles import load_profile
+from simulate.config.run import load_run
+from simulate.costs.memory import checkpoint_bytes
+from simulate.rules.cadence import Cadence
+from tests.harness import wait_until
 from tests.ltecli.command import Lte, write_run
 
 
@@ -68,3 +74,31 @@ def test_a_run_folder_belongs_to_one_process_at_a_time(tmp_path: Path) -> None:
         pass
     with lock_folder(tmp_path):
         pass
+
+
+def test_the_first_signal_is_answered_and_the_second_interrupts() -> None:
+    answers: list[int] = []
+    with (
+        pytest.raises(KeyboardInterrupt),
+        stop_on_signal(lambda: answers.append(1), lambda: answers.append(2), []) as stops,
+    ):
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(lambda: answers == [1] and stops == [True], 10.0)
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_until(lambda: False, 10.0)
+    assert (answers, stops) == ([1], [True, True])
+
+
+def test_a_second_signal_ends_a_process_that_is_inside_a_long_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "STUCK_S", 0.01)
+    said: list[str] = []
+    for is_interrupted, expected in ((False, ["answer", "leave"]), (True, ["answer"])):
+        heard, told = socket.socketpair()
+        told.sendall(bytes([signal.SIGINT, signal.SIGINT, signal.SIGTERM]))
+        told.close()
+        interrupted = threading.Event()
+        if is_interrupted:
+            interrupted.set()
+        said.clear()
+        run_folder._answer_signals(heard, lambda: said.append("answer"), lambda: said.append("leave"), interrupted)
+        assert said == expected

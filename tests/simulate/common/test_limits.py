@@ -10,10 +10,19 @@ from types import SimpleNamespace
 import pytest
 
 from simulate.common import limits
-from simulate.common.limits import Limits, control_group_limits, usable_cores, usable_memory, usable_workers
+from simulate.common.limits import (
+    Limits,
+    UserLimits,
+    control_group_limits,
+    usable_cores,
+    usable_memory,
+    usable_workers,
+    user_limits,
+)
 from simulate.config.profiles import detect_local
 from tests.harness import ROOT, run_python
 
+resource = pytest.importorskip("resource")  # Windows has none
 ONE_CORE = """
 import os
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -146,9 +155,57 @@ def test_limits_are_read_where_nothing_says_what_is_mounted(tmp_path: Path) -> N
     assert (found.memory_bytes, found.memory_free_bytes, found.processes_free) == (GIB, GIB, 4)
 
 
+def own_limits(patch: pytest.MonkeyPatch, processes: int, files: int) -> None:
+    given = {resource.RLIMIT_NPROC: processes, resource.RLIMIT_NOFILE: files}
+    patch.setattr(resource, "getrlimit", lambda name: (given[name], resource.RLIM_INFINITY))
+
+
+def processes_of_this_user(root: Path, *threads: int) -> Path:
+    for number, count in enumerate(threads, 1):
+        for thread in range(count):
+            (root / f"proc/{number}/task/{thread}").mkdir(parents=True)
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/uid_map").write_text("         0     100000      65536\n", encoding="utf-8")
+    return root
+
+
+def test_ulimits_count_threads_of_the_user_on_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = processes_of_this_user(tmp_path, 3, 1, 5)
+    (root / "proc/9").mkdir()  # one that has just ended
+    own_limits(monkeypatch, 20, 64)
+    assert user_limits(root) == UserLimits(20, 11, 64)
+    own_limits(monkeypatch, 5, resource.RLIM_INFINITY)
+    assert user_limits(root) == UserLimits(5, 0, None)
+    own_limits(monkeypatch, resource.RLIM_INFINITY, 64)
+    assert user_limits(root) == UserLimits(None, None, 64)
+
+
+def test_others_threads_do_not_count_and_root_is_not_held_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = processes_of_this_user(tmp_path, 3)
+    own_limits(monkeypatch, 20, 64)
+    monkeypatch.setattr(os, "getuid", lambda: root.stat().st_uid + 1)
+    assert user_limits(root).processes_free == 20
+    monkeypatch.setattr(os, "getuid", lambda: 0)
+    assert user_limits(root).processes == 20  # root of a container alone
+    (root / "proc/self/uid_map").write_text("         0          0 4294967295\n", encoding="utf-8")
+    assert user_limits(root) == UserLimits(None, None, 64)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="this system has no /proc")
+def test_the_threads_of_this_process_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "EVERYBODY", [])  # also where the tests run as root
+    own_limits(monkeypatch, 1_000_000, 64)
+    free = user_limits().processes_free
+    assert free is not None and free <= 1_000_000 - len(list(Path("/proc/self/task").iterdir()))
+
+
 def test_workers_fit_into_what_a_limit_of_processes_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "usable_cores", lambda: 4)
     for free, expected in ((None, 4), (100, 4), (14, 2), (4, 0)):
-        monkeypatch.setattr(limits, "control_group_limits", lambda free=free: Limits(processes_free=free))
-        assert usable_workers(9) == expected
+        for mine, other in (("control_group_limits", "user_limits"), ("user_limits", "control_group_limits")):
+            monkeypatch.setattr(limits, mine, lambda free=free: SimpleNamespace(processes_free=free))
+            monkeypatch.setattr(limits, other, lambda: SimpleNamespace(processes_free=None))
+            assert usable_workers(9) == expected
     assert usable_workers(0) == 0

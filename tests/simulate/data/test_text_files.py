@@ -109,6 +109,21 @@ def test_what_is_no_text_is_named(tmp_path: Path, content: bytes, words: str) ->
     assert words in refusal(written(tmp_path / "text.txt", content))
 
 
+@pytest.mark.parametrize(
+    "content", [b"<!DOCTYPE html><p>Not found", b"version https://git-lfs.github.com/spec/v1", b""]
+)
+@pytest.mark.parametrize("ending", [".gz", ".jsonl.zst", ".XZ", ".bz2", ".parquet"])
+def test_a_name_that_promises_more_than_the_content_is_named(tmp_path: Path, ending: str, content: bytes) -> None:
+    message = refusal(written(tmp_path / f"a{ending}", content))
+    assert f"ends in .{ending.lower().rpartition('.')[2]}, and is no such file (it begins with" in message
+    assert str(content[:20])[:-1] in message and "\n" not in message
+
+
+def test_a_packed_file_may_have_the_ending_of_another_kind(tmp_path: Path) -> None:
+    assert read(written(tmp_path / "a.zst", gzip.compress(b"words"))) == b"words"
+    assert "a.jsonl:1 is not JSON" in refusal(written(tmp_path / "a.jsonl", b"<!DOCTYPE html>"))
+
+
 RECORDS = b'\xef\xbb\xbf{"text": "one", "n": 1}\n\n{"n": 2, "text": "two\\nlines"}\r\n{"text": null}\n{"text": ""}'
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from simulate.common.limits import Limits
+from simulate.common.limits import Limits, UserLimits
 from simulate.doctor import checks
 from simulate.doctor.checks import CHECKS, Purpose, diagnose, stops
 from simulate.doctor.machine import Folder, Gpu, Machine, Nvidia, Torch
@@ -90,6 +90,10 @@ CASES: list[tuple[str, dict[str, Any], Purpose, bool, str]] = [
      "/dev/shm has 67.1 MB.*: docker run --shm-size=1g"),
     ("process-limit", {"limits": Limits(processes=64, processes_free=40)}, LAUNCH, False,
      "40 of 64 processes and threads are left, and a run takes about 61: docker run --pids-limit"),
+    ("process-limit", {"user_limits": UserLimits(4096, 12, 1024)}, Purpose(), False,
+     "12 of 4096 processes and threads of this user are left, and a run takes about 13: ulimit -u 4096, or Limit"),
+    ("file-limit", {"user_limits": UserLimits(open_files=32)}, LAUNCH, False,
+     "a process may open 32 files and sockets, and a launch takes about 36: ulimit -n 4096, or LimitNOFILE="),
     ("threads", {"limits": Limits(cpus=1.5), "cores": 2}, Purpose(), False,
      "4 threads, and this container has 1.5 cores: export OMP_NUM_THREADS=2"),
 ]  # fmt: skip

@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 
 from simulate.launch import heartbeat
-from simulate.launch.heartbeat import MISSED_BEATS, NODE_BEAT_S, NodeHeartbeat, is_node_alive
+from simulate.launch.heartbeat import (
+    MISSED_BEATS,
+    NODE_BEAT_S,
+    Beat,
+    LaunchProgress,
+    NodeHeartbeat,
+    Watcher,
+    is_node_alive,
+    write_beat,
+)
 
 
 class Store:
@@ -56,10 +65,10 @@ def test_a_node_beats_when_a_beat_is_due_and_not_before(clock: Clock) -> None:
     node = NodeHeartbeat(3)
     for _ in range(5):
         node.beat_if_due(store)
-    assert store.values == {"beat/node3": '[1, 0, ""]'}
+    assert store.values == {"beat/node3": '[1, 0, "", "starting", 0, ""]'}
     clock.now_s += 1.5 * NODE_BEAT_S
     node.beat_if_due(store)
-    assert store.values == {"beat/node3": '[2, 0, ""]'}
+    assert store.values == {"beat/node3": '[2, 0, "", "starting", 0, ""]'}
 
 
 def test_a_beating_node_is_alive(clock: Clock) -> None:
@@ -76,3 +85,27 @@ def test_a_node_that_stopped_or_never_began_is_not_alive(clock: Clock) -> None:
     NodeHeartbeat(1).beat_if_due(store)
     assert not is_node_alive(store, 1)
     assert not is_node_alive(store, 2)
+
+
+def test_a_supervisor_reads_what_all_processes_do(clock: Clock) -> None:
+    from torch.distributed import HashStore, PrefixStore
+
+    store, watcher = HashStore(), Watcher()
+    assert watcher.look(store, False) == LaunchProgress("starting")
+    store.set("attempt", '{"activity": "loading data"}')
+    assert watcher.look(store, True) == LaunchProgress("loading data", is_stopping=True)
+    store.set("attempt", '{"prefix": "group/1", "titles": ["process 0", "process 1"]}')
+    group = PrefixStore("group/1", store)
+    write_beat(group, "0", Beat(7, 21, "the merge after step 30", "exchanging", 30, "finishing the round"))
+    assert watcher.look(store, False).processes == ()  # the other one has no beat yet
+    write_beat(group, "1", Beat(7, 20, "step 25", "training", 28, ""))
+    progress = watcher.look(store, False)
+    assert (progress.activity, progress.step, progress.stopping) == ("exchanging", 30, "finishing the round")
+    assert [(state.step, state.waits_for, state.silent_s) for state in progress.processes] == [
+        (30, (1,), 0.0), (28, (), 0.0),
+    ]  # fmt: skip
+    clock.now_s += 4.0
+    write_beat(group, "0", Beat(15, 21, "the merge after step 30", "exchanging", 30, "finishing the round"))
+    assert [state.silent_s for state in watcher.look(store, False).processes] == [0.0, 4.0]
+    store.set("attempt", '{"activity": "restarting"}')  # the agent saw the process fail
+    assert watcher.look(store, False) == LaunchProgress("restarting")

@@ -238,10 +238,26 @@ def test_batch_normalisation_is_refused_by_name_with_the_reason(model: nn.Module
     assert message.endswith("use LayerNorm, RMSNorm or GroupNorm") and "\n" not in message
 
 
-@pytest.mark.parametrize("model", [Unknown(nn.Linear(2, 2)), nn.Linear(2, 2)], ids=["own", "a layer alone"])
-def test_a_network_that_owns_parameters_is_refused(model: nn.Module) -> None:
-    with pytest.raises(InputError, match=f"{type(model).__name__} owns parameters itself; move them into a module"):
-        convert(model, DEVICES)
+class Bare(nn.Linear):
+    """A network with parameters of its own beside a layer."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.inner = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.inner(x))
+
+
+@pytest.mark.parametrize("model", [Bare(), nn.Linear(2, 2)], ids=["own", "a layer alone"])
+def test_a_network_that_owns_parameters_runs_copy_by_copy(model: nn.Module) -> None:
+    plain, x = copy.deepcopy(model), torch.randn(2 * DEVICES, 2)
+    converted = convert(model, DEVICES)
+    assert isinstance(converted, ReplicatedModule)
+    torch.testing.assert_close(converted(x), plain(x))
+    state = merged_state(converted)
+    assert state.keys() == plain.state_dict().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in plain.state_dict().items())
 
 
 def test_what_is_refused_stays_as_it_was() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -28,23 +28,26 @@ from simulate.methods.stepper import learning_rate_factor
 from simulate.models.repeatable import seeded
 from tests import tiny
 from tests.selection import others_slow
-from tests.zoo import REFUSED, TRAINED, Net
+from tests.zoo import AT_THE_ROOT, REFUSED, TRAINED, Net
 
 STEPS, CONTEXT, TOLERANCE = 4, 6, 1e-9
-METHODS = [*METHOD_NAMES, "ddp, int8"]
+METHODS = [*METHOD_NAMES, "ddp, int8", "lte, convolutions averaged", "lte, convolutions averaged, frozen biases"]
 ADAPTERS = ("lte", "lora", "relora", "mhlora", "adamix")
 MIXED = (
     "frozen weight,unused,experts,table,weight norm without bias,in place after norms,own parameters,tied,convolution"
 )
 """Parts of one network, for what is tried with every method."""
-QUICK = [MIXED, "subclass", "hooked", "frozen bias", "masked", "encoder", "numpy's draws"]
+QUICK = [MIXED, "subclass", "hooked", "frozen bias", "masked", "encoder", "numpy's draws", "block", AT_THE_ROOT]
 
 
 def run_of(parts: str, method: str = "ddp", devices: int = 1, **train: Any) -> Run:
-    keys = {key: value for key, value in tiny.VARIANTS[method].items() if key != "merge_every"}
-    if method in ADAPTERS:
+    keys = {**tiny.VARIANTS[method.partition(", conv")[0]]}
+    if "averaged" in method:
+        keys |= {"convolutions": "average", "biases": "frozen" if "frozen" in method else "average"}
+        keys["fragments"] = 2 if "block" in parts else 1  # which has several adapted layers
+    if keys["name"] in ADAPTERS:
         keys["rank"] = 2
-    if "merge_every" in tiny.VARIANTS[method]:
+    if "merge_every" in keys:
         keys["merge_every"] = 2
     if method == "daso":
         keys = {"name": "daso", "merge_every": 2, "delay_steps": 1, "devices_per_node": 1}
@@ -139,9 +142,24 @@ def test_the_others_are_refused_in_one_line(part: str) -> None:
     assert REFUSED[part][1] in str(refusal(part))
 
 
+COMPOSED = given(st.lists(st.sampled_from(sorted(TRAINED) * 2 + sorted(REFUSED)), min_size=2, max_size=4))
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@given(st.lists(st.sampled_from(sorted(TRAINED) * 2 + sorted(REFUSED)), min_size=2, max_size=4))
+@COMPOSED
 def test_what_is_composed_of_them_is_trained_alike_or_refused(chosen: list[str]) -> None:
+    assert_trained_alike_or_refused(chosen)
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=3)
+@COMPOSED
+def test_a_few_of_what_is_composed_of_them(chosen: list[str]) -> None:
+    assert_trained_alike_or_refused(chosen)
+
+
+def assert_trained_alike_or_refused(chosen: list[str]) -> None:
     parts = ",".join(chosen)
     if any(part in REFUSED for part in chosen):
         assert refusal(parts) is not None
@@ -176,7 +194,7 @@ def test_every_method_counts_what_was_planned_exports_what_it_reports_and_resume
     start = plain_network(run).state_dict()
     history = tiny.train(engine)
     assert history.losses.isfinite().all()
-    assert engine.communicator.counter.sent_bytes == sent_bytes(run, run.model.shape(), STEPS)
+    assert engine.communicator.counter.sent_bytes == sent_bytes(run, run.shape(), STEPS)
     # Exported weights fit the plain network, and do there what the devices' network does with them.
     network = plain_network(run).eval()
     network.load_state_dict(history.weights)
@@ -187,7 +205,7 @@ def test_every_method_counts_what_was_planned_exports_what_it_reports_and_resume
     if method not in ("adamix", "sapipe", "daso"):  # routed by pairs; predicted weights; averages that still travel
         with torch.no_grad():
             torch.testing.assert_close(engine.model.eval()(inputs), network(inputs), rtol=1e-7, atol=1e-9)
-    assert len(lora_layers(engine.model)) == (len(run.model.shape().adapted) if method in ADAPTERS else 0)
+    assert len(lora_layers(engine.model)) == (len(run.shape().adapted) if run.method.name in ADAPTERS else 0)
     assert_resumes(run)
 
 

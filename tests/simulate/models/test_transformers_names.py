@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from simulate.common.errors import InputError
+from simulate.config.run import build_run
 from simulate.layers.convert import ConversionSpec, convert, lora, merged_state
 from simulate.layers.lora import AdapterSpec, LoraLinear
 from simulate.layers.per_device import ReplicatedConv1d, ReplicatedModule, ReplicatedRmsNorm
+from simulate.methods.build_network import build_model
 from simulate.models.families.gpt import GptModel
 from simulate.models.families.llama import LlamaModel
 from simulate.models.families.vit import VitModel
@@ -129,3 +134,21 @@ def test_only_norms_that_are_llamas_are_taken_for_one() -> None:
     model = convert(copy.deepcopy(plain), 2)
     assert isinstance(model[0], ReplicatedRmsNorm) and isinstance(model[1], ReplicatedModule)
     torch.testing.assert_close(model(x), plain(x))
+
+
+def test_a_configuration_of_several_networks_names_the_one_of_text() -> None:
+    with pytest.raises(InputError, match=r"has no vocab_size, as of several networks; name .* alone: hf:gemma3_text$"):
+        build_run({"model": {"name": "hf:gemma3", "vocab": 256}})
+
+
+def test_special_tokens_beyond_a_small_vocabulary_are_dropped_from_a_file(tmp_path: Path) -> None:
+    """Also where the kind insists on numbers; the file names them, too."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
+    for kind, expected in (("cwm", 0), ("llama", None)):
+        path = tmp_path / f"{kind}.json"
+        table = {"model_type": kind, "bos_token_id": 128_000, "vocab_size": 128_256, **sizes}
+        path.write_text(json.dumps(table), encoding="utf-8")
+        run = build_run({"model": {"name": f"hf:{path}", "context": 8, "vocab": 256}, "data": {"path": "made-up"}})
+        network: Any = build_model(run)
+        assert network.model.config.bos_token_id == expected

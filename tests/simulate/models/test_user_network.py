@@ -27,6 +27,8 @@ from tests import tiny
 
 ENCODER: dict[str, Any] = {"name": "tests.networks:Encoder", "context": 16}
 CONVOLUTIONAL: dict[str, Any] = {"name": "tests.networks:Convolutional", "image": 8, "classes": 10}
+SOME_CONVOLUTIONAL = {"name": "tests.zoo:Net", "context": 6, "parts": "convolution"}
+BLOCKS: dict[str, Any] = {"name": "tests.zoo:Net", "context": 6, "parts": "block,convolution,shared by blocks"}
 IMAGES = {"image": 8, "classes": 10}
 SPEC = AdapterSpec(2, 1.5, heads_per_device=1, reset_less=False, first_device=0, seed=0)
 
@@ -75,17 +77,24 @@ def test_equal_options_share_one_shape() -> None:
     assert run_of(ENCODER).model.shape() is run_of(dict(ENCODER)).model.shape()
 
 
-@pytest.mark.parametrize("model", [ENCODER, CONVOLUTIONAL], ids=["encoder", "convolutional"])
-def test_the_engine_holds_what_the_shape_says(model: dict[str, Any]) -> None:
-    run = run_of(model)
-    shape, engine = run.model.shape(), tiny.build(run)
+@pytest.mark.parametrize("model", [ENCODER, CONVOLUTIONAL, BLOCKS], ids=["encoder", "convolutional", "blocks"])
+@pytest.mark.parametrize("convolutions", ["lora", "average"])
+@pytest.mark.parametrize("biases", ["frozen", "average"])
+def test_the_engine_holds_what_the_shape_says(model: dict[str, Any], biases: str, convolutions: str) -> None:
+    if model is CONVOLUTIONAL and convolutions == "average":
+        model = SOME_CONVOLUTIONAL
+    run = run_of(model, {"name": "lte", "rank": 2, "convolutions": convolutions, "biases": biases})
+    shape, engine = run.shape(), tiny.build(run)
     assert isinstance(engine, Lte)
-    assert [t.shape for t in shape.replicated] == [tuple(p[0].shape) for p in engine.replicated_parameters]
+    trained = [t for t in shape.replicated if biases == "average" or t.kind != "bias"]
+    assert [t.shape for t in trained] == [tuple(p[0].shape) for p in engine.replicated_parameters]
     assert [x.name for x in shape.in_order()] == [layer.name for layer in lora_layers(engine.model)]
 
 
 @pytest.mark.parametrize("method", [{"name": "ddp"}, {"name": "lte", "rank": 4}], ids=["ddp", "lte"])
-@pytest.mark.parametrize("model", [ENCODER, {**CONVOLUTIONAL, "image": 16}], ids=["encoder", "convolutional"])
+@pytest.mark.parametrize(
+    "model", [ENCODER, {**CONVOLUTIONAL, "image": 16}, BLOCKS], ids=["encoder", "convolutional", "blocks"]
+)
 def test_memory_is_planned_from_what_was_measured(model: dict[str, Any], method: dict[str, Any]) -> None:
     run = run_of(model, method, micro_batch=8)
     memory = peak_memory(run, run.model.shape(), load_profile("raspberry_x8").device[0])
@@ -203,7 +212,6 @@ def test_a_module_with_several_inputs_runs_copy_by_copy() -> None:
         ({"name": "tests.networks:normalised_by_batch", **IMAGES}, ("1 is a BatchNorm2d", "use LayerNorm")),
         ({"name": "tests.networks:forgetful", **IMAGES}, ("1 (Dropout) drops activations", "dropout 0")),
         ({"name": "tests.networks:Mixing", **IMAGES}, ("something else than each copy alone", "dimension 0")),
-        ({"name": "tests.networks:Bare", **IMAGES}, ("Bare owns parameters itself",)),
         ({"name": "tests.networks:without_layers", **IMAGES}, ("no linear layer that adapters could serve", "give it")),
         (
             {"name": "tests.networks:with_loss", "vocab": 256, "context": 16},
@@ -241,3 +249,8 @@ def test_wrong_output_sizes_are_named() -> None:
 def test_checkpointing_is_for_networks_of_ours() -> None:
     with pytest.raises(InputError, match="activation_checkpointing = true is for networks with blocks of ours"):
         run_of(ENCODER, activation_checkpointing=True)
+
+
+def test_convolutions_that_are_averaged_leave_a_network_of_them_without_adapters() -> None:
+    with pytest.raises(InputError, match=r"convolutions = 'average' leaves tests\.networks:Convolutional without"):
+        run_of(CONVOLUTIONAL, {"name": "lte", "rank": 2, "convolutions": "average"})

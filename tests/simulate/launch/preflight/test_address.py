@@ -100,9 +100,32 @@ def test_a_public_address_needs_trust(machine: None) -> None:
 
 def test_ipv6_link_local_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(address_module, "interfaces", lambda: [interface("eth0", "fe80::5%eth0/64")])
-    for hub in (True, False):
-        with pytest.raises(InputError, match=r"fe80::5.* is an IPv6 link-local address"):
-            place("fe80::5%eth0", hub=hub, trust=True)
+    for host in ("fe80::5%eth0", "fe80::5", "fe80::6%wlan9", "fe80::6%eth0"):  # of this machine, and of another
+        for hub in (True, False):
+            with pytest.raises(InputError, match=r"fe80::[56].* is an IPv6 link-local address.*give an IPv4 address"):
+                place(host, hub=hub, trust=True)
+
+
+def test_a_name_with_a_link_local_address_means_its_others(machine: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(*addresses: str) -> None:
+        monkeypatch.setattr(
+            "socket.getaddrinfo", lambda *_, **__: [(0, 0, 0, "", (text, 0, 0, 0)) for text in addresses]
+        )
+
+    found("fe80::9%eth0", "fd00::4")
+    assert place("big-box.local", hub=True).address == "fd00::4"
+    found("fe80::9%eth0")
+    with pytest.raises(InputError, match="fe80::9%eth0 is an IPv6 link-local address"):
+        place("big-box.local")
+
+
+def test_link_local_addresses_are_not_offered_and_not_called_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = [interface("eth0", "fe80::5%eth0/64", "10.0.0.4/24"), interface("eth1", "fe80::7%eth1/64")]
+    monkeypatch.setattr(address_module, "interfaces", lambda: known)
+    with pytest.raises(InputError, match=r"which is node 0 and has eth0 \(10\.0\.0\.4\);"):
+        place("10.0.0.9", hub=True)
+    with pytest.raises(InputError, match="--interface eth1 has no IPv6 address to call fd00::1 from"):
+        place("fd00::1", name="eth1")
 
 
 def test_a_public_address_that_is_trusted_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
