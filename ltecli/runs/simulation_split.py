@@ -20,6 +20,7 @@ from simulate.common.events import read_events
 from simulate.config.hardware import LOCAL
 from simulate.config.profiles import load_profile
 from simulate.config.run import Run
+from simulate.costs.flops import pass_flops
 from simulate.costs.message_schedule import schedule, sent_bytes
 from simulate.costs.step_time import device_step_s
 from simulate.launch.preflight.address import loopback_interface
@@ -112,9 +113,16 @@ def _work(folder: RunFolder) -> Work:
     run, shape = folder.run, folder.run.shape()
     done = int(folder.resume_from.name.rpartition("-")[2]) if folder.resume_from else 0
     steps, devices = run.train.steps, run.cluster.devices
-    (step_s,) = device_step_s(run, shape, load_profile(LOCAL).devices(1))
+    (of_one_s,) = device_step_s(run, shape, load_profile(LOCAL).devices(1))
     messages = sum(len(part.exchange.transfers) * part.times(steps, steps) for part in schedule(run, shape))
-    return Work(devices, steps - done, step_s, sent_bytes(run, shape, steps) / devices / steps, messages / steps)
+    return Work(
+        devices=devices,
+        steps=steps - done,
+        step_s=devices * of_one_s,
+        layer_flops=devices * pass_flops(run, shape) / run.train.accumulate / max(1, shape.layers),
+        sent_bytes=sent_bytes(run, shape, steps) / devices / steps,
+        messages=messages / steps,
+    )
 
 
 def _is_possible(folder: RunFolder, processes: int) -> bool:
@@ -128,6 +136,8 @@ def _lack() -> str | None:
 
     if sys.platform == "win32" or not dist.is_available() or not dist.is_gloo_available():
         return "this machine's torch has no gloo, by which processes exchange"
+    if dist.is_initialized():  # a script's own group, of which there is one in a process
+        return "this Python process has joined a process group of torch.distributed"
     try:
         loopback_interface()
     except InputError as error:

@@ -2,7 +2,10 @@
 
 Threads of one process share each operation and wait for each other after it: small operations gain little by them. A
 process a core shares nothing but merges; it costs a start, memory, and exchanges that one process need not make.
-`lte train` asks before it simulates. The constants were fitted to measurements (docs/performance.md).
+`lte train` asks before it simulates (ltecli.runs.simulation_split). Where each constant was measured is in
+docs/performance.md.
+
+Letters: N devices, P processes, t threads of each.
 """
 
 from __future__ import annotations
@@ -10,18 +13,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-START_S = 4.0
-"""Processor seconds that a further process takes to start: Python, torch, the network."""
-WORTH = 1.5
-"""Least seconds saved for each second of starting."""
-SERIAL_SHARE = 0.2
-"""Share of a small network's step that further threads do not shorten."""
-LARGE_STEP_S = 0.5
-"""Seconds of one device's step on one core from which on threads share it nearly evenly."""
-LOOPBACK_BYTES_PER_S = 0.5e9
-"""Bytes that a process sends, receives and adds in a second by gloo on loopback."""
+SERIAL_LAYER_FLOPS = 0.9e9
+"""Operations of a layer, in a step of all devices, whose time equals what threads do not shorten of it."""
+MOST_SERIAL = 0.5
+"""Largest share of a step that threads do not shorten."""
+REPEATED = 0.06
+"""Share of a step that each process repeats, however few devices it has: calls of operations, what all devices share."""
+LOOPBACK_BYTES_PER_S = 1e9
+"""Bytes that a process sends in a second of gloo's exchanges on loopback."""
 MESSAGE_S = 0.5e-3
-"""Seconds of the shortest exchange, in which processes also wait for each other."""
+"""Seconds of the shortest exchange, for which processes also wait for each other."""
+LEAST_GAIN = 0.05
+"""Share of the time that several processes must save, since they take more memory."""
+LEAST_SAVED_S = 6.0
+"""Seconds that they must save: a process starts within 4, and planned times are not exact."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,9 @@ class Work:
     steps: int
     """Steps that are left."""
     step_s: float
-    """Seconds of one device's step on all cores."""
+    """Seconds of a step of all devices in one process with a thread a core."""
+    layer_flops: float
+    """Operations of one layer in a step of all devices."""
     sent_bytes: float
     """Bytes that one device sends in a step, on average."""
     messages: float
@@ -57,28 +64,24 @@ def split_of(processes: int, cores: int) -> Split:
 
 
 def choose_split(work: Work, cores: int, is_possible: Callable[[int], bool]) -> Split:
-    """Return the fastest split, the one of fewest processes among equals; `is_possible` says which counts are."""
-    counts = [processes for processes in range(2, min(work.devices, cores) + 1) if is_possible(processes)]
-    return min((split_of(processes, cores) for processes in (1, *counts)), key=lambda s: run_s(work, cores, s))
+    """Return the split with the shortest steps, of the fewest processes among equals; one process unless others pay.
+
+    `is_possible` says whether so many processes can simulate the run here.
+    """
+    alone = split_of(1, cores)
+    counts = (processes for processes in range(2, min(work.devices, cores) + 1) if is_possible(processes))
+    best = min((alone, *(split_of(processes, cores) for processes in counts)), key=lambda s: step_s(work, cores, s))
+    saved_s = work.step_s - step_s(work, cores, best)
+    return best if saved_s >= LEAST_GAIN * work.step_s and work.steps * saved_s >= LEAST_SAVED_S else alone
 
 
-def run_s(work: Work, cores: int, split: Split) -> float:
-    """Return the predicted seconds of the steps that are left, with the start of further processes."""
+def step_s(work: Work, cores: int, split: Split) -> float:
+    """Return the predicted seconds of a step of all devices."""
     if split.processes == 1:
-        return work.steps * work.devices * work.step_s
-    serial = serial_share(work.step_s, cores)
-    largest = -(-work.devices // split.processes)
-    of_device = work.step_s * _time_share(serial, split.threads) / _time_share(serial, cores)
-    exchange_s = work.messages * MESSAGE_S + work.sent_bytes / LOOPBACK_BYTES_PER_S
-    # The started processes import torch at the same time, each on a core of its own.
-    return work.steps * (largest * of_device + exchange_s) + WORTH * START_S
-
-
-def serial_share(step_s: float, cores: int) -> float:
-    """Return the share of a step that threads do not shorten, from the seconds that it takes on all cores."""
-    return SERIAL_SHARE * max(0.0, 1 - step_s * cores / LARGE_STEP_S)
-
-
-def _time_share(serial: float, threads: int) -> float:
-    """Return the time with so many threads as a share of that with one (Amdahl)."""
-    return serial + (1 - serial) / threads
+        return work.step_s
+    serial = min(MOST_SERIAL, SERIAL_LAYER_FLOPS / work.layer_flops)
+    # By Amdahl: of the seconds with one thread, the step takes this share with a thread a core.
+    with_one_s = work.step_s / (serial + (1 - serial) / cores)
+    share = REPEATED + (1 - REPEATED) * -(-work.devices // split.processes) / work.devices
+    exchanges_s = work.messages * MESSAGE_S + work.sent_bytes / LOOPBACK_BYTES_PER_S
+    return with_one_s * share * (serial + (1 - serial) / split.threads) + exchanges_s

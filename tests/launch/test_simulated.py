@@ -21,7 +21,13 @@ from tests.launch.runs import Launched, interrupt
 from tests.ltecli.command import events_of, write_run
 
 SAME = 1e-12
-SHORT: dict[str, Any] = {"steps": 24, "evaluate_every": 7, "checkpoint_every": 9, "diagnostics_every": 6, "dtype": "fp64"}
+SHORT: dict[str, Any] = {
+    "steps": 24,
+    "evaluate_every": 7,
+    "checkpoint_every": 9,
+    "diagnostics_every": 6,
+    "dtype": "fp64",
+}
 METHODS: dict[str, dict[str, Any]] = {
     "lte": {"name": "lte", "rank": 2, "merge_every": 5},
     "ddp": {"name": "ddp"},
@@ -65,7 +71,9 @@ def assert_same(events: Sequence[Event], expected: Sequence[Event], tolerance: f
     for event, other in zip(events, expected, strict=True):
         assert event.keys() == other.keys()
         for key in event.keys() - MEASURED:
-            same = other[key] if isinstance(other[key], str) else pytest.approx(other[key], rel=tolerance, abs=tolerance)
+            same = (
+                other[key] if isinstance(other[key], str) else pytest.approx(other[key], rel=tolerance, abs=tolerance)
+            )
             assert event[key] == same, (event["kind"], event["step"], key)
 
 
@@ -104,7 +112,9 @@ def test_an_interrupted_run_goes_on_in_as_many_processes_to_the_bit(tmp_path: Pa
     assert events_of(folder, "resume")[0]["simulated_processes"] == 2
     simulate(run, tmp_path / "whole", 2)
     for name in ("state", "devices-0-2", "devices-2-4"):
-        parts = [load_file(path / f"checkpoints/step-00000240/{name}.safetensors") for path in (folder, tmp_path / "whole")]
+        parts = [
+            load_file(path / f"checkpoints/step-00000240/{name}.safetensors") for path in (folder, tmp_path / "whole")
+        ]
         assert parts[0].keys() == parts[1].keys()
         for key, tensor in parts[0].items():
             assert torch.equal(tensor, parts[1][key]), key
