@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from pairs import Step, median_and_quartiles, paired_seconds, seconds
 from torch import Tensor
 
+from simulate.comm.echo import EchoCommunicator
 from simulate.comm.virtual import VirtualCommunicator
 from simulate.config.run import build_run
 from simulate.methods.base import Method
@@ -48,6 +49,8 @@ class Case:
     over: Table | None = None
     """The method on one device that it is compared with; None is the plain dense step."""
     optimizer: str = "adamw"
+    launched: bool = False
+    """Whether one of the devices is here, with the whole batch, as each process of a launched run has it."""
 
 
 CASES: dict[str, Case] = {
@@ -59,6 +62,10 @@ CASES: dict[str, Case] = {
     "lte frozen A, 32 x rank 32": Case({"name": "lte", "rank": 32}, 32, 0.84),
     "lte frozen A, muon, 8 x rank 64": Case({"name": "lte", "rank": 64}, 8, 0.92, optimizer="muon"),
     "lte frozen A, muon, 32 x rank 32": Case({"name": "lte", "rank": 32}, 32, 0.84, optimizer="muon"),
+    "lte frozen A, one of 8 x rank 64": Case({"name": "lte", "rank": 64}, 8, 0.92, launched=True),
+    "lte columns, 8 x rank 64": Case({"name": "lte", "rank": 64, "draws": "columns"}, 8, 0.86),
+    "lte columns, 32 x rank 32": Case({"name": "lte", "rank": 32, "draws": "columns"}, 32, 0.84),
+    "lte columns, one of 8 x rank 64": Case({"name": "lte", "rank": 64, "draws": "columns"}, 8, 0.83, launched=True),
     # Equal rank in all, so equally many parameters; and equal rank a head, so equally many operations a row.
     "lte reset b, 32 x rank 2 over 1 x rank 64": Case(
         {"name": "lte", "rank": 2, "frozen_a": False}, 32, 1.15, {"name": "lte", "rank": 64, "frozen_a": False}
@@ -76,21 +83,22 @@ MEMORY_LIMIT, MERGE_STEPS_LIMIT = 1.05, 2.0
 class Batch:
     """Random images (S, C, Y, X) and classes (S,): the time of a step does not depend on what they show."""
 
-    model: str
+    size: VitModel
     images: Tensor
     classes: Tensor
 
 
-def random_batch(model: str, samples: int) -> Batch:
-    """Draw a batch of a model's own size."""
+def random_batch(model: str, samples: int, layers: int | None = None) -> Batch:
+    """Draw a batch of a model's own size; with `layers`, for a model of so many blocks."""
     size, draw = VitModel(name=model), torch.Generator().manual_seed(0)
+    size = size.model_copy(update={"layers": layers or size.layers})
     images = torch.randn(samples, size.colours, size.image, size.image, generator=draw)
-    return Batch(model, images, torch.randint(size.classes, (samples,), generator=draw))
+    return Batch(size, images, torch.randint(size.classes, (samples,), generator=draw))
 
 
 def dense_step(batch: Batch) -> Step:
     """Return one step of plain PyTorch."""
-    model = Vit(VitModel(name=batch.model))
+    model = Vit(batch.size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
@@ -101,9 +109,10 @@ def dense_step(batch: Batch) -> Step:
     return step
 
 
-def prepare(method: Table, devices: int, batch: Batch, optimizer: str = "adamw") -> Method:
-    """Return a method for the batch's model on N devices that share the batch."""
-    size, samples = VitModel(name=batch.model), len(batch.images)
+def prepare(method: Table, devices: int, batch: Batch, optimizer: str = "adamw", launched: bool = False) -> Method:
+    """Return a method for the batch's model: N devices share the batch; a launched one, of N, has it all."""
+    size, samples = batch.size, len(batch.images)
+    communicator = EchoCommunicator(devices) if launched else VirtualCommunicator(devices)
     run = build_run(
         {
             # Only the limits of the rank are taken from here: the network is the one that is passed in.
@@ -111,14 +120,14 @@ def prepare(method: Table, devices: int, batch: Batch, optimizer: str = "adamw")
             "method": dict(method),
             "train": {
                 "steps": 10**6,
-                "micro_batch": samples // devices,
+                "micro_batch": samples // len(communicator.local_devices),
                 "learning_rate": 1e-4,
                 "optimizer": optimizer,
             },
             "cluster": {"devices": devices},
         }
     )
-    return build_method(run, VirtualCommunicator(devices), CPU, Vit(size))
+    return build_method(run, communicator, CPU, Vit(size))
 
 
 def step_of(method: Method, batch: Batch) -> Step:
@@ -128,7 +137,7 @@ def step_of(method: Method, batch: Batch) -> Step:
 
 def measure(name: str, case: Case, batch: Batch, pairs: int) -> Table:
     """Return a case's ratio of time, its ratio of memory at the peak above the step's start, and its merge."""
-    method = prepare(case.method, case.devices, batch, case.optimizer)
+    method = prepare(case.method, case.devices, batch, case.optimizer, case.launched)
     step = step_of(method, batch)
     reference = dense_step(batch) if case.over is None else step_of(prepare(case.over, 1, batch), batch)
     method.merge(0)  # a run's rounds but the first also subtract, where there is no reset
@@ -180,6 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_s16", choices=list(VitModel.sizes))
     parser.add_argument("--batch", type=int, default=32, help="samples of all devices together")
+    parser.add_argument("--layers", type=int, help="blocks of the network; not given: all of the model's")
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), metavar="CASE")
@@ -191,7 +201,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if not arguments.system_allocator:
         keep_freed_memory()
-    batch, results = random_batch(arguments.model, arguments.batch), []
+    batch, results = random_batch(arguments.model, arguments.batch, arguments.layers), []
     for name in arguments.cases:
         results.append(measure(name, CASES[name], batch, arguments.pairs))
         print(line(results[-1]), file=sys.stderr if arguments.json else sys.stdout, flush=True)

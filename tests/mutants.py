@@ -94,8 +94,8 @@ MUTANTS = (
     Mutant(
         name="a draw depends on which process makes it",
         file="simulate/layers/lora.py",
-        before='seed = address(self.spec.seed, "adapter", self.name, first + head, steps_done)',
-        after='seed = address(self.spec.seed, "adapter", self.name, head, steps_done)',
+        before='seed = address(self.spec.seed, "adapter", self.name, head, steps_done)',
+        after='seed = address(self.spec.seed, "adapter", self.name, index, steps_done)',
         tests=("tests/simulate/layers/test_lora.py::test_a_head_draws_the_same_whoever_else_is_local",),
     ),
     Mutant(
@@ -130,7 +130,7 @@ MUTANTS = (
         name="a quantised base loses small updates",
         file="simulate/layers/lora.py",
         before="            return self.master.to(self.b.device, copy=True)\n",
-        after="            return _dense(self.frozen or self.weight)\n",
+        after="            return dense(self.frozen or self.weight)\n",
         tests=("tests/simulate/layers/test_quantized.py::test_a_thousand_tiny_changes_arrive_with_a_master",),
     ),
     Mutant(
@@ -227,6 +227,38 @@ MUTANTS = (
         before="        method.merge(run.train.steps - 1)",
         after="        assert method.merge_due(run.train.steps - 1)",
         tests=("tests/ltecli/commands/test_export.py::test_a_checkpoint_inside_a_round_is_merged_first",),
+    ),
+    Mutant(
+        name="a report imports the user's network, whose counts its folder has",
+        file="simulate/models/schema.py",
+        before="        if self._stored_shape is not None:\n",
+        after="        if self._stored_shape is None:\n",
+        tests=("tests/ltecli/commands/test_whole_run_file.py::test_a_report_imports_no_network",),
+    ),
+    Mutant(
+        name="a sweep that goes on trains its finished runs once more",
+        file="ltecli/runs/many_runs.py",
+        before="        if share > 0:\n",
+        after="        if share >= 0:\n",
+        tests=("tests/ltecli/commands/test_sweep.py::test_the_same_command_repeats_no_finished_run",),
+    ),
+    Mutant(
+        name="a report compares losses of different data",
+        file="ltecli/runs/comparison.py",
+        before="        if len(set(digests)) > 1:\n",
+        after="        if len(set(digests)) > len(digests):\n",
+        tests=("tests/ltecli/runs/test_comparison.py::test_what_cannot_be_compared_is_said",),
+    ),
+    Mutant(
+        name="a parameter that its network freezes is trained",
+        file="simulate/layers/per_device.py",
+        before="    if not parameter.requires_grad:\n",
+        after="    if parameter.is_meta:\n",
+        tests=(
+            "tests/simulate/models/test_any_network.py::test_every_method_counts_what_was_planned_exports_what_it_reports_"
+            "and_resumes[frozen weight,unused,experts,table,weight norm without bias,in place after norms,own "
+            "parameters,tied,convolution-ddp]",
+        ),
     ),
 )
 

@@ -48,6 +48,8 @@ def ddp_run(devices: int = 2, model: Table | None = None, train: Table | None = 
 
 UNEQUAL = [[4, 2, 1, 3], [2, 1, 3, 1]]
 """Steps of four devices in rounds of four: some stop early, and in every second round all of them do."""
+COVERING = {"rank": 12, "heads_per_device": 2}
+"""Heads that cover 16 inputs of ours, and with four devices 96 of the larger networks that tests of memory take."""
 VARIANTS: dict[str, Table] = {
     "ddp": {"name": "ddp"},
     "ddp, int8": {"name": "ddp", "wire": "int8"},
@@ -162,6 +164,25 @@ VARIANTS: dict[str, Table] = {
     },
     "lte, joint": {
         "name": "lte", "merge_every": 4, "frozen_a": True, "reset": "ab", "draws": "joint", "rank": 6,
+    },
+    "lte, columns": {
+        "name": "lte", "merge_every": 4, "frozen_a": True, "reset": "ab", "draws": "columns", **COVERING,
+    },
+    "lte, columns, late": {
+        "name": "lte", "merge_every": 4, "frozen_a": True, "reset": "b", "draws": "columns", "merge_delay": 2,
+        **COVERING,
+    },
+    "lte, columns, served nf4": {
+        "name": "lte", "merge_every": 4, "frozen_a": True, "reset": "b", "draws": "columns", "quantize": "nf4",
+        "merge_transport": "server", **COVERING,
+    },
+    "lte, columns, reduced int4": {
+        "name": "lte", "merge_every": 4, "frozen_a": True, "reset": "b", "draws": "columns", "wire": "int4",
+        "merge_transport": "reduce", **COVERING,
+    },
+    "lte, columns, paced, muon": {
+        "name": "lte", "merge_every": 4, "frozen_a": True, "reset": "b", "draws": "columns", "pace": "deadline",
+        "steps_taken": UNEQUAL, **COVERING,
     },
     "lte, forgetful": {"name": "lte", "merge_every": 4, "merge_optimizer": "reset", "reset": "ab"},
     "lte, in parts": {"name": "lte", "merge_every": 4, "heads_per_device": 2},

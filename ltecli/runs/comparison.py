@@ -20,6 +20,7 @@ from simulate.common.units import bytes_text, seconds_text
 from simulate.config.method_table import BASELINE
 from simulate.models.schema import text_sizes
 from simulate.planning.candidate import describe
+from simulate.planning.notes import draws_notes
 
 TIMES = 2.0
 """Ratio from which a change is told as a multiple, not in per cent."""
@@ -212,11 +213,12 @@ def planned_and_measured(figure: dict[str, Any]) -> tuple[list[str], list[list[s
 
 
 def explanations(record: RunRecord, figure: dict[str, Any]) -> list[str]:
-    """Return lines on what the table's memory and time include, and on the machines that trained."""
+    """Return lines on what the table's memory and time include, which layers pick columns, and who trained."""
     memory = figure["memory_bytes"]
     # The same column means two things, so the line under the table says which.
     by = "the launched processes' time" if record.is_launched else "this machine's time for simulating all devices"
     return [
+        *draws_notes(record.run, record.run.model.shape()),
         f"memory: planned {memory_text(memory['planned'], memory['allocator'], memory['reserved'])}; the table has the "
         "tensors, measured as the allocator's peak of one device's program, run alone",
         "time: with evaluations and a launched run's checkpoints; simulated is the time of the profile's hardware; "

@@ -19,6 +19,7 @@ from simulate.common.processor import distinct
 from simulate.common.run_files import EVENTS_FILE, RUN_FILE
 from simulate.config.run import Run, load_run
 from simulate.costs.message_schedule import sent_bytes
+from simulate.planning.notes import draws_by_layer
 
 REPORT_VERSION = 1
 METRICS = ("step", "train_loss", "learning_rate", "samples", "tokens", "sent_bytes", "simulated_s", "wall_s")
@@ -124,6 +125,7 @@ def figures(record: RunRecord) -> dict[str, Any]:
             "simulated": clocks and clocks["simulated_s"] / steps,
             "measured": clocks and clocks["wall_s"] / steps,
         },
+        "draws_by_layer": draws_by_layer(run, run.model.shape()),
         "restarts": _restarts(record),
         # A resumed run may have moved to another machine.
         "machines": distinct(machine for event in record.events for machine in event.get("machines", ())),

@@ -16,7 +16,7 @@ from simulate.common.run_files import CHECKPOINTS
 from simulate.common.units import bytes_text, order_text, seconds_text
 from simulate.planning.candidate import describe
 from simulate.planning.margins import Margins
-from simulate.planning.notes import diagnostics_notes, mended_notes
+from simulate.planning.notes import diagnostics_notes, draws_notes, mended_notes
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +84,7 @@ def report_derived(folder: RunFolder, output: Output) -> None:
         f"  planned per device: memory {planned}; {bytes_text(chosen['sent_bytes_per_round'])} sent per merge, {wall} "
         f"on {run.cluster.devices} x {folder.profile.name}"
     )
-    for text in diagnostics_notes(run, shape):
+    for text in (*draws_notes(run, shape), *diagnostics_notes(run, shape)):
         output.hint(f"  {text}")
     for text in (*folder.plan["notes"], *chosen["warnings"]):
         output.hint(f"  warning: {text}")

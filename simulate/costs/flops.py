@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from simulate.config.run import Run
+from simulate.layers.folding import writes_columns
 from simulate.models.shapes import ModelShape
 from simulate.rules.method_plan import AdapterLayout, plan_of
 from simulate.rules.optimizer import through_gram
@@ -28,7 +29,8 @@ def pass_flops(run: Run, shape: ModelShape) -> float:
     layout = plan.adapters(run.cluster.devices)
     if layout is None:
         return dense
-    adapted = samples * _lte_sample_flops(shape, layout.row_rank, layout.subtracts, layout.frozen_a, checkpointing)
+    of_sample = _lte_sample_flops(shape, layout.row_rank, layout.subtracts, layout.frozen_a, checkpointing)
+    adapted = samples * (of_sample - _saved_by_columns(shape, layout, train.micro_batch, checkpointing))
     share = plan.dense_share(run.train.steps)
     return share * dense + (1 - share) * adapted
 
@@ -94,6 +96,20 @@ def _lte_sample_flops(shape: ModelShape, rank: int, reset_less: bool, frozen_a: 
     step = 2 * shape.adapted_flops + (4 if reset_less else 2) * factors + shape.factor_flops(rank, frozen_a)
     recomputed = forward + shape.mixing_flops if checkpointing else 0
     return step + 3 * shape.mixing_flops + shape.outer_flops + recomputed
+
+
+@lru_cache(maxsize=1024)
+def _saved_by_columns(shape: ModelShape, layout: AdapterLayout, samples: int, checkpointing: bool) -> float:
+    """Return the operations of a sample that layers save where A picks columns: those with A, and where B is written
+    into copies of W those with B, forward and to the inputs.
+    """
+    saved = 0.0
+    for x in shape.adapted:
+        if layout.picks_columns(x.in_features):
+            written = writes_columns(samples * x.rows / layout.heads, layout.row_rank, x.in_features)
+            sides = x.in_features + (x.out_features if written else 0)
+            saved += 2.0 * layout.row_rank * sides * x.rows * x.count * (3 if checkpointing else 2)
+    return saved
 
 
 def merge_flops(run: Run, shape: ModelShape) -> float:

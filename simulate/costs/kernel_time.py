@@ -20,10 +20,10 @@ from typing import Any
 
 from simulate.config.hardware import Device, Dtype, Points
 from simulate.config.run import Run
-from simulate.layers.folding import folded_products
+from simulate.layers.folding import folded_products, writes_columns
 from simulate.layers.formats import ELEMENT_BYTES
 from simulate.models.shapes import LinearShape, ModelShape
-from simulate.rules.method_plan import plan_of
+from simulate.rules.method_plan import AdapterLayout, plan_of
 
 ACTIVATION_MOVES = 4
 """Times that an activation is moved: written and read in the forward pass, its gradient in the backward pass."""
@@ -211,9 +211,7 @@ def block_products(run: Run, shape: ModelShape, adapted: bool) -> tuple[Product,
     layout, checkpointing = plan_of(run.method).adapters(run.cluster.devices), run.train.activation_checkpointing
     if not adapted or layout is None:
         return _dense_products(shape, run.train.micro_batch, checkpointing)
-    return _adapted_products(
-        shape, run.train.micro_batch, layout.heads, layout.row_rank, layout.subtracts, layout.frozen_a, checkpointing
-    )
+    return _adapted_products(shape, run.train.micro_batch, layout, checkpointing)
 
 
 @lru_cache(maxsize=1024)
@@ -225,26 +223,35 @@ def _dense_products(shape: ModelShape, samples: int, checkpointing: bool) -> tup
 
 @lru_cache(maxsize=4096)
 def _adapted_products(
-    shape: ModelShape, samples: int, heads: int, rank: int, reset_less: bool, frozen_a: bool, checkpointing: bool
+    shape: ModelShape, samples: int, layout: AdapterLayout, checkpointing: bool
 ) -> tuple[Product, ...]:
-    products: list[Product] = []
+    heads, rank, reset_less, products = layout.heads, layout.row_rank, layout.subtracts, list[Product]()
     for linear in shape.adapted:
         # Each head gets an equal part of the rows.
         m, i, o = samples * linear.rows / heads, linear.in_features, linear.out_features
         count = heads * linear.count
         times = 2 if checkpointing else 1
-        products += _through_layer(linear, m, rank, reset_less, heads, times, forward=True)
-        products += _through_layer(linear, m, rank, reset_less, heads, 1, forward=False)
+        if layout.picks_columns(i):
+            products += _through_columns(linear, m, rank, heads, times, forward=True)
+            products += _through_columns(linear, m, rank, heads, 1, forward=False)
+        else:
+            reads_small = not layout.frozen_a
+            products += _through_layer(linear, m, rank, reset_less, heads, times, forward=True, reads_small=True)
+            products += _through_layer(linear, m, rank, reset_less, heads, 1, forward=False, reads_small=reads_small)
         products.append(Product(o, m, rank, count))  # the gradient of B, then that of A
-        if not frozen_a:
+        if not layout.frozen_a:
             products.append(Product(rank, m, i, count))
     return tuple(products)
 
 
 def _through_layer(
-    linear: LinearShape, rows: float, rank: int, reset_less: bool, heads: int, times: int, forward: bool
-) -> Iterator[Product]:
-    """Yield the products of rows with each head's weight, as simulate.layers.lora computes them."""
+    linear: LinearShape, rows: float, rank: int, reset_less: bool, heads: int, times: int, forward: bool,
+    reads_small: bool,
+) -> Iterator[Product]:  # fmt: skip
+    """Yield the products of rows with each head's weight, as simulate.layers.lora computes them.
+
+    `reads_small`: whether a gradient reads the product of the rows and the first factor, even if that is folded.
+    """
     y, x = linear.in_features, linear.out_features  # the backward pass goes from outputs to inputs
     if not forward:
         y, x = x, y
@@ -254,13 +261,28 @@ def _through_layer(
         yield Product(rows, y, x, count)
     else:  # all heads share W, so their rows go through it in one product
         yield Product(rows * heads, y, x, linear.count * times)
-    yield Product(rows, y, rank, count)
+    if reads_small or not folds.new:
+        yield Product(rows, y, rank, count)
     yield Folded(y, rank, x, count) if folds.new else Product(rows, rank, x, count)
     if folds.old:
         yield Folded(y, rank, x, count)
     elif reset_less:
         yield Product(rows, y, rank, count)
         yield Product(rows, rank, x, count)
+
+
+def _through_columns(
+    linear: LinearShape, rows: float, rank: int, heads: int, times: int, forward: bool
+) -> Iterator[Product]:
+    """Yield the products of rows with each head's weight where A picks columns (simulate.layers.columns)."""
+    i, o, count = linear.in_features, linear.out_features, heads * linear.count * times
+    y, x = (i, o) if forward else (o, i)
+    if writes_columns(rows, rank, i):
+        yield Product(rows, y, x, count)
+        yield Folded(y, 0, x, count)  # a copy of W, without a product
+    else:
+        yield Product(rows * heads, y, x, linear.count * times)
+        yield Product(rows, rank, o, count) if forward else Product(rows, o, rank, count)
 
 
 def sum_of_products(run: Run, shape: ModelShape) -> tuple[Product, ...]:

@@ -159,6 +159,7 @@ class _Lasting:
     subtracts: bool
     materialisation: WeightMaterialisation
     keeps_inputs: bool
+    column_heads: int
     unfilled_bytes: float
     """Room beside tensors that stay, and beside gradients, in the segments of CUDA's allocator."""
     largest_tensor: int
@@ -195,6 +196,7 @@ def _lasting(run: Run, shape: ModelShape, shared_memory: bool) -> _Lasting:
         subtracts=layout is not None and layout.subtracts,
         materialisation=plan.evaluation_weights(),
         keeps_inputs=layout is None or not layout.frozen_a,
+        column_heads=layout.column_heads if layout else 0,
         unfilled_bytes=_unfilled_bytes(run, shape, weights, adapters + optimizer + gradients),
         largest_tensor=_largest_elements(shape) * element_bytes,
     )
@@ -252,6 +254,7 @@ def _phases(run: Run, shape: ModelShape, lasting: _Lasting) -> tuple[Phase, ...]
         shape, train.micro_batch, lasting.rank, lasting.block_gradient_bytes, train.activation_checkpointing,
         element_bytes, PRODUCT_BYTES.get(train.autocast, element_bytes), lasting.unpacked_bytes, lasting.heads,
         lasting.subtracts, lasting.materialisation, keeps_inputs=lasting.keeps_inputs, accumulates=train.accumulate > 1,
+        column_heads=lasting.column_heads,
     )  # fmt: skip
     # The batch is held until the next one comes; token indices are too small to count.
     batch_bytes = train.micro_batch * train.accumulate * shape.inputs * element_bytes

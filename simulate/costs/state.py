@@ -10,9 +10,12 @@ from functools import lru_cache
 
 from simulate.config.run import Run
 from simulate.costs.cache import by_method
-from simulate.layers.formats import quantized_bytes
+from simulate.layers.formats import ELEMENT_BYTES, quantized_bytes
 from simulate.models.shapes import ModelShape
-from simulate.rules.method_plan import plan_of
+from simulate.rules.method_plan import AdapterLayout, plan_of
+
+LONG_BYTES = 8
+"""Bytes of an index."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ def persistent_state(run: Run, shape: ModelShape) -> PersistentState:
     layout = None if plan.starts_dense else plan.adapters(devices)
     adapters, matrices, others = 0, shape.adapted_parameters, shape.replicated_parameters
     if layout is not None:
-        adapters = shape.factors(layout.held_rank) * (2 if layout.subtracts else 1)
+        adapters = _adapter_elements(shape, layout, ELEMENT_BYTES[run.train.dtype])
         # Frozen A are held but not trained.
         matrices = shape.factors(layout.held_rank, layout.frozen_a)
         others = _elements_without(shape, layout.frozen_kinds)
@@ -49,6 +52,17 @@ def persistent_state(run: Run, shape: ModelShape) -> PersistentState:
         extra=plan.extra_elements(shape, devices),
         shared=plan.shares_state,
     )
+
+
+@lru_cache(maxsize=1024)
+def _adapter_elements(shape: ModelShape, layout: AdapterLayout, element_bytes: int) -> int:
+    """Return the elements of A and B; where A picks columns, their numbers count as elements of so many bytes."""
+    elements = shape.factors(layout.held_rank) * (2 if layout.subtracts else 1)
+    for linear in shape.adapted:
+        if layout.picks_columns(linear.in_features):
+            columns = layout.held_rank * LONG_BYTES // element_bytes
+            elements += linear.count * (columns - layout.held_rank * linear.in_features)
+    return elements
 
 
 @lru_cache(maxsize=64)

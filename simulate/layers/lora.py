@@ -18,16 +18,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simulate.common.seeding import address, generator
+from simulate.layers.columns import Columns, column_function
 from simulate.layers.dtypes import product_dtype
 from simulate.layers.folding import folded_products
-from simulate.layers.formats import Draws, Quantize
+from simulate.layers.formats import Draws, Quantize, layer_draws
 from simulate.layers.lazy_weight import LazyWeight
-from simulate.layers.quantized import QuantizedWeight, mapped_copy
+from simulate.layers.quantized import QuantizedWeight, dense, mapped_copy
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,9 @@ class AdapterSpec:
     draws_per_head: int = 1
     """Number of independent draws of `rank` rows that make up one head's A."""
     draws: Draws = "own"
-    """Whether the A of different heads are drawn independently, or orthogonal to one another."""
+    """How A is drawn: by each head itself, orthogonal between heads, or as columns where heads cover the inputs."""
+    num_heads: int = 0
+    """Heads of all devices, for draws that pick columns."""
     frozen_a: bool = False
     """Whether A is frozen as drawn and only B is trained."""
     quantize: Quantize = "none"
@@ -80,7 +84,7 @@ class _LoraLinear(torch.autograd.Function):
         outputs = frozen_OI.shape[0]
         x_HMI = x.to(product_dtype(x)).contiguous().view(heads, -1, inputs)
         rows = x_HMI.shape[1]
-        product = _Product(x_HMI.dtype, _dense(frozen_OI), a_HRI, b_HOR, a0_HRI, b0_HOR, scale)
+        product = _Product(x_HMI.dtype, dense(frozen_OI), a_HRI, b_HOR, a0_HRI, b0_HOR, scale)
         # baddbmm with beta = 0 applies the scale within the product, instead of in a pass of its own.
         us_HMR = x_HMI.new_empty(heads, rows, rank).baddbmm_(x_HMI, product.a_HRI.mT, beta=0, alpha=scale)
         y = x_HMI.new_empty(*x.shape[:-1], outputs)  # no view is returned, or nobody could write to it in place
@@ -103,24 +107,25 @@ class _LoraLinear(torch.autograd.Function):
         x_HMI, us_HMR, plain_OI, a_HRI, b_HOR, a0_HRI, b0_HOR = ctx.saved_tensors
         grad_y = grads[0].contiguous()  # copied once here, or else in each of the products
         g_HMO = grad_y.view(*us_HMR.shape[:2], -1)
-        vs_HMR = torch.empty_like(us_HMR).baddbmm_(g_HMO, b_HOR.to(g_HMO.dtype), beta=0, alpha=ctx.scale)
-        grad_x = None
+        folds = folded_products(g_HMO.shape[1], g_HMO.shape[2], a_HRI.shape[2], a0_HRI is not None)
+        vs_HMR = grad_x = None
+        # Only A's gradient and a product that is not folded read s·g·B.
+        if ctx.needs_input_grad[3] or (ctx.needs_input_grad[0] and not folds.new):
+            vs_HMR = torch.empty_like(us_HMR).baddbmm_(g_HMO, b_HOR.to(g_HMO.dtype), beta=0, alpha=ctx.scale)
         if ctx.needs_input_grad[0]:
             gx_HMI = us_HMR.new_empty(*us_HMR.shape[:2], a_HRI.shape[2])
-            weight_OI = _dense(plain_OI if ctx.quantized_OI is None else ctx.quantized_OI)
+            weight_OI = dense(plain_OI if ctx.quantized_OI is None else ctx.quantized_OI)
             product = _Product(us_HMR.dtype, weight_OI, a_HRI, b_HOR, a0_HRI, b0_HOR, ctx.scale)
             product.add(gx_HMI, g_HMO, vs_HMR, to_inputs=True, beta=0)
             del product, weight_OI
             grad_x = gx_HMI.view(*grad_y.shape[:-1], -1).to(ctx.x_dtype)
         rows_of_bias = g_HMO.view(ctx.num_bias, -1, g_HMO.shape[2]) if ctx.needs_input_grad[2] else None
         grad_bias = None if rows_of_bias is None else rows_of_bias.sum(1).to(b_HOR.dtype)
-        grad_a = torch.bmm(vs_HMR.transpose(1, 2), x_HMI).to(a_HRI.dtype) if ctx.needs_input_grad[3] else None
+        grad_a = None
+        if ctx.needs_input_grad[3] and vs_HMR is not None:
+            grad_a = torch.bmm(vs_HMR.transpose(1, 2), x_HMI).to(a_HRI.dtype)
         grad_b = torch.bmm(g_HMO.transpose(1, 2), us_HMR).to(b_HOR.dtype)
         return grad_x, None, grad_bias, grad_a, grad_b, None, None, None
-
-
-def _dense(weight: Tensor | QuantizedWeight) -> Tensor:
-    return weight.dense() if isinstance(weight, QuantizedWeight) else weight
 
 
 class _Product:
@@ -138,8 +143,11 @@ class _Product:
         self.a0_HRI, self.b0_HOR = (None if old is None else old.to(dtype) for old in (a0_HRI, b0_HOR))
         self.scale = scale
 
-    def add(self, out_HMX: Tensor, in_HMY: Tensor, small_HMR: Tensor, to_inputs: bool, beta: int) -> None:
-        """Set out to beta·out + in·W + the heads' low-rank products; `small` is s·in·(first of the new factors)."""
+    def add(self, out_HMX: Tensor, in_HMY: Tensor, small_HMR: Tensor | None, to_inputs: bool, beta: int) -> None:
+        """Set out to beta·out + in·W + the heads' low-rank products.
+
+        `small` is s·in·(first of the new factors); a folded new product does not read it.
+        """
         folds = folded_products(in_HMY.shape[1], in_HMY.shape[2], out_HMX.shape[2], self.a0_HRI is not None)
         if folds.any:
             half = (len(out_HMX) + 1) // 2  # half of the heads at a time, to hold only half of their weights
@@ -151,6 +159,7 @@ class _Product:
             weight_YX = self.weight_OI if to_inputs else self.weight_OI.t()
             out_HMX.flatten(0, 1).addmm_(in_HMY.flatten(0, 1), weight_YX, beta=beta)
         if not folds.new:
+            assert small_HMR is not None
             out_HMX.baddbmm_(small_HMR, self.a_HRI if to_inputs else self.b_HOR.mT)
         if self.a0_HRI is not None and self.b0_HOR is not None and not folds.old:
             # Reset-less: what the last merge put into W is taken out of this head's product again.
@@ -180,6 +189,7 @@ class LoraLinear(nn.Module):
         super().__init__()
         self.name, self.spec = name, spec
         heads, (outputs, inputs) = devices * spec.heads_per_device, weight_OI.shape
+        self.draws = layer_draws(spec.draws, spec.num_heads, spec.rank, inputs)
         self.frozen = None if spec.quantize == "none" else QuantizedWeight(weight_OI, spec.quantize)
         if self.frozen is None:
             self.register_buffer("weight", weight_OI.detach())
@@ -188,11 +198,12 @@ class LoraLinear(nn.Module):
         else:
             self.register_buffer("bias", bias_LO)
         rank = spec.rank * spec.draws_per_head
-        a_HRI = weight_OI.new_empty(heads, rank, inputs)
-        if spec.frozen_a:
-            self.register_buffer("a", a_HRI)
+        if self.draws == "columns":
+            self.register_buffer("columns", torch.empty(heads, rank, dtype=torch.int64, device=weight_OI.device))
+        elif spec.frozen_a:
+            self.register_buffer("a", weight_OI.new_empty(heads, rank, inputs))
         else:
-            self.a = nn.Parameter(a_HRI)
+            self.a = nn.Parameter(weight_OI.new_empty(heads, rank, inputs))
         self.b = nn.Parameter(weight_OI.new_zeros(heads, outputs, rank))
         self.register_buffer("drawn_after", torch.tensor(0))
         self.redraw_a(0)
@@ -215,6 +226,9 @@ class LoraLinear(nn.Module):
     head: int | None = None
     """The one head that the next pass is of; None: each head gets its share of the samples."""
     a: Tensor
+    """A, (H, R, I); layers whose A picks columns have `columns` instead."""
+    columns: Tensor
+    """Inputs that the rows of A pick, (H, R)."""
     drawn_after: Tensor
     """Number of steps done when A was drawn."""
 
@@ -225,15 +239,24 @@ class LoraLinear(nn.Module):
 
     def factors(self) -> Iterator[nn.Parameter]:
         """Yield the trained factors."""
-        if isinstance(self.a, nn.Parameter):
+        if not self.spec.frozen_a:
+            assert isinstance(self.a, nn.Parameter)
             yield self.a
         yield self.b
 
     @torch.no_grad()
     def redraw_a(self, steps_done: int) -> None:
         """Replace A of the local heads by a fresh draw."""
-        self.a.copy_(self.draw_a(steps_done))
+        if self.draws == "columns":
+            self.columns.copy_(self.draw_columns(steps_done).columns_HR)
+        else:
+            self.a.copy_(self.draw_a(steps_done))
         self.drawn_after.fill_(steps_done)
+
+    def _drawn_heads(self, all_heads: int | None) -> range:
+        """Return the global indices of the local heads, or of `all_heads` heads of all devices."""
+        first = 0 if all_heads else self.spec.first_device * self.spec.heads_per_device
+        return range(first, first + (all_heads or len(self.b)) * self.spec.draws_per_head)
 
     def draw_a(self, steps_done: int, all_heads: int | None = None) -> Tensor:
         """Return a fresh A with orthogonal rows, for the local heads, or for `all_heads` heads of all devices.
@@ -241,23 +264,38 @@ class LoraLinear(nn.Module):
         Draws are addressed by (seed, layer, global head, steps done), so that every process draws the same A for a
         head. With joint draws, rows of different heads are orthogonal too, for as many heads as fit into I dimensions.
         """
-        rank, inputs = self.spec.rank, self.a.shape[2]
-        heads = (all_heads or self.a.shape[0]) * self.spec.draws_per_head
-        first = 0 if all_heads else self.spec.first_device * self.spec.heads_per_device
-        if self.spec.draws == "joint":
-            return self._draw_jointly(range(first, first + heads), steps_done)
-        normal_HIR = torch.empty(heads, inputs, rank, dtype=torch.float64)
-        for head in range(heads):
-            seed = address(self.spec.seed, "adapter", self.name, first + head, steps_done)
-            normal_HIR[head].normal_(generator=torch.Generator().manual_seed(seed))
+        rank, inputs, heads = self.spec.rank, self.size[1], self._drawn_heads(all_heads)
+        if self.draws == "columns":
+            return self.draw_columns(steps_done, all_heads).dense(self.b.detach())
+        if self.draws == "joint":
+            return self._draw_jointly(heads, steps_done)
+        normal_HIR = torch.empty(len(heads), inputs, rank, dtype=torch.float64)
+        for index, head in enumerate(heads):
+            seed = address(self.spec.seed, "adapter", self.name, head, steps_done)
+            normal_HIR[index].normal_(generator=torch.Generator().manual_seed(seed))
         q_HIR, r_HRR = torch.linalg.qr(normal_HIR)
         # Q is uniformly distributed only if R's diagonal is positive, which LAPACK does not ensure.
         q_HIR *= r_HRR.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)
         return (q_HIR.transpose(1, 2) * math.sqrt(inputs / rank)).reshape(-1, *self.a.shape[1:]).to(self.a)
 
-    def frozen_a(self, heads: int) -> Tensor:
+    def draw_columns(self, steps_done: int, all_heads: int | None = None) -> Columns:
+        """Return fresh columns: each head takes r entries of a random order of the inputs, that I/r heads share."""
+        rank, inputs, heads = self.spec.rank, self.size[1], self._drawn_heads(all_heads)
+        fit = inputs // rank
+        orders = {
+            group: generator(self.spec.seed, "columns", self.name, group, steps_done).permutation(inputs)
+            for group in range(heads[0] // fit, heads[-1] // fit + 1)
+        }
+        picked = [orders[head // fit][head % fit * rank :][:rank] for head in heads]
+        return Columns(torch.from_numpy(np.stack(picked)).to(self.b.device), inputs)
+
+    def frozen_a(self, heads: int | None = None) -> Tensor | Columns:
         """Return the frozen A of the local heads, or of all `heads` heads of all devices, drawn again."""
-        return self.a if heads == len(self.a) else self.draw_a(int(self.drawn_after), heads)
+        others = heads not in (None, len(self.b))
+        if not others:
+            return self.factors_in_use()[0]
+        draw = self.draw_columns if self.draws == "columns" else self.draw_a
+        return draw(int(self.drawn_after), heads)
 
     def _draw_jointly(self, heads: range, steps_done: int) -> Tensor:
         """Return A of some heads: each takes r rows of a random orthogonal matrix, (I, I), that I/r heads share.
@@ -266,7 +304,7 @@ class LoraLinear(nn.Module):
         2016, arXiv 1610.09072, who use Hadamard's transform). A row costs I·log I operations and needs no other row, so
         that each process computes its own heads'.
         """
-        rank, inputs = self.spec.rank, self.a.shape[2]
+        rank, inputs = self.spec.rank, self.size[1]
         drawn_HRI = self.a.new_empty(len(heads), rank, inputs)
         for index, head in enumerate(heads):
             group, position = divmod(head, inputs // rank)
@@ -289,14 +327,15 @@ class LoraLinear(nn.Module):
     @property
     def size(self) -> tuple[int, int]:
         """Outputs and inputs, (O, I)."""
-        return self.b.shape[1], self.a.shape[2]
+        held = self.frozen or self.weight
+        return held.shape[0], held.shape[1]
 
     def merged_weight(self) -> Tensor:
         """Return W without adapters, (O, I), in the highest precision kept here; a new tensor if W is quantized."""
         if self.master is not None:
             # A copy also on a CPU: callers overwrite it, and runs on CPUs and GPUs shall take the same bytes.
             return self.master.to(self.b.device, copy=True)
-        return _dense(self.frozen or self.weight)
+        return dense(self.frozen or self.weight)
 
     @torch.no_grad()
     def set_weight(self, weight_OI: Tensor) -> None:
@@ -322,27 +361,33 @@ class LoraLinear(nn.Module):
         # A quantized layer has made a new tensor, which may be overwritten.
         return torch.add(weight_OI, mean_OI, alpha=self.spec.scale, out=None if self.frozen is None else weight_OI)
 
-    def factors_in_use(self) -> tuple[Tensor, Tensor]:
+    def factors_in_use(self) -> tuple[Tensor | Columns, Tensor]:
         """Return A and B of all heads."""
-        return self.a, self.b
+        return Columns(self.columns, self.size[1]) if self.draws == "columns" else self.a, self.b
 
-    def _pairs(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def _pairs(self) -> tuple[Tensor | Columns, Tensor, Tensor | None, Tensor | None]:
         """Return A, B, A0 and B0 of the heads that the next pass is of."""
         tensors = (*self.factors_in_use(), self.a0, self.b0)
         if self.head is None:
             return tensors
-        a, b, a0, b0 = (None if tensor is None else tensor[self.head : self.head + 1] for tensor in tensors)
-        assert a is not None and b is not None
-        return a, b, a0, b0
+        a, b, a0, b0 = tensors
+        of_head = slice(self.head, self.head + 1)
+        return a[of_head], b[of_head], None if a0 is None else a0[of_head], None if b0 is None else b0[of_head]
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _LoraLinear.apply(x, self.frozen or self.weight, self.bias, *self._pairs(), self.spec.scale)
+        held, scale = self.frozen or self.weight, self.spec.scale
+        a, b_HOR, *old = self._pairs()
+        if isinstance(a, Columns):
+            y: Tensor = column_function(x, held, self.bias, a, b_HOR, scale)
+        else:
+            y = _LoraLinear.apply(x, held, self.bias, a, b_HOR, *old, scale)
         return y
 
     def weight_of_head(self) -> Tensor:
         """Return the effective weight of the only head, or of `head`, in the plain layer's form, with its gradient."""
-        a_HRI, b_HOR, a0_HRI, b0_HOR = self._pairs()
-        weight_OI = torch.add(_dense(self.frozen or self.weight), b_HOR[0] @ a_HRI[0], alpha=self.spec.scale)
+        a, b_HOR, a0_HRI, b0_HOR = self._pairs()
+        a_HRI = a.dense(b_HOR.detach()) if isinstance(a, Columns) else a
+        weight_OI = torch.add(dense(self.frozen or self.weight), b_HOR[0] @ a_HRI[0], alpha=self.spec.scale)
         if a0_HRI is not None and b0_HOR is not None:
             weight_OI = torch.sub(weight_OI, b0_HOR[0] @ a0_HRI[0], alpha=self.spec.scale)
         return self._as_plain(weight_OI)
@@ -356,7 +401,7 @@ class LoraLinear(nn.Module):
         """Return the plain layer's weight; with `fold`, adapters included."""
         if fold:
             return self._as_plain(self.folded_weight())
-        return self._as_plain(self.merged_weight() if self.spec.shows_master else _dense(self.frozen or self.weight))
+        return self._as_plain(self.merged_weight() if self.spec.shows_master else dense(self.frozen or self.weight))
 
     def plain_weight_in_use(self, fold: bool) -> Tensor:
         """Return `plain_weight`, as a LazyWeight if it has to be computed, so that each product frees it again."""

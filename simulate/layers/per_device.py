@@ -396,7 +396,7 @@ class ReplicatedModule(nn.Module):
         self.plain[0].train(self.training)
         tensors = {name: self._tensor(name) for name in self.places}
         # A device's heads share its copy of what is not adapted.
-        copies = max([*map(len, tensors.values()), *(len(layer.factors_in_use()[0]) for layer in self.adapters)])
+        copies = max([*map(len, tensors.values()), *(len(layer.factors_in_use()[1]) for layer in self.adapters)])
         if copies == 1:
             own = {name: tensor[0] for name, tensor in tensors.items()}
             return functional_call(self.plain[0], own, arguments, keywords)

@@ -97,6 +97,11 @@ class QuantizedWeight(nn.Module):
         return {"values": _nf4(weight_OI, scales_B), **(kept or {"scales": scales_B})}
 
 
+def dense(weight: Tensor | QuantizedWeight) -> Tensor:
+    """Return a frozen weight unpacked, or as it is."""
+    return weight.dense() if isinstance(weight, QuantizedWeight) else weight
+
+
 def _int8(weight_OI: Tensor) -> dict[str, Tensor]:
     """Return rows rounded to 127ths of their largest magnitude, and their scales."""
     # `abs` would copy the whole weight.

@@ -120,7 +120,7 @@ class MethodState:
             return set()
         own = set(self.method.parameters)
         for name, module in self.method.model.named_modules():
-            keys = ("a", "a0", "b0", "merged") if isinstance(module, LoraLinear | VectorLora) else ()
+            keys = ("a", "columns", "a0", "b0", "merged") if isinstance(module, LoraLinear | VectorLora) else ()
             own |= {f"{name}.{key}" for key in keys if isinstance(getattr(module, key, None), Tensor)}
         return own
 

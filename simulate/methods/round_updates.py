@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from simulate.comm.base import Communicator
 from simulate.comm.virtual import VirtualCommunicator
+from simulate.layers.columns import Columns
 from simulate.layers.lora import LoraLinear
 from simulate.layers.per_device import ReplicatedConv2d, ReplicatedLinear
 
@@ -147,7 +148,8 @@ class LowRankUpdates(LayerUpdates):
             gathered = rows.communicator.all_gather(list(factors.values()))
             factors = dict(zip(factors, gathered, strict=True))
         if "a" not in factors:
-            factors["a"] = layer.frozen_a(len(factors["b"]))
+            a_HRI = layer.frozen_a(len(factors["b"]))
+            factors["a"] = a_HRI.dense(factors["b"]) if isinstance(a_HRI, Columns) else a_HRI
         a, b = factors["a"].double(), factors["b"].double()
         # B·A − B0·A0 is one product of twice the rank.
         if "a0" in factors:

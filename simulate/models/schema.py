@@ -104,14 +104,8 @@ class Reads(ModelOptions):
         return f"model.context (now {self.context})"
 
 
-class Frames(ModelOptions):
-    """Keys of networks of images."""
-
-    image: Size = UNSET
-    """Pixels of an image's side."""
-    colours: Size = UNSET
-    """Channels of a pixel."""
-    classes: Size = UNSET
+class CountsSamples(ModelOptions):
+    """Base of networks whose progress counts samples, not tokens."""
 
     @property
     def unit(self) -> Unit:
@@ -120,6 +114,16 @@ class Frames(ModelOptions):
     @property
     def units_per_sample(self) -> int:
         return 1
+
+
+class Frames(CountsSamples):
+    """Keys of networks of images."""
+
+    image: Size = UNSET
+    """Pixels of an image's side."""
+    colours: Size = UNSET
+    """Channels of a pixel."""
+    classes: Size = UNSET
 
     @property
     def larger_with(self) -> str:
@@ -210,7 +214,7 @@ class FactoryImageModel(FactoryModel, Frames):
     classes: int = Field(gt=0)
 
 
-class FactorySampleModel(FactoryModel):
+class FactorySampleModel(FactoryModel, CountsSamples):
     """Options of a user's network on samples of any shape, those of a data set that is an object in Python."""
 
     model_config = ConfigDict(extra="allow")
@@ -218,14 +222,6 @@ class FactorySampleModel(FactoryModel):
     family: ClassVar[str] = OF_SAMPLES
     samples: str
     """Name of the data set; the network is counted on its samples."""
-
-    @property
-    def unit(self) -> Unit:
-        return "samples"
-
-    @property
-    def units_per_sample(self) -> int:
-        return 1
 
     @property
     def larger_with(self) -> str:

@@ -57,6 +57,7 @@ def plan_notes(
         yield from choice.probe.notes(base, chosen.run if chosen else None)
     if chosen:
         yield from _unadapted(chosen, shape)
+        yield from draws_notes(chosen.run, shape)
     yield from shape.notes
     if chosen:
         yield _batch(chosen, pins)
@@ -169,6 +170,32 @@ def _unadapted(chosen: Candidate, shape: ModelShape) -> Iterator[str]:
     become = {"norm": getattr(method, "norms", "average"), "bias": getattr(method, "biases", "average")}
     parts = (f"{PLURALS[kind]} {count:,} ({become.get(kind, 'average')})" for kind, count in elements.items())
     yield f"not adapted, every device trains its own copy, {plan.synchronisation()}: {', '.join(parts)}"
+
+
+def draws_by_layer(run: Run, shape: ModelShape) -> dict[str, list[str]] | None:
+    """Return the layers of each way to draw A where a run picks columns, which some layers are too wide for."""
+    layout = plan_of(run.method).adapters(run.cluster.devices)
+    if layout is None or not layout.column_heads:
+        return None
+    layers: dict[str, list[str]] = {"columns": [], "joint": []}
+    for linear in shape.adapted:
+        layers["columns" if layout.picks_columns(linear.in_features) else "joint"].append(linear.name)
+    return layers
+
+
+def draws_notes(run: Run, shape: ModelShape) -> Iterator[str]:
+    """Report which layers' A pick columns, and which are drawn jointly, and why."""
+    layers = draws_by_layer(run, shape)
+    if layers is None:
+        return
+    heads, picked, joint = run.heads, ", ".join(layers["columns"]), ", ".join(layers["joint"])
+    covered = f"A picks columns in {picked}" if picked else "A picks columns in no layer"
+    yield f"method.draws = columns: {covered}" + (
+        f"; A is drawn jointly in {joint}, whose inputs are more than {heads} head{'s' if heads > 1 else ''} x rank "
+        f"{getattr(run.method, 'rank', 0)} cover"
+        if joint
+        else ""
+    )
 
 
 def _worth_trying(chosen: Candidate) -> Iterator[str]:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal, Protocol, cast
 from simulate.comm.transfers import Exchange
 from simulate.config.method_options import MethodOptions
 from simulate.config.method_table import method_part
+from simulate.layers.formats import layer_draws
 from simulate.models.shapes import ModelShape, ParameterShape
 from simulate.rules.phases import Phase, WeightMaterialisation
 
@@ -97,8 +98,12 @@ class AdapterLayout:
     """Sum of the ranks of pairs that a step skips, which therefore have no gradient."""
     frozen_kinds: frozenset[str] = frozenset()
     """Kinds of parameters without adapters that are not trained."""
-    draws_jointly: bool = False
-    """Whether the A of all heads come from one joint draw."""
+    column_heads: int = 0
+    """Heads of all devices, whose A pick columns in the layers whose inputs they cover; 0 where A is dense."""
+
+    def picks_columns(self, inputs: int) -> bool:
+        """Whether the A of a layer with so many inputs pick columns, so that none is held or multiplied with."""
+        return layer_draws("columns", self.column_heads, self.rank, inputs) == "columns"
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from simulate.comm.base import Communicator
 from simulate.comm.compression import CompressedMean, decode, encode
 from simulate.comm.transfers import bucket
+from simulate.layers.columns import Columns
 from simulate.layers.lora import LoraLinear
 from simulate.methods.lte.options import LteOptions
 from simulate.methods.stepper import clear_rows
@@ -142,7 +143,7 @@ class LayerMerger:
                 layer.a[sick_H], layer.b[sick_H] = layer.a0[sick_H], layer.b0[sick_H]
                 continue
             # With a reset the last merge left B = 0 and A as drawn.
-            if isinstance(layer.a, nn.Parameter):
+            if not self.options.frozen_a:
                 drawn = layer.draw_a(int(layer.drawn_after))
                 layer.a[sick_H] = drawn[sick_H]
             layer.b[sick_H] = 0
@@ -169,18 +170,24 @@ class LayerMerger:
             self.communicator.pull(self._pulled(layers))
 
     def _add_up(self, layers: list[LoraLinear], everyones: list[Tensor], targets: list[Tensor | None]) -> None:
-        factors, heads = iter(everyones), self.communicator.num_devices * self.options.heads_per_device
+        factors = iter(everyones)
         for layer, target_OI in zip(layers, targets, strict=True):
-            a_HRI = layer.frozen_a(heads) if self.options.frozen_a else next(factors)
-            b_HOR = weighted(next(factors), self._weights_H)
-            # Algorithm 1's merge: Ŵ = W + (s/H)·Σ_h B_h·A_h, from W0 where the last products are taken back.
-            if target_OI is not None:
-                add_products(self._base(layer), a_HRI, b_HOR, self._share, out=target_OI)
-                continue
-            # Unpacked for as long as it takes to pack it again, one layer at a time.
-            merged_OI = self._base(layer, own=True).to(b_HOR.device)
-            add_products(merged_OI, a_HRI, b_HOR, self._share, out=merged_OI)
-            layer.set_weight(merged_OI)
+            a_HRI = None if self.options.frozen_a else next(factors)
+            self._add_up_layer(layer, a_HRI, next(factors), target_OI)
+
+    def _add_up_layer(self, layer: LoraLinear, a_HRI: Tensor | None, b_HOR: Tensor, target_OI: Tensor | None) -> None:
+        # A call for each layer, so that nothing of one layer is held while A of the next is drawn.
+        heads = self.communicator.num_devices * self.options.heads_per_device
+        factor = layer.frozen_a(heads) if a_HRI is None else a_HRI
+        b_HOR = weighted(b_HOR, self._weights_H)
+        # Algorithm 1's merge: Ŵ = W + (s/H)·Σ_h B_h·A_h, from W0 where the last products are taken back.
+        if target_OI is not None:
+            add_products(self._base(layer), factor, b_HOR, self._share, out=target_OI)
+            return
+        # Unpacked for as long as it takes to pack it again, one layer at a time.
+        merged_OI = self._base(layer, own=True).to(b_HOR.device)
+        add_products(merged_OI, factor, b_HOR, self._share)
+        layer.set_weight(merged_OI)
 
     def _sent(self, layer: LoraLinear, key: str) -> Tensor:
         """Return a local factor as it is merged: its snapshot while a merge travels, else its current value."""
@@ -248,8 +255,8 @@ class LayerMerger:
         for layer in layers:
             self._remember(layer)
 
-    def _sent_a(self, layer: LoraLinear) -> Tensor:
-        return layer.a if self.options.frozen_a else self._sent(layer, "a")
+    def _sent_a(self, layer: LoraLinear) -> Tensor | Columns:
+        return layer.frozen_a() if self.options.frozen_a else self._sent(layer, "a")
 
     def _merge_compressed_deltas(self, layers: list[LoraLinear], compressed: CompressedMean) -> None:
         mean = compressed.mean(self._deltas(layer) for layer in layers)
@@ -267,9 +274,9 @@ class LayerMerger:
     def _deltas(self, layer: LoraLinear) -> Tensor:
         """Return each local device's change of W since the last merge, (L, O*I)."""
         # Device by device, since each has an error of its own to feed back.
-        per_device = layer.a.shape[0] // self.local
+        per_device = len(layer.b) // self.local
         deltas_LOI = []
-        for first in range(0, layer.a.shape[0], per_device):
+        for first in range(0, len(layer.b), per_device):
             heads = slice(first, first + per_device)
             b_HOR = weighted(self._sent(layer, "b"), self._own_weights_H)[heads]
             delta_OI = sum_of_products(self._sent_a(layer)[heads], b_HOR)
@@ -313,9 +320,17 @@ def _store_sum(layer: LoraLinear, base_OI: Tensor, change_OI: Tensor, share: flo
         layer.set_weight(into_OI)
 
 
-def add_products(base_OI: Tensor, a_HRI: Tensor, b_HOR: Tensor, share: float, out: Tensor) -> None:
-    """Write base + share·Σ_h B_h·A_h to `out`, (O, I): one matrix product, and not a dense delta beside it."""
-    torch.addmm(base_OI, *_stacked(a_HRI, b_HOR), alpha=share, out=out)
+def add_products(
+    base_OI: Tensor, a_HRI: Tensor | Columns, b_HOR: Tensor, share: float, out: Tensor | None = None
+) -> None:
+    """Write base + share·Σ_h B_h·A_h to `out`, (O, I), or to the base: no dense delta stands beside it."""
+    out = base_OI if out is None else out
+    if isinstance(a_HRI, Columns):
+        if out is not base_OI:
+            out.copy_(base_OI)
+        a_HRI.add_products(out, b_HOR, share)
+    else:
+        torch.addmm(base_OI, *_stacked(a_HRI, b_HOR), alpha=share, out=out)
 
 
 def weighted(b_HOR: Tensor, weights_H: Tensor | None) -> Tensor:
@@ -323,8 +338,12 @@ def weighted(b_HOR: Tensor, weights_H: Tensor | None) -> Tensor:
     return b_HOR if weights_H is None else b_HOR * weights_H.view(-1, 1, 1)
 
 
-def sum_of_products(a_HRI: Tensor, b_HOR: Tensor) -> Tensor:
+def sum_of_products(a_HRI: Tensor | Columns, b_HOR: Tensor) -> Tensor:
     """Return Σ_h B_h·A_h, (O, I): the sum of products, which a product of sums is not."""
+    if isinstance(a_HRI, Columns):
+        sum_OI = b_HOR.new_zeros(b_HOR.shape[1], a_HRI.inputs)
+        a_HRI.add_products(sum_OI, b_HOR, 1.0)
+        return sum_OI
     b_OX, a_XI = _stacked(a_HRI, b_HOR)
     return b_OX @ a_XI
 

@@ -42,7 +42,8 @@ class LteOptions(AdapterOptions, FragmentOptions):
     where not given with reset = "none", which trains A as the paper does."""
     draws: Draws = "own"
     """own: every head draws its A by itself; joint: rows of A are orthogonal also between heads, of as many as there is
-    room for in a layer's inputs, so that together heads look in all directions alike."""
+    room for in a layer's inputs, so that together heads look in all directions alike; columns: rows of A pick one input
+    each, no two heads the same, in the layers whose inputs all heads together cover, and joint draws in the others."""
     norms: Norms = "average"
     """Affine parameters of norms: average: each device trains its own, averaged at merges; one: the first device trains
     them for all; vector-lora: a low-rank pair for each; none: they stay as they start."""
@@ -127,6 +128,16 @@ class LteOptions(AdapterOptions, FragmentOptions):
             raise ValueError(
                 "frozen_a = true trains alike with reset = 'none' and reset = 'b', which needs less memory; "
                 "try --set method.reset=b, or --set method.frozen_a=false to train A, too"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _columns_are_not_trained(self) -> LteOptions:
+        if self.draws == "columns" and not self.frozen_a:
+            move = "reset=b --set method.frozen_a=true" if self.reset == "none" else "frozen_a=true"
+            raise ValueError(
+                f"draws = 'columns' picks columns, and has no A to train, as reset = {self.reset!r} with frozen_a = "
+                f"false does; try --set method.{move}, or --set method.draws=joint"
             )
         return self
 

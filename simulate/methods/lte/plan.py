@@ -75,7 +75,7 @@ class LtePlan(AdapterPlan[LteOptions]):
             options.rank, options.held_rank(devices), options.row_rank(devices), heads=options.heads_per_device,
             stacked=options.heads_per_device, frozen_a=options.frozen_a, subtracts=options.remembers_product,
             frozen_kinds=frozenset(kind for kind, is_frozen in frozen if is_frozen),
-            draws_jointly=options.draws == "joint",
+            column_heads=options.num_heads(devices) if options.draws == "columns" else 0,
         )  # fmt: skip
 
     def messages(self, shape: ModelShape, devices: int, element_bytes: int) -> tuple[PeriodicExchange, ...]:
@@ -138,8 +138,15 @@ class LtePlan(AdapterPlan[LteOptions]):
         for linear in shape.adapted:
             # Gathered factors: everyone multiplies all heads'; reduced ones: each its own.
             how = layer_transport(linear, rank, devices, self.options.merge_transport, self.options.frozen_a)
-            total += 2.0 * linear.weights * linear.count * rank * (devices if how == "gather" else 1)
+            # Where A picks columns, B is added to them.
+            inputs = 1 if self._picks_columns(linear, devices) else linear.in_features
+            total += 2.0 * linear.out_features * inputs * linear.count * rank * (devices if how == "gather" else 1)
         return total
+
+    def _picks_columns(self, linear: LinearShape, devices: int) -> bool:
+        layout = self.adapters(devices)
+        assert layout is not None
+        return layout.picks_columns(linear.in_features)
 
     def merge_elements_moved(self, shape: ModelShape, extra: int) -> float:
         """Return the adapted weights, read and written once."""
@@ -180,7 +187,7 @@ class LtePlan(AdapterPlan[LteOptions]):
                 yield at_merge(self._factors_bytes(context, [gathered[i] for i in group]))
             yield from map(at_merge, self._delta_bytes(context, [x.weights * element_bytes for x in reduced]))
         if options.reset == "ab":
-            yield at_merge(max(self._drawing_bytes(context, x.in_features, options.heads_per_device) for x in layers))
+            yield at_merge(max(self._drawing_bytes(context, x, options.heads_per_device) for x in layers))
         if options.is_paced:
             yield at_merge(max(x.out_features for x in layers) * held_rank * element_bytes)
         averaged = [t.elements * element_bytes for t in self.separate_tensors(context.shape, context.devices)]
@@ -191,13 +198,15 @@ class LtePlan(AdapterPlan[LteOptions]):
         if firsts:
             yield at_merge(2 * max(bucket_bytes(firsts)))
 
-    def _drawing_bytes(self, context: ExchangeContext, inputs: int, heads: int) -> int:
+    def _drawing_bytes(self, context: ExchangeContext, linear: LinearShape, heads: int) -> int:
         """Return the bytes while the A of some heads of one layer is drawn and converted.
 
-        All heads at once; in a joint draw head by head.
+        All heads at once; in a joint draw head by head; of columns the numbers alone.
         """
-        of_head, element_bytes = inputs * self.options.rank, context.element_bytes
-        if self.options.draws == "joint":
+        of_head, element_bytes = linear.in_features * self.options.rank, context.element_bytes
+        if self._picks_columns(linear, context.devices):
+            return heads * self.options.rank * LONG_BYTES
+        if self.options.draws != "own":
             return heads * of_head * element_bytes + of_head * JOINT_DRAW_BYTES
         return heads * of_head * (DRAW_BYTES + (element_bytes if element_bytes < LONG_BYTES else 0))
 
@@ -214,14 +223,19 @@ class LtePlan(AdapterPlan[LteOptions]):
         if self._is_served:  # the factors packed to push, or the weights that come back
             pulled = sum(quantized_bytes(x.weights, x.in_features, options.quantize, element_bytes) for x in members)
             return (packed if compressed else 0) + messages * max(packed, pulled)
-        stacked = max(devices * x.out_features * held_rank for x in members) * element_bytes
-        stacked *= 2 if options.is_paced else 1  # B times the heads' weights is another B
+        # B laid out for the product with a dense A, or one head's B times the share of the merge.
+        picking = {x.name: self._picks_columns(x, devices) for x in members}
+        ranks = {x.name: options.rank if picking[x.name] else devices * held_rank for x in members}
+        stacked = max(x.out_features * ranks[x.name] for x in members) * element_bytes
+        if options.is_paced:  # B times the heads' weights is another B
+            stacked += devices * max(x.out_features for x in members) * held_rank * element_bytes
         drawing = drawn = 0
         if options.frozen_a and messages:
             heads = devices * options.heads_per_device
-            drawing = max(self._drawing_bytes(context, x.in_features, heads) for x in members)
-            copies = 1 if options.draws == "joint" else 2  # as drawn, and laid out for the product
-            drawn = copies * max(devices * x.in_features * held_rank for x in members) * element_bytes
+            drawing = max(self._drawing_bytes(context, x, heads) for x in members)
+            copies = 2 if options.draws == "own" else 1  # as drawn, and laid out for the product
+            dense = [x.in_features for x in members if not picking[x.name]]
+            drawn = copies * devices * max(dense, default=0) * held_rank * element_bytes
         everyones = messages * devices * sent
         packing = max(packing_bytes(x.weights, x.in_features, options.quantize, element_bytes) for x in members)
         base = max(self._base_bytes(context, x.weights) for x in members)

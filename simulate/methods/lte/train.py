@@ -13,7 +13,9 @@ With `draws` = "joint" rows of A are orthogonal between heads, too, of as many a
 
     (1/H)·Σ_h A_hᵀ·A_h = (I/(H·r))·P,   a projection on H·r directions, the identity where H·r = I
 
-and merges look in every direction alike (as in orthogonal random features; Yu et al. 2016, arXiv 1610.09072).
+and merges look in every direction alike (as in orthogonal random features; Yu et al. 2016, arXiv 1610.09072). With
+"columns" A's rows are those of a random order of the inputs, times sqrt(I/r), in the layers where H·r >= I, and joint
+draws in the others: a head trains a slice of each weight (arXiv 2509.22418).
 
 With `merge_delay` d the factors of step kT, A' and B', are merged while the next d steps run; after step kT + d
 
@@ -102,6 +104,7 @@ class Lte(Method):
             first_device=self.communicator.local_devices.start,
             seed=self.run.train.seed,
             draws=options.draws,
+            num_heads=self.run.heads,
             frozen_a=options.frozen_a,
             quantize=options.quantize,
             keeps_start=merges_here,
@@ -251,15 +254,19 @@ class Lte(Method):
         own = super().init_lost_device(shared, donor, device)
         devices, heads = self.run.cluster.devices, self.options.heads_per_device
         for name, module in self.model.named_modules():
+            key = "a"
             if isinstance(module, LoraLinear):
-                drawn_after = int(shared[f"model.{name}.drawn_after"])
-                drawn_HRI = module.draw_a(drawn_after, devices * heads)[device * heads : (device + 1) * heads]
+                mine, drawn_after = slice(device * heads, (device + 1) * heads), shared[f"model.{name}.drawn_after"]
+                if module.draws == "columns":
+                    key, drawn = "columns", module.draw_columns(int(drawn_after), devices * heads)[mine].columns_HR
+                else:
+                    drawn = module.draw_a(int(drawn_after), devices * heads)[mine]
             elif isinstance(module, VectorLora):
-                drawn_HRI = torch.ones_like(own[f"model.{name}.a"])
+                drawn = torch.ones_like(own[f"model.{name}.a"])
             else:
                 continue
-            for key, value in (("a", drawn_HRI), ("b", None), ("a0", drawn_HRI), ("b0", None)):
-                for kept in (f"model.{name}.{key}", f"kept.snapshot.{name}.{key}"):
+            for part, value in ((key, drawn), ("b", None), ("a0", drawn), ("b0", None)):
+                for kept in (f"model.{name}.{part}", f"kept.snapshot.{name}.{part}"):
                     if kept in own:
                         own[kept] = torch.zeros_like(own[kept]) if value is None else value.to(own[kept])
         return own

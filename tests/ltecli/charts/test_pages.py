@@ -176,8 +176,8 @@ def test_a_plan_has_one_row_a_candidate(lte: Lte, here: Path) -> None:
 
 
 def test_a_plan_page_says_when_nothing_fits(lte: Lte, here: Path) -> None:
-    assert lte("plan", "--model", "llama_7b", "--profile", "raspberry_x8", "--html", "out.html").code == 3
-    page = Elements((here / "out.html").read_text(encoding="utf-8"))
+    assert lte("plan", "--model", "llama_7b", "--profile", "raspberry_x8", "--html", "new/out.html").code == 3
+    page = Elements((here / "new/out.html").read_text(encoding="utf-8"))
     assert any(text.startswith("It does not fit: nearest is") for text in page.texts["p"])
 
 
@@ -187,7 +187,7 @@ def test_a_plan_page_says_when_nothing_fits(lte: Lte, here: Path) -> None:
         (("--html", "old.html"), ("--html old.html exists", "--force")),
         (("--csv", "old.html"), ("--csv old.html exists", "--force")),
         (("--html", "out.png"), ("the page is HTML", "out.html")),
-        (("--html", "nowhere/out.html"), ("nowhere is no folder",)),
+        (("--html", "old.html/out.html"), ("old.html is no folder",)),
         (("--html", "new.html", "--csv", "new.html"), ("new.html is the file of --", "too")),
         (("--csv", "-", "--json"), ("both write to stdout",)),
     ],

@@ -434,3 +434,13 @@ def test_a_written_plan_also_runs_with_few_steps(lte: Lte, here: Path) -> None:
 def test_a_long_warm_up_is_cut_at_2000_steps(lte: Lte, here: Path) -> None:
     lte(*HOME, "--set", "train.steps=123457", "--set", "train.micro_batch=4", "-o", "run.toml")
     assert load_run(here / "run.toml").train.num_warmup_steps == 2000
+
+
+def test_a_plan_says_which_layers_pick_columns(lte: Lte) -> None:
+    """Eight heads of rank 96 cover the 768 inputs of GPT-2's layers, and not the 3,072 of the MLP's second."""
+    pins = ("--set", "method.draws=columns", "--set", "method.rank=96", "--set", "method.heads_per_device=1")
+    notes = lte("plan", "--profile", "raspberry_x8", "--model", "gpt2", "--method", "lte", *pins, "--json").json()[
+        "notes"
+    ]
+    (note,) = (line for line in notes if line.startswith("method.draws = columns"))
+    assert note.endswith("drawn jointly in blocks.*.mlp.down, whose inputs are more than 8 heads x rank 96 cover")

@@ -70,6 +70,31 @@ def test_planned_figures_are_met(lte: Lte, here: Path, method: dict[str, object]
     assert memory["measured"] == pytest.approx(memory["planned"], rel=0.03)
 
 
+def test_plan_and_report_say_which_layers_pick_columns(lte: Lte, here: Path) -> None:
+    """Three heads of rank 6 cover the 16 inputs of every layer but the MLP's second, which has 64."""
+    method = {"name": "lte", "rank": 6, "draws": "columns"}
+    run = write_run(here / "run.toml", method=method, cluster={"devices": 3, "profile": "jetson_orin_nano_x8_wifi"})
+    trained = lte("train", run, "--out", "a")
+    told = lte("report", "a").stdout
+    note = "method.draws = columns: A picks columns in "
+    assert (
+        note in trained.stderr
+        and note in told
+        and "; A is drawn jointly in blocks.*.mlp.down, whose inputs are more than 3 heads" in told
+    )
+    document = lte("report", "a", "--json").json()
+    assert document["draws_by_layer"]["joint"] == ["blocks.*.mlp.down"]
+    assert "blocks.*.mlp.up" in document["draws_by_layer"]["columns"]
+    memory, sent = document["memory_bytes"], document["sent_bytes_per_device"]
+    assert memory["measured"] == pytest.approx(memory["planned"], rel=0.03)
+    assert sent["planned"] == pytest.approx(sent["counted"], rel=1e-12)
+
+
+def test_a_run_without_columns_says_nothing_of_them(lte: Lte, trained: Path) -> None:
+    assert lte("report", trained, "--json").json()["draws_by_layer"] is None
+    assert "draws" not in lte("report", trained).stdout
+
+
 def test_a_single_device_sends_nothing(lte: Lte, here: Path) -> None:
     run = write_run(here / "run.toml", cluster={"devices": 1})
     lte("train", run, "--out", "a", "--quiet")

@@ -84,6 +84,43 @@ def test_heads_with_many_rows_take_their_products_in_the_weight() -> None:
     assert Folded(first.in_features, 2, first.out_features, first.count) in folded
 
 
+def test_a_frozen_a_saves_the_product_that_only_its_gradient_reads() -> None:
+    """Where the trained product is folded on the way back, s·g·B (64 rows, O to R) serves the gradient of A alone."""
+    train = {"micro_batch": 8}
+    frozen, both = (tiny.lte_run(reset="b", frozen_a=value, train=train) for value in (True, False))
+    shape = frozen.model.shape()
+    lists = [[*block_products(run, shape, True)] for run in (frozen, both)]
+    saved = 0.0
+    for x in shape.adapted:
+        saved += Product(2, 64, x.in_features, x.count).flops  # A's gradient itself
+        folds = 2 * x.out_features <= 64
+        saved += Product(64, x.out_features, 2, x.count).flops if folds else 0.0
+    assert sum(p.flops for p in lists[1]) - sum(p.flops for p in lists[0]) == pytest.approx(saved)
+    assert any(2 * x.out_features <= 64 for x in shape.adapted) and any(2 * x.out_features > 64 for x in shape.adapted)
+
+
+@pytest.mark.parametrize(("micro_batch", "is_written"), [(1, False), (8, True)])
+def test_columns_need_no_product_with_a(micro_batch: int, is_written: bool) -> None:
+    """Rank 8 of 16 inputs, two heads: 20·16 <= 64·8 rows x rank are written into W's copies, 8·8 are not."""
+    columns, joint = (
+        tiny.lte_run(2, train={"micro_batch": micro_batch}, rank=8, reset="b", frozen_a=True, draws=draws)
+        for draws in ("columns", "joint")
+    )
+    shape, rows = columns.model.shape(), 8 * micro_batch
+    products, dense = (block_products(run, shape, True) for run in (columns, joint))
+    (up,) = (x for x in shape.adapted if x.name.endswith("mlp.up"))
+    assert (Folded(up.in_features, 0, up.out_features, up.count) in products) == is_written
+    # Forward and back, W's own product, and row by row those with B; then the gradient of B.
+    of_b = Product(rows, 8, up.out_features, up.count)
+    assert (of_b in products) == (not is_written)
+    assert sum(p.flops for p in products) < sum(p.flops for p in dense)
+    if not is_written:  # nothing is folded, so that the closed form counts the same operations
+        counted = sum(p.flops for p in (*products, outer_product(shape, micro_batch))) + 3 * shape.mixing_flops
+        assert counted == pytest.approx(pass_flops(columns, shape))
+        sides = sum(x.in_features * x.count for x in shape.adapted if x.in_features == 16)
+        assert pass_flops(joint, shape) - pass_flops(columns, shape) == 2 * 2 * rows * 8 * sides
+
+
 def test_a_step_adds_up_by_hand() -> None:
     run = tiny.ddp_run(train={"dtype": "fp32"})
     shape = run.model.shape()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from simulate.common.errors import InputError
 from simulate.layers.convert import ConversionSpec, convert, lora, merged_state
@@ -85,6 +88,36 @@ def test_any_number_of_heads_folds_its_products(heads: int) -> None:
             change = b[head] @ a[head] - (0.0 if old[0] is None else b0[head] @ a0[head])
             expected = x.view(heads, 10, INPUTS)[head] @ (weight + SCALE * change).T
             torch.testing.assert_close(got[head], expected, rtol=1e-12, atol=1e-12)
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of each operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of = Counter[str]()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.of[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+# Forward s·x·Aᵀ, and where nothing is folded the product by B; back s·g·B and the product by A, then B's gradient. A
+# folded product takes one call for each half of the heads, to fold it, and one to multiply by it.
+@pytest.mark.parametrize(
+    ("rows", "frozen", "baddbmm", "bmm"),
+    [
+        pytest.param(ROWS, True, 2 + 2, 1, id="row by row"),
+        pytest.param(10, True, (1 + 4) + 4, 1, id="folded both ways, frozen A: nobody reads s·g·B"),
+        pytest.param(10, False, (1 + 4) + (1 + 4), 2, id="folded both ways, trained A: its gradient reads s·g·B"),
+        pytest.param(8, True, 2 + 4, 1, id="folded on the way back alone"),
+    ],
+)
+def test_products_of_a_pass_are_counted(rows: int, frozen: bool, baddbmm: int, bmm: int) -> None:
+    x, weight, bias, a, b, *_ = lora_arguments(True, False, rows)
+    with Calls() as calls:
+        _LoraLinear.apply(x, weight, bias, a.detach() if frozen else a, b, None, None, SCALE).sum().backward()
+    assert (calls.of["baddbmm_"], calls.of["bmm"]) == (baddbmm, bmm)
 
 
 def test_lora_gradients_do_not_need_a_gradient_of_the_input() -> None:

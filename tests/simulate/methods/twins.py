@@ -11,6 +11,7 @@ from simulate.config.run import Run
 from simulate.methods.build_network import build_model
 from tests import tiny
 from tests.reference.adamix import AdamixTwin
+from tests.reference.column_draw import column_draw
 from tests.reference.compressed import PowerSgdTwin, RoundedDdpTwin, SignsgdTwin, TopkTwin
 from tests.reference.daso import DasoTwin
 from tests.reference.ddp import DdpTwin
@@ -60,9 +61,9 @@ FAMILIES: dict[type, tuple[str, ...]] = {
     LteWireTwin: ("lte, int8", "lte, reduced int4", "lte, served bf16", "lte, streaming int8"),
     QuantisedTwin: ("lte, nf4", "lte, int8, served", "lte, nf4-double, reduced"),
     LateLteTwin: ("lte, late", "lte, late, reduced"),
-    LateLteFrozenATwin: ("lte, late, frozen a",),
+    LateLteFrozenATwin: ("lte, late, frozen a", "lte, columns, late"),
     PacedLteTwin: ("lte, paced", "lte, paced, reduced"),
-    LteFrozenATwin: ("lte, frozen a", "lte, joint"),
+    LteFrozenATwin: ("lte, frozen a", "lte, joint", "lte, columns"),
     LteMuonTwin: ("lte, muon",),
 }
 TWINS: dict[str, type] = {name: twin_class for twin_class, names in FAMILIES.items() for name in names}
@@ -70,7 +71,7 @@ COMBINED = {
     "lte, late, streaming int8", "lte, late, reduced int8", "lte, late, served", "lte, late, frozen a, int8",
     "lte, paced, redrawn", "lte, paced, reduced int4", "lte, paced, served, muon",
     "lte, vector norms, reset", "lte, frozen a, redrawn", "lte, frozen a, muon", "diloco, muon",
-    "lte, in parts",
+    "lte, in parts", "lte, columns, served nf4", "lte, columns, reduced int4", "lte, columns, paced, muon",
 }  # fmt: skip
 """Variants of options that have a twin each, but none together."""
 ON_BIGRAMS = (SignsgdTwin, SignMomentumTwin)
@@ -97,7 +98,8 @@ def slow_history(name: str, run: Run) -> tiny.History:
     if issubclass(twin_class, DdpTwin | DenseTwin):
         twin = twin_class(run, start)
     else:
-        twin = twin_class(run, start, joint_draw(run) if options.get("draws") == "joint" else engine_draw(run))
+        draw = {"joint": joint_draw, "columns": column_draw}.get(options.get("draws", "own"), engine_draw)
+        twin = twin_class(run, start, draw(run))
     data, devices = tiny.batches(run), range(run.cluster.devices)
     losses = [twin.step(*data.batch(step, devices), step) for step in range(run.train.steps)]
     return tiny.History(torch.stack(losses), twin.merged_state())

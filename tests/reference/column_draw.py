@@ -1,0 +1,33 @@
+"""Draws of A that pick columns, with whole permutation matrices, of which every head takes its rows."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from simulate.common.seeding import generator
+from simulate.config.run import Run
+from simulate.methods.build_network import build_model
+from tests.reference.joint_draw import joint_draw
+from tests.reference.lora import Draw
+
+
+def column_draw(run: Run) -> Draw:
+    """Return draws of dense A: rows of a permutation where all heads cover a layer's inputs, joint draws elsewhere."""
+    network, rank, seed, jointly = build_model(run), run.method.rank, run.train.seed, joint_draw(run)
+
+    @cache
+    def draw(name: str, head: int, steps_done: int) -> Tensor:
+        inputs = network.get_parameter(name).shape[1]
+        if run.heads * rank < inputs:
+            return jointly(name, head, steps_done)
+        fit = inputs // rank
+        random = generator(seed, "columns", name.removesuffix(".weight"), head // fit, steps_done)
+        permutation_II = torch.eye(inputs, dtype=torch.float64)[torch.from_numpy(random.permutation(inputs))]
+        first = head % fit * rank
+        return math.sqrt(inputs / rank) * permutation_II[first : first + rank]
+
+    return draw
