@@ -18,7 +18,7 @@ SERIAL_LAYER_FLOPS = 0.9e9
 MOST_SERIAL = 0.5
 """Largest share of a step that threads do not shorten."""
 REPEATED = 0.06
-"""Share of a step that each process repeats, however few devices it has: calls of operations, what all devices share."""
+"""Share of a step that each process repeats, however few devices it has: calls, and what all devices share."""
 LOOPBACK_BYTES_PER_S = 1e9
 """Bytes that a process sends in a second of gloo's exchanges on loopback."""
 MESSAGE_S = 0.5e-3
