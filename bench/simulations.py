@@ -4,7 +4,8 @@
 
 Four devices train the GPT of 834,304 parameters with local SGD (FedAvg), T = 10. The floor is a loop of plain PyTorch
 over a core's share of the devices, one process and one thread a core, without merges, evaluations or a report. EXO Gym
-(https://github.com/exo-explore/gym, a process a device) runs where a checkout of it is given (with lo0, macOS's loopback, replaced by lo in its utils.py). Each line has seconds by
+(https://github.com/exo-explore/gym, a process a device) runs where a checkout of it is given; on Linux, with lo in the
+place of macOS's lo0 in its exogym/utils.py. Each line has seconds by
 the clock and of the processor, of the whole command with all that it started, and ratios to the floor of its round.
 """
 
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -109,7 +111,8 @@ def timed(commands: list[list[str]], **environment: str) -> tuple[float, float]:
     variables = {**os.environ, "LTE_CALIBRATE": "0", **environment}
     with tempfile.TemporaryFile() as said, tempfile.TemporaryDirectory() as logs:  # EXO Gym logs where it is started
         running = [subprocess.Popen(c, env=variables, cwd=logs, stdout=said, stderr=said) for c in commands]
-        if any([process.wait() for process in running]):
+        codes = [process.wait() for process in running]
+        if any(codes):
             said.seek(0)
             sys.exit(said.read().decode(errors="replace"))
     wall, after = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -125,38 +128,42 @@ def main() -> None:
     parser.add_argument("--part", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part == "gym":
-        return gym(arguments.steps)
-    if arguments.part:
-        return plain_loop(arguments.steps, range(*map(int, arguments.part.split("-"))))
-    cores, own = (
-        min(DEVICES, usable_cores()),
-        [sys.executable, str(Path(__file__).resolve()), "--steps", str(arguments.steps)],
-    )
+        gym(arguments.steps)
+    elif arguments.part:
+        first, last = map(int, arguments.part.split("-"))
+        plain_loop(arguments.steps, range(first, last))
+    else:
+        in_turns(arguments.steps, arguments.rounds, arguments.gym)
+
+
+def in_turns(steps: int, rounds: int, checkout: Path | None) -> None:
+    """Run all commands in turns, and print each one's seconds and the medians of the ratios."""
+    own = [sys.executable, str(Path(__file__).resolve()), "--steps", str(steps), "--part"]
+    cores = min(DEVICES, usable_cores())
+    shares = [f"{a}-{b}" for a, b in pairwise(DEVICES * core // cores for core in range(cores + 1))]
+    path = os.pathsep.join([*([str(checkout.resolve())] if checkout else []), os.environ.get("PYTHONPATH", "")])
     ratios: dict[str, list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "run.toml").write_text(RUN.replace("STEPS", str(arguments.steps)))
-        for number in range(arguments.rounds):
+        (folder / "run.toml").write_text(RUN.replace("STEPS", str(steps)))
+        for number in range(rounds):
             train = [sys.executable, "-m", "ltecli", "train", str(folder / "run.toml"), "--device", "cpu", "--out"]
-            edges = [DEVICES * core // cores for core in range(cores + 1)]
-            shares = [f"{a}-{b}" for a, b in zip(edges, edges[1:], strict=False)]
             commands = {
-                "plain loops": [[*own, "--part", share] for share in shares],
+                "plain loops": [[*own, share] for share in shares],
                 "lte train --processes 1": [[*train, str(folder / f"one{number}"), "--processes", "1"]],
                 "lte train": [[*train, str(folder / f"picked{number}")]],
-                **({"EXO Gym": [[*own, "--part", "gym"]]} if arguments.gym else {}),
+                **({"EXO Gym": [[*own, "gym"]]} if checkout else {}),
             }
             floor = None
             for title, command in commands.items():
-                path = os.pathsep.join(
-                    [str(arguments.gym.resolve() if arguments.gym else ""), os.environ.get("PYTHONPATH", "")]
-                )
-                threads = {"OMP_NUM_THREADS": "1"} if title == "EXO Gym" else {}  # else its processes share no core
+                # A thread a process for EXO Gym, whose processes would each take all cores.
+                threads = {"OMP_NUM_THREADS": "1"} if title == "EXO Gym" else {}
                 wall, processor = timed(command, PYTHONPATH=path, **threads)
                 floor = floor or (wall, processor)
-                ratios.setdefault(title, []).append((wall / floor[0], processor / floor[1]))
-                print(f"{title:24} {wall:7.1f} s, processor {processor:7.1f} s, over the floor "
-                      f"{wall / floor[0]:.2f} and {processor / floor[1]:.2f}", flush=True)  # fmt: skip
+                over = wall / floor[0], processor / floor[1]
+                ratios.setdefault(title, []).append(over)
+                print(f"{title:24} {wall:7.1f} s, processor {processor:7.1f} s, over the floor {over[0]:.2f} and "
+                      f"{over[1]:.2f}", flush=True)  # fmt: skip
     for title, both in ratios.items():
         wall, processor = (statistics.median(values) for values in zip(*both, strict=True))
         print(f"median {title:24} {wall:.2f} by the clock, {processor:.2f} of the processor")

@@ -22,7 +22,6 @@ from simulate.config.profiles import load_profile
 from simulate.config.run import Run
 from simulate.costs.flops import pass_flops
 from simulate.costs.message_schedule import schedule, sent_bytes
-from simulate.costs.step_time import device_step_s
 from simulate.launch.preflight.address import loopback_interface
 from simulate.models.families.table import FAMILIES
 from simulate.planning.simulation_split import Split, Work, choose_split, split_of
@@ -113,13 +112,15 @@ def _work(folder: RunFolder) -> Work:
     run, shape = folder.run, folder.run.shape()
     done = int(folder.resume_from.name.rpartition("-")[2]) if folder.resume_from else 0
     steps, devices = run.train.steps, run.cluster.devices
-    (of_one_s,) = device_step_s(run, shape, load_profile(LOCAL).devices(1))
+    (one,), flops = load_profile(LOCAL).devices(1), devices * pass_flops(run, shape)
+    # Not the planned seconds: rates measured beside other programs make them several times too long.
+    shortest_s = flops / one.flop_per_s.of(run.train.dtype)
     messages = sum(len(part.exchange.transfers) * part.times(steps, steps) for part in schedule(run, shape))
     return Work(
         devices=devices,
         steps=steps - done,
-        step_s=devices * of_one_s,
-        layer_flops=devices * pass_flops(run, shape) / run.train.accumulate / max(1, shape.layers),
+        step_s=shortest_s,
+        layer_flops=flops / run.train.accumulate / max(1, shape.layers),
         sent_bytes=sent_bytes(run, shape, steps) / devices / steps,
         messages=messages / steps,
     )

@@ -26,7 +26,7 @@ MESSAGE_S = 0.5e-3
 LEAST_GAIN = 0.05
 """Share of the time that several processes must save, since they take more memory."""
 LEAST_SAVED_S = 6.0
-"""Seconds that they must save: a process starts within 4, and planned times are not exact."""
+"""Seconds that they must save, of steps at the processor's peak: starting a process takes 3 to 4 of its time."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Work:
     steps: int
     """Steps that are left."""
     step_s: float
-    """Seconds of a step of all devices in one process with a thread a core."""
+    """Least seconds of a step of all devices in one process with a thread a core: at the processor's peak."""
     layer_flops: float
     """Operations of one layer in a step of all devices."""
     sent_bytes: float

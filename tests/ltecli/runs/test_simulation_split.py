@@ -31,7 +31,7 @@ def run_of(devices: int = 4, steps: int = LONG, **tables: Any) -> Run:
 
 @pytest.fixture
 def pick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Return a function that picks for a run on a machine of so many cores and bytes; returns the split and the line."""
+    """Return a function that picks for a run on a machine of so many cores and bytes, and returns split and line."""
 
     def picked(run: Run, cores: int = 4, room: int = 10**12, device: torch.device = CPU, given: int | None = None,
                resumes: bool = False, data_bytes: int = 0) -> tuple[Split, str]:  # fmt: skip
@@ -87,8 +87,8 @@ def test_a_resumed_run_keeps_its_split_or_says_that_it_rounds_otherwise(pick: An
     split, line = pick(run_of(), cores=2, resumes=True)
     assert split == Split(2, 1)
     assert line == (
-        "  simulated in 2 processes of 1 thread, and in 2 processes of 2 threads before: the same run to rounding, not to "
-        "the bit\n"
+        "  simulated in 2 processes of 1 thread, and in 2 processes of 2 threads before: "
+        "the same run to rounding, not to the bit\n"
     )
     # A launched session in between has no split to keep.
     with (tmp_path / "events.jsonl").open("a") as file:
