@@ -10,15 +10,13 @@ Letters: N devices, P processes, t threads of each.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-SERIAL_LAYER_FLOPS = 0.9e9
-"""Operations of a layer, in a step of all devices, whose time equals what threads do not shorten of it."""
-MOST_SERIAL = 0.5
-"""Largest share of a step that threads do not shorten."""
-REPEATED = 0.06
-"""Share of a step that each process repeats, however few devices it has: calls, and what all devices share."""
+SERIAL_LAYER_FLOPS, MOST_SERIAL = 4e7, 0.2
+"""Of a layer's operations in a step of all devices: the square root of their quotient is the share of the step that
+threads do not shorten; and the largest such share."""
 LOOPBACK_BYTES_PER_S = 1e9
 """Bytes that a process sends in a second of gloo's exchanges on loopback."""
 MESSAGE_S = 0.5e-3
@@ -79,9 +77,9 @@ def step_s(work: Work, cores: int, split: Split) -> float:
     """Return the predicted seconds of a step of all devices."""
     if split.processes == 1:
         return work.step_s
-    serial = min(MOST_SERIAL, SERIAL_LAYER_FLOPS / work.layer_flops)
+    serial = min(MOST_SERIAL, math.sqrt(SERIAL_LAYER_FLOPS / work.layer_flops))
     # By Amdahl: of the seconds with one thread, the step takes this share with a thread a core.
     with_one_s = work.step_s / (serial + (1 - serial) / cores)
-    share = REPEATED + (1 - REPEATED) * -(-work.devices // split.processes) / work.devices
+    share = -(-work.devices // split.processes) / work.devices
     exchanges_s = work.messages * MESSAGE_S + work.sent_bytes / LOOPBACK_BYTES_PER_S
     return with_one_s * share * (serial + (1 - serial) / split.threads) + exchanges_s

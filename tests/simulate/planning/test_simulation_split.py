@@ -8,8 +8,8 @@ import pytest
 
 from simulate.planning.simulation_split import Split, Work, choose_split, split_of, step_s
 
-SMALL = Work(devices=4, steps=1000, step_s=0.15, layer_flops=1.8e9, sent_bytes=1e6, messages=0.1)
-"""A network whose step threads shorten by half: serial share 0.9e9 / 1.8e9."""
+SMALL = Work(devices=4, steps=1000, step_s=0.15, layer_flops=1e9, sent_bytes=1e6, messages=0.1)
+"""A network of which a fifth is not shortened by threads: the square root of 4e7 / 1e9."""
 
 
 def always(processes: int) -> bool:
@@ -17,13 +17,13 @@ def always(processes: int) -> bool:
 
 
 def test_the_time_of_a_step_is_the_one_computed_by_hand() -> None:
-    # One thread: 0.15 / (0.5 + 0.5 / 2) = 0.2 s. A process with two of four devices: 0.06 + 0.94 / 2 = 0.53 of it.
+    # One thread: 0.15 / (0.2 + 0.8 / 2) = 0.25 s. A process with two of four devices takes half of it.
     # Exchanges: 0.1 * 0.5 ms and 1e6 bytes at 1e9 bytes/s.
-    assert step_s(SMALL, 2, Split(2, 1)) == pytest.approx(0.2 * 0.53 + 0.00005 + 0.001)
+    assert step_s(SMALL, 2, Split(2, 1)) == pytest.approx(0.125 + 0.00005 + 0.001)
     assert step_s(SMALL, 2, Split(1, 2)) == 0.15
-    # On four cores the step in one process is that of four threads: 0.15 / 0.625 = 0.24 s with one.
-    assert step_s(SMALL, 4, Split(2, 2)) == pytest.approx(0.24 * 0.53 * 0.75 + 0.00105)
-    assert step_s(SMALL, 4, Split(4, 1)) == pytest.approx(0.24 * 0.295 + 0.00105)
+    # On four cores the step in one process is that of four threads: 0.15 / 0.4 = 0.375 s with one.
+    assert step_s(SMALL, 4, Split(2, 2)) == pytest.approx(0.375 * 0.5 * 0.6 + 0.00105)
+    assert step_s(SMALL, 4, Split(4, 1)) == pytest.approx(0.375 / 4 + 0.00105)
 
 
 @pytest.mark.parametrize(
@@ -31,14 +31,15 @@ def test_the_time_of_a_step_is_the_one_computed_by_hand() -> None:
     [
         ({}, 2, 2),
         ({}, 4, 4),
-        ({}, 3, 2),  # three processes have two devices at most, as two have
+        ({}, 3, 1),  # two processes leave a core idle, and three have one with two devices
+        ({"devices": 3}, 2, 1),
         ({}, 1, 1),
         ({"devices": 1}, 2, 1),
-        ({"steps": 140}, 2, 2),  # 140 * 0.04295 s = 6.01 s are saved
-        ({"steps": 139}, 2, 1),  # 5.97 s: less than 6
-        ({"layer_flops": 9e9}, 2, 1),  # 0.15 / 0.55 * 0.53 + 0.00105 = 0.1456 s: 2.9 % less, and memory twice
-        ({"sent_bytes": 50e6}, 2, 1),  # 0.106 + 0.05 s
-        ({"messages": 100}, 2, 1),  # 0.106 + 0.05 s
+        ({"steps": 251}, 2, 2),  # 251 * 0.02395 s = 6.01 s are saved
+        ({"steps": 250}, 2, 1),  # 5.99 s: less than 6
+        ({"layer_flops": 1.6e10}, 2, 1),  # 0.15 / 0.525 / 2 + 0.00105 = 0.1439 s: 4.1 % less
+        ({"sent_bytes": 50e6}, 2, 1),  # 0.125 + 0.05 s
+        ({"messages": 100}, 2, 1),  # 0.125 + 0.05 s
     ],
 )
 def test_a_split_is_chosen_that_pays(changes: dict[str, float], cores: int, processes: int) -> None:
