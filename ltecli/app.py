@@ -205,7 +205,7 @@ def plan(
     show_all: Annotated[
         bool, typer.Option("--all", help="Show all figures and notes, and the best candidates.")
     ] = False,
-    top: Annotated[int | None, typer.Option(min=1, help="With --all: candidates to show; default: 8.")] = None,
+    top: Annotated[int | None, typer.Option(min=1, help="With --all: ways to train to show; default: 8.")] = None,
     probe: Annotated[Path | None, typer.Option(help="A probe.json of lte probe: ranks to try and to mark.")] = None,
     link_from: LinkFrom = None,
     objective: Annotated[str, typer.Option(help="What to minimise: time, bytes, memory or cost.")] = "time",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from rich.cells import cell_len
@@ -13,12 +15,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from simulate.common.progress import Advance
 from simulate.common.units import bytes_text
 
 FIGURE = 15
 """Characters up to which a column holds figures or a word, which no terminal needs to cut."""
 WIDE = 400
 """Width of tables outside a terminal, in characters: no cell is cut."""
+
+SILENT_S, LINE_EVERY_S = 1.0, 10.0
+"""Seconds that work may take without a bar, and between two lines of progress outside a terminal."""
 
 
 class _Console(Console):
@@ -83,6 +89,36 @@ class Output:
     def hint(self, text: str) -> None:
         """Print progress or advice, to stderr."""
         self.hints.print(text)
+
+    @contextmanager
+    def progress(self, title: str, total: int) -> Iterator[Advance]:
+        """Show work that takes longer than a second: a bar on a terminal, elsewhere lines; nothing when quiet."""
+        begin, done, bar, line_at = time.monotonic(), 0.0, None, SILENT_S
+
+        def advance(units: float) -> None:
+            nonlocal done, bar, line_at
+            done += units
+            passed_s = time.monotonic() - begin
+            if self.quiet or passed_s < SILENT_S:
+                return
+            if not self.hints.is_terminal:
+                if passed_s >= line_at:
+                    line_at = passed_s + LINE_EVERY_S
+                    self.hint(f"{title}: {min(1.0, done / max(1, total)):.0%}")
+                return
+            if bar is None:
+                from rich.progress import Progress  # imported late: most commands are done within the second
+
+                bar = Progress(console=self.hints, transient=True)
+                bar.add_task(title, total=total)
+                bar.start()
+            bar.update(bar.task_ids[0], completed=min(done, total))
+
+        try:
+            yield advance
+        finally:
+            if bar is not None:
+                bar.stop()
 
     def warning(self, text: str) -> None:
         """Print a problem that does not end the command, also when quiet."""

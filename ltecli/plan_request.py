@@ -96,7 +96,7 @@ def plan_request(request: PlanArgs, to_train: bool = True) -> Plan:
         from simulate.data.load import check_data
 
         try:
-            check_data(base)
+            notes += check_data(base)
         except InputError as error:
             if names_data or to_train:
                 raise

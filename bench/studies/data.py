@@ -1,6 +1,7 @@
 """Cost of assembling a batch beside the step that it feeds; medians over interleaved repetitions.
 
     python bench/studies/data.py --repetitions 10
+    python bench/studies/data.py --text prose.txt           # also: a text of gigabytes, mapped from its file
     python bench/studies/data.py --archive cifar10.zip        # also: listing, decoding and mapping an archive of images
 
 A share well below 1 on the CPU means that nothing is won by assembling ahead in a thread of its own. It is
@@ -70,13 +71,17 @@ def made_up(folder: Path, pixels: int, classes: int) -> Images:
     return Images("noise", names, array, labels, held_out, (0.5,) * 3, (0.25,) * 3, "noise")
 
 
-def cases(folder: Path) -> list[Case]:
-    """Return text on the default model, and images plain and with all augmentations on Vision Transformers."""
+def cases(folder: Path, large_text: Path | None) -> list[Case]:
+    """Return texts on the default model, and images plain and with all augmentations on Vision Transformers."""
     run = build_run({"method": {"name": "ddp"}, "train": {"micro_batch": MICRO_BATCH}, "cluster": {"devices": DEVICES}})
     communicator = VirtualCommunicator(DEVICES)
     cpu = torch.device("cpu")
-    found = [Case("text, gpt", TextBatches.of(run, load_text(run.data)), build_method(run, communicator, cpu))]
-    for name, size in (("32 px, vit of 6 x 192", SMALL), ("224 px, vit_s16", VitModel.sizes["vit_s16"])):
+    texts = {"text, gpt": run.data, f"{large_text}, gpt": Data(path=str(large_text))}
+    found = [
+        Case(name, TextBatches.of(run, load_text(data)), build_method(run, communicator, cpu))
+        for name, data in list(texts.items())[: 1 if large_text is None else 2]
+    ]
+    for name, size in (("32 px, vit of 6 x 192", SMALL), ("224 px, vit_s16", VitModel(**VitModel.sizes["vit_s16"]))):
         images = made_up(folder, size.image, size.classes)
         method = build_method(run, communicator, cpu, Vit(size))
         plain = ImageBatches(images, MICRO_BATCH, DEVICES, 0)
@@ -111,9 +116,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=10)
     parser.add_argument("--archive", type=Path)
+    parser.add_argument("--text", type=Path, help="a large text, which is memory-mapped")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        for case in cases(Path(folder)):
+        for case in cases(Path(folder), arguments.text):
             # The first repetition allocates and maps the files, and is left out.
             pairs = [case.seconds(step) for step in range(arguments.repetitions + 1)][1:]
             batch_s = statistics.median(batch for batch, _ in pairs)

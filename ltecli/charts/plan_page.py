@@ -207,7 +207,7 @@ def _explained(plan: Plan, why: Why, command: str) -> Section:
     parts = plan.chosen.memory.parts()
     rows = [[part, bytes_text(size)] for part, size in parts.items()] + [["all", bytes_text(plan.chosen.memory.total)]]
     html += folded("Memory of the choice by part", table(["part", "a device"], rows))
-    reason = f"{why.limit.capitalize()} limits the choice: {why.reason}."
+    reason = f"{why.summary.capitalize()}: {why.reason}."
     return Section("Why this choice", reason, html=html, command=command)
 
 

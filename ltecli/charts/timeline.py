@@ -114,5 +114,6 @@ def _axis(start: int, top: int, breadth: int, end_s: float) -> list[str]:
             f'<line x1="{left:.1f}" y1="{HEAD}" x2="{left:.1f}" y2="{top}" stroke="#868e96" stroke-width="0.5"/>'
         )
         label = seconds_text(end_s * part / 4) if part else "0"
-        lines.append(f'<text x="{left:.1f}" y="{top + 18}" text-anchor="middle">{escape(label)}</text>')
+        anchor = "end" if part == 4 else "middle"  # the drawing ends close behind the last one
+        lines.append(f'<text x="{left:.1f}" y="{top + 18}" text-anchor="{anchor}">{escape(label)}</text>')
     return lines

@@ -134,9 +134,9 @@ def write_picture(plan: Plan, explained: Explained, args: ExplainArgs) -> None:
 def _show_why(why: Why, output: Output) -> None:
     """Print what limits the choice, how other hardware would change it, and why its neighbours lost."""
     output.text("")
-    output.heading(f"why: {why.limit} limits")
+    output.heading(f"why: {why.summary}")
     output.text(why.reason)
-    table = plain_table("with", "gain", "chosen")
+    table = plain_table("with", "gain", "chosen then")
     table.columns[2].justify = "left"
     for change in why.changes:
         gain = "-" if change.gain is None else f"{change.gain:.2f}x"

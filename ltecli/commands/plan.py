@@ -17,7 +17,7 @@ from ltecli.output_paths import CsvTarget, check_distinct, check_file, write_fil
 from ltecli.plan_request import PlanArgs, plan_request
 from simulate.common.errors import NothingFeasibleError
 from simulate.common.run_files import RUN_FILE
-from simulate.common.units import bytes_text, seconds_text
+from simulate.common.units import bytes_text, bytes_unit, seconds_text, seconds_unit
 from simulate.config.hardware import Device
 from simulate.config.run import dump_run, with_absolute_paths
 from simulate.costs.memory import Memory
@@ -34,7 +34,7 @@ SHOWN_CANDIDATES = 8
 LINE, SHOWN_WARNINGS = 80, 3
 """Characters of a line of the verdict, and its most warnings: what one looks at in one glance."""
 COLUMNS = ("memory/device", "sent/round", "sent/step", "step", "round", "wall", "x samples", "to equal loss")
-SECONDARY = ("sent/round", "step", "round", "x samples")
+SECONDARY = ("alike", "sent/round", "step", "round", "x samples")
 """Columns that a narrow terminal leaves out."""
 
 
@@ -194,37 +194,55 @@ def _choices_table(*first: str) -> Any:
     table = plain_table(*first, *COLUMNS)
     for column in table.columns:
         column.no_wrap = column.header != "method"
-    table.columns[len(first) - 1].justify = "left"
+    table.columns[first.index("method")].justify = "left"
     return table
 
 
 def _candidate_table(plan: Plan, top: int) -> Any:
-    """Return the table of the `top` best candidates, and of the choice at any rank."""
-    table = _choices_table("#", "method")
-    for index, candidate in enumerate(plan.candidates, 1):
-        if index > top and candidate is not plan.chosen:
-            continue
-        mark = "*" if candidate is plan.chosen else ""
-        table.add_row(
-            f"{index}{mark}",
-            describe(candidate.run) + (" (!)" if candidate.warnings else ""),
-            *_cells(candidate),
-        )
+    """Return the table of the best candidates of the `top` best ideas, and of the choice at any rank.
+
+    Candidates of one idea differ in heads, format and transport alone, and often by less than estimates are good for.
+    """
+    by_idea: dict[tuple[Any, ...], list[tuple[int, Candidate]]] = {}
+    for rank, candidate in enumerate(plan.candidates, 1):
+        by_idea.setdefault(_idea(candidate), []).append((rank, candidate))
+    table = _choices_table("#", "method", "alike")
+    first = plan.candidates[0]
+    for index, alike in enumerate(by_idea.values()):
+        for rank, candidate in alike:
+            is_chosen, is_best = candidate is plan.chosen, (rank, candidate) == alike[0]
+            if is_chosen or (is_best and index < top):
+                table.add_row(
+                    f"{rank}{'*' if is_chosen else ''}",
+                    describe(candidate.run) + (" (!)" if candidate.warnings else ""),
+                    f"{len(alike) - 1:,} more" if is_best and len(alike) > 1 else "",
+                    *_cells(candidate, first),
+                )
     return table
 
 
-def _cells(candidate: Candidate) -> list[str]:
-    """Return a candidate's cells under COLUMNS."""
-    return [
-        bytes_text(candidate.memory.total),
-        bytes_text(candidate.sent_bytes_per_round),
-        bytes_text(candidate.sent_bytes_per_round / candidate.time.steps),
-        time_text(candidate, (candidate.step_s,) * 2),
-        time_text(candidate, (candidate.time.round_s,) * 2),
-        time_text(candidate, wall_range(candidate)),
-        f"{candidate.samples_factor:.2f}",
-        time_text(candidate, equivalent_range(candidate)),
+def _idea(candidate: Candidate) -> tuple[Any, ...]:
+    """Return the keys that make a candidate another way to train, not another spelling of one."""
+    method, train = candidate.run.method, candidate.run.train
+    keys = (getattr(method, key, None) for key in ("rank", "merge_every"))
+    return method.name, *keys, train.micro_batch, train.accumulate, train.activation_checkpointing
+
+
+def _cells(candidate: Candidate, first: Candidate) -> list[str]:
+    """Return a candidate's cells under COLUMNS, in the units of the table's first row: a column has one unit."""
+    (bytes_of, times_of), (sizes, times) = _values(first), _values(candidate)
+    cells = [
+        *(bytes_text(x, bytes_unit(unit) if unit else None) for x, unit in zip(sizes, bytes_of, strict=True)),
+        *(time_text(candidate, x, seconds_unit(unit[1])) for x, unit in zip(times, times_of, strict=True)),
     ]
+    return [*cells[:-1], f"{candidate.samples_factor:.2f}", cells[-1]]
+
+
+def _values(candidate: Candidate) -> tuple[list[float], list[tuple[float, float]]]:
+    """Return a candidate's bytes and ranges of seconds, as COLUMNS have them."""
+    sent, step_s, round_s = candidate.sent_bytes_per_round, candidate.step_s, candidate.time.round_s
+    sizes = [candidate.memory.total, sent, sent / candidate.time.steps]
+    return sizes, [(step_s, step_s), (round_s, round_s), wall_range(candidate), equivalent_range(candidate)]
 
 
 def _rival_table(plan: Plan) -> Any:
@@ -235,7 +253,7 @@ def _rival_table(plan: Plan) -> Any:
     for rival in sorted(ranked, key=lambda rival: isinstance(rival, Rejected)):
         # Of what is rejected, some would fit and is slower than --within allows.
         unfit = "" if not isinstance(rival, Rejected) else " (too slow)" if rival.late_s else " (does not fit)"
-        table.add_row(describe(candidate_of(rival).run) + unfit, *_cells(candidate_of(rival)))
+        table.add_row(describe(candidate_of(rival).run) + unfit, *_cells(candidate_of(rival), candidate_of(ranked[0])))
     return table
 
 

@@ -16,6 +16,7 @@ from ltecli.console import Output, plain_table
 from ltecli.output_paths import check_file, write_file
 from simulate.common.errors import InputError
 from simulate.common.limits import usable_memory
+from simulate.common.progress import reported_by
 from simulate.common.units import bytes_text
 from simulate.config.method_table import BASELINE, default_options
 from simulate.config.profiles import detect_local
@@ -58,7 +59,8 @@ def probe_command(
     )
     # Data take seconds to load, torch to import: refuse before.
     _check_memory(need, device_name, output)
-    data = load_data(run)
+    with reported_by(output.progress):
+        data = load_data(run)
     from simulate.data.batches import build_batches
     from simulate.layers.accelerator import choose
     from simulate.probe.spectra import probe_run

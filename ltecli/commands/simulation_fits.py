@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 ALLOCATOR_SHARE = 0.1
 """Guess: share that a GPU's allocator holds beside a simulation's tensors; LARGE_HOLES was seen on a CPU."""
 DATA_COPIES = 4
-"""Bytes that a process holds for each byte of data: text of 2 GB took 6 GB while it was read."""
+"""Guess: most bytes that a process holds for each byte of data, as tokens, samples or decoded images."""
 TINY = {"layers": 2, "width": 64, "attention_heads": 2, "mlp_width": 128, "tokens_width": 32, "channels_width": 128,
         "context": 64}  # fmt: skip
 """Largest sizes of a tiny network."""

@@ -50,6 +50,7 @@ from ltecli.runs.summary import (
 from simulate.common import toml_io
 from simulate.common.errors import InputError, NothingFeasibleError, RunFailedError
 from simulate.common.processor import machine_facts
+from simulate.common.progress import reported_by
 from simulate.common.run_files import CHECKPOINTS, LOGS
 from simulate.config.run import Run, build_run, load_given_run, with_absolute_paths
 from simulate.config.tables import data_key
@@ -115,7 +116,7 @@ def train_run(
     """
     callback = Callback(on_event)
     # From the first moment: a folder may be made and nothing trained when the signal comes.
-    with interrupted_by_sigterm():
+    with interrupted_by_sigterm(), reported_by(output.progress):
         result = _train(given, out, resume, device_name, args, launch, output, ignores_memory, callback, processes)
     if callback.failure is not None:
         raise callback.failure

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from ltecli.commands.export import merged_weights, newest_checkpoint
 from ltecli.console import Output
 from simulate.common.errors import InputError
+from simulate.common.progress import reported_by
 from simulate.config.run import Run, build_run
 from simulate.data.images import Images
 from simulate.data.load import kept_tokenizer, load_data
@@ -59,9 +60,11 @@ def eval_command(path: Path, data: str, field: str | None, as_json: bool) -> int
     from simulate.models.losses import row_losses_of
 
     run, checkpoint = newest_checkpoint(path)
+    output = Output(as_json, as_json)
     keys = _data_keys(run, data, field)
     try:
-        batches, samples = _scored_batches(run, keys, kept_tokenizer(path), data_of(checkpoint))
+        with reported_by(output.progress):
+            batches, samples = _scored_batches(run, keys, kept_tokenizer(path), data_of(checkpoint))
     except InputError as error:
         # The keys of run.toml are those of the run's own data; here an option names the field.
         text = str(error).replace("--set data.field=", "--field ").replace("; remove the key", "; leave it out")
@@ -78,7 +81,6 @@ def eval_command(path: Path, data: str, field: str | None, as_json: bool) -> int
     figures = {name: total / count for name, total in zip(names, sums, strict=True)}
     if run.model.unit == "tokens":
         figures["perplexity"] = math.exp(min(figures["loss"], 700.0))  # e^710 is no float
-    output = Output(as_json)
     output.json({"version": 1, "run": str(path), "step": step, "data": data, "samples": samples, **figures})
     text = ", ".join(f"{name.removeprefix('val_')} {value:.4f}" for name, value in figures.items())
     output.text(f"{data}: {text} ({samples:,} samples, {path} after step {step:,})")

@@ -16,14 +16,12 @@ from ltecli.console import memory_text
 from ltecli.runs.evaluations import Evaluation, finite_evaluations
 from ltecli.runs.figures import RunRecord
 from simulate.common.processor import machine_text
-from simulate.common.units import bytes_text, seconds_text
+from simulate.common.units import bytes_text, change_text, seconds_text
 from simulate.config.method_table import BASELINE
 from simulate.models.schema import text_sizes
 from simulate.planning.candidate import describe
 from simulate.planning.notes import draws_notes
 
-TIMES = 2.0
-"""Ratio from which a change is told as a multiple, not in per cent."""
 NAMED = 4
 """Most runs that a sentence names one by one."""
 DIGEST = 12
@@ -188,13 +186,6 @@ def savings(figure: dict[str, Any]) -> list[str]:
             parts.append(f"{change_text(ours / dense[key], less)} {what}")
     unfit = "" if dense["fits"] else " (dense does not fit this hardware)"
     return [f"beside dense, planned: {', '.join(parts)}{unfit}"]
-
-
-def change_text(ratio: float, less: str) -> str:
-    """Return a ratio to dense in words: 12 % more, 4.2 times fewer."""
-    if not 1 / TIMES < ratio < TIMES:
-        return f"{max(ratio, 1 / ratio):.3g} times {'more' if ratio > 1 else less}"
-    return "the same" if round(ratio, 2) == 1 else f"{abs(ratio - 1):.0%} {'more' if ratio > 1 else less}"
 
 
 def planned_and_measured(figure: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

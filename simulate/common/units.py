@@ -4,31 +4,57 @@ from __future__ import annotations
 
 import math
 
+Unit = tuple[float, str]
+"""Size of a unit in SI, and its name."""
+BYTES: tuple[Unit, ...] = ((1, "B"), (1e3, "kB"), (1e6, "MB"), (1e9, "GB"), (1e12, "TB"))
+SECONDS: tuple[tuple[float, Unit], ...] = (
+    (1e-3, (1e-6, "us")), (1, (1e-3, "ms")), (120, (1, "s")), (7200, (60, "min")), (172800, (3600, "h")),
+    (math.inf, (86400, "days")),
+)  # fmt: skip
+"""Seconds below which a unit fits → the unit."""
 
-def bytes_text(num_bytes: float | None) -> str:
-    """Return a number of bytes in the decimal unit that fits (1 MB is 10^6 bytes), or "-" for None."""
+
+def bytes_unit(num_bytes: float) -> Unit:
+    """Return the decimal unit that fits a number of bytes: 1 MB is 10^6 bytes."""
+    return next((unit for unit in BYTES if abs(num_bytes) < 1000 * unit[0]), BYTES[-1])
+
+
+def seconds_unit(seconds: float) -> Unit:
+    """Return the unit that fits a time."""
+    return next(unit for limit, unit in SECONDS if seconds < limit or limit == math.inf)
+
+
+def bytes_text(num_bytes: float | None, unit: Unit | None = None) -> str:
+    """Return a number of bytes in a unit, by default the one that fits, or "-" for None."""
     if num_bytes is None:
         return "-"
-    value = float(num_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(value) < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:,.3g} TB" if value < 1000 else f"{value:,.0f} TB"
+    size, name = unit or bytes_unit(num_bytes)
+    return f"{num_bytes:,.0f} B" if name == "B" else f"{figure_text(num_bytes / size)} {name}"
 
 
-def seconds_text(seconds: float | None) -> str:
-    """Return seconds in the unit that fits, or "-" for None."""
+def figure_text(value: float) -> str:
+    """Return three digits of a number, or all those before the point, and never an exponent: 1,283, not 1.28e+03."""
+    text = f"{value:.3g}"
+    return f"{value:,.0f}" if "e+" in text else text
+
+
+def seconds_text(seconds: float | None, unit: Unit | None = None) -> str:
+    """Return seconds in a unit, by default the one that fits, or "-" for None."""
     if seconds is None:
         return "-"
-    if seconds < 1e-3:
-        return f"{seconds * 1e6:.3g} us"
-    if seconds < 1:
-        return f"{seconds * 1e3:.3g} ms"
-    for limit, size, unit in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 86400:,.3g} days" if seconds < 864e5 else f"{seconds / 86400:,.0f} days"
+    size, name = unit or seconds_unit(seconds)
+    return f"{figure_text(seconds / size)} {name}"
+
+
+TIMES = 2.0
+"""Ratio from which a change is told as a multiple, not in per cent."""
+
+
+def change_text(ratio: float, less: str = "less") -> str:
+    """Return a ratio in words: 12 % more, 4.2 times fewer."""
+    if not 1 / TIMES < ratio < TIMES:
+        return f"{figure_text(max(ratio, 1 / ratio))} times {'more' if ratio > 1 else less}"
+    return "the same" if round(ratio, 2) == 1 else f"{abs(ratio - 1):.0%} {'more' if ratio > 1 else less}"
 
 
 ORDERS = (
@@ -44,11 +70,9 @@ def order_text(seconds: float) -> str:
     return f"{beyond} {nearest[1]}"
 
 
-def range_text(low_s: float, high_s: float) -> str:
-    """Return a range in the unit of its upper end, 3.1-5.4 h; a range of equal ends as one figure."""
+def range_text(low_s: float, high_s: float, unit: Unit | None = None) -> str:
+    """Return a range in a unit, by default that of its upper end: 3.1-5.4 h; a range of equal ends as one figure."""
     if low_s == high_s:
-        return seconds_text(low_s)
-    high = seconds_text(high_s)
-    number, _, unit = high.rpartition(" ")
-    scale = high_s / float(number.replace(",", ""))
-    return f"{low_s / scale:,.3g}-{number} {unit}"
+        return seconds_text(low_s, unit)
+    size, name = unit or seconds_unit(high_s)
+    return f"{figure_text(low_s / size)}-{figure_text(high_s / size)} {name}"

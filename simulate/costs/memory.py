@@ -315,7 +315,9 @@ def _largest_elements(shape: ModelShape) -> int:
 @lru_cache(maxsize=64)
 def text_bytes(data: Data) -> int:
     """Return the memory that text at a path takes; 0 where it is memory-mapped, or no file exists yet."""
-    from simulate.data.text import held_bytes  # only plans of text at a path need the readers of data
+    if data.path is None:
+        return 0
+    from simulate.data.text_size import held_bytes  # imported late: the readers of data bring numpy, a tenth of a plan
 
     return held_bytes(data)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -26,10 +26,14 @@ from simulate.common.disk import reserve
 from simulate.common.errors import InputError
 from simulate.common.safetensors_writer import DTYPES, header
 
+LARGE_BYTES = 1 << 24
+"""Size from which a file is not read through at every start: what was found out about it is kept."""
 CACHE_VERSION = 1
 """Part of every key: raise it when changed code makes other arrays for the same key."""
 _NO_DIGEST = "0" * 64
 _READ_BYTES = 1 << 24
+_LONGEST, _HEADER_ROOM = 1 << 62, 1 << 10
+"""Length that stands in for an unknown one, and bytes left in the header for facts that are known at the end."""
 _NUMPY_NAMES = {format_name: name for name, (format_name, _) in DTYPES.items()}
 
 Opened = TypeVar("Opened")
@@ -82,6 +86,31 @@ class Draft:
             reserve(file.fileno(), len(content) + sum(sizes))
         return slots
 
+    def stream(self, name: str, dtype: str, blocks: Iterable[np.ndarray], facts: dict[str, Any]) -> None:
+        """Write one array of unknown length, block by block; raises OSError where the disk is full.
+
+        `facts` may grow by a few figures until the last block, and get the sha256 of the array's bytes.
+        """
+        kind, total, elements = np.dtype(dtype), hashlib.sha256(), 0
+        with self.path.open("wb") as file:
+            room = len(self._header(name, kind, _LONGEST, facts)) + _HEADER_ROOM
+            file.write(bytes(room))
+            for block in blocks:
+                content = np.ascontiguousarray(block, kind).data
+                file.write(content)
+                total.update(content)
+                elements += len(block)
+            facts["sha256"] = total.hexdigest()
+            text = self._header(name, kind, elements, facts)
+            assert len(text) <= room, "facts grew by more than a few figures"
+            file.seek(0)
+            # Blanks may follow the header's text, and count in its length.
+            file.write((room - 8).to_bytes(8, "little") + text[8:].ljust(room - 8))
+
+    @staticmethod
+    def _header(name: str, dtype: np.dtype[Any], elements: int, facts: Mapping[str, Any]) -> bytes:
+        return header({name: (dtype.name, (elements,))}, {"facts": json.dumps(facts), "sha256": _NO_DIGEST})[0]
+
     def seal(self) -> None:
         """Write the digest into the header."""
         with self.path.open("r+b") as file:
@@ -111,12 +140,24 @@ def cached(kind: str, key: Mapping[str, Any], make: Callable[[Draft], None]) -> 
     return cached_file(kind, key, "safetensors", open_arrays, write)
 
 
+def cached_facts(kind: str, key: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the facts for `key`, from the cache or found out now; raises InputError as `cached_file` does."""
+
+    def read(path: Path) -> dict[str, Any] | None:
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (FileNotFoundError, ValueError, TypeError):  # a damaged file is made anew
+            return None
+
+    return cached_file(kind, key, "json", read, lambda path: path.write_text(json.dumps(make()), encoding="utf-8"))
+
+
 def cached_file(
     kind: str,
     key: Mapping[str, Any],
     suffix: str,
     read: Callable[[Path], Opened | None],
-    write: Callable[[Path], None],
+    write: Callable[[Path], object],
 ) -> Opened:
     """Return what `read` makes of the file for `key`; `write` makes the file where it is missing or `read` gives None.
 
@@ -146,7 +187,7 @@ def cached_file(
     return found
 
 
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
     scratch = path.with_name(f".{path.name}.partial")
     try:
         write(scratch)
@@ -164,13 +205,34 @@ def open_arrays(path: Path) -> CachedArrays | None:
             content = _read_header(file)
             entries = json.loads(content)
             metadata = entries.pop("__metadata__")
-            if metadata["sha256"] != _digest(file):
-                return None
+            if not _was_sound(path, file):
+                if metadata["sha256"] != _digest(file):
+                    return None
+                _mark_sound(path, file)
             facts = json.loads(metadata["facts"])
             arrays = {name: _mapped(path, 8 + len(content), entry) for name, entry in entries.items()}
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     return CachedArrays(arrays, facts, metadata["sha256"])
+
+
+def _was_sound(path: Path, file: BinaryIO) -> bool:
+    """Whether a large file was checked before, and has the same size and time of change."""
+    status, mark = os.fstat(file.fileno()), _mark_of(path)
+    return status.st_size >= LARGE_BYTES and mark.is_file() and mark.read_text("utf-8") == repr(_change_of(status))
+
+
+def _mark_sound(path: Path, file: BinaryIO) -> None:
+    if (status := os.fstat(file.fileno())).st_size >= LARGE_BYTES:
+        _mark_of(path).write_text(repr(_change_of(status)), "utf-8")
+
+
+def _mark_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.checked")
+
+
+def _change_of(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
 
 
 def _mapped(path: Path, start: int, entry: dict[str, Any]) -> np.ndarray:

@@ -9,19 +9,20 @@ Legend: C colours, P pixels a side.
 from __future__ import annotations
 
 import io
+import pickle
 import re
-import signal
 import struct
+import subprocess
+import sys
 import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from multiprocessing import current_process, get_context
 from pathlib import Path
+from subprocess import PIPE
 from typing import Protocol
 
 import numpy as np
@@ -178,6 +179,14 @@ def fit_array(pixels_CYX: np.ndarray, frame: Frame) -> np.ndarray:
 
 Unfit = dict[int, UnfitImageError]
 """Index of an image → reason why it is unfit."""
+Task = tuple[Reader, Sequence[str], int, Frame, ArraySlot]
+"""Where to read, which images, the row of the first, the frame, and the array to write."""
+WORKER = """
+import sys
+sys.path[:] = sys.argv[1:]
+from simulate.data.decode_images import serve_share
+serve_share()
+"""
 
 
 def decode_all(reader: Reader, names: Sequence[str], frame: Frame, target: ArraySlot) -> Unfit:
@@ -185,24 +194,43 @@ def decode_all(reader: Reader, names: Sequence[str], frame: Frame, target: Array
     starts = range(0, len(names), CHUNK_IMAGES)
     tasks = [(reader, names[first : first + CHUNK_IMAGES], first, frame, target) for first in starts]
     workers = usable_workers(len(tasks))
-    # A daemon, as the workers of a multiprocessing.Pool are, may start no processes of its own.
-    if len(names) < POOL_FROM_IMAGES or workers < 2 or current_process().daemon:
+    if len(names) < POOL_FROM_IMAGES or workers < 2:
         parts = [_decode_chunk(*task) for task in tasks]
     else:
-        # Spawned: a fork of a process with torch's threads may hang.
-        pool = ProcessPoolExecutor(workers, get_context("spawn"), _ignore_interrupts)
-        with pool:
-            try:
-                parts = list(pool.map(_decode_chunk, *zip(*tasks, strict=True)))
-            except BaseException:  # an interrupt, too, must not wait for all images
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+        parts = _decode_in_processes([tasks[worker::workers] for worker in range(workers)])
     return {index: error for part in parts for index, error in part.items()}
 
 
-def _ignore_interrupts() -> None:
-    # Ctrl-C reaches all processes of the terminal; the parent alone ends the pool, in one line.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _decode_in_processes(shares: Sequence[Sequence[Task]]) -> list[Unfit]:
+    """Decode each share of the tasks in a process of its own; an exception, an interrupt too, ends all of them."""
+    # Not multiprocessing: a spawned worker runs the caller's script again, which would train again and wait for the
+    # cache that the first run holds, and a fork of a process with torch's threads may hang.
+    command = [sys.executable, "-c", WORKER, *sys.path]
+    # In a session of their own, since Ctrl-C reaches all processes of a terminal: the parent alone ends them.
+    processes = [subprocess.Popen(command, stdin=PIPE, stdout=PIPE, start_new_session=True) for _ in shares]
+    try:
+        for process, share in zip(processes, shares, strict=True):
+            assert process.stdin is not None
+            with process.stdin:
+                pickle.dump(share, process.stdin)
+        parts = []
+        for process in processes:
+            assert process.stdout is not None
+            answer = process.stdout.read()
+            if process.wait() != 0:
+                raise RuntimeError(f"a process that decodes images ended with code {process.returncode}")
+            parts += pickle.loads(answer)
+        return parts
+    finally:
+        for process in processes:
+            process.kill()
+            process.__exit__(None, None, None)
+
+
+def serve_share() -> None:
+    """Decode the tasks that stdin has, and write what was unfit to stdout; a worker's whole program."""
+    tasks: Sequence[Task] = pickle.load(sys.stdin.buffer)
+    pickle.dump([_decode_chunk(*task) for task in tasks], sys.stdout.buffer)
 
 
 def _decode_chunk(reader: Reader, names: Sequence[str], first: int, frame: Frame, target: ArraySlot) -> Unfit:

@@ -1,7 +1,7 @@
 """Load the data that run.toml names: recognise the kind of files at a path, read and check them; torch-free.
 
 `lte train` and launched processes call `load_data`. A plan calls `check_data`, which finds the user's errors without
-decoding an image or training a tokenizer.
+decoding an image, training a tokenizer or reading more than a sample of a large text.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from simulate.data.samples import Samples
 from simulate.data.stl10 import find_stl10, stl10_source
 from simulate.data.text import Text, load_text, read_bytes
 from simulate.data.text_files import is_packed, refuse_archive
+from simulate.data.text_size import sample_note, text_size
 from simulate.data.tokenizer import check_vocabulary, declared_size
 from simulate.models.schema import text_sizes
 
@@ -69,21 +70,37 @@ def kept_tokenizer(folder: Path) -> Path | None:
     return folder / TOKENIZER_FILE if (folder / TOKENIZER_FILE).is_file() else None
 
 
-def check_data(run: Run) -> None:
-    """Raise InputError for errors that show without decoding images or training a tokenizer."""
+def check_data(run: Run) -> list[str]:
+    """Raise InputError for errors that a plan can find (see above); return notes on what it took from a sample."""
     devices, shards = run.cluster.devices, run.data.shards
     if is_live(run.data.name):
         _live_samples(run)
-        return
+        return []
     if run.data.name == DIGITS:  # a plan does without scikit-learn, which brings them
         _check_kind(run, images=True)
-        return
+        return []
     source = image_source(run.data)
     _check_kind(run, source is not None)
     if source is None:
-        _check_text(run)
+        return _check_text(run)
+    source.check(image_sizes(run.model)[2], devices, shards)
+    return []
+
+
+def _check_text(run: Run) -> list[str]:
+    data, sizes = run.data, text_sizes(run.model)
+    if data.path is None:
+        text, is_about = read_bytes(data), False
     else:
-        source.check(image_sizes(run.model)[2], devices, shards)
+        size = text_size(data)
+        text, is_about = size.text(data.path), size.is_about
+    if not is_about:  # the text has no more tokens than bytes: too few bytes are too few tokens
+        text.check_length(sizes, run.cluster.devices, data.shards)
+    if data.tokenizer == BYTES:
+        text.check_bytes(sizes)
+    else:
+        check_vocabulary(declared_size(data.tokenizer), data.tokenizer, sizes.vocab)
+    return [] if data.path is None else sample_note(data)
 
 
 def _live_samples(run: Run) -> Samples:
@@ -91,15 +108,6 @@ def _live_samples(run: Run) -> Samples:
     samples: Samples = find("data.name", str(run.data.name))
     samples.check(run)
     return samples
-
-
-def _check_text(run: Run) -> None:
-    text, tokenizer = read_bytes(run.data), run.data.tokenizer
-    if tokenizer == BYTES:
-        text.check(text_sizes(run.model), run.cluster.devices, run.data.shards)
-    else:  # the text has no more tokens than bytes: too few bytes are too few tokens
-        text.check_length(text_sizes(run.model), run.cluster.devices, run.data.shards)
-        check_vocabulary(declared_size(tokenizer), tokenizer, text_sizes(run.model).vocab)
 
 
 def image_sizes(model: Model) -> tuple[int | None, int | None, int | None]:

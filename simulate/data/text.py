@@ -1,27 +1,30 @@
 """Text as tokens, from UTF-8 files, the Hugging Face hub or, by default, Python's own source; plans check it, no torch.
 
-A text is one array of bytes or of a tokenizer's tokens, its last tenth held out. simulate.data.load calls `load_text`
-for a run and `read_bytes` for a plan; simulate.data.batches cuts windows out of a device's part (`shard_bounds`).
+A text is one array of bytes or of a tokenizer's tokens, its last tenth held out. Memory holds small ones; large ones
+are read once, to check, count and digest them, and memory-mapped from then on: one plain file itself, anything else as
+a copy in the cache. simulate.data.load calls `load_text` for a run; simulate.data.text_size estimates large ones for a
+plan; simulate.data.batches cuts windows out of a device's part (`shard_bounds`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from simulate.common.errors import InputError
 from simulate.config.tables import BYTE_VALUES, BYTES, Data
-from simulate.data.cache import stamp_of
+from simulate.data.cache import LARGE_BYTES, Draft, cached, cached_facts, stamp_of
 from simulate.data.file_tree import read_folder
 from simulate.data.huggingface import hub_text
-from simulate.data.text_files import holds_records, is_packed, read_text_files
+from simulate.data.text_files import holds_records, is_plain, text_blocks
 from simulate.data.tokenizer import Vocabulary, check_vocabulary, encode
 from simulate.models.interfaces import ReadsText
 
@@ -30,6 +33,8 @@ STDLIB_BYTES = 2_000_000
 VALIDATION_SHARE = 0.1
 SAMPLED_BYTES = 1 << 20
 """Bytes at the start of the hub's rows that are searched for anything but blanks."""
+CONTENT = "content"
+"""The array of a text in the cache."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +48,15 @@ class Text:
     vocabulary: Vocabulary | None = None
     held_out_from: int | None = None
     """Index of the first token of the validation split; None: the last tenth."""
+    digest: str | None = None
+    """sha256 of all tokens, in hex, where it is known; None: it is computed when it is asked for."""
+    largest: int | None = None
+    """The largest byte, where it is known."""
 
     @cached_property
     def fingerprint(self) -> str:
         """Hex digest of all tokens; a run resumes only on data with the digest in its checkpoint."""
-        return hashlib.sha256(np.ascontiguousarray(self.tokens).data).hexdigest()
+        return self.digest or hashlib.sha256(np.ascontiguousarray(self.tokens).data).hexdigest()
 
     @property
     def train(self) -> np.ndarray:
@@ -61,7 +70,7 @@ class Text:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the token array in memory, not of the text it came from."""
+        """Bytes of the token array, not of the text it came from."""
         return int(self.tokens.nbytes)
 
     def describe(self) -> str:
@@ -81,7 +90,13 @@ class Text:
         self.check_length(model, devices, shards)
         if self.vocabulary is not None:
             check_vocabulary(self.vocabulary.size, self.vocabulary.name, model.vocab)
-        elif (largest := int(self.tokens.max())) >= model.vocab:
+        else:
+            self.check_bytes(model)
+
+    def check_bytes(self, model: ReadsText) -> None:
+        """Raise InputError where a byte of the text is beyond the model's tokens."""
+        largest = int(self.tokens.max()) if self.largest is None else self.largest
+        if largest >= model.vocab:
             raise InputError(
                 f"model.vocab = {model.vocab} does not cover byte {largest} of {self.source}; "
                 f"try --set model.vocab={BYTE_VALUES}"
@@ -123,13 +138,11 @@ def load_text(data: Data) -> Text:
 
 def tokenized(text: Text, tokenizer: str) -> Text:
     """Return a text of bytes in a tokenizer's tokens; the same last tenth is held out. Raises InputError."""
-    content, split = text.tokens.data, _split_of(len(text.tokens))  # without a copy of the bytes
+    content, split = text.tokens, _split_of(len(text.tokens))
     while split < len(content) and content[split] & 0xC0 == 0x80:  # a UTF-8 character goes on here: do not cut it
         split += 1
-    # Files were checked to be UTF-8; the default text is cut at STDLIB_BYTES, perhaps within a character.
-    train, held_out = (str(part, "utf-8", errors="replace") for part in (content[:split], content[split:]))
-    encoded = encode(train, held_out, tokenizer)
-    return Text(encoded.tokens, text.source, encoded.vocabulary, encoded.held_out_from)
+    encoded = encode(content[:split], content[split:], tokenizer, text.fingerprint)
+    return Text(encoded.tokens, text.source, encoded.vocabulary, encoded.held_out_from, encoded.digest)
 
 
 def _split_of(length: int) -> int:
@@ -145,35 +158,72 @@ def read_bytes(data: Data) -> Text:
         return Text(texts, str(data.name))
     if data.path is None:
         return _stdlib()
-    path = Path(data.path)
+    files, stamp = files_of(data)
+    if is_large(files):
+        return _mapped(data.path, files, data.field, stamp)
+    return _read_once(data.path, tuple(files), data.field, stamp)
+
+
+def files_of(data: Data) -> tuple[list[Path], str]:
+    """Return the files at data.path, and their names, sizes and times of change; raises InputError."""
     try:
-        files = _files(path)
+        files = _files(Path(str(data.path)))
         stamp = stamp_of(files)
     except OSError as error:
         raise InputError(f"data.path = {data.path!r} cannot be read ({error.strerror}); check it") from None
     if not files:
         raise InputError(f"data.path = {data.path!r} is a folder without files; put UTF-8 text files in it")
-    # Bytes are kept as long as they are trained on; those that become tokens are needed no longer.
-    read = _read_once if data.tokenizer == BYTES else _read_once.__wrapped__
-    return read(data.path, tuple(files), data.field, stamp)
+    return files, stamp
+
+
+def is_large(files: Sequence[Path]) -> bool:
+    """Whether text is memory-mapped, and a plan reads a sample of it alone."""
+    return sum(file.stat().st_size for file in files) >= LARGE_BYTES
 
 
 @lru_cache(maxsize=1)
 def _read_once(name: str, files: tuple[Path, ...], field: str | None, stamp: str) -> Text:
-    """Read files that may be large: a plan checks them, counts them, and its run trains on them."""
-    content = read_text_files(files, field)
-    if not content.strip():
+    """Read files of less than LARGE_BYTES: a plan checks them, counts them, and its run trains on them."""
+    return Text(_frozen(b"".join(_surveyed(name, text_blocks(files, field), {}))), name)
+
+
+def _mapped(name: str, files: Sequence[Path], field: str | None, stamp: str) -> Text:
+    """Map large files, which are read in blocks, checked and digested once."""
+
+    def survey() -> dict[str, Any]:
+        facts: dict[str, Any] = {}
+        digest, size = hashlib.sha256(), 0
+        for block in _surveyed(name, text_blocks(files, field), facts):
+            digest.update(block)
+            size += len(block)
+        return {**facts, "sha256": digest.hexdigest(), "num_bytes": size}
+
+    def copy(draft: Draft) -> None:
+        facts: dict[str, Any] = {}
+        blocks = _surveyed(name, text_blocks(files, field), facts)
+        draft.stream(CONTENT, "u1", (np.frombuffer(block, np.uint8) for block in blocks), facts)
+
+    if len(files) == 1 and is_plain(files[0]):
+        facts = cached_facts("text", {"files": stamp}, survey)
+        # Of its length then: what was added since is not checked.
+        tokens: np.ndarray = np.memmap(files[0], np.uint8, "r", shape=(facts["num_bytes"],))
+    else:
+        kept = cached("text", {"files": stamp, "field": field}, copy)
+        facts, tokens = kept.facts, kept.arrays[CONTENT]
+    # As a plain array, whose slices cost a batch nothing.
+    return Text(np.asarray(tokens), name, digest=facts["sha256"], largest=facts["largest"])
+
+
+def _surveyed(name: str, blocks: Iterable[bytes], facts: dict[str, Any]) -> Iterator[bytes]:
+    """Yield blocks of text, and put the largest byte into `facts`; raises InputError where all is blank."""
+    facts["largest"], blank = 0, True
+    for block in blocks:
+        if block:
+            facts["largest"] = max(facts["largest"], int(np.frombuffer(block, np.uint8).max()))
+            blank = blank and not block.strip()
+            yield block
+    if blank:
         raise InputError(f"data.path = {name!r} is empty; give a text file with content")
-    return Text(_frozen(content), name)
-
-
-def held_bytes(data: Data) -> int:
-    """Return the memory that text at a path takes; 0 where it is memory-mapped, or no file exists yet."""
-    if data.path is None or data.tokenizer != BYTES or not Path(data.path).exists():
-        return 0
-    files = _files(Path(data.path))
-    # Only what is packed has to be read to know its size.
-    return read_bytes(data).num_bytes if any(map(is_packed, files)) else sum(file.stat().st_size for file in files)
 
 
 def _frozen(content: bytes | bytearray) -> np.ndarray:

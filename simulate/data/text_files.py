@@ -3,7 +3,8 @@
 Data sets come as .jsonl.gz, .jsonl.zst or Parquet more often than as plain text. Content, not names, tells how a file
 is packed, since names go wrong; a name that promises more than the content has is refused, since it may be a page that
 says why there is no file. A name alone says that lines are JSON, which text may look like, too. Files are read in
-blocks, so that memory holds the text once. simulate.data.text calls `read_text_files`, simulate.data.load `is_packed`.
+blocks, so that memory need not hold the text. simulate.data.text reads all by `text_blocks`, simulate.data.text_size
+a part by `sample_text`.
 """
 
 from __future__ import annotations
@@ -11,18 +12,24 @@ from __future__ import annotations
 import bz2
 import codecs
 import gzip
+import io
 import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, cast
 
 from simulate.common.encodings import MARK_BYTES, encoding_of
 from simulate.common.errors import InputError
+from simulate.common.progress import Advance, count_nothing, task
 
-BLOCK_BYTES = 1 << 22
+BLOCK_BYTES = 1 << 18
+"""Bytes read at a time. They fit a processor's cache; freed blocks leave 40 MB in the allocator, those of 4 MiB 280."""
+SAMPLED_READ_BYTES = 1 << 13
+PARQUET_BUFFER_BYTES, PARQUET_ROWS = 1 << 20, 1000
 SNIFFED_BYTES = 512
 """Bytes at a file's start that tell its form; a tar archive's mark ends at 262."""
 PARQUET, TAR = b"PAR1", (257, b"ustar")
@@ -65,11 +72,54 @@ def refuse_archive(path: Path) -> None:
             _check_start(file.read(SNIFFED_BYTES), path)
 
 
-def read_text_files(files: Sequence[Path], field: str | None) -> bytearray:
-    """Return the texts of files as UTF-8, a newline between two; `field` names the records' field that holds text.
+def is_plain(path: Path) -> bool:
+    """Whether a file's bytes are its text, as far as its first bytes and its name tell; raises OSError."""
+    with path.open("rb") as file:
+        start = file.read(SNIFFED_BYTES)
+    return not start.startswith((PARQUET, *UNPACKERS)) and encoding_of(start) == "utf-8" and not _is_records(path)
+
+
+def text_blocks(files: Sequence[Path], field: str | None) -> Iterator[bytes]:
+    """Yield the texts of files as UTF-8 in blocks, a newline between two; `field` names the records' field of text.
 
     Raises InputError for a file that is damaged, binary, in another encoding, or without such a field.
     """
+    _check_kinds(files, field)
+    title = f"reading {files[0].name}" if len(files) == 1 else f"reading {len(files)} files of text"
+    with task(title, sum(file.stat().st_size for file in files)) as advance:
+        for number, file in enumerate(files):
+            if number:
+                yield b"\n"
+            yield from _blocks_of(file, field, advance)
+
+
+@dataclass(frozen=True)
+class TextSample:
+    """The first texts of some files."""
+
+    content: bytes
+    file_bytes: float
+    """Bytes of the files, as they are on the disk, that hold the content."""
+
+
+def sample_text(files: Sequence[Path], field: str | None, limit_bytes: int) -> TextSample:
+    """Return about `limit_bytes` of text from the beginnings of files; raises InputError as `text_blocks` does."""
+    _check_kinds(files, field)
+    content, file_bytes = bytearray(), 0.0
+    for file in files:
+        reads: list[float] = []
+        end = len(content) + limit_bytes // len(files)
+        # A few bytes at a time, since what decompression reads ahead would count as used.
+        for block in _blocks_of(file, field, reads.append, SAMPLED_READ_BYTES):
+            content += block
+            if len(content) >= end:
+                break
+        file_bytes += sum(reads)
+    return TextSample(bytes(content), file_bytes)
+
+
+def _check_kinds(files: Sequence[Path], field: str | None) -> None:
+    """Raise InputError where records lie beside plain text, a field is named of plain text, or a name is wrong."""
     for file in files:
         _check_ending(file)
     kinds = {_is_records(file): file for file in reversed(files)}
@@ -81,33 +131,50 @@ def read_text_files(files: Sequence[Path], field: str | None) -> bytearray:
         raise InputError(
             f"data.field = {field!r} is for records (.jsonl, Parquet), and {files[0]} holds plain text; remove the key"
         )
-    content = bytearray()
-    for number, file in enumerate(files):
-        if number:
-            content += b"\n"
-        _append(content, file, field)
-    return content
 
 
-def _append(content: bytearray, path: Path, field: str | None) -> None:
-    with _opened(path) as file:
-        if not _is_records(path):
-            for block in _utf8(file, path):
-                content += block
-            return
-        texts = _parquet_texts(path, field) if _is_parquet(path) else _json_texts(_utf8(file, path), path, field)
-        for number, text in enumerate(texts):
-            content += (b"\n" if number else b"") + text
+def _blocks_of(
+    path: Path, field: str | None, advance: Advance = count_nothing, read_bytes: int | None = None
+) -> Iterator[bytes]:
+    """Yield a file's text in blocks; `advance` counts bytes of the file, read at most `read_bytes` at a time."""
+    read_bytes = read_bytes or BLOCK_BYTES
+    if _is_parquet(path):
+        yield from _joined(_parquet_texts(path, field, advance))
+        return
+    with _opened(path, advance, read_bytes) as file:
+        blocks = _utf8(file, path, read_bytes)
+        yield from _joined(_json_texts(blocks, path, field)) if _is_records(path) else blocks
+
+
+def _joined(texts: Iterator[bytes]) -> Iterator[bytes]:
+    for number, text in enumerate(texts):
+        yield b"\n" + text if number else text
+
+
+class _CountedFile(io.RawIOBase):
+    """A file that counts what is read of it, at most `read_bytes` at a time."""
+
+    def __init__(self, file: BinaryIO, advance: Advance, read_bytes: int) -> None:
+        self._file, self._advance, self._read_bytes = file, advance, read_bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        content = self._file.read(min(size, self._read_bytes) if size >= 0 else self._read_bytes)
+        self._advance(len(content))
+        return content
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _opened(path: Path, advance: Advance = count_nothing, read_bytes: int = SNIFFED_BYTES) -> Iterator[BinaryIO]:
     """Open a file, to be read as what it was before it was compressed; raises InputError where that fails."""
     try:
         with path.open("rb") as file:
             start = file.read(SNIFFED_BYTES)
             file.seek(0)
-            yield next((unpack(file) for mark, unpack in UNPACKERS.items() if start.startswith(mark)), file)
+            counted = cast(BinaryIO, _CountedFile(file, advance, read_bytes))
+            yield next((unpack(counted) for mark, unpack in UNPACKERS.items() if start.startswith(mark)), counted)
     except UNFINISHED as error:
         raise InputError(f"data: {path} is a damaged or truncated compressed file ({error}); fetch it again") from None
     except OSError as error:
@@ -153,7 +220,7 @@ def _is_parquet(path: Path) -> bool:
         return False
 
 
-def _utf8(file: BinaryIO, path: Path) -> Iterator[bytes]:
+def _utf8(file: BinaryIO, path: Path, block_bytes: int) -> Iterator[bytes]:
     """Yield a text's blocks in UTF-8, without a byte order mark; raises InputError where it is no text."""
     block = start = file.read(SNIFFED_BYTES)
     _check_start(start, path)
@@ -162,8 +229,9 @@ def _utf8(file: BinaryIO, path: Path) -> Iterator[bytes]:
     try:
         while block:
             read_bytes += len(block)
-            yield _without_nul(decoder.decode(block), path).encode()
-            block = file.read(BLOCK_BYTES)
+            text = _without_nul(decoder.decode(block), path)
+            yield block if encoding == "utf-8" else text.encode()
+            block = file.read(block_bytes)
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         # The decoder counts from the start of what it holds, whose end is the last byte that was read.
@@ -229,20 +297,23 @@ def _lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
     yield b"".join(pieces)
 
 
-def _parquet_texts(path: Path, field: str | None) -> Iterator[bytes]:
+def _parquet_texts(path: Path, field: str | None, advance: Advance) -> Iterator[bytes]:
     arrow = _pyarrow("Parquet")
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        # A buffer, since without one all of a row group's column is read at once.
+        with pyarrow.parquet.ParquetFile(path, buffer_size=PARQUET_BUFFER_BYTES) as file:
             schema = file.schema_arrow
             strings = [column.name for column in schema if _holds_text(arrow, column.type)]
             if field is None:
                 field = _text_field(schema.names, strings, path)
             if field not in schema.names:
                 raise _no_field(str(path), field, schema.names)
-            for batch in file.iter_batches(columns=[field]):
+            bytes_per_row = path.stat().st_size / max(1, file.metadata.num_rows)
+            for batch in file.iter_batches(PARQUET_ROWS, columns=[field]):
                 for text in batch.column(0).to_pylist():
+                    advance(bytes_per_row)
                     if text is not None:
                         yield _text_bytes(text, str(path), field)
     except arrow.ArrowInvalid as error:

@@ -1,16 +1,19 @@
 """Tokens longer than a byte: byte-pair encoding trained on the text, or a given tokenizer.json; torch-free.
 
 Byte pairs are GPT-2's (Radford et al. 2019): they never cross the borders of words, and no character is unknown, since
-every byte is a token. They are trained on the training split alone, so that the held-out text stays unseen. Tokens are
-kept in the cache. simulate.data.text calls `encode`; a plan needs `declared_size` alone.
+every byte is a token. They are trained on the training split alone, so that the held-out text stays unseen. Text goes
+through in pieces, which the library encodes on all cores, and its tokens into the cache: memory holds neither.
+simulate.data.text calls `encode`; a plan needs `declared_size`, and `tokens_per_byte` of a sample.
 """
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,18 +21,25 @@ import numpy as np
 
 from simulate.common.encodings import read_text
 from simulate.common.errors import InputError
+from simulate.common.progress import Advance, count_nothing, task
 from simulate.config.tables import BPE
 from simulate.data.cache import Draft, cached
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-ENCODING = 2
+ENCODING = 3
 """Part of every key of tokens: raise it when changed code makes other tokens of the same text."""
 SHOWN_CHARACTERS = 20
 """Characters without a token that an error shows at most."""
 CHUNK_CHARACTERS = 1 << 16
 """Characters of the pieces in which text is encoded, about; each ends with a line."""
+BLOCK_BYTES = 1 << 20
+"""Bytes that become characters at a time."""
+CHUNKS_AT_ONCE = 32
+"""Pieces that the library encodes at a time: enough for many cores, and a few hundred megabytes at most."""
+TRAINED_QUARTERS = 3
+"""Quarters of a plan's sample that byte pairs are trained on; tokens are counted in the rest."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,8 @@ class Encoded:
     held_out_from: int
     """Index of the first token of the validation split."""
     vocabulary: Vocabulary
+    digest: str
+    """sha256 of the tokens, in hex."""
 
 
 def check_vocabulary(size: int, tokenizer: str, model_vocab: int) -> None:
@@ -76,42 +88,67 @@ def _size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0) + 1
 
 
-def encode(train: str, held_out: str, tokenizer: str) -> Encoded:
-    """Return both splits of a text in tokens, encoded once and cached; raises InputError."""
-    trained = tokenizer.startswith(BPE)
-    definition = tokenizer if trained else _read(Path(tokenizer))
+def encode(train: np.ndarray, held_out: np.ndarray, tokenizer: str, text_digest: str) -> Encoded:
+    """Return both splits of a text, UTF-8 in uint8, in tokens, encoded once and cached; raises InputError.
+
+    `text_digest` is of all the text, of which the length of `train` is a part.
+    """
+    definition = tokenizer if tokenizer.startswith(BPE) else _read(Path(tokenizer))
     # By content, not by name: an edited tokenizer.json, or other text, is encoded anew.
-    parts = [hashlib.sha256(part.encode()).hexdigest() for part in (train, held_out, definition)]
+    parts = [text_digest, len(train), hashlib.sha256(definition.encode()).hexdigest()]
     found = cached(
         "tokens", {"text": parts, "encoding": ENCODING}, lambda draft: _fill(draft, train, held_out, tokenizer)
     )
-    vocabulary = Vocabulary(tokenizer, found.facts["size"], found.facts["json"])
-    return Encoded(found.arrays["tokens"], found.facts["held_out_from"], vocabulary)
+    facts = found.facts
+    vocabulary = Vocabulary(tokenizer, facts["size"], facts["json"])
+    return Encoded(found.arrays["tokens"], facts["held_out_from"], vocabulary, facts["sha256"])
 
 
-def _fill(draft: Draft, train: str, held_out: str, tokenizer: str) -> None:
+def tokens_per_byte(sample: bytes, tokenizer: str) -> float:
+    """Return the tokens of a byte of a sample of text, about; raises InputError."""
+    content = np.frombuffer(sample, np.uint8)
+    if tokenizer.startswith(BPE):
+        cut = len(content) * TRAINED_QUARTERS // 4
+        used, content = _train(tokenizer, content[:cut]), content[cut:]
+    else:
+        used = _load(Path(tokenizer))
+    return sum(map(len, _tokens_of(used, tokenizer, content, "u4", count_nothing))) / max(1, len(content))
+
+
+def _fill(draft: Draft, train: np.ndarray, held_out: np.ndarray, tokenizer: str) -> None:
     used = _train(tokenizer, train) if tokenizer.startswith(BPE) else _load(Path(tokenizer))
     size = _size(used)
     dtype = "u2" if size <= 1 << 16 else "u4"  # the narrower one halves file and page cache
-    parts = [_tokens_of(used, tokenizer, text, dtype) for text in (train, held_out)]
-    tokens = np.concatenate(parts)
-    facts = {"size": size, "json": used.to_str(), "held_out_from": len(parts[0])}
-    draft.allocate({"tokens": (dtype, tokens.shape)}, facts)["tokens"].open()[:] = tokens
+    facts: dict[str, Any] = {"size": size, "json": used.to_str(), "held_out_from": 0}
+
+    def blocks() -> Iterator[np.ndarray]:
+        with task(f"encoding text ({tokenizer})", len(train) + len(held_out)) as advance:
+            for block in _tokens_of(used, tokenizer, train, dtype, advance):
+                facts["held_out_from"] += len(block)
+                yield block
+            yield from _tokens_of(used, tokenizer, held_out, dtype, advance)
+
+    draft.stream("tokens", dtype, blocks(), facts)
 
 
-def _tokens_of(tokenizer: Tokenizer, name: str, text: str, dtype: str) -> np.ndarray:
-    chunks = list(_chunks(text))
-    try:
-        encoded = tokenizer.encode_batch(chunks, add_special_tokens=False)
-    except Exception as error:  # the library raises no narrower class
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"data.tokenizer = {name!r} cannot encode the text ({reason}); name another, or bpe:VOCAB"
-        ) from None
-    if _drops_unknown(tokenizer):
-        for chunk, part in zip(chunks, encoded, strict=True):
-            _check_covered(chunk, part.offsets, name)
-    return np.concatenate([np.empty(0, dtype), *(np.array(part.ids, dtype) for part in encoded)])
+def _tokens_of(
+    tokenizer: Tokenizer, name: str, content: np.ndarray, dtype: str, advance: Advance
+) -> Iterator[np.ndarray]:
+    checks, chunks = _drops_unknown(tokenizer), _chunks(content, advance)
+    # The fast one leaves out where in the text each token was, which only the check needs.
+    encode_batch: Callable[..., list[Any]] = tokenizer.encode_batch if checks else tokenizer.encode_batch_fast
+    while batch := list(islice(chunks, CHUNKS_AT_ONCE)):
+        try:
+            encoded = encode_batch(batch, add_special_tokens=False)
+        except Exception as error:  # the library raises no narrower class
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"data.tokenizer = {name!r} cannot encode the text ({reason}); name another, or bpe:VOCAB"
+            ) from None
+        for chunk, part in zip(batch, encoded, strict=True):
+            if checks:
+                _check_covered(chunk, part.offsets, name)
+            yield np.array(part.ids, dtype)
 
 
 def _drops_unknown(tokenizer: Tokenizer) -> bool:
@@ -135,16 +172,25 @@ def _check_covered(text: str, offsets: Sequence[tuple[int, int]], name: str) -> 
         end = max(end, after)
 
 
-def _chunks(text: str) -> Iterator[str]:
+def _chunks(content: np.ndarray, advance: Advance) -> Iterator[str]:
+    """Yield the characters of UTF-8 in pieces; `advance` counts bytes."""
     # Small chunks let the library encode on all cores; cut after a line, so that no word is split.
-    first = 0
-    while first < len(text):
-        end = text.find("\n", first + CHUNK_CHARACTERS) + 1 or len(text)
-        yield text[first:end]
-        first = end
+    # The default text is cut at STDLIB_BYTES, perhaps within a character; files were checked to be UTF-8.
+    decoder, rest = codecs.getincrementaldecoder("utf-8")("replace"), ""
+    for begin in range(0, len(content), BLOCK_BYTES):
+        block = content[begin : begin + BLOCK_BYTES].tobytes()
+        rest += decoder.decode(block, final=begin + len(block) == len(content))
+        first = 0
+        while end := rest.find("\n", first + CHUNK_CHARACTERS) + 1:
+            yield rest[first:end]
+            first = end
+        rest = rest[first:]
+        advance(len(block))
+    if rest:
+        yield rest
 
 
-def _train(tokenizer: str, text: str) -> Tokenizer:
+def _train(tokenizer: str, content: np.ndarray) -> Tokenizer:
     library = _library()
     # All 256 bytes are tokens from the start, so that nothing is unknown.
     alphabet = library.pre_tokenizers.ByteLevel.alphabet()
@@ -154,7 +200,8 @@ def _train(tokenizer: str, text: str) -> Tokenizer:
     trainer = library.trainers.BpeTrainer(
         vocab_size=declared_size(tokenizer), initial_alphabet=sorted(alphabet), show_progress=False
     )
-    trained.train_from_iterator(_chunks(text), trainer)
+    with task(f"training the tokenizer {tokenizer}", len(content)) as advance:
+        trained.train_from_iterator(_chunks(content, advance), trainer)
     return trained
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from simulate.common.errors import InputError
+from simulate.common.units import change_text
 from simulate.config.hardware import Profile
 from simulate.planning.candidate import (
     LINK_DOMINATES,
@@ -29,6 +30,7 @@ AXES = ("rank", "heads_per_device", "merge_every", "merge_transport", "quantize"
 """Keys of [method] that neighbours may differ in, in addition to batch and checkpointing."""
 REPORTED = 1.02
 """Smallest ratio of two figures that is reported as a reason."""
+COUNTED = ("bytes", "samples")
 GIGABYTE = 10**9
 
 
@@ -63,6 +65,12 @@ class Why:
     reason: str
     changes: tuple[Change, ...]
     neighbours: tuple[Neighbour, ...]
+
+    @property
+    def summary(self) -> str:
+        """The limit of the choice, in words."""
+        # Memory is named only where compute, not the link, takes most of a round.
+        return f"{self.limit} limits the choice" + (", compute its speed" if self.limit == "memory" else "")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the explanation as the plan's JSON has it."""
@@ -105,7 +113,7 @@ def _limit(plan: Plan, chosen: Candidate, value: Callable[[Candidate], float]) -
         limit = "memory" if limit == "compute" else limit
         times = value(better.candidate) / value(chosen)
         what = plan.choice.objective
-        reason += f"; {describe(better.candidate.run)} would take {times:.2f}x the {what}, but {better.reason}"
+        reason += f"; {describe(better.candidate.run)} would take {change_text(times)} {what}, but {better.reason}"
     return limit, reason
 
 
@@ -170,10 +178,13 @@ def _neighbours(plan: Plan, chosen: Candidate, value: Callable[[Candidate], floa
 
 
 def _nearest(results: list[Candidate | Rejected], key: str, ours: Any) -> list[Candidate | Rejected]:
-    """Return the results with the next smaller and next larger number; all results for keys that are no numbers."""
+    """Return the results with the next smaller and next larger number, or one of every value that is no number."""
+    # The first of a value stands for it: results come best first, and those of a value differ in accumulated passes.
+    by_value: dict[Any, Candidate | Rejected] = {}
+    for result in results:
+        by_value.setdefault(_keys(candidate_of(result))[key], result)
     if isinstance(ours, bool) or not isinstance(ours, int):
-        return results
-    by_value = {_keys(candidate_of(result))[key]: result for result in results}
+        return list(by_value.values())
     smaller, larger = [v for v in by_value if v < ours], [v for v in by_value if v > ours]
     ends = ([max(smaller)] if smaller else []) + ([min(larger)] if larger else [])
     return [by_value[end] for end in ends]
@@ -185,7 +196,7 @@ def _against(result: Candidate | Rejected, chosen: Candidate, value: Callable[[C
         return result.reason
     ratio = value(result) / value(chosen) if value(chosen) else 1.0
     parts = ", ".join(_parts(result, chosen))
-    said = f"{ratio:.2f}x the {plan.choice.objective}" + (f": {parts}" if parts else "")
+    said = f"{change_text(ratio)} {plan.choice.objective}" + (f": {parts}" if parts else "")
     if ratio < 1 and needs_library(result.run):
         # Never chosen by itself, so that a choice does not depend on what the planning machine has.
         lacks = "an extra that is installed here" if is_library_installed() else "missing here"
@@ -196,7 +207,7 @@ def _against(result: Candidate | Rejected, chosen: Candidate, value: Callable[[C
 
 
 def _parts(other: Candidate, chosen: Candidate) -> Iterator[str]:
-    """Yield the figures that differ from the choice's, as ratios; seconds and bytes are per sample."""
+    """Yield the figures that differ from the choice's, in words; seconds and bytes are per sample."""
 
     # Candidates differ in batch and round length, so that only figures per sample compare.
     def per_sample(candidate: Candidate, amount: float) -> float:
@@ -214,4 +225,4 @@ def _parts(other: Candidate, chosen: Candidate) -> Iterator[str]:
     }
     for name, (theirs, ours) in figures.items():
         if ours and not 1 / REPORTED < theirs / ours < REPORTED:
-            yield f"{name} {theirs / ours:.2f}x"
+            yield f"{change_text(theirs / ours, 'fewer' if name in COUNTED else 'less')} {name}"

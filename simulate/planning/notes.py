@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from simulate.common.units import bytes_text, seconds_text
+from simulate.common.units import bytes_text, change_text, seconds_text
 from simulate.config.hardware import LOCAL, Profile
 from simulate.config.run import Run
 from simulate.costs.diagnostics_bytes import diagnostics_exchange
@@ -302,6 +302,6 @@ def _faster_rival(chosen: Candidate, rival: Candidate | None) -> Iterator[str]:
     if rival and rival.equivalent_wall_s < chosen.equivalent_wall_s:
         share = rival.equivalent_wall_s / chosen.equivalent_wall_s
         yield (
-            f"{describe(rival.run)} would take {share:.2f}x the chosen time to equal loss, if "
+            f"{describe(rival.run)} would take {change_text(share)} time to equal loss, if "
             f"{rival.samples_factor:.2f}x dense's samples do; see --method {rival.run.method.name}"
         )

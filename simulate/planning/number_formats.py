@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from simulate.common.errors import InputError
+from simulate.common.units import change_text
 from simulate.config.hardware import Device, Profile
 from simulate.config.run import Run
 
@@ -81,12 +82,13 @@ def format_notes(
     if picked is None:
         yield (
             f"devices of profile {profile.name} multiply in {' and '.join(formats)}, {formats[0]} at {rates}x the fp32 "
-            f"rate: train.autocast = {formats[0]} would take {time:.2f}x the time and {memory:.2f}x the memory, with "
-            "less exact products"
+            f"rate: train.autocast = {formats[0]} would take {change_text(time)} time and "
+            f"{change_text(memory)} memory, with less exact products"
         )
         return
     scaled = " with loss scaling (arXiv 1710.03740)" if picked == "fp16" else ""
     yield (
         f"train.autocast = {picked}, in which all devices multiply at {rates}x the fp32 rate; assumed to train as well "
-        f"as fp32{scaled}. fp32 would take {time:.2f}x the time and {memory:.2f}x the memory: --set train.autocast=none"
+        f"as fp32{scaled}. fp32 would take {change_text(time)} time and {change_text(memory)} memory: "
+        "--set train.autocast=none"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from simulate.common.units import order_text, range_text
+from simulate.common.units import Unit, order_text, range_text
 from simulate.costs.samples import samples_factor
 from simulate.planning.candidate import Candidate
 
@@ -17,11 +17,11 @@ def time_range(candidate: Candidate, compute_s: float, exchange_s: float) -> tup
     return low_s, compute_s * margins.compute + exchange_s * margins.exchange
 
 
-def time_text(candidate: Candidate, seconds: tuple[float, float]) -> str:
-    """Return a range of seconds as text; their order of magnitude where no more is known."""
+def time_text(candidate: Candidate, seconds: tuple[float, float], unit: Unit | None = None) -> str:
+    """Return a range of seconds as text, their order of magnitude where no more is known; the unit fits by default."""
     if candidate.margins.is_order:
         return order_text(math.sqrt(max(seconds[0], 1e-9) * max(seconds[1], 1e-9)))
-    return range_text(*seconds)
+    return range_text(*seconds, unit)
 
 
 def simulated_here_text(candidate: Candidate) -> str:

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from simulate.common.live_objects import find, is_live
 from simulate.common.units import bytes_text
 from simulate.config.hardware import LOCAL, Profile
 from simulate.config.method_table import BASELINE
 from simulate.config.profile_slips import slips
 from simulate.config.run import Run
-from simulate.config.tables import BYTE_VALUES, BYTES
-from simulate.costs.memory import text_bytes
+from simulate.config.tables import BYTE_VALUES, BYTES, Data
 from simulate.models.schema import text_sizes
 from simulate.planning.candidate import LINK_DOMINATES, Candidate, Rejected, batch_text, candidate_of, describe
 from simulate.planning.notes import stretched
@@ -62,21 +62,23 @@ class Verdict:
 
 def verdict_of(plan: Plan) -> Verdict:
     """Return the answers of a plan, also of one in which nothing fits."""
+    passes = _passes(plan)
+    title = _title(plan, passes)
     if plan.chosen is None:
-        return Verdict(_title(plan), (Answer("Can it?", "no", _why_not(plan)),), ())
-    return Verdict(_title(plan), tuple(_answers(plan, plan.chosen)), tuple(_warnings(plan, plan.chosen)))
+        return Verdict(title, (Answer("Can it?", "no", _why_not(plan)),), ())
+    return Verdict(title, tuple(_answers(plan, plan.chosen)), tuple(_warnings(plan, plan.chosen, passes)))
 
 
-def _title(plan: Plan) -> str:
+def _title(plan: Plan, passes: tuple[float, str] | None) -> str:
     shape, base = plan.base.shape(), plan.base
     kinds = [device.kind.removeprefix("NVIDIA ").removeprefix("GeForce ") for device in plan.profile.device]
     devices = f"{base.cluster.devices} x {kinds[0]}" if len(kinds) == 1 else f"{base.cluster.devices} mixed devices"
     parts = [f"{shape.name} ({_count_text(shape.all_parameters)}) on {devices}"]
     if base.cluster.devices > 1:
         parts.append(f"links of {bytes_text(plan.profile.link.up_bytes_per_s)}/s")
-    passes = _passes(plan)
     tokens = f"{_count_text(plan.tokens)} {base.model.unit}"
-    parts.append(tokens if passes is None else f"{tokens}, {_passes_text(passes)} over the text")
+    over = {"tokens": "text", "samples": "data" if is_live(base.data.name) else "images"}[base.model.unit]
+    parts.append(tokens if passes is None else f"{tokens}, {_passes_text(passes)} over the {over}")
     return "; ".join(parts)
 
 
@@ -87,17 +89,39 @@ def _count_text(count: float) -> str:
     return str(int(count))
 
 
-def _passes_text(passes: float) -> str:
-    return f"{passes:,.0f} passes" if passes >= 10 else f"{passes:.2g} passes"
+def _passes_text(passes: tuple[float, str]) -> str:
+    number, about = passes
+    return f"{about}{number:,.0f} passes" if number >= 10 else f"{about}{number:.2g} passes"
 
 
-def _passes(plan: Plan) -> float | None:
-    """Return how often the text is read; None where its size in tokens is not known without reading it."""
+def _passes(plan: Plan) -> tuple[float, str] | None:
+    """Return how often the data is read, and "about " where its tokens are estimated; None where it is unknown."""
     data = plan.base.data
-    if plan.base.model.unit != "tokens" or data.tokenizer != BYTES:
+    if plan.base.model.unit == "samples":
+        images = _training_images(data)
+        return (plan.tokens / images, "") if images else None
+    if plan.base.model.unit != "tokens":
         return None
-    size = STDLIB_BYTES if data.name == "stdlib" else TRAINED_SHARE * text_bytes(data)
-    return plan.tokens / size if size else None
+    if data.name == "stdlib" and data.tokenizer == BYTES:
+        return plan.tokens / STDLIB_BYTES, ""
+    from simulate.data.text_size import count_tokens  # only plans of text that is named need the readers of data
+
+    count = count_tokens(data)
+    if count is None or count.count == 0:
+        return None
+    return plan.tokens / (TRAINED_SHARE * count.count), "about " if count.is_about else ""
+
+
+def _training_images(data: Data) -> int:
+    """Return the number of samples to train on that are not text; 0 where only images of digits stand in for them."""
+    if is_live(data.name):
+        return len(find("data.name", str(data.name)).train)
+    if data.path is None and not data.from_hub:
+        return 0
+    from simulate.data.load import image_source  # plans without data of their own do without its readers
+
+    source = image_source(data)
+    return 0 if source is None else int((~source.held_out).sum())
 
 
 def _why_not(plan: Plan) -> str:
@@ -193,15 +217,15 @@ def _settings(run: Run) -> Iterator[str]:
         yield train.autocast
 
 
-def _warnings(plan: Plan, chosen: Candidate) -> Iterator[str]:
+def _warnings(plan: Plan, chosen: Candidate, passes: tuple[float, str] | None) -> Iterator[str]:
     """Yield caveats with their remedies: of the profile, of the data, of the choice, of the figures."""
     for slip in slips(plan.profile):
         yield f"{slip} (lte profile check {plan.base.cluster.profile})"
     base = plan.base
     for text in stretched(plan.profile, base.cluster.devices):
         yield f"{text[0].upper()}{text[1:]}"
-    passes = _passes(plan)
-    if passes is not None and passes > MOST_PASSES:
+    # Images are drawn anew at every pass where data.augment says so, and are usually seen dozens of times.
+    if base.model.unit == "tokens" and passes is not None and passes[0] > MOST_PASSES:
         times = _passes_text(passes).replace("passes", "times")
         yield f"Text is read {times}; beyond {MOST_PASSES} it teaches little: --data, fewer --tokens"
     if base.model.unit == "tokens" and base.data.tokenizer == BYTES:

@@ -8,11 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ltecli.runs.status import read_status
 from tests.launch.runs import interrupt, launched_run
 from tests.ltecli.command import lte_process, write_run
 
 
+@pytest.mark.slow
 def test_a_launched_run_is_watched(tmp_path: Path) -> None:
     # One round that never ends: there is no event of a step, so what moves comes from the heartbeats.
     steps = 200_000

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
+from rich.console import Console
 
 from ltecli.console import Output, plain_table
 from simulate.common.units import bytes_text, seconds_text
@@ -67,3 +70,39 @@ def test_a_terminal_of_eighty_columns_cuts_nothing(lte: Lte, monkeypatch: pytest
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "80")
     assert "…" not in lte(*command.split()).stdout
+
+
+class Clock:
+    """A clock that goes on by `step_s` whenever it is read."""
+
+    def __init__(self, step_s: float) -> None:
+        self.now_s, self.step_s = 0.0, step_s
+
+    def monotonic(self) -> float:
+        self.now_s += self.step_s
+        return self.now_s
+
+
+@pytest.mark.parametrize(
+    ("step_s", "quiet", "lines"),
+    [(0.01, False, []), (3.0, False, ["reading: 10%", "reading: 50%", "reading: 90%"]), (3.0, True, [])],
+    ids=["short", "long", "quiet"],
+)
+def test_work_of_more_than_a_second_is_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, step_s: float, quiet: bool, lines: list[str]
+) -> None:
+    monkeypatch.setattr("ltecli.console.time", Clock(step_s))
+    with Output(quiet=quiet).progress("reading", 100) as advance:
+        for _ in range(10):
+            advance(10)
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.splitlines()) == ("", lines)
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    output, shown = Output(), io.StringIO()
+    output.hints = Console(file=shown, force_terminal=True, width=80)
+    monkeypatch.setattr("ltecli.console.time", Clock(3.0))
+    with output.progress("reading", 100) as advance:
+        advance(40)
+    assert "reading" in shown.getvalue() and "40%" in shown.getvalue()

@@ -13,9 +13,9 @@ import pytest
 
 from ltecli.commands.measure import _show as show_measured
 from ltecli.console import Output, plain_table
-from ltecli.runs.comparison import change_text
 from ltecli.runs.lock import is_locked, lock_folder
 from simulate.common.errors import near_match
+from simulate.common.units import bytes_text, change_text, range_text
 from simulate.common.user_code import module_form
 from simulate.config.hardware import Kernels, Measurement
 from simulate.config.profiles import load_profile
@@ -167,6 +167,15 @@ def test_a_run_that_starts_is_not_told_that_it_took_no_step(lte: Lte, trained: P
 )
 def test_changes_are_plain_words(ratio: float, text: str) -> None:
     assert change_text(ratio, "less") == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [((1283 * 86400, 8721 * 86400), "1,283-8,721 days"), ((86_300_000,), "999 days"), ((86_390_000,), "1,000 days")],
+)
+def test_no_figure_has_an_exponent(seconds: tuple[float, ...], text: str) -> None:
+    assert range_text(seconds[0], seconds[-1]) == text
+    assert bytes_text(999_700) == "1,000 kB" and bytes_text(12_345e12) == "12,345 TB"
 
 
 @pytest.mark.parametrize("columns", [80, 120])

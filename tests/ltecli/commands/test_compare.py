@@ -10,6 +10,7 @@ from ltecli.app import main
 from ltecli.commands.compare import choose_keys, rival_builder
 from simulate.config.run import load_given_run, load_run
 from tests.ltecli.command import Lte, Refused, write_run
+from tests.ltecli.commands.sweeps import train_here
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +19,9 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compared")
     run = write_run(folder / "tiny.toml", train={"steps": 4, "evaluate_every": 2})
     line = ("compare", str(run), "--with", "ddp", "--set-for", "ddp:train.learning_rate=0.01", "--quiet")
-    assert main([*line, "--out", str(folder / "done")]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        train_here(patch)
+        assert main([*line, "--out", str(folder / "done")]) == 0
     return folder / "done"
 
 

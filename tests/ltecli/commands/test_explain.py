@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,20 @@ def test_a_change_is_what_planning_for_that_hardware_says(lte: Lte, here: Path) 
 
 def test_why_is_shown_in_words(lte: Lte) -> None:
     said = lte(*SMALL, "--why").stdout
-    assert "limits" in said
+    assert "limits the choice" in said
     assert "ten times the bandwidth" in said
-    assert "x the time" in said
+    assert "more time: " in said and "more bytes" in said
+    assert not re.search(r"\d\.\d\dx (the )?(time|memory|bytes)", said)
+
+
+def test_a_value_that_is_no_number_is_one_neighbour(lte: Lte) -> None:
+    """Candidates that differ from each other only in accumulated passes are rows of one name."""
+    neighbours = lte("plan", "--profile", "gtx1080ti_x8", "--method", "ddp", "--why", "--json").json()["why"][
+        "neighbours"
+    ]
+    named = [(neighbour["key"], neighbour["value"]) for neighbour in neighbours]
+    assert ("activation_checkpointing", "True") in named
+    assert len(named) == len(set(named))
 
 
 def test_the_timeline_of_equal_devices_is_the_plan(lte: Lte) -> None:
@@ -96,6 +108,11 @@ def test_the_drawing_is_a_picture_of_the_spans(lte: Lte, here: Path) -> None:
     blocks = [rect for rect in picture.iter("{http://www.w3.org/2000/svg}rect") if len(rect)]
     assert picture.tag == "{http://www.w3.org/2000/svg}svg"
     assert len(blocks) == len(timeline["spans"]) > 4
+    # No label of the axis is cut at the right: a character of its 12 pixels is about 6 wide.
+    behind = {"middle": 0.5, "end": 0.0, None: 1.0}
+    labels = [(text, text.text or "") for text in picture.iter("{http://www.w3.org/2000/svg}text")]
+    ends = [float(text.attrib["x"]) + 6 * len(said) * behind[text.get("text-anchor")] for text, said in labels]
+    assert max(ends) <= float(picture.attrib["width"])
 
 
 def test_the_terminal_draws_a_bar_for_each_device(lte: Lte) -> None:

@@ -169,7 +169,7 @@ def test_nothing_is_written_without_being_asked(lte: Lte, here: Path) -> None:
     assert list(here.iterdir()) == []
 
 
-@pytest.mark.parametrize("target", [".", "nowhere/run.toml", "/dev/null/run.toml", "/proc/run.toml"])
+@pytest.mark.parametrize("target", [".", "/dev/null/run.toml", "/proc/run.toml"])
 def test_a_target_that_cannot_be_written_is_refused(lte: Lte, here: Path, target: str) -> None:
     assert_one_line(lte(*SMALL, "-o", target), 2, ("--out", target))
     assert list(here.iterdir()) == []

@@ -21,6 +21,7 @@ from simulate.common.errors import InputError
 from simulate.config.run import load_given_run, load_run
 from tests.harness import wait_until
 from tests.ltecli.command import Lte, Refused, events_of, lte_process, tree, write_run
+from tests.ltecli.commands.sweeps import train_here
 
 SWEEP = ("--set", "method.rank=2,4", "--seeds", "2")
 NAMES = ["rank=2,seed=0", "rank=2,seed=1", "rank=4,seed=0", "rank=4,seed=1"]
@@ -31,7 +32,9 @@ def swept_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the tiny run and its finished sweep `done`; tests get copies of it."""
     folder = tmp_path_factory.mktemp("swept")
     run = write_run(folder / "tiny.toml", train={"steps": 4, "evaluate_every": 2, "checkpoint_every": 2})
-    assert main(["sweep", str(run), *SWEEP, "--out", str(folder / "done"), "--quiet"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        train_here(patch, processes=1)
+        assert main(["sweep", str(run), *SWEEP, "--out", str(folder / "done"), "--quiet"]) == 0
     return folder
 
 
@@ -75,7 +78,10 @@ def test_the_same_command_repeats_no_finished_run(lte: Lte, swept_once: Path, sw
     assert {name: (swept / name / "events.jsonl").stat().st_mtime_ns for name in NAMES} == before
 
 
-def test_a_run_that_was_cut_short_is_resumed_alone(lte: Lte, swept_once: Path, swept: Path) -> None:
+def test_a_run_that_was_cut_short_is_resumed_alone(
+    lte: Lte, swept_once: Path, swept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_here(monkeypatch)
     whole = (swept / NAMES[1] / "events.jsonl").read_text()
     before = {name: (swept / name / "events.jsonl").stat().st_mtime_ns for name in NAMES}
     shutil.rmtree(swept / NAMES[1] / "checkpoints/step-00000004")

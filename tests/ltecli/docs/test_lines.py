@@ -17,6 +17,7 @@ import typer.main
 from ltecli.app import app
 from tests.ltecli.command import Lte, copy_run, write_run
 from tests.ltecli.docs.lines import PAGES, Line, block_lines, span_lines
+from tests.selection import others_slow
 
 LINES = [line for page in PAGES for line in block_lines(page)]
 RUN = [line for line in LINES if line.not_run is None]
@@ -58,6 +59,22 @@ def _is_light(line: Line) -> bool:
     calls = [" ".join(call) for call in line.calls]
     heavy = ("--verify", "--model mynet", "--model hf:", "local")
     return all(call.startswith(LIGHT) and not any(word in call for word in heavy) for call in calls)
+
+
+LIGHT_LINES = [line for line in RUN if _is_light(line)]
+
+
+def _first_with_their_options() -> list[Line]:
+    """Return the light lines that have an option, or a command without options, that no line before them has."""
+    seen: set[tuple[str, ...]] = set()
+    first = []
+    for line in LIGHT_LINES:
+        words = {(call[0], word) for call in line.calls for word in call[1:] if word.startswith("-")}
+        words |= {tuple(call[:2]) for call in line.calls if call[0] == "profile"}
+        if words - seen:
+            first.append(line)
+        seen |= words
+    return first
 
 
 def test_lines_are_found() -> None:
@@ -139,7 +156,7 @@ def _remove_targets(line: Line) -> None:
         shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("line", [line for line in RUN if _is_light(line)], ids=_ids)
+@pytest.mark.parametrize("line", others_slow(LIGHT_LINES, _first_with_their_options()), ids=_ids)
 def test_light_line_runs(line: Line, user_folder: Path, lte: Lte) -> None:
     """A line that plans or looks at profiles ends well."""
     words = line.words

@@ -11,18 +11,8 @@ DOCS = Path(__file__).parents[3] / "docs"
 
 def test_site_builds(tmp_path: Path) -> None:
     """All pages are built and reached from the first one; nothing is fetched from elsewhere when they are read."""
-    build = [
-        sys.executable,
-        "-m",
-        "sphinx",
-        "-q",
-        "-W",
-        "--keep-going",
-        "-b",
-        "html",
-        str(DOCS),
-        str(tmp_path / "site"),
-    ]
+    options = ["-q", "-W", "--keep-going", "-b", "html"]
+    build = [sys.executable, "-m", "sphinx", *options, str(DOCS), str(tmp_path / "site")]
     done = subprocess.run(build, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     for page in DOCS.rglob("*.md"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +87,48 @@ def test_any_changed_byte_makes_it_anew(folder: Path) -> None:
     make = Maker()
     check(cached("test", {}, make))
     assert make.calls == 1
+
+
+def test_a_large_file_is_read_through_once_until_it_changes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "LARGE_BYTES", 1)
+    digests: list[int] = []
+    inner = cache._digest
+    monkeypatch.setattr(cache, "_digest", lambda file: (digests.append(1), inner(file))[1])
+    make = Maker()
+    for _ in range(3):
+        check(cached("test", {}, make))
+    assert (make.calls, len(digests)) == (1, 2)  # to seal it, and to open it first
+    path = the_file(folder)
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    os.utime(path, ns=(0, 0))  # a time of its own, whatever the clock's steps are
+    check(cached("test", {}, make))
+    assert make.calls == 2
+
+
+@pytest.mark.parametrize("length", [0, 1, 1000])
+def test_an_array_of_unknown_length_is_written_block_by_block(folder: Path, length: int) -> None:
+    facts = {"name": "é", "count": 0}
+
+    def blocks() -> Iterator[np.ndarray]:
+        for begin in range(0, length, 300):
+            block = np.arange(begin, min(length, begin + 300), dtype="u2")
+            facts["count"] += len(block)
+            yield block
+
+    kept = cached("test", {}, lambda draft: draft.stream("numbers", "u2", blocks(), facts))
+    numbers = np.arange(length, dtype="u2")
+    assert kept.arrays["numbers"].tolist() == load_file(the_file(folder))["numbers"].tolist() == numbers.tolist()
+    assert kept.facts == {"name": "é", "count": length, "sha256": hashlib.sha256(numbers.tobytes()).hexdigest()}
+
+
+def test_facts_are_found_out_once(folder: Path) -> None:
+    calls: list[int] = []
+    for _ in range(2):
+        assert cache.cached_facts("test", {}, lambda: (calls.append(1), {"count": 3})[1]) == {"count": 3}
+    (path,) = folder.glob("*.json")
+    path.write_text("{")
+    assert cache.cached_facts("test", {}, lambda: {"count": 4}) == {"count": 4}
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("length", [0, 4, 9, 100, -1])

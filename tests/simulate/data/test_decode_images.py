@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import struct
+import subprocess
+import sys
 import zlib
-from multiprocessing import current_process
 from pathlib import Path
 
 import numpy as np
@@ -156,16 +158,40 @@ def test_a_pool_does_what_one_process_does(tmp_path: Path, monkeypatch: pytest.M
         assert np.array_equal(results[0][index], decode(files[names[index]], Frame(8, 3)))
 
 
-def test_a_worker_of_a_pool_decodes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+SCRIPT = """
+import pathlib, sys
+import simulate.data.decode_images as module
+from simulate.data.cache import Draft
+module.POOL_FROM_IMAGES, module.CHUNK_IMAGES, module.usable_workers = 0, 1, lambda tasks: 2
+with open("starts", "a") as file:
+    file.write("x")
+place = Draft(pathlib.Path("out")).allocate({"x": ("u1", (2, 3, 8, 8))}, {})["x"]
+reader = module.FolderReader(pathlib.Path("pictures"))
+print(module.decode_all(reader, ["a/0.png", "a/1.png"], module.Frame(8, 3), place))
+"""
+
+
+def test_workers_do_not_run_the_callers_script_again(tmp_path: Path) -> None:
+    """A script needs no `if __name__ == "__main__":` around what it trains."""
+    write_folder(tmp_path / "pictures", files_of({"a": 2}))
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.stderr) == ("{}\n", "")
+    assert (tmp_path / "starts").read_text() == "x"
+
+
+def test_a_worker_that_ends_early_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "POOL_FROM_IMAGES", 0)
     monkeypatch.setattr(module, "CHUNK_IMAGES", 1)
     monkeypatch.setattr(module, "usable_workers", lambda tasks: 2)
-    monkeypatch.setitem(current_process()._config, "daemon", True)  # type: ignore[attr-defined]
-    files = files_of({"a": 2})
+    monkeypatch.setattr(module, "WORKER", "import sys; sys.stdin.buffer.read(); sys.exit(7)")
     place = Draft(tmp_path / "out").allocate({"x": ("u1", (2, 3, 8, 8))}, {})["x"]
-    reader = FolderReader(write_folder(tmp_path / "pictures", files))
-    assert decode_all(reader, ["a/0.png", "a/1.png"], Frame(8, 3), place) == {}
-    assert np.array_equal(place.open()[1], decode(files["a/1.png"], Frame(8, 3)))
+    reader = FolderReader(write_folder(tmp_path / "pictures", files_of({"a": 2})))
+    with pytest.raises(RuntimeError, match="ended with code 7"):
+        decode_all(reader, ["a/0.png", "a/1.png"], Frame(8, 3), place)
 
 
 def test_a_file_that_went_away_and_a_wrong_checksum_are_told(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from simulate.common.errors import InputError
 from simulate.config.tables import Data
 from simulate.data import text_files
 from simulate.data.load import image_source
-from simulate.data.text import held_bytes, load_text, read_bytes
+from simulate.data.text import load_text, read_bytes
+from simulate.data.text_size import held_bytes
 
 WORDS = "über 😀\r\nzwei\n"
 
@@ -191,8 +192,8 @@ def test_records_and_plain_text_are_not_mixed(tmp_path: Path) -> None:
 
 def test_a_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[int] = []
-    inner = text_files._append
-    monkeypatch.setattr(text_files, "_append", lambda *given: (reads.append(1), inner(*given))[1])
+    inner = text_files._blocks_of
+    monkeypatch.setattr(text_files, "_blocks_of", lambda *given: (reads.append(1), inner(*given))[1])
     path = written(tmp_path / "a.txt", gzip.compress(b"one"))
     data = Data(path=str(path))
     assert bytes(read_bytes(data).tokens) == bytes(load_text(data).tokens) == b"one"

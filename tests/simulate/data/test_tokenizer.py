@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,17 @@ from simulate.config.tables import Data
 from simulate.data import tokenizer as module
 from simulate.data.load import check_data, load_data
 from simulate.data.text import Text, load_text, tokenized
-from simulate.data.tokenizer import declared_size, encode
+from simulate.data.tokenizer import Encoded, declared_size
 from simulate.models.families.gpt import GptModel
 from tests import tiny
 from tests.harness import ROOT, run_python
 
 tokenizers = pytest.importorskip("tokenizers")
+
+
+def encode(train: str, held_out: str, tokenizer: str) -> Encoded:
+    parts = [np.frombuffer(part.encode(), np.uint8) for part in (train, held_out)]
+    return module.encode(parts[0], parts[1], tokenizer, hashlib.sha256((train + held_out).encode()).hexdigest())
 
 
 def decoded(text: Text, tokens: np.ndarray) -> str:
@@ -143,7 +149,10 @@ def test_a_missing_library_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_training_is_the_same_in_every_process() -> None:
-    code = "from simulate.data.tokenizer import _train; print(_train('bpe:600', open('README.md').read()).to_str())"
+    code = (
+        "import numpy as np; from simulate.data.tokenizer import _train; "
+        "print(_train('bpe:600', np.fromfile('README.md', np.uint8)).to_str())"
+    )
     assert len({run_python(code, cwd=ROOT) for _ in range(2)}) == 1
 
 

@@ -66,7 +66,7 @@ def run_of(parts: str, method: str = "ddp", devices: int = 1, **train: Any) -> R
 def plain_network(run: Run) -> nn.Module:
     """Return the network as its user would build it, at the run's seed."""
     with seeded(address(run.train.seed, "weights")):
-        return Net(**{key: value for key, value in run.model.model_dump().items() if key != "name"}).double()
+        return Net(**run.model.keywords()).double()  # type: ignore[attr-defined]
 
 
 def plain_losses(run: Run, network: nn.Module, device: int = 0) -> Tensor:

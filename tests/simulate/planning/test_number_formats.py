@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from simulate.common import processor
+from simulate.common.units import change_text
 from simulate.config.profiles import detect_local, load_profile
 from simulate.costs.flops import pass_flops, update_flops
 from simulate.costs.step_time import device_step_s
@@ -69,7 +70,7 @@ def test_the_note_keeps_its_word(lte: Lte, given: str) -> None:
     assert sent == 1  # autocast is a local matter
     peak = other["chosen"]["memory_bytes"]["total"] / picks["chosen"]["memory_bytes"]["total"]
     (note,) = [note for note in picks["notes"] if "train.autocast" in note]
-    assert f"{time:.2f}x the time and {peak:.2f}x the memory" in note
+    assert f"would take {change_text(time)} time and {change_text(peak)} memory" in note
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from simulate.planning.search_space import train_for
 from simulate.planning.time_ranges import equivalent_range
 from simulate.planning.verdict import Verdict, verdict_of
 from tests.ltecli.command import Lte
+from tests.simulate.data.pictures import files_of, write_folder
 
 SCREEN_LINES, SCREEN_COLUMNS = 16, 80
 QUESTIONS = ["Can it?", "How long?", "Worth it?", "Bottleneck", "Settings"]
@@ -45,6 +47,19 @@ def test_all_figures_are_there_with_all(lte: Lte) -> None:
     assert "chosen: " in shown and "note: " in shown and "other methods" in shown
     assert lte(*command, "--top", "1").stdout.count("\n2 ") == 0
     assert len(lte(*command, "--top", "2", "--json").json()["candidates"]) == 2
+
+
+def test_the_best_candidates_are_different_ideas_in_one_unit_a_column(lte: Lte) -> None:
+    shown = lte("plan", "--profile", "gtx1080ti_x8", "--model", "gpt2", "--all").stdout
+    rows = [line for line in shown.splitlines() if re.match(r"\d+\*? ", line)]
+    ideas = [
+        re.sub(r"(nf4|int8) | x \d+ heads|gather, |reduce, |server, ", "", re.split(r"  +", row)[1]) for row in rows
+    ]
+    assert len(rows) == len(set(ideas)) == 8 and rows[0].startswith("1*")
+    assert "17 more" in rows[0]  # 3 formats x 3 transports x 2 counts of heads, but for itself
+    for table in (rows, shown[shown.index("other methods") :].splitlines()[2:12]):
+        units = [re.findall(r" ([A-Za-z]+)(?=  |$)", row.split("batch ")[1]) for row in table]
+        assert {tuple(names[-7:]) for names in units} == {tuple(units[0][-7:])}
 
 
 def test_a_choice_whose_range_overlaps_denses_is_probably_worth_it() -> None:
@@ -87,6 +102,13 @@ def test_passes_over_a_text_of_ones_own_are_counted(tmp_path: Path) -> None:
     assert not any("is read" in warning for warning in found.warnings)
     _, found = verdict(profile="laptop_cpu", data=str(text), tokens=4_500_000)
     assert found.warnings[0].startswith("Text is read 5 times")
+
+
+def test_passes_over_images_are_counted(tmp_path: Path) -> None:
+    write_folder(tmp_path / "pictures", files_of({"a": 20, "b": 20}))
+    _, found = verdict(profile="rtx3060_x4_home", model="vit", data=str(tmp_path / "pictures"), samples=3600)
+    assert "3.6k samples, 100 passes over the images" in found.title  # a tenth of each class is held out
+    assert not any("teaches little" in warning for warning in found.warnings)
 
 
 def test_a_plan_without_a_model_trains_as_long_as_one_of_the_default_model() -> None:

@@ -133,16 +133,28 @@ def _hang_up(sock: socket.socket) -> None:
     sock.close()
 
 
+TRIES = 5
+"""Measurements of which one must be right: other programs on the machine delay the relay, and never hasten it."""
+
+
 def test_a_link_of_known_rate() -> None:
-    found = over_relay(
-        lambda size: size / 4e6, 0.01, lambda channel: measure_rate(channel, Limits(aim_s=0.3), Deadline(5)).bytes_per_s
+    found = (
+        over_relay(
+            lambda size: size / 4e6,
+            0.01,
+            lambda channel: measure_rate(channel, Limits(aim_s=0.3), Deadline(5)).bytes_per_s,
+        )
+        for _ in range(TRIES)
     )
-    assert found == pytest.approx(4e6, rel=0.15)
+    assert any(rate == pytest.approx(4e6, rel=0.15) for rate in found)
 
 
 def test_a_link_of_known_latency() -> None:
-    found = over_relay(lambda size: 0.01, 0, lambda channel: measure_latency_s(channel, Limits(aim_s=0.1), Deadline(5)))
-    assert 0.01 <= found < 0.015
+    found = (
+        over_relay(lambda size: 0.01, 0, lambda channel: measure_latency_s(channel, Limits(aim_s=0.1), Deadline(5)))
+        for _ in range(TRIES)
+    )
+    assert any(0.01 <= latency_s < 0.015 for latency_s in found)
 
 
 @pytest.mark.parametrize(
