@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 SERIAL_LAYER_FLOPS, MOST_SERIAL = 4e7, 0.2
-"""The share of a step that threads do not shorten is √(SERIAL_LAYER_FLOPS / a layer's operations), at most MOST_SERIAL."""
+"""Threads leave √(SERIAL_LAYER_FLOPS / a layer's operations) of a step as it is, at most MOST_SERIAL."""
 LOOPBACK_BYTES_PER_S = 1e9
 """Bytes that a process sends in a second of gloo's exchanges on loopback."""
 MESSAGE_S = 0.5e-3

@@ -72,10 +72,11 @@ def assert_same(events: Sequence[Event], expected: Sequence[Event], tolerance: f
     for event, other in zip(events, expected, strict=True):
         assert event.keys() == other.keys()
         for key in event.keys() - MEASURED:
-            same = (
-                other[key] if isinstance(other[key], str) else pytest.approx(other[key], rel=tolerance, abs=tolerance)
-            )
-            assert event[key] == same, (event["kind"], event["step"], key)
+            values, others = ([e[key]] if not isinstance(e[key], list) else e[key] for e in (event, other))
+            assert len(values) == len(others)
+            for value, right in zip(values, others, strict=True):
+                same = pytest.approx(right, rel=tolerance, abs=tolerance) if isinstance(right, float) else right
+                assert value == same, (event["kind"], event["step"], key)
 
 
 @pytest.mark.parametrize(
