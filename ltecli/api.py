@@ -15,6 +15,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,7 +113,7 @@ def plan(
             "quantize": quantize,
             "merge_every": merge_every,
         },
-        assignments=(*given.assignments, *_assignments(set, train)),
+        assignments=(*given.assignments, *_assignments(set, train, plan)),
         probe=_path(probe),
         link_from=_path(link_from),
         objective=objective,
@@ -137,7 +138,7 @@ def train(
     on_event: Emit | None = None,
     quiet: bool = True,
     set: Mapping[str, Any] | None = None,
-    **train: Any,
+    **keys: Any,
 ) -> Run:
     """Train a run to its end as `lte train` does, simulated here or with `launch` for real; returns it.
 
@@ -163,7 +164,7 @@ def train(
     folder = _path(out)
     if folder is None and isinstance(given, RunConfig):
         folder = _free_folder(given.model.name)
-    args = TrainArgs(data, tuple(_assignments(set, train)), diagnostics, tiny)
+    args = TrainArgs(data, tuple(_assignments(set, keys, train)), diagnostics, tiny)
     options = LaunchArgs(processes=processes)
     options.check(launch)
     output = _ApiOutput(quiet)
@@ -468,11 +469,15 @@ def _given(model: Any, data: Any, loss: Any, validation: Any, batched: bool) -> 
     return _Given(model, None if data is None else str(data), loss, is_own, assignments, tuple(held))
 
 
-def _assignments(keys: Mapping[str, Any] | None, train: Mapping[str, Any]) -> list[str]:
-    """Return keys as the command line's --set has them; raises InputError for a keyword that is no key of [train]."""
+def _assignments(
+    keys: Mapping[str, Any] | None, train: Mapping[str, Any], function: Callable[..., object]
+) -> list[str]:
+    """Return keys as --set has them; raises InputError for a keyword that the function and [train] do not know."""
     for key in train:
         if key not in Train.model_fields:
-            raise InputError(f"{key} is no option, and no key of [train]: {near_match(key, Train.model_fields)}")
+            options = [name for name, x in signature(function).parameters.items() if x.kind is x.KEYWORD_ONLY]
+            hint = near_match(key, [*options, *Train.model_fields])
+            raise InputError(f"{key} is no option, and no key of [train]: {hint}")
     every = {**(keys or {}), **{f"train.{key}": value for key, value in train.items()}}
     return [_assignment(key, value) for key, value in every.items()]
 

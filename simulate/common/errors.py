@@ -53,6 +53,7 @@ OTHER_NAMES = {
     "classes": ("num_classes",),
     "image": ("image_size", "img_size"),
     "colours": ("channels", "in_chans", "in_channels", "colors"),
+    "on_event": ("callback", "callbacks"),
     "devices": ("world_size", "num_devices", "n_devices", "workers", "num_workers"),
 }
 """Names of other tools for keys of ours: of peft, transformers, nanoGPT, timm, DiLoCo and the LTE paper."""

@@ -144,7 +144,9 @@ def _addition(path: Sequence[int | str], example: Any) -> str:
     if isinstance(example, list):
         return f"add a table [[{path[-1]}]]"
     if isinstance(example, dict) and any(isinstance(value, dict) for value in example.values()):
-        return f"add the table [{path[-1]}]"
+        # Tables within it say where figures come from, and may be left out.
+        keys = (f"{key} = {inline(value)}" for key, value in example.items() if not isinstance(value, dict))
+        return f"add the table [{path[-1]}], for example with {', '.join(keys)}"
     return f"add it, for example {path[-1]} = {inline(example)}"
 
 

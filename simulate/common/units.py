@@ -75,4 +75,7 @@ def range_text(low_s: float, high_s: float, unit: Unit | None = None) -> str:
     if low_s == high_s:
         return seconds_text(low_s, unit)
     size, name = unit or seconds_unit(high_s)
-    return f"{figure_text(low_s / size)}-{figure_text(high_s / size)} {name}"
+    high = figure_text(high_s / size)
+    if unit is None:  # both ends scaled alike, so that their printed ratio is the ranges' own
+        size = high_s / float(high.replace(",", ""))
+    return f"{figure_text(low_s / size)}-{high} {name}"

@@ -176,6 +176,8 @@ def test_a_plan_in_which_nothing_fits_trains_nothing(here: Path) -> None:
     ("call", "words"),
     [
         (lambda: ltecli.plan(learning_rat=1), "learning_rat is no option, and no key of"),
+        (lambda: ltecli.plan(device=2), "device is no option, and no key of [train]: did you mean 'devices'?"),
+        (lambda: ltecli.train(callback=print), "did you mean 'on_event'?"),
         (lambda: ltecli.plan(tokens="many"), "tokens = 'many'"),
         (lambda: ltecli.plan(set={"train.seed": {}}), "a run.toml holds numbers, texts"),
         (lambda: ltecli.plan(model=Net), "a torch.nn.Module, or a name from docs/models.md"),
@@ -189,6 +191,8 @@ def test_a_plan_in_which_nothing_fits_trains_nothing(here: Path) -> None:
     ],
     ids=[
         "keyword",
+        "keyword for devices",
+        "keyword for events",
         "count",
         "value",
         "class",

@@ -54,6 +54,14 @@ def test_a_slip_is_named_with_what_it_says(lte: Lte, tmp_path: Path) -> None:
     assert lte("profile", "check", "rtx3060_x4_home").code == 0
 
 
+def test_a_missing_table_comes_with_example_values(lte: Lte, tmp_path: Path) -> None:
+    (tmp_path / "half.toml").write_text('name = "half"\n[[device]]\ncount = 2\n', encoding="utf-8")
+    said = lte("profile", "check", str(tmp_path / "half.toml"))
+    assert said.code == 2
+    assert "device[0].memory_bytes is missing; add it, for example memory_bytes = " in said.stderr
+    assert 'link is missing; add the table [link], for example with topology = "star", up_bytes_per_s = ' in said.stderr
+
+
 def test_counts_of_tokens_have_units(lte: Lte, refused: Refused) -> None:
     command = ("plan", "--profile", "laptop_cpu", "--model", "gpt", "--json")
     assert lte(*command, "--tokens", "1.5M").json()["tokens"] == 1_500_000
