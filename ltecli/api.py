@@ -140,7 +140,7 @@ def train(
     set: Mapping[str, Any] | None = None,
     **keys: Any,
 ) -> Run:
-    """Train a run to its end as `lte train` does, simulated in this process or with `launch` for real; returns it.
+    """Train a run to its end as `lte train` does, simulated here or with `launch` for real; returns it.
 
     `run` is the path of a run.toml, a plan, a run to train anew, or None for a run that is planned now. The folder is
     `out`; without it a run.toml's is runs/NAME as on the command line, and others' the first runs/NAME-N that is free.
@@ -169,7 +169,7 @@ def train(
     options.check(launch)
     output = _ApiOutput(quiet)
     path, code = train_run(
-        given, folder, False, device, args, options if launch else None, output, ignore_memory, on_event
+        given, folder, False, device, args, options if launch else None, output, ignore_memory, on_event, processes
     )
     return _trained(path, code, held)
 

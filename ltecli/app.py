@@ -368,7 +368,8 @@ def train(
         bool, typer.Option("--launch", help="Train for real: a process for each device, here or on several machines.")
     ] = False,
     processes: Annotated[
-        int | None, typer.Option(help="With --launch: processes on this machine; default: one a device.", min=1)
+        int | None,
+        typer.Option(help="Processes on this machine; default: as many as pay, and with --launch one a device.", min=1),
     ] = None,
     nodes: Annotated[int, typer.Option(help="With --launch: machines that take part.", min=1)] = 1,
     node: Annotated[int | None, typer.Option(help="With --launch: number of this machine, from 0.", min=0)] = None,
@@ -386,7 +387,7 @@ def train(
 ) -> int:
     """Train a run, with its devices simulated or launched for real.
 
-    Simulated devices share this process. Ctrl-C saves and stops.
+    Simulated devices share one process, or a few where that is faster. Ctrl-C saves and stops.
     """
     from ltecli.commands.launch import LaunchArgs
     from ltecli.commands.train import TrainArgs, train_command
@@ -395,7 +396,7 @@ def train(
     options = LaunchArgs(processes, nodes, node, join, interface, secret_file, trust_network)
     options.check(launch)
     return train_command(
-        run, out, resume, device.value, args, options if launch else None, as_json, quiet, ignore_memory
+        run, out, resume, device.value, args, options if launch else None, processes, as_json, quiet, ignore_memory
     )
 
 

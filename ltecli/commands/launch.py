@@ -37,7 +37,7 @@ from simulate.config.run import load_given_run
 from simulate.launch.agent import Launch, Node
 from simulate.launch.heartbeat import LaunchProgress, is_node_alive
 from simulate.launch.keys import LINKS, START
-from simulate.launch.preflight.address import address_text, address_to_join, interfaces
+from simulate.launch.preflight.address import address_text, address_to_join, loopback_interface
 from simulate.launch.preflight.link_figures import LinkFigures
 from simulate.launch.preflight.node_info import Facts, NodeFacts
 from simulate.launch.preflight.preflight import open_preflight
@@ -74,8 +74,8 @@ class LaunchArgs:
 
     def check(self, launch: bool) -> None:
         """Raise InputError where options contradict each other; `launch` says whether --launch was given."""
-        if not launch and self != LaunchArgs():
-            raise InputError("--processes, --nodes, --node, --join, --interface and so on need --launch; add it")
+        if not launch and self != LaunchArgs(self.processes):  # a simulation has processes, too
+            raise InputError("--nodes, --node, --join, --interface and so on need --launch; add it")
         if self.node is not None and self.node >= self.nodes:
             raise InputError(f"--node {self.node} is not below --nodes {self.nodes}; nodes count from 0")
         if self.nodes > 1 and self.node is not None and self.join is None:
@@ -303,14 +303,6 @@ def _to_copy(run_file: Path | str) -> str:
     profile = load_given_run(Path(run_file)).cluster.profile
     is_beside = is_profile_path(profile) and Path(profile).resolve() != Path(run_file).resolve()
     return f"{run_file}, its profile {profile} and its data" if is_beside else f"{run_file} and its data"
-
-
-def loopback_interface() -> str:
-    """Return the name of the loopback interface; raises InputError."""
-    for found in interfaces():
-        if any(str(address) == "127.0.0.1" for address in found.addresses):
-            return found.name
-    raise InputError("this machine has no loopback interface; bring it up, as in ip link set lo up")
 
 
 def _store_facts(launch: Launch, folder: RunFolder, device: torch.device, links: Sequence[LinkFigures]) -> None:

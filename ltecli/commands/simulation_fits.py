@@ -18,6 +18,7 @@ from simulate.config.profiles import detect_local
 from simulate.config.run import Run, build_run
 from simulate.costs.allocator import WORKSPACE_BYTES
 from simulate.costs.memory import host_memory_by_part
+from simulate.costs.message_schedule import schedule
 from simulate.costs.simulated_memory import PROCESS_BYTES, simulated_memory
 from simulate.models.families.table import FAMILIES
 from simulate.models.shapes import ModelShape
@@ -27,19 +28,27 @@ if TYPE_CHECKING:
 
 ALLOCATOR_SHARE = 0.1
 """Guess: share that a GPU's allocator holds beside a simulation's tensors; LARGE_HOLES was seen on a CPU."""
+DATA_COPIES = 4
+"""Guess: most bytes that a process holds for each byte of data, as tokens, samples or decoded images."""
 TINY = {"layers": 2, "width": 64, "attention_heads": 2, "mlp_width": 128, "tokens_width": 32, "channels_width": 128,
         "context": 64}  # fmt: skip
 """Largest sizes of a tiny network."""
 TINY_IMAGE, TINY_PATCH, TINY_STEPS, TINY_BATCH, TINY_RANK, TINY_DEVICES = 32, 8, 20, 2, 8, 8
 
 
-def check_simulation_fits(run: Run, device: torch.device, is_tiny: bool) -> None:
-    """Raise InputError where this machine cannot hold all devices of a run in one process."""
+def check_simulation_fits(run: Run, device: torch.device, is_tiny: bool, processes: int = 1) -> None:
+    """Raise InputError where this machine cannot hold all devices of a run in so many processes."""
     on_gpu = device.type != "cpu"
     room = _rooms(device)
     shape = run.shape()
     short = _short(run, shape, room)
     if short is None:
+        needed = processes_bytes(run, processes)
+        if processes > 1 and needed > room["host"]:
+            raise InputError(
+                f"--processes {processes}: they need about {bytes_text(needed)} of host memory, and "
+                f"{bytes_text(room['host'])} are free here; lower it, or --ignore-memory starts them"
+            )
         return
     where, needed, free = short
     fits = _most_devices(run, shape, room)
@@ -50,6 +59,25 @@ def check_simulation_fits(run: Run, device: torch.device, is_tiny: bool) -> None
         f"cluster.devices = {run.cluster.devices}: simulating them in one process needs about {bytes_text(needed)} of "
         f"{where} memory, and {bytes_text(free)} are free here; {', or '.join([*moves, '--ignore-memory starts it'])}"
     )
+
+
+def fits_in_processes(run: Run, processes: int, data_bytes: int) -> bool:
+    """Whether this machine holds a run's devices in so many processes, each of which has the data."""
+    import torch
+
+    return (
+        processes_bytes(run, processes) + (processes - 1) * DATA_COPIES * data_bytes
+        <= _rooms(torch.device("cpu"))["host"]
+    )
+
+
+def processes_bytes(run: Run, processes: int) -> int:
+    """Return the host's bytes that a simulation in several processes needs, an upper bound."""
+    shape, one = run.shape(), detect_local().device[0]
+    share = _with_devices(run, -(-run.cluster.devices // processes))
+    # What devices exchange is in each process once more, as it leaves and as it arrives from all.
+    arriving = 2 * sum(part.exchange.sent_bytes for part in schedule(run, shape))
+    return processes * (simulated_memory(share, shape, one).process + (arriving if processes > 1 else 0))
 
 
 def host_memory_bytes(run: Run, device: torch.device) -> int:

@@ -1,7 +1,7 @@
-"""lte train: make or open a run folder, then train in it, simulated in this process or launched on real devices.
+"""lte train: make or open a run folder, then train in it, simulated on this machine or launched on real devices.
 
-From here to backward(): `_simulate` calls simulate.training.loop.train, which calls the method's step. A launched run
-(commands/launch.py) has the same loop in each of its processes.
+From here to backward(): `_simulate` calls simulate.training.loop.train, which calls the method's step. Processes that
+share a simulation (simulate.launch.simulated), and those of a launched run (commands/launch.py), have the same loop.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from ltecli.runs.run_folder import (
     run_name,
     stop_on_signal,
 )
+from ltecli.runs.simulation_split import check_processes, pick_split, split_facts, threads_of_torch
 from ltecli.runs.status import StatusFile
 from ltecli.runs.summary import (
     RunResult,
@@ -59,6 +60,8 @@ if TYPE_CHECKING:
     import torch
 
     from simulate.common.events import Emit, Event
+    from simulate.launch.simulated import Companions
+    from simulate.planning.simulation_split import Split
     from simulate.training.loop import Session
 
 DEMO_NAME = "demo"
@@ -89,20 +92,22 @@ def train_command(
     device_name: str,
     args: TrainArgs,
     launch: LaunchArgs | None,
+    processes: int | None,
     as_json: bool,
     quiet: bool,
     ignores_memory: bool = False,
 ) -> int:
-    """Train a run to its end, in this process or launched; returns the exit code."""
+    """Train a run to its end, simulated or launched; returns the exit code. `processes` are those of a simulation."""
     output = Output(as_json, quiet or as_json)
     if launch is not None and launch.nodes > 1 and launch.node is None:
         return print_lines(given, launch, output)
-    return train_run(given, out, resume, device_name, args, launch, output, ignores_memory)[1]
+    return train_run(given, out, resume, device_name, args, launch, output, ignores_memory, processes=processes)[1]
 
 
 def train_run(
     given: Path | Run | None, out: Path | None, resume: bool, device_name: str, args: TrainArgs,
     launch: LaunchArgs | None, output: Output, ignores_memory: bool = False, on_event: Emit | None = None,
+    processes: int | None = None,
 ) -> tuple[Path, int]:  # fmt: skip
     """Train what is given to its end: a run.toml, a run, a run folder to resume, or without one a plan made now.
 
@@ -112,7 +117,7 @@ def train_run(
     callback = Callback(on_event)
     # From the first moment: a folder may be made and nothing trained when the signal comes.
     with interrupted_by_sigterm(), reported_by(output.progress):
-        result = _train(given, out, resume, device_name, args, launch, output, ignores_memory, callback)
+        result = _train(given, out, resume, device_name, args, launch, output, ignores_memory, callback, processes)
     if callback.failure is not None:
         raise callback.failure
     return result
@@ -120,7 +125,7 @@ def train_run(
 
 def _train(
     given: Path | Run | None, out: Path | None, resume: bool, device_name: str, args: TrainArgs,
-    launch: LaunchArgs | None, output: Output, ignores_memory: bool, callback: Callback,
+    launch: LaunchArgs | None, output: Output, ignores_memory: bool, callback: Callback, processes: int | None,
 ) -> tuple[Path, int]:  # fmt: skip
     if isinstance(given, Path) and given.is_dir() and not resume:
         raise InputError(f"{given} is a run folder; add --resume to continue it, or name a run.toml")
@@ -137,11 +142,13 @@ def _train(
     from simulate.layers import accelerator
 
     device = accelerator.choose(device_name)
-    launched = launch or (LaunchArgs() if _has_several_gpus(run, device) else None)
+    launched = launch or (LaunchArgs(processes) if _has_several_gpus(run, device) else None)
     if launched is not None:
         check_launch(run, device, launched)
-    elif not ignores_memory:
-        check_simulation_fits(run, device, args.tiny)
+    else:
+        check_processes(run, device, processes or 1)
+        if not ignores_memory:
+            check_simulation_fits(run, device, args.tiny, processes or 1)
     if replaced:
         output.hint(f"--tiny: {', '.join(replaced)}; all else is the run's")
     folder = folder or new_folder(path, run, device_name)
@@ -159,7 +166,7 @@ def _train(
                     output.warning(warning)
             if launched is not None:
                 return path, launch_run(folder, device, launched, output, warnings, status, callback)
-            code = _simulate(folder, device, output, status, callback)
+            code = _simulate(folder, device, processes, output, status, callback)
         if device.type == "cpu" and code == DONE:
             calibrate_here(output)
         return path, code
@@ -171,46 +178,34 @@ def _train(
         raise KeyboardInterrupt(f"interrupted; {_next_move(folder, launch)}") from None
 
 
-def _simulate(folder: RunFolder, device: torch.device, output: Output, status: StatusFile, callback: Callback) -> int:
-    """Train all devices in this process; returns the exit code."""
+def _simulate(
+    folder: RunFolder, device: torch.device, processes: int | None, output: Output, status: StatusFile,
+    callback: Callback,
+) -> int:  # fmt: skip
+    """Train all devices, in this process or with others that it starts; returns the exit code."""
     report_derived(folder, output)
     if folder.is_finished:
         report_finished(folder, output)
         return 0
-    from simulate.common.events import EventFile
-    from simulate.training.loop import restore, train
+    from simulate.launch.simulated import Companions, begin, simulation_session
 
-    status.begin("measuring")
-    # Measured before the session exists, whose tensors would count as the device's. A resumed run keeps its figure.
-    measured_bytes = None if folder.resume_from else measured_memory_bytes(folder, device)
-    # From here on Ctrl-C saves first; before, there is nothing to save.
-    with stop_on_signal(lambda: status.answer_stop(output.hint), status.leave, callback.stops) as stops:
-        status.begin("building the network")
-        session = _session(folder, device, stops)
-        status.follow(session.activity, session.stopping_text)
-        if folder.resume_from:
-            restore(session, folder.resume_from)
-        # A run that begins anew drops all events, as of an attempt that saved nothing.
-        prepare_events(folder, session.step if folder.resume_from else -1)
-        with (
-            # Loggers first: one that cannot be opened refuses a new run, whose folder then goes, as it has no events.
-            event_loggers(folder.path, folder.run, output, session.step, callback) as loggers,
-            closing(EventFile(folder.events)) as file,
-        ):
-
-            def emit(event: Event) -> None:
-                file(event)
-                status(event)
-                loggers(event)
-
-            session.emit = emit
-            if folder.resume_from:
-                session.emit({"kind": "resume", "step": session.step, "machines": [machine_facts()]})
-            else:
-                session.emit({"kind": "start", "step": 0, **start_facts(folder, device)})
-                session.emit({"kind": "memory", "step": 0, "measured_bytes": measured_bytes})
-            kind = "end" if train(session) else "interrupt"
-            session.emit({"kind": kind, "step": session.step, "wall_s": session.elapsed_s()})
+    split = pick_split(folder, device, processes, output)
+    companions = Companions(folder.path, folder.run, split.processes, split.threads)
+    with threads_of_torch(split.threads), companions.started(folder.resume_from):
+        status.begin("measuring")
+        # Measured before the session exists, whose tensors would count as the device's. A resumed run keeps its figure.
+        measured_bytes = None if folder.resume_from else measured_memory_bytes(folder, device)
+        # From here on Ctrl-C saves first; before, there is nothing to save.
+        with stop_on_signal(lambda: status.answer_stop(output.hint), status.leave, callback.stops) as stops:
+            status.begin("building the network")
+            with companions.joined():
+                session = simulation_session(
+                    folder.run, folder.profile, folder.data, folder.path / CHECKPOINTS, device, split.processes,
+                    stop=lambda: bool(stops),
+                )  # fmt: skip
+                status.follow(session.activity, session.stopping_text)
+                begin(session, folder.resume_from)
+                kind = _trained(folder, device, session, split, measured_bytes, companions, output, status, callback)
     if kind == "interrupt":
         output.hint(f"interrupted at step {session.step}, saved; continue with lte train {folder.path} --resume")
         return INTERRUPTED
@@ -221,28 +216,38 @@ def _simulate(folder: RunFolder, device: torch.device, output: Output, status: S
     return 0
 
 
-def _session(folder: RunFolder, device: torch.device, stops: list[bool]) -> Session:
-    """Return a session of all devices, at step 0, whose events are dropped; it stops once `stops` is not empty."""
-    from simulate.comm.virtual import VirtualCommunicator
-    from simulate.data.batches import build_batches
-    from simulate.methods.registry import build_method
-    from simulate.training.loop import Session
-    from simulate.training.simulated_clock import SimulatedClock
+def _trained(
+    folder: RunFolder, device: torch.device, session: Session, split: Split, measured_bytes: int | None,
+    companions: Companions, output: Output, status: StatusFile, callback: Callback,
+) -> str:  # fmt: skip
+    """Train a session that has begun, whose events go into the folder and to all loggers; returns how it ended."""
+    from simulate.common.events import EventFile
+    from simulate.training.loop import train
 
-    run = folder.run
-    clock = SimulatedClock(run, folder.profile.devices(run.cluster.devices), folder.profile.link)
-    communicator = VirtualCommunicator(run.cluster.devices, clock.charge_transfer, clock.wait)
-    return Session(
-        run=run,
-        method=build_method(run, communicator, device),
-        batches=build_batches(run, folder.data, device),
-        communicator=communicator,
-        clock=clock,
-        emit=lambda event: None,
-        checkpoints=folder.path / CHECKPOINTS,
-        device=device,
-        stop=lambda: bool(stops),
-    )
+    # A run that begins anew drops all events, as of an attempt that saved nothing.
+    prepare_events(folder, session.step if folder.resume_from else -1)
+    with (
+        closing(session.communicator),
+        # Loggers first: one that cannot be opened refuses a new run, whose folder then goes, as it has no events.
+        event_loggers(folder.path, folder.run, output, session.step, callback) as loggers,
+        closing(EventFile(folder.events)) as file,
+    ):
+
+        def emit(event: Event) -> None:
+            file(event)
+            status(event)
+            loggers(event)
+
+        session.emit, facts = emit, split_facts(split)
+        if folder.resume_from:
+            session.emit({"kind": "resume", "step": session.step, "machines": [machine_facts()], **facts})
+        else:
+            session.emit({"kind": "start", "step": 0, **start_facts(folder, device), **facts})
+            session.emit({"kind": "memory", "step": 0, "measured_bytes": measured_bytes})
+        kind = "end" if train(session) else "interrupt"
+        companions.wait_for_the_end()  # by then all have saved
+        session.emit({"kind": kind, "step": session.step, "wall_s": session.elapsed_s()})
+    return kind
 
 
 def _has_several_gpus(run: Run, device: torch.device) -> bool:

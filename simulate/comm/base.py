@@ -185,6 +185,9 @@ class Communicator(ABC):
     def finish(self) -> None:  # noqa: B027 - nothing travels inside of one process
         """Wait as `wait` does, without a charge to the clock: for saves, which are not part of the method."""
 
+    def close(self) -> None:  # noqa: B027 - one process has no thread for exchanges
+        """End the background thread, where there is one."""
+
     @abstractmethod
     def all_gather_scalars(self, values_LX: Tensor) -> Tensor:
         """Return a few numbers of every device, (N, X) on the CPU, in global order; they count as no payload."""

@@ -237,7 +237,7 @@ def _train(folder: Path, device: torch.device, rank: RankInfo, store: dist.Store
         activity.begin("building the network")
         stack.callback(heartbeat.close)
         communicator.missing = heartbeat.missing
-        _check_start(run, communicator, rank)
+        check_start(run, communicator, rank.title)
         session = Session(
             run=run,
             method=build_method(run, communicator, device),
@@ -270,16 +270,16 @@ def _train(folder: Path, device: torch.device, rank: RankInfo, store: dist.Store
     dist.destroy_process_group()
 
 
-def _check_start(run: Run, communicator: TorchCommunicator, rank: RankInfo) -> None:
+def check_start(run: Run, communicator: TorchCommunicator, title: str) -> None:
     """Raise InputError where a user's factory builds other start weights on another process."""
-    own = json.dumps([rank.title, start_figures(run)])
+    own = json.dumps([title, start_figures(run)])
     (first, expected), *others = (json.loads(text) for text in communicator.share_texts(own))
-    for title, figures in others:
+    for other, figures in others:
         for name in expected.keys() | figures.keys():
             (here, size), (there, _) = expected.get(name, (0.0, 0.0)), figures.get(name, (math.inf, 0.0))
             if abs(here - there) > START_TOLERANCE * size:
                 raise InputError(
-                    f"model.name = {run.model.name!r}: {title} starts with other weights of {name} than {first}; give "
+                    f"model.name = {run.model.name!r}: {other} starts with other weights of {name} than {first}; give "
                     "all nodes the same module, and the same files that it reads"
                 )
 

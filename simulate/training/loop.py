@@ -29,7 +29,7 @@ from simulate.methods.build_network import empty_model
 from simulate.methods.paced import Paced
 from simulate.methods.state import State
 from simulate.models.losses import row_losses_of
-from simulate.rules.cadence import Cadence, evaluation_batch
+from simulate.rules.cadence import MEETING_STEPS, Cadence, evaluation_batch
 from simulate.training.activity import Activity
 from simulate.training.checkpoints import Progress, load_checkpoint, prune, save_checkpoint
 from simulate.training.diagnostics import Diagnostics
@@ -68,6 +68,8 @@ class Session:
     """Devices of all processes that save into the same folder; None: this process's."""
     recovers: bool = False
     """Whether lost processes are restarted, from checkpoints at merges."""
+    is_simulation: bool = False
+    """Whether devices are simulated here, in one process or in several that act as one would."""
     saved_at: int = 0
     """Steps done at the last checkpoint."""
     pending_steps: list[tuple[Tensor, Event]] = field(default_factory=list)
@@ -78,17 +80,19 @@ class Session:
     """Phase of the run, for whoever watches it."""
     diagnostics: Diagnostics | None = field(init=False)
     cadence: Cadence = field(init=False)
-    """Steps after which devices meet; in one process after every merge at least, and losses are there at every step."""
+    """Steps after which devices meet; in a simulation after every merge at least, for evaluations and checkpoints."""
 
     def __post_init__(self) -> None:
-        cadence = Cadence.of(self.run)
-        is_whole = self.communicator.is_whole
-        self.cadence = replace(cadence, apart=self.run.method.steps_apart) if is_whole else cadence
+        self._launched_cadence = cadence = Cadence.of(self.run)
+        # All devices in one process meet without a message; so must those of a simulation in several.
+        is_close = self.communicator.is_whole or self.is_simulation
+        self.cadence = replace(cadence, apart=self.run.method.steps_apart) if is_close else cadence
         self.diagnostics = Diagnostics(self.method) if self.run.train.diagnostics_every else None
         # A simulation counts steps by the profile's seconds; only launched processes go by their clocks.
         if isinstance(self.method, Paced):
             self.method.step_s = self.clock.device_step_s
-            self.method.goes_by_clock = self.communicator.processes > 1 and self.run.method.given_steps is None
+            several = self.communicator.processes > 1 and not self.is_simulation
+            self.method.goes_by_clock = several and self.run.method.given_steps is None
 
     def elapsed_s(self) -> float:
         """Measured seconds of the run, over all its sessions."""
@@ -96,12 +100,23 @@ class Session:
 
     def meets(self) -> bool:
         """Whether devices exchange losses now: within one process always, else when a merge has arrived."""
-        return self.communicator.is_whole or self.cadence.meets(self.step)
+        return bool(self.is_simulation and self.pending_diagnostics) or self._meets_after(self.step)
+
+    def _meets_after(self, step: int) -> bool:
+        if self.communicator.is_whole or not self.is_simulation:
+            return self.communicator.is_whole or self.cadence.meets(step)
+        # A message at every step would make each wait for the slowest. But what one process does after a step, several
+        # must do after the same one; and a user who stops a long round, or looks on, waits for few steps.
+        asked = self._evaluates_after(step) or step % self.run.train.checkpoint_every == 0
+        return asked or step % MEETING_STEPS == 0 or self._launched_cadence.meets(step)
 
     def evaluates(self) -> bool:
         """Whether it is time for an evaluation; it waits for the merged weights to be complete."""
-        is_due = self.step == self.run.train.steps or self.cadence.is_due(self.step, self.run.train.evaluate_every)
-        return is_due and self.method.merged_weights_ready(self.step - 1)
+        return self._evaluates_after(self.step)
+
+    def _evaluates_after(self, step: int) -> bool:
+        is_due = step == self.run.train.steps or self.cadence.is_due(step, self.run.train.evaluate_every)
+        return is_due and self.method.merged_weights_ready(step - 1)
 
     def saves(self) -> bool:
         """Whether it is time for a checkpoint: as often as the run says, of a launched one also to recover from."""
@@ -115,10 +130,11 @@ class Session:
         """Return in words what follows a wish to stop, and how long it takes."""
         activity, steps = self.activity, self.run.train.steps
         done, is_whole = activity.step, self.communicator.is_whole
-        meeting = next((step for step in range(done + 1, steps) if is_whole or self.cadence.meets(step)), steps)
+        meeting = next((step for step in range(done + 1, steps) if self._meets_after(step)), steps)
         is_evaluated = meeting == steps or self.cadence.is_due(meeting, self.run.train.evaluate_every)
-        name = "this step" if is_whole else "the round"
-        return activity.stopping_text(meeting, is_evaluated, 0.0 if is_whole else STOP_DELAY_S, name)
+        name = "this step" if is_whole else "a few steps" if self.is_simulation else "the round"
+        delay_s = 0.0 if is_whole or self.is_simulation else STOP_DELAY_S
+        return activity.stopping_text(meeting, is_evaluated, delay_s, name)
 
 
 def train(session: Session) -> bool:
@@ -204,7 +220,7 @@ def _merge(session: Session, step: int) -> None:
     session.communicator.current_phase = f"the merge after step {step + 1}"
     steps_done = method.steps_done()
     if steps_done is not None:
-        session.emit({"kind": "round", "step": step + 1, "steps_done": steps_done})
+        _emit_now(session, {"kind": "round", "step": step + 1, "steps_done": steps_done})
     if method.can_exclude_devices:
         _exclude_devices(session, step)
     method.merge(step)
@@ -221,7 +237,14 @@ def _exclude_devices(session: Session, step: int) -> None:
     if not healthy_N.all():
         session.method.exclude_devices(healthy_N)
         excluded = torch.nonzero(~healthy_N).flatten().tolist()
-        session.emit({"kind": "left-out", "step": step + 1, "devices": excluded})
+        _emit_now(session, {"kind": "left-out", "step": step + 1, "devices": excluded})
+
+
+def _emit_now(session: Session, event: Event) -> None:
+    """Emit what all processes learned in a merge; in a simulation behind the steps before it, as one process does."""
+    if session.is_simulation and session.pending_steps:
+        _emit_steps(session)
+    session.emit(event)
 
 
 def _step_figures(session: Session) -> Event:
@@ -341,6 +364,9 @@ def save(session: Session) -> None:
         state.shared.update(session.diagnostics.state_dict())
     fingerprint = session.batches.fingerprint
     path = save_checkpoint(session.checkpoints, session.run, fingerprint, progress, state, session.writes_shared)
+    if session.is_simulation:
+        # Nobody removes older ones, or says that this one is there, before all processes have written their parts.
+        session.communicator.all_gather_scalars(torch.zeros(session.method.local_devices, 1))
     if session.writes_shared:
         prune(session.checkpoints, session.folder_devices or session.communicator.local_devices)
     session.saved_at = session.step

@@ -187,7 +187,7 @@ def test_a_plan_in_which_nothing_fits_trains_nothing(here: Path) -> None:
         (lambda: ltecli.plan(validation=[(1, 2)]), "belong to data that is an object"),
         (lambda: ltecli.open("nowhere"), "nowhere is no run folder"),
         (lambda: ltecli.train("nowhere.toml"), "nowhere.toml"),
-        (lambda: ltecli.train(processes=2), "need --launch"),
+        (lambda: ltecli.train(processes=99), "--processes 99 are more than cluster.devices"),
     ],
     ids=[
         "keyword",

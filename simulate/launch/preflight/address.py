@@ -336,3 +336,11 @@ def sockaddr(address: str, port: int) -> tuple[Any, ...]:
     """Return the socket address, for bind and connect, of a numeric address."""
     found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
     return found[0][4]
+
+
+def loopback_interface() -> str:
+    """Return the name of the loopback interface; raises InputError."""
+    for found in interfaces():
+        if any(str(address) == "127.0.0.1" for address in found.addresses):
+            return found.name
+    raise InputError("this machine has no loopback interface; bring it up, as in ip link set lo up")

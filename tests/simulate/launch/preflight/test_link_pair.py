@@ -6,10 +6,9 @@ import threading
 
 import pytest
 
-from ltecli.commands.launch import loopback_interface
 from simulate.common.errors import InputError
 from simulate.launch.preflight import link_pair as pair
-from simulate.launch.preflight.address import Endpoint
+from simulate.launch.preflight.address import Endpoint, loopback_interface
 from simulate.launch.preflight.link_probe import Limits
 from simulate.launch.preflight.secret import Secret
 from tests.simulate.launch.preflight.nodes import OTHER, SECRET, free_port
