@@ -360,7 +360,7 @@ def test_a_run_of_objects_resumes_bit_for_bit_with_equal_ones_alone(
     for key, wrong in (("model", other), ("data", (xy[0], xy[1] + 1)), ("loss", nn.functional.mse_loss)):
         with pytest.raises(ltecli.InputError, match="differ, so that the run could not go on as it began"):
             ltecli.open("run", **{**objects, key: wrong})
-    run = ltecli.open("run", model=copy.deepcopy(net), data=Pairs(*xy), loss=huber)
+    run = ltecli.open("run", model=copy.deepcopy(net), data=tuple(t.clone() for t in xy), loss=huber)
     run.resume()
     assert same_numbers(run.events) == expected
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from simulate.common.errors import InputError
 from simulate.config.run import build_run
-from simulate.launch.worker import RankInfo, _check_start, choose_gpu, join_processes
+from simulate.launch.worker import RankInfo, check_start, choose_gpu, join_processes
 from simulate.methods.build_network import start_figures
 from tests.gpus import CURRENT, DeviceModule, no_gpu, stand_in
 
@@ -71,7 +71,7 @@ def test_processes_start_from_the_same_weights_but_for_rounding() -> None:
         build_run({"model": {"name": "tests.zoo:Net", "parts": "linear", "context": 4}, "method": {"name": "ddp"}}),
         "inner.weight",
     )
-    _check_start(run, OtherProcess(name, 1e-6), PLACE)  # type: ignore[arg-type]
+    check_start(run, OtherProcess(name, 1e-6), PLACE.title)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"process 5 on node 1 too starts with other weights of inner\.weight"):
-        _check_start(run, OtherProcess(name, 1e-2), PLACE)  # type: ignore[arg-type]
+        check_start(run, OtherProcess(name, 1e-2), PLACE.title)  # type: ignore[arg-type]
     assert start_figures(build_run({"model": {"name": "gpt"}})) == {}  # the seed alone decides
