@@ -1,7 +1,5 @@
 """`python -m ltecli` is `lte`."""
 
-import sys
+from ltecli.app import script
 
-from ltecli.app import main
-
-sys.exit(main())
+script()

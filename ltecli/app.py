@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 import typer.core
@@ -21,6 +21,7 @@ from ltecli import completion
 from ltecli.environment import set_defaults_of_libraries
 from ltecli.errors import (
     BAD_INPUT,
+    INTERRUPTED,
     StdoutError,
     exit_if_stuck,
     guarded,
@@ -29,6 +30,7 @@ from ltecli.errors import (
     stdout_checked,
 )
 from ltecli.help_pages import write_example, write_options
+from simulate.common.exits import end_process
 from simulate.common.gc_paused import collector_paused
 from simulate.common.quantities import read_count
 from simulate.common.version import version as lte_version
@@ -731,3 +733,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     exit_if_stuck(code)
     return code
+
+
+def script() -> NoReturn:
+    """Run the command line as a program."""
+    code = main()
+    if code == INTERRUPTED:
+        end_process(code)
+    sys.exit(code)

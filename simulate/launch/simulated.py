@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simulate.common.errors import InputError, RunFailedError
+from simulate.common.exits import end_process
 from simulate.common.run_files import CHECKPOINTS, PROFILE_FILE, RUN_FILE
 from simulate.config.profiles import load_profile
 from simulate.config.run import Run, load_run
@@ -270,4 +271,4 @@ def begin(session: Session, resume_from: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
@@ -223,3 +224,13 @@ def test_why_knows_whether_the_extra_is_there(lte: Lte, monkeypatch: pytest.Monk
         said.append(lte(*HOME, "--model", "gpt2", "--method", "lte", "--why", "--json").stdout)
     assert "installed here" in said[0] and "missing here" not in said[0]
     assert "missing here" in said[1] and "installed here" not in said[1]
+
+
+def test_an_interrupt_inside_generated_code_ends_with_the_exit_code() -> None:
+    """Python would end the process with SIGINT, though the interrupt was caught (dataclasses generate code, too)."""
+    code = (
+        "from ltecli import app\n"
+        "try:\n    exec('raise KeyboardInterrupt')\nexcept KeyboardInterrupt:\n    pass\n"
+        "app.main = lambda: 130\napp.script()"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 130
