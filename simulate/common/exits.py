@@ -12,7 +12,8 @@ def end_process(code: int) -> NoReturn:
     """Run what is registered for the exit, flush, and end with this exit code.
 
     Python's teardown aborts a process whose daemon threads are inside of C++ just then, and ends one with SIGINT, not
-    with its exit code, where an interrupt met code that was generated from text, though it was caught further out.
+    with its exit code, where it runs a module (`python -m`) and an interrupt met code generated from text, though it
+    was caught further out.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()
