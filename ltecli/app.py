@@ -494,9 +494,7 @@ PageForce = Annotated[bool, typer.Option("--force", help="Let --html replace an 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say which runs, and how long they take; train nothing.")]
 
 
-@app.command(
-    cls=OnceCommand, epilog="Example: lte sweep run.toml --set method.rank=8,16 --set method.merge_every=5,10 --seeds 3"
-)
+@app.command(cls=OnceCommand)
 @guarded
 def sweep(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="run.toml.")],
@@ -525,10 +523,7 @@ def sweep(
     return sweep_command(run, args, as_json, quiet)
 
 
-@app.command(
-    cls=OnceCommand,
-    epilog="Example: lte compare run.toml --with ddp,diloco --seeds 3 --set-for diloco:train.learning_rate=0.001,0.003",
-)
+@app.command(cls=OnceCommand)
 @guarded
 def compare(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="run.toml, whose method is the reference.")],
