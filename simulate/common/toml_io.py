@@ -164,7 +164,8 @@ def _explain_one(
     path = _path_of(loc, text)
     key = _dotted(path)
     rule, value = first["msg"], first["input"]
-    source = "command line" if {key, f"{key}.name"} & set(assigned) else _source(path, where, text)
+    listed = key.partition("[")[0]  # a list is set as a whole
+    source = "command line" if {listed, f"{key}.name"} & set(assigned) else _source(path, where, text)
     rest = f" (and {more} more)" if more else ""
     if first["type"] == "extra_forbidden":
         known = _keys_beside(schema, loc)

@@ -237,3 +237,8 @@ def test_an_interrupt_inside_generated_code_ends_with_the_exit_code(here: Path) 
     ]
     assert codes[0] in (130, -signal.SIGINT)  # as this Python has it
     assert codes[1] == 130
+
+
+def test_a_list_of_the_command_line_is_not_blamed_on_the_file(refused: Refused, run_toml: Path) -> None:
+    message = refused("train", run_toml, "--set", 'train.loggers=["foo"]', words=("train.loggers[0] = 'foo'",))
+    assert message.startswith("lte: command line: ")
