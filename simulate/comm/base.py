@@ -48,36 +48,13 @@ class Nodes:
     """Number of nodes."""
 
 
-class Communicator(ABC):
-    """Interface of all exchanges between devices; every call packs its tensors into one message.
+class Exchanges(ABC):
+    """Collectives between N equal participants, devices or nodes; every call packs its tensors into one message."""
 
-    Bytes are counted as if each device were a process of its own, so that a run's bytes do not depend on how devices
-    are spread over processes. `on_transfer(transfer, background)` is called for each message and `on_wait()` for each
-    wait; the simulated clock uses both to charge time.
-    """
-
-    def __init__(
-        self,
-        num_devices: int,
-        local_devices: range,
-        on_transfer: Callable[[Transfer, bool], None] | None = None,
-        on_wait: Callable[[], None] | None = None,
-    ) -> None:
-        self.num_devices = num_devices
-        self.local_devices = local_devices
-        self.counter = ByteCounter()
-        self.on_transfer, self.on_wait = on_transfer, on_wait
-        self._background = False
-
-    process, processes = 0, 1
-    """Index of this process, and number of processes."""
-    current_phase = ""
-    """Part of the run that is under way ("step 12"), for the text of errors."""
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether all devices live in this process."""
-        return len(self.local_devices) == self.num_devices
+    num_devices: int
+    """Number of participants."""
+    local_devices: range
+    """Participants of this process, in global order."""
 
     def all_reduce(self, sums: Sequence[Tensor]) -> None:
         """Turn sums over the local devices into sums over all devices, in place."""
@@ -127,6 +104,76 @@ class Communicator(ABC):
         self._count("pull", payload, 0, devices * payload, devices)
         self._pull(tensors)
 
+    @abstractmethod
+    def on_complete(self, compute: Callable[[], None]) -> None:
+        """Call `compute` once all exchanges asked for so far have arrived."""
+
+    @abstractmethod
+    def _all_reduce(self, sums: Sequence[Tensor]) -> None: ...
+
+    @abstractmethod
+    def _all_gather(self, tensors: Sequence[Tensor]) -> list[Tensor]: ...
+
+    @abstractmethod
+    def _all_to_all(self, tensors: Sequence[Tensor]) -> list[Tensor]: ...
+
+    @abstractmethod
+    def _broadcast(self, tensors: Sequence[Tensor], source: int) -> None: ...
+
+    @abstractmethod
+    def _push(self, tensors: Sequence[Tensor], active: Sequence[int] | None) -> list[Tensor] | None: ...
+
+    @abstractmethod
+    def _pull(self, tensors: Sequence[Tensor]) -> None: ...
+
+    @abstractmethod
+    def _count(
+        self,
+        operation: Operation,
+        payload_bytes: int,
+        sent_bytes: int,
+        received_bytes: int,
+        devices: int | None = None,
+        teams: int = 1,
+    ) -> None: ...
+
+    def _count_reduction(self, payload_bytes: int, devices: int, teams: int = 1) -> None:
+        # A ring reduces, then gathers: each byte of the buffer crosses N−1 links twice.
+        crossings = teams * 2 * (devices - 1) * payload_bytes
+        self._count("all_reduce", payload_bytes, crossings, crossings, devices, teams)
+
+
+class Communicator(Exchanges):
+    """Interface of all exchanges between devices.
+
+    Bytes are counted as if each device were a process of its own, so that a run's bytes do not depend on how devices
+    are spread over processes. `on_transfer(transfer, background)` is called for each message and `on_wait()` for each
+    wait; the simulated clock uses both to charge time.
+    """
+
+    def __init__(
+        self,
+        num_devices: int,
+        local_devices: range,
+        on_transfer: Callable[[Transfer, bool], None] | None = None,
+        on_wait: Callable[[], None] | None = None,
+    ) -> None:
+        self.num_devices = num_devices
+        self.local_devices = local_devices
+        self.counter = ByteCounter()
+        self.on_transfer, self.on_wait = on_transfer, on_wait
+        self._background = False
+
+    process, processes = 0, 1
+    """Index of this process, and number of processes."""
+    current_phase = ""
+    """Part of the run that is under way ("step 12"), for the text of errors."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all devices live in this process."""
+        return len(self.local_devices) == self.num_devices
+
     def reduce_in_nodes(self, sums: Sequence[Tensor], nodes: Nodes) -> None:
         """Turn (local nodes, ...), sums over a node's local devices, into sums over all of its devices, in place."""
         local_nodes = max(1, len(self.local_devices) // nodes.size)  # a process may hold part of a node
@@ -147,6 +194,13 @@ class Communicator(ABC):
 
     def arrange(self, nodes: Nodes) -> None:  # noqa: B027 - one process needs no groups
         """Make the groups for exchanges in and over nodes; raises RunFailedError if a process holds uneven parts."""
+
+    @abstractmethod
+    def leaders(self, nodes: Nodes) -> Exchanges | None:
+        """Return the exchanges between the first devices of all nodes; None where this process holds none of them.
+
+        They move tensors only: simulate.comm.nodes counts them, in every process alike.
+        """
 
     @contextmanager
     def background(self) -> Iterator[None]:
@@ -193,24 +247,6 @@ class Communicator(ABC):
         """Return a few numbers of every device, (N, X) on the CPU, in global order; they count as no payload."""
 
     @abstractmethod
-    def _all_reduce(self, sums: Sequence[Tensor]) -> None: ...
-
-    @abstractmethod
-    def _all_gather(self, tensors: Sequence[Tensor]) -> list[Tensor]: ...
-
-    @abstractmethod
-    def _all_to_all(self, tensors: Sequence[Tensor]) -> list[Tensor]: ...
-
-    @abstractmethod
-    def _broadcast(self, tensors: Sequence[Tensor], source: int) -> None: ...
-
-    @abstractmethod
-    def _push(self, tensors: Sequence[Tensor], active: Sequence[int] | None) -> list[Tensor] | None: ...
-
-    @abstractmethod
-    def _pull(self, tensors: Sequence[Tensor]) -> None: ...
-
-    @abstractmethod
     def _reduce_in_nodes(self, sums: Sequence[Tensor], nodes: Nodes) -> None: ...
 
     @abstractmethod
@@ -218,11 +254,6 @@ class Communicator(ABC):
 
     @abstractmethod
     def _broadcast_in_nodes(self, tensors: Sequence[Tensor], nodes: Nodes) -> None: ...
-
-    def _count_reduction(self, payload_bytes: int, devices: int, teams: int = 1) -> None:
-        # A ring reduces, then gathers: each byte of the buffer crosses N−1 links twice.
-        crossings = teams * 2 * (devices - 1) * payload_bytes
-        self._count("all_reduce", payload_bytes, crossings, crossings, devices, teams)
 
     def _count(
         self,
