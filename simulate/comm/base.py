@@ -14,7 +14,7 @@ Legend: L local devices, N devices.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -46,6 +46,11 @@ class Nodes:
     """Devices of one node."""
     count: int
     """Number of nodes."""
+
+
+def first_devices(numbers: Iterable[int], nodes: Nodes) -> list[int]:
+    """Return the first devices of nodes, which hold the node's copy of what it trains."""
+    return [number * nodes.size for number in numbers]
 
 
 class Exchanges(ABC):
