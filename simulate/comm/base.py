@@ -197,7 +197,7 @@ class Communicator(Exchanges):
         self._count("broadcast", payload, crossings, crossings, nodes.size, nodes.count)
         self._broadcast_in_nodes(tensors, nodes)
 
-    def arrange(self, nodes: Nodes) -> None:  # noqa: B027 - one process needs no groups
+    def arrange(self, nodes: Nodes) -> None:
         """Make the groups for exchanges in and over nodes; raises RunFailedError if a process holds uneven parts."""
 
     @abstractmethod
@@ -241,10 +241,10 @@ class Communicator(Exchanges):
             self.on_wait()
         self.finish()
 
-    def finish(self) -> None:  # noqa: B027 - nothing travels inside of one process
+    def finish(self) -> None:
         """Wait as `wait` does, without a charge to the clock: for saves, which are not part of the method."""
 
-    def close(self) -> None:  # noqa: B027 - one process has no thread for exchanges
+    def close(self) -> None:
         """End the background thread, where there is one."""
 
     @abstractmethod

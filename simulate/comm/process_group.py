@@ -67,7 +67,7 @@ class TorchCommunicator(ProcessExchanges, Communicator):
         # Collectives of one group must come in the same order in all processes, so the background has its own group.
         self._background_channel = Channel(everyone, self.new_group(None))
         self._in_node: dict[Nodes, Channels] = {}
-        """Channels to the processes of this process's node, by the division into nodes; none where it holds whole nodes."""
+        """Channels between the processes of one node, by the division into nodes; none where each holds whole nodes."""
         self._between_nodes: dict[Nodes, Channels] = {}
         """Channels between the first processes of all nodes; none where this process is not one of them."""
         self._executor = ThreadPoolExecutor(1, "exchange") if device.type == "cpu" else None

@@ -1,4 +1,4 @@
-"""LTE whose nodes of several devices train as one: a node is one device with the batches of its devices, put together."""
+"""LTE whose nodes train as one: a node is one device with the batches of its devices, put together."""
 
 from __future__ import annotations
 

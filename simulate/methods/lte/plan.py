@@ -3,7 +3,8 @@
 With nodes of several devices, gradients travel inside of each node at every step, and merges between nodes. The buffers
 follow simulate.methods.lte.merge in the order in which it makes and drops tensors. Torch-free.
 
-Letters: N devices, M nodes (devices, where each trains alone), K heads of a device, F elements of one device's factors, O outputs, I inputs.
+Letters: N devices, M nodes (devices, where each trains alone), K heads of a device, F elements of one device's factors,
+O outputs, I inputs.
 """
 
 from __future__ import annotations

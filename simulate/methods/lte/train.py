@@ -58,8 +58,8 @@ from simulate.layers.lora import AdapterSpec, LoraLinear, lora_layers
 from simulate.layers.per_device import VectorLora
 from simulate.methods.averaging import Averaging
 from simulate.methods.base import Method
-from simulate.methods.lora.train import adapter_groups, adapter_parameters, masters
 from simulate.methods.gradient_averaging import packed_parameters
+from simulate.methods.lora.train import adapter_groups, adapter_parameters, masters
 from simulate.methods.loss import gradients_of
 from simulate.methods.lte.merge import LayerMerger, sum_of_products
 from simulate.methods.lte.options import LteOptions

@@ -1,4 +1,4 @@
-"""LTE whose nodes train as one: bytes by hand and as planned, launched as simulated, and what a broken node would do."""
+"""LTE whose nodes train as one: bytes by hand and as planned, launched as simulated, and what broken nodes would do."""
 
 from __future__ import annotations
 

@@ -85,7 +85,8 @@ COMBINED = {
     "lte, late, streaming int8", "lte, late, reduced int8", "lte, late, served", "lte, late, frozen a, int8",
     "lte, paced, redrawn", "lte, paced, reduced int4", "lte, paced, served, muon",
     "lte, vector norms, reset", "lte, frozen a, redrawn", "lte, frozen a, muon", "diloco, muon",
-    "lte, in parts", "lte, nodes, in parts", "lte, nodes, late, reduced int8", "lte, columns, served nf4", "lte, columns, reduced int4", "lte, columns, paced, muon",
+    "lte, nodes, in parts", "lte, nodes, late, reduced int8",
+    "lte, in parts", "lte, columns, served nf4", "lte, columns, reduced int4", "lte, columns, paced, muon",
 }  # fmt: skip
 """Variants of options that have a twin each, but none together."""
 ON_BIGRAMS = (SignsgdTwin, SignMomentumTwin)
