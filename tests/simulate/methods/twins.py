@@ -37,14 +37,14 @@ from tests.simulate.methods.parity import bigram, on_network
 
 FAMILIES: dict[type, tuple[str, ...]] = {
     DdpTwin: ("ddp",),
-    RoundedDdpTwin: ("ddp, int8", "ddp, fp16"),
+    RoundedDdpTwin: ("ddp, int8", "ddp, fp16", "ddp, int2"),
     DdpMuonTwin: ("ddp, muon",),
     LoraTwin: ("lora", "lora, nf4"),
     ReloraTwin: ("relora", "relora, warm start"),
     QuantisedReloraTwin: ("relora, int8",),
     MhloraTwin: ("mhlora", "mhlora, nf4-double"),
     AdamixTwin: ("adamix",),
-    LocalSgdTwin: ("local-sgd", "local-sgd, moments", "local-sgd, reset", "local-sgd, int4", "fedavg"),
+    LocalSgdTwin: ("local-sgd", "local-sgd, moments", "local-sgd, reset", "local-sgd, int4", "local-sgd, int2", "fedavg"),
     LateLocalSgdTwin: ("local-sgd, late", "local-sgd, late, served"),
     PacedLocalSgdTwin: ("local-sgd, paced", "local-sgd, paced, served", "local-sgd, paced int8"),
     DilocoTwin: ("diloco", "diloco, int8", "diloco, streaming"),
@@ -58,7 +58,10 @@ FAMILIES: dict[type, tuple[str, ...]] = {
     SignMomentumTwin: ("from outside",),
     LteTwin: ("lte", "lte, auto", "lte, streaming", "lte, pruned", "lte, forgetful"),
     LteLayerTwin: ("lte, norms of one", "lte, norms of one, served", "lte, vector norms", "lte, frozen"),
-    LteWireTwin: ("lte, int8", "lte, reduced int4", "lte, served bf16", "lte, streaming int8"),
+    LteWireTwin: (
+        "lte, int8", "lte, int2", "lte, reduced int4", "lte, reduced int2", "lte, served bf16", "lte, served int2",
+        "lte, streaming int8",
+    ),
     QuantisedTwin: ("lte, nf4", "lte, int8, served", "lte, nf4-double, reduced"),
     LateLteTwin: ("lte, late", "lte, late, reduced"),
     LateLteFrozenATwin: ("lte, late, frozen a", "lte, columns, late"),
