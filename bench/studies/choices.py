@@ -3,10 +3,10 @@
     python bench/studies/choices.py run --studies bits --text tinyshakespeare.txt --results runs/choices.jsonl
     python bench/studies/choices.py table --studies bits --results docs/choices.jsonl
 
-A study is a list of settings, each with a data set and seeds; `run` does what of it is missing and can be stopped at any
-time. Text is convergence.py's small batch, images are vision.py's networks, "demo" is the run of `make demo`. A setting
-is the method's name and its keys, as `lte optimizer=muon rank=64 wire=int4 learning_rate=0.0065`; keys that no method has
-belong to [train].
+A study is a list of settings, each with a data set and seeds; `run` does what of it is missing and can be stopped at
+any time. Text is convergence.py's small batch, images are vision.py's networks, "demo" is the run of `make demo`. A
+setting is the method's name and its keys, as `lte optimizer=muon rank=64 wire=int4 learning_rate=0.0065`; keys that no
+method has belong to [train].
 """
 
 from __future__ import annotations
@@ -124,19 +124,20 @@ def _gap() -> list[Job]:
 
 def _demo() -> list[Job]:
     """Settings that could be the demo's: equal tokens, and time that is near today's."""
-    muon = "lte optimizer=muon draws=joint wire=int8"
+    muon = "lte optimizer=muon wire=int8"
     return _jobs(
         "demo",
         [
             "lte learning_rate=0.003",
-            f"{muon} learning_rate=0.0045",
-            f"{muon} learning_rate=0.0045 rank=64",
-            f"{muon} learning_rate=0.0065 rank=64 micro_batch=2 steps=390",
-            f"{muon} learning_rate=0.0045 rank=64 merge_every=5",
-            f"{muon} learning_rate=0.009 rank=64",
-            f"{muon} learning_rate=0.0065 rank=64 final_share=0.3",
-            f"{muon} learning_rate=0.0065 rank=64",
-            f"{muon} learning_rate=0.0065 rank=128",
+            f"{muon} draws=joint learning_rate=0.0045",
+            f"{muon} draws=joint learning_rate=0.0045 rank=64",
+            f"{muon} draws=joint learning_rate=0.0065 rank=64 micro_batch=2 steps=390",
+            f"{muon} draws=columns learning_rate=0.0045 rank=64",
+            f"{muon} draws=joint learning_rate=0.003 rank=64",
+            f"{muon} draws=joint learning_rate=0.0045 rank=64 final_share=0.3",
+            f"{muon} draws=joint learning_rate=0.0045 rank=64 wire=int4",
+            f"{muon} draws=joint learning_rate=0.0065 rank=64",
+            f"{muon} draws=joint learning_rate=0.0045 rank=128",
             "ddp optimizer=muon learning_rate=0.0045",
         ],
     )

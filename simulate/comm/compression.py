@@ -21,7 +21,7 @@ from simulate.comm.transfers import WIRE_BITS, WIRE_BLOCK, chunk_elements
 LEVELS = {"int8": 127, "int4": 7}
 """Largest whole number of each symmetric grid, −levels ... levels."""
 FOUR_LEVELS_OF_RMS = 0.4979
-"""Half a step of the four equidistant levels −3, −1, 1, 3 that are nearest to normal numbers, over their standard deviation
+"""Half a step between the four equidistant levels that are nearest to normal numbers, over their standard deviation
 (0.9957 / 2: Max 1960, "Quantizing for minimum distortion", IRE Transactions on Information Theory, table II)."""
 ZERO_SHARE = 1e-6
 """Share of a step of int2 up to which a negative number counts as zero."""
@@ -63,8 +63,8 @@ def _divisor(scale_LW: Tensor) -> Tensor:
 def _round_to_four_levels(x_LWX: Tensor, numbers_L: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Return q of blocks as floats, −3, −1, 1 or 3, and each block's scale (L, W) in bf16.
 
-    Levels are chosen by the root mean square; the scale of least squares then makes what is lost smaller than x, as error
-    feedback needs (arXiv 1901.09847): |x − scale·q|² = |x|² − (Σxq)² / Σq².
+    Levels are chosen by the root mean square; the scale of least squares then makes what is lost smaller than x, as
+    error feedback needs (arXiv 1901.09847): |x − scale·q|² = |x|² − (Σxq)² / Σq².
     """
     firsts_W = torch.arange(0, x_LWX.shape[1] * WIRE_BLOCK, WIRE_BLOCK)
     counts_LW = (torch.tensor(numbers_L).unsqueeze(1) - firsts_W).clamp(0, WIRE_BLOCK).to(x_LWX)

@@ -165,8 +165,8 @@ def compressed_mean(context: ExchangeContext, elements: int, wire: str) -> Compr
     decoded = padded * context.element_bytes
     encoding, unpacked = message, 0
     if wire in WIRE_BITS:
-        # The rounded floats and what divides them, then integers of a byte each; packing several into a byte takes three
-        # such tensors.
+        # The rounded floats and what divides them, then integers of a byte each; packing several into a byte takes
+        # three such tensors.
         packs = WIRE_BITS[wire] < 8
         encoding = decoded + (3 if packs else 1) * padded + 2 * scales_bytes(padded, wire)
         unpacked = padded if packs else 0

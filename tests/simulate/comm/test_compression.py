@@ -102,7 +102,7 @@ def test_an_int4_block_by_hand() -> None:
 
 
 def test_an_int2_block_by_hand() -> None:
-    # Root mean square 2.29, so that a level begins at 2.28: 3, 1, −1, 1; scale (12 + 1 + 2 + 0) / (9 + 1 + 1 + 1) = 1.25.
+    # Root mean square 2.29, so that a level begins at 2.28: 3, 1, −1, 1; scale (12 + 1 + 2 + 0) / 12 = 1.25.
     packed, scale = encode(torch.tensor([[4.0, 1.0, -2.0, 0.0]]), "int2")
     assert scale.tolist() == [[1.25]]
     assert scale.dtype == torch.bfloat16
@@ -123,7 +123,7 @@ def test_a_short_int2_block_counts_only_its_own_numbers() -> None:
 @given(x=rows())
 def test_what_int2_loses_is_shorter_than_what_was_sent(x: Tensor) -> None:
     lost = round_trip(x, "int2") - x
-    # As error feedback needs. In the worst block one number is all: 9 of Σq² = 136 are its own, and bf16 rounds the scale.
+    # As error feedback needs. In the worst block one number is all: 9 of Σq² = 136 are its own; bf16 rounds the scale.
     for block, rest in zip(x.split(WIRE_BLOCK, dim=1), lost.split(WIRE_BLOCK, dim=1), strict=True):
         assert (rest.norm(dim=1) <= block.norm(dim=1) * (1 - 9 / 136) ** 0.5 * (1 + 2**-8)).all()
 
