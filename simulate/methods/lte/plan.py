@@ -287,7 +287,7 @@ class LtePlan(AdapterPlan[LteOptions]):
         added = everyones + max(drawing, base + drawn + stacked, packing, copied)
         if not compressed:
             return added
-        rounding = packed + max(sides) * (element_bytes + (4 if options.wire == "int4" else 2))
+        rounding = packed + max(sides) * (element_bytes + (4 if options.wire in ("int4", "int2") else 2))
         return max(added, everyones + (devices + 1) * packed, rounding)
 
     def _base_bytes(self, context: ExchangeContext, weights: int) -> int:
