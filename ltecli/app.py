@@ -438,6 +438,70 @@ def secret(
 
 @app.command(cls=OnceCommand)
 @guarded
+def invite(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run.toml.", autocompletion=completion.runs)],
+    node: Annotated[str, typer.Option("--for", metavar="NODE", help="Node to invite: node1, node2, ...")],
+    nodes: Annotated[int | None, typer.Option(help="Machines that take part; default: one a device.", min=1)] = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Node 0, as others reach it; default: this machine.")
+    ] = None,
+    secret_file: Annotated[
+        Path | None,
+        typer.Option(help="The run's secret (else LTE_SECRET, or lte.secret beside run.toml, made if needed)."),
+    ] = None,
+    wireguard: Annotated[
+        str | None,
+        typer.Option(metavar="HOST[:PORT]", help="Add a WireGuard tunnel to node 0, which has this public address."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write; default: nodeK.invite.json.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Write the one file by which another machine joins a launched run.
+
+    It holds the run and its secret (mode 0600), and digests of data and code.
+    """
+    from ltecli.commands.invite import InviteArgs, invite_command
+    from ltecli.console import Output
+
+    args = InviteArgs(node, nodes, address, secret_file, wireguard, out)
+    return invite_command(run, args, Output(as_json, quiet or as_json))
+
+
+@app.command(cls=OnceCommand)
+@guarded
+def join(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file that lte invite wrote.")],
+    data: Annotated[
+        str | None, typer.Option("--data", "-d", help="Where the run's data lie here; default: node 0's path.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default: runs/NAME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
+    check: Annotated[bool, typer.Option("--check", "--dry-run", help="Only check this machine, and end.")] = False,
+    device: Annotated[DeviceName, typer.Option(help="Where to train.")] = DeviceName.AUTO,
+    processes: Annotated[
+        int | None, typer.Option(help="Processes on this machine; default: one a device, GPU or core.", min=1)
+    ] = None,
+    interface: Annotated[str | None, typer.Option(help="The only network interface to use.")] = None,
+    trust_network: Annotated[
+        bool, typer.Option("--trust-network", help="Accept an address that is not private.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Take part in a launched run that this machine was invited to.
+
+    Versions, code and data are compared with node 0's first.
+    """
+    from ltecli.commands.join import JoinArgs, join_command
+    from ltecli.console import Output
+
+    args = JoinArgs(data, out, resume, device.value, check)
+    return join_command(file, args, Output(as_json, quiet or as_json), processes, interface, trust_network)
+
+
+@app.command(cls=OnceCommand)
+@guarded
 def report(
     ctx: typer.Context,
     runs: Annotated[

@@ -28,6 +28,8 @@ EXAMPLES = {
     "lte train": "lte train run.toml --set train.steps=1000",
     "lte doctor": "lte doctor run.toml --launch",
     "lte secret": "lte secret lte.secret",
+    "lte invite": "lte invite run.toml --for node1 --nodes 3",
+    "lte join": "lte join node1.invite.json --data texts/",
     "lte report": "lte report runs/first runs/second",
     "lte watch": "lte watch runs/first",
     "lte sweep": "lte sweep run.toml --set method.rank=8,16,32 --seeds 3",

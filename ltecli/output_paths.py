@@ -1,7 +1,7 @@
 """Output paths: may a command write the file or folder that an option names, and the one style of refusals.
 
 Commands check their targets before they start, so that an hour of work does not end in a refusal. lte plan, report,
-probe, validate, export, train, secret and profile measure write through here.
+probe, validate, export, train, secret, invite, join and profile measure write through here.
 """
 
 from __future__ import annotations
@@ -43,6 +43,18 @@ def write_file(path: Path, text: str, option: str = "--out") -> None:
         toml_io.write_atomically(path, text.encode())
     except OSError as error:
         raise unwritable(path, error, option) from None
+
+
+def write_private(path: Path, text: str, option: str) -> None:
+    """Write a new file that only its owner can read; raises InputError where there is one, or the system refuses."""
+    check_absent(path, option)
+    try:
+        # Private from the first byte; O_EXCL follows no link that somebody else has put there.
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:
+        raise unwritable(path, error, option) from None
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 def unwritable(path: Path, error: OSError, option: str = "--out") -> InputError:

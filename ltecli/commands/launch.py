@@ -8,7 +8,6 @@ launch_run, and print_lines for the lines to paste on each node. `lte secret` is
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ltecli.console import Output
 from ltecli.errors import INTERRUPTED
-from ltecli.output_paths import check_absent, unwritable
+from ltecli.output_paths import write_private
 from ltecli.runs.event_loggers import Callback, event_loggers
 from ltecli.runs.run_folder import RunFolder, stop_on_signal
 from ltecli.runs.summary import (
@@ -114,6 +113,11 @@ def check_launch(run: Run, device: torch.device, options: LaunchArgs) -> None:
         raise InputError(
             f"cluster.backend = 'gloo' sends tensors of CPUs only, and this run is on {device.type}; use auto, or "
             "--device cpu"
+        )
+    if run.cluster.throttle is not None and device.type != "cpu":
+        raise InputError(
+            f"cluster.throttle = {run.cluster.throttle!r} slows exchanges between CPUs, and this run is on "
+            f"{device.type}; leave it out, or use --device cpu"
         )
     if live := run.live_keys:
         key, name = next(iter(live.items()))
@@ -267,14 +271,7 @@ def _open_store(launch: Launch, preflight: Preflight, timeout_s: float) -> None:
 
 def secret_command(path: Path) -> int:
     """Write a new secret into a file that only its owner can read; returns the exit code."""
-    check_absent(path, option="PATH")
-    try:
-        # Private from the first byte; O_EXCL follows no link that somebody else has put there.
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except OSError as error:
-        raise unwritable(path, error, option="PATH") from None
-    with os.fdopen(handle, "w") as file:
-        file.write(make_secret())
+    write_private(path, make_secret(), "PATH")
     Output().hint(f"wrote {path}; copy it to every machine of the run, and name it there with --secret-file")
     return 0
 

@@ -148,6 +148,11 @@ def _train(
     if launched is not None:
         check_launch(run, device, launched)
     else:
+        if run.cluster.throttle is not None:
+            raise InputError(
+                f"cluster.throttle = {run.cluster.throttle!r} slows the exchanges of launched runs, and this one is "
+                "simulated, on the links of its profile; add --launch, or leave it out"
+            )
         check_processes(run, device, processes or 1)
         if not ignores_memory:
             check_simulation_fits(run, device, args.tiny, processes or 1)

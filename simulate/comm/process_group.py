@@ -22,6 +22,7 @@ from torch import Tensor
 from simulate.comm.base import Communicator, Nodes
 from simulate.comm.channel import Channel
 from simulate.comm.process_exchanges import ProcessExchanges
+from simulate.comm.throttle import Throttle
 from simulate.comm.transfers import Operation, Transfer
 from simulate.common.errors import RunFailedError, first_line
 from simulate.layers import accelerator
@@ -55,12 +56,14 @@ class TorchCommunicator(ProcessExchanges, Communicator):
         timeout_s: float,
         on_transfer: Callable[[Transfer, bool], None] | None = None,
         on_wait: Callable[[], None] | None = None,
+        throttle: Throttle | None = None,
     ) -> None:
         self.process, self.processes = dist.get_rank(), dist.get_world_size()
         self.current_phase = "the start"
         self.shares = [devices_of(process, self.processes, num_devices) for process in range(self.processes)]
         super().__init__(num_devices, self.shares[self.process], on_transfer, on_wait)
         self.device, self.timeout = device, timedelta(seconds=timeout_s)
+        self.throttle = throttle
         self.control = self.new_group("gloo")  # scalars and texts are on the CPU, also in runs on GPUs
         everyone = range(self.processes)
         self._foreground = Channel(everyone, None)
@@ -89,7 +92,10 @@ class TorchCommunicator(ProcessExchanges, Communicator):
         most = max(len(share) for share in self.shares)  # gloo gathers equal sizes only
         padded = torch.cat([own, own.new_zeros(most - len(own), own.shape[1])])
         everyones = [torch.empty_like(padded) for _ in self.shares]
-        self._guarded("an all-gather of scalars", lambda: dist.all_gather(everyones, padded, self.control))
+        row = Transfer("all_gather", own.shape[1] * own.element_size(), self.num_devices)
+        self._guarded("an all-gather of scalars", self._slowed(
+            lambda: dist.all_gather(everyones, padded, self.control), self.control, row
+        ))  # fmt: skip
         return torch.cat([rows[: len(share)] for rows, share in zip(everyones, self.shares, strict=True)])
 
     def share_texts(self, text: str) -> list[str]:
@@ -138,8 +144,31 @@ class TorchCommunicator(ProcessExchanges, Communicator):
         foreground, background = channels or (self._foreground, self._background_channel)
         channel = background if self._background else foreground
         arrived: list[Tensor] = []
-        self.on_complete(lambda: self._guarded(name, lambda: arrived.extend(exchange(channel) or ())))
+        # The messages are those counted since the exchange before, so that they are known here and not when it is run.
+        slowed = self._slowed(lambda: arrived.extend(exchange(channel) or ()), channel.group)
+        self.on_complete(lambda: self._guarded(name, slowed))
         return arrived
+
+    def _slowed(
+        self, exchange: Callable[[], object], group: dist.ProcessGroup | None, message: Transfer | None = None
+    ) -> Callable[[], object]:
+        """Return the exchange; a throttle slows it to the seconds of what was counted for it, and of `message`."""
+        throttle = self.throttle
+        if throttle is None:
+            return exchange
+        if message is not None:
+            throttle.count(message)
+        seconds = throttle.take_s()
+        return lambda: throttle.slowed(exchange, seconds, lambda: dist.barrier(group))
+
+    def _count(
+        self, operation: Operation, payload_bytes: int, sent_bytes: int, received_bytes: int,
+        devices: int | None = None, teams: int = 1,
+    ) -> None:  # fmt: skip
+        super()._count(operation, payload_bytes, sent_bytes, received_bytes, devices, teams)
+        if self.throttle is not None:  # diagnostics, too, which no clock is charged for
+            everyone = self.num_devices if devices is None else devices
+            self.throttle.count(Transfer(operation, payload_bytes, everyone, teams))
 
     def on_complete(self, compute: Callable[[], None]) -> None:
         """Call `compute` behind the exchanges so far: in the background, one thread (or GPU stream) keeps the order."""

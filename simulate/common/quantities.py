@@ -56,6 +56,18 @@ Seconds = Annotated[float, _reader(SECONDS, "20 ms")]
 FlopRate = Annotated[float, _reader(OPERATIONS, "11.3 TFLOP/s")]
 
 
+def read_link(text: str) -> tuple[float, float]:
+    """Return bytes/s and one-way seconds of a link like "20 Mbit/s, 20 ms" or "20 Mbit/s"; raises ValueError."""
+    rate, comma, delay = text.partition(",")
+    bytes_per_s = read_quantity(rate.strip(), RATES, "20 Mbit/s")
+    latency_s = read_quantity(delay.strip(), SECONDS, "20 ms") if comma else 0.0
+    if bytes_per_s <= 0 or latency_s < 0:
+        raise ValueError(
+            f"{text!r} is no link: its rate must be above 0, its delay not below; write '20 Mbit/s, 20 ms'"
+        )
+    return float(bytes_per_s), float(latency_s)
+
+
 def read_count(text: str) -> int:
     """Return a count like 1_000_000, 2e9 or 2.5B (billions); raises ValueError."""
     value = read_quantity(text, COUNTS, "2.5B")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -66,3 +68,29 @@ def _import_module(field: str, name: str, module_name: str) -> ModuleType:
             f"{field} = {name!r}: importing {module_name} raised {type(error).__name__}: {first_line(error)}; mend it "
             "first: an import should define the network, and nothing else"
         ) from error
+
+
+def code_digest(field: str, name: str) -> str:
+    """Return the SHA-256 of the Python files of the module or package that package.module:Name begins with.
+
+    Nothing is imported. `field` is the key of run.toml. Raises InputError where Python finds no such module.
+    """
+    top = name.partition(":")[0].partition(".")[0]
+    folder = str(Path.cwd())
+    if folder not in sys.path:  # as `python -m` has it
+        sys.path.insert(0, folder)
+    found = find_spec(top)
+    if found is None or (found.origin is None and not found.submodule_search_locations):
+        raise InputError(
+            f"{field} = {name!r}: no module {top!r} is in the current folder or where Python is installed; copy it there"
+        )
+    roots = [Path(place) for place in found.submodule_search_locations or ()]
+    # Relative names, since the package lies elsewhere on another machine.
+    files = {path.relative_to(root).as_posix(): path for root in roots for path in root.rglob("*.py")}
+    if not roots and found.origin is not None:
+        files = {Path(found.origin).name: Path(found.origin)}
+    digest = hashlib.sha256()
+    for relative, path in sorted(files.items()):
+        content = path.read_bytes().replace(b"\r\n", b"\n")  # git on Windows changes line ends
+        digest.update(f"{relative} {len(content)}\n".encode() + content)
+    return digest.hexdigest()

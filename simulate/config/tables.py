@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from simulate.common import toml_io
 from simulate.common.errors import near_match
 from simulate.common.live_objects import is_live
+from simulate.common.quantities import read_link
 
 DATA_NAMES = ("stdlib", "digits")
 HUB = "hf:"
@@ -215,6 +216,16 @@ class Cluster(toml_io.Schema):
     """Restarts without a checkpoint between them before a launched run gives up."""
     recover_every: int = Field(default=1, gt=0)
     """Merges between recovery points of a launched run; where devices exchange at every step, 10 steps count as one."""
+    throttle: str | None = None
+    """Rate and one-way delay of links ("20 Mbit/s, 20 ms") that the exchanges of a launched run are slowed to; not set:
+    they take what they take."""
+
+    @field_validator("throttle")
+    @classmethod
+    def _is_a_link(cls, throttle: str | None) -> str | None:
+        if throttle is not None:
+            read_link(throttle)
+        return throttle
 
     @model_validator(mode="after")
     def _min_devices_fit(self) -> Cluster:

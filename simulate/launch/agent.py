@@ -26,7 +26,7 @@ import psutil
 
 from simulate.common.errors import RunFailedError, first_line
 from simulate.common.run_files import LOGS
-from simulate.config.run import Run, run_fingerprint
+from simulate.config.run import Run, run_fingerprint, without_places
 from simulate.launch.heartbeat import MISSED_BEATS
 from simulate.launch.keys import ATTEMPT, FATAL, FATAL_EXIT, OUTCOME, REPORTED_EXIT, STEP, log
 from simulate.launch.preflight.listener import listen
@@ -187,7 +187,7 @@ class Launch:
             RendezvousTimeout,
         )
 
-        cluster, node, run_id = self.run.cluster, self.node, run_fingerprint(self.run)[:16]
+        cluster, node, run_id = self.run.cluster, self.node, run_fingerprint(without_places(self.run))[:16]
         # cluster.min_devices counts devices, rendezvous counts nodes.
         least = math.ceil((cluster.min_devices or cluster.devices) * node.count / cluster.devices)
         # The run's fingerprint names the rendezvous, so that nodes of two runs never meet.

@@ -28,12 +28,16 @@ import torch
 import torch.distributed as dist
 
 from simulate.comm.process_group import LostPeerError, TorchCommunicator, devices_of, is_lack_of_memory
+from simulate.comm.throttle import Throttle
 from simulate.common.errors import InputError, RunFailedError, first_line
 from simulate.common.events import Emit, Event, EventFile, read_events, truncate_events
 from simulate.common.processor import distinct, machine_facts
+from simulate.common.quantities import read_link
 from simulate.common.run_files import CHECKPOINTS, EVENTS_FILE, PROFILE_FILE, RUN_FILE
+from simulate.config.hardware import Link
 from simulate.config.profiles import load_profile
 from simulate.config.run import Run, load_run
+from simulate.costs.message_time import transfer_s
 from simulate.data.batches import build_batches
 from simulate.data.load import kept_tokenizer, load_data
 from simulate.launch.heartbeat import Beat, ProcessHeartbeat
@@ -214,7 +218,7 @@ def _train(folder: Path, device: torch.device, rank: RankInfo, store: dist.Store
     join_processes(run, device, rank, store)
     clock = SimulatedClock(run, profile.devices(run.cluster.devices), profile.link)
     communicator = TorchCommunicator(
-        run.cluster.devices, device, run.cluster.timeout_s, clock.charge_transfer, clock.wait
+        run.cluster.devices, device, run.cluster.timeout_s, clock.charge_transfer, clock.wait, throttle_of(run)
     )
     activity = Activity()
     session: Session | None = None
@@ -268,6 +272,18 @@ def _train(folder: Path, device: torch.device, rank: RankInfo, store: dist.Store
         if leads:
             store.compare_set(OUTCOME, "", json.dumps(_outcome(session, finished)))
     dist.destroy_process_group()
+
+
+def throttle_of(run: Run) -> Throttle | None:
+    """Return the throttle that cluster.throttle asks for: each device on a link of its own, to a hub, by gloo."""
+    if run.cluster.throttle is None:
+        return None
+    bytes_per_s, latency_s = read_link(run.cluster.throttle)
+    link = Link(
+        topology="star", up_bytes_per_s=bytes_per_s, down_bytes_per_s=bytes_per_s, latency_s=latency_s,
+        collectives="gloo", source="guess",
+    )  # fmt: skip
+    return Throttle(lambda transfer: transfer_s(transfer, link))
 
 
 def check_start(run: Run, communicator: TorchCommunicator, title: str) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 
 from simulate.common import toml_io
-from simulate.config.run import Run, run_fingerprint
+from simulate.config.run import Run, run_fingerprint, without_places
 from simulate.launch.preflight.channel import parse
 from simulate.launch.preflight.handshake import PROTOCOL
 
@@ -41,6 +41,7 @@ class Facts(toml_io.Schema):
         warnings: Sequence[str] = (),
     ) -> Facts:  # fmt: skip
         """Return the facts of a run on this machine; `lte` and `torch` are versions."""
+        run = without_places(run)
         return cls(
             lte=lte,
             torch=torch,

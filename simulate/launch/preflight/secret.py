@@ -11,6 +11,7 @@ import base64
 import codecs
 import functools
 import hashlib
+import json
 import os
 import re
 import ssl
@@ -24,6 +25,8 @@ from simulate.common.errors import InputError
 
 VARIABLE = "LTE_SECRET"
 MAX_BYTES = 16384
+MAX_INVITATION_BYTES = 2**20
+"""Invitations hold a run.toml and a profile beside the secret."""
 _CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
 
 
@@ -106,8 +109,17 @@ def read_secret(path: Path | None, environ: Mapping[str, str] | None = None) -> 
     Raises InputError for a file that is missing, not plain or readable by others, and for text that is no such secret;
     never quotes it.
     """
+    text = read_secret_text(path, environ)
+    return None if text is None else Secret(text.encode())
+
+
+def read_secret_text(path: Path | None, environ: Mapping[str, str] | None = None) -> str | None:
+    """Return the secret as PEM text, from where `read_secret` takes it. Raises InputError as that does."""
     if path is not None:
-        name, text = f"--secret-file {path}", _read_private(path)
+        name, text = (
+            f"--secret-file {path}",
+            read_private(path, "--secret-file", "copy node 0's there (chmod 600)", MAX_INVITATION_BYTES),
+        )
     else:
         # Never an option of the command line, since arguments show in the list of processes.
         given = (os.environ if environ is None else environ).get(VARIABLE)
@@ -117,9 +129,12 @@ def read_secret(path: Path | None, environ: Mapping[str, str] | None = None) -> 
     # Editors of Windows put a mark before text, which is no part of the secret.
     text = text.removeprefix(codecs.BOM_UTF8).strip()
     try:
+        if text.startswith(b"{"):  # an invitation, which holds the secret, too
+            text = str(json.loads(text)["secret"]).encode()
         pem = text if text.startswith(b"-----BEGIN") else base64.b64decode(b"".join(text.split()), validate=True)
-        return Secret(pem)
-    except ValueError:
+        Secret(pem)
+        return pem.decode()
+    except (ValueError, KeyError):
         raise InputError(
             f"{name} holds no certificate with its key, which is what lte secret makes (plain text of earlier versions "
             "is no secret any more); make a new one with lte secret PATH and copy it to all nodes, or set "
@@ -127,22 +142,27 @@ def read_secret(path: Path | None, environ: Mapping[str, str] | None = None) -> 
         ) from None
 
 
-def _read_private(path: Path) -> bytes:
+def read_private(path: Path, option: str, where_missing: str, most_bytes: int = MAX_BYTES) -> bytes:
+    """Return the content of a file that nobody but its owner may open; raises InputError, which names `option`."""
     try:
         # Non-blocking: opening a named pipe would wait for its writer.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except FileNotFoundError:
-        raise InputError(f"--secret-file {path}: no such file; copy node 0's there (chmod 600)") from None
+        raise InputError(f"{option} {path}: no such file; {where_missing}") from None
     except OSError as error:
-        raise InputError(f"--secret-file {path} cannot be read ({error.strerror}); check its permissions") from None
+        raise InputError(f"{option} {path} cannot be read ({error.strerror}); check its permissions") from None
     try:
         # Check the opened file, not its name, which may stand for another file by now.
         mode = os.fstat(handle).st_mode
         if not stat.S_ISREG(mode):
-            raise InputError(f"--secret-file {path} is no plain file; save the secret in one, or use {VARIABLE}")
+            raise InputError(f"{option} {path} is no plain file; save its text in one{_or_variable(option)}")
         if os.name == "posix" and mode & 0o077:
             permissions = stat.S_IMODE(mode)
-            raise InputError(f"--secret-file {path} is open to other users (mode {permissions:o}); chmod 600 {path}")
-        return os.read(handle, MAX_BYTES)
+            raise InputError(f"{option} {path} is open to other users (mode {permissions:o}); chmod 600 {path}")
+        return os.read(handle, most_bytes)
     finally:
         os.close(handle)
+
+
+def _or_variable(option: str) -> str:
+    return f", or use {VARIABLE}" if option == "--secret-file" else ""
