@@ -67,8 +67,7 @@ def invite_command(run_file: Path, args: InviteArgs, output: Output) -> int:
     check_absent(out, "--out")
     tunnel = _tunnel(args.wireguard, node, run_file.parent)
     join = _address(args.address, tunnel)
-    secret_file = args.secret_file or run_file.parent / SECRET_NAME
-    secret, is_made = _secret(args.secret_file, secret_file)
+    secret, secret_file, is_made = _secret(args.secret_file, run_file.parent / SECRET_NAME)
     data = load_data(run)
     profile = load_profile(run.cluster.profile)
     invitation = Invitation(
@@ -76,15 +75,13 @@ def invite_command(run_file: Path, args: InviteArgs, output: Output) -> int:
         run=dump_run(with_profile_name(run, profile), profile), secret=secret, data_sha256=data.fingerprint,
         data_bytes=data.num_bytes, code=code_of(run), wireguard=tunnel.node_config if tunnel else None,
     )  # fmt: skip
-    if is_made:
+    if is_made and secret_file is not None:
         write_private(secret_file, secret, "--secret-file")
     write_private(out, invitation.to_json(), "--out")
     if tunnel is not None:
         _extend_hub(tunnel)
-    # A secret of LTE_SECRET is in node 0's environment, too.
-    has_file = args.secret_file is not None or is_made or secret_file.exists()
     own = f"lte train {run_file} --launch --nodes {nodes} --node 0 --join {join}"
-    own += f" --secret-file {secret_file}" if has_file else ""
+    own += f" --secret-file {secret_file}" if secret_file is not None else ""  # else LTE_SECRET is set here, too
     _report(output, invitation, out, own, tunnel)
     return 0
 
@@ -129,13 +126,17 @@ def _address(given: str | None, tunnel: Tunnel | None) -> str:
     return address_text(host, DEFAULT_PORT)
 
 
-def _secret(given: Path | None, beside: Path) -> tuple[str, bool]:
-    """Return the secret, and whether it is made now: from --secret-file, LTE_SECRET, or lte.secret beside run.toml."""
-    if given is not None or beside.exists():
-        found = read_secret_text(None) if given is None else None
-        return found or str(read_secret_text(given or beside)), False
-    found = read_secret_text(None)
-    return (found, False) if found is not None else (make_secret(), True)
+def _secret(given: Path | None, beside: Path) -> tuple[str, Path | None, bool]:
+    """Return the secret, its file, and whether it is made now.
+
+    It is that of --secret-file, LTE_SECRET (which is no file) or lte.secret beside run.toml, in this order.
+    """
+    found = read_secret_text(given)
+    if found is not None:
+        return found, given, False
+    if beside.exists():
+        return str(read_secret_text(beside)), beside, False
+    return make_secret(), beside, True
 
 
 def _tunnel(given: str | None, node: int, folder: Path) -> Tunnel | None:

@@ -68,8 +68,8 @@ def join_command(
             output.text(f"all well: this machine can be node {invitation.node} of {invitation.nodes}")
             output.json({"version": 1, "ok": True, "node": invitation.node, "nodes": invitation.nodes})
             return 0
-        given = (None, out, True) if args.resume else (run, out, False)
-        return train_run(*given, args.device_name, TrainArgs(), launch, output)[1]
+        given = None if args.resume else run
+        return train_run(given, out, args.resume, args.device_name, TrainArgs(), launch, output)[1]
 
 
 def _check_here(invitation: Invitation, run: Run, args: JoinArgs, launch: LaunchArgs, output: Output) -> None:

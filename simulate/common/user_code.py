@@ -82,7 +82,7 @@ def code_digest(field: str, name: str) -> str:
     found = find_spec(top)
     if found is None or (found.origin is None and not found.submodule_search_locations):
         raise InputError(
-            f"{field} = {name!r}: no module {top!r} is in the current folder or where Python is installed; copy it there"
+            f"{field} = {name!r}: there is no module {top!r} in the current folder or in Python's path; copy it here"
         )
     roots = [Path(place) for place in found.submodule_search_locations or ()]
     # Relative names, since the package lies elsewhere on another machine.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import pytest
@@ -110,3 +110,35 @@ def reaches(node: Node, address: str, tries: int = 3) -> bool:
     connect = f"import socket; socket.create_connection(('{address}', 29500), timeout=1)"
     argv = node.command([sys.executable, "-c", connect])
     return any(run(argv).code == 0 for _ in range(tries))
+
+
+def test_a_run_is_joined_by_invitation_through_its_own_tunnel(open_lab: OpenLab, tmp_path: Path) -> None:
+    if reason := missing((*WIREGUARD_TOOLS, "sysctl")):
+        pytest.skip(reason)
+    run_file, lab = tiny_run(tmp_path, steps=40), open_lab(2, bytes_per_s=12.5e6)
+    lte, elsewhere = [sys.executable, "-m", "ltecli"], tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    invite = [*lte, "invite", run_file.name, "--for", "node1", "--nodes", "2", "--wireguard", lab[0].address]
+    assert lab[0].popen([*invite, "--quiet"], cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL).wait(200) == 0
+    (tmp_path / "node1.invite.json").rename(elsewhere / "node1.invite.json")
+    join = [*lte, "join", "node1.invite.json", "--processes", "1", "--device", "cpu", "--out", "run", "--quiet"]
+    early = lab[1].popen(join, cwd=elsewhere, env=environment(), stderr=subprocess.PIPE, text=True)
+    said = early.communicate(timeout=200)[1]
+    assert early.returncode == 2
+    assert "wg-quick up" in said
+    with ExitStack() as stack:
+        for node, file in zip(lab, (tmp_path / "lte0.conf", elsewhere / "lte1.conf"), strict=True):
+            node.run(["wg-quick", "up", str(file)])
+            stack.callback(node.run, ["wg-quick", "down", str(file)])
+        train = [*lte, "train", run_file.name, "--launch", "--nodes", "2", "--node", "0", "--join", "10.99.0.1:29400"]
+        train += ["--secret-file", "lte.secret", "--processes", "1", "--device", "cpu", "--out", "node0", "--quiet"]
+        started = [
+            node.popen(
+                line, cwd=folder, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            )
+            for node, line, folder in zip(lab, (train, join), (tmp_path, elsewhere), strict=True)
+        ]
+        errors = [process.communicate(timeout=300)[1] for process in started]
+        assert [process.returncode for process in started] == [0, 0], "\n".join(errors)
+    launched = events_of(tmp_path / "node0", "evaluate")[-1]["val_loss"]
+    assert launched == pytest.approx(simulated_loss(run_file, tmp_path / "alone"), rel=1e-9)

@@ -58,7 +58,7 @@ class Invitation(toml_io.Schema):
     """The secret's PEM text."""
     data_sha256: str
     data_bytes: int = Field(ge=0)
-    code: list[UserCode] = []
+    code: list[UserCode] = Field(default_factory=list)
     wireguard: str | None = None
     """Configuration of this node's tunnel, for wg-quick."""
 

@@ -133,7 +133,7 @@ def read_secret_text(path: Path | None, environ: Mapping[str, str] | None = None
             text = str(json.loads(text)["secret"]).encode()
         pem = text if text.startswith(b"-----BEGIN") else base64.b64decode(b"".join(text.split()), validate=True)
         Secret(pem)
-        return pem.decode()
+        return pem.decode().strip() + "\n"
     except (ValueError, KeyError):
         raise InputError(
             f"{name} holds no certificate with its key, which is what lte secret makes (plain text of earlier versions "
