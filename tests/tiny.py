@@ -191,6 +191,32 @@ VARIANTS: dict[str, Table] = {
     },
     "lte, forgetful": {"name": "lte", "merge_every": 4, "merge_optimizer": "reset", "reset": "ab"},
     "lte, in parts": {"name": "lte", "merge_every": 4, "heads_per_device": 2},
+    "lte, nodes": {"name": "lte", "merge_every": 4, "devices_per_node": 2, "heads_per_device": 2},
+    "lte, nodes, frozen a": {
+        "name": "lte", "merge_every": 4, "devices_per_node": 2, "frozen_a": True, "reset": "ab",
+        "merge_transport": "auto",
+    },
+    "lte, nodes, int8": {"name": "lte", "merge_every": 4, "devices_per_node": 2, "wire": "int8", "fragments": 2},
+    "lte, nodes, late": {
+        "name": "lte", "merge_every": 4, "devices_per_node": 2, "merge_delay": 2, "heads_per_device": 2,
+    },
+    "lte, nodes, late, reduced int8": {
+        "name": "lte", "merge_every": 4, "devices_per_node": 2, "merge_delay": 1, "merge_transport": "reduce",
+        "wire": "int8",
+    },
+    "lte, nodes, served nf4": {
+        "name": "lte", "merge_every": 4, "devices_per_node": 2, "quantize": "nf4", "merge_transport": "server",
+        "master": "server", "reset": "b",
+    },
+    "lte, nodes, vector norms": {"name": "lte", "merge_every": 4, "devices_per_node": 2, "norms": "vector-lora"},
+    "lte, nodes, norms of one": {
+        "name": "lte", "merge_every": 4, "devices_per_node": 2, "norms": "one", "merge_transport": "reduce",
+    },
+    "lte, nodes, columns": {
+        "name": "lte", "merge_every": 4, "devices_per_node": 2, "frozen_a": True, "reset": "b", "draws": "columns",
+        **COVERING,
+    },
+    "lte, nodes, in parts": {"name": "lte", "merge_every": 4, "devices_per_node": 2, "heads_per_device": 2},
 }  # fmt: skip
 """Every method, and every option that changes what is computed or sent; rank 2 and scale 2 where there are adapters."""
 TRAIN_KEYS: dict[str, Table] = {"muon": {"optimizer": "muon"}, "in parts": {"accumulate": 2}}

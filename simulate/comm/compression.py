@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simulate.comm.base import Communicator
+from simulate.comm.base import Exchanges
 from simulate.comm.transfers import WIRE_BITS, WIRE_BLOCK, chunk_elements
 
 LEVELS = {"int8": 127, "int4": 7}
@@ -117,7 +117,7 @@ class CompressedMean:
     received, sends C(m + ē) to all, and keeps ē likewise (Tang et al. 2021, arXiv 2102.02888, section 4.3).
     """
 
-    def __init__(self, elements: int, wire: str, communicator: Communicator, like: Tensor) -> None:
+    def __init__(self, elements: int, wire: str, communicator: Exchanges, like: Tensor) -> None:
         self.wire, self.communicator, self.elements = wire, communicator, elements
         local, devices = len(communicator.local_devices), communicator.num_devices
         self.chunk = chunk_elements(elements, devices)

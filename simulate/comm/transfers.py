@@ -61,6 +61,19 @@ class Transfer:
         return self.devices * self.payload_bytes if self.operation == "pull" else self.sent_bytes
 
 
+def copied_in_nodes(transfers: Iterable[Transfer], size: int) -> tuple[Transfer, ...]:
+    """Return messages between nodes, each followed by the copy of its result to the others of a node's devices."""
+    if size == 1:
+        return tuple(transfers)
+    messages: list[Transfer] = []
+    for transfer in transfers:
+        messages.append(transfer)
+        if transfer.operation != "push":  # which the server alone receives
+            gathered = transfer.devices if transfer.operation == "all_gather" else 1
+            messages.append(Transfer("broadcast", gathered * transfer.payload_bytes, size, transfer.devices))
+    return tuple(messages)
+
+
 @dataclass(frozen=True, eq=False)
 class Exchange:
     """Messages that are made one after the other, and their sums of bytes over all devices."""

@@ -24,6 +24,14 @@ from tests.reference.lora import LoraTwin
 from tests.reference.lte import LteTwin
 from tests.reference.lte_frozen_a import LteFrozenATwin
 from tests.reference.lte_layers import LteLayerTwin
+from tests.reference.lte_nodes import (
+    LteNodesFrozenATwin,
+    LteNodesLateTwin,
+    LteNodesLayerTwin,
+    LteNodesQuantisedTwin,
+    LteNodesTwin,
+    LteNodesWireTwin,
+)
 from tests.reference.lte_wire import LteWireTwin
 from tests.reference.mhlora import MhloraTwin
 from tests.reference.muon import DdpMuonTwin, LteMuonTwin
@@ -80,12 +88,19 @@ FAMILIES: dict[type, tuple[str, ...]] = {
     PacedLteTwin: ("lte, paced", "lte, paced, reduced"),
     LteFrozenATwin: ("lte, frozen a", "lte, joint", "lte, columns"),
     LteMuonTwin: ("lte, muon",),
+    LteNodesTwin: ("lte, nodes",),
+    LteNodesFrozenATwin: ("lte, nodes, frozen a", "lte, nodes, columns"),
+    LteNodesWireTwin: ("lte, nodes, int8",),
+    LteNodesLateTwin: ("lte, nodes, late",),
+    LteNodesQuantisedTwin: ("lte, nodes, served nf4",),
+    LteNodesLayerTwin: ("lte, nodes, vector norms", "lte, nodes, norms of one"),
 }
 TWINS: dict[str, type] = {name: twin_class for twin_class, names in FAMILIES.items() for name in names}
 COMBINED = {
     "lte, late, streaming int8", "lte, late, reduced int8", "lte, late, served", "lte, late, frozen a, int8",
     "lte, paced, redrawn", "lte, paced, reduced int4", "lte, paced, served, muon",
     "lte, vector norms, reset", "lte, frozen a, redrawn", "lte, frozen a, muon", "diloco, muon",
+    "lte, nodes, in parts", "lte, nodes, late, reduced int8",
     "lte, in parts", "lte, columns, served nf4", "lte, columns, reduced int4", "lte, columns, paced, muon",
 }  # fmt: skip
 """Variants of options that have a twin each, but none together."""
@@ -98,7 +113,7 @@ TRAIN = {"steps": 14, "warmup_steps": 3, "weight_decay": 0.1, "learning_rate": 1
 def twin_run(name: str, **train: Any) -> Run:
     """Return the run of a variant that its twin trains, too."""
     heads = tiny.VARIANTS[name].get("heads_per_device", 1) if name.startswith("lte") else 1
-    devices = 4 if name.startswith("daso") else 3
+    devices = 4 if name.startswith(("daso", "lte, nodes")) else 3
     return tiny.variant_run(name, devices, train={**TRAIN, "micro_batch": 2 * heads, **train})
 
 
