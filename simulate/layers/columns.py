@@ -19,6 +19,7 @@ from torch import Tensor
 
 from simulate.layers.dtypes import product_dtype
 from simulate.layers.folding import writes_columns
+from simulate.layers.products import sum_of_rows
 from simulate.layers.quantized import QuantizedWeight, dense
 
 
@@ -93,7 +94,7 @@ class _ColumnLinear(torch.autograd.Function):
             _multiply(gx_HMI, g_HMO, frozen_OI, columns_HR, b_HOR, ctx.scale)
             grad_x = gx_HMI.view(*grad_y.shape[:-1], -1).to(ctx.x_dtype)
         rows_of_bias = g_HMO.view(ctx.num_bias, -1, g_HMO.shape[2]) if ctx.needs_input_grad[2] else None
-        grad_bias = None if rows_of_bias is None else rows_of_bias.sum(1).to(b_HOR.dtype)
+        grad_bias = None if rows_of_bias is None else sum_of_rows(rows_of_bias).to(b_HOR.dtype)
         grad_b = picked_HMR.new_empty(b_HOR.shape).baddbmm_(g_HMO.mT, picked_HMR, beta=0, alpha=ctx.scale)
         return grad_x, None, grad_bias, None, grad_b.to(b_HOR.dtype), None
 
