@@ -281,13 +281,14 @@ class LoraLinear(nn.Module):
     def draw_columns(self, steps_done: int, all_heads: int | None = None) -> Columns:
         """Return fresh columns: each head takes r entries of a random order of the inputs, that I/r heads share."""
         rank, inputs, heads = self.spec.rank, self.size[1], self._drawn_heads(all_heads)
-        fit = inputs // rank
+        fit, sliced = inputs // rank, self.spec.draws == "slices"
+        order_of = slice_order if sliced else _column_order
         orders = {
-            group: generator(self.spec.seed, "columns", self.name, group, steps_done).permutation(inputs)
+            group: order_of(generator(self.spec.seed, self.spec.draws, self.name, group, steps_done), inputs, rank)
             for group in range(heads[0] // fit, heads[-1] // fit + 1)
         }
         picked = [orders[head // fit][head % fit * rank :][:rank] for head in heads]
-        return Columns(torch.from_numpy(np.stack(picked)).to(self.b.device), inputs)
+        return Columns(torch.from_numpy(np.stack(picked)).to(self.b.device), inputs, sliced)
 
     def frozen_a(self, heads: int | None = None) -> Tensor | Columns:
         """Return the frozen A of the local heads, or of all `heads` heads of all devices, drawn again."""
@@ -363,7 +364,9 @@ class LoraLinear(nn.Module):
 
     def factors_in_use(self) -> tuple[Tensor | Columns, Tensor]:
         """Return A and B of all heads."""
-        return Columns(self.columns, self.size[1]) if self.draws == "columns" else self.a, self.b
+        if self.draws == "columns":
+            return Columns(self.columns, self.size[1], self.spec.draws == "slices"), self.b
+        return self.a, self.b
 
     def _pairs(self) -> tuple[Tensor | Columns, Tensor, Tensor | None, Tensor | None]:
         """Return A, B, A0 and B0 of the heads that the next pass is of."""
@@ -438,6 +441,22 @@ class LoraConv2d(LoraLinear):
 
     def _as_plain(self, weight_OI: Tensor) -> Tensor:
         return weight_OI.view(self.shape)
+
+
+def _column_order(random: np.random.Generator, inputs: int, rank: int) -> np.ndarray:
+    """Return a random order of the inputs, of which heads take `rank` after `rank`."""
+    return random.permutation(inputs)
+
+
+def slice_order(random: np.random.Generator, inputs: int, rank: int) -> np.ndarray:
+    """Return the inputs of each slice of `rank` that follow one another, slices in a random order.
+
+    What is left over where the rank does not divide the inputs lies between two slices, or at an end.
+    """
+    fit = inputs // rank
+    slices, gap = random.permutation(fit), int(random.integers(fit + 1))
+    starts = slices * rank + (slices >= gap) * (inputs - fit * rank)
+    return (starts[:, None] + np.arange(rank)).ravel()
 
 
 def hartley(x_XI: Tensor) -> Tensor:

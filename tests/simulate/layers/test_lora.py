@@ -103,8 +103,8 @@ class Calls(TorchDispatchMode):
 
 
 # Forward s·x·Aᵀ, and where nothing is folded the product by B; back s·g·B and the product by A, then B's gradient. A
-# folded product takes one call for each half of the heads, to fold it, and one to multiply by it. The bias's gradient is
-# a product with ones.
+# folded product takes one call for each half of the heads, to fold it, and one to multiply by it. The bias's gradient
+# is a product with ones.
 @pytest.mark.parametrize(
     ("rows", "frozen", "baddbmm", "bmm"),
     [

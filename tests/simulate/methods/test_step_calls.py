@@ -28,6 +28,7 @@ def calls_of_a_step(blocks: int, micro_batch: int, **method: Any) -> Counter[str
         trained.step(*data.batch(1, range(HEADS)), 1)
     return Counter({name: calls.of[name] for name in COUNTED})
 
+
 def calls_of_a_block(micro_batch: int, **method: Any) -> dict[str, int]:
     """Return what one block more adds to a step."""
     one, two = (calls_of_a_step(blocks, micro_batch, **method) for blocks in (1, 2))
@@ -57,6 +58,12 @@ STEPS = [
             "index_select": 3 * HEADS, "scatter_add_": 3 * 2 * HEADS,
         },
         id="columns, written",
+    ),
+    # The same without a gather: a copy of W each way, in which each head after the first clears the last one's slice.
+    pytest.param(
+        4, {"rank": 8, "draws": "slices"}, 0,
+        {"addmm_": 3 * 2 * HEADS + 1, "baddbmm_": 3 + 6, "bmm": 5, "copy_": OTHERS["copy_"] + 3 * (HEADS + 2 * HEADS)},
+        id="slices, written",
     ),
 ]  # fmt: skip
 
