@@ -1,8 +1,9 @@
 """Heads whose A picks columns: each row of A is sqrt(I/R) at one input and 0 elsewhere, so that no product needs it.
 
 x·Aᵀ is a gather of R columns of x, and B·A is B, written into R columns of a weight: a head trains a slice of each
-weight (Partial Parameter Updates, arXiv 2509.22418). Only the columns' numbers are kept. simulate.layers.lora draws
-them and calls `column_function` in the layers that have them; merges add by `Columns`.
+weight (Partial Parameter Updates, arXiv 2509.22418). Only the columns' numbers are kept. Columns that follow one
+another are a slice, which a CPU reads and writes without a gather. simulate.layers.lora draws them and calls
+`column_function` in the layers that have them; merges add by `Columns`.
 
 Legend: H heads, M rows of one head, R rank, I inputs, O outputs.
 """
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -61,6 +63,22 @@ class Columns:
         # Head by head: no column stands twice in one call, so that sums come in one order on every device.
         for columns_R, b_OR in zip(self.columns_HR, b_HOR, strict=True):
             target_OI.scatter_add_(1, columns_R.expand(b_OR.shape), b_OR * (share * self.scale))
+
+
+def column_order(random: np.random.Generator, inputs: int, rank: int) -> np.ndarray:
+    """Return a random order of the inputs, of which heads take `rank` after `rank`."""
+    return random.permutation(inputs)
+
+
+def slice_order(random: np.random.Generator, inputs: int, rank: int) -> np.ndarray:
+    """Return the inputs of each slice of `rank` that follow one another, slices in a random order.
+
+    What is left over where the rank does not divide the inputs lies between two slices, or at an end.
+    """
+    fit = inputs // rank
+    slices, gap = random.permutation(fit), int(random.integers(fit + 1))
+    starts = slices * rank + (slices >= gap) * (inputs - fit * rank)
+    return (starts[:, None] + np.arange(rank)).ravel()
 
 
 class _ColumnLinear(torch.autograd.Function):

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simulate.common.seeding import address, generator
-from simulate.layers.columns import Columns, column_function
+from simulate.layers.columns import Columns, column_function, column_order, slice_order
 from simulate.layers.dtypes import product_dtype
 from simulate.layers.folding import folded_products
 from simulate.layers.formats import Draws, Quantize, layer_draws
@@ -282,7 +282,7 @@ class LoraLinear(nn.Module):
         """Return fresh columns: each head takes r entries of a random order of the inputs, that I/r heads share."""
         rank, inputs, heads = self.spec.rank, self.size[1], self._drawn_heads(all_heads)
         fit, sliced = inputs // rank, self.spec.draws == "slices"
-        order_of = slice_order if sliced else _column_order
+        order_of = slice_order if sliced else column_order
         orders = {
             group: order_of(generator(self.spec.seed, self.spec.draws, self.name, group, steps_done), inputs, rank)
             for group in range(heads[0] // fit, heads[-1] // fit + 1)
@@ -441,22 +441,6 @@ class LoraConv2d(LoraLinear):
 
     def _as_plain(self, weight_OI: Tensor) -> Tensor:
         return weight_OI.view(self.shape)
-
-
-def _column_order(random: np.random.Generator, inputs: int, rank: int) -> np.ndarray:
-    """Return a random order of the inputs, of which heads take `rank` after `rank`."""
-    return random.permutation(inputs)
-
-
-def slice_order(random: np.random.Generator, inputs: int, rank: int) -> np.ndarray:
-    """Return the inputs of each slice of `rank` that follow one another, slices in a random order.
-
-    What is left over where the rank does not divide the inputs lies between two slices, or at an end.
-    """
-    fit = inputs // rank
-    slices, gap = random.permutation(fit), int(random.integers(fit + 1))
-    starts = slices * rank + (slices >= gap) * (inputs - fit * rank)
-    return (starts[:, None] + np.arange(rank)).ravel()
 
 
 def hartley(x_XI: Tensor) -> Tensor:
