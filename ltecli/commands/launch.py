@@ -28,6 +28,7 @@ from ltecli.runs.summary import (
     report_result,
     start_facts,
 )
+from simulate.comm.transfers import devices_of
 from simulate.common.errors import InputError, RunFailedError
 from simulate.common.events import PROGRESS, Emit, Event, EventFile
 from simulate.common.limits import usable_cores
@@ -140,8 +141,20 @@ def processes_rule(run: Run, total: int, given: str) -> str | None:
     devices = run.cluster.devices
     if total > devices:
         return f"{given} are more than cluster.devices = {devices}; each process needs a device: lower --processes"
-    rule = run.method.processes_rule(devices, total)
+    rule = run.method.processes_rule(devices, total) or _classes_rule(run, total)
     return f"{given} {rule}" if rule else None
+
+
+def _classes_rule(run: Run, total: int) -> str | None:
+    """Return why so many processes cannot train classes of devices: each holds consecutive devices of one class."""
+    shares = [devices_of(process, total, run.cluster.devices) for process in range(total)]
+    mixed = next((share for share in shares if run.class_of(share[0]) != run.class_of(share[-1])), None)
+    if total == 1 or mixed is None:
+        return None
+    return (
+        f"would give one process devices {mixed[0]} to {mixed[-1]}, which are of several classes (cluster.class); try "
+        f"--processes {run.cluster.devices}, one a device"
+    )
 
 
 def default_processes(run: Run, device: torch.device, nodes: int) -> int:
@@ -151,7 +164,10 @@ def default_processes(run: Run, device: torch.device, nodes: int) -> int:
     # More processes than cores would only take turns; devices in one process share its tensor program.
     here = -(-run.cluster.devices // nodes)  # rounded up
     slots = usable_cores() if device.type == "cpu" else accelerator.count(device.type)
-    return max(1, min(here, slots))
+    most = max(1, min(here, slots))
+    # Rather fewer than cores than more, but each with devices of one class.
+    fitting = (n for n in [*range(most, 0, -1), *range(most + 1, here + 1)] if not _classes_rule(run, n * nodes))
+    return next(fitting, most)
 
 
 def launch_run(

@@ -33,6 +33,7 @@ from ltecli.runs.comparison import (
 from ltecli.runs.evaluations import evaluations_csv, finite_evaluations
 from ltecli.runs.figures import RunRecord, figures, read_run
 from ltecli.runs.run_table import Group, differences, group_runs, run_table, table_notes
+from ltecli.runs.summary import classes_lines
 from ltecli.runs.sweep_folder import is_sweep
 from ltecli.runs.sweep_report import read_sweep, report_sweep
 from simulate.common.errors import InputError
@@ -109,6 +110,8 @@ def show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None:
         f"{record.path}: {describe(run)} on {run.cluster.devices} x {record.plan['profile']}, "
         f"{run.model.name} with {run.shape().all_parameters:,} parameters"
     )
+    for line in classes_lines(record.plan["chosen"]):
+        output.text(line)
     done, planned = figure["steps"], figure["planned_steps"]
     # A run folder does not show whether its process still runs.
     state = "finished" if done == planned else f"stopped or running, of {planned:,}"

@@ -125,6 +125,7 @@ def figures(record: RunRecord) -> dict[str, Any]:
             "simulated": clocks and clocks["simulated_s"] / steps,
             "measured": clocks and clocks["wall_s"] / steps,
         },
+        "classes": chosen.get("classes"),
         "draws_by_layer": draws_by_layer(run, run.model.shape()),
         "restarts": _restarts(record),
         # A resumed run may have moved to another machine.

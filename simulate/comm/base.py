@@ -13,10 +13,12 @@ Legend: L local devices, N devices.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -36,6 +38,19 @@ class ByteCounter:
         self.sent_bytes += sent_bytes
         self.received_bytes += received_bytes
         self.messages += 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """Contribution of each of some consecutive devices to an exchange in which devices send unequal tensors."""
+
+    devices: range
+    shapes: tuple[tuple[int, ...], ...]
+    """Shape of each tensor of one device; the first axis is its rows."""
+
+    def num_bytes(self, element_bytes: Sequence[int]) -> int:
+        """Return the bytes of one device's tensors, whose elements have so many bytes."""
+        return sum(math.prod(shape) * size for shape, size in zip(self.shapes, element_bytes, strict=True))
 
 
 @dataclass(frozen=True)
@@ -179,6 +194,19 @@ class Communicator(Exchanges):
         """Whether all devices live in this process."""
         return len(self.local_devices) == self.num_devices
 
+    def all_gather_parts(self, tensors: Sequence[Tensor], parts: Sequence[Part]) -> list[list[Tensor]]:
+        """Return each tensor as a list over `parts`: (rows of the part's devices, ...), in global order.
+
+        `parts` are of all devices, of which a process holds those of one.
+        """
+        self._count_parts("all_gather", tensors, parts)
+        return self._all_gather_parts(tensors, parts)
+
+    def push_parts(self, tensors: Sequence[Tensor], parts: Sequence[Part]) -> list[list[Tensor]] | None:
+        """Send the local devices' tensors to the server; return at the server what `all_gather_parts` does."""
+        self._count_parts("push", tensors, parts)
+        return self._push_parts(tensors, parts)
+
     def reduce_in_nodes(self, sums: Sequence[Tensor], nodes: Nodes) -> None:
         """Turn (local nodes, ...), sums over a node's local devices, into sums over all of its devices, in place."""
         local_nodes = max(1, len(self.local_devices) // nodes.size)  # a process may hold part of a node
@@ -252,6 +280,12 @@ class Communicator(Exchanges):
         """Return a few numbers of every device, (N, X) on the CPU, in global order; they count as no payload."""
 
     @abstractmethod
+    def _all_gather_parts(self, tensors: Sequence[Tensor], parts: Sequence[Part]) -> list[list[Tensor]]: ...
+
+    @abstractmethod
+    def _push_parts(self, tensors: Sequence[Tensor], parts: Sequence[Part]) -> list[list[Tensor]] | None: ...
+
+    @abstractmethod
     def _reduce_in_nodes(self, sums: Sequence[Tensor], nodes: Nodes) -> None: ...
 
     @abstractmethod
@@ -259,6 +293,21 @@ class Communicator(Exchanges):
 
     @abstractmethod
     def _broadcast_in_nodes(self, tensors: Sequence[Tensor], nodes: Nodes) -> None: ...
+
+    def _count_parts(
+        self, operation: Literal["all_gather", "push"], tensors: Sequence[Tensor], parts: Sequence[Part]
+    ) -> None:
+        sizes = [(len(part.devices), part.num_bytes([t.element_size() for t in tensors])) for part in parts]
+        together = sum(devices * size for devices, size in sizes)
+        if self.num_devices == 1:
+            return
+        # Each device's part crosses N-1 links of a gather, and one to a server.
+        gathers = operation == "all_gather"
+        self.counter.add(
+            together * (self.num_devices - 1 if gathers else 1), together * (self.num_devices - 1) * gathers
+        )
+        if self.on_transfer is not None:
+            self.on_transfer(Transfer.of_parts(operation, sizes), self._background)
 
     def _count(
         self,

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from simulate.comm.base import Communicator, Nodes
 from simulate.comm.channel import Channel
-from simulate.comm.process_exchanges import ProcessExchanges
-from simulate.comm.transfers import Operation, Transfer
+from simulate.comm.process_exchanges import ArrivedT, ProcessExchanges
+from simulate.comm.transfers import Operation, Transfer, devices_of
 from simulate.common.errors import RunFailedError, first_line
 from simulate.layers import accelerator
 
@@ -38,11 +38,6 @@ def is_lack_of_memory(error: BaseException) -> bool:
     """Whether an error means that the host's or a GPU's memory ran out; torch raises RuntimeError for both."""
     text = str(error)
     return isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text.lower()
-
-
-def devices_of(process: int, processes: int, devices: int) -> range:
-    """Return the consecutive devices that a process holds; sizes differ by at most one between processes."""
-    return range(devices * process // processes, devices * (process + 1) // processes)
 
 
 class TorchCommunicator(ProcessExchanges, Communicator):
@@ -132,12 +127,12 @@ class TorchCommunicator(ProcessExchanges, Communicator):
     def _run(
         self,
         name: str,
-        exchange: Callable[[Channel], Sequence[Tensor] | None],
+        exchange: Callable[[Channel], Sequence[ArrivedT] | None],
         channels: Channels | None = None,
-    ) -> list[Tensor]:
+    ) -> list[ArrivedT]:
         foreground, background = channels or (self._foreground, self._background_channel)
         channel = background if self._background else foreground
-        arrived: list[Tensor] = []
+        arrived: list[ArrivedT] = []
         self.on_complete(lambda: self._guarded(name, lambda: arrived.extend(exchange(channel) or ())))
         return arrived
 
@@ -232,7 +227,7 @@ class LeaderExchanges(ProcessExchanges):
     def on_complete(self, compute: Callable[[], None]) -> None:
         self.owner.on_complete(compute)
 
-    def _run(self, name: str, exchange: Callable[[Channel], Sequence[Tensor] | None]) -> list[Tensor]:
+    def _run(self, name: str, exchange: Callable[[Channel], Sequence[ArrivedT] | None]) -> list[ArrivedT]:
         return self.owner._run(f"{name} over nodes", exchange, self.channels)
 
     def _count(

@@ -9,9 +9,11 @@ Letters: N devices, T steps of a round, r rank, s = alpha / r.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
 from simulate.common import toml_io
 from simulate.config.tables import Cluster, Train
@@ -34,12 +36,63 @@ Steps = Annotated[tuple[tuple[int, ...], ...], BeforeValidator(_as_tuples), Fiel
 """Steps of each device, round by round; after the last entry the first one follows."""
 
 
+@dataclass(frozen=True)
+class FleetClass:
+    """The figures of one class of devices that other classes' merges with it depend on."""
+
+    devices: range
+    """Its devices, in global order."""
+    samples: int
+    """Samples of one device in an optimizer step."""
+    heads_per_device: int = 0
+    """Low-rank pairs of one device; 0 for dense methods."""
+    rank: int = 0
+    """Rank of each of them."""
+
+    @property
+    def held_rank(self) -> int:
+        """Sum of the ranks of one device's pairs."""
+        return self.heads_per_device * self.rank
+
+
 class MethodOptions(toml_io.Schema):
     """The keys and questions of every method."""
 
     heads_split_batch: ClassVar[bool] = False
     """Whether each head of a device trains on its own part of the batch, so that `heads_per_device` divides it."""
+    takes_classes: ClassVar[bool] = False
+    """Whether devices may be of unequal classes ([[cluster.class]])."""
     name: str
+    _fleet: tuple[FleetClass, ...] = PrivateAttr(default=())
+    _class_index: int = PrivateAttr(default=0)
+
+    @property
+    def fleet(self) -> tuple[FleetClass, ...]:
+        """All classes of devices, in global order, where these options are of one; none where devices are equal."""
+        return self._fleet
+
+    @property
+    def class_index(self) -> int:
+        """The class of devices that these options are of."""
+        return self._class_index
+
+    @property
+    def first_device(self) -> int:
+        """First of the devices that these options are of, in global order."""
+        return self.fleet[self.class_index].devices.start if self.fleet else 0
+
+    def in_fleet(self, fleet: tuple[FleetClass, ...], index: int) -> MethodOptions:
+        """Return a copy that knows the classes of devices that it merges with, and which of them it is of."""
+        copy = self.model_copy()
+        copy._fleet, copy._class_index = fleet, index
+        return copy
+
+    @property
+    def device_samples(self) -> tuple[int, ...]:
+        """Samples of each device in a step, in global order, where these differ; else none."""
+        if len({one.samples for one in self.fleet}) < 2:
+            return ()
+        return tuple(one.samples for one in self.fleet for _ in one.devices)
 
     @property
     def round_steps(self) -> int:
@@ -105,6 +158,10 @@ class MethodOptions(toml_io.Schema):
                 f"method.steps_taken has a round of {wrong} devices for cluster.devices = {cluster.devices}; give one "
                 "number a device"
             )
+
+    def classes_rule(self, of_classes: Sequence[MethodOptions]) -> str | None:
+        """Return the rule that the options of unequal classes break together, with a way out; or None."""
+        return None
 
     def processes_rule(self, devices: int, processes: int) -> str | None:
         """Return the rule that splitting the devices over so many processes breaks, or None."""
@@ -260,6 +317,42 @@ class AdapterOptions(MethodOptions):
     def held_rank(self, devices: int) -> int:
         """Return the rank of all the pairs that one device holds and trains for a layer."""
         return self.rank
+
+    @property
+    def uneven_heads(self) -> bool:
+        """Whether devices hold unequal numbers of pairs, or pairs of unequal rank."""
+        return len({(one.heads_per_device, one.rank) for one in self.fleet}) > 1
+
+    def teams(self, parties: int) -> tuple[FleetClass, ...]:
+        """Return the teams of consecutive parties (devices, or nodes that train as one) that hold equal pairs."""
+        if self.uneven_heads:
+            return self.fleet
+        return (FleetClass(range(parties), 0, self.held_rank(parties) // self.rank, self.rank),)
+
+    def total_rank(self, parties: int) -> int:
+        """Return the sum of the ranks of all parties' pairs of a layer."""
+        return sum(len(one.devices) * one.held_rank for one in self.teams(parties))
+
+    def most_held_rank(self, parties: int) -> int:
+        """Return the sum of the ranks of a layer's pairs on the party that holds most."""
+        return max(one.held_rank for one in self.teams(parties))
+
+    @property
+    def head_ranks(self) -> tuple[int, ...]:
+        """Rank of each pair of a layer over all devices, in global order, where devices' pairs differ; else none."""
+        if not self.uneven_heads:
+            return ()
+        return tuple(one.rank for one in self.fleet for _ in range(len(one.devices) * one.heads_per_device))
+
+    def heads_of(self, parties: range) -> range:
+        """Return the global indices of the pairs of consecutive parties."""
+        return range(self._heads_before(parties.start), self._heads_before(parties.stop))
+
+    def _heads_before(self, party: int) -> int:
+        if not self.uneven_heads:
+            return party * (self.held_rank(1) // self.rank)
+        within = ((one.heads_per_device, range(one.devices.start, min(one.devices.stop, party))) for one in self.fleet)
+        return sum(heads * len(devices) for heads, devices in within)
 
     def row_rank(self, devices: int) -> int:
         """Return the rank that one row of activations passes through."""

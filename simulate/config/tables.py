@@ -6,14 +6,23 @@ These are the keys that mean the same for every model and method. simulate.confi
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from simulate.common import toml_io
 from simulate.common.errors import near_match
 from simulate.common.live_objects import is_live
+from simulate.layers.formats import Quantize
 
 DATA_NAMES = ("stdlib", "digits")
 HUB = "hf:"
@@ -23,6 +32,7 @@ KEYS_OF_NAME = ("subset", "column", "rows")
 """Keys of [data] that go with a name only, one that starts with HUB."""
 DataFormat = Literal["text", "images", "cifar", "stl10"]
 Share = Annotated[float, Field(gt=0)]
+Autocast = Literal["none", "bf16", "fp16"]
 
 
 def _as_names(value: Any) -> Any:
@@ -148,7 +158,7 @@ class Train(toml_io.Schema):
     """Largest gradient norm of one device (ddp: of the averaged gradient)."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     dtype: Literal["fp32", "fp64"] = "fp32"
-    autocast: Literal["none", "bf16", "fp16"] = "none"
+    autocast: Autocast = "none"
     """Format of matrix products and of the inputs kept for their backward passes; all else stays in dtype."""
     evaluate_every: int = Field(default=100, gt=0)
     """Steps between evaluations; each waits for the next merge, since only merged weights are one model."""
@@ -195,11 +205,41 @@ def whole_steps(steps: float) -> int:
     return int(steps + 1e-6)
 
 
+CLASS_KEYS = {
+    "micro_batch": "train",
+    "accumulate": "train",
+    "autocast": "train",
+    "rank": "method",
+    "heads_per_device": "method",
+    "quantize": "method",
+}
+"""Keys of [[cluster.class]] that stand in place of the run's own, and the tables of those."""
+
+
+class DeviceClass(toml_io.Schema):
+    """Consecutive devices, in global order, that train alike; a key that is not set is the run's own."""
+
+    devices: int = Field(gt=0)
+    micro_batch: int | None = Field(default=None, gt=0)
+    accumulate: int | None = Field(default=None, gt=0)
+    autocast: Autocast | None = None
+    rank: int | None = Field(default=None, gt=0)
+    heads_per_device: int | None = Field(default=None, gt=0)
+    quantize: Quantize | None = None
+
+    def changes(self, table: str) -> dict[str, Any]:
+        """Return the keys of one of the run's tables that this class sets, with its values."""
+        keys = (key for key, owner in CLASS_KEYS.items() if owner == table)
+        return {key: value for key in keys if (value := getattr(self, key)) is not None}
+
+
 class Cluster(toml_io.Schema):
     """The hardware that is planned for, and simulated or launched on; the waits of launched runs."""
 
     profile: str = Field(default="local", min_length=1)
     devices: int = Field(default=4, gt=0)
+    classes: Annotated[tuple[DeviceClass, ...], BeforeValidator(_as_tuple)] = Field(default=(), alias="class")
+    """Classes of unequal devices, one after the other in global order; none: all devices train alike."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Library that moves tensors of a launched run; auto: nccl between CUDA GPUs, gloo else."""
     min_devices: int | None = Field(default=None, gt=0)
@@ -221,3 +261,34 @@ class Cluster(toml_io.Schema):
         if self.min_devices is not None and self.min_devices > self.devices:
             raise ValueError(f"min_devices = {self.min_devices} exceeds devices = {self.devices}; lower it")
         return self
+
+    @model_validator(mode="after")
+    def _classes_have_all_devices(self) -> Cluster:
+        counts = [one.devices for one in self.classes]
+        if counts and sum(counts) != self.devices:
+            terms = " + ".join(map(str, counts))
+            raise ValueError(
+                f"class has {terms} = {sum(counts)} devices, and devices = {self.devices}; try --set "
+                f"cluster.devices={sum(counts)}, or change those of a class"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_table(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write classes under their key, without keys that are not set; a run without classes has no such key."""
+        table: dict[str, Any] = serialize(self)
+        table.pop("classes", None)
+        table.pop("class", None)
+        if self.classes:
+            table["class"] = [one.model_dump(exclude_none=True) for one in self.classes]
+        return table
+
+    def class_of(self, device: int) -> int:
+        """Return the index of the class that a device belongs to."""
+        return next(index for index, devices in enumerate(self.class_devices) if device in devices)
+
+    @property
+    def class_devices(self) -> list[range]:
+        """Devices of each class, in global order; all in one where there are no classes."""
+        ends = list(accumulate([one.devices for one in self.classes] or [self.devices]))
+        return [range(first, end) for first, end in pairwise([0, *ends])]

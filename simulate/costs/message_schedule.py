@@ -26,7 +26,8 @@ def schedule(run: Run, shape: ModelShape) -> tuple[PeriodicExchange, ...]:
     devices = run.cluster.devices
     if devices == 1:
         return ()
-    return plan_of(run.method).messages(shape, devices, ELEMENT_BYTES[run.train.dtype])
+    # A message is the same to all classes of devices, so any of them knows it.
+    return plan_of(run.of_class(0).method).messages(shape, devices, ELEMENT_BYTES[run.train.dtype])
 
 
 def sent_bytes(run: Run, shape: ModelShape, steps: int) -> int:

@@ -38,7 +38,7 @@ def transfer_s(transfer: Transfer, link: Link) -> float:
     if transfer.operation in ("push", "pull"):
         device_bytes_per_s, server_bytes_per_s = server_rates(transfer.operation == "push", transfer.devices, link)
         # The slower of one device's own link and the server's, which carries all devices' bytes.
-        device_s, server_s = payload / device_bytes_per_s, transfer.devices * payload / server_bytes_per_s
+        device_s, server_s = payload / device_bytes_per_s, transfer.together_bytes / server_bytes_per_s
         return server_latency_s(transfer.devices, link) + max(device_s, server_s)
     wire = _Wire.of(transfer, link)
     return _by_gloo_s(transfer, wire) if link.collectives == "gloo" else _by_nccl_s(transfer, wire)
@@ -123,7 +123,7 @@ def _by_gloo_s(transfer: Transfer, wire: _Wire) -> float:
     if transfer.operation == "all_to_all":
         return _swap_s(payload / devices, transfer, wire)
     if transfer.operation == "all_gather":
-        if gathers_by_pairs(payload, devices):
+        if transfer.uneven or gathers_by_pairs(payload, devices):  # rings of gloo gather equal parts only
             return _swap_s(payload, transfer, wire)
         return _ring_s(devices - 1, payload, transfer, wire)
     # What is left is an all-reduce: by pairs for small parts, in a ring of 2(N−1) hops for large ones.

@@ -96,5 +96,9 @@ def samples_factor(
     # The product in this module's docstring: batch and method, merges, rank.
     factor = (1 + run.tokens_per_step * figure(model.minimum_steps) / tokens) * figure(model.methods[plan.samples_like])
     factor *= max(1.0, run.method.round_steps / model.merge_every) ** figure(model.merge_exponent)
-    shortfall = plan.rank_shortfall(shape.largest_dimension, run.cluster.devices, model.lte_rank_share)
+    # Of classes, the one whose heads see least.
+    shortfall = max(
+        plan_of(one.method).rank_shortfall(shape.largest_dimension, run.cluster.devices, model.lte_rank_share)
+        for one in run.classes
+    )
     return factor * shortfall ** figure(model.rank_exponent)

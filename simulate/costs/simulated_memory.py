@@ -58,7 +58,13 @@ class SimulatedMemory:
 
 
 def simulated_memory(run: Run, shape: ModelShape, device: Device) -> SimulatedMemory:
-    """Return a simulation's memory at its peak; `device` is one of those simulated, in its own memory or the host's."""
+    """Return a simulation's memory at its peak; `device` is one of those simulated, in its own memory or the host's.
+
+    Classes of devices have a tensor program each, beside one another.
+    """
+    if run.cluster.classes:
+        parts = [simulated_memory(one, shape, device) for one in _programs(run)]
+        return SimulatedMemory(*(sum(getattr(part, key) for part in parts) for key in ("state", "passing", "holes")))
     state = _state_bytes(run, shape, peak_profile(run, shape, device))
     passing = max(size for _, size in passing_bytes(run, shape, device))
     train = run.train
@@ -66,6 +72,12 @@ def simulated_memory(run: Run, shape: ModelShape, device: Device) -> SimulatedMe
     share = SMALL_HOLES if between_blocks < MAPPED_BYTES else LARGE_HOLES
     libraries = CPU_LIBRARY_BYTES.get(train.autocast, 0)
     return SimulatedMemory(state, passing, int(share * max(0, passing)) + libraries)
+
+
+def _programs(run: Run) -> Iterator[Run]:
+    """Yield the run of each class's tensor program, which holds that class's devices alone."""
+    for one, members in zip(run.classes, run.cluster.class_devices, strict=True):
+        yield one.model_copy(update={"cluster": one.cluster.model_copy(update={"devices": len(members)})})
 
 
 def passing_bytes(run: Run, shape: ModelShape, device: Device) -> Iterator[tuple[PhaseName, int]]:

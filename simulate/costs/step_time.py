@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from simulate.comm.transfers import Exchange
 from simulate.config.hardware import Device, Dtype, Link
@@ -65,15 +65,15 @@ def round_time(run: Run, shape: ModelShape, devices: Sequence[Device], link: Lin
     In lockstep all devices wait for the slowest. With a deadline nobody waits, unless one step of a device takes longer
     than that.
     """
-    # Devices of one kind take equal time, so each kind is computed once.
-    kinds = [_rates(run, device) for device in distinct(devices)]
+    # Devices of one kind and class take equal time, so each is computed once.
+    kinds = [(one, _rates(one, device)) for one, held in by_class(run, devices) for device in distinct(held)]
     if run.method.is_paced:
         steps_s, device_steps = round_compute_s(run.method, device_step_s(run, shape, devices))
         step_s = steps_s / run.method.round_steps
     else:
-        step_s = max(compute_s(run, shape, kind) for kind in kinds)
+        step_s = max(compute_s(one, shape, rates) for one, rates in kinds)
         device_steps = float(run.method.round_steps * len(devices))
-    merge_s = max(merge_compute_s(run, shape, kind) for kind in kinds)
+    merge_s = max(merge_compute_s(one, shape, rates) for one, rates in kinds)
     parts = schedule(run, shape)
     link = link_of(link, run.cluster.backend)
     # A delayed message also overlaps the arithmetic of the merge at which it is sent.
@@ -94,12 +94,34 @@ def round_time(run: Run, shape: ModelShape, devices: Sequence[Device], link: Lin
 
 def device_step_s(run: Run, shape: ModelShape, devices: Sequence[Device]) -> tuple[float, ...]:
     """Return the seconds of a step on each device."""
-    return _of_each(devices, lambda device: compute_s(run, shape, _rates(run, device)))
+    return tuple(
+        seconds
+        for one, held in by_class(run, devices)
+        for seconds in _of_each(held, partial(_device_s, compute_s, one, shape))
+    )
 
 
 def device_merge_s(run: Run, shape: ModelShape, devices: Sequence[Device]) -> tuple[float, ...]:
     """Return the seconds of the arithmetic of a round's merges on each device."""
-    return _of_each(devices, lambda device: merge_compute_s(run, shape, _rates(run, device)))
+    return tuple(
+        seconds
+        for one, held in by_class(run, devices)
+        for seconds in _of_each(held, partial(_device_s, merge_compute_s, one, shape))
+    )
+
+
+def _device_s(
+    seconds: Callable[[Run, ModelShape, _Rates], float], run: Run, shape: ModelShape, device: Device
+) -> float:
+    return seconds(run, shape, _rates(run, device))
+
+
+def by_class(run: Run, devices: Sequence[Device]) -> list[tuple[Run, Sequence[Device]]]:
+    """Return the run as each class of devices has it, and the class's devices."""
+    if not run.cluster.classes:
+        return [(run, devices)]
+    held = [devices[members.start : members.stop] for members in run.cluster.class_devices]
+    return list(zip(run.classes, held, strict=True))
 
 
 def _of_each(devices: Sequence[Device], seconds_of: Callable[[Device], float]) -> tuple[float, ...]:

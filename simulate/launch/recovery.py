@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -79,12 +80,27 @@ def _init_lost_devices(
     lost: list[int],
 ) -> None:
     """Initialise the lost devices' parts after the pattern of the first device that is not lost."""
-    # Any device's part shows which tensors there are; the lost device's start anew.
-    source = next(process for process, (_, devices) in enumerate(holders) if devices)
-    donor = min(holders[source][1])
-    received = communicator.send_state(source, _of_device(session, donor) if communicator.process == source else {})
-    for device in set(lost) & set(session.method.row_devices()):
-        state.of_devices[device] = session.method.init_lost_device(state.shared, received, device)
+    run, held = session.run, sorted({device for _, devices in holders for device in devices})
+    for index in sorted({run.class_of(device) for device in lost}):
+        # Any device's part shows which tensors there are; the lost device's start anew.
+        donor = next((device for device in held if run.class_of(device) == index), held[0])
+        source = next(process for process, (_, devices) in enumerate(holders) if donor in devices)
+        received = communicator.send_state(source, _of_device(session, donor) if communicator.process == source else {})
+        for device in set(lost) & set(session.method.row_devices()):
+            if run.class_of(device) == index:
+                pattern = received if run.class_of(donor) == index else _of_own_class(session, received)
+                state.of_devices[device] = session.method.init_lost_device(state.shared, pattern, device)
+
+
+def _of_own_class(session: Session, donor: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the pattern of a device of this process from one of another class: what has another shape is as at the
+    start, and the optimizer begins anew.
+    """
+    own = session.method.state.sharded().of_devices[session.communicator.local_devices[0]]
+    return {
+        name: donor[name] if name in donor and donor[name].shape == tensor.shape else tensor
+        for name, tensor in own.items()
+    }
 
 
 def choose(everyones: list[Held], devices: int) -> int | None:

@@ -27,7 +27,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from simulate.comm.process_group import LostPeerError, TorchCommunicator, devices_of, is_lack_of_memory
+from simulate.comm.process_group import LostPeerError, TorchCommunicator, is_lack_of_memory
+from simulate.comm.transfers import devices_of
 from simulate.common.errors import InputError, RunFailedError, first_line
 from simulate.common.events import Emit, Event, EventFile, read_events, truncate_events
 from simulate.common.processor import distinct, machine_facts

@@ -47,15 +47,15 @@ class Method(ABC):
     def __init__(
         self, run: Run, communicator: Communicator, device: torch.device, network: nn.Module | None = None
     ) -> None:
-        self.run, self.communicator = run, communicator
+        self.run, self.communicator = run.of_devices(communicator.local_devices), communicator
         self.local_devices = len(communicator.local_devices)
         self.between = self.exchanges_between(communicator)
         """Exchanges between what has weights of its own: devices, or the nodes that train as one."""
         self.healthy_N: Tensor | None = None
         """Devices, or nodes that train as one, that the next merge counts, bool; None: all."""
-        check_autocast(run.train, device)  # before the network is built, which takes longer
-        self.loss_scale = LossScale(self.gradient_rows, device) if run.train.autocast == "fp16" else None
-        self.install(build_model(run) if network is None else network, device)
+        check_autocast(self.run.train, device)  # before the network is built, which takes longer
+        self.loss_scale = LossScale(self.gradient_rows, device) if self.run.train.autocast == "fp16" else None
+        self.install(build_model(self.run) if network is None else network, device)
 
     def install(self, network: nn.Module, device: torch.device) -> None:
         """Make `network` the one that is trained, with a new optimizer."""
@@ -203,10 +203,29 @@ class Method(ABC):
 
     def shares(self, sizes: Sequence[float] | None = None) -> Tensor | None:
         """Return w_n, (N,): all devices' shares of the round's merge, in proportion to `sizes`; None: all are equal."""
-        if sizes is None:
-            return self.counted(None)
-        sizes_N = torch.tensor(sizes, dtype=torch.float64)
-        return self.counted((sizes_N / sizes_N.sum()).to(next(iter(self.parameters.values()))))
+        sizes_N = self.times_samples(sizes)
+        return self.counted(None if sizes_N is None else self._as_shares(sizes_N))
+
+    def times_samples(self, sizes: Sequence[float] | None) -> Tensor | None:
+        """Return `sizes` times the devices' samples of a step, where these differ, (N,); None: all are equal."""
+        samples = self.run.method.device_samples
+        if not samples:
+            return None if sizes is None else torch.tensor(sizes, dtype=torch.float64)
+        return torch.tensor(samples, dtype=torch.float64) * torch.tensor(sizes or 1.0, dtype=torch.float64)
+
+    def shares_of_samples(self) -> Tensor | None:
+        """Return all devices' shares of the samples of a step, (N,), healthy or not; None where they are equal."""
+        samples_N = self.times_samples(None)
+        return None if samples_N is None else self._as_shares(samples_N)
+
+    @property
+    def own_weight(self) -> float:
+        """What each local device counts in a mean over samples, in units of an equal share of the devices."""
+        run = self.run
+        return run.train.device_batch * run.cluster.devices / run.samples_per_step if run.method.device_samples else 1.0
+
+    def _as_shares(self, sizes_N: Tensor) -> Tensor:
+        return (sizes_N / sizes_N.sum()).to(next(iter(self.parameters.values())))
 
     def samples_done(self, step: int) -> int:
         """Return the samples that all devices together have trained on after this step of the last round."""

@@ -46,9 +46,10 @@ class Paced(Method):
         self.counts_N = torch.tensor([self.run.method.round_steps] * devices)
         """Steps c_n of each device in the current or last round; by the clock, others' are known after the merge."""
         self.trained = torch.tensor(0)
-        """Steps of all devices together in earlier rounds."""
+        """Steps of all devices together in earlier rounds, or samples where devices have unequal batches."""
         self.skipped = torch.tensor(0)
         """Steps of the current round that no local device took."""
+        self._samples_N = torch.tensor(self.run.method.device_samples or 1)
         self.last_losses_L = torch.zeros(local, dtype=torch.float64)
         self._aside: dict[int, dict[str, Tensor]] = {}
         """Rows of local devices that have stopped, as they were when they stopped."""
@@ -79,7 +80,7 @@ class Paced(Method):
     def _begin_round(self, step: int) -> None:
         method, every = self.run.method, self.run.method.round_steps
         if step:
-            self.trained += self.counts_N.sum()
+            self.trained += (self.counts_N * self._samples_N).sum()
         step_s = self.step_s or (1.0,) * len(self.counts_N)
         counts = (every,) * len(step_s) if self.goes_by_clock else round_counts(method, step_s, step // every)
         steps_left = self.run.train.steps - step  # the run's last round may be short
@@ -145,8 +146,9 @@ class Paced(Method):
         super().merge(step)  # type: ignore[safe-super]
 
     def shares(self, sizes: Sequence[float] | None = None) -> Tensor | None:
-        # w_n = c_n / Σ_m c_m, times the shards' sizes where these differ.
-        weights = self.counts_N.double() * torch.tensor(sizes or 1.0, dtype=torch.float64)
+        # w_n = c_n / Σ_m c_m, times the shards' sizes and the samples of a step where these differ.
+        sizes_N = self.times_samples(sizes)
+        weights = self.counts_N.double() * (1.0 if sizes_N is None else sizes_N)
         if bool((weights == weights[0]).all()):
             return self.counted(None)
         return self.counted((weights / weights.sum()).to(next(iter(self.parameters.values()))))
@@ -158,7 +160,8 @@ class Paced(Method):
 
     def samples_done(self, step: int) -> int:
         done = step % self.run.method.round_steps + 1
-        return int(self.trained + self.counts_N.clamp(max=done).sum()) * self.run.train.device_batch
+        trained = int(self.trained + (self.counts_N.clamp(max=done) * self._samples_N).sum())
+        return trained if self.run.method.device_samples else trained * self.run.train.device_batch
 
     def steps_done(self) -> list[int] | None:
         counts: list[int] = self.counts_N.tolist()

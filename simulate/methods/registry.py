@@ -23,6 +23,10 @@ def build_method(
     run: Run, communicator: Communicator, device: torch.device, network: nn.Module | None = None
 ) -> Method:
     """Return the method that run.toml names, on `device`, for the run's own network or for another plain one."""
+    if len({run.class_of(device) for device in communicator.local_devices}) > 1:
+        from simulate.methods.unequal import Unequal
+
+        return Unequal(build_method, run, communicator, device, network)
     train = method_part(run.method.name, "train")
     if run.method.late_steps:
         from simulate.methods.overlapped import Delayed

@@ -17,11 +17,11 @@ from simulate.config.method_options import MethodOptions
 from simulate.config.run import Run
 from simulate.config.tables import Cluster
 from simulate.costs.eval_and_save_time import EvalAndSaveTime
-from simulate.costs.memory import Memory, PeakProfile
+from simulate.costs.memory import Memory, PeakProfile, peak_memory
 from simulate.costs.message_schedule import dense_reduction, num_rounds, received_bytes
 from simulate.costs.message_time import link_of
 from simulate.costs.samples import Efficiency
-from simulate.costs.step_time import RoundTime, exchange_s
+from simulate.costs.step_time import RoundTime, by_class, device_step_s, distinct, exchange_s
 from simulate.layers.formats import ELEMENT_BYTES
 from simulate.models.shapes import ModelShape
 from simulate.planning.margins import Margins
@@ -67,6 +67,21 @@ class PlanContext:
 
 
 @dataclass(frozen=True)
+class ClassFigures:
+    """One class of devices of a candidate: its keys, and its figures on the fullest and the slowest of its devices."""
+
+    devices: int
+    micro_batch: int
+    accumulate: int
+    autocast: str
+    rank: int | None
+    heads_per_device: int | None
+    quantize: str
+    memory_bytes: int
+    step_s: float
+
+
+@dataclass(frozen=True)
 class Candidate:
     """One way to train, with its costs on the profile; figures are for one device unless they say otherwise."""
 
@@ -80,6 +95,8 @@ class Candidate:
     sent_bytes_per_round: float
     time: RoundTime
     eval_and_save: EvalAndSaveTime
+    fullest_class: int
+    """Index of the class of devices whose memory this is."""
     wall_s: float
     """Seconds of the whole run: training, evaluations and checkpoints."""
     samples_factor: float
@@ -151,7 +168,26 @@ class Candidate:
     @property
     def samples_per_s(self) -> float:
         """Samples a second over all devices."""
+        if self.run.cluster.classes:
+            return self.trained_share * self.time.steps * self.run.samples_per_step / self.time.round_s
         return self.time.device_steps * self.run.train.device_batch / self.time.round_s
+
+    @property
+    def classes(self) -> list[ClassFigures]:
+        """Classes of devices in global order; one where all are equal."""
+        steps_s = device_step_s(self.run, self.context.shape, self.context.devices)
+        return [
+            ClassFigures(
+                len(members), one.train.micro_batch, one.train.accumulate, one.train.autocast,
+                getattr(one.method, "rank", None), getattr(one.method, "heads_per_device", None),
+                one.method.frozen_format,
+                max(peak_memory(one, self.context.shape, device).total for device in distinct(held)),
+                max(steps_s[members.start : members.stop]),
+            )
+            for (one, held), members in zip(
+                by_class(self.run, self.context.devices), self.run.cluster.class_devices, strict=True
+            )
+        ]  # fmt: skip
 
     @property
     def trained_share(self) -> float:
@@ -197,12 +233,14 @@ def _warnings(run: Run, context: PlanContext, time: RoundTime) -> Iterator[str]:
     if lower != "none" and any(getattr(d.flop_per_s, lower) is None for d in profile.device):
         yield f"the profile has no {lower} rate; planned at the fp32 rate, and a CPU that emulates it is far slower"
     # The rest concerns heads that train apart: their joint rank, and the transport of their merges.
-    plan = plan_of(run.method)
+    method = run.of_class(0).method
+    plan = plan_of(method)
     layout = plan.adapters(run.cluster.devices)
     if layout is None or not plan.has_separate_heads:
         return
-    if layout.rank * run.heads < shape.largest_dimension:
-        yield f"rank x heads = {layout.rank * run.heads} is below the largest layer dimension {shape.largest_dimension}"
+    total_rank = sum(len(one.devices) * one.held_rank for one in method.fleet) or layout.rank * run.heads
+    if total_rank < shape.largest_dimension:
+        yield f"rank x heads = {total_rank} is below the largest layer dimension {shape.largest_dimension}"
     if run.cluster.devices > 1 and plan.transport != "reduce":
         dense = dense_reduction(shape, run.cluster.devices, ELEMENT_BYTES[run.train.dtype])
         if time.exchange_s > exchange_s(dense, link_of(profile.link, run.cluster.backend)):
@@ -213,15 +251,36 @@ def describe(run: Run) -> str:
     """Return a run's method in a few words."""
     method = run.method
     details = [*_details(run, method), batch_text(run)]
+    if run.cluster.classes:
+        details = [*_details_of_all(method), classes_text(run)]
     if run.train.activation_checkpointing:
         details.append("checkpointing")
-    if run.train.autocast != "none":
+    if run.train.autocast != "none" and not run.cluster.classes:
         details.append(run.train.autocast)
     if run.train.optimizer_state == "8bit":
         details.append("8-bit moments")
     quantize, wire = method.frozen_format, getattr(method, "wire", "full")
-    formats = ("" if quantize == "none" else f" {quantize}") + ("" if wire == "full" else f" over {wire}")
+    is_told = quantize != "none" and not run.cluster.classes  # classes say their own
+    formats = (f" {quantize}" if is_told else "") + ("" if wire == "full" else f" over {wire}")
     return f"{method.name}{formats} {', '.join(details)}"
+
+
+def classes_text(run: Run) -> str:
+    """Return the classes of a run's devices in words: devices: 2 of batch 16, rank 32; 1 of batch 4, rank 8."""
+    texts = []
+    for one, members in zip(run.classes, run.cluster.class_devices, strict=True):
+        rank, heads = getattr(one.method, "rank", None), getattr(one.method, "heads_per_device", 1)
+        pairs = "" if rank is None else f", rank {rank}" + (f" x {heads} heads" if heads > 1 else "")
+        formats = [name for name in (one.train.autocast, one.method.frozen_format) if name != "none"]
+        texts.append(f"{len(members)} of " + ", ".join([batch_text(one) + pairs, *formats]))
+    return "devices: " + "; ".join(texts)
+
+
+def _details_of_all(method: MethodOptions) -> Iterator[str]:
+    if (merge_every := getattr(method, "merge_every", None)) is not None:
+        yield f"T {merge_every}"
+    if transport := plan_of(method).transport:
+        yield transport
 
 
 def batch_text(run: Run) -> str:
@@ -242,10 +301,7 @@ def _details(run: Run, method: MethodOptions) -> Iterator[str]:
         yield f"nodes of {size}"
     if (density := getattr(method, "density", None)) is not None:
         yield f"density {density:g}"
-    if (merge_every := getattr(method, "merge_every", None)) is not None:
-        yield f"T {merge_every}"
-    if transport := plan_of(method).transport:
-        yield transport
+    yield from _details_of_all(method)
 
 
 def needs_library(run: Run) -> bool:

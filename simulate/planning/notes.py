@@ -174,8 +174,8 @@ def _unadapted(chosen: Candidate, shape: ModelShape) -> Iterator[str]:
 
 def draws_by_layer(run: Run, shape: ModelShape) -> dict[str, list[str]] | None:
     """Return the layers of each way to draw A where a run picks columns, which some layers are too wide for."""
-    layout = plan_of(run.method).adapters(run.cluster.devices)
-    if layout is None or not layout.column_heads:
+    layout = plan_of(run.of_class(0).method).adapters(run.cluster.devices)
+    if layout is None or not layout.column_rank:
         return None
     layers: dict[str, list[str]] = {"columns": [], "joint": []}
     for linear in shape.adapted:

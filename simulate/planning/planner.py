@@ -20,7 +20,7 @@ from simulate.costs.eval_and_save_time import eval_and_save_time
 from simulate.costs.memory import Memory, host_memory_by_part, peak_memory, peak_profile
 from simulate.costs.message_schedule import num_rounds, sent_bytes
 from simulate.costs.samples import samples_factor
-from simulate.costs.step_time import distinct, round_time
+from simulate.costs.step_time import by_class, distinct, round_time
 from simulate.planning.candidate import Candidate, PlanContext, Rejected, candidate_of, needs_library
 from simulate.planning.notes import plan_notes
 from simulate.planning.number_formats import check_formats, faster_format
@@ -105,10 +105,14 @@ def evaluate(run: Run, profile: Profile, tokens: int, spaces_recovery: bool = Fa
 def _evaluate(run: Run, context: PlanContext) -> Candidate | Rejected:
     shape, devices, choice = context.shape, context.devices, context.choice
     kinds = distinct(devices)
-    peaks = [(device, (profile := peak_profile(run, shape, device)), profile.peak()) for device in kinds]
+    peaks = [
+        (device, one, (profile := peak_profile(one, shape, device)), profile.peak())
+        for one, held in by_class(run, devices)
+        for device in distinct(held)
+    ]
     # All devices must fit, so the fullest one decides.
-    device, profile, memory = min(peaks, key=lambda peak: peak[0].usable_bytes - peak[2].total)
-    host_parts = host_memory_by_part(run, shape, device)
+    device, fullest, profile, memory = min(peaks, key=lambda peak: peak[0].usable_bytes - peak[3].total)
+    host_parts = host_memory_by_part(fullest, shape, device)
     time, rounds = round_time(run, shape, devices, context.profile.link), num_rounds(run)
     eval_and_save = eval_and_save_time(run, shape, kinds)
     if context.spaces_recovery and (
@@ -125,6 +129,7 @@ def _evaluate(run: Run, context: PlanContext) -> Candidate | Rejected:
         sent_bytes_per_round=sent_bytes(run, shape, run.train.steps) / rounds / run.cluster.devices,
         time=time,
         eval_and_save=eval_and_save,
+        fullest_class=fullest.method.class_index,
         wall_s=run.train.steps * time.compute_s + rounds * (time.merge_s + time.exchange_s) + eval_and_save.total_s,
         samples_factor=samples_factor(run, shape, context.tokens, choice.efficiency),
     )
@@ -192,6 +197,11 @@ def make_plan(
     choice: SelectionCriteria | None = None,
 ) -> Plan:
     """Evaluate the grid around `base` and choose; keys that neither pins nor the grid vary are those of `base`."""
+    if base.cluster.classes:
+        raise InputError(
+            "cluster.class: a plan chooses one batch and rank for all devices; leave the classes away, and write them "
+            "into the run.toml that the plan wrote"
+        )
     choice = choice or SelectionCriteria()
     pins = replace(pins, ranks=choice.probe.ranks(base)) if choice.probe else pins
     picked = faster_format(base, profile)

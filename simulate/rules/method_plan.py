@@ -98,12 +98,13 @@ class AdapterLayout:
     """Sum of the ranks of pairs that a step skips, which therefore have no gradient."""
     frozen_kinds: frozenset[str] = frozenset()
     """Kinds of parameters without adapters that are not trained."""
-    column_heads: int = 0
-    """Heads of all devices, whose A pick columns in the layers whose inputs they cover; 0 where A is dense."""
+    column_rank: int = 0
+    """Sum of the ranks of all devices' heads, whose A pick columns in the layers whose inputs they cover; 0 where A is
+    dense."""
 
     def picks_columns(self, inputs: int) -> bool:
         """Whether the A of a layer with so many inputs pick columns, so that none is held or multiplied with."""
-        return layer_draws("columns", self.column_heads, self.rank, inputs) == "columns"
+        return layer_draws("columns", self.column_rank, inputs) == "columns"
 
 
 @dataclass(frozen=True)

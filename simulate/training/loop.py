@@ -28,8 +28,9 @@ from simulate.methods.base import Method
 from simulate.methods.build_network import empty_model
 from simulate.methods.paced import Paced
 from simulate.methods.state import State
+from simulate.methods.unequal import Unequal
 from simulate.models.losses import row_losses_of
-from simulate.rules.cadence import MEETING_STEPS, Cadence, evaluation_batch
+from simulate.rules.cadence import MEETING_STEPS, Cadence, evaluation_samples
 from simulate.training.activity import Activity
 from simulate.training.checkpoints import Progress, load_checkpoint, prune, save_checkpoint
 from simulate.training.diagnostics import Diagnostics
@@ -89,8 +90,9 @@ class Session:
         self.cadence = replace(cadence, apart=self.run.method.steps_apart) if is_close else cadence
         self.diagnostics = Diagnostics(self.method) if self.run.train.diagnostics_every else None
         # A simulation counts steps by the profile's seconds; only launched processes go by their clocks.
-        if isinstance(self.method, Paced):
+        if isinstance(self.method, Paced | Unequal) and self.run.method.is_paced:
             self.method.step_s = self.clock.device_step_s
+        if isinstance(self.method, Paced):
             several = self.communicator.processes > 1 and not self.is_simulation
             self.method.goes_by_clock = several and self.run.method.given_steps is None
 
@@ -311,7 +313,7 @@ def _evaluate(session: Session) -> None:
     """
     model, weights = empty_model(session.run, session.device), session.method.weights_in_use()
     communicator, settings = session.communicator, session.run.train
-    samples = evaluation_batch(settings.micro_batch, settings.autocast != "none")
+    samples = evaluation_samples(session.run)
     batches = session.batches.validation(settings.evaluate_samples, samples)
     names, row_losses = ("val_loss", *session.batches.score_names), row_losses_of(session.run.model)
     sums_LX = torch.zeros(len(communicator.local_devices), 1 + len(names), dtype=torch.float64)

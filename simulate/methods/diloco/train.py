@@ -24,8 +24,9 @@ class Diloco(LocalTraining):
     def __init__(
         self, run: Run, communicator: Communicator, device: torch.device, network: nn.Module | None = None
     ) -> None:
-        assert isinstance(run.method, DilocoOptions)
-        self.options = run.method
+        options = run.of_devices(communicator.local_devices).method
+        assert isinstance(options, DilocoOptions)
+        self.options = options
         super().__init__(run, communicator, device, network)
         self.averaging = Averaging(
             self.parameters, communicator, wire=self.options.wire, fragments=self.options.fragments, outer=self._outer,
