@@ -15,13 +15,13 @@ from functools import cached_property
 from simulate.config.hardware import Device, Profile
 from simulate.config.method_options import MethodOptions
 from simulate.config.run import Run
-from simulate.config.tables import Cluster
+from simulate.config.tables import Cluster, DeviceClass
 from simulate.costs.eval_and_save_time import EvalAndSaveTime
 from simulate.costs.memory import Memory, PeakProfile, peak_memory
 from simulate.costs.message_schedule import dense_reduction, num_rounds, received_bytes
 from simulate.costs.message_time import link_of
 from simulate.costs.samples import Efficiency
-from simulate.costs.step_time import RoundTime, by_class, device_step_s, distinct, exchange_s
+from simulate.costs.step_time import RoundTime, by_class, device_step_s, distinct, exchange_s, idle_share
 from simulate.layers.formats import ELEMENT_BYTES
 from simulate.models.shapes import ModelShape
 from simulate.planning.margins import Margins
@@ -48,8 +48,8 @@ class PlanContext:
     """Whether the planner may space recovery points so that they stay affordable; else it keeps the run's."""
     keeps_checkpoints: bool
     """Whether train.checkpoint_every stays as set; else it becomes a multiple of the steps between recovery points."""
-    clusters: dict[int, Cluster] = field(default_factory=dict)
-    """Copies of the run's cluster, by merges between recovery points."""
+    clusters: dict[tuple[int, tuple[DeviceClass, ...]], Cluster] = field(default_factory=dict)
+    """Copies of the run's cluster, by merges between recovery points and classes of devices."""
 
     @classmethod
     def of(
@@ -61,9 +61,10 @@ class PlanContext:
 
     def recovering(self, cluster: Cluster, every: int) -> Cluster:
         """Return the cluster with recovery points so many merges apart, the same object every time."""
-        if every not in self.clusters:  # thousands of candidates share a few copies
-            self.clusters[every] = cluster.model_copy(update={"recover_every": every})
-        return self.clusters[every]
+        key = every, cluster.classes
+        if key not in self.clusters:  # thousands of candidates share a few copies
+            self.clusters[key] = cluster.model_copy(update={"recover_every": every})
+        return self.clusters[key]
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,12 @@ class ClassFigures:
     quantize: str
     memory_bytes: int
     step_s: float
+    kind: str
+    """Kind of the fullest one."""
+    usable_bytes: int
+    """Memory that a plan may fill on that one."""
+    idle_share: float
+    """Share of a step's compute for which the slowest one waits for the slowest of all devices."""
 
 
 @dataclass(frozen=True)
@@ -172,22 +179,15 @@ class Candidate:
             return self.trained_share * self.time.steps * self.run.samples_per_step / self.time.round_s
         return self.time.device_steps * self.run.train.device_batch / self.time.round_s
 
-    @property
+    @cached_property
+    def idle_share(self) -> float:
+        """Share of a round's compute for which devices wait for the slowest, their mean."""
+        return idle_share(self.run, self.context.shape, self.context.devices)
+
+    @cached_property
     def classes(self) -> list[ClassFigures]:
         """Classes of devices in global order; one where all are equal."""
-        steps_s = device_step_s(self.run, self.context.shape, self.context.devices)
-        return [
-            ClassFigures(
-                len(members), one.train.micro_batch, one.train.accumulate, one.train.autocast,
-                getattr(one.method, "rank", None), getattr(one.method, "heads_per_device", None),
-                one.method.frozen_format,
-                max(peak_memory(one, self.context.shape, device).total for device in distinct(held)),
-                max(steps_s[members.start : members.stop]),
-            )
-            for (one, held), members in zip(
-                by_class(self.run, self.context.devices), self.run.cluster.class_devices, strict=True
-            )
-        ]  # fmt: skip
+        return list(_class_figures(self.run, self.context))
 
     @property
     def trained_share(self) -> float:
@@ -217,6 +217,23 @@ class Rejected:
 def candidate_of(result: Candidate | Rejected) -> Candidate:
     """Return the candidate of a result, whether it fits or not."""
     return result.candidate if isinstance(result, Rejected) else result
+
+
+def _class_figures(run: Run, context: PlanContext) -> Iterator[ClassFigures]:
+    steps_s = device_step_s(run, context.shape, context.devices)
+    classes = zip(by_class(run, context.devices), run.cluster.class_devices, strict=True)
+    for (one, held), members in classes:
+        sizes = [
+            (device.usable_bytes - (size := peak_memory(one, context.shape, device).total), size, device)
+            for device in distinct(held)
+        ]
+        _, memory_bytes, fullest = min(sizes, key=lambda room: room[0])
+        step_s = max(steps_s[members.start : members.stop])
+        yield ClassFigures(
+            len(members), one.train.micro_batch, one.train.accumulate, one.train.autocast,
+            getattr(one.method, "rank", None), getattr(one.method, "heads_per_device", None), one.method.frozen_format,
+            memory_bytes, step_s, fullest.kind, fullest.usable_bytes, 1 - step_s / max(steps_s),
+        )  # fmt: skip
 
 
 def _warnings(run: Run, context: PlanContext, time: RoundTime) -> Iterator[str]:
@@ -250,17 +267,21 @@ def _warnings(run: Run, context: PlanContext, time: RoundTime) -> Iterator[str]:
 def describe(run: Run) -> str:
     """Return a run's method in a few words."""
     method = run.method
+    # Classes that differ in more than their batches and formats are told one by one.
+    by_class = (
+        len({(getattr(x, "rank", 0), x.num_heads(1), x.frozen_format) for x in (r.method for r in run.classes)}) > 1
+    )
     details = [*_details(run, method), batch_text(run)]
-    if run.cluster.classes:
+    if by_class:
         details = [*_details_of_all(method), classes_text(run)]
     if run.train.activation_checkpointing:
         details.append("checkpointing")
-    if run.train.autocast != "none" and not run.cluster.classes:
+    if run.train.autocast != "none" and not by_class:
         details.append(run.train.autocast)
     if run.train.optimizer_state == "8bit":
         details.append("8-bit moments")
     quantize, wire = method.frozen_format, getattr(method, "wire", "full")
-    is_told = quantize != "none" and not run.cluster.classes  # classes say their own
+    is_told = quantize != "none" and not by_class  # classes say their own
     formats = (f" {quantize}" if is_told else "") + ("" if wire == "full" else f" over {wire}")
     return f"{method.name}{formats} {', '.join(details)}"
 
@@ -284,9 +305,19 @@ def _details_of_all(method: MethodOptions) -> Iterator[str]:
 
 
 def batch_text(run: Run) -> str:
-    """Return a device's samples of a step in words, with its passes where there are several: batch 8 x 4."""
+    """Return a device's samples of a step in words, with its passes where there are several: batch 8 x 4.
+
+    Of devices of several classes one after the other: batch 8 / 8 x 4.
+    """
+    if run.cluster.classes:
+        return "batch " + " / ".join(_class_text(one, run) for one in run.classes)
     passes = f" x {run.train.accumulate}" if run.train.accumulate > 1 else ""
     return f"batch {run.train.micro_batch}{passes}"
+
+
+def _class_text(one: Run, run: Run) -> str:
+    autocast = one.train.autocast
+    return batch_text(one).removeprefix("batch ") + (f" {autocast}" if autocast != run.train.autocast else "")
 
 
 def joined_devices(method: MethodOptions) -> int:

@@ -21,7 +21,7 @@ from simulate.costs.memory import mapped_file_bytes
 from simulate.costs.samples import shipped
 from simulate.costs.step_time import device_step_s, round_time
 from simulate.models.shapes import ModelShape
-from simulate.planning.candidate import Candidate, PlanContext, Rejected, describe, is_library_installed
+from simulate.planning.candidate import Candidate, PlanContext, Rejected, batch_text, describe, is_library_installed
 from simulate.planning.margins import RULE
 from simulate.planning.number_formats import Format, format_notes
 from simulate.planning.objective import MEANINGS
@@ -31,6 +31,8 @@ from simulate.rules.method_plan import plan_of
 from simulate.training.checkpoints import numerics_of
 
 PLURALS = {"norm": "norms", "bias": "biases", "embedding": "embeddings", "other": "other modules"}
+LEAST_IDLE = 0.005
+"""Smallest idle share that a plan speaks of."""
 PACE_MATTERS = 1.1
 """Smallest ratio of the slowest device's step to the fastest's at which the plan suggests deadlines."""
 
@@ -40,6 +42,7 @@ def plan_notes(
     base: Run,
     chosen: Candidate | None,
     first: Candidate | None,
+    equal: Candidate | None,
     rival: Candidate | None,
     picked: Format | None,
     evaluate: Callable[[Run], Candidate | Rejected],
@@ -47,9 +50,9 @@ def plan_notes(
 ) -> Iterator[str]:
     """Yield a plan's notes in the order in which they are printed.
 
-    `first` ranks first, even if it is not the choice; `rival` is the best candidate of methods that the plan does not
-    choose from; `picked` is the autocast format that the plan took by itself; `evaluate` computes the costs of other
-    runs; `pins` are what the user fixed.
+    `first` ranks first, even if it is not the choice; `equal` is the best with one batch for all devices; `rival` is
+    the best candidate of methods that the plan does not choose from; `picked` is the autocast format that the plan took
+    by itself; `evaluate` computes the costs of other runs; `pins` are what the user fixed.
     """
     choice, shape = context.choice, context.shape
     yield from _assumptions(context, chosen, first)
@@ -61,8 +64,10 @@ def plan_notes(
     yield from shape.notes
     if chosen:
         yield _batch(chosen, pins)
+        yield from _idle(chosen, equal, pins)
         yield from _worth_trying(chosen)
-        yield from format_notes(chosen, context.profile, evaluate, picked)
+        if not chosen.run.cluster.classes:  # of classes each has its own format
+            yield from format_notes(chosen, context.profile, evaluate, picked)
         yield from _checkpoints(chosen)
         yield from _temporary_files(chosen, shape)
         yield from _deadlines(chosen)
@@ -105,6 +110,8 @@ def _batch(chosen: Candidate, pins: Pins) -> str:
     run, unit = chosen.run, chosen.run.model.unit
     train, participants = run.train, run.method.participants(run.cluster.devices)
     passes = f"micro_batch {train.micro_batch} x accumulate {train.accumulate} x devices {participants}"
+    if run.cluster.classes:
+        passes = f"{batch_text(run)} by class of devices"
     text = f"a step has {run.tokens_per_step:,} {unit} ({passes})"
     if pins.batch is not None:
         exact = run.tokens_per_step == pins.batch
@@ -118,6 +125,23 @@ def _batch(chosen: Candidate, pins: Pins) -> str:
     return (
         f"{text}; by DeepSeek's power law about {best_batch(chosen):,} would train best at this compute "
         "(docs/planning.md): --batch-tokens sets it"
+    )
+
+
+def _idle(chosen: Candidate, equal: Candidate | None, pins: Pins) -> Iterator[str]:
+    """Report how long devices that differ wait for each other, and what batches of their own make of it."""
+    if equal is None or equal.idle_share < LEAST_IDLE:
+        return
+    waits = f"with one batch for all, devices are idle for {equal.idle_share:.1%} of a round's compute"
+    if not chosen.run.cluster.classes:
+        given = pins.micro_batch or pins.accumulate
+        yield f"{waits}" + ("; without a given batch each kind may have its own" if given else "")
+        return
+    formats = sorted({one.autocast for one in chosen.classes} - {equal.run.train.autocast})
+    beside = f"; a part of that is {' and '.join(formats)}, assumed to train as well as fp32" if formats else ""
+    yield (
+        f"{waits}, with a batch for each kind of device ([[cluster.class]]) for {chosen.idle_share:.1%}, and equal "
+        f"loss takes {change_text(equal.equivalent_wall_s / chosen.equivalent_wall_s)} time with one for all{beside}"
     )
 
 
@@ -252,7 +276,8 @@ def _deadlines(chosen: Candidate) -> Iterator[str]:
     """Suggest a deadline where all devices wait for slow ones, if the method has deadlines."""
     method, context = chosen.run.method, chosen.context
     shape, devices, profile = context.shape, context.devices, context.profile
-    if "pace" not in type(method).model_fields or method.is_paced:
+    # Batches of their own leave little to wait for.
+    if "pace" not in type(method).model_fields or method.is_paced or chosen.run.cluster.classes:
         return
     step_s = device_step_s(chosen.run, shape, devices)
     # The keys that a deadline excludes (RoundOptions and LteOptions refuse them) must change with it.

@@ -46,6 +46,7 @@ def candidate_json(candidate: Candidate) -> dict[str, Any]:
         "step_s": candidate.step_s,
         "round_s": time.round_s,
         "samples_per_s": candidate.samples_per_s,
+        "idle_share": candidate.idle_share,
         "wall_s": candidate.wall_s,
         "training_s": candidate.training_s,
         "evaluations": candidate.eval_and_save.evaluations,

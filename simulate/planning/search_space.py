@@ -136,7 +136,7 @@ def _node_axis(base: Run, start: MethodOptions, node_size: int | None) -> dict[s
 
 def train_for(base: Run, micro_batch: int, accumulate: int, recompute: bool, tokens: int) -> Train:
     """Return base.train with another batch, the steps that train on `tokens`, and the keys that depend on the steps."""
-    tokens_per_step = base.tokens_per_step // base.train.device_batch * micro_batch * accumulate
+    tokens_per_step = base.tokens_per_step * micro_batch * accumulate // base.train.device_batch
     steps = max(1, math.ceil(tokens / tokens_per_step))
     every = max(1, steps // 10)
     given = base.train.model_fields_set

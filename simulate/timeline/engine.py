@@ -6,8 +6,8 @@ who is late when. `lte plan --timeline` calls `simulate` and prints or draws the
 The exchanges come from simulate.costs.message_schedule, and their seconds when all devices start at once from
 simulate.costs.message_time. Devices that do not start at once wait for each other as the collective demands. In a ring
 of N − 1 hops or more, data of every device reaches every other, so none is done before the last one's start plus all
-hops (tests/reference/hops.py follows each hop). Devices that push at the same time share the server's link. A pull
-waits for all pushes.
+hops (tests/reference/hops.py follows each hop); lines that differ pace it by its slowest edge. Devices that push at the
+same time share the server's link, and those of one place its line. A pull waits for all pushes.
 
 One exchange travels at a time. A merge in the background occupies the link from the time when the last device has
 started it, and devices wait for it where the method applies it. In-node messages of DASO have links of their own if the
@@ -29,13 +29,14 @@ from numpy.typing import NDArray
 from simulate.comm.transfers import Exchange, Transfer
 from simulate.config.hardware import Device, Link
 from simulate.config.run import Run
+from simulate.costs.line_paths import ServerPath, server_paths
 from simulate.costs.message_schedule import PeriodicExchange, schedule
-from simulate.costs.message_time import link_of, server_latency_s, server_rates, transfer_s
+from simulate.costs.message_time import link_of, server_delays, server_latency_s, server_rates, transfer_s
 from simulate.costs.step_time import device_merge_s, device_step_s, round_time
 from simulate.rules.pace import round_counts
 from simulate.timeline.churn import leave_probability
 from simulate.timeline.jitter import Floats, slowness, uniform
-from simulate.timeline.shared_link import shared_ends
+from simulate.timeline.shared_link import UnequalLinks, shared_ends, unequal_ends
 
 KINDS = ("compute", "exchange", "wait", "away")
 Times = Floats | float
@@ -289,12 +290,27 @@ class _Simulation:
 
     def _push_ends(self, transfer: Transfer, starts_M: Floats) -> Floats:
         """Return the end of each device's push to the server, whose link those that push at the same time share."""
-        own, whole = server_rates(True, transfer.devices, self.link)
         count = min(transfer.devices, len(starts_M))
         ends_M = starts_M.copy()
+        if self.link.lines:
+            paths, whole = server_paths(True, len(self.devices), self.link)
+            ends_M[:count] = self._unequal_push_ends(transfer, starts_M[:count], paths, whole)
+            return ends_M
+        own, whole = server_rates(True, transfer.devices, self.link)
         ends_M[:count] = shared_ends(starts_M[:count], transfer.payload_bytes, own, whole)
         ends_M[:count] += server_latency_s(transfer.devices, self.link)
         return ends_M
+
+    def _unequal_push_ends(
+        self, transfer: Transfer, starts_M: Floats, paths: Sequence[ServerPath], whole: float
+    ) -> Floats:
+        """Return the ends of pushes over lines that differ; `whole` is the server's bytes/s."""
+        mine = [paths[device] for device in self.here[: len(starts_M)]]
+        own_M = np.array([path.own_bytes_per_s for path in mine])
+        place_M = np.array([-1 if path.place is None else path.place for path in mine])
+        rates = {path.place: path.place_bytes_per_s for path in mine if path.place is not None}
+        ends_M = unequal_ends(starts_M, transfer.payload_bytes, UnequalLinks(own_M, place_M, rates, whole))
+        return ends_M + server_delays(self.link) * np.array([path.delay_s for path in mine])
 
     def _among_present(self, transfer: Transfer) -> Transfer:
         """Return the message with the devices that are present; teams are assumed to stay complete."""

@@ -160,6 +160,12 @@ class LteOptions(AdapterOptions, FragmentOptions, NodeOptions):
                 f"method.devices_per_node = {self.devices_per_node} joins equal devices, and cluster.class makes them "
                 "unequal; leave one of them away"
             )
+        ranks = {one.rank for one in of_classes if isinstance(one, LteOptions)}
+        if self.draws == "slices" and len(ranks) > 1:
+            return (
+                f"method.draws = 'slices' divides inputs into slices of one rank, and cluster.class has ranks "
+                f"{' and '.join(map(str, sorted(ranks)))}; try --set method.draws=columns"
+            )
         formats = {one.frozen_format for one in of_classes}
         if len(formats) == 1:
             return None
