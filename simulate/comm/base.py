@@ -21,6 +21,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from simulate.comm.transfers import Operation, Transfer
+from simulate.common.errors import RunFailedError
+
+
+class LostPeerError(RunFailedError):
+    """Failure or timeout of an exchange, because a process or a link is gone. The run can be restarted."""
 
 
 @dataclass
@@ -73,6 +78,11 @@ class Communicator(ABC):
     """Index of this process, and number of processes."""
     current_phase = ""
     """Part of the run that is under way ("step 12"), for the text of errors."""
+
+    @property
+    def present(self) -> Sequence[int]:
+        """Devices whose processes are there, in global order: all, unless a launched run goes on without some."""
+        return range(self.num_devices)
 
     @property
     def is_whole(self) -> bool:

@@ -21,17 +21,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from simulate.comm import pairwise
-from simulate.comm.base import Communicator, Nodes
+from simulate.comm.base import Communicator, LostPeerError, Nodes
 from simulate.comm.transfers import Transfer
 from simulate.common.errors import RunFailedError, first_line
 from simulate.layers import accelerator
 
 SERVER = 0
 """Rank of the process that serves pushes and pulls; it holds the first device."""
-
-
-class LostPeerError(RunFailedError):
-    """Failure or timeout of an exchange, because a process or a link is gone. The run can be restarted."""
 
 
 def is_lack_of_memory(error: BaseException) -> bool:
@@ -55,16 +51,18 @@ class TorchCommunicator(Communicator):
         timeout_s: float,
         on_transfer: Callable[[Transfer, bool], None] | None = None,
         on_wait: Callable[[], None] | None = None,
+        own: range | None = None,
     ) -> None:
-        self.process, self.processes = dist.get_rank(), dist.get_world_size()
+        """Connect to the default group; with `own`, this process's devices, only later: see `connect`."""
         self.current_phase = "the start"
-        self.shares = [devices_of(process, self.processes, num_devices) for process in range(self.processes)]
-        super().__init__(num_devices, self.shares[self.process], on_transfer, on_wait)
         self.device, self.timeout = device, timedelta(seconds=timeout_s)
-        self.control = self.new_group("gloo")  # scalars and texts are on the CPU, also in runs on GPUs
-        self._foreground = _Channel(self, None)
-        # Collectives of one group must come in the same order in all processes, so the background has its own group.
-        self._background_channel = _Channel(self, self.new_group(None))
+        if own is None:
+            processes = dist.get_world_size()
+            shares = [devices_of(process, processes, num_devices) for process in range(processes)]
+            super().__init__(num_devices, shares[dist.get_rank()], on_transfer, on_wait)
+            self.connect(shares)
+        else:
+            super().__init__(num_devices, own, on_transfer, on_wait)
         self._executor = ThreadPoolExecutor(1, "exchange") if device.type == "cpu" else None
         self._stream = None if device.type == "cpu" else accelerator.new_stream(device)
         self._in_flight: list[Future[None]] = []
@@ -74,6 +72,30 @@ class TorchCommunicator(Communicator):
         """Describes which processes are missing from a failed exchange, given its number; the heartbeat sets it."""
         self._in_use: list[Callable[[], None]] = []
         """Callbacks queued on the background stream; they keep their tensors alive until `finish`."""
+
+    def connect(self, shares: Sequence[range]) -> None:
+        """Make this communicator's groups out of the default group, whose processes hold these shares of the devices.
+
+        Devices in no share are lost, and exchanges leave them out.
+        """
+        self.process, self.processes, self.shares = dist.get_rank(), dist.get_world_size(), list(shares)
+        self._present = [device for share in self.shares for device in share]
+        self.control = self.new_group("gloo")  # scalars and texts are on the CPU, also in runs on GPUs
+        self._foreground = _Channel(self, None)
+        # Collectives of one group must come in the same order in all processes, so the background has its own group.
+        self._background_channel = _Channel(self, self.new_group(None))
+
+    def disconnect(self) -> None:
+        """Close all connections, which ends the exchanges of processes that wait for this one."""
+        # Connections close with the last reference to their group.
+        for name in ("control", "_foreground", "_background_channel"):
+            self.__dict__.pop(name, None)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    @property
+    def present(self) -> Sequence[int]:
+        return self._present
 
     def new_group(self, backend: str | None, processes: Sequence[int] | None = None) -> dist.ProcessGroup:
         """Make a process group; every process must call this, members or not."""
@@ -85,7 +107,10 @@ class TorchCommunicator(Communicator):
         padded = torch.cat([own, own.new_zeros(most - len(own), own.shape[1])])
         everyones = [torch.empty_like(padded) for _ in self.shares]
         self._guarded("an all-gather of scalars", lambda: dist.all_gather(everyones, padded, self.control))
-        return torch.cat([rows[: len(share)] for rows, share in zip(everyones, self.shares, strict=True)])
+        everyones_NX = own.new_zeros(self.num_devices, own.shape[1])  # zeros for devices that are lost
+        for rows, share in zip(everyones, self.shares, strict=True):
+            everyones_NX[share.start : share.stop] = rows[: len(share)]
+        return everyones_NX
 
     def share_texts(self, text: str) -> list[str]:
         """Return every process's text, in the order of ranks."""
@@ -109,6 +134,21 @@ class TorchCommunicator(Communicator):
             target = torch.empty(shape, dtype=getattr(torch, dtype)) if tensor is None else tensor
             self._guarded("a broadcast of state", lambda t=target: dist.broadcast(t, source, self.control))  # type: ignore[misc]
             received[name] = target
+        return received
+
+    def hand_state(self, source: int, targets: Sequence[int], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of process `source` in the `targets`, on the CPU; the others send and receive none."""
+        about = [[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()]
+        shapes = json.loads(self.share_texts(json.dumps(about))[source])
+        received = {}
+        for name, shape, dtype in shapes:
+            if self.process == source:
+                own = tensors[name].detach().cpu().contiguous()
+                for target in targets:
+                    self._guarded("a hand-over", lambda t=own, p=target: dist.send(t, p, self.control))  # type: ignore[misc]
+            elif self.process in targets:
+                received[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+                self._guarded("a hand-over", lambda t=received[name]: dist.recv(t, source, self.control))  # type: ignore[misc]
         return received
 
     def finish(self) -> None:
@@ -178,7 +218,7 @@ class TorchCommunicator(Communicator):
 
         def exchange(channel: _Channel) -> list[Tensor]:
             own = _to_bytes(tensors)
-            everyones = own.new_empty(_device_bytes(pieces) * self.num_devices)
+            everyones = own.new_empty(_device_bytes(pieces) * len(self.present))
             parts = list(everyones.split([_device_bytes(pieces) * count for count in counts]))
             channel.all_gather(everyones, parts, own)
             return _in_order(parts, pieces, counts)

@@ -62,6 +62,8 @@ class Progress:
     """Time on the simulated clock from which the link is free."""
     pause_s: float = 0.0
     """Seconds of evaluations and checkpoints."""
+    absent_steps: int = 0
+    """Steps that lost devices have missed, summed over devices."""
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -111,15 +113,17 @@ def _remove_parts(path: Path, parts: Iterable[str]) -> None:
         path.rmdir()
 
 
-def prune(folder: Path, devices: Iterable[int]) -> None:
+def prune(folder: Path, devices: Iterable[int], ever: Iterable[int] = ()) -> None:
     """Remove all but the newest checkpoints that hold these devices, and older ones that were never finished.
 
-    `devices` are all whose processes write into this folder: in a node's own folder, the node's devices.
+    `devices` are all whose processes write into this folder: in a node's own folder, the node's devices. `ever` names
+    those that are away, too: the newest part of each is kept until it is back.
     """
-    whole = _with_devices(folder, devices)[-KEEP:]
+    whole, away = _with_devices(folder, devices)[-KEEP:], set(ever) - set(devices)
+    kept = {max((p for p in folder.glob("step-*") if device in saved_devices(p)), default=None) for device in away}
     for path in folder.glob("step-*"):
         # A newer one that is not whole may be being written by other processes.
-        if whole and path not in whole and path < whole[-1]:
+        if whole and path not in whole and path not in kept and path < whole[-1]:
             shutil.rmtree(path, ignore_errors=True)
 
 
