@@ -27,6 +27,7 @@ from simulate.layers.convert import call_with_weights
 from simulate.methods.base import Method
 from simulate.methods.build_network import empty_model
 from simulate.methods.paced import Paced
+from simulate.methods.quorum import Quorum
 from simulate.methods.state import State
 from simulate.models.losses import row_losses_of
 from simulate.rules.cadence import MEETING_STEPS, Cadence, evaluation_batch
@@ -92,7 +93,10 @@ class Session:
         if isinstance(self.method, Paced):
             self.method.step_s = self.clock.device_step_s
             several = self.communicator.processes > 1 and not self.is_simulation
-            self.method.goes_by_clock = several and self.run.method.given_steps is None
+            given = self.run.method.given_steps or self.run.cluster.merges_given
+            self.method.goes_by_clock = several and given is None
+            if isinstance(self.method, Quorum) and not self.method.goes_by_clock:
+                self.method.attendance = self.clock.attendance
 
     def elapsed_s(self) -> float:
         """Measured seconds of the run, over all its sessions."""
@@ -177,7 +181,8 @@ def train(session: Session) -> bool:
 def _local_step(session: Session, step: int) -> Tensor:
     """Take one step of every local device on its own batch; returns their losses, (L,)."""
     inputs, targets = session.batches.batch(step, session.communicator.local_devices)
-    session.clock.charge_step()  # before the step, which may wait for an exchange when its compute is done
+    step_s = session.method.begin_step(step, session.clock.now_s)
+    session.clock.charge_step(step_s)  # before the step, which may wait for an exchange when its compute is done
     return session.method.step(inputs.to(session.device), targets.to(session.device), step)
 
 
@@ -223,6 +228,8 @@ def _merge(session: Session, step: int) -> None:
         _emit_now(session, {"kind": "round", "step": step + 1, "steps_done": steps_done})
     if method.can_exclude_devices:
         _exclude_devices(session, step)
+    if (record := method.merge_record(step)) is not None:
+        _emit_now(session, record)
     method.merge(step)
     session.clock.charge_merge()
 
