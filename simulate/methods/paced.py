@@ -35,6 +35,8 @@ from simulate.rules.pace import round_counts
 class Paced(Method):
     """A method in which devices may take fewer steps than a round has; the method behind it trains and merges."""
 
+    weighs_devices = True
+
     def __init__(self, *arguments: object) -> None:
         super().__init__(*arguments)  # type: ignore[arg-type]
         devices, local = self.run.cluster.devices, self.local_devices
@@ -54,7 +56,7 @@ class Paced(Method):
         """Rows of local devices that have stopped, as they were when they stopped."""
         self._started_s = self._stopped_s = 0.0
         self._measured_s: float | None = None
-        """Seconds that the fastest device needs for a round, as measured in the last one."""
+        """Seconds that the fastest device (with a quorum, the quorum-th) needs for a round, as measured in the last."""
 
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         """Step the local devices that are not done with the round; for the others return their last losses."""
@@ -91,9 +93,17 @@ class Paced(Method):
         if not self.goes_by_clock or int(self.counts_N[self._local].min()) <= done:
             return
         self._stopped_s = self._time()
-        deadline_s = self.run.method.deadline_s or self._measured_s
+        deadline_s = self._deadline_s or self._measured_s
         if done and deadline_s is not None and self._stopped_s - self._started_s >= deadline_s:
             self.counts_N[self._local] = done
+
+    @property
+    def _deadline_s(self) -> float | None:
+        """Seconds of a round; None where they are measured."""
+        return self.run.method.deadline_s
+
+    _pace_setter = 0
+    """Rank, by speed, of the device whose round is the others' deadline where it is measured."""
 
     def _time(self) -> float:
         if self.goes_by_clock:
@@ -138,7 +148,8 @@ class Paced(Method):
         seconds_L = (self._stopped_s - self._started_s) / own_L
         counts_N, seconds_N = self.communicator.all_gather_scalars(torch.stack([own_L, seconds_L], 1)).unbind(1)
         self.counts_N.copy_(counts_N.round())  # they travelled as floats
-        self._measured_s = float(seconds_N.min()) * self.run.method.round_steps
+        present_N = seconds_N[list(self.communicator.present)]  # lost devices have no seconds
+        self._measured_s = float(present_N.sort().values[self._pace_setter]) * self.run.method.round_steps
 
     def merge(self, step: int) -> None:
         self.close_round(step)

@@ -19,7 +19,7 @@ from simulate.costs.step_time import round_time
 from simulate.planning.candidate import Candidate
 from simulate.planning.planner import Plan
 from simulate.planning.search_space import train_for
-from simulate.timeline.churn import away_share, redo_factor
+from simulate.rules.churn import away_share, redo_factor
 from simulate.timeline.engine import Timeline, simulate
 
 ROUNDS = 100
@@ -188,7 +188,7 @@ def _twice_as_fast(device: Device) -> dict[str, Any]:
 
 
 def _churn(devices: Sequence[Device], timeline: Timeline) -> Churn:
-    """Return the expected cost of churn for rounds of the simulated length (simulate/timeline/churn.py)."""
+    """Return the expected cost of churn for rounds of the simulated length (simulate/rules/churn.py)."""
     join_s = max(device.join_s for device in devices) or JOIN_S
     redo = redo_factor(CHURN_PER_HOUR, join_s, timeline.round_s, len(devices))
     elastic = 1 / (1 - away_share(CHURN_PER_HOUR, join_s, timeline.round_s))

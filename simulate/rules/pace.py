@@ -11,9 +11,25 @@ import math
 from collections.abc import Sequence
 
 from simulate.config.method_options import MethodOptions
+from simulate.config.tables import DEFAULT_AGE_EXPONENT, Cluster
 
 ROUNDING = 1e-9
 """Share of a step that division may round away: a step that fits exactly must not be lost to it."""
+
+
+def quorum_deadline_s(cluster: Cluster, every: int, step_s: Sequence[float]) -> float:
+    """Return the seconds after which devices of a run with a quorum stop and merge.
+
+    They are `cluster.deadline_s`, or what the quorum-th fastest device needs for a round's T steps: with a quorum of
+    one the fastest sets the pace, with a quorum of all the slowest.
+    """
+    return cluster.deadline_s or every * sorted(step_s)[cluster.needed - 1]
+
+
+def discounts(ages: Sequence[int], exponent: float | None) -> list[float]:
+    """Return (1 + age)^-p for changes that miss so many merges; p is `cluster.age_exponent`."""
+    p = DEFAULT_AGE_EXPONENT if exponent is None else exponent
+    return [(1.0 + age) ** -p for age in ages]
 
 
 def round_counts(method: MethodOptions, step_s: Sequence[float], round_index: int = 0) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ One exchange travels at a time. A merge in the background occupies the link from
 started it, and devices wait for it where the method applies it. In-node messages of DASO have links of their own if the
 profile has such.
 
-A device that leaves loses its current round: the others merge without it (simulate/timeline/churn.py).
+A device that leaves loses its current round: the others merge without it (simulate/rules/churn.py).
 
 Legend: N devices, M those present in the current round.
 """
@@ -33,8 +33,8 @@ from simulate.costs.message_schedule import PeriodicExchange, schedule
 from simulate.costs.message_time import link_of, server_latency_s, server_rates, transfer_s
 from simulate.costs.step_time import device_merge_s, device_step_s, round_time
 from simulate.rules.pace import round_counts
-from simulate.timeline.churn import leave_probability
-from simulate.timeline.jitter import Floats, slowness, uniform
+from simulate.rules.churn import leave_probability
+from simulate.rules.jitter import Floats, slowness, uniform
 from simulate.timeline.shared_link import shared_ends
 
 KINDS = ("compute", "exchange", "wait", "away")

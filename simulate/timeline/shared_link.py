@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from simulate.timeline.jitter import Floats
+from simulate.rules.jitter import Floats
 
 
 def shared_ends(starts_N: Floats, payload_bytes: float, own_bytes_per_s: float, all_bytes_per_s: float) -> Floats:

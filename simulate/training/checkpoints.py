@@ -62,8 +62,6 @@ class Progress:
     """Time on the simulated clock from which the link is free."""
     pause_s: float = 0.0
     """Seconds of evaluations and checkpoints."""
-    absent_steps: int = 0
-    """Steps that lost devices have missed, summed over devices."""
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

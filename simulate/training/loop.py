@@ -27,6 +27,7 @@ from simulate.layers.convert import call_with_weights
 from simulate.methods.base import Method
 from simulate.methods.build_network import empty_model
 from simulate.methods.paced import Paced
+from simulate.methods.quorum import Quorum
 from simulate.methods.state import State
 from simulate.models.losses import row_losses_of
 from simulate.rules.cadence import MEETING_STEPS, Cadence, evaluation_batch
@@ -71,8 +72,6 @@ class Session:
     """Whether lost processes are restarted, from checkpoints at merges."""
     group: Group | None = None
     """The processes that are there now, of a launched run that goes on without lost ones; None: losses restart all."""
-    absent_steps: int = 0
-    """Steps that lost devices have missed, summed over devices."""
     is_simulation: bool = False
     """Whether devices are simulated here, in one process or in several that act as one would."""
     saved_at: int = 0
@@ -97,7 +96,10 @@ class Session:
         if isinstance(self.method, Paced):
             self.method.step_s = self.clock.device_step_s
             several = self.communicator.processes > 1 and not self.is_simulation
-            self.method.goes_by_clock = several and self.run.method.given_steps is None
+            given = self.run.method.given_steps or self.run.cluster.merges_given
+            self.method.goes_by_clock = several and given is None
+            if isinstance(self.method, Quorum) and not self.method.goes_by_clock:
+                self.method.attendance = self.clock.attendance
 
     def elapsed_s(self) -> float:
         """Measured seconds of the run, over all its sessions."""
@@ -150,26 +152,28 @@ def train(session: Session) -> bool:
     steps, log_every = session.run.train.steps, session.run.train.log_every
     activity = session.activity
     activity.step = session.step
+    takes_step = True
     while session.step < steps:
         try:
-            if not _step(session, session.step, log_every):
+            if not _step(session, session.step, log_every, takes_step):
                 return False
-        except StateReplacedError:  # this process was away: the loop goes on where the others are
-            session.pending_steps.clear()
-            session.pending_diagnostics.clear()
-            activity.step = session.step
+            takes_step = True
+        except StateReplacedError as replaced:  # this process was away: the loop goes on where the others are
+            activity.step, takes_step = session.step, not replaced.is_at_merge
     return True
 
 
-def _step(session: Session, step: int, log_every: int) -> bool:
-    """Take one step, and do what is due after it; returns False when the run was asked to stop, and is saved."""
+def _step(session: Session, step: int, log_every: int, takes_step: bool) -> bool:
+    """Take one step, and do what is due after it; returns False when the run was asked to stop, and is saved.
+
+    Without `takes_step` the others have taken it, and wait to merge.
+    """
     activity = session.activity
     activity.begin("training")
-    losses_L = _local_step(session, step)
+    losses_L = _local_step(session, step) if takes_step else torch.full((session.method.local_devices,), math.nan)
     if session.method.merge_due(step):
         _end_round(session, step)
     session.step = activity.step = step + 1
-    session.absent_steps += session.communicator.num_devices - len(session.communicator.present)
     is_last = session.step == session.run.train.steps
     if is_last or session.step % log_every == 0:
         session.pending_steps.append((losses_L, _step_figures(session)))
@@ -196,14 +200,14 @@ def _step(session: Session, step: int, log_every: int) -> bool:
 def _local_step(session: Session, step: int) -> Tensor:
     """Take one step of every local device on its own batch; returns their losses, (L,)."""
     inputs, targets = session.batches.batch(step, session.communicator.local_devices)
-    session.clock.charge_step()  # before the step, which may wait for an exchange when its compute is done
-    inputs, targets = inputs.to(session.device), targets.to(session.device)
-    return session.method.step(inputs, targets, step)
+    step_s = session.method.begin_step(step, session.clock.now_s)
+    session.clock.charge_step(step_s)  # before the step, which may wait for an exchange when its compute is done
+    return session.method.step(inputs.to(session.device), targets.to(session.device), step)
 
 
 def _end_round(session: Session, step: int) -> None:
     """Merge, and where it is due diagnose the round before the merge and gradients at the merged weights after it."""
-    session.method.close_round(step)
+    together(session, lambda: session.method.close_round(step), arrives=True)
     diagnostics = _diagnostics_due(session, step + 1)
     if diagnostics is None:
         _merge(session, step)
@@ -241,17 +245,20 @@ def _merge(session: Session, step: int) -> None:
     steps_done = method.steps_done()
     if steps_done is not None:
         _emit_now(session, {"kind": "round", "step": step + 1, "steps_done": steps_done})
-    excluded = together(session, lambda: _merge_healthy(session, step), changes=True, arrives=True)
+    excluded, record = together(session, lambda: _merge_healthy(session, step), changes=True)
     if excluded:
         _emit_now(session, {"kind": "left-out", "step": step + 1, "devices": excluded})
+    if record is not None:
+        _emit_now(session, record)
     session.clock.charge_merge()
 
 
-def _merge_healthy(session: Session, step: int) -> list[int]:
-    """Merge without devices whose weights are not finite; returns these."""
+def _merge_healthy(session: Session, step: int) -> tuple[list[int], Event | None]:
+    """Merge without devices whose weights are not finite; returns these, and an event about who takes part."""
     excluded = _exclude_devices(session, step) if session.method.can_exclude_devices else []
+    record = session.method.merge_record(step)
     session.method.merge(step)
-    return excluded
+    return excluded, record
 
 
 def _exclude_devices(session: Session, step: int) -> list[int]:
@@ -279,7 +286,6 @@ def _step_figures(session: Session) -> Event:
     run, counter = session.run, session.communicator.counter
     return {
         "step": session.step,
-        "absent_steps": session.absent_steps,
         "learning_rate": run.train.learning_rate * session.method.rate_factor(session.step - 1),
         "sent_bytes": counter.sent_bytes,
         "received_bytes": counter.received_bytes,
@@ -305,7 +311,7 @@ def _emit_steps(session: Session) -> bool:
 
 def _emit_step(session: Session, losses: list[float], figures: Event) -> None:
     """Emit one step; raises RunFailedError for a loss that is not finite, unless the merge excludes its device."""
-    step, present, absent_steps = figures["step"], session.communicator.present, figures.pop("absent_steps")
+    step, present = figures["step"], session.communicator.present
     finite = [device in present and math.isfinite(loss) for device, loss in enumerate(losses)]
     healthy = [finite[device] for device in present]
     if not any(healthy) or not (all(healthy) or session.method.can_exclude_devices):
@@ -316,7 +322,7 @@ def _emit_step(session: Session, losses: list[float], figures: Event) -> None:
     trained = session.method.active(step - 1)
     # The mean is over devices that trained in this step: idle ones repeat their last loss, excluded ones have none.
     active = [losses[device] for device in trained if finite[device]]
-    samples = session.method.samples_done(step - 1) - absent_steps * session.run.train.device_batch
+    samples = session.method.samples_done(step - 1)
     if session.method.steps_done() is not None:  # a device that has taken its steps of the round has no loss
         finite = [fine and device in trained for device, fine in enumerate(finite)]
     session.emit(
@@ -394,7 +400,6 @@ def progress_of(session: Session) -> Progress:
         messages=counter.messages,
         wall_s=session.elapsed_s(),
         val_loss=session.val_loss,
-        absent_steps=session.absent_steps,
     )
 
 
@@ -438,7 +443,7 @@ def continue_from(session: Session, progress: Progress, state: State) -> None:
     if session.diagnostics is not None:
         session.diagnostics.load_state_dict(state.shared)
     session.step, session.val_loss, session.wall_s = progress.step, progress.val_loss, progress.wall_s
-    session.saved_at, session.absent_steps = progress.step, progress.absent_steps
+    session.saved_at = progress.step
     # Clock and counters go on, so that a resumed run reports the figures of one that was never interrupted.
     session.clock.compute_s, session.clock.exchange_s = progress.compute_s, progress.exchange_s
     session.clock.link_free_s, session.clock.pause_s = progress.link_free_s, progress.pause_s

@@ -26,14 +26,18 @@ CHANGES_MOMENTS = ("average", "prune", "reset")
 
 
 class StateReplacedError(Exception):
-    """The session's state is another one: the loop goes on at its step."""
+    """The session's state is another one: the loop goes on at its step; `is_at_merge`: at the merge that follows it."""
+
+    def __init__(self, is_at_merge: bool = False) -> None:
+        super().__init__()
+        self.is_at_merge = is_at_merge
 
 
 class Group(Protocol):
     """The processes that are there now; each function raises LostPeerError where the group must be formed anew."""
 
-    def arrive(self) -> None:
-        """Wait for all others; whoever stays away longer than the deadline is left behind."""
+    def arrive(self, session: Session) -> None:
+        """Wait for all others before a merge; whoever stays away longer than the deadline is left behind."""
 
     def confirm(self) -> None:
         """Return once all others have everything that this act exchanges."""
@@ -74,7 +78,8 @@ def merge_tensors(method: Method) -> list[Tensor]:
         tensor
         for name, tensor in state.items()
         # The start weights change with the group alone, which no merge takes back.
-        if not name.endswith(".start_weight") and (with_moments or not name.startswith("optimizer."))
+        if not name.endswith(".start_weight")
+        and (with_moments or not name.startswith("optimizer.") or name.endswith(".step"))
     ]
 
 
@@ -90,7 +95,7 @@ def together(session: Session, act: Callable[[], Result], changes: bool = False,
         backup = Backup(session.method) if changes else None
         try:
             if arrives:
-                group.arrive()
+                group.arrive(session)
             result = act()
             group.confirm()
             return result

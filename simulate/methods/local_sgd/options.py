@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from simulate.comm.transfers import Wire
-from simulate.config.method_options import RoundOptions
+from simulate.config.method_options import RoundOptions, quorum_key
 from simulate.config.tables import Cluster, Train
 from simulate.models.schema import ModelOptions
 
@@ -62,6 +62,15 @@ class LocalSgdOptions(RoundOptions):
                 "merge_transport = 'reduce' and merge_optimizer other than 'average'"
             )
         return self
+
+    def check_quorum(self, cluster: Cluster) -> None:
+        super().check_quorum(cluster)
+        refused = {"participation": self.participation < 1, "merge_optimizer": self.merge_optimizer == "average"}
+        for key in (key for key, is_set in refused.items() if is_set):
+            raise ValueError(
+                f"method.{key} = {getattr(self, key)!r} does not go with cluster.{quorum_key(cluster)}: late devices "
+                "bring changes of their weights alone, when they can; leave one of them away"
+            )
 
     def check(self, model: ModelOptions, train: Train, cluster: Cluster) -> None:
         super().check(model, train, cluster)

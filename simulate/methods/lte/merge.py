@@ -62,7 +62,8 @@ class LayerMerger:
         self.arriving = {layer.name: layer.weight.clone() for layer in delayed_layers}
         """Merged W, which training must not see before it has arrived."""
         self._travels = False
-        self._weights_H: Tensor | None = None
+        self._weights_N: Tensor | None = None
+        """Devices' shares of the current merge, in units of an equal one; None: all count alike."""
         self.compressed = options.wire != "full" and devices > 1
         self.errors: dict[str, Tensor] = {}
         self.means: list[CompressedMean] = []
@@ -81,18 +82,25 @@ class LayerMerger:
         `weights_N` are all devices' shares of 1; equal where not given.
         """
         self._travels = False
-        heads, devices = self.options.heads_per_device, self.communicator.num_devices
         # In units of an equal share, since the merge is a mean.
-        self._weights_H = None if weights_N is None else (weights_N * devices).repeat_interleave(heads)
+        self._weights_N = None if weights_N is None else weights_N * self.communicator.num_devices
         self._exchange()
-        self._weights_H = None
+        self._weights_N = None
+
+    def _weights_of(self, devices: Sequence[int]) -> Tensor | None:
+        """Return the weights of some devices' heads, in order; None: all count alike."""
+        weights_N = self._weights_N
+        return None if weights_N is None else weights_N[list(devices)].repeat_interleave(self.options.heads_per_device)
 
     @property
     def _own_weights_H(self) -> Tensor | None:
-        if self._weights_H is None:
-            return None
-        local, heads = self.communicator.local_devices, self.options.heads_per_device
-        return self._weights_H[local.start * heads : local.stop * heads]
+        return self._weights_of(self.communicator.local_devices)
+
+    @property
+    def _exchanging(self) -> Sequence[int]:
+        """The devices whose factors an exchange returns, in order."""
+        present = self.communicator.participants
+        return range(self.communicator.num_devices) if present is None else present
 
     @torch.no_grad()
     def send(self) -> None:
@@ -178,8 +186,8 @@ class LayerMerger:
     def _add_up_layer(self, layer: LoraLinear, a_HRI: Tensor | None, b_HOR: Tensor, target_OI: Tensor | None) -> None:
         # A call for each layer, so that nothing of one layer is held while A of the next is drawn.
         heads = self.communicator.num_devices * self.options.heads_per_device
-        factor = layer.frozen_a(heads) if a_HRI is None else a_HRI
-        b_HOR = weighted(b_HOR, self._weights_H)
+        factor = self._of_exchanging(layer.frozen_a(heads)) if a_HRI is None else a_HRI
+        b_HOR = weighted(b_HOR, self._weights_of(self._exchanging))
         # Algorithm 1's merge: Ŵ = W + (s/H)·Σ_h B_h·A_h, from W0 where the last products are taken back.
         if target_OI is not None:
             add_products(self._base(layer), factor, b_HOR, self._share, out=target_OI)
@@ -188,6 +196,14 @@ class LayerMerger:
         merged_OI = self._base(layer, own=True).to(b_HOR.device)
         add_products(merged_OI, factor, b_HOR, self._share)
         layer.set_weight(merged_OI)
+
+    def _of_exchanging(self, a_HRI: Tensor | Columns) -> Tensor | Columns:
+        """Return the A of the devices that take part, out of everyone's."""
+        present, heads = self.communicator.participants, self.options.heads_per_device
+        if present is None:
+            return a_HRI
+        indices_H = torch.tensor([device * heads + head for device in present for head in range(heads)])
+        return a_HRI[indices_H.to(a_HRI.device)]
 
     def _sent(self, layer: LoraLinear, key: str) -> Tensor:
         """Return a local factor as it is merged: its snapshot while a merge travels, else its current value."""

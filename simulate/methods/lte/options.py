@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from simulate.comm.transfers import Transport, Wire
-from simulate.config.method_options import AdapterOptions, FragmentOptions
+from simulate.config.method_options import AdapterOptions, FragmentOptions, quorum_key
 from simulate.config.tables import Cluster, Train
 from simulate.layers.formats import Biases, Convolutions, Draws, Norms, Quantize
 from simulate.models.schema import FactoryModel, ModelOptions
@@ -140,6 +140,28 @@ class LteOptions(AdapterOptions, FragmentOptions):
                 f"false does; try --set method.{move}, or --set method.draws=joint"
             )
         return self
+
+    def check_quorum(self, cluster: Cluster) -> None:
+        super().check_quorum(cluster)
+        key = quorum_key(cluster)
+        why = {
+            "reset": "a merge whose devices change would not take back what reset-less merges added; try --set "
+            "method.reset=b",
+            "norms": "merges need one device, or pairs, that all have at once; try --set method.norms=average",
+            "master": "the server alone has what a late device needs; try --set method.master=host",
+        }
+        refused = {
+            "reset": self.reset == "none",
+            "norms": self.norms in ("one", "vector-lora"),
+            "master": self.master == "server",
+        }
+        for name in (name for name, is_set in refused.items() if is_set):
+            raise ValueError(f"method.{name} = {getattr(self, name)!r} does not go with cluster.{key}: {why[name]}")
+        if self.reset == "ab" and self.frozen_a:
+            raise ValueError(
+                f"method.reset = 'ab' with frozen_a = true has every device draw the others' A, and with cluster.{key} "
+                "late ones have older draws; try --set method.reset=b"
+            )
 
     def shape_of(self, model: ModelOptions) -> ModelShape:
         # Named networks have convolutions at their ends only, which get no pairs.

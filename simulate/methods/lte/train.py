@@ -30,6 +30,8 @@ With `pace = "deadline"` device n counts w_n in place of 1/N (simulate.methods.p
 
 Reset-less merges would not telescope then: what a head had added with one weight would be taken back with another.
 
+With a quorum devices that are late or lost have w_n = 0, and come back later (simulate.methods.quorum).
+
 With `quantize` W is kept in fewer bytes, Q(W), and unpacked for each product; merges add to a full-precision master
 W in host memory, and W0 lies there, too. Only with `master` = "none" does Q(Q(W) + ...) take the place of W.
 
@@ -158,7 +160,7 @@ class Lte(Method):
         merger = self.mergers[index]
         weights_N = self.shares()
         # Where all count alike, a device that is left out adds nothing to a mean over all heads.
-        merger.merge(weights_N if self.options.is_paced else None)
+        merger.merge(weights_N if self.weighs_devices else None)
         # The averaging below takes means of effective vectors, not of factors.
         for vector in self.vectors.values():
             vector.merged.copy_(vector())
@@ -235,6 +237,25 @@ class Lte(Method):
     def _last_averages(self) -> dict[int, Tensor]:
         averagings = (self.averaging, self.spreading)
         return {id(a.parameters[name]): tensor for a in averagings for name, tensor in a.last.items()}
+
+    def base_state(self) -> dict[str, Tensor]:
+        """Return W of adapted layers, as precise as it is kept, and the averages."""
+        weights: dict[str, Tensor] = {}
+        for layer in lora_layers(self.model):
+            # What is packed is packed again from the full W, if there is one, to the same bits.
+            kept = layer.frozen_tensors() if layer.master is None else [layer.master]
+            weights |= {f"weight.{layer.name}.{index}": tensor for index, tensor in enumerate(kept)}
+        return {**weights, **self.averaging.base_state()}
+
+    @torch.no_grad()
+    def load_base(self, base: Mapping[str, Tensor]) -> None:
+        for layer in lora_layers(self.model):
+            if layer.master is not None:
+                layer.set_weight(base[f"weight.{layer.name}.0"].to(layer.b.device))
+                continue
+            for index, tensor in enumerate(layer.frozen_tensors()):
+                tensor.copy_(base[f"weight.{layer.name}.{index}"])
+        self.averaging.load_base(base)
 
     def extra_state(self) -> dict[str, Tensor]:
         starts = {
