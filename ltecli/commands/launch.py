@@ -178,7 +178,10 @@ def launch_run(
         else:
             own = nodes[number]
             # The store takes any free port: that of --join stays open for nodes that come back.
-            node = Node(processes, device.type, number, options.nodes, own.address, own.interface, nodes[0].address)
+            each = tuple(other.processes for other in nodes)
+            node = Node(
+                processes, device.type, number, options.nodes, own.address, own.interface, nodes[0].address, each
+            )
         threads = max(1, usable_cores() // processes)  # together, the processes use each core once
         launch = Launch(folder.path, run, node, output.warning, threads)
         launch.allow_clocks_apart(max(abs(other.clock_offset_s) for other in nodes))

@@ -51,18 +51,20 @@ class TorchCommunicator(Communicator):
         timeout_s: float,
         on_transfer: Callable[[Transfer, bool], None] | None = None,
         on_wait: Callable[[], None] | None = None,
-        own: range | None = None,
+        shares: Sequence[range] | None = None,
+        process: int = 0,
     ) -> None:
-        """Connect to the default group; with `own`, this process's devices, only later: see `connect`."""
+        """Connect to the default group; with `shares`, all processes' devices, only later: see `connect`."""
         self.current_phase = "the start"
         self.device, self.timeout = device, timedelta(seconds=timeout_s)
-        if own is None:
+        if shares is None:
             processes = dist.get_world_size()
             shares = [devices_of(process, processes, num_devices) for process in range(processes)]
             super().__init__(num_devices, shares[dist.get_rank()], on_transfer, on_wait)
             self.connect(shares)
         else:
-            super().__init__(num_devices, own, on_transfer, on_wait)
+            super().__init__(num_devices, shares[process], on_transfer, on_wait)
+            self._take_shares(process, shares)
         self._executor = ThreadPoolExecutor(1, "exchange") if device.type == "cpu" else None
         self._stream = None if device.type == "cpu" else accelerator.new_stream(device)
         self._in_flight: list[Future[None]] = []
@@ -78,12 +80,15 @@ class TorchCommunicator(Communicator):
 
         Devices in no share are lost, and exchanges leave them out.
         """
-        self.process, self.processes, self.shares = dist.get_rank(), dist.get_world_size(), list(shares)
-        self._present = [device for share in self.shares for device in share]
+        self._take_shares(dist.get_rank(), shares)
         self.control = self.new_group("gloo")  # scalars and texts are on the CPU, also in runs on GPUs
         self._foreground = _Channel(self, None)
         # Collectives of one group must come in the same order in all processes, so the background has its own group.
         self._background_channel = _Channel(self, self.new_group(None))
+
+    def _take_shares(self, process: int, shares: Sequence[range]) -> None:
+        self.process, self.processes, self.shares = process, len(shares), list(shares)
+        self._present = [device for share in self.shares for device in share]
 
     def disconnect(self) -> None:
         """Close all connections, which ends the exchanges of processes that wait for this one."""

@@ -248,6 +248,11 @@ class Cluster(toml_io.Schema):
         return below_all or self.deadline_s is not None or self.merges_given is not None
 
     @property
+    def drops_lost(self) -> bool:
+        """Whether a launched run drops lost processes and goes on, instead of restarting all."""
+        return self.has_quorum and self.merges_given is None
+
+    @property
     def needed(self) -> int:
         """Devices that a merge needs."""
         return self.devices if self.quorum is None else self.quorum

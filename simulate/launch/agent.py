@@ -57,6 +57,18 @@ class Node:
     interface: str = "lo"
     store_address: str = "127.0.0.1"
     """Address of node 0, which holds the store."""
+    processes_by_node: tuple[int, ...] = ()
+    """Processes that each node starts, this one too; () for one node."""
+
+    @property
+    def all_processes(self) -> tuple[int, ...]:
+        """Processes that each node starts."""
+        return self.processes_by_node or (self.processes,)
+
+    @property
+    def first_process(self) -> int:
+        """Number, in the run, of this node's first process."""
+        return sum(self.all_processes[: self.number])
 
 
 class Launch:
@@ -119,11 +131,8 @@ class Launch:
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
         # Counted since the system started, so only the difference is this run's.
         sent_before = self._interface_sent_bytes()
-        agent, handler = self._agent()
-        self._running_agent = agent
         try:
-            result = agent.run()
-            handler.shutdown()
+            failures = self._run_children() if self.run.cluster.drops_lost else self._run_elastic_agent()
         except (RendezvousError, RuntimeError) as error:
             # The store often goes away just after the run ended, because node 0 leaves first.
             if outcome := self._outcome():
@@ -138,8 +147,21 @@ class Launch:
         self._say_goodbye(self._interface_sent_bytes() - sent_before)
         if outcome is not None:
             return outcome
-        failures = "; ".join(self._failure(rank, failure) for rank, failure in sorted(result.failures.items()))
         raise RunFailedError(f"given up after {self.run.cluster.max_restarts} restarts: {failures}")
+
+    def _run_elastic_agent(self) -> str:
+        """Run torchrun's agent to its end; returns in words which processes failed."""
+        agent, handler = self._agent()
+        self._running_agent = agent
+        result = agent.run()
+        handler.shutdown()
+        return "; ".join(self._failure(rank, failure) for rank, failure in sorted(result.failures.items()))
+
+    def _run_children(self) -> str:
+        """Run each process by itself, so that who is lost takes no other along; returns in words which failed."""
+        from simulate.launch.children import Children
+
+        return Children(self).run()
 
     def allow_clocks_apart(self, seconds: float) -> None:
         """Declare a node lost later: torchrun stamps signs of life with each node's own clock."""
@@ -229,23 +251,26 @@ class Launch:
         return saved_step, not self.store.check([FATAL])
 
     def _failure(self, rank: int, failure: Any) -> str:
+        return self.failure_text(rank, failure.local_rank, failure.exitcode)
+
+    def failure_text(self, rank: int, local_rank: int, exit_code: int) -> str:
         """Return a line that says how a process ended, from its exit code and the last line of its log."""
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
+        if exit_code < 0:
+            name = signal.Signals(-exit_code).name
             hint = ""
             if name == "SIGKILL":
                 out_of_memory = oom_kills() > self._oom_kills_before
                 hint = ", since the system ran out of memory" if out_of_memory else ", by hand or for lack of memory"
             return f"process {rank} on node {self.node.number} was killed by {name}{hint}"
         # Attempts start at 0 again with the refilled budget, so the newest log is found by its time, not by its name.
-        logs = (self.folder / LOGS).glob(f"node{self.node.number}/*/attempt_*/{failure.local_rank}/stderr.log")
+        logs = (self.folder / LOGS).glob(f"node{self.node.number}/*/attempt_*/{local_rank}/stderr.log")
         newest = max(logs, key=lambda path: path.stat().st_mtime_ns, default=None)
         text = "" if newest is None else newest.read_text(errors="replace")
         lines = [line for line in text.splitlines() if line.strip()]
         last = f": {lines[-1].strip()}" if lines else ""
         without_memory = any("MemoryError" in line or "allocate memory" in line for line in lines)
         why = "ran out of memory and " if without_memory else ""
-        return f"process {rank} on node {self.node.number} {why}ended with {failure.exitcode}{last}"
+        return f"process {rank} on node {self.node.number} {why}ended with {exit_code}{last}"
 
     def _outcome(self) -> dict[str, Any] | None:
         """Return how the run ended, None where no process has said so or the store is gone."""

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 POLL_S, LOOK_S = 0.005, 0.05
 """Seconds between two looks for a verdict, and for what may spoil it."""
+GRACE_S = 10.0
+"""Least seconds that a member may be later than the first, where the run does not say."""
 HINT_S = 1.0
 """Seconds after which a wait for the quorum is reported."""
 
@@ -41,8 +43,8 @@ class Waits:
 
     quorum: int
     """Devices without which nothing is merged."""
-    deadline_s: float
-    """Seconds that a member may be later than the first."""
+    deadline_s: float | None
+    """Seconds that a member may be later than the first; None: GRACE_S, or as long as its last round took."""
     timeout_s: float
     """Seconds after which a member is left behind even if the quorum is not met without it."""
     join_timeout_s: float
@@ -85,7 +87,11 @@ class Membership:
         self.shares, self.titles, self.waits, self.log = shares, titles, waits, log
         self.is_ready = False
         """Whether this process has the run's state."""
+        self.is_late = False
+        """Whether this process has missed a merge, and has a change to bring to the next."""
         self.epoch: Epoch | None = None
+        self.round_s = 0.0
+        """Seconds that this process needed for its last round."""
         self._ballots = 0
         self._away: set[int] = set()
         """Members that were not there when the deadline passed."""
@@ -102,7 +108,12 @@ class Membership:
     def advance(self, joiners: Collection[int] = ()) -> Epoch:
         """Agree on the next epoch with the living members of this one, and `joiners`. Raises as `enter` does."""
         assert self.epoch is not None
-        return self._decide(self.epoch.number + 1, self.epoch.members, joiners, self.waits.deadline_s)
+        return self._decide(self.epoch.number + 1, self.epoch.members, joiners, self.patience_s)
+
+    @property
+    def patience_s(self) -> float:
+        """Seconds that a member may be later than the first."""
+        return max(GRACE_S, self.round_s) if self.waits.deadline_s is None else self.waits.deadline_s
 
     def devices_of(self, members: Collection[int]) -> list[int]:
         """Return the devices of members, in order."""
@@ -134,7 +145,7 @@ class Membership:
 
     def _proposal(self, number: int, answers: Mapping[int, dict[str, Any]], joiners: Collection[int]) -> Epoch | None:
         """Return the epoch that these answers allow, None without a quorum."""
-        waiting = {m: i for m, i in self._waiting().items() if m not in answers}
+        waiting = {m: incarnation for m, (incarnation, _) in self._waiting().items() if m not in answers}
         members = {m: int(answer["incarnation"]) for m, answer in answers.items()}
         ready = [m for m, answer in answers.items() if answer["is_ready"]]
         members |= {m: i for m, i in waiting.items() if m in joiners}
@@ -150,7 +161,7 @@ class Membership:
     def _wait_outside(self) -> Epoch:
         """Wait until an epoch has this process."""
         self.is_ready = False
-        self.store.set(f"group/join/{self.member}", str(self.incarnation))
+        self.store.set(f"group/join/{self.member}", json.dumps([self.incarnation, self.is_late]))
         while True:
             self._check_end()
             newest = self._newest()
@@ -159,7 +170,7 @@ class Membership:
                 return self._adopt(newest)
             if all(self._is_dead(member, newest.members) for member in newest.members):
                 everyone = dict.fromkeys(range(len(self.shares)), 0)
-                return self._decide(newest.number + 1, everyone, (), self.waits.deadline_s)
+                return self._decide(newest.number + 1, everyone, (), self.patience_s)
             time.sleep(LOOK_S)
 
     def _adopt(self, epoch: Epoch) -> Epoch:
@@ -191,15 +202,15 @@ class Membership:
                     found[member] = answer
         return found
 
-    def _waiting(self) -> dict[int, int]:
-        """Return the living processes that wait to be admitted, with their incarnations."""
+    def _waiting(self) -> dict[int, tuple[int, bool]]:
+        """Return the living processes that wait to be admitted: their incarnations, and whether they are late."""
         found = {}
         for member in range(len(self.shares)):
             key = f"group/join/{member}"
             if self.store.check([key]):
-                incarnation = int(self.store.get(key))
+                incarnation, is_late = json.loads(self.store.get(key))
                 if not self._is_dead(member, {member: incarnation}):
-                    found[member] = incarnation
+                    found[member] = incarnation, is_late
         return found
 
     def _is_dead(self, member: int, incarnations: Mapping[int, int]) -> bool:
@@ -225,21 +236,24 @@ class Membership:
 
     # Ballots.
 
-    def ballot(self) -> list[int]:
-        """Wait for all members; returns who waits to join, the same to all. Raises LostPeerError to all, or to none."""
+    def ballot(self) -> dict[int, bool]:
+        """Wait for all members; returns who waits to join, and whether it is late, the same to all.
+
+        Raises LostPeerError to all, or to none.
+        """
         key, epoch = self._ballot_key(self._ballots), self.epoch
         assert epoch is not None
         self.store.set(f"{key}/{self.member}", "1")
         if self.store.add(key, 1) == len(epoch.members):
             waiting = self._waiting() if len(epoch.members) < len(self.shares) else {}
-            self._settle(key, {"why": "", "joiners": list(waiting)})
+            self._settle(key, {"why": "", "joiners": {member: is_late for member, (_, is_late) in waiting.items()}})
         verdict = self._verdict(key, epoch)
         if verdict["why"]:
             self._away = set(verdict.get("away", ()))
             raise LostPeerError(verdict["why"])
         self._forget(self._ballots - 1)
         self._ballots += 1
-        return list(verdict["joiners"])
+        return {int(member): is_late for member, is_late in verdict["joiners"].items()}
 
     def veto(self, why: str) -> None:
         """Let the next ballot fail: this process will not vote."""
@@ -271,7 +285,7 @@ class Membership:
         dead = [m for m in epoch.members if m != self.member and self._is_dead(m, epoch.members)]
         if dead:
             self._settle(key, {"why": f"{self._named(dead)} ended"})
-        elif waited_s > self.waits.deadline_s:
+        elif waited_s > self.patience_s:
             away = [m for m in epoch.members if not self.store.check([f"{key}/{m}"])]
             if self._is_quorum(set(epoch.members) - set(away)) or waited_s > self.waits.timeout_s:
                 late = f"{self._named(away)} not there {waited_s:.1f} s after the first"

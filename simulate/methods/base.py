@@ -282,5 +282,19 @@ class Method(ABC):
         new = {name for name in donor if name.startswith("optimizer.") or "error" in name}
         return {name: torch.zeros_like(t) if name in new else t.clone() for name, t in donor.items()}
 
+    def init_returning_device(
+        self, shared: Mapping[str, Tensor], donor: Mapping[str, Tensor], own: Mapping[str, Tensor], device: int
+    ) -> dict[str, Tensor]:
+        """Return the start of a device that comes back after a merge: as if lost, but for what is its own.
+
+        `own` has the tensors of its last state; they may be missing.
+        """
+        start = self.init_lost_device(shared, donor, device)
+        return {name: own[name] if name in own and self.is_devices_own(name) else t for name, t in start.items()}
+
+    def is_devices_own(self, name: str) -> bool:
+        """Whether a device's tensor, as `sharded` names it, is unlike others' right after a merge: moments, errors."""
+        return name.startswith("optimizer.") or "error" in name
+
     def after_lost_devices_init(self) -> None:  # noqa: B027 - most methods' merged weights need nothing of a lost device
         """Correct for the lost devices' part of the merged weights, once everything is loaded; all processes join."""

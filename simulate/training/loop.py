@@ -72,6 +72,8 @@ class Session:
     """Whether lost processes are restarted, from checkpoints at merges."""
     group: Group | None = None
     """The processes that are there now, of a launched run that goes on without lost ones; None: losses restart all."""
+    is_merging: bool = False
+    """Whether the step that is under way has been taken, and its merge is not complete."""
     is_simulation: bool = False
     """Whether devices are simulated here, in one process or in several that act as one would."""
     saved_at: int = 0
@@ -172,7 +174,9 @@ def _step(session: Session, step: int, log_every: int, takes_step: bool) -> bool
     activity.begin("training")
     losses_L = _local_step(session, step) if takes_step else torch.full((session.method.local_devices,), math.nan)
     if session.method.merge_due(step):
+        session.is_merging = True
         _end_round(session, step)
+        session.is_merging = False
     session.step = activity.step = step + 1
     is_last = session.step == session.run.train.steps
     if is_last or session.step % log_every == 0:
@@ -442,6 +446,11 @@ def continue_from(session: Session, progress: Progress, state: State) -> None:
     session.method.state.load_sharded(state)
     if session.diagnostics is not None:
         session.diagnostics.load_state_dict(state.shared)
+    set_progress(session, progress)
+
+
+def set_progress(session: Session, progress: Progress) -> None:
+    """Set everything but tensors to where a run is."""
     session.step, session.val_loss, session.wall_s = progress.step, progress.val_loss, progress.wall_s
     session.saved_at = progress.step
     # Clock and counters go on, so that a resumed run reports the figures of one that was never interrupted.

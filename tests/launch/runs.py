@@ -150,13 +150,18 @@ def launched_run(
         launched.kill()
 
 
-def tiny_run(folder: Path, steps: int = 60, diagnostics_every: int | None = None, **cluster: Any) -> Path:
-    """Write a tiny lte run of four devices in float64, which merges, saves and can be hit every five steps."""
+def tiny_run(
+    folder: Path, steps: int = 60, diagnostics_every: int | None = None, method: dict[str, Any] | None = None,
+    **cluster: Any,
+) -> Path:  # fmt: skip
+    """Write a tiny run of four devices in float64, of lte unless `method` says otherwise, which merges and saves every
+    five steps, and can be hit there.
+    """
     path = folder / f"tiny{steps}.toml"
     train = {"steps": steps, "evaluate_every": steps, "checkpoint_every": steps, "dtype": "fp64"}
     if diagnostics_every is not None:
         train["diagnostics_every"] = diagnostics_every
-    return write_run(path, method={"merge_every": 5, "rank": 2, "name": "lte"}, train=train,
+    return write_run(path, method={"merge_every": 5, "rank": 2, "name": "lte"} if method is None else method, train=train,
                      cluster={"devices": 4, "timeout_s": 60, "join_timeout_s": 60, **cluster})  # fmt: skip
 
 

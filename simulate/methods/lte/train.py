@@ -292,6 +292,14 @@ class Lte(Method):
                         own[kept] = torch.zeros_like(own[kept]) if value is None else value.to(own[kept])
         return own
 
+    def is_devices_own(self, name: str) -> bool:
+        """Whether a tensor is a device's own right after a merge: adapters are, unless merges draw them anew."""
+        if super().is_devices_own(name) or self.options.reset == "ab":
+            return super().is_devices_own(name)
+        layer, _, key = name.removeprefix("model.").rpartition(".")
+        adapted = {n for n, module in self.model.named_modules() if isinstance(module, LoraLinear)}
+        return layer in adapted and key in ("a", "b", "a0", "b0", "columns")
+
     @torch.no_grad()
     def after_lost_devices_init(self) -> None:
         """Move lost devices' products from W into W0, since their adapters start again at zero."""
