@@ -102,8 +102,7 @@ class Membership:
         """Wait to be in an epoch, the first or a later one. Raises RunEndedError, RunFailedError."""
         if self._newest() is not None:
             return self._wait_outside()
-        everyone = dict.fromkeys(range(len(self.shares)), 0)
-        return self._decide(0, everyone, (), self.waits.join_timeout_s)
+        return self._decide(0, None, (), self.waits.join_timeout_s)
 
     def advance(self, joiners: Collection[int] = ()) -> Epoch:
         """Agree on the next epoch with the living members of this one, and `joiners`. Raises as `enter` does."""
@@ -119,14 +118,20 @@ class Membership:
         """Return the devices of members, in order."""
         return [device for member in sorted(members) for device in self.shares[member]]
 
-    def _decide(self, number: int, awaited: Mapping[int, int], joiners: Collection[int], patience_s: float) -> Epoch:
-        """Answer for an epoch, and return it, or a later one that has this process, once it is decided."""
+    def _decide(
+        self, number: int, members: Mapping[int, int] | None, joiners: Collection[int], patience_s: float
+    ) -> Epoch:
+        """Answer for an epoch, and return it, or a later one that has this process, once it is decided.
+
+        Waits `patience_s` for living `members`; None: for everybody, as last started.
+        """
         answer = json.dumps({"incarnation": self.incarnation, "is_ready": self.is_ready})
         self.store.set(f"group/answer/{number}/{self.member}", answer)
         begun_s, is_reported, key = time.monotonic(), False, f"group/epoch/{number}"
         while not self.store.check([key]):
             self._check_end()
             answers, waited_s = self._answers(number), time.monotonic() - begun_s
+            awaited = self._incarnations() if members is None else members
             missing = [m for m in awaited if m not in answers and m not in self._away and not self._is_dead(m, awaited)]
             if not missing or waited_s > patience_s:
                 epoch = self._proposal(number, answers, joiners)
@@ -169,8 +174,7 @@ class Membership:
             if self._is_in(newest):
                 return self._adopt(newest)
             if all(self._is_dead(member, newest.members) for member in newest.members):
-                everyone = dict.fromkeys(range(len(self.shares)), 0)
-                return self._decide(newest.number + 1, everyone, (), self.patience_s)
+                return self._decide(newest.number + 1, None, (), self.patience_s)
             time.sleep(LOOK_S)
 
     def _adopt(self, epoch: Epoch) -> Epoch:
@@ -213,10 +217,15 @@ class Membership:
                     found[member] = incarnation, is_late
         return found
 
+    def _incarnations(self) -> dict[int, int]:
+        """Return how often each process was started, by its agent's count."""
+        keys = {member: f"group/incarnation/{member}" for member in range(len(self.shares))}
+        return {m: int(self.store.get(key)) if self.store.check([key]) else 1 for m, key in keys.items()}
+
     def _is_dead(self, member: int, incarnations: Mapping[int, int]) -> bool:
         """Whether the agent of a member has seen that incarnation end."""
         key = f"group/dead/{member}"
-        return self.store.check([key]) and int(self.store.get(key)) >= max(1, incarnations[member])
+        return self.store.check([key]) and int(self.store.get(key)) >= incarnations[member]
 
     def _is_quorum(self, members: Collection[int]) -> bool:
         return len(self.devices_of(members)) >= self.waits.quorum
