@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,7 +29,8 @@ from simulate.common.errors import RunFailedError, first_line
 from simulate.common.run_files import LOGS
 from simulate.config.run import Run, run_fingerprint
 from simulate.launch.heartbeat import MISSED_BEATS
-from simulate.launch.keys import ATTEMPT, FATAL, FATAL_EXIT, OUTCOME, REPORTED_EXIT, STEP, log
+from simulate.launch.keys import ATTEMPT, FATAL, FATAL_EXIT, NODES, OUTCOME, REPORTED_EXIT, STEP, log
+from simulate.launch.lasting_store import Address, LastingStore, write_address
 from simulate.launch.preflight.listener import listen
 from simulate.launch.preflight.secret import VARIABLE as SECRET_VARIABLE
 from simulate.launch.preflight.settings import Log
@@ -78,7 +80,11 @@ class Launch:
         # The kernel counts its kills and names nobody: that the count grew is all that can be said.
         self._oom_kills_before = oom_kills()
         self.folder, self.run, self.node, self.log, self.threads = folder, run, node, log, threads
-        self._store: TCPStore | None = None
+        self._store: TCPStore | LastingStore | None = None
+        self.launch_id = ""
+        """Id of this launch in a store that is apart; "" where node 0 has the store."""
+        self.nodes: list[dict[str, Any]] = []
+        """Facts of all nodes, for those that come back."""
         self.keep_alive_misses = MISSED_BEATS
         self.abandoned = threading.Event()
         """Set when no process may be started any more."""
@@ -87,7 +93,7 @@ class Launch:
         """Bytes that each node's interface sent, with all headers and other programs' traffic; node 0, at the end."""
 
     @property
-    def store(self) -> TCPStore:
+    def store(self) -> TCPStore | LastingStore:
         """The agents' key-value store."""
         assert self._store is not None
         return self._store
@@ -114,6 +120,36 @@ class Launch:
         except RuntimeError as error:
             address = f"{self.node.store_address}:{port}"
             raise RunFailedError(f"node 0 does not answer at {address}: {first_line(error)}") from error
+
+    def find_store(self, ask: Callable[[], Address], launch_id: str) -> None:
+        """Connect to a store that is apart; `ask` returns where it is, and is called again once it restarts.
+
+        Raises InputError, RunFailedError.
+        """
+
+        def find() -> Address:
+            address = ask()
+            write_address(self.logs, address)
+            return address
+
+        self.launch_id = launch_id
+        self._store = LastingStore(find, self.run.cluster.join_timeout_s, launch_id)
+
+    def tell_nodes(self) -> None:
+        """Write into a store that is apart who the nodes are."""
+        if isinstance(self.store, LastingStore):
+            self.store.set(NODES, json.dumps(self.nodes))
+            self.store.set_for_all(f"run/{run_fingerprint(self.run)}", self.launch_id)
+
+    @property
+    def store_apart(self) -> bool:
+        """Whether the store is apart, and may restart."""
+        return isinstance(self._store, LastingStore)
+
+    @property
+    def logs(self) -> Path:
+        """Folder of this node's logs."""
+        return self.folder / LOGS / f"node{self.node.number}"
 
     @property
     def _join_timeout(self) -> timedelta:
@@ -226,7 +262,7 @@ class Launch:
             keep_alive_interval=KEEP_ALIVE_S,
             keep_alive_max_attempt=self.keep_alive_misses,
         )
-        logs = self.folder / LOGS / f"node{node.number}"
+        logs = self.logs
         logs.mkdir(parents=True, exist_ok=True)
         host, port = node.store_address, self.store.port
         spec = WorkerSpec(

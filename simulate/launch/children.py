@@ -11,11 +11,11 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
-from simulate.common.run_files import LOGS
 from simulate.launch.keys import FATAL, FATAL_EXIT, OUTCOME, REPORTED_EXIT, STEP, log
 from simulate.launch.membership import mark_dead
 
@@ -30,6 +30,10 @@ NODE_PROCESSES = "LTE_NODE_PROCESSES"
 """Environment variable of the workers: the processes of each node, "2,2"."""
 INCARNATION = "LTE_INCARNATION"
 """Environment variable of a worker: how often a process with its number was started in this run."""
+STORE_LOGS = "LTE_STORE_LOGS"
+"""Environment variable of a worker whose store is apart: the folder of the file that says where."""
+LAUNCH_ID = "LTE_LAUNCH_ID"
+"""Environment variable of such a worker: the prefix of the launch's keys."""
 
 
 @dataclass
@@ -58,6 +62,7 @@ class Children:
         """Run to the end; returns in words which processes were given up."""
         for child in self.children:
             self._start(child)
+        self._generation = getattr(self.store, "generation", 0)
         ended_s: float | None = None
         while not all(child.is_done for child in self.children):
             for child in self.children:
@@ -66,6 +71,9 @@ class Children:
                     self._on_exit(child, code)
             if self.launch.abandoned.is_set():
                 break
+            if self._generation != getattr(self.store, "generation", 0):
+                self._generation = getattr(self.store, "generation", 0)
+                self._tell_new_store()
             if ended_s is None and self.store.check([OUTCOME]):
                 ended_s = time.monotonic()
             if ended_s is not None and time.monotonic() - ended_s > END_S:
@@ -78,8 +86,7 @@ class Children:
         launch, node = self.launch, self.launch.node
         member = node.first_process + child.local_rank
         child.incarnation = self.store.add(f"group/incarnation/{member}", 1)
-        folder = launch.folder / LOGS / f"node{node.number}" / "children"
-        logs = folder / f"attempt_{child.incarnation - 1}" / str(child.local_rank)
+        logs = launch.logs / "children" / f"attempt_{child.incarnation - 1}" / str(child.local_rank)
         logs.mkdir(parents=True, exist_ok=True)
         environment = {
             **os.environ,
@@ -89,11 +96,19 @@ class Children:
             "LOCAL_WORLD_SIZE": str(node.processes),
             NODE_PROCESSES: ",".join(map(str, node.all_processes)),
             INCARNATION: str(child.incarnation),
+            **({STORE_LOGS: str(launch.logs), LAUNCH_ID: launch.launch_id} if launch.store_apart else {}),
         }
         where = (node.device, node.store_address, str(self.store.port), str(node.number))
         command = [sys.executable, "-m", "simulate.launch.worker", str(launch.folder), *where]
-        with _log(logs / "stdout.log") as out, _log(logs / "stderr.log") as err:
-            child.process = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
+        child.process = spawn(command, environment, logs)
+
+    def _tell_new_store(self) -> None:
+        """Write again what this node knows, where the store was restarted."""
+        self.launch.tell_nodes()
+        for child in self.children:
+            member, is_alive = self.launch.node.first_process + child.local_rank, not child.is_done
+            self.store.set(f"group/incarnation/{member}", str(child.incarnation))
+            mark_dead(self.store, member, child.incarnation - is_alive)
 
     def _on_exit(self, child: Child, code: int) -> None:
         """Tell the others that a process has ended, and start it again where that can help."""
@@ -123,5 +138,7 @@ class Children:
                 child.process.wait()
 
 
-def _log(path: Path) -> IO[bytes]:
-    return path.open("ab")
+def spawn(command: Sequence[str], environment: Mapping[str, str], logs: Path) -> subprocess.Popen[bytes]:
+    """Start a process whose output goes to files in `logs`."""
+    with (logs / "stdout.log").open("ab") as out, (logs / "stderr.log").open("ab") as err:
+        return subprocess.Popen(command, stdout=out, stderr=err, env=environment)

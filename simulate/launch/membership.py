@@ -25,6 +25,8 @@ from simulate.launch.keys import OUTCOME
 if TYPE_CHECKING:
     from torch.distributed import Store
 
+    from simulate.launch.lasting_store import LastingStore
+
 POLL_S, LOOK_S = 0.005, 0.05
 """Seconds between two looks for a verdict, and for what may spoil it."""
 GRACE_S = 10.0
@@ -71,7 +73,7 @@ class Epoch:
         return cls(found["number"], members, tuple(found["joined"]), found["is_fresh"])
 
 
-def mark_dead(store: Store, member: int, incarnation: int) -> None:
+def mark_dead(store: Store | LastingStore, member: int, incarnation: int) -> None:
     """Say that a process has ended; its agent does."""
     store.set(f"group/dead/{member}", str(incarnation))
 
@@ -80,8 +82,8 @@ class Membership:
     """One process's view of the members; `shares` are all members' devices, `titles` their names in messages."""
 
     def __init__(
-        self, store: Store, member: int, incarnation: int, shares: Sequence[range], titles: Sequence[str],
-        waits: Waits, log: Callable[[str], None],
+        self, store: Store | LastingStore, member: int, incarnation: int, shares: Sequence[range],
+        titles: Sequence[str], waits: Waits, log: Callable[[str], None],
     ) -> None:  # fmt: skip
         self.store, self.member, self.incarnation = store, member, incarnation
         self.shares, self.titles, self.waits, self.log = shares, titles, waits, log
@@ -92,7 +94,7 @@ class Membership:
         self.epoch: Epoch | None = None
         self.round_s = 0.0
         """Seconds that this process needed for its last round."""
-        self._ballots = 0
+        self._ballots = self._voted_in = 0
         self._away: set[int] = set()
         """Members that were not there when the deadline passed."""
 
@@ -114,6 +116,11 @@ class Membership:
         """Seconds that a member may be later than the first."""
         return max(GRACE_S, self.round_s) if self.waits.deadline_s is None else self.waits.deadline_s
 
+    def before(self, epoch: Epoch) -> Epoch | None:
+        """Return the epoch before one, also where this process was not in it; None for the first, or in a new store."""
+        key = f"group/epoch/{epoch.number - 1}"
+        return Epoch.parse(self.store.get(key)) if self.store.check([key]) else None
+
     def devices_of(self, members: Collection[int]) -> list[int]:
         """Return the devices of members, in order."""
         return [device for member in sorted(members) for device in self.shares[member]]
@@ -125,11 +132,15 @@ class Membership:
 
         Waits `patience_s` for living `members`; None: for everybody, as last started.
         """
-        answer = json.dumps({"incarnation": self.incarnation, "is_ready": self.is_ready})
-        self.store.set(f"group/answer/{number}/{self.member}", answer)
-        begun_s, is_reported, key = time.monotonic(), False, f"group/epoch/{number}"
+        begun_s, is_reported, key, generation = time.monotonic(), False, f"group/epoch/{number}", -1
         while not self.store.check([key]):
             self._check_end()
+            if generation != self._generation:  # the first time, or in the place of what went with the store
+                generation = self._generation
+                self._answer(number)
+            if (highest := self._highest()) > number:
+                # After a restart of the store some may be an epoch behind the others.
+                return self._decide(highest, members, joiners, patience_s)
             answers, waited_s = self._answers(number), time.monotonic() - begun_s
             awaited = self._incarnations() if members is None else members
             missing = [m for m in awaited if m not in answers and m not in self._away and not self._is_dead(m, awaited)]
@@ -148,6 +159,21 @@ class Membership:
         epoch = Epoch.parse(self.store.get(key))
         return self._adopt(epoch) if self._is_in(epoch) else self._wait_outside()
 
+    def _answer(self, number: int) -> None:
+        answer = json.dumps({"incarnation": self.incarnation, "is_ready": self.is_ready})
+        self.store.set(f"group/answer/{number}/{self.member}", answer)
+        if number > self._highest():
+            self.store.set("group/highest", str(number))
+
+    def _highest(self) -> int:
+        """Return the highest epoch that anybody has answered for."""
+        return int(self.store.get("group/highest")) if self.store.check(["group/highest"]) else 0
+
+    @property
+    def _generation(self) -> int:
+        """Counts restarts of the store, where it can restart."""
+        return getattr(self.store, "generation", 0)
+
     def _proposal(self, number: int, answers: Mapping[int, dict[str, Any]], joiners: Collection[int]) -> Epoch | None:
         """Return the epoch that these answers allow, None without a quorum."""
         waiting = {m: incarnation for m, (incarnation, _) in self._waiting().items() if m not in answers}
@@ -165,12 +191,16 @@ class Membership:
 
     def _wait_outside(self) -> Epoch:
         """Wait until an epoch has this process."""
-        self.is_ready = False
-        self.store.set(f"group/join/{self.member}", json.dumps([self.incarnation, self.is_late]))
+        self.is_ready, generation = False, -1
         while True:
             self._check_end()
+            if generation != self._generation:
+                generation = self._generation
+                self.store.set(f"group/join/{self.member}", json.dumps([self.incarnation, self.is_late]))
             newest = self._newest()
-            assert newest is not None
+            if newest is None:  # the store was restarted, and the others have not met since
+                time.sleep(LOOK_S)
+                continue
             if self._is_in(newest):
                 return self._adopt(newest)
             if all(self._is_dead(member, newest.members) for member in newest.members):
@@ -250,7 +280,7 @@ class Membership:
 
         Raises LostPeerError to all, or to none.
         """
-        key, epoch = self._ballot_key(self._ballots), self.epoch
+        key, epoch, self._voted_in = self._ballot_key(self._ballots), self.epoch, self._generation
         assert epoch is not None
         self.store.set(f"{key}/{self.member}", "1")
         if self.store.add(key, 1) == len(epoch.members):
@@ -278,8 +308,10 @@ class Membership:
 
     def _verdict(self, key: str, epoch: Epoch) -> dict[str, Any]:
         """Return how a ballot went, once somebody has settled it."""
-        begun_s, looked_s = time.monotonic(), -LOOK_S
+        begun_s, looked_s, generation = time.monotonic(), -LOOK_S, self._voted_in
         while not self.store.check([f"{key}/verdict"]):
+            if generation != self._generation:
+                raise LostPeerError("the store was restarted")
             now_s = time.monotonic()
             if now_s - looked_s > LOOK_S:
                 looked_s = now_s

@@ -1,9 +1,9 @@
 """A launched run goes on without lost processes: its group is formed anew, and who comes back is given what it missed.
 
 SurvivingGroup is the training loop's Group (simulate.training.together). It lets simulate.launch.membership agree on
-the members, makes a process group of them, and brings all of them to the same state: a process that was started again takes
-the merged weights, and adapters and moments from its own checkpoint; one that was late keeps its change, and brings it
-to the merge that the others are at. The worker makes it where the run has a quorum.
+the members, makes a process group of them, and brings all of them to the same state: a process that was started again
+takes the merged weights, and adapters and moments from its own checkpoint; one that was late keeps its change, and
+brings it to the merge that the others are at. The worker makes it where the run has a quorum.
 """
 
 from __future__ import annotations
@@ -83,25 +83,26 @@ class SurvivingGroup:
 
     def _form(self, session: Session, joiners: Collection[int] = (), why: str = "") -> None:
         """Form the group anew, until all members have the run's state. Raises StateReplacedError if this had not."""
-        membership, before = self.membership, self.membership.epoch
+        membership = self.membership
         # Whoever is left behind now brings what it has learned to the next merge.
         membership.is_late = membership.is_ready and session.is_merging
         while True:
             self.communicator.disconnect()
-            epoch = membership.enter() if membership.epoch is None else membership.advance(joiners)
             try:
+                epoch = membership.enter() if membership.epoch is None else membership.advance(joiners)
                 membership.ballot()  # all have read who is in it
                 self._connect(epoch)
                 notes = self._share_state(session, epoch)
                 membership.ballot()
                 break
             except LostPeerError as error:
-                membership.veto(str(error))
+                if membership.epoch is not None:
+                    membership.veto(str(error))
         self._confirmed = self.communicator.exchanges
         had_state, membership.is_ready, membership.is_late = membership.is_ready, True, False
         self._on_change(session, epoch)
-        if before is not None and not epoch.is_fresh:
-            self._report(session, before, epoch, notes, why)
+        if not epoch.is_fresh:
+            self._report(session, epoch, notes, why)
         if not had_state:
             raise StateReplacedError(session.is_merging)
 
@@ -199,12 +200,11 @@ class SurvivingGroup:
 
     # What is told.
 
-    def _report(
-        self, session: Session, before: Epoch, epoch: Epoch, notes: dict[int, dict[str, Any]], why: str
-    ) -> None:
+    def _report(self, session: Session, epoch: Epoch, notes: dict[int, dict[str, Any]], why: str) -> None:
         """Emit who left and who joined, behind the steps before it, and log it once."""
-        leads = self.communicator.process == 0
-        if left := self.membership.devices_of([m for m in before.members if m not in epoch.members]):
+        leads, before = self.communicator.process == 0, self.membership.before(epoch)
+        members = {} if before is None else before.members
+        if left := self.membership.devices_of([m for m in members if m not in epoch.members]):
             here = len(self.communicator.present)
             self._emit(session, {"kind": "left", "devices": left, "why": why})
             if leads:

@@ -37,7 +37,7 @@ from simulate.config.profiles import load_profile
 from simulate.config.run import Run, load_run
 from simulate.data.batches import build_batches
 from simulate.data.load import Dataset, kept_tokenizer, load_data
-from simulate.launch.children import INCARNATION, NODE_PROCESSES
+from simulate.launch.children import INCARNATION, LAUNCH_ID, NODE_PROCESSES, STORE_LOGS
 from simulate.launch.heartbeat import Beat, ProcessHeartbeat
 from simulate.launch.keys import (
     ANSWERED,
@@ -55,6 +55,7 @@ from simulate.launch.keys import (
     STOP,
     log,
 )
+from simulate.launch.lasting_store import LastingStore, raw_store, read_address
 from simulate.launch.membership import Epoch, Membership, RunEndedError, Waits
 from simulate.launch.recovery import recover
 from simulate.launch.survivors import StartAgainError, SurvivingGroup
@@ -69,6 +70,7 @@ from simulate.training.together import StateReplacedError, together
 ORPHAN_CHECK_S = 0.5
 CONNECT_S = 20.0
 """Seconds that the processes of a new group have to connect."""
+AnyStore = dist.Store | LastingStore
 MEMBERS = "members"
 """Prefix of the heartbeats' keys where processes come and go."""
 START_TOLERANCE = 1e-3
@@ -114,9 +116,9 @@ def main() -> int:
     folder, device_name, host, port, node = sys.argv[1:]
     exit_with_the_agent()
     rank = RankInfo.here(int(node))
-    store = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=60))
+    run = load_run(Path(folder) / RUN_FILE)
+    store = _open_store(run, host, int(port))
     try:
-        run = load_run(Path(folder) / RUN_FILE)
         training = _train_among if run.cluster.drops_lost else _train
         training(run, Path(folder), choose_gpu(device_name, rank), rank, store)
     except RunEndedError:
@@ -139,14 +141,27 @@ def main() -> int:
     return 0
 
 
-def _report_failure(store: dist.Store, text: str) -> int:
+def _open_store(run: Run, host: str, port: int) -> AnyStore:
+    """Connect to the run's store, on node 0 or apart."""
+    if STORE_LOGS in os.environ:
+        return LastingStore(_find_store(host, port), run.cluster.join_timeout_s, os.environ[LAUNCH_ID])
+    return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60))
+
+
+def _find_store(host: str, port: int) -> Callable[[], tuple[str, int]]:
+    """Return a function that says where the store is; where it is apart, the agent learns of its restarts."""
+    logs = os.environ.get(STORE_LOGS)
+    return (lambda: (host, port)) if logs is None else lambda: read_address(Path(logs))
+
+
+def _report_failure(store: AnyStore, text: str) -> int:
     """Log a failure that a restart may fix; the traceback goes to this process's stderr file."""
     traceback.print_exc()
     log(store, text)
     return REPORTED_EXIT
 
 
-def _end_the_run(store: dist.Store, text: str, is_input: bool) -> int:
+def _end_the_run(store: AnyStore, text: str, is_input: bool) -> int:
     """Record a failure that a restart cannot fix; the first writer wins."""
     outcome = json.dumps({"kind": "failure", "text": text, "input": is_input})
     store.compare_set(OUTCOME, "", outcome)
@@ -197,13 +212,13 @@ def choose_gpu(name: str, rank: RankInfo) -> torch.device:
 
 
 def join_processes(
-    run: Run, device: torch.device, process: int, processes: int, prefix: str, store: dist.Store, timeout_s: float
+    run: Run, device: torch.device, process: int, processes: int, prefix: str, store: AnyStore, timeout_s: float
 ) -> None:
     """Join the default process group, under a prefix of its own. Raises LostPeerError."""
     backend = accelerator.BACKENDS[device.type] if run.cluster.backend == "auto" else run.cluster.backend
     try:
         dist.init_process_group(
-            backend, store=dist.PrefixStore(prefix, store), rank=process, world_size=processes,
+            backend, store=dist.PrefixStore(prefix, raw_store(store)), rank=process, world_size=processes,
             timeout=timedelta(seconds=timeout_s),
             # NCCL then connects here, where a failure is reported as one of joining, and makes subgroups by splitting
             # (docs.pytorch.org/docs/stable/distributed.html, init_process_group: device_id).
@@ -218,7 +233,7 @@ def _group_prefix() -> str:
     return f"group/{os.environ['MASTER_ADDR']}/{os.environ['MASTER_PORT']}"
 
 
-def _train(run: Run, folder: Path, device: torch.device, rank: RankInfo, store: dist.Store) -> None:
+def _train(run: Run, folder: Path, device: torch.device, rank: RankInfo, store: AnyStore) -> None:
     profile = load_profile(str(folder / PROFILE_FILE))
     leads = rank.process == 0
     if leads:
@@ -279,11 +294,14 @@ def _heartbeat(
         stopping = "" if current is None else current.stopping_text()
         return Beat(count, communicator.exchanges, communicator.current_phase, activity.phase, activity.step, stopping)
 
-    return ProcessHeartbeat(host, int(port), prefix, rank.process, titles, beat)
+    find = _find_store(host, int(port))
+    if LAUNCH_ID in os.environ:
+        prefix = f"{os.environ[LAUNCH_ID]}/{prefix}"
+    return ProcessHeartbeat(find, prefix, rank.process, titles, beat, lasts=STORE_LOGS in os.environ)
 
 
 def _session(
-    run: Run, folder: Path, device: torch.device, rank: RankInfo, store: dist.Store, data: Dataset,
+    run: Run, folder: Path, device: torch.device, rank: RankInfo, store: AnyStore, data: Dataset,
     communicator: TorchCommunicator, clock: SimulatedClock, activity: Activity,
 ) -> Session:  # fmt: skip
     """Return the session of this process, at the start of the run."""
@@ -306,7 +324,7 @@ def _session(
     )
 
 
-def _train_among(run: Run, folder: Path, device: torch.device, rank: RankInfo, store: dist.Store) -> None:
+def _train_among(run: Run, folder: Path, device: torch.device, rank: RankInfo, store: AnyStore) -> None:
     """Train among the processes that are there; who is lost is dropped (simulate.launch.survivors)."""
     profile, devices, cluster = load_profile(str(folder / PROFILE_FILE)), run.cluster.devices, run.cluster
     store.compare_set(ATTEMPT, "", json.dumps({"activity": "loading data"}))
@@ -327,7 +345,6 @@ def _train_among(run: Run, folder: Path, device: torch.device, rank: RankInfo, s
         session: Session | None = None
         heartbeat = _heartbeat(rank, MEMBERS, titles, communicator, activity, lambda: session)
         stack.callback(heartbeat.close)
-        store.set(ATTEMPT, json.dumps({"prefix": MEMBERS, "titles": titles}))
         activity.begin("building the network")
         session = _session(run, folder, device, rank, store, data, communicator, clock, activity)
         events = NodeEvents(folder, store, rank, stack)
@@ -339,6 +356,7 @@ def _train_among(run: Run, folder: Path, device: torch.device, rank: RankInfo, s
             communicator.connect([shares[member] for member in members])
 
         def on_change(session: Session, epoch: Epoch) -> None:
+            store.set(ATTEMPT, json.dumps({"prefix": MEMBERS, "titles": titles}))  # again where the store was restarted
             if epoch.number == 0:
                 check_start(run, communicator, rank.title)
             events.follow(session, epoch)
@@ -364,10 +382,10 @@ def member_titles(processes_by_node: str, shares: Sequence[range]) -> list[str]:
 
 def _train_to_the_end(session: Session) -> bool:
     """Train until all have saved their last checkpoint; returns whether it was the run's last step."""
+    zeros_L1 = torch.zeros(session.method.local_devices, 1)
     while True:
         try:
             finished = train(session)
-            zeros_L1 = torch.zeros(session.method.local_devices, 1)
             together(session, lambda: session.communicator.all_gather_scalars(zeros_L1))
             return finished
         except StateReplacedError:  # others were lost at the end, and all train on from a checkpoint
@@ -377,7 +395,7 @@ def _train_to_the_end(session: Session) -> bool:
 class NodeEvents:
     """The event file of this node: its first living process writes it, as all processes know all figures."""
 
-    def __init__(self, folder: Path, store: dist.Store, rank: RankInfo, stack: ExitStack) -> None:
+    def __init__(self, folder: Path, store: AnyStore, rank: RankInfo, stack: ExitStack) -> None:
         self.folder, self.store, self.rank, self._stack = folder, store, rank, stack
         self._open: EventFile | None = None
 
@@ -415,7 +433,7 @@ def check_start(run: Run, communicator: TorchCommunicator, title: str) -> None:
 
 
 def _report_beginning(
-    session: Session, folder: Path, stack: ExitStack, store: dist.Store, machines: list[dict[str, Any]],
+    session: Session, folder: Path, stack: ExitStack, store: AnyStore, machines: list[dict[str, Any]],
     reasons: list[str] | None,
 ) -> EventFile:  # fmt: skip
     """Open the event file, cut it back to the recovered step, and emit how this session begins.
@@ -449,7 +467,7 @@ def _report_beginning(
     return events
 
 
-def _open_events(session: Session, folder: Path, stack: ExitStack, store: dist.Store) -> EventFile:
+def _open_events(session: Session, folder: Path, stack: ExitStack, store: AnyStore) -> EventFile:
     """Let this process append its events to the file."""
     events = EventFile(folder / EVENTS_FILE)
     stack.callback(events.close)
@@ -457,7 +475,7 @@ def _open_events(session: Session, folder: Path, stack: ExitStack, store: dist.S
     return events
 
 
-def _reasons(store: dist.Store) -> list[str]:
+def _reasons(store: AnyStore) -> list[str]:
     """Return the log's messages since the last restart, which are the reasons for this one."""
     first, last = store.add(ANSWERED, 0) + 1, store.add(REPORTED, 0)
     store.add(ANSWERED, last + 1 - first)
@@ -474,7 +492,7 @@ def _repeated(events: Path, step: int) -> Event:
     return {"repeated_steps": max(0, last - step), "silent_s": max(0.0, time.time() - events.stat().st_mtime)}
 
 
-def _event_emitter(events: EventFile, session: Session, store: dist.Store) -> Emit:
+def _event_emitter(events: EventFile, session: Session, store: AnyStore) -> Emit:
     """Return a function that writes an event to the file, and what all nodes must know of it to the store."""
 
     def emit(event: Event) -> None:

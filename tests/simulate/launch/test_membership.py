@@ -84,7 +84,7 @@ def test_who_is_late_is_left_out_and_says_so_when_it_comes(house: House) -> None
     assert 0.4 < time.monotonic() - begun_s < 2.0
     assert str(errors[0]).startswith("process 1 not there 0.")
     assert house.all(first.advance, third.advance) == [Epoch(1, {0: 1, 2: 1})] * 2
-    with pytest.raises(LostPeerError, match="process 1 not there|gone on without"):
+    with pytest.raises(LostPeerError, match=r"process 1 not there|gone on without"):
         late.ballot()
     late.is_late = True
     waiting = house.pool.submit(late.advance)
