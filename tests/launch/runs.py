@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,13 +116,14 @@ class Launched:
 
 def start_node(
     launched: Launched, run: Path, node: int = 0, processes: int = 2, lab: Lab | None = None, resume: bool = False,
-    module: str = "ltecli",
+    module: str = "ltecli", more: Sequence[str] = (),
 ) -> None:  # fmt: skip
-    """Start a node's line, also a second time."""
+    """Start a node's line, also a second time; `more` are further options."""
     folder = launched.node_folder(node)
     command = [sys.executable, "-m", module, "train", str(folder) if resume else str(run), "--launch"]
     command += ["--processes", str(processes), "--device", "cpu"]
     command += ["--resume"] if resume else ["--out", str(folder)]
+    command += more
     if launched.nodes > 1:
         assert lab is not None
         command += ["--nodes", str(launched.nodes), "--node", str(node), "--join", f"{lab[0].address}:29400"]
