@@ -103,4 +103,3 @@ class StoreApart:
                 f"node {own.node} began this run with {was.processes} processes at {was.address}, and is here with "
                 f"{own.processes} at {own.address}; give it the same line as then"
             )
-

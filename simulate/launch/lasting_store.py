@@ -107,9 +107,7 @@ def _endpoint(where: str, option: str) -> Endpoint:
 
 def _bound(endpoint: Endpoint, is_server: bool, trust_network: bool, option: str) -> BindAddress:
     try:
-        return choose_bind_address(
-            endpoint, is_coordinator=is_server, interface=None, trust_network=trust_network
-        )
+        return choose_bind_address(endpoint, is_coordinator=is_server, interface=None, trust_network=trust_network)
     except InputError as error:
         raise InputError(str(error).replace("--join", option).replace("node 0", "the store")) from None
 
