@@ -63,29 +63,34 @@ class GivenAttendance:
         self.every, self.last = run.method.round_steps, run.train.steps
         self.step_s_N = np.ones(self.rows.shape[1]) if step_s is None else np.array(step_s)
 
-    def brought(self, index: int) -> Integers:
-        """Return the steps that each device brings to the index-th merge, counted from 0."""
+    def row(self, index: int) -> Integers:
+        """Return the numbers given for the index-th merge, counted from 0."""
         row: Integers = self.rows[index % len(self.rows)]
-        return np.minimum(row, self.last - index * self.every)  # the run's last round may be short
+        return row
 
     def begin(self, step: int, now_s: float) -> Attendance:
         """Return who is there in the round that begins with `step` at `now_s`."""
-        index = step // self.every
-        brought_N = self.brought(index)
-        before_N = self.brought(index - 1) if index else np.ones_like(brought_N)
-        fresh_N = before_N != 0
-        takes_N = np.where(fresh_N, np.array([self._next(index, n) for n in range(len(brought_N))]), 0)
-        # A step of the simulated clock is a step of the round; what late devices bring was paid when it was computed.
-        ends_s_N = np.where(brought_N > 0, now_s + takes_N * self.step_s_N, 0.0)
-        return Attendance(brought_N, takes_N, (before_N == LOST) & (brought_N != LOST), now_s, ends_s_N)
+        index, count = step // self.every, self.rows.shape[1]
+        row_N, before_N = self.row(index), self.row(index - 1) if index else np.ones(count, dtype=np.int64)
+        takes_N = np.array([self._takes(index, n) if before_N[n] else 0 for n in range(count)])
+        own_N = np.array([self._takes(self._base(index, n), n) if row_N[n] > 0 else 0 for n in range(count)])
+        # What late devices bring was computed while others went on.
+        ends_s_N = np.where(row_N > 0, now_s + takes_N * self.step_s_N, 0.0)
+        return Attendance(
+            np.where(row_N > 0, own_N, row_N), takes_N, (before_N == LOST) & (row_N != LOST), now_s, ends_s_N
+        )
 
-    def _next(self, index: int, device: int) -> int:
-        """Return the steps that a device which starts from this round's weights brings, now or later; 0: never."""
-        for later in range(index, -(-self.last // self.every)):
-            steps = int(self.brought(later)[device])
-            if steps:
-                return max(0, steps)
-        return 0
+    def _base(self, index: int, device: int) -> int:
+        """Return the round from whose weights the device trains that takes part in this merge."""
+        while index and self.row(index - 1)[device] == 0:
+            index -= 1
+        return index
+
+    def _takes(self, index: int, device: int) -> int:
+        """Return the steps of a device that starts from this round's weights, to bring them now or later."""
+        rounds = range(index, -(-self.last // self.every))
+        given = next((steps for later in rounds if (steps := int(self.row(later)[device]))), 0)
+        return max(0, min(given, self.last - index * self.every))  # the run's last round may be short
 
     def state_dict(self) -> dict[str, Floats]:
         """Return nothing: the rows know everything."""
@@ -122,13 +127,12 @@ class SimulatedAttendance:
         return self._round(step, starts_s, joined_N | late_back_N)
 
     def _lose(self, step: int, now_s: float) -> None:
-        """Draw the devices that are lost in this round, and when they are back."""
-        here_N = self.ids_N[self.back_s_N == -np.inf]
+        """Draw the devices that are lost in this round, and when they are back; nobody is who is late already."""
+        here_N = self.ids_N[(self.back_s_N == -np.inf) & (self.ready_s_N == -np.inf)]
         seed = self.run.train.seed
         gone = here_N[uniform(seed, "leave", here_N, step) < self.leave_N[here_N]] if self.leave_N.any() else here_N[:0]
         leave_s = now_s + self.expected_round_s * uniform(seed, "leave, moment", gone, step)
         self.back_s_N[gone] = leave_s + self.join_s_N[gone]
-        self.ready_s_N[gone] = -np.inf  # what was late is lost with it
 
     def _round(self, step: int, starts_s: float, joined_N: Flags) -> Attendance:
         here_N, late_N = self.back_s_N == -np.inf, self.ready_s_N > -np.inf
