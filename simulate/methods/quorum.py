@@ -99,8 +99,9 @@ class Quorum(Paced):
         self.present_N.copy_(torch.from_numpy(round_.present_N))
         self.lost_N.copy_(torch.from_numpy(round_.brought_N == LOST))
         self.round_s.fill_(max(0.0, float(round_.ends_s_N.max()) - now_s))
-        for _ in range(int(round_.joined_N.sum())):
-            self._count_base()
+        with self.communicator.background():  # the others train meanwhile
+            for _ in range(int(round_.joined_N.sum())):
+                self._count_base()
 
     # Deadlines by the clock.
 
