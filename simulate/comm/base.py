@@ -243,7 +243,10 @@ class Communicator(ABC):
 
     @abstractmethod
     def all_gather_scalars(self, values_LX: Tensor) -> Tensor:
-        """Return a few numbers of every device, (N, X) on the CPU, in global order; they count as no payload."""
+        """Return a few numbers of every device, (N, X) on the CPU, in global order; they count as no payload.
+
+        Inside `among` the rows of devices that do not take part mean nothing.
+        """
 
     @abstractmethod
     def _all_reduce(self, sums: Sequence[Tensor]) -> None: ...

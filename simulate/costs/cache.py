@@ -36,7 +36,7 @@ def by_method(
         train = run.train
         key = (
             id(run.method), shape, run.cluster.devices, train.dtype, train.autocast, train.optimizer,
-            train.optimizer_state, train.diagnostics_every is None, others, *named.items(),
+            train.optimizer_state, train.diagnostics_every is None, run.cluster.has_quorum, others, *named.items(),
         )  # fmt: skip
         try:
             return cached[key][0]

@@ -102,8 +102,9 @@ class Paced(Method):
         """Seconds of a round; None where they are measured."""
         return self.run.method.deadline_s
 
-    _pace_setter = 0
-    """Rank, by speed, of the device whose round is the others' deadline where it is measured."""
+    def _pace(self, seconds_N: Tensor) -> float:
+        """Return the seconds of a step, out of all devices', that measured rounds are paced by."""
+        return float(seconds_N.min())
 
     def _time(self) -> float:
         if self.goes_by_clock:
@@ -148,8 +149,7 @@ class Paced(Method):
         seconds_L = (self._stopped_s - self._started_s) / own_L
         counts_N, seconds_N = self.communicator.all_gather_scalars(torch.stack([own_L, seconds_L], 1)).unbind(1)
         self.counts_N.copy_(counts_N.round())  # they travelled as floats
-        present_N = seconds_N[list(self.communicator.present)]  # lost devices have no seconds
-        self._measured_s = float(present_N.sort().values[self._pace_setter]) * self.run.method.round_steps
+        self._measured_s = self._pace(seconds_N) * self.run.method.round_steps
 
     def merge(self, step: int) -> None:
         self.close_round(step)

@@ -12,8 +12,8 @@ device takes at most T steps between its merges, so that what it brings is a rou
 
 A device that is late takes the steps of the round in which its base was current, of that round's batches and rates. In
 a simulation all local devices share one tensor program, so it takes them there and then, stands still until the merge
-that it reaches, and is moved to each new base as merges pass it by: θ_n ← W + (θ_n − base_n). A device that was lost
-keeps its adapters and moments as of its last merge, and takes the merged weights.
+that it reaches, and is moved to each new base as merges pass it by: θ_n ← W + (θ_n − base_n). A device that is lost
+takes no steps, and is moved likewise: it comes back with its adapters and moments as of its last merge.
 
 A simulation asks simulate.rules.attendance who is there, at the begin of each round. In a launched run the loop says so:
 
@@ -51,7 +51,10 @@ class Quorum(Paced):
         devices = self.run.cluster.devices
         self.keep_merged()  # changes of averaged parameters are taken against it
         self.attendance: GivenAttendance | SimulatedAttendance | None = None
-        """Who is there, in a simulation; set by the training loop, else all are, or those whom merges_given names."""
+        """The rule of who is there; the training loop gives simulations theirs. None: it is told, merge by merge."""
+        if self.run.cluster.merges_given is not None:
+            self.attendance = GivenAttendance(self.run)
+        self._attended: int | None = None
         self.present_N = torch.ones(devices, dtype=torch.bool)
         """Devices that take part in the merge that ends this round."""
         self.lost_N = torch.zeros(devices, dtype=torch.bool)
@@ -74,29 +77,31 @@ class Quorum(Paced):
         self.lost_N.copy_(torch.zeros_like(self.lost_N) if lost_N is None else lost_N)
 
     def begin_step(self, step: int, now_s: float) -> float | None:
-        if step % self.run.method.round_steps == 0:
-            self._attend(step, now_s)
-        return float(self.round_s) / self.run.method.round_steps
-
-    def _attend(self, step: int, now_s: float) -> None:
-        """Take the attendance of a simulation's next round, and give devices that are back the merged weights."""
         if self.attendance is None:
-            if self.run.cluster.merges_given is None:
-                return  # a launched run, whose loop tells who is there
-            self.attendance = GivenAttendance(self.run)
-        if step:
-            self.trained += self.counts_N.sum()
-        round_ = self.attendance.begin(step, now_s)
-        self.counts_N.copy_(torch.from_numpy(round_.takes_N))
-        self.present_N.copy_(torch.from_numpy(round_.present_N))
-        self.lost_N.copy_(torch.from_numpy(round_.brought_N == LOST))
-        self.round_s.fill_(max(0.0, float(round_.ends_s_N.max()) - now_s))
-        for _ in range(int(round_.joined_N.sum())):
-            self._count_base()
+            return None
+        if step % self.run.method.round_steps == 0:
+            self._attend(self.attendance, step, now_s)
+        return float(self.round_s) / min(self.run.method.round_steps, self.run.train.steps - step)
 
     def _begin_round(self, step: int) -> None:
         if self.attendance is None:
             super()._begin_round(step)
+        elif self._attended != step:  # nobody has a clock
+            self._attend(self.attendance, step, 0.0)
+
+    def _attend(self, attendance: GivenAttendance | SimulatedAttendance, step: int, now_s: float) -> None:
+        """Take the attendance of a simulation's next round, and give devices that are back the merged weights."""
+        self._attended = step
+        if step:
+            self.trained += self.counts_N.sum()
+        round_ = attendance.begin(step, now_s)
+        self.counts_N.copy_(torch.from_numpy(round_.takes_N))
+        self.present_N.copy_(torch.from_numpy(round_.present_N))
+        self.lost_N.copy_(torch.from_numpy(round_.brought_N == LOST))
+        self.round_s.fill_(max(0.0, float(round_.ends_s_N.max()) - now_s))
+        with self.communicator.background():  # the others train meanwhile
+            for _ in range(int(round_.joined_N.sum())):
+                self._count_base()
 
     # Deadlines by the clock.
 
@@ -104,9 +109,13 @@ class Quorum(Paced):
     def _deadline_s(self) -> float | None:
         return self.run.cluster.deadline_s
 
-    @property
-    def _pace_setter(self) -> int:  # type: ignore[override]
-        return min(self.run.cluster.needed, int(self.present_N.sum())) - 1
+    def _pace(self, seconds_N: Tensor) -> float:
+        present = seconds_N[self.present_N].sort().values
+        return float(present[min(self.run.cluster.needed, len(present)) - 1])
+
+    def _share_counts(self, step: int) -> None:
+        with self.communicator.among(self.participants):
+            super()._share_counts(step)
 
     # Merges.
 
@@ -131,23 +140,19 @@ class Quorum(Paced):
     @torch.no_grad()
     def merge(self, step: int) -> None:
         self.close_round(step)
-        late = {device: self._rows(device) for device in self._local_late()}
-        before = {name: tensor.clone() for name, tensor in self._averages().items()} if late else {}
+        absent_L = ~self.present_N[self._local]
+        held = {device: self._rows(device) for device in torch.nonzero(absent_L).flatten().tolist()}
+        before = {name: tensor.clone() for name, tensor in self._averages().items()} if held else {}
         self._clear_absent()
         for _ in range(int((self.present_N & (self.ages_N > 0)).sum())):
             self._count_base()
         with self.communicator.among(self.participants):
             super(Paced, self).merge(step)  # type: ignore[misc] - not Paced's, which would close the round again
-        for device, rows in late.items():
+        for device, rows in held.items():
             self._put_rows(device, rows, before)
         late_N = ~self.present_N & ~self.lost_N
         self.pending_N.copy_(torch.where(late_N, self.pending_N + self.counts_N, 0))
         self.ages_N.copy_(torch.where(late_N, self.ages_N + 1, 0))
-
-    def _local_late(self) -> list[int]:
-        """Return the local rows of devices that are late."""
-        late_L = ~self.present_N[self._local] & ~self.lost_N[self._local]
-        return torch.nonzero(late_L).flatten().tolist()
 
     def _rows(self, device: int) -> dict[str, Tensor]:
         """Return copies of all that a local device trains with."""
@@ -168,7 +173,7 @@ class Quorum(Paced):
                 clear_rows(parameter, present_L)
 
     def _put_rows(self, device: int, rows: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
-        """Give a late device its rows back, moved from the base `before` the merge to the merged one."""
+        """Give a device that took no part its rows back, moved from the base `before` the merge to the merged one."""
         after, tensors = self._averages(), self.stepper.tensors()
         for name, own in rows.items():
             if name not in tensors:  # moments that the merge dropped; they end with the device's own merge

@@ -13,8 +13,9 @@ from simulate.comm.transfers import Transfer
 from simulate.config.hardware import Device, Link
 from simulate.config.run import Run
 from simulate.costs.eval_and_save_time import eval_and_save_time
+from simulate.costs.message_schedule import base_exchange
 from simulate.costs.message_time import link_of, transfer_s
-from simulate.costs.step_time import device_step_s, distinct, round_time
+from simulate.costs.step_time import device_step_s, distinct, exchange_s, round_time
 from simulate.rules.attendance import GivenAttendance, SimulatedAttendance, attendance_of
 from simulate.rules.cadence import Cadence
 
@@ -33,7 +34,8 @@ class SimulatedClock:
         self.attendance: GivenAttendance | SimulatedAttendance | None = None
         """Who is there in each round of a simulation; None where all are."""
         if run.cluster.has_quorum:
-            self.attendance = attendance_of(run, devices, self.device_step_s, self._time.round_s)
+            base_s = exchange_s(base_exchange(run, run.shape()), link_of(link, run.cluster.backend))
+            self.attendance = attendance_of(run, devices, self.device_step_s, self._time.round_s, base_s)
         # A round with fragments merges several times, each a part of the layers.
         self._merge_s = self._time.merge_s / run.method.merges_per_round
         self._link = link_of(link, run.cluster.backend)

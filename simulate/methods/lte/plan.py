@@ -125,6 +125,14 @@ class LtePlan(AdapterPlan[LteOptions]):
         """Return the parameters that merges average."""
         return _averaged(shape, self.options.norms, self.options.biases)
 
+    def base_bytes(self, shape: ModelShape, element_bytes: int) -> int:
+        """Return the bytes of the adapted weights, as precise as they are kept, and of the averages."""
+        options = self.options
+        quantize = "none" if options.keeps_master else options.quantize
+        adapted = (quantized_bytes(x.weights, x.in_features, quantize, element_bytes) * x.count for x in shape.adapted)
+        averaged = sum(tensor.elements for tensor in _averaged(shape, options.norms, options.biases))
+        return sum(adapted) + averaged * element_bytes
+
     def last_merge_elements(self, shape: ModelShape, devices: int) -> int:
         """Return the elements that merges average, where the method does not keep their last means itself."""
         tensors = () if self._keeps_last_average(devices) else self.separate_tensors(shape, devices)
@@ -188,7 +196,7 @@ class LtePlan(AdapterPlan[LteOptions]):
             yield from map(at_merge, self._delta_bytes(context, [x.weights * element_bytes for x in reduced]))
         if options.reset == "ab":
             yield at_merge(max(self._drawing_bytes(context, x, options.heads_per_device) for x in layers))
-        if options.is_paced:
+        if context.weighs_devices:
             yield at_merge(max(x.out_features for x in layers) * held_rank * element_bytes)
         averaged = [t.elements * element_bytes for t in self.separate_tensors(context.shape, context.devices)]
         for k in range(options.fragments):
@@ -227,13 +235,14 @@ class LtePlan(AdapterPlan[LteOptions]):
         picking = {x.name: self._picks_columns(x, devices) for x in members}
         ranks = {x.name: options.rank if picking[x.name] else devices * held_rank for x in members}
         stacked = max(x.out_features * ranks[x.name] for x in members) * element_bytes
-        if options.is_paced:  # B times the heads' weights is another B
+        if context.weighs_devices:  # B times the heads' weights is another B
             stacked += devices * max(x.out_features for x in members) * held_rank * element_bytes
         drawing = drawn = 0
         if options.frozen_a and messages:
             heads = devices * options.heads_per_device
             drawing = max(self._drawing_bytes(context, x, heads) for x in members)
-            copies = 2 if options.draws == "own" else 1  # as drawn, and laid out for the product
+            # As drawn, and laid out for the product; with a quorum those of the devices that are there.
+            copies = (2 if options.draws == "own" else 1) + context.has_quorum
             dense = [x.in_features for x in members if not picking[x.name]]
             drawn = copies * devices * max(dense, default=0) * held_rank * element_bytes
         everyones = messages * devices * sent
