@@ -13,7 +13,8 @@ HEADINGS: dict[str, tuple[str, ...]] = {
     "What": (),
     "Pin": ("method", "rank", "heads_per_device", "quantize", "merge_every", "assignments"),
     "Launch": (
-        "launch", "processes", "nodes", "node", "join", "interface", "secret_file", "trust_network", "port", "store", "listen",
+        "launch", "processes", "nodes", "node", "join", "interface", "secret_file", "trust_network", "port", "store",
+        "listen",
     ),
     "Explain": ("show_all", "top", "why", "timeline", "rounds", "timeline_svg", "verify", "layers"),
     "Output": ("out", "force", "form", "html", "csv", "as_json", "quiet", "help"),

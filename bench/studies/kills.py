@@ -2,10 +2,10 @@
 
     python -m bench.studies.kills --processes 4 --kills 5
 
-Processes on loopback hold a device each and meet every 20 ms: a ballot, an all-reduce, a ballot, as merges do. One is killed
-with SIGKILL, its death is told as its agent tells it, and the others form their group anew. There is no training, so
-that what is left is what the group itself costs; `processor_s` is what all survivors together spend on it, which does not
-depend on how busy the machine is.
+Processes on loopback hold a device each and meet every 20 ms: a ballot, an all-reduce, a ballot, as merges do. One is
+killed with SIGKILL, its death is told as its agent tells it, and the others form their group anew. There is no
+training, so that what is left is what the group itself costs; `processor_s` is what all survivors together spend on it,
+which does not depend on how busy the machine is.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from tempfile import TemporaryDirectory
 import torch
 import torch.distributed as dist
 
-from simulate.comm.base import LostPeerError
 from simulate.comm.process_group import TorchCommunicator
+from simulate.common.errors import LostPeerError
 from simulate.launch.membership import Epoch, Membership, Waits, mark_dead
 
 PAUSE_S, CONNECT_S = 0.02, 20.0

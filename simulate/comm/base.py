@@ -21,11 +21,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from simulate.comm.transfers import Operation, Transfer
-from simulate.common.errors import RunFailedError
-
-
-class LostPeerError(RunFailedError):
-    """Failure or timeout of an exchange, because a process or a link is gone. The run can be restarted."""
 
 
 @dataclass

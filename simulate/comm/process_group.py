@@ -21,9 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from simulate.comm import pairwise
-from simulate.comm.base import Communicator, LostPeerError, Nodes
+from simulate.comm.base import Communicator, Nodes
 from simulate.comm.transfers import Transfer
-from simulate.common.errors import RunFailedError, first_line
+from simulate.common.errors import LostPeerError, RunFailedError, first_line
 from simulate.layers import accelerator
 
 SERVER = 0

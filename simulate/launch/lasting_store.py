@@ -1,9 +1,9 @@
 """The run's key-value store on a machine of its own: found by whoever has the secret, and found again once it restarts.
 
 `lte store` serves torch's TCPStore at one address, on a port that the system picks, and tells the port over the
-preflight's encrypted connection to callers that prove the run's secret. Agents ask for it; workers, which have no secret,
-read it from a file of their run folder that the agent writes. LastingStore is either's client: when the store is gone it
-waits, asks again and connects to the new one, whose keys the living then write again.
+preflight's encrypted connection to callers that prove the run's secret. Agents ask for it; workers, which have no
+secret, read it from a file of their run folder that the agent writes. LastingStore is either's client: when the store
+is gone it waits, asks again and connects to the new one, whose keys the living then write again.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simulate.comm.base import LostPeerError
-from simulate.common.errors import InputError, RunFailedError, first_line
+from simulate.common.errors import InputError, LostPeerError, RunFailedError, first_line
 from simulate.common.toml_io import write_atomically
 from simulate.launch.preflight.address import (
     BindAddress,

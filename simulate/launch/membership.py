@@ -18,8 +18,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from simulate.comm.base import LostPeerError
-from simulate.common.errors import RunFailedError
+from simulate.common.errors import LostPeerError, RunFailedError
 from simulate.launch.keys import OUTCOME
 
 if TYPE_CHECKING:

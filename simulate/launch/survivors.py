@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from simulate.comm.base import LostPeerError
 from simulate.comm.process_group import TorchCommunicator
+from simulate.common.errors import LostPeerError
 from simulate.common.events import Event
 from simulate.launch.membership import Epoch, Membership
 from simulate.launch.recovery import own_part, recover

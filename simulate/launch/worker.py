@@ -28,8 +28,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from simulate.comm.process_group import LostPeerError, TorchCommunicator, devices_of, is_lack_of_memory
-from simulate.common.errors import InputError, RunFailedError, first_line
+from simulate.comm.process_group import TorchCommunicator, devices_of, is_lack_of_memory
+from simulate.common.errors import InputError, LostPeerError, RunFailedError, first_line
 from simulate.common.events import Emit, Event, EventFile, read_events, truncate_events
 from simulate.common.processor import distinct, machine_facts
 from simulate.common.run_files import CHECKPOINTS, EVENTS_FILE, PROFILE_FILE, RUN_FILE

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from simulate.comm.base import LostPeerError
+from simulate.common.errors import LostPeerError
 from simulate.methods.base import Method
 
 if TYPE_CHECKING:

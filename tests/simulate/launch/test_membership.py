@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from simulate.comm.base import LostPeerError
-from simulate.common.errors import RunFailedError
+from simulate.common.errors import LostPeerError, RunFailedError
 from simulate.launch.keys import OUTCOME
 from simulate.launch.membership import Epoch, Membership, RunEndedError, Waits, mark_dead
 
