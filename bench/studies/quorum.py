@@ -65,7 +65,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     arguments = parser.parse_args()
     profile = profile_of(SLOWER)
-    print("| method | who takes part | steps | samples | validation loss, each seed | mean |\n|---|---|---|---|---|---|")
+    print("| method | who takes part | steps | samples | validation loss, each seed | mean |")
+    print("|---|---|---|---|---|---|")
     for name in arguments.methods:
         for way, cluster in WAYS.items():
             is_short = way == "lockstep"
