@@ -3,7 +3,7 @@
     python bench/studies/churn.py
 
 Each row is a run of so many Raspberry Pis, a tenth of them five times slower, of which 2 % leave within an hour and are
-back after a minute. *Restart* is the closed form of launched runs without a quorum, which repeat a round in which anyone
+back after a minute. *Restart* is the closed form of launched runs without a quorum, which repeat a round in which one
 leaves (simulate/rules/churn.py), on lockstep's time; *quorum* is the timeline's, event by event. docs/planning.md has
 the figures.
 """
