@@ -233,6 +233,8 @@ def batch_text(run: Run) -> str:
 def _details(run: Run, method: MethodOptions) -> Iterator[str]:
     if (rank := getattr(method, "rank", None)) is not None:
         yield f"rank {rank} x {run.heads} heads" if run.heads > 1 else f"rank {rank}"
+    if plan_of(method).has_separate_heads and (size := getattr(method, "devices_per_node", 1)) > 1:
+        yield f"nodes of {size}"
     if (density := getattr(method, "density", None)) is not None:
         yield f"density {density:g}"
     if (merge_every := getattr(method, "merge_every", None)) is not None:

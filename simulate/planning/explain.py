@@ -26,7 +26,7 @@ from simulate.planning.candidate import (
 from simulate.planning.planner import Plan, make_plan
 from simulate.planning.ranking import value_of
 
-AXES = ("rank", "heads_per_device", "merge_every", "merge_transport", "quantize")
+AXES = ("rank", "heads_per_device", "devices_per_node", "merge_every", "merge_transport", "quantize")
 """Keys of [method] that neighbours may differ in, in addition to batch and checkpointing."""
 REPORTED = 1.02
 """Smallest ratio of two figures that is reported as a reason."""

@@ -284,7 +284,8 @@ def quorum_notes(chosen: Candidate) -> Iterator[str]:
         seconds = seconds_text(quorum_deadline_s(cluster, run.method.round_steps, step_s))
         yield (
             f"merges go on with {cluster.needed} of {cluster.devices} devices, and a round's steps end after "
-            f"{seconds}: who is late or lost is not waited for, and an exact rerun needs the run's merge events (docs/run.md)"
+            f"{seconds}: who is late or lost is not waited for, and an exact rerun needs the run's merge events "
+            "(docs/run.md)"
         )
     elif can_have_quorum(run):
         found = list(reasons(context.profile, devices, device_step_s(run, context.shape, devices)))
