@@ -197,3 +197,28 @@ def test_a_heavy_import_is_noticed(source: str, name: str, tmp_path: Path) -> No
     done = run_python("import sys; sys.path.insert(0, '.'); import heavy; code = 0", tmp_path)
     assert done.returncode == 1
     assert f"{name} was imported" in done.stderr
+
+
+START = """
+import sys
+from pathlib import Path
+from ltecli.app import main
+code = main(sys.argv[1:])
+tracer = [name for name in ('torch._dynamo', 'torch._inductor', 'sympy') if name in sys.modules]
+sys.exit(f'{tracer[0]} was imported' if tracer else code)
+"""
+
+
+@pytest.mark.parametrize("method", ["lte", "diloco"])
+def test_a_run_imports_no_tracer_of_torch(tmp_path: Path, method: str) -> None:
+    """torch.compile's tracer takes more processor time than all else before the first step of a small run."""
+    run = write_run(tmp_path / "run.toml", **({} if method == "lte" else {"method": {"name": method}}))
+    command = [sys.executable, "-c", START, "train", str(run), "--out", str(tmp_path / "a"), "--quiet"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_plan_imports_no_numpy(tmp_path: Path) -> None:
+    code = "import sys\nfrom ltecli.app import main\ncode = main(['plan', '--json'])\nassert 'numpy' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -54,6 +54,7 @@ VARIANTS: dict[str, Table] = {
     "ddp": {"name": "ddp"},
     "ddp, int8": {"name": "ddp", "wire": "int8"},
     "ddp, fp16": {"name": "ddp", "wire": "fp16"},
+    "ddp, int2": {"name": "ddp", "wire": "int2"},
     "lora": {"name": "lora"},
     "relora": {"name": "relora", "merge_every": 7, "rewarm_steps": 3, "prune_share": 0.5},
     "relora, warm start": {"name": "relora", "merge_every": 6, "warm_start_steps": 5, "rewarm_steps": 2},
@@ -66,6 +67,7 @@ VARIANTS: dict[str, Table] = {
     "local-sgd, moments": {"name": "local-sgd", "merge_every": 4, "merge_optimizer": "average"},
     "local-sgd, reset": {"name": "local-sgd", "merge_every": 4, "merge_optimizer": "reset"},
     "local-sgd, int4": {"name": "local-sgd", "merge_every": 4, "wire": "int4"},
+    "local-sgd, int2": {"name": "local-sgd", "merge_every": 4, "wire": "int2"},
     "fedavg": {
         "name": "local-sgd", "merge_every": 4, "merge_transport": "server", "merge_optimizer": "reset",
         "participation": 0.5,
@@ -143,7 +145,10 @@ VARIANTS: dict[str, Table] = {
     },
     "lte, auto": {"name": "lte", "merge_every": 4, "merge_transport": "auto"},
     "lte, int8": {"name": "lte", "merge_every": 4, "wire": "int8"},
+    "lte, int2": {"name": "lte", "merge_every": 4, "wire": "int2"},
     "lte, reduced int4": {"name": "lte", "merge_every": 4, "merge_transport": "reduce", "wire": "int4"},
+    "lte, reduced int2": {"name": "lte", "merge_every": 4, "merge_transport": "reduce", "wire": "int2"},
+    "lte, served int2": {"name": "lte", "merge_every": 4, "merge_transport": "server", "wire": "int2", "reset": "b"},
     "lte, served bf16": {"name": "lte", "merge_every": 4, "merge_transport": "server", "wire": "bf16", "reset": "b"},
     "lte, streaming": {"name": "lte", "merge_every": 4, "fragments": 2, "heads_per_device": 2},
     "lte, streaming int8": {"name": "lte", "merge_every": 4, "fragments": 2, "wire": "int8", "reset": "ab"},
@@ -186,6 +191,32 @@ VARIANTS: dict[str, Table] = {
     },
     "lte, forgetful": {"name": "lte", "merge_every": 4, "merge_optimizer": "reset", "reset": "ab"},
     "lte, in parts": {"name": "lte", "merge_every": 4, "heads_per_device": 2},
+    "lte, nodes": {"name": "lte", "merge_every": 4, "devices_per_node": 2, "heads_per_device": 2},
+    "lte, nodes, frozen a": {
+        "name": "lte", "merge_every": 4, "devices_per_node": 2, "frozen_a": True, "reset": "ab",
+        "merge_transport": "auto",
+    },
+    "lte, nodes, int8": {"name": "lte", "merge_every": 4, "devices_per_node": 2, "wire": "int8", "fragments": 2},
+    "lte, nodes, late": {
+        "name": "lte", "merge_every": 4, "devices_per_node": 2, "merge_delay": 2, "heads_per_device": 2,
+    },
+    "lte, nodes, late, reduced int8": {
+        "name": "lte", "merge_every": 4, "devices_per_node": 2, "merge_delay": 1, "merge_transport": "reduce",
+        "wire": "int8",
+    },
+    "lte, nodes, served nf4": {
+        "name": "lte", "merge_every": 4, "devices_per_node": 2, "quantize": "nf4", "merge_transport": "server",
+        "master": "server", "reset": "b",
+    },
+    "lte, nodes, vector norms": {"name": "lte", "merge_every": 4, "devices_per_node": 2, "norms": "vector-lora"},
+    "lte, nodes, norms of one": {
+        "name": "lte", "merge_every": 4, "devices_per_node": 2, "norms": "one", "merge_transport": "reduce",
+    },
+    "lte, nodes, columns": {
+        "name": "lte", "merge_every": 4, "devices_per_node": 2, "frozen_a": True, "reset": "b", "draws": "columns",
+        **COVERING,
+    },
+    "lte, nodes, in parts": {"name": "lte", "merge_every": 4, "devices_per_node": 2, "heads_per_device": 2},
 }  # fmt: skip
 """Every method, and every option that changes what is computed or sent; rank 2 and scale 2 where there are adapters."""
 TRAIN_KEYS: dict[str, Table] = {"muon": {"optimizer": "muon"}, "in parts": {"accumulate": 2}}

@@ -63,11 +63,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     arguments = parser.parse_args()
     profile = profile_of(SLOWER)
-    print("| method | who takes part | steps | samples | validation loss, each seed | mean |\n|---|---|---|---|---|---|")
+    print("| method | who takes part | steps | samples | validation loss, each seed | mean |")
+    print("|---|---|---|---|---|---|")
     for name in arguments.methods:
-        for way, cluster in WAYS.items():
+        for way in arguments.ways:
+            cluster = WAYS[way]
             is_short = way == "lockstep"
             steps, rates = (arguments.steps // SLOWER, SHORT_RATES) if is_short else (arguments.steps, RATES)
             best = []

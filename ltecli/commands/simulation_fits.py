@@ -71,6 +71,13 @@ def fits_in_processes(run: Run, processes: int, data_bytes: int) -> bool:
     )
 
 
+def fits_beside(run: Run, processes: int, others_bytes: int) -> bool:
+    """Whether this machine holds a simulation in so many processes, and one more with tensors of `others_bytes`."""
+    import torch
+
+    return processes_bytes(run, processes) + PROCESS_BYTES + others_bytes <= _rooms(torch.device("cpu"))["host"]
+
+
 def processes_bytes(run: Run, processes: int) -> int:
     """Return the host's bytes that a simulation in several processes needs, an upper bound."""
     shape, one = run.shape(), detect_local().device[0]

@@ -24,6 +24,7 @@ from ltecli.runs.calibrating import calibrate_here
 from ltecli.runs.event_loggers import Callback, event_loggers
 from ltecli.runs.external_loggers import check_loggers
 from ltecli.runs.lock import lock_folder
+from ltecli.runs.memory_event import MemoryEvent, memory_event
 from ltecli.runs.run_folder import (
     RUNS,
     RunFolder,
@@ -41,7 +42,6 @@ from ltecli.runs.simulation_split import check_processes, pick_split, split_fact
 from ltecli.runs.status import StatusFile
 from ltecli.runs.summary import (
     RunResult,
-    measured_memory_bytes,
     report_derived,
     report_finished,
     report_result,
@@ -64,6 +64,8 @@ if TYPE_CHECKING:
     from simulate.planning.simulation_split import Split
     from simulate.training.loop import Session
 
+ENDS = ("end", "interrupt")
+"""Kinds of the event after which a session has no other."""
 DEMO_NAME = "demo"
 DEMO_TOKENS = 400_000
 """Tokens of a run without a run.toml: about a minute of training on two cores."""
@@ -193,10 +195,12 @@ def _simulate(
     companions = Companions(folder.path, folder.run, split.processes, split.threads)
     with threads_of_torch(split.threads), companions.started(folder.resume_from):
         status.begin("measuring")
-        # Measured before the session exists, whose tensors would count as the device's. A resumed run keeps its figure.
-        measured_bytes = None if folder.resume_from else measured_memory_bytes(folder, device)
-        # From here on Ctrl-C saves first; before, there is nothing to save.
-        with stop_on_signal(lambda: status.answer_stop(output.hint), status.leave, callback.stops) as stops:
+        # Before the session exists, whose tensors would count as the device's. A resumed run keeps its figure.
+        with (
+            memory_event(folder, device, split.processes, output.warning) as memory,
+            # From here on Ctrl-C saves first; before, there is nothing to save.
+            stop_on_signal(lambda: status.answer_stop(output.hint), status.leave, callback.stops) as stops,
+        ):
             status.begin("building the network")
             with companions.joined():
                 session = simulation_session(
@@ -205,7 +209,7 @@ def _simulate(
                 )  # fmt: skip
                 status.follow(session.activity, session.stopping_text)
                 begin(session, folder.resume_from)
-                kind = _trained(folder, device, session, split, measured_bytes, companions, output, status, callback)
+                kind = _trained(folder, device, session, split, memory, companions, output, status, callback)
     if kind == "interrupt":
         output.hint(f"interrupted at step {session.step}, saved; continue with lte train {folder.path} --resume")
         return INTERRUPTED
@@ -217,7 +221,7 @@ def _simulate(
 
 
 def _trained(
-    folder: RunFolder, device: torch.device, session: Session, split: Split, measured_bytes: int | None,
+    folder: RunFolder, device: torch.device, session: Session, split: Split, memory: MemoryEvent,
     companions: Companions, output: Output, status: StatusFile, callback: Callback,
 ) -> str:  # fmt: skip
     """Train a session that has begun, whose events go into the folder and to all loggers; returns how it ended."""
@@ -237,16 +241,21 @@ def _trained(
             file(event)
             status(event)
             loggers(event)
+            if event["kind"] not in ENDS and (measured := memory.take(event["step"])) is not None:
+                emit(measured)
 
         session.emit, facts = emit, split_facts(split)
         if folder.resume_from:
             session.emit({"kind": "resume", "step": session.step, "machines": [machine_facts()], **facts})
         else:
             session.emit({"kind": "start", "step": 0, **start_facts(folder, device), **facts})
-            session.emit({"kind": "memory", "step": 0, "measured_bytes": measured_bytes})
         kind = "end" if train(session) else "interrupt"
         companions.wait_for_the_end()  # by then all have saved
-        session.emit({"kind": kind, "step": session.step, "wall_s": session.elapsed_s()})
+        ended: Event = {"kind": kind, "step": session.step, "wall_s": session.elapsed_s()}
+        session.activity.begin("measuring")
+        if kind == "end" and (measured := memory.take(session.step, waits=True)) is not None:
+            emit(measured)
+        session.emit(ended)
     return kind
 
 

@@ -56,7 +56,11 @@ def measured_memory_bytes(folder: RunFolder, device: torch.device) -> int:
     """Return the measured peak of one device's program, which is run alone before the run itself starts."""
     from simulate.measure.one_device import measure_memory_bytes
 
-    measured_bytes = measure_memory_bytes(folder.run, device)
+    return of_one_device(folder, device, measure_memory_bytes(folder.run, device))
+
+
+def of_one_device(folder: RunFolder, device: torch.device, measured_bytes: int) -> int:
+    """Return what a device holds of the measured bytes of its program on `device`."""
     chosen = folder.plan["chosen"]
     if device.type == "cpu" and chosen["quantize"] == "none":
         # On a CPU the measurement includes the start weights, which a device does not hold; quantised ones it cannot

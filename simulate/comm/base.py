@@ -14,7 +14,7 @@ Legend: L local devices, N devices.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -48,43 +48,25 @@ class Nodes:
     """Number of nodes."""
 
 
-class Communicator(ABC):
-    """Interface of all exchanges between devices; every call packs its tensors into one message.
+def first_devices(numbers: Iterable[int], nodes: Nodes) -> list[int]:
+    """Return the first devices of nodes, which hold the node's copy of what it trains."""
+    return [number * nodes.size for number in numbers]
 
-    Bytes are counted as if each device were a process of its own, so that a run's bytes do not depend on how devices
-    are spread over processes. `on_transfer(transfer, background)` is called for each message and `on_wait()` for each
-    wait; the simulated clock uses both to charge time.
-    """
 
-    def __init__(
-        self,
-        num_devices: int,
-        local_devices: range,
-        on_transfer: Callable[[Transfer, bool], None] | None = None,
-        on_wait: Callable[[], None] | None = None,
-    ) -> None:
-        self.num_devices = num_devices
-        self.local_devices = local_devices
-        self.counter = ByteCounter()
-        self.on_transfer, self.on_wait = on_transfer, on_wait
-        self._background = False
+class Exchanges(ABC):
+    """Collectives between N equal participants, devices or nodes; every call packs its tensors into one message."""
 
-    process, processes = 0, 1
-    """Index of this process, and number of processes."""
+    num_devices: int
+    """Number of participants."""
+    local_devices: range
+    """Participants of this process, in global order."""
     participants: tuple[int, ...] | None = None
-    """Devices that take part in exchanges now, in global order; None: all. `among` sets it."""
-    current_phase = ""
-    """Part of the run that is under way ("step 12"), for the text of errors."""
+    """Those that take part in exchanges now, in global order; None: all. `among` sets it."""
 
     @property
     def present(self) -> Sequence[int]:
-        """Devices whose processes are there, in global order: all, unless a launched run goes on without some."""
+        """Participants whose processes are there, in global order: all, unless a launched run goes on without some."""
         return range(self.num_devices)
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether all devices live in this process."""
-        return len(self.local_devices) == self.num_devices
 
     @property
     def taking_part(self) -> int:
@@ -175,6 +157,76 @@ class Communicator(ABC):
         self._count("pull", payload, 0, devices * payload, devices)
         self._pull(tensors)
 
+    @abstractmethod
+    def on_complete(self, compute: Callable[[], None]) -> None:
+        """Call `compute` once all exchanges asked for so far have arrived."""
+
+    @abstractmethod
+    def _all_reduce(self, sums: Sequence[Tensor]) -> None: ...
+
+    @abstractmethod
+    def _all_gather(self, tensors: Sequence[Tensor]) -> list[Tensor]: ...
+
+    @abstractmethod
+    def _all_to_all(self, tensors: Sequence[Tensor]) -> list[Tensor]: ...
+
+    @abstractmethod
+    def _broadcast(self, tensors: Sequence[Tensor], source: int) -> None: ...
+
+    @abstractmethod
+    def _push(self, tensors: Sequence[Tensor], active: Sequence[int] | None) -> list[Tensor] | None: ...
+
+    @abstractmethod
+    def _pull(self, tensors: Sequence[Tensor]) -> None: ...
+
+    @abstractmethod
+    def _count(
+        self,
+        operation: Operation,
+        payload_bytes: int,
+        sent_bytes: int,
+        received_bytes: int,
+        devices: int | None = None,
+        teams: int = 1,
+    ) -> None: ...
+
+    def _count_reduction(self, payload_bytes: int, devices: int, teams: int = 1) -> None:
+        # A ring reduces, then gathers: each byte of the buffer crosses N−1 links twice.
+        crossings = teams * 2 * (devices - 1) * payload_bytes
+        self._count("all_reduce", payload_bytes, crossings, crossings, devices, teams)
+
+
+class Communicator(Exchanges):
+    """Interface of all exchanges between devices.
+
+    Bytes are counted as if each device were a process of its own, so that a run's bytes do not depend on how devices
+    are spread over processes. `on_transfer(transfer, background)` is called for each message and `on_wait()` for each
+    wait; the simulated clock uses both to charge time.
+    """
+
+    def __init__(
+        self,
+        num_devices: int,
+        local_devices: range,
+        on_transfer: Callable[[Transfer, bool], None] | None = None,
+        on_wait: Callable[[], None] | None = None,
+    ) -> None:
+        self.num_devices = num_devices
+        self.local_devices = local_devices
+        self.counter = ByteCounter()
+        self.on_transfer, self.on_wait = on_transfer, on_wait
+        self._background = False
+
+    process, processes = 0, 1
+    """Index of this process, and number of processes."""
+    current_phase = ""
+    """Part of the run that is under way ("step 12"), for the text of errors."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all devices live in this process."""
+        return len(self.local_devices) == self.num_devices
+
     def reduce_in_nodes(self, sums: Sequence[Tensor], nodes: Nodes) -> None:
         """Turn (local nodes, ...), sums over a node's local devices, into sums over all of its devices, in place."""
         local_nodes = max(1, len(self.local_devices) // nodes.size)  # a process may hold part of a node
@@ -193,8 +245,15 @@ class Communicator(ABC):
         self._count("broadcast", payload, crossings, crossings, nodes.size, nodes.count)
         self._broadcast_in_nodes(tensors, nodes)
 
-    def arrange(self, nodes: Nodes) -> None:  # noqa: B027 - one process needs no groups
+    def arrange(self, nodes: Nodes) -> None:
         """Make the groups for exchanges in and over nodes; raises RunFailedError if a process holds uneven parts."""
+
+    @abstractmethod
+    def leaders(self, nodes: Nodes) -> Exchanges | None:
+        """Return the exchanges between the first devices of all nodes; None where this process holds none of them.
+
+        They move tensors only: simulate.comm.nodes counts them, in every process alike.
+        """
 
     @contextmanager
     def background(self) -> Iterator[None]:
@@ -230,10 +289,10 @@ class Communicator(ABC):
             self.on_wait()
         self.finish()
 
-    def finish(self) -> None:  # noqa: B027 - nothing travels inside of one process
+    def finish(self) -> None:
         """Wait as `wait` does, without a charge to the clock: for saves, which are not part of the method."""
 
-    def close(self) -> None:  # noqa: B027 - one process has no thread for exchanges
+    def close(self) -> None:
         """End the background thread, where there is one."""
 
     @abstractmethod
@@ -244,24 +303,6 @@ class Communicator(ABC):
         """
 
     @abstractmethod
-    def _all_reduce(self, sums: Sequence[Tensor]) -> None: ...
-
-    @abstractmethod
-    def _all_gather(self, tensors: Sequence[Tensor]) -> list[Tensor]: ...
-
-    @abstractmethod
-    def _all_to_all(self, tensors: Sequence[Tensor]) -> list[Tensor]: ...
-
-    @abstractmethod
-    def _broadcast(self, tensors: Sequence[Tensor], source: int) -> None: ...
-
-    @abstractmethod
-    def _push(self, tensors: Sequence[Tensor], active: Sequence[int] | None) -> list[Tensor] | None: ...
-
-    @abstractmethod
-    def _pull(self, tensors: Sequence[Tensor]) -> None: ...
-
-    @abstractmethod
     def _reduce_in_nodes(self, sums: Sequence[Tensor], nodes: Nodes) -> None: ...
 
     @abstractmethod
@@ -269,11 +310,6 @@ class Communicator(ABC):
 
     @abstractmethod
     def _broadcast_in_nodes(self, tensors: Sequence[Tensor], nodes: Nodes) -> None: ...
-
-    def _count_reduction(self, payload_bytes: int, devices: int, teams: int = 1) -> None:
-        # A ring reduces, then gathers: each byte of the buffer crosses N−1 links twice.
-        crossings = teams * 2 * (devices - 1) * payload_bytes
-        self._count("all_reduce", payload_bytes, crossings, crossings, devices, teams)
 
     def _count(
         self,

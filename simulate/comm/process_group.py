@@ -1,8 +1,9 @@
 """Communicator of launched runs: devices in several processes, whose tensors travel by torch.distributed.
 
 simulate.launch.worker makes one in each process; methods then call it as they call the simulated one. Process p of P
-holds a consecutive share of the N devices, equal or nearly so. A tensor with a device axis travels as bytes in device
-order, one message a call. Every wait ends after the group's timeout with an error that names the exchange.
+holds a consecutive share of the N devices, equal or nearly so. What travels is settled in
+simulate.comm.process_exchanges; here it is queued, guarded and given its group of processes. Every wait ends after the
+group's timeout with an error that names the exchange.
 
 Legend: L local devices, N devices, P processes.
 """
@@ -10,24 +11,23 @@ Legend: L local devices, N devices, P processes.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from simulate.comm import pairwise
 from simulate.comm.base import Communicator, Nodes
-from simulate.comm.transfers import Transfer
+from simulate.comm.channel import Channel
+from simulate.comm.process_exchanges import ProcessExchanges
+from simulate.comm.transfers import Operation, Transfer
 from simulate.common.errors import LostPeerError, RunFailedError, first_line
 from simulate.layers import accelerator
 
-SERVER = 0
-"""Rank of the process that serves pushes and pulls; it holds the first device."""
+Channels = tuple[Channel, Channel]
+"""Channels of one group of processes: for exchanges that training waits for, and for those in the background."""
 
 
 def is_lack_of_memory(error: BaseException) -> bool:
@@ -41,7 +41,7 @@ def devices_of(process: int, processes: int, devices: int) -> range:
     return range(devices * process // processes, devices * (process + 1) // processes)
 
 
-class TorchCommunicator(Communicator):
+class TorchCommunicator(ProcessExchanges, Communicator):
     """Communicator over all processes of the default group; a method's tensors live on `device`."""
 
     def __init__(
@@ -82,9 +82,14 @@ class TorchCommunicator(Communicator):
         """
         self._take_shares(dist.get_rank(), shares)
         self.control = self.new_group("gloo")  # scalars and texts are on the CPU, also in runs on GPUs
-        self._foreground = _Channel(self, None)
+        everyone = range(self.processes)
+        self._foreground = Channel(everyone, None)
         # Collectives of one group must come in the same order in all processes, so the background has its own group.
-        self._background_channel = _Channel(self, self.new_group(None))
+        self._background_channel = Channel(everyone, self.new_group(None))
+        self._in_node: dict[Nodes, Channels] = {}
+        """Channels between the processes of one node, by the division into nodes; none where each holds whole nodes."""
+        self._between_nodes: dict[Nodes, Channels] = {}
+        """Channels between the first processes of all nodes; none where this process is not one of them."""
 
     def _take_shares(self, process: int, shares: Sequence[range]) -> None:
         self.process, self.processes, self.shares = process, len(shares), list(shares)
@@ -93,7 +98,7 @@ class TorchCommunicator(Communicator):
     def disconnect(self) -> None:
         """Close all connections, which ends the exchanges of processes that wait for this one."""
         # Connections close with the last reference to their group.
-        for name in ("control", "_foreground", "_background_channel"):
+        for name in ("control", "_foreground", "_background_channel", "_in_node", "_between_nodes"):
             self.__dict__.pop(name, None)
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -169,9 +174,14 @@ class TorchCommunicator(Communicator):
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
 
-    def _run(self, name: str, exchange: Callable[[_Channel], Sequence[Tensor] | None]) -> list[Tensor]:
-        """Do an exchange now or in the background, and return its list of tensors, filled on arrival."""
-        channel = self._background_channel if self._background else self._foreground
+    def _run(
+        self,
+        name: str,
+        exchange: Callable[[Channel], Sequence[Tensor] | None],
+        channels: Channels | None = None,
+    ) -> list[Tensor]:
+        foreground, background = channels or (self._foreground, self._background_channel)
+        channel = background if self._background else foreground
         arrived: list[Tensor] = []
         self.on_complete(lambda: self._guarded(name, lambda: arrived.extend(exchange(channel) or ())))
         return arrived
@@ -211,75 +221,35 @@ class TorchCommunicator(Communicator):
             who = f" ({missing})" if missing else ""
             raise LostPeerError(f"{name} at {current_phase} failed: {first_line(error)}{who}") from error
 
-    def _all_reduce(self, sums: Sequence[Tensor]) -> None:
-        self._run("an all-reduce", lambda channel: channel.all_reduce(sums, channel.group))
-
-    def _broadcast(self, tensors: Sequence[Tensor], source: int) -> None:
-        process = next(process for process, share in enumerate(self.shares) if source in share)
-        self._run("a broadcast", lambda channel: channel.broadcast(tensors, process, channel.group))
-
-    def _all_gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        pieces, counts = _pieces(tensors, len(self.local_devices)), [len(share) for share in self.shares]
-
-        def exchange(channel: _Channel) -> list[Tensor]:
-            own = _to_bytes(tensors)
-            everyones = own.new_empty(_device_bytes(pieces) * len(self.present))
-            parts = list(everyones.split([_device_bytes(pieces) * count for count in counts]))
-            channel.all_gather(everyones, parts, own)
-            return _in_order(parts, pieces, counts)
-
-        return self._run("an all-gather", exchange)
-
-    def _all_to_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        # Each device of a sender has one part for each local device.
-        pieces = [_DevicePart((1, len(self.local_devices), *t.shape[2:]), t.dtype) for t in tensors]
-        counts = [len(share) for share in self.shares]
-        sizes = [_device_bytes(pieces) * count for count in counts]
-
-        def exchange(channel: _Channel) -> list[Tensor]:
-            sent = [_to_bytes([t[:, share.start : share.stop] for t in tensors]) for share in self.shares]
-            received = sent[0].new_empty(sum(sizes))
-            channel.all_to_all(received, sizes, sent)
-            return [tensor.transpose(0, 1) for tensor in _in_order(received.split(sizes), pieces, counts)]
-
-        return self._run("an all-to-all", exchange)
-
-    def _push(self, tensors: Sequence[Tensor], active: Sequence[int] | None) -> list[Tensor] | None:
-        counts = [len(share) if active is None else sum(d in share for d in active) for share in self.shares]
-        pieces, serves = _pieces(tensors, counts[self.process]), self.process == SERVER
-
-        def exchange(channel: _Channel) -> list[Tensor]:
-            parts = [_to_bytes(tensors)]
-            if serves:  # SERVER is rank 0, so its own part leads
-                parts += [parts[0].new_empty(_device_bytes(pieces) * count) for count in counts[1:]]
-            channel.to_server(parts)
-            return _in_order(parts, pieces, counts) if serves else []
-
-        everyones = self._run("a push to the server", exchange)
-        return everyones if serves else None
-
-    def _pull(self, tensors: Sequence[Tensor]) -> None:
-        self._run("a pull from the server", lambda channel: channel.from_server(tensors))
-
     def _reduce_in_nodes(self, sums: Sequence[Tensor], nodes: Nodes) -> None:
-        if self._processes_of_node(nodes) > 1:  # else the caller's sum over local devices is complete
-            self._run("an all-reduce in nodes", lambda channel: channel.all_reduce(sums, channel.node_groups[nodes]))
+        if channels := self._in_node.get(nodes):  # else the caller's sum over local devices is complete
+            self._run("an all-reduce in nodes", lambda channel: channel.all_reduce(sums), channels)
 
     def _reduce_over_nodes(self, sums: Sequence[Tensor], nodes: Nodes) -> None:
-        group = self._processes_of_node(nodes)
-        if self.process % group == 0:
-            name = "an all-reduce over nodes"
-            self._run(name, lambda channel: channel.all_reduce(sums, channel.leader_groups[nodes]))
+        if leaders := self.leaders(nodes):
+            leaders._all_reduce(sums)
 
     def _broadcast_in_nodes(self, tensors: Sequence[Tensor], nodes: Nodes) -> None:
-        group = self._processes_of_node(nodes)
-        if group > 1:
-            first, name = self.process // group * group, "a broadcast in nodes"
-            self._run(name, lambda channel: channel.broadcast(tensors, first, channel.node_groups[nodes]))
+        if channels := self._in_node.get(nodes):
+            self._run("a broadcast in nodes", lambda channel: channel.broadcast(tensors, 0), channels)
 
     def arrange(self, nodes: Nodes) -> None:
-        for channel in (self._foreground, self._background_channel):
-            channel.arrange(nodes, self._processes_of_node(nodes))
+        size = self._processes_of_node(nodes)
+        firsts = range(0, self.processes, size)
+        # Every process makes all groups, since torch.distributed counts them.
+        for members in [range(first, first + size) for first in firsts] if size > 1 else ():
+            self._join(members, nodes, self._in_node)
+        self._join(firsts, nodes, self._between_nodes)
+
+    def _join(self, members: Sequence[int], nodes: Nodes, joined: dict[Nodes, Channels]) -> None:
+        """Make two groups of the same members; who is one of them keeps their channels in `joined`."""
+        foreground, background = (self.new_group(None, members) for _ in range(2))
+        if self.process in members:
+            joined[nodes] = Channel(members, foreground), Channel(members, background)
+
+    def leaders(self, nodes: Nodes) -> LeaderExchanges | None:
+        channels = self._between_nodes.get(nodes)
+        return None if channels is None else LeaderExchanges(self, nodes, channels)
 
     def _processes_of_node(self, nodes: Nodes) -> int:
         """Return the number of processes that share a node: 1 if each holds whole nodes."""
@@ -293,129 +263,26 @@ class TorchCommunicator(Communicator):
         return max(1, nodes.size // local)
 
 
-class _Channel:
-    """Process groups of one sequence of exchanges: TorchCommunicator has a foreground and a background one."""
+class LeaderExchanges(ProcessExchanges):
+    """Exchanges between the processes of the nodes' first devices, in which a node takes part as one device does."""
 
-    def __init__(self, owner: TorchCommunicator, group: dist.ProcessGroup | None) -> None:
-        self.owner, self.group = owner, group
-        self.process, self.processes = owner.process, owner.processes
-        self.node_groups: dict[Nodes, dist.ProcessGroup] = {}
-        """Processes of this process's node, by the division into nodes."""
-        self.leader_groups: dict[Nodes, dist.ProcessGroup] = {}
-        """First processes of all nodes."""
+    def __init__(self, owner: TorchCommunicator, nodes: Nodes, channels: Channels) -> None:
+        self.owner, self.channels, self.num_devices = owner, channels, nodes.count
+        leading = channels[0]
+        assert leading.process is not None
+        self.process = leading.process
+        self.shares = [devices_of(process, leading.processes, nodes.count) for process in range(leading.processes)]
+        self.local_devices = self.shares[self.process]
 
-    def arrange(self, nodes: Nodes, processes_of_node: int) -> None:
-        """Make the groups of a division into nodes; all processes must call this together."""
-        for first in range(0, self.processes, processes_of_node):
-            members = range(first, first + processes_of_node)
-            group = self.owner.new_group(None, members)
-            if self.process in members:
-                self.node_groups[nodes] = group
-        self.leader_groups[nodes] = self.owner.new_group(None, range(0, self.processes, processes_of_node))
+    def on_complete(self, compute: Callable[[], None]) -> None:
+        self.owner.on_complete(compute)
 
-    def all_reduce(self, tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
-        flat = _flat(tensors)
-        if pairwise.sums_faster(flat, group):
-            pairwise.sum_by_parts(flat, group)
-        else:
-            dist.all_reduce(flat, group=group)
-        _unflatten(flat, tensors)
+    def _run(self, name: str, exchange: Callable[[Channel], Sequence[Tensor] | None]) -> list[Tensor]:
+        return self.owner._run(f"{name} over nodes", exchange, self.channels)
 
-    def broadcast(self, tensors: Sequence[Tensor], source: int, group: dist.ProcessGroup | None) -> None:
-        flat = _flat(tensors)
-        dist.broadcast(flat, source, group=group)
-        _unflatten(flat, tensors)
-
-    def all_gather(self, everyones: Tensor, parts: Sequence[Tensor], own: Tensor) -> None:
-        if pairwise.gathers_faster(parts, self.group):
-            pairwise.exchange_parts(parts, [own] * self.processes, self.group)
-        elif len({len(part) for part in parts}) == 1:
-            dist.all_gather_into_tensor(everyones, own, group=self.group)
-        else:
-            # NCCL gathers equal parts only, so each part is broadcast by itself.
-            parts[self.process].copy_(own)
-            for process, part in enumerate(parts):
-                dist.broadcast(part, process, group=self.group)
-
-    def all_to_all(self, received: Tensor, sizes: list[int], sent: Sequence[Tensor]) -> None:
-        if pairwise.is_gloo(self.group):
-            pairwise.exchange_parts(received.split(sizes), sent, self.group)
-        else:
-            parts = [len(part) for part in sent]
-            dist.all_to_all_single(received, torch.cat(list(sent)), sizes, parts, group=self.group)
-
-    def to_server(self, parts: Sequence[Tensor]) -> None:
-        if self.process != SERVER:
-            if len(parts[0]):  # a process without active devices sends nothing
-                dist.send(parts[0], SERVER, group=self.group)
-            return
-        arriving = [dist.irecv(part, p, group=self.group) for p, part in enumerate(parts) if p != SERVER and len(part)]
-        for work in arriving:
-            assert work is not None
-            work.wait()
-
-    def from_server(self, tensors: Sequence[Tensor]) -> None:
-        if len({tensor.dtype for tensor in tensors}) > 1:  # quantized weights and their scales: one message of bytes
-            tensors = [tensor.detach().view(-1).view(torch.uint8) for tensor in tensors]
-        flat = _flat(tensors)
-        if self.process == SERVER:
-            leaving = [dist.isend(flat, p, group=self.group) for p in range(self.processes) if p != SERVER]
-            for work in leaving:
-                assert work is not None
-                work.wait()
-            return
-        dist.recv(flat, SERVER, group=self.group)
-        _unflatten(flat, tensors)
-
-
-@dataclass(frozen=True)
-class _DevicePart:
-    """Shape and dtype of one device's part of a tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def _pieces(tensors: Sequence[Tensor], devices: int) -> list[_DevicePart]:
-    """Return one device's parts of tensors (devices * rows, ...); a process without devices assumes one row each."""
-    return [_DevicePart((t.shape[0] // devices if devices else 1, *t.shape[1:]), t.dtype) for t in tensors]
-
-
-def _device_bytes(pieces: Sequence[_DevicePart]) -> int:
-    return sum(piece.num_bytes for piece in pieces)
-
-
-def _to_bytes(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the contents of tensors one after the other, (bytes,)."""
-    return torch.cat([tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in tensors])
-
-
-def _in_order(parts: Sequence[Tensor], pieces: Sequence[_DevicePart], counts: Sequence[int]) -> list[Tensor]:
-    """Return tensors (rows of all devices, ...) from the bytes of each process, which holds `counts` devices."""
-    found: list[list[Tensor]] = [[] for _ in pieces]
-    for part, count in zip(parts, counts, strict=True):
-        contents = part.split([piece.num_bytes * count for piece in pieces])
-        for rows, content, piece in zip(found, contents, pieces, strict=True):
-            if content.storage_offset() % piece.dtype.itemsize:
-                content = content.clone()  # `view` needs an address that is aligned for the dtype
-            rows.append(content.view(piece.dtype).view(-1, *piece.shape[1:]))
-    return [torch.cat(rows) for rows in found]
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the message buffer of tensors of one dtype; a single contiguous tensor is its own buffer."""
-    if len(tensors) == 1 and tensors[0].is_contiguous():
-        return tensors[0].detach()
-    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
-
-
-def _unflatten(flat: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Copy a message buffer back into its tensors, unless it is the tensor itself."""
-    if len(tensors) == 1 and tensors[0].is_contiguous():
-        return
-    for tensor, content in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.detach().copy_(content.view_as(tensor))
+    def _count(
+        self, operation: Operation, payload_bytes: int, sent_bytes: int, received_bytes: int,
+        devices: int | None = None, teams: int = 1,
+    ) -> None:  # fmt: skip
+        others = self.num_devices if devices is None else devices
+        self.owner._count(operation, payload_bytes, sent_bytes, received_bytes, others, teams)

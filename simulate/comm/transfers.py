@@ -17,7 +17,9 @@ Operation = Literal["all_reduce", "all_gather", "all_to_all", "broadcast", "push
 MESSAGE_BYTES = 16 * 2**20
 """Largest message into which several tensors are packed: large enough for few latencies, small enough for buffers."""
 WIRE_BLOCK = 128
-"""Elements that share one fp32 scale in int8 and int4 messages."""
+"""Elements that share one scale in int8, int4 and int2 messages."""
+WIRE_BITS = {"int8": 8, "int4": 4, "int2": 2}
+"""Bits of a number in messages of whole numbers."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,19 @@ class Transfer:
         return self.devices * self.payload_bytes if self.operation == "pull" else self.sent_bytes
 
 
+def copied_in_nodes(transfers: Iterable[Transfer], size: int) -> tuple[Transfer, ...]:
+    """Return messages between nodes, each followed by the copy of its result to the others of a node's devices."""
+    if size == 1:
+        return tuple(transfers)
+    messages: list[Transfer] = []
+    for transfer in transfers:
+        messages.append(transfer)
+        if transfer.operation != "push":  # which the server alone receives
+            gathered = transfer.devices if transfer.operation == "all_gather" else 1
+            messages.append(Transfer("broadcast", gathered * transfer.payload_bytes, size, transfer.devices))
+    return tuple(messages)
+
+
 @dataclass(frozen=True, eq=False)
 class Exchange:
     """Messages that are made one after the other, and their sums of bytes over all devices."""
@@ -96,14 +111,20 @@ def bucket_bytes(sizes_bytes: Sequence[int]) -> list[int]:
 
 
 def wire_bytes(elements: int, wire: str, element_bytes: int) -> int:
-    """Return the bytes of numbers in a message; int8 and int4 add an fp32 scale a block, int4 packs two in a byte."""
+    """Return the bytes of numbers in a message.
+
+    int8 and int4 add an fp32 scale a block, int2 a bf16 one; int4 packs two numbers in a byte, int2 four.
+    """
     if wire == "full":
         return elements * element_bytes
     if wire in ("fp16", "bf16"):
         return 2 * elements
-    # One fp32 scale a block, the last one rounded up.
-    scales = 4 * -(-elements // WIRE_BLOCK)
-    return scales + (elements if wire == "int8" else (elements + 1) // 2)
+    return scales_bytes(elements, wire) + -(-elements * WIRE_BITS[wire] // 8)
+
+
+def scales_bytes(elements: int, wire: str) -> int:
+    """Return the bytes of the scales of a message of whole numbers: one a block, the last block rounded up."""
+    return (2 if wire == "int2" else 4) * -(-elements // WIRE_BLOCK)
 
 
 def chunk_elements(elements: int, devices: int) -> int:
@@ -145,7 +166,7 @@ def fragment(items: int, fragments: int, index: int) -> range:
 
 
 Transport = Literal["gather", "reduce", "server"]
-Wire = Literal["full", "fp16", "bf16", "int8", "int4"]
+Wire = Literal["full", "fp16", "bf16", "int8", "int4", "int2"]
 """Format of values in messages; "full" keeps the run's dtype, and all others need error feedback."""
 SMALL_PART_BYTES = 128 * 1024
 """Largest part that gloo's devices send faster by pairs: above it, parts disturb each other more than hops delay."""

@@ -65,11 +65,12 @@ def read_events(path: Path, on_skip: Callable[[str], None] | None = None) -> Ite
 def truncate_events(path: Path, step: int) -> None:
     """Drop events after the checkpoint of `step`, because the resumed run emits them again; keep restarts.
 
-    A restart after the checkpoint is moved to its step, so that steps in the file never fall.
+    So is the memory, which is measured once, unless the run begins anew (`step` below 0). What is kept after the
+    checkpoint is moved to its step, so that steps in the file never fall.
     """
     kept: list[str] = []
     for event in read_events(path):
-        if event["kind"] == "restart":
+        if event["kind"] == "restart" or (event["kind"] == "memory" and step >= 0):
             event["step"] = max(0, min(event["step"], step))
         # The run goes on, so that it has neither ended nor been interrupted.
         elif event["step"] > step or event["kind"] in ("interrupt", "end"):

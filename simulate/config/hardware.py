@@ -229,8 +229,19 @@ class Link(toml_io.Schema):
     node_bytes_per_s: BytesPerSecond | None = Field(default=None, gt=0)
     """Rate between devices of one node, for methods that know nodes; not set: they use the link like all others."""
     node_latency_s: Seconds | None = Field(default=None, ge=0)
+    devices_per_node: int | None = Field(default=None, gt=1)
+    """Devices of one node, which node_bytes_per_s joins: plans try them as one; not set: the profile does not say."""
     source: Source
     sources: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _nodes_have_a_rate(self) -> Link:
+        if self.devices_per_node is not None and self.node_bytes_per_s is None:
+            raise ValueError(
+                f"devices_per_node = {self.devices_per_node} without node_bytes_per_s, the rate inside of a node; give "
+                "both, or neither"
+            )
+        return self
 
     @property
     def delays_of_a_hop(self) -> float:

@@ -238,6 +238,35 @@ class FragmentOptions(RoundOptions):
             )
 
 
+class NodeOptions(MethodOptions):
+    """The keys of methods in which the devices of a node average their gradients at every step."""
+
+    devices_per_node: int = Field(default=1, gt=0)
+    """Devices of one node, in global order, which train as one; 1: every device by itself."""
+
+    def num_nodes(self, devices: int) -> int:
+        """Return into how many nodes the devices are divided."""
+        return max(1, devices // self.devices_per_node)
+
+    def check(self, model: ModelOptions, train: Train, cluster: Cluster) -> None:
+        super().check(model, train, cluster)
+        if cluster.devices % self.devices_per_node:
+            raise ValueError(
+                f"cluster.devices = {cluster.devices} is not divisible by method.devices_per_node = "
+                f"{self.devices_per_node}; change one of them"
+            )
+
+    def processes_rule(self, devices: int, processes: int) -> str | None:
+        # A node's devices share one copy of what they train: a process holds whole nodes, or an equal part of one.
+        size = self.devices_per_node
+        if devices % processes or ((devices // processes) % size and size % (devices // processes)):
+            return (
+                f"do not go with method.devices_per_node = {size} of {devices} devices: each must hold whole nodes, "
+                "or an equal part of one; change --processes"
+            )
+        return None
+
+
 class AdapterOptions(MethodOptions):
     """The keys of methods that train low-rank pairs on frozen weights."""
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from simulate.comm.transfers import WIRE_BLOCK, bucket, bucket_bytes, chunk_elements, wire_bytes
+from simulate.comm.transfers import WIRE_BITS, bucket, bucket_bytes, chunk_elements, scales_bytes, wire_bytes
 from simulate.config.method_options import MethodOptions
 from simulate.config.run import Run
 from simulate.costs.moments import largest_step_bytes
@@ -24,7 +24,7 @@ from simulate.rules.optimizer import through_gram
 from simulate.rules.phases import Phase
 from simulate.rules.transport import gather_groups
 
-LONG_BYTES, FLOAT_BYTES = 8, 4
+LONG_BYTES = 8
 OUTER_TENSORS = 2
 """Tensors of a parameter's size in an outer step: the outer gradient and the new weights."""
 NEWTON_SCHULZ_TENSORS = 3
@@ -163,10 +163,13 @@ def compressed_mean(context: ExchangeContext, elements: int, wire: str) -> Compr
     padded, mean = chunk * context.devices, chunk * context.element_bytes
     message = wire_bytes(padded, wire, context.element_bytes)
     decoded = padded * context.element_bytes
-    scales = 0 if wire in ("fp16", "bf16") else 2 * FLOAT_BYTES * padded // WIRE_BLOCK
-    # The rounded floats, then integers of a byte each; packing two into a byte takes three such tensors.
-    encoding = {"int8": decoded + padded + scales, "int4": decoded + 3 * padded + scales}.get(wire, message)
-    unpacked = padded if wire == "int4" else 0
+    encoding, unpacked = message, 0
+    if wire in WIRE_BITS:
+        # The rounded floats and what divides them, then integers of a byte each; packing several into a byte takes
+        # three such tensors.
+        packs = WIRE_BITS[wire] < 8
+        encoding = decoded + (3 if packs else 1) * padded + 2 * scales_bytes(padded, wire)
+        unpacked = padded if packs else 0
     sent = message + decoded + unpacked
     averaged = 2 * message + message // context.devices + decoded + max(unpacked, mean)
     return CompressedMean(max(encoding, sent, averaged), decoded)

@@ -335,9 +335,10 @@ def checkpoint_bytes(run: Run, shape: ModelShape, devices: int, in_a_round: bool
         frozen_bytes_kept = frozen_bytes(shape, run.method.frozen_format, element_bytes)
         frozen_bytes_kept += plan.full_copies * shape.adapted_parameters * element_bytes
         weights = (0 if plan.starts_dense else held.adapters) + shape.replicated_parameters
-    copies = 1 if held.shared else devices  # equal state is written once
+    owners = devices if held.shared else plan.simulated_copies(devices)
+    copies = 1 if held.shared else owners  # equal state is written once
     moments = moment_bytes(run, shape) if in_a_round else _merged_moment_bytes(run, shape)
-    elements = copies * weights + devices * held.extra
+    elements = copies * weights + owners * held.extra
     elements += shape.fixed_parameters
     return frozen_bytes_kept + elements * element_bytes + copies * moments + kept_bytes(run, shape)
 

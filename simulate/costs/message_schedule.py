@@ -18,7 +18,6 @@ from simulate.config.run import Run
 from simulate.costs.cache import by_method
 from simulate.layers.formats import ELEMENT_BYTES
 from simulate.models.shapes import ModelShape
-from simulate.rules.attendance import GivenAttendance
 from simulate.rules.method_plan import PeriodicExchange, plan_of
 from simulate.rules.transport import gather_groups
 
@@ -51,6 +50,8 @@ def received_bytes(run: Run, shape: ModelShape, steps: int) -> int:
 
 def given_exchanges(run: Run, shape: ModelShape, steps: int) -> Iterator[Exchange]:
     """Yield the exchanges of the first `steps` steps of a run that gives its merges: among those that take part."""
+    from simulate.rules.attendance import GivenAttendance  # numpy, which plans do without
+
     parts, attendance, every = schedule(run, shape), GivenAttendance(run), run.method.round_steps
     for start in range(0, steps, every):
         round_ = attendance.begin(start, 0.0)

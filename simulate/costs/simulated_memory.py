@@ -74,7 +74,7 @@ def passing_bytes(run: Run, shape: ModelShape, device: Device) -> Iterator[tuple
     plan, held, devices = plan_of(run.method), persistent_state(run, shape), run.cluster.devices
     copies, shared = plan.simulated_copies(devices), plan.shared_elements(shape, devices) + held.last_merge
     # Error feedback and predictions need each device's gradient apart, even where devices share their weights.
-    own = devices if held.extra > shared or plan.compresses_gradients else copies
+    own = devices if plan.shares_state and (held.extra > shared or plan.compresses_gradients) else copies
     for phase in peak_profile(run, shape, device).phases:
         batches = devices * (phase.activations + phase.temporary)
         if phase.name in PASSES:
@@ -113,4 +113,6 @@ def _state_bytes(run: Run, shape: ModelShape, profile: PeakProfile) -> int:
     if run.method.is_paced or run.cluster.has_quorum:
         rounds = given_counts(run.method, run.cluster)
         stopped = max(sum(n < max(taken) for n in taken) for taken in rounds) if rounds else copies - 1
-    return frozen + copies * of_copy + once + devices * (extra - once) + stopped * of_copy
+    # What is kept beside weights is each device's own, or of those whose devices train as one.
+    owners = devices if plan.shares_state else copies
+    return frozen + copies * of_copy + once + owners * (extra - once) + stopped * of_copy

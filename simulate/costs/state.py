@@ -70,6 +70,23 @@ def _adapter_elements(shape: ModelShape, layout: AdapterLayout, element_bytes: i
     return elements
 
 
+@lru_cache(maxsize=256)
+def layout_elements(shape: ModelShape, layout: AdapterLayout, vectors_in_pairs: bool = False) -> tuple[int, ...]:
+    """Return the elements of each parameter that is trained beside frozen weights, in the network's order.
+
+    Where norms have pairs, a vector's is one number longer than the vector.
+    """
+    counts, layers = list[int](), iter(shape.in_order())
+    for tensor in shape.tensors:
+        if tensor.kind == "adapted":
+            layer = next(layers)
+            counts += [] if layout.frozen_a else [layout.held_rank * layer.in_features]
+            counts.append(layout.held_rank * layer.out_features)
+        elif tensor.kind not in layout.frozen_kinds:
+            counts.append(tensor.elements + (tensor.kind == "norm" and vectors_in_pairs))
+    return tuple(counts)
+
+
 @lru_cache(maxsize=64)
 def _elements_without(shape: ModelShape, frozen: frozenset[str]) -> int:
     return sum(tensor.elements for tensor in shape.replicated if tensor.kind not in frozen)

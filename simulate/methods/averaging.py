@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from simulate.comm.base import Communicator
+from simulate.comm.base import Exchanges
 from simulate.comm.compression import CompressedMean
 from simulate.comm.transfers import fragment
 from simulate.methods.gradient_averaging import packed_parameters
@@ -38,7 +38,7 @@ class Averaging:
     def __init__(
         self,
         parameters: Mapping[str, Tensor],
-        communicator: Communicator,
+        communicator: Exchanges,
         server: bool = False,
         wire: str = "full",
         fragments: int = 1,

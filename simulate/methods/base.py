@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simulate.comm.base import Communicator
+from simulate.comm.base import Communicator, Exchanges
 from simulate.config.run import Run
 from simulate.layers.convert import unused_tensors
 from simulate.methods.build_network import build_model
@@ -52,8 +52,10 @@ class Method(ABC):
     ) -> None:
         self.run, self.communicator = run, communicator
         self.local_devices = len(communicator.local_devices)
+        self.between = self.exchanges_between(communicator)
+        """Exchanges between what has weights of its own: devices, or the nodes that train as one."""
         self.healthy_N: Tensor | None = None
-        """Devices that the next merge counts, bool; None: all."""
+        """Devices, or nodes that train as one, that the next merge counts, bool; None: all."""
         check_autocast(run.train, device)  # before the network is built, which takes longer
         self.loss_scale = LossScale(self.gradient_rows, device) if run.train.autocast == "fp16" else None
         self.install(build_model(run) if network is None else network, device)
@@ -75,6 +77,10 @@ class Method(ABC):
         )  # fmt: skip
 
     # What is trained, and how a step goes.
+
+    def exchanges_between(self, communicator: Communicator) -> Exchanges:
+        """Return the exchanges between what has weights of its own: all devices, unless a method joins some."""
+        return communicator
 
     @abstractmethod
     def prepare(self, model: nn.Module) -> nn.Module:
@@ -153,8 +159,9 @@ class Method(ABC):
     def healthy(self) -> Tensor:
         """Return which local devices' weights are finite, (L,), bool."""
         # One sum a device: a mask of all elements would take a quarter of the weights' memory.
-        sums = [p.detach().view(self.local_devices, -1).sum(1, dtype=torch.float64) for p in self.parameters.values()]
-        return torch.stack(sums).isfinite().all(0)
+        rows = len(self.between.local_devices)
+        sums = [p.detach().view(rows, -1).sum(1, dtype=torch.float64) for p in self.parameters.values()]
+        return torch.stack(sums).isfinite().all(0).repeat_interleave(self.local_devices // rows)
 
     @torch.no_grad()
     def exclude_devices(self, healthy_N: Tensor) -> None:
@@ -170,8 +177,8 @@ class Method(ABC):
 
     @property
     def healthy_L(self) -> Tensor:
-        """Local devices that the next merge counts, bool."""
-        local = self.communicator.local_devices
+        """Local devices, or nodes that train as one, that the next merge counts, bool."""
+        local = self.between.local_devices
         assert self.healthy_N is not None
         return self.healthy_N[local.start : local.stop]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
 
 from simulate.common.seeding import address
 from simulate.config.run import Run
@@ -76,8 +78,26 @@ def empty_model(run: Run, device: torch.device = CPU) -> nn.Module:
         from simulate.models.tracing import empty_traced
 
         return _in_dtype(run, empty_traced(run.model, device)).eval()
-    with torch.device("meta"):
+    with torch.device("meta"), _Undrawn():
         return _in_dtype(run, _network(run)).eval()
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves out the draws of start weights where tensors have no storage.
+
+    torch draws normal numbers on the meta device in Python code that imports torch.compile's tracer, in seconds.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        drawn = kwargs.get("tensor", args[0] if args else None)
+        is_draw = func in _DRAWS or getattr(func, "__module__", "") == nn.init.__name__
+        if is_draw and isinstance(drawn, Tensor) and drawn.is_meta:
+            return drawn
+        return func(*args, **kwargs)
+
+
+_DRAWS = (Tensor.normal_, Tensor.uniform_)
 
 
 def _network(run: Run) -> nn.Module:

@@ -15,7 +15,7 @@ a simulation all local devices share one tensor program, so it takes them there 
 that it reaches, and is moved to each new base as merges pass it by: θ_n ← W + (θ_n − base_n). A device that is lost
 takes no steps, and is moved likewise: it comes back with its adapters and moments as of its last merge.
 
-A simulation asks simulate.rules.attendance who is there, at the begin of each round. In a launched run the loop says so:
+A simulation asks simulate.rules.attendance who is there when a round begins. In a launched run the loop says so:
 
     1. `base_state()` of a device that is up to date goes to one that missed merges, which calls `catch_up` with it: W
        and averages become the current ones, with its own change on top, and Adam's counters the run's. The receiver

@@ -19,10 +19,11 @@ from simulate.config.tables import Train
 from simulate.layers.lora import LoraLinear
 from simulate.layers.per_device import ReplicatedEmbedding, ReplicatedLinear
 from simulate.methods.loss import gradients_of
+from simulate.optim.adamw import AdamW
 from simulate.optim.adamw8bit import AdamW8bit
+from simulate.optim.grouped import GroupedOptimizer
 from simulate.optim.loss_scale import LossScale
 from simulate.optim.muon import Muon
-from simulate.optim.per_parameter import PerParameterOptimizer
 from simulate.rules.optimizer import is_eight_bit
 
 ParameterGroup = dict[str, object]
@@ -76,9 +77,8 @@ class Stepper:
         if train.optimizer_state == "8bit":
             small_groups, large_groups = split_groups(adam_groups, lambda p: not is_eight_bit(p[0].numel()))
         betas = (train.adam_beta1, train.adam_beta2)
-        # Fused: one pass over the state and no temporaries, unlike the foreach form.
-        self.adam = torch.optim.AdamW(small_groups or [{"params": []}], betas=betas, fused=True)
-        self.optimizers: list[torch.optim.Optimizer] = [self.adam]
+        self.adam = AdamW(small_groups, betas=betas)
+        self.optimizers: list[GroupedOptimizer] = [self.adam]
         if large_groups:
             self.optimizers.append(AdamW8bit(large_groups, betas=betas))
         self.muon = Muon(muon_groups, momentum=train.muon_momentum) if muon_groups else None
@@ -99,16 +99,7 @@ class Stepper:
         Called before a forward pass. Moments that come after it would lie in the room that the first pass's logits
         have left; CUDA's caching allocator then has to take that room anew from the driver, up to a fourth of all.
         """
-        for group in self.adam.param_groups:
-            for parameter in group["params"]:
-                if parameter not in self.state:
-                    self.state[parameter] = {
-                        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
-        for optimizer in self.optimizers[1:]:
-            assert isinstance(optimizer, PerParameterOptimizer)
+        for optimizer in self.optimizers:
             optimizer.allocate_state()
 
     def step(self, rate_factor: float) -> None:

@@ -6,9 +6,10 @@ its classes by what they need of them. Data loading does the same.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import numpy as np
+if TYPE_CHECKING:  # plans need no numbers, and numpy's import is a tenth of a plan
+    import numpy as np
 
 Unit = Literal["tokens", "samples"]
 HUGGINGFACE = "hf"

@@ -6,7 +6,8 @@ import gc
 import os
 from collections.abc import Callable
 
-from torch.profiler import ProfilerActivity, profile
+# torch.profiler's form of it imports torch.compile's tracer, in seconds.
+from torch.autograd.profiler import profile
 
 
 def cpu_peak_bytes(program: Callable[[], object]) -> int:
@@ -14,10 +15,12 @@ def cpu_peak_bytes(program: Callable[[], object]) -> int:
     gc.collect()  # garbage from before, if freed while the program runs, would lower its count
     # Kineto prints lines of its own at every start and stop, at level 5, whatever else is silenced.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+    with profile(profile_memory=True) as trace:
         program()
+    results = trace.kineto_results
+    assert results is not None
     current = peak = 0
-    for event in trace.profiler.kineto_results.events():
+    for event in results.events():
         if event.name() == "[memory]":  # an allocation, or with negative bytes a release
             current += event.nbytes()
             peak = max(peak, current)

@@ -5,15 +5,13 @@ Legend: C copies or heads, X elements of one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
 from simulate.optim.adamw8bit import CODES, SCALES, moment_of, zero_moment
-
-OptimizerState = MutableMapping[Tensor, dict[str, Any]]
-"""An optimizer's tensors by parameter and name."""
+from simulate.optim.grouped import OptimizerState
 
 
 def prune_moments(state: OptimizerState, parameters: Iterable[nn.Parameter], share: float) -> None:

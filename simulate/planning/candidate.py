@@ -188,7 +188,7 @@ def _warnings(run: Run, context: PlanContext, time: RoundTime) -> Iterator[str]:
     share = time.exchange_s / time.round_s
     if share > LINK_DOMINATES:
         yield f"the link dominates: {share:.0%} of the time"
-    if run.method.is_paced:
+    if run.method.is_paced or run.cluster.has_quorum:
         share = time.device_steps / (time.steps * run.cluster.devices)
         yield f"devices train on {share:.0%} of the samples that they would in lockstep"
     if run.train.dtype == "fp64" and any(d.flop_per_s.fp64 is None for d in profile.device):
@@ -233,6 +233,8 @@ def batch_text(run: Run) -> str:
 def _details(run: Run, method: MethodOptions) -> Iterator[str]:
     if (rank := getattr(method, "rank", None)) is not None:
         yield f"rank {rank} x {run.heads} heads" if run.heads > 1 else f"rank {rank}"
+    if plan_of(method).has_separate_heads and (size := getattr(method, "devices_per_node", 1)) > 1:
+        yield f"nodes of {size}"
     if (density := getattr(method, "density", None)) is not None:
         yield f"density {density:g}"
     if (merge_every := getattr(method, "merge_every", None)) is not None:

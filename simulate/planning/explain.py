@@ -26,7 +26,7 @@ from simulate.planning.candidate import (
 from simulate.planning.planner import Plan, make_plan
 from simulate.planning.ranking import value_of
 
-AXES = ("rank", "heads_per_device", "merge_every", "merge_transport", "quantize")
+AXES = ("rank", "heads_per_device", "devices_per_node", "merge_every", "merge_transport", "quantize")
 """Keys of [method] that neighbours may differ in, in addition to batch and checkpointing."""
 REPORTED = 1.02
 """Smallest ratio of two figures that is reported as a reason."""
@@ -133,7 +133,8 @@ def _change(plan: Plan, chosen: Candidate, what: str, profile: Profile, devices:
     cluster = plan.base.cluster.model_copy(update={"devices": devices})
     base = plan.base.model_copy(update={"cluster": cluster})
     # Shards and given steps list one number a device, so they fix the number of devices.
-    fixed = base.data.shards is not None or base.method.given_steps is not None
+    given = base.method.given_steps or base.cluster.merges_given
+    fixed = base.data.shards is not None or given is not None
     # Without a time limit and rivals: only the choice is compared.
     choice, new = replace(plan.choice, with_rivals=False, within_s=None), None
     if devices == plan.base.cluster.devices or not fixed:

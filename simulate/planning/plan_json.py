@@ -19,6 +19,7 @@ def candidate_json(candidate: Candidate) -> dict[str, Any]:
         "rank": getattr(method, "rank", None),
         "heads": run.heads or None,
         "heads_per_device": getattr(method, "heads_per_device", None),
+        "devices_per_node": getattr(method, "devices_per_node", None),
         "quantize": method.frozen_format,
         "merge_every": getattr(method, "merge_every", None),
         "merge_transport": getattr(method, "merge_transport", None),

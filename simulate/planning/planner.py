@@ -204,7 +204,7 @@ def make_plan(
     methods = (pins.method,) if pins.method else CHOSEN_FROM
 
     def results_of(names: Sequence[str]) -> list[Candidate | Rejected]:
-        runs = grid(base, shape, names, pins, tokens)
+        runs = grid(base, shape, names, pins, tokens, profile.link.devices_per_node)
         return [_evaluate(run, context) for run in runs]
 
     results = results_of(methods)

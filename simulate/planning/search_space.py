@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from simulate.config.method_options import DEFAULT_SCALE, MethodOptions
 from simulate.config.method_table import default_options
 from simulate.config.run import Run
-from simulate.config.tables import Train
+from simulate.config.tables import Cluster, Train
 from simulate.models.schema import FactoryModel
 from simulate.models.shapes import ModelShape
 from simulate.rules.method_plan import plan_of
@@ -53,12 +53,17 @@ class Pins:
     """Ranks that a probe recommends, tried with those of the method's axes."""
 
 
-def grid(base: Run, shape: ModelShape, methods: Sequence[str], pins: Pins, tokens: int) -> Iterator[Run]:
-    """Yield the runs of `methods` to compare; keys that neither pins nor axes vary are those of `base`."""
+def grid(
+    base: Run, shape: ModelShape, methods: Sequence[str], pins: Pins, tokens: int, node_size: int | None = None
+) -> Iterator[Run]:
+    """Yield the runs of `methods` to compare; keys that neither pins nor axes vary are those of `base`.
+
+    `node_size` are the devices of one of the profile's nodes, where it has some.
+    """
     checkpointing = (False, True) if pins.activation_checkpointing is None else (pins.activation_checkpointing,)
     if isinstance(base.model, FactoryModel):  # recomputation needs blocks that we know
         checkpointing = (False,)
-    options = [option for name in methods for option in _options(base, shape, name, pins)]
+    options = [option for name in methods for option in _options(base, shape, name, pins, node_size)]
     # Methods that exchange at every step would else be judged at the batch that fits, and pay the link for it.
     at_every_step = [method for method in options if method.round_steps == 1 and base.cluster.devices > 1]
     is_open = pins.micro_batch is None and pins.accumulate is None and pins.batch is None
@@ -70,7 +75,19 @@ def grid(base: Run, shape: ModelShape, methods: Sequence[str], pins: Pins, token
         for method in options if more == 1 else at_every_step:
             if micro_batch % getattr(method, "heads_per_device", 1):
                 continue
-            yield base.model_copy(update={"method": method, "train": train})
+            yield base.model_copy(update={"method": method, "train": train, "cluster": _cluster(base, method)})
+
+
+def _cluster(base: Run, method: MethodOptions) -> Cluster:
+    """Return the base run's cluster, in lockstep for methods whose merges need all devices."""
+    if not base.cluster.has_quorum:
+        return base.cluster
+    try:
+        method.check_quorum(base.cluster)
+    except ValueError:
+        keys = ("quorum", "deadline_s", "merges_given", "age_exponent")
+        return base.cluster.model_copy(update=dict.fromkeys(keys))
+    return base.cluster
 
 
 def _batches(base: Run, pins: Pins) -> list[tuple[int, int]]:
@@ -93,13 +110,14 @@ def _batches(base: Run, pins: Pins) -> list[tuple[int, int]]:
     return [pair for pair, distance in zip(pairs, distances, strict=True) if distance <= most]
 
 
-def _options(base: Run, shape: ModelShape, name: str, pins: Pins) -> Iterator[MethodOptions]:
+def _options(base: Run, shape: ModelShape, name: str, pins: Pins, node_size: int | None) -> Iterator[MethodOptions]:
     """Yield a method's options with every combination of values that the user left open."""
     ours = base.method.name == name
     # The base run's method keeps the user's keys; every other one starts from its defaults.
     start = plan_of(base.method if ours else default_options(name)).fitted(base.cluster.devices)
     plan = plan_of(start)
-    axes = {key: values for key, values in plan.axes.items() if not (ours and key in pins.keys)}
+    axes = {**plan.axes, **_node_axis(base, start, node_size)}
+    axes = {key: values for key, values in axes.items() if not (ours and key in pins.keys)}
     if "rank" in axes and plan.adapters(base.cluster.devices) is not None:
         # A pair has no more directions than its layer's smaller side; try that side where all ranks exceed it.
         limit = min(min(linear.in_features, linear.out_features) for linear in shape.adapted)
@@ -116,6 +134,16 @@ def _options(base: Run, shape: ModelShape, name: str, pins: Pins) -> Iterator[Me
         # Copies skip validation, so combinations that a run would refuse are dropped here.
         if method.round_steps % method.merges_per_round == 0 and plan_of(method).is_valid():
             yield method
+
+
+def _node_axis(base: Run, start: MethodOptions, node_size: int | None) -> dict[str, Sequence[int]]:
+    """Return the numbers of devices that train as one: as they are, and those of a node, where there are several."""
+    devices, key = base.cluster.devices, "devices_per_node"
+    if node_size is None or devices <= node_size or devices % node_size or key not in type(start).model_fields:
+        return {}
+    if base.train.diagnostics_every is not None:  # which compare lone devices
+        return {}
+    return {key: sorted({getattr(start, key), node_size})}
 
 
 def train_for(base: Run, micro_batch: int, accumulate: int, recompute: bool, tokens: int) -> Train:

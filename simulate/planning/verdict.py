@@ -203,7 +203,9 @@ def _settings(run: Run) -> Iterator[str]:
         yield f"rank {rank}"
     if plan_of(method).has_separate_heads:
         heads = getattr(method, "heads_per_device", 1)
-        yield f"{heads} head{'s' if heads > 1 else ''} a device"
+        size = getattr(method, "devices_per_node", 1)
+        owner = "a device" if size == 1 else f"a node of {size} devices"
+        yield f"{heads} head{'s' if heads > 1 else ''} {owner}"
     if (merge_every := getattr(method, "merge_every", None)) is not None:
         yield f"merge every {merge_every} steps"
     if method.frozen_format != "none":

@@ -153,7 +153,8 @@ def _doublings(chosen: Candidate, profile: Profile, devices: tuple[Device, ...])
     """Yield twice as many devices, and again, until a doubling is not worth it."""
     before_s, gain = _equivalent_s(chosen, devices, profile.link), WORTH_GAIN
     # Shards and given steps list one number a device, so they fix the number of devices.
-    fixed = chosen.run.data.shards is not None or chosen.run.method.given_steps is not None
+    given = chosen.run.method.given_steps or chosen.run.cluster.merges_given
+    fixed = chosen.run.data.shards is not None or given is not None
     while not fixed and gain >= WORTH_GAIN and 2 * len(devices) <= MOST_DEVICES:
         devices = devices * 2
         seconds = _equivalent_s(chosen, devices, profile.link)

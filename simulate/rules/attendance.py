@@ -4,13 +4,14 @@
     cutoff = start + D, or when the quorum-th device can bring something, whichever is later
     c_n = min(T, ⌊(cutoff − start_n) / t_n⌋)    steps of a device that began this round; with 0 it is late
 
-D is `cluster.deadline_s`, or what the quorum-th fastest device needs for T steps by its mean step. A device that is late
-brings its first step to the first merge whose cutoff is not before that step's end. One that is lost leaves within the
-round (a draw against the profile's `leave_per_hour`), brings nothing, and takes part in the rounds that begin from
-`join_s` after that on, once it has got the merged weights. Where fewer than the quorum are left, the round waits until enough are back.
+D is `cluster.deadline_s`, or what the quorum-th fastest device needs for T steps by its mean step. A device that is
+late brings its first step to the first merge whose cutoff is not before that step's end. One that is lost leaves within
+the round (a draw against the profile's `leave_per_hour`), brings nothing, and takes part in the rounds that begin from
+`join_s` after that on, once it has got the merged weights. Where fewer than the quorum are left, the round waits until
+enough are back.
 
-Every draw has an address, so that the simulation and the timeline, which both ask here, see the same devices at the same
-times, and a rerun sees them again. Torch-free.
+Every draw has an address, so that the simulation and the timeline, which both ask here, see the same devices at the
+same times, and a rerun sees them again. Torch-free.
 
 Letters: N devices, T steps of a round.
 """

@@ -14,9 +14,9 @@ started it, and devices wait for it where the method applies it. In-node message
 profile has such.
 
 A device that leaves loses its current round: the others merge without it (simulate/rules/churn.py). With a quorum
-simulate.rules.attendance says who takes part in each merge, as it does in a simulation that trains: late devices compute
-on while others merge, and get the newer weights before they bring their change; those that are back get them while the
-others train.
+simulate.rules.attendance says who takes part in each merge, as it does in a simulation that trains: late devices
+compute on while others merge, and get the newer weights before they bring their change; those that are back get them
+while the others train.
 
 Legend: N devices, M those present in the current round.
 """
@@ -35,10 +35,10 @@ from simulate.config.run import Run
 from simulate.costs.message_schedule import PeriodicExchange, base_exchange, schedule
 from simulate.costs.message_time import link_of, server_latency_s, server_rates, transfer_s
 from simulate.costs.step_time import device_merge_s, device_step_s, exchange_s, round_time
-from simulate.rules.pace import round_counts
 from simulate.rules.attendance import Attendance, GivenAttendance, SimulatedAttendance, attendance_of
 from simulate.rules.churn import leave_probability
 from simulate.rules.jitter import Floats, slowness, uniform
+from simulate.rules.pace import round_counts
 from simulate.timeline.shared_link import shared_ends
 
 KINDS = ("compute", "exchange", "wait", "away")

@@ -21,7 +21,8 @@ import pytest
 import torch
 
 from ltecli.commands.export import merged_weights
-from simulate.comm import process_group
+from simulate.comm import channel as channels
+from simulate.comm import process_exchanges
 from simulate.comm.base import Communicator
 from simulate.comm.process_group import TorchCommunicator
 from simulate.comm.virtual import VirtualCommunicator
@@ -170,19 +171,19 @@ def weights_adrift(patch: pytest.MonkeyPatch) -> None:
 
 def messages_astray(patch: pytest.MonkeyPatch) -> None:
     """Make messages on the CPU."""
-    to_bytes = process_group._to_bytes
-    patch.setattr(process_group, "_to_bytes", lambda tensors: to_bytes(tensors).cpu())
+    to_bytes = process_exchanges._to_bytes
+    patch.setattr(process_exchanges, "_to_bytes", lambda tensors: to_bytes(tensors).cpu())
 
 
 def hasty_messages(patch: pytest.MonkeyPatch) -> None:
     """Go on before messages to the server have arrived."""
 
-    def to_server(channel: process_group._Channel, parts: list[torch.Tensor]) -> None:
+    def to_server(channel: channels.Channel, parts: list[torch.Tensor]) -> None:
         for process, part in enumerate(parts):
-            if process != process_group.SERVER:
-                process_group.dist.irecv(part, process, group=channel.group)
+            if process != channels.SERVER:
+                channels.dist.irecv(part, process, group=channel.group)
 
-    patch.setattr(process_group._Channel, "to_server", to_server)
+    patch.setattr(channels.Channel, "to_server", to_server)
 
 
 BREAKS = {"adrift": weights_adrift, "astray": messages_astray, "hasty": hasty_messages}

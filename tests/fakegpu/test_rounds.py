@@ -63,7 +63,7 @@ def chosen() -> Iterator[tuple[str, tuple[bool, ...]]]:
         new = {
             choice: len(pairs_of(methods[variant], choice) & missing)
             for choice in choices
-            if fits(variant, "8bit" if choice[3] else "")
+            if fits(variant, "+".join(("8bit",) * choice[3] + ("diagnosed",) * choice[5]))
         }
         choice = max(new, key=lambda c: new[c])
         missing -= pairs_of(methods[variant], choice)
@@ -72,9 +72,11 @@ def chosen() -> Iterator[tuple[str, tuple[bool, ...]]]:
 
 @cache
 def fits(variant: str, options: str) -> bool:
-    """Whether a variant can be run so: some have no use for moments of 8 bits."""
+    """Whether a variant can be run so: some have no use for moments of 8 bits, or no lone devices to compare."""
+    keys = {"optimizer_state": "8bit" if "8bit" in options else "fp32"}
+    diagnosed = {"diagnostics_every": 4} if "diagnosed" in options else {}
     try:
-        variant_run(variant, train={"dtype": "fp32", "optimizer_state": "8bit" if "8bit" in options else "fp32"})
+        variant_run(variant, train={"dtype": "fp32", **keys, **diagnosed})
     except InputError:
         return False
     return True

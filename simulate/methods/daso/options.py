@@ -6,12 +6,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from simulate.config.method_options import MethodOptions
-from simulate.config.tables import Cluster, Train
-from simulate.models.schema import ModelOptions
+from simulate.config.method_options import NodeOptions
 
 
-class DasoOptions(MethodOptions):
+class DasoOptions(NodeOptions):
     """DASO (arXiv 2104.05588): synchronous inside a node, delayed averaging between nodes."""
 
     name: Literal["daso"] = "daso"
@@ -36,21 +34,3 @@ class DasoOptions(MethodOptions):
                 "exchange travels at a time"
             )
         return self
-
-    def check(self, model: ModelOptions, train: Train, cluster: Cluster) -> None:
-        super().check(model, train, cluster)
-        if cluster.devices % self.devices_per_node:
-            raise ValueError(
-                f"cluster.devices = {cluster.devices} is not divisible by method.devices_per_node = "
-                f"{self.devices_per_node}; change one of them"
-            )
-
-    def processes_rule(self, devices: int, processes: int) -> str | None:
-        # A node's devices share one copy of the weights: a process holds whole nodes, or an equal part of one.
-        size = self.devices_per_node
-        if devices % processes or ((devices // processes) % size and size % (devices // processes)):
-            return (
-                f"do not go with method.devices_per_node = {size} of {devices} devices: each must hold whole nodes, "
-                "or an equal part of one; change --processes"
-            )
-        return None

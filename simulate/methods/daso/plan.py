@@ -45,7 +45,7 @@ class DasoPlan(DensePlan[DasoOptions]):
 
     def simulated_copies(self, devices: int) -> int:
         """Return one copy a node."""
-        return devices // self.options.devices_per_node
+        return self.options.num_nodes(devices)
 
     def exchange_phases(self, context: ExchangeContext) -> Iterable[Phase]:
         """Yield the phases of the gradients' message, of the weights' sums, and of an evaluation while these travel."""
@@ -68,7 +68,7 @@ class DasoPlan(DensePlan[DasoOptions]):
 
     def separate_copies(self, devices: int) -> int:
         """Return one copy a node."""
-        return devices // self.options.devices_per_node
+        return self.options.num_nodes(devices)
 
     def last_merge_elements(self, shape: ModelShape, devices: int) -> int:
         """Return all weights."""

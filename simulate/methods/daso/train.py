@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from simulate.comm.base import Communicator, Nodes
+from simulate.comm.base import Communicator, Nodes, first_devices
 from simulate.config.run import Run
 from simulate.layers.convert import convert, merged_state
 from simulate.methods.base import Method
@@ -135,10 +135,10 @@ class Daso(Method):
     def row_devices(self) -> list[int]:
         """Return the first device of each node that has devices here."""
         local, size = self.communicator.local_devices, self.nodes.size
-        return list(range(local.start // size * size, local.stop, size))
+        return first_devices(range(local.start // size, -(-local.stop // size)), self.nodes)
 
     def all_row_devices(self) -> list[int]:
-        return list(range(0, self.communicator.num_devices, self.nodes.size))
+        return first_devices(range(self.nodes.count), self.nodes)
 
     def extra_state(self) -> dict[str, Tensor]:
         arriving = {f"arriving.{name}": sums for name, sums in self.arriving.items()}

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from simulate.comm.base import Communicator
+from simulate.comm.base import Exchanges
 from simulate.comm.compression import CompressedMean, decode, encode
 from simulate.comm.transfers import bucket
 from simulate.layers.columns import Columns
@@ -31,7 +31,7 @@ Exchange = Callable[[Sequence[Tensor]], list[Tensor] | None]
 class LayerMerger:
     """Merges some adapted layers: those whose factors travel, in packed messages, and those that are reduced."""
 
-    def __init__(self, layers: Sequence[LoraLinear], options: LteOptions, communicator: Communicator) -> None:
+    def __init__(self, layers: Sequence[LoraLinear], options: LteOptions, communicator: Exchanges) -> None:
         self.layers, self.options, self.communicator = layers, options, communicator
         self.local = len(communicator.local_devices)
         devices = communicator.num_devices

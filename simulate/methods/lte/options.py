@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from simulate.comm.transfers import Transport, Wire
-from simulate.config.method_options import AdapterOptions, FragmentOptions, quorum_key
+from simulate.config.method_options import AdapterOptions, FragmentOptions, NodeOptions, quorum_key
 from simulate.config.tables import Cluster, Train
 from simulate.layers.formats import Biases, Convolutions, Draws, Norms, Quantize
 from simulate.models.schema import FactoryModel, ModelOptions
@@ -21,13 +21,13 @@ from simulate.models.shapes import ModelShape
 Master = Literal["host", "server", "none"]
 
 
-class LteOptions(AdapterOptions, FragmentOptions):
+class LteOptions(AdapterOptions, FragmentOptions, NodeOptions):
     """LoRA-the-Explorer (arXiv 2402.16828, algorithm 1)."""
 
     heads_split_batch: ClassVar[bool] = True
     name: Literal["lte"] = "lte"
     heads_per_device: int = Field(default=1, gt=0)
-    """Each head of a device trains on its own part of the device's batch."""
+    """Each head of a device, or of a node of several, trains on its own part of the device's batch."""
     merge_transport: Transport | Literal["auto"] = "gather"
     """gather: everyone sends factors to everyone; reduce: dense deltas are summed; server: push factors, pull W; auto:
     gather or reduce, layer by layer, whichever sends fewer bytes."""
@@ -62,7 +62,7 @@ class LteOptions(AdapterOptions, FragmentOptions):
         return self.quantize
 
     def num_heads(self, devices: int) -> int:
-        return devices * self.heads_per_device
+        return self.num_nodes(devices) * self.heads_per_device
 
     def held_rank(self, devices: int) -> int:
         return self.heads_per_device * self.rank
@@ -123,6 +123,15 @@ class LteOptions(AdapterOptions, FragmentOptions):
         return self
 
     @model_validator(mode="after")
+    def _nodes_step_together(self) -> LteOptions:
+        if self.is_paced and self.devices_per_node > 1:
+            raise ValueError(
+                f"pace = 'deadline' lets devices stop apart, and devices_per_node = {self.devices_per_node} averages "
+                "their gradients at every step; leave one of them away"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _frozen_a_resets(self) -> LteOptions:
         if self.frozen_a and self.reset == "none":
             raise ValueError(
@@ -157,6 +166,11 @@ class LteOptions(AdapterOptions, FragmentOptions):
         }
         for name in (name for name, is_set in refused.items() if is_set):
             raise ValueError(f"method.{name} = {getattr(self, name)!r} does not go with cluster.{key}: {why[name]}")
+        if self.devices_per_node > 1:
+            raise ValueError(
+                f"method.devices_per_node = {self.devices_per_node} averages gradients at every step, and with "
+                f"cluster.{key} devices may be late; leave one of them away"
+            )
         if self.reset == "ab" and self.frozen_a:
             raise ValueError(
                 f"method.reset = 'ab' with frozen_a = true has every device draw the others' A, and with cluster.{key} "
@@ -169,10 +183,29 @@ class LteOptions(AdapterOptions, FragmentOptions):
 
     def check(self, model: ModelOptions, train: Train, cluster: Cluster) -> None:
         super().check(model, train, cluster)
+        self._check_nodes(train, cluster)
         heads, micro_batch = self.heads_per_device, train.micro_batch
         if micro_batch % heads:
             raise ValueError(
                 f"train.micro_batch = {micro_batch} is not divisible by method.heads_per_device = {heads}; "
                 f"each head needs an equal part of the batch, "
                 f"try --set train.micro_batch={heads * max(1, micro_batch // heads)}"
+            )
+
+    def processes_rule(self, devices: int, processes: int) -> str | None:
+        return super().processes_rule(devices, processes) if self.devices_per_node > 1 else None
+
+    def _check_nodes(self, train: Train, cluster: Cluster) -> None:
+        size = self.devices_per_node
+        if size == 1:
+            return
+        if self.num_nodes(cluster.devices) == 1 and self.merge_transport == "server":
+            raise ValueError(
+                f"method.devices_per_node = {size} makes one node of all devices, which has nothing to push to a "
+                "server; try --set method.merge_transport=gather"
+            )
+        if train.diagnostics_every is not None:
+            raise ValueError(
+                f"train.diagnostics_every = {train.diagnostics_every} compares heads of lone devices, not of "
+                f"method.devices_per_node = {size}; leave one of them away"
             )

@@ -1,13 +1,16 @@
 """Forecast of LTE: factors or deltas of the heads travel every T steps, and means of the parameters beside them.
 
-The buffers follow simulate.methods.lte.merge in the order in which it makes and drops tensors. Torch-free.
+With nodes of several devices, gradients travel inside of each node at every step, and merges between nodes. The buffers
+follow simulate.methods.lte.merge in the order in which it makes and drops tensors. Torch-free.
 
-Letters: N devices, K heads of a device, F elements of one device's factors, O outputs, I inputs.
+Letters: N devices, M nodes (devices, where each trains alone), K heads of a device, F elements of one device's factors,
+O outputs, I inputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -18,11 +21,13 @@ from simulate.comm.transfers import (
     averages,
     bucket,
     bucket_bytes,
+    copied_in_nodes,
     fragment,
     residual_elements,
     wire_bytes,
 )
-from simulate.costs.buffers import LONG_BYTES, at_merge, averaging_phases, compressed_mean
+from simulate.costs.buffers import LONG_BYTES, at_merge, averaging_phases, compressed_mean, with_gradients
+from simulate.costs.state import layout_elements
 from simulate.layers.formats import packing_bytes, quantized_bytes, unpacking_bytes
 from simulate.methods.lte.options import LteOptions
 from simulate.methods.plans import MERGE_EVERY, RANKS, AdapterPlan
@@ -79,19 +84,33 @@ class LtePlan(AdapterPlan[LteOptions]):
         )  # fmt: skip
 
     def messages(self, shape: ModelShape, devices: int, element_bytes: int) -> tuple[PeriodicExchange, ...]:
-        """Return the merge of each fragment of layers."""
-        options = self.options
+        """Return the sum of a node's gradients at every step, and the merge of each fragment of layers."""
+        options, nodes = self.options, self.options.num_nodes(devices)
+        parts = list[PeriodicExchange]()
+        if (size := options.devices_per_node) > 1:
+            sums = bucket_bytes(self._gradient_sizes(shape, devices, element_bytes))
+            parts.append(PeriodicExchange(Exchange(tuple(Transfer("all_reduce", b, size, nodes) for b in sums))))
+        if nodes == 1:
+            return tuple(parts)
         exchanges = _exchanges(
-            shape, devices, options.held_rank(devices), options.quantize, options.merge_transport, options.wire,
+            shape, nodes, options.held_rank(devices), options.quantize, options.merge_transport, options.wire,
             options.fragments, options.norms, options.biases, options.frozen_a, element_bytes,
         )  # fmt: skip
-        return staggered(exchanges, options.merge_every, options.merge_delay)
+        between = [Exchange(copied_in_nodes(exchange.transfers, size)) for exchange in exchanges]
+        return (*parts, *staggered(between, options.merge_every, options.merge_delay))
+
+    def _gradient_sizes(self, shape: ModelShape, devices: int, element_bytes: int) -> list[int]:
+        """Return the bytes of the gradients of all trained parameters, in the order in which the network holds them."""
+        layout = self.adapters(devices)
+        assert layout is not None
+        return [count * element_bytes for count in layout_elements(shape, layout, self.options.norms == "vector-lora")]
 
     def _keeps_last_average(self, devices: int) -> bool:
         """Whether the method keeps the last merge's averages itself: compressed, late and staggered merges do."""
         # Between such merges no device has all of the merged weights, so an evaluation needs them apart.
         late = bool(self.options.merge_delay) or self.options.fragments > 1
-        return late or (self.options.wire != "full" and devices > 1 and not self._is_served)
+        exchanges = self.options.num_nodes(devices) > 1
+        return late or (self.options.wire != "full" and exchanges and not self._is_served)
 
     def extra_elements(self, shape: ModelShape, devices: int) -> int:
         """Return the last averages, error feedback, and with a delay the snapshots and the arriving weights."""
@@ -101,11 +120,12 @@ class LtePlan(AdapterPlan[LteOptions]):
         if options.merge_delay:
             averaged = sum(tensor.elements for tensor in self.separate_tensors(shape, devices))
             kept += 2 * averaged + factors + shape.adapted_parameters
-        if options.wire == "full" or devices == 1:
+        nodes = options.num_nodes(devices)
+        if options.wire == "full" or nodes == 1:
             return kept
         reduces = options.merge_transport == "reduce"
-        adapted = residual_elements(shape.adapted_parameters, devices) if reduces else factors
-        others = 0 if self._is_served else residual_elements(shape.replicated_parameters, devices)
+        adapted = residual_elements(shape.adapted_parameters, nodes) if reduces else factors
+        others = 0 if self._is_served else residual_elements(shape.replicated_parameters, nodes)
         return kept + adapted + others
 
     def shared_elements(self, shape: ModelShape, devices: int) -> int:
@@ -115,6 +135,14 @@ class LtePlan(AdapterPlan[LteOptions]):
             averaged = sum(tensor.elements for tensor in self.separate_tensors(shape, devices))
             shared += averaged + shape.adapted_parameters
         return shared
+
+    def simulated_copies(self, devices: int) -> int:
+        """Return one copy a node."""
+        return self.options.num_nodes(devices)
+
+    def separate_copies(self, devices: int) -> int:
+        """Return one copy a node."""
+        return self.options.num_nodes(devices)
 
     def evaluation_weights(self) -> WeightMaterialisation:
         """Return that quantised weights are fetched from the master, or unpacked where the master is elsewhere."""
@@ -142,13 +170,13 @@ class LtePlan(AdapterPlan[LteOptions]):
         """Return the operations of Σ_h B_h·A_h over the heads whose factors a device has."""
         if self._is_served:
             return 0.0
-        rank, total = self.options.held_rank(devices), 0.0
+        rank, nodes, total = self.options.held_rank(devices), self.options.num_nodes(devices), 0.0
         for linear in shape.adapted:
             # Gathered factors: everyone multiplies all heads'; reduced ones: each its own.
-            how = layer_transport(linear, rank, devices, self.options.merge_transport, self.options.frozen_a)
+            how = layer_transport(linear, rank, nodes, self.options.merge_transport, self.options.frozen_a)
             # Where A picks columns, B is added to them.
             inputs = 1 if self._picks_columns(linear, devices) else linear.in_features
-            total += 2.0 * linear.out_features * inputs * linear.count * rank * (devices if how == "gather" else 1)
+            total += 2.0 * linear.out_features * inputs * linear.count * rank * (nodes if how == "gather" else 1)
         return total
 
     def _picks_columns(self, linear: LinearShape, devices: int) -> bool:
@@ -156,31 +184,47 @@ class LtePlan(AdapterPlan[LteOptions]):
         assert layout is not None
         return layout.picks_columns(linear.in_features)
 
+    def _node_picks_columns(self, linear: LinearShape, nodes: int) -> bool:
+        return self._picks_columns(linear, nodes * self.options.devices_per_node)
+
     def merge_elements_moved(self, shape: ModelShape, extra: int) -> float:
         """Return the adapted weights, read and written once."""
         return 2.0 * shape.adapted_parameters
 
     def rank_shortfall(self, width: int, devices: int, rank_share: float) -> float:
         """Return the width over all heads' ranks, times the rank that a head needs over its own; each at least 1."""
-        total = self.options.held_rank(devices) * devices
+        total = self.options.held_rank(devices) * self.options.num_nodes(devices)
         return max(1.0, width / total) * max(1.0, width * rank_share / self.options.rank)
 
     def is_valid(self) -> bool:
         """Whether the keys of quantised weights go together."""
         options = self.options
+        if options.is_paced and options.devices_per_node > 1:
+            return False
         if options.quantize == "none":
             return options.master == "host"
         return not options.merge_delay and (options.master != "server" or self._is_served)
+
+    def fitted(self, devices: int) -> LteOptions:
+        """Return the options with lone devices, where devices do not fill nodes of that many."""
+        uneven = devices % self.options.devices_per_node
+        return self.options.model_copy(update={"devices_per_node": 1}) if uneven else self.options
 
     def synchronisation(self) -> str:
         """Return how parameters beside adapters are trained together."""
         return "averaged at merges, unless said"
 
     def exchange_phases(self, context: ExchangeContext) -> Iterable[Phase]:
-        """Return the memory phase at a merge's peak."""
-        return (max(self._merge_phases(context), key=lambda phase: phase.total),)
+        """Return the memory phase at a merge's peak, and that of gradients which a node's devices average."""
+        nodes = self.options.num_nodes(context.devices)
+        merge = max(self._merge_phases(replace(context, devices=nodes)), key=lambda phase: phase.total)
+        if self.options.devices_per_node == 1:
+            return (merge,)
+        sizes = self._gradient_sizes(context.shape, context.devices, context.element_bytes)
+        return merge, with_gradients(context, max(bucket_bytes(sizes)))
 
     def _merge_phases(self, context: ExchangeContext) -> Iterator[Phase]:
+        """Yield the phases of a merge; the devices of this context, and of those below, are nodes."""
         options, layers, element_bytes = self.options, context.shape.in_order(), context.element_bytes
         held_rank = options.held_rank(context.devices)
         for k in range(options.fragments):
@@ -212,7 +256,7 @@ class LtePlan(AdapterPlan[LteOptions]):
         All heads at once; in a joint draw head by head; of columns the numbers alone.
         """
         of_head, element_bytes = linear.in_features * self.options.rank, context.element_bytes
-        if self._picks_columns(linear, context.devices):
+        if self._node_picks_columns(linear, context.devices):
             return heads * self.options.rank * LONG_BYTES
         if self.options.draws != "own":
             return heads * of_head * element_bytes + of_head * JOINT_DRAW_BYTES
@@ -232,7 +276,7 @@ class LtePlan(AdapterPlan[LteOptions]):
             pulled = sum(quantized_bytes(x.weights, x.in_features, options.quantize, element_bytes) for x in members)
             return (packed if compressed else 0) + messages * max(packed, pulled)
         # B laid out for the product with a dense A, or one head's B times the share of the merge.
-        picking = {x.name: self._picks_columns(x, devices) for x in members}
+        picking = {x.name: self._node_picks_columns(x, devices) for x in members}
         ranks = {x.name: options.rank if picking[x.name] else devices * held_rank for x in members}
         stacked = max(x.out_features * ranks[x.name] for x in members) * element_bytes
         if context.weighs_devices:  # B times the heads' weights is another B
@@ -248,10 +292,11 @@ class LtePlan(AdapterPlan[LteOptions]):
         everyones = messages * devices * sent
         packing = max(packing_bytes(x.weights, x.in_features, options.quantize, element_bytes) for x in members)
         base = max(self._base_bytes(context, x.weights) for x in members)
-        added = everyones + max(drawing, base + drawn + stacked, packing)
+        copied = everyones if options.devices_per_node > 1 else 0  # one message to the other devices of a node
+        added = everyones + max(drawing, base + drawn + stacked, packing, copied)
         if not compressed:
             return added
-        rounding = packed + max(sides) * (element_bytes + (4 if options.wire == "int4" else 2))
+        rounding = packed + max(sides) * (element_bytes + (4 if options.wire in ("int4", "int2") else 2))
         return max(added, everyones + (devices + 1) * packed, rounding)
 
     def _base_bytes(self, context: ExchangeContext, weights: int) -> int:

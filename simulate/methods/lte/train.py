@@ -24,6 +24,9 @@ With `merge_delay` d the factors of step kT, A' and B', are merged while the nex
 
 so that a head keeps what it learned in these steps. Other resets would drop that.
 
+With `devices_per_node` the devices of a node hold the same A and B and average their gradients at every step, so that a
+node trains as one device with all of its devices' samples would; merges are between nodes, and heads are theirs.
+
 With `pace = "deadline"` device n counts w_n in place of 1/N (simulate.methods.paced):
 
     reset:       W ← W + s·Σ_n w_n·mean_{h of n}(B_h·A_h)
@@ -47,7 +50,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from simulate.comm.base import Communicator
+from simulate.comm.base import Communicator, Exchanges, Nodes, first_devices
+from simulate.comm.nodes import NodeExchanges
 from simulate.comm.transfers import fragment
 from simulate.common.errors import InputError, RunFailedError
 from simulate.config.run import Run
@@ -56,6 +60,7 @@ from simulate.layers.lora import AdapterSpec, LoraLinear, lora_layers
 from simulate.layers.per_device import VectorLora
 from simulate.methods.averaging import Averaging
 from simulate.methods.base import Method
+from simulate.methods.gradient_averaging import packed_parameters
 from simulate.methods.lora.train import adapter_groups, adapter_parameters, masters
 from simulate.methods.loss import gradients_of
 from simulate.methods.lte.merge import LayerMerger, sum_of_products
@@ -75,11 +80,13 @@ class Lte(Method):
         self, run: Run, communicator: Communicator, device: torch.device, network: nn.Module | None = None
     ) -> None:
         assert isinstance(run.method, LteOptions)
-        self.options = run.method
+        self.options = options = run.method
+        self.nodes = Nodes(options.devices_per_node, options.num_nodes(communicator.num_devices))
         super().__init__(run, communicator, device, network)
-        options = self.options
         layers = lora_layers(self.model)
         self.vectors = {n: m for n, m in self.model.named_modules() if isinstance(m, VectorLora)}
+        self.messages = packed_parameters(self.parameters)
+        """Names of the parameters whose gradients a node's devices average in one message."""
         # Vectors' pairs are adapters to the optimizer, but a device's heads share them, like replicated parameters.
         adapters = {id(p) for p in adapter_parameters(self.model)}
         of_heads = {id(p) for layer in layers for p in layer.factors()}
@@ -89,13 +96,21 @@ class Lte(Method):
         averaged = {name: t for name, t in self._in_order(adapters).items() if name not in norms}
         server = options.merge_transport == "server"
         delayed, parts_of = options.merge_delay > 0, options.fragments
-        self.averaging = Averaging(averaged, communicator, server, options.wire, parts_of, delayed=delayed)
-        self.spreading = Averaging(norms, communicator, server, fragments=parts_of, first_only=True, delayed=delayed)
+        self.averaging = Averaging(averaged, self.between, server, options.wire, parts_of, delayed=delayed)
+        self.spreading = Averaging(norms, self.between, server, fragments=parts_of, first_only=True, delayed=delayed)
         parts = [fragment(len(layers), options.fragments, index) for index in range(options.fragments)]
-        self.mergers = [LayerMerger([layers[i] for i in part], options, communicator) for part in parts]
+        self.mergers = [LayerMerger([layers[i] for i in part], options, self.between) for part in parts]
+
+    def exchanges_between(self, communicator: Communicator) -> Exchanges:
+        return communicator if self.nodes.size == 1 else NodeExchanges(communicator, self.nodes)
+
+    @property
+    def local_nodes(self) -> int:
+        """Nodes that have devices here; devices that train alone count as one each."""
+        return len(self.between.local_devices)
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        options, devices = self.options, self.local_devices
+        options, rows = self.options, self.local_nodes
         # Where the server merges, only its process needs W0 and the full-precision W.
         merges_here = options.master != "server" or self.communicator.process == 0
         spec = AdapterSpec(
@@ -103,7 +118,7 @@ class Lte(Method):
             scale=options.scale,
             heads_per_device=options.heads_per_device,
             reset_less=options.reset == "none",
-            first_device=self.communicator.local_devices.start,
+            first_device=self.between.local_devices.start,
             seed=self.run.train.seed,
             draws=options.draws,
             num_heads=self.run.heads,
@@ -114,13 +129,13 @@ class Lte(Method):
             shows_master=options.master == "host",
         )
         layers = ConversionSpec(
-            make_adapter=lora(spec, devices),
-            make_vector=lambda vector: VectorLora(vector, devices, options.scale, options.reset == "none"),
+            make_adapter=lora(spec, rows),
+            make_vector=lambda vector: VectorLora(vector, rows, options.scale, options.reset == "none"),
             norms=options.norms,
             biases=options.biases,
             convolutions=options.convolutions,
         )
-        return convert(model, devices, layers)
+        return convert(model, rows, layers)
 
     def _in_order(self, adapters: set[int]) -> dict[str, Tensor]:
         """Return the parameters that merges average, vectors with a low-rank pair included, in the network's order."""
@@ -139,16 +154,34 @@ class Lte(Method):
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         heads = self.options.heads_per_device
         # The sum over heads gives each adapter the gradient of its own head's mean loss, whatever H is.
-        losses_H = self.loss.backpropagate(inputs, targets, self.local_devices * heads)
+        losses_X = self.loss.backpropagate(self._by_heads(inputs), self._by_heads(targets), self.local_devices * heads)
         if heads > 1:  # parameters that a device's heads share get the mean of their gradients
             torch._foreach_div_(gradients_of(self.replicated_parameters), float(heads))
         for norm in self.first_device_norms:  # trained on the first device, for all
-            first = 1 if self.communicator.local_devices.start == 0 else 0
+            first = 1 if self.between.local_devices.start == 0 else 0
             if norm.grad is not None:
                 norm.grad[first:] = 0.0
-        clip_per_device(gradients_of(self.model.parameters()), self.local_devices, self.run.train.clip_norm)
+        self._average_in_nodes()
+        clip_per_device(gradients_of(self.model.parameters()), self.local_nodes, self.run.train.clip_norm)
         self.stepper.step(self.rate_factor(step))
-        return losses_H.view(self.local_devices, heads).mean(1)
+        return losses_X.view(self.local_nodes, heads, -1).mean(1).flatten()
+
+    def _by_heads(self, samples: Tensor) -> Tensor:
+        """Return a batch, (L*B, ...), with the rows of a node's head side by side, where several devices share it."""
+        heads, rows = self.options.heads_per_device, self.local_nodes
+        if heads == 1 or rows == self.local_devices:
+            return samples
+        return samples.unflatten(0, (rows, self.local_devices // rows, heads, -1)).transpose(1, 2).flatten(0, 3)
+
+    @torch.no_grad()
+    def _average_in_nodes(self) -> None:
+        """Give all devices of a node the mean of their gradients."""
+        if self.nodes.size == 1:
+            return
+        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        for names in self.messages:
+            self.communicator.reduce_in_nodes([gradients[name] for name in names], self.nodes)
+        torch._foreach_div_(list(gradients.values()), float(self.nodes.size))
 
     @torch.no_grad()
     def merge(self, step: int) -> None:
@@ -190,7 +223,7 @@ class Lte(Method):
 
     @torch.no_grad()
     def exclude_devices(self, healthy_N: Tensor) -> None:
-        super().exclude_devices(healthy_N)
+        super().exclude_devices(healthy_N[:: self.nodes.size])
         if self.first_device_norms and not healthy_N[0]:
             raise RunFailedError("device 0, which trains the norms of all, has weights that are not finite")
         for merger in self.mergers:
@@ -273,15 +306,16 @@ class Lte(Method):
     ) -> dict[str, Tensor]:
         """Return a lost device's start with new adapters: its own draw of A; B and the remembered product zero."""
         own = super().init_lost_device(shared, donor, device)
-        devices, heads = self.run.cluster.devices, self.options.heads_per_device
+        heads = self.options.heads_per_device
         for name, module in self.model.named_modules():
             key = "a"
             if isinstance(module, LoraLinear):
-                mine, drawn_after = slice(device * heads, (device + 1) * heads), shared[f"model.{name}.drawn_after"]
+                node = device // self.nodes.size
+                mine, drawn_after = slice(node * heads, (node + 1) * heads), shared[f"model.{name}.drawn_after"]
                 if module.draws == "columns":
-                    key, drawn = "columns", module.draw_columns(int(drawn_after), devices * heads)[mine].columns_HR
+                    key, drawn = "columns", module.draw_columns(int(drawn_after), self.run.heads)[mine].columns_HR
                 else:
-                    drawn = module.draw_a(int(drawn_after), devices * heads)[mine]
+                    drawn = module.draw_a(int(drawn_after), self.run.heads)[mine]
             elif isinstance(module, VectorLora):
                 drawn = torch.ones_like(own[f"model.{name}.a"])
             else:
@@ -303,7 +337,7 @@ class Lte(Method):
     @torch.no_grad()
     def after_lost_devices_init(self) -> None:
         """Move lost devices' products from W into W0, since their adapters start again at zero."""
-        share = self.options.scale / (self.communicator.num_devices * self.options.heads_per_device)
+        share = self.options.scale / self.run.heads
         travels = self.fragments_in_flight()
         for index, merger in enumerate(self.mergers):
             for layer in merger.layers:
@@ -311,9 +345,15 @@ class Lte(Method):
                     # W0 ← W − (s/H)·Σ_h B0_h·A0_h over the heads that are still there; lost ones' products are zero.
                     weight_OI, a_HRI, b_HOR = merger.merged(layer, travels=index in travels)
                     sums = [sum_of_products(a_HRI, b_HOR)]
-                    self.communicator.all_reduce(sums)
+                    self.between.all_reduce(sums)
                     if layer.start_weight is not None:
                         layer.start_weight.copy_(torch.sub(weight_OI, sums[0], alpha=share))
+
+    def row_devices(self) -> list[int]:
+        return first_devices(self.between.local_devices, self.nodes)
+
+    def all_row_devices(self) -> list[int]:
+        return first_devices(range(self.nodes.count), self.nodes)
 
     def before_loading(self, state: dict[str, Tensor]) -> None:
         """Make room for the products of old factors; raises InputError where the server's weights are elsewhere."""

@@ -25,7 +25,7 @@ RELORA = [("relora", 7), ("relora, warm start", 3), ("relora, warm start", 5), (
     ("name", "steps_before"), others_slow([*AWKWARD, *RIGHT_AFTER, *RELORA], [*QUICK, *RIGHT_AFTER[:2], *RELORA[:2]])
 )
 def test_a_restored_method_continues_bit_for_bit(name: str, steps_before: int) -> None:
-    tiny.assert_resumes(name, steps_before, devices=2)
+    tiny.assert_resumes(name, steps_before, devices=4 if "nodes" in name else 2)
 
 
 @pytest.mark.parametrize(

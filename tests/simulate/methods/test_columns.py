@@ -120,6 +120,7 @@ PARITY = [
     pytest.param(LteFrozenATwin, {"merge_transport": "auto", "rank": 16}, id="auto, every input of every head"),
     pytest.param(WireTwin, {"wire": "int8"}, id="int8"),
     pytest.param(WireTwin, {"wire": "int4", "merge_transport": "reduce", "heads_per_device": 2}, id="reduced int4"),
+    pytest.param(WireTwin, {"wire": "int2"}, id="int2"),
     pytest.param(LateLteFrozenATwin, {"merge_delay": 3, "merge_transport": "reduce"}, id="late, reduced"),
     pytest.param(LateLteFrozenATwin, {"merge_delay": 3, "fragments": 1}, id="late"),
     pytest.param(PacedLteFrozenATwin, {"pace": "deadline", "steps_taken": STEPS}, id="paced"),

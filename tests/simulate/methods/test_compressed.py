@@ -37,6 +37,7 @@ from tests.simulate.methods.parity import (
 RUNS: dict[str, tuple[TwinClass, Run]] = {
     "ddp, int8": (RoundedDdpTwin, parity_run("ddp, int8")),
     "ddp, int4": (RoundedDdpTwin, parity_run("ddp, int8", wire="int4")),
+    "ddp, int2": (RoundedDdpTwin, parity_run("ddp, int2")),
     "ddp, fp16": (RoundedDdpTwin, parity_run("ddp, fp16")),
     "ddp, bf16": (RoundedDdpTwin, parity_run("ddp, fp16", wire="bf16")),
     "powersgd": (PowerSgdTwin, parity_run("powersgd")),

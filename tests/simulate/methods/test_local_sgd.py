@@ -28,6 +28,7 @@ RUNS: dict[str, Run] = {
     "moments": parity_run("local-sgd, moments", shards=SHARDS[:3], **EVERY),
     "reset": parity_run("local-sgd, reset", **EVERY),
     "int4": parity_run("local-sgd, int4", **EVERY),
+    "int2": parity_run("local-sgd, int2", **EVERY),
     "int4, shards": parity_run("local-sgd, int4", shards=SHARDS[:3], **EVERY),
     "fedavg": parity_run("fedavg", devices=4, **EVERY),
     "fedavg, shards": parity_run("fedavg", devices=4, shards=SHARDS, **EVERY),

@@ -35,6 +35,8 @@ INT8: dict[str, Any] = {**EVERY_TEN, "wire": "int8"}
         pytest.param(LteTwin, {"merge_transport": "auto", "rank": 6}, id="transport by layer", marks=pytest.mark.slow),
         pytest.param(LteWireTwin, {"wire": "int8"}, id="factors in int8", marks=pytest.mark.slow),
         pytest.param(LteWireTwin, {"wire": "int4", "merge_transport": "reduce"}, id="deltas in int4"),
+        pytest.param(LteWireTwin, {"wire": "int2"}, id="factors in int2"),
+        pytest.param(LteWireTwin, {"wire": "int2", "merge_transport": "reduce"}, id="deltas in int2"),
         pytest.param(
             LteWireTwin,
             {"wire": "bf16", "merge_transport": "server", "reset": "b"},
@@ -165,6 +167,9 @@ def test_auto_counts_the_bytes_of_both_ways() -> None:
         # Eight bits of mantissa: 256 is a step of 2 apart from its neighbours above.
         ("bf16", [257.0, 259.0, 258.9, -257.0], [256.0, 260.0, 258.0, -256.0]),
         ("int8", [0.0, 0.0], [0.0, 0.0]),
+        # Root mean square 2.29: 2.28 and more is three steps of (12 + 1 + 2 + 0) / 12.
+        ("int2", [4.0, 1.0, -2.0, 0.0], [3.75, 1.25, -1.25, 1.25]),
+        ("int2", [0.0, 0.0], [0.0, 0.0]),
     ],
 )
 def test_both_quantisers_round_as_by_hand(wire: str, sent: list[float], received: list[float]) -> None:
@@ -173,7 +178,7 @@ def test_both_quantisers_round_as_by_hand(wire: str, sent: list[float], received
     assert round_trip(values.unsqueeze(0), wire)[0].tolist() == received
 
 
-@pytest.mark.parametrize("wire", ["fp16", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("wire", ["fp16", "bf16", "int8", "int4", "int2"])
 @pytest.mark.parametrize("elements", [1, 127, 128, 129, 1000])
 def test_the_engine_rounds_like_the_loop_over_blocks(wire: str, elements: int) -> None:
     values = torch.randn(elements, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from simulate.comm.process_group import TorchCommunicator, _Channel
+from simulate.comm.channel import Channel
+from simulate.comm.process_group import TorchCommunicator
 from simulate.comm.transfers import Exchange
 from simulate.comm.virtual import VirtualCommunicator
 from simulate.common.errors import InputError
@@ -243,7 +244,7 @@ def one_process(tmp_path: Path) -> Iterator[None]:
 class SlowChannel:
     """A channel whose exchanges do not end before they are let go."""
 
-    def __init__(self, channel: _Channel) -> None:
+    def __init__(self, channel: Channel) -> None:
         self.channel, self.released, self.entered = channel, threading.Event(), threading.Event()
 
     def __getattr__(self, name: str) -> Any:

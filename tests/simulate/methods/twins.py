@@ -24,6 +24,14 @@ from tests.reference.lora import LoraTwin
 from tests.reference.lte import LteTwin
 from tests.reference.lte_frozen_a import LteFrozenATwin
 from tests.reference.lte_layers import LteLayerTwin
+from tests.reference.lte_nodes import (
+    LteNodesFrozenATwin,
+    LteNodesLateTwin,
+    LteNodesLayerTwin,
+    LteNodesQuantisedTwin,
+    LteNodesTwin,
+    LteNodesWireTwin,
+)
 from tests.reference.lte_wire import LteWireTwin
 from tests.reference.mhlora import MhloraTwin
 from tests.reference.muon import DdpMuonTwin, LteMuonTwin
@@ -37,14 +45,21 @@ from tests.simulate.methods.parity import bigram, on_network
 
 FAMILIES: dict[type, tuple[str, ...]] = {
     DdpTwin: ("ddp",),
-    RoundedDdpTwin: ("ddp, int8", "ddp, fp16"),
+    RoundedDdpTwin: ("ddp, int8", "ddp, fp16", "ddp, int2"),
     DdpMuonTwin: ("ddp, muon",),
     LoraTwin: ("lora", "lora, nf4"),
     ReloraTwin: ("relora", "relora, warm start"),
     QuantisedReloraTwin: ("relora, int8",),
     MhloraTwin: ("mhlora", "mhlora, nf4-double"),
     AdamixTwin: ("adamix",),
-    LocalSgdTwin: ("local-sgd", "local-sgd, moments", "local-sgd, reset", "local-sgd, int4", "fedavg"),
+    LocalSgdTwin: (
+        "local-sgd",
+        "local-sgd, moments",
+        "local-sgd, reset",
+        "local-sgd, int4",
+        "local-sgd, int2",
+        "fedavg",
+    ),
     LateLocalSgdTwin: ("local-sgd, late", "local-sgd, late, served"),
     PacedLocalSgdTwin: ("local-sgd, paced", "local-sgd, paced, served", "local-sgd, paced int8"),
     DilocoTwin: ("diloco", "diloco, int8", "diloco, streaming"),
@@ -58,19 +73,34 @@ FAMILIES: dict[type, tuple[str, ...]] = {
     SignMomentumTwin: ("from outside",),
     LteTwin: ("lte", "lte, auto", "lte, streaming", "lte, pruned", "lte, forgetful"),
     LteLayerTwin: ("lte, norms of one", "lte, norms of one, served", "lte, vector norms", "lte, frozen"),
-    LteWireTwin: ("lte, int8", "lte, reduced int4", "lte, served bf16", "lte, streaming int8"),
+    LteWireTwin: (
+        "lte, int8",
+        "lte, int2",
+        "lte, reduced int4",
+        "lte, reduced int2",
+        "lte, served bf16",
+        "lte, served int2",
+        "lte, streaming int8",
+    ),
     QuantisedTwin: ("lte, nf4", "lte, int8, served", "lte, nf4-double, reduced"),
     LateLteTwin: ("lte, late", "lte, late, reduced"),
     LateLteFrozenATwin: ("lte, late, frozen a", "lte, columns, late"),
     PacedLteTwin: ("lte, paced", "lte, paced, reduced"),
     LteFrozenATwin: ("lte, frozen a", "lte, joint", "lte, columns"),
     LteMuonTwin: ("lte, muon",),
+    LteNodesTwin: ("lte, nodes",),
+    LteNodesFrozenATwin: ("lte, nodes, frozen a", "lte, nodes, columns"),
+    LteNodesWireTwin: ("lte, nodes, int8",),
+    LteNodesLateTwin: ("lte, nodes, late",),
+    LteNodesQuantisedTwin: ("lte, nodes, served nf4",),
+    LteNodesLayerTwin: ("lte, nodes, vector norms", "lte, nodes, norms of one"),
 }
 TWINS: dict[str, type] = {name: twin_class for twin_class, names in FAMILIES.items() for name in names}
 COMBINED = {
     "lte, late, streaming int8", "lte, late, reduced int8", "lte, late, served", "lte, late, frozen a, int8",
     "lte, paced, redrawn", "lte, paced, reduced int4", "lte, paced, served, muon",
     "lte, vector norms, reset", "lte, frozen a, redrawn", "lte, frozen a, muon", "diloco, muon",
+    "lte, nodes, in parts", "lte, nodes, late, reduced int8",
     "lte, in parts", "lte, columns, served nf4", "lte, columns, reduced int4", "lte, columns, paced, muon",
 }  # fmt: skip
 """Variants of options that have a twin each, but none together."""
@@ -83,7 +113,7 @@ TRAIN = {"steps": 14, "warmup_steps": 3, "weight_decay": 0.1, "learning_rate": 1
 def twin_run(name: str, **train: Any) -> Run:
     """Return the run of a variant that its twin trains, too."""
     heads = tiny.VARIANTS[name].get("heads_per_device", 1) if name.startswith("lte") else 1
-    devices = 4 if name.startswith("daso") else 3
+    devices = 4 if name.startswith(("daso", "lte, nodes")) else 3
     return tiny.variant_run(name, devices, train={**TRAIN, "micro_batch": 2 * heads, **train})
 
 
