@@ -1,4 +1,4 @@
-"""A merge that breaks at any of its exchanges leaves everything as it was, and is the same merge when it is done again."""
+"""A merge that breaks at any of its exchanges leaves everything as it was, and can be done again."""
 
 from __future__ import annotations
 
