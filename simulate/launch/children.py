@@ -10,17 +10,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from simulate.launch.keys import FATAL, FATAL_EXIT, OUTCOME, REPORTED_EXIT, STEP, log
 from simulate.launch.membership import mark_dead
-
-if TYPE_CHECKING:
-    from simulate.launch.agent import Launch
 
 LOOK_S = 0.02
 """Seconds between two looks at the processes: so late are the others told."""
@@ -34,6 +32,25 @@ STORE_LOGS = "LTE_STORE_LOGS"
 """Environment variable of a worker whose store is apart: the folder of the file that says where."""
 LAUNCH_ID = "LTE_LAUNCH_ID"
 """Environment variable of such a worker: the prefix of the launch's keys."""
+
+
+class Launching(Protocol):
+    """The part of a node's Launch (simulate.launch.agent) that its processes need."""
+
+    folder: Path
+    run: Any
+    node: Any
+    launch_id: str
+    abandoned: threading.Event
+
+    @property
+    def store(self) -> Any: ...
+    @property
+    def logs(self) -> Path: ...
+    @property
+    def store_apart(self) -> bool: ...
+    def tell_nodes(self) -> None: ...
+    def failure_text(self, rank: int, local_rank: int, exit_code: int) -> str: ...
 
 
 @dataclass
@@ -53,7 +70,7 @@ class Child:
 class Children:
     """The processes of one node, until the run's end."""
 
-    def __init__(self, launch: Launch) -> None:
+    def __init__(self, launch: Launching) -> None:
         self.launch, self.store = launch, launch.store
         budget = launch.run.cluster.max_restarts
         self.children = [Child(rank, budget) for rank in range(launch.node.processes)]

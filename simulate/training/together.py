@@ -9,16 +9,13 @@ the act again. The loop calls `together`; simulate.launch.survivors keeps the gr
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from simulate.common.errors import LostPeerError
 from simulate.methods.base import Method
-
-if TYPE_CHECKING:
-    from simulate.training.loop import Session
 
 Result = TypeVar("Result")
 CHANGES_MOMENTS = ("average", "prune", "reset")
@@ -33,19 +30,28 @@ class StateReplacedError(Exception):
         self.is_at_merge = is_at_merge
 
 
+class Acting(Protocol):
+    """The part of a session (simulate.training.loop) that an act needs."""
+
+    method: Method
+
+    @property
+    def group(self) -> Group | None: ...
+
+
 class Group(Protocol):
     """The processes that are there now; each function raises LostPeerError where the group must be formed anew."""
 
-    def arrive(self, session: Session) -> None:
+    def arrive(self, session: Any) -> None:
         """Wait for all others before a merge; whoever stays away longer than the deadline is left behind."""
 
     def confirm(self) -> None:
         """Return once all others have everything that this act exchanges."""
 
-    def form_anew(self, session: Session, error: LostPeerError) -> None:
+    def form_anew(self, session: Any, error: LostPeerError) -> None:
         """Go on with those who are left; raises StateReplacedError where this process takes over another state."""
 
-    def admit(self, session: Session) -> None:
+    def admit(self, session: Any) -> None:
         """Take in who waits to join, where all have seen that somebody does."""
 
 
@@ -83,7 +89,7 @@ def merge_tensors(method: Method) -> list[Tensor]:
     ]
 
 
-def together(session: Session, act: Callable[[], Result], changes: bool = False, arrives: bool = False) -> Result:
+def together(session: Acting, act: Callable[[], Result], changes: bool = False, arrives: bool = False) -> Result:
     """Do an act with all others, again where some are lost meanwhile; `changes`: it changes what a merge changes.
 
     `arrives` waits for the others first, no longer than the deadline.
