@@ -36,6 +36,7 @@ from simulate.common.run_files import LOGS, RUN_FILE
 from simulate.config.profiles import is_profile_path
 from simulate.config.run import load_given_run
 from simulate.launch.agent import Launch, Node
+from simulate.launch.apart import StoreApart
 from simulate.launch.heartbeat import LaunchProgress, is_node_alive
 from simulate.launch.keys import LINKS, START
 from simulate.launch.preflight.address import address_text, address_to_join, loopback_interface
@@ -72,6 +73,8 @@ class LaunchArgs:
     interface: str | None = None
     secret_file: Path | None = None
     trust_network: bool = False
+    store: str | None = None
+    """HOST:PORT of a store that is apart (`lte store`)."""
 
     def check(self, launch: bool) -> None:
         """Raise InputError where options contradict each other; `launch` says whether --launch was given."""
@@ -93,6 +96,7 @@ class LaunchArgs:
             "--join": self.join,
             "--interface": self.interface,
             "--secret-file": self.secret_file,
+            "--store": self.store,
         }
         # Only what differs from the defaults, so that the printed line stays short.
         words = [f" {name} {value}" for name, value in given.items() if value is not None]
@@ -115,6 +119,16 @@ def check_launch(run: Run, device: torch.device, options: LaunchArgs) -> None:
         raise InputError(
             f"cluster.backend = 'gloo' sends tensors of CPUs only, and this run is on {device.type}; use auto, or "
             "--device cpu"
+        )
+    if options.store is not None and not run.cluster.drops_lost:
+        raise InputError(
+            "--store is for runs that go on without lost nodes, node 0 too, and this run restarts all; try --set "
+            f"cluster.quorum={max(1, run.cluster.devices - 1)}"
+        )
+    if run.cluster.drops_lost and run.train.diagnostics_every is not None:
+        raise InputError(
+            f"train.diagnostics_every = {run.train.diagnostics_every} compares all devices, and a launched run with "
+            "cluster.quorum goes on without lost ones; leave it away, or simulate the run"
         )
     if live := run.live_keys:
         key, name = next(iter(live.items()))
@@ -187,23 +201,32 @@ def launch_run(
         if options.nodes > 1:
             status.begin("meeting the other nodes")
         preflight = stack.enter_context(_preflight(folder, processes, options, output, warnings))
-        result = preflight.run()
+        apart = None if options.store is None else StoreApart(options, preflight)
+        result = None if apart is None else apart.running_run()
+        result = preflight.run() if result is None else result
         nodes = result.nodes
         if options.nodes == 1:
             node = Node(processes=processes, device=device.type, interface=loopback_interface())
         else:
             own = nodes[number]
             # The store takes any free port: that of --join stays open for nodes that come back.
-            node = Node(processes, device.type, number, options.nodes, own.address, own.interface, nodes[0].address)
+            each = tuple(other.processes for other in nodes)
+            node = Node(
+                processes, device.type, number, options.nodes, own.address, own.interface, nodes[0].address, each
+            )
         threads = max(1, usable_cores() // processes)  # together, the processes use each core once
         launch = Launch(folder.path, run, node, output.warning, threads)
         launch.allow_clocks_apart(max(abs(other.clock_offset_s) for other in nodes))
-        _open_store(launch, preflight, run.cluster.join_timeout_s)
-        # Frees the port of --join, which accept_rejoins listens at.
+        if apart is None:
+            _open_store(launch, preflight, run.cluster.join_timeout_s)
+        else:
+            apart.connect(launch, nodes)
+        # Frees the port of --join, which accept_rejoins listens at. With a store that is apart, nodes come back by it.
         preflight.close()
-        stack.enter_context(
-            preflight.accept_rejoins(lambda: launch.store.port, lambda number: is_node_alive(launch.store, number))
-        )
+        if apart is None:
+            stack.enter_context(
+                preflight.accept_rejoins(lambda: launch.store.port, lambda number: is_node_alive(launch.store, number))
+            )
         output.hint(
             f"  launched: {processes} processes on {node.address} ({node.interface}), logs in {folder.path / LOGS}"
         )

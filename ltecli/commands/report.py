@@ -19,6 +19,7 @@ from ltecli.charts.page import HTML_OPTION, check_html
 from ltecli.charts.report_page import report_html
 from ltecli.console import Output, plain_table, scores_text
 from ltecli.output_paths import CsvTarget, check_distinct, write_file
+from ltecli.runs.attendance import attendance_lines
 from ltecli.runs.comparison import (
     common_loss,
     explanations,
@@ -119,6 +120,8 @@ def show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None:
     output.text(f"{done:,} steps ({state}), {figure['samples']:,} samples{tokens}")
     if restarts := figure["restarts"]["count"]:
         output.text(_restarts_text(restarts, figure["restarts"]))
+    for line in attendance_lines(figure["attendance"]):
+        output.text(line)
     output.text(
         f"train loss {loss_text(figure['train_loss'])}, {scores_text(figure['val_loss'], figure['val_accuracy'])}"
     )

@@ -47,7 +47,7 @@ class ProcessExchanges(Exchanges):
 
         def exchange(channel: Channel) -> list[Tensor]:
             own = _to_bytes(tensors)
-            everyones = own.new_empty(_device_bytes(pieces) * self.num_devices)
+            everyones = own.new_empty(_device_bytes(pieces) * len(self.present))
             parts = list(everyones.split([_device_bytes(pieces) * count for count in counts]))
             channel.all_gather(everyones, parts, own)
             return _in_order(parts, pieces, counts)

@@ -160,7 +160,7 @@ class Device(toml_io.Schema):
     disk_flush_s: Seconds = Field(default=0.0, ge=0, le=3600)
     """Fixed seconds until a part of a checkpoint is safely on disk, added to the seconds of its bytes."""
     step_jitter: float = Field(default=0.0, ge=0, le=1)
-    """Standard deviation of a step's seconds over their mean, of a gamma distribution (simulate/timeline/jitter.py)."""
+    """Standard deviation of a step's seconds over their mean, of a gamma distribution (simulate/rules/jitter.py)."""
     leave_per_hour: float = Field(default=0.0, ge=0, le=1)
     """Chance that the device leaves within an hour."""
     join_s: Seconds = Field(default=0.0, ge=0)

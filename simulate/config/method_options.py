@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
 from simulate.common import toml_io
-from simulate.config.tables import Cluster, Train
+from simulate.config.tables import Cluster, Train, as_tuples
 from simulate.layers.formats import Quantize
 from simulate.models.schema import FactoryModel, ModelOptions
 from simulate.models.shapes import ModelShape
@@ -27,12 +27,7 @@ DEFAULT_SCALE = 64.0
 """alpha / rank of the LTE paper's best run (arXiv 2402.16828): alpha = 4096 at rank 64."""
 
 
-def _as_tuples(value: Any) -> Any:
-    """Turn TOML's nested lists into tuples: frozen options are hashed as the key of cached results."""
-    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
-
-
-Steps = Annotated[tuple[tuple[int, ...], ...], BeforeValidator(_as_tuples), Field(min_length=1)]
+Steps = Annotated[tuple[tuple[int, ...], ...], BeforeValidator(as_tuples), Field(min_length=1)]
 """Steps of each device, round by round; after the last entry the first one follows."""
 
 
@@ -152,6 +147,8 @@ class MethodOptions(toml_io.Schema):
 
     def check(self, model: ModelOptions, train: Train, cluster: Cluster) -> None:
         """Raise ValueError where the keys contradict a run's other tables."""
+        if cluster.has_quorum:
+            self.check_quorum(cluster)
         wrong = next((len(counts) for counts in self.given_steps or () if len(counts) != cluster.devices), None)
         if wrong is not None:
             raise ValueError(
@@ -163,9 +160,21 @@ class MethodOptions(toml_io.Schema):
         """Return the rule that the options of unequal classes break together, with a way out; or None."""
         return None
 
+    def check_quorum(self, cluster: Cluster) -> None:
+        """Raise ValueError where merges cannot go on without devices that are late or lost."""
+        raise ValueError(
+            f"cluster.{quorum_key(cluster)} is for devices that train alone for a round, and method.name = "
+            f"{self.name!r} needs all at every step; leave it away, or try --set method.name=lte"
+        )
+
     def processes_rule(self, devices: int, processes: int) -> str | None:
         """Return the rule that splitting the devices over so many processes breaks, or None."""
         return None
+
+
+def quorum_key(cluster: Cluster) -> str:
+    """Return the key of [cluster] that lets merges go on without some devices."""
+    return next(key for key in ("merges_given", "deadline_s", "quorum") if getattr(cluster, key) is not None)
 
 
 class RoundOptions(MethodOptions):
@@ -201,6 +210,33 @@ class RoundOptions(MethodOptions):
     @property
     def given_steps(self) -> Steps | None:
         return self.steps_taken
+
+    def check_quorum(self, cluster: Cluster) -> None:
+        key = quorum_key(cluster)
+        if self.is_paced:
+            stands = "deadline_s" if self.given_steps is None else "merges_given"
+            raise ValueError(
+                f"method.pace = 'deadline' and cluster.{key} both say when a round ends; leave method.pace, "
+                f"round_deadline_s and steps_taken away, for which cluster.{stands} stands"
+            )
+        # A device that is late brings the whole change since its last merge, at one merge.
+        for name, value in (("merge_delay", self.late_steps), ("fragments", self.merges_per_round - 1)):
+            if value:
+                raise ValueError(
+                    f"method.{name} = {getattr(self, name)} cuts a round's merge apart, and cluster.{key} lets late "
+                    f"devices bring theirs whole; leave one of them away"
+                )
+        if (wire := getattr(self, "wire", "full")) != "full":
+            raise ValueError(
+                f"method.wire = {wire!r} keeps what rounding lost for the next merge of the same devices, and "
+                f"cluster.{key} changes who they are; try --set method.wire=full"
+            )
+        bad = next((c for row in cluster.merges_given or () for c in row if c > self.round_steps), None)
+        if bad is not None:
+            raise ValueError(
+                f"cluster.merges_given has {bad} steps, more than method.merge_every = {self.round_steps}, the most "
+                "that a device takes between its merges; correct it"
+            )
 
     @model_validator(mode="after")
     def _delay_and_pace_fit(self) -> RoundOptions:

@@ -26,6 +26,8 @@ from simulate.layers.formats import Quantize
 
 DATA_NAMES = ("stdlib", "digits")
 HUB = "hf:"
+DEFAULT_AGE_EXPONENT = 0.5
+"""p of the discount (1 + age)^-p, as in FedAsync's polynomial staleness (arXiv 1903.03934, section 5.2)."""
 BYTES, BPE = "bytes", "bpe:"
 BYTE_VALUES = 256
 KEYS_OF_NAME = ("subset", "column", "rows")
@@ -205,6 +207,18 @@ def whole_steps(steps: float) -> int:
     return int(steps + 1e-6)
 
 
+def as_tuples(value: Any) -> Any:
+    """Turn TOML's nested lists into tuples, since a frozen run is hashed as the key of cached results."""
+    return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+MergesGiven = Annotated[tuple[tuple[int, ...], ...], BeforeValidator(as_tuples), Field(min_length=1)]
+"""Merge by merge, the steps that each device brings; 0: it is late; LOST: it is gone, and brings nothing."""
+LOST = -1
+"""In `merges_given`: a device that was lost; it takes the merged weights once it is back."""
+DEFAULT_REJOIN_S = 10.0
+
+
 CLASS_KEYS = {
     "micro_batch": "train",
     "accumulate": "train",
@@ -249,12 +263,82 @@ class Cluster(toml_io.Schema):
     """Longest wait for one exchange; must exceed the lag of the slowest device at a merge."""
     join_timeout_s: float = Field(default=300.0, gt=0)
     """Longest wait for nodes to join, or to return."""
-    rejoin_s: float = Field(default=10.0, gt=0)
+    rejoin_s: float = Field(default=DEFAULT_REJOIN_S, gt=0)
     """Time that lost nodes have to return before the run continues without them, where min_devices allows it."""
     max_restarts: int = Field(default=3, ge=0)
     """Restarts without a checkpoint between them before a launched run gives up."""
     recover_every: int = Field(default=1, gt=0)
     """Merges between recovery points of a launched run; where devices exchange at every step, 10 steps count as one."""
+
+    quorum: int | None = Field(default=None, gt=0)
+    """Devices that a merge needs; who is late brings its change to a later one. Not set: all."""
+    deadline_s: float | None = Field(default=None, gt=0)
+    """Seconds of a round, after which devices stop and merge. Not set with a quorum: what the quorum-th fastest device
+    needs for all steps of a round."""
+    age_exponent: float | None = Field(default=None, ge=0)
+    """p in the discount (1 + age)^-p of a change that comes `age` merges late. Not set: DEFAULT_AGE_EXPONENT."""
+    merges_given: MergesGiven | None = None
+    """Steps that each device brings to each merge, in place of quorum and deadline, repeated from the start:
+    [[10, 10, 3], [10, 10, 0]]; 0: it is late, -1: it is lost. A run's merge events have them."""
+
+    @property
+    def has_quorum(self) -> bool:
+        """Whether merges go on without devices that are late or lost."""
+        below_all = self.quorum is not None and self.quorum < self.devices
+        return below_all or self.deadline_s is not None or self.merges_given is not None
+
+    @property
+    def drops_lost(self) -> bool:
+        """Whether a launched run drops lost processes and goes on, instead of restarting all."""
+        return self.has_quorum and self.merges_given is None
+
+    @property
+    def needed(self) -> int:
+        """Devices that a merge needs."""
+        return self.devices if self.quorum is None else self.quorum
+
+    @model_validator(mode="after")
+    def _quorum_fits(self) -> Cluster:
+        if self.quorum is not None and self.quorum > self.devices:
+            raise ValueError(f"quorum = {self.quorum} exceeds devices = {self.devices}; lower it, or leave it away")
+        if self.age_exponent is not None and not self.has_quorum:
+            raise ValueError(
+                f"age_exponent = {self.age_exponent:g} discounts late changes, and without a quorum nobody is late; "
+                "leave it away, or set cluster.quorum"
+            )
+        self._check_given_merges()
+        if not self.has_quorum:
+            return self
+        # The keys that the quorum stands for: two rules of who may be missing would contradict each other.
+        if self.min_devices is not None:
+            raise ValueError(
+                f"min_devices = {self.min_devices} and quorum, deadline_s or merges_given both say whom a run can do "
+                "without; keep one: with a quorum lost devices are dropped, and nobody takes their data over"
+            )
+        if self.rejoin_s != DEFAULT_REJOIN_S:
+            raise ValueError(
+                f"rejoin_s = {self.rejoin_s:g} is a wait for lost nodes, and with quorum, deadline_s or merges_given "
+                "nobody waits for them; leave it away"
+            )
+        return self
+
+    def _check_given_merges(self) -> None:
+        if self.merges_given is None:
+            return
+        for key in ("quorum", "deadline_s"):
+            if getattr(self, key) is not None:
+                raise ValueError(f"merges_given replays who was there, so {key} says nothing; leave one of them away")
+        for number, row in enumerate(self.merges_given):
+            if len(row) != self.devices:
+                raise ValueError(
+                    f"merges_given has a merge of {len(row)} devices for devices = {self.devices}; give one number a "
+                    "device"
+                )
+            if min(row) < LOST or max(row) <= 0:
+                raise ValueError(
+                    f"merges_given[{number}] = {list(row)}: give the steps that each device brings, 0 for late and -1 "
+                    "for lost, and one device at least that brings some"
+                )
 
     @model_validator(mode="after")
     def _min_devices_fit(self) -> Cluster:

@@ -67,8 +67,8 @@ def round_time(run: Run, shape: ModelShape, devices: Sequence[Device], link: Lin
     """
     # Devices of one kind and class take equal time, so each is computed once.
     kinds = [(one, _rates(one, device)) for one, device in device_kinds(run, devices)]
-    if run.method.is_paced:
-        steps_s, device_steps = round_compute_s(run.method, device_step_s(run, shape, devices))
+    if run.method.is_paced or run.cluster.has_quorum:
+        steps_s, device_steps = round_compute_s(run.method, device_step_s(run, shape, devices), run.cluster)
         step_s = steps_s / run.method.round_steps
     else:
         step_s = max(compute_s(one, shape, rates) for one, rates in kinds)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,8 @@ class Method(ABC):
 
     is_trained_per_device = True
     """Whether each device trains parameters of its own; else all share one copy."""
+    weighs_devices = False
+    """Whether devices' shares of a merge differ from round to round."""
     can_exclude_devices = False
     """Whether a merge can leave out a device whose weights are no longer finite."""
 
@@ -188,7 +191,21 @@ class Method(ABC):
         weights = weights * self.healthy_N.to(weights)  # and the others' shares add up to 1 again
         return weights / weights.sum()
 
+    # Devices that are late, or come back.
+
+    def base_state(self) -> dict[str, Tensor]:
+        """Return what all devices of a round started from alike, by name: merged weights and outer momentum."""
+        raise NotImplementedError("only methods that merge by rounds have a base")
+
+    def load_base(self, base: Mapping[str, Tensor]) -> None:
+        """Move the local devices from the base that they trained on to another's `base_state`, with their changes."""
+        raise NotImplementedError("only methods that merge by rounds have a base")
+
     # Rounds in which devices take unequal numbers of steps.
+
+    def begin_step(self, step: int, now_s: float) -> float | None:
+        """Prepare a step of a simulation that begins at `now_s`; return its seconds where they are not the planned."""
+        return None
 
     def active(self, step: int) -> list[int]:
         """Return the devices that train in this step, in global order."""
@@ -199,6 +216,10 @@ class Method(ABC):
 
     def steps_done(self) -> list[int] | None:
         """Return the steps that each device took in the last round, where they may differ."""
+        return None
+
+    def merge_record(self, step: int) -> dict[str, Any] | None:
+        """Return an event about who takes part in the merge after this step, where not all devices may."""
         return None
 
     def shares(self, sizes: Sequence[float] | None = None) -> Tensor | None:
@@ -286,6 +307,20 @@ class Method(ABC):
         # Another device's moments belong to gradients of other data.
         new = {name for name in donor if name.startswith("optimizer.") or "error" in name}
         return {name: torch.zeros_like(t) if name in new else t.clone() for name, t in donor.items()}
+
+    def init_returning_device(
+        self, shared: Mapping[str, Tensor], donor: Mapping[str, Tensor], own: Mapping[str, Tensor], device: int
+    ) -> dict[str, Tensor]:
+        """Return the start of a device that comes back after a merge: as if lost, but for what is its own.
+
+        `own` has the tensors of its last state; they may be missing.
+        """
+        start = self.init_lost_device(shared, donor, device)
+        return {name: own[name] if name in own and self.is_devices_own(name) else t for name, t in start.items()}
+
+    def is_devices_own(self, name: str) -> bool:
+        """Whether a device's tensor, as `sharded` names it, is unlike others' right after a merge: moments, errors."""
+        return name.startswith("optimizer.") or "error" in name
 
     def after_lost_devices_init(self) -> None:  # noqa: B027 - most methods' merged weights need nothing of a lost device
         """Correct for the lost devices' part of the merged weights, once everything is loaded; all processes join."""

@@ -35,6 +35,8 @@ from simulate.rules.pace import round_counts
 class Paced(Method):
     """A method in which devices may take fewer steps than a round has; the method behind it trains and merges."""
 
+    weighs_devices = True
+
     def __init__(self, *arguments: object) -> None:
         super().__init__(*arguments)  # type: ignore[arg-type]
         devices, local = self.run.cluster.devices, self.local_devices
@@ -55,7 +57,7 @@ class Paced(Method):
         """Rows of local devices that have stopped, as they were when they stopped."""
         self._started_s = self._stopped_s = 0.0
         self._measured_s: float | None = None
-        """Seconds that the fastest device needs for a round, as measured in the last one."""
+        """Seconds that the fastest device (with a quorum, the quorum-th) needs for a round, as measured in the last."""
 
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         """Step the local devices that are not done with the round; for the others return their last losses."""
@@ -92,9 +94,18 @@ class Paced(Method):
         if not self.goes_by_clock or int(self.counts_N[self._local].min()) <= done:
             return
         self._stopped_s = self._time()
-        deadline_s = self.run.method.deadline_s or self._measured_s
+        deadline_s = self._deadline_s or self._measured_s
         if done and deadline_s is not None and self._stopped_s - self._started_s >= deadline_s:
             self.counts_N[self._local] = done
+
+    @property
+    def _deadline_s(self) -> float | None:
+        """Seconds of a round; None where they are measured."""
+        return self.run.method.deadline_s
+
+    def _pace(self, seconds_N: Tensor) -> float:
+        """Return the seconds of a step, out of all devices', that measured rounds are paced by."""
+        return float(seconds_N.min())
 
     def _time(self) -> float:
         if self.goes_by_clock:
@@ -139,7 +150,7 @@ class Paced(Method):
         seconds_L = (self._stopped_s - self._started_s) / own_L
         counts_N, seconds_N = self.communicator.all_gather_scalars(torch.stack([own_L, seconds_L], 1)).unbind(1)
         self.counts_N.copy_(counts_N.round())  # they travelled as floats
-        self._measured_s = float(seconds_N.min()) * self.run.method.round_steps
+        self._measured_s = self._pace(seconds_N) * self.run.method.round_steps
 
     def merge(self, step: int) -> None:
         self.close_round(step)

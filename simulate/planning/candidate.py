@@ -241,7 +241,7 @@ def _warnings(run: Run, context: PlanContext, time: RoundTime) -> Iterator[str]:
     share = time.exchange_s / time.round_s
     if share > LINK_DOMINATES:
         yield f"the link dominates: {share:.0%} of the time"
-    if run.method.is_paced:
+    if run.method.is_paced or run.cluster.has_quorum:
         share = time.device_steps / (time.steps * run.cluster.devices)
         yield f"devices train on {share:.0%} of the samples that they would in lockstep"
     if run.train.dtype == "fp64" and any(d.flop_per_s.fp64 is None for d in profile.device):

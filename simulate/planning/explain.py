@@ -131,7 +131,8 @@ def _change(plan: Plan, chosen: Candidate, what: str, profile: Profile, devices:
     cluster = plan.base.cluster.model_copy(update={"devices": devices})
     base = plan.base.model_copy(update={"cluster": cluster})
     # Shards and given steps list one number a device, so they fix the number of devices.
-    fixed = base.data.shards is not None or base.method.given_steps is not None
+    given = base.method.given_steps or base.cluster.merges_given
+    fixed = base.data.shards is not None or given is not None
     # Without a time limit and rivals: only the choice is compared.
     choice, new = replace(plan.choice, with_rivals=False, within_s=None), None
     if devices == plan.base.cluster.devices or not fixed:

@@ -22,12 +22,14 @@ from simulate.costs.samples import shipped
 from simulate.costs.step_time import device_step_s, round_time
 from simulate.models.shapes import ModelShape
 from simulate.planning.candidate import Candidate, PlanContext, Rejected, batch_text, describe, is_library_installed
+from simulate.planning.far_apart import can_have_quorum, majority, reasons
 from simulate.planning.margins import RULE
 from simulate.planning.number_formats import Format, format_notes
 from simulate.planning.objective import MEANINGS
 from simulate.planning.search_space import LEAST_IMAGES, LEAST_TOKENS, MICRO_BATCHES, Pins
 from simulate.planning.time_ranges import simulated_here_text
 from simulate.rules.method_plan import plan_of
+from simulate.rules.pace import quorum_deadline_s
 from simulate.training.checkpoints import numerics_of
 
 PLURALS = {"norm": "norms", "bias": "biases", "embedding": "embeddings", "other": "other modules"}
@@ -71,6 +73,7 @@ def plan_notes(
         yield from _checkpoints(chosen)
         yield from _temporary_files(chosen, shape)
         yield from _deadlines(chosen)
+        yield from quorum_notes(chosen)
         yield from diagnostics_notes(chosen.run, shape)
         yield from _faster_rival(chosen, rival)
 
@@ -295,6 +298,28 @@ def _deadlines(chosen: Candidate) -> Iterator[str]:
             f"devices of profile {profile.name} differ: a step takes the slowest {max(step_s) / min(step_s):.1f}x as "
             f"long as the fastest; with {keys} nobody waits, for {gain:.2f}x the samples a second (docs/methods.md)"
         )
+
+
+def quorum_notes(chosen: Candidate) -> Iterator[str]:
+    """Say what a quorum changes, where the run has one, or where links or devices are far apart and it could."""
+    run, context = chosen.run, chosen.context
+    devices, cluster = context.devices, run.cluster
+    if cluster.has_quorum and cluster.merges_given is None:
+        step_s = device_step_s(run, context.shape, devices)
+        seconds = seconds_text(quorum_deadline_s(cluster, run.method.round_steps, step_s))
+        yield (
+            f"merges go on with {cluster.needed} of {cluster.devices} devices, and a round's steps end after "
+            f"{seconds}: who is late or lost is not waited for, and an exact rerun needs the run's merge events "
+            "(docs/run.md)"
+        )
+    elif can_have_quorum(run):
+        found = list(reasons(context.profile, devices, device_step_s(run, context.shape, devices)))
+        if found:
+            yield (
+                f"{' and '.join(found)}: with cluster.quorum = {majority(cluster.devices)} merges wait for a majority "
+                "alone, who is late brings its change to a later one, and an exact rerun needs the run's merge events "
+                "(docs/planning.md)"
+            )
 
 
 def diagnostics_notes(run: Run, shape: ModelShape) -> Iterator[str]:

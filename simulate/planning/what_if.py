@@ -19,7 +19,7 @@ from simulate.costs.step_time import round_time
 from simulate.planning.candidate import Candidate
 from simulate.planning.planner import Plan
 from simulate.planning.search_space import train_for
-from simulate.timeline.churn import away_share, redo_factor
+from simulate.rules.churn import away_share, redo_factor
 from simulate.timeline.engine import Timeline, simulate
 
 ROUNDS = 100
@@ -156,7 +156,8 @@ def _doublings(chosen: Candidate, profile: Profile, devices: tuple[Device, ...])
     """Yield twice as many devices, and again, until a doubling is not worth it."""
     before_s, gain = _equivalent_s(chosen, devices, profile.link), WORTH_GAIN
     # Shards and given steps list one number a device, so they fix the number of devices.
-    fixed = chosen.run.data.shards is not None or chosen.run.method.given_steps is not None
+    given = chosen.run.method.given_steps or chosen.run.cluster.merges_given
+    fixed = chosen.run.data.shards is not None or given is not None
     while not fixed and gain >= WORTH_GAIN and 2 * len(devices) <= MOST_DEVICES:
         devices = devices * 2
         seconds = _equivalent_s(chosen, devices, profile.link)
@@ -199,7 +200,7 @@ def _twice_as_fast(device: Device) -> dict[str, Any]:
 
 
 def _churn(devices: Sequence[Device], timeline: Timeline) -> Churn:
-    """Return the expected cost of churn for rounds of the simulated length (simulate/timeline/churn.py)."""
+    """Return the expected cost of churn for rounds of the simulated length (simulate/rules/churn.py)."""
     join_s = max(device.join_s for device in devices) or JOIN_S
     redo = redo_factor(CHURN_PER_HOUR, join_s, timeline.round_s, len(devices))
     elastic = 1 / (1 - away_share(CHURN_PER_HOUR, join_s, timeline.round_s))

@@ -119,6 +119,10 @@ class ExchangeContext:
     muon: bool
     eight_bit_step: int
     """Bytes of working memory of an optimizer step with 8-bit moments; 0 where moments are kept in full."""
+    weighs_devices: bool = False
+    """Whether devices' shares of a merge differ from round to round."""
+    has_quorum: bool = False
+    """Whether a merge may lack devices."""
 
     @property
     def sizes(self) -> list[int]:
@@ -178,6 +182,9 @@ class MethodPlan(Protocol):
 
     has_separate_heads: bool
     """Whether each device trains pairs of its own between merges, as LTE's heads do."""
+
+    def base_bytes(self, shape: ModelShape, element_bytes: int) -> int:
+        """Return the bytes that a device gets which missed merges: what the others started their round from."""
 
     def separate_copies(self, devices: int) -> int:
         """Return how many different copies of these parameters exist before a merge."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from simulate.timeline.jitter import Floats, Integers
+from simulate.rules.jitter import Floats, Integers
 
 
 def shared_ends(starts_N: Floats, payload_bytes: float, own_bytes_per_s: float, all_bytes_per_s: float) -> Floats:

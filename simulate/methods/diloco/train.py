@@ -8,6 +8,8 @@ compressed `wire`, Δ travels with error feedback.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +41,16 @@ class Diloco(LocalTraining):
         velocity = self.momentum[name].mul_(self.options.outer_momentum).add_(change)  # v ← μ·v + Δ
         change.add_(velocity, alpha=self.options.outer_momentum)  # Δ + μ·v: Nesterov, as torch.optim.SGD has it
         return torch.sub(last, change, alpha=self.options.outer_learning_rate)  # θ − η·(Δ + μ·v)
+
+    def base_state(self) -> dict[str, Tensor]:
+        momentum = {f"momentum.{name}": tensor for name, tensor in self.momentum.items()}
+        return {**super().base_state(), **momentum}
+
+    @torch.no_grad()
+    def load_base(self, base: Mapping[str, Tensor]) -> None:
+        super().load_base(base)
+        for name, tensor in self.momentum.items():  # all devices that merge step the same outer optimizer
+            tensor.copy_(base[f"momentum.{name}"])
 
     def extra_state(self) -> dict[str, Tensor]:
         momentum = {f"momentum.{name}": tensor for name, tensor in self.momentum.items()}

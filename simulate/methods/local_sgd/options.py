@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from simulate.comm.transfers import Wire
-from simulate.config.method_options import MethodOptions, RoundOptions
+from simulate.config.method_options import MethodOptions, RoundOptions, quorum_key
 from simulate.config.tables import Cluster, Train
 from simulate.models.schema import ModelOptions
 
@@ -72,6 +72,15 @@ class LocalSgdOptions(RoundOptions):
             f"method.participation = {self.participation} draws devices that count by their shards, and "
             "cluster.class has unequal ones; leave one of them away"
         )
+
+    def check_quorum(self, cluster: Cluster) -> None:
+        super().check_quorum(cluster)
+        refused = {"participation": self.participation < 1, "merge_optimizer": self.merge_optimizer == "average"}
+        for key in (key for key, is_set in refused.items() if is_set):
+            raise ValueError(
+                f"method.{key} = {getattr(self, key)!r} does not go with cluster.{quorum_key(cluster)}: late devices "
+                "bring changes of their weights alone, when they can; leave one of them away"
+            )
 
     def check(self, model: ModelOptions, train: Train, cluster: Cluster) -> None:
         super().check(model, train, cluster)

@@ -67,6 +67,7 @@ class LayerMerger:
         """Merged W, which training must not see before it has arrived."""
         self._travels = False
         self._weights_H: Tensor | None = None
+        """Shares of all heads in the current merge, in units of an equal one; None: all count alike."""
         self.compressed = options.wire != "full" and devices > 1
         self.errors: dict[str, Tensor] = {}
         self.means: list[CompressedMean] = []
@@ -100,12 +101,20 @@ class LayerMerger:
                 torch.tensor(heads_N, device=weights_N.device)
             )
 
-    def _weights_of(self, heads: range) -> Tensor | None:
-        return None if self._weights_H is None else self._weights_H[heads.start : heads.stop]
+    def _weights_of(self, heads: Sequence[int]) -> Tensor | None:
+        """Return the weights of some heads, in order; None: all count alike."""
+        return None if self._weights_H is None else self._weights_H[list(heads)]
 
     @property
     def _own_weights_H(self) -> Tensor | None:
         return self._weights_of(self.options.heads_of(self.communicator.local_devices))
+
+    def _exchanged(self, team: Team) -> Sequence[int]:
+        """Return the heads of a team whose factors an exchange returns, in order: of the devices that take part."""
+        present = self.communicator.participants
+        if present is None:
+            return team.heads
+        return [head for device in present for head in self.options.heads_of(range(device, device + 1))]
 
     @torch.no_grad()
     def send(self, weights_N: Tensor | None = None) -> None:
@@ -234,8 +243,9 @@ class LayerMerger:
         # A call for each layer, so that nothing of one layer is held while A of the next is drawn.
         merged_OI = torch.empty(0) if target_OI is None else target_OI
         for index, team in enumerate(self.teams):
-            factor = layer.frozen_a(team.heads) if a_by_team is None else a_by_team[index]
-            b_HOR = weighted(b_by_team[index], self._weights_of(team.heads))
+            heads = self._exchanged(team)
+            factor = self._frozen_a(layer, team, heads) if a_by_team is None else a_by_team[index]
+            b_HOR = weighted(b_by_team[index], self._weights_of(heads))
             # Algorithm 1's merge: Ŵ = W + (s/H)·Σ_h B_h·A_h, from W0 where the last products are taken back.
             if index == 0:
                 # Unpacked for as long as it takes to pack it again, one layer at a time.
@@ -248,6 +258,13 @@ class LayerMerger:
             del factor, b_HOR
         if target_OI is None:
             layer.set_weight(merged_OI)
+
+    def _frozen_a(self, layer: LoraLinear, team: Team, heads: Sequence[int]) -> Tensor | Columns:
+        """Return the frozen A of some heads of a team, in order."""
+        a_HRI = layer.frozen_a(team.heads)
+        if len(heads) == len(team.heads):
+            return a_HRI
+        return a_HRI[torch.tensor([head - team.heads.start for head in heads]).to(a_HRI.device)]
 
     def _sent(self, layer: LoraLinear, key: str) -> Tensor:
         """Return a local factor as it is merged: its snapshot while a merge travels, else its current value."""

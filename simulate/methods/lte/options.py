@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from simulate.comm.transfers import Transport, Wire
-from simulate.config.method_options import AdapterOptions, FragmentOptions, MethodOptions, NodeOptions
+from simulate.config.method_options import AdapterOptions, FragmentOptions, MethodOptions, NodeOptions, quorum_key
 from simulate.config.tables import Cluster, Train
 from simulate.layers.formats import PICKING, Biases, Convolutions, Draws, Norms, Quantize
 from simulate.models.schema import FactoryModel, ModelOptions
@@ -175,6 +175,33 @@ class LteOptions(AdapterOptions, FragmentOptions, NodeOptions):
         if self.master != "host":
             return f"{given}, and only weights in full precision are the same on all; try --set method.master=host"
         return None
+
+    def check_quorum(self, cluster: Cluster) -> None:
+        super().check_quorum(cluster)
+        key = quorum_key(cluster)
+        why = {
+            "reset": "a merge whose devices change would not take back what reset-less merges added; try --set "
+            "method.reset=b",
+            "norms": "merges need one device, or pairs, that all have at once; try --set method.norms=average",
+            "master": "the server alone has what a late device needs; try --set method.master=host",
+        }
+        refused = {
+            "reset": self.reset == "none",
+            "norms": self.norms in ("one", "vector-lora"),
+            "master": self.master == "server",
+        }
+        for name in (name for name, is_set in refused.items() if is_set):
+            raise ValueError(f"method.{name} = {getattr(self, name)!r} does not go with cluster.{key}: {why[name]}")
+        if self.devices_per_node > 1:
+            raise ValueError(
+                f"method.devices_per_node = {self.devices_per_node} averages gradients at every step, and with "
+                f"cluster.{key} devices may be late; leave one of them away"
+            )
+        if self.reset == "ab" and self.frozen_a:
+            raise ValueError(
+                f"method.reset = 'ab' with frozen_a = true has every device draw the others' A, and with cluster.{key} "
+                "late ones have older draws; try --set method.reset=b"
+            )
 
     def shape_of(self, model: ModelOptions) -> ModelShape:
         # Named networks have convolutions at their ends only, which get no pairs.

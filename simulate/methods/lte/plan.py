@@ -154,6 +154,14 @@ class LtePlan(AdapterPlan[LteOptions]):
         """Return the parameters that merges average."""
         return _averaged(shape, self.options.norms, self.options.biases)
 
+    def base_bytes(self, shape: ModelShape, element_bytes: int) -> int:
+        """Return the bytes of the adapted weights, as precise as they are kept, and of the averages."""
+        options = self.options
+        quantize = "none" if options.keeps_master else options.quantize
+        adapted = (quantized_bytes(x.weights, x.in_features, quantize, element_bytes) * x.count for x in shape.adapted)
+        averaged = sum(tensor.elements for tensor in _averaged(shape, options.norms, options.biases))
+        return sum(adapted) + averaged * element_bytes
+
     def last_merge_elements(self, shape: ModelShape, devices: int) -> int:
         """Return the elements that merges average, where the method does not keep their last means itself."""
         tensors = () if self._keeps_last_average(devices) else self.separate_tensors(shape, devices)
@@ -234,7 +242,7 @@ class LtePlan(AdapterPlan[LteOptions]):
         if options.reset == "ab":
             own = (options.heads_per_device, options.rank)
             yield at_merge(max(self._drawing_bytes(context, x, *own) for x in layers))
-        if self._is_weighted:
+        if self._is_weighted(context):
             yield at_merge(max(x.out_features for x in layers) * held_rank * element_bytes)
         averaged = [t.elements * element_bytes for t in self.separate_tensors(context.shape, context.devices)]
         for k in range(options.fragments):
@@ -244,10 +252,9 @@ class LtePlan(AdapterPlan[LteOptions]):
         if firsts:
             yield at_merge(2 * max(bucket_bytes(firsts)))
 
-    @property
-    def _is_weighted(self) -> bool:
-        """Whether devices' heads count unequally, so that B is multiplied by their weights."""
-        return self.options.is_paced or bool(self.options.device_samples)
+    def _is_weighted(self, context: ExchangeContext) -> bool:
+        """Return whether devices' heads count unequally, so that B is multiplied by their weights."""
+        return context.weighs_devices or bool(self.options.device_samples)
 
     def _drawing_bytes(self, context: ExchangeContext, linear: LinearShape, heads: int, rank: int) -> int:
         """Return the bytes while the A of some heads of one layer is drawn and converted.
@@ -303,7 +310,7 @@ class LtePlan(AdapterPlan[LteOptions]):
             # B laid out for the product with a dense A, or one head's B times the share of the merge.
             ranks = {x.name: team.rank if picking[x.name] else count * held_rank for x in members}
             stacked = max(x.out_features * ranks[x.name] for x in members) * element_bytes
-            if self._is_weighted:  # B times the heads' weights is another B
+            if self._is_weighted(context):  # B times the heads' weights is another B
                 stacked += count * max(x.out_features for x in members) * held_rank * element_bytes
             drawing = drawn = 0
             # A lone device of its class has its own A; where all are alike, a lone device merges with nobody.
@@ -311,7 +318,8 @@ class LtePlan(AdapterPlan[LteOptions]):
             if options.frozen_a and others:
                 heads = (count * team.heads_per_device, team.rank)
                 drawing = max(self._drawing_bytes(context, x, *heads) for x in members)
-                copies = 2 if options.draws == "own" else 1  # as drawn, and laid out for the product
+                # As drawn, and laid out for the product; with a quorum those of the devices that are there.
+                copies = (2 if options.draws == "own" else 1) + context.has_quorum
                 dense = [x.in_features for x in members if not picking[x.name]]
                 drawn = copies * count * max(dense, default=0) * held_rank * element_bytes
             # A later team's A is drawn beside the weights that the first has been added to.

@@ -34,6 +34,8 @@ With `pace = "deadline"` device n counts w_n in place of 1/N (simulate.methods.p
 
 Reset-less merges would not telescope then: what a head had added with one weight would be taken back with another.
 
+With a quorum devices that are late or lost have w_n = 0, and come back later (simulate.methods.quorum).
+
 With `quantize` W is kept in fewer bytes, Q(W), and unpacked for each product; merges add to a full-precision master
 W in host memory, and W0 lies there, too. Only with `master` = "none" does Q(Q(W) + ...) take the place of W.
 
@@ -213,7 +215,7 @@ class Lte(Method):
         But where steps are counted, they are the same in every merge: a device that is left out adds nothing to a mean
         over all heads, and a reset-less merge takes back what the last one added.
         """
-        return self.shares() if self.options.is_paced else self.shares_of_samples()
+        return self.shares() if self.weighs_devices else self.shares_of_samples()
 
     def send_fragment(self, index: int, step: int) -> None:
         self.mergers[index].send(self._head_weights())
@@ -280,6 +282,25 @@ class Lte(Method):
         averagings = (self.averaging, self.spreading)
         return {id(a.parameters[name]): tensor for a in averagings for name, tensor in a.last.items()}
 
+    def base_state(self) -> dict[str, Tensor]:
+        """Return W of adapted layers, as precise as it is kept, and the averages."""
+        weights: dict[str, Tensor] = {}
+        for layer in lora_layers(self.model):
+            # What is packed is packed again from the full W, if there is one, to the same bits.
+            kept = layer.frozen_tensors() if layer.master is None else [layer.master]
+            weights |= {f"weight.{layer.name}.{index}": tensor for index, tensor in enumerate(kept)}
+        return {**weights, **self.averaging.base_state()}
+
+    @torch.no_grad()
+    def load_base(self, base: Mapping[str, Tensor]) -> None:
+        for layer in lora_layers(self.model):
+            if layer.master is not None:
+                layer.set_weight(base[f"weight.{layer.name}.0"].to(layer.b.device))
+                continue
+            for index, tensor in enumerate(layer.frozen_tensors()):
+                tensor.copy_(base[f"weight.{layer.name}.{index}"])
+        self.averaging.load_base(base)
+
     def extra_state(self) -> dict[str, Tensor]:
         starts = {
             f"{layer.name}.start_weight": layer.start_weight
@@ -315,6 +336,14 @@ class Lte(Method):
                     if kept in own:
                         own[kept] = torch.zeros_like(own[kept]) if value is None else value.to(own[kept])
         return own
+
+    def is_devices_own(self, name: str) -> bool:
+        """Whether a tensor is a device's own right after a merge: adapters are, unless merges draw them anew."""
+        if super().is_devices_own(name) or self.options.reset == "ab":
+            return super().is_devices_own(name)
+        layer, _, key = name.removeprefix("model.").rpartition(".")
+        adapted = {n for n, module in self.model.named_modules() if isinstance(module, LoraLinear)}
+        return layer in adapted and key in ("a", "b", "a0", "b0", "columns")
 
     @torch.no_grad()
     def after_lost_devices_init(self) -> None:

@@ -14,7 +14,7 @@ from simulate.config.run import Run
 from simulate.costs.message_schedule import num_rounds
 from simulate.costs.step_time import device_step_s, round_time
 from simulate.methods.registry import build_method
-from simulate.timeline.churn import away_share, redo_factor
+from simulate.rules.churn import away_share, redo_factor
 from simulate.timeline.engine import Timeline, simulate
 from simulate.training.simulated_clock import SimulatedClock
 from tests import tiny
