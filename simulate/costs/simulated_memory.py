@@ -78,9 +78,12 @@ def passing_bytes(run: Run, shape: ModelShape, device: Device) -> Iterator[tuple
     for phase in peak_profile(run, shape, device).phases:
         batches = devices * (phase.activations + phase.temporary)
         if phase.name in PASSES:
-            # The output layer's gradient leaves the copies' product transposed and is copied once; where the layer is
-            # tied to a table, as in models of text, the phase has two such gradients anyway.
-            at_output = phase.name == "backward_start" and not phase.temporary and shape.inputs and copies > 1
+            # Under autocast the output layer's gradient leaves the copies' product transposed and is copied once; where
+            # the layer is tied to a table, as in models of text, the phase has two such gradients anyway.
+            is_cast = run.train.autocast != "none"
+            at_output = (
+                is_cast and phase.name == "backward_start" and not phase.temporary and shape.inputs and copies > 1
+            )
             yield phase.name, own * phase.gradients + batches + (copies * phase.gradients if at_output else 0)
         elif phase.name == "evaluation":  # of the merged weights, on one device's number of samples
             yield phase.name, phase.total

@@ -24,18 +24,22 @@ Norms = Literal["average", "one", "vector-lora", "none"]
 """Training of norms: by every device, averaged at merges; by the first for all; by low-rank pairs; not at all."""
 Biases = Literal["average", "frozen"]
 Convolutions = Literal["lora", "average"]
-Draws = Literal["own", "joint", "columns"]
+Draws = Literal["own", "joint", "columns", "slices"]
 """Draws of the heads' A: independent; with rows that are orthogonal between heads; with rows that pick one input each,
-in the layers whose inputs all heads together cover."""
+in the layers whose inputs all heads together cover: anywhere, or next to each other."""
+PICKING = ("columns", "slices")
+"""Draws whose A pick inputs."""
 
 
 def layer_draws(draws: Draws, heads: int, rank: int, inputs: int) -> Draws:
-    """Return how the A of one layer are drawn, of all devices' heads.
+    """Return how the A of one layer are drawn, of all devices' heads: "columns" also where these are slices.
 
     Weights of inputs that no head picks would not move until columns are picked anew, so a layer with more inputs than
     heads x rank gets joint draws, which see a part of every input.
     """
-    return "joint" if draws == "columns" and heads * rank < inputs else draws
+    if draws in PICKING:
+        return "columns" if heads * rank >= inputs else "joint"
+    return draws
 
 
 def quantized_bytes(elements: int, inputs: int, quantize: str, element_bytes: int) -> int:

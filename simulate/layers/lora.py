@@ -24,11 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simulate.common.seeding import address, generator
-from simulate.layers.columns import Columns, column_function
+from simulate.layers.columns import Columns, column_function, column_order, slice_order
 from simulate.layers.dtypes import product_dtype
 from simulate.layers.folding import folded_products
 from simulate.layers.formats import Draws, Quantize, layer_draws
 from simulate.layers.lazy_weight import LazyWeight
+from simulate.layers.products import sum_of_rows, thin_product
 from simulate.layers.quantized import QuantizedWeight, dense, mapped_copy
 
 
@@ -80,13 +81,12 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, frozen_OI: Tensor | QuantizedWeight, bias_LO: Tensor | None, a_HRI: Tensor, b_HOR: Tensor,
         a0_HRI: Tensor | None, b0_HOR: Tensor | None, scale: float,
     ) -> Tensor:  # fmt: skip
-        heads, rank, inputs = a_HRI.shape
+        heads, _, inputs = a_HRI.shape
         outputs = frozen_OI.shape[0]
         x_HMI = x.to(product_dtype(x)).contiguous().view(heads, -1, inputs)
         rows = x_HMI.shape[1]
         product = _Product(x_HMI.dtype, dense(frozen_OI), a_HRI, b_HOR, a0_HRI, b0_HOR, scale)
-        # baddbmm with beta = 0 applies the scale within the product, instead of in a pass of its own.
-        us_HMR = x_HMI.new_empty(heads, rows, rank).baddbmm_(x_HMI, product.a_HRI.mT, beta=0, alpha=scale)
+        us_HMR = thin_product(x_HMI, product.a_HRI.mT, scale)
         y = x_HMI.new_empty(*x.shape[:-1], outputs)  # no view is returned, or nobody could write to it in place
         y_HMO = y.view(heads, rows, outputs)
         if bias_LO is not None:  # written first, so that the product adds to it without a separate pass
@@ -111,7 +111,7 @@ class _LoraLinear(torch.autograd.Function):
         vs_HMR = grad_x = None
         # Only A's gradient and a product that is not folded read s·g·B.
         if ctx.needs_input_grad[3] or (ctx.needs_input_grad[0] and not folds.new):
-            vs_HMR = torch.empty_like(us_HMR).baddbmm_(g_HMO, b_HOR.to(g_HMO.dtype), beta=0, alpha=ctx.scale)
+            vs_HMR = thin_product(g_HMO, b_HOR.to(g_HMO.dtype), ctx.scale)
         if ctx.needs_input_grad[0]:
             gx_HMI = us_HMR.new_empty(*us_HMR.shape[:2], a_HRI.shape[2])
             weight_OI = dense(plain_OI if ctx.quantized_OI is None else ctx.quantized_OI)
@@ -120,7 +120,7 @@ class _LoraLinear(torch.autograd.Function):
             del product, weight_OI
             grad_x = gx_HMI.view(*grad_y.shape[:-1], -1).to(ctx.x_dtype)
         rows_of_bias = g_HMO.view(ctx.num_bias, -1, g_HMO.shape[2]) if ctx.needs_input_grad[2] else None
-        grad_bias = None if rows_of_bias is None else rows_of_bias.sum(1).to(b_HOR.dtype)
+        grad_bias = None if rows_of_bias is None else sum_of_rows(rows_of_bias).to(b_HOR.dtype)
         grad_a = None
         if ctx.needs_input_grad[3] and vs_HMR is not None:
             grad_a = torch.bmm(vs_HMR.transpose(1, 2), x_HMI).to(a_HRI.dtype)
@@ -151,7 +151,7 @@ class _Product:
         folds = folded_products(in_HMY.shape[1], in_HMY.shape[2], out_HMX.shape[2], self.a0_HRI is not None)
         if folds.any:
             half = (len(out_HMX) + 1) // 2  # half of the heads at a time, to hold only half of their weights
-            for heads in (slice(half), slice(half, None)):
+            for heads in (slice(half), slice(half, None))[: len(out_HMX)]:  # a lone head has no second half
                 weight_HOI = self._folded(heads, folds.old, folds.new)
                 out_HMX[heads].baddbmm_(in_HMY[heads], weight_HOI if to_inputs else weight_HOI.mT, beta=beta)
                 del weight_HOI
@@ -281,13 +281,14 @@ class LoraLinear(nn.Module):
     def draw_columns(self, steps_done: int, all_heads: int | None = None) -> Columns:
         """Return fresh columns: each head takes r entries of a random order of the inputs, that I/r heads share."""
         rank, inputs, heads = self.spec.rank, self.size[1], self._drawn_heads(all_heads)
-        fit = inputs // rank
+        fit, sliced = inputs // rank, self.spec.draws == "slices"
+        order_of = slice_order if sliced else column_order
         orders = {
-            group: generator(self.spec.seed, "columns", self.name, group, steps_done).permutation(inputs)
+            group: order_of(generator(self.spec.seed, self.spec.draws, self.name, group, steps_done), inputs, rank)
             for group in range(heads[0] // fit, heads[-1] // fit + 1)
         }
         picked = [orders[head // fit][head % fit * rank :][:rank] for head in heads]
-        return Columns(torch.from_numpy(np.stack(picked)).to(self.b.device), inputs)
+        return Columns(torch.from_numpy(np.stack(picked)).to(self.b.device), inputs, sliced)
 
     def frozen_a(self, heads: int | None = None) -> Tensor | Columns:
         """Return the frozen A of the local heads, or of all `heads` heads of all devices, drawn again."""
@@ -363,7 +364,9 @@ class LoraLinear(nn.Module):
 
     def factors_in_use(self) -> tuple[Tensor | Columns, Tensor]:
         """Return A and B of all heads."""
-        return Columns(self.columns, self.size[1]) if self.draws == "columns" else self.a, self.b
+        if self.draws == "columns":
+            return Columns(self.columns, self.size[1], self.spec.draws == "slices"), self.b
+        return self.a, self.b
 
     def _pairs(self) -> tuple[Tensor | Columns, Tensor, Tensor | None, Tensor | None]:
         """Return A, B, A0 and B0 of the heads that the next pass is of."""

@@ -230,10 +230,15 @@ def batch_text(run: Run) -> str:
     return f"batch {run.train.micro_batch}{passes}"
 
 
+def joined_devices(method: MethodOptions) -> int:
+    """Return how many devices hold the same heads and train as one; 1 where each has its own, or there are none."""
+    return int(getattr(method, "devices_per_node", 1)) if plan_of(method).has_separate_heads else 1
+
+
 def _details(run: Run, method: MethodOptions) -> Iterator[str]:
     if (rank := getattr(method, "rank", None)) is not None:
         yield f"rank {rank} x {run.heads} heads" if run.heads > 1 else f"rank {rank}"
-    if plan_of(method).has_separate_heads and (size := getattr(method, "devices_per_node", 1)) > 1:
+    if (size := joined_devices(method)) > 1:
         yield f"nodes of {size}"
     if (density := getattr(method, "density", None)) is not None:
         yield f"density {density:g}"

@@ -193,7 +193,7 @@ def draws_notes(run: Run, shape: ModelShape) -> Iterator[str]:
         return
     heads, picked, joint = run.heads, ", ".join(layers["columns"]), ", ".join(layers["joint"])
     covered = f"A picks columns in {picked}" if picked else "A picks columns in no layer"
-    yield f"method.draws = columns: {covered}" + (
+    yield f"method.draws = {getattr(run.method, 'draws', 'columns')}: {covered}" + (
         f"; A is drawn jointly in {joint}, whose inputs are more than {heads} head{'s' if heads > 1 else ''} x rank "
         f"{getattr(run.method, 'rank', 0)} cover"
         if joint

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from simulate.planning.candidate import Candidate
+from simulate.planning.candidate import Candidate, joined_devices
 from simulate.planning.time_ranges import range_keys
 
 
@@ -19,7 +19,7 @@ def candidate_json(candidate: Candidate) -> dict[str, Any]:
         "rank": getattr(method, "rank", None),
         "heads": run.heads or None,
         "heads_per_device": getattr(method, "heads_per_device", None),
-        "devices_per_node": getattr(method, "devices_per_node", None),
+        **({"devices_per_node": size} if (size := joined_devices(method)) > 1 else {}),
         "quantize": method.frozen_format,
         "merge_every": getattr(method, "merge_every", None),
         "merge_transport": getattr(method, "merge_transport", None),

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from simulate.comm.transfers import Transport, Wire
 from simulate.config.method_options import AdapterOptions, FragmentOptions, NodeOptions, quorum_key
 from simulate.config.tables import Cluster, Train
-from simulate.layers.formats import Biases, Convolutions, Draws, Norms, Quantize
+from simulate.layers.formats import PICKING, Biases, Convolutions, Draws, Norms, Quantize
 from simulate.models.schema import FactoryModel, ModelOptions
 from simulate.models.shapes import ModelShape
 
@@ -43,7 +43,8 @@ class LteOptions(AdapterOptions, FragmentOptions, NodeOptions):
     draws: Draws = "own"
     """own: every head draws its A by itself; joint: rows of A are orthogonal also between heads, of as many as there is
     room for in a layer's inputs, so that together heads look in all directions alike; columns: rows of A pick one input
-    each, no two heads the same, in the layers whose inputs all heads together cover, and joint draws in the others."""
+    each, no two heads the same, in the layers whose inputs all heads together cover, and joint draws in the others;
+    slices: the same with inputs that follow one another, which needs no gather."""
     norms: Norms = "average"
     """Affine parameters of norms: average: each device trains its own, averaged at merges; one: the first device trains
     them for all; vector-lora: a low-rank pair for each; none: they stay as they start."""
@@ -142,11 +143,11 @@ class LteOptions(AdapterOptions, FragmentOptions, NodeOptions):
 
     @model_validator(mode="after")
     def _columns_are_not_trained(self) -> LteOptions:
-        if self.draws == "columns" and not self.frozen_a:
+        if self.draws in PICKING and not self.frozen_a:
             move = "reset=b --set method.frozen_a=true" if self.reset == "none" else "frozen_a=true"
             raise ValueError(
-                f"draws = 'columns' picks columns, and has no A to train, as reset = {self.reset!r} with frozen_a = "
-                f"false does; try --set method.{move}, or --set method.draws=joint"
+                f"draws = {self.draws!r} picks columns, and has no A to train, as reset = {self.reset!r} with "
+                f"frozen_a = false does; try --set method.{move}, or --set method.draws=joint"
             )
         return self
 

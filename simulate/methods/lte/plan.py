@@ -28,7 +28,7 @@ from simulate.comm.transfers import (
 )
 from simulate.costs.buffers import LONG_BYTES, at_merge, averaging_phases, compressed_mean, with_gradients
 from simulate.costs.state import layout_elements
-from simulate.layers.formats import packing_bytes, quantized_bytes, unpacking_bytes
+from simulate.layers.formats import PICKING, packing_bytes, quantized_bytes, unpacking_bytes
 from simulate.methods.lte.options import LteOptions
 from simulate.methods.plans import MERGE_EVERY, RANKS, AdapterPlan
 from simulate.models.shapes import LinearShape, ModelShape, ParameterShape
@@ -80,7 +80,7 @@ class LtePlan(AdapterPlan[LteOptions]):
             options.rank, options.held_rank(devices), options.row_rank(devices), heads=options.heads_per_device,
             stacked=options.heads_per_device, frozen_a=options.frozen_a, subtracts=options.remembers_product,
             frozen_kinds=frozenset(kind for kind, is_frozen in frozen if is_frozen),
-            column_heads=options.num_heads(devices) if options.draws == "columns" else 0,
+            column_heads=options.num_heads(devices) if options.draws in PICKING else 0,
         )  # fmt: skip
 
     def messages(self, shape: ModelShape, devices: int, element_bytes: int) -> tuple[PeriodicExchange, ...]:

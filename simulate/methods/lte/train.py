@@ -15,7 +15,8 @@ With `draws` = "joint" rows of A are orthogonal between heads, too, of as many a
 
 and merges look in every direction alike (as in orthogonal random features; Yu et al. 2016, arXiv 1610.09072). With
 "columns" A's rows are those of a random order of the inputs, times sqrt(I/r), in the layers where H·r >= I, and joint
-draws in the others: a head trains a slice of each weight (arXiv 2509.22418).
+draws in the others: a head trains a slice of each weight (arXiv 2509.22418). With "slices" a head's inputs follow
+one another.
 
 With `merge_delay` d the factors of step kT, A' and B', are merged while the next d steps run; after step kT + d
 
