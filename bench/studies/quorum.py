@@ -1,4 +1,4 @@
-"""What late changes cost: four devices, one of them five times slower or away at times, by who takes part in merges.
+"""Measure the cost of late changes: four devices, one five times slower or away at times, by who takes part in merges.
 
     python bench/studies/quorum.py
 
