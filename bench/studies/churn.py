@@ -1,4 +1,4 @@
-"""Devices that leave while a run goes on: what restarting everybody costs, and what a quorum does, side by side.
+"""Compare restarting everybody with a quorum, where devices leave while a run goes on.
 
     python bench/studies/churn.py
 

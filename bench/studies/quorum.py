@@ -1,11 +1,11 @@
-"""What late changes cost: four devices, one of them five times slower or away at times, by who takes part in merges.
+"""Measure the cost of late changes: four devices, one five times slower or away at times, by who takes part in merges.
 
     python bench/studies/quorum.py
 
 A small GPT on the standard library's source, merged every ten steps. All ways but lockstep take equally many steps, in
 rounds of what a fast device needs for ten, so they take equal simulated seconds; lockstep takes as many as fit into
 those. `away` and `late` train on equal samples: the fourth device's ten steps count for every fifth merge, taken on the
-newest weights or on ones that are four merges old. simulate.methods.quorum's discount was chosen by it.
+newest weights or on ones that are four merges old. docs/methods.md has what was measured.
 """
 
 from __future__ import annotations

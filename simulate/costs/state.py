@@ -31,7 +31,7 @@ class PersistentState:
     extra: int
     """The method's own state: error feedback, outer momentum, weights and gradients of other steps."""
     last_merge: int
-    """Of `extra`, the last merge's averages that only a quorum keeps, equal on all devices that took part in it."""
+    """The part of `extra` that only a quorum keeps: the last merge's averages, equal on all devices that took part."""
     shared: bool
     """Whether all devices hold equal state (except `extra`), so that a simulation stores it once."""
 

@@ -7,8 +7,8 @@ With the participants P of merge m, their changes since the weights that each st
 c_n are the steps that device n brings (times its shard's size, where a method weighs by these), and age_n the merges
 that it missed on its own base. Δ_n is the mean of its heads' s·B·A for LTE, and θ_n − base_n for whatever is averaged;
 methods with an outer optimizer step it with the sum. The weight is Decoupled DiLoCo's (arXiv 2604.21428: by what was
-trained on, any quorum) times FedAsync's polynomial discount (arXiv 1903.03934); bench/studies/quorum.py measures p. A
-device takes at most T steps between its merges, so that what it brings is a round's at most.
+trained on, any quorum) times FedAsync's polynomial discount (arXiv 1903.03934); bench/studies/quorum.py measures what
+both cost. A device takes at most T steps between its merges, so that what it brings is a round's at most.
 
 A device that is late takes the steps of the round in which its base was current, of that round's batches and rates. In
 a simulation all local devices share one tensor program, so it takes them there and then, stands still until the merge
@@ -147,7 +147,8 @@ class Quorum(Paced):
         for _ in range(int((self.present_N & (self.ages_N > 0)).sum())):
             self._count_base()
         with self.communicator.among(self.participants):
-            super(Paced, self).merge(step)  # type: ignore[misc] - not Paced's, which would close the round again
+            # Not Paced's merge, which would close the round again.
+            super(Paced, self).merge(step)  # type: ignore[safe-super]
         for device, rows in held.items():
             self._put_rows(device, rows, before)
         late_N = ~self.present_N & ~self.lost_N

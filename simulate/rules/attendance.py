@@ -58,7 +58,7 @@ class Attendance:
 
 
 class GivenAttendance:
-    """Who takes part in each merge of a run that `cluster.merges_given` tells."""
+    """Rule of who takes part in each merge of a run that `cluster.merges_given` tells."""
 
     def __init__(self, run: Run, step_s: Sequence[float] | None = None, base_s: float = 0.0) -> None:
         assert run.cluster.merges_given is not None
@@ -101,7 +101,7 @@ class GivenAttendance:
 
 
 class SimulatedAttendance:
-    """Who takes part in each merge, by the profile's step times, jitter and churn."""
+    """Rule of who takes part in each merge, by the profile's step times, jitter and churn."""
 
     def __init__(
         self, run: Run, devices: Sequence[Device], step_s: Sequence[float], expected_round_s: float, base_s: float = 0.0

@@ -152,7 +152,7 @@ class _Simulation:
             self.base_s = exchange_s(base_exchange(run, shape), self.link)
             self.attendance = attendance_of(run, self.devices, self.step_s, round_s, self.base_s)
         self.round: Attendance | None = None
-        """Who takes part in the current round; None without a quorum."""
+        """Devices that take part in the current round; None without a quorum."""
         self.round_ends_s: list[float] = []
 
     def go(self) -> Timeline:

@@ -32,7 +32,7 @@ class SimulatedClock:
         self.device_step_s = device_step_s(run, run.shape(), devices)
         """Seconds of one step of each device."""
         self.attendance: GivenAttendance | SimulatedAttendance | None = None
-        """Who is there in each round of a simulation; None where all are."""
+        """Rule of who is there in each round of a simulation; None where all are."""
         if run.cluster.has_quorum:
             base_s = exchange_s(base_exchange(run, run.shape()), link_of(link, run.cluster.backend))
             self.attendance = attendance_of(run, devices, self.device_step_s, self._time.round_s, base_s)

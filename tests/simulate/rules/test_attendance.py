@@ -1,4 +1,4 @@
-"""Who takes part in each merge: by hand, and with properties that any profile has."""
+"""Attendance of merges: by hand, and with properties that any profile has."""
 
 from __future__ import annotations
 
