@@ -245,14 +245,15 @@ class Launch:
             RendezvousTimeout,
         )
 
-        cluster, node, run_id = self.run.cluster, self.node, run_fingerprint(self.run)[:16]
+        cluster, node, run_id, store = self.run.cluster, self.node, run_fingerprint(self.run)[:16], self.store
+        assert not isinstance(store, LastingStore)  # a store apart serves runs with a quorum, which need no torchrun
         # cluster.min_devices counts devices, rendezvous counts nodes.
         least = math.ceil((cluster.min_devices or cluster.devices) * node.count / cluster.devices)
         # The run's fingerprint names the rendezvous, so that nodes of two runs never meet.
         handler = DynamicRendezvousHandler.from_backend(
             run_id,
-            self.store,
-            C10dRendezvousBackend(self.store, run_id),
+            store,
+            C10dRendezvousBackend(store, run_id),
             min_nodes=least,
             max_nodes=node.count,
             local_addr=f"{node.number:06d}",  # ranks are sorted by this name: rank 0 is on node 0
