@@ -66,6 +66,9 @@ CASES: dict[str, Case] = {
     "lte columns, 8 x rank 64": Case({"name": "lte", "rank": 64, "draws": "columns"}, 8, 0.86),
     "lte columns, 32 x rank 32": Case({"name": "lte", "rank": 32, "draws": "columns"}, 32, 0.84),
     "lte columns, one of 8 x rank 64": Case({"name": "lte", "rank": 64, "draws": "columns"}, 8, 0.83, launched=True),
+    "lte slices, 8 x rank 64": Case({"name": "lte", "rank": 64, "draws": "slices"}, 8, 0.84),
+    "lte slices, 32 x rank 32": Case({"name": "lte", "rank": 32, "draws": "slices"}, 32, 0.84),
+    "lte slices, one of 8 x rank 64": Case({"name": "lte", "rank": 64, "draws": "slices"}, 8, 0.83, launched=True),
     # Equal rank in all, so equally many parameters; and equal rank a head, so equally many operations a row.
     "lte reset b, 32 x rank 2 over 1 x rank 64": Case(
         {"name": "lte", "rank": 2, "frozen_a": False}, 32, 1.15, {"name": "lte", "rank": 64, "frozen_a": False}

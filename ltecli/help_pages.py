@@ -13,7 +13,8 @@ HEADINGS: dict[str, tuple[str, ...]] = {
     "What": (),
     "Pin": ("method", "rank", "heads_per_device", "quantize", "merge_every", "assignments"),
     "Launch": (
-        "launch", "processes", "nodes", "node", "join", "interface", "secret_file", "trust_network", "port",
+        "launch", "processes", "nodes", "node", "join", "interface", "secret_file", "trust_network", "port", "store",
+        "listen",
     ),
     "Explain": ("show_all", "top", "why", "timeline", "rounds", "timeline_svg", "verify", "layers"),
     "Output": ("out", "force", "form", "html", "csv", "as_json", "quiet", "help"),
@@ -30,6 +31,7 @@ EXAMPLES = {
     "lte secret": "lte secret lte.secret",
     "lte invite": "lte invite run.toml --for node1 --nodes 3",
     "lte join": "lte join node1.invite.json --data texts/",
+    "lte store": "lte store --listen 10.99.0.1:29600 --secret-file lte.secret",
     "lte report": "lte report runs/first runs/second",
     "lte watch": "lte watch runs/first",
     "lte sweep": "lte sweep run.toml --set method.rank=8,16,32 --seeds 3",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal
 
 ELEMENT_BYTES = {"fp32": 4, "fp64": 8}
@@ -24,18 +25,39 @@ Norms = Literal["average", "one", "vector-lora", "none"]
 """Training of norms: by every device, averaged at merges; by the first for all; by low-rank pairs; not at all."""
 Biases = Literal["average", "frozen"]
 Convolutions = Literal["lora", "average"]
-Draws = Literal["own", "joint", "columns"]
+Draws = Literal["own", "joint", "columns", "slices"]
 """Draws of the heads' A: independent; with rows that are orthogonal between heads; with rows that pick one input each,
-in the layers whose inputs all heads together cover."""
+in the layers whose inputs all heads together cover: anywhere, or next to each other."""
+PICKING = ("columns", "slices")
+"""Draws whose A pick inputs."""
 
 
-def layer_draws(draws: Draws, heads: int, rank: int, inputs: int) -> Draws:
-    """Return how the A of one layer are drawn, of all devices' heads.
+def layer_draws(draws: Draws, total_rank: int, inputs: int) -> Draws:
+    """Return how the A of one layer are drawn: "columns" also where these are slices.
+
+    `total_rank` is the sum of the ranks of all devices' heads.
 
     Weights of inputs that no head picks would not move until columns are picked anew, so a layer with more inputs than
-    heads x rank gets joint draws, which see a part of every input.
+    that gets joint draws, which see a part of every input.
     """
-    return "joint" if draws == "columns" and heads * rank < inputs else draws
+    if draws in PICKING:
+        return "columns" if total_rank >= inputs else "joint"
+    return draws
+
+
+@lru_cache(maxsize=64)
+def head_places(ranks: tuple[int, ...], inputs: int) -> tuple[tuple[int, int], ...]:
+    """Return for heads of these ranks, in order, the orthogonal matrix that each takes its rows of, and its first row.
+
+    A head starts where the one before it ends; one that goes beyond the I rows of a matrix begins the next one.
+    """
+    places, group, first = [], 0, 0
+    for rank in ranks:
+        if first + rank > inputs:
+            group, first = group + 1, 0
+        places.append((group, first))
+        first += rank
+    return tuple(places)
 
 
 def quantized_bytes(elements: int, inputs: int, quantize: str, element_bytes: int) -> int:

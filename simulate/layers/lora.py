@@ -24,11 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simulate.common.seeding import address, generator
-from simulate.layers.columns import Columns, column_function
+from simulate.layers.columns import Columns, column_function, column_order, slice_order
 from simulate.layers.dtypes import product_dtype
 from simulate.layers.folding import folded_products
-from simulate.layers.formats import Draws, Quantize, layer_draws
+from simulate.layers.formats import Draws, Quantize, head_places, layer_draws
 from simulate.layers.lazy_weight import LazyWeight
+from simulate.layers.products import sum_of_rows, thin_product
 from simulate.layers.quantized import QuantizedWeight, dense, mapped_copy
 
 
@@ -49,6 +50,10 @@ class AdapterSpec:
     """How A is drawn: by each head itself, orthogonal between heads, or as columns where heads cover the inputs."""
     num_heads: int = 0
     """Heads of all devices, for draws that pick columns."""
+    head_ranks: tuple[int, ...] = ()
+    """Rank of each head of all devices, in global order, where these differ; none: all have `rank`."""
+    first_head: int | None = None
+    """Global index of this process's first head, where devices have unequal numbers of heads."""
     frozen_a: bool = False
     """Whether A is frozen as drawn and only B is trained."""
     quantize: Quantize = "none"
@@ -59,6 +64,27 @@ class AdapterSpec:
     """Whether this process keeps merged W in full precision beside the quantized one."""
     shows_master: bool = True
     """Whether the plain model gets the full-precision W; else the quantized one, which all devices hold."""
+
+    @property
+    def total_rank(self) -> int:
+        """Sum of the ranks of all devices' heads."""
+        return sum(self.head_ranks) or self.num_heads * self.rank
+
+    @property
+    def first_local_head(self) -> int:
+        """Global index of this process's first head."""
+        return self.first_device * self.heads_per_device if self.first_head is None else self.first_head
+
+    def place(self, head: int, inputs: int) -> tuple[int, int]:
+        """Return the orthogonal matrix, of those that heads share, that a head takes its rows of, and its first row."""
+        if self.head_ranks:
+            return head_places(self.head_ranks, inputs)[head]
+        group, position = divmod(head, inputs // self.rank)
+        return group, position * self.rank
+
+    def rank_of(self, heads: range) -> int:
+        """Return the rank of some heads, which have the same."""
+        return self.head_ranks[heads[0]] if self.head_ranks else self.rank
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -80,13 +106,12 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, frozen_OI: Tensor | QuantizedWeight, bias_LO: Tensor | None, a_HRI: Tensor, b_HOR: Tensor,
         a0_HRI: Tensor | None, b0_HOR: Tensor | None, scale: float,
     ) -> Tensor:  # fmt: skip
-        heads, rank, inputs = a_HRI.shape
+        heads, _, inputs = a_HRI.shape
         outputs = frozen_OI.shape[0]
         x_HMI = x.to(product_dtype(x)).contiguous().view(heads, -1, inputs)
         rows = x_HMI.shape[1]
         product = _Product(x_HMI.dtype, dense(frozen_OI), a_HRI, b_HOR, a0_HRI, b0_HOR, scale)
-        # baddbmm with beta = 0 applies the scale within the product, instead of in a pass of its own.
-        us_HMR = x_HMI.new_empty(heads, rows, rank).baddbmm_(x_HMI, product.a_HRI.mT, beta=0, alpha=scale)
+        us_HMR = thin_product(x_HMI, product.a_HRI.mT, scale)
         y = x_HMI.new_empty(*x.shape[:-1], outputs)  # no view is returned, or nobody could write to it in place
         y_HMO = y.view(heads, rows, outputs)
         if bias_LO is not None:  # written first, so that the product adds to it without a separate pass
@@ -111,7 +136,7 @@ class _LoraLinear(torch.autograd.Function):
         vs_HMR = grad_x = None
         # Only A's gradient and a product that is not folded read s·g·B.
         if ctx.needs_input_grad[3] or (ctx.needs_input_grad[0] and not folds.new):
-            vs_HMR = torch.empty_like(us_HMR).baddbmm_(g_HMO, b_HOR.to(g_HMO.dtype), beta=0, alpha=ctx.scale)
+            vs_HMR = thin_product(g_HMO, b_HOR.to(g_HMO.dtype), ctx.scale)
         if ctx.needs_input_grad[0]:
             gx_HMI = us_HMR.new_empty(*us_HMR.shape[:2], a_HRI.shape[2])
             weight_OI = dense(plain_OI if ctx.quantized_OI is None else ctx.quantized_OI)
@@ -120,7 +145,7 @@ class _LoraLinear(torch.autograd.Function):
             del product, weight_OI
             grad_x = gx_HMI.view(*grad_y.shape[:-1], -1).to(ctx.x_dtype)
         rows_of_bias = g_HMO.view(ctx.num_bias, -1, g_HMO.shape[2]) if ctx.needs_input_grad[2] else None
-        grad_bias = None if rows_of_bias is None else rows_of_bias.sum(1).to(b_HOR.dtype)
+        grad_bias = None if rows_of_bias is None else sum_of_rows(rows_of_bias).to(b_HOR.dtype)
         grad_a = None
         if ctx.needs_input_grad[3] and vs_HMR is not None:
             grad_a = torch.bmm(vs_HMR.transpose(1, 2), x_HMI).to(a_HRI.dtype)
@@ -151,7 +176,7 @@ class _Product:
         folds = folded_products(in_HMY.shape[1], in_HMY.shape[2], out_HMX.shape[2], self.a0_HRI is not None)
         if folds.any:
             half = (len(out_HMX) + 1) // 2  # half of the heads at a time, to hold only half of their weights
-            for heads in (slice(half), slice(half, None)):
+            for heads in (slice(half), slice(half, None))[: len(out_HMX)]:  # a lone head has no second half
                 weight_HOI = self._folded(heads, folds.old, folds.new)
                 out_HMX[heads].baddbmm_(in_HMY[heads], weight_HOI if to_inputs else weight_HOI.mT, beta=beta)
                 del weight_HOI
@@ -189,7 +214,7 @@ class LoraLinear(nn.Module):
         super().__init__()
         self.name, self.spec = name, spec
         heads, (outputs, inputs) = devices * spec.heads_per_device, weight_OI.shape
-        self.draws = layer_draws(spec.draws, spec.num_heads, spec.rank, inputs)
+        self.draws = layer_draws(spec.draws, spec.total_rank, inputs)
         self.frozen = None if spec.quantize == "none" else QuantizedWeight(weight_OI, spec.quantize)
         if self.frozen is None:
             self.register_buffer("weight", weight_OI.detach())
@@ -253,18 +278,22 @@ class LoraLinear(nn.Module):
             self.a.copy_(self.draw_a(steps_done))
         self.drawn_after.fill_(steps_done)
 
-    def _drawn_heads(self, all_heads: int | None) -> range:
-        """Return the global indices of the local heads, or of `all_heads` heads of all devices."""
-        first = 0 if all_heads else self.spec.first_device * self.spec.heads_per_device
-        return range(first, first + (all_heads or len(self.b)) * self.spec.draws_per_head)
+    def _drawn_heads(self, heads: int | range | None) -> range:
+        """Return the global indices of the local heads, of so many heads of all devices, or of some heads."""
+        if isinstance(heads, range):
+            return heads
+        first = 0 if heads else self.spec.first_local_head
+        return range(first, first + (heads or len(self.b)) * self.spec.draws_per_head)
 
-    def draw_a(self, steps_done: int, all_heads: int | None = None) -> Tensor:
-        """Return a fresh A with orthogonal rows, for the local heads, or for `all_heads` heads of all devices.
+    def draw_a(self, steps_done: int, all_heads: int | range | None = None) -> Tensor:
+        """Return a fresh A with orthogonal rows, for the local heads, for `all_heads` heads of all devices, or for some
+        heads of one rank.
 
         Draws are addressed by (seed, layer, global head, steps done), so that every process draws the same A for a
         head. With joint draws, rows of different heads are orthogonal too, for as many heads as fit into I dimensions.
         """
-        rank, inputs, heads = self.spec.rank, self.size[1], self._drawn_heads(all_heads)
+        inputs, heads = self.size[1], self._drawn_heads(all_heads)
+        rank = self.spec.rank_of(heads)
         if self.draws == "columns":
             return self.draw_columns(steps_done, all_heads).dense(self.b.detach())
         if self.draws == "joint":
@@ -276,40 +305,43 @@ class LoraLinear(nn.Module):
         q_HIR, r_HRR = torch.linalg.qr(normal_HIR)
         # Q is uniformly distributed only if R's diagonal is positive, which LAPACK does not ensure.
         q_HIR *= r_HRR.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)
-        return (q_HIR.transpose(1, 2) * math.sqrt(inputs / rank)).reshape(-1, *self.a.shape[1:]).to(self.a)
+        rows = rank * self.spec.draws_per_head
+        return (q_HIR.transpose(1, 2) * math.sqrt(inputs / rank)).reshape(-1, rows, inputs).to(self.a)
 
-    def draw_columns(self, steps_done: int, all_heads: int | None = None) -> Columns:
-        """Return fresh columns: each head takes r entries of a random order of the inputs, that I/r heads share."""
-        rank, inputs, heads = self.spec.rank, self.size[1], self._drawn_heads(all_heads)
-        fit = inputs // rank
+    def draw_columns(self, steps_done: int, all_heads: int | range | None = None) -> Columns:
+        """Return fresh columns: each head takes r entries of a random order of the inputs, that heads share."""
+        inputs, heads = self.size[1], self._drawn_heads(all_heads)
+        rank, places = self.spec.rank_of(heads), [self.spec.place(head, inputs) for head in heads]
+        sliced = self.spec.draws == "slices"
+        order_of = slice_order if sliced else column_order
         orders = {
-            group: generator(self.spec.seed, "columns", self.name, group, steps_done).permutation(inputs)
-            for group in range(heads[0] // fit, heads[-1] // fit + 1)
+            group: order_of(generator(self.spec.seed, self.spec.draws, self.name, group, steps_done), inputs, rank)
+            for group in range(places[0][0], places[-1][0] + 1)
         }
-        picked = [orders[head // fit][head % fit * rank :][:rank] for head in heads]
-        return Columns(torch.from_numpy(np.stack(picked)).to(self.b.device), inputs)
+        picked = [orders[group][first:][:rank] for group, first in places]
+        return Columns(torch.from_numpy(np.stack(picked)).to(self.b.device), inputs, sliced)
 
-    def frozen_a(self, heads: int | None = None) -> Tensor | Columns:
-        """Return the frozen A of the local heads, or of all `heads` heads of all devices, drawn again."""
-        others = heads not in (None, len(self.b))
-        if not others:
+    def frozen_a(self, heads: int | range | None = None) -> Tensor | Columns:
+        """Return the frozen A of the local heads, or drawn again: of all `heads` heads of all devices, or of some."""
+        first = self.spec.first_local_head
+        if heads in (None, len(self.b), range(first, first + len(self.b))):
             return self.factors_in_use()[0]
         draw = self.draw_columns if self.draws == "columns" else self.draw_a
         return draw(int(self.drawn_after), heads)
 
     def _draw_jointly(self, heads: range, steps_done: int) -> Tensor:
-        """Return A of some heads: each takes r rows of a random orthogonal matrix, (I, I), that I/r heads share.
+        """Return A of some heads: each takes r rows of a random orthogonal matrix, (I, I), that heads share.
 
         Q = Π·C·D·C·D·C·D with the Hartley transform C, random signs D and a random order of rows Π (after Yu et al.
         2016, arXiv 1610.09072, who use Hadamard's transform). A row costs I·log I operations and needs no other row, so
         that each process computes its own heads'.
         """
-        rank, inputs = self.spec.rank, self.size[1]
+        rank, inputs = self.spec.rank_of(heads), self.size[1]
         drawn_HRI = self.a.new_empty(len(heads), rank, inputs)
         for index, head in enumerate(heads):
-            group, position = divmod(head, inputs // rank)
+            group, first = self.spec.place(head, inputs)
             random = generator(self.spec.seed, "joint adapters", self.name, group, steps_done)
-            rows_R = torch.from_numpy(random.permutation(inputs)[position * rank : (position + 1) * rank])
+            rows_R = torch.from_numpy(random.permutation(inputs)[first : first + rank])
             q_RI = F.one_hot(rows_R, inputs).double()  # rows of Π; the loop multiplies C·D to them three times
             for _ in range(3):
                 signs_I = torch.from_numpy(random.integers(0, 2, inputs) * 2.0 - 1.0)
@@ -363,7 +395,9 @@ class LoraLinear(nn.Module):
 
     def factors_in_use(self) -> tuple[Tensor | Columns, Tensor]:
         """Return A and B of all heads."""
-        return Columns(self.columns, self.size[1]) if self.draws == "columns" else self.a, self.b
+        if self.draws == "columns":
+            return Columns(self.columns, self.size[1], self.spec.draws == "slices"), self.b
+        return self.a, self.b
 
     def _pairs(self) -> tuple[Tensor | Columns, Tensor, Tensor | None, Tensor | None]:
         """Return A, B, A0 and B0 of the heads that the next pass is of."""

@@ -23,6 +23,8 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from simulate.common.errors import InputError
+from simulate.layers.dtypes import product_dtype
+from simulate.layers.products import copies_linear
 
 
 def replicate(parameter: Tensor, copies: int) -> Tensor:
@@ -121,8 +123,11 @@ class ReplicatedLinear(Replicated):
             bias = None if self.bias is None else self.bias.view(outputs)
             return F.linear(x, self.weight.view(outputs, inputs), bias)
         x_CMI = x.reshape(copies, -1, inputs)  # dimension 0 is device by device, so that this is a view
-        w_CIO = self.weight.transpose(1, 2)
-        y = torch.bmm(x_CMI, w_CIO) if self.bias is None else torch.baddbmm(self.bias.unsqueeze(1), x_CMI, w_CIO)
+        if product_dtype(x) == self.weight.dtype:
+            y: Tensor = copies_linear(x_CMI, self.weight, self.bias)
+        else:  # autocast casts the inputs of torch's own operations only
+            w_CIO = self.weight.transpose(1, 2)
+            y = torch.bmm(x_CMI, w_CIO) if self.bias is None else torch.baddbmm(self.bias.unsqueeze(1), x_CMI, w_CIO)
         return y.view(*x.shape[:-1], outputs)
 
 

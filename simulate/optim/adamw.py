@@ -30,9 +30,9 @@ class AdamW(GroupedOptimizer):
             states = [self.state_of(parameter) for parameter in parameters]
             beta1, beta2 = group["betas"]
             adamw(
-                parameters, [parameter.grad for parameter in parameters if parameter.grad is not None],
-                *([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq")), [],
-                [state["step"] for state in states],
+                params=parameters, grads=[parameter.grad for parameter in parameters if parameter.grad is not None],
+                exp_avgs=[state["exp_avg"] for state in states], exp_avg_sqs=[state["exp_avg_sq"] for state in states],
+                max_exp_avg_sqs=[], state_steps=[state["step"] for state in states],
                 fused=True, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2,
                 lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
             )  # fmt: skip

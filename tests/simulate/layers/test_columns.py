@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from simulate.layers import folding
 from simulate.layers.columns import Columns, column_function
@@ -21,6 +22,8 @@ pytestmark = pytest.mark.numeric
 # L = 2 devices with K = 2 heads each, so H = 4; M rows a head; I = 6, O = 4, R = 2.
 HEADS, INPUTS, OUTPUTS, RANK, SCALE = 4, 6, 4, 2, 1.5
 COLUMNS = Columns(torch.tensor([[5, 0], [3, 1], [2, 4], [0, 3]]), INPUTS)
+SLICES = Columns(torch.tensor([[4, 5], [0, 1], [2, 3], [1, 2]]), INPUTS, sliced=True)
+PICKED = pytest.mark.parametrize("columns", [pytest.param(COLUMNS, id="columns"), pytest.param(SLICES, id="slices")])
 WAYS = pytest.mark.parametrize("way", ["row by row", "written"])
 CASES = pytest.mark.parametrize(
     ("heads", "with_bias", "quantize"), list(itertools.product((1, HEADS), (True, False), ("none", "int8", "nf4")))
@@ -40,12 +43,14 @@ def arguments(heads: int, with_bias: bool, quantize: Any, rows: int = 3) -> tupl
 
 
 @WAYS
+@PICKED
 @CASES
 def test_values_and_gradients_are_those_of_a_dense_a(
-    monkeypatch: pytest.MonkeyPatch, heads: int, with_bias: bool, quantize: str, way: str
+    monkeypatch: pytest.MonkeyPatch, heads: int, with_bias: bool, quantize: str, columns: Columns, way: str
 ) -> None:
     compute(monkeypatch, way)
-    x, weight, bias, columns, b = arguments(heads, with_bias, quantize)
+    x, weight, bias, _, b = arguments(heads, with_bias, quantize)
+    columns = columns[slice(heads)]
     held = dense(weight).clone()
     leaves = [leaf for leaf in (x, bias, b) if leaf is not None]
     got = column_function(x, weight, bias, columns, b, SCALE)
@@ -95,9 +100,28 @@ def test_calls_of_a_pass_are_counted(monkeypatch: pytest.MonkeyPatch, way: str, 
     with Calls() as calls:
         column_function(x, weight, bias, columns, b, SCALE).sum().backward()
     assert calls.of["addmm_"] == products and calls.of["baddbmm_"] == thin and calls.of["index_select"] == HEADS
-    assert not {"bmm", "mm", "cat"} & set(calls.of)
+    assert calls.of["bmm"] == 1 and not {"mm", "cat", "sum.dim"} & set(
+        calls.of
+    )  # the bias's gradient: a product with ones
     # The bias, the gradient of a sum, and written a copy of W for each head and direction.
     assert calls.of["copy_"] <= 2 + (2 * HEADS if way == "written" else 0)
+
+
+@WAYS
+def test_slices_need_no_gather(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    compute(monkeypatch, way)
+    x, weight, bias, _, b = arguments(HEADS, True, "none")
+    with Calls() as calls:
+        column_function(x, weight, bias, SLICES, b, SCALE).sum().backward()
+    assert not {"index_select", "scatter_add_", "cat"} & set(calls.of)
+    # The bias, the picked inputs and the gradient of a sum; written, a copy of W each way, in which heads take turns.
+    assert calls.of["copy_"] <= 2 + HEADS + (2 * HEADS if way == "written" else 0)
+
+
+def test_slices_of_fake_tensors_are_taken_column_by_column() -> None:
+    with FakeTensorMode() as mode:
+        assert Columns(mode.from_tensor(SLICES.columns_HR), INPUTS, sliced=True).slices() is None
+    assert SLICES.slices() == [slice(4, 6), slice(0, 2), slice(2, 4), slice(1, 3)]
 
 
 def test_few_rows_are_taken_row_by_row_and_many_written() -> None:

@@ -103,14 +103,15 @@ class Calls(TorchDispatchMode):
 
 
 # Forward s·x·Aᵀ, and where nothing is folded the product by B; back s·g·B and the product by A, then B's gradient. A
-# folded product takes one call for each half of the heads, to fold it, and one to multiply by it.
+# folded product takes one call for each half of the heads, to fold it, and one to multiply by it. The bias's gradient
+# is a product with ones.
 @pytest.mark.parametrize(
     ("rows", "frozen", "baddbmm", "bmm"),
     [
-        pytest.param(ROWS, True, 2 + 2, 1, id="row by row"),
-        pytest.param(10, True, (1 + 4) + 4, 1, id="folded both ways, frozen A: nobody reads s·g·B"),
-        pytest.param(10, False, (1 + 4) + (1 + 4), 2, id="folded both ways, trained A: its gradient reads s·g·B"),
-        pytest.param(8, True, 2 + 4, 1, id="folded on the way back alone"),
+        pytest.param(ROWS, True, 2 + 2, 1 + 1, id="row by row"),
+        pytest.param(10, True, (1 + 4) + 4, 1 + 1, id="folded both ways, frozen A: nobody reads s·g·B"),
+        pytest.param(10, False, (1 + 4) + (1 + 4), 2 + 1, id="folded both ways, trained A: its gradient reads s·g·B"),
+        pytest.param(8, True, 2 + 4, 1 + 1, id="folded on the way back alone"),
     ],
 )
 def test_products_of_a_pass_are_counted(rows: int, frozen: bool, baddbmm: int, bmm: int) -> None:

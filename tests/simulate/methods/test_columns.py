@@ -110,10 +110,30 @@ def slow_history(twin_class: Twin, run: Run, draw: Draw) -> tiny.History:
     return tiny.History(torch.stack(losses), twin.merged_state())
 
 
+def sliced(inputs: int, rank: int, heads: int) -> LoraLinear:
+    """Return a layer of 3 outputs whose heads pick inputs that follow one another."""
+    spec = AdapterSpec(rank, 1.0, 1, False, 0, 5, draws="slices", num_heads=heads, frozen_a=True)
+    return LoraLinear(torch.zeros(3, inputs, dtype=torch.float64), None, "layer", spec, heads)
+
+
+@pytest.mark.parametrize(("inputs", "rank", "heads"), [(12, 3, 4), (5, 5, 1), (11, 3, 4)])
+def test_slices_follow_one_another_and_share_no_input(inputs: int, rank: int, heads: int) -> None:
+    picked = sliced(inputs, rank, heads).columns.tolist()
+    assert all(columns == list(range(columns[0], columns[0] + rank)) for columns in picked)
+    of_one_order = [column for columns in picked[: inputs // rank] for column in columns]
+    assert len(set(of_one_order)) == len(of_one_order) == inputs // rank * rank
+
+
+def test_slices_of_layers_that_are_not_covered_are_drawn_jointly() -> None:
+    assert [sliced(7, 3, heads).draws for heads in (2, 3)] == ["joint", "columns"]
+
+
 STEPS = [[10, 4, 7], [3, 10, 5]]
 PARITY = [
     pytest.param(LteFrozenATwin, {}, id="gathered"),
     pytest.param(LteFrozenATwin, {"reset": "ab", "merge_transport": "reduce"}, id="picked anew, reduced"),
+    pytest.param(LteFrozenATwin, {"draws": "slices", "rank": 7, "reset": "ab"}, id="slices, picked anew"),
+    pytest.param(QuantisedFrozenTwin, {"draws": "slices", "quantize": "int8"}, id="slices, int8 weights"),
     pytest.param(
         LteFrozenATwin, {"merge_transport": "server", "heads_per_device": 2, "rank": 12}, id="two heads, served"
     ),
