@@ -39,14 +39,14 @@ class UserCode(toml_io.Schema):
 
 
 class Invitation(toml_io.Schema):
-    """What a node of a launched run needs, in one file."""
+    """All that a node of a launched run needs, in one file."""
 
     version: Literal[1] = 1
     lte: str
     """Version of lte on node 0."""
     torch: str | None = None
     """Version of torch there; not set: none was installed."""
-    name: str = Field(min_length=1, pattern=r"^[^/\\\x00]+$")
+    name: str = Field(min_length=1, pattern=r"^[^./\\\x00][^/\\\x00]*$")
     """Name of the run, and of its folder below runs/."""
     node: int = Field(ge=1)
     nodes: int = Field(ge=2, le=MAX_NODES)
