@@ -73,7 +73,8 @@ def invite_command(run_file: Path, args: InviteArgs, output: Output) -> int:
     invitation = Invitation(
         lte=version(), torch=torch_version(), name=run_name(run_file).lstrip(".") or "run",
         node=node, nodes=nodes, join=join, run=dump_run(with_profile_name(run, profile), profile), secret=secret,
-        data_sha256=data.fingerprint, data_bytes=data.num_bytes, code=code_of(run), wireguard=tunnel.node_config if tunnel else None,
+        data_sha256=data.fingerprint, data_bytes=data.num_bytes, code=code_of(run),
+        wireguard=tunnel.node_config if tunnel else None,
     )  # fmt: skip
     if is_made and secret_file is not None:
         write_private(secret_file, secret, "--secret-file")
