@@ -8,6 +8,7 @@ devices in one process and for one process of a launched run: method, communicat
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -31,8 +32,9 @@ from simulate.methods.state import State
 from simulate.models.losses import row_losses_of
 from simulate.rules.cadence import MEETING_STEPS, Cadence, evaluation_batch
 from simulate.training.activity import Activity
-from simulate.training.checkpoints import Progress, load_checkpoint, prune, save_checkpoint
+from simulate.training.checkpoints import Progress, begin_checkpoint, load_checkpoint, prune
 from simulate.training.diagnostics import Diagnostics
+from simulate.training.saving import Saving
 from simulate.training.simulated_clock import SimulatedClock
 
 STOP_DELAY_S = 1.0
@@ -72,6 +74,8 @@ class Session:
     """Whether devices are simulated here, in one process or in several that act as one would."""
     saved_at: int = 0
     """Steps done at the last checkpoint."""
+    saving: Saving | None = None
+    """The last checkpoint, while it is being written beside training."""
     pending_steps: list[tuple[Tensor, Event]] = field(default_factory=list)
     """Local devices' losses and the figures of steps since the last meeting."""
     pending_diagnostics: list[Event] = field(default_factory=list)
@@ -142,10 +146,24 @@ def train(session: Session) -> bool:
 
     Raises RunFailedError for losses that are not finite.
     """
+    try:
+        is_finished = _train(session)
+        _finish_saving(session)
+    except BaseException:
+        # A checkpoint that is under way counts, however training ended; its own failure is not the reason for that.
+        with contextlib.suppress(Exception):
+            _finish_saving(session)
+        raise
+    return is_finished
+
+
+def _train(session: Session) -> bool:
     steps, log_every = session.run.train.steps, session.run.train.log_every
     activity = session.activity
     activity.step = session.step
     for step in range(session.step, steps):
+        if session.saving is not None and session.saving.is_done():
+            _finish_saving(session)
         activity.begin("training")
         losses_L = _local_step(session, step)
         if session.method.merge_due(step):
@@ -345,8 +363,9 @@ def _emit_diagnostics(session: Session) -> None:
 
 
 def save(session: Session) -> None:
-    """Save a checkpoint of the step that was just done, and emit an event."""
-    counter = session.communicator.counter
+    """Begin a checkpoint of the step that was just done; training goes on while it is written."""
+    began_s, counter = time.monotonic(), session.communicator.counter
+    _finish_saving(session)
     progress = Progress(
         step=session.step,
         compute_s=session.clock.compute_s,
@@ -363,22 +382,30 @@ def save(session: Session) -> None:
     if session.diagnostics is not None:
         state.shared.update(session.diagnostics.state_dict())
     fingerprint = session.batches.fingerprint
-    path = save_checkpoint(session.checkpoints, session.run, fingerprint, progress, state, session.writes_shared)
+    begun = begin_checkpoint(session.checkpoints, session.run, fingerprint, progress, state, session.writes_shared)
+    session.saved_at = session.step
+    simulated_s, path = session.clock.now_s, str(begun.path)
+    event = {"kind": "checkpoint", "step": session.step, "path": path, "simulated_s": simulated_s}
+    session.saving = Saving(begun, event, began_s)
+    if session.is_simulation and not session.communicator.is_whole:
+        # These processes may not exchange at different steps, and each learns of the others' parts by an exchange.
+        _finish_saving(session)
+
+
+def _finish_saving(session: Session) -> None:
+    """Wait until the checkpoint under way is on the disk, remove older ones, and emit its event. Raises OSError."""
+    saving, session.saving = session.saving, None
+    if saving is None:
+        return
+    if not saving.is_done():
+        session.activity.begin("saving")
+    session.activity.keep("saving", saving.wait())
     if session.is_simulation:
         # Nobody removes older ones, or says that this one is there, before all processes have written their parts.
         session.communicator.all_gather_scalars(torch.zeros(session.method.local_devices, 1))
     if session.writes_shared:
         prune(session.checkpoints, session.folder_devices or session.communicator.local_devices)
-    session.saved_at = session.step
-    session.emit(
-        {
-            "kind": "checkpoint",
-            "step": session.step,
-            "path": str(path),
-            "simulated_s": session.clock.now_s,
-            "wall_s": session.elapsed_s(),
-        }
-    )
+    session.emit({**saving.event, "wall_s": session.elapsed_s(), "paused_s": saving.paused_s})
 
 
 def restore(session: Session, path: Path) -> None:
