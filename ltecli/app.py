@@ -383,6 +383,9 @@ def train(
     trust_network: Annotated[
         bool, typer.Option("--trust-network", help="With --launch: accept an address that is not private.")
     ] = False,
+    store: Annotated[
+        str | None, typer.Option(help="With --launch: HOST:PORT of lte store, so that node 0 may be lost, too.")
+    ] = None,
     assignments: Set = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -395,7 +398,7 @@ def train(
     from ltecli.commands.train import TrainArgs, train_command
 
     args = TrainArgs(data, tuple(assignments or ()), diagnostics, tiny)
-    options = LaunchArgs(processes, nodes, node, join, interface, secret_file, trust_network)
+    options = LaunchArgs(processes, nodes, node, join, interface, secret_file, trust_network, store)
     options.check(launch)
     return train_command(
         run, out, resume, device.value, args, options if launch else None, processes, as_json, quiet, ignore_memory
@@ -423,6 +426,25 @@ def doctor(
     from ltecli.commands.doctor import doctor_command
 
     return doctor_command(run, device.value, launch, out, as_json)
+
+
+@app.command(cls=OnceCommand)
+@guarded
+def store(
+    listen: Annotated[str, typer.Option(help="HOST:PORT to listen at, one address of this machine.")],
+    secret_file: Annotated[
+        Path | None, typer.Option(help="File with the secret of the run (else LTE_SECRET); not on loopback.")
+    ] = None,
+    trust_network: Annotated[
+        bool, typer.Option("--trust-network", help="Accept an address that is not private.")
+    ] = False,
+) -> None:
+    """Keep the store of launched runs on a machine of its own, so that no node is needed, until Ctrl-C."""
+    from ltecli.console import Output
+    from simulate.launch.lasting_store import serve_store
+    from simulate.launch.preflight.secret import read_secret
+
+    serve_store(listen, read_secret(secret_file), trust_network, Output().hint)
 
 
 @app.command(cls=OnceCommand)

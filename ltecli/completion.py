@@ -103,7 +103,7 @@ def _fields(ctx: typer.Context) -> dict[str, Any]:
     """Return the fields of run.toml by their dotted keys: of all methods and families, unless one is chosen."""
     from simulate.common.toml_io import Schema
     from simulate.config.method_table import METHOD_NAMES, method_options
-    from simulate.config.tables import Cluster, Data, Train
+    from simulate.config.tables import Cluster, Data, DeviceClass, Train
     from simulate.models.families.table import FAMILIES, family_of
 
     given = dict(word.split("=", 1) for word in ctx.params.get("assignments") or () if "=" in word)
@@ -112,9 +112,14 @@ def _fields(ctx: typer.Context) -> dict[str, Any]:
     methods = [method] if method in METHOD_NAMES else METHOD_NAMES
     families = [FAMILIES[family]] if family in FAMILIES else list(FAMILIES.values())
     schemas: list[tuple[str, type[Schema]]] = [("model", schema) for schema in families]
-    schemas += [("data", Data), ("train", Train), ("cluster", Cluster)]
+    schemas += [("data", Data), ("train", Train), ("cluster", Cluster), ("cluster.class.0", DeviceClass)]
     schemas += [("method", method_options(name)) for name in methods]
-    return {f"{table}.{key}": field for table, schema in schemas for key, field in schema.model_fields.items()}
+    return {
+        f"{table}.{key}": field
+        for table, schema in schemas
+        for key, field in schema.model_fields.items()
+        if field.alias is None  # a list of tables, whose own keys are there
+    }
 
 
 def _values(key: str, annotation: Any) -> Iterator[str]:

@@ -13,7 +13,8 @@ HEADINGS: dict[str, tuple[str, ...]] = {
     "What": (),
     "Pin": ("method", "rank", "heads_per_device", "quantize", "merge_every", "assignments"),
     "Launch": (
-        "launch", "processes", "nodes", "node", "join", "interface", "secret_file", "trust_network", "port",
+        "launch", "processes", "nodes", "node", "join", "interface", "secret_file", "trust_network", "port", "store",
+        "listen",
     ),
     "Explain": ("show_all", "top", "why", "timeline", "rounds", "timeline_svg", "verify", "layers"),
     "Output": ("out", "force", "form", "html", "csv", "as_json", "quiet", "help"),
@@ -28,6 +29,7 @@ EXAMPLES = {
     "lte train": "lte train run.toml --set train.steps=1000",
     "lte doctor": "lte doctor run.toml --launch",
     "lte secret": "lte secret lte.secret",
+    "lte store": "lte store --listen 10.99.0.1:29600 --secret-file lte.secret",
     "lte report": "lte report runs/first runs/second",
     "lte watch": "lte watch runs/first",
     "lte sweep": "lte sweep run.toml --set method.rank=8,16,32 --seeds 3",

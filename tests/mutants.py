@@ -51,9 +51,9 @@ class Mutant:
 MUTANTS = (
     Mutant(
         name="LTE's merge divides by devices, not by heads",
-        file="simulate/methods/lte/merge.py",
-        before="return self.options.scale / (self.communicator.num_devices * self.options.heads_per_device)",
-        after="return self.options.scale / self.communicator.num_devices",
+        file="simulate/methods/lte/products.py",
+        before="options.alpha / one.rank / (devices * one.heads_per_device)",
+        after="options.alpha / one.rank / devices",
         tests=("tests/simulate/methods/test_merge.py::test_the_first_merge_adds_the_mean_of_the_products",),
     ),
     Mutant(

@@ -19,6 +19,7 @@ import torch.multiprocessing
 from safetensors.torch import load_file, save_file
 
 from simulate.comm.process_group import TorchCommunicator
+from simulate.config.run import Run, build_run
 from simulate.methods.paced import Paced
 from simulate.methods.registry import build_method
 from tests import tiny
@@ -107,8 +108,23 @@ def _train_by_turned_clocks(folder: Path) -> tuple[tiny.History, dict[str, int]]
     return tiny.History(everyones, {k: w.contiguous() for k, w in method.merged_state().items()}), {}
 
 
+WITHOUT_SOME = ", without some"
+"""End of the names of variants whose merges lack devices."""
+ROWS = ((4, 4, 2, 4), (4, 0, 1, 4), (4, 3, 0, -1), (4, 4, 0, 2), (4, -1, 4, 4))
+
+
+def run_without_some(name: str, train: dict[str, Any]) -> Run:
+    """Return a variant with merges that lack devices."""
+    table = tiny.variant_run(name.removesuffix(WITHOUT_SOME), DEVICES, train=train).model_dump(exclude_none=True)
+    table["method"] = {**table["method"], "pace": "lockstep"}
+    table["method"].pop("steps_taken", None)
+    table["cluster"]["merges_given"] = ROWS
+    return build_run(table)
+
+
 def _train(name: str, steps: int, dtype: str) -> tuple[tiny.History, dict[str, int]]:
-    run = tiny.variant_run(name, DEVICES, train=variant_table(steps, dtype))
+    make = run_without_some if name.endswith(WITHOUT_SOME) else _variant
+    run = make(name, variant_table(steps, dtype))
     communicator = TorchCommunicator(DEVICES, tiny.CPU, TIMEOUT_S)
     method, data = build_method(run, communicator, tiny.CPU), tiny.batches(run)
     losses = []
@@ -121,6 +137,10 @@ def _train(name: str, steps: int, dtype: str) -> tuple[tiny.History, dict[str, i
     counter = communicator.counter
     counted = {"sent": counter.sent_bytes, "received": counter.received_bytes, "messages": counter.messages}
     return tiny.History(everyones, {k: w.contiguous() for k, w in method.merged_state().items()}), counted
+
+
+def _variant(name: str, train: dict[str, Any]) -> Run:
+    return tiny.variant_run(name, DEVICES, train=train)
 
 
 def train_variants(folder: Path, process: int, arguments: list[str]) -> None:

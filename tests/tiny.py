@@ -14,7 +14,7 @@ from torch import Tensor
 
 from simulate.comm.virtual import VirtualCommunicator
 from simulate.config.run import Run, build_run
-from simulate.data.batches import TextBatches
+from simulate.data.batches import Batches, build_batches
 from simulate.data.text import Text
 from simulate.methods.base import Method
 from simulate.methods.registry import build_method
@@ -257,9 +257,9 @@ def build(run: Run, local_devices: range | None = None) -> Method:
     return build_method(run, communicator, CPU)
 
 
-def batches(run: Run) -> TextBatches:
+def batches(run: Run) -> Batches:
     """Return the batches that the run trains on."""
-    return TextBatches.of(run, text())
+    return build_batches(run, text())
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import simpy
 
-from simulate.timeline.jitter import slowness
+from simulate.rules.jitter import slowness
 from simulate.timeline.shared_link import shared_ends
 
 STEP_S, JITTER, PAYLOAD_BYTES, OWN, WHOLE = 10.0, 0.3, 4e6, 1e6, 125e6

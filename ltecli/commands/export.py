@@ -83,12 +83,18 @@ def merged_weights(run: Run, checkpoint: Path) -> tuple[int, dict[str, Tensor], 
     from simulate.training.checkpoints import data_of, load_checkpoint
 
     devices = range(run.cluster.devices)
+    saved = saved_devices(checkpoint)
+    if not set(saved) >= set(devices):
+        # A node of several has its own devices alone, right after a merge: those of one class suffice.
+        devices = run.cluster.class_devices[run.class_of(min(saved))]
     progress, state = load_checkpoint(checkpoint, run, data_of(checkpoint), devices)
     assert progress is not None, "listed checkpoints have the shared part"
     # Devices of other nodes: any saved device stands for them, since all are equal after a merge.
     for device in set(devices) - set(state.of_devices):
         state.of_devices[device] = state.of_devices[min(state.of_devices)]
-    method = build_method(run, VirtualCommunicator(run.cluster.devices), torch.device("cpu"))
+    communicator = VirtualCommunicator(run.cluster.devices)
+    communicator.local_devices = devices
+    method = build_method(run, communicator, torch.device("cpu"))
     method.state.load_sharded(state)
     # Inside a round devices differ; a merge makes them one model.
     inside = _is_inside_round(run, progress.step)

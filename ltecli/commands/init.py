@@ -22,24 +22,16 @@ from ltecli.output_paths import check_file, write_file
 from ltecli.plan_request import PlanArgs, plan_request
 from simulate.common import toml_io
 from simulate.common.errors import InputError, NothingFeasibleError, near_match
-from simulate.common.quantities import RATES, read_quantity
 from simulate.config.hardware import LOCAL, Device, Link, Profile
+from simulate.config.lines import LINE_EXAMPLES, PAYLOAD_SHARE, Place, line_sources, read_line
 from simulate.config.profile_slips import rate_text
 from simulate.config.profiles import detect_local, load_profile
 from simulate.planning.verdict import verdict_of
 
-PAYLOAD_SHARE = 0.94
-"""Share of a line's rate that TCP keeps of frames of 1500 bytes."""
-MEGABIT = 125_000.0
-HOME_LATENCY_S, ROOM_LATENCY_S, WIFI_LATENCY_S = 20e-3, 0.2e-3, 3e-3
-"""Guesses of the shipped profiles: two access lines and a backbone; a switch; an access point between stations."""
-ROOM = {"1 GbE": 1000.0, "2.5 GbE": 2500.0, "10 GbE": 10_000.0, "100 Mbit Ethernet": 100.0}
-"""Mbit/s of links in one room, by name."""
-WIFI_BYTES_PER_S = 4e6
-"""Rate of each of eight stations at one access point, as profiles/jetson_orin_nano_x8_wifi.toml guesses it."""
+IN_A_ROOM = "1 GbE"
+"""Link between devices of one place."""
 VARIANTS = frozenset({"ti", "super", "laptop", "mobile"})
 """Words of a card's name that stand for another card."""
-LINK_EXAMPLES = "'1 GbE', '50/10 DSL' (Mbit/s down/up), '100 Mbit/s', 'wifi'"
 
 
 @dataclass(frozen=True)
@@ -48,7 +40,7 @@ class InitArgs:
 
     gpus: Sequence[str] = ()
     links: Sequence[str] = ()
-    """One for each place, or one for all."""
+    """One for each of `gpus`, in their order, or one for all."""
     model: str | None = None
     data: str | None = None
     tokens: int | None = None
@@ -65,9 +57,7 @@ def init_command(args: InitArgs, folder: Path, force: bool) -> int:
         check_file(path, force, path.name, "--out")
     args = _asked(args)
     output = Output()
-    link, notes = _slowest([parse_link(text) for text in args.links])
-    devices = [parse_device(text) for text in args.gpus]
-    profile = Profile(name=args.name, description=", ".join(args.gpus), device=devices, link=link)
+    profile, notes = _profile(args)
     # The plan reads the profile by its path, as lte train will.
     is_new = not folder.exists()
     before = profile_path.read_text(encoding="utf-8") if profile_path.exists() else None
@@ -96,6 +86,21 @@ def init_command(args: InitArgs, folder: Path, force: bool) -> int:
     return 0
 
 
+def _profile(args: InitArgs) -> tuple[Profile, list[str]]:
+    """Return the answers' profile, and notes on its link: each of the devices' own, or one for all."""
+    link, notes = _slowest([parse_link(text) for text in args.links])
+    devices, places = [parse_device(text) for text in args.gpus], list[Place]()
+    if len(args.links) == len(devices) > 1:
+        # Lines lead to a hub; rooms of several devices share theirs, and in them 1 GbE is a guess.
+        notes = []
+        for index, (device, text) in enumerate(zip(devices, args.links, strict=True)):
+            name = f"place{index}"
+            places.append(Place.model_validate({"name": name, "link": text}))
+            devices[index] = device.model_copy(update={"place": name})
+        link = parse_link(IN_A_ROOM)
+    return Profile(name=args.name, description=", ".join(args.gpus), device=devices, link=link, place=places), notes
+
+
 def _asked(args: InitArgs) -> InitArgs:
     """Return the answers with those that were missing asked for; raises InputError where nobody can answer."""
     missing = [option for option, given in (("--gpu", args.gpus), ("--link", args.links)) if not given]
@@ -107,7 +112,7 @@ def _asked(args: InitArgs) -> InitArgs:
     if not args.gpus:
         args = replace(args, gpus=[_ask("Devices, like 8 x GTX 1080 Ti (or local)", parse_device)])
     if not args.links:
-        args = replace(args, links=[_ask(f"Link between them, like {LINK_EXAMPLES}", parse_link)])
+        args = replace(args, links=[_ask(f"Link between them, like {LINE_EXAMPLES}", parse_link)])
     if missing and args.model is None:
         args = replace(args, model=typer.prompt("Network", default="gpt2", err=True))
     if missing and args.data is None:
@@ -159,38 +164,16 @@ def _plain(text: str) -> str:
 
 def parse_link(text: str) -> Link:
     """Return a link as it is sold; raises InputError."""
-    line = re.fullmatch(r"\s*([\d.]+)\s*/\s*([\d.]+)(?:\s*Mbit/s)?(?:\s+[A-Za-z]+)?\s*", text)
-    named = next((rate for name, rate in ROOM.items() if _plain(name) == _plain(text)), None)
-    if line is not None:
-        down, up, latency_s = float(line[1]) * MEGABIT, float(line[2]) * MEGABIT, HOME_LATENCY_S
-    elif named is not None:
-        down = up = named * MEGABIT
-        latency_s = ROOM_LATENCY_S
-    elif _plain(text) == "wifi":
-        down = up = WIFI_BYTES_PER_S / PAYLOAD_SHARE
-        latency_s = WIFI_LATENCY_S
-    else:
-        try:
-            down = up = float(read_quantity(text, RATES, "100 Mbit/s"))
-        except ValueError as error:
-            raise InputError(f"--link {text!r}: {error}; or {LINK_EXAMPLES}") from None
-        latency_s = HOME_LATENCY_S
-    if min(down, up) <= 0:
-        raise InputError(f"--link {text!r}: must be faster than 0; write it like {LINK_EXAMPLES}")
-    said = f"guess: {text}, x {PAYLOAD_SHARE} for TCP"
-    return Link(
-        topology="star",
-        up_bytes_per_s=up * PAYLOAD_SHARE,
-        down_bytes_per_s=down * PAYLOAD_SHARE,
-        latency_s=latency_s,
-        source="guess",
-        sources={"up_bytes_per_s": said, "down_bytes_per_s": said, "latency_s": "guess, of links of this kind"},
-    )
+    try:
+        figures = read_line(text)
+    except ValueError as error:
+        raise InputError(f"--link {error}") from None
+    return Link(topology="star", **figures._asdict(), source="guess", sources=line_sources(text))
 
 
 def _payload_notes(links: Sequence[str]) -> list[str]:
     """Return a note on what TCP takes from lines' rates; Wi-Fi's guess already is what arrives."""
-    lines = [text for text in links if _plain(text) != "wifi"]
+    lines = [text for text in links if not _plain(text).startswith("wifi")]
     if not lines:
         return []
     said = f"{' and '.join(lines)} x {PAYLOAD_SHARE}, what TCP leaves for data"
@@ -198,7 +181,7 @@ def _payload_notes(links: Sequence[str]) -> list[str]:
 
 
 def _slowest(links: Sequence[Link]) -> tuple[Link, list[str]]:
-    """Return one link for all, since a profile has one, and a note where places differ."""
+    """Return one link for all, and a note where several were given."""
     up, down = min(link.up_bytes_per_s for link in links), min(link.down_bytes_per_s for link in links)
     latency_s = max(link.latency_s for link in links)
     update = {"up_bytes_per_s": up, "down_bytes_per_s": down, "latency_s": latency_s}

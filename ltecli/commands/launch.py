@@ -28,6 +28,7 @@ from ltecli.runs.summary import (
     report_result,
     start_facts,
 )
+from simulate.comm.transfers import devices_of
 from simulate.common.errors import InputError, RunFailedError
 from simulate.common.events import PROGRESS, Emit, Event, EventFile
 from simulate.common.limits import usable_cores
@@ -35,6 +36,7 @@ from simulate.common.run_files import LOGS, RUN_FILE
 from simulate.config.profiles import is_profile_path
 from simulate.config.run import load_given_run
 from simulate.launch.agent import Launch, Node
+from simulate.launch.apart import StoreApart
 from simulate.launch.heartbeat import LaunchProgress, is_node_alive
 from simulate.launch.keys import LINKS, START
 from simulate.launch.preflight.address import address_text, address_to_join, loopback_interface
@@ -71,6 +73,8 @@ class LaunchArgs:
     interface: str | None = None
     secret_file: Path | None = None
     trust_network: bool = False
+    store: str | None = None
+    """HOST:PORT of a store that is apart (`lte store`)."""
 
     def check(self, launch: bool) -> None:
         """Raise InputError where options contradict each other; `launch` says whether --launch was given."""
@@ -92,6 +96,7 @@ class LaunchArgs:
             "--join": self.join,
             "--interface": self.interface,
             "--secret-file": self.secret_file,
+            "--store": self.store,
         }
         # Only what differs from the defaults, so that the printed line stays short.
         words = [f" {name} {value}" for name, value in given.items() if value is not None]
@@ -114,6 +119,16 @@ def check_launch(run: Run, device: torch.device, options: LaunchArgs) -> None:
         raise InputError(
             f"cluster.backend = 'gloo' sends tensors of CPUs only, and this run is on {device.type}; use auto, or "
             "--device cpu"
+        )
+    if options.store is not None and not run.cluster.drops_lost:
+        raise InputError(
+            "--store is for runs that go on without lost nodes, node 0 too, and this run restarts all; try --set "
+            f"cluster.quorum={max(1, run.cluster.devices - 1)}"
+        )
+    if run.cluster.drops_lost and run.train.diagnostics_every is not None:
+        raise InputError(
+            f"train.diagnostics_every = {run.train.diagnostics_every} compares all devices, and a launched run with "
+            "cluster.quorum goes on without lost ones; leave it away, or simulate the run"
         )
     if live := run.live_keys:
         key, name = next(iter(live.items()))
@@ -140,8 +155,20 @@ def processes_rule(run: Run, total: int, given: str) -> str | None:
     devices = run.cluster.devices
     if total > devices:
         return f"{given} are more than cluster.devices = {devices}; each process needs a device: lower --processes"
-    rule = run.method.processes_rule(devices, total)
+    rule = run.method.processes_rule(devices, total) or _classes_rule(run, total)
     return f"{given} {rule}" if rule else None
+
+
+def _classes_rule(run: Run, total: int) -> str | None:
+    """Return why so many processes cannot train classes of devices: each holds consecutive devices of one class."""
+    shares = [devices_of(process, total, run.cluster.devices) for process in range(total)]
+    mixed = next((share for share in shares if run.class_of(share[0]) != run.class_of(share[-1])), None)
+    if total == 1 or mixed is None:
+        return None
+    return (
+        f"would give one process devices {mixed[0]} to {mixed[-1]}, which are of several classes (cluster.class); try "
+        f"--processes {run.cluster.devices}, one a device"
+    )
 
 
 def default_processes(run: Run, device: torch.device, nodes: int) -> int:
@@ -151,7 +178,10 @@ def default_processes(run: Run, device: torch.device, nodes: int) -> int:
     # More processes than cores would only take turns; devices in one process share its tensor program.
     here = -(-run.cluster.devices // nodes)  # rounded up
     slots = usable_cores() if device.type == "cpu" else accelerator.count(device.type)
-    return max(1, min(here, slots))
+    most = max(1, min(here, slots))
+    # Rather fewer than cores than more, but each with devices of one class.
+    fitting = (n for n in [*range(most, 0, -1), *range(most + 1, here + 1)] if not _classes_rule(run, n * nodes))
+    return next(fitting, most)
 
 
 def launch_run(
@@ -171,23 +201,32 @@ def launch_run(
         if options.nodes > 1:
             status.begin("meeting the other nodes")
         preflight = stack.enter_context(_preflight(folder, processes, options, output, warnings))
-        result = preflight.run()
+        apart = None if options.store is None else StoreApart(options, preflight)
+        result = None if apart is None else apart.running_run()
+        result = preflight.run() if result is None else result
         nodes = result.nodes
         if options.nodes == 1:
             node = Node(processes=processes, device=device.type, interface=loopback_interface())
         else:
             own = nodes[number]
             # The store takes any free port: that of --join stays open for nodes that come back.
-            node = Node(processes, device.type, number, options.nodes, own.address, own.interface, nodes[0].address)
+            each = tuple(other.processes for other in nodes)
+            node = Node(
+                processes, device.type, number, options.nodes, own.address, own.interface, nodes[0].address, each
+            )
         threads = max(1, usable_cores() // processes)  # together, the processes use each core once
         launch = Launch(folder.path, run, node, output.warning, threads)
         launch.allow_clocks_apart(max(abs(other.clock_offset_s) for other in nodes))
-        _open_store(launch, preflight, run.cluster.join_timeout_s)
-        # Frees the port of --join, which accept_rejoins listens at.
+        if apart is None:
+            _open_store(launch, preflight, run.cluster.join_timeout_s)
+        else:
+            apart.connect(launch, nodes)
+        # Frees the port of --join, which accept_rejoins listens at. With a store that is apart, nodes come back by it.
         preflight.close()
-        stack.enter_context(
-            preflight.accept_rejoins(lambda: launch.store.port, lambda number: is_node_alive(launch.store, number))
-        )
+        if apart is None:
+            stack.enter_context(
+                preflight.accept_rejoins(lambda: launch.store.port, lambda number: is_node_alive(launch.store, number))
+            )
         output.hint(
             f"  launched: {processes} processes on {node.address} ({node.interface}), logs in {folder.path / LOGS}"
         )

@@ -19,6 +19,7 @@ from simulate.common.errors import NothingFeasibleError
 from simulate.common.run_files import RUN_FILE
 from simulate.common.units import bytes_text, bytes_unit, seconds_text, seconds_unit
 from simulate.config.hardware import Device
+from simulate.config.profile_slips import link_text
 from simulate.config.run import dump_run, with_absolute_paths
 from simulate.costs.memory import Memory
 from simulate.planning.candidate import Candidate, Rejected, candidate_of, describe
@@ -169,8 +170,7 @@ def show_details(plan: Plan, output: Output, top: int = SHOWN_CANDIDATES) -> Non
     link = plan.profile.link
     output.text(
         f"planned: {len(plan.candidates):,} candidates fit, {len(plan.rejected):,} do not; link {link.topology}, "
-        f"{bytes_text(link.up_bytes_per_s)}/s up, {bytes_text(link.down_bytes_per_s)}/s down, "
-        f"{seconds_text(link.latency_s)} latency"
+        f"{link_text(plan.profile, base.cluster.devices)}, {seconds_text(link.latency_s)} latency"
     )
     if plan.candidates:
         output.table(_candidate_table(plan, top), secondary=SECONDARY)
@@ -268,6 +268,7 @@ def _show_choice(plan: Plan, chosen: Candidate, output: Output) -> None:
     for name, value in ours.items():
         table.add_row(name, value, theirs.get(name, "-"))
     output.table(table)
+    _show_classes(chosen, output)
     if isinstance(plan.dense, Rejected):
         output.text(f"dense does not fit: {plan.dense.reason}")
     elif dense and chosen is not dense:
@@ -280,6 +281,27 @@ def _show_choice(plan: Plan, chosen: Candidate, output: Output) -> None:
         output.text(f"host memory: {bytes_text(chosen.host_memory_bytes)} ({', '.join(parts)})")
     for warning in chosen.warnings:
         output.text(f"warning: {warning}")
+
+
+def _show_classes(chosen: Candidate, output: Output) -> None:
+    """Print what each class of devices trains with, holds and takes."""
+    if not chosen.run.cluster.classes:
+        return
+    table = plain_table("class", "devices", "batch", "format", "memory", "of", "a step", "idle", "sent/round")
+    for one in chosen.classes:
+        passes = f" x {one.accumulate}" if one.accumulate > 1 else ""
+        table.add_row(
+            one.kind,
+            str(one.devices),
+            f"{one.micro_batch}{passes}",
+            "as the weights" if one.autocast == "none" else one.autocast,
+            bytes_text(one.memory_bytes),
+            bytes_text(one.usable_bytes),
+            seconds_text(one.step_s),
+            f"{one.idle_share:.1%}",
+            bytes_text(chosen.sent_bytes_per_round),
+        )
+    output.table(table)
 
 
 def _memory_line(device: Device, memory: Memory) -> str:

@@ -52,6 +52,8 @@ def probe_command(
     if out is not None:
         check_file(out, force, "probe.json")
     run = load_given_run(given, options.assignments)
+    if run.cluster.classes:
+        raise InputError("cluster.class: a probe takes gradients of equal devices; leave the classes away for it")
     need = needed_bytes(run)
     output.hint(
         f"derived: {options.batches} x {run.samples_per_step} samples of gradients twice, {options.warmup_steps} dense "

@@ -8,7 +8,7 @@ from ltecli.errors import BAD_INPUT
 from simulate.common import toml_io
 from simulate.common.units import bytes_text, seconds_text
 from simulate.config.hardware import LOCAL, Profile
-from simulate.config.profile_slips import rate_text, slips
+from simulate.config.profile_slips import link_text, rate_text, slips
 from simulate.config.profiles import load_profile
 
 
@@ -21,7 +21,7 @@ def list_command(as_json: bool) -> None:
     for profile in loaded:
         # Each size once, in the order of the devices.
         memory = "/".join(dict.fromkeys(bytes_text(device.memory_bytes) for device in profile.device))
-        link = f"{bytes_text(profile.link.up_bytes_per_s)}/s / {bytes_text(profile.link.down_bytes_per_s)}/s"
+        link = link_text(profile, profile.count).replace(" up, ", " / ").removesuffix(" down")
         table.add_row(profile.name, str(profile.count), memory, link, profile.description)
     output.table(table, secondary=("up / down",))
     output.json({"profiles": [_summary(profile) for profile in loaded]})
@@ -55,12 +55,29 @@ def check_command(name: str, as_json: bool) -> int:
     link = profile.link
     output.text(
         f"link: {link.topology}, up {rate_text(link.up_bytes_per_s)}, down {rate_text(link.down_bytes_per_s)}, "
-        f"{seconds_text(link.latency_s)} latency"
+        f"{seconds_text(link.latency_s)} latency" + (", for who has no line of their own" if link.lines else "")
     )
+    _show_lines(profile, output)
     for slip in found:
         output.text(f"! {slip}")
     output.json({"profile": profile.model_dump(exclude_none=True), "slips": found})
     return BAD_INPUT if found else 0
+
+
+def _show_lines(profile: Profile, output: Output) -> None:
+    """Print the lines that devices have of their own, and those that a place's devices share."""
+    if not profile.link.lines:
+        return
+    table = plain_table("line of", "devices", "up", "down", "latency")
+    owned = [
+        (place.name, sum(d.count for d in profile.device if d.place == place.name), place.link)
+        for place in profile.place
+    ]
+    owned += [(d.name or d.kind, d.count, d.link) for d in profile.device if d.link is not None]
+    for name, count, line in owned:
+        rates = (rate_text(line.up_bytes_per_s), rate_text(line.down_bytes_per_s))
+        table.add_row(name, str(count), *rates, seconds_text(line.latency_s))
+    output.table(table)
 
 
 def _summary(profile: Profile) -> dict[str, object]:

@@ -19,6 +19,7 @@ from ltecli.charts.page import HTML_OPTION, check_html
 from ltecli.charts.report_page import report_html
 from ltecli.console import Output, plain_table, scores_text
 from ltecli.output_paths import CsvTarget, check_distinct, write_file
+from ltecli.runs.attendance import attendance_lines
 from ltecli.runs.comparison import (
     common_loss,
     explanations,
@@ -33,6 +34,7 @@ from ltecli.runs.comparison import (
 from ltecli.runs.evaluations import evaluations_csv, finite_evaluations
 from ltecli.runs.figures import RunRecord, figures, read_run
 from ltecli.runs.run_table import Group, differences, group_runs, run_table, table_notes
+from ltecli.runs.summary import classes_lines
 from ltecli.runs.sweep_folder import is_sweep
 from ltecli.runs.sweep_report import read_sweep, report_sweep
 from simulate.common.errors import InputError
@@ -109,6 +111,8 @@ def show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None:
         f"{record.path}: {describe(run)} on {run.cluster.devices} x {record.plan['profile']}, "
         f"{run.model.name} with {run.shape().all_parameters:,} parameters"
     )
+    for line in classes_lines(record.plan["chosen"]):
+        output.text(line)
     done, planned = figure["steps"], figure["planned_steps"]
     # A run folder does not show whether its process still runs.
     state = "finished" if done == planned else f"stopped or running, of {planned:,}"
@@ -116,6 +120,8 @@ def show_one(record: RunRecord, figure: dict[str, Any], output: Output) -> None:
     output.text(f"{done:,} steps ({state}), {figure['samples']:,} samples{tokens}")
     if restarts := figure["restarts"]["count"]:
         output.text(_restarts_text(restarts, figure["restarts"]))
+    for line in attendance_lines(figure["attendance"]):
+        output.text(line)
     output.text(
         f"train loss {loss_text(figure['train_loss'])}, {scores_text(figure['val_loss'], figure['val_accuracy'])}"
     )

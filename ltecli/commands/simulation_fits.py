@@ -8,7 +8,7 @@ system without a word. simulate.costs.simulated_memory says what it needs; its f
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from simulate.common.errors import InputError
 from simulate.common.limits import usable_memory
@@ -172,6 +172,8 @@ def tiny_run(run: Run, given: Collection[str] = ()) -> tuple[Run, list[str]]:
         small["warmup_steps"] = min(run.train.num_warmup_steps, small["steps"] // 2)
         train.pop("warmup_share", None)  # both together are refused
     rank = {"rank": min(method["rank"], TINY_RANK)} if "rank" in method else {}
+    if "class" in cluster:
+        cluster = {**cluster, "class": [_tiny_class(one, heads) for one in cluster["class"]]}
     few = {"devices": TINY_DEVICES} if run.cluster.devices > TINY_DEVICES and _is_allowed(run, TINY_DEVICES) else {}
     changes = {"train": (train, small), "method": (method, rank), "cluster": (cluster, few)}
     tables = {"model": (model, shrunk)}
@@ -185,6 +187,12 @@ def tiny_run(run: Run, given: Collection[str] = ()) -> tuple[Run, list[str]]:
     ]
     table = {**run.model_dump(exclude_none=True), **{name: new for name, (_, new) in tables.items()}}
     return build_run(table, "--tiny"), replaced
+
+
+def _tiny_class(one: dict[str, Any], heads: int) -> dict[str, Any]:
+    """Return a table of [[cluster.class]] with a small batch and rank, where it sets them."""
+    most = {"rank": TINY_RANK, "micro_batch": one.get("heads_per_device", heads) * TINY_BATCH}
+    return {key: min(value, most[key]) if key in most else value for key, value in one.items()}
 
 
 def _tiny_model(run: Run) -> dict[str, object]:

@@ -69,7 +69,7 @@ class Verified:
 def verify_choice(plan: Plan) -> Verified:
     """Return the memory of the chosen run on its tightest device; raises InputError where it cannot be traced."""
     assert plan.chosen is not None
-    return _verify(plan.chosen.run, plan.tightest_device())
+    return _verify(plan.tightest_run(), plan.tightest_device())
 
 
 def _verify(run: Run, device: Device) -> Verified:
@@ -82,7 +82,7 @@ def _verify(run: Run, device: Device) -> Verified:
 def too_large_text(plan: Plan, verified: Verified) -> str:
     """Return a line about a choice that does not fit, with the largest batch that does; traces smaller ones."""
     assert plan.chosen is not None
-    run = plan.chosen.run
+    run = plan.tightest_run()
     short = f"{run.method.name} with train.micro_batch = {run.train.micro_batch} takes " + (
         f"{bytes_text(verified.held_bytes - verified.limit_bytes)} more than {verified.device.kind} can give"
     )

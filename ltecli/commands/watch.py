@@ -20,6 +20,7 @@ from rich.text import Text
 
 from ltecli.console import Output
 from ltecli.errors import DONE
+from ltecli.runs.attendance import devices_text
 from ltecli.runs.lock import is_locked
 from ltecli.runs.status import read_status
 from simulate.common.errors import InputError
@@ -161,6 +162,9 @@ def lines_of(document: dict[str, Any]) -> list[str]:
     lines.append(_sent(document))
     if document["restarts"]:
         lines.append(f"restarts {document['restarts']}, the newest: {'; '.join(document['restart_reasons'])}")
+    if document.get("newest_change"):
+        away = f"{devices_text(document['away'])} away; " if document["away"] else ""
+        lines.append(f"{away}{document['newest_change']}")
     lines += [_link(link) for link in document["links"] or ()]
     if document["state"] == "running":
         lines += [_worker(worker) for worker in document["workers"]]

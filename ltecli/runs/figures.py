@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ltecli.runs.attendance import attendance_of
 from ltecli.runs.lock import is_locked
 from ltecli.runs.run_folder import check_run_folder, read_plan, stored_shape
 from simulate.common.errors import InputError
@@ -125,8 +126,10 @@ def figures(record: RunRecord) -> dict[str, Any]:
             "simulated": clocks and clocks["simulated_s"] / steps,
             "measured": clocks and clocks["wall_s"] / steps,
         },
+        "classes": chosen.get("classes"),
         "draws_by_layer": draws_by_layer(run, run.model.shape()),
         "restarts": _restarts(record),
+        "attendance": attendance_of(record.events),
         # A resumed run may have moved to another machine.
         "machines": distinct(machine for event in record.events for machine in event.get("machines", ())),
         "train_loss": step and step["train_loss"],

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ltecli.commands.simulation_fits import fits_beside
 from ltecli.runs.figures import tensor_bytes
 from ltecli.runs.run_folder import RunFolder
-from ltecli.runs.summary import measured_memory_bytes, of_one_device
+from ltecli.runs.summary import measured_memory_bytes, of_one_device, shown_class
 from simulate.common.events import read_events
 from simulate.measure.beside import MemoryBeside, is_large
 
@@ -31,7 +31,7 @@ class MemoryEvent:
         self._measured_bytes: int | None = None
         self._is_due = folder.resume_from is None or not _has_event(folder)
         if self._is_due and _is_measured_beside(folder, device, processes):
-            self._beside = MemoryBeside(folder.path)
+            self._beside = MemoryBeside(folder.path, shown_class(folder))
         elif self._is_due:
             self._measured_bytes = measured_memory_bytes(folder, device)
 

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ltecli.errors import INTERRUPTED
+from ltecli.runs.attendance import change_text
 from simulate.common.errors import InputError, first_line
 from simulate.common.events import Event
 from simulate.common.run_files import STATUS_FILE
@@ -85,6 +86,8 @@ class StatusFile:
             "remaining_s": None,
             "restarts": 0,
             "restart_reasons": [],
+            "away": [],
+            "newest_change": None,
             "workers": [],
             "error": None,
             "resume_words": resume_words,
@@ -167,11 +170,15 @@ class StatusFile:
         if kind in ("start", "resume", "restart"):
             document["processes"] = event.get("processes")
             document["device"] = event.get("device", event.get("simulated_on"))
-            document["step"], self._paced = event["step"], None
+            document["step"], self._paced, document["away"] = event["step"], None, []
             self._drop_later_scores(event["step"])
         if kind == "restart":
             document["restarts"] += 1
             document["restart_reasons"] = event["reasons"]
+        elif kind in ("left", "joined"):
+            away, changed = set(document["away"]), set(event["devices"])
+            document["away"] = sorted(away | changed if kind == "left" else away - changed)
+            document["newest_change"] = change_text(event)
         elif kind == "links":
             document["links"] = event["links"]
         elif kind == "step":

@@ -49,6 +49,7 @@ def start_facts(folder: RunFolder, device: torch.device) -> dict[str, Any]:
         "data": folder.data.source,
         "data_bytes": folder.data.num_bytes,
         "data_sha256": folder.data.fingerprint,
+        **({"classes": folder.plan["chosen"]["classes"]} if folder.run.cluster.classes else {}),
     }
 
 
@@ -56,13 +57,19 @@ def measured_memory_bytes(folder: RunFolder, device: torch.device) -> int:
     """Return the measured peak of one device's program, which is run alone before the run itself starts."""
     from simulate.measure.one_device import measure_memory_bytes
 
-    return of_one_device(folder, device, measure_memory_bytes(folder.run, device))
+    run = folder.run.of_class(shown_class(folder))
+    return of_one_device(folder, device, measure_memory_bytes(run, device))
+
+
+def shown_class(folder: RunFolder) -> int:
+    """Return the class of unequal devices whose memory the plan shows: the one that leaves least room."""
+    return int(folder.plan["chosen"].get("fullest_class", 0))
 
 
 def of_one_device(folder: RunFolder, device: torch.device, measured_bytes: int) -> int:
     """Return what a device holds of the measured bytes of its program on `device`."""
-    chosen = folder.plan["chosen"]
-    if device.type == "cpu" and chosen["quantize"] == "none":
+    run, chosen = folder.run.of_class(shown_class(folder)), folder.plan["chosen"]
+    if device.type == "cpu" and run.method.frozen_format == "none":
         # On a CPU the measurement includes the start weights, which a device does not hold; quantised ones it cannot
         # see, since they are in mapped files.
         measured_bytes -= int(chosen["host_memory_by_part"]["start_weights"])
@@ -88,7 +95,7 @@ def report_derived(folder: RunFolder, output: Output) -> None:
         f"  planned per device: memory {planned}; {bytes_text(chosen['sent_bytes_per_round'])} sent per merge, {wall} "
         f"on {run.cluster.devices} x {folder.profile.name}"
     )
-    for text in (*draws_notes(run, shape), *diagnostics_notes(run, shape)):
+    for text in (*classes_lines(chosen), *draws_notes(run, shape), *diagnostics_notes(run, shape)):
         output.hint(f"  {text}")
     for text in (*folder.plan["notes"], *chosen["warnings"]):
         output.hint(f"  warning: {text}")
@@ -98,6 +105,24 @@ def report_derived(folder: RunFolder, output: Output) -> None:
     if saved is not None and not folder.is_finished:
         for text in mended_notes(run, shape, saved):
             output.warning(text)
+
+
+def classes_lines(chosen: dict[str, Any]) -> list[str]:
+    """Return a line on each class of unequal devices of a plan: its keys, memory and seconds of a step."""
+    lines, first = [], 0
+    for index, one in enumerate(chosen.get("classes", ())):
+        end = first + one["devices"] - 1
+        held = f"devices {first} to {end}" if end > first else f"device {first}"
+        passes = f" x {one['accumulate']}" if one["accumulate"] > 1 else ""
+        pairs = "" if one["rank"] is None else f", rank {one['rank']}"
+        pairs += f" x {one['heads_per_device']} heads" if (one["heads_per_device"] or 1) > 1 else ""
+        formats = "".join(f", {name}" for name in (one["autocast"], one["quantize"]) if name != "none")
+        lines.append(
+            f"class {index}, {held}: batch {one['micro_batch']}{passes}{pairs}{formats}, "
+            f"{bytes_text(one['memory_bytes'])}, {seconds_text(one['step_s'])} a step"
+        )
+        first = end + 1
+    return lines
 
 
 def report_result(folder: RunFolder, output: Output, result: RunResult) -> None:

@@ -13,10 +13,12 @@ Legend: L local devices, N devices.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -36,6 +38,19 @@ class ByteCounter:
         self.sent_bytes += sent_bytes
         self.received_bytes += received_bytes
         self.messages += 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """Contribution of each of some consecutive devices to an exchange in which devices send unequal tensors."""
+
+    devices: range
+    shapes: tuple[tuple[int, ...], ...]
+    """Shape of each tensor of one device; the first axis is its rows."""
+
+    def num_bytes(self, element_bytes: Sequence[int]) -> int:
+        """Return the bytes of one device's tensors, whose elements have so many bytes."""
+        return sum(math.prod(shape) * size for shape, size in zip(self.shapes, element_bytes, strict=True))
 
 
 @dataclass(frozen=True)
@@ -60,19 +75,58 @@ class Exchanges(ABC):
     """Number of participants."""
     local_devices: range
     """Participants of this process, in global order."""
+    participants: tuple[int, ...] | None = None
+    """Those that take part in exchanges now, in global order; None: all. `among` sets it."""
+
+    @property
+    def present(self) -> Sequence[int]:
+        """Participants whose processes are there, in global order: all, unless a launched run goes on without some."""
+        return range(self.num_devices)
+
+    @property
+    def taking_part(self) -> int:
+        """Number of devices that take part in exchanges now."""
+        return self.num_devices if self.participants is None else len(self.participants)
+
+    @contextmanager
+    def among(self, devices: Sequence[int]) -> Iterator[None]:
+        """Exchange and count inside among some devices only, in global order.
+
+        Sums must be over these devices' rows; gathers and pushes return these devices' parts. Processes without any of
+        them may take part all the same, with zeros: a replay does, in which every process knows what the others do.
+        """
+        self.participants = None if len(devices) == self.num_devices else tuple(devices)
+        try:
+            yield
+        finally:
+            self.participants = None
+
+    def count_base(self, payload_bytes: int, from_server: bool) -> None:
+        """Count the merged weights that one device gets, from another or the server, before it takes part again."""
+        if from_server:
+            self._count("pull", payload_bytes, 0, payload_bytes, 1)
+        else:
+            self._count("broadcast", payload_bytes, payload_bytes, payload_bytes, 2)
 
     def all_reduce(self, sums: Sequence[Tensor]) -> None:
         """Turn sums over the local devices into sums over all devices, in place."""
         # The caller has summed its local devices, so the buffer is one device's, however many are local.
-        self._count_reduction(_bytes(sums), self.num_devices)
+        self._count_reduction(_bytes(sums), self.taking_part)
         self._all_reduce(sums)
 
     def all_gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return each tensor, (local devices or heads, ...), extended to the parts of all devices in global order."""
         own = _bytes(tensors) // len(self.local_devices)
-        crossings = self.num_devices * (self.num_devices - 1) * own  # each device's part crosses N−1 links
+        devices = self.taking_part
+        crossings = devices * (devices - 1) * own  # each device's part crosses N−1 links
         self._count("all_gather", own, crossings, crossings)
-        return self._all_gather(tensors)
+        return self._parts_of_participants(self._all_gather(tensors), len(tensors[0]) // len(self.local_devices))
+
+    def _parts_of_participants(self, gathered: list[Tensor], rows: int) -> list[Tensor]:
+        """Return the participants' parts, of `rows` each, where all devices' were gathered."""
+        if self.participants is None or len(gathered[0]) == rows * len(self.participants):
+            return gathered
+        return [device_rows(tensor, self.participants, self.num_devices) for tensor in gathered]
 
     def all_to_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Turn (L, N, ...), a part for each receiver, into (L, N, ...), a part from each sender."""
@@ -93,19 +147,28 @@ class Exchanges(ABC):
 
         If only some devices take part, `active` names them, in order, and tensors hold the local ones among them.
         """
+        if active is None and self.participants is not None:
+            own, active = _bytes(tensors) // len(self.local_devices), self.participants
+            here = [d - self.local_devices.start for d in active if d in self.local_devices]
+            tensors = [device_rows(tensor, here, len(self.local_devices)) for tensor in tensors]
+        else:
+            own = self._pushed_bytes(tensors, active)
         devices = self.num_devices if active is None else len(active)
-        local = len(self.local_devices) if active is None else sum(d in self.local_devices for d in active)
-        # A process without active devices has no row to measure, yet counts like all others: it measures an empty one.
-        own = _bytes(tensors) // local if local else sum(t.new_empty(1, *t.shape[1:]).nbytes for t in tensors)
         self._count("push", own, devices * own, 0, devices)
         return self._push(tensors, active)
+
+    def _pushed_bytes(self, tensors: Sequence[Tensor], active: Sequence[int] | None) -> int:
+        """Return the bytes that each active device pushes."""
+        local = len(self.local_devices) if active is None else sum(d in self.local_devices for d in active)
+        # A process without active devices has no row to measure, yet counts like all others: it measures an empty one.
+        return _bytes(tensors) // local if local else sum(t.new_empty(1, *t.shape[1:]).nbytes for t in tensors)
 
     def pull(self, tensors: Sequence[Tensor], active: Sequence[int] | None = None) -> None:
         """Overwrite each tensor, (...) without a device axis, with the server's, in every process.
 
         Only the `active` devices count as receivers; processes without any receive it too, to stay equal.
         """
-        devices, payload = self.num_devices if active is None else len(active), _bytes(tensors)
+        devices, payload = self.taking_part if active is None else len(active), _bytes(tensors)
         self._count("pull", payload, 0, devices * payload, devices)
         self._pull(tensors)
 
@@ -179,6 +242,19 @@ class Communicator(Exchanges):
         """Whether all devices live in this process."""
         return len(self.local_devices) == self.num_devices
 
+    def all_gather_parts(self, tensors: Sequence[Tensor], parts: Sequence[Part]) -> list[list[Tensor]]:
+        """Return each tensor as a list over `parts`: (rows of the part's devices, ...), in global order.
+
+        `parts` are of all devices, of which a process holds those of one.
+        """
+        self._count_parts("all_gather", tensors, parts)
+        return self._all_gather_parts(tensors, parts)
+
+    def push_parts(self, tensors: Sequence[Tensor], parts: Sequence[Part]) -> list[list[Tensor]] | None:
+        """Send the local devices' tensors to the server; return at the server what `all_gather_parts` does."""
+        self._count_parts("push", tensors, parts)
+        return self._push_parts(tensors, parts)
+
     def reduce_in_nodes(self, sums: Sequence[Tensor], nodes: Nodes) -> None:
         """Turn (local nodes, ...), sums over a node's local devices, into sums over all of its devices, in place."""
         local_nodes = max(1, len(self.local_devices) // nodes.size)  # a process may hold part of a node
@@ -249,7 +325,16 @@ class Communicator(Exchanges):
 
     @abstractmethod
     def all_gather_scalars(self, values_LX: Tensor) -> Tensor:
-        """Return a few numbers of every device, (N, X) on the CPU, in global order; they count as no payload."""
+        """Return a few numbers of every device, (N, X) on the CPU, in global order; they count as no payload.
+
+        Inside `among` the rows of devices that do not take part mean nothing.
+        """
+
+    @abstractmethod
+    def _all_gather_parts(self, tensors: Sequence[Tensor], parts: Sequence[Part]) -> list[list[Tensor]]: ...
+
+    @abstractmethod
+    def _push_parts(self, tensors: Sequence[Tensor], parts: Sequence[Part]) -> list[list[Tensor]] | None: ...
 
     @abstractmethod
     def _reduce_in_nodes(self, sums: Sequence[Tensor], nodes: Nodes) -> None: ...
@@ -259,6 +344,21 @@ class Communicator(Exchanges):
 
     @abstractmethod
     def _broadcast_in_nodes(self, tensors: Sequence[Tensor], nodes: Nodes) -> None: ...
+
+    def _count_parts(
+        self, operation: Literal["all_gather", "push"], tensors: Sequence[Tensor], parts: Sequence[Part]
+    ) -> None:
+        sizes = [(len(part.devices), part.num_bytes([t.element_size() for t in tensors])) for part in parts]
+        together = sum(devices * size for devices, size in sizes)
+        if self.num_devices == 1:
+            return
+        # Each device's part crosses N-1 links of a gather, and one to a server.
+        gathers = operation == "all_gather"
+        self.counter.add(
+            together * (self.num_devices - 1 if gathers else 1), together * (self.num_devices - 1) * gathers
+        )
+        if self.on_transfer is not None:
+            self.on_transfer(Transfer.of_parts(operation, sizes), self._background)
 
     def _count(
         self,
@@ -270,13 +370,19 @@ class Communicator(Exchanges):
         teams: int = 1,
     ) -> None:
         if devices is None:
-            devices = self.num_devices
+            devices = self.taking_part
         # A lone device sends nothing. One active device of several still exchanges with the server.
         if self.num_devices == 1 or (devices == 1 and operation not in ("push", "pull")):
             return
         self.counter.add(sent_bytes, received_bytes)
         if self.on_transfer is not None:
             self.on_transfer(Transfer(operation, payload_bytes, devices, teams), self._background)
+
+
+def device_rows(tensor: Tensor, indices: Sequence[int], devices: int) -> Tensor:
+    """Return some devices' rows of a tensor whose first axis has as many rows for each of `devices`, in their order."""
+    per_device = tensor.view(devices, -1, *tensor.shape[1:])
+    return per_device[list(indices)].flatten(0, 1)
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

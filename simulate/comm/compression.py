@@ -77,6 +77,13 @@ def _round_to_four_levels(x_LWX: Tensor, numbers_L: Sequence[int]) -> tuple[Tens
     return q_LWX, (x_LWX.unsqueeze(2) @ q_LWX.unsqueeze(3)).flatten(1).div_(squares_LW).bfloat16()
 
 
+def encoded_shapes(elements: int, wire: str) -> tuple[tuple[int], ...]:
+    """Return the shapes of the tensors that `encode` makes of one row of so many elements."""
+    if wire == "full" or wire in HALVES:
+        return ((elements,),)
+    return ((-(-elements * WIRE_BITS[wire] // 8),), (-(-elements // WIRE_BLOCK),))
+
+
 def decode(message: Sequence[Tensor], elements: int, wire: str, dtype: torch.dtype) -> Tensor:
     """Return the rows, (L, elements), of a message made by `encode`, rounded by its format."""
     if wire == "full" or wire in HALVES:

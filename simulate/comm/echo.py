@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from simulate.comm.base import Communicator, Nodes
+from simulate.comm.base import Communicator, Nodes, Part
 
 
 class EchoCommunicator(Communicator):
     """One device of N, whose peers send its own data back: buffers have their real sizes, sums are wrong."""
 
-    def __init__(self, num_devices: int) -> None:
-        super().__init__(num_devices, range(1))
+    def __init__(self, num_devices: int, device: int = 0) -> None:
+        super().__init__(num_devices, range(device, device + 1))
 
     def all_gather_scalars(self, values_LX: Tensor) -> Tensor:
         return values_LX.detach().cpu().expand(self.num_devices, -1)
@@ -27,6 +27,14 @@ class EchoCommunicator(Communicator):
             return list(tensors)
         # The device's own part stands for every peer's: only sizes matter here.
         return [tensor.repeat(self.num_devices, *(1,) * (tensor.ndim - 1)) for tensor in tensors]
+
+    def _all_gather_parts(self, tensors: Sequence[Tensor], parts: Sequence[Part]) -> list[list[Tensor]]:
+        self._fill_buffer(tensors)
+        rows = [[(len(p.devices) * p.shapes[i][0], *p.shapes[i][1:]) for p in parts] for i in range(len(tensors))]
+        return [[t.new_zeros(shape) for shape in shapes] for t, shapes in zip(tensors, rows, strict=True)]
+
+    def _push_parts(self, tensors: Sequence[Tensor], parts: Sequence[Part]) -> None:
+        self._fill_buffer(tensors)
 
     def _all_to_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [tensor.clone() for tensor in tensors]

@@ -12,12 +12,15 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from simulate.comm.base import Exchanges
+from simulate.comm.base import Exchanges, Part
 from simulate.comm.channel import SERVER, Channel
+
+ArrivedT = TypeVar("ArrivedT")
 
 
 class ProcessExchanges(Exchanges):
@@ -29,7 +32,7 @@ class ProcessExchanges(Exchanges):
     """The participants that each of these processes holds."""
 
     @abstractmethod
-    def _run(self, name: str, exchange: Callable[[Channel], Sequence[Tensor] | None]) -> list[Tensor]:
+    def _run(self, name: str, exchange: Callable[[Channel], Sequence[ArrivedT] | None]) -> list[ArrivedT]:
         """Do an exchange now or in the background, and return its list of tensors, filled on arrival."""
 
     def _all_reduce(self, sums: Sequence[Tensor]) -> None:
@@ -44,7 +47,7 @@ class ProcessExchanges(Exchanges):
 
         def exchange(channel: Channel) -> list[Tensor]:
             own = _to_bytes(tensors)
-            everyones = own.new_empty(_device_bytes(pieces) * self.num_devices)
+            everyones = own.new_empty(_device_bytes(pieces) * len(self.present))
             parts = list(everyones.split([_device_bytes(pieces) * count for count in counts]))
             channel.all_gather(everyones, parts, own)
             return _in_order(parts, pieces, counts)
@@ -78,6 +81,51 @@ class ProcessExchanges(Exchanges):
 
         everyones = self._run("a push to the server", exchange)
         return everyones if serves else None
+
+    def _all_gather_parts(self, tensors: Sequence[Tensor], parts: Sequence[Part]) -> list[list[Tensor]]:
+        pieces, sizes = self._pieces_of_processes(tensors, parts)
+
+        def exchange(channel: Channel) -> list[list[Tensor]]:
+            own = _to_bytes(tensors)
+            everyones = own.new_empty(sum(sizes))
+            contents = list(everyones.split(sizes))
+            channel.all_gather(everyones, contents, own)
+            return self._by_part(contents, pieces, parts)
+
+        return self._run("an all-gather of unequal parts", exchange)
+
+    def _push_parts(self, tensors: Sequence[Tensor], parts: Sequence[Part]) -> list[list[Tensor]] | None:
+        pieces, sizes = self._pieces_of_processes(tensors, parts)
+        serves = self.process == SERVER
+
+        def exchange(channel: Channel) -> list[list[Tensor]]:
+            contents = [_to_bytes(tensors)]
+            if serves:
+                contents += [contents[0].new_empty(size) for size in sizes[1:]]
+            channel.to_server(contents)
+            return self._by_part(contents, pieces, parts) if serves else []
+
+        everyones = self._run("a push of unequal parts to the server", exchange)
+        return everyones if serves else None
+
+    def _pieces_of_processes(
+        self, tensors: Sequence[Tensor], parts: Sequence[Part]
+    ) -> tuple[list[list[_DevicePart]], list[int]]:
+        """Return the pieces of one device of each process, and the bytes that each process sends."""
+        owners = [next(part for part in parts if share[0] in part.devices) for share in self.shares]
+        pieces = [[_DevicePart(shape, t.dtype) for shape, t in zip(p.shapes, tensors, strict=True)] for p in owners]
+        return pieces, [_device_bytes(own) * len(share) for own, share in zip(pieces, self.shares, strict=True)]
+
+    def _by_part(
+        self, contents: Sequence[Tensor], pieces: Sequence[Sequence[_DevicePart]], parts: Sequence[Part]
+    ) -> list[list[Tensor]]:
+        """Return each tensor as a list over the parts, from the bytes of each process."""
+        by_part: list[list[Tensor]] = []
+        for part in parts:
+            held = [process for process, share in enumerate(self.shares) if share[0] in part.devices]
+            counts = [len(self.shares[process]) for process in held]
+            by_part.append(_in_order([contents[process] for process in held], pieces[held[0]], counts))
+        return [list(tensors) for tensors in zip(*by_part, strict=True)]
 
     def _pull(self, tensors: Sequence[Tensor]) -> None:
         self._run("a pull from the server", lambda channel: channel.from_server(tensors))

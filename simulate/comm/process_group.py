@@ -21,28 +21,19 @@ from torch import Tensor
 
 from simulate.comm.base import Communicator, Nodes
 from simulate.comm.channel import Channel
-from simulate.comm.process_exchanges import ProcessExchanges
-from simulate.comm.transfers import Operation, Transfer
-from simulate.common.errors import RunFailedError, first_line
+from simulate.comm.process_exchanges import ArrivedT, ProcessExchanges
+from simulate.comm.transfers import Operation, Transfer, devices_of
+from simulate.common.errors import LostPeerError, RunFailedError, first_line
 from simulate.layers import accelerator
 
 Channels = tuple[Channel, Channel]
 """Channels of one group of processes: for exchanges that training waits for, and for those in the background."""
 
 
-class LostPeerError(RunFailedError):
-    """Failure or timeout of an exchange, because a process or a link is gone. The run can be restarted."""
-
-
 def is_lack_of_memory(error: BaseException) -> bool:
     """Whether an error means that the host's or a GPU's memory ran out; torch raises RuntimeError for both."""
     text = str(error)
     return isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text.lower()
-
-
-def devices_of(process: int, processes: int, devices: int) -> range:
-    """Return the consecutive devices that a process holds; sizes differ by at most one between processes."""
-    return range(devices * process // processes, devices * (process + 1) // processes)
 
 
 class TorchCommunicator(ProcessExchanges, Communicator):
@@ -55,21 +46,20 @@ class TorchCommunicator(ProcessExchanges, Communicator):
         timeout_s: float,
         on_transfer: Callable[[Transfer, bool], None] | None = None,
         on_wait: Callable[[], None] | None = None,
+        shares: Sequence[range] | None = None,
+        process: int = 0,
     ) -> None:
-        self.process, self.processes = dist.get_rank(), dist.get_world_size()
+        """Connect to the default group; with `shares`, all processes' devices, only later: see `connect`."""
         self.current_phase = "the start"
-        self.shares = [devices_of(process, self.processes, num_devices) for process in range(self.processes)]
-        super().__init__(num_devices, self.shares[self.process], on_transfer, on_wait)
         self.device, self.timeout = device, timedelta(seconds=timeout_s)
-        self.control = self.new_group("gloo")  # scalars and texts are on the CPU, also in runs on GPUs
-        everyone = range(self.processes)
-        self._foreground = Channel(everyone, None)
-        # Collectives of one group must come in the same order in all processes, so the background has its own group.
-        self._background_channel = Channel(everyone, self.new_group(None))
-        self._in_node: dict[Nodes, Channels] = {}
-        """Channels between the processes of one node, by the division into nodes; none where each holds whole nodes."""
-        self._between_nodes: dict[Nodes, Channels] = {}
-        """Channels between the first processes of all nodes; none where this process is not one of them."""
+        if shares is None:
+            processes = dist.get_world_size()
+            shares = [devices_of(process, processes, num_devices) for process in range(processes)]
+            super().__init__(num_devices, shares[dist.get_rank()], on_transfer, on_wait)
+            self.connect(shares)
+        else:
+            super().__init__(num_devices, shares[process], on_transfer, on_wait)
+            self._take_shares(process, shares)
         self._executor = ThreadPoolExecutor(1, "exchange") if device.type == "cpu" else None
         self._stream = None if device.type == "cpu" else accelerator.new_stream(device)
         self._in_flight: list[Future[None]] = []
@@ -79,6 +69,38 @@ class TorchCommunicator(ProcessExchanges, Communicator):
         """Describes which processes are missing from a failed exchange, given its number; the heartbeat sets it."""
         self._in_use: list[Callable[[], None]] = []
         """Callbacks queued on the background stream; they keep their tensors alive until `finish`."""
+
+    def connect(self, shares: Sequence[range]) -> None:
+        """Make this communicator's groups out of the default group, whose processes hold these shares of the devices.
+
+        Devices in no share are lost, and exchanges leave them out.
+        """
+        self._take_shares(dist.get_rank(), shares)
+        self.control = self.new_group("gloo")  # scalars and texts are on the CPU, also in runs on GPUs
+        everyone = range(self.processes)
+        self._foreground = Channel(everyone, None)
+        # Collectives of one group must come in the same order in all processes, so the background has its own group.
+        self._background_channel = Channel(everyone, self.new_group(None))
+        self._in_node: dict[Nodes, Channels] = {}
+        """Channels between the processes of one node, by the division into nodes; none where each holds whole nodes."""
+        self._between_nodes: dict[Nodes, Channels] = {}
+        """Channels between the first processes of all nodes; none where this process is not one of them."""
+
+    def _take_shares(self, process: int, shares: Sequence[range]) -> None:
+        self.process, self.processes, self.shares = process, len(shares), list(shares)
+        self._present = [device for share in self.shares for device in share]
+
+    def disconnect(self) -> None:
+        """Close all connections, which ends the exchanges of processes that wait for this one."""
+        # Connections close with the last reference to their group.
+        for name in ("control", "_foreground", "_background_channel", "_in_node", "_between_nodes"):
+            self.__dict__.pop(name, None)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    @property
+    def present(self) -> Sequence[int]:
+        return self._present
 
     def new_group(self, backend: str | None, processes: Sequence[int] | None = None) -> dist.ProcessGroup:
         """Make a process group; every process must call this, members or not."""
@@ -90,7 +112,10 @@ class TorchCommunicator(ProcessExchanges, Communicator):
         padded = torch.cat([own, own.new_zeros(most - len(own), own.shape[1])])
         everyones = [torch.empty_like(padded) for _ in self.shares]
         self._guarded("an all-gather of scalars", lambda: dist.all_gather(everyones, padded, self.control))
-        return torch.cat([rows[: len(share)] for rows, share in zip(everyones, self.shares, strict=True)])
+        everyones_NX = own.new_zeros(self.num_devices, own.shape[1])  # zeros for devices that are lost
+        for rows, share in zip(everyones, self.shares, strict=True):
+            everyones_NX[share.start : share.stop] = rows[: len(share)]
+        return everyones_NX
 
     def share_texts(self, text: str) -> list[str]:
         """Return every process's text, in the order of ranks."""
@@ -116,6 +141,21 @@ class TorchCommunicator(ProcessExchanges, Communicator):
             received[name] = target
         return received
 
+    def hand_state(self, source: int, targets: Sequence[int], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of process `source` in the `targets`, on the CPU; the others send and receive none."""
+        about = [[name, list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()]
+        shapes = json.loads(self.share_texts(json.dumps(about))[source])
+        received = {}
+        for name, shape, dtype in shapes:
+            if self.process == source:
+                own = tensors[name].detach().cpu().contiguous()
+                for target in targets:
+                    self._guarded("a hand-over", lambda t=own, p=target: dist.send(t, p, self.control))  # type: ignore[misc]
+            elif self.process in targets:
+                received[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+                self._guarded("a hand-over", lambda t=received[name]: dist.recv(t, source, self.control))  # type: ignore[misc]
+        return received
+
     def finish(self) -> None:
         in_flight, self._in_flight = self._in_flight, []
         for future in in_flight:
@@ -132,12 +172,12 @@ class TorchCommunicator(ProcessExchanges, Communicator):
     def _run(
         self,
         name: str,
-        exchange: Callable[[Channel], Sequence[Tensor] | None],
+        exchange: Callable[[Channel], Sequence[ArrivedT] | None],
         channels: Channels | None = None,
-    ) -> list[Tensor]:
+    ) -> list[ArrivedT]:
         foreground, background = channels or (self._foreground, self._background_channel)
         channel = background if self._background else foreground
-        arrived: list[Tensor] = []
+        arrived: list[ArrivedT] = []
         self.on_complete(lambda: self._guarded(name, lambda: arrived.extend(exchange(channel) or ())))
         return arrived
 
@@ -232,7 +272,7 @@ class LeaderExchanges(ProcessExchanges):
     def on_complete(self, compute: Callable[[], None]) -> None:
         self.owner.on_complete(compute)
 
-    def _run(self, name: str, exchange: Callable[[Channel], Sequence[Tensor] | None]) -> list[Tensor]:
+    def _run(self, name: str, exchange: Callable[[Channel], Sequence[ArrivedT] | None]) -> list[ArrivedT]:
         return self.owner._run(f"{name} over nodes", exchange, self.channels)
 
     def _count(

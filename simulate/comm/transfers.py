@@ -33,6 +33,21 @@ class Transfer:
     """Devices of one group."""
     teams: int = 1
     """Number of groups."""
+    uneven: tuple[tuple[int, int], ...] = ()
+    """Where devices contribute unequal bytes: numbers of devices, and the bytes of each; payload_bytes are the most."""
+
+    @classmethod
+    def of_parts(cls, operation: Literal["all_gather", "push"], parts: Sequence[tuple[int, int]]) -> Transfer:
+        """Return a message of parts: so many devices that contribute so many bytes each."""
+        most, is_even = max(size for _, size in parts), len({size for _, size in parts}) == 1
+        return cls(operation, most, sum(count for count, _ in parts), uneven=() if is_even else tuple(parts))
+
+    @property
+    def together_bytes(self) -> int:
+        """Bytes that all devices of a group contribute together."""
+        if self.uneven:
+            return sum(count * size for count, size in self.uneven)
+        return self.devices * self.payload_bytes
 
     @property
     def sent_bytes(self) -> int:
@@ -43,6 +58,8 @@ class Transfer:
         server sends.
         """
         others = self.devices - 1
+        if self.uneven:
+            return (others if self.operation == "all_gather" else 1) * self.together_bytes
         crossings = {
             "all_reduce": 2 * others,
             "all_gather": self.devices * others,
@@ -163,6 +180,11 @@ def averages(tensors: Iterable[int], devices: int, wire: str, element_bytes: int
 def fragment(items: int, fragments: int, index: int) -> range:
     """Return the consecutive items of group `index` of `fragments` nearly equal groups."""
     return range(-(-items * index // fragments), -(-items * (index + 1) // fragments))
+
+
+def devices_of(process: int, processes: int, devices: int) -> range:
+    """Return the consecutive devices that a process holds; sizes differ by at most one between processes."""
+    return range(devices * process // processes, devices * (process + 1) // processes)
 
 
 Transport = Literal["gather", "reduce", "server"]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from simulate.comm.base import Communicator, Nodes
+from simulate.comm.base import Communicator, Nodes, Part
 from simulate.comm.transfers import Transfer
 
 
@@ -29,6 +29,14 @@ class VirtualCommunicator(Communicator):
 
     def _all_gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return list(tensors)
+
+    def _all_gather_parts(self, tensors: Sequence[Tensor], parts: Sequence[Part]) -> list[list[Tensor]]:
+        return [
+            list(tensor.split([len(p.devices) * p.shapes[i][0] for p in parts])) for i, tensor in enumerate(tensors)
+        ]
+
+    def _push_parts(self, tensors: Sequence[Tensor], parts: Sequence[Part]) -> list[list[Tensor]] | None:
+        return self._all_gather_parts(tensors, parts)
 
     def _all_to_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         # Sender and receiver swap places: part [i, j] is what device i has for device j.

@@ -22,6 +22,10 @@ class RunFailedError(Exception):
     """Failure of a run that had begun (a full disk, a loss that is not finite); its text says what is saved."""
 
 
+class LostPeerError(RunFailedError):
+    """Failure or timeout of an exchange, because a process or a link is gone. The run can be restarted."""
+
+
 FIRST_LINE_CHARACTERS = 300
 
 

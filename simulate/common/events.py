@@ -13,9 +13,10 @@ from simulate.common.errors import InputError
 EVENTS_VERSION = 1
 Event = dict[str, Any]
 Emit = Callable[[Event], None]
-"""Receiver of events. Every event has a kind and a step. Kinds: start, memory, step, round, evaluate, diagnostics,
-checkpoint, resume, interrupt, end; launched runs add restart (when, why, steps repeated), left-out (devices), links
-(each node's measured links) and wire."""
+"""Receiver of events. Every event has a kind and a step. Kinds: start, memory, step, round, merge (with a quorum: who
+took part), evaluate, diagnostics, checkpoint, resume, interrupt, end; launched runs add restart (when, why, steps
+repeated), left-out (devices), left and joined (devices that went and came), links (each node's measured links) and
+wire."""
 PROGRESS = "progress"
 """Kind of what loggers of a launched run get between its events: the steps done. No file has it."""
 

@@ -165,7 +165,7 @@ def _explain_one(
     key = _dotted(path)
     rule, value = first["msg"], first["input"]
     listed = key.partition("[")[0]  # a list is set as a whole
-    source = "command line" if {listed, f"{key}.name"} & set(assigned) else _source(path, where, text)
+    source = "command line" if {listed, key, f"{key}.name"} & set(assigned) else _source(path, where, text)
     rest = f" (and {more} more)" if more else ""
     if first["type"] == "extra_forbidden":
         known = _keys_beside(schema, loc)
@@ -211,8 +211,9 @@ def _keys_beside(schema: type[BaseModel], loc: tuple[int | str, ...]) -> Iterabl
         if isinstance(part, int):
             continue
         fields = getattr(current, "model_fields", {})
-        if part in fields:
-            annotation = fields[part].annotation
+        field = fields.get(part) or next((f for f in fields.values() if part is not None and f.alias == part), None)
+        if field is not None:
+            annotation = field.annotation
             options = [a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields")]
             current = options[0] if len(options) == 1 else tuple(options)
         elif isinstance(current, tuple):
@@ -221,7 +222,8 @@ def _keys_beside(schema: type[BaseModel], loc: tuple[int | str, ...]) -> Iterabl
                 (o for o in current if part in (o.model_fields["name"].default, getattr(o, "family", None))), None
             )
         known = getattr(current, "model_fields", known)
-    return known
+    fields = known if isinstance(known, dict) else {}
+    return [field.alias or name for name, field in fields.items()] or known
 
 
 def _name_of(schema: type[BaseModel], path: Sequence[str | int]) -> str | None:
@@ -277,6 +279,11 @@ def dump(table: Table) -> str:
     return tomli_w.dumps(_without_none(table))  # TOML has no null
 
 
+def dump_list(name: str, tables: Sequence[Table]) -> str:
+    """Return tables as a list in TOML, each below a [[name]] of its own, however short."""
+    return "".join(f"\n[[{name}]]\n{dump(table)}" for table in tables)
+
+
 def _without_none(table: Table) -> Table:
     return {k: _without_none(v) if isinstance(v, dict) else v for k, v in table.items() if v is not None}
 
@@ -302,11 +309,13 @@ def write_atomically(path: Path, data: bytes) -> None:
 def set_key(table: Table, assignment: str) -> str:
     """Apply one `--set method.rank=16` to a table in place; the value is read as TOML, or else as a string.
 
-    Returns the key.
+    A number in the key, as in cluster.class.0.rank, is that of a table in a list; the next free number adds one.
+    Returns the key, as errors show it.
     """
     key, sep, value_text = assignment.partition("=")
     parts = key.strip().split(".")
-    if not sep or len(parts) != 2 or not all(parts):
+    in_list = len(parts) == 4 and parts[2].isdecimal()
+    if not sep or not (len(parts) == 2 or in_list) or not all(parts):
         ours = ours_for(key.strip())
         named = f"; what others call {key.strip()} is {' or '.join(ours)} here" if ours else ""
         raise InputError(f"--set {assignment}: the form is table.key=value, for example --set method.rank=16{named}")
@@ -317,5 +326,20 @@ def set_key(table: Table, assignment: str) -> str:
     section = table.setdefault(parts[0], {})
     if not isinstance(section, dict):
         raise InputError(f"--set {assignment}: {parts[0]} = {section!r} is not a table; write [{parts[0]}] in the file")
+    if in_list:
+        _table_in_list(section, parts[1], int(parts[2]), assignment)[parts[3]] = value
+        return _dotted([*parts[:2], int(parts[2]), parts[3]])
     section[parts[1]] = value
     return ".".join(parts)
+
+
+def _table_in_list(section: Table, name: str, index: int, assignment: str) -> Table:
+    """Return a table of a list, made where it is the next one; raises InputError where it cannot be."""
+    tables = section.setdefault(name, [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise InputError(f"--set {assignment}: {name} = {_short(tables)} is no list of tables; set {name} itself")
+    if index > len(tables):
+        raise InputError(f"--set {assignment}: there are {len(tables)} tables; the next one has number {len(tables)}")
+    if index == len(tables):
+        tables.append({})
+    return tables[index]

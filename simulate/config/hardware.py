@@ -7,18 +7,19 @@ writes measured ones. Every field is in SI units and says in its docstring what 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from simulate.common import toml_io
 from simulate.common.errors import InputError
 from simulate.common.quantities import Bytes, BytesPerSecond, FlopRate, Seconds
 from simulate.common.units import bytes_text
+from simulate.config.lines import DeviceLine, LineFigures, NamedLine, Place, Source
 
-Source = Literal["datasheet", "measured", "guess"]
 Dtype = Literal["fp64", "fp32", "fp16", "bf16"]
 Collectives = Literal["gloo", "nccl"]
 DELAYS_OF_A_HOP: dict[Collectives, float] = {"gloo": 2.0, "nccl": 1.0}
@@ -132,6 +133,12 @@ class Device(toml_io.Schema):
 
     count: int = Field(default=1, ge=1)
     kind: str
+    name: str | None = None
+    """What its owners call it, for plans that say which node it is; not set: its place or its kind."""
+    link: NamedLine | None = None
+    """Its own line, like "50/10 DSL" or in figures; not set: [link]'s figures."""
+    place: str | None = None
+    """Name of the [[place]] whose line all its devices share; not set: its own line leads to all others."""
     memory_bytes: Bytes = Field(gt=0, le=MOST_BYTES)
     reserved_bytes: Bytes = Field(ge=0)
     """Bytes that the system, the driver's context and the display keep for themselves."""
@@ -153,7 +160,7 @@ class Device(toml_io.Schema):
     disk_flush_s: Seconds = Field(default=0.0, ge=0, le=3600)
     """Fixed seconds until a part of a checkpoint is safely on disk, added to the seconds of its bytes."""
     step_jitter: float = Field(default=0.0, ge=0, le=1)
-    """Standard deviation of a step's seconds over their mean, of a gamma distribution (simulate/timeline/jitter.py)."""
+    """Standard deviation of a step's seconds over their mean, of a gamma distribution (simulate/rules/jitter.py)."""
     leave_per_hour: float = Field(default=0.0, ge=0, le=1)
     """Chance that the device leaves within an hour."""
     join_s: Seconds = Field(default=0.0, ge=0)
@@ -176,6 +183,11 @@ class Device(toml_io.Schema):
         if headroom is None:
             headroom = CUDA_HEADROOM_SHARE if self.is_cuda else 0.0
         return int(self.memory_bytes * (1 - headroom))
+
+    def is_like(self, other: Device) -> bool:
+        """Whether two devices compute and hold the same; they may be elsewhere."""
+        elsewhere = {"count": other.count, "name": other.name, "link": other.link, "place": other.place}
+        return self.model_copy(update=elsewhere) == other
 
     def __hash__(self) -> int:
         # Written out because `sources` is a dict, which has no hash; costs cache rates by device.
@@ -233,6 +245,23 @@ class Link(toml_io.Schema):
     """Devices of one node, which node_bytes_per_s joins: plans try them as one; not set: the profile does not say."""
     source: Source
     sources: dict[str, str] = Field(default_factory=dict)
+    _lines: tuple[DeviceLine, ...] = PrivateAttr(default=())
+
+    @property
+    def lines(self) -> tuple[DeviceLine, ...]:
+        """The line of each of the profile's devices, in their order; empty where all have this link's figures."""
+        return self._lines
+
+    def with_lines(self, lines: tuple[DeviceLine, ...]) -> Link:
+        """Return the link with a line for each device."""
+        link = self.model_copy()
+        link._lines = lines
+        return link
+
+    def faster(self, factor: float) -> Link:
+        """Return the link, and all lines, with each rate multiplied."""
+        rates = {key: factor * rate for key, rate in self if key.endswith("bytes_per_s") and rate is not None}
+        return self.model_copy(update=rates).with_lines(tuple(line.times(factor, factor) for line in self.lines))
 
     @model_validator(mode="after")
     def _nodes_have_a_rate(self) -> Link:
@@ -274,6 +303,8 @@ class Profile(toml_io.Schema):
     device: list[Device] = Field(min_length=1)
     link: Link
     measurement: Measurement | None = None
+    place: list[Place] = Field(default_factory=list)
+    """Places whose devices share a line."""
     server: Server | None = None
     """Its rates are copied to the link's server_up_bytes_per_s and server_down_bytes_per_s."""
 
@@ -296,13 +327,64 @@ class Profile(toml_io.Schema):
             object.__setattr__(self, "link", self.link.model_copy(update=update))
         return self
 
+    @model_validator(mode="after")
+    def _lines_join_link(self) -> Profile:
+        """Give the link each device's line, which all costs read there."""
+        numbers = self._place_numbers()
+        if not any(device.link or device.place for device in self.device):
+            return self
+        if self.link.topology != "star":
+            raise ValueError(
+                f"link.topology = {self.link.topology} has one kind of link for all devices, and lines of their own "
+                'lead to a hub; set link.topology = "star", or leave device.link and device.place away'
+            )
+        link, lines = self.link, list[DeviceLine]()
+        defaults = LineFigures(link.down_bytes_per_s, link.up_bytes_per_s, link.latency_s)
+        for device in self.device:
+            number = numbers[device.place] if device.place else None
+            place = None if number is None else self.place[number]
+            lines += [DeviceLine.of(device.link, defaults, place, number)] * device.count
+        object.__setattr__(self, "link", link.with_lines(tuple(lines)))
+        return self
+
+    def _place_numbers(self) -> dict[str, int]:
+        """Return the number of each place by its name; raises ValueError for one that is missing or superfluous."""
+        numbers = {place.name: number for number, place in enumerate(self.place)}
+        if len(numbers) < len(self.place):
+            raise ValueError("two places have one name; give each its own, since devices call them by it")
+        for index, device in enumerate(self.device):
+            if device.place is not None and device.place not in numbers:
+                known = ", ".join(numbers) or "there is none"
+                raise ValueError(
+                    f"device[{index}].place = {device.place!r} is no [[place]] ({known}); add it with its name and link"
+                )
+        if unused := sorted(set(numbers) - {device.place for device in self.device}):
+            raise ValueError(f"no device is at place {unused[0]!r}; set device.place to it, or remove it")
+        return numbers
+
+    def with_devices(self, devices: Sequence[Device]) -> Profile:
+        """Return the profile with other devices, whose lines its link then has."""
+        return Profile(**{**dict(self), "device": list(devices)})
+
     @property
     def count(self) -> int:
         """Number of devices that the profile lists."""
         return sum(device.count for device in self.device)
 
+    def label(self, index: int) -> str:
+        """Return what a device is called in words: its name or its place, and its number where others share that."""
+        names = [device.name or device.place for device in self.device for _ in range(device.count)]
+        kinds = [device.kind for device in self.device for _ in range(device.count)]
+        name = names[index]
+        if name is None:
+            return f"device {index} ({kinds[index]})"
+        return name if names.count(name) == 1 else f"{name} (device {index})"
+
     def devices(self, num_devices: int) -> tuple[Device, ...]:
-        """Return one entry per device; a profile of one kind stretches to any number, a mixed one does not."""
+        """Return one entry per device; a profile of one kind stretches to any number, a mixed one does not.
+
+        Devices that differ in their lines alone are one object, since costs compute each object once.
+        """
         if len(self.device) == 1:
             return (self.device[0],) * num_devices
         if num_devices > self.count:
@@ -310,4 +392,8 @@ class Profile(toml_io.Schema):
                 f"cluster.devices = {num_devices} exceeds the {self.count} devices of the mixed profile {self.name!r}; "
                 f"use at most {self.count}, or add a [[device]] to a copy of it (lte profile show {self.name})"
             )
-        return tuple(device for device in self.device for _ in range(device.count))[:num_devices]
+        kinds = list(self.device)
+        for index, device in enumerate(kinds) if self.link.lines else ():
+            kinds[index] = next(kind for kind in kinds if kind.is_like(device))
+        listed = zip(kinds, self.device, strict=True)
+        return tuple(kind for kind, device in listed for _ in range(device.count))[:num_devices]

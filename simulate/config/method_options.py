@@ -9,12 +9,14 @@ Letters: N devices, T steps of a round, r rank, s = alpha / r.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
 from simulate.common import toml_io
-from simulate.config.tables import Cluster, Train
+from simulate.config.tables import Cluster, Train, as_tuples
 from simulate.layers.formats import Quantize
 from simulate.models.schema import FactoryModel, ModelOptions
 from simulate.models.shapes import ModelShape
@@ -25,13 +27,27 @@ DEFAULT_SCALE = 64.0
 """alpha / rank of the LTE paper's best run (arXiv 2402.16828): alpha = 4096 at rank 64."""
 
 
-def _as_tuples(value: Any) -> Any:
-    """Turn TOML's nested lists into tuples: frozen options are hashed as the key of cached results."""
-    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
-
-
-Steps = Annotated[tuple[tuple[int, ...], ...], BeforeValidator(_as_tuples), Field(min_length=1)]
+Steps = Annotated[tuple[tuple[int, ...], ...], BeforeValidator(as_tuples), Field(min_length=1)]
 """Steps of each device, round by round; after the last entry the first one follows."""
+
+
+@dataclass(frozen=True)
+class FleetClass:
+    """The figures of one class of devices that other classes' merges with it depend on."""
+
+    devices: range
+    """Its devices, in global order."""
+    samples: int
+    """Samples of one device in an optimizer step."""
+    heads_per_device: int = 0
+    """Low-rank pairs of one device; 0 for dense methods."""
+    rank: int = 0
+    """Rank of each of them."""
+
+    @property
+    def held_rank(self) -> int:
+        """Sum of the ranks of one device's pairs."""
+        return self.heads_per_device * self.rank
 
 
 class MethodOptions(toml_io.Schema):
@@ -39,7 +55,39 @@ class MethodOptions(toml_io.Schema):
 
     heads_split_batch: ClassVar[bool] = False
     """Whether each head of a device trains on its own part of the batch, so that `heads_per_device` divides it."""
+    takes_classes: ClassVar[bool] = False
+    """Whether devices may be of unequal classes ([[cluster.class]])."""
     name: str
+    _fleet: tuple[FleetClass, ...] = PrivateAttr(default=())
+    _class_index: int = PrivateAttr(default=0)
+
+    @property
+    def fleet(self) -> tuple[FleetClass, ...]:
+        """All classes of devices, in global order, where these options are of one; none where devices are equal."""
+        return self._fleet
+
+    @property
+    def class_index(self) -> int:
+        """The class of devices that these options are of."""
+        return self._class_index
+
+    @property
+    def first_device(self) -> int:
+        """First of the devices that these options are of, in global order."""
+        return self.fleet[self.class_index].devices.start if self.fleet else 0
+
+    def in_fleet(self, fleet: tuple[FleetClass, ...], index: int) -> MethodOptions:
+        """Return a copy that knows the classes of devices that it merges with, and which of them it is of."""
+        copy = self.model_copy()
+        copy._fleet, copy._class_index = fleet, index
+        return copy
+
+    @property
+    def device_samples(self) -> tuple[int, ...]:
+        """Samples of each device in a step, in global order, where these differ; else none."""
+        if len({one.samples for one in self.fleet}) < 2:
+            return ()
+        return tuple(one.samples for one in self.fleet for _ in one.devices)
 
     @property
     def round_steps(self) -> int:
@@ -99,6 +147,8 @@ class MethodOptions(toml_io.Schema):
 
     def check(self, model: ModelOptions, train: Train, cluster: Cluster) -> None:
         """Raise ValueError where the keys contradict a run's other tables."""
+        if cluster.has_quorum:
+            self.check_quorum(cluster)
         wrong = next((len(counts) for counts in self.given_steps or () if len(counts) != cluster.devices), None)
         if wrong is not None:
             raise ValueError(
@@ -106,9 +156,25 @@ class MethodOptions(toml_io.Schema):
                 "number a device"
             )
 
+    def classes_rule(self, of_classes: Sequence[MethodOptions]) -> str | None:
+        """Return the rule that the options of unequal classes break together, with a way out; or None."""
+        return None
+
+    def check_quorum(self, cluster: Cluster) -> None:
+        """Raise ValueError where merges cannot go on without devices that are late or lost."""
+        raise ValueError(
+            f"cluster.{quorum_key(cluster)} is for devices that train alone for a round, and method.name = "
+            f"{self.name!r} needs all at every step; leave it away, or try --set method.name=lte"
+        )
+
     def processes_rule(self, devices: int, processes: int) -> str | None:
         """Return the rule that splitting the devices over so many processes breaks, or None."""
         return None
+
+
+def quorum_key(cluster: Cluster) -> str:
+    """Return the key of [cluster] that lets merges go on without some devices."""
+    return next(key for key in ("merges_given", "deadline_s", "quorum") if getattr(cluster, key) is not None)
 
 
 class RoundOptions(MethodOptions):
@@ -144,6 +210,33 @@ class RoundOptions(MethodOptions):
     @property
     def given_steps(self) -> Steps | None:
         return self.steps_taken
+
+    def check_quorum(self, cluster: Cluster) -> None:
+        key = quorum_key(cluster)
+        if self.is_paced:
+            stands = "deadline_s" if self.given_steps is None else "merges_given"
+            raise ValueError(
+                f"method.pace = 'deadline' and cluster.{key} both say when a round ends; leave method.pace, "
+                f"round_deadline_s and steps_taken away, for which cluster.{stands} stands"
+            )
+        # A device that is late brings the whole change since its last merge, at one merge.
+        for name, value in (("merge_delay", self.late_steps), ("fragments", self.merges_per_round - 1)):
+            if value:
+                raise ValueError(
+                    f"method.{name} = {getattr(self, name)} cuts a round's merge apart, and cluster.{key} lets late "
+                    f"devices bring theirs whole; leave one of them away"
+                )
+        if (wire := getattr(self, "wire", "full")) != "full":
+            raise ValueError(
+                f"method.wire = {wire!r} keeps what rounding lost for the next merge of the same devices, and "
+                f"cluster.{key} changes who they are; try --set method.wire=full"
+            )
+        bad = next((c for row in cluster.merges_given or () for c in row if c > self.round_steps), None)
+        if bad is not None:
+            raise ValueError(
+                f"cluster.merges_given has {bad} steps, more than method.merge_every = {self.round_steps}, the most "
+                "that a device takes between its merges; correct it"
+            )
 
     @model_validator(mode="after")
     def _delay_and_pace_fit(self) -> RoundOptions:
@@ -260,6 +353,42 @@ class AdapterOptions(MethodOptions):
     def held_rank(self, devices: int) -> int:
         """Return the rank of all the pairs that one device holds and trains for a layer."""
         return self.rank
+
+    @property
+    def uneven_heads(self) -> bool:
+        """Whether devices hold unequal numbers of pairs, or pairs of unequal rank."""
+        return len({(one.heads_per_device, one.rank) for one in self.fleet}) > 1
+
+    def teams(self, parties: int) -> tuple[FleetClass, ...]:
+        """Return the teams of consecutive parties (devices, or nodes that train as one) that hold equal pairs."""
+        if self.uneven_heads:
+            return self.fleet
+        return (FleetClass(range(parties), 0, self.held_rank(parties) // self.rank, self.rank),)
+
+    def total_rank(self, parties: int) -> int:
+        """Return the sum of the ranks of all parties' pairs of a layer."""
+        return sum(len(one.devices) * one.held_rank for one in self.teams(parties))
+
+    def most_held_rank(self, parties: int) -> int:
+        """Return the sum of the ranks of a layer's pairs on the party that holds most."""
+        return max(one.held_rank for one in self.teams(parties))
+
+    @property
+    def head_ranks(self) -> tuple[int, ...]:
+        """Rank of each pair of a layer over all devices, in global order, where devices' pairs differ; else none."""
+        if not self.uneven_heads:
+            return ()
+        return tuple(one.rank for one in self.fleet for _ in range(len(one.devices) * one.heads_per_device))
+
+    def heads_of(self, parties: range) -> range:
+        """Return the global indices of the pairs of consecutive parties."""
+        return range(self._heads_before(parties.start), self._heads_before(parties.stop))
+
+    def _heads_before(self, party: int) -> int:
+        if not self.uneven_heads:
+            return party * (self.held_rank(1) // self.rank)
+        within = ((one.heads_per_device, range(one.devices.start, min(one.devices.stop, party))) for one in self.fleet)
+        return sum(heads * len(devices) for heads, devices in within)
 
     def row_rank(self, devices: int) -> int:
         """Return the rank that one row of activations passes through."""

@@ -6,11 +6,12 @@ prints what is found here, and a plan warns of it before anything else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from simulate.common.units import bytes_text, seconds_text
 from simulate.config.hardware import Device, Link, Profile
+from simulate.config.lines import Line
 
 
 class Plausible(NamedTuple):
@@ -39,7 +40,11 @@ def slips(profile: Profile) -> Iterator[str]:
     """Yield a line for each figure outside the range of its kind: what it says, and how it would be written."""
     for index, device in enumerate(profile.device):
         yield from _of_device(device, f"device[{index}]")
-    yield from _of_link(profile.link)
+        if device.link is not None:
+            yield from _of_link(device.link, f"device[{index}].link")
+    for index, place in enumerate(profile.place):
+        yield from _of_link(place.link, f"place[{index}].link")
+    yield from _of_link(profile.link, "link")
 
 
 def _of_device(device: Device, where: str) -> Iterator[str]:
@@ -53,13 +58,14 @@ def _of_device(device: Device, where: str) -> Iterator[str]:
             yield f"{where}.flop_per_s.{name} = {rate:g} is {rate / 1e12:g} TFLOP/s; write it like {OPERATIONS.example}"
 
 
-def _of_link(link: Link) -> Iterator[str]:
-    yield from _rates(link, "link", [key for key in RATES if hasattr(link, key)])
+def _of_link(link: Link | Line, where: str) -> Iterator[str]:
+    yield from _rates(link, where, [key for key in RATES if hasattr(link, key)])
     if link.latency_s > LATENCY.high:
-        yield f"link.latency_s = {link.latency_s:g} is {seconds_text(link.latency_s)}; write it like {LATENCY.example}"
+        seconds = seconds_text(link.latency_s)
+        yield f"{where}.latency_s = {link.latency_s:g} is {seconds}; write it like {LATENCY.example}"
 
 
-def _rates(table: Device | Link, where: str, keys: list[str] | tuple[str, ...]) -> Iterator[str]:
+def _rates(table: Device | Link | Line, where: str, keys: list[str] | tuple[str, ...]) -> Iterator[str]:
     for key in keys:
         rate, plausible = getattr(table, key), RATES[key]
         if rate is not None and not plausible.low <= rate <= plausible.high:
@@ -73,3 +79,17 @@ def rate_text(bytes_per_s: float) -> str:
         if bits >= limit:
             return f"{bytes_text(bytes_per_s)}/s ({bits / limit:.3g} {unit})"
     return f"{bytes_text(bytes_per_s)}/s ({bits:.3g} bit/s)"
+
+
+def link_text(profile: Profile, devices: int) -> str:
+    """Return up and down of the link of so many devices; where they have lines of their own, from the slowest on."""
+    link, lines = profile.link, profile.link.lines[:devices]
+    if not lines:
+        return f"{bytes_text(link.up_bytes_per_s)}/s up, {bytes_text(link.down_bytes_per_s)}/s down"
+    ups, downs = zip(*(line.outer_rates for line in lines), strict=True)
+    return f"{_span_text(ups)} up, {_span_text(downs)} down"
+
+
+def _span_text(rates: Sequence[float]) -> str:
+    low, high = bytes_text(min(rates)), bytes_text(max(rates))
+    return f"{low}/s" if low == high else f"{low}/s to {high}/s"

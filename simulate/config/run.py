@@ -13,16 +13,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, SerializeAsAny, create_model, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, ValidationError, create_model, field_validator, model_validator
 
 from simulate.common import toml_io
 from simulate.common.errors import InputError
 from simulate.common.live_objects import is_live
 from simulate.config.hardware import Profile
-from simulate.config.method_options import MethodOptions
+from simulate.config.method_options import FleetClass, MethodOptions, quorum_key
 from simulate.config.method_table import DEFAULT_METHOD, default_options, method_options
 from simulate.config.profiles import EMBEDDED, is_profile_path, profile_to_embed
-from simulate.config.tables import BPE, BYTES, HUB, Cluster, Data, Train, data_key
+from simulate.config.tables import BPE, BYTES, HUB, Cluster, Data, DeviceClass, Train, data_key
 from simulate.models.families.gpt import GptModel
 from simulate.models.families.table import Model, check_name, family_of, sees_images
 from simulate.models.interfaces import HUGGINGFACE, IMAGES_HINT
@@ -113,7 +113,32 @@ class Run(toml_io.Schema):
                 f"train.warmup_steps = {self.train.warmup_steps} is not below train.steps = {self.train.steps}; "
                 "lower it, or give train.warmup_share instead, which fits any number of steps"
             )
+        if self.cluster.classes:
+            check_classes(self)
         return self
+
+    def of_class(self, index: int) -> Run:
+        """Return the run as the devices of one class have it: its values in place of the run's, and no classes."""
+        return _of_class(self, index) if self.cluster.classes else self
+
+    def class_of(self, device: int) -> int:
+        """Return the index of the class that a device belongs to; 0 where there are no classes."""
+        return self.cluster.class_of(device)
+
+    def of_devices(self, devices: range) -> Run:
+        """Return the run as some devices of one class have it; raises InputError where they are of several."""
+        first, last = self.class_of(devices[0]), self.class_of(devices[-1])
+        if first != last:
+            raise InputError(
+                f"devices {devices[0]} to {devices[-1]} would share a process, and are of class {first} and of class "
+                f"{last} of cluster.class; try a process for each device"
+            )
+        return self.of_class(first)
+
+    @property
+    def classes(self) -> list[Run]:
+        """The run as each of its classes has it, in order; where there are none, the run itself."""
+        return [self.of_class(index) for index in range(len(self.cluster.classes) or 1)]
 
     @property
     def live_keys(self) -> dict[str, str]:
@@ -128,7 +153,7 @@ class Run(toml_io.Schema):
     @property
     def heads(self) -> int:
         """Low-rank pairs of a layer over all devices, each counted once (0 for dense methods)."""
-        return self.method.num_heads(self.cluster.devices)
+        return self.of_class(0).method.num_heads(self.cluster.devices)
 
     def shape(self) -> ModelShape:
         """Return the network's counts, with the layers that the method adapts."""
@@ -137,13 +162,85 @@ class Run(toml_io.Schema):
     @property
     def samples_per_step(self) -> int:
         """Samples that all devices together train on in one optimizer step."""
+        if fleet := self.of_class(0).method.fleet:
+            return sum(len(one.devices) * one.samples for one in fleet)
         train = self.train  # not by device_batch: a plan asks for thousands of candidates
         return self.method.participants(self.cluster.devices) * train.micro_batch * train.accumulate
+
+    @property
+    def device_samples(self) -> tuple[int, ...]:
+        """Samples that each device trains on in one optimizer step, in global order."""
+        samples = (one.train.device_batch for one in self.classes)
+        return tuple(n for n, devices in zip(samples, self.cluster.class_devices, strict=True) for _ in devices)
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens (for images, samples) that all devices together train on in one optimizer step."""
         return self.samples_per_step * self.model.units_per_sample
+
+
+@lru_cache(maxsize=256)
+def _of_class(run: Run, index: int) -> Run:
+    """Return the run of one class; one object for equal runs, since costs are cached by their method's."""
+    trains = [run.train.model_copy(update=one.changes("train")) for one in run.cluster.classes]
+    # A baseline that takes the place of the run's method may lack keys that classes set for it.
+    known = type(run.method).model_fields
+    methods = [
+        run.method.model_copy(update={key: value for key, value in one.changes("method").items() if key in known})
+        for one in run.cluster.classes
+    ]
+    fleet = tuple(
+        FleetClass(devices, train.device_batch, method.num_heads(1), getattr(method, "rank", 0))
+        for devices, train, method in zip(run.cluster.class_devices, trains, methods, strict=True)
+    )
+    cluster = run.cluster.model_copy(update={"classes": ()})
+    return run.model_copy(
+        update={"cluster": cluster, "train": trains[index], "method": methods[index].in_fleet(fleet, index)}
+    )
+
+
+def check_classes(run: Run) -> None:
+    """Raise ValueError where a class of devices is no run by itself, or where classes do not go together."""
+    method = run.method
+    if not method.takes_classes:
+        raise ValueError(
+            f"cluster.class makes devices unequal, and method.name = {method.name!r} needs equal ones; leave it away, "
+            "or try --set method.name=lte"
+        )
+    if run.cluster.has_quorum:
+        raise ValueError(
+            f"cluster.{quorum_key(run.cluster)} lets merges go on without devices that are late, which is built for "
+            "equal devices, and cluster.class makes them unequal; leave one of them away"
+        )
+    if run.train.diagnostics_every is not None:
+        raise ValueError(
+            f"train.diagnostics_every = {run.train.diagnostics_every} compares heads of equal devices, and "
+            "cluster.class makes them unequal; leave one of them away"
+        )
+    for index, chosen in enumerate(run.cluster.classes):
+        for key, value in chosen.changes("method").items():
+            if key not in type(method).model_fields:
+                raise ValueError(
+                    f"cluster.class[{index}]: {key} = {value!r} is no key of method.name = {method.name!r}; leave it "
+                    "away"
+                )
+        try:
+            one = run.of_class(index)
+            type(run).model_validate(one.model_dump())
+        except ValidationError as error:
+            raise ValueError(f"cluster.class[{index}]: {_named_by_class(error, index, chosen)}") from None
+    if rule := method.classes_rule([one.method for one in run.classes]):
+        raise ValueError(rule)
+
+
+def _named_by_class(error: ValidationError, index: int, chosen: DeviceClass) -> str:
+    """Return the first mistake of a class's run; where keys are the class's own, with their names there."""
+    first = error.errors(include_url=False)[0]
+    text = str(first["ctx"]["error"]) if first["type"] == "value_error" else str(first["msg"])
+    for table in ("train", "method"):
+        for key in chosen.changes(table):
+            text = text.replace(f"--set {table}.{key}=", f"--set cluster.class.{index}.{key}=")
+    return text
 
 
 @lru_cache(maxsize=64)
@@ -256,9 +353,15 @@ def dump_run(run: Run, profile: Profile | None = None) -> str:
     """Return the run as TOML text, every key written out; with a profile that lte does not ship, its whole table."""
     embedded = None if profile is None else profile_to_embed(profile)
     if embedded is None:
-        return toml_io.dump(run.model_dump())
+        return _dump_tables(run)
     table = embedded.model_dump(exclude_none=True)
-    return toml_io.dump(with_profile_name(run, embedded).model_dump()) + "\n" + toml_io.dump({EMBEDDED: table})
+    return _dump_tables(with_profile_name(run, embedded)) + "\n" + toml_io.dump({EMBEDDED: table})
+
+
+def _dump_tables(run: Run) -> str:
+    table = run.model_dump()
+    classes = table["cluster"].pop("class", ())
+    return toml_io.dump(table) + toml_io.dump_list("cluster.class", classes)
 
 
 def with_profile_name(run: Run, profile: Profile) -> Run:

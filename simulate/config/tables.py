@@ -6,23 +6,35 @@ These are the keys that mean the same for every model and method. simulate.confi
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from simulate.common import toml_io
 from simulate.common.errors import near_match
 from simulate.common.live_objects import is_live
+from simulate.layers.formats import Quantize
 
 DATA_NAMES = ("stdlib", "digits")
 HUB = "hf:"
+DEFAULT_AGE_EXPONENT = 0.5
+"""p of the discount (1 + age)^-p, as in FedAsync's polynomial staleness (arXiv 1903.03934, section 5.2)."""
 BYTES, BPE = "bytes", "bpe:"
 BYTE_VALUES = 256
 KEYS_OF_NAME = ("subset", "column", "rows")
 """Keys of [data] that go with a name only, one that starts with HUB."""
 DataFormat = Literal["text", "images", "cifar", "stl10"]
 Share = Annotated[float, Field(gt=0)]
+Autocast = Literal["none", "bf16", "fp16"]
 
 
 def _as_names(value: Any) -> Any:
@@ -148,7 +160,7 @@ class Train(toml_io.Schema):
     """Largest gradient norm of one device (ddp: of the averaged gradient)."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     dtype: Literal["fp32", "fp64"] = "fp32"
-    autocast: Literal["none", "bf16", "fp16"] = "none"
+    autocast: Autocast = "none"
     """Format of matrix products and of the inputs kept for their backward passes; all else stays in dtype."""
     evaluate_every: int = Field(default=100, gt=0)
     """Steps between evaluations; each waits for the next merge, since only merged weights are one model."""
@@ -195,11 +207,53 @@ def whole_steps(steps: float) -> int:
     return int(steps + 1e-6)
 
 
+def as_tuples(value: Any) -> Any:
+    """Turn TOML's nested lists into tuples, since a frozen run is hashed as the key of cached results."""
+    return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+MergesGiven = Annotated[tuple[tuple[int, ...], ...], BeforeValidator(as_tuples), Field(min_length=1)]
+"""Merge by merge, the steps that each device brings; 0: it is late; LOST: it is gone, and brings nothing."""
+LOST = -1
+"""In `merges_given`: a device that was lost; it takes the merged weights once it is back."""
+DEFAULT_REJOIN_S = 10.0
+
+
+CLASS_KEYS = {
+    "micro_batch": "train",
+    "accumulate": "train",
+    "autocast": "train",
+    "rank": "method",
+    "heads_per_device": "method",
+    "quantize": "method",
+}
+"""Keys of [[cluster.class]] that stand in place of the run's own, and the tables of those."""
+
+
+class DeviceClass(toml_io.Schema):
+    """Consecutive devices, in global order, that train alike; a key that is not set is the run's own."""
+
+    devices: int = Field(gt=0)
+    micro_batch: int | None = Field(default=None, gt=0)
+    accumulate: int | None = Field(default=None, gt=0)
+    autocast: Autocast | None = None
+    rank: int | None = Field(default=None, gt=0)
+    heads_per_device: int | None = Field(default=None, gt=0)
+    quantize: Quantize | None = None
+
+    def changes(self, table: str) -> dict[str, Any]:
+        """Return the keys of one of the run's tables that this class sets, with its values."""
+        keys = (key for key, owner in CLASS_KEYS.items() if owner == table)
+        return {key: value for key in keys if (value := getattr(self, key)) is not None}
+
+
 class Cluster(toml_io.Schema):
     """The hardware that is planned for, and simulated or launched on; the waits of launched runs."""
 
     profile: str = Field(default="local", min_length=1)
     devices: int = Field(default=4, gt=0)
+    classes: Annotated[tuple[DeviceClass, ...], BeforeValidator(_as_tuple)] = Field(default=(), alias="class")
+    """Classes of unequal devices, one after the other in global order; none: all devices train alike."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Library that moves tensors of a launched run; auto: nccl between CUDA GPUs, gloo else."""
     min_devices: int | None = Field(default=None, gt=0)
@@ -209,15 +263,116 @@ class Cluster(toml_io.Schema):
     """Longest wait for one exchange; must exceed the lag of the slowest device at a merge."""
     join_timeout_s: float = Field(default=300.0, gt=0)
     """Longest wait for nodes to join, or to return."""
-    rejoin_s: float = Field(default=10.0, gt=0)
+    rejoin_s: float = Field(default=DEFAULT_REJOIN_S, gt=0)
     """Time that lost nodes have to return before the run continues without them, where min_devices allows it."""
     max_restarts: int = Field(default=3, ge=0)
     """Restarts without a checkpoint between them before a launched run gives up."""
     recover_every: int = Field(default=1, gt=0)
     """Merges between recovery points of a launched run; where devices exchange at every step, 10 steps count as one."""
 
+    quorum: int | None = Field(default=None, gt=0)
+    """Devices that a merge needs; who is late brings its change to a later one. Not set: all."""
+    deadline_s: float | None = Field(default=None, gt=0)
+    """Seconds of a round, after which devices stop and merge. Not set with a quorum: what the quorum-th fastest device
+    needs for all steps of a round."""
+    age_exponent: float | None = Field(default=None, ge=0)
+    """p in the discount (1 + age)^-p of a change that comes `age` merges late. Not set: DEFAULT_AGE_EXPONENT."""
+    merges_given: MergesGiven | None = None
+    """Steps that each device brings to each merge, in place of quorum and deadline, repeated from the start:
+    [[10, 10, 3], [10, 10, 0]]; 0: it is late, -1: it is lost. A run's merge events have them."""
+
+    @property
+    def has_quorum(self) -> bool:
+        """Whether merges go on without devices that are late or lost."""
+        below_all = self.quorum is not None and self.quorum < self.devices
+        return below_all or self.deadline_s is not None or self.merges_given is not None
+
+    @property
+    def drops_lost(self) -> bool:
+        """Whether a launched run drops lost processes and goes on, instead of restarting all."""
+        return self.has_quorum and self.merges_given is None
+
+    @property
+    def needed(self) -> int:
+        """Devices that a merge needs."""
+        return self.devices if self.quorum is None else self.quorum
+
+    @model_validator(mode="after")
+    def _quorum_fits(self) -> Cluster:
+        if self.quorum is not None and self.quorum > self.devices:
+            raise ValueError(f"quorum = {self.quorum} exceeds devices = {self.devices}; lower it, or leave it away")
+        if self.age_exponent is not None and not self.has_quorum:
+            raise ValueError(
+                f"age_exponent = {self.age_exponent:g} discounts late changes, and without a quorum nobody is late; "
+                "leave it away, or set cluster.quorum"
+            )
+        self._check_given_merges()
+        if not self.has_quorum:
+            return self
+        # The keys that the quorum stands for: two rules of who may be missing would contradict each other.
+        if self.min_devices is not None:
+            raise ValueError(
+                f"min_devices = {self.min_devices} and quorum, deadline_s or merges_given both say whom a run can do "
+                "without; keep one: with a quorum lost devices are dropped, and nobody takes their data over"
+            )
+        if self.rejoin_s != DEFAULT_REJOIN_S:
+            raise ValueError(
+                f"rejoin_s = {self.rejoin_s:g} is a wait for lost nodes, and with quorum, deadline_s or merges_given "
+                "nobody waits for them; leave it away"
+            )
+        return self
+
+    def _check_given_merges(self) -> None:
+        if self.merges_given is None:
+            return
+        for key in ("quorum", "deadline_s"):
+            if getattr(self, key) is not None:
+                raise ValueError(f"merges_given replays who was there, so {key} says nothing; leave one of them away")
+        for number, row in enumerate(self.merges_given):
+            if len(row) != self.devices:
+                raise ValueError(
+                    f"merges_given has a merge of {len(row)} devices for devices = {self.devices}; give one number a "
+                    "device"
+                )
+            if min(row) < LOST or max(row) <= 0:
+                raise ValueError(
+                    f"merges_given[{number}] = {list(row)}: give the steps that each device brings, 0 for late and -1 "
+                    "for lost, and one device at least that brings some"
+                )
+
     @model_validator(mode="after")
     def _min_devices_fit(self) -> Cluster:
         if self.min_devices is not None and self.min_devices > self.devices:
             raise ValueError(f"min_devices = {self.min_devices} exceeds devices = {self.devices}; lower it")
         return self
+
+    @model_validator(mode="after")
+    def _classes_have_all_devices(self) -> Cluster:
+        counts = [one.devices for one in self.classes]
+        if counts and sum(counts) != self.devices:
+            terms = " + ".join(map(str, counts))
+            raise ValueError(
+                f"class has {terms} = {sum(counts)} devices, and devices = {self.devices}; try --set "
+                f"cluster.devices={sum(counts)}, or change those of a class"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_table(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write classes under their key, without keys that are not set; a run without classes has no such key."""
+        table: dict[str, Any] = serialize(self)
+        table.pop("classes", None)
+        table.pop("class", None)
+        if self.classes:
+            table["class"] = [one.model_dump(exclude_none=True) for one in self.classes]
+        return table
+
+    def class_of(self, device: int) -> int:
+        """Return the index of the class that a device belongs to."""
+        return next(index for index, devices in enumerate(self.class_devices) if device in devices)
+
+    @property
+    def class_devices(self) -> list[range]:
+        """Devices of each class, in global order; all in one where there are no classes."""
+        ends = list(accumulate([one.devices for one in self.classes] or [self.devices]))
+        return [range(first, end) for first, end in pairwise([0, *ends])]

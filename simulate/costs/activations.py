@@ -72,8 +72,8 @@ class _Step:
     table when both its parts are there), and whose RMS norms also keep their normalised inputs."""
     keeps_inputs: bool = True
     """Whether adapted layers keep their inputs: gradients of weights and of A need them, that of B alone does not."""
-    column_heads: int = 0
-    """As AdapterLayout.column_heads."""
+    column_rank: int = 0
+    """As AdapterLayout.column_rank."""
     accumulates: bool = False
     """Whether gradients of earlier passes lie beside those of this one, which are added to them one by one."""
 
@@ -166,7 +166,7 @@ class _Step:
         rows = self.samples * linear.rows
         small = rows * self.rank * self.product_bytes
         # simulate.layers.lora folds products into copies of the weight, for half of the heads at a time.
-        if layer_draws("columns", self.column_heads, self.rank, linear.in_features) == "columns":
+        if layer_draws("columns", self.column_rank, linear.in_features) == "columns":
             if not writes_columns(rows // self.heads, self.rank, linear.in_features):
                 return weights + small
             # A copy of W, which a lone head does not need beside one that is unpacked or cast; B, scaled, of one head.
@@ -207,12 +207,12 @@ def step_phases(
     shape: ModelShape, samples: int, rank: int, block_gradient_bytes: int, checkpointing: bool, element_bytes: int,
     product_bytes: int, unpacked_bytes: int = 0, heads: int = 1, subtracts: bool = False,
     materialisation: WeightMaterialisation = AS_THEY_ARE, plain: bool = False, keeps_inputs: bool = True,
-    accumulates: bool = False, column_heads: int = 0,
+    accumulates: bool = False, column_rank: int = 0,
 ) -> tuple[Phase, ...]:  # fmt: skip
     """Return the phases of one step and of an evaluation that can be its peak, on top of what is held all the time."""
     step = _Step(
         shape, samples, rank, block_gradient_bytes, checkpointing, element_bytes, product_bytes, unpacked_bytes,
-        heads, subtracts, materialisation, plain, keeps_inputs, column_heads, accumulates,
+        heads, subtracts, materialisation, plain, keeps_inputs, column_rank, accumulates,
     )  # fmt: skip
     phases, forward = _FAMILIES[shape.family](step)
     if accumulates:  # from the second pass on, the sums of all gradients are there throughout

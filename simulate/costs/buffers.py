@@ -43,7 +43,7 @@ def exchange_phases(run: Run, shape: ModelShape, gradient_bytes: int) -> tuple[P
         method = method.model_copy(update={"merge_every": 1})
     context = ExchangeContext(
         shape, run.cluster.devices, gradient_bytes, ELEMENT_BYTES[run.train.dtype], run.train.optimizer == "muon",
-        largest_step_bytes(run, shape),
+        largest_step_bytes(run, shape), method.is_paced or run.cluster.has_quorum, run.cluster.has_quorum,
     )  # fmt: skip
     return _exchange_phases(method, context)
 

@@ -35,8 +35,9 @@ def by_method(
     def cached_figure(run: Run, shape: ModelShape, *others: P.args, **named: P.kwargs) -> T:
         train = run.train
         key = (
-            id(run.method), shape, run.cluster.devices, train.dtype, train.autocast, train.optimizer,
-            train.optimizer_state, train.diagnostics_every is None, others, *named.items(),
+            id(run.method), shape, run.cluster.devices, run.cluster.classes, run.cluster.has_quorum, train.dtype,
+            train.autocast, train.optimizer, train.optimizer_state, train.diagnostics_every is None, others,
+            *named.items(),
         )  # fmt: skip
         try:
             return cached[key][0]

@@ -74,7 +74,9 @@ def kept_bytes(run: Run, shape: ModelShape) -> int:
     if plan.has_separate_heads:
         matrices += [tensor for tensor in shape.tensors if tensor.kind == "adapted"]
     directions = sum(min(DIRECTIONS, *_sides(tensor)) * sum(_sides(tensor)) for tensor in matrices)
-    last_merge = plan.last_merge_elements(shape, devices) * ELEMENT_BYTES[run.train.dtype]
+    # With a quorum the method keeps it itself.
+    elements = 0 if run.cluster.has_quorum else plan.last_merge_elements(shape, devices)
+    last_merge = elements * ELEMENT_BYTES[run.train.dtype]
     return last_merge + directions * FIGURE_BYTES
 
 

@@ -20,7 +20,7 @@ from simulate.costs.memory import checkpoint_bytes
 from simulate.costs.state import frozen_bytes
 from simulate.layers.formats import ELEMENT_BYTES
 from simulate.models.shapes import ModelShape
-from simulate.rules.cadence import Cadence, evaluation_batch
+from simulate.rules.cadence import Cadence, evaluation_samples
 
 AFFORDABLE_SHARE = 0.05
 """Share of a run's time that recovery points may take."""
@@ -102,10 +102,14 @@ def eval_and_save_time(run: Run, shape: ModelShape, kinds: Sequence[Device], ste
     save_bytes, evaluating_s, saving_s, known = checkpoint_bytes(run, shape, 1), 0.0, 0.0, True
     copying_s = 0.0
     for device in kinds:
-        evaluating_s = max(evaluating_s, evaluation_s(run, shape, device))
+        evaluating_s = max(
+            evaluating_s, *(evaluation_s(one, shape, device, evaluation_samples(run)) for one in run.classes)
+        )
         seconds = save_s(save_bytes, device)
         saving_s, known = max(saving_s, seconds or 0.0), known and seconds is not None
-        copying_s = max(copying_s, min(seconds or 0.0, copy_s(save_bytes, device)))
+        # Processes that go on without lost ones wait for the disk (simulate.training.loop).
+        waits_s = math.inf if run.cluster.has_quorum else copy_s(save_bytes, device)
+        copying_s = max(copying_s, min(seconds or 0.0, waits_s))
     return EvalAndSaveTime(
         Cadence.of(run), evaluating_s, save_bytes, saving_s if known else None, copying_s if known else 0.0, step_s
     )
@@ -123,9 +127,12 @@ def save_s(num_bytes: int, device: Device) -> float | None:
     return None if rate is None else PARTS * device.disk_flush_s + num_bytes / rate
 
 
-def evaluation_s(run: Run, shape: ModelShape, device: Device) -> float:
-    """Return the seconds of one evaluation: devices share its batches, and compute on plain layers."""
-    samples = evaluation_batch(run.train.micro_batch, run.train.autocast != "none")
+def evaluation_s(run: Run, shape: ModelShape, device: Device, samples: int | None = None) -> float:
+    """Return the seconds of one evaluation: devices share its batches, and compute on plain layers.
+
+    `samples` are those of a batch, where other classes of devices have a say in them.
+    """
+    samples = samples or evaluation_samples(run)
     # Devices take turns with whole batches, so that the last turn may leave some of them idle.
     turns = -(-run.train.evaluate_samples // (samples * run.cluster.devices))
     return turns * _batch_s(shape, samples, run.method.frozen_format, run.train.dtype, device)

@@ -126,7 +126,10 @@ def memory_by_phase(run: Run, shape: ModelShape, device: Device) -> dict[PhaseNa
 
 
 def peak_profile(run: Run, shape: ModelShape, device: Device) -> PeakProfile:
-    """Return the bytes that a device of the run holds all the time, and its phases."""
+    """Return the bytes that a device of the run holds all the time, and its phases; of classes, the fullest one's."""
+    if run.cluster.classes:
+        profiles = [peak_profile(one, shape, device) for one in run.classes]
+        return max(profiles, key=lambda profile: profile.peak().total)
     shared_memory = device.host_memory_bytes == 0
     lasting = _lasting(run, shape, shared_memory)
     phases = _phases(run, shape, lasting)
@@ -159,7 +162,7 @@ class _Lasting:
     subtracts: bool
     materialisation: WeightMaterialisation
     keeps_inputs: bool
-    column_heads: int
+    column_rank: int
     unfilled_bytes: float
     """Room beside tensors that stay, and beside gradients, in the segments of CUDA's allocator."""
     largest_tensor: int
@@ -196,7 +199,7 @@ def _lasting(run: Run, shape: ModelShape, shared_memory: bool) -> _Lasting:
         subtracts=layout is not None and layout.subtracts,
         materialisation=plan.evaluation_weights(),
         keeps_inputs=layout is None or not layout.frozen_a,
-        column_heads=layout.column_heads if layout else 0,
+        column_rank=layout.column_rank if layout else 0,
         unfilled_bytes=_unfilled_bytes(run, shape, weights, adapters + optimizer + gradients),
         largest_tensor=_largest_elements(shape) * element_bytes,
     )
@@ -254,7 +257,7 @@ def _phases(run: Run, shape: ModelShape, lasting: _Lasting) -> tuple[Phase, ...]
         shape, train.micro_batch, lasting.rank, lasting.block_gradient_bytes, train.activation_checkpointing,
         element_bytes, PRODUCT_BYTES.get(train.autocast, element_bytes), lasting.unpacked_bytes, lasting.heads,
         lasting.subtracts, lasting.materialisation, keeps_inputs=lasting.keeps_inputs, accumulates=train.accumulate > 1,
-        column_heads=lasting.column_heads,
+        column_rank=lasting.column_rank,
     )  # fmt: skip
     # The batch is held until the next one comes; token indices are too small to count.
     batch_bytes = train.micro_batch * train.accumulate * shape.inputs * element_bytes
@@ -288,6 +291,10 @@ def host_memory_by_part(run: Run, shape: ModelShape, device: Device) -> dict[str
     `checkpoint_save`: the largest tensor on its way to the disk; `data`: text that is held in memory as it was read
     (other data is memory-mapped).
     """
+    if run.cluster.classes:
+        return max(
+            (host_memory_by_part(one, shape, device) for one in run.classes), key=lambda parts: sum(parts.values())
+        )
     own, element_bytes = device.host_memory_bytes > 0, ELEMENT_BYTES[run.train.dtype]
     largest = _largest_elements(shape) * element_bytes
     copies = plan_of(run.method).full_copies if own or run.method.frozen_format != "none" else 0
@@ -301,6 +308,8 @@ def host_memory_by_part(run: Run, shape: ModelShape, device: Device) -> dict[str
 
 def mapped_file_bytes(run: Run, shape: ModelShape) -> int:
     """Return the bytes of a process's files in TMPDIR: full-precision weights beside packed ones, gradients' sums."""
+    if run.cluster.classes:  # a simulation holds those of all
+        return sum(mapped_file_bytes(one, shape) for one in run.classes)
     element_bytes = ELEMENT_BYTES[run.train.dtype]
     copies = plan_of(run.method).full_copies if run.method.frozen_format != "none" else 0
     sums = shape.parameters if run.train.diagnostics_every is not None else 0
@@ -329,6 +338,8 @@ def checkpoint_bytes(run: Run, shape: ModelShape, devices: int, in_a_round: bool
     The checkpoint follows a merge, which may have dropped moments, unless `in_a_round`. A run with a dense warm start
     is counted before its first adapter, where it holds most.
     """
+    if run.cluster.classes:
+        return _checkpoint_of_classes(run, shape, devices, in_a_round)
     plan, held, element_bytes = plan_of(run.method), persistent_state(run, shape), ELEMENT_BYTES[run.train.dtype]
     frozen_bytes_kept, weights = 0, shape.parameters
     if plan.adapters(run.cluster.devices) is not None:
@@ -341,6 +352,16 @@ def checkpoint_bytes(run: Run, shape: ModelShape, devices: int, in_a_round: bool
     elements = copies * weights + owners * held.extra
     elements += shape.fixed_parameters
     return frozen_bytes_kept + elements * element_bytes + copies * moments + kept_bytes(run, shape)
+
+
+def _checkpoint_of_classes(run: Run, shape: ModelShape, devices: int, in_a_round: bool) -> int:
+    """Return the bytes of a checkpoint of one device, the largest, or of all: what they share is written once."""
+    alone = [checkpoint_bytes(one, shape, 1, in_a_round) for one in run.classes]
+    if devices == 1:
+        return max(alone)
+    more = [checkpoint_bytes(one, shape, 2, in_a_round) - size for one, size in zip(run.classes, alone, strict=True)]
+    own = sum(len(members) * size for members, size in zip(run.cluster.class_devices, more, strict=True))
+    return max(size - each for size, each in zip(alone, more, strict=True)) + own
 
 
 def _merged_moment_bytes(run: Run, shape: ModelShape) -> int:

@@ -8,7 +8,9 @@ Letters: N devices, T steps of a round.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 from simulate.comm.transfers import Exchange, Transfer, averages
@@ -26,17 +28,55 @@ def schedule(run: Run, shape: ModelShape) -> tuple[PeriodicExchange, ...]:
     devices = run.cluster.devices
     if devices == 1:
         return ()
-    return plan_of(run.method).messages(shape, devices, ELEMENT_BYTES[run.train.dtype])
+    # A message is the same to all classes of devices, so any of them knows it.
+    return plan_of(run.of_class(0).method).messages(shape, devices, ELEMENT_BYTES[run.train.dtype])
 
 
 def sent_bytes(run: Run, shape: ModelShape, steps: int) -> int:
-    """Return the bytes that all devices together send in the first `steps` steps."""
+    """Return the bytes that all devices together send in the first `steps` steps.
+
+    With a quorum all devices are counted in every merge, unless the run gives its merges.
+    """
+    if run.cluster.merges_given is not None:
+        return sum(exchange.sent_bytes for exchange in given_exchanges(run, shape, steps))
     return sum(part.exchange.sent_bytes * part.times(steps, run.train.steps) for part in schedule(run, shape))
 
 
 def received_bytes(run: Run, shape: ModelShape, steps: int) -> int:
     """Return the bytes that all devices together receive in the first `steps` steps."""
+    if run.cluster.merges_given is not None:
+        return sum(exchange.received_bytes for exchange in given_exchanges(run, shape, steps))
     return sum(part.exchange.received_bytes * part.times(steps, run.train.steps) for part in schedule(run, shape))
+
+
+def given_exchanges(run: Run, shape: ModelShape, steps: int) -> Iterator[Exchange]:
+    """Yield the exchanges of the first `steps` steps of a run that gives its merges: among those that take part."""
+    from simulate.rules.attendance import GivenAttendance  # numpy, which plans do without
+
+    parts, attendance, every = schedule(run, shape), GivenAttendance(run), run.method.round_steps
+    for start in range(0, steps, every):
+        round_ = attendance.begin(start, 0.0)
+        yield from itertools.repeat(base_exchange(run, shape), int(round_.joined_N.sum()))
+        if start + every > steps and steps != run.train.steps:
+            return  # the round's merge comes later
+        late_N = (round_.brought_N > 0) & (round_.takes_N == 0)
+        yield from itertools.repeat(base_exchange(run, shape), int(late_N.sum()))
+        for part in parts:
+            yield among(part.exchange, run.cluster.devices, int(round_.present_N.sum()))
+
+
+def among(exchange: Exchange, devices: int, present: int) -> Exchange:
+    """Return an exchange of all devices as it is among those that are present; a ring of one sends nothing."""
+    transfers = (replace(t, devices=present) if t.devices == devices else t for t in exchange.transfers)
+    return Exchange(tuple(t for t in transfers if t.devices > 1 or t.operation in ("push", "pull")))
+
+
+@by_method
+def base_exchange(run: Run, shape: ModelShape) -> Exchange:
+    """Return the message that brings one device to the base of the others, before it takes part again."""
+    payload_bytes = plan_of(run.method).base_bytes(shape, ELEMENT_BYTES[run.train.dtype])
+    is_served = getattr(run.method, "merge_transport", "") == "server"
+    return Exchange((Transfer("pull", payload_bytes, 1) if is_served else Transfer("broadcast", payload_bytes, 2),))
 
 
 def num_rounds(run: Run) -> int:

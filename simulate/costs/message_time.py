@@ -3,17 +3,20 @@
 These formulas state how each library moves a message: NCCL's collectives, whose hops take a delay each, or what
 simulate.comm.process_group does with gloo. Gloo sends a buffer when the other end has requested it, so a hop takes two
 delays, the request's and the buffer's (2.0 to 2.9 were measured: bench/README.md). Large buffers travel in gloo's
-rings, all others between all pairs at once (simulate.comm.pairwise). simulate.costs.step_time adds up transfer_s for
-plans and the simulated clock; the timeline reads the server's rates and delays.
+rings, all others between all pairs at once (simulate.comm.pairwise). Where devices have lines of their own, the slowest
+of the message's paths paces it (simulate.costs.line_paths). simulate.costs.step_time adds up transfer_s for plans and
+the simulated clock; the timeline reads the server's rates and delays.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from simulate.comm.transfers import Transfer, gathers_by_pairs, sums_by_pairs
 from simulate.config.hardware import Collectives, Link
+from simulate.costs.line_paths import Path, ring_paths, slowest_server_paths, swap_paths, tree_paths
 
 
 def link_of(link: Link, backend: str) -> Link:
@@ -36,12 +39,56 @@ def transfer_s(transfer: Transfer, link: Link) -> float:
         return 0.0
     payload = transfer.payload_bytes
     if transfer.operation in ("push", "pull"):
+        if link.lines:
+            return _by_lines_s(transfer, link)
         device_bytes_per_s, server_bytes_per_s = server_rates(transfer.operation == "push", transfer.devices, link)
         # The slower of one device's own link and the server's, which carries all devices' bytes.
-        device_s, server_s = payload / device_bytes_per_s, transfer.devices * payload / server_bytes_per_s
+        device_s, server_s = payload / device_bytes_per_s, transfer.together_bytes / server_bytes_per_s
         return server_latency_s(transfer.devices, link) + max(device_s, server_s)
+    seconds = _by_gloo_s if link.collectives == "gloo" else _by_nccl_s
+    return max(seconds(transfer, wire) for wire in _wires(transfer, link))
+
+
+def _by_lines_s(transfer: Transfer, link: Link) -> float:
+    """Return the seconds of a push or a pull of devices with lines of their own: the slowest device's.
+
+    All start at once, so each gets at least the smallest of its own rate and its parts of its place's and of the
+    server's; this is exact where one of the slowest devices also has the longest delay, and never too short.
+    """
+    paths, server_bytes_per_s = slowest_server_paths(transfer.operation == "push", transfer.devices, link)
+    server_s, delays = transfer.together_bytes / server_bytes_per_s, server_delays(link)
+    return max(delays * delay_s + max(transfer.payload_bytes / rate, server_s) for rate, delay_s in paths)
+
+
+def _wires(transfer: Transfer, link: Link) -> Sequence[_Wire]:
+    """Return the wires of a transfer, the slowest of which paces it; links that are all alike are one."""
     wire = _Wire.of(transfer, link)
-    return _by_gloo_s(transfer, wire) if link.collectives == "gloo" else _by_nccl_s(transfer, wire)
+    if not link.lines or (transfer.teams > 1 and link.node_bytes_per_s is not None):
+        return (wire,)
+    return _wires_of_lines(link, transfer.devices * transfer.teams, _pattern(transfer, link.collectives))
+
+
+@lru_cache(maxsize=256)
+def _wires_of_lines(link: Link, devices: int, pattern: str) -> tuple[_Wire, ...]:
+    if pattern == "tree":
+        paths = tree_paths(link, devices)
+        up, down = min(path.up_bytes_per_s for path in paths), min(path.down_bytes_per_s for path in paths)
+        slowest = Path(up, down, max(path.latency_s for path in paths))
+        return (_Wire.on(slowest, link, paths),)
+    paths = ring_paths(link, devices) if pattern == "ring" else swap_paths(link, devices)
+    return tuple(_Wire.on(path, link) for path in paths)
+
+
+def _pattern(transfer: Transfer, collectives: Collectives) -> str:
+    """Return how a transfer moves: round a ring, between all pairs, or down a tree."""
+    payload, devices = transfer.payload_bytes, transfer.devices
+    if transfer.operation in ("broadcast", "all_to_all"):
+        return "tree" if transfer.operation == "broadcast" else "swap"
+    if collectives == "nccl":
+        return "ring"
+    gathers = transfer.operation == "all_gather"
+    by_pairs = transfer.uneven or gathers_by_pairs(payload, devices) if gathers else sums_by_pairs(payload / devices)
+    return "swap" if by_pairs else "ring"
 
 
 @dataclass(frozen=True)
@@ -56,6 +103,16 @@ class _Wire:
     """Delay of a hop of a ring, or of a requested message."""
     shared_bytes_per_s: float | None
     """Rate of the uplink that all devices share; None where each has its own."""
+    paths: tuple[Path, ...] = ()
+    """Every device's path, for messages that go down a tree; empty where all are alike."""
+
+    @classmethod
+    def on(cls, path: Path, link: Link, paths: tuple[Path, ...] = ()) -> _Wire:
+        """Return one path as a wire."""
+        return cls(
+            link.topology, path.up_bytes_per_s, path.down_bytes_per_s, path.latency_s,
+            path.latency_s * link.delays_of_a_hop, link.shared_bytes_per_s, paths,
+        )  # fmt: skip
 
     @classmethod
     def of(cls, transfer: Transfer, link: Link) -> _Wire:
@@ -63,10 +120,11 @@ class _Wire:
             # A node's own link connects its devices like a switch, without a shared uplink.
             rate, latency_s = link.node_bytes_per_s, link.node_latency_s or 0.0
             return cls("star", rate, rate, latency_s, latency_s * link.delays_of_a_hop, None)
-        return cls(
-            link.topology, link.up_bytes_per_s, link.down_bytes_per_s, link.latency_s,
-            link.latency_s * link.delays_of_a_hop, link.shared_bytes_per_s,
-        )  # fmt: skip
+        return cls.on(Path(link.up_bytes_per_s, link.down_bytes_per_s, link.latency_s), link)
+
+    def path(self, device: int) -> Path:
+        """Return the path of a device in the tree."""
+        return self.paths[device] if self.paths else Path(self.up_bytes_per_s, self.down_bytes_per_s, self.latency_s)
 
     @property
     def bytes_per_s(self) -> float:
@@ -123,7 +181,7 @@ def _by_gloo_s(transfer: Transfer, wire: _Wire) -> float:
     if transfer.operation == "all_to_all":
         return _swap_s(payload / devices, transfer, wire)
     if transfer.operation == "all_gather":
-        if gathers_by_pairs(payload, devices):
+        if transfer.uneven or gathers_by_pairs(payload, devices):  # rings of gloo gather equal parts only
             return _swap_s(payload, transfer, wire)
         return _ring_s(devices - 1, payload, transfer, wire)
     # What is left is an all-reduce: by pairs for small parts, in a ring of 2(N−1) hops for large ones.
@@ -172,9 +230,11 @@ def _tree_s(transfer: Transfer, wire: _Wire) -> float:
         children = [parent + 2**i for i in digits if parent + 2**i < devices]
         # On a mesh each child has a link of its own; else all copies leave over one uplink.
         copies = 1 if wire.topology == "mesh" else len(children)
-        sent_s = max(copies * payload / wire.up_bytes_per_s, payload / wire.down_bytes_per_s)
+        above = wire.path(parent)
         for child in children:
-            arrived_s[child] = arrived_s[parent] + wire.latency_s + sent_s
+            below = wire.path(child)
+            sent_s = max(copies * payload / above.up_bytes_per_s, payload / below.down_bytes_per_s)
+            arrived_s[child] = arrived_s[parent] + (above.latency_s + below.latency_s) / 2 + sent_s
     seconds = max(arrived_s)
     if wire.shared_bytes_per_s is None:
         return seconds
@@ -200,5 +260,9 @@ def server_latency_s(devices: int, link: Link) -> float:
 
     Gloo requests it first, as every message between a pair.
     """
-    delays = link.delays_of_a_hop if link.collectives == "gloo" else 1.0
-    return delays * (-(-devices // 2) if link.topology == "ring" else 1) * link.latency_s
+    return server_delays(link) * (-(-devices // 2) if link.topology == "ring" else 1) * link.latency_s
+
+
+def server_delays(link: Link) -> float:
+    """Return the one-way delays of a message to or from the server."""
+    return link.delays_of_a_hop if link.collectives == "gloo" else 1.0

@@ -90,11 +90,23 @@ def samples_factor(
     model = efficiency or shipped()
 
     def figure(of: Figure) -> float:
-        return of.value if end == "value" else of.low if end == "low" else of.high
+        return getattr(of, end)
 
     plan = plan_of(run.method)
     # The product in this module's docstring: batch and method, merges, rank.
-    factor = (1 + run.tokens_per_step * figure(model.minimum_steps) / tokens) * figure(model.methods[plan.samples_like])
+    factor = batch_factor(run.tokens_per_step, tokens, model, end) * figure(model.methods[plan.samples_like])
     factor *= max(1.0, run.method.round_steps / model.merge_every) ** figure(model.merge_exponent)
-    shortfall = plan.rank_shortfall(shape.largest_dimension, run.cluster.devices, model.lte_rank_share)
+    # Of classes, the one whose heads see least.
+    shortfall = max(
+        plan_of(one.method).rank_shortfall(shape.largest_dimension, run.cluster.devices, model.lte_rank_share)
+        for one in run.classes
+    )
     return factor * shortfall ** figure(model.rank_exponent)
+
+
+def batch_factor(
+    tokens_per_step: float, tokens: float, efficiency: Efficiency | None = None, end: End = "value"
+) -> float:
+    """Return the part of samples_factor that grows with the tokens of a step."""
+    minimum_steps: float = getattr((efficiency or shipped()).minimum_steps, end)
+    return 1 + tokens_per_step * minimum_steps / tokens

@@ -21,6 +21,7 @@ from simulate.costs.state import persistent_state
 from simulate.layers.formats import ELEMENT_BYTES
 from simulate.models.shapes import ModelShape
 from simulate.rules.method_plan import plan_of
+from simulate.rules.pace import given_counts
 from simulate.rules.phases import PhaseName
 
 PASSES: frozenset[PhaseName] = frozenset({"forward", "backward_start", "backward_end"})
@@ -58,7 +59,13 @@ class SimulatedMemory:
 
 
 def simulated_memory(run: Run, shape: ModelShape, device: Device) -> SimulatedMemory:
-    """Return a simulation's memory at its peak; `device` is one of those simulated, in its own memory or the host's."""
+    """Return a simulation's memory at its peak; `device` is one of those simulated, in its own memory or the host's.
+
+    Classes of devices have a tensor program each, beside one another.
+    """
+    if run.cluster.classes:
+        parts = [simulated_memory(one, shape, device) for one in _programs(run)]
+        return SimulatedMemory(*(sum(getattr(part, key) for part in parts) for key in ("state", "passing", "holes")))
     state = _state_bytes(run, shape, peak_profile(run, shape, device))
     passing = max(size for _, size in passing_bytes(run, shape, device))
     train = run.train
@@ -68,10 +75,16 @@ def simulated_memory(run: Run, shape: ModelShape, device: Device) -> SimulatedMe
     return SimulatedMemory(state, passing, int(share * max(0, passing)) + libraries)
 
 
+def _programs(run: Run) -> Iterator[Run]:
+    """Yield the run of each class's tensor program, which holds that class's devices alone."""
+    for one, members in zip(run.classes, run.cluster.class_devices, strict=True):
+        yield one.model_copy(update={"cluster": one.cluster.model_copy(update={"devices": len(members)})})
+
+
 def passing_bytes(run: Run, shape: ModelShape, device: Device) -> Iterator[tuple[PhaseName, int]]:
     """Yield the bytes on top of the state, in each phase that can be a simulation's peak."""
     plan, held, devices = plan_of(run.method), persistent_state(run, shape), run.cluster.devices
-    copies, shared = plan.simulated_copies(devices), plan.shared_elements(shape, devices)
+    copies, shared = plan.simulated_copies(devices), plan.shared_elements(shape, devices) + held.last_merge
     # Error feedback and predictions need each device's gradient apart, even where devices share their weights.
     own = devices if plan.shares_state and (held.extra > shared or plan.compresses_gradients) else copies
     for phase in peak_profile(run, shape, device).phases:
@@ -105,14 +118,15 @@ def _state_bytes(run: Run, shape: ModelShape, profile: PeakProfile) -> int:
     plan, devices, element_bytes = plan_of(run.method), run.cluster.devices, ELEMENT_BYTES[run.train.dtype]
     is_dense = plan.starts_dense or plan.adapters(devices) is None
     trained = (shape.parameters if is_dense else shape.replicated_parameters) * element_bytes
-    copies, once = plan.simulated_copies(devices), plan.shared_elements(shape, devices) * element_bytes
+    last_merge = persistent_state(run, shape).last_merge
+    copies, once = plan.simulated_copies(devices), (plan.shared_elements(shape, devices) + last_merge) * element_bytes
     frozen, moments = profile.weights - trained, moment_bytes(run, shape)
     extra = profile.optimizer - moments
     of_copy = trained + profile.adapters + moments
     # Devices that stop before a round's end are kept as they were, while the tensor program goes on with all rows.
     stopped = 0
-    if run.method.is_paced:
-        rounds = run.method.given_steps
+    if run.method.is_paced or run.cluster.has_quorum:
+        rounds = given_counts(run.method, run.cluster)
         stopped = max(sum(n < max(taken) for n in taken) for taken in rounds) if rounds else copies - 1
     # What is kept beside weights is each device's own, or of those whose devices train as one.
     owners = devices if plan.shares_state else copies

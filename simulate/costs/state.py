@@ -30,6 +30,8 @@ class PersistentState:
     """AdamW keeps two for each trained element; Muon one for each element of a matrix."""
     extra: int
     """The method's own state: error feedback, outer momentum, weights and gradients of other steps."""
+    last_merge: int
+    """The part of `extra` that only a quorum keeps: the last merge's averages, equal on all devices that took part."""
     shared: bool
     """Whether all devices hold equal state (except `extra`), so that a simulation stores it once."""
 
@@ -45,11 +47,14 @@ def persistent_state(run: Run, shape: ModelShape) -> PersistentState:
         # Frozen A are held but not trained.
         matrices = shape.factors(layout.held_rank, layout.frozen_a)
         others = _elements_without(shape, layout.frozen_kinds)
+    # Changes that come late are taken against the weights that they started from.
+    last_merge = plan.last_merge_elements(shape, devices) if run.cluster.has_quorum else 0
     return PersistentState(
         adapters=adapters,
         trained=matrices + others,
         moments=(1 if muon else 2) * matrices + 2 * others,
-        extra=plan.extra_elements(shape, devices),
+        extra=plan.extra_elements(shape, devices) + last_merge,
+        last_merge=last_merge,
         shared=plan.shares_state,
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from simulate.comm.transfers import Exchange
 from simulate.config.hardware import Device, Dtype, Link
@@ -17,13 +17,13 @@ from simulate.config.run import Run
 from simulate.costs.cache import by_method
 from simulate.costs.flops import merge_flops, pass_flops, update_flops
 from simulate.costs.kernel_time import KernelRates, layers_s, pass_s, products_s, sum_of_products
-from simulate.costs.message_schedule import num_rounds, schedule
+from simulate.costs.message_schedule import PeriodicExchange, num_rounds, schedule
 from simulate.costs.message_time import link_of, transfer_s
 from simulate.costs.state import frozen_bytes, persistent_state
 from simulate.layers.formats import ELEMENT_BYTES, PRODUCT_BYTES
 from simulate.models.shapes import ModelShape
 from simulate.rules.method_plan import plan_of
-from simulate.rules.pace import round_compute_s
+from simulate.rules.pace import round_compute_s, round_counts
 
 ADAM_ELEMENTS_MOVED = 3
 """Elements that a fused AdamW step moves for each weight: it reads weight and gradient and writes the weight."""
@@ -65,16 +65,26 @@ def round_time(run: Run, shape: ModelShape, devices: Sequence[Device], link: Lin
     In lockstep all devices wait for the slowest. With a deadline nobody waits, unless one step of a device takes longer
     than that.
     """
-    # Devices of one kind take equal time, so each kind is computed once.
-    kinds = [_rates(run, device) for device in distinct(devices)]
-    if run.method.is_paced:
-        steps_s, device_steps = round_compute_s(run.method, device_step_s(run, shape, devices))
+    # Devices of one kind and class take equal time, so each is computed once.
+    kinds = [(one, _rates(one, device)) for one, device in device_kinds(run, devices)]
+    if run.method.is_paced or run.cluster.has_quorum:
+        steps_s, device_steps = round_compute_s(run.method, device_step_s(run, shape, devices), run.cluster)
         step_s = steps_s / run.method.round_steps
     else:
-        step_s = max(compute_s(run, shape, kind) for kind in kinds)
+        step_s = max(compute_s(one, shape, rates) for one, rates in kinds)
         device_steps = float(run.method.round_steps * len(devices))
-    merge_s = max(merge_compute_s(run, shape, kind) for kind in kinds)
-    parts = schedule(run, shape)
+    merge_s = max(merge_compute_s(one, shape, rates) for one, rates in kinds)
+    return RoundTime(
+        steps=run.method.round_steps,
+        compute_s=step_s,
+        merge_s=merge_s,
+        exchange_s=round_exchange_s(run, schedule(run, shape), link, step_s, merge_s),
+        device_steps=device_steps,
+    )
+
+
+def round_exchange_s(run: Run, parts: Sequence[PeriodicExchange], link: Link, step_s: float, merge_s: float) -> float:
+    """Return the seconds of a round's messages that no compute overlaps; the mean over the run's rounds."""
     link = link_of(link, run.cluster.backend)
     # A delayed message also overlaps the arithmetic of the merge at which it is sent.
     own_s = merge_s / run.method.merges_per_round
@@ -83,23 +93,54 @@ def round_time(run: Run, shape: ModelShape, devices: Sequence[Device], link: Lin
         for part in parts
         for times, steps in part.hidden(run.train.steps)
     )
-    return RoundTime(
-        steps=run.method.round_steps,
-        compute_s=step_s,
-        merge_s=merge_s,
-        exchange_s=total_s / num_rounds(run),
-        device_steps=device_steps,
-    )
+    return total_s / num_rounds(run)
 
 
 def device_step_s(run: Run, shape: ModelShape, devices: Sequence[Device]) -> tuple[float, ...]:
     """Return the seconds of a step on each device."""
-    return _of_each(devices, lambda device: compute_s(run, shape, _rates(run, device)))
+    return tuple(
+        seconds
+        for one, held in by_class(run, devices)
+        for seconds in _of_each(held, partial(_device_s, compute_s, one, shape))
+    )
 
 
 def device_merge_s(run: Run, shape: ModelShape, devices: Sequence[Device]) -> tuple[float, ...]:
     """Return the seconds of the arithmetic of a round's merges on each device."""
-    return _of_each(devices, lambda device: merge_compute_s(run, shape, _rates(run, device)))
+    return tuple(
+        seconds
+        for one, held in by_class(run, devices)
+        for seconds in _of_each(held, partial(_device_s, merge_compute_s, one, shape))
+    )
+
+
+def _device_s(
+    seconds: Callable[[Run, ModelShape, _Rates], float], run: Run, shape: ModelShape, device: Device
+) -> float:
+    return seconds(run, shape, _rates(run, device))
+
+
+def by_class(run: Run, devices: Sequence[Device]) -> list[tuple[Run, Sequence[Device]]]:
+    """Return the run as each class of devices has it, and the class's devices."""
+    if not run.cluster.classes:
+        return [(run, devices)]
+    held = [devices[members.start : members.stop] for members in run.cluster.class_devices]
+    return list(zip(run.classes, held, strict=True))
+
+
+def idle_share(run: Run, shape: ModelShape, devices: Sequence[Device]) -> float:
+    """Return the share of a round's compute that devices wait for the slowest: 1 less their mean over the longest."""
+    steps_s, merges_s = device_step_s(run, shape, devices), device_merge_s(run, shape, devices)
+    counts = round_counts(run.method, steps_s)
+    busy_s = [count * step_s + merge_s for count, step_s, merge_s in zip(counts, steps_s, merges_s, strict=True)]
+    return sum(max(busy_s) - one_s for one_s in busy_s) / len(busy_s) / max(busy_s)
+
+
+def device_kinds(run: Run, devices: Sequence[Device]) -> list[tuple[Run, Device]]:
+    """Return each kind of device once, in order, with the run as its class has it."""
+    if not run.cluster.classes:  # thousands of candidates have none
+        return [(run, device) for device in distinct(devices)]
+    return [(one, device) for one, held in by_class(run, devices) for device in distinct(held)]
 
 
 def _of_each(devices: Sequence[Device], seconds_of: Callable[[Device], float]) -> tuple[float, ...]:

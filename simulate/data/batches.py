@@ -54,6 +54,8 @@ class Batches(Protocol):
 
 def build_batches(run: Run, dataset: Dataset, device: torch.device | None = None) -> Batches:
     """Return the batches of a run over its data; images are augmented on `device`."""
+    if run.cluster.classes:
+        return ClassBatches([build_batches(one, dataset, device) for one in run.classes], run.cluster.class_devices)
     if isinstance(dataset, Text):
         return TextBatches.of(run, dataset)
     if isinstance(dataset, Samples):
@@ -72,6 +74,27 @@ def build_batches(run: Run, dataset: Dataset, device: torch.device | None = None
         dtype=DTYPES[train.dtype],
         device=device,
     )
+
+
+class ClassBatches:
+    """Batches of classes of devices, each of its own size: a device draws what it would if all were of its class."""
+
+    def __init__(self, batches: Sequence[Batches], devices: Sequence[range]) -> None:
+        """Join the batches of each class, which has the given devices of all."""
+        self._batches, self._devices = batches, devices
+        first = batches[0]
+        self.fingerprint, self.validation = first.fingerprint, first.validation
+        self.score_names, self.scores = first.score_names, first.scores
+
+    def batch(self, step: int, local_devices: range) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets of the local devices, (ΣB, ...), in device order."""
+        parts = []
+        for batches, devices in zip(self._batches, self._devices, strict=True):
+            own = range(max(devices.start, local_devices.start), min(devices.stop, local_devices.stop))
+            if own:
+                parts.append(batches.batch(step, own))
+        inputs, targets = zip(*parts, strict=True)
+        return torch.cat(inputs), torch.cat(targets)
 
 
 class TextBatches:

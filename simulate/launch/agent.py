@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,7 +29,8 @@ from simulate.common.errors import RunFailedError, first_line
 from simulate.common.run_files import LOGS
 from simulate.config.run import Run, run_fingerprint
 from simulate.launch.heartbeat import MISSED_BEATS
-from simulate.launch.keys import ATTEMPT, FATAL, FATAL_EXIT, OUTCOME, REPORTED_EXIT, STEP, log
+from simulate.launch.keys import ATTEMPT, FATAL, FATAL_EXIT, NODES, OUTCOME, REPORTED_EXIT, STEP, log
+from simulate.launch.lasting_store import Address, LastingStore, write_address
 from simulate.launch.preflight.listener import listen
 from simulate.launch.preflight.secret import VARIABLE as SECRET_VARIABLE
 from simulate.launch.preflight.settings import Log
@@ -57,6 +59,18 @@ class Node:
     interface: str = "lo"
     store_address: str = "127.0.0.1"
     """Address of node 0, which holds the store."""
+    processes_by_node: tuple[int, ...] = ()
+    """Processes that each node starts, this one too; () for one node."""
+
+    @property
+    def all_processes(self) -> tuple[int, ...]:
+        """Processes that each node starts."""
+        return self.processes_by_node or (self.processes,)
+
+    @property
+    def first_process(self) -> int:
+        """Number, in the run, of this node's first process."""
+        return sum(self.all_processes[: self.number])
 
 
 class Launch:
@@ -66,7 +80,11 @@ class Launch:
         # The kernel counts its kills and names nobody: that the count grew is all that can be said.
         self._oom_kills_before = oom_kills()
         self.folder, self.run, self.node, self.log, self.threads = folder, run, node, log, threads
-        self._store: TCPStore | None = None
+        self._store: TCPStore | LastingStore | None = None
+        self.launch_id = ""
+        """Id of this launch in a store that is apart; "" where node 0 has the store."""
+        self.nodes: list[dict[str, Any]] = []
+        """Facts of all nodes, for those that come back."""
         self.keep_alive_misses = MISSED_BEATS
         self.abandoned = threading.Event()
         """Set when no process may be started any more."""
@@ -75,7 +93,7 @@ class Launch:
         """Bytes that each node's interface sent, with all headers and other programs' traffic; node 0, at the end."""
 
     @property
-    def store(self) -> TCPStore:
+    def store(self) -> TCPStore | LastingStore:
         """The agents' key-value store."""
         assert self._store is not None
         return self._store
@@ -103,6 +121,36 @@ class Launch:
             address = f"{self.node.store_address}:{port}"
             raise RunFailedError(f"node 0 does not answer at {address}: {first_line(error)}") from error
 
+    def find_store(self, ask: Callable[[], Address], launch_id: str) -> None:
+        """Connect to a store that is apart; `ask` returns where it is, and is called again once it restarts.
+
+        Raises InputError, RunFailedError.
+        """
+
+        def find() -> Address:
+            address = ask()
+            write_address(self.logs, address)
+            return address
+
+        self.launch_id = launch_id
+        self._store = LastingStore(find, self.run.cluster.join_timeout_s, launch_id)
+
+    def tell_nodes(self) -> None:
+        """Write into a store that is apart who the nodes are."""
+        if isinstance(self.store, LastingStore):
+            self.store.set(NODES, json.dumps(self.nodes))
+            self.store.set_for_all(f"run/{run_fingerprint(self.run)}", self.launch_id)
+
+    @property
+    def store_apart(self) -> bool:
+        """Whether the store is apart, and may restart."""
+        return isinstance(self._store, LastingStore)
+
+    @property
+    def logs(self) -> Path:
+        """Folder of this node's logs."""
+        return self.folder / LOGS / f"node{self.node.number}"
+
     @property
     def _join_timeout(self) -> timedelta:
         return timedelta(seconds=self.run.cluster.join_timeout_s)
@@ -119,11 +167,8 @@ class Launch:
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
         # Counted since the system started, so only the difference is this run's.
         sent_before = self._interface_sent_bytes()
-        agent, handler = self._agent()
-        self._running_agent = agent
         try:
-            result = agent.run()
-            handler.shutdown()
+            failures = self._run_children() if self.run.cluster.drops_lost else self._run_elastic_agent()
         except (RendezvousError, RuntimeError) as error:
             # The store often goes away just after the run ended, because node 0 leaves first.
             if outcome := self._outcome():
@@ -138,8 +183,21 @@ class Launch:
         self._say_goodbye(self._interface_sent_bytes() - sent_before)
         if outcome is not None:
             return outcome
-        failures = "; ".join(self._failure(rank, failure) for rank, failure in sorted(result.failures.items()))
         raise RunFailedError(f"given up after {self.run.cluster.max_restarts} restarts: {failures}")
+
+    def _run_elastic_agent(self) -> str:
+        """Run torchrun's agent to its end; returns in words which processes failed."""
+        agent, handler = self._agent()
+        self._running_agent = agent
+        result = agent.run()
+        handler.shutdown()
+        return "; ".join(self._failure(rank, failure) for rank, failure in sorted(result.failures.items()))
+
+    def _run_children(self) -> str:
+        """Run each process by itself, so that who is lost takes no other along; returns in words which failed."""
+        from simulate.launch.children import Children
+
+        return Children(self).run()
 
     def allow_clocks_apart(self, seconds: float) -> None:
         """Declare a node lost later: torchrun stamps signs of life with each node's own clock."""
@@ -187,14 +245,15 @@ class Launch:
             RendezvousTimeout,
         )
 
-        cluster, node, run_id = self.run.cluster, self.node, run_fingerprint(self.run)[:16]
+        cluster, node, run_id, store = self.run.cluster, self.node, run_fingerprint(self.run)[:16], self.store
+        assert not isinstance(store, LastingStore)  # a store apart serves runs with a quorum, which need no torchrun
         # cluster.min_devices counts devices, rendezvous counts nodes.
         least = math.ceil((cluster.min_devices or cluster.devices) * node.count / cluster.devices)
         # The run's fingerprint names the rendezvous, so that nodes of two runs never meet.
         handler = DynamicRendezvousHandler.from_backend(
             run_id,
-            self.store,
-            C10dRendezvousBackend(self.store, run_id),
+            store,
+            C10dRendezvousBackend(store, run_id),
             min_nodes=least,
             max_nodes=node.count,
             local_addr=f"{node.number:06d}",  # ranks are sorted by this name: rank 0 is on node 0
@@ -204,7 +263,7 @@ class Launch:
             keep_alive_interval=KEEP_ALIVE_S,
             keep_alive_max_attempt=self.keep_alive_misses,
         )
-        logs = self.folder / LOGS / f"node{node.number}"
+        logs = self.logs
         logs.mkdir(parents=True, exist_ok=True)
         host, port = node.store_address, self.store.port
         spec = WorkerSpec(
@@ -229,23 +288,26 @@ class Launch:
         return saved_step, not self.store.check([FATAL])
 
     def _failure(self, rank: int, failure: Any) -> str:
+        return self.failure_text(rank, failure.local_rank, failure.exitcode)
+
+    def failure_text(self, rank: int, local_rank: int, exit_code: int) -> str:
         """Return a line that says how a process ended, from its exit code and the last line of its log."""
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
+        if exit_code < 0:
+            name = signal.Signals(-exit_code).name
             hint = ""
             if name == "SIGKILL":
                 out_of_memory = oom_kills() > self._oom_kills_before
                 hint = ", since the system ran out of memory" if out_of_memory else ", by hand or for lack of memory"
             return f"process {rank} on node {self.node.number} was killed by {name}{hint}"
         # Attempts start at 0 again with the refilled budget, so the newest log is found by its time, not by its name.
-        logs = (self.folder / LOGS).glob(f"node{self.node.number}/*/attempt_*/{failure.local_rank}/stderr.log")
+        logs = (self.folder / LOGS).glob(f"node{self.node.number}/*/attempt_*/{local_rank}/stderr.log")
         newest = max(logs, key=lambda path: path.stat().st_mtime_ns, default=None)
         text = "" if newest is None else newest.read_text(errors="replace")
         lines = [line for line in text.splitlines() if line.strip()]
         last = f": {lines[-1].strip()}" if lines else ""
         without_memory = any("MemoryError" in line or "allocate memory" in line for line in lines)
         why = "ran out of memory and " if without_memory else ""
-        return f"process {rank} on node {self.node.number} {why}ended with {failure.exitcode}{last}"
+        return f"process {rank} on node {self.node.number} {why}ended with {exit_code}{last}"
 
     def _outcome(self) -> dict[str, Any] | None:
         """Return how the run ended, None where no process has said so or the store is gone."""

@@ -23,6 +23,8 @@ from simulate.launch.keys import ATTEMPT
 if TYPE_CHECKING:  # the preflight imports this module and stays free of torch
     from torch.distributed import Store
 
+    from simulate.launch.lasting_store import LastingStore
+
 PROCESS_BEAT_S, NODE_BEAT_S = 0.5, 1.0
 """Seconds between two beats of a process, and of a node's supervisor."""
 MISSED_BEATS = 3
@@ -78,12 +80,12 @@ class LaunchProgress:
     processes: tuple[ProcessState, ...] = ()
 
 
-def write_beat(store: Store, sender: str, beat: Beat) -> None:
+def write_beat(store: Store | LastingStore, sender: str, beat: Beat) -> None:
     """Publish the newest sign of life of `sender`."""
     store.set(f"beat/{sender}", json.dumps(astuple(beat)))
 
 
-def read_beat(store: Store, sender: str) -> Beat | None:
+def read_beat(store: Store | LastingStore, sender: str) -> Beat | None:
     """Return the newest sign of life of `sender`, None before its first."""
     key = f"beat/{sender}"
     return Beat(*json.loads(store.get(key))) if store.check([key]) else None
@@ -100,14 +102,14 @@ class NodeHeartbeat:
     def __init__(self, node: int) -> None:
         self._sender, self._count, self._last_s = f"node{node}", 0, -NODE_BEAT_S
 
-    def beat_if_due(self, store: Store) -> None:
+    def beat_if_due(self, store: Store | LastingStore) -> None:
         """Beat, unless the last beat is less than NODE_BEAT_S old."""
         if time.monotonic() - self._last_s > NODE_BEAT_S:
             self._count, self._last_s = self._count + 1, time.monotonic()
             write_beat(store, self._sender, Beat(self._count))
 
 
-def is_node_alive(store: Store, node: int) -> bool:
+def is_node_alive(store: Store | LastingStore, node: int) -> bool:
     """Whether a node still takes part in the run; takes MISSED_BEATS beats to find out."""
     # One look cannot distinguish an old beat from a new one: clocks of nodes differ, so counts are compared.
     before = read_beat(store, f"node{node}")
@@ -118,13 +120,16 @@ def is_node_alive(store: Store, node: int) -> bool:
 class ProcessHeartbeat:
     """Signs of life of this process, written by a thread, and a look at the others'.
 
-    `titles` names all processes of the run in messages; `now` returns this process's beat, given its count.
+    `titles` names all processes of the run in messages; `now` returns this process's beat, given its count. `find`
+    returns the store's host and port; where the store `lasts` longer than a connection, it is found again.
     """
 
     def __init__(
-        self, host: str, port: int, prefix: str, process: int, titles: Sequence[str], now: Callable[[int], Beat]
-    ) -> None:
-        self._address, self._prefix, self._process, self._titles, self._now = (host, port), prefix, process, titles, now
+        self, find: Callable[[], tuple[str, int]], prefix: str, process: int, titles: Sequence[str],
+        now: Callable[[int], Beat], lasts: bool = False,
+    ) -> None:  # fmt: skip
+        self._find, self._prefix, self._process, self._titles, self._now = find, prefix, process, titles, now
+        self._lasts = lasts
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
@@ -149,18 +154,20 @@ class ProcessHeartbeat:
 
         # A connection of its own: a thread that waits in the shared one would block the beats.
         timeout = timedelta(seconds=STORE_TIMEOUT_S)
-        return PrefixStore(self._prefix, TCPStore(*self._address, is_master=False, timeout=timeout))
+        return PrefixStore(self._prefix, TCPStore(*self._find(), is_master=False, timeout=timeout))
 
     def _beat(self) -> None:
-        count = 0
-        try:
-            store = self._store()
-            # The first beat goes out at once, so that a process is never taken for silent at its start.
-            while not self._done.wait(PROCESS_BEAT_S if count else 0.0):
-                count += 1
-                write_beat(store, str(self._process), self._now(count))
-        except RuntimeError:  # the store went with the first node; the agent ends this process
-            return
+        count, is_over = 0, False
+        while not is_over:
+            try:
+                store = self._store()
+                # The first beat goes out at once, so that a process is never taken for silent at its start.
+                while not self._done.wait(PROCESS_BEAT_S if count else 0.0):
+                    count += 1
+                    write_beat(store, str(self._process), self._now(count))
+                is_over = True
+            except (OSError, RuntimeError):  # the store went with the first node, and the agent ends this process
+                is_over = not self._lasts or self._done.wait(PROCESS_BEAT_S)
 
     def _beats(self, store: Store) -> list[Beat | None]:
         return [read_beat(store, str(process)) for process in range(len(self._titles))]
@@ -191,10 +198,13 @@ class Watcher:
         self._changed: list[tuple[int, float]] = []
         """Newest count of each process, and when it was new."""
 
-    def look(self, store: Store, is_stopping: bool) -> LaunchProgress:
+    def look(self, store: Store | LastingStore, is_stopping: bool) -> LaunchProgress:
         """Return the run's progress; the first process names the attempt, and how far its start is."""
         from torch.distributed import PrefixStore
 
+        from simulate.launch.lasting_store import raw_store
+
+        store = raw_store(store)
         text = store.get(ATTEMPT).decode() if store.check([ATTEMPT]) else '{"activity": "starting"}'
         attempt = json.loads(text)
         titles = attempt.get("titles", ())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,8 +19,16 @@ import torch
 from torch import Tensor
 
 from simulate.comm.process_group import TorchCommunicator
+from simulate.common.errors import InputError
 from simulate.methods.state import State
-from simulate.training.checkpoints import Progress, checkpoint_path, has_shared, load_checkpoint, saved_devices
+from simulate.training.checkpoints import (
+    Progress,
+    checkpoint_path,
+    has_shared,
+    load_checkpoint,
+    newest_with,
+    saved_devices,
+)
 from simulate.training.loop import Session, continue_from
 
 Held = dict[int, tuple[bool, list[int]]]
@@ -58,7 +67,8 @@ def _find(session: Session) -> Found | None:
         {int(step): (bool(shared), list(devices)) for step, (shared, devices) in json.loads(text).items()}
         for text in texts
     ]  # JSON has only strings as keys, and no tuples
-    step = choose(everyones, session.run.cluster.devices)
+    cluster = session.run.cluster
+    step = choose(everyones, cluster.devices, None if session.group is None else cluster.needed)
     _remove_later(session, -1 if step is None else step)
     if step is None:
         return None
@@ -79,18 +89,47 @@ def _init_lost_devices(
     lost: list[int],
 ) -> None:
     """Initialise the lost devices' parts after the pattern of the first device that is not lost."""
-    # Any device's part shows which tensors there are; the lost device's start anew.
-    source = next(process for process, (_, devices) in enumerate(holders) if devices)
-    donor = min(holders[source][1])
-    received = communicator.send_state(source, _of_device(session, donor) if communicator.process == source else {})
-    for device in set(lost) & set(session.method.row_devices()):
-        state.of_devices[device] = session.method.init_lost_device(state.shared, received, device)
+    run, held = session.run, sorted({device for _, devices in holders for device in devices})
+    for index in sorted({run.class_of(device) for device in lost}):
+        # Any device's part shows which tensors there are; the lost device's start anew.
+        donor = next((device for device in held if run.class_of(device) == index), held[0])
+        source = next(process for process, (_, devices) in enumerate(holders) if donor in devices)
+        received = communicator.send_state(source, _of_device(session, donor) if communicator.process == source else {})
+        for device in set(lost) & set(session.method.row_devices()):
+            if run.class_of(device) == index:
+                pattern = received if run.class_of(donor) == index else _of_own_class(session, received)
+                own = own_part(session, device)  # it was away when this checkpoint was saved, and may have an older one
+                state.of_devices[device] = session.method.init_returning_device(state.shared, pattern, own, device)
 
 
-def choose(everyones: list[Held], devices: int) -> int | None:
+def _of_own_class(session: Session, donor: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the pattern of a device of this process from one of another class: what has another shape is as at the
+    start, and the optimizer begins anew.
+    """
+    own = session.method.state.sharded().of_devices[session.communicator.local_devices[0]]
+    return {
+        name: donor[name] if name in donor and donor[name].shape == tensor.shape else tensor
+        for name, tensor in own.items()
+    }
+
+
+def own_part(session: Session, device: int) -> dict[str, Tensor]:
+    """Return a device's tensors in the newest checkpoint of this folder that has them; none where it is damaged."""
+    path = newest_with(session.checkpoints, [device])
+    if path is None:
+        return {}
+    try:
+        _, state = load_checkpoint(path, session.run, session.batches.fingerprint, [device], with_shared=False)
+    except InputError:
+        return {}
+    return state.of_devices[device]
+
+
+def choose(everyones: list[Held], devices: int, quorum: int | None = None) -> int | None:
     """Return the step to continue from: the newest that covers all devices, else the newest of those that cover most.
 
-    Only steps count whose shared part some process has. None without any.
+    With a `quorum` of devices, more than that need not be covered: what was merged without lost ones stays. Only steps
+    count whose shared part some process has. None without any.
     """
     best: tuple[int, int] | None = None
     # A step that covers more devices beats a newer one: lost adapters cost more than repeated steps.
@@ -98,6 +137,7 @@ def choose(everyones: list[Held], devices: int) -> int | None:
         holders = [held[step] for held in everyones if step in held]
         if any(shared for shared, _ in holders):
             covered = len({device for _, own in holders for device in own if device < devices})
+            covered = covered if quorum is None else min(covered, quorum)
             best = max(best or (0, 0), (covered, step))  # more devices first, then the newer step
     return None if best is None or best[0] == 0 else best[1]
 

@@ -83,7 +83,7 @@ def _give_up_if_hopeless(launch: Launch, listener: _Listener) -> None:
     cluster, number = launch.run.cluster, launch.node.number
     if listener.stopping_s is not None and launch.is_waiting and time.monotonic() - listener.stopping_s > GONE_S:
         raise KeyboardInterrupt("stopped while waiting for other nodes")
-    if number == 0:
+    if number == 0 or launch.store_apart:  # a store that is apart is waited for by its client
         return
     # Two limits: short where the store's connection broke, long where it only is silent.
     silent_s = time.monotonic() - listener.heard_s
@@ -148,12 +148,17 @@ class _Listener:
         self._thread.join(END_S)
 
     def _listen(self) -> None:
-        try:
-            while not self._done.wait(POLL_S):
+        generation = getattr(self.launch.store, "generation", 0)
+        while not (self._done.is_set() or self.lost):
+            try:
+                while not self._done.wait(POLL_S):
+                    self._poll()
+                    if generation != getattr(self.launch.store, "generation", 0):  # a new store counts from the start
+                        generation, self._printed = getattr(self.launch.store, "generation", 0), 0
                 self._poll()
-            self._poll()
-        except RuntimeError:
-            self.lost = True
+            except RuntimeError:
+                # A store that is apart is found again by the next call.
+                self.lost = not self.launch.store_apart
 
     def _poll(self) -> None:
         store = self.launch.store

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,15 +28,17 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from simulate.comm.process_group import LostPeerError, TorchCommunicator, devices_of, is_lack_of_memory
-from simulate.common.errors import InputError, RunFailedError, first_line
+from simulate.comm.process_group import TorchCommunicator, is_lack_of_memory
+from simulate.comm.transfers import devices_of
+from simulate.common.errors import InputError, LostPeerError, RunFailedError, first_line
 from simulate.common.events import Emit, Event, EventFile, read_events, truncate_events
 from simulate.common.processor import distinct, machine_facts
 from simulate.common.run_files import CHECKPOINTS, EVENTS_FILE, PROFILE_FILE, RUN_FILE
 from simulate.config.profiles import load_profile
 from simulate.config.run import Run, load_run
 from simulate.data.batches import build_batches
-from simulate.data.load import kept_tokenizer, load_data
+from simulate.data.load import Dataset, kept_tokenizer, load_data
+from simulate.launch.children import INCARNATION, LAUNCH_ID, NODE_PROCESSES, STORE_LOGS
 from simulate.launch.heartbeat import Beat, ProcessHeartbeat
 from simulate.launch.keys import (
     ANSWERED,
@@ -53,15 +56,24 @@ from simulate.launch.keys import (
     STOP,
     log,
 )
+from simulate.launch.lasting_store import LastingStore, raw_store, read_address
+from simulate.launch.membership import Epoch, Membership, RunEndedError, Waits
 from simulate.launch.recovery import recover
+from simulate.launch.survivors import StartAgainError, SurvivingGroup
 from simulate.layers import accelerator
 from simulate.methods.build_network import start_figures
 from simulate.methods.registry import build_method
 from simulate.training.activity import Activity
 from simulate.training.loop import Session, train
 from simulate.training.simulated_clock import SimulatedClock
+from simulate.training.together import StateReplacedError, together
 
 ORPHAN_CHECK_S = 0.5
+CONNECT_S = 20.0
+"""Seconds that the processes of a new group have to connect."""
+AnyStore = dist.Store | LastingStore
+MEMBERS = "members"
+"""Prefix of the heartbeats' keys where processes come and go."""
 START_TOLERANCE = 1e-3
 """Share of a start weight's figure by which processors may differ (simulate.methods.build_network)."""
 RESTARTED = "going on from step"
@@ -105,12 +117,18 @@ def main() -> int:
     folder, device_name, host, port, node = sys.argv[1:]
     exit_with_the_agent()
     rank = RankInfo.here(int(node))
-    store = dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=60))
+    run = load_run(Path(folder) / RUN_FILE)
+    store = _open_store(run, host, int(port))
     try:
-        _train(Path(folder), choose_gpu(device_name, rank), rank, store)
+        training = _train_among if run.cluster.drops_lost else _train
+        training(run, Path(folder), choose_gpu(device_name, rank), rank, store)
+    except RunEndedError:
+        return 0
     except LostPeerError as error:
         log(store, f"{rank.title}: {error}")
         return REPORTED_EXIT
+    except StartAgainError:
+        return REPORTED_EXIT  # the others say that the run begins again
     except (InputError, RunFailedError) as error:
         return _end_the_run(store, str(error), isinstance(error, InputError))
     except OSError as error:
@@ -124,14 +142,27 @@ def main() -> int:
     return 0
 
 
-def _report_failure(store: dist.Store, text: str) -> int:
+def _open_store(run: Run, host: str, port: int) -> AnyStore:
+    """Connect to the run's store, on node 0 or apart."""
+    if STORE_LOGS in os.environ:
+        return LastingStore(_find_store(host, port), run.cluster.join_timeout_s, os.environ[LAUNCH_ID])
+    return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60))
+
+
+def _find_store(host: str, port: int) -> Callable[[], tuple[str, int]]:
+    """Return a function that says where the store is; where it is apart, the agent learns of its restarts."""
+    logs = os.environ.get(STORE_LOGS)
+    return (lambda: (host, port)) if logs is None else lambda: read_address(Path(logs))
+
+
+def _report_failure(store: AnyStore, text: str) -> int:
     """Log a failure that a restart may fix; the traceback goes to this process's stderr file."""
     traceback.print_exc()
     log(store, text)
     return REPORTED_EXIT
 
 
-def _end_the_run(store: dist.Store, text: str, is_input: bool) -> int:
+def _end_the_run(store: AnyStore, text: str, is_input: bool) -> int:
     """Record a failure that a restart cannot fix; the first writer wins."""
     outcome = json.dumps({"kind": "failure", "text": text, "input": is_input})
     store.compare_set(OUTCOME, "", outcome)
@@ -181,14 +212,15 @@ def choose_gpu(name: str, rank: RankInfo) -> torch.device:
     return device
 
 
-def join_processes(run: Run, device: torch.device, rank: RankInfo, store: dist.Store) -> None:
-    """Join the default process group. Raises LostPeerError."""
+def join_processes(
+    run: Run, device: torch.device, process: int, processes: int, prefix: str, store: AnyStore, timeout_s: float
+) -> None:
+    """Join the default process group, under a prefix of its own. Raises LostPeerError."""
     backend = accelerator.BACKENDS[device.type] if run.cluster.backend == "auto" else run.cluster.backend
-    timeout = timedelta(seconds=run.cluster.timeout_s)
     try:
         dist.init_process_group(
-            backend, store=dist.PrefixStore(_group_prefix(), store), rank=rank.process, world_size=rank.processes,
-            timeout=timeout,
+            backend, store=dist.PrefixStore(prefix, raw_store(store)), rank=process, world_size=processes,
+            timeout=timedelta(seconds=timeout_s),
             # NCCL then connects here, where a failure is reported as one of joining, and makes subgroups by splitting
             # (docs.pytorch.org/docs/stable/distributed.html, init_process_group: device_id).
             device_id=device if backend == "nccl" else None,
@@ -202,58 +234,33 @@ def _group_prefix() -> str:
     return f"group/{os.environ['MASTER_ADDR']}/{os.environ['MASTER_PORT']}"
 
 
-def _train(folder: Path, device: torch.device, rank: RankInfo, store: dist.Store) -> None:
-    _, _, host, port, _ = sys.argv[1:]
-    run, profile = load_run(folder / RUN_FILE), load_profile(str(folder / PROFILE_FILE))
+def _train(run: Run, folder: Path, device: torch.device, rank: RankInfo, store: AnyStore) -> None:
+    profile = load_profile(str(folder / PROFILE_FILE))
     leads = rank.process == 0
     if leads:
         store.set(ATTEMPT, json.dumps({"activity": "loading data"}))
     data = load_data(run, kept_tokenizer(folder))
     if leads:
         store.set(ATTEMPT, json.dumps({"activity": "joining"}))
-    join_processes(run, device, rank, store)
+    join_processes(run, device, rank.process, rank.processes, _group_prefix(), store, run.cluster.timeout_s)
     clock = SimulatedClock(run, profile.devices(run.cluster.devices), profile.link)
     communicator = TorchCommunicator(
         run.cluster.devices, device, run.cluster.timeout_s, clock.charge_transfer, clock.wait
     )
     activity = Activity()
-    session: Session | None = None
-
-    def beat(count: int) -> Beat:
-        stopping = "" if session is None else session.stopping_text()
-        return Beat(count, communicator.exchanges, communicator.current_phase, activity.phase, activity.step, stopping)
-
     with ExitStack() as stack:
         stack.callback(communicator.close)
-        own = communicator.local_devices
-        named = f"devices {own[0]} to {own[-1]}" if len(own) > 1 else f"device {own[0]}"
-        titles = communicator.share_texts(f"{rank.title} ({named})")
+        titles = communicator.share_texts(f"{rank.title} ({_devices_text(communicator.local_devices)})")
         machines = distinct(json.loads(text) for text in communicator.share_texts(json.dumps(machine_facts())))
-        heartbeat = ProcessHeartbeat(
-            host, int(port), _group_prefix(), rank.process, titles, beat
-        )  # fmt: skip
+        session: Session | None = None
+        heartbeat = _heartbeat(rank, _group_prefix(), titles, communicator, activity, lambda: session)
         if leads:
             store.set(ATTEMPT, json.dumps({"prefix": _group_prefix(), "titles": titles}))
         activity.begin("building the network")
         stack.callback(heartbeat.close)
         communicator.missing = heartbeat.missing
         check_start(run, communicator, rank.title)
-        session = Session(
-            run=run,
-            method=build_method(run, communicator, device),
-            batches=build_batches(run, data, device),
-            communicator=communicator,
-            clock=clock,
-            emit=lambda event: None,  # only rank 0 emits: _report_beginning opens its file
-            checkpoints=folder / CHECKPOINTS,
-            device=device,
-            stop=(lambda: store.check([STOP])) if leads else lambda: False,  # the loop shares rank 0's answer
-            # The shared part is the same in all processes; one a node writes it into the node's own folder.
-            writes_shared=rank.local_process == 0,
-            folder_devices=rank.node_devices(run.cluster.devices),
-            recovers=True,
-            activity=activity,
-        )
+        session = _session(run, folder, device, rank, store, data, communicator, clock, activity)
         # Before the event file is opened: it is cut back to the step that recovery finds.
         activity.begin("looking for checkpoints")
         found = recover(session)
@@ -261,13 +268,155 @@ def _train(folder: Path, device: torch.device, rank: RankInfo, store: dist.Store
             if found is not None and found.lost:
                 lost = ", ".join(map(str, found.lost))
                 log(store, f"device {lost}: no state is left; starts from the merged weights")
-            _report_beginning(session, folder, stack, store, machines)
+            # The store lives as long as the launch, so a count above one means that processes began again.
+            is_restart = store.add(BEGUN, 1) > 1
+            _report_beginning(session, folder, stack, store, machines, _reasons(store) if is_restart else None)
         finished = train(session)
         session.emit({"kind": "end" if finished else "interrupt", "step": session.step, "wall_s": session.elapsed_s()})
         dist.barrier(communicator.control)  # all have saved: only now has the run ended
         if leads:
             store.compare_set(OUTCOME, "", json.dumps(_outcome(session, finished)))
     dist.destroy_process_group()
+
+
+def _devices_text(own: range) -> str:
+    return f"devices {own[0]} to {own[-1]}" if len(own) > 1 else f"device {own[0]}"
+
+
+def _heartbeat(
+    rank: RankInfo, prefix: str, titles: Sequence[str], communicator: TorchCommunicator, activity: Activity,
+    session: Callable[[], Session | None],
+) -> ProcessHeartbeat:  # fmt: skip
+    """Start this process's signs of life; `session` returns the session once there is one."""
+    _, _, host, port, _ = sys.argv[1:]
+
+    def beat(count: int) -> Beat:
+        current = session()
+        stopping = "" if current is None else current.stopping_text()
+        return Beat(count, communicator.exchanges, communicator.current_phase, activity.phase, activity.step, stopping)
+
+    find = _find_store(host, int(port))
+    if LAUNCH_ID in os.environ:
+        prefix = f"{os.environ[LAUNCH_ID]}/{prefix}"
+    return ProcessHeartbeat(find, prefix, rank.process, titles, beat, lasts=STORE_LOGS in os.environ)
+
+
+def _session(
+    run: Run, folder: Path, device: torch.device, rank: RankInfo, store: AnyStore, data: Dataset,
+    communicator: TorchCommunicator, clock: SimulatedClock, activity: Activity,
+) -> Session:  # fmt: skip
+    """Return the session of this process, at the start of the run."""
+    return Session(
+        run=run,
+        method=build_method(run, communicator, device),
+        batches=build_batches(run, data, device),
+        communicator=communicator,
+        clock=clock,
+        emit=lambda event: None,  # only who writes this node's events does: _report_beginning opens the file
+        checkpoints=folder / CHECKPOINTS,
+        device=device,
+        # The loop shares the first process's answer.
+        stop=lambda: communicator.process == 0 and store.check([STOP]),
+        # The shared part is the same in all processes; one a node writes it into the node's own folder.
+        writes_shared=rank.local_process == 0,
+        folder_devices=rank.node_devices(run.cluster.devices),
+        recovers=True,
+        activity=activity,
+    )
+
+
+def _train_among(run: Run, folder: Path, device: torch.device, rank: RankInfo, store: AnyStore) -> None:
+    """Train among the processes that are there; who is lost is dropped (simulate.launch.survivors)."""
+    profile, devices, cluster = load_profile(str(folder / PROFILE_FILE)), run.cluster.devices, run.cluster
+    store.compare_set(ATTEMPT, "", json.dumps({"activity": "loading data"}))
+    data = load_data(run, kept_tokenizer(folder))
+    shares = [devices_of(process, rank.processes, devices) for process in range(rank.processes)]
+    titles = member_titles(os.environ[NODE_PROCESSES], shares)
+    clock = SimulatedClock(run, profile.devices(devices), profile.link)
+    communicator = TorchCommunicator(
+        devices, device, cluster.timeout_s, clock.charge_transfer, clock.wait, shares, rank.process
+    )
+    activity = Activity()
+    waits = Waits(cluster.needed, cluster.deadline_s, cluster.timeout_s, cluster.join_timeout_s)
+    membership = Membership(
+        store, rank.process, int(os.environ[INCARNATION]), shares, titles, waits, lambda text: log(store, text)
+    )
+    with ExitStack() as stack:
+        stack.callback(communicator.close)
+        session: Session | None = None
+        heartbeat = _heartbeat(rank, MEMBERS, titles, communicator, activity, lambda: session)
+        stack.callback(heartbeat.close)
+        activity.begin("building the network")
+        session = _session(run, folder, device, rank, store, data, communicator, clock, activity)
+        events = NodeEvents(folder, store, rank, stack)
+
+        def connect(epoch: Epoch) -> None:
+            members = list(epoch.members)
+            process, prefix = members.index(rank.process), f"group/of/{epoch.number}"
+            join_processes(run, device, process, len(members), prefix, store, CONNECT_S)
+            communicator.connect([shares[member] for member in members])
+
+        def on_change(session: Session, epoch: Epoch) -> None:
+            store.set(ATTEMPT, json.dumps({"prefix": MEMBERS, "titles": titles}))  # again where the store was restarted
+            if epoch.number == 0:
+                check_start(run, communicator, rank.title)
+            events.follow(session, epoch)
+
+        group = SurvivingGroup(membership, communicator, connect, on_change)
+        session.group = group
+        activity.begin("joining")
+        group.start(session)
+        finished = _train_to_the_end(session)
+        session.emit({"kind": "end" if finished else "interrupt", "step": session.step, "wall_s": session.elapsed_s()})
+        store.compare_set(OUTCOME, "", json.dumps(_outcome(session, finished)))
+        communicator.disconnect()
+
+
+def member_titles(processes_by_node: str, shares: Sequence[range]) -> list[str]:
+    """Return all processes' names in messages, from "2,2", the processes of each node."""
+    nodes = [node for node, count in enumerate(map(int, processes_by_node.split(","))) for _ in range(count)]
+    return [
+        f"process {process} on node {node} ({_devices_text(share)})"
+        for process, (node, share) in enumerate(zip(nodes, shares, strict=True))
+    ]
+
+
+def _train_to_the_end(session: Session) -> bool:
+    """Train until all have saved their last checkpoint; returns whether it was the run's last step."""
+    zeros_L1 = torch.zeros(session.method.local_devices, 1)
+    while True:
+        try:
+            finished = train(session)
+            together(session, lambda: session.communicator.all_gather_scalars(zeros_L1))
+            return finished
+        except StateReplacedError:  # others were lost at the end, and all train on from a checkpoint
+            continue
+
+
+class NodeEvents:
+    """The event file of this node: its first living process writes it, as all processes know all figures."""
+
+    def __init__(self, folder: Path, store: AnyStore, rank: RankInfo, stack: ExitStack) -> None:
+        self.folder, self.store, self.rank, self._stack = folder, store, rank, stack
+        self._open: EventFile | None = None
+
+    def follow(self, session: Session, epoch: Epoch) -> None:
+        """Write events from here on, or leave that to another, by the members of an epoch."""
+        rank, session.emit = self.rank, lambda event: None
+        first = rank.process - rank.local_process
+        here = [member for member in epoch.members if first <= member < first + rank.local_processes]
+        session.writes_shared = rank.process == min(here)
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+        if not session.writes_shared:
+            return
+        if epoch.is_fresh:
+            why = None if epoch.number == 0 else ["fewer devices than cluster.quorum were left"]
+            machines = [machine_facts()]
+            self._open = _report_beginning(session, self.folder, self._stack, self.store, machines, why)
+        else:
+            self._open = _open_events(session, self.folder, self._stack, self.store)
 
 
 def check_start(run: Run, communicator: TorchCommunicator, title: str) -> None:
@@ -285,19 +434,20 @@ def check_start(run: Run, communicator: TorchCommunicator, title: str) -> None:
 
 
 def _report_beginning(
-    session: Session, folder: Path, stack: ExitStack, store: dist.Store, machines: list[dict[str, Any]]
-) -> None:
-    """Open the event file on rank 0, cut it back to the recovered step, and emit how this session begins."""
+    session: Session, folder: Path, stack: ExitStack, store: AnyStore, machines: list[dict[str, Any]],
+    reasons: list[str] | None,
+) -> EventFile:  # fmt: skip
+    """Open the event file, cut it back to the recovered step, and emit how this session begins.
+
+    `reasons` are those of a restart; None: the run has just been launched.
+    """
     path, communicator = folder / EVENTS_FILE, session.communicator
     fresh, restart = session.step == 0, None
-    # The store lives as long as the launch, so a count above one means that processes began again.
-    if store.add(BEGUN, 1) > 1:
-        restart = {"reasons": _reasons(store), **_repeated(path, session.step)}
+    if reasons is not None:
+        restart = {"reasons": reasons, **_repeated(path, session.step)}
     if path.exists():
         truncate_events(path, -1 if fresh else session.step)
-    events = EventFile(path)
-    stack.callback(events.close)
-    session.emit = _event_emitter(events, session, store)
+    events = _open_events(session, folder, stack, store)
     processes = {
         "processes": communicator.processes,
         "device": str(session.device),
@@ -315,9 +465,18 @@ def _report_beginning(
         log(store, f"{RESTARTED} {session.step} in {communicator.processes} processes")
     elif not fresh:
         session.emit({"kind": "resume", "step": session.step, **processes})
+    return events
 
 
-def _reasons(store: dist.Store) -> list[str]:
+def _open_events(session: Session, folder: Path, stack: ExitStack, store: AnyStore) -> EventFile:
+    """Let this process append its events to the file."""
+    events = EventFile(folder / EVENTS_FILE)
+    stack.callback(events.close)
+    session.emit = _event_emitter(events, session, store)
+    return events
+
+
+def _reasons(store: AnyStore) -> list[str]:
     """Return the log's messages since the last restart, which are the reasons for this one."""
     first, last = store.add(ANSWERED, 0) + 1, store.add(REPORTED, 0)
     store.add(ANSWERED, last + 1 - first)
@@ -334,7 +493,7 @@ def _repeated(events: Path, step: int) -> Event:
     return {"repeated_steps": max(0, last - step), "silent_s": max(0.0, time.time() - events.stat().st_mtime)}
 
 
-def _event_emitter(events: EventFile, session: Session, store: dist.Store) -> Emit:
+def _event_emitter(events: EventFile, session: Session, store: AnyStore) -> Emit:
     """Return a function that writes an event to the file, and what all nodes must know of it to the store."""
 
     def emit(event: Event) -> None:

@@ -40,7 +40,12 @@ class Columns:
         """The one entry of a row that is not 0: rows have the norm of other draws', sqrt(I/R)."""
         return math.sqrt(self.inputs / self.columns_HR.shape[1])
 
-    def __getitem__(self, heads: slice) -> Columns:
+    @property
+    def device(self) -> torch.device:
+        """Where the columns' numbers are."""
+        return self.columns_HR.device
+
+    def __getitem__(self, heads: slice | Tensor) -> Columns:
         return Columns(self.columns_HR[heads], self.inputs, self.sliced)
 
     def slices(self) -> list[slice] | None:

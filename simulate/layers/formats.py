@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal
 
 ELEMENT_BYTES = {"fp32": 4, "fp64": 8}
@@ -31,15 +32,32 @@ PICKING = ("columns", "slices")
 """Draws whose A pick inputs."""
 
 
-def layer_draws(draws: Draws, heads: int, rank: int, inputs: int) -> Draws:
-    """Return how the A of one layer are drawn, of all devices' heads: "columns" also where these are slices.
+def layer_draws(draws: Draws, total_rank: int, inputs: int) -> Draws:
+    """Return how the A of one layer are drawn: "columns" also where these are slices.
+
+    `total_rank` is the sum of the ranks of all devices' heads.
 
     Weights of inputs that no head picks would not move until columns are picked anew, so a layer with more inputs than
-    heads x rank gets joint draws, which see a part of every input.
+    that gets joint draws, which see a part of every input.
     """
     if draws in PICKING:
-        return "columns" if heads * rank >= inputs else "joint"
+        return "columns" if total_rank >= inputs else "joint"
     return draws
+
+
+@lru_cache(maxsize=64)
+def head_places(ranks: tuple[int, ...], inputs: int) -> tuple[tuple[int, int], ...]:
+    """Return for heads of these ranks, in order, the orthogonal matrix that each takes its rows of, and its first row.
+
+    A head starts where the one before it ends; one that goes beyond the I rows of a matrix begins the next one.
+    """
+    places, group, first = [], 0, 0
+    for rank in ranks:
+        if first + rank > inputs:
+            group, first = group + 1, 0
+        places.append((group, first))
+        first += rank
+    return tuple(places)
 
 
 def quantized_bytes(elements: int, inputs: int, quantize: str, element_bytes: int) -> int:

@@ -27,7 +27,7 @@ from simulate.common.seeding import address, generator
 from simulate.layers.columns import Columns, column_function, column_order, slice_order
 from simulate.layers.dtypes import product_dtype
 from simulate.layers.folding import folded_products
-from simulate.layers.formats import Draws, Quantize, layer_draws
+from simulate.layers.formats import Draws, Quantize, head_places, layer_draws
 from simulate.layers.lazy_weight import LazyWeight
 from simulate.layers.products import sum_of_rows, thin_product
 from simulate.layers.quantized import QuantizedWeight, dense, mapped_copy
@@ -50,6 +50,10 @@ class AdapterSpec:
     """How A is drawn: by each head itself, orthogonal between heads, or as columns where heads cover the inputs."""
     num_heads: int = 0
     """Heads of all devices, for draws that pick columns."""
+    head_ranks: tuple[int, ...] = ()
+    """Rank of each head of all devices, in global order, where these differ; none: all have `rank`."""
+    first_head: int | None = None
+    """Global index of this process's first head, where devices have unequal numbers of heads."""
     frozen_a: bool = False
     """Whether A is frozen as drawn and only B is trained."""
     quantize: Quantize = "none"
@@ -60,6 +64,27 @@ class AdapterSpec:
     """Whether this process keeps merged W in full precision beside the quantized one."""
     shows_master: bool = True
     """Whether the plain model gets the full-precision W; else the quantized one, which all devices hold."""
+
+    @property
+    def total_rank(self) -> int:
+        """Sum of the ranks of all devices' heads."""
+        return sum(self.head_ranks) or self.num_heads * self.rank
+
+    @property
+    def first_local_head(self) -> int:
+        """Global index of this process's first head."""
+        return self.first_device * self.heads_per_device if self.first_head is None else self.first_head
+
+    def place(self, head: int, inputs: int) -> tuple[int, int]:
+        """Return the orthogonal matrix, of those that heads share, that a head takes its rows of, and its first row."""
+        if self.head_ranks:
+            return head_places(self.head_ranks, inputs)[head]
+        group, position = divmod(head, inputs // self.rank)
+        return group, position * self.rank
+
+    def rank_of(self, heads: range) -> int:
+        """Return the rank of some heads, which have the same."""
+        return self.head_ranks[heads[0]] if self.head_ranks else self.rank
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -189,7 +214,7 @@ class LoraLinear(nn.Module):
         super().__init__()
         self.name, self.spec = name, spec
         heads, (outputs, inputs) = devices * spec.heads_per_device, weight_OI.shape
-        self.draws = layer_draws(spec.draws, spec.num_heads, spec.rank, inputs)
+        self.draws = layer_draws(spec.draws, spec.total_rank, inputs)
         self.frozen = None if spec.quantize == "none" else QuantizedWeight(weight_OI, spec.quantize)
         if self.frozen is None:
             self.register_buffer("weight", weight_OI.detach())
@@ -253,18 +278,22 @@ class LoraLinear(nn.Module):
             self.a.copy_(self.draw_a(steps_done))
         self.drawn_after.fill_(steps_done)
 
-    def _drawn_heads(self, all_heads: int | None) -> range:
-        """Return the global indices of the local heads, or of `all_heads` heads of all devices."""
-        first = 0 if all_heads else self.spec.first_device * self.spec.heads_per_device
-        return range(first, first + (all_heads or len(self.b)) * self.spec.draws_per_head)
+    def _drawn_heads(self, heads: int | range | None) -> range:
+        """Return the global indices of the local heads, of so many heads of all devices, or of some heads."""
+        if isinstance(heads, range):
+            return heads
+        first = 0 if heads else self.spec.first_local_head
+        return range(first, first + (heads or len(self.b)) * self.spec.draws_per_head)
 
-    def draw_a(self, steps_done: int, all_heads: int | None = None) -> Tensor:
-        """Return a fresh A with orthogonal rows, for the local heads, or for `all_heads` heads of all devices.
+    def draw_a(self, steps_done: int, all_heads: int | range | None = None) -> Tensor:
+        """Return a fresh A with orthogonal rows, for the local heads, for `all_heads` heads of all devices, or for some
+        heads of one rank.
 
         Draws are addressed by (seed, layer, global head, steps done), so that every process draws the same A for a
         head. With joint draws, rows of different heads are orthogonal too, for as many heads as fit into I dimensions.
         """
-        rank, inputs, heads = self.spec.rank, self.size[1], self._drawn_heads(all_heads)
+        inputs, heads = self.size[1], self._drawn_heads(all_heads)
+        rank = self.spec.rank_of(heads)
         if self.draws == "columns":
             return self.draw_columns(steps_done, all_heads).dense(self.b.detach())
         if self.draws == "joint":
@@ -276,41 +305,43 @@ class LoraLinear(nn.Module):
         q_HIR, r_HRR = torch.linalg.qr(normal_HIR)
         # Q is uniformly distributed only if R's diagonal is positive, which LAPACK does not ensure.
         q_HIR *= r_HRR.diagonal(dim1=1, dim2=2).sign().unsqueeze(1)
-        return (q_HIR.transpose(1, 2) * math.sqrt(inputs / rank)).reshape(-1, *self.a.shape[1:]).to(self.a)
+        rows = rank * self.spec.draws_per_head
+        return (q_HIR.transpose(1, 2) * math.sqrt(inputs / rank)).reshape(-1, rows, inputs).to(self.a)
 
-    def draw_columns(self, steps_done: int, all_heads: int | None = None) -> Columns:
-        """Return fresh columns: each head takes r entries of a random order of the inputs, that I/r heads share."""
-        rank, inputs, heads = self.spec.rank, self.size[1], self._drawn_heads(all_heads)
-        fit, sliced = inputs // rank, self.spec.draws == "slices"
+    def draw_columns(self, steps_done: int, all_heads: int | range | None = None) -> Columns:
+        """Return fresh columns: each head takes r entries of a random order of the inputs, that heads share."""
+        inputs, heads = self.size[1], self._drawn_heads(all_heads)
+        rank, places = self.spec.rank_of(heads), [self.spec.place(head, inputs) for head in heads]
+        sliced = self.spec.draws == "slices"
         order_of = slice_order if sliced else column_order
         orders = {
             group: order_of(generator(self.spec.seed, self.spec.draws, self.name, group, steps_done), inputs, rank)
-            for group in range(heads[0] // fit, heads[-1] // fit + 1)
+            for group in range(places[0][0], places[-1][0] + 1)
         }
-        picked = [orders[head // fit][head % fit * rank :][:rank] for head in heads]
+        picked = [orders[group][first:][:rank] for group, first in places]
         return Columns(torch.from_numpy(np.stack(picked)).to(self.b.device), inputs, sliced)
 
-    def frozen_a(self, heads: int | None = None) -> Tensor | Columns:
-        """Return the frozen A of the local heads, or of all `heads` heads of all devices, drawn again."""
-        others = heads not in (None, len(self.b))
-        if not others:
+    def frozen_a(self, heads: int | range | None = None) -> Tensor | Columns:
+        """Return the frozen A of the local heads, or drawn again: of all `heads` heads of all devices, or of some."""
+        first = self.spec.first_local_head
+        if heads in (None, len(self.b), range(first, first + len(self.b))):
             return self.factors_in_use()[0]
         draw = self.draw_columns if self.draws == "columns" else self.draw_a
         return draw(int(self.drawn_after), heads)
 
     def _draw_jointly(self, heads: range, steps_done: int) -> Tensor:
-        """Return A of some heads: each takes r rows of a random orthogonal matrix, (I, I), that I/r heads share.
+        """Return A of some heads: each takes r rows of a random orthogonal matrix, (I, I), that heads share.
 
         Q = Π·C·D·C·D·C·D with the Hartley transform C, random signs D and a random order of rows Π (after Yu et al.
         2016, arXiv 1610.09072, who use Hadamard's transform). A row costs I·log I operations and needs no other row, so
         that each process computes its own heads'.
         """
-        rank, inputs = self.spec.rank, self.size[1]
+        rank, inputs = self.spec.rank_of(heads), self.size[1]
         drawn_HRI = self.a.new_empty(len(heads), rank, inputs)
         for index, head in enumerate(heads):
-            group, position = divmod(head, inputs // rank)
+            group, first = self.spec.place(head, inputs)
             random = generator(self.spec.seed, "joint adapters", self.name, group, steps_done)
-            rows_R = torch.from_numpy(random.permutation(inputs)[position * rank : (position + 1) * rank])
+            rows_R = torch.from_numpy(random.permutation(inputs)[first : first + rank])
             q_RI = F.one_hot(rows_R, inputs).double()  # rows of Π; the loop multiplies C·D to them three times
             for _ in range(3):
                 signs_I = torch.from_numpy(random.integers(0, 2, inputs) * 2.0 - 1.0)

@@ -128,7 +128,7 @@ def time_rows(sample: Sample) -> Iterator[Row]:
     device = profile.device[0]
     runs = (sample.shrunk().run(index) for index in itertools.count())
     # With a deadline, planned compute is a part of a round, and not comparable with a step.
-    in_lockstep = (run for run in runs if not run.method.is_paced)
+    in_lockstep = (run for run in runs if not (run.method.is_paced or run.cluster.has_quorum))
     for run in itertools.islice(in_lockstep, sample.count):
         planned = round_time(run, run.shape(), (device,) * run.cluster.devices, profile.link).compute_s
         yield Row(describe(run), "timed", planned, _step_s(run))

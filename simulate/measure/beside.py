@@ -39,11 +39,12 @@ def is_large(run: Run) -> bool:
 class MemoryBeside:
     """A measurement that is under way in another process."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, of_class: int = 0) -> None:
+        """Measure a device of a class of the folder's run."""
         # A file, since nobody reads a pipe while the run trains, and a full one would stop the process.
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "simulate.measure.beside", str(folder)],
+            [sys.executable, "-m", "simulate.measure.beside", str(folder), str(of_class)],
             # The process reads the end of its input when this one is gone, however it went.
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -99,7 +100,8 @@ def main() -> int:
     from simulate.measure.one_device import measure_memory_bytes
 
     torch.set_num_threads(1)
-    print(json.dumps({"measured_bytes": measure_memory_bytes(load_run(Path(sys.argv[1]) / RUN_FILE), CPU)}))
+    run = load_run(Path(sys.argv[1]) / RUN_FILE).of_class(int(sys.argv[2]))
+    print(json.dumps({"measured_bytes": measure_memory_bytes(run, CPU)}))
     sys.stdout.flush()
     return 0
 

@@ -60,7 +60,7 @@ def train_alone(run: Run, device: torch.device, watch: Watch = unwatched) -> Met
 
     The figures of a round depend on numbers, so fake tensors skip them and take only those of gradients.
     """
-    return _train(run, EchoCommunicator(run.cluster.devices), device, watch)
+    return _train(run, EchoCommunicator(run.cluster.devices, run.method.first_device), device, watch)
 
 
 def train_together(run: Run, device: torch.device, watch: Watch = unwatched) -> Method:

@@ -75,6 +75,18 @@ class Averaging:
             if name not in self.last:
                 self.last[name] = parameter[0].detach().clone()
 
+    def base_state(self) -> dict[str, Tensor]:
+        """Return the weights that devices of this round started from, by name; needs `keep_last`."""
+        return {f"last.{name}": tensor for name, tensor in self.last.items()}
+
+    @torch.no_grad()
+    def load_base(self, base: Mapping[str, Tensor]) -> None:
+        """Move the local devices from their own start to `base`, with what they learned: θ_n ← base + (θ_n − last)."""
+        for name, last in self.last.items():
+            new = base[f"last.{name}"].to(last.device)
+            self.parameters[name].add_(new - last)
+            last.copy_(new)
+
     @torch.no_grad()
     def merge(self, index: int, weights_N: Tensor | None = None) -> None:
         """Average the index-th fragment; `weights_N` are all devices' shares of 1, equal where not given.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,21 +42,23 @@ class Method(ABC):
 
     is_trained_per_device = True
     """Whether each device trains parameters of its own; else all share one copy."""
+    weighs_devices = False
+    """Whether devices' shares of a merge differ from round to round."""
     can_exclude_devices = False
     """Whether a merge can leave out a device whose weights are no longer finite."""
 
     def __init__(
         self, run: Run, communicator: Communicator, device: torch.device, network: nn.Module | None = None
     ) -> None:
-        self.run, self.communicator = run, communicator
+        self.run, self.communicator = run.of_devices(communicator.local_devices), communicator
         self.local_devices = len(communicator.local_devices)
         self.between = self.exchanges_between(communicator)
         """Exchanges between what has weights of its own: devices, or the nodes that train as one."""
         self.healthy_N: Tensor | None = None
         """Devices, or nodes that train as one, that the next merge counts, bool; None: all."""
-        check_autocast(run.train, device)  # before the network is built, which takes longer
-        self.loss_scale = LossScale(self.gradient_rows, device) if run.train.autocast == "fp16" else None
-        self.install(build_model(run) if network is None else network, device)
+        check_autocast(self.run.train, device)  # before the network is built, which takes longer
+        self.loss_scale = LossScale(self.gradient_rows, device) if self.run.train.autocast == "fp16" else None
+        self.install(build_model(self.run) if network is None else network, device)
 
     def install(self, network: nn.Module, device: torch.device) -> None:
         """Make `network` the one that is trained, with a new optimizer."""
@@ -188,7 +191,21 @@ class Method(ABC):
         weights = weights * self.healthy_N.to(weights)  # and the others' shares add up to 1 again
         return weights / weights.sum()
 
+    # Devices that are late, or come back.
+
+    def base_state(self) -> dict[str, Tensor]:
+        """Return what all devices of a round started from alike, by name: merged weights and outer momentum."""
+        raise NotImplementedError("only methods that merge by rounds have a base")
+
+    def load_base(self, base: Mapping[str, Tensor]) -> None:
+        """Move the local devices from the base that they trained on to another's `base_state`, with their changes."""
+        raise NotImplementedError("only methods that merge by rounds have a base")
+
     # Rounds in which devices take unequal numbers of steps.
+
+    def begin_step(self, step: int, now_s: float) -> float | None:
+        """Prepare a step of a simulation that begins at `now_s`; return its seconds where they are not the planned."""
+        return None
 
     def active(self, step: int) -> list[int]:
         """Return the devices that train in this step, in global order."""
@@ -201,12 +218,35 @@ class Method(ABC):
         """Return the steps that each device took in the last round, where they may differ."""
         return None
 
+    def merge_record(self, step: int) -> dict[str, Any] | None:
+        """Return an event about who takes part in the merge after this step, where not all devices may."""
+        return None
+
     def shares(self, sizes: Sequence[float] | None = None) -> Tensor | None:
         """Return w_n, (N,): all devices' shares of the round's merge, in proportion to `sizes`; None: all are equal."""
-        if sizes is None:
-            return self.counted(None)
-        sizes_N = torch.tensor(sizes, dtype=torch.float64)
-        return self.counted((sizes_N / sizes_N.sum()).to(next(iter(self.parameters.values()))))
+        sizes_N = self.times_samples(sizes)
+        return self.counted(None if sizes_N is None else self._as_shares(sizes_N))
+
+    def times_samples(self, sizes: Sequence[float] | None) -> Tensor | None:
+        """Return `sizes` times the devices' samples of a step, where these differ, (N,); None: all are equal."""
+        samples = self.run.method.device_samples
+        if not samples:
+            return None if sizes is None else torch.tensor(sizes, dtype=torch.float64)
+        return torch.tensor(samples, dtype=torch.float64) * torch.tensor(sizes or 1.0, dtype=torch.float64)
+
+    def shares_of_samples(self) -> Tensor | None:
+        """Return all devices' shares of the samples of a step, (N,), healthy or not; None where they are equal."""
+        samples_N = self.times_samples(None)
+        return None if samples_N is None else self._as_shares(samples_N)
+
+    @property
+    def own_weight(self) -> float:
+        """What each local device counts in a mean over samples, in units of an equal share of the devices."""
+        run = self.run
+        return run.train.device_batch * run.cluster.devices / run.samples_per_step if run.method.device_samples else 1.0
+
+    def _as_shares(self, sizes_N: Tensor) -> Tensor:
+        return (sizes_N / sizes_N.sum()).to(next(iter(self.parameters.values())))
 
     def samples_done(self, step: int) -> int:
         """Return the samples that all devices together have trained on after this step of the last round."""
@@ -267,6 +307,20 @@ class Method(ABC):
         # Another device's moments belong to gradients of other data.
         new = {name for name in donor if name.startswith("optimizer.") or "error" in name}
         return {name: torch.zeros_like(t) if name in new else t.clone() for name, t in donor.items()}
+
+    def init_returning_device(
+        self, shared: Mapping[str, Tensor], donor: Mapping[str, Tensor], own: Mapping[str, Tensor], device: int
+    ) -> dict[str, Tensor]:
+        """Return the start of a device that comes back after a merge: as if lost, but for what is its own.
+
+        `own` has the tensors of its last state; they may be missing.
+        """
+        start = self.init_lost_device(shared, donor, device)
+        return {name: own[name] if name in own and self.is_devices_own(name) else t for name, t in start.items()}
+
+    def is_devices_own(self, name: str) -> bool:
+        """Whether a device's tensor, as `sharded` names it, is unlike others' right after a merge: moments, errors."""
+        return name.startswith("optimizer.") or "error" in name
 
     def after_lost_devices_init(self) -> None:  # noqa: B027 - most methods' merged weights need nothing of a lost device
         """Correct for the lost devices' part of the merged weights, once everything is loaded; all processes join."""

@@ -95,10 +95,15 @@ def take_gradients(leaves: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     return gradients
 
 
-def mean_over_devices(sums: list[Tensor], communicator: Communicator) -> None:
-    """Turn sums over the local devices into means over all devices, in place, in packed messages."""
+def mean_over_devices(sums: list[Tensor], communicator: Communicator, weight: float = 1.0) -> None:
+    """Turn sums over the local devices into means over all devices, in place, in packed messages.
+
+    `weight` is what each local device counts, in units of an equal share.
+    """
     if not sums:
         return
+    if weight != 1.0:
+        torch._foreach_mul_(sums, weight)
     all_reduce_packed(sums, communicator)
     torch._foreach_div_(sums, float(communicator.num_devices))
 

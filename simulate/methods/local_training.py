@@ -6,7 +6,7 @@ With `merge_delay` the registry puts simulate.methods.overlapped in front, which
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,12 @@ class LocalTraining(Method):
     def merged_state(self) -> dict[str, Tensor]:
         """Return the weights of the last merge: between merges that are late or of fragments no device has them all."""
         return merged_state(self.model, {id(self.parameters[name]): t for name, t in self.averaging.last.items()})
+
+    def base_state(self) -> dict[str, Tensor]:
+        return self.averaging.base_state()
+
+    def load_base(self, base: Mapping[str, Tensor]) -> None:
+        self.averaging.load_base(base)
 
     def keep_merged(self) -> None:
         self.averaging.keep_last()

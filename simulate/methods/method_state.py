@@ -15,16 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from simulate.comm.base import Communicator
+from simulate.config.run import Run
 from simulate.layers.lora import LoraLinear
 from simulate.layers.per_device import VectorLora
 from simulate.methods.state import State
 from simulate.methods.stepper import Stepper
 from simulate.optim.loss_scale import LossScale
 
+OWN = "class"
+"""First word of the names of what a class alone has of the tensors that all devices share: class1.NAME."""
+
 
 class Stateful(Protocol):
     """The parts of a method that its state is made of; the functions are explained in simulate.methods.base."""
 
+    run: Run
     model: nn.Module
     parameters: dict[str, nn.Parameter]
     stepper: Stepper
@@ -96,10 +101,16 @@ class MethodState:
     def load_sharded(self, divided: State) -> None:
         """Restore the states of all devices that have rows here, from `sharded` of any processes."""
         # Names come from the state, not from this process: its own moments may not exist yet.
-        joined, owners = dict(divided.shared), self.method.row_devices()
+        joined, owners = self._shared_of_class(divided), self.method.row_devices()
         for name in divided.of_devices[owners[0]]:
             joined[name] = torch.cat([divided.of_devices[device][name] for device in owners])
         self.load_state_dict(joined)
+
+    def _shared_of_class(self, divided: State) -> dict[str, Tensor]:
+        """Return the shared tensors as this process's class of devices has them, where classes differ in them."""
+        prefix = f"{OWN}{self.method.run.method.class_index}."
+        others = {name: tensor for name, tensor in divided.shared.items() if not name.startswith(OWN)}
+        return others | {n.removeprefix(prefix): t for n, t in divided.shared.items() if n.startswith(prefix)}
 
     def is_per_device(self, name: str) -> bool:
         """Whether a tensor of `state_dict` has a leading axis over `row_devices`; all devices share the others."""

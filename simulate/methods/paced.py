@@ -35,6 +35,8 @@ from simulate.rules.pace import round_counts
 class Paced(Method):
     """A method in which devices may take fewer steps than a round has; the method behind it trains and merges."""
 
+    weighs_devices = True
+
     def __init__(self, *arguments: object) -> None:
         super().__init__(*arguments)  # type: ignore[arg-type]
         devices, local = self.run.cluster.devices, self.local_devices
@@ -46,15 +48,16 @@ class Paced(Method):
         self.counts_N = torch.tensor([self.run.method.round_steps] * devices)
         """Steps c_n of each device in the current or last round; by the clock, others' are known after the merge."""
         self.trained = torch.tensor(0)
-        """Steps of all devices together in earlier rounds."""
+        """Steps of all devices together in earlier rounds, or samples where devices have unequal batches."""
         self.skipped = torch.tensor(0)
         """Steps of the current round that no local device took."""
+        self._samples_N = torch.tensor(self.run.method.device_samples or 1)
         self.last_losses_L = torch.zeros(local, dtype=torch.float64)
         self._aside: dict[int, dict[str, Tensor]] = {}
         """Rows of local devices that have stopped, as they were when they stopped."""
         self._started_s = self._stopped_s = 0.0
         self._measured_s: float | None = None
-        """Seconds that the fastest device needs for a round, as measured in the last one."""
+        """Seconds that the fastest device (with a quorum, the quorum-th) needs for a round, as measured in the last."""
 
     def step(self, inputs: Tensor, targets: Tensor, step: int) -> Tensor:
         """Step the local devices that are not done with the round; for the others return their last losses."""
@@ -79,7 +82,7 @@ class Paced(Method):
     def _begin_round(self, step: int) -> None:
         method, every = self.run.method, self.run.method.round_steps
         if step:
-            self.trained += self.counts_N.sum()
+            self.trained += (self.counts_N * self._samples_N).sum()
         step_s = self.step_s or (1.0,) * len(self.counts_N)
         counts = (every,) * len(step_s) if self.goes_by_clock else round_counts(method, step_s, step // every)
         steps_left = self.run.train.steps - step  # the run's last round may be short
@@ -91,9 +94,18 @@ class Paced(Method):
         if not self.goes_by_clock or int(self.counts_N[self._local].min()) <= done:
             return
         self._stopped_s = self._time()
-        deadline_s = self.run.method.deadline_s or self._measured_s
+        deadline_s = self._deadline_s or self._measured_s
         if done and deadline_s is not None and self._stopped_s - self._started_s >= deadline_s:
             self.counts_N[self._local] = done
+
+    @property
+    def _deadline_s(self) -> float | None:
+        """Seconds of a round; None where they are measured."""
+        return self.run.method.deadline_s
+
+    def _pace(self, seconds_N: Tensor) -> float:
+        """Return the seconds of a step, out of all devices', that measured rounds are paced by."""
+        return float(seconds_N.min())
 
     def _time(self) -> float:
         if self.goes_by_clock:
@@ -138,15 +150,16 @@ class Paced(Method):
         seconds_L = (self._stopped_s - self._started_s) / own_L
         counts_N, seconds_N = self.communicator.all_gather_scalars(torch.stack([own_L, seconds_L], 1)).unbind(1)
         self.counts_N.copy_(counts_N.round())  # they travelled as floats
-        self._measured_s = float(seconds_N.min()) * self.run.method.round_steps
+        self._measured_s = self._pace(seconds_N) * self.run.method.round_steps
 
     def merge(self, step: int) -> None:
         self.close_round(step)
         super().merge(step)  # type: ignore[safe-super]
 
     def shares(self, sizes: Sequence[float] | None = None) -> Tensor | None:
-        # w_n = c_n / Σ_m c_m, times the shards' sizes where these differ.
-        weights = self.counts_N.double() * torch.tensor(sizes or 1.0, dtype=torch.float64)
+        # w_n = c_n / Σ_m c_m, times the shards' sizes and the samples of a step where these differ.
+        sizes_N = self.times_samples(sizes)
+        weights = self.counts_N.double() * (1.0 if sizes_N is None else sizes_N)
         if bool((weights == weights[0]).all()):
             return self.counted(None)
         return self.counted((weights / weights.sum()).to(next(iter(self.parameters.values()))))
@@ -158,7 +171,8 @@ class Paced(Method):
 
     def samples_done(self, step: int) -> int:
         done = step % self.run.method.round_steps + 1
-        return int(self.trained + self.counts_N.clamp(max=done).sum()) * self.run.train.device_batch
+        trained = int(self.trained + (self.counts_N.clamp(max=done) * self._samples_N).sum())
+        return trained if self.run.method.device_samples else trained * self.run.train.device_batch
 
     def steps_done(self) -> list[int] | None:
         counts: list[int] = self.counts_N.tolist()

@@ -80,6 +80,10 @@ class DensePlan(Generic[OptionsT]):
         """Return nothing: all devices agree after every step."""
         return ()
 
+    def base_bytes(self, shape: ModelShape, element_bytes: int) -> int:
+        """Return the bytes of all weights."""
+        return shape.parameters * element_bytes
+
     def separate_copies(self, devices: int) -> int:
         """Return one copy a device."""
         return devices

@@ -15,13 +15,13 @@ from functools import cached_property
 from simulate.config.hardware import Device, Profile
 from simulate.config.method_options import MethodOptions
 from simulate.config.run import Run
-from simulate.config.tables import Cluster
+from simulate.config.tables import Cluster, DeviceClass
 from simulate.costs.eval_and_save_time import EvalAndSaveTime
-from simulate.costs.memory import Memory, PeakProfile
+from simulate.costs.memory import Memory, PeakProfile, peak_memory
 from simulate.costs.message_schedule import dense_reduction, num_rounds, received_bytes
 from simulate.costs.message_time import link_of
 from simulate.costs.samples import Efficiency
-from simulate.costs.step_time import RoundTime, exchange_s
+from simulate.costs.step_time import RoundTime, by_class, device_step_s, distinct, exchange_s, idle_share
 from simulate.layers.formats import ELEMENT_BYTES
 from simulate.models.shapes import ModelShape
 from simulate.planning.margins import Margins
@@ -48,8 +48,8 @@ class PlanContext:
     """Whether the planner may space recovery points so that they stay affordable; else it keeps the run's."""
     keeps_checkpoints: bool
     """Whether train.checkpoint_every stays as set; else it becomes a multiple of the steps between recovery points."""
-    clusters: dict[int, Cluster] = field(default_factory=dict)
-    """Copies of the run's cluster, by merges between recovery points."""
+    clusters: dict[tuple[int, tuple[DeviceClass, ...]], Cluster] = field(default_factory=dict)
+    """Copies of the run's cluster, by merges between recovery points and classes of devices."""
 
     @classmethod
     def of(
@@ -61,9 +61,31 @@ class PlanContext:
 
     def recovering(self, cluster: Cluster, every: int) -> Cluster:
         """Return the cluster with recovery points so many merges apart, the same object every time."""
-        if every not in self.clusters:  # thousands of candidates share a few copies
-            self.clusters[every] = cluster.model_copy(update={"recover_every": every})
-        return self.clusters[every]
+        key = every, cluster.classes
+        if key not in self.clusters:  # thousands of candidates share a few copies
+            self.clusters[key] = cluster.model_copy(update={"recover_every": every})
+        return self.clusters[key]
+
+
+@dataclass(frozen=True)
+class ClassFigures:
+    """One class of devices of a candidate: its keys, and its figures on the fullest and the slowest of its devices."""
+
+    devices: int
+    micro_batch: int
+    accumulate: int
+    autocast: str
+    rank: int | None
+    heads_per_device: int | None
+    quantize: str
+    memory_bytes: int
+    step_s: float
+    kind: str
+    """Kind of the fullest one."""
+    usable_bytes: int
+    """Memory that a plan may fill on that one."""
+    idle_share: float
+    """Share of a step's compute for which the slowest one waits for the slowest of all devices."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +102,8 @@ class Candidate:
     sent_bytes_per_round: float
     time: RoundTime
     eval_and_save: EvalAndSaveTime
+    fullest_class: int
+    """Index of the class of devices whose memory this is."""
     wall_s: float
     """Seconds of the whole run: training, evaluations and checkpoints."""
     samples_factor: float
@@ -151,7 +175,19 @@ class Candidate:
     @property
     def samples_per_s(self) -> float:
         """Samples a second over all devices."""
+        if self.run.cluster.classes:
+            return self.trained_share * self.time.steps * self.run.samples_per_step / self.time.round_s
         return self.time.device_steps * self.run.train.device_batch / self.time.round_s
+
+    @cached_property
+    def idle_share(self) -> float:
+        """Share of a round's compute for which devices wait for the slowest, their mean."""
+        return idle_share(self.run, self.context.shape, self.context.devices)
+
+    @cached_property
+    def classes(self) -> list[ClassFigures]:
+        """Classes of devices in global order; one where all are equal."""
+        return list(_class_figures(self.run, self.context))
 
     @property
     def trained_share(self) -> float:
@@ -183,12 +219,29 @@ def candidate_of(result: Candidate | Rejected) -> Candidate:
     return result.candidate if isinstance(result, Rejected) else result
 
 
+def _class_figures(run: Run, context: PlanContext) -> Iterator[ClassFigures]:
+    steps_s = device_step_s(run, context.shape, context.devices)
+    classes = zip(by_class(run, context.devices), run.cluster.class_devices, strict=True)
+    for (one, held), members in classes:
+        sizes = [
+            (device.usable_bytes - (size := peak_memory(one, context.shape, device).total), size, device)
+            for device in distinct(held)
+        ]
+        _, memory_bytes, fullest = min(sizes, key=lambda room: room[0])
+        step_s = max(steps_s[members.start : members.stop])
+        yield ClassFigures(
+            len(members), one.train.micro_batch, one.train.accumulate, one.train.autocast,
+            getattr(one.method, "rank", None), getattr(one.method, "heads_per_device", None), one.method.frozen_format,
+            memory_bytes, step_s, fullest.kind, fullest.usable_bytes, 1 - step_s / max(steps_s),
+        )  # fmt: skip
+
+
 def _warnings(run: Run, context: PlanContext, time: RoundTime) -> Iterator[str]:
     profile, shape = context.profile, context.shape
     share = time.exchange_s / time.round_s
     if share > LINK_DOMINATES:
         yield f"the link dominates: {share:.0%} of the time"
-    if run.method.is_paced:
+    if run.method.is_paced or run.cluster.has_quorum:
         share = time.device_steps / (time.steps * run.cluster.devices)
         yield f"devices train on {share:.0%} of the samples that they would in lockstep"
     if run.train.dtype == "fp64" and any(d.flop_per_s.fp64 is None for d in profile.device):
@@ -197,12 +250,14 @@ def _warnings(run: Run, context: PlanContext, time: RoundTime) -> Iterator[str]:
     if lower != "none" and any(getattr(d.flop_per_s, lower) is None for d in profile.device):
         yield f"the profile has no {lower} rate; planned at the fp32 rate, and a CPU that emulates it is far slower"
     # The rest concerns heads that train apart: their joint rank, and the transport of their merges.
-    plan = plan_of(run.method)
+    method = run.of_class(0).method
+    plan = plan_of(method)
     layout = plan.adapters(run.cluster.devices)
     if layout is None or not plan.has_separate_heads:
         return
-    if layout.rank * run.heads < shape.largest_dimension:
-        yield f"rank x heads = {layout.rank * run.heads} is below the largest layer dimension {shape.largest_dimension}"
+    total_rank = sum(len(one.devices) * one.held_rank for one in method.fleet) or layout.rank * run.heads
+    if total_rank < shape.largest_dimension:
+        yield f"rank x heads = {total_rank} is below the largest layer dimension {shape.largest_dimension}"
     if run.cluster.devices > 1 and plan.transport != "reduce":
         dense = dense_reduction(shape, run.cluster.devices, ELEMENT_BYTES[run.train.dtype])
         if time.exchange_s > exchange_s(dense, link_of(profile.link, run.cluster.backend)):
@@ -212,22 +267,57 @@ def _warnings(run: Run, context: PlanContext, time: RoundTime) -> Iterator[str]:
 def describe(run: Run) -> str:
     """Return a run's method in a few words."""
     method = run.method
+    # Classes that differ in more than their batches and formats are told one by one.
+    by_class = (
+        len({(getattr(x, "rank", 0), x.num_heads(1), x.frozen_format) for x in (r.method for r in run.classes)}) > 1
+    )
     details = [*_details(run, method), batch_text(run)]
+    if by_class:
+        details = [*_details_of_all(method), classes_text(run)]
     if run.train.activation_checkpointing:
         details.append("checkpointing")
-    if run.train.autocast != "none":
+    if run.train.autocast != "none" and not by_class:
         details.append(run.train.autocast)
     if run.train.optimizer_state == "8bit":
         details.append("8-bit moments")
     quantize, wire = method.frozen_format, getattr(method, "wire", "full")
-    formats = ("" if quantize == "none" else f" {quantize}") + ("" if wire == "full" else f" over {wire}")
+    is_told = quantize != "none" and not by_class  # classes say their own
+    formats = (f" {quantize}" if is_told else "") + ("" if wire == "full" else f" over {wire}")
     return f"{method.name}{formats} {', '.join(details)}"
 
 
+def classes_text(run: Run) -> str:
+    """Return the classes of a run's devices in words: devices: 2 of batch 16, rank 32; 1 of batch 4, rank 8."""
+    texts = []
+    for one, members in zip(run.classes, run.cluster.class_devices, strict=True):
+        rank, heads = getattr(one.method, "rank", None), getattr(one.method, "heads_per_device", 1)
+        pairs = "" if rank is None else f", rank {rank}" + (f" x {heads} heads" if heads > 1 else "")
+        formats = [name for name in (one.train.autocast, one.method.frozen_format) if name != "none"]
+        texts.append(f"{len(members)} of " + ", ".join([batch_text(one) + pairs, *formats]))
+    return "devices: " + "; ".join(texts)
+
+
+def _details_of_all(method: MethodOptions) -> Iterator[str]:
+    if (merge_every := getattr(method, "merge_every", None)) is not None:
+        yield f"T {merge_every}"
+    if transport := plan_of(method).transport:
+        yield transport
+
+
 def batch_text(run: Run) -> str:
-    """Return a device's samples of a step in words, with its passes where there are several: batch 8 x 4."""
+    """Return a device's samples of a step in words, with its passes where there are several: batch 8 x 4.
+
+    Of devices of several classes one after the other: batch 8 / 8 x 4.
+    """
+    if run.cluster.classes:
+        return "batch " + " / ".join(_class_text(one, run) for one in run.classes)
     passes = f" x {run.train.accumulate}" if run.train.accumulate > 1 else ""
     return f"batch {run.train.micro_batch}{passes}"
+
+
+def _class_text(one: Run, run: Run) -> str:
+    autocast = one.train.autocast
+    return batch_text(one).removeprefix("batch ") + (f" {autocast}" if autocast != run.train.autocast else "")
 
 
 def joined_devices(method: MethodOptions) -> int:
@@ -242,10 +332,7 @@ def _details(run: Run, method: MethodOptions) -> Iterator[str]:
         yield f"nodes of {size}"
     if (density := getattr(method, "density", None)) is not None:
         yield f"density {density:g}"
-    if (merge_every := getattr(method, "merge_every", None)) is not None:
-        yield f"T {merge_every}"
-    if transport := plan_of(method).transport:
-        yield transport
+    yield from _details_of_all(method)
 
 
 def needs_library(run: Run) -> bool:

@@ -97,7 +97,7 @@ def explain(plan: Plan, chosen: Candidate) -> Why:
     value = value_of(plan.choice.objective, plan.profile, plan.base.cluster.devices)
     limit, reason = _limit(plan, chosen, value)
     changes = tuple(_change(plan, chosen, *change) for change in _changed(plan))
-    return Why(limit, reason, changes, tuple(_neighbours(plan, chosen, value)))
+    return Why(limit, reason, changes, tuple(_neighbours(plan, plan.equal or chosen, value)))
 
 
 def _limit(plan: Plan, chosen: Candidate, value: Callable[[Candidate], float]) -> tuple[str, str]:
@@ -122,18 +122,17 @@ def _changed(plan: Plan) -> Iterator[tuple[str, Profile, int]]:
     profile, count = plan.profile, plan.base.cluster.devices
     memory = [d.model_copy(update={"memory_bytes": d.memory_bytes + GIGABYTE}) for d in profile.device]
     yield "1 GB more on each device", profile.model_copy(update={"device": memory}), count
-    rates = {key: 10 * rate for key, rate in profile.link if key.endswith("bytes_per_s") and rate is not None}
-    link = profile.link.model_copy(update=rates)
-    yield "ten times the bandwidth", profile.model_copy(update={"link": link}), count
+    yield "ten times the bandwidth", profile.model_copy(update={"link": profile.link.faster(10)}), count
     doubled = [d.model_copy(update={"count": 2 * d.count}) for d in profile.device]
-    yield "twice the devices", profile.model_copy(update={"device": doubled}), 2 * count
+    yield "twice the devices", profile.with_devices(doubled), 2 * count
 
 
 def _change(plan: Plan, chosen: Candidate, what: str, profile: Profile, devices: int) -> Change:
     cluster = plan.base.cluster.model_copy(update={"devices": devices})
     base = plan.base.model_copy(update={"cluster": cluster})
     # Shards and given steps list one number a device, so they fix the number of devices.
-    fixed = base.data.shards is not None or base.method.given_steps is not None
+    given = base.method.given_steps or base.cluster.merges_given
+    fixed = base.data.shards is not None or given is not None
     # Without a time limit and rivals: only the choice is compared.
     choice, new = replace(plan.choice, with_rivals=False, within_s=None), None
     if devices == plan.base.cluster.devices or not fixed:
@@ -159,7 +158,10 @@ def _keys(candidate: Candidate) -> dict[str, Any]:
 
 
 def _neighbours(plan: Plan, chosen: Candidate, value: Callable[[Candidate], float]) -> Iterator[Neighbour]:
-    """Yield the nearest candidates on either side of each key, and the best dense one."""
+    """Yield the nearest candidates on either side of each key, and the best dense one.
+
+    A choice with classes of devices is not of the grid: these are the neighbours of the best equal batches.
+    """
     ours = _keys(chosen)
     by_key: dict[str, list[Candidate | Rejected]] = {}
     results: list[Candidate | Rejected] = [*plan.candidates, *plan.rejected]

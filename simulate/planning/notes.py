@@ -21,16 +21,20 @@ from simulate.costs.memory import mapped_file_bytes
 from simulate.costs.samples import shipped
 from simulate.costs.step_time import device_step_s, round_time
 from simulate.models.shapes import ModelShape
-from simulate.planning.candidate import Candidate, PlanContext, Rejected, describe, is_library_installed
+from simulate.planning.candidate import Candidate, PlanContext, Rejected, batch_text, describe, is_library_installed
+from simulate.planning.far_apart import can_have_quorum, majority, reasons
 from simulate.planning.margins import RULE
 from simulate.planning.number_formats import Format, format_notes
 from simulate.planning.objective import MEANINGS
 from simulate.planning.search_space import LEAST_IMAGES, LEAST_TOKENS, MICRO_BATCHES, Pins
 from simulate.planning.time_ranges import simulated_here_text
 from simulate.rules.method_plan import plan_of
+from simulate.rules.pace import quorum_deadline_s
 from simulate.training.checkpoints import numerics_of
 
 PLURALS = {"norm": "norms", "bias": "biases", "embedding": "embeddings", "other": "other modules"}
+LEAST_IDLE = 0.005
+"""Smallest idle share that a plan speaks of."""
 PACE_MATTERS = 1.1
 """Smallest ratio of the slowest device's step to the fastest's at which the plan suggests deadlines."""
 
@@ -40,6 +44,7 @@ def plan_notes(
     base: Run,
     chosen: Candidate | None,
     first: Candidate | None,
+    equal: Candidate | None,
     rival: Candidate | None,
     picked: Format | None,
     evaluate: Callable[[Run], Candidate | Rejected],
@@ -47,9 +52,9 @@ def plan_notes(
 ) -> Iterator[str]:
     """Yield a plan's notes in the order in which they are printed.
 
-    `first` ranks first, even if it is not the choice; `rival` is the best candidate of methods that the plan does not
-    choose from; `picked` is the autocast format that the plan took by itself; `evaluate` computes the costs of other
-    runs; `pins` are what the user fixed.
+    `first` ranks first, even if it is not the choice; `equal` is the best with one batch for all devices; `rival` is
+    the best candidate of methods that the plan does not choose from; `picked` is the autocast format that the plan took
+    by itself; `evaluate` computes the costs of other runs; `pins` are what the user fixed.
     """
     choice, shape = context.choice, context.shape
     yield from _assumptions(context, chosen, first)
@@ -61,11 +66,14 @@ def plan_notes(
     yield from shape.notes
     if chosen:
         yield _batch(chosen, pins)
+        yield from _idle(chosen, equal, pins)
         yield from _worth_trying(chosen)
-        yield from format_notes(chosen, context.profile, evaluate, picked)
+        if not chosen.run.cluster.classes:  # of classes each has its own format
+            yield from format_notes(chosen, context.profile, evaluate, picked)
         yield from _checkpoints(chosen)
         yield from _temporary_files(chosen, shape)
         yield from _deadlines(chosen)
+        yield from quorum_notes(chosen)
         yield from diagnostics_notes(chosen.run, shape)
         yield from _faster_rival(chosen, rival)
 
@@ -105,6 +113,8 @@ def _batch(chosen: Candidate, pins: Pins) -> str:
     run, unit = chosen.run, chosen.run.model.unit
     train, participants = run.train, run.method.participants(run.cluster.devices)
     passes = f"micro_batch {train.micro_batch} x accumulate {train.accumulate} x devices {participants}"
+    if run.cluster.classes:
+        passes = f"{batch_text(run)} by class of devices"
     text = f"a step has {run.tokens_per_step:,} {unit} ({passes})"
     if pins.batch is not None:
         exact = run.tokens_per_step == pins.batch
@@ -118,6 +128,23 @@ def _batch(chosen: Candidate, pins: Pins) -> str:
     return (
         f"{text}; by DeepSeek's power law about {best_batch(chosen):,} would train best at this compute "
         "(docs/planning.md): --batch-tokens sets it"
+    )
+
+
+def _idle(chosen: Candidate, equal: Candidate | None, pins: Pins) -> Iterator[str]:
+    """Report how long devices that differ wait for each other, and what batches of their own make of it."""
+    if equal is None or equal.idle_share < LEAST_IDLE:
+        return
+    waits = f"with one batch for all, devices are idle for {equal.idle_share:.1%} of a round's compute"
+    if not chosen.run.cluster.classes:
+        given = pins.micro_batch or pins.accumulate
+        yield f"{waits}" + ("; without a given batch each kind may have its own" if given else "")
+        return
+    formats = sorted({one.autocast for one in chosen.classes} - {equal.run.train.autocast})
+    beside = f"; a part of that is {' and '.join(formats)}, assumed to train as well as fp32" if formats else ""
+    yield (
+        f"{waits}, with a batch for each kind of device ([[cluster.class]]) for {chosen.idle_share:.1%}, and equal "
+        f"loss takes {change_text(equal.equivalent_wall_s / chosen.equivalent_wall_s)} time with one for all{beside}"
     )
 
 
@@ -174,8 +201,8 @@ def _unadapted(chosen: Candidate, shape: ModelShape) -> Iterator[str]:
 
 def draws_by_layer(run: Run, shape: ModelShape) -> dict[str, list[str]] | None:
     """Return the layers of each way to draw A where a run picks columns, which some layers are too wide for."""
-    layout = plan_of(run.method).adapters(run.cluster.devices)
-    if layout is None or not layout.column_heads:
+    layout = plan_of(run.of_class(0).method).adapters(run.cluster.devices)
+    if layout is None or not layout.column_rank:
         return None
     layers: dict[str, list[str]] = {"columns": [], "joint": []}
     for linear in shape.adapted:
@@ -253,7 +280,8 @@ def _deadlines(chosen: Candidate) -> Iterator[str]:
     """Suggest a deadline where all devices wait for slow ones, if the method has deadlines."""
     method, context = chosen.run.method, chosen.context
     shape, devices, profile = context.shape, context.devices, context.profile
-    if "pace" not in type(method).model_fields or method.is_paced:
+    # Batches of their own leave little to wait for.
+    if "pace" not in type(method).model_fields or method.is_paced or chosen.run.cluster.classes:
         return
     step_s = device_step_s(chosen.run, shape, devices)
     # The keys that a deadline excludes (RoundOptions and LteOptions refuse them) must change with it.
@@ -271,6 +299,28 @@ def _deadlines(chosen: Candidate) -> Iterator[str]:
             f"devices of profile {profile.name} differ: a step takes the slowest {max(step_s) / min(step_s):.1f}x as "
             f"long as the fastest; with {keys} nobody waits, for {gain:.2f}x the samples a second (docs/methods.md)"
         )
+
+
+def quorum_notes(chosen: Candidate) -> Iterator[str]:
+    """Say what a quorum changes, where the run has one, or where links or devices are far apart and it could."""
+    run, context = chosen.run, chosen.context
+    devices, cluster = context.devices, run.cluster
+    if cluster.has_quorum and cluster.merges_given is None:
+        step_s = device_step_s(run, context.shape, devices)
+        seconds = seconds_text(quorum_deadline_s(cluster, run.method.round_steps, step_s))
+        yield (
+            f"merges go on with {cluster.needed} of {cluster.devices} devices, and a round's steps end after "
+            f"{seconds}: who is late or lost is not waited for, and an exact rerun needs the run's merge events "
+            "(docs/run.md)"
+        )
+    elif can_have_quorum(run):
+        found = list(reasons(context.profile, devices, device_step_s(run, context.shape, devices)))
+        if found:
+            yield (
+                f"{' and '.join(found)}: with cluster.quorum = {majority(cluster.devices)} merges wait for a majority "
+                "alone, who is late brings its change to a later one, and an exact rerun needs the run's merge events "
+                "(docs/planning.md)"
+            )
 
 
 def diagnostics_notes(run: Run, shape: ModelShape) -> Iterator[str]:

@@ -3,7 +3,7 @@ worth; torch-free. simulate.planning.planner asks before it evaluates candidates
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from simulate.common.errors import InputError
@@ -50,17 +50,22 @@ def faster_format(run: Run, profile: Profile) -> Format | None:
 
     CPUs multiply in fp32 unless asked: whether their lower formats are faster depends on the shapes.
     """
+    return faster_format_of(run, profile.device)
+
+
+def faster_format_of(run: Run, devices: Sequence[Device]) -> Format | None:
+    """Return the same for some of a profile's devices."""
     if "autocast" in run.train.model_fields_set or run.train.dtype == "fp64":
         return None
-    if not all(device.is_cuda for device in profile.device):
+    if not all(device.is_cuda for device in devices):
         return None
-    formats = common_formats(profile)
-    return formats[0] if formats and _gains(profile, formats[0])[0] >= LEAST_GAIN else None
+    formats = [name for name in FORMATS if all(_has(device, name) for device in devices)]
+    return formats[0] if formats and _gains(devices, formats[0])[0] >= LEAST_GAIN else None
 
 
-def _gains(profile: Profile, name: Format) -> tuple[float, float]:
+def _gains(devices: Sequence[Device], name: Format) -> tuple[float, float]:
     """Return the smallest and the largest rate of a format over fp32 among the devices."""
-    gains = [getattr(device.flop_per_s, name) / device.flop_per_s.fp32 for device in profile.device]
+    gains = [getattr(device.flop_per_s, name) / device.flop_per_s.fp32 for device in devices]
     return min(gains), max(gains)
 
 
@@ -77,7 +82,7 @@ def format_notes(
     train = chosen.run.train.model_copy(update={"autocast": "none" if picked else formats[0]})
     other: Any = evaluate(chosen.run.model_copy(update={"train": train}))
     other = getattr(other, "candidate", other)  # whether it fits or not
-    rates = " to ".join(f"{gain:.2g}" for gain in sorted(set(_gains(profile, picked or formats[0]))))
+    rates = " to ".join(f"{gain:.2g}" for gain in sorted(set(_gains(profile.device, picked or formats[0]))))
     time, memory = other.wall_s / chosen.wall_s, other.memory.total / chosen.memory.total
     if picked is None:
         yield (

@@ -37,7 +37,9 @@ def _row(result: Candidate | Rejected, place: int | None, is_chosen: bool) -> di
         "reason": result.reason if isinstance(result, Rejected) else None,
     }
     for key, value in candidate_json(candidate_of(result)).items():
-        if isinstance(value, dict):
+        if key == "classes":  # a list of tables has no cell; a plan's choice alone has classes
+            row[key] = "; ".join(f"{one['micro_batch']} x {one['accumulate']}" for one in value)
+        elif isinstance(value, dict):
             row |= {f"{key}_{part}": size for part, size in value.items()}
         else:
             row[key] = "; ".join(value) if isinstance(value, list) else value

@@ -5,6 +5,7 @@ The keys are a contract: scripts and older run folders read them, so a key is ad
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from simulate.planning.candidate import Candidate, joined_devices
@@ -45,6 +46,7 @@ def candidate_json(candidate: Candidate) -> dict[str, Any]:
         "step_s": candidate.step_s,
         "round_s": time.round_s,
         "samples_per_s": candidate.samples_per_s,
+        "idle_share": candidate.idle_share,
         "wall_s": candidate.wall_s,
         "training_s": candidate.training_s,
         "evaluations": candidate.eval_and_save.evaluations,
@@ -57,4 +59,12 @@ def candidate_json(candidate: Candidate) -> dict[str, Any]:
         "equivalent_wall_s": candidate.equivalent_wall_s,
         **range_keys(candidate),
         "warnings": list(candidate.warnings),
+        **_of_classes(candidate),
     }
+
+
+def _of_classes(candidate: Candidate) -> dict[str, Any]:
+    """Return the figures of classes of unequal devices; `memory_bytes` are the fullest one's."""
+    if not candidate.run.cluster.classes:
+        return {}
+    return {"classes": [asdict(one) for one in candidate.classes], "fullest_class": candidate.fullest_class}

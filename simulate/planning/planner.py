@@ -20,8 +20,10 @@ from simulate.costs.eval_and_save_time import eval_and_save_time
 from simulate.costs.memory import Memory, host_memory_by_part, peak_memory, peak_profile
 from simulate.costs.message_schedule import num_rounds, sent_bytes
 from simulate.costs.samples import samples_factor
-from simulate.costs.step_time import distinct, round_time
+from simulate.costs.step_time import device_kinds, distinct, round_time
+from simulate.planning.batch_classes import unequal_runs
 from simulate.planning.candidate import Candidate, PlanContext, Rejected, candidate_of, needs_library
+from simulate.planning.node_order import NodeOrder, better_order, likely_order
 from simulate.planning.notes import plan_notes
 from simulate.planning.number_formats import check_formats, faster_format
 from simulate.planning.objective import SelectionCriteria
@@ -50,8 +52,12 @@ class Plan:
     notes: tuple[str, ...]
     rivals: tuple[Candidate | Rejected, ...] = ()
     """The best candidate, or nearest miss, of each method that is not in CHOSEN_FROM."""
+    equal: Candidate | None = None
+    """The best candidate with one batch for all devices: the choice, where that has no classes of devices."""
     pins: Pins = FREE
     choice: SelectionCriteria = BY_TIME
+    node_order: NodeOrder | None = None
+    """The order of devices that `profile` has in the place of the given profile's; None: it is as given."""
 
     def to_dict(self, top: int | None = None) -> dict[str, Any]:
         """Return the plan as `lte plan --json` prints it and runs keep it in plan.json; with `top`, the best ones."""
@@ -68,6 +74,7 @@ class Plan:
                 "adapted_parameters": shape.adapted_parameters,
             },
             "chosen": self.chosen and candidate_json(self.chosen),
+            "equal": self.equal and candidate_json(self.equal),
             "dense": dense and {**candidate_json(dense), "fits": not isinstance(self.dense, Rejected)},
             "candidates": [candidate_json(candidate) for candidate in self.candidates[:top]],
             "rejected": [{"candidate": candidate_json(r.candidate), "reason": r.reason} for r in self.rejected[:top]],
@@ -78,15 +85,23 @@ class Plan:
             "notes": list(self.notes),
             "objective": self.choice.objective,
             "price_per_hour": hourly_price(self.profile, self.base.cluster.devices),
+            "node_order": self.node_order and self.node_order.to_dict(),
         }
 
     def tightest_device(self) -> Device:
         """Return the device on which the choice leaves the least memory free."""
+        return self._tightest()[1]
+
+    def tightest_run(self) -> Run:
+        """Return the choice as that device's class has it."""
+        return self._tightest()[0]
+
+    def _tightest(self) -> tuple[Run, Device]:
         assert self.chosen is not None
         run, shape = self.chosen.run, self.base.shape()
         return min(
-            self.profile.devices(run.cluster.devices),
-            key=lambda device: device.usable_bytes - peak_memory(run, shape, device).total,
+            device_kinds(run, self.profile.devices(run.cluster.devices)),
+            key=lambda kind: kind[1].usable_bytes - peak_memory(kind[0], shape, kind[1]).total,
         )
 
     def nearest_miss(self) -> Rejected | None:
@@ -105,10 +120,13 @@ def evaluate(run: Run, profile: Profile, tokens: int, spaces_recovery: bool = Fa
 def _evaluate(run: Run, context: PlanContext) -> Candidate | Rejected:
     shape, devices, choice = context.shape, context.devices, context.choice
     kinds = distinct(devices)
-    peaks = [(device, (profile := peak_profile(run, shape, device)), profile.peak()) for device in kinds]
+    peaks = [
+        (device, one, (profile := peak_profile(one, shape, device)), profile.peak())
+        for one, device in device_kinds(run, devices)
+    ]
     # All devices must fit, so the fullest one decides.
-    device, profile, memory = min(peaks, key=lambda peak: peak[0].usable_bytes - peak[2].total)
-    host_parts = host_memory_by_part(run, shape, device)
+    device, fullest, profile, memory = min(peaks, key=lambda peak: peak[0].usable_bytes - peak[3].total)
+    host_parts = host_memory_by_part(fullest, shape, device)
     time, rounds = round_time(run, shape, devices, context.profile.link), num_rounds(run)
     eval_and_save = eval_and_save_time(run, shape, kinds, time.compute_s)
     if context.spaces_recovery and (
@@ -125,6 +143,7 @@ def _evaluate(run: Run, context: PlanContext) -> Candidate | Rejected:
         sent_bytes_per_round=sent_bytes(run, shape, run.train.steps) / rounds / run.cluster.devices,
         time=time,
         eval_and_save=eval_and_save,
+        fullest_class=fullest.method.class_index,
         wall_s=run.train.steps * time.compute_s + rounds * (time.merge_s + time.exchange_s) + eval_and_save.total_s,
         samples_factor=samples_factor(run, shape, context.tokens, choice.efficiency),
     )
@@ -191,8 +210,35 @@ def make_plan(
     notes: Sequence[str] = (),
     choice: SelectionCriteria | None = None,
 ) -> Plan:
-    """Evaluate the grid around `base` and choose; keys that neither pins nor the grid vary are those of `base`."""
+    """Evaluate the grid around `base` and choose; keys that neither pins nor the grid vary are those of `base`.
+
+    Where devices have lines that differ, the plan is for the best order of them that was found.
+    """
+    if base.cluster.classes:
+        raise InputError(
+            "cluster.class: a plan chooses the classes itself; leave them away, and change them in the run.toml that "
+            "the plan wrote"
+        )
     choice = choice or SelectionCriteria()
+    # Which method pays depends on who serves, so that candidates are compared with the fastest line first.
+    start = likely_order(base, profile)
+    plan = _plan(base, start, tokens, pins, notes, choice)
+    order = better_order(plan.chosen.run, profile) if plan.chosen else None
+    if order is None:
+        return plan if start is profile else _plan(base, profile, tokens, pins, notes, choice)
+    again = plan if order.profile == start else _plan(base, order.profile, tokens, pins, notes, choice)
+    assert again.chosen is not None  # memory and formats do not depend on the order
+    # Another candidate may be chosen now, for which the order must be better, too.
+    order = order.of_run(again.chosen.run, profile)
+    if order.exchange_s >= order.listed_s:
+        return _plan(base, profile, tokens, pins, notes, choice)
+    return replace(again, node_order=order, notes=(*again.notes, str(order)))
+
+
+def _plan(
+    base: Run, profile: Profile, tokens: int, pins: Pins, notes: Sequence[str], choice: SelectionCriteria
+) -> Plan:
+    """Return the plan for the devices in the profile's order."""
     pins = replace(pins, ranks=choice.probe.ranks(base)) if choice.probe else pins
     picked = faster_format(base, profile)
     if picked is not None:
@@ -217,7 +263,13 @@ def make_plan(
     rejected = tuple(r for r in results if isinstance(r, Rejected))
     # Prefer what runs as installed: nf4 needs the extra lte[quantize].
     plain = (candidate for candidate in fitting if not needs_library(candidate.run))
-    chosen = next(plain, None) or next(iter(fitting), None)
+    equal = next(plain, None) or next(iter(fitting), None)
+    # Batches for each kind of device stand beside the choice: the grid of equal ones is large enough.
+    unequal = unequal_runs(fitting, equal, pins, base)
+    found = [result for run in unequal if isinstance(result := _evaluate(run, context), Candidate)]
+    chosen = min(found, key=rank, default=None)
+    if chosen is None or equal is None or rank(chosen) >= rank(equal):
+        chosen = equal
     others = METHOD_NAMES if choice.with_rivals and not pins.method else ()
     rivals = [best(results_of((name,)), rank) for name in others if name not in methods]
     rival = min((rival for rival in rivals if isinstance(rival, Candidate)), key=rank, default=None)
@@ -233,9 +285,10 @@ def make_plan(
         or best(results_of(("ddp",)), rank),
         notes=(
             *notes,
-            *plan_notes(context, base, chosen, first, rival, picked, lambda run: _evaluate(run, context), pins),
+            *plan_notes(context, base, chosen, first, equal, rival, picked, lambda run: _evaluate(run, context), pins),
         ),
         rivals=tuple(rival for rival in rivals if rival is not None),
+        equal=equal,
         pins=pins,
         choice=choice,
     )

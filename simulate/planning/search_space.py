@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from simulate.config.method_options import DEFAULT_SCALE, MethodOptions
 from simulate.config.method_table import default_options
 from simulate.config.run import Run
-from simulate.config.tables import Train
+from simulate.config.tables import Cluster, Train
 from simulate.models.schema import FactoryModel
 from simulate.models.shapes import ModelShape
 from simulate.rules.method_plan import plan_of
@@ -75,7 +75,19 @@ def grid(
         for method in options if more == 1 else at_every_step:
             if micro_batch % getattr(method, "heads_per_device", 1):
                 continue
-            yield base.model_copy(update={"method": method, "train": train})
+            yield base.model_copy(update={"method": method, "train": train, "cluster": _cluster(base, method)})
+
+
+def _cluster(base: Run, method: MethodOptions) -> Cluster:
+    """Return the base run's cluster, in lockstep for methods whose merges need all devices."""
+    if not base.cluster.has_quorum:
+        return base.cluster
+    try:
+        method.check_quorum(base.cluster)
+    except ValueError:
+        keys = ("quorum", "deadline_s", "merges_given", "age_exponent")
+        return base.cluster.model_copy(update=dict.fromkeys(keys))
+    return base.cluster
 
 
 def _batches(base: Run, pins: Pins) -> list[tuple[int, int]]:
@@ -136,7 +148,7 @@ def _node_axis(base: Run, start: MethodOptions, node_size: int | None) -> dict[s
 
 def train_for(base: Run, micro_batch: int, accumulate: int, recompute: bool, tokens: int) -> Train:
     """Return base.train with another batch, the steps that train on `tokens`, and the keys that depend on the steps."""
-    tokens_per_step = base.tokens_per_step // base.train.device_batch * micro_batch * accumulate
+    tokens_per_step = base.tokens_per_step * micro_batch * accumulate // base.train.device_batch
     steps = max(1, math.ceil(tokens / tokens_per_step))
     every = max(1, steps // 10)
     given = base.train.model_fields_set

@@ -12,7 +12,7 @@ from typing import Any
 
 from simulate.common.live_objects import find, is_live
 from simulate.common.units import bytes_text
-from simulate.config.hardware import LOCAL, Profile
+from simulate.config.hardware import LOCAL
 from simulate.config.method_table import BASELINE
 from simulate.config.profile_slips import slips
 from simulate.config.run import Run
@@ -75,7 +75,9 @@ def _title(plan: Plan, passes: tuple[float, str] | None) -> str:
     devices = f"{base.cluster.devices} x {kinds[0]}" if len(kinds) == 1 else f"{base.cluster.devices} mixed devices"
     parts = [f"{shape.name} ({_count_text(shape.all_parameters)}) on {devices}"]
     if base.cluster.devices > 1:
-        parts.append(f"links of {bytes_text(plan.profile.link.up_bytes_per_s)}/s")
+        lines = plan.profile.link.lines
+        slowest = min((line.outer_rates[0] for line in lines), default=plan.profile.link.up_bytes_per_s)
+        parts.append(f"links of {bytes_text(slowest)}/s{' and more' if lines else ''}")
     tokens = f"{_count_text(plan.tokens)} {base.model.unit}"
     over = {"tokens": "text", "samples": "data" if is_live(base.data.name) else "images"}[base.model.unit]
     parts.append(tokens if passes is None else f"{tokens}, {_passes_text(passes)} over the {over}")
@@ -143,6 +145,8 @@ def _answers(plan: Plan, chosen: Candidate) -> Iterator[Answer]:
     )
     yield _worth(plan, chosen, dense)
     yield Answer("Bottleneck", *_bottleneck(plan, chosen))
+    if plan.equal is not None and chosen.run.cluster.classes:
+        yield Answer("Idle", f"{chosen.idle_share:.1%}", f"of compute; {plan.equal.idle_share:.0%} with equal batches")
     yield Answer("Settings", ", ".join(_settings(chosen.run)), "")
 
 
@@ -183,17 +187,13 @@ def _bottleneck(plan: Plan, chosen: Candidate) -> tuple[str, str]:
     if plan.base.cluster.devices == 1:
         return "compute", "one device sends nothing"
     share = chosen.time.exchange_s / chosen.time.round_s
-    faster = candidate_of(evaluate(chosen.run, _with_faster_link(plan.profile), plan.tokens))
+    profile = plan.profile.model_copy(update={"link": plan.profile.link.faster(FASTER_LINK)})
+    faster = candidate_of(evaluate(chosen.run, profile, plan.tokens))
     gain = chosen.wall_s / faster.wall_s
     of_time = f"{share:.0%} is exchange; {FASTER_LINK}x the bandwidth gains {gain:.2g}x"
     if share > LINK_DOMINATES and gain < LEAST_GAIN:
         of_time = f"{share:.0%} is exchange, which waits for delays, not for bandwidth"
     return ("the link" if share > LINK_DOMINATES else "compute"), of_time
-
-
-def _with_faster_link(profile: Profile) -> Profile:
-    rates = {key: FASTER_LINK * rate for key, rate in profile.link if key.endswith("bytes_per_s") and rate is not None}
-    return profile.model_copy(update={"link": profile.link.model_copy(update=rates)})
 
 
 def _settings(run: Run) -> Iterator[str]:

@@ -19,7 +19,7 @@ from simulate.costs.step_time import round_time
 from simulate.planning.candidate import Candidate
 from simulate.planning.planner import Plan
 from simulate.planning.search_space import train_for
-from simulate.timeline.churn import away_share, redo_factor
+from simulate.rules.churn import away_share, redo_factor
 from simulate.timeline.engine import Timeline, simulate
 
 ROUNDS = 100
@@ -136,7 +136,10 @@ def representatives(devices: Sequence[Device]) -> list[int]:
 
 def _equivalent_s(chosen: Candidate, devices: Sequence[Device], link: Link) -> float:
     """Return the seconds to equal loss on other devices, with a batch that grows with them and the same tokens."""
-    cluster = chosen.run.cluster.model_copy(update={"devices": len(devices)})
+    cluster = chosen.run.cluster
+    # Doubled devices are the same ones again, with their classes.
+    classes = cluster.classes * (len(devices) // cluster.devices)
+    cluster = cluster.model_copy(update={"devices": len(devices), "classes": classes})
     run = chosen.run.model_copy(update={"cluster": cluster})
     train = train_for(
         run, run.train.micro_batch, run.train.accumulate, run.train.activation_checkpointing, chosen.tokens
@@ -153,7 +156,8 @@ def _doublings(chosen: Candidate, profile: Profile, devices: tuple[Device, ...])
     """Yield twice as many devices, and again, until a doubling is not worth it."""
     before_s, gain = _equivalent_s(chosen, devices, profile.link), WORTH_GAIN
     # Shards and given steps list one number a device, so they fix the number of devices.
-    fixed = chosen.run.data.shards is not None or chosen.run.method.given_steps is not None
+    given = chosen.run.method.given_steps or chosen.run.cluster.merges_given
+    fixed = chosen.run.data.shards is not None or given is not None
     while not fixed and gain >= WORTH_GAIN and 2 * len(devices) <= MOST_DEVICES:
         devices = devices * 2
         seconds = _equivalent_s(chosen, devices, profile.link)
@@ -164,6 +168,16 @@ def _doublings(chosen: Candidate, profile: Profile, devices: tuple[Device, ...])
 def _upgrades(run: Run, devices: Sequence[Device], link: Link) -> Iterator[Upgrade]:
     """Yield each figure of links and devices with the speedup of doubling it."""
     before_s = simulate(run, devices, link, COMPARED_ROUNDS).wall_s
+    for what, changed in _better_links(link):
+        yield Upgrade(what, before_s / simulate(run, devices, changed, COMPARED_ROUNDS).wall_s)
+    # One copy a kind, since costs group devices by id().
+    kinds = {id(device): device.model_copy(update=_twice_as_fast(device)) for device in devices}
+    faster = [kinds[id(device)] for device in devices]
+    yield Upgrade("devices twice as fast", before_s / simulate(run, faster, link, COMPARED_ROUNDS).wall_s)
+
+
+def _better_links(link: Link) -> Iterator[tuple[str, Link]]:
+    """Yield the link with each of its figures better, in words and as a link; all devices' lines change with it."""
     rates = [key for key, rate in link if key.endswith("bytes_per_s") and rate is not None]
     changes: dict[str, dict[str, float]] = {f"link.{key} x 2": {key: 2 * getattr(link, key)} for key in rates}
     # Either direction alone is often no upgrade: both carry a merge.
@@ -171,12 +185,10 @@ def _upgrades(run: Run, devices: Sequence[Device], link: Link) -> Iterator[Upgra
     changes["link.up_bytes_per_s and down_bytes_per_s x 2"] = {key: 2 * getattr(link, key) for key in both}
     changes["link.latency_s / 2"] = {"latency_s": link.latency_s / 2}
     for what, update in changes.items():
-        after_s = simulate(run, devices, link.model_copy(update=update), COMPARED_ROUNDS).wall_s
-        yield Upgrade(what, before_s / after_s)
-    # One copy a kind, since costs group devices by id().
-    kinds = {id(device): device.model_copy(update=_twice_as_fast(device)) for device in devices}
-    faster = [kinds[id(device)] for device in devices]
-    yield Upgrade("devices twice as fast", before_s / simulate(run, faster, link, COMPARED_ROUNDS).wall_s)
+        up, down = (2.0 if key in update else 1.0 for key in both)
+        latency = 0.5 if "latency_s" in update else 1.0
+        lines = tuple(line.times(up, down, latency) for line in link.lines)
+        yield what, link.model_copy(update=update).with_lines(lines)
 
 
 def _twice_as_fast(device: Device) -> dict[str, Any]:
@@ -188,7 +200,7 @@ def _twice_as_fast(device: Device) -> dict[str, Any]:
 
 
 def _churn(devices: Sequence[Device], timeline: Timeline) -> Churn:
-    """Return the expected cost of churn for rounds of the simulated length (simulate/timeline/churn.py)."""
+    """Return the expected cost of churn for rounds of the simulated length (simulate/rules/churn.py)."""
     join_s = max(device.join_s for device in devices) or JOIN_S
     redo = redo_factor(CHURN_PER_HOUR, join_s, timeline.round_s, len(devices))
     elastic = 1 / (1 - away_share(CHURN_PER_HOUR, join_s, timeline.round_s))

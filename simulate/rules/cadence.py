@@ -130,6 +130,11 @@ EVALUATION_BATCH = 16
 """Most samples in one forward pass of an evaluation."""
 
 
+def evaluation_samples(run: Run) -> int:
+    """Return the samples of one forward pass of a run's evaluations: equally many in all processes."""
+    return min(evaluation_batch(one.train.micro_batch, one.train.autocast != "none") for one in run.classes)
+
+
 def evaluation_batch(micro_batch: int, is_cast: bool) -> int:
     """Return the samples of one forward pass of an evaluation: what fits a step fits here.
 

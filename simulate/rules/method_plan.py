@@ -98,12 +98,13 @@ class AdapterLayout:
     """Sum of the ranks of pairs that a step skips, which therefore have no gradient."""
     frozen_kinds: frozenset[str] = frozenset()
     """Kinds of parameters without adapters that are not trained."""
-    column_heads: int = 0
-    """Heads of all devices, whose A pick columns in the layers whose inputs they cover; 0 where A is dense."""
+    column_rank: int = 0
+    """Sum of the ranks of all devices' heads, whose A pick columns in the layers whose inputs they cover; 0 where A is
+    dense."""
 
     def picks_columns(self, inputs: int) -> bool:
         """Whether the A of a layer with so many inputs pick columns, so that none is held or multiplied with."""
-        return layer_draws("columns", self.column_heads, self.rank, inputs) == "columns"
+        return layer_draws("columns", self.column_rank, inputs) == "columns"
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,10 @@ class ExchangeContext:
     muon: bool
     eight_bit_step: int
     """Bytes of working memory of an optimizer step with 8-bit moments; 0 where moments are kept in full."""
+    weighs_devices: bool = False
+    """Whether devices' shares of a merge differ from round to round."""
+    has_quorum: bool = False
+    """Whether a merge may lack devices."""
 
     @property
     def sizes(self) -> list[int]:
@@ -177,6 +182,9 @@ class MethodPlan(Protocol):
 
     has_separate_heads: bool
     """Whether each device trains pairs of its own between merges, as LTE's heads do."""
+
+    def base_bytes(self, shape: ModelShape, element_bytes: int) -> int:
+        """Return the bytes that a device gets which missed merges: what the others started their round from."""
 
     def separate_copies(self, devices: int) -> int:
         """Return how many different copies of these parameters exist before a merge."""

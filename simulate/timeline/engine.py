@@ -6,14 +6,17 @@ who is late when. `lte plan --timeline` calls `simulate` and prints or draws the
 The exchanges come from simulate.costs.message_schedule, and their seconds when all devices start at once from
 simulate.costs.message_time. Devices that do not start at once wait for each other as the collective demands. In a ring
 of N − 1 hops or more, data of every device reaches every other, so none is done before the last one's start plus all
-hops (tests/reference/hops.py follows each hop). Devices that push at the same time share the server's link. A pull
-waits for all pushes.
+hops (tests/reference/hops.py follows each hop); lines that differ pace it by its slowest edge. Devices that push at the
+same time share the server's link, and those of one place its line. A pull waits for all pushes.
 
 One exchange travels at a time. A merge in the background occupies the link from the time when the last device has
 started it, and devices wait for it where the method applies it. In-node messages of DASO have links of their own if the
 profile has such.
 
-A device that leaves loses its current round: the others merge without it (simulate/timeline/churn.py).
+A device that leaves loses its current round: the others merge without it (simulate/rules/churn.py). With a quorum
+simulate.rules.attendance says who takes part in each merge, as it does in a simulation that trains: late devices
+compute on while others merge, and get the newer weights before they bring their change; those that are back get them
+while the others train.
 
 Legend: N devices, M those present in the current round.
 """
@@ -29,13 +32,15 @@ from numpy.typing import NDArray
 from simulate.comm.transfers import Exchange, Transfer
 from simulate.config.hardware import Device, Link
 from simulate.config.run import Run
-from simulate.costs.message_schedule import PeriodicExchange, schedule
-from simulate.costs.message_time import link_of, server_latency_s, server_rates, transfer_s
-from simulate.costs.step_time import device_merge_s, device_step_s, round_time
+from simulate.costs.line_paths import ServerPath, server_paths
+from simulate.costs.message_schedule import PeriodicExchange, base_exchange, schedule
+from simulate.costs.message_time import link_of, server_delays, server_latency_s, server_rates, transfer_s
+from simulate.costs.step_time import device_merge_s, device_step_s, exchange_s, round_time
+from simulate.rules.attendance import Attendance, GivenAttendance, SimulatedAttendance, attendance_of
+from simulate.rules.churn import leave_probability
+from simulate.rules.jitter import Floats, slowness, uniform
 from simulate.rules.pace import round_counts
-from simulate.timeline.churn import leave_probability
-from simulate.timeline.jitter import Floats, slowness, uniform
-from simulate.timeline.shared_link import shared_ends
+from simulate.timeline.shared_link import UnequalLinks, shared_ends, unequal_ends
 
 KINDS = ("compute", "exchange", "wait", "away")
 Times = Floats | float
@@ -69,6 +74,10 @@ class Timeline:
     leaves: int
     """Number of times that a device left."""
     round_ends_s: tuple[float, ...]
+    late: int = 0
+    """Number of changes that came to a later merge; only with a quorum."""
+    joins: int = 0
+    """Number of times that a device came back and got the merged weights; only with a quorum."""
     spans: tuple[Span, ...] = ()
     """Activities of the drawn devices in the first rounds."""
 
@@ -137,7 +146,13 @@ class _Simulation:
         self.back_N = np.zeros(count)
         self.ids_N = np.arange(count)
         self.here: NDArray[np.int64] = self.ids_N
-        self.leaves, self.device_steps = 0, 0.0
+        self.leaves, self.device_steps, self.late, self.joins = 0, 0.0, 0, 0
+        self.attendance: SimulatedAttendance | GivenAttendance | None = None
+        if run.cluster.has_quorum:
+            self.base_s = exchange_s(base_exchange(run, shape), self.link)
+            self.attendance = attendance_of(run, self.devices, self.step_s, round_s, self.base_s)
+        self.round: Attendance | None = None
+        """Devices that take part in the current round; None without a quorum."""
         self.round_ends_s: list[float] = []
 
     def go(self) -> Timeline:
@@ -160,7 +175,8 @@ class _Simulation:
         return Timeline(
             devices=count, rounds=len(self.round_ends_s), steps=last, wall_s=float(self.now_N[self.here].max()),
             seconds={kind: total / count for kind, total in self.totals.items()}, device_steps=self.device_steps,
-            leaves=self.leaves, round_ends_s=tuple(self.round_ends_s), spans=tuple(self.spans),
+            leaves=self.leaves, round_ends_s=tuple(self.round_ends_s), spans=tuple(self.spans), late=self.late,
+            joins=self.joins,
         )  # fmt: skip
 
     def _stops(self) -> Iterator[int]:
@@ -179,6 +195,9 @@ class _Simulation:
 
     def _begin_round(self, step: int) -> None:
         """Let devices return, and draw those that leave during this round, which take no part in it."""
+        if self.attendance is not None:
+            self._attend(self.attendance, step)
+            return
         if not self.leave_N.any():
             return
         start_s = float(self.now_N[self.here].max()) if step else 0.0
@@ -201,15 +220,48 @@ class _Simulation:
         for item in self.pending:  # times of single devices no longer match those present: the latest holds for all
             item.ends_M = float(np.max(item.ends_M))
 
+    def _attend(self, attendance: SimulatedAttendance | GivenAttendance, step: int) -> None:
+        """Take the attendance of a round of a run with a quorum."""
+        now_s = float(self.now_N[self.here].max()) if step else 0.0
+        self.round = round_ = attendance.begin(step, now_s)
+        self.leaves += round_.leaves
+        back = self.ids_N[round_.joined_N]
+        self._spend("away", back, self.now_N[back], round_.starts_s)
+        begins_N = (round_.takes_N > 0) & ~round_.joined_N
+        begin = self.ids_N[begins_N]
+        self._spend("wait", begin, self.now_N[begin], np.maximum(self.now_N[begin], round_.starts_s))
+        self.here = self.ids_N[round_.present_N]
+        self.joins += len(back)
+        late = int(((round_.takes_N == 0) & round_.present_N).sum())
+        self.late += late
+        # Those that are back hear from one of the others while these train; late ones must before they merge.
+        free_s = max(self.channel_free_s[False], round_.starts_s) + len(back) * self.base_s
+        if late:
+            free_s = max(free_s, float(round_.ends_s_N.max())) + late * self.base_s
+        self.channel_free_s[False] = free_s if late or len(back) else self.channel_free_s[False]
+
+    def _end_late(self, end_s: float) -> None:
+        """Spend what late devices do until the run ends, which takes no change of theirs."""
+        if self.round is None:
+            return
+        late = self.ids_N[self.round.brought_N == 0]
+        done_s = self.now_N[late] + self.step_s_N[late]
+        self._spend("compute", late, self.now_N[late], np.minimum(done_s, end_s))
+        self._spend("wait", late, self.now_N[late], np.full(len(late), end_s))
+
     def _end_round(self, step: int) -> None:
         every, last = self.run.method.round_steps, self.run.train.steps
         # What a device that left had done is lost, so that only those present count.
-        steps_N = self._steps_of_round(step - 1)
-        self.device_steps += float(np.minimum(steps_N[self.here], step - (step - 1) // every * every).sum())
+        if self.round is not None:
+            self.device_steps += float(self.round.brought_N[self.here].sum())
+        else:
+            steps_N = self._steps_of_round(step - 1)
+            self.device_steps += float(np.minimum(steps_N[self.here], step - (step - 1) // every * every).sum())
         self.round_ends_s.append(float(self.now_N[self.here].max()))
         if step == last:
             end_s = self.round_ends_s[-1]
             self._spend("wait", self.here, self.now_N[self.here], end_s)
+            self._end_late(end_s)
             absent = np.setdiff1d(self.ids_N, self.here)
             self._spend("away", absent, self.now_N[absent], end_s)
 
@@ -225,6 +277,10 @@ class _Simulation:
     def _compute(self, done: int, step: int) -> None:
         """Compute the steps since the last stop; with a deadline, each device no more than it takes in the round."""
         here = self.here
+        if self.round is not None:
+            now_M = self.now_N[here]
+            self._spend("compute", here, now_M, np.maximum(now_M, self.round.ends_s_N[here]))
+            return
         steps_M = np.full(len(here), float(step - done))
         if self.run.method.is_paced:
             steps_M = np.minimum(steps_M, self._steps_of_round(step - 1)[here])
@@ -289,12 +345,27 @@ class _Simulation:
 
     def _push_ends(self, transfer: Transfer, starts_M: Floats) -> Floats:
         """Return the end of each device's push to the server, whose link those that push at the same time share."""
-        own, whole = server_rates(True, transfer.devices, self.link)
         count = min(transfer.devices, len(starts_M))
         ends_M = starts_M.copy()
+        if self.link.lines:
+            paths, whole = server_paths(True, len(self.devices), self.link)
+            ends_M[:count] = self._unequal_push_ends(transfer, starts_M[:count], paths, whole)
+            return ends_M
+        own, whole = server_rates(True, transfer.devices, self.link)
         ends_M[:count] = shared_ends(starts_M[:count], transfer.payload_bytes, own, whole)
         ends_M[:count] += server_latency_s(transfer.devices, self.link)
         return ends_M
+
+    def _unequal_push_ends(
+        self, transfer: Transfer, starts_M: Floats, paths: Sequence[ServerPath], whole: float
+    ) -> Floats:
+        """Return the ends of pushes over lines that differ; `whole` is the server's bytes/s."""
+        mine = [paths[device] for device in self.here[: len(starts_M)]]
+        own_M = np.array([path.own_bytes_per_s for path in mine])
+        place_M = np.array([-1 if path.place is None else path.place for path in mine])
+        rates = {path.place: path.place_bytes_per_s for path in mine if path.place is not None}
+        ends_M = unequal_ends(starts_M, transfer.payload_bytes, UnequalLinks(own_M, place_M, rates, whole))
+        return ends_M + server_delays(self.link) * np.array([path.delay_s for path in mine])
 
     def _among_present(self, transfer: Transfer) -> Transfer:
         """Return the message with the devices that are present; teams are assumed to stay complete."""

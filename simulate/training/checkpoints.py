@@ -144,15 +144,17 @@ def _remove_parts(path: Path, parts: Iterable[str]) -> None:
         path.rmdir()
 
 
-def prune(folder: Path, devices: Iterable[int]) -> None:
+def prune(folder: Path, devices: Iterable[int], ever: Iterable[int] = ()) -> None:
     """Remove all but the newest checkpoints that hold these devices, and older ones that were never finished.
 
-    `devices` are all whose processes write into this folder: in a node's own folder, the node's devices.
+    `devices` are all whose processes write into this folder: in a node's own folder, the node's devices. `ever` names
+    those that are away, too: the newest part of each is kept until it is back.
     """
-    whole = _with_devices(folder, devices)[-KEEP:]
+    whole, away = _with_devices(folder, devices)[-KEEP:], set(ever) - set(devices)
+    kept = {newest_with(folder, [device]) for device in away}
     for path in folder.glob("step-*"):
         # A newer one that is not whole may be being written by other processes.
-        if whole and path not in whole and path < whole[-1]:
+        if whole and path not in whole and path not in kept and path < whole[-1]:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -231,6 +233,12 @@ def data_of(path: Path) -> str:
 def numerics_of(path: Path) -> int:
     """Return the NUMERICS that a checkpoint's parts were trained with; raises InputError where one is damaged."""
     return min(_read_meta(path, file.stem)["numerics"] for file in path.glob("*.json"))
+
+
+def newest_with(folder: Path, devices: Iterable[int]) -> Path | None:
+    """Return the newest checkpoint that has the parts of these devices, None without any."""
+    found = (p for p in folder.glob("step-*") if set(saved_devices(p)) >= set(devices))
+    return max(found, default=None)
 
 
 def _with_devices(folder: Path, devices: Iterable[int]) -> list[Path]:

@@ -28,14 +28,17 @@ from simulate.layers.convert import call_with_weights
 from simulate.methods.base import Method
 from simulate.methods.build_network import empty_model
 from simulate.methods.paced import Paced
+from simulate.methods.quorum import Quorum
 from simulate.methods.state import State
+from simulate.methods.unequal import Unequal
 from simulate.models.losses import row_losses_of
-from simulate.rules.cadence import MEETING_STEPS, Cadence, evaluation_batch
+from simulate.rules.cadence import MEETING_STEPS, Cadence, evaluation_samples
 from simulate.training.activity import Activity
 from simulate.training.checkpoints import Progress, begin_checkpoint, load_checkpoint, prune
 from simulate.training.diagnostics import Diagnostics
 from simulate.training.saving import Saving
 from simulate.training.simulated_clock import SimulatedClock
+from simulate.training.together import Group, StateReplacedError, together
 
 STOP_DELAY_S = 1.0
 """Longest time that a wish to stop takes from a launched run's supervisor to its first process."""
@@ -70,6 +73,10 @@ class Session:
     """Devices of all processes that save into the same folder; None: this process's."""
     recovers: bool = False
     """Whether lost processes are restarted, from checkpoints at merges."""
+    group: Group | None = None
+    """The processes that are there now, of a launched run that goes on without lost ones; None: losses restart all."""
+    is_merging: bool = False
+    """Whether the step that is under way has been taken, and its merge is not complete."""
     is_simulation: bool = False
     """Whether devices are simulated here, in one process or in several that act as one would."""
     saved_at: int = 0
@@ -93,10 +100,14 @@ class Session:
         self.cadence = replace(cadence, apart=self.run.method.steps_apart) if is_close else cadence
         self.diagnostics = Diagnostics(self.method) if self.run.train.diagnostics_every else None
         # A simulation counts steps by the profile's seconds; only launched processes go by their clocks.
-        if isinstance(self.method, Paced):
+        if isinstance(self.method, Paced | Unequal) and self.run.method.is_paced:
             self.method.step_s = self.clock.device_step_s
+        if isinstance(self.method, Paced):
             several = self.communicator.processes > 1 and not self.is_simulation
-            self.method.goes_by_clock = several and self.run.method.given_steps is None
+            given = self.run.method.given_steps or self.run.cluster.merges_given
+            self.method.goes_by_clock = several and given is None
+            if isinstance(self.method, Quorum) and not self.method.goes_by_clock:
+                self.method.attendance = self.clock.attendance
 
     def elapsed_s(self) -> float:
         """Measured seconds of the run, over all its sessions."""
@@ -161,47 +172,66 @@ def _train(session: Session) -> bool:
     steps, log_every = session.run.train.steps, session.run.train.log_every
     activity = session.activity
     activity.step = session.step
-    for step in range(session.step, steps):
-        if session.saving is not None and session.saving.is_done():
-            _finish_saving(session)
-        activity.begin("training")
-        losses_L = _local_step(session, step)
-        if session.method.merge_due(step):
-            _end_round(session, step)
-        session.step = activity.step = step + 1
-        is_last = session.step == steps
-        if is_last or session.step % log_every == 0:
-            session.pending_steps.append((losses_L, _step_figures(session)))
-        if not (is_last or session.meets()):
-            continue  # a process learns of the others at meetings alone: other steps cost no message
-        activity.begin("exchanging")
-        stopping = _emit_steps(session) and not is_last
-        activity.end_round()
-        # Charged where a launched run would evaluate, even where this process does so more often.
-        session.clock.charge_evaluation(session.step)
-        if session.evaluates():
-            activity.begin("evaluating")
-            _evaluate(session)
-        _emit_diagnostics(session)
-        session.clock.charge_checkpoint(session.step)
-        if is_last or stopping or session.saves():
-            activity.begin("saving")
-            save(session)
-        if stopping:
-            return False
+    takes_step = True
+    while session.step < steps:
+        try:
+            if not _step(session, session.step, log_every, takes_step):
+                return False
+            takes_step = True
+        except StateReplacedError as replaced:  # this process was away: the loop goes on where the others are
+            activity.step, takes_step = session.step, not replaced.is_at_merge
     return True
+
+
+def _step(session: Session, step: int, log_every: int, takes_step: bool) -> bool:
+    """Take one step, and do what is due after it; returns False when the run was asked to stop, and is saved.
+
+    Without `takes_step` the others have taken it, and wait to merge.
+    """
+    activity = session.activity
+    if session.saving is not None and session.saving.is_done():
+        _finish_saving(session)
+    activity.begin("training")
+    losses_L = _local_step(session, step) if takes_step else torch.full((session.method.local_devices,), math.nan)
+    if session.method.merge_due(step):
+        session.is_merging = True
+        _end_round(session, step)
+        session.is_merging = False
+    session.step = activity.step = step + 1
+    is_last = session.step == session.run.train.steps
+    if is_last or session.step % log_every == 0:
+        session.pending_steps.append((losses_L, _step_figures(session)))
+    if not (is_last or session.meets()):
+        return True  # a process learns of the others at meetings alone: other steps cost no message
+    activity.begin("exchanging")
+    stopping = _emit_steps(session) and not is_last
+    activity.end_round()
+    # Charged where a launched run would evaluate, even where this process does so more often.
+    session.clock.charge_evaluation(session.step)
+    if session.evaluates():
+        activity.begin("evaluating")
+        _evaluate(session)
+    _emit_diagnostics(session)
+    session.clock.charge_checkpoint(session.step)
+    if is_last or stopping or session.saves():
+        activity.begin("saving")
+        save(session)
+    if session.group is not None and not (is_last or stopping):
+        session.group.admit(session)
+    return not stopping
 
 
 def _local_step(session: Session, step: int) -> Tensor:
     """Take one step of every local device on its own batch; returns their losses, (L,)."""
     inputs, targets = session.batches.batch(step, session.communicator.local_devices)
-    session.clock.charge_step()  # before the step, which may wait for an exchange when its compute is done
+    step_s = session.method.begin_step(step, session.clock.now_s)
+    session.clock.charge_step(step_s)  # before the step, which may wait for an exchange when its compute is done
     return session.method.step(inputs.to(session.device), targets.to(session.device), step)
 
 
 def _end_round(session: Session, step: int) -> None:
     """Merge, and where it is due diagnose the round before the merge and gradients at the merged weights after it."""
-    session.method.close_round(step)
+    together(session, lambda: session.method.close_round(step), arrives=True)
     diagnostics = _diagnostics_due(session, step + 1)
     if diagnostics is None:
         _merge(session, step)
@@ -239,23 +269,33 @@ def _merge(session: Session, step: int) -> None:
     steps_done = method.steps_done()
     if steps_done is not None:
         _emit_now(session, {"kind": "round", "step": step + 1, "steps_done": steps_done})
-    if method.can_exclude_devices:
-        _exclude_devices(session, step)
-    method.merge(step)
+    excluded, record = together(session, lambda: _merge_healthy(session, step), changes=True)
+    if excluded:
+        _emit_now(session, {"kind": "left-out", "step": step + 1, "devices": excluded})
+    if record is not None:
+        _emit_now(session, record)
     session.clock.charge_merge()
 
 
-def _exclude_devices(session: Session, step: int) -> None:
+def _merge_healthy(session: Session, step: int) -> tuple[list[int], Event | None]:
+    """Merge without devices whose weights are not finite; returns these, and an event about who takes part."""
+    excluded = _exclude_devices(session, step) if session.method.can_exclude_devices else []
+    record = session.method.merge_record(step)
+    session.method.merge(step)
+    return excluded, record
+
+
+def _exclude_devices(session: Session, step: int) -> list[int]:
     """Exclude devices with weights that are not finite; raises RunFailedError where no other is left."""
     healthy_L1 = session.method.healthy().double().unsqueeze(1)
     # Every process must exclude the same devices, or the merge's messages would not match.
     healthy_N = session.communicator.all_gather_scalars(healthy_L1).squeeze(1).bool()
     if not healthy_N.any():
         raise RunFailedError(f"no device's weights are finite at step {step + 1}; try a lower train.learning_rate")
-    if not healthy_N.all():
+    excluded = [device for device in session.communicator.present if not healthy_N[device]]
+    if excluded:
         session.method.exclude_devices(healthy_N)
-        excluded = torch.nonzero(~healthy_N).flatten().tolist()
-        _emit_now(session, {"kind": "left-out", "step": step + 1, "devices": excluded})
+    return excluded
 
 
 def _emit_now(session: Session, event: Event) -> None:
@@ -286,7 +326,7 @@ def _emit_steps(session: Session) -> bool:
     # The wish to stop travels with the losses, so that all processes leave after the same step.
     wish_L = torch.full((session.method.local_devices,), float(session.stop()), dtype=torch.float64)
     session.communicator.current_phase = f"step {session.step}"
-    everyones = session.communicator.all_gather_scalars(torch.stack([*own, wish_L], dim=1))
+    everyones = together(session, lambda: session.communicator.all_gather_scalars(torch.stack([*own, wish_L], dim=1)))
     pending, session.pending_steps = session.pending_steps, []
     for losses_N, (_, figures) in zip(everyones.T, pending, strict=False):  # the last column is the wish
         _emit_step(session, losses_N.tolist(), figures)
@@ -295,10 +335,11 @@ def _emit_steps(session: Session) -> bool:
 
 def _emit_step(session: Session, losses: list[float], figures: Event) -> None:
     """Emit one step; raises RunFailedError for a loss that is not finite, unless the merge excludes its device."""
-    step = figures["step"]
-    finite = [math.isfinite(loss) for loss in losses]
-    if not any(finite) or not (all(finite) or session.method.can_exclude_devices):
-        device = finite.index(False)
+    step, present = figures["step"], session.communicator.present
+    finite = [device in present and math.isfinite(loss) for device, loss in enumerate(losses)]
+    healthy = [finite[device] for device in present]
+    if not any(healthy) or not (all(healthy) or session.method.can_exclude_devices):
+        device = present[healthy.index(False)]
         raise RunFailedError(
             f"the loss of device {device} is {losses[device]} at step {step}; try a lower train.learning_rate"
         )
@@ -321,25 +362,11 @@ def _emit_step(session: Session, losses: list[float], figures: Event) -> None:
     )
 
 
-@torch.no_grad()
 def _evaluate(session: Session) -> None:
-    """Emit the scores of the merged weights on a plain network, without the method's adapters.
-
-    Processes take turns with the batches; their sums are added in order of processes, so that all get equal scores.
-    """
-    model, weights = empty_model(session.run, session.device), session.method.weights_in_use()
-    communicator, settings = session.communicator, session.run.train
-    samples = evaluation_batch(settings.micro_batch, settings.autocast != "none")
-    batches = session.batches.validation(settings.evaluate_samples, samples)
-    names, row_losses = ("val_loss", *session.batches.score_names), row_losses_of(session.run.model)
-    sums_LX = torch.zeros(len(communicator.local_devices), 1 + len(names), dtype=torch.float64)
-    for inputs, targets in islice(batches, communicator.process, None, communicator.processes):
-        targets = targets.to(session.device)
-        outputs = call_with_weights(model, weights, inputs.to(session.device))
-        scores = [row_losses(outputs, targets), *session.batches.scores(outputs, targets)]
-        # In the first local device's row: the exchange has one row a device, and a process sums its own batches.
-        sums_LX[0] += torch.tensor([scores[0].numel(), *(float(score_M.double().sum()) for score_M in scores)])
-    count, *totals = communicator.all_gather_scalars(sums_LX).sum(0).tolist()
+    """Emit the scores of the merged weights on a plain network, without the method's adapters."""
+    communicator, names = session.communicator, ("val_loss", *session.batches.score_names)
+    sums_NX = together(session, lambda: communicator.all_gather_scalars(_score_sums(session, len(names))))
+    count, *totals = sums_NX.sum(0).tolist()
     session.scores = {name: total / count for name, total in zip(names, totals, strict=True)}
     session.val_loss = session.scores["val_loss"]
     session.emit(
@@ -355,6 +382,27 @@ def _evaluate(session: Session) -> None:
     )
 
 
+@torch.no_grad()
+def _score_sums(session: Session, names: int) -> Tensor:
+    """Return the number of samples and the sums of `names` scores over this process's batches, (L, 1 + names).
+
+    Processes take turns with the batches; their sums are added in order of processes, so that all get equal scores.
+    """
+    model, weights = empty_model(session.run, session.device), session.method.weights_in_use()
+    communicator, settings = session.communicator, session.run.train
+    samples = evaluation_samples(session.run)
+    batches = session.batches.validation(settings.evaluate_samples, samples)
+    row_losses = row_losses_of(session.run.model)
+    sums_LX = torch.zeros(len(communicator.local_devices), 1 + names, dtype=torch.float64)
+    for inputs, targets in islice(batches, communicator.process, None, communicator.processes):
+        targets = targets.to(session.device)
+        outputs = call_with_weights(model, weights, inputs.to(session.device))
+        scores = [row_losses(outputs, targets), *session.batches.scores(outputs, targets)]
+        # In the first local device's row: the exchange has one row a device, and a process sums its own batches.
+        sums_LX[0] += torch.tensor([scores[0].numel(), *(float(score_M.double().sum()) for score_M in scores)])
+    return sums_LX
+
+
 def _emit_diagnostics(session: Session) -> None:
     # At a meeting, so that the event follows its step's, which is emitted there.
     for event in session.pending_diagnostics:
@@ -362,11 +410,10 @@ def _emit_diagnostics(session: Session) -> None:
     session.pending_diagnostics.clear()
 
 
-def save(session: Session) -> None:
-    """Begin a checkpoint of the step that was just done; training goes on while it is written."""
-    began_s, counter = time.monotonic(), session.communicator.counter
-    _finish_saving(session)
-    progress = Progress(
+def progress_of(session: Session) -> Progress:
+    """Return everything but tensors that the next step depends on."""
+    counter = session.communicator.counter
+    return Progress(
         step=session.step,
         compute_s=session.clock.compute_s,
         exchange_s=session.clock.exchange_s,
@@ -378,7 +425,13 @@ def save(session: Session) -> None:
         wall_s=session.elapsed_s(),
         val_loss=session.val_loss,
     )
-    state = session.method.state.sharded()
+
+
+def save(session: Session) -> None:
+    """Begin a checkpoint of the step that was just done; training goes on while it is written."""
+    began_s = time.monotonic()
+    _finish_saving(session)
+    progress, state = progress_of(session), session.method.state.sharded()
     if session.diagnostics is not None:
         state.shared.update(session.diagnostics.state_dict())
     fingerprint = session.batches.fingerprint
@@ -387,8 +440,9 @@ def save(session: Session) -> None:
     simulated_s, path = session.clock.now_s, str(begun.path)
     event = {"kind": "checkpoint", "step": session.step, "path": path, "simulated_s": simulated_s}
     session.saving = Saving(begun, event, began_s)
-    if session.is_simulation and not session.communicator.is_whole:
-        # These processes may not exchange at different steps, and each learns of the others' parts by an exchange.
+    # Processes of a simulation may not exchange at different steps, and learn of the others' parts by an exchange.
+    # Those of a run that goes on without lost ones may recover at any moment, and remove checkpoints then.
+    if session.group is not None or (session.is_simulation and not session.communicator.is_whole):
         _finish_saving(session)
 
 
@@ -404,7 +458,9 @@ def _finish_saving(session: Session) -> None:
         # Nobody removes older ones, or says that this one is there, before all processes have written their parts.
         session.communicator.all_gather_scalars(torch.zeros(session.method.local_devices, 1))
     if session.writes_shared:
-        prune(session.checkpoints, session.folder_devices or session.communicator.local_devices)
+        devices = session.folder_devices or session.communicator.local_devices
+        present = session.communicator.present
+        prune(session.checkpoints, [device for device in devices if device in present], devices)
     session.emit({**saving.event, "wall_s": session.elapsed_s(), "paused_s": saving.paused_s})
 
 
@@ -421,6 +477,11 @@ def continue_from(session: Session, progress: Progress, state: State) -> None:
     session.method.state.load_sharded(state)
     if session.diagnostics is not None:
         session.diagnostics.load_state_dict(state.shared)
+    set_progress(session, progress)
+
+
+def set_progress(session: Session, progress: Progress) -> None:
+    """Set everything but tensors to where a run is."""
     session.step, session.val_loss, session.wall_s = progress.step, progress.val_loss, progress.wall_s
     session.saved_at = progress.step
     # Clock and counters go on, so that a resumed run reports the figures of one that was never interrupted.

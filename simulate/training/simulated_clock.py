@@ -13,8 +13,10 @@ from simulate.comm.transfers import Transfer
 from simulate.config.hardware import Device, Link
 from simulate.config.run import Run
 from simulate.costs.eval_and_save_time import eval_and_save_time
+from simulate.costs.message_schedule import base_exchange
 from simulate.costs.message_time import link_of, transfer_s
-from simulate.costs.step_time import device_step_s, distinct, round_time
+from simulate.costs.step_time import device_step_s, distinct, exchange_s, round_time
+from simulate.rules.attendance import GivenAttendance, SimulatedAttendance, attendance_of
 from simulate.rules.cadence import Cadence
 
 
@@ -29,6 +31,11 @@ class SimulatedClock:
         self._time = round_time(run, run.shape(), devices, link)
         self.device_step_s = device_step_s(run, run.shape(), devices)
         """Seconds of one step of each device."""
+        self.attendance: GivenAttendance | SimulatedAttendance | None = None
+        """Rule of who is there in each round of a simulation; None where all are."""
+        if run.cluster.has_quorum:
+            base_s = exchange_s(base_exchange(run, run.shape()), link_of(link, run.cluster.backend))
+            self.attendance = attendance_of(run, devices, self.device_step_s, self._time.round_s, base_s)
         # A round with fragments merges several times, each a part of the layers.
         self._merge_s = self._time.merge_s / run.method.merges_per_round
         self._link = link_of(link, run.cluster.backend)
@@ -47,12 +54,13 @@ class SimulatedClock:
         """Seconds since the run began."""
         return self.compute_s + self.exchange_s + self.pause_s
 
-    def charge_step(self) -> None:
+    def charge_step(self, step_s: float | None = None) -> None:
         """Charge the compute of one step: the slowest device's, or its part of a round with a deadline.
 
-        Call it before the step, whose exchanges begin when its compute is done.
+        Call it before the step, whose exchanges begin when its compute is done. `step_s` takes the planned time's
+        place, where rounds differ.
         """
-        self.compute_s += self._time.compute_s
+        self.compute_s += self._time.compute_s if step_s is None else step_s
 
     def charge_merge(self) -> None:
         """Charge the arithmetic of one merge."""

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,8 @@ from tests.ltecli.command import events_of, write_run
 from tests.network.lab import Lab
 
 SECRET = make_secret()
+PIDS = "pids"
+"""File of a node's logs that names its workers' ranks and pids, where they are forked (tests.launch.forked)."""
 LOSS_TOLERANCE = 0.05
 
 
@@ -79,6 +81,14 @@ class Launched:
     def workers(self, node: int = 0) -> list[psutil.Process]:
         """Return a node's worker processes, by their numbers."""
         found = {}
+        if (pids := self.node_folder(node) / "logs" / PIDS).exists():
+            newest = dict(line.split() for line in pids.read_text().splitlines())
+            for rank, pid in newest.items():
+                with suppress(psutil.Error):
+                    process = psutil.Process(int(pid))
+                    if process.status() != psutil.STATUS_ZOMBIE:
+                        found[int(rank)] = process
+            return [found[rank] for rank in sorted(found)]
         for process in self.processes(node):
             with suppress(psutil.Error):
                 if "simulate.launch.worker" in process.cmdline():
@@ -105,13 +115,15 @@ class Launched:
 
 
 def start_node(
-    launched: Launched, run: Path, node: int = 0, processes: int = 2, lab: Lab | None = None, resume: bool = False
-) -> None:
-    """Start a node's line, also a second time."""
+    launched: Launched, run: Path, node: int = 0, processes: int = 2, lab: Lab | None = None, resume: bool = False,
+    module: str = "ltecli", more: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Start a node's line, also a second time; `more` are further options."""
     folder = launched.node_folder(node)
-    command = [sys.executable, "-m", "ltecli", "train", str(folder) if resume else str(run), "--launch"]
+    command = [sys.executable, "-m", module, "train", str(folder) if resume else str(run), "--launch"]
     command += ["--processes", str(processes), "--device", "cpu"]
     command += ["--resume"] if resume else ["--out", str(folder)]
+    command += more
     if launched.nodes > 1:
         assert lab is not None
         command += ["--nodes", str(launched.nodes), "--node", str(node), "--join", f"{lab[0].address}:29400"]
@@ -138,26 +150,33 @@ def launched_run(
     lab: Lab | None = None,
     resume: bool = False,
     folders: dict[int, Path] | None = None,
+    module: str = "ltecli",
 ) -> Iterator[Launched]:
     """Start a run on this machine, or a node of it on each node of a lab; whatever is left is killed at the end."""
     folder.mkdir(exist_ok=True)
     launched = Launched(folder, nodes=1 if lab is None else len(lab), folders=folders or {})
     try:
         for node in range(launched.nodes):
-            start_node(launched, run, node, processes, lab, resume)
+            start_node(launched, run, node, processes, lab, resume, module)
         yield launched
     finally:
         launched.kill()
 
 
-def tiny_run(folder: Path, steps: int = 60, diagnostics_every: int | None = None, **cluster: Any) -> Path:
-    """Write a tiny lte run of four devices in float64, which merges, saves and can be hit every five steps."""
+def tiny_run(
+    folder: Path, steps: int = 60, diagnostics_every: int | None = None, method: dict[str, Any] | None = None,
+    **cluster: Any,
+) -> Path:  # fmt: skip
+    """Write a tiny run of four devices in float64, of lte unless `method` says otherwise, which merges and saves every
+    five steps, and can be hit there.
+    """
     path = folder / f"tiny{steps}.toml"
     train = {"steps": steps, "evaluate_every": steps, "checkpoint_every": steps, "dtype": "fp64"}
     if diagnostics_every is not None:
         train["diagnostics_every"] = diagnostics_every
-    return write_run(path, method={"merge_every": 5, "rank": 2, "name": "lte"}, train=train,
-                     cluster={"devices": 4, "timeout_s": 60, "join_timeout_s": 60, **cluster})  # fmt: skip
+    method = {"merge_every": 5, "rank": 2, "name": "lte"} if method is None else method
+    cluster = {"devices": 4, "timeout_s": 60, "join_timeout_s": 60, **cluster}
+    return write_run(path, method=method, train=train, cluster=cluster)
 
 
 def simulated_loss(run: Path, folder: Path) -> float:

@@ -37,6 +37,21 @@ METHODS: dict[str, dict[str, Any]] = {
     "topk": {"name": "topk"},
     "lte, served": {"name": "lte", "rank": 2, "merge_every": 5, "merge_transport": "server"},
 }
+CLASSES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "lte": (
+        {"name": "lte", "rank": 2, "merge_every": 5, "draws": "joint"},
+        [{"devices": 2, "micro_batch": 4, "heads_per_device": 2}, {"devices": 1, "rank": 5, "accumulate": 2}],
+    ),
+    "lte, served int8": (
+        {"name": "lte", "rank": 2, "merge_every": 5, "merge_transport": "server", "wire": "int8"},
+        [{"devices": 2, "micro_batch": 4, "heads_per_device": 2}, {"devices": 1, "rank": 5, "accumulate": 2}],
+    ),
+    "ddp": ({"name": "ddp"}, [{"devices": 1, "micro_batch": 4}, {"devices": 2}]),
+    "diloco, int8": (
+        {"name": "diloco", "merge_every": 5, "wire": "int8"},
+        [{"devices": 1, "micro_batch": 4}, {"devices": 2}],
+    ),
+}
 MEASURED = {"wall_s", "path", "machines", "measured_bytes", "simulated_processes"}
 """Keys of events in which two equal runs differ."""
 
@@ -98,6 +113,16 @@ def test_several_processes_give_the_numbers_of_one(tmp_path: Path, name: str, pr
     assert not torch.distributed.is_initialized()
     saved = sorted(path.name for path in (tmp_path / "several" / "checkpoints").iterdir())
     assert saved == sorted(path.name for path in (tmp_path / "one" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("name", ["lte", *(pytest.param(n, marks=pytest.mark.slow) for n in CLASSES if n != "lte")])
+def test_unequal_devices_in_a_process_each_give_the_numbers_of_one_process(tmp_path: Path, name: str) -> None:
+    method, classes = CLASSES[name]
+    cluster = {"devices": 3, "profile": MIXED, "class": classes}
+    train = {key: value for key, value in SHORT.items() if key != "diagnostics_every"}
+    run = write_run(tmp_path / "run.toml", method=method, train=train, cluster=cluster)
+    alone, apart = (simulate(run, tmp_path / str(number), number) for number in (1, 3))
+    assert_same(apart, alone, SAME)
 
 
 def test_an_interrupted_run_goes_on_in_as_many_processes_to_the_bit(tmp_path: Path) -> None:

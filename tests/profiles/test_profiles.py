@@ -6,13 +6,14 @@ import pytest
 
 import profiles
 from simulate.config.hardware import Device, Link, Profile
+from simulate.config.lines import Line
 from simulate.config.profiles import load_profile
 
-UNSOURCED = {"count", "device_type", "kind", "source", "sources"}
+UNSOURCED = {"count", "device_type", "kind", "link", "name", "place", "source", "sources"}
 
 
-def figures_without_source(part: Device | Link) -> set[str]:
-    """Return the figures of a device or link that are set, not to their default, without words on their origin."""
+def figures_without_source(part: Device | Link | Line) -> set[str]:
+    """Return a part's figures that are set, not to their default, without words on their origin."""
     defaults = {name: field.default for name, field in type(part).model_fields.items()}
     given = {name for name, value in part if value not in (None, defaults[name]) and name not in UNSOURCED}
     return given - {name for name, words in part.sources.items() if words.strip()}
@@ -33,7 +34,8 @@ def test_a_shipped_profile_loads_under_its_own_name(name: str) -> None:
 @pytest.mark.parametrize("name", [*profiles.names(), "local"])
 def test_every_figure_has_a_source(name: str) -> None:
     profile: Profile = load_profile(name)
-    for part in (*profile.device, profile.link):
+    lines = [owner.link for owner in (*profile.device, *profile.place) if owner.link is not None]
+    for part in (*profile.device, profile.link, *lines):
         assert not figures_without_source(part)
         assert set(part.sources) <= set(type(part).model_fields)
 

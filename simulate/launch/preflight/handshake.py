@@ -38,6 +38,7 @@ class Purpose(str, Enum):
     CONTROL = "control"
     LINK = "link"
     PAIR = "pair"
+    STORE = "store"
 
 
 class NotOursError(PeerError):

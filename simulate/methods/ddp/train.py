@@ -2,6 +2,8 @@
 
     g = (1/N)·Σ_n ∇ mean-loss_n(w),   w ← AdamW(w, clip(g))      (Li et al. 2020, arXiv 2006.15704)
 
+Devices of unequal batches count by their samples, so that g is the mean over all samples.
+
 All devices hold equal weights at all times, so the local devices share one copy and train on their joined batch. On a
 compressed `wire`, g is instead the mean of quantised gradients with error feedback on both ways
 (simulate.comm.compression; Tang et al. 2021, arXiv 2102.02888, section 4.3, with finer grids than its one bit).
@@ -39,12 +41,12 @@ class Ddp(GradientMethod):
 
     def average_gradients(self) -> None:
         if not self.per_device:
-            mean_over_devices(gradients_of(self.parameters.values()), self.communicator)
+            mean_over_devices(gradients_of(self.parameters.values()), self.communicator, self.own_weight)
             return
         own = take_gradients(self.leaves)
         # pop: a message's gradients are freed before the next one is compressed.
         for names, compressed in zip(self.messages, self.means, strict=True):
-            (mean_X,) = compressed.mean(own.pop(name) for name in names)
+            (mean_X,) = compressed.mean(own.pop(name).mul_(self.own_weight) for name in names)
             parts = mean_X.split([self.parameters[name].numel() for name in names])
             for name, part in zip(names, parts, strict=True):
                 self.parameters[name].grad = part.view_as(self.parameters[name])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -16,6 +16,7 @@ class DilocoOptions(FragmentOptions):
     The paper merges every 500 steps. `fragments` and `merge_delay` are Streaming DiLoCo's (arXiv 2501.18512).
     """
 
+    takes_classes: ClassVar[bool] = True
     name: Literal["diloco"] = "diloco"
     outer_learning_rate: float = Field(default=0.7, gt=0)
     outer_momentum: float = Field(default=0.9, ge=0, lt=1)

@@ -39,6 +39,10 @@ class DilocoPlan(DensePlan[DilocoOptions]):
         """Return outer weights and momentum, and with a delay the arriving means."""
         return shape.parameters * (3 if self.options.merge_delay else 2)
 
+    def base_bytes(self, shape: ModelShape, element_bytes: int) -> int:
+        """Return the bytes of all weights and of the outer momentum."""
+        return 2 * shape.parameters * element_bytes
+
     def exchange_phases(self, context: ExchangeContext) -> Iterable[Phase]:
         """Yield the memory phases of the means of outer gradients and of the outer steps, fragment by fragment."""
         for index in range(self.options.fragments):

@@ -8,6 +8,8 @@ compressed `wire`, Δ travels with error feedback.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -24,8 +26,9 @@ class Diloco(LocalTraining):
     def __init__(
         self, run: Run, communicator: Communicator, device: torch.device, network: nn.Module | None = None
     ) -> None:
-        assert isinstance(run.method, DilocoOptions)
-        self.options = run.method
+        options = run.of_devices(communicator.local_devices).method
+        assert isinstance(options, DilocoOptions)
+        self.options = options
         super().__init__(run, communicator, device, network)
         self.averaging = Averaging(
             self.parameters, communicator, wire=self.options.wire, fragments=self.options.fragments, outer=self._outer,
@@ -38,6 +41,16 @@ class Diloco(LocalTraining):
         velocity = self.momentum[name].mul_(self.options.outer_momentum).add_(change)  # v ← μ·v + Δ
         change.add_(velocity, alpha=self.options.outer_momentum)  # Δ + μ·v: Nesterov, as torch.optim.SGD has it
         return torch.sub(last, change, alpha=self.options.outer_learning_rate)  # θ − η·(Δ + μ·v)
+
+    def base_state(self) -> dict[str, Tensor]:
+        momentum = {f"momentum.{name}": tensor for name, tensor in self.momentum.items()}
+        return {**super().base_state(), **momentum}
+
+    @torch.no_grad()
+    def load_base(self, base: Mapping[str, Tensor]) -> None:
+        super().load_base(base)
+        for name, tensor in self.momentum.items():  # all devices that merge step the same outer optimizer
+            tensor.copy_(base[f"momentum.{name}"])
 
     def extra_state(self) -> dict[str, Tensor]:
         momentum = {f"momentum.{name}": tensor for name, tensor in self.momentum.items()}

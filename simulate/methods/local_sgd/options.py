@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from simulate.comm.transfers import Wire
-from simulate.config.method_options import RoundOptions
+from simulate.config.method_options import MethodOptions, RoundOptions, quorum_key
 from simulate.config.tables import Cluster, Train
 from simulate.models.schema import ModelOptions
 
@@ -15,6 +16,7 @@ from simulate.models.schema import ModelOptions
 class LocalSgdOptions(RoundOptions):
     """Local SGD (arXiv 1805.09767) and FedAvg (arXiv 1602.05629): weights are averaged every T steps."""
 
+    takes_classes: ClassVar[bool] = True
     name: Literal["local-sgd"] = "local-sgd"
     merge_transport: Literal["reduce", "server"] = "reduce"
     """reduce: everyone's weights are summed; server: push weights, pull their mean."""
@@ -62,6 +64,23 @@ class LocalSgdOptions(RoundOptions):
                 "merge_transport = 'reduce' and merge_optimizer other than 'average'"
             )
         return self
+
+    def classes_rule(self, of_classes: Sequence[MethodOptions]) -> str | None:
+        if self.participation == 1:
+            return None
+        return (
+            f"method.participation = {self.participation} draws devices that count by their shards, and "
+            "cluster.class has unequal ones; leave one of them away"
+        )
+
+    def check_quorum(self, cluster: Cluster) -> None:
+        super().check_quorum(cluster)
+        refused = {"participation": self.participation < 1, "merge_optimizer": self.merge_optimizer == "average"}
+        for key in (key for key, is_set in refused.items() if is_set):
+            raise ValueError(
+                f"method.{key} = {getattr(self, key)!r} does not go with cluster.{quorum_key(cluster)}: late devices "
+                "bring changes of their weights alone, when they can; leave one of them away"
+            )
 
     def check(self, model: ModelOptions, train: Train, cluster: Cluster) -> None:
         super().check(model, train, cluster)

@@ -31,8 +31,9 @@ class LocalSgd(LocalTraining):
     def __init__(
         self, run: Run, communicator: Communicator, device: torch.device, network: nn.Module | None = None
     ) -> None:
-        assert isinstance(run.method, LocalSgdOptions)
-        self.options = run.method
+        options = run.of_devices(communicator.local_devices).method
+        assert isinstance(options, LocalSgdOptions)
+        self.options = options
         super().__init__(run, communicator, device, network)
         server = self.options.merge_transport == "server"
         delayed = self.options.merge_delay > 0

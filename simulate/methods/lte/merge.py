@@ -3,6 +3,9 @@
 Lte makes a LayerMerger for each fragment of layers, and calls it at merges. Exchanges may run in the background, so
 all that follows from their results is registered with `on_complete`.
 
+Where classes of devices hold unequal heads, they are added up class by class (a Team each); a head's scale follows from
+its own rank, and its weight from its device's samples.
+
 Legend: L local devices, H heads of all devices, R rank, I inputs, O outputs, X elements of a message.
 """
 
@@ -15,17 +18,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from simulate.comm.base import Exchanges
-from simulate.comm.compression import CompressedMean, decode, encode
+from simulate.comm.base import Communicator, Exchanges, Part
+from simulate.comm.compression import CompressedMean, decode, encode, encoded_shapes
 from simulate.comm.transfers import bucket
 from simulate.layers.columns import Columns
 from simulate.layers.lora import LoraLinear
 from simulate.methods.lte.options import LteOptions
+from simulate.methods.lte.products import Team, add_products, sum_of_products, weighted
 from simulate.methods.stepper import clear_rows
 from simulate.models.shapes import LinearShape
 from simulate.rules.transport import factor_buffer_bytes, layer_transport
-
-Exchange = Callable[[Sequence[Tensor]], list[Tensor] | None]
 
 
 class LayerMerger:
@@ -35,20 +37,22 @@ class LayerMerger:
         self.layers, self.options, self.communicator = layers, options, communicator
         self.local = len(communicator.local_devices)
         devices = communicator.num_devices
-        held, transport = options.held_rank(devices), options.merge_transport
+        total_rank, transport = options.total_rank(devices), options.merge_transport
+        self.teams = Team.all_of(options, devices)
         self.keys = ("b",) if options.frozen_a else ("a", "b")
         """Factors that travel: every device can draw a frozen A by itself."""
         # The plan's own rule (simulate.rules.transport) decides, so that planned and sent bytes agree.
         shapes = {x.name: LinearShape(x.name, *x.size, 1) for x in layers}
         reduced = {
-            n for n, x in shapes.items() if layer_transport(x, held, devices, transport, options.frozen_a) == "reduce"
+            n for n, x in shapes.items() if layer_transport(x, total_rank, transport, options.frozen_a) == "reduce"
         }
         by_factors = [layer for layer in layers if layer.name not in reduced]
         dense = [layer for layer in layers if layer.name in reduced]
         element_bytes = layers[0].b.element_size() if layers else 0
         sizes = factor_buffer_bytes(
-            [shapes[x.name] for x in by_factors], devices, held, transport, element_bytes, options.frozen_a
-        )
+            [shapes[x.name] for x in by_factors], total_rank, options.most_held_rank(devices), transport, element_bytes,
+            options.frozen_a,
+        )  # fmt: skip
         self.factor_messages = [[by_factors[i] for i in group] for group in bucket(sizes)]
         self.dense_messages = [
             [dense[i] for i in group] for group in bucket([math.prod(x.size) * element_bytes for x in dense])
@@ -63,6 +67,7 @@ class LayerMerger:
         """Merged W, which training must not see before it has arrived."""
         self._travels = False
         self._weights_H: Tensor | None = None
+        """Shares of all heads in the current merge, in units of an equal one; None: all count alike."""
         self.compressed = options.wire != "full" and devices > 1
         self.errors: dict[str, Tensor] = {}
         self.means: list[CompressedMean] = []
@@ -81,22 +86,40 @@ class LayerMerger:
         `weights_N` are all devices' shares of 1; equal where not given.
         """
         self._travels = False
-        heads, devices = self.options.heads_per_device, self.communicator.num_devices
-        # In units of an equal share, since the merge is a mean.
-        self._weights_H = None if weights_N is None else (weights_N * devices).repeat_interleave(heads)
+        self.weigh(weights_N)
         self._exchange()
         self._weights_H = None
 
+    def weigh(self, weights_N: Tensor | None) -> None:
+        """Take the devices' shares of 1, (N,), for the merge that follows; None: all weigh alike."""
+        self._weights_H = None
+        if weights_N is not None:
+            devices = range(self.communicator.num_devices)
+            heads_N = [len(self.options.heads_of(range(device, device + 1))) for device in devices]
+            # In units of an equal share, since the merge is a mean.
+            self._weights_H = (weights_N * len(devices)).repeat_interleave(
+                torch.tensor(heads_N, device=weights_N.device)
+            )
+
+    def _weights_of(self, heads: Sequence[int]) -> Tensor | None:
+        """Return the weights of some heads, in order; None: all count alike."""
+        return None if self._weights_H is None else self._weights_H[list(heads)]
+
     @property
     def _own_weights_H(self) -> Tensor | None:
-        if self._weights_H is None:
-            return None
-        local, heads = self.communicator.local_devices, self.options.heads_per_device
-        return self._weights_H[local.start * heads : local.stop * heads]
+        return self._weights_of(self.options.heads_of(self.communicator.local_devices))
+
+    def _exchanged(self, team: Team) -> Sequence[int]:
+        """Return the heads of a team whose factors an exchange returns, in order: of the devices that take part."""
+        present = self.communicator.participants
+        if present is None:
+            return team.heads
+        return [head for device in present for head in self.options.heads_of(range(device, device + 1))]
 
     @torch.no_grad()
-    def send(self) -> None:
+    def send(self, weights_N: Tensor | None = None) -> None:
         """Start the merge of the current factors behind the training; called inside `background`."""
+        self.weigh(weights_N)
         for layer in self.layers:
             for key in self.keys:
                 self.snapshots[f"{layer.name}.{key}"].copy_(getattr(layer, key))
@@ -151,17 +174,28 @@ class LayerMerger:
             clear_rows(errors, healthy_L)
 
     @property
-    def _share(self) -> float:
-        """s/H: the merge is a mean over all heads."""
-        return self.options.scale / (self.communicator.num_devices * self.options.heads_per_device)
+    def sum_share(self) -> float:
+        """Factor of the sum of all devices' `own_sum`: s/H, or 1/N where each has scaled its own."""
+        return 1 / self.communicator.num_devices if self.options.uneven_heads else self.share_of(self.teams[0])
+
+    def share_of(self, team: Team) -> float:
+        """Return what each of a team's heads counts where devices weigh alike."""
+        return team.share
+
+    def own_sum(self, a_HRI: Tensor | Columns, b_HOR: Tensor) -> Tensor:
+        """Return Σ_h B_h·A_h over the local heads, (O, I), as the sum over all devices takes it."""
+        sum_OI = sum_of_products(a_HRI, weighted(b_HOR, self._own_weights_H))
+        if self.options.uneven_heads:
+            sum_OI *= self.options.scale / self.options.heads_per_device
+        return sum_OI
 
     def _merge_factors(self, layers: list[LoraLinear]) -> None:
         server = self.options.merge_transport == "server"
-        exchange = self.communicator.push if server else self.communicator.all_gather
         if self.compressed:
-            everyones = self._exchange_rounded(layers, exchange)
+            everyones = self._exchange_rounded(layers)
         else:
-            everyones = exchange([self._sent(layer, key) for layer in layers for key in self.keys])
+            sent = [self._sent(layer, key) for layer in layers for key in self.keys]
+            everyones = self._by_team(sent, partial(self._shapes, layers))
             for layer in layers:
                 self._remember(layer)
         if everyones is not None:  # None: only the server process has them
@@ -169,25 +203,68 @@ class LayerMerger:
         if server:  # after the server has added up, as messages are served in order
             self.communicator.pull(self._pulled(layers))
 
-    def _add_up(self, layers: list[LoraLinear], everyones: list[Tensor], targets: list[Tensor | None]) -> None:
+    def _by_team(
+        self, tensors: list[Tensor], shapes_of: Callable[[Team], tuple[tuple[int, ...], ...]]
+    ) -> list[list[Tensor]] | None:
+        """Exchange the local devices' tensors; return each one as a list over teams, at a server's process alone.
+
+        `shapes_of` returns the shapes of one device's tensors. In the background the list is filled on arrival.
+        """
+        communicator, server = self.communicator, self.options.merge_transport == "server"
+        if self.options.uneven_heads:
+            assert isinstance(communicator, Communicator)  # nodes that train as one have equal heads
+            parts = [Part(team.devices, shapes_of(team)) for team in self.teams]
+            return communicator.push_parts(tensors, parts) if server else communicator.all_gather_parts(tensors, parts)
+        gathered = communicator.push(tensors) if server else communicator.all_gather(tensors)
+        if gathered is None:
+            return None
+        everyones: list[list[Tensor]] = []
+        communicator.on_complete(lambda: everyones.extend([tensor] for tensor in gathered))
+        return everyones
+
+    def _shapes(self, layers: Sequence[LoraLinear], team: Team) -> tuple[tuple[int, int, int], ...]:
+        return tuple(self._shape(layer, key, team) for layer in layers for key in self.keys)
+
+    def _shape(self, layer: LoraLinear, key: str, team: Team) -> tuple[int, int, int]:
+        """Return the shape of a factor of one of a team's devices."""
+        heads = len(team.heads) // len(team.devices)
+        (outputs, inputs), rank = layer.size, layer.spec.rank_of(team.heads)
+        return (heads, rank, inputs) if key == "a" else (heads, outputs, rank)
+
+    def _add_up(self, layers: list[LoraLinear], everyones: list[list[Tensor]], targets: list[Tensor | None]) -> None:
         factors = iter(everyones)
         for layer, target_OI in zip(layers, targets, strict=True):
-            a_HRI = None if self.options.frozen_a else next(factors)
-            self._add_up_layer(layer, a_HRI, next(factors), target_OI)
+            a_by_team = None if self.options.frozen_a else next(factors)
+            self._add_up_layer(layer, a_by_team, next(factors), target_OI)
 
-    def _add_up_layer(self, layer: LoraLinear, a_HRI: Tensor | None, b_HOR: Tensor, target_OI: Tensor | None) -> None:
+    def _add_up_layer(
+        self, layer: LoraLinear, a_by_team: list[Tensor] | None, b_by_team: list[Tensor], target_OI: Tensor | None
+    ) -> None:
         # A call for each layer, so that nothing of one layer is held while A of the next is drawn.
-        heads = self.communicator.num_devices * self.options.heads_per_device
-        factor = layer.frozen_a(heads) if a_HRI is None else a_HRI
-        b_HOR = weighted(b_HOR, self._weights_H)
-        # Algorithm 1's merge: Ŵ = W + (s/H)·Σ_h B_h·A_h, from W0 where the last products are taken back.
-        if target_OI is not None:
-            add_products(self._base(layer), factor, b_HOR, self._share, out=target_OI)
-            return
-        # Unpacked for as long as it takes to pack it again, one layer at a time.
-        merged_OI = self._base(layer, own=True).to(b_HOR.device)
-        add_products(merged_OI, factor, b_HOR, self._share)
-        layer.set_weight(merged_OI)
+        merged_OI = torch.empty(0) if target_OI is None else target_OI
+        for index, team in enumerate(self.teams):
+            heads = self._exchanged(team)
+            factor = self._frozen_a(layer, team, heads) if a_by_team is None else a_by_team[index]
+            b_HOR = weighted(b_by_team[index], self._weights_of(heads))
+            # Algorithm 1's merge: Ŵ = W + (s/H)·Σ_h B_h·A_h, from W0 where the last products are taken back.
+            if index == 0:
+                # Unpacked for as long as it takes to pack it again, one layer at a time.
+                base_OI = self._base(layer, own=target_OI is None).to(b_HOR.device)
+                merged_OI = base_OI if target_OI is None else target_OI
+                add_products(base_OI, factor, b_HOR, self.share_of(team), out=merged_OI)
+                del base_OI
+            else:
+                add_products(merged_OI, factor, b_HOR, self.share_of(team))
+            del factor, b_HOR
+        if target_OI is None:
+            layer.set_weight(merged_OI)
+
+    def _frozen_a(self, layer: LoraLinear, team: Team, heads: Sequence[int]) -> Tensor | Columns:
+        """Return the frozen A of some heads of a team, in order."""
+        a_HRI = layer.frozen_a(team.heads)
+        if len(heads) == len(team.heads):
+            return a_HRI
+        return a_HRI[torch.tensor([head - team.heads.start for head in heads]).to(a_HRI.device)]
 
     def _sent(self, layer: LoraLinear, key: str) -> Tensor:
         """Return a local factor as it is merged: its snapshot while a merge travels, else its current value."""
@@ -205,9 +282,9 @@ class LayerMerger:
             return [self.arriving[layer.name] for layer in layers]
         return [tensor for layer in layers for tensor in layer.frozen_tensors()]
 
-    def _exchange_rounded(self, layers: list[LoraLinear], exchange: Exchange) -> list[Tensor] | None:
+    def _exchange_rounded(self, layers: list[LoraLinear]) -> list[list[Tensor]] | None:
         """Return all devices' factors as rounded for the wire; keep what rounding lost, and the products as sent."""
-        wire, parts, shapes = self.options.wire, [], []
+        wire, parts = self.options.wire, []
         for layer in layers:
             rounded = {}
             for key in self.keys:
@@ -220,36 +297,47 @@ class LayerMerger:
                 corrected_LX.sub_(sent_LX)  # what rounding lost
                 rounded[key] = sent_LX.reshape(factor.shape)
                 parts.append(message)
-                shapes.append(factor.shape)
             self._remember(layer, rounded)
             if self.options.reset == "ab":  # the lost part of a factor means nothing beside the next draw
                 for key in self.keys:
                     self.errors[f"{layer.name}.{key}"].zero_()
-        exchanged = exchange([tensor for message in parts for tensor in message])
+        factors = [(layer, key) for layer in layers for key in self.keys]
+        sent = [tensor for message in parts for tensor in message]
+        exchanged = self._by_team(sent, partial(self._encoded_shapes, factors))
         if exchanged is None:
             return None
-        everyones: list[Tensor] = []
+        everyones: list[list[Tensor]] = []
 
         def unpack() -> None:
             received = iter(exchanged)
-            for message, (heads, rows, columns) in zip(parts, shapes, strict=True):
-                elements = heads // self.local * rows * columns
-                decoded = decode([next(received) for _ in message], elements, wire, self.layers[0].b.dtype)
-                everyones.append(decoded.reshape(-1, rows, columns))
+            for message, factor in zip(parts, factors, strict=True):
+                encoded = [next(received) for _ in message]
+                everyones.append([self._decoded(*factor, team, i, encoded) for i, team in enumerate(self.teams)])
 
         self.communicator.on_complete(unpack)
         return everyones
 
+    def _encoded_shapes(self, factors: Sequence[tuple[LoraLinear, str]], team: Team) -> tuple[tuple[int, ...], ...]:
+        """Return the shapes of the message tensors of one of a team's devices."""
+        elements = [math.prod(self._shape(layer, key, team)) for layer, key in factors]
+        return tuple((1, *shape) for count in elements for shape in encoded_shapes(count, self.options.wire))
+
+    def _decoded(self, layer: LoraLinear, key: str, team: Team, index: int, encoded: list[list[Tensor]]) -> Tensor:
+        """Return a factor of a team's heads from what arrived, whose tensors are lists over teams."""
+        heads, rows, columns = self._shape(layer, key, team)
+        message = [by_team[index] for by_team in encoded]
+        decoded = decode(message, heads * rows * columns, self.options.wire, self.layers[0].b.dtype)
+        return decoded.reshape(-1, rows, columns)
+
     def _merge_sums(self, layers: list[LoraLinear]) -> None:
-        weights_H = self._own_weights_H
         # Local heads are summed here, and the sums over the wire: dense, but of one size for any number of heads.
-        sums = [sum_of_products(self._sent_a(layer), weighted(self._sent(layer, "b"), weights_H)) for layer in layers]
+        sums = [self.own_sum(self._sent_a(layer), self._sent(layer, "b")) for layer in layers]
         self.communicator.all_reduce(sums)
         targets = self._targets(layers)
 
         def add_up() -> None:
             for layer, sum_OI, target_OI in zip(layers, sums, targets, strict=True):
-                _store_sum(layer, self._base(layer), sum_OI, self._share, target_OI)
+                _store_sum(layer, self._base(layer), sum_OI, self.sum_share, target_OI)
 
         self.communicator.on_complete(add_up)
         for layer in layers:
@@ -275,13 +363,13 @@ class LayerMerger:
         """Return each local device's change of W since the last merge, (L, O*I)."""
         # Device by device, since each has an error of its own to feed back.
         per_device = len(layer.b) // self.local
-        deltas_LOI = []
+        deltas_LOI, weights_H = [], self._own_weights_H
         for first in range(0, len(layer.b), per_device):
             heads = slice(first, first + per_device)
-            b_HOR = weighted(self._sent(layer, "b"), self._own_weights_H)[heads]
+            b_HOR = weighted(self._sent(layer, "b"), weights_H)[heads]
             delta_OI = sum_of_products(self._sent_a(layer)[heads], b_HOR)
             if layer.a0 is not None and layer.b0 is not None:
-                delta_OI -= sum_of_products(layer.a0[heads], layer.b0[heads])
+                delta_OI -= sum_of_products(layer.a0[heads], weighted(layer.b0, weights_H)[heads])
             deltas_LOI.append(delta_OI)
         return torch.stack(deltas_LOI).flatten(1).mul_(self.options.scale / self.options.heads_per_device)
 
@@ -318,36 +406,3 @@ def _store_sum(layer: LoraLinear, base_OI: Tensor, change_OI: Tensor, share: flo
     torch.add(base_OI, change_OI, alpha=share, out=into_OI)
     if target_OI is None:
         layer.set_weight(into_OI)
-
-
-def add_products(
-    base_OI: Tensor, a_HRI: Tensor | Columns, b_HOR: Tensor, share: float, out: Tensor | None = None
-) -> None:
-    """Write base + share·Σ_h B_h·A_h to `out`, (O, I), or to the base: no dense delta stands beside it."""
-    out = base_OI if out is None else out
-    if isinstance(a_HRI, Columns):
-        if out is not base_OI:
-            out.copy_(base_OI)
-        a_HRI.add_products(out, b_HOR, share)
-    else:
-        torch.addmm(base_OI, *_stacked(a_HRI, b_HOR), alpha=share, out=out)
-
-
-def weighted(b_HOR: Tensor, weights_H: Tensor | None) -> Tensor:
-    """Return B times each head's weight; where all count alike, as it is."""
-    return b_HOR if weights_H is None else b_HOR * weights_H.view(-1, 1, 1)
-
-
-def sum_of_products(a_HRI: Tensor | Columns, b_HOR: Tensor) -> Tensor:
-    """Return Σ_h B_h·A_h, (O, I): the sum of products, which a product of sums is not."""
-    if isinstance(a_HRI, Columns):
-        sum_OI = b_HOR.new_zeros(b_HOR.shape[1], a_HRI.inputs)
-        a_HRI.add_products(sum_OI, b_HOR, 1.0)
-        return sum_OI
-    b_OX, a_XI = _stacked(a_HRI, b_HOR)
-    return b_OX @ a_XI
-
-
-def _stacked(a_HRI: Tensor, b_HOR: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (O, H*R) and (H*R, I), whose product is the sum over heads of B_h·A_h."""
-    return b_HOR.transpose(0, 1).reshape(b_HOR.shape[1], -1), a_HRI.reshape(-1, a_HRI.shape[2])

@@ -7,12 +7,13 @@ its properties.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from simulate.comm.transfers import Transport, Wire
-from simulate.config.method_options import AdapterOptions, FragmentOptions, NodeOptions
+from simulate.config.method_options import AdapterOptions, FragmentOptions, MethodOptions, NodeOptions, quorum_key
 from simulate.config.tables import Cluster, Train
 from simulate.layers.formats import PICKING, Biases, Convolutions, Draws, Norms, Quantize
 from simulate.models.schema import FactoryModel, ModelOptions
@@ -25,6 +26,7 @@ class LteOptions(AdapterOptions, FragmentOptions, NodeOptions):
     """LoRA-the-Explorer (arXiv 2402.16828, algorithm 1)."""
 
     heads_split_batch: ClassVar[bool] = True
+    takes_classes: ClassVar[bool] = True
     name: Literal["lte"] = "lte"
     heads_per_device: int = Field(default=1, gt=0)
     """Each head of a device, or of a node of several, trains on its own part of the device's batch."""
@@ -63,7 +65,8 @@ class LteOptions(AdapterOptions, FragmentOptions, NodeOptions):
         return self.quantize
 
     def num_heads(self, devices: int) -> int:
-        return self.num_nodes(devices) * self.heads_per_device
+        of_classes = sum(len(one.devices) * one.heads_per_device for one in self.fleet)
+        return of_classes or self.num_nodes(devices) * self.heads_per_device
 
     def held_rank(self, devices: int) -> int:
         return self.heads_per_device * self.rank
@@ -150,6 +153,55 @@ class LteOptions(AdapterOptions, FragmentOptions, NodeOptions):
                 f"frozen_a = false does; try --set method.{move}, or --set method.draws=joint"
             )
         return self
+
+    def classes_rule(self, of_classes: Sequence[MethodOptions]) -> str | None:
+        if self.devices_per_node > 1:
+            return (
+                f"method.devices_per_node = {self.devices_per_node} joins equal devices, and cluster.class makes them "
+                "unequal; leave one of them away"
+            )
+        ranks = {one.rank for one in of_classes if isinstance(one, LteOptions)}
+        if self.draws == "slices" and len(ranks) > 1:
+            return (
+                f"method.draws = 'slices' divides inputs into slices of one rank, and cluster.class has ranks "
+                f"{' and '.join(map(str, sorted(ranks)))}; try --set method.draws=columns"
+            )
+        formats = {one.frozen_format for one in of_classes}
+        if len(formats) == 1:
+            return None
+        given = f"cluster.class has quantize = {' and '.join(map(repr, sorted(formats)))}"
+        if self.merge_transport == "server":
+            return f"{given}, and a server sends all devices one format; try --set method.merge_transport=gather"
+        if self.master != "host":
+            return f"{given}, and only weights in full precision are the same on all; try --set method.master=host"
+        return None
+
+    def check_quorum(self, cluster: Cluster) -> None:
+        super().check_quorum(cluster)
+        key = quorum_key(cluster)
+        why = {
+            "reset": "a merge whose devices change would not take back what reset-less merges added; try --set "
+            "method.reset=b",
+            "norms": "merges need one device, or pairs, that all have at once; try --set method.norms=average",
+            "master": "the server alone has what a late device needs; try --set method.master=host",
+        }
+        refused = {
+            "reset": self.reset == "none",
+            "norms": self.norms in ("one", "vector-lora"),
+            "master": self.master == "server",
+        }
+        for name in (name for name, is_set in refused.items() if is_set):
+            raise ValueError(f"method.{name} = {getattr(self, name)!r} does not go with cluster.{key}: {why[name]}")
+        if self.devices_per_node > 1:
+            raise ValueError(
+                f"method.devices_per_node = {self.devices_per_node} averages gradients at every step, and with "
+                f"cluster.{key} devices may be late; leave one of them away"
+            )
+        if self.reset == "ab" and self.frozen_a:
+            raise ValueError(
+                f"method.reset = 'ab' with frozen_a = true has every device draw the others' A, and with cluster.{key} "
+                "late ones have older draws; try --set method.reset=b"
+            )
 
     def shape_of(self, model: ModelOptions) -> ModelShape:
         # Named networks have convolutions at their ends only, which get no pairs.

@@ -80,7 +80,7 @@ class LtePlan(AdapterPlan[LteOptions]):
             options.rank, options.held_rank(devices), options.row_rank(devices), heads=options.heads_per_device,
             stacked=options.heads_per_device, frozen_a=options.frozen_a, subtracts=options.remembers_product,
             frozen_kinds=frozenset(kind for kind, is_frozen in frozen if is_frozen),
-            column_heads=options.num_heads(devices) if options.draws in PICKING else 0,
+            column_rank=options.total_rank(options.num_nodes(devices)) if options.draws in PICKING else 0,
         )  # fmt: skip
 
     def messages(self, shape: ModelShape, devices: int, element_bytes: int) -> tuple[PeriodicExchange, ...]:
@@ -93,8 +93,9 @@ class LtePlan(AdapterPlan[LteOptions]):
         if nodes == 1:
             return tuple(parts)
         exchanges = _exchanges(
-            shape, nodes, options.held_rank(devices), options.quantize, options.merge_transport, options.wire,
-            options.fragments, options.norms, options.biases, options.frozen_a, element_bytes,
+            shape, tuple((len(one.devices), one.held_rank) for one in options.teams(nodes)), options.quantize,
+            options.merge_transport, options.wire, options.fragments, options.norms, options.biases, options.frozen_a,
+            element_bytes,
         )  # fmt: skip
         between = [Exchange(copied_in_nodes(exchange.transfers, size)) for exchange in exchanges]
         return (*parts, *staggered(between, options.merge_every, options.merge_delay))
@@ -153,6 +154,14 @@ class LtePlan(AdapterPlan[LteOptions]):
         """Return the parameters that merges average."""
         return _averaged(shape, self.options.norms, self.options.biases)
 
+    def base_bytes(self, shape: ModelShape, element_bytes: int) -> int:
+        """Return the bytes of the adapted weights, as precise as they are kept, and of the averages."""
+        options = self.options
+        quantize = "none" if options.keeps_master else options.quantize
+        adapted = (quantized_bytes(x.weights, x.in_features, quantize, element_bytes) * x.count for x in shape.adapted)
+        averaged = sum(tensor.elements for tensor in _averaged(shape, options.norms, options.biases))
+        return sum(adapted) + averaged * element_bytes
+
     def last_merge_elements(self, shape: ModelShape, devices: int) -> int:
         """Return the elements that merges average, where the method does not keep their last means itself."""
         tensors = () if self._keeps_last_average(devices) else self.separate_tensors(shape, devices)
@@ -162,13 +171,14 @@ class LtePlan(AdapterPlan[LteOptions]):
         """Return the operations of Σ_h B_h·A_h over the heads whose factors a device has."""
         if self._is_served:
             return 0.0
-        rank, nodes, total = self.options.held_rank(devices), self.options.num_nodes(devices), 0.0
+        total_rank, total = self.options.total_rank(self.options.num_nodes(devices)), 0.0
         for linear in shape.adapted:
             # Gathered factors: everyone multiplies all heads'; reduced ones: each its own.
-            how = layer_transport(linear, rank, nodes, self.options.merge_transport, self.options.frozen_a)
+            how = layer_transport(linear, total_rank, self.options.merge_transport, self.options.frozen_a)
+            rank = total_rank if how == "gather" else self.options.held_rank(devices)
             # Where A picks columns, B is added to them.
             inputs = 1 if self._picks_columns(linear, devices) else linear.in_features
-            total += 2.0 * linear.out_features * inputs * linear.count * rank * (nodes if how == "gather" else 1)
+            total += 2.0 * linear.out_features * inputs * linear.count * rank
         return total
 
     def _picks_columns(self, linear: LinearShape, devices: int) -> bool:
@@ -185,7 +195,7 @@ class LtePlan(AdapterPlan[LteOptions]):
 
     def rank_shortfall(self, width: int, devices: int, rank_share: float) -> float:
         """Return the width over all heads' ranks, times the rank that a head needs over its own; each at least 1."""
-        total = self.options.held_rank(devices) * self.options.num_nodes(devices)
+        total = self.options.total_rank(self.options.num_nodes(devices))
         return max(1.0, width / total) * max(1.0, width * rank_share / self.options.rank)
 
     def is_valid(self) -> bool:
@@ -218,21 +228,21 @@ class LtePlan(AdapterPlan[LteOptions]):
     def _merge_phases(self, context: ExchangeContext) -> Iterator[Phase]:
         """Yield the phases of a merge; the devices of this context, and of those below, are nodes."""
         options, layers, element_bytes = self.options, context.shape.in_order(), context.element_bytes
-        held_rank = options.held_rank(context.devices)
+        held_rank, total_rank = options.held_rank(context.devices), options.total_rank(context.devices)
+        most_held = options.most_held_rank(context.devices)
         for k in range(options.fragments):
             part = [layers[i] for i in fragment(len(layers), options.fragments, k)]
-            gathered, reduced = _by_transport(
-                part, held_rank, context.devices, options.merge_transport, options.frozen_a
-            )
+            gathered, reduced = _by_transport(part, total_rank, options.merge_transport, options.frozen_a)
             sizes = factor_buffer_bytes(
-                gathered, context.devices, held_rank, options.merge_transport, element_bytes, options.frozen_a
+                gathered, total_rank, most_held, options.merge_transport, element_bytes, options.frozen_a
             )
             for group in bucket(sizes):
                 yield at_merge(self._factors_bytes(context, [gathered[i] for i in group]))
             yield from map(at_merge, self._delta_bytes(context, [x.weights * element_bytes for x in reduced]))
         if options.reset == "ab":
-            yield at_merge(max(self._drawing_bytes(context, x, options.heads_per_device) for x in layers))
-        if options.is_paced:
+            own = (options.heads_per_device, options.rank)
+            yield at_merge(max(self._drawing_bytes(context, x, *own) for x in layers))
+        if self._is_weighted(context):
             yield at_merge(max(x.out_features for x in layers) * held_rank * element_bytes)
         averaged = [t.elements * element_bytes for t in self.separate_tensors(context.shape, context.devices)]
         for k in range(options.fragments):
@@ -242,14 +252,18 @@ class LtePlan(AdapterPlan[LteOptions]):
         if firsts:
             yield at_merge(2 * max(bucket_bytes(firsts)))
 
-    def _drawing_bytes(self, context: ExchangeContext, linear: LinearShape, heads: int) -> int:
+    def _is_weighted(self, context: ExchangeContext) -> bool:
+        """Return whether devices' heads count unequally, so that B is multiplied by their weights."""
+        return context.weighs_devices or bool(self.options.device_samples)
+
+    def _drawing_bytes(self, context: ExchangeContext, linear: LinearShape, heads: int, rank: int) -> int:
         """Return the bytes while the A of some heads of one layer is drawn and converted.
 
         All heads at once; in a joint draw head by head; of columns the numbers alone.
         """
-        of_head, element_bytes = linear.in_features * self.options.rank, context.element_bytes
+        of_head, element_bytes = linear.in_features * rank, context.element_bytes
         if self._node_picks_columns(linear, context.devices):
-            return heads * self.options.rank * LONG_BYTES
+            return heads * rank * LONG_BYTES
         if self.options.draws != "own":
             return heads * of_head * element_bytes + of_head * JOINT_DRAW_BYTES
         return heads * of_head * (DRAW_BYTES + (element_bytes if element_bytes < LONG_BYTES else 0))
@@ -263,32 +277,54 @@ class LtePlan(AdapterPlan[LteOptions]):
         sides += [held_rank * x.out_features for x in members]
         compressed = options.wire != "full" and devices > 1
         sent = sum(factors) * element_bytes
-        packed = sum(wire_bytes(side, options.wire, element_bytes) for side in sides) if compressed else sent
+        packed = self._packed_bytes(context, members, held_rank) if compressed else sent
         if self._is_served:  # the factors packed to push, or the weights that come back
             pulled = sum(quantized_bytes(x.weights, x.in_features, options.quantize, element_bytes) for x in members)
             return (packed if compressed else 0) + messages * max(packed, pulled)
-        # B laid out for the product with a dense A, or one head's B times the share of the merge.
-        picking = {x.name: self._node_picks_columns(x, devices) for x in members}
-        ranks = {x.name: options.rank if picking[x.name] else devices * held_rank for x in members}
-        stacked = max(x.out_features * ranks[x.name] for x in members) * element_bytes
-        if options.is_paced:  # B times the heads' weights is another B
-            stacked += devices * max(x.out_features for x in members) * held_rank * element_bytes
-        drawing = drawn = 0
-        if options.frozen_a and messages:
-            heads = devices * options.heads_per_device
-            drawing = max(self._drawing_bytes(context, x, heads) for x in members)
-            copies = 2 if options.draws == "own" else 1  # as drawn, and laid out for the product
-            dense = [x.in_features for x in members if not picking[x.name]]
-            drawn = copies * devices * max(dense, default=0) * held_rank * element_bytes
-        everyones = messages * devices * sent
+        everyones = (
+            messages * sum(x.factors(options.total_rank(devices), options.frozen_a) for x in members) * element_bytes
+        )
         packing = max(packing_bytes(x.weights, x.in_features, options.quantize, element_bytes) for x in members)
-        base = max(self._base_bytes(context, x.weights) for x in members)
         copied = everyones if options.devices_per_node > 1 else 0  # one message to the other devices of a node
-        added = everyones + max(drawing, base + drawn + stacked, packing, copied)
+        added = everyones + max(*self._adding_bytes(context, members), packing, copied)
         if not compressed:
             return added
         rounding = packed + max(sides) * (element_bytes + (4 if options.wire in ("int4", "int2") else 2))
-        return max(added, everyones + (devices + 1) * packed, rounding)
+        arrived = sum(
+            len(team.devices) * self._packed_bytes(context, members, team.held_rank) for team in options.teams(devices)
+        )
+        return max(added, everyones + arrived + packed, rounding)
+
+    def _packed_bytes(self, context: ExchangeContext, members: Sequence[LinearShape], held_rank: int) -> int:
+        """Return the bytes of one device's compressed factors."""
+        sides = [x.in_features for x in members if not self.options.frozen_a] + [x.out_features for x in members]
+        return sum(wire_bytes(held_rank * side, self.options.wire, context.element_bytes) for side in sides)
+
+    def _adding_bytes(self, context: ExchangeContext, members: Sequence[LinearShape]) -> Iterator[int]:
+        """Yield the bytes at the peaks of adding up a message's layers, one team of devices after the other."""
+        options, devices, element_bytes = self.options, context.devices, context.element_bytes
+        base = max(self._base_bytes(context, x.weights) for x in members)
+        picking = {x.name: self._node_picks_columns(x, devices) for x in members}
+        for index, team in enumerate(options.teams(devices)):
+            held_rank, count = team.held_rank, len(team.devices)
+            # B laid out for the product with a dense A, or one head's B times the share of the merge.
+            ranks = {x.name: team.rank if picking[x.name] else count * held_rank for x in members}
+            stacked = max(x.out_features * ranks[x.name] for x in members) * element_bytes
+            if self._is_weighted(context):  # B times the heads' weights is another B
+                stacked += count * max(x.out_features for x in members) * held_rank * element_bytes
+            drawing = drawn = 0
+            # A lone device of its class has its own A; where all are alike, a lone device merges with nobody.
+            others = devices > 1 and (count > 1 or held_rank != options.held_rank(devices) or team.rank != options.rank)
+            if options.frozen_a and others:
+                heads = (count * team.heads_per_device, team.rank)
+                drawing = max(self._drawing_bytes(context, x, *heads) for x in members)
+                # As drawn, and laid out for the product; with a quorum those of the devices that are there.
+                copies = (2 if options.draws == "own" else 1) + context.has_quorum
+                dense = [x.in_features for x in members if not picking[x.name]]
+                drawn = copies * count * max(dense, default=0) * held_rank * element_bytes
+            # A later team's A is drawn beside the weights that the first has been added to.
+            yield drawing + (base if index else 0)
+            yield base + drawn + stacked
 
     def _base_bytes(self, context: ExchangeContext, weights: int) -> int:
         """Return the bytes of the weights that a merge adds to, where those are fetched or unpacked for it."""
@@ -320,29 +356,29 @@ def _trained_by_the_first(shape: ModelShape, norms: str) -> list[ParameterShape]
 
 
 def _by_transport(
-    layers: Sequence[LinearShape], held_rank: int, devices: int, transport: str, frozen_a: bool
+    layers: Sequence[LinearShape], total_rank: int, transport: str, frozen_a: bool
 ) -> tuple[list[LinearShape], list[LinearShape]]:
     """Return the layers whose factors travel, gathered or by a server, and those whose dense deltas are reduced."""
     by_factors, reduced = list[LinearShape](), list[LinearShape]()
     for x in layers:
-        how = layer_transport(x, held_rank, devices, transport, frozen_a)
+        how = layer_transport(x, total_rank, transport, frozen_a)
         (reduced if how == "reduce" else by_factors).append(x)
     return by_factors, reduced
 
 
 @lru_cache(maxsize=8192)
 def _exchanges(
-    shape: ModelShape, devices: int, held_rank: int, quantize: str, transport: str, wire: str, fragments: int,
-    norms: str, biases: str, frozen_a: bool, element_bytes: int,
+    shape: ModelShape, held_ranks: tuple[tuple[int, int], ...], quantize: str, transport: str, wire: str,
+    fragments: int, norms: str, biases: str, frozen_a: bool, element_bytes: int,
 ) -> list[Exchange]:  # fmt: skip
-    layers = shape.in_order()
+    layers, devices = shape.in_order(), sum(count for count, _ in held_ranks)
     firsts = [t.elements for t in _trained_by_the_first(shape, norms)]
     replicated = [t.elements for t in _averaged(shape, norms, biases)]
     exchanges = []
     for index in range(fragments):
         part = [layers[i] for i in fragment(len(layers), fragments, index)]
         others = [replicated[i] for i in fragment(len(replicated), fragments, index)]
-        adapted = factor_transfers(part, devices, held_rank, quantize, transport, wire, element_bytes, frozen_a)
+        adapted = factor_transfers(part, held_ranks, quantize, transport, wire, element_bytes, frozen_a)
         if transport == "server":
             sizes = bucket_bytes([count * element_bytes for count in others])
             operations: tuple[Operation, ...] = ("push", "pull")
@@ -365,19 +401,26 @@ def _spread(sizes_bytes: Sequence[int], devices: int, transport: str) -> Iterato
 
 
 def factor_transfers(
-    layers: Sequence[LinearShape], devices: int, held_rank: int, quantize: str, transport: str, wire: str,
+    layers: Sequence[LinearShape], held_ranks: Sequence[tuple[int, int]], quantize: str, transport: str, wire: str,
     element_bytes: int, frozen_a: bool = False,
 ) -> tuple[Transfer, ...]:  # fmt: skip
-    """Return the messages that merge some adapted layers: first by factors, then by dense sums."""
-    by_factors, reduced = _by_transport(layers, held_rank, devices, transport, frozen_a)
+    """Return the messages that merge some adapted layers: first by factors, then by dense sums.
+
+    `held_ranks` are numbers of devices, and the sum of the ranks that each of them holds.
+    """
+    devices, total_rank = sum(count for count, _ in held_ranks), sum(count * rank for count, rank in held_ranks)
+    most_held = max(rank for _, rank in held_ranks)
+    by_factors, reduced = _by_transport(layers, total_rank, transport, frozen_a)
     transfers: list[Transfer] = []
-    for group in bucket(factor_buffer_bytes(by_factors, devices, held_rank, transport, element_bytes, frozen_a)):
+    for group in bucket(factor_buffer_bytes(by_factors, total_rank, most_held, transport, element_bytes, frozen_a)):
         members = [by_factors[i] for i in group]
         sides = [x.in_features for x in members if not frozen_a] + [x.out_features for x in members]
-        factors = [wire_bytes(held_rank * side, wire, element_bytes) for side in sides]
+        parts = [
+            (count, sum(wire_bytes(rank * side, wire, element_bytes) for side in sides)) for count, rank in held_ranks
+        ]
         if transport == "server":
             pulled = sum(quantized_bytes(x.weights, x.in_features, quantize, element_bytes) for x in members)
-            transfers += [Transfer("push", sum(factors), devices), Transfer("pull", pulled, devices)]
+            transfers += [Transfer.of_parts("push", parts), Transfer("pull", pulled, devices)]
         else:
-            transfers.append(Transfer("all_gather", sum(factors), devices))
+            transfers.append(Transfer.of_parts("all_gather", parts))
     return (*transfers, *averages((x.weights for x in reduced), devices, wire, element_bytes))

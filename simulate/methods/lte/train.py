@@ -34,6 +34,8 @@ With `pace = "deadline"` device n counts w_n in place of 1/N (simulate.methods.p
 
 Reset-less merges would not telescope then: what a head had added with one weight would be taken back with another.
 
+With a quorum devices that are late or lost have w_n = 0, and come back later (simulate.methods.quorum).
+
 With `quantize` W is kept in fewer bytes, Q(W), and unpacked for each product; merges add to a full-precision master
 W in host memory, and W0 lies there, too. Only with `master` = "none" does Q(Q(W) + ...) take the place of W.
 
@@ -62,7 +64,7 @@ from simulate.methods.base import Method
 from simulate.methods.gradient_averaging import packed_parameters
 from simulate.methods.lora.train import adapter_groups, adapter_parameters, masters
 from simulate.methods.loss import gradients_of
-from simulate.methods.lte.merge import LayerMerger, sum_of_products
+from simulate.methods.lte.merge import LayerMerger
 from simulate.methods.lte.options import LteOptions
 from simulate.methods.round_updates import DenseUpdates, LayerUpdates, LowRankUpdates, dense_updates
 from simulate.methods.stepper import ParameterGroup, clear_rows, clip_per_device
@@ -78,8 +80,9 @@ class Lte(Method):
     def __init__(
         self, run: Run, communicator: Communicator, device: torch.device, network: nn.Module | None = None
     ) -> None:
-        assert isinstance(run.method, LteOptions)
-        self.options = options = run.method
+        options = run.of_devices(communicator.local_devices).method
+        assert isinstance(options, LteOptions)
+        self.options = options
         self.nodes = Nodes(options.devices_per_node, options.num_nodes(communicator.num_devices))
         super().__init__(run, communicator, device, network)
         layers = lora_layers(self.model)
@@ -121,6 +124,8 @@ class Lte(Method):
             seed=self.run.train.seed,
             draws=options.draws,
             num_heads=self.run.heads,
+            head_ranks=options.head_ranks,
+            first_head=options.heads_of(self.between.local_devices).start,
             frozen_a=options.frozen_a,
             quantize=options.quantize,
             keeps_start=merges_here,
@@ -191,8 +196,7 @@ class Lte(Method):
     def _merge_fragment(self, index: int, step: int) -> None:
         merger = self.mergers[index]
         weights_N = self.shares()
-        # Where all count alike, a device that is left out adds nothing to a mean over all heads.
-        merger.merge(weights_N if self.options.is_paced else None)
+        merger.merge(self._head_weights())
         # The averaging below takes means of effective vectors, not of factors.
         for vector in self.vectors.values():
             vector.merged.copy_(vector())
@@ -205,9 +209,17 @@ class Lte(Method):
                 self.vectors[name].start_round()
                 self._drop_moments(self.vectors[name].factors())
 
+    def _head_weights(self) -> Tensor | None:
+        """Return all devices' shares of the heads' merge, (N,); None where they count alike.
+
+        But where steps are counted, they are the same in every merge: a device that is left out adds nothing to a mean
+        over all heads, and a reset-less merge takes back what the last one added.
+        """
+        return self.shares() if self.weighs_devices else self.shares_of_samples()
+
     def send_fragment(self, index: int, step: int) -> None:
-        self.mergers[index].send()
-        self.averaging.send(index, self.counted(None))
+        self.mergers[index].send(self._head_weights())
+        self.averaging.send(index, self.shares())
         self.spreading.send(index)
 
     def apply_merged_fragment(self, index: int) -> None:
@@ -270,6 +282,25 @@ class Lte(Method):
         averagings = (self.averaging, self.spreading)
         return {id(a.parameters[name]): tensor for a in averagings for name, tensor in a.last.items()}
 
+    def base_state(self) -> dict[str, Tensor]:
+        """Return W of adapted layers, as precise as it is kept, and the averages."""
+        weights: dict[str, Tensor] = {}
+        for layer in lora_layers(self.model):
+            # What is packed is packed again from the full W, if there is one, to the same bits.
+            kept = layer.frozen_tensors() if layer.master is None else [layer.master]
+            weights |= {f"weight.{layer.name}.{index}": tensor for index, tensor in enumerate(kept)}
+        return {**weights, **self.averaging.base_state()}
+
+    @torch.no_grad()
+    def load_base(self, base: Mapping[str, Tensor]) -> None:
+        for layer in lora_layers(self.model):
+            if layer.master is not None:
+                layer.set_weight(base[f"weight.{layer.name}.0"].to(layer.b.device))
+                continue
+            for index, tensor in enumerate(layer.frozen_tensors()):
+                tensor.copy_(base[f"weight.{layer.name}.{index}"])
+        self.averaging.load_base(base)
+
     def extra_state(self) -> dict[str, Tensor]:
         starts = {
             f"{layer.name}.start_weight": layer.start_weight
@@ -286,16 +317,16 @@ class Lte(Method):
     ) -> dict[str, Tensor]:
         """Return a lost device's start with new adapters: its own draw of A; B and the remembered product zero."""
         own = super().init_lost_device(shared, donor, device)
-        heads = self.options.heads_per_device
+        node = device // self.nodes.size
+        mine = self.options.heads_of(range(node, node + 1))
         for name, module in self.model.named_modules():
             key = "a"
             if isinstance(module, LoraLinear):
-                node = device // self.nodes.size
-                mine, drawn_after = slice(node * heads, (node + 1) * heads), shared[f"model.{name}.drawn_after"]
+                drawn_after = int(shared[f"model.{name}.drawn_after"])
                 if module.draws == "columns":
-                    key, drawn = "columns", module.draw_columns(int(drawn_after), self.run.heads)[mine].columns_HR
+                    key, drawn = "columns", module.draw_columns(drawn_after, mine).columns_HR
                 else:
-                    drawn = module.draw_a(int(drawn_after), self.run.heads)[mine]
+                    drawn = module.draw_a(drawn_after, mine)
             elif isinstance(module, VectorLora):
                 drawn = torch.ones_like(own[f"model.{name}.a"])
             else:
@@ -306,20 +337,44 @@ class Lte(Method):
                         own[kept] = torch.zeros_like(own[kept]) if value is None else value.to(own[kept])
         return own
 
+    def is_devices_own(self, name: str) -> bool:
+        """Whether a tensor is a device's own right after a merge: adapters are, unless merges draw them anew."""
+        if super().is_devices_own(name) or self.options.reset == "ab":
+            return super().is_devices_own(name)
+        layer, _, key = name.removeprefix("model.").rpartition(".")
+        adapted = {n for n, module in self.model.named_modules() if isinstance(module, LoraLinear)}
+        return layer in adapted and key in ("a", "b", "a0", "b0", "columns")
+
     @torch.no_grad()
     def after_lost_devices_init(self) -> None:
         """Move lost devices' products from W into W0, since their adapters start again at zero."""
-        share = self.options.scale / self.run.heads
         travels = self.fragments_in_flight()
         for index, merger in enumerate(self.mergers):
+            merger.weigh(self._head_weights())
             for layer in merger.layers:
                 if self.options.reset == "none":
                     # W0 ← W − (s/H)·Σ_h B0_h·A0_h over the heads that are still there; lost ones' products are zero.
                     weight_OI, a_HRI, b_HOR = merger.merged(layer, travels=index in travels)
-                    sums = [sum_of_products(a_HRI, b_HOR)]
+                    sums = [merger.own_sum(a_HRI, b_HOR)]
                     self.between.all_reduce(sums)
                     if layer.start_weight is not None:
-                        layer.start_weight.copy_(torch.sub(weight_OI, sums[0], alpha=share))
+                        layer.start_weight.copy_(torch.sub(weight_OI, sums[0], alpha=merger.sum_share))
+
+    def _take_own_format(self, state: dict[str, Tensor]) -> None:
+        """Give W this class's format, where a process of another class saved it: full weights are the same to all."""
+        for layer in lora_layers(self.model):
+            full = state.get(f"kept.{layer.name}.master", state.get(f"model.{layer.name}.weight"))
+            if full is None:
+                continue
+            if layer.frozen is None:
+                state.setdefault(f"model.{layer.name}.weight", full)
+                continue
+            own = {f"model.{layer.name}.frozen.{key}": tensor for key, tensor in layer.frozen.named_buffers()}
+            if any(key not in state or state[key].shape != tensor.shape for key, tensor in own.items()):
+                layer.frozen.quantize(full.to(layer.b))
+                state.update({key: tensor.clone() for key, tensor in own.items()})
+            if layer.master is not None:
+                state.setdefault(f"kept.{layer.name}.master", full)
 
     def row_devices(self) -> list[int]:
         return first_devices(self.between.local_devices, self.nodes)
@@ -330,6 +385,8 @@ class Lte(Method):
     def before_loading(self, state: dict[str, Tensor]) -> None:
         """Make room for the products of old factors; raises InputError where the server's weights are elsewhere."""
         super().before_loading(state)
+        if self.options.fleet:
+            self._take_own_format(state)
         lacking = {f"kept.{name}" for name in self.extra_state()} - state.keys()
         if any(name.endswith((".start_weight", ".master")) for name in lacking):
             raise InputError(

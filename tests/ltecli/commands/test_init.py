@@ -36,12 +36,26 @@ def test_known_devices_by_their_usual_names(text: str, count: int, kind: str) ->
         ("1 GbE", 117.5e6, 117.5e6, 0.2e-3),
         ("100 Mbit/s", 11.75e6, 11.75e6, 20e-3),
         ("wifi", 4e6, 4e6, 3e-3),
+        ("wifi 5", 54e6, 54e6, 3e-3),
+        ("1G fibre", 117.5e6, 117.5e6, 10e-3),
+        ("1000/50 cable", 117.5e6, 50e6 / 8 * 0.94, 15e-3),
     ],
 )
 def test_links_as_they_are_sold(text: str, down: float, up: float, latency_s: float) -> None:
     link = parse_link(text)
     figures = link.down_bytes_per_s, link.up_bytes_per_s, link.latency_s
     assert figures == pytest.approx((down, up, latency_s))
+
+
+def test_friends_each_have_a_line_of_their_own(lte: Lte, here: Path) -> None:
+    """As many links as kinds of devices are one for each, which a place's devices share."""
+    friends = ("--gpu", "2 x gtx 1080 ti", "--link", "50/10 DSL", "--gpu", "t4", "--link", "1G fibre")
+    assert lte("init", *friends, "--model", "gpt", "--tokens", "1M").code == 0
+    lines = load_profile("home.toml").link.lines
+    assert [line.place_up_bytes_per_s for line in lines] == pytest.approx([1.175e6, 1.175e6, 117.5e6])
+    assert [line.place for line in lines] == [0, 0, 1]
+    checked = lte("profile", "check", "home.toml")
+    assert checked.code == 0 and "place0" in checked.stdout and "1.18 MB/s (9.4 Mbit/s)" in checked.stdout
 
 
 def test_answers_become_a_profile_and_a_run(lte: Lte, here: Path) -> None:

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
-from simulate.comm.process_group import devices_of
+from simulate.comm.transfers import devices_of
 from tests import tiny
 from tests.processes import DEVICES, train_in_processes, variant_table
 from tests.selection import selected

@@ -50,7 +50,8 @@ def test_nccl_is_bound_to_the_gpu_of_the_process(
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.setattr(dist, "init_process_group", lambda name, **keys: seen.update(keys, backend=name))
-    join_processes(build_run({"cluster": {"backend": backend}}), torch.device(device), PLACE, dist.HashStore())
+    run = build_run({"cluster": {"backend": backend}})
+    join_processes(run, torch.device(device), PLACE.process, PLACE.processes, "group/1", dist.HashStore(), 600.0)
     assert (seen["backend"], seen["device_id"]) == (used, torch.device(device) if bound else None)
 
 

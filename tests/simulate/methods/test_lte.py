@@ -17,6 +17,7 @@ from simulate.methods.base import Method
 from simulate.methods.build_network import build_model
 from simulate.methods.loss import Loss
 from simulate.methods.lte.merge import LayerMerger
+from simulate.methods.lte.products import Team
 from tests import tiny
 from tests.reference.lora import LoraTwin
 from tests.reference.lte import LteTwin
@@ -76,7 +77,7 @@ def test_parity_covers_a_model_that_learns() -> None:
     assert losses[-5:].mean() < 0.8 * losses[0]
 
 
-def scaled_by_s(merger: LayerMerger) -> float:
+def scaled_by_s(merger: LayerMerger, team: Team) -> float:
     return merger.options.scale
 
 
@@ -105,7 +106,7 @@ def average_nothing(averaging: Averaging, index: int, weights_N: Tensor | None =
 @pytest.mark.parametrize(
     ("owner", "name", "broken"),
     [
-        pytest.param(LayerMerger, "_share", property(scaled_by_s), id="sum of heads in place of their mean"),
+        pytest.param(LayerMerger, "share_of", scaled_by_s, id="sum of heads in place of their mean"),
         pytest.param(Loss, "group_losses", loss_over_all_heads, id="mean loss over all heads"),
         pytest.param(Averaging, "merge", average_nothing, id="replicated parameters not averaged"),
         pytest.param(LoraLinear, "remember_product", forget, id="old product not subtracted"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from simulate.layers.lora import LoraLinear, lora_layers
-from simulate.methods.lte.merge import sum_of_products
+from simulate.methods.lte.products import sum_of_products
 from simulate.methods.lte.train import Lte
 from tests import tiny
 

@@ -8,12 +8,13 @@ import pytest
 
 from simulate.comm.virtual import VirtualCommunicator
 from simulate.config.hardware import Device, FlopPerSecond, Link
+from simulate.config.lines import DeviceLine
 from simulate.config.profiles import load_profile
 from simulate.config.run import Run
 from simulate.costs.message_schedule import num_rounds
 from simulate.costs.step_time import device_step_s, round_time
 from simulate.methods.registry import build_method
-from simulate.timeline.churn import away_share, redo_factor
+from simulate.rules.churn import away_share, redo_factor
 from simulate.timeline.engine import Timeline, simulate
 from simulate.training.simulated_clock import SimulatedClock
 from tests import tiny
@@ -55,6 +56,24 @@ def test_equal_devices_take_what_the_closed_form_says(name: str, topology: str) 
         assert_adds_up(timeline)
 
 
+# Of unlike lines the slowest has the longest delay, too, where the closed form of a push is exact.
+UNLIKE = (
+    DeviceLine(1e4, 5e4, 0.03), DeviceLine(9e4, 9e4, 1e-3, 0, 3e4, 6e4, 0.02),
+    DeviceLine(9e4, 9e4, 1e-3, 0, 3e4, 6e4, 0.02), DeviceLine(1e6, 1e6, 0.0),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*EQUAL, "daso, waiting"])
+@pytest.mark.parametrize("collectives", ["nccl", "gloo"])
+def test_devices_with_lines_of_their_own_take_what_the_closed_form_says(name: str, collectives: str) -> None:
+    run, devices = tiny.variant_run(name, train={"steps": 20}), (DEVICE,) * 4
+    for rented in ({}, {"server_up_bytes_per_s": 3e4, "server_down_bytes_per_s": 3e4}):
+        wires = link(collectives=collectives, **rented).with_lines(UNLIKE)
+        timeline = simulate(run, devices, wires)
+        assert timeline.wall_s == pytest.approx(planned_s(run, devices, wires), rel=1e-9)
+        assert_adds_up(timeline)
+
+
 @pytest.mark.parametrize("name", [n for n in EQUAL if "late" in n and "streaming" not in n])
 def test_a_last_round_that_is_shorter_hides_less(name: str) -> None:
     run, devices = tiny.variant_run(name, train={"steps": 11}), (DEVICE,) * 4
@@ -80,7 +99,13 @@ def test_a_deadline_of_unequal_devices_is_the_closed_forms() -> None:
 @pytest.mark.parametrize("name", ["daso", "sapipe", "sapipe, none", "diloco, late", "lte, late, served"])
 @pytest.mark.parametrize("rate", [1e4, 3e6, 1e9])
 def test_the_simulated_clock_charges_real_messages_alike(name: str, rate: float) -> None:
-    run, devices, wires = tiny.variant_run(name, train={"steps": 20}), (DEVICE,) * 4, link(rate=rate)
+    run, devices = tiny.variant_run(name, train={"steps": 20}), (DEVICE,) * 4
+    for wires in (link(rate=rate), link(rate=rate).with_lines(UNLIKE)):
+        assert simulate(run, devices, wires).wall_s == pytest.approx(charged_s(run, devices, wires), rel=1e-9)
+
+
+def charged_s(run: Run, devices: tuple[Device, ...], wires: Link) -> float:
+    """Train, and return the seconds that the simulated clock was charged."""
     clock = SimulatedClock(run, devices, wires)
     method = build_method(run, VirtualCommunicator(4, clock.charge_transfer, clock.wait), tiny.CPU)
     data = tiny.batches(run)
@@ -90,7 +115,7 @@ def test_the_simulated_clock_charges_real_messages_alike(name: str, rate: float)
         if method.merge_due(step):
             method.merge(step)
             clock.charge_merge()
-    assert simulate(run, devices, wires).wall_s == pytest.approx(clock.now_s, rel=1e-9)
+    return clock.now_s
 
 
 def test_fast_devices_wait_for_the_slowest() -> None:

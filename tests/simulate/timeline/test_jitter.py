@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from simulate.timeline.jitter import normal, slowness, uniform
+from simulate.rules.jitter import normal, slowness, uniform
 
 MANY = np.arange(200_000)
 

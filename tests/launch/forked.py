@@ -1,0 +1,61 @@
+"""`python -m tests.launch.forked ...` is `lte ...` whose workers are forked from one process that has imported torch.
+
+Four workers that import torch at once take a minute on two busy cores, and tests of what happens to a running one would
+do little else. All else of the command is the real thing.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from simulate.launch import children
+from tests.launch.runs import PIDS
+
+CONTEXT = multiprocessing.get_context("forkserver")
+
+
+class Forked:
+    """A forked worker, with what is needed of subprocess.Popen."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], logs: Path) -> None:
+        arguments = list(command[command.index("simulate.launch.worker") + 1 :])
+        self._process = CONTEXT.Process(target=work, args=(arguments, dict(environment), str(logs)))
+        self._process.start()
+        self.pid = self._process.pid
+        with (logs.parents[3] / PIDS).open("a") as file:
+            file.write(f"{environment['RANK']} {self.pid}\n")
+
+    def poll(self) -> int | None:
+        """Return the exit code, None while it runs."""
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        """Kill it."""
+        self._process.kill()
+
+    def wait(self) -> None:
+        """Wait for its end."""
+        self._process.join()
+
+
+def work(arguments: list[str], environment: dict[str, str], logs: str) -> None:
+    """Be a worker."""
+    from simulate.launch import worker
+
+    os.environ.update(environment)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{logs}/{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.argv = ["worker", *arguments]
+    os._exit(worker.main())
+
+
+if __name__ == "__main__":
+    CONTEXT.set_forkserver_preload(["simulate.launch.worker"])
+    children.spawn = Forked  # type: ignore[assignment]
+    from ltecli.app import main
+
+    sys.exit(main(sys.argv[1:]))
