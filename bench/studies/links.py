@@ -269,7 +269,8 @@ def _whole_line(case: str, mbit: float, profile: Profile, path: Path, steps: int
         events = launch(lab, Path(folder), table, setting)
     measured_s = next(event["wall_s"] for event in events if event["kind"] == "end")
     step_wall_s = {event["step"]: event["wall_s"] for event in events if event["kind"] == "step"}
-    stopped_s = sum(event["wall_s"] - step_wall_s[event["step"]] for event in events if event["kind"] == "checkpoint")
+    stopped_s = sum(event["wall_s"] - step_wall_s[event["step"]] for event in events if event["kind"] == "evaluate")
+    stopped_s += sum(event["paused_s"] for event in events if event["kind"] == "checkpoint")
     stops = planned.eval_and_save
     return (
         f"| {mbit:g} Mbit/s | {case} | {steps} | {measured_s:.1f} s | {planned.wall_s:.1f} s | "

@@ -348,6 +348,15 @@ def _show_verified(chosen: Candidate, verified: Verified, output: Output) -> Non
     output.text(verified.text())
 
 
+def _checkpoints(candidate: Candidate) -> str:
+    """Return the number of checkpoints, the seconds of each, and what training waits for all of them."""
+    planned = candidate.eval_and_save
+    text = f"{planned.saves:,} x {_seconds(candidate, planned.save_s)}"
+    if planned.save_s is None:
+        return text
+    return f"{text}; training waits {_seconds(candidate, planned.saving_s)} for all of them"
+
+
 def _figures(candidate: Candidate) -> dict[str, str]:
     """Return the planned figures of one device, by label."""
     steps, eval_and_save = candidate.time.steps, candidate.eval_and_save
@@ -359,7 +368,7 @@ def _figures(candidate: Candidate) -> dict[str, str]:
         "compute per step": time_text(candidate, time_range(candidate, candidate.time.compute_s, 0.0)),
         "exchange per round": time_text(candidate, time_range(candidate, 0.0, candidate.time.exchange_s)),
         "evaluations": f"{eval_and_save.evaluations:,} x {_seconds(candidate, eval_and_save.evaluation_s)}",
-        "checkpoints": f"{eval_and_save.saves:,} x {_seconds(candidate, eval_and_save.save_s)}",
+        "checkpoints": _checkpoints(candidate),
         f"wall-clock for the {candidate.run.model.unit}": time_text(candidate, wall_range(candidate)),
         "assumed to equal loss": time_text(candidate, equivalent_range(candidate)),
     }

@@ -66,7 +66,8 @@ def truncate_events(path: Path, step: int) -> None:
     """Drop events after the checkpoint of `step`, because the resumed run emits them again; keep restarts.
 
     So is the memory, which is measured once, unless the run begins anew (`step` below 0). What is kept after the
-    checkpoint is moved to its step, so that steps in the file never fall.
+    checkpoint is moved to its step, so that steps in the file never
+    fall, but for a checkpoint's, which is reported when it is on the disk: training is steps ahead then.
     """
     kept: list[str] = []
     for event in read_events(path):

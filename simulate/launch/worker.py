@@ -522,7 +522,7 @@ def _event_emitter(events: EventFile, session: Session, store: AnyStore) -> Emit
     def emit(event: Event) -> None:
         events(event)
         if event["kind"] == "checkpoint":
-            store.set(STEP, str(session.step))
+            store.set(STEP, str(event["step"]))  # training has gone on since it was begun
         elif event["kind"] == "left-out":
             names = ", ".join(str(device) for device in event["devices"])
             log(store, f"device {names}: weights not finite, left out of the merge after step {event['step']}")

@@ -264,14 +264,15 @@ def _checkpoints(chosen: Candidate) -> Iterator[str]:
         share = eval_and_save.saves * eval_and_save.save_s / chosen.wall_s
         lost = min(steps, run.train.checkpoint_every, run.train.steps)
         yield (
-            f"with cluster.recover_every = {every} checkpoints of {bytes_text(eval_and_save.save_bytes)} a device take "
-            f"{share:.1%} of the time; if a device is lost, all devices repeat up to {lost:,} steps, "
-            f"{seconds_text(lost * chosen.step_s)} of work"
+            f"with cluster.recover_every = {every} checkpoints of {bytes_text(eval_and_save.save_bytes)} a device are "
+            f"written in {share:.1%} of the time, beside training where rounds are long enough; if a device is lost, "
+            f"all devices repeat up to {lost:,} steps, {seconds_text(lost * chosen.step_s)} of work"
         )
     elif every < affordable:
         yield (
-            f"a recovery point after every {steps} steps takes {eval_and_save.save_s / (steps * chosen.step_s):.0%} of "
-            f"their time; --set cluster.recover_every={affordable} makes that {AFFORDABLE_SHARE:.0%}"
+            f"a recovery point after every {steps} steps takes "
+            f"{eval_and_save.save_s / (steps * chosen.step_s):.0%} of their time to write, beside training where that "
+            f"is long enough; --set cluster.recover_every={affordable} makes that {AFFORDABLE_SHARE:.0%}"
         )
 
 

@@ -54,6 +54,7 @@ def candidate_json(candidate: Candidate) -> dict[str, Any]:
         "checkpoints": candidate.eval_and_save.saves,
         "checkpoint_bytes": candidate.eval_and_save.save_bytes,
         "checkpoint_s": candidate.eval_and_save.save_s,
+        "checkpoint_waits_s": candidate.eval_and_save.saving_s,
         "assumed_samples_factor": candidate.samples_factor,
         "equivalent_wall_s": candidate.equivalent_wall_s,
         **range_keys(candidate),

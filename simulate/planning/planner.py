@@ -128,7 +128,7 @@ def _evaluate(run: Run, context: PlanContext) -> Candidate | Rejected:
     device, fullest, profile, memory = min(peaks, key=lambda peak: peak[0].usable_bytes - peak[3].total)
     host_parts = host_memory_by_part(fullest, shape, device)
     time, rounds = round_time(run, shape, devices, context.profile.link), num_rounds(run)
-    eval_and_save = eval_and_save_time(run, shape, kinds)
+    eval_and_save = eval_and_save_time(run, shape, kinds, time.compute_s)
     if context.spaces_recovery and (
         (every := eval_and_save.affordable_recovery(time.round_s / time.steps)) != run.cluster.recover_every
     ):

@@ -6,6 +6,8 @@ step. The training loop asks step by step; plans and the simulated clock count w
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -68,6 +70,37 @@ class Cadence:
         """Return the first meeting that is not before a step; 0 for the start."""
         return 0 if step <= 0 else max(1, -(-(step - self.late) // self.apart)) * self.apart + self.late
 
+    def save_before(self, step: int) -> int:
+        """Return the last step before `step` after which a checkpoint is saved; 0 where none is."""
+        meeting = (step - 1 - self.late) // self.apart * self.apart + self.late
+        while meeting > self.late and not self.saves(meeting):
+            meeting -= self.apart
+        return meeting if meeting > self.late else 0
+
+    @cached_property
+    def save_gaps(self) -> dict[int, int]:
+        """The steps from each checkpoint to the next, and how often each distance occurs."""
+        gaps = Counter[int]()
+        if self.checkpoint_every <= self.apart:
+            gaps[self.apart] = max(0, self.num_saves - 2)
+            if self.num_saves > 1:
+                gaps[self.steps - self.save_before(self.steps)] += 1
+            return dict(gaps)
+        for start, end in self._asked_spans():
+            first = max(start, self.late)
+            points = max(0, -(-(end - first) // self.recover_steps) - 1)
+            # The start of the run saves nothing, so no distance begins there.
+            gaps[self.recover_steps] += points if start else max(0, points - 1)
+            if start or points:
+                gaps[end - first - points * self.recover_steps] += 1
+        return dict(gaps)
+
+    def _asked_spans(self) -> Iterator[tuple[int, int]]:
+        """Yield the steps from each checkpoint that the run asks for, or its start, to the next, or its end."""
+        multiples = range(0, self.steps, self.checkpoint_every)
+        asked = sorted({meeting for step in multiples if (meeting := self._meeting_of(step)) < self.steps})
+        yield from zip(asked, [*asked[1:], self.steps], strict=True)
+
     @cached_property
     def num_evaluations(self) -> int:
         """Evaluations of the whole run."""
@@ -81,13 +114,10 @@ class Cadence:
         """Checkpoints of the whole run."""
         if self.checkpoint_every <= self.apart:  # every meeting has one
             return max(0, (self.steps - 1 - self.late) // self.apart) + 1
-        # Between two checkpoints that were asked for, recovery points follow the first of them at equal distances.
-        multiples = range(0, self.steps, self.checkpoint_every)
-        asked = sorted({meeting for step in multiples if (meeting := self._meeting_of(step)) < self.steps})
-        saves = len(asked)  # `asked` has the start, which saves nothing, and lacks the end, which does
-        for start, end in zip(asked, [*asked[1:], self.steps], strict=True):
-            saves += max(0, -(-(end - max(start, self.late)) // self.recover_steps) - 1)
-        return saves
+        # Between two checkpoints that were asked for, recovery points follow the first of them at equal distances. Each
+        # span counts its end: the start of the run saves nothing, and its end does.
+        spans = self._asked_spans()
+        return sum(max(1, -(-(end - max(start, self.late)) // self.recover_steps)) for start, end in spans)
 
 
 @lru_cache(maxsize=256)

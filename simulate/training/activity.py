@@ -38,7 +38,7 @@ class Activity:
         """Enter a phase, which ends the one before."""
         now_s = time.monotonic()
         if self.phase in PAUSES:
-            self._keep(self.phase, now_s - self._since_s)
+            self.keep(self.phase, now_s - self._since_s)
         if phase == "training" and self._round is None:
             self._round = now_s, self.step
         self.phase, self._since_s = phase, now_s
@@ -46,10 +46,11 @@ class Activity:
     def end_round(self) -> None:
         """Keep the seconds of the round, whose devices have just met."""
         if self._round is not None:
-            self._keep("round", time.monotonic() - self._round[0])
+            self.keep("round", time.monotonic() - self._round[0])
             self._round = None
 
-    def _keep(self, kind: str, seconds: float) -> None:
+    def keep(self, kind: str, seconds: float) -> None:
+        """Keep the seconds of one round, evaluation or checkpoint."""
         self._recent_s[kind] = (*self._recent_s.get(kind, ())[1 - RECENT :], seconds)
 
     def longest_s(self, kind: str) -> float | None:

@@ -3,8 +3,10 @@
 checkpoints/step-N/ has parts: `state` holds the tensors that all devices share, `devices-A-B` those that devices A to
 B−1 have for themselves. A process writes the parts that it holds; a checkpoint is whole once every device has a part.
 The files of a part are flushed to disk and renamed one after the other, the JSON last: it holds digests of the tensors
-and of the run, so that a damaged file or another run's checkpoint is refused instead of loaded. The training loop saves
-and loads; simulate.launch.recovery reads the parts that single nodes have; `lte export` reads the newest checkpoint.
+and of the run, so that a damaged file or another run's checkpoint is refused instead of loaded. A checkpoint begins by
+handing its tensors to the operating system, and is completed without them: training goes on meanwhile
+(simulate.training.saving). The training loop saves and loads; simulate.launch.recovery reads the parts that single
+nodes have; `lte export` reads the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -69,10 +71,35 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def save_checkpoint(
+@dataclass(frozen=True)
+class BegunCheckpoint:
+    """A checkpoint whose tensors are with the operating system, but which does not count before `complete`."""
+
+    path: Path
+    parts: tuple[str, ...]
+    """Names of its parts, in the order in which they are completed."""
+    about: Mapping[str, Any]
+
+    def complete(self) -> Path:
+        """Flush the parts to the disk and give them their names; returns the path. Raises OSError.
+
+        It reads files alone, no tensor, so that training may change all of them meanwhile.
+        """
+        # Shared tensors last: while their part is missing, no reader takes the checkpoint for a whole one.
+        try:
+            for name in self.parts:
+                _complete_part(self.path, name, self.about)
+        except BaseException:
+            _remove_parts(self.path, self.parts)
+            raise
+        _flush(self.path.parent)  # its own entry, or a crash could lose the name of a checkpoint that is written
+        return self.path
+
+
+def begin_checkpoint(
     folder: Path, run: Run, data_fingerprint: str, progress: Progress, state: State, with_shared: bool = True
-) -> Path:
-    """Write this process's parts of checkpoints/step-N; returns its path. Raises OSError where the disk refuses.
+) -> BegunCheckpoint:
+    """Hand this process's parts of checkpoints/step-N to the operating system. Raises OSError where the disk refuses.
 
     Of several processes that write into one folder, only one writes the shared part, with `with_shared`.
     """
@@ -91,22 +118,28 @@ def save_checkpoint(
         parts[name] = {f"{device}/{key}": t for device, own in state.of_devices.items() for key, t in own.items()}
     if with_shared:
         parts[SHARED] = state.shared
-    # Shared tensors last: while their part is missing, no reader takes the checkpoint for a whole one.
     try:
         for name, tensors in parts.items():
-            write_part(target, name, tensors, about)
+            _begin_part(target, name, tensors)
     except BaseException:
         _remove_parts(target, parts)
         raise
-    _flush(folder)  # the folder's own entry, or a crash could lose the name of a checkpoint that is written
-    return target
+    return BegunCheckpoint(target, tuple(parts), about)
+
+
+def save_checkpoint(
+    folder: Path, run: Run, data_fingerprint: str, progress: Progress, state: State, with_shared: bool = True
+) -> Path:
+    """Write this process's parts of a checkpoint, and return once they are on the disk; as `begin_checkpoint`."""
+    return begin_checkpoint(folder, run, data_fingerprint, progress, state, with_shared).complete()
 
 
 def _remove_parts(path: Path, parts: Iterable[str]) -> None:
     """Remove parts that are not whole, which also makes room on a full disk."""
     for name in parts:
-        for suffix in ("json", "safetensors"):
-            (path / f"{name}.{suffix}").unlink(missing_ok=True)
+        for file in (path / f"{name}.json", path / f"{name}.safetensors"):
+            file.unlink(missing_ok=True)
+            _scratch(file).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # other processes' parts are there
         path.rmdir()
 
@@ -126,35 +159,54 @@ def prune(folder: Path, devices: Iterable[int], ever: Iterable[int] = ()) -> Non
 
 
 def write_part(folder: Path, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write one part of a checkpoint: its tensors, then the JSON, without which a part counts as missing."""
-    from simulate.common.safetensors_writer import file_parts
+    """Write one part of a checkpoint to the disk: its tensors, then the JSON, without which it counts as missing."""
+    _begin_part(folder, name, tensors)
+    _complete_part(folder, name, about)
+
+
+def _begin_part(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write a part's tensors to a scratch file, whose content may wait in the system's memory for the disk."""
+    from simulate.common.safetensors_writer import write_tensors
 
     # Else the JSON of an earlier attempt could stand beside the tensors of this one.
     (folder / f"{name}.json").unlink(missing_ok=True)
-    num_bytes, digest = _write_whole(folder / f"{name}.safetensors", file_parts(tensors))
-    meta = {**about, "tensors_bytes": num_bytes, "tensors_sha256": digest}
-    _write_whole(folder / f"{name}.json", [memoryview(json.dumps(meta, indent=1).encode())])
-
-
-def _write_whole(path: Path, parts: Iterable[memoryview]) -> tuple[int, str]:
-    """Write a file out of parts, one in memory at a time; returns its bytes and their SHA-256."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    num_bytes, digest = 0, hashlib.sha256()
+    scratch = _scratch(folder / f"{name}.safetensors")
     try:
         with scratch.open("wb") as file:
-            for part in parts:
-                with part:  # released before the next tensor is copied
-                    file.write(part)
-                    digest.update(part)
-                    num_bytes += part.nbytes
-        # Content before name, and then the folder's entry: after a power cut the name never stands for half a file.
+            write_tensors(file, tensors)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def _complete_part(folder: Path, name: str, about: Mapping[str, Any]) -> None:
+    """Flush and name a part's tensors, and then write its JSON."""
+    file = folder / f"{name}.safetensors"
+    # Read back, mostly out of the system's memory: the digest takes as long as writing, and holds up nobody here.
+    num_bytes, digest = _digest_of(_scratch(file))
+    _settle(file)
+    meta = {**about, "tensors_bytes": num_bytes, "tensors_sha256": digest}
+    described = folder / f"{name}.json"
+    _scratch(described).write_bytes(json.dumps(meta, indent=1).encode())
+    _settle(described)
+
+
+def _scratch(path: Path) -> Path:
+    """Return the name that a file of this process has until it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def _settle(path: Path) -> None:
+    """Flush a file that was written under its scratch name, and give it its own."""
+    # Content before name, and then the folder's entry: after a power cut the name never stands for half a file.
+    scratch = _scratch(path)
+    try:
         _flush(scratch)
         scratch.replace(path)
         _flush(path.parent)
     except BaseException:
         scratch.unlink(missing_ok=True)
         raise
-    return num_bytes, digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

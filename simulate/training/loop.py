@@ -8,6 +8,7 @@ devices in one process and for one process of a launched run: method, communicat
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -33,8 +34,9 @@ from simulate.methods.unequal import Unequal
 from simulate.models.losses import row_losses_of
 from simulate.rules.cadence import MEETING_STEPS, Cadence, evaluation_samples
 from simulate.training.activity import Activity
-from simulate.training.checkpoints import Progress, load_checkpoint, prune, save_checkpoint
+from simulate.training.checkpoints import Progress, begin_checkpoint, load_checkpoint, prune
 from simulate.training.diagnostics import Diagnostics
+from simulate.training.saving import Saving
 from simulate.training.simulated_clock import SimulatedClock
 from simulate.training.together import Group, StateReplacedError, together
 
@@ -79,6 +81,8 @@ class Session:
     """Whether devices are simulated here, in one process or in several that act as one would."""
     saved_at: int = 0
     """Steps done at the last checkpoint."""
+    saving: Saving | None = None
+    """The last checkpoint, while it is being written beside training."""
     pending_steps: list[tuple[Tensor, Event]] = field(default_factory=list)
     """Local devices' losses and the figures of steps since the last meeting."""
     pending_diagnostics: list[Event] = field(default_factory=list)
@@ -153,6 +157,18 @@ def train(session: Session) -> bool:
 
     Raises RunFailedError for losses that are not finite.
     """
+    try:
+        is_finished = _train(session)
+        _finish_saving(session)
+    except BaseException:
+        # A checkpoint that is under way counts, however training ended; its own failure is not the reason for that.
+        with contextlib.suppress(Exception):
+            _finish_saving(session)
+        raise
+    return is_finished
+
+
+def _train(session: Session) -> bool:
     steps, log_every = session.run.train.steps, session.run.train.log_every
     activity = session.activity
     activity.step = session.step
@@ -173,6 +189,8 @@ def _step(session: Session, step: int, log_every: int, takes_step: bool) -> bool
     Without `takes_step` the others have taken it, and wait to merge.
     """
     activity = session.activity
+    if session.saving is not None and session.saving.is_done():
+        _finish_saving(session)
     activity.begin("training")
     losses_L = _local_step(session, step) if takes_step else torch.full((session.method.local_devices,), math.nan)
     if session.method.merge_due(step):
@@ -410,12 +428,32 @@ def progress_of(session: Session) -> Progress:
 
 
 def save(session: Session) -> None:
-    """Save a checkpoint of the step that was just done, and emit an event."""
+    """Begin a checkpoint of the step that was just done; training goes on while it is written."""
+    began_s = time.monotonic()
+    _finish_saving(session)
     progress, state = progress_of(session), session.method.state.sharded()
     if session.diagnostics is not None:
         state.shared.update(session.diagnostics.state_dict())
     fingerprint = session.batches.fingerprint
-    path = save_checkpoint(session.checkpoints, session.run, fingerprint, progress, state, session.writes_shared)
+    begun = begin_checkpoint(session.checkpoints, session.run, fingerprint, progress, state, session.writes_shared)
+    session.saved_at = session.step
+    simulated_s, path = session.clock.now_s, str(begun.path)
+    event = {"kind": "checkpoint", "step": session.step, "path": path, "simulated_s": simulated_s}
+    session.saving = Saving(begun, event, began_s)
+    # Processes of a simulation may not exchange at different steps, and learn of the others' parts by an exchange.
+    # Those of a run that goes on without lost ones may recover at any moment, and remove checkpoints then.
+    if session.group is not None or (session.is_simulation and not session.communicator.is_whole):
+        _finish_saving(session)
+
+
+def _finish_saving(session: Session) -> None:
+    """Wait until the checkpoint under way is on the disk, remove older ones, and emit its event. Raises OSError."""
+    saving, session.saving = session.saving, None
+    if saving is None:
+        return
+    if not saving.is_done():
+        session.activity.begin("saving")
+    session.activity.keep("saving", saving.wait())
     if session.is_simulation:
         # Nobody removes older ones, or says that this one is there, before all processes have written their parts.
         session.communicator.all_gather_scalars(torch.zeros(session.method.local_devices, 1))
@@ -423,16 +461,7 @@ def save(session: Session) -> None:
         devices = session.folder_devices or session.communicator.local_devices
         present = session.communicator.present
         prune(session.checkpoints, [device for device in devices if device in present], devices)
-    session.saved_at = session.step
-    session.emit(
-        {
-            "kind": "checkpoint",
-            "step": session.step,
-            "path": str(path),
-            "simulated_s": session.clock.now_s,
-            "wall_s": session.elapsed_s(),
-        }
-    )
+    session.emit({**saving.event, "wall_s": session.elapsed_s(), "paused_s": saving.paused_s})
 
 
 def restore(session: Session, path: Path) -> None:

@@ -41,7 +41,7 @@ class SimulatedClock:
         self._link = link_of(link, run.cluster.backend)
         self._cadence, self._eval_and_save = (
             Cadence.of(run),
-            eval_and_save_time(run, run.shape(), distinct(devices)),
+            eval_and_save_time(run, run.shape(), distinct(devices), self._time.compute_s),
         )
         self.compute_s = 0.0
         self.exchange_s = 0.0
@@ -72,9 +72,9 @@ class SimulatedClock:
             self.pause_s += self._eval_and_save.evaluation_s
 
     def charge_checkpoint(self, step: int) -> None:
-        """Charge the checkpoint after a step, if a launched run saves one there."""
+        """Charge what training waits for the checkpoint after a step, if a launched run saves one there."""
         if self._cadence.saves(step):
-            self.pause_s += self._eval_and_save.save_s or 0.0
+            self.pause_s += self._eval_and_save.save_pause_s(step)
 
     def charge_transfer(self, transfer: Transfer, background: bool) -> None:
         """Charge one message; a communicator calls it for each, as its listener."""

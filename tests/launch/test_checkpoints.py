@@ -25,7 +25,8 @@ SAVER = """
 import sys
 from pathlib import Path
 import torch
-from simulate.training.checkpoints import Progress, State, prune, save_checkpoint
+from simulate.training.checkpoints import Progress, State, begin_checkpoint, prune
+from simulate.training.saving import Saving
 from simulate.config.run import load_run
 import os
 folder, run = Path(sys.argv[1]), load_run(Path(sys.argv[2]))
@@ -41,7 +42,11 @@ while child == 0:
     step += 1
     own = {device: {"a": torch.full((20_000,), float(step))} for device in range(4)}
     state = State({"w": torch.full((50_000,), float(step))}, own)
-    save_checkpoint(folder, run, "data", Progress(step, 0.0, 0.0, 0, 0, 0, 0.0, None), state)
+    begun = begin_checkpoint(folder, run, "data", Progress(step, 0.0, 0.0, 0, 0, 0, 0.0, None), state)
+    saving = Saving(begun, {}, 0.0)
+    for tensor in (state.shared["w"], *(d["a"] for d in own.values())):
+        tensor.zero_()  # as training does meanwhile
+    saving.wait()
     prune(folder, range(4))
 """
 

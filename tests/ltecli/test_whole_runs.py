@@ -62,7 +62,7 @@ def test_a_whole_run_is_its_rounds_evaluations_and_checkpoints() -> None:
     plan = plan_request(PlanArgs(profile="gtx1080ti_x8", model="gpt2"))
     assert plan.chosen is not None
     figures = candidate_json(plan.chosen)
-    pauses_s = figures["evaluations"] * figures["evaluation_s"] + figures["checkpoints"] * figures["checkpoint_s"]
+    pauses_s = figures["evaluations"] * figures["evaluation_s"] + figures["checkpoint_waits_s"]
     assert figures["wall_s"] == pytest.approx(figures["training_s"] + pauses_s)
     rounds_s = figures["round_s"] * figures["steps"] / figures["merge_every"]
     assert figures["training_s"] == pytest.approx(rounds_s, rel=1e-3)

@@ -39,7 +39,9 @@ def test_events_tell_the_run_in_order(trained: Path) -> None:
     assert all(event["version"] == 1 for event in lines)
     assert [event["kind"] for event in lines[:2]] == ["start", "memory"]
     assert lines[-1]["kind"] == "end"
-    assert [event["step"] for event in lines] == sorted(event["step"] for event in lines)
+    # A checkpoint is reported once it is on the disk, when training may be steps ahead.
+    steps = [event["step"] for event in lines if event["kind"] != "checkpoint"]
+    assert steps == sorted(steps)
     assert [event["step"] for event in events_of(trained, "step")] == list(range(1, 9))
     assert [event["step"] for event in events_of(trained, "evaluate")] == [6, 8]
     assert [event["step"] for event in events_of(trained, "checkpoint")] == [3, 6, 8]
@@ -186,11 +188,13 @@ def fail_after(calls: int, real: Any) -> Any:
     return write
 
 
+@pytest.mark.parametrize(("write", "calls"), [("_begin_part", 3), ("_settle", 5)])
 def test_a_disk_that_fills_up_names_what_is_saved_and_the_run_can_go_on(
-    lte: Lte, here: Path, run_toml: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
+    lte: Lte, here: Path, run_toml: Path, trained: Path, monkeypatch: pytest.MonkeyPatch, write: str, calls: int
 ) -> None:
+    """Also where the disk refuses what the operating system took already, while training goes on."""
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "_write_whole", fail_after(5, checkpoints._write_whole))
+        patch.setattr(checkpoints, write, fail_after(calls, getattr(checkpoints, write)))
         outcome = lte("train", run_toml, "--out", "a", "--quiet")
     assert_one_line(
         outcome, 1, ("No space left on device", "saved: a/checkpoints/step-00000003", "lte train a --resume")
@@ -205,7 +209,7 @@ def test_a_disk_full_before_the_first_checkpoint_says_how_to_start_over(
     lte: Lte, run_toml: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "_write_whole", fail_after(0, checkpoints._write_whole))
+        patch.setattr(checkpoints, "_settle", fail_after(0, checkpoints._settle))
         outcome = lte("train", run_toml, "--out", "a", "--quiet")
     assert_one_line(outcome, 1, ("No space left on device", "no checkpoint was saved yet", "lte train a --resume"))
     assert lte("train", "a", "--resume", "--quiet").code == 0

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from simulate.config.hardware import Device, Points
 from simulate.config.profiles import load_profile
 from simulate.config.run import Run
-from simulate.costs.eval_and_save_time import PARTS, eval_and_save_time, evaluation_s
+from simulate.costs.eval_and_save_time import PARTS, EvalAndSaveTime, eval_and_save_time, evaluation_s
 from simulate.costs.flops import forward_flops, pass_flops
 from simulate.costs.memory import checkpoint_bytes
 from simulate.costs.message_schedule import num_rounds
@@ -77,16 +81,55 @@ def test_packed_weights_are_unpacked_for_every_batch() -> None:
 
 def test_a_checkpoint_takes_its_bytes_and_its_flushes() -> None:
     run = run_of()
-    eval_and_save = eval_and_save_time(run, run.model.shape(), [device()])
+    eval_and_save = eval_and_save_time(run, run.model.shape(), [device()], 1.0)
     assert eval_and_save.save_s == pytest.approx(PARTS * 0.5 + eval_and_save.save_bytes / 1e6)
-    assert eval_and_save.total_s == pytest.approx(
-        Cadence.of(run).num_evaluations * eval_and_save.evaluation_s + Cadence.of(run).num_saves * eval_and_save.save_s
-    )
+
+
+def saving_of(run: Run, step_s: float, **figures: object) -> EvalAndSaveTime:
+    """Return the time with checkpoints of 1 s for the operating system and 9 s for the disk: 1 Mbit/s, no flush."""
+    saving = eval_and_save_time(run, run.model.shape(), [device(disk_flush_s=0.0, **figures)], step_s)
+    return replace(saving, save_s=10.0, copy_s=1.0)
+
+
+def test_what_training_waits_for_checkpoints_worked_out_by_hand() -> None:
+    """Recovery points after 4, 8, ..., 20 of 22 steps, and one at the end, two steps later."""
+    run = run_of(steps=22, checkpoint_every=500)
+    run = run.model_copy(update={"cluster": run.cluster.model_copy(update={"recover_every": 1})})
+    assert Cadence.of(run).apart == 4 and Cadence.of(run).num_saves == 6
+    # Steps of 3 s: 12 s hide the 9 s, but the last two steps only 6 of them. The end waits for all of the last one.
+    slow = saving_of(run, step_s=3.0)
+    assert slow.saving_s == pytest.approx(6 * 1.0 + (9.0 - 6.0) + 9.0)
+    assert [slow.save_pause_s(step) for step in (4, 8, 20, 22)] == [1.0, 1.0, 1.0, 1.0 + 3.0 + 9.0]
+    # Steps of 2 s: each of four checkpoints after the first waits for a second of the one before.
+    fast = saving_of(run, step_s=2.0)
+    assert fast.saving_s == pytest.approx(6 * 1.0 + 4 * (9.0 - 8.0) + (9.0 - 4.0) + 9.0)
+    assert fast.total_s == fast.evaluations * fast.evaluation_s + fast.saving_s
+    # Without a step beside it a checkpoint takes what it takes.
+    assert saving_of(run, step_s=0.0).saving_s == pytest.approx(6 * 10.0)
+
+
+@given(st.integers(1, 120), st.integers(1, 50), st.integers(1, 4), st.floats(0.0, 20.0))
+def test_what_a_plan_counts_is_what_the_clock_charges(steps: int, every: int, recover: int, step_s: float) -> None:
+    run = run_of(steps=steps, checkpoint_every=every)
+    run = run.model_copy(update={"cluster": run.cluster.model_copy(update={"recover_every": recover})})
+    saving = saving_of(run, step_s)
+    charged = [saving.save_pause_s(step) for step in range(1, steps + 1) if saving.cadence.saves(step)]
+    assert saving.saving_s == pytest.approx(sum(charged), rel=1e-12)
+    assert saving.saving_s <= saving.saves * 10.0 * (1 + 1e-12), "never more than without training beside it"
+
+
+def test_the_operating_system_takes_a_tenth_of_the_memory_at_once() -> None:
+    run = run_of()
+    num_bytes = checkpoint_bytes(run, run.model.shape(), 1)
+    for own, host, hidden in ((11, 0, True), (9, 0, False), (9, 11, True), (11, 9, False)):
+        kind = device(memory_bytes=own * num_bytes, reserved_bytes=0, host_memory_bytes=host * num_bytes)
+        planned = eval_and_save_time(run, run.model.shape(), [kind], 1.0)
+        assert planned.copy_s == pytest.approx(num_bytes / 2.6e9 if hidden else planned.save_s)
 
 
 def test_an_unknown_disk_takes_no_time() -> None:
     run = run_of()
-    eval_and_save = eval_and_save_time(run, run.model.shape(), [device(), device(disk_write_bytes_per_s=None)])
+    eval_and_save = eval_and_save_time(run, run.model.shape(), [device(), device(disk_write_bytes_per_s=None)], 1.0)
     assert eval_and_save.save_s is None
     assert eval_and_save.total_s == eval_and_save.evaluations * eval_and_save.evaluation_s
 
@@ -96,7 +139,8 @@ def test_recovery_points_are_as_rare_as_they_have_to_be() -> None:
     shape = run.model.shape()
     for disk in (1e3, 1e5, 1e7, 1e12):
         kind = device(disk_write_bytes_per_s=disk, disk_flush_s=0.0)
-        eval_and_save, time = eval_and_save_time(run, shape, [kind]), round_time(run, shape, [kind] * 4, link)
+        time = round_time(run, shape, [kind] * 4, link)
+        eval_and_save = eval_and_save_time(run, shape, [kind], time.compute_s)
         every = eval_and_save.affordable_recovery(time.round_s / time.steps)
         assert eval_and_save.save_s is not None
         assert eval_and_save.save_s / (every * time.round_s) <= 0.05 or every == num_rounds(run)

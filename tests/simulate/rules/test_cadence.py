@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,6 +49,9 @@ def test_a_cadence_is_a_walk_from_meeting_to_meeting(cadence: Cadence) -> None:
     assert [step for step in steps if cadence.evaluates(step)] == evaluated
     assert [step for step in steps if cadence.saves(step)] == saved
     assert (cadence.num_evaluations, cadence.num_saves) == (len(evaluated), len(saved))
+    assert [cadence.save_before(step) for step in saved] == [0, *saved[:-1]]
+    gaps = {steps: times for steps, times in cadence.save_gaps.items() if times}
+    assert gaps == Counter(after - before for before, after in pairwise(saved))
 
 
 def test_merges_are_meetings() -> None:
