@@ -64,10 +64,10 @@ class EvalAndSaveTime:
 def eval_and_save_time(run: Run, shape: ModelShape, kinds: Sequence[Device]) -> EvalAndSaveTime:
     """Return the time of evaluations and checkpoints of a run on these kinds of devices."""
     save_bytes, evaluating_s, saving_s, known = checkpoint_bytes(run, shape, 1), 0.0, 0.0, True
+    samples = evaluation_samples(run)
     for device in kinds:
-        evaluating_s = max(
-            evaluating_s, *(evaluation_s(one, shape, device, evaluation_samples(run)) for one in run.classes)
-        )
+        for one in run.classes:
+            evaluating_s = max(evaluating_s, evaluation_s(one, shape, device, samples))
         seconds = save_s(save_bytes, device)
         saving_s, known = max(saving_s, seconds or 0.0), known and seconds is not None
     return EvalAndSaveTime(Cadence.of(run), evaluating_s, save_bytes, saving_s if known else None)
