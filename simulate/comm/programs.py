@@ -34,7 +34,7 @@ class Meeting:
         self.programs = programs
         self._turn = threading.Condition(threading.Lock())
         self._left: dict[int, Any] = {}
-        """What each program has left for the exchange under way."""
+        """Tensors that each program has left for the exchange under way."""
         self._results: list[Any] = []
         self._exchanges = 0
         """Exchanges that are complete."""

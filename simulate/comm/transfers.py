@@ -100,12 +100,12 @@ class Exchange:
     @cached_property
     def sent_bytes(self) -> int:
         """Bytes that all devices together send."""
-        return sum(transfer.sent_bytes for transfer in self.transfers)
+        return sum([transfer.sent_bytes for transfer in self.transfers])
 
     @cached_property
     def received_bytes(self) -> int:
         """Bytes that all devices together receive."""
-        return sum(transfer.received_bytes for transfer in self.transfers)
+        return sum([transfer.received_bytes for transfer in self.transfers])
 
 
 def bucket(sizes_bytes: Sequence[int], cap_bytes: int = MESSAGE_BYTES) -> list[range]:
@@ -124,7 +124,7 @@ def bucket(sizes_bytes: Sequence[int], cap_bytes: int = MESSAGE_BYTES) -> list[r
 
 def bucket_bytes(sizes_bytes: Sequence[int]) -> list[int]:
     """Return the bytes of each message that items are packed into."""
-    return [sum(sizes_bytes[i] for i in group) for group in bucket(sizes_bytes)]
+    return [sum(sizes_bytes[group.start : group.stop]) for group in bucket(sizes_bytes)]
 
 
 def wire_bytes(elements: int, wire: str, element_bytes: int) -> int:
@@ -173,7 +173,7 @@ def averages(tensors: Iterable[int], devices: int, wire: str, element_bytes: int
     # Methods average bucket by bucket, so bytes are planned in the same buckets.
     counts = list(tensors)
     groups = bucket([count * element_bytes for count in counts])
-    sums = (sum(counts[i] for i in group) for group in groups)
+    sums = [sum(counts[group.start : group.stop]) for group in groups]
     return tuple(t for elements in sums for t in mean_transfers(elements, devices, wire, element_bytes))
 
 

@@ -134,7 +134,7 @@ class Device(toml_io.Schema):
     count: int = Field(default=1, ge=1)
     kind: str
     name: str | None = None
-    """What its owners call it, for plans that say which node it is; not set: its place or its kind."""
+    """Its owners' name for it, for plans that say which node it is; not set: its place or its kind."""
     link: NamedLine | None = None
     """Its own line, like "50/10 DSL" or in figures; not set: [link]'s figures."""
     place: str | None = None
@@ -250,7 +250,8 @@ class Link(toml_io.Schema):
     @property
     def lines(self) -> tuple[DeviceLine, ...]:
         """The line of each of the profile's devices, in their order; empty where all have this link's figures."""
-        return self._lines
+        private = self.__pydantic_private__  # plans ask often, and self._lines would take three calls more
+        return private["_lines"] if private else ()
 
     def with_lines(self, lines: tuple[DeviceLine, ...]) -> Link:
         """Return the link with a line for each device."""

@@ -130,7 +130,7 @@ class Place(toml_io.Schema):
     name: str = Field(min_length=1)
     """Name by which `[[device]] place` calls it."""
     link: NamedLine
-    """What leaves the place and what enters it; messages between its devices do not cross it."""
+    """Line that messages into and out of the place cross; those between its devices do not."""
 
 
 @dataclass(frozen=True)

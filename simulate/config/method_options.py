@@ -64,12 +64,14 @@ class MethodOptions(toml_io.Schema):
     @property
     def fleet(self) -> tuple[FleetClass, ...]:
         """All classes of devices, in global order, where these options are of one; none where devices are equal."""
-        return self._fleet
+        private = self.__pydantic_private__  # plans ask often, and self._fleet would take three calls more
+        return private["_fleet"] if private else ()
 
     @property
     def class_index(self) -> int:
         """The class of devices that these options are of."""
-        return self._class_index
+        private = self.__pydantic_private__
+        return private["_class_index"] if private else 0
 
     @property
     def first_device(self) -> int:
@@ -357,7 +359,8 @@ class AdapterOptions(MethodOptions):
     @property
     def uneven_heads(self) -> bool:
         """Whether devices hold unequal numbers of pairs, or pairs of unequal rank."""
-        return len({(one.heads_per_device, one.rank) for one in self.fleet}) > 1
+        fleet = self.fleet
+        return len(fleet) > 1 and len({(one.heads_per_device, one.rank) for one in fleet}) > 1
 
     def teams(self, parties: int) -> tuple[FleetClass, ...]:
         """Return the teams of consecutive parties (devices, or nodes that train as one) that hold equal pairs."""
@@ -367,6 +370,8 @@ class AdapterOptions(MethodOptions):
 
     def total_rank(self, parties: int) -> int:
         """Return the sum of the ranks of all parties' pairs of a layer."""
+        if not self.uneven_heads:
+            return parties * self.held_rank(parties)
         return sum(len(one.devices) * one.held_rank for one in self.teams(parties))
 
     def most_held_rank(self, parties: int) -> int:

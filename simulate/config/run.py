@@ -138,7 +138,8 @@ class Run(toml_io.Schema):
     @property
     def classes(self) -> list[Run]:
         """The run as each of its classes has it, in order; where there are none, the run itself."""
-        return [self.of_class(index) for index in range(len(self.cluster.classes) or 1)]
+        classes = self.cluster.classes
+        return [_of_class(self, index) for index in range(len(classes))] if classes else [self]
 
     @property
     def live_keys(self) -> dict[str, str]:
@@ -162,10 +163,11 @@ class Run(toml_io.Schema):
     @property
     def samples_per_step(self) -> int:
         """Samples that all devices together train on in one optimizer step."""
-        if fleet := self.of_class(0).method.fleet:
+        method = self.of_class(0).method if self.cluster.classes else self.method
+        if fleet := method.fleet:
             return sum(len(one.devices) * one.samples for one in fleet)
         train = self.train  # not by device_batch: a plan asks for thousands of candidates
-        return self.method.participants(self.cluster.devices) * train.micro_batch * train.accumulate
+        return method.participants(self.cluster.devices) * train.micro_batch * train.accumulate
 
     @property
     def device_samples(self) -> tuple[int, ...]:

@@ -100,11 +100,10 @@ def eval_and_save_time(run: Run, shape: ModelShape, kinds: Sequence[Device], ste
     `step_s`: seconds of one step's compute, beside which checkpoints are written.
     """
     save_bytes, evaluating_s, saving_s, known = checkpoint_bytes(run, shape, 1), 0.0, 0.0, True
-    copying_s = 0.0
+    copying_s, samples = 0.0, evaluation_samples(run)
     for device in kinds:
-        evaluating_s = max(
-            evaluating_s, *(evaluation_s(one, shape, device, evaluation_samples(run)) for one in run.classes)
-        )
+        for one in run.classes:
+            evaluating_s = max(evaluating_s, evaluation_s(one, shape, device, samples))
         seconds = save_s(save_bytes, device)
         saving_s, known = max(saving_s, seconds or 0.0), known and seconds is not None
         # Processes that go on without lost ones wait for the disk (simulate.training.loop).

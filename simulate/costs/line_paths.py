@@ -21,7 +21,7 @@ from simulate.config.lines import DeviceLine, repeated
 
 @dataclass(frozen=True)
 class Path:
-    """What one device's message crosses."""
+    """The line, or lines one after the other, that a device's message crosses."""
 
     up_bytes_per_s: float
     down_bytes_per_s: float

@@ -89,19 +89,19 @@ def samples_factor(
     """Return the assumed samples to equal loss over those of dense small-batch training, or an end of their range."""
     model = efficiency or shipped()
 
-    def figure(of: Figure) -> float:
-        return getattr(of, end)
-
     plan = plan_of(run.method)
     # The product in this module's docstring: batch and method, merges, rank.
-    factor = batch_factor(run.tokens_per_step, tokens, model, end) * figure(model.methods[plan.samples_like])
-    factor *= max(1.0, run.method.round_steps / model.merge_every) ** figure(model.merge_exponent)
+    factor = batch_factor(run.tokens_per_step, tokens, model, end)
+    factor *= getattr(model.methods[plan.samples_like], end)
+    factor *= max(1.0, run.method.round_steps / model.merge_every) ** getattr(model.merge_exponent, end)
     # Of classes, the one whose heads see least.
-    shortfall = max(
-        plan_of(one.method).rank_shortfall(shape.largest_dimension, run.cluster.devices, model.lte_rank_share)
-        for one in run.classes
-    )
-    return factor * shortfall ** figure(model.rank_exponent)
+    plans = [plan_of(one.method) for one in run.classes] if run.cluster.classes else [plan]
+    shortfall = 0.0
+    for of_class in plans:
+        devices, share = run.cluster.devices, model.lte_rank_share
+        shortfall = max(shortfall, of_class.rank_shortfall(shape.largest_dimension, devices, share))
+    rank_exponent: float = getattr(model.rank_exponent, end)
+    return factor * shortfall**rank_exponent
 
 
 def batch_factor(

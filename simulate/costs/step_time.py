@@ -66,16 +66,17 @@ def round_time(run: Run, shape: ModelShape, devices: Sequence[Device], link: Lin
     than that.
     """
     # Devices of one kind and class take equal time, so each is computed once.
-    kinds = [(one, _rates(one, device)) for one, device in device_kinds(run, devices)]
-    if run.method.is_paced or run.cluster.has_quorum:
+    step_s, merge_s, steps = 0.0, 0.0, run.method.round_steps
+    device_steps, is_uneven = float(steps * len(devices)), run.method.is_paced or run.cluster.has_quorum
+    for one, device in device_kinds(run, devices):
+        rates = _rates(one, device)
+        step_s = step_s if is_uneven else max(step_s, compute_s(one, shape, rates))
+        merge_s = max(merge_s, merge_compute_s(one, shape, rates))
+    if is_uneven:
         steps_s, device_steps = round_compute_s(run.method, device_step_s(run, shape, devices), run.cluster)
-        step_s = steps_s / run.method.round_steps
-    else:
-        step_s = max(compute_s(one, shape, rates) for one, rates in kinds)
-        device_steps = float(run.method.round_steps * len(devices))
-    merge_s = max(merge_compute_s(one, shape, rates) for one, rates in kinds)
+        step_s = steps_s / steps
     return RoundTime(
-        steps=run.method.round_steps,
+        steps=steps,
         compute_s=step_s,
         merge_s=merge_s,
         exchange_s=round_exchange_s(run, schedule(run, shape), link, step_s, merge_s),
@@ -88,11 +89,11 @@ def round_exchange_s(run: Run, parts: Sequence[PeriodicExchange], link: Link, st
     link = link_of(link, run.cluster.backend)
     # A delayed message also overlaps the arithmetic of the merge at which it is sent.
     own_s = merge_s / run.method.merges_per_round
-    total_s = sum(
-        times * max(0.0, exchange_s(part.exchange, link) - (steps * step_s + own_s if steps else 0.0))
-        for part in parts
-        for times, steps in part.hidden(run.train.steps)
-    )
+    total_s = 0.0
+    for part in parts:
+        alone_s = exchange_s(part.exchange, link)
+        for times, steps in part.hidden(run.train.steps):
+            total_s += times * max(0.0, alone_s - (steps * step_s + own_s if steps else 0.0))
     return total_s / num_rounds(run)
 
 
@@ -139,7 +140,8 @@ def idle_share(run: Run, shape: ModelShape, devices: Sequence[Device]) -> float:
 def device_kinds(run: Run, devices: Sequence[Device]) -> list[tuple[Run, Device]]:
     """Return each kind of device once, in order, with the run as its class has it."""
     if not run.cluster.classes:  # thousands of candidates have none
-        return [(run, device) for device in distinct(devices)]
+        first = devices[0]
+        return [(run, first)] if devices.count(first) == len(devices) else [(run, one) for one in distinct(devices)]
     return [(one, device) for one, held in by_class(run, devices) for device in distinct(held)]
 
 
@@ -277,4 +279,4 @@ def merge_compute_s(run: Run, shape: ModelShape, rates: _Rates) -> float:
 @lru_cache(maxsize=4096)
 def exchange_s(exchange: Exchange, link: Link) -> float:
     """Return the seconds of messages that are sent one after the other."""
-    return sum(transfer_s(transfer, link) for transfer in exchange.transfers)
+    return sum([transfer_s(transfer, link) for transfer in exchange.transfers])

@@ -241,7 +241,7 @@ class Method(ABC):
 
     @property
     def own_weight(self) -> float:
-        """What each local device counts in a mean over samples, in units of an equal share of the devices."""
+        """Weight of each local device in a mean over samples, in units of an equal share of the devices."""
         run = self.run
         return run.train.device_batch * run.cluster.devices / run.samples_per_step if run.method.device_samples else 1.0
 

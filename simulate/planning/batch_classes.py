@@ -63,7 +63,7 @@ class _Mix:
 
     batches: tuple[Batch, ...]
     samples: int
-    """Of a step over all devices."""
+    """Samples of a step over all devices."""
     step_s: float
     idle_share: float
 

@@ -121,11 +121,11 @@ def _evaluate(run: Run, context: PlanContext) -> Candidate | Rejected:
     shape, devices, choice = context.shape, context.devices, context.choice
     kinds = distinct(devices)
     peaks = [
-        (device, one, (profile := peak_profile(one, shape, device)), profile.peak())
+        (device, one, (profile := peak_profile(one, shape, device)), (memory := profile.peak()), memory.total)
         for one, device in device_kinds(run, devices)
     ]
     # All devices must fit, so the fullest one decides.
-    device, fullest, profile, memory = min(peaks, key=lambda peak: peak[0].usable_bytes - peak[3].total)
+    device, fullest, profile, memory, memory_bytes = min(peaks, key=lambda peak: peak[0].usable_bytes - peak[4])
     host_parts = host_memory_by_part(fullest, shape, device)
     time, rounds = round_time(run, shape, devices, context.profile.link), num_rounds(run)
     eval_and_save = eval_and_save_time(run, shape, kinds, time.compute_s)
@@ -148,9 +148,9 @@ def _evaluate(run: Run, context: PlanContext) -> Candidate | Rejected:
         samples_factor=samples_factor(run, shape, context.tokens, choice.efficiency),
     )
     # Memory first: time does not matter for a run that cannot start.
-    short_bytes = max(0, memory.total - device.usable_bytes)
+    short_bytes = max(0, memory_bytes - device.usable_bytes)
     # On one shared memory the host gets the bytes that the device leaves.
-    host_room_bytes = device.host_memory_bytes or max(0, device.usable_bytes - memory.total)
+    host_room_bytes = device.host_memory_bytes or max(0, device.usable_bytes - memory_bytes)
     host_short_bytes = max(0, sum(host_parts.values()) - host_room_bytes)
     if short_bytes or host_short_bytes:
         reasons = [_memory_reason(memory, device)] if short_bytes else []

@@ -132,6 +132,8 @@ EVALUATION_BATCH = 16
 
 def evaluation_samples(run: Run) -> int:
     """Return the samples of one forward pass of a run's evaluations: equally many in all processes."""
+    if not run.cluster.classes:  # thousands of candidates have none
+        return evaluation_batch(run.train.micro_batch, run.train.autocast != "none")
     return min(evaluation_batch(one.train.micro_batch, one.train.autocast != "none") for one in run.classes)
 
 

@@ -97,8 +97,9 @@ class LtePlan(AdapterPlan[LteOptions]):
             options.merge_transport, options.wire, options.fragments, options.norms, options.biases, options.frozen_a,
             element_bytes,
         )  # fmt: skip
-        between = [Exchange(copied_in_nodes(exchange.transfers, size)) for exchange in exchanges]
-        return (*parts, *staggered(between, options.merge_every, options.merge_delay))
+        if size > 1:
+            exchanges = [Exchange(copied_in_nodes(exchange.transfers, size)) for exchange in exchanges]
+        return (*parts, *staggered(exchanges, options.merge_every, options.merge_delay))
 
     def _gradient_sizes(self, shape: ModelShape, devices: int, element_bytes: int) -> list[int]:
         """Return the bytes of the gradients of all trained parameters, in the order in which the network holds them."""
@@ -279,12 +280,11 @@ class LtePlan(AdapterPlan[LteOptions]):
         sent = sum(factors) * element_bytes
         packed = self._packed_bytes(context, members, held_rank) if compressed else sent
         if self._is_served:  # the factors packed to push, or the weights that come back
-            pulled = sum(quantized_bytes(x.weights, x.in_features, options.quantize, element_bytes) for x in members)
+            pulled = sum([quantized_bytes(x.weights, x.in_features, options.quantize, element_bytes) for x in members])
             return (packed if compressed else 0) + messages * max(packed, pulled)
-        everyones = (
-            messages * sum(x.factors(options.total_rank(devices), options.frozen_a) for x in members) * element_bytes
-        )
-        packing = max(packing_bytes(x.weights, x.in_features, options.quantize, element_bytes) for x in members)
+        total_rank = options.total_rank(devices)
+        everyones = messages * sum([x.factors(total_rank, options.frozen_a) for x in members]) * element_bytes
+        packing = max([packing_bytes(x.weights, x.in_features, options.quantize, element_bytes) for x in members])
         copied = everyones if options.devices_per_node > 1 else 0  # one message to the other devices of a node
         added = everyones + max(*self._adding_bytes(context, members), packing, copied)
         if not compressed:
@@ -298,18 +298,18 @@ class LtePlan(AdapterPlan[LteOptions]):
     def _packed_bytes(self, context: ExchangeContext, members: Sequence[LinearShape], held_rank: int) -> int:
         """Return the bytes of one device's compressed factors."""
         sides = [x.in_features for x in members if not self.options.frozen_a] + [x.out_features for x in members]
-        return sum(wire_bytes(held_rank * side, self.options.wire, context.element_bytes) for side in sides)
+        return sum([wire_bytes(held_rank * side, self.options.wire, context.element_bytes) for side in sides])
 
     def _adding_bytes(self, context: ExchangeContext, members: Sequence[LinearShape]) -> Iterator[int]:
         """Yield the bytes at the peaks of adding up a message's layers, one team of devices after the other."""
         options, devices, element_bytes = self.options, context.devices, context.element_bytes
-        base = max(self._base_bytes(context, x.weights) for x in members)
+        base = max([self._base_bytes(context, x.weights) for x in members])
         picking = {x.name: self._node_picks_columns(x, devices) for x in members}
         for index, team in enumerate(options.teams(devices)):
             held_rank, count = team.held_rank, len(team.devices)
             # B laid out for the product with a dense A, or one head's B times the share of the merge.
             ranks = {x.name: team.rank if picking[x.name] else count * held_rank for x in members}
-            stacked = max(x.out_features * ranks[x.name] for x in members) * element_bytes
+            stacked = max([x.out_features * ranks[x.name] for x in members]) * element_bytes
             if self._is_weighted(context):  # B times the heads' weights is another B
                 stacked += count * max(x.out_features for x in members) * held_rank * element_bytes
             drawing = drawn = 0
@@ -416,10 +416,10 @@ def factor_transfers(
         members = [by_factors[i] for i in group]
         sides = [x.in_features for x in members if not frozen_a] + [x.out_features for x in members]
         parts = [
-            (count, sum(wire_bytes(rank * side, wire, element_bytes) for side in sides)) for count, rank in held_ranks
+            (count, sum([wire_bytes(rank * side, wire, element_bytes) for side in sides])) for count, rank in held_ranks
         ]
         if transport == "server":
-            pulled = sum(quantized_bytes(x.weights, x.in_features, quantize, element_bytes) for x in members)
+            pulled = sum([quantized_bytes(x.weights, x.in_features, quantize, element_bytes) for x in members])
             transfers += [Transfer.of_parts("push", parts), Transfer("pull", pulled, devices)]
         else:
             transfers.append(Transfer.of_parts("all_gather", parts))
