@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from simulate.comm import pairwise, process_group
+from simulate.comm import channel, pairwise, process_group
 from tests.fakegpu.device import NAME
 
 
@@ -127,6 +127,6 @@ class Distributed:
 def as_torch_distributed(rank: int, world_size: int, patch: pytest.MonkeyPatch) -> Distributed:
     """Put a stand-in where the communicator looks for torch.distributed; returns it."""
     distributed = Distributed(rank, world_size)
-    for module in (pairwise, process_group):
+    for module in (channel, pairwise, process_group):
         patch.setattr(module, "dist", distributed)
     return distributed
