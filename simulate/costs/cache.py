@@ -33,11 +33,11 @@ def by_method(
 
     @wraps(figure)
     def cached_figure(run: Run, shape: ModelShape, *others: P.args, **named: P.kwargs) -> T:
-        train = run.train
+        train, cluster = run.train, run.cluster
         key = (
-            id(run.method), shape, run.cluster.devices, run.cluster.classes, run.cluster.has_quorum, train.dtype,
-            train.autocast, train.optimizer, train.optimizer_state, train.diagnostics_every is None, others,
-            *named.items(),
+            id(run.method), shape, cluster.devices, cluster.classes, cluster.quorum, cluster.deadline_s,
+            cluster.merges_given, train.dtype, train.autocast, train.optimizer, train.optimizer_state,
+            train.diagnostics_every is None, others, *named.items(),
         )  # fmt: skip
         try:
             return cached[key][0]
