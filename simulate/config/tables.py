@@ -6,6 +6,7 @@ These are the keys that mean the same for every model and method. simulate.confi
 
 from __future__ import annotations
 
+from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -292,7 +293,7 @@ class Cluster(toml_io.Schema):
     """Steps that each device brings to each merge, in place of quorum and deadline, repeated from the start:
     [[10, 10, 3], [10, 10, 0]]; 0: it is late, -1: it is lost. A run's merge events have them."""
 
-    @property
+    @cached_property
     def has_quorum(self) -> bool:
         """Whether merges go on without devices that are late or lost."""
         below_all = self.quorum is not None and self.quorum < self.devices

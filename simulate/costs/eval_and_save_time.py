@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from simulate.config.hardware import Device, Dtype
 from simulate.config.run import Run
@@ -64,7 +64,7 @@ class EvalAndSaveTime:
         """Seconds for which training stands still, for all evaluations and checkpoints."""
         return self.cadence.num_evaluations * self.evaluation_s + self.saving_s
 
-    @property
+    @cached_property
     def hidden_s(self) -> float:
         """Seconds of a checkpoint that pass beside training where it goes on for long enough."""
         return (self.save_s or 0.0) - self.copy_s
@@ -73,7 +73,9 @@ class EvalAndSaveTime:
     def saving_s(self) -> float:
         """Seconds for which training stands still, for all checkpoints."""
         cadence, rest_s = self.cadence, self.hidden_s
-        waits_s = sum(times * self._rest_after(steps) for steps, times in cadence.save_gaps.items()) if rest_s else 0.0
+        waits_s = 0.0
+        for steps, times in cadence.save_gaps.items() if rest_s else ():  # thousands of candidates ask
+            waits_s += times * max(0.0, rest_s - steps * self.step_s)
         return cadence.num_saves * self.copy_s + waits_s + rest_s  # the last one has no steps beside it
 
     def save_pause_s(self, step: int) -> float:

@@ -7,7 +7,6 @@ step. The training loop asks step by step; plans and the simulated clock count w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -86,7 +85,7 @@ class Cadence:
             if self.num_saves > 1:
                 gaps[self.steps - self.save_before(self.steps)] += 1
             return dict(gaps)
-        for start, end in self._asked_spans():
+        for start, end in self._asked_spans:
             first = max(start, self.late)
             points = max(0, -(-(end - first) // self.recover_steps) - 1)
             # The start of the run saves nothing, so no distance begins there.
@@ -95,11 +94,12 @@ class Cadence:
                 gaps[end - first - points * self.recover_steps] += 1
         return dict(gaps)
 
-    def _asked_spans(self) -> Iterator[tuple[int, int]]:
-        """Yield the steps from each checkpoint that the run asks for, or its start, to the next, or its end."""
+    @cached_property
+    def _asked_spans(self) -> list[tuple[int, int]]:
+        """The steps from each checkpoint that the run asks for, or its start, to the next, or its end."""
         multiples = range(0, self.steps, self.checkpoint_every)
         asked = sorted({meeting for step in multiples if (meeting := self._meeting_of(step)) < self.steps})
-        yield from zip(asked, [*asked[1:], self.steps], strict=True)
+        return list(zip(asked, [*asked[1:], self.steps], strict=True))
 
     @cached_property
     def num_evaluations(self) -> int:
@@ -116,8 +116,10 @@ class Cadence:
             return max(0, (self.steps - 1 - self.late) // self.apart) + 1
         # Between two checkpoints that were asked for, recovery points follow the first of them at equal distances. Each
         # span counts its end: the start of the run saves nothing, and its end does.
-        spans = self._asked_spans()
-        return sum(max(1, -(-(end - max(start, self.late)) // self.recover_steps)) for start, end in spans)
+        saves = 0
+        for start, end in self._asked_spans:  # thousands of candidates ask
+            saves += max(1, -(-(end - max(start, self.late)) // self.recover_steps))
+        return saves
 
 
 @lru_cache(maxsize=256)

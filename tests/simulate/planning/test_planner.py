@@ -108,4 +108,5 @@ def test_a_plan_of_thousands_takes_about_two_hundred_calls_a_candidate() -> None
     # Once for each method, and for those that are only shown beside.
     assert calls["simulate.costs.memory", "_lasting"] <= 1.5 * len(methods)
     assert calls["simulate.costs.activations", "step_phases"] <= len(results) / 4
-    assert calls.total() <= 215 * evaluated
+    # Classes of devices, a quorum and checkpoints beside training each ask a question or two of every candidate.
+    assert calls.total() <= 220 * evaluated
