@@ -94,12 +94,10 @@ class LayerMerger:
         """Take the devices' shares of 1, (N,), for the merge that follows; None: all weigh alike."""
         self._weights_H = None
         if weights_N is not None:
-            devices = range(self.communicator.num_devices)
-            heads_N = [len(self.options.heads_of(range(device, device + 1))) for device in devices]
+            devices, heads_of = range(self.communicator.num_devices), self.options.heads_of
+            owners = [device for device in devices for _ in heads_of(range(device, device + 1))]
             # In units of an equal share, since the merge is a mean.
-            self._weights_H = (weights_N * len(devices)).repeat_interleave(
-                torch.tensor(heads_N, device=weights_N.device)
-            )
+            self._weights_H = (weights_N * len(devices))[owners]
 
     def _weights_of(self, heads: Sequence[int]) -> Tensor | None:
         """Return the weights of some heads, in order; None: all count alike."""
