@@ -1,4 +1,4 @@
-"""Who left a launched run and who joined it again, in words, from its events: for `lte report` and `lte watch`."""
+"""Say who left a launched run and who joined it again, from its events: for `lte report` and `lte watch`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who takes part in a run that goes on without lost processes: epochs and ballots over the run's key-value store.
+"""Agree who takes part in a run that goes on without lost processes: epochs and ballots over its key-value store.
 
 A member is a process with a number, which keeps its devices; its agent counts its starts (incarnations). An epoch is a
 set of members with one process group. Its members meet in ballots: a ballot is won once all have voted, and lost once

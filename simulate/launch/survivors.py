@@ -45,7 +45,7 @@ class SurvivingGroup:
         self._confirmed = 0
         """Exchanges that all have confirmed."""
         self._waiting: dict[int, bool] = {}
-        """Who waits to join, and whether it is late."""
+        """Members that wait to join, and whether each is late."""
         self._has_begun = False
         """Whether this process has trained."""
 

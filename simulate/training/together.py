@@ -1,4 +1,4 @@
-"""What devices do together in a run that goes on without lost ones: all of them have done it, or none.
+"""Acts of all devices in a run that goes on without lost ones: all of them have done one, or none.
 
 Whoever is lost in the middle of an exchange leaves some processes with its result and others without. So each part of
 the loop that exchanges is an act: everybody arrives, exchanges, and applies nothing for good before all have voted that

@@ -216,6 +216,6 @@ def test_moments_of_vectors_are_treated_as_those_of_matrices(merge_optimizer: st
     engine = engine_of(run)
     tiny.train(engine, 0, 2)
     vector = engine.vectors["norm.bias"]
-    moment = engine.stepper.state[vector.b].get("exp_avg_sq", torch.zeros(2, 16))
+    moment = engine.stepper.state.get(vector.b, {}).get("exp_avg_sq", torch.zeros(2, 16))
     # Of a device's 16 numbers nine tenths, rounded down, are 14.
     assert [int((row != 0).sum()) for row in moment] == [kept, kept]
