@@ -111,7 +111,8 @@ def _explain(
         whole = example()
         missing = [_path_of(e["loc"], text) for e in errors if e["type"] == "missing"]
         lines = [
-            f"{_source(path, where, text)}: {_dotted(path)} is missing; {_addition(path, whole)}" for path in missing
+            f"{_source(path, where, text, assigned)}: {_dotted(path)} is missing; {_addition(path, whole)}"
+            for path in missing
         ]
         others = len(errors) - len(missing)
         return [*lines[:-1], lines[-1] + (f" (and {others} more)" if others else "")]
@@ -127,7 +128,14 @@ def _path_of(loc: tuple[int | str, ...], text: str) -> list[int | str]:
     return [part for part in loc if not (isinstance(part, str) and part in no_keys)]
 
 
-def _source(path: list[int | str], where: str, text: str) -> str:
+def _source(path: list[int | str], where: str, text: str, assigned: Collection[str]) -> str:
+    """Return who gave a key: the command line, also where it began the table that lacks the key, or a line."""
+    key, table = _dotted(path), _dotted(path[:-1]) + "."
+    listed = key.partition("[")[0]  # a list is set as a whole
+    if {listed, key, f"{key}.name"} & set(assigned):
+        return "command line"
+    if any(isinstance(part, int) for part in path) and any(name.startswith(table) for name in assigned):
+        return "command line"
     line = _line_of(text, path)
     return f"{where}:{line}" if line else where
 
@@ -164,8 +172,7 @@ def _explain_one(
     path = _path_of(loc, text)
     key = _dotted(path)
     rule, value = first["msg"], first["input"]
-    listed = key.partition("[")[0]  # a list is set as a whole
-    source = "command line" if {listed, key, f"{key}.name"} & set(assigned) else _source(path, where, text)
+    source = _source(path, where, text, assigned)
     rest = f" (and {more} more)" if more else ""
     if first["type"] == "extra_forbidden":
         known = _keys_beside(schema, loc)

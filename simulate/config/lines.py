@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BeforeValidator, Field
 
 from simulate.common import toml_io
+from simulate.common.errors import near_match
 from simulate.common.quantities import RATES, BytesPerSecond, Seconds, read_quantity
 
 Source = Literal["datasheet", "measured", "guess"]
@@ -72,9 +73,12 @@ def _access_line(text: str) -> LineFigures:
         except ValueError as error:
             raise ValueError(f"{error}; or {LINE_EXAMPLES}") from None
         return _sold(rate, rate, HOME_LATENCY_S)
+    technology = _plain(match[3] or "")
+    if technology and technology not in LATENCIES_S:  # its delay would be a silent guess
+        raise ValueError(f"{text!r}: {match[3]} is not known; {near_match(technology, LATENCIES_S)}")
     down = _megabits(match[1]) * MEGABIT
     up = _megabits(match[2]) * MEGABIT if match[2] else down
-    return _sold(down, up, LATENCIES_S.get(_plain(match[3] or ""), HOME_LATENCY_S))
+    return _sold(down, up, LATENCIES_S.get(technology, HOME_LATENCY_S))
 
 
 def _megabits(text: str) -> float:
