@@ -97,6 +97,7 @@ def test_classes_are_set_as_a_whole(tmp_path: Path) -> None:
 
 REFUSED = {
     "cluster.devices=4": r"class has 2 \+ 1 = 3 devices, and devices = 4; try --set cluster.devices=3",
+    "cluster.class.2.micro_batch=1": r"command line: cluster.class\[2\].devices is missing",
     "cluster.class.0.micro_batch=0": r"command line: cluster.class\[0\].micro_batch = 0: input should be greater",
     "cluster.class.0.micro_batch=3": r"class\[0\]: train.micro_batch = 3 is not .*cluster.class.0.micro_batch=2",
     "cluster.class.1.rank=500": r"cluster.class\[1\]: method.rank = 500 exceeds .*; try --set cluster.class.1.rank=",

@@ -33,7 +33,7 @@ def test_a_line_is_read_as_it_is_sold(text: str, down: float, up: float, latency
     assert read_line(text) == pytest.approx(LineFigures(down, up, latency_s))
 
 
-@pytest.mark.parametrize("text", ["fast", "0/0", "5.5.5/1", "1/2/3", ""])
+@pytest.mark.parametrize("text", ["fast", "0/0", "5.5.5/1", "1/2/3", "50/10 DSLL", ""])
 def test_what_is_no_line_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         read_line(text)
