@@ -50,6 +50,48 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
+        name="a late device's change counts as much as a fresh one",
+        file="simulate/methods/quorum.py",
+        before="self.brought_N * discounts_N * ",
+        after="self.brought_N * ",
+        tests=("tests/simulate/methods/test_quorum.py::test_a_change_that_comes_one_merge_late_by_hand",),
+    ),
+    Mutant(
+        name="unequal devices' heads count alike, whatever they trained on",
+        file="simulate/methods/base.py",
+        before="return None if samples_N is None else self._as_shares(samples_N)",
+        after="return None",
+        tests=("tests/simulate/methods/test_unequal.py::test_heads_of_unequal_devices_train_like_the_twin",),
+    ),
+    Mutant(
+        name="what a broken merge has changed stays with some of the survivors",
+        file="simulate/training/together.py",
+        before="                backup.restore()\n",
+        after="                pass\n",
+        tests=("tests/simulate/training/test_together.py::test_a_broken_merge_is_taken_back_and_done_again",),
+    ),
+    Mutant(
+        name="devices of one place each have its line for themselves",
+        file="simulate/costs/line_paths.py",
+        before="min(line.up_bytes_per_s, line.place_up_bytes_per_s / crossing)",
+        after="min(line.up_bytes_per_s, line.place_up_bytes_per_s)",
+        tests=("tests/simulate/costs/test_line_paths.py::test_the_edges_that_leave_a_place_share_its_line",),
+    ),
+    Mutant(
+        name="zeros that fill up the last block of int2 count for its scale",
+        file="simulate/comm/compression.py",
+        before=".sub_(WIRE_BLOCK - counts_LW)",
+        after="",
+        tests=("tests/simulate/comm/test_compression.py::test_a_short_int2_block_counts_only_its_own_numbers",),
+    ),
+    Mutant(
+        name="an invitation that others can read is taken",
+        file="simulate/launch/preflight/secret.py",
+        before='            raise InputError(f"{option} {path} is open to other users',
+        after='            print(f"{option} {path} is open to other users',
+        tests=("tests/ltecli/commands/test_invite.py::test_a_file_that_others_can_read_is_refused",),
+    ),
+    Mutant(
         name="LTE's merge divides by devices, not by heads",
         file="simulate/methods/lte/products.py",
         before="options.alpha / one.rank / (devices * one.heads_per_device)",
@@ -101,13 +143,13 @@ MUTANTS = (
     Mutant(
         name="an all-gather counts what a device keeps as sent",
         file="simulate/comm/base.py",
-        before="crossings = self.num_devices * (self.num_devices - 1) * own",
-        after="crossings = self.num_devices * self.num_devices * own",
+        before="crossings = devices * (devices - 1) * own",
+        after="crossings = devices * devices * own",
         tests=("tests/simulate/comm/test_transfers.py::test_lte_sends_what_was_planned",),
     ),
     Mutant(
         name="real processes take what one sent for what everybody sent",
-        file="simulate/comm/process_group.py",
+        file="simulate/comm/process_exchanges.py",
         before="    for part, count in zip(parts, counts, strict=True):",
         after="    for part, count in zip([parts[0]] * len(parts), counts, strict=True):",
         tests=("tests/simulate/comm/test_process_group.py::test_a_device_that_draws_other_batches_is_noticed",),
@@ -150,8 +192,8 @@ MUTANTS = (
     Mutant(
         name="a checkpoint counts as whole before it is on the disk",
         file="simulate/training/checkpoints.py",
-        before='scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")',
-        after="scratch = path",
+        before='return path.with_name(f".{path.name}.{os.getpid()}.partial")',
+        after="return path",
         tests=(
             "tests/simulate/training/test_checkpoints.py::test_a_checkpoint_counts_only_once_all_of_it_is_on_the_disk",
         ),
@@ -226,7 +268,7 @@ MUTANTS = (
     Mutant(
         name="a plan takes memory that the device's system reserves",
         file="simulate/planning/planner.py",
-        before="short_bytes = max(0, memory.total - device.usable_bytes)",
+        before="short_bytes = max(0, memory_bytes - device.usable_bytes)",
         after="short_bytes = max(0, memory.tensors - device.memory_bytes)",
         tests=("tests/ltecli/commands/test_plan.py::test_candidates_fit_and_the_rejected_say_why_they_do_not",),
     ),
