@@ -52,7 +52,7 @@ CLASSES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         [{"devices": 1, "micro_batch": 4}, {"devices": 2}],
     ),
 }
-MEASURED = {"wall_s", "path", "machines", "measured_bytes", "simulated_processes"}
+MEASURED = {"paused_s", "wall_s", "path", "machines", "measured_bytes", "simulated_processes"}
 """Keys of events in which two equal runs differ."""
 
 
