@@ -232,8 +232,9 @@ def _limit_default_rank(table: toml_io.Table, options: type[AdapterOptions]) -> 
     """Lower the method's default rank to the smallest adapted layer's size; a given rank stays."""
     if "rank" in table["method"]:
         return
-    # The baseline stands in, as it has no rank that could be too large.
-    shape = _build({**table, "method": {"name": BASELINE}}).model.shape()
+    # The baseline stands in, as it has no rank that could be too large; it needs all devices, whatever the run does.
+    cluster = {key: value for key, value in table["cluster"].items() if key in ("profile", "devices")}
+    shape = _build({**table, "method": {"name": BASELINE}, "cluster": cluster}).model.shape()
     limit = min(min(linear.out_features, linear.in_features) for linear in shape.adapted)
     if limit < options.model_fields["rank"].default:
         table["method"]["rank"] = limit

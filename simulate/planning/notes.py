@@ -235,7 +235,8 @@ def _worth_trying(chosen: Candidate) -> Iterator[str]:
             "train.optimizer = muon trained better than adamw on a small text model, with LTE as with dense training "
             "(docs/results.md); try it with --set"
         )
-    if getattr(run.method, "wire", "") == "full" and run.cluster.devices > 1:
+    # What a compressed message leaves out is for the next merge of the same devices, which a quorum changes.
+    if getattr(run.method, "wire", "") == "full" and run.cluster.devices > 1 and not run.cluster.has_quorum:
         yield (
             "method.wire = int8 sends about a quarter of the bytes, and trained as well as full messages on a small "
             "text model (docs/results.md); try it with --set, and a higher rank for a part of what that saves"
@@ -259,20 +260,22 @@ def _checkpoints(chosen: Candidate) -> Iterator[str]:
         yield f"profile {name} has no device.disk_write_bytes_per_s: checkpoints are planned to take no time"
         return
     every, affordable = run.cluster.recover_every, eval_and_save.affordable_recovery(chosen.step_s)
-    steps = eval_and_save.cadence.recover_steps
+    steps, drops_lost = eval_and_save.cadence.recover_steps, run.cluster.drops_lost
+    beside = "" if drops_lost else ", beside training where rounds are long enough"  # as simulate.training.loop saves
     if context.spaces_recovery and every > 1:
         share = eval_and_save.saves * eval_and_save.save_s / chosen.wall_s
         lost = min(steps, run.train.checkpoint_every, run.train.steps)
+        who = "fewer devices than the quorum are left, they" if drops_lost else "a device is lost, all devices"
         yield (
             f"with cluster.recover_every = {every} checkpoints of {bytes_text(eval_and_save.save_bytes)} a device are "
-            f"written in {share:.1%} of the time, beside training where rounds are long enough; if a device is lost, "
-            f"all devices repeat up to {lost:,} steps, {seconds_text(lost * chosen.step_s)} of work"
+            f"written in {share:.1%} of the time{beside}; if {who} repeat up to {lost:,} steps, "
+            f"{seconds_text(lost * chosen.step_s)} of work"
         )
     elif every < affordable:
         yield (
             f"a recovery point after every {steps} steps takes "
-            f"{eval_and_save.save_s / (steps * chosen.step_s):.0%} of their time to write, beside training where that "
-            f"is long enough; --set cluster.recover_every={affordable} makes that {AFFORDABLE_SHARE:.0%}"
+            f"{eval_and_save.save_s / (steps * chosen.step_s):.0%} of their time to write{beside}; --set "
+            f"cluster.recover_every={affordable} makes that {AFFORDABLE_SHARE:.0%}"
         )
 
 
@@ -281,7 +284,8 @@ def _deadlines(chosen: Candidate) -> Iterator[str]:
     method, context = chosen.run.method, chosen.context
     shape, devices, profile = context.shape, context.devices, context.profile
     # Batches of their own leave little to wait for.
-    if "pace" not in type(method).model_fields or method.is_paced or chosen.run.cluster.classes:
+    cluster = chosen.run.cluster
+    if "pace" not in type(method).model_fields or method.is_paced or cluster.classes or cluster.has_quorum:
         return
     step_s = device_step_s(chosen.run, shape, devices)
     # The keys that a deadline excludes (RoundOptions and LteOptions refuse them) must change with it.

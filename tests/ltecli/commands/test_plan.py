@@ -206,6 +206,19 @@ def test_warnings_of_the_choice_are_shown(lte: Lte) -> None:
     assert "! Exchange takes most time: --set" in lte(*SMALL, "--method", "ddp").stdout
 
 
+def test_a_plan_with_a_quorum_is_trained_as_it_is_and_suggests_nothing_that_a_quorum_refuses(
+    lte: Lte, here: Path
+) -> None:
+    asked = (*SMALL, "--method", "lte", "--set", "cluster.quorum=3")
+    screens = [lte(*asked), lte(*asked, "-o", "quorum.toml", "--all")]
+    text = " ".join(f"{screen.stdout} {screen.stderr}" for screen in screens)
+    assert load_given_run(here / "quorum.toml").cluster.quorum == 3
+    assert "Exchange takes most time: a higher --merge-every" in text
+    assert "merges go on with 3 of 4 devices" in text
+    assert "wire=int8" not in text and "method.wire = int8" not in text and "pace = deadline" not in text
+    assert "all devices repeat" not in text
+
+
 def test_nothing_feasible_names_the_nearest_miss(lte: Lte, here: Path) -> None:
     outcome = lte("plan", "--profile", "raspberry_x8", "--model", "gpt2_xl", "-o", "run.toml", "--json")
     assert_one_line(outcome, 3, ("nearest miss", "8.59 GB", "more on each device would do", "model.context"))

@@ -62,6 +62,7 @@ def test_the_plan_says_what_a_quorum_changes() -> None:
         ({"name": "lte", "wire": "int8"}, {}, False),
         ({"name": "diloco"}, {"min_devices": 2}, False),
         ({"name": "diloco"}, {"devices": 2}, False),
+        ({"name": "lte"}, {"class": [{"devices": 1}, {"devices": 3}]}, False),
     ],
 )
 def test_who_can_have_a_quorum(method: dict[str, Any], cluster: dict[str, Any], can: bool) -> None:
