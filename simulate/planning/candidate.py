@@ -30,6 +30,8 @@ from simulate.rules.method_plan import plan_of
 
 LINK_DOMINATES = 0.5
 """Share of a round that exchanges take, above which the plan warns."""
+SHOWN_AS_ALL = 0.995
+"""Share that rounds to 100 per cent."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,7 +245,8 @@ def _warnings(run: Run, context: PlanContext, time: RoundTime) -> Iterator[str]:
         yield f"the link dominates: {share:.0%} of the time"
     if run.method.is_paced or run.cluster.has_quorum:
         share = time.device_steps / (time.steps * run.cluster.devices)
-        yield f"devices train on {share:.0%} of the samples that they would in lockstep"
+        if share < SHOWN_AS_ALL:
+            yield f"devices train on {share:.0%} of the samples that they would in lockstep"
     if run.train.dtype == "fp64" and any(d.flop_per_s.fp64 is None for d in profile.device):
         yield "the profile has no fp64 rate; planned at the fp32 rate"
     lower = run.train.autocast

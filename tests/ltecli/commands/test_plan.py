@@ -217,6 +217,7 @@ def test_a_plan_with_a_quorum_is_trained_as_it_is_and_suggests_nothing_that_a_qu
     assert "merges go on with 3 of 4 devices" in text
     assert "wire=int8" not in text and "method.wire = int8" not in text and "pace = deadline" not in text
     assert "all devices repeat" not in text
+    assert "100% of the samples" not in text  # devices of one kind are equally fast
 
 
 def test_nothing_feasible_names_the_nearest_miss(lte: Lte, here: Path) -> None:
