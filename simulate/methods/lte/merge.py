@@ -97,11 +97,11 @@ class LayerMerger:
             devices, heads_of = range(self.communicator.num_devices), self.options.heads_of
             owners = [device for device in devices for _ in heads_of(range(device, device + 1))]
             # In units of an equal share, since the merge is a mean.
-            self._weights_H = (weights_N * len(devices))[owners]
+            self._weights_H = _picked(weights_N * len(devices), owners)
 
     def _weights_of(self, heads: Sequence[int]) -> Tensor | None:
         """Return the weights of some heads, in order; None: all count alike."""
-        return None if self._weights_H is None else self._weights_H[list(heads)]
+        return None if self._weights_H is None else _picked(self._weights_H, heads)
 
     @property
     def _own_weights_H(self) -> Tensor | None:
@@ -404,3 +404,8 @@ def _store_sum(layer: LoraLinear, base_OI: Tensor, change_OI: Tensor, share: flo
     torch.add(base_OI, change_OI, alpha=share, out=into_OI)
     if target_OI is None:
         layer.set_weight(into_OI)
+
+
+def _picked(weights_H: Tensor, heads: Sequence[int]) -> Tensor:
+    """Return entries by index; a list as an index would be made a tensor on the CPU first."""
+    return weights_H.index_select(0, torch.tensor(heads, dtype=torch.int64, device=weights_H.device))
