@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "fakegpu"
 NEEDS = "torch cannot register a device from Python: it lacks _setup_privateuseone_for_python_backend"
-aten = torch.ops.aten
+aten, prim_device = torch.ops.aten, torch.ops.prim.device.default
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 
 
@@ -192,6 +192,8 @@ class OnTheDevice(TorchDispatchMode):
         """Number of operations on the device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is prim_device:  # half of all calls
+            return args[0].fake_device
         kwargs = kwargs or {}
         target = kwargs.get("device")
         if FakeTensor not in types and not (target is not None and is_on_device(target)):
@@ -210,11 +212,34 @@ class OnTheDevice(TorchDispatchMode):
             return args[0].fill_(1)
         if any(map(_has_numbers, args)) or any(map(_has_numbers, kwargs.values())):
             args, kwargs = tree_map(self._without_numbers, (args, kwargs))
+        key = _key_of(func, args, kwargs)
+        recipes = KNOWN.get(key) if key is not None else None
+        if recipes is not None:
+            return self._made_again(recipes, args)
         # What its __torch_dispatch__ does, without entering and leaving the mode.
         result = self.fake.dispatch(func, types, args, kwargs)
+        if key is not None and (recipes := _recipes_of(func, args, result)) is not None:
+            KNOWN[key] = recipes
         if isinstance(result, FakeTensor):
-            return result if result.device.type == NAME else _real(result)
+            return _real(result)
         return tree_map(_real, result)
+
+    def _made_again(self, recipes: Recipe | list[Recipe], args: Any) -> Any:
+        """Return results as they were for arguments alike: a tenth of the work of finding out."""
+        if isinstance(recipes, list):
+            return [self._made_again(recipe, args) for recipe in recipes]
+        if recipes is SAME:
+            return args[0]
+        shape, stride, dtype, offset, device = recipes
+        if device.type != NAME:
+            return torch.ones(shape, dtype=dtype)
+        if offset is None:
+            empty = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        else:
+            empty = torch.empty(0, dtype=dtype, device="meta")
+            with in_kernel_invocation_manager(self.fake):
+                empty.set_(args[0].untyped_storage(), offset, shape, stride)
+        return FakeTensor(self.fake, empty, device)
 
     def _without_numbers(self, value: Any) -> Any:
         # The mode would compute with a small tensor's numbers, on a device that has none.
@@ -239,6 +264,67 @@ class OnTheDevice(TorchDispatchMode):
         return found
 
 
+Recipe = Any
+"""How to make a result: its shape, stride, format, its place in the storage of a view, and its device; or SAME."""
+SAME = object()
+"""The result is the first argument."""
+KNOWN: dict[Any, Recipe | list[Recipe]] = {}
+"""By a function and its arguments' shapes, strides, formats and devices: its results, once they passed all checks."""
+UNLIKE = {aten.arange.default, aten.arange.start, aten.arange.start_step, aten.linspace.default}
+"""Functions whose results depend on what `_key_of` leaves out."""
+
+
+class _NoKeyError(Exception):
+    """An argument is of a kind that results may depend on in other ways."""
+
+
+def _key_of(func: Any, args: Any, kwargs: Any) -> Any:
+    """Return what the shapes and formats of the results of an operation depend on; None where that is not known."""
+    if func in UNLIKE:
+        return None
+    try:
+        return func, _parts_of(args), tuple([(name, _parts_of(value)) for name, value in kwargs.items()])
+    except _NoKeyError:
+        return None
+
+
+PLAIN = (int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+def _parts_of(value: Any) -> Any:
+    kind = type(value)
+    if kind is FakeTensor:
+        return value.shape, value.stride(), value.dtype, value.storage_offset(), value.fake_device
+    if kind in (tuple, list):
+        return tuple([_parts_of(item) for item in value])
+    if kind is float:
+        return float  # no shape depends on it, and learning rates are others at each step
+    if kind not in PLAIN:
+        raise _NoKeyError
+    return kind, value
+
+
+def _recipes_of(func: Any, args: Any, result: Any) -> Recipe | list[Recipe] | None:
+    """Return how to make an operation's results once more; None where they are not all new, views, or the first."""
+    if torch.Tag.inplace_view in func.tags:
+        return None
+    if isinstance(result, list | tuple):
+        recipes = [_recipes_of(func, args, part) for part in result]
+        return None if None in recipes else recipes
+    if not isinstance(result, FakeTensor):
+        return None
+    if args and result is args[0]:
+        return SAME
+    aliases = [argument.alias_info for argument in func._schema.arguments]
+    if func.is_view and aliases[0] is not None and aliases[1:] == [None] * (len(aliases) - 1):
+        offset = result.storage_offset()
+    elif not any(aliases):
+        offset = None
+    else:
+        return None
+    return tuple(result.shape), result.stride(), result.dtype, offset, result.fake_device
+
+
 def _has_numbers(value: Any) -> bool:
     """Whether a value is, or holds, a tensor that is not fake."""
     if isinstance(value, list | tuple):
@@ -248,7 +334,7 @@ def _has_numbers(value: Any) -> bool:
 
 def _real(value: Any) -> Any:
     """Return a fake tensor of the CPU as a real one, and all else as it is."""
-    if isinstance(value, FakeTensor) and value.device.type == "cpu":
+    if isinstance(value, FakeTensor) and value.fake_device.type == "cpu":
         return torch.ones(value.shape, dtype=value.dtype)
     return value
 

@@ -1,8 +1,8 @@
 """Whole runs on a device that is no CPU, without a GPU: every method and option in every world.
 
 A tensor of the CPU that meets one of the device, or that is given to NCCL, is a red test. `make test` takes a sample in
-which each method, each world and each choice of a run meets every other at least once, and every setting of a method's
-options is there; `make test-all` takes all variants in all worlds.
+which each method and every option is there, and each world and each choice of a run meets every other at least once;
+`make test-all` takes all variants in all worlds.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import pytest
 from simulate.common.errors import InputError
 from tests import harness
 from tests.fakegpu.device import NEEDS, can_register
-from tests.selection import others_slow, selected
-from tests.tiny import VARIANTS, variant_run
+from tests.selection import others_slow
+from tests.tiny import VARIANTS, train_keys, variant_run
 
 pytestmark = pytest.mark.skipif(not can_register(), reason=NEEDS)
 
@@ -44,30 +44,54 @@ BROKEN = {
 
 
 Pair = tuple[int, str | bool, int, str | bool]
+METHOD, WORLD = -1, 0
+"""The method's place in a pair, and that of its world, which is its only partner."""
 
 
 def pairs_of(method: str, choice: Sequence[bool]) -> set[Pair]:
-    """Return what meets in a run of a method: two of its method and whether it takes each factor's default."""
-    values = (method, *choice)
-    return {(i, values[i], j, values[j]) for i, j in combinations(range(len(values)), 2)}
+    """Return what meets in a run of a method: two of its choices, or the method and its world."""
+    factors = {(i, choice[i], j, choice[j]) for i, j in combinations(range(len(choice)), 2)}
+    return {*factors, (METHOD, method, WORLD, choice[WORLD])}
+
+
+def options_of(variant: str) -> set[tuple[str, str]]:
+    """Return a variant's method and options; of numbers only that they are set: no device depends on how many."""
+    settings = {**VARIANTS[variant], **train_keys(variant)}
+    return {(key, str(value) if isinstance(value, str | bool) else "a number") for key, value in settings.items()}
+
+
+@cache
+def covering() -> list[str]:
+    """Return variants with all methods and options: those first that bring most, without the ones not needed then."""
+    missing, taken = set[tuple[str, str]]().union(*map(options_of, VARIANTS)), []
+    while missing:
+        taken.append(max(VARIANTS, key=lambda name: len(options_of(name) & missing)))
+        missing -= options_of(taken[-1])
+    return [name for name in VARIANTS if name in taken]
 
 
 def chosen() -> Iterator[tuple[str, tuple[bool, ...]]]:
-    """Yield variants, each with the choices that bring most pairs that none has brought, until all are there."""
-    methods = {variant: VARIANTS[variant]["name"] for variant in selected("processes")}
+    """Yield variants, each with the fewest choices that bring most pairs that none has brought, in turns of worlds."""
     choices = list(product((False, True), repeat=len(FACTORS)))
-    missing = {pair for method in methods.values() for choice in choices for pair in pairs_of(method, choice)}
-    turns = list(methods)
-    while turns or missing:
-        variant = turns.pop(0) if turns else next(v for v, name in methods.items() if name == min(missing)[1])
+    missing = {
+        pair for choice in choices for variant in covering() for pair in pairs_of(variant_method(variant), choice)
+    }
+    launched = True
+    for variant in covering():
         new = {
-            choice: len(pairs_of(methods[variant], choice) & missing)
+            choice: len(pairs_of(variant_method(variant), choice) & missing)
             for choice in choices
             if fits(variant, "+".join(("8bit",) * choice[3] + ("diagnosed",) * choice[5]))
         }
-        choice = max(new, key=lambda c: new[c])
-        missing -= pairs_of(methods[variant], choice)
+        choice = max(new, key=lambda c: (new[c], -sum(c[1:]), c[WORLD] != launched))
+        launched = choice[WORLD]
+        missing -= pairs_of(variant_method(variant), choice)
         yield variant, choice
+
+
+def variant_method(variant: str) -> str:
+    """Return the name of a variant's method."""
+    return str(VARIANTS[variant]["name"])
 
 
 @cache
@@ -88,8 +112,7 @@ def sample() -> Iterator[str]:
     for variant, choice in chosen():
         taken = []
         for i, (is_other, (default, others)) in enumerate(zip(choice, FACTORS, strict=True)):
-            # Each factor's others take turns at a pace of their own, so that they meet the others of other factors.
-            taken.append(others[counts[i] // (i + 1) % len(others)] if is_other else default[0])
+            taken.append(others[counts[i] % len(others)] if is_other else default[0])
             counts[i] += is_other
         yield f"{taken[0]}/{variant}/{'+'.join(filter(None, taken[1:]))}"
 
@@ -127,10 +150,10 @@ def test_a_fault_is_noticed(case: str) -> None:
 
 
 def test_in_the_sample_each_choice_meets_every_other() -> None:
-    seen: set[Pair] = set()
-    for variant, choice in chosen():
-        seen |= pairs_of(VARIANTS[variant]["name"], choice)
-    methods, factors = len({v["name"] for v in VARIANTS.values()}), len(FACTORS)
-    assert len(seen) == 2 * methods * factors + 4 * factors * (factors - 1) // 2
+    seen = set[Pair]().union(*(pairs_of(variant_method(variant), choice) for variant, choice in chosen()))
+    factors = len(FACTORS)
+    assert len([pair for pair in seen if pair[0] != METHOD]) == 4 * factors * (factors - 1) // 2
+    assert {pair[1] for pair in seen if pair[0] == METHOD} == {variant_method(variant) for variant in VARIANTS}
+    assert set().union(*map(options_of, covering())) == set().union(*map(options_of, VARIANTS))
     cases = list(sample())
     assert all(any(value in case for case in cases) for factor in FACTORS for kind in factor for value in kind)
