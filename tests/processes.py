@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # the first optimizer would import it, in every process by itself
 import torch.distributed as dist
 import torch.multiprocessing
 from safetensors.torch import load_file, save_file
 
 from simulate.comm.process_group import TorchCommunicator
 from simulate.config.run import Run, build_run
+from simulate.layers.quantized import import_bitsandbytes
 from simulate.methods.paced import Paced
 from simulate.methods.registry import build_method
 from tests import tiny
@@ -156,6 +156,5 @@ def train_variants(folder: Path, process: int, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    import bitsandbytes  # noqa: F401  # by quantised variants, once rather than in every process
-
+    import_bitsandbytes()  # by quantised variants, once rather than in every process
     fork_and_meet(train_variants, sys.argv[1:])

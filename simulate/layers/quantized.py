@@ -10,10 +10,9 @@ merges.
 
 Torch rounds to bf16 and multiplies int8 by its scales in one pass, so these need no library. NF4 needs a kernel, since
 it is dequantized at every product: bitsandbytes has one for the CPU and one for CUDA, 6 times faster on the CPU than
-torch's own operations. Its import takes seconds, so it waits for the first NF4 weight. Quantizing is written here,
-because it must give the same bits on every device, and the library's takes 16 times the weight's memory on a CPU; it
-runs at merges only, so its speed matters less. Blocks are runs of W as it lies in memory, the first of two codes in the
-high half of a byte.
+torch's own operations. It is imported at the first NF4 weight. Quantizing is written here, because it must give the
+same bits on every device, and the library's takes 16 times the weight's memory on a CPU; it runs at merges only, so its
+speed matters less. Blocks are runs of W as it lies in memory, the first of two codes in the high half of a byte.
 
 Legend: O outputs, I inputs, B blocks, G groups of blocks.
 """
@@ -23,8 +22,9 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, lru_cache, wraps
 from importlib import import_module
 from typing import Any
 
@@ -203,12 +203,32 @@ def nf4_library() -> Any:
 
 @lru_cache(maxsize=1)
 def import_bitsandbytes() -> Any:
-    """Import bitsandbytes' functions at their first use, which takes seconds; raises ImportError."""
+    """Import bitsandbytes' functions at their first use; raises ImportError."""
     # Its imports warn of optional kernels that are missing, which no run here calls.
     logging.getLogger(NF4_LIBRARY).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), without_compiler():
         warnings.simplefilter("ignore")
         return import_module(f"{NF4_LIBRARY}.functional")
+
+
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Keep torch's compiler from being imported, which takes seconds, by what bitsandbytes says to it at import.
+
+    It compiles kernels for devices that it has none for, which no run here calls, and keeps the compiler from tracing
+    its kernels, while nothing here is compiled.
+    """
+    compile_now, keep_from_tracing = torch.compile, torch._disable_dynamo
+
+    def compile_late(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+        compiled = cache(lambda: compile_now(function, **settings))
+        return wraps(function)(lambda *arguments, **keywords: compiled()(*arguments, **keywords))
+
+    torch.compile, torch._disable_dynamo = compile_late, lambda function: function  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile, torch._disable_dynamo = compile_now, keep_from_tracing
 
 
 def mapped_copy(weight_OI: Tensor) -> Tensor:

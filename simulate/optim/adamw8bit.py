@@ -40,7 +40,7 @@ def check_installed() -> None:
 
 @cache
 def _library() -> Any:
-    """Import the kernels at their first use, because that takes seconds."""
+    """Import the kernels at their first use, since few runs have one."""
     check_installed()
     return import_bitsandbytes()
 
