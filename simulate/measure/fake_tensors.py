@@ -46,6 +46,7 @@ PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "tempor
 FACTORS = ("a", "b", "a0", "b0")
 GRADIENT_FIGURES = "gradient_figures"
 """The phase of diagnostics, which has a backward pass of its own."""
+_DEVICE_OF = torch.ops.prim.device.default
 BUILD = "build"
 """The phase before everything else."""
 
@@ -111,24 +112,29 @@ class _Follower(TorchDispatchMode):
         self._in_backward = False
         self._references: dict[int, weakref.ref[Any]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here; torch's guard against it imports its compiler, which takes seconds
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if LazyWeight in types:
             return NotImplemented  # it materialises the weight, and calls again with a plain tensor
         kwargs = kwargs or {}
         self._follow_backward()
+        if func is _DEVICE_OF and FakeTensor in types:  # half of all calls, which makes no tensor
+            return args[0].fake_device
         # Counters and shares are real, since the program branches on their numbers.
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if given and not any(isinstance(x, FakeTensor) for x in given):
+        if FakeTensor in types or not any(isinstance(x, Tensor) for x in tree_leaves((args, kwargs))):
+            result = func(*args, **kwargs)
+        else:
             with unset_fake_temporarily():
                 result = func(*args, **kwargs)
-        else:
-            result = func(*args, **kwargs)
         scratch = _SCRATCH.get(func.name())
         if scratch is not None:
             storage, scratch_bytes = len(self.log.entries), scratch(*args)
             self._add(scratch_bytes, storage)
             self._add(-scratch_bytes, storage)
-        for tensor in tree_leaves(result):
+        for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._track(tensor)
         return result
