@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO, Any
 
 from simulate.launch import children
 from tests.launch.runs import PIDS
@@ -51,6 +52,42 @@ def work(arguments: list[str], environment: dict[str, str], logs: str) -> None:
         os.dup2(os.open(f"{logs}/{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.argv = ["worker", *arguments]
     os._exit(worker.main())
+
+
+class ForkedCompanion:
+    """A forked process that simulates along (simulate.launch.simulated), with what is needed of subprocess.Popen."""
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], stdout: IO[bytes], **options: Any) -> None:
+        CONTEXT.set_forkserver_preload(["simulate.launch.worker", "simulate.training.loop"])
+        arguments = list(command[command.index("simulate.launch.simulated") + 1 :])
+        self._process = CONTEXT.Process(target=simulate_along, args=(arguments, dict(env), stdout.name))
+        self._process.start()
+
+    def poll(self) -> int | None:
+        """Return the exit code, None while it runs."""
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        """Kill it."""
+        self._process.kill()
+
+    def wait(self) -> None:
+        """Wait for its end."""
+        self._process.join()
+
+
+def simulate_along(arguments: list[str], environment: dict[str, str], log: str) -> None:
+    """Be a process that simulates along."""
+    import torch
+
+    from simulate.launch import simulated
+
+    os.environ.update(environment)
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    for number in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), number)
+    sys.argv = ["simulated", *arguments]
+    os._exit(simulated.main())
 
 
 if __name__ == "__main__":

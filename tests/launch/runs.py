@@ -165,13 +165,13 @@ def launched_run(
 
 def tiny_run(
     folder: Path, steps: int = 60, diagnostics_every: int | None = None, method: dict[str, Any] | None = None,
-    **cluster: Any,
+    train: dict[str, Any] | None = None, **cluster: Any,
 ) -> Path:  # fmt: skip
     """Write a tiny run of four devices in float64, of lte unless `method` says otherwise, which merges and saves every
     five steps, and can be hit there.
     """
     path = folder / f"tiny{steps}.toml"
-    train = {"steps": steps, "evaluate_every": steps, "checkpoint_every": steps, "dtype": "fp64"}
+    train = {"steps": steps, "evaluate_every": steps, "checkpoint_every": steps, "dtype": "fp64", **(train or {})}
     if diagnostics_every is not None:
         train["diagnostics_every"] = diagnostics_every
     method = {"merge_every": 5, "rank": 2, "name": "lte"} if method is None else method
@@ -179,9 +179,9 @@ def tiny_run(
     return write_run(path, method=method, train=train, cluster=cluster)
 
 
-def simulated_loss(run: Path, folder: Path) -> float:
-    """Return the last validation loss of the run undisturbed, in this process."""
-    assert main(["train", str(run), "--out", str(folder), "--device", "cpu", "--quiet"]) == 0
+def simulated_loss(run: Path, folder: Path, *more: str) -> float:
+    """Return the last validation loss of the run undisturbed, in this process; `more` are further options."""
+    assert main(["train", str(run), "--out", str(folder), "--device", "cpu", "--quiet", *more]) == 0
     return float(events_of(folder, "evaluate")[-1]["val_loss"])
 
 

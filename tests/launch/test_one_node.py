@@ -22,7 +22,7 @@ SAME = 1e-9
 
 
 def test_a_killed_worker_is_started_again_and_the_run_is_the_same(tmp_path: Path) -> None:
-    run = tiny_run(tmp_path, steps=200, diagnostics_every=20)
+    run = tiny_run(tmp_path, steps=100, diagnostics_every=20)
     with launched_run(tmp_path / "run", run) as launched:
         launched.wait_for_step(10)
         # Whoever reads a worker's environment must not find what lets a stranger in.
@@ -33,12 +33,12 @@ def test_a_killed_worker_is_started_again_and_the_run_is_the_same(tmp_path: Path
         assert any("process 1 on node 0 was killed by SIGKILL" in reason for reason in restart["reasons"])
         assert restart["repeated_steps"] <= 5
         assert "process 1 on node 0 was killed by SIGKILL" in launched.said()
-        assert [event["step"] for event in launched.events("step")] == list(range(1, 201))
+        assert [event["step"] for event in launched.events("step")] == list(range(1, 101))
         status = read_status(launched.node_folder())
         assert status is not None
-        assert (status["state"], status["step"], status["restarts"]) == ("finished", 200, 1)
+        assert (status["state"], status["step"], status["restarts"]) == ("finished", 100, 1)
         assert status["restart_reasons"] == restart["reasons"]
-        assert [event["step"] for event in launched.events("diagnostics")] == list(range(20, 201, 20))
+        assert [event["step"] for event in launched.events("diagnostics")] == list(range(20, 101, 20))
     print(figures_of(launched))
     assert launched.val_loss() == pytest.approx(simulated_loss(run, tmp_path / "alone"), rel=SAME)
 

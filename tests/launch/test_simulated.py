@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -16,9 +17,12 @@ from safetensors.torch import load_file
 
 from ltecli.app import main
 from simulate.common.events import Event, read_events
+from simulate.launch import simulated
 from tests.harness import Child
+from tests.launch.forked import ForkedCompanion
 from tests.launch.runs import Launched, interrupt
 from tests.ltecli.command import PROFILE, events_of, write_run
+from tests.selection import others_slow
 
 SAME = 1e-12
 MIXED = "mixed_gtx1080ti_rtx2060_rtx3090"
@@ -54,6 +58,12 @@ CLASSES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 }
 MEASURED = {"paused_s", "wall_s", "path", "machines", "measured_bytes", "simulated_processes"}
 """Keys of events in which two equal runs differ."""
+
+
+@pytest.fixture(autouse=True)
+def forked_companions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork what this process starts from one that has imported torch; commands start theirs as users' commands do."""
+    monkeypatch.setattr(simulated, "subprocess", SimpleNamespace(Popen=ForkedCompanion, DEVNULL=subprocess.DEVNULL))
 
 
 def simulate(run: Path, folder: Path, processes: int, *more: str) -> list[Event]:
@@ -98,12 +108,7 @@ def assert_same(events: Sequence[Event], expected: Sequence[Event], tolerance: f
 
 
 @pytest.mark.parametrize(
-    ("name", "processes"),
-    [
-        ("lte", 2),
-        *(pytest.param(name, 2, marks=pytest.mark.slow) for name in METHODS if name != "lte"),
-        pytest.param("lte", 3, marks=pytest.mark.slow),
-    ],
+    ("name", "processes"), others_slow([*((name, 2) for name in METHODS), ("lte", 3)], [("lte", 2)])
 )
 def test_several_processes_give_the_numbers_of_one(tmp_path: Path, name: str, processes: int) -> None:
     # Devices of several kinds: their steps of a round are counted by the profile's seconds, not by the clock.
@@ -129,23 +134,23 @@ def test_unequal_devices_in_a_process_each_give_the_numbers_of_one_process(tmp_p
 
 
 def test_an_interrupted_run_goes_on_in_as_many_processes_to_the_bit(tmp_path: Path) -> None:
-    train = {"steps": 240, "evaluate_every": 240, "checkpoint_every": 240}
+    train = {"steps": 120, "evaluate_every": 120, "checkpoint_every": 120}
     run = write_run(tmp_path / "run.toml", train=train, cluster={"devices": 4})
     folder = tmp_path / "first"
     with started(folder, str(run), "--out", str(folder), "--processes", "2") as launched:
-        launched.wait_for_step(20)
+        launched.wait_for_step(5)
         assert len(companions(launched)) == 1
         interrupt(launched.agents[0])
         assert launched.end() == [130], launched.all_said()
     assert "saved; continue with lte train" in launched.said()
     (stopped,) = events_of(folder, "interrupt")
-    assert stopped["step"] < 240
+    assert stopped["step"] < 120
     assert main(["train", str(folder), "--resume", "--device", "cpu"]) == 0
     assert events_of(folder, "resume")[0]["simulated_processes"] == 2
     simulate(run, tmp_path / "whole", 2)
     for name in ("state", "devices-0-2", "devices-2-4"):
         parts = [
-            load_file(path / f"checkpoints/step-00000240/{name}.safetensors") for path in (folder, tmp_path / "whole")
+            load_file(path / f"checkpoints/step-00000120/{name}.safetensors") for path in (folder, tmp_path / "whole")
         ]
         assert parts[0].keys() == parts[1].keys()
         for key, tensor in parts[0].items():
@@ -167,11 +172,11 @@ def test_other_processes_go_on_to_rounding_and_the_run_says_so(
 
 
 def test_a_lost_process_ends_the_run_with_its_reason_and_the_next_move(tmp_path: Path) -> None:
-    train = {"steps": 5000, "evaluate_every": 5000, "checkpoint_every": 10}
+    train = {"steps": 5000, "evaluate_every": 5000, "checkpoint_every": 5}
     run = write_run(tmp_path / "run.toml", train=train, cluster={"devices": 4})
     folder = tmp_path / "run"
     with started(folder, str(run), "--out", str(folder), "--processes", "2") as launched:
-        launched.wait_for_step(20)
+        launched.wait_for_step(6)
         companions(launched)[0].kill()
         assert launched.end() == [1], launched.all_said()
     last = launched.said().splitlines()[-1]
@@ -184,7 +189,7 @@ def test_a_process_does_not_outlive_the_command(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run.toml", train=train, cluster={"devices": 4})
     folder = tmp_path / "run"
     with started(folder, str(run), "--out", str(folder), "--processes", "2") as launched:
-        launched.wait_for_step(10)
+        launched.wait_for_step(1)
         launched.agents[0].kill()
         assert launched.end() == [-9]
 
