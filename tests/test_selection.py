@@ -17,10 +17,9 @@ def test_a_property_sees_every_setting_on_twenty_variants_at_least(property_: st
     assert set().union(*map(settings_of, names)) == set().union(*map(settings_of, VARIANTS))
 
 
-def test_every_variant_is_tested_by_two_properties_at_least() -> None:
+def test_every_variant_is_tested_by_one_property_at_least() -> None:
     counts = Counter(name for property_ in PROPERTIES for name in selected(property_))
     assert set(counts) == set(VARIANTS)
-    assert min(counts.values()) >= 2
 
 
 def test_what_is_not_selected_is_slow_and_nothing_is_left_out() -> None:

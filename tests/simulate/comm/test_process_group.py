@@ -14,8 +14,8 @@ from tests import tiny
 from tests.processes import DEVICES, train_in_processes, variant_table
 from tests.selection import selected
 
-STEPS, FEW_STEPS = 40, 14
-"""Few are three rounds, the last of them shorter, or two restarts, or a warm start and a restart."""
+STEPS, FEW_STEPS = 40, 9
+"""Few are three rounds, the last of them shorter, or a restart, or a warm start and a restart."""
 ONE_OF_EACH = [
     "ddp, int8", "relora, warm start", "mhlora", "adamix", "local-sgd, moments", "fedavg", "diloco, streaming", "daso",
     "sapipe", "powersgd", "topk", "signsgd", "lte", "lte, streaming int8", "lte, reduced int4", "lte, served bf16",

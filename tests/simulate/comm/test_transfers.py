@@ -49,15 +49,15 @@ def assert_planned_is_counted(run: Run, steps: int | None = None) -> None:
 
 @pytest.mark.parametrize("name", variants("sent bytes"))
 def test_every_method_sends_what_was_planned(name: str) -> None:
-    assert_planned_is_counted(tiny.variant_run(name, train={"steps": 15, "dtype": "fp32"}))
+    assert_planned_is_counted(tiny.variant_run(name, train={"steps": 10, "dtype": "fp32"}))
 
 
 @pytest.mark.parametrize("devices", others_slow([1, 2, 3, 7], [1, 3]))
 @pytest.mark.parametrize("heads_per_device", [1, 2])
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_lte_sends_what_was_planned(transport: str, heads_per_device: int, devices: int) -> None:
-    method = {"merge_transport": transport, "heads_per_device": heads_per_device}
-    assert_planned_is_counted(tiny.lte_run(devices=devices, train={"steps": 12}, **method))
+    method = {"merge_transport": transport, "heads_per_device": heads_per_device, "merge_every": 3}
+    assert_planned_is_counted(tiny.lte_run(devices=devices, train={"steps": 4}, **method))
 
 
 @pytest.mark.parametrize("devices", [1, 2, 3, 7])

@@ -125,7 +125,7 @@ def check_evaluation(run: Run) -> None:
 
 @pytest.mark.parametrize(
     ("samples", "name"),
-    others_slow(itertools.product([1, 8], MADE), [(1, "lora"), (8, "mhlora"), (1, "lte, nf4-double, reduced")]),
+    others_slow(itertools.product([1, 8], MADE), [(8, "mhlora"), (1, "lte, nf4-double, reduced")]),
 )
 def test_evaluations_are_planned(name: str, samples: int) -> None:
     """With one sample a layer's weight counts, with eight the activations."""

@@ -23,13 +23,17 @@ from tests.diagnosed import (
 )
 from tests.processes import DEVICES
 
-IN_PAIRS = [
-    "lte, frozen a", "lte", "lte, late", "local-sgd", "fedavg", "diloco, streaming", "daso", "ddp", "local-sgd, paced",
-]  # fmt: skip
+IN_PAIRS = ["lte, frozen a", "lte", "lte, late", "fedavg", "diloco, streaming", "daso", "ddp", "local-sgd, paced"]
 SICK_ONES = [f"{WITH_SICK}lte, frozen a", f"{WITH_SICK}diloco"]
-UNTOUCHED = ["lte", "diloco, streaming", "daso", "lte, late"]
-ALONE = ["lte, frozen a, redrawn", "daso"]
-UNEQUAL = [*(name for name in IN_PAIRS if name != "daso"), "lte, vector norms", "diloco, late", "lte, paced, redrawn"]
+UNTOUCHED = ["diloco, streaming", "lte, late"]
+ALONE = ["lte, frozen a, redrawn", "daso", "local-sgd"]
+UNEQUAL = [
+    "local-sgd",
+    *(name for name in IN_PAIRS if name != "daso"),
+    "lte, vector norms",
+    "diloco, late",
+    "lte, paced, redrawn",
+]
 GRADIENTS = {"gradient_square", "gradient_variance", "noise_scale_samples", "noise_scale_tokens"}
 ABOUT = {"kind", "step", "own_sent_bytes"}
 
