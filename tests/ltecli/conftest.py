@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from ltecli.app import main
-from tests.harness import Outcome
 from simulate.config.run import Run
 from simulate.measure import one_device
 from simulate.planning import search_space
+from tests.harness import Outcome
 from tests.ltecli.command import PROFILE, Lte, Refused, assert_one_line, copy_run, printed, tree, write_run
 
 

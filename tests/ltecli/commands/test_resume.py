@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from simulate.common.events import Event, EventFile
-from tests.harness import Child, Outcome
+from tests.harness import Child, Outcome, environment
 from tests.ltecli.command import Lte, Refused, events_of, write_run
 from tests.selection import others_slow
 
@@ -59,9 +59,8 @@ def killed_after_a_step(run: Path, folder: Path) -> Outcome:
         "main(sys.argv[1:])\n"
     )
     words = [sys.executable, "-c", code, "train", str(run), "--out", str(folder)]
-    root = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
-    process = Child(words, cwd=run.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=root)
-    return process.outcome()
+    root = environment(PYTHONPATH=str(Path(__file__).parents[3]))
+    return Child(words, cwd=run.parent, env=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE).outcome()
 
 
 def figures(folder: Path) -> dict[str, list[tuple[Any, ...]]]:
