@@ -11,11 +11,13 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 import typer.core
+import typer.main
 
 from ltecli import completion
 from ltecli.environment import set_defaults_of_libraries
@@ -785,6 +787,12 @@ def _open_closed_streams() -> None:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
 
 
+@lru_cache(maxsize=1)
+def _command() -> Any:
+    """Return all commands with their options, built once: a process may call `main` many times."""
+    return typer.main.get_command(app)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the `lte` command; returns the exit code."""
     _open_closed_streams()
@@ -803,7 +811,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         completion.join_words_of_bash()
         # Without standalone mode typer raises mistakes to us, where it would print them in its own form and exit.
         with stdout_checked():
-            code = int(app(given or ["--help"], prog_name="lte", standalone_mode=False, obj=given) or 0)
+            code = int(_command()(given or ["--help"], prog_name="lte", standalone_mode=False, obj=given) or 0)
     except StdoutError as error:
         code = report_stdout_error(error)
     except USAGE_ERROR as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -39,16 +38,6 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is not None:
         reporter.write_line(f"on {machine_text(machine_facts())}, {torch.get_num_threads()} threads")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def freeze_old_objects() -> None:
-    """Freeze what imports and earlier files left, so that the garbage collector looks only at a file's own objects.
-
-    Every measurement of memory collects garbage first; over all objects, that takes longer than most measurements.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

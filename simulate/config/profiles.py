@@ -9,6 +9,7 @@ call load_profile; training on a GPU calls local_gpu_profile.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import profiles
@@ -52,20 +53,27 @@ def load_profile(name: str) -> Profile:
         return guess.model_copy(update={"device": [calibrated(device) for device in guess.device]})
     shipped = profiles.names()
     if name in shipped:
-        text, where = profiles.read_text(name), f"profiles/{name}.toml"
-    elif is_profile_path(name):
-        text, where = toml_io.read(Path(name)), name
-    else:
+        profile = _shipped(name)
+        return profile.model_copy(update={"device": list(profile.device)})
+    if not is_profile_path(name):
         raise InputError(
             f"profile = {name!r} is neither a shipped profile nor a path to a .toml file; "
             f"{near_match(name, [*shipped, LOCAL])}"
         )
-    table = toml_io.parse(text, where)
+    text = toml_io.read(Path(name))
+    table = toml_io.parse(text, name)
     if isinstance(table.get(EMBEDDED), dict):
         table, text = table[EMBEDDED], _embedded_text(text)
     if not table.get("name"):  # run folders and run.toml call it by its name
         table["name"] = Path(name).stem
-    return toml_io.validate(Profile, table, where, text, example=_example)
+    return toml_io.validate(Profile, table, name, text, example=_example)
+
+
+@lru_cache(maxsize=64)
+def _shipped(name: str) -> Profile:
+    """Return a shipped profile: one object, whose devices are the keys of cached costs in every later plan."""
+    text, where = profiles.read_text(name), f"profiles/{name}.toml"
+    return toml_io.validate(Profile, toml_io.parse(text, where), where, text)
 
 
 def _embedded_text(text: str) -> str:

@@ -131,6 +131,8 @@ def by_class(run: Run, devices: Sequence[Device]) -> list[tuple[Run, Sequence[De
 
 def idle_share(run: Run, shape: ModelShape, devices: Sequence[Device]) -> float:
     """Return the share of a round's compute that devices wait for the slowest: 1 less their mean over the longest."""
+    if not run.method.is_paced and len(device_kinds(run, devices)) == 1:
+        return 0.0
     steps_s, merges_s = device_step_s(run, shape, devices), device_merge_s(run, shape, devices)
     counts = round_counts(run.method, steps_s)
     busy_s = [count * step_s + merge_s for count, step_s, merge_s in zip(counts, steps_s, merges_s, strict=True)]

@@ -9,7 +9,6 @@ likewise, but has neither merges nor parameters without gradients.
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from simulate.common.errors import InputError
+from simulate.common.gc_paused import earlier_garbage_kept
 from simulate.config.run import Run
 from simulate.layers.dtypes import CPU
 from simulate.layers.lazy_weight import LazyWeight
@@ -280,10 +280,10 @@ def track(run: Run, program: Program = train_alone) -> Log:
     # These results are cached for the whole process: computed under fake tensors, they would have no numbers later.
     run.shape()
     warm_up(run, CPU)
-    gc.collect()  # tensors of earlier work that are freed later would be counted as the program's
     follower = _Follower()
     try:
-        with fake_tensors(), follower:
+        # Tensors of earlier work that are freed later would be counted as the program's.
+        with earlier_garbage_kept(), fake_tensors(), follower:
             method = program(run, CPU, follower.enter)
             follower.name_state(method)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:

@@ -155,6 +155,10 @@ class _Draws(TorchDispatchMode):
         super().__init__()
         self.number = number
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # to skip it, torch would import its compiler first, which takes longer than all checks
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         kind = func._schema.name.removeprefix("aten::").rstrip("_")

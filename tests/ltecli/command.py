@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import random
 import shutil
 import subprocess
@@ -10,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ltecli.app import main
 from simulate.common import toml_io
 from simulate.common.events import Event, read_events
 from simulate.config.run import load_run, run_fingerprint
@@ -57,6 +60,13 @@ def copy_run(folder: Path, here: Path) -> Path:
         assert was in text
         meta.write_text(text.replace(was, now), encoding="utf-8")
     return copied
+
+
+def printed(*arguments: str) -> Outcome:
+    """Call `lte` in this process; for fixtures that several tests share, which cannot have `lte`."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main(arguments)
+    return Outcome(code, out.getvalue(), err.getvalue())
 
 
 def lte_process(*arguments: str | Path, cwd: Path, **options: Any) -> Child:

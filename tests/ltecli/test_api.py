@@ -95,7 +95,7 @@ def plan_of(net: nn.Module, data: Any, devices: int = 2, **options: Any) -> ltec
     """Plan with little to choose, so that it takes a moment."""
     keys = {**TRAIN, **options.pop("train", {})}
     if options.get("method", "lte") == "lte":
-        options = {"rank": 2, "merge_every": 3, "quantize": "none", "heads_per_device": 1, **options}
+        options = {"method": "lte", "rank": 2, "merge_every": 3, "quantize": "none", "heads_per_device": 1, **options}
     given = {"train.accumulate": 1, "train.autocast": "none", **options.pop("set", {})}
     return ltecli.plan(PROFILE, model=net, data=data, devices=devices, set=given, steps=6, **options, **keys)
 
@@ -122,6 +122,7 @@ def test_the_import_costs_nothing_and_a_plan_no_torch() -> None:
         _ = ltecli.nothing
 
 
+@pytest.mark.usefixtures("two_batches")
 def test_a_plan_is_what_the_command_prints_and_writes(here: Path, lte: Lte) -> None:
     options = ("--profile", PROFILE, "--model", "gpt", "--tokens", "400k", "--set", "train.seed=7", "--rank", "8")
     plan = ltecli.plan(PROFILE, model="gpt", tokens="400k", rank=8, seed=7)

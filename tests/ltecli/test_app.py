@@ -80,7 +80,11 @@ def test_no_colour_codes_outside_a_terminal(command: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "command", others_slow(["plan --json", "plan", "profile list", "profile show h200 --json"], ["plan --json"])
+    "command",
+    others_slow(
+        ["plan --method lte --rank 8 --json", "plan", "profile list", "profile show h200 --json"],
+        ["plan --method lte --rank 8 --json"],
+    ),
 )
 def test_a_reader_that_leaves_early_causes_no_traceback(command: str, tmp_path: Path) -> None:
     script = f"{sys.executable} -m ltecli {command} | head -c 1; exit ${{PIPESTATUS[0]}}"

@@ -1,4 +1,4 @@
-"""What a shell offers at Tab: asked as the scripts of bash, zsh and fish ask, in a process of its own."""
+"""What a shell offers at Tab: asked as the scripts of bash, zsh and fish ask, two of them in a process of its own."""
 
 from __future__ import annotations
 
@@ -6,33 +6,44 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import profiles
+from ltecli import completion
+from ltecli.app import main
 from ltecli.completion import VARIABLE
 from simulate.config.method_table import METHOD_NAMES
 from simulate.models.families.table import MODEL_NAMES
 from tests.ltecli.command import write_run
 
 LTE = (sys.executable, "-m", "ltecli")
-SETTINGS = ("PYTHONPATH", "PATH", "SYSTEMROOT", "HOME", "LTE_CACHE")
 
 
-def asked(cwd: Path, shell: str, line: str, *python: str) -> str:
-    """Return what `lte` prints for a line whose last word is being typed."""
-    command = [sys.executable, *python, "-m", "ltecli"]
-    environment = {key: os.environ[key] for key in SETTINGS if key in os.environ} | {VARIABLE: f"complete_{shell}"}
-    environment.setdefault("PYTHONPATH", str(Path(profiles.__file__).parents[1]))
-    if shell == "bash":  # which takes "=" as a word of its own
-        words = [word for word in line.replace("=", " = ").split(" ") if word] + [""] * line.endswith(" ")
-        environment |= {"COMP_WORDS": "\n".join(words), "COMP_CWORD": str(len(words) - 1)}
-    else:
-        environment |= {"_TYPER_COMPLETE_ARGS": line, "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
-    return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False
-    ).stdout
+Asked = Callable[[str, str], str]
+
+
+@pytest.fixture
+def asked(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Asked:
+    """Return what `lte` prints for a shell's line whose last word is being typed."""
+
+    def ask(shell: str, line: str) -> str:
+        given = {VARIABLE: f"complete_{shell}"}
+        if shell == "bash":  # which takes "=" as a word of its own
+            words = [word for word in line.replace("=", " = ").split(" ") if word] + [""] * line.endswith(" ")
+            given |= {"COMP_WORDS": "\n".join(words), "COMP_CWORD": str(len(words) - 1)}
+        else:
+            given |= {"_TYPER_COMPLETE_ARGS": line, "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(completion, "_key_of_bash", [])  # each press starts Python anew
+        with pytest.raises(SystemExit):
+            main([])
+        return capsys.readouterr().out
+
+    return ask
 
 
 CASES = {
@@ -51,11 +62,11 @@ CASES = {
 
 
 @pytest.mark.parametrize("line", CASES)
-def test_the_words_of_a_line(here: Path, line: str) -> None:
+def test_the_words_of_a_line(here: Path, asked: Asked, line: str) -> None:
     write_run(here / "tiny.toml")
     (here / "runs/demo").mkdir(parents=True)
     write_run(here / "runs/demo/run.toml")
-    assert asked(here, "bash", line).splitlines() == CASES[line]
+    assert asked("bash", line).splitlines() == CASES[line]
 
 
 @pytest.mark.parametrize(
@@ -68,17 +79,17 @@ def test_the_words_of_a_line(here: Path, line: str) -> None:
         ("train.loggers=w", ["wandb"]),
     ],
 )
-def test_values_of_keys(here: Path, keys: str, words: list[str]) -> None:
+def test_values_of_keys(asked: Asked, keys: str, words: list[str]) -> None:
     line = f"lte train run.toml --set {keys}"
     start = f"{keys.partition('=')[0]}=" if "--set" not in keys else ""
-    assert asked(here, "fish", line).splitlines() == [start + word for word in words]
+    assert asked("fish", line).splitlines() == [start + word for word in words]
     # bash replaces what stands behind "=" only.
-    found = asked(here, "bash", line).splitlines()
+    found = asked("bash", line).splitlines()
     assert found[: len(words)] == words
 
 
-def test_zsh_gets_them_in_its_own_form(here: Path) -> None:
-    assert '"train.schedule=wsd"' in asked(here, "zsh", "lte train --set train.schedule=w")
+def test_zsh_gets_them_in_its_own_form(asked: Asked) -> None:
+    assert '"train.schedule=wsd"' in asked("zsh", "lte train --set train.schedule=w")
 
 
 def test_no_press_imports_torch(here: Path) -> None:

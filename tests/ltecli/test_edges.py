@@ -25,6 +25,7 @@ from tests.harness import run, wait_until
 from tests.ltecli.command import PROFILE, Lte, Refused, assert_one_line, lte_process, write_prose, write_run
 
 HOME = ("plan", "--profile", PROFILE)
+SMALL = (*HOME, "--tokens", "100000", "--set", "train.micro_batch=4", "--set", "train.activation_checkpointing=false")
 
 
 @pytest.mark.parametrize("command", ["--help", "profile list --json"])
@@ -35,12 +36,13 @@ def test_a_stdout_that_cannot_be_written_is_one_line(command: str, tmp_path: Pat
 
 def test_a_reader_that_leaves_early_gets_the_file_all_the_same(tmp_path: Path) -> None:
     # `true` leaves before the first byte, so that the first line that is printed fails.
-    script = f"{sys.executable} -m ltecli plan -p {PROFILE} -o run.toml | true; exit ${{PIPESTATUS[0]}}"
+    script = f"{sys.executable} -m ltecli plan -p {PROFILE} --method ddp -o run.toml | true; exit ${{PIPESTATUS[0]}}"
     done = run(["bash", "-c", script], cwd=tmp_path)
     assert done.code == 0, done
     assert (tmp_path / "run.toml").is_file()
 
 
+@pytest.mark.slow  # as long as forty others, and of what another release says
 def test_libraries_say_nothing_on_stderr() -> None:
     code = "from simulate.layers.quantized import import_bitsandbytes as load; load()"
     pytest.importorskip("bitsandbytes")
@@ -77,7 +79,7 @@ def test_paths_of_a_run_are_relative_to_its_file(lte: Lte, here: Path) -> None:
     assert load_run(here / "a" / "run.toml").data.path == str(folder / "prose.txt")
     assert "there/prose.txt" in lte("probe", "there/t.toml", "--batches", "2", "--warmup", "2").stdout
     # The other way round: a run.toml that is written elsewhere finds what was named here.
-    assert lte(*HOME, "--data", "there/prose.txt", "--set", "model.context=8", "-o", "there/p.toml").code == 0
+    assert lte(*SMALL, "--data", "there/prose.txt", "--set", "model.context=8", "-o", "there/p.toml").code == 0
     assert load_run(folder / "p.toml").data.path == str(here / "there" / "prose.txt")
 
 
@@ -218,10 +220,11 @@ def test_a_noisy_measurement_advises_what_was_not_done(threads: int, capsys: pyt
 
 
 def test_why_knows_whether_the_extra_is_there(lte: Lte, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ("--model", "gpt2", "--method", "lte", "--why", "--json")
     said = []
     for installed in (True, False):
         monkeypatch.setattr("simulate.planning.explain.is_library_installed", lambda known=installed: known)
-        said.append(lte(*HOME, "--model", "gpt2", "--method", "lte", "--why", "--json").stdout)
+        said.append(lte(*HOME, "--merge-every", "100", "--set", "train.micro_batch=32", *asked).stdout)
     assert "installed here" in said[0] and "missing here" not in said[0]
     assert "missing here" in said[1] and "installed here" not in said[1]
 

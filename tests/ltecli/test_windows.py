@@ -47,7 +47,7 @@ def test_a_run_from_its_plan_to_its_report(here: Path) -> None:
     """Text is tokenized, which takes a lock of the cache; the run is resumed and exported, too."""
     run_toml = str(write_run(here / "tiny.toml", model=SIZES))
     commands = [
-        ["plan", "--data", str(here / "prose.txt"), "--tokens", "2000", "--out", "planned.toml"],
+        ["plan", "--method", "ddp", "--data", str(here / "prose.txt"), "--tokens", "2000", "--out", "planned.toml"],
         ["train", run_toml, "--out", "runs/a", "--set", "data.tokenizer=bpe:300", "--quiet"],
         ["train", "runs/a", "--resume", "--quiet"],
         ["report", "runs/a"],

@@ -162,6 +162,7 @@ def test_images_are_trained_alike_in_one_process_and_in_several(lte: Lte, here: 
         assert several == pytest.approx(one, rel=1e-9)
 
 
+@pytest.mark.usefixtures("two_batches")
 def test_a_plan_for_images_without_data_is_trained_on_digits(lte: Lte, here: Path) -> None:
     sizes = [part for key, value in VIT.items() if key != "name" for part in ("--set", f"model.{key}={value}")]
     outcome = lte("plan", "--model", "vit", "--samples", "96", "--devices", "2", *sizes, "-o", "run.toml", "--json")

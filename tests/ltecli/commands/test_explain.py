@@ -35,7 +35,8 @@ def priced(here: Path) -> str:
 
 
 def test_why_names_the_limit_the_changes_and_every_kind_of_neighbour(lte: Lte) -> None:
-    plan = lte(*HOME, "--model", "gpt2", "--method", "lte", "--why", "--json").json()
+    pins = ("--heads-per-device", "4", "--set", "train.activation_checkpointing=true")
+    plan = lte(*HOME, "--model", "gpt2", "--method", "lte", *pins, "--why", "--json").json()
     why = plan["why"]
     assert why["limit"] in ("memory", "link", "compute")
     assert [change["what"] for change in why["changes"]] == [
@@ -97,7 +98,8 @@ def test_equal_requests_give_equal_timelines_and_jitter_takes_longer(lte: Lte, p
 
 
 def test_thousands_of_devices_are_simulated(lte: Lte) -> None:
-    said = lte("plan", "--profile", "raspberry_x8", "--devices", "3000", "--timeline", "--rounds", "10").stdout
+    pins = ("--method", "lte", "--rank", "8", *SMALL[3:])
+    said = lte("plan", "--profile", "raspberry_x8", *pins, "--devices", "3000", "--timeline", "--rounds", "10").stdout
     assert "of 3,000 devices" in said
     assert "churn: 2% of 3,000" in said
 

@@ -13,6 +13,7 @@ from simulate.config.profiles import load_profile
 from simulate.config.run import load_given_run, load_run
 from tests.ltecli.command import Lte, Refused, write_prose
 
+pytestmark = pytest.mark.usefixtures("two_batches")
 ANSWERS = ("--gpu", "4 x gtx 1080 ti", "--link", "50/10 DSL", "--model", "gpt", "--tokens", "1M")
 
 

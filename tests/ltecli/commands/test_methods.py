@@ -16,11 +16,13 @@ from tests.selection import others_slow
 
 TINY_PLAN = (
     "--profile", PROFILE, "--devices", "4", "--data", "prose.txt", "--set", "train.steps=13",
-    "--set", "train.micro_batch=2", "--set", "model.layers=2", "--set", "model.width=64",
+    "--set", "train.micro_batch=2", "--set", "model.layers=1", "--set", "model.width=64",
     "--set", "model.attention_heads=2", "--set", "model.context=32", "--set", "train.evaluate_samples=4",
+    "--set", "train.activation_checkpointing=false",
 )  # fmt: skip
 
 
+ONE_BATCH = ("--tokens", "40000", "--set", "train.micro_batch=4", "--set", "train.activation_checkpointing=false")
 LATE = {"lte": "2", "local-sgd": "3", "diloco": "1"}
 
 
@@ -51,13 +53,10 @@ def assert_planned_is_what_comes(lte: Lte, here: Path, name: str, settings: tupl
     assert memory["planned"] == pytest.approx(memory["measured"], rel=0.05)
 
 
-@pytest.fixture(scope="module")
-def rivals() -> dict[str, Any]:
+@pytest.fixture
+def rivals(gpt2: Any) -> dict[str, Any]:
     """The rivals of a plan for GPT-2 at home, by method."""
-    from ltecli.plan_request import PlanArgs, plan_request
-
-    plan = plan_request(PlanArgs(profile=PROFILE, model="gpt2"))
-    return {rival["method"]: rival for rival in plan.to_dict()["rivals"]}
+    return {rival["method"]: rival for rival in gpt2["rivals"]}
 
 
 def test_the_best_of_every_other_method_stands_beside_the_choice(rivals: dict[str, Any]) -> None:
@@ -76,13 +75,13 @@ def test_a_pinned_method_has_no_rivals(lte: Lte) -> None:
 
 def test_the_plan_says_what_becomes_of_parameters_that_are_not_adapted(lte: Lte) -> None:
     settings = ("--set", "method.norms=one", "--set", "method.biases=frozen")
-    notes = " ".join(lte("plan", "--profile", PROFILE, *settings, "--json").json()["notes"])
+    notes = " ".join(lte("plan", "--profile", PROFILE, *ONE_BATCH, *settings, "--json").json()["notes"])
     # 256 and 128 rows of 128; 9 norms of 2 x 128; in each of 4 blocks 384, 128, 512 and 128 biases.
     assert "embeddings 49,152 (average), norms 2,304 (one), biases 4,608 (frozen)" in notes
 
 
 def test_shards_need_no_data_to_be_named(lte: Lte, refused: Refused) -> None:
-    assert lte("plan", "--devices", "2", "--set", "data.shards=[3, 1]").code == 0
+    assert lte("plan", *ONE_BATCH, "--devices", "2", "--set", "data.shards=[3, 1]").code == 0
     refused("plan", "--devices", "3", "--set", "data.shards=[3, 1]", words=("data.shards has 2 sizes", "one a device"))
     refused("plan", "--devices", "2", "--set", "data.shards=[3, -1]", words=("data.shards[1] = -1",))
 
@@ -123,7 +122,7 @@ def test_a_pin_of_other_methods_names_them(refused: Refused) -> None:
 )
 def test_the_next_moves_of_a_refusal_work_on_a_planned_run(lte: Lte, here: Path, asked: tuple[str, ...]) -> None:
     """A planned run has every key, so that no default follows from another key."""
-    assert lte("plan", "--profile", PROFILE, "--devices", "2", "--tokens", "40000", "-o", "planned.toml").code == 0
+    assert lte("plan", "--profile", PROFILE, *ONE_BATCH, "--devices", "2", "-o", "planned.toml").code == 0
     refusal = lte("train", "planned.toml", "--out", "a", *(part for key in asked for part in ("--set", key)))
     assert refusal.code == 2 and not (here / "a").exists()
     moves = re.findall(r"--set ([\w.]+=\w+)", refusal.stderr)

@@ -48,6 +48,7 @@ def test_every_named_model_can_be_planned(lte: Lte, here: Path, name: str) -> No
     assert f'name = "{name}"' in (here / "run.toml").read_text()
 
 
+@pytest.mark.usefixtures("two_batches")
 def test_models_of_images_are_counted_in_samples(lte: Lte) -> None:
     outcome = lte("plan", "--model", "vit", "--samples", "50000", "--profile", "rtx3060_x4_home", "--all")
     assert "50,000 samples on 4 x rtx3060_x4_home" in outcome.stdout
@@ -142,7 +143,7 @@ def test_models_of_images_learn(lte: Lte, here: Path, model: str, method: str) -
         "model": IMAGES[model],
         "data": {"name": "digits"},
         "method": METHODS[method],
-        "train": {**TRAIN, "steps": 100, "micro_batch": 16, "learning_rate": 1e-2, "checkpoint_every": 100},
+        "train": {**TRAIN, "steps": 60, "micro_batch": 16, "learning_rate": 1e-2, "checkpoint_every": 60},
         "cluster": TINY["cluster"],
     }
     (here / "run.toml").write_text(toml_io.dump(table), encoding="utf-8")

@@ -33,13 +33,10 @@ MEMORY_KEYS = {
     "reserved",
 }
 HOME = ("plan", "--profile", PROFILE)
-SMALL = (*HOME, "--tokens", "100000", "--set", "train.micro_batch=4", "--set", "train.activation_checkpointing=false")
-
-
-@pytest.fixture
-def gpt2(lte: Lte) -> Any:
-    """The plan of GPT-2 on four home GPUs."""
-    return lte(*HOME, "--model", "gpt2", "--json").json()
+ONE_BATCH = ("--tokens", "100000", "--set", "train.micro_batch=4", "--set", "train.activation_checkpointing=false")
+SMALL = (*HOME, *ONE_BATCH)
+ONE_METHOD = ("--method", "lte", "--rank", "8", "--merge-every", "10")
+"""Pins that leave the batch open."""
 
 
 def every_candidate(plan: Any) -> list[Any]:
@@ -106,7 +103,7 @@ def test_equal_requests_give_equal_plans(lte: Lte, tmp_path: Path) -> None:
 )
 def test_a_pin_holds_for_every_candidate(lte: Lte, option: str, key: str, value: object) -> None:
     given = f"method.{key}={value}" if option == "--set" else str(value)
-    plan = lte(*HOME, "--tokens", "100000", option, given, "--json").json()
+    plan = lte(*SMALL, option, given, "--json").json()
     assert plan["candidates"]
     assert {candidate[key] for candidate in plan["candidates"]} == {value}
 
@@ -137,8 +134,10 @@ def test_dense_stands_beside_a_pinned_method(lte: Lte) -> None:
     assert "beside dense" in lte(*SMALL, "--method", "lte", "--all").stdout
 
 
+@pytest.mark.usefixtures("two_batches")
 def test_the_written_run_is_the_choice(lte: Lte, here: Path) -> None:
-    outcome = lte(*HOME, "--set", "train.seed=5", "--set", "model.context=64", "-o", "run.toml", "--json")
+    keys = ("--set", "train.seed=5", "--set", "model.context=64")
+    outcome = lte(*HOME, "--tokens", "100000", "--method", "lte", *keys, "-o", "run.toml", "--json")
     chosen, run = outcome.json()["chosen"], load_run(here / "run.toml")
     assert isinstance(run.method, LteOptions)
     method = {key: chosen[key] for key in ("rank", "heads_per_device", "quantize", "merge_every", "merge_transport")}
@@ -221,7 +220,7 @@ def test_a_plan_with_a_quorum_is_trained_as_it_is_and_suggests_nothing_that_a_qu
 
 
 def test_nothing_feasible_names_the_nearest_miss(lte: Lte, here: Path) -> None:
-    outcome = lte("plan", "--profile", "raspberry_x8", "--model", "gpt2_xl", "-o", "run.toml", "--json")
+    outcome = lte("plan", "--profile", "raspberry_x8", "--model", "gpt2_xl", *ONE_METHOD, "-o", "run.toml", "--json")
     assert_one_line(outcome, 3, ("nearest miss", "8.59 GB", "more on each device would do", "model.context"))
     assert outcome.json()["chosen"] is None
     assert list(here.iterdir()) == []
@@ -232,20 +231,20 @@ def test_host_memory_counts_too(lte: Lte, here: Path) -> None:
         "host_memory_bytes = 17179869184", "host_memory_bytes = 500_000"
     )
     (here / "bare.toml").write_text(profile)
-    plan = lte(
-        "plan", "-p", "bare.toml", "--tokens", "100000", "--method", "lte", "--set", "method.reset=none", "--json"
-    )
+    bare = ("plan", "-p", "bare.toml", *ONE_BATCH)
+    plan = lte(*bare, "--method", "lte", "--set", "method.reset=none", "--json")
     assert_one_line(plan, 3, ("of host memory", "more on each host would do"))
-    assert lte("plan", "-p", "bare.toml", "--tokens", "100000", "--set", "method.reset=b").code == 0
+    assert lte(*bare, "--set", "method.reset=b").code == 0
 
 
 def test_a_long_warm_up_leaves_out_too_short_candidates(lte: Lte, refused: Refused, here: Path) -> None:
-    warm = ("--tokens", "100000", "--set", "train.warmup_steps=50")
+    warm = ("--method", "ddp", "--tokens", "100000", "--set", "train.warmup_steps=50")
     plan = lte(*HOME, *warm, "-o", "run.toml", "--json").json()
     assert min(candidate["steps"] for candidate in plan["candidates"]) > 50
     assert load_run(here / "run.toml").train.warmup_steps == 50
     refused(*HOME, "--tokens", "600", "--set", "train.warmup_steps=50", words=("train.warmup_steps = 50", "--tokens"))
-    assert lte(*HOME, "--set", "train.warmup_steps=2000", "--tokens", "10000000").code == 0
+    long = ("--method", "ddp", "--tokens", "10000000", "--set", "train.warmup_steps=2000")
+    assert lte(*HOME, *long).code == 0
 
 
 def test_data_is_read_from_files_and_folders_of_any_depth(lte: Lte, here: Path) -> None:
@@ -342,7 +341,7 @@ def test_an_empty_folder_is_no_data(refused: Refused, here: Path) -> None:
 
 
 def test_a_plan_of_full_messages_names_the_smaller_ones(lte: Lte) -> None:
-    pins = ("--profile", "gtx1080ti_x8", "--method", "lte", "--rank", "8", "--json")
+    pins = ("--profile", "gtx1080ti_x8", *ONE_BATCH, "--method", "lte", "--rank", "8", "--json")
 
     def notes(*more: str) -> str:
         return "\n".join(lte("plan", *pins, *more).json()["notes"])
@@ -360,7 +359,7 @@ def test_a_plan_for_unequal_devices_says_what_a_deadline_would_do(lte: Lte) -> N
     paced = lte("plan", *mixed, "--set", "method.pace=deadline").json()
     assert "nobody waits" not in "\n".join(paced["notes"])
     assert any("of the samples that they would in lockstep" in warning for warning in paced["chosen"]["warnings"])
-    same = lte("plan", "--profile", "gtx1080ti_x8", "--method", "local-sgd", "--json").json()
+    same = lte("plan", "--profile", "gtx1080ti_x8", *ONE_BATCH, "--method", "local-sgd", "--json").json()
     assert "nobody waits" not in "\n".join(same["notes"])
 
 
@@ -390,7 +389,7 @@ def batches_of(plan: Any) -> set[tuple[int, int]]:
 def test_a_step_comes_near_to_the_tokens_asked_for(
     lte: Lte, asked: str, batches: set[tuple[int, int]], note: str
 ) -> None:
-    plan = lte(*HOME, "--tokens", "100000", "--method", "lte", "--batch-tokens", asked, "--json").json()
+    plan = lte(*HOME, "--tokens", "100000", *ONE_METHOD, "--batch-tokens", asked, "--json").json()
     assert batches_of({**plan, "dense": None}) == batches
     chosen = plan["chosen"]
     tokens = chosen["micro_batch"] * chosen["accumulate"] * 4 * 128
@@ -399,7 +398,7 @@ def test_a_step_comes_near_to_the_tokens_asked_for(
 
 
 def test_a_pinned_half_of_the_batch_leaves_the_other_free(lte: Lte) -> None:
-    command = (*HOME, "--tokens", "100000", "--batch-tokens", "16384", "--json", "--set")
+    command = (*HOME, "--tokens", "100000", *ONE_METHOD, "--batch-tokens", "16384", "--json", "--set")
     assert batches_of(lte(*command, "train.micro_batch=4").json()) == {(4, 8)}
     assert batches_of(lte(*command, "train.accumulate=4").json()) == {(8, 4)}
 
@@ -415,7 +414,7 @@ def test_a_pinned_half_of_the_batch_leaves_the_other_free(lte: Lte) -> None:
 def test_no_step_is_smaller_than_the_rule_of_the_default_batch(
     lte: Lte, arguments: tuple[str, ...], least: int, smallest: set[tuple[int, int]]
 ) -> None:
-    plan = lte(*HOME, *arguments, "--json").json()
+    plan = lte(*HOME, *arguments, *ONE_METHOD, "--json").json()
     unit = 1 if least == 32 else 16 if "model.context=16" in arguments else 128
     sizes = {batch: batch[0] * batch[1] * 4 * unit for batch in batches_of(plan)}
     assert min(sizes.values()) == least
@@ -425,7 +424,7 @@ def test_no_step_is_smaller_than_the_rule_of_the_default_batch(
 
 
 def test_a_batch_that_is_given_stays_as_it_is(lte: Lte) -> None:
-    command = (*HOME, "--model", "vit", "--samples", "50000", "--set", "train.micro_batch=1")
+    command = (*HOME, *ONE_METHOD, "--model", "vit", "--samples", "50000", "--set", "train.micro_batch=1")
     plan = lte(*command, "--json").json()
     assert batches_of(plan) == {(1, 1)} and any("samples" in n and "as given" in n for n in plan["notes"])
 
@@ -446,7 +445,7 @@ def test_a_written_plan_also_runs_with_few_steps(lte: Lte, here: Path) -> None:
 
 
 def test_a_long_warm_up_is_cut_at_2000_steps(lte: Lte, here: Path) -> None:
-    lte(*HOME, "--set", "train.steps=123457", "--set", "train.micro_batch=4", "-o", "run.toml")
+    lte(*HOME, *ONE_METHOD, "--set", "train.steps=123457", "--set", "train.micro_batch=4", "-o", "run.toml")
     assert load_run(here / "run.toml").train.num_warmup_steps == 2000
 
 

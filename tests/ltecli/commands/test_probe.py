@@ -54,6 +54,7 @@ def ranks_of(plan: Any) -> set[int]:
     return {candidate["rank"] for candidate in plan["candidates"] if candidate["method"] == "lte"}
 
 
+@pytest.mark.usefixtures("two_batches")
 def test_the_recommended_rank_is_tried_and_others_are_marked(lte: Lte, here: Path) -> None:
     write_probe(here / "probe.json", (5, 9), grown=2)
     plain = lte(*PLAN, *WIDE, "--json").json()

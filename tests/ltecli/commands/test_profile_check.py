@@ -49,7 +49,7 @@ def test_a_slip_is_named_with_what_it_says(lte: Lte, tmp_path: Path) -> None:
     checked = lte("profile", "check", path)
     assert checked.code == 2
     assert '! link.up_bytes_per_s = 10 is 10 B/s (80 bit/s); write it like "50 Mbit/s"' in checked.stdout
-    plan = lte("plan", "--profile", path, "--model", "gpt", "--tokens", "100k")
+    plan = lte("plan", "--profile", path, "--model", "gpt", "--method", "ddp", "--tokens", "100k")
     assert plan.code == 0 and "80 bit/s" in plan.stdout
     assert lte("profile", "check", "rtx3060_x4_home").code == 0
 
@@ -63,7 +63,7 @@ def test_a_missing_table_comes_with_example_values(lte: Lte, tmp_path: Path) -> 
 
 
 def test_counts_of_tokens_have_units(lte: Lte, refused: Refused) -> None:
-    command = ("plan", "--profile", "laptop_cpu", "--model", "gpt", "--json")
+    command = ("plan", "--profile", "laptop_cpu", "--model", "gpt", "--method", "ddp", "--json")
     assert lte(*command, "--tokens", "1.5M").json()["tokens"] == 1_500_000
     refused("plan", "--tokens", "1.5 Mb", words=("--tokens", "write it like '2.5B'"))
 
@@ -84,4 +84,5 @@ def test_a_memory_without_its_unit_is_the_figure_that_is_blamed(refused: Refused
 def test_an_unknown_unit_is_told_all_known_ones(refused: Refused, here: Path) -> None:
     line = next(line for line in read_text("rtx3060_x4_home").splitlines() if line.startswith("up_bytes_per_s"))
     path = changed(here / "p.toml", (line, 'up_bytes_per_s = "50 Mbps/s"'))
-    assert all(unit in refused("profile", "check", path, words=("Mbps/s",)) for unit in RATES)
+    said = refused("profile", "check", path, words=("Mbps/s",))
+    assert all(unit in said for unit in RATES)

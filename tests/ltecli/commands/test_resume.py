@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
-import time
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.harness import Outcome
-from tests.ltecli.command import Lte, Refused, events_of, lte_process, write_run
+from simulate.common.events import Event, EventFile
+from tests.harness import Child, Outcome, environment
+from tests.ltecli.command import Lte, Refused, events_of, write_run
 from tests.selection import others_slow
 
-STEPS = 160
+STEPS, STOP_AFTER = 40, 17
+"""The step after which a run is stopped is inside a round, and after a merge, an evaluation and a checkpoint."""
 METHODS: dict[str, dict[str, Any]] = {
     "lte": {"name": "lte", "rank": 2, "merge_every": 7},
     "lte-reset-b": {"name": "lte", "rank": 2, "merge_every": 7, "reset": "b", "merge_transport": "server"},
@@ -28,22 +32,35 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def long_run(folder: Path, method: str) -> Path:
-    """Write a run that takes long enough to be stopped in the middle."""
-    train = {"steps": STEPS, "warmup_steps": 20, "evaluate_every": 40, "checkpoint_every": 15}
+    """Write a run to be stopped in the middle: inside a round, after merges, evaluations and checkpoints."""
+    train = {"steps": STEPS, "warmup_steps": 20, "evaluate_every": 10, "checkpoint_every": 8}
     return write_run(folder / "long.toml", method=METHODS[method], train=train)
 
 
-def stop_in_the_middle(run: Path, folder: Path, number: int) -> Outcome:
-    """Train in a process of its own, and send it a signal after a fifth of its steps."""
-    process = lte_process("train", run, "--out", folder, cwd=run.parent)
-    events = folder / "events.jsonl"
-    deadline = time.monotonic() + 90
-    while not events.exists() or f'"step": {STEPS // 5}, "train_loss"' not in events.read_text():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(number)
-    return process.outcome()
+def signalled_after_a_step(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Let a run send its own process a signal when step STOP_AFTER is in its file."""
+    write = EventFile.__call__
+
+    def write_and_signal(file: EventFile, event: Event) -> None:
+        write(file, event)
+        if event["kind"] == "step" and event["step"] == STOP_AFTER:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(EventFile, "__call__", write_and_signal)
+
+
+def killed_after_a_step(run: Path, folder: Path) -> Outcome:
+    """Train in a process of its own, which a SIGKILL ends."""
+    code = (
+        "import signal, sys, pytest\n"
+        "from ltecli.app import main\n"
+        "from tests.ltecli.commands.test_resume import signalled_after_a_step\n"
+        "signalled_after_a_step(pytest.MonkeyPatch(), signal.SIGKILL)\n"
+        "main(sys.argv[1:])\n"
+    )
+    words = [sys.executable, "-c", code, "train", str(run), "--out", str(folder)]
+    root = environment(PYTHONPATH=str(Path(__file__).parents[3]))
+    return Child(words, cwd=run.parent, env=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE).outcome()
 
 
 def figures(folder: Path) -> dict[str, list[tuple[Any, ...]]]:
@@ -83,9 +100,14 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 )
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(lte: Lte, here: Path, method: str, number: int) -> None:
     run = long_run(here, method)
-    stopped = stop_in_the_middle(run, here / "stopped", number)
+    if number == signal.SIGKILL:
+        stopped = killed_after_a_step(run, here / "stopped")
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            signalled_after_a_step(patch, number)
+            stopped = lte("train", run, "--out", "stopped")
     steps = len(events_of(here / "stopped", "step"))
-    assert STEPS // 5 <= steps < STEPS
+    assert STOP_AFTER <= steps < STEPS
     if number == signal.SIGKILL:
         assert stopped.code == -number
     else:

@@ -17,6 +17,7 @@ from simulate.models.schema import FactoryTextModel
 from simulate.models.shapes import shape_of_table, shape_table
 from tests.ltecli.command import PROFILE, Lte, Refused, write_prose, write_run
 
+pytestmark = pytest.mark.usefixtures("two_batches")
 NETWORK = """
 from torch import nn
 
@@ -40,7 +41,13 @@ def planned(lte: Lte, here: Path) -> Path:
     """A run.toml planned on a profile of the user's, which is gone, in a folder where nothing else lies."""
     write_profile(here / "mine.toml")
     tiny = [f"model.{key}={value}" for key, value in {"layers": 1, "width": 16, "context": 8}.items()]
-    keys = [*tiny, "train.steps=4", "model.attention_heads=2", f"data.path={write_prose(here / 'prose.txt')}"]
+    keys = [
+        *tiny,
+        "train.steps=4",
+        "train.micro_batch=2",
+        "model.attention_heads=2",
+        f"data.path={write_prose(here / 'prose.txt')}",
+    ]
     assignments = [word for key in keys for word in ("--set", key)]
     outcome = lte("plan", "-p", "mine.toml", "-m", "gpt", "-n", "2", "--rank", "2", *assignments, "-o", "run.toml")
     assert outcome.code == 0, outcome
@@ -66,14 +73,14 @@ def test_a_planned_run_brings_its_profile(lte: Lte, here: Path, planned: Path) -
 
 
 def test_shipped_profiles_stay_names(lte: Lte, here: Path) -> None:
-    assert lte("plan", "-p", PROFILE, "-m", "gpt", "--tokens", "1M", "-o", "run.toml").code == 0
+    assert lte("plan", "-p", PROFILE, "-m", "gpt", "--method", "ddp", "--tokens", "1M", "-o", "run.toml").code == 0
     table = toml_io.parse((here / "run.toml").read_text(), "run.toml")
     assert "profile" not in table and table["cluster"]["profile"] == PROFILE
 
 
 def test_a_changed_profile_of_a_shipped_name_is_embedded(lte: Lte, here: Path) -> None:
     write_profile(here / "other.toml", PROFILE)
-    assert lte("plan", "-p", "other.toml", "-m", "gpt", "--tokens", "1M", "-o", "run.toml").code == 0
+    assert lte("plan", "-p", "other.toml", "-m", "gpt", "--method", "ddp", "--tokens", "1M", "-o", "run.toml").code == 0
     profile = load_profile(load_given_run(here / "run.toml").cluster.profile)
     assert (profile.name, profile.link.up_bytes_per_s) == (PROFILE, 1e6)
 
@@ -126,7 +133,19 @@ def test_every_command_takes_relative_paths_from_the_files_folder(
         ("eval", done, "--data", "../run/prose.txt"),
         ("train", done, "--resume"),
         ("train", done / "run.toml", "--quiet"),
-        ("plan", "-p", "../run/mine.toml", "-m", "gpt", "--tokens", "1M", "--data", "../run/prose.txt"),
+        (
+            "plan",
+            "-p",
+            "../run/mine.toml",
+            "-m",
+            "gpt",
+            "--method",
+            "ddp",
+            "--tokens",
+            "1M",
+            "--data",
+            "../run/prose.txt",
+        ),
         ("profile", "check", "../run/mine.toml"),
     ):
         assert lte(*arguments).code == 0, arguments
@@ -156,7 +175,10 @@ def test_a_shape_is_what_was_stored() -> None:
 
 
 def test_a_plan_makes_the_folder_of_its_run(lte: Lte, here: Path) -> None:
-    assert lte("plan", "-p", PROFILE, "-m", "gpt", "--tokens", "1M", "-o", "new/deep/run.toml").code == 0
+    assert (
+        lte("plan", "-p", PROFILE, "-m", "gpt", "--method", "ddp", "--tokens", "1M", "-o", "new/deep/run.toml").code
+        == 0
+    )
     assert load_given_run(here / "new/deep/run.toml").cluster.profile == PROFILE
 
 

@@ -19,6 +19,7 @@ from tests.ltecli.command import Lte, copy_run, write_run
 from tests.ltecli.docs.lines import PAGES, Line, block_lines, span_lines
 from tests.selection import others_slow
 
+COMMANDS: Any = typer.main.get_command(app)
 LINES = [line for page in PAGES for line in block_lines(page)]
 RUN = [line for line in LINES if line.not_run is None]
 LIGHT = ("plan", "profile list", "profile show", "profile check", "init")
@@ -104,7 +105,7 @@ def test_options_exist(page: Path) -> None:
     """Every command and every option that a page names exists."""
     for line in [*block_lines(page), *span_lines(page)]:
         for call in line.calls:
-            command: Any = typer.main.get_command(app)
+            command = COMMANDS
             words = [word for word in call if word not in ("...", "…")]
             while words and hasattr(command, "commands") and not words[0].startswith("-"):
                 name = words.pop(0)
@@ -118,10 +119,18 @@ def test_options_exist(page: Path) -> None:
                     assert option in known, f"{_ids(line)}: lte {' '.join(call)}: no option {option}"
 
 
+@pytest.fixture(scope="module")
+def written_once(tmp_path_factory: pytest.TempPathFactory, trained_once: Path) -> Path:
+    """The folder of a user who did what the pages say before; its run folders say that their data lies in it."""
+    folder = tmp_path_factory.mktemp("user")
+    write_user_folder(folder, trained_once)
+    return folder
+
+
 @pytest.fixture
-def user_folder(here: Path, trained_once: Path) -> Path:
-    """The folder of a user who did what the pages say before: every line finds the files that it names."""
-    write_user_folder(here, trained_once)
+def user_folder(here: Path, written_once: Path) -> Path:
+    """A copy of that folder: every line finds the files that it names."""
+    shutil.copytree(written_once, here, dirs_exist_ok=True)
     return here
 
 
@@ -157,6 +166,7 @@ def _remove_targets(line: Line) -> None:
 
 
 @pytest.mark.parametrize("line", others_slow(LIGHT_LINES, _first_with_their_options()), ids=_ids)
+@pytest.mark.usefixtures("two_batches")
 def test_light_line_runs(line: Line, user_folder: Path, lte: Lte) -> None:
     """A line that plans or looks at profiles ends well."""
     words = line.words
