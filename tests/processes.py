@@ -156,6 +156,7 @@ def train_variants(folder: Path, process: int, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    import bitsandbytes  # noqa: F401  # by quantised variants, once rather than in every process
+    if any("quantize" in tiny.VARIANTS.get(name, {}) for name in sys.argv[5:]):
+        import bitsandbytes  # noqa: F401  # once rather than in every process
 
     fork_and_meet(train_variants, sys.argv[1:])
