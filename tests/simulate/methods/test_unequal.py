@@ -168,8 +168,8 @@ def test_planned_bytes_are_counted_bytes(name: str) -> None:
 
 
 def test_gathered_bytes_by_hand() -> None:
-    # One message of B of 2, 1 and 3 columns for one block's outputs of 48 + 16 + 64 + 16, eight bytes each: each device's
-    # part crosses two links.
+    # One message of B of 2, 1 and 3 columns for one block's outputs of 48 + 16 + 64 + 16, eight bytes each: what one
+    # sends crosses two links.
     classes: list[tiny.Table] = [{"devices": 1}, {"devices": 1, "rank": 1}, {"devices": 1, "rank": 3}]
     run = unequal_run(classes)
     (gathered,) = [t for t in schedule(run, run.shape())[0].exchange.transfers if t.operation == "all_gather"]
