@@ -156,5 +156,6 @@ def train_variants(folder: Path, process: int, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    import_bitsandbytes()  # by quantised variants, once rather than in every process
+    if any("quantize" in tiny.VARIANTS.get(name, {}) for name in sys.argv[5:]):
+        import_bitsandbytes()  # once rather than in every process
     fork_and_meet(train_variants, sys.argv[1:])

@@ -17,7 +17,7 @@ from tests.tiny import VARIANTS, train_keys
 TURNING = ("sent bytes", "checkpoint bytes", "autocast")
 TURNS = 1
 """Of these properties, so many test a variant whatever its settings."""
-DEAR = ("memory", "resume", "processes", "accumulate")
+DEAR = ("memory", "resume", "processes", "accumulate", "alike classes")
 """A variant takes them half a second and more: nobody has a turn."""
 PROPERTIES = TURNING + DEAR
 

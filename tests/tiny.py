@@ -304,6 +304,7 @@ def assert_resumes(
     name: str, steps_before: int, devices: int = 4, train_keys: Table | None = None, model: Table | None = None
 ) -> None:
     """Save, load into a spoilt method, and hold the rest of the run against that of the one that went on."""
+    model = model or {"layers": VARIANTS[name].get("fragments", 1)}
     run = variant_run(name, devices, model, train={"steps": 14, **(train_keys or {})})
     method, restored = build(run), build(run)
     train(method, 0, steps_before)

@@ -105,7 +105,7 @@ def test_a_mapped_copy_is_a_copy() -> None:
     ],
 )
 def test_quantised_lte_trains_like_the_twin(quantize: str, method: dict[str, Any]) -> None:
-    run = parity_run("lte", 2, {"steps": 25}, quantize=quantize, merge_every=4, **method)
+    run = parity_run("lte", 2, {"steps": 10}, quantize=quantize, merge_every=4, **method)
     twin, data = QuantisedTwin(run, build_model(run), engine_draw(run)), tiny.batches(run)
     losses = torch.stack([twin.step(*data.batch(step, range(2)), step) for step in range(run.train.steps)])
     fast = tiny.train(tiny.build(run))
@@ -115,14 +115,14 @@ def test_quantised_lte_trains_like_the_twin(quantize: str, method: dict[str, Any
 @pytest.mark.parametrize(("name", "quantize"), [("lora", "nf4"), ("lora", "bf16"), ("mhlora", "nf4-double")])
 def test_adapters_of_all_on_quantised_weights_train_like_the_twin(name: str, quantize: str) -> None:
     """Nothing is merged, so training keeps the rounded start."""
-    run = parity_run(name, 2, {"steps": 25}, quantize=quantize)
+    run = parity_run(name, 2, {"steps": 8}, quantize=quantize)
     twin_class = MhloraTwin if name == "mhlora" else LoraTwin
     twin = twin_class(run, rounded_start(build_model(run), quantize), engine_draw(run))
     assert_trains_like_twin(twin, run)
 
 
 def test_relora_on_quantised_weights_restarts_like_the_twin() -> None:
-    run = parity_run("relora", 2, {"steps": 25}, quantize="int8")
+    run = parity_run("relora", 2, {"steps": 16}, quantize="int8")
     assert_trains_like_twin(QuantisedReloraTwin(run, build_model(run), engine_draw(run)), run)
 
 

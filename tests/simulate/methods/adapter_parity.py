@@ -1,4 +1,4 @@
-"""Adapter methods against their twins: long runs with several merges, some steps clipped and some not."""
+"""Adapter methods against their twins: runs with several merges, some steps clipped and some not."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tests import tiny
 from tests.reference.lora import Draw, LoraTwin
 from tests.reference.lte import LteTwin
 
-# With T = 10 there are six merges, the last one early.
-TRAIN = {"steps": 55, "warmup_steps": 5, "weight_decay": 0.1, "learning_rate": 1e-2, "clip_norm": 1.1}
+# With T = 4 there are five merges, the last one early.
+TRAIN = {"steps": 19, "warmup_steps": 3, "weight_decay": 0.1, "learning_rate": 1e-2, "clip_norm": 1.3}
 
 Twin = LoraTwin | LteTwin
 TwinClass = Callable[[Run, nn.Module, Draw], Twin]
@@ -30,8 +30,10 @@ TwinClass = Callable[[Run, nn.Module, Draw], Twin]
 
 def parity_run(name: str, devices: int = 3, train: tiny.Table | None = None, **method: Any) -> Run:
     """Return a run of one of tiny.VARIANTS for comparison; keywords override the method's keys."""
-    heads = {**tiny.VARIANTS[name], **method}.get("heads_per_device", 1) if name.startswith("lte") else 1
-    run = tiny.variant_run(name, devices, train={**TRAIN, "micro_batch": 2 * heads, **(train or {})})
+    keys = {**tiny.VARIANTS[name], **method}
+    heads = keys.get("heads_per_device", 1) if name.startswith("lte") else 1
+    model = {"layers": keys.get("fragments", 1)}
+    run = tiny.variant_run(name, devices, model, {**TRAIN, "micro_batch": 2 * heads, **(train or {})})
     options = type(run.method)(**{**run.method.model_dump(), **method})
     return run.model_copy(update={"method": options})
 

@@ -16,7 +16,7 @@ from tests import tiny
 from tests.selection import variants
 from tests.simulate.data.pictures import images
 
-STEPS = 10
+STEPS = 8
 WHOLE: tiny.Table = {"micro_batch": 6, "accumulate": 1, "steps": STEPS, "clip_norm": 0.5}
 PARTS: tiny.Table = {**WHOLE, "micro_batch": 2, "accumulate": 3}
 
@@ -28,7 +28,8 @@ sums, and move losses in the seventh digit."""
 
 def trained(name: str, **train: Any) -> tuple[tiny.History, dict[str, int], int]:
     """Return a run's losses and weights, its counted bytes, and the samples of its events."""
-    method = tiny.build(tiny.variant_run(name, train=train))
+    model = {"layers": tiny.VARIANTS[name].get("fragments", 1)}
+    method = tiny.build(tiny.variant_run(name, model=model, train=train))
     history, counter = tiny.train(method), method.communicator.counter
     counted = {"sent": counter.sent_bytes, "received": counter.received_bytes, "messages": counter.messages}
     return history, counted, method.samples_done(STEPS - 1)

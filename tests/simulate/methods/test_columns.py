@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ from tests.reference.lte_wire import LteWireTwin
 from tests.reference.muon import LteMuonTwin
 from tests.reference.paced import PacedLteFrozenATwin
 from tests.reference.quantised import QuantisedTwin
+from tests.selection import others_slow
 from tests.simulate.methods.adapter_parity import TRAIN
 
 Twin = Callable[[Run, nn.Module, Draw], LteTwin]
@@ -98,9 +101,14 @@ def test_a_process_picks_what_all_together_do(first: int) -> None:
 
 def parity_run(devices: int = 3, train: tiny.Table | None = None, **method: Any) -> Run:
     """Return a run of one block of width 16 and 64: three heads of rank 8 cover the one, six of 12 the other, too."""
-    options = {"frozen_a": True, "reset": "b", "draws": "columns", "merge_every": 10, "rank": 8, **method}
+    options = {"frozen_a": True, "reset": "b", "draws": "columns", "merge_every": 4, "rank": 8, **method}
     heads = options.get("heads_per_device", 1)
     return tiny.lte_run(devices, {"layers": 1}, {**TRAIN, "micro_batch": 2 * heads, **(train or {})}, **options)
+
+
+@cache
+def twin_history(twin_class: Twin, run: Run) -> tiny.History:
+    return slow_history(twin_class, run, column_draw(run))
 
 
 def slow_history(twin_class: Twin, run: Run, draw: Draw) -> tiny.History:
@@ -128,26 +136,25 @@ def test_slices_of_layers_that_are_not_covered_are_drawn_jointly() -> None:
     assert [sliced(7, 3, heads).draws for heads in (2, 3)] == ["joint", "columns"]
 
 
-STEPS = [[10, 4, 7], [3, 10, 5]]
-PARITY = [
-    pytest.param(LteFrozenATwin, {}, id="gathered"),
-    pytest.param(LteFrozenATwin, {"reset": "ab", "merge_transport": "reduce"}, id="picked anew, reduced"),
-    pytest.param(LteFrozenATwin, {"draws": "slices", "rank": 7, "reset": "ab"}, id="slices, picked anew"),
-    pytest.param(QuantisedFrozenTwin, {"draws": "slices", "quantize": "int8"}, id="slices, int8 weights"),
-    pytest.param(
-        LteFrozenATwin, {"merge_transport": "server", "heads_per_device": 2, "rank": 12}, id="two heads, served"
-    ),
-    pytest.param(LteFrozenATwin, {"merge_transport": "auto", "rank": 16}, id="auto, every input of every head"),
-    pytest.param(WireTwin, {"wire": "int8"}, id="int8"),
-    pytest.param(WireTwin, {"wire": "int4", "merge_transport": "reduce", "heads_per_device": 2}, id="reduced int4"),
-    pytest.param(WireTwin, {"wire": "int2"}, id="int2"),
-    pytest.param(LateLteFrozenATwin, {"merge_delay": 3, "merge_transport": "reduce"}, id="late, reduced"),
-    pytest.param(LateLteFrozenATwin, {"merge_delay": 3, "fragments": 1}, id="late"),
-    pytest.param(PacedLteFrozenATwin, {"pace": "deadline", "steps_taken": STEPS}, id="paced"),
-    pytest.param(QuantisedFrozenTwin, {"quantize": "int8", "heads_per_device": 2}, id="int8 weights"),
-    pytest.param(QuantisedFrozenTwin, {"quantize": "nf4", "merge_transport": "server"}, id="nf4 weights, served"),
-]
-WAYS = pytest.mark.parametrize("way", ["row by row", "written"])
+STEPS = [[4, 1, 3], [2, 4, 1]]
+PARITY: dict[str, tuple[Twin, dict[str, Any]]] = {
+    "gathered": (LteFrozenATwin, {}),
+    "picked anew, reduced": (LteFrozenATwin, {"reset": "ab", "merge_transport": "reduce"}),
+    "slices, picked anew": (LteFrozenATwin, {"draws": "slices", "rank": 7, "reset": "ab"}),
+    "slices, int8 weights": (QuantisedFrozenTwin, {"draws": "slices", "quantize": "int8"}),
+    "two heads, served": (LteFrozenATwin, {"merge_transport": "server", "heads_per_device": 2, "rank": 12}),
+    "auto, every input of every head": (LteFrozenATwin, {"merge_transport": "auto", "rank": 16}),
+    "int8": (WireTwin, {"wire": "int8"}),
+    "reduced int4": (WireTwin, {"wire": "int4", "merge_transport": "reduce", "heads_per_device": 2}),
+    "int2": (WireTwin, {"wire": "int2"}),
+    "late, reduced": (LateLteFrozenATwin, {"merge_delay": 3, "merge_transport": "reduce"}),
+    "late": (LateLteFrozenATwin, {"merge_delay": 3, "fragments": 1}),
+    "paced": (PacedLteFrozenATwin, {"pace": "deadline", "steps_taken": STEPS}),
+    "int8 weights": (QuantisedFrozenTwin, {"quantize": "int8", "heads_per_device": 2}),
+    "nf4 weights, served": (QuantisedFrozenTwin, {"quantize": "nf4", "merge_transport": "server"}),
+}
+WAYS = ("row by row", "written")
+IN_TURN = [(case, WAYS[index % 2]) for index, case in enumerate(PARITY)]
 
 
 def compute(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
@@ -155,14 +162,12 @@ def compute(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     monkeypatch.setattr(folding, "WRITTEN_WEIGHT_OPERATIONS", 0.0 if way == "written" else float("inf"))
 
 
-@WAYS
-@pytest.mark.parametrize(("twin_class", "method"), PARITY)
-def test_it_trains_like_the_twin_with_a_dense_a(
-    monkeypatch: pytest.MonkeyPatch, twin_class: Twin, method: dict[str, Any], way: str
-) -> None:
+@pytest.mark.parametrize(("case", "way"), others_slow(itertools.product(PARITY, WAYS), IN_TURN))
+def test_it_trains_like_the_twin_with_a_dense_a(monkeypatch: pytest.MonkeyPatch, case: str, way: str) -> None:
     compute(monkeypatch, way)
+    twin_class, method = PARITY[case]
     run = parity_run(**method)
-    tiny.assert_parity(tiny.train(tiny.build(run)), slow_history(twin_class, run, column_draw(run)))
+    tiny.assert_parity(tiny.train(tiny.build(run)), twin_history(twin_class, run))
 
 
 def test_muon_steps_it_like_the_twin() -> None:
@@ -205,7 +210,7 @@ def test_no_layer_that_picks_columns_holds_an_a() -> None:
 def test_training_leaves_w_as_it_was_to_the_bit() -> None:
     engine = engine_of(parity_run())
     before = {x.name: x.weight.clone() for x in lora_layers(engine.model)}
-    tiny.train(engine, 0, 5)
+    tiny.train(engine, 0, 3)
     assert all(torch.equal(x.weight, before[x.name]) for x in lora_layers(engine.model))
     assert any(x.b.any() for x in lora_layers(engine.model))
 

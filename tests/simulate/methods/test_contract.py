@@ -1,7 +1,7 @@
 """The contract of every method, ours and from outside: planned = counted, measured; resumed, launched, twin = the same.
 
 The grid of all variants of all methods is in the tests of each property; here is each method once. `make test` leaves
-out here what it tests there for every method: memory, and launched runs.
+out here what it tests there for every method: bytes, memory, resumed and launched runs.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def trained(run: Run) -> tuple[tiny.History, dict[str, int]]:
     return history, {"sent": counter.sent_bytes, "received": counter.received_bytes, "messages": counter.messages}
 
 
+@pytest.mark.slow  # comm/test_transfers.py
 @EACH_METHOD
 def test_planned_bytes_are_counted(name: str) -> None:
     run = tiny.variant_run(name, train={"steps": STEPS})
@@ -54,6 +55,7 @@ def test_planned_memory_is_measured(name: str) -> None:
     assert 0.99 * measured <= memory.tensors <= 1.03 * measured
 
 
+@pytest.mark.slow  # test_adapter_resume.py and test_dense_resume.py
 @EACH_METHOD
 def test_a_resumed_run_is_the_same_to_the_bit(name: str) -> None:
     tiny.assert_resumes(name, 6)

@@ -16,7 +16,7 @@ from tests import tiny
 from tests.reference.daso import DasoTwin
 from tests.simulate.methods.parity import assert_trains_like, hand_run, of_linear, parity_run, set_copies
 
-# 51 steps = 10·5 + 1: the last exchange but one is still on its way when the run ends.
+# 21 steps = 4·5 + 1: the last exchange but one is still on its way when the run ends.
 RUNS: dict[str, Run] = {
     "delayed": parity_run("daso", devices=4, merge_every=5),
     "waiting": parity_run("daso, waiting", devices=4, merge_every=5),

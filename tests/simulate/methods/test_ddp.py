@@ -10,7 +10,7 @@ from simulate.methods.loss import Loss
 from tests import tiny
 from tests.reference.ddp import DdpTwin
 
-TRAIN = {"steps": 55, "warmup_steps": 5, "weight_decay": 0.1, "learning_rate": 1e-2, "clip_norm": 1.4}
+TRAIN = {"steps": 19, "warmup_steps": 3, "weight_decay": 0.1, "learning_rate": 1e-2, "clip_norm": 1.4}
 
 
 @pytest.fixture(scope="module")

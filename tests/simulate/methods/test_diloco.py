@@ -16,10 +16,10 @@ from tests.reference.diloco import DilocoTwin
 from tests.simulate.methods.parity import assert_trains_like, hand_run, of_linear, parity_run, set_copies
 
 RUNS: dict[str, Run] = {
-    "plain": parity_run("diloco", merge_every=10),
-    "int8": parity_run("diloco, int8", merge_every=10),
-    "streaming": parity_run("diloco, streaming", merge_every=8),
-    "streaming int8": parity_run("diloco, streaming", merge_every=8, wire="int8"),
+    "plain": parity_run("diloco", merge_every=5),
+    "int8": parity_run("diloco, int8", merge_every=5),
+    "streaming": parity_run("diloco, streaming", merge_every=4),
+    "streaming int8": parity_run("diloco, streaming", merge_every=4, wire="int8"),
 }
 
 

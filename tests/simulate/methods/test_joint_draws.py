@@ -116,7 +116,7 @@ def test_the_slow_twins_matrix_is_orthogonal(size: int) -> None:
 
 
 def parity_run(**method: Any) -> Run:
-    return tiny.lte_run(3, {"layers": 1}, TRAIN, merge_every=10, **{"draws": "joint", **method})
+    return tiny.lte_run(3, {"layers": 1}, TRAIN, merge_every=4, **{"draws": "joint", **method})
 
 
 def history_of(twin_class: Twin, run: Run, draw: Draw) -> tiny.History:

@@ -19,7 +19,7 @@ from tests.reference.local_sgd import LocalSgdTwin
 from tests.selection import others_slow
 from tests.simulate.methods.parity import assert_trains_like, hand_run, of_linear, parity_run, set_copies, twin_of
 
-EVERY: dict[str, Any] = {"merge_every": 10}
+EVERY: dict[str, Any] = {"merge_every": 5}
 SHARDS = (1.0, 2.0, 3.0, 4.0)
 RUNS: dict[str, Run] = {
     "plain": parity_run("local-sgd", **EVERY),

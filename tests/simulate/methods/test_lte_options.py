@@ -22,8 +22,8 @@ from tests.reference.quantiser import as_received
 from tests.simulate.comm.test_compression import round_trip
 from tests.simulate.methods.adapter_parity import TwinClass, assert_trains_like, parity_run
 
-EVERY_TEN: dict[str, Any] = {"merge_every": 10}  # six merges of each part in 55 steps
-INT8: dict[str, Any] = {**EVERY_TEN, "wire": "int8"}
+EVERY_FOUR: dict[str, Any] = {"merge_every": 4}  # five merges of each part in 19 steps
+INT8: dict[str, Any] = {**EVERY_FOUR, "wire": "int8"}
 
 
 @pytest.mark.parametrize(
@@ -47,11 +47,11 @@ INT8: dict[str, Any] = {**EVERY_TEN, "wire": "int8"}
     ],
 )
 def test_every_option_trains_like_its_twin(twin_class: TwinClass, method: dict[str, Any]) -> None:
-    assert_trains_like(twin_class, parity_run("lte", **EVERY_TEN, **method))
+    assert_trains_like(twin_class, parity_run("lte", **EVERY_FOUR, **method))
 
 
 def pruned_run() -> Run:
-    return parity_run("lte", **EVERY_TEN, merge_optimizer="prune")
+    return parity_run("lte", **EVERY_FOUR, merge_optimizer="prune")
 
 
 def test_pruned_moments_train_like_the_twin() -> None:
@@ -87,7 +87,7 @@ def remember_unrounded(merger: merging.LayerMerger, layer: Any, rounded: Any = N
             merging.LayerMerger, "_remember", remember_unrounded, LteWireTwin, INT8, id="unrounded products remembered"
         ),
         pytest.param(
-            Lte, "fragments_due", lambda method, step: [0, 1], LteTwin, {**EVERY_TEN, "fragments": 2},
+            Lte, "fragments_due", lambda method, step: [0, 1], LteTwin, {**EVERY_FOUR, "fragments": 2},
             id="all fragments at once",
         ),
     ],

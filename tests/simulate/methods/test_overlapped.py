@@ -37,7 +37,7 @@ from tests.simulate.methods import adapter_parity, parity
 from tests.simulate.methods.parity import hand_run, of_linear, set_copies
 
 SHARDS = (1.0, 2.0, 3.0)
-# 51 steps = 10·5 + 1 and 55 = 6·9 + 1: the last merge but one is still on its way when the run ends.
+# 21 steps = 4·5 + 1 and 19 = 3·6 + 1: the last merge but one is still on its way when the run ends.
 DENSE: dict[str, tuple[Any, Run]] = {
     "local sgd": (LateLocalSgdTwin, parity.parity_run("local-sgd, late", merge_every=5, merge_delay=2)),
     "shards": (LateLocalSgdTwin, parity.parity_run("local-sgd, late", shards=SHARDS, merge_every=5, merge_delay=4)),
@@ -47,19 +47,19 @@ DENSE: dict[str, tuple[Any, Run]] = {
         parity.parity_run("local-sgd, late, served", merge_every=5, merge_optimizer="reset"),
     ),
     "diloco": (LateDilocoTwin, parity.parity_run("diloco, late", merge_every=5)),
-    "diloco, streaming int8": (LateDilocoTwin, parity.parity_run("diloco, late, streaming int8", merge_every=10)),
+    "diloco, streaming int8": (LateDilocoTwin, parity.parity_run("diloco, late, streaming int8", merge_every=4)),
 }
-NINE: dict[str, Any] = {"merge_every": 9, "merge_delay": 4}
+SIX: dict[str, Any] = {"merge_every": 6, "merge_delay": 4}
 LTE: dict[str, tuple[Any, Run]] = {
-    "gathered": (LateLteTwin, adapter_parity.parity_run("lte, late", **NINE)),
-    "reduced": (LateLteTwin, adapter_parity.parity_run("lte, late, reduced", **NINE)),
-    "served": (LateLteTwin, adapter_parity.parity_run("lte, late, served", norms="average", **NINE)),
+    "gathered": (LateLteTwin, adapter_parity.parity_run("lte, late", **SIX)),
+    "reduced": (LateLteTwin, adapter_parity.parity_run("lte, late, reduced", **SIX)),
+    "served": (LateLteTwin, adapter_parity.parity_run("lte, late, served", norms="average", **SIX)),
     "streaming, two heads": (
         LateLteTwin,
-        adapter_parity.parity_run("lte, late, streaming int8", wire="full", merge_every=18, merge_delay=5),
+        adapter_parity.parity_run("lte, late, streaming int8", wire="full", merge_every=6, merge_delay=2),
     ),
-    "pruned": (LateLteTwin, adapter_parity.parity_run("lte, late", merge_optimizer="prune", **NINE)),
-    "frozen a": (LateLteFrozenATwin, adapter_parity.parity_run("lte, late, frozen a", merge_optimizer="keep", **NINE)),
+    "pruned": (LateLteTwin, adapter_parity.parity_run("lte, late", merge_optimizer="prune", **SIX)),
+    "frozen a": (LateLteFrozenATwin, adapter_parity.parity_run("lte, late, frozen a", merge_optimizer="keep", **SIX)),
 }
 
 

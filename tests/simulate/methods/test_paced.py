@@ -31,7 +31,7 @@ from tests.simulate.methods.parity import hand_run, of_linear, set_copies
 
 MIXED = "mixed_gtx1080ti_rtx2060_rtx3090"
 FIVE = {"merge_every": 5, "steps_taken": ((5, 2, 1), (3, 1, 3), (5, 5, 5))}
-NINE = {"merge_every": 9, "devices": 4, "steps_taken": ((9, 4, 2, 6), (3, 1, 2, 3))}
+FOUR = {"merge_every": 4, "devices": 4, "steps_taken": ((4, 2, 1, 3), (2, 1, 1, 2))}
 DENSE: dict[str, tuple[Any, Run]] = {
     "local sgd": (PacedLocalSgdTwin, parity.parity_run("local-sgd, paced", **FIVE)),
     "shards": (PacedLocalSgdTwin, parity.parity_run("local-sgd, paced", shards=(1.0, 2.0, 3.0), **FIVE)),
@@ -41,12 +41,12 @@ DENSE: dict[str, tuple[Any, Run]] = {
     "diloco": (PacedDilocoTwin, parity.parity_run("diloco, paced", **FIVE)),
 }
 LTE: dict[str, tuple[Any, Run]] = {
-    "gathered": (PacedLteTwin, adapter_parity.parity_run("lte, paced", **NINE)),
-    "two heads, redrawn": (PacedLteTwin, adapter_parity.parity_run("lte, paced, redrawn", norms="average", **NINE)),
-    "reduced": (PacedLteTwin, adapter_parity.parity_run("lte, paced, reduced", **NINE)),
+    "gathered": (PacedLteTwin, adapter_parity.parity_run("lte, paced", **FOUR)),
+    "two heads, redrawn": (PacedLteTwin, adapter_parity.parity_run("lte, paced, redrawn", norms="average", **FOUR)),
+    "reduced": (PacedLteTwin, adapter_parity.parity_run("lte, paced, reduced", **FOUR)),
     "frozen a, served": (
         PacedLteFrozenATwin,
-        adapter_parity.parity_run("lte, paced", frozen_a=True, merge_transport="server", **NINE),
+        adapter_parity.parity_run("lte, paced", frozen_a=True, merge_transport="server", **FOUR),
     ),
 }
 

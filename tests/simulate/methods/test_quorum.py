@@ -24,24 +24,27 @@ from tests.simulate.methods import adapter_parity, parity
 from tests.simulate.methods.parity import hand_run, of_linear, set_copies
 
 # Late by one merge and by two, lost and back, late at the end; the third never has a whole round.
-ROWS = ((5, 5, 2), (5, 0, 1), (3, 4, 0), (5, 5, 0), (5, -1, 3), (4, -1, 5), (5, 5, 0))
-NINE = ((9, 9, 4, 2), (9, 0, 5, -1), (9, 7, 0, 3), (9, 0, 0, 9), (9, 0, 6, 9), (0, 8, 9, 0))
+ROWS = ((3, 3, 1), (3, 0, 1), (2, 2, 0), (3, 3, 0), (3, -1, 2), (2, -1, 3), (3, 3, 0))
+LTE_ROWS = ((3, 3, 2, 1), (3, 0, 2, -1), (3, 2, 0, 1), (3, 0, 0, 3), (3, 0, 2, 3), (0, 2, 3, 0))
+DENSE_STEPS = 20  # the last round is of two steps; of LTE's 19 it is of one
 
 
-def with_merges(run: Run, rows: Any, **cluster: Any) -> Run:
-    """Return the run with given merges."""
+def with_merges(run: Run, rows: Any, steps: int | None = None, **cluster: Any) -> Run:
+    """Return the run with given merges, and as many steps as it has if `steps` is not given."""
     table = run.model_dump(exclude_none=True)
+    table["train"]["steps"] = steps or run.train.steps
     table["cluster"].update(merges_given=rows, **cluster)
     return build_run(table)
 
 
 def dense(name: str, shards: tuple[float, ...] | None = None, p: float = 0.5, **method: Any) -> Run:
-    return with_merges(parity.parity_run(name, shards=shards, merge_every=5, **method), ROWS, age_exponent=p)
+    run = parity.parity_run(name, shards=shards, merge_every=3, **method)
+    return with_merges(run, ROWS, DENSE_STEPS, age_exponent=p)
 
 
 def lte(**method: Any) -> Run:
-    method = {"merge_every": 9, "reset": "b", "norms": "average", **method}
-    return with_merges(adapter_parity.parity_run("lte, paced", devices=4, **plain(method)), NINE)
+    method = {"merge_every": 3, "reset": "b", "norms": "average", **method}
+    return with_merges(adapter_parity.parity_run("lte, paced", devices=4, **plain(method)), LTE_ROWS)
 
 
 def plain(method: dict[str, Any]) -> dict[str, Any]:
@@ -222,8 +225,8 @@ IN_PROCESSES = ["local-sgd", "diloco", "lte, paced", "lte, paced, reduced", "loc
 @pytest.mark.parametrize("processes", others_slow([4, 2], [4]))
 def test_processes_train_as_one_does_and_count_the_same(processes: int, tmp_path: Path) -> None:
     names = [f"{name}{WITHOUT_SOME}" for name in IN_PROCESSES]
-    launched = train_in_processes(tmp_path, names, processes, steps=22)
+    launched = train_in_processes(tmp_path, names, processes, steps=18)
     for name in names:
-        method = tiny.build(run_without_some(name, variant_table(22, "fp64")))
+        method = tiny.build(run_without_some(name, variant_table(18, "fp64")))
         tiny.assert_parity(launched[name][0], tiny.train(method))
         assert launched[name][1]["sent"] == method.communicator.counter.sent_bytes, name

@@ -18,9 +18,9 @@ from tests import tiny
 from tests.reference.relora import ReloraTwin
 from tests.simulate.methods.adapter_parity import assert_trains_like, parity_run
 
-# Of 55 steps, restarts after 8, 16, ... 48; with dense steps adapters begin after 5 and restart after 14, 23, ... 50.
-COLD: dict[str, Any] = {"merge_every": 8, "rewarm_steps": 3, "prune_share": 0.9}
-WARM: dict[str, Any] = {"merge_every": 9, "rewarm_steps": 2, "prune_share": 0.9, "warm_start_steps": 5}
+# Of 19 steps, restarts after 5, 10, 15; with dense steps adapters begin after 4 and restart after 9 and 14.
+COLD: dict[str, Any] = {"merge_every": 5, "rewarm_steps": 3, "prune_share": 0.9}
+WARM: dict[str, Any] = {"merge_every": 5, "rewarm_steps": 2, "prune_share": 0.9, "warm_start_steps": 4}
 
 
 @pytest.mark.parametrize("method", [COLD, WARM], ids=["from the start", "after dense steps"])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from inspect import signature
 from types import FrameType
 from typing import Any
 
@@ -39,21 +40,27 @@ def planned(request: PlanArgs) -> Plan:
     return plan_request(request, to_train=False)
 
 
-def forget() -> None:
-    """Forget all that costs remember."""
+def caches_of_costs() -> list[Any]:
+    """Return the functions of costs that remember what they returned for some arguments; files stay read."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("simulate.costs")]
+    caches = [value for module in modules for value in vars(module).values() if hasattr(value, "cache_clear")]
+    return [function for function in caches if signature(function).parameters]
+
+
+def forget(caches: Sequence[Any]) -> None:
+    """Forget all that costs remember, these caches and those by method."""
     remember.forget()
-    for name, module in list(sys.modules.items()):
-        if name.startswith("simulate.costs"):
-            for value in vars(module).values():
-                if hasattr(value, "cache_clear"):
-                    value.cache_clear()
+    for function in caches:
+        function.cache_clear()
 
 
 def first_that_differs(plan: Plan) -> Run | None:
     """Work every candidate out on its own, from nothing; return the first run whose figures are others than planned."""
+    caches = caches_of_costs()
+    assert caches
     for result in (*plan.candidates, *plan.rejected, *plan.rivals):
         planned = candidate_of(result)
-        forget()
+        forget(caches)
         if candidate_json(candidate_of(evaluate(planned.run, plan.profile, plan.tokens))) != candidate_json(planned):
             return planned.run
     return None
@@ -97,7 +104,7 @@ def calls_of(action: Callable[[], Any]) -> Counter[tuple[str, str]]:
 
 def test_a_plan_of_thousands_takes_about_two_hundred_calls_a_candidate() -> None:
     request = PlanArgs(profile="rtx3060_x4_home", model="gpt2")
-    forget()
+    forget(caches_of_costs())
     plans: list[Plan] = []
     calls = calls_of(lambda: plans.append(planned(request)))
     results = [*plans[0].candidates, *plans[0].rejected]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ltecli.commands import plan as plan_command
 from ltecli.plan_request import PlanArgs, plan_request
 from profiles import names
 from simulate.planning.candidate import candidate_of
@@ -16,14 +19,39 @@ from simulate.planning.search_space import train_for
 from simulate.planning.time_ranges import equivalent_range
 from simulate.planning.verdict import Verdict, verdict_of
 from tests.ltecli.command import Lte
+from tests.selection import others_slow
 from tests.simulate.data.pictures import files_of, write_folder
 
 SCREEN_LINES, SCREEN_COLUMNS = 16, 80
 QUESTIONS = ["Can it?", "How long?", "Worth it?", "Bottleneck", "Settings"]
 
 
+# Others of these tests ask for the plans of these, too; `make test` has each profile with one of the models.
+WITH_GPT2 = ("gtx1080ti_x8", "rtx3060_x4_home", "v100_x8")
+MODELS = ("gpt2", "vit_b16")
+IN_TURN = [(profile, "gpt2" if profile in WITH_GPT2 else MODELS[index % 2]) for index, profile in enumerate(names())]
+SMALL = {"rank": 8}
+"""Pins of plans whose candidates do not matter."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_plan_a_request() -> Iterator[None]:
+    """Plan each request once; the command is given the plans that tests have, which nobody changes."""
+    plans: dict[str, Plan] = {}
+
+    def planned(request: PlanArgs, to_train: bool = True) -> Plan:
+        key = f"{request} {to_train}"
+        if key not in plans:
+            plans[key] = plan_request(request, to_train)
+        return plans[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_command, "plan_request", planned)
+        yield
+
+
 def verdict(**request: Any) -> tuple[Plan, Verdict]:
-    plan = plan_request(PlanArgs(**request), to_train=False)
+    plan = plan_command.plan_request(PlanArgs(**request), to_train=False)
     return plan, verdict_of(plan)
 
 
@@ -31,8 +59,7 @@ def answer(verdict: Verdict, question: str) -> tuple[str, str]:
     return next((a.answer, a.because) for a in verdict.answers if a.question == question)
 
 
-@pytest.mark.parametrize("model", ["gpt2", "vit_b16"])
-@pytest.mark.parametrize("profile", names())
+@pytest.mark.parametrize(("profile", "model"), others_slow(itertools.product(names(), MODELS), IN_TURN))
 def test_a_plan_is_one_screen(lte: Lte, profile: str, model: str) -> None:
     printed = lte("plan", "--profile", profile, "--model", model)
     lines = printed.stdout.splitlines()
@@ -88,31 +115,34 @@ def test_where_dense_wins_it_says_so_and_why() -> None:
 
 
 def test_where_nothing_fits_it_says_what_is_nearest(lte: Lte) -> None:
-    _, found = verdict(profile="raspberry_x8", model="llama_7b")
+    _, found = verdict(profile="raspberry_x8", model="llama_7b", pins=SMALL)
     assert [a.question for a in found.answers] == ["Can it?"]
     assert answer(found, "Can it?")[0] == "no" and "nearest is" in answer(found, "Can it?")[1]
-    assert lte("plan", "--profile", "raspberry_x8", "--model", "llama_7b").code == 3
+    assert lte("plan", "--profile", "raspberry_x8", "--model", "llama_7b", "--rank", "8").code == 3
 
 
 def test_passes_over_a_text_of_ones_own_are_counted(tmp_path: Path) -> None:
     text = tmp_path / "a.txt"
     text.write_text("a" * 1_000_000, encoding="utf-8")
-    _, found = verdict(profile="laptop_cpu", data=str(text), tokens=1_800_000)
+    _, found = verdict(profile="laptop_cpu", data=str(text), tokens=1_800_000, pins=SMALL)
     assert found.title.endswith("2 passes over the text")
     assert not any("is read" in warning for warning in found.warnings)
-    _, found = verdict(profile="laptop_cpu", data=str(text), tokens=4_500_000)
+    _, found = verdict(profile="laptop_cpu", data=str(text), tokens=4_500_000, pins=SMALL)
     assert found.warnings[0].startswith("Text is read 5 times")
 
 
 def test_passes_over_images_are_counted(tmp_path: Path) -> None:
     write_folder(tmp_path / "pictures", files_of({"a": 20, "b": 20}))
-    _, found = verdict(profile="rtx3060_x4_home", model="vit", data=str(tmp_path / "pictures"), samples=3600)
+    _, found = verdict(
+        profile="rtx3060_x4_home", model="vit", data=str(tmp_path / "pictures"), samples=3600, pins=SMALL
+    )
     assert "3.6k samples, 100 passes over the images" in found.title  # a tenth of each class is held out
     assert not any("teaches little" in warning for warning in found.warnings)
 
 
 def test_a_plan_without_a_model_trains_as_long_as_one_of_the_default_model() -> None:
-    assert verdict(profile="laptop_cpu")[0].tokens == verdict(profile="laptop_cpu", model="gpt")[0].tokens
+    default, named = verdict(profile="laptop_cpu", pins=SMALL), verdict(profile="laptop_cpu", model="gpt", pins=SMALL)
+    assert default[0].tokens == named[0].tokens
 
 
 def test_dense_training_is_compared_at_its_best_with_rare_exchanges() -> None:
