@@ -112,7 +112,8 @@ class LayerMerger:
         present = self.communicator.participants
         if present is None:
             return team.heads
-        return [head for device in present for head in self.options.heads_of(range(device, device + 1))]
+        owners = (device for device in present if device in team.devices)
+        return [head for device in owners for head in self.options.heads_of(range(device, device + 1))]
 
     @torch.no_grad()
     def send(self, weights_N: Tensor | None = None) -> None:
@@ -240,12 +241,14 @@ class LayerMerger:
     ) -> None:
         # A call for each layer, so that nothing of one layer is held while A of the next is drawn.
         merged_OI = torch.empty(0) if target_OI is None else target_OI
-        for index, team in enumerate(self.teams):
-            heads = self._exchanged(team)
+        exchanged = [(index, team, self._exchanged(team)) for index, team in enumerate(self.teams)]
+        # With a quorum all of a team may be missing, but not all of everybody.
+        taking_part = [(index, team, heads) for index, team, heads in exchanged if heads]
+        for place, (index, team, heads) in enumerate(taking_part):
             factor = self._frozen_a(layer, team, heads) if a_by_team is None else a_by_team[index]
             b_HOR = weighted(b_by_team[index], self._weights_of(heads))
             # Algorithm 1's merge: Ŵ = W + (s/H)·Σ_h B_h·A_h, from W0 where the last products are taken back.
-            if index == 0:
+            if place == 0:
                 # Unpacked for as long as it takes to pack it again, one layer at a time.
                 base_OI = self._base(layer, own=target_OI is None).to(b_HOR.device)
                 merged_OI = base_OI if target_OI is None else target_OI
