@@ -172,6 +172,13 @@ def residual_elements(elements: int, devices: int) -> int:
     return (devices + 1) * chunk_elements(elements, devices)
 
 
+def filled_elements(elements: int, devices: int, fewest: int) -> int:
+    """Return the elements of error feedback that one device keeps where merges may lack devices: its vector's, with the
+    most that whole chunks of `fewest` to all devices add to it.
+    """
+    return max(count * chunk_elements(elements, count) for count in range(fewest, devices + 1))
+
+
 def mean_transfers(elements: int, devices: int, wire: str, element_bytes: int) -> tuple[Transfer, ...]:
     """Return the messages that average `elements` numbers over N devices.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from simulate.config.hardware import Device
 from simulate.config.run import Run
@@ -78,7 +79,12 @@ def simulated_memory(run: Run, shape: ModelShape, device: Device) -> SimulatedMe
 def _programs(run: Run) -> Iterator[Run]:
     """Yield the run of each class's tensor program, which holds that class's devices alone."""
     for one, members in zip(run.classes, run.cluster.class_devices, strict=True):
-        yield one.model_copy(update={"cluster": one.cluster.model_copy(update={"devices": len(members)})})
+        update: dict[str, Any] = {"devices": len(members)}
+        if one.cluster.merges_given is not None:
+            update["merges_given"] = tuple(row[members.start : members.stop] for row in one.cluster.merges_given)
+        elif one.cluster.has_quorum:  # of all devices; the program's own, whatever their number, may be late
+            update |= {"quorum": None, "deadline_s": one.cluster.deadline_s or 1.0}
+        yield one.model_copy(update={"cluster": one.cluster.model_copy(update=update)})
 
 
 def passing_bytes(run: Run, shape: ModelShape, device: Device) -> Iterator[tuple[PhaseName, int]]:
@@ -127,7 +133,10 @@ def _state_bytes(run: Run, shape: ModelShape, profile: PeakProfile) -> int:
     stopped = 0
     if run.method.is_paced or run.cluster.has_quorum:
         rounds = given_counts(run.method, run.cluster)
-        stopped = max(sum(n < max(taken) for n in taken) for taken in rounds) if rounds else copies - 1
+        # Those that are late or lost are also held while the others merge: where a program is of one class of several,
+        # that may be all of its devices.
+        most = copies if run.cluster.has_quorum and run.method.fleet else copies - 1
+        stopped = max(sum(n < max(*taken, 1) for n in taken) for taken in rounds) if rounds else most
     # What is kept beside weights is each device's own, or of those whose devices train as one.
     owners = devices if plan.shares_state else copies
     return frozen + copies * of_copy + once + owners * (extra - once) + stopped * of_copy

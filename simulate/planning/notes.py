@@ -235,8 +235,7 @@ def _worth_trying(chosen: Candidate) -> Iterator[str]:
             "train.optimizer = muon trained better than adamw on a small text model, with LTE as with dense training "
             "(docs/results.md); try it with --set"
         )
-    # What a compressed message leaves out is for the next merge of the same devices, which a quorum changes.
-    if getattr(run.method, "wire", "") == "full" and run.cluster.devices > 1 and not run.cluster.has_quorum:
+    if getattr(run.method, "wire", "") == "full" and run.cluster.devices > 1:
         yield (
             "method.wire = int8 sends about a quarter of the bytes, and trained as well as full messages on a small "
             "text model (docs/results.md); try it with --set, and a higher rank for a part of what that saves"
