@@ -156,11 +156,11 @@ class Exchanges(ABC):
         If only some devices take part, `active` names them, in order, and tensors hold the local ones among them.
         """
         if active is None and self.participants is not None:
-            own, active = _bytes(tensors) // len(self.local_devices), self.participants
-            here = [d - self.local_devices.start for d in active if d in self.local_devices]
-            tensors = [device_rows(tensor, here, len(self.local_devices)) for tensor in tensors]
-        else:
-            own = self._pushed_bytes(tensors, active)
+            own, devices = _bytes(tensors) // len(self.local_devices), len(self.participants)
+            self._count("push", own, devices * own, 0, devices)
+            pushed = self._push(tensors, None)  # a process that has none of them would know no shapes
+            return pushed and self._parts_of_participants(pushed, len(tensors[0]) // len(self.local_devices))
+        own = self._pushed_bytes(tensors, active)
         devices = self.num_devices if active is None else len(active)
         self._count("push", own, devices * own, 0, devices)
         return self._push(tensors, active)

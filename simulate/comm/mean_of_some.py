@@ -1,4 +1,4 @@
-"""Mean of compressed vectors where some devices may be missing: nothing that a message leaves out is lost or counts twice.
+"""Mean of compressed vectors where some devices may be missing: what a message leaves out is neither lost nor doubled.
 
 With N devices, those in P of which take part, and x_n the vector of device n (for changes of weights N·w_n·Δ_n, so that
 it has its share of the merge):

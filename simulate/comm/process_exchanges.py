@@ -175,5 +175,5 @@ def _in_order(parts: Sequence[Tensor], pieces: Sequence[_DevicePart], counts: Se
         for rows, content, piece in zip(found, contents, pieces, strict=True):
             if content.storage_offset() % piece.dtype.itemsize:
                 content = content.clone()  # `view` needs an address that is aligned for the dtype
-            rows.append(content.view(piece.dtype).view(-1, *piece.shape[1:]))
+            rows.append(content.view(piece.dtype).view(count * piece.shape[0], *piece.shape[1:]))
     return [torch.cat(rows) for rows in found]

@@ -1,4 +1,4 @@
-"""Rounded merges without some devices: every device has the error of all that it sent or averaged, and keeps it while away.
+"""Rounded merges without some devices: each keeps the error of all that it sent or averaged, also while it is away.
 
 What a device sends is its share of the change, times N since what is made of them is a plain mean over N; its error is
 in the same units.
