@@ -375,17 +375,20 @@ class Communicator(Exchanges):
 
     def _count_parts(
         self, operation: Literal["all_gather", "push"], tensors: Sequence[Tensor], parts: Sequence[Part]
-    ) -> None:
+    ) -> Transfer | None:
+        """Count a message of unequal parts, and return it; None where nothing is sent."""
         element_bytes = [tensor.element_size() for tensor in tensors]
         taking = [sum(self.participants is None or n in self.participants for n in part.devices) for part in parts]
         sizes = [(count, part.num_bytes(element_bytes)) for count, part in zip(taking, parts, strict=True) if count]
         together, others, gathers = sum(n * size for n, size in sizes), self.taking_part - 1, operation == "all_gather"
         if self.num_devices == 1 or (gathers and not others):
-            return
+            return None
         # Each device's part crosses N-1 links of a gather, and one to a server.
         self.counter.add(together * (others if gathers else 1), together * others * gathers)
+        transfer = Transfer.of_parts(operation, sizes)
         if self.on_transfer is not None:
-            self.on_transfer(Transfer.of_parts(operation, sizes), self._background)
+            self.on_transfer(transfer, self._background)
+        return transfer
 
     def _count(
         self,

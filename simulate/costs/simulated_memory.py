@@ -93,6 +93,10 @@ def passing_bytes(run: Run, shape: ModelShape, device: Device) -> Iterator[tuple
     copies, shared = plan.simulated_copies(devices), plan.shared_elements(shape, devices) + held.last_merge
     # Error feedback and predictions need each device's gradient apart, even where devices share their weights.
     own = devices if plan.shares_state and (held.extra > shared or plan.compresses_gradients) else copies
+    # Those that are late are moved by the change of what is averaged, whose old values stand beside the new ones.
+    moved = 0
+    if run.cluster.has_quorum:
+        moved = ELEMENT_BYTES[run.train.dtype] * sum(t.elements for t in plan.separate_tensors(shape, devices))
     for phase in peak_profile(run, shape, device).phases:
         batches = devices * (phase.activations + phase.temporary)
         if phase.name in PASSES:
@@ -107,7 +111,8 @@ def passing_bytes(run: Run, shape: ModelShape, device: Device) -> Iterator[tuple
             yield phase.name, phase.total
         elif phase.name not in ("optimizer_step", "checkpoint_save"):  # merges and diagnostics
             # Sums over devices come first, and what is gathered counts N times in one device's memory already.
-            yield phase.name, devices * phase.activations + phase.temporary - copies * phase.dropped
+            size = devices * phase.activations + phase.temporary - copies * phase.dropped
+            yield phase.name, size + (moved if phase.name in MERGES else 0)
     # Each device holds what it compresses or iterates on; what it receives from N others exists once for all. So such
     # buffers are those of one of two devices, N times.
     pair = run.model_copy(update={"cluster": run.cluster.model_copy(update={"devices": min(devices, 2)})})

@@ -135,6 +135,14 @@ def _idle(chosen: Candidate, equal: Candidate | None, pins: Pins) -> Iterator[st
     """Report how long devices that differ wait for each other, and what batches of their own make of it."""
     if equal is None or equal.idle_share < LEAST_IDLE:
         return
+    if chosen.run.cluster.has_quorum:  # nobody waits: who is slower takes fewer steps
+        if chosen.run.cluster.classes:
+            yield (
+                f"with one batch for all, devices take {equal.trained_share:.0%} of a round's steps, with a batch for "
+                f"each kind of device ([[cluster.class]]) {chosen.trained_share:.0%}, and equal loss takes "
+                f"{change_text(equal.equivalent_wall_s / chosen.equivalent_wall_s)} time with one for all"
+            )
+        return
     waits = f"with one batch for all, devices are idle for {equal.idle_share:.1%} of a round's compute"
     if not chosen.run.cluster.classes:
         given = pins.micro_batch or pins.accumulate

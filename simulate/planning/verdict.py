@@ -145,7 +145,7 @@ def _answers(plan: Plan, chosen: Candidate) -> Iterator[Answer]:
     )
     yield _worth(plan, chosen, dense)
     yield Answer("Bottleneck", *_bottleneck(plan, chosen))
-    if plan.equal is not None and chosen.run.cluster.classes:
+    if plan.equal is not None and chosen.run.cluster.classes and not chosen.run.cluster.has_quorum:
         yield Answer("Idle", f"{chosen.idle_share:.1%}", f"of compute; {plan.equal.idle_share:.0%} with equal batches")
     yield Answer("Settings", ", ".join(_settings(chosen.run)), "")
 
