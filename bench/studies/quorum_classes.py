@@ -2,10 +2,11 @@
 
     python bench/studies/quorum_classes.py --data tinyshakespeare.txt
 
-Four devices, one of them five times slower, each with 20 Mbit/s and 20 ms: a small GPT, trained with LTE in a simulation
-whose clock takes seconds of compute from the profile and of exchanges from the messages really made. A device has a
-part of a Raspberry Pi's speed, so that a round computes for longer than it exchanges, as of a far larger network. The
-learning rate is the same throughout a run, so that a curve does not depend on how long its run is planned to be.
+Four devices, one of them five times slower, each with 20 Mbit/s and 20 ms: a small GPT, trained with LTE in a
+simulation whose clock takes seconds of compute from the profile and of exchanges from the messages really made. A
+device has a part of a Raspberry Pi's speed, so that a round computes for longer than it exchanges, as of a far larger
+network. The learning rate is the same throughout a run, so that a curve does not depend on how long its run is planned
+to be.
 
 docs/mixed.md has what was measured.
 """
@@ -31,6 +32,8 @@ BYTES_PER_S, LATENCY_S = 20e6 / 8, 0.02
 FAST, SLOW = 3, 1
 """Devices of each kind, in the profile's order."""
 RATE = 1e-2
+RECOVER_EVERY = 20
+"""Merges between recovery points, as a plan spaces them; at every merge their writing would be a third of the time."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def table_of(way: Way, data: str, seed: int) -> dict[str, Any]:
         "schedule": "constant", "evaluate_every": 20, "evaluate_samples": 128,
     }  # fmt: skip
     method = {"name": "lte", "rank": 16, "heads_per_device": 1, "merge_every": 10, **way.method}
-    cluster = {"devices": FAST + SLOW, **way.cluster}
+    cluster = {"devices": FAST + SLOW, "recover_every": RECOVER_EVERY, **way.cluster}
     return {"model": MODEL, "data": {"path": data}, "method": method, "train": train, "cluster": cluster}
 
 

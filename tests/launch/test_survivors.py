@@ -216,7 +216,7 @@ def free_ports(count: int) -> list[int]:
 def test_unequal_devices_with_int8_go_on_without_one_and_take_it_back(tmp_path: Path) -> None:
     method = {"name": "lte", "rank": 2, "reset": "b", "merge_every": 5, "wire": "int8"}
     classes = [{"devices": 3, "micro_batch": 2}, {"devices": 1, "rank": 3, "accumulate": 2, "micro_batch": 1}]
-    run = tiny_run(tmp_path, steps=800, method=method, **{"quorum": 2, "deadline_s": 5.0, "class": classes})
+    run = tiny_run(tmp_path, steps=400, method=method, **{"quorum": 2, "deadline_s": 5.0, "class": classes})
     with launched_run(tmp_path / "run", run, processes=4, module=FORKED) as launched:
         wait_for_start(launched)
         kill(launched, 3)  # the only one of its class: another class's device hands it the state
