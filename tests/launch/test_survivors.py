@@ -210,23 +210,3 @@ def free_ports(count: int) -> list[int]:
             free.bind(("127.0.0.1", 0))
             found.append(free.getsockname()[1])
     return found
-
-
-@pytest.mark.slow
-def test_unequal_devices_with_int8_go_on_without_one_and_take_it_back(tmp_path: Path) -> None:
-    method = {"name": "lte", "rank": 2, "reset": "b", "merge_every": 5, "wire": "int8"}
-    classes = [{"devices": 3, "micro_batch": 2}, {"devices": 1, "rank": 3, "accumulate": 2, "micro_batch": 1}]
-    run = tiny_run(tmp_path, steps=400, method=method, **{"quorum": 2, "deadline_s": 5.0, "class": classes})
-    with launched_run(tmp_path / "run", run, processes=4, module=FORKED) as launched:
-        wait_for_start(launched)
-        kill(launched, 3)  # the only one of its class: another class's device hands it the state
-        launched.wait_for(lambda: launched.events("joined"), START_S)
-        assert launched.end(START_S) == [0], launched.all_said()
-    assert (devices_of(launched, "left"), devices_of(launched, "joined")) == ([3], [3])
-    assert launched.events("restart") == []
-    merges = launched.events("merge")
-    assert any(merge["participants"] == [0, 1, 2] for merge in merges)
-    assert merges[-1]["participants"] == [0, 1, 2, 3]
-    # The last class's device weighs by its samples of a step, as many as the others' have: 2.
-    brought, weights = merges[-1]["brought"], merges[-1]["weights"]
-    assert weights == pytest.approx([steps / sum(brought) for steps in brought])
