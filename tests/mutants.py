@@ -57,6 +57,27 @@ MUTANTS = (
         tests=("tests/simulate/methods/test_quorum.py::test_a_change_that_comes_one_merge_late_by_hand",),
     ),
     Mutant(
+        name="a device that takes no part in a rounded merge loses what its last message left out",
+        file="simulate/methods/lte/merge.py",
+        before="        error_LX[absent] = kept\n",
+        after="",
+        tests=("tests/simulate/methods/test_quorum_wire.py::test_merged_products_and_errors_are_what_heads_learned",),
+    ),
+    Mutant(
+        name="what a rounded mean of some devices loses counts once, not N times for an N-th",
+        file="simulate/comm/mean_of_some.py",
+        before="alpha=self.communicator.num_devices",
+        after="alpha=1",
+        tests=("tests/simulate/methods/test_quorum_wire.py::test_what_was_merged_and_the_errors_are_what_was_learned",),
+    ),
+    Mutant(
+        name="heads of other classes are added up with a class's own",
+        file="simulate/methods/lte/merge.py",
+        before="if device in team.devices)",
+        after=")",
+        tests=("tests/simulate/methods/test_quorum_unequal.py::test_lte_trains_like_the_twin",),
+    ),
+    Mutant(
         name="unequal devices' heads count alike, whatever they trained on",
         file="simulate/methods/base.py",
         before="return None if samples_N is None else self._as_shares(samples_N)",

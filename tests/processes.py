@@ -113,12 +113,25 @@ WITHOUT_SOME = ", without some"
 ROWS = ((4, 4, 2, 4), (4, 0, 1, 4), (4, 3, 0, -1), (4, 4, 0, 2), (4, -1, 4, 4))
 
 
+OF_CLASSES = ", of classes"
+"""Before that end: devices of two classes."""
+OVER_INT8 = " over int8"
+"""Before these: messages of int8."""
+CLASSES = ({"devices": 2, "micro_batch": 4}, {"devices": 2, "accumulate": 3})
+
+
 def run_without_some(name: str, train: dict[str, Any]) -> Run:
     """Return a variant with merges that lack devices."""
-    table = tiny.variant_run(name.removesuffix(WITHOUT_SOME), DEVICES, train=train).model_dump(exclude_none=True)
+    variant = name.removesuffix(WITHOUT_SOME).removesuffix(OF_CLASSES).removesuffix(OVER_INT8)
+    table = tiny.variant_run(variant, DEVICES, train=train).model_dump(exclude_none=True)
     table["method"] = {**table["method"], "pace": "lockstep"}
     table["method"].pop("steps_taken", None)
     table["cluster"]["merges_given"] = ROWS
+    if OVER_INT8 in name:
+        table["method"]["wire"] = "int8"
+    if OF_CLASSES in name:
+        ranks: tuple[dict[str, int], ...] = ({"rank": 3}, {}) if table["method"]["name"] == "lte" else ({}, {})
+        table["cluster"]["class"] = [{**one, **rank} for one, rank in zip(CLASSES, ranks, strict=True)]
     return build_run(table)
 
 

@@ -41,6 +41,8 @@ class Trained:
     """Share of images that were classified right; None for text."""
     diagnostics: list[dict[str, Any]] = field(default_factory=list)
     """Events of a run with train.diagnostics_every, oldest first."""
+    seconds: list[tuple[float, float]] = field(default_factory=list)
+    """(simulated seconds, validation loss) of every evaluation."""
 
 
 def train_table(table: dict[str, Any], profile: Profile | None = None) -> Trained:
@@ -70,4 +72,6 @@ def train_table(table: dict[str, Any], profile: Profile | None = None) -> Traine
     samples = next((event["samples"] for event in reversed(events) if event["kind"] == "step"), 0)
     sent_bytes = communicator.counter.sent_bytes / run.cluster.devices
     diagnosed = [event for event in events if event["kind"] == "diagnostics"]
-    return Trained(loss, curve, sent_bytes, clock.now_s, samples, session.scores.get("val_accuracy"), diagnosed)
+    seconds = [(event["simulated_s"], event["val_loss"]) for event in events if event["kind"] == "evaluate"]
+    accuracy = session.scores.get("val_accuracy")
+    return Trained(loss, curve, sent_bytes, clock.now_s, samples, accuracy, diagnosed, seconds)

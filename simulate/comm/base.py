@@ -88,6 +88,11 @@ class Exchanges(ABC):
         """Number of devices that take part in exchanges now."""
         return self.num_devices if self.participants is None else len(self.participants)
 
+    @property
+    def local_participants(self) -> list[int]:
+        """Those of this process that take part in exchanges now, in global order."""
+        return [n for n in self.local_devices if self.participants is None or n in self.participants]
+
     @contextmanager
     def among(self, devices: Sequence[int]) -> Iterator[None]:
         """Exchange and count inside among some devices only, in global order.
@@ -129,9 +134,12 @@ class Exchanges(ABC):
         return [device_rows(tensor, self.participants, self.num_devices) for tensor in gathered]
 
     def all_to_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Turn (L, N, ...), a part for each receiver, into (L, N, ...), a part from each sender."""
-        own = _bytes(tensors) // len(self.local_devices)
-        crossings = own * (self.num_devices - 1)  # N devices send own·(N−1)/N each: the part for oneself stays
+        """Turn (L, N, ...), a part for each receiver, into (L, N, ...), a part from each sender.
+
+        Inside `among` both are of the participants alone, L of them here.
+        """
+        own = sum(math.prod(tensor.shape[1:]) * tensor.element_size() for tensor in tensors)
+        crossings = own * (self.taking_part - 1)  # N devices send own·(N−1)/N each: the part for oneself stays
         self._count("all_to_all", own, crossings, crossings)
         return self._all_to_all(tensors)
 
@@ -148,11 +156,11 @@ class Exchanges(ABC):
         If only some devices take part, `active` names them, in order, and tensors hold the local ones among them.
         """
         if active is None and self.participants is not None:
-            own, active = _bytes(tensors) // len(self.local_devices), self.participants
-            here = [d - self.local_devices.start for d in active if d in self.local_devices]
-            tensors = [device_rows(tensor, here, len(self.local_devices)) for tensor in tensors]
-        else:
-            own = self._pushed_bytes(tensors, active)
+            own, devices = _bytes(tensors) // len(self.local_devices), len(self.participants)
+            self._count("push", own, devices * own, 0, devices)
+            pushed = self._push(tensors, None)  # a process that has none of them would know no shapes
+            return pushed and self._parts_of_participants(pushed, len(tensors[0]) // len(self.local_devices))
+        own = self._pushed_bytes(tensors, active)
         devices = self.num_devices if active is None else len(active)
         self._count("push", own, devices * own, 0, devices)
         return self._push(tensors, active)
@@ -245,15 +253,35 @@ class Communicator(Exchanges):
     def all_gather_parts(self, tensors: Sequence[Tensor], parts: Sequence[Part]) -> list[list[Tensor]]:
         """Return each tensor as a list over `parts`: (rows of the part's devices, ...), in global order.
 
-        `parts` are of all devices, of which a process holds those of one.
+        `parts` are of all devices, of which a process holds those of one. Inside `among` the rows are those of the
+        devices that take part.
         """
         self._count_parts("all_gather", tensors, parts)
-        return self._all_gather_parts(tensors, parts)
+        return self._participants_of(self._all_gather_parts(tensors, parts), parts)
 
     def push_parts(self, tensors: Sequence[Tensor], parts: Sequence[Part]) -> list[list[Tensor]] | None:
         """Send the local devices' tensors to the server; return at the server what `all_gather_parts` does."""
         self._count_parts("push", tensors, parts)
-        return self._push_parts(tensors, parts)
+        pushed = self._push_parts(tensors, parts)
+        return None if pushed is None else self._participants_of(pushed, parts)
+
+    def _participants_of(self, everyones: list[list[Tensor]], parts: Sequence[Part]) -> list[list[Tensor]]:
+        """Return tensors by part with the rows of the devices that take part, where those of all that are there came.
+
+        In the background, where everybody takes part, the list is filled later.
+        """
+        if self.participants is None:
+            return everyones
+        held = [[device for device in part.devices if device in self.present] for part in parts]
+        taking = [[row for row, device in enumerate(own) if device in self.participants] for own in held]
+        # New lists, since programs of one process share those that came.
+        return [
+            [
+                tensor if len(rows) == len(own) else device_rows(tensor, rows, len(own))
+                for tensor, own, rows in zip(by_part, held, taking, strict=True)
+            ]
+            for by_part in everyones
+        ]
 
     def reduce_in_nodes(self, sums: Sequence[Tensor], nodes: Nodes) -> None:
         """Turn (local nodes, ...), sums over a node's local devices, into sums over all of its devices, in place."""
@@ -347,18 +375,20 @@ class Communicator(Exchanges):
 
     def _count_parts(
         self, operation: Literal["all_gather", "push"], tensors: Sequence[Tensor], parts: Sequence[Part]
-    ) -> None:
-        sizes = [(len(part.devices), part.num_bytes([t.element_size() for t in tensors])) for part in parts]
-        together = sum(devices * size for devices, size in sizes)
-        if self.num_devices == 1:
-            return
+    ) -> Transfer | None:
+        """Count a message of unequal parts, and return it; None where nothing is sent."""
+        element_bytes = [tensor.element_size() for tensor in tensors]
+        taking = [sum(self.participants is None or n in self.participants for n in part.devices) for part in parts]
+        sizes = [(count, part.num_bytes(element_bytes)) for count, part in zip(taking, parts, strict=True) if count]
+        together, others, gathers = sum(n * size for n, size in sizes), self.taking_part - 1, operation == "all_gather"
+        if self.num_devices == 1 or (gathers and not others):
+            return None
         # Each device's part crosses N-1 links of a gather, and one to a server.
-        gathers = operation == "all_gather"
-        self.counter.add(
-            together * (self.num_devices - 1 if gathers else 1), together * (self.num_devices - 1) * gathers
-        )
+        self.counter.add(together * (others if gathers else 1), together * others * gathers)
+        transfer = Transfer.of_parts(operation, sizes)
         if self.on_transfer is not None:
-            self.on_transfer(Transfer.of_parts(operation, sizes), self._background)
+            self.on_transfer(transfer, self._background)
+        return transfer
 
     def _count(
         self,

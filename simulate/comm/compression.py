@@ -89,6 +89,8 @@ def decode(message: Sequence[Tensor], elements: int, wire: str, dtype: torch.dty
     if wire == "full" or wire in HALVES:
         return message[0].to(dtype)
     packed, scale_LW = message
+    if not len(packed):  # nobody's
+        return packed.new_empty(0, elements, dtype=dtype)
     q_LX = packed if wire == "int8" else _unpack(packed, elements, WIRE_BITS[wire])
     if wire == "int4":  # two's complement of 4 bits: 8 to 15 stand for −8 to −1
         q_LX = torch.where(q_LX > 7, q_LX - 16, q_LX)

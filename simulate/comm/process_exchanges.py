@@ -56,12 +56,14 @@ class ProcessExchanges(Exchanges):
 
     def _all_to_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         # Each device of a sender has one part for each local device.
-        pieces = [_DevicePart((1, len(self.local_devices), *t.shape[2:]), t.dtype) for t in tensors]
-        counts = [len(share) for share in self.shares]
+        pieces = [_DevicePart((1, len(self.local_participants), *t.shape[2:]), t.dtype) for t in tensors]
+        taking = self.participants
+        counts = [sum(taking is None or device in taking for device in share) for share in self.shares]
         sizes = [_device_bytes(pieces) * count for count in counts]
 
         def exchange(channel: Channel) -> list[Tensor]:
-            sent = [_to_bytes([t[:, share.start : share.stop] for t in tensors]) for share in self.shares]
+            parts = zip(*(tensor.split(counts, dim=1) for tensor in tensors), strict=True)
+            sent = [_to_bytes(part) for part in parts]
             received = sent[0].new_empty(sum(sizes))
             channel.all_to_all(received, sizes, sent)
             return [tensor.transpose(0, 1) for tensor in _in_order(received.split(sizes), pieces, counts)]
@@ -123,6 +125,9 @@ class ProcessExchanges(Exchanges):
         by_part: list[list[Tensor]] = []
         for part in parts:
             held = [process for process, share in enumerate(self.shares) if share[0] in part.devices]
+            if not held:  # all of the part's processes are lost
+                by_part.append([contents[0].new_empty(0, *s, dtype=p.dtype) for s, p in _rows_of(part, pieces[0])])
+                continue
             counts = [len(self.shares[process]) for process in held]
             by_part.append(_in_order([contents[process] for process in held], pieces[held[0]], counts))
         return [list(tensors) for tensors in zip(*by_part, strict=True)]
@@ -141,6 +146,11 @@ class _DevicePart:
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _rows_of(part: Part, pieces: Sequence[_DevicePart]) -> list[tuple[tuple[int, ...], _DevicePart]]:
+    """Return the shape of a row of each of a part's tensors, with any part's piece of it, whose dtype is the same."""
+    return [(shape[1:], piece) for shape, piece in zip(part.shapes, pieces, strict=True)]
 
 
 def _pieces(tensors: Sequence[Tensor], devices: int) -> list[_DevicePart]:
@@ -165,5 +175,5 @@ def _in_order(parts: Sequence[Tensor], pieces: Sequence[_DevicePart], counts: Se
         for rows, content, piece in zip(found, contents, pieces, strict=True):
             if content.storage_offset() % piece.dtype.itemsize:
                 content = content.clone()  # `view` needs an address that is aligned for the dtype
-            rows.append(content.view(piece.dtype).view(-1, *piece.shape[1:]))
+            rows.append(content.view(piece.dtype).view(count * piece.shape[0], *piece.shape[1:]))
     return [torch.cat(rows) for rows in found]

@@ -14,12 +14,13 @@ import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from simulate.comm.base import Communicator, Nodes
+from simulate.comm.base import Communicator, Nodes, Part
 from simulate.comm.channel import Channel
 from simulate.comm.process_exchanges import ArrivedT, ProcessExchanges
 from simulate.comm.throttle import Throttle
@@ -209,6 +210,14 @@ class TorchCommunicator(ProcessExchanges, Communicator):
         if self.throttle is not None:  # diagnostics, too, which no clock is charged for
             everyone = self.num_devices if devices is None else devices
             self.throttle.count(Transfer(operation, payload_bytes, everyone, teams))
+
+    def _count_parts(
+        self, operation: Literal["all_gather", "push"], tensors: Sequence[Tensor], parts: Sequence[Part]
+    ) -> Transfer | None:
+        transfer = super()._count_parts(operation, tensors, parts)
+        if transfer is not None and self.throttle is not None:
+            self.throttle.count(transfer)
+        return transfer
 
     def on_complete(self, compute: Callable[[], None]) -> None:
         """Call `compute` behind the exchanges so far: in the background, one thread (or GPU stream) keeps the order."""

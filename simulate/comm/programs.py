@@ -121,8 +121,9 @@ class ProgramCommunicator(Communicator):
         return everyones if self.process == 0 else None
 
     def _all_to_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        local = slice(self.local_devices.start, self.local_devices.stop)
-        return [joined.transpose(0, 1)[local] for joined in self._all_gather(tensors)]
+        before = sum(self.participants is None or n in self.participants for n in range(self.local_devices.start))
+        own = slice(before, before + len(self.local_participants))
+        return [joined.transpose(0, 1)[own] for joined in self._all_gather(tensors)]
 
     def _broadcast(self, tensors: Sequence[Tensor], source: int) -> None:
         def copy(values: list[tuple[range, Sequence[Tensor]]]) -> None:

@@ -8,7 +8,7 @@ over all devices, so that they are whole numbers; payload_bytes are one device's
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -35,12 +35,30 @@ class Transfer:
     """Number of groups."""
     uneven: tuple[tuple[int, int], ...] = ()
     """Where devices contribute unequal bytes: numbers of devices, and the bytes of each; payload_bytes are the most."""
+    averaged: tuple[int, str] | None = field(default=None, compare=False)
+    """Numbers of a compressed mean and their format, where this is one of its two messages: chunks are for each of the
+    devices that take part."""
 
     @classmethod
     def of_parts(cls, operation: Literal["all_gather", "push"], parts: Sequence[tuple[int, int]]) -> Transfer:
         """Return a message of parts: so many devices that contribute so many bytes each."""
         most, is_even = max(size for _, size in parts), len({size for _, size in parts}) == 1
         return cls(operation, most, sum(count for count, _ in parts), uneven=() if is_even else tuple(parts))
+
+    def among(self, present_N: Sequence[bool]) -> Transfer:
+        """Return a message of all devices, in one group, as it is among those that are present, at least one."""
+        devices = sum(present_N)
+        if self.uneven:
+            parts, first = [], 0
+            for count, size in self.uneven:
+                parts.append((sum(present_N[first : first + count]), size))
+                first += count
+            assert self.operation in ("all_gather", "push")
+            return Transfer.of_parts(self.operation, [part for part in parts if part[0]])
+        if self.averaged is None:
+            return replace(self, devices=devices)
+        transfers = mean_transfers(self.averaged[0], devices, self.averaged[1], 0)
+        return next(transfer for transfer in transfers if transfer.operation == self.operation)
 
     @property
     def together_bytes(self) -> int:
@@ -154,6 +172,13 @@ def residual_elements(elements: int, devices: int) -> int:
     return (devices + 1) * chunk_elements(elements, devices)
 
 
+def filled_elements(elements: int, devices: int, fewest: int) -> int:
+    """Return the elements of error feedback that one device keeps where merges may lack devices: its vector's, with the
+    most that whole chunks of `fewest` to all devices add to it.
+    """
+    return max(count * chunk_elements(elements, count) for count in range(fewest, devices + 1))
+
+
 def mean_transfers(elements: int, devices: int, wire: str, element_bytes: int) -> tuple[Transfer, ...]:
     """Return the messages that average `elements` numbers over N devices.
 
@@ -165,7 +190,11 @@ def mean_transfers(elements: int, devices: int, wire: str, element_bytes: int) -
         return (Transfer("all_reduce", elements * element_bytes, devices),)
     # Each chunk is compressed by itself, so scales are counted per chunk.
     part_bytes = wire_bytes(chunk_elements(elements, devices), wire, element_bytes)
-    return (Transfer("all_to_all", devices * part_bytes, devices), Transfer("all_gather", part_bytes, devices))
+    averaged = (elements, wire)
+    return (
+        Transfer("all_to_all", devices * part_bytes, devices, averaged=averaged),
+        Transfer("all_gather", part_bytes, devices, averaged=averaged),
+    )
 
 
 def averages(tensors: Iterable[int], devices: int, wire: str, element_bytes: int) -> tuple[Transfer, ...]:

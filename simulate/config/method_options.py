@@ -228,11 +228,6 @@ class RoundOptions(MethodOptions):
                     f"method.{name} = {getattr(self, name)} cuts a round's merge apart, and cluster.{key} lets late "
                     f"devices bring theirs whole; leave one of them away"
                 )
-        if (wire := getattr(self, "wire", "full")) != "full":
-            raise ValueError(
-                f"method.wire = {wire!r} keeps what rounding lost for the next merge of the same devices, and "
-                f"cluster.{key} changes who they are; try --set method.wire=full"
-            )
         bad = next((c for row in cluster.merges_given or () for c in row if c > self.round_steps), None)
         if bad is not None:
             raise ValueError(

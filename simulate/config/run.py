@@ -19,7 +19,7 @@ from simulate.common import toml_io
 from simulate.common.errors import InputError
 from simulate.common.live_objects import is_live
 from simulate.config.hardware import Profile
-from simulate.config.method_options import FleetClass, MethodOptions, quorum_key
+from simulate.config.method_options import FleetClass, MethodOptions
 from simulate.config.method_table import DEFAULT_METHOD, default_options, method_options
 from simulate.config.profiles import EMBEDDED, is_profile_path, profile_to_embed
 from simulate.config.tables import BPE, BYTES, HUB, Cluster, Data, DeviceClass, Train, data_key
@@ -208,11 +208,6 @@ def check_classes(run: Run) -> None:
         raise ValueError(
             f"cluster.class makes devices unequal, and method.name = {method.name!r} needs equal ones; leave it away, "
             "or try --set method.name=lte"
-        )
-    if run.cluster.has_quorum:
-        raise ValueError(
-            f"cluster.{quorum_key(run.cluster)} lets merges go on without devices that are late, which is built for "
-            "equal devices, and cluster.class makes them unequal; leave one of them away"
         )
     if run.train.diagnostics_every is not None:
         raise ValueError(

@@ -309,6 +309,15 @@ class Cluster(toml_io.Schema):
         """Devices that a merge needs."""
         return self.devices if self.quorum is None else self.quorum
 
+    @property
+    def fewest(self) -> int | None:
+        """Fewest devices that take part in a merge, where merges may lack some; None where all do."""
+        if not self.has_quorum:
+            return None
+        if self.merges_given is None:
+            return self.needed
+        return min(sum(steps > 0 for steps in row) for row in self.merges_given)
+
     @model_validator(mode="after")
     def _quorum_fits(self) -> Cluster:
         if self.quorum is not None and self.quorum > self.devices:

@@ -10,7 +10,7 @@ Letters: N devices, X elements of a message, C elements of the chunk that a devi
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from simulate.comm.transfers import WIRE_BITS, bucket, bucket_bytes, chunk_elements, scales_bytes, wire_bytes
@@ -44,6 +44,7 @@ def exchange_phases(run: Run, shape: ModelShape, gradient_bytes: int) -> tuple[P
     context = ExchangeContext(
         shape, run.cluster.devices, gradient_bytes, ELEMENT_BYTES[run.train.dtype], run.train.optimizer == "muon",
         largest_step_bytes(run, shape), method.is_paced or run.cluster.has_quorum, run.cluster.has_quorum,
+        run.cluster.fewest,
     )  # fmt: skip
     return _exchange_phases(method, context)
 
@@ -156,8 +157,18 @@ class CompressedMean:
 def compressed_mean(context: ExchangeContext, elements: int, wire: str) -> CompressedMean:
     """Return the bytes of a mean of so many elements, as simulate.comm.compression computes it.
 
-    It encodes, exchanges, decodes and averages; then encodes the means, gathers and decodes them.
+    It encodes, exchanges, decodes and averages; then encodes the means, gathers and decodes them. Where devices may be
+    missing, as simulate.comm.mean_of_some does, among few or all.
     """
+    if context.fewest is None:
+        return _compressed_mean(context, elements, wire)
+    # Chunks grow as devices are missing; fewer than all also hold the error of the mean that they send.
+    among = [_compressed_mean(replace(context, devices=n), elements, wire) for n in (context.fewest, context.devices)]
+    chunk_bytes = chunk_elements(elements, context.fewest) * context.element_bytes
+    return CompressedMean(max(mean.held for mean in among) + 2 * chunk_bytes, max(mean.last for mean in among))
+
+
+def _compressed_mean(context: ExchangeContext, elements: int, wire: str) -> CompressedMean:
     chunk = chunk_elements(elements, context.devices)
     # Every device averages one chunk, so the message is padded to whole chunks.
     padded, mean = chunk * context.devices, chunk * context.element_bytes

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import lru_cache
 
 from simulate.comm.transfers import Exchange, Transfer, averages
@@ -65,19 +64,19 @@ def given_exchanges(run: Run, shape: ModelShape, steps: int) -> Iterator[Exchang
         late_N = (round_.brought_N > 0) & (round_.takes_N == 0)
         yield from itertools.repeat(base_exchange(run, shape), int(late_N.sum()))
         for part in parts:
-            yield among(part.exchange, run.cluster.devices, int(round_.present_N.sum()))
+            yield among(part.exchange, round_.present_N.tolist())
 
 
-def among(exchange: Exchange, devices: int, present: int) -> Exchange:
+def among(exchange: Exchange, present_N: Sequence[bool]) -> Exchange:
     """Return an exchange of all devices as it is among those that are present; a ring of one sends nothing."""
-    transfers = (replace(t, devices=present) if t.devices == devices else t for t in exchange.transfers)
+    transfers = (t.among(present_N) if t.devices == len(present_N) else t for t in exchange.transfers)
     return Exchange(tuple(t for t in transfers if t.devices > 1 or t.operation in ("push", "pull")))
 
 
 @by_method
 def base_exchange(run: Run, shape: ModelShape) -> Exchange:
     """Return the message that brings one device to the base of the others, before it takes part again."""
-    payload_bytes = plan_of(run.method).base_bytes(shape, ELEMENT_BYTES[run.train.dtype])
+    payload_bytes = plan_of(run.of_class(0).method).base_bytes(shape, ELEMENT_BYTES[run.train.dtype])
     is_served = getattr(run.method, "merge_transport", "") == "server"
     return Exchange((Transfer("pull", payload_bytes, 1) if is_served else Transfer("broadcast", payload_bytes, 2),))
 

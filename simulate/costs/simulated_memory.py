@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from simulate.config.hardware import Device
 from simulate.config.run import Run
@@ -78,7 +79,12 @@ def simulated_memory(run: Run, shape: ModelShape, device: Device) -> SimulatedMe
 def _programs(run: Run) -> Iterator[Run]:
     """Yield the run of each class's tensor program, which holds that class's devices alone."""
     for one, members in zip(run.classes, run.cluster.class_devices, strict=True):
-        yield one.model_copy(update={"cluster": one.cluster.model_copy(update={"devices": len(members)})})
+        update: dict[str, Any] = {"devices": len(members)}
+        if one.cluster.merges_given is not None:
+            update["merges_given"] = tuple(row[members.start : members.stop] for row in one.cluster.merges_given)
+        elif one.cluster.has_quorum:  # of all devices; the program's own, whatever their number, may be late
+            update |= {"quorum": None, "deadline_s": one.cluster.deadline_s or 1.0}
+        yield one.model_copy(update={"cluster": one.cluster.model_copy(update=update)})
 
 
 def passing_bytes(run: Run, shape: ModelShape, device: Device) -> Iterator[tuple[PhaseName, int]]:
@@ -87,6 +93,10 @@ def passing_bytes(run: Run, shape: ModelShape, device: Device) -> Iterator[tuple
     copies, shared = plan.simulated_copies(devices), plan.shared_elements(shape, devices) + held.last_merge
     # Error feedback and predictions need each device's gradient apart, even where devices share their weights.
     own = devices if plan.shares_state and (held.extra > shared or plan.compresses_gradients) else copies
+    # Those that are late are moved by the change of what is averaged, whose old values stand beside the new ones.
+    moved = 0
+    if run.cluster.has_quorum:
+        moved = ELEMENT_BYTES[run.train.dtype] * sum(t.elements for t in plan.separate_tensors(shape, devices))
     for phase in peak_profile(run, shape, device).phases:
         batches = devices * (phase.activations + phase.temporary)
         if phase.name in PASSES:
@@ -101,7 +111,8 @@ def passing_bytes(run: Run, shape: ModelShape, device: Device) -> Iterator[tuple
             yield phase.name, phase.total
         elif phase.name not in ("optimizer_step", "checkpoint_save"):  # merges and diagnostics
             # Sums over devices come first, and what is gathered counts N times in one device's memory already.
-            yield phase.name, devices * phase.activations + phase.temporary - copies * phase.dropped
+            size = devices * phase.activations + phase.temporary - copies * phase.dropped
+            yield phase.name, size + (moved if phase.name in MERGES else 0)
     # Each device holds what it compresses or iterates on; what it receives from N others exists once for all. So such
     # buffers are those of one of two devices, N times.
     pair = run.model_copy(update={"cluster": run.cluster.model_copy(update={"devices": min(devices, 2)})})
@@ -127,7 +138,10 @@ def _state_bytes(run: Run, shape: ModelShape, profile: PeakProfile) -> int:
     stopped = 0
     if run.method.is_paced or run.cluster.has_quorum:
         rounds = given_counts(run.method, run.cluster)
-        stopped = max(sum(n < max(taken) for n in taken) for taken in rounds) if rounds else copies - 1
+        # Those that are late or lost are also held while the others merge: where a program is of one class of several,
+        # that may be all of its devices.
+        most = copies if run.cluster.has_quorum and run.method.fleet else copies - 1
+        stopped = max(sum(n < max(*taken, 1) for n in taken) for taken in rounds) if rounds else most
     # What is kept beside weights is each device's own, or of those whose devices train as one.
     owners = devices if plan.shares_state else copies
     return frozen + copies * of_copy + once + owners * (extra - once) + stopped * of_copy

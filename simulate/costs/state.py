@@ -53,10 +53,17 @@ def persistent_state(run: Run, shape: ModelShape) -> PersistentState:
         adapters=adapters,
         trained=matrices + others,
         moments=(1 if muon else 2) * matrices + 2 * others,
-        extra=plan.extra_elements(shape, devices) + last_merge,
+        extra=_extra_elements(run, shape) + last_merge,
         last_merge=last_merge,
         shared=plan.shares_state,
     )
+
+
+def _extra_elements(run: Run, shape: ModelShape) -> int:
+    plan, devices, fewest = plan_of(run.method), run.cluster.devices, run.cluster.fewest
+    if fewest is None:
+        return plan.extra_elements(shape, devices)
+    return plan.extra_elements_of_some(shape, devices, fewest)
 
 
 @lru_cache(maxsize=1024)

@@ -97,12 +97,12 @@ def _init_lost_devices(
         received = communicator.send_state(source, _of_device(session, donor) if communicator.process == source else {})
         for device in set(lost) & set(session.method.row_devices()):
             if run.class_of(device) == index:
-                pattern = received if run.class_of(donor) == index else _of_own_class(session, received)
+                pattern = received if run.class_of(donor) == index else of_own_class(session, received)
                 own = own_part(session, device)  # it was away when this checkpoint was saved, and may have an older one
                 state.of_devices[device] = session.method.init_returning_device(state.shared, pattern, own, device)
 
 
-def _of_own_class(session: Session, donor: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def of_own_class(session: Session, donor: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the pattern of a device of this process from one of another class: what has another shape is as at the
     start, and the optimizer begins anew.
     """

@@ -21,7 +21,7 @@ from simulate.comm.process_group import TorchCommunicator
 from simulate.common.errors import LostPeerError
 from simulate.common.events import Event
 from simulate.launch.membership import Epoch, Membership
-from simulate.launch.recovery import own_part, recover
+from simulate.launch.recovery import of_own_class, own_part, recover
 from simulate.methods.quorum import Quorum
 from simulate.methods.state import State
 from simulate.training.checkpoints import Progress, newest_with
@@ -171,8 +171,14 @@ class SurvivingGroup:
         state = method.state.sharded() if self.communicator.process == source else State()
         shared = self.communicator.hand_state(source, back, state.shared)
         donor = self.communicator.hand_state(source, back, state.of_devices.get(mine[0], {}))
+        given = int(self.communicator.share_texts(str(session.run.class_of(mine[0])))[source])
         if self.communicator.process in back:
-            start = {d: method.init_returning_device(shared, donor, own_part(session, d), d) for d in mine}
+            own = {device: own_part(session, device) for device in mine}
+            if given != session.run.class_of(mine[0]):
+                pattern = of_own_class(session, donor)
+                start = {d: method.init_returning_device(shared, {**own[d], **pattern}, own[d], d) for d in mine}
+            else:
+                start = {d: method.init_returning_device(shared, donor, own[d], d) for d in mine}
             method.state.load_sharded(State(shared, start))
 
     def _go_to(self, session: Session, note: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from simulate.comm.base import Exchanges
 from simulate.comm.compression import CompressedMean
+from simulate.comm.mean_of_some import MeanOfSome, mean_for
 from simulate.comm.transfers import fragment
 from simulate.methods.gradient_averaging import packed_parameters
 from simulate.methods.stepper import clear_rows
@@ -45,7 +46,9 @@ class Averaging:
         outer: Outer | None = None,
         first_only: bool = False,
         delayed: bool = False,
+        fewest: int | None = None,
     ) -> None:
+        """`fewest` are the devices that take part at least, where a quorum lets merges lack some."""
         self.first_only = first_only
         self.parameters, self.communicator, self.server, self.outer = parameters, communicator, server, outer
         self._local = slice(communicator.local_devices.start, communicator.local_devices.stop)
@@ -62,11 +65,11 @@ class Averaging:
         """σ: copies that were sent and whose mean has not arrived."""
         self.arriving = {name: p[0].detach().clone() for name, p in parameters.items() if delayed}
         """Means in flight, which training must not see before they are complete."""
-        self.means: dict[tuple[str, ...], CompressedMean] = {}
+        self.means: dict[tuple[str, ...], CompressedMean | MeanOfSome] = {}
         if compressed:
             for message in (tuple(m) for messages in self.messages for m in messages):
                 elements = sum(parameters[name][0].numel() for name in message)
-                self.means[message] = CompressedMean(elements, wire, communicator, self.last[message[0]])
+                self.means[message] = mean_for(elements, wire, communicator, self.last[message[0]], fewest)
 
     @torch.no_grad()
     def keep_last(self) -> None:

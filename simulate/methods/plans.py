@@ -64,6 +64,10 @@ class DensePlan(Generic[OptionsT]):
         """Return 0: nothing is kept beside weights and moments."""
         return 0
 
+    def extra_elements_of_some(self, shape: ModelShape, devices: int, fewest: int) -> int:
+        """Return extra_elements: nothing more is kept where merges lack devices."""
+        return self.extra_elements(shape, devices)
+
     def shared_elements(self, shape: ModelShape, devices: int) -> int:
         """Return 0: each device keeps state of its own."""
         return 0

@@ -39,7 +39,7 @@ from simulate.common.events import Event
 from simulate.config.tables import LOST
 from simulate.methods.paced import Paced
 from simulate.methods.stepper import clear_rows
-from simulate.rules.attendance import GivenAttendance, SimulatedAttendance
+from simulate.rules.attendance import Attendance, GivenAttendance, SimulatedAttendance
 from simulate.rules.pace import discounts
 
 
@@ -79,22 +79,26 @@ class Quorum(Paced):
     def begin_step(self, step: int, now_s: float) -> float | None:
         if self.attendance is None:
             return None
-        if step % self.run.method.round_steps == 0:
-            self._attend(self.attendance, step, now_s)
+        if step % self.run.method.round_steps == 0 and self._attended != step:
+            self.attend(self.attendance.begin(step, now_s), step, now_s)
         return float(self.round_s) / min(self.run.method.round_steps, self.run.train.steps - step)
 
     def _begin_round(self, step: int) -> None:
+        if self._attended == step:
+            return
         if self.attendance is None:
             super()._begin_round(step)
-        elif self._attended != step:  # nobody has a clock
-            self._attend(self.attendance, step, 0.0)
+        else:  # nobody has a clock
+            self.attend(self.attendance.begin(step, 0.0), step, 0.0)
 
-    def _attend(self, attendance: GivenAttendance | SimulatedAttendance, step: int, now_s: float) -> None:
-        """Take the attendance of a simulation's next round, and give devices that are back the merged weights."""
+    def attend(self, round_: Attendance, step: int, now_s: float) -> None:
+        """Take a simulation's next round, which begins at `now_s`, and give devices that are back the merged weights.
+
+        Programs of several classes of devices get one attendance.
+        """
         self._attended = step
         if step:
-            self.trained += self.counts_N.sum()
-        round_ = attendance.begin(step, now_s)
+            self.trained += (self.counts_N * self._samples_N).sum()
         self.counts_N.copy_(torch.from_numpy(round_.takes_N))
         self.present_N.copy_(torch.from_numpy(round_.present_N))
         self.lost_N.copy_(torch.from_numpy(round_.brought_N == LOST))
@@ -130,9 +134,10 @@ class Quorum(Paced):
         return torch.nonzero(self.present_N).flatten().tolist()
 
     def shares(self, sizes: Sequence[float] | None = None) -> Tensor | None:
-        # w_n = m_n·c_n·(1 + age_n)^−p / Σ
+        # w_n = m_n·c_n·(1 + age_n)^−p / Σ, with m_n the samples of a step where classes differ in them
+        sizes_N = self.times_samples(sizes)
         discounts_N = torch.tensor(discounts(self.ages_N.tolist(), self.run.cluster.age_exponent), dtype=torch.float64)
-        weights_N = self.brought_N * discounts_N * torch.tensor(sizes or 1.0, dtype=torch.float64)
+        weights_N = self.brought_N * discounts_N * (1.0 if sizes_N is None else sizes_N)
         if bool((weights_N == weights_N[0]).all()):
             return self.counted(None)
         return self.counted((weights_N / weights_N.sum()).to(next(iter(self.parameters.values()))))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,23 @@ class Unequal(Method):
             if hasattr(method, "step_s"):
                 method.step_s = seconds
 
+    @property
+    def attendance(self) -> Any:
+        """Rule of who is there in a simulation's rounds, with a quorum; the first class's method keeps it."""
+        return getattr(self.methods[0], "attendance", None)
+
+    @attendance.setter
+    def attendance(self, attendance: Any) -> None:
+        self.methods[0].attendance = attendance  # type: ignore[attr-defined]
+
+    def begin_step(self, step: int, now_s: float) -> float | None:
+        if self.attendance is not None and step % self.run.method.round_steps == 0:
+            # Asked once: a simulation's attendance goes on with every question.
+            round_ = self.attendance.begin(step, now_s)
+            for method in self.methods:
+                method.attend(round_, step, now_s)  # type: ignore[attr-defined]
+        return self.methods[0].begin_step(step, now_s)
+
     def prepare(self, model: nn.Module) -> nn.Module:
         return self.methods[0].prepare(model)
 
@@ -98,6 +116,9 @@ class Unequal(Method):
 
     def close_round(self, step: int) -> None:
         self._each(lambda method: method.close_round(step))
+
+    def merge_record(self, step: int) -> dict[str, Any] | None:
+        return self.methods[0].merge_record(step)
 
     def steps_done(self) -> list[int] | None:
         return self.methods[0].steps_done()

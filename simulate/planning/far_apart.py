@@ -39,7 +39,7 @@ def reasons(profile: Profile, devices: Sequence[Device], step_s: Sequence[float]
 def can_have_quorum(run: Run) -> bool:
     """Whether the run's method merges without some devices, as its keys are, and the run says nothing of it yet."""
     cluster = run.cluster
-    if cluster.has_quorum or cluster.classes or cluster.min_devices is not None or cluster.devices < LEAST_DEVICES:
+    if cluster.has_quorum or cluster.min_devices is not None or cluster.devices < LEAST_DEVICES:
         return False
     try:
         run.method.check_quorum(cluster.model_copy(update={"quorum": majority(cluster.devices)}))

@@ -135,6 +135,14 @@ def _idle(chosen: Candidate, equal: Candidate | None, pins: Pins) -> Iterator[st
     """Report how long devices that differ wait for each other, and what batches of their own make of it."""
     if equal is None or equal.idle_share < LEAST_IDLE:
         return
+    if chosen.run.cluster.has_quorum:  # nobody waits: who is slower takes fewer steps
+        if chosen.run.cluster.classes:
+            yield (
+                f"with one batch for all, devices take {equal.trained_share:.0%} of a round's steps, with a batch for "
+                f"each kind of device ([[cluster.class]]) {chosen.trained_share:.0%}, and equal loss takes "
+                f"{change_text(equal.equivalent_wall_s / chosen.equivalent_wall_s)} time with one for all"
+            )
+        return
     waits = f"with one batch for all, devices are idle for {equal.idle_share:.1%} of a round's compute"
     if not chosen.run.cluster.classes:
         given = pins.micro_batch or pins.accumulate
@@ -235,8 +243,7 @@ def _worth_trying(chosen: Candidate) -> Iterator[str]:
             "train.optimizer = muon trained better than adamw on a small text model, with LTE as with dense training "
             "(docs/results.md); try it with --set"
         )
-    # What a compressed message leaves out is for the next merge of the same devices, which a quorum changes.
-    if getattr(run.method, "wire", "") == "full" and run.cluster.devices > 1 and not run.cluster.has_quorum:
+    if getattr(run.method, "wire", "") == "full" and run.cluster.devices > 1:
         yield (
             "method.wire = int8 sends about a quarter of the bytes, and trained as well as full messages on a small "
             "text model (docs/results.md); try it with --set, and a higher rank for a part of what that saves"

@@ -145,7 +145,7 @@ def _answers(plan: Plan, chosen: Candidate) -> Iterator[Answer]:
     )
     yield _worth(plan, chosen, dense)
     yield Answer("Bottleneck", *_bottleneck(plan, chosen))
-    if plan.equal is not None and chosen.run.cluster.classes:
+    if plan.equal is not None and chosen.run.cluster.classes and not chosen.run.cluster.has_quorum:
         yield Answer("Idle", f"{chosen.idle_share:.1%}", f"of compute; {plan.equal.idle_share:.0%} with equal batches")
     yield Answer("Settings", ", ".join(_settings(chosen.run)), "")
 
@@ -238,8 +238,7 @@ def _warnings(plan: Plan, chosen: Candidate, passes: tuple[float, str] | None) -
         yield "Small images of digits stand in for yours: name them by --data"
     yield from _faster_rival(plan, chosen)
     if chosen.time.exchange_s / chosen.time.round_s > LINK_DOMINATES:
-        # A quorum changes the devices that would send what a compressed message has left out.
-        full = getattr(chosen.run.method, "wire", "") == "full" and not chosen.run.cluster.has_quorum
+        full = getattr(chosen.run.method, "wire", "") == "full"
         yield f"Exchange takes most time: {'--set method.wire=int8, or ' if full else ''}a higher --merge-every"
     for warning in chosen.warnings:
         if not warning.startswith("the link dominates"):

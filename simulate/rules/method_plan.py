@@ -123,6 +123,8 @@ class ExchangeContext:
     """Whether devices' shares of a merge differ from round to round."""
     has_quorum: bool = False
     """Whether a merge may lack devices."""
+    fewest: int | None = None
+    """Fewest devices of a merge that may lack some."""
 
     @property
     def sizes(self) -> list[int]:
@@ -157,6 +159,9 @@ class MethodPlan(Protocol):
 
     def extra_elements(self, shape: ModelShape, devices: int) -> int:
         """Return the elements of the method's own state: error feedback, outer momentum, old weights and gradients."""
+
+    def extra_elements_of_some(self, shape: ModelShape, devices: int, fewest: int) -> int:
+        """Return extra_elements where merges may lack devices, with `fewest` of them: error feedback is another."""
 
     def shared_elements(self, shape: ModelShape, devices: int) -> int:
         """Return how many of extra_elements are equal on all devices, so that a simulation stores them once."""

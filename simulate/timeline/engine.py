@@ -369,6 +369,8 @@ class _Simulation:
 
     def _among_present(self, transfer: Transfer) -> Transfer:
         """Return the message with the devices that are present; teams are assumed to stay complete."""
+        if self.round is not None and transfer.devices == len(self.devices):
+            return transfer.among(self.round.present_N.tolist())
         present = len(self.here)
         return transfer if transfer.devices <= present or transfer.teams > 1 else replace(transfer, devices=present)
 

@@ -106,8 +106,9 @@ class Session:
             several = self.communicator.processes > 1 and not self.is_simulation
             given = self.run.method.given_steps or self.run.cluster.merges_given
             self.method.goes_by_clock = several and given is None
-            if isinstance(self.method, Quorum) and not self.method.goes_by_clock:
-                self.method.attendance = self.clock.attendance
+        by_clock = isinstance(self.method, Paced) and self.method.goes_by_clock
+        if isinstance(self.method, Quorum | Unequal) and self.run.cluster.has_quorum and not by_clock:
+            self.method.attendance = self.clock.attendance
 
     def elapsed_s(self) -> float:
         """Measured seconds of the run, over all its sessions."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from simulate.comm.transfers import Exchange, averages, fragment, residual_elements
+from simulate.comm.transfers import Exchange, averages, filled_elements, fragment, residual_elements
 from simulate.costs.buffers import averaging_phases
 from simulate.methods.diloco.options import DilocoOptions
 from simulate.methods.plans import MERGE_EVERY, DensePlan
@@ -34,6 +34,12 @@ class DilocoPlan(DensePlan[DilocoOptions]):
         compressed = self.options.wire != "full" and devices > 1
         residuals = residual_elements(shape.parameters, devices) if compressed else 0
         return 2 * shape.parameters + residuals + (2 * shape.parameters if self.options.merge_delay else 0)
+
+    def extra_elements_of_some(self, shape: ModelShape, devices: int, fewest: int) -> int:
+        """Return outer weights and momentum, and error feedback of whole vectors."""
+        if self.options.wire == "full" or devices == 1:
+            return self.extra_elements(shape, devices)
+        return 2 * shape.parameters + filled_elements(shape.parameters, devices, fewest)
 
     def shared_elements(self, shape: ModelShape, devices: int) -> int:
         """Return outer weights and momentum, and with a delay the arriving means."""

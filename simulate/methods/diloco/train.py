@@ -32,7 +32,7 @@ class Diloco(LocalTraining):
         super().__init__(run, communicator, device, network)
         self.averaging = Averaging(
             self.parameters, communicator, wire=self.options.wire, fragments=self.options.fragments, outer=self._outer,
-            delayed=self.options.merge_delay > 0,
+            delayed=self.options.merge_delay > 0, fewest=run.cluster.fewest,
         )  # fmt: skip
         self.momentum = {name: torch.zeros_like(last) for name, last in self.averaging.last.items()}
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from simulate.comm.transfers import Exchange, Operation, Transfer, averages, bucket_bytes, residual_elements
+from simulate.comm.transfers import (
+    Exchange,
+    Operation,
+    Transfer,
+    averages,
+    bucket_bytes,
+    filled_elements,
+    residual_elements,
+)
 from simulate.costs.buffers import averaging_phases
 from simulate.methods.local_sgd.options import LocalSgdOptions
 from simulate.methods.plans import MERGE_EVERY, DensePlan
@@ -54,6 +62,12 @@ class LocalSgdPlan(DensePlan[LocalSgdOptions]):
         compressed = self.options.wire != "full" and devices > 1
         residuals = residual_elements(shape.parameters, devices) if compressed else 0
         return last + residuals + (2 * shape.parameters if self.options.merge_delay else 0)
+
+    def extra_elements_of_some(self, shape: ModelShape, devices: int, fewest: int) -> int:
+        """Return the last averages, and error feedback of whole vectors."""
+        if self.options.wire == "full" or devices == 1:
+            return self.extra_elements(shape, devices)
+        return shape.parameters + filled_elements(shape.parameters, devices, fewest)
 
     def shared_elements(self, shape: ModelShape, devices: int) -> int:
         """Return the last averages, and with a delay the arriving means."""

@@ -37,7 +37,8 @@ class LocalSgd(LocalTraining):
         super().__init__(run, communicator, device, network)
         server = self.options.merge_transport == "server"
         delayed = self.options.merge_delay > 0
-        self.averaging = Averaging(self.parameters, communicator, server, self.options.wire, delayed=delayed)
+        wire, fewest = self.options.wire, run.cluster.fewest
+        self.averaging = Averaging(self.parameters, communicator, server, wire, delayed=delayed, fewest=fewest)
 
     def active(self, step: int) -> list[int]:
         count = self.options.participants(self.run.cluster.devices)

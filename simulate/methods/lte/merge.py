@@ -12,7 +12,8 @@ Legend: L local devices, H heads of all devices, R rank, I inputs, O outputs, X 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from simulate.comm.base import Communicator, Exchanges, Part
 from simulate.comm.compression import CompressedMean, decode, encode, encoded_shapes
+from simulate.comm.mean_of_some import MeanOfSome, mean_for
 from simulate.comm.transfers import bucket
 from simulate.layers.columns import Columns
 from simulate.layers.lora import LoraLinear
@@ -33,7 +35,11 @@ from simulate.rules.transport import factor_buffer_bytes, layer_transport
 class LayerMerger:
     """Merges some adapted layers: those whose factors travel, in packed messages, and those that are reduced."""
 
-    def __init__(self, layers: Sequence[LoraLinear], options: LteOptions, communicator: Exchanges) -> None:
+    def __init__(
+        self, layers: Sequence[LoraLinear], options: LteOptions, communicator: Exchanges, fewest: int | None = None
+    ) -> None:
+        """`fewest` are the devices that take part at least, where a quorum lets merges lack some."""
+        self.may_lack_devices = fewest is not None
         self.layers, self.options, self.communicator = layers, options, communicator
         self.local = len(communicator.local_devices)
         devices = communicator.num_devices
@@ -70,7 +76,7 @@ class LayerMerger:
         """Shares of all heads in the current merge, in units of an equal one; None: all count alike."""
         self.compressed = options.wire != "full" and devices > 1
         self.errors: dict[str, Tensor] = {}
-        self.means: list[CompressedMean] = []
+        self.means: list[CompressedMean | MeanOfSome] = []
         if self.compressed:
             for layer in by_factors:
                 for key in self.keys:
@@ -78,7 +84,7 @@ class LayerMerger:
                     self.errors[f"{layer.name}.{key}"] = torch.zeros_like(factor).view(self.local, -1)
             for message in self.dense_messages:
                 elements = sum(math.prod(layer.size) for layer in message)
-                self.means.append(CompressedMean(elements, options.wire, communicator, message[0].b))
+                self.means.append(mean_for(elements, options.wire, communicator, message[0].b, fewest))
 
     def merge(self, weights_N: Tensor | None = None) -> None:
         """Make W of all layers the same on all devices; without a reset, heads remember their product that is in it.
@@ -112,7 +118,8 @@ class LayerMerger:
         present = self.communicator.participants
         if present is None:
             return team.heads
-        return [head for device in present for head in self.options.heads_of(range(device, device + 1))]
+        owners = (device for device in present if device in team.devices)
+        return [head for device in owners for head in self.options.heads_of(range(device, device + 1))]
 
     @torch.no_grad()
     def send(self, weights_N: Tensor | None = None) -> None:
@@ -240,12 +247,14 @@ class LayerMerger:
     ) -> None:
         # A call for each layer, so that nothing of one layer is held while A of the next is drawn.
         merged_OI = torch.empty(0) if target_OI is None else target_OI
-        for index, team in enumerate(self.teams):
-            heads = self._exchanged(team)
+        exchanged = [(index, team, self._exchanged(team)) for index, team in enumerate(self.teams)]
+        # With a quorum all of a team may be missing, but not all of everybody.
+        taking_part = [(index, team, heads) for index, team, heads in exchanged if heads]
+        for place, (index, team, heads) in enumerate(taking_part):
             factor = self._frozen_a(layer, team, heads) if a_by_team is None else a_by_team[index]
             b_HOR = weighted(b_by_team[index], self._weights_of(heads))
             # Algorithm 1's merge: Ŵ = W + (s/H)·Σ_h B_h·A_h, from W0 where the last products are taken back.
-            if index == 0:
+            if place == 0:
                 # Unpacked for as long as it takes to pack it again, one layer at a time.
                 base_OI = self._base(layer, own=target_OI is None).to(b_HOR.device)
                 merged_OI = base_OI if target_OI is None else target_OI
@@ -289,10 +298,11 @@ class LayerMerger:
                 factor = self._sent(layer, key)
                 # Error feedback: what the last message lost goes into this one (arXiv 1901.09847).
                 error_LX = self.errors[f"{layer.name}.{key}"]
-                corrected_LX = error_LX.add_(factor.view(self.local, -1))
-                message = encode(corrected_LX, wire)
-                sent_LX = decode(message, corrected_LX.shape[1], wire, factor.dtype)
-                corrected_LX.sub_(sent_LX)  # what rounding lost
+                with self._errors_of_some(error_LX, key):
+                    corrected_LX = error_LX.add_(factor.view(self.local, -1))
+                    message = encode(corrected_LX, wire)
+                    sent_LX = decode(message, corrected_LX.shape[1], wire, factor.dtype)
+                    corrected_LX.sub_(sent_LX)  # what rounding lost
                 rounded[key] = sent_LX.reshape(factor.shape)
                 parts.append(message)
             self._remember(layer, rounded)
@@ -314,6 +324,29 @@ class LayerMerger:
 
         self.communicator.on_complete(unpack)
         return everyones
+
+    @contextmanager
+    def _errors_of_some(self, error_LX: Tensor, key: str) -> Iterator[None]:
+        """Give local devices the errors of their factor `key` in its own units; keep those of who takes no part.
+
+        With a quorum, B's errors are kept times the share that they were sent with, as in simulate.comm.mean_of_some:
+        what a merge rounded away of w·B·A is missing by w, whatever the next share is. A has no share.
+        """
+        if not self.may_lack_devices:
+            yield
+            return
+        taking, first = self.communicator.local_participants, self.communicator.local_devices.start
+        absent = [row for row in range(self.local) if first + row not in taking]
+        kept = error_LX[absent]
+        weights_L1 = None
+        if key == "b" and self._own_weights_H is not None:
+            weights_L1 = self._own_weights_H.view(self.local, -1)[:, :1]
+            weights_L1 = torch.where(weights_L1 > 0, weights_L1, 1.0)  # of those without a share nothing was sent
+            error_LX.div_(weights_L1)
+        yield
+        if weights_L1 is not None:
+            error_LX.mul_(weights_L1)
+        error_LX[absent] = kept
 
     def _encoded_shapes(self, factors: Sequence[tuple[LoraLinear, str]], team: Team) -> tuple[tuple[int, ...], ...]:
         """Return the shapes of the message tensors of one of a team's devices."""
@@ -344,7 +377,7 @@ class LayerMerger:
     def _sent_a(self, layer: LoraLinear) -> Tensor | Columns:
         return layer.frozen_a() if self.options.frozen_a else self._sent(layer, "a")
 
-    def _merge_compressed_deltas(self, layers: list[LoraLinear], compressed: CompressedMean) -> None:
+    def _merge_compressed_deltas(self, layers: list[LoraLinear], compressed: CompressedMean | MeanOfSome) -> None:
         mean = compressed.mean(self._deltas(layer) for layer in layers)
         targets = self._targets(layers)
 

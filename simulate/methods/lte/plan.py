@@ -22,6 +22,7 @@ from simulate.comm.transfers import (
     bucket,
     bucket_bytes,
     copied_in_nodes,
+    filled_elements,
     fragment,
     residual_elements,
     wire_bytes,
@@ -129,6 +130,17 @@ class LtePlan(AdapterPlan[LteOptions]):
         adapted = residual_elements(shape.adapted_parameters, nodes) if reduces else factors
         others = 0 if self._is_served else residual_elements(shape.replicated_parameters, nodes)
         return kept + adapted + others
+
+    def extra_elements_of_some(self, shape: ModelShape, devices: int, fewest: int) -> int:
+        """Return the last averages, and error feedback of factors and of whole vectors."""
+        options = self.options
+        if options.wire == "full" or devices == 1:
+            return self.extra_elements(shape, devices)
+        reduces = options.merge_transport == "reduce"
+        factors = shape.factors(options.held_rank(devices), options.frozen_a)
+        adapted = filled_elements(shape.adapted_parameters, devices, fewest) if reduces else factors
+        others = 0 if self._is_served else filled_elements(shape.replicated_parameters, devices, fewest)
+        return adapted + others + (shape.replicated_parameters if self._keeps_last_average(devices) else 0)
 
     def shared_elements(self, shape: ModelShape, devices: int) -> int:
         """Return the last averages, and with a delay all that arrives."""

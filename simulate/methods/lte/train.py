@@ -98,10 +98,13 @@ class Lte(Method):
         averaged = {name: t for name, t in self._in_order(adapters).items() if name not in norms}
         server = options.merge_transport == "server"
         delayed, parts_of = options.merge_delay > 0, options.fragments
-        self.averaging = Averaging(averaged, self.between, server, options.wire, parts_of, delayed=delayed)
+        fewest = run.cluster.fewest
+        self.averaging = Averaging(
+            averaged, self.between, server, options.wire, parts_of, delayed=delayed, fewest=fewest
+        )
         self.spreading = Averaging(norms, self.between, server, fragments=parts_of, first_only=True, delayed=delayed)
         parts = [fragment(len(layers), options.fragments, index) for index in range(options.fragments)]
-        self.mergers = [LayerMerger([layers[i] for i in part], options, self.between) for part in parts]
+        self.mergers = [LayerMerger([layers[i] for i in part], options, self.between, fewest) for part in parts]
 
     def exchanges_between(self, communicator: Communicator) -> Exchanges:
         return communicator if self.nodes.size == 1 else NodeExchanges(communicator, self.nodes)

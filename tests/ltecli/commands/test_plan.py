@@ -212,11 +212,24 @@ def test_a_plan_with_a_quorum_is_trained_as_it_is_and_suggests_nothing_that_a_qu
     screens = [lte(*asked), lte(*asked, "-o", "quorum.toml", "--all")]
     text = " ".join(f"{screen.stdout} {screen.stderr}" for screen in screens)
     assert load_given_run(here / "quorum.toml").cluster.quorum == 3
-    assert "Exchange takes most time: a higher --merge-every" in text
+    assert "Exchange takes most time: --set method.wire=int8, or a higher --merge-every" in text
     assert "merges go on with 3 of 4 devices" in text
-    assert "wire=int8" not in text and "method.wire = int8" not in text and "pace = deadline" not in text
+    assert "method.wire = int8" in text and "pace = deadline" not in text
     assert "all devices repeat" not in text
     assert "100% of the samples" not in text  # devices of one kind are equally fast
+
+
+def test_a_plan_gives_each_kind_of_device_a_batch_with_a_quorum_and_int8_too(lte: Lte, here: Path) -> None:
+    mixed = ("plan", "-p", "mixed_gtx1080ti_rtx2060_rtx3090", "--model", "gpt2", "--method", "lte", "--rank", "64")
+    few = ("--heads-per-device", "4", "--merge-every", "10", "--quantize", "none")
+    asked = ("--set", "cluster.quorum=2", "--set", "method.wire=int8")
+    plan = lte(*mixed, *few, *asked, "-o", "run.toml", "--all")
+    run = load_given_run(here / "run.toml")
+    assert run.cluster.quorum == 2 and getattr(run.method, "wire", "") == "int8"
+    batches = [one.train.device_batch for one in run.classes]
+    assert len(set(batches)) == 3 and batches[2] > batches[0]
+    assert "with a batch for each kind of device ([[cluster.class]])" in plan.stdout + plan.stderr
+    assert "idle for" not in plan.stdout + plan.stderr  # who is slower takes fewer steps
 
 
 def test_nothing_feasible_names_the_nearest_miss(lte: Lte, here: Path) -> None:

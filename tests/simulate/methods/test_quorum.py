@@ -12,7 +12,7 @@ from simulate.config.run import Run, build_run
 from simulate.costs.message_schedule import received_bytes, sent_bytes
 from simulate.methods.quorum import Quorum
 from tests import tiny
-from tests.processes import WITHOUT_SOME, run_without_some, train_in_processes, variant_table
+from tests.processes import OF_CLASSES, OVER_INT8, WITHOUT_SOME, run_without_some, train_in_processes, variant_table
 from tests.reference.quorum import (
     QuorumDilocoTwin,
     QuorumLocalSgdTwin,
@@ -219,12 +219,27 @@ def test_planned_bytes_are_those_counted(case: tuple[Any, Run]) -> None:
     assert counter.sent_bytes != sent_bytes(everyone, run.shape(), run.train.steps)
 
 
-IN_PROCESSES = ["local-sgd", "diloco", "lte, paced", "lte, paced, reduced", "local-sgd, paced, served"]
+IN_PROCESSES = (
+    "local-sgd", "diloco", "lte, paced", "lte, paced, reduced", "local-sgd, paced, served", "local-sgd, paced int8",
+    f"lte, paced{OVER_INT8}{OF_CLASSES}",
+)  # fmt: skip
+ALSO_IN_PROCESSES = (
+    "lte, paced, reduced int4", f"local-sgd, paced, served{OF_CLASSES}", f"diloco{OVER_INT8}{OF_CLASSES}",
+    f"lte, paced, served, muon{OVER_INT8}{OF_CLASSES}",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("processes", others_slow([4, 2], [4]))
-def test_processes_train_as_one_does_and_count_the_same(processes: int, tmp_path: Path) -> None:
-    names = [f"{name}{WITHOUT_SOME}" for name in IN_PROCESSES]
+@pytest.mark.parametrize(
+    ("processes", "variants"),
+    others_slow(
+        [(4, IN_PROCESSES), (4, ALSO_IN_PROCESSES), (2, IN_PROCESSES + ALSO_IN_PROCESSES)], [(4, IN_PROCESSES)]
+    ),
+    ids=["4", "4, others", "2"],
+)
+def test_processes_train_as_one_does_and_count_the_same(
+    processes: int, variants: tuple[str, ...], tmp_path: Path
+) -> None:
+    names = [f"{name}{WITHOUT_SOME}" for name in variants]
     launched = train_in_processes(tmp_path, names, processes, steps=18)
     for name in names:
         method = tiny.build(run_without_some(name, variant_table(18, "fp64")))

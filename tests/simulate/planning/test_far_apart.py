@@ -59,10 +59,10 @@ def test_the_plan_says_what_a_quorum_changes() -> None:
     [
         ({"name": "lte"}, {}, True),
         ({"name": "lte", "reset": "none"}, {}, False),
-        ({"name": "lte", "wire": "int8"}, {}, False),
+        ({"name": "lte", "wire": "int8"}, {}, True),
         ({"name": "diloco"}, {"min_devices": 2}, False),
         ({"name": "diloco"}, {"devices": 2}, False),
-        ({"name": "lte"}, {"class": [{"devices": 1}, {"devices": 3}]}, False),
+        ({"name": "lte"}, {"class": [{"devices": 1}, {"devices": 3}]}, True),
     ],
 )
 def test_who_can_have_a_quorum(method: dict[str, Any], cluster: dict[str, Any], can: bool) -> None:

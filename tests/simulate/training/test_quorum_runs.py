@@ -118,3 +118,25 @@ def test_the_timeline_sees_the_run_that_was_trained(name: str, tmp_path: Path) -
     assert timeline.late == sum(steps > 0 and age > 0 for steps, age in rows)
     # The clock charges the slowest device's arithmetic of merges, be it there or not.
     assert timeline.wall_s == pytest.approx(trained.clock.compute_s + trained.clock.exchange_s, rel=0.05)
+
+
+def test_unequal_devices_with_int8_are_replayed_counted_and_seen_by_the_timeline(tmp_path: Path) -> None:
+    classes = [{"devices": 2, "micro_batch": 4}, {"devices": 1, "accumulate": 2}, {"devices": 1}]
+    run = run_of("local-sgd, paced int8", **QUORUM, **{"class": classes})
+    run = run.model_copy(update={"train": run.train.model_copy(update={"evaluate_every": 1000})})
+    trained, events = session(run, tmp_path / "a")
+    train(trained)
+    merges = of(events, "merge", "brought", "ages", "weights")
+    brought = [row for row, _, _ in merges]
+    assert max(age for _, ages, _ in merges for age in ages) > 0 and any(-1 in row for row in brought)
+    timeline = simulate(run, DEVICES, LINK)
+    # The clock's merges take the slowest device's arithmetic, which may move a late step by a round.
+    assert timeline.device_steps == pytest.approx(sum(max(0, c) for row in brought for c in row), rel=0.05)
+    assert timeline.wall_s == pytest.approx(trained.clock.compute_s + trained.clock.exchange_s, rel=0.05)
+    replay = run_of("local-sgd, paced int8", merges_given=brought, **{"class": classes})
+    second, replayed = session(replay, tmp_path / "b")
+    train(second)
+    assert of(replayed, "merge", "brought", "ages", "weights") == merges
+    assert of(replayed, "evaluate", "val_loss")[-1] == of(events, "evaluate", "val_loss")[-1]
+    assert second.communicator.counter.sent_bytes == trained.communicator.counter.sent_bytes
+    assert sent_bytes(replay, replay.shape(), 58) == trained.communicator.counter.sent_bytes
