@@ -283,6 +283,8 @@ def describe(run: Run) -> str:
         details.append(run.train.autocast)
     if run.train.optimizer_state == "8bit":
         details.append("8-bit moments")
+    if run.train.optimizer != "adamw":
+        details.append(run.train.optimizer)
     quantize, wire = method.frozen_format, getattr(method, "wire", "full")
     is_told = quantize != "none" and not by_class  # classes say their own
     formats = (f" {quantize}" if is_told else "") + ("" if wire == "full" else f" over {wire}")

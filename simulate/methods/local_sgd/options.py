@@ -28,6 +28,10 @@ class LocalSgdOptions(RoundOptions):
     wire: Wire = "full"
     """Format in which the round's change of the weights travels."""
 
+    @property
+    def reads_adam_moments(self) -> bool:
+        return self.merge_optimizer == "average"
+
     def participants(self, devices: int) -> int:
         """Devices that train in a round: max(1, round(share x N))."""
         return max(1, round(self.participation * devices))
@@ -84,7 +88,7 @@ class LocalSgdOptions(RoundOptions):
 
     def check(self, model: ModelOptions, train: Train, cluster: Cluster) -> None:
         super().check(model, train, cluster)
-        if self.merge_optimizer != "average":
+        if not self.reads_adam_moments:
             return
         if train.optimizer == "muon":
             raise ValueError(
