@@ -104,7 +104,8 @@ def samples_factor(
     plan = plan_of(run.method)
     # The product in this module's docstring: batch and method, merges, rank.
     factor = batch_factor(run.tokens_per_step, tokens, model, end)
-    factor *= getattr(model.of(plan.samples_like, run.train.optimizer), end)
+    muon = model.muon.get(plan.samples_like) if run.train.optimizer == "muon" else None
+    factor *= getattr(muon or model.methods[plan.samples_like], end)
     factor *= max(1.0, run.method.round_steps / model.merge_every) ** getattr(model.merge_exponent, end)
     # Of classes, the one whose heads see least.
     plans = [plan_of(one.method) for one in run.classes] if run.cluster.classes else [plan]

@@ -172,7 +172,7 @@ def _with_recovery(run: Run, context: PlanContext, every: int, apart: int) -> Ru
         # Rounded up to a whole number of recovery points, so that no checkpoint is written beside them.
         points = -(-run.train.checkpoint_every // (every * apart))
         saves_every = min(points * every * apart, run.train.steps)
-        update["train"] = run.train.model_copy(update={"checkpoint_every": saves_every})
+        update["train"] = context.saving(run.train, saves_every)
     return run.model_copy(update=update)
 
 
