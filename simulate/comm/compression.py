@@ -190,6 +190,7 @@ class CompressedMean:
             flat_LX = part.reshape(len(part), -1)  # of a scalar, too
             self.sent_error_LX[:, first : first + flat_LX.shape[1]] += flat_LX
             first += flat_LX.shape[1]
+            del part, flat_LX  # the last one is not held while the message is rounded
         x_NC = self.sent_error_LX.view(-1, self.chunk)
         # The error holds vector plus old error by now: send its rounded value, keep the rest.
         message = encode(x_NC, self.wire, self.sent_numbers)
