@@ -224,7 +224,8 @@ def make_plan(
     if choice.objective == "memory":
         pins = without_wire(pins)
     plan = _ordered_plan(base, profile, tokens, pins, notes, choice)
-    if plan.chosen is None and WIRE.key in pins.open_keys:
+    miss = plan.nearest_miss()
+    if plan.chosen is None and miss is not None and miss.missing[0] and WIRE.key in pins.open_keys:
         # Compressed messages keep what rounding lost, which may be what does not fit.
         full = _ordered_plan(base, profile, tokens, without_wire(pins), notes, choice)
         return full if full.chosen else plan
