@@ -147,7 +147,7 @@ def _demo() -> list[Job]:
 
 
 def _plans() -> list[Job]:
-    """What plans propose, beside what they do without: dense training in int8, and LTE on images at its own rates."""
+    """Runs behind what plans propose: dense training in int8, and LTE on images at its own rates."""
     muon = [
         f"lte optimizer=muon draws=own learning_rate={rate} "
         f"adapter_learning_rate={rate / DEFAULT_SCALE * vision.MUON_FACTOR}"
