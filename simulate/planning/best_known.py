@@ -28,7 +28,7 @@ class Known:
     methods: tuple[str, ...]
     """Methods that it is proposed for."""
     figures: str
-    """What it is worth, in losses (nats) or shares of images, and on which data."""
+    """Losses in nats or shares of images with it and without, and on which data."""
     source: str
     condition: str
     """Where it is proposed."""

@@ -1,4 +1,7 @@
-"""Keys of [method] for local SGD; torch-free."""
+"""Keys of [method] for local SGD; torch-free.
+
+Some keys exclude each other, since a device that sits out has no state; simulate.config.run validates with this class.
+"""
 
 from __future__ import annotations
 
