@@ -24,6 +24,7 @@ from simulate.config.tables import BYTE_VALUES, BYTES, Data, Train, data_key
 from simulate.costs.samples import load_efficiency
 from simulate.models.families.table import family_of, sees_images
 from simulate.models.schema import FactoryModel, text_sizes
+from simulate.planning.best_known import OPEN_KEYS, learning_rate
 from simulate.planning.objective import SelectionCriteria, parse_duration_s, parse_objective
 from simulate.planning.planner import Plan, make_plan
 from simulate.planning.search_space import Pins
@@ -32,8 +33,6 @@ EMBEDDED_BYTES = 500_000
 """Lower bound of the embedded text's size, which differs from one Python version to the next."""
 TOKENS_PER_PARAMETER = 20
 """Hoffmann et al. 2022 (arXiv 2203.15556): compute-optimal training takes about 20 tokens a parameter."""
-REFERENCE_WIDTH, REFERENCE_RATE = 128, 3e-3
-"""The learning rate falls with the width (Yang et al. 2022, arXiv 2203.03466); 3e-3 at 128 was measured to do well."""
 _WHERE = "command line"
 
 
@@ -163,7 +162,13 @@ def _pins(table: toml_io.Table) -> Pins:
         micro_batch=train.get("micro_batch"),
         accumulate=train.get("accumulate"),
         activation_checkpointing=train.get("activation_checkpointing"),
+        open_keys=frozenset(key for key in OPEN_KEYS if not _is_given(table, key)),
     )
+
+
+def _is_given(table: toml_io.Table, key: str) -> bool:
+    section, _, name = key.partition(".")
+    return name in table[section]
 
 
 def _with_measured_link(run: Path, profile: Profile) -> tuple[Profile, str]:
@@ -198,10 +203,8 @@ def _base_run(table: toml_io.Table, profile: Profile) -> tuple[Run, list[str]]:
             "data.name = 'digits', enlarged to the model's pixels, stands in for your images: name them by --data"
         )
     if "learning_rate" not in table["train"]:
-        width = run.shape().width
-        rate = min(REFERENCE_RATE, REFERENCE_RATE * REFERENCE_WIDTH / width)
-        table["train"]["learning_rate"] = rate
-        notes.append(f"train.learning_rate = {rate:.2g} is a rule of thumb for width {width}; try two beside it")
+        method, optimizer = run.method.name, run.train.optimizer
+        table["train"]["learning_rate"] = learning_rate(method, optimizer, run.model.unit, run.shape().width)
         run = _build(table)
     return run, notes
 

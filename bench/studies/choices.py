@@ -146,6 +146,20 @@ def _demo() -> list[Job]:
     )
 
 
+def _plans() -> list[Job]:
+    """Runs behind what plans propose: dense training in int8, and LTE on images at its own rates."""
+    muon = [
+        f"lte optimizer=muon draws=own learning_rate={rate} "
+        f"adapter_learning_rate={rate / DEFAULT_SCALE * vision.MUON_FACTOR}"
+        for rate in (2.5e-3, 4.5e-3, 1e-2)
+    ]
+    ends = [f"{muon[0]}{keys}" for keys in (" wire=int8", " wire=int8 final_share=0.3", " final_share=0.3")]
+    adamw = f"lte draws=own learning_rate=0.003 adapter_learning_rate={3e-3 / DEFAULT_SCALE}"
+    dense_muon = [f"ddp optimizer=muon learning_rate={keys}" for keys in ("0.0045", "0.009", "0.009 wire=int8")]
+    images = _jobs("digits-vit", [*muon, adamw, *dense_muon, "ddp learning_rate=0.003", *ends], THREE)
+    return [*_jobs("text", [f"{DENSE_MUON} wire=int8"]), *images]
+
+
 STUDIES: dict[str, Callable[[], list[Job]]] = {
     "demo": _demo,
     "bits": _bits,
@@ -156,6 +170,7 @@ STUDIES: dict[str, Callable[[], list[Job]]] = {
     "digits-vit-rates": partial(_digits_rates, "digits-vit"),
     "digits-mixer-rates": partial(_digits_rates, "digits-mixer"),
     "gap": _gap,
+    "plans": _plans,
 }
 
 

@@ -8,12 +8,17 @@ dense's loss; else what dense's curve says (all samples over those after which d
 what the stretched schedule makes of that elsewhere. A figure is the geometric mean of all its sources, published,
 measured or guessed; its range reaches from the smallest to the largest of them. Plans rank by this file, so each of its
 figures must be traceable.
+
+Methods with Muon have figures of their own, over dense AdamW's samples like all others: the share of its own samples
+after which a run had dense AdamW's loss, by its own curve. A schedule of that length would have been there earlier, so
+they are upper bounds. Where a method was not trained with Muon, what Muon gained the measured ones stands for it.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -24,6 +29,7 @@ from convergence import BATCHES, DENSE, Results
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs/convergence.jsonl"
+CHOICES = ROOT / "docs/choices.jsonl"
 TARGET = ROOT / "simulate/costs/samples.toml"
 PUBLISHED_LTE = 1.4
 """Huh et al. 2024, section 4: about 40 % more samples than dense at rank x heads >= width, T = 10."""
@@ -47,6 +53,18 @@ LTE = ("lte, frozen A", "lte")
 """Names in bench/studies/convergence.py of LTE with AdamW: our default, and the paper's."""
 MEASURED_AS = {name: f"{name}, rank 128" for name in ("lora", "relora", "adamix")}
 """Methods of another name there: with as many directions as the network is wide, like LTE's four heads of rank 32."""
+MUON = {"ddp": "dense, muon", "lte": "lte, frozen A, muon"}
+"""Names there of methods with Muon."""
+MUON_CHOICES = {
+    "lte": (
+        "lte optimizer=muon learning_rate=0.0065 draws=joint rank=64 wire=int2",
+        "lte optimizer=muon learning_rate=0.0065 draws=joint rank=128 wire=int4",
+    ),
+    "local-sgd": ("local-sgd optimizer=muon learning_rate=0.009 wire=int2",),
+}
+"""Settings of choices.py, all of the small batch: LTE of more rank, and local SGD."""
+WITHOUT_MUON = ("sapipe",)
+"""Methods that read Adam's moments."""
 ORDER = ("ddp", "lte", *GUESSES)
 Table = dict[str, object]
 
@@ -105,6 +123,47 @@ def measured(results: Results) -> tuple[dict[str, list[float]], float]:
     return ratios, correction
 
 
+def share_to(curve: Sequence[tuple[float, float]], loss: float) -> float:
+    """Return the share of a run's samples after which it had a loss, by its curve, linearly between points."""
+    for (before, higher), (after, lower) in itertools.pairwise(curve):
+        if higher >= loss >= lower:
+            return (before + (after - before) * (higher - loss) / (higher - lower)) / curve[-1][0]
+    raise ValueError(f"a loss of {loss:g} was never reached")
+
+
+def measured_with_muon(results: Results) -> dict[str, list[float]]:
+    """Return what each method that was trained with Muon needed of dense AdamW's samples to have its loss."""
+    goals = {batch: statistics.mean(results.seeds(batch, DENSE)) for batch in BATCHES}
+    shares = {
+        method: [share_to(mean_curve(results, batch, name), goals[batch]) for batch in BATCHES]
+        for method, name in MUON.items()
+    }
+    rows = [json.loads(line) for line in CHOICES.read_text(encoding="utf-8").splitlines()]
+    curves = {row["setting"]: row["curve"] for row in rows if row["data"] == "text" and row["seed"] == 0}
+    for method, settings in MUON_CHOICES.items():
+        shares.setdefault(method, []).extend(share_to(curves[setting], goals["small"]) for setting in settings)
+    return shares
+
+
+def with_muon(results: Results, adamw: dict[str, Table]) -> dict[str, Table]:
+    """Return the figures of methods with Muon, from those with AdamW where a method was not trained with it."""
+    shares = measured_with_muon(results)
+    source = "share of its samples to dense AdamW's loss, at most: "
+    ends = {name: [float(str(table[end])) for end in ("value", "low", "high")] for name, table in adamw.items()}
+    gains = [statistics.geometric_mean(found) / ends[name][0] for name, found in shares.items()]
+    gain, muon = statistics.geometric_mean(gains), {}
+    for name, found in shares.items():
+        text = source + ", ".join(f"{x:.2f}" for x in found) + " (docs/convergence.jsonl, choices.jsonl)"
+        # One run has no spread, so it gets the range with AdamW, times what Muon gained.
+        span = found if len(found) > 1 else [*found, ends[name][1] * min(gains), ends[name][2] * max(gains)]
+        muon[name] = figure(found, text, span)
+    for name in (name for name in adamw if name not in muon and name not in WITHOUT_MUON):
+        value, low, high = ends[name]
+        text = f"guess: Muon gains what it gained {', '.join(shares)} ({gain:.2f}); at worst nothing"
+        muon[name] = figure([value * gain], text, (low * min(gains), high))
+    return muon
+
+
 def critical_steps(results: Results, correction: float) -> float:
     """Return minimum_steps M with which the larger batch needs as many times the smaller one's samples as it did.
 
@@ -142,6 +201,7 @@ def fit(results: Results) -> Table:
         else:
             span = (1 + (guess - 1) / 2, 1 + 2 * (guess - 1))
             methods[name] = figure([guess], "guess, half to twice the excess", span)
+    muon = with_muon(results, methods)
     steps, slope = critical_steps(results, correction), rank_slope()
     low, value, high = MERGE_EXPONENT
     return {
@@ -156,6 +216,7 @@ def fit(results: Results) -> Table:
             "rank sweep of arXiv 2402.16828, error falling as samples ^ -0.35 (arXiv 1712.00409) to samples ^ -1",
         ),
         "methods": {name: methods[name] for name in ORDER},
+        "muon": {name: muon[name] for name in ORDER if name in muon},
     }
 
 

@@ -204,6 +204,9 @@ def _explained(plan: Plan, why: Why, command: str) -> Section:
     neighbours = [[neighbour.key, neighbour.value, neighbour.reason] for neighbour in why.neighbours]
     html = table(["neighbour", "instead", "not chosen because"], neighbours, words=True)
     html += table(["with", "gain", "chosen then"], changes, words=True)
+    if why.choices:
+        made = [[choice.key, choice.value, choice.worth] for choice in why.choices]
+        html += table(["taken as best known", "value", "worth"], made, words=True)
     parts = plan.chosen.memory.parts()
     rows = [[part, bytes_text(size)] for part, size in parts.items()] + [["all", bytes_text(plan.chosen.memory.total)]]
     html += folded("Memory of the choice by part", table(["part", "a device"], rows))

@@ -136,6 +136,8 @@ def _show_why(why: Why, output: Output) -> None:
     output.text("")
     output.heading(f"why: {why.summary}")
     output.text(why.reason)
+    for choice in why.choices:
+        output.text(str(choice))
     table = plain_table("with", "gain", "chosen then")
     table.columns[2].justify = "left"
     for change in why.changes:

@@ -183,7 +183,10 @@ def show_details(plan: Plan, output: Output, top: int = SHOWN_CANDIDATES) -> Non
     # Methods that the planner does not choose by itself stand apart, each with its best candidate.
     if plan.rivals:
         output.text("")
-        output.heading("other methods, each at its best here; plan one with --method NAME")
+        output.heading(
+            "other methods, each at its best here; plan one with --method NAME; AdamW and full messages where no "
+            "others are named"
+        )
         output.table(_rival_table(plan), secondary=SECONDARY)
     for note in plan.notes:
         output.text(f"note: {note}")

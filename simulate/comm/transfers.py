@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 Operation = Literal["all_reduce", "all_gather", "all_to_all", "broadcast", "push", "pull"]
@@ -145,6 +145,7 @@ def bucket_bytes(sizes_bytes: Sequence[int]) -> list[int]:
     return [sum(sizes_bytes[group.start : group.stop]) for group in bucket(sizes_bytes)]
 
 
+@lru_cache(maxsize=8192)
 def wire_bytes(elements: int, wire: str, element_bytes: int) -> int:
     """Return the bytes of numbers in a message.
 

@@ -112,6 +112,11 @@ class MethodOptions(toml_io.Schema):
         return 0
 
     @property
+    def reads_adam_moments(self) -> bool:
+        """Whether the method works with Adam's moments, so that no other optimizer can stand in."""
+        return False
+
+    @property
     def frozen_format(self) -> Quantize:
         """Format of the frozen weights; "none" where all weights are trained or kept in full."""
         return "none"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from simulate.layers.folding import folded_products, writes_columns
 from simulate.layers.formats import LOSS_CHUNK_ELEMENTS, layer_draws
@@ -77,11 +77,11 @@ class _Step:
     accumulates: bool = False
     """Whether gradients of earlier passes lie beside those of this one, which are added to them one by one."""
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         return self.samples * self.shape.tokens
 
-    @property
+    @cached_property
     def u(self) -> int:
         return self.tokens * self.shape.width * self.element_bytes
 

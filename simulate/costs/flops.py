@@ -48,12 +48,14 @@ def update_flops(run: Run, shape: ModelShape) -> float:
     if run.train.optimizer != "muon":
         return total
     # Muon orthogonalises the updates of matrices only; AdamW's operations are too few to count.
-    dense = sum(_orthogonalising(x.out_features, x.in_features) * x.count for x in shape.adapted)
     layout = plan.adapters(run.cluster.devices)
     if layout is None:
-        return total + dense
+        return total + _orthogonalising_weights(shape)
+    factors = _orthogonalising_factors(shape, layout.held_rank, layout.rank, layout.frozen_a)
+    if not plan.starts_dense:
+        return factors
     share = plan.dense_share(run.train.steps)
-    return share * dense + (1 - share) * _orthogonalising_factors(layout, shape)
+    return share * _orthogonalising_weights(shape) + (1 - share) * factors
 
 
 def _orthogonalising(rows: int, columns: int) -> float:
@@ -68,11 +70,17 @@ def _orthogonalising(rows: int, columns: int) -> float:
     return ITERATIONS * (4.0 * small**2 * large + 2.0 * small**3)
 
 
-def _orthogonalising_factors(layout: AdapterLayout, shape: ModelShape) -> float:
-    pairs, total = layout.held_rank / layout.rank, 0.0  # each pair is orthogonalised by itself
+@lru_cache(maxsize=64)
+def _orthogonalising_weights(shape: ModelShape) -> float:
+    return sum(_orthogonalising(x.out_features, x.in_features) * x.count for x in shape.adapted)
+
+
+@lru_cache(maxsize=1024)
+def _orthogonalising_factors(shape: ModelShape, held_rank: int, rank: int, frozen_a: bool) -> float:
+    pairs, total = held_rank / rank, 0.0  # each pair is orthogonalised by itself
     for linear in shape.adapted:
-        sides = (linear.out_features,) if layout.frozen_a else (linear.out_features, linear.in_features)
-        total += sum(pairs * linear.count * _orthogonalising(side, layout.rank) for side in sides)
+        sides = (linear.out_features,) if frozen_a else (linear.out_features, linear.in_features)
+        total += sum(pairs * linear.count * _orthogonalising(side, rank) for side in sides)
     return total
 
 

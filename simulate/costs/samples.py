@@ -8,6 +8,9 @@ bench/studies/samples.py fits them, and `lte plan --efficiency FILE` takes other
     batch   = 1 + minimum_steps · (tokens of a step) / (all tokens)      (a critical batch: McCandlish et al. 2018)
     merges  = max(1, T / merge_every) ^ merge_exponent
     rank    = shortfall ^ rank_exponent
+
+Dense means dense training with AdamW. A method's figure depends on the optimizer: those with Muon are in a table of
+their own, since Muon gains dense training more than it gains LTE.
 """
 
 from __future__ import annotations
@@ -59,15 +62,24 @@ class Efficiency(toml_io.Schema):
     """Rank that one of LTE's heads needs, as a share of the width."""
     rank_exponent: Figure
     methods: dict[str, Figure]
+    """By method, with AdamW."""
+    muon: dict[str, Figure] = Field(default_factory=dict)
+    """By method, with Muon; a method that is not here needs the samples that it needs with AdamW."""
 
     @model_validator(mode="after")
     def _methods_known(self) -> Efficiency:
         missing = [name for name in METHOD_NAMES if name not in self.methods]
-        unknown = [name for name in self.methods if name not in METHOD_NAMES]
+        unknown = [name for name in (*self.methods, *self.muon) if name not in METHOD_NAMES]
         if missing or unknown:
             wrong = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which is no method"
             raise ValueError(f"methods {wrong}; give each of {', '.join(METHOD_NAMES)} a table")
         return self
+
+    def of(self, method: str, optimizer: str) -> Figure:
+        """Return the figure of a method with an optimizer, at its best settings."""
+        if optimizer == "muon" and method in self.muon:
+            return self.muon[method]
+        return self.methods[method]
 
 
 @lru_cache(maxsize=1)
@@ -86,13 +98,14 @@ def load_efficiency(path: Path) -> Efficiency:
 def samples_factor(
     run: Run, shape: ModelShape, tokens: float, efficiency: Efficiency | None = None, end: End = "value"
 ) -> float:
-    """Return the assumed samples to equal loss over those of dense small-batch training, or an end of their range."""
+    """Return the assumed samples to equal loss over those of dense small-batch AdamW, or an end of their range."""
     model = efficiency or shipped()
 
     plan = plan_of(run.method)
     # The product in this module's docstring: batch and method, merges, rank.
     factor = batch_factor(run.tokens_per_step, tokens, model, end)
-    factor *= getattr(model.methods[plan.samples_like], end)
+    muon = model.muon.get(plan.samples_like) if run.train.optimizer == "muon" else None
+    factor *= getattr(muon or model.methods[plan.samples_like], end)
     factor *= max(1.0, run.method.round_steps / model.merge_every) ** getattr(model.merge_exponent, end)
     # Of classes, the one whose heads see least.
     plans = [plan_of(one.method) for one in run.classes] if run.cluster.classes else [plan]

@@ -28,7 +28,7 @@ class LinearShape:
     rows: int = 1
     """Rows of one sample that pass through each: its tokens, or a convolution's output pixels."""
 
-    @property
+    @cached_property  # plans ask for it many times a candidate
     def weights(self) -> int:
         """Number of weights in one such layer."""
         return self.out_features * self.in_features

@@ -181,7 +181,8 @@ def _run_of(mix: _Mix, classes: Sequence[_Class], candidate: Candidate, base: Ru
     )
     # Steps as of equal batches with as many samples: train_for counts in those.
     share = run.cluster.devices * own.samples / mix.samples
-    start = base.model_copy(update={"method": run.method})
+    proposed = {key: getattr(run.train, key) for key in ("optimizer", "learning_rate", "final_share")}
+    start = base.model_copy(update={"method": run.method, "train": base.train.model_copy(update=proposed)})
     recompute = run.train.activation_checkpointing
     train = train_for(start, own.micro_batch, own.accumulate, recompute, max(1, round(share * candidate.tokens)))
     if train.num_warmup_steps >= train.steps:

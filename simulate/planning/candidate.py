@@ -15,7 +15,7 @@ from functools import cached_property
 from simulate.config.hardware import Device, Profile
 from simulate.config.method_options import MethodOptions
 from simulate.config.run import Run
-from simulate.config.tables import Cluster, DeviceClass
+from simulate.config.tables import Cluster, DeviceClass, Train
 from simulate.costs.eval_and_save_time import EvalAndSaveTime
 from simulate.costs.memory import Memory, PeakProfile, peak_memory
 from simulate.costs.message_schedule import dense_reduction, num_rounds, received_bytes
@@ -52,6 +52,8 @@ class PlanContext:
     """Whether train.checkpoint_every stays as set; else it becomes a multiple of the steps between recovery points."""
     clusters: dict[tuple[int, tuple[DeviceClass, ...]], Cluster] = field(default_factory=dict)
     """Copies of the run's cluster, by merges between recovery points and classes of devices."""
+    trains: dict[tuple[int, int], tuple[Train, Train]] = field(default_factory=dict)
+    """A table of keys and its copy with other checkpoints, by the first one's id() and their steps."""
 
     @classmethod
     def of(
@@ -67,6 +69,13 @@ class PlanContext:
         if key not in self.clusters:  # thousands of candidates share a few copies
             self.clusters[key] = cluster.model_copy(update={"recover_every": every})
         return self.clusters[key]
+
+    def saving(self, train: Train, every: int) -> Train:
+        """Return the keys with checkpoints so many steps apart, the same object every time."""
+        key = id(train), every
+        if key not in self.trains:  # the first is held, so that no other can get its id
+            self.trains[key] = train, train.model_copy(update={"checkpoint_every": every})
+        return self.trains[key][1]
 
 
 @dataclass(frozen=True)
@@ -283,6 +292,8 @@ def describe(run: Run) -> str:
         details.append(run.train.autocast)
     if run.train.optimizer_state == "8bit":
         details.append("8-bit moments")
+    if run.train.optimizer != "adamw":
+        details.append(run.train.optimizer)
     quantize, wire = method.frozen_format, getattr(method, "wire", "full")
     is_told = quantize != "none" and not by_class  # classes say their own
     formats = (f" {quantize}" if is_told else "") + ("" if wire == "full" else f" over {wire}")

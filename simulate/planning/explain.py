@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from simulate.common.errors import InputError
 from simulate.common.units import change_text
 from simulate.config.hardware import Profile
+from simulate.planning.best_known import ChoiceMade, choices_of
 from simulate.planning.candidate import (
     LINK_DOMINATES,
     Candidate,
@@ -65,6 +66,8 @@ class Why:
     reason: str
     changes: tuple[Change, ...]
     neighbours: tuple[Neighbour, ...]
+    choices: tuple[ChoiceMade, ...] = ()
+    """Keys that the plan took from the best known ones, since the user left them open."""
 
     @property
     def summary(self) -> str:
@@ -89,6 +92,7 @@ class Why:
                 {"key": n.key, "value": n.value, "candidate": describe(n.candidate.run), "reason": n.reason}
                 for n in self.neighbours
             ],
+            "choices": [asdict(choice) for choice in self.choices],
         }  # fmt: skip
 
 
@@ -97,7 +101,8 @@ def explain(plan: Plan, chosen: Candidate) -> Why:
     value = value_of(plan.choice.objective, plan.profile, plan.base.cluster.devices)
     limit, reason = _limit(plan, chosen, value)
     changes = tuple(_change(plan, chosen, *change) for change in _changed(plan))
-    return Why(limit, reason, changes, tuple(_neighbours(plan, plan.equal or chosen, value)))
+    choices = tuple(choices_of(chosen.run, plan.pins.open_keys))
+    return Why(limit, reason, changes, tuple(_neighbours(plan, plan.equal or chosen, value)), choices)
 
 
 def _limit(plan: Plan, chosen: Candidate, value: Callable[[Candidate], float]) -> tuple[str, str]:

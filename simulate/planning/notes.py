@@ -14,6 +14,7 @@ from typing import Any
 
 from simulate.common.units import bytes_text, change_text, seconds_text
 from simulate.config.hardware import LOCAL, Profile
+from simulate.config.method_table import BASELINE
 from simulate.config.run import Run
 from simulate.costs.diagnostics_bytes import diagnostics_exchange
 from simulate.costs.eval_and_save_time import AFFORDABLE_SHARE
@@ -21,6 +22,7 @@ from simulate.costs.memory import mapped_file_bytes
 from simulate.costs.samples import shipped
 from simulate.costs.step_time import device_step_s, round_time
 from simulate.models.shapes import ModelShape
+from simulate.planning.best_known import RATE, choices_of
 from simulate.planning.candidate import Candidate, PlanContext, Rejected, batch_text, describe, is_library_installed
 from simulate.planning.far_apart import can_have_quorum, majority, reasons
 from simulate.planning.margins import RULE
@@ -66,6 +68,7 @@ def plan_notes(
     yield from shape.notes
     if chosen:
         yield _batch(chosen, pins)
+        yield from _by_itself(chosen, pins)
         yield from _idle(chosen, equal, pins)
         yield from _worth_trying(chosen)
         if not chosen.run.cluster.classes:  # of classes each has its own format
@@ -88,12 +91,13 @@ def _assumptions(context: PlanContext, chosen: Candidate | None, first: Candidat
     yield from stretched(profile, len(context.devices))
     if profile.name == LOCAL:
         yield from _this_machine(context, chosen)
-    model = choice.efficiency or shipped()
-    lte = model.methods["lte"]
+    model, optimizer = choice.efficiency or shipped(), chosen.run.train.optimizer if chosen else "adamw"
+    lte, dense = model.of("lte", optimizer), model.of(BASELINE, optimizer)
+    beside = "" if optimizer == "adamw" else f" and {dense.value:.3g}x for dense training, both with {optimizer},"
     yield (
-        f"candidates rank by {MEANINGS[choice.objective]}, with assumed samples over dense: {lte.value:.3g}x "
-        f"({lte.low:.3g} to {lte.high:.3g}) for lte at rank x heads >= width and T = {model.merge_every}, more at "
-        "lower rank, rarer merges or larger batches (docs/planning.md; --efficiency replaces it)"
+        f"candidates rank by {MEANINGS[choice.objective]}, with assumed samples over dense AdamW's: {lte.value:.3g}x "
+        f"({lte.low:.3g} to {lte.high:.3g}) for lte{beside} at rank x heads >= width and T = {model.merge_every}, more "
+        "at lower rank, rarer merges or larger batches (docs/planning.md; --efficiency replaces it)"
     )
     if chosen and first and first is not chosen:
         yield f"{describe(first.run)} would rank first; it needs lte[quantize], so pin it with --quantize"
@@ -129,6 +133,16 @@ def _batch(chosen: Candidate, pins: Pins) -> str:
         f"{text}; by DeepSeek's power law about {best_batch(chosen):,} would train best at this compute "
         "(docs/planning.md): --batch-tokens sets it"
     )
+
+
+def _by_itself(chosen: Candidate, pins: Pins) -> Iterator[str]:
+    """Report what the plan took from the best known choices, the rate with the rule that it comes from."""
+    made = [f"{choice.key} = {choice.value}" for choice in choices_of(chosen.run, pins.open_keys)]
+    if not made:
+        return
+    width = chosen.context.shape.width
+    rate = f" (a rule of thumb for width {width}; try two beside it)" if RATE in pins.open_keys else ""
+    yield f"taken as best known: {', '.join(made)}{rate}; --why says what each is worth, --set takes another"
 
 
 def _idle(chosen: Candidate, equal: Candidate | None, pins: Pins) -> Iterator[str]:

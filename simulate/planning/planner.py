@@ -22,6 +22,7 @@ from simulate.costs.message_schedule import num_rounds, sent_bytes
 from simulate.costs.samples import samples_factor
 from simulate.costs.step_time import device_kinds, distinct, round_time
 from simulate.planning.batch_classes import unequal_runs
+from simulate.planning.best_known import WIRE
 from simulate.planning.candidate import Candidate, PlanContext, Rejected, candidate_of, needs_library
 from simulate.planning.node_order import NodeOrder, better_order, likely_order
 from simulate.planning.notes import plan_notes
@@ -171,7 +172,7 @@ def _with_recovery(run: Run, context: PlanContext, every: int, apart: int) -> Ru
         # Rounded up to a whole number of recovery points, so that no checkpoint is written beside them.
         points = -(-run.train.checkpoint_every // (every * apart))
         saves_every = min(points * every * apart, run.train.steps)
-        update["train"] = run.train.model_copy(update={"checkpoint_every": saves_every})
+        update["train"] = context.saving(run.train, saves_every)
     return run.model_copy(update=update)
 
 
@@ -220,6 +221,26 @@ def make_plan(
             "the plan wrote"
         )
     choice = choice or SelectionCriteria()
+    if choice.objective == "memory":
+        pins = without_wire(pins)
+    plan = _ordered_plan(base, profile, tokens, pins, notes, choice)
+    miss = plan.nearest_miss()
+    if plan.chosen is None and miss is not None and miss.missing[0] and WIRE.key in pins.open_keys:
+        # Compressed messages keep what rounding lost, which may be what does not fit.
+        full = _ordered_plan(base, profile, tokens, without_wire(pins), notes, choice)
+        return full if full.chosen else plan
+    return plan
+
+
+def without_wire(pins: Pins) -> Pins:
+    """Return the pins of a plan whose messages stay as they are."""
+    return replace(pins, open_keys=pins.open_keys - {WIRE.key})
+
+
+def _ordered_plan(
+    base: Run, profile: Profile, tokens: int, pins: Pins, notes: Sequence[str], choice: SelectionCriteria
+) -> Plan:
+    """Return the plan for the best order of devices that was found."""
     # Which method pays depends on who serves, so that candidates are compared with the fastest line first.
     start = likely_order(base, profile)
     plan = _plan(base, start, tokens, pins, notes, choice)

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from simulate.config.method_options import DEFAULT_SCALE, MethodOptions
 from simulate.config.method_table import default_options
@@ -17,6 +18,7 @@ from simulate.config.run import Run
 from simulate.config.tables import Cluster, Train
 from simulate.models.schema import FactoryModel
 from simulate.models.shapes import ModelShape
+from simulate.planning.best_known import proposed, with_known_wire
 from simulate.rules.method_plan import plan_of
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
@@ -51,6 +53,8 @@ class Pins:
     activation_checkpointing: bool | None = None
     ranks: tuple[int, ...] = ()
     """Ranks that a probe recommends, tried with those of the method's axes."""
+    open_keys: frozenset[str] = frozenset()
+    """Keys of simulate.planning.best_known that the plan proposes; none: all are those of the base run."""
 
 
 def grid(
@@ -63,19 +67,28 @@ def grid(
     checkpointing = (False, True) if pins.activation_checkpointing is None else (pins.activation_checkpointing,)
     if isinstance(base.model, FactoryModel):  # recomputation needs blocks that we know
         checkpointing = (False,)
-    options = [option for name in methods for option in _options(base, shape, name, pins, node_size)]
+    proposals: dict[tuple[tuple[str, Any], ...], dict[str, Any]] = {}
+    options: list[tuple[MethodOptions, tuple[tuple[str, Any], ...]]] = []
+    for name in methods:
+        start = _start(base, name, pins)
+        keys = proposed(base, start, shape.width, pins.open_keys)
+        recipe = tuple(keys.items())
+        proposals[recipe] = keys
+        options += [(option, recipe) for option in _options(base, shape, start, pins, node_size)]
     # Methods that exchange at every step would else be judged at the batch that fits, and pay the link for it.
-    at_every_step = [method for method in options if method.round_steps == 1 and base.cluster.devices > 1]
+    at_every_step = [pair for pair in options if pair[0].round_steps == 1 and base.cluster.devices > 1]
     is_open = pins.micro_batch is None and pins.accumulate is None and pins.batch is None
     times = (1, *FEWER_EXCHANGES) if is_open else (1,)
     for (micro_batch, accumulate), recompute, more in itertools.product(_batches(base, pins), checkpointing, times):
         train = train_for(base, micro_batch, accumulate * more, recompute, tokens)
         if train.num_warmup_steps >= train.steps:  # as Run refuses it; copies skip its validation
             continue
-        for method in options if more == 1 else at_every_step:
+        # One object for all candidates with the same keys: a plan has thousands of them.
+        trains = {recipe: train.model_copy(update=keys) if keys else train for recipe, keys in proposals.items()}
+        for method, recipe in options if more == 1 else at_every_step:
             if micro_batch % getattr(method, "heads_per_device", 1):
                 continue
-            yield base.model_copy(update={"method": method, "train": train, "cluster": _cluster(base, method)})
+            yield base.model_copy(update={"method": method, "train": trains[recipe], "cluster": _cluster(base, method)})
 
 
 def _cluster(base: Run, method: MethodOptions) -> Cluster:
@@ -110,12 +123,19 @@ def _batches(base: Run, pins: Pins) -> list[tuple[int, int]]:
     return [pair for pair, distance in zip(pairs, distances, strict=True) if distance <= most]
 
 
-def _options(base: Run, shape: ModelShape, name: str, pins: Pins, node_size: int | None) -> Iterator[MethodOptions]:
-    """Yield a method's options with every combination of values that the user left open."""
-    ours = base.method.name == name
+def _start(base: Run, name: str, pins: Pins) -> MethodOptions:
+    """Return a method's options before their axes are varied."""
     # The base run's method keeps the user's keys; every other one starts from its defaults.
+    ours = base.method.name == name
     start = plan_of(base.method if ours else default_options(name)).fitted(base.cluster.devices)
-    plan = plan_of(start)
+    return with_known_wire(base, start, pins.open_keys)
+
+
+def _options(
+    base: Run, shape: ModelShape, start: MethodOptions, pins: Pins, node_size: int | None
+) -> Iterator[MethodOptions]:
+    """Yield a method's options with every combination of values that the user left open."""
+    ours, plan = base.method.name == start.name, plan_of(start)
     axes = {**plan.axes, **_node_axis(base, start, node_size)}
     axes = {key: values for key, values in axes.items() if not (ours and key in pins.keys)}
     if "rank" in axes and plan.adapters(base.cluster.devices) is not None:

@@ -139,7 +139,10 @@ def _answers(plan: Plan, chosen: Candidate) -> Iterator[Answer]:
     dense = plan.dense
     is_dense = chosen.run.method.name == BASELINE
     beside = "" if is_dense or dense is None else f" (dense here: {_dense_text(dense)})"
-    reached = "for the tokens" if is_dense else f"to dense's loss{beside}"
+    # Samples count against dense AdamW's, whatever the plan's own optimizer is.
+    theirs = "dense's loss" if chosen.run.train.optimizer == "adamw" else "dense AdamW's loss"
+    after = "for the tokens" if chosen.run.train.optimizer == "adamw" else f"to {theirs} after the tokens"
+    reached = after if is_dense else f"to {theirs}{beside}"
     yield Answer(
         "How long?", time_text(chosen, equivalent_range(chosen)), reached.replace("tokens", plan.base.model.unit)
     )
@@ -212,6 +215,8 @@ def _settings(run: Run) -> Iterator[str]:
         yield f"{method.frozen_format} weights"
     if (wire := getattr(method, "wire", "full")) != "full":
         yield f"{wire} messages"
+    if train.optimizer == "muon":
+        yield "Muon"
     yield batch_text(run)
     if train.activation_checkpointing:
         yield "checkpointing"

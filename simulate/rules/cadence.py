@@ -97,8 +97,11 @@ class Cadence:
     @cached_property
     def _asked_spans(self) -> list[tuple[int, int]]:
         """The steps from each checkpoint that the run asks for, or its start, to the next, or its end."""
-        multiples = range(0, self.steps, self.checkpoint_every)
-        asked = sorted({meeting for step in multiples if (meeting := self._meeting_of(step)) < self.steps})
+        late, apart = self.late, self.apart
+        # _meeting_of of each multiple, written out: a plan asks for thousands of candidates.
+        multiples = range(self.checkpoint_every, self.steps, self.checkpoint_every)
+        meetings = [max(1, -(-(step - late) // apart)) * apart + late for step in multiples]
+        asked = [0, *sorted({meeting for meeting in meetings if meeting < self.steps})]
         return list(zip(asked, [*asked[1:], self.steps], strict=True))
 
     @cached_property

@@ -59,7 +59,7 @@ def test_a_disk_that_is_not_known_is_said(tmp_path: Path) -> None:
 
 
 def test_a_whole_run_is_its_rounds_evaluations_and_checkpoints() -> None:
-    plan = plan_request(PlanArgs(profile="gtx1080ti_x8", model="gpt2"))
+    plan = plan_request(PlanArgs(profile="gtx1080ti_x8", model="gpt2", pins={"name": "lte"}))
     assert plan.chosen is not None
     figures = candidate_json(plan.chosen)
     pauses_s = figures["evaluations"] * figures["evaluation_s"] + figures["checkpoint_waits_s"]

@@ -1,4 +1,7 @@
-"""Keys of [method] for local SGD; torch-free."""
+"""Keys of [method] for local SGD; torch-free.
+
+Some keys exclude each other, since a device that sits out has no state; simulate.config.run validates with this class.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,10 @@ class LocalSgdOptions(RoundOptions):
     """Share of the devices that train in a round, drawn anew for each; below 1 needs the server and reset."""
     wire: Wire = "full"
     """Format in which the round's change of the weights travels."""
+
+    @property
+    def reads_adam_moments(self) -> bool:
+        return self.merge_optimizer == "average"
 
     def participants(self, devices: int) -> int:
         """Devices that train in a round: max(1, round(share x N))."""
@@ -84,7 +91,7 @@ class LocalSgdOptions(RoundOptions):
 
     def check(self, model: ModelOptions, train: Train, cluster: Cluster) -> None:
         super().check(model, train, cluster)
-        if self.merge_optimizer != "average":
+        if not self.reads_adam_moments:
             return
         if train.optimizer == "muon":
             raise ValueError(

@@ -286,7 +286,7 @@ class LtePlan(AdapterPlan[LteOptions]):
         options, devices, element_bytes = self.options, context.devices, context.element_bytes
         held_rank, messages = options.held_rank(devices), int(devices > 1)
         factors = [x.factors(held_rank, options.frozen_a) for x in members]
-        sides = [held_rank * x.in_features for x in members if not options.frozen_a]
+        sides = [] if options.frozen_a else [held_rank * x.in_features for x in members]
         sides += [held_rank * x.out_features for x in members]
         compressed = options.wire != "full" and devices > 1
         sent = sum(factors) * element_bytes
@@ -302,14 +302,16 @@ class LtePlan(AdapterPlan[LteOptions]):
         if not compressed:
             return added
         rounding = packed + max(sides) * (element_bytes + (4 if options.wire in ("int4", "int2") else 2))
-        arrived = sum(
-            len(team.devices) * self._packed_bytes(context, members, team.held_rank) for team in options.teams(devices)
-        )
+        arrived = 0
+        for team in options.teams(devices):
+            alike = team.held_rank == held_rank
+            arrived += len(team.devices) * (packed if alike else self._packed_bytes(context, members, team.held_rank))
         return max(added, everyones + arrived + packed, rounding)
 
     def _packed_bytes(self, context: ExchangeContext, members: Sequence[LinearShape], held_rank: int) -> int:
         """Return the bytes of one device's compressed factors."""
-        sides = [x.in_features for x in members if not self.options.frozen_a] + [x.out_features for x in members]
+        sides = [] if self.options.frozen_a else [x.in_features for x in members]
+        sides += [x.out_features for x in members]
         return sum([wire_bytes(held_rank * side, self.options.wire, context.element_bytes) for side in sides])
 
     def _adding_bytes(self, context: ExchangeContext, members: Sequence[LinearShape]) -> Iterator[int]:
@@ -426,7 +428,8 @@ def factor_transfers(
     transfers: list[Transfer] = []
     for group in bucket(factor_buffer_bytes(by_factors, total_rank, most_held, transport, element_bytes, frozen_a)):
         members = [by_factors[i] for i in group]
-        sides = [x.in_features for x in members if not frozen_a] + [x.out_features for x in members]
+        sides = [] if frozen_a else [x.in_features for x in members]
+        sides += [x.out_features for x in members]
         parts = [
             (count, sum([wire_bytes(rank * side, wire, element_bytes) for side in sides])) for count, rank in held_ranks
         ]

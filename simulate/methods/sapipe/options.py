@@ -21,9 +21,13 @@ class SapipeOptions(MethodOptions):
     delay_factor: float = Field(default=0.2, ge=0)
     """Strength of the delay compensation."""
 
+    @property
+    def reads_adam_moments(self) -> bool:
+        return self.compensation == "prediction"
+
     def check(self, model: ModelOptions, train: Train, cluster: Cluster) -> None:
         super().check(model, train, cluster)
-        if self.compensation != "prediction":
+        if not self.reads_adam_moments:
             return
         if train.optimizer == "muon":
             raise ValueError(

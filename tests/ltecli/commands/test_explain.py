@@ -174,7 +174,7 @@ def test_what_takes_too_long_is_refused_with_the_nearest_miss(lte: Lte) -> None:
 def test_another_samples_model_changes_the_choice(lte: Lte, here: Path) -> None:
     text = (ROOT / "simulate/costs" / SHIPPED).read_text(encoding="utf-8")
     hopeless = text.replace(
-        "[methods.lte]\nvalue = 1.373\nlow = 1.178\nhigh = 1.582", "[methods.lte]\nvalue = 1e6\nlow = 1e6\nhigh = 1e6"
+        "[muon.lte]\nvalue = 0.679\nlow = 0.561\nhigh = 0.98", "[muon.lte]\nvalue = 1e6\nlow = 1e6\nhigh = 1e6"
     )
     assert hopeless != text
     (here / "mine.toml").write_text(hopeless, encoding="utf-8")

@@ -187,22 +187,25 @@ def test_too_small_a_rank_is_warned_about(lte: Lte) -> None:
 
 
 def test_a_transport_dearer_than_dense_reduction_is_warned_about(lte: Lte) -> None:
-    many = ("--devices", "8", "--method", "lte", "--heads-per-device", "1", "--set", "method.merge_transport=gather")
+    pins = ("--method", "lte", "--set", "method.merge_transport=gather", "--set", "method.wire=full")
+    many = ("--devices", "8", "--heads-per-device", "1", *pins)
     assert all(
         "gather takes longer than reducing the dense delta" in w for w in warnings_of(lte, *many, "--rank", "64")
     )
-    few = ("--devices", "2", "--method", "lte", "--set", "method.merge_transport=gather")
+    few = ("--devices", "2", *pins)
     assert not any("takes longer" in w for w in warnings_of(lte, *few, "--rank", "8", "--heads-per-device", "1"))
 
 
 def test_a_dominating_link_is_warned_about(lte: Lte) -> None:
-    assert all("the link dominates" in w for w in warnings_of(lte, "--method", "ddp"))
+    full = ("--method", "ddp", "--set", "method.wire=full")
+    assert all("the link dominates" in w for w in warnings_of(lte, *full))
     assert not any("the link dominates" in w for w in warnings_of(lte, "--devices", "1"))
 
 
 def test_warnings_of_the_choice_are_shown(lte: Lte) -> None:
-    assert "warning: the link dominates" in lte(*SMALL, "--method", "ddp", "--all").stdout
-    assert "! Exchange takes most time: --set" in lte(*SMALL, "--method", "ddp").stdout
+    full = (*SMALL, "--method", "ddp", "--set", "method.wire=full")
+    assert "warning: the link dominates" in lte(*full, "--all").stdout
+    assert "! Exchange takes most time: --set" in lte(*full).stdout
 
 
 def test_a_plan_with_a_quorum_is_trained_as_it_is_and_suggests_nothing_that_a_quorum_refuses(
@@ -359,8 +362,8 @@ def test_a_plan_of_full_messages_names_the_smaller_ones(lte: Lte) -> None:
     def notes(*more: str) -> str:
         return "\n".join(lte("plan", *pins, *more).json()["notes"])
 
-    assert "method.wire = int8 sends about a quarter" in notes()
-    assert "about a quarter" not in notes("--set", "method.wire=int8")
+    assert "method.wire = int8 sends about a quarter" in notes("--set", "method.wire=full")
+    assert "about a quarter" not in notes()
     assert "about a quarter" not in notes("--devices", "1")
 
 

@@ -69,7 +69,8 @@ def test_ten_times_rarer_merges_cost_a_factor() -> None:
 def test_the_ends_of_the_range_enclose_the_figure(name: str) -> None:
     run = tiny.variant_run(name)
     low, value, high = (samples_factor(run, run.model.shape(), 1e6, None, end) for end in ("low", "value", "high"))  # type: ignore[arg-type]
-    assert 1 <= low <= value <= high < 200
+    least = 1 if run.train.optimizer == "adamw" else 0.4  # over dense AdamW's
+    assert least <= low <= value <= high < 200
 
 
 def test_the_shipped_model_is_what_the_script_makes_of_the_results() -> None:
