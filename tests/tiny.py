@@ -75,6 +75,11 @@ VARIANTS: dict[str, Table] = {
     "diloco": {"name": "diloco", "merge_every": 4},
     "diloco, int8": {"name": "diloco", "merge_every": 4, "wire": "int8"},
     "diloco, streaming": {"name": "diloco", "merge_every": 4, "fragments": 2},
+    "sparseloco": {"name": "sparseloco", "merge_every": 4, "density": 0.1},
+    "sparseloco, streaming int8": {
+        "name": "sparseloco", "merge_every": 4, "density": 0.05, "fragments": 2, "wire": "int8",
+        "outer_learning_rate": 0.7, "error_decay": 0.5,
+    },
     "local-sgd, late": {"name": "local-sgd", "merge_every": 4, "merge_delay": 2},
     "local-sgd, late, served": {
         "name": "local-sgd", "merge_every": 4, "merge_delay": 1, "merge_transport": "server",

@@ -65,7 +65,7 @@ class LateDilocoTwin(DilocoTwin):
             super()._merge(part)
             return
         sent = [[device.parameters[i].detach().clone() for i in self.fragments[part]] for device in self.devices]
-        self.mail.append((steps_done - 1 + self.options.merge_delay, part, self._deltas(part), sent))
+        self.mail.append((steps_done - 1 + self.options.merge_delay, part, self.deltas(part), sent))
 
     def _open(self, part: int, deltas: list[Tensor], sent: list[list[Tensor]]) -> None:
         for position, (i, delta) in enumerate(zip(self.fragments[part], deltas, strict=True)):

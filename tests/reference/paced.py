@@ -73,7 +73,7 @@ class PacedDilocoTwin(PacedLocalTwin, DilocoTwin):
         self.merged_step = step
         super().merge_if_due(step)
 
-    def _deltas(self, part: int) -> list[Tensor]:
+    def deltas(self, part: int) -> list[Tensor]:
         means = weighted([device.parameters for device in self.devices], self.shares_at(self.merged_step))
         return [self.outer[i] - means[i] for i in self.fragments[part]]
 

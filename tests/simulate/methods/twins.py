@@ -40,6 +40,7 @@ from tests.reference.quantised import QuantisedReloraTwin, QuantisedTwin, rounde
 from tests.reference.relora import ReloraTwin
 from tests.reference.sapipe import SapipeTwin
 from tests.reference.sign_momentum import SignMomentumTwin
+from tests.reference.sparseloco import SparselocoTwin
 from tests.simulate.methods.adapter_parity import engine_draw
 from tests.simulate.methods.parity import bigram, on_network
 
@@ -65,6 +66,7 @@ FAMILIES: dict[type, tuple[str, ...]] = {
     DilocoTwin: ("diloco", "diloco, int8", "diloco, streaming"),
     LateDilocoTwin: ("diloco, late", "diloco, late, streaming int8"),
     PacedDilocoTwin: ("diloco, paced",),
+    SparselocoTwin: ("sparseloco", "sparseloco, streaming int8"),
     DasoTwin: ("daso", "daso, waiting"),
     SapipeTwin: ("sapipe", "sapipe, delay", "sapipe, none"),
     PowerSgdTwin: ("powersgd",),
