@@ -18,6 +18,9 @@ from simulate.comm.base import Exchanges
 from simulate.comm.compression import decode, encode
 from simulate.comm.transfers import SPARSE_RUN, Sparsity
 
+ZERO_SHARE = 1e-6
+"""Share of a run's largest entry up to which entries count as zero, or at most twice that."""
+
 
 class SparseMean:
     """Mean of vectors of which only the largest entries travel.
@@ -73,8 +76,12 @@ class SparseMean:
         found = []
         for entries_LX in (self.error_LX[:, :whole], self.error_LX[:, whole:]):
             if run := min(SPARSE_RUN, entries_LX.shape[1]):
-                runs_LWR = entries_LX.reshape(len(entries_LX), -1, run)
-                found.append(runs_LWR.abs().topk(self.sparsity.kept(run), dim=2).indices.flatten(1))
+                sizes_LWR = entries_LX.reshape(len(entries_LX), -1, run).abs()
+                # Of entries that are zero but for rounding the first ones travel, so that all processors send the same.
+                sizes_LWR.div_(sizes_LWR.amax(2, keepdim=True).clamp_(min=torch.finfo(sizes_LWR.dtype).tiny))
+                places_R = torch.arange(run, device=sizes_LWR.device).to(sizes_LWR)
+                sizes_LWR.clamp_(min=(2 - places_R / run) * ZERO_SHARE)
+                found.append(sizes_LWR.topk(self.sparsity.kept(run), dim=2).indices.flatten(1))
         return torch.cat(found, dim=1)
 
     def _places(self, packed: Tensor) -> Tensor:

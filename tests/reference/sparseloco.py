@@ -21,6 +21,7 @@ class SparselocoTwin(OuterTwin):
         assert isinstance(run.method, SparselocoOptions)
         super().__init__(run, start)
         self.method = run.method
+        self.weights = [1 / len(self.devices)] * len(self.devices)
         self.errors = [
             [torch.zeros(sum(self.outer[i].numel() for i in part), dtype=torch.float64) for _ in self.devices]
             for part in self.fragments
@@ -34,7 +35,8 @@ class SparselocoTwin(OuterTwin):
         sent = []
         for number, device in enumerate(self.devices):
             change = flat(outer) - flat([device.parameters[i] for i in self.fragments[part]])
-            corrected = self.method.error_decay * self.errors[part][number] + change
+            weight = self.weights[number] * len(self.devices)
+            corrected = self.method.error_decay * self.errors[part][number] + weight * change
             sent.append(self._sent(corrected))
             self.errors[part][number] = corrected - sent[-1]
         return unflat(mean(sent), outer)
@@ -43,7 +45,11 @@ class SparselocoTwin(OuterTwin):
         places = []
         for start in range(0, len(corrected), 4096):
             run = corrected[start : start + 4096]
-            order = sorted(range(len(run)), key=lambda i, run=run: -abs(float(run[i])))
+            sizes = [float(x) for x in run.abs()]
+            largest = max(sizes)
+            # What is zero but for rounding is taken by its place.
+            sizes = [max(x, 1e-6 * (2 - i / len(run)) * largest) for i, x in enumerate(sizes)]
+            order = sorted(range(len(run)), key=lambda i, sizes=sizes: -sizes[i])
             places += [start + i for i in order[: math.ceil(self.method.density * len(run))]]
         result = torch.zeros_like(corrected)
         result[places] = as_received(corrected[places], self.method.wire)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -17,7 +17,6 @@ class SparselocoOptions(FragmentOptions):
     The paper merges every 15 to 250 steps.
     """
 
-    takes_classes: ClassVar[bool] = True
     name: Literal["sparseloco"] = "sparseloco"
     density: float = Field(default=0.03125, gt=0, le=1)
     """Share of the entries that travel, of every 4,096; the paper has 0.0078 to 0.03125."""
@@ -26,6 +25,10 @@ class SparselocoOptions(FragmentOptions):
     outer_learning_rate: float = Field(default=1.0, gt=0)
     wire: Wire = "int2"
     """Format in which the entries travel."""
+
+    @property
+    def compresses(self) -> bool:
+        return True
 
     @property
     def sparsity(self) -> Sparsity:

@@ -11,18 +11,22 @@ from simulate.comm.transfers import Sparsity, positions_bytes
 from simulate.comm.virtual import VirtualCommunicator
 from simulate.config.run import Run
 from tests import tiny
+from tests.reference.late import LateSparselocoTwin
+from tests.reference.paced import PacedSparselocoTwin
 from tests.reference.sparseloco import SparselocoTwin
 from tests.simulate.methods.parity import assert_trains_like, hand_run, of_linear, parity_run, set_copies
 
-RUNS: dict[str, Run] = {
-    "int2": parity_run("sparseloco", merge_every=10),
-    "streaming int8": parity_run("sparseloco, streaming int8", merge_every=8),
+RUNS: dict[str, tuple[type, Run]] = {
+    "int2": (SparselocoTwin, parity_run("sparseloco", merge_every=10)),
+    "streaming int8": (SparselocoTwin, parity_run("sparseloco, streaming int8", merge_every=8)),
+    "late": (LateSparselocoTwin, parity_run("sparseloco, late", merge_every=5, merge_delay=3)),
+    "paced": (PacedSparselocoTwin, parity_run("sparseloco, paced", merge_every=5, steps_taken=((5, 2, 1), (3, 1, 3)))),
 }
 
 
 @pytest.mark.parametrize("name", list(RUNS))
 def test_every_variant_trains_like_the_twin(name: str) -> None:
-    assert_trains_like(SparselocoTwin, RUNS[name])
+    assert_trains_like(*RUNS[name])
 
 
 def forgetful(self: SparseMean, parts: list[Tensor]) -> list[Tensor]:
@@ -36,7 +40,7 @@ ORIGINAL = SparseMean._compress
 def test_parity_detects_errors_that_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SparseMean, "_compress", forgetful)
     with pytest.raises(AssertionError):
-        assert_trains_like(SparselocoTwin, RUNS["int2"])
+        assert_trains_like(*RUNS["int2"])
 
 
 def test_two_merges_by_hand() -> None:
