@@ -15,7 +15,7 @@ from tests.reference.quantiser import as_received
 
 
 class SparselocoTwin(OuterTwin):
-    """e_n ← β·e_n + Δ_n,   θ ← θ − α·mean(C(e_n)),   e_n ← e_n − C(e_n), for one fragment after the other."""
+    """e_n ← β·e_n + θ_n − θ,   θ ← θ + α·mean(C(e_n)),   e_n ← e_n − C(e_n), for one fragment after the other."""
 
     def __init__(self, run: Run, start: nn.Module) -> None:
         assert isinstance(run.method, SparselocoOptions)
@@ -34,12 +34,12 @@ class SparselocoTwin(OuterTwin):
         outer = [self.outer[i] for i in self.fragments[part]]
         sent = []
         for number, device in enumerate(self.devices):
-            change = flat(outer) - flat([device.parameters[i] for i in self.fragments[part]])
+            change = flat([device.parameters[i] for i in self.fragments[part]]) - flat(outer)
             weight = self.weights[number] * len(self.devices)
             corrected = self.method.error_decay * self.errors[part][number] + weight * change
             sent.append(self._sent(corrected))
             self.errors[part][number] = corrected - sent[-1]
-        return unflat(mean(sent), outer)
+        return unflat(-mean(sent), outer)
 
     def _sent(self, corrected: Tensor) -> Tensor:
         places = []
