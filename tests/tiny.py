@@ -75,6 +75,11 @@ VARIANTS: dict[str, Table] = {
     "diloco": {"name": "diloco", "merge_every": 4},
     "diloco, int8": {"name": "diloco", "merge_every": 4, "wire": "int8"},
     "diloco, streaming": {"name": "diloco", "merge_every": 4, "fragments": 2},
+    "sparseloco": {"name": "sparseloco", "merge_every": 4, "density": 0.1},
+    "sparseloco, streaming int8": {
+        "name": "sparseloco", "merge_every": 4, "density": 0.05, "fragments": 2, "wire": "int8",
+        "outer_learning_rate": 0.7, "error_decay": 0.5,
+    },
     "local-sgd, late": {"name": "local-sgd", "merge_every": 4, "merge_delay": 2},
     "local-sgd, late, served": {
         "name": "local-sgd", "merge_every": 4, "merge_delay": 1, "merge_transport": "server",
@@ -83,6 +88,7 @@ VARIANTS: dict[str, Table] = {
     "diloco, late, streaming int8": {
         "name": "diloco", "merge_every": 4, "merge_delay": 1, "fragments": 2, "wire": "int8",
     },
+    "sparseloco, late": {"name": "sparseloco", "merge_every": 4, "merge_delay": 1, "density": 0.1},
     "lte, late": {"name": "lte", "merge_every": 4, "merge_delay": 2},
     "lte, late, streaming int8": {
         "name": "lte", "merge_every": 4, "merge_delay": 1, "fragments": 2, "wire": "int8", "heads_per_device": 2,
@@ -109,6 +115,9 @@ VARIANTS: dict[str, Table] = {
         "name": "local-sgd", "merge_every": 4, "wire": "int8", "pace": "deadline", "steps_taken": UNEQUAL,
     },
     "diloco, paced": {"name": "diloco", "merge_every": 4, "pace": "deadline", "steps_taken": UNEQUAL},
+    "sparseloco, paced": {
+        "name": "sparseloco", "merge_every": 4, "density": 0.1, "pace": "deadline", "steps_taken": UNEQUAL,
+    },
     "lte, paced": {"name": "lte", "merge_every": 4, "reset": "b", "pace": "deadline", "steps_taken": UNEQUAL},
     "lte, paced, redrawn": {
         "name": "lte", "merge_every": 4, "reset": "ab", "heads_per_device": 2, "norms": "vector-lora",

@@ -54,6 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lte, muon": {"name": "lte", "draws": "own", "reset": "none", "optimizer": "muon"},
     "local-sgd": {"name": "local-sgd"},
     "diloco": {"name": "diloco"},
+    "sparseloco": {"name": "sparseloco"},
     "lte, rank 64, frozen A, muon": {"name": "lte", "draws": "own", "optimizer": "muon", "rank": 64},
     "lte, frozen joint A, muon": {"name": "lte", "draws": "joint", "optimizer": "muon"},
     "lte, frozen joint A": {"name": "lte", "draws": "joint"},

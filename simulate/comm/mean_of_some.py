@@ -62,6 +62,7 @@ class MeanOfSome:
             for row in rows:
                 self.error_LX[row, first : first + flat_LX.shape[1]] += flat_LX[row]
             first += flat_LX.shape[1]
+            del part, flat_LX  # the last one is not held while the message is rounded
         messages = []
         for row in rows:
             x_PC = self.error_LX[row, : len(numbers) * chunk].view(len(numbers), chunk)

@@ -7,6 +7,7 @@ over all devices, so that they are whole numbers; payload_bytes are one device's
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -18,6 +19,8 @@ MESSAGE_BYTES = 16 * 2**20
 """Largest message into which several tensors are packed: large enough for few latencies, small enough for buffers."""
 WIRE_BLOCK = 128
 """Elements that share one scale in int8, int4 and int2 messages."""
+SPARSE_RUN, INDEX_BITS = 4096, 12
+"""Entries of which a sparse mean takes its share of the largest, and bits of a position among them."""
 WIRE_BITS = {"int8": 8, "int4": 4, "int2": 2}
 """Bits of a number in messages of whole numbers."""
 
@@ -196,6 +199,32 @@ def mean_transfers(elements: int, devices: int, wire: str, element_bytes: int) -
         Transfer("all_to_all", devices * part_bytes, devices, averaged=averaged),
         Transfer("all_gather", part_bytes, devices, averaged=averaged),
     )
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """The entries of a vector that travel in a sparse mean."""
+
+    density: float
+    """Share of the entries of every SPARSE_RUN, rounded up."""
+    decay: float
+    """Factor, at each mean, of what has not travelled yet."""
+
+    def kept(self, elements: int) -> int:
+        """Return how many of a vector's entries travel."""
+        whole, rest = divmod(elements, SPARSE_RUN)
+        return whole * math.ceil(self.density * SPARSE_RUN) + math.ceil(self.density * rest)
+
+
+def positions_bytes(kept: int) -> int:
+    """Return the bytes of the positions of entries in a sparse mean's message."""
+    return -(-kept * INDEX_BITS // 8)
+
+
+def sparse_mean_transfer(elements: int, devices: int, sparsity: Sparsity, wire: str, element_bytes: int) -> Transfer:
+    """Return the message that averages the largest of `elements` numbers over N devices."""
+    kept = sparsity.kept(elements)
+    return Transfer("all_gather", positions_bytes(kept) + wire_bytes(kept, wire, element_bytes), devices)
 
 
 def averages(tensors: Iterable[int], devices: int, wire: str, element_bytes: int) -> tuple[Transfer, ...]:

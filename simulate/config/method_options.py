@@ -117,6 +117,11 @@ class MethodOptions(toml_io.Schema):
         return False
 
     @property
+    def compresses(self) -> bool:
+        """Whether messages say less than what is exchanged, so that each device keeps what its own ones left out."""
+        return getattr(self, "wire", "full") != "full"
+
+    @property
     def frozen_format(self) -> Quantize:
         """Format of the frozen weights; "none" where all weights are trained or kept in full."""
         return "none"

@@ -26,6 +26,7 @@ _FOLDERS = {
     "mhlora": ("mhlora", "Mhlora"),
     "local-sgd": ("local_sgd", "LocalSgd"),
     "diloco": ("diloco", "Diloco"),
+    "sparseloco": ("sparseloco", "Sparseloco"),
     "daso": ("daso", "Daso"),
     "sapipe": ("sapipe", "Sapipe"),
     "adamix": ("adamix", "Adamix"),

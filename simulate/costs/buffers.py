@@ -13,7 +13,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from simulate.comm.transfers import WIRE_BITS, bucket, bucket_bytes, chunk_elements, scales_bytes, wire_bytes
+from simulate.comm.transfers import (
+    WIRE_BITS,
+    Sparsity,
+    bucket,
+    bucket_bytes,
+    chunk_elements,
+    positions_bytes,
+    scales_bytes,
+    wire_bytes,
+)
 from simulate.config.method_options import MethodOptions
 from simulate.config.run import Run
 from simulate.costs.moments import largest_step_bytes
@@ -142,6 +151,31 @@ def averaging_phases(
             yield at_merge(2 * message)
         if outer:
             yield Phase("outer_step", 0, 0, message + OUTER_TENSORS * largest)
+
+
+def sparse_averaging_phases(
+    context: ExchangeContext, sizes: Sequence[int], sparsity: Sparsity, wire: str
+) -> Iterator[Phase]:
+    """Yield the phases of simulate.methods.averaging.Averaging with sparse changes and an outer step."""
+    for group in bucket(sizes):
+        members = [sizes[i] for i in group]
+        message, largest = sum(members), max(members)
+        if context.devices > 1:
+            yield at_merge(max(_sparse_mean_bytes(context, message, largest, sparsity, wire), 2 * message))
+        yield Phase("outer_step", 0, 0, message + largest)
+
+
+def _sparse_mean_bytes(context: ExchangeContext, message: int, largest: int, sparsity: Sparsity, wire: str) -> int:
+    """Return the bytes at the peak of a mean of vectors, as simulate.comm.sparse computes it."""
+    element_bytes = context.element_bytes
+    kept = sparsity.kept(message // element_bytes)
+    # Magnitudes, and of the largest their values and places.
+    looking = message + kept * (element_bytes + LONG_BYTES)
+    # Places with their filling, parts of three bytes as whole numbers, and these side by side.
+    packing = kept * LONG_BYTES * 5
+    sent = positions_bytes(kept) + wire_bytes(kept, wire, element_bytes)
+    adding = message + context.devices * sent + kept * (3 * LONG_BYTES + element_bytes)
+    return max(largest, looking, packing, adding)
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def passing_bytes(run: Run, shape: ModelShape, device: Device) -> Iterator[tuple
     # Each device holds what it compresses or iterates on; what it receives from N others exists once for all. So such
     # buffers are those of one of two devices, N times.
     pair = run.model_copy(update={"cluster": run.cluster.model_copy(update={"devices": min(devices, 2)})})
-    compressed = getattr(run.method, "wire", "full") != "full"
+    compressed = run.method.compresses
     for phase in peak_profile(pair, shape, device).phases:
         if phase.name == "optimizer_step":
             yield phase.name, own * (phase.gradients + phase.temporary) + devices * phase.activations

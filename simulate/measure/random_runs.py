@@ -18,7 +18,7 @@ Table = dict[str, Any]
 AUTOCASTS = ("none", "bf16", "fp16")
 METHODS = (
     "lte", "ddp", "diloco", "lora", "lte", "local-sgd", "topk", "lte", "relora", "powersgd", "lte", "mhlora", "daso",
-    "sapipe", "lte", "signsgd", "adamix",
+    "sapipe", "lte", "signsgd", "adamix", "sparseloco",
 )  # fmt: skip
 """Methods in turns; their number and that of the families have no common divisor, so that every pair occurs."""
 LAYERS = (2, 3, 4, 5, 6, 8, 12)
@@ -151,10 +151,15 @@ def _diloco(draw: random.Random, rank: int, heads: int, devices: int, model: Tab
     }  # fmt: skip
 
 
+def _sparseloco(draw: random.Random, rank: int, heads: int, devices: int, model: Table) -> Table:
+    return {**_diloco(draw, rank, heads, devices, model), "density": draw.choice((0.01, 0.03125, 0.5))}
+
+
 _OPTIONS: dict[str, Callable[[random.Random, int, int, int, Table], Table]] = {
     "lte": _lte,
     "local-sgd": _local_sgd,
     "diloco": _diloco,
+    "sparseloco": _sparseloco,
     "ddp": lambda draw, *_: {"wire": draw.choice(WIRES)},
     "lora": lambda draw, rank, *_: {"rank": rank},
     "relora": lambda draw, rank, *_: {"rank": rank, "warm_start_steps": draw.choice((0, 0, 5))},

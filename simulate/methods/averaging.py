@@ -22,7 +22,8 @@ from torch import Tensor
 from simulate.comm.base import Exchanges
 from simulate.comm.compression import CompressedMean
 from simulate.comm.mean_of_some import MeanOfSome, mean_for
-from simulate.comm.transfers import fragment
+from simulate.comm.sparse import SparseMean
+from simulate.comm.transfers import Sparsity, fragment
 from simulate.methods.gradient_averaging import packed_parameters
 from simulate.methods.stepper import clear_rows
 
@@ -33,7 +34,8 @@ Outer = Callable[[str, Tensor, Tensor], Tensor]
 class Averaging:
     """Parameters (L, ...) in fragments and packed messages, and the tensors that their averages keep between merges.
 
-    With `first_only` the first device's weights take the place of the mean.
+    With `first_only` the first device's weights take the place of the mean; with `sparsity` only the largest entries of
+    changes travel.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Averaging:
         first_only: bool = False,
         delayed: bool = False,
         fewest: int | None = None,
+        sparsity: Sparsity | None = None,
     ) -> None:
         """`fewest` are the devices that take part at least, where a quorum lets merges lack some."""
         self.first_only = first_only
@@ -56,7 +59,8 @@ class Averaging:
         names = list(parameters)
         parts = ([names[i] for i in fragment(len(names), fragments, index)] for index in range(fragments))
         self.messages = [packed_parameters({name: parameters[name] for name in part}) for part in parts]
-        compressed = not first_only and wire != "full" and not server and communicator.num_devices > 1
+        compressed = not first_only and (wire != "full" or sparsity is not None) and not server
+        compressed = compressed and communicator.num_devices > 1
         self.last: dict[str, Tensor] = {}
         # θ_last: changes are taken against it, and between staggered or late merges evaluation reads it.
         if compressed or fragments > 1 or outer is not None or delayed:
@@ -65,11 +69,14 @@ class Averaging:
         """σ: copies that were sent and whose mean has not arrived."""
         self.arriving = {name: p[0].detach().clone() for name, p in parameters.items() if delayed}
         """Means in flight, which training must not see before they are complete."""
-        self.means: dict[tuple[str, ...], CompressedMean | MeanOfSome] = {}
+        self.means: dict[tuple[str, ...], CompressedMean | MeanOfSome | SparseMean] = {}
         if compressed:
             for message in (tuple(m) for messages in self.messages for m in messages):
-                elements = sum(parameters[name][0].numel() for name in message)
-                self.means[message] = mean_for(elements, wire, communicator, self.last[message[0]], fewest)
+                elements, like = sum(parameters[name][0].numel() for name in message), self.last[message[0]]
+                if sparsity is None:
+                    self.means[message] = mean_for(elements, wire, communicator, like, fewest)
+                else:
+                    self.means[message] = SparseMean(elements, sparsity, wire, communicator, like)
 
     @torch.no_grad()
     def keep_last(self) -> None:

@@ -46,8 +46,7 @@ WIRE = Known(
     "2.010 against 2.011 nats on text (LTE, 3 seeds), 1.761 against 1.756 (dense with Muon, one seed); on images of "
     "digits (ViT, 3 seeds) 1.027 and 1.027 (LTE), 0.258 and 0.258 (dense); at 26 % of the bytes",
     "docs/results.md; for diloco arXiv 2501.18512, with 4 bits",
-    "several devices that all attend every merge; it keeps what rounding lost, so not where memory is minimised, or "
-    "short",
+    "several devices; it keeps what rounding lost, so not where memory is minimised, or short",
 )  # fmt: skip
 FINAL_SHARE = Known(
     "train.final_share", 0.3, ("lte", "local-sgd"),
@@ -125,8 +124,7 @@ def _takes_muon(base: Run, method: MethodOptions) -> bool:
 
 def with_known_wire(base: Run, method: MethodOptions, open_keys: Collection[str]) -> MethodOptions:
     """Return the options with the message format that a plan proposes, where that is open and allowed."""
-    cluster = base.cluster
-    if WIRE.key not in open_keys or method.name not in WIRE.methods or cluster.devices == 1 or cluster.has_quorum:
+    if WIRE.key not in open_keys or method.name not in WIRE.methods or base.cluster.devices == 1:
         return method
     try:
         return type(method).model_validate({**method.model_dump(), "wire": WIRE.value})

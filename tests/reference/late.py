@@ -7,12 +7,13 @@ from torch import Tensor, nn
 
 from simulate.config.run import Run
 from tests.reference.common import adapted_names
-from tests.reference.diloco import DilocoTwin
+from tests.reference.diloco import DilocoTwin, OuterTwin
 from tests.reference.local_sgd import LocalSgdTwin
 from tests.reference.lora import Draw
 from tests.reference.lte import LteTwin
 from tests.reference.lte_frozen_a import LteFrozenATwin
 from tests.reference.relora import prune_smallest
+from tests.reference.sparseloco import SparselocoTwin
 
 
 class LateLocalSgdTwin(LocalSgdTwin):
@@ -46,7 +47,7 @@ class LateLocalSgdTwin(LocalSgdTwin):
         return super().merged_state()
 
 
-class LateDilocoTwin(DilocoTwin):
+class LateOuterTwin(OuterTwin):
     """The outer step is taken with deltas of d steps ago."""
 
     def __init__(self, run: Run, start: nn.Module) -> None:
@@ -65,13 +66,21 @@ class LateDilocoTwin(DilocoTwin):
             super()._merge(part)
             return
         sent = [[device.parameters[i].detach().clone() for i in self.fragments[part]] for device in self.devices]
-        self.mail.append((steps_done - 1 + self.options.merge_delay, part, self._deltas(part), sent))
+        self.mail.append((steps_done - 1 + self.rounds.merge_delay, part, self.deltas(part), sent))
 
     def _open(self, part: int, deltas: list[Tensor], sent: list[list[Tensor]]) -> None:
         for position, (i, delta) in enumerate(zip(self.fragments[part], deltas, strict=True)):
             self.outer_step(i, delta)
             for device, had in zip(self.devices, sent, strict=True):
                 device.parameters[i].copy_(self.outer[i] + (device.parameters[i] - had[position]))
+
+
+class LateDilocoTwin(LateOuterTwin, DilocoTwin):
+    """DiLoCo whose merges arrive late."""
+
+
+class LateSparselocoTwin(LateOuterTwin, SparselocoTwin):
+    """SparseLoCo whose merges arrive late."""
 
 
 class LateLteTwin(LteTwin):

@@ -11,6 +11,7 @@ from tests.reference.local_sgd import LocalSgdTwin, LocalTwin, weighted
 from tests.reference.lora import Draw
 from tests.reference.lte import LteTwin
 from tests.reference.lte_frozen_a import LteFrozenATwin
+from tests.reference.sparseloco import SparselocoTwin
 
 
 def counts_at(run: Run, step: int) -> list[int]:
@@ -73,9 +74,17 @@ class PacedDilocoTwin(PacedLocalTwin, DilocoTwin):
         self.merged_step = step
         super().merge_if_due(step)
 
-    def _deltas(self, part: int) -> list[Tensor]:
+    def deltas(self, part: int) -> list[Tensor]:
         means = weighted([device.parameters for device in self.devices], self.shares_at(self.merged_step))
         return [self.outer[i] - means[i] for i in self.fragments[part]]
+
+
+class PacedSparselocoTwin(PacedLocalTwin, SparselocoTwin):
+    """Changes are weighted by the steps taken before their largest entries are looked for."""
+
+    def merge_if_due(self, step: int) -> None:
+        self.weights = self.shares_at(step)
+        super().merge_if_due(step)
 
 
 class PacedLteTwin(LteTwin):

@@ -18,7 +18,7 @@ from tests.reference.ddp import DdpTwin
 from tests.reference.dense import DenseTwin
 from tests.reference.diloco import DilocoTwin
 from tests.reference.joint_draw import joint_draw
-from tests.reference.late import LateDilocoTwin, LateLocalSgdTwin, LateLteFrozenATwin, LateLteTwin
+from tests.reference.late import LateDilocoTwin, LateLocalSgdTwin, LateLteFrozenATwin, LateLteTwin, LateSparselocoTwin
 from tests.reference.local_sgd import LocalSgdTwin
 from tests.reference.lora import LoraTwin
 from tests.reference.lte import LteTwin
@@ -35,11 +35,12 @@ from tests.reference.lte_nodes import (
 from tests.reference.lte_wire import LteWireTwin
 from tests.reference.mhlora import MhloraTwin
 from tests.reference.muon import DdpMuonTwin, LteMuonTwin
-from tests.reference.paced import PacedDilocoTwin, PacedLocalSgdTwin, PacedLteTwin
+from tests.reference.paced import PacedDilocoTwin, PacedLocalSgdTwin, PacedLteTwin, PacedSparselocoTwin
 from tests.reference.quantised import QuantisedReloraTwin, QuantisedTwin, rounded_start
 from tests.reference.relora import ReloraTwin
 from tests.reference.sapipe import SapipeTwin
 from tests.reference.sign_momentum import SignMomentumTwin
+from tests.reference.sparseloco import SparselocoTwin
 from tests.simulate.methods.adapter_parity import engine_draw
 from tests.simulate.methods.parity import bigram, on_network
 
@@ -65,6 +66,9 @@ FAMILIES: dict[type, tuple[str, ...]] = {
     DilocoTwin: ("diloco", "diloco, int8", "diloco, streaming"),
     LateDilocoTwin: ("diloco, late", "diloco, late, streaming int8"),
     PacedDilocoTwin: ("diloco, paced",),
+    LateSparselocoTwin: ("sparseloco, late",),
+    PacedSparselocoTwin: ("sparseloco, paced",),
+    SparselocoTwin: ("sparseloco", "sparseloco, streaming int8"),
     DasoTwin: ("daso", "daso, waiting"),
     SapipeTwin: ("sapipe", "sapipe, delay", "sapipe, none"),
     PowerSgdTwin: ("powersgd",),
