@@ -64,6 +64,7 @@ METHODS: dict[str, Table] = {
     "lte reset ab, both factors": {"name": "lte", "rank": 16, "reset": "ab", "frozen_a": False},
     "local-sgd": {"name": "local-sgd"},
     "diloco": {"name": "diloco"},
+    "sparseloco": {"name": "sparseloco"},
     "lora": {"name": "lora", "rank": 16},
     "relora": {"name": "relora", "rank": 16, "merge_every": 10, "rewarm_steps": 3},
     "mhlora": {"name": "mhlora", "rank": 16, "heads_per_device": 2},

@@ -108,6 +108,7 @@ RUNS: dict[str, Table] = {
     "fedavg": run({**MOVED, "participation": 0.5}),
     "diloco": run(DILOCO),
     "diloco fragments delay": run({**DILOCO, "fragments": 2, "merge_delay": 1, "wire": "int8"}),
+    "sparseloco": run({"name": "sparseloco", "merge_every": 4, "density": 0.1}),
     "daso": run({"name": "daso", "merge_every": 4, "delay_steps": 2}),
     "sapipe": run({"name": "sapipe"}),
     "sapipe delay": run({"name": "sapipe", "compensation": "delay"}),

@@ -310,7 +310,7 @@ def test_one_dense_device_trains_as_a_plain_loop_does(
 ) -> None:
     data = xy if loss else classes
     before = copy.deepcopy(net.state_dict())
-    plan = plan_of(net, Pairs(*data), devices=1, method="ddp", loss=loss, train={"seed": 11})
+    plan = plan_of(net, Pairs(*data), devices=1, method="ddp", loss=loss, train={"seed": 11, "optimizer": "adamw"})
     run = plan.train()
     weights, losses = plain_weights(net, run, read_samples(data), loss or cross_entropy)
     for name, weight in run.state_dict().items():

@@ -220,7 +220,7 @@ def test_a_noisy_measurement_advises_what_was_not_done(threads: int, capsys: pyt
 
 
 def test_why_knows_whether_the_extra_is_there(lte: Lte, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = ("--model", "gpt2", "--method", "lte", "--why", "--json")
+    asked = ("--model", "gpt2", "--method", "lte", "--set", "method.wire=full", "--why", "--json")
     said = []
     for installed in (True, False):
         monkeypatch.setattr("simulate.planning.explain.is_library_installed", lambda known=installed: known)

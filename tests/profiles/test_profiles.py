@@ -14,8 +14,10 @@ UNSOURCED = {"count", "device_type", "kind", "link", "name", "place", "source", 
 
 def figures_without_source(part: Device | Link | Line) -> set[str]:
     """Return a part's figures that are set, not to their default, without words on their origin."""
-    defaults = {name: field.default for name, field in type(part).model_fields.items()}
-    given = {name for name, value in part if value not in (None, defaults[name]) and name not in UNSOURCED}
+    given = {
+        name for name, field in type(part).model_fields.items()
+        if name not in UNSOURCED and getattr(part, name) not in (None, field.default)
+    }  # fmt: skip
     return given - {name for name, words in part.sources.items() if words.strip()}
 
 

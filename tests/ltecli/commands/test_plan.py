@@ -211,7 +211,7 @@ def test_warnings_of_the_choice_are_shown(lte: Lte) -> None:
 def test_a_plan_with_a_quorum_is_trained_as_it_is_and_suggests_nothing_that_a_quorum_refuses(
     lte: Lte, here: Path
 ) -> None:
-    asked = (*SMALL, "--method", "lte", "--set", "cluster.quorum=3")
+    asked = (*SMALL, "--method", "lte", "--set", "cluster.quorum=3", "--set", "method.wire=full")
     screens = [lte(*asked), lte(*asked, "-o", "quorum.toml", "--all")]
     text = " ".join(f"{screen.stdout} {screen.stderr}" for screen in screens)
     assert load_given_run(here / "quorum.toml").cluster.quorum == 3

@@ -53,7 +53,7 @@ def keys(run: Run) -> tuple[str, str, float, float]:
         (("train.learning_rate=0.001", "train.final_share=0.1"), ("muon", "int8", 0.1, 1e-3)),
         (("train.optimizer_state=8bit", "train.schedule=wsd"), ("adamw", "int8", 0.1, 3e-3)),
         (("method.reset=ab",), ("adamw", "int8", 0.3, 3e-3)),
-        (("cluster.quorum=3",), ("muon", "full", 0.3, 4.5e-3)),
+        (("cluster.quorum=3",), ("muon", "int8", 0.3, 4.5e-3)),
     ],
 )
 def test_what_is_left_open_is_taken_and_what_is_given_stays(given: tuple[str, ...], taken: tuple[Any, ...]) -> None:
