@@ -133,6 +133,7 @@ def test_unequal_devices_in_a_process_each_give_the_numbers_of_one_process(tmp_p
     assert_same(apart, alone, SAME)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_in_as_many_processes_to_the_bit(tmp_path: Path) -> None:
     train = {"steps": 120, "evaluate_every": 120, "checkpoint_every": 120}
     run = write_run(tmp_path / "run.toml", train=train, cluster={"devices": 4})
@@ -184,6 +185,7 @@ def test_a_lost_process_ends_the_run_with_its_reason_and_the_next_move(tmp_path:
     assert f"continue with lte train {folder} --resume" in last
 
 
+@pytest.mark.slow
 def test_a_process_does_not_outlive_the_command(tmp_path: Path) -> None:
     train = {"steps": 5000, "evaluate_every": 5000, "checkpoint_every": 5000}
     run = write_run(tmp_path / "run.toml", train=train, cluster={"devices": 4})

@@ -23,6 +23,7 @@ from simulate.config.profiles import load_profile
 from simulate.config.run import load_run
 from tests.harness import run, wait_until
 from tests.ltecli.command import PROFILE, Lte, Refused, assert_one_line, lte_process, write_prose, write_run
+from tests.selection import others_slow
 
 HOME = ("plan", "--profile", PROFILE)
 SMALL = (*HOME, "--tokens", "100000", "--set", "train.micro_batch=4", "--set", "train.activation_checkpointing=false")
@@ -50,7 +51,7 @@ def test_libraries_say_nothing_on_stderr() -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows ends processes without a signal")
-@pytest.mark.parametrize("launch", [(), ("--launch",)])
+@pytest.mark.parametrize("launch", others_slow([(), ("--launch",)], [()]))
 def test_a_run_told_to_end_before_its_first_step_leaves_nothing(
     here: Path, run_toml: Path, launch: tuple[str, ...]
 ) -> None:

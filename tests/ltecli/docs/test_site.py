@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 DOCS = Path(__file__).parents[3] / "docs"
 
 
+@pytest.mark.slow
 def test_site_builds(tmp_path: Path) -> None:
     """All pages are built and reached from the first one; nothing is fetched from elsewhere when they are read."""
     options = ["-q", "-W", "--keep-going", "-b", "html"]
