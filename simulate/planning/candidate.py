@@ -271,7 +271,8 @@ def _warnings(run: Run, context: PlanContext, time: RoundTime) -> Iterator[str]:
     if total_rank < shape.largest_dimension:
         yield f"rank x heads = {total_rank} is below the largest layer dimension {shape.largest_dimension}"
     if run.cluster.devices > 1 and plan.transport != "reduce":
-        dense = dense_reduction(shape, run.cluster.devices, ELEMENT_BYTES[run.train.dtype])
+        wire = getattr(method, "wire", "full")
+        dense = dense_reduction(shape, run.cluster.devices, ELEMENT_BYTES[run.train.dtype], wire)
         if time.exchange_s > exchange_s(dense, link_of(profile.link, run.cluster.backend)):
             yield f"{plan.transport} takes longer than reducing the dense delta"
 

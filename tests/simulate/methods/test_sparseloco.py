@@ -17,8 +17,8 @@ from tests.reference.sparseloco import SparselocoTwin
 from tests.simulate.methods.parity import assert_trains_like, hand_run, of_linear, parity_run, set_copies
 
 RUNS: dict[str, tuple[type, Run]] = {
-    "int2": (SparselocoTwin, parity_run("sparseloco", merge_every=10)),
-    "streaming int8": (SparselocoTwin, parity_run("sparseloco, streaming int8", merge_every=8)),
+    "int2": (SparselocoTwin, parity_run("sparseloco", merge_every=5)),
+    "streaming int8": (SparselocoTwin, parity_run("sparseloco, streaming int8", merge_every=4)),
     "late": (LateSparselocoTwin, parity_run("sparseloco, late", merge_every=5, merge_delay=3)),
     "paced": (PacedSparselocoTwin, parity_run("sparseloco, paced", merge_every=5, steps_taken=((5, 2, 1), (3, 1, 3)))),
 }
