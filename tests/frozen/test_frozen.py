@@ -126,5 +126,5 @@ def test_every_method_is_recorded() -> None:
         (folder / "run.toml").write_text('[method]\nname = "none"\n', encoding="utf-8")
         said = lte("train", "run.toml", "--out", "out", expected=(2,)).stderr
     methods = {table["method"]["name"] for table in runs.RUNS.values()}
-    assert len(methods) == 13
+    assert len(methods) == 14
     assert set(said.partition("known: ")[2].partition(";")[0].strip().split(", ")) == methods, said
