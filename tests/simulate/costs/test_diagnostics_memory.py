@@ -39,6 +39,7 @@ from tests.simulate.costs.test_memory import (
     train,
 )
 
+pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 LOOSEST = 1.25
 """Times what is measured that the bound of a diagnosed run may be."""

@@ -23,6 +23,7 @@ from tests.diagnosed import (
 )
 from tests.processes import DEVICES
 
+pytestmark = pytest.mark.slow
 IN_PAIRS = ["lte, frozen a", "lte", "lte, late", "fedavg", "diloco, streaming", "daso", "ddp", "local-sgd, paced"]
 SICK_ONES = [f"{WITH_SICK}lte, frozen a", f"{WITH_SICK}diloco"]
 UNTOUCHED = ["diloco, streaming", "lte, late"]
@@ -76,13 +77,11 @@ def test_a_figure_that_is_off_is_noticed(in_pairs: tuple[Path, dict[str, list[Ev
             assert_same(worse, launched)
 
 
-@pytest.mark.slow
 def test_four_processes_tell_what_one_tells(tmp_path: Path) -> None:
     for name, launched in launched_events(tmp_path / "launched", ALONE, DEVICES).items():
         assert_same(launched, simulated_events(tmp_path / name, name))
 
 
-@pytest.mark.slow
 def test_unequal_shares_tell_what_one_process_tells(tmp_path: Path) -> None:
     for name, launched in launched_events(tmp_path / "launched", UNEQUAL, 3).items():
         assert_same(launched, simulated_events(tmp_path / name, name))
