@@ -202,8 +202,9 @@ class LastingStore:
         return bytes(self._do("get", key))
 
     def set(self, key: str, value: str) -> None:
-        """Set a key."""
+        """Set a key, which all others find from now on."""
         self._do("set", key, value)
+        self._do("check", [key])  # torch does not wait for the store to have it, which answers in order
 
     def set_for_all(self, key: str, value: str) -> None:
         """Set a key that is not below the launch's prefix."""

@@ -41,6 +41,14 @@ def client(where: str, prefix: str = "", patience_s: float = 30.0) -> LastingSto
     return LastingStore(lambda: ask_store(where, None), patience_s, prefix)
 
 
+def test_who_has_set_a_key_may_say_so_to_others(where: str) -> None:
+    with served(where):
+        first, second = client(where), client(where)
+        for index in range(300):
+            first.set(f"key{index}", "1")
+            assert second.get(f"key{index}") == b"1"
+
+
 def test_a_restarted_store_is_found_again_and_is_another_one(where: str) -> None:
     with served(where):
         first, second = client(where), client(where)
