@@ -19,16 +19,10 @@ from tests.launch.runs import PIDS
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
-class Forked:
-    """A forked worker, with what is needed of subprocess.Popen."""
+class ForkedProcess:
+    """A forked process, with what is needed of subprocess.Popen."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], logs: Path) -> None:
-        arguments = list(command[command.index("simulate.launch.worker") + 1 :])
-        self._process = CONTEXT.Process(target=work, args=(arguments, dict(environment), str(logs)))
-        self._process.start()
-        self.pid = self._process.pid
-        with (logs.parents[3] / PIDS).open("a") as file:
-            file.write(f"{environment['RANK']} {self.pid}\n")
+    _process: multiprocessing.process.BaseProcess
 
     def poll(self) -> int | None:
         """Return the exit code, None while it runs."""
@@ -41,6 +35,18 @@ class Forked:
     def wait(self) -> None:
         """Wait for its end."""
         self._process.join()
+
+
+class Forked(ForkedProcess):
+    """A forked worker."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], logs: Path) -> None:
+        arguments = list(command[command.index("simulate.launch.worker") + 1 :])
+        self._process = CONTEXT.Process(target=work, args=(arguments, dict(environment), str(logs)))
+        self._process.start()
+        self.pid = self._process.pid
+        with (logs.parents[3] / PIDS).open("a") as file:
+            file.write(f"{environment['RANK']} {self.pid}\n")
 
 
 def work(arguments: list[str], environment: dict[str, str], logs: str) -> None:
@@ -54,26 +60,14 @@ def work(arguments: list[str], environment: dict[str, str], logs: str) -> None:
     os._exit(worker.main())
 
 
-class ForkedCompanion:
-    """A forked process that simulates along (simulate.launch.simulated), with what is needed of subprocess.Popen."""
+class ForkedCompanion(ForkedProcess):
+    """A forked process that simulates along (simulate.launch.simulated)."""
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str], stdout: IO[bytes], **options: Any) -> None:
         CONTEXT.set_forkserver_preload(["simulate.launch.worker", "simulate.training.loop"])
         arguments = list(command[command.index("simulate.launch.simulated") + 1 :])
         self._process = CONTEXT.Process(target=simulate_along, args=(arguments, dict(env), stdout.name))
         self._process.start()
-
-    def poll(self) -> int | None:
-        """Return the exit code, None while it runs."""
-        return self._process.exitcode
-
-    def kill(self) -> None:
-        """Kill it."""
-        self._process.kill()
-
-    def wait(self) -> None:
-        """Wait for its end."""
-        self._process.join()
 
 
 def simulate_along(arguments: list[str], environment: dict[str, str], log: str) -> None:

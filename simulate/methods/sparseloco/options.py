@@ -39,5 +39,5 @@ class SparselocoOptions(FragmentOptions):
         raise ValueError(
             f"cluster.{quorum_key(cluster)} lets merges go on without devices, and method.name = 'sparseloco' keeps "
             "what did not travel for the next merge of the same devices; leave it away, or try --set "
-            "method.name=diloco --set method.wire=full"
+            "method.name=diloco"
         )
