@@ -47,7 +47,7 @@ MERGE_EXPONENT = (0.05, 0.15, 0.3)
 """Guess: ten times rarer merges cost 1.4x the samples (1.1x to 2x); no sweep over T at equal loss is known."""
 GUESSES = {
     "sapipe": 1.05, "powersgd": 1.05, "topk": 1.1, "signsgd": 1.1, "daso": 1.1, "local-sgd": 1.2, "diloco": 1.2,
-    "sparseloco": 1.2, "mhlora": 1.2, "relora": 1.4, "lora": 1.4, "adamix": 1.4,
+    "sparseloco": 2.0, "mhlora": 1.2, "relora": 1.4, "lora": 1.4, "adamix": 1.4,
 }  # fmt: skip
 LTE = ("lte, frozen A", "lte")
 """Names in bench/studies/convergence.py of LTE with AdamW: our default, and the paper's."""
