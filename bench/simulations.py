@@ -5,7 +5,7 @@
 Four devices train the GPT of 834,304 parameters with local SGD (FedAvg), T = 10. The floor is a loop of plain PyTorch
 over a core's share of the devices, one process and one thread a core, without merges, evaluations or a report. EXO Gym
 (https://github.com/exo-explore/gym, a process a device) runs where a checkout of it is given; on Linux, with lo in the
-place of macOS's lo0 in its exogym/utils.py. Each line has seconds by
+place of macOS's lo0 in its exogym/utils.py, and with einops and datasets, which it imports. Each line has seconds by
 the clock and of the processor, of the whole command with all that it started, and ratios to the floor of its round.
 """
 

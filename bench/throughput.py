@@ -157,12 +157,17 @@ def in_turns(arguments: argparse.Namespace) -> None:
     rates: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
         for _ in range(arguments.rounds):
-            for title in peers:
-                command = [sys.executable, *sys.argv, "--peer", title]
-                said = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-                rates.setdefault(title, []).append(tokens / float(said.stdout.split()[-1]))
-            for title in LTE_METHODS:
-                rates.setdefault(title, []).append(tokens / lte_seconds(arguments, title, Path(name)))
+            for title in (*peers, *LTE_METHODS):
+                if title in LTE_METHODS:
+                    taken_s = lte_seconds(arguments, title, Path(name))
+                else:
+                    command = [sys.executable, *sys.argv, "--peer", title]
+                    said = subprocess.run(
+                        command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+                    )
+                    taken_s = float(said.stdout.split()[-1])
+                rates.setdefault(title, []).append(tokens / taken_s)
+                print(f"{title}: {tokens / taken_s:,.0f} tokens/s", file=sys.stderr, flush=True)
     print("| one device | tokens/s | over plain PyTorch |\n|---|---|---|")
     for title, values in rates.items():
         ratios = [value / floor for value, floor in zip(values, rates["plain PyTorch"], strict=True)]

@@ -24,7 +24,7 @@ from simulate.costs.flops import pass_flops
 from simulate.costs.message_schedule import schedule, sent_bytes
 from simulate.launch.preflight.address import loopback_interface
 from simulate.models.families.table import FAMILIES
-from simulate.planning.simulation_split import Split, Work, choose_split, split_of
+from simulate.planning.simulation_split import PEAK_SHARE, Split, Work, choose_split, split_of
 
 if TYPE_CHECKING:
     import torch
@@ -114,12 +114,12 @@ def _work(folder: RunFolder) -> Work:
     steps, devices = run.train.steps, run.cluster.devices
     (one,), flops = load_profile(LOCAL).devices(1), devices * pass_flops(run, shape)
     # Not the planned seconds: rates measured beside other programs make them several times too long.
-    shortest_s = flops / one.flop_per_s.of(run.train.dtype)
+    undisturbed_s = flops / (PEAK_SHARE * one.flop_per_s.of(run.train.dtype))
     messages = sum(len(part.exchange.transfers) * part.times(steps, steps) for part in schedule(run, shape))
     return Work(
         devices=devices,
         steps=steps - done,
-        step_s=shortest_s,
+        step_s=undisturbed_s,
         layer_flops=flops / run.train.accumulate / max(1, shape.layers),
         sent_bytes=sent_bytes(run, shape, steps) / devices / steps,
         messages=messages / steps,

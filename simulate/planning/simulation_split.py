@@ -23,7 +23,10 @@ MESSAGE_S = 0.5e-3
 LEAST_GAIN = 0.05
 """Share of the time that several processes must save, since they take more memory."""
 LEAST_SAVED_S = 6.0
-"""Seconds that they must save, of steps at the processor's peak: starting a process takes 3 to 4 of its time."""
+"""Seconds that they must save: starting a process takes 3 to 4 of the processor's time."""
+PEAK_SHARE = 0.62
+"""Share of the processor's peak that the step of a small network reaches; larger ones reach more, and for these what is
+saved is taken half again too long at most, which is still more than a start takes."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Work:
     steps: int
     """Steps that are left."""
     step_s: float
-    """Least seconds of a step of all devices in one process with a thread a core: at the processor's peak."""
+    """Seconds of a step of all devices in one process with a thread a core, at PEAK_SHARE of the processor's peak."""
     layer_flops: float
     """Operations of one layer in a step of all devices."""
     sent_bytes: float

@@ -61,6 +61,16 @@ def test_one_process_stays_where_others_do_not_pay(pick: Any, monkeypatch: pytes
     assert pick(run_of())[0] == Split(1, 4)
 
 
+def test_the_choice_follows_what_was_measured_on_one_processor(pick: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 78 GFLOP/s of two threads: 300 steps took 79.9 s in one process and 71.4 s in two (docs/performance.md).
+    machine = SimpleNamespace(devices=lambda n: (SimpleNamespace(flop_per_s=SimpleNamespace(of=lambda dtype: 7.8e10)),))
+    monkeypatch.setattr(simulation_split, "load_profile", lambda name: machine)
+    gpt = {"model": {"layers": 4, "width": 128, "attention_heads": 4, "context": 64}}
+    runs = {steps: run_of(steps=steps, **gpt) for steps in (150, 300)}
+    assert pick(runs[300], cores=2)[0] == Split(2, 1)
+    assert pick(runs[150], cores=2)[0] == Split(1, 2)
+
+
 def test_short_memory_leaves_fewer_processes(pick: Any) -> None:
     run = run_of()
     two, three, four = (processes_bytes(run, processes) for processes in (2, 3, 4))
