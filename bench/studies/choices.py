@@ -84,14 +84,13 @@ def _schedules() -> list[Job]:
 def _draws() -> list[Job]:
     """How A is drawn, of both optimizers."""
     bases = (f"{LTE_MUON} wire=int8", LTE)
-    return _jobs("text", [f"{base} draws={draws}" for base in bases for draws in ("columns", "joint", "own")], THREE)
+    return _jobs("text", [f"{base} draws={draws}" for base in bases for draws in ("slices", "own", "joint", "columns")], THREE)
 
 
 def _digits(network: str) -> list[Job]:
-    """Draws, ends of the cosine and formats on images, with eight seeds, since they are quick and differ much."""
+    """Ends of the cosine and formats on images, with eight seeds, since they are quick and differ much."""
     muon = "lte optimizer=muon learning_rate=0.0025"
     adamw = "lte learning_rate=0.005"
-    draws = [f"{base} draws={draws}" for base in (muon, adamw) for draws in ("own", "joint", "columns")]
     ends = [f"{base} draws=joint final_share={share}" for base in (muon, adamw) for share in (0.0, 0.3, 0.6)]
     dense = [
         f"{base} final_share={share}"
@@ -99,7 +98,14 @@ def _digits(network: str) -> list[Job]:
         for share in (0.0, 0.1, 0.3)
     ]
     wires = [f"{muon} draws=joint wire={wire}" for wire in ("int8", "int4", "int2")]
-    return _jobs(network, [*draws, *ends, *dense, *wires], EIGHT)
+    return _jobs(network, [*ends, *dense, *wires], EIGHT)
+
+
+def _digits_draws(network: str) -> list[Job]:
+    """How A is drawn, of both optimizers, on images."""
+    bases = ("lte optimizer=muon learning_rate=0.0025", "lte learning_rate=0.0025")
+    drawn = ("own", "slices", "columns", "joint")
+    return _jobs(network, [f"{base} draws={draws}" for base in bases for draws in drawn], EIGHT)
 
 
 def _digits_rates(network: str) -> list[Job]:
@@ -165,6 +171,8 @@ STUDIES: dict[str, Callable[[], list[Job]]] = {
     "bits": _bits,
     "schedules": _schedules,
     "draws": _draws,
+    "digits-vit-draws": partial(_digits_draws, "digits-vit"),
+    "digits-mixer-draws": partial(_digits_draws, "digits-mixer"),
     "digits-vit": partial(_digits, "digits-vit"),
     "digits-mixer": partial(_digits, "digits-mixer"),
     "digits-vit-rates": partial(_digits_rates, "digits-vit"),
