@@ -190,7 +190,7 @@ def _check_apollo(run: Run) -> None:
     if isinstance(method, AdapterOptions):
         raise ValueError(
             f"train.optimizer = 'apollo' projects gradients of dense matrices, and method.name = {method.name!r} "
-            "trains adapters, whose moments are small already; try --set train.optimizer=adamw, or muon"
+            "trains adapters, whose moments are small already; try --set train.optimizer=adamw, or --set method.name=ddp"
         )
     if run.train.optimizer_state == "8bit":
         raise ValueError(
