@@ -11,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from simulate.config.method_options import AdapterOptions
-from simulate.config.method_table import default_options
 from simulate.config.run import Run, build_run
 from simulate.models.families.table import FAMILIES
 
@@ -178,9 +176,6 @@ _OPTIONS: dict[str, Callable[[random.Random, int, int, int, Table], Table]] = {
 
 
 def _optimizer(draw: random.Random, method: Table) -> str:
-    # Both read Adam's moments, which no other optimizer has; the options refuse them together.
+    # Both read Adam's moments, which Muon has not; the options refuse them together.
     needs_adam = method.get("compensation") == "prediction" or method.get("merge_optimizer") == "average"
-    share, is_dense = draw.random(), not isinstance(default_options(method["name"]), AdapterOptions)
-    if needs_adam or 0.2 <= share < 0.8:
-        return "adamw"
-    return "muon" if share < 0.2 else "apollo" if is_dense else "adamw"
+    return "muon" if draw.random() < 0.2 and not needs_adam else "adamw"

@@ -146,7 +146,13 @@ def test_a_published_combination_is_what_it_says_and_runs(lte: Lte, here: Path, 
     given = load_run(path)
     for table, keys in PUBLISHED[name].items():
         assert {key: getattr(getattr(given, table), key) for key in keys} == keys
-    small = ("train.steps=61", "model.width=16", "model.attention_heads=2", "model.context=8", "train.evaluate_samples=4")
+    small = (
+        "train.steps=61",
+        "model.width=16",
+        "model.attention_heads=2",
+        "model.context=8",
+        "train.evaluate_samples=4",
+    )
     settings = [word for key in (*small, "train.micro_batch=2") for word in ("--set", key)]
     lte("train", str(path), "--data", str(write_prose(here / "prose.txt")), *settings, "-o", "run")
     found = lte("report", "run", "--json").json()

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from simulate.common.errors import InputError
 from simulate.config.run import Run
 from simulate.costs.flops import update_flops
+from simulate.costs.moments import largest_step_bytes
 from simulate.costs.state import persistent_state
 from simulate.methods.base import Method
+from simulate.models.peak_memory import cpu_peak_bytes
 from simulate.optim import apollo as optimizers
 from simulate.optim.apollo import Apollo
+from simulate.rules.optimizer import projected_rank
 from tests import tiny
 from tests.reference.apollo import DdpApolloTwin, LocalSgdApolloTwin
 from tests.simulate.methods import parity
@@ -148,6 +151,23 @@ def test_the_planned_state_is_the_kept_one_and_smaller_than_adams(rank: int | No
     assert sum(p.numel() for _, p in apollo.projections.values()) == planned.projections
     plain = tiny.ddp_run(2)
     assert planned.moments + planned.projections < persistent_state(plain, plain.shape()).moments
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 200), (3, 200, 64), (1, 96, 96)])
+def test_working_memory_of_a_step_is_the_planned_one(shape: tuple[int, int, int]) -> None:
+    parameter = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+    optimizer = Apollo([{"params": [parameter]}])
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()  # draws the projection, which stays
+    one = shape[0] * projected_rank(None, *shape[1:]) * max(shape[1:]) * 8
+    channels = shape[0] * max(shape[1:]) * 8  # two numbers a channel, which no plan counts
+    assert one <= cpu_peak_bytes(optimizer.step) <= one + 3 * channels
+
+
+def test_the_plan_counts_the_projected_gradient_of_the_largest_matrix() -> None:
+    run = tiny.variant_run("ddp, apollo", 1, train={"apollo_rank": 3})
+    assert largest_step_bytes(run, run.shape()) == 3 * 64 * 8
+    assert largest_step_bytes(tiny.ddp_run(1), run.shape()) == 0
 
 
 def test_projecting_is_counted() -> None:
