@@ -183,14 +183,13 @@ class Run(toml_io.Schema):
         return self.samples_per_step * self.model.units_per_sample
 
 
-@lru_cache(maxsize=256)
 def _check_apollo(run: Run) -> None:
     """Raise ValueError where APOLLO has no matrices to project, or none that are large enough."""
     method, rank = run.method, run.train.apollo_rank
     if isinstance(method, AdapterOptions):
         raise ValueError(
             f"train.optimizer = 'apollo' projects gradients of dense matrices, and method.name = {method.name!r} "
-            "trains adapters, whose moments are small already; try --set train.optimizer=adamw, or --set method.name=ddp"
+            "trains adapters, with small moments already; try --set train.optimizer=adamw, or --set method.name=ddp"
         )
     if run.train.optimizer_state == "8bit":
         raise ValueError(
@@ -206,6 +205,7 @@ def _check_apollo(run: Run) -> None:
             )
 
 
+@lru_cache(maxsize=256)
 def _of_class(run: Run, index: int) -> Run:
     """Return the run of one class; one object for equal runs, since costs are cached by their method's."""
     trains = [run.train.model_copy(update=one.changes("train")) for one in run.cluster.classes]

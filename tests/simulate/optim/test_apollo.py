@@ -180,7 +180,7 @@ def test_projecting_is_counted() -> None:
     ("name", "train", "message"),
     [
         ("lte", {}, "train.optimizer = 'apollo' projects gradients of dense matrices, and method.name = 'lte'"),
-        ("lora", {}, "trains adapters, whose moments are small already; try --set train.optimizer=adamw"),
+        ("lora", {}, "trains adapters, with small moments already; try --set train.optimizer=adamw"),
         (
             "ddp",
             {"apollo_rank": 17},
