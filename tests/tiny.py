@@ -169,6 +169,8 @@ VARIANTS: dict[str, Table] = {
     "lte, frozen": {"name": "lte", "merge_every": 4, "norms": "none", "biases": "frozen"},
     "ddp, muon": {"name": "ddp"},
     "diloco, muon": {"name": "diloco", "merge_every": 4},
+    "ddp, apollo": {"name": "ddp"},
+    "local-sgd, apollo": {"name": "local-sgd", "merge_every": 4},
     "lte, muon": {"name": "lte", "merge_every": 4, "heads_per_device": 2},
     "lte, frozen a": {"name": "lte", "merge_every": 4, "frozen_a": True, "reset": "b"},
     "lte, frozen a, redrawn": {"name": "lte", "merge_every": 4, "frozen_a": True, "reset": "ab", "wire": "int8"},
@@ -228,7 +230,11 @@ VARIANTS: dict[str, Table] = {
     "lte, nodes, in parts": {"name": "lte", "merge_every": 4, "devices_per_node": 2, "heads_per_device": 2},
 }  # fmt: skip
 """Every method, and every option that changes what is computed or sent; rank 2 and scale 2 where there are adapters."""
-TRAIN_KEYS: dict[str, Table] = {"muon": {"optimizer": "muon"}, "in parts": {"accumulate": 2}}
+TRAIN_KEYS: dict[str, Table] = {
+    "muon": {"optimizer": "muon"},
+    "apollo": {"optimizer": "apollo", "apollo_refresh_every": 3},
+    "in parts": {"accumulate": 2},
+}
 """Keys of [train] of the variants whose names end so."""
 
 

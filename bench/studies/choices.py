@@ -33,6 +33,7 @@ EIGHT = tuple(range(8))
 TRAIN_KEYS = (
     "optimizer", "learning_rate", "schedule", "final_share", "decay_share", "adam_beta1", "adam_beta2", "steps",
     "micro_batch", "weight_decay", "muon_momentum", "warmup_share",
+    "apollo_rank", "apollo_scale", "apollo_refresh_every",
 )  # fmt: skip
 LTE, LTE_MUON = "lte learning_rate=0.0065", "lte optimizer=muon learning_rate=0.0065"
 LOCAL, LOCAL_MUON = "local-sgd learning_rate=0.0045", "local-sgd optimizer=muon learning_rate=0.009"
@@ -115,6 +116,14 @@ def _digits_rates(network: str) -> list[Job]:
     return _jobs(network, settings, THREE)
 
 
+def _apollo() -> list[Job]:
+    """Dense training on images with the small state of APOLLO, and with AdamW, each at several rates."""
+    adamw = [f"ddp learning_rate={rate}" for rate in (0.0015, 0.003, 0.006)]
+    rates = (0.0015, 0.003, 0.006, 0.012)
+    apollo = [f"ddp optimizer=apollo learning_rate={rate}{rank}" for rank in ("", " apollo_rank=1") for rate in rates]
+    return _jobs("digits-vit", [*adamw, *apollo], THREE)
+
+
 def _gap() -> list[Job]:
     """Dense training, heads that meet at every step, and LTE that merges at each and each tenth: rank, noise, drift."""
     heads = [f"{name} {keys}" for keys in ("rank=32", "rank=64", "rank=128") for name in ("T=1", "T=10", "mhlora")]
@@ -177,6 +186,7 @@ STUDIES: dict[str, Callable[[], list[Job]]] = {
     "digits-mixer": partial(_digits, "digits-mixer"),
     "digits-vit-rates": partial(_digits_rates, "digits-vit"),
     "digits-mixer-rates": partial(_digits_rates, "digits-mixer"),
+    "apollo": _apollo,
     "gap": _gap,
     "plans": _plans,
 }

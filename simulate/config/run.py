@@ -19,7 +19,7 @@ from simulate.common import toml_io
 from simulate.common.errors import InputError
 from simulate.common.live_objects import is_live
 from simulate.config.hardware import Profile
-from simulate.config.method_options import FleetClass, MethodOptions
+from simulate.config.method_options import AdapterOptions, FleetClass, MethodOptions
 from simulate.config.method_table import DEFAULT_METHOD, default_options, method_options
 from simulate.config.profiles import EMBEDDED, is_profile_path, profile_to_embed
 from simulate.config.tables import BPE, BYTES, HUB, Cluster, Data, DeviceClass, Train, data_key
@@ -88,6 +88,8 @@ class Run(toml_io.Schema):
                 "train.optimizer_state = '8bit' steps weights in fp32, not in train.dtype = 'fp64'; "
                 "try --set train.optimizer_state=fp32"
             )
+        if self.train.optimizer == "apollo":
+            _check_apollo(self)
         # Torch's autocast leaves fp64 tensors alone, so the key would have no effect.
         if self.train.autocast != "none" and self.train.dtype == "fp64":
             raise ValueError(
@@ -179,6 +181,28 @@ class Run(toml_io.Schema):
     def tokens_per_step(self) -> int:
         """Tokens (for images, samples) that all devices together train on in one optimizer step."""
         return self.samples_per_step * self.model.units_per_sample
+
+
+def _check_apollo(run: Run) -> None:
+    """Raise ValueError where APOLLO has no matrices to project, or none that are large enough."""
+    method, rank = run.method, run.train.apollo_rank
+    if isinstance(method, AdapterOptions):
+        raise ValueError(
+            f"train.optimizer = 'apollo' projects gradients of dense matrices, and method.name = {method.name!r} "
+            "trains adapters, with small moments already; try --set train.optimizer=adamw, or --set method.name=ddp"
+        )
+    if run.train.optimizer_state == "8bit":
+        raise ValueError(
+            "train.optimizer_state = '8bit' is the format of AdamW's moments, and train.optimizer = 'apollo' keeps "
+            "few; try --set train.optimizer_state=fp32, or --set train.optimizer=adamw"
+        )
+    for linear in method.shape_of(run.model).adapted:
+        limit = min(linear.in_features, linear.out_features)
+        if rank is not None and rank > limit:
+            raise ValueError(
+                f"train.apollo_rank = {rank} exceeds the shorter side, {limit}, of {linear.name}; "
+                f"try --set train.apollo_rank={limit}, or leave it away for a quarter of each matrix's"
+            )
 
 
 @lru_cache(maxsize=256)

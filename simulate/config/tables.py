@@ -153,11 +153,18 @@ class Train(toml_io.Schema):
     """AdamW's decoupled decay, on matrices only."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     adam_beta2: float = Field(default=0.99, ge=0, lt=1)
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: orthogonalised momentum for the matrices of linear layers and for adapters' factors, AdamW for the rest."""
+    optimizer: Literal["adamw", "muon", "apollo"] = "adamw"
+    """muon: orthogonalised momentum for the matrices of linear layers and for adapters' factors, AdamW for the rest;
+    apollo: for the matrices of dense training, moments of a random projection of the gradient (arXiv 2412.05270)."""
     optimizer_state: Literal["fp32", "8bit"] = "fp32"
     """Format of AdamW's moments: as the weights, or 8 bits an element and a scale for 256; Muon's is as the weights."""
     muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+    apollo_rank: int | None = Field(default=None, gt=0)
+    """Rows that APOLLO projects a gradient to; not set: a quarter of each matrix's shorter side."""
+    apollo_scale: float = Field(default=1.0, gt=0)
+    """Size of APOLLO's steps; 1: as large as AdamW's."""
+    apollo_refresh_every: int = Field(default=200, gt=0)
+    """Steps after which APOLLO draws another projection."""
     clip_norm: float = Field(default=1.0, gt=0)
     """Largest gradient norm of one device (ddp: of the averaged gradient)."""
     seed: int = Field(default=0, ge=0, lt=2**63)

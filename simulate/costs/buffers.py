@@ -67,12 +67,13 @@ def _exchange_phases(method: MethodOptions, context: ExchangeContext) -> tuple[P
 def optimizer_bytes(plan: MethodPlan, context: ExchangeContext) -> int:
     """Return the peak bytes of the optimizer's own work.
 
-    AdamW's fused step needs none, except with 8-bit moments; Muon holds the iterates of one matrix at a time.
+    AdamW's fused step needs none, except with 8-bit moments; Muon holds the iterates of one matrix at a time, APOLLO a
+    projected gradient.
     """
     if not context.muon:
-        return context.eight_bit_step
+        return context.moments_step
     largest = max(stack * _iterates(rows, columns) for stack, rows, columns in _muon_matrices(plan, context))
-    return max(context.eight_bit_step, context.element_bytes * largest)
+    return max(context.moments_step, context.element_bytes * largest)
 
 
 def _iterates(rows: int, columns: int) -> int:

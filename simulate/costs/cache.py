@@ -37,7 +37,7 @@ def by_method(
         key = (
             id(run.method), shape, cluster.devices, cluster.classes, cluster.quorum, cluster.deadline_s,
             cluster.merges_given, train.dtype, train.autocast, train.optimizer, train.optimizer_state,
-            train.diagnostics_every is None, others, *named.items(),
+            train.apollo_rank, train.diagnostics_every is None, others, *named.items(),
         )  # fmt: skip
         try:
             return cached[key][0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from simulate.config.run import Run
+from simulate.costs.state import projected
 from simulate.layers.folding import writes_columns
 from simulate.models.shapes import ModelShape
 from simulate.rules.method_plan import AdapterLayout, plan_of
@@ -42,9 +43,11 @@ def forward_flops(shape: ModelShape, samples: int) -> float:
 
 
 def update_flops(run: Run, shape: ModelShape) -> float:
-    """Return a step's operations on gradients: compression's products and Muon's, which autocast leaves alone."""
+    """Return a step's operations on gradients: those of compression, Muon and APOLLO, which autocast leaves alone."""
     plan = plan_of(run.method)
     total = plan.update_flops(shape)
+    if run.train.optimizer == "apollo":
+        return total + sum(2.0 * rank * x.weights * x.count for x, rank in projected(shape, run.train.apollo_rank))
     if run.train.optimizer != "muon":
         return total
     # Muon orthogonalises the updates of matrices only; AdamW's operations are too few to count.

@@ -176,7 +176,7 @@ def _lasting(run: Run, shape: ModelShape, shared_memory: bool) -> _Lasting:
     # Dense steps hold more than those that follow, so a warm start is planned as a dense run.
     layout = None if plan.starts_dense else plan.adapters(devices)
     weights, adapters = _weight_bytes(run, shape, shared_memory), held.adapters * element_bytes
-    optimizer = moment_bytes(run, shape) + held.extra * element_bytes + kept_bytes(run, shape)
+    optimizer = moment_bytes(run, shape) + (held.projections + held.extra) * element_bytes + kept_bytes(run, shape)
     kept = weights + adapters + optimizer
     # A host with memory of its own packs the weights before they move to the device.
     start = (Phase("forward", 0, 0, _packing_start_bytes(run, shape) - kept),) if shared_memory else ()

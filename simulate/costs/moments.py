@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from simulate.config.method_options import MethodOptions
 from simulate.config.run import Run
-from simulate.costs.state import persistent_state
+from simulate.costs.state import persistent_state, projected
 from simulate.layers.formats import ELEMENT_BYTES
 from simulate.models.shapes import ModelShape
 from simulate.rules.method_plan import plan_of
@@ -36,14 +36,18 @@ def moment_bytes_beside_adapters(run: Run, shape: ModelShape) -> int:
 
 
 def largest_step_bytes(run: Run, shape: ModelShape) -> int:
-    """Return the working bytes of a step with 8-bit moments on a CPU."""
+    """Return the working bytes of a step with projected moments, or with 8-bit ones on a CPU."""
+    if run.train.optimizer == "apollo":
+        # The projected gradient, or what Adam makes of it.
+        sizes = (rank * max(x.out_features, x.in_features) for x, rank in projected(shape, run.train.apollo_rank))
+        return max(sizes, default=0) * ELEMENT_BYTES[run.train.dtype]
     if run.train.optimizer_state == "fp32":
         return 0
     muon = run.train.optimizer == "muon"
     # One parameter at a time is updated, in chunks; Muon's one moment is not in 8 bits.
-    sizes = (rows * elements for rows, elements, has_one in _trained(run.method, shape, run.cluster.devices, muon)
+    chunks = (rows * elements for rows, elements, has_one in _trained(run.method, shape, run.cluster.devices, muon)
              if is_eight_bit(elements) and not has_one)  # fmt: skip
-    return min(max(sizes, default=0), CPU_CHUNK_ELEMENTS) * CPU_CHUNK_BYTES
+    return min(max(chunks, default=0), CPU_CHUNK_ELEMENTS) * CPU_CHUNK_BYTES
 
 
 @lru_cache(maxsize=4096)

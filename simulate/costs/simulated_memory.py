@@ -129,10 +129,14 @@ def _state_bytes(run: Run, shape: ModelShape, profile: PeakProfile) -> int:
     plan, devices, element_bytes = plan_of(run.method), run.cluster.devices, ELEMENT_BYTES[run.train.dtype]
     is_dense = plan.starts_dense or plan.adapters(devices) is None
     trained = (shape.parameters if is_dense else shape.replicated_parameters) * element_bytes
-    last_merge = persistent_state(run, shape).last_merge
-    copies, once = plan.simulated_copies(devices), (plan.shared_elements(shape, devices) + last_merge) * element_bytes
+    held = persistent_state(run, shape)
+    copies, once = (
+        plan.simulated_copies(devices),
+        (plan.shared_elements(shape, devices) + held.last_merge) * element_bytes,
+    )
+    projections = held.projections * element_bytes
     frozen, moments = profile.weights - trained, moment_bytes(run, shape)
-    extra = profile.optimizer - moments
+    extra = profile.optimizer - moments - projections
     of_copy = trained + profile.adapters + moments
     # Devices that stop before a round's end are kept as they were, while the tensor program goes on with all rows.
     stopped = 0
@@ -144,4 +148,4 @@ def _state_bytes(run: Run, shape: ModelShape, profile: PeakProfile) -> int:
         stopped = max(sum(n < max(*taken, 1) for n in taken) for taken in rounds) if rounds else most
     # What is kept beside weights is each device's own, or of those whose devices train as one.
     owners = devices if plan.shares_state else copies
-    return frozen + copies * of_copy + once + owners * (extra - once) + stopped * of_copy
+    return frozen + projections + copies * of_copy + once + owners * (extra - once) + stopped * of_copy

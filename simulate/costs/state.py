@@ -5,14 +5,16 @@ simulate.costs.memory turns them into bytes, simulate.costs.step_time into memor
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 from simulate.config.run import Run
 from simulate.costs.cache import by_method
 from simulate.layers.formats import ELEMENT_BYTES, quantized_bytes
-from simulate.models.shapes import ModelShape
+from simulate.models.shapes import LinearShape, ModelShape
 from simulate.rules.method_plan import AdapterLayout, plan_of
+from simulate.rules.optimizer import projected_rank
 
 LONG_BYTES = 8
 """Bytes of an index."""
@@ -27,7 +29,10 @@ class PersistentState:
     trained: int
     """Elements that the optimizer updates."""
     moments: int
-    """AdamW keeps two for each trained element; Muon one for each element of a matrix."""
+    """AdamW keeps two for each trained element; Muon one for each element of a matrix; APOLLO two for each element of
+    a projected matrix, and a norm."""
+    projections: int
+    """APOLLO's random projections, which a process holds once and never saves."""
     extra: int
     """The method's own state: error feedback, outer momentum, weights and gradients of other steps."""
     last_merge: int
@@ -39,7 +44,7 @@ class PersistentState:
 @by_method
 def persistent_state(run: Run, shape: ModelShape) -> PersistentState:
     """Return a device's state; with a dense warm start, that of the dense steps, which hold most."""
-    plan, devices, muon = plan_of(run.method), run.cluster.devices, run.train.optimizer == "muon"
+    plan, devices = plan_of(run.method), run.cluster.devices
     layout = None if plan.starts_dense else plan.adapters(devices)
     adapters, matrices, others = 0, shape.adapted_parameters, shape.replicated_parameters
     if layout is not None:
@@ -52,11 +57,30 @@ def persistent_state(run: Run, shape: ModelShape) -> PersistentState:
     return PersistentState(
         adapters=adapters,
         trained=matrices + others,
-        moments=(1 if muon else 2) * matrices + 2 * others,
+        moments=_matrix_moments(run, shape, matrices) + 2 * others,
+        projections=_projections(shape, run.train.apollo_rank) if run.train.optimizer == "apollo" else 0,
         extra=_extra_elements(run, shape) + last_merge,
         last_merge=last_merge,
         shared=plan.shares_state,
     )
+
+
+def _matrix_moments(run: Run, shape: ModelShape, matrices: int) -> int:
+    """Return the moments of so many elements of matrices."""
+    if run.train.optimizer == "apollo":
+        return sum(x.count * (2 * rank * max(x.out_features, x.in_features) + 1)
+                   for x, rank in projected(shape, run.train.apollo_rank))  # fmt: skip
+    return matrices if run.train.optimizer == "muon" else 2 * matrices
+
+
+def projected(shape: ModelShape, rank: int | None) -> Iterator[tuple[LinearShape, int]]:
+    """Yield the matrices that APOLLO steps, and the rank to which it projects the gradients of each."""
+    for linear in shape.adapted:
+        yield linear, projected_rank(rank, linear.out_features, linear.in_features)
+
+
+def _projections(shape: ModelShape, rank: int | None) -> int:
+    return sum(x.count * held * min(x.out_features, x.in_features) for x, held in projected(shape, rank))
 
 
 def _extra_elements(run: Run, shape: ModelShape) -> int:

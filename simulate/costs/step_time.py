@@ -232,6 +232,7 @@ class _Moved:
 @by_method
 def _moved(run: Run, shape: ModelShape) -> _Moved:
     element_bytes, method = ELEMENT_BYTES[run.train.dtype], run.method
+    # APOLLO scales and measures its gradient in as many passes over it as AdamW makes over its moments.
     trained = persistent_state(run, shape).trained
     # 8-bit moments move a byte each; their scales, one for 256 elements, are too small to count.
     moment_bytes = element_bytes if run.train.optimizer_state == "fp32" else 1

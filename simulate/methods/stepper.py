@@ -1,4 +1,4 @@
-"""The optimizer step of a method: AdamW, AdamW with moments in 8 bits, and Muon, as if they were one optimizer.
+"""The optimizer step of a method: AdamW, AdamW with moments in 8 bits, Muon and APOLLO, as if they were one optimizer.
 
 Methods say which parameters there are and at which peak rate (`decay_groups`); a Stepper divides them among the
 optimizers, follows the learning-rate schedule, and with fp16 leaves out rows of copies whose gradients overflowed.
@@ -21,6 +21,7 @@ from simulate.layers.per_device import ReplicatedEmbedding, ReplicatedLinear
 from simulate.methods.loss import gradients_of
 from simulate.optim.adamw import AdamW
 from simulate.optim.adamw8bit import AdamW8bit
+from simulate.optim.apollo import Apollo
 from simulate.optim.grouped import GroupedOptimizer
 from simulate.optim.loss_scale import LossScale
 from simulate.optim.muon import Muon
@@ -65,14 +66,14 @@ class Stepper:
         train: Train,
         loss_scale: LossScale | None,
     ) -> None:
-        """Divide the groups among optimizers; `matrices` are the ids of parameters that Muon takes, if it is chosen.
+        """Divide the groups among optimizers; `matrices` are the ids of those that Muon or APOLLO takes, if chosen.
 
         With a loss scale, rows whose gradients are not finite are left as they are.
         """
         self.parameters, self.loss_scale = parameters, loss_scale
-        if train.optimizer != "muon":
+        if train.optimizer == "adamw":
             matrices = set()
-        adam_groups, muon_groups = split_groups(groups, lambda p: id(p) not in matrices)
+        adam_groups, matrix_groups = split_groups(groups, lambda p: id(p) not in matrices)
         small_groups, large_groups = adam_groups, list[ParameterGroup]()
         if train.optimizer_state == "8bit":
             small_groups, large_groups = split_groups(adam_groups, lambda p: not is_eight_bit(p[0].numel()))
@@ -81,9 +82,17 @@ class Stepper:
         self.optimizers: list[GroupedOptimizer] = [self.adam]
         if large_groups:
             self.optimizers.append(AdamW8bit(large_groups, betas=betas))
-        self.muon = Muon(muon_groups, momentum=train.muon_momentum) if muon_groups else None
-        if self.muon is not None:
+        self.muon: Muon | None = None
+        if matrix_groups and train.optimizer == "muon":
+            self.muon = Muon(matrix_groups, momentum=train.muon_momentum)
             self.optimizers.append(self.muon)
+        elif matrix_groups:
+            self.optimizers.append(
+                Apollo(
+                    matrix_groups, betas=betas, rank=train.apollo_rank, scale=train.apollo_scale,
+                    refresh_every=train.apollo_refresh_every, seed=train.seed,
+                )
+            )  # fmt: skip
         self.state = self.adam.state
         """Moments and step counters of all optimizers, by parameter."""
         # One dictionary for all, so that checkpoints and merges need not know which optimizer has a parameter.
@@ -160,9 +169,9 @@ class Stepper:
 
 
 def muon_matrices(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> set[int]:
-    """Return the ids of the parameters for Muon: factors, and linear layers' weights but for those at a network's ends.
+    """Return the ids of the parameters for Muon or APOLLO: factors, and linear layers' weights inside a network.
 
-    An output layer that shares its weight with an embedding is at an end, too.
+    Those at its ends are AdamW's. An output layer that shares its weight with an embedding is at an end, too.
     """
     names, embeddings = set(), set()
     trained_whole = getattr(model, "trained_whole", ())

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from simulate.config.method_options import MethodOptions
+from simulate.config.method_options import AdapterOptions, MethodOptions
 from simulate.config.method_table import METHOD_NAMES
 from simulate.config.run import Run
 
@@ -89,6 +89,8 @@ RATES = (
 
 def rate_of(method: str, optimizer: str, unit: str) -> Rate:
     """Return the rate to propose for a method, an optimizer and a model's unit, tokens or samples."""
+    # APOLLO's steps are as large as AdamW's, and no other rate has been measured as better.
+    optimizer = "adamw" if optimizer == "apollo" else optimizer
     fitting = (rate for rate in RATES if (rate.optimizer, rate.unit) == (optimizer, unit))
     return next(rate for rate in fitting if method in rate.methods or not rate.methods)
 
@@ -103,7 +105,9 @@ def proposed(base: Run, method: MethodOptions, width: int, open_keys: Collection
     """Return the keys of [train] that a plan proposes for a method, with their values; those that are not open stay."""
     train, found = base.train, dict[str, Any]()
     # A method beside a run's own may be unable to use the run's optimizer, whoever chose that.
-    optimizer = "adamw" if method.reads_adam_moments else train.optimizer
+    optimizer = train.optimizer
+    if method.reads_adam_moments or (optimizer == "apollo" and isinstance(method, AdapterOptions)):
+        optimizer = "adamw"
     if OPTIMIZER.key in open_keys and _takes_muon(base, method):
         optimizer = "muon"
     if optimizer != train.optimizer:

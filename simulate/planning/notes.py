@@ -93,7 +93,7 @@ def _assumptions(context: PlanContext, chosen: Candidate | None, first: Candidat
         yield from _this_machine(context, chosen)
     model, optimizer = choice.efficiency or shipped(), chosen.run.train.optimizer if chosen else "adamw"
     lte, dense = model.of("lte", optimizer), model.of(BASELINE, optimizer)
-    beside = "" if optimizer == "adamw" else f" and {dense.value:.3g}x for dense training, both with {optimizer},"
+    beside = "" if optimizer != "muon" else f" and {dense.value:.3g}x for dense training, both with {optimizer},"
     yield (
         f"candidates rank by {MEANINGS[choice.objective]}, with assumed samples over dense AdamW's: {lte.value:.3g}x "
         f"({lte.low:.3g} to {lte.high:.3g}) for lte{beside} at rank x heads >= width and T = {model.merge_every}, more "

@@ -217,6 +217,8 @@ def _settings(run: Run) -> Iterator[str]:
         yield f"{wire} messages"
     if train.optimizer == "muon":
         yield "Muon"
+    if train.optimizer == "apollo":
+        yield "APOLLO"
     yield batch_text(run)
     if train.activation_checkpointing:
         yield "checkpointing"

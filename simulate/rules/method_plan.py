@@ -117,8 +117,8 @@ class ExchangeContext:
     """Bytes of all gradients."""
     element_bytes: int
     muon: bool
-    eight_bit_step: int
-    """Bytes of working memory of an optimizer step with 8-bit moments; 0 where moments are kept in full."""
+    moments_step: int
+    """Bytes of working memory of an optimizer step with 8-bit or projected moments; 0 where they are kept in full."""
     weighs_devices: bool = False
     """Whether devices' shares of a merge differ from round to round."""
     has_quorum: bool = False

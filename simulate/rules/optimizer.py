@@ -19,6 +19,11 @@ def through_gram(rows: int, columns: int) -> bool:
     return large >= 2 * small
 
 
+def projected_rank(rank: int | None, rows: int, columns: int) -> int:
+    """Return the rank of APOLLO's projection of a matrix; where none is set, a quarter of the shorter side."""
+    return max(1, min(rows, columns) // 4) if rank is None else rank
+
+
 def is_eight_bit(elements: int) -> bool:
     """Whether a parameter's moments are kept in 8 bits, by the elements of one copy or head."""
     return elements >= SMALLEST_ELEMENTS

@@ -93,10 +93,10 @@ class LocalSgdOptions(RoundOptions):
         super().check(model, train, cluster)
         if not self.reads_adam_moments:
             return
-        if train.optimizer == "muon":
+        if train.optimizer != "adamw":
             raise ValueError(
-                "train.optimizer = 'muon' has other moments than method.merge_optimizer = 'average' sends; "
-                "try --set train.optimizer=adamw or --set method.merge_optimizer=keep"
+                f"train.optimizer = {train.optimizer!r} has other moments than method.merge_optimizer = 'average' "
+                "sends; try --set train.optimizer=adamw or --set method.merge_optimizer=keep"
             )
         if train.optimizer_state == "8bit":
             raise ValueError(

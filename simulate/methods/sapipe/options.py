@@ -29,10 +29,10 @@ class SapipeOptions(MethodOptions):
         super().check(model, train, cluster)
         if not self.reads_adam_moments:
             return
-        if train.optimizer == "muon":
+        if train.optimizer != "adamw":
             raise ValueError(
-                "train.optimizer = 'muon' cannot predict sapipe's weights, which is done with Adam's moments; "
-                "try --set train.optimizer=adamw or --set method.compensation=none"
+                f"train.optimizer = {train.optimizer!r} cannot predict sapipe's weights, which is done with Adam's "
+                "moments; try --set train.optimizer=adamw or --set method.compensation=none"
             )
         if train.optimizer_state == "8bit":
             raise ValueError(

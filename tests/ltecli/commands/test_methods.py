@@ -23,6 +23,12 @@ TINY_PLAN = (
 
 
 ONE_BATCH = ("--tokens", "40000", "--set", "train.micro_batch=4", "--set", "train.activation_checkpointing=false")
+EXAMPLES = Path(__file__).parents[3] / "examples"
+PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
+    "streaming_diloco": {"method": {"name": "diloco", "fragments": 4, "merge_delay": 5, "wire": "int4"}},
+    "muloco": {"method": {"name": "diloco", "merge_every": 30, "wire": "int2"}, "train": {"optimizer": "muon"}},
+}
+"""Keys that the published combinations in examples/ are made of."""
 LATE = {"lte": "2", "local-sgd": "3", "diloco": "1"}
 
 
@@ -132,3 +138,27 @@ def test_the_next_moves_of_a_refusal_work_on_a_planned_run(lte: Lte, here: Path,
         for assignment in (*asked, move):
             toml_io.set_key(table, assignment)
         assert build_run(table).method.name == "lte"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_combination_is_what_it_says_and_runs(lte: Lte, here: Path, name: str) -> None:
+    path = EXAMPLES / f"{name}.toml"
+    given = load_run(path)
+    for table, keys in PUBLISHED[name].items():
+        assert {key: getattr(getattr(given, table), key) for key in keys} == keys
+    small = (
+        "train.steps=61",
+        "model.width=16",
+        "model.attention_heads=2",
+        "model.context=8",
+        "train.evaluate_samples=4",
+    )
+    settings = [word for key in (*small, "train.micro_batch=2") for word in ("--set", key)]
+    lte("train", str(path), "--data", str(write_prose(here / "prose.txt")), *settings, "-o", "run")
+    found = lte("report", "run", "--json").json()
+    assert found["steps"] == 61 and found["method"] == "diloco"
+    assert found["sent_bytes_per_device"]["counted"] == found["sent_bytes_per_device"]["planned"] > 0
+
+
+def test_every_run_in_examples_is_a_published_combination() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.toml")} == PUBLISHED.keys()

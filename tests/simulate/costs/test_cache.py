@@ -24,6 +24,7 @@ OTHERS = {
     "model": tiny.lte_run(model={"width": 32}, train={"dtype": "fp32"}),
     "dtype": with_train(dtype="fp64"),
     "optimizer": with_train(optimizer="muon"),
+    "apollo_rank": tiny.variant_run("ddp, apollo", train={"dtype": "fp32", "apollo_rank": 3}),
     "diagnostics_every": with_train(diagnostics_every=5),
     "optimizer_state": tiny.lte_run(model={"width": 128}, train={"dtype": "fp32", "optimizer_state": "8bit"}, rank=64),
 }
@@ -36,7 +37,9 @@ def lasting(run: Run, shared_memory: bool = False) -> object:
 @pytest.mark.parametrize("name", OTHERS)
 def test_another_run_is_worked_out_anew(name: str) -> None:
     other = OTHERS[name]
-    if name == "optimizer_state":
+    if name == "apollo_rank":
+        base = other.model_copy(update={"train": other.train.model_copy(update={"apollo_rank": None})})
+    elif name == "optimizer_state":
         base = other.model_copy(update={"train": other.train.model_copy(update={"optimizer_state": "fp32"})})
     elif name in ("method", "model"):
         base = BASE

@@ -19,11 +19,12 @@ FURTHEST_UNDER, FURTHEST_OVER = 0.05, 0.25
 RUNS = {
     f"{index}: {describe(run)[:60]}": run for index, run in enumerate(Sample(2 * len(METHODS), 0, small=True).runs())
 }
-"""Every method, in turns with every family; two with many devices are below."""
+"""Every method, in turns with every family; others are below."""
 WIDE = {"layers": 2, "width": 64, "attention_heads": 4, "context": 24, "vocab": 300}
 RUNS["lte on 32"] = tiny.lte_run(32, WIDE, {"micro_batch": 2, "dtype": "fp32"}, rank=4)
 RUNS["diloco on 24"] = tiny.variant_run("diloco", 24, WIDE, {"micro_batch": 2, "dtype": "fp32"})
-QUICK = [*list(RUNS)[:4], list(RUNS)[5], list(RUNS)[27], "lte on 32"]
+RUNS["apollo on 8"] = tiny.variant_run("local-sgd, apollo", 8, WIDE, {"micro_batch": 1, "apollo_rank": 64})
+QUICK = [*list(RUNS)[:4], list(RUNS)[5], list(RUNS)[27], "lte on 32", "apollo on 8"]
 
 
 def followed_bytes(run: Run) -> int:
@@ -46,6 +47,15 @@ def test_the_form_is_near_what_a_simulation_holds(name: str) -> None:
 def test_a_form_for_fewer_devices_is_noticed() -> None:
     fewer = tiny.lte_run(28, WIDE, {"micro_batch": 2, "dtype": "fp32"}, rank=4)
     assert planned_bytes(fewer) < (1 - FURTHEST_UNDER) * followed_bytes(RUNS["lte on 32"])
+
+
+def test_projections_count_once() -> None:
+    """Devices of a simulation hold moments each, and one projection together."""
+    sizes = {}
+    for devices in (2, 8):
+        run = tiny.variant_run("local-sgd, apollo", devices, WIDE, {"micro_batch": 1, "apollo_rank": 64})
+        sizes[devices] = planned_bytes(run) / followed_bytes(run)
+    assert sizes[8] == pytest.approx(sizes[2], rel=0.01)
 
 
 def test_what_devices_share_counts_once() -> None:

@@ -11,6 +11,7 @@ from simulate.config.run import Run
 from simulate.methods.build_network import build_model
 from tests import tiny
 from tests.reference.adamix import AdamixTwin
+from tests.reference.apollo import DdpApolloTwin, LocalSgdApolloTwin
 from tests.reference.column_draw import column_draw
 from tests.reference.compressed import PowerSgdTwin, RoundedDdpTwin, SignsgdTwin, TopkTwin
 from tests.reference.daso import DasoTwin
@@ -48,6 +49,8 @@ FAMILIES: dict[type, tuple[str, ...]] = {
     DdpTwin: ("ddp",),
     RoundedDdpTwin: ("ddp, int8", "ddp, fp16", "ddp, int2"),
     DdpMuonTwin: ("ddp, muon",),
+    DdpApolloTwin: ("ddp, apollo",),
+    LocalSgdApolloTwin: ("local-sgd, apollo",),
     LoraTwin: ("lora", "lora, nf4"),
     ReloraTwin: ("relora", "relora, warm start"),
     QuantisedReloraTwin: ("relora, int8",),

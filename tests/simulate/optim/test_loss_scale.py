@@ -237,7 +237,7 @@ def spoiled(method: Method, row: int, at_step: int) -> tiny.History:
     return tiny.train(method, 0, 3)
 
 
-@pytest.mark.parametrize("name", ["local-sgd", "lte", "lte, muon", "daso"])
+@pytest.mark.parametrize("name", ["local-sgd", "local-sgd, apollo", "lte", "lte, muon", "daso"])
 def test_a_device_without_finite_gradients_leaves_out_its_own_step_only(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
