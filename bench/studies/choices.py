@@ -85,7 +85,8 @@ def _schedules() -> list[Job]:
 def _draws() -> list[Job]:
     """How A is drawn, of both optimizers."""
     bases = (f"{LTE_MUON} wire=int8", LTE)
-    return _jobs("text", [f"{base} draws={draws}" for base in bases for draws in ("slices", "own", "joint", "columns")], THREE)
+    drawn = ("slices", "own", "joint", "columns")
+    return _jobs("text", [f"{base} draws={draws}" for base in bases for draws in drawn], THREE)
 
 
 def _digits(network: str) -> list[Job]:
