@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import traceback
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -64,6 +65,7 @@ class SurvivingGroup:
 
     def form_anew(self, session: Session, error: LostPeerError) -> None:
         """Go on with those who are left, where an exchange or a ballot has failed."""
+        _let_go(error)
         self.membership.veto(str(error))
         self._form(session, why=str(error))
 
@@ -232,6 +234,16 @@ class SurvivingGroup:
             session.pending_diagnostics.append({**event, "step": session.step + session.is_merging})
         else:
             session.emit({**event, "step": session.step})
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Drop what an error's frames hold: torch's hold the group, whose connections close with its last reference.
+
+    While they were open, others of the same exchange would wait for this process.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _devices_text(devices: Sequence[int]) -> str:

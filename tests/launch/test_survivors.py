@@ -130,6 +130,24 @@ def test_kills_in_merges_leave_all_others_with_the_same_weights(tmp_path: Path) 
 
 
 @pytest.mark.slow
+def test_a_process_killed_while_all_evaluate_is_not_waited_for(tmp_path: Path) -> None:
+    # Evaluations take most of the time, and the deadline is longer than the wait below.
+    train = {"evaluate_every": 5, "evaluate_samples": 4000, "schedule": "constant"}
+    run = quorum_run(tmp_path, 100_000, deadline_s=2 * START_S, max_restarts=9, train=train)
+    with launched_run(tmp_path / "run", run, processes=4, module=FORKED) as launched:
+        launched.wait_for(lambda: launched.events("evaluate"), START_S)
+        for count, rank in enumerate((1, 3, 0), 1):
+            step, evaluations = last_step(launched), len(launched.events("evaluate"))
+            launched.wait_for(lambda step=step: last_step(launched) >= step + 5, START_S)
+            launched.workers()[rank].kill()
+            launched.wait_for(lambda n=evaluations: len(launched.events("evaluate")) > n + 1, START_S)
+            launched.wait_for(lambda count=count: len(devices_of(launched, "joined")) == count, START_S)
+        interrupt(launched.agents[0])
+        assert launched.end(START_S) == [130], launched.all_said()
+    assert all("ended" in event["why"] or "failed" in event["why"] for event in launched.events("left"))
+
+
+@pytest.mark.slow
 def test_a_process_that_sleeps_is_left_out_and_brings_what_it_has(tmp_path: Path) -> None:
     run = quorum_run(tmp_path, 1500, deadline_s=2.0)
     with launched_run(tmp_path / "run", run, processes=4, module=FORKED) as launched:
