@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from simulate.data.load import image_source
 from simulate.data.text import load_text
 from tests.simulate.data.pictures import encoded, pixels
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
-datasets = pytest.importorskip("datasets")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # the library's own
+    pytest.mark.skipif(find_spec("datasets") is None, reason="the hf extra has datasets"),
+]
 
 ROWS = [{"text": f"line {n} of ünicode", "number": n, "title": f"t{n}"} for n in range(30)]
 
@@ -27,6 +30,8 @@ ROWS = [{"text": f"line {n} of ünicode", "number": n, "title": f"t{n}"} for n i
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Keep the library off the network."""
+    import datasets  # not above: it takes seconds, of every process that only lists tests
+
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
@@ -43,6 +48,8 @@ def write_pictures(folder: Path, split: str, count: int, **columns: Any) -> str:
         "label": [n % 3 for n in range(count)],
         **columns,
     }
+    import datasets
+
     kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee", "cow"])}
     kinds |= {name: datasets.Value("string") for name in columns}
     datasets.Dataset.from_dict(content, datasets.Features(kinds)).to_parquet(str(folder / f"{split}.parquet"))
@@ -80,6 +87,8 @@ def test_rows_are_kept_by_the_library_and_texts_are_mapped(tmp_path: Path, monke
     monkeypatch.setenv("LTE_CACHE", str(tmp_path / "cache"))
     text = load_text(Data(name=write_rows(tmp_path / "set", ROWS), column="text"))
     (kept,) = (tmp_path / "cache").glob("hub-*.arrow")
+    import datasets
+
     rows = datasets.Dataset.from_file(str(kept))
     assert b"".join(rows["content"]) == bytes(text.tokens)
     assert isinstance(text.tokens, np.memmap)
