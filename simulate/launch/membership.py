@@ -331,6 +331,12 @@ class Membership:
                 late = f"{self._named(away)} not there {waited_s:.1f} s after the first"
                 self._settle(key, {"why": late, "away": away})
 
+    def absence(self, members: Mapping[int, int]) -> str:
+        """Return why these members of an epoch, each with its incarnation, are not in the next one."""
+        ended = [m for m in members if self._is_dead(m, members)]
+        reasons = {"ended": ended, "did not answer": [m for m in members if m not in ended]}
+        return ", and ".join(f"{self._named(these)} {reason}" for reason, these in reasons.items() if these)
+
     def _named(self, members: Sequence[int]) -> str:
         return ", ".join(self.titles[member] for member in members)
 

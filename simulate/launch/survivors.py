@@ -212,8 +212,9 @@ class SurvivingGroup:
         """Emit who left and who joined, behind the steps before it, and log it once."""
         leads, before = self.communicator.process == 0, self.membership.before(epoch)
         members = {} if before is None else before.members
-        if left := self.membership.devices_of([m for m in members if m not in epoch.members]):
-            here = len(self.communicator.present)
+        if gone := {m: incarnation for m, incarnation in members.items() if m not in epoch.members}:
+            left, here = self.membership.devices_of(gone), len(self.communicator.present)
+            why = why or self.membership.absence(gone)
             self._emit(session, {"kind": "left", "devices": left, "why": why})
             if leads:
                 self.membership.log(f"{_devices_text(left)} left: {why}; {here} devices go on from step {session.step}")

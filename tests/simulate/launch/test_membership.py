@@ -76,6 +76,14 @@ def test_a_dead_process_fails_the_ballot_at_once_and_the_others_form_an_epoch(ho
     assert second.epoch is not None and second.epoch.number == 0
 
 
+def test_it_says_why_members_are_missing(house: House) -> None:
+    first, _, _ = house.started()
+    mark_dead(house.server, 1, 1)
+    assert first.absence({1: 1}) == "process 1 ended"
+    assert first.absence({1: 1, 2: 1}) == "process 1 ended, and process 2 did not answer"
+    assert first.absence({1: 2}) == "process 1 did not answer"  # it was started again, and only its first start ended
+
+
 def test_who_is_late_is_left_out_and_says_so_when_it_comes(house: House) -> None:
     first, late, third = house.started()
     begun_s = time.monotonic()
