@@ -210,7 +210,8 @@ class Membership:
         self.epoch, self._ballots, self._away = epoch, 0, set()
         self.is_ready = self.is_ready and not epoch.is_fresh
         if self.store.check([f"group/join/{self.member}"]):
-            self.store.delete_key(f"group/join/{self.member}")
+            # Not deleted: others may be about to read it, and would wait for a key that never comes back.
+            self.store.set(f"group/join/{self.member}", "null")
         return epoch
 
     def _is_in(self, epoch: Epoch) -> bool:
@@ -240,10 +241,9 @@ class Membership:
         found = {}
         for member in range(len(self.shares)):
             key = f"group/join/{member}"
-            if self.store.check([key]):
-                incarnation, is_late = json.loads(self.store.get(key))
-                if not self._is_dead(member, {member: incarnation}):
-                    found[member] = incarnation, is_late
+            waiting = json.loads(self.store.get(key)) if self.store.check([key]) else None
+            if waiting is not None and not self._is_dead(member, {member: waiting[0]}):
+                found[member] = waiting[0], waiting[1]
         return found
 
     def _incarnations(self) -> dict[int, int]:

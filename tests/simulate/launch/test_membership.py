@@ -169,6 +169,31 @@ def test_processes_that_were_all_lost_begin_anew_together(house: House) -> None:
     assert house.all(*(one.enter for one in again)) == [Epoch(1, {0: 2, 1: 2, 2: 2}, (0, 1, 2), is_fresh=True)] * 3
 
 
+class StoreWhereOneIsAdmitted:
+    """A store in which a process is taken in between another's look for it and that one's reading of it."""
+
+    def __init__(self, store: dist.Store, admitted: Membership) -> None:
+        self.store, self.admitted = store, admitted
+
+    def check(self, keys: list[str]) -> bool:
+        found = self.store.check(keys)
+        if found and keys == ["group/join/1"]:
+            self.admitted._adopt(Epoch(1, {0: 1, 1: 2, 2: 1}))
+        return bool(found)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+
+def test_who_is_taken_in_meanwhile_is_not_waited_for(house: House) -> None:
+    first, _, _ = house.started()
+    back = house.process(1, incarnation=2)
+    back.store.set("group/join/1", "[2, false]")
+    assert first._waiting() == {1: (2, False)}
+    first.store = StoreWhereOneIsAdmitted(first.store, back)  # type: ignore[assignment,arg-type]
+    assert first._waiting() == {}
+
+
 def test_a_process_outside_learns_that_the_run_has_ended(house: House) -> None:
     house.started()
     again = house.pool.submit(house.process(1, incarnation=2).enter)
