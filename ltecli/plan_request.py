@@ -33,6 +33,11 @@ EMBEDDED_BYTES = 500_000
 """Lower bound of the embedded text's size, which differs from one Python version to the next."""
 TOKENS_PER_PARAMETER = 20
 """Hoffmann et al. 2022 (arXiv 2203.15556): compute-optimal training takes about 20 tokens a parameter."""
+ATTENDANCE_KEYS = (
+    "cluster.quorum", "cluster.deadline_s", "cluster.merges_given", "cluster.age_exponent", "cluster.min_devices",
+    "cluster.rejoin_s", "method.pace", "method.round_deadline_s", "method.steps_taken", "method.merge_delay",
+)  # fmt: skip
+"""Keys that say who may be missing or late: where one is given, a plan chooses no quorum."""
 _WHERE = "command line"
 
 
@@ -163,6 +168,7 @@ def _pins(table: toml_io.Table) -> Pins:
         accumulate=train.get("accumulate"),
         activation_checkpointing=train.get("activation_checkpointing"),
         open_keys=frozenset(key for key in OPEN_KEYS if not _is_given(table, key)),
+        is_quorum_open=not any(_is_given(table, key) for key in ATTENDANCE_KEYS),
     )
 
 

@@ -102,6 +102,8 @@ def explain(plan: Plan, chosen: Candidate) -> Why:
     limit, reason = _limit(plan, chosen, value)
     changes = tuple(_change(plan, chosen, *change) for change in _changed(plan))
     choices = tuple(choices_of(chosen.run, plan.pins.open_keys))
+    if (rule := plan.quorum_rule) is not None:
+        choices = (*choices, ChoiceMade("cluster.quorum", str(rule.quorum), str(rule)))
     return Why(limit, reason, changes, tuple(_neighbours(plan, plan.equal or chosen, value)), choices)
 
 

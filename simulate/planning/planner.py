@@ -20,10 +20,20 @@ from simulate.costs.eval_and_save_time import eval_and_save_time
 from simulate.costs.memory import Memory, host_memory_by_part, peak_memory, peak_profile
 from simulate.costs.message_schedule import num_rounds, sent_bytes
 from simulate.costs.samples import samples_factor
-from simulate.costs.step_time import device_kinds, distinct, round_time
+from simulate.costs.step_time import device_kinds, device_step_s, distinct, round_time
 from simulate.planning.batch_classes import unequal_runs
 from simulate.planning.best_known import WIRE
 from simulate.planning.candidate import Candidate, PlanContext, Rejected, candidate_of, needs_library
+from simulate.planning.far_apart import (
+    QuorumRule,
+    can_have_quorum,
+    latency_s,
+    leave_per_hour,
+    majority,
+    place_reasons,
+    reasons,
+    speed_reasons,
+)
 from simulate.planning.node_order import NodeOrder, better_order, likely_order
 from simulate.planning.notes import plan_notes
 from simulate.planning.number_formats import check_formats, faster_format
@@ -59,6 +69,8 @@ class Plan:
     choice: SelectionCriteria = BY_TIME
     node_order: NodeOrder | None = None
     """The order of devices that `profile` has in the place of the given profile's; None: it is as given."""
+    quorum_rule: QuorumRule | None = None
+    """The quorum that the plan chose by itself, and why; None: merges are as asked for."""
 
     def to_dict(self, top: int | None = None) -> dict[str, Any]:
         """Return the plan as `lte plan --json` prints it and runs keep it in plan.json; with `top`, the best ones."""
@@ -87,6 +99,7 @@ class Plan:
             "objective": self.choice.objective,
             "price_per_hour": hourly_price(self.profile, self.base.cluster.devices),
             "node_order": self.node_order and self.node_order.to_dict(),
+            "quorum_rule": self.quorum_rule and self.quorum_rule.to_dict(),
         }
 
     def tightest_device(self) -> Device:
@@ -221,8 +234,53 @@ def make_plan(
             "the plan wrote"
         )
     choice = choice or SelectionCriteria()
-    if choice.objective == "memory":
-        pins = without_wire(pins)
+    if choice.objective == "memory":  # a quorum keeps the last merge
+        pins = replace(without_wire(pins), is_quorum_open=False)
+    if not pins.is_quorum_open or not can_have_quorum(base):
+        return _fitting_plan(base, profile, tokens, pins, notes, choice)
+    return _far_apart_plan(base, profile, tokens, pins, notes, choice)
+
+
+def _far_apart_plan(
+    base: Run, profile: Profile, tokens: int, pins: Pins, notes: Sequence[str], choice: SelectionCriteria
+) -> Plan:
+    """Return the plan whose merges go on with a majority, where links or devices are far apart; else in lockstep."""
+    devices = profile.devices(base.cluster.devices)
+    lockstep = None
+    if not list(place_reasons(profile, devices)):
+        lockstep = _fitting_plan(base, profile, tokens, pins, notes, choice)
+        if lockstep.chosen is None or not list(speed_reasons(_device_step_s(lockstep.chosen))):
+            return lockstep
+    cluster = base.cluster.model_copy(update={"quorum": majority(base.cluster.devices)})
+    plan = _fitting_plan(base.model_copy(update={"cluster": cluster}), profile, tokens, pins, notes, choice)
+    chosen = plan.chosen
+    if chosen is None:  # it keeps the last merge, which may be what does not fit
+        return lockstep or _fitting_plan(base, profile, tokens, pins, notes, choice)
+    plan = replace(plan, base=base)  # plans of other hardware start from the user's keys again
+    if not chosen.run.cluster.has_quorum:
+        return plan
+    # Batches of their own may have made steps alike: the reason is what they were.
+    step_s = _device_step_s(lockstep.chosen if lockstep and lockstep.chosen else chosen)
+    rule = QuorumRule(
+        quorum=chosen.run.cluster.needed,
+        devices=base.cluster.devices,
+        reasons=tuple(reasons(profile, devices, step_s)),
+        latency_s=latency_s(profile),
+        leave_per_hour=leave_per_hour(devices),
+        step_ratio=max(step_s) / min(step_s),
+        round_s=chosen.time.round_s,
+    )
+    return replace(plan, quorum_rule=rule, notes=(*plan.notes, f"cluster.quorum = {rule.quorum}: {rule}"))
+
+
+def _device_step_s(chosen: Candidate) -> Sequence[float]:
+    return device_step_s(chosen.run, chosen.context.shape, chosen.context.devices)
+
+
+def _fitting_plan(
+    base: Run, profile: Profile, tokens: int, pins: Pins, notes: Sequence[str], choice: SelectionCriteria
+) -> Plan:
+    """Return the plan, with full messages where nothing fits with compressed ones."""
     plan = _ordered_plan(base, profile, tokens, pins, notes, choice)
     miss = plan.nearest_miss()
     if plan.chosen is None and miss is not None and miss.missing[0] and WIRE.key in pins.open_keys:

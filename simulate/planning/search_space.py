@@ -55,6 +55,8 @@ class Pins:
     """Ranks that a probe recommends, tried with those of the method's axes."""
     open_keys: frozenset[str] = frozenset()
     """Keys of simulate.planning.best_known that the plan proposes; none: all are those of the base run."""
+    is_quorum_open: bool = False
+    """Whether the plan may choose a quorum, as the user has said nothing of who may be missing."""
 
 
 def grid(

@@ -150,6 +150,9 @@ def _answers(plan: Plan, chosen: Candidate) -> Iterator[Answer]:
     yield Answer("Bottleneck", *_bottleneck(plan, chosen))
     if plan.equal is not None and chosen.run.cluster.classes and not chosen.run.cluster.has_quorum:
         yield Answer("Idle", f"{chosen.idle_share:.1%}", f"of compute; {plan.equal.idle_share:.0%} with equal batches")
+    if (rule := plan.quorum_rule) is not None:
+        because = f"suffice: nobody waits, no rerun is the same to the bit (--set cluster.quorum={rule.devices}: all)"
+        yield Answer("Merges", f"{rule.quorum} of {rule.devices}", because)
     yield Answer("Settings", ", ".join(_settings(chosen.run)), "")
 
 
