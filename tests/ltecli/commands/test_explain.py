@@ -92,6 +92,7 @@ def test_the_timeline_of_equal_devices_is_the_plan(lte: Lte) -> None:
 
 def test_equal_requests_give_equal_timelines_and_jitter_takes_longer(lte: Lte, priced: str) -> None:
     command = (*SMALL[:1], "--profile", priced, *SMALL[3:], "--timeline", "--rounds", "20", "--json")
+    command = (*command, "--set", "cluster.quorum=4")  # all wait for the slowest
     first = lte(*command)
     assert first.stdout == lte(*command).stdout
     assert first.json()["timeline"]["wall_s"] > first.json()["timeline"]["planned_wall_s"]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from simulate.config.hardware import Device
 from simulate.config.profiles import load_profile
 from simulate.config.run import Run, build_run
 from simulate.config.tables import Cluster
@@ -75,11 +76,15 @@ def test_who_can_have_a_quorum(method: dict[str, Any], cluster: dict[str, Any], 
     assert can_have_quorum(run_of(HOME, method, **cluster)) is can
 
 
+def build(device: Device, **keys: Any) -> Device:
+    return Device.model_validate({**device.model_dump(exclude_none=True), **keys})
+
+
 def plan_of(profile: str, objective: str = "time", memory_bytes: int | None = None, **pins: Any) -> Plan:
     """Return a plan whose user left open who may be missing."""
     found, run = load_profile(profile), run_of(profile)
     if memory_bytes is not None:
-        device = [one.model_copy(update={"memory_bytes": memory_bytes}) for one in found.device]
+        device = [build(one, memory_bytes=memory_bytes) for one in found.device]
         found = found.model_copy(update={"device": device})
     choice = SelectionCriteria(objective=objective, with_rivals=False)
     return make_plan(run, found, 1_000_000, Pins(**{"is_quorum_open": True, "method": "lte", **pins}), (), choice)
