@@ -18,7 +18,7 @@ setup: $(READY)
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --no-compile --quiet --disable-pip-version-check '$(TORCH)' --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check '$(TORCH)' --editable '.[dev]'
 	touch $@
 
 # The plan itself takes Muon, its rate, int8 messages and the schedule's end (simulate/planning/best_known.py). The batch
