@@ -6,7 +6,6 @@ These are the keys that mean the same for every model and method. simulate.confi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -306,12 +305,6 @@ class Cluster(toml_io.Schema):
         """Whether merges go on without devices that are late or lost."""
         below_all = self.quorum is not None and self.quorum < self.devices
         return below_all or self.deadline_s is not None or self.merges_given is not None
-
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Cluster:
-        """Return a copy with other keys, which says anew whether it has a quorum."""
-        copy = super().model_copy(update=update, deep=deep)
-        copy.__dict__.pop("has_quorum", None)  # pydantic copies what cached_property keeps
-        return copy
 
     @property
     def drops_lost(self) -> bool:

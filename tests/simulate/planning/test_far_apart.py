@@ -9,7 +9,6 @@ import pytest
 from simulate.config.hardware import Device
 from simulate.config.profiles import load_profile
 from simulate.config.run import Run, build_run
-from simulate.config.tables import Cluster
 from simulate.planning.candidate import Candidate
 from simulate.planning.explain import explain
 from simulate.planning.far_apart import can_have_quorum, latency_s, majority, reasons
@@ -172,10 +171,3 @@ def test_a_quorum_that_does_not_fit_is_left_away() -> None:
 def test_the_slowest_line_says_how_far_apart_homes_are() -> None:
     friends = load_profile("friends_x4_home")
     assert latency_s(friends) == max(line.latency_s for line in friends.link.lines) == 20e-3
-
-
-def test_a_copy_says_anew_whether_it_has_a_quorum() -> None:
-    cluster = Cluster(profile=HOME, devices=4)
-    assert not cluster.has_quorum
-    with_quorum = cluster.model_copy(update={"quorum": 3})
-    assert with_quorum.has_quorum and not with_quorum.model_copy(update={"quorum": None}).has_quorum
