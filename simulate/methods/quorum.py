@@ -79,9 +79,11 @@ class Quorum(Paced):
     def begin_step(self, step: int, now_s: float) -> float | None:
         if self.attendance is None:
             return None
-        if step % self.run.method.round_steps == 0 and self._attended != step:
+        every = self.run.method.round_steps
+        first = step - step % every
+        if step == first and self._attended != step:
             self.attend(self.attendance.begin(step, now_s), step, now_s)
-        return float(self.round_s) / min(self.run.method.round_steps, self.run.train.steps - step)
+        return float(self.round_s) / min(every, self.run.train.steps - first)  # the run's last round may be short
 
     def _begin_round(self, step: int) -> None:
         if self._attended == step:

@@ -19,7 +19,6 @@ TINY_PLAN = (
     "--set", "train.micro_batch=2", "--set", "model.layers=1", "--set", "model.width=64",
     "--set", "model.attention_heads=2", "--set", "model.context=32", "--set", "train.evaluate_samples=4",
     "--set", "train.activation_checkpointing=false",
-    "--set", "cluster.quorum=4",  # all: with fewer, a plan's seconds are those of rounds that nobody misses
 )  # fmt: skip
 
 
@@ -57,7 +56,10 @@ def assert_planned_is_what_comes(lte: Lte, here: Path, name: str, settings: tupl
     assert sent["planned"] == pytest.approx(sent["counted"], rel=1e-12) and sent["counted"] > 0
     # What travels in the background is planned in the steady state: the first and the last round differ.
     assert wall["planned"] == pytest.approx(wall["simulated"], rel=0.15 if name in ("sapipe", "daso") else 1e-6)
-    assert memory["planned"] == pytest.approx(memory["measured"], rel=0.05)
+    # Merges of whole networks in few bits are planned for the fewest that may take part, whose chunks are largest.
+    is_bound = run.cluster.has_quorum and name in ("diloco", "local-sgd")
+    assert memory["planned"] == pytest.approx(memory["measured"], rel=0.1 if is_bound else 0.05)
+    assert not is_bound or memory["planned"] >= memory["measured"]
 
 
 @pytest.fixture
