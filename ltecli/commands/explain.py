@@ -222,9 +222,10 @@ def _upgrade_text(outlook: Outlook) -> str:
 def _churn_text(churn: Churn, devices: int) -> str:
     """Return a line about the time that devices cost which leave and come back."""
     share = churn.elastic_factor - 1
-    # A launched run repeats the whole round after a loss; with losses faster than rounds it gets nowhere.
+    # With losses faster than rounds, a run that repeats each of them gets nowhere.
     redo = "would never end" if churn.redo_factor is None else f"takes {churn.redo_factor - 1:.1%} longer"
+    launched = "which has a quorum, goes on" if churn.drops_lost else f"which repeats the round, {redo}"
     return (
         f"churn: {CHURN_PER_HOUR:.0%} of {devices:,} devices leaving an hour, back after {seconds_text(churn.join_s)}, "
-        f"cost {share:.2%} where the others continue; a launched run, which repeats the round, {redo}"
+        f"cost {share:.2%} where the others continue; a launched run, {launched}"
     )

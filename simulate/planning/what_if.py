@@ -64,7 +64,9 @@ class Churn:
     elastic_factor: float
     """Factor where the other devices continue without the lost one."""
     redo_factor: float | None
-    """Factor where a round with a loss is repeated, as launched runs do; None where the run would never end."""
+    """Factor where a round with a loss is repeated; None where the run would never end."""
+    drops_lost: bool
+    """Whether the run, launched, goes on without lost devices, since it has a quorum; else it repeats the round."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def look_ahead(plan: Plan, chosen: Candidate, rounds: int) -> Outlook:
         doublings=doublings,
         worth_devices=max(worth, default=len(devices)),
         upgrades=tuple(sorted(_upgrades(run, devices, profile.link), key=lambda upgrade: -upgrade.speedup)),
-        churn=_churn(devices, timeline),
+        churn=_churn(devices, timeline, run.cluster.drops_lost),
     )
 
 
@@ -199,9 +201,9 @@ def _twice_as_fast(device: Device) -> dict[str, Any]:
     }
 
 
-def _churn(devices: Sequence[Device], timeline: Timeline) -> Churn:
+def _churn(devices: Sequence[Device], timeline: Timeline, drops_lost: bool) -> Churn:
     """Return the expected cost of churn for rounds of the simulated length (simulate/rules/churn.py)."""
     join_s = max(device.join_s for device in devices) or JOIN_S
     redo = redo_factor(CHURN_PER_HOUR, join_s, timeline.round_s, len(devices))
     elastic = 1 / (1 - away_share(CHURN_PER_HOUR, join_s, timeline.round_s))
-    return Churn(CHURN_PER_HOUR, join_s, elastic, None if redo == float("inf") else redo)
+    return Churn(CHURN_PER_HOUR, join_s, elastic, None if redo == float("inf") else redo, drops_lost)

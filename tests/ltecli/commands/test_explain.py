@@ -105,6 +105,12 @@ def test_thousands_of_devices_are_simulated(lte: Lte) -> None:
     assert "churn: 2% of 3,000" in said
 
 
+def test_churn_costs_a_launched_run_what_its_quorum_says(lte: Lte, priced: str) -> None:
+    command = (*SMALL[:1], "--profile", priced, *SMALL[3:], "--timeline", "--rounds", "20", "--set")
+    assert "a launched run, which repeats the round, takes" in lte(*command, "cluster.quorum=4").stdout
+    assert "a launched run, which has a quorum, goes on" in lte(*command, "cluster.quorum=3").stdout
+
+
 def test_the_drawing_is_a_picture_of_the_spans(lte: Lte, here: Path) -> None:
     timeline = lte(*SMALL, "--timeline-svg", "t.svg", "--json").json()["timeline"]
     picture = ElementTree.parse(here / "t.svg").getroot()
