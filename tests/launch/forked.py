@@ -9,9 +9,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
+
+import psutil
 
 from simulate.launch import children
 from tests.launch.runs import PIDS
@@ -42,22 +46,31 @@ class Forked(ForkedProcess):
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], logs: Path) -> None:
         arguments = list(command[command.index("simulate.launch.worker") + 1 :])
-        self._process = CONTEXT.Process(target=work, args=(arguments, dict(environment), str(logs)))
+        self._process = CONTEXT.Process(target=work, args=(arguments, dict(environment), str(logs), os.getpid()))
         self._process.start()
         self.pid = self._process.pid
         with (logs.parents[3] / PIDS).open("a") as file:
             file.write(f"{environment['RANK']} {self.pid}\n")
 
 
-def work(arguments: list[str], environment: dict[str, str], logs: str) -> None:
+def work(arguments: list[str], environment: dict[str, str], logs: str, agent: int) -> None:
     """Be a worker."""
     from simulate.launch import worker
 
+    # A worker ends with its parent, which is the agent but for these, whose parent outlives a killed agent.
+    threading.Thread(target=exit_with, args=(psutil.Process(agent),), daemon=True).start()
     os.environ.update(environment)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{logs}/{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.argv = ["worker", *arguments]
     os._exit(worker.main())
+
+
+def exit_with(agent: psutil.Process) -> None:
+    """End this process once its agent has ended, also while nobody has asked for the agent's exit code."""
+    while agent.is_running() and agent.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.1)
+    os._exit(1)
 
 
 class ForkedCompanion(ForkedProcess):
